@@ -1,0 +1,71 @@
+"""An adapter as data: what a published folder holds, by layer and module. Nothing here computes.
+
+Shapes: R rank, I input width, O output width, V rows of an embedding, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from loray.spec import RopeParameters
+
+
+class ModuleKey(NamedTuple):
+    """One linear module of the base: `ModuleKey(3, "q_proj")`."""
+
+    layer: int
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """y += scale · B (A x); scale is alpha/r, or alpha/√r for rsLoRA."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class VeraWeights:
+    """y += b ⊙ (B[:O] (d ⊙ (A[:, :I] x))) with the adapter's ProjectionPair."""
+
+    d_R: Tensor
+    b_O: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionPair:
+    """VeRA's frozen pair, fp32: A (R, max_in), B (max_out, R). `digest` is the SHA-256 of both."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRows:
+    """Input embedding rows that replace the base's. `token_ids` None: all of them, in order."""
+
+    token_ids: tuple[int, ...] | None
+    rows_VD: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """Everything the engine needs of one adapter.
+
+    norms  replacement RMSNorm weights by path below `model.`: "layers.3.input_layernorm", "norm"
+    rope   None: the base's own
+    """
+
+    modules: Mapping[ModuleKey, LoraWeights | VeraWeights]
+    pair: ProjectionPair | None = None
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
+    embedding: EmbeddingRows | None = None
+    rope: RopeParameters | None = None
+    context_length: int | None = None

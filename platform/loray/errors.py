@@ -1,0 +1,99 @@
+"""Every error that a caller of loray can see.
+
+    LorayError
+    ├── SpecError              a recipe or serve spec is wrong (also a ValueError)
+    ├── SettingsError          a LORAY_* environment variable is wrong (also a ValueError)
+    ├── DataError              a data file is missing, empty or not in a known format
+    ├── NotFoundError
+    │   ├── BaseNotFound       no such base model on this machine
+    │   └── AdapterNotFound    no such adapter, version or alias in the catalog
+    ├── ConflictError          the name, version or alias is taken or has moved meanwhile
+    ├── IntegrityError         bytes differ from their digest, or a published folder is incomplete
+    ├── UnsupportedError       an architecture, adapter type or option that loray does not implement
+    ├── BaseMismatch           the adapter was trained on another base (fingerprints differ)
+    ├── RequestError           a generation request that can never be served
+    │   └── ContextLengthExceeded
+    ├── Overloaded             the engine takes no more requests now; `retry_after_s` says when
+    ├── EngineError            the engine stopped or a request inside it failed
+    └── TrainingError          a run ended without a usable adapter (for example, too many non-finite steps)
+
+Every message says what was wrong and what to do. HTTP status codes are given to them in `serve_apps` alone.
+"""
+
+from __future__ import annotations
+
+
+class LorayError(Exception):
+    """Base of all errors raised on purpose by loray."""
+
+
+class SpecError(LorayError, ValueError):
+    pass
+
+
+class SettingsError(LorayError, ValueError):
+    pass
+
+
+class DataError(LorayError):
+    pass
+
+
+class NotFoundError(LorayError):
+    pass
+
+
+class BaseNotFound(NotFoundError):
+    pass
+
+
+class AdapterNotFound(NotFoundError):
+    pass
+
+
+class ConflictError(LorayError):
+    pass
+
+
+class IntegrityError(LorayError):
+    pass
+
+
+class UnsupportedError(LorayError):
+    pass
+
+
+class BaseMismatch(LorayError):
+    pass
+
+
+class RequestError(LorayError, ValueError):
+    """`param` names the request field at fault, as OpenAI's error objects do."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)  # every argument in `args`: these errors cross process boundaries
+        self.param = param
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ContextLengthExceeded(RequestError):
+    pass
+
+
+class Overloaded(LorayError):
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class EngineError(LorayError):
+    pass
+
+
+class TrainingError(LorayError):
+    pass
