@@ -1,8 +1,13 @@
-"""RoPE frequencies as pure arithmetic: default, linear, YaRN (Peng et al., 2023) and Llama 3's, as transformers has them."""
+"""RoPE: the parameters of a stretched context, and the frequencies that parameters mean."""
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loray.spec import RopeParameters, RopeScaling
 
@@ -12,7 +17,7 @@ def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int,
 
     linear  positions ÷ factor (Chen et al., 2023)
     ntk     theta · factor^(d/(d−2)), frequencies stretched unevenly ("NTK-aware", static)
-    yarn    by frequency band, with attention temperature
+    yarn    by frequency band, with attention temperature (Peng et al., 2023)
     A base that is scaled already (llama3, yarn) has no second scaling defined: ValueError.
     """
     if base.rope_type != "default":
@@ -32,53 +37,27 @@ def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int,
             )
 
 
-def frequencies(rope: RopeParameters, head_dim: int) -> tuple[list[float], float]:
-    """(inverse frequencies [head_dim/2], factor on cos and sin) in double precision."""
-    half = head_dim // 2
-    inv = [rope.rope_theta ** (-2 * i / head_dim) for i in range(half)]
-    match rope.rope_type:
-        case "default":
-            return inv, 1.0
-        case "linear":
-            assert rope.factor is not None
-            return [f / rope.factor for f in inv], 1.0
-        case "llama3":
-            return [_llama3(f, rope) for f in inv], 1.0
-        case "yarn":
-            return _yarn(inv, rope, head_dim)
+class Frequencies(NamedTuple):
+    """Inverse frequencies, fp32 (head_dim/2), and the factor on cos and sin (YaRN's attention temperature)."""
+
+    inverse_d: Tensor
+    attention_factor: float
 
 
-def _llama3(inv: float, rope: RopeParameters) -> float:
-    """Long waves are divided by `factor`, short ones kept, and those between are interpolated."""
-    assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and rope.original_max_position_embeddings
-    context = rope.original_max_position_embeddings
-    wavelength = 2 * math.pi / inv
-    if wavelength > context / rope.low_freq_factor:
-        return inv / rope.factor
-    if wavelength < context / rope.high_freq_factor:
-        return inv
-    smooth = (context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    return (1 - smooth) * inv / rope.factor + smooth * inv
-
-
-def _yarn(inv: list[float], rope: RopeParameters, head_dim: int) -> tuple[list[float], float]:
-    """YaRN, equations 17 to 24: interpolate frequencies that turn less than `beta_slow` times in the context."""
-    assert rope.factor and rope.original_max_position_embeddings
-    fast, slow = rope.beta_fast or 32.0, rope.beta_slow or 1.0
-
-    def dim_of(rotations: float) -> float:
-        assert rope.original_max_position_embeddings
-        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return head_dim * math.log(turns) / (2 * math.log(rope.rope_theta))
-
-    low = max(math.floor(dim_of(fast)), 0)
-    high = min(math.ceil(dim_of(slow)), head_dim - 1)
-    width = max(high - low, 0.001)
-    out = []
-    for i, f in enumerate(inv):
-        keep = 1 - min(max((i - low) / width, 0.0), 1.0)
-        out.append(f / rope.factor * (1 - keep) + f * keep)
-    attention = rope.attention_factor
-    if attention is None:
-        attention = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-    return out, attention
+def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
+    """Bit-equal to transformers', whose functions compute every scaled kind."""
+    if rope.rope_type == "default":
+        exponent_d = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return Frequencies(1.0 / (rope.rope_theta**exponent_d), 1.0)
+    # No covered kind derives its frequencies from the model's context length; transformers warns if it does not fit.
+    context = round((rope.original_max_position_embeddings or 1 << 20) * (rope.factor or 1))
+    config = LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=head_dim,
+        rope_parameters=rope.to_hf(),
+        max_position_embeddings=context,
+    )
+    inverse_d, attention_factor = ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))
+    return Frequencies(inverse_d, float(attention_factor))

@@ -1,0 +1,148 @@
+"""The op set and the arguments that its ops share.
+
+Shapes: T tokens of a step, S sequences, D hidden, I input width, O output width, H query heads, K key/value heads,
+d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B blocks.
+
+The pool is one flat tensor. A row is found by the offset of its first element for layer 0; `layer_offset`
+(layer × layer share) is added for other layers, and is 0 for rows without a layer. A row wider than a layer's share
+stands in several segments of columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class KvLayout(NamedTuple):
+    """A block holds, for each layer, K then V, each (block_tokens, num_kv_heads, head_dim)."""
+
+    num_layers: int
+    block_tokens: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def layer_share(self) -> int:
+        return 2 * self.block_tokens * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class RowTables:
+    """Rows of equal width: (column, width, int64 offsets of each row) for each segment."""
+
+    segments: tuple[tuple[int, int, Tensor], ...]
+
+    @property
+    def width(self) -> int:
+        column, width, _ = self.segments[-1]
+        return column + width
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """For tokens `tokens_N` of the step, a row of the pool each, to use instead of the base's."""
+
+    tokens_N: Tensor
+    rows: RowTables
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTable:
+    """LoRA of one module for every adapter of the batch; adapter n has rows rank_start[n]:rank_start[n+1].
+
+    An adapter without this module has an empty range. Ranks are not padded to one another.
+    """
+
+    a: RowTables
+    b: RowTables
+    rank_start: tuple[int, ...]
+    scale: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VeraTable:
+    """VeRA of one module for tokens [start, stop), which share a pair; one row of d and b for each token."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    d: RowTables
+    b: RowTables
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Tokens of one adapter stand together: adapter n has tokens start[n]:stop[n]."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMeta:
+    """The sequences of a step.
+
+    query_start  S+1 offsets into the step's tokens
+    context_len  tokens of each sequence in the cache after this step's have been written
+    block_table  blocks of each sequence, in order
+    slots_T      block × block_tokens + position in it, of each token of the step
+    """
+
+    query_start: tuple[int, ...]
+    context_len: tuple[int, ...]
+    block_table: tuple[Tensor, ...]
+    slots_T: Tensor
+
+
+class Ops(Protocol):
+    """Intermediates are fp32 and the order of roundings is the reference's, whatever the backend."""
+
+    def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
+        """x_TD: rows of `table_VD`, but for the tokens of `own`."""
+        ...
+
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
+    ) -> Tensor:
+        """x / rms(x) · weight, statistics in fp32; the tokens of `own` have their own weight. Also (T, heads, d)."""
+        ...
+
+    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+        """Rotate halves: x · cos + (−x₂, x₁) · sin."""
+        ...
+
+    def write_kv(
+        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
+    ) -> None:
+        """Store this step's keys and values at `meta.slots_T`. Writes `pool`."""
+        ...
+
+    def paged_attention(
+        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+    ) -> Tensor:
+        """Causal attention of each sequence's last tokens over its cache; (T, H, d)."""
+        ...
+
+    def lora_shrink(
+        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
+    ) -> tuple[Tensor, ...]:
+        """h = A x in fp32, one (T, max rank) for each table; all tables share the input, so it is one launch."""
+        ...
+
+    def lora_expand(
+        self, y_TO: Tensor, h_TR: Tensor, pool: Tensor, table: LoraTable, segments: Segments, layer_offset: int
+    ) -> None:
+        """y += scale · B h, accumulated in fp32. Writes `y_TO`."""
+        ...
+
+    def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:
+        """z = A[:, :I] x in fp32, (T, R): dense, shared by every adapter of the pair and by modules of one input."""
+        ...
+
+    def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
+        """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's own d and b. Writes `y_TO`."""
+        ...

@@ -1,0 +1,118 @@
+"""The op set in torch: loops over sequences and adapters, gathers by index, fp32 inside. The other backends' oracle."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, RowTables, Segments, TokenRows, VeraTable
+
+
+def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
+    """Rows start:stop as a dense (rows, width) tensor in the pool's dtype."""
+    parts = []
+    for _, width, offsets_R in rows.segments:
+        first_R1 = (offsets_R[start:stop] + layer_offset).unsqueeze(1)
+        parts.append(pool[first_R1 + torch.arange(width, device=pool.device)])
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class ReferenceOps:
+    """See `loray_kernels.ops.Ops` for the equations."""
+
+    def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
+        x_TD = F.embedding(token_ids_T, table_VD)
+        if own is not None:
+            x_TD[own.tokens_N] = gather_rows(pool, own.rows, 0).to(x_TD.dtype)
+        return x_TD
+
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
+    ) -> Tensor:
+        x32_TD = x_TD.float()
+        normal_TD = (x32_TD * torch.rsqrt(x32_TD.pow(2).mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
+        y_TD = weight_D * normal_TD
+        if own is not None:
+            weight_ND = gather_rows(pool, own.rows, layer_offset)
+            if x_TD.dim() == 3:  # one weight for every head of a token
+                weight_ND = weight_ND.unsqueeze(1)
+            y_TD[own.tokens_N] = weight_ND.to(x_TD.dtype) * normal_TD[own.tokens_N]
+        return y_TD
+
+    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+        first, second = x_THd.chunk(2, dim=-1)
+        turned_THd = torch.cat((-second, first), dim=-1)
+        return x_THd * cos_Td.unsqueeze(1) + turned_THd * sin_Td.unsqueeze(1)
+
+    def write_kv(
+        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
+    ) -> None:
+        cache = _kv(pool, layout)[:, layer]
+        block, position = meta.slots_T // layout.block_tokens, meta.slots_T % layout.block_tokens
+        cache[block, 0, position] = k_TKd.to(pool.dtype)
+        cache[block, 1, position] = v_TKd.to(pool.dtype)
+
+    def paged_attention(
+        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+    ) -> Tensor:
+        cache = _kv(pool, layout)[:, layer]
+        out_THd = torch.empty_like(q_THd)
+        group = q_THd.shape[1] // layout.num_kv_heads
+        for i, context in enumerate(meta.context_len):
+            start, stop = meta.query_start[i], meta.query_start[i + 1]
+            blocks = meta.block_table[i][: -(-context // layout.block_tokens)]
+            kv = cache[blocks].transpose(0, 1).reshape(2, -1, layout.num_kv_heads, layout.head_dim)
+            k_KCd, v_KCd = kv[:, :context].permute(0, 2, 1, 3).to(q_THd.dtype)
+            num_queries = stop - start
+            # Query heads of one key/value head are folded into its queries: no keys are repeated.
+            q_KQd = q_THd[start:stop].transpose(0, 1).reshape(layout.num_kv_heads, group * num_queries, -1)
+            mask = None
+            if num_queries > 1:
+                position = torch.arange(context - num_queries, context, device=pool.device).repeat(group)
+                mask = torch.arange(context, device=pool.device) <= position.unsqueeze(1)
+            attended = F.scaled_dot_product_attention(q_KQd[None], k_KCd[None], v_KCd[None], mask, scale=scale)[0]
+            out_THd[start:stop] = attended.reshape(-1, num_queries, layout.head_dim).transpose(0, 1)
+        return out_THd
+
+    def lora_shrink(
+        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
+    ) -> tuple[Tensor, ...]:
+        x32_TI = x_TI.float()
+        out = []
+        for table in tables:
+            ranks = [b - a for a, b in zip(table.rank_start, table.rank_start[1:], strict=False)]
+            h_TR = x32_TI.new_zeros(x_TI.shape[0], max(ranks, default=0))
+            for n, rank in enumerate(ranks):
+                if rank:
+                    first = table.rank_start[n]
+                    a_RI = gather_rows(pool, table.a, layer_offset, first, first + rank).float()
+                    rows = slice(segments.start[n], segments.stop[n])
+                    h_TR[rows, :rank] = x32_TI[rows] @ a_RI.T
+            out.append(h_TR)
+        return tuple(out)
+
+    def lora_expand(
+        self, y_TO: Tensor, h_TR: Tensor, pool: Tensor, table: LoraTable, segments: Segments, layer_offset: int
+    ) -> None:
+        for n, (first, last) in enumerate(zip(table.rank_start, table.rank_start[1:], strict=False)):
+            if last > first:
+                b_RO = gather_rows(pool, table.b, layer_offset, first, last).float()
+                rows = slice(segments.start[n], segments.stop[n])
+                delta = (h_TR[rows, : last - first] @ b_RO) * table.scale[n]
+                y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
+
+    def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:
+        return x_TI.float() @ a_RI[:, : x_TI.shape[1]].float().T
+
+    def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
+        rows = slice(table.start, table.stop)
+        d_TR = gather_rows(pool, table.d, layer_offset).float()
+        b_TO = gather_rows(pool, table.b, layer_offset).float()
+        delta = (z_TR * d_TR) @ table.b_OR[: y_TO.shape[1]].float().T * b_TO
+        y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
+
+
+def _kv(pool: Tensor, layout: KvLayout) -> Tensor:
+    """The pool as (block, layer, K or V, position, KV head, d)."""
+    return pool.view(-1, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)

@@ -1,0 +1,217 @@
+"""Reading PEFT's on-disk format: `adapter_config.json` and `adapter_model.safetensors` → AdapterWeights.
+
+Without importing PEFT. What loray would compute differently from PEFT is refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loray.adapters.projections import draw_pair, pair_digest
+from loray.adapters.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
+from loray.bases.config import ModelConfig
+from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
+from loray.spec import LINEAR_MODULES
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_LINEAR = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>" + "|".join(LINEAR_MODULES) + r")\.(?P<part>.+)"
+)
+_NORM = re.compile(
+    r"model\.(?P<path>norm|layers\.\d+\.(?:input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm))\.weight"
+)
+# Options that change what PEFT computes, with the values under which they do not.
+_INERT: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "ensure_weight_tying": (False, None),
+}
+# These rewrite the base's weights when PEFT loads the adapter.
+_REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json`, checked for options that loray does not compute (UnsupportedError)."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UnsupportedError(f"{folder} has no {CONFIG_FILE}: it is not a PEFT adapter")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise IntegrityError(f"{path} is not valid JSON: {e}") from e
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "VERA"):
+        raise UnsupportedError(f"{folder}: peft_type {kind!r} is not supported; LORA and VERA are")
+    for option, inert in _INERT.items():
+        if config.get(option) not in inert and option in config:
+            raise UnsupportedError(f"{folder}: {option}={config[option]!r} is not supported")
+    init = str(config.get("init_lora_weights", ""))
+    if init.startswith(_REWRITING_INITS):
+        raise UnsupportedError(
+            f"{folder}: init_lora_weights={init!r} changes the base's weights; save it as a plain LoRA first "
+            "(PEFT: path_initial_model_for_weight_conversion)"
+        )
+    return dict(config)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `adapter_model.safetensors` by their PEFT name, without the `base_model.model.` prefix."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        hint = " (adapter_model.bin is a pickle and is never read: convert it)" if list(folder.glob("*.bin")) else ""
+        raise UnsupportedError(f"{folder} has no {WEIGHTS_FILE}{hint}")
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            return {name.removeprefix(_PREFIX): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise IntegrityError(f"{path} is damaged: {e}") from e
+
+
+def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:
+    """The adapter in `folder` for a base of this configuration, dtypes as stored.
+
+    Raises UnsupportedError for what loray does not compute, BaseMismatch where shapes are another model's,
+    IntegrityError where the file is damaged or tensors are missing. RoPE and context length are in the
+    manifest, not in PEFT's files: whoever has it adds them.
+    """
+    config = read_config(folder)
+    tensors = read_tensors(folder)
+    norms: dict[str, Tensor] = {}
+    embedding: EmbeddingRows | None = None
+    parts: dict[ModuleKey, dict[str, Tensor]] = {}
+    pair_tensors: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if match := _LINEAR.fullmatch(name):
+            key = ModuleKey(int(match["layer"]), match["module"])
+            parts.setdefault(key, {})[match["part"].removesuffix(".weight")] = tensor
+        elif match := _NORM.fullmatch(name):
+            norms[match["path"]] = tensor
+        elif name == "model.embed_tokens.weight":
+            embedding = EmbeddingRows(token_ids=None, rows_VD=tensor)
+        elif name.startswith("model.embed_tokens.") and name.endswith("trainable_tokens_delta"):
+            embedding = EmbeddingRows(token_ids=_token_indices(folder, config, base), rows_VD=tensor)
+        elif name in ("base_model.vera_A", "base_model.vera_B"):
+            pair_tensors[name[-1]] = tensor
+        else:
+            raise UnsupportedError(f"{folder}: tensor {name!r} belongs to nothing that loray adapts")
+    if not parts and not norms and embedding is None:
+        raise IntegrityError(f"{folder}: {WEIGHTS_FILE} holds no adapter tensors")
+    pair: ProjectionPair | None = None
+    modules: Mapping[ModuleKey, LoraWeights | VeraWeights]
+    if config["peft_type"] == "LORA":
+        modules = {key: _lora(folder, config, key, p) for key, p in parts.items()}
+    else:
+        modules = {key: _vera(folder, key, p) for key, p in parts.items()}
+        pair = _pair(folder, config, base, parts.keys(), pair_tensors)
+    weights = AdapterWeights(modules=modules, pair=pair, norms=norms, embedding=embedding)
+    check_shapes(weights, base, source=str(folder))
+    return weights
+
+
+def check_shapes(weights: AdapterWeights, base: ModelConfig, *, source: str) -> None:
+    """BaseMismatch unless every tensor fits a base of this configuration."""
+    for what, shape, expected in _shapes(weights, base):
+        if shape != expected:
+            raise BaseMismatch(
+                f"{source}: {what} has shape {shape}, this base needs {expected}; the adapter is for another base model"
+            )
+
+
+def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    for key, module in w.modules.items():
+        out_width, in_width = base.module_shape(key.module)
+        label = f"layer {key.layer} {key.module}"
+        if key.layer >= base.num_layers:
+            raise BaseMismatch(f"{label}: this base has {base.num_layers} layers; the adapter is for another base model")
+        if isinstance(module, LoraWeights):
+            rank = module.a_RI.shape[0]
+            yield f"{label} lora_A", tuple(module.a_RI.shape), (rank, in_width)
+            yield f"{label} lora_B", tuple(module.b_OR.shape), (out_width, rank)
+        else:
+            assert w.pair is not None
+            yield f"{label} vera_lambda_d", tuple(module.d_R.shape), (w.pair.a_RI.shape[0],)
+            yield f"{label} vera_lambda_b", tuple(module.b_O.shape), (out_width,)
+    for path, norm in w.norms.items():
+        width = base.head_dim if path.endswith(("q_norm", "k_norm")) else base.hidden_size
+        yield f"norm {path}", tuple(norm.shape), (width,)
+    if w.embedding is not None:
+        ids = w.embedding.token_ids
+        rows = base.vocab_size if ids is None else len(ids)
+        yield "embed_tokens", tuple(w.embedding.rows_VD.shape), (rows, base.hidden_size)
+
+
+def _lora(folder: Path, config: Mapping[str, Any], key: ModuleKey, parts: Mapping[str, Tensor]) -> LoraWeights:
+    if set(parts) != {"lora_A", "lora_B"}:
+        raise UnsupportedError(f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not lora_A and lora_B")
+    a_RI, b_OR = parts["lora_A"], parts["lora_B"]
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, key, config["lora_alpha"])
+    rank = a_RI.shape[0]
+    return LoraWeights(a_RI, b_OR, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _vera(folder: Path, key: ModuleKey, parts: Mapping[str, Tensor]) -> VeraWeights:
+    if set(parts) != {"vera_lambda_b", "vera_lambda_d"}:
+        raise UnsupportedError(f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not vera_lambda_b and _d")
+    return VeraWeights(d_R=parts["vera_lambda_d"], b_O=parts["vera_lambda_b"])
+
+
+def _pair(
+    folder: Path, config: Mapping[str, Any], base: ModelConfig, keys: Any, stored: Mapping[str, Tensor]
+) -> ProjectionPair:
+    shapes = [base.module_shape(key.module) for key in keys]
+    max_out, max_in = max(s[0] for s in shapes), max(s[1] for s in shapes)
+    if not stored:
+        return draw_pair(config.get("projection_prng_key", 0), config["r"], max_in, max_out)
+    if set(stored) != {"A", "B"}:
+        raise IntegrityError(f"{folder}: only vera_{next(iter(stored))} is stored; both or neither must be")
+    a_RI, b_OR = stored["A"], stored["B"]
+    if a_RI.shape[1] < max_in or b_OR.shape[0] < max_out or a_RI.shape[0] != b_OR.shape[1]:
+        raise BaseMismatch(f"{folder}: the stored pair {tuple(a_RI.shape)}, {tuple(b_OR.shape)} is too small for this base")
+    return ProjectionPair(a_RI=a_RI, b_OR=b_OR, digest=pair_digest(a_RI, b_OR))
+
+
+def _by_pattern(patterns: Mapping[str, Any], key: ModuleKey, default: float) -> float:
+    """PEFT's rule: the first pattern that matches the module's path, or a dotted suffix of it."""
+    block = "mlp" if key.module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    path = f"model.layers.{key.layer}.{block}.{key.module}"
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return float(value)
+    return float(default)
+
+
+def _token_indices(folder: Path, config: Mapping[str, Any], base: ModelConfig) -> tuple[int, ...]:
+    if base.tie_word_embeddings:
+        raise UnsupportedError(
+            f"{folder}: trainable_token_indices on a base with tied embeddings also changes the output head in PEFT; "
+            "publish the embedding as modules_to_save"
+        )
+    raw = config.get("trainable_token_indices")
+    ids = next(iter(raw.values())) if isinstance(raw, dict) and len(raw) == 1 else raw
+    if not isinstance(ids, list):
+        raise IntegrityError(f"{folder}: trainable_token_indices is {raw!r}, but embedding rows are stored")
+    if any(not 0 <= i < base.vocab_size for i in ids):
+        raise BaseMismatch(f"{folder}: trainable_token_indices go beyond this base's {base.vocab_size} tokens")
+    return tuple(ids)

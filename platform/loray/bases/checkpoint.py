@@ -1,0 +1,198 @@
+"""A Hugging Face checkpoint folder as data: which tensors it has, their bytes, its fingerprint. Safetensors only.
+
+Headers are read here, without torch, so that hashing and checking cost one pass over the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loray.bases.config import ModelConfig
+from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+_CHUNK_BYTES = 8 << 20
+_MAX_HEADER_BYTES = 100 << 20
+_ITEM_BYTES: Mapping[str, int] = {"BF16": 2, "F16": 2, "F32": 4}
+# Written by old exporters; a function of the configuration.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a checkpoint; its bytes are `file[start:stop]`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that `folder` is made of, sorted. UnsupportedError where it has none."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as e:
+            raise IntegrityError(f"{index} is not a valid index of shards: {e!r}") from e
+        if any(Path(name).name != name for name in names):
+            raise IntegrityError(f"{index} names files outside its folder")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise IntegrityError(f"{folder} is incomplete: {', '.join(missing)} missing")
+        return [folder / name for name in names]
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        raise UnsupportedError(
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when they are read; "
+            "save the model with save_pretrained, which writes safetensors"
+        )
+    raise UnsupportedError(f"{folder} has no {SINGLE_FILE} nor {INDEX_FILE}: it is not a safetensors checkpoint")
+
+
+def tensor_infos(folder: Path) -> list[TensorInfo]:
+    """All tensors of the checkpoint, sorted by name. IntegrityError where a header is damaged."""
+    infos: dict[str, TensorInfo] = {}
+    for file in weight_files(folder):
+        for info in _header(file):
+            if info.name in infos:
+                raise IntegrityError(f"tensor {info.name} is both in {infos[info.name].file.name} and in {file.name}")
+            infos[info.name] = info
+    return [infos[name] for name in sorted(infos)]
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) over all shards in the order of names, dtypes as stored."""
+    from safetensors import safe_open
+
+    handles: dict[Path, Any] = {file: safe_open(str(file), framework="pt") for file in weight_files(folder)}
+    for info in tensor_infos(folder):
+        yield info.name, handles[info.file].get_tensor(info.name)
+
+
+def canonical_config(config: ModelConfig) -> str:
+    """The configuration as canonical JSON, less `eos_token_ids`, which says when to stop and not what is computed."""
+    fields = asdict(config)
+    del fields["eos_token_ids"]
+    fields["rope"] = config.rope.to_hf()
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+
+def fingerprint(folder: Path, config_json: str, progress: Callable[[float], None] | None = None) -> str:
+    """SHA-256 over `config_json` and the sorted name, dtype, shape and bytes of every tensor.
+
+    Independent of how the checkpoint is cut into shards. `progress` gets the share done, 0 to 1.
+    """
+    infos = tensor_infos(folder)
+    total = sum(info.stop - info.start for info in infos) or 1
+    digest = hashlib.sha256(config_json.encode())
+    done = 0
+    for info in infos:
+        digest.update(f"\n{info.name} {info.dtype} {list(info.shape)}\n".encode())
+        with info.file.open("rb") as f:
+            f.seek(info.start)
+            left = info.stop - info.start
+            while left:
+                chunk = f.read(min(left, _CHUNK_BYTES))
+                if not chunk:
+                    raise IntegrityError(f"{info.file} ends before tensor {info.name}")
+                digest.update(chunk)
+                left -= len(chunk)
+                done += len(chunk)
+        if progress is not None:
+            progress(done / total)
+    return digest.hexdigest()
+
+
+def check_tensors(folder: Path, config: ModelConfig) -> None:
+    """That the checkpoint holds exactly the tensors that `config` computes with.
+
+    IntegrityError names a missing tensor, BaseMismatch a wrong shape, UnsupportedError one that the decoder
+    has no use for or a dtype that it does not read (quantised checkpoints).
+    """
+    expected = expected_shapes(config)
+    infos = {info.name: info for info in tensor_infos(folder)}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight")  # some exporters write the tied copy, which nobody reads
+        infos.pop("lm_head.weight", None)
+    for name, shape in expected.items():
+        info = infos.pop(name, None)
+        if info is None:
+            raise IntegrityError(f"{folder} is incomplete: tensor {name} is missing")
+        if info.shape != shape:
+            raise BaseMismatch(f"{folder}: {name} has shape {info.shape}, its config.json says {shape}")
+        if info.dtype not in _ITEM_BYTES:
+            raise UnsupportedError(
+                f"{folder}: {name} is {info.dtype}; only {', '.join(_ITEM_BYTES)} weights are supported"
+            )
+    rest = [name for name in infos if not _DERIVED.fullmatch(name)]
+    if rest:
+        raise UnsupportedError(f"{folder}: tensor {rest[0]} is no part of {config.architecture}")
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of this configuration by its name in a checkpoint; `lm_head.weight` also where it is tied."""
+    h = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, h),
+        "model.norm.weight": (h,),
+    }
+    shapes["lm_head.weight"] = (config.vocab_size, h)
+    for i in range(config.num_layers):
+        layer = f"model.layers.{i}"
+        shapes[f"{layer}.input_layernorm.weight"] = (h,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
+        for module in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"{layer}.self_attn.{module}.weight"] = config.module_shape(module)
+            if config.qkv_bias and module != "o_proj":
+                shapes[f"{layer}.self_attn.{module}.bias"] = config.module_shape(module)[:1]
+        for module in ("gate_proj", "up_proj", "down_proj"):
+            shapes[f"{layer}.mlp.{module}.weight"] = config.module_shape(module)
+        if config.qk_norm:
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
+def _header(file: Path) -> list[TensorInfo]:
+    """The tensors of one safetensors file: 8 bytes of header length, a JSON header, then the bytes."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise IntegrityError(f"{file} is damaged: its header does not fit in the file")
+        raw = f.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        infos = []
+        for name, entry in header.items():
+            start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
+            infos.append(TensorInfo(name, entry["dtype"], tuple(map(int, entry["shape"])), file, start, stop))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise IntegrityError(f"{file} is damaged: its header cannot be read ({e!r})") from e
+    end = 8 + length
+    for info in sorted(infos, key=lambda info: (info.start, info.stop)):
+        item = _ITEM_BYTES.get(info.dtype)
+        if info.start != end or info.stop < info.start or info.stop > size:
+            raise IntegrityError(f"{file} is damaged: the bytes of tensor {info.name} lie outside of it")
+        if item is not None and math.prod(info.shape) * item != info.stop - info.start:
+            raise IntegrityError(f"{file} is damaged: tensor {info.name} has the wrong number of bytes")
+        end = info.stop
+    return infos

@@ -1,0 +1,233 @@
+"""The base models of this machine: one folder each below `HOME/bases`, fingerprinted, written whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from loray.bases import checkpoint, smollm2, sources
+from loray.bases.config import ModelConfig
+from loray.bases.sources import Progress
+from loray.errors import BaseNotFound, ConflictError, IntegrityError, LorayError, SpecError
+from loray.spec import Frozen, Name, Sha256
+from loray.telemetry import get_logger
+
+log = get_logger(__name__)
+
+_HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TEMPORARY = ".adding-"
+_STALE_S = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model on this machine. `path` is an ordinary Hugging Face checkpoint with its tokenizer.
+
+    `config.eos_token_ids` joins those of config.json and generation_config.json: chat checkpoints end their
+    turns with a token that only the latter names.
+    """
+
+    name: str
+    path: Path
+    fingerprint: str
+    config: ModelConfig
+    source: str = ""
+
+
+class _Record(Frozen):
+    """`loray-base.json`, written last."""
+
+    FILE: ClassVar[str] = "loray-base.json"
+
+    format: Literal[1] = 1
+    source: str
+    fingerprint: Sha256
+    licence: str | None = None
+    created_at: str
+
+
+def add_base(source: str, *, home: Path, name: str | None = None, progress: Progress | None = None) -> BaseModel:
+    """Make `source` a base model of this machine; adding the same one again changes nothing.
+
+    `source` is "smollm2", a folder with a Hugging Face checkpoint, or a model id of the Hugging Face hub.
+    `progress` gets (what is being done, share done of it).
+
+    Raises UnsupportedError (another architecture, pickled or quantised weights) before anything is copied,
+    IntegrityError (incomplete checkpoint), BaseNotFound (no such source), ConflictError (the name is taken by
+    other weights).
+    """
+    tell: Progress = progress or (lambda what, share: None)
+    folder = Path(source).expanduser()
+    if source == smollm2.NAME:
+        return _add(name or smollm2.NAME, smollm2.SOURCE, home, tell, smollm2.build, licence=smollm2.LICENCE)
+    if folder.is_dir():
+        sources.checked_config(folder)
+        fill = partial(sources.fill_from_folder, folder)
+        return _add(name or folder.resolve().name, str(folder.resolve()), home, tell, fill, origin=folder)
+    if _HF_ID.fullmatch(source):
+        return _add(name or source.split("/")[1], f"hf:{source}", home, tell, partial(sources.fill_from_hub, source))
+    raise BaseNotFound(f"{source!r} is neither {smollm2.NAME!r}, nor a folder, nor a Hugging Face id (OWNER/NAME)")
+
+
+def get_base(home: Path, name: str) -> BaseModel:
+    """The base called `name`. Its bytes are not read: `verify_base` does that."""
+    folder = home / "bases" / name
+    record = _read_record(folder) if _is_name(name) else None
+    if record is None:
+        known = ", ".join(base.name for base in list_bases(home))
+        hint = f"this machine has {known}" if known else "this machine has none"
+        raise BaseNotFound(f"no base model {name!r} ({hint}); add it with `loray base add {name}`")
+    return BaseModel(name, folder, record.fingerprint, sources.read_config(folder), record.source)
+
+
+def list_bases(home: Path) -> list[BaseModel]:
+    """All bases of this machine, by name."""
+    root = home / "bases"
+    if not root.is_dir():
+        return []
+    names = sorted(p.parent.name for p in root.glob(f"*/{_Record.FILE}") if not p.parent.name.startswith("."))
+    return [get_base(home, name) for name in names]
+
+
+def verify_base(base: BaseModel, progress: Progress | None = None) -> None:
+    """Hash the checkpoint again; IntegrityError where it is not what was added."""
+    share = None if progress is None else lambda done: progress(f"verifying {base.name}", done)
+    try:
+        checkpoint.check_tensors(base.path, base.config)
+        found = checkpoint.fingerprint(base.path, checkpoint.canonical_config(base.config), share)
+    except LorayError as e:
+        raise IntegrityError(f"base model {base.name} is damaged: {e}") from e
+    if found != base.fingerprint:
+        raise IntegrityError(
+            f"base model {base.name} at {base.path} is damaged: its fingerprint is {found[:12]}, "
+            f"{base.fingerprint[:12]} was added; remove the folder and add it again"
+        )
+
+
+# -- adding -----------------------------------------------------------------------------------------------------------
+
+_Fill = Callable[[Path, Path, Progress], None]  # (checkpoint folder to fill, scratch folder, progress)
+
+
+def _add(
+    name: str,
+    source: str,
+    home: Path,
+    tell: Progress,
+    fill: _Fill,
+    *,
+    origin: Path | None = None,
+    licence: str | None = None,
+) -> BaseModel:
+    """Fill a temporary folder, check and fingerprint it, and rename it into place."""
+    if not _is_name(name):
+        raise SpecError(
+            f"{name!r} cannot name a base model: letters, digits, '.', '_' and '-' only; choose another (--name)"
+        )
+    root = home / "bases"
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_stale(root)
+    damaged = False
+    if _read_record(root / name) is not None:
+        existing = get_base(home, name)
+        if existing.source != source and origin is None:
+            raise _taken(existing, source)
+        try:
+            verify_base(existing, tell)
+        except IntegrityError as e:
+            if existing.source != source:
+                raise
+            log.warning("%s; adding it again from %s", e, source)
+            damaged = True
+        else:
+            if origin is not None and _fingerprint(origin, tell) != existing.fingerprint:
+                raise _taken(existing, source)
+            return existing
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
+    try:
+        target, scratch = temporary / "base", temporary / "scratch"
+        target.mkdir()
+        scratch.mkdir()
+        fill(target, scratch, tell)
+        config = sources.checked_config(target)
+        record = _Record(
+            source=source,
+            fingerprint=checkpoint.fingerprint(
+                target, checkpoint.canonical_config(config), lambda share: tell("fingerprinting", share)
+            ),
+            licence=licence,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        (target / _Record.FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if damaged:
+            (root / name).rename(temporary / "damaged")
+        _move(target, root / name, record)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return get_base(home, name)
+
+
+def _move(target: Path, final: Path, record: _Record) -> None:
+    """Rename into place; another process may have added the same base meanwhile."""
+    try:
+        target.rename(final)
+    except OSError as e:
+        winner = _read_record(final)
+        if winner is None:
+            raise ConflictError(
+                f"{final} exists and is not a base model of loray: remove it, or choose another name"
+            ) from e
+        if winner.fingerprint != record.fingerprint:
+            raise ConflictError(
+                f"base model {final.name} was added from {winner.source} meanwhile; choose another name (--name)"
+            ) from e
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _fingerprint(folder: Path, tell: Progress) -> str:
+    config_json = checkpoint.canonical_config(sources.read_config(folder))
+    return checkpoint.fingerprint(folder, config_json, lambda share: tell("comparing", share))
+
+
+def _read_record(folder: Path) -> _Record | None:
+    path = folder / _Record.FILE
+    if not path.is_file():
+        return None
+    try:
+        return _Record.model_validate_json(path.read_bytes())
+    except ValidationError as e:
+        raise IntegrityError(f"{path} is damaged; remove {folder} and add the base again") from e
+
+
+def _taken(existing: BaseModel, source: str) -> ConflictError:
+    return ConflictError(
+        f"base model {existing.name!r} exists already, from {existing.source} and with other weights than {source}; "
+        "choose another name (--name)"
+    )
+
+
+def _is_name(name: str) -> bool:
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError:
+        return False
+    return True
+
+
+def _remove_stale(root: Path) -> None:
+    """Temporary folders of processes that died: nobody takes a day to add a base."""
+    for folder in root.glob(f"{_TEMPORARY}*"):
+        if time.time() - folder.stat().st_mtime > _STALE_S:
+            shutil.rmtree(folder, ignore_errors=True)

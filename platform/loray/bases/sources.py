@@ -1,0 +1,100 @@
+"""Where a base model comes from: its configuration checked first, then its files, from a folder or from the hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from loray.bases import checkpoint
+from loray.bases.config import ModelConfig
+from loray.errors import BaseNotFound, UnsupportedError
+
+Progress = Callable[[str, float], None]  # (what is being done, share done of it)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Data only: neither pickles nor Python files are taken over.
+_TAKEN = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE*",
+    "README.md",
+)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a checkpoint. UnsupportedError for what the decoder does not cover, quantised ones too."""
+    try:
+        config = ModelConfig.from_folder(folder)
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        generation = folder / "generation_config.json"
+        eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+    except KeyError as e:
+        raise UnsupportedError(f"{folder}/config.json lacks {e.args[0]!r}") from e
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UnsupportedError(f"the configuration in {folder} cannot be read: {e}") from e
+    if raw.get("quantization_config"):
+        raise UnsupportedError(f"{folder} is a quantised checkpoint; add the bf16, fp16 or fp32 one")
+    more = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
+
+
+def checked_config(folder: Path) -> ModelConfig:
+    """The configuration, after a check that tensors and tokenizer are there and fit it; no tensor is read."""
+    config = read_config(folder)
+    checkpoint.check_tensors(folder, config)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UnsupportedError(f"{folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it beside the weights")
+    return config
+
+
+def fill_from_folder(source: Path, target: Path, scratch: Path, tell: Progress) -> None:
+    """Copy weights, configuration and tokenizer; links are followed, everything else is left behind."""
+    files = [p for p in sorted(source.iterdir()) if p.is_file() and _is_taken(p.name)]
+    weights = checkpoint.weight_files(source)
+    index = source / checkpoint.INDEX_FILE
+    files += [*weights, index] if index.is_file() else weights
+    total = sum(p.stat().st_size for p in files) or 1
+    done = 0
+    for file in files:
+        with file.open("rb") as src, (target / file.name).open("wb") as dst:
+            while chunk := src.read(16 << 20):
+                dst.write(chunk)
+                done += len(chunk)
+                tell("copying", done / total)
+
+
+def fill_from_hub(model_id: str, target: Path, scratch: Path, tell: Progress) -> None:
+    """The configuration first: an unsupported architecture is refused before its weights are fetched."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    tell(f"downloading {model_id}", 0.0)
+    try:
+        read_config(Path(hf_hub_download(model_id, "config.json")).parent)
+        patterns = [*_TAKEN, "model*.safetensors", checkpoint.INDEX_FILE]
+        snapshot_download(model_id, allow_patterns=patterns, local_dir=str(target))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__
+        raise BaseNotFound(
+            f"{model_id} could not be fetched from the Hugging Face hub: {reason}. Check the id, the network "
+            "and HF_TOKEN, or add a checkpoint that is on disk with `loray base add PATH`"
+        ) from e
+    shutil.rmtree(target / ".cache", ignore_errors=True)
+    tell(f"downloading {model_id}", 1.0)
+
+
+def _is_taken(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _TAKEN)

@@ -1,0 +1,232 @@
+"""One step's batch: the tokens of every chunk side by side, grouped by adapter, and where each adapter's rows are.
+
+Chunks stand in the order (VeRA pair, adapter, arrival), so the tokens of one adapter are neighbours, and so are those
+of one pair. The base's come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loray.engine.pool import ResidentAdapter, ResidentPair
+from loray.engine.rows import Part
+from loray.engine.scheduler import Chunk
+from loray_kernels import AttentionMeta, LoraTable, RowTables, Segments, TokenRows, VeraTable
+
+Group = int
+
+
+class Slot(NamedTuple):
+    """Tokens [start, stop) of the step belong to `adapter`."""
+
+    adapter: ResidentAdapter
+    start: int
+    stop: int
+
+
+class PairSpan(NamedTuple):
+    """Tokens [start, stop) belong to adapters that share `pair`."""
+
+    pair: ResidentPair
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTables:
+    """What the adapters of a batch have in one layer (or, for the flat tables, outside of any)."""
+
+    lora: dict[str, LoraTable]
+    vera: dict[str, list[VeraTable]]
+    norms: dict[str, TokenRows]
+
+
+class AdapterBatch:
+    """The adapters of one step. Tables are made once for each combination of layer groups, not for each layer."""
+
+    def __init__(self, slots: Sequence[Slot], *, device: torch.device) -> None:
+        self.slots = tuple(slots)
+        self.segments = Segments(tuple(s.start for s in slots), tuple(s.stop for s in slots))
+        self.pairs = tuple(_pair_spans(slots))
+        self._device = device
+        self._tables: dict[tuple[Group, ...], LayerTables] = {}
+
+    def layer(self, layer: int) -> LayerTables:
+        return self._for(tuple(s.adapter.table.layer_group[layer] for s in self.slots))
+
+    def flat(self) -> LayerTables:
+        return self._for((-1,) * len(self.slots), flat=True)
+
+    def _for(self, groups: tuple[Group, ...], *, flat: bool = False) -> LayerTables:
+        # Group -1 means "nothing in this layer" for layers; the flat tables are asked for by an empty key instead.
+        key = () if flat else groups
+        tables = self._tables.get(key)
+        if tables is None:
+            tables = self._tables[key] = self._build(groups, flat=flat)
+        return tables
+
+    def _build(self, groups: tuple[Group, ...], *, flat: bool) -> LayerTables:
+        members = [(s, g) for s, g in zip(self.slots, groups, strict=True) if flat or g >= 0]
+        found: dict[Part, set[str]] = {}
+        for slot, group in members:
+            for g, module, part in slot.adapter.rows:
+                if g == group:
+                    found.setdefault(part, set()).add(module)
+        return LayerTables(
+            lora={m: self._lora(m, groups) for m in sorted(found.get("lora_a", ()))},
+            vera={m: self._vera(m, groups) for m in sorted(found.get("vera_d", ()))},
+            norms={m: self._norm(m, members) for m in sorted(found.get("norm", ()))},
+        )
+
+    def _lora(self, module: str, groups: tuple[Group, ...]) -> LoraTable:
+        a_rows, b_rows, starts, scales = [], [], [0], []
+        for slot, group in zip(self.slots, groups, strict=True):
+            a = slot.adapter.rows.get((group, module, "lora_a")) if group >= 0 else None
+            if a is None:
+                starts.append(starts[-1])
+                scales.append(0.0)
+                continue
+            a_rows.append(a)
+            b_rows.append(slot.adapter.rows[group, module, "lora_b"])
+            starts.append(starts[-1] + a.segments[0][2].shape[0])
+            scales.append(slot.adapter.scales[group, module])
+        return LoraTable(_concatenate(a_rows), _concatenate(b_rows), tuple(starts), tuple(scales))
+
+    def _vera(self, module: str, groups: tuple[Group, ...]) -> list[VeraTable]:
+        """One table for each stretch of neighbouring slots that share a pair and have the module."""
+        tables = []
+        numbered = list(zip(self.slots, groups, strict=True))
+
+        def pair_of(item: tuple[Slot, Group]) -> ResidentPair | None:
+            slot, group = item
+            return slot.adapter.pair if (group, module, "vera_d") in slot.adapter.rows else None
+
+        for pair, stretch in groupby(numbered, key=pair_of):
+            if pair is not None:
+                slots = list(stretch)
+                d = self._token_rows([(s, s.adapter.rows[g, module, "vera_d"]) for s, g in slots])
+                b = self._token_rows([(s, s.adapter.rows[g, module, "vera_b"]) for s, g in slots])
+                tables.append(VeraTable(pair.a_RI, pair.b_OR, d, b, slots[0][0].start, slots[-1][0].stop))
+        return tables
+
+    def _norm(self, module: str, members: Iterable[tuple[Slot, Group]]) -> TokenRows:
+        own = [(s, rows) for s, g in members if (rows := s.adapter.rows.get((g, module, "norm"))) is not None]
+        tokens = [t for s, _ in own for t in range(s.start, s.stop)]
+        return TokenRows(torch.tensor(tokens, device=self._device), self._token_rows(own))
+
+    def _token_rows(self, single: Sequence[tuple[Slot, RowTables]]) -> RowTables:
+        """One-row tables, each repeated for the tokens of its slot."""
+        return _concatenate([_map(rows, lambda o, n=s.stop - s.start: o.expand(n)) for s, rows in single])  # type: ignore[misc]
+
+
+def _concatenate(tables: Sequence[RowTables]) -> RowTables:
+    """Equal widths give equal segments, so segments are joined one by one."""
+    first = tables[0]
+    return RowTables(
+        tuple(
+            (column, width, torch.cat([t.segments[i][2] for t in tables]))
+            for i, (column, width, _) in enumerate(first.segments)
+        )
+    )
+
+
+def _map(rows: RowTables, f: Callable[[Tensor], Tensor]) -> RowTables:
+    return RowTables(tuple((column, width, f(offsets)) for column, width, offsets in rows.segments))
+
+
+def _pair_spans(slots: Sequence[Slot]) -> Iterable[PairSpan]:
+    for pair, stretch in groupby(slots, key=lambda s: s.adapter.pair):
+        if pair is not None:
+            members = list(stretch)
+            yield PairSpan(pair, members[0].start, members[-1].stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything the model needs of one step. T tokens.
+
+    logits_T     tokens whose logits are wanted, in the order of `sampled`
+    sampled      the chunks that end at their request's newest token
+    own_rows     tokens that have an embedding row of their adapter's
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    attention: AttentionMeta
+    adapters: AdapterBatch
+    own_rows: TokenRows | None
+    logits_T: Tensor
+    sampled: tuple[Chunk, ...]
+
+
+def build_batch(
+    chunks: Sequence[Chunk],
+    resident: Callable[[Chunk], ResidentAdapter | None],
+    *,
+    block_tokens: int,
+    hidden_size: int,
+    device: torch.device,
+) -> Batch:
+    """Lay out `chunks` for one pass. `resident` gives the adapter of a chunk's request, pinned in the pool."""
+    placed = [(chunk, resident(chunk)) for chunk in chunks]
+    placed.sort(key=lambda item: _order(item[1]))
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    query_start = [0]
+    context: list[int] = []
+    tables: list[Tensor] = []
+    spans: list[Slot] = []
+    own: list[tuple[int, int]] = []
+    last: list[int] = []
+    sampled: list[Chunk] = []
+    for chunk, adapter in placed:
+        request, start, stop = chunk.request, chunk.start, chunk.start + chunk.num_tokens
+        ids = request.tokens(start, stop)
+        at = len(tokens)
+        tokens.extend(ids)
+        positions.extend(range(start, stop))
+        slots.extend(request.blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(start, stop))
+        query_start.append(len(tokens))
+        context.append(stop)
+        tables.append(torch.tensor(request.blocks, dtype=torch.int64, device=device))
+        if adapter is not None:
+            if spans and spans[-1].adapter is adapter:
+                spans[-1] = Slot(adapter, spans[-1].start, len(tokens))
+            else:
+                spans.append(Slot(adapter, at, len(tokens)))
+            if adapter.token_row:
+                own.extend((at + i, adapter.token_row[t]) for i, t in enumerate(ids) if t in adapter.token_row)
+        if chunk.is_last:
+            last.append(len(tokens) - 1)
+            sampled.append(chunk)
+
+    def tensor(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    own_rows = None
+    if own:
+        own_rows = TokenRows(
+            tensor([t for t, _ in own]), RowTables(((0, hidden_size, tensor([offset for _, offset in own])),))
+        )
+    return Batch(
+        token_ids_T=tensor(tokens),
+        positions_T=tensor(positions),
+        attention=AttentionMeta(tuple(query_start), tuple(context), tuple(tables), tensor(slots)),
+        adapters=AdapterBatch(spans, device=device),
+        own_rows=own_rows,
+        logits_T=tensor(last),
+        sampled=tuple(sampled),
+    )
+
+
+def _order(adapter: ResidentAdapter | None) -> tuple[str, str]:
+    if adapter is None:
+        return ("", "")
+    return (adapter.pair.digest if adapter.pair is not None else "", adapter.ref.digest)

@@ -1,0 +1,234 @@
+"""Which block of the pool belongs to whom. One allocator for KV cache, adapter rows and shared pairs.
+
+A block is `block_tokens` tokens of K and V for every layer, so a block holds `layer_share` elements of each layer.
+It is in exactly one of these states:
+
+    free
+    kv       refcounted; holds KV cache
+    layered  holds adapter rows, at the same offset in the share of every layer
+    flat     holds rows without a layer (embeddings, final norm), anywhere in the block
+    run      one of several neighbouring blocks that hold one contiguous tensor (VeRA's pair)
+
+Rows of several adapters share a block. New rows go to the fullest block that fits them, so blocks left half empty by
+evictions fill up again first; a block whose last row goes is free at once.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+
+class Kind(Enum):
+    KV = "kv"
+    LAYERED = "layered"
+    FLAT = "flat"
+    RUN = "run"
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes in elements unless said otherwise."""
+
+    num_blocks: int
+    num_layers: int
+    block_tokens: int
+    layer_share: int
+
+    @property
+    def block_size(self) -> int:
+        return self.num_layers * self.layer_share
+
+    def blocks_for_tokens(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
+
+    def capacity(self, kind: Kind) -> int:
+        """Elements of a block that rows of this kind can be placed in."""
+        return self.layer_share if kind is Kind.LAYERED else self.block_size
+
+
+class Extent(NamedTuple):
+    """`rows` neighbouring rows of `width` elements from `offset` of `block` (of each layer's share, if layered)."""
+
+    kind: Kind
+    block: int
+    offset: int
+    width: int
+    rows: int
+
+
+class Occupancy(NamedTuple):
+    """Blocks by state."""
+
+    free: int
+    kv: int
+    layered: int
+    flat: int
+    run: int
+
+
+@dataclass(slots=True)
+class _RowBlock:
+    """Free stretches of one row block, as sorted (start, length)."""
+
+    kind: Kind
+    holes: list[tuple[int, int]]
+    free: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = sum(length for _, length in self.holes)
+
+    def take(self, width: int, rows: int) -> list[tuple[int, int]]:
+        """Up to `rows` rows as (offset, rows) from the holes, first fit."""
+        taken: list[tuple[int, int]] = []
+        holes: list[tuple[int, int]] = []
+        for start, length in self.holes:
+            n = min(length // width, rows)
+            if n:
+                taken.append((start, n))
+                rows -= n
+                self.free -= n * width
+            if length > n * width:
+                holes.append((start + n * width, length - n * width))
+        self.holes = holes
+        return taken
+
+    def give(self, start: int, length: int) -> None:
+        insort(self.holes, (start, length))
+        self.free += length
+        merged: list[tuple[int, int]] = []
+        for hole in self.holes:
+            if merged and merged[-1][0] + merged[-1][1] == hole[0]:
+                merged[-1] = (merged[-1][0], merged[-1][1] + hole[1])
+            else:
+                assert not merged or merged[-1][0] + merged[-1][1] < hole[0], "a row was freed twice"
+                merged.append(hole)
+        self.holes = merged
+
+    def fits(self, width: int) -> int:
+        return sum(length // width for _, length in self.holes)
+
+
+class BlockAllocator:
+    """The one owner of the pool's map. Every `allocate_*` either succeeds whole or changes nothing and returns None."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        # A stack, lowest block last: KV takes from the low end, runs are searched from the high end.
+        self._free = list(range(geometry.num_blocks - 1, -1, -1))
+        self._kv: dict[int, int] = {}
+        self._rows: dict[int, _RowBlock] = {}
+        self._runs: dict[int, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def occupancy(self) -> Occupancy:
+        kinds = Counter(b.kind for b in self._rows.values())
+        return Occupancy(len(self._free), len(self._kv), kinds[Kind.LAYERED], kinds[Kind.FLAT], sum(self._runs.values()))
+
+    # -- KV -----------------------------------------------------------------------------------------------------------
+
+    def allocate_kv(self, num_blocks: int) -> list[int] | None:
+        if num_blocks > len(self._free):
+            return None
+        blocks = [self._free.pop() for _ in range(num_blocks)]
+        self._kv.update(dict.fromkeys(blocks, 1))
+        return blocks
+
+    def retain_kv(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._kv[block] += 1
+
+    def release_kv(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self._kv[block] -= 1
+            if not self._kv[block]:
+                del self._kv[block]
+                self._free.append(block)
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def allocate_rows(self, kind: Kind, demand: Mapping[int, int]) -> list[Extent] | None:
+        """Rows by width, `{width: rows}`: wide ones first, narrow ones into the tails; fullest blocks first."""
+        extents: list[Extent] = []
+        for width in sorted(demand, reverse=True):
+            assert 0 < width <= self.geometry.capacity(kind), f"a row of {width} does not fit a block"
+            remaining = demand[width]
+            for block in self._open_blocks(kind, width):
+                if not remaining:
+                    break
+                remaining -= self._take(block, kind, width, remaining, extents)
+            while remaining:
+                if not self._free:
+                    self.free_rows(extents)
+                    return None
+                block = self._free.pop()
+                self._rows[block] = _RowBlock(kind, [(0, self.geometry.capacity(kind))])
+                remaining -= self._take(block, kind, width, remaining, extents)
+        return extents
+
+    def _open_blocks(self, kind: Kind, width: int) -> list[int]:
+        fitting = [(b.free, block) for block, b in self._rows.items() if b.kind is kind and b.free >= width]
+        return [block for _, block in sorted(fitting)]
+
+    def _take(self, block: int, kind: Kind, width: int, rows: int, out: list[Extent]) -> int:
+        taken = self._rows[block].take(width, rows)
+        out.extend(Extent(kind, block, offset, width, n) for offset, n in taken)
+        return sum(n for _, n in taken)
+
+    def free_rows(self, extents: Iterable[Extent]) -> None:
+        for e in extents:
+            row_block = self._rows[e.block]
+            assert row_block.kind is e.kind
+            row_block.give(e.offset, e.width * e.rows)
+            if row_block.free == self.geometry.capacity(e.kind):
+                del self._rows[e.block]
+                self._free.append(e.block)
+
+    # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def allocate_run(self, num_blocks: int) -> int | None:
+        """The first of `num_blocks` neighbouring blocks, from the high end."""
+        free = sorted(self._free, reverse=True)
+        for i in range(len(free) - num_blocks + 1):
+            first = free[i + num_blocks - 1]
+            if free[i] - first == num_blocks - 1:
+                taken = set(range(first, first + num_blocks))
+                self._free = [b for b in self._free if b not in taken]
+                self._runs[first] = num_blocks
+                return first
+        return None
+
+    def free_run(self, first: int) -> None:
+        num_blocks = self._runs.pop(first)
+        self._free.extend(range(first, first + num_blocks))
+
+    # -- proof --------------------------------------------------------------------------------------------------------
+
+    def check_integrity(
+        self, kv_references: Mapping[int, int], extents: Iterable[Extent], runs: Mapping[int, int]
+    ) -> None:
+        """AssertionError unless every block and row is free, or owned by exactly the given references."""
+        assert dict(kv_references) == self._kv, "KV references differ from the allocator's counts"
+        assert dict(runs) == self._runs, "runs differ from the allocator's"
+        states = [*self._free, *self._kv, *self._rows]
+        states += [b for first, n in self._runs.items() for b in range(first, first + n)]
+        assert sorted(states) == list(range(self.geometry.num_blocks)), "a block is in no state, or in two"
+        used: dict[int, list[tuple[int, int]]] = {block: [] for block in self._rows}
+        for e in extents:
+            assert self._rows[e.block].kind is e.kind
+            used[e.block].append((e.offset, e.width * e.rows))
+        for block, row_block in self._rows.items():
+            position = 0
+            assert used[block], f"block {block} holds no row and is not free"
+            for start, length in sorted([*used[block], *row_block.holes]):
+                assert start == position, f"block {block}: element {position} is owned twice, or by nobody"
+                position += length
+            assert position == self.geometry.capacity(row_block.kind)
+            assert row_block.free == sum(length for _, length in row_block.holes)

@@ -1,0 +1,269 @@
+"""The engine's step: take in what has loaded, schedule, run, sample, postprocess. One thread owns it; see `stream`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from loray.adapters.weights import AdapterWeights
+from loray.bases.checkpoint import read_tensors
+from loray.bases.registry import BaseModel
+from loray.engine.batch import build_batch
+from loray.engine.model import Decoder
+from loray.engine.pool import PackedAdapter, Pool, ResidentAdapter, pack
+from loray.engine.request import FinishReason, GenerateRequest, Request, TokenLogprobs, TokenOutput
+from loray.engine.residency import Residency, Tier
+from loray.engine.sampler import Sampler
+from loray.engine.scheduler import Chunk, Scheduler
+from loray.errors import BaseMismatch, ContextLengthExceeded, RequestError, SpecError
+from loray.spec import AdapterRef, ServeSpec
+from loray.telemetry import get_logger
+from loray_kernels import KvLayout, Ops, backend
+
+_log = get_logger(__name__)
+
+LoadAdapter = Callable[[AdapterRef], AdapterWeights]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A moment's state and totals since the start. Blocks are the pool's, by what they hold."""
+
+    num_running: int
+    num_waiting: int
+    num_loading: int
+    blocks: dict[str, int]
+    adapters_in_pool: tuple[str, ...]
+    adapters_on_host: tuple[str, ...]
+    host_bytes: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_finished: int
+    num_preemptions: int
+    num_loads: int
+    num_failed_loads: int
+    num_evictions: int
+    max_adapters_in_step: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Engine:
+    """Called from one thread. `wake` is called from loader threads whenever a load has landed."""
+
+    def __init__(
+        self,
+        spec: ServeSpec,
+        base: BaseModel,
+        model: Decoder,
+        pool: Pool,
+        ops: Ops,
+        load: LoadAdapter,
+    ) -> None:
+        self.spec, self.base = spec, base
+        self.wake: Callable[[], None] = lambda: None
+        self._model, self._pool, self._ops = model, pool, ops
+        self._sampler = Sampler()
+        self._load_weights = load
+        self._loader = ThreadPoolExecutor(2, thread_name_prefix="adapter-load", initializer=_single_threaded)
+        self._residency: Residency[PackedAdapter, ResidentAdapter] = Residency(
+            host_bytes=spec.host_bytes, load=self._start_load, place=pool.place, remove=pool.remove
+        )
+        self._scheduler = Scheduler(
+            allocator=pool.allocator,
+            residency=self._residency,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+            max_queued=spec.max_queued,
+            adapter_blocks=self._adapter_blocks,
+        )
+        self._requests: dict[str, Request] = {}
+        self._totals: Counter[str] = Counter()
+        self._max_adapters = 0
+        self.idle = True  # the last step had nothing to compute
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def max_model_len(self, adapter: AdapterRef | None) -> int:
+        """Tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit."""
+        limits = [
+            adapter.context_length if adapter is not None else self.base.config.max_position_embeddings,
+            self._pool.geometry.num_blocks * self._pool.geometry.block_tokens,
+        ]
+        if self.spec.max_model_len is not None:
+            limits.append(self.spec.max_model_len)
+        return min(limits)
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raise for a request that could never run: RequestError, ContextLengthExceeded, BaseMismatch."""
+        adapter, vocab = request.adapter, self.base.config.vocab_size
+        if adapter is not None and adapter.base_fingerprint != self.base.fingerprint:
+            raise BaseMismatch(f"adapter {adapter.label} was trained on another base than {self.base.name!r}")
+        if not request.prompt_ids:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        if not all(0 <= t < vocab for t in request.prompt_ids):
+            raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
+        limit, asked = self.max_model_len(adapter), len(request.prompt_ids) + request.params.max_tokens
+        if asked > limit:
+            raise ContextLengthExceeded(
+                f"this model's maximum context length is {limit} tokens, but {asked} were asked for "
+                f"({len(request.prompt_ids)} in the prompt, {request.params.max_tokens} to generate); shorten one of them",
+                param="max_tokens" if len(request.prompt_ids) < limit else "prompt",
+            )
+
+    def add(self, spec: GenerateRequest) -> None:
+        """Queue a request; raises what `check` raises, and Overloaded when too many wait."""
+        self.check(spec)
+        if spec.request_id in self._requests:
+            raise RequestError(f"request id {spec.request_id!r} is in use", param="request_id")
+        request = Request(spec, arrival=self._totals["requests"])
+        self._scheduler.add(request)
+        self._totals["requests"] += 1
+        self._requests[spec.request_id] = request
+
+    def cancel(self, request_id: str) -> None:
+        """Give back all that a request holds; unknown or finished ones are none of our business."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._remove(request)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def step(self) -> list[TokenOutput]:
+        """Advance every scheduled request by one chunk; returns the tokens and failures that came of it.
+
+        An empty list with `has_work` means that all requests wait for adapters or are in the middle of their prompt.
+        """
+        plan = self._scheduler.next()
+        outputs = []
+        for request, error in plan.failed:
+            outputs.append(TokenOutput(request.request_id, None, error=error))
+            self._remove(request)
+        if plan.chunks:
+            outputs += self._run(plan.chunks)
+        self.idle = not plan.chunks and not plan.failed
+        return outputs
+
+    def _run(self, chunks: list[Chunk]) -> list[TokenOutput]:
+        batch = build_batch(
+            chunks,
+            self._resident,
+            block_tokens=self._pool.geometry.block_tokens,
+            hidden_size=self.base.config.hidden_size,
+            device=self._pool.tensor.device,
+        )
+        self._totals["steps"] += 1
+        self._max_adapters = max(self._max_adapters, len(batch.adapters.slots))
+        logits_SV = self._model.forward(batch, self._pool, self._ops)
+        for chunk in chunks:
+            request = chunk.request
+            prompt_left = request.num_prompt_tokens - request.num_computed
+            self._totals["prompt_tokens"] += max(0, min(chunk.num_tokens, prompt_left))
+            request.num_computed += chunk.num_tokens
+        requests = [c.request for c in batch.sampled]
+        with torch.inference_mode():
+            drawn = self._sampler(logits_SV, requests)
+        return [self._postprocess(r, token, lp) for r, (token, lp) in zip(requests, drawn, strict=True)]
+
+    def _postprocess(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
+        request.output_ids.append(token)
+        self._totals["output_tokens"] += 1
+        params = request.spec.params
+        reason: FinishReason | None = None
+        if token in self.base.config.eos_token_ids and not params.ignore_eos:
+            reason = "stop"
+        elif len(request.output_ids) >= params.max_tokens:
+            reason = "length"
+        if reason is not None:
+            self._totals["finished"] += 1
+            self._remove(request)
+        return TokenOutput(request.request_id, token, logprobs, reason)
+
+    def _remove(self, request: Request) -> None:
+        self._scheduler.remove(request)
+        self._sampler.forget(request)
+        del self._requests[request.request_id]
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def _start_load(self, ref: AdapterRef) -> Future[PackedAdapter]:
+        flight = self._loader.submit(self._load_and_pack, ref)
+        flight.add_done_callback(lambda _: self.wake())
+        return flight
+
+    def _load_and_pack(self, ref: AdapterRef) -> PackedAdapter:
+        weights = self._load_weights(ref)
+        return pack(weights, embedding_VD=self._model.embedding_VD, dtype=self._pool.tensor.dtype)
+
+    def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
+        ref = chunk.request.adapter
+        return None if ref is None else self._residency.resident(ref)
+
+    def _adapter_blocks(self, request: Request) -> int:
+        packed = None if request.adapter is None else self._residency.packed(request.adapter)
+        return 0 if packed is None else self._pool.num_blocks_for(packed)
+
+    # -- looking in ---------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        tiers, counts, totals = self._residency.by_tier(), self._residency.counts(), self._totals
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            num_loading=len(tiers[Tier.LOADING]),
+            blocks=self._pool.allocator.occupancy()._asdict(),
+            adapters_in_pool=tuple(r.digest for r in tiers[Tier.POOL]),
+            adapters_on_host=tuple(r.digest for r in tiers[Tier.HOST]),
+            host_bytes=self._residency.host_used,
+            num_steps=totals["steps"],
+            num_prompt_tokens=totals["prompt_tokens"],
+            num_output_tokens=totals["output_tokens"],
+            num_finished=totals["finished"],
+            num_preemptions=self._scheduler.num_preemptions,
+            num_loads=counts.loads,
+            num_failed_loads=counts.failed_loads,
+            num_evictions=counts.evictions,
+            max_adapters_in_step=self._max_adapters,
+        )
+
+    def check_integrity(self) -> None:
+        """AssertionError unless every block is free, or held by exactly the running requests and resident adapters."""
+        kv = Counter(block for request in self._scheduler.running for block in request.blocks)
+        self._pool.check_integrity(kv, self._residency.residents())
+        pins = Counter(r.adapter.digest for r in self._scheduler.running if r.adapter is not None)
+        wants = Counter(r.adapter.digest for r in self._scheduler.waiting if r.adapter is not None)
+        assert pins == Counter(self._residency.pins()), "adapter pins differ from the running requests"
+        assert wants == Counter(self._residency.wants()), "wanted adapters differ from the waiting requests"
+
+    def close(self) -> None:
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+
+def build_engine(spec: ServeSpec, base: BaseModel, load: LoadAdapter) -> Engine:
+    """Load `base` and cut the pool. Raises SpecError when pool_bytes does not hold one sequence of one block."""
+    dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
+    config = base.config
+    layout = KvLayout(config.num_layers, spec.block_tokens, config.num_kv_heads, config.head_dim)
+    block_bytes = layout.num_layers * layout.layer_share * dtype.itemsize
+    num_blocks = spec.pool_bytes // block_bytes
+    if num_blocks < 2:
+        raise SpecError(f"pool_bytes={spec.pool_bytes} holds {num_blocks} blocks of {block_bytes} bytes; give at least 2")
+    model = Decoder(config, read_tensors(base.path), dtype=dtype, device=device)
+    pool = Pool(layout, num_blocks, dtype=dtype, device=device)
+    _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
+    return Engine(spec, base, model, pool, backend("reference"), load)
+
+
+def _single_threaded() -> None:
+    # Two teams of OpenMP threads on the same cores slow each other down; loading is a copy and needs one.
+    torch.set_num_threads(1)
+

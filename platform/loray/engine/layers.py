@@ -1,0 +1,161 @@
+"""The decoder's layers, each over a step's tokens with every adapter of the batch applied.
+
+Shapes: T tokens, I input width, O output width, D hidden, H heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loray.bases.config import ModelConfig
+from loray.bases.rope import Frequencies, frequencies
+from loray.engine.batch import Batch
+from loray.engine.pool import Pool
+from loray.spec import RopeParameters
+from loray_kernels import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer of one pass shares."""
+
+    batch: Batch
+    pool: Pool
+    ops: Ops
+    cos_Td: Tensor
+    sin_Td: Tensor
+
+    def offset(self, layer: int) -> int:
+        return layer * self.pool.geometry.layer_share
+
+
+class Linear:
+    """Base modules that share an input, as one matrix; LoRA and VeRA of each are added to its columns of the result."""
+
+    def __init__(self, layer: int, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> None:
+        self._layer = layer
+        self._modules = tuple(weights)
+        self._widths = [w.shape[0] for w in weights.values()]
+        self._weight_OI = torch.cat(list(weights.values()))
+        self._bias_O = torch.cat([biases[m] for m in weights]) if biases else None
+
+    def __call__(self, x_TI: Tensor, step: Step) -> tuple[Tensor, ...]:
+        """One (T, O) for each module."""
+        y = F.linear(x_TI, self._weight_OI, self._bias_O).split(self._widths, dim=1)
+        outputs = dict(zip(self._modules, y, strict=True))
+        self._add_lora(x_TI, outputs, step)
+        self._add_vera(x_TI, outputs, step)
+        return y
+
+    def _add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
+        tables = step.batch.adapters.layer(self._layer).lora
+        own = [m for m in self._modules if m in tables]
+        if not own:
+            return
+        pool, segments, offset = step.pool.tensor, step.batch.adapters.segments, step.offset(self._layer)
+        shrunk = step.ops.lora_shrink(x_TI, pool, tuple(tables[m] for m in own), segments, offset)
+        for module, h_TR in zip(own, shrunk, strict=True):
+            step.ops.lora_expand(outputs[module], h_TR, pool, tables[module], segments, offset)
+
+    def _add_vera(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
+        tables = step.batch.adapters.layer(self._layer).vera
+        own = [(m, table) for m in self._modules for table in tables.get(m, ())]
+        for span in step.batch.adapters.pairs if own else ():
+            inside = [(m, t) for m, t in own if span.start <= t.start and t.stop <= span.stop]
+            if not inside:
+                continue
+            z_TR = step.ops.vera_shrink(x_TI[span.start : span.stop], span.pair.a_RI)
+            for module, table in inside:
+                z_own_TR = z_TR[table.start - span.start : table.stop - span.start]
+                step.ops.vera_expand(outputs[module], z_own_TR, step.pool.tensor, table, step.offset(self._layer))
+
+
+class RMSNorm:
+    """`name` is the path below its layer, as adapters name it; layer None is the final norm."""
+
+    def __init__(self, layer: int | None, name: str, weight_D: Tensor, eps: float) -> None:
+        self._layer, self._name = layer, name
+        self._weight_D, self._eps = weight_D, eps
+
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        adapters = step.batch.adapters
+        tables = adapters.flat() if self._layer is None else adapters.layer(self._layer)
+        offset = 0 if self._layer is None else step.offset(self._layer)
+        own = tables.norms.get(self._name)
+        return step.ops.rms_norm(x_TD, self._weight_D, self._eps, step.pool.tensor, own, offset)
+
+
+class Rope:
+    """cos and sin of each token under its own model's parameters: the base's, or its LongLoRA adapter's."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._config = config
+        self._dtype, self._device = dtype, device
+        self._known: dict[RopeParameters, Frequencies] = {}
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        positions_T = batch.positions_T.float()
+        angles_Th, factor_T = self._angles(positions_T, self._config.rope)
+        for slot in batch.adapters.slots:
+            if slot.adapter.rope is not None:
+                own = slice(slot.start, slot.stop)
+                angles_Th[own], factor_T[own] = self._angles(positions_T[own], slot.adapter.rope)
+        angles_Td = torch.cat((angles_Th, angles_Th), dim=-1)
+        factor_T1 = factor_T.unsqueeze(1)
+        return (angles_Td.cos() * factor_T1).to(self._dtype), (angles_Td.sin() * factor_T1).to(self._dtype)
+
+    def _angles(self, positions_T: Tensor, rope: RopeParameters) -> tuple[Tensor, Tensor]:
+        found = self._known.get(rope)
+        if found is None:
+            inverse_d, factor = frequencies(rope, self._config.head_dim)
+            found = self._known[rope] = Frequencies(inverse_d.to(self._device), factor)
+        return torch.outer(positions_T, found.inverse_d), torch.full_like(positions_T, found.attention_factor)
+
+
+class Attention:
+    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+        prefix = f"model.layers.{layer}.self_attn"
+        qkv = ("q_proj", "k_proj", "v_proj")
+        self._layer, self._config = layer, config
+        biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if config.qkv_bias else {}
+        self._qkv = Linear(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases)
+        self._o = Linear(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, {})
+        self._q_norm = self._k_norm = None
+        if config.qk_norm:
+            eps = config.rms_norm_eps
+            self._q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], eps)
+            self._k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], eps)
+
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        c, pool = self._config, step.pool
+        q, k, v = self._qkv(x_TD, step)
+        q_THd = q.reshape(-1, c.num_heads, c.head_dim)
+        k_TKd = k.reshape(-1, c.num_kv_heads, c.head_dim)
+        v_TKd = v.reshape(-1, c.num_kv_heads, c.head_dim)
+        if self._q_norm is not None and self._k_norm is not None:
+            q_THd, k_TKd = self._q_norm(q_THd, step), self._k_norm(k_TKd, step)
+        q_THd = step.ops.rope(q_THd, step.cos_Td, step.sin_Td)
+        k_TKd = step.ops.rope(k_TKd, step.cos_Td, step.sin_Td)
+        meta = step.batch.attention
+        step.ops.write_kv(pool.tensor, pool.layout, self._layer, k_TKd, v_TKd, meta)
+        scale = c.head_dim**-0.5
+        out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, scale)
+        (y_TD,) = self._o(out_THd.flatten(1), step)
+        return y_TD
+
+
+class MLP:
+    def __init__(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        prefix = f"model.layers.{layer}.mlp"
+        self._gate_up = Linear(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in ("gate_proj", "up_proj")}, {})
+        self._down = Linear(layer, {"down_proj": tensors[f"{prefix}.down_proj.weight"]}, {})
+
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        gate_TM, up_TM = self._gate_up(x_TD, step)
+        (y_TD,) = self._down(F.silu(gate_TM) * up_TM, step)
+        return y_TD

@@ -1,0 +1,250 @@
+"""The pool: one tensor for KV cache and adapters, and what stands where in it.
+
+`pack` turns AdapterWeights into rows in host memory (in a loader's thread); `Pool.place` copies them into blocks and
+`Pool.remove` gives those back (in the engine's thread). Which block is whose is the allocator's alone to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
+from loray.engine.blocks import BlockAllocator, Extent, Geometry
+from loray.engine.rows import AdapterShape, LayerGroup, Matrix, Part, RowTable, Table, place
+from loray.spec import AdapterRef, RopeParameters
+from loray_kernels import KvLayout, RowTables
+
+_NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """An adapter as rows in the pool's dtype.
+
+    layered   by (group of the shape, module, part): (layers of the group, rows, width)
+    flat      by (module, part): (rows, width)
+    token_ids tokens whose embedding rows are the adapter's own, in the order of its flat rows
+    """
+
+    shape: AdapterShape
+    layered: Mapping[tuple[int, str, Part], Tensor]
+    flat: Mapping[tuple[str, Part], Tensor]
+    token_ids: tuple[int, ...]
+    pair: ProjectionPair | None
+    rope: RopeParameters | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.layered.values(), *self.flat.values()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidentAdapter:
+    """An adapter in the pool.
+
+    rows       the table as tensors, by (group, module, part); group -1 holds rows without a layer
+    scales     LoRA's alpha/r by (group, module)
+    token_row  offset of the own embedding row of a token
+    """
+
+    ref: AdapterRef
+    table: RowTable
+    rows: Mapping[tuple[int, str, Part], RowTables]
+    scales: Mapping[tuple[int, str], float]
+    extents: tuple[Extent, ...]
+    token_row: Mapping[int, int]
+    rope: RopeParameters | None
+    pair: ResidentPair | None
+
+
+@dataclass(slots=True, eq=False)
+class ResidentPair:
+    """A VeRA pair in a run of blocks, shared by every resident adapter that was trained with it."""
+
+    digest: str
+    first_block: int
+    num_blocks: int
+    a_RI: Tensor
+    b_OR: Tensor
+    references: int = 0
+
+
+def pack(weights: AdapterWeights, *, embedding_VD: Tensor, dtype: torch.dtype) -> PackedAdapter:
+    """Rows of `weights`. `embedding_VD` is the base's: of a dense embedding only the rows that differ are kept."""
+    layers: dict[int, dict[Matrix, Tensor]] = {}
+    for key, module in weights.modules.items():
+        own = layers.setdefault(key.layer, {})
+        if isinstance(module, LoraWeights):
+            rank = module.a_RI.shape[0]
+            own[Matrix(key.module, "lora_a", rank, module.a_RI.shape[1])] = module.a_RI
+            own[Matrix(key.module, "lora_b", rank, module.b_OR.shape[0], module.scale)] = module.b_OR.T
+        else:
+            assert isinstance(module, VeraWeights)
+            own[Matrix(key.module, "vera_d", 1, module.d_R.shape[0])] = module.d_R[None]
+            own[Matrix(key.module, "vera_b", 1, module.b_O.shape[0])] = module.b_O[None]
+    flat: dict[Matrix, Tensor] = {}
+    for path, norm in weights.norms.items():
+        if path == "norm":
+            flat[Matrix("norm", "norm", 1, norm.shape[0])] = norm[None]
+        else:
+            _, layer, name = path.split(".", 2)
+            assert name in _NORMS
+            layers.setdefault(int(layer), {})[Matrix(name, "norm", 1, norm.shape[0])] = norm[None]
+    token_ids, rows_VD = _own_embedding_rows(weights, embedding_VD, dtype)
+    if token_ids:
+        flat[Matrix("embed_tokens", "embedding", len(token_ids), rows_VD.shape[1])] = rows_VD
+    shape = AdapterShape.of(layers, flat)
+    layered: dict[tuple[int, str, Part], Tensor] = {}
+    for i, group in enumerate(shape.groups):
+        for matrix in group.matrices:
+            stacked = torch.stack([layers[layer][matrix] for layer in group.layers])
+            layered[i, matrix.module, matrix.part] = stacked.to(dtype).contiguous()
+    return PackedAdapter(
+        shape=shape,
+        layered=layered,
+        flat={(m.module, m.part): t.to(dtype).contiguous() for m, t in flat.items()},
+        token_ids=token_ids,
+        pair=weights.pair,
+        rope=weights.rope,
+    )
+
+
+def _own_embedding_rows(weights: AdapterWeights, base_VD: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
+    if weights.embedding is None:
+        return (), base_VD[:0]
+    rows_VD = weights.embedding.rows_VD.to(dtype)
+    if weights.embedding.token_ids is not None:
+        return weights.embedding.token_ids, rows_VD
+    differs = (rows_VD != base_VD.to(device=rows_VD.device, dtype=dtype)).any(dim=1)
+    return tuple(differs.nonzero().flatten().tolist()), rows_VD[differs]
+
+
+class Pool:
+    """The one owner of the pool's tensor and of the shared pairs in it."""
+
+    def __init__(self, layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.layout = layout
+        self.geometry = Geometry(num_blocks, layout.num_layers, layout.block_tokens, layout.layer_share)
+        self.allocator = BlockAllocator(self.geometry)
+        self.tensor = torch.zeros(num_blocks * self.geometry.block_size, dtype=dtype, device=device)
+        self._pairs: dict[str, ResidentPair] = {}
+
+    def num_blocks_for(self, packed: PackedAdapter) -> int:
+        """Blocks that the adapter takes at most, a pair that is not resident yet included."""
+        blocks = packed.shape.num_blocks(self.geometry)
+        if packed.pair is not None:
+            blocks += self._pair_blocks(packed.pair)
+        return blocks
+
+    def place(self, ref: AdapterRef, packed: PackedAdapter) -> ResidentAdapter | None:
+        """Copy an adapter into blocks; None, and nothing changed, when they are short. Writes the pool."""
+        pair = self._place_pair(packed.pair)
+        if packed.pair is not None and pair is None:
+            return None
+        extents: list[Extent] = []
+        for kind, demand in packed.shape.demand(self.geometry).items():
+            taken = self.allocator.allocate_rows(kind, demand)
+            if taken is None:
+                self.allocator.free_rows(extents)
+                self._release_pair(pair)
+                return None
+            extents.extend(taken)
+        table = place(packed.shape, extents, self.geometry)
+        for i, group in enumerate(packed.shape.groups):
+            self._write_group(packed, i, group, table.groups[i])
+        for (module, part), rows in packed.flat.items():
+            for segment in table.flat[module, part]:
+                self._write(segment.offsets, rows[:, segment.column : segment.column + segment.width])
+        token_row: dict[int, int] = {}
+        if packed.token_ids:
+            (segment,) = table.flat["embed_tokens", "embedding"]
+            token_row = dict(zip(packed.token_ids, segment.offsets, strict=True))
+        scales = {
+            (i, m.module): m.scale
+            for i, group in enumerate(packed.shape.groups)
+            for m in group.matrices
+            if m.part == "lora_b"
+        }
+        rows = self._row_tensors(table)
+        return ResidentAdapter(ref, table, rows, scales, tuple(extents), token_row, packed.rope, pair)
+
+    def remove(self, adapter: ResidentAdapter) -> None:
+        self.allocator.free_rows(adapter.extents)
+        self._release_pair(adapter.pair)
+
+    def _row_tensors(self, table: RowTable) -> dict[tuple[int, str, Part], RowTables]:
+        device = self.tensor.device
+        return {
+            (group, module, part): RowTables(
+                tuple((s.column, s.width, torch.tensor(s.offsets, dtype=torch.int64, device=device)) for s in segments)
+            )
+            for group, tables in ((-1, table.flat), *enumerate(table.groups))
+            for (module, part), segments in tables.items()
+            if part != "embedding"
+        }
+
+    def _write_group(self, packed: PackedAdapter, i: int, group: LayerGroup, table: Table) -> None:
+        for matrix in group.matrices:
+            rows = packed.layered[i, matrix.module, matrix.part]
+            for segment in table[matrix.module, matrix.part]:
+                columns = rows[:, :, segment.column : segment.column + segment.width]
+                for layer, layer_rows in zip(group.layers, columns, strict=True):
+                    offset = layer * self.geometry.layer_share
+                    self._write(tuple(o + offset for o in segment.offsets), layer_rows)
+
+    def _write(self, offsets: tuple[int, ...], rows: Tensor) -> None:
+        """Copy `rows` to `offsets`, neighbouring rows at once."""
+        width = rows.shape[1]
+        start = 0
+        for i in range(1, len(offsets) + 1):
+            if i == len(offsets) or offsets[i] != offsets[i - 1] + width:
+                first = offsets[start]
+                self.tensor[first : first + (i - start) * width].view(-1, width).copy_(rows[start:i])
+                start = i
+
+    # -- shared pairs -------------------------------------------------------------------------------------------------
+
+    def _pair_blocks(self, pair: ProjectionPair) -> int:
+        return -(-(pair.a_RI.numel() + pair.b_OR.numel()) // self.geometry.block_size)
+
+    def _place_pair(self, pair: ProjectionPair | None) -> ResidentPair | None:
+        if pair is None:
+            return None
+        resident = self._pairs.get(pair.digest)
+        if resident is None:
+            num_blocks = self._pair_blocks(pair)
+            first = self.allocator.allocate_run(num_blocks)
+            if first is None:
+                return None
+            start, split = first * self.geometry.block_size, pair.a_RI.numel()
+            a_RI = self.tensor[start : start + split].view_as(pair.a_RI).copy_(pair.a_RI)
+            b_OR = self.tensor[start + split : start + split + pair.b_OR.numel()].view_as(pair.b_OR).copy_(pair.b_OR)
+            resident = self._pairs[pair.digest] = ResidentPair(pair.digest, first, num_blocks, a_RI, b_OR)
+        resident.references += 1
+        return resident
+
+    def _release_pair(self, pair: ResidentPair | None) -> None:
+        if pair is None:
+            return
+        pair.references -= 1
+        if not pair.references:
+            del self._pairs[pair.digest]
+            self.allocator.free_run(pair.first_block)
+
+    def check_integrity(self, kv_references: Mapping[int, int], residents: list[ResidentAdapter]) -> None:
+        """AssertionError unless the pool holds exactly these KV blocks and adapters, and their pairs."""
+        pairs: dict[str, int] = {}
+        for adapter in residents:
+            if adapter.pair is not None:
+                pairs[adapter.pair.digest] = pairs.get(adapter.pair.digest, 0) + 1
+        assert pairs == {d: p.references for d, p in self._pairs.items()}, "a pair's references are wrong"
+        self.allocator.check_integrity(
+            kv_references,
+            [e for adapter in residents for e in adapter.extents],
+            {p.first_block: p.num_blocks for p in self._pairs.values()},
+        )
+

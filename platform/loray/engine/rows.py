@@ -1,0 +1,150 @@
+"""How an adapter's matrices become rows of the pool, and the table that finds them again.
+
+A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out); VeRA's vectors and norm weights are one row each.
+Layers that have the same matrices form a group and share one table, since a row stands at the same offset of every
+layer's share. Groups overlay each other: their layers are disjoint, so they use the same rows of the pool.
+A row wider than a layer's share is cut into segments of columns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from loray.engine.blocks import Extent, Geometry, Kind
+
+Part = Literal["lora_a", "lora_b", "vera_d", "vera_b", "norm", "embedding"]
+
+
+class Matrix(NamedTuple):
+    """`rows` rows of `width` elements. `scale` is LoRA's alpha/r, carried by lora_b."""
+
+    module: str
+    part: Part
+    rows: int
+    width: int
+    scale: float = 1.0
+
+
+class LayerGroup(NamedTuple):
+    layers: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShape:
+    """An adapter without its numbers: what must be placed, and nothing of where."""
+
+    groups: tuple[LayerGroup, ...]
+    flat: tuple[Matrix, ...]
+
+    @classmethod
+    def of(cls, layers: Mapping[int, Iterable[Matrix]], flat: Iterable[Matrix] = ()) -> AdapterShape:
+        grouped: dict[tuple[Matrix, ...], list[int]] = defaultdict(list)
+        for layer in sorted(layers):
+            grouped[tuple(sorted(layers[layer]))].append(layer)
+        groups = tuple(LayerGroup(tuple(ls), m) for m, ls in grouped.items() if m)
+        return cls(groups=groups, flat=tuple(flat))
+
+    def demand(self, geometry: Geometry) -> dict[Kind, dict[int, int]]:
+        """Rows by kind and width."""
+        layered: Counter[int] = Counter()
+        for group in self.groups:
+            layered |= _count(group.matrices, geometry.capacity(Kind.LAYERED))
+        flat = _count(self.flat, geometry.capacity(Kind.FLAT))
+        return {kind: dict(c) for kind, c in ((Kind.LAYERED, layered), (Kind.FLAT, flat)) if c}
+
+    def num_blocks(self, geometry: Geometry) -> int:
+        """Blocks that the adapter takes in an empty pool, at most."""
+        total = 0
+        for kind, demand in self.demand(geometry).items():
+            capacity = geometry.capacity(kind)
+            tails: list[int] = []
+            for width in sorted(demand, reverse=True):
+                rows = demand[width]
+                for i, tail in enumerate(tails):
+                    n = min(tail // width, rows)
+                    tails[i] -= n * width
+                    rows -= n
+                while rows:
+                    n = min(capacity // width, rows)
+                    tails.append(capacity - n * width)
+                    rows -= n
+            total += len(tails)
+        return total
+
+
+class Segment(NamedTuple):
+    """Columns [column, column + width) of a matrix: each row's first element, for layer 0, in the flat pool."""
+
+    column: int
+    width: int
+    offsets: tuple[int, ...]
+
+
+Table = Mapping[tuple[str, Part], tuple[Segment, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """Where an adapter's rows are. Layer l of a layered row is at its offset + l · layer_share.
+
+    groups       one table for each group of the shape
+    layer_group  group of each layer of the base, -1 where the adapter has nothing
+    flat         rows without a layer
+    """
+
+    groups: tuple[Table, ...]
+    layer_group: tuple[int, ...]
+    flat: Table
+
+
+def columns(width: int, capacity: int) -> list[tuple[int, int]]:
+    """(column, width) of each segment of a row: one, unless it is wider than `capacity`."""
+    num_segments = -(-width // capacity)
+    step = -(-width // num_segments)
+    return [(c, min(step, width - c)) for c in range(0, width, step)]
+
+
+def _count(matrices: Iterable[Matrix], capacity: int) -> Counter[int]:
+    count: Counter[int] = Counter()
+    for m in matrices:
+        for _, width in columns(m.width, capacity):
+            count[width] += m.rows
+    return count
+
+
+def place(shape: AdapterShape, extents: Sequence[Extent], geometry: Geometry) -> RowTable:
+    """Give the rows of `extents`, which must answer `shape.demand(geometry)`, to the matrices."""
+    layered = _offsets((e for e in extents if e.kind is Kind.LAYERED), geometry)
+    flat = _offsets((e for e in extents if e.kind is Kind.FLAT), geometry)
+    layer_group = [-1] * geometry.num_layers
+    groups: list[Table] = []
+    for i, group in enumerate(shape.groups):
+        for layer in group.layers:
+            layer_group[layer] = i
+        groups.append(_table(group.matrices, layered, geometry.capacity(Kind.LAYERED)))
+    return RowTable(tuple(groups), tuple(layer_group), _table(shape.flat, flat, geometry.capacity(Kind.FLAT)))
+
+
+def _offsets(extents: Iterable[Extent], geometry: Geometry) -> dict[int, list[int]]:
+    by_width: dict[int, list[int]] = defaultdict(list)
+    for e in extents:
+        first = e.block * geometry.block_size + e.offset
+        by_width[e.width].extend(range(first, first + e.rows * e.width, e.width))
+    return by_width
+
+
+def _table(matrices: Iterable[Matrix], offsets: Mapping[int, Sequence[int]], capacity: int) -> Table:
+    used: Counter[int] = Counter()
+    table: dict[tuple[str, Part], tuple[Segment, ...]] = {}
+    for m in matrices:
+        segments = []
+        for column, width in columns(m.width, capacity):
+            first = used[width]
+            segments.append(Segment(column, width, tuple(offsets[width][first : first + m.rows])))
+            used[width] += m.rows
+        table[m.module, m.part] = tuple(segments)
+    return table

@@ -1,0 +1,177 @@
+"""The engine behind asyncio: one thread that steps it, one asynchronous stream of text for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from loray.engine.detokenizer import Detokenizer
+from loray.engine.engine import Engine, EngineStats
+from loray.engine.request import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from loray.errors import EngineError
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
+
+__all__ = ["Delta", "EngineStream", "GenerateRequest", "TokenLogprob"]
+
+
+class TokenLogprob(NamedTuple):
+    """`top`: (token id, text, logprob), best first."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...]
+
+
+class Delta(NamedTuple):
+    """What one step added to a request. Counts are totals so far."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+class _Subscriber(NamedTuple):
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[TokenOutput]
+
+
+class EngineStream:
+    """Owns the engine's thread. Safe to call from any event loop."""
+
+    def __init__(self, engine: Engine, tokenizer: Any) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._bell = threading.Event()
+        self._stopped = False
+        self._subscribers: dict[str, _Subscriber] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stats = engine.stats()
+        self.failure: Exception | None = None
+        engine.wake = self._bell.set
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after its present step; requests under way fail with EngineError."""
+        self._stopped = True
+        self._bell.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._fail_all(EngineError("the engine is shutting down"))
+        self._engine.close()
+
+    def check_health(self) -> None:
+        """EngineError if the engine's thread has died."""
+        if self.failure is not None or (self._thread.ident is not None and not self._thread.is_alive()):
+            raise EngineError(f"the engine stopped: {self.failure!r}")
+
+    def stats(self) -> EngineStats:
+        """As of the last step."""
+        return self._stats
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
+        """Text as it comes, the last delta with a finish reason. Closing the iterator cancels the request.
+
+        Raises RequestError, ContextLengthExceeded, BaseMismatch or Overloaded before the first delta, what the
+        adapter's loading raised, or EngineError.
+        """
+        self._engine.check(request)
+        self.check_health()
+        queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
+        subscriber = _Subscriber(asyncio.get_running_loop(), queue)
+        self._post(lambda: self._add(request, subscriber))
+        detokenizer = Detokenizer(self._tokenizer, request.params.stop)
+        num_tokens = 0
+        finished = False
+        try:
+            while not finished:
+                out = await queue.get()
+                if out.error is not None:
+                    finished = True
+                    raise out.error
+                assert out.token_id is not None
+                num_tokens += 1
+                finished = out.finish_reason is not None
+                text, stopped = detokenizer.push(out.token_id)
+                if finished and not stopped:
+                    rest = detokenizer.flush()
+                    text, stopped = text + rest.text, rest.stopped
+                yield Delta(
+                    text=text,
+                    token_ids=(out.token_id,),
+                    logprobs=self._logprobs(out.token_id, out.logprobs),
+                    finish_reason="stop" if stopped else out.finish_reason,
+                    num_prompt_tokens=len(request.prompt_ids),
+                    num_output_tokens=num_tokens,
+                )
+                if stopped:
+                    return
+        finally:
+            if not finished:
+                self._post(lambda: self._cancel(request.request_id))
+
+    def _logprobs(self, token_id: int, logprobs: TokenLogprobs | None) -> tuple[TokenLogprob, ...] | None:
+        if logprobs is None:
+            return None
+        top = tuple((t, self._tokenizer.decode([t]), lp) for t, lp in logprobs.top)
+        return (TokenLogprob(token_id, self._tokenizer.decode([token_id]), logprobs.logprob, top),)
+
+    # -- the engine's thread ------------------------------------------------------------------------------------------
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._inbox.append(action)
+        self._bell.set()
+
+    def _run(self) -> None:
+        if self._engine.spec.num_threads is not None:
+            torch.set_num_threads(self._engine.spec.num_threads)
+        try:
+            while not self._stopped:
+                self._bell.clear()
+                while self._inbox:
+                    self._inbox.popleft()()
+                for output in self._engine.step():
+                    self._deliver(output)
+                self._stats = self._engine.stats()
+                if self._engine.idle and not self._inbox:
+                    self._bell.wait()
+        except Exception as e:  # noqa: BLE001 - the thread's last act: everyone who waits must hear of it
+            _log.exception("the engine stopped")
+            self.failure = e
+            self._fail_all(EngineError(f"the engine stopped: {e!r}"))
+
+    def _add(self, request: GenerateRequest, subscriber: _Subscriber) -> None:
+        self._subscribers[request.request_id] = subscriber
+        try:
+            self._engine.add(request)
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is this request's
+            self._deliver(TokenOutput(request.request_id, None, error=e))
+
+    def _cancel(self, request_id: str) -> None:
+        self._subscribers.pop(request_id, None)
+        self._engine.cancel(request_id)
+
+    def _deliver(self, output: TokenOutput) -> None:
+        subscriber = self._subscribers.get(output.request_id)
+        if subscriber is None:
+            return
+        if output.finish_reason is not None or output.error is not None:
+            del self._subscribers[output.request_id]
+        if not subscriber.loop.is_closed():
+            subscriber.loop.call_soon_threadsafe(subscriber.queue.put_nowait, output)
+
+    def _fail_all(self, error: Exception) -> None:
+        for request_id in list(self._subscribers):
+            self._deliver(TokenOutput(request_id, None, error=error))

@@ -1,0 +1,43 @@
+"""Fixtures that every area shares: the real base model, and tiny random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loray.bases.registry import BaseModel, add_base
+from tests.tiny import write_checkpoint
+
+pytest_plugins = ["tests.cluster"]
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2_home() -> Path:
+    """A LORAY_HOME that outlives the run and holds only the real base model. Tests write elsewhere."""
+    return REPOSITORY / ".cache" / "loray-home"
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_home: Path) -> BaseModel:
+    """SmolLM2-135M-Instruct, made at the first run and verified at later ones."""
+    return add_base("smollm2", home=smollm2_home)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseModel]:
+    """`tiny_base("Qwen3ForCausalLM", num_hidden_layers=3)`: a random base, made once per set of arguments."""
+    made: dict[str, BaseModel] = {}
+
+    def make(architecture: str = "LlamaForCausalLM", **config: Any) -> BaseModel:
+        key = repr((architecture, sorted(config.items())))
+        if key not in made:
+            folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **config)
+            made[key] = add_base(str(folder), home=tmp_path_factory.mktemp("home"), name=f"tiny-{len(made)}")
+        return made[key]
+
+    return make

@@ -1,0 +1,103 @@
+"""Strong random adapters, saved by PEFT, and the logits that transformers + PEFT give for them: the engine's oracle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loray.adapters.peft_format import read_adapter
+from loray.adapters.weights import AdapterWeights
+from loray.bases.registry import BaseModel
+from loray.spec import AdapterRef, Method, RopeParameters
+
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+
+
+@dataclass(frozen=True)
+class TestAdapter:
+    __test__ = False
+
+    ref: AdapterRef
+    folder: Path
+    rope: RopeParameters | None
+
+    def load(self, base: BaseModel) -> AdapterWeights:
+        return replace(read_adapter(self.folder, base.config), rope=self.rope)
+
+
+def hf_model(base: BaseModel, rope: RopeParameters | None = None) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(base.path)
+    if rope is not None:
+        config.rope_parameters = rope.to_hf()
+    return AutoModelForCausalLM.from_pretrained(base.path, config=config, dtype=torch.float32).eval()
+
+
+def make_adapter(
+    base: BaseModel,
+    folder: Path,
+    config: Any,
+    *,
+    seed: int,
+    rope: RopeParameters | None = None,
+    std: float = 0.05,
+    num_token_rows: int = 40,
+    context_length: int | None = None,
+) -> TestAdapter:
+    """Let PEFT inject `config`, fill every trained tensor with strong noise, and save it."""
+    from peft import get_peft_model
+
+    generator = torch.Generator().manual_seed(seed)
+    model = get_peft_model(hf_model(base), config)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if not p.requires_grad:
+                continue
+            noise = torch.randn(p.shape, generator=generator)
+            if "vera_lambda_d" in name:
+                p.copy_(0.3 + 0.2 * noise)
+            elif "vera_lambda_b" in name:
+                p.copy_(4 * std * noise)
+            elif "embed_tokens" in name and p.dim() == 2 and p.shape[0] == base.config.vocab_size:
+                p[:num_token_rows] += std * noise[:num_token_rows]
+            elif "norm" in name:
+                p.add_(std * noise)
+            else:
+                p.copy_(std * noise)
+    model.save_pretrained(folder)
+    method: Method = "longlora" if rope is not None else "vera" if config.peft_type == "VERA" else "lora"
+    ref = AdapterRef(
+        digest=hashlib.sha256(f"{folder}{seed}".encode()).hexdigest(),
+        name=folder.name,
+        version=1,
+        method=method,
+        base_fingerprint=base.fingerprint,
+        context_length=context_length or base.config.max_position_embeddings,
+        nbytes=sum(f.stat().st_size for f in folder.iterdir()),
+    )
+    return TestAdapter(ref, folder, rope)
+
+
+class Oracle:
+    """transformers + PEFT in fp32, one model for each distinct set of RoPE parameters."""
+
+    def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter]) -> None:
+        from peft import PeftModel
+
+        self._models: dict[str | None, Any] = {None: hf_model(base)}
+        for adapter in adapters:
+            self._models[adapter.ref.digest] = PeftModel.from_pretrained(hf_model(base, adapter.rope), adapter.folder).eval()
+
+    def logits(self, ids: Sequence[int], adapter: TestAdapter | None) -> Tensor:
+        """(tokens, vocabulary)"""
+        model = self._models[adapter.ref.digest if adapter else None]
+        with torch.inference_mode():
+            logits: Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+        return logits

@@ -1,0 +1,62 @@
+"""Driving an engine by hand: requests in, tokens and logits out, integrity checked after every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from loray.bases.registry import BaseModel
+from loray.engine.engine import Engine, build_engine
+from loray.engine.request import GenerateRequest
+from loray.spec import SamplingParams, ServeSpec
+from tests.engine.adapters import TestAdapter
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+
+def make_engine(base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: Any) -> Engine:
+    by_digest = {a.ref.digest: a for a in adapters}
+    fields: dict[str, Any] = {"base": base.name, "dtype": "float32", "pool_bytes": 8 << 20} | spec
+    return build_engine(ServeSpec(**fields), base, lambda ref: by_digest[ref.digest].load(base))
+
+
+def request(
+    request_id: str, ids: Sequence[int], adapter: TestAdapter | None = None, **params: Any
+) -> GenerateRequest:
+    return GenerateRequest(request_id, tuple(ids), GREEDY.model_copy(update=params), adapter.ref if adapter else None)
+
+
+def run(engine: Engine, requests: Sequence[GenerateRequest], *, timeout_s: float = 120) -> dict[str, list[int]]:
+    """Submit all and step until none is left. Raises the first request's error."""
+    out: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    for r in requests:
+        engine.add(r)
+    deadline = time.monotonic() + timeout_s
+    while engine.has_work:
+        assert time.monotonic() < deadline, f"no progress: {engine.stats()}"
+        for token in engine.step():
+            if token.error is not None:
+                raise token.error
+            assert token.token_id is not None
+            out[token.request_id].append(token.token_id)
+        engine.check_integrity()
+    return out
+
+
+class Spy:
+    """Keeps the logits of every sampled token, by request."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.logits: dict[str, list[Tensor]] = {}
+        sampler = engine._sampler
+
+        def spying(logits_SV: Tensor, requests: list[Any]) -> Any:
+            for row, r in zip(logits_SV, requests, strict=True):
+                self.logits.setdefault(r.request_id, []).append(row.clone())
+            return sampler(logits_SV, requests)
+
+        spying.forget = sampler.forget  # type: ignore[attr-defined]
+        engine._sampler = spying  # type: ignore[assignment]
