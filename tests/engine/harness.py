@@ -41,7 +41,7 @@ def run(engine: Engine, requests: Sequence[GenerateRequest], *, timeout_s: float
             if token.error is not None:
                 raise token.error
             assert token.token_id is not None
-            out[token.request_id].append(token.token_id)
+            out.setdefault(token.request_id, []).append(token.token_id)
         engine.check_integrity()
     return out
 

@@ -30,7 +30,7 @@ def strong_adapters(base: BaseModel, folder: Path) -> list[TestAdapter]:
         ("lora-r16", LoraConfig(r=16, lora_alpha=16, target_modules=ALL), None),
         ("rslora", LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=["o_proj", "down_proj"]), None),
         ("patterns", LoraConfig(r=4, target_modules=ALL, rank_pattern={"q_proj": 7}, alpha_pattern={"up_proj": 3}), None),
-        ("layer-1", LoraConfig(r=8, target_modules=["k_proj", "gate_proj"], layers_to_transform=[1]), None),
+        ("layer-1", LoraConfig(r=8, target_modules=ALL[1:6], layers_to_transform=[1]), None),
         ("vera-a", VeraConfig(r=32, target_modules=["q_proj", "v_proj"], save_projection=False), None),
         ("vera-b", VeraConfig(r=32, target_modules=["q_proj", "v_proj"], save_projection=False), None),
         ("vera-all", VeraConfig(r=16, target_modules=ALL, projection_prng_key=5), None),

@@ -1,0 +1,140 @@
+"""Residency: one flight, bounded host, pins, least recently used out, failures that leave no trace."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import pytest
+
+from loray.engine.residency import Residency, Tier
+from loray.errors import IntegrityError
+from loray.spec import AdapterRef
+
+
+@dataclass(frozen=True)
+class Packed:
+    nbytes: int
+
+
+class World:
+    """A store that lands flights when told to, and a pool of `slots` adapters."""
+
+    def __init__(self, *, slots: int = 2, host_bytes: int = 1000) -> None:
+        self.flights: dict[str, Future[Packed]] = {}
+        self.num_loads = 0
+        self.slots = slots
+        self.placed: list[str] = []
+        self.residency: Residency[Packed, str] = Residency(
+            host_bytes=host_bytes, load=self.load, place=self.place, remove=self.placed.remove
+        )
+
+    def load(self, ref: AdapterRef) -> Future[Packed]:
+        self.num_loads += 1
+        self.flights[ref.name] = Future()
+        return self.flights[ref.name]
+
+    def place(self, ref: AdapterRef, packed: Packed) -> str | None:
+        if len(self.placed) == self.slots:
+            return None
+        self.placed.append(ref.name)
+        return ref.name
+
+    def land(self, name: str, nbytes: int = 100) -> None:
+        self.flights[name].set_result(Packed(nbytes))
+        self.residency.poll()
+
+    def bring(self, name: str) -> AdapterRef:
+        r = ref(name)
+        self.residency.want(r)
+        self.residency.poll()
+        self.land(name)
+        assert self.residency.acquire(r) is not None
+        self.residency.unwant(r)
+        return r
+
+
+def ref(name: str, nbytes: int = 100) -> AdapterRef:
+    digest = name.encode().hex().rjust(64, "0")
+    return AdapterRef(
+        digest=digest, name=name, version=1, method="lora", base_fingerprint="0" * 64, context_length=10, nbytes=nbytes
+    )
+
+
+def test_one_flight_for_many_requests() -> None:
+    world = World()
+    for _ in range(3):
+        world.residency.want(ref("a"))
+        world.residency.poll()
+    assert world.num_loads == 1
+    assert world.residency.tier(ref("a")) is Tier.LOADING
+    assert world.residency.acquire(ref("a")) is None
+    world.land("a")
+    assert world.residency.tier(ref("a")) is Tier.HOST
+    assert [world.residency.acquire(ref("a")) for _ in range(3)] == ["a"] * 3
+    assert world.placed == ["a"]
+
+
+def test_pinned_adapters_stay_and_the_least_recently_used_idle_one_goes() -> None:
+    world = World(slots=3)
+    a, b, c = (world.bring(n) for n in "abc")
+    world.residency.release(b)
+    world.residency.release(a)
+    assert world.residency.evict_one()
+    assert world.placed == ["b", "c"]
+    assert world.residency.evict_one()
+    assert not world.residency.evict_one()
+    assert world.placed == ["c"]
+    assert world.residency.tier(a) is Tier.HOST
+    assert world.residency.pins() == {c.digest: 1}
+
+
+def test_a_failed_load_fails_those_who_wait_and_the_next_one_tries_again() -> None:
+    world = World()
+    world.residency.want(ref("a"))
+    world.residency.poll()
+    world.flights["a"].set_exception(IntegrityError("damaged"))
+    world.residency.poll()
+    assert world.residency.tier(ref("a")) is Tier.FAILED
+    assert isinstance(world.residency.error(ref("a")), IntegrityError)
+    world.residency.unwant(ref("a"))
+    world.residency.want(ref("a"))
+    assert world.residency.tier(ref("a")) is Tier.LOADING
+    world.residency.poll()
+    assert world.num_loads == 2
+
+
+def test_the_host_keeps_within_its_bytes() -> None:
+    world = World(slots=1, host_bytes=250)
+    for name in "abcd":
+        r = world.bring(name)
+        world.residency.release(r)
+        world.residency.evict_one()
+        assert world.residency.host_used <= 250
+    assert [r.name for r in world.residency.by_tier()[Tier.HOST]] == ["c", "d"]
+
+
+def test_a_full_host_delays_flights_until_room_is_made() -> None:
+    world = World(slots=1, host_bytes=150)
+    world.residency.want(ref("a"))
+    world.residency.want(ref("b"))
+    world.residency.poll()
+    assert list(world.flights) == ["a"]
+    world.land("a")
+    assert list(world.flights) == ["a"]  # wanted still, so nothing gives way
+    assert world.residency.acquire(ref("a"))
+    world.residency.unwant(ref("a"))
+    world.residency.poll()
+    assert list(world.flights) == ["a", "b"]
+
+
+def test_one_adapter_larger_than_the_host_still_comes_in() -> None:
+    world = World(host_bytes=10)
+    assert world.bring("a")
+
+
+def test_an_error_needs_a_failure() -> None:
+    world = World()
+    world.residency.want(ref("a"))
+    with pytest.raises(AssertionError):
+        world.residency.error(ref("a"))

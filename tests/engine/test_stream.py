@@ -1,0 +1,196 @@
+"""The engine behind asyncio: streams, stop strings, cancellation, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from loray.bases.registry import BaseModel
+from loray.engine.detokenizer import Detokenizer
+from loray.engine.request import GenerateRequest
+from loray.engine.stream import Delta, EngineStream
+from loray.errors import ContextLengthExceeded, EngineError, IntegrityError
+from tests.engine.adapters import make_adapter
+from tests.engine.harness import make_engine, request, run
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
+    return tiny_base()
+
+
+@asynccontextmanager
+async def started(base: BaseModel, **spec: Any) -> AsyncIterator[EngineStream]:
+    stream = EngineStream(make_engine(base, num_threads=1, **spec), AutoTokenizer.from_pretrained(base.path))
+    stream.start()
+    try:
+        yield stream
+    finally:
+        stream.stop()
+
+
+async def collect(stream: EngineStream, r: GenerateRequest) -> list[Delta]:
+    return [delta async for delta in stream.generate(r)]
+
+
+def go(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), timeout=60))  # type: ignore[arg-type]
+
+
+IDS = list(b"stream me")
+
+
+def test_deltas_are_the_engines_tokens_and_count_them(base: BaseModel) -> None:
+    expected = run(make_engine(base), [request("r", IDS, max_tokens=12)])["r"]
+
+    async def test() -> None:
+        async with started(base) as stream:
+            deltas = await collect(stream, request("r", IDS, max_tokens=12, logprobs=2))
+        assert [t for d in deltas for t in d.token_ids] == expected
+        assert [d.num_output_tokens for d in deltas] == list(range(1, 13))
+        assert {d.num_prompt_tokens for d in deltas} == {len(IDS)}
+        assert [d.finish_reason for d in deltas] == [None] * 11 + ["length"]
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        assert "".join(d.text for d in deltas) == tokenizer.decode(expected, skip_special_tokens=True)
+        for d in deltas:
+            assert d.logprobs is not None
+            (lp,) = d.logprobs
+            assert lp.top[0][0] == lp.token_id  # greedy
+            assert lp.top[0][2] == pytest.approx(lp.logprob)
+            assert lp.top[0][2] >= lp.top[1][2]
+
+    go(test)
+
+
+def test_many_streams_at_once(base: BaseModel) -> None:
+    requests = [request(str(i), IDS[: 3 + i], max_tokens=10) for i in range(6)]
+    expected = run(make_engine(base), requests)
+
+    async def test() -> None:
+        async with started(base) as stream:
+            got = await asyncio.gather(*(collect(stream, r) for r in requests))
+        assert {r.request_id: [t for d in ds for t in d.token_ids] for r, ds in zip(requests, got, strict=True)} == expected
+
+    go(test)
+
+
+def test_closing_a_stream_cancels_its_request(base: BaseModel) -> None:
+    async def test() -> None:
+        async with started(base) as stream:
+            async with aclosing(stream.generate(request("r", IDS, max_tokens=400))) as deltas:
+                async for _ in deltas:
+                    break
+            await collect(stream, request("after", IDS, max_tokens=1))
+            stats = stream.stats()
+            assert stats.num_running == 0
+            assert stats.blocks["kv"] == 0
+            assert stats.num_output_tokens < 100
+
+    go(test)
+
+
+def test_a_request_too_long_is_refused_before_the_first_delta(base: BaseModel) -> None:
+    async def test() -> None:
+        async with started(base) as stream:
+            with pytest.raises(ContextLengthExceeded):
+                await collect(stream, request("r", IDS, max_tokens=100_000))
+
+    go(test)
+
+
+def test_a_failing_load_fails_its_own_requests_only(base: BaseModel, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]), seed=0)
+
+    async def test() -> None:
+        async with started(base) as stream:
+            stream._engine._load_weights = lambda ref: (_ for _ in ()).throw(IntegrityError("damaged"))
+            broken, fine = await asyncio.gather(
+                collect(stream, request("a", IDS, adapter)), collect(stream, request("b", IDS)), return_exceptions=True
+            )
+            assert isinstance(broken, IntegrityError)
+            assert isinstance(fine, list)
+            stream.check_health()
+
+    go(test)
+
+
+def test_a_dead_engine_fails_everyone_and_says_so(base: BaseModel) -> None:
+    async def test() -> None:
+        async with started(base) as stream:
+            stream._engine._model.forward = lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck"))  # type: ignore[method-assign]
+            with pytest.raises(EngineError, match="out of luck"):
+                await collect(stream, request("r", IDS))
+            with pytest.raises(EngineError):
+                stream.check_health()
+            with pytest.raises(EngineError):
+                await collect(stream, request("s", IDS))
+
+    go(test)
+
+
+def test_stopping_ends_open_streams(base: BaseModel) -> None:
+    async def test() -> None:
+        async with started(base) as stream:
+            task = asyncio.create_task(collect(stream, request("r", IDS, max_tokens=450)))
+            while not stream.stats().num_output_tokens:
+                await asyncio.sleep(0.001)
+            threading.Thread(target=stream.stop).start()
+            with pytest.raises(EngineError, match="shutting down"):
+                await task
+
+    go(test)
+
+
+# -- text ---------------------------------------------------------------------------------------------------------------
+
+
+def text_of(base: BaseModel, data: bytes, *stop: str) -> tuple[list[str], bool]:
+    """Pieces as they come, and whether a stop string ended them."""
+    detokenizer = Detokenizer(AutoTokenizer.from_pretrained(base.path), stop)
+    byte_ids = AutoTokenizer.from_pretrained(base.path).convert_tokens_to_ids
+    from tokenizers import pre_tokenizers
+
+    pieces = []
+    for token in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(data.decode()):
+        for char in token[0]:
+            text, stopped = detokenizer.push(byte_ids(char))
+            pieces.append(text)
+            if stopped:
+                return pieces, True
+    rest = detokenizer.flush()
+    return [*pieces, rest.text], rest.stopped
+
+
+def test_characters_come_whole(base: BaseModel) -> None:
+    pieces, _ = text_of(base, "aé→😀".encode())
+    assert [p for p in pieces if p] == ["a", "é", "→", "😀"]
+
+
+def test_text_ends_before_a_stop_string_that_spans_tokens(base: BaseModel) -> None:
+    pieces, stopped = text_of(base, b"one END two", "END")
+    assert stopped
+    assert "".join(pieces) == "one "
+
+
+def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(base: BaseModel) -> None:
+    pieces, stopped = text_of(base, b"EN EEND", "END!", "XX")
+    assert not stopped
+    assert "".join(pieces) == "EN EEND"
+    assert pieces[:3] == ["", "", "EN "]
+
+
+def test_bytes_that_never_become_a_character_end_as_replacement(base: BaseModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    detokenizer = Detokenizer(tokenizer, ())
+    first = tokenizer("é")["input_ids"][0]
+    assert detokenizer.push(first).text == ""
+    assert detokenizer.flush().text == "\ufffd"
+
