@@ -8,6 +8,7 @@
     │   ├── BaseNotFound       no such base model on this machine
     │   └── AdapterNotFound    no such adapter, version or alias in the catalog
     ├── ConflictError          the name, version or alias is taken or has moved meanwhile
+    ├── CatalogError           the catalog's database cannot be reached or stays locked
     ├── IntegrityError         bytes differ from their digest, or a published folder is incomplete
     ├── UnsupportedError       an architecture, adapter type or option that loray does not implement
     ├── BaseMismatch           the adapter was trained on another base (fingerprints differ)
@@ -52,6 +53,10 @@ class AdapterNotFound(NotFoundError):
 
 
 class ConflictError(LorayError):
+    pass
+
+
+class CatalogError(LorayError):
     pass
 
 

@@ -34,10 +34,11 @@ class Settings:
         env = os.environ if env is None else env
         unknown = sorted(k for k in env if k.startswith("LORAY_") and k not in _KNOWN)
         if unknown:
-            raise SettingsError(f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(_KNOWN))}")
+            known = ", ".join(sorted(_KNOWN))
+            raise SettingsError(f"unknown environment variable {', '.join(unknown)}; known are {known}")
         home = Path(env.get("LORAY_HOME") or "~/.loray").expanduser().absolute()
         if home.exists() and not home.is_dir():
-            raise SettingsError(f"LORAY_HOME={home} is not a folder; point it at one, or at a path that does not exist yet")
+            raise SettingsError(f"LORAY_HOME={home} is not a folder; point it at one, or at a path that does not exist")
         store = env.get("LORAY_STORE") or f"file://{home}/store"
         if not store.startswith(("file://", "s3://")):
             raise SettingsError(f"LORAY_STORE={store!r} must start with file:// or s3://")

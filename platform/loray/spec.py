@@ -177,7 +177,7 @@ AdapterSpec = Annotated[LoraSpec | VeraSpec | LongLoraSpec, Field(discriminator=
 
 
 class DataSpec(Frozen):
-    """JSONL or Parquet. Columns `messages` (chat), `prompt` and `completion`, or `text`; `auto` looks which are there."""
+    """JSONL or Parquet with columns `messages` (chat), `prompt` and `completion`, or `text`; `auto` looks which."""
 
     train: str
     eval: str | None = None

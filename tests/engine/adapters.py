@@ -93,7 +93,9 @@ class Oracle:
 
         self._models: dict[str | None, Any] = {None: hf_model(base)}
         for adapter in adapters:
-            self._models[adapter.ref.digest] = PeftModel.from_pretrained(hf_model(base, adapter.rope), adapter.folder).eval()
+            self._models[adapter.ref.digest] = PeftModel.from_pretrained(
+                hf_model(base, adapter.rope), adapter.folder
+            ).eval()
 
     def logits(self, ids: Sequence[int], adapter: TestAdapter | None) -> Tensor:
         """(tokens, vocabulary)"""

@@ -23,9 +23,7 @@ def make_engine(base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: A
     return build_engine(ServeSpec(**fields), base, lambda ref: by_digest[ref.digest].load(base))
 
 
-def request(
-    request_id: str, ids: Sequence[int], adapter: TestAdapter | None = None, **params: Any
-) -> GenerateRequest:
+def request(request_id: str, ids: Sequence[int], adapter: TestAdapter | None = None, **params: Any) -> GenerateRequest:
     return GenerateRequest(request_id, tuple(ids), GREEDY.model_copy(update=params), adapter.ref if adapter else None)
 
 

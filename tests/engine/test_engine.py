@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -197,5 +196,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch(base: BaseModel, adapters:
     alone = run(make_engine(base, adapters), [seeded])["s"]
     together = run(make_engine(base, adapters), [*many(adapters, 9), seeded])["s"]
     assert alone == together
-    other = run(make_engine(base, adapters), [request("s", ids(9), adapters[0], temperature=0.9, seed=8, max_tokens=20)])
+    other = run(
+        make_engine(base, adapters), [request("s", ids(9), adapters[0], temperature=0.9, seed=8, max_tokens=20)]
+    )
     assert other["s"] != alone

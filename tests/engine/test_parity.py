@@ -29,7 +29,11 @@ def strong_adapters(base: BaseModel, folder: Path) -> list[TestAdapter]:
         ("lora-r4", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), None),
         ("lora-r16", LoraConfig(r=16, lora_alpha=16, target_modules=ALL), None),
         ("rslora", LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=["o_proj", "down_proj"]), None),
-        ("patterns", LoraConfig(r=4, target_modules=ALL, rank_pattern={"q_proj": 7}, alpha_pattern={"up_proj": 3}), None),
+        (
+            "patterns",
+            LoraConfig(r=4, target_modules=ALL, rank_pattern={"q_proj": 7}, alpha_pattern={"up_proj": 3}),
+            None,
+        ),
         ("layer-1", LoraConfig(r=8, target_modules=ALL[1:6], layers_to_transform=[1]), None),
         ("vera-a", VeraConfig(r=32, target_modules=["q_proj", "v_proj"], save_projection=False), None),
         ("vera-b", VeraConfig(r=32, target_modules=["q_proj", "v_proj"], save_projection=False), None),
@@ -42,11 +46,14 @@ def strong_adapters(base: BaseModel, folder: Path) -> list[TestAdapter]:
         ("longlora-yarn", LoraConfig(r=4, target_modules=ALL[:4], modules_to_save=["norm"]), ROPES["yarn"]),
     ]
     return [
-        make_adapter(base, folder / name, config, seed=i, rope=rope, std=0.12) for i, (name, config, rope) in enumerate(configs)
+        make_adapter(base, folder / name, config, seed=i, rope=rope, std=0.12)
+        for i, (name, config, rope) in enumerate(configs)
     ]
 
 
-@pytest.fixture(scope="module", params=["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.fixture(
+    scope="module", params=["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+)
 def case(
     request: pytest.FixtureRequest, tiny_base: Callable[..., BaseModel], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[BaseModel, list[TestAdapter], Oracle]:
@@ -113,7 +120,11 @@ def test_neighbours_adapters_leave_a_base_row_bit_equal(case: Case, dtype: str) 
             run(engine, [request("warm", ids[0], adapter, max_tokens=1)])
         spy = Spy(engine)
         params = {"max_tokens": 4}
-        run(engine, [request("base", ids[3], **params)] + [request(str(i), ids[i], a, **params) for i, a in enumerate(neighbours)])
+        run(
+            engine,
+            [request("base", ids[3], **params)]
+            + [request(str(i), ids[i], a, **params) for i, a in enumerate(neighbours)],
+        )
         logits.append(torch.stack(spy.logits["base"])[0])
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])

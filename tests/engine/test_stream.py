@@ -77,7 +77,9 @@ def test_many_streams_at_once(base: BaseModel) -> None:
     async def test() -> None:
         async with started(base) as stream:
             got = await asyncio.gather(*(collect(stream, r) for r in requests))
-        assert {r.request_id: [t for d in ds for t in d.token_ids] for r, ds in zip(requests, got, strict=True)} == expected
+        assert {
+            r.request_id: [t for d in ds for t in d.token_ids] for r, ds in zip(requests, got, strict=True)
+        } == expected
 
     go(test)
 
@@ -149,7 +151,7 @@ def test_stopping_ends_open_streams(base: BaseModel) -> None:
     go(test)
 
 
-# -- text ---------------------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------------------------
 
 
 def text_of(base: BaseModel, data: bytes, *stop: str) -> tuple[list[str], bool]:
@@ -193,4 +195,3 @@ def test_bytes_that_never_become_a_character_end_as_replacement(base: BaseModel)
     first = tokenizer("é")["input_ids"][0]
     assert detokenizer.push(first).text == ""
     assert detokenizer.flush().text == "\ufffd"
-

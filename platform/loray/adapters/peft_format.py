@@ -144,7 +144,9 @@ def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[i
         out_width, in_width = base.module_shape(key.module)
         label = f"layer {key.layer} {key.module}"
         if key.layer >= base.num_layers:
-            raise BaseMismatch(f"{label}: this base has {base.num_layers} layers; the adapter is for another base model")
+            raise BaseMismatch(
+                f"{label}: this base has {base.num_layers} layers; the adapter is for another base model"
+            )
         if isinstance(module, LoraWeights):
             rank = module.a_RI.shape[0]
             yield f"{label} lora_A", tuple(module.a_RI.shape), (rank, in_width)
@@ -173,7 +175,9 @@ def _lora(folder: Path, config: Mapping[str, Any], key: ModuleKey, parts: Mappin
 
 def _vera(folder: Path, key: ModuleKey, parts: Mapping[str, Tensor]) -> VeraWeights:
     if set(parts) != {"vera_lambda_b", "vera_lambda_d"}:
-        raise UnsupportedError(f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not vera_lambda_b and _d")
+        raise UnsupportedError(
+            f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not vera_lambda_b and _d"
+        )
     return VeraWeights(d_R=parts["vera_lambda_d"], b_O=parts["vera_lambda_b"])
 
 
@@ -188,7 +192,9 @@ def _pair(
         raise IntegrityError(f"{folder}: only vera_{next(iter(stored))} is stored; both or neither must be")
     a_RI, b_OR = stored["A"], stored["B"]
     if a_RI.shape[1] < max_in or b_OR.shape[0] < max_out or a_RI.shape[0] != b_OR.shape[1]:
-        raise BaseMismatch(f"{folder}: the stored pair {tuple(a_RI.shape)}, {tuple(b_OR.shape)} is too small for this base")
+        raise BaseMismatch(
+            f"{folder}: the stored pair {tuple(a_RI.shape)}, {tuple(b_OR.shape)} is too small for this base"
+        )
     return ProjectionPair(a_RI=a_RI, b_OR=b_OR, digest=pair_digest(a_RI, b_OR))
 
 

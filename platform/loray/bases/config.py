@@ -1,4 +1,4 @@
-"""What the decoder needs to know of a checkpoint, read from its `config.json`; other architectures are refused by name."""
+"""What the decoder needs to know of a checkpoint, from its `config.json`; other architectures are refused by name."""
 
 from __future__ import annotations
 

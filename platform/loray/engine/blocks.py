@@ -130,7 +130,9 @@ class BlockAllocator:
 
     def occupancy(self) -> Occupancy:
         kinds = Counter(b.kind for b in self._rows.values())
-        return Occupancy(len(self._free), len(self._kv), kinds[Kind.LAYERED], kinds[Kind.FLAT], sum(self._runs.values()))
+        return Occupancy(
+            len(self._free), len(self._kv), kinds[Kind.LAYERED], kinds[Kind.FLAT], sum(self._runs.values())
+        )
 
     # -- KV -----------------------------------------------------------------------------------------------------------
 

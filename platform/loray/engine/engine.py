@@ -114,7 +114,7 @@ class Engine:
         if asked > limit:
             raise ContextLengthExceeded(
                 f"this model's maximum context length is {limit} tokens, but {asked} were asked for "
-                f"({len(request.prompt_ids)} in the prompt, {request.params.max_tokens} to generate); shorten one of them",
+                f"({len(request.prompt_ids)} in the prompt, {request.params.max_tokens} to generate); ask for less",
                 param="max_tokens" if len(request.prompt_ids) < limit else "prompt",
             )
 
@@ -256,7 +256,9 @@ def build_engine(spec: ServeSpec, base: BaseModel, load: LoadAdapter) -> Engine:
     block_bytes = layout.num_layers * layout.layer_share * dtype.itemsize
     num_blocks = spec.pool_bytes // block_bytes
     if num_blocks < 2:
-        raise SpecError(f"pool_bytes={spec.pool_bytes} holds {num_blocks} blocks of {block_bytes} bytes; give at least 2")
+        raise SpecError(
+            f"pool_bytes={spec.pool_bytes} holds {num_blocks} blocks of {block_bytes} bytes; give at least 2"
+        )
     model = Decoder(config, read_tensors(base.path), dtype=dtype, device=device)
     pool = Pool(layout, num_blocks, dtype=dtype, device=device)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
@@ -266,4 +268,3 @@ def build_engine(spec: ServeSpec, base: BaseModel, load: LoadAdapter) -> Engine:
 def _single_threaded() -> None:
     # Two teams of OpenMP threads on the same cores slow each other down; loading is a copy and needs one.
     torch.set_num_threads(1)
-

@@ -46,7 +46,7 @@ class Linear:
 
     def __call__(self, x_TI: Tensor, step: Step) -> tuple[Tensor, ...]:
         """One (T, O) for each module."""
-        y = F.linear(x_TI, self._weight_OI, self._bias_O).split(self._widths, dim=1)
+        y = torch.split(F.linear(x_TI, self._weight_OI, self._bias_O), self._widths, dim=1)
         outputs = dict(zip(self._modules, y, strict=True))
         self._add_lora(x_TI, outputs, step)
         self._add_vera(x_TI, outputs, step)

@@ -1,4 +1,4 @@
-"""The decoder: Llama, Mistral, Qwen2 and Qwen3, over the pool's paged KV cache. One pass serves a heterogeneous batch."""
+"""The decoder: Llama, Mistral, Qwen2, Qwen3 over the pool's paged KV cache. One pass serves a heterogeneous batch."""
 
 from __future__ import annotations
 
@@ -58,4 +58,3 @@ class Decoder:
             x_TD = layer(x_TD, step)
         x_TD = self._norm(x_TD, step)
         return F.linear(x_TD[batch.logits_T], self._head_VD).float()
-

@@ -169,8 +169,8 @@ class Pool:
             for m in group.matrices
             if m.part == "lora_b"
         }
-        rows = self._row_tensors(table)
-        return ResidentAdapter(ref, table, rows, scales, tuple(extents), token_row, packed.rope, pair)
+        tensors = self._row_tensors(table)
+        return ResidentAdapter(ref, table, tensors, scales, tuple(extents), token_row, packed.rope, pair)
 
     def remove(self, adapter: ResidentAdapter) -> None:
         self.allocator.free_rows(adapter.extents)
@@ -247,4 +247,3 @@ class Pool:
             [e for adapter in residents for e in adapter.extents],
             {p.first_block: p.num_blocks for p in self._pairs.values()},
         )
-

@@ -212,13 +212,17 @@ class Residency(Generic[P, R]):
         else:
             self._failed += 1
             entry.tier = Tier.FAILED
-            entry.error = error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
+            entry.error = (
+                error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
+            )
             if not entry.wanted:
                 del self._entries[entry.ref.digest]
 
     def _host_has_room(self, nbytes: int) -> bool:
         """Make room for `nbytes` by dropping host copies that nobody waits for. One adapter always may come in."""
-        droppable = [e for e in self._entries.values() if e.packed is not None and not (e.wanted and e.tier is Tier.HOST)]
+        droppable = [
+            e for e in self._entries.values() if e.packed is not None and not (e.wanted and e.tier is Tier.HOST)
+        ]
         droppable.sort(key=lambda e: e.last_used)
         while self.host_used + nbytes > self._host_bytes and droppable:
             entry = droppable.pop(0)

@@ -56,14 +56,14 @@ def penalised(logits_V: Tensor, output_ids: list[int], params: SamplingParams) -
     """OpenAI's penalties: logit − frequency · count − presence · [count > 0], over the tokens generated so far."""
     if not output_ids:
         return logits_V
-    ids, counts = torch.tensor(output_ids, device=logits_V.device).unique(return_counts=True)
+    ids, counts = torch.unique(torch.tensor(output_ids, device=logits_V.device), return_counts=True)
     logits_V = logits_V.clone()
     logits_V[ids] -= params.frequency_penalty * counts + params.presence_penalty
     return logits_V
 
 
 def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities after temperature, top-k, top-p (Holtzman et al., 2020) and min-p (Nguyen et al., 2024), in turn."""
+    """Probabilities after temperature, top-k, top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024), in turn."""
     logits_V = logits_V.float() / params.temperature
     if params.top_k and params.top_k < logits_V.shape[0]:
         floor = torch.topk(logits_V, params.top_k).values[-1]

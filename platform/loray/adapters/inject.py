@@ -1,0 +1,86 @@
+"""Putting an untrained adapter into a transformers model: LoRA by PEFT, VeRA by our own module, LongLoRA's two extras."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from loray.adapters.vera import VeraLinear, inject_vera
+from loray.errors import UnsupportedError
+from loray.spec import AdapterSpec, LongContext, LoraSpec, VeraSpec
+
+ADAPTER = "default"  # PEFT's name of an adapter inside a model
+BASE_ROWS = "base_weight"  # buffer of an untied trained embedding: the base's rows, to see which ones training moved
+
+
+def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
+    """Change `model` in place so that exactly the adapter's parameters are trained. It still computes what it did.
+
+    The same seed gives the same initial weights; torch's own generator is left as it was. Trained parameters have the
+    dtype of the base: an optimizer must hold fp32 copies of them.
+
+    `spec.long_context` adds norms (all RMSNorms) and the input embedding. Where input and output embeddings are tied,
+    the trained embedding is a copy and the output head stays the base's.
+
+    Raises ValueError where `model` has an adapter already, UnsupportedError where it has none of the target modules.
+    """
+    if hasattr(model, "peft_config") or any(isinstance(m, VeraLinear) for m in model.modules()):
+        raise ValueError("this model has an adapter already; load the base again for another one")
+    dtype = model.get_input_embeddings().weight.dtype
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if isinstance(spec, VeraSpec):
+            inject_vera(model, spec)
+        else:
+            _inject_lora(model, spec)
+    if spec.long_context is not None:
+        _train_extras(model, spec.long_context)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+
+
+def lora_config(spec: LoraSpec, **options: Any) -> LoraConfig:
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=list(spec.target_modules),
+        use_rslora=spec.use_rslora,
+        task_type="CAUSAL_LM",
+        **options,
+    )
+
+
+def _inject_lora(model: Any, spec: LoraSpec) -> None:
+    try:
+        inject_adapter_in_model(lora_config(spec), model, adapter_name=ADAPTER)
+    except ValueError as e:
+        raise UnsupportedError(f"the model has none of the modules {', '.join(spec.target_modules)}: {e}") from e
+
+
+def _train_extras(model: Any, long_context: LongContext) -> None:
+    """Without PEFT's wrappers: they would keep a second copy of every norm, and VeRA needs the same."""
+    if long_context.train_norms:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.weight.requires_grad_(True)
+    if long_context.train_embeddings:
+        embedding = model.get_input_embeddings()
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is embedding.weight:
+            embedding = copy.deepcopy(embedding)
+            model.set_input_embeddings(embedding)
+        else:
+            embedding.register_buffer(BASE_ROWS, embedding.weight.detach().clone(), persistent=False)
+        embedding.weight.requires_grad_(True)
+
+
+def trained_norms(model: nn.Module) -> list[str]:
+    """Last names of the trained norms, as PEFT's `modules_to_save` takes them: "input_layernorm", "norm", …"""
+    paths = (path for path, p in model.named_parameters() if p.requires_grad and path.endswith("norm.weight"))
+    return sorted({path.split(".")[-2] for path in paths})

@@ -1,0 +1,208 @@
+"""`loray.json`: what a published adapter is, and the digest that names it.
+
+The digest is the SHA-256 of the manifest's canonical JSON; the manifest holds the SHA-256 of every file, so one
+digest pins all bytes. Nothing here needs torch except `describe`, which reads the tensors.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from loray.bases.registry import BaseModel
+from loray.errors import IntegrityError, SpecError, UnsupportedError
+from loray.spec import LINEAR_MODULES, AdapterManifest, Evaluation, Method, Projection, RopeParameters, TrainSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loray.adapters.weights import AdapterWeights
+
+# What an adapter may consist of; anything else in its folder (optimiser states, pickles) is not published.
+PUBLISHED_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "LICENSE*")
+
+_FORMAT = 1
+
+
+def describe(
+    folder: Path,
+    *,
+    base: BaseModel,
+    recipe: TrainSpec | None = None,
+    job_id: str | None = None,
+    data_fingerprint: str | None = None,
+    evaluations: Sequence[Evaluation] = (),
+    licence: str | None = None,
+    description: str = "",
+    rope_parameters: RopeParameters | None = None,
+    context_length: int | None = None,
+) -> AdapterManifest:
+    """Check the PEFT adapter in `folder` against `base`, and write its `loray.json`.
+
+    `rope_parameters` None means the base's own RoPE, `context_length` None the base's own window. `created_at`
+    is when the weights were written, so describing the same files again gives the same digest.
+
+    Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter cannot be served on `base`, and
+    SpecError where `recipe` is of another method.
+    """
+    from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter, read_config
+
+    weights = read_adapter(folder, base.config)
+    tensors = _trained_tensors(weights)
+    written = datetime.fromtimestamp((folder / WEIGHTS_FILE).stat().st_mtime, UTC)
+    try:
+        manifest = AdapterManifest(
+            method=_method(folder, weights, recipe, rope_parameters),
+            base=base.name,
+            base_fingerprint=base.fingerprint,
+            rank=_rank(weights),
+            target_modules=tuple(m for m in LINEAR_MODULES if any(key.module == m for key in weights.modules)),
+            num_parameters=sum(t.numel() for t in tensors),
+            nbytes=sum(t.numel() * t.element_size() for t in tensors),
+            context_length=context_length or base.config.max_position_embeddings,
+            rope_parameters=rope_parameters,
+            projection=_projection(weights, read_config(folder).get("projection_prng_key", 0)),
+            files={path.name: file_sha256(path) for path in published_files(folder)},
+            recipe=recipe,
+            job_id=job_id,
+            data_fingerprint=data_fingerprint,
+            evaluations=tuple(evaluations),
+            licence=licence,
+            description=description,
+            created_at=written.isoformat(timespec="seconds"),
+        )
+    except ValidationError as e:
+        raise SpecError(f"the manifest of {folder} would not be valid: {e}") from e
+    write_manifest(folder, canonical_json(manifest))
+    return manifest
+
+
+def canonical_json(manifest: AdapterManifest) -> bytes:
+    """Sorted keys, no spaces, no nulls: what the digest is taken of, and what the store keeps."""
+    return _canonical(manifest.model_dump(mode="json", exclude_none=True))
+
+
+def digest(manifest: AdapterManifest) -> str:
+    """The adapter's identity: SHA-256 of the manifest's canonical JSON, as 64 hex digits."""
+    return hashlib.sha256(canonical_json(manifest)).hexdigest()
+
+
+def write_manifest(folder: Path, canonical: bytes) -> None:
+    """`loray.json`, indented for people; its digest is that of `canonical`."""
+    text = json.dumps(json.loads(canonical), indent=2, ensure_ascii=False)
+    (folder / AdapterManifest.FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> AdapterManifest:
+    """IntegrityError where `folder` has no valid `loray.json`, UnsupportedError where a later loray wrote it."""
+    return parse_manifest(read_canonical(folder), source=str(folder / AdapterManifest.FILE))
+
+
+def read_canonical(folder: Path) -> bytes:
+    """The canonical JSON of `folder`'s manifest, whatever its layout on disk."""
+    path = folder / AdapterManifest.FILE
+    if not path.is_file():
+        raise IntegrityError(f"{folder} has no {AdapterManifest.FILE}: it is not a published adapter")
+    try:
+        return _canonical(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as e:
+        raise IntegrityError(f"{path} is not valid JSON: {e}") from e
+
+
+def parse_manifest(data: bytes, *, source: str) -> AdapterManifest:
+    """`data` as a manifest; errors as in `read_manifest`, naming `source`."""
+    try:
+        raw = json.loads(data)
+    except ValueError as e:
+        raise IntegrityError(f"{source} is not valid JSON: {e}") from e
+    number = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(number, int) and number > _FORMAT:
+        raise UnsupportedError(f"{source} has manifest format {number}; this loray reads {_FORMAT}: upgrade it")
+    try:
+        manifest = AdapterManifest.parse(raw, source=source)
+    except SpecError as e:
+        raise IntegrityError(str(e)) from e
+    bad = [name for name in manifest.files if Path(name).name != name or name in (".", "..", AdapterManifest.FILE)]
+    if bad:
+        raise IntegrityError(f"{source} names the file {bad[0]!r}, which is not a plain file name")
+    return manifest
+
+
+def verify_folder(folder: Path) -> AdapterManifest:
+    """Hash every file that the manifest names; IntegrityError names the first that is missing or differs."""
+    manifest = read_manifest(folder)
+    for name, expected in sorted(manifest.files.items()):
+        path = folder / name
+        if not path.is_file():
+            raise IntegrityError(f"{folder} is incomplete: {name} is missing")
+        if file_sha256(path) != expected:
+            raise IntegrityError(f"{path} is damaged: its SHA-256 is not the one in {AdapterManifest.FILE}")
+    return manifest
+
+
+def published_files(folder: Path) -> list[Path]:
+    """The files of a PEFT folder that belong to the adapter, sorted by name."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in PUBLISHED_FILES)
+    ]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _canonical(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _trained_tensors(weights: AdapterWeights) -> list[Tensor]:
+    """All tensors that are the adapter's own; VeRA's shared pair is not."""
+    from loray.adapters.weights import LoraWeights
+
+    tensors: list[Tensor] = []
+    for module in weights.modules.values():
+        tensors += [module.a_RI, module.b_OR] if isinstance(module, LoraWeights) else [module.d_R, module.b_O]
+    tensors += weights.norms.values()
+    if weights.embedding is not None:
+        tensors.append(weights.embedding.rows_VD)
+    return tensors
+
+
+def _rank(weights: AdapterWeights) -> int:
+    """The largest rank of any module; 0 where the adapter has no linear modules."""
+    from loray.adapters.weights import LoraWeights
+
+    return max(
+        (m.a_RI.shape[0] if isinstance(m, LoraWeights) else m.d_R.shape[0] for m in weights.modules.values()), default=0
+    )
+
+
+def _method(
+    folder: Path, weights: AdapterWeights, recipe: TrainSpec | None, rope_parameters: RopeParameters | None
+) -> Method:
+    method: Method = "vera" if weights.pair is not None else "lora"
+    if recipe is None:
+        return "longlora" if method == "lora" and rope_parameters is not None else method
+    declared = recipe.adapter.method
+    if (declared == "vera") != (method == "vera"):
+        raise SpecError(f"{folder} holds a {method} adapter, but its recipe says {declared}")
+    return declared
+
+
+def _projection(weights: AdapterWeights, key: int) -> Projection | None:
+    if weights.pair is None:
+        return None
+    a_RI, b_OR = weights.pair.a_RI, weights.pair.b_OR
+    return Projection(
+        key=key, rank=a_RI.shape[0], max_in=a_RI.shape[1], max_out=b_OR.shape[0], sha256=weights.pair.digest
+    )

@@ -1,0 +1,76 @@
+"""VeRA (Kopiczko et al., ICLR 2024): h = W0 x + Λb B Λd A x, with one frozen random pair (A, B) for all layers.
+
+Trained are d (width R) and b (width O) of each module, named as PEFT names them. The pair is neither a parameter nor
+in any state dict: it is a function of (key, R, max_in, max_out).
+
+Shapes: R rank, I input width, O output width of one module; the pair has the largest of all target modules.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from loray.adapters.projections import draw_pair
+from loray.adapters.weights import ProjectionPair
+from loray.errors import UnsupportedError
+from loray.spec import VeraSpec
+
+
+class SharedPair:
+    """One pair for a whole model, kept once for each device and dtype in which a module asked for it."""
+
+    def __init__(self, pair: ProjectionPair) -> None:
+        self.pair = pair
+        self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(A, B) on the device and in the dtype of `x`. fp32 on the CPU is the drawn pair itself."""
+        key = (x.device, x.dtype)
+        if key not in self._copies:
+            self._copies[key] = (self.pair.a_RI.to(*key), self.pair.b_OR.to(*key))
+        return self._copies[key]
+
+
+class VeraLinear(nn.Module):
+    """A linear module with its VeRA vectors. In fp32 bit-equal to PEFT's; in bf16 the pair is bf16 too.
+
+    d starts at `d_initial` and b at 0, so that an untrained module computes what its base does.
+    """
+
+    def __init__(self, base_layer: nn.Linear, shared: SharedPair, *, rank: int, d_initial: float, dropout: float) -> None:
+        super().__init__()
+        weight = base_layer.weight
+        self.base_layer = base_layer
+        self.shared = shared  # not a module: its tensors stay out of parameters, buffers and state dicts
+        self.dropout = nn.Dropout(dropout)
+        self.vera_lambda_b = nn.Parameter(weight.new_zeros(base_layer.out_features))
+        self.vera_lambda_d = nn.Parameter(weight.new_full((rank,), d_initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Tensor = self.base_layer(x)
+        a_RI, b_OR = self.shared.like(x)
+        inner = F.linear(self.dropout(x), a_RI[:, : self.base_layer.in_features])
+        outer = F.linear(self.vera_lambda_d * inner, b_OR[: self.base_layer.out_features])
+        return base + self.vera_lambda_b * outer
+
+
+def inject_vera(model: nn.Module, spec: VeraSpec) -> SharedPair:
+    """Put a VeraLinear in the place of every target module of `model`, whose other parameters are frozen."""
+    targets = {
+        path: module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in spec.target_modules and isinstance(module, nn.Linear)
+    }
+    if not targets:
+        raise UnsupportedError(f"the model has none of the modules {', '.join(spec.target_modules)}")
+    max_in = max(m.in_features for m in targets.values())
+    max_out = max(m.out_features for m in targets.values())
+    shared = SharedPair(draw_pair(spec.projection_prng_key, spec.rank, max_in, max_out))
+    model.requires_grad_(False)
+    for path, module in targets.items():
+        parent, _, name = path.rpartition(".")
+        vera = VeraLinear(module, shared, rank=spec.rank, d_initial=spec.d_initial, dropout=spec.dropout)
+        setattr(model.get_submodule(parent), name, vera)
+    return shared
