@@ -49,12 +49,17 @@ def make_adapter(
     rope: RopeParameters | None = None,
     std: float = 0.05,
     num_token_rows: int = 40,
+    extras_std: float | None = None,
     context_length: int | None = None,
 ) -> TestAdapter:
-    """Let PEFT inject `config`, fill every trained tensor with strong noise, and save it."""
+    """Let PEFT inject `config`, fill every trained tensor with strong noise, and save it.
+
+    `extras_std` is for norms and embedding rows, `std` unless given.
+    """
     from peft import get_peft_model
 
     generator = torch.Generator().manual_seed(seed)
+    extras_std = std if extras_std is None else extras_std
     model = get_peft_model(hf_model(base), config)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
@@ -66,9 +71,9 @@ def make_adapter(
             elif "vera_lambda_b" in name:
                 p.copy_(4 * std * noise)
             elif "embed_tokens" in name and p.dim() == 2 and p.shape[0] == base.config.vocab_size:
-                p[:num_token_rows] += std * noise[:num_token_rows]
+                p[:num_token_rows] += extras_std * noise[:num_token_rows]
             elif "norm" in name:
-                p.add_(std * noise)
+                p.add_(extras_std * noise)
             else:
                 p.copy_(std * noise)
     model.save_pretrained(folder)
@@ -101,5 +106,11 @@ class Oracle:
         """(tokens, vocabulary)"""
         model = self._models[adapter.ref.digest if adapter else None]
         with torch.inference_mode():
-            logits: Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+            logits: Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0]
         return logits
+
+    def double(self) -> Oracle:
+        """The same models in fp64."""
+        for model in self._models.values():
+            model.double()
+        return self

@@ -1,0 +1,71 @@
+"""The shape of the repository: what would break imports, and what the architecture promises."""
+
+from __future__ import annotations
+
+import ast
+import platform
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"loray": "platform/loray", "loray_kernels": "kernels/loray_kernels", "jobs": "jobs", "serve_apps": "serve_apps"}
+PYTHON_FILES = sorted(
+    p for folder in ("platform", "kernels", "jobs", "serve_apps", "infra", "tests") for p in (ROOT / folder).rglob("*.py")
+)
+
+
+def test_platform_is_a_source_root_and_never_a_package() -> None:
+    """With an `__init__.py` it would shadow Python's own module, which torch and pytest import."""
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    assert not [p for p in (ROOT / "tests").rglob("platform") if p.is_dir()]
+    assert Path(platform.__file__).name == "platform.py"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_come_from_their_folders(name: str) -> None:
+    code = f"import {name}; print({name}.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert Path(found.stdout.strip()) == ROOT / PACKAGES[name] / "__init__.py"
+
+
+def test_the_wheel_holds_exactly_these_packages() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == list(PACKAGES.values())
+
+
+def test_files_stay_small() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in PYTHON_FILES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        str(p.relative_to(ROOT))
+        for p in PYTHON_FILES
+        if p.read_text().strip() and ast.get_docstring(ast.parse(p.read_text())) is None
+    ]
+    assert not silent
+
+
+def test_help_is_quick_because_it_imports_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from loray.cli.main import main;"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
+        "print([m for m in ('torch', 'ray', 'transformers', 'peft', 'fastapi') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_errors_docstring_lists_every_error() -> None:
+    import inspect
+
+    from loray import errors
+
+    classes = {n for n, c in vars(errors).items() if inspect.isclass(c) and issubclass(c, errors.LorayError)}
+    assert errors.__doc__ is not None
+    assert not {n for n in classes if n not in errors.__doc__}
