@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,5 +40,29 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseMod
             folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **config)
             made[key] = add_base(str(folder), home=tmp_path_factory.mktemp("home"), name=f"tiny-{len(made)}")
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def peft_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`peft_folder(base, "vera", seed=1)`: a fresh copy of a folder that PEFT saved, made once per set of arguments."""
+    made: dict[tuple[str, str, int], Path] = {}
+
+    def make(base: BaseModel, method: str = "lora", seed: int = 0) -> Path:
+        from peft import LoraConfig, VeraConfig
+
+        from tests.engine.adapters import make_adapter
+
+        key = (base.fingerprint, method, seed)
+        if key not in made:
+            modules = ["q_proj", "v_proj"]
+            config = VeraConfig(r=16, target_modules=modules, save_projection=False)
+            if method == "lora":
+                config = LoraConfig(r=4, lora_alpha=8, target_modules=modules)
+            made[key] = tmp_path_factory.mktemp("peft") / f"{method}-{seed}"
+            make_adapter(base, made[key], config, seed=seed)
+        copy = tmp_path_factory.mktemp("adapter") / made[key].name
+        return Path(shutil.copytree(made[key], copy))
 
     return make

@@ -9,6 +9,7 @@
     │   └── AdapterNotFound    no such adapter, version or alias in the catalog
     ├── ConflictError          the name, version or alias is taken or has moved meanwhile
     ├── CatalogError           the catalog's database cannot be reached or stays locked
+    ├── ClusterError           the local Ray cluster does not come up
     ├── IntegrityError         bytes differ from their digest, or a published folder is incomplete
     ├── UnsupportedError       an architecture, adapter type or option that loray does not implement
     ├── BaseMismatch           the adapter was trained on another base (fingerprints differ)
@@ -57,6 +58,10 @@ class ConflictError(LorayError):
 
 
 class CatalogError(LorayError):
+    pass
+
+
+class ClusterError(LorayError):
     pass
 
 

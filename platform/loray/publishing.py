@@ -8,10 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loray.adapters.manifest import describe, parse_manifest, published_files, read_canonical, verify_folder
-from loray.bases.registry import BaseModel
+from loray.adapters.manifest import (
+    describe,
+    parse_manifest,
+    published_files,
+    read_canonical,
+    read_manifest,
+    verify_folder,
+)
+from loray.bases.registry import BaseModel, list_bases
 from loray.catalog import AdapterVersion, Catalog
-from loray.errors import BaseMismatch, DataError
+from loray.errors import BaseMismatch, BaseNotFound, DataError
 from loray.spec import AdapterManifest
 from loray.store import AdapterStore
 
@@ -53,31 +60,33 @@ def import_folder(
     Raises DataError (no such folder), UnsupportedError (another kind of adapter, pickled weights), BaseMismatch,
     IntegrityError; then neither store nor catalog has changed.
     """
+    from loray.adapters.peft_format import read_adapter
+
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     catalog.check_name(name, aliases)
+    is_published = (folder / AdapterManifest.FILE).is_file()
+    if is_published:
+        _check_published(folder, base)
+    read_adapter(folder, base.config)  # here too, so that errors name the user's folder and not the copy
     with tempfile.TemporaryDirectory(prefix="loray-import-") as scratch:
         copy = Path(scratch)
         for path in published_files(folder):
             shutil.copy2(path, copy / path.name)  # with its time, which is the adapter's created_at
-        if (folder / AdapterManifest.FILE).is_file():
+        if is_published:
             shutil.copy2(folder / AdapterManifest.FILE, copy / AdapterManifest.FILE)
-            _check_published(copy, base)
         else:
             describe(copy, base=base, licence=licence, description=description)
         return _register(copy, name, base, store, catalog, aliases)
 
 
 def _check_published(folder: Path, base: BaseModel) -> None:
-    from loray.adapters.peft_format import read_adapter
-
     manifest = verify_folder(folder)
     if manifest.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
             f"the adapter was trained on {manifest.base} ({manifest.base_fingerprint[:12]}), not on {base.name} "
             f"({base.fingerprint[:12]}); add that base model and import it there"
         )
-    read_adapter(folder, base.config)
 
 
 def _register(
@@ -87,3 +96,35 @@ def _register(
     digest = store.put(folder)
     manifest = parse_manifest(read_canonical(folder), source=str(folder))
     return catalog.register(name, digest, manifest, aliases)
+
+
+def base_of(folder: Path, home: Path) -> BaseModel:
+    """The base on this machine that the adapter in `folder` was trained on.
+
+    By fingerprint where it has a `loray.json`, else by the name or path that PEFT wrote down, else the only base
+    there is. BaseNotFound where none of these tells, BaseMismatch where this machine lacks the base.
+    """
+    known = list_bases(home)
+    if (folder / AdapterManifest.FILE).is_file():
+        manifest = read_manifest(folder)
+        for base in known:
+            if base.fingerprint == manifest.base_fingerprint:
+                return base
+        raise BaseMismatch(
+            f"the adapter was trained on {manifest.base} ({manifest.base_fingerprint[:12]}), which this machine does "
+            "not have; add that base model first"
+        )
+    from loray.adapters.peft_format import read_config
+
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    trained_on = str(read_config(folder).get("base_model_name_or_path") or "")
+    for base in known:
+        if trained_on and trained_on in (base.name, str(base.path), base.source, base.source.removeprefix("hf:")):
+            return base
+    if len(known) == 1:
+        return known[0]
+    names = ", ".join(base.name for base in known) or "none; add one with `loray base add`"
+    raise BaseNotFound(
+        f"cannot tell which base model {folder} was trained on ({trained_on!r}); name one with --base: {names}"
+    )

@@ -7,6 +7,7 @@ for bit what was evaluated.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -29,8 +30,8 @@ _INDEX_NBYTES = 16  # of one token id as a line of adapter_config.json
 def save_adapter(model: Any, spec: AdapterSpec, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`; PEFT loads the folder as it is.
 
-    The base is named by `model.config.name_or_path`, of a path only the last part. An input embedding that is not tied to
-    the output head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
+    The base is named by `model.config.name_or_path`, of a path only the last part. An input embedding that is not
+    tied to the output head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
     """
     tensors = {_PREFIX + peft_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     token_ids = _replace_embedding_by_rows(model, spec, tensors)
@@ -70,7 +71,7 @@ def load_adapter_state(model: Any, folder: Path) -> None:
     ours = {peft_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     shapes, expected = ({name: tuple(t.shape) for name, t in side.items()} for side in (stored, ours))
     if wrong := sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name)):
-        raise IntegrityError(f"{folder} does not fit the attached adapter, for example in {wrong[0]}; load it into its own spec")
+        raise IntegrityError(f"{folder} does not fit the attached adapter, for example in {wrong[0]}: specs differ")
     for name, parameter in ours.items():
         parameter.copy_(stored[name])
 
@@ -98,16 +99,19 @@ def _replace_embedding_by_rows(model: Any, spec: AdapterSpec, tensors: dict[str,
 
 
 def _vera_config(spec: VeraSpec, **options: Any) -> VeraConfig:
-    return VeraConfig(
-        r=spec.rank,
-        target_modules=list(spec.target_modules),
-        projection_prng_key=spec.projection_prng_key,
-        save_projection=spec.save_projection,
-        vera_dropout=spec.dropout,
-        d_initial=spec.d_initial,
-        task_type="CAUSAL_LM",
-        **options,
-    )
+    with warnings.catch_warnings():
+        # That the pair is drawn again is what PEFT warns of; the manifest pins its digest.
+        warnings.filterwarnings("ignore", message="Specified to not save vera_A and vera_B")
+        return VeraConfig(
+            r=spec.rank,
+            target_modules=list(spec.target_modules),
+            projection_prng_key=spec.projection_prng_key,
+            save_projection=spec.save_projection,
+            vera_dropout=spec.dropout,
+            d_initial=spec.d_initial,
+            task_type="CAUSAL_LM",
+            **options,
+        )
 
 
 def _json(config: PeftConfig) -> str:

@@ -1,4 +1,4 @@
-"""Putting an untrained adapter into a transformers model: LoRA by PEFT, VeRA by our own module, LongLoRA's two extras."""
+"""Putting an untrained adapter into a transformers model: LoRA by PEFT, VeRA by ours, LongLoRA's two extras."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
     `spec.long_context` adds norms (all RMSNorms) and the input embedding. Where input and output embeddings are tied,
     the trained embedding is a copy and the output head stays the base's.
 
-    Raises ValueError where `model` has an adapter already, UnsupportedError where it has none of the target modules.
+    Raises ValueError where `model` has an adapter already, UnsupportedError where it lacks a target module.
     """
     if hasattr(model, "peft_config") or any(isinstance(m, VeraLinear) for m in model.modules()):
         raise ValueError("this model has an adapter already; load the base again for another one")
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if missing := [m for m in spec.target_modules if m not in names]:
+        raise UnsupportedError(f"the model has no modules {', '.join(missing)}; take them out of target_modules")
     dtype = model.get_input_embeddings().weight.dtype
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         if isinstance(spec, VeraSpec):
             inject_vera(model, spec)
         else:
-            _inject_lora(model, spec)
+            inject_adapter_in_model(lora_config(spec), model, adapter_name=ADAPTER)
     if spec.long_context is not None:
         _train_extras(model, spec.long_context)
     for parameter in model.parameters():
@@ -54,13 +57,6 @@ def lora_config(spec: LoraSpec, **options: Any) -> LoraConfig:
         task_type="CAUSAL_LM",
         **options,
     )
-
-
-def _inject_lora(model: Any, spec: LoraSpec) -> None:
-    try:
-        inject_adapter_in_model(lora_config(spec), model, adapter_name=ADAPTER)
-    except ValueError as e:
-        raise UnsupportedError(f"the model has none of the modules {', '.join(spec.target_modules)}: {e}") from e
 
 
 def _train_extras(model: Any, long_context: LongContext) -> None:

@@ -9,12 +9,11 @@ Shapes: R rank, I input width, O output width of one module; the pair has the la
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loray.adapters.projections import draw_pair
 from loray.adapters.weights import ProjectionPair
-from loray.errors import UnsupportedError
 from loray.spec import VeraSpec
 
 
@@ -39,7 +38,9 @@ class VeraLinear(nn.Module):
     d starts at `d_initial` and b at 0, so that an untrained module computes what its base does.
     """
 
-    def __init__(self, base_layer: nn.Linear, shared: SharedPair, *, rank: int, d_initial: float, dropout: float) -> None:
+    def __init__(
+        self, base_layer: nn.Linear, shared: SharedPair, *, rank: int, d_initial: float, dropout: float
+    ) -> None:
         super().__init__()
         weight = base_layer.weight
         self.base_layer = base_layer
@@ -63,8 +64,6 @@ def inject_vera(model: nn.Module, spec: VeraSpec) -> SharedPair:
         for path, module in model.named_modules()
         if path.rpartition(".")[2] in spec.target_modules and isinstance(module, nn.Linear)
     }
-    if not targets:
-        raise UnsupportedError(f"the model has none of the modules {', '.join(spec.target_modules)}")
     max_in = max(m.in_features for m in targets.values())
     max_out = max(m.out_features for m in targets.values())
     shared = SharedPair(draw_pair(spec.projection_prng_key, spec.rank, max_in, max_out))

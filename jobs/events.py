@@ -1,0 +1,115 @@
+"""What a run says while it runs: one JSON object a line (`--events`), or lines for people.
+
+{"event": "start" | "step" | "eval" | "checkpoint" | "worker_lost" | "published" | "error", …}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+Emit = Callable[[dict[str, Any]], None]
+
+_POLL_S = 0.2
+
+
+def encode(event: dict[str, Any]) -> str:
+    """One line. Numbers that JSON does not have (nan, inf) become null."""
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()})
+
+
+def decode(line: str) -> dict[str, Any] | None:
+    """The event of a line of a job's log; None for any other line."""
+    if not line.startswith('{"event"'):
+        return None
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def describe(event: dict[str, Any]) -> str:
+    """One line for people."""
+    match event["event"]:
+        case "start":
+            data = event["data"]
+            parts = [
+                f"{event['num_trainable']:,} of {event['num_parameters']:,} parameters trained "
+                f"({event['trainable_share']:.2%})",
+                f"{event['num_steps']} steps" + (f" from {event['step']}" if event["step"] else ""),
+                f"{data['num_rows']:,} rows, {data['num_tokens']:,} tokens, {data['num_eval_rows']} rows held out",
+            ]
+            if data["num_truncated"] or data["num_without_targets"]:
+                parts.append(f"{data['num_truncated']} rows truncated, {data['num_without_targets']} dropped")
+            return "; ".join(parts)
+        case "step":
+            skipped = f"  skipped {event['skipped_steps']}" if event["skipped_steps"] else ""
+            return (
+                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}  lr {event['lr']:.2e}  "
+                f"grad norm {number(event['grad_norm'])}  {event['tokens_per_s']:,.0f} tokens/s  "
+                f"ETA {duration(event['eta_s'])}{skipped}"
+            )
+        case "eval":
+            return f"step {event['step']}  held-out loss {number(event['eval_loss'])} ({event['subject']})"
+        case "checkpoint":
+            return f"step {event['step']}  checkpoint saved"
+        case "worker_lost":
+            return f"a worker was lost ({event['message']}); going on from the last checkpoint"
+        case "published":
+            aliases = f" ({', '.join(event['aliases'])})" if event["aliases"] else ""
+            return f"published {event['label']}{aliases}: {event['nbytes']:,} bytes, digest {event['digest'][:12]}"
+        case "error":
+            return f"error: {event['message']}"
+        case other:
+            return str(other)
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class EventTail:
+    """Hands every event appended to a file to `emit`, from a thread, until the `with` block ends.
+
+    The file is written by Ray Train's controller, another process; it stays behind as the run's history.
+    """
+
+    def __init__(self, path: Path, emit: Emit) -> None:
+        self._path, self._emit = path, emit
+        self._done = Event()
+        self._thread = Thread(target=self._follow, name="loray-events", daemon=True)
+
+    def __enter__(self) -> EventTail:
+        self._path.touch()
+        self._offset = self._path.stat().st_size  # a resumed run's history was told already
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        partial = ""
+        with self._path.open(encoding="utf-8") as file:
+            file.seek(self._offset)
+            while True:
+                finished = self._done.is_set()  # before reading: what was written until then is still delivered
+                *lines, partial = (partial + file.read()).split("\n")
+                for line in lines:
+                    if event := decode(line):
+                        self._emit(event)
+                if finished:
+                    return
+                self._done.wait(_POLL_S)

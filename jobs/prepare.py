@@ -1,0 +1,60 @@
+"""From a recipe to everything a run needs, checked before any worker starts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transformers import AutoTokenizer
+
+from jobs.recipe import Recipe
+from loray.bases.registry import BaseModel, get_base, list_bases
+from loray.errors import SpecError
+from loray.settings import Settings
+from loray.spec import TrainSpec
+from loray.train.batches import BatchStream
+from loray.train.data import Dataset, load_data
+from loray.train.model import context_length, rope_parameters
+
+
+class Prepared(NamedTuple):
+    base: BaseModel
+    data: Dataset
+
+
+def prepare(recipe: Recipe, settings: Settings) -> Prepared:
+    """Check the recipe against this machine, and read the data. Raises LorayError with what to change."""
+    spec = recipe.spec
+    if spec.name in {base.name for base in list_bases(settings.home)}:
+        raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
+    base = get_base(settings.home, spec.base)
+    max_length = row_length(spec, base)
+    data = load_data(
+        recipe.data(),
+        AutoTokenizer.from_pretrained(base.path),
+        max_length=max_length,
+        max_eval_rows=spec.evaluation.max_rows,
+        seed=spec.seed,
+        whole_windows=spec.adapter.long_context is not None,
+    )
+    BatchStream(data.train, spec.batch, max_length=max_length, seed=spec.seed)  # refuses a budget that rows exceed
+    return Prepared(base, data)
+
+
+def row_length(spec: TrainSpec, base: BaseModel) -> int:
+    """Tokens of the longest row: `data.max_length`. Where it is not given, a long-context adapter gets rows of its
+    whole context, and a small base rows that fit into its window.
+
+    Raises SpecError where rows would be longer than the context, UnsupportedError where RoPE cannot be scaled.
+    """
+    context = context_length(base, spec)
+    long_context = spec.adapter.long_context
+    if long_context is not None:
+        rope_parameters(base, long_context)
+    if "max_length" not in spec.data.model_fields_set:
+        return context if long_context is not None else min(spec.data.max_length, context)
+    if spec.data.max_length > context:
+        raise SpecError(
+            f"data.max_length is {spec.data.max_length}, but the adapter's context is {context} tokens; lower it"
+            + ("" if long_context else f", or extend {base.name} with method longlora")
+        )
+    return spec.data.max_length

@@ -1,0 +1,80 @@
+"""A run's events on a terminal: one bar with loss, held-out loss and speed; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from jobs.events import decode, describe, number
+
+_LOG_LINES = 20
+_LINES_OF_STEPS = 10  # step lines a run prints where there is no terminal
+
+
+class RunView:
+    """Fed with the lines of a job's log. After it: `published`, `error`, and the last lines that were no events."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=None, figures="")
+        self._eval_loss: float | None = None
+        self.published: dict[str, Any] | None = None
+        self.error: dict[str, Any] | None = None
+        self.log: deque[str] = deque(maxlen=_LOG_LINES)
+
+    def __enter__(self) -> RunView:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def feed(self, line: str) -> None:
+        event = decode(line)
+        if event is None:
+            if line.strip():
+                self.log.append(line)
+            return
+        match event["event"]:
+            case "start":
+                self._progress.update(
+                    self._task, description="training", total=event["num_steps"], completed=event["step"]
+                )
+                self._say(event)
+            case "step":
+                self._step(event)
+            case "eval":
+                self._eval_loss = event["eval_loss"]
+                self._say(event)
+            case "worker_lost":
+                self._say(event)
+            case "published":
+                self.published = event
+            case "error":
+                self.error = event
+
+    def _step(self, event: dict[str, Any]) -> None:
+        held_out = "" if self._eval_loss is None else f"  held out {number(self._eval_loss)}"
+        figures = f"loss {number(event['loss'])}{held_out}  {event['tokens_per_s']:,.0f} tokens/s"
+        self._progress.update(self._task, completed=event["step"], figures=figures)
+        every = max(1, event["num_steps"] // _LINES_OF_STEPS)
+        if not self._console.is_terminal and event["step"] % every == 0:
+            self._say(event)
+
+    def _say(self, event: dict[str, Any]) -> None:
+        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)

@@ -1,0 +1,160 @@
+"""Opening the catalog's database: SQLite on one machine, PostgreSQL in a cluster; migrated to this version's tables."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
+from loray.telemetry import get_logger
+
+log = get_logger(__name__)
+
+HEAD = "0001"  # the newest revision in migrations/versions
+
+_WRITES = "loray_writes"
+_BUSY_TIMEOUT_MS = 30_000
+_MIGRATION_LOCK = 0x6C6F726179  # of PostgreSQL's advisory locks
+
+
+def open_database(url: str) -> sa.Engine:
+    """An engine whose tables are those of `schema`. Safe when several processes open a new database at once.
+
+    SettingsError where the URL is wrong or its driver is missing, CatalogError where the database cannot be
+    reached, UnsupportedError where a later loray has migrated it, IntegrityError where the file is no database.
+    """
+    try:
+        engine = _engine(url)
+    except ImportError as e:
+        raise SettingsError(f"catalog {_shown(url)}: {e}; PostgreSQL needs `pip install 'psycopg[binary]'`") from e
+    except (ArgumentError, NoSuchModuleError) as e:
+        raise SettingsError(f"catalog {_shown(url)}: {e}") from e
+    try:
+        with _creation_lock(engine):
+            _migrate(engine)
+    except DatabaseError as e:
+        engine.dispose()
+        raise IntegrityError(f"catalog {_shown(url)} is damaged: {str(e.orig).strip()}") from e
+    except LorayError:
+        engine.dispose()
+        raise
+    return engine
+
+
+@contextmanager
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """One consistent view of all tables."""
+    with _clear_errors(engine), engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execution_options(isolation_level="REPEATABLE READ")
+        with connection.begin():
+            yield connection
+
+
+@contextmanager
+def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """One transaction, rolled back on any error. On SQLite writers queue from here on."""
+    with _clear_errors(engine), engine.connect() as connection:
+        connection.execution_options(**{_WRITES: True})
+        with connection.begin():
+            yield connection
+
+
+def _engine(url: str) -> sa.Engine:
+    parsed = sa.make_url(url)
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() == "postgresql":
+        return sa.create_engine(parsed, pool_pre_ping=True, isolation_level="READ COMMITTED")
+    if not parsed.database or parsed.database == ":memory:":
+        raise SettingsError(f"catalog {url!r} must name a file: sqlite:////folder/catalog.db")
+    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(parsed)
+    sa.event.listen(engine, "connect", _configure_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(dbapi_connection: Any, _record: Any) -> None:
+    dbapi_connection.isolation_level = None  # transactions begin where _begin_sqlite says
+    cursor = dbapi_connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    """Writers take the lock before they read: a transaction that begins as a reader cannot always become a writer."""
+    writes = connection.get_execution_options().get(_WRITES, False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _migrate(engine: sa.Engine) -> None:
+    with reading(engine) as connection:
+        if _revision(connection) == HEAD:
+            return
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    with writing(engine) as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        revision = _revision(connection)
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        if revision is not None and revision not in known:
+            raise UnsupportedError(
+                f"the catalog was migrated by a later loray (revision {revision}, this one knows {HEAD}): upgrade loray"
+            )
+        log.debug("migrating the catalog from revision %s to %s", revision, HEAD)
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def _creation_lock(engine: sa.Engine) -> AbstractContextManager[None]:
+    """For SQLite: switching a new file to WAL fails where another process does it at the same moment."""
+    if engine.dialect.name != "sqlite" or engine.url.database is None:
+        return nullcontext()
+    return _file_lock(Path(engine.url.database + ".lock"))
+
+
+@contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    with path.open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _clear_errors(engine: sa.Engine) -> Iterator[None]:
+    """SQLAlchemy's errors hold statements and a link; callers get the database's own line."""
+    try:
+        yield
+    except (OperationalError, PoolTimeout) as e:
+        reason = str(e.orig).strip() if isinstance(e, OperationalError) else str(e)
+        raise CatalogError(f"catalog {_shown(engine.url)} cannot be used: {reason}") from e
+
+
+def _shown(url: str | sa.URL) -> str:
+    """Without the password."""
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return repr(url)

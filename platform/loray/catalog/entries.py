@@ -1,0 +1,140 @@
+"""What the catalog answers with: versions, names with aliases, and snapshots that resolve without a database."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+
+from loray.errors import AdapterNotFound
+from loray.spec import AdapterManifest, AdapterRef
+
+DEFAULT_ALIAS = "prod"
+
+
+class ModelName(NamedTuple):
+    """`name`, `name@3` or `name@alias` in its parts."""
+
+    name: str
+    selector: str | None
+
+
+def split_model(model: str) -> ModelName:
+    name, at, selector = model.partition("@")
+    return ModelName(name, selector if at else None)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """One immutable version; `aliases` are those that pointed at it when it was read."""
+
+    name: str
+    version: int
+    digest: str
+    manifest: AdapterManifest
+    created_at: datetime
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def ref(self) -> AdapterRef:
+        m = self.manifest
+        return AdapterRef(
+            digest=self.digest,
+            name=self.name,
+            version=self.version,
+            method=m.method,
+            base_fingerprint=m.base_fingerprint,
+            context_length=m.context_length,
+            nbytes=m.nbytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AliasMove:
+    """One entry of an alias's history; `undone` by a rollback."""
+
+    alias: str
+    version: int
+    undone: bool
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEntry:
+    """One name: its versions (never empty) and where its aliases point."""
+
+    name: str
+    created_at: datetime
+    versions: Mapping[int, AdapterRef]
+    aliases: Mapping[str, int]
+
+    @property
+    def default(self) -> AdapterRef:
+        """What the bare name means: alias `prod` where it is set, else the newest version."""
+        return self.versions[self.aliases.get(DEFAULT_ALIAS, max(self.versions))]
+
+    def select(self, selector: str | None) -> AdapterRef:
+        """By version number or alias; AdapterNotFound lists what there is."""
+        if selector is None:
+            return self.default
+        version = int(selector) if _is_number(selector) else self.aliases.get(selector)
+        if version is not None and version in self.versions:
+            return self.versions[version]
+        if _is_number(selector):
+            numbers = sorted(self.versions)
+            span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+            raise AdapterNotFound(f"adapter {self.name!r} has no version {selector}; it has {span}")
+        known = ", ".join(sorted(self.aliases)) or "none"
+        raise AdapterNotFound(f"adapter {self.name!r} has no alias {selector!r}; its aliases: {known}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDetail:
+    """One name with everything known of it, newest version first; alias moves in order of time."""
+
+    entry: AdapterEntry
+    versions: tuple[AdapterVersion, ...]
+    moves: tuple[AliasMove, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogSnapshot:
+    """All names at one moment, immutable. `counter` is the catalog's change counter then."""
+
+    counter: int
+    bases: Mapping[str, str]  # name → fingerprint
+    adapters: Mapping[str, AdapterEntry]
+
+    def resolve(self, model: str) -> AdapterRef:
+        """`name`, `name@3` or `name@alias` → the version. AdapterNotFound suggests near names."""
+        name, selector = split_model(model)
+        entry = self.adapters.get(name)
+        if entry is None:
+            raise unknown_adapter(name, self.adapters, self.bases)
+        return entry.select(selector)
+
+    def models(self, base_fingerprint: str | None = None) -> tuple[AdapterEntry, ...]:
+        """The names whose default version belongs to this base (None: all), sorted."""
+        return tuple(
+            self.adapters[name]
+            for name in sorted(self.adapters)
+            if base_fingerprint in (None, self.adapters[name].default.base_fingerprint)
+        )
+
+
+def unknown_adapter(name: str, names: Iterable[str], bases: Iterable[str]) -> AdapterNotFound:
+    if name in bases:
+        return AdapterNotFound(f"{name!r} is a base model, not an adapter")
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "; `loray adapters ls` lists them"
+    return AdapterNotFound(f"no adapter {name!r}{hint}")
+
+
+def _is_number(selector: str) -> bool:
+    return selector.isascii() and selector.isdigit() and len(selector) <= 9

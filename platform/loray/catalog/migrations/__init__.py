@@ -1,0 +1,1 @@
+"""Alembic's environment, packaged: the catalog applies it when it is opened."""

@@ -1,0 +1,14 @@
+"""Run by Alembic. The connection, with its transaction, is the catalog's own: see `loray.catalog.database`."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from loray.catalog.schema import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    transaction_per_migration=False,
+)
+context.run_migrations()

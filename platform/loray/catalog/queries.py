@@ -1,0 +1,114 @@
+"""Statements inside a transaction that several of the catalog's operations share."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from loray.adapters.manifest import parse_manifest
+from loray.catalog.entries import AdapterEntry, AdapterVersion, unknown_adapter
+from loray.catalog.schema import adapters, aliases, bases, changes, versions
+from loray.errors import ConflictError
+from loray.spec import AdapterRef
+
+
+def lock(c: sa.Connection) -> None:
+    """First in every write: on PostgreSQL the row lock makes writers queue, so that what they read stays true."""
+    c.execute(sa.select(changes.c.counter).with_for_update()).scalar_one()
+
+
+def count_change(c: sa.Connection) -> None:
+    c.execute(changes.update().values(counter=changes.c.counter + 1))
+
+
+def load_entries(c: sa.Connection, name: str | None = None) -> list[tuple[int, AdapterEntry]]:
+    """(adapter id, entry) of one name or of all."""
+    where = [] if name is None else [adapters.c.name == name]
+    rows = c.execute(
+        sa.select(
+            versions.c.adapter_id,
+            versions.c.version,
+            versions.c.digest,
+            versions.c.method,
+            versions.c.base_fingerprint,
+            versions.c.context_length,
+            versions.c.nbytes,
+            adapters.c.name,
+        )
+        .join(adapters, adapters.c.id == versions.c.adapter_id)
+        .where(*where)
+    ).all()
+    refs: dict[int, dict[int, AdapterRef]] = defaultdict(dict)
+    for r in rows:
+        refs[r.adapter_id][r.version] = AdapterRef(
+            digest=r.digest,
+            name=r.name,
+            version=r.version,
+            method=r.method,
+            base_fingerprint=r.base_fingerprint,
+            context_length=r.context_length,
+            nbytes=r.nbytes,
+        )
+    pointers: dict[int, dict[str, int]] = defaultdict(dict)
+    query = sa.select(aliases.c.adapter_id, aliases.c.alias, versions.c.version)
+    query = query.join(versions, versions.c.id == aliases.c.version_id)
+    query = query.join(adapters, adapters.c.id == aliases.c.adapter_id)
+    for a in c.execute(query.where(*where)):
+        pointers[a.adapter_id][a.alias] = a.version
+    return [
+        (row.id, AdapterEntry(row.name, utc(row.created_at), refs[row.id], pointers[row.id]))
+        for row in c.execute(sa.select(adapters).where(*where))
+    ]
+
+
+def load_entry(c: sa.Connection, name: str) -> tuple[int, AdapterEntry]:
+    found = load_entries(c, name)
+    if found:
+        return found[0]
+    names = c.execute(sa.select(adapters.c.name)).scalars()
+    raise unknown_adapter(name, names, c.execute(sa.select(bases.c.name)).scalars().all())
+
+
+def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> AdapterVersion:
+    row = c.execute(sa.select(versions).where(versions.c.adapter_id == adapter_id, versions.c.version == version)).one()
+    pointing = c.execute(sa.select(aliases.c.alias).where(aliases.c.version_id == row.id).order_by(aliases.c.alias))
+    return AdapterVersion(
+        name=name,
+        version=row.version,
+        digest=row.digest,
+        manifest=parse_manifest(row.manifest.encode(), source=f"the manifest of {name}@{version}"),
+        created_at=utc(row.created_at),
+        aliases=tuple(pointing.scalars()),
+    )
+
+
+def version_id_of(c: sa.Connection, adapter_id: int, version: int) -> int:
+    where = (versions.c.adapter_id == adapter_id, versions.c.version == version)
+    return int(c.execute(sa.select(versions.c.id).where(*where)).scalar_one())
+
+
+def refuse_base_name(c: sa.Connection, name: str) -> None:
+    if c.execute(sa.select(bases.c.name).where(bases.c.name == name)).first():
+        raise ConflictError(f"{name!r} is a base model's name; an adapter needs another")
+
+
+def alias_is(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
+    return sa.and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+
+
+def new_id(inserted: sa.CursorResult[Any]) -> int:
+    key = inserted.inserted_primary_key
+    assert key is not None
+    return int(key[0])
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def utc(value: datetime) -> datetime:
+    """SQLite stores no time zone; all times here are UTC."""
+    return value if value.tzinfo else value.replace(tzinfo=UTC)

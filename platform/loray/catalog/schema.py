@@ -1,0 +1,108 @@
+"""The catalog's tables. Migrations in `migrations/versions` create them; a test holds both together.
+
+bases            base models that adapters may belong to
+adapters         names; bases and adapters share one namespace
+versions         immutable: (adapter, version) and (adapter, digest) are unique
+aliases          where each alias points now
+alias_moves      every move of an alias, a stack of those not undone: what rollback goes back over
+changes          one row whose counter grows with every write; writers lock it first, so that they queue
+audit_log        who did what, append-only
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+# Written out, so that migrations can name constraints on every database.
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+bases = Table(
+    "bases",
+    metadata,
+    Column("name", String(96), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String(96), nullable=False, unique=True),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("adapter_id", ForeignKey("adapters.id"), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("digest", String(64), nullable=False, index=True),
+    Column("method", String(16), nullable=False),
+    Column("base_fingerprint", String(64), nullable=False),
+    Column("context_length", Integer, nullable=False),
+    Column("nbytes", BigInteger, nullable=False),
+    Column("manifest", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    UniqueConstraint("adapter_id", "version"),
+    UniqueConstraint("adapter_id", "digest"),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("adapter_id", ForeignKey("adapters.id"), primary_key=True),
+    Column("alias", String(48), primary_key=True),
+    Column("version_id", ForeignKey("versions.id"), nullable=False),
+)
+
+alias_moves = Table(
+    "alias_moves",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("adapter_id", ForeignKey("adapters.id"), nullable=False),
+    Column("alias", String(48), nullable=False),
+    Column("version_id", ForeignKey("versions.id"), nullable=False),
+    Column("undone", Boolean, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Index(None, "adapter_id", "alias"),
+)
+
+changes = Table(
+    "changes",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("counter", BigInteger, nullable=False),
+)
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("actor", String(96), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("subject", String(200), nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)

@@ -1,0 +1,1 @@
+"""The `loray` command: bases, adapters, and the local Ray cluster; further commands come by entry point."""

@@ -1,0 +1,195 @@
+"""`loray adapters`: published adapters, their versions and aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from loray.bases.registry import get_base
+from loray.catalog import DEFAULT_ALIAS, AdapterVersion, Catalog, split_model
+from loray.cli import facts
+from loray.cli.base import report
+from loray.cli.output import console, emit, json_option, progress_bar, size, table
+from loray.errors import IntegrityError, NotFoundError
+from loray.publishing import base_of, import_folder
+from loray.settings import Settings
+from loray.store import AdapterStore, open_store
+
+
+class _Site(NamedTuple):
+    settings: Settings
+    store: AdapterStore
+    catalog: Catalog
+
+
+@contextmanager
+def _site() -> Iterator[_Site]:
+    """The store and the catalog that the environment names."""
+    settings = Settings.from_env()
+    catalog = Catalog(settings.catalog)
+    try:
+        yield _Site(settings, AdapterStore(open_store(settings.store)), catalog)
+    finally:
+        catalog.close()
+
+
+@click.group()
+def adapters() -> None:
+    """Published adapters: import, list, show, promote, roll back and verify them.
+
+    MODEL is `name` (its alias prod where it is set, else its newest version), `name@3` or `name@alias`.
+    """
+
+
+@adapters.command("import")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="Publish it as the next version of this adapter.")
+@click.option("--base", "base_name", help="The base model it was trained on (default: found from the folder).")
+@click.option("--alias", "aliases", multiple=True, help="Point this alias at it; may be given several times.")
+@click.option("--licence", help="Its licence, as an SPDX identifier.")
+@click.option("--description", default="", help="One line for people.")
+@json_option
+def import_(
+    folder: Path,
+    name: str,
+    base_name: str | None,
+    aliases: tuple[str, ...],
+    licence: str | None,
+    description: str,
+    as_json: bool,
+) -> None:
+    """Publish FOLDER, a LoRA or VeRA adapter saved by PEFT (or one published by another loray).
+
+    Checked first: format, options, shapes against the base, file hashes. Only safetensors are read.
+    """
+    with _site() as site:
+        home = site.settings.home
+        base = get_base(home, base_name) if base_name else base_of(folder, home)
+        version = import_folder(
+            folder,
+            name=name,
+            base=base,
+            store=site.store,
+            catalog=site.catalog,
+            aliases=aliases,
+            licence=licence,
+            description=description,
+        )
+    _print_version(version, as_json, f"published {version.label}")
+
+
+@adapters.command("ls")
+@json_option
+def ls(as_json: bool) -> None:
+    """List all adapters."""
+    with _site() as site:
+        snapshot = site.catalog.snapshot()
+    entries = snapshot.models()
+    bases = {fingerprint: name for name, fingerprint in snapshot.bases.items()}
+    if as_json:
+        emit([facts.entry_facts(entry, bases) for entry in entries])
+    elif not entries:
+        click.echo("no adapters yet; publish one with `loray train` or `loray adapters import`")
+    else:
+        columns = ("NAME", "SERVES", "METHOD", "BASE", "CONTEXT", "SIZE", "ALIASES", "VERSIONS", "DIGEST")
+        rows = [
+            (
+                entry.name,
+                f"@{entry.default.version}",
+                entry.default.method,
+                facts.base_name(entry.default, bases),
+                entry.default.context_length,
+                size(entry.default.nbytes),
+                " ".join(f"{alias}→{version}" for alias, version in sorted(entry.aliases.items())),
+                len(entry.versions),
+                entry.default.digest[:12],
+            )
+            for entry in entries
+        ]
+        console().print(table(columns, rows, right=("CONTEXT", "SIZE", "VERSIONS")))
+
+
+@adapters.command()
+@click.argument("model")
+@json_option
+def show(model: str, as_json: bool) -> None:
+    """Show MODEL: versions, aliases, where it comes from and what was measured."""
+    with _site() as site:
+        shown = site.catalog.resolve(model)
+        detail = site.catalog.adapter(shown.name)
+    version = next(v for v in detail.versions if v.version == shown.version)
+    if as_json:
+        emit(facts.detail_facts(detail, version))
+        return
+    out = console()
+    out.print(facts.lineage(version))
+    if version.manifest.evaluations:
+        out.print(facts.evaluations(version.manifest.evaluations))
+    out.print(facts.versions(detail))
+    if detail.moves:
+        out.print(facts.moves(detail))
+
+
+@adapters.command()
+@click.argument("model")
+@click.argument("alias", default=DEFAULT_ALIAS)
+@click.option("--expected", type=int, help="Only if the alias points at this version now (0: only if it is not set).")
+@json_option
+def promote(model: str, alias: str, expected: int | None, as_json: bool) -> None:
+    """Point ALIAS (default prod) at MODEL: `name@3`, `name@canary`, or `name` for the newest version."""
+    name, selector = split_model(model)
+    with _site() as site:
+        if selector is None:
+            target = max(site.catalog.adapter(name).entry.versions)
+        else:
+            target = site.catalog.resolve(model).version
+        version = site.catalog.promote(name, alias, target, expected=expected)
+    _print_version(version, as_json, f"{name}@{alias} is version {version.version} now")
+
+
+@adapters.command()
+@click.argument("name")
+@click.argument("alias", default=DEFAULT_ALIAS)
+@json_option
+def rollback(name: str, alias: str, as_json: bool) -> None:
+    """Point ALIAS (default prod) of NAME back at where it pointed before its last move."""
+    with _site() as site:
+        version = site.catalog.rollback(name, alias)
+    _print_version(version, as_json, f"{name}@{alias} is version {version.version} again")
+
+
+@adapters.command()
+@click.argument("model", required=False)
+@click.option("--all", "every", is_flag=True, help="Verify every version of every adapter.")
+@json_option
+def verify(model: str | None, every: bool, as_json: bool) -> None:
+    """Hash the stored bytes of MODEL again and compare with its digest."""
+    if (model is None) != every:
+        raise click.UsageError("give either MODEL or --all")
+    with _site() as site:
+        if every:
+            refs = [ref for entry in site.catalog.adapters() for _, ref in sorted(entry.versions.items())]
+        else:
+            refs = [site.catalog.resolve(model or "")]
+        results: list[dict[str, Any]] = []
+        with progress_bar() as tell:
+            for i, ref in enumerate(refs):
+                try:
+                    site.store.verify(ref.digest)
+                except (IntegrityError, NotFoundError) as e:
+                    results.append({"name": ref.label, "digest": ref.digest, "ok": False, "error": f"{ref.label}: {e}"})
+                else:
+                    results.append({"name": ref.label, "digest": ref.digest, "ok": True})
+                tell("verifying", (i + 1) / len(refs))
+    report(results, as_json)
+
+
+def _print_version(version: AdapterVersion, as_json: bool, line: str) -> None:
+    if as_json:
+        emit(facts.version_facts(version))
+    else:
+        click.echo(line)

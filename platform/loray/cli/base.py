@@ -1,0 +1,125 @@
+"""`loray base`: the base models of this machine."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from loray.bases.checkpoint import tensor_infos
+from loray.bases.registry import BaseModel, add_base, get_base, list_bases, verify_base
+from loray.cli.output import console, count, emit, json_option, pairs, progress_bar, size, table
+from loray.errors import IntegrityError
+from loray.settings import Settings
+
+
+@click.group()
+def base() -> None:
+    """Base models: add, list and verify them."""
+
+
+@base.command()
+@click.argument("source")
+@click.option("--name", help="What to call it (default: smollm2, the folder's or the model's name).")
+@json_option
+def add(source: str, name: str | None, as_json: bool) -> None:
+    """Add SOURCE: `smollm2`, a folder with a Hugging Face checkpoint, or a Hugging Face id (OWNER/NAME).
+
+    Llama, Mistral, Qwen2 and Qwen3 checkpoints in safetensors are covered. Adding the same one again verifies it.
+    """
+    with progress_bar() as tell:
+        added = add_base(source, home=Settings.from_env().home, name=name, progress=tell)
+    if as_json:
+        emit(_facts(added))
+    else:
+        console().print(_shown(added))
+
+
+@base.command("ls")
+@json_option
+def ls(as_json: bool) -> None:
+    """List the base models of this machine."""
+    facts = [_facts(b) for b in list_bases(Settings.from_env().home)]
+    if as_json:
+        emit(facts)
+    elif not facts:
+        click.echo("no base models yet; add one with `loray base add smollm2`")
+    else:
+        columns = ("NAME", "ARCHITECTURE", "PARAMETERS", "SIZE", "CONTEXT", "FINGERPRINT", "SOURCE")
+        rows = [
+            (
+                f["name"],
+                f["architecture"],
+                count(f["num_parameters"]),
+                size(f["nbytes"]),
+                f["context_length"],
+                f["fingerprint"][:12],
+                f["source"],
+            )
+            for f in facts
+        ]
+        console().print(table(columns, rows, right=("PARAMETERS", "SIZE", "CONTEXT")))
+
+
+@base.command()
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="Verify all base models.")
+@json_option
+def verify(name: str | None, every: bool, as_json: bool) -> None:
+    """Hash the weights of NAME again and compare with its fingerprint."""
+    if (name is None) != every:
+        raise click.UsageError("give either NAME or --all")
+    home = Settings.from_env().home
+    results: list[dict[str, Any]] = []
+    with progress_bar() as tell:
+        for b in list_bases(home) if every else [get_base(home, name or "")]:
+            try:
+                verify_base(b, tell)
+            except IntegrityError as e:
+                results.append({"name": b.name, "ok": False, "error": str(e)})
+            else:
+                results.append({"name": b.name, "ok": True, "fingerprint": b.fingerprint})
+    report(results, as_json)
+
+
+def report(results: list[dict[str, Any]], as_json: bool) -> None:
+    """One line per verified thing; exit code 1 where one is damaged."""
+    if as_json:
+        emit(results)
+    for result in results:
+        if not result["ok"]:
+            click.echo(f"error: {result['error']}", err=True)
+        elif not as_json:
+            click.echo(f"{result['name']}: ok")
+    if not all(result["ok"] for result in results):
+        raise click.exceptions.Exit(1)
+
+
+def _facts(b: BaseModel) -> dict[str, Any]:
+    infos = tensor_infos(b.path)
+    return {
+        "name": b.name,
+        "architecture": b.config.architecture,
+        "num_parameters": sum(math.prod(info.shape) for info in infos),
+        "nbytes": sum(info.stop - info.start for info in infos),
+        "context_length": b.config.max_position_embeddings,
+        "fingerprint": b.fingerprint,
+        "source": b.source,
+        "path": str(b.path),
+    }
+
+
+def _shown(b: BaseModel) -> Any:
+    f = _facts(b)
+    return pairs(
+        [
+            ("base model", b.name),
+            ("architecture", f["architecture"]),
+            ("parameters", f"{count(f['num_parameters'])} ({size(f['nbytes'])})"),
+            ("context", f"{f['context_length']} tokens"),
+            ("fingerprint", b.fingerprint),
+            ("source", b.source),
+            ("folder", b.path),
+        ]
+    )

@@ -1,0 +1,103 @@
+"""An adapter as commands show it: facts for JSON, tables for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from loray.catalog import AdapterDetail, AdapterEntry, AdapterVersion
+from loray.cli.output import count, pairs, size, table, when
+from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters
+
+
+def base_name(ref: AdapterRef, bases: dict[str, str]) -> str:
+    return bases.get(ref.base_fingerprint, ref.base_fingerprint[:12])
+
+
+def entry_facts(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
+    ref = entry.default
+    return {
+        "name": entry.name,
+        "version": ref.version,
+        "digest": ref.digest,
+        "method": ref.method,
+        "base": base_name(ref, bases),
+        "context_length": ref.context_length,
+        "nbytes": ref.nbytes,
+        "aliases": dict(entry.aliases),
+        "versions": sorted(entry.versions),
+    }
+
+
+def version_facts(version: AdapterVersion) -> dict[str, Any]:
+    return {
+        "name": version.name,
+        "version": version.version,
+        "label": version.label,
+        "digest": version.digest,
+        "aliases": list(version.aliases),
+        "published_at": version.created_at.isoformat(),
+        "manifest": version.manifest.model_dump(mode="json"),
+    }
+
+
+def detail_facts(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any]:
+    return {
+        **version_facts(version),
+        "name": detail.entry.name,
+        "default_version": detail.entry.default.version,
+        "all_aliases": dict(detail.entry.aliases),
+        "versions": [version_facts(v) for v in detail.versions],
+        "alias_moves": [
+            {"alias": m.alias, "version": m.version, "undone": m.undone, "at": m.created_at.isoformat()}
+            for m in detail.moves
+        ],
+    }
+
+
+def lineage(version: AdapterVersion) -> Table:
+    """What the version is and where it comes from."""
+    m: AdapterManifest = version.manifest
+    return pairs(
+        [
+            ("adapter", version.label),
+            ("aliases", " ".join(version.aliases)),
+            ("description", m.description),
+            ("method", f"{m.method}, rank {m.rank}, on {' '.join(m.target_modules)}"),
+            ("parameters", f"{count(m.num_parameters)} ({size(m.nbytes)})"),
+            ("context", f"{m.context_length} tokens"),
+            ("RoPE", None if m.rope_parameters is None else _rope(m.rope_parameters)),
+            ("base", f"{m.base} ({m.base_fingerprint[:12]})"),
+            ("recipe", None if m.recipe is None else m.recipe.name),
+            ("job", m.job_id),
+            ("data", None if m.data_fingerprint is None else m.data_fingerprint[:12]),
+            ("licence", m.licence),
+            ("created", m.created_at),
+            ("digest", version.digest),
+        ]
+    )
+
+
+def evaluations(measured: tuple[Evaluation, ...]) -> Table:
+    columns = ("METRIC", "VALUE", "DATASET", "MODEL", "CONTEXT")
+    rows = [(e.metric, f"{e.value:.4g}", e.dataset, e.subject, e.context_length) for e in measured]
+    return table(columns, rows, right=("VALUE", "CONTEXT"))
+
+
+def versions(detail: AdapterDetail) -> Table:
+    columns = ("VERSION", "ALIASES", "METHOD", "PUBLISHED", "DIGEST")
+    rows = [
+        (v.version, " ".join(v.aliases), v.manifest.method, when(v.created_at), v.digest[:12]) for v in detail.versions
+    ]
+    return table(columns, rows, right=("VERSION",))
+
+
+def moves(detail: AdapterDetail) -> Table:
+    rows = [(when(m.created_at), m.alias, f"→ {m.version}", "rolled back" if m.undone else "") for m in detail.moves]
+    return table(("WHEN", "ALIAS", "MOVED", ""), rows)
+
+
+def _rope(rope: RopeParameters) -> str:
+    fields = rope.to_hf().items()
+    return " ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields)

@@ -1,0 +1,249 @@
+"""A Ray cluster on this machine, owned by one LORAY_HOME: started, found and stopped without importing Ray.
+
+The dashboard listens on 127.0.0.1 only. Ray's internal servers listen on every interface whatever one asks for, so
+all of them want a token, which only this user can read. `ray stop` is never used: it would stop the user's other
+clusters too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from loray.cli.processes import kill, session_members, start_time
+from loray.errors import ClusterError
+from loray.settings import Settings
+from loray.telemetry import get_logger
+
+log = get_logger(__name__)
+
+OBJECT_STORE_BYTES = 200 << 20
+
+_STATE_FILE = "cluster.json"
+_TOKEN_FILE = "ray-token"
+_LOCAL = "127.0.0.1"
+_PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
+_GRACE_S = 3.0
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+# Sockets lie below this folder, and a socket's path has at most 107 bytes: a long TMPDIR would not do.
+_TEMP_ROOT = Path("/tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """`address` is the dashboard's and job server's URL, `gcs_address` what ray.init takes.
+
+    `started` is the kernel's start time of process `pid`: a reused pid is not mistaken for the cluster.
+    """
+
+    address: str
+    gcs_address: str
+    pid: int
+    started: int
+    temp_dir: str
+    token_file: str
+    log_file: str
+
+    @property
+    def client_env(self) -> dict[str, str]:
+        """What a process needs in its environment, before it imports Ray, to talk to this cluster."""
+        return {"RAY_ADDRESS": self.gcs_address, **_auth_env(Path(self.token_file))}
+
+
+def ensure_started(settings: Settings) -> LocalCluster:
+    """The cluster of this home, started where it does not run; `client_env` is set in this process."""
+    cluster = current_cluster(settings.home) or start_local_cluster(settings.home)
+    os.environ.update(cluster.client_env)
+    return cluster
+
+
+def start_local_cluster(
+    home: Path,
+    *,
+    num_cpus: int | None = None,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 90.0,
+) -> LocalCluster:
+    """Start a head node and wait until it takes jobs; the running one is returned where there is one.
+
+    `num_cpus` None: as many as the machine has. `env` is added to the environment of all its processes.
+    ClusterError shows the log's end where Ray does not come up.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    with _exclusive(home):
+        running = current_cluster(home)
+        if running is not None:
+            return running
+        _stop(home)  # what is left of one that died
+        ports = _free_ports(len(_PORTS))
+        token_file = _token_file(home)
+        temp_dir = Path(tempfile.mkdtemp(prefix="loray-", dir=_TEMP_ROOT))
+        log_file = home / "logs" / "cluster.log"
+        log_file.parent.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+        command += [f"--node-ip-address={_LOCAL}", f"--dashboard-host={_LOCAL}", "--include-dashboard=true"]
+        command += [f"--temp-dir={temp_dir}", f"--object-store-memory={object_store_bytes}", "--log-color=false"]
+        command += [f"--{name}={port}" for name, port in zip(_PORTS, ports, strict=True)]
+        if num_cpus is not None:
+            command.append(f"--num-cpus={num_cpus}")
+        inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+        # Jobs say `python`: this one, which has loray.
+        inherited["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
+        with log_file.open("w") as out:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # outlives this command, and Ctrl-C is not for it
+                cwd=home,
+                env=inherited | _QUIET | _auth_env(token_file) | dict(env or {}),
+            )
+        cluster = LocalCluster(
+            address=f"http://{_LOCAL}:{ports[1]}",
+            gcs_address=f"{_LOCAL}:{ports[0]}",
+            pid=process.pid,
+            started=start_time(process.pid) or 0,
+            temp_dir=str(temp_dir),
+            token_file=str(token_file),
+            log_file=str(log_file),
+        )
+        try:
+            _wait_until_ready(process, cluster, timeout_s)
+            _write_state(home, cluster)
+            process.returncode = 0  # nobody waits for it: it outlives this process
+        except BaseException:
+            _terminate(cluster)
+            raise
+        log.debug("Ray runs at %s as process %d", cluster.address, cluster.pid)
+        return cluster
+
+
+def current_cluster(home: Path) -> LocalCluster | None:
+    """The cluster that this home started, None where it has none or it has died."""
+    cluster = _read_state(home)
+    return cluster if cluster is not None and _is_alive(cluster) else None
+
+
+def stop_local_cluster(home: Path) -> bool:
+    """Stop this home's cluster and all its processes; False where none was running."""
+    if not home.is_dir():
+        return False
+    with _exclusive(home):
+        return _stop(home)
+
+
+def _stop(home: Path) -> bool:
+    """Whether it ran; clears away what is left of one that died, too."""
+    cluster = _read_state(home)
+    alive = cluster is not None and _is_alive(cluster)
+    if cluster is not None:
+        _terminate(cluster)
+    (home / _STATE_FILE).unlink(missing_ok=True)
+    return alive
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], cluster: LocalCluster, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    token = Path(cluster.token_file).read_text(encoding="utf-8")
+    request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ClusterError(f"Ray ended with code {process.returncode} while it started{_tail(cluster.log_file)}")
+        try:
+            with urllib.request.urlopen(request, timeout=5) as response:
+                if response.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass  # not listening yet
+        time.sleep(0.1)
+    raise ClusterError(f"Ray did not come up within {timeout_s:.0f} s{_tail(cluster.log_file)}")
+
+
+def _terminate(cluster: LocalCluster) -> None:
+    """End every process of the cluster's session; workers are given a moment to end by themselves.
+
+    A session outlives its leader, and Linux gives no new process its number meanwhile: a pid that another
+    process has by now means that the session is empty.
+    """
+    if start_time(cluster.pid) in (None, cluster.started):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pid in session_members(cluster.pid):
+                kill(pid, number)
+            deadline = time.monotonic() + _GRACE_S
+            while time.monotonic() < deadline and session_members(cluster.pid):
+                time.sleep(0.05)
+    shutil.rmtree(cluster.temp_dir, ignore_errors=True)
+
+
+def _auth_env(token_file: Path) -> dict[str, str]:
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+
+
+def _token_file(home: Path) -> Path:
+    path = home / _TOKEN_FILE
+    if not path.is_file():
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w") as f:
+            f.write(secrets.token_hex(32))
+    return path
+
+
+def _free_ports(count: int) -> list[int]:
+    """Distinct ports that nobody listens on just now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind((_LOCAL, 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+
+
+def _is_alive(cluster: LocalCluster) -> bool:
+    return start_time(cluster.pid) == cluster.started
+
+
+def _read_state(home: Path) -> LocalCluster | None:
+    try:
+        cluster = LocalCluster(**json.loads((home / _STATE_FILE).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    # The folder will be removed: only one that start_local_cluster has made.
+    return cluster if Path(cluster.temp_dir).parent == _TEMP_ROOT else None
+
+
+def _write_state(home: Path, cluster: LocalCluster) -> None:
+    temporary = home / f"{_STATE_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(asdict(cluster), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(home / _STATE_FILE)
+
+
+def _tail(log_file: str, num_lines: int = 15) -> str:
+    try:
+        lines = Path(log_file).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return f"; the end of {log_file}:\n" + "\n".join(f"  {line}" for line in lines[-num_lines:])
+
+
+@contextmanager
+def _exclusive(home: Path) -> Iterator[None]:
+    """One process at a time starts or stops."""
+    with (home / "cluster.lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield

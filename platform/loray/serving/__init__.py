@@ -1,0 +1,1 @@
+"""What serving decides and says, as plain Python: neither torch, nor Ray, nor HTTP."""

@@ -1,0 +1,41 @@
+"""OpenAI's completions and chat completions: requests checked and translated, responses and chunks written.
+
+The wire format is OpenAI's; further sampling fields (top_k, min_p, ignore_eos) are named as vLLM names them.
+A field that is not implemented is refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+from loray.serving.openai.formats import ChatFormat, CompletionFormat, Delta, ResponseFormat, TokenLogprob
+from loray.serving.openai.requests import ChatCompletionRequest, ChatMessage, CompletionRequest, StreamOptions, parse
+from loray.serving.openai.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    Error,
+    ErrorBody,
+    Model,
+    ModelList,
+    Usage,
+)
+
+__all__ = [
+    "ChatCompletion",
+    "ChatCompletionChunk",
+    "ChatCompletionRequest",
+    "ChatFormat",
+    "ChatMessage",
+    "Completion",
+    "CompletionFormat",
+    "CompletionRequest",
+    "Delta",
+    "Error",
+    "ErrorBody",
+    "Model",
+    "ModelList",
+    "ResponseFormat",
+    "StreamOptions",
+    "TokenLogprob",
+    "Usage",
+    "parse",
+]

@@ -1,0 +1,240 @@
+"""From the engine's deltas to OpenAI's responses and chunks, one format for each endpoint."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loray.serving.openai.responses import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    FinishReason,
+    TopLogprob,
+    Usage,
+)
+
+_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class TokenLogprob(Protocol):
+    """`top`: (token id, text, logprob), best first."""
+
+    @property
+    def token(self) -> str: ...
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def top(self) -> tuple[tuple[int, str, float], ...]: ...
+
+
+class Delta(Protocol):
+    """What the engine adds to a request at a time; counts are totals so far."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob] | None: ...
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def num_output_tokens(self) -> int: ...
+
+
+@dataclass
+class Choice:
+    """One choice as it grows."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        if delta.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.count(delta)
+
+    def count(self, delta: Delta) -> None:
+        """Only the numbers: enough for a stream's usage."""
+        self.num_prompt_tokens, self.num_output_tokens = delta.num_prompt_tokens, delta.num_output_tokens
+
+
+def usage_of(choices: Sequence[Choice], num_per_prompt: int) -> Usage:
+    """A prompt counts once, however many choices it has."""
+    return Usage.of(
+        sum(c.num_prompt_tokens for c in choices[::num_per_prompt]), sum(c.num_output_tokens for c in choices)
+    )
+
+
+class ResponseFormat(Protocol):
+    """What an endpoint says: one body, or chunks for a stream."""
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> Completion | ChatCompletion: ...
+    def opening(self, index: int) -> Completion | ChatCompletionChunk | None:
+        """Sent before a choice's first text."""
+
+    def chunk(self, index: int, delta: Delta) -> Completion | ChatCompletionChunk: ...
+    def usage_chunk(self, usage: Usage) -> Completion | ChatCompletionChunk: ...
+
+
+@dataclass
+class CompletionFormat:
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    include_usage: bool = False
+    _offsets: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> Completion:
+        return self._body(
+            [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in enumerate(choices)], usage, True
+        )
+
+    def opening(self, index: int) -> None:
+        return None
+
+    def chunk(self, index: int, delta: Delta) -> Completion:
+        choice = self._choice(index, delta.text, delta.logprobs, delta.finish_reason)
+        return self._body([choice], None, self.include_usage)
+
+    def usage_chunk(self, usage: Usage) -> Completion:
+        return self._body([], usage, True)
+
+    def _body(self, choices: list[CompletionChoice], usage: Usage | None, with_usage: bool) -> Completion:
+        body = Completion(
+            id=self.id,
+            object="text_completion",
+            created=self.created,
+            model=self.model,
+            system_fingerprint=self.fingerprint,
+            choices=choices,
+        )
+        return body.model_copy(update={"usage": usage}) if with_usage else body
+
+    def _choice(
+        self, index: int, text: str, logprobs: Iterable[TokenLogprob] | None, finish_reason: FinishReason | None
+    ) -> CompletionChoice:
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=None if logprobs is None else self._logprobs(index, list(logprobs)),
+            finish_reason=finish_reason,
+        )
+
+    def _logprobs(self, index: int, tokens: list[TokenLogprob]) -> CompletionLogprobs:
+        offsets = []
+        for t in tokens:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(t.token)
+        return CompletionLogprobs(
+            text_offset=offsets,
+            token_logprobs=[_finite(t.logprob) for t in tokens],
+            tokens=[t.token for t in tokens],
+            top_logprobs=[_by_text(t) for t in tokens],
+        )
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    include_usage: bool = False
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> ChatCompletion:
+        return ChatCompletion(
+            id=self.id,
+            object="chat.completion",
+            created=self.created,
+            model=self.model,
+            system_fingerprint=self.fingerprint,
+            choices=[
+                ChatChoice(
+                    index=i,
+                    message=AssistantMessage(role="assistant", content=c.text, refusal=None),
+                    logprobs=_chat_logprobs(c.logprobs),
+                    finish_reason=c.finish_reason or "stop",
+                )
+                for i, c in enumerate(choices)
+            ],
+            usage=usage,
+        )
+
+    def opening(self, index: int) -> ChatCompletionChunk:
+        return self._chunk(index, ChatDelta(role="assistant", content=""), None, None)
+
+    def chunk(self, index: int, delta: Delta) -> ChatCompletionChunk:
+        content = ChatDelta(content=delta.text) if delta.text or not delta.finish_reason else ChatDelta()
+        return self._chunk(index, content, _chat_logprobs(delta.logprobs), delta.finish_reason)
+
+    def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
+        return self._body([]).model_copy(update={"usage": usage})
+
+    def _chunk(
+        self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, finish_reason: FinishReason | None
+    ) -> ChatCompletionChunk:
+        choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
+        body = self._body([choice])
+        return body.model_copy(update={"usage": None}) if self.include_usage else body
+
+    def _body(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=self.id,
+            object="chat.completion.chunk",
+            created=self.created,
+            model=self.model,
+            system_fingerprint=self.fingerprint,
+            choices=choices,
+        )
+
+
+def _chat_logprobs(tokens: Iterable[TokenLogprob] | None) -> ChatLogprobs | None:
+    if tokens is None:
+        return None
+    content = [
+        ChatTokenLogprob(
+            token=t.token,
+            logprob=_finite(t.logprob),
+            bytes=_utf8(t.token),
+            top_logprobs=[
+                TopLogprob(token=text, logprob=_finite(logprob), bytes=_utf8(text)) for _, text, logprob in t.top
+            ],
+        )
+        for t in tokens
+    ]
+    return ChatLogprobs(content=content, refusal=None)
+
+
+def _by_text(token: TokenLogprob) -> dict[str, float]:
+    """The best alternatives and the token itself; where two read the same, the more likely one."""
+    out: dict[str, float] = {}
+    for text, logprob in [*((text, logprob) for _, text, logprob in token.top), (token.token, token.logprob)]:
+        out.setdefault(text, _finite(logprob))
+    return out
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LOWEST_LOGPROB
+
+
+def _utf8(text: str) -> list[int]:
+    return list(text.encode("utf-8", "surrogatepass"))

@@ -1,0 +1,7 @@
+"""Adapters by digest: an object store, adapters in it, and each node's cache of them."""
+
+from loray.store.adapters import AdapterStore
+from loray.store.cache import AdapterCache
+from loray.store.objects import LocalStore, ObjectStore, open_store
+
+__all__ = ["AdapterCache", "AdapterStore", "LocalStore", "ObjectStore", "open_store"]

@@ -1,0 +1,127 @@
+"""Adapters in an object store: files as blobs by their SHA-256, manifests by their digest.
+
+    blobs/ab/abcd…         the bytes of one file
+    manifests/ab/abcd….json  canonical JSON, written after all its blobs
+
+A reader that finds a manifest finds everything; equal files of different adapters are stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from loray.adapters.manifest import file_sha256, parse_manifest, read_canonical, verify_folder, write_manifest
+from loray.errors import ConflictError, IntegrityError, NotFoundError
+from loray.spec import AdapterManifest
+from loray.store.objects import ObjectStore
+from loray.telemetry import get_logger
+
+log = get_logger(__name__)
+
+
+class AdapterStore:
+    """Immutable adapters by digest. Safe from several threads and processes."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self.objects = objects
+
+    def put(self, folder: Path) -> str:
+        """Store the described adapter in `folder`; returns its digest. Storing it again changes nothing.
+
+        IntegrityError where a file is not what its manifest says; nothing is stored then.
+        """
+        manifest = verify_folder(folder)
+        canonical = read_canonical(folder)
+        for name, sha256 in sorted(manifest.files.items()):
+            self._put_blob(sha256, folder / name)
+        digest = hashlib.sha256(canonical).hexdigest()
+        if not self.objects.put_if_absent(_manifest_key(digest), canonical) and self._manifest_bytes(digest) is None:
+            self.objects.delete(_manifest_key(digest))
+            self.objects.put_if_absent(_manifest_key(digest), canonical)
+        return digest
+
+    def manifest(self, digest: str) -> AdapterManifest:
+        """NotFoundError where the store has no such adapter, IntegrityError where its manifest is damaged."""
+        return parse_manifest(self._canonical(digest), source=f"the manifest of adapter {digest[:12]}")
+
+    def fetch(self, digest: str, folder: Path) -> AdapterManifest:
+        """Write the adapter to `folder`, which must be new or empty, and appears only when it is whole.
+
+        Every file's SHA-256 is checked: IntegrityError names one that differs or is missing.
+        """
+        canonical = self._canonical(digest)
+        manifest = parse_manifest(canonical, source=f"the manifest of adapter {digest[:12]}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder.parent))
+        try:
+            for name, sha256 in sorted(manifest.files.items()):
+                self._get_blob(digest, name, sha256, temporary / name)
+            write_manifest(temporary, canonical)
+            temporary.chmod(0o755)
+            try:
+                temporary.rename(folder)
+            except OSError as e:
+                raise ConflictError(f"{folder} exists already; fetch the adapter into a new folder") from e
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return manifest
+
+    def verify(self, digest: str) -> AdapterManifest:
+        """Read every stored byte of the adapter and hash it; IntegrityError names the file that differs."""
+        manifest = self.manifest(digest)
+        with tempfile.TemporaryDirectory(prefix="loray-verify-") as scratch:
+            for name, sha256 in sorted(manifest.files.items()):
+                self._get_blob(digest, name, sha256, Path(scratch) / name)
+        return manifest
+
+    def _put_blob(self, sha256: str, path: Path) -> None:
+        key = _blob_key(sha256)
+        if self.objects.put_if_absent(key, path):
+            return
+        with tempfile.TemporaryDirectory(prefix="loray-put-") as scratch:
+            stored = Path(scratch) / "blob"
+            self.objects.get_to(key, stored)
+            if file_sha256(stored) == sha256:
+                return
+        log.warning("blob %s in the store was damaged; replacing it by %s", sha256[:12], path.name)
+        self.objects.delete(key)
+        self.objects.put_if_absent(key, path)
+
+    def _get_blob(self, digest: str, name: str, sha256: str, path: Path) -> None:
+        try:
+            self.objects.get_to(_blob_key(sha256), path)
+        except NotFoundError as e:
+            raise IntegrityError(f"adapter {digest[:12]} is incomplete: {name} is missing from the store") from e
+        if file_sha256(path) != sha256:
+            raise IntegrityError(
+                f"adapter {digest[:12]} is damaged: {name} in the store differs from its SHA-256; publish it again"
+            )
+
+    def _canonical(self, digest: str) -> bytes:
+        data = self._manifest_bytes(check_digest(digest))
+        if data is None:
+            raise IntegrityError(f"the stored manifest of adapter {digest[:12]} is damaged; publish the adapter again")
+        return data
+
+    def _manifest_bytes(self, digest: str) -> bytes | None:
+        """None where the stored bytes are not those of `digest`."""
+        data = self.objects.get(_manifest_key(digest))
+        return data if hashlib.sha256(data).hexdigest() == digest else None
+
+
+def check_digest(digest: str) -> str:
+    """`digest` itself; NotFoundError where it cannot be one (it becomes part of a path)."""
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise NotFoundError(f"{digest!r} is not an adapter digest (64 hex digits)")
+    return digest
+
+
+def _blob_key(sha256: str) -> str:
+    return f"blobs/{sha256[:2]}/{sha256}"
+
+
+def _manifest_key(digest: str) -> str:
+    return f"manifests/{digest[:2]}/{digest}.json"

@@ -1,0 +1,134 @@
+"""Objects by key, on a local disk: written once, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from loray.errors import NotFoundError, SettingsError, UnsupportedError
+
+_TEMPORARY = ".tmp"
+
+
+class ObjectStore(Protocol):
+    """Keys are relative POSIX paths. Implementations are safe to use from several threads and processes."""
+
+    def put_if_absent(self, key: str, data: bytes | Path) -> bool:
+        """Store bytes, or a file's; of several writers of one key exactly one gets True. Durable on return."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """NotFoundError where there is no such key."""
+        ...
+
+    def get_to(self, key: str, path: Path) -> None:
+        """Write the object to `path`. NotFoundError where there is no such key."""
+        ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Keys that start with `prefix`, sorted."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Deleting what is not there is no error."""
+        ...
+
+
+class LocalStore:
+    """A folder as an ObjectStore. Readers never see a partial object: it is linked into place when it is whole."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def put_if_absent(self, key: str, data: bytes | Path) -> bool:
+        path = self._path(key)
+        if path.exists():
+            return False
+        with self._temporary() as temporary:
+            with temporary.open("wb") as f:
+                if isinstance(data, bytes):
+                    f.write(data)
+                else:
+                    with data.open("rb") as source:
+                        shutil.copyfileobj(source, f, 1 << 20)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.chmod(0o444)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(temporary, path)  # unlike rename, fails where the name is taken
+            except FileExistsError:
+                return False
+        _sync_folder(path.parent)
+        return True
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self._path(key).read_bytes()
+        except FileNotFoundError as e:
+            raise _missing(key, self.root) from e
+
+    def get_to(self, key: str, path: Path) -> None:
+        try:
+            shutil.copyfile(self._path(key), path)
+        except FileNotFoundError as e:
+            raise _missing(key, self.root) from e
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        keys = (p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file())
+        yield from sorted(key for key in keys if key.startswith(prefix) and not key.startswith(f"{_TEMPORARY}/"))
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        parts = PurePosixPath(key).parts
+        if not parts or key.startswith("/") or key.endswith("/") or ".." in parts or parts[0] == _TEMPORARY:
+            raise ValueError(f"{key!r} is not a valid key")
+        return self.root.joinpath(*parts)
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """A file on the same filesystem, removed afterwards."""
+        folder = self.root / _TEMPORARY
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        try:
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def open_store(url: str) -> ObjectStore:
+    """`file:///absolute/folder`; created at the first write."""
+    scheme, _, rest = url.partition("://")
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise SettingsError(f"store {url!r} must name an absolute folder: file:///folder")
+        return LocalStore(Path(rest))
+    if scheme == "s3":
+        raise UnsupportedError(f"store {url!r}: s3:// is not supported yet; use file://")
+    raise SettingsError(f"store {url!r} must start with file:// or s3://")
+
+
+def _missing(key: str, root: Path) -> NotFoundError:
+    return NotFoundError(f"the store at {root} has no object {key!r}")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

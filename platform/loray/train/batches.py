@@ -1,0 +1,219 @@
+"""Batches: a plan of micro-batches per epoch, a function of (seed, epoch) alone, and a cursor into it.
+
+Shapes: B rows, T positions. Padding is on the right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loray.errors import SpecError
+from loray.spec import BatchSpec
+from loray.train.examples import TokenRows
+
+IGNORED = -100
+_GROUP = 50  # micro-batches within which `length_grouped` sorts: lengths match, and the order stays random
+
+Row = tuple[int, ...]  # the documents of one row; several only where rows are packed
+MicroBatch = tuple[Row, ...]
+
+
+class Cursor(NamedTuple):
+    """`done` micro-batches of `epoch` are behind us, over all ranks together."""
+
+    epoch: int = 0
+    done: int = 0
+
+
+_START = Cursor()
+
+
+class Batch(NamedTuple):
+    """One micro-batch.
+
+    labels_BT is shifted already: labels_BT[b, t] is the token that the hidden state at t is to predict, −100 where
+    nothing is learned, so that no document of a packed row predicts the first token of the next.
+    attention_mask_BT is 1 on tokens and 0 on padding, None where rows are packed or nothing is padded.
+    position_ids_BT restarts at each document of a packed row, and at its padding; None where rows are not packed.
+    """
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    attention_mask_BT: Tensor | None
+    position_ids_BT: Tensor | None
+    num_tokens: int
+    num_targets: int
+
+    def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
+        named = {
+            "input_ids": self.input_ids_BT,
+            "attention_mask": self.attention_mask_BT,
+            "position_ids": self.position_ids_BT,
+        }
+        return {name: tensor.to(device) for name, tensor in named.items() if tensor is not None}
+
+
+def plan_epoch(lengths: Sequence[int], spec: BatchSpec, *, max_length: int, seed: int, epoch: int) -> list[MicroBatch]:
+    """Every document once, in this epoch's order. Raises SpecError where a row does not fit the token budget."""
+    rng = np.random.default_rng([seed, epoch])
+    order = [int(i) for i in rng.permutation(len(lengths))]
+    rows: list[Row]
+    if spec.order == "packed":
+        rows = first_fit(order, lengths, max_length)
+    else:
+        rows = [(i,) for i in order]
+        if spec.order == "length_grouped":
+            rows = _sorted_in_groups(rows, lengths, spec)
+    batches = _fill(rows, lengths, spec)
+    if spec.order == "length_grouped":
+        batches = [batches[i] for i in rng.permutation(len(batches))]
+    return batches
+
+
+def plan_evaluation(lengths: Sequence[int], spec: BatchSpec) -> list[MicroBatch]:
+    """Every row once, longest first, in micro-batches of the training's size: little padding, the same memory."""
+    rows: list[Row] = [(i,) for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
+    if spec.tokens is not None and lengths and max(lengths) > spec.tokens:
+        spec = spec.model_copy(update={"tokens": max(lengths)})
+    return _fill(rows, lengths, spec)
+
+
+def first_fit(order: Sequence[int], lengths: Sequence[int], max_length: int) -> list[Row]:
+    """Documents into rows of `max_length`: each into the first row with room. O(n log n) with a tree of free room."""
+    size = 1 << max(0, (len(order) - 1).bit_length())
+    room = [max_length] * (2 * size)  # room[1] is the most that any row has; leaves start at `size`
+    rows: list[list[int]] = []
+    for document in order:
+        length = int(lengths[document])
+        node = 1
+        while node < size:
+            node = 2 * node if room[2 * node] >= length else 2 * node + 1
+        slot = node - size
+        if slot == len(rows):
+            rows.append([])
+        rows[slot].append(document)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return [tuple(row) for row in rows]
+
+
+def collate(rows: TokenRows, batch: MicroBatch, *, packed: bool) -> Batch:
+    lengths = [sum(int(rows.lengths[i]) for i in row) for row in batch]
+    shape = (len(batch), max(lengths))
+    input_ids_BT = torch.zeros(shape, dtype=torch.long)
+    labels_BT = torch.full(shape, IGNORED, dtype=torch.long)
+    position_ids_BT = torch.zeros(shape, dtype=torch.long)
+    for b, row in enumerate(batch):
+        at = 0
+        for document in row:
+            ids, targets = rows.row(document)
+            here = torch.from_numpy(ids.astype(np.int64))
+            end = at + len(ids)
+            input_ids_BT[b, at:end] = here
+            labels_BT[b, at : end - 1] = torch.where(torch.from_numpy(targets[1:].copy()), here[1:], IGNORED)
+            position_ids_BT[b, at:end] = torch.arange(len(ids))
+            at = end
+        position_ids_BT[b, at:] = torch.arange(shape[1] - at)  # padding of a packed row is a document of its own
+    attention_mask_BT = None
+    if not packed and min(lengths) < shape[1]:
+        attention_mask_BT = (torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]).long()
+    return Batch(
+        input_ids_BT,
+        labels_BT,
+        attention_mask_BT,
+        position_ids_BT if packed else None,
+        num_tokens=sum(lengths),
+        num_targets=int((labels_BT != IGNORED).sum()),
+    )
+
+
+class BatchStream:
+    """The endless sequence of micro-batches over epochs; a step takes `accumulation` of them on every rank.
+
+    All ranks walk the same plan and take every `world_size`-th micro-batch. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        spec: BatchSpec,
+        *,
+        max_length: int,
+        seed: int,
+        cursor: Cursor = _START,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._rows, self._spec, self._max_length, self._seed = rows, spec, max_length, seed
+        self._rank, self._world_size = rank, world_size
+        self._lengths: list[int] = rows.lengths.tolist()
+        self.cursor = cursor
+        self._plan = self._plan_of(cursor.epoch)
+
+    def _plan_of(self, epoch: int) -> list[MicroBatch]:
+        return plan_epoch(self._lengths, self._spec, max_length=self._max_length, seed=self._seed, epoch=epoch)
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step."""
+        mine = []
+        for i in range(self._spec.accumulation * self._world_size):
+            if self.cursor.done == len(self._plan):
+                self.cursor = Cursor(self.cursor.epoch + 1, 0)
+                self._plan = self._plan_of(self.cursor.epoch)
+            if i % self._world_size == self._rank:
+                planned = self._plan[self.cursor.done]
+                mine.append(collate(self._rows, planned, packed=self._spec.order == "packed"))
+            self.cursor = Cursor(self.cursor.epoch, self.cursor.done + 1)
+        return mine
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Optimizer steps that cover `num_epochs`, the last one completed from the epoch that follows."""
+        whole, part = int(num_epochs), num_epochs - int(num_epochs)
+        count = float(sum(len(self._plan_of(epoch)) for epoch in range(whole)))
+        if part:
+            count += part * len(self._plan_of(whole))
+        return max(1, math.ceil(count / (self._spec.accumulation * self._world_size) - 1e-9))
+
+
+def _capacity(spec: BatchSpec, longest: int) -> int:
+    """Rows of up to `longest` tokens that fit into one micro-batch."""
+    if spec.rows is not None:
+        return spec.rows
+    assert spec.tokens is not None
+    return spec.tokens // longest
+
+
+def _sorted_in_groups(rows: list[Row], lengths: Sequence[int], spec: BatchSpec) -> list[Row]:
+    group = _GROUP * max(1, _capacity(spec, max(lengths)))
+    out: list[Row] = []
+    for start in range(0, len(rows), group):
+        out += sorted(rows[start : start + group], key=lambda row: lengths[row[0]], reverse=True)
+    return out
+
+
+def _fill(rows: list[Row], lengths: Sequence[int], spec: BatchSpec) -> list[MicroBatch]:
+    batches: list[MicroBatch] = []
+    current: list[Row] = []
+    longest = 0
+    for row in rows:
+        length = sum(lengths[i] for i in row)
+        if spec.tokens is not None and length > spec.tokens:
+            raise SpecError(
+                f"batch.tokens is {spec.tokens}, less than a row of {length} tokens; raise it, or lower data.max_length"
+            )
+        longest = max(longest, length)
+        if current and len(current) + 1 > _capacity(spec, longest):
+            batches.append(tuple(current))
+            current, longest = [], length
+        current.append(row)
+    if current:
+        batches.append(tuple(current))
+    return batches

@@ -1,0 +1,92 @@
+"""A checkpoint: the adapter as it would be published, and what a run needs to go on as if it had never stopped.
+
+    adapter/       PEFT's format
+    optimizer.pt   fp32 masters of the trained parameters, AdamW's moments
+    state.json     RunState: step, data cursor, counters, evaluations
+
+Randomness is not saved: every step seeds its generators from (seed, step, rank). The schedule is a function of the
+step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from loray.adapters.export import save_adapter
+from loray.errors import IntegrityError, SpecError
+from loray.spec import Evaluation, Frozen, Sha256, TrainSpec
+from loray.train.optimizer import MasterAdamW
+
+ADAPTER = "adapter"
+_OPTIMIZER = "optimizer.pt"
+_RESUMABLE = ("base", "adapter", "data", "batch", "dtype", "seed")  # what a resumed run must share with its checkpoint
+
+
+class RunState(Frozen):
+    """After `step` optimizer steps. `eval_loss` is this checkpoint's own, None where it was not evaluated."""
+
+    FILE: ClassVar[str] = "state.json"
+
+    recipe: TrainSpec
+    base_fingerprint: Sha256
+    data_fingerprint: Sha256
+    step: int = 0
+    epoch: int = 0
+    index: int = 0
+    skipped_steps: int = 0
+    num_tokens: int = 0
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    baselines: tuple[Evaluation, ...] = ()
+    row_length: int
+
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """For the manifest: the baselines, and this checkpoint where it was evaluated."""
+        if self.eval_loss is None:
+            return self.baselines
+        return (*self.baselines, evaluation(self.eval_loss, "adapter", self.row_length))
+
+
+def evaluation(loss: float, subject: Any, row_length: int) -> Evaluation:
+    return Evaluation(metric="loss", value=loss, dataset="held-out", subject=subject, context_length=row_length)
+
+
+def save(folder: Path, model: Any, optimizer: MasterAdamW, state: RunState) -> None:
+    save_adapter(model, state.recipe.adapter, folder / ADAPTER)
+    torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
+    (folder / RunState.FILE).write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load_optimizer(folder: Path, optimizer: MasterAdamW) -> None:
+    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True))
+
+
+def read_state(folder: Path) -> RunState:
+    path = folder / RunState.FILE
+    try:
+        return RunState.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise IntegrityError(f"{folder} is not a complete checkpoint: {path.name} is missing or damaged") from e
+
+
+def check_resumable(state: RunState, spec: TrainSpec, base_fingerprint: str, data_fingerprint: str) -> None:
+    """Raise SpecError where going on from `state` would not be the same run. Lengths and rates may change."""
+    theirs, ours = _without_paths(state.recipe), _without_paths(spec)
+    changed = [field for field in _RESUMABLE if getattr(theirs, field) != getattr(ours, field)]
+    if state.base_fingerprint != base_fingerprint:
+        changed.append("the base model's weights")
+    if state.data_fingerprint != data_fingerprint:
+        changed.append("the data files' contents")
+    if changed:
+        raise SpecError(
+            f"cannot resume from step {state.step}: {', '.join(changed)} changed since; "
+            "restore the recipe, or start afresh without --resume"
+        )
+
+
+def _without_paths(spec: TrainSpec) -> TrainSpec:
+    """What data files contain counts, not where they lie."""
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"train": "", "eval": None})})

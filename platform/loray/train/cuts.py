@@ -1,0 +1,101 @@
+"""Where S2-Attn cuts a batch into segments of causal attention; computed once a batch, used by every layer.
+
+Chen et al., *LongLoRA* (ICLR 2024), section 3.2, without its wrap-around. The cuts of a row are the group cuts,
+counted from the row's first column, and the document boundaries; padding is left out.
+
+Shapes: B rows, T positions of a row, N = B·T positions of the batch in row order, S segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Bucket(NamedTuple):
+    """`num_segments` neighbouring segments of `length` positions each; they are computed as one batch."""
+
+    length: int
+    num_segments: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Causal attention inside each segment and nowhere else.
+
+    buckets  in order; they cover the positions of a row (order_N None), or the entries of order_N
+    order_N  None: every row is cut alike, and segments lie in the row's own order. Otherwise the positions of the
+             whole batch, padding left out, sorted so that segments of equal length are neighbours
+    """
+
+    buckets: tuple[Bucket, ...]
+    order_N: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cuts:
+    """The segments of the plain and of the shifted query heads. `document_ids_BT` None: one document fills each row."""
+
+    plain: Segments
+    shifted: Segments
+    document_ids_BT: Tensor | None = None
+
+
+def compute_cuts(
+    num_rows: int,
+    num_tokens: int,
+    group_size: int,
+    *,
+    document_ids_BT: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Cuts:
+    """Cuts of a batch of `num_rows` rows of `num_tokens` positions.
+
+    A document is a run of equal ids in one row: an id that comes back after another one is a new document. A negative
+    id is padding. Plain heads are cut at 0, G, 2G, …; shifted ones at 0, G/2, 3G/2, …: first and last are shorter.
+    Raises ValueError for an odd group or ids of another shape.
+    """
+    if group_size < 2 or group_size % 2:
+        raise ValueError(f"group_size must be even and at least 2, not {group_size}")
+    ids_BT = document_ids_BT
+    if ids_BT is not None:
+        if ids_BT.shape != (num_rows, num_tokens):
+            raise ValueError(f"document ids have shape {tuple(ids_BT.shape)}, the batch has {(num_rows, num_tokens)}")
+        ids_BT = ids_BT.detach().cpu()
+        if not bool(((ids_BT < 0) | (ids_BT != ids_BT[:, :1])).any()):
+            ids_BT = None
+    offsets = (0, group_size // 2)
+    if ids_BT is None:
+        plain, shifted = (_uniform(num_tokens, group_size, offset) for offset in offsets)
+        return Cuts(plain, shifted)
+    plain, shifted = (_ragged(ids_BT, group_size, offset, device) for offset in offsets)
+    return Cuts(plain, shifted, document_ids_BT)
+
+
+def _uniform(num_tokens: int, group_size: int, offset: int) -> Segments:
+    first = min(offset, num_tokens)
+    num_groups, last = divmod(num_tokens - first, group_size)
+    buckets = (Bucket(first, 1), Bucket(group_size, num_groups), Bucket(last, 1))
+    return Segments(tuple(b for b in buckets if b.length and b.num_segments))
+
+
+def _ragged(ids_BT: Tensor, group_size: int, offset: int, device: torch.device | str) -> Segments:
+    num_rows, num_tokens = ids_BT.shape
+    starts_BT = ((torch.arange(num_tokens) - offset) % group_size == 0).repeat(num_rows, 1)
+    starts_BT[:, 1:] |= ids_BT[:, 1:] != ids_BT[:, :-1]
+    starts_BT[:, :1] = True
+    begin_S = starts_BT.flatten().nonzero().squeeze(1)
+    length_S = torch.diff(begin_S, append=begin_S.new_tensor([num_rows * num_tokens]))
+    real_S = ids_BT.flatten()[begin_S] >= 0
+    begin_S, length_S = begin_S[real_S], length_S[real_S]
+    by_length_S = length_S.argsort(stable=True)
+    begin_S, length_S = begin_S[by_length_S], length_S[by_length_S]
+    # Entry i of a segment lies i behind its begin: a running number, less the number at which its segment starts.
+    shift_S = begin_S - (length_S.cumsum(0) - length_S)
+    order_N = torch.arange(int(length_S.sum())) + shift_S.repeat_interleave(length_S)
+    lengths, counts = torch.unique_consecutive(length_S, return_counts=True)
+    buckets = tuple(Bucket(*pair) for pair in zip(lengths.tolist(), counts.tolist(), strict=True))
+    return Segments(buckets, order_N.to(device))

@@ -1,0 +1,173 @@
+"""From rows to token ids, with the positions that are learned marked exactly.
+
+chat               assistant turns only, through the checkpoint's own chat template
+prompt_completion  the completion and the end-of-sequence token
+text               everything, cut into consecutive windows of `max_length` tokens
+
+The token ids are those that a server sees: what precedes a target is tokenised apart from it, as a prompt is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+
+from loray.errors import DataError
+from loray.train.data_files import Rows, problem
+
+_TEXTS_AT_ONCE = 256  # documents handed to the tokenizer together: it is parallel inside
+
+
+class Example(NamedTuple):
+    """`targets[i]` says that token i is to be predicted (from the tokens before it). `document` counts input rows."""
+
+    ids: list[int]
+    targets: list[bool]
+    document: int
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of tokens, back to back: row i is [offsets[i], offsets[i + 1]). N tokens in all. Cheap to send."""
+
+    ids_N: NDArray[np.int32]
+    targets_N: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.targets_N.sum())
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.ids_N[part], self.targets_N[part]
+
+    def select(self, indices: Sequence[int]) -> TokenRows:
+        return pack_rows([self.row(i) for i in indices])
+
+
+def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenRows:
+    """TokenRows of (ids, targets) pairs. The first token of a row has nothing before it, so it is never a target."""
+    lengths = [len(ids) for ids, _ in rows]
+    ids_N = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows]) if rows else np.empty(0, np.int32)
+    targets_N = np.concatenate([np.asarray(t, np.bool_) for _, t in rows]) if rows else np.empty(0, np.bool_)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    targets_N[offsets[:-1]] = False
+    return TokenRows(ids_N, targets_N, offsets)
+
+
+def tokenize(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[Example]:
+    """Examples of at most `max_length` tokens, in order. Raises DataError for a row that cannot be used."""
+    for number, record in enumerate(rows.records, start=1):
+        if wrong := problem(record, rows.format):
+            raise DataError(f"{rows.source}, row {number}: {wrong}")
+    if tokenizer.eos_token_id is None:
+        raise DataError("the base model's tokenizer has no end-of-sequence token; set one in its tokenizer_config.json")
+    if rows.format == "text":
+        yield from _texts(rows, tokenizer, max_length)
+    elif rows.format == "prompt_completion":
+        yield from _prompts(rows, tokenizer, max_length)
+    else:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{rows.source} holds chats, but the base model has no chat template; use prompt/completion"
+            )
+        for document, record in enumerate(rows.records):
+            try:
+                conversations = list(_chat(record["messages"], tokenizer))
+            except (DataError, TemplateError) as e:
+                raise DataError(f"{rows.source}, row {document + 1}: {e}") from e
+            for segments in conversations:
+                yield _join(segments, document, max_length)
+
+
+def _texts(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[Example]:
+    for start in range(0, len(rows.records), _TEXTS_AT_ONCE):
+        texts = [r["text"] for r in rows.records[start : start + _TEXTS_AT_ONCE]]
+        for i, ids in enumerate(_prompt_ids(tokenizer, texts)):
+            ids = [*ids, tokenizer.eos_token_id]
+            for at in range(0, len(ids), max_length):
+                window = ids[at : at + max_length]
+                yield Example(window, [True] * len(window), start + i)
+
+
+def _prompts(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[Example]:
+    for start in range(0, len(rows.records), _TEXTS_AT_ONCE):
+        part = rows.records[start : start + _TEXTS_AT_ONCE]
+        prompts = _prompt_ids(tokenizer, [r["prompt"] for r in part])
+        completions = _ids(tokenizer, [r["completion"] for r in part])
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            yield _join([(prompt, False), ([*completion, tokenizer.eos_token_id], True)], start + i, max_length)
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: Any) -> Iterator[list[tuple[list[int], bool]]]:
+    """Segments (ids, is target) of one conversation, cut where each assistant turn starts and ends.
+
+    The cuts are found by rendering the conversation up to each turn and checking that it is a prefix of the whole.
+    A template that rewrites earlier turns (Qwen3 drops their reasoning) has no such prefixes: the conversation then
+    becomes one example per assistant turn, each exactly what a server would have seen at that point.
+    """
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not turns:
+        raise DataError("the conversation has no assistant turn to learn from")
+    if turns[0] == 0:
+        raise DataError("the conversation starts with the assistant; put a user or system message first")
+    spans = []
+    for i in turns:
+        before = _render(tokenizer, messages[:i], add_generation_prompt=True)
+        after = _render(tokenizer, messages[: i + 1], add_generation_prompt=False)
+        if not after.startswith(before):
+            raise DataError("the chat template renders an assistant turn differently from its generation prompt")
+        spans.append((before, after))
+    whole = _render(tokenizer, messages[: turns[-1] + 1], add_generation_prompt=False)
+    conversations = [spans] if all(whole.startswith(after) for _, after in spans) else [[span] for span in spans]
+    for conversation in conversations:
+        segments: list[tuple[list[int], bool]] = []
+        done = 0
+        for before, after in conversation:
+            answer = after[len(before) :]
+            # The turn is learned up to its end-of-sequence token; what templates put behind is never generated.
+            upto_eos, eos, _ = answer.rpartition(tokenizer.eos_token)
+            learned = upto_eos + eos if eos else answer
+            prompt, turn = _ids(tokenizer, [before[done:], learned])
+            segments += [(prompt, False), (turn, True)]
+            done = len(before) + len(learned)
+        yield segments
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert isinstance(text, str)
+    return text
+
+
+def _join(segments: list[tuple[list[int], bool]], document: int, max_length: int) -> Example:
+    ids = [token for part, _ in segments for token in part]
+    targets = [target for part, target in segments for _ in part]
+    return Example(ids[:max_length], targets[:max_length], document, truncated=len(ids) > max_length)
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _prompt_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """With the tokenizer's beginning-of-sequence token, but not with an end that some tokenizers append."""
+    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [row[:-1] if row and row[-1] == eos and not text.endswith(tokenizer.eos_token) else row
+            for row, text in zip(ids, texts, strict=True)]  # fmt: skip

@@ -1,0 +1,107 @@
+"""S2-Attn inside transformers' models, through its attention and mask interfaces: no model class is touched.
+
+`attn_implementation="s2_attn"` selects it, `config.s2_group_size` is G. The mask function sees padding (2D attention
+mask, right-padded) and packing (position ids that restart) and hands each layer the batch's `Cuts` in the mask's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from loray.errors import UnsupportedError
+from loray.train.attention import attend
+from loray.train.cuts import Cuts, compute_cuts
+
+ATTENTION = "s2_attn"
+
+
+def s2_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    attention_mask: Tensor | None = None,
+    config: Any,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Cuts:
+    """transformers calls this once a batch. Raises UnsupportedError for a cache or left padding."""
+    if q_length != kv_length or q_offset:
+        raise UnsupportedError("S2-Attn is for training on whole rows, without a cache; generate inside dense(model)")
+    return compute_cuts(
+        batch_size,
+        q_length,
+        config.s2_group_size,
+        document_ids_BT=_document_ids(batch_size, q_length, mask_function, attention_mask, device),
+        device=device,
+    )
+
+
+def _document_ids(
+    num_rows: int,
+    num_tokens: int,
+    mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+) -> Tensor:
+    """Packing reaches a mask function only inside `mask_function`: a document starts where t may not see t − 1."""
+    rows_B1 = torch.arange(num_rows, device=device)[:, None]
+    later_1T = torch.arange(1, num_tokens, device=device)[None]
+    joined = mask_function(rows_B1, torch.zeros_like(rows_B1), later_1T, later_1T - 1)
+    ids_BT = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=device)
+    ids_BT[:, 1:] = (~joined).expand(num_rows, num_tokens - 1).cumsum(1)
+    if attention_mask is None:
+        return ids_BT
+    real_BT = attention_mask.bool()
+    if bool((real_BT[:, 1:] & ~real_BT[:, :-1]).any()):
+        raise UnsupportedError("S2-Attn takes rows padded on the right: its groups are counted from the first column")
+    return ids_BT.masked_fill(~real_BT, -1)
+
+
+def s2_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Cuts | Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is what `s2_mask` returned."""
+    if not isinstance(attention_mask, Cuts):
+        raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
+    if dropout:
+        raise UnsupportedError("S2-Attn has no dropout on attention weights; set attention_dropout to 0")
+    if kwargs.get("use_cache"):
+        raise UnsupportedError("S2-Attn is for training, without a cache; pass use_cache=False")
+    window = kwargs.get("sliding_window")
+    if window is not None and window < query.shape[2]:
+        raise UnsupportedError(f"S2-Attn does not combine with a sliding window of {window} tokens")
+    if getattr(module, "layer_idx", 0) == 0:
+        _check_positions(attention_mask, kwargs.get("position_ids"))
+    return attend(query, key, value, attention_mask, scale=scaling), None
+
+
+def _check_positions(cuts: Cuts, position_ids_BT: Tensor | None) -> None:
+    """transformers looks for packing only where there is no attention mask: given both, it would lose the packing."""
+    if position_ids_BT is None:
+        return
+    inside_BT = torch.diff(position_ids_BT, dim=1) == 1
+    ids_BT = cuts.document_ids_BT
+    if ids_BT is not None:
+        inside_BT = inside_BT | (ids_BT[:, 1:] != ids_BT[:, :-1]) | (ids_BT[:, 1:] < 0)
+    if not bool(inside_BT.all()):
+        raise ValueError("position_ids restart inside a row that has an attention mask; packed rows must not pass one")
+
+
+AttentionInterface.register(ATTENTION, s2_attention_forward)
+AttentionMaskInterface.register(ATTENTION, s2_mask)

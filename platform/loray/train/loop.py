@@ -1,0 +1,278 @@
+"""The training loop, plain Python: one process, or one of several over torch.distributed.
+
+Every rank makes the same calls to its reporter. A step is: its batches → sum of losses over all valid targets →
+gradients, summed over accumulation and ranks → clip → AdamW.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from loray.bases.registry import BaseModel
+from loray.errors import TrainingError
+from loray.spec import Evaluation, TrainSpec
+from loray.telemetry import get_logger
+from loray.train import checkpoint
+from loray.train.batches import Batch, BatchStream, Cursor
+from loray.train.checkpoint import RunState, evaluation
+from loray.train.data import Dataset
+from loray.train.data_parallel import World
+from loray.train.evaluate import held_out_loss, unscaled_base_loss
+from loray.train.loss import batch_loss
+from loray.train.model import build_model, count_parameters
+from loray.train.optimizer import MasterAdamW, StepResult, learning_rate
+from loray.train.reporting import Reporter
+
+log = get_logger(__name__)
+
+
+def train(
+    spec: TrainSpec,
+    base: BaseModel,
+    data: Dataset,
+    *,
+    reporter: Reporter,
+    workdir: Path,
+    resume_from: Path | None = None,
+    device: torch.device | None = None,
+) -> RunState:
+    """Train an adapter; the result lies in the checkpoints that `reporter` was given. Returns the last state.
+
+    `resume_from` is a checkpoint folder: the run goes on as if it had not been interrupted, bit for bit on the same
+    machine. Temporary files go to `workdir`.
+
+    Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, having reported a checkpoint of the last good
+    state; SpecError where `resume_from` belongs to another recipe.
+    """
+    run = _Run(spec, base, data, reporter, workdir, resume_from, device or torch.device("cpu"))
+    return run.train()
+
+
+class _Step(NamedTuple):
+    loss: float
+    lr: float
+    result: StepResult
+    num_tokens: int
+    seconds: float
+
+
+class _Run:
+    """Owns the model, the optimizer, the batch stream and the state of one run."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        base: BaseModel,
+        data: Dataset,
+        reporter: Reporter,
+        workdir: Path,
+        resume_from: Path | None,
+        device: torch.device,
+    ) -> None:
+        self.spec, self.base, self.data, self.reporter, self.workdir = spec, base, data, reporter, workdir
+        self.device = device
+        self.world = World.current()
+        self.resumed = resume_from is not None
+        if resume_from is None:
+            self.state = RunState(
+                recipe=spec,
+                base_fingerprint=base.fingerprint,
+                data_fingerprint=data.fingerprint,
+                row_length=data.max_length,
+                baselines=self._unscaled_baseline(),  # before our own model takes memory
+            )
+        else:
+            saved = checkpoint.read_state(resume_from)
+            checkpoint.check_resumable(saved, spec, base.fingerprint, data.fingerprint)
+            self.state = saved.model_copy(update={"recipe": spec})
+        self.model: Any = build_model(base, spec).to(self.device)
+        self.model.train()
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.optimizer = MasterAdamW(trained, spec.optimizer, self.world)
+        if resume_from is not None:
+            checkpoint.load_optimizer(resume_from, self.optimizer)
+        self.stream = BatchStream(
+            data.train,
+            spec.batch,
+            max_length=data.max_length,
+            seed=spec.seed,
+            cursor=Cursor(self.state.epoch, self.state.index),
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        self.num_steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
+        self.skipped_here = 0  # the limit counts from the start of this process: a resumed run gets a new chance
+        self.good_steps_unsaved = 0
+        self.seconds, self.steps_timed = 0.0, 0
+
+    # -- the run --
+
+    def train(self) -> RunState:
+        self._report_start()
+        if not self.resumed and len(self.data.evaluation):
+            self._evaluate_baseline()
+        for step in range(self.state.step + 1, self.num_steps + 1):
+            self._report_step(self._step(step))
+            if self.skipped_here >= self.spec.max_nonfinite_steps:
+                self._stop()
+            evaluated = len(self.data.evaluation) > 0 and self._is_due(self.spec.evaluation.interval_steps)
+            improved = self._evaluate() if evaluated else False
+            if self._is_checkpoint_due(evaluated, improved):
+                self._save()
+        return self.state
+
+    def _step(self, step: int) -> _Step:
+        started = time.perf_counter()
+        _seed(self.spec.seed, step, self.world.rank)
+        batches = self.stream.next_step()
+        num_targets, num_tokens = self.world.sum(
+            sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches), device=self.device
+        )
+        summed = sum(self._backward(batch, num_targets) for batch in batches)
+        (summed,) = self.world.sum(summed, device=self.device)
+        loss = summed / num_targets
+        lr = learning_rate(step, self.num_steps, self.spec.optimizer)
+        result = self.optimizer.step(lr, loss_is_finite=isfinite(loss))
+        if result.skipped:
+            log.warning("step %d skipped: loss %s, gradient norm %s", step, loss, result.grad_norm)
+            self.skipped_here += 1
+        else:
+            self.good_steps_unsaved += 1
+        self.state = self.state.model_copy(
+            update={
+                "step": step,
+                "epoch": self.stream.cursor.epoch,
+                "index": self.stream.cursor.done,
+                "skipped_steps": self.state.skipped_steps + result.skipped,
+                "num_tokens": self.state.num_tokens + int(num_tokens),
+                "eval_loss": None,
+            }
+        )
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self.steps_timed += 1
+        return _Step(loss, lr, result, int(num_tokens), seconds)
+
+    def _backward(self, batch: Batch, num_targets: float) -> float:
+        loss = batch_loss(self.model, batch)
+        (loss.total / num_targets).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.collect()
+        return float(loss.total.detach())
+
+    def _stop(self) -> None:
+        """Parameters are those of the last good step, for bad ones changed nothing: keep them, then give up."""
+        if self.good_steps_unsaved:
+            self._save()
+        raise TrainingError(
+            f"stopped at step {self.state.step}: {self.skipped_here} steps had a loss or gradient that is not finite "
+            f"(max_nonfinite_steps is {self.spec.max_nonfinite_steps}); lower the learning rate or look at the data, "
+            "then go on from the last good checkpoint with --resume"
+        )
+
+    def _is_due(self, interval: int | None) -> bool:
+        step = self.state.step
+        return step == self.num_steps or (interval is not None and step % interval == 0)
+
+    def _is_checkpoint_due(self, evaluated: bool, improved: bool) -> bool:
+        interval = self.spec.checkpoint.interval_steps
+        if self._is_due(interval):
+            return True
+        return evaluated and (interval is None or (improved and self.spec.evaluation.keep_best))
+
+    # -- evaluation --
+
+    def _unscaled_baseline(self) -> tuple[Evaluation, ...]:
+        if self.spec.adapter.long_context is None or not len(self.data.evaluation):
+            return ()
+        loss = unscaled_base_loss(self.base, self.data.evaluation, self.spec, device=self.device, world=self.world)
+        return (evaluation(loss, "base", self.data.max_length),)
+
+    def _held_out_loss(self) -> float:
+        return held_out_loss(self.model, self.data.evaluation, self.spec, device=self.device, world=self.world)
+
+    def _evaluate_baseline(self) -> None:
+        """Every adapter starts as the identity, so the untrained model is the base (under scaled RoPE: base_scaled)."""
+        subject = "base" if self.spec.adapter.long_context is None else "base_scaled"
+        baselines = (*self.state.baselines, evaluation(self._held_out_loss(), subject, self.data.max_length))
+        self.state = self.state.model_copy(update={"baselines": baselines})
+        for measured in baselines:
+            self._report({"event": "eval", "step": 0, "subject": measured.subject, "eval_loss": measured.value})
+
+    def _evaluate(self) -> bool:
+        """Measure and report; True where it is the best so far."""
+        loss = self._held_out_loss()
+        best = self.state.best_eval_loss
+        improved = isfinite(loss) and (best is None or loss < best)
+        update = {"eval_loss": loss if isfinite(loss) else None, "best_eval_loss": loss if improved else best}
+        self.state = self.state.model_copy(update=update)
+        self._report({"event": "eval", "step": self.state.step, "subject": "adapter", "eval_loss": loss})
+        return improved
+
+    # -- reports --
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        self.reporter.report(metrics, None)
+
+    def _report_start(self) -> None:
+        count = count_parameters(self.model)
+        self._report(
+            {
+                "event": "start",
+                "step": self.state.step,
+                "num_steps": self.num_steps,
+                "num_parameters": count.total,
+                "num_trainable": count.trainable,
+                "trainable_share": count.trainable / count.total,
+                "num_workers": self.world.size,
+                "num_threads": torch.get_num_threads(),
+                "device": str(self.device),
+                "pid": os.getpid(),
+                "data": asdict(self.data.report),
+            }
+        )
+
+    def _report_step(self, step: _Step) -> None:
+        done = self.state.step
+        self._report(
+            {
+                "event": "step",
+                "step": done,
+                "num_steps": self.num_steps,
+                "epoch": self.state.epoch,
+                "loss": step.loss,
+                "lr": step.lr,
+                "grad_norm": step.result.grad_norm,
+                "tokens_per_s": step.num_tokens / step.seconds,
+                "num_tokens": self.state.num_tokens,
+                "skipped_steps": self.state.skipped_steps,
+                "eta_s": (self.num_steps - done) * self.seconds / self.steps_timed,
+            }
+        )
+
+    def _save(self) -> None:
+        """Report a checkpoint of the present state; rank 0 alone writes."""
+        metrics = {"event": "checkpoint", "step": self.state.step, "eval_loss": self.state.eval_loss}
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.workdir)) if self.world.rank == 0 else None
+        try:
+            if folder is not None:
+                checkpoint.save(folder, self.model, self.optimizer, self.state)
+            self.reporter.report(metrics, folder)
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.good_steps_unsaved = 0
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    """Dropout of this step. A function of its arguments, so that a resumed run draws what an unbroken one would."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))

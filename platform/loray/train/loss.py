@@ -1,0 +1,73 @@
+"""Cross-entropy summed over labels, from hidden states, in chunks: no (positions × vocabulary) tensor ever lives.
+
+Shapes: B rows, T positions, N positions with a label, C of them at once, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loray.train.batches import IGNORED, Batch
+
+_CHUNK_ELEMENTS = 1 << 24  # of fp32 logits at once: 64 MiB
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Σ_n −log softmax(h_n Wᵀ)[label_n], logits upcast to fp32; the head W is frozen.
+
+    The gradient for the hidden states, (softmax − onehot) W, is made in the forward pass while a chunk's logits are
+    there: two matrix products a chunk, where recomputation in the backward pass would take three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
+        total = hidden_ND.new_zeros((), dtype=torch.float32)
+        grad_ND = torch.empty_like(hidden_ND) if with_grad else None
+        rows = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
+        for start in range(0, hidden_ND.shape[0], rows):
+            part = slice(start, start + rows)
+            labels_C1 = labels_N[part, None]
+            logits_CV = (hidden_ND[part] @ weight_VD.T).float()
+            normaliser_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
+            total += (normaliser_C1 - logits_CV.gather(1, labels_C1)).sum()
+            if grad_ND is not None:
+                logits_CV.sub_(normaliser_C1).exp_()  # softmax
+                logits_CV.scatter_add_(1, labels_C1, logits_CV.new_full(labels_C1.shape, -1.0))
+                grad_ND[part] = logits_CV.to(weight_VD.dtype) @ weight_VD
+        if grad_ND is not None:
+            ctx.save_for_backward(grad_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_ND,) = ctx.saved_tensors
+        return (grad_ND.float() * grads[0]).to(grad_ND.dtype), None, None, None
+
+
+def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Scalar fp32: the sum over N labels, none of them −100. Differentiable in `hidden_ND` only."""
+    if weight_VD.requires_grad and torch.is_grad_enabled():
+        raise ValueError("the output head is trained, but this loss holds it frozen")
+    with_grad = hidden_ND.requires_grad and torch.is_grad_enabled()
+    loss: Tensor = _SummedCrossEntropy.apply(hidden_ND, weight_VD, labels_N, with_grad)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class Loss(NamedTuple):
+    """`total` is fp32 and summed over `num_targets` labels: divide by the count of the whole step, once."""
+
+    total: Tensor
+    num_targets: int
+
+
+def batch_loss(model: Any, batch: Batch) -> Loss:
+    """Of a transformers causal language model on one micro-batch; the output head sees positions with a label only."""
+    device = next(model.parameters()).device
+    hidden_BTD = model.base_model(**batch.model_inputs(device), use_cache=False).last_hidden_state
+    labels_BT = batch.labels_BT.to(device)
+    learned_BT = labels_BT != IGNORED
+    head = model.get_output_embeddings()
+    return Loss(summed_cross_entropy(hidden_BTD[learned_BT], head.weight, labels_BT[learned_BT]), batch.num_targets)

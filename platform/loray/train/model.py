@@ -1,0 +1,106 @@
+"""The model that a recipe trains: base weights, scaled RoPE, attention, adapter, gradient checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from loray.adapters.inject import attach
+from loray.bases.registry import BaseModel
+from loray.bases.rope import scaled
+from loray.errors import UnsupportedError
+from loray.spec import LongContext, RopeParameters, TrainSpec
+from loray.telemetry import get_logger
+from loray.train.hook import ATTENTION
+
+log = get_logger(__name__)
+
+_DENSE = "sdpa"
+
+
+def build_model(base: BaseModel, spec: TrainSpec) -> Any:
+    """A transformers causal language model in `spec.dtype` with the recipe's adapter; only the adapter is trained.
+
+    With `long_context`: RoPE scaled to the longer context, and S2-Attn until `dense` says otherwise.
+    Raises UnsupportedError where the base's RoPE is scaled already.
+    """
+    config = AutoConfig.from_pretrained(base.path)
+    config.use_cache = False
+    attention = _DENSE
+    if (long_context := spec.adapter.long_context) is not None:
+        attention = ATTENTION
+        config.rope_parameters = rope_parameters(base, long_context).to_hf()
+        config.max_position_embeddings = context_length(base, spec)
+        config.s2_group_size = group_size(base, spec, long_context)
+    model = AutoModelForCausalLM.from_pretrained(
+        base.path, config=config, dtype=getattr(torch, spec.dtype), attn_implementation=attention
+    )
+    model.config.name_or_path = base.name  # what an adapter is published under; never a path of this machine
+    attach(model, spec.adapter, seed=spec.seed)
+    if spec.gradient_checkpointing:
+        # After `attach`, which may replace the embedding that gets the hook for input gradients.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def rope_parameters(base: BaseModel, long_context: LongContext) -> RopeParameters:
+    """The base's RoPE, stretched as the recipe says: part of the published adapter."""
+    original = long_context.original_context or base.config.max_position_embeddings
+    try:
+        return scaled(
+            base.config.rope, long_context.rope_scaling, original_context=original, head_dim=base.config.head_dim
+        )
+    except ValueError as e:
+        raise UnsupportedError(f"long_context on the base {base.name}: {e}") from e
+
+
+def context_length(base: BaseModel, spec: TrainSpec) -> int:
+    """Tokens that the adapter is trained for: original context × factor, or the base's own window."""
+    if (long_context := spec.adapter.long_context) is None:
+        return base.config.max_position_embeddings
+    original = long_context.original_context or base.config.max_position_embeddings
+    return int(original * long_context.rope_scaling.factor)
+
+
+def group_size(base: BaseModel, spec: TrainSpec, long_context: LongContext) -> int:
+    """S2-Attn's G: as given, else a quarter of the context, rounded down to an even number."""
+    context = context_length(base, spec)
+    if long_context.group_size is None:
+        return max(2, context // 4 // 2 * 2)
+    if long_context.group_size < context // 4:
+        log.warning(
+            "group_size %d is less than a quarter of the context of %d tokens; LongLoRA's paper finds a worse loss",
+            long_context.group_size,
+            context,
+        )
+    return long_context.group_size
+
+
+@contextmanager
+def dense(model: Any) -> Iterator[None]:
+    """Full causal attention inside, as in evaluation and serving; a model without S2-Attn stays as it is."""
+    if model.config._attn_implementation != ATTENTION:
+        yield
+        return
+    model.set_attn_implementation(_DENSE)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION)
+
+
+class ParameterCount(NamedTuple):
+    """Elements; tied parameters count once."""
+
+    total: int
+    trainable: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    total = sum(p.numel() for p in model.parameters())
+    return ParameterCount(total, sum(p.numel() for p in model.parameters() if p.requires_grad))

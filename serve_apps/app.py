@@ -1,0 +1,73 @@
+"""The Serve application: `serve_apps.app:build`, for `loray up`, `serve run`, `serve deploy` and RayService alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from loray.bases.registry import get_base
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from serve_apps.replica import EngineReplica
+
+ENGINE = "engine"
+GATEWAY = "gateway"
+_SPARE_SLOTS = 64  # beyond what the engine admits, so that it is the engine that refuses, with a time to retry
+
+
+def build(args: dict[str, Any]) -> Application:
+    """`args` are ServeSpec's fields. Where the catalog and the store are, the environment says (LORAY_*).
+
+    Raises SpecError on a wrong field, BaseNotFound where the base is not on this machine.
+    """
+    spec = ServeSpec.parse(args, source="args of serve_apps.app:build")
+    settings = Settings.from_env()
+    get_base(settings.home, spec.base)
+    environment = {"env_vars": settings.to_env()}
+    slots = spec.max_num_seqs + spec.max_queued + _SPARE_SLOTS
+
+    def gateway_app() -> FastAPI:  # called in the gateway's process
+        return _gateway(spec)
+
+    engine = serve.deployment(
+        EngineReplica,
+        name=ENGINE,
+        num_replicas=spec.num_replicas,
+        max_ongoing_requests=slots,
+        max_queued_requests=slots,
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": 1 if spec.device.startswith("cuda") else 0,
+            "runtime_env": environment,
+        },
+        health_check_period_s=1.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_timeout_s=20.0,
+    )
+    gateway = serve.deployment(
+        serve.ingress(gateway_app)(),
+        name=GATEWAY,
+        max_ongoing_requests=slots * spec.num_replicas,
+        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
+        health_check_period_s=5.0,
+    )
+    return gateway.bind(engine.bind(spec))
+
+
+def _gateway(spec: ServeSpec) -> FastAPI:
+    from loray.catalog import Catalog
+    from loray.telemetry import configure_logging
+    from serve_apps.directory import ModelDirectory
+    from serve_apps.gateway import Gateway, create_app
+    from serve_apps.generation import ServeEngines
+    from serve_apps.prompts import PromptEncoder
+
+    settings = Settings.from_env()
+    configure_logging(settings.log_level)
+    base = get_base(settings.home, spec.base)
+    engines = ServeEngines(serve.get_deployment_handle(ENGINE, serve.get_replica_context().app_name))
+    directory = ModelDirectory(base, lambda: Catalog(settings.catalog))
+    return create_app(Gateway(spec, directory, PromptEncoder.load(base), engines))

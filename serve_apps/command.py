@@ -1,0 +1,234 @@
+"""`loray up`, `loray status` and `loray down`. Ray is imported by what they call, never by this module."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from loray.bases.registry import get_base
+from loray.cli.local_cluster import current_cluster, ensure_started, stop_local_cluster
+from loray.cli.output import console, emit, json_option, pairs, size, table
+from loray.client import LorayClient
+from loray.errors import ClusterError, ConflictError, LorayError, SettingsError
+from loray.serving.status import ReplicaStatus, Status
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from serve_apps.deployment import Address, ServeApi, State, serve_config
+
+_TIMEOUT_S = 600.0
+_QUICK_TIMEOUT_S = 10.0
+
+
+@click.command()
+@click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="A YAML file with ServeSpec's fields.")
+@click.option("--base", help="The base model (default smollm2).")
+@click.option("--host", help="Address to listen at (default 127.0.0.1).")
+@click.option("--port", type=int, help="Port to listen at (default 8000).")
+@click.option("--num-replicas", type=int, help="Copies of the engine (default 1).")
+@click.option("--pool-bytes", help="Memory for KV cache and adapters, for instance 512MiB.")
+@click.option("--host-bytes", help="Memory for adapters that wait outside the pool, for instance 1GiB.")
+@click.option("--max-num-seqs", type=int, help="Requests that run at once.")
+@click.option("--wait/--no-wait", default=True, help="Wait until it answers (default).")
+def up(spec_file: Path | None, wait: bool, **options: Any) -> None:
+    """Serve a base model and all adapters published for it.
+
+    Serving goes on when this command ends; again with other options, it is updated in place.
+    """
+    settings = Settings.from_env()
+    screen = Console(stderr=True)
+    spec = _spec(spec_file, {name: value for name, value in options.items() if value is not None})
+    if settings.address is None:
+        get_base(settings.home, spec.base)
+        if current_cluster(settings.home) is None:
+            _check_port(spec)
+        with screen.status("starting Ray on this machine"):
+            address = ensure_started(settings).address
+    else:
+        address = _remote(settings)
+    with screen.status("deploying"):
+        api = ServeApi(address)
+        spec = _settle_port(spec, api.http(), explicit="port" in options and options["port"] is not None)
+        api.deploy(serve_config(spec, settings))
+    url = Address(_hostname(spec, settings), spec.port).url
+    if not wait:
+        click.echo(f"deploying at {url}; `loray status` says how far it is")
+        return
+    _wait(api, screen)
+    _welcome(url, spec)
+
+
+@click.command()
+@json_option
+def status(as_json: bool) -> None:
+    """Show what is being served: replicas, adapters in memory, queues."""
+    settings = Settings.from_env()
+    api = _running(settings)
+    state = None if api is None else api.state()
+    if api is None or state is None:
+        emit({"serving": False}) if as_json else click.echo("nothing is being served; start it with `loray up`")
+        return
+    http = api.http()
+    assert http is not None
+    url = http._replace(host=urlsplit(api.dashboard).hostname or http.host).url if settings.address else http.url
+    with LorayClient(url, timeout=_QUICK_TIMEOUT_S) as client:
+        try:
+            report, problem = client.status(), None
+        except LorayError as e:
+            report, problem = None, str(e)
+    if as_json:
+        known = None if report is None else report.model_dump(mode="json")
+        emit({"serving": True, "url": url, "state": state.status, "message": state.message, "gateway": known})
+        return
+    _show(url, state, report, problem, api.dashboard)
+
+
+@click.command()
+@click.option("--keep-cluster", is_flag=True, help="Leave this machine's Ray cluster running.")
+def down(keep_cluster: bool) -> None:
+    """Stop serving, and the local Ray cluster unless a job runs on it."""
+    settings = Settings.from_env()
+    api = _running(settings)
+    if api is None:
+        click.echo("nothing is running")
+        return
+    with Console(stderr=True).status("stopping"):
+        was_serving = api.http() is not None
+        if was_serving:
+            api.delete()
+        busy = settings.address is None and api.has_running_jobs()
+        stop = settings.address is None and not keep_cluster and not busy
+        if stop:
+            stop_local_cluster(settings.home)
+    click.echo("stopped serving" if was_serving else "nothing was being served")
+    if stop:
+        click.echo("stopped the local Ray cluster")
+    elif busy and not keep_cluster:
+        click.echo("the local Ray cluster stays: a job is running on it (`loray down` again once it has ended)")
+
+
+# -- up ---------------------------------------------------------------------------------------------------------------
+
+
+def _spec(file: Path | None, options: dict[str, Any]) -> ServeSpec:
+    """The file's fields, with the command line's over them."""
+    if file is None:
+        return ServeSpec.parse(options, source="the command line")
+    fields = ServeSpec.from_yaml(file).model_dump(exclude_unset=True)
+    return ServeSpec.parse(fields | options, source=f"{file} with the command line")
+
+
+def _check_port(spec: ServeSpec) -> None:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in spec.host else socket.AF_INET) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind((spec.host, spec.port))
+    except OSError as e:
+        raise ConflictError(
+            f"cannot listen at {spec.host}:{spec.port} ({e.strerror}); choose another port, as in `loray up --port "
+            f"{spec.port + 1}`"
+        ) from e
+
+
+def _settle_port(spec: ServeSpec, serving: Address | None, *, explicit: bool) -> ServeSpec:
+    """Serve cannot move while it runs: an update keeps its address, and a wish for another one is refused."""
+    if serving is None:
+        _check_port(spec)
+        return spec
+    if explicit and serving.port != spec.port:
+        raise ConflictError(
+            f"serving runs at port {serving.port} and cannot move to {spec.port} meanwhile; "
+            "leave out --port, or `loray down` first"
+        )
+    return spec.model_copy(update={"host": serving.host, "port": serving.port})
+
+
+def _remote(settings: Settings) -> str:
+    assert settings.address is not None
+    address = settings.address if "://" in settings.address else f"http://{settings.address}"
+    if settings.is_local and urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise SettingsError(
+            f"a cluster at {address} cannot reach this machine's disk; "
+            "set LORAY_STORE to an s3:// URL and LORAY_CATALOG to a postgresql:// URL that both can reach"
+        )
+    return address
+
+
+def _hostname(spec: ServeSpec, settings: Settings) -> str:
+    return spec.host if settings.address is None else urlsplit(_remote(settings)).hostname or spec.host
+
+
+def _wait(api: ServeApi, screen: Console) -> None:
+    with screen.status("waiting for the engine") as spinner:
+        for state in api.watch(_TIMEOUT_S):
+            spinner.update(escape(str(state)))
+            if state.has_failed:
+                raise ClusterError(f"serving did not come up:\n{_last_lines(state.message)}")
+
+
+def _welcome(url: str, spec: ServeSpec) -> None:
+    with LorayClient(url) as client:
+        models = client.models()
+    body = json.dumps({"model": models[-1].id, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64})
+    names = ", ".join(m.id for m in models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
+    out = console()
+    out.print(f"[green]serving[/] {spec.base} at [bold]{url}/v1[/]")
+    out.print(f"models: {escape(names)}")
+    out.print(f"try\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
+    out.print(f"    -d {shlex.quote(body)}", soft_wrap=True, markup=False)
+    out.print("more\n  loray status    what runs, and which adapters are in memory\n  loray down      stop it")
+
+
+def _last_lines(text: str, num_lines: int = 12) -> str:
+    return "\n".join(text.strip().splitlines()[-num_lines:])
+
+
+# -- status and down --------------------------------------------------------------------------------------------------
+
+
+def _running(settings: Settings) -> ServeApi | None:
+    """None where this home's cluster does not run."""
+    if settings.address is not None:
+        return ServeApi(settings.address)
+    return None if current_cluster(settings.home) is None else ServeApi(ensure_started(settings).address)
+
+
+def _show(url: str, state: State, report: Status | None, problem: str | None, dashboard: str) -> None:
+    out = console()
+    rows: list[tuple[str, object]] = [("state", state), ("url", f"{url}/v1"), ("dashboard", dashboard)]
+    if report is not None:
+        catalog = report.catalog
+        rows += [("base", report.model), ("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
+    out.print(pairs([*rows, ("message", _last_lines(state.message)), ("problem", problem)]))
+    if report is not None and report.replicas:
+        columns = (
+            "replica",
+            "pid",
+            "up",
+            "running",
+            "waiting",
+            "pool used",
+            "host",
+            "output tokens",
+            "adapters in pool",
+        )
+        out.print(table(columns, [_row(r) for r in report.replicas], right=columns[1:8]))
+    if report is not None and report.status != "ok":
+        sys.exit(1)
+
+
+def _row(r: ReplicaStatus) -> tuple[object, ...]:
+    blocks = sum(r.blocks.values())
+    used = f"{1 - r.blocks.get('free', 0) / blocks:.0%}" if blocks else ""
+    names = ", ".join(r.adapters_in_pool[:6]) + (" …" if len(r.adapters_in_pool) > 6 else "")
+    up = f"{r.uptime_s:,.0f} s"
+    waiting = r.num_waiting + r.num_loading
+    return (r.replica, r.pid, up, r.num_running, waiting, used, size(r.host_bytes), f"{r.num_output_tokens:,}", names)

@@ -1,0 +1,146 @@
+"""Ray Serve over its REST API: deploy the application, read how it is doing, delete it. Needs no driver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from loray.errors import ClusterError
+from loray.settings import Settings
+from loray.spec import ServeSpec
+
+APPLICATION = "loray"
+IMPORT_PATH = "serve_apps.app:build"
+_POLL_S = 0.5
+
+
+def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
+    """What `serve deploy` takes (ServeDeploySchema)."""
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": spec.host, "port": spec.port},
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": IMPORT_PATH,
+                "args": spec.model_dump(mode="json"),
+                "runtime_env": {"env_vars": settings.to_env()},
+            }
+        ],
+    }
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{'127.0.0.1' if self.host in ('0.0.0.0', '::') else self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """`replicas`: deployment → state → count. `deployed_at` changes with every deployment."""
+
+    status: str
+    message: str
+    deployed_at: float
+    replicas: dict[str, dict[str, int]]
+
+    @property
+    def is_running(self) -> bool:
+        return self.status == "RUNNING"
+
+    @property
+    def has_failed(self) -> bool:
+        return self.status == "DEPLOY_FAILED"
+
+    def __str__(self) -> str:
+        parts = []
+        for deployment, states in sorted(self.replicas.items()):
+            parts.append(f"{deployment} " + (", ".join(f"{n} {s.lower()}" for s, n in sorted(states.items())) or "…"))
+        return f"{self.status.lower().replace('_', ' ')}{': ' if parts else ''}{'; '.join(parts)}"
+
+
+class ServeApi:
+    """Serve on the cluster whose dashboard is at `address`. Raises ClusterError where it does not answer."""
+
+    def __init__(self, address: str) -> None:
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # late: importing Ray takes a second
+
+        self.dashboard = address if "://" in address else f"http://{address}"
+        try:
+            self._client = ServeSubmissionClient(self.dashboard)
+        except ConnectionError as e:
+            raise ClusterError(f"no Ray dashboard answers at {self.dashboard}; start the cluster first") from e
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        try:
+            self._client.deploy_applications(config)
+        except RuntimeError as e:
+            raise ClusterError(f"Ray Serve refused the deployment: {e}") from e
+
+    def delete(self) -> None:
+        self._client.delete_applications()
+
+    def http(self) -> Address | None:
+        """Where Serve listens; None where it does not run. It keeps its port until it is deleted."""
+        options = self._details().get("http_options") or {}
+        return Address(options["host"], options["port"]) if options.get("port") else None
+
+    def state(self) -> State | None:
+        """None where nothing is deployed."""
+        application = self._details().get("applications", {}).get(APPLICATION)
+        if application is None:
+            return None
+        replicas: dict[str, dict[str, int]] = {}
+        messages = [application.get("message") or ""]
+        for name, deployment in application.get("deployments", {}).items():
+            states: dict[str, int] = {}
+            for replica in deployment.get("replicas", ()):
+                states[replica["state"]] = states.get(replica["state"], 0) + 1
+            replicas[name] = states
+            messages.append(deployment.get("message") or "")
+        return State(
+            status=application["status"],
+            message="\n".join(m for m in messages if m),
+            deployed_at=application.get("last_deployed_time_s", 0.0),
+            replicas=replicas,
+        )
+
+    def watch(self, timeout_s: float) -> Iterator[State]:
+        """States as they change, until one is final: the last one is running or failed.
+
+        ClusterError with the last message where that takes longer than `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        last: State | None = None
+        while time.monotonic() < deadline:
+            state = self.state()
+            if state is not None and state != last:
+                last = state
+                yield state
+            if state is not None and (state.is_running or state.has_failed):
+                return
+            time.sleep(_POLL_S)
+        raise ClusterError(
+            f"serving did not come up within {timeout_s:.0f} s; it goes on trying, see `loray status`"
+            + (f"\n{last.message}" if last and last.message else "")
+        )
+
+    def has_running_jobs(self) -> bool:
+        """Training, for instance: a cluster that works for somebody is not to be stopped."""
+        from ray.job_submission import JobSubmissionClient
+
+        return any(not job.status.is_terminal() for job in JobSubmissionClient(self.dashboard).list_jobs())
+
+    def _details(self) -> dict[str, Any]:
+        try:
+            return dict(self._client.get_serve_details())
+        except (RuntimeError, OSError) as e:
+            raise ClusterError(f"Ray Serve's state cannot be read at {self.dashboard}: {e}") from e

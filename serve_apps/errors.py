@@ -1,0 +1,115 @@
+"""Which HTTP status and error object each failure becomes; nothing below `serve_apps` knows of HTTP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from loray.errors import (
+    BaseMismatch,
+    ContextLengthExceeded,
+    EngineError,
+    IntegrityError,
+    LorayError,
+    NotFoundError,
+    Overloaded,
+    RequestError,
+    UnsupportedError,
+)
+from loray.serving.openai import Error, ErrorBody
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
+
+_INVALID = "invalid_request_error"
+_SERVER = "server_error"
+
+
+class Failure(NamedTuple):
+    """What a client is told."""
+
+    status: int
+    error: Error
+    headers: Mapping[str, str] = {}
+
+    @property
+    def body(self) -> str:
+        return ErrorBody(error=self.error).to_json()
+
+
+class _Kind(NamedTuple):
+    status: int
+    type: str
+    code: str | None
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+_KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
+    (ContextLengthExceeded, _Kind(400, _INVALID, "context_length_exceeded")),
+    (RequestError, _Kind(400, _INVALID, None)),
+    (BaseMismatch, _Kind(404, _INVALID, "base_mismatch", param="model")),
+    (NotFoundError, _Kind(404, _INVALID, "model_not_found", param="model")),
+    (Overloaded, _Kind(429, "rate_limit_error", "overloaded")),
+    (IntegrityError, _Kind(500, _SERVER, "adapter_damaged", param="model")),
+    (UnsupportedError, _Kind(501, _SERVER, "adapter_unsupported", param="model")),
+    (EngineError, _Kind(503, _SERVER, "engine_unavailable", retry_after_s=1.0)),
+    (LorayError, _Kind(500, _SERVER, None)),
+)
+_INTERNAL = _Kind(500, _SERVER, "internal_error")
+
+
+def failure_of(error: Exception) -> Failure:
+    """An error that nobody foresaw is logged with its traceback, and the client learns no more than that."""
+    kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), None)
+    if kind is None:
+        _log.error("unexpected error", exc_info=error)
+        return _failure(_INTERNAL, "internal error; the gateway's log has the details")
+    retry_after = error.retry_after_s if isinstance(error, Overloaded) else kind.retry_after_s
+    param = error.param if isinstance(error, RequestError) else kind.param
+    return _failure(kind._replace(param=param, retry_after_s=retry_after), str(error))
+
+
+def _failure(kind: _Kind, message: str) -> Failure:
+    headers = {}
+    if kind.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(kind.retry_after_s)))  # whole seconds, says HTTP
+    return Failure(kind.status, Error(message=message, type=kind.type, param=kind.param, code=kind.code), headers)
+
+
+def response_of(failure: Failure) -> Response:
+    return Response(failure.body, failure.status, dict(failure.headers), media_type="application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Every error of `app` in OpenAI's shape: ours, FastAPI's validation, unknown routes and methods."""
+
+    @app.exception_handler(LorayError)
+    async def loray_error(_: Request, error: LorayError) -> Response:
+        return response_of(failure_of(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:])
+        return response_of(failure_of(RequestError(f"{param}: {first['msg']}", param)))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        message, code = str(error.detail), None
+        if error.status_code == 404:
+            message, code = f"unknown URL: {request.method} {request.url.path}", "unknown_url"
+        elif error.status_code == 405:
+            message, code = f"{request.method} is not allowed for {request.url.path}", "method_not_allowed"
+        failure = _failure(_Kind(error.status_code, _INVALID, code), message)
+        return response_of(failure._replace(headers=error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        return response_of(failure_of(error))

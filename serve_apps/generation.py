@@ -1,0 +1,141 @@
+"""The engine's replicas as the gateway sees them: streams of deltas, sent again while nothing has come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from loray.engine.request import GenerateRequest
+from loray.engine.stream import Delta
+from loray.errors import EngineError, LorayError, Overloaded
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
+
+ATTEMPTS = 3
+_BACKOFF_S = 0.2
+_STATS_TIMEOUT_S = 5.0
+_REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
+
+
+class Engines(Protocol):
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        """Deltas as they come. Closing it cancels the request. Raises LorayError."""
+
+    async def capacity(self) -> int:
+        """Tokens that one request can have at most, for want of pool."""
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Of the replicas that answer."""
+
+
+class ServeEngines:
+    """Engines behind a Ray Serve handle."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._stream = handle.options(stream=True)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        for attempt in range(ATTEMPTS):
+            async with aclosing(self._attempt(request, attempt)) as deltas:
+                started = False
+                try:
+                    async for delta in deltas:
+                        started = True
+                        yield delta
+                except EngineError as e:
+                    if started or attempt == ATTEMPTS - 1:
+                        raise
+                    _log.warning("request %s is sent again: %s", request.request_id, e)
+                else:
+                    return
+            await asyncio.sleep(_BACKOFF_S * 2**attempt)
+
+    async def _attempt(self, request: GenerateRequest, attempt: int) -> AsyncGenerator[Delta, None]:
+        if attempt > 0:
+            request = replace(request, request_id=f"{request.request_id}-{attempt}")
+        response = self._stream.generate.remote(request)
+        finished = False
+        try:
+            async for delta in response:
+                yield delta
+            finished = True
+        except RayTaskError as e:
+            finished = True
+            raise _cause(e) from e
+        except _REPLICA_LOST as e:
+            finished = True
+            raise EngineError("the replica that served this request was lost; send it again") from e
+        except DeploymentUnavailableError as e:
+            finished = True
+            raise EngineError("no replica is running; `loray status` says why") from e
+        except BackPressureError as e:
+            finished = True
+            raise Overloaded("too many requests wait for a replica; try again later", retry_after_s=1.0) from e
+        finally:
+            if not finished:
+                response.cancel()
+
+    async def capacity(self) -> int:
+        try:
+            return int(await self._handle.capacity.remote())
+        except (*_REPLICA_LOST, DeploymentUnavailableError) as e:
+            raise EngineError("no replica is running; try again") from e
+
+    async def stats(self) -> list[dict[str, Any]]:
+        answers = await self._handle.broadcast("stats").results_async(
+            timeout_s=_STATS_TIMEOUT_S, return_exceptions=True
+        )
+        return [a for a in answers if isinstance(a, dict)]
+
+
+class Part(NamedTuple):
+    choice: int
+    delta: Delta
+
+
+async def merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Part, None]:
+    """All streams' deltas as they come. The first failure is raised; it, and closing, close every stream."""
+    queue: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
+
+    async def pump(choice: int, stream: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async with aclosing(stream) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(Part(choice, delta))
+        except Exception as e:  # noqa: BLE001 - raised again by the reader
+            queue.put_nowait(e)
+        else:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(i, s)) for i, s in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            match await queue.get():
+                case None:
+                    num_open -= 1
+                case Part() as part:
+                    yield part
+                case error:
+                    raise error
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _cause(error: RayTaskError) -> Exception:
+    """What was raised in the replica. Ray wraps it into a class of its own that is an instance of both."""
+    cause = error.cause
+    if isinstance(cause, LorayError):
+        return cause
+    return cause if isinstance(cause, Exception) else error

@@ -1,0 +1,132 @@
+"""Our VeRA module against PEFT's, and against the paper's parameter counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import VeraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from loray.adapters.inject import attach
+from loray.adapters.vera import VeraLinear
+from loray.bases.registry import BaseModel
+from loray.errors import UnsupportedError
+from loray.spec import LINEAR_MODULES, LoraSpec, VeraSpec
+
+BaseFactory = Callable[..., BaseModel]
+IDS = torch.arange(20)[None] * 7
+
+
+def ours(base: BaseModel, spec: VeraSpec, dtype: torch.dtype = torch.float32) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    attach(model, spec, seed=0)
+    return fill(model)
+
+
+def pefts(base: BaseModel, spec: VeraSpec, dtype: torch.dtype = torch.float32) -> Any:
+    config = VeraConfig(
+        r=spec.rank, target_modules=list(spec.target_modules), projection_prng_key=spec.projection_prng_key
+    )
+    return fill(get_peft_model(AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype), config))
+
+
+def vectors(model: Any) -> dict[str, Tensor]:
+    """By module path, whichever model it is."""
+    names = {n: p for n, p in model.named_parameters() if "vera_lambda" in n}
+    return {n.removeprefix("base_model.model.").removesuffix(".default"): p for n, p in names.items()}
+
+
+def fill(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, p in sorted(vectors(model).items()):
+            p.copy_((0.5 * torch.randn(p.shape, generator=generator)).to(torch.bfloat16))
+    return model
+
+
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), LINEAR_MODULES], ids=["q, v", "all linear"])
+def test_logits_and_gradients_are_pefts_bit_for_bit(tiny_base: BaseFactory, modules: Any) -> None:
+    spec = VeraSpec(rank=24, target_modules=modules, projection_prng_key=11)
+    models = [make(tiny_base("Qwen2ForCausalLM"), spec) for make in (ours, pefts)]
+    logits = [model(input_ids=IDS).logits for model in models]
+    assert torch.equal(*logits)
+    for result in logits:
+        result.square().mean().backward()
+    mine, theirs = map(vectors, models)
+    assert mine.keys() == theirs.keys()
+    for name, p in mine.items():
+        assert torch.equal(p.grad, theirs[name].grad), name
+
+
+def test_bf16_is_near_fp32(tiny_base: BaseFactory) -> None:
+    spec = VeraSpec(rank=24)
+    base = tiny_base(dtype=torch.bfloat16, std=0.1)
+    low, exact = ours(base, spec, torch.bfloat16), pefts(base, spec)
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        reference = exact(input_ids=IDS).logits
+        error = (low(input_ids=IDS).logits - reference).norm() / reference.norm()
+        assert error < 0.05
+        assert (plain(input_ids=IDS).logits - reference).norm() / reference.norm() > 0.3
+
+
+def test_the_pair_is_shared_and_in_no_state_dict(tiny_base: BaseFactory) -> None:
+    model = ours(tiny_base(), VeraSpec(rank=24))
+    model(input_ids=IDS)
+    names = [*model.state_dict(), *(n for n, _ in model.named_buffers())]
+    assert not [n for n in names if "vera_A" in n or "vera_B" in n or "shared" in n]
+    modules = [m for m in model.modules() if isinstance(m, VeraLinear)]
+    assert len(modules) == 8
+    assert len({id(m.shared) for m in modules}) == 1
+    x = torch.zeros(1)
+    assert modules[0].shared.like(x)[0].data_ptr() == modules[7].shared.pair.a_RI.data_ptr()
+    trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"vera_lambda_b", "vera_lambda_d"}
+
+
+def test_it_starts_as_the_base_with_d_initial(tiny_base: BaseFactory) -> None:
+    base = tiny_base()
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    before = model(input_ids=IDS).logits
+    attach(model, VeraSpec(rank=8, d_initial=0.25), seed=0)
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    for name, p in vectors(model).items():
+        assert bool((p == (0.25 if name.endswith("_d") else 0)).all())
+
+
+def test_dropout_only_while_training(tiny_base: BaseFactory) -> None:
+    model = ours(tiny_base(), VeraSpec(rank=24, dropout=0.5))
+    plain = ours(tiny_base(), VeraSpec(rank=24))
+    assert torch.equal(model.eval()(input_ids=IDS).logits, plain.eval()(input_ids=IDS).logits)
+    assert not torch.equal(model.train()(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+LLAMA_2 = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+
+
+@pytest.mark.parametrize(("size", "rank", "count"), [("7B", 256, 1_417_216), ("13B", 1024, 2_416_640)])
+def test_the_papers_parameter_counts(size: str, rank: int, count: int) -> None:
+    """Table 4's 1.4M and 2.4M: all linear layers but the output head, Σ (out + r)."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_2[size]))
+    attach(model, VeraSpec(rank=rank, target_modules=LINEAR_MODULES), seed=0)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_a_second_adapter_or_a_missing_module_is_refused(tiny_base: BaseFactory) -> None:
+    base = tiny_base()
+    for first in (LoraSpec(), VeraSpec(rank=8)):
+        model = AutoModelForCausalLM.from_pretrained(base.path)
+        attach(model, first, seed=0)
+        with pytest.raises(ValueError, match="already"):
+            attach(model, VeraSpec(rank=8), seed=0)
+    with pytest.raises(UnsupportedError, match="q_proj"):
+        attach(AutoModelForCausalLM.from_pretrained(base.path).model.embed_tokens, LoraSpec(), seed=0)

@@ -1,0 +1,96 @@
+"""Publishing: all or nothing, and completed when it is repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loray.adapters.manifest import digest, read_manifest
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.errors import BaseMismatch, CatalogError, ConflictError, SpecError
+from loray.publishing import publish
+from loray.spec import Evaluation
+from loray.store import AdapterStore, LocalStore
+
+PeftFolder = Callable[..., Path]
+
+
+@pytest.fixture
+def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
+    return tiny_base()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(LocalStore(tmp_path / "store"))
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog(f"sqlite:///{tmp_path}/catalog.db")
+
+
+def test_published(base: BaseModel, peft_folder: PeftFolder, store: AdapterStore, catalog: Catalog) -> None:
+    folder = peft_folder(base)
+    measured = Evaluation(metric="loss", value=1.5, dataset="held-out")
+    version = publish(
+        folder,
+        name="tone",
+        base=base,
+        store=store,
+        catalog=catalog,
+        aliases=["prod"],
+        job_id="j1",
+        evaluations=[measured],
+    )
+    assert (version.label, version.aliases) == ("tone@1", ("prod",))
+    assert version.manifest == read_manifest(folder) == store.manifest(version.digest)
+    assert version.digest == digest(version.manifest) == catalog.resolve("tone").digest
+    assert version.ref == catalog.resolve("tone@1")
+    assert catalog.snapshot().bases == {base.name: base.fingerprint}
+
+
+def test_refused_before_anything_is_stored(
+    base: BaseModel,
+    tiny_base: Callable[..., BaseModel],
+    peft_folder: PeftFolder,
+    store: AdapterStore,
+    catalog: Catalog,
+) -> None:
+    folder = peft_folder(base)
+    catalog.add_base("taken", "0" * 64)
+    before = catalog.change_counter()
+    other = tiny_base(hidden_size=32)
+    for name, on, aliases, error in [
+        ("a b", base, [], SpecError),
+        ("tone", base, ["9"], SpecError),
+        ("taken", base, [], ConflictError),
+        ("tone", other, [], BaseMismatch),
+    ]:
+        with pytest.raises(error):
+            publish(folder, name=name, base=on, store=store, catalog=catalog, aliases=aliases)
+    assert list(store.objects.list()) == []
+    assert catalog.change_counter() == before
+
+
+def test_cut_off_and_repeated(
+    base: BaseModel, peft_folder: PeftFolder, store: AdapterStore, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = peft_folder(base)
+
+    def fail(*_: object) -> None:
+        raise CatalogError("the database went away")
+
+    with monkeypatch.context() as m:
+        m.setattr(catalog, "register", fail)
+        with pytest.raises(CatalogError):
+            publish(folder, name="tone", base=base, store=store, catalog=catalog)
+    assert catalog.adapters() == ()
+    stored = list(store.objects.list())
+    version = publish(folder, name="tone", base=base, store=store, catalog=catalog)
+    assert version.version == 1
+    assert list(store.objects.list()) == stored
+    store.verify(version.digest)

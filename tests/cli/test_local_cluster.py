@@ -1,0 +1,72 @@
+"""The local Ray cluster: started once, found again, token-protected, and stopped with everything it started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from loray.cli.local_cluster import current_cluster, start_local_cluster, stop_local_cluster
+from loray.errors import ClusterError
+
+
+def test_none_is_running(tmp_path: Path) -> None:
+    assert current_cluster(tmp_path / "nowhere") is None
+    assert stop_local_cluster(tmp_path / "nowhere") is False
+    (tmp_path / "cluster.json").write_text("{")
+    assert current_cluster(tmp_path) is None
+    assert stop_local_cluster(tmp_path) is False
+    assert not (tmp_path / "cluster.json").exists()
+
+
+def test_a_reused_pid_is_not_the_cluster(tmp_path: Path) -> None:
+    state = {"address": "http://127.0.0.1:1", "gcs_address": "127.0.0.1:2", "pid": os.getpid(), "started": 1}
+    state |= {
+        "temp_dir": "/tmp/loray-no-such-folder",
+        "token_file": str(tmp_path / "k"),
+        "log_file": str(tmp_path / "l"),
+    }
+    (tmp_path / "cluster.json").write_text(json.dumps(state))
+    assert current_cluster(tmp_path) is None
+    assert stop_local_cluster(tmp_path) is False
+
+
+def test_failure_shows_the_log(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="Ray ended with code") as failure:
+        start_local_cluster(tmp_path, env={"PYTHONHOME": str(tmp_path / "nowhere")})
+    assert "cluster.log" in str(failure.value)
+    assert "encodings" in str(failure.value)
+    assert current_cluster(tmp_path) is None
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_started_once_and_stopped_whole(tmp_path: Path) -> None:
+    cluster = start_local_cluster(tmp_path, num_cpus=2)
+    try:
+        assert start_local_cluster(tmp_path) == cluster == current_cluster(tmp_path)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=10)
+        code = (
+            "import ray; ray.init(log_to_driver=False)\n"
+            "assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42\n"
+            "print(int(ray.cluster_resources()['CPU']))"
+        )
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        driver = subprocess.run(
+            [sys.executable, "-c", code], env=env | cluster.client_env, capture_output=True, text=True, timeout=120
+        )
+        assert driver.stdout == "2\n", driver.stderr
+        assert (tmp_path / "ray-token").stat().st_mode & 0o777 == 0o600
+    finally:
+        assert stop_local_cluster(tmp_path)
+    assert current_cluster(tmp_path) is None
+    assert not Path(cluster.temp_dir).exists()
+    sessions = [p.read_text().rpartition(")")[2].split() for p in Path("/proc").glob("[0-9]*/stat") if p.exists()]
+    assert [f for f in sessions if int(f[3]) == cluster.pid and f[0] != "Z"] == []

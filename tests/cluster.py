@@ -1,0 +1,109 @@
+"""The session's Ray cluster, for tests marked `cluster`: started by the first test that asks for it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loray.bases.registry import BaseModel, add_base
+from loray.catalog import Catalog
+from loray.cli.local_cluster import LocalCluster, start_local_cluster, stop_local_cluster
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from loray.store import AdapterStore, open_store
+from tests.tiny import write_checkpoint
+
+NUM_CPUS = 4
+# How fast Serve and Train notice what changes, in seconds: tests kill things and wait for them to be seen.
+_QUICK = {
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """`address` is the job server's URL; this process is connected as a driver."""
+
+    home: Path
+    settings: Settings
+    local: LocalCluster
+
+    @property
+    def address(self) -> str:
+        return self.local.address
+
+    @property
+    def env(self) -> dict[str, str]:
+        """For processes that are to use this cluster and this home."""
+        return self.settings.to_env() | self.local.client_env
+
+
+@dataclass(frozen=True)
+class Served:
+    """The Serve application on a tiny random base, in float32."""
+
+    url: str
+    base: BaseModel
+    store: AdapterStore
+    catalog: Catalog
+    settings: Settings
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    home = tmp_path_factory.mktemp("cluster") / "home"
+    settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING"})
+    local = start_local_cluster(home, num_cpus=NUM_CPUS, env=settings.to_env() | _QUICK)
+    try:
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in local.client_env.items():
+                environment.setenv(name, value)
+            import ray
+
+            ray.init(address=local.gcs_address, log_to_driver=False, logging_level="ERROR")
+            yield RayCluster(home, settings, local)
+            ray.shutdown()
+    finally:
+        stop_local_cluster(home)
+
+
+@pytest.fixture(scope="session")
+def served(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    from ray import serve
+
+    from serve_apps.app import build
+
+    settings = ray_cluster.settings
+    base = add_base(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"))), home=settings.home, name="tiny")
+    spec = ServeSpec(base=base.name, dtype="float32", port=free_port(), **SERVE)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.to_env().items():
+            environment.setenv(name, value)
+        app = build(spec.model_dump(mode="json"))
+    serve.start(http_options={"host": spec.host, "port": spec.port}, logging_config={"log_level": "WARNING"})
+    serve.run(app, name="loray", route_prefix="/")
+    yield Served(
+        url=f"http://{spec.host}:{spec.port}",
+        base=base,
+        store=AdapterStore(open_store(settings.store)),
+        catalog=Catalog(settings.catalog),
+        settings=settings,
+    )
+    serve.shutdown()
+
+
+SERVE: dict[str, Any] = {"pool_bytes": 4 << 20, "max_num_seqs": 4, "max_queued": 4, "num_threads": 1}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

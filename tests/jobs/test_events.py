@@ -1,0 +1,112 @@
+"""Events as lines, their way out of a file that another process writes, and their picture on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from jobs.events import EventTail, decode, describe, duration, encode
+from jobs.progress import RunView
+
+START: dict[str, Any] = {
+    "event": "start",
+    "step": 0,
+    "num_steps": 20,
+    "num_parameters": 1000,
+    "num_trainable": 25,
+    "trainable_share": 0.025,
+    "data": {"num_rows": 5, "num_tokens": 60, "num_eval_rows": 2, "num_truncated": 1, "num_without_targets": 0},
+}
+EVAL: dict[str, Any] = {"event": "eval", "step": 20, "subject": "adapter", "eval_loss": 1.5}
+PUBLISHED: dict[str, Any] = {
+    "event": "published",
+    "label": "a@1",
+    "aliases": ["prod"],
+    "nbytes": 1234,
+    "digest": "0" * 64,
+}
+
+
+def step(number: int, loss: float = 2.0) -> dict[str, Any]:
+    return {
+        "event": "step",
+        "step": number,
+        "num_steps": 20,
+        "loss": loss,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens_per_s": 1234.5,
+        "eta_s": 61.0,
+        "skipped_steps": 0,
+    }
+
+
+def test_events_survive_the_line(tmp_path: Path) -> None:
+    assert decode(encode(step(1))) == step(1)
+    assert json.loads(encode(step(1, float("nan"))))["loss"] is None
+    for line in ("", "hello", '{"event"', '{"other": 1}', "(pid=1) {}"):
+        assert decode(line) is None
+
+
+def test_events_for_people() -> None:
+    assert describe(START) == (
+        "25 of 1,000 parameters trained (2.50%); 20 steps; 5 rows, 60 tokens, 2 rows held out; "
+        "1 rows truncated, 0 dropped"
+    )
+    assert "loss 2.0000  lr 1.00e-03  grad norm 0.5000  1,234 tokens/s  ETA 1:01" in describe(step(3))
+    assert "loss not finite" in describe(step(3, float("inf")))
+    assert describe(PUBLISHED) == "published a@1 (prod): 1,234 bytes, digest 000000000000"
+    assert duration(3723) == "1:02:03"
+
+
+def test_a_tail_delivers_everything_once_and_skips_history(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(encode(step(1)) + "\n")
+    seen: list[dict[str, Any]] = []
+    with EventTail(path, seen.append), path.open("a") as file:
+        whole = encode(step(2)) + "\n"
+        file.write(whole[:9])
+        file.flush()
+        time.sleep(0.5)
+        file.write(whole[9:])
+        file.flush()
+        deadline = time.monotonic() + 10
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert seen == [step(2)]
+        file.write(encode(step(3)) + "\n")  # just before the end
+    assert seen == [step(2), step(3)]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_on_a_console(terminal: bool) -> None:
+    out = io.StringIO()
+    view = RunView(Console(file=out, force_terminal=terminal, width=200))
+    with view:
+        view.feed("Running entrypoint for job …")
+        for event in (START, *(step(i) for i in range(1, 21)), EVAL, PUBLISHED):
+            view.feed(encode(event))
+    assert view.published == PUBLISHED
+    assert view.error is None
+    assert list(view.log) == ["Running entrypoint for job …"]
+    assert "25 of 1,000 parameters trained" in out.getvalue()
+    assert "held-out loss 1.5000" in out.getvalue()
+    if not terminal:
+        assert out.getvalue().count("tokens/s") == 10
+
+
+def test_a_failed_run_keeps_the_reason_and_the_last_lines() -> None:
+    view = RunView(Console(file=io.StringIO()))
+    with view:
+        for i in range(50):
+            view.feed(f"line {i}")
+        view.feed(encode({"event": "error", "kind": "DataError", "message": "no data"}))
+    assert view.error is not None
+    assert describe(view.error) == "error: no data"
+    assert list(view.log) == [f"line {i}" for i in range(30, 50)]

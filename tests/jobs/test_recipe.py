@@ -1,0 +1,122 @@
+"""Recipes: the shipped ones are valid, paths start at the recipe, and what is wrong is said before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.prepare import prepare, row_length
+from jobs.recipe import Recipe, load_recipe, shipped
+from loray.bases.registry import BaseModel, add_base, get_base
+from loray.errors import BaseNotFound, DataError, SpecError, UnsupportedError
+from loray.settings import Settings
+from tests.tiny import write_checkpoint
+
+RECIPE: dict[str, Any] = {
+    "name": "arithmetic",
+    "base": "tiny",
+    "adapter": {"method": "lora", "rank": 4},
+    "data": {"train": "data.jsonl", "eval_fraction": 0.2, "max_length": 64},
+    "batch": {"rows": 2},
+    "optimizer": {"learning_rate": 0.01},
+    "max_steps": 2,
+}
+
+
+def write(folder: Path, **fields: Any) -> Recipe:
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = ["".join(chr(97 + (i + t) % 26) for t in range(20 + i)) for i in range(20)]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | fields))
+    return load_recipe(str(folder / "recipe.yaml"))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    home = tmp_path_factory.mktemp("home")
+    add_base(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"))), home=home, name="tiny")
+    return Settings.from_env({"LORAY_HOME": str(home)})
+
+
+@pytest.fixture(scope="module")
+def base(settings: Settings) -> BaseModel:
+    return get_base(settings.home, "tiny")
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_shipped_recipe_is_valid_and_found_by_name() -> None:
+    assert shipped() == ["longlora_smollm2.yaml", "lora_smollm2.yaml", "vera_smollm2.yaml"]
+    methods = {name: load_recipe(name).spec.adapter.method for name in shipped()}
+    assert all(name.startswith(method) for name, method in methods.items())
+    assert load_recipe("vera_smollm2") == load_recipe("vera_smollm2.yaml")
+
+
+def test_paths_start_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write(tmp_path / "a", data={"train": "../data.jsonl", "eval": "s3://bucket/eval.parquet"})
+    assert recipe.data().train == str(tmp_path / "data.jsonl")
+    assert recipe.data().eval == "s3://bucket/eval.parquet"
+    assert recipe.spec.data.train == "../data.jsonl"  # what is published names no folder of this machine
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("lora_smollm2").data().train == str(tmp_path / "data" / "train.jsonl")
+
+
+def test_a_missing_recipe_names_the_shipped_ones() -> None:
+    with pytest.raises(SpecError, match=r"recipe nothing does not exist; .*lora_smollm2\.yaml"):
+        load_recipe("nothing")
+
+
+def test_an_unknown_field_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"learning_rat"):
+        write(tmp_path, optimizer={"learning_rat": 0.1})
+
+
+# -- checks before the start ------------------------------------------------------------------------------------------
+
+
+def test_a_good_recipe_is_prepared(tmp_path: Path, settings: Settings) -> None:
+    prepared = prepare(write(tmp_path), settings)
+    assert prepared.base.name == "tiny"
+    assert len(prepared.data.train) == 16
+    assert len(prepared.data.evaluation) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"base": "other"}, BaseNotFound, "loray base add other"),
+        ({"name": "tiny"}, SpecError, "is a base model's"),
+        ({"data": {"train": "none.jsonl"}}, DataError, r"none\.jsonl does not exist"),
+        ({"data": {"train": "data.jsonl", "max_length": 513}}, SpecError, "context is 512 tokens"),
+        ({"batch": {"tokens": 30}}, SpecError, r"batch\.tokens is 30"),
+    ],
+)
+def test_what_is_wrong_is_said_first(
+    tmp_path: Path, settings: Settings, fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        prepare(write(tmp_path, **fields), settings)
+
+
+def test_rows_of_a_long_context_adapter_fill_its_context(tmp_path: Path, settings: Settings, base: BaseModel) -> None:
+    adapter = {"method": "longlora", "long_context": {"original_context": 64, "rope_scaling": {"factor": 2}}}
+    assert row_length(write(tmp_path, adapter=adapter, data={"train": "data.jsonl"}).spec, base) == 128
+    assert row_length(write(tmp_path, adapter=adapter).spec, base) == 64
+    assert row_length(write(tmp_path, data={"train": "data.jsonl"}).spec, base) == 512  # the base's window
+    too_long = write(tmp_path, adapter=adapter, data={"train": "data.jsonl", "max_length": 129})
+    with pytest.raises(SpecError, match=r"context is 128 tokens; lower it$"):
+        row_length(too_long.spec, base)
+
+
+def test_a_base_with_scaled_rope_is_not_scaled_again(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", rope_parameters=rope)
+    scaled = add_base(str(checkpoint), home=tmp_path / "home", name="tiny")
+    adapter = {"method": "longlora", "long_context": {"rope_scaling": {"factor": 2}}}
+    with pytest.raises(UnsupportedError, match="scaling it again is not defined"):
+        row_length(write(tmp_path, adapter=adapter).spec, scaled)

@@ -1,0 +1,186 @@
+"""The driver on a real cluster: publishes from a submitted job, survives a killed worker, leaves nothing half done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.command import train as train_command
+from jobs.events import decode
+from loray.adapters.peft_format import read_adapter
+from loray.bases.registry import BaseModel, add_base
+from loray.catalog import Catalog
+from loray.errors import AdapterNotFound, ConflictError, DataError, SpecError, TrainingError
+from loray.settings import Settings
+from loray.store import AdapterStore, open_store
+from tests.cluster import RayCluster
+from tests.jobs.test_recipe import write
+from tests.tiny import write_checkpoint
+
+pytestmark = pytest.mark.cluster
+
+TINY = "tiny-trained"
+FIELDS: dict[str, Any] = {
+    "base": TINY,
+    "dtype": "float32",
+    "max_steps": 6,
+    "evaluation": {"interval_steps": 2},
+    "publish": {"aliases": ["prod"], "licence": "CC0-1.0"},
+}
+
+
+@pytest.fixture(scope="module")
+def base(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), std=0.05)
+    return add_base(str(checkpoint), home=ray_cluster.home, name=TINY)
+
+
+def test_a_submitted_job_trains_and_publishes(ray_cluster: RayCluster, base: BaseModel, tmp_path: Path) -> None:
+    """From a folder with nothing but recipe and data, as `ray job submit --working-dir . -- python -m jobs.train`."""
+    from ray.job_submission import JobSubmissionClient
+
+    folder = tmp_path / "only-recipe-and-data"
+    write(folder, name="submitted", **FIELDS)
+    client = JobSubmissionClient(ray_cluster.address)
+    job = client.submit_job(
+        entrypoint=f"{sys.executable} -m jobs.train recipe.yaml --events",
+        runtime_env={"working_dir": str(folder), "env_vars": ray_cluster.settings.to_env()},
+    )
+    lines = follow(client, job)
+    events = [event for line in lines if (event := decode(line))]
+    assert [e["event"] for e in events if e["event"] != "step"] == [
+        *("start", "eval"),
+        *("eval", "checkpoint") * 3,
+        "published",
+    ], "\n".join(lines)
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+    published = events[-1]
+    version = Catalog(ray_cluster.settings.catalog).adapter("submitted").versions[-1]
+    assert (version.label, version.digest, version.aliases) == (published["label"], published["digest"], ("prod",))
+    assert version.manifest.job_id == job
+    assert version.manifest.recipe is not None
+    assert version.manifest.recipe.data.train == "data.jsonl"
+    assert version.manifest.licence == "CC0-1.0"
+    before, after = version.manifest.evaluations
+    assert (before.subject, after.subject) == ("base", "adapter")
+    assert after.value == min(e["eval_loss"] for e in events if e["event"] == "eval" and e["step"])
+    assert after.value < before.value
+    store = AdapterStore(open_store(ray_cluster.settings.store))
+    store.fetch(version.digest, tmp_path / "fetched")
+    assert len(read_adapter(tmp_path / "fetched", base.config).modules) == 8
+
+
+def follow(client: Any, job: str) -> list[str]:
+    import asyncio
+
+    from jobs.command import _follow
+
+    lines: list[str] = []
+    asyncio.run(_follow(client, job, lines.append))
+    return lines
+
+
+@pytest.mark.slow
+def test_a_killed_worker_resumes_and_gives_the_same_adapter(
+    ray_cluster: RayCluster, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    fields = FIELDS | {"max_steps": 40, "evaluation": {"interval_steps": 10}}
+    unbroken = run(write(tmp_path, name="unbroken", **fields), ray_cluster.settings)
+    killed: list[int] = []
+
+    def kill_once(event: dict[str, Any], seen: list[dict[str, Any]]) -> None:
+        if event["event"] == "checkpoint" and not killed:
+            killed.append(next(e["pid"] for e in seen if e["event"] == "start"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    broken = run(write(tmp_path, name="broken", **fields), ray_cluster.settings, kill_once)
+    assert [e["event"] for e in broken].count("worker_lost") == 1
+    first, second = (e for e in broken if e["event"] == "start")
+    assert first["step"] == 0
+    assert second["step"] >= 10
+    losses = [{e["step"]: e["loss"] for e in events if e["event"] == "step"} for events in (unbroken, broken)]
+    assert losses[0] == losses[1]
+    catalog = Catalog(ray_cluster.settings.catalog)
+    files = [catalog.adapter(name).versions[-1].manifest.files for name in ("unbroken", "broken")]
+    assert files[0] == files[1]
+
+    assert run(write(tmp_path, name="broken", **fields), ray_cluster.settings, resume=True) == broken[-1:]
+    assert len(catalog.adapter("broken").versions) == 1
+
+
+def run(recipe: Any, settings: Settings, watch: Any = None, *, resume: bool = False) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+
+    def emit(event: dict[str, Any]) -> None:
+        events.append(event)
+        if watch is not None:
+            watch(event, events)
+
+    from jobs.train import train  # imports Ray, which reads the cluster's token from the environment when imported
+
+    train(recipe, settings, emit, resume=resume)
+    return events
+
+
+def test_a_diverging_run_publishes_nothing(ray_cluster: RayCluster, base: BaseModel, tmp_path: Path) -> None:
+    optimizer = {"learning_rate": 1e38, "schedule": "constant"}
+    recipe = write(tmp_path, name="diverging", **FIELDS | {"optimizer": optimizer, "max_nonfinite_steps": 2})
+    with pytest.raises(TrainingError, match=r"stopped at step \d: 2 steps .* --publish-checkpoint"):
+        run(recipe, ray_cluster.settings)
+    with pytest.raises(AdapterNotFound):
+        Catalog(ray_cluster.settings.catalog).adapter("diverging")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"name": TINY}, SpecError | ConflictError),
+        ({"data": {"train": "none.jsonl"}}, DataError),
+        ({"num_workers": 99}, SpecError),
+    ],
+)
+def test_bad_recipes_start_nothing(
+    ray_cluster: RayCluster, base: BaseModel, tmp_path: Path, fields: dict[str, Any], error: Any
+) -> None:
+    with pytest.raises(error.__args__ if hasattr(error, "__args__") else error):
+        run(write(tmp_path, **FIELDS | fields), ray_cluster.settings)
+
+
+def test_the_driver_says_why_in_one_line(
+    ray_cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs.train import main
+
+    monkeypatch.setenv("LORAY_HOME", str(ray_cluster.home))
+    write(tmp_path, base="missing")
+    result = CliRunner().invoke(main, [str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        next(line for line in result.stdout.splitlines() if line.startswith("error: no base model 'missing'"))
+    ]
+    nothing = CliRunner().invoke(main, [str(tmp_path / "recipe.yaml"), "--publish-checkpoint", "--events"])
+    assert (decode(nothing.stdout.strip()) or {}).get("kind") == "SpecError"
+
+
+def test_the_command_follows_a_job_to_its_end(
+    ray_cluster: RayCluster, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ray_cluster.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    recipe = write(tmp_path, name="commanded", **FIELDS)
+    result = CliRunner().invoke(train_command, [str(recipe.path), "--address", ray_cluster.address])
+    assert result.exit_code == 0, result.output
+    assert "published commanded@1 (prod)" in result.output.splitlines()[-1]
+
+    bad = write(tmp_path / "bad", name="commanded", **FIELDS | {"base": "missing"})
+    result = CliRunner().invoke(train_command, [str(bad.path), "--address", ray_cluster.address])
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].startswith("error: no base model 'missing'")

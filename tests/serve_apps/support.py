@@ -1,0 +1,108 @@
+"""A gateway without Ray: on scripted engines, or on a real one in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from fastapi import FastAPI
+
+from loray.bases.registry import BaseModel
+from loray.catalog import AdapterVersion, Catalog
+from loray.engine.request import GenerateRequest
+from loray.engine.stream import Delta, EngineStream
+from loray.spec import AdapterManifest, ServeSpec
+from serve_apps.directory import ModelDirectory
+from serve_apps.gateway import Gateway, create_app
+from serve_apps.generation import Engines
+from serve_apps.prompts import PromptEncoder
+
+STATS: dict[str, Any] = {
+    "replica": "r1",
+    "node": "n",
+    "pid": 1,
+    "uptime_s": 2.0,
+    "num_running": 1,
+    "blocks": {"free": 10, "kv": 2},
+    "adapters_in_pool": ("0" * 64,),
+    "adapters_on_host": (),
+}
+
+
+def gateway_app(base: BaseModel, catalog_url: str, engines: Engines, **spec: Any) -> FastAPI:
+    directory = ModelDirectory(base, lambda: Catalog(catalog_url))
+    return create_app(Gateway(ServeSpec(base=base.name, **spec), directory, PromptEncoder.load(base), engines))
+
+
+def register(catalog: Catalog, name: str, base_fingerprint: str, *, context_length: int = 512) -> AdapterVersion:
+    """A version in the catalog alone: nothing is stored."""
+    num_versions = len(catalog.adapter(name).versions) if any(e.name == name for e in catalog.adapters()) else 0
+    manifest = AdapterManifest(
+        method="lora",
+        base="tiny",
+        base_fingerprint=base_fingerprint,
+        rank=8,
+        target_modules=("q_proj",),
+        num_parameters=10,
+        nbytes=40,
+        context_length=context_length,
+        files={},
+        created_at="2026-01-01T00:00:00+00:00",
+    )
+    return catalog.register(name, f"{num_versions:064x}", manifest)
+
+
+class ScriptedEngines:
+    """Says what `script` says: deltas, and exceptions to raise; then waits if `hang`."""
+
+    def __init__(
+        self, script: Sequence[Delta | Exception] = (), *, hang: bool = False, capacity: int = 1 << 20
+    ) -> None:
+        self.script, self.hang, self._capacity = script, hang, capacity
+        self.requests: list[GenerateRequest] = []
+        self.closed: list[str] = []
+        self.replicas: list[dict[str, Any]] = [STATS]
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        self.requests.append(request)
+        try:
+            for item in self.script:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+            if self.hang:
+                await asyncio.Event().wait()
+        finally:
+            self.closed.append(request.request_id)
+
+    async def capacity(self) -> int:
+        return self._capacity
+
+    async def stats(self) -> list[dict[str, Any]]:
+        return self.replicas
+
+
+class LocalEngines:
+    """One real engine in this process."""
+
+    def __init__(self, stream: EngineStream) -> None:
+        self.stream = stream
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        return cast("AsyncGenerator[Delta, None]", self.stream.generate(request))
+
+    async def capacity(self) -> int:
+        return sum(self.stream.stats().blocks.values()) * 16
+
+    async def stats(self) -> list[dict[str, Any]]:
+        return [STATS | self.stream.stats().to_dict()]
+
+
+def delta(text: str, finish_reason: Any = None, *, num_output_tokens: int = 1, num_prompt_tokens: int = 3) -> Delta:
+    return Delta(text, (1,), None, finish_reason, num_prompt_tokens, num_output_tokens)
+
+
+def catalog_url(folder: Path) -> str:
+    return f"sqlite:///{folder}/catalog.db"

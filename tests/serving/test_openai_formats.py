@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from loray.serving.openai import ChatFormat, CompletionFormat, Usage
+from loray.serving.openai.formats import Choice, usage_of
+from loray.serving.status import EngineStatus, ReplicaStatus, total
+
+
+class Logprob(NamedTuple):
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+class Delta(NamedTuple):
+    text: str
+    logprobs: tuple[Logprob, ...] | None = None
+    finish_reason: Any = None
+    num_prompt_tokens: int = 3
+    num_output_tokens: int = 1
+    token_ids: tuple[int, ...] = ()
+
+
+A = Logprob(1, "é", -0.5, ((1, "é", -0.5), (2, "b", float("-inf"))))
+B = Logprob(2, "bc", -1.0, ((1, "é", -0.5),))
+
+
+def collected(*deltas: Delta) -> Choice:
+    choice = Choice()
+    for d in deltas:
+        choice.add(d)
+    return choice
+
+
+def fmt(cls: Any, **more: Any) -> Any:
+    return cls(id="x-1", created=7, model="tone@3", fingerprint="f", **more)
+
+
+def test_completion_is_openais() -> None:
+    choice = collected(Delta("é", (A,)), Delta("bc", (B,), "length", 3, 2))
+    body = json.loads(
+        fmt(CompletionFormat).whole([choice, collected(Delta("", None, "stop"))], Usage.of(3, 3)).to_json()
+    )
+    assert body == {
+        "id": "x-1",
+        "object": "text_completion",
+        "created": 7,
+        "model": "tone@3",
+        "system_fingerprint": "f",
+        "choices": [
+            {
+                "index": 0,
+                "text": "ébc",
+                "logprobs": {
+                    "text_offset": [0, 1],
+                    "token_logprobs": [-0.5, -1.0],
+                    "tokens": ["é", "bc"],
+                    "top_logprobs": [{"é": -0.5, "b": -9999.0}, {"é": -0.5, "bc": -1.0}],
+                },
+                "finish_reason": "length",
+            },
+            {"index": 1, "text": "", "logprobs": None, "finish_reason": "stop"},
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+    }
+    assert Completion.model_validate(body, strict=True).choices[0].text == "ébc"
+
+
+def test_completion_chunks_go_on_where_the_last_ended() -> None:
+    answer = fmt(CompletionFormat)
+    assert answer.opening(0) is None
+    bodies = [json.loads(answer.chunk(0, d).to_json()) for d in (Delta("é", (A,)), Delta("bc", (B,), "stop"))]
+    assert [b["choices"][0]["logprobs"]["text_offset"] for b in bodies] == [[0], [1]]
+    assert [b["choices"][0]["finish_reason"] for b in bodies] == [None, "stop"]
+    assert "usage" not in bodies[0]
+
+
+@pytest.mark.parametrize("cls", [CompletionFormat, ChatFormat])
+def test_usage_of_a_stream_is_its_last_chunk(cls: Any) -> None:
+    answer = fmt(cls, include_usage=True)
+    assert json.loads(answer.chunk(0, Delta("a")).to_json())["usage"] is None
+    last = json.loads(answer.usage_chunk(Usage.of(3, 4)).to_json())
+    assert last["choices"] == []
+    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+
+
+def test_chat_completion_is_openais() -> None:
+    body = json.loads(fmt(ChatFormat).whole([collected(Delta("é", (A,), "stop"))], Usage.of(3, 1)).to_json())
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "é", "refusal": None},
+            "logprobs": {
+                "content": [
+                    {
+                        "token": "é",
+                        "logprob": -0.5,
+                        "bytes": [195, 169],
+                        "top_logprobs": [
+                            {"token": "é", "logprob": -0.5, "bytes": [195, 169]},
+                            {"token": "b", "logprob": -9999.0, "bytes": [98]},
+                        ],
+                    }
+                ],
+                "refusal": None,
+            },
+            "finish_reason": "stop",
+        }
+    ]
+    assert ChatCompletion.model_validate(body, strict=True).choices[0].message.content == "é"
+
+
+def test_chat_chunks_open_with_the_role_and_end_with_an_empty_delta() -> None:
+    answer = fmt(ChatFormat)
+    bodies = [answer.opening(1), answer.chunk(1, Delta("a")), answer.chunk(1, Delta("", None, "stop"))]
+    choices = [json.loads(b.to_json())["choices"][0] for b in bodies]
+    assert [c["delta"] for c in choices] == [{"role": "assistant", "content": ""}, {"content": "a"}, {}]
+    assert choices[0] == {"index": 1, "delta": choices[0]["delta"], "logprobs": None, "finish_reason": None}
+    assert choices[2]["finish_reason"] == "stop"
+    for b in bodies:
+        ChatCompletionChunk.model_validate_json(b.to_json(), strict=True)
+
+
+def test_a_prompt_counts_once_however_many_choices() -> None:
+    choices = [collected(Delta("", None, "stop", n, 2)) for n in (3, 3, 5, 5)]
+    assert usage_of(choices, 2) == Usage.of(8, 8)
+
+
+def test_status_totals() -> None:
+    common = {"node": "n", "pid": 1, "uptime_s": 1.0}
+    replicas = (
+        ReplicaStatus(replica="a", num_running=1, blocks={"free": 2}, max_adapters_in_step=3, **common),
+        ReplicaStatus(replica="b", num_running=2, blocks={"free": 1, "kv": 4}, max_adapters_in_step=1, **common),
+    )
+    assert total(replicas) == EngineStatus(num_running=3, blocks={"free": 3, "kv": 4}, max_adapters_in_step=3)
+    assert total(()) == EngineStatus()

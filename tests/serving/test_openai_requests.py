@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loray.errors import RequestError
+from loray.serving.openai import ChatCompletionRequest, CompletionRequest, parse
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return parse(CompletionRequest, {"model": "m", "prompt": "p"} | fields)
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return parse(ChatCompletionRequest, {"model": "m", "messages": [{"role": "user", "content": "hi"}]} | fields)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+        ("", ("",)),
+    ],
+)
+def test_every_form_of_prompt(prompt: Any, expected: Any) -> None:
+    assert completion(prompt=prompt).prompt == expected
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [True], [-1], {"a": 1}, 3, [[1], "a"], [1.0]])
+def test_malformed_prompt_names_the_field(prompt: Any) -> None:
+    with pytest.raises(RequestError, match="prompt: must be a string, a list") as e:
+        completion(prompt=prompt)
+    assert e.value.param == "prompt"
+
+
+def test_defaults_are_openais() -> None:
+    request = completion()
+    assert request.asked_max_tokens is None
+    assert request.default_max_tokens == 16
+    params = request.sampling(max_tokens=16, choice=0)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
+    assert (params.seed, params.stop, params.ignore_eos, params.logprobs) == (None, (), False, None)
+    assert chat().default_max_tokens is None
+
+
+def test_sampling_takes_over_every_field() -> None:
+    given = {"temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1}
+    request = completion(**given, seed=5, stop="x", ignore_eos=True, logprobs=3)
+    params = request.sampling(max_tokens=9, choice=2)
+    assert {k: getattr(params, k) for k in given} == given
+    assert (params.max_tokens, params.seed, params.stop, params.ignore_eos, params.logprobs) == (9, 7, ("x",), True, 3)
+
+
+def test_top_k_minus_one_is_off() -> None:
+    assert completion(top_k=-1).sampling(max_tokens=1, choice=0).top_k == 0
+
+
+def test_null_is_absent() -> None:
+    assert completion(temperature=None, stop=None, tools=None, logit_bias=None, n=None).temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "auto"),
+        ("functions", [{}]),
+        ("response_format", {"type": "json_object"}),
+        ("logit_bias", {"5": 1}),
+        ("audio", {}),
+        ("modalities", ["text", "audio"]),
+        ("store", True),
+        ("repetition_penalty", 1.1),
+        ("min_tokens", 2),
+        ("stop_token_ids", [3]),
+        ("echo", True),
+        ("suffix", "x"),
+        ("skip_special_tokens", False),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(field: str, value: Any) -> None:
+    for make in (completion, chat):
+        with pytest.raises(RequestError, match=f"^{field} is not supported: ") as e:
+            make(**{field: value})
+        assert e.value.param == field
+
+
+def test_values_that_ask_for_nothing_pass() -> None:
+    completion(echo=False, suffix="", best_of=2, n=2, logit_bias={}, repetition_penalty=1)
+    chat(tools=[], tool_choice="none", response_format={"type": "text"}, store=False, metadata={}, user="me")
+
+
+def test_best_of_beyond_n() -> None:
+    with pytest.raises(RequestError, match="best_of is not supported") as e:
+        completion(best_of=3)
+    assert e.value.param == "best_of"
+
+
+def test_unknown_fields_are_named() -> None:
+    with pytest.raises(RequestError, match=r"unknown field .temperatur.; known fields: .*temperature") as e:
+        completion(temperatur=1)
+    assert e.value.param == "temperatur"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": True}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": 3}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
+        ({"model": ""}, "model"),
+        ({"model": None}, "model"),
+    ],
+)
+def test_wrong_values_name_their_field(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as e:
+        completion(**fields)
+    assert e.value.param == param
+    assert param.split(".")[-1] in str(e.value)
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    with pytest.raises(RequestError, match=r"temperature: .*; top_p: "):
+        completion(temperature=-1, top_p=2)
+
+
+def test_body_must_be_an_object() -> None:
+    with pytest.raises(RequestError, match="JSON object"):
+        parse(CompletionRequest, ["model"])
+
+
+def test_messages_are_text_or_text_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])
+    assert [m.for_template() for m in request.messages] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "a\nb"},
+    ]
+
+
+def test_an_answer_may_be_sent_back_as_it_came() -> None:
+    answer = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "tool_calls": None,
+    }
+    assert chat(messages=[answer]).messages[0].for_template() == {"role": "assistant", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("message", "match"),
+    [
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "'image_url' are not supported",
+        ),
+        ({"role": "tool", "content": "x"}, "messages.0.role"),
+        ({"role": "user"}, "'messages.0.content' is required"),
+        ({"role": "user", "content": []}, "messages.0.content: must be a string"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "tool_calls is not supported"),
+        ({"role": "user", "content": "x", "mood": "good"}, "unknown field 'messages.0.mood'"),
+        ("hi", "messages.0"),
+    ],
+)
+def test_messages_that_are_not(message: Any, match: str) -> None:
+    with pytest.raises(RequestError, match=match) as e:
+        chat(messages=[message])
+    assert (e.value.param or "").startswith("messages.0")
+
+
+def test_no_messages() -> None:
+    with pytest.raises(RequestError, match="messages"):
+        chat(messages=[])
+
+
+def test_chat_logprobs() -> None:
+    assert chat().num_logprobs is None
+    assert chat(logprobs=True).num_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=4).num_logprobs == 4
+    with pytest.raises(RequestError, match="logprobs: true") as e:
+        chat(top_logprobs=4)
+    assert e.value.param == "top_logprobs"
+
+
+def test_both_names_of_max_tokens() -> None:
+    assert chat(max_completion_tokens=3).asked_max_tokens == 3
+    assert chat(max_tokens=3).asked_max_tokens == 3
+    assert chat(max_tokens=3, max_completion_tokens=3).asked_max_tokens == 3
+    with pytest.raises(RequestError, match="differ"):
+        chat(max_tokens=3, max_completion_tokens=4)

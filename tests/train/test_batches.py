@@ -1,0 +1,155 @@
+"""Plans: every document once, within the budget, a function of (seed, epoch), resumable, shared out among ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loray.errors import SpecError
+from loray.spec import BatchSpec
+from loray.train.batches import IGNORED, Batch, BatchStream, Cursor, MicroBatch, collate, first_fit, plan_epoch
+from loray.train.examples import TokenRows, pack_rows
+
+MAX_LENGTH = 64
+ORDERS = ["shuffled", "length_grouped", "packed"]
+lengths_ = st.lists(st.integers(2, MAX_LENGTH), min_size=1, max_size=60)
+
+
+def make_rows(lengths: list[int]) -> TokenRows:
+    """Row i holds 1000·i, 1000·i + 1, …; all tokens are targets."""
+    return pack_rows([([1000 * i + t for t in range(n)], [True] * n) for i, n in enumerate(lengths)])
+
+
+def plan(lengths: list[int], seed: int = 0, epoch: int = 0, **spec: Any) -> list[MicroBatch]:
+    return plan_epoch(lengths, BatchSpec(**spec), max_length=MAX_LENGTH, seed=seed, epoch=epoch)
+
+
+def stream(
+    lengths: list[int], cursor: Cursor | None = None, rank: int = 0, world_size: int = 1, **spec: Any
+) -> BatchStream:
+    return BatchStream(
+        make_rows(lengths),
+        BatchSpec(**spec),
+        max_length=MAX_LENGTH,
+        seed=3,
+        cursor=cursor or Cursor(),
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@given(lengths=lengths_, rows=st.integers(1, 7), seed=st.integers(0, 9))
+def test_each_document_once_and_at_most_so_many_rows(order: str, lengths: list[int], rows: int, seed: int) -> None:
+    batches = plan(lengths, seed, rows=rows, order=order)
+    assert sorted(i for b in batches for row in b for i in row) == list(range(len(lengths)))
+    assert all(1 <= len(b) <= rows for b in batches)
+    assert batches == plan(lengths, seed, rows=rows, order=order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@given(lengths=lengths_, tokens=st.integers(MAX_LENGTH, 300))
+def test_the_token_budget_counts_padding(order: str, lengths: list[int], tokens: int) -> None:
+    for batch in plan(lengths, tokens=tokens, order=order):
+        widths = [sum(lengths[i] for i in row) for row in batch]
+        assert max(widths) * len(batch) <= tokens
+
+
+def test_epochs_and_seeds_differ() -> None:
+    lengths = list(range(2, 40))
+    plans = [plan(lengths, seed, epoch, rows=4) for seed in range(2) for epoch in range(2)]
+    assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
+
+
+def test_length_grouping_wastes_less() -> None:
+    lengths = np.random.default_rng(0).integers(2, MAX_LENGTH, 400).tolist()
+
+    def padded(order: str) -> int:
+        return sum(len(b) * max(lengths[r[0]] for r in b) for b in plan(lengths, rows=8, order=order))
+
+    assert padded("length_grouped") < 0.75 * padded("shuffled")
+
+
+def test_a_row_over_the_budget_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"batch\.tokens is 10, less than a row of 20 tokens"):
+        plan([20], tokens=10)
+
+
+@given(lengths=lengths_)
+def test_first_fit_is_first_fit(lengths: list[int]) -> None:
+    rows: list[list[int]] = []
+    for i, n in enumerate(lengths):
+        for row in rows:
+            if sum(lengths[j] for j in row) + n <= MAX_LENGTH:
+                row.append(i)
+                break
+        else:
+            rows.append([i])
+    assert first_fit(range(len(lengths)), lengths, MAX_LENGTH) == [tuple(r) for r in rows]
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def test_collate_shifts_labels_and_pads_right() -> None:
+    rows = pack_rows([([5, 6, 7], [False, True, True]), ([8, 9, 10, 11], [False, False, False, True])])
+    batch = collate(rows, ((0,), (1,)), packed=False)
+    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
+    assert batch.labels_BT.tolist() == [[6, 7, IGNORED, IGNORED], [IGNORED, IGNORED, 11, IGNORED]]
+    assert batch.attention_mask_BT is not None
+    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.position_ids_BT is None
+    assert (batch.num_tokens, batch.num_targets) == (7, 3)
+
+
+def test_packed_documents_restart_and_do_not_predict_each_other() -> None:
+    rows = make_rows([3, 2, 4])
+    batch = collate(rows, ((0, 1), (2,)), packed=True)
+    assert batch.position_ids_BT is not None
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert batch.labels_BT.tolist() == [[1, 2, IGNORED, 1001, IGNORED], [2001, 2002, 2003, IGNORED, IGNORED]]
+    assert batch.attention_mask_BT is None
+
+
+# -- the stream -------------------------------------------------------------------------------------------------------
+
+
+def ids(batches: list[Batch]) -> list[list[int]]:
+    return [b.input_ids_BT.flatten().tolist() for b in batches]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_stream_resumes_from_its_cursor(order: str) -> None:
+    lengths = np.random.default_rng(1).integers(2, MAX_LENGTH, 23).tolist()
+    spec = {"rows": 2, "accumulation": 3, "order": order}
+    unbroken = stream(lengths, **spec)
+    steps = [(ids(unbroken.next_step()), unbroken.cursor) for _ in range(9)]  # over two epochs and more
+    for done in (1, 4, 7):
+        resumed = stream(lengths, steps[done - 1][1], **spec)
+        assert [(ids(resumed.next_step()), resumed.cursor) for _ in range(9 - done)] == steps[done:]
+
+
+def test_ranks_share_what_one_would_have_done() -> None:
+    lengths = list(range(2, 30))
+    alone = stream(lengths, rows=2, accumulation=4)
+    ranks = [stream(lengths, rank=r, world_size=2, rows=2, accumulation=2) for r in range(2)]
+    for _ in range(8):
+        expected = ids(alone.next_step())
+        shares = [ids(s.next_step()) for s in ranks]
+        assert [b for pair in zip(*shares, strict=True) for b in pair] == expected
+        assert ranks[0].cursor == ranks[1].cursor == alone.cursor
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.5, 2), (0.01, 1)])
+def test_steps_of_epochs(epochs: float, steps: int) -> None:
+    assert stream([4] * 10, rows=2, accumulation=2).num_steps(epochs) == steps  # 5 micro-batches an epoch
+
+
+def test_model_inputs_leave_out_what_is_not_there() -> None:
+    batch = collate(make_rows([4, 4]), ((0,), (1,)), packed=False)
+    assert list(batch.model_inputs(torch.device("cpu"))) == ["input_ids"]

@@ -1,0 +1,290 @@
+"""The loop on a tiny model: it learns, resumes bit for bit, skips what is not finite, keeps the best."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from loray.adapters.peft_format import read_adapter
+from loray.bases.registry import BaseModel
+from loray.errors import IntegrityError, SpecError, TrainingError
+from loray.spec import TrainSpec
+from loray.train import checkpoint, loop
+from loray.train.checkpoint import RunState
+from loray.train.data import Dataset, load_data
+from loray.train.loop import train
+from loray.train.loss import Loss, batch_loss
+from loray.train.reporting import FolderReporter
+from tests.tiny import byte_tokenizer
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "rank": 4, "dropout": 0.1},
+    "vera": {"method": "vera", "rank": 16, "dropout": 0.1},
+    "longlora": {
+        "method": "longlora",
+        "rank": 4,
+        "long_context": {"original_context": 32, "rope_scaling": {"factor": 2}, "group_size": 16},
+    },
+}
+TINY: dict[str, Any] = {"std": 0.05}
+
+
+def recipe(method: str = "lora", **fields: Any) -> TrainSpec:
+    data: dict[str, Any] = {
+        "name": "test",
+        "base": "tiny",
+        "adapter": ADAPTERS[method],
+        "data": {"train": "data.jsonl", "eval_fraction": 0.2, "max_length": 64},
+        "batch": {"rows": 2, "accumulation": 2},
+        "optimizer": {"learning_rate": 2e-2, "warmup_steps": 2},
+        "max_steps": 8,
+        "dtype": "float32",
+    }
+    return TrainSpec.parse(data | fields, source="test")
+
+
+def make_data(folder: Path, spec: TrainSpec) -> Dataset:
+    """Arithmetic progressions of letters, documents of 20 to 64 tokens."""
+    path = folder / "data.jsonl"
+    texts = ["".join(chr(97 + (i + t * (1 + i % 3)) % 26) for t in range(20 + (7 * i) % 44)) for i in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = spec.data.model_copy(update={"train": str(path)})
+    return load_data(source, byte_tokenizer(), max_length=64, max_eval_rows=6, seed=spec.seed)
+
+
+def run(
+    spec: TrainSpec, base: BaseModel, folder: Path, *, resume_from: Path | None = None, name: str = "run"
+) -> tuple[RunState, FolderReporter]:
+    reporter = FolderReporter(folder / name, keep=9)
+    state = train(spec, base, make_data(folder, spec), reporter=reporter, workdir=folder, resume_from=resume_from)
+    return state, reporter
+
+
+def curve(reporter: FolderReporter) -> list[tuple[float, ...]]:
+    return [(e["step"], e["loss"], e["lr"], e["grad_norm"]) for e in reporter.events if e["event"] == "step"]
+
+
+def masters(reporter: FolderReporter) -> dict[str, torch.Tensor]:
+    state = torch.load(reporter.checkpoints[-1].path / "optimizer.pt", weights_only=True)
+    tensors: dict[str, torch.Tensor] = state["masters"]
+    return tensors
+
+
+@pytest.mark.parametrize("method", list(ADAPTERS))
+def test_every_method_learns_and_leaves_an_adapter(
+    method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    base = tiny_base(**TINY)
+    state, reporter = run(recipe(method, max_steps=30), base, tmp_path)
+    assert state.step == 30
+    start = reporter.events[0]
+    assert start["event"] == "start"
+    assert start["num_steps"] == 30
+    assert 0 < start["trainable_share"] == start["num_trainable"] / start["num_parameters"] < 1
+    untrained = state.baselines[-1]
+    assert untrained.subject == ("base_scaled" if method == "longlora" else "base")
+    assert state.eval_loss is not None
+    assert state.eval_loss < 0.95 * untrained.value
+    weights = read_adapter(reporter.best.path / checkpoint.ADAPTER, base.config)
+    assert len(weights.modules) == 8
+    assert checkpoint.read_state(reporter.best.path).evaluations()[-1].value == state.eval_loss
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "order"),
+    [("lora", "bfloat16", "packed"), ("vera", "float32", "length_grouped"), ("longlora", "bfloat16", "shuffled")],
+)
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
+    method: str, dtype: str, order: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    base = tiny_base(**TINY)
+    spec = recipe(
+        method, dtype=dtype, batch={"rows": 2, "accumulation": 2, "order": order}, checkpoint={"interval_steps": 3}
+    )
+    _, unbroken = run(spec, base, tmp_path)
+    assert [c.step for c in unbroken.checkpoints] == [3, 6, 8]
+    _, resumed = run(spec, base, tmp_path, resume_from=unbroken.checkpoints[0].path, name="resumed")
+    assert resumed.events[0]["step"] == 3
+    assert curve(resumed) == curve(unbroken)[3:]
+    assert resumed.checkpoints[-1].eval_loss == unbroken.checkpoints[-1].eval_loss
+    theirs = masters(unbroken)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in masters(resumed).items())
+
+
+def test_a_finished_run_has_nothing_left_to_do(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    base = tiny_base(**TINY)
+    _, first = run(recipe(max_steps=2), base, tmp_path)
+    state, again = run(recipe(max_steps=2), base, tmp_path, resume_from=first.checkpoints[-1].path, name="again")
+    assert state.step == 2
+    assert [e["event"] for e in again.events] == ["start"]
+
+
+def test_accumulation_does_not_change_the_gradient(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    """Micro-batches of unequal numbers of targets: only a division by the step's own count gives this."""
+    base = tiny_base(**TINY)
+    plain = {"method": "lora", "rank": 4}
+    _, whole = run(recipe(adapter=plain, batch={"rows": 8}, max_steps=3), base, tmp_path, name="a")
+    _, parts = run(recipe(adapter=plain, batch={"rows": 2, "accumulation": 4}, max_steps=3), base, tmp_path, name="b")
+    for a, b in zip(curve(whole), curve(parts), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_held_out_loss_is_what_transformers_computes(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    base = tiny_base(**TINY)
+    spec = recipe("longlora", max_steps=1)
+    state, _ = run(spec, base, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    scaled = AutoModelForCausalLM.from_pretrained(
+        base.path, dtype=torch.float32, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    )
+    rows = make_data(tmp_path, spec).evaluation
+    for baseline, reference in zip(state.baselines, (model, scaled), strict=True):
+        total = 0.0
+        for i in range(len(rows)):
+            ids = torch.tensor(rows.row(i)[0].astype("int64"))[None]
+            with torch.no_grad():
+                logits = reference(ids).logits[0, :-1]
+            total += float(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        assert baseline.value == pytest.approx(total / rows.num_targets, rel=1e-5)
+    assert [b.subject for b in state.baselines] == ["base", "base_scaled"]
+    assert state.baselines[0].value != state.baselines[1].value
+
+
+def test_the_best_checkpoint_is_kept(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    spec = recipe(
+        max_steps=12,
+        optimizer={"learning_rate": 0.3, "schedule": "constant", "max_grad_norm": None},
+        evaluation={"interval_steps": 2},
+    )
+    reporter = FolderReporter(tmp_path / "kept", keep=1)
+    base = tiny_base(**TINY)
+    state = train(spec, base, make_data(tmp_path, spec), reporter=reporter, workdir=tmp_path)
+    losses = {e["step"]: e["eval_loss"] for e in reporter.events if e["event"] == "eval" and e["step"]}
+    assert list(losses) == [2, 4, 6, 8, 10, 12]
+    assert reporter.best.eval_loss == min(losses.values()) == state.best_eval_loss
+    assert {c.step for c in reporter.checkpoints} == {reporter.best.step, 12}
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == sorted(c.path.name for c in reporter.checkpoints)
+
+
+def test_epochs_give_the_number_of_steps(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    state, _ = run(recipe(max_steps=None, num_epochs=1), tiny_base(**TINY), tmp_path)
+    assert state.step == 8  # 32 rows in micro-batches of 2, two a step
+    assert (state.epoch, state.index) == (0, 16)
+
+
+# -- steps that are not finite ----------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: Callable[[int], bool]) -> None:
+    """Losses of those training micro-batches become nan."""
+    calls = iter(range(1 << 20))
+
+    def poisoned(model: Any, batch: Any) -> Loss:
+        loss = batch_loss(model, batch)
+        return loss._replace(total=loss.total * math.nan) if bad_calls(next(calls)) else loss
+
+    monkeypatch.setattr(loop, "batch_loss", poisoned)
+
+
+def test_bad_steps_are_skipped_and_counted(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda call: call in (3, 8))  # steps 2 and 5, two micro-batches each
+    state, reporter = run(recipe(), tiny_base(**TINY), tmp_path)
+    assert state.skipped_steps == 2
+    assert [e["skipped_steps"] for e in reporter.events if e["event"] == "step"] == [0, 1, 1, 1, 2, 2, 2, 2]
+    assert all(bool(tensor.isfinite().all()) for tensor in masters(reporter).values())
+    assert state.eval_loss is not None
+
+
+def test_the_limit_stops_the_run_with_the_last_good_state_kept(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(**TINY)
+    spec = recipe(max_nonfinite_steps=2)
+    _, unbroken = run(spec.model_copy(update={"max_steps": 3}), base, tmp_path, name="unbroken")
+    poison(monkeypatch, lambda call: call >= 6)  # from step 4 on
+    reporter = FolderReporter(tmp_path / "stopped", keep=9)
+    with pytest.raises(TrainingError, match="stopped at step 5: 2 steps had a loss or gradient that is not finite"):
+        train(spec, base, make_data(tmp_path, spec), reporter=reporter, workdir=tmp_path)
+    assert [c.step for c in reporter.checkpoints] == [5]
+    assert len(masters(reporter)) == 16
+    read_adapter(reporter.best.path / checkpoint.ADAPTER, base.config)
+    assert all(bool(tensor.isfinite().all()) for tensor in masters(reporter).values())
+    assert len(unbroken.checkpoints) == 1
+
+    monkeypatch.setattr(loop, "batch_loss", batch_loss)
+    state, _ = run(spec, base, tmp_path, resume_from=reporter.best.path, name="resumed")
+    assert (state.step, state.skipped_steps) == (8, 2)
+
+
+def test_a_run_that_never_took_a_good_step_leaves_nothing(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda call: True)
+    spec = recipe(max_nonfinite_steps=3)
+    reporter = FolderReporter(tmp_path / "run")
+    with pytest.raises(TrainingError, match="stopped at step 3"):
+        train(spec, tiny_base(**TINY), make_data(tmp_path, spec), reporter=reporter, workdir=tmp_path)
+    assert reporter.checkpoints == []
+
+
+# -- resuming what does not fit ---------------------------------------------------------------------------------------
+
+
+def test_another_recipe_is_not_resumed(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    base = tiny_base(**TINY)
+    _, first = run(recipe(max_steps=1), base, tmp_path)
+    saved = first.checkpoints[0].path
+    with pytest.raises(SpecError, match="cannot resume from step 1: adapter, seed changed"):
+        run(recipe("vera", seed=1), base, tmp_path, resume_from=saved)
+    moved = recipe(max_steps=2, data={"train": "/elsewhere.jsonl", "eval_fraction": 0.2, "max_length": 64})
+    state, _ = run(moved, base, tmp_path, resume_from=saved, name="moved")
+    assert state.step == 2
+
+
+def test_a_damaged_checkpoint_is_named(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(IntegrityError, match="not a complete checkpoint"):
+        run(recipe(), tiny_base(**TINY), tmp_path, resume_from=tmp_path / "empty")
+
+
+# -- two ranks --------------------------------------------------------------------------------------------------------
+
+
+def _rank(rank: int, spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    reporter = FolderReporter(folder / f"rank-{rank}")
+    train(spec, base, data, reporter=reporter, workdir=folder)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(reporter.events))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    base = tiny_base(**TINY)
+    plain = {"method": "lora", "rank": 4}
+    spec = recipe(adapter=plain, batch={"rows": 2, "accumulation": 1}, max_steps=4, num_workers=2)
+    mp.spawn(_rank, args=(spec, base, make_data(tmp_path, spec), tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    ranks = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(2)]
+    names = [[(e["event"], e["step"]) for e in events] for events in ranks]
+    assert names[0] == names[1]
+    alone_spec = recipe(adapter=plain, batch={"rows": 2, "accumulation": 2}, max_steps=4)
+    alone, reporter = run(alone_spec, base, tmp_path, name="alone")
+    for events in ranks:
+        steps = [(e["step"], e["loss"], e["lr"], e["grad_norm"]) for e in events if e["event"] == "step"]
+        for ours, theirs in zip(steps, curve(reporter), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        assert events[-1]["eval_loss"] == pytest.approx(alone.eval_loss, rel=1e-4)
+    assert (tmp_path / "rank-0" / "step_000004" / "optimizer.pt").is_file()
+    assert not (tmp_path / "rank-1").exists()

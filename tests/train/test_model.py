@@ -1,0 +1,303 @@
+"""The model that a recipe trains: S2-Attn inside whole transformers models, RoPE, what is trained, checkpointing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from loray.bases.registry import BaseModel
+from loray.bases.rope import frequencies
+from loray.errors import UnsupportedError
+from loray.spec import TrainSpec
+from loray.train import hook
+from loray.train.model import build_model, context_length, count_parameters, dense, rope_parameters
+from tests.train.test_s2_attention import oracle, oracle_mask, runs
+
+BaseFactory = Callable[..., BaseModel]
+ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+T = 40
+
+
+def recipe(method: str = "longlora", **fields: Any) -> TrainSpec:
+    """LongLoRA: 16 tokens doubled to 32, groups of 8."""
+    adapter: dict[str, Any] = {"method": method, "rank": 4}
+    scaling = {"type": fields.pop("rope", "linear"), "factor": fields.pop("factor", 2.0)}
+    long_context = {"rope_scaling": scaling, "original_context": 16, "group_size": 8} | fields.pop("long_context", {})
+    if method == "longlora" or fields.pop("long", False):
+        adapter["long_context"] = long_context
+    rest: dict[str, Any] = {
+        "name": "test",
+        "adapter": adapter | fields.pop("adapter", {}),
+        "data": {"train": "none.jsonl"},
+        "batch": {"rows": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "max_steps": 1,
+        "dtype": "float32",
+    }
+    return TrainSpec.model_validate(rest | fields)
+
+
+def tokens(num_rows: int = 2, num_tokens: int = T) -> Tensor:
+    return torch.randint(0, 256, (num_rows, num_tokens), generator=torch.Generator().manual_seed(3))
+
+
+def strengthen(model: Any) -> Any:
+    """Trained parameters that move the logits."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, p in sorted(model.named_parameters()):
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def positions(ids_BT: Tensor) -> Tensor:
+    """Counting from 0 in each document."""
+    out = torch.zeros_like(ids_BT)
+    for b, t in torch.cartesian_prod(torch.arange(ids_BT.shape[0]), torch.arange(1, ids_BT.shape[1])).tolist():
+        out[b, t] = out[b, t - 1] + 1 if ids_BT[b, t] == ids_BT[b, t - 1] else 0
+    return out
+
+
+def batch(kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    """(inputs, document ids)"""
+    if kind == "full":
+        return {"input_ids": tokens()}, torch.zeros(2, T, dtype=torch.long)
+    if kind == "padded":
+        ids = torch.tensor([runs((0, T)), runs((0, 13), (-1, T - 13))])
+        return {"input_ids": tokens(), "attention_mask": (ids >= 0).long()}, ids
+    ids = torch.tensor([runs((0, 3), (1, 20), (2, T - 23)), runs((0, T - 1), (1, 1))])
+    return {"input_ids": tokens(), "position_ids": positions(ids)}, ids
+
+
+@pytest.fixture
+def oracle_attention() -> Iterator[Callable[[Tensor], None]]:
+    """Registers `s2_oracle`, an attention function that knows nothing but the boolean mask that it is given here."""
+    masks: list[Tensor] = []
+
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return oracle(q, k, v, masks[-1], kwargs["scaling"]).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("s2_oracle", attention)
+    yield masks.append
+    del AttentionInterface._global_mapping["s2_oracle"]
+
+
+def logits_and_gradients(model: Any, inputs: dict[str, Tensor], real_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    logits = model(**inputs).logits[real_BT]
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits.dtype)
+    (logits * weights).mean().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["full", "padded", "packed"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_and_packing_reach_every_layer(
+    tiny_base: BaseFactory, oracle_attention: Callable[[Tensor], None], architecture: str, kind: str
+) -> None:
+    model = strengthen(build_model(tiny_base(architecture), recipe())).double()
+    inputs, ids_BT = batch(kind)
+    got, gradients = logits_and_gradients(model, inputs, ids_BT >= 0)
+    oracle_attention(oracle_mask(2, 4, T, 8, ids_BT))
+    model.set_attn_implementation("s2_oracle")
+    expected, expected_gradients = logits_and_gradients(model, inputs, ids_BT >= 0)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_packed_documents_are_independent(tiny_base: BaseFactory) -> None:
+    model = build_model(tiny_base(), recipe())
+    inputs, _ = batch("packed")
+    before = model(**inputs).logits
+    inputs["input_ids"][0, :3] += 1
+    after = model(**inputs).logits
+    assert torch.equal(after[0, 3:], before[0, 3:])
+    assert not torch.equal(after[0, :3], before[0, :3])
+
+
+def test_cuts_are_computed_once_a_batch(tiny_base: BaseFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(tiny_base(num_hidden_layers=3), recipe(gradient_checkpointing=True)).train()
+    calls = []
+    compute = hook.compute_cuts
+    monkeypatch.setattr(hook, "compute_cuts", lambda *a, **k: calls.append(a) or compute(*a, **k))
+    model(**batch("packed")[0]).logits.sum().backward()
+    assert len(calls) == 1
+
+
+def test_dense_is_full_attention_and_only_inside(tiny_base: BaseFactory) -> None:
+    model = strengthen(build_model(tiny_base(), recipe())).eval()
+    inputs, _ = batch("full")
+    with torch.no_grad():
+        sparse = model(**inputs).logits
+        with dense(model):
+            full = model(**inputs).logits
+            assert model.generate(inputs["input_ids"][:1, :5], max_new_tokens=3, use_cache=True).shape == (1, 8)
+        assert torch.equal(model(**inputs).logits, sparse)
+        with pytest.raises(RuntimeError), dense(model):
+            raise RuntimeError
+        assert torch.equal(model(**inputs).logits, sparse)
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(full, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(full[:, :4], sparse[:, :4], atol=1e-4, rtol=1e-4)  # nothing is cut before G/2
+    assert (full[:, 4:] - sparse[:, 4:]).abs().max() > 0.1
+
+
+def test_dense_leaves_another_model_alone(tiny_base: BaseFactory) -> None:
+    model = build_model(tiny_base(), recipe("lora"))
+    with dense(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"attention_mask": torch.tensor([runs((0, 2), (1, 38))] * 2)}, "right"),
+        ({"use_cache": True}, "cache"),
+        ({"attention_mask": torch.ones(2, 1, T, T)}, "4D"),
+    ],
+)
+def test_what_it_cannot_compute_is_refused(tiny_base: BaseFactory, inputs: dict[str, Any], message: str) -> None:
+    model = build_model(tiny_base(), recipe())
+    with pytest.raises(UnsupportedError, match=message):
+        model(input_ids=tokens(), **inputs)
+
+
+@pytest.mark.parametrize("real", [T, 30])
+def test_packing_with_an_attention_mask_is_refused(tiny_base: BaseFactory, real: int) -> None:
+    """transformers would drop the packing without a word."""
+    model = build_model(tiny_base(), recipe())
+    mask = torch.tensor([runs((1, real), (0, T - real))] * 2)
+    with pytest.raises(ValueError, match="restart"):
+        model(input_ids=tokens(), position_ids=batch("packed")[0]["position_ids"], attention_mask=mask)
+    model(input_ids=tokens(), position_ids=torch.arange(T)[None] * mask, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"long_context": {"train_embeddings": False, "train_norms": False}}, {"method": "vera", "long": True}],
+    ids=["longlora", "only lora", "vera"],
+)
+def test_gradient_checkpointing_changes_no_gradient(tiny_base: BaseFactory, fields: dict[str, Any]) -> None:
+    inputs, ids_BT = batch("padded")
+    results = []
+    for checkpointing in (False, True):
+        model = strengthen(build_model(tiny_base(), recipe(**fields, gradient_checkpointing=checkpointing))).train()
+        assert model.is_activation_checkpointing == checkpointing
+        results.append(logits_and_gradients(model, inputs, ids_BT >= 0))
+    (logits, gradients), (logits_again, gradients_again) = results
+    assert torch.equal(logits, logits_again)
+    assert all(torch.equal(g, gradients_again[n]) and bool(g.any()) for n, g in gradients.items())
+
+
+@pytest.mark.parametrize("rope", ["linear", "ntk", "yarn"])
+def test_rope_is_scaled_and_the_context_longer(tiny_base: BaseFactory, rope: str) -> None:
+    base, spec = tiny_base(), recipe(rope=rope, factor=4.0)
+    model = build_model(base, spec)
+    assert context_length(base, spec) == model.config.max_position_embeddings == 64
+    assert spec.adapter.long_context is not None
+    expected, attention = frequencies(rope_parameters(base, spec.adapter.long_context), base.config.head_dim)
+    rotary = model.model.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq, torch.as_tensor(expected, dtype=torch.float32), atol=1e-7, rtol=1e-5)
+    assert rotary.attention_scaling == pytest.approx(attention)
+
+
+def test_without_long_context_the_base_stays_as_it_is(tiny_base: BaseFactory) -> None:
+    base, spec = tiny_base(), recipe("lora")
+    model = build_model(base, spec)
+    assert context_length(base, spec) == model.config.max_position_embeddings == 512
+    assert model.config.rope_parameters["rope_type"] == "default"
+
+
+def test_context_defaults_to_the_bases_window_and_groups_to_a_quarter(tiny_base: BaseFactory) -> None:
+    base, spec = tiny_base(), recipe(long_context={"original_context": None, "group_size": None})
+    assert context_length(base, spec) == 1024
+    assert build_model(base, spec).config.s2_group_size == 256
+
+
+def test_a_base_with_scaled_rope_is_refused(tiny_base: BaseFactory) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UnsupportedError, match="already"):
+        build_model(tiny_base(rope_parameters=rope), recipe())
+
+
+def test_small_groups_are_warned_of(tiny_base: BaseFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: warnings.append(record.getMessage()))
+    logger = logging.getLogger("loray.train.model")
+    logger.addHandler(handler)
+    try:
+        build_model(tiny_base(), recipe(long_context={"group_size": 6}))
+        build_model(tiny_base(), recipe(long_context={"group_size": 8}))
+    finally:
+        logger.removeHandler(handler)
+    assert len(warnings) == 1
+    assert "group_size 6" in warnings[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["lora", "vera", "longlora"])
+def test_only_the_adapter_is_trained(tiny_base: BaseFactory, method: str, dtype: str) -> None:
+    base = tiny_base("Qwen3ForCausalLM")
+    model = build_model(base, recipe(method, dtype=dtype))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    suffixes = {n.split(".")[-2] if "lora" not in n and "vera" not in n else n.split("proj.")[1] for n in trained}
+    extras = {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm"}
+    expected = {
+        "lora": {"lora_A.default.weight", "lora_B.default.weight"},
+        "vera": {"vera_lambda_b", "vera_lambda_d"},
+        "longlora": {"lora_A.default.weight", "lora_B.default.weight"} | extras,
+    }
+    assert suffixes == expected[method]
+    count = count_parameters(model)
+    assert count.trainable == sum(p.numel() for p in trained.values())
+    assert 0 < count.trainable < count.total
+
+
+def test_tied_embedding_trains_a_copy_and_the_head_stays(tiny_base: BaseFactory) -> None:
+    model = build_model(tiny_base(tie_word_embeddings=True), recipe())
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    assert torch.equal(head, embedding)
+    assert embedding.requires_grad
+    assert not head.requires_grad
+    before = head.clone()
+    model(input_ids=tokens()).logits.square().sum().backward()
+    with torch.no_grad():
+        embedding -= embedding.grad
+    assert torch.equal(model.get_output_embeddings().weight, before)
+    assert not torch.equal(embedding, before)
+
+
+def test_the_seed_decides_the_initial_weights_and_nothing_else(tiny_base: BaseFactory) -> None:
+    def initial(seed: int) -> list[Tensor]:
+        model = build_model(tiny_base(), recipe("lora", seed=seed))
+        return [p.detach() for n, p in sorted(model.named_parameters()) if "lora_A" in n]
+
+    state = torch.get_rng_state()
+    first, second, third = initial(1), initial(1), initial(2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, first, second))
+    assert not any(map(torch.equal, first, third))
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_an_untrained_adapter_is_the_base(tiny_base: BaseFactory, method: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_base()
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    model = build_model(base, recipe(method))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens()).logits, plain(input_ids=tokens()).logits)

@@ -1,0 +1,182 @@
+"""S2-Attn against its definition: a boolean mask from sets of cuts, softmax in fp64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from loray.train import s2_attention
+from loray.train.cuts import Bucket, compute_cuts
+
+
+def segment_of(position: int, head: int, num_heads: int, ids: list[int], group: int) -> int:
+    """First position of the segment: the last cut at or before `position`."""
+    first = 0 if head < num_heads // 2 else group // 2
+    groups = {0, *range(first, len(ids), group)}
+    documents = {t for t in range(1, len(ids)) if ids[t] != ids[t - 1]}
+    return max(cut for cut in groups | documents if cut <= position)
+
+
+def oracle_mask(num_rows: int, num_heads: int, num_tokens: int, group: int, ids_BT: Tensor | None) -> Tensor:
+    mask_BHTT = torch.zeros(num_rows, num_heads, num_tokens, num_tokens, dtype=torch.bool)
+    for b in range(num_rows):
+        ids = [0] * num_tokens if ids_BT is None else ids_BT[b].tolist()
+        for h in range(num_heads):
+            segments = [segment_of(t, h, num_heads, ids, group) for t in range(num_tokens)]
+            for i in range(num_tokens):
+                for j in range(i + 1):
+                    mask_BHTT[b, h, i, j] = segments[i] == segments[j] and ids[i] >= 0
+    return mask_BHTT
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, mask_BHTT: Tensor, scale: float | None = None) -> Tensor:
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    scores = q @ k.transpose(2, 3) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    weights = scores.masked_fill(~mask_BHTT, -1e30).softmax(-1) * mask_BHTT
+    return weights @ v
+
+
+def qkv(num_rows: int, heads: int, kv_heads: int, num_tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(num_rows + 10 * heads + 100 * kv_heads + 1000 * num_tokens)
+    shapes = [(num_rows, h, num_tokens, 8) for h in (heads, kv_heads, kv_heads)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+@dataclass
+class Case:
+    heads: int
+    kv_heads: int
+    num_tokens: int
+    group: int
+    ids: list[list[int]] | None = None
+    num_rows: int = 1
+
+
+def runs(*parts: tuple[int, int]) -> list[int]:
+    """`runs((0, 3), (1, 2))` → [0, 0, 0, 1, 1]"""
+    return [i for i, n in parts for _ in range(n)]
+
+
+CASES = {
+    "groups": Case(4, 4, 32, 8),
+    "batch": Case(4, 4, 32, 8, num_rows=3),
+    "one group": Case(4, 4, 8, 8),
+    "last group shorter": Case(4, 4, 29, 8, num_rows=2),
+    "tail of one": Case(2, 2, 17, 8, num_rows=2),
+    "shorter than half a group": Case(4, 2, 3, 8, num_rows=2),
+    "one token": Case(4, 2, 1, 8),
+    "smallest group": Case(2, 1, 7, 2),
+    "GQA": Case(8, 4, 24, 8, num_rows=2),
+    "GQA, a key-value head in both halves": Case(9, 3, 24, 8, num_rows=2),
+    "MQA": Case(4, 1, 24, 8, num_rows=2),
+    "MQA, odd": Case(5, 1, 24, 8),
+    "odd head count": Case(3, 3, 24, 8),
+    "one head": Case(1, 1, 24, 8),
+    "ragged": Case(4, 2, 21, 8, [runs((0, 21)), runs((0, 13), (-1, 8)), runs((0, 2), (-1, 19))], num_rows=3),
+    "packed": Case(6, 3, 22, 8, [runs((0, 3), (1, 9), (2, 10)), runs((5, 8), (7, 13), (-1, 1))], num_rows=2),
+    "documents cut at group cuts": Case(4, 4, 24, 8, [runs((0, 4), (1, 12), (2, 8))]),
+    "documents of one token": Case(4, 2, 9, 4, [list(range(9))]),
+    "an id that comes back": Case(4, 4, 16, 16, [runs((0, 5), (1, 5), (0, 6))]),
+    "padding on the left and inside": Case(4, 2, 16, 8, [runs((-1, 3), (0, 5), (-1, 2), (1, 6))]),
+    "a row of padding only": Case(9, 3, 10, 4, [runs((-1, 10)), runs((0, 10))], num_rows=2),
+    "nothing but padding": Case(4, 2, 6, 4, [runs((-1, 6))]),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_output_and_gradients_equal_the_boolean_mask(case: Case) -> None:
+    ids_BT = None if case.ids is None else torch.tensor(case.ids)
+    mask = oracle_mask(case.num_rows, case.heads, case.num_tokens, case.group, ids_BT)
+    ours, theirs = (qkv(case.num_rows, case.heads, case.kv_heads, case.num_tokens) for _ in range(2))
+    out = s2_attention(*ours, group_size=case.group, document_ids_BT=ids_BT)
+    expected = oracle(*theirs, mask)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for result in (out, expected):
+        if result.requires_grad:
+            (result * weights).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        grad = torch.zeros_like(a) if a.grad is None else a.grad
+        torch.testing.assert_close(grad, b.grad, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("ids", [None, [runs((0, 11), (1, 12), (-1, 7))]], ids=["one document", "packed and padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_position_sees_a_later_one(ids: list[list[int]] | None, dtype: torch.dtype) -> None:
+    """Bit-equal; the paper's own code rolls the sequence and fails this."""
+    ids_BT = None if ids is None else torch.tensor(ids)
+    q, k, v = (x.detach() for x in qkv(1, 6, 2, 30, dtype))
+    before = s2_attention(q, k, v, group_size=8, document_ids_BT=ids_BT)
+    for j in (4, 8, 15, 16, 22, 29):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, :, j] += 3
+        after = s2_attention(*changed, group_size=8, document_ids_BT=ids_BT)
+        assert torch.equal(after[:, :, :j], before[:, :, :j])
+        assert ids is not None or not torch.equal(after[:, :, j], before[:, :, j])
+
+
+def test_a_neighbouring_row_or_document_changes_nothing() -> None:
+    q, k, v = (x.detach() for x in qkv(2, 4, 2, 20, torch.float32))
+    ids_BT = torch.tensor([runs((0, 12), (1, 8)), runs((0, 9), (-1, 11))])
+    before = s2_attention(q, k, v, group_size=8, document_ids_BT=ids_BT)
+    for x in (q, k, v):
+        x[0, :, :12] = 7
+        x[1, :, 9:] = float("nan")
+    after = s2_attention(q, k, v, group_size=8, document_ids_BT=ids_BT)
+    assert torch.equal(after[0, :, 12:], before[0, :, 12:])
+    assert torch.equal(after[1], before[1])
+
+
+def test_scale_and_transformers_memory_layout() -> None:
+    """Its query is a transposed view, not a contiguous tensor."""
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(2, 9, 3, 21))
+    out = s2_attention(q, k, v, group_size=6, scale=0.3)
+    torch.testing.assert_close(out, oracle(q, k, v, oracle_mask(2, 9, 21, 6, None), 0.3), atol=1e-12, rtol=1e-12)
+
+
+def test_bf16_is_near_fp64() -> None:
+    q, k, v = (x.detach() for x in qkv(1, 4, 2, 64, torch.bfloat16))
+    out = s2_attention(q, k, v, group_size=16)
+    assert out.dtype == torch.bfloat16
+    exact = oracle(q.double(), k.double(), v.double(), oracle_mask(1, 4, 64, 16, None))
+    torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=2e-2)
+
+
+def test_memory_grows_with_the_group_not_with_the_square_of_the_row() -> None:
+    """65,536 positions: one N × N boolean mask alone would be 4 GiB."""
+    q, k, v = (torch.zeros(1, h, 65536, 8) for h in (2, 1, 1))
+    v += 1
+    out = s2_attention(q, k, v, group_size=32)
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
+def test_equal_segments_are_one_batch() -> None:
+    ids_BT = torch.tensor([runs((0, 8), (1, 8), (-1, 4)), runs((0, 16), (1, 4))])
+    cuts = compute_cuts(2, 20, 8, document_ids_BT=ids_BT)
+    assert cuts.plain.buckets == (Bucket(4, 1), Bucket(8, 4))
+    assert cuts.shifted.buckets == (Bucket(4, 7), Bucket(8, 1))
+    alike = compute_cuts(2, 20, 8, document_ids_BT=torch.zeros(2, 20, dtype=torch.long))
+    assert alike.shifted.order_N is None
+    assert alike.shifted.buckets == (Bucket(4, 1), Bucket(8, 2))
+
+
+@pytest.mark.parametrize("group", [0, 1, 7, -2])
+def test_odd_or_empty_groups_are_refused(group: int) -> None:
+    with pytest.raises(ValueError, match="even"):
+        s2_attention(*qkv(1, 2, 2, 8), group_size=group)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    q, k, v = qkv(2, 3, 2, 8)
+    with pytest.raises(ValueError, match="do not divide"):
+        s2_attention(q, k, v, group_size=4)
+    with pytest.raises(ValueError, match="fit together"):
+        s2_attention(q, k[:, :, :4], v[:, :, :4], group_size=4)
+    with pytest.raises(ValueError, match="document ids"):
+        s2_attention(*qkv(2, 4, 2, 8), group_size=4, document_ids_BT=torch.zeros(1, 8))
