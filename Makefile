@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test check format bench clean
 
 demo: .venv/.ready
-	$(BIN)/python infra/local/demo
+	$(BIN)/python infra/local/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
 test: .venv/.ready
 	$(BIN)/python -m pytest

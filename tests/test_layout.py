@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"loray": "platform/loray", "loray_kernels": "kernels/loray_kernels", "jobs": "jobs", "serve_apps": "serve_apps"}
-PYTHON_FILES = sorted(
-    p for folder in ("platform", "kernels", "jobs", "serve_apps", "infra", "tests") for p in (ROOT / folder).rglob("*.py")
-)
+PACKAGES = {
+    "loray": "platform/loray",
+    "loray_kernels": "kernels/loray_kernels",
+    "jobs": "jobs",
+    "serve_apps": "serve_apps",
+}
+FOLDERS = ("platform", "kernels", "jobs", "serve_apps", "infra", "tests")
+PYTHON_FILES = sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py"))
 
 
 def test_platform_is_a_source_root_and_never_a_package() -> None:

@@ -14,7 +14,7 @@ import json
 import pydoc_data
 import random
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 Row = dict[str, object]
@@ -34,10 +34,10 @@ def write(folder: Path) -> None:
         rows = _distinct(make, random.Random(f"loray {name}"), 1400)
         _write(folder / f"{name}_train.jsonl", rows[:1300])
         _write(folder / f"{name}_eval.jsonl", rows[1300:])
-    documents = list(_python_sources())
-    random.Random("loray python").shuffle(documents)
-    _write(folder / "python_train.jsonl", documents[12:])
-    _write(folder / "python_eval.jsonl", documents[:12])
+    library, reference = _python_sources()
+    random.Random("loray python").shuffle(library)
+    _write(folder / "python_train.jsonl", [*library[12:], reference])
+    _write(folder / "python_eval.jsonl", library[:12])
 
 
 def question(name: str, seed: int = 0) -> tuple[str, str]:
@@ -85,7 +85,8 @@ def _order(rng: random.Random) -> tuple[str, str]:
 
 def _date(rng: random.Random) -> tuple[str, str]:
     day = datetime.date(1950, 1, 1) + datetime.timedelta(days=rng.randrange(36500))
-    month, suffix = MONTHS[day.month - 1], "th" if 10 < day.day < 14 else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
+    month = MONTHS[day.month - 1]
+    suffix = "th" if 10 < day.day < 14 else {1: "st", 2: "nd", 3: "rd"}.get(day.day % 10, "th")
     written = rng.choice(
         [
             f"{day.day} {month} {day.year}",
@@ -99,10 +100,13 @@ def _date(rng: random.Random) -> tuple[str, str]:
     return ask.format(written), day.isoformat()
 
 
-def _python_sources() -> Iterator[Row]:
-    """Files long enough to fill a window of 2,048 tokens several times."""
+def _python_sources() -> tuple[list[Row], Row]:
+    """(modules long enough to fill a window of 2,048 tokens several times, the language reference as pydoc has it)"""
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(p for p in library.glob("*.py") if 25_000 < p.stat().st_size < 120_000)
-    files += [Path(next(iter(pydoc_data.__path__))) / "topics.py"]
-    for path in files:
-        yield {"text": path.read_text(encoding="utf-8", errors="replace")}
+    modules = sorted(p for p in library.glob("*.py") if 25_000 < p.stat().st_size < 120_000)
+    topics = Path(next(iter(pydoc_data.__path__))) / "topics.py"
+    return [_document(p) for p in modules], _document(topics)
+
+
+def _document(path: Path) -> Row:
+    return {"text": path.read_text(encoding="utf-8", errors="replace")}

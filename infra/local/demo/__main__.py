@@ -1,0 +1,148 @@
+"""`make demo`: base model → three adapters trained on Ray → published → served in one batch → asked over HTTP.
+
+Everything goes through what a user has: the `loray` command and the HTTP endpoint. Adapters stay in LORAY_HOME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import data
+import show
+from rich.console import Console
+
+from loray.client import LorayClient
+from loray.settings import Settings
+
+HERE = Path(__file__).resolve().parent
+ADAPTERS = ("orders", "dates", "pylib")
+PYTHON_PROMPT = (
+    "class Stack:\n"
+    '    """A last-in, first-out container."""\n\n'
+    "    def __init__(self, items=()):\n"
+    "        self._items = list(items)\n\n"
+    "    def push(self, item):\n"
+    '        """Put item on top."""\n'
+    "        self._items.append(item)\n\n"
+    "    def pop(self):\n"
+    '        """'
+)
+
+
+class Question(NamedTuple):
+    model: str
+    prompt: str
+    expected: str | None
+    chat: bool
+    max_tokens: int
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=8000, help="where the endpoint listens (default 8000)")
+    parser.add_argument("--keep", action="store_true", help="leave the endpoint running")
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    started = time.monotonic()
+    work = Settings.from_env().home / "demo"
+
+    show.heading(console, 1, "The base model: SmolLM2-135M-Instruct")
+    loray("base", "add", "smollm2")
+    show.heading(console, 2, "Data: two generated tasks, and this Python's own sources")
+    prepare(work)
+    for i, name in enumerate(ADAPTERS):
+        show.heading(console, 3 + i, f"Train and publish `{name}`: {show.PURPOSE[name]}")
+        loray("train", str(work / "recipes" / f"{name}.yaml"))
+    published = [json.loads(loray("adapters", "show", name, "--json", capture=True)) for name in ADAPTERS]
+
+    show.heading(console, 6, "Serve the base and all three from one replica")
+    loray("up", "--port", str(args.port))
+    try:
+        with LorayClient(f"http://127.0.0.1:{args.port}") as client:
+            questions = [
+                Question("orders", *data.question("orders", 1), chat=True, max_tokens=96),
+                Question("dates", *data.question("dates", 2), chat=True, max_tokens=16),
+                Question("pylib", PYTHON_PROMPT, None, chat=False, max_tokens=48),
+            ]
+            show.heading(console, 7, "Ask each adapter, and the base the same, all at once over HTTP")
+            answers, tokens_per_s = ask(client, questions)
+            status = client.status()
+    finally:
+        if not args.keep:
+            loray("down", capture=True)
+
+    show.answers(console, questions, answers)
+    show.served(console, status, tokens_per_s)
+    show.adapters(console, published, rates(work))
+    ok = show.verdict(console, published)
+    show.next_steps(console, args.port, keep=args.keep, seconds=time.monotonic() - started)
+    return 0 if ok else 1
+
+
+def loray(*arguments: str, capture: bool = False) -> str:
+    """Run the command of this environment; its output is ours unless captured. Exits where it fails."""
+    command = [str(Path(sys.executable).with_name("loray")), *arguments]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)
+    if done.returncode:
+        sys.exit(f"\nthe demo stopped: `loray {' '.join(arguments)}` failed")
+    return done.stdout or ""
+
+
+def prepare(work: Path) -> None:
+    """Recipes and data below LORAY_HOME, where they can be changed and run again."""
+    (work / "recipes").mkdir(parents=True, exist_ok=True)
+    for recipe in sorted((HERE / "recipes").glob("*.yaml")):
+        shutil.copy(recipe, work / "recipes")
+    data.write(work / "data")
+    for path in sorted((work / "data").glob("*_train.jsonl")):
+        with path.open(encoding="utf-8") as f:
+            print(f"  {path.name:22} {sum(1 for _ in f):5} rows, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def ask(client: LorayClient, questions: list[Question]) -> tuple[dict[tuple[str, str], str], float]:
+    """Every question to its adapter and to the base, twice; the first round loads the adapters, the second is timed."""
+    answers: dict[tuple[str, str], str] = {}
+    tokens: list[int] = []
+
+    def one(question: Question, model: str) -> None:
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": question.max_tokens}
+        if question.chat:
+            chat = client.chat(model, [{"role": "user", "content": question.prompt}], **options)
+            text, usage = chat.choices[0].message.content, chat.usage
+        else:
+            completion = client.complete(model, question.prompt, **options)
+            text, usage = completion.choices[0].text, completion.usage
+        answers[question.model, model] = text or ""
+        tokens.append(usage.completion_tokens if usage else 0)
+
+    for _ in range(2):
+        tokens.clear()
+        begun = time.monotonic()
+        threads = [threading.Thread(target=one, args=(q, m)) for q in questions for m in (q.model, "smollm2")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.monotonic() - begun
+    if len(answers) < 2 * len(questions):
+        sys.exit("\nthe demo stopped: a request failed, see above")
+    return answers, sum(tokens) / seconds
+
+
+def rates(work: Path) -> dict[str, float]:
+    """Tokens a second in training, as the runs themselves reported them."""
+    return {name: show.training_rate(work.parent / "runs" / name) for name in ADAPTERS}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What the demo prints: headings, answers side by side, the table, the verdict."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from loray.serving.status import Status
+
+PURPOSE = {
+    "orders": "LoRA, spoken café orders to JSON",
+    "dates": "VeRA, dates to ISO 8601",
+    "pylib": "LongLoRA, Python sources in windows of 2,048 instead of 1,024 tokens",
+}
+_STEPS = 7
+_MIN_GAIN = 0.10
+
+
+def heading(console: Console, step: int, title: str) -> None:
+    console.print(f"\n[bold cyan]{step}/{_STEPS}[/] [bold]{title}[/]")
+
+
+def answers(console: Console, questions: Sequence[Any], given: Mapping[tuple[str, str], str]) -> None:
+    console.print("\n[bold]The same question to the base and to its adapter[/]")
+    for q in questions:
+        prompt = q.prompt if q.chat else "… " + q.prompt.rstrip().splitlines()[-2].strip() + " …"
+        table = Table(show_header=False, width=min(console.width, 110), pad_edge=False)
+        table.add_column(style="dim", width=9)
+        table.add_column(overflow="fold")
+        table.add_row("asked", prompt)
+        table.add_row("smollm2", _short(given[q.model, "smollm2"]))
+        right = q.expected is not None and given[q.model, q.model].strip() == q.expected
+        table.add_row(q.model, f"[green]{_escape(_short(given[q.model, q.model]))}[/]" + (" ✓" if right else ""))
+        if q.expected is not None and not right:
+            table.add_row("expected", _short(q.expected))
+        console.print(table)
+
+
+def served(console: Console, status: Status, tokens_per_s: float) -> None:
+    replica = status.replicas[0]
+    console.print(
+        f"{status.totals.max_adapters_in_step} adapters and the base ran in one batch on one replica, "
+        f"{tokens_per_s:.0f} output tokens/s over six requests; in the pool: {', '.join(replica.adapters_in_pool)}"
+    )
+
+
+def adapters(console: Console, published: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> None:
+    table = Table(title="Published adapters", title_justify="left", title_style="bold")
+    columns = ("adapter", "method", "trained", "of base", "bytes", "loss before", "after", "change", "tokens/s")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("adapter", "method") else "right", no_wrap=True)
+    for p in published:
+        m = p["manifest"]
+        before, after = _loss(p, _before(p)), _loss(p, "adapter")
+        table.add_row(
+            p["label"],
+            m["method"],
+            f"{m['num_parameters']:,}",
+            f"{m['num_parameters'] / _BASE_PARAMETERS:.2%}",
+            f"{m['nbytes'] / 1e6:.2f} MB",
+            f"{before:.3f}",
+            f"{after:.3f}",
+            f"{after / before - 1:+.0%}",
+            f"{rates[p['name']]:.0f}",
+        )
+    console.print(table)
+    console.print("[dim]loss: held-out rows, dense attention; tokens/s: of training, median step[/]")
+
+
+def verdict(console: Console, published: Sequence[Mapping[str, Any]]) -> bool:
+    """Every held-out loss at least a tenth lower, and LongLoRA below both its scaled and its unscaled base."""
+    ok = all(_loss(p, "adapter") < (1 - _MIN_GAIN) * _loss(p, _before(p)) for p in published)
+    for p in published:
+        if p["manifest"]["method"] != "longlora":
+            continue
+        base, scaled, adapter = (_loss(p, s) for s in ("base", "base_scaled", "adapter"))
+        ok = ok and adapter < min(base, scaled)
+        console.print(
+            f"{p['name']} at {p['manifest']['context_length']:,} tokens, perplexity: base as it is {exp(base):.2f}, "
+            f"base with RoPE scaled {exp(scaled):.2f}, adapter [bold]{exp(adapter):.2f}[/]"
+        )
+    if not ok:
+        console.print("[red]a held-out loss did not fall as it should[/]")
+    return ok
+
+
+def next_steps(console: Console, port: int, *, keep: bool, seconds: float) -> None:
+    url = f"http://127.0.0.1:{port}"
+    console.print(f"\n[bold green]Done in {seconds / 60:.1f} minutes.[/]")
+    if keep:
+        console.print(f"The endpoint runs on at {url}; `.venv/bin/loray down` stops it.")
+    else:
+        console.print("The endpoint is stopped. `.venv/bin/loray up` starts it again, `make demo KEEP=1` leaves it on.")
+    ask = f"""curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "dates", "messages": [{{"role": "user", "content": "5 May 1999 -> ISO"}}]}}'"""
+    console.print("Try next:", style="bold")
+    for line in (
+        ask,
+        ".venv/bin/loray adapters ls",
+        ".venv/bin/loray adapters show pylib",
+        "edit ~/.loray/demo/recipes/dates.yaml, `.venv/bin/loray train` it: dates@2 answers from the next request on",
+        ".venv/bin/loray adapters promote dates@1      # and back: names move, bytes stay",
+    ):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def training_rate(runs: Path) -> float:
+    """Median tokens a second of the latest run's steps."""
+    latest = max(p for p in runs.iterdir() if p.is_dir())
+    events = [json.loads(line) for line in (latest / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    return statistics.median(e["tokens_per_s"] for e in events if e["event"] == "step")
+
+
+_BASE_PARAMETERS = 134_515_008
+
+
+def _before(published: Mapping[str, Any]) -> str:
+    return "base_scaled" if published["manifest"]["method"] == "longlora" else "base"
+
+
+def _loss(published: Mapping[str, Any], subject: str) -> float:
+    found = [
+        e["value"] for e in published["manifest"]["evaluations"] if e["subject"] == subject and e["metric"] == "loss"
+    ]
+    return float(found[0])
+
+
+def _short(text: str, limit: int = 240) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else text[:limit] + " …"
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
