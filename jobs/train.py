@@ -36,6 +36,7 @@ from loray.train.checkpoint import ADAPTER, read_state
 from loray.train.model import context_length, rope_parameters
 
 _PUBLISHED = "published.json"
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the first checkpoint
 _MAX_LOST_WORKERS = 3
 
 
@@ -55,8 +56,7 @@ def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -
         configure_logging(settings.log_level)
         loaded = load_recipe(recipe)
         if publish_checkpoint:
-            folder = _latest_run(settings, loaded)
-            _publish_best(Result.from_path(str(folder)), folder, loaded, settings, emit)
+            publish_latest(loaded, settings, emit)
         else:
             train(loaded, settings, emit, resume=resume)
     except LorayError as e:
@@ -69,19 +69,28 @@ def train(recipe: Recipe, settings: Settings, emit: events.Emit, *, resume: bool
     Catalog(settings.catalog).check_name(recipe.spec.name, recipe.spec.publish.aliases)
     open_store(settings.store)  # needed at the end, as the catalog is: find out now that they can be reached
     prepared = prepare(recipe, settings)
-    folder = _latest_run(settings, recipe) if resume else _new_run(settings, recipe)
-    if (done := _already_published(folder, recipe)) is not None:
+    folder = _latest_run(settings, recipe) if resume else None
+    if folder is not None and (done := _already_published(folder, recipe)) is not None:
         emit(done)
         return
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     _check_resources(recipe)
+    folder = folder or _new_run(settings, recipe)
     with EventTail(folder / "events.jsonl", emit):
         result = _fit(recipe, prepared, folder, settings)
     if result.return_value is not None:
         hint = f", or publish it with `python -m jobs.train {recipe.path} --publish-checkpoint`"
         raise TrainingError(f"{result.return_value}{hint if result.checkpoint else ''}")
     _publish_best(result, folder, recipe, settings, emit)
+
+
+def publish_latest(recipe: Recipe, settings: Settings, emit: events.Emit) -> None:
+    """Publish the best checkpoint of the latest run, finished or not."""
+    folder = _latest_run(settings, recipe)
+    if not (folder / _RAY_SNAPSHOT).is_file():
+        raise TrainingError(f"the run in {folder} has no checkpoint to publish; train it with --resume")
+    _publish_best(Result.from_path(str(folder)), folder, recipe, settings, emit)
 
 
 def _fit(recipe: Recipe, prepared: Prepared, folder: Path, settings: Settings) -> Any:
@@ -166,7 +175,7 @@ def _already_published(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 def _publish_best(result: Any, folder: Path, recipe: Recipe, settings: Settings, emit: events.Emit) -> None:
     chosen = _best(result, by_loss=recipe.spec.evaluation.keep_best)
     if chosen is None:
-        raise TrainingError(f"the run in {folder} has no checkpoint to publish; train it first")
+        raise TrainingError(f"the run in {folder} ended without a checkpoint; nothing was published")
     base = get_base(settings.home, recipe.spec.base)
     with chosen.as_directory() as path:
         event = _publish(Path(path), base, recipe, settings)

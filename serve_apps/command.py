@@ -171,7 +171,7 @@ def _wait(api: ServeApi, screen: Console) -> None:
         for state in api.watch(_TIMEOUT_S):
             spinner.update(escape(str(state)))
             if state.has_failed:
-                raise ClusterError(f"serving did not come up:\n{_last_lines(state.message)}")
+                raise ClusterError(f"serving did not come up: {state.reason}")
 
 
 def _welcome(url: str, spec: ServeSpec) -> None:
@@ -185,10 +185,6 @@ def _welcome(url: str, spec: ServeSpec) -> None:
     out.print(f"try\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
     out.print(f"    -d {shlex.quote(body)}", soft_wrap=True, markup=False)
     out.print("more\n  loray status    what runs, and which adapters are in memory\n  loray down      stop it")
-
-
-def _last_lines(text: str, num_lines: int = 12) -> str:
-    return "\n".join(text.strip().splitlines()[-num_lines:])
 
 
 # -- status and down --------------------------------------------------------------------------------------------------
@@ -207,7 +203,7 @@ def _show(url: str, state: State, report: Status | None, problem: str | None, da
     if report is not None:
         catalog = report.catalog
         rows += [("base", report.model), ("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
-    out.print(pairs([*rows, ("message", _last_lines(state.message)), ("problem", problem)]))
+    out.print(pairs([*rows, ("message", state.reason), ("problem", problem)]))
     if report is not None and report.replicas:
         columns = (
             "replica",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from loray.spec import ServeSpec
 APPLICATION = "loray"
 IMPORT_PATH = "serve_apps.app:build"
 _POLL_S = 0.5
+_OUR_ERROR = re.compile(r"^\s*loray\.errors\.\w+: (.+)$", re.MULTILINE)
+_REASON_LINES = 12
 
 
 def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
@@ -59,6 +62,12 @@ class State:
     @property
     def has_failed(self) -> bool:
         return self.status == "DEPLOY_FAILED"
+
+    @property
+    def reason(self) -> str:
+        """Why it failed: what loray said where it was loray that said it, else the end of Ray's message."""
+        said = _OUR_ERROR.findall(self.message)
+        return said[-1] if said else "\n".join(self.message.strip().splitlines()[-_REASON_LINES:])
 
     def __str__(self) -> str:
         parts = []
@@ -130,7 +139,7 @@ class ServeApi:
             time.sleep(_POLL_S)
         raise ClusterError(
             f"serving did not come up within {timeout_s:.0f} s; it goes on trying, see `loray status`"
-            + (f"\n{last.message}" if last and last.message else "")
+            + (f"\n{last.reason}" if last and last.message else "")
         )
 
     def has_running_jobs(self) -> bool:

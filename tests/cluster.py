@@ -55,6 +55,7 @@ class Served:
     store: AdapterStore
     catalog: Catalog
     settings: Settings
+    spec: ServeSpec
 
 
 @pytest.fixture(scope="session")
@@ -77,27 +78,24 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
 
 @pytest.fixture(scope="session")
 def served(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    from ray import serve
-
-    from serve_apps.app import build
+    from serve_apps.deployment import ServeApi, serve_config
 
     settings = ray_cluster.settings
     base = add_base(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"))), home=settings.home, name="tiny")
     spec = ServeSpec(base=base.name, dtype="float32", port=free_port(), **SERVE)
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in settings.to_env().items():
-            environment.setenv(name, value)
-        app = build(spec.model_dump(mode="json"))
-    serve.start(http_options={"host": spec.host, "port": spec.port}, logging_config={"log_level": "WARNING"})
-    serve.run(app, name="loray", route_prefix="/")
+    api = ServeApi(ray_cluster.address)
+    api.deploy(serve_config(spec, settings))
+    *_, state = api.watch(timeout_s=120)
+    assert state.is_running, state.message
     yield Served(
         url=f"http://{spec.host}:{spec.port}",
         base=base,
         store=AdapterStore(open_store(settings.store)),
         catalog=Catalog(settings.catalog),
         settings=settings,
+        spec=spec,
     )
-    serve.shutdown()
+    api.delete()
 
 
 SERVE: dict[str, Any] = {"pool_bytes": 4 << 20, "max_num_seqs": 4, "max_queued": 4, "num_threads": 1}

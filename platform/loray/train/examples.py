@@ -167,7 +167,8 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def _prompt_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """With the tokenizer's beginning-of-sequence token, but not with an end that some tokenizers append."""
-    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [row[:-1] if row and row[-1] == eos and not text.endswith(tokenizer.eos_token) else row
-            for row, text in zip(ids, texts, strict=True)]  # fmt: skip
+    out = []
+    for text, ids in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
+        appended = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+        out.append(ids[:-1] if appended else ids)
+    return out

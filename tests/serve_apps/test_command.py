@@ -1,0 +1,154 @@
+"""`loray up`, `status` and `down`: what needs no cluster, and the rest against the session's."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from loray.cli.main import cli
+from loray.errors import BaseNotFound, ConflictError, SettingsError, SpecError
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from serve_apps.command import _settle_port, _spec
+from serve_apps.deployment import Address, State, serve_config
+from tests.cluster import RayCluster, Served, free_port
+from tests.conftest import REPOSITORY
+from tests.tiny import write_checkpoint
+
+Loray = Callable[..., Result]
+
+
+@pytest.fixture
+def loray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loray:
+    for name in ("LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
+
+    def run(*args: object) -> Result:
+        return CliRunner().invoke(cli, [str(a) for a in args])
+
+    return run
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        yield s.getsockname()[1]
+
+
+def test_help_imports_no_ray() -> None:
+    modules = "serve_apps.command, serve_apps.deployment, serve_apps.replica"
+    code = f"import sys, {modules}; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=REPOSITORY).returncode == 0
+
+
+def test_options_go_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text("base: mine\nport: 9000\npool_bytes: 1MiB\n")
+    spec = _spec(file, {"port": 9001, "pool_bytes": "2MiB"})
+    assert (spec.base, spec.port, spec.pool_bytes) == ("mine", 9001, 2 << 20)
+    file.write_text("pool: 1\n")
+    with pytest.raises(SpecError, match=r"pool: .*known fields: .*pool_bytes"):
+        _spec(file, {})
+
+
+def test_nothing_runs(loray: Loray) -> None:
+    assert "nothing is being served" in loray("status").output
+    assert json.loads(loray("status", "--json").output) == {"serving": False}
+    assert "nothing is running" in loray("down").output
+
+
+def test_missing_base_and_wrong_options(loray: Loray) -> None:
+    missing = loray("up", "--base", "nobody").exception
+    assert isinstance(missing, BaseNotFound)
+    assert "loray base add nobody" in str(missing)
+    wrong = loray("up", "--pool-bytes", "5 parsecs").exception
+    assert isinstance(wrong, SpecError)
+    assert "pool_bytes" in str(wrong)
+
+
+def test_a_taken_port_is_told_before_ray_starts(loray: Loray, listening: int, tmp_path: Path) -> None:
+    from loray.bases.registry import add_base
+
+    add_base(str(write_checkpoint(tmp_path / "checkpoint")), home=tmp_path / "home", name="tiny")
+    taken = loray("up", "--base", "tiny", "--port", listening).exception
+    assert isinstance(taken, ConflictError)
+    assert f"--port {listening + 1}" in str(taken)
+    assert not (tmp_path / "home" / "cluster.json").exists()
+
+
+def test_a_remote_cluster_cannot_reach_local_files(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAY_ADDRESS", "http://ray.example:8265")
+    refused = loray("up").exception
+    assert isinstance(refused, SettingsError)
+    assert "LORAY_STORE" in str(refused)
+
+
+def test_an_update_keeps_its_port() -> None:
+    spec, serving = ServeSpec(port=free_port()), Address("127.0.0.1", 8001)
+    assert _settle_port(spec, serving, explicit=False).port == 8001
+    assert _settle_port(spec, None, explicit=True) == spec
+    with pytest.raises(ConflictError, match="cannot move"):
+        _settle_port(spec, serving, explicit=True)
+
+
+def test_a_failure_says_what_loray_said() -> None:
+    trace = "File x\nloray.errors.SpecError: pool_bytes=1 holds nothing\nmore\n"
+    assert State("DEPLOY_FAILED", trace, 0.0, {}).reason == "pool_bytes=1 holds nothing"
+    assert State("DEPLOY_FAILED", "a\nb", 0.0, {}).reason == "a\nb"
+    state = State("DEPLOYING", "", 0.0, {"engine": {"STARTING": 1}, "gateway": {}})
+    assert str(state) == "deploying: engine 1 starting; gateway …"
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "serve_apps" / "configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_configs_are_serves_and_ours(file: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve_apps.app import build
+
+    config = yaml.safe_load(file.read_text())
+    ServeDeploySchema.model_validate(config)
+    (application,) = config["applications"]
+    assert application["import_path"] == f"{build.__module__}:{build.__name__}"
+    ServeSpec.parse(application["args"], source=file.name)
+
+
+def test_what_up_deploys_is_a_serve_config(tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = serve_config(ServeSpec(port=1234), Settings.from_env({"LORAY_HOME": str(tmp_path)}))
+    schema = ServeDeploySchema.model_validate(config)
+    assert schema.http_options.port == 1234
+    ServeSpec.parse(schema.applications[0].args, source="args")
+
+
+@pytest.mark.cluster
+def test_up_again_is_an_update_and_status_tells(
+    ray_cluster: RayCluster, served: Served, monkeypatch: pytest.MonkeyPatch, loray: Loray, tmp_path: Path
+) -> None:
+    for name, value in ray_cluster.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(served.spec.model_dump(mode="json", exclude={"port"}, exclude_none=True)))
+    up = loray("up", "--spec", file)
+    assert up.exit_code == 0, up.output
+    assert f"serving tiny at {served.url}/v1" in up.output
+    assert "curl" in up.output
+    moved = loray("up", "--spec", file, "--port", free_port()).exception
+    assert isinstance(moved, ConflictError)
+    status: Any = json.loads(loray("status", "--json").output)
+    assert (status["serving"], status["url"], status["gateway"]["model"]) == (True, served.url, "tiny")
+    table = loray("status").output
+    assert "running" in table
+    assert served.url in table
