@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,14 +61,20 @@ class Served:
     spec: ServeSpec
 
 
+# Ray reads its token once, when it is imported, and test modules import it long before the cluster starts.
+_FOLDER = Path(tempfile.gettempdir()) / f"loray-cluster-{os.getpid()}"
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_FOLDER / "home" / "ray-token")}
+
+
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    home = tmp_path_factory.mktemp("cluster") / "home"
+def ray_cluster() -> Iterator[RayCluster]:
+    home = _FOLDER / "home"
     settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING"})
     local = start_local_cluster(home, num_cpus=NUM_CPUS, env=settings.to_env() | _QUICK)
     try:
         with pytest.MonkeyPatch.context() as environment:
             for name, value in local.client_env.items():
+                assert name == "RAY_ADDRESS" or os.environ[name] == value
                 environment.setenv(name, value)
             import ray
 
@@ -74,6 +83,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
             ray.shutdown()
     finally:
         stop_local_cluster(home)
+        shutil.rmtree(_FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+"""Responses and chunks: byte for byte what OpenAI sends, and what its client can read."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Request bodies: every form, every default, and what is refused by name."""
+
 from __future__ import annotations
 
 from typing import Any
