@@ -24,18 +24,7 @@ from loray.client import LorayClient
 from loray.settings import Settings
 
 HERE = Path(__file__).resolve().parent
-ADAPTERS = ("orders", "dates", "pylib")
-PYTHON_PROMPT = (
-    "class Stack:\n"
-    '    """A last-in, first-out container."""\n\n'
-    "    def __init__(self, items=()):\n"
-    "        self._items = list(items)\n\n"
-    "    def push(self, item):\n"
-    '        """Put item on top."""\n'
-    "        self._items.append(item)\n\n"
-    "    def pop(self):\n"
-    '        """'
-)
+ADAPTERS = ("orders", "dates", "codepages")
 
 
 class Question(NamedTuple):
@@ -57,7 +46,7 @@ def main() -> int:
 
     show.heading(console, 1, "The base model: SmolLM2-135M-Instruct")
     loray("base", "add", "smollm2")
-    show.heading(console, 2, "Data: two generated tasks, and this Python's own sources")
+    show.heading(console, 2, "Data: two generated tasks, and sources of this Python")
     prepare(work)
     for i, name in enumerate(ADAPTERS):
         show.heading(console, 3 + i, f"Train and publish `{name}`: {show.PURPOSE[name]}")
@@ -71,7 +60,7 @@ def main() -> int:
             questions = [
                 Question("orders", *data.question("orders", 1), chat=True, max_tokens=96),
                 Question("dates", *data.question("dates", 2), chat=True, max_tokens=16),
-                Question("pylib", PYTHON_PROMPT, None, chat=False, max_tokens=48),
+                Question("codepages", data.codepage(), None, chat=False, max_tokens=64),
             ]
             show.heading(console, 7, "Ask each adapter, and the base the same, all at once over HTTP")
             answers, tokens_per_s = ask(client, questions)

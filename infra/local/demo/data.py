@@ -1,19 +1,18 @@
 """The demo's three data sets, made from a seed or found on every machine that has Python.
 
-orders   spoken café orders → JSON; generated from a grammar, so every answer is known to be right
-dates    a date as people write it → ISO 8601; generated likewise
-python   the standard library's own sources and `pydoc_data`, as long documents
+orders     spoken café orders → JSON; generated from a grammar, so every answer is known to be right
+dates      a date as people write it → ISO 8601; generated likewise
+codepages  the sources of the standard library's `encodings`, as long documents
 
-Training and held-out rows never share a prompt (orders, dates) or a file (python).
+Training and held-out rows never share a prompt (orders, dates) or a file (codepages).
 """
 
 from __future__ import annotations
 
 import datetime
+import encodings
 import json
-import pydoc_data
 import random
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,10 +33,11 @@ def write(folder: Path) -> None:
         rows = _distinct(make, random.Random(f"loray {name}"), 1400)
         _write(folder / f"{name}_train.jsonl", rows[:1300])
         _write(folder / f"{name}_eval.jsonl", rows[1300:])
-    library, reference = _python_sources()
-    random.Random("loray python").shuffle(library)
-    _write(folder / "python_train.jsonl", [*library[12:], reference])
-    _write(folder / "python_eval.jsonl", library[:12])
+    sources = _encodings()
+    random.Random("loray codepages").shuffle(sources)
+    documents: list[Row] = [{"text": p.read_text(encoding="utf-8", errors="replace")} for p in sources]
+    _write(folder / "codepages_train.jsonl", documents[10:])
+    _write(folder / "codepages_eval.jsonl", documents[:10])
 
 
 def question(name: str, seed: int = 0) -> tuple[str, str]:
@@ -45,6 +45,15 @@ def question(name: str, seed: int = 0) -> tuple[str, str]:
     make = {"orders": _order, "dates": _date}[name]
     prompt, answer = _distinct(make, random.Random(f"loray {name}"), 1400)[1300 + seed]["messages"]  # type: ignore[misc]
     return prompt["content"], answer["content"]
+
+
+def codepage(seed: int = 0) -> str:
+    """The middle of a held-out code page, to be gone on with."""
+    sources = _encodings()
+    random.Random("loray codepages").shuffle(sources)
+    lines = sources[seed].read_text(encoding="utf-8", errors="replace").splitlines()
+    table = next(i for i, line in enumerate(lines) if line.startswith("decoding_table"))
+    return "\n".join(lines[table : table + 50]) + "\n"
 
 
 def _write(path: Path, rows: list[Row]) -> None:
@@ -100,13 +109,7 @@ def _date(rng: random.Random) -> tuple[str, str]:
     return ask.format(written), day.isoformat()
 
 
-def _python_sources() -> tuple[list[Row], Row]:
-    """(modules long enough to fill a window of 2,048 tokens several times, the language reference as pydoc has it)"""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    modules = sorted(p for p in library.glob("*.py") if 25_000 < p.stat().st_size < 120_000)
-    topics = Path(next(iter(pydoc_data.__path__))) / "topics.py"
-    return [_document(p) for p in modules], _document(topics)
-
-
-def _document(path: Path) -> Row:
-    return {"text": path.read_text(encoding="utf-8", errors="replace")}
+def _encodings() -> list[Path]:
+    """Files long enough to fill a window of 2,048 tokens several times."""
+    folder = Path(encodings.__file__).parent
+    return sorted(p for p in folder.glob("*.py") if 9_000 < p.stat().st_size < 120_000)

@@ -17,7 +17,7 @@ from loray.serving.status import Status
 PURPOSE = {
     "orders": "LoRA, spoken café orders to JSON",
     "dates": "VeRA, dates to ISO 8601",
-    "pylib": "LongLoRA, Python sources in windows of 2,048 instead of 1,024 tokens",
+    "codepages": "LongLoRA, code-page sources in windows of 2,048 instead of 1,024 tokens",
 }
 _STEPS = 7
 _MIN_GAIN = 0.10
@@ -30,7 +30,7 @@ def heading(console: Console, step: int, title: str) -> None:
 def answers(console: Console, questions: Sequence[Any], given: Mapping[tuple[str, str], str]) -> None:
     console.print("\n[bold]The same question to the base and to its adapter[/]")
     for q in questions:
-        prompt = q.prompt if q.chat else "… " + q.prompt.rstrip().splitlines()[-2].strip() + " …"
+        prompt = q.prompt if q.chat else "…\n" + "\n".join(q.prompt.splitlines()[-2:])
         table = Table(show_header=False, width=min(console.width, 110), pad_edge=False)
         table.add_column(style="dim", width=9)
         table.add_column(overflow="fold")
@@ -104,7 +104,7 @@ def next_steps(console: Console, port: int, *, keep: bool, seconds: float) -> No
     for line in (
         ask,
         ".venv/bin/loray adapters ls",
-        ".venv/bin/loray adapters show pylib",
+        ".venv/bin/loray adapters show codepages",
         "edit ~/.loray/demo/recipes/dates.yaml, `.venv/bin/loray train` it: dates@2 answers from the next request on",
         ".venv/bin/loray adapters promote dates@1      # and back: names move, bytes stay",
     ):
