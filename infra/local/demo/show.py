@@ -9,8 +9,10 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loray.serving.status import Status
 
@@ -23,23 +25,24 @@ _STEPS = 7
 _MIN_GAIN = 0.10
 
 
-def heading(console: Console, step: int, title: str) -> None:
-    console.print(f"\n[bold cyan]{step}/{_STEPS}[/] [bold]{title}[/]")
+def heading(console: Console, step: int, title: str, seconds: float) -> None:
+    console.print(f"\n[bold cyan]{step}/{_STEPS}[/] [bold]{title}[/] [dim]{seconds // 60:.0f}:{seconds % 60:02.0f}[/]")
 
 
 def answers(console: Console, questions: Sequence[Any], given: Mapping[tuple[str, str], str]) -> None:
     console.print("\n[bold]The same question to the base and to its adapter[/]")
     for q in questions:
         prompt = q.prompt if q.chat else "…\n" + "\n".join(q.prompt.splitlines()[-2:])
-        table = Table(show_header=False, width=min(console.width, 110), pad_edge=False)
-        table.add_column(style="dim", width=9)
+        answer = given[q.model, q.model].strip()
+        right = q.expected is not None and answer == q.expected
+        table = Table(show_header=False, box=box.SIMPLE, pad_edge=False, padding=(0, 1))
+        table.add_column(style="dim", no_wrap=True)
         table.add_column(overflow="fold")
-        table.add_row("asked", prompt)
-        table.add_row("smollm2", _short(given[q.model, "smollm2"]))
-        right = q.expected is not None and given[q.model, q.model].strip() == q.expected
-        table.add_row(q.model, f"[green]{_escape(_short(given[q.model, q.model]))}[/]" + (" ✓" if right else ""))
+        table.add_row("asked", Text(prompt))
+        table.add_row("smollm2", Text(_short(given[q.model, "smollm2"])))
+        table.add_row(q.model, Text(_short(answer) + (" ✓" if right else ""), style="green"))
         if q.expected is not None and not right:
-            table.add_row("expected", _short(q.expected))
+            table.add_row("expected", Text(q.expected))
         console.print(table)
 
 
@@ -52,9 +55,8 @@ def served(console: Console, status: Status, tokens_per_s: float) -> None:
 
 
 def adapters(console: Console, published: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> None:
-    table = Table(title="Published adapters", title_justify="left", title_style="bold")
-    columns = ("adapter", "method", "trained", "of base", "bytes", "loss before", "after", "change", "tokens/s")
-    for column in columns:
+    table = Table(title="Published adapters", title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1))
+    for column in ("adapter", "method", "trained", "of base", "bytes", "loss before", "after", "change", "tokens/s"):
         table.add_column(column, justify="left" if column in ("adapter", "method") else "right", no_wrap=True)
     for p in published:
         m = p["manifest"]
@@ -135,7 +137,3 @@ def _loss(published: Mapping[str, Any], subject: str) -> float:
 def _short(text: str, limit: int = 240) -> str:
     text = text.strip()
     return text if len(text) <= limit else text[:limit] + " …"
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
