@@ -21,7 +21,7 @@ format: .venv/.ready
 	$(BIN)/ruff format
 
 bench: .venv/.ready
-	$(BIN)/python kernels/bench/serve.py
+	$(BIN)/python -m serve_apps.bench.mixed_batch
 
 clean:
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
