@@ -13,8 +13,9 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
     """Rows start:stop as a dense (rows, width) tensor in the pool's dtype."""
     parts = []
     for _, width, offsets_R in rows.segments:
-        first_R1 = (offsets_R[start:stop] + layer_offset).unsqueeze(1)
-        parts.append(pool[first_R1 + torch.arange(width, device=pool.device)])
+        # Row i of this view is the width elements from i: rows overlap, and a row is found by its offset alone.
+        view = pool.as_strided((pool.numel() - width + 1, width), (1, 1))
+        parts.append(view.index_select(0, offsets_R[start:stop] + layer_offset))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

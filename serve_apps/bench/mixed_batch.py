@@ -3,7 +3,7 @@
     python -m serve_apps.bench.mixed_batch [--requests 32] [--adapters 0 1 8 32] [--json FILE]
 
 The base is SmolLM2-135M in bf16; adapters have rank 8, 16, 32, 64 in turn on q, k, v, o. Every system runs in a process
-of its own, one at a time, on the same adapter files, prompts (64 tokens) and lengths (32 new tokens, end of text ignored).
+of its own, one at a time, on the same adapters, prompts (64 tokens) and lengths (32 new tokens, end of text ignored).
 The first pass of each process warms up and loads the adapters; the second is timed.
 """
 
