@@ -183,7 +183,9 @@ class DataSpec(Frozen):
     eval: str | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1, description="held out of `train` where `eval` is not given")
     format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
-    max_length: int = Field(default=1024, gt=1)
+    max_length: int | None = Field(
+        default=None, gt=1, description="None: LongLoRA's context; else 1024 tokens, or the base's window if shorter"
+    )
     max_rows: int | None = Field(default=None, gt=0)
 
 
@@ -205,7 +207,7 @@ class BatchSpec(Frozen):
 class OptimizerSpec(Frozen):
     """AdamW. Embeddings and norms are never decayed."""
 
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -249,7 +251,7 @@ class TrainSpec(Frozen):
     batch: BatchSpec
     optimizer: OptimizerSpec
     max_steps: int | None = Field(default=None, gt=0)
-    num_epochs: float | None = Field(default=None, gt=0)
+    num_epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     publish: PublishSpec = PublishSpec()
@@ -264,6 +266,12 @@ class TrainSpec(Frozen):
     def _one_length(self) -> Self:
         if (self.max_steps is None) == (self.num_epochs is None):
             raise ValueError("give exactly one of max_steps and num_epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _trainable_dtype(self) -> Self:
+        if self.dtype == "float16":
+            raise ValueError("float16 needs loss scaling, which loray does not do: train in bfloat16 or float32")
         return self
 
 
@@ -368,3 +376,9 @@ class ServeSpec(Frozen):
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)
+
+    @model_validator(mode="after")
+    def _every_sequence_advances(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError("max_num_batched_tokens must be at least max_num_seqs: a running request takes one a step")
+        return self

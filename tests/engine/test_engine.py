@@ -15,7 +15,6 @@ from loray.engine.request import GenerateRequest
 from loray.errors import (
     BaseMismatch,
     ContextLengthExceeded,
-    EngineError,
     IntegrityError,
     Overloaded,
     RequestError,
@@ -69,7 +68,9 @@ def test_random_life_with_cancels_and_failing_loads(base: BaseModel, adapters: l
     rng = random.Random(0)
     failing = {adapters[1].ref.digest: 0.5, adapters[6].ref.digest: 1.0}
     by_digest = {a.ref.digest: a for a in adapters}
-    engine = make_engine(base, adapters, pool_bytes=16 * BLOCK_BYTES, host_bytes=60_000, max_num_batched_tokens=48)
+    engine = make_engine(
+        base, adapters, pool_bytes=16 * BLOCK_BYTES, host_bytes=60_000, max_num_batched_tokens=48, max_num_seqs=32
+    )
 
     def load(ref):  # type: ignore[no-untyped-def]
         if rng.random() < failing.get(ref.digest, 0.0):
@@ -181,7 +182,7 @@ def test_an_adapter_that_no_empty_pool_would_hold_fails_its_request_alone(
     while engine.has_work:
         for out in engine.step():
             outcomes[out.request_id] = out.error or out.finish_reason
-    assert isinstance(outcomes["big"], EngineError)
+    assert isinstance(outcomes["big"], ContextLengthExceeded)
     assert "pool has 3" in str(outcomes["big"])
     assert outcomes["base"] == "length"
 
@@ -200,3 +201,69 @@ def test_seeded_sampling_does_not_depend_on_the_batch(base: BaseModel, adapters:
         make_engine(base, adapters), [request("s", ids(9), adapters[0], temperature=0.9, seed=8, max_tokens=20)]
     )
     assert other["s"] != alone
+
+
+def test_an_adapter_that_is_not_finite_fails_its_own_requests(base: BaseModel, adapters: list[TestAdapter]) -> None:
+    engine = make_engine(base, adapters)
+    original = engine._load_weights
+
+    def load(ref):  # type: ignore[no-untyped-def]
+        weights = original(ref)
+        if ref.digest == adapters[0].ref.digest:
+            next(iter(weights.modules.values())).b_OR.fill_(float("nan"))
+        return weights
+
+    engine._load_weights = load
+    engine.add(request("broken", ids(5), adapters[0]))
+    engine.add(request("fine", ids(5), adapters[1]))
+    outcomes = {}
+    while engine.has_work:
+        for out in engine.step():
+            outcomes[out.request_id] = out.error or out.finish_reason
+    assert isinstance(outcomes["broken"], IntegrityError)
+    assert outcomes["fine"] == "length"
+    engine.check_integrity()
+
+
+def test_logits_that_overflow_fail_their_request_alone(base: BaseModel, adapters: list[TestAdapter]) -> None:
+    engine = make_engine(base, adapters)
+    original = engine._load_weights
+
+    def load(ref):  # type: ignore[no-untyped-def]
+        weights = original(ref)
+        if ref.digest == adapters[0].ref.digest:
+            for module in weights.modules.values():
+                module.b_OR.mul_(1e38)
+        return weights
+
+    engine._load_weights = load
+    for name, adapter in (("broken", adapters[0]), ("fine", adapters[1])):
+        engine.add(request(name, ids(5), adapter, temperature=1.0, seed=1))
+    outcomes = {}
+    while engine.has_work:
+        for out in engine.step():
+            outcomes[out.request_id] = out.error or out.finish_reason
+    assert isinstance(outcomes["broken"], IntegrityError)
+    assert outcomes["fine"] == "length"
+
+
+def test_the_smallest_temperature_is_greedy(base: BaseModel) -> None:
+    greedy = run(make_engine(base), [request("r", ids(5))])["r"]
+    for temperature in (1e-38, 1e-6):
+        assert run(make_engine(base), [request("r", ids(5), temperature=temperature, seed=0)])["r"] == greedy
+
+
+def test_an_evicted_adapter_whose_host_copy_is_gone_flies_again(base: BaseModel, adapters: list[TestAdapter]) -> None:
+    """An engine that has work and nothing to compute always has something under way that will wake it."""
+    engine = make_engine(base, adapters, pool_bytes=9 * BLOCK_BYTES, host_bytes=1)
+    for i in range(12):
+        engine.add(request(str(i), ids(60, i), adapters[i % 6], max_tokens=20))
+    finished = 0
+    while engine.has_work:
+        outputs = engine.step()
+        assert [o.error for o in outputs if o.error] == []
+        finished += sum(o.finish_reason is not None for o in outputs)
+        if engine.idle:
+            assert engine.stats().num_loading
+        engine.check_integrity()
+    assert finished == 12

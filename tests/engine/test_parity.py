@@ -74,7 +74,7 @@ def prompts(n: int) -> list[list[int]]:
 def test_mixed_batch_gives_the_logits_of_peft(case: Case, budget: int) -> None:
     base, adapters, oracle = case
     models = [None, *adapters, None]
-    engine = make_engine(base, adapters, max_num_batched_tokens=budget)
+    engine = make_engine(base, adapters, max_num_batched_tokens=budget, max_num_seqs=min(budget, 32))
     spy = Spy(engine)
     ids = prompts(len(models))
     out = run(engine, [request(str(i), p, a) for i, (p, a) in enumerate(zip(ids, models, strict=True))])

@@ -138,3 +138,46 @@ def test_an_error_needs_a_failure() -> None:
     world.residency.want(ref("a"))
     with pytest.raises(AssertionError):
         world.residency.error(ref("a"))
+
+
+def test_a_flight_nobody_waits_for_is_not_started() -> None:
+    world = World(host_bytes=100)
+    for name in "ab":
+        world.residency.want(ref(name))
+    world.residency.poll()
+    world.residency.unwant(ref("b"))
+    world.land("a")
+    assert list(world.flights) == ["a"]
+    world.residency.check_integrity()
+
+
+def test_a_flight_that_does_not_fit_throws_nothing_out_and_is_not_overtaken() -> None:
+    world = World(slots=9, host_bytes=1000)
+    for name in "abc":
+        world.residency.release(world.bring(name))
+    world.residency.want(ref("flying", 300))
+    world.residency.poll()
+    world.residency.want(ref("large", 800))
+    world.residency.want(ref("small", 50))
+    world.residency.poll()
+    assert world.residency.host_used == 600
+    assert "small" not in world.flights
+    world.land("flying", 300)
+    assert world.residency.acquire(ref("flying"))
+    world.residency.unwant(ref("flying"))
+    world.residency.poll()
+    assert "large" in world.flights
+    world.residency.check_integrity()
+
+
+def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
+    world = World()
+    world.residency.want(ref("a"))
+    world.residency.poll()
+    world.land("a")
+    world.residency._place = lambda ref, packed: (_ for _ in ()).throw(IndexError("layer 40"))
+    assert world.residency.acquire(ref("a")) is None
+    assert world.residency.tier(ref("a")) is Tier.FAILED
+    world.residency.unwant(ref("a"))
+    assert world.residency.host_used == 0
+    world.residency.check_integrity()

@@ -1,7 +1,7 @@
 """The real base model, nine strong adapters of every method and the base in one batch, against transformers + PEFT.
 
-Two fp32 programs round differently, and a strong adapter makes more of it. So the oracle is PEFT in fp64: our logits
-must be within 1e-4 of it, or, where PEFT's own in fp32 are not, no further from it than those.
+Our fp32 logits must be within 1e-4 of PEFT's in fp64. PEFT's own in fp32 are up to 8e-5 away from that, so between two
+fp32 programs the distances may add up.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def test_logits_in_the_mixed_batch_are_pefts(case: Case, i: int) -> None:
     ours, pefts = (float((x.double() - exact).abs().max()) for x in (case.logits[str(i)], expected))
     between = float((case.logits[str(i)] - expected).abs().max())
     print(f"from fp64: ours {ours:.1e}, PEFT {pefts:.1e}; between them {between:.1e}")
-    assert ours < max(1e-4, pefts)
-    assert between < 2e-4
+    assert ours < 1e-4
+    assert between < 1e-4 + pefts
     ties = _ties(expected)
     different = (expected.argmax(-1) != torch.tensor(case.mixed[str(i)])).nonzero().flatten().tolist()
     assert set(different) <= ties, f"tokens differ at {different}, ties are at {sorted(ties)}"

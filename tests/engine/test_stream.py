@@ -17,7 +17,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.detokenizer import Detokenizer
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta, EngineStream
-from loray.errors import ContextLengthExceeded, EngineError, IntegrityError
+from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
 from tests.engine.adapters import make_adapter
 from tests.engine.harness import make_engine, request, run
 
@@ -151,6 +151,41 @@ def test_stopping_ends_open_streams(base: BaseModel) -> None:
     go(test)
 
 
+def test_whoever_waits_in_the_inbox_of_a_dying_engine_hears_of_it(base: BaseModel) -> None:
+    async def test() -> None:
+        async with started(base) as stream:
+            entered, leave = threading.Event(), threading.Event()
+
+            def forward(*_: object) -> None:
+                entered.set()
+                assert leave.wait(60)
+                raise RuntimeError("out of luck")
+
+            stream._engine._model.forward = forward  # type: ignore[method-assign,assignment]
+            first = asyncio.create_task(collect(stream, request("a", IDS)))
+            await asyncio.to_thread(entered.wait, 60)
+            second = asyncio.create_task(collect(stream, request("b", IDS)))
+            await asyncio.sleep(0)
+            leave.set()
+            for task in (first, second):
+                with pytest.raises(EngineError):
+                    await task
+
+    go(test)
+
+
+def test_a_request_id_in_use_is_refused_and_the_first_goes_on(base: BaseModel) -> None:
+    async def test() -> None:
+        async with started(base) as stream:
+            first = asyncio.create_task(collect(stream, request("r", IDS, max_tokens=40)))
+            await asyncio.sleep(0)
+            with pytest.raises(RequestError, match="in use"):
+                await collect(stream, request("r", IDS))
+            assert len(await first) == 40
+
+    go(test)
+
+
 # -- text ----------------------------------------------------------------------------------------------------
 
 
@@ -195,3 +230,17 @@ def test_bytes_that_never_become_a_character_end_as_replacement(base: BaseModel)
     first = tokenizer("é")["input_ids"][0]
     assert detokenizer.push(first).text == ""
     assert detokenizer.flush().text == "\ufffd"
+
+
+def test_the_space_before_the_first_word_stays() -> None:
+    """SentencePiece tokenizers write ▁word and drop the space where a text begins."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(
+        models.WordLevel({"▁The": 0, "▁capital": 1, "▁Paris": 2, "!": 3, "<unk>": 4}, unk_token="<unk>")
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    detokenizer = Detokenizer(fast, (), [0, 1])
+    assert [detokenizer.push(2).text, detokenizer.push(3).text, detokenizer.flush().text] == [" Paris", "!", ""]

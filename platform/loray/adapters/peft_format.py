@@ -61,12 +61,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise IntegrityError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise IntegrityError(f"{path} must hold an object, not {type(config).__name__}")
     kind = config.get("peft_type")
     if kind not in ("LORA", "VERA"):
         raise UnsupportedError(f"{folder}: peft_type {kind!r} is not supported; LORA and VERA are")
     for option, inert in _INERT.items():
         if config.get(option) not in inert and option in config:
             raise UnsupportedError(f"{folder}: {option}={config[option]!r} is not supported")
+    for option in ("r", "lora_alpha") if kind == "LORA" else ("r",):
+        if not isinstance(config.get(option), int | float):
+            raise IntegrityError(f"{path}: {option} is {config.get(option)!r}, not a number")
     init = str(config.get("init_lora_weights", ""))
     if init.startswith(_REWRITING_INITS):
         raise UnsupportedError(
@@ -124,6 +129,8 @@ def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:
         modules = {key: _lora(folder, config, key, p) for key, p in parts.items()}
     else:
         modules = {key: _vera(folder, key, p) for key, p in parts.items()}
+        if not parts:
+            raise IntegrityError(f"{folder}: a VeRA adapter without a module")
         pair = _pair(folder, config, base, parts.keys(), pair_tensors)
     weights = AdapterWeights(modules=modules, pair=pair, norms=norms, embedding=embedding)
     check_shapes(weights, base, source=str(folder))
@@ -156,6 +163,10 @@ def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[i
             yield f"{label} vera_lambda_d", tuple(module.d_R.shape), (w.pair.a_RI.shape[0],)
             yield f"{label} vera_lambda_b", tuple(module.b_O.shape), (out_width,)
     for path, norm in w.norms.items():
+        if path.startswith("layers.") and int(path.split(".")[1]) >= base.num_layers:
+            raise BaseMismatch(f"norm {path}: this base has {base.num_layers} layers; the adapter is for another base")
+        if path.endswith(("q_norm", "k_norm")) and not base.qk_norm:
+            raise BaseMismatch(f"norm {path}: this base has no norm there; the adapter is for another base")
         width = base.head_dim if path.endswith(("q_norm", "k_norm")) else base.hidden_size
         yield f"norm {path}", tuple(norm.shape), (width,)
     if w.embedding is not None:
@@ -170,6 +181,8 @@ def _lora(folder: Path, config: Mapping[str, Any], key: ModuleKey, parts: Mappin
     a_RI, b_OR = parts["lora_A"], parts["lora_B"]
     alpha = _by_pattern(config.get("alpha_pattern") or {}, key, config["lora_alpha"])
     rank = a_RI.shape[0]
+    if not rank:
+        raise IntegrityError(f"{folder}: layer {key.layer} {key.module} has rank 0")
     return LoraWeights(a_RI, b_OR, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 

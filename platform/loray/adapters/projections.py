@@ -36,4 +36,4 @@ def pair_digest(a_RI: Tensor, b_OR: Tensor) -> str:
 def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     # The order of these roundings is PEFT's: gain/√fan first, then √3 times it.
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)

@@ -15,6 +15,7 @@ evictions fill up again first; a block whose last row goes is free at once.
 
 from __future__ import annotations
 
+import heapq
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -118,8 +119,8 @@ class BlockAllocator:
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
-        # A stack, lowest block last: KV takes from the low end, runs are searched from the high end.
-        self._free = list(range(geometry.num_blocks - 1, -1, -1))
+        # A heap: the lowest blocks are taken first, runs are searched from the high end.
+        self._free = list(range(geometry.num_blocks))
         self._kv: dict[int, int] = {}
         self._rows: dict[int, _RowBlock] = {}
         self._runs: dict[int, int] = {}
@@ -139,7 +140,7 @@ class BlockAllocator:
     def allocate_kv(self, num_blocks: int) -> list[int] | None:
         if num_blocks > len(self._free):
             return None
-        blocks = [self._free.pop() for _ in range(num_blocks)]
+        blocks = [heapq.heappop(self._free) for _ in range(num_blocks)]
         self._kv.update(dict.fromkeys(blocks, 1))
         return blocks
 
@@ -152,7 +153,7 @@ class BlockAllocator:
             self._kv[block] -= 1
             if not self._kv[block]:
                 del self._kv[block]
-                self._free.append(block)
+                heapq.heappush(self._free, block)
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class BlockAllocator:
                 if not self._free:
                     self.free_rows(extents)
                     return None
-                block = self._free.pop()
+                block = heapq.heappop(self._free)
                 self._rows[block] = _RowBlock(kind, [(0, self.geometry.capacity(kind))])
                 remaining -= self._take(block, kind, width, remaining, extents)
         return extents
@@ -191,7 +192,7 @@ class BlockAllocator:
             row_block.give(e.offset, e.width * e.rows)
             if row_block.free == self.geometry.capacity(e.kind):
                 del self._rows[e.block]
-                self._free.append(e.block)
+                heapq.heappush(self._free, e.block)
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
@@ -202,14 +203,15 @@ class BlockAllocator:
             first = free[i + num_blocks - 1]
             if free[i] - first == num_blocks - 1:
                 taken = set(range(first, first + num_blocks))
-                self._free = [b for b in self._free if b not in taken]
+                self._free = sorted(b for b in self._free if b not in taken)
                 self._runs[first] = num_blocks
                 return first
         return None
 
     def free_run(self, first: int) -> None:
         num_blocks = self._runs.pop(first)
-        self._free.extend(range(first, first + num_blocks))
+        for block in range(first, first + num_blocks):
+            heapq.heappush(self._free, block)
 
     # -- proof --------------------------------------------------------------------------------------------------------
 

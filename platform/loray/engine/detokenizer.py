@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tokenizers.decoders import DecodeStream
+_PROMPT_TAIL = 6  # tokens that decide how the next ones are written
 
 
 class Text(NamedTuple):
@@ -15,27 +16,38 @@ class Text(NamedTuple):
 
 
 class Detokenizer:
-    """`tokenizer` is transformers' fast one. Text that may be the beginning of a stop string is held back."""
+    """`tokenizer` is transformers'. What may be the beginning of a stop string, or of a character, is held back.
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+    Decoding goes on from the end of the prompt: SentencePiece tokenizers drop the space that a text begins with. Of all
+    tokens only those since the last whole character, and the piece before them as context, are decoded again.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = stop
-        self._ids: list[int] = []
-        self._emitted = ""  # everything decoded so far, held back or not
+        self._ids = list(prompt_ids[-_PROMPT_TAIL:])
+        self._context = 0  # decoding starts here
+        self._known = len(self._ids)  # the text of tokens before this one has been taken
         self._held = ""
 
     def push(self, token_id: int) -> Text:
         self._ids.append(token_id)
-        return self._take(self._stream.step(self._tokenizer.backend_tokenizer, token_id) or "", final=False)
+        before, now = self._decode(self._ids[self._context : self._known]), self._decode(self._ids[self._context :])
+        if len(now) <= len(before) or now.endswith("\ufffd"):
+            return Text("", False)
+        self._context, self._known = self._known, len(self._ids)
+        return self._take(now[len(before) :], final=False)
 
     def flush(self) -> Text:
         """What is held back, and bytes that never became a character (as U+FFFD)."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return self._take(whole[len(self._emitted) :] if whole.startswith(self._emitted) else "", final=True)
+        before, now = self._decode(self._ids[self._context : self._known]), self._decode(self._ids[self._context :])
+        return self._take(now[len(before) :], final=True)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     def _take(self, new: str, *, final: bool) -> Text:
-        self._emitted += new
         text = self._held + new
         found = [i for i in (text.find(s) for s in self._stop) if i >= 0]
         if found:

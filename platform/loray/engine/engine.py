@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
-from loray.adapters.weights import AdapterWeights
+from loray.adapters.weights import AdapterWeights, ProjectionPair
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
 from loray.engine.batch import build_batch
@@ -20,7 +21,7 @@ from loray.engine.request import FinishReason, GenerateRequest, Request, TokenLo
 from loray.engine.residency import Residency, Tier
 from loray.engine.sampler import Sampler
 from loray.engine.scheduler import Chunk, Scheduler
-from loray.errors import BaseMismatch, ContextLengthExceeded, RequestError, SpecError
+from loray.errors import BaseMismatch, ContextLengthExceeded, IntegrityError, RequestError, SpecError
 from loray.spec import AdapterRef, ServeSpec
 from loray.telemetry import get_logger
 from loray_kernels import KvLayout, Ops, backend
@@ -85,6 +86,8 @@ class Engine:
             adapter_blocks=self._adapter_blocks,
         )
         self._requests: dict[str, Request] = {}
+        self._adapter_num_blocks: dict[str, int] = {}
+        self._pairs: WeakValueDictionary[str, ProjectionPair] = WeakValueDictionary()
         self._totals: Counter[str] = Counter()
         self._max_adapters = 0
         self.idle = True  # the last step had nothing to compute
@@ -92,10 +95,20 @@ class Engine:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def max_model_len(self, adapter: AdapterRef | None) -> int:
-        """Tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit."""
+        """Tokens of prompt and output that a request may have: the model's, the spec's and the pool's limit.
+
+        Of the pool the adapter takes its share, which is estimated from its published size until it has been loaded.
+        """
+        geometry = self._pool.geometry
+        own = 0
+        if adapter is not None:
+            estimate = min(
+                -(-adapter.nbytes // (geometry.block_size * self._pool.tensor.itemsize)) + 1, geometry.num_blocks // 2
+            )
+            own = self._adapter_num_blocks.get(adapter.digest, estimate)
         limits = [
             adapter.context_length if adapter is not None else self.base.config.max_position_embeddings,
-            self._pool.geometry.num_blocks * self._pool.geometry.block_tokens,
+            (geometry.num_blocks - own) * geometry.block_tokens,
         ]
         if self.spec.max_model_len is not None:
             limits.append(self.spec.max_model_len)
@@ -150,7 +163,7 @@ class Engine:
             self._remove(request)
         if plan.chunks:
             outputs += self._run(plan.chunks)
-        self.idle = not plan.chunks and not plan.failed
+        self.idle = not (plan.chunks or plan.failed or plan.landed)
         return outputs
 
     def _run(self, chunks: list[Chunk]) -> list[TokenOutput]:
@@ -166,13 +179,25 @@ class Engine:
         logits_SV = self._model.forward(batch, self._pool, self._ops)
         for chunk in chunks:
             request = chunk.request
-            prompt_left = request.num_prompt_tokens - request.num_computed
-            self._totals["prompt_tokens"] += max(0, min(chunk.num_tokens, prompt_left))
             request.num_computed += chunk.num_tokens
-        requests = [c.request for c in batch.sampled]
+            prompt = min(request.num_computed, request.num_prompt_tokens)
+            self._totals["prompt_tokens"] += max(0, prompt - request.num_prompt_counted)  # once, preempted or not
+            request.num_prompt_counted = max(prompt, request.num_prompt_counted)
+        finite = logits_SV.isfinite().all(dim=1).tolist()
+        broken = [c.request for c, ok in zip(batch.sampled, finite, strict=True) if not ok]
+        requests = [c.request for c, ok in zip(batch.sampled, finite, strict=True) if ok]
         with torch.inference_mode():
-            drawn = self._sampler(logits_SV, requests)
-        return [self._postprocess(r, token, lp) for r, (token, lp) in zip(requests, drawn, strict=True)]
+            drawn = self._sampler(logits_SV[torch.tensor(finite, dtype=torch.bool)], requests) if requests else []
+        outputs = [self._postprocess(r, token, lp) for r, (token, lp) in zip(requests, drawn, strict=True)]
+        return outputs + [self._fail_not_finite(r) for r in broken]
+
+    def _fail_not_finite(self, request: Request) -> TokenOutput:
+        model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
+        self._remove(request)
+        error = IntegrityError(
+            f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
+        )
+        return TokenOutput(request.request_id, None, error=error)
 
     def _postprocess(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         request.output_ids.append(token)
@@ -202,15 +227,18 @@ class Engine:
 
     def _load_and_pack(self, ref: AdapterRef) -> PackedAdapter:
         weights = self._load_weights(ref)
-        return pack(weights, embedding_VD=self._model.embedding_VD, dtype=self._pool.tensor.dtype)
+        if weights.pair is not None:  # one copy on the host, however many adapters bring it along
+            weights = replace(weights, pair=self._pairs.setdefault(weights.pair.digest, weights.pair))
+        packed = pack(weights, embedding_VD=self._model.embedding_VD, dtype=self._pool.tensor.dtype)
+        self._adapter_num_blocks[ref.digest] = self._pool.num_blocks_for(packed)
+        return packed
 
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
         ref = chunk.request.adapter
         return None if ref is None else self._residency.resident(ref)
 
     def _adapter_blocks(self, request: Request) -> int:
-        packed = None if request.adapter is None else self._residency.packed(request.adapter)
-        return 0 if packed is None else self._pool.num_blocks_for(packed)
+        return 0 if request.adapter is None else self._adapter_num_blocks[request.adapter.digest]
 
     # -- looking in ---------------------------------------------------------------------------------------------------
 
@@ -239,6 +267,7 @@ class Engine:
         """AssertionError unless every block is free, or held by exactly the running requests and resident adapters."""
         kv = Counter(block for request in self._scheduler.running for block in request.blocks)
         self._pool.check_integrity(kv, self._residency.residents())
+        self._residency.check_integrity()
         pins = Counter(r.adapter.digest for r in self._scheduler.running if r.adapter is not None)
         wants = Counter(r.adapter.digest for r in self._scheduler.waiting if r.adapter is not None)
         assert pins == Counter(self._residency.pins()), "adapter pins differ from the running requests"

@@ -15,6 +15,7 @@ from torch import Tensor
 from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
 from loray.engine.blocks import BlockAllocator, Extent, Geometry
 from loray.engine.rows import AdapterShape, LayerGroup, Matrix, Part, RowTable, Table, place
+from loray.errors import IntegrityError
 from loray.spec import AdapterRef, RopeParameters
 from loray_kernels import KvLayout, RowTables
 
@@ -103,10 +104,16 @@ def pack(weights: AdapterWeights, *, embedding_VD: Tensor, dtype: torch.dtype) -
         for matrix in group.matrices:
             stacked = torch.stack([layers[layer][matrix] for layer in group.layers])
             layered[i, matrix.module, matrix.part] = stacked.to(dtype).contiguous()
+    flat_rows = {(m.module, m.part): t.to(dtype).contiguous() for m, t in flat.items()}
+    named = [(f"{m} {part}", t) for (_, m, part), t in layered.items()]
+    named += [(f"{m} {part}", t) for (m, part), t in flat_rows.items()]
+    for name, tensor in named:
+        if not tensor.isfinite().all():
+            raise IntegrityError(f"the adapter's {name} is not finite in {dtype}; its weights are unusable")
     return PackedAdapter(
         shape=shape,
         layered=layered,
-        flat={(m.module, m.part): t.to(dtype).contiguous() for m, t in flat.items()},
+        flat=flat_rows,
         token_ids=token_ids,
         pair=weights.pair,
         rope=weights.rope,

@@ -53,6 +53,7 @@ class Request:
     state: State = State.WAITING
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_prompt_counted: int = 0
     blocks: list[int] = field(default_factory=list)
 
     @property

@@ -41,7 +41,6 @@ class ResidencyCounts(NamedTuple):
     loads: int
     failed_loads: int
     evictions: int
-    hits: int
 
 
 @dataclass(slots=True)
@@ -76,8 +75,11 @@ class Residency(Generic[P, R]):
         self._host_bytes = host_bytes
         self._load, self._place, self._remove = load, place, remove
         self._entries: dict[str, _Entry[P, R]] = {}
+        self._queued: dict[str, _Entry[P, R]] = {}  # LOADING without a flight, in order
+        self._flying: dict[str, _Entry[P, R]] = {}
+        self._host_used = 0
         self._clock = 0
-        self._loads = self._failed = self._evictions = self._hits = 0
+        self._loads = self._failed = self._evictions = 0
 
     # -- what requests do ---------------------------------------------------------------------------------------------
 
@@ -86,15 +88,22 @@ class Residency(Generic[P, R]):
         entry = self._entries.get(ref.digest)
         if entry is None:
             entry = self._entries[ref.digest] = _Entry(ref, Tier.LOADING)
-        elif entry.tier is Tier.POOL:
-            self._hits += 1
+            self._queued[ref.digest] = entry
         entry.wanted += 1
         self._touch(entry)
 
     def unwant(self, ref: AdapterRef) -> None:
         entry = self._entries[ref.digest]
         entry.wanted -= 1
-        if entry.tier is Tier.FAILED and not entry.wanted:
+        if entry.wanted:
+            return
+        if entry.tier is Tier.FAILED:
+            del self._entries[ref.digest]
+        elif entry.tier is Tier.LOADING and (entry.flight is None or entry.flight.cancel()):
+            # Nobody waits for it any more. A flight that is under way already lands in the host's cache.
+            self._queued.pop(ref.digest, None)
+            if self._flying.pop(ref.digest, None) is not None:
+                self._host_used -= ref.nbytes
             del self._entries[ref.digest]
 
     def tier(self, ref: AdapterRef) -> Tier:
@@ -106,11 +115,19 @@ class Residency(Generic[P, R]):
         return error
 
     def acquire(self, ref: AdapterRef) -> R | None:
-        """Pin `ref` in the pool, copying it there first if need be; None while blocks are short or it is not loaded."""
+        """Pin `ref` in the pool, copying it there first if need be.
+
+        None while blocks are short or it is not loaded, or where it cannot be placed: then its tier is FAILED.
+        """
         entry = self._entries[ref.digest]
         if entry.tier is Tier.HOST:
             assert entry.packed is not None
-            entry.resident = self._place(ref, entry.packed)
+            try:
+                entry.resident = self._place(ref, entry.packed)
+            except Exception as e:  # noqa: BLE001 - whatever is wrong with this adapter concerns its requests alone
+                self._drop_packed(entry)
+                self._fail(entry, e)
+                return None
             if entry.resident is None:
                 return None
             entry.tier = Tier.POOL
@@ -128,19 +145,20 @@ class Residency(Generic[P, R]):
     # -- what the engine does -----------------------------------------------------------------------------------------
 
     def poll(self) -> bool:
-        """Start flights that fit the host and take in those that have landed; True if anything landed."""
-        landed = False
-        for entry in list(self._entries.values()):
-            if entry.tier is not Tier.LOADING:
-                continue
-            if entry.flight is None:
-                if self._host_has_room(entry.ref.nbytes):
-                    entry.flight = self._load(entry.ref)
-                    self._loads += 1
-            elif entry.flight.done():
-                self._land(entry, entry.flight)
-                landed = True
-        return landed
+        """Take in flights that have landed and start those that fit the host, in order; True if anything landed."""
+        landed = [entry for entry in self._flying.values() if entry.flight is not None and entry.flight.done()]
+        for entry in landed:
+            self._land(entry)
+        while self._queued:
+            entry = next(iter(self._queued.values()))
+            if not self._make_room(entry.ref.nbytes):
+                break
+            del self._queued[entry.ref.digest]
+            self._flying[entry.ref.digest] = entry
+            self._host_used += entry.ref.nbytes
+            self._loads += 1
+            entry.flight = self._load(entry.ref)
+        return bool(landed)
 
     def evict_one(self) -> bool:
         """Give back the blocks of the least recently used idle adapter; False if every resident is pinned."""
@@ -155,23 +173,16 @@ class Residency(Generic[P, R]):
         if entry.packed is not None:
             entry.tier = Tier.HOST
         elif entry.wanted:
-            entry.tier, entry.flight = Tier.LOADING, None
+            entry.tier = Tier.LOADING
+            self._queued[entry.ref.digest] = entry
         else:
             del self._entries[entry.ref.digest]
         return True
-
-    @property
-    def num_loading(self) -> int:
-        return sum(e.tier is Tier.LOADING for e in self._entries.values())
 
     def resident(self, ref: AdapterRef) -> R:
         resident = self._entries[ref.digest].resident
         assert resident is not None
         return resident
-
-    def packed(self, ref: AdapterRef) -> P | None:
-        """The host copy, if it is still there."""
-        return self._entries[ref.digest].packed
 
     def pins(self) -> dict[str, int]:
         return {digest: e.pins for digest, e in self._entries.items() if e.pins}
@@ -189,14 +200,21 @@ class Residency(Generic[P, R]):
         return tiers
 
     def counts(self) -> ResidencyCounts:
-        return ResidencyCounts(self._loads, self._failed, self._evictions, self._hits)
+        return ResidencyCounts(self._loads, self._failed, self._evictions)
 
     @property
     def host_used(self) -> int:
         """Bytes of packed adapters in host memory, flights under way counted with their published size."""
-        landed = sum(e.packed.nbytes for e in self._entries.values() if e.packed is not None)
-        flying = sum(e.ref.nbytes for e in self._entries.values() if e.tier is Tier.LOADING and e.flight is not None)
-        return landed + flying
+        return self._host_used
+
+    def check_integrity(self) -> None:
+        """AssertionError unless the counters agree with the entries, and whoever is LOADING is queued or flying."""
+        entries = self._entries.values()
+        landed = sum(e.packed.nbytes for e in entries if e.packed is not None)
+        assert self._host_used == landed + sum(e.ref.nbytes for e in self._flying.values())
+        loading = {e.ref.digest for e in entries if e.tier is Tier.LOADING}
+        assert loading == self._queued.keys() | self._flying.keys()
+        assert not self._queued.keys() & self._flying.keys()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -204,29 +222,47 @@ class Residency(Generic[P, R]):
         self._clock += 1
         entry.last_used = self._clock
 
-    def _land(self, entry: _Entry[P, R], flight: Future[P]) -> None:
-        entry.flight = None
+    def _land(self, entry: _Entry[P, R]) -> None:
+        assert entry.flight is not None
+        del self._flying[entry.ref.digest]
+        self._host_used -= entry.ref.nbytes
+        flight, entry.flight = entry.flight, None
         error = flight.exception()
         if error is None:
             entry.packed, entry.tier = flight.result(), Tier.HOST
+            self._host_used += entry.packed.nbytes
         else:
-            self._failed += 1
-            entry.tier = Tier.FAILED
-            entry.error = (
-                error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
-            )
-            if not entry.wanted:
-                del self._entries[entry.ref.digest]
+            self._fail(entry, error)
 
-    def _host_has_room(self, nbytes: int) -> bool:
-        """Make room for `nbytes` by dropping host copies that nobody waits for. One adapter always may come in."""
+    def _fail(self, entry: _Entry[P, R], error: BaseException) -> None:
+        self._failed += 1
+        entry.tier = Tier.FAILED
+        entry.error = error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
+        if not entry.wanted:
+            del self._entries[entry.ref.digest]
+
+    def _drop_packed(self, entry: _Entry[P, R]) -> None:
+        assert entry.packed is not None
+        self._host_used -= entry.packed.nbytes
+        entry.packed = None
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Drop host copies that nobody waits for, oldest first, if that makes room. One adapter always may come in."""
+        excess = self._host_used + nbytes - self._host_bytes
+        if excess <= 0:
+            return True
         droppable = [
             e for e in self._entries.values() if e.packed is not None and not (e.wanted and e.tier is Tier.HOST)
         ]
-        droppable.sort(key=lambda e: e.last_used)
-        while self.host_used + nbytes > self._host_bytes and droppable:
-            entry = droppable.pop(0)
-            entry.packed = None
+        room = sum(e.packed.nbytes for e in droppable if e.packed is not None)
+        if room < excess and room < self._host_used:
+            return False
+        for entry in sorted(droppable, key=lambda e: e.last_used):
+            if excess <= 0:
+                break
+            assert entry.packed is not None
+            excess -= entry.packed.nbytes
+            self._drop_packed(entry)
             if entry.tier is Tier.HOST:
                 del self._entries[entry.ref.digest]
-        return self.host_used + nbytes <= self._host_bytes or self.host_used == 0
+        return True

@@ -11,6 +11,8 @@ from torch import Tensor
 from loray.engine.request import Request, TokenLogprobs
 from loray.spec import SamplingParams
 
+_GREEDY_BELOW = 1e-5  # a softmax so sharp is an argmax, and dividing by less overflows
+
 
 class Sampler:
     """The one owner of the requests' generators."""
@@ -31,7 +33,7 @@ class Sampler:
             if params.presence_penalty or params.frequency_penalty:
                 logits_V = penalised(logits_V, request.output_ids, params)
                 greedy[i] = int(logits_V.argmax())
-            token = greedy[i] if params.temperature == 0 else self._draw(logits_V, request)
+            token = greedy[i] if params.temperature < _GREEDY_BELOW else self._draw(logits_V, request)
             out.append((token, _logprobs(logits_SV[i], token, params.logprobs)))
         return out
 
@@ -64,7 +66,8 @@ def penalised(logits_V: Tensor, output_ids: list[int], params: SamplingParams) -
 
 def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities after temperature, top-k, top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024), in turn."""
-    logits_V = logits_V.float() / params.temperature
+    logits_V = logits_V.float()
+    logits_V = (logits_V - logits_V.max()) / params.temperature
     if params.top_k and params.top_k < logits_V.shape[0]:
         floor = torch.topk(logits_V, params.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < floor, float("-inf"))

@@ -7,6 +7,7 @@ memory: idle adapters go first, then the youngest running request is preempted a
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from loray.engine.blocks import BlockAllocator
 from loray.engine.request import Request, State
 from loray.engine.residency import Residency, Tier
-from loray.errors import EngineError, Overloaded
+from loray.errors import ContextLengthExceeded, EngineError, Overloaded
 
 
 class Chunk(NamedTuple):
@@ -31,8 +32,11 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """`landed`: an adapter came in, failed or was thrown out, so that planning again may give more."""
+
     chunks: list[Chunk]
     failed: list[tuple[Request, Exception]]
+    landed: bool
 
 
 class Scheduler:
@@ -57,6 +61,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self._emptied = False
 
     @property
     def has_work(self) -> bool:
@@ -82,7 +87,7 @@ class Scheduler:
 
     def next(self) -> Plan:
         """The chunks of the next step, oldest requests first, and the requests that can never run."""
-        self._residency.poll()
+        landed = self._residency.poll()
         chunks: list[Chunk] = []
         budget = self._budget
         for request in list(self.running):
@@ -92,8 +97,11 @@ class Scheduler:
             if n and self._grow(request, request.num_computed + n):
                 chunks.append(Chunk(request, request.num_computed, n))
                 budget -= n
+        self._emptied = False
         failed = self._admit(chunks, budget)
-        return Plan(chunks, failed)
+        landed |= self._emptied
+        landed |= self._residency.poll()  # what was evicted and is wanted must fly again before the engine sleeps
+        return Plan(chunks, failed, landed)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Request, Exception]]:
         failed: list[tuple[Request, Exception]] = []
@@ -109,10 +117,15 @@ class Scheduler:
             if tier is Tier.LOADING:
                 continue
             if not self._fits_at_all(request):
-                failed.append((request, EngineError(self._too_large(request))))
+                failed.append((request, ContextLengthExceeded(self._too_large(request), "max_tokens")))
                 continue
             if not self._start(request):
-                budget = 0  # it waits for blocks: nobody behind it may take them
+                if ref is not None and self._residency.tier(ref) is Tier.FAILED:
+                    failed.append((request, self._residency.error(ref)))
+                elif not self.running and not self._empty_pool():
+                    failed.append((request, EngineError(self._too_large(request))))
+                else:
+                    budget = 0  # it waits for blocks: nobody behind it may take them
                 continue
             n = min(request.num_pending, budget)
             chunks.append(Chunk(request, 0, n))
@@ -132,22 +145,33 @@ class Scheduler:
         )
 
     def _start(self, request: Request) -> bool:
-        """Blocks for every token known so far, then the adapter; all or nothing."""
+        """The adapter, pinned, then blocks for every token known so far; all or nothing."""
+        ref = request.adapter
+        if ref is not None:
+            while self._residency.acquire(ref) is None:
+                if self._residency.tier(ref) is not Tier.HOST or not self._residency.evict_one():
+                    return False
         blocks = self._allocate(self._allocator.geometry.blocks_for_tokens(request.num_tokens))
         if blocks is None:
+            if ref is not None:
+                self._residency.release(ref)
             return False
-        if request.adapter is not None:
-            while self._residency.acquire(request.adapter) is None:
-                loaded = self._residency.tier(request.adapter) is Tier.HOST
-                if not loaded or not self._residency.evict_one():
-                    self._allocator.release_kv(blocks)
-                    return False
-            self._residency.unwant(request.adapter)
+        if ref is not None:
+            self._residency.unwant(ref)
         request.blocks = blocks
         request.state = State.RUNNING
         self.waiting.remove(request)
-        self.running.append(request)
+        insort(self.running, request, key=lambda r: r.arrival)  # one that was preempted is no younger for it
         return True
+
+    def _empty_pool(self) -> bool:
+        """With nothing running, throw every adapter out: an own one that fills the gaps of others takes more blocks
+        than it needs, and comes back in one piece. False if there was none: then blocks will never suffice.
+        """
+        self._emptied = self._residency.evict_one()
+        while self._residency.evict_one():
+            pass
+        return self._emptied
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Blocks up to `num_tokens`; False if `request` itself had to be preempted for them."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +15,13 @@ import torch
 from loray.engine.detokenizer import Detokenizer
 from loray.engine.engine import Engine, EngineStats
 from loray.engine.request import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
-from loray.errors import EngineError
+from loray.errors import EngineError, RequestError
+from loray.spec import AdapterRef
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
+
+_STATS_INTERVAL_S = 0.2
 
 __all__ = ["Delta", "EngineStream", "GenerateRequest", "TokenLogprob"]
 
@@ -55,6 +60,9 @@ class EngineStream:
         self._bell = threading.Event()
         self._stopped = False
         self._subscribers: dict[str, _Subscriber] = {}
+        self._lock = threading.Lock()
+        self._ended = False
+        self._stats_due = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stats = engine.stats()
         self.failure: Exception | None = None
@@ -69,16 +77,17 @@ class EngineStream:
         self._bell.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._fail_all(EngineError("the engine is shutting down"))
         self._engine.close()
 
     def check_health(self) -> None:
         """EngineError if the engine's thread has died."""
-        if self.failure is not None or (self._thread.ident is not None and not self._thread.is_alive()):
+        if self.failure is not None:
             raise EngineError(f"the engine stopped: {self.failure!r}")
+        if self._ended:
+            raise EngineError("the engine is shut down")
 
     def stats(self) -> EngineStats:
-        """As of the last step."""
+        """As of a moment ago: at most a fifth of a second while the engine works, exact when it is idle."""
         return self._stats
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
@@ -88,11 +97,10 @@ class EngineStream:
         adapter's loading raised, or EngineError.
         """
         self._engine.check(request)
-        self.check_health()
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        subscriber = _Subscriber(asyncio.get_running_loop(), queue)
-        self._post(lambda: self._add(request, subscriber))
-        detokenizer = Detokenizer(self._tokenizer, request.params.stop)
+        self._subscribe(request.request_id, _Subscriber(asyncio.get_running_loop(), queue))
+        self._post(lambda: self._add(request))
+        detokenizer = Detokenizer(self._tokenizer, request.params.stop, request.prompt_ids)
         num_tokens = 0
         finished = False
         try:
@@ -128,6 +136,21 @@ class EngineStream:
         top = tuple((t, self._tokenizer.decode([t]), lp) for t, lp in logprobs.top)
         return (TokenLogprob(token_id, self._tokenizer.decode([token_id]), logprobs.logprob, top),)
 
+    def max_model_len(self, adapter: AdapterRef | None) -> int:
+        """See Engine."""
+        return self._engine.max_model_len(adapter)
+
+    def _subscribe(self, request_id: str, subscriber: _Subscriber) -> None:
+        """Before the request is posted: whenever the engine dies, everyone who waits is in the list."""
+        with self._lock:
+            if self._ended:
+                raise EngineError(
+                    f"the engine stopped: {self.failure!r}" if self.failure else "the engine is shut down"
+                )
+            if request_id in self._subscribers:
+                raise RequestError(f"request id {request_id!r} is in use", "request_id")
+            self._subscribers[request_id] = subscriber
+
     # -- the engine's thread ------------------------------------------------------------------------------------------
 
     def _post(self, action: Callable[[], None]) -> None:
@@ -144,16 +167,20 @@ class EngineStream:
                     self._inbox.popleft()()
                 for output in self._engine.step():
                     self._deliver(output)
-                self._stats = self._engine.stats()
+                now = time.monotonic()
+                if self._engine.idle or now > self._stats_due:
+                    self._stats, self._stats_due = self._engine.stats(), now + _STATS_INTERVAL_S
                 if self._engine.idle and not self._inbox:
                     self._bell.wait()
+            self._end(EngineError("the engine is shutting down"))
         except Exception as e:  # noqa: BLE001 - the thread's last act: everyone who waits must hear of it
             _log.exception("the engine stopped")
             self.failure = e
-            self._fail_all(EngineError(f"the engine stopped: {e!r}"))
+            self._end(EngineError(f"the engine stopped: {e!r}"))
 
-    def _add(self, request: GenerateRequest, subscriber: _Subscriber) -> None:
-        self._subscribers[request.request_id] = subscriber
+    def _add(self, request: GenerateRequest) -> None:
+        if request.request_id not in self._subscribers:
+            return
         try:
             self._engine.add(request)
         except Exception as e:  # noqa: BLE001 - whatever it is, it is this request's
@@ -164,14 +191,14 @@ class EngineStream:
         self._engine.cancel(request_id)
 
     def _deliver(self, output: TokenOutput) -> None:
-        subscriber = self._subscribers.get(output.request_id)
-        if subscriber is None:
-            return
-        if output.finish_reason is not None or output.error is not None:
-            del self._subscribers[output.request_id]
-        if not subscriber.loop.is_closed():
-            subscriber.loop.call_soon_threadsafe(subscriber.queue.put_nowait, output)
+        last = output.finish_reason is not None or output.error is not None
+        subscriber = (self._subscribers.pop if last else self._subscribers.get)(output.request_id, None)
+        if subscriber is not None:
+            with suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
+                subscriber.loop.call_soon_threadsafe(subscriber.queue.put_nowait, output)
 
-    def _fail_all(self, error: Exception) -> None:
+    def _end(self, error: Exception) -> None:
+        with self._lock:
+            self._ended = True
         for request_id in list(self._subscribers):
             self._deliver(TokenOutput(request_id, None, error=error))
