@@ -11,5 +11,6 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def configure_logging(level: str) -> None:
-    """For processes that loray owns (CLI, drivers, replicas); libraries that import loray keep their own."""
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    """For processes that loray owns (CLI, drivers, replicas). Other libraries are heard from WARNING on."""
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("loray").setLevel(level)
