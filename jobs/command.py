@@ -21,8 +21,13 @@ from jobs.progress import RunView
 from jobs.recipe import Recipe, load_recipe
 from loray.errors import LorayError
 from loray.settings import Settings
+from loray.store import open_store
+from loray.telemetry import get_logger
 
-_RECONNECTIONS = 5
+log = get_logger(__name__)
+
+_RECONNECTIONS = 5  # without a new line in between
+_RECONNECT_S = 1.0
 
 
 @click.command()
@@ -54,6 +59,7 @@ def train(recipe: str, address: str | None, resume: bool, as_json: bool) -> None
 
 def _submit(recipe: Recipe, settings: Settings, address: str | None, resume: bool, console: Console) -> tuple[Any, str]:
     """(client, job id). Starts the local cluster where no address is given."""
+    open_store(settings.store)  # refuses a store that the job could not publish to
     with tempfile.TemporaryDirectory() as stage:
         if address is not None and submission.is_remote(address):
             job = submission.remote(recipe, settings, address=address, resume=resume, stage=Path(stage))
@@ -83,9 +89,10 @@ def _connect(address: str) -> Any:
 
 async def _follow(client: Any, job: str, feed: Callable[[str], None]) -> None:
     """Every line of the job's log, once, until the job ends. A lost connection is taken up again."""
-    seen = 0
-    for _ in range(_RECONNECTIONS):
+    seen, failures = 0, 0
+    while failures < _RECONNECTIONS:
         at, partial = 0, ""
+        failures += 1
         try:
             async for chunk in client.tail_job_logs(job):
                 *lines, partial = (partial + chunk).split("\n")
@@ -93,14 +100,14 @@ async def _follow(client: Any, job: str, feed: Callable[[str], None]) -> None:
                     at += 1
                     if at > seen:
                         feed(line)
-                        seen = at
-        except (RuntimeError, OSError):
-            pass  # looked into below: the job's state is what counts
-        if client.get_job_status(job).is_terminal():
-            if partial:
-                feed(partial)
-            return
-        await asyncio.sleep(1)
+                        seen, failures = at, 0
+            if client.get_job_status(job).is_terminal():
+                if partial:
+                    feed(partial)
+                return
+        except (RuntimeError, OSError) as e:
+            log.debug("connection to the job server lost: %s", e)
+        await asyncio.sleep(_RECONNECT_S)
     raise LorayError(f"lost the connection to the job server; job {job} may still be running: ray job status {job}")
 
 

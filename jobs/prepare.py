@@ -15,8 +15,13 @@ from loray.train.batches import BatchStream
 from loray.train.data import Dataset, load_data
 from loray.train.model import context_length, rope_parameters
 
+_MAX_LENGTH = 1024
+
 
 class Prepared(NamedTuple):
+    """`spec` is the recipe with nothing left open that decides the result: what is published reproduces the run."""
+
+    spec: TrainSpec
     base: BaseModel
     data: Dataset
 
@@ -37,7 +42,8 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
         whole_windows=spec.adapter.long_context is not None,
     )
     BatchStream(data.train, spec.batch, max_length=max_length, seed=spec.seed)  # refuses a budget that rows exceed
-    return Prepared(base, data)
+    resolved = spec.data.model_copy(update={"max_length": max_length})
+    return Prepared(spec.model_copy(update={"data": resolved}), base, data)
 
 
 def row_length(spec: TrainSpec, base: BaseModel) -> int:
@@ -50,8 +56,8 @@ def row_length(spec: TrainSpec, base: BaseModel) -> int:
     long_context = spec.adapter.long_context
     if long_context is not None:
         rope_parameters(base, long_context)
-    if "max_length" not in spec.data.model_fields_set:
-        return context if long_context is not None else min(spec.data.max_length, context)
+    if spec.data.max_length is None:
+        return context if long_context is not None else min(_MAX_LENGTH, context)
     if spec.data.max_length > context:
         raise SpecError(
             f"data.max_length is {spec.data.max_length}, but the adapter's context is {context} tokens; lower it"

@@ -13,6 +13,7 @@ from jobs.recipe import Recipe
 from loray.errors import DataError, SettingsError
 from loray.settings import Settings
 
+_DRIVER = ("-P", "-m", "jobs.train")  # -P: a module of the recipe's folder must not pass for one of ours
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -33,9 +34,9 @@ def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
     """
     for path in _local_files(recipe):
         _check_exists(path, recipe)
-    command = [sys.executable, "-m", "jobs.train", str(recipe.path), "--events", *(["--resume"] if resume else [])]
-    if not recipe.path.is_relative_to(recipe.folder):  # shipped: the name keeps its paths relative to this folder
-        command[3] = recipe.path.stem
+    # A shipped recipe is named, for its paths are relative to this folder and not to the package's.
+    source = str(recipe.path) if recipe.path.is_relative_to(recipe.folder) else recipe.path.stem
+    command = [sys.executable, *_DRIVER, source, "--events", *(["--resume"] if resume else [])]
     entrypoint = f"cd {shlex.quote(str(recipe.folder))} && exec {shlex.join(command)}"
     return Submission(entrypoint, {"env_vars": settings.to_env()})
 
@@ -48,8 +49,8 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
     """
     if settings.is_local:
         raise SettingsError(
-            f"a cluster at {address} cannot reach this machine's disk; "
-            "set LORAY_STORE to an s3:// URL and LORAY_CATALOG to a postgresql:// URL that both can reach"
+            f"a cluster at {address} cannot reach this machine's disk, where LORAY_STORE or LORAY_CATALOG lie; it "
+            "needs a store on s3://, which this version does not have yet: train on this machine, without --address"
         )
     shutil.copyfile(recipe.path, stage / recipe.path.name)
     for path in _local_files(recipe):
@@ -62,7 +63,7 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
         target = stage / path.relative_to(recipe.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    command = ["python", "-m", "jobs.train", recipe.path.name, "--events", *(["--resume"] if resume else [])]
+    command = ["python", *_DRIVER, recipe.path.name, "--events", *(["--resume"] if resume else [])]
     shared = {name: value for name, value in settings.to_env().items() if name != "LORAY_HOME"}  # a home is a machine's
     return Submission(shlex.join(command), {"working_dir": str(stage), "env_vars": shared})
 

@@ -6,13 +6,15 @@ Checks everything, starts Ray Train's workers, and publishes the best checkpoint
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +27,25 @@ from jobs import events, worker
 from jobs.events import EventTail
 from jobs.prepare import Prepared, prepare
 from jobs.recipe import Recipe, load_recipe
-from loray.bases.registry import BaseModel, get_base
+from loray.bases.registry import get_base
 from loray.catalog import Catalog
-from loray.errors import LorayError, SpecError, TrainingError
+from loray.errors import BaseMismatch, ConflictError, LorayError, SpecError, TrainingError
 from loray.publishing import publish
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
-from loray.telemetry import configure_logging
-from loray.train.checkpoint import ADAPTER, read_state
+from loray.telemetry import configure_logging, get_logger
+from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
 from loray.train.model import context_length, rope_parameters
 
+log = get_logger(__name__)
+
+_EVENTS = "events.jsonl"
+_JOB_ID = "job_id"
+_LOCK = "lock"
 _PUBLISHED = "published.json"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the first checkpoint
 _MAX_LOST_WORKERS = 3
+_HEALTH_CHECK_S = "0.2"  # Ray's own 2 s is what a rank waits for when it reports a checkpoint
 
 
 @click.command()
@@ -62,13 +70,20 @@ def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -
     except LorayError as e:
         emit({"event": "error", "kind": type(e).__name__, "message": str(e)})
         sys.exit(1)
+    except Exception as e:
+        log.debug("unexpected error", exc_info=True)
+        message = f"{worker.first_line(e)} (LORAY_LOG_LEVEL=DEBUG shows where)"
+        emit({"event": "error", "kind": type(e).__name__, "message": message})
+        sys.exit(1)
 
 
 def train(recipe: Recipe, settings: Settings, emit: events.Emit, *, resume: bool = False) -> None:
     """Train and publish, handing events to `emit`. Raises LorayError; then nothing is published."""
-    Catalog(settings.catalog).check_name(recipe.spec.name, recipe.spec.publish.aliases)
+    catalog = Catalog(settings.catalog)
+    catalog.check_name(recipe.spec.name, recipe.spec.publish.aliases)
     open_store(settings.store)  # needed at the end, as the catalog is: find out now that they can be reached
     prepared = prepare(recipe, settings)
+    catalog.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
     folder = _latest_run(settings, recipe) if resume else None
     if folder is not None and (done := _already_published(folder, recipe)) is not None:
         emit(done)
@@ -76,13 +91,13 @@ def train(recipe: Recipe, settings: Settings, emit: events.Emit, *, resume: bool
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     _check_resources(recipe)
-    folder = folder or _new_run(settings, recipe)
-    with EventTail(folder / "events.jsonl", emit):
-        result = _fit(recipe, prepared, folder, settings)
-    if result.return_value is not None:
-        hint = f", or publish it with `python -m jobs.train {recipe.path} --publish-checkpoint`"
-        raise TrainingError(f"{result.return_value}{hint if result.checkpoint else ''}")
-    _publish_best(result, folder, recipe, settings, emit)
+    with _locked(folder or _new_run(settings, recipe)) as folder:
+        with EventTail(folder / _EVENTS, emit):
+            result = _fit(prepared, folder, settings)
+        if result.return_value is not None:
+            hint = f", or publish it with `python -m jobs.train {recipe.path} --publish-checkpoint`"
+            raise TrainingError(f"{result.return_value}{hint if result.checkpoint else ''}")
+        _publish_best(result, folder, recipe, settings, emit)
 
 
 def publish_latest(recipe: Recipe, settings: Settings, emit: events.Emit) -> None:
@@ -90,11 +105,13 @@ def publish_latest(recipe: Recipe, settings: Settings, emit: events.Emit) -> Non
     folder = _latest_run(settings, recipe)
     if not (folder / _RAY_SNAPSHOT).is_file():
         raise TrainingError(f"the run in {folder} has no checkpoint to publish; train it with --resume")
-    _publish_best(Result.from_path(str(folder)), folder, recipe, settings, emit)
+    with _locked(folder):
+        _publish_best(Result.from_path(str(folder)), folder, recipe, settings, emit)
 
 
-def _fit(recipe: Recipe, prepared: Prepared, folder: Path, settings: Settings) -> Any:
-    spec = recipe.spec
+def _fit(prepared: Prepared, folder: Path, settings: Settings) -> Any:
+    spec = prepared.spec
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)  # Ray hands it to its controller
     ranked = spec.evaluation.keep_best and len(prepared.data.evaluation) > 0
     trainer = TorchTrainer(
         worker.run,
@@ -103,6 +120,7 @@ def _fit(recipe: Recipe, prepared: Prepared, folder: Path, settings: Settings) -
             home=str(settings.home),
             base_fingerprint=prepared.base.fingerprint,
             log_level=settings.log_level,
+            events=str(folder / _EVENTS),
             data=ray.put(prepared.data),
         ),
         scaling_config=ScalingConfig(
@@ -116,10 +134,10 @@ def _fit(recipe: Recipe, prepared: Prepared, folder: Path, settings: Settings) -
             failure_config=FailureConfig(max_failures=_MAX_LOST_WORKERS),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=spec.checkpoint.keep,
-                checkpoint_score_attribute="eval_loss" if ranked else None,
+                checkpoint_score_attribute=worker.SCORE if ranked else None,
                 checkpoint_score_order="min",
             ),
-            callbacks=[worker.EventLog(str(folder / "events.jsonl"))],
+            callbacks=[worker.EventLog(str(folder / _EVENTS))],
         ),
     )
     try:
@@ -149,7 +167,19 @@ def _check_resources(recipe: Recipe) -> None:
 def _new_run(settings: Settings, recipe: Recipe) -> Path:
     folder = settings.home / "runs" / recipe.spec.name / datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
     folder.mkdir(parents=True)
+    (folder / _JOB_ID).write_text(_job_id() or "", encoding="utf-8")
     return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """One driver a run folder; the lock ends with its process. Raises ConflictError."""
+    with (folder / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise ConflictError(f"another driver is at work on the run in {folder}; wait for it, or stop it") from e
+        yield folder
 
 
 def _latest_run(settings: Settings, recipe: Recipe) -> Path:
@@ -173,30 +203,42 @@ def _already_published(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _publish_best(result: Any, folder: Path, recipe: Recipe, settings: Settings, emit: events.Emit) -> None:
-    chosen = _best(result, by_loss=recipe.spec.evaluation.keep_best)
-    if chosen is None:
+    """By the recipe that the checkpoint was trained with; the one at hand says only how to publish it."""
+    latest = result.checkpoint
+    if latest is None:
         raise TrainingError(f"the run in {folder} ended without a checkpoint; nothing was published")
-    base = get_base(settings.home, recipe.spec.base)
-    with chosen.as_directory() as path:
-        event = _publish(Path(path), base, recipe, settings)
+    keep_best = _state(latest).recipe.evaluation.keep_best
+    with _best(result, by_loss=keep_best).as_directory() as path:
+        event = _publish(Path(path), folder, recipe, settings)
     saved = {"recipe": recipe.spec.model_dump(mode="json"), "event": event}
     (folder / _PUBLISHED).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     emit(event)
 
 
-def _best(result: Any, *, by_loss: bool) -> Checkpoint | None:
+def _state(checkpoint: Checkpoint) -> RunState:
+    with checkpoint.as_directory() as path:
+        return read_state(Path(path))
+
+
+def _best(result: Any, *, by_loss: bool) -> Checkpoint:
     evaluated = [
         (metrics["eval_loss"], checkpoint)
         for checkpoint, metrics in result.best_checkpoints or ()
-        if isfinite(metrics.get("eval_loss", float("nan")))
+        if metrics.get("eval_loss") is not None
     ]
-    if by_loss and evaluated:
-        return min(evaluated, key=lambda pair: pair[0])[1]
-    return result.checkpoint
+    return min(evaluated, key=lambda pair: pair[0])[1] if by_loss and evaluated else result.checkpoint
 
 
-def _publish(checkpoint: Path, base: BaseModel, recipe: Recipe, settings: Settings) -> dict[str, Any]:
-    spec, state = recipe.spec, read_state(checkpoint)
+def _publish(checkpoint: Path, run: Path, recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    state = read_state(checkpoint)
+    check_publishable(state)
+    spec = state.recipe.model_copy(update={"publish": recipe.spec.publish})
+    base = get_base(settings.home, spec.base)
+    if base.fingerprint != state.base_fingerprint:
+        raise BaseMismatch(
+            f"the run was trained on {spec.base} ({state.base_fingerprint[:12]}), but {spec.base} is now another model "
+            f"({base.fingerprint[:12]}); add the one it was trained on"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         shutil.copytree(checkpoint / ADAPTER, folder)  # the manifest is written beside the weights, not into the run
@@ -209,7 +251,7 @@ def _publish(checkpoint: Path, base: BaseModel, recipe: Recipe, settings: Settin
             catalog=Catalog(settings.catalog),
             aliases=spec.publish.aliases,
             recipe=spec,
-            job_id=_job_id(),
+            job_id=_first_job_id(run),
             data_fingerprint=state.data_fingerprint,
             evaluations=state.evaluations(),
             licence=spec.publish.licence,
@@ -228,6 +270,12 @@ def _publish(checkpoint: Path, base: BaseModel, recipe: Recipe, settings: Settin
         "step": state.step,
         "evaluations": [e.model_dump(mode="json") for e in state.evaluations()],
     }
+
+
+def _first_job_id(run: Path) -> str | None:
+    """Of the job that created the run: part of the adapter's identity, so a resumed job must not bring its own."""
+    path = run / _JOB_ID
+    return (path.read_text(encoding="utf-8") or None) if path.is_file() else None
 
 
 def _job_id() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,32 +14,47 @@ import ray.train
 import torch
 
 from jobs.events import encode
-from loray.bases.registry import get_base
+from loray.bases.registry import BaseModel, get_base
 from loray.errors import BaseMismatch, LorayError
 from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
+from loray.train.data_parallel import World
 from loray.train.loop import train
+
+SCORE = "score"  # what Ray ranks checkpoints by
 
 
 class WorkerConfig(TypedDict):
-    """`data` is the object store's reference to the tokenised Dataset."""
+    """`data` is the object store's reference to the tokenised Dataset; `events` the file that news go to."""
 
     recipe: dict[str, Any]
     home: str
     base_fingerprint: str
     log_level: str
+    events: str
     data: Any
 
 
 class RayReporter:
+    """Only checkpoints go through Ray: it takes one report per health check, and would hold every step up for that.
+    Other events rank 0 appends to the run's file itself.
+    """
+
+    def __init__(self, events: Path, rank: int) -> None:
+        self._events, self._rank = events, rank
+
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        name = None
         if metrics["event"] == "checkpoint":
+            saved = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
             name = f"step_{metrics['step']:06d}"
-            if metrics["eval_loss"] is None:  # Ray ranks checkpoints by it, and nan comes last
-                metrics = metrics | {"eval_loss": float("nan")}
-        saved = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
-        ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=name)
+            ray.train.report(metrics | {SCORE: score(metrics["eval_loss"])}, checkpoint=saved, checkpoint_dir_name=name)
+        elif self._rank == 0:
+            append(self._events, metrics)
+
+
+def score(eval_loss: float | None) -> float:
+    """Finite, as Ray's snapshot must hold it in JSON; checkpoints that were not evaluated come last."""
+    return sys.float_info.max if eval_loss is None else eval_loss
 
 
 def run(config: WorkerConfig) -> str | None:
@@ -47,20 +63,32 @@ def run(config: WorkerConfig) -> str | None:
     """
     configure_logging(config["log_level"])
     torch.set_num_threads(_num_threads())
+    spec = TrainSpec.parse(config["recipe"], source="the recipe")
     try:
-        _train(config)
+        base, problem = _find_base(spec, config), None
+    except LorayError as e:
+        base, problem = None, str(e)
+    world = World.current()
+    problems = [p for p in world.gather(problem) if p is not None]  # all ranks end here, or none waits for another
+    if base is None or problems:
+        return problems[0]
+    try:
+        _train(spec, base, config, world.rank)
     except LorayError as e:
         return str(e)
     return None
 
 
-def _train(config: WorkerConfig) -> None:
-    spec = TrainSpec.parse(config["recipe"], source="the recipe")
+def _find_base(spec: TrainSpec, config: WorkerConfig) -> BaseModel:
     base = get_base(Path(config["home"]), spec.base)
     if base.fingerprint != config["base_fingerprint"]:
         raise BaseMismatch(
             f"base {spec.base!r} is another model on this worker's machine than on the driver's; add the same to both"
         )
+    return base
+
+
+def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, rank: int) -> None:
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
     last = ray.train.get_checkpoint()
     with nullcontext(None) if last is None else last.as_directory() as folder, tempfile.TemporaryDirectory() as workdir:
@@ -68,7 +96,7 @@ def _train(config: WorkerConfig) -> None:
             spec,
             base,
             ray.get(config["data"]),
-            reporter=RayReporter(),
+            reporter=RayReporter(Path(config["events"]), rank),
             workdir=Path(workdir),
             resume_from=None if folder is None else Path(folder),
             device=device,
@@ -86,21 +114,25 @@ def _num_threads() -> int:
 
 
 class EventLog(ray.train.UserCallback):  # type: ignore[misc]
-    """Appends rank 0's reports to a file. It lives in the controller, which Ray starts on the driver's machine."""
+    """Tells of checkpoints and lost workers. It lives in the controller, which Ray starts on the driver's machine."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self._path = Path(path)
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self._append(metrics[0] if checkpoint is None else metrics[0] | {"path": checkpoint.path})
+        if checkpoint is not None:
+            event = {name: value for name, value in metrics[0].items() if name != SCORE}
+            append(self._path, event | {"path": checkpoint.path})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = next(iter(worker_exceptions.items()))
-        self._append({"event": "worker_lost", "message": f"rank {rank}: {first_line(error)}"})
+        append(self._path, {"event": "worker_lost", "message": f"rank {rank}: {first_line(error)}"})
 
-    def _append(self, event: dict[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(encode(event) + "\n")
+
+def append(path: Path, event: dict[str, Any]) -> None:
+    """One line in one write, as two processes tell of the same run."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(encode(event) + "\n")
 
 
 def first_line(error: BaseException) -> str:

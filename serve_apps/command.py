@@ -6,6 +6,7 @@ import json
 import shlex
 import socket
 import sys
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,7 +57,7 @@ def up(spec_file: Path | None, wait: bool, **options: Any) -> None:
         address = _remote(settings)
     with screen.status("deploying"):
         api = ServeApi(address)
-        spec = _settle_port(spec, api.http(), explicit="port" in options and options["port"] is not None)
+        spec = _settle_port(spec, api.http(), explicit=spec.model_fields_set)
         api.deploy(serve_config(spec, settings))
     url = Address(_hostname(spec, settings), spec.port).url
     if not wait:
@@ -138,16 +139,21 @@ def _check_port(spec: ServeSpec) -> None:
         ) from e
 
 
-def _settle_port(spec: ServeSpec, serving: Address | None, *, explicit: bool) -> ServeSpec:
-    """Serve cannot move while it runs: an update keeps its address, and a wish for another one is refused."""
+def _settle_port(spec: ServeSpec, serving: Address | None, *, explicit: Set[str]) -> ServeSpec:
+    """Serve cannot move while it runs: an update keeps its address, and a wish for another one is refused.
+
+    `explicit`: the fields that were given, on the command line or in the file.
+    """
     if serving is None:
         _check_port(spec)
         return spec
-    if explicit and serving.port != spec.port:
-        raise ConflictError(
-            f"serving runs at port {serving.port} and cannot move to {spec.port} meanwhile; "
-            "leave out --port, or `loray down` first"
-        )
+    moved = {"host": serving.host != spec.host, "port": serving.port != spec.port}
+    for name in ("host", "port"):
+        if name in explicit and moved[name]:
+            raise ConflictError(
+                f"serving runs at {name} {getattr(serving, name)} and cannot move to {getattr(spec, name)} meanwhile; "
+                f"leave {name} out of the command line and the file, or `loray down` first"
+            )
     return spec.model_copy(update={"host": serving.host, "port": serving.port})
 
 
@@ -225,6 +231,5 @@ def _row(r: ReplicaStatus) -> tuple[object, ...]:
     blocks = sum(r.blocks.values())
     used = f"{1 - r.blocks.get('free', 0) / blocks:.0%}" if blocks else ""
     names = ", ".join(r.adapters_in_pool[:6]) + (" …" if len(r.adapters_in_pool) > 6 else "")
-    up = f"{r.uptime_s:,.0f} s"
-    waiting = r.num_waiting + r.num_loading
-    return (r.replica, r.pid, up, r.num_running, waiting, used, size(r.host_bytes), f"{r.num_output_tokens:,}", names)
+    up, num_tokens = f"{r.uptime_s:,.0f} s", f"{r.num_output_tokens:,}"
+    return (r.replica, r.pid, up, r.num_running, r.num_waiting, used, size(r.host_bytes), num_tokens, names)

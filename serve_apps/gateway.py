@@ -21,7 +21,7 @@ from loray.serving.openai import ChatCompletionRequest, ChatFormat, CompletionFo
 from loray.serving.openai.formats import Choice, ResponseFormat, usage_of
 from loray.serving.openai.requests import GenerationRequest
 from loray.serving.status import CatalogStatus, ReplicaStatus, Status, total
-from loray.spec import ServeSpec
+from loray.spec import AdapterRef, ServeSpec
 from serve_apps import errors
 from serve_apps.directory import ModelDirectory
 from serve_apps.documentation import describe_bodies
@@ -47,28 +47,30 @@ class Gateway:
 
     async def completions(self, body: object) -> Response:
         request = parse(CompletionRequest, body)
-        prompts = [await self._prompts.text(p) if isinstance(p, str) else p for p in request.prompt]
+        adapter = await self.directory.resolve(request.model)
+        prompts = await self._prompts.texts(request.prompt)
         answer = CompletionFormat(
             _new_id("cmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        return await self._answer(request, prompts, answer, "prompt")
+        return await self._answer(request, adapter, prompts, answer, "prompt")
 
     async def chat_completions(self, body: object) -> Response:
         request = parse(ChatCompletionRequest, body)
+        adapter = await self.directory.resolve(request.model)
         prompt = await self._prompts.chat(request.messages)
         answer = ChatFormat(
             _new_id("chatcmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        return await self._answer(request, [prompt], answer, "messages")
+        return await self._answer(request, adapter, [prompt], answer, "messages")
 
     async def _answer(
         self,
         request: GenerationRequest,
+        adapter: AdapterRef | None,
         prompts: Sequence[tuple[int, ...]],
         answer: CompletionFormat | ChatFormat,
         param: str,
     ) -> Response:
-        adapter = await self.directory.resolve(request.model)
         config = self.directory.base.config
         await self._learn_capacity()
         limit = self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
@@ -82,7 +84,7 @@ class Gateway:
             for i, prompt in enumerate(prompts)
             for choice in range(request.n)
         ]
-        parts = merge([self._engines.generate(job) for job in jobs])
+        parts = merge([self._engines.generate(job, fit=request.asked_max_tokens is None) for job in jobs])
         headers = {"X-Request-Id": answer.id}
         choices = [Choice() for _ in jobs]
         if request.stream:
@@ -100,7 +102,10 @@ class Gateway:
         return Response(body.to_json(), media_type="application/json", headers=headers)
 
     def limit(self, context_length: int) -> int:
-        """Tokens of prompt and answer that can be served: the model's context, the spec's and the pool's limit."""
+        """Tokens of prompt and answer that can be served: the model's context, the spec's and the pool's limit.
+
+        An adapter takes its share of the pool too; how much, its replica knows, and has the last word.
+        """
         return min(filter(None, (context_length, self.spec.max_model_len, self._capacity)))
 
     async def _learn_capacity(self) -> None:

@@ -16,6 +16,7 @@ from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta
 from loray.errors import EngineError, LorayError, Overloaded
 from loray.telemetry import get_logger
+from serve_apps.replica import ReplicaUnavailable
 
 _log = get_logger(__name__)
 
@@ -26,8 +27,11 @@ _REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnav
 
 
 class Engines(Protocol):
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Deltas as they come. Closing it cancels the request. Raises LorayError."""
+    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
+        """Deltas as they come. Closing it cancels the request. Raises LorayError.
+
+        `fit`: max_tokens is an upper bound, lowered to what there is room for.
+        """
 
     async def capacity(self) -> int:
         """Tokens that one request can have at most, for want of pool."""
@@ -43,15 +47,16 @@ class ServeEngines:
         self._handle = handle
         self._stream = handle.options(stream=True)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
+        """A request is sent again only where a replica was lost or had stopped: what an engine says holds for all."""
         for attempt in range(ATTEMPTS):
-            async with aclosing(self._attempt(request, attempt)) as deltas:
+            async with aclosing(self._attempt(request, attempt, fit)) as deltas:
                 started = False
                 try:
                     async for delta in deltas:
                         started = True
                         yield delta
-                except EngineError as e:
+                except ReplicaUnavailable as e:
                     if started or attempt == ATTEMPTS - 1:
                         raise
                     _log.warning("request %s is sent again: %s", request.request_id, e)
@@ -59,10 +64,10 @@ class ServeEngines:
                     return
             await asyncio.sleep(_BACKOFF_S * 2**attempt)
 
-    async def _attempt(self, request: GenerateRequest, attempt: int) -> AsyncGenerator[Delta, None]:
+    async def _attempt(self, request: GenerateRequest, attempt: int, fit: bool) -> AsyncGenerator[Delta, None]:
         if attempt > 0:
             request = replace(request, request_id=f"{request.request_id}-{attempt}")
-        response = self._stream.generate.remote(request)
+        response = self._stream.generate.remote(request, fit)
         finished = False
         try:
             async for delta in response:
@@ -73,10 +78,10 @@ class ServeEngines:
             raise _cause(e) from e
         except _REPLICA_LOST as e:
             finished = True
-            raise EngineError("the replica that served this request was lost; send it again") from e
+            raise ReplicaUnavailable("the replica that served this request was lost; send it again") from e
         except DeploymentUnavailableError as e:
             finished = True
-            raise EngineError("no replica is running; `loray status` says why") from e
+            raise ReplicaUnavailable("no replica is running; `loray status` says why") from e
         except BackPressureError as e:
             finished = True
             raise Overloaded("too many requests wait for a replica; try again later", retry_after_s=1.0) from e

@@ -7,6 +7,7 @@ needs only the class.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -16,7 +17,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from loray.bases.registry import BaseModel, get_base
-from loray.errors import BaseMismatch
+from loray.errors import (
+    BaseMismatch,
+    ContextLengthExceeded,
+    EngineError,
+    IntegrityError,
+    LorayError,
+    NotFoundError,
+    Overloaded,
+    RequestError,
+)
 from loray.settings import Settings
 from loray.spec import AdapterRef, ServeSpec
 from loray.telemetry import configure_logging, get_logger
@@ -29,6 +39,11 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 _NODE_CACHE_BYTES = 16 << 30  # of disk
+_CALLERS_OWN = (RequestError, NotFoundError, BaseMismatch, Overloaded)
+
+
+class ReplicaUnavailable(EngineError):
+    """The request never reached an engine: it may be sent to another replica."""
 
 
 class EngineReplica:
@@ -37,15 +52,25 @@ class EngineReplica:
     def __init__(self, spec: ServeSpec) -> None:
         settings = Settings.from_env()
         configure_logging(settings.log_level)
+        logging.getLogger("ray.serve").addFilter(without_expected_tracebacks)
         set_num_threads(spec)
         self._spec = spec
         self._started_at = time.time()
         self._stream = start_engine(spec, get_base(settings.home, spec.base), settings)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Deltas as they come; what has come while the last one was sent goes as one. Closing it cancels."""
-        async with aclosing(_coalesced(cast("AsyncGenerator[Delta, None]", self._stream.generate(request)))) as deltas:
-            async for delta in deltas:
+    async def generate(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[Delta, None]:
+        """Deltas as they come; what has come while the last one was sent goes as one. Closing it cancels.
+
+        `fit`: nobody asked for max_tokens, so it is lowered to what this replica has room for. Raises
+        ReplicaUnavailable where the engine had stopped before.
+        """
+        try:
+            self._stream.check_health()
+        except EngineError as e:
+            raise ReplicaUnavailable(str(e)) from e
+        deltas = fitted(self._stream, request) if fit else _generate(self._stream, request)
+        async with aclosing(_coalesced(deltas)) as coalesced:
+            async for delta in coalesced:
                 yield delta
 
     def capacity(self) -> int:
@@ -114,9 +139,61 @@ def adapter_loader(base: BaseModel, settings: Settings) -> Callable[[AdapterRef]
             if manifest.base_fingerprint != base.fingerprint:
                 raise BaseMismatch(f"adapter {ref.label} was trained on another base than {base.name!r}")
             weights = read_adapter(folder, base.config)
+        trained_with = manifest.projection and manifest.projection.sha256
+        if weights.pair is not None and weights.pair.digest != trained_with:
+            raise IntegrityError(
+                f"adapter {ref.label}: its VeRA projection is not the pair it was trained with, whose SHA-256 is in "
+                "its manifest; publish it with save_projection, or serve it with the PyTorch it was trained with"
+            )
         return replace(weights, rope=manifest.rope_parameters, context_length=manifest.context_length)
 
     return load
+
+
+def _generate(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    return cast("AsyncGenerator[Delta, None]", stream.generate(request))
+
+
+async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    """As `generate`, with max_tokens lowered to the engine's limit for this adapter.
+
+    Until an adapter has been loaded the engine estimates its share of the pool; a request that turns out too long
+    then is sent once more, with the limit that is known by then.
+    """
+    estimated = _fit(stream, request)
+    started = False
+    try:
+        async with aclosing(_generate(stream, estimated)) as deltas:
+            async for delta in deltas:
+                started = True
+                yield delta
+        return
+    except ContextLengthExceeded:
+        exact = _fit(stream, request)
+        if started or exact.params.max_tokens >= estimated.params.max_tokens:
+            raise
+    async with aclosing(_generate(stream, exact)) as deltas:
+        async for delta in deltas:
+            yield delta
+
+
+def _fit(stream: EngineStream, request: GenerateRequest) -> GenerateRequest:
+    """With max_tokens lowered as far as 1; where even that is too much, it is the engine that says so."""
+    left = max(stream.max_model_len(request.adapter) - len(request.prompt_ids), 1)
+    if request.params.max_tokens <= left:
+        return request
+    return replace(request, params=request.params.model_copy(update={"max_tokens": left}))
+
+
+def without_expected_tracebacks(record: logging.LogRecord) -> bool:
+    """Ray Serve logs whatever a request raises with its traceback; of an error raised on purpose one line is enough."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, LorayError) and not isinstance(error, EngineError):
+        record.exc_info, record.exc_text = None, None
+        level, what = (logging.INFO, "refused") if isinstance(error, _CALLERS_OWN) else (logging.WARNING, "failed")
+        record.levelno, record.levelname = level, logging.getLevelName(level)
+        record.msg, record.args = "request %s: %s: %s", (what, type(error).__name__, error)
+    return True
 
 
 async def _coalesced(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,10 @@ def peft_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
             made[key] = tmp_path_factory.mktemp("peft") / f"{method}-{seed}"
             make_adapter(base, made[key], config, seed=seed)
         copy = tmp_path_factory.mktemp("adapter") / made[key].name
-        return Path(shutil.copytree(made[key], copy))
+        shutil.copytree(made[key], copy)
+        config_file = copy / "adapter_config.json"  # of the same base, which may lie elsewhere by now
+        saved = json.loads(config_file.read_text()) | {"base_model_name_or_path": str(base.path)}
+        config_file.write_text(json.dumps(saved))
+        return copy
 
     return make

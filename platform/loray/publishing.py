@@ -101,8 +101,8 @@ def _register(
 def base_of(folder: Path, home: Path) -> BaseModel:
     """The base on this machine that the adapter in `folder` was trained on.
 
-    By fingerprint where it has a `loray.json`, else by the name or path that PEFT wrote down, else the only base
-    there is. BaseNotFound where none of these tells, BaseMismatch where this machine lacks the base.
+    By fingerprint where it has a `loray.json`, else by the name or path that PEFT wrote down; where it wrote none,
+    the only base there is. BaseNotFound where none of these tells, BaseMismatch where this machine lacks the base.
     """
     known = list_bases(home)
     if (folder / AdapterManifest.FILE).is_file():
@@ -122,7 +122,7 @@ def base_of(folder: Path, home: Path) -> BaseModel:
     for base in known:
         if trained_on and trained_on in (base.name, str(base.path), base.source, base.source.removeprefix("hf:")):
             return base
-    if len(known) == 1:
+    if not trained_on and len(known) == 1:
         return known[0]
     names = ", ".join(base.name for base in known) or "none; add one with `loray base add`"
     raise BaseNotFound(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from loray.errors import SettingsError
 
 _KNOWN = {"LORAY_HOME", "LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS", "LORAY_LOG_LEVEL"}
+# Kubernetes describes a Service called loray-… to every pod of its namespace, in variables of these forms.
+_SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -32,7 +35,8 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         env = os.environ if env is None else env
-        unknown = sorted(k for k in env if k.startswith("LORAY_") and k not in _KNOWN)
+        ours = {k for k in env if k.startswith("LORAY_") and not _SERVICE_VARIABLE.search(k)}
+        unknown = sorted(ours - _KNOWN)
         if unknown:
             known = ", ".join(sorted(_KNOWN))
             raise SettingsError(f"unknown environment variable {', '.join(unknown)}; known are {known}")

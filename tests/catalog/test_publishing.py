@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loray.adapters.manifest import digest, read_manifest
-from loray.bases.registry import BaseModel
+from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
-from loray.errors import BaseMismatch, CatalogError, ConflictError, SpecError
-from loray.publishing import publish
+from loray.errors import BaseMismatch, BaseNotFound, CatalogError, ConflictError, SpecError
+from loray.publishing import base_of, publish
 from loray.spec import Evaluation
 from loray.store import AdapterStore, LocalStore
+from tests.tiny import write_checkpoint
 
 PeftFolder = Callable[..., Path]
 
@@ -94,3 +96,14 @@ def test_cut_off_and_repeated(
     assert version.version == 1
     assert list(store.objects.list()) == stored
     store.verify(version.digest)
+
+
+def test_the_only_base_is_not_taken_for_another(tmp_path: Path, peft_folder: PeftFolder) -> None:
+    base = add_base(str(write_checkpoint(tmp_path / "checkpoint")), home=tmp_path / "home", name="only")
+    config = peft_folder(base) / "adapter_config.json"
+    for named in (None, "", "only", str(base.path)):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+        assert base_of(config.parent, tmp_path / "home") == base
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "somebody/elses"}))
+    with pytest.raises(BaseNotFound, match=r"somebody/elses.*name one with --base: only"):
+        base_of(config.parent, tmp_path / "home")

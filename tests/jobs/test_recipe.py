@@ -76,6 +76,19 @@ def test_an_unknown_field_is_named(tmp_path: Path) -> None:
         write(tmp_path, optimizer={"learning_rat": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dtype": "float16"}, "float16 needs loss scaling"),
+        ({"optimizer": {"learning_rate": float("inf")}}, r"optimizer\.learning_rate: .*finite"),
+        ({"max_steps": None, "num_epochs": float("inf")}, "num_epochs: .*finite"),
+    ],
+)
+def test_numbers_that_cannot_train_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        write(tmp_path, **fields)
+
+
 # -- checks before the start ------------------------------------------------------------------------------------------
 
 
@@ -84,6 +97,12 @@ def test_a_good_recipe_is_prepared(tmp_path: Path, settings: Settings) -> None:
     assert prepared.base.name == "tiny"
     assert len(prepared.data.train) == 16
     assert len(prepared.data.evaluation) == 4
+
+
+def test_the_length_of_rows_is_part_of_what_is_published(tmp_path: Path, settings: Settings) -> None:
+    recipe = write(tmp_path, data={"train": "data.jsonl"})
+    assert recipe.spec.data.max_length is None
+    assert prepare(recipe, settings).spec.data.max_length == 512  # the base's window
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_local_jobs_get_absolute_paths_and_no_upload(tmp_path: Path) -> None:
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
     job = submission.local(write(tmp_path / "my recipes"), settings, resume=True)
     assert shlex.split(job.entrypoint) == [
-        *("cd", str(tmp_path / "my recipes"), "&&", "exec", sys.executable, "-m", "jobs.train"),
+        *("cd", str(tmp_path / "my recipes"), "&&", "exec", sys.executable, "-P", "-m", "jobs.train"),
         *(str(tmp_path / "my recipes" / "recipe.yaml"), "--events", "--resume"),
     ]
     assert job.runtime_env == {"env_vars": settings.to_env()}
@@ -42,6 +42,14 @@ def test_shipped_recipes_keep_their_paths_here(tmp_path: Path, monkeypatch: pyte
     assert shlex.split(job.entrypoint)[-2:] == ["lora_smollm2", "--events"]
 
 
+def test_what_kubernetes_says_of_services_is_no_setting() -> None:
+    services = ("LORAY_SERVICE_HOST", "LORAY_GATEWAY_SERVICE_PORT_HTTP", "LORAY_PORT", "LORAY_PORT_8000_TCP_ADDR")
+    assert Settings.from_env(dict.fromkeys(services, "10.0.0.1")) == Settings.from_env({})
+    for name in ("LORAY_STOER", "LORAY_PORTS"):
+        with pytest.raises(SettingsError, match=f"unknown environment variable {name}"):
+            Settings.from_env({name: "x"})
+
+
 def test_a_missing_data_file_is_no_job(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
         submission.local(write(tmp_path, data={"train": "none.jsonl"}), Settings.from_env({}), resume=False)
@@ -49,7 +57,7 @@ def test_a_missing_data_file_is_no_job(tmp_path: Path) -> None:
 
 def test_a_remote_cluster_cannot_reach_this_disk(tmp_path: Path) -> None:
     for env in ({}, {"LORAY_STORE": "s3://bucket/loray"}, {"LORAY_CATALOG": "postgresql://db/loray"}):
-        with pytest.raises(SettingsError, match="LORAY_STORE to an s3:// URL and LORAY_CATALOG to a postgresql://"):
+        with pytest.raises(SettingsError, match="s3://, which this version does not have yet"):
             submission.remote(
                 write(tmp_path), Settings.from_env(env), address=ADDRESS, resume=False, stage=tmp_path / "stage"
             )
@@ -63,7 +71,7 @@ def test_remote_jobs_take_the_recipe_and_its_data_along(tmp_path: Path) -> None:
     job = submission.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=stage)
     assert sorted(p.name for p in stage.iterdir()) == ["data.jsonl", "recipe.yaml"]
     assert load_recipe(str(stage / "recipe.yaml")).data().train == str(stage / "data.jsonl")
-    assert job.entrypoint == "python -m jobs.train recipe.yaml --events"
+    assert job.entrypoint == "python -P -m jobs.train recipe.yaml --events"
     assert job.runtime_env["working_dir"] == str(stage)
     assert job.runtime_env["env_vars"] == REACHABLE | {"LORAY_LOG_LEVEL": "INFO"}
 

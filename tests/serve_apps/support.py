@@ -18,6 +18,7 @@ from serve_apps.directory import ModelDirectory
 from serve_apps.gateway import Gateway, create_app
 from serve_apps.generation import Engines
 from serve_apps.prompts import PromptEncoder
+from serve_apps.replica import fitted
 
 STATS: dict[str, Any] = {
     "replica": "r1",
@@ -62,11 +63,13 @@ class ScriptedEngines:
     ) -> None:
         self.script, self.hang, self._capacity = script, hang, capacity
         self.requests: list[GenerateRequest] = []
+        self.fits: list[bool] = []
         self.closed: list[str] = []
         self.replicas: list[dict[str, Any]] = [STATS]
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
+        self.fits.append(fit)
         try:
             for item in self.script:
                 if isinstance(item, Exception):
@@ -90,7 +93,9 @@ class LocalEngines:
     def __init__(self, stream: EngineStream) -> None:
         self.stream = stream
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
+        if fit:
+            return fitted(self.stream, request)
         return cast("AsyncGenerator[Delta, None]", self.stream.generate(request))
 
     async def capacity(self) -> int:

@@ -17,7 +17,7 @@ import pytest
 from loray.catalog import AdapterVersion
 from loray.publishing import publish
 from serve_apps.directory import REFRESH_S
-from tests.cluster import SERVE, Served
+from tests.cluster import SERVE, RayCluster, Served
 from tests.engine.adapters import make_adapter
 
 pytestmark = pytest.mark.cluster
@@ -126,6 +126,18 @@ def test_bad_requests(client: openai.OpenAI) -> None:
     response = httpx.post(f"{client.base_url}completions", content=b"{")
     assert response.status_code == 400
     assert "not valid JSON" in response.json()["error"]["message"]
+
+
+def test_what_a_client_did_wrong_leaves_no_traceback(
+    client: openai.OpenAI, served: Served, ray_cluster: RayCluster
+) -> None:
+    (replica,) = status(served)["replicas"]
+    with pytest.raises(openai.BadRequestError, match="vocabulary"):
+        client.completions.create(model="tiny", prompt=[5000])
+    logs = Path(ray_cluster.local.temp_dir) / "session_latest" / "logs" / "serve"
+    (log,) = logs.glob(f"replica_*{replica['replica']}*.log")
+    assert eventually(lambda: "request refused: RequestError: " in log.read_text())
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_damaged_adapter_fails_alone(

@@ -16,9 +16,10 @@ from click.testing import CliRunner, Result
 
 from loray.cli.main import cli
 from loray.errors import BaseNotFound, ConflictError, SettingsError, SpecError
+from loray.serving.status import ReplicaStatus
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.command import _settle_port, _spec
+from serve_apps.command import _row, _settle_port, _spec
 from serve_apps.deployment import Address, State, serve_config
 from tests.cluster import RayCluster, Served, free_port
 from tests.conftest import REPOSITORY
@@ -97,10 +98,24 @@ def test_a_remote_cluster_cannot_reach_local_files(loray: Loray, monkeypatch: py
 
 def test_an_update_keeps_its_port() -> None:
     spec, serving = ServeSpec(port=free_port()), Address("127.0.0.1", 8001)
-    assert _settle_port(spec, serving, explicit=False).port == 8001
-    assert _settle_port(spec, None, explicit=True) == spec
-    with pytest.raises(ConflictError, match="cannot move"):
-        _settle_port(spec, serving, explicit=True)
+    assert _settle_port(spec, serving, explicit={"base"}).port == 8001
+    assert _settle_port(spec, None, explicit={"port"}) == spec
+    with pytest.raises(ConflictError, match=r"runs at port 8001 and cannot move to \d+"):
+        _settle_port(spec, serving, explicit={"port"})
+    with pytest.raises(ConflictError, match=r"runs at host 127\.0\.0\.1 and cannot move to 0\.0\.0\.0"):
+        _settle_port(ServeSpec(port=8001, host="0.0.0.0"), serving, explicit={"host", "port"})
+
+
+def test_a_port_of_the_file_is_a_wish_too(tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text("port: 9000\n")
+    assert _spec(file, {"base": "tiny"}).model_fields_set == {"port", "base"}
+    assert _spec(None, {"base": "tiny"}).model_fields_set == {"base"}
+
+
+def test_a_request_whose_adapter_loads_is_counted_once() -> None:
+    replica = ReplicaStatus(replica="r", node="n", pid=1, uptime_s=1.0, num_running=2, num_waiting=3, num_loading=1)
+    assert _row(replica)[3:5] == (2, 3)
 
 
 def test_a_failure_says_what_loray_said() -> None:

@@ -268,6 +268,21 @@ def test_the_pool_limits_the_context_too(client_of: Any, base: BaseModel) -> Non
     assert "64 tokens" in error["message"]
 
 
+def test_only_a_default_may_be_lowered_by_the_replica(client_of: Any, base: BaseModel) -> None:
+    engines = ScriptedEngines(HELLO)
+    body = {"model": base.name, "messages": CHAT}
+    with client_of(engines) as client:
+        client.post("/v1/chat/completions", json=body)
+        client.post("/v1/chat/completions", json=body | {"max_completion_tokens": 5})
+    assert engines.fits == [True, False]
+
+
+def test_the_model_is_resolved_before_the_prompt_is_encoded(client_of: Any) -> None:
+    with client_of(ScriptedEngines(HELLO)) as client:
+        body = {"model": "nobody", "prompt": ""}
+        assert error_of(client.post("/v1/completions", json=body), 404)["code"] == "model_not_found"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("failure", "status", "code", "retry_after"),

@@ -13,11 +13,11 @@ from ray.serve.exceptions import BackPressureError
 
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta
-from loray.errors import EngineError, LorayError, Overloaded, RequestError
+from loray.errors import ContextLengthExceeded, EngineError, LorayError, Overloaded, RequestError
 from loray.spec import SamplingParams
 from serve_apps import generation
 from serve_apps.generation import ATTEMPTS, ServeEngines, merge
-from serve_apps.replica import _coalesced, merge_deltas
+from serve_apps.replica import ReplicaUnavailable, _coalesced, merge_deltas
 from tests.serve_apps.support import delta
 
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams())
@@ -54,7 +54,7 @@ class Handle:
     def options(self, **_: Any) -> Handle:
         return self
 
-    def remote(self, request: GenerateRequest) -> Response:
+    def remote(self, request: GenerateRequest, fit: bool) -> Response:
         self.requests.append(request)
         self.responses.append(Response(self.scripts.pop(0)))
         return self.responses[-1]
@@ -67,7 +67,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def collect(handle: Handle) -> list[str]:
     async def run() -> list[str]:
-        return [d.text async for d in ServeEngines(handle).generate(REQUEST)]  # type: ignore[arg-type]
+        return [d.text async for d in ServeEngines(handle).generate(REQUEST, fit=True)]  # type: ignore[arg-type]
 
     return asyncio.run(run())
 
@@ -79,7 +79,7 @@ def raised_by(error: Exception) -> Exception:
 
 
 def test_a_lost_replica_is_tried_again_while_nothing_has_come() -> None:
-    handle = Handle([ActorDiedError()], [raised_by(EngineError("stopped"))], [delta("a"), delta("b", "stop")])
+    handle = Handle([ActorDiedError()], [raised_by(ReplicaUnavailable("stopped"))], [delta("a"), delta("b", "stop")])
     assert collect(handle) == ["a", "b"]
     assert [r.request_id for r in handle.requests] == ["r", "r-1", "r-2"]
 
@@ -117,13 +117,21 @@ def test_errors_come_as_they_were_raised(error: Exception, expected: type[Except
         assert isinstance(e.value, expected)
 
 
+@pytest.mark.parametrize("error", [EngineError("the engine stopped"), ContextLengthExceeded("too long", "prompt")])
+def test_what_an_engine_says_is_not_asked_again(error: Exception) -> None:
+    handle = Handle([raised_by(error)])
+    with pytest.raises(type(error)):
+        collect(handle)
+    assert len(handle.requests) == 1
+
+
 def test_closing_cancels_and_finishing_does_not() -> None:
     async def run() -> tuple[bool, bool]:
         handle = Handle([delta("a"), "hang"], [delta("a", "stop")])
         engines = ServeEngines(handle)  # type: ignore[arg-type]
-        async with aclosing(engines.generate(REQUEST)) as first:
+        async with aclosing(engines.generate(REQUEST, fit=False)) as first:
             await anext(first)
-        async for _ in engines.generate(REQUEST):
+        async for _ in engines.generate(REQUEST, fit=False):
             pass
         return handle.responses[0].cancelled, handle.responses[1].cancelled
 
@@ -134,7 +142,7 @@ def test_cancelling_the_task_cancels_every_choice() -> None:
     async def run() -> list[bool]:
         handle = Handle(["hang"], ["hang"], ["hang"])
         engines = ServeEngines(handle)  # type: ignore[arg-type]
-        parts = merge([engines.generate(REQUEST) for _ in range(3)])
+        parts = merge([engines.generate(REQUEST, fit=False) for _ in range(3)])
         task = asyncio.create_task(parts.__anext__())  # type: ignore[arg-type]
         await asyncio.sleep(0.01)
         task.cancel()

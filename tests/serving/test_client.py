@@ -38,7 +38,9 @@ def test_whole_answers() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append((request.url.path, json.loads(request.content), request.headers["authorization"]))
         cls = ChatFormat if "chat" in request.url.path else CompletionFormat
-        return httpx.Response(200, text=fmt(cls).whole([Choice("hello", None, "stop", 3, 2)], Usage.of(3, 2)).to_json())
+        return httpx.Response(
+            200, text=fmt(cls).whole([Choice(["hello"], None, "stop", 3, 2)], Usage.of(3, 2)).to_json()
+        )
 
     with client_of(answer) as client:
         assert client.complete("m", "p", max_tokens=3).choices[0].text == "hello"

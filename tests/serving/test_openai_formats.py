@@ -135,6 +135,14 @@ def test_a_prompt_counts_once_however_many_choices() -> None:
     assert usage_of(choices, 2) == Usage.of(8, 8)
 
 
+def test_a_choice_grows_without_copying_what_it_has() -> None:
+    choice = collected(Delta("é", (A,)))
+    logprobs = choice.logprobs
+    choice.add(Delta("bc", (B,)))
+    assert choice.logprobs is logprobs
+    assert (choice.text, logprobs) == ("ébc", [A, B])
+
+
 def test_status_totals() -> None:
     common = {"node": "n", "pid": 1, "uptime_s": 1.0}
     replicas = (

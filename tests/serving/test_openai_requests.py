@@ -69,7 +69,7 @@ def test_null_is_absent() -> None:
     ("field", "value"),
     [
         ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto"),
+        ("tool_choice", "required"),
         ("functions", [{}]),
         ("response_format", {"type": "json_object"}),
         ("logit_bias", {"5": 1}),
@@ -96,6 +96,18 @@ def test_values_that_ask_for_nothing_pass() -> None:
     chat(tools=[], tool_choice="none", response_format={"type": "text"}, store=False, metadata={}, user="me")
 
 
+def test_what_clients_send_unasked_is_taken() -> None:
+    options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": False}
+    ids = {"prompt_cache_key": "k", "safety_identifier": "s"}
+    assert completion(stream=True, stream_options=options, **ids).include_usage
+    request = chat(tool_choice="auto", stream=True, stream_options={"include_obfuscation": True}, **ids)
+    assert not request.include_usage
+
+
+def test_top_p_zero_is_the_best_token_alone() -> None:
+    assert 0 < completion(top_p=0).sampling(max_tokens=1, choice=0).top_p < 1e-6
+
+
 def test_best_of_beyond_n() -> None:
     with pytest.raises(RequestError, match="best_of is not supported") as e:
         completion(best_of=3)
@@ -113,7 +125,7 @@ def test_unknown_fields_are_named() -> None:
     [
         ({"temperature": 2.5}, "temperature"),
         ({"temperature": "1"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": True}, "n"),
@@ -124,6 +136,7 @@ def test_unknown_fields_are_named() -> None:
         ({"stop": 3}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
         ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
         ({"model": ""}, "model"),
         ({"model": None}, "model"),
@@ -163,6 +176,7 @@ def test_an_answer_may_be_sent_back_as_it_came() -> None:
         "annotations": [],
         "audio": None,
         "tool_calls": None,
+        "reasoning_content": "I thought",
     }
     assert chat(messages=[answer]).messages[0].for_template() == {"role": "assistant", "content": "x"}
 

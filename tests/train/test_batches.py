@@ -153,3 +153,12 @@ def test_steps_of_epochs(epochs: float, steps: int) -> None:
 def test_model_inputs_leave_out_what_is_not_there() -> None:
     batch = collate(make_rows([4, 4]), ((0,), (1,)), packed=False)
     assert list(batch.model_inputs(torch.device("cpu"))) == ["input_ids"]
+
+
+@given(lengths=st.lists(st.integers(2, 20), min_size=1, max_size=60))
+def test_packed_rows_fit_a_budget_below_the_longest_row_allowed(lengths: list[int]) -> None:
+    batches = plan(lengths, tokens=20, order="packed")
+    assert sorted(i for b in batches for row in b for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 20 for b in batches for row in b)
+    with pytest.raises(SpecError, match=r"batch\.tokens is 20, less than a row of 21 tokens"):
+        plan([*lengths, 21], tokens=20, order="packed")

@@ -244,6 +244,13 @@ def test_a_bad_line_is_numbered(tmp_path: Path, line: str, message: str) -> None
         load(str(path))
 
 
+def test_a_line_that_is_not_utf8_is_numbered(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=r"data\.jsonl, line 3: not UTF-8: .* write the file as UTF-8"):
+        load(str(path))
+
+
 def test_binary_garbage_and_arrays_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(bytes(range(256)))
     with pytest.raises(DataError, match="neither JSON nor Parquet"):

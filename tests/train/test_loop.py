@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from loray.spec import TrainSpec
 from loray.train import checkpoint, loop
 from loray.train.checkpoint import RunState
 from loray.train.data import Dataset, load_data
+from loray.train.data_parallel import World
 from loray.train.loop import train
 from loray.train.loss import Loss, batch_loss
 from loray.train.reporting import FolderReporter
@@ -238,6 +241,74 @@ def test_a_run_that_never_took_a_good_step_leaves_nothing(
     assert reporter.checkpoints == []
 
 
+EXPLODING: dict[str, Any] = {"learning_rate": 1e36, "schedule": "constant"}
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.0])
+def test_an_update_that_breaks_the_parameters_is_not_kept(
+    fraction: float, tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    data = {"train": "data.jsonl", "eval_fraction": fraction, "max_length": 64}
+    spec = recipe(optimizer=EXPLODING, max_nonfinite_steps=2, data=data)
+    reporter = FolderReporter(tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"stopped at step \d: 2 steps had"):
+        train(spec, tiny_base(**TINY), make_data(tmp_path, spec), reporter=reporter, workdir=tmp_path)
+    assert reporter.checkpoints == []
+
+
+def test_a_run_that_ends_broken_has_no_result_unless_the_best_is_kept(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(**TINY)
+    losses = iter([5.0, 4.0, math.nan] * 2)  # the baseline, step 2, step 4
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: next(losses))
+    every_2 = {"interval_steps": 2}
+    state, reporter = run(recipe(max_steps=4, evaluation=every_2), base, tmp_path)
+    assert (state.step, state.eval_loss) == (4, None)
+    assert [(c.step, c.eval_loss) for c in reporter.checkpoints] == [(2, 4.0)]
+    with pytest.raises(TrainingError, match="held-out loss after the last step is not finite"):
+        run(recipe(max_steps=4, evaluation=every_2 | {"keep_best": False}), base, tmp_path, name="latest")
+
+
+def test_a_run_of_skipped_steps_alone_has_no_result(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda call: True)
+    with pytest.raises(TrainingError, match="every step had a loss or gradient that is not finite"):
+        run(recipe(max_steps=3), tiny_base(**TINY), tmp_path)
+
+
+def test_a_base_that_is_broken_itself_is_not_trained(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: math.inf)
+    with pytest.raises(TrainingError, match="held-out loss of base is inf before any training"):
+        run(recipe(), tiny_base(**TINY), tmp_path)
+
+
+def test_what_may_be_published(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
+    state, _ = run(recipe(max_steps=1), tiny_base(**TINY), tmp_path)
+    checkpoint.check_publishable(state)
+    without_held_out = state.model_copy(update={"baselines": (), "eval_loss": None})
+    checkpoint.check_publishable(without_held_out)
+    with pytest.raises(TrainingError, match="no finite held-out loss; nothing was published"):
+        checkpoint.check_publishable(state.model_copy(update={"eval_loss": None}))
+    with pytest.raises(TrainingError, match="every step up to 1 was skipped"):
+        checkpoint.check_publishable(state.model_copy(update={"skipped_steps": 1}))
+
+
+def test_speed_is_wall_time_from_step_to_step(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 10))  # seconds: read at the start and after each step
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    _, reporter = run(recipe(max_steps=3), tiny_base(**TINY), tmp_path)
+    steps = [e for e in reporter.events if e["event"] == "step"]
+    tokens = [steps[0]["num_tokens"], *(b["num_tokens"] - a["num_tokens"] for a, b in pairwise(steps))]
+    assert [e["tokens_per_s"] for e in steps] == [n / 10 for n in tokens]
+    assert [e["eta_s"] for e in steps] == [20, 10, 0]
+
+
 # -- resuming what does not fit ---------------------------------------------------------------------------------------
 
 
@@ -264,6 +335,7 @@ def test_a_damaged_checkpoint_is_named(tiny_base: Callable[..., BaseModel], tmp_
 def _rank(rank: int, spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    assert World.current().gather(None if rank else "first") == ["first", None]
     reporter = FolderReporter(folder / f"rank-{rank}")
     train(spec, base, data, reporter=reporter, workdir=folder)
     (folder / f"rank-{rank}.json").write_text(json.dumps(reporter.events))

@@ -64,8 +64,9 @@ def plan_epoch(lengths: Sequence[int], spec: BatchSpec, *, max_length: int, seed
     rng = np.random.default_rng([seed, epoch])
     order = [int(i) for i in rng.permutation(len(lengths))]
     rows: list[Row]
+    _check_budget(max(lengths, default=0), spec)
     if spec.order == "packed":
-        rows = first_fit(order, lengths, max_length)
+        rows = first_fit(order, lengths, max_length if spec.tokens is None else min(max_length, spec.tokens))
     else:
         rows = [(i,) for i in order]
         if spec.order == "length_grouped":
@@ -183,6 +184,13 @@ class BatchStream:
         return max(1, math.ceil(count / (self._spec.accumulation * self._world_size) - 1e-9))
 
 
+def _check_budget(longest: int, spec: BatchSpec) -> None:
+    if spec.tokens is not None and longest > spec.tokens:
+        raise SpecError(
+            f"batch.tokens is {spec.tokens}, less than a row of {longest} tokens; raise it, or lower data.max_length"
+        )
+
+
 def _capacity(spec: BatchSpec, longest: int) -> int:
     """Rows of up to `longest` tokens that fit into one micro-batch."""
     if spec.rows is not None:
@@ -205,10 +213,6 @@ def _fill(rows: list[Row], lengths: Sequence[int], spec: BatchSpec) -> list[Micr
     longest = 0
     for row in rows:
         length = sum(lengths[i] for i in row)
-        if spec.tokens is not None and length > spec.tokens:
-            raise SpecError(
-                f"batch.tokens is {spec.tokens}, less than a row of {length} tokens; raise it, or lower data.max_length"
-            )
         longest = max(longest, length)
         if current and len(current) + 1 > _capacity(spec, longest):
             batches.append(tuple(current))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from loray.adapters.export import save_adapter
-from loray.errors import IntegrityError, SpecError
+from loray.errors import IntegrityError, SpecError, TrainingError
 from loray.spec import Evaluation, Frozen, Sha256, TrainSpec
 from loray.train.optimizer import MasterAdamW
 
@@ -70,6 +70,17 @@ def read_state(folder: Path) -> RunState:
         return RunState.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as e:
         raise IntegrityError(f"{folder} is not a complete checkpoint: {path.name} is missing or damaged") from e
+
+
+def check_publishable(state: RunState) -> None:
+    """Raise TrainingError where training changed nothing, or nothing says that what it made is sound."""
+    if state.skipped_steps >= state.step:
+        raise TrainingError(f"every step up to {state.step} was skipped, so there is no adapter; nothing was published")
+    if state.baselines and state.eval_loss is None:  # there are baselines where there is held-out data
+        raise TrainingError(
+            f"the checkpoint of step {state.step} has no finite held-out loss; nothing was published: "
+            "go on with --resume, or lower the learning rate and start afresh"
+        )
 
 
 def check_resumable(state: RunState, spec: TrainSpec, base_fingerprint: str, data_fingerprint: str) -> None:

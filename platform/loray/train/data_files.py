@@ -53,7 +53,13 @@ def read_rows(source: str, format: DataFormat | Literal["auto"] = "auto", max_ro
         table = table.slice(0, max_rows)
     if table.num_rows == 0:
         raise DataError(f"{source} has no rows; give a file with at least one")
-    return Rows(source, found, table.to_pylist(), digest)
+    try:
+        records = table.to_pylist()
+    except UnicodeDecodeError as e:  # pyarrow reads such bytes without a word
+        if not is_parquet:
+            _explain(source, found)
+        raise DataError(f"{source} holds text that is not UTF-8: {e}; write it as UTF-8") from e
+    return Rows(source, found, records, digest)
 
 
 def detect(source: str, names: list[str], format: DataFormat | Literal["auto"]) -> DataFormat:
@@ -167,7 +173,9 @@ def _explain(source: str, format: DataFormat) -> None:
     """Raise a DataError for the first bad line, which pyarrow counts by block and not by file."""
     for number, line in _lines(source):
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as e:
+            raise DataError(f"{source}, line {number}: not UTF-8: {e}; write the file as UTF-8") from e
         except ValueError as e:
             raise DataError(f"{source}, line {number}: not valid JSON: {e}") from e
         if wrong := problem(record, format):

@@ -31,6 +31,14 @@ class World:
         dist.all_reduce(packed)
         return [float(v) for v in packed]
 
+    def gather(self, value: str | None) -> list[str | None]:
+        """Every rank's value, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[str | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """In place. The loss is divided by the targets of all ranks beforehand, so the sum is the exact gradient."""
         if self.size == 1:

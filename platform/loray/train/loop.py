@@ -52,7 +52,8 @@ def train(
     machine. Temporary files go to `workdir`.
 
     Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, having reported a checkpoint of the last good
-    state; SpecError where `resume_from` belongs to another recipe.
+    state where its held-out loss is finite, and where the run ends without a usable adapter; SpecError where
+    `resume_from` belongs to another recipe.
     """
     run = _Run(spec, base, data, reporter, workdir, resume_from, device or torch.device("cpu"))
     return run.train()
@@ -63,7 +64,6 @@ class _Step(NamedTuple):
     lr: float
     result: StepResult
     num_tokens: int
-    seconds: float
 
 
 class _Run:
@@ -113,7 +113,6 @@ class _Run:
         self.num_steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
         self.skipped_here = 0  # the limit counts from the start of this process: a resumed run gets a new chance
         self.good_steps_unsaved = 0
-        self.seconds, self.steps_timed = 0.0, 0
 
     # -- the run --
 
@@ -121,18 +120,25 @@ class _Run:
         self._report_start()
         if not self.resumed and len(self.data.evaluation):
             self._evaluate_baseline()
-        for step in range(self.state.step + 1, self.num_steps + 1):
-            self._report_step(self._step(step))
+        started = ended = time.perf_counter()
+        first = self.state.step + 1
+        for step in range(first, self.num_steps + 1):
+            done = self._step(step)
+            before, ended = ended, time.perf_counter()
+            mean_s = (ended - started) / (step - first + 1)
+            # From step to step: evaluations and checkpoints in between are part of what a run takes.
+            self._report_step(done, seconds=ended - before, eta_s=(self.num_steps - step) * mean_s)
             if self.skipped_here >= self.spec.max_nonfinite_steps:
                 self._stop()
             evaluated = len(self.data.evaluation) > 0 and self._is_due(self.spec.evaluation.interval_steps)
             improved = self._evaluate() if evaluated else False
+            if step == self.num_steps:
+                self._check_end(evaluated)
             if self._is_checkpoint_due(evaluated, improved):
                 self._save()
         return self.state
 
     def _step(self, step: int) -> _Step:
-        started = time.perf_counter()
         _seed(self.spec.seed, step, self.world.rank)
         batches = self.stream.next_step()
         num_targets, num_tokens = self.world.sum(
@@ -158,10 +164,7 @@ class _Run:
                 "eval_loss": None,
             }
         )
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        self.steps_timed += 1
-        return _Step(loss, lr, result, int(num_tokens), seconds)
+        return _Step(loss, lr, result, int(num_tokens))
 
     def _backward(self, batch: Batch, num_targets: float) -> float:
         loss = batch_loss(self.model, batch)
@@ -170,20 +173,34 @@ class _Run:
         return float(loss.total.detach())
 
     def _stop(self) -> None:
-        """Parameters are those of the last good step, for bad ones changed nothing: keep them, then give up."""
-        if self.good_steps_unsaved:
-            self._save()
+        """Give up. Bad steps changed nothing, but the last good one may have broken the parameters itself: they are
+        kept only where their held-out loss shows that they are sound. Otherwise earlier checkpoints have to do.
+        """
+        if self.good_steps_unsaved and len(self.data.evaluation):
+            self._evaluate()
+            if self.state.eval_loss is not None:
+                self._save()
         raise TrainingError(
             f"stopped at step {self.state.step}: {self.skipped_here} steps had a loss or gradient that is not finite "
             f"(max_nonfinite_steps is {self.spec.max_nonfinite_steps}); lower the learning rate or look at the data, "
             "then go on from the last good checkpoint with --resume"
         )
 
+    def _check_end(self, evaluated: bool) -> None:
+        """A run that only took bad steps, or ended broken with nothing better behind it, has no result."""
+        if self.state.skipped_steps == self.state.step:
+            raise TrainingError("every step had a loss or gradient that is not finite; look at the data and the base")
+        best_is_kept = self.spec.evaluation.keep_best and self.state.best_eval_loss is not None
+        if evaluated and self.state.eval_loss is None and not best_is_kept:
+            raise TrainingError("the held-out loss after the last step is not finite; lower the learning rate")
+
     def _is_due(self, interval: int | None) -> bool:
         step = self.state.step
         return step == self.num_steps or (interval is not None and step % interval == 0)
 
     def _is_checkpoint_due(self, evaluated: bool, improved: bool) -> bool:
+        if evaluated and self.state.eval_loss is None:
+            return False  # broken: neither to be published nor to go on from
         interval = self.spec.checkpoint.interval_steps
         if self._is_due(interval):
             return True
@@ -195,7 +212,7 @@ class _Run:
         if self.spec.adapter.long_context is None or not len(self.data.evaluation):
             return ()
         loss = unscaled_base_loss(self.base, self.data.evaluation, self.spec, device=self.device, world=self.world)
-        return (evaluation(loss, "base", self.data.max_length),)
+        return (self._baseline(loss, "base"),)
 
     def _held_out_loss(self) -> float:
         return held_out_loss(self.model, self.data.evaluation, self.spec, device=self.device, world=self.world)
@@ -203,10 +220,18 @@ class _Run:
     def _evaluate_baseline(self) -> None:
         """Every adapter starts as the identity, so the untrained model is the base (under scaled RoPE: base_scaled)."""
         subject = "base" if self.spec.adapter.long_context is None else "base_scaled"
-        baselines = (*self.state.baselines, evaluation(self._held_out_loss(), subject, self.data.max_length))
+        baselines = (*self.state.baselines, self._baseline(self._held_out_loss(), subject))
         self.state = self.state.model_copy(update={"baselines": baselines})
         for measured in baselines:
             self._report({"event": "eval", "step": 0, "subject": measured.subject, "eval_loss": measured.value})
+
+    def _baseline(self, loss: float, subject: str) -> Evaluation:
+        if not isfinite(loss):
+            raise TrainingError(
+                f"the held-out loss of {subject} is {loss} before any training; "
+                f"check the base model and the data, or train in float32 (dtype is {self.spec.dtype})"
+            )
+        return evaluation(loss, subject, self.data.max_length)
 
     def _evaluate(self) -> bool:
         """Measure and report; True where it is the best so far."""
@@ -241,21 +266,20 @@ class _Run:
             }
         )
 
-    def _report_step(self, step: _Step) -> None:
-        done = self.state.step
+    def _report_step(self, step: _Step, *, seconds: float, eta_s: float) -> None:
         self._report(
             {
                 "event": "step",
-                "step": done,
+                "step": self.state.step,
                 "num_steps": self.num_steps,
                 "epoch": self.state.epoch,
                 "loss": step.loss,
                 "lr": step.lr,
                 "grad_norm": step.result.grad_norm,
-                "tokens_per_s": step.num_tokens / step.seconds,
+                "tokens_per_s": step.num_tokens / seconds,
                 "num_tokens": self.state.num_tokens,
                 "skipped_steps": self.state.skipped_steps,
-                "eta_s": (self.num_steps - done) * self.seconds / self.steps_timed,
+                "eta_s": eta_s,
             }
         )
 

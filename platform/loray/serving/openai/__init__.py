@@ -7,7 +7,14 @@ A field that is not implemented is refused by name, never ignored.
 from __future__ import annotations
 
 from loray.serving.openai.formats import ChatFormat, CompletionFormat, Delta, ResponseFormat, TokenLogprob
-from loray.serving.openai.requests import ChatCompletionRequest, ChatMessage, CompletionRequest, StreamOptions, parse
+from loray.serving.openai.requests import (
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    Prompt,
+    StreamOptions,
+    parse,
+)
 from loray.serving.openai.responses import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -33,6 +40,7 @@ __all__ = [
     "ErrorBody",
     "Model",
     "ModelList",
+    "Prompt",
     "ResponseFormat",
     "StreamOptions",
     "TokenLogprob",

@@ -58,16 +58,22 @@ class Delta(Protocol):
 class Choice:
     """One choice as it grows."""
 
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
 
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
     def add(self, delta: Delta) -> None:
-        self.text += delta.text
+        self.pieces.append(delta.text)
         if delta.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.count(delta)
 

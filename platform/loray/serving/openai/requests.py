@@ -14,6 +14,7 @@ Prompt = str | tuple[int, ...]
 
 MAX_CHOICES = 128  # of one request, all prompts together
 MAX_LOGPROBS = 20
+_ONLY_THE_BEST = 1e-9  # top_p: the best token alone has more
 
 
 class _Refusal(NamedTuple):
@@ -27,9 +28,9 @@ _NO_TOOLS = "tool calling is not supported; describe the tools in the messages"
 _NO_AUDIO = "only text is generated"
 _UNSUPPORTED: Mapping[str, _Refusal] = {
     "tools": _Refusal(([],), _NO_TOOLS),
-    "tool_choice": _Refusal(("none",), _NO_TOOLS),
+    "tool_choice": _Refusal(("none", "auto"), _NO_TOOLS),  # without tools they choose nothing
     "functions": _Refusal(([],), _NO_TOOLS),
-    "function_call": _Refusal(("none",), _NO_TOOLS),
+    "function_call": _Refusal(("none", "auto"), _NO_TOOLS),
     "parallel_tool_calls": _Refusal((True, False), _NO_TOOLS),
     "echo": _Refusal((False,), "the prompt is not echoed; prepend it yourself"),
     "suffix": _Refusal(("",), "insertion is not supported"),
@@ -102,6 +103,14 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    include_obfuscation: bool = Field(default=False, description="accepted; chunks are never padded")
+    continuous_usage_stats: bool = False
+
+    @model_validator(mode="after")
+    def _usage_at_the_end(self) -> Self:
+        if self.continuous_usage_stats:
+            raise RequestError("continuous_usage_stats is not supported; include_usage gives usage in the last chunk")
+        return self
 
 
 class ChatMessage(_Body):
@@ -119,7 +128,11 @@ class ChatMessage(_Body):
             if value.get(field):
                 raise RequestError(f"{field} is not supported: {_NO_TOOLS if field != 'audio' else _NO_AUDIO}")
         empty = ("tool_calls", "annotations")
-        return {k: v for k, v in value.items() if v is not None and not (k in empty and v == [])}
+        return {
+            k: v
+            for k, v in value.items()
+            if v is not None and not (k in empty and v == []) and k != "reasoning_content"  # no template reads it
+        }
 
     def for_template(self) -> dict[str, str]:
         """As chat templates know it; `developer` is OpenAI's newer word for `system`."""
@@ -132,7 +145,7 @@ class GenerationRequest(_Body):
 
     model: Annotated[str, Field(min_length=1)]
     temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1, description="0: only the most likely token")
     top_k: int = Field(default=0, ge=-1, description="0 or -1: off")
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -145,6 +158,8 @@ class GenerationRequest(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, description="for the caller's own use")
+    safety_identifier: str | None = Field(default=None, description="accepted, for the caller's own use")
+    prompt_cache_key: str | None = Field(default=None, description="accepted; prompts are not cached between requests")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -177,7 +192,7 @@ class GenerationRequest(_Body):
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
-            top_p=self.top_p,
+            top_p=self.top_p or _ONLY_THE_BEST,
             top_k=max(self.top_k, 0),
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,

@@ -1,0 +1,177 @@
+"""The whole way on one Ray cluster: train, publish, resolve, generate over HTTP, promote and roll back.
+
+What is served is compared with transformers + PEFT on the files that lie in the store.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import openai
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from jobs.events import decode
+from loray.adapters.manifest import verify_folder
+from loray.bases.registry import BaseModel
+from loray.engine.engine import build_engine
+from loray.engine.request import GenerateRequest
+from loray.publishing import publish
+from loray.spec import AdapterManifest, AdapterRef, ServeSpec
+from serve_apps.directory import REFRESH_S
+from serve_apps.replica import adapter_loader
+from tests.cluster import RayCluster, Served
+from tests.engine.adapters import Oracle, TestAdapter, make_adapter
+from tests.engine.harness import GREEDY, Spy, run
+from tests.jobs.test_recipe import write
+from tests.tiny import byte_tokenizer
+
+pytestmark = pytest.mark.cluster
+
+PROMPT = "the adapter says: abcdefghijklm"
+NUM_TOKENS = 8
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "vera": {"method": "vera", "rank": 16, "target_modules": ["q_proj", "v_proj", "up_proj"]},
+    "longlora": {
+        "method": "longlora",
+        "rank": 4,
+        "long_context": {"original_context": 64, "rope_scaling": {"factor": 2}},
+    },
+}
+FIELDS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_steps": 4,
+    "optimizer": {"learning_rate": 0.1, "schedule": "constant"},
+    "evaluation": {"keep_best": False},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster: RayCluster, served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Method → digest, as each driver's last event says; all three are trained at once."""
+    environment = os.environ | ray_cluster.env | {"OMP_NUM_THREADS": "1"}
+    drivers = {}
+    for method, adapter in METHODS.items():
+        folder = tmp_path_factory.mktemp(method)
+        data = {"train": "data.jsonl", "eval_fraction": 0.1, "max_length": 64}
+        recipe = write(folder, name=f"loop-{method}", base=served.base.name, adapter=adapter, data=data, **FIELDS)
+        command = [sys.executable, "-m", "jobs.train", str(recipe.path), "--events"]
+        drivers[method] = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    digests = {}
+    for method, driver in drivers.items():
+        out, err = driver.communicate(timeout=120)
+        events = [event for line in out.splitlines() if (event := decode(line))]
+        assert driver.returncode == 0, f"{out}\n{err}"
+        assert events[-1]["event"] == "published"
+        digests[method] = str(events[-1]["digest"])
+    return digests
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=90) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, model: str) -> Any:
+    options: Any = {"temperature": 0, "max_tokens": NUM_TOKENS, "logprobs": 1, "extra_body": {"ignore_eos": True}}
+    return client.completions.create(model=model, prompt=PROMPT, **options).choices[0]
+
+
+def from_the_store(served: Served, ref: AdapterRef, folder: Path) -> tuple[TestAdapter, AdapterManifest]:
+    served.store.fetch(ref.digest, folder)
+    manifest = verify_folder(folder)
+    return TestAdapter(ref, folder, manifest.rope_parameters), manifest
+
+
+class Computed(NamedTuple):
+    """`logits` (tokens, vocabulary), from which each of the tokens was drawn."""
+
+    tokens: list[int]
+    logits: Tensor
+
+
+def engine_logits(served: Served, refs: list[AdapterRef | None], ids: tuple[int, ...]) -> list[Computed]:
+    """Greedy tokens and their logits, all in one batch, with adapters read as a replica reads them."""
+    spec = ServeSpec(base=served.base.name, dtype="float32", pool_bytes=4 << 20)
+    engine = build_engine(spec, served.base, adapter_loader(served.base, served.settings))
+    spy = Spy(engine)
+    params = GREEDY.model_copy(update={"max_tokens": NUM_TOKENS})
+    try:
+        tokens = run(engine, [GenerateRequest(str(i), ids, params, ref) for i, ref in enumerate(refs)])
+    finally:
+        engine.close()
+    return [Computed(tokens[str(i)], torch.stack(spy.logits[str(i)])) for i in range(len(refs))]
+
+
+def test_every_method_is_served_as_peft_computes_it(
+    client: openai.OpenAI, served: Served, trained: dict[str, str], tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    ids = tuple(tokenizer(PROMPT)["input_ids"])
+    refs = {method: served.catalog.resolve(f"loop-{method}") for method in METHODS}
+    assert {method: ref.digest for method, ref in refs.items()} == trained
+    adapters = {method: from_the_store(served, ref, tmp_path / method) for method, ref in refs.items()}
+    for method, (_, manifest) in adapters.items():
+        assert manifest.method == method
+        assert manifest.recipe is not None
+        assert (manifest.rope_parameters is not None) == (method == "longlora")
+        assert (manifest.projection is not None) == (method == "vera")
+    assert adapters["longlora"][1].context_length == 128
+
+    oracle = Oracle(served.base, [adapter for adapter, _ in adapters.values()])
+    base, *computed = engine_logits(served, [None, *refs.values()], ids)
+    for (method, (adapter, _)), (tokens, logits) in zip(adapters.items(), computed, strict=True):
+        expected = oracle.logits([*ids, *tokens[:-1]], adapter)[len(ids) - 1 :]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        assert expected.argmax(-1).tolist() == tokens
+        assert (logits[0] - base.logits[0]).abs().max() > 0.1, f"{method} does next to nothing: nothing is shown"
+
+        answer = ask(client, f"loop-{method}")  # over HTTP, from the replica in its own process
+        assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
+        drawn = expected.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(answer.logprobs.token_logprobs), drawn, atol=1e-4, rtol=1e-4)
+
+
+def test_promote_changes_the_next_answer_and_rollback_restores_it(
+    client: openai.OpenAI, served: Served, trained: dict[str, str], tmp_path: Path
+) -> None:
+    name = "loop-lora"
+    folder = tmp_path / "second"
+    make_adapter(served.base, folder, LoraConfig(r=8, target_modules=["q_proj", "o_proj"]), seed=5, std=0.3)
+    served.catalog.promote(name, "prod", 1)
+    second = publish(folder, name=name, base=served.base, store=served.store, catalog=served.catalog)
+    first, new = (ask(client, f"{name}@{version}").logprobs for version in (1, second.version))
+    assert first != new
+
+    def now() -> Any:
+        time.sleep(2 * REFRESH_S)
+        return ask(client, name).logprobs
+
+    assert now() == first
+    served.catalog.promote(name, "prod", second.version)
+    assert now() == new
+    served.catalog.rollback(name, "prod")
+    assert now() == first
+
+
+def test_an_adapter_of_another_base_is_not_found(
+    client: openai.OpenAI, served: Served, tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path]
+) -> None:
+    other = tiny_base(num_hidden_layers=3)
+    publish(peft_folder(other), name="loop-alien", base=other, store=served.store, catalog=served.catalog)
+    with pytest.raises(openai.NotFoundError, match="trained on another base") as e:
+        ask(client, "loop-alien")
+    assert e.value.code == "base_mismatch"
+    assert "loop-alien" not in [m.id for m in client.models.list()]
