@@ -78,7 +78,7 @@ def main() -> int:
     show.served(console, status, tokens_per_s)
     show.adapters(console, published, rates(work))
     ok = show.verdict(console, published)
-    show.next_steps(console, args.port, keep=args.keep, seconds=time.monotonic() - started)
+    show.next_steps(console, args.port, work / "recipes", keep=args.keep, seconds=time.monotonic() - started)
     return 0 if ok else 1
 
 

@@ -93,7 +93,7 @@ def verdict(console: Console, published: Sequence[Mapping[str, Any]]) -> bool:
     return ok
 
 
-def next_steps(console: Console, port: int, *, keep: bool, seconds: float) -> None:
+def next_steps(console: Console, port: int, recipes: Path, *, keep: bool, seconds: float) -> None:
     url = f"http://127.0.0.1:{port}"
     console.print(f"\n[bold green]Done in {seconds / 60:.1f} minutes.[/]")
     if keep:
@@ -107,7 +107,7 @@ def next_steps(console: Console, port: int, *, keep: bool, seconds: float) -> No
         ask,
         ".venv/bin/loray adapters ls",
         ".venv/bin/loray adapters show codepages",
-        "edit ~/.loray/demo/recipes/dates.yaml, `.venv/bin/loray train` it: dates@2 answers from the next request on",
+        f"edit {recipes}/dates.yaml and `.venv/bin/loray train` it: dates@2 answers from the next request on",
         ".venv/bin/loray adapters promote dates@1      # and back: names move, bytes stay",
     ):
         console.print(f"  {line}", markup=False, soft_wrap=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from loray.engine.blocks import BlockAllocator
 from loray.engine.request import Request, State
 from loray.engine.residency import Residency, Tier
-from loray.errors import ContextLengthExceeded, EngineError, Overloaded
+from loray.errors import ContextLengthExceeded, Overloaded
 
 
 class Chunk(NamedTuple):
@@ -123,7 +123,7 @@ class Scheduler:
                 if ref is not None and self._residency.tier(ref) is Tier.FAILED:
                     failed.append((request, self._residency.error(ref)))
                 elif not self.running and not self._empty_pool():
-                    failed.append((request, EngineError(self._too_large(request))))
+                    failed.append((request, ContextLengthExceeded(self._too_large(request), "max_tokens")))
                 else:
                     budget = 0  # it waits for blocks: nobody behind it may take them
                 continue
