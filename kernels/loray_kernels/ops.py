@@ -35,11 +35,6 @@ class RowTables:
 
     segments: tuple[tuple[int, int, Tensor], ...]
 
-    @property
-    def width(self) -> int:
-        column, width, _ = self.segments[-1]
-        return column + width
-
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, VeraConfig
 
 from loray.bases.registry import BaseModel
+from loray.engine.engine import Engine
 from loray.engine.request import GenerateRequest
 from loray.errors import (
     BaseMismatch,
@@ -51,6 +52,15 @@ def ids(n: int, seed: int = 0) -> list[int]:
 def many(adapters: list[TestAdapter], n: int, **params: int) -> list[GenerateRequest]:
     models = [None, *adapters]
     return [request(str(i), ids(5 + (i * 13) % 40, i), models[i % len(models)], **params) for i in range(n)]
+
+
+def outcomes_of(engine: Engine) -> dict[str, object]:
+    """Steps until nothing is left: how each request ended, by its finish reason or its error."""
+    outcomes: dict[str, object] = {}
+    while engine.has_work:
+        for out in engine.step():
+            outcomes[out.request_id] = out.error or out.finish_reason
+    return outcomes
 
 
 def test_a_small_pool_preempts_and_evicts_and_changes_no_token(base: BaseModel, adapters: list[TestAdapter]) -> None:
@@ -178,10 +188,7 @@ def test_an_adapter_that_no_empty_pool_would_hold_fails_its_request_alone(
     engine = make_engine(base, adapters, pool_bytes=3 * BLOCK_BYTES)
     engine.add(request("big", ids(20), adapters[2]))
     engine.add(request("base", ids(20)))
-    outcomes = {}
-    while engine.has_work:
-        for out in engine.step():
-            outcomes[out.request_id] = out.error or out.finish_reason
+    outcomes = outcomes_of(engine)
     assert isinstance(outcomes["big"], ContextLengthExceeded)
     assert "pool has 3" in str(outcomes["big"])
     assert outcomes["base"] == "length"
@@ -216,10 +223,7 @@ def test_an_adapter_that_is_not_finite_fails_its_own_requests(base: BaseModel, a
     engine._load_weights = load
     engine.add(request("broken", ids(5), adapters[0]))
     engine.add(request("fine", ids(5), adapters[1]))
-    outcomes = {}
-    while engine.has_work:
-        for out in engine.step():
-            outcomes[out.request_id] = out.error or out.finish_reason
+    outcomes = outcomes_of(engine)
     assert isinstance(outcomes["broken"], IntegrityError)
     assert outcomes["fine"] == "length"
     engine.check_integrity()
@@ -239,10 +243,7 @@ def test_logits_that_overflow_fail_their_request_alone(base: BaseModel, adapters
     engine._load_weights = load
     for name, adapter in (("broken", adapters[0]), ("fine", adapters[1])):
         engine.add(request(name, ids(5), adapter, temperature=1.0, seed=1))
-    outcomes = {}
-    while engine.has_work:
-        for out in engine.step():
-            outcomes[out.request_id] = out.error or out.finish_reason
+    outcomes = outcomes_of(engine)
     assert isinstance(outcomes["broken"], IntegrityError)
     assert outcomes["fine"] == "length"
 
