@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +48,9 @@ class AdapterCache:
         self._entries.mkdir(parents=True, exist_ok=True)
         self._locks.mkdir(parents=True, exist_ok=True)
         for left in self._entries.glob(".*"):  # of fetches and evictions that died
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                shutil.rmtree(left, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process's fetch, that ended meanwhile
+                if time.time() - left.stat().st_mtime > _STALE_S:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def get(self, digest: str) -> Path:
         """The folder of the adapter, fetched where it is not here. It may be evicted later: pin it to read it.
