@@ -1,0 +1,101 @@
+"""A published adapter: its manifest, and the reference that serving knows it by."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from loray.spec.common import Frozen, Method, Sha256
+from loray.spec.training import TrainSpec
+
+
+class RopeParameters(Frozen):
+    """RoPE as transformers names it (`config.rope_parameters`); the part of a checkpoint that LongLoRA changes."""
+
+    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
+    rope_theta: float = Field(gt=0)
+    factor: float | None = Field(default=None, ge=1)
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        needs: dict[str, tuple[str, ...]] = {
+            "linear": ("factor",),
+            "yarn": ("factor", "original_max_position_embeddings"),
+            "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+        }
+        missing = [f for f in needs.get(self.rope_type, ()) if getattr(self, f) is None]
+        if missing:
+            raise ValueError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}")
+        return self
+
+    def to_hf(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class Evaluation(Frozen):
+    """One measured figure, for instance metric="loss", dataset="held-out", context_length=1024."""
+
+    metric: str
+    value: float
+    dataset: str
+    subject: Literal["adapter", "base", "base_scaled"] = "adapter"
+    context_length: int | None = None
+
+
+class Projection(Frozen):
+    """VeRA's shared pair: a function of (key, rank, max_in, max_out), pinned by the SHA-256 of its fp32 bytes."""
+
+    key: int
+    rank: int
+    max_in: int
+    max_out: int
+    sha256: Sha256
+
+
+class AdapterManifest(Frozen):
+    """`loray.json` of a published adapter. Its digest is the adapter's identity."""
+
+    FILE: ClassVar[str] = "loray.json"
+
+    format: Literal[1] = 1
+    method: Method
+    base: str
+    base_fingerprint: Sha256
+    rank: int
+    target_modules: tuple[str, ...]
+    num_parameters: int
+    nbytes: int
+    context_length: int
+    rope_parameters: RopeParameters | None = None
+    projection: Projection | None = None
+    files: dict[str, Sha256]
+    recipe: TrainSpec | None = None
+    job_id: str | None = None
+    data_fingerprint: Sha256 | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    licence: str | None = None
+    description: str = ""
+    created_at: str = Field(description="UTC, ISO 8601")
+
+
+class AdapterRef(Frozen):
+    """One immutable version, as serving knows it. `digest` is the manifest's; `name` and `version` are for people."""
+
+    digest: Sha256
+    name: str
+    version: int
+    method: Method
+    base_fingerprint: Sha256
+    context_length: int
+    nbytes: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.version}"

@@ -1,0 +1,68 @@
+"""What every spec is made of: names, sizes, and frozen models that refuse unknown fields."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+
+from loray.errors import SpecError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
+Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,47}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Method = Literal["lora", "vera", "longlora"]
+DType = Literal["bfloat16", "float16", "float32"]
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*$")
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def parse_size(value: object) -> object:
+    """`"512MiB"` → 536870912; numbers pass through. Raises ValueError on an unknown unit."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.match(value)
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write bytes, or a number with KiB, MiB, GiB, KB, MB or GB")
+    return int(float(match[1]) * _UNITS[match[2] or "B"])
+
+
+NumBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def parse(cls, data: Any, *, source: str) -> Self:
+        """Validate `data`; on failure raise SpecError with one line per wrong field, naming `source`."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            lines = []
+            for err in e.errors():
+                where = ".".join(str(part) for part in err["loc"]) or "(top level)"
+                known = ""
+                if err["type"] == "extra_forbidden" and len(err["loc"]) == 1:
+                    known = f"; known fields: {', '.join(cls.model_fields)}"
+                lines.append(f"  {where}: {err['msg']}{known}")
+            raise SpecError(f"{source} is not a valid {cls.__name__}:\n" + "\n".join(lines)) from e
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as e:
+            raise SpecError(f"cannot read {path}: {e.strerror or e}") from e
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise SpecError(f"{path} is not valid YAML: {e}") from e
+        if not isinstance(data, dict):
+            raise SpecError(f"{path} must hold a mapping of fields, not {type(data).__name__}")
+        return cls.parse(data, source=str(path))

@@ -1,0 +1,71 @@
+"""A deployment, and what one request may ask of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from loray.spec.common import DType, Frozen, Name, NumBytes
+
+
+class SamplingParams(Frozen):
+    """Names and meanings are vLLM's. `temperature=0` is greedy."""
+
+    max_tokens: int = Field(default=16, gt=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0: off")
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    seed: int | None = None
+    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(default=(), max_length=16)
+    ignore_eos: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="top alternatives per token; None: off")
+
+
+class AutoscalingSpec(Frozen):
+    """Replicas by adapter demand: tokens against measured capacity, and the working set against the pools.
+
+    Names that Ray Serve's own AutoscalingConfig has mean what they mean there.
+    """
+
+    min_replicas: int = Field(default=1, gt=0)
+    max_replicas: int = Field(default=4, gt=0)
+    target_utilization: float = Field(default=0.8, gt=0, le=1, description="of token capacity and of pool bytes")
+    window_s: float = Field(default=60.0, gt=0, description="over which demand is measured")
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    downscale_delay_s: float = Field(default=120.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas must be at least min_replicas")
+        return self
+
+
+class ServeSpec(Frozen):
+    """One deployment: a base model, its replicas, and what each may use."""
+
+    base: Name = "smollm2"
+    dtype: DType = "bfloat16"
+    device: str = "cpu"
+    num_replicas: int = Field(default=1, gt=0, description="fixed; the first number where `autoscaling` is given")
+    autoscaling: AutoscalingSpec | None = None
+    pool_bytes: NumBytes = 512 << 20
+    host_bytes: NumBytes = 1 << 30
+    block_tokens: int = Field(default=16, gt=0)
+    max_model_len: int | None = Field(default=None, gt=1, description="None: each model's own context length")
+    max_num_seqs: int = Field(default=32, gt=0, description="requests that run at once")
+    max_num_batched_tokens: int = Field(default=512, gt=0, description="tokens of one step")
+    max_queued: int = Field(default=512, gt=0, description="requests that wait; more are refused with 429")
+    num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, gt=0, lt=65536)
+
+    @model_validator(mode="after")
+    def _every_sequence_advances(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError("max_num_batched_tokens must be at least max_num_seqs: a running request takes one a step")
+        return self

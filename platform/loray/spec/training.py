@@ -1,0 +1,178 @@
+"""A recipe: what `loray train` takes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from loray.spec.common import Alias, DType, Frozen, Name
+
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class RopeScaling(Frozen):
+    """Position interpolation by `factor`: positions divided (linear), base stretched (ntk), or by frequency (yarn)."""
+
+    type: Literal["linear", "ntk", "yarn"] = "linear"
+    factor: float = Field(gt=1)
+
+
+class LongContext(Frozen):
+    """What LongLoRA adds to an adapter (Chen et al., ICLR 2024).
+
+    original_context × rope_scaling.factor = the context trained for. `original_context` is the base's own
+    window unless given. `group_size` is S2-Attn's G, a quarter of the context unless given.
+    """
+
+    rope_scaling: RopeScaling
+    original_context: int | None = Field(default=None, gt=0)
+    group_size: int | None = Field(default=None, ge=2, multiple_of=2)
+    train_embeddings: bool = True
+    train_norms: bool = True
+
+
+class _AdapterSpec(Frozen):
+    rank: int = Field(gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
+
+    long_context: LongContext | None = None
+
+
+class LoraSpec(_AdapterSpec):
+    """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead."""
+
+    method: Literal["lora"] = "lora"
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32, gt=0)
+    use_rslora: bool = False
+
+    @model_validator(mode="after")
+    def _no_long_context(self) -> Self:
+        if self.method == "lora" and self.long_context is not None:
+            raise ValueError("long_context makes it LongLoRA: set method: longlora")
+        return self
+
+
+class LongLoraSpec(LoraSpec):
+    """LongLoRA (Chen et al., 2024): S2-Attn while training, LoRA plus embeddings and norms, scaled RoPE."""
+
+    method: Literal["longlora"] = "longlora"  # type: ignore[assignment]
+    rank: int = Field(default=8, gt=0)
+    alpha: float = Field(default=16, gt=0)
+    long_context: LongContext
+
+
+class VeraSpec(_AdapterSpec):
+    """VeRA (Kopiczko et al., 2024): h = W x + Λb B Λd A x with one frozen random pair (A, B) for all layers."""
+
+    method: Literal["vera"] = "vera"
+    rank: int = Field(default=256, gt=0)
+    d_initial: float = 0.1
+    projection_prng_key: int = Field(default=0, ge=0)
+    save_projection: bool = False
+
+
+AdapterSpec = Annotated[LoraSpec | VeraSpec | LongLoraSpec, Field(discriminator="method")]
+
+
+class DataSpec(Frozen):
+    """JSONL or Parquet with columns `messages` (chat), `prompt` and `completion`, or `text`; `auto` looks which."""
+
+    train: str
+    eval: str | None = None
+    eval_fraction: float = Field(default=0.05, ge=0, lt=1, description="held out of `train` where `eval` is not given")
+    format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
+    max_length: int | None = Field(
+        default=None, gt=1, description="None: LongLoRA's context; else 1024 tokens, or the base's window if shorter"
+    )
+    max_rows: int | None = Field(default=None, gt=0)
+
+
+class BatchSpec(Frozen):
+    """Exactly one of `rows` and `tokens` (a budget, padding included) says how large a micro-batch is."""
+
+    rows: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+    accumulation: int = Field(default=1, gt=0)
+    order: Literal["shuffled", "length_grouped", "packed"] = "shuffled"
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.rows is None) == (self.tokens is None):
+            raise ValueError("give exactly one of rows and tokens")
+        return self
+
+
+class OptimizerSpec(Frozen):
+    """AdamW. Embeddings and norms are never decayed."""
+
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        return self
+
+
+class EvaluationSpec(Frozen):
+    interval_steps: int | None = Field(default=None, gt=0, description="None: only before and after training")
+    max_rows: int = Field(default=128, gt=0)
+    keep_best: bool = Field(default=True, description="publish the checkpoint with the lowest evaluation loss")
+
+
+class CheckpointSpec(Frozen):
+    interval_steps: int | None = Field(default=None, gt=0, description="None: at evaluations and at the end")
+    keep: int = Field(default=2, gt=0)
+
+
+class PublishSpec(Frozen):
+    aliases: tuple[Alias, ...] = ()
+    licence: str | None = None
+    description: str = ""
+
+
+class TrainSpec(Frozen):
+    """A recipe: one training run, from a base model to a published adapter."""
+
+    name: Name
+    base: Name = "smollm2"
+    adapter: AdapterSpec
+    data: DataSpec
+    batch: BatchSpec
+    optimizer: OptimizerSpec
+    max_steps: int | None = Field(default=None, gt=0)
+    num_epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    evaluation: EvaluationSpec = EvaluationSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    publish: PublishSpec = PublishSpec()
+    max_nonfinite_steps: int = Field(default=10, gt=0, description="skipped steps after which the run stops")
+    gradient_checkpointing: bool = False
+    dtype: DType = "bfloat16"
+    num_workers: int = Field(default=1, gt=0)
+    use_gpu: bool = False
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.max_steps is None) == (self.num_epochs is None):
+            raise ValueError("give exactly one of max_steps and num_epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _trainable_dtype(self) -> Self:
+        if self.dtype == "float16":
+            raise ValueError("float16 needs loss scaling, which loray does not do: train in bfloat16 or float32")
+        return self
