@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -36,7 +37,7 @@ _RECONNECT_S = 1.0
 @click.option("--resume", is_flag=True, help="Go on with the latest run of this recipe, from its last checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print the published adapter as JSON; progress goes to stderr.")
 def train(recipe: str, address: str | None, resume: bool, as_json: bool) -> None:
-    """Train the adapter of RECIPE (a YAML file, or a shipped recipe's name) and publish it."""
+    """Train the adapter of RECIPE (a YAML file, a shipped recipe's name, or a JSON object) and publish it."""
     console = Console(stderr=as_json)
     settings = Settings.from_env()
     loaded = load_recipe(recipe)
@@ -59,19 +60,18 @@ def train(recipe: str, address: str | None, resume: bool, as_json: bool) -> None
 
 def _submit(recipe: Recipe, settings: Settings, address: str | None, resume: bool, console: Console) -> tuple[Any, str]:
     """(client, job id). Starts the local cluster where no address is given."""
-    open_store(settings.store)  # refuses a store that the job could not publish to
     with tempfile.TemporaryDirectory() as stage:
         if address is not None and submission.is_remote(address):
             job = submission.remote(recipe, settings, address=address, resume=resume, stage=Path(stage))
         else:
+            open_store(settings.store).check()  # refuses a store that the job could not publish to
             job = submission.local(recipe, settings, resume=resume)
         if address is None:
             from loray.cli.local_cluster import ensure_started
 
             address = ensure_started(settings).address
         client = _connect(address)
-        metadata = {"loray_name": recipe.spec.name, "loray_method": recipe.spec.adapter.method}
-        job_id = client.submit_job(entrypoint=job.entrypoint, runtime_env=job.runtime_env, metadata=metadata)
+        job_id = client.submit_job(**job._asdict())
     console.print(f"training {recipe.spec.name} as job {job_id}", highlight=False)
     return client, job_id
 
@@ -118,7 +118,7 @@ def _how_to_go_on(recipe: str, address: str, job: str) -> str:
         f"\nno longer following; training goes on as job {job}\n"
         f"  follow  {ray} job logs --address {address} --follow {job}\n"
         f"  stop    {ray} job stop --address {address} {job}\n"
-        f"  resume  loray train {recipe} --resume   (once stopped, from the last checkpoint)"
+        f"  resume  loray train {shlex.quote(recipe)} --resume   (once stopped, from the last checkpoint)"
     )
 
 

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
+from jobs.bases import ensure_base
+from jobs.data import fetched
 from jobs.recipe import Recipe
-from loray.bases.registry import BaseModel, get_base, list_bases
+from loray.bases.registry import BaseModel, list_bases
 from loray.errors import SpecError
 from loray.settings import Settings
 from loray.spec import TrainSpec
@@ -31,16 +33,19 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
-    base = get_base(settings.home, spec.base)
+    base = ensure_base(settings.home, spec.base)
     max_length = row_length(spec, base)
-    data = load_data(
-        recipe.data(),
-        AutoTokenizer.from_pretrained(base.path),
-        max_length=max_length,
-        max_eval_rows=spec.evaluation.max_rows,
-        seed=spec.seed,
-        whole_windows=spec.adapter.long_context is not None,
-    )
+    sources = recipe.data()
+    with fetched(sources, settings) as copies:
+        data = load_data(
+            sources,
+            AutoTokenizer.from_pretrained(base.path),
+            max_length=max_length,
+            max_eval_rows=spec.evaluation.max_rows,
+            seed=spec.seed,
+            whole_windows=spec.adapter.long_context is not None,
+            fetched=copies,
+        )
     BatchStream(data.train, spec.batch, max_length=max_length, seed=spec.seed)  # refuses a budget that rows exceed
     resolved = spec.data.model_copy(update={"max_length": max_length})
     return Prepared(spec.model_copy(update={"data": resolved}), base, data)

@@ -1,7 +1,8 @@
-"""Recipe files: where they are, and what their relative paths mean. Light enough for the command line."""
+"""Recipes: files or JSON, where they are, and what their relative paths mean. Light enough for the command line."""
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +12,10 @@ from loray.spec import DataSpec, TrainSpec
 
 
 class Recipe(NamedTuple):
-    """`folder` is where the relative data paths of `spec` start."""
+    """`path` None: given as JSON. `folder` is where the relative data paths of `spec` start."""
 
     spec: TrainSpec
-    path: Path
+    path: Path | None
     folder: Path
 
     def data(self) -> DataSpec:
@@ -33,7 +34,12 @@ def shipped() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe file, or a shipped recipe by its name, whose data paths start at the current folder."""
+    """A recipe file, or a shipped recipe by its name, or the recipe itself as a JSON object.
+
+    Data paths start at the file's folder; those of a shipped recipe and of JSON at the current one.
+    """
+    if name.lstrip().startswith("{"):
+        return Recipe(_parse(name), None, Path.cwd())
     path = Path(name).expanduser()
     if path.is_file():
         return Recipe(TrainSpec.from_yaml(path), path.resolve(), path.resolve().parent)
@@ -41,6 +47,13 @@ def load_recipe(name: str) -> Recipe:
     if path.name == name and ours.is_file():
         return Recipe(TrainSpec.from_yaml(ours), ours, Path.cwd())
     raise SpecError(f"recipe {name} does not exist; give a YAML file, or one of {', '.join(shipped())}")
+
+
+def _parse(text: str) -> TrainSpec:
+    try:
+        return TrainSpec.parse(json.loads(text), source="the recipe")
+    except json.JSONDecodeError as e:
+        raise SpecError(f"the recipe is not valid JSON: {e}") from e
 
 
 def _recipes() -> Path:

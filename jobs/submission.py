@@ -1,30 +1,43 @@
-"""What `loray train` hands to Ray's job server: a command line and its environment."""
+"""What goes to Ray's job server: a command line, its environment, and what it is about.
+
+A job's environment is shown by Ray's dashboard, so no password is sent to a cluster of other machines: its nodes have
+their own AWS credentials and, where the catalog's URL holds a password, their own LORAY_CATALOG.
+"""
 
 from __future__ import annotations
 
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from jobs.recipe import Recipe
+from loray.cli.local_cluster import current_cluster
 from loray.errors import DataError, SettingsError
+from loray.locations import S3Location, parse_location
 from loray.settings import Settings
+from loray.spec import TrainSpec
 
 _DRIVER = ("-P", "-m", "jobs.train")  # -P: a module of the recipe's folder must not pass for one of ours
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+# The shell ends with the message where the cluster's nodes have no catalog of their own.
+_OWN_CATALOG = ': "${LORAY_CATALOG:?must be set on the nodes of the cluster: URLs with a password are not sent to it}"'
 
 
 class Submission(NamedTuple):
+    """The arguments of `JobSubmissionClient.submit_job` with these names."""
+
     entrypoint: str
     runtime_env: dict[str, Any]
+    metadata: dict[str, str]
 
 
 def is_remote(address: str) -> bool:
     """False for a job server on this machine, whose jobs see this machine's disk."""
-    return urlsplit(address if "://" in address else f"http://{address}").hostname not in _LOOPBACK
+    return _host(address if "://" in address else f"http://{address}") not in _LOOPBACK
 
 
 def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
@@ -34,11 +47,12 @@ def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
     """
     for path in _local_files(recipe):
         _check_exists(path, recipe)
-    # A shipped recipe is named, for its paths are relative to this folder and not to the package's.
-    source = str(recipe.path) if recipe.path.is_relative_to(recipe.folder) else recipe.path.stem
-    command = [sys.executable, *_DRIVER, source, "--events", *(["--resume"] if resume else [])]
-    entrypoint = f"cd {shlex.quote(str(recipe.folder))} && exec {shlex.join(command)}"
-    return Submission(entrypoint, {"env_vars": settings.to_env()})
+    if recipe.path is None:
+        source = _as_json(recipe.spec)
+    else:  # a shipped recipe is named, for its paths are relative to this folder and not to the package's
+        source = str(recipe.path) if recipe.path.is_relative_to(recipe.folder) else recipe.path.stem
+    entrypoint = f"cd {shlex.quote(str(recipe.folder))} && exec {_command(sys.executable, source, resume=resume)}"
+    return Submission(entrypoint, {"env_vars": settings.to_env()}, _metadata(recipe.spec))
 
 
 def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, stage: Path) -> Submission:
@@ -47,12 +61,16 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
     Raises SettingsError where the cluster could not reach the store or the catalog, DataError for data outside the
     recipe's folder.
     """
-    if settings.is_local:
+    if settings.is_local or _host(settings.catalog) in _LOOPBACK:
         raise SettingsError(
-            f"a cluster at {address} cannot reach this machine's disk, where LORAY_STORE or LORAY_CATALOG lie; it "
-            "needs a store on s3://, which this version does not have yet: train on this machine, without --address"
+            f"a cluster at {address} cannot reach this machine, which LORAY_STORE or LORAY_CATALOG point to: train "
+            "into a store on s3:// with a PostgreSQL catalog, both reachable from the cluster; or without --address"
         )
-    shutil.copyfile(recipe.path, stage / recipe.path.name)
+    if recipe.path is None:
+        source = _as_json(recipe.spec)
+    else:
+        source = recipe.path.name
+        shutil.copyfile(recipe.path, stage / source)
     for path in _local_files(recipe):
         if not path.is_relative_to(recipe.folder):
             raise DataError(
@@ -63,9 +81,67 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
         target = stage / path.relative_to(recipe.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    command = ["python", *_DRIVER, recipe.path.name, "--events", *(["--resume"] if resume else [])]
-    shared = {name: value for name, value in settings.to_env().items() if name != "LORAY_HOME"}  # a home is a machine's
-    return Submission(shlex.join(command), {"working_dir": str(stage), "env_vars": shared})
+    command = _command("python", source, resume=resume)
+    shared = {"LORAY_STORE": _elsewhere(settings.store), "LORAY_LOG_LEVEL": settings.log_level}
+    runtime_env = {"working_dir": str(stage), "env_vars": shared}
+    return Submission(_with_catalog(command, shared, settings), runtime_env, _metadata(recipe.spec))
+
+
+def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False) -> Submission:
+    """A recipe without a file, submitted by a process of the cluster itself (the API server) with its own settings.
+
+    Raises DataError for relative data paths, which start nowhere: data is an s3:// URL, or a file that the driver's
+    machine has.
+    """
+    for source in (spec.data.train, spec.data.eval):
+        if source is not None and "://" not in source and not Path(source).is_absolute():
+            raise DataError(f"data file {source!r} is a relative path; name an s3:// URL or an absolute path")
+    command = _command(sys.executable, _as_json(spec), resume=resume)  # of this image or virtual environment
+    env = settings.to_env()
+    if not _is_private(settings):
+        command = _with_catalog(f"exec {command}", env, settings)
+    return Submission(command, {"env_vars": env}, _metadata(spec))
+
+
+def _is_private(settings: Settings) -> bool:
+    """This home's own cluster shows its dashboard to this user alone."""
+    return current_cluster(settings.home) is not None
+
+
+def _with_catalog(command: str, env: dict[str, str], settings: Settings) -> str:
+    """The command, with LORAY_CATALOG in `env`, or taken from the nodes' environment where it holds a secret."""
+    if _has_password(settings.catalog):
+        env.pop("LORAY_CATALOG", None)
+        return f"{_OWN_CATALOG} && {command}"
+    env["LORAY_CATALOG"] = settings.catalog
+    return command
+
+
+def _has_password(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.password is not None or any("password" in name.lower() for name, _ in parse_qsl(parts.query))
+
+
+def _elsewhere(store: str) -> str:
+    """The store's URL as other machines can use it: without the credentials file, which is this machine's."""
+    location = parse_location(store)
+    return replace(location, credentials_file=None).url if isinstance(location, S3Location) else store
+
+
+def _command(python: str, source: str, *, resume: bool) -> str:
+    return shlex.join([python, *_DRIVER, source, "--events", *(["--resume"] if resume else [])])
+
+
+def _as_json(spec: TrainSpec) -> str:
+    return spec.model_dump_json(exclude_none=True)
+
+
+def _metadata(spec: TrainSpec) -> dict[str, str]:
+    return {"loray_name": spec.name, "loray_method": spec.adapter.method}
+
+
+def _host(url: str) -> str | None:
+    return urlsplit(url).hostname
 
 
 def _local_files(recipe: Recipe) -> list[Path]:

@@ -13,8 +13,9 @@ import ray
 import ray.train
 import torch
 
-from jobs.events import encode
-from loray.bases.registry import BaseModel, get_base
+from jobs.bases import ensure_base
+from jobs.sink import EventSender
+from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, LorayError
 from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
@@ -25,22 +26,22 @@ SCORE = "score"  # what Ray ranks checkpoints by
 
 
 class WorkerConfig(TypedDict):
-    """`data` is the object store's reference to the tokenised Dataset; `events` the file that news go to."""
+    """`data` is the object store's reference to the tokenised Dataset; `events` the actor that news go to."""
 
     recipe: dict[str, Any]
     home: str
     base_fingerprint: str
     log_level: str
-    events: str
+    events: Any
     data: Any
 
 
 class RayReporter:
     """Only checkpoints go through Ray: it takes one report per health check, and would hold every step up for that.
-    Other events rank 0 appends to the run's file itself.
+    Other events rank 0 sends to the driver itself.
     """
 
-    def __init__(self, events: Path, rank: int) -> None:
+    def __init__(self, events: EventSender, rank: int) -> None:
         self._events, self._rank = events, rank
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
@@ -49,7 +50,7 @@ class RayReporter:
             name = f"step_{metrics['step']:06d}"
             ray.train.report(metrics | {SCORE: score(metrics["eval_loss"])}, checkpoint=saved, checkpoint_dir_name=name)
         elif self._rank == 0:
-            append(self._events, metrics)
+            self._events.send(metrics)
 
 
 def score(eval_loss: float | None) -> float:
@@ -80,7 +81,7 @@ def run(config: WorkerConfig) -> str | None:
 
 
 def _find_base(spec: TrainSpec, config: WorkerConfig) -> BaseModel:
-    base = get_base(Path(config["home"]), spec.base)
+    base = ensure_base(Path(config["home"]), spec.base)
     if base.fingerprint != config["base_fingerprint"]:
         raise BaseMismatch(
             f"base {spec.base!r} is another model on this worker's machine than on the driver's; add the same to both"
@@ -91,16 +92,20 @@ def _find_base(spec: TrainSpec, config: WorkerConfig) -> BaseModel:
 def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, rank: int) -> None:
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
     last = ray.train.get_checkpoint()
+    events = EventSender(config["events"])
     with nullcontext(None) if last is None else last.as_directory() as folder, tempfile.TemporaryDirectory() as workdir:
-        train(
-            spec,
-            base,
-            ray.get(config["data"]),
-            reporter=RayReporter(Path(config["events"]), rank),
-            workdir=Path(workdir),
-            resume_from=None if folder is None else Path(folder),
-            device=device,
-        )
+        try:
+            train(
+                spec,
+                base,
+                ray.get(config["data"]),
+                reporter=RayReporter(events, rank),
+                workdir=Path(workdir),
+                resume_from=None if folder is None else Path(folder),
+                device=device,
+            )
+        finally:
+            events.flush()
 
 
 def _num_threads() -> int:
@@ -114,25 +119,22 @@ def _num_threads() -> int:
 
 
 class EventLog(ray.train.UserCallback):  # type: ignore[misc]
-    """Tells of checkpoints and lost workers. It lives in the controller, which Ray starts on the driver's machine."""
+    """Tells of checkpoints and lost workers, from Ray Train's controller. `run` is how people call the run's folder."""
 
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
+    def __init__(self, sink: Any, run: str) -> None:
+        self._events = EventSender(sink)
+        self._run = run
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if checkpoint is not None:
             event = {name: value for name, value in metrics[0].items() if name != SCORE}
-            append(self._path, event | {"path": checkpoint.path})
+            self._events.send(event | {"path": f"{self._run}/{Path(checkpoint.path).name}"})
+            self._events.flush()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = next(iter(worker_exceptions.items()))
-        append(self._path, {"event": "worker_lost", "message": f"rank {rank}: {first_line(error)}"})
-
-
-def append(path: Path, event: dict[str, Any]) -> None:
-    """One line in one write, as two processes tell of the same run."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(encode(event) + "\n")
+        self._events.send({"event": "worker_lost", "message": f"rank {rank}: {first_line(error)}"})
+        self._events.flush()
 
 
 def first_line(error: BaseException) -> str:

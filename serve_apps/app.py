@@ -7,11 +7,16 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from loray.bases.registry import get_base
 from loray.settings import Settings
 from loray.spec import ServeSpec
+from serve_apps.autoscaler import AdapterDemandPolicy, autoscaling_config
 from serve_apps.replica import EngineReplica
+from serve_apps.router import ROUTER_CLASS, AdapterRouter
+
+__all__ = ["ENGINE", "GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
 
 ENGINE = "engine"
 GATEWAY = "gateway"
@@ -24,6 +29,17 @@ def build(args: dict[str, Any]) -> Application:
     Raises SpecError on a wrong field, BaseNotFound where the base is not on this machine.
     """
     spec = ServeSpec.parse(args, source="args of serve_apps.app:build")
+    routing = RequestRouterConfig(
+        request_router_class=ROUTER_CLASS,
+        # Taken to cost an engine less than the loading of an adapter costs another one: docs/decisions/0005-routing.md.
+        request_router_kwargs={"floor": max(1, spec.max_num_seqs // 4)},
+        request_routing_stats_period_s=1.0,
+    )
+    return application(spec, routing)
+
+
+def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
+    """`routing`: how requests find their engine."""
     settings = Settings.from_env()
     get_base(settings.home, spec.base)
     environment = {"env_vars": settings.to_env()}
@@ -35,9 +51,10 @@ def build(args: dict[str, Any]) -> Application:
     engine = serve.deployment(
         EngineReplica,
         name=ENGINE,
-        num_replicas=spec.num_replicas,
+        **_replicas(spec),
         max_ongoing_requests=slots,
         max_queued_requests=slots,
+        request_router_config=routing,
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": 1 if spec.device.startswith("cuda") else 0,
@@ -45,16 +62,22 @@ def build(args: dict[str, Any]) -> Application:
         },
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
-        graceful_shutdown_timeout_s=20.0,
+        # A replica that demand no longer needs ends what it has begun; a stream may take minutes.
+        graceful_shutdown_timeout_s=20.0 if spec.autoscaling is None else 600.0,
     )
     gateway = serve.deployment(
         serve.ingress(gateway_app)(),
         name=GATEWAY,
-        max_ongoing_requests=slots * spec.num_replicas,
+        max_ongoing_requests=slots * spec.max_replicas,
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         health_check_period_s=5.0,
     )
     return gateway.bind(engine.bind(spec))
+
+
+def _replicas(spec: ServeSpec) -> dict[str, Any]:
+    scaling = autoscaling_config(spec)
+    return {"num_replicas": spec.num_replicas} if scaling is None else {"autoscaling_config": scaling}
 
 
 def _gateway(spec: ServeSpec) -> FastAPI:

@@ -7,6 +7,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Set
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,17 +17,25 @@ from rich.console import Console
 from rich.markup import escape
 
 from loray.bases.registry import get_base
+from loray.cli.home_store import (
+    describe_store,
+    has_local_s3,
+    move_to_local_s3,
+    start_home_store,
+    stop_home_store,
+)
 from loray.cli.local_cluster import current_cluster, ensure_started, stop_local_cluster
 from loray.cli.output import console, emit, json_option, pairs, size, table
 from loray.client import LorayClient
 from loray.errors import ClusterError, ConflictError, LorayError, SettingsError
-from loray.serving.status import ReplicaStatus, Status
+from loray.serving.status import ReplicaStatus, ScalingDecision, Status
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.deployment import Address, ServeApi, State, serve_config
 
 _TIMEOUT_S = 600.0
 _QUICK_TIMEOUT_S = 10.0
+_DECISIONS_SHOWN = 5
 
 
 @click.command()
@@ -35,11 +44,14 @@ _QUICK_TIMEOUT_S = 10.0
 @click.option("--host", help="Address to listen at (default 127.0.0.1).")
 @click.option("--port", type=int, help="Port to listen at (default 8000).")
 @click.option("--num-replicas", type=int, help="Copies of the engine (default 1).")
+@click.option("--min-replicas", type=int, help="With --max-replicas: as few copies as demand allows (default 1).")
+@click.option("--max-replicas", type=int, help="As many copies as adapter demand needs, up to this number.")
 @click.option("--pool-bytes", help="Memory for KV cache and adapters, for instance 512MiB.")
 @click.option("--host-bytes", help="Memory for adapters that wait outside the pool, for instance 1GiB.")
 @click.option("--max-num-seqs", type=int, help="Requests that run at once.")
+@click.option("--s3", is_flag=True, help="Keep adapters in an S3 server on this machine, from now on.")
 @click.option("--wait/--no-wait", default=True, help="Wait until it answers (default).")
-def up(spec_file: Path | None, wait: bool, **options: Any) -> None:
+def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
     """Serve a base model and all adapters published for it.
 
     Serving goes on when this command ends; again with other options, it is updated in place.
@@ -51,6 +63,8 @@ def up(spec_file: Path | None, wait: bool, **options: Any) -> None:
         get_base(settings.home, spec.base)
         if current_cluster(settings.home) is None:
             _check_port(spec)
+    settings = _with_store(settings, s3, screen)
+    if settings.address is None:
         with screen.status("starting Ray on this machine"):
             address = ensure_started(settings).address
     else:
@@ -75,7 +89,11 @@ def status(as_json: bool) -> None:
     api = _running(settings)
     state = None if api is None else api.state()
     if api is None or state is None:
-        emit({"serving": False}) if as_json else click.echo("nothing is being served; start it with `loray up`")
+        if as_json:
+            emit({"serving": False, "store": settings.store})
+        else:
+            click.echo("nothing is being served; start it with `loray up`")
+            click.echo(f"store: {describe_store(settings)}")
         return
     http = api.http()
     assert http is not None
@@ -87,19 +105,29 @@ def status(as_json: bool) -> None:
             report, problem = None, str(e)
     if as_json:
         known = None if report is None else report.model_dump(mode="json")
-        emit({"serving": True, "url": url, "state": state.status, "message": state.message, "gateway": known})
+        emit(
+            {
+                "serving": True,
+                "url": url,
+                "store": settings.store,
+                "state": state.status,
+                "message": state.message,
+                "gateway": known,
+            }
+        )
         return
-    _show(url, state, report, problem, api.dashboard)
+    _show(url, state, report, problem, api.dashboard, describe_store(settings))
 
 
 @click.command()
-@click.option("--keep-cluster", is_flag=True, help="Leave this machine's Ray cluster running.")
+@click.option("--keep-cluster", is_flag=True, help="Leave this machine's Ray cluster (and S3 server) running.")
 def down(keep_cluster: bool) -> None:
-    """Stop serving, and the local Ray cluster unless a job runs on it."""
+    """Stop serving, and the local Ray cluster and S3 server unless a job needs them."""
     settings = Settings.from_env()
     api = _running(settings)
     if api is None:
-        click.echo("nothing is running")
+        stopped = settings.address is None and not keep_cluster and stop_home_store(settings)
+        click.echo("stopped the local S3 server" if stopped else "nothing is running")
         return
     with Console(stderr=True).status("stopping"):
         was_serving = api.http() is not None
@@ -109,6 +137,7 @@ def down(keep_cluster: bool) -> None:
         stop = settings.address is None and not keep_cluster and not busy
         if stop:
             stop_local_cluster(settings.home)
+            stop_home_store(settings)
     click.echo("stopped serving" if was_serving else "nothing was being served")
     if stop:
         click.echo("stopped the local Ray cluster")
@@ -121,10 +150,27 @@ def down(keep_cluster: bool) -> None:
 
 def _spec(file: Path | None, options: dict[str, Any]) -> ServeSpec:
     """The file's fields, with the command line's over them."""
-    if file is None:
-        return ServeSpec.parse(options, source="the command line")
-    fields = ServeSpec.from_yaml(file).model_dump(exclude_unset=True)
-    return ServeSpec.parse(fields | options, source=f"{file} with the command line")
+    fields = {} if file is None else ServeSpec.from_yaml(file).model_dump(exclude_unset=True)
+    bounds = {name: options[name] for name in ("min_replicas", "max_replicas") if name in options}
+    fields |= {name: value for name, value in options.items() if name not in bounds}
+    if bounds:
+        fields["autoscaling"] = (fields.get("autoscaling") or {}) | bounds
+    return ServeSpec.parse(fields, source="the command line" if file is None else f"{file} with the command line")
+
+
+def _with_store(settings: Settings, s3: bool, screen: Console) -> Settings:
+    """The store is running; with `s3` it is this home's own server from now on."""
+    if not s3:
+        with screen.status("starting the store"):
+            return start_home_store(settings)
+    if settings.address is None and not has_local_s3(settings):
+        api = _running(settings)
+        if api is not None and api.has_running_jobs():
+            raise ConflictError(
+                "a job is running that will publish to the store of now; `loray up --s3` once it has ended"
+            )
+    with screen.status("moving to a local S3 server"):
+        return move_to_local_s3(settings)
 
 
 def _check_port(spec: ServeSpec) -> None:
@@ -203,12 +249,19 @@ def _running(settings: Settings) -> ServeApi | None:
     return None if current_cluster(settings.home) is None else ServeApi(ensure_started(settings).address)
 
 
-def _show(url: str, state: State, report: Status | None, problem: str | None, dashboard: str) -> None:
+def _show(url: str, state: State, report: Status | None, problem: str | None, dashboard: str, store: str) -> None:
     out = console()
-    rows: list[tuple[str, object]] = [("state", state), ("url", f"{url}/v1"), ("dashboard", dashboard)]
+    rows: list[tuple[str, object]] = [
+        ("state", state),
+        ("url", f"{url}/v1"),
+        ("dashboard", dashboard),
+        ("store", store),
+    ]
     if report is not None:
         catalog = report.catalog
         rows += [("base", report.model), ("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
+        if report.autoscaling is not None:
+            rows.append(("autoscaling", f"{report.autoscaling.target} wanted: {report.autoscaling.reason}"))
     out.print(pairs([*rows, ("message", state.reason), ("problem", problem)]))
     if report is not None and report.replicas:
         columns = (
@@ -218,18 +271,29 @@ def _show(url: str, state: State, report: Status | None, problem: str | None, da
             "running",
             "waiting",
             "pool used",
+            "hit rate",
             "host",
             "output tokens",
             "adapters in pool",
         )
-        out.print(table(columns, [_row(r) for r in report.replicas], right=columns[1:8]))
+        out.print(table(columns, [_row(r) for r in report.replicas], right=columns[1:9]))
+    if report is not None and report.autoscaling is not None and report.autoscaling.decisions:
+        changes = report.autoscaling.decisions[-_DECISIONS_SHOWN:]
+        out.print(table(("scaled at", "from", "to", "because"), [_change(d) for d in changes], right=("from", "to")))
     if report is not None and report.status != "ok":
         sys.exit(1)
+
+
+def _change(d: ScalingDecision) -> tuple[object, ...]:
+    at = datetime.fromtimestamp(d.time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return (at, d.from_replicas, d.to_replicas, d.reason)
 
 
 def _row(r: ReplicaStatus) -> tuple[object, ...]:
     blocks = sum(r.blocks.values())
     used = f"{1 - r.blocks.get('free', 0) / blocks:.0%}" if blocks else ""
+    hit_rate = "" if r.hit_rate is None else f"{r.hit_rate:.0%}"
     names = ", ".join(r.adapters_in_pool[:6]) + (" …" if len(r.adapters_in_pool) > 6 else "")
     up, num_tokens = f"{r.uptime_s:,.0f} s", f"{r.num_output_tokens:,}"
-    return (r.replica, r.pid, up, r.num_running, r.num_waiting, used, size(r.host_bytes), num_tokens, names)
+    counts = (r.num_running, r.num_waiting, used, hit_rate, size(r.host_bytes), num_tokens)
+    return (r.replica, r.pid, up, *counts, names)

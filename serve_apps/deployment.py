@@ -1,10 +1,10 @@
-"""Ray Serve over its REST API: deploy the application, read how it is doing, delete it. Needs no driver."""
+"""Ray Serve over its REST API: deploy the applications, read how they are doing, delete them. Needs no driver."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,13 +14,17 @@ from loray.spec import ServeSpec
 
 APPLICATION = "loray"
 IMPORT_PATH = "serve_apps.app:build"
+CATALOG_APPLICATION = "catalog"
+CATALOG_PREFIX = "/api/v1"
+CATALOG_IMPORT_PATH = "serve_apps.api.app:build"
 _POLL_S = 0.5
 _OUR_ERROR = re.compile(r"^\s*loray\.errors\.\w+: (.+)$", re.MULTILINE)
 _REASON_LINES = 12
 
 
 def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
-    """What `serve deploy` takes (ServeDeploySchema)."""
+    """What `serve deploy` takes (ServeDeploySchema): the engine with its gateway, and the catalog's REST API."""
+    runtime_env = {"env_vars": settings.to_env()}
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": spec.host, "port": spec.port},
@@ -31,8 +35,15 @@ def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
                 "args": spec.model_dump(mode="json"),
-                "runtime_env": {"env_vars": settings.to_env()},
-            }
+                "runtime_env": runtime_env,
+            },
+            {
+                "name": CATALOG_APPLICATION,
+                "route_prefix": CATALOG_PREFIX,
+                "import_path": CATALOG_IMPORT_PATH,
+                "args": {},
+                "runtime_env": runtime_env,
+            },
         ],
     }
 
@@ -48,7 +59,10 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """`replicas`: deployment → state → count. `deployed_at` changes with every deployment."""
+    """Of all applications together; `status` is that of the one that is worst off.
+
+    `replicas`: deployment → state → count. `deployed_at` changes with every deployment.
+    """
 
     status: str
     message: str
@@ -103,24 +117,11 @@ class ServeApi:
         return Address(options["host"], options["port"]) if options.get("port") else None
 
     def state(self) -> State | None:
-        """None where nothing is deployed."""
-        application = self._details().get("applications", {}).get(APPLICATION)
-        if application is None:
+        """Of loray's applications; None where serving is not deployed."""
+        deployed = self._details().get("applications", {})
+        if APPLICATION not in deployed:
             return None
-        replicas: dict[str, dict[str, int]] = {}
-        messages = [application.get("message") or ""]
-        for name, deployment in application.get("deployments", {}).items():
-            states: dict[str, int] = {}
-            for replica in deployment.get("replicas", ()):
-                states[replica["state"]] = states.get(replica["state"], 0) + 1
-            replicas[name] = states
-            messages.append(deployment.get("message") or "")
-        return State(
-            status=application["status"],
-            message="\n".join(m for m in messages if m),
-            deployed_at=application.get("last_deployed_time_s", 0.0),
-            replicas=replicas,
-        )
+        return combined([deployed[name] for name in (APPLICATION, CATALOG_APPLICATION) if name in deployed])
 
     def watch(self, timeout_s: float) -> Iterator[State]:
         """States as they change, until one is final: the last one is running or failed.
@@ -153,3 +154,30 @@ class ServeApi:
             return dict(self._client.get_serve_details())
         except (RuntimeError, OSError) as e:
             raise ClusterError(f"Ray Serve's state cannot be read at {self.dashboard}: {e}") from e
+
+
+def combined(applications: Sequence[Mapping[str, Any]]) -> State:
+    """From what Serve says of each application (ApplicationDetails)."""
+    replicas: dict[str, dict[str, int]] = {}
+    messages: list[str] = []
+    for application in applications:
+        messages.append(application.get("message") or "")
+        for name, deployment in application.get("deployments", {}).items():
+            states: dict[str, int] = {}
+            for replica in deployment.get("replicas", ()):
+                states[replica["state"]] = states.get(replica["state"], 0) + 1
+            replicas[name] = states
+            messages.append(deployment.get("message") or "")
+    statuses = [application["status"] for application in applications]
+    return State(
+        status=min(statuses, key=_severity),
+        message="\n".join(m for m in messages if m),
+        deployed_at=max(application.get("last_deployed_time_s", 0.0) for application in applications),
+        replicas=replicas,
+    )
+
+
+def _severity(status: str) -> int:
+    """The lower, the worse off."""
+    order = ("DEPLOY_FAILED", "UNHEALTHY", "NOT_STARTED", "DELETING", "DEPLOYING")
+    return order.index(status) if status in order else len(order)

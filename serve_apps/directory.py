@@ -37,12 +37,18 @@ class ModelDirectory:
         self._created = int(time.time())
         self._refreshing = asyncio.Lock()
         self._refreshed_at = float("-inf")  # when the last refresh began, well or badly ended
+        self._read_at = float("-inf")  # when the last one that ended well began
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="catalog")
         self._looking: asyncio.Future[None] | None = None
 
     @property
     def num_adapters(self) -> int:
         return len(self._entries())
+
+    @property
+    def age_s(self) -> float:
+        """Since the catalog was last seen to be as the snapshot says; infinite before the first time."""
+        return time.monotonic() - self._read_at
 
     def labels(self) -> dict[str, str]:
         """Digest → `name@version` of all versions."""
@@ -72,6 +78,7 @@ class ModelDirectory:
                 if self.failure is not None:
                     _log.info("the catalog can be read again")
                 self.failure = None
+                self._read_at = self._refreshed_at
 
     async def resolve(self, model: str) -> AdapterRef | None:
         """None for the base. A name that is not known yet is looked up once in the database.

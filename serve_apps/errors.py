@@ -20,6 +20,7 @@ from loray.errors import (
     NotFoundError,
     Overloaded,
     RequestError,
+    StoreError,
     UnsupportedError,
 )
 from loray.serving.openai import Error, ErrorBody
@@ -59,6 +60,7 @@ _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
     (Overloaded, _Kind(429, "rate_limit_error", "overloaded")),
     (IntegrityError, _Kind(500, _SERVER, "adapter_damaged", param="model")),
     (UnsupportedError, _Kind(501, _SERVER, "adapter_unsupported", param="model")),
+    (StoreError, _Kind(503, _SERVER, "store_unavailable", retry_after_s=5.0)),
     (EngineError, _Kind(503, _SERVER, "engine_unavailable", retry_after_s=1.0)),
     (LorayError, _Kind(500, _SERVER, None)),
 )

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's completions, chat completions and models; health and status."""
+"""The HTTP API: OpenAI's completions, chat completions and models; health, status and metrics."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from loray.spec import AdapterRef, ServeSpec
 from serve_apps import errors
 from serve_apps.directory import ModelDirectory
 from serve_apps.documentation import describe_bodies
+from serve_apps.exposition import CountRequests, GatewayMetrics, encode
 from serve_apps.generation import Engines, Part, merge
 from serve_apps.prompts import PromptEncoder
 
@@ -38,6 +39,7 @@ class Gateway:
         self.spec, self.directory = spec, directory
         self._prompts, self._engines = prompts, engines
         self._capacity: int | None = None
+        self.counted = GatewayMetrics()
 
     @property
     def _fingerprint(self) -> str:
@@ -128,7 +130,7 @@ class Gateway:
                 for field in ("adapters_in_pool", "adapters_on_host")
             }
             replicas.append(ReplicaStatus.model_validate(stats | named))
-        healthy = len(replicas) >= self.spec.num_replicas and self.directory.failure is None
+        healthy = len(replicas) >= self.spec.min_replicas and self.directory.failure is None
         return Status(
             status="ok" if healthy else "degraded",
             model=self.directory.base.name,
@@ -136,7 +138,14 @@ class Gateway:
             catalog=CatalogStatus(num_adapters=self.directory.num_adapters, failure=self.directory.failure),
             replicas=tuple(replicas),
             totals=total(tuple(replicas)),
+            autoscaling=None if self.spec.autoscaling is None else await self._engines.autoscaling(),
         )
+
+    async def metrics(self, accept: str) -> Response:
+        replicas = await self._engines.metrics()
+        families = self.counted.families(self.directory, replicas)
+        body, content_type = encode(families, accept)
+        return Response(body, media_type=content_type)
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -152,6 +161,7 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
     errors.install(app)
+    app.add_middleware(CountRequests, metrics=gateway.counted)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -177,6 +187,10 @@ def create_app(gateway: Gateway) -> FastAPI:
     @app.get("/status")
     async def status() -> Status:
         return await gateway.status()
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return await gateway.metrics(request.headers.get("accept", ""))
 
     describe_bodies(app, {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest})
     return app

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+from prometheus_client.core import Metric as Family
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -15,8 +17,11 @@ from ray.serve.handle import DeploymentHandle
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta
 from loray.errors import EngineError, LorayError, Overloaded
+from loray.serving.status import AutoscalingStatus
 from loray.telemetry import get_logger
 from serve_apps.replica import ReplicaUnavailable
+from serve_apps.router import suspect
+from serve_apps.scaling_log import ScalingLog
 
 _log = get_logger(__name__)
 
@@ -39,6 +44,12 @@ class Engines(Protocol):
     async def stats(self) -> list[dict[str, Any]]:
         """Of the replicas that answer."""
 
+    async def autoscaling(self) -> AutoscalingStatus | None:
+        """None where nothing has been decided yet."""
+
+    async def metrics(self) -> list[list[Family] | None]:
+        """Of each replica, its Prometheus families; None for one that does not answer in time."""
+
 
 class ServeEngines:
     """Engines behind a Ray Serve handle."""
@@ -57,6 +68,8 @@ class ServeEngines:
                         started = True
                         yield delta
                 except ReplicaUnavailable as e:
+                    if e.replica is not None:
+                        suspect(e.replica)
                     if started or attempt == ATTEMPTS - 1:
                         raise
                     _log.warning("request %s is sent again: %s", request.request_id, e)
@@ -89,6 +102,10 @@ class ServeEngines:
             if not finished:
                 response.cancel()
 
+    async def autoscaling(self) -> AutoscalingStatus | None:
+        log = ScalingLog(self._handle.deployment_id.app_name, self._handle.deployment_id.name)
+        return await asyncio.to_thread(log.read)
+
     async def capacity(self) -> int:
         try:
             return int(await self._handle.capacity.remote())
@@ -96,10 +113,21 @@ class ServeEngines:
             raise EngineError("no replica is running; try again") from e
 
     async def stats(self) -> list[dict[str, Any]]:
-        answers = await self._handle.broadcast("stats").results_async(
-            timeout_s=_STATS_TIMEOUT_S, return_exceptions=True
-        )
-        return [a for a in answers if isinstance(a, dict)]
+        return [a for a in await self._ask_all("stats") if isinstance(a, dict)]
+
+    async def metrics(self) -> list[list[Family] | None]:
+        return [a if isinstance(a, list) else None for a in await self._ask_all("metrics")]
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        """Each replica's answer, or the exception that stands for it; none where there are no replicas.
+
+        In a thread, as only Serve's blocking call gives the others' answers when one replica is silent.
+        """
+        ask = partial(self._handle.broadcast(method).results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+        try:
+            return list(await asyncio.to_thread(ask))
+        except (TimeoutError, DeploymentUnavailableError):
+            return []
 
 
 class Part(NamedTuple):

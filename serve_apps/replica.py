@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -27,11 +27,16 @@ from loray.errors import (
     Overloaded,
     RequestError,
 )
+from loray.serving.routing_report import make_report
 from loray.settings import Settings
 from loray.spec import AdapterRef, ServeSpec
 from loray.telemetry import configure_logging, get_logger
+from serve_apps.demand import ReplicaDemand
+from serve_apps.metrics import ReplicaMetrics
 
 if TYPE_CHECKING:
+    from prometheus_client.core import Metric as Family
+
     from loray.adapters.weights import AdapterWeights
     from loray.engine.request import GenerateRequest
     from loray.engine.stream import Delta, EngineStream
@@ -43,7 +48,14 @@ _CALLERS_OWN = (RequestError, NotFoundError, BaseMismatch, Overloaded)
 
 
 class ReplicaUnavailable(EngineError):
-    """The request never reached an engine: it may be sent to another replica."""
+    """The request never reached an engine: it may be sent to another replica. `replica` is the one that failed it."""
+
+    def __init__(self, message: str, replica: str | None = None) -> None:
+        super().__init__(message, replica)
+        self.replica = replica
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class EngineReplica:
@@ -56,7 +68,9 @@ class EngineReplica:
         set_num_threads(spec)
         self._spec = spec
         self._started_at = time.time()
+        self._metrics = ReplicaMetrics()
         self._stream = start_engine(spec, get_base(settings.home, spec.base), settings)
+        self._demand = spec.autoscaling and ReplicaDemand(spec, spec.autoscaling, self._stream)
 
     async def generate(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[Delta, None]:
         """Deltas as they come; what has come while the last one was sent goes as one. Closing it cancels.
@@ -67,8 +81,11 @@ class EngineReplica:
         try:
             self._stream.check_health()
         except EngineError as e:
-            raise ReplicaUnavailable(str(e)) from e
+            raise ReplicaUnavailable(str(e), _replica_id()) from e
         deltas = fitted(self._stream, request) if fit else _generate(self._stream, request)
+        deltas = self._metrics.observed(request, deltas)
+        if self._demand:
+            deltas = self._demand.observed(request, deltas)
         async with aclosing(_coalesced(deltas)) as coalesced:
             async for delta in coalesced:
                 yield delta
@@ -86,6 +103,41 @@ class EngineReplica:
             "uptime_s": time.time() - self._started_at,
         }
 
+    def metrics(self) -> list[Family]:
+        """Prometheus families for the gateway's exposition, labelled with this replica."""
+        return self._metrics.families(self._stream.stats(), _replica_id())
+
+    async def adapters(self, digests: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """Of these adapters, or of all that this replica has had: digest, name, version, nbytes (as published), tier
+        (pool, host, loading or none), uses, last_used_at (seconds since the epoch), num_tokens; replica and node.
+
+        One that was never asked for here, or long ago, is left out. Raises EngineError where the engine has stopped.
+        """
+        return [
+            {
+                "digest": place.ref.digest,
+                "name": place.ref.name,
+                "version": place.ref.version,
+                "nbytes": place.ref.nbytes,
+                "tier": "none" if place.tier is None else place.tier.value,
+                "uses": place.num_uses,
+                "last_used_at": place.last_used_at,
+                "num_tokens": place.num_tokens,
+                "replica": _replica_id(),
+                "node": socket.gethostname(),
+            }
+            for place in await self._stream.adapters(digests)
+        ]
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Asked for by Serve, every second, and sent to the routers when it differs."""
+        stats = self._stream.stats()
+        return make_report(stats.adapters_in_pool, stats.adapters_on_host, now=time.time())
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked for by Serve where it scales, and sent to its controller. On the loop, as the requests that it sums."""
+        return self._demand.stats() if self._demand else {}
+
     def check_health(self) -> None:
         """Serve replaces a replica whose engine has stopped."""
         self._stream.check_health()
@@ -98,7 +150,7 @@ class EngineReplica:
 def set_num_threads(spec: ServeSpec) -> None:
     """Before torch is imported: Ray tells its workers to use one thread, and OpenMP reads that once."""
     cores = len(os.sched_getaffinity(0))
-    num_threads = spec.num_threads or max(1, cores * _num_nodes() // max(spec.num_replicas, _num_nodes()))
+    num_threads = spec.num_threads or max(1, cores * _num_nodes() // max(spec.max_replicas, _num_nodes()))
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     import torch
 

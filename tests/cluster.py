@@ -7,7 +7,8 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,28 @@ def served(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) ->
         spec=spec,
     )
     api.delete()
+
+
+@contextmanager
+def deployed(cluster: RayCluster, served: Served, name: str, **fields: Any) -> Iterator[Served]:
+    """A further application `name` at `/name`, with ServeSpec's `fields`, beside the `served` one; deleted at the end.
+
+    It goes through `serve.run`: a config sent to Serve's REST API would replace the one that `served` deployed.
+    """
+    from ray import serve
+
+    from serve_apps.app import build
+
+    spec = ServeSpec.model_validate(served.spec.model_dump() | fields)
+    with pytest.MonkeyPatch.context() as environment:
+        for variable, value in cluster.settings.to_env().items():
+            environment.setenv(variable, value)
+        application = build(spec.model_dump(mode="json"))
+    try:
+        serve.run(application, name=name, route_prefix=f"/{name}")
+        yield replace(served, url=f"{served.url}/{name}", spec=spec)
+    finally:
+        serve.delete(name)
 
 
 SERVE: dict[str, Any] = {"pool_bytes": 4 << 20, "max_num_seqs": 4, "max_queued": 4, "num_threads": 1}

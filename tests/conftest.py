@@ -13,7 +13,7 @@ import pytest
 from loray.bases.registry import BaseModel, add_base
 from tests.tiny import write_checkpoint
 
-pytest_plugins = ["tests.cluster"]
+pytest_plugins = ["tests.cluster", "tests.postgres", "tests.s3"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -59,7 +59,8 @@ def test_help_is_quick_because_it_imports_neither_torch_nor_ray() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from loray.cli.main import cli;"
         "assert CliRunner().invoke(cli, ['--help']).exit_code == 0;"
-        "print([m for m in ('torch', 'ray', 'transformers', 'peft', 'fastapi') if m in sys.modules])"
+        "heavy = ('torch', 'ray', 'transformers', 'peft', 'fastapi', 'prometheus_client', 'boto3');"
+        "print([m for m in heavy if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

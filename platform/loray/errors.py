@@ -6,9 +6,12 @@
     ├── DataError              a data file is missing, empty or not in a known format
     ├── NotFoundError
     │   ├── BaseNotFound       no such base model on this machine
-    │   └── AdapterNotFound    no such adapter, version or alias in the catalog
+    │   ├── AdapterNotFound    no such adapter, version or alias in the catalog
+    │   └── JobNotFound        no such training job in the catalog, or Ray does not know it any more
     ├── ConflictError          the name, version or alias is taken or has moved meanwhile
+    │   └── RevisionConflict   an alias has another revision than the caller expected
     ├── CatalogError           the catalog's database cannot be reached or stays locked
+    ├── StoreError             the adapter store cannot be reached or refuses
     ├── ClusterError           the local Ray cluster does not come up
     ├── IntegrityError         bytes differ from their digest, or a published folder is incomplete
     ├── UnsupportedError       an architecture, adapter type or option that loray does not implement
@@ -53,11 +56,23 @@ class AdapterNotFound(NotFoundError):
     pass
 
 
+class JobNotFound(NotFoundError):
+    pass
+
+
 class ConflictError(LorayError):
     pass
 
 
+class RevisionConflict(ConflictError):
+    pass
+
+
 class CatalogError(LorayError):
+    pass
+
+
+class StoreError(LorayError):
     pass
 
 

@@ -31,17 +31,19 @@ def publish(
     store: AdapterStore,
     catalog: Catalog,
     aliases: Sequence[str] = (),
+    version: int | None = None,
     **manifest_fields: Any,
 ) -> AdapterVersion:
     """Publish the PEFT adapter in `folder` as the next version of `name`; writes its `loray.json`.
 
+    `version` asks for this number instead of the next: ConflictError where another adapter has it.
     `manifest_fields` go to `adapters.manifest.describe`. Everything that can be wrong with names or files is
     checked before the first byte is stored; the version appears in one transaction at the end. Repeating a
     publication that was cut off completes it.
     """
     catalog.check_name(name, aliases)
     describe(folder, base=base, **manifest_fields)
-    return _register(folder, name, base, store, catalog, aliases)
+    return _register(folder, name, base, store, catalog, aliases, version)
 
 
 def import_folder(
@@ -52,13 +54,14 @@ def import_folder(
     store: AdapterStore,
     catalog: Catalog,
     aliases: Sequence[str] = (),
+    version: int | None = None,
     licence: str | None = None,
     description: str = "",
 ) -> AdapterVersion:
     """Publish any PEFT LoRA or VeRA folder; it is not written to. One with a `loray.json` keeps its identity.
 
     Raises DataError (no such folder), UnsupportedError (another kind of adapter, pickled weights), BaseMismatch,
-    IntegrityError; then neither store nor catalog has changed.
+    IntegrityError; then neither store nor catalog has changed. `version` is as for `publish`.
     """
     from loray.adapters.peft_format import read_adapter
 
@@ -77,7 +80,7 @@ def import_folder(
             shutil.copy2(folder / AdapterManifest.FILE, copy / AdapterManifest.FILE)
         else:
             describe(copy, base=base, licence=licence, description=description)
-        return _register(copy, name, base, store, catalog, aliases)
+        return _register(copy, name, base, store, catalog, aliases, version)
 
 
 def _check_published(folder: Path, base: BaseModel) -> None:
@@ -90,12 +93,18 @@ def _check_published(folder: Path, base: BaseModel) -> None:
 
 
 def _register(
-    folder: Path, name: str, base: BaseModel, store: AdapterStore, catalog: Catalog, aliases: Sequence[str]
+    folder: Path,
+    name: str,
+    base: BaseModel,
+    store: AdapterStore,
+    catalog: Catalog,
+    aliases: Sequence[str],
+    version: int | None,
 ) -> AdapterVersion:
     catalog.add_base(base.name, base.fingerprint)
     digest = store.put(folder)
     manifest = parse_manifest(read_canonical(folder), source=str(folder))
-    return catalog.register(name, digest, manifest, aliases)
+    return catalog.register(name, digest, manifest, aliases, version=version)
 
 
 def base_of(folder: Path, home: Path) -> BaseModel:

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loray.errors import SettingsError
+from loray.locations import parse_location
 
 _KNOWN = {"LORAY_HOME", "LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS", "LORAY_LOG_LEVEL"}
 # Kubernetes describes a Service called loray-… to every pod of its namespace, in variables of these forms.
 _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
+# Written by `loray up --s3`: from then on the home's store is the local S3 server's bucket.
+LOCAL_S3_FOLDER = "s3"
+STORE_URL_FILE = "store_url"
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -21,7 +25,7 @@ class Settings:
     """Where a machine keeps what, and where its store and catalog are.
 
     home     folder of everything that loray keeps on this machine (`LORAY_HOME`, default `~/.loray`)
-    store    URL of the adapter store (`LORAY_STORE`, default `file://HOME/store`)
+    store    URL of the adapter store (`LORAY_STORE`; default `file://HOME/store`, or what `loray up --s3` started)
     catalog  SQLAlchemy URL of the catalog (`LORAY_CATALOG`, default SQLite in HOME)
     address  Ray dashboard or job-server address (`LORAY_ADDRESS`, default None: a local cluster)
     """
@@ -43,9 +47,11 @@ class Settings:
         home = Path(env.get("LORAY_HOME") or "~/.loray").expanduser().absolute()
         if home.exists() and not home.is_dir():
             raise SettingsError(f"LORAY_HOME={home} is not a folder; point it at one, or at a path that does not exist")
-        store = env.get("LORAY_STORE") or f"file://{home}/store"
-        if not store.startswith(("file://", "s3://")):
-            raise SettingsError(f"LORAY_STORE={store!r} must start with file:// or s3://")
+        store = env.get("LORAY_STORE") or _default_store(home)
+        try:
+            parse_location(store)
+        except SettingsError as e:
+            raise SettingsError(f"LORAY_STORE: {e}") from e
         catalog = env.get("LORAY_CATALOG") or f"sqlite:///{home}/catalog.db"
         if not catalog.startswith(("sqlite:", "postgresql")):
             raise SettingsError(f"LORAY_CATALOG={catalog!r} must be a sqlite: or postgresql URL")
@@ -56,8 +62,8 @@ class Settings:
 
     @property
     def is_local(self) -> bool:
-        """True where store or catalog lie on this machine's disk, out of a remote cluster's reach."""
-        return self.store.startswith("file://") or self.catalog.startswith("sqlite:")
+        """True where store or catalog are this machine's alone, out of a remote cluster's reach."""
+        return parse_location(self.store).is_local or self.catalog.startswith("sqlite:")
 
     def to_env(self) -> dict[str, str]:
         """The variables that give another process the same settings (`LORAY_ADDRESS` is the caller's own)."""
@@ -67,3 +73,8 @@ class Settings:
             "LORAY_CATALOG": self.catalog,
             "LORAY_LOG_LEVEL": self.log_level,
         }
+
+
+def _default_store(home: Path) -> str:
+    file = home / LOCAL_S3_FOLDER / STORE_URL_FILE
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else f"file://{home}/store"

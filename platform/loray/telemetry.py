@@ -1,8 +1,136 @@
-"""Names shared by every part that logs or measures."""
+"""Names shared by every part that logs or measures: loggers, and every metric as data.
+
+Metrics follow Prometheus' conventions (base units, `_total`) and vLLM's names where vLLM has one. Who counts what is
+told by its section of the table; all of `METRICS` is in the exposition at the gateway's `/metrics`.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+PREFIX = "loray_"
+
+
+class Metric(NamedTuple):
+    """`labels` without `replica`, which every metric of a replica has. `buckets`: ascending upper bounds."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+def _table(*metrics: Metric) -> Mapping[str, Metric]:
+    """By name, without the prefix."""
+    return {m.name: m._replace(name=PREFIX + m.name) for m in metrics}
+
+
+def _counter(name: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "counter", help, labels)
+
+
+def _gauge(name: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", help, labels)
+
+
+def _histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Metric:
+    return Metric(name, "histogram", help, labels, buckets)
+
+
+_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
+_REQUEST_SECONDS = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0)
+_LOAD_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_QUEUE_SECONDS = (0.001, 0.005, *_FIRST_TOKEN_SECONDS[1:])
+_STEP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+_STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_REQUEST_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_STEP_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
+# Of each replica: latencies and requests, by `method` (base, lora, vera, longlora).
+REQUEST_METRICS = _table(
+    _histogram(
+        "time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN_SECONDS, "method"
+    ),
+    _histogram("inter_token_latency_seconds", "Between two tokens of a request.", _TOKEN_SECONDS, "method"),
+    _histogram(
+        "e2e_request_latency_seconds", "From a request's arrival to its last token.", _REQUEST_SECONDS, "method"
+    ),
+    _histogram(
+        "request_queue_time_seconds",
+        "From being queued to the first step, the adapter's loading included.",
+        _QUEUE_SECONDS,
+        "method",
+    ),
+    _histogram("request_prompt_tokens", "Prompt tokens of a finished request.", _REQUEST_TOKENS, "method"),
+    _histogram("request_generation_tokens", "Output tokens of a finished request.", _REQUEST_TOKENS, "method"),
+    _counter(
+        "request_success_total",
+        "Requests that ended, by reason: stop, length, or abort where the caller left.",
+        "method",
+        "finished_reason",
+    ),
+    _counter(
+        "request_errors_total",
+        "Requests that were refused or failed in the replica, by the error's class.",
+        "method",
+        "error",
+    ),
+)
+
+# Of each replica: its engine.
+ENGINE_METRICS = _table(
+    _gauge("num_requests_running", "Requests in the engine's batch."),
+    _gauge("num_requests_waiting", "Requests that wait for blocks, a place in the batch or their adapter."),
+    _counter("prompt_tokens_total", "Prompt tokens computed, each once."),
+    _counter("generation_tokens_total", "Tokens generated."),
+    _counter("preemptions_total", "Running requests put back into the queue for want of blocks."),
+    _counter("engine_steps_total", "Steps of the engine."),
+    _histogram("engine_step_seconds", "A step: batch, forward pass, sampling.", _STEP_SECONDS),
+    _histogram("engine_step_tokens", "Tokens computed in a step.", _STEP_TOKENS),
+    _histogram("engine_step_adapters", "Different adapters in a step.", _STEP_ADAPTERS),
+    _gauge(
+        "pool_blocks",
+        "Blocks of the pool by what they hold: free, kv, layered (rows of adapters in layers), flat (other rows of "
+        "adapters), run (VeRA pairs).",
+        "kind",
+    ),
+    _gauge("kv_cache_usage_ratio", "Share of the pool's blocks that hold KV cache."),
+    _gauge("adapters", "Adapters by where they are: pool, host (and not in the pool), loading.", "tier"),
+    _gauge("adapter_host_bytes", "Host memory of adapters."),
+    _counter(
+        "adapter_requests_total",
+        "Requests for an adapter, by where it was when they came: pool, host, or store.",
+        "tier",
+    ),
+    _counter("adapter_loads_total", "Loads from the store begun."),
+    _counter("adapter_load_failures_total", "Adapters that could not be loaded or placed."),
+    _counter("adapter_loaded_bytes_total", "Bytes of loaded adapters in host memory."),
+    _histogram("adapter_load_seconds", "From the start of a load until the engine has the adapter.", _LOAD_SECONDS),
+    _counter("adapter_evictions_total", "Adapters thrown out of the pool or of host memory.", "tier"),
+    _gauge("replica_start_time_seconds", "When the replica started, in seconds since the epoch."),
+)
+
+# Of the gateway.
+GATEWAY_METRICS = _table(
+    _counter(
+        "http_requests_total",
+        "HTTP requests that ended, by status code; 499 where the client left before it had one.",
+        "route",
+        "code",
+    ),
+    _gauge("http_requests_in_flight", "HTTP requests under way, this one included."),
+    _counter("routing_decisions_total", "Choices of a replica, by reason.", "reason"),
+    _gauge("replicas_reporting", "Replicas whose metrics are in this answer."),
+    _gauge("replicas_silent", "Replicas that did not answer in time."),
+    _gauge("catalog_adapters", "Adapters of this base in the catalog's snapshot."),
+    _gauge("catalog_age_seconds", "Since the catalog was last read with success."),
+)
+
+METRICS: Mapping[str, Metric] = {**REQUEST_METRICS, **ENGINE_METRICS, **GATEWAY_METRICS}
 
 
 def get_logger(name: str) -> logging.Logger:

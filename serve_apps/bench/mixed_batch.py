@@ -46,13 +46,13 @@ def main() -> None:
 
 
 def _compare(num_requests: int, counts: list[int]) -> dict[str, Any]:
-    machine = _machine()
-    click.echo("  ".join(f"{k} {v}" for k, v in machine.items()))
+    facts = machine()
+    click.echo("  ".join(f"{k} {v}" for k, v in facts.items()))
     click.echo(f"{num_requests} requests at once, {PROMPT_TOKENS} + {NEW_TOKENS} tokens each; output tokens/s")
     click.echo(f"{'adapters':>8}  {'loray':>8}  {'PEFT':>8}  {'ratio':>6}  {'of base':>8}  load before")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        _write_adapters(Path(folder), max(counts))
+        write_adapters(Path(folder), max(counts))
         for n in counts:
             load = os.getloadavg()[0]
             rate = {s: num_requests * NEW_TOKENS / _worker(s, folder, n, num_requests) for s in SYSTEMS}
@@ -61,7 +61,7 @@ def _compare(num_requests: int, counts: list[int]) -> dict[str, Any]:
             click.echo(
                 f"{n:>8}  {rate['loray']:>8.1f}  {rate['peft']:>8.1f}  {ratio:>6.2f}  {of_base:>8.2f}  {load:.2f}"
             )
-    return {"machine": machine, "requests": num_requests, "rows": rows}
+    return {"machine": facts, "requests": num_requests, "rows": rows}
 
 
 def _worker(system: str, folder: str, n: int, num_requests: int) -> float:
@@ -72,7 +72,7 @@ def _worker(system: str, folder: str, n: int, num_requests: int) -> float:
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
     import peft
     import torch
     import transformers
@@ -90,19 +90,19 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _base() -> Any:
+def base_model() -> Any:
     from loray.bases.registry import add_base
     from loray.settings import Settings
 
     return add_base("smollm2", home=Settings.from_env().home)
 
 
-def _write_adapters(folder: Path, n: int) -> None:
+def write_adapters(folder: Path, n: int) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    path = _base().path
+    path = base_model().path
     for i in range(n):
         generator = torch.Generator().manual_seed(i)
         base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
@@ -126,7 +126,7 @@ def _run_loray(folder: Path, n: int, num_requests: int) -> float:
     from loray.engine.request import GenerateRequest
     from loray.spec import AdapterRef, SamplingParams, ServeSpec
 
-    base = _base()
+    base = base_model()
     folders = {hashlib.sha256(f"a{i}".encode()).hexdigest(): folder / f"a{i}" for i in range(n)}
     refs = [
         AdapterRef(
@@ -161,7 +161,7 @@ def _run_peft(folder: Path, n: int, num_requests: int) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(_base().path, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(base_model().path, dtype=torch.bfloat16)
     options: dict[str, Any] = {}
     if n:
         model = PeftModel.from_pretrained(model, folder / "a0", adapter_name="a0")

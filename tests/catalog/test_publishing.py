@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,8 +31,10 @@ def store(tmp_path: Path) -> AdapterStore:
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(f"sqlite:///{tmp_path}/catalog.db")
+def catalog(catalog_url: str) -> Iterator[Catalog]:
+    catalog = Catalog(catalog_url)
+    yield catalog
+    catalog.close()
 
 
 def test_published(base: BaseModel, peft_folder: PeftFolder, store: AdapterStore, catalog: Catalog) -> None:
@@ -83,7 +85,7 @@ def test_cut_off_and_repeated(
 ) -> None:
     folder = peft_folder(base)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise CatalogError("the database went away")
 
     with monkeypatch.context() as m:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from loray.engine.residency import Residency, Tier
+from loray.engine.usage import ResidencyCounts, UsageLog
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef
 
@@ -25,8 +26,14 @@ class World:
         self.num_loads = 0
         self.slots = slots
         self.placed: list[str] = []
+        self.now = 0.0
         self.residency: Residency[Packed, str] = Residency(
-            host_bytes=host_bytes, load=self.load, place=self.place, remove=self.placed.remove
+            host_bytes=host_bytes,
+            load=self.load,
+            place=self.place,
+            remove=self.placed.remove,
+            usage=UsageLog(now=lambda: 1000 + self.now),
+            clock=lambda: self.now,
         )
 
     def load(self, ref: AdapterRef) -> Future[Packed]:
@@ -181,3 +188,55 @@ def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
     world.residency.unwant(ref("a"))
     assert world.residency.host_used == 0
     world.residency.check_integrity()
+
+
+def test_a_request_is_a_hit_or_a_miss_where_its_adapter_is_when_it_comes() -> None:
+    world = World(slots=1, host_bytes=150)
+    residency = world.residency
+    a, b = ref("a"), ref("b")
+    for _ in range(2):  # the second waits for the flight of the first: neither found it here
+        residency.want(a)
+    residency.poll()
+    world.land("a", 120)
+    assert residency.acquire(a)
+    residency.want(a)
+    residency.want(a, again=True)  # preempted
+    for _ in range(4):
+        residency.unwant(a)
+    residency.release(a)
+    assert residency.evict_one()
+    residency.want(a)
+    residency.unwant(a)
+    world.bring("b")
+    assert residency.counts == ResidencyCounts(
+        pool_hits=1, host_hits=1, misses=3, loads=2, loaded_bytes=220, evictions=1, host_evictions=1
+    )
+    assert [(p.ref.name, p.tier, p.num_uses) for p in residency.places()] == [("b", Tier.POOL, 1), ("a", None, 4)]
+    assert [p.ref.name for p in residency.places([a.digest, "unheard of"])] == ["a"]
+    residency.release(b)
+    residency.check_integrity()
+
+
+def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
+    world = World(slots=2, host_bytes=100)
+    for name in "ab":  # b has no room until a's copy may go
+        world.residency.want(ref(name))
+    world.residency.poll()
+    world.now = 3.0
+    world.land("a")
+    assert world.residency.acquire(ref("a"))
+    world.residency.unwant(ref("a"))
+    world.residency.poll()
+    world.now = 3.5
+    world.land("b")
+    world.residency.want(ref("c"))
+    assert world.residency.acquire(ref("b"))
+    world.residency.unwant(ref("b"))
+    world.residency.poll()
+    world.flights["c"].set_exception(IntegrityError("damaged"))
+    world.residency.poll()
+    load_seconds = world.residency.load_seconds.counts()
+    assert (load_seconds.num_values, load_seconds.sum) == (2, 3.5)
+    assert world.residency.counts.failed_loads == 1
+    (place,) = world.residency.places([ref("c").digest])
+    assert (place.tier, place.last_used_at) == (None, 1003.5)

@@ -138,6 +138,32 @@ def test_a_dead_engine_fails_everyone_and_says_so(base: BaseModel) -> None:
     go(test)
 
 
+def test_who_asks_a_dying_engine_for_its_adapters_hears_of_it(base: BaseModel) -> None:
+    async def test() -> None:
+        async with started(base) as stream:
+            entered, leave = threading.Event(), threading.Event()
+
+            def forward(*_: object) -> None:
+                entered.set()
+                assert leave.wait(60)
+                raise RuntimeError("out of luck")
+
+            assert await stream.adapters() == []
+            stream._engine._model.forward = forward  # type: ignore[method-assign,assignment]
+            request_task = asyncio.create_task(collect(stream, request("a", IDS)))
+            await asyncio.to_thread(entered.wait, 60)
+            asked = asyncio.create_task(stream.adapters())
+            await asyncio.sleep(0)
+            leave.set()
+            for task in (request_task, asked):
+                with pytest.raises(EngineError, match="out of luck"):
+                    await task
+            with pytest.raises(EngineError, match="out of luck"):
+                await stream.adapters()
+
+    go(test)
+
+
 def test_stopping_ends_open_streams(base: BaseModel) -> None:
     async def test() -> None:
         async with started(base) as stream:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,14 +19,17 @@ from jobs import command, submission, worker
 from jobs import train as driver
 from jobs.events import decode
 from jobs.prepare import prepare
+from jobs.publication import already_published, best, publish_best
 from jobs.recipe import Recipe
+from jobs.runs import RunFolder, open_runs
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
-from loray.errors import BaseMismatch, ConflictError, LorayError, UnsupportedError
+from loray.errors import BaseMismatch, ConflictError, LorayError, StoreError
 from loray.settings import Settings
 from loray.train import checkpoint
 from loray.train.loop import train
 from loray.train.reporting import FolderReporter
+from tests.cluster import free_port
 from tests.jobs.test_recipe import write
 from tests.tiny import write_checkpoint
 
@@ -38,13 +40,13 @@ def settings(tmp_path: Path) -> Settings:
     return Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
 
 
-def trained(recipe: Recipe, settings: Settings, workdir: Path) -> tuple[Path, Any]:
-    """A run folder and Ray's result of it: every checkpoint, the latest last."""
+def trained(recipe: Recipe, settings: Settings, workdir: Path) -> tuple[RunFolder, Any]:
+    """A run and Ray's result of it: every checkpoint, the latest last."""
     prepared = prepare(recipe, settings)
-    folder = driver._new_run(settings, recipe)
-    reporter = FolderReporter(folder)
+    run = open_runs(settings).new(recipe.spec.name, "first")
+    reporter = FolderReporter(Path(run.path))
     train(prepared.spec, prepared.base, prepared.data, reporter=reporter, workdir=workdir)
-    return folder, result(reporter)
+    return run, result(reporter)
 
 
 def result(reporter: FolderReporter) -> Any:
@@ -52,19 +54,13 @@ def result(reporter: FolderReporter) -> Any:
     return SimpleNamespace(checkpoint=saved[-1][0], best_checkpoints=saved)
 
 
-def publish(made: Any, folder: Path, recipe: Recipe, settings: Settings) -> dict[str, Any]:
-    events: list[dict[str, Any]] = []
-    driver._publish_best(made, folder, recipe, settings, events.append)
-    return events[0]
-
-
 def test_checkpoints_without_an_evaluation_come_last() -> None:
     checkpoints = [(name, {"eval_loss": loss}) for name, loss in (("a", None), ("b", 2.0), ("c", 3.0))]
     made = SimpleNamespace(checkpoint="latest", best_checkpoints=checkpoints)
-    assert driver._best(made, by_loss=True) == "b"
-    assert driver._best(made, by_loss=False) == "latest"
+    assert best(made, by_loss=True) == "b"
+    assert best(made, by_loss=False) == "latest"
     made.best_checkpoints = checkpoints[:1]
-    assert driver._best(made, by_loss=True) == "latest"
+    assert best(made, by_loss=True) == "latest"
     scores = [worker.score(metrics["eval_loss"]) for _, metrics in checkpoints]
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
     assert min(scores) == 2.0
@@ -72,16 +68,16 @@ def test_checkpoints_without_an_evaluation_come_last() -> None:
 
 def test_a_run_without_held_out_data_publishes_its_end(tmp_path: Path, settings: Settings) -> None:
     recipe = write(tmp_path, dtype="float32", data={"train": "data.jsonl", "eval_fraction": 0})
-    folder, made = trained(recipe, settings, tmp_path)
-    event = publish(made, folder, recipe, settings)
+    run, made = trained(recipe, settings, tmp_path)
+    event = publish_best(made, run, recipe, settings)
     assert (event["label"], event["step"], event["evaluations"]) == ("arithmetic@1", 2, [])
 
 
 def test_what_is_published_is_the_checkpoints_recipe(tmp_path: Path, settings: Settings) -> None:
-    folder, made = trained(write(tmp_path, dtype="float32", data={"train": "data.jsonl"}), settings, tmp_path)
+    run, made = trained(write(tmp_path, dtype="float32", data={"train": "data.jsonl"}), settings, tmp_path)
     optimizer = {"learning_rate": 0.5}
     today = write(tmp_path, dtype="float32", base="other", optimizer=optimizer, publish={"licence": "CC0-1.0"})
-    publish(made, folder, today, settings)
+    publish_best(made, run, today, settings)
     manifest = Catalog(settings.catalog).adapter("arithmetic").versions[-1].manifest
     assert manifest.recipe is not None
     assert (manifest.recipe.base, manifest.recipe.optimizer.learning_rate) == ("tiny", 0.01)
@@ -91,39 +87,45 @@ def test_what_is_published_is_the_checkpoints_recipe(tmp_path: Path, settings: S
 
 def test_another_base_under_the_same_name_is_refused(tmp_path: Path, settings: Settings) -> None:
     recipe = write(tmp_path, dtype="float32")
-    folder, made = trained(recipe, settings, tmp_path)
-    state = folder / "step_000002" / checkpoint.RunState.FILE
+    run, made = trained(recipe, settings, tmp_path)
+    state = Path(run.path) / "step_000002" / checkpoint.RunState.FILE
     fingerprint = get_base(settings.home, "tiny").fingerprint
     state.write_text(state.read_text().replace(fingerprint, "0" * 64))
     with pytest.raises(BaseMismatch, match="tiny is now another model"):
-        publish(made, folder, recipe, settings)
+        publish_best(made, run, recipe, settings)
 
 
-def test_a_publication_is_the_same_from_another_job(
+def test_a_publication_carries_the_job_that_created_the_run(tmp_path: Path, settings: Settings) -> None:
+    recipe = write(tmp_path, dtype="float32")
+    run, made = trained(recipe, settings, tmp_path)
+    assert already_published(run, recipe) is None
+    first = publish_best(made, run, recipe, settings)
+    resumed = open_runs(settings).latest(recipe.spec.name)
+    assert publish_best(made, resumed, recipe, settings) == first == already_published(resumed, recipe)
+    (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
+    assert version.manifest.job_id == "first"
+    assert already_published(resumed, write(tmp_path, dtype="float32", max_steps=9)) is None
+
+
+def test_a_store_that_goes_away_leaves_a_checkpoint_to_publish(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(tmp_path, dtype="float32")
-    monkeypatch.setattr(driver, "_job_id", lambda: "first")
-    folder, made = trained(recipe, settings, tmp_path)
-    first = publish(made, folder, recipe, settings)
-    monkeypatch.setattr(driver, "_job_id", lambda: "second")
-    assert publish(made, folder, recipe, settings) == first
-    (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
-    assert version.manifest.job_id == "first"
+    run, made = trained(recipe, settings, tmp_path)
+    monkeypatch.setattr(RunFolder, "result", lambda run: made)
+    with monkeypatch.context() as patch:
 
+        def gone(url: str) -> None:
+            raise StoreError("connection refused")
 
-def test_a_run_folder_has_one_driver(tmp_path: Path) -> None:
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert other.stdout is not None
-    other.stdout.readline()
-    with pytest.raises(ConflictError, match="another driver is at work on the run"), driver._locked(tmp_path):
-        pass
-    other.communicate(b"\n")
-    with driver._locked(tmp_path) as folder:
-        assert folder == tmp_path
+        patch.setattr("jobs.publication.open_store", gone)
+        with pytest.raises(StoreError, match=r"refused; training is complete: .*recipe\.yaml --publish-checkpoint"):
+            driver._publish(made, run, recipe, settings)
+    catalog, events = Catalog(settings.catalog), list[dict[str, Any]]()
+    catalog.add_job("first", name=recipe.spec.name, recipe=recipe.spec)
+    driver.publish_latest(recipe, settings, events.append)
+    assert [e["label"] for e in events] == ["arithmetic@1"]
+    assert (catalog.job("first").status, catalog.job("first").version) == ("succeeded", 1)
 
 
 def test_other_weights_under_a_known_base_are_refused_before_training(tmp_path: Path, settings: Settings) -> None:
@@ -147,15 +149,15 @@ def test_an_unexpected_error_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert event["message"].startswith("OSError: [Errno 28] No space left on device")
 
 
-def test_only_checkpoints_go_through_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_checkpoints_go_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[dict[str, Any]] = []
+    sent: list[dict[str, Any]] = []
     monkeypatch.setattr("ray.train.report", lambda metrics, **_: reported.append(metrics))
-    path = tmp_path / "events.jsonl"
     for rank in (0, 1):
-        reporter = worker.RayReporter(path, rank)
+        reporter = worker.RayReporter(SimpleNamespace(send=sent.append), rank)  # type: ignore[arg-type]
         reporter.report({"event": "step", "step": 1}, None)
         reporter.report({"event": "checkpoint", "step": 1, "eval_loss": None}, None)
-    assert [decode(line) for line in path.read_text().splitlines()] == [{"event": "step", "step": 1}]
+    assert sent == [{"event": "step", "step": 1}]
     assert [m["event"] for m in reported] == ["checkpoint"] * 2
     assert reported[0]["score"] == sys.float_info.max
 
@@ -172,7 +174,7 @@ def test_an_error_on_another_rank_ends_this_one_too(
         home=str(settings.home),
         base_fingerprint=get_base(settings.home, "tiny").fingerprint,
         log_level="WARNING",
-        events=str(tmp_path / "events.jsonl"),
+        events=None,
         data=None,
     )
     assert worker.run(config) == "rank 1 has no such base"
@@ -213,12 +215,13 @@ def test_a_connection_that_still_brings_lines_is_taken_up_again(monkeypatch: pyt
     assert dead.calls == 5
 
 
-def test_a_store_that_is_not_there_yet_is_refused_at_submission(
+def test_a_store_that_does_not_answer_is_refused_at_submission(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submission, "local", lambda *_, **__: pytest.fail("submitted"))
-    for name, value in (settings.to_env() | {"LORAY_STORE": "s3://bucket/loray"}).items():
+    (tmp_path / "keys").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    store = f"s3://bucket/loray?endpoint_url=http://127.0.0.1:{free_port()}&credentials_file={tmp_path}/keys"
+    for name, value in (settings.to_env() | {"LORAY_STORE": store}).items():
         monkeypatch.setenv(name, value)
     outcome = CliRunner().invoke(command.train, [str(write(tmp_path).path)])
-    assert isinstance(outcome.exception, UnsupportedError)
-    assert "s3:// is not supported yet" in str(outcome.exception)
+    assert isinstance(outcome.exception, StoreError)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from jobs.bases import ensure_base
 from jobs.prepare import prepare, row_length
 from jobs.recipe import Recipe, load_recipe, shipped
 from loray.bases.registry import BaseModel, add_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError, UnsupportedError
 from loray.settings import Settings
+from loray.store import open_filesystem
+from tests.s3 import S3Server
 from tests.tiny import write_checkpoint
 
 RECIPE: dict[str, Any] = {
@@ -71,6 +76,17 @@ def test_a_missing_recipe_names_the_shipped_ones() -> None:
         load_recipe("nothing")
 
 
+def test_a_recipe_is_also_an_object_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(json.dumps(RECIPE))
+    assert recipe.spec == write(tmp_path).spec
+    assert (recipe.path, recipe.data().train) == (None, str(tmp_path / "data.jsonl"))
+    with pytest.raises(SpecError, match="the recipe is not valid JSON"):
+        load_recipe('{"name": ')
+    with pytest.raises(SpecError, match=r"the recipe is not a valid TrainSpec:\n  speed: "):
+        load_recipe(json.dumps(RECIPE | {"speed": 1}))
+
+
 def test_an_unknown_field_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"learning_rat"):
         write(tmp_path, optimizer={"learning_rat": 0.1})
@@ -120,6 +136,55 @@ def test_what_is_wrong_is_said_first(
 ) -> None:
     with pytest.raises(error, match=message):
         prepare(write(tmp_path, **fields), settings)
+
+
+def test_data_lies_in_the_stores_bucket_too(tmp_path: Path, settings: Settings, s3_server: S3Server) -> None:
+    local = prepare(write(tmp_path), settings)
+    url = s3_server.url("data", prefix="store")
+    shared = Settings.from_env(settings.to_env() | {"LORAY_STORE": url})
+    bucket, _ = open_filesystem(url)
+    name = url.removeprefix("s3://").split("/")[0]
+    for key in ("rows/train.jsonl", "rows/eval.jsonl"):
+        with bucket.open_output_stream(f"{name}/{key}") as file:
+            file.write((tmp_path / "data.jsonl").read_bytes() + (b"{\n" if "eval" in key else b""))
+    good = f"s3://{name}/rows/train.jsonl"
+    data = {"train": good, "eval_fraction": 0.2, "max_length": 64}
+    prepared = prepare(write(tmp_path, data=data), shared)
+    assert prepared.spec.data.train == good
+    assert (prepared.data.fingerprint, prepared.data.report) == (local.data.fingerprint, local.data.report)
+    options = url.partition("?")[2]  # those of a store's URL do for any bucket
+    assert (
+        prepare(write(tmp_path, data=data | {"train": f"{good}?{options}"}), settings).data.report == local.data.report
+    )
+    for source, message in (
+        (f"s3://{name}/rows/none.jsonl", "rows/none.jsonl does not exist"),
+        (f"s3://{name}/rows", "is a folder"),
+        (f"s3://{name}/rows/eval.jsonl", "rows/eval.jsonl, line 21: not valid JSON"),
+        (f"s3://{name}/rows/train.jsonl?endpoint=x", "unknown option endpoint"),
+    ):
+        with pytest.raises(DataError, match=re.escape(source)) as error:
+            prepare(write(tmp_path, data=data | {"eval": source}), shared)
+        assert message in str(error.value)
+
+
+def test_the_packaged_base_is_made_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, made = write_checkpoint(tmp_path / "checkpoint"), []
+
+    def build(name: str, *, home: Path) -> BaseModel:
+        made.append(name)
+        return add_base(str(checkpoint), home=home, name=name)
+
+    monkeypatch.setattr("jobs.bases.add_base", build)
+    home = tmp_path / "new" / "home"
+    processes = [threading.Thread(target=ensure_base, args=(home, "smollm2")) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert made == ["smollm2"]
+    assert ensure_base(home, "smollm2") == get_base(home, "smollm2")
+    with pytest.raises(BaseNotFound, match="loray base add other"):
+        ensure_base(home, "other")
 
 
 def test_rows_of_a_long_context_adapter_fill_its_context(tmp_path: Path, settings: Settings, base: BaseModel) -> None:

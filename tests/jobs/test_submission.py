@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,24 +57,88 @@ def test_a_missing_data_file_is_no_job(tmp_path: Path) -> None:
 
 
 def test_a_remote_cluster_cannot_reach_this_disk(tmp_path: Path) -> None:
-    for env in ({}, {"LORAY_STORE": "s3://bucket/loray"}, {"LORAY_CATALOG": "postgresql://db/loray"}):
-        with pytest.raises(SettingsError, match="s3://, which this version does not have yet"):
+    for env in (
+        {},
+        {"LORAY_STORE": "s3://bucket/loray"},
+        {"LORAY_CATALOG": "postgresql://db/loray"},
+        REACHABLE | {"LORAY_STORE": "s3://bucket/loray?endpoint_url=http://127.0.0.1:9000"},
+        REACHABLE | {"LORAY_CATALOG": "postgresql://localhost:5432/loray"},
+    ):
+        with pytest.raises(SettingsError, match=r"head\.example:8265 cannot reach this machine"):
             submission.remote(
                 write(tmp_path), Settings.from_env(env), address=ADDRESS, resume=False, stage=tmp_path / "stage"
             )
 
 
 def test_remote_jobs_take_the_recipe_and_its_data_along(tmp_path: Path) -> None:
-    stage = tmp_path / "stage"
-    stage.mkdir()
     recipe = write(tmp_path / "a", data={"train": "data.jsonl", "eval": "s3://bucket/eval.jsonl"})
     (tmp_path / "a" / "large-and-unrelated.bin").touch()
-    job = submission.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=stage)
-    assert sorted(p.name for p in stage.iterdir()) == ["data.jsonl", "recipe.yaml"]
-    assert load_recipe(str(stage / "recipe.yaml")).data().train == str(stage / "data.jsonl")
+    folder = stage(tmp_path)
+    job = submission.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["data.jsonl", "recipe.yaml"]
+    assert load_recipe(str(folder / "recipe.yaml")).data().train == str(folder / "data.jsonl")
     assert job.entrypoint == "python -P -m jobs.train recipe.yaml --events"
-    assert job.runtime_env["working_dir"] == str(stage)
+    assert job.runtime_env["working_dir"] == str(folder)
     assert job.runtime_env["env_vars"] == REACHABLE | {"LORAY_LOG_LEVEL": "INFO"}
+
+
+def test_no_secret_of_this_machine_is_sent(tmp_path: Path) -> None:
+    options = "endpoint_url=https://s3.example&region=eu-west-1"
+    settings = Settings.from_env(
+        {
+            "LORAY_STORE": f"s3://bucket/loray?{options}&credentials_file={tmp_path}/keys",
+            "LORAY_CATALOG": "postgresql://loray:hush@db/loray",
+        }
+    )
+    job = submission.remote(write(tmp_path), settings, address=ADDRESS, resume=True, stage=stage(tmp_path))
+    assert job.runtime_env["env_vars"] == {
+        "LORAY_STORE": f"s3://bucket/loray?{options}",
+        "LORAY_LOG_LEVEL": "INFO",
+    }
+    assert "hush" not in str(job)
+    command = job.entrypoint.replace("python", "echo python")
+    with_catalog = subprocess.run(command, shell=True, env={"LORAY_CATALOG": "x"}, capture_output=True, text=True)
+    assert with_catalog.stdout.split() == ["python", "-P", "-m", "jobs.train", "recipe.yaml", "--events", "--resume"]
+    without = subprocess.run(command, shell=True, env={}, capture_output=True, text=True)
+    assert (without.returncode != 0, without.stdout) == (True, "")
+    assert "LORAY_CATALOG: must be set on the nodes of the cluster" in without.stderr
+
+
+def stage(folder: Path) -> Path:
+    (folder / "stage").mkdir()
+    return folder / "stage"
+
+
+def test_a_recipe_needs_no_file(tmp_path: Path) -> None:
+    spec = write(tmp_path, data={"train": "s3://bucket/it's.jsonl", "eval": "/shared/eval.jsonl"}).spec
+    for settings in (Settings.from_env({"LORAY_HOME": str(tmp_path)}), Settings.from_env(REACHABLE)):
+        job = submission.from_spec(spec, settings, resume=True)
+        *command, source, as_events, resume = shlex.split(job.entrypoint)
+        assert command == ["exec", sys.executable, "-P", "-m", "jobs.train"]
+        assert (as_events, resume) == ("--events", "--resume")
+        assert load_recipe(source).spec == spec
+        assert job.runtime_env == {"env_vars": settings.to_env()}
+        assert job.metadata == {"loray_name": "arithmetic", "loray_method": "lora"}
+    local = submission.local(
+        load_recipe(source)._replace(spec=write(tmp_path).spec, folder=tmp_path), settings, resume=False
+    )
+    assert load_recipe(shlex.split(local.entrypoint)[-2]).spec == write(tmp_path).spec
+
+
+def test_a_submitted_recipe_names_data_that_a_node_finds(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'data\.jsonl' is a relative path"):
+        submission.from_spec(write(tmp_path).spec, Settings.from_env({}))
+
+
+def test_a_clusters_own_password_stays_in_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = write(tmp_path, data={"train": "s3://bucket/train.jsonl"}).spec
+    settings = Settings.from_env(REACHABLE | {"LORAY_CATALOG": "postgresql://db/loray?user=loray&password=hush"})
+    monkeypatch.setattr(submission, "current_cluster", lambda home: None)
+    elsewhere = submission.from_spec(spec, settings)
+    assert "hush" not in str(elsewhere)
+    assert "LORAY_CATALOG" in elsewhere.entrypoint
+    monkeypatch.setattr(submission, "current_cluster", lambda home: "this home's own, which shows it to nobody else")
+    assert submission.from_spec(spec, settings).runtime_env == {"env_vars": settings.to_env()}
 
 
 def test_data_elsewhere_is_not_uploaded(tmp_path: Path) -> None:

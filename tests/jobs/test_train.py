@@ -64,7 +64,9 @@ def test_a_submitted_job_trains_and_publishes(ray_cluster: RayCluster, base: Bas
     ]
 
     published = events[-1]
-    version = Catalog(ray_cluster.settings.catalog).adapter("submitted").versions[-1]
+    catalog = Catalog(ray_cluster.settings.catalog)
+    version = catalog.adapter("submitted").versions[-1]
+    assert (catalog.job(job).status, catalog.job(job).version) == ("succeeded", version.version)
     assert (version.label, version.digest, version.aliases) == (published["label"], published["digest"], ("prod",))
     assert version.manifest.job_id == job
     assert version.manifest.recipe is not None
@@ -138,6 +140,9 @@ def test_a_diverging_run_publishes_nothing(ray_cluster: RayCluster, base: BaseMo
         run(recipe, ray_cluster.settings)
     with pytest.raises(AdapterNotFound):
         Catalog(ray_cluster.settings.catalog).adapter("diverging")
+    (job,) = Catalog(ray_cluster.settings.catalog).jobs(name="diverging").jobs
+    assert (job.status, job.version) == ("failed", None)
+    assert "not finite" in job.message
 
 
 def test_a_run_goes_on_behind_checkpoints_without_an_evaluation(

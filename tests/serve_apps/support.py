@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastapi import FastAPI
+from prometheus_client.core import Metric as Family
 
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta, EngineStream
+from loray.serving.status import AutoscalingStatus
 from loray.spec import AdapterManifest, ServeSpec
 from serve_apps.directory import ModelDirectory
 from serve_apps.gateway import Gateway, create_app
 from serve_apps.generation import Engines
+from serve_apps.metrics import ReplicaMetrics
 from serve_apps.prompts import PromptEncoder
 from serve_apps.replica import fitted
 
@@ -66,6 +69,8 @@ class ScriptedEngines:
         self.fits: list[bool] = []
         self.closed: list[str] = []
         self.replicas: list[dict[str, Any]] = [STATS]
+        self.families: list[list[Family] | None] = []
+        self.scaling: AutoscalingStatus | None = None
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
@@ -86,12 +91,19 @@ class ScriptedEngines:
     async def stats(self) -> list[dict[str, Any]]:
         return self.replicas
 
+    async def metrics(self) -> list[list[Family] | None]:
+        return self.families
+
+    async def autoscaling(self) -> AutoscalingStatus | None:
+        return self.scaling
+
 
 class LocalEngines:
     """One real engine in this process."""
 
     def __init__(self, stream: EngineStream) -> None:
         self.stream = stream
+        self.replica = ReplicaMetrics()
 
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
         if fit:
@@ -101,8 +113,14 @@ class LocalEngines:
     async def capacity(self) -> int:
         return sum(self.stream.stats().blocks.values()) * 16
 
+    async def autoscaling(self) -> AutoscalingStatus | None:
+        return None
+
     async def stats(self) -> list[dict[str, Any]]:
         return [STATS | self.stream.stats().to_dict()]
+
+    async def metrics(self) -> list[list[Family] | None]:
+        return [self.replica.families(self.stream.stats(), "r1")]
 
 
 def delta(text: str, finish_reason: Any = None, *, num_output_tokens: int = 1, num_prompt_tokens: int = 3) -> Delta:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from loray.catalog import AdapterVersion
 from loray.publishing import publish
@@ -80,6 +81,44 @@ def test_every_name_of_a_model(client: openai.OpenAI, served: Served, tone: list
     assert "tone" in models
     labels = {label for r in status(served)["replicas"] for label in r["adapters_in_pool"]}
     assert {v.label for v in tone} <= labels
+
+
+def metrics(served: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    text = httpx.get(f"{served.url}/metrics", timeout=30).raise_for_status().text
+    return {
+        (s.name, frozenset(s.labels.items())): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+def test_metrics_grow_by_what_is_asked(client: openai.OpenAI, served: Served, tone: list[AdapterVersion]) -> None:
+    answer(client, tone[0].label)
+    before = metrics(served)
+    for _ in range(2):
+        answer(client, tone[0].label)
+    answer(client, "tiny")
+    (replica,) = status(served)["replicas"]
+
+    def grown(name: str, **labels: str) -> float:
+        key = name, frozenset(labels.items())
+        return after[key] - before.get(key, 0.0)
+
+    def counted() -> bool:
+        nonlocal after
+        after = metrics(served)
+        return grown("loray_generation_tokens_total", replica=replica["replica"]) >= 3 * GREEDY["max_tokens"]
+
+    after = before
+    assert eventually(counted)  # the engine's totals are as of a moment ago
+    r = replica["replica"]
+    assert grown("loray_generation_tokens_total", replica=r) == 3 * GREEDY["max_tokens"]
+    assert grown("loray_adapter_requests_total", replica=r, tier="pool") == 2
+    assert grown("loray_time_to_first_token_seconds_count", replica=r, method="lora") == 2
+    assert grown("loray_request_success_total", replica=r, method="base", finished_reason="length") == 1
+    assert grown("loray_http_requests_total", route="/v1/completions", code="200") == 3
+    assert sum(after[key] - before.get(key, 0.0) for key in after if key[0] == "loray_routing_decisions_total") == 3
+    assert after["loray_replicas_reporting", frozenset()] == 1
 
 
 def test_promote_changes_the_next_answer_and_rollback_restores_it(

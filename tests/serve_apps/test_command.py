@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 
 from loray.cli.main import cli
 from loray.errors import BaseNotFound, ConflictError, SettingsError, SpecError
-from loray.serving.status import ReplicaStatus
+from loray.serving.status import AutoscalingStatus, CatalogStatus, EngineStatus, ReplicaStatus, ScalingDecision, Status
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.command import _row, _settle_port, _spec
+from serve_apps.command import _row, _settle_port, _show, _spec
 from serve_apps.deployment import Address, State, serve_config
 from tests.cluster import RayCluster, Served, free_port
 from tests.conftest import REPOSITORY
@@ -64,9 +64,24 @@ def test_options_go_over_the_file(tmp_path: Path) -> None:
         _spec(file, {})
 
 
-def test_nothing_runs(loray: Loray) -> None:
+def test_bounds_make_the_number_of_replicas_follow_demand(tmp_path: Path) -> None:
+    assert _spec(None, {"num_replicas": 2}).autoscaling is None
+    spec = _spec(None, {"max_replicas": 3})
+    assert (spec.min_replicas, spec.max_replicas, spec.num_replicas) == (1, 3, 1)
+    file = tmp_path / "spec.yaml"
+    file.write_text("autoscaling: {min_replicas: 2, max_replicas: 6, window_s: 30}\n")
+    scaling = _spec(file, {"max_replicas": 3}).autoscaling
+    assert scaling is not None
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.window_s) == (2, 3, 30)
+    with pytest.raises(SpecError, match="max_replicas must be at least min_replicas"):
+        _spec(None, {"min_replicas": 3, "max_replicas": 2})
+
+
+def test_nothing_runs(loray: Loray, tmp_path: Path) -> None:
     assert "nothing is being served" in loray("status").output
-    assert json.loads(loray("status", "--json").output) == {"serving": False}
+    store = f"file://{tmp_path}/home/store"
+    assert json.loads(loray("status", "--json").output) == {"serving": False, "store": store}
+    assert f"store: {store}" in loray("status").output
     assert "nothing is running" in loray("down").output
 
 
@@ -118,25 +133,30 @@ def test_a_request_whose_adapter_loads_is_counted_once() -> None:
     assert _row(replica)[3:5] == (2, 3)
 
 
+def test_status_shows_why_the_number_of_replicas_is_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    decision = ScalingDecision(time=0.0, from_replicas=1, to_replicas=2, reason="working set 12.0 MiB of 12 adapters")
+    report = Status(
+        status="ok",
+        model="tiny",
+        spec=ServeSpec(),
+        catalog=CatalogStatus(num_adapters=12),
+        replicas=(),
+        totals=EngineStatus(),
+        autoscaling=AutoscalingStatus(target=2, reason="tokens need 2 replicas", time=9.0, decisions=(decision,)),
+    )
+    _show("http://u", State("RUNNING", "", 0.0, {}), report, None, "http://d", "file:///s")
+    shown = capsys.readouterr().out
+    assert "2 wanted: tokens need 2 replicas" in shown
+    (row,) = [line.split() for line in shown.splitlines() if "working set" in line]
+    assert row[2:5] == ["1", "2", "working"]
+
+
 def test_a_failure_says_what_loray_said() -> None:
     trace = "File x\nloray.errors.SpecError: pool_bytes=1 holds nothing\nmore\n"
     assert State("DEPLOY_FAILED", trace, 0.0, {}).reason == "pool_bytes=1 holds nothing"
     assert State("DEPLOY_FAILED", "a\nb", 0.0, {}).reason == "a\nb"
     state = State("DEPLOYING", "", 0.0, {"engine": {"STARTING": 1}, "gateway": {}})
     assert str(state) == "deploying: engine 1 starting; gateway …"
-
-
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "serve_apps" / "configs").glob("*.yaml")), ids=lambda f: f.name)
-def test_configs_are_serves_and_ours(file: Path) -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    from serve_apps.app import build
-
-    config = yaml.safe_load(file.read_text())
-    ServeDeploySchema.model_validate(config)
-    (application,) = config["applications"]
-    assert application["import_path"] == f"{build.__module__}:{build.__name__}"
-    ServeSpec.parse(application["args"], source=file.name)
 
 
 def test_what_up_deploys_is_a_serve_config(tmp_path: Path) -> None:
@@ -166,4 +186,5 @@ def test_up_again_is_an_update_and_status_tells(
     assert (status["serving"], status["url"], status["gateway"]["model"]) == (True, served.url, "tiny")
     table = loray("status").output
     assert "running" in table
+    assert "hit rate" in table
     assert served.url in table

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.errors import EngineError, IntegrityError, Overloaded, RequestError
+from loray.serving.status import AutoscalingStatus, ScalingDecision
 from serve_apps.directory import REFRESH_S
 from tests.serve_apps.support import ScriptedEngines, catalog_url, delta, gateway_app, register
 
@@ -346,6 +347,19 @@ def test_health_and_status(client_of: Any, base: BaseModel) -> None:
         engines.replicas = []
         assert error_of(client.get("/health"), 503)["code"] == "engine_unavailable"
         assert client.get("/status").json()["status"] == "degraded"
+
+
+def test_status_says_what_the_autoscaler_decided(client_of: Any) -> None:
+    engines = ScriptedEngines()
+    decision = ScalingDecision(time=1.0, from_replicas=1, to_replicas=2, reason="tokens need 2 replicas")
+    engines.scaling = AutoscalingStatus(target=2, reason="tokens need 2 replicas", time=3.0, decisions=(decision,))
+    with client_of(engines, num_replicas=2, autoscaling={"min_replicas": 1, "max_replicas": 2}) as client:
+        status = client.get("/status").json()
+    assert status["status"] == "ok"  # there is one, of at least one
+    assert status["autoscaling"]["target"] == 2
+    assert status["autoscaling"]["decisions"] == [decision.model_dump()]
+    with client_of(engines, num_replicas=1) as client:
+        assert client.get("/status").json()["autoscaling"] is None
 
 
 def test_openapi_describes_the_bodies(client_of: Any) -> None:

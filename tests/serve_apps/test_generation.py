@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta
@@ -60,6 +62,26 @@ class Handle:
         return self.responses[-1]
 
 
+class Broadcasts:
+    """A handle whose replicas answer as scripted, or that fails."""
+
+    def __init__(self, answers: list[Any] | Exception) -> None:
+        self.answers, self.asked = answers, list[str]()
+
+    def options(self, **_: Any) -> Broadcasts:
+        return self
+
+    def broadcast(self, method: str) -> Broadcasts:
+        self.asked.append(method)
+        return self
+
+    def results(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        assert return_exceptions
+        if isinstance(self.answers, Exception):
+            raise self.answers
+        return self.answers
+
+
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "_BACKOFF_S", 0.0)
@@ -82,6 +104,14 @@ def test_a_lost_replica_is_tried_again_while_nothing_has_come() -> None:
     handle = Handle([ActorDiedError()], [raised_by(ReplicaUnavailable("stopped"))], [delta("a"), delta("b", "stop")])
     assert collect(handle) == ["a", "b"]
     assert [r.request_id for r in handle.requests] == ["r", "r-1", "r-2"]
+
+
+def test_a_replica_whose_engine_has_stopped_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
+    avoided: list[str] = []
+    monkeypatch.setattr(generation, "suspect", avoided.append)
+    error = pickle.loads(pickle.dumps(ReplicaUnavailable("stopped", "r7")))  # as it comes from the replica's process
+    assert collect(Handle([raised_by(error)], [delta("a", "stop")])) == ["a"]
+    assert avoided == ["r7"]
 
 
 def test_attempts_are_bounded() -> None:
@@ -198,3 +228,16 @@ def test_merged_deltas_keep_logprobs() -> None:
     one = delta("a")._replace(logprobs=("x",))  # type: ignore[arg-type]
     two = delta("b", "stop", num_output_tokens=2)._replace(logprobs=("y",))  # type: ignore[arg-type]
     assert merge_deltas([one, two]) == Delta("ab", (1, 1), ("x", "y"), "stop", 3, 2)  # type: ignore[arg-type]
+
+
+def test_a_silent_replica_takes_nothing_from_what_the_others_say() -> None:
+    handle: Any = Broadcasts([[], TimeoutError(), {"num_running": 1}])
+    assert asyncio.run(ServeEngines(handle).metrics()) == [[], None, None]
+    assert asyncio.run(ServeEngines(handle).stats()) == [{"num_running": 1}]
+    assert handle.asked == ["metrics", "stats"]
+
+
+@pytest.mark.parametrize("failure", [TimeoutError(), DeploymentUnavailableError(DeploymentID("engine"))])
+def test_without_replicas_nobody_answers(failure: Exception) -> None:
+    engines = ServeEngines(Broadcasts(failure))  # type: ignore[arg-type]
+    assert asyncio.run(engines.stats()) == asyncio.run(engines.metrics()) == []

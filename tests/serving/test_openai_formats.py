@@ -151,3 +151,14 @@ def test_status_totals() -> None:
     )
     assert total(replicas) == EngineStatus(num_running=3, blocks={"free": 3, "kv": 4}, max_adapters_in_step=3)
     assert total(()) == EngineStatus()
+
+
+def test_the_hit_rate_is_of_requests_for_adapters() -> None:
+    common = {"node": "n", "pid": 1, "uptime_s": 1.0}
+    replicas = (
+        ReplicaStatus(replica="a", num_pool_hits=3, num_host_hits=1, **common),
+        ReplicaStatus(replica="b", num_misses=2, **common),
+    )
+    assert [r.hit_rate for r in replicas] == [0.75, 0.0]
+    assert total(replicas).model_dump()["hit_rate"] == 0.5
+    assert EngineStatus().hit_rate is None

@@ -1,4 +1,4 @@
-"""Names, versions and aliases of adapters, in SQLite or PostgreSQL."""
+"""Names, versions and aliases of adapters, and training jobs, in SQLite or PostgreSQL."""
 
 from loray.catalog.catalog import Catalog
 from loray.catalog.entries import (
@@ -7,9 +7,14 @@ from loray.catalog.entries import (
     AdapterEntry,
     AdapterVersion,
     AliasMove,
+    AliasState,
     CatalogSnapshot,
+    EndStatus,
+    Job,
+    JobStatus,
     split_model,
 )
+from loray.catalog.jobs import JobPage
 
 __all__ = [
     "DEFAULT_ALIAS",
@@ -17,7 +22,12 @@ __all__ = [
     "AdapterEntry",
     "AdapterVersion",
     "AliasMove",
+    "AliasState",
     "Catalog",
     "CatalogSnapshot",
+    "EndStatus",
+    "Job",
+    "JobPage",
+    "JobStatus",
     "split_model",
 ]

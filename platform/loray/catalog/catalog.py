@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import sqlalchemy as sa
-from pydantic import TypeAdapter, ValidationError
 
 from loray.adapters.manifest import canonical_json
-from loray.catalog.database import open_database, reading, writing
+from loray.catalog.aliases import Aliases, move_alias
+from loray.catalog.database import reading, writing
 from loray.catalog.entries import (
-    DEFAULT_ALIAS,
     AdapterDetail,
     AdapterEntry,
     AdapterVersion,
@@ -20,36 +17,34 @@ from loray.catalog.entries import (
     CatalogSnapshot,
     split_model,
 )
+from loray.catalog.jobs import Jobs
 from loray.catalog.queries import (
-    alias_is,
+    check_alias,
+    check_name,
     count_change,
     load_entries,
     load_entry,
     load_version,
     lock,
+    log,
     new_id,
     now,
     refuse_base_name,
+    select_names,
     utc,
-    version_id_of,
 )
-from loray.catalog.schema import adapters, alias_moves, aliases, audit_log, bases, changes, versions
+from loray.catalog.schema import adapters, alias_moves, bases, changes, versions
 from loray.errors import ConflictError, SpecError
-from loray.spec import AdapterManifest, AdapterRef, Alias, Name
+from loray.spec import AdapterManifest, AdapterRef
+
+_MAX_VERSION = 2**31 - 1  # what the column holds
 
 
-class Catalog:
+class Catalog(Aliases, Jobs):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
     `actor` is who the audit log says did it.
     """
-
-    def __init__(self, url: str, *, actor: str = "local") -> None:
-        self._engine = open_database(url)
-        self._actor = actor
-
-    def close(self) -> None:
-        self._engine.dispose()
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -58,7 +53,7 @@ class Catalog:
 
         ConflictError where an adapter has the name, or the base another fingerprint.
         """
-        _check(Name, name, "base name")
+        check_name(name, "base name")
         with writing(self._engine) as c:
             lock(c)
             if c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).first():
@@ -72,108 +67,69 @@ class Catalog:
                     )
                 return
             c.execute(bases.insert().values(name=name, fingerprint=fingerprint, created_at=now()))
-            self._log(c, "add_base", name, fingerprint=fingerprint)
+            log(c, self._actor, "add_base", name, fingerprint=fingerprint)
             count_change(c)
 
     def check_name(self, name: str, aliases: Sequence[str] = ()) -> None:
         """What `register` would refuse of names, before anything is stored: SpecError or ConflictError."""
-        _check(Name, name, "adapter name")
+        check_name(name)
         for alias in aliases:
-            _check(Alias, alias, "alias")
+            check_alias(alias)
         with reading(self._engine) as c:
             refuse_base_name(c, name)
 
     def register(
-        self, name: str, digest: str, manifest: AdapterManifest, aliases: Sequence[str] = ()
+        self,
+        name: str,
+        digest: str,
+        manifest: AdapterManifest,
+        aliases: Sequence[str] = (),
+        *,
+        version: int | None = None,
     ) -> AdapterVersion:
         """A new version of `name`, and `aliases` moved to it. A digest that `name` has already keeps its version.
 
-        ConflictError where `name` is a base model's, SpecError where a name or an alias is malformed.
+        `version` asks for a number of one's own, as a mirror of another catalog does; otherwise the next one is taken.
+
+        ConflictError where `name` is a base model's, or `version` is taken by another digest or the digest by another
+        version; SpecError where a name or an alias is malformed.
         """
         self.check_name(name, aliases)
+        if version is not None and not 0 < version <= _MAX_VERSION:
+            raise SpecError(f"version {version} is not a version number; they count from 1")
         with writing(self._engine) as c:
             lock(c)
             refuse_base_name(c, name)
             adapter_id = c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).scalar()
             if adapter_id is None:
-                inserted = c.execute(adapters.insert().values(name=name, created_at=now()))
-                adapter_id = new_id(inserted)
+                adapter_id = new_id(c.execute(adapters.insert().values(name=name, created_at=now())))
             mine = versions.c.adapter_id == adapter_id
-            row = c.execute(
-                sa.select(versions.c.id, versions.c.version).where(mine, versions.c.digest == digest)
-            ).first()
-            if row is None:
-                newest = c.execute(sa.select(sa.func.max(versions.c.version)).where(mine)).scalar()
-                version = (newest or 0) + 1
-                inserted = c.execute(
-                    versions.insert().values(
-                        adapter_id=adapter_id,
-                        version=version,
-                        digest=digest,
-                        method=manifest.method,
-                        base_fingerprint=manifest.base_fingerprint,
-                        context_length=manifest.context_length,
-                        nbytes=manifest.nbytes,
-                        manifest=canonical_json(manifest).decode(),
-                        created_at=now(),
-                    )
-                )
-                version_id = new_id(inserted)
-                self._log(c, "register", f"{name}@{version}", digest=digest)
+            known = c.execute(sa.select(versions.c.version).where(mine, versions.c.digest == digest)).scalar()
+            if known is None:
+                newest = c.execute(sa.select(sa.func.max(versions.c.version)).where(mine)).scalar() or 0
+                number = version or newest + 1
+                _refuse_taken(c, name, adapter_id, number)
+                row = {
+                    "adapter_id": adapter_id,
+                    "version": number,
+                    "digest": digest,
+                    "method": manifest.method,
+                    "base_fingerprint": manifest.base_fingerprint,
+                    "context_length": manifest.context_length,
+                    "nbytes": manifest.nbytes,
+                    "manifest": canonical_json(manifest).decode(),
+                    "created_at": now(),
+                }
+                c.execute(versions.insert().values(row))
+                log(c, self._actor, "register", f"{name}@{number}", digest=digest)
+            elif version not in (None, known):
+                raise ConflictError(f"{name!r} has this adapter as version {known} already, so it cannot be {version}")
             else:
-                version_id, version = row
+                number = known
+            revision = count_change(c)
             for alias in aliases:
-                self._move(c, adapter_id, name, alias, version_id, version)
-            count_change(c)
-            return load_version(c, name, adapter_id, version)
-
-    def promote(self, name: str, alias: str, version: int, *, expected: int | None = None) -> AdapterVersion:
-        """Point `alias` at `version`. With `expected`, only if it points there now (0: only if it is not set).
-
-        ConflictError where it has moved meanwhile, AdapterNotFound where there is no such name or version.
-        """
-        _check(Alias, alias, "alias")
-        with writing(self._engine) as c:
-            lock(c)
-            adapter_id, entry = load_entry(c, name)
-            entry.select(str(version))
-            current = entry.aliases.get(alias, 0)
-            if expected is not None and current != expected:
-                was = f"points at version {current}" if current else "is not set"
-                raise ConflictError(f"alias {alias!r} of {name!r} {was}, not {expected or 'unset'}: look again")
-            version_id = version_id_of(c, adapter_id, version)
-            self._move(c, adapter_id, name, alias, version_id, version)
-            count_change(c)
-            return load_version(c, name, adapter_id, version)
-
-    def rollback(self, name: str, alias: str = DEFAULT_ALIAS) -> AdapterVersion:
-        """Point `alias` back at where it pointed before its last move; again goes one further back.
-
-        ConflictError where there is nothing to go back to, AdapterNotFound where name or alias do not exist.
-        """
-        _check(Alias, alias, "alias")
-        with writing(self._engine) as c:
-            lock(c)
-            adapter_id, entry = load_entry(c, name)
-            current = entry.select(alias).version
-            stack = c.execute(
-                sa.select(alias_moves.c.id, alias_moves.c.version_id, versions.c.version)
-                .join(versions, versions.c.id == alias_moves.c.version_id)
-                .where(alias_moves.c.adapter_id == adapter_id, alias_moves.c.alias == alias, ~alias_moves.c.undone)
-                .order_by(alias_moves.c.id.desc())
-                .limit(2)
-            ).all()
-            if len(stack) < 2:
-                raise ConflictError(
-                    f"alias {alias!r} of {name!r} has no earlier target than version {current}; "
-                    "promote another version instead"
-                )
-            (move_id, _, _), (_, version_id, version) = stack
-            c.execute(alias_moves.update().where(alias_moves.c.id == move_id).values(undone=True))
-            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(version_id=version_id))
-            self._log(c, "rollback", f"{name}@{alias}", version=version, previous=current)
-            count_change(c)
-            return load_version(c, name, adapter_id, version)
+                move_alias(c, self._actor, adapter_id, name, alias, number, revision)
+            return load_version(c, name, adapter_id, number)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -186,6 +142,38 @@ class Catalog:
     def adapters(self) -> tuple[AdapterEntry, ...]:
         """All names, sorted."""
         return self.snapshot().models()
+
+    def names(
+        self, *, limit: int, after: str = "", base: str | None = None, method: str | None = None
+    ) -> tuple[AdapterEntry, ...]:
+        """At most `limit` names behind `after`, in order; those whose default version is of `base` and `method`."""
+        with reading(self._engine) as c:
+            names: list[str] = list(c.scalars(select_names(after, base, method).limit(limit)))
+            found = {entry.name: entry for _, entry in load_entries(c, names)}
+            return tuple(found[name] for name in names)  # in the database's order, which depends on its collation
+
+    def entry(self, name: str) -> AdapterEntry:
+        """One name with the numbers of its versions and its aliases. Raises AdapterNotFound."""
+        with reading(self._engine) as c:
+            return load_entry(c, name)[1]
+
+    def versions(self, name: str, *, limit: int, before: int | None = None) -> tuple[AdapterVersion, ...]:
+        """At most `limit` versions older than `before` (None: from the newest on). Raises AdapterNotFound."""
+        with reading(self._engine) as c:
+            adapter_id, entry = load_entry(c, name)
+            numbers = sorted((v for v in entry.versions if before is None or v < before), reverse=True)
+            return tuple(load_version(c, name, adapter_id, v) for v in numbers[:limit])
+
+    def version(self, name: str, version: int) -> AdapterVersion:
+        """Raises AdapterNotFound."""
+        with reading(self._engine) as c:
+            adapter_id, entry = load_entry(c, name)
+            return load_version(c, name, adapter_id, entry.select(str(version)).version)
+
+    def bases(self) -> dict[str, str]:
+        """Name → fingerprint of the base models, sorted by name."""
+        with reading(self._engine) as c:
+            return {row.name: row.fingerprint for row in c.execute(sa.select(bases).order_by(bases.c.name))}
 
     def adapter(self, name: str) -> AdapterDetail:
         """Everything known of one name, manifests and alias history too."""
@@ -216,38 +204,9 @@ class Catalog:
                 adapters={entry.name: entry for _, entry in load_entries(c)},
             )
 
-    # -- inside a transaction -----------------------------------------------------------------------------------------
 
-    def _move(self, c: sa.Connection, adapter_id: int, name: str, alias: str, version_id: int, version: int) -> None:
-        current = c.execute(sa.select(aliases.c.version_id).where(alias_is(adapter_id, alias))).scalar()
-        if current == version_id:
-            return
-        if current is None:
-            c.execute(aliases.insert().values(adapter_id=adapter_id, alias=alias, version_id=version_id))
-        else:
-            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(version_id=version_id))
-        c.execute(
-            alias_moves.insert().values(
-                adapter_id=adapter_id, alias=alias, version_id=version_id, undone=False, created_at=now()
-            )
-        )
-        self._log(c, "promote", f"{name}@{alias}", version=version)
-
-    def _log(self, c: sa.Connection, action: str, subject: str, **detail: Any) -> None:
-        c.execute(
-            audit_log.insert().values(
-                actor=self._actor, action=action, subject=subject, detail=json.dumps(detail), created_at=now()
-            )
-        )
-
-
-def _check(kind: Any, value: str, what: str) -> None:
-    try:
-        TypeAdapter(kind).validate_python(value)
-    except ValidationError as e:
-        rule = (
-            "letters, digits, '.', '_' and '-', at most 96"
-            if kind is Name
-            else "a letter, then letters, digits, '_', '-'"
-        )
-        raise SpecError(f"{value!r} is not a valid {what}: {rule}") from e
+def _refuse_taken(c: sa.Connection, name: str, adapter_id: int, version: int) -> None:
+    query = sa.select(versions.c.digest).where(versions.c.adapter_id == adapter_id, versions.c.version == version)
+    digest = c.execute(query).scalar()
+    if digest is not None:
+        raise ConflictError(f"{name}@{version} exists already, with other content (digest {digest[:12]})")

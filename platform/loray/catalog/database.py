@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchModuleError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
@@ -17,11 +17,23 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
-HEAD = "0001"  # the newest revision in migrations/versions
+HEAD = "0002"  # the newest revision in migrations/versions
 
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000
+_CONNECT_TIMEOUT_S = 5
 _MIGRATION_LOCK = 0x6C6F726179  # of PostgreSQL's advisory locks
+
+
+class Database:
+    """What every part of the catalog has: the engine, and `actor`, who the audit log says did it."""
+
+    def __init__(self, url: str, *, actor: str = "local") -> None:
+        self._engine = open_database(url)
+        self._actor = actor
+
+    def close(self) -> None:
+        self._engine.dispose()
 
 
 def open_database(url: str) -> sa.Engine:
@@ -41,7 +53,10 @@ def open_database(url: str) -> sa.Engine:
             _migrate(engine)
     except DatabaseError as e:
         engine.dispose()
-        raise IntegrityError(f"catalog {_shown(url)} is damaged: {str(e.orig).strip()}") from e
+        reason = str(e.orig).strip()
+        if engine.dialect.name == "postgresql":  # a missing right, for instance
+            raise CatalogError(f"catalog {_shown(url)} cannot be migrated: {reason}") from e
+        raise IntegrityError(f"catalog {_shown(url)} is damaged: {reason}") from e
     except LorayError:
         engine.dispose()
         raise
@@ -64,6 +79,8 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     with _clear_errors(engine), engine.connect() as connection:
         connection.execution_options(**{_WRITES: True})
         with connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_BUSY_TIMEOUT_MS}")
             yield connection
 
 
@@ -72,7 +89,8 @@ def _engine(url: str) -> sa.Engine:
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() == "postgresql":
-        return sa.create_engine(parsed, pool_pre_ping=True, isolation_level="READ COMMITTED")
+        timeout = {} if "connect_timeout" in parsed.query else {"connect_timeout": _CONNECT_TIMEOUT_S}
+        return sa.create_engine(parsed, pool_pre_ping=True, isolation_level="READ COMMITTED", connect_args=timeout)
     if not parsed.database or parsed.database == ":memory:":
         raise SettingsError(f"catalog {url!r} must name a file: sqlite:////folder/catalog.db")
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +165,8 @@ def _clear_errors(engine: sa.Engine) -> Iterator[None]:
     """SQLAlchemy's errors hold statements and a link; callers get the database's own line."""
     try:
         yield
-    except (OperationalError, PoolTimeout) as e:
-        reason = str(e.orig).strip() if isinstance(e, OperationalError) else str(e)
+    except (OperationalError, InterfaceError, PoolTimeout) as e:
+        reason = str(e) if isinstance(e, PoolTimeout) else str(e.orig).strip()
         raise CatalogError(f"catalog {_shown(engine.url)} cannot be used: {reason}") from e
 
 

@@ -1,4 +1,4 @@
-"""What the catalog answers with: versions, names with aliases, and snapshots that resolve without a database."""
+"""What the catalog answers with: versions, names with aliases, jobs, and snapshots that resolve without a database."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from loray.errors import AdapterNotFound
-from loray.spec import AdapterManifest, AdapterRef
+from loray.spec import AdapterManifest, AdapterRef, TrainSpec
 
 DEFAULT_ALIAS = "prod"
+
+JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
+EndStatus = Literal["succeeded", "failed", "stopped"]
 
 
 class ModelName(NamedTuple):
@@ -53,6 +56,17 @@ class AdapterVersion:
             context_length=m.context_length,
             nbytes=m.nbytes,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class AliasState:
+    """Where an alias points. `revision` grows with every move and rollback; no alias has one twice, deleted or not."""
+
+    name: str
+    alias: str
+    version: int
+    digest: str
+    revision: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +115,26 @@ class AdapterDetail:
     entry: AdapterEntry
     versions: tuple[AdapterVersion, ...]
     moves: tuple[AliasMove, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training job. `id` is Ray's submission id, `version` the number that it published `name` under."""
+
+    id: str
+    name: str
+    recipe: TrainSpec
+    status: JobStatus
+    message: str
+    version: int | None
+    actor: str
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status not in ("pending", "running")
 
 
 @dataclass(frozen=True, slots=True)

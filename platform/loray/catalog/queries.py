@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic import TypeAdapter, ValidationError
 
 from loray.adapters.manifest import parse_manifest
-from loray.catalog.entries import AdapterEntry, AdapterVersion, unknown_adapter
-from loray.catalog.schema import adapters, aliases, bases, changes, versions
-from loray.errors import ConflictError
-from loray.spec import AdapterRef
+from loray.catalog.entries import DEFAULT_ALIAS, AdapterEntry, AdapterVersion, unknown_adapter
+from loray.catalog.schema import adapters, aliases, audit_log, bases, changes, versions
+from loray.errors import ConflictError, SpecError
+from loray.spec import AdapterRef, Alias, JobId, Name
 
 
 def lock(c: sa.Connection) -> None:
@@ -20,13 +23,20 @@ def lock(c: sa.Connection) -> None:
     c.execute(sa.select(changes.c.counter).with_for_update()).scalar_one()
 
 
-def count_change(c: sa.Connection) -> None:
-    c.execute(changes.update().values(counter=changes.c.counter + 1))
+def count_change(c: sa.Connection) -> int:
+    """The counter's new value."""
+    counter = c.execute(changes.update().values(counter=changes.c.counter + 1).returning(changes.c.counter))
+    return int(counter.scalar_one())
 
 
-def load_entries(c: sa.Connection, name: str | None = None) -> list[tuple[int, AdapterEntry]]:
-    """(adapter id, entry) of one name or of all."""
-    where = [] if name is None else [adapters.c.name == name]
+def log(c: sa.Connection, actor: str, action: str, subject: str, **detail: Any) -> None:
+    row = {"actor": actor, "action": action, "subject": subject, "detail": json.dumps(detail), "created_at": now()}
+    c.execute(audit_log.insert().values(row))
+
+
+def load_entries(c: sa.Connection, names: Collection[str] | None = None) -> list[tuple[int, AdapterEntry]]:
+    """(adapter id, entry) of these names or of all."""
+    where = [] if names is None else [adapters.c.name.in_(names)]
     rows = c.execute(
         sa.select(
             versions.c.adapter_id,
@@ -65,11 +75,27 @@ def load_entries(c: sa.Connection, name: str | None = None) -> list[tuple[int, A
 
 
 def load_entry(c: sa.Connection, name: str) -> tuple[int, AdapterEntry]:
-    found = load_entries(c, name)
+    found = load_entries(c, [name])
     if found:
         return found[0]
     names = c.execute(sa.select(adapters.c.name)).scalars()
     raise unknown_adapter(name, names, c.execute(sa.select(bases.c.name)).scalars().all())
+
+
+def select_names(after: str, base: str | None, method: str | None) -> sa.Select[Any]:
+    """Names behind `after`, sorted, whose default version is of `base` (a base model's name) and `method`."""
+    prod = sa.select(aliases.c.version_id).where(alias_is(adapters.c.id, DEFAULT_ALIAS)).scalar_subquery()
+    newest = sa.select(versions.c.id).where(versions.c.adapter_id == adapters.c.id)
+    newest = newest.order_by(versions.c.version.desc()).limit(1).correlate(adapters)
+    default = sa.func.coalesce(prod, newest.scalar_subquery())
+    served = versions.alias("served")
+    query = sa.select(adapters.c.name).select_from(adapters).join(served, served.c.id == default)
+    query = query.where(adapters.c.name > after)
+    if base is not None:
+        query = query.join(bases, bases.c.fingerprint == served.c.base_fingerprint).where(bases.c.name == base)
+    if method is not None:
+        query = query.where(served.c.method == method)
+    return query.order_by(adapters.c.name)
 
 
 def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> AdapterVersion:
@@ -95,7 +121,7 @@ def refuse_base_name(c: sa.Connection, name: str) -> None:
         raise ConflictError(f"{name!r} is a base model's name; an adapter needs another")
 
 
-def alias_is(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
+def alias_is(adapter_id: int | sa.Column[int], alias: str) -> sa.ColumnElement[bool]:
     return sa.and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
 
 
@@ -112,3 +138,22 @@ def now() -> datetime:
 def utc(value: datetime) -> datetime:
     """SQLite stores no time zone; all times here are UTC."""
     return value if value.tzinfo else value.replace(tzinfo=UTC)
+
+
+def check_name(name: str, what: str = "adapter name") -> None:
+    _check(Name, name, what, "letters, digits, '.', '_' and '-', at most 96")
+
+
+def check_alias(alias: str) -> None:
+    _check(Alias, alias, "alias", "a letter, then letters, digits, '_', '-'")
+
+
+def check_job_id(job_id: str) -> None:
+    _check(JobId, job_id, "job id", "letters, digits, '.', '_' and '-', at most 128")
+
+
+def _check(kind: Any, value: str, what: str, rule: str) -> None:
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as e:
+        raise SpecError(f"{value!r} is not a valid {what}: {rule}") from e

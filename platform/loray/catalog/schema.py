@@ -3,10 +3,11 @@
 bases            base models that adapters may belong to
 adapters         names; bases and adapters share one namespace
 versions         immutable: (adapter, version) and (adapter, digest) are unique
-aliases          where each alias points now
+aliases          where each alias points now; its revision is the change counter's value at its last move
 alias_moves      every move of an alias, a stack of those not undone: what rollback goes back over
 changes          one row whose counter grows with every write; writers lock it first, so that they queue
 audit_log        who did what, append-only
+jobs             training jobs by their submission id; they outlive the Ray cluster they ran on
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ aliases = Table(
     Column("adapter_id", ForeignKey("adapters.id"), primary_key=True),
     Column("alias", String(48), primary_key=True),
     Column("version_id", ForeignKey("versions.id"), nullable=False),
+    Column("revision", BigInteger, nullable=False, server_default="0"),
 )
 
 alias_moves = Table(
@@ -105,4 +107,19 @@ audit_log = Table(
     Column("subject", String(200), nullable=False),
     Column("detail", Text, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(128), primary_key=True),
+    Column("name", String(96), nullable=False, index=True),
+    Column("recipe", Text, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("version", Integer),
+    Column("actor", String(96), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, index=True),
+    Column("started_at", DateTime(timezone=True)),
+    Column("ended_at", DateTime(timezone=True)),
 )

@@ -50,6 +50,7 @@ def adapters() -> None:
 @click.option("--name", required=True, help="Publish it as the next version of this adapter.")
 @click.option("--base", "base_name", help="The base model it was trained on (default: found from the folder).")
 @click.option("--alias", "aliases", multiple=True, help="Point this alias at it; may be given several times.")
+@click.option("--version", type=int, help="Ask for this version number; refused where another adapter has it.")
 @click.option("--licence", help="Its licence, as an SPDX identifier.")
 @click.option("--description", default="", help="One line for people.")
 @json_option
@@ -58,6 +59,7 @@ def import_(
     name: str,
     base_name: str | None,
     aliases: tuple[str, ...],
+    version: int | None,
     licence: str | None,
     description: str,
     as_json: bool,
@@ -69,17 +71,18 @@ def import_(
     with _site() as site:
         home = site.settings.home
         base = get_base(home, base_name) if base_name else base_of(folder, home)
-        version = import_folder(
+        published = import_folder(
             folder,
             name=name,
             base=base,
             store=site.store,
             catalog=site.catalog,
             aliases=aliases,
+            version=version,
             licence=licence,
             description=description,
         )
-    _print_version(version, as_json, f"published {version.label}")
+    _print_version(published, as_json, f"published {published.label}")
 
 
 @adapters.command("ls")
@@ -147,7 +150,8 @@ def promote(model: str, alias: str, expected: int | None, as_json: bool) -> None
             target = max(site.catalog.adapter(name).entry.versions)
         else:
             target = site.catalog.resolve(model).version
-        version = site.catalog.promote(name, alias, target, expected=expected)
+        state = site.catalog.promote(name, alias, target, expected=expected)
+        version = site.catalog.version(name, state.version)
     _print_version(version, as_json, f"{name}@{alias} is version {version.version} now")
 
 
@@ -158,7 +162,7 @@ def promote(model: str, alias: str, expected: int | None, as_json: bool) -> None
 def rollback(name: str, alias: str, as_json: bool) -> None:
     """Point ALIAS (default prod) of NAME back at where it pointed before its last move."""
     with _site() as site:
-        version = site.catalog.rollback(name, alias)
+        version = site.catalog.version(name, site.catalog.rollback(name, alias).version)
     _print_version(version, as_json, f"{name}@{alias} is version {version.version} again")
 
 

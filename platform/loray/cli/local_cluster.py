@@ -7,25 +7,21 @@ clusters too.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loray.cli.processes import kill, session_members, start_time
+from loray.cli.processes import LOOPBACK, end_session, exclusive, free_ports, log_tail, start_time, write_private
 from loray.errors import ClusterError
 from loray.settings import Settings
 from loray.telemetry import get_logger
@@ -36,9 +32,8 @@ OBJECT_STORE_BYTES = 200 << 20
 
 _STATE_FILE = "cluster.json"
 _TOKEN_FILE = "ray-token"
-_LOCAL = "127.0.0.1"
 _PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
-_GRACE_S = 3.0
+_LOCK_FILE = "cluster.lock"
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 # Sockets lie below this folder, and a socket's path has at most 107 bytes: a long TMPDIR would not do.
 _TEMP_ROOT = Path("/tmp")
@@ -86,18 +81,18 @@ def start_local_cluster(
     ClusterError shows the log's end where Ray does not come up.
     """
     home.mkdir(parents=True, exist_ok=True)
-    with _exclusive(home):
+    with exclusive(home / _LOCK_FILE):
         running = current_cluster(home)
         if running is not None:
             return running
         _stop(home)  # what is left of one that died
-        ports = _free_ports(len(_PORTS))
+        ports = free_ports(len(_PORTS))
         token_file = _token_file(home)
         temp_dir = Path(tempfile.mkdtemp(prefix="loray-", dir=_TEMP_ROOT))
         log_file = home / "logs" / "cluster.log"
         log_file.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-        command += [f"--node-ip-address={_LOCAL}", f"--dashboard-host={_LOCAL}", "--include-dashboard=true"]
+        command += [f"--node-ip-address={LOOPBACK}", f"--dashboard-host={LOOPBACK}", "--include-dashboard=true"]
         command += [f"--temp-dir={temp_dir}", f"--object-store-memory={object_store_bytes}", "--log-color=false"]
         command += [f"--{name}={port}" for name, port in zip(_PORTS, ports, strict=True)]
         if num_cpus is not None:
@@ -116,8 +111,8 @@ def start_local_cluster(
                 env=inherited | _QUIET | _auth_env(token_file) | dict(env or {}),
             )
         cluster = LocalCluster(
-            address=f"http://{_LOCAL}:{ports[1]}",
-            gcs_address=f"{_LOCAL}:{ports[0]}",
+            address=f"http://{LOOPBACK}:{ports[1]}",
+            gcs_address=f"{LOOPBACK}:{ports[0]}",
             pid=process.pid,
             started=start_time(process.pid) or 0,
             temp_dir=str(temp_dir),
@@ -145,7 +140,7 @@ def stop_local_cluster(home: Path) -> bool:
     """Stop this home's cluster and all its processes; False where none was running."""
     if not home.is_dir():
         return False
-    with _exclusive(home):
+    with exclusive(home / _LOCK_FILE):
         return _stop(home)
 
 
@@ -165,7 +160,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], cluster: LocalCluster, t
     request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ClusterError(f"Ray ended with code {process.returncode} while it started{_tail(cluster.log_file)}")
+            raise ClusterError(f"Ray ended with code {process.returncode} while it started{log_tail(cluster.log_file)}")
         try:
             with urllib.request.urlopen(request, timeout=5) as response:
                 if response.status == 200:
@@ -173,22 +168,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], cluster: LocalCluster, t
         except (urllib.error.URLError, OSError):
             pass  # not listening yet
         time.sleep(0.1)
-    raise ClusterError(f"Ray did not come up within {timeout_s:.0f} s{_tail(cluster.log_file)}")
+    raise ClusterError(f"Ray did not come up within {timeout_s:.0f} s{log_tail(cluster.log_file)}")
 
 
 def _terminate(cluster: LocalCluster) -> None:
-    """End every process of the cluster's session; workers are given a moment to end by themselves.
-
-    A session outlives its leader, and Linux gives no new process its number meanwhile: a pid that another
-    process has by now means that the session is empty.
-    """
-    if start_time(cluster.pid) in (None, cluster.started):
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in session_members(cluster.pid):
-                kill(pid, number)
-            deadline = time.monotonic() + _GRACE_S
-            while time.monotonic() < deadline and session_members(cluster.pid):
-                time.sleep(0.05)
+    end_session(cluster.pid, cluster.started)
     shutil.rmtree(cluster.temp_dir, ignore_errors=True)
 
 
@@ -199,19 +183,8 @@ def _auth_env(token_file: Path) -> dict[str, str]:
 def _token_file(home: Path) -> Path:
     path = home / _TOKEN_FILE
     if not path.is_file():
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "w") as f:
-            f.write(secrets.token_hex(32))
+        write_private(path, secrets.token_hex(32))
     return path
-
-
-def _free_ports(count: int) -> list[int]:
-    """Distinct ports that nobody listens on just now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind((_LOCAL, 0))
-        return [int(s.getsockname()[1]) for s in sockets]
 
 
 def _is_alive(cluster: LocalCluster) -> bool:
@@ -228,22 +201,4 @@ def _read_state(home: Path) -> LocalCluster | None:
 
 
 def _write_state(home: Path, cluster: LocalCluster) -> None:
-    temporary = home / f"{_STATE_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(cluster), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(home / _STATE_FILE)
-
-
-def _tail(log_file: str, num_lines: int = 15) -> str:
-    try:
-        lines = Path(log_file).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return f"; the end of {log_file}:\n" + "\n".join(f"  {line}" for line in lines[-num_lines:])
-
-
-@contextmanager
-def _exclusive(home: Path) -> Iterator[None]:
-    """One process at a time starts or stops."""
-    with (home / "cluster.lock").open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    write_private(home / _STATE_FILE, json.dumps(asdict(cluster), indent=2) + "\n")

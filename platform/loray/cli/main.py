@@ -91,7 +91,7 @@ def cli() -> None:
     \b
     Environment:
       LORAY_HOME       everything kept on this machine (default ~/.loray)
-      LORAY_STORE      adapter store, file:///folder (default in LORAY_HOME)
+      LORAY_STORE      adapter store, file:///folder or s3://bucket/prefix?… (default in LORAY_HOME)
       LORAY_CATALOG    catalog, sqlite:////file or postgresql://… (default in LORAY_HOME)
       LORAY_ADDRESS    Ray's address (default: a local cluster)
       LORAY_LOG_LEVEL  DEBUG, INFO, WARNING or ERROR; DEBUG also shows tracebacks

@@ -1,10 +1,19 @@
-"""Processes of this machine as /proc shows them."""
+"""Servers that this machine's loray starts and that outlive it: processes as /proc shows them, ports, state files."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from contextlib import suppress
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+
+_GRACE_S = 3.0
 
 
 def kill(pid: int, number: int) -> None:
@@ -26,6 +35,57 @@ def start_time(pid: int) -> int | None:
     """Clock ticks after boot at which `pid` started; None where it does not run (a zombie does not)."""
     fields = _stat_fields(pid)
     return None if fields is None else int(fields[19])
+
+
+def end_session(pid: int, started: int) -> None:
+    """End every process of the session that `pid` leads; each is given a moment to end by itself.
+
+    A session outlives its leader, and Linux gives no new process its number meanwhile: a pid that another
+    process has by now means that the session is empty.
+    """
+    if start_time(pid) not in (None, started):
+        return
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for member in session_members(pid):
+            kill(member, number)
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline and session_members(pid):
+            time.sleep(0.05)
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct ports that nobody listens on just now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind((LOOPBACK, 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+
+
+@contextmanager
+def exclusive(lock_file: Path) -> Iterator[None]:
+    """One process at a time starts or stops what the file stands for."""
+    with lock_file.open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def write_private(path: Path, text: str) -> None:
+    """In one step, for this user's eyes alone."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as f:
+        f.write(text)
+    temporary.replace(path)
+
+
+def log_tail(log_file: str, num_lines: int = 15) -> str:
+    """The end of a log, to be added to an error's message."""
+    try:
+        lines = Path(log_file).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return f"; the end of {log_file}:\n" + "\n".join(f"  {line}" for line in lines[-num_lines:])
 
 
 def _stat_fields(pid: int) -> list[str] | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,45 +15,22 @@ from loray.adapters.weights import AdapterWeights, ProjectionPair
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
 from loray.engine.batch import build_batch
+from loray.engine.histogram import Histogram
 from loray.engine.model import Decoder
 from loray.engine.pool import PackedAdapter, Pool, ResidentAdapter, pack
 from loray.engine.request import FinishReason, GenerateRequest, Request, TokenLogprobs, TokenOutput
-from loray.engine.residency import Residency, Tier
+from loray.engine.residency import AdapterPlace, Residency, Tier
 from loray.engine.sampler import Sampler
 from loray.engine.scheduler import Chunk, Scheduler
+from loray.engine.stats import EngineStats
 from loray.errors import BaseMismatch, ContextLengthExceeded, IntegrityError, RequestError, SpecError
-from loray.spec import AdapterRef, ServeSpec
-from loray.telemetry import get_logger
+from loray.spec import AdapterBytes, AdapterRef, ServeSpec
+from loray.telemetry import METRICS, get_logger
 from loray_kernels import KvLayout, Ops, backend
 
 _log = get_logger(__name__)
 
 LoadAdapter = Callable[[AdapterRef], AdapterWeights]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A moment's state and totals since the start. Blocks are the pool's, by what they hold."""
-
-    num_running: int
-    num_waiting: int
-    num_loading: int
-    blocks: dict[str, int]
-    adapters_in_pool: tuple[str, ...]
-    adapters_on_host: tuple[str, ...]
-    host_bytes: int
-    num_steps: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_finished: int
-    num_preemptions: int
-    num_loads: int
-    num_failed_loads: int
-    num_evictions: int
-    max_adapters_in_step: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Engine:
@@ -87,9 +64,14 @@ class Engine:
         )
         self._requests: dict[str, Request] = {}
         self._adapter_num_blocks: dict[str, int] = {}
+        self._adapter_bytes: dict[str, AdapterBytes] = {}
         self._pairs: WeakValueDictionary[str, ProjectionPair] = WeakValueDictionary()
         self._totals: Counter[str] = Counter()
         self._max_adapters = 0
+        self._step_seconds = Histogram(METRICS["engine_step_seconds"].buckets)
+        self._step_tokens = Histogram(METRICS["engine_step_tokens"].buckets)
+        self._step_adapters = Histogram(METRICS["engine_step_adapters"].buckets)
+        self._queue_seconds: dict[str, Histogram] = {}
         self.idle = True  # the last step had nothing to compute
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -114,6 +96,10 @@ class Engine:
             limits.append(self.spec.max_model_len)
         return min(limits)
 
+    def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
+        """What an adapter takes in the pool; its published size until it has been loaded. From any thread."""
+        return self._adapter_bytes.get(adapter.digest, AdapterBytes(adapter.nbytes))
+
     def check(self, request: GenerateRequest) -> None:
         """Raise for a request that could never run: RequestError, ContextLengthExceeded, BaseMismatch."""
         adapter, vocab = request.adapter, self.base.config.vocab_size
@@ -136,7 +122,7 @@ class Engine:
         self.check(spec)
         if spec.request_id in self._requests:
             raise RequestError(f"request id {spec.request_id!r} is in use", param="request_id")
-        request = Request(spec, arrival=self._totals["requests"])
+        request = Request(spec, arrival=self._totals["requests"], queued_at=time.monotonic())
         self._scheduler.add(request)
         self._totals["requests"] += 1
         self._requests[spec.request_id] = request
@@ -167,6 +153,8 @@ class Engine:
         return outputs
 
     def _run(self, chunks: list[Chunk]) -> list[TokenOutput]:
+        began = time.monotonic()
+        self._count_queued(chunks, began)
         batch = build_batch(
             chunks,
             self._resident,
@@ -174,7 +162,6 @@ class Engine:
             hidden_size=self.base.config.hidden_size,
             device=self._pool.tensor.device,
         )
-        self._totals["steps"] += 1
         self._max_adapters = max(self._max_adapters, len(batch.adapters.slots))
         logits_SV = self._model.forward(batch, self._pool, self._ops)
         for chunk in chunks:
@@ -189,7 +176,23 @@ class Engine:
         with torch.inference_mode():
             drawn = self._sampler(logits_SV[torch.tensor(finite, dtype=torch.bool)], requests) if requests else []
         outputs = [self._postprocess(r, token, lp) for r, (token, lp) in zip(requests, drawn, strict=True)]
-        return outputs + [self._fail_not_finite(r) for r in broken]
+        outputs += [self._fail_not_finite(r) for r in broken]
+        self._totals["steps"] += 1
+        self._step_seconds.observe(time.monotonic() - began)
+        self._step_tokens.observe(sum(chunk.num_tokens for chunk in chunks))
+        self._step_adapters.observe(len(batch.adapters.slots))
+        return outputs
+
+    def _count_queued(self, chunks: list[Chunk], now: float) -> None:
+        """How long those waited that are computed for the first time."""
+        for chunk in chunks:
+            request = chunk.request
+            if request.queued_at is not None:
+                kind = "base" if request.adapter is None else request.adapter.method
+                if kind not in self._queue_seconds:
+                    self._queue_seconds[kind] = Histogram(METRICS["request_queue_time_seconds"].buckets)
+                self._queue_seconds[kind].observe(now - request.queued_at)
+                request.queued_at = None
 
     def _fail_not_finite(self, request: Request) -> TokenOutput:
         model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
@@ -214,6 +217,9 @@ class Engine:
         return TokenOutput(request.request_id, token, logprobs, reason)
 
     def _remove(self, request: Request) -> None:
+        if request.adapter is not None:
+            num_tokens = request.num_prompt_counted + len(request.output_ids)
+            self._residency.usage.ended(request.adapter, num_tokens)
         self._scheduler.remove(request)
         self._sampler.forget(request)
         del self._requests[request.request_id]
@@ -230,7 +236,13 @@ class Engine:
         if weights.pair is not None:  # one copy on the host, however many adapters bring it along
             weights = replace(weights, pair=self._pairs.setdefault(weights.pair.digest, weights.pair))
         packed = pack(weights, embedding_VD=self._model.embedding_VD, dtype=self._pool.tensor.dtype)
-        self._adapter_num_blocks[ref.digest] = self._pool.num_blocks_for(packed)
+        self._adapter_num_blocks[ref.digest] = num_blocks = self._pool.num_blocks_for(packed)
+        pair = None
+        if packed.pair is not None:
+            geometry = self._pool.geometry
+            pair_blocks = num_blocks - packed.shape.num_blocks(geometry)
+            pair = (packed.pair.digest, pair_blocks * geometry.block_size * self._pool.tensor.itemsize)
+        self._adapter_bytes[ref.digest] = AdapterBytes(packed.nbytes, pair)
         return packed
 
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
@@ -243,7 +255,7 @@ class Engine:
     # -- looking in ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        tiers, counts, totals = self._residency.by_tier(), self._residency.counts(), self._totals
+        tiers, counts, totals = self._residency.by_tier(), self._residency.counts, self._totals
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -260,8 +272,22 @@ class Engine:
             num_loads=counts.loads,
             num_failed_loads=counts.failed_loads,
             num_evictions=counts.evictions,
+            num_host_evictions=counts.host_evictions,
+            num_pool_hits=counts.pool_hits,
+            num_host_hits=counts.host_hits,
+            num_misses=counts.misses,
+            num_loaded_bytes=counts.loaded_bytes,
             max_adapters_in_step=self._max_adapters,
+            step_seconds=self._step_seconds.counts(),
+            step_tokens=self._step_tokens.counts(),
+            step_adapters=self._step_adapters.counts(),
+            load_seconds=self._residency.load_seconds.counts(),
+            queue_seconds={kind: histogram.counts() for kind, histogram in self._queue_seconds.items()},
         )
+
+    def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlace]:
+        """Where these adapters are and how they have been used; without `digests`, all that are known."""
+        return self._residency.places(digests)
 
     def check_integrity(self) -> None:
         """AssertionError unless every block is free, or held by exactly the running requests and resident adapters."""

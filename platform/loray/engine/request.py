@@ -46,7 +46,10 @@ class TokenOutput(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Written by the scheduler (state, blocks), the engine (output_ids, num_computed) and nobody else."""
+    """Written by the scheduler (state, blocks), the engine (output_ids, num_computed) and nobody else.
+
+    `queued_at`: seconds of the engine's clock; None once it has been scheduled for the first time.
+    """
 
     spec: GenerateRequest
     arrival: int
@@ -54,6 +57,7 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_prompt_counted: int = 0
+    queued_at: float | None = None
     blocks: list[int] = field(default_factory=list)
 
     @property

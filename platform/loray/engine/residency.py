@@ -9,14 +9,18 @@ The host keeps what it loaded, least recently used first out, except what waitin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+from loray.engine.histogram import Histogram
+from loray.engine.usage import ResidencyCounts, UsageLog
 from loray.errors import EngineError
 from loray.spec import AdapterRef
+from loray.telemetry import METRICS
 
 
 class Packed(Protocol):
@@ -37,10 +41,14 @@ class Tier(Enum):
     FAILED = "failed"
 
 
-class ResidencyCounts(NamedTuple):
-    loads: int
-    failed_loads: int
-    evictions: int
+class AdapterPlace(NamedTuple):
+    """Where an adapter is and how it has been used. `tier` None: not here (any more). `last_used_at`: epoch seconds."""
+
+    ref: AdapterRef
+    tier: Tier | None
+    num_uses: int
+    last_used_at: float
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -48,6 +56,7 @@ class _Entry(Generic[P, R]):
     ref: AdapterRef
     tier: Tier
     flight: Future[P] | None = None
+    flight_began: float = 0.0
     packed: P | None = None
     resident: R | None = None
     error: Exception | None = None
@@ -62,6 +71,7 @@ class Residency(Generic[P, R]):
     load   starts a flight and returns its future; never blocks
     place  copies a packed adapter into the pool, or returns None when blocks are short
     remove gives a resident adapter's blocks back
+    clock  seconds, for the time that loads take: from the start of a flight until `poll` takes it in
     """
 
     def __init__(
@@ -71,7 +81,13 @@ class Residency(Generic[P, R]):
         load: Callable[[AdapterRef], Future[P]],
         place: Callable[[AdapterRef, P], R | None],
         remove: Callable[[R], None],
+        usage: UsageLog | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.usage = usage or UsageLog()
+        self.counts = ResidencyCounts()
+        self.load_seconds = Histogram(METRICS["adapter_load_seconds"].buckets)
+        self._now = clock
         self._host_bytes = host_bytes
         self._load, self._place, self._remove = load, place, remove
         self._entries: dict[str, _Entry[P, R]] = {}
@@ -79,13 +95,18 @@ class Residency(Generic[P, R]):
         self._flying: dict[str, _Entry[P, R]] = {}
         self._host_used = 0
         self._clock = 0
-        self._loads = self._failed = self._evictions = 0
 
     # -- what requests do ---------------------------------------------------------------------------------------------
 
-    def want(self, ref: AdapterRef) -> None:
-        """A request that needs `ref` waits. Undone by `unwant`, once."""
+    def want(self, ref: AdapterRef, *, again: bool = False) -> None:
+        """A request that needs `ref` waits. Undone by `unwant`, once. `again`: it was preempted, and counts no more."""
         entry = self._entries.get(ref.digest)
+        if not again:
+            tier = None if entry is None else entry.tier
+            self.counts.pool_hits += tier is Tier.POOL
+            self.counts.host_hits += tier is Tier.HOST
+            self.counts.misses += tier not in (Tier.POOL, Tier.HOST)
+            self.usage.asked(ref)
         if entry is None:
             entry = self._entries[ref.digest] = _Entry(ref, Tier.LOADING)
             self._queued[ref.digest] = entry
@@ -98,13 +119,13 @@ class Residency(Generic[P, R]):
         if entry.wanted:
             return
         if entry.tier is Tier.FAILED:
-            del self._entries[ref.digest]
+            self._forget(entry)
         elif entry.tier is Tier.LOADING and (entry.flight is None or entry.flight.cancel()):
             # Nobody waits for it any more. A flight that is under way already lands in the host's cache.
             self._queued.pop(ref.digest, None)
             if self._flying.pop(ref.digest, None) is not None:
                 self._host_used -= ref.nbytes
-            del self._entries[ref.digest]
+            self._forget(entry)
 
     def tier(self, ref: AdapterRef) -> Tier:
         return self._entries[ref.digest].tier
@@ -156,7 +177,8 @@ class Residency(Generic[P, R]):
             del self._queued[entry.ref.digest]
             self._flying[entry.ref.digest] = entry
             self._host_used += entry.ref.nbytes
-            self._loads += 1
+            self.counts.loads += 1
+            entry.flight_began = self._now()
             entry.flight = self._load(entry.ref)
         return bool(landed)
 
@@ -169,14 +191,14 @@ class Residency(Generic[P, R]):
         assert entry.resident is not None
         self._remove(entry.resident)
         entry.resident = None
-        self._evictions += 1
+        self.counts.evictions += 1
         if entry.packed is not None:
             entry.tier = Tier.HOST
         elif entry.wanted:
             entry.tier = Tier.LOADING
             self._queued[entry.ref.digest] = entry
         else:
-            del self._entries[entry.ref.digest]
+            self._forget(entry)
         return True
 
     def resident(self, ref: AdapterRef) -> R:
@@ -199,8 +221,15 @@ class Residency(Generic[P, R]):
             tiers[entry.tier].append(entry.ref)
         return tiers
 
-    def counts(self) -> ResidencyCounts:
-        return ResidencyCounts(self._loads, self._failed, self._evictions)
+    def places(self, digests: Collection[str] | None = None) -> list[AdapterPlace]:
+        """Of these adapters, or of all that are known; an adapter that was never asked for is left out."""
+        known = self.usage.all() if digests is None else filter(None, map(self.usage.get, digests))
+        places = []
+        for usage in known:
+            entry = self._entries.get(usage.ref.digest)
+            tier = None if entry is None or entry.tier is Tier.FAILED else entry.tier
+            places.append(AdapterPlace(usage.ref, tier, usage.num_uses, usage.last_used_at, usage.num_tokens))
+        return places
 
     @property
     def host_used(self) -> int:
@@ -222,6 +251,10 @@ class Residency(Generic[P, R]):
         self._clock += 1
         entry.last_used = self._clock
 
+    def _forget(self, entry: _Entry[P, R]) -> None:
+        del self._entries[entry.ref.digest]
+        self.usage.let_go(entry.ref)
+
     def _land(self, entry: _Entry[P, R]) -> None:
         assert entry.flight is not None
         del self._flying[entry.ref.digest]
@@ -231,15 +264,17 @@ class Residency(Generic[P, R]):
         if error is None:
             entry.packed, entry.tier = flight.result(), Tier.HOST
             self._host_used += entry.packed.nbytes
+            self.counts.loaded_bytes += entry.packed.nbytes
+            self.load_seconds.observe(self._now() - entry.flight_began)
         else:
             self._fail(entry, error)
 
     def _fail(self, entry: _Entry[P, R], error: BaseException) -> None:
-        self._failed += 1
+        self.counts.failed_loads += 1
         entry.tier = Tier.FAILED
         entry.error = error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
         if not entry.wanted:
-            del self._entries[entry.ref.digest]
+            self._forget(entry)
 
     def _drop_packed(self, entry: _Entry[P, R]) -> None:
         assert entry.packed is not None
@@ -263,6 +298,7 @@ class Residency(Generic[P, R]):
             assert entry.packed is not None
             excess -= entry.packed.nbytes
             self._drop_packed(entry)
+            self.counts.host_evictions += 1
             if entry.tier is Tier.HOST:
-                del self._entries[entry.ref.digest]
+                self._forget(entry)
         return True

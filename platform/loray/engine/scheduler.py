@@ -199,7 +199,7 @@ class Scheduler:
         request.num_computed = 0
         self.waiting.appendleft(request)
         if request.adapter is not None:
-            self._residency.want(request.adapter)
+            self._residency.want(request.adapter, again=True)
         self.num_preemptions += 1
 
     def _give_back(self, request: Request) -> None:

@@ -6,17 +6,20 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 
 from loray.engine.detokenizer import Detokenizer
-from loray.engine.engine import Engine, EngineStats
+from loray.engine.engine import Engine
 from loray.engine.request import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from loray.engine.residency import AdapterPlace
+from loray.engine.stats import EngineStats
 from loray.errors import EngineError, RequestError
-from loray.spec import AdapterRef
+from loray.spec import AdapterBytes, AdapterRef
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -60,6 +63,7 @@ class EngineStream:
         self._bell = threading.Event()
         self._stopped = False
         self._subscribers: dict[str, _Subscriber] = {}
+        self._asked: set[Future[list[AdapterPlace]]] = set()
         self._lock = threading.Lock()
         self._ended = False
         self._stats_due = 0.0
@@ -89,6 +93,15 @@ class EngineStream:
     def stats(self) -> EngineStats:
         """As of a moment ago: at most a fifth of a second while the engine works, exact when it is idle."""
         return self._stats
+
+    async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlace]:
+        """See Engine. The engine's thread says it, after its present step. EngineError if the engine has stopped."""
+        answer: Future[list[AdapterPlace]] = Future()
+        with self._lock:
+            self._check_not_ended()
+            self._asked.add(answer)
+        self._post(lambda: self._answer(answer, digests))
+        return await asyncio.wrap_future(answer)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         """Text as it comes, the last delta with a finish reason. Closing the iterator cancels the request.
@@ -140,16 +153,21 @@ class EngineStream:
         """See Engine."""
         return self._engine.max_model_len(adapter)
 
+    def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
+        """See Engine."""
+        return self._engine.adapter_bytes(adapter)
+
     def _subscribe(self, request_id: str, subscriber: _Subscriber) -> None:
         """Before the request is posted: whenever the engine dies, everyone who waits is in the list."""
         with self._lock:
-            if self._ended:
-                raise EngineError(
-                    f"the engine stopped: {self.failure!r}" if self.failure else "the engine is shut down"
-                )
+            self._check_not_ended()
             if request_id in self._subscribers:
                 raise RequestError(f"request id {request_id!r} is in use", "request_id")
             self._subscribers[request_id] = subscriber
+
+    def _check_not_ended(self) -> None:
+        if self._ended:
+            raise EngineError(f"the engine stopped: {self.failure!r}" if self.failure else "the engine is shut down")
 
     # -- the engine's thread ------------------------------------------------------------------------------------------
 
@@ -186,6 +204,11 @@ class EngineStream:
         except Exception as e:  # noqa: BLE001 - whatever it is, it is this request's
             self._deliver(TokenOutput(request.request_id, None, error=e))
 
+    def _answer(self, answer: Future[list[AdapterPlace]], digests: Collection[str] | None) -> None:
+        self._asked.discard(answer)
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(self._engine.adapters(digests))
+
     def _cancel(self, request_id: str) -> None:
         self._subscribers.pop(request_id, None)
         self._engine.cancel(request_id)
@@ -200,5 +223,8 @@ class EngineStream:
     def _end(self, error: Exception) -> None:
         with self._lock:
             self._ended = True
+        for answer in self._asked:
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(error)
         for request_id in list(self._subscribers):
             self._deliver(TokenOutput(request_id, None, error=error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from loray.spec import ServeSpec
 
@@ -14,7 +14,8 @@ class _Status(BaseModel):
 
 
 class EngineStatus(_Status):
-    """A moment's state, and totals since the replica's start. `blocks` are the pool's, by what they hold."""
+    """A moment's state, and totals since the replica's start. `blocks` are the pool's, by what they hold; hits and
+    misses are requests for an adapter, by where it was when they came."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -29,7 +30,19 @@ class EngineStatus(_Status):
     num_loads: int = 0
     num_failed_loads: int = 0
     num_evictions: int = 0
+    num_host_evictions: int = 0
+    num_pool_hits: int = 0
+    num_host_hits: int = 0
+    num_misses: int = 0
+    num_loaded_bytes: int = 0
     max_adapters_in_step: int = 0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the requests for an adapter that found it in the pool; None before the first."""
+        asked = self.num_pool_hits + self.num_host_hits + self.num_misses
+        return self.num_pool_hits / asked if asked else None
 
 
 class ReplicaStatus(EngineStatus):
@@ -48,6 +61,24 @@ class CatalogStatus(_Status):
     failure: str | None = None
 
 
+class ScalingDecision(_Status):
+    """The number of replicas was changed. `time`: seconds since the epoch."""
+
+    time: float
+    from_replicas: int
+    to_replicas: int
+    reason: str
+
+
+class AutoscalingStatus(_Status):
+    """`reason`: why `target` is what it is, as of `time`. The last decisions, oldest first."""
+
+    target: int
+    reason: str
+    time: float
+    decisions: tuple[ScalingDecision, ...] = ()
+
+
 class Status(_Status):
     """`degraded`: fewer replicas than asked for, or the catalog cannot be read."""
 
@@ -57,6 +88,7 @@ class Status(_Status):
     catalog: CatalogStatus
     replicas: tuple[ReplicaStatus, ...]
     totals: EngineStatus
+    autoscaling: AutoscalingStatus | None = None
 
 
 def total(replicas: tuple[ReplicaStatus, ...]) -> EngineStatus:

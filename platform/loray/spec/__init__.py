@@ -4,6 +4,7 @@ All models are frozen, and an unknown field is an error. Sizes are bytes, length
 """
 
 from loray.spec.adapters import (
+    AdapterBytes,
     AdapterManifest,
     AdapterRef,
     Evaluation,
@@ -14,6 +15,7 @@ from loray.spec.common import (
     Alias,
     DType,
     Frozen,
+    JobId,
     Method,
     Name,
     NumBytes,
@@ -47,6 +49,7 @@ from loray.spec.training import (
 __all__ = [
     "ATTENTION_MODULES",
     "LINEAR_MODULES",
+    "AdapterBytes",
     "AdapterManifest",
     "AdapterRef",
     "AdapterSpec",
@@ -59,6 +62,7 @@ __all__ = [
     "Evaluation",
     "EvaluationSpec",
     "Frozen",
+    "JobId",
     "LinearModule",
     "LongContext",
     "LongLoraSpec",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -99,3 +99,10 @@ class AdapterRef(Frozen):
     @property
     def label(self) -> str:
         return f"{self.name}@{self.version}"
+
+
+class AdapterBytes(NamedTuple):
+    """What an adapter takes in a replica's pool: its own rows, and the (digest, bytes) of the pair that it shares."""
+
+    own: int
+    pair: tuple[str, int] | None = None

@@ -64,6 +64,15 @@ class ServeSpec(Frozen):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)
 
+    @property
+    def min_replicas(self) -> int:
+        """How few replicas there may be when all is well."""
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas
+
+    @property
+    def max_replicas(self) -> int:
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
     @model_validator(mode="after")
     def _every_sequence_advances(self) -> Self:
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -1,4 +1,4 @@
-"""Objects by key, on a local disk: written once, whole or not at all."""
+"""Objects by key: written once, whole or not at all. In a folder here, in a bucket in `loray.store.s3`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
-from loray.errors import NotFoundError, SettingsError, UnsupportedError
+from loray.errors import NotFoundError, StoreError
+from loray.locations import FileLocation, parse_location
+from loray.store.keys import TEMPORARY, check_key
 
-_TEMPORARY = ".tmp"
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class ObjectStore(Protocol):
@@ -38,6 +40,10 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Deleting what is not there is no error."""
+        ...
+
+    def check(self) -> None:
+        """StoreError or UnsupportedError where nothing could be stored: asked before long work, not after it."""
         ...
 
 
@@ -72,35 +78,41 @@ class LocalStore:
     def get(self, key: str) -> bytes:
         try:
             return self._path(key).read_bytes()
-        except FileNotFoundError as e:
+        except _NO_FILE as e:
             raise _missing(key, self.root) from e
 
     def get_to(self, key: str, path: Path) -> None:
         try:
-            shutil.copyfile(self._path(key), path)
-        except FileNotFoundError as e:
+            source = self._path(key).open("rb")
+        except _NO_FILE as e:
             raise _missing(key, self.root) from e
+        with source, path.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
     def list(self, prefix: str = "") -> Iterator[str]:
         keys = (p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file())
-        yield from sorted(key for key in keys if key.startswith(prefix) and not key.startswith(f"{_TEMPORARY}/"))
+        yield from sorted(key for key in keys if key.startswith(prefix) and not key.startswith(f"{TEMPORARY}/"))
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
 
+    def check(self) -> None:
+        try:
+            with self._temporary():
+                pass
+        except OSError as e:
+            raise StoreError(f"the store at {self.root} cannot be written to: {e.strerror}") from e
+
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        if not parts or key.startswith("/") or key.endswith("/") or ".." in parts or parts[0] == _TEMPORARY:
-            raise ValueError(f"{key!r} is not a valid key")
-        return self.root.joinpath(*parts)
+        return self.root / check_key(key)
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
         """A file on the same filesystem, removed afterwards."""
-        folder = self.root / _TEMPORARY
+        folder = self.root / TEMPORARY
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder)
         os.close(handle)
@@ -111,15 +123,16 @@ class LocalStore:
 
 
 def open_store(url: str) -> ObjectStore:
-    """`file:///absolute/folder`; created at the first write."""
-    scheme, _, rest = url.partition("://")
-    if scheme == "file":
-        if not rest.startswith("/"):
-            raise SettingsError(f"store {url!r} must name an absolute folder: file:///folder")
-        return LocalStore(Path(rest))
-    if scheme == "s3":
-        raise UnsupportedError(f"store {url!r}: s3:// is not supported yet; use file://")
-    raise SettingsError(f"store {url!r} must start with file:// or s3://")
+    """`file:///absolute/folder` (created at the first write) or `s3://bucket/prefix?…` (`loray.locations`).
+
+    SettingsError where the URL or its credentials file is wrong; a server is asked at the first request only.
+    """
+    location = parse_location(url)
+    if isinstance(location, FileLocation):
+        return LocalStore(location.folder)
+    from loray.store.s3 import S3Store
+
+    return S3Store(location)
 
 
 def _missing(key: str, root: Path) -> NotFoundError:

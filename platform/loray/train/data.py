@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,19 +46,27 @@ class Dataset:
 
 
 def load_data(
-    spec: DataSpec, tokenizer: Any, *, max_length: int, max_eval_rows: int, seed: int, whole_windows: bool = False
+    spec: DataSpec,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_eval_rows: int,
+    seed: int,
+    whole_windows: bool = False,
+    fetched: Mapping[str, Path] = MappingProxyType({}),
 ) -> Dataset:
     """Read and tokenise `spec.train` (and `spec.eval`). Raises DataError.
 
     Without `spec.eval`, `eval_fraction` of the documents is held out, the same ones for the same seed; a single text
     gives its last windows instead. At most `max_eval_rows` rows are kept for evaluation, drawn by the seed.
     whole_windows  evaluate on windows of exactly `max_length` tokens where there are any: figures at one context length
+    fetched        copies on this machine of sources that lie elsewhere
     """
-    rows = read_rows(spec.train, spec.format, spec.max_rows)
+    rows = read_rows(spec.train, spec.format, spec.max_rows, fetched=fetched.get(spec.train))
     examples = list(tokenize(rows, tokenizer, max_length))
     fingerprint = rows.sha256
     if spec.eval is not None:
-        eval_rows = read_rows(spec.eval, spec.format)
+        eval_rows = read_rows(spec.eval, spec.format, fetched=fetched.get(spec.eval))
         held_out = list(tokenize(eval_rows, tokenizer, max_length))
         fingerprint = hashlib.sha256(f"{rows.sha256}\n{eval_rows.sha256}\n".encode()).hexdigest()
     else:

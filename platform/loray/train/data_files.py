@@ -1,7 +1,7 @@
 """Reading JSONL and Parquet through pyarrow: which format a file has, its rows, and its SHA-256.
 
-A source is a path or a URI that pyarrow knows (`file://`, `s3://`). Every failure is a DataError that names the source,
-and the line or row at fault.
+A source is a path or a URI that pyarrow knows (`file://`, `s3://`), or a file that was fetched from one. Every failure
+is a DataError that names the source, and the line or row at fault.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -30,6 +31,16 @@ _SCHEMAS: dict[DataFormat, pa.Schema] = {
 _EXPECTED = "`messages` (chat), `prompt` and `completion`, or `text`"
 
 
+class Source(NamedTuple):
+    """`name` is what errors call it, `path` where it is read."""
+
+    name: str
+    path: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
 class Rows(NamedTuple):
     """`records` hold the format's columns only; `sha256` is over the whole file as it lies on disk."""
 
@@ -39,8 +50,18 @@ class Rows(NamedTuple):
     sha256: str
 
 
-def read_rows(source: str, format: DataFormat | Literal["auto"] = "auto", max_rows: int | None = None) -> Rows:
-    """All rows of `source`, or the first `max_rows`. Raises DataError."""
+def read_rows(
+    name: str,
+    format: DataFormat | Literal["auto"] = "auto",
+    max_rows: int | None = None,
+    *,
+    fetched: Path | None = None,
+) -> Rows:
+    """All rows of the source called `name`, or the first `max_rows`; from `fetched`, a copy, where there is one.
+
+    Raises DataError.
+    """
+    source = Source(name, name if fetched is None else str(fetched))
     with _open(source) as file:
         is_parquet = file.read(4) == b"PAR1"
         file.seek(0)
@@ -59,10 +80,10 @@ def read_rows(source: str, format: DataFormat | Literal["auto"] = "auto", max_ro
         if not is_parquet:
             _explain(source, found)
         raise DataError(f"{source} holds text that is not UTF-8: {e}; write it as UTF-8") from e
-    return Rows(source, found, records, digest)
+    return Rows(name, found, records, digest)
 
 
-def detect(source: str, names: list[str], format: DataFormat | Literal["auto"]) -> DataFormat:
+def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"]) -> DataFormat:
     """The format that the columns `names` allow; chat before prompt/completion before text where several do."""
     fitting: list[DataFormat] = [f for f, schema in _SCHEMAS.items() if set(schema.names) <= set(names)]
     if format == "auto":
@@ -96,13 +117,13 @@ def problem(record: object, format: DataFormat) -> str | None:
     return None
 
 
-def _open(source: str) -> Any:
+def _open(source: Source) -> Any:
     """A pyarrow file, to be used in a `with` block."""
     try:
-        if "://" in source:
-            filesystem, path = pafs.FileSystem.from_uri(source)
+        if "://" in source.path:
+            filesystem, path = pafs.FileSystem.from_uri(source.path)
         else:
-            filesystem, path = pafs.LocalFileSystem(), source
+            filesystem, path = pafs.LocalFileSystem(), source.path
         kind = filesystem.get_file_info(path).type
         if kind == pafs.FileType.NotFound:
             raise DataError(f"data file {source} does not exist; relative paths start at the recipe's folder")
@@ -120,7 +141,7 @@ def _sha256(file: Any) -> str:
     return digest.hexdigest()
 
 
-def _read_parquet(source: str, format: DataFormat | Literal["auto"]) -> tuple[DataFormat, Any]:
+def _read_parquet(source: Source, format: DataFormat | Literal["auto"]) -> tuple[DataFormat, Any]:
     with _open(source) as file:
         try:
             parquet = papq.ParquetFile(file)
@@ -130,7 +151,7 @@ def _read_parquet(source: str, format: DataFormat | Literal["auto"]) -> tuple[Da
             raise DataError(f"{source} is not a readable Parquet file: {e}") from e
 
 
-def _read_jsonl(source: str, format: DataFormat | Literal["auto"]) -> tuple[DataFormat, Any]:
+def _read_jsonl(source: Source, format: DataFormat | Literal["auto"]) -> tuple[DataFormat, Any]:
     """The columns are declared: left to guess, pyarrow makes timestamps of strings that look like dates."""
     found = detect(source, _first_names(source), format)
     options = pajson.ParseOptions(explicit_schema=_SCHEMAS[found], unexpected_field_behavior="ignore")
@@ -147,7 +168,7 @@ def _read_jsonl(source: str, format: DataFormat | Literal["auto"]) -> tuple[Data
     return found, table
 
 
-def _lines(source: str) -> Iterator[tuple[int, bytes]]:
+def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, counted from one."""
     with _open(source) as file:
         for number, line in enumerate(io.BufferedReader(file), start=1):
@@ -155,7 +176,7 @@ def _lines(source: str) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _first_names(source: str) -> list[str]:
+def _first_names(source: Source) -> list[str]:
     for number, line in _lines(source):
         if line.lstrip().startswith(b"["):
             raise DataError(f"{source} starts with a JSON array; write one object per line instead (JSONL)")
@@ -169,7 +190,7 @@ def _first_names(source: str) -> list[str]:
     raise DataError(f"{source} is empty; give a file with at least one row")
 
 
-def _explain(source: str, format: DataFormat) -> None:
+def _explain(source: Source, format: DataFormat) -> None:
     """Raise a DataError for the first bad line, which pyarrow counts by block and not by file."""
     for number, line in _lines(source):
         try:

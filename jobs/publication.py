@@ -1,0 +1,106 @@
+"""From a run to a version in the catalog: the best checkpoint, under the recipe that it was trained with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ray.train import Checkpoint
+
+from jobs.bases import ensure_base
+from jobs.recipe import Recipe
+from jobs.runs import RunFolder
+from loray.catalog import Catalog
+from loray.errors import BaseMismatch, TrainingError
+from loray.publishing import publish
+from loray.settings import Settings
+from loray.store import AdapterStore, open_store
+from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
+from loray.train.model import context_length, rope_parameters
+
+_PUBLISHED = "published.json"
+
+
+def publish_best(result: Any, run: RunFolder, recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    """The event of publishing the run's best checkpoint, by the recipe that it was trained with; the one at hand says
+    only how to publish it. Raises LorayError.
+    """
+    latest = result.checkpoint
+    if latest is None:
+        raise TrainingError(f"the run in {run} ended without a checkpoint; nothing was published")
+    keep_best = _state(latest).recipe.evaluation.keep_best
+    with best(result, by_loss=keep_best).as_directory() as path:
+        event = _publish(Path(path), run, recipe, settings)
+    saved = {"recipe": recipe.spec.model_dump(mode="json"), "event": event}
+    run.write(_PUBLISHED, json.dumps(saved, indent=2).encode() + b"\n")
+    return event
+
+
+def already_published(run: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
+    """The event of an earlier publication from this run by the same recipe: resuming it has nothing left to do."""
+    data = run.read(_PUBLISHED)
+    if data is None:
+        return None
+    saved: dict[str, Any] = json.loads(data)
+    return saved["event"] if saved["recipe"] == recipe.spec.model_dump(mode="json") else None
+
+
+def best(result: Any, *, by_loss: bool) -> Checkpoint:
+    """The checkpoint with the lowest held-out loss, or the latest where none was evaluated."""
+    evaluated = [
+        (metrics["eval_loss"], checkpoint)
+        for checkpoint, metrics in result.best_checkpoints or ()
+        if metrics.get("eval_loss") is not None
+    ]
+    return min(evaluated, key=lambda pair: pair[0])[1] if by_loss and evaluated else result.checkpoint
+
+
+def _state(checkpoint: Checkpoint) -> RunState:
+    with checkpoint.as_directory() as path:
+        return read_state(Path(path))
+
+
+def _publish(checkpoint: Path, run: RunFolder, recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    state = read_state(checkpoint)
+    check_publishable(state)
+    spec = state.recipe.model_copy(update={"publish": recipe.spec.publish})
+    base = ensure_base(settings.home, spec.base)
+    if base.fingerprint != state.base_fingerprint:
+        raise BaseMismatch(
+            f"the run was trained on {spec.base} ({state.base_fingerprint[:12]}), but {spec.base} is now another model "
+            f"({base.fingerprint[:12]}); add the one it was trained on"
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "adapter"
+        shutil.copytree(checkpoint / ADAPTER, folder)  # the manifest is written beside the weights, not into the run
+        long_context = spec.adapter.long_context
+        version = publish(
+            folder,
+            name=spec.name,
+            base=base,
+            store=AdapterStore(open_store(settings.store)),
+            catalog=Catalog(settings.catalog),
+            aliases=spec.publish.aliases,
+            recipe=spec,
+            job_id=run.job_id,
+            data_fingerprint=state.data_fingerprint,
+            evaluations=state.evaluations(),
+            licence=spec.publish.licence,
+            description=spec.publish.description,
+            rope_parameters=long_context and rope_parameters(base, long_context),
+            context_length=context_length(base, spec),
+        )
+    return {
+        "event": "published",
+        "name": spec.name,
+        "version": version.version,
+        "label": version.label,
+        "digest": version.digest,
+        "nbytes": version.manifest.nbytes,
+        "aliases": list(spec.publish.aliases),
+        "step": state.step,
+        "evaluations": [e.model_dump(mode="json") for e in state.evaluations()],
+    }

@@ -1,0 +1,96 @@
+"""What the driver tells the catalog of its job: that it runs, and how it ended, also when it is told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+from _thread import interrupt_main
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from loray.catalog import Catalog
+from loray.catalog.entries import EndStatus
+from loray.errors import LorayError
+from loray.spec import TrainSpec
+from loray.telemetry import get_logger
+
+log = get_logger(__name__)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The driver has to end now. A KeyboardInterrupt, as Ray swallows what else a signal's handler raises during
+    `ray.get`; what comes out there is a plain one, which `Interrupts.interrupted` gives its reason back.
+    """
+
+
+class Interrupts:
+    """SIGTERM, which `ray job stop` sends, and `raise_in_main_thread` become an Interrupted in the main thread."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.getsignal(signal.SIGTERM)
+        self.arm()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def arm(self) -> None:
+        """Again after `ray.init`, which puts its own handler in place."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def raise_in_main_thread(self, reason: str) -> None:
+        """From any thread."""
+        self._reason = reason
+        interrupt_main(signal.SIGTERM)
+
+    def interrupted(self) -> Interrupted:
+        return Interrupted(self._reason or "interrupted; go on from the last checkpoint with --resume")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._reason = self._reason or "stopped by SIGTERM; go on from the last checkpoint with --resume"
+        raise self.interrupted()
+
+
+class JobRecord:
+    """One job in the catalog. A catalog that has gone away meanwhile is no reason to end a training."""
+
+    def __init__(self, catalog: Catalog, job_id: str) -> None:
+        self._catalog = catalog
+        self.job_id = job_id
+
+    def end(self, status: EndStatus, *, message: str = "", version: int | None = None) -> None:
+        """The first end counts, as the catalog sees to."""
+        try:
+            self._catalog.end_job(self.job_id, status, message=message, version=version)
+        except LorayError as e:
+            log.warning("the end of job %s (%s) is not recorded: %s", self.job_id, status, e)
+
+
+@contextmanager
+def recorded(catalog: Catalog, spec: TrainSpec) -> Iterator[JobRecord]:
+    """The job runs for as long as the `with` block, which ends it itself where it succeeds."""
+    job_id = submission_id() or f"run_{secrets.token_hex(8)}"
+    catalog.add_job(job_id, name=spec.name, recipe=spec)
+    catalog.start_job(job_id)
+    record = JobRecord(catalog, job_id)
+    try:
+        yield record
+    except KeyboardInterrupt as e:
+        record.end("stopped", message=str(e))
+        raise
+    except BaseException as e:
+        record.end("failed", message=str(e) or type(e).__name__)
+        raise
+
+
+def submission_id() -> str | None:
+    """What `ray job` calls this job, where the driver runs as one."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    submission: str | None = job.get("metadata", {}).get("job_submission_id")
+    return submission

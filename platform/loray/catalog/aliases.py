@@ -1,0 +1,154 @@
+"""Aliases: moved, rolled back and deleted, each with a revision that tells a caller whether it has moved meanwhile."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from loray.catalog.database import Database, reading, writing
+from loray.catalog.entries import DEFAULT_ALIAS, AliasState
+from loray.catalog.queries import (
+    alias_is,
+    check_alias,
+    count_change,
+    load_entry,
+    lock,
+    log,
+    now,
+    version_id_of,
+)
+from loray.catalog.schema import alias_moves, aliases, versions
+from loray.errors import AdapterNotFound, ConflictError, RevisionConflict
+
+
+class Aliases(Database):
+    """The catalog's part about aliases."""
+
+    def promote(
+        self, name: str, alias: str, version: int, *, expected: int | None = None, expected_revision: int | None = None
+    ) -> AliasState:
+        """Point `alias` at `version`; where it does already, nothing changes.
+
+        With `expected`, only if it points at that version now; with `expected_revision`, only if it has that
+        revision now (either 0: only if it is not set). ConflictError or RevisionConflict where it does not,
+        AdapterNotFound where there is no such name or version.
+        """
+        check_alias(alias)
+        with writing(self._engine) as c:
+            lock(c)
+            adapter_id, entry = load_entry(c, name)
+            entry.select(str(version))
+            current = entry.aliases.get(alias, 0)
+            if expected is not None and current != expected:
+                raise ConflictError(f"{_where(name, alias, current)}, not {expected or 'unset'}: look again")
+            _check_revision(c, adapter_id, name, alias, expected_revision)
+            move_alias(c, self._actor, adapter_id, name, alias, version, count_change(c))
+            return _states(c, adapter_id, name)[alias]
+
+    def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasState:
+        """Point `alias` back at where it pointed before its last move; again goes one further back.
+
+        ConflictError where there is nothing to go back to, AdapterNotFound where name or alias do not exist,
+        RevisionConflict as in `promote`.
+        """
+        check_alias(alias)
+        with writing(self._engine) as c:
+            lock(c)
+            adapter_id, entry = load_entry(c, name)
+            _check_revision(c, adapter_id, name, alias, expected_revision)
+            current = entry.select(alias).version
+            stack = c.execute(
+                sa.select(alias_moves.c.id, alias_moves.c.version_id, versions.c.version)
+                .join(versions, versions.c.id == alias_moves.c.version_id)
+                .where(_standing(adapter_id, alias))
+                .order_by(alias_moves.c.id.desc())
+                .limit(2)
+            ).all()
+            if len(stack) < 2:
+                raise ConflictError(
+                    f"alias {alias!r} of {name!r} has no earlier target than version {current}; "
+                    "promote another version instead"
+                )
+            (move_id, _, _), (_, version_id, version) = stack
+            c.execute(alias_moves.update().where(alias_moves.c.id == move_id).values(undone=True))
+            target = {"version_id": version_id, "revision": count_change(c)}
+            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
+            log(c, self._actor, "rollback", f"{name}@{alias}", version=version, previous=current)
+            return _states(c, adapter_id, name)[alias]
+
+    def delete_alias(self, name: str, alias: str, *, expected_revision: int | None = None) -> None:
+        """Take `alias` away, and its stack of earlier targets with it; its versions stay.
+
+        AdapterNotFound where name or alias do not exist, RevisionConflict as in `promote`.
+        """
+        check_alias(alias)
+        with writing(self._engine) as c:
+            lock(c)
+            adapter_id, entry = load_entry(c, name)
+            _check_revision(c, adapter_id, name, alias, expected_revision)
+            version = entry.select(alias).version
+            c.execute(aliases.delete().where(alias_is(adapter_id, alias)))
+            c.execute(alias_moves.update().where(_standing(adapter_id, alias)).values(undone=True))
+            log(c, self._actor, "delete_alias", f"{name}@{alias}", version=version)
+            count_change(c)
+
+    def aliases(self, name: str) -> tuple[AliasState, ...]:
+        """All aliases of one name, sorted. AdapterNotFound where there is no such name."""
+        with reading(self._engine) as c:
+            adapter_id, _ = load_entry(c, name)
+            return tuple(_states(c, adapter_id, name).values())
+
+    def alias(self, name: str, alias: str) -> AliasState:
+        """AdapterNotFound where there is no such name or alias."""
+        states = {state.alias: state for state in self.aliases(name)}
+        if alias not in states:
+            raise AdapterNotFound(
+                f"adapter {name!r} has no alias {alias!r}; its aliases: {', '.join(states) or 'none'}"
+            )
+        return states[alias]
+
+
+def move_alias(
+    c: sa.Connection, actor: str, adapter_id: int, name: str, alias: str, version: int, revision: int
+) -> None:
+    """Within a transaction that has counted a change, whose counter is `revision`."""
+    version_id = version_id_of(c, adapter_id, version)
+    current = c.execute(sa.select(aliases.c.version_id).where(alias_is(adapter_id, alias))).scalar()
+    if current == version_id:
+        return
+    target = {"version_id": version_id, "revision": revision}
+    if current is None:
+        c.execute(aliases.insert().values(adapter_id=adapter_id, alias=alias, **target))
+    else:
+        c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
+    move = {"adapter_id": adapter_id, "alias": alias, "version_id": version_id, "undone": False, "created_at": now()}
+    c.execute(alias_moves.insert().values(move))
+    log(c, actor, "promote", f"{name}@{alias}", version=version)
+
+
+def _check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, expected: int | None) -> None:
+    if expected is None:
+        return
+    state = _states(c, adapter_id, name).get(alias)
+    revision, version = (state.revision, state.version) if state else (0, 0)
+    if revision != expected:
+        wanted = f"revision {expected}" if expected else "unset"
+        raise RevisionConflict(f"{_where(name, alias, version)} with revision {revision}, not {wanted}: look again")
+
+
+def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasState]:
+    """By alias, sorted."""
+    rows = c.execute(
+        sa.select(aliases.c.alias, versions.c.version, versions.c.digest, aliases.c.revision)
+        .join(versions, versions.c.id == aliases.c.version_id)
+        .where(aliases.c.adapter_id == adapter_id)
+        .order_by(aliases.c.alias)
+    )
+    return {row.alias: AliasState(name, *row) for row in rows}
+
+
+def _where(name: str, alias: str, version: int) -> str:
+    return f"alias {alias!r} of {name!r} " + (f"points at version {version}" if version else "is not set")
+
+
+def _standing(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
+    return sa.and_(alias_moves.c.adapter_id == adapter_id, alias_moves.c.alias == alias, ~alias_moves.c.undone)

@@ -1,0 +1,126 @@
+"""Training jobs: what was asked for, by whom, and how it ended; kept when the Ray cluster is gone.
+
+The API server inserts a job before it submits it, and the job's own driver tells that it started and how it ended.
+Where nobody asked through the API it is the driver that inserts it. So each call may come twice, and in any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_args
+
+import sqlalchemy as sa
+
+from loray.catalog.database import Database, reading, writing
+from loray.catalog.entries import EndStatus, Job, JobStatus
+from loray.catalog.queries import check_job_id, check_name, lock, log, now, utc
+from loray.catalog.schema import jobs
+from loray.errors import ConflictError, IntegrityError, JobNotFound, SpecError
+from loray.spec import TrainSpec
+
+_OPEN = ("pending", "running")
+
+
+class JobPage(NamedTuple):
+    """`jobs` newest first; `next` is the cursor of the page behind, None at the end."""
+
+    jobs: tuple[Job, ...]
+    next: str | None
+
+
+class Jobs(Database):
+    """The catalog's part about jobs. They do not count as changes: serving does not depend on them."""
+
+    def add_job(self, job_id: str, *, name: str, recipe: TrainSpec) -> Job:
+        """A pending job; the one that has this id already stays as it is.
+
+        SpecError where id or name are malformed, ConflictError where the id is that of another adapter's job.
+        """
+        check_job_id(job_id)
+        check_name(name)
+        with writing(self._engine) as c:
+            lock(c)
+            known = _find(c, job_id)
+            if known is not None:
+                if known.name != name:
+                    raise ConflictError(f"job {job_id!r} trains {known.name!r}, not {name!r}; choose another id")
+                return known
+            row = {"id": job_id, "name": name, "recipe": recipe.model_dump_json(), "status": "pending"}
+            c.execute(jobs.insert().values(row | {"message": "", "actor": self._actor, "created_at": now()}))
+            log(c, self._actor, "add_job", job_id, name=name)
+            return _get(c, job_id)
+
+    def start_job(self, job_id: str) -> Job:
+        """From pending to running. One that runs or has ended stays as it is. Raises JobNotFound."""
+        with writing(self._engine) as c:
+            lock(c)
+            if _get(c, job_id).status == "pending":
+                _update(c, job_id, status="running", started_at=now())
+            return _get(c, job_id)
+
+    def end_job(self, job_id: str, status: EndStatus, *, message: str = "", version: int | None = None) -> Job:
+        """The end of a job, with the version that it published or the reason why it did not.
+
+        One that has ended stays as it is, unless it turns out to have succeeded: what is published is published,
+        whatever was believed of the job when its driver was out of reach. Raises JobNotFound, SpecError.
+        """
+        if status not in get_args(EndStatus):
+            raise SpecError(f"{status!r} is not how a job ends: {', '.join(get_args(EndStatus))}")
+        with writing(self._engine) as c:
+            lock(c)
+            job = _get(c, job_id)
+            if not job.has_ended or (status == "succeeded" and job.version is None):
+                ended = {"status": status, "message": message, "version": version, "ended_at": job.ended_at or now()}
+                _update(c, job_id, **ended)
+                log(c, self._actor, "end_job", job_id, status=status, version=version)
+            return _get(c, job_id)
+
+    def job(self, job_id: str) -> Job:
+        """Raises JobNotFound."""
+        with reading(self._engine) as c:
+            return _get(c, job_id)
+
+    def jobs(
+        self, *, limit: int = 100, cursor: str | None = None, status: JobStatus | None = None, name: str | None = None
+    ) -> JobPage:
+        """At most `limit` jobs, newest first, from `cursor` (a page's `next`) on. SpecError on a wrong cursor."""
+        query = sa.select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1)
+        if status is not None:
+            query = query.where(jobs.c.status == status)
+        if name is not None:
+            query = query.where(jobs.c.name == name)
+        with reading(self._engine) as c:
+            if cursor is not None:
+                last = c.execute(sa.select(jobs.c.created_at, jobs.c.id).where(jobs.c.id == cursor)).first()
+                if last is None:
+                    raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
+                earlier = sa.and_(jobs.c.created_at == last.created_at, jobs.c.id < last.id)
+                query = query.where(sa.or_(jobs.c.created_at < last.created_at, earlier))
+            found = [_job(row) for row in c.execute(query)]
+        page = tuple(found[:limit])
+        return JobPage(page, page[-1].id if len(found) > limit else None)
+
+
+def _find(c: sa.Connection, job_id: str) -> Job | None:
+    row = c.execute(sa.select(jobs).where(jobs.c.id == job_id)).first()
+    return None if row is None else _job(row)
+
+
+def _get(c: sa.Connection, job_id: str) -> Job:
+    job = _find(c, job_id)
+    if job is None:
+        raise JobNotFound(f"no job {job_id!r} in the catalog; `GET /api/v1/jobs` lists them")
+    return job
+
+
+def _update(c: sa.Connection, job_id: str, **values: Any) -> None:
+    c.execute(jobs.update().where(jobs.c.id == job_id).values(values))
+
+
+def _job(row: sa.Row[Any]) -> Job:
+    fields = row._asdict()
+    try:
+        recipe = TrainSpec.model_validate_json(fields["recipe"])
+    except ValueError as e:
+        raise IntegrityError(f"the recipe of job {row.id} in the catalog cannot be read; a later loray wrote it") from e
+    times = {t: fields[t] and utc(fields[t]) for t in ("created_at", "started_at", "ended_at")}
+    return Job(**fields | {"recipe": recipe} | times)

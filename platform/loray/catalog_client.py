@@ -1,0 +1,204 @@
+"""A typed client of the catalog's REST API: adapters, versions, aliases, placement and training jobs.
+
+with CatalogClient("http://127.0.0.1:8000") as catalog:
+    prod = catalog.alias("tone", "prod")
+    catalog.promote("tone", "prod", 4, etag=prod.etag)  # RevisionConflict where somebody has moved it meanwhile
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from loray.errors import ClusterError, LorayError
+from loray.serving.resources import (
+    AdapterResource,
+    AliasResource,
+    BaseResource,
+    JobResource,
+    Page,
+    PlacementResource,
+    Problem,
+    VersionDetail,
+    VersionResource,
+)
+from loray.spec import TrainSpec
+
+_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_PREFIX = "/api/v1"
+R = TypeVar("R", bound=BaseModel)
+
+
+class CatalogClient:
+    """Errors come back as those that were raised: AdapterNotFound, JobNotFound, ConflictError, RevisionConflict,
+    SpecError with each wrong field, CatalogError where the server's database is away, and ClusterError where the
+    server or Ray does not answer.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout: httpx.Timeout | float = _TIMEOUT,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/") + _PREFIX
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def bases(self) -> tuple[BaseResource, ...]:
+        return _read(Page[BaseResource], self._request("GET", "/bases")).items
+
+    def adapters(self, *, base: str | None = None, method: str | None = None) -> Iterator[AdapterResource]:
+        """All of them, page by page."""
+        return self._pages("/adapters", Page[AdapterResource], {"base": base, "method": method})
+
+    def adapter(self, name: str) -> AdapterResource:
+        return _read(AdapterResource, self._request("GET", f"/adapters/{name}"))
+
+    def versions(self, name: str) -> Iterator[VersionResource]:
+        """Newest first, page by page."""
+        return self._pages(f"/adapters/{name}/versions", Page[VersionResource], {})
+
+    def version(self, name: str, version: int) -> VersionDetail:
+        return _read(VersionDetail, self._request("GET", f"/adapters/{name}/versions/{version}"))
+
+    def register(
+        self, name: str, digest: str, *, aliases: Sequence[str] = (), version: int | None = None
+    ) -> VersionDetail:
+        """A version of an adapter that the store has already."""
+        body = {"digest": digest, "aliases": list(aliases), "version": version}
+        return _read(VersionDetail, self._request("POST", f"/adapters/{name}/versions", json=body))
+
+    def placement(self, name: str) -> PlacementResource:
+        return _read(PlacementResource, self._request("GET", f"/adapters/{name}/placement"))
+
+    # -- aliases ------------------------------------------------------------------------------------------------------
+
+    def aliases(self, name: str) -> tuple[AliasResource, ...]:
+        return _read(Page[AliasResource], self._request("GET", f"/adapters/{name}/aliases")).items
+
+    def alias(self, name: str, alias: str) -> AliasResource:
+        return _read(AliasResource, self._request("GET", _alias(name, alias)))
+
+    def promote(
+        self, name: str, alias: str, version: int, *, etag: str | None = None, create: bool = False
+    ) -> AliasResource:
+        """Point `alias` at `version`. With `etag`, only if it has that ETag; with `create`, only if it is not set."""
+        headers = _if_match(etag) | ({"If-None-Match": "*"} if create else {})
+        return _read(
+            AliasResource, self._request("PUT", _alias(name, alias), json={"version": version}, headers=headers)
+        )
+
+    def rollback(self, name: str, alias: str = "prod", *, etag: str | None = None) -> AliasResource:
+        path = f"{_alias(name, alias)}/rollback"
+        return _read(AliasResource, self._request("POST", path, headers=_if_match(etag)))
+
+    def delete_alias(self, name: str, alias: str, *, etag: str | None = None) -> None:
+        self._request("DELETE", _alias(name, alias), headers=_if_match(etag))
+
+    # -- jobs ---------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, recipe: TrainSpec | Mapping[str, Any] | str, *, id: str | None = None, resume: bool = False
+    ) -> JobResource:
+        """Train `recipe`: a spec, its fields, or YAML."""
+        if isinstance(recipe, str):
+            body: dict[str, Any] = {"content": recipe, "headers": {"Content-Type": "application/yaml"}}
+        else:
+            body = {"json": recipe.model_dump(mode="json") if isinstance(recipe, TrainSpec) else dict(recipe)}
+        params = _given({"id": id, "resume": resume or None})
+        return _read(JobResource, self._request("POST", "/jobs", params=params, **body))
+
+    def jobs(self, *, status: str | None = None, name: str | None = None) -> Iterator[JobResource]:
+        """Newest first, page by page."""
+        return self._pages("/jobs", Page[JobResource], {"status": status, "name": name})
+
+    def job(self, job_id: str) -> JobResource:
+        return _read(JobResource, self._request("GET", f"/jobs/{job_id}"))
+
+    def logs(self, job_id: str) -> str:
+        """What the job has written until now. JobNotFound where Ray does not have it any more, too."""
+        return self._request("GET", f"/jobs/{job_id}/logs").text
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """Lines of the job's log until it ends."""
+        timeout = httpx.Timeout(5.0, read=None)  # a job may be silent for long
+        params = {"follow": True}
+        try:
+            with self._http.stream("GET", f"/jobs/{job_id}/logs", params=params, timeout=timeout) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _error_of(response)
+                yield from response.iter_lines()
+        except httpx.HTTPError as e:
+            raise self._unreachable(e) from e
+
+    def stop(self, job_id: str) -> JobResource:
+        """Tell it to stop; it is shown as stopped once its driver has ended."""
+        return _read(JobResource, self._request("POST", f"/jobs/{job_id}/stop"))
+
+    # -- HTTP ---------------------------------------------------------------------------------------------------------
+
+    def _pages(self, path: str, schema: type[Page[R]], params: dict[str, Any]) -> Iterator[R]:
+        cursor: str | None = None
+        while True:
+            page = _read(schema, self._request("GET", path, params=_given(params | {"cursor": cursor})))
+            yield from page.items
+            cursor = page.next
+            if cursor is None:
+                return
+
+    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as e:
+            raise self._unreachable(e) from e
+        if not response.is_success:
+            raise _error_of(response)
+        return response
+
+    def _unreachable(self, error: httpx.HTTPError) -> ClusterError:
+        reason = str(error) or type(error).__name__
+        return ClusterError(f"no answer from {self.base_url} ({reason}); `loray status` says what is being served")
+
+
+def _alias(name: str, alias: str) -> str:
+    return f"/adapters/{name}/aliases/{alias}"
+
+
+def _if_match(etag: str | None) -> dict[str, str]:
+    return {} if etag is None else {"If-Match": etag}
+
+
+def _given(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _read(schema: type[R], response: httpx.Response) -> R:
+    try:
+        return schema.model_validate_json(response.content)
+    except ValidationError as e:
+        raise ClusterError(f"the server's answer is not a {schema.__name__}: {response.text[:200]!r}") from e
+
+
+def _error_of(response: httpx.Response) -> LorayError:
+    try:
+        return Problem.model_validate_json(response.content).exception()
+    except ValidationError:  # a proxy in between, for instance
+        return ClusterError(f"HTTP {response.status_code}: {response.text[:200]}")

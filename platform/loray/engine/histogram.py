@@ -1,0 +1,35 @@
+"""A histogram that costs a fraction of a microsecond for each value: what the engine's thread counts with."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class HistogramCounts(NamedTuple):
+    """`counts[i]`: values in (bounds[i - 1], bounds[i]]; the last are those above every bound. `sum` of all values."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+    @property
+    def num_values(self) -> int:
+        return sum(self.counts)
+
+
+class Histogram:
+    """Written by one thread. `bounds` ascend, and are upper bounds, included, as Prometheus has them."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def counts(self) -> HistogramCounts:
+        return HistogramCounts(self._bounds, tuple(self._counts), self._sum)

@@ -1,0 +1,211 @@
+"""What the catalog's REST API speaks in: adapters, versions, aliases, placement, jobs, and problems (RFC 9457)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from loray.errors import (
+    AdapterNotFound,
+    BaseNotFound,
+    CatalogError,
+    ClusterError,
+    ConflictError,
+    DataError,
+    IntegrityError,
+    JobNotFound,
+    LorayError,
+    NotFoundError,
+    RevisionConflict,
+    SettingsError,
+    SpecError,
+    UnsupportedError,
+)
+from loray.spec import AdapterManifest, Alias, Evaluation, Method, Name, Sha256, TrainSpec
+
+MAX_VERSION = 999_999_999
+VersionNumber = Annotated[int, Field(ge=1, le=MAX_VERSION)]
+
+T = TypeVar("T")
+
+
+class Resource(BaseModel):
+    """Fields that a later server adds are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+class Page(Resource, Generic[T]):
+    """`next` is the `cursor` of the page behind; null at the end."""
+
+    items: tuple[T, ...]
+    next: str | None = None
+
+
+class BaseResource(Resource):
+    name: str
+    fingerprint: str
+
+
+class AdapterResource(Resource):
+    """One name. `version` and what follows are of what the bare name means: alias `prod`, else the newest version."""
+
+    name: str
+    created_at: datetime
+    version: int
+    digest: str
+    method: Method
+    base: str | None = Field(description="null where the catalog has no name for the base model's fingerprint")
+    base_fingerprint: str
+    context_length: int
+    nbytes: int
+    versions: tuple[int, ...] = Field(description="newest first")
+    aliases: dict[str, int]
+
+
+class VersionResource(Resource):
+    """One immutable version; only `aliases` change."""
+
+    name: str
+    version: int
+    digest: str
+    created_at: datetime
+    aliases: tuple[str, ...]
+    method: Method
+    base_fingerprint: str
+    context_length: int
+    nbytes: int
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+# Described as any object: a server may know fields of recipes and manifests that the document's reader does not.
+_ANY_OBJECT = WithJsonSchema({"type": "object", "additionalProperties": True})
+
+
+class VersionDetail(VersionResource):
+    """With its manifest: files, recipe, lineage."""
+
+    manifest: Annotated[AdapterManifest, _ANY_OBJECT]
+
+
+class AliasResource(Resource):
+    """`revision` is the ETag; it grows with every move and rollback and never comes twice."""
+
+    name: str
+    alias: str
+    version: int
+    digest: str
+    revision: int
+
+    @property
+    def etag(self) -> str:
+        return f'"{self.revision}"'
+
+
+class AliasTarget(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    version: VersionNumber
+
+
+class Registration(BaseModel):
+    """An adapter that the store has already. `version` asks for a number instead of the next one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    digest: Sha256
+    aliases: tuple[Alias, ...] = ()
+    version: VersionNumber | None = None
+
+
+class ReplicaAdapter(Resource):
+    """A version of the adapter in one replica's memory."""
+
+    replica: str
+    node: str
+    version: int
+    digest: str
+    nbytes: int
+    tier: str = Field(description="`pool`: computes with it; `host`: waits in host memory")
+    uses: int = Field(description="requests since the replica loaded it")
+    last_used_at: datetime | None
+
+
+class PlacementResource(Resource):
+    name: str
+    items: tuple[ReplicaAdapter, ...]
+
+
+class JobResource(Resource):
+    """A training job. `id` is Ray's submission id; `version` is what it published."""
+
+    id: str
+    name: Name
+    status: Literal["pending", "running", "succeeded", "failed", "stopped"]
+    message: str
+    version: int | None
+    actor: str
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    recipe: Annotated[TrainSpec, _ANY_OBJECT]
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status not in ("pending", "running")
+
+
+# -- problems ---------------------------------------------------------------------------------------------------------
+
+_TYPE = "urn:loray:problem:"
+_KINDS: dict[str, type[LorayError]] = {
+    "adapter-not-found": AdapterNotFound,
+    "base-not-found": BaseNotFound,
+    "job-not-found": JobNotFound,
+    "not-found": NotFoundError,
+    "revision-conflict": RevisionConflict,
+    "conflict": ConflictError,
+    "invalid": SpecError,
+    "data": DataError,
+    "settings": SettingsError,
+    "unsupported": UnsupportedError,
+    "integrity": IntegrityError,
+    "catalog-unavailable": CatalogError,
+    "cluster-unavailable": ClusterError,
+    "internal": LorayError,
+}
+
+
+class FieldError(Resource):
+    """`field` is a path with dots: `optimizer.learning_rate`."""
+
+    field: str
+    message: str
+
+
+class Problem(Resource):
+    """RFC 9457. `type` says which of loray's errors it is; `errors` has one entry per wrong field."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: tuple[FieldError, ...] | None = None
+
+    def exception(self) -> LorayError:
+        """The error that the server raised."""
+        kind = _KINDS.get(self.type.removeprefix(_TYPE), LorayError)
+        fields = "".join(f"\n  {e.field}: {e.message}" for e in self.errors or ())
+        return kind(self.detail + fields)
+
+
+def problem_type(error: type[LorayError]) -> str:
+    """Of the nearest class that has one."""
+    names = {cls: name for name, cls in _KINDS.items()}
+    return _TYPE + next(names[cls] for cls in error.__mro__ if cls in names)

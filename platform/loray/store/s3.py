@@ -1,0 +1,251 @@
+"""Objects by key, in a bucket of AWS S3 or of a server that speaks its protocol."""
+
+from __future__ import annotations
+
+import io
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loray.errors import NotFoundError, StoreError, UnsupportedError
+from loray.locations import S3Location
+from loray.store.aws import NUM_CONNECTIONS, connect, endpoint_of
+from loray.store.keys import TEMPORARY, check_key
+from loray.store.parts import PART_BYTES, Source, upload_parts
+from loray.store.s3_errors import clear_errors, missing_bucket, status_of, was_retried
+from loray.telemetry import get_logger
+
+log = get_logger(__name__)
+
+LARGE_BYTES = 2 * PART_BYTES  # worth a question before, and several connections
+
+_MAX_PUT_BYTES = 5 << 30  # S3's own limit
+_PROBE = f"{TEMPORARY}/conditional-writes"
+_CONFLICTS = 5  # of writers of one key at one moment, before one gives up
+
+
+class S3Store:
+    """A prefix of a bucket as an ObjectStore. The bucket must exist and the server must honour `If-None-Match`.
+
+    AWS gets large objects in parallel parts. Other servers get them in one request: two uploads in parts that end at
+    the same moment may both win there (SeaweedFS 4.48 lets them), while of two plain writes one is refused.
+
+    StoreError where the server cannot be reached or refuses; every request is tried several times before that.
+    Threads may share it; a process that was forked must make its own.
+    """
+
+    def __init__(self, location: S3Location) -> None:
+        self.location = location
+        self._client = connect(location)
+        self._bucket = location.bucket
+        self._prefix = f"{location.prefix}/" if location.prefix else ""
+        self._parts_from = _MAX_PUT_BYTES if endpoint_of(location) else LARGE_BYTES
+        self._checked: set[str] = set()  # kinds of conditional writes that the server has proved to refuse
+        kms = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": location.kms_key_id} if location.kms_key_id else {}
+        self._encryption: Mapping[str, str] = kms
+
+    def put_if_absent(self, key: str, data: bytes | Path) -> bool:
+        name = self._name(key)
+        source = Source.of(data)
+        in_parts = source.num_bytes >= self._parts_from
+        with clear_errors(self.location):
+            if source.num_bytes >= LARGE_BYTES and self._find(name) is not None:
+                return False  # found out before the bytes travel
+            self._check_conditional_writes("PutObject", self._put_whole)
+            if in_parts:
+                self._check_conditional_writes("CompleteMultipartUpload", self._put_in_parts)
+            put = self._put_in_parts if in_parts else self._put_whole
+            for attempt in range(_CONFLICTS):
+                won = put(name, source)
+                if won is not None:
+                    return won
+                time.sleep(0.05 * 2**attempt)
+        raise StoreError(f"other writers of {key!r} kept being in the way; try again")
+
+    def get(self, key: str) -> bytes:
+        buffer = io.BytesIO()
+        with self._reading(key):
+            self._client.download_fileobj(self._bucket, self._name(key), buffer, Config=_transfer())
+        return buffer.getvalue()
+
+    def get_to(self, key: str, path: Path) -> None:
+        """Large objects come in parallel ranges. `path` appears when it is whole."""
+        with self._reading(key):
+            self._client.download_file(self._bucket, self._name(key), str(path), Config=_transfer())
+
+    def exists(self, key: str) -> bool:
+        with clear_errors(self.location):
+            found = self._find(self._name(key)) is not None
+            if not found:
+                self._check_bucket()
+            return found
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        keys = []
+        with clear_errors(self.location):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
+                keys += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ())]
+        yield from sorted(key for key in keys if not key.startswith(f"{TEMPORARY}/") and not key.endswith("/"))
+
+    def delete(self, key: str) -> None:
+        with clear_errors(self.location):
+            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+
+    def check(self) -> None:
+        with clear_errors(self.location):
+            self._check_conditional_writes("PutObject", self._put_whole)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def _put_whole(self, name: str, source: Source) -> bool | None:
+        """Whether the object is this call's; None where another writer was at it at the same moment."""
+        writer = uuid.uuid4().hex
+        with self._conditional(name, writer) as outcome, source.open() as body:
+            self._client.put_object(
+                Bucket=self._bucket,
+                Key=name,
+                Body=body,
+                IfNoneMatch="*",
+                Metadata={"writer": writer},
+                **self._encryption,
+            )
+        return outcome.won
+
+    def _put_in_parts(self, name: str, source: Source) -> bool | None:
+        """As `_put_whole`; whoever completes first wins. Parts of one that failed are removed."""
+        writer = uuid.uuid4().hex
+        upload = self._client.create_multipart_upload(
+            Bucket=self._bucket,
+            Key=name,
+            ChecksumAlgorithm="CRC32",
+            Metadata={"writer": writer},
+            **self._encryption,
+        )
+        target = {"Bucket": self._bucket, "Key": name, "UploadId": upload["UploadId"]}
+        outcome = _Outcome()
+        try:
+            parts = upload_parts(self._client, target, source)
+            with self._conditional(name, writer) as outcome:
+                self._client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
+        finally:
+            if outcome.won is not True:
+                self._abort(target)
+        return outcome.won
+
+    def _abort(self, target: Mapping[str, str]) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            self._client.abort_multipart_upload(**target)
+        except (BotoCoreError, ClientError) as e:  # what failed before is what matters
+            log.warning("parts of %s stay in bucket %s: %s", target["Key"], self._bucket, e)
+
+    @contextmanager
+    def _conditional(self, name: str, writer: str) -> Iterator[_Outcome]:
+        """Around one conditional request: what its answer says of who wrote the object."""
+        from botocore.exceptions import ClientError
+
+        outcome = _Outcome()
+        try:
+            yield outcome
+        except ClientError as e:
+            status = status_of(e)
+            if status == 409:
+                return
+            if status not in (404, 412) or e.response["Error"].get("Code") == "NoSuchBucket":
+                raise
+            # The answer to an attempt that succeeded may have been lost: then the object carries our mark.
+            if was_retried(e) and self._find(name) == writer:
+                outcome.won = True
+            elif status == 412:
+                outcome.won = False
+            else:
+                raise
+        else:
+            outcome.won = True
+
+    def _check_conditional_writes(self, kind: str, put: Any) -> None:
+        """Once per store and kind of write: a second write of one key must be refused, not silently carried out."""
+        if kind in self._checked:
+            return
+        probe = Source(b"A second write of this key must be refused.\n", 44)
+        if put(self._name(_PROBE, reserved=True), probe) and put(self._name(_PROBE, reserved=True), probe):
+            raise UnsupportedError(
+                f"the server at {endpoint_of(self.location)} ignores If-None-Match in {kind}: two publishers could "
+                "overwrite each other there; use a server with conditional writes (AWS S3, MinIO, SeaweedFS, Ceph)"
+            )
+        self._checked.add(kind)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        from botocore.exceptions import ClientError
+
+        check_key(key)
+        with clear_errors(self.location):
+            try:
+                yield
+            except ClientError as e:
+                if status_of(e) != 404:
+                    raise
+                self._check_bucket()
+                raise NotFoundError(f"bucket {self._bucket!r} has no object {self._name(key)!r}") from e
+
+    def _find(self, name: str) -> str | None:
+        """Who wrote the object ("" where it does not say); None where there is none."""
+        from botocore.exceptions import ClientError
+
+        try:
+            return str(self._client.head_object(Bucket=self._bucket, Key=name)["Metadata"].get("writer", ""))
+        except ClientError as e:
+            if status_of(e) != 404:
+                raise
+            return None
+
+    def _check_bucket(self) -> None:
+        """A missing key and a missing bucket look the same to HEAD. StoreError where it is the bucket."""
+        from botocore.exceptions import ClientError
+
+        try:
+            self._client.head_bucket(Bucket=self._bucket)
+        except ClientError as e:
+            if status_of(e) == 404:
+                raise missing_bucket(self.location) from e
+
+    def _name(self, key: str, *, reserved: bool = False) -> str:
+        return self._prefix + (key if reserved else check_key(key))
+
+
+class _Outcome:
+    """`won`: True where the object is ours, False where it was there, None where nobody knows: try again."""
+
+    won: bool | None = None
+
+
+def create_bucket(location: S3Location) -> None:
+    """Where it does not exist. For servers of one's own: on AWS a bucket wants more than a name."""
+    from botocore.exceptions import ClientError
+
+    client = connect(location)
+    with clear_errors(location):
+        try:
+            client.create_bucket(Bucket=location.bucket)
+        except ClientError as e:
+            if e.response["Error"].get("Code") not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                raise
+
+
+def _transfer() -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(
+        multipart_threshold=LARGE_BYTES,
+        multipart_chunksize=PART_BYTES,
+        max_concurrency=NUM_CONNECTIONS,
+        preferred_transfer_client="classic",
+    )

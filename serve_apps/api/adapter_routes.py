@@ -1,0 +1,125 @@
+"""Adapters, their versions, where they lie in memory, and base models."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from loray.catalog import AdapterEntry
+from loray.errors import AdapterNotFound
+from loray.serving.resources import (
+    AdapterResource,
+    BaseResource,
+    Page,
+    PlacementResource,
+    Registration,
+    ReplicaAdapter,
+    VersionDetail,
+    VersionNumber,
+    VersionResource,
+)
+from loray.spec import Method, Name
+from serve_apps.api import examples, views
+from serve_apps.api.problems import responses
+from serve_apps.api.site import Limit, NamePath, Site
+
+
+def create_router(site: Site) -> APIRouter:
+    router = APIRouter(tags=["adapters"])
+
+    @router.get("/adapters", responses=responses() | examples.page(examples.ADAPTER, "tone"))
+    def list_adapters(
+        request: Request,
+        response: Response,
+        limit: Limit = 100,
+        cursor: Annotated[Name | None, Query(description="`next` of the page before")] = None,
+        base: Annotated[Name | None, Query(description="only adapters of this base model")] = None,
+        method: Annotated[Method | None, Query(description="only adapters of this method")] = None,
+    ) -> Page[AdapterResource]:
+        """All adapters, in the order of their names. Filters look at the version that the bare name means."""
+        found = site.catalog.names(limit=limit + 1, after=cursor or "", base=base, method=method)
+        names = {fingerprint: name for name, fingerprint in site.catalog.bases().items()}
+        items = tuple(views.adapter(entry, names) for entry in found[:limit])
+        return views.page(items, items[-1].name if len(found) > limit else None, request, response)
+
+    @router.get("/adapters/{name}", responses=responses(404) | examples.ok(examples.ADAPTER))
+    def get_adapter(name: NamePath) -> AdapterResource:
+        """One adapter: what its bare name means, its versions and its aliases."""
+        entry = site.catalog.entry(name)
+        return views.adapter(entry, {fingerprint: base for base, fingerprint in site.catalog.bases().items()})
+
+    @router.get("/adapters/{name}/versions", responses=responses(404) | examples.page(examples.VERSION, "3"))
+    def list_versions(
+        request: Request,
+        response: Response,
+        name: NamePath,
+        limit: Limit = 100,
+        cursor: Annotated[VersionNumber | None, Query(description="`next` of the page before")] = None,
+    ) -> Page[VersionResource]:
+        """Versions, newest first."""
+        found = site.catalog.versions(name, limit=limit + 1, before=cursor)
+        items = tuple(views.version(v) for v in found[:limit])
+        return views.page(items, str(items[-1].version) if len(found) > limit else None, request, response)
+
+    @router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
+    def get_version(name: NamePath, version: Annotated[VersionNumber, Path()]) -> VersionDetail:
+        """One version with its manifest: files, recipe, lineage, evaluations."""
+        return views.detail(site.catalog.version(name, version))
+
+    @router.post(
+        "/adapters/{name}/versions",
+        status_code=201,
+        responses=responses(404, 409) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
+    )
+    def register_version(
+        request: Request, response: Response, name: NamePath, registration: Registration
+    ) -> VersionDetail:
+        """Give an adapter that the store has already a name and a version. A digest keeps the version it has.
+
+        404: the store has no adapter of this digest. 409: the name is a base model's, or the number is taken.
+        """
+        manifest = site.store.manifest(registration.digest)
+        site.catalog.check_name(name, registration.aliases)
+        site.catalog.add_base(manifest.base, manifest.base_fingerprint)
+        version = site.catalog.register(
+            name, registration.digest, manifest, registration.aliases, version=registration.version
+        )
+        response.headers["Location"] = request.url_for("get_version", name=name, version=version.version).path
+        return views.detail(version)
+
+    @router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
+    async def get_placement(name: NamePath) -> PlacementResource:
+        """In which replica's memory each version is; nothing where nothing is served."""
+        entry = await run_in_threadpool(lambda: site.catalog.entry(name))
+        return await _placement(site, entry)
+
+    @router.get("/bases", responses=responses() | examples.page(examples.BASE, None))
+    def list_bases() -> Page[BaseResource]:
+        """Base models that the catalog knows."""
+        bases = site.catalog.bases()
+        return Page[BaseResource](items=tuple(BaseResource(name=n, fingerprint=f) for n, f in bases.items()))
+
+    return router
+
+
+async def _placement(site: Site, entry: AdapterEntry) -> PlacementResource:
+    versions = {ref.digest: ref.version for ref in entry.versions.values()}
+    if not versions:
+        raise AdapterNotFound(f"adapter {entry.name!r} has no version")
+    items = tuple(
+        ReplicaAdapter.model_validate(
+            fact
+            | {
+                "version": versions[fact["digest"]],
+                "last_used_at": fact["last_used_at"] and datetime.fromtimestamp(fact["last_used_at"], UTC),
+            }
+        )
+        for fact in await site.placements.adapters(list(versions))
+        if fact["digest"] in versions
+    )
+    return PlacementResource(
+        name=entry.name, items=tuple(sorted(items, key=lambda item: (-item.version, item.replica)))
+    )

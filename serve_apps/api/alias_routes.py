@@ -1,0 +1,72 @@
+"""Aliases: promote, roll back, delete; each with a strong ETag, so that nobody undoes what they have not seen."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from loray.catalog import AliasState
+from loray.serving.resources import AliasResource, AliasTarget, Page
+from serve_apps.api import examples, views
+from serve_apps.api.preconditions import Conditional
+from serve_apps.api.problems import responses
+from serve_apps.api.site import AliasPath, NamePath, Site
+
+_PATH = "/adapters/{name}/aliases/{alias}"
+
+
+def create_router(site: Site) -> APIRouter:
+    router = APIRouter(tags=["aliases"])
+
+    @router.get("/adapters/{name}/aliases", responses=responses(404) | examples.page(examples.ALIAS, None))
+    def list_aliases(name: NamePath) -> Page[AliasResource]:
+        """All aliases of an adapter."""
+        return Page[AliasResource](items=tuple(views.alias(state) for state in site.catalog.aliases(name)))
+
+    @router.get(
+        _PATH,
+        response_model=AliasResource,
+        responses=responses(404) | {304: {"description": "The client has it"}} | _tagged(),
+    )
+    def get_alias(response: Response, name: NamePath, alias: AliasPath, conditions: Conditional) -> object:
+        """Where an alias points. With If-None-Match, 304 where it has not moved."""
+        found = _tag(site.catalog.alias(name, alias), response)
+        if conditions.found_unchanged(found.revision):
+            return Response(status_code=304, headers={"ETag": found.etag})
+        return found
+
+    @router.put(_PATH, responses=responses(404, 412) | _tagged())
+    def put_alias(
+        response: Response, name: NamePath, alias: AliasPath, target: AliasTarget, conditions: Conditional
+    ) -> AliasResource:
+        """Point an alias at a version; it is made where it is not set.
+
+        With If-Match only if it has that ETag, with `If-None-Match: *` only if it is not set: 412 where it has moved
+        meanwhile. Without either it moves, whoever moved it last.
+        """
+        revision = conditions.expected_revision(site.catalog, name, alias)
+        return _tag(site.catalog.promote(name, alias, target.version, expected_revision=revision), response)
+
+    @router.delete(_PATH, status_code=204, responses=responses(404, 412))
+    def delete_alias(name: NamePath, alias: AliasPath, conditions: Conditional) -> None:
+        """Take an alias away; versions stay. Preconditions as for PUT."""
+        revision = conditions.expected_revision(site.catalog, name, alias)
+        site.catalog.delete_alias(name, alias, expected_revision=revision)
+
+    @router.post(_PATH + "/rollback", responses=responses(404, 409, 412) | _tagged())
+    def roll_back(response: Response, name: NamePath, alias: AliasPath, conditions: Conditional) -> AliasResource:
+        """Point an alias back at where it pointed before its last move. 409: there is nothing to go back to."""
+        revision = conditions.expected_revision(site.catalog, name, alias)
+        return _tag(site.catalog.rollback(name, alias, expected_revision=revision), response)
+
+    return router
+
+
+def _tag(state: AliasState, response: Response) -> AliasResource:
+    found = views.alias(state)
+    response.headers["ETag"] = found.etag
+    return found
+
+
+def _tagged() -> examples.Responses:
+    header = {"ETag": {"description": "the revision in quotes", "schema": {"type": "string"}}}
+    return examples.ok(examples.ALIAS, headers=header)

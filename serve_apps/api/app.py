@@ -1,0 +1,93 @@
+"""The Serve application `catalog`: `serve_apps.api.app:build`. Its own process: its queries never hold up tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
+from ray import serve
+from ray.serve import Application
+
+from loray import __version__
+from loray.errors import SpecError
+from loray.serving.resources import Problem
+from loray.settings import Settings
+from loray.spec import TrainSpec
+from serve_apps.api import adapter_routes, alias_routes, job_routes, problems
+from serve_apps.api.site import Site
+from serve_apps.app import ENGINE
+from serve_apps.deployment import APPLICATION
+
+API = "api"
+_MAX_ONGOING = 256  # a client that follows a job's log is one of them
+_REFERENCE = "#/components/schemas/{model}"
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Takes no `args`: where the catalog and the store are, the environment says (LORAY_*). Raises SpecError."""
+    if args:
+        raise SpecError(f"serve_apps.api.app:build takes no args, but got {', '.join(args)}")
+    environment = {"env_vars": Settings.from_env().to_env()}
+    api = serve.deployment(
+        serve.ingress(_app)(),
+        name=API,
+        max_ongoing_requests=_MAX_ONGOING,
+        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
+        health_check_period_s=5.0,
+    )
+    return api.bind()
+
+
+def _app() -> FastAPI:
+    from loray.telemetry import configure_logging
+    from serve_apps.api.placement import ServePlacements
+    from serve_apps.api.ray_jobs import RayJobServer
+
+    settings = Settings.from_env()
+    configure_logging(settings.log_level)
+    return create_app(Site(settings, RayJobServer(), ServePlacements(ENGINE, APPLICATION)))
+
+
+def create_app(site: Site) -> FastAPI:
+    """The ASGI application, whose paths start behind the route prefix /api/v1."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        site.close()
+
+    app = FastAPI(
+        title="loray catalog",
+        version=__version__,
+        description="Adapters, versions, aliases and training jobs. Errors are application/problem+json (RFC 9457).",
+        lifespan=lifespan,
+        generate_unique_id_function=_operation_id,
+    )
+    problems.install(app)
+    for routes in (adapter_routes, alias_routes, job_routes):
+        app.include_router(routes.create_router(site))
+    _describe(app)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def _describe(app: FastAPI) -> None:
+    """Add to the OpenAPI document what FastAPI does not see: recipes are read, and problems written, by hand."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _, schemas = models_json_schema(
+                [(TrainSpec, "validation"), (Problem, "serialization")], ref_template=_REFERENCE
+            )
+            generate().setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        return generate()
+
+    app.openapi = openapi  # type: ignore[method-assign]

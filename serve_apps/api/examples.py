@@ -1,0 +1,94 @@
+"""Answers as they look, for the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Responses = dict[int | str, dict[str, Any]]
+
+_DIGEST = "9b4f" * 16
+_BASE = "41d0" * 16
+_TIME = "2026-11-24T18:00:00Z"
+_LOSS = {"metric": "loss", "value": 1.62, "dataset": "held-out", "subject": "adapter", "context_length": 1024}
+
+BASE = {"name": "smollm2", "fingerprint": _BASE}
+RECIPE = {
+    "name": "tone",
+    "base": "smollm2",
+    "adapter": {"method": "lora", "rank": 16},
+    "data": {"train": "s3://bucket/tone.jsonl"},
+    "batch": {"rows": 8},
+    "optimizer": {"learning_rate": 0.0002},
+    "max_steps": 200,
+}
+ADAPTER = {
+    "name": "tone",
+    "created_at": _TIME,
+    "version": 3,
+    "digest": _DIGEST,
+    "method": "lora",
+    "base": "smollm2",
+    "base_fingerprint": _BASE,
+    "context_length": 8192,
+    "nbytes": 1843200,
+    "versions": [4, 3, 2, 1],
+    "aliases": {"prod": 3, "canary": 4},
+}
+VERSION = {
+    "name": "tone",
+    "version": 3,
+    "digest": _DIGEST,
+    "created_at": _TIME,
+    "aliases": ["prod"],
+    "method": "lora",
+    "base_fingerprint": _BASE,
+    "context_length": 8192,
+    "nbytes": 1843200,
+    "evaluations": [_LOSS],
+}
+VERSION_DETAIL = VERSION | {
+    "manifest": {"format": 1, "method": "lora", "base": "smollm2", "rank": 16, "files": {}, "recipe": RECIPE}
+}
+ALIAS = {"name": "tone", "alias": "prod", "version": 3, "digest": _DIGEST, "revision": 17}
+PLACEMENT = {
+    "name": "tone",
+    "items": [
+        {
+            "replica": "k3x9",
+            "node": "worker-1",
+            "version": 3,
+            "digest": _DIGEST,
+            "nbytes": 1843200,
+            "tier": "pool",
+            "uses": 412,
+            "last_used_at": _TIME,
+        }
+    ],
+}
+JOB = {
+    "id": "train_5f1b2c3d4e5f6a7b",
+    "name": "tone",
+    "status": "succeeded",
+    "message": "",
+    "version": 3,
+    "actor": "api",
+    "created_at": _TIME,
+    "started_at": _TIME,
+    "ended_at": _TIME,
+    "recipe": RECIPE,
+}
+
+
+def ok(
+    example: dict[str, Any], status: int = 200, *, location: bool = False, headers: dict[str, Any] | None = None
+) -> Responses:
+    """A success, for `responses=` of a route."""
+    headers = dict(headers or {})
+    if location:
+        headers["Location"] = {"description": "its URL", "schema": {"type": "string"}}
+    described: dict[str, Any] = {"content": {"application/json": {"example": example}}}
+    return {status: described | ({"headers": headers} if headers else {})}
+
+
+def page(item: dict[str, Any], cursor: str | None) -> Responses:
+    return ok({"items": [item], "next": cursor})

@@ -1,0 +1,82 @@
+"""Training jobs: submit a recipe, see how it goes, read its log, stop it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from loray.catalog import JobStatus
+from loray.serving.resources import JobResource, Page
+from loray.spec import JobId, Name
+from serve_apps.api import examples, views
+from serve_apps.api.problems import responses
+from serve_apps.api.recipes import JSON, YAML, RecipeBody
+from serve_apps.api.site import Limit, Site
+
+JobPath = Annotated[JobId, Path(description="Ray's submission id")]
+
+_RECIPE = {"schema": {"$ref": "#/components/schemas/TrainSpec"}, "example": examples.RECIPE}
+_BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON[0], YAML[0]), _RECIPE)}}
+
+
+def create_router(site: Site) -> APIRouter:
+    router = APIRouter(tags=["jobs"])
+
+    @router.post(
+        "/jobs",
+        status_code=201,
+        openapi_extra=_BODY,
+        responses=responses(409, 415) | examples.ok(examples.JOB, 201, location=True),
+    )
+    def submit_job(
+        request: Request,
+        response: Response,
+        recipe: RecipeBody,
+        id: Annotated[JobId | None, Query(description="Ray's submission id for it; made up where left out")] = None,
+        resume: Annotated[bool, Query(description="go on with the latest run of this recipe")] = False,
+    ) -> JobResource:
+        """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster."""
+        job = site.training.submit(recipe, id, resume=resume)
+        response.headers["Location"] = request.url_for("get_job", id=job.id).path
+        return views.job(job)
+
+    @router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
+    def list_jobs(
+        request: Request,
+        response: Response,
+        limit: Limit = 100,
+        cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
+        status: Annotated[JobStatus | None, Query(description="only jobs with this status")] = None,
+        name: Annotated[Name | None, Query(description="only jobs that train this adapter")] = None,
+    ) -> Page[JobResource]:
+        """Jobs, newest first."""
+        page = site.training.page(limit, cursor, status, name)
+        return views.page(tuple(views.job(job) for job in page.jobs), page.next, request, response)
+
+    @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
+    def get_job(id: JobPath) -> JobResource:
+        """One job, as Ray knows it now."""
+        return views.job(site.training.get(id))
+
+    @router.get(
+        "/jobs/{id}/logs",
+        response_class=PlainTextResponse,
+        responses=responses(404, 410) | {200: {"description": "What the driver and its workers wrote"}},
+    )
+    async def get_logs(
+        id: JobPath, follow: Annotated[bool, Query(description="go on until the job ends")] = False
+    ) -> Response:
+        """The job's log: one JSON object per event, between other lines. 410: Ray does not have it any more."""
+        if follow:
+            return StreamingResponse(await run_in_threadpool(site.training.follow, id), media_type="text/plain")
+        return PlainTextResponse(await run_in_threadpool(site.training.logs, id))
+
+    @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
+    def stop_job(id: JobPath) -> JobResource:
+        """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
+        return views.job(site.training.stop(id))
+
+    return router

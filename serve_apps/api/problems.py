@@ -1,0 +1,157 @@
+"""Which HTTP status each failure becomes, as application/problem+json (RFC 9457)."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loray.errors import (
+    CatalogError,
+    ClusterError,
+    ConflictError,
+    DataError,
+    IntegrityError,
+    JobNotFound,
+    LorayError,
+    NotFoundError,
+    RevisionConflict,
+    SettingsError,
+    SpecError,
+    UnsupportedError,
+)
+from loray.serving.resources import FieldError, Problem, problem_type
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+MAX_BODY_BYTES = 256 << 10
+
+
+class LogsGone(JobNotFound):
+    """The job is known, but Ray does not have it any more."""
+
+
+class InvalidFields(SpecError):
+    """`errors`: one per wrong field."""
+
+    def __init__(self, message: str, errors: tuple[FieldError, ...]) -> None:
+        super().__init__(message, errors)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+_STATUSES: tuple[tuple[type[LorayError], int], ...] = (
+    (LogsGone, 410),
+    (NotFoundError, 404),
+    (RevisionConflict, 412),
+    (ConflictError, 409),
+    (SpecError, 422),
+    (DataError, 422),
+    (UnsupportedError, 422),
+    (SettingsError, 409),  # the server's own settings forbid it; they are not the client's to change
+    (CatalogError, 503),
+    (ClusterError, 503),
+    (IntegrityError, 500),
+    (LorayError, 500),
+)
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For `responses=` of a route: what can go wrong there. Parameters, size and the database can go wrong anywhere."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for status in sorted({*statuses, 400, 413, 422, 500, 503}):
+        title = HTTPStatus(status).phrase
+        example = {"type": "about:blank", "title": title, "status": status, "detail": "what was wrong and what to do"}
+        content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
+        described[status] = {"description": title, "content": content}
+    return described
+
+
+def fields_of(errors: list[ErrorDetails] | Any, skip: int = 0) -> tuple[FieldError, ...]:
+    """Pydantic's errors, one per wrong field. `skip`: leading parts of the location, such as `body`."""
+    return tuple(
+        FieldError(field=".".join(str(part) for part in e["loc"][skip:]) or "(body)", message=e["msg"]) for e in errors
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Every error of `app` as a problem: ours, FastAPI's validation, unknown routes and methods, large bodies."""
+
+    @app.exception_handler(LorayError)
+    async def loray_error(_: Request, error: LorayError) -> Response:
+        status = next(status for cls, status in _STATUSES if isinstance(error, cls))
+        if status == 500:
+            _log.error("request failed: %s: %s", type(error).__name__, error)
+        return _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> Response:
+        fields = fields_of(error.errors(), skip=1)
+        detail = "the request is not valid: " + "; ".join(f"{f.field}: {f.message}" for f in fields)
+        return _response(422, detail, problem_type(SpecError), fields)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        detail = str(error.detail)
+        if error.status_code == 404:
+            detail = f"unknown URL: {request.method} {request.url.path}"
+        elif error.status_code == 405:
+            detail = f"{request.method} is not allowed for {request.url.path}"
+        response = _response(error.status_code, detail)
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        _log.error("unexpected error", exc_info=error)
+        return _response(500, "internal error; the log of the API server has the details", problem_type(LorayError))
+
+    app.add_middleware(BodyLimit)
+
+
+def _response(
+    status: int, detail: str, kind: str = "about:blank", errors: tuple[FieldError, ...] | None = None
+) -> Response:
+    problem = Problem(type=kind, title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors)
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return Response(problem.model_dump_json(exclude_none=True), status, headers, media_type=MEDIA_TYPE)
+
+
+class BodyLimit:
+    """Refuses bodies longer than MAX_BODY_BYTES before they are read as a whole, with or without Content-Length."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, _TOO_LARGE)  # becomes a problem: the handlers lie further inside
+            return message
+
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            await _response(413, _TOO_LARGE)(scope, receive, send)
+        else:
+            await self._app(scope, counted, send)
+
+
+_TOO_LARGE = f"the request's body is larger than {MAX_BODY_BYTES >> 10} KiB; data belongs into files that it names"

@@ -1,0 +1,43 @@
+"""A recipe in a request's body: JSON or YAML, with one error per wrong field."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import yaml
+from fastapi import Depends, Request
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from loray.spec import TrainSpec
+from serve_apps.api.problems import InvalidFields, fields_of
+
+JSON = ("application/json",)
+YAML = ("application/yaml", "application/x-yaml", "text/yaml")
+
+
+async def _read(request: Request) -> TrainSpec:
+    media_type = request.headers.get("content-type", JSON[0]).partition(";")[0].strip().lower()
+    if media_type not in JSON + YAML:
+        raise HTTPException(415, f"a recipe is {JSON[0]} or {YAML[0]}, not {media_type or 'without a type'}")
+    raw = await request.body()
+    return _parse(raw, is_yaml=media_type in YAML)
+
+
+def _parse(raw: bytes, *, is_yaml: bool) -> TrainSpec:
+    try:
+        data = yaml.safe_load(raw) if is_yaml else json.loads(raw, parse_constant=_refuse_constant)
+    except (ValueError, yaml.YAMLError, RecursionError) as e:
+        raise InvalidFields(f"the recipe is not valid {'YAML' if is_yaml else 'JSON'}: {e}", ()) from e
+    try:
+        return TrainSpec.model_validate(data)
+    except ValidationError as e:
+        raise InvalidFields("the recipe is not valid", fields_of(e.errors(include_url=False))) from e
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+RecipeBody = Annotated[TrainSpec, Depends(_read)]

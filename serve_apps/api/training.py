@@ -1,0 +1,158 @@
+"""Jobs from a recipe to their end: what the catalog keeps of them, brought in line with what Ray knows."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Literal, NamedTuple, Protocol
+
+from jobs.submission import Submission, from_spec
+from loray.catalog import Catalog, Job, JobPage, JobStatus
+from loray.errors import ClusterError, ConflictError, JobNotFound, LorayError
+from loray.settings import Settings
+from loray.spec import TrainSpec
+from loray.telemetry import get_logger
+from serve_apps.api.problems import LogsGone
+
+_log = get_logger(__name__)
+
+_SUBMISSION_S = 60.0  # how long a job may be in the catalog before Ray has it
+
+
+class RayJob(NamedTuple):
+    """What Ray says of a job."""
+
+    status: Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
+    message: str
+
+
+class JobServer(Protocol):
+    """Ray's. All of it raises ClusterError where Ray does not answer."""
+
+    def submit(self, job_id: str, job: Submission) -> None:
+        """ConflictError where Ray has a job of this id."""
+
+    def find(self, job_id: str) -> RayJob | None:
+        """None where Ray does not know it, any more or yet."""
+
+    def stop(self, job_id: str) -> None:
+        """Tell a job that Ray knows to stop; it goes on for as long as it takes to."""
+
+    def logs(self, job_id: str) -> str:
+        """All that a job that Ray knows has written until now."""
+
+    def follow(self, job_id: str) -> AsyncIterator[str]:
+        """All that it has written and will write, until it ends."""
+
+
+class Training:
+    """Submits jobs, and reads them. Thread-safe as the catalog is."""
+
+    def __init__(self, catalog: Callable[[], Catalog], server: JobServer, settings: Settings) -> None:
+        self._open, self._server, self._settings = catalog, server, settings
+
+    def submit(self, spec: TrainSpec, job_id: str | None, *, resume: bool) -> Job:
+        """Insert a pending job, then hand it to Ray; the job has failed where Ray does not take it.
+
+        DataError for relative data paths, ConflictError where name or id are taken, ClusterError without Ray.
+        """
+        submission = from_spec(spec, self._settings, resume=resume)
+        catalog = self._open()
+        catalog.check_name(spec.name, spec.publish.aliases)
+        job_id = job_id or f"train_{secrets.token_hex(8)}"
+        if self._is_known(job_id):
+            raise ConflictError(f"there is a job {job_id!r} already; choose another id, or leave it out")
+        job = catalog.add_job(job_id, name=spec.name, recipe=spec)
+        try:
+            self._server.submit(job_id, submission)
+        except ConflictError:
+            raise  # the job is somebody else's
+        except LorayError as e:
+            catalog.end_job(job_id, "failed", message=f"not submitted: {e}")
+            raise
+        return job
+
+    def get(self, job_id: str) -> Job:
+        """As Ray knows it now, where Ray does and the job has not ended. Raises JobNotFound."""
+        job = self._open().job(job_id)
+        try:
+            return self._settle(job)
+        except ClusterError as e:
+            _log.warning("job %s is shown as the catalog has it: %s", job_id, e)
+            return job
+
+    def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> JobPage:
+        """As `Catalog.jobs`; a job that turns out to have another status than the one asked for is left out."""
+        page = self._open().jobs(limit=limit, cursor=cursor, status=status, name=name)
+        try:
+            settled = tuple(job if job.has_ended else self._settle(job) for job in page.jobs)
+        except ClusterError as e:
+            _log.warning("jobs are shown as the catalog has them: %s", e)
+            return page
+        return page._replace(jobs=tuple(job for job in settled if status in (None, job.status)))
+
+    def stop(self, job_id: str) -> Job:
+        """Stops it unless it has ended. It is shown as stopped once its driver has ended. Raises JobNotFound."""
+        job = self.get(job_id)
+        if job.has_ended:
+            return job
+        if self._server.find(job_id) is None:
+            message = "recorded as stopped: this cluster does not know the job, so there was nothing to stop"
+            return self._open().end_job(job_id, "stopped", message=message)
+        self._server.stop(job_id)
+        return self.get(job_id)
+
+    def logs(self, job_id: str) -> str:
+        """What the job has written until now. Raises JobNotFound, or LogsGone where Ray does not have it any more."""
+        self._check_logs(job_id)
+        return self._server.logs(job_id)
+
+    def follow(self, job_id: str) -> AsyncIterator[str]:
+        """What it has written and will write. Raises as `logs` does, before the first piece."""
+        self._check_logs(job_id)
+        return self._server.follow(job_id)
+
+    def _check_logs(self, job_id: str) -> None:
+        job = self._open().job(job_id)
+        if self._server.find(job_id) is None:
+            raise LogsGone(
+                f"the log of job {job_id!r} ({job.status}) is gone: Ray keeps logs only while the cluster that the job "
+                "ran on lives, and this cluster does not know the job"
+            )
+
+    def _settle(self, job: Job) -> Job:
+        """Write down what Ray says of a job that has not ended as far as the catalog knows."""
+        if job.has_ended:
+            return job
+        catalog, ray = self._open(), self._server.find(job.id)
+        match ray.status if ray else None:
+            case None if self._is_lost(job):
+                return catalog.end_job(
+                    job.id, "failed", message="the Ray cluster that it ran on is gone, or has forgotten it"
+                )
+            case "RUNNING":
+                return catalog.start_job(job.id)
+            case "SUCCEEDED":
+                return catalog.end_job(job.id, "succeeded")
+            case "FAILED":
+                assert ray is not None
+                return catalog.end_job(job.id, "failed", message=ray.message)
+            case "STOPPED":
+                return catalog.end_job(job.id, "stopped", message="stopped")
+        return job
+
+    def _is_lost(self, job: Job) -> bool:
+        """Whether a job that Ray does not know must be dead.
+
+        Not one that another cluster with the same catalog may be running, nor a driver that was started by hand.
+        """
+        is_ours = job.actor == "api" and self._settings.catalog.startswith("sqlite:")
+        return is_ours and datetime.now(UTC) - job.created_at > timedelta(seconds=_SUBMISSION_S)
+
+    def _is_known(self, job_id: str) -> bool:
+        try:
+            self._open().job(job_id)
+        except JobNotFound:
+            return False
+        return True

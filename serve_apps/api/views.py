@@ -1,0 +1,89 @@
+"""From the catalog's entries to the resources of the REST API; pages and their links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+from urllib.parse import urlencode
+
+from fastapi import Request, Response
+
+from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Job
+from loray.serving.resources import (
+    AdapterResource,
+    AliasResource,
+    JobResource,
+    Page,
+    VersionDetail,
+    VersionResource,
+)
+
+T = TypeVar("T")
+
+
+def adapter(entry: AdapterEntry, bases: Mapping[str, str]) -> AdapterResource:
+    """`bases`: fingerprint → name."""
+    ref = entry.default
+    return AdapterResource(
+        name=entry.name,
+        created_at=entry.created_at,
+        version=ref.version,
+        digest=ref.digest,
+        method=ref.method,
+        base=bases.get(ref.base_fingerprint),
+        base_fingerprint=ref.base_fingerprint,
+        context_length=ref.context_length,
+        nbytes=ref.nbytes,
+        versions=tuple(sorted(entry.versions, reverse=True)),
+        aliases=dict(entry.aliases),
+    )
+
+
+def version(v: AdapterVersion) -> VersionResource:
+    return VersionResource.model_validate(detail(v).model_dump(exclude={"manifest"}))
+
+
+def detail(v: AdapterVersion) -> VersionDetail:
+    m = v.manifest
+    return VersionDetail(
+        name=v.name,
+        version=v.version,
+        digest=v.digest,
+        created_at=v.created_at,
+        aliases=v.aliases,
+        method=m.method,
+        base_fingerprint=m.base_fingerprint,
+        context_length=m.context_length,
+        nbytes=m.nbytes,
+        evaluations=m.evaluations,
+        manifest=m,
+    )
+
+
+def alias(state: AliasState) -> AliasResource:
+    return AliasResource(
+        name=state.name, alias=state.alias, version=state.version, digest=state.digest, revision=state.revision
+    )
+
+
+def job(job: Job) -> JobResource:
+    return JobResource(
+        id=job.id,
+        name=job.name,
+        status=job.status,
+        message=job.message,
+        version=job.version,
+        actor=job.actor,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        ended_at=job.ended_at,
+        recipe=job.recipe,
+    )
+
+
+def page(items: tuple[T, ...], cursor: str | None, request: Request, response: Response) -> Page[T]:
+    """With a Link header to the page behind, where there is one."""
+    if cursor is not None:
+        query = urlencode(dict(request.query_params) | {"cursor": cursor})
+        response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
+    return Page[T](items=items, next=cursor)

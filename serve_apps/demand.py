@@ -1,0 +1,64 @@
+"""The demand meter on a replica's requests and its engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from loray.errors import LorayError, Overloaded
+from loray.serving.demand import DemandMeter, EngineLoad
+from loray.spec import AutoscalingSpec, ServeSpec
+
+if TYPE_CHECKING:
+    from loray.engine.request import GenerateRequest
+    from loray.engine.stream import Delta, EngineStream
+
+
+class ReplicaDemand:
+    """Of a replica that Serve scales."""
+
+    def __init__(self, spec: ServeSpec, autoscaling: AutoscalingSpec, stream: EngineStream) -> None:
+        self._stream, self._pool_bytes = stream, float(spec.pool_bytes)
+        self._meter = DemandMeter(
+            window_s=autoscaling.window_s,
+            max_num_seqs=spec.max_num_seqs,
+            pool_bytes=self._pool_bytes,
+            adapter_bytes=stream.adapter_bytes,
+            now=time.monotonic(),
+        )
+
+    async def observed(
+        self, request: GenerateRequest, deltas: AsyncGenerator[Delta, None]
+    ) -> AsyncGenerator[Delta, None]:
+        """The same deltas, looked at as they pass."""
+        params = request.params
+        asked = self._meter.arrived(len(request.prompt_ids), params.max_tokens, request.adapter, time.monotonic())
+        try:
+            async with aclosing(deltas) as stream:
+                async for delta in stream:
+                    asked.num_output_tokens = delta.num_output_tokens
+                    yield delta
+        except Overloaded:
+            self._meter.refused(asked)
+            raise
+        except LorayError:
+            self._meter.void(asked)
+            raise
+        finally:
+            if asked.counted is None:
+                self._meter.finished(asked, time.monotonic())
+
+    def stats(self) -> dict[str, float]:
+        """Of now, for the autoscaler; called at its intervals."""
+        now, engine = time.monotonic(), self._stream.stats()
+        load = EngineLoad(
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            num_loading=engine.num_loading,
+            num_tokens=engine.num_prompt_tokens + engine.num_output_tokens,
+            kv_bytes=self._pool_bytes * engine.blocks["kv"] / sum(engine.blocks.values()),
+        )
+        self._meter.sample(load, now)
+        return self._meter.observe(now).to_stats()

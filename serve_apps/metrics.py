@@ -1,0 +1,155 @@
+"""What a replica counts, as Prometheus families: its requests as they run, and its engine's totals when asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import Metric as Family
+from prometheus_client.utils import floatToGoString
+
+from loray.errors import LorayError
+from loray.telemetry import METRICS
+
+if TYPE_CHECKING:
+    from loray.engine.histogram import HistogramCounts
+    from loray.engine.request import GenerateRequest
+    from loray.engine.stats import EngineStats
+    from loray.engine.stream import Delta
+
+Labels = tuple[str, ...]
+
+
+class ReplicaMetrics:
+    """Used from the replica's event loop. `clock` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._started_at = time.time()
+        self._registry = CollectorRegistry()
+        self._first_token = self._histogram("time_to_first_token_seconds")
+        self._between_tokens = self._histogram("inter_token_latency_seconds")
+        self._latency = self._histogram("e2e_request_latency_seconds")
+        self._prompt_tokens = self._histogram("request_prompt_tokens")
+        self._output_tokens = self._histogram("request_generation_tokens")
+        self._ended = self._counter("request_success_total")
+        self._errors = self._counter("request_errors_total")
+
+    def _histogram(self, name: str) -> Histogram:
+        m = METRICS[name]
+        return Histogram(m.name, m.help, m.labels, buckets=m.buckets, registry=self._registry)
+
+    def _counter(self, name: str) -> Counter:
+        m = METRICS[name]
+        return Counter(m.name, m.help, m.labels, registry=self._registry)
+
+    async def observed(
+        self, request: GenerateRequest, deltas: AsyncGenerator[Delta, None]
+    ) -> AsyncGenerator[Delta, None]:
+        """The same deltas, one token each, looked at as they pass."""
+        method = "base" if request.adapter is None else request.adapter.method
+        observe_gap = self._between_tokens.labels(method).observe
+        began = last = self._clock()
+        started = ended = False
+        try:
+            async with aclosing(deltas) as stream:
+                async for delta in stream:
+                    now = self._clock()
+                    if started:
+                        observe_gap(now - last)
+                    else:
+                        self._first_token.labels(method).observe(now - began)
+                        started = True
+                    last = now
+                    if delta.finish_reason is not None:
+                        ended = True
+                        self._latency.labels(method).observe(now - began)
+                        self._prompt_tokens.labels(method).observe(delta.num_prompt_tokens)
+                        self._output_tokens.labels(method).observe(delta.num_output_tokens)
+                        self._ended.labels(method, delta.finish_reason).inc()
+                    yield delta
+        except Exception as e:
+            kind = type(e).__name__ if isinstance(e, LorayError) else "internal"
+            self._errors.labels(method, kind).inc()
+            ended = True
+            raise
+        finally:
+            if not ended:  # closed or cancelled: whoever asked has left
+                self._ended.labels(method, "abort").inc()
+
+    def families(self, stats: EngineStats, replica: str) -> list[Family]:
+        """Everything of this replica, labelled with its name; can be pickled."""
+        families = [*self._registry.collect(), *engine_families(stats)]
+        families.append(gauge("replica_start_time_seconds", {(): self._started_at}))
+        return [_labelled(family, replica) for family in families]
+
+
+def engine_families(stats: EngineStats) -> Iterator[Family]:
+    """`stats` under the names of the table."""
+    blocks = sum(stats.blocks.values())
+    yield gauge("num_requests_running", {(): stats.num_running})
+    yield gauge("num_requests_waiting", {(): stats.num_waiting})
+    yield gauge("pool_blocks", {(kind,): n for kind, n in stats.blocks.items()})
+    yield gauge("kv_cache_usage_ratio", {(): stats.blocks["kv"] / blocks})
+    yield gauge(
+        "adapters",
+        {
+            ("pool",): len(stats.adapters_in_pool),
+            ("host",): len(stats.adapters_on_host),
+            ("loading",): stats.num_loading,
+        },
+    )
+    yield gauge("adapter_host_bytes", {(): stats.host_bytes})
+    yield counter("prompt_tokens_total", {(): stats.num_prompt_tokens})
+    yield counter("generation_tokens_total", {(): stats.num_output_tokens})
+    yield counter("preemptions_total", {(): stats.num_preemptions})
+    yield counter("engine_steps_total", {(): stats.num_steps})
+    yield counter(
+        "adapter_requests_total",
+        {("pool",): stats.num_pool_hits, ("host",): stats.num_host_hits, ("store",): stats.num_misses},
+    )
+    yield counter("adapter_loads_total", {(): stats.num_loads})
+    yield counter("adapter_load_failures_total", {(): stats.num_failed_loads})
+    yield counter("adapter_loaded_bytes_total", {(): stats.num_loaded_bytes})
+    yield counter("adapter_evictions_total", {("pool",): stats.num_evictions, ("host",): stats.num_host_evictions})
+    yield _histogram("engine_step_seconds", {(): stats.step_seconds})
+    yield _histogram("engine_step_tokens", {(): stats.step_tokens})
+    yield _histogram("engine_step_adapters", {(): stats.step_adapters})
+    yield _histogram("adapter_load_seconds", {(): stats.load_seconds})
+    yield _histogram(
+        "request_queue_time_seconds", {(method,): counts for method, counts in stats.queue_seconds.items()}
+    )
+
+
+def gauge(name: str, values: Mapping[Labels, float]) -> Family:
+    """The metric `name` of the table, by the values of its labels."""
+    family = GaugeMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
+
+
+def counter(name: str, values: Mapping[Labels, float]) -> Family:
+    """As `gauge`."""
+    family = CounterMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
+
+
+def _histogram(name: str, values: Mapping[Labels, HistogramCounts]) -> Family:
+    family = HistogramMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
+    for labels, counts in values.items():
+        bounds = [*map(floatToGoString, counts.bounds), "+Inf"]
+        family.add_metric(labels, list(zip(bounds, accumulate(counts.counts), strict=True)), counts.sum)
+    return family
+
+
+def _labelled(family: Family, replica: str) -> Family:
+    family.samples = [s._replace(labels={"replica": replica, **s.labels}) for s in family.samples]
+    return family

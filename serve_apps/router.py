@@ -1,0 +1,164 @@
+"""Ray Serve's request router for the engines: `loray.serving.routing` on what Serve knows of the replicas.
+
+Serve makes one for each handle, in the process of the handle (here the gateway's), and calls it on a loop of its own.
+
+The adapter is read from the request itself. Carried as Serve's `multiplexed_model_id` it would have side effects:
+without MultiplexMixin Serve keeps every such request for ever, and with it requests wait for a replica that announces
+the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from loray.engine.request import GenerateRequest
+from loray.serving.routing import REASONS, Candidate, ReplicaView, Routing, RoutingPolicy
+from loray.serving.routing_report import RoutingReport, routing_key
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
+
+# By import path, for RequestRouterConfig. Serve pickles by value what the named module defines, which would give every
+# router its own copy of the state below; a class that the module merely imports is pickled by reference.
+ROUTER_CLASS = "serve_apps.app.AdapterRouter"
+_SUSPECT_S = 10.0  # longer than Serve needs to replace a replica whose engine has stopped
+
+_decisions = dict.fromkeys(REASONS, 0)
+_suspects: dict[str, float] = {}
+
+
+def decisions() -> dict[str, int]:
+    """Requests routed by this process, by reason (`loray.serving.routing.Reason`)."""
+    return {str(reason): n for reason, n in _decisions.items()}
+
+
+def suspect(replica: str) -> None:
+    """It does not answer, or its engine has stopped: until Serve has replaced it, requests go elsewhere if they can."""
+    now = time.monotonic()
+    for name in [n for n, until in _suspects.items() if until < now]:
+        _suspects.pop(name, None)
+    _suspects[replica] = now + _SUSPECT_S
+
+
+class AdapterRouter(RequestRouter):  # type: ignore[misc]
+    """Every candidate is a group of its own: within a group Serve takes whoever has the shortest queue."""
+
+    def initialize_state(self, floor: int) -> None:
+        self._routing = Routing(RoutingPolicy(floor=floor))
+        self._reports: dict[str, _Reported] = {}
+        self._ongoing: dict[str, int] = {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Called again, with pauses, for as long as nobody takes the request."""
+        now = time.monotonic()
+        request = _request(pending_request)
+        replicas = {_name(r): r for r in candidate_replicas}
+        ranked = self._routing.rank(
+            [self._view(r, now) for r in candidate_replicas],
+            _adapter(request),
+            now=now,
+            tie="" if request is None else request.request_id,
+        )
+        if pending_request is not None:
+            pending_request.ranked = ranked
+        return [[replicas[c.replica]] for c in ranked]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """A replica has taken it."""
+        request = _request(pending_request)
+        if request is None:
+            return
+        ranked: Sequence[Candidate] = getattr(pending_request, "ranked", ())
+        chosen = next((c for c in ranked if c.replica == replica_id.unique_id), None)
+        if chosen is not None:
+            self._routing.sent(chosen, _adapter(request), now=time.monotonic())
+            _decisions[chosen.reason] += 1
+            _log.debug("request %s to replica %s: %s", request.request_id, chosen.replica, chosen.reason)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called whenever a replica comes, goes or reports something else than before."""
+        now = time.monotonic()
+        names = {_name(r) for r in replicas}
+        self._routing.retain(names)
+        self._ongoing = {name: n for name, n in self._ongoing.items() if name in names}
+        before, self._reports = self._reports, {}
+        for replica in replicas:
+            name, raw = _name(replica), dict(replica.routing_stats)
+            known = before.get(name)
+            if known is None or known.raw != raw:
+                known = _Reported(raw, RoutingReport.from_dict(raw), now)
+                if known.report is not None:
+                    self._routing.reported(name, known.report.in_pool | known.report.on_host)
+            self._reports[name] = known
+        super().update_replicas(replicas)
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        suspect(replica_id.unique_id)
+        super().on_replica_actor_unavailable(replica_id)
+
+    # Serve forgets a queue's length after ten seconds without a request, though requests may run for longer.
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        self._ongoing[replica_id.unique_id] = num_ongoing_requests
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        self._ongoing[replica_id.unique_id] = self._ongoing.get(replica_id.unique_id, 0) + 1
+        super().on_send_request(replica_id)
+
+    def decrement_queue_len_cache(self, replica_id: ReplicaID) -> None:
+        self._ongoing[replica_id.unique_id] = max(0, self._ongoing.get(replica_id.unique_id, 0) - 1)
+        super().decrement_queue_len_cache(replica_id)
+
+    def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
+        """The request whose metadata this is: a replica was chosen for its adapter, so it must not go to another one.
+
+        Serve matches by an id which calls made for the same HTTP request share (`n`, several prompts): only the first
+        of them would be found, and the others would wait for ever.
+        """
+        for pending in self._pending_requests_to_fulfill:
+            if pending.metadata is request_metadata and not pending.future.done():
+                return pending
+        return None
+
+    def _view(self, replica: RunningReplica, now: float) -> ReplicaView:
+        name = _name(replica)
+        load = self.replica_queue_len_cache.get(replica.replica_id)
+        reported = self._reports.get(name)
+        report = (reported and reported.report) or RoutingReport()
+        return ReplicaView(
+            id=name,
+            load=self._ongoing.get(name, 0) if load is None else load,
+            limit=replica.max_ongoing_requests,
+            in_pool=report.in_pool,
+            on_host=report.on_host,
+            age_s=now - reported.at if reported else 0.0,
+            suspect=_suspects.get(name, now) > now,
+        )
+
+
+class _Reported:
+    """A replica's last report as it came, and when it began to say so."""
+
+    def __init__(self, raw: dict[str, Any], report: RoutingReport | None, at: float) -> None:
+        self.raw, self.report, self.at = raw, report, at
+
+
+def _name(replica: RunningReplica) -> str:
+    return str(replica.replica_id.unique_id)
+
+
+def _request(pending: PendingRequest | None) -> GenerateRequest | None:
+    """None for calls that concern no adapter."""
+    first = pending.args[0] if pending is not None and pending.args else None
+    return first if isinstance(first, GenerateRequest) else None
+
+
+def _adapter(request: GenerateRequest | None) -> str | None:
+    return None if request is None or request.adapter is None else routing_key(request.adapter.digest)

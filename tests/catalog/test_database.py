@@ -1,0 +1,205 @@
+"""The catalog's databases: migrations, processes that create one together, failures, wrong URLs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+
+import loray.catalog
+from loray.catalog import Catalog
+from loray.catalog.database import HEAD, open_database, writing
+from loray.catalog.schema import metadata
+from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
+from tests.catalog.test_catalog import BASE, digest, manifest, publish
+from tests.cluster import free_port
+from tests.postgres import Postgres
+
+MIGRATIONS = Path(loray.catalog.__file__).parent / "migrations"
+
+
+@pytest.fixture
+def url(catalog_url: str) -> str:
+    return catalog_url
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/home/catalog.db"
+
+
+@pytest.fixture
+def catalog(url: str) -> Iterator[Catalog]:
+    catalog = Catalog(url)
+    yield catalog
+    catalog.close()
+
+
+def test_migrations_make_the_tables_of_the_schema(url: str) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    engine = open_database(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+    assert ScriptDirectory(str(MIGRATIONS)).get_current_head() == HEAD
+
+
+def test_a_catalog_of_the_first_version_keeps_its_rows(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loray.catalog.database._migrate", lambda engine: migrate(engine, "0001"))
+    engine = open_database(url)
+    monkeypatch.undo()
+    row = {"id": 1, "adapter_id": 1, "created_at": sa.func.now()}
+    fields = {"method": "lora", "base_fingerprint": BASE, "context_length": 8192, "nbytes": 401}
+    content = {"version": 1, "digest": digest(1), "manifest": manifest(1).model_dump_json()}
+    with writing(engine) as c:
+        tables = sa.MetaData()
+        tables.reflect(c)
+        assert "jobs" not in tables.tables
+        t = tables.tables
+        c.execute(t["adapters"].insert().values(id=1, name="tone", created_at=sa.func.now()))
+        c.execute(t["versions"].insert().values(row | fields | content))
+        c.execute(t["aliases"].insert().values(adapter_id=1, alias="prod", version_id=1))
+        c.execute(t["alias_moves"].insert().values(row | {"alias": "prod", "version_id": 1, "undone": False}))
+        c.execute(t["changes"].update().values(counter=5))
+    engine.dispose()
+
+    catalog = Catalog(url)
+    assert catalog.version("tone", 1).manifest == manifest(1)
+    assert (catalog.alias("tone", "prod").version, catalog.alias("tone", "prod").revision) == (1, 5)
+    assert [m.version for m in catalog.adapter("tone").moves] == [1]
+    assert catalog.jobs().jobs == ()
+    if catalog._engine.dialect.name == "postgresql":  # rows with given ids have not moved its sequences
+        with writing(catalog._engine) as c:
+            for table in ("versions", "alias_moves"):
+                c.execute(sa.text(f"SELECT setval('{table}_id_seq', 1)"))
+    catalog.register("tone", digest(2), manifest(2), ["prod"])
+    assert catalog.alias("tone", "prod").revision == catalog.change_counter() == 6
+    catalog.close()
+
+
+def migrate(engine: sa.Engine, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with writing(engine) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+
+def test_processes_create_one_database(url: str) -> None:
+    code = f"from loray.catalog import Catalog; print(Catalog({url!r}).change_counter())"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert (out, process.returncode) == ("0\n", 0), err
+
+
+def test_sqlite_is_set_up(sqlite_url: str) -> None:
+    engine = open_database(sqlite_url)
+    with engine.connect() as c:
+        for pragma, value in [("journal_mode", "wal"), ("foreign_keys", 1), ("busy_timeout", 30_000)]:
+            assert c.execute(sa.text(f"PRAGMA {pragma}")).scalar() == value
+
+
+def test_a_failure_inside_changes_nothing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(catalog, "tone", 1, aliases=("prod",))
+    before = catalog.snapshot()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    for module in ("catalog", "aliases"):
+        monkeypatch.setattr(f"loray.catalog.{module}.count_change", fail)
+    for write in (
+        lambda: publish(catalog, "tone", 2, aliases=("prod",)),
+        lambda: publish(catalog, "new", 3),
+        lambda: catalog.promote("tone", "canary", 1),
+        lambda: catalog.delete_alias("tone", "prod"),
+        lambda: catalog.add_base("base", BASE),
+    ):
+        with pytest.raises(RuntimeError, match="killed"):
+            write()
+    assert catalog.snapshot() == before
+
+
+def test_a_later_catalog_is_refused(url: str) -> None:
+    engine = open_database(url)
+    with writing(engine) as c:
+        c.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(UnsupportedError, match="upgrade loray"):
+        Catalog(url)
+
+
+def test_bad_urls(tmp_path: Path) -> None:
+    (tmp_path / "junk.db").write_bytes(b"this is not a database, whatever it is called" * 100)
+    (tmp_path / "dir.db").mkdir()
+    for url, error in [
+        ("nonsense", SettingsError),
+        ("sqlite://", SettingsError),
+        ("oracle://host/db", SettingsError),
+        (f"sqlite:///{tmp_path}/junk.db", IntegrityError),
+        (f"sqlite:///{tmp_path}/dir.db", LorayError),
+        (f"postgresql://nobody@127.0.0.1:{free_port()}/none", CatalogError),
+    ]:
+        with pytest.raises(error):
+            Catalog(url)
+
+
+def test_what_postgres_refuses_is_told_without_the_password(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    with pytest.raises(CatalogError, match='database "absent" does not exist'):
+        Catalog(url.rpartition("/")[0] + "/absent")
+    postgres.execute(url.rpartition("/")[2], "CREATE ROLE guest LOGIN")
+    with pytest.raises(CatalogError, match="cannot be migrated: permission denied for schema public") as e:
+        Catalog(url.replace("loray@", "guest:secret@"))
+    assert "secret" not in str(e.value)
+
+
+def test_a_connection_that_was_lost_is_made_again(postgres: Postgres) -> None:
+    catalog = Catalog(postgres.new_database())
+    publish(catalog, "tone", 1)
+    postgres.execute("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'test_%'")
+    assert catalog.resolve("tone").version == 1
+    catalog.close()
+
+
+def test_processes_register_one_name_at_once(url: str) -> None:
+    """Separate processes, each with connections of its own, as drivers of several jobs are."""
+    code = (
+        "import sys\n"
+        "from loray.catalog import Catalog\n"
+        "from tests.catalog.test_catalog import digest, manifest\n"
+        f"catalog = Catalog({url!r})\n"
+        "sys.stdin.readline()\n"
+        "for i in range(5):\n"
+        "    n = 10 * int(sys.argv[1]) + i\n"
+        "    catalog.register('tone', digest(n), manifest(n), ['prod'])\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(i)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(3)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    catalog = Catalog(url)
+    assert sorted(catalog.entry("tone").versions) == list(range(1, 16))
+    assert catalog.resolve("tone@prod").version == 15  # every registration moved it to the version it made
+    assert catalog.change_counter() == 15
+    catalog.close()

@@ -1,0 +1,121 @@
+"""Jobs in the catalog, on both databases: told by an API server and by a driver, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from loray.catalog import Catalog
+from loray.errors import ConflictError, JobNotFound, SpecError
+from loray.spec import TrainSpec
+
+RECIPE = TrainSpec.parse(
+    {
+        "name": "tone",
+        "adapter": {"method": "lora"},
+        "data": {"train": "/data/tone.jsonl"},
+        "batch": {"rows": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "max_steps": 3,
+    },
+    source="the test",
+)
+
+
+@pytest.fixture
+def catalog(catalog_url: str) -> Iterator[Catalog]:
+    catalog = Catalog(catalog_url, actor="tester")
+    yield catalog
+    catalog.close()
+
+
+def add(catalog: Catalog, job_id: str = "job-1", name: str = "tone") -> None:
+    catalog.add_job(job_id, name=name, recipe=RECIPE.model_copy(update={"name": name}))
+
+
+def test_a_job_from_its_submission_to_its_end(catalog: Catalog) -> None:
+    before = catalog.change_counter()
+    job = catalog.add_job("job-1", name="tone", recipe=RECIPE)
+    assert (job.status, job.recipe, job.actor, job.message) == ("pending", RECIPE, "tester", "")
+    assert (job.started_at, job.ended_at, job.version, job.has_ended) == (None, None, None, False)
+    started = catalog.start_job("job-1")
+    assert started.status == "running"
+    assert started.started_at is not None
+    ended = catalog.end_job("job-1", "succeeded", version=4)
+    assert (ended.status, ended.version, ended.has_ended) == ("succeeded", 4, True)
+    assert ended.ended_at is not None
+    assert job.created_at <= started.started_at <= ended.ended_at
+    assert catalog.job("job-1") == ended
+    assert catalog.change_counter() == before  # serving has nothing to read again
+
+
+def test_every_call_may_come_twice_and_late(catalog: Catalog) -> None:
+    add(catalog)
+    running = catalog.start_job("job-1")
+    add(catalog)
+    assert catalog.start_job("job-1") == running
+    failed = catalog.end_job("job-1", "failed", message="no such base")
+    assert catalog.end_job("job-1", "stopped", message="later") == failed
+    assert catalog.start_job("job-1") == failed
+    add(catalog)
+    assert catalog.job("job-1") == failed
+    with pytest.raises(ConflictError, match="trains 'tone', not 'other'"):
+        add(catalog, name="other")
+
+
+def test_what_is_published_is_published(catalog: Catalog) -> None:
+    """A driver out of reach was taken for dead, and then it ended well."""
+    add(catalog)
+    lost = catalog.end_job("job-1", "failed", message="the driver was lost")
+    done = catalog.end_job("job-1", "succeeded", version=2)
+    assert (done.status, done.version, done.message, done.ended_at) == ("succeeded", 2, "", lost.ended_at)
+    assert catalog.end_job("job-1", "failed", message="no") == done
+    assert catalog.end_job("job-1", "succeeded", version=3) == done
+
+
+def test_jobs_that_are_none(catalog: Catalog) -> None:
+    for call in (catalog.job, catalog.start_job, lambda i: catalog.end_job(i, "failed")):
+        with pytest.raises(JobNotFound, match="no job 'job-9'"):
+            call("job-9")
+    for job_id in ("", "a b", "../a", "x" * 129):
+        with pytest.raises(SpecError, match="not a valid job id"):
+            add(catalog, job_id)
+    with pytest.raises(SpecError, match="not a valid adapter name"):
+        add(catalog, name="a@b")
+    add(catalog)
+    with pytest.raises(SpecError, match="'running' is not how a job ends"):
+        catalog.end_job("job-1", "running")  # type: ignore[arg-type]
+
+
+def test_pages_newest_first(catalog: Catalog) -> None:
+    for i in range(5):
+        add(catalog, f"job-{i}", "tone" if i % 2 else "other")
+    catalog.start_job("job-3")
+    page = catalog.jobs(limit=2)
+    assert ([j.id for j in page.jobs], page.next) == (["job-4", "job-3"], "job-3")
+    add(catalog, "job-5")  # what comes meanwhile moves no page
+    page = catalog.jobs(limit=2, cursor=page.next)
+    assert [j.id for j in page.jobs] == ["job-2", "job-1"]
+    page = catalog.jobs(limit=2, cursor=page.next)
+    assert ([j.id for j in page.jobs], page.next) == (["job-0"], None)
+    assert [j.id for j in catalog.jobs(status="running").jobs] == ["job-3"]
+    assert [j.id for j in catalog.jobs(name="tone", status="pending").jobs] == ["job-5", "job-1"]
+    with pytest.raises(SpecError, match="is no cursor"):
+        catalog.jobs(cursor="job-99")
+
+
+def test_server_and_driver_add_one_job_at_once(catalog: Catalog, catalog_url: str) -> None:
+    def tell(i: int) -> str:
+        mine = Catalog(catalog_url)
+        try:
+            mine.add_job("job-1", name="tone", recipe=RECIPE)
+            mine.start_job("job-1")
+            return mine.end_job("job-1", "succeeded", version=i + 1).status
+        finally:
+            mine.close()
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(tell, range(6))) == {"succeeded"}
+    assert len(catalog.jobs().jobs) == 1

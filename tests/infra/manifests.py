@@ -1,0 +1,119 @@
+"""The manifests as Kubernetes gets them: rendered by kustomize, with every pod's environment worked out."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tests.conftest import REPOSITORY
+
+KUBERAY = REPOSITORY / "infra" / "kuberay"
+CRDS = Path(__file__).parent / "crds"
+SERVICES = ("base", "overlays/cpu-dev", "overlays/gpu")
+JOBS = ("train", "overlays/gpu-train")
+SECRET_EXAMPLE = KUBERAY / "secret.env.example"
+
+Document = dict[str, Any]
+_VARIABLE = re.compile(r"\$\((\w+)\)")
+
+
+class Pod(NamedTuple):
+    """A pod template of `document`: of a Ray group, a StatefulSet, a submitter."""
+
+    document: Document
+    labels: dict[str, str]
+    spec: Document
+
+    @property
+    def containers(self) -> list[Document]:
+        return [*self.spec.get("initContainers", ()), *self.spec["containers"]]
+
+    @property
+    def is_ours(self) -> bool:
+        return all(is_our_image(c["image"]) for c in self.containers)
+
+
+def is_our_image(image: str) -> bool:
+    return image.partition(":")[0] == "loray"
+
+
+@functools.cache
+def render(folder: str) -> tuple[Document, ...]:
+    """Every object of a folder below infra/kuberay, rendered without a cluster. They are shared: do not change them."""
+    kubectl = Path(sys.executable).parent / "kubectl"
+    rendered = subprocess.run(
+        [kubectl, "kustomize", str(KUBERAY / folder)], capture_output=True, text=True, check=False
+    )
+    assert rendered.returncode == 0, rendered.stderr
+    return tuple(yaml.safe_load_all(rendered.stdout))
+
+
+def the(kind: str, folder: str) -> Document:
+    """The only object of its kind."""
+    (document,) = (d for d in render(folder) if d["kind"] == kind)
+    return document
+
+
+def pods(folder: str) -> list[Pod]:
+    return [Pod(d, labels, spec) for d in render(folder) for labels, spec in _templates(d)]
+
+
+def _templates(part: Any) -> Iterator[tuple[dict[str, str], Document]]:
+    if isinstance(part, list):
+        for item in part:
+            yield from _templates(item)
+    elif isinstance(part, dict):
+        spec = part.get("spec")
+        if isinstance(spec, dict) and "containers" in spec:
+            yield part.get("metadata", {}).get("labels", {}), spec
+        else:
+            for item in part.values():
+                yield from _templates(item)
+
+
+def cluster_spec(document: Document) -> Document:
+    """Of a RayService or a RayJob."""
+    spec: Document = document["spec"].get("rayClusterConfig") or document["spec"]["rayClusterSpec"]
+    return spec
+
+
+def data(kind: str, name: str, folder: str) -> dict[str, str]:
+    """A ConfigMap's or Secret's values. A job's folder uses those of the service; a Secret that no folder holds is the
+    one that the example describes."""
+    for document in (*render(folder), *render("base")):
+        if (document["kind"], document["metadata"]["name"]) == (kind, name):
+            values: dict[str, str] = document["data"]
+            return {k: base64.b64decode(v).decode() for k, v in values.items()} if kind == "Secret" else values
+    if (kind, name) == ("Secret", "loray"):
+        lines = (line for line in SECRET_EXAMPLE.read_text().splitlines() if "=" in line and line[0] != "#")
+        return {line.partition("=")[0]: "secret" for line in lines}
+    raise AssertionError(f"{folder} refers to the {kind} {name}, which nothing makes")
+
+
+def environment(container: Document, folder: str) -> dict[str, str]:
+    """As the kubelet works it out: sources first, then one variable after the other, each of which may use those
+    before it. What cannot be expanded is an error here."""
+    values: dict[str, str] = {}
+    for source in container.get("envFrom", ()):
+        for key, kind in (("configMapRef", "ConfigMap"), ("secretRef", "Secret")):
+            if key in source:
+                values |= data(kind, source[key]["name"], folder)
+    for variable in container.get("env", ()):
+        name = variable["name"]
+        if "value" in variable:
+            unknown = [v for v in _VARIABLE.findall(variable["value"]) if v not in values]
+            assert not unknown, f"{name} uses {unknown}, which are not set before it"
+            values[name] = _VARIABLE.sub(lambda m: values[m[1]], variable["value"])
+        else:
+            ((key, reference),) = variable["valueFrom"].items()
+            kind = {"configMapKeyRef": "ConfigMap", "secretKeyRef": "Secret"}[key]
+            values[name] = data(kind, reference["name"], folder)[reference["key"]]
+    return values

@@ -1,0 +1,128 @@
+"""The validator finds planted mistakes, by the definitions kept here and by KubeRay's own where they are at hand."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+from tests.infra.crd import Schemas, check, load_schemas
+from tests.infra.manifests import CRDS, JOBS, SERVICES, render, the
+from tests.infra.prune import KINDS, VERSION, write
+
+FULL = Path(os.environ.get("KUBERAY_CRDS", REPOSITORY.parent / "shared" / "kuberay-crds"))
+needs_full = pytest.mark.skipif(
+    not FULL.is_dir(), reason=f"KubeRay's CRDs are not at {FULL}; KUBERAY_CRDS names their folder"
+)
+SOURCES = [pytest.param(CRDS, id="pruned"), pytest.param(FULL, id="full", marks=needs_full)]
+
+
+FILES = sorted(f.name for f in CRDS.glob("*.yaml"))
+
+
+@functools.cache
+def schemas_of(folder: Path) -> Schemas:
+    return load_schemas(folder / name for name in FILES)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("folder", [*SERVICES, *JOBS])
+def test_what_ray_gets_is_valid(source: Path, folder: str) -> None:
+    ours = [d for d in render(folder) if d["apiVersion"].startswith("ray.io/")]
+    assert [d["kind"] for d in ours] == ["RayService" if folder in SERVICES else "RayJob"]
+    assert check(ours[0], schemas_of(source)) == []
+
+
+def at(document: Any, *path: str | int) -> Any:
+    for key in path:
+        document = document[key]
+    return document
+
+
+WORKER = ("spec", "rayClusterConfig", "workerGroupSpecs", 0)
+CONTAINER = (*WORKER, "template", "spec", "containers", 0)
+# Place, key, wrong value, and what is said of it. None: the key is taken away.
+MISTAKES: list[tuple[str, tuple[str | int, ...], str, Any, str]] = [
+    ("RayService", WORKER, "maxReplicas", "4", ".maxReplicas: '4' is not of type integer"),
+    ("RayService", WORKER, "minReplicas", True, ".minReplicas: True is not of type integer"),
+    ("RayService", WORKER, "maxReplicas", 2**31, f".maxReplicas: {2**31} does not fit into int32"),
+    ("RayService", WORKER, "groupname", "workers", ".groupname: unknown field"),
+    ("RayService", WORKER, "groupName", None, ".groupName: required"),
+    ("RayService", (*WORKER, "rayStartParams"), "num-cpus", 1, ".num-cpus: 1 is not of type string"),
+    ("RayService", ("spec", "rayClusterConfig"), "headGroupSpec", None, ".headGroupSpec: required"),
+    ("RayService", ("spec", "rayClusterConfig", "authOptions"), "mode", "tokens", ".mode: 'tokens' is not one of"),
+    ("RayService", ("spec",), "serveConfigV2", {"applications": []}, ".serveConfigV2: {'applications': []} is not of"),
+    ("RayService", ("spec",), "serveConfig", "", ".serveConfig: unknown field"),
+    ("RayService", CONTAINER, "envfrom", [], ".envfrom: unknown field"),
+    ("RayService", CONTAINER, "name", None, ".name: required"),
+    ("RayService", CONTAINER, "command", "sleep", ".command: 'sleep' is not of type array"),
+    ("RayService", (*CONTAINER, "resources", "limits"), "cpu", 1.5, ".cpu: 1.5 is neither an integer nor a string"),
+    ("RayService", (*CONTAINER, "resources", "limits"), "memory", "8 GB", ".memory: '8 GB' does not match"),
+    ("RayService", (*CONTAINER, "ports", 0), "containerPort", "8000", ".containerPort: '8000' is not of type integer"),
+    ("RayService", (*CONTAINER, "securityContext"), "runAsRoot", False, ".runAsRoot: unknown field"),
+    ("RayService", ("metadata",), "name", None, ".metadata.name: required"),
+    ("RayJob", ("spec",), "backoffLimit", "1", ".backoffLimit: '1' is not of type integer"),
+    ("RayJob", ("spec",), "entryPoint", "python", ".entryPoint: unknown field"),
+    ("RayJob", ("spec", "submitterPodTemplate", "spec"), "containers", None, ".containers: required"),
+    (
+        "RayJob",
+        ("spec",),
+        "deletionStrategy",
+        {"deletionRules": [{"policy": "DeleteAll", "condition": {}}]},
+        ".policy: 'DeleteAll' is not one of",
+    ),
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("kind", "path", "key", "value", "said"), MISTAKES)
+def test_mistakes_are_found(
+    source: Path,
+    kind: str,
+    path: tuple[str | int, ...],
+    key: str,
+    value: Any,
+    said: str,
+) -> None:
+    document = copy.deepcopy(the(kind, "base" if kind == "RayService" else "train"))
+    target = at(document, *path)
+    if value is None:
+        del target[key]
+    else:
+        target[key] = value
+    (error,) = check(document, schemas_of(source))
+    assert said in error
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_list_that_is_a_map_has_every_key_once(source: Path) -> None:
+    document = copy.deepcopy(the("RayService", "base"))
+    ports = at(document, *CONTAINER)["ports"]
+    ports.append(dict(ports[0], protocol="TCP"))  # the default: the same key
+    (error,) = check(document, schemas_of(source))
+    assert "a second {'containerPort': 8000, 'protocol': 'TCP'}" in error
+
+
+def test_another_version_or_kind_has_no_definition() -> None:
+    document = the("RayService", "base")
+    for changed in ({"apiVersion": "ray.io/v2"}, {"kind": "RayServices"}):
+        assert check(document | changed, schemas_of(CRDS))[0].startswith("no definition of ")
+
+
+def test_pruned_definitions_are_small_and_whole() -> None:
+    assert schemas_of(CRDS).keys() == {(f"ray.io/{VERSION}", kind) for kind in KINDS}
+    assert all((CRDS / name).stat().st_size < 60 << 10 for name in FILES)
+
+
+@needs_full
+def test_pruned_definitions_are_what_prune_makes(tmp_path: Path) -> None:
+    for name in FILES:
+        definition = yaml.load((FULL / name).read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        write(definition, tmp_path / name, "v1.7.0")
+        assert (tmp_path / name).read_text() == (CRDS / name).read_text()

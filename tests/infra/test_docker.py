@@ -1,0 +1,143 @@
+"""The image's recipe, as far as it can be checked without building it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import zipfile
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from ray._common.usage import usage_constants
+
+from loray.settings import Settings
+from tests.conftest import REPOSITORY
+from tests.infra.manifests import cluster_spec, the
+
+DOCKERFILE = REPOSITORY / "infra" / "docker" / "Dockerfile"
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+class Instruction(NamedTuple):
+    name: str
+    words: list[str]
+    text: str
+
+
+def instructions() -> list[list[Instruction]]:
+    """A list for each stage; what precedes the first FROM is the first list."""
+    lines = "\n".join(line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#"))
+    stages: list[list[Instruction]] = [[]]
+    for line in re.sub(r"\\\n\s*", " ", lines).splitlines():
+        if line.strip():
+            name, _, text = line.partition(" ")
+            if name == "FROM":
+                stages.append([])
+            stages[-1].append(Instruction(name, shlex.split(text), text))
+    return stages
+
+
+STAGES = instructions()
+BUILD, IMAGE = STAGES[1:]
+
+
+def sources() -> list[str]:
+    return [source for i in BUILD if i.name == "COPY" for source in i.words[:-1]]
+
+
+def of(stage: list[Instruction], name: str) -> list[Instruction]:
+    return [i for i in stage if i.name == name]
+
+
+def defaults(stage: list[Instruction]) -> dict[str, str]:
+    pairs = (i.text.partition("=") for i in of(stage, "ARG"))
+    return {name: value for name, _, value in pairs}
+
+
+def test_only_official_images_are_named() -> None:
+    arguments = defaults(STAGES[0])
+    bases = [stage[0].words[0] for stage in (BUILD, IMAGE)]
+    assert {arguments[re.sub(r"[${}]", "", base)] for base in bases} == {"python:3.11-slim"}
+    assert not re.search(r"\w+\.(io|com|org)\b", "".join(i.text for stage in STAGES for i in stage))
+
+
+def test_what_is_copied_exists_and_reaches_the_builder() -> None:
+    rules = [r for r in (REPOSITORY / ".dockerignore").read_text().splitlines() if r and not r.startswith("#")]
+
+    def is_sent(path: str) -> bool:
+        sent = True
+        for rule in rules:  # the last rule that matches decides
+            if fnmatch(path, rule.removeprefix("!")):
+                sent = rule.startswith("!")
+        return sent
+
+    assert sources()
+    for source in sources():
+        assert (REPOSITORY / source).exists()
+        assert is_sent(source)
+    assert not [name for name in (".git", ".venv", ".cache", "tests", "infra") if is_sent(name)]
+    (copied,) = of(IMAGE, "COPY")
+    assert copied.words[:2] == ["--from=wheel", "/wheel"]
+
+
+@pytest.mark.slow
+def test_the_wheel_builds_from_what_is_copied(tmp_path: Path) -> None:
+    for source in sources():
+        target = tmp_path / source
+        if (REPOSITORY / source).is_dir():
+            command = ["cp", "-r", str(REPOSITORY / source), str(target)]
+        else:
+            command = ["cp", str(REPOSITORY / source), str(target)]
+        subprocess.run(command, check=True)
+    (built,) = (i for i in of(BUILD, "RUN") if "build" in i.words and "pip" not in i.words)
+    assert built.words[:4] == ["python", "-m", "build", "--wheel"]
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "wheel")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    held = zipfile.ZipFile(wheel).namelist()
+    wanted = ("loray/settings.py", "loray_kernels/ops.py", "jobs/train.py", "serve_apps/app.py")
+    assert set(wanted) <= set(held)
+    assert "serve_apps/configs/cluster.yaml" in held
+    assert not [name for name in held if name.startswith("tests")]
+
+
+def test_what_is_installed_is_known() -> None:
+    (installed,) = (i.text for i in of(IMAGE, "RUN") if "/wheel/*.whl" in i.text)
+    assert re.search(r'"\$\(echo /wheel/\*\.whl\)\[\$EXTRAS\]"', installed)
+    arguments = defaults(IMAGE)
+    asked = {
+        e
+        for extras in (arguments["EXTRAS"], *re.findall(r"EXTRAS=([\w,]+)", DOCKERFILE.read_text()))
+        for e in extras.split(",")
+    }
+    assert asked == {"postgres", "cuda"}
+    assert asked <= PROJECT["optional-dependencies"].keys()
+    assert arguments["RAY_VERSION"] == cluster_spec(the("RayService", "base"))["rayVersion"]
+    assert f"loray:{PROJECT['version']}" in DOCKERFILE.read_text()
+
+
+def test_it_runs_as_the_user_of_the_manifests_with_settings_that_loray_accepts() -> None:
+    (user,) = of(IMAGE, "USER")
+    security = cluster_spec(the("RayService", "base"))["headGroupSpec"]["template"]["spec"]["securityContext"]
+    assert user.text == f"{security['runAsUser']}:{security['runAsGroup']}"
+    (environment,) = (dict(w.split("=", 1) for w in i.words) for i in of(IMAGE, "ENV"))
+    home = Settings.from_env(environment).home
+    assert str(home) == of(IMAGE, "VOLUME")[0].text
+    for kind, folder in (("RayService", "base"), ("RayJob", "train")):
+        spec = cluster_spec(the(kind, folder))
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            for containers in ("initContainers", "containers"):
+                (container,) = group["template"]["spec"][containers]
+                assert str(home) in [m["mountPath"] for m in container["volumeMounts"]]
+    assert {name for name in environment if name.startswith("RAY_")} == {usage_constants.USAGE_STATS_ENABLED_ENV_VAR}
+
+
+def test_kuberay_finds_what_it_starts_and_probes_with() -> None:
+    packages = " ".join(i.text for i in of(IMAGE, "RUN") if "apt-get" in i.text).split()
+    assert {"bash", "grep", "wget"} <= set(packages)

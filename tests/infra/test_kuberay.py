@@ -1,0 +1,268 @@
+"""The manifests: what they name exists, what must agree agrees, and what loray will read it accepts."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from jobs.train import main as train_command
+from loray.cli.base import add as add_base_command
+from loray.settings import Settings
+from loray.spec import ServeSpec, TrainSpec
+from loray.spec.common import parse_size
+from tests.conftest import REPOSITORY
+from tests.infra.manifests import (
+    JOBS,
+    SERVICES,
+    Pod,
+    cluster_spec,
+    data,
+    environment,
+    is_our_image,
+    pods,
+    render,
+    the,
+)
+
+FOLDERS = [*SERVICES, *JOBS]
+CONFIGS = {"base": "cluster.yaml", "overlays/cpu-dev": "cluster.yaml", "overlays/gpu": "gpu.yaml"}
+# What KubeRay puts on the pods of a head and of a worker.
+KUBERAY_LABELS = {"ray.io/is-ray-node": "yes"}
+MAX_NAME = 47  # KubeRay adds to it, and a Service's name has at most 63 characters
+
+
+def ray_object(folder: str) -> dict[str, Any]:
+    return the("RayService" if folder in SERVICES else "RayJob", folder)
+
+
+def groups(folder: str) -> list[dict[str, Any]]:
+    spec = cluster_spec(ray_object(folder))
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def our_pods(folder: str) -> list[Pod]:
+    return [pod for pod in pods(folder) if pod.is_ours]
+
+
+def bytes_of(quantity: str) -> int:
+    size = parse_size(f"{quantity}B")
+    assert isinstance(size, int)
+    return size
+
+
+def by_name(items: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    (item,) = (i for i in items if i["name"] == name)
+    return item
+
+
+# -- references -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_container_has_an_environment_that_can_be_worked_out(folder: str) -> None:
+    for pod in pods(folder):
+        for container in pod.containers:
+            environment(container, folder)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_ray_runs_with_settings_that_loray_accepts(folder: str) -> None:
+    for group in groups(folder):
+        (container,) = group["template"]["spec"]["containers"]
+        settings = Settings.from_env(environment(container, folder))
+        assert not settings.is_local
+        assert re.fullmatch(r"postgresql\+psycopg://\w+:[\w-]+@[\w.]+:5432/loray", settings.catalog)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_mounts_have_volumes_and_volumes_have_sources(folder: str) -> None:
+    for pod in pods(folder):
+        claims = pod.document["spec"].get("volumeClaimTemplates", ())
+        volumes = {v["name"] for v in pod.spec.get("volumes", ())} | {c["metadata"]["name"] for c in claims}
+        assert {m["name"] for c in pod.containers for m in c.get("volumeMounts", ())} == volumes
+        for volume in pod.spec.get("volumes", ()):
+            if "configMap" in volume:
+                assert data("ConfigMap", volume["configMap"]["name"], folder)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_service_accounts_exist(folder: str) -> None:
+    names = {d["metadata"]["name"] for d in render("base") if d["kind"] == "ServiceAccount"}
+    assert {p.spec["serviceAccountName"] for p in our_pods(folder) if "serviceAccountName" in p.spec} == names
+
+
+@pytest.mark.parametrize("folder", SERVICES)
+def test_selectors_find_pods(folder: str) -> None:
+    labels = [pod.labels | (KUBERAY_LABELS if pod.is_ours else {}) for pod in pods(folder)]
+    found = {}
+    for document in render(folder):
+        spec = document.get("spec", {})
+        selector = spec.get("podSelector") or spec.get("selector") or {}
+        wanted = selector.get("matchLabels", selector)
+        if wanted:
+            found[document["kind"], document["metadata"]["name"]] = sum(wanted.items() <= pod.items() for pod in labels)
+    assert found.pop(("NetworkPolicy", "loray")) == 2  # head and worker, and nobody else's
+    assert found.pop(("PodDisruptionBudget", "loray-workers")) == 1
+    budget = the("PodDisruptionBudget", folder)["spec"]
+    assert budget.keys() == {"minAvailable", "selector"}  # all that Kubernetes can work out for pods of a RayCluster
+    assert budget["minAvailable"] == 1
+    assert set(found.values()) <= {1}
+
+
+def test_the_network_policy_speaks_of_ports_that_are_there() -> None:
+    spec = the("NetworkPolicy", "base")["spec"]
+    head, _ = groups("base")
+    (container,) = head["template"]["spec"]["containers"]
+    metrics = 8080  # KubeRay's own
+    assert {p["port"] for rule in spec["ingress"] for p in rule.get("ports", ())} <= {
+        metrics,
+        *(p["containerPort"] for p in container["ports"]),
+    }
+    outward = {p["port"] for rule in spec["egress"] for p in rule.get("ports", ())}
+    assert {443, 53, int(environment(container, "base")["POSTGRES_PORT"])} <= outward
+
+
+@pytest.mark.parametrize("folder", JOBS)
+def test_the_service_s_network_policy_covers_training(folder: str) -> None:
+    wanted = the("NetworkPolicy", "base")["spec"]["podSelector"]["matchLabels"]
+    assert all(wanted.items() <= pod.labels.items() for pod in pods(folder))
+    assert len(pods(folder)) == 3  # submitter, head, workers
+
+
+# -- what must agree --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_one_image_of_this_version(folder: str) -> None:
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    (image,) = {c["image"] for pod in pods(folder) for c in pod.containers if is_our_image(c["image"])}
+    assert image == f"loray:{version}" + ("-cuda" if "gpu" in folder else "")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_ray_is_a_version_that_loray_takes(folder: str) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (ray,) = (r for d in project["dependencies"] if (r := Requirement(d)).name == "ray")
+    assert cluster_spec(ray_object(folder))["rayVersion"] in ray.specifier
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_pods_run_without_rights(folder: str) -> None:
+    for pod in pods(folder):
+        assert pod.spec["securityContext"]["runAsNonRoot"] is True
+        assert pod.spec["securityContext"]["runAsUser"] > 0
+        assert pod.spec["enableServiceLinks"] is False  # a Service's variables are not to pass for settings
+        for container in pod.containers:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+            requests, limits = (container["resources"][part] for part in ("requests", "limits"))
+            assert requests.keys() == limits.keys() >= {"cpu", "memory"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_what_the_operator_refuses_beyond_its_definitions(folder: str) -> None:
+    document = ray_object(folder)
+    spec = cluster_spec(document)
+    assert re.fullmatch(rf"[a-z][a-z0-9-]{{0,{MAX_NAME - 2}}}[a-z0-9]", document["metadata"]["name"])
+    for group in groups(folder):
+        assert not group.get("resources")  # beside rayStartParams
+        assert "restartPolicy" not in group["template"]["spec"]  # with the autoscaler v2
+        assert "labels" not in group["rayStartParams"]
+    assert spec["authOptions"] == {"mode": "token"}
+    if "ttlSecondsAfterFinished" in document["spec"]:
+        assert document["spec"]["shutdownAfterJobFinishes"] is True
+
+
+@pytest.mark.parametrize("folder", SERVICES)
+def test_the_service_s_config_is_the_file(folder: str) -> None:
+    text = (REPOSITORY / "serve_apps" / "configs" / CONFIGS[folder]).read_text()
+    assert the("RayService", folder)["spec"]["serveConfigV2"] == text
+
+
+@pytest.mark.parametrize("folder", SERVICES)
+def test_pods_have_what_their_engine_takes(folder: str) -> None:
+    config = yaml.safe_load(the("RayService", folder)["spec"]["serveConfigV2"])
+    spec = ServeSpec.parse(by_name(config["applications"], "loray")["args"], source=folder)
+    head, workers = groups(folder)
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert workers["rayStartParams"]["num-cpus"] == "1"  # what an engine asks for: one a pod
+    (container,) = workers["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    assert spec.num_threads == int(limits["cpu"])
+    host = spec.host_bytes + (0 if spec.device.startswith("cuda") else spec.pool_bytes)
+    assert host < 0.75 * bytes_of(limits["memory"])
+    assert ("nvidia.com/gpu" in limits) == spec.device.startswith("cuda")
+    assert spec.autoscaling is not None
+    assert workers["minReplicas"] == spec.autoscaling.min_replicas
+    assert workers["maxReplicas"] >= spec.autoscaling.max_replicas + 1  # one to train on
+    assert environment(container, folder)["OMP_NUM_THREADS"] == limits["cpu"]
+    # Where KubeRay's probes and Services look.
+    for group in (head, workers):
+        assert by_name(group["template"]["spec"]["containers"][0]["ports"], "serve")["containerPort"] == spec.port
+    assert config["proxy_location"] == "EveryNode"
+    assert added_bases(folder) == {spec.base}
+
+
+def added_bases(folder: str) -> set[str]:
+    """Names of the base models that the pods add before Ray starts, by the command line's own rules."""
+    names = set()
+    for group in groups(folder):
+        (container,) = group["template"]["spec"]["initContainers"]
+        assert container["command"] == ["loray", "base", "add"]
+        context = add_base_command.make_context("add", list(container["args"]))
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", context.params["source"])
+        names.add(context.params["name"])
+        assert container["image"] == group["template"]["spec"]["containers"][0]["image"]
+        assert "LORAY_STORE" in environment(container, folder)  # refused here where it is wrong, and not by Ray
+    return names
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", JOBS)
+def test_the_job_s_entrypoint_is_a_driver_with_a_recipe_that_is_mounted(folder: str, tmp_path: Path) -> None:
+    job = the("RayJob", folder)
+    python, isolated, m, module, *arguments = shlex.split(job["spec"]["entrypoint"])
+    assert (python, isolated, m) == ("python", "-P", "-m")
+    assert importlib.util.find_spec(module) is not None
+    assert module == train_command.callback.__module__
+    recipe = Path(train_command.make_context("train", arguments).params["recipe"])
+
+    head, workers = groups(folder)
+    (container,) = head["template"]["spec"]["containers"]
+    mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+    volume = by_name(head["template"]["spec"]["volumes"], mounts[str(recipe.parent)])
+    text = data("ConfigMap", volume["configMap"]["name"], folder)[recipe.name]
+    (tmp_path / recipe.name).write_text(text)
+    spec = TrainSpec.from_yaml(tmp_path / recipe.name)
+    assert spec.data.train.startswith("s3://")
+    assert added_bases(folder) == {spec.base}
+    (container,) = workers["template"]["spec"]["containers"]
+    limits = container["resources"]["limits"]
+    assert ("nvidia.com/gpu" in limits) == spec.use_gpu
+    assert [g["rayStartParams"]["num-cpus"] for g in (head, workers)] == ["0", "1"]  # a worker asks for one
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == spec.num_workers
+    assert environment(container, folder)["OMP_NUM_THREADS"] == limits["cpu"]
+
+
+# -- the overlays' own servers ----------------------------------------------------------------------------------------
+
+
+def test_the_development_store_is_where_loray_looks() -> None:
+    folder = "overlays/cpu-dev"
+    services = {d["metadata"]["name"]: d["spec"] for d in render(folder) if d["kind"] == "Service"}
+    config = data("ConfigMap", "loray", folder)
+    host, port = re.search(r"endpoint_url=http://(\w+):(\d+)", config["LORAY_STORE"]).groups()  # type: ignore[union-attr]
+    for name, number in ((host, port), (config["POSTGRES_HOST"], config["POSTGRES_PORT"])):
+        assert [p["port"] for p in services[name]["ports"]] == [int(number)]
+        (pod,) = (p for p in pods(folder) if services[name]["selector"].items() <= p.labels.items())
+        assert pod.containers[0]["ports"][0]["containerPort"] == int(number)

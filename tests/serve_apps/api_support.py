@@ -1,0 +1,129 @@
+"""The catalog's API without Ray: in this process, with a job server and replicas that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jobs.submission import Submission
+from loray.adapters.manifest import canonical_json, write_manifest
+from loray.catalog import Catalog
+from loray.errors import ClusterError, ConflictError
+from loray.settings import Settings
+from serve_apps.api.app import create_app
+from serve_apps.api.site import Site
+from serve_apps.api.training import RayJob
+from tests.catalog.test_catalog import manifest
+
+RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
+
+
+@dataclass
+class FakeJobs:
+    """A job server. `down`: it does not answer."""
+
+    jobs: dict[str, RayJob] = field(default_factory=dict)
+    submitted: dict[str, Submission] = field(default_factory=dict)
+    stopped: list[str] = field(default_factory=list)
+    down: bool = False
+
+    def submit(self, job_id: str, job: Submission) -> None:
+        self._check()
+        if job_id in self.jobs:
+            raise ConflictError("Ray has a job of this id")
+        self.submitted[job_id] = job
+        self.jobs[job_id] = RayJob("PENDING", "")
+
+    def find(self, job_id: str) -> RayJob | None:
+        self._check()
+        return self.jobs.get(job_id)
+
+    def stop(self, job_id: str) -> None:
+        self._check()
+        self.stopped.append(job_id)
+
+    def logs(self, job_id: str) -> str:
+        self._check()
+        return f"log of {job_id}\n"
+
+    async def follow(self, job_id: str) -> AsyncIterator[str]:
+        for piece in ("a\n", "b", "\nc\n"):
+            yield piece
+
+    def say(self, job_id: str, status: RayStatus, message: str = "") -> None:
+        self.jobs[job_id] = RayJob(status, message)
+
+    def _check(self) -> None:
+        if self.down:
+            raise ClusterError("Ray's job server cannot be reached: refused")
+
+
+@dataclass
+class FakePlacements:
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+    async def adapters(self, digests: list[str]) -> list[dict[str, Any]]:
+        return [fact for fact in self.facts if fact["digest"] in digests]
+
+
+class Api:
+    """`http` has the paths of the real thing, /api/v1/…"""
+
+    def __init__(self, home: Path, catalog_url: str) -> None:
+        self.settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": catalog_url})
+        self.jobs, self.placements = FakeJobs(), FakePlacements()
+        self.site = Site(self.settings, self.jobs, self.placements)
+        self.app = mounted(create_app(self.site))
+        self.transport = InProcess(self.app)
+        self.http = httpx.Client(transport=self.transport, base_url="http://test/api/v1")
+
+    @property
+    def catalog(self) -> Catalog:
+        return self.site.catalog
+
+    def store(self, number: int, tmp_path: Path, **fields: Any) -> str:
+        """An adapter in the store alone; its digest."""
+        folder = tmp_path / f"adapter-{number}"
+        folder.mkdir()
+        data = f"weights {number}".encode()
+        (folder / "adapter_model.safetensors").write_bytes(data)
+        files = {"adapter_model.safetensors": hashlib.sha256(data).hexdigest()}
+        described = manifest(number).model_copy(update={"files": files} | fields)
+        write_manifest(folder, canonical_json(described))
+        return self.site.store.put(folder)
+
+    def close(self) -> None:
+        self.http.close()
+        self.site.close()
+
+
+def mounted(app: ASGIApp) -> ASGIApp:
+    """Behind the route prefix, as Serve calls it."""
+
+    async def prefixed(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "root_path": "/api/v1"} if scope["type"] == "http" else scope, receive, send)
+
+    return prefixed
+
+
+class InProcess(httpx.BaseTransport):
+    """An ASGI application for httpx's client that is not asynchronous; each request has an event loop of its own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._asgi = httpx.ASGITransport(app, raise_app_exceptions=False)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        async def send() -> httpx.Response:
+            body = httpx.Request(request.method, request.url, headers=request.headers, content=request.read())
+            response = await self._asgi.handle_async_request(body)
+            content = await response.aread()
+            return httpx.Response(response.status_code, headers=response.headers, content=content)
+
+        return asyncio.run(send())

@@ -1,0 +1,165 @@
+"""The policy as Serve calls it, without Serve: what it makes of the reports, and what it hands to Serve."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+from ray.serve.config import AutoscalingContext
+
+from loray.serving.demand import Observation
+from loray.serving.status import AutoscalingStatus
+from loray.spec import AutoscalingSpec, ServeSpec
+from serve_apps import scaling_log
+from serve_apps.autoscaler import POLICY_CLASS, AdapterDemandPolicy, autoscaling_config, observations, report_s
+from serve_apps.scaling_log import KEPT, ScalingLog
+from tests.serving.demand import adapter, observation
+
+SPEC = AutoscalingSpec(max_replicas=4, window_s=60, upscale_delay_s=0)
+
+
+class Point(NamedTuple):
+    timestamp: float
+    value: float
+
+
+@pytest.fixture
+def kv(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The cluster's key-value store."""
+    stored: dict[str, str] = {}
+
+    def put(key: str, value: str, *, overwrite: bool, namespace: str) -> None:
+        assert overwrite
+        stored[key] = value
+
+    monkeypatch.setattr(scaling_log, "_internal_kv_put", put)
+    monkeypatch.setattr(scaling_log, "_internal_kv_get", lambda key, *, namespace: stored.get(key))
+    return stored
+
+
+def series(reports: dict[str, list[tuple[float, Observation]]]) -> dict[str, dict[str, list[Point]]]:
+    """As Serve's controller has them: name → replica → points."""
+    metrics: dict[str, dict[str, list[Point]]] = {}
+    for replica, timed in reports.items():
+        for at, seen in timed:
+            for name, value in seen.to_stats().items():
+                metrics.setdefault(name, {}).setdefault(replica, []).append(Point(at, value))
+    return metrics
+
+
+def context(now: float, target: int, metrics: Any, state: dict[str, Any], **bounds: int) -> AutoscalingContext:
+    return AutoscalingContext(
+        deployment_id=None,
+        deployment_name="engine",
+        app_name="loray",
+        current_num_replicas=target,
+        target_num_replicas=target,
+        running_replicas=[f"r{i}" for i in range(target)],
+        total_num_requests=0.0,
+        total_queued_requests=0.0,
+        aggregated_metrics={},
+        raw_metrics=lambda: metrics,
+        capacity_adjusted_min_replicas=bounds.get("least", 1),
+        capacity_adjusted_max_replicas=bounds.get("most", 4),
+        policy_state=state,
+        last_scale_up_time=None,
+        last_scale_down_time=None,
+        current_time=now,
+        config=None,
+    )
+
+
+def test_the_last_report_counts_and_an_adapter_that_has_left_it_does_not() -> None:
+    old, new = observation([1, 2], tokens=5.0), observation([2, 3], tokens=7.0, capacity=9.0)
+    metrics = series({"a": [(100.0, old), (102.0, new)]})
+    assert observations(["a", "b"], metrics, SPEC, 103.0) == [new, None]
+    assert adapter(1).digest[:16] not in new.adapters
+
+
+def test_a_report_grows_old() -> None:
+    metrics = series({"a": [(100.0, observation())]})
+    age = SPEC.window_s + 5 * report_s(SPEC)
+    assert observations(["a"], metrics, SPEC, 100 + age) == [observation()]
+    assert observations(["a"], metrics, SPEC, 100 + age + 1) == [None]
+
+
+def test_decisions_are_told_and_can_be_read(kv: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
+    wide = series({"r0": [(999.0, observation(range(20)))]})
+    with caplog.at_level("INFO", logger="loray.serve_apps.autoscaler"):
+        target, state = policy(context(1000.0, 1, wide, {}))
+        assert target == 3
+        assert policy(context(1000.1, 3, wide, state)) == (3, state)  # too soon for another decision
+        target, state = policy(context(1001.0, 3, wide, state))
+        assert target == 3
+    assert "replicas 1 → 3: working set 20.0 MiB of 20 adapters needs 3 replicas" in caplog.text
+    told = ScalingLog("loray", "engine").read()
+    assert told is not None
+    (decision,) = told.decisions
+    assert (decision.time, decision.from_replicas, decision.to_replicas) == (1000.0, 1, 3)
+    assert decision.reason.startswith("working set 20.0 MiB of 20 adapters needs 3 replicas at 8.0 MiB of pool each")
+    assert told.target == 3
+    assert ScalingLog("other", "engine").read() is None
+
+
+def test_why_the_number_stays_is_told_when_the_cause_changes(
+    kv: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
+    state: dict[str, Any] = {}
+    few = series({"r0": [(1000.0, observation([1]))]})
+    busy = series({"r0": [(1000.0, observation([1], tokens=60 * 700.0, capacity=1000.0))]})
+    reasons = []
+    with caplog.at_level("INFO", logger="loray.serve_apps.autoscaler"):
+        for second, metrics in enumerate([{}, few, few, few, busy, busy]):
+            _, state = policy(context(1001.0 + second, 1, metrics, state))
+            told = ScalingLog("loray", "engine").read()
+            assert told is not None
+            reasons.append(told.reason.split(" ")[0])
+    assert reasons == ["no", "working", "working", "working", "tokens", "tokens"]
+    assert len(caplog.records) == 3
+
+
+def test_the_bounds_are_serves(kv: dict[str, str]) -> None:
+    policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
+    wide = series({"r0": [(1000.0, observation(range(30)))]})
+    assert policy(context(1000.0, 1, wide, {}, most=2))[0] == 2
+    assert policy(context(2000.0, 0, wide, {}))[0] == 0  # the application is being deleted
+
+
+def test_only_the_last_decisions_are_kept(kv: dict[str, str]) -> None:
+    log = ScalingLog("loray", "engine")
+    change = AutoscalingStatus.model_validate_json(
+        '{"target":1,"reason":"","time":0,"decisions":[{"time":0,"from_replicas":1,"to_replicas":2,"reason":""}]}'
+    ).decisions[0]
+    for n in range(KEPT + 5):
+        log.write(target=1, reason="r", now=float(n), decision=change.model_copy(update={"time": float(n)}))
+    told = log.read()
+    assert told is not None
+    assert [d.time for d in told.decisions] == [float(n) for n in range(5, KEPT + 5)]
+
+
+def test_what_serve_is_given() -> None:
+    assert autoscaling_config(ServeSpec()) is None
+    spec = ServeSpec(autoscaling=AutoscalingSpec(min_replicas=2, max_replicas=5))
+    config = autoscaling_config(spec)
+    assert config is not None
+    assert (config.min_replicas, config.max_replicas, config.initial_replicas) == (2, 5, None)
+    assert (config.upscale_delay_s, config.downscale_delay_s) == (0, 0)
+    assert (config.metrics_interval_s, config.look_back_period_s) == (2.0, 10.0)
+    assert config.policy.policy_function == POLICY_CLASS
+    assert config.policy.get_policy() is AdapterDemandPolicy
+    assert AutoscalingSpec.model_validate(config.policy.policy_kwargs) == spec.autoscaling
+    first = autoscaling_config(spec.model_copy(update={"num_replicas": 9}))
+    assert first is not None
+    assert first.initial_replicas == 5
+
+
+def test_replicas_report_often_enough_for_the_window() -> None:
+    assert [report_s(SPEC.model_copy(update={"window_s": w})) for w in (1.0, 60.0, 3600.0)] == [0.5, 2.0, 5.0]
+
+
+def test_the_report_of_another_version_is_none() -> None:
+    metrics = series({"a": [(102.0, observation([1]))]})
+    del metrics["tokens"]
+    assert observations(["a"], metrics, SPEC, 103.0) == [None]

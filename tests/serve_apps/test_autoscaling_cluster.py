@@ -1,0 +1,142 @@
+"""Adapter demand scales a real deployment: the same request rate, over few adapters, over many, over few again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import httpx
+import pytest
+
+from loray.client import LorayClient
+from loray.publishing import publish
+from loray.serving.status import Status
+from tests.cluster import RayCluster, Served, deployed
+from tests.engine.adapters import make_adapter
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+NUM_ADAPTERS = 12
+NUM_FEW = 3
+RATE = 8.0  # requests per second
+POOL_BYTES = 1 << 20  # eight adapters of rank 32, at most
+AUTOSCALING = {
+    "min_replicas": 1,
+    "max_replicas": 2,
+    "window_s": 4.0,
+    "upscale_delay_s": 0.5,
+    "downscale_delay_s": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(served: Served, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    from peft import LoraConfig
+
+    names = [f"scale-{i}" for i in range(NUM_ADAPTERS)]
+    for seed, name in enumerate(names):
+        folder = tmp_path_factory.mktemp("adapter") / name
+        config = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj", "down_proj"])
+        make_adapter(served.base, folder, config, seed=seed)
+        publish(folder, name=name, base=served.base, store=served.store, catalog=served.catalog)
+    return names
+
+
+class Traffic:
+    """A short request every 1 / RATE s, whether or not earlier ones are answered, over `models` in turn."""
+
+    def __init__(self, url: str, models: Sequence[str]) -> None:
+        self.models = models
+        self.results: list[Future[httpx.Response]] = []
+        self._stop = Event()
+        self._http = httpx.Client(base_url=url, timeout=60)
+        self._pool = ThreadPoolExecutor(32)
+        self._thread = Thread(target=self._run)
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        for number in count(1):
+            self.results.append(self._pool.submit(self._ask, self.models[number % len(self.models)]))
+            if self._stop.wait(max(0.0, began + number / RATE - time.monotonic())):
+                return
+
+    def _ask(self, model: str) -> httpx.Response:
+        body: dict[str, Any] = {"model": model, "prompt": "a", "max_tokens": 4, "ignore_eos": True}
+        return self._http.post("/v1/completions", json=body)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._thread.join()
+            self._pool.shutdown()
+            self._http.close()
+
+
+def until(what: Callable[[], bool], timeout_s: float, why: Callable[[], object]) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.1)
+
+
+def test_a_wide_working_set_brings_a_replica_and_a_narrow_one_lets_it_go(
+    ray_cluster: RayCluster, served: Served, adapters: list[str]
+) -> None:
+    fields = {"pool_bytes": POOL_BYTES, "max_num_seqs": 8, "max_queued": 64, "autoscaling": AUTOSCALING}
+    few = adapters[:NUM_FEW]
+    with deployed(ray_cluster, served, "scaled", **fields) as scaled, LorayClient(scaled.url) as client:
+        traffic = Traffic(scaled.url, few)
+        with traffic.running():
+
+            def status() -> Status:
+                return client.status()
+
+            def explained(*words: str) -> bool:
+                said = status().autoscaling
+                return said is not None and all(word in said.reason for word in words)
+
+            # Few adapters: all their demand is seen, and one replica is enough.
+            until(lambda: explained(f" MiB of {NUM_FEW} adapters"), 20, status)
+            sent = len(traffic.results)
+            until(lambda: len(traffic.results) > sent + 2 * AUTOSCALING["window_s"] * RATE, 30, status)
+            before = status()
+            assert len(before.replicas) == 1
+            assert before.autoscaling is not None
+            assert before.autoscaling.decisions == ()
+
+            # As many requests, over adapters that one pool does not hold.
+            traffic.models = adapters
+            until(lambda: len(status().replicas) == 2, 60, status)
+            until(lambda: all(r.adapters_in_pool for r in status().replicas), 30, status)
+
+            traffic.models = few
+            until(lambda: len(status().replicas) == 1, 60, status)
+            sent = len(traffic.results)
+            until(lambda: len(traffic.results) > sent + RATE, 30, status)  # the one that stays answers alone
+            told = status().autoscaling
+        statuses = {future.result().status_code for future in traffic.results}
+    assert statuses == {200}
+    assert told is not None
+    more, fewer = told.decisions
+    assert (more.from_replicas, more.to_replicas) == (1, 2)
+    assert more.reason.startswith("working set 1.")  # MiB
+    assert "needs 2 replicas at 0." in more.reason
+    assert (fewer.from_replicas, fewer.to_replicas) == (2, 1)
+    assert f"MiB of {NUM_FEW} adapters needs 1 replica at" in fewer.reason
+    assert decisions_in_controllers_log(ray_cluster) >= {more.reason, fewer.reason}
+
+
+def decisions_in_controllers_log(cluster: RayCluster) -> set[str]:
+    logs = Path(cluster.local.temp_dir) / "session_latest" / "logs" / "serve"
+    lines = [line for file in logs.glob("controller_*.log") for line in file.read_text().splitlines()]
+    return {line.split(": ", 1)[1] for line in lines if " → " in line}

@@ -1,0 +1,121 @@
+"""Demand as it is measured on a real engine, and on one that refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.engine.engine import build_engine
+from loray.engine.request import GenerateRequest
+from loray.engine.stream import Delta, EngineStream
+from loray.errors import Overloaded, RequestError
+from loray.publishing import publish
+from loray.serving.demand import Observation
+from loray.settings import Settings
+from loray.spec import AdapterRef, AutoscalingSpec, SamplingParams, ServeSpec
+from loray.store import AdapterStore, open_store
+from serve_apps.demand import ReplicaDemand
+from serve_apps.replica import adapter_loader
+from tests.tiny import byte_tokenizer
+
+SCALING = AutoscalingSpec(window_s=3600)
+
+
+class Replica:
+    """An engine with two published adapters, one LoRA and one VeRA."""
+
+    def __init__(self, base: BaseModel, settings: Settings) -> None:
+        self.spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20, autoscaling=SCALING)
+        self.stream = EngineStream(build_engine(self.spec, base, adapter_loader(base, settings)), byte_tokenizer())
+        self.demand = ReplicaDemand(self.spec, SCALING, self.stream)
+
+    def deltas(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        return self.demand.observed(request, cast("AsyncGenerator[Delta, None]", self.stream.generate(request)))
+
+    def answer(self, request: GenerateRequest) -> None:
+        async def run() -> None:
+            async for _ in self.deltas(request):
+                pass
+
+        asyncio.run(run())
+
+    def observe(self) -> Observation:
+        return Observation.from_stats(self.demand.stats())
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
+
+
+@pytest.fixture
+def refs(
+    tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], settings: Settings
+) -> dict[str, AdapterRef]:
+    base, catalog = tiny_base(), Catalog(settings.catalog)
+    store = AdapterStore(open_store(settings.store))
+    for method in ("lora", "vera"):
+        publish(peft_folder(base, method), name=method, base=base, store=store, catalog=catalog)
+    return {method: catalog.resolve(method) for method in ("lora", "vera")}
+
+
+@pytest.fixture
+def replica(tiny_base: Callable[..., BaseModel], settings: Settings) -> Iterator[Replica]:
+    made = Replica(tiny_base(), settings)
+    made.stream.start()
+    yield made
+    made.stream.stop()
+
+
+def request(name: str, ref: AdapterRef | None = None, **params: Any) -> GenerateRequest:
+    return GenerateRequest(name, (1, 2, 3), SamplingParams(ignore_eos=True, **params), ref)
+
+
+def test_an_engines_requests_are_demand(replica: Replica, refs: dict[str, AdapterRef]) -> None:
+    lora, vera = refs["lora"], refs["vera"]
+    replica.answer(request("a", max_tokens=5))
+    replica.answer(request("b", lora, max_tokens=7))
+    seen = replica.observe()
+    assert seen.tokens == (3 + 5) + (3 + 7)
+    # What it takes in the pool is known now: rank 4 on q (64 → 64) and v (64 → 32) of two layers, in fp32.
+    assert seen.adapters == {lora.digest[:16]: 2 * 4 * (64 + 64 + 64 + 32) * 4}
+    assert seen.pairs == {}
+    replica.answer(request("c", vera, max_tokens=1))
+    seen = replica.observe()
+    (pair,) = seen.pairs.values()
+    assert pair > seen.adapters[vera.digest[:16]] > 0
+    assert seen.kv_byte_s == 0
+
+
+def test_a_caller_who_leaves_took_what_had_come(replica: Replica) -> None:
+    async def leave() -> int:
+        async with aclosing(replica.deltas(request("a", max_tokens=400))) as deltas:
+            async for delta in deltas:
+                if delta.num_output_tokens == 5:
+                    return delta.num_output_tokens
+        raise AssertionError
+
+    assert asyncio.run(leave()) == 5
+    assert replica.observe().tokens == 3 + 5
+
+
+@pytest.mark.parametrize(("error", "tokens"), [(Overloaded("full", 1.0), 3), (RequestError("no", "prompt"), 0)])
+def test_what_is_refused_for_want_of_room_is_demand(replica: Replica, error: Exception, tokens: float) -> None:
+    async def refuse() -> AsyncGenerator[Delta, None]:
+        raise error
+        yield
+
+    async def run() -> None:
+        async for _ in replica.demand.observed(request("a"), refuse()):
+            pass
+
+    with pytest.raises(type(error)):
+        asyncio.run(run())
+    assert replica.observe().tokens == tokens

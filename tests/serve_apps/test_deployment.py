@@ -1,0 +1,52 @@
+"""Serve's two applications as one state, and as one config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loray.errors import SpecError
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from serve_apps.deployment import combined, serve_config
+
+
+def application(status: str, deployment: str, *states: str, message: str = "", at: float = 1.0) -> dict[str, Any]:
+    replicas = [{"state": state} for state in states]
+    deployments = {deployment: {"replicas": replicas, "message": ""}}
+    return {"status": status, "message": message, "last_deployed_time_s": at, "deployments": deployments}
+
+
+@pytest.mark.parametrize(
+    ("engine", "catalog", "together"),
+    [
+        ("RUNNING", "RUNNING", "RUNNING"),
+        ("RUNNING", "DEPLOYING", "DEPLOYING"),
+        ("DEPLOYING", "RUNNING", "DEPLOYING"),
+        ("DEPLOYING", "DEPLOY_FAILED", "DEPLOY_FAILED"),
+        ("UNHEALTHY", "RUNNING", "UNHEALTHY"),
+    ],
+)
+def test_the_application_that_is_worst_off_counts(engine: str, catalog: str, together: str) -> None:
+    state = combined(
+        [
+            application(engine, "engine", "RUNNING", "STARTING", message="one", at=2.0),
+            application(catalog, "api", "RUNNING", message="two"),
+        ]
+    )
+    assert (state.status, state.message, state.deployed_at) == (together, "one\ntwo", 2.0)
+    assert state.replicas == {"engine": {"RUNNING": 1, "STARTING": 1}, "api": {"RUNNING": 1}}
+
+
+def test_both_are_deployed_with_the_same_settings(tmp_path: Path) -> None:
+    from serve_apps.api.app import build
+
+    settings = Settings.from_env({"LORAY_HOME": str(tmp_path)})
+    serving, catalog = serve_config(ServeSpec(), settings)["applications"]
+    assert (serving["route_prefix"], catalog["route_prefix"]) == ("/", "/api/v1")
+    assert catalog["import_path"] == f"{build.__module__}:{build.__name__}"
+    assert serving["runtime_env"] == catalog["runtime_env"] == {"env_vars": settings.to_env()}
+    with pytest.raises(SpecError, match="takes no args, but got base"):
+        build({"base": "x"})

@@ -1,0 +1,215 @@
+"""Serve's side of routing, on Ray's own RequestRouter with stand-in replicas: no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import PendingRequest, ReplicaID
+
+from loray.engine.request import GenerateRequest
+from loray.serving.routing_report import make_report
+from loray.spec import AdapterRef, SamplingParams
+from serve_apps import router as module
+from serve_apps.router import ROUTER_CLASS, AdapterRouter, decisions, suspect
+
+ENGINE = DeploymentID("engine", "app")
+DIGESTS = [f"{i:064x}" for i in range(1 << 40, (1 << 40) + 20)]
+DIGESTS = [d[::-1] for d in DIGESTS]
+
+
+class Replica:
+    """As RunningReplica, which needs an actor. It says nothing of its queue unless it is asked."""
+
+    def __init__(self, name: str, *, limit: int = 50) -> None:
+        self.replica_id = ReplicaID(name, ENGINE)
+        self.max_ongoing_requests = limit
+        self.routing_stats: dict[str, Any] = {}
+        self.node_id = self.availability_zone = None
+        self.multiplexed_model_ids: list[str] = []
+        self.queue_len = 0
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return self.queue_len
+
+    def report(self, *in_pool: str, on_host: tuple[str, ...] = ()) -> None:
+        self.routing_stats = make_report(in_pool, on_host, now=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_decisions", dict.fromkeys(decisions(), 0))
+    monkeypatch.setattr(module, "_suspects", {})
+
+
+numbers = itertools.count()
+
+
+def pending(digest: str | None, *, http_request: str | None = None) -> PendingRequest:
+    """As Serve makes one for `generate`; calls for one HTTP request share its id."""
+    number = next(numbers)
+    adapter = digest and AdapterRef(
+        digest=digest, name="a", version=1, method="lora", base_fingerprint="0" * 64, context_length=64, nbytes=1
+    )
+    metadata = RequestMetadata(f"r{number}", http_request or f"i{number}", call_method="generate")
+    return PendingRequest([GenerateRequest(f"r{number}", (1,), SamplingParams(), adapter or None), True], {}, metadata)
+
+
+def with_router(replicas: list[Replica], scenario: Callable[[AdapterRouter], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        router = AdapterRouter(
+            ENGINE, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True, initial_backoff_s=0.001
+        )
+        router.initialize_state(floor=4)
+        router.update_replicas(replicas)
+        await asyncio.wait_for(scenario(router), timeout=20)
+
+    asyncio.run(run())
+
+
+async def route(router: AdapterRouter, request: PendingRequest) -> str:
+    """As Serve's AsyncioRouter does, with a replica that accepts."""
+    replica = await router._choose_replica_for_request(request)
+    router.on_send_request(replica.replica_id)
+    router.on_request_routed(request, replica.replica_id, None)
+    return str(replica.replica_id.unique_id)
+
+
+@pytest.fixture
+def pair() -> list[Replica]:
+    return [Replica("one"), Replica("two")]
+
+
+def test_serve_pickles_the_class_by_reference() -> None:
+    """By value, as it pickles classes that a module defines, every router would have counters of its own."""
+    config = RequestRouterConfig(request_router_class=ROUTER_CLASS)
+    assert cloudpickle.loads(config.get_serialized_request_router_cls()) is AdapterRouter
+
+
+def test_a_holder_is_found_and_the_reasons_are_counted(pair: list[Replica]) -> None:
+    pair[0].report(DIGESTS[0], on_host=(DIGESTS[2],))
+    pair[1].report(DIGESTS[1])
+
+    async def scenario(router: AdapterRouter) -> None:
+        assert [await route(router, pending(d)) for d in DIGESTS[:3]] == ["one", "two", "one"]
+        await route(router, pending(None))
+        first = await route(router, pending(DIGESTS[3]))
+        assert await route(router, pending(DIGESTS[3])) == first
+        await route(router, PendingRequest([], {}, RequestMetadata("c", "c", call_method="capacity")))
+
+    with_router(pair, scenario)
+    counts = decisions()
+    assert counts["pool"] == 2
+    assert counts["host"] == counts["base"] == counts["recent"] == 1
+    assert counts["hash"] + counts["overflow"] == 1
+    assert sum(counts.values()) == 6
+
+
+def test_reports_replace_what_was_said_before(pair: list[Replica]) -> None:
+    async def scenario(router: AdapterRouter) -> None:
+        home = await route(router, pending(DIGESTS[0]))
+        elsewhere = pair[home == "one"]
+        elsewhere.report(DIGESTS[0])
+        router.update_replicas(pair)
+        assert await route(router, pending(DIGESTS[0])) == elsewhere.replica_id.unique_id
+        elsewhere.report()
+        router.update_replicas(pair)
+        assert await route(router, pending(DIGESTS[0])) == home
+
+    with_router(pair, scenario)
+
+
+def test_a_request_for_calls_that_share_an_id_goes_each_its_own_way(pair: list[Replica]) -> None:
+    """`n=4`, or several prompts: Serve gives the calls that one HTTP request makes the same internal id."""
+    for replica, digests in zip(pair, (DIGESTS[:4], DIGESTS[4:8]), strict=True):
+        replica.report(*digests)
+
+    async def scenario(router: AdapterRouter) -> None:
+        requests = [pending(d, http_request="shared") for d in DIGESTS[:8]]
+        assert await asyncio.gather(*(route(router, r) for r in requests)) == ["one"] * 4 + ["two"] * 4
+
+    with_router(pair, scenario)
+
+
+def test_many_at_once_keep_to_their_replicas(pair: list[Replica]) -> None:
+    """Serve's FIFOMixin would hand a replica that was chosen for one adapter to whoever waits the longest."""
+    for replica, digests in zip(pair, (DIGESTS[::2], DIGESTS[1::2]), strict=True):
+        replica.report(*digests)
+
+    async def scenario(router: AdapterRouter) -> None:
+        routed = await asyncio.gather(*(route(router, pending(d)) for d in DIGESTS))
+        assert routed == ["one", "two"] * 10
+
+    with_router(pair, scenario)
+
+
+def test_a_hot_adapter_overflows(pair: list[Replica]) -> None:
+    pair[0].report(DIGESTS[0])
+
+    async def scenario(router: AdapterRouter) -> None:
+        routed = [await route(router, pending(DIGESTS[0])) for _ in range(20)]
+        assert 7 <= routed.count("two") <= 8
+        assert decisions()["overflow"] >= 1
+
+    with_router(pair, scenario)
+
+
+def test_a_load_is_known_for_longer_than_serve_remembers_it(pair: list[Replica]) -> None:
+    pair[0].report(DIGESTS[0])
+
+    async def scenario(router: AdapterRouter) -> None:
+        for _ in range(5):
+            router.on_send_request(pair[0].replica_id)
+        router.on_new_queue_len_info(pair[1].replica_id, 0)
+        for replica in pair:
+            router.replica_queue_len_cache.invalidate_key(replica.replica_id)
+        (first, *_), *_ = await router.choose_replicas(pair, pending(DIGESTS[0]))
+        assert first is pair[1]
+        for _ in range(5):
+            router.decrement_queue_len_cache(pair[0].replica_id)
+        (first, *_), *_ = await router.choose_replicas(pair, pending(DIGESTS[0]))
+        assert first is pair[0]
+
+    with_router(pair, scenario)
+
+
+def test_a_full_holder_is_not_waited_for(pair: list[Replica]) -> None:
+    pair[0].report(DIGESTS[0])
+    pair[0].queue_len = pair[0].max_ongoing_requests
+
+    async def scenario(router: AdapterRouter) -> None:
+        await asyncio.sleep(0)
+        assert await route(router, pending(DIGESTS[0])) == "two"
+
+    with_router(pair, scenario)
+
+
+@pytest.mark.parametrize("seen_by", ["the gateway", "Serve"])
+def test_after_a_failure_the_other_replica_is_asked(pair: list[Replica], seen_by: str) -> None:
+    pair[0].report(DIGESTS[0])
+
+    async def scenario(router: AdapterRouter) -> None:
+        if seen_by == "Serve":
+            router.on_replica_actor_unavailable(pair[0].replica_id)
+        else:
+            suspect("one")
+        assert await route(router, pending(DIGESTS[0])) == "two"
+        assert await route(router, pending(None)) == "two"
+        router.update_replicas(pair[:1])
+        assert await route(router, pending(DIGESTS[0])) == "one"  # rather than not at all
+
+    with_router(pair, scenario)
+
+
+def test_without_a_request_every_replica_is_offered(pair: list[Replica]) -> None:
+    async def scenario(router: AdapterRouter) -> None:
+        offered = await router.choose_replicas(pair)
+        assert sorted(r.replica_id.unique_id for (r,) in offered) == ["one", "two"]
+
+    with_router(pair, scenario)

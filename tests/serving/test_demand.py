@@ -1,0 +1,198 @@
+"""What a replica measures: tokens asked for, capacity under saturation, the adapters in demand."""
+
+from __future__ import annotations
+
+import pytest
+
+from loray.serving.demand import MAX_KEYS, Asked, DemandMeter, EngineLoad, Observation, adapter_rank
+from loray.spec import AdapterBytes, AdapterRef
+from tests.serving.demand import adapter
+
+WINDOW_S = 10.0
+IDLE = EngineLoad(num_running=0, num_waiting=0, num_loading=0, num_tokens=0, kv_bytes=0.0)
+
+
+class Meter:
+    """A meter with its clock."""
+
+    def __init__(self, *, max_num_seqs: int = 4) -> None:
+        self.now = 100.0
+        self.sizes: dict[str, AdapterBytes] = {}
+        self.meter = DemandMeter(
+            window_s=WINDOW_S, max_num_seqs=max_num_seqs, pool_bytes=1000.0, adapter_bytes=self._size, now=self.now
+        )
+
+    def _size(self, ref: AdapterRef) -> AdapterBytes:
+        return self.sizes.get(ref.digest, AdapterBytes(ref.nbytes))
+
+    def ask(self, prompt: int = 10, max_tokens: int = 100, ref: AdapterRef | None = None) -> Asked:
+        return self.meter.arrived(prompt, max_tokens, ref, self.now)
+
+    def answer(self, prompt: int = 10, output: int = 20, ref: AdapterRef | None = None) -> None:
+        asked = self.ask(prompt, output, ref)
+        asked.num_output_tokens = output
+        self.meter.finished(asked, self.now)
+
+    def observe(self) -> Observation:
+        return self.meter.observe(self.now)
+
+
+def test_a_request_is_demand_for_a_window_from_its_arrival() -> None:
+    m = Meter()
+    m.answer(10, 20)
+    m.now += 6
+    m.answer(1, 2)
+    assert m.observe().tokens == 33
+    m.now += 4.5
+    assert m.observe().tokens == 3
+    m.now += 10
+    assert m.observe().tokens == 0
+
+
+def test_what_waits_and_what_is_refused_is_demand_too() -> None:
+    """The engine manages nothing more, and the demand grows with every request that comes."""
+    m = Meter()
+    m.answer(10, 20)
+    waiting = [m.ask(10, 100) for _ in range(3)]
+    assert m.observe().tokens == 30 + 3 * (10 + 20)
+    m.meter.refused(m.ask(10, 5))
+    assert m.observe().tokens == 120 + 10 + 5  # at most its max_tokens
+    waiting[0].num_output_tokens = 50  # more than the mean
+    assert m.observe().tokens == 135 + 30
+
+
+def test_an_old_request_counts_with_what_is_left_of_it() -> None:
+    m = Meter()
+    m.answer(10, 20)
+    waiting, running = m.ask(10, 100), m.ask(10, 100)
+    running.num_output_tokens = 5
+    m.now += WINDOW_S + 1
+    assert m.observe().tokens == (10 + 20) + (20 - 5)
+    m.meter.finished(running, m.now)
+    m.meter.void(waiting)
+    assert m.observe().tokens == 0
+
+
+def test_what_could_not_have_run_is_no_demand() -> None:
+    m = Meter()
+    m.meter.void(m.ask(500, 100))
+    assert m.observe().tokens == 0
+
+
+def test_requests_that_move_to_another_replica_leave_the_sum_as_it_was() -> None:
+    """Ten requests a second; after 20 s every second one goes to a replica that has just started."""
+    old, new = Meter(), Meter()
+    sums = []
+    for step in range(400):
+        (old if step < 200 or step % 2 else new).answer(5, 5)
+        old.now += 0.1
+        new.now += 0.1
+        if step >= 100:
+            sums.append(old.observe().tokens + new.observe().tokens)
+    assert min(sums) >= 980
+    assert max(sums) <= 1020
+
+
+def test_capacity_is_what_was_managed_while_saturated() -> None:
+    m = Meter(max_num_seqs=4)
+    tokens = 0
+    for rate, load in (
+        (500, IDLE),
+        (80, IDLE._replace(num_running=4)),
+        (500, IDLE),
+        (500, IDLE._replace(num_running=3)),
+    ):
+        for _ in range(5):
+            m.meter.sample(load._replace(num_tokens=tokens), m.now)
+            m.now += 1
+            tokens += rate
+    assert m.meter.capacity == pytest.approx(80)
+
+
+def test_capacity_is_unknown_until_requests_wait_for_more_than_their_adapters() -> None:
+    m = Meter()
+    cold = IDLE._replace(num_running=1, num_waiting=3, num_loading=2)
+    for step in range(5):
+        m.meter.sample(cold._replace(num_tokens=step), m.now)
+        m.now += 1
+    assert m.meter.capacity is None
+    assert m.observe().to_stats()["capacity"] == 0
+    blocked = IDLE._replace(num_running=1, num_waiting=3)
+    for step in range(5):
+        m.meter.sample(blocked._replace(num_tokens=50 * step), m.now)
+        m.now += 1
+    assert m.meter.capacity == pytest.approx(50)
+
+
+def test_capacity_follows_another_mix_of_requests() -> None:
+    m = Meter()
+    tokens = 0
+    for rate, seconds in ((100, 30), (300, 60)):
+        for _ in range(seconds):
+            m.meter.sample(IDLE._replace(num_running=4, num_tokens=tokens), m.now)
+            m.now += 1
+            tokens += rate
+        assert m.meter.capacity == pytest.approx(rate, rel=0.05)
+
+
+def test_requests_under_way_and_kv_cache_are_means_over_the_window() -> None:
+    m = Meter(max_num_seqs=4)
+    for _ in range(21):
+        m.meter.sample(IDLE._replace(num_running=1, num_waiting=1, kv_bytes=300.0), m.now)
+        m.now += 1
+    m.now -= 1
+    seen = m.observe()
+    assert seen.occupied_s / WINDOW_S == pytest.approx(2 / 4)
+    assert seen.kv_byte_s / WINDOW_S == pytest.approx(300)
+
+
+def test_the_working_set_is_what_was_asked_for_in_the_window() -> None:
+    m = Meter()
+    a, b, c = (adapter(i, nbytes=100) for i in range(3))
+    m.answer(ref=a)
+    long = m.ask(ref=b)
+    m.now += 6
+    m.answer(ref=c)
+    m.answer(ref=None)
+    m.sizes[c.digest] = AdapterBytes(64)  # it has been loaded: what it takes in the pool is known
+    assert m.observe().adapters == {a.digest[:16]: 100, b.digest[:16]: 100, c.digest[:16]: 64}
+    m.now += 5
+    assert set(m.observe().adapters) == {b.digest[:16], c.digest[:16]}  # b's request is still under way
+    m.meter.finished(long, m.now)
+    m.now += 11
+    assert m.observe().adapters == {}
+
+
+def test_a_pair_that_adapters_share_is_named_once() -> None:
+    m = Meter()
+    pair = adapter(100).digest
+    for i in range(3):
+        m.sizes[adapter(i).digest] = AdapterBytes(10, (pair, 500))
+        m.answer(ref=adapter(i))
+    seen = m.observe()
+    assert seen.pairs == {pair[:16]: 500}
+    assert set(seen.adapters.values()) == {10}
+    assert Observation.from_stats(seen.to_stats()) == seen
+
+
+def test_of_many_adapters_those_are_named_that_every_replica_would_name() -> None:
+    m = Meter()
+    refs = [adapter(i) for i in range(4 * MAX_KEYS)]
+    for ref in refs:
+        m.answer(ref=ref)
+    seen = m.observe()
+    assert len(seen.adapters) == MAX_KEYS
+    assert set(seen.adapters) == {r.digest[:16] for r in refs if adapter_rank(r.digest) < seen.sample}
+    assert len(seen.adapters) / seen.sample == pytest.approx(len(refs), rel=0.2)
+
+
+def test_a_report_survives_the_way_through_serve() -> None:
+    m = Meter()
+    m.answer(ref=adapter(1))
+    m.now += 3
+    seen = m.observe()
+    stats = seen.to_stats()
+    assert all(isinstance(v, int | float) for v in stats.values())
+    assert Observation.from_stats(stats) == seen
+    with pytest.raises(KeyError):
+        Observation.from_stats({"age_s": 1.0})

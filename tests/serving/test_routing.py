@@ -1,0 +1,295 @@
+"""Routing by adapter: rank, bounds, memory, and what is left of it without statistics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loray.serving.routing import Candidate, ReplicaView, Routing, RoutingPolicy
+from loray.serving.routing_report import RoutingReport, make_report, routing_key
+
+POLICY = RoutingPolicy(floor=4)
+ADAPTERS = [f"{i:016x}" for i in range(200)]
+adapters = st.sampled_from(ADAPTERS[:8])
+adapter_sets = st.frozensets(adapters, max_size=8)
+
+
+@st.composite
+def views(draw: st.DrawFn, min_size: int = 1) -> list[ReplicaView]:
+    names = draw(st.lists(st.text("abcdef0123456789", min_size=1, max_size=8), unique=True, min_size=min_size))
+    return [
+        ReplicaView(
+            name,
+            load=draw(st.integers(0, 40)),
+            limit=draw(st.integers(1, 40)),
+            in_pool=draw(adapter_sets),
+            on_host=draw(adapter_sets),
+            age_s=draw(st.sampled_from([0.0, 1.0, 1e6])),
+            suspect=draw(st.booleans()),
+        )
+        for name in names
+    ]
+
+
+def replicas(n: int, *, load: int = 0, limit: int = 100) -> list[ReplicaView]:
+    return [ReplicaView(f"r{i}", load, limit) for i in range(n)]
+
+
+def best(adapter: str | None, among: Sequence[ReplicaView], routing: Routing | None = None) -> Candidate:
+    return (routing or Routing(POLICY)).rank(among, adapter, now=0.0)[0]
+
+
+def hash_order(adapter: str, among: Sequence[ReplicaView]) -> list[str]:
+    return [c.replica for c in Routing(POLICY).rank([ReplicaView(r.id, 0, 1) for r in among], adapter, now=0.0)]
+
+
+# -- properties of every decision -------------------------------------------------------------------------------------
+
+
+@given(views(min_size=0), st.none() | adapters)
+def test_every_replica_appears_exactly_once_whatever_the_order_they_come_in(
+    among: list[ReplicaView], adapter: str | None
+) -> None:
+    ranked = Routing(POLICY).rank(among, adapter, now=0.0, tie="t")
+    assert sorted(c.replica for c in ranked) == sorted(r.id for r in among)
+    assert Routing(POLICY).rank(among[::-1], adapter, now=0.0, tie="t") == ranked
+
+
+@given(views(), adapters)
+def test_the_first_choice_is_within_the_bound(among: list[ReplicaView], adapter: str) -> None:
+    free = {r.id: r for r in among if not r.suspect and r.load < r.limit}
+    chosen = best(adapter, among).replica
+    if free:
+        assert free[chosen].load + 1 <= POLICY.bound([r.load for r in free.values()], POLICY.floor)
+    else:
+        usable = [r.id for r in among if not r.suspect]
+        assert not usable or chosen in usable
+
+
+@given(views(), adapters)
+def test_a_holder_is_passed_over_only_for_a_load(among: list[ReplicaView], adapter: str) -> None:
+    free = [r for r in among if not r.suspect and r.load < r.limit]
+    if not free:
+        return
+    max_load = POLICY.bound([r.load for r in free], POLICY.floor)
+    ready = [r for r in free if r.load < max_load and r.age_s < POLICY.max_age_s]
+    in_pool, on_host = (
+        {r.id for r in ready if adapter in held(r)} for held in (lambda r: r.in_pool, lambda r: r.on_host)
+    )
+    chosen = best(adapter, among)
+    if in_pool:
+        assert chosen in {(name, "pool") for name in in_pool}
+    elif on_host:
+        assert chosen in {(name, "host") for name in on_host} or any(is_crowded(r, free) for r in ready)
+    else:
+        assert chosen.reason in ("hash", "overflow")
+
+
+def is_crowded(replica: ReplicaView, free: Sequence[ReplicaView]) -> bool:
+    """It holds more than its share of adapters."""
+    held = {r.id: len(r.in_pool) + len(r.on_host) if r.age_s < POLICY.max_age_s else 0 for r in free}
+    return held[replica.id] >= POLICY.bound(held.values())
+
+
+@given(st.integers(2, 12), st.data())
+def test_a_replica_that_leaves_moves_its_own_adapters_alone(n: int, data: st.DataObject) -> None:
+    among = replicas(n)
+    gone = data.draw(st.sampled_from(among))
+    for adapter in ADAPTERS:
+        before, after = hash_order(adapter, among), hash_order(adapter, [r for r in among if r is not gone])
+        assert after == [name for name in before if name != gone.id]
+
+
+def test_the_hash_is_the_same_in_every_process() -> None:
+    """Were it not, gateways would disagree, and a restart would move every adapter."""
+    assert hash_order(ADAPTERS[0], replicas(4)) == ["r1", "r3", "r2", "r0"]
+
+
+@given(views(), st.text(max_size=4))
+def test_requests_for_the_base_go_where_there_is_least_to_do(among: list[ReplicaView], tie: str) -> None:
+    free = [r for r in among if not r.suspect and r.load < r.limit]
+    chosen = Routing(POLICY).rank(among, None, now=0.0, tie=tie)[0]
+    assert chosen.reason == "base"
+    if free:
+        assert chosen.replica in {r.id for r in free if r.load == min(f.load for f in free)}
+
+
+def test_requests_for_the_base_spread_over_idle_replicas() -> None:
+    counts = Counter(Routing(POLICY).rank(replicas(4), None, now=0.0, tie=f"{i}")[0].replica for i in range(400))
+    assert min(counts.values()) > 60
+
+
+# -- what is known ----------------------------------------------------------------------------------------------------
+
+
+def test_pool_then_host_then_recently_sent_then_hash() -> None:
+    among, adapter = replicas(4), ADAPTERS[0]
+    pool, host, recent, home = reversed(hash_order(adapter, among))  # each against the hash's order
+    routing = Routing(POLICY)
+    routing.sent(Candidate(recent, "overflow"), adapter, now=0.0)
+    held = {pool: {"in_pool": frozenset({adapter})}, host: {"on_host": frozenset({adapter})}}
+    ranked = routing.rank([replace(r, **held.get(r.id, {})) for r in among], adapter, now=1.0)
+    assert ranked == [(pool, "pool"), (host, "host"), (recent, "recent"), (home, "hash")]
+
+
+def test_what_was_sent_is_remembered_until_the_report_or_the_end_of_its_time() -> None:
+    among, adapter = replicas(3), ADAPTERS[0]
+    elsewhere = hash_order(adapter, among)[-1]
+    routing = Routing(POLICY)
+
+    def choice(now: float) -> Candidate:
+        return routing.rank(among, adapter, now=now)[0]
+
+    routing.sent(Candidate(elsewhere, "overflow"), adapter, now=0.0)
+    assert choice(POLICY.recent_s) == (elsewhere, "recent")
+    routing.sent(Candidate(elsewhere, "recent"), adapter, now=POLICY.recent_s)
+    assert choice(2 * POLICY.recent_s) == (elsewhere, "recent")
+    assert choice(2 * POLICY.recent_s + 0.1).reason == "hash"
+    routing.sent(Candidate(elsewhere, "overflow"), adapter, now=100.0)
+    routing.reported(elsewhere, {ADAPTERS[1]})  # not there yet
+    assert choice(100.0) == (elsewhere, "recent")
+    routing.reported(elsewhere, {adapter})  # from here on the reports say whether it is still there
+    assert choice(100.0).reason == "hash"
+    routing.sent(Candidate(elsewhere, "pool"), adapter, now=100.0)
+    assert choice(100.0).reason == "hash"
+    routing.sent(Candidate(elsewhere, "overflow"), adapter, now=100.0)
+    routing.retain({r.id for r in among} - {elsewhere})
+    assert choice(100.0).reason == "hash"
+
+
+def test_an_old_report_counts_for_nothing() -> None:
+    among, adapter = replicas(3), ADAPTERS[0]
+    home, _, holder = hash_order(adapter, among)
+
+    def choice(age_s: float) -> Candidate:
+        holds = {holder: frozenset({adapter})}
+        return best(adapter, [replace(r, in_pool=holds.get(r.id, frozenset()), age_s=age_s) for r in among])
+
+    assert choice(POLICY.max_age_s) == (holder, "pool")
+    assert choice(POLICY.max_age_s + 1) == (home, "hash")
+
+
+def test_a_replica_that_has_failed_is_the_last_resort() -> None:
+    among, adapter = replicas(2), ADAPTERS[0]
+    holder, other = hash_order(adapter, among)
+    failing = [replace(r, in_pool=frozenset({adapter}), suspect=r.id == holder) for r in among]
+    assert best(adapter, failing).replica == other
+    assert best(adapter, [r for r in failing if r.suspect]).replica == holder
+    assert best(None, failing).replica == other
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def simulate(num_replicas: int, requests: Sequence[str], *, at_once: int) -> tuple[Routing, dict[str, Counter[str]]]:
+    """Requests one after the other, of which `at_once` are under way. Returns who served what how often."""
+    routing, under_way = Routing(POLICY), list[str]()
+    served: dict[str, Counter[str]] = {r.id: Counter() for r in replicas(num_replicas)}
+    for now, adapter in enumerate(requests):
+        loads = Counter(under_way)
+        among = [replace(r, load=loads[r.id]) for r in replicas(num_replicas)]
+        chosen = routing.rank(among, adapter, now=now / 100)[0]
+        routing.sent(chosen, adapter, now=now / 100)
+        served[chosen.replica][adapter] += 1
+        under_way = [*under_way, chosen.replica][-at_once:]
+    return routing, served
+
+
+def test_a_hot_adapter_has_as_many_homes_as_it_needs() -> None:
+    adapter = ADAPTERS[0]
+    order = hash_order(adapter, replicas(8))
+    homes = {}
+    for at_once in (1, 2, 4, 8, 32):
+        _, served = simulate(8, [adapter] * 200, at_once=at_once)
+        homes[at_once] = [name for name, counts in served.items() if counts]
+        assert set(homes[at_once]) == set(order[: len(homes[at_once])])  # the next in rank, not just anyone
+    numbers = [len(h) for h in homes.values()]
+    assert numbers == sorted(numbers)
+    assert numbers[:2] == [1, 1]
+    assert numbers[-1] >= 5
+
+
+def test_a_hot_adapter_leaves_the_others_where_they_are() -> None:
+    """An adapter whose home is crowded out by another's requests moves to a second one, and stays there."""
+    hot, cold = ADAPTERS[0], ADAPTERS[1:20]
+    traffic = [adapter for i in range(300) for adapter in (hot, hot, hot, cold[i % len(cold)])]
+    _, served = simulate(4, traffic, at_once=24)
+    share = POLICY.bound([6] * 4, POLICY.floor) / 24
+    assert max(sum(c.values()) for c in served.values()) <= share * len(traffic)
+    homes = [sum(bool(counts[a]) for counts in served.values()) for a in cold]
+    assert sum(homes) / len(homes) < 2.5  # of four
+
+
+@pytest.mark.parametrize("reported", [False, True])
+def test_twenty_adapters_balance_over_two_replicas(reported: bool) -> None:
+    """By chance alone (binomial), one of two replicas would get five or fewer of twenty in 4 % of cases."""
+    for trial in range(200):
+        names = [f"{trial}-{i}" for i in range(2)]
+        routing = Routing(POLICY)
+        held: dict[str, set[str]] = {name: set() for name in names}
+        for adapter in ADAPTERS[:20]:
+            among = [ReplicaView(n, 0, 10, in_pool=frozenset(held[n]) if reported else frozenset()) for n in names]
+            chosen = routing.rank(among, adapter, now=0.0)[0]
+            held[chosen.replica].add(adapter)
+            routing.sent(chosen, adapter, now=0.0)
+            if reported:
+                routing.reported(chosen.replica, held[chosen.replica])
+        assert min(map(len, held.values())) >= 6
+
+
+def test_a_replica_that_joins_takes_its_share_of_what_a_pool_has_no_room_for() -> None:
+    """Twelve adapters in turn, at a replica whose pool holds eight: the least recently used are on its host."""
+    routing = Routing(POLICY)
+    used: dict[str, list[str]] = {"old": ADAPTERS[:12], "new": []}
+    where: list[str] = []
+    for number in range(120):
+        adapter = ADAPTERS[number % 12]
+        among = [ReplicaView(n, 0, 10, frozenset(u[-8:]), frozenset(u[:-8])) for n, u in used.items()]
+        chosen = routing.rank(among, adapter, now=0.0)[0]
+        routing.sent(chosen, adapter, now=0.0)
+        mine = used[chosen.replica]
+        used[chosen.replica] = [a for a in mine if a != adapter] + [adapter]
+        routing.reported(chosen.replica, used[chosen.replica])
+        where.append(chosen.replica)
+    assert where[-24:-12] == where[-12:]  # every adapter has a home
+    assert 4 <= where[-12:].count("new") <= 8
+
+
+def test_one_request_more_than_the_bound_goes_to_the_next_and_says_so() -> None:
+    adapter = ADAPTERS[0]
+    home, second = hash_order(adapter, replicas(2))
+    busy = POLICY.bound([0, 0], POLICY.floor)
+    loads = {home: 12, second: 0}
+    among = [ReplicaView(n, loads[n], 100, in_pool=frozenset({adapter}) if n == home else frozenset()) for n in loads]
+    assert best(adapter, among) == (second, "overflow")
+    assert best(adapter, [replace(r, load=min(r.load, busy - 1)) for r in among]) == (home, "pool")
+    assert best(adapter, [replace(r, in_pool=frozenset()) for r in among]) == (second, "overflow")
+
+
+# -- reports ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.frozensets(st.text("0123456789abcdef", min_size=64, max_size=64)), st.frozensets(st.just("f" * 64)))
+def test_a_report_survives_the_way(in_pool: frozenset[str], on_host: frozenset[str]) -> None:
+    raw = make_report(in_pool, on_host, now=5.0)
+    assert RoutingReport.from_dict(raw) == RoutingReport(
+        frozenset(map(routing_key, in_pool)), frozenset(map(routing_key, on_host))
+    )
+
+
+def test_a_report_changes_only_with_what_it_says_and_every_ten_seconds() -> None:
+    digests = ["a" * 64, "b" * 64]
+    report = make_report(digests, [], now=1000.0)
+    assert make_report(digests[::-1], [], now=1009.9) == report  # an equal one is not sent again
+    assert make_report(digests, [], now=1010.0) != report
+    assert make_report(digests[:1], digests[1:], now=1000.0) != report
+
+
+@pytest.mark.parametrize("raw", [{}, {"pool": "a"}, {"pool": ["a"], "host": ""}])
+def test_what_is_not_a_report_is_none(raw: dict[str, object]) -> None:
+    assert RoutingReport.from_dict(raw) is None

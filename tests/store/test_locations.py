@@ -1,0 +1,109 @@
+"""Store URLs: what is accepted, what is refused with a reason, and the same place as a pyarrow filesystem."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loray.errors import SettingsError
+from loray.locations import FileLocation, S3Location, parse_location
+from loray.settings import Settings
+from loray.store import LocalStore, open_filesystem, open_store
+from loray.store.s3 import S3Store
+
+
+def test_urls(tmp_path: Path) -> None:
+    assert parse_location(f"file://{tmp_path}") == FileLocation(tmp_path)
+    assert parse_location("s3://bucket") == parse_location("s3://bucket/") == S3Location("bucket")
+    url = (
+        "s3://my.bucket/some/prefix?endpoint_url=http://127.0.0.1:9000&region=eu-west-1"
+        "&credentials_file=/etc/keys&kms_key_id=arn:aws:kms:eu-west-1:1:key/2"
+    )
+    location = parse_location(url)
+    assert location == S3Location(
+        "my.bucket",
+        "some/prefix",
+        "http://127.0.0.1:9000",
+        "eu-west-1",
+        Path("/etc/keys"),
+        "arn:aws:kms:eu-west-1:1:key/2",
+    )
+    assert parse_location(location.url) == location
+    odd = S3Location("bucket", credentials_file=Path("/a b&c/#d"))
+    assert parse_location(odd.url) == odd
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("file://relative", "absolute folder"),
+        ("ftp://x", "must start with file:// or s3://"),
+        ("/plain", "must start with file:// or s3://"),
+        ("s3://", "not a bucket's name"),
+        ("s3://Ab/c", "not a bucket's name"),
+        ("s3://key:secret@bucket", "holds no keys"),
+        ("s3://bucket/a//b", "without"),
+        ("s3://bucket/../b", "without"),
+        ("s3://bucket/a#b", "without"),
+        ("s3://bucket?regoin=x", "unknown option regoin; known are endpoint_url, region"),
+        ("s3://bucket?region", "name=value"),
+        ("s3://bucket?region=", "once, with a value"),
+        ("s3://bucket?region=a&region=b", "once, with a value"),
+        ("s3://bucket?region=Europe", "not a region"),
+        ("s3://bucket?endpoint_url=127.0.0.1:9000", "http://host:port"),
+        ("s3://bucket?endpoint_url=http://host:port", "http://host:port"),
+        ("s3://bucket?endpoint_url=http://host/path", "http://host:port"),
+        ("s3://bucket?credentials_file=keys", "absolute path"),
+    ],
+)
+def test_wrong_urls(url: str, reason: str) -> None:
+    with pytest.raises(SettingsError, match=reason) as error:
+        open_store(url)
+    assert "secret" not in str(error.value)
+    with pytest.raises(SettingsError, match="LORAY_STORE: "):
+        Settings.from_env({"LORAY_STORE": url})
+
+
+def test_what_other_machines_reach(tmp_path: Path) -> None:
+    catalog = "postgresql://db.example/catalog"
+    for store, is_local in (
+        ("s3://bucket", False),
+        ("s3://bucket?endpoint_url=https://s3.example", False),
+        ("s3://bucket?endpoint_url=http://127.0.0.1:9000", True),
+        ("s3://bucket?endpoint_url=http://localhost:9000", True),
+        ("s3://bucket?endpoint_url=http://[::1]:9000", True),
+        (f"file://{tmp_path}", True),
+    ):
+        assert Settings.from_env({"LORAY_STORE": store, "LORAY_CATALOG": catalog}).is_local is is_local
+    assert Settings.from_env({"LORAY_STORE": "s3://bucket"}).is_local  # its catalog is a file here
+
+
+def test_a_folder_as_a_filesystem(tmp_path: Path) -> None:
+    filesystem, root = open_filesystem(f"file://{tmp_path}")
+    LocalStore(tmp_path).put_if_absent("a", b"one")
+    with filesystem.open_input_file(f"{root}/a") as f:
+        assert f.read() == b"one"
+
+
+def test_a_bucket_as_a_filesystem(s3_objects: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    location = s3_objects.location
+    filesystem, root = open_filesystem(location.url)
+    assert root == f"{location.bucket}/{location.prefix}"
+    s3_objects.put_if_absent("a", b"one")
+    with filesystem.open_input_file(f"{root}/a") as f:
+        assert f.read() == b"one"
+    with filesystem.open_output_stream(f"{root}/b") as f:
+        f.write(b"two")
+    assert s3_objects.get("b") == b"two"
+    with pytest.raises(OSError, match="nobody-made-this"):
+        filesystem.create_dir("nobody-made-this/x")
+
+    keys = (location.credentials_file or Path()).read_text().split()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys[3])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys[6])
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", location.endpoint_url or "")
+    of_environment, root = open_filesystem(replace(location, endpoint_url=None, credentials_file=None, region=None).url)
+    with of_environment.open_input_file(f"{root}/b") as f:
+        assert f.read() == b"two"

@@ -1,0 +1,91 @@
+"""What every object store promises: written once, whole or not at all, one winner."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from loray.errors import NotFoundError
+from loray.store import LocalStore, ObjectStore
+
+
+def test_objects(objects: ObjectStore, tmp_path: Path) -> None:
+    assert list(objects.list()) == []
+    assert objects.put_if_absent("a/b", b"one")
+    assert not objects.put_if_absent("a/b", b"two")
+    (tmp_path / "file").write_bytes(b"three")
+    assert objects.put_if_absent("a/c", tmp_path / "file")
+    assert objects.put_if_absent("empty", b"")
+    assert (objects.get("a/b"), objects.get("a/c"), objects.get("empty")) == (b"one", b"three", b"")
+    for key, data in (("a/b", b"one"), ("empty", b"")):
+        objects.get_to(key, tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == data
+    objects.delete("a/b")
+    objects.delete("a/b")
+    assert not objects.exists("a/b")
+    assert objects.exists("a/c")
+
+
+def test_what_is_missing(objects: ObjectStore, tmp_path: Path) -> None:
+    objects.put_if_absent("a/b/c", b"")
+    for key in ("a/b", "a/b/c/d", "x"):
+        assert not objects.exists(key)
+        with pytest.raises(NotFoundError, match=key):
+            objects.get(key)
+        with pytest.raises(NotFoundError, match=key):
+            objects.get_to(key, tmp_path / "out")
+    assert list(tmp_path.glob("out*")) == []
+
+
+def test_lists_are_sorted_and_by_prefix(objects: ObjectStore) -> None:
+    keys = ["a-b", "a.c", "a/b", "a/b2", "a/c/d", "ab", "ä", "z"]
+    for key in reversed(keys):
+        assert objects.put_if_absent(key, b"")
+    assert list(objects.list()) == sorted(keys)
+    assert list(objects.list("a/")) == ["a/b", "a/b2", "a/c/d"]
+    assert list(objects.list("a/b")) == ["a/b", "a/b2"]
+    assert list(objects.list("none")) == []
+
+
+def test_a_check_leaves_nothing_to_see(objects: ObjectStore) -> None:
+    objects.check()
+    objects.check()
+    assert list(objects.list()) == []
+
+
+@pytest.mark.parametrize("key", ["", "/a", "a/../b", "..", "a/", "a//b", ".tmp/x"])
+def test_keys_stay_inside(objects: ObjectStore, key: str, tmp_path: Path) -> None:
+    for use in (
+        lambda: objects.put_if_absent(key, b""),
+        lambda: objects.get(key),
+        lambda: objects.get_to(key, tmp_path / "x"),
+        lambda: objects.exists(key),
+        lambda: objects.delete(key),
+    ):
+        with pytest.raises(ValueError, match="not a valid key"):
+            use()
+
+
+def test_one_writer_wins(objects: ObjectStore) -> None:
+    barrier = threading.Barrier(8)
+
+    def put(i: int) -> bool:
+        barrier.wait()
+        return objects.put_if_absent("key", bytes([i]) * 100_000)
+
+    with ThreadPoolExecutor(8) as pool:
+        wins = list(pool.map(put, range(8)))
+    assert wins.count(True) == 1
+    assert objects.get("key") == bytes([wins.index(True)]) * 100_000
+    assert list(objects.list()) == ["key"]
+
+
+def test_a_folder_keeps_nothing_half_written(local_objects: LocalStore, tmp_path: Path) -> None:
+    local_objects.put_if_absent("a", b"x")
+    with pytest.raises(FileNotFoundError):
+        local_objects.put_if_absent("b", tmp_path / "no-such-file")
+    assert list((local_objects.root / ".tmp").iterdir()) == []
+    assert list(local_objects.list()) == ["a"]
