@@ -21,6 +21,7 @@ from jobs.events import describe
 from jobs.progress import RunView
 from jobs.recipe import Recipe, load_recipe
 from loray.errors import LorayError
+from loray.locations import is_this_machine
 from loray.settings import Settings
 from loray.store import open_store
 from loray.telemetry import get_logger
@@ -61,7 +62,7 @@ def train(recipe: str, address: str | None, resume: bool, as_json: bool) -> None
 def _submit(recipe: Recipe, settings: Settings, address: str | None, resume: bool, console: Console) -> tuple[Any, str]:
     """(client, job id). Starts the local cluster where no address is given."""
     with tempfile.TemporaryDirectory() as stage:
-        if address is not None and submission.is_remote(address):
+        if address is not None and not is_this_machine(address):
             job = submission.remote(recipe, settings, address=address, resume=resume, stage=Path(stage))
         else:
             open_store(settings.store).check()  # refuses a store that the job could not publish to

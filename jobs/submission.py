@@ -9,20 +9,17 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
 
 from jobs.recipe import Recipe
 from loray.cli.local_cluster import current_cluster
 from loray.errors import DataError, SettingsError
-from loray.locations import S3Location, parse_location
+from loray.locations import is_this_machine
 from loray.settings import Settings
 from loray.spec import TrainSpec
 
 _DRIVER = ("-P", "-m", "jobs.train")  # -P: a module of the recipe's folder must not pass for one of ours
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 # The shell ends with the message where the cluster's nodes have no catalog of their own.
 _OWN_CATALOG = ': "${LORAY_CATALOG:?must be set on the nodes of the cluster: URLs with a password are not sent to it}"'
 
@@ -33,11 +30,6 @@ class Submission(NamedTuple):
     entrypoint: str
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
-
-
-def is_remote(address: str) -> bool:
-    """False for a job server on this machine, whose jobs see this machine's disk."""
-    return _host(address if "://" in address else f"http://{address}") not in _LOOPBACK
 
 
 def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
@@ -61,7 +53,7 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
     Raises SettingsError where the cluster could not reach the store or the catalog, DataError for data outside the
     recipe's folder.
     """
-    if settings.is_local or _host(settings.catalog) in _LOOPBACK:
+    if settings.is_local or is_this_machine(settings.catalog):
         raise SettingsError(
             f"a cluster at {address} cannot reach this machine, which LORAY_STORE or LORAY_CATALOG point to: train "
             "into a store on s3:// with a PostgreSQL catalog, both reachable from the cluster; or without --address"
@@ -82,9 +74,8 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     command = _command("python", source, resume=resume)
-    shared = {"LORAY_STORE": _elsewhere(settings.store), "LORAY_LOG_LEVEL": settings.log_level}
-    runtime_env = {"working_dir": str(stage), "env_vars": shared}
-    return Submission(_with_catalog(command, shared, settings), runtime_env, _metadata(recipe.spec))
+    runtime_env = {"working_dir": str(stage), "env_vars": settings.to_remote_env()}
+    return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec))
 
 
 def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False) -> Submission:
@@ -97,35 +88,15 @@ def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False) -> S
         if source is not None and "://" not in source and not Path(source).is_absolute():
             raise DataError(f"data file {source!r} is a relative path; name an s3:// URL or an absolute path")
     command = _command(sys.executable, _as_json(spec), resume=resume)  # of this image or virtual environment
-    env = settings.to_env()
-    if not _is_private(settings):
-        command = _with_catalog(f"exec {command}", env, settings)
-    return Submission(command, {"env_vars": env}, _metadata(spec))
+    is_private = current_cluster(settings.home) is not None  # its dashboard is this user's alone
+    if not is_private:
+        command = _with_own_catalog(f"exec {command}", settings)
+    return Submission(command, {"env_vars": settings.to_env(secrets=is_private)}, _metadata(spec))
 
 
-def _is_private(settings: Settings) -> bool:
-    """This home's own cluster shows its dashboard to this user alone."""
-    return current_cluster(settings.home) is not None
-
-
-def _with_catalog(command: str, env: dict[str, str], settings: Settings) -> str:
-    """The command, with LORAY_CATALOG in `env`, or taken from the nodes' environment where it holds a secret."""
-    if _has_password(settings.catalog):
-        env.pop("LORAY_CATALOG", None)
-        return f"{_OWN_CATALOG} && {command}"
-    env["LORAY_CATALOG"] = settings.catalog
-    return command
-
-
-def _has_password(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.password is not None or any("password" in name.lower() for name, _ in parse_qsl(parts.query))
-
-
-def _elsewhere(store: str) -> str:
-    """The store's URL as other machines can use it: without the credentials file, which is this machine's."""
-    location = parse_location(store)
-    return replace(location, credentials_file=None).url if isinstance(location, S3Location) else store
+def _with_own_catalog(command: str, settings: Settings) -> str:
+    """Where the catalog's URL holds a secret, the command runs on nodes that have it already."""
+    return f"{_OWN_CATALOG} && {command}" if settings.catalog_has_password else command
 
 
 def _command(python: str, source: str, *, resume: bool) -> str:
@@ -138,10 +109,6 @@ def _as_json(spec: TrainSpec) -> str:
 
 def _metadata(spec: TrainSpec) -> dict[str, str]:
     return {"loray_name": spec.name, "loray_method": spec.adapter.method}
-
-
-def _host(url: str) -> str | None:
-    return urlsplit(url).hostname
 
 
 def _local_files(recipe: Recipe) -> list[Path]:

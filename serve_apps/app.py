@@ -42,7 +42,7 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
     """`routing`: how requests find their engine."""
     settings = Settings.from_env()
     get_base(settings.home, spec.base)
-    environment = {"env_vars": settings.to_env()}
+    environment = {"env_vars": settings.to_env(secrets=False)}
     slots = spec.max_num_seqs + spec.max_queued + _SPARE_SLOTS
 
     def gateway_app() -> FastAPI:  # called in the gateway's process

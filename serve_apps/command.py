@@ -206,7 +206,7 @@ def _settle_port(spec: ServeSpec, serving: Address | None, *, explicit: Set[str]
 def _remote(settings: Settings) -> str:
     assert settings.address is not None
     address = settings.address if "://" in settings.address else f"http://{settings.address}"
-    if settings.is_local and urlsplit(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+    if settings.is_local and settings.is_remote:
         raise SettingsError(
             f"a cluster at {address} cannot reach this machine's disk; "
             "set LORAY_STORE to an s3:// URL and LORAY_CATALOG to a postgresql:// URL that both can reach"

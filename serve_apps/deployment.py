@@ -23,8 +23,11 @@ _REASON_LINES = 12
 
 
 def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
-    """What `serve deploy` takes (ServeDeploySchema): the engine with its gateway, and the catalog's REST API."""
-    runtime_env = {"env_vars": settings.to_env()}
+    """What `serve deploy` takes (ServeDeploySchema): the engine with its gateway, and the catalog's REST API.
+
+    Ray's dashboard shows it: the nodes of another cluster have their own LORAY_CATALOG where it holds a password.
+    """
+    runtime_env = {"env_vars": settings.to_remote_env() if settings.is_remote else settings.to_env()}
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": spec.host, "port": spec.port},

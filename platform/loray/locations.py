@@ -22,6 +22,10 @@ class FileLocation:
     folder: Path
 
     @property
+    def url(self) -> str:
+        return f"file://{self.folder}"
+
+    @property
     def is_local(self) -> bool:
         return True
 
@@ -54,11 +58,16 @@ class S3Location:
     @property
     def is_local(self) -> bool:
         """True where the server listens for this machine alone."""
-        host = urlsplit(self.endpoint_url or "").hostname
-        return host is not None and _LOOPBACK.fullmatch(host) is not None
+        return is_this_machine(self.endpoint_url or "")
 
 
 Location = FileLocation | S3Location
+
+
+def is_this_machine(address: str) -> bool:
+    """Whether a URL, or `host:port`, names the loopback interface."""
+    host = urlsplit(address if "://" in address else f"//{address}").hostname
+    return host is not None and _LOOPBACK.fullmatch(host) is not None
 
 
 def parse_location(url: str) -> Location:

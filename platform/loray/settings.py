@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 from loray.errors import SettingsError
-from loray.locations import parse_location
+from loray.locations import S3Location, is_this_machine, parse_location
 
 _KNOWN = {"LORAY_HOME", "LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS", "LORAY_LOG_LEVEL"}
 # Kubernetes describes a Service called loray-… to every pod of its namespace, in variables of these forms.
@@ -65,14 +66,39 @@ class Settings:
         """True where store or catalog are this machine's alone, out of a remote cluster's reach."""
         return parse_location(self.store).is_local or self.catalog.startswith("sqlite:")
 
-    def to_env(self) -> dict[str, str]:
-        """The variables that give another process the same settings (`LORAY_ADDRESS` is the caller's own)."""
-        return {
+    @property
+    def is_remote(self) -> bool:
+        """True where `address` is of a cluster of other machines."""
+        return self.address is not None and not is_this_machine(self.address)
+
+    def to_env(self, *, secrets: bool = True) -> dict[str, str]:
+        """The variables that give another process the same settings (`LORAY_ADDRESS` is the caller's own).
+
+        `secrets=False`: without LORAY_CATALOG where it holds a password, for an environment that others can read.
+        """
+        env = {
             "LORAY_HOME": str(self.home),
             "LORAY_STORE": self.store,
             "LORAY_CATALOG": self.catalog,
             "LORAY_LOG_LEVEL": self.log_level,
         }
+        if self.catalog_has_password and not secrets:
+            del env["LORAY_CATALOG"]
+        return env
+
+    def to_remote_env(self) -> dict[str, str]:
+        """For the nodes of another cluster: no secrets, and nothing that means something on this machine alone."""
+        location = parse_location(self.store)
+        if isinstance(location, S3Location):
+            location = replace(location, credentials_file=None)
+        env = self.to_env(secrets=False) | {"LORAY_STORE": location.url}
+        del env["LORAY_HOME"]
+        return env
+
+    @property
+    def catalog_has_password(self) -> bool:
+        parts = urlsplit(self.catalog)
+        return parts.password is not None or any("password" in name.lower() for name, _ in parse_qsl(parts.query))
 
 
 def _default_store(home: Path) -> str:

@@ -31,7 +31,7 @@ def build(args: dict[str, Any]) -> Application:
     """Takes no `args`: where the catalog and the store are, the environment says (LORAY_*). Raises SpecError."""
     if args:
         raise SpecError(f"serve_apps.api.app:build takes no args, but got {', '.join(args)}")
-    environment = {"env_vars": Settings.from_env().to_env()}
+    environment = {"env_vars": Settings.from_env().to_env(secrets=False)}
     api = serve.deployment(
         serve.ingress(_app)(),
         name=API,

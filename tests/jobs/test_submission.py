@@ -20,8 +20,11 @@ REACHABLE = {"LORAY_STORE": "s3://bucket/loray", "LORAY_CATALOG": "postgresql://
 
 
 def test_which_addresses_are_remote() -> None:
-    assert [submission.is_remote(a) for a in ("http://127.0.0.1:8265", "localhost:1", "http://[::1]:1")] == [False] * 3
-    assert [submission.is_remote(a) for a in (ADDRESS, "10.0.0.1:8265", "ray://head:10001")] == [True] * 3
+    def is_remote(address: str) -> bool:
+        return Settings.from_env({"LORAY_ADDRESS": address}).is_remote
+
+    assert not any(map(is_remote, ("http://127.0.0.1:8265", "localhost:1", "http://[::1]:1", "")))
+    assert all(map(is_remote, (ADDRESS, "10.0.0.1:8265", "ray://head:10001")))
 
 
 def test_local_jobs_get_absolute_paths_and_no_upload(tmp_path: Path) -> None:

@@ -50,3 +50,12 @@ def test_both_are_deployed_with_the_same_settings(tmp_path: Path) -> None:
     assert serving["runtime_env"] == catalog["runtime_env"] == {"env_vars": settings.to_env()}
     with pytest.raises(SpecError, match="takes no args, but got base"):
         build({"base": "x"})
+
+
+def test_no_secret_is_shown_on_another_clusters_dashboard() -> None:
+    catalog = "postgresql://loray:hush@db.example/loray"
+    elsewhere = {"LORAY_ADDRESS": "http://head.example:8265", "LORAY_STORE": "s3://bucket/loray?credentials_file=/k"}
+    shown = serve_config(ServeSpec(), Settings.from_env(elsewhere | {"LORAY_CATALOG": catalog}))
+    assert "hush" not in str(shown)
+    for application in shown["applications"]:
+        assert application["runtime_env"]["env_vars"] == {"LORAY_STORE": "s3://bucket/loray", "LORAY_LOG_LEVEL": "INFO"}
