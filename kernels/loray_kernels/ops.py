@@ -6,12 +6,15 @@ d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B bl
 The pool is one flat tensor. A row is found by the offset of its first element for layer 0; `layer_offset`
 (layer × layer share) is added for other layers, and is 0 for rows without a layer. A row wider than a layer's share
 stands in several segments of columns.
+
+Every layer of a step passes the same tables, so each has a `memo`: what a backend makes of a table once and keeps for
+as long as the table lives, under the backend's name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -34,6 +37,7 @@ class RowTables:
     """Rows of equal width: (column, width, int64 offsets of each row) for each segment."""
 
     segments: tuple[tuple[int, int, Tensor], ...]
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class LoraTable:
     b: RowTables
     rank_start: tuple[int, ...]
     scale: tuple[float, ...]
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class Segments:
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ class AttentionMeta:
     context_len: tuple[int, ...]
     block_table: tuple[Tensor, ...]
     slots_T: Tensor
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 class Ops(Protocol):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, RowTables, Segments, TokenRows, VeraTable, backend
+from tests.kernels.support import BACKENDS, make_ops
 
-BACKENDS = ["reference"]
 POPULARITY = ["distinct", "uniform", "zipf", "identical", "skewed"]
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @pytest.fixture(params=BACKENDS)
 def ops(request: pytest.FixtureRequest) -> Ops:
-    return backend(request.param)
+    return make_ops(request.param)
 
 
 class Shelf:
@@ -195,5 +195,5 @@ def test_rope_turns_pairs_of_halves(ops: Ops) -> None:
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no kernel backend 'cubist'; there is: reference"):
+    with pytest.raises(ValueError, match="no kernel backend 'cubist'; there is: auto, cpu, reference"):
         backend("cubist")

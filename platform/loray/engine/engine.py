@@ -317,7 +317,7 @@ def build_engine(spec: ServeSpec, base: BaseModel, load: LoadAdapter) -> Engine:
     model = Decoder(config, read_tensors(base.path), dtype=dtype, device=device)
     pool = Pool(layout, num_blocks, dtype=dtype, device=device)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
-    return Engine(spec, base, model, pool, backend("reference"), load)
+    return Engine(spec, base, model, pool, backend("auto", device), load)
 
 
 def _single_threaded() -> None:

@@ -1,0 +1,111 @@
+"""Compiles csrc/*.cpp into shared libraries with the machine's C++ compiler, and keeps them from run to run.
+
+Plain C functions without torch's headers: seconds, not minutes. A library's name holds the hash of its sources and
+flags and that of the compiler, so nothing stale is ever loaded; without a compiler, a library of the same sources that
+any other compiler made serves (an image may carry a filled cache and no compiler).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
+# No contraction and no fast math: roundings are where the sources put them.
+_FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"),
+    *("-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
+)
+
+
+class BackendUnavailable(RuntimeError):
+    """A kernel backend cannot run on this machine; the message says why and what to do."""
+
+
+def cache_folder() -> Path:
+    """loray/kernels in the user's cache folder. BackendUnavailable for a user who has none."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "loray" / "kernels"
+    try:
+        return Path.home() / ".cache" / "loray" / "kernels"
+    except RuntimeError as e:
+        raise BackendUnavailable("the cpu kernels have no folder to be kept in: set HOME or XDG_CACHE_HOME") from e
+
+
+def library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
+    """The shared library of `sources` (files of csrc), compiled unless it is in the cache.
+
+    Any number of processes may ask at once: one compiles, the others wait for it.
+    """
+    compiler = _compiler()
+    folder = cache_folder()
+    stem = f"{name}-{_hash(*(p.read_bytes() for p in sorted(SOURCES.iterdir()) if p.is_file()), *_FLAGS, *flags)}"
+    if compiler is None:
+        for found in sorted(folder.glob(f"{stem}-*.so")):
+            return found
+        raise BackendUnavailable(
+            "the cpu kernels need a C++ compiler: install g++ (Debian: apt-get install g++) or set CXX to one"
+        )
+    path = folder / f"{stem}-{_hash(_version(compiler))}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _compile(compiler, [SOURCES / s for s in sources], [*_FLAGS, *flags], path)
+    except OSError as e:
+        raise BackendUnavailable(
+            f"the cpu kernels cannot be kept in {folder}: {e}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from e
+    return path
+
+
+def _compiler() -> str | None:
+    """$CXX, else g++ or another on the path."""
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    return None
+
+
+def _version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return f"{compiler} {done.stdout}"
+
+
+def _hash(*parts: str | bytes) -> str:
+    digest = hashlib.sha256(platform.machine().encode())
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: str, sources: Sequence[Path], flags: Sequence[str], path: Path) -> None:
+    """Every file by itself, as many at once as there are cores; the library appears whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        objects = [str(Path(folder) / f"{s.stem}.o") for s in sources]
+        commands = [[compiler, *flags, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            list(threads.map(_run, commands))
+        whole = Path(folder) / path.name
+        _run([compiler, "-shared", "-fopenmp", *objects, "-o", str(whole)])
+        whole.replace(path)
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        first = "\n".join(done.stderr.splitlines()[:10])
+        raise BackendUnavailable(f"{command[0]} cannot compile the cpu kernels; install g++ 12 or newer:\n{first}")

@@ -1,0 +1,274 @@
+"""The op set in C++ on the CPU: csrc's kernels for bf16 and fp32.
+
+Other dtypes, mixed ones and attention heads whose width is no multiple of 16 go to the reference, call by call.
+
+Shapes as in `loray_kernels.ops`. A token's results are the same, bit for bit, whatever its neighbours, the size of
+the batch and the chunking of its prompt; the C++ sources say how.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from loray_kernels.native import (
+    Functions,
+    dense_rows,
+    functions,
+    pack_layout,
+    pack_lora,
+    pack_meta,
+    pack_rows,
+    pack_segments,
+    supported,
+)
+from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, Segments, TokenRows, VeraTable
+from loray_kernels.reference import ReferenceOps
+
+
+class CpuOps(ReferenceOps):
+    """`embed` is torch's: one call of a step, a copy of rows.
+
+    isa  instruction set to use: "generic", "avx2" or "avx512"; the fastest of this CPU unless told.
+    BackendUnavailable when the library cannot be built, ValueError when the CPU lacks `isa`.
+    """
+
+    def __init__(self, isa: str | None = None) -> None:
+        self.isa = isa or supported()[-1]
+        self._functions = functions(self.isa)
+
+    def _for(self, pool: Tensor, *others: Tensor) -> Functions | None:
+        """The kernels for these tensors; None when the reference must do it."""
+        dtype = pool.dtype
+        for other in others:
+            if other.dtype != dtype:
+                return None
+        assert pool.is_cpu
+        return self._functions.get(dtype)
+
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
+    ) -> Tensor:
+        f = self._for(pool, x_TD, weight_D)
+        if f is None:
+            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
+        x_TD = _token_rows(x_TD)
+        num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
+        width = x_TD.shape[-1]
+        y_TD = _like(x_TD)
+        tokens, num_own, rows = None, 0, None
+        if own is not None:
+            tokens_N, packed = own.tokens_N.contiguous(), pack_rows(own.rows)
+            tokens, num_own, rows = tokens_N.data_ptr(), tokens_N.shape[0], packed.address
+            assert packed.widths == (width,)
+        f.rms_norm(
+            x_TD.data_ptr(),
+            x_TD.stride(0),
+            x_TD.shape[0],
+            num_heads,
+            width,
+            weight_D.data_ptr(),
+            eps,
+            y_TD.data_ptr(),
+            _at(pool, layer_offset),
+            tokens,
+            num_own,
+            rows,
+            torch.get_num_threads(),
+        )
+        return y_TD
+
+    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+        f = self._for(x_THd, cos_Td, sin_Td)
+        if f is None:
+            return super().rope(x_THd, cos_Td, sin_Td)
+        x_THd, cos_Td, sin_Td = _token_rows(x_THd), cos_Td.contiguous(), sin_Td.contiguous()
+        num_tokens, num_heads, width = x_THd.shape
+        assert cos_Td.shape == (num_tokens, width) == sin_Td.shape
+        y_THd = _like(x_THd)
+        f.rope(
+            x_THd.data_ptr(),
+            x_THd.stride(0),
+            num_tokens,
+            num_heads,
+            width,
+            cos_Td.data_ptr(),
+            sin_Td.data_ptr(),
+            y_THd.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y_THd
+
+    def write_kv(
+        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
+    ) -> None:
+        f = self._for(pool, k_TKd, v_TKd)
+        if f is None:
+            super().write_kv(pool, layout, layer, k_TKd, v_TKd, meta)
+            return
+        k_TKd, v_TKd, slots_T = _token_rows(k_TKd), _token_rows(v_TKd), meta.slots_T.contiguous()
+        assert k_TKd.shape == v_TKd.shape == (slots_T.shape[0], layout.num_kv_heads, layout.head_dim)
+        f.write_kv(
+            _at(pool, layer * layout.layer_share),
+            layout.num_layers * layout.layer_share,
+            layout.block_tokens,
+            k_TKd.data_ptr(),
+            k_TKd.stride(0),
+            v_TKd.data_ptr(),
+            v_TKd.stride(0),
+            layout.num_kv_heads * layout.head_dim,
+            slots_T.data_ptr(),
+            slots_T.shape[0],
+            torch.get_num_threads(),
+        )
+
+    def paged_attention(
+        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+    ) -> Tensor:
+        f = self._for(pool, q_THd)
+        if f is None or layout.head_dim % 16:
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
+        q_THd = _token_rows(q_THd)
+        packed = pack_meta(meta, layout.block_tokens)
+        num_heads = q_THd.shape[1]
+        assert q_THd.shape[2] == layout.head_dim
+        assert num_heads % layout.num_kv_heads == 0
+        assert packed.widths == (q_THd.shape[0],)
+        out_THd = _like(q_THd)
+        f.paged_attention(
+            q_THd.data_ptr(),
+            q_THd.stride(0),
+            out_THd.data_ptr(),
+            num_heads,
+            pool.data_ptr(),
+            pack_layout(layout).address,
+            layer,
+            packed.address,
+            scale,
+            torch.get_num_threads(),
+        )
+        return out_THd
+
+    def lora_shrink(
+        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
+    ) -> tuple[Tensor, ...]:
+        f = self._for(pool, x_TI)
+        if f is None:
+            return super().lora_shrink(x_TI, pool, tables, segments, layer_offset)
+        x_TI, spans = _token_rows(x_TI), pack_segments(segments)
+        num_tokens, width = x_TI.shape
+        assert spans.widths[0] <= num_tokens
+        addresses: list[int] = []
+        outputs: list[int] = []
+        h = []
+        for table in tables:
+            packed = pack_lora(table)
+            assert packed.widths[0] == width
+            assert packed.num == spans.num
+            h_TR = torch.zeros(num_tokens, packed.widths[2])  # tokens without an adapter have nothing else
+            h.append(h_TR)
+            addresses.append(packed.address)
+            outputs += (h_TR.data_ptr(), packed.widths[2])
+        num = len(tables)
+        f.lora_shrink(
+            x_TI.data_ptr(),
+            x_TI.stride(0),
+            _at(pool, layer_offset),
+            (ctypes.c_int64 * num)(*addresses),
+            (ctypes.c_int64 * (2 * num))(*outputs),
+            num,
+            spans.address,
+            torch.get_num_threads(),
+        )
+        return tuple(h)
+
+    def lora_expand(
+        self, y_TO: Tensor, h_TR: Tensor, pool: Tensor, table: LoraTable, segments: Segments, layer_offset: int
+    ) -> None:
+        f = self._for(pool, y_TO)
+        if f is None or y_TO.stride(1) != 1 or h_TR.dtype is not torch.float32:
+            super().lora_expand(y_TO, h_TR, pool, table, segments, layer_offset)
+            return
+        h_TR, packed, spans = _token_rows(h_TR), pack_lora(table), pack_segments(segments)
+        assert packed.widths[1] == y_TO.shape[1]
+        assert packed.widths[2] <= h_TR.shape[1]
+        assert spans.widths[0] <= y_TO.shape[0] == h_TR.shape[0]
+        assert packed.num == spans.num
+        f.lora_expand(
+            y_TO.data_ptr(),
+            y_TO.stride(0),
+            h_TR.data_ptr(),
+            h_TR.stride(0),
+            _at(pool, layer_offset),
+            packed.address,
+            spans.address,
+            torch.get_num_threads(),
+        )
+
+    def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:
+        f = self._for(a_RI, x_TI)
+        if f is None or a_RI.stride(1) != 1:
+            return super().vera_shrink(x_TI, a_RI)
+        x_TI = _token_rows(x_TI)
+        (num_tokens, width), rank = x_TI.shape, a_RI.shape[0]
+        assert width <= a_RI.shape[1]
+        z_TR = torch.empty(num_tokens, rank)
+        f.vera_shrink(
+            x_TI.data_ptr(),
+            x_TI.stride(0),
+            num_tokens,
+            a_RI.data_ptr(),
+            pack_rows(dense_rows(a_RI, width)).address,
+            rank,
+            z_TR.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return z_TR
+
+    def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
+        f = self._for(pool, y_TO, table.b_OR)
+        if f is None or y_TO.stride(1) != 1 or table.b_OR.stride(1) != 1 or z_TR.dtype is not torch.float32:
+            super().vera_expand(y_TO, z_TR, pool, table, layer_offset)
+            return
+        z_TR, y_TO = _token_rows(z_TR), y_TO[table.start : table.stop]
+        (num_tokens, rank), width = z_TR.shape, y_TO.shape[1]
+        d, b = pack_rows(table.d), pack_rows(table.b)
+        assert y_TO.shape[0] == num_tokens == d.num == b.num
+        assert d.widths == (rank,)
+        assert b.widths == (width,)
+        assert rank == table.b_OR.shape[1]
+        assert width <= table.b_OR.shape[0]
+        f.vera_expand(
+            y_TO.data_ptr(),
+            y_TO.stride(0),
+            z_TR.data_ptr(),
+            z_TR.stride(0),
+            num_tokens,
+            rank,
+            width,
+            table.b_OR.data_ptr(),
+            pack_rows(dense_rows(table.b_OR, rank)).address,
+            _at(pool, layer_offset),
+            d.address,
+            b.address,
+            torch.get_num_threads(),
+        )
+
+
+def _at(pool: Tensor, offset: int) -> int:
+    return pool.data_ptr() + offset * pool.element_size()
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _token_rows(x: Tensor) -> Tensor:
+    """`x` or a copy, so that the elements of a token stand side by side; tokens may be any stride apart."""
+    if x.is_contiguous():
+        return x
+    if x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2]):
+        return x
+    return x.contiguous()

@@ -1,0 +1,312 @@
+// Causal attention over the paged cache, with an online softmax in fp32 (Dao et al., FlashAttention-2; Flash-Decoding).
+//
+// Keys are taken in blocks of KEYS and the softmax starts anew every SPLIT keys, both counted from the sequence's
+// start; the parts are merged in order. So a query's result is the same, bit for bit, in any batch, in any chunking of
+// its prompt, and whether one thread does the parts or several: decoding shares a long context out over threads.
+
+#include "tiles.h"
+
+namespace LORAY_NAMESPACE {
+
+constexpr i64 SPLIT = 512;
+constexpr i64 BLOCK_QUERIES = 32;  // queries of one prefill item
+constexpr i64 DECODE_QUERIES = 4;  // at most so many queries are shared out by context, more by queries
+
+struct Layout {
+    i64 num_layers, block_tokens, num_kv_heads, head_dim;
+};
+
+// As Python packs it: S + 1 offsets of queries, S context lengths, S block tables.
+struct Meta {
+    i64 num_sequences;
+    const i64 *query_start, *context_len;
+    const i64* const* block_table;
+};
+
+struct Item {
+    i64 sequence, query, num_queries, head, num_heads, key, key_stop;
+    i64 part;  // where a decode item leaves its rows, -1 for an item that does its whole context
+};
+
+// Running softmax of `rows` queries: weighted sums (rows, d), and maximum and sum of weights of each.
+struct Softmax {
+    float *sums, *top, *weight;
+};
+
+static inline float exp1(float x) {
+    float lanes[W];
+    store(lanes, exp(set1(x)));
+    return lanes[0];
+}
+
+// total ← total and part, of one row. An empty part changes nothing.
+static inline void merge(const Softmax& total, const Softmax& part, i64 d) {
+    float top = *total.top > *part.top ? *total.top : *part.top;
+    if (top == -__builtin_inff()) return;
+    float keep = exp1(*total.top - top), take = exp1(*part.top - top);
+    *total.top = top;
+    *total.weight = *total.weight * keep + *part.weight * take;
+    for (i64 i = 0; i < d; i += W)
+        store(total.sums + i, fma(load(part.sums + i), set1(take), load(total.sums + i) * set1(keep)));
+}
+
+static inline Softmax row(const Softmax& s, i64 r, i64 d) { return {s.sums + r * d, s.top + r, s.weight + r}; }
+
+static inline void copy(const Softmax& to, const Softmax& from, i64 rows, i64 d) {
+    memcpy(to.sums, from.sums, rows * d * sizeof(float));
+    memcpy(to.top, from.top, rows * sizeof(float));
+    memcpy(to.weight, from.weight, rows * sizeof(float));
+}
+
+static inline void start(const Softmax& s, float* lanes, i64 rows, i64 d) {
+    memset(s.sums, 0, rows * d * sizeof(float));
+    memset(lanes, 0, rows * W * sizeof(float));
+    for (i64 r = 0; r < rows; r++) s.top[r] = -__builtin_inff();
+}
+
+// Rows of memory for what an item holds; `units` of packed operands and floats are both four bytes.
+template <class P>
+struct Workspace {
+    typename P::Unit *queries, *keys, *values, *weights;
+    float *scores, *lanes;
+    Softmax total, part;
+    Workspace(Scratch& scratch, i64 rows, i64 d) {
+        const i64 sizes[] = {rows * d / P::PER_UNIT, d / P::PER_UNIT * KEYS, KEYS / P::PER_UNIT * d, QUERIES * KEYS,
+                             QUERIES * KEYS, rows * W, rows * d, rows, rows, rows * d, rows, rows};
+        i64 bytes = 0;
+        for (i64 n : sizes) bytes += ceil_div(n * 4, 64) * 64;
+        char* at = (char*)scratch.get(bytes);
+        void** fields[] = {(void**)&queries, (void**)&keys, (void**)&values, (void**)&weights, (void**)&scores,
+                           (void**)&lanes, (void**)&total.sums, (void**)&total.top, (void**)&total.weight,
+                           (void**)&part.sums, (void**)&part.top, (void**)&part.weight};
+        for (size_t i = 0; i < sizeof(sizes) / sizeof(i64); i++) {
+            *fields[i] = at;
+            at += ceil_div(sizes[i] * 4, 64) * 64;
+        }
+    }
+};
+
+static thread_local Scratch work_memory, item_memory, part_memory;
+
+// One block of `num_keys` keys into the softmax of `rows` rows. Row r may see its first `limit + r / group` keys; scores
+// past the packed keys are never computed, and hidden.
+template <class P>
+static inline void attend(const Workspace<P>& w, const typename P::Unit* queries, const Softmax& part, float* lanes,
+                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale) {
+    constexpr int NV = KEYS / W;
+    float iota[W];
+    for (int i = 0; i < W; i++) iota[i] = float(i);
+    const Vec lane = load(iota), hidden = set1(-__builtin_inff());
+    const i64 units = d / P::PER_UNIT, width = padded(num_keys);
+    for (i64 first = 0; first < rows; first += QUERIES) {
+        const i64 num = min_(QUERIES, rows - first);
+        if (limit + (first + num - 1) / group <= 0) continue;
+        product<P>(queries + first * units, units, w.keys, KEYS, units, w.scores, KEYS, num, width, false);
+        for (i64 q = 0; q < num; q++) {
+            const i64 r = first + q, visible = limit + r / group;
+            Vec s[NV];
+            for (int v = 0; v < NV; v++) s[v] = load(w.scores + q * KEYS + v * W) * set1(scale);
+            if (visible < KEYS)
+                for (int v = 0; v < NV; v++) s[v] = lane < set1(float(visible - v * W)) ? s[v] : hidden;
+            Vec high = s[0];
+            for (int v = 1; v < NV; v++) high = max(high, s[v]);
+            float before = part.top[r], top = largest(high);
+            if (top > before) {
+                const Vec keep = exp(set1(before - top));
+                for (i64 i = 0; i < d; i += W) store(part.sums + r * d + i, load(part.sums + r * d + i) * keep);
+                store(lanes + r * W, load(lanes + r * W) * keep);
+                part.top[r] = top;
+            } else {
+                top = before == -__builtin_inff() ? 0.0f : before;
+            }
+            Vec sum = load(lanes + r * W);
+            for (int v = 0; v < NV; v++) {
+                s[v] = exp(s[v] - set1(top));
+                sum = sum + s[v];
+            }
+            store(lanes + r * W, sum);
+            P::pack_weights(w.weights + q * (KEYS / P::PER_UNIT), s);
+        }
+        product<P>(w.weights, KEYS / P::PER_UNIT, w.values, d, width / P::PER_UNIT, part.sums + first * d, d, num, d,
+                   true);
+    }
+}
+
+template <class P, class T>
+struct Attention {
+    const T* q;
+    i64 q_stride;
+    T* out;
+    i64 num_heads, layer;
+    const T* pool;
+    Layout layout;
+    Meta meta;
+    float scale;
+
+    i64 group() const { return num_heads / layout.num_kv_heads; }
+
+    // Where keys [key, key + num) of a head stand; their values are `to_value()` further on.
+    void locate(const T** keys, i64 sequence, i64 key, i64 num, i64 head) const {
+        const i64 width = layout.num_kv_heads * layout.head_dim, share = 2 * layout.block_tokens * width;
+        const i64* block = meta.block_table[sequence] + key / layout.block_tokens;
+        for (i64 j = 0, position = key % layout.block_tokens; j < num; block++, position = 0) {
+            const T* at = pool + (*block * layout.num_layers + layer) * share + head * layout.head_dim;
+            for (; position < layout.block_tokens && j < num; position++) keys[j++] = at + position * width;
+        }
+    }
+
+    i64 to_value() const { return layout.block_tokens * layout.num_kv_heads * layout.head_dim; }
+
+    void pack(const Workspace<P>& w, const Item& item, i64 head, i64 key, i64 num, Fetch& fetch) const {
+        const T *keys[KEYS], *values[KEYS];
+        locate(keys, item.sequence, key, num, head);
+        for (i64 j = 0; j < num; j++) values[j] = keys[j] + to_value();
+        P::pack_keys(w.keys, keys, num, layout.head_dim, fetch);
+        P::pack_values(w.values, values, num, layout.head_dim, fetch);
+    }
+
+    // What comes after [.., key): whole blocks of the pool for all heads, else the rows of the one.
+    void expect(Fetch& fetch, const Item& item, i64 key, i64 num) const {
+        const T* keys[KEYS];
+        const bool whole = item.num_heads == layout.num_kv_heads && layout.block_tokens > 1;
+        locate(keys, item.sequence, key, num, whole ? 0 : item.head);
+        fetch.num = 0;
+        if (whole) {
+            for (i64 j = 0; j < num; j += layout.block_tokens) fetch.from[fetch.num++] = (const char*)keys[j];
+            fetch.bytes = 2 * to_value() * sizeof(T);
+        } else {
+            for (i64 j = 0; j < num; j++) {
+                fetch.from[fetch.num++] = (const char*)keys[j];
+                fetch.from[fetch.num++] = (const char*)(keys[j] + to_value());
+            }
+            fetch.bytes = layout.head_dim * sizeof(T);
+        }
+        fetch.start(item.num_heads * P::pauses(layout.head_dim));
+    }
+
+    void finish(const Softmax& total, i64 rows, i64 token, i64 head) const {
+        const i64 d = layout.head_dim, g = group();
+        for (i64 r = 0; r < rows; r++) {
+            T* to = out + ((token + r / g) * num_heads + head * g + r % g) * d;
+            const Vec share = set1(1.0f / total.weight[r]);
+            for (i64 i = 0; i < d; i += W) store(to + i, load(total.sums + r * d + i) * share);
+        }
+    }
+
+    // The item's keys, one split after the other; heads inside, so that a block of the pool is read at once.
+    void run(const Item& item, const Softmax* parts) const {
+        const i64 d = layout.head_dim, g = group(), rows = item.num_queries * g, all = rows * item.num_heads;
+        const i64 token = meta.query_start[item.sequence] + item.query;
+        const i64 position = meta.context_len[item.sequence] - meta.query_start[item.sequence + 1] + token;
+        const i64 context = min_(item.key_stop, position + item.num_queries);
+        const Workspace<P> w(work_memory, all, d);
+        for (i64 h = 0; h < item.num_heads; h++)
+            for (i64 r = 0; r < rows; r++)
+                P::pack_row(w.queries + (h * rows + r) * (d / P::PER_UNIT),
+                            q + (token + r / g) * q_stride + ((item.head + h) * g + r % g) * d, d);
+        Fetch fetch;
+        for (i64 from = item.key; from < context; from += SPLIT) {
+            start(w.part, w.lanes, all, d);
+            for (i64 key = from; key < min_(from + SPLIT, context); key += KEYS) {
+                expect(fetch, item, key + KEYS, max_(0, min_(KEYS, context - key - KEYS)));
+                for (i64 h = 0; h < item.num_heads; h++) {
+                    const i64 num = min_(KEYS, context - key);
+                    pack(w, item, item.head + h, key, num, fetch);
+                    attend<P>(w, w.queries + h * rows * (d / P::PER_UNIT), row(w.part, h * rows, d),
+                              w.lanes + h * rows * W, rows, num, g, position + 1 - key, d, scale);
+                }
+            }
+            for (i64 r = 0; r < all; r++) w.part.weight[r] = sum(load(w.lanes + r * W));
+            if (from == item.key)
+                copy(w.total, w.part, all, d);
+            else
+                for (i64 r = 0; r < all; r++) merge(row(w.total, r, d), row(w.part, r, d), d);
+        }
+        if (item.part >= 0)
+            copy(row(*parts, item.part, d), w.total, all, d);
+        else
+            for (i64 h = 0; h < item.num_heads; h++)
+                finish(row(w.total, h * rows, d), rows, token, item.head + h);
+    }
+
+    // Rows of a decoded sequence lie split by split in `parts`, then head by head.
+    void gather(i64 sequence, i64 first, const Softmax& parts) const {
+        const i64 d = layout.head_dim, num = meta.query_start[sequence + 1] - meta.query_start[sequence];
+        const i64 rows = num * group(), all = rows * layout.num_kv_heads;
+        const i64 splits = ceil_div(meta.context_len[sequence], SPLIT);
+        for (i64 s = 1; s < splits; s++)
+            for (i64 r = 0; r < all; r++) merge(row(parts, first + r, d), row(parts, first + s * all + r, d), d);
+        for (i64 h = 0; h < layout.num_kv_heads; h++)
+            finish(row(parts, first + h * rows, d), rows, meta.query_start[sequence], h);
+    }
+
+    void operator()(int threads) const {
+        const i64 num_kv = layout.num_kv_heads, d = layout.head_dim;
+        i64 capacity = 0, num_parts = 0, splits = 0, work = 0;
+        for (i64 s = 0; s < meta.num_sequences; s++) {
+            const i64 num = meta.query_start[s + 1] - meta.query_start[s], own = ceil_div(meta.context_len[s], SPLIT);
+            work += num * meta.context_len[s] * num_heads * d;
+            if (num <= DECODE_QUERIES) {
+                capacity += own * num_kv;
+                splits += own;
+                if (own > 1) num_parts += own * num * num_heads;
+            } else {
+                capacity += ceil_div(num, BLOCK_QUERIES) * num_kv;
+            }
+        }
+        const i64 heads = splits >= 4 * threads ? num_kv : 1;  // few items: share the heads out as well
+        Item* items = (Item*)item_memory.get(capacity * sizeof(Item));
+        float* memory = (float*)part_memory.get((num_parts * (d + 2) + 64) * sizeof(float));
+        const Softmax parts = {memory, memory + num_parts * d, memory + num_parts * (d + 1)};
+        i64 num_items = 0, part = 0;
+        for (i64 s = 0; s < meta.num_sequences; s++) {
+            const i64 num = meta.query_start[s + 1] - meta.query_start[s], context = meta.context_len[s];
+            if (num > DECODE_QUERIES) {  // the last queries see most and come first
+                for (i64 b = ceil_div(num, BLOCK_QUERIES) - 1; b >= 0; b--)
+                    for (i64 h = 0; h < num_kv; h++)
+                        items[num_items++] = {s, b * BLOCK_QUERIES, min_(BLOCK_QUERIES, num - b * BLOCK_QUERIES), h, 1,
+                                              0, context, -1};
+            } else if (num > 0) {
+                const bool whole = context <= SPLIT;
+                for (i64 k = 0; k < context; k += SPLIT)
+                    for (i64 h = 0; h < num_kv; h += heads) {
+                        items[num_items++] = {s, 0, num, h, heads, k, min_(k + SPLIT, context), whole ? -1 : part};
+                        if (!whole) part += heads * num * group();
+                    }
+            }
+        }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > 1 << 14)
+        for (i64 i = 0; i < num_items; i++) run(items[i], &parts);
+        for (i64 s = 0, first = 0; s < meta.num_sequences; s++) {
+            const i64 num = meta.query_start[s + 1] - meta.query_start[s];
+            if (num <= 0 || num > DECODE_QUERIES || meta.context_len[s] <= SPLIT) continue;
+            gather(s, first, parts);
+            first += ceil_div(meta.context_len[s], SPLIT) * num * num_heads;
+        }
+    }
+};
+
+template <class T>
+struct Packing {
+    using P = Singles;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Packing<bf16> {
+    using P = Pairs;
+};
+#endif
+
+}  // namespace LORAY_NAMESPACE
+
+using namespace LORAY_NAMESPACE;
+
+#define LORAY_ATTENTION(type, suffix)                                                                               \
+    LORAY_ENTRY(paged_attention_##suffix##_)                                                                        \
+    (const type* q, i64 q_stride, type* out, i64 num_heads, const type* pool, const Layout* layout, i64 layer,      \
+     const Meta* meta, float scale, int threads) {                                                                  \
+        Attention<Packing<type>::P, type>{q, q_stride, out, num_heads, layer, pool, *layout, *meta, scale}(threads); \
+    }
+
+LORAY_ATTENTION(bf16, bf16)
+LORAY_ATTENTION(float, fp32)

@@ -1,0 +1,179 @@
+// LoRA of a batch of adapters on rows of the pool: h = A x, then y += scale · B h. Ranks are not padded.
+//
+// A work item is a tile of one adapter's rows (shrink) or columns (expand) with a tile of its tokens. With a token or
+// two to an adapter that is a gather straight from the pool, with many a product whose rows stay in the cache.
+
+#include "dots.h"
+
+namespace LORAY_NAMESPACE {
+
+struct Table {
+    const Rows *a, *b;
+    const i64* rank_start;
+    const float* scale;
+};
+
+struct Spans {
+    i64 num;
+    const i64 *start, *stop;
+};
+
+struct Output {
+    float* h;
+    i64 stride;
+};
+
+// Rows or columns [first, first + num) of one adapter with some of its tokens; `part` is the table of a shrink, the
+// segment of an expand.
+struct Item {
+    i64 part, adapter, first, num, token, num_tokens;
+};
+
+constexpr i64 TOKENS = 64, RANKS = 16, COLUMNS = 256;
+constexpr i64 SERIAL = 1 << 15;  // multiply-adds below which waking the other threads costs more than they save
+
+static thread_local Scratch item_memory;
+
+struct Items {
+    Item* items;
+    i64 num = 0;
+    explicit Items(i64 capacity) : items((Item*)item_memory.get(capacity * sizeof(Item))) {}
+    // Rows or columns [first, stop) in tiles of `size`, for each tile of tokens [token, token_stop).
+    void add(i64 part, i64 adapter, i64 first, i64 stop, i64 size, i64 token, i64 token_stop) {
+        for (i64 t = token; t < token_stop; t += TOKENS)
+            for (i64 f = first; f < stop; f += size)
+                items[num++] = {part, adapter, f, min_(size, stop - f), t, min_(TOKENS, token_stop - t)};
+    }
+};
+
+template <class T>
+static void shrink(const T* x, i64 x_stride, const T* pool, const Table* const* tables, const Output* outputs,
+                   i64 num_tables, const Spans& spans, int threads) {
+    i64 capacity = 0, work = 0;
+    for (i64 k = 0; k < num_tables; k++)
+        for (i64 n = 0; n < spans.num; n++) {
+            i64 rank = tables[k]->rank_start[n + 1] - tables[k]->rank_start[n];
+            i64 tokens = spans.stop[n] - spans.start[n];
+            capacity += ceil_div(rank, RANKS) * ceil_div(tokens, TOKENS);
+            for (i64 s = 0; s < tables[k]->a->num_segments; s++)
+                work += rank * tokens * tables[k]->a->segments[s].width;
+        }
+    Items list(capacity);
+    for (i64 n = 0; n < spans.num; n++)
+        for (i64 k = 0; k < num_tables; k++)
+            list.add(k, n, tables[k]->rank_start[n], tables[k]->rank_start[n + 1], RANKS, spans.start[n],
+                     spans.stop[n]);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > SERIAL)
+    for (i64 i = 0; i < list.num; i++) {
+        const Item& item = list.items[i];
+        const Table& table = *tables[item.part];
+        const Output& out = outputs[item.part];
+        float* h = out.h + item.token * out.stride + item.first - table.rank_start[item.adapter];
+        dot_block(x + item.token * x_stride, x_stride, item.num_tokens, pool, *table.a, item.first, item.num, h,
+                  out.stride);
+    }
+}
+
+// y[t][c] += scale · Σᵣ h[t][r] · row[r][c] for NT tokens and NV vectors of columns; the last has `last` columns.
+template <int NT, int NV, class T>
+static inline void expand_tile(T* y, i64 y_stride, const float* h, i64 h_stride, const T* pool, const i64* offsets,
+                               i64 rank, float scale, i64 last) {
+    Vec acc[NT][NV];
+    for (int t = 0; t < NT; t++)
+        for (int v = 0; v < NV; v++) acc[t][v] = zero();
+    for (i64 r = 0; r < rank; r++) {
+        const T* row = pool + offsets[r];
+        Vec hv[NT];
+        for (int t = 0; t < NT; t++) hv[t] = set1(h[t * h_stride + r]);
+        for (int v = 0; v < NV; v++) {
+            Vec b = v + 1 < NV || last == W ? load(row + v * W) : load_n(row + v * W, last);
+            for (int t = 0; t < NT; t++) acc[t][v] = fma(hv[t], b, acc[t][v]);
+        }
+    }
+    for (int t = 0; t < NT; t++)
+        for (int v = 0; v < NV; v++) {
+            T* at = y + t * y_stride + v * W;
+            if (v + 1 < NV || last == W)
+                store(at, load(at) + acc[t][v] * set1(scale));
+            else
+                store_n(at, load_n(at, last) + acc[t][v] * set1(scale), last);
+        }
+}
+
+template <int NT, class T>
+static inline void expand_columns(T* y, i64 y_stride, const float* h, i64 h_stride, const T* pool, const i64* offsets,
+                                  i64 rank, float scale, i64 num_columns) {
+    constexpr int NV = NT == 1 ? W : W == 16 ? 4 : 2;
+    i64 c = 0;
+    for (; c + NV * W <= num_columns; c += NV * W)
+        expand_tile<NT, NV>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, W);
+    for (; c + 4 * W <= num_columns; c += 4 * W)
+        expand_tile<NT, 4>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, W);
+    for (; c < num_columns; c += W)
+        expand_tile<NT, 1>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, min_(W, num_columns - c));
+}
+
+template <class T>
+static void expand(T* y, i64 y_stride, const float* h, i64 h_stride, const T* pool, const Table& table,
+                   const Spans& spans, int threads) {
+    i64 tiles = 0, capacity = 0, work = 0, width = 0;
+    for (i64 s = 0; s < table.b->num_segments; s++) {
+        tiles += ceil_div(table.b->segments[s].width, COLUMNS);
+        width += table.b->segments[s].width;
+    }
+    for (i64 n = 0; n < spans.num; n++) {
+        i64 tokens = spans.stop[n] - spans.start[n];
+        capacity += tiles * ceil_div(tokens, TOKENS);
+        work += (table.rank_start[n + 1] - table.rank_start[n]) * tokens * width;
+    }
+    Items list(capacity);
+    for (i64 n = 0; n < spans.num; n++)
+        if (table.rank_start[n + 1] > table.rank_start[n])
+            for (i64 s = 0; s < table.b->num_segments; s++)
+                list.add(s, n, 0, table.b->segments[s].width, COLUMNS, spans.start[n], spans.stop[n]);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > SERIAL)
+    for (i64 i = 0; i < list.num; i++) {
+        const Item& item = list.items[i];
+        const RowSegment& segment = table.b->segments[item.part];
+        const i64 first = table.rank_start[item.adapter], rank = table.rank_start[item.adapter + 1] - first;
+        const i64* offsets = segment.offsets + first;
+        const float scale = table.scale[item.adapter];
+        // Columns outside, tokens inside: the tile of B stays in the first cache for every token.
+        constexpr i64 STEP = 4 * W;
+        T* to = y + item.token * y_stride + segment.column + item.first;
+        const float* from = h + item.token * h_stride;
+        const T* rows = pool + item.first;
+        i64 t = 0;
+        if (item.num_tokens >= 4) {
+            i64 quads = item.num_tokens / 4 * 4;
+            for (i64 c = 0; c < item.num; c += STEP)
+                for (t = 0; t < quads; t += 4)
+                    expand_columns<4>(to + t * y_stride + c, y_stride, from + t * h_stride, h_stride, rows + c,
+                                      offsets, rank, scale, min_(STEP, item.num - c));
+            t = quads;
+        }
+        for (; t < item.num_tokens; t++)
+            expand_columns<1>(to + t * y_stride, y_stride, from + t * h_stride, h_stride, rows, offsets, rank, scale,
+                              item.num);
+    }
+}
+
+}  // namespace LORAY_NAMESPACE
+
+using namespace LORAY_NAMESPACE;
+
+// `pool` is the pool's start plus the layer's offset.
+#define LORAY_LORA(type, suffix)                                                                                    \
+    LORAY_ENTRY(lora_shrink_##suffix##_)                                                                            \
+    (const type* x, i64 x_stride, const type* pool, const Table* const* tables, const Output* outputs,              \
+     i64 num_tables, const Spans* spans, int threads) {                                                             \
+        shrink(x, x_stride, pool, tables, outputs, num_tables, *spans, threads);                                    \
+    }                                                                                                               \
+    LORAY_ENTRY(lora_expand_##suffix##_)                                                                            \
+    (type * y, i64 y_stride, const float* h, i64 h_stride, const type* pool, const Table* table,                    \
+     const Spans* spans, int threads) {                                                                             \
+        expand(y, y_stride, h, h_stride, pool, *table, *spans, threads);                                            \
+    }
+
+LORAY_LORA(bf16, bf16)
+LORAY_LORA(float, fp32)

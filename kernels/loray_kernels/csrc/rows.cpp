@@ -1,0 +1,110 @@
+// What is done to each token by itself: norms with an adapter's own weights, rotary positions, the cache's writes.
+
+#include "simd.h"
+
+namespace LORAY_NAMESPACE {
+
+constexpr i64 SERIAL = 1 << 15;  // elements below which one thread is faster
+
+// y = (x / rms(x)) rounded, times weight
+template <class T>
+static inline void normalize(const T* x, const T* weight, float eps, i64 width, T* y) {
+    Vec squares = zero();
+    i64 i = 0;
+    for (; i + W <= width; i += W) squares = fma(load(x + i), load(x + i), squares);
+    if (i < width) {
+        Vec v = load_n(x + i, width - i);
+        squares = fma(v, v, squares);
+    }
+    const Vec factor = set1(1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps));
+    for (i = 0; i + W <= width; i += W) store(y + i, load(weight + i) * rounded(load(x + i) * factor, x));
+    if (i < width) {
+        const i64 n = width - i;
+        store_n(y + i, load_n(weight + i, n) * rounded(load_n(x + i, n) * factor, x), n);
+    }
+}
+
+// Tokens of `own` (as many as `num_own`) have row n of `rows` as their weight.
+template <class T>
+static void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps,
+                     T* y, const T* pool, const i64* own, i64 num_own, const Rows* rows, int threads) {
+    const i64 row = num_heads * width;
+#pragma omp parallel for num_threads(threads) if (num_tokens * row > SERIAL)
+    for (i64 t = 0; t < num_tokens; t++)
+        for (i64 h = 0; h < num_heads; h++)
+            normalize(x + t * x_stride + h * width, weight, eps, width, y + t * row + h * width);
+#pragma omp parallel for num_threads(threads) if (num_own * row > SERIAL)
+    for (i64 n = 0; n < num_own; n++) {
+        static thread_local Scratch memory;
+        const T* own_weight = pool + rows->segments[0].offsets[n];
+        if (rows->num_segments > 1) {
+            T* joined = (T*)memory.get(width * sizeof(T));
+            for (i64 s = 0; s < rows->num_segments; s++) {
+                const RowSegment& segment = rows->segments[s];
+                memcpy(joined + segment.column, pool + segment.offsets[n], segment.width * sizeof(T));
+            }
+            own_weight = joined;
+        }
+        for (i64 h = 0; h < num_heads; h++)
+            normalize(x + own[n] * x_stride + h * width, own_weight, eps, width, y + own[n] * row + h * width);
+    }
+}
+
+// Both products are rounded before their sum, as torch does it.
+template <class T>
+static inline void turn(const T* x, const T* cos, const T* sin, i64 half, T* y) {
+    for (i64 i = 0; i < half; i += W) {
+        const i64 n = min_(W, half - i);
+        const Vec first = load_n(x + i, n), second = load_n(x + half + i, n);
+        const Vec low = rounded(first * load_n(cos + i, n), x) - rounded(second * load_n(sin + i, n), x);
+        const Vec high = rounded(second * load_n(cos + half + i, n), x) + rounded(first * load_n(sin + half + i, n), x);
+        store_n(y + i, low, n);
+        store_n(y + half + i, high, n);
+    }
+}
+
+template <class T>
+static void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* cos, const T* sin, T* y,
+                 int threads) {
+#pragma omp parallel for num_threads(threads) if (num_tokens * num_heads * width > SERIAL)
+    for (i64 t = 0; t < num_tokens; t++)
+        for (i64 h = 0; h < num_heads; h++)
+            turn(x + t * x_stride + h * width, cos + t * width, sin + t * width, width / 2,
+                 y + (t * num_heads + h) * width);
+}
+
+// `pool` is the layer's share in block 0.
+template <class T>
+static void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride,
+                     i64 width, const i64* slots, i64 num_tokens, int threads) {
+#pragma omp parallel for num_threads(threads) if (num_tokens * width > 4 * SERIAL)
+    for (i64 t = 0; t < num_tokens; t++) {
+        T* at = pool + slots[t] / block_tokens * block_size + slots[t] % block_tokens * width;
+        memcpy(at, k + t * k_stride, width * sizeof(T));
+        memcpy(at + block_tokens * width, v + t * v_stride, width * sizeof(T));
+    }
+}
+
+}  // namespace LORAY_NAMESPACE
+
+using namespace LORAY_NAMESPACE;
+
+#define LORAY_ROWS(type, suffix)                                                                                    \
+    LORAY_ENTRY(rms_norm_##suffix##_)                                                                               \
+    (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* weight, float eps, type* y, \
+     const type* pool, const i64* own, i64 num_own, const Rows* rows, int threads) {                                \
+        rms_norm(x, x_stride, num_tokens, num_heads, width, weight, eps, y, pool, own, num_own, rows, threads);     \
+    }                                                                                                               \
+    LORAY_ENTRY(rope_##suffix##_)                                                                                   \
+    (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* cos, const type* sin,       \
+     type* y, int threads) {                                                                                        \
+        rope(x, x_stride, num_tokens, num_heads, width, cos, sin, y, threads);                                      \
+    }                                                                                                               \
+    LORAY_ENTRY(write_kv_##suffix##_)                                                                               \
+    (type * pool, i64 block_size, i64 block_tokens, const type* k, i64 k_stride, const type* v, i64 v_stride,       \
+     i64 width, const i64* slots, i64 num_tokens, int threads) {                                                    \
+        write_kv(pool, block_size, block_tokens, k, k_stride, v, v_stride, width, slots, num_tokens, threads);      \
+    }
+
+LORAY_ROWS(bf16, bf16)
+LORAY_ROWS(float, fp32)

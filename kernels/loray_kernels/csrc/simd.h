@@ -1,0 +1,249 @@
+// Vectors of W floats for the instruction set that this file is compiled for: AVX-512 with BF16, AVX2, or any.
+//
+// Everything stands in a namespace of its own for each instruction set: the same sources are compiled once for each
+// and linked into one library, and a function of one must never be taken for another's.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512BF16__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define LORAY_JOIN_(a, b) a##b
+#define LORAY_JOIN(a, b) LORAY_JOIN_(a, b)
+#define LORAY_NAMESPACE LORAY_JOIN(loray_, LORAY_ISA)
+// A function that Python calls: its name ends in the instruction set's.
+#define LORAY_ENTRY(name) extern "C" __attribute__((visibility("default"))) void LORAY_JOIN(name, LORAY_ISA)
+
+namespace LORAY_NAMESPACE {
+
+using i64 = int64_t;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Round to nearest even; a NaN stays one.
+static inline bf16 round_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return {uint16_t((bits >> 16) | 0x40)};
+    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+static inline i64 min_(i64 a, i64 b) { return a < b ? a : b; }
+static inline i64 max_(i64 a, i64 b) { return a > b ? a : b; }
+static inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+#if defined(__AVX512BF16__)
+
+constexpr int W = 16;
+using Vec = __m512;
+
+static inline Vec set1(float x) { return _mm512_set1_ps(x); }
+static inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+static inline Vec widen_(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+static inline Vec load(const bf16* p) { return widen_(_mm256_loadu_si256((const __m256i*)p)); }
+static inline __mmask16 first_(i64 n) { return __mmask16((1u << n) - 1); }
+// The first n < W elements, zeros after them.
+static inline Vec load_n(const float* p, i64 n) { return _mm512_maskz_loadu_ps(first_(n), p); }
+static inline Vec load_n(const bf16* p, i64 n) { return widen_(_mm256_maskz_loadu_epi16(first_(n), p)); }
+static inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+static inline void store(bf16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+static inline void store_n(float* p, Vec v, i64 n) { _mm512_mask_storeu_ps(p, first_(n), v); }
+static inline void store_n(bf16* p, Vec v, i64 n) {
+    _mm256_mask_storeu_epi16(p, first_(n), (__m256i)_mm512_cvtneps_pbh(v));
+}
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+static inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+static inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+static inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
+// p · 2ⁿ for whole n
+static inline Vec scale2(Vec p, Vec n) { return _mm512_scalef_ps(p, n); }
+
+#elif defined(__AVX2__)
+
+constexpr int W = 8;
+using Vec = __m256;
+
+static inline Vec set1(float x) { return _mm256_set1_ps(x); }
+static inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+static inline Vec load(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+static inline void store(bf16* p, Vec v) {
+    __m256i bits = _mm256_castps_si256(v);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i even = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    __m256i nan = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    __m256i rounded = _mm256_blendv_epi8(even, nan, is_nan);
+    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
+static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+static inline float sum(Vec v) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+static inline float largest(Vec v) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+static inline Vec scale2(Vec p, Vec n) {
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return p * _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+
+#else
+
+constexpr int W = 4;
+typedef float Vec __attribute__((vector_size(16)));
+
+static inline Vec set1(float x) { return Vec{x, x, x, x}; }
+static inline Vec load(const float* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline Vec load(const bf16* p) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+static inline void store(bf16* p, Vec v) {
+    for (int i = 0; i < W; i++) p[i] = round_bf16(v[i]);
+}
+static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+static inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+static inline float largest(Vec v) {
+    float low = v[0] > v[2] ? v[0] : v[2], high = v[1] > v[3] ? v[1] : v[3];
+    return low > high ? low : high;
+}
+static inline Vec scale2(Vec p, Vec n) {
+    for (int i = 0; i < W; i++) {
+        uint32_t bits = uint32_t(int(n[i]) + 127) << 23;
+        float power;
+        memcpy(&power, &bits, 4);
+        p[i] *= power;
+    }
+    return p;
+}
+
+#endif
+
+#if !defined(__AVX512BF16__)
+template <class T>
+static inline Vec load_n(const T* p, i64 n) {
+    T padded[W] = {};
+    memcpy(padded, p, n * sizeof(T));
+    return load(padded);
+}
+template <class T>
+static inline void store_n(T* p, Vec v, i64 n) {
+    T padded[W];
+    store(padded, v);
+    memcpy(p, padded, n * sizeof(T));
+}
+#endif
+
+static inline Vec zero() { return set1(0.0f); }
+
+// `v` after its rounding to T.
+static inline Vec rounded(Vec v, const float*) { return v; }
+static inline Vec rounded(Vec v, const bf16*) {
+#if defined(__AVX512BF16__)
+    return widen_((__m256i)_mm512_cvtneps_pbh(v));
+#else
+    bf16 narrow[W];
+    store(narrow, v);
+    return load(narrow);
+#endif
+}
+
+// eˣ for x ≤ 0, −∞ included, to two units in the last place (Cephes' polynomial); exactly 1 at 0. A NaN stays one.
+static inline Vec exp(Vec x) {
+    const Vec lowest = set1(-87.0f);
+    Vec y = max(lowest, x);  // in this order, of a NaN and a number it is the NaN
+    const Vec magic = set1(12582912.0f);  // adding 1.5 · 2²³ rounds to a whole number
+    Vec n = fma(y, set1(1.44269504f), magic) - magic;
+    Vec r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), y));
+    Vec p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = fma(p, r * r, r) + set1(1.0f);
+    return x < lowest ? zero() : scale2(p, n);
+}
+
+// One step of a dot product: STEP elements of both sides into W partial sums.
+template <class X, class T>
+struct Dot {
+    static constexpr int STEP = W;
+    using X_ = Vec;
+    using T_ = Vec;
+    static inline Vec x(const X* p) { return load(p); }
+    static inline Vec x(const X* p, i64 n) { return load_n(p, n); }
+    static inline Vec w(const T* p) { return load(p); }
+    static inline Vec w(const T* p, i64 n) { return load_n(p, n); }
+    static inline Vec step(Vec acc, Vec x, Vec w) { return fma(x, w, acc); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<bf16, bf16> {
+    static constexpr int STEP = 32;
+    using X_ = __m512bh;
+    using T_ = __m512bh;
+    static inline __m512bh x(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static inline __m512bh x(const bf16* p, i64 n) {
+        return (__m512bh)_mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p);
+    }
+    static inline __m512bh w(const bf16* p) { return x(p); }
+    static inline __m512bh w(const bf16* p, i64 n) { return x(p, n); }
+    static inline Vec step(Vec acc, __m512bh x, __m512bh w) { return _mm512_dpbf16_ps(acc, x, w); }
+};
+#endif
+
+// A thread's memory, kept from call to call. Aligned to cache lines.
+struct Scratch {
+    void* memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(memory); }
+    void* get(size_t bytes) {
+        if (bytes > size) {
+            free(memory);
+            size = (bytes + 4095) / 4096 * 4096;
+            memory = aligned_alloc(64, size);
+            if (!memory) abort();
+        }
+        return memory;
+    }
+};
+
+// Rows of the pool, packed by Python: as many segments as the first word says.
+struct RowSegment {
+    i64 column, width;
+    const i64* offsets;
+};
+struct Rows {
+    i64 num_segments;
+    RowSegment segments[];
+};
+
+}  // namespace LORAY_NAMESPACE

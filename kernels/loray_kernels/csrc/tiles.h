@@ -1,0 +1,178 @@
+// Attention's inner products on packed operands: how keys and values are packed, and one register-blocked tile.
+//
+// Packed operands are units of four bytes: two bf16 neighbours of the summed dimension where the CPU multiplies those
+// (AVX512-BF16), else one fp32. Sums run over the summed dimension in order, one accumulator each.
+#pragma once
+
+#include "simd.h"
+
+namespace LORAY_NAMESPACE {
+
+constexpr int KEYS = 64;               // keys of a block of the online softmax
+constexpr int QUERIES = W == 16 ? 6 : 3;  // rows of a tile: with 4 (2) vectors of columns what the registers hold
+constexpr int VECTORS = W == 16 ? 4 : 2;
+
+// `num` keys up to whole vectors: what of a block is computed.
+static inline i64 padded(i64 num) { return ceil_div(num, W) * W; }
+
+// Memory that the next block will read, fetched a few cache lines at a time between the computations of this one.
+struct Fetch {
+    const char* from[2 * KEYS];
+    i64 num = 0, bytes = 0, region = 0, offset = 0, share = 0;
+    void start(i64 pauses) {
+        region = offset = 0;
+        share = ceil_div(num * ceil_div(bytes, 64), pauses);
+    }
+    inline void some() {
+        for (i64 n = 0; n < share && region < num; n++) {
+            __builtin_prefetch(from[region] + offset, 0, 2);
+            offset += 64;
+            if (offset >= bytes) region++, offset = 0;
+        }
+    }
+};
+
+// One fp32 in a unit: any type, any CPU.
+struct Singles {
+    static constexpr int PER_UNIT = 1;
+    using Unit = float;
+    static i64 pauses(i64) { return 2; }
+    static inline Vec mac(Vec acc, const float* a, const float* b) { return fma(set1(*a), load(b), acc); }
+
+    template <class T>
+    static inline void pack_row(Unit* out, const T* x, i64 d) {
+        for (i64 i = 0; i < d; i++) out[i] = to_float(x[i]);
+    }
+    // out[i][key] = k[key][i]; zeros from `num` on to a whole vector, as in the values
+    template <class T>
+    static inline void pack_keys(Unit* out, const T* const* k, i64 num, i64 d, Fetch& fetch) {
+        for (i64 j = 0; j < padded(num); j++)
+            for (i64 i = 0; i < d; i++) out[i * KEYS + j] = j < num ? to_float(k[j][i]) : 0.0f;
+        fetch.some();
+    }
+    template <class T>
+    static inline void pack_values(Unit* out, const T* const* v, i64 num, i64 d, Fetch& fetch) {
+        for (i64 j = 0; j < padded(num); j++)
+            for (i64 i = 0; i < d; i++) out[j * d + i] = j < num ? to_float(v[j][i]) : 0.0f;
+        fetch.some();
+    }
+    static inline void pack_weights(Unit* out, const Vec* p) {
+        for (int v = 0; v < KEYS / W; v++) store(out + v * W, p[v]);
+    }
+};
+
+#if defined(__AVX512BF16__)
+
+struct Pairs {
+    static constexpr int PER_UNIT = 2;
+    using Unit = uint32_t;
+    static i64 pauses(i64 d) { return KEYS / 16 * ceil_div(d, 32) + KEYS / 2; }
+    static inline Vec mac(Vec acc, const Unit* a, const Unit* b) {
+        return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(int(*a)), (__m512bh)_mm512_loadu_si512(b));
+    }
+
+    static inline void pack_row(Unit* out, const bf16* x, i64 d) { memcpy(out, x, d * 2); }
+
+    // Sixteen rows of sixteen units, columns to rows.
+    static inline void transpose(__m512i* r) {
+        __m512i t[16];
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+            t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4)
+            for (int j = 0; j < 2; j++) {
+                r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+                r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+            }
+        // r[4q + c] holds, in lane l, column 4l + c of rows 4q to 4q + 3.
+        for (int c = 0; c < 4; c++) {
+            __m512i low01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x44), high01 = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xee);
+            __m512i low23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x44);
+            __m512i high23 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xee);
+            t[c] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+            t[4 + c] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+            t[8 + c] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+            t[12 + c] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+        }
+        for (int i = 0; i < 16; i++) r[i] = t[i];
+    }
+
+    static inline void pack_keys(Unit* out, const bf16* const* k, i64 num, i64 d, Fetch& fetch) {
+        for (i64 j = 0; j < padded(num); j += 16)
+            for (i64 i = 0; i < d; i += 32) {
+                const i64 units = min_(16, (d - i) / 2);
+                __m512i r[16];
+                if (units == 16 && j + 16 <= num)
+                    for (int n = 0; n < 16; n++) r[n] = _mm512_loadu_si512(k[j + n] + i);
+                else
+                    for (int n = 0; n < 16; n++)
+                        r[n] = j + n < num ? _mm512_maskz_loadu_epi32(__mmask16((1u << units) - 1), k[j + n] + i)
+                                           : _mm512_setzero_si512();
+                transpose(r);
+                for (i64 n = 0; n < units; n++) _mm512_storeu_si512(out + (i / 2 + n) * KEYS + j, r[n]);
+                fetch.some();
+            }
+    }
+
+    static inline void pack_values(Unit* out, const bf16* const* v, i64 num, i64 d, Fetch& fetch) {
+        alignas(64) static const uint16_t none[64] = {};
+        for (i64 j = 0; j < padded(num); j += 2, out += d) {
+            const bool zero_even = j >= num, zero_odd = j + 1 >= num;
+            for (i64 i = 0; i < d; i += 16) {
+                const void* even = zero_even ? (const void*)none : v[j] + i;
+                const void* odd = zero_odd ? (const void*)none : v[j + 1] + i;
+                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
+                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
+                _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+            fetch.some();
+        }
+    }
+
+    static inline void pack_weights(Unit* out, const Vec* p) {
+        for (int v = 0; v < KEYS / W; v += 2)
+            _mm512_storeu_si512(out + v * W / 2, (__m512i)_mm512_cvtne2ps_pbh(p[v + 1], p[v]));
+    }
+};
+
+#endif
+
+// c[q][·] (+)= Σₖ a[q][k] · b[k][·] for NQ rows and NV vectors.
+template <class P, int NQ, int NV>
+static inline void tile(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
+                        float* c, i64 c_stride, bool add) {
+    Vec acc[NQ][NV];
+    for (int q = 0; q < NQ; q++)
+        for (int v = 0; v < NV; v++) acc[q][v] = add ? load(c + q * c_stride + v * W) : zero();
+    for (i64 k = 0; k < num; k++)
+        for (int q = 0; q < NQ; q++)
+            for (int v = 0; v < NV; v++)
+                acc[q][v] = P::mac(acc[q][v], a + q * a_stride + k, b + k * b_stride + v * W);
+    for (int q = 0; q < NQ; q++)
+        for (int v = 0; v < NV; v++) store(c + q * c_stride + v * W, acc[q][v]);
+}
+
+template <class P, int NV>
+static inline void tile_rows(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
+                             float* c, i64 c_stride, i64 rows, bool add) {
+    i64 q = 0;
+    for (; q + QUERIES <= rows; q += QUERIES)
+        tile<P, QUERIES, NV>(a + q * a_stride, a_stride, b, b_stride, num, c + q * c_stride, c_stride, add);
+    for (; q + 3 <= rows; q += 3)
+        tile<P, 3, NV>(a + q * a_stride, a_stride, b, b_stride, num, c + q * c_stride, c_stride, add);
+    for (; q < rows; q++)
+        tile<P, 1, NV>(a + q * a_stride, a_stride, b, b_stride, num, c + q * c_stride, c_stride, add);
+}
+
+// The same for any rows and any multiple of W columns.
+template <class P>
+static inline void product(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
+                           float* c, i64 c_stride, i64 rows, i64 columns, bool add) {
+    i64 i = 0;
+    for (; i + VECTORS * W <= columns; i += VECTORS * W)
+        tile_rows<P, VECTORS>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
+    for (; i < columns; i += W) tile_rows<P, 1>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
+}
+
+}  // namespace LORAY_NAMESPACE
