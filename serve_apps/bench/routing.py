@@ -2,7 +2,7 @@
 
     python -m serve_apps.bench.routing [--replicas 2] [--adapters 20] [--requests 200] [--json FILE]
 
-A cluster of its own on this machine, fresh replicas of SmolLM2-135M for each router. The adapters are mixed_batch's; a
+A cluster of its own on this machine, fresh replicas of SmolLM2-135M for each row, rows in both orders. The adapters are mixed_batch's; a
 replica's pool and its host memory hold 70 % of their bytes. Every adapter is asked once, which is not counted; then
 requests for adapters drawn at random, `--at-once` under way at any time: 32 tokens of prompt, 8 new ones, streamed.
 """
@@ -93,8 +93,8 @@ def _compare(gcs_address: str, models: list[tuple[str, int]], args: argparse.Nam
     ray.init(address=gcs_address, log_to_driver=False, logging_level="ERROR")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     rows = []
-    for name, build in systems.items():
-        serve.run(build(), name="bench", route_prefix="/bench")
+    for name in (*systems, *reversed(systems)):  # twice, in both orders
+        serve.run(systems[name](), name="bench", route_prefix="/bench")
         load = os.getloadavg()[0]
         row = _measure(f"http://127.0.0.1:{port}/bench", [model for model, _ in models], args.requests, args.at_once)
         serve.delete("bench")
