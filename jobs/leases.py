@@ -6,7 +6,8 @@ is one conditional write that exactly one driver wins. Older entries are removed
 
 A holder writes an entry every `BEAT_S`. Who finds the lease held watches it by its own clock, and takes it over when
 no new entry has come within `STALE_S`: no two machines' clocks are compared. A holder that was taken for dead finds out
-with its next heartbeat, so both can be at work for one heartbeat at most.
+with its next heartbeat that gets through: within 10 s of the store's answering it again (`BEAT_S`, and a request's own
+time limit, see `S3Store(quick=True)`), for which both may be at work.
 """
 
 from __future__ import annotations
@@ -106,7 +107,10 @@ class _Lease:
         could find its number removed already.
         """
         if not self._objects.put_if_absent(self._key(number), json.dumps(state).encode()):
-            return False
+            there = self._read(number)
+            if there != state:  # else a write of ours that seemed to fail
+                is_ours = there is not None and bool(there["holder"] == self._ours["holder"])
+                return is_ours and self._write(number + 1, state)
         numbers = self._numbers()
         if numbers[-1] != number:
             self._objects.delete(self._key(number))
@@ -118,11 +122,17 @@ class _Lease:
 
     def _last(self) -> _Entry | None:
         while numbers := self._numbers():
-            try:
-                return _Entry(numbers[-1], json.loads(self._objects.get(self._key(numbers[-1]))))
-            except NotFoundError:
-                continue  # another one came behind it meanwhile
+            state = self._read(numbers[-1])
+            if state is not None:  # else another one came behind it meanwhile
+                return _Entry(numbers[-1], state)
         return None
+
+    def _read(self, number: int) -> dict[str, Any] | None:
+        try:
+            state: dict[str, Any] = json.loads(self._objects.get(self._key(number)))
+        except NotFoundError:
+            return None
+        return state
 
     def _numbers(self) -> list[int]:
         return [int(key.removeprefix(self._prefix)) for key in self._objects.list(self._prefix)]

@@ -92,6 +92,7 @@ def _publish(checkpoint: Path, run: RunFolder, recipe: Recipe, settings: Setting
             description=spec.publish.description,
             rope_parameters=long_context and rope_parameters(base, long_context),
             context_length=context_length(base, spec),
+            created_at=state.saved_at,
         )
     return {
         "event": "published",

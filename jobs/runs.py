@@ -12,9 +12,10 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from pyarrow import fs as pafs
@@ -24,7 +25,8 @@ from jobs.leases import leased
 from loray.errors import ConflictError, SpecError, StoreError, TrainingError
 from loray.locations import FileLocation, parse_location
 from loray.settings import Settings
-from loray.store import ObjectStore, open_filesystem, open_store
+from loray.store import ObjectStore, open_filesystem
+from loray.store.s3 import S3Store
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -107,13 +109,18 @@ class SharedRunFolder(RunFolder):
     objects: ObjectStore
     key: str
     scratch: Path
+    _lost: Event = field(default_factory=Event, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"s3://{self.path}"
 
     @contextmanager
     def locked(self, job_id: str, lost: Callable[[str], None]) -> Iterator[None]:
-        with leased(self.objects, f"{self.key}/{_LOCK}/", job_id=job_id, lost=lost):
+        def on_loss(why: str) -> None:
+            self._lost.set()
+            lost(why)
+
+        with leased(self.objects, f"{self.key}/{_LOCK}/", job_id=job_id, lost=on_loss):
             yield
 
     @contextmanager
@@ -121,24 +128,31 @@ class SharedRunFolder(RunFolder):
         path = self.scratch / _EVENTS
         path.parent.mkdir(parents=True, exist_ok=True)
         known = self.read(_EVENTS) or b""
-        if not path.is_file() or path.stat().st_size < len(known):  # else a driver of this machine was killed
+        if not path.is_file() or not path.read_bytes().startswith(known):  # else a driver of this machine was killed
             path.write_bytes(known)
         try:
             yield path
         finally:
             try:
-                self.write(_EVENTS, path.read_bytes())
+                if self._lost.is_set():
+                    log.warning("the run in %s is another driver's now; this one's history stays in %s", self, path)
+                else:
+                    self.write(_EVENTS, path.read_bytes())
             except StoreError as e:  # an error that ended the run says more
                 log.warning("%s; its history stays in %s", e, path)
 
 
 @dataclass(frozen=True)
 class Runs:
-    """All runs below `root`. `make(name/time)` is the folder of one."""
+    """All runs below `root`. `make(name/time)` is the folder of one.
+
+    `folder`: where runs lie while the store is a folder. They stay there when the store becomes a bucket.
+    """
 
     filesystem: Any
     root: str
     make: Callable[[str], RunFolder]
+    folder: Path
 
     def new(self, name: str, job_id: str) -> RunFolder:
         run = self.make(f"{name}/{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}")
@@ -156,22 +170,30 @@ class Runs:
         if not times:
             raise SpecError(
                 f"there is no run of {name!r} in {self.make(name)} to go on with; train it without --resume"
+                + self._of_the_folder_store(name)
             )
         return self.make(f"{name}/{times[-1]}")
+
+    def _of_the_folder_store(self, name: str) -> str:
+        found = any((self.folder / name).glob(f"*/{_JOB_ID}"))  # of a run in a bucket its history alone may lie there
+        hint = f", or set LORAY_STORE to the folder store: its runs in {self.folder / name} are not looked at now"
+        return hint if found else ""
 
 
 def open_runs(settings: Settings) -> Runs:
     """Raises SettingsError where the store's URL is wrong. Nothing is read or written yet."""
     here = settings.home / "runs"
-    if isinstance(parse_location(settings.store), FileLocation):
+    location = parse_location(settings.store)
+    if isinstance(location, FileLocation):
         disk = pafs.LocalFileSystem()
-        return Runs(disk, str(here), lambda run: RunFolder(disk, str(here / run)))
+        return Runs(disk, str(here), lambda run: RunFolder(disk, str(here / run)), here)
     bucket, prefix = open_filesystem(settings.store)
-    objects = open_store(settings.store)
+    objects = S3Store(location, quick=True)
     return Runs(
         bucket,
         f"{prefix}/runs",
         lambda run: SharedRunFolder(bucket, f"{prefix}/runs/{run}", objects, f"runs/{run}", here / run),
+        here,
     )
 
 

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 from jobs.recipe import Recipe
 from loray.cli.local_cluster import current_cluster
 from loray.errors import DataError, SettingsError
-from loray.locations import is_this_machine
 from loray.settings import Settings
-from loray.spec import TrainSpec
+from loray.spec import DataSpec, TrainSpec
 
 _DRIVER = ("-P", "-m", "jobs.train")  # -P: a module of the recipe's folder must not pass for one of ours
 # The shell ends with the message where the cluster's nodes have no catalog of their own.
@@ -51,9 +50,9 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
     """On a cluster that has loray installed. Recipe and local data files are copied to `stage`, which Ray uploads.
 
     Raises SettingsError where the cluster could not reach the store or the catalog, DataError for data outside the
-    recipe's folder.
+    recipe's folder, or named by a path that only this machine has.
     """
-    if settings.is_local or is_this_machine(settings.catalog):
+    if settings.is_local:
         raise SettingsError(
             f"a cluster at {address} cannot reach this machine, which LORAY_STORE or LORAY_CATALOG point to: train "
             "into a store on s3:// with a PostgreSQL catalog, both reachable from the cluster; or without --address"
@@ -63,6 +62,7 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
     else:
         source = recipe.path.name
         shutil.copyfile(recipe.path, stage / source)
+    absolute = [str(p.resolve()) for p in map(_expanded, _sources(recipe.spec.data)) if p.is_absolute()]
     for path in _local_files(recipe):
         if not path.is_relative_to(recipe.folder):
             raise DataError(
@@ -70,6 +70,11 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
                 "move it there, or put it on object storage and name its s3:// URL"
             )
         _check_exists(path, recipe)
+        if str(path) in absolute:
+            raise DataError(
+                f"data file {path} is uploaded to {address}, where that path leads nowhere: write it relative to the "
+                f"recipe, as {path.relative_to(recipe.folder)}"
+            )
         target = stage / path.relative_to(recipe.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -112,8 +117,16 @@ def _metadata(spec: TrainSpec) -> dict[str, str]:
 
 
 def _local_files(recipe: Recipe) -> list[Path]:
-    data = recipe.data()
-    return [Path(source) for source in (data.train, data.eval) if source is not None and "://" not in source]
+    return [Path(source) for source in _sources(recipe.data())]
+
+
+def _sources(data: DataSpec) -> list[str]:
+    """Those that are files."""
+    return [source for source in (data.train, data.eval) if source is not None and "://" not in source]
+
+
+def _expanded(source: str) -> Path:
+    return Path(source).expanduser()
 
 
 def _check_exists(path: Path, recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,6 +34,7 @@ log = get_logger(__name__)
 
 _MAX_LOST_WORKERS = 3
 _HEALTH_CHECK_S = "0.2"  # Ray's own 2 s is what a rank waits for when it reports a checkpoint
+_RAY_UP_CONFIG = Path("~/ray_bootstrap_config.yaml")  # on the head of a cluster that `ray up` has started
 _STOPPED = 143  # as a shell says of a process that SIGTERM has ended
 
 
@@ -134,7 +136,7 @@ def _fit(
             ) from e
         except KeyboardInterrupt:
             interrupted = interrupts.interrupted()
-            job.end("stopped", message=str(interrupted))  # first: `ray job stop` kills what takes more than 3 s
+            job.end("stopped", message=str(interrupted))  # first: `ray job stop` kills what takes too long
             raise interrupted from None
         finally:
             ray.kill(sink)
@@ -173,14 +175,23 @@ def _trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: Any) 
 
 
 def _check_resources(recipe: Recipe) -> None:
-    """Ray would wait for ever for what the cluster will never have."""
+    """Ray would wait for ever for what the cluster will never have. What an autoscaler may add it may wait for."""
     have = ray.cluster_resources()
     for resource in ("CPU", "GPU") if recipe.spec.use_gpu else ("CPU",):
-        if have.get(resource, 0) < recipe.spec.num_workers:
-            raise SpecError(
-                f"num_workers is {recipe.spec.num_workers}, but the cluster has {have.get(resource, 0):g} {resource}s; "
-                "lower it, or use a larger cluster"
-            )
+        if have.get(resource, 0) >= recipe.spec.num_workers:
+            continue
+        lack = f"num_workers is {recipe.spec.num_workers}, but the cluster has {have.get(resource, 0):g} {resource}s"
+        if not _grows():
+            raise SpecError(f"{lack}; lower it, or use a larger cluster")
+        log.warning("%s: waiting for its autoscaler to add them, as long as that takes", lack)
+
+
+def _grows() -> bool:
+    """Whether an autoscaler adds nodes, by what its head shows, where jobs' drivers run: KubeRay starts Ray with
+    --no-monitor where it runs the autoscaler itself, `ray up` leaves its configuration. Ray has no question for it.
+    """
+    command = os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
+    return "--no-monitor" in command or _RAY_UP_CONFIG.expanduser().exists()
 
 
 if __name__ == "__main__":

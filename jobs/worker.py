@@ -109,13 +109,25 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, rank: int) ->
 
 
 def _num_threads() -> int:
-    """This machine's cores, shared by its workers. Ray sets OMP_NUM_THREADS to the CPUs that a worker reserves, and
-    a worker reserves one, so that training also starts where a replica holds the others.
+    """OMP_NUM_THREADS where the node's environment sets it; else this machine's cores, shared by its workers.
+
+    Where it is not set Ray sets it later, to the CPUs that a worker reserves. A worker reserves one, so that training
+    also starts where a replica holds the others.
     """
+    preset = _preset_threads(Path("/proc/self/environ").read_bytes())
+    if preset is not None:
+        return preset
     node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
     cores = min(int(node["Resources"].get("CPU", 1)), len(os.sched_getaffinity(0)))
     local_workers: int = ray.train.get_context().get_local_world_size()
     return max(1, cores // local_workers)
+
+
+def _preset_threads(environ: bytes) -> int | None:
+    """OMP_NUM_THREADS of the environment that a process was started with (NAME=value, each behind a NUL)."""
+    variables = dict(entry.partition(b"=")[::2] for entry in environ.split(b"\0"))
+    value = variables.get(b"OMP_NUM_THREADS", b"").partition(b",")[0]  # a list is for nested parallelism
+    return int(value) if value.isdigit() and int(value) > 0 else None
 
 
 class EventLog(ray.train.UserCallback):  # type: ignore[misc]

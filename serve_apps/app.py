@@ -13,6 +13,7 @@ from loray.bases.registry import get_base
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.autoscaler import AdapterDemandPolicy, autoscaling_config
+from serve_apps.deployment import DRAIN_S
 from serve_apps.replica import EngineReplica
 from serve_apps.router import ROUTER_CLASS, AdapterRouter
 
@@ -31,8 +32,6 @@ def build(args: dict[str, Any]) -> Application:
     spec = ServeSpec.parse(args, source="args of serve_apps.app:build")
     routing = RequestRouterConfig(
         request_router_class=ROUTER_CLASS,
-        # Taken to cost an engine less than the loading of an adapter costs another one: docs/decisions/0005-routing.md.
-        request_router_kwargs={"floor": max(1, spec.max_num_seqs // 4)},
         request_routing_stats_period_s=1.0,
     )
     return application(spec, routing)
@@ -62,8 +61,7 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
         },
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
-        # A replica that demand no longer needs ends what it has begun; a stream may take minutes.
-        graceful_shutdown_timeout_s=20.0 if spec.autoscaling is None else 600.0,
+        graceful_shutdown_timeout_s=DRAIN_S,
     )
     gateway = serve.deployment(
         serve.ingress(gateway_app)(),
@@ -71,6 +69,7 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
         max_ongoing_requests=slots * spec.max_replicas,
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         health_check_period_s=5.0,
+        graceful_shutdown_timeout_s=DRAIN_S,  # a stream needs both to its end
     )
     return gateway.bind(engine.bind(spec))
 

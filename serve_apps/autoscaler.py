@@ -27,6 +27,7 @@ _log = get_logger(__name__)
 POLICY_CLASS = "serve_apps.app.AdapterDemandPolicy"
 _DECIDE_S = 0.25
 _TELL_S = 10.0  # how old the reason that /status shows may be
+_CHANGE_S = 2.0  # between two causes that are told, where the loads are about equal
 _STATE = "loray"
 _HISTORY = 5  # reports of which Serve sends every point each time; it wants more than one, we need the last
 _STALE_REPORTS = 5  # reports that may be missing in a row
@@ -69,6 +70,7 @@ class AdapterDemandPolicy:
         self._spec = AutoscalingSpec.model_validate(spec)
         self._decided_at = self._told_at = float("-inf")
         self._told: tuple[int, str] | None = None
+        self._kept: ScalingLog | None = None
         _into_controllers_log(_log)
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -88,7 +90,8 @@ class AdapterDemandPolicy:
             target=target,
             now=now,
         )
-        self._tell(decision, ScalingLog(str(ctx.app_name), ctx.deployment_name), target, now)
+        self._kept = self._kept or ScalingLog(str(ctx.app_name), ctx.deployment_name)
+        self._tell(decision, self._kept, target, now)
         return decision.target, {_STATE: asdict(decision.state)}
 
     def _tell(self, decision: Decision, log: ScalingLog, target: int, now: float) -> None:
@@ -98,7 +101,7 @@ class AdapterDemandPolicy:
                 time=now, from_replicas=target, to_replicas=decision.target, reason=decision.reason
             )
             _log.info("replicas %d → %d: %s", target, decision.target, decision.reason)
-        elif self._told != (target, decision.cause):
+        elif self._told != (target, decision.cause) and now - self._told_at >= _CHANGE_S:
             _log.info("%d replicas stay: %s", target, decision.reason)
         elif now - self._told_at < _TELL_S:
             return

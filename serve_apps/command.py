@@ -6,7 +6,9 @@ import json
 import shlex
 import socket
 import sys
+import time
 from collections.abc import Set
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,11 @@ from loray.errors import ClusterError, ConflictError, LorayError, SettingsError
 from loray.serving.status import ReplicaStatus, ScalingDecision, Status
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.deployment import Address, ServeApi, State, serve_config
+from serve_apps.deployment import DRAIN_S, Address, ServeApi, State, serve_config
 
-_TIMEOUT_S = 600.0
+_TIMEOUT_S = 600.0 + 5 * DRAIN_S  # an update replaces a fifth of the replicas at a time
 _QUICK_TIMEOUT_S = 10.0
+_POLL_S = 0.5
 _DECISIONS_SHOWN = 5
 
 
@@ -129,12 +132,15 @@ def down(keep_cluster: bool) -> None:
         stopped = settings.address is None and not keep_cluster and stop_home_store(settings)
         click.echo("stopped the local S3 server" if stopped else "nothing is running")
         return
-    with Console(stderr=True).status("stopping"):
+    with Console(stderr=True).status("stopping") as spinner:
         was_serving = api.http() is not None
         if was_serving:
             api.delete()
         busy = settings.address is None and api.has_running_jobs()
         stop = settings.address is None and not keep_cluster and not busy
+        if was_serving and not stop:
+            spinner.update("waiting for requests under way to end")
+            _wait_until_stopped(api)
         if stop:
             stop_local_cluster(settings.home)
             stop_home_store(settings)
@@ -143,6 +149,17 @@ def down(keep_cluster: bool) -> None:
         click.echo("stopped the local Ray cluster")
     elif busy and not keep_cluster:
         click.echo("the local Ray cluster stays: a job is running on it (`loray down` again once it has ended)")
+
+
+def _wait_until_stopped(api: ServeApi) -> None:
+    """Serve's own way to delete returns after half a minute, whatever is left."""
+    deadline = time.monotonic() + DRAIN_S + _QUICK_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with suppress(ClusterError):  # Serve's controller may end while it is asked
+            if api.http() is None:
+                return
+        time.sleep(_POLL_S)
+    raise ClusterError("requests under way are still being waited for; `loray status` says how far it is")
 
 
 # -- up ---------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class ReplicaDemand:
                     asked.num_output_tokens = delta.num_output_tokens
                     yield delta
         except Overloaded:
-            self._meter.refused(asked)
+            self._meter.refused(asked, time.monotonic())
             raise
         except LorayError:
             self._meter.void(asked)

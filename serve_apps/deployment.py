@@ -17,6 +17,7 @@ IMPORT_PATH = "serve_apps.app:build"
 CATALOG_APPLICATION = "catalog"
 CATALOG_PREFIX = "/api/v1"
 CATALOG_IMPORT_PATH = "serve_apps.api.app:build"
+DRAIN_S = 120.0  # that requests under way have to end, where their replica or gateway is to go
 _POLL_S = 0.5
 _OUR_ERROR = re.compile(r"^\s*loray\.errors\.\w+: (.+)$", re.MULTILINE)
 _REASON_LINES = 12

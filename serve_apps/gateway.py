@@ -15,6 +15,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from loray import __version__
+from loray.engine.pool import cut_pool
 from loray.engine.request import GenerateRequest
 from loray.errors import ContextLengthExceeded, EngineError, RequestError
 from loray.serving.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest, parse
@@ -38,7 +39,8 @@ class Gateway:
     def __init__(self, spec: ServeSpec, directory: ModelDirectory, prompts: PromptEncoder, engines: Engines) -> None:
         self.spec, self.directory = spec, directory
         self._prompts, self._engines = prompts, engines
-        self._capacity: int | None = None
+        _, num_blocks = cut_pool(spec, directory.base.config)
+        self._pool_tokens = num_blocks * spec.block_tokens
         self.counted = GatewayMetrics()
 
     @property
@@ -74,7 +76,6 @@ class Gateway:
         param: str,
     ) -> Response:
         config = self.directory.base.config
-        await self._learn_capacity()
         limit = self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
         jobs = [
             GenerateRequest(
@@ -108,16 +109,12 @@ class Gateway:
 
         An adapter takes its share of the pool too; how much, its replica knows, and has the last word.
         """
-        return min(filter(None, (context_length, self.spec.max_model_len, self._capacity)))
-
-    async def _learn_capacity(self) -> None:
-        if self._capacity is None:
-            self._capacity = await self._engines.capacity()
+        return min(filter(None, (context_length, self.spec.max_model_len, self._pool_tokens)))
 
     # -- looking in ---------------------------------------------------------------------------------------------------
 
     async def health(self) -> Response:
-        if not await self._engines.stats():
+        if not await self._engines.healthy():
             raise EngineError("no replica answers; `loray status` says more")
         return Response('{"status":"ok"}', media_type="application/json")
 
@@ -130,7 +127,9 @@ class Gateway:
                 for field in ("adapters_in_pool", "adapters_on_host")
             }
             replicas.append(ReplicaStatus.model_validate(stats | named))
-        healthy = len(replicas) >= self.spec.min_replicas and self.directory.failure is None
+        scaling = None if self.spec.autoscaling is None else await self._engines.autoscaling()
+        wanted = self.spec.min_replicas if scaling is None else scaling.target
+        healthy = len(replicas) >= wanted and self.directory.failure is None
         return Status(
             status="ok" if healthy else "degraded",
             model=self.directory.base.name,
@@ -138,7 +137,7 @@ class Gateway:
             catalog=CatalogStatus(num_adapters=self.directory.num_adapters, failure=self.directory.failure),
             replicas=tuple(replicas),
             totals=total(tuple(replicas)),
-            autoscaling=None if self.spec.autoscaling is None else await self._engines.autoscaling(),
+            autoscaling=scaling,
         )
 
     async def metrics(self, accept: str) -> Response:

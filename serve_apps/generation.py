@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from prometheus_client.core import Metric as Family
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta
@@ -28,6 +29,8 @@ _log = get_logger(__name__)
 ATTEMPTS = 3
 _BACKOFF_S = 0.2
 _STATS_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 1.0  # as long as Kubernetes' probes wait
+_NO_REPLICA_S = 30.0  # longer than a replica needs to be replaced, as a rule
 _REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 
 
@@ -38,8 +41,8 @@ class Engines(Protocol):
         `fit`: max_tokens is an upper bound, lowered to what there is room for.
         """
 
-    async def capacity(self) -> int:
-        """Tokens that one request can have at most, for want of pool."""
+    async def healthy(self) -> bool:
+        """Whether a replica answers, and its engine runs."""
 
     async def stats(self) -> list[dict[str, Any]]:
         """Of the replicas that answer."""
@@ -57,6 +60,7 @@ class ServeEngines:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
         self._stream = handle.options(stream=True)
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="broadcast")
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
         """A request is sent again only where a replica was lost or had stopped: what an engine says holds for all."""
@@ -83,6 +87,7 @@ class ServeEngines:
         response = self._stream.generate.remote(request, fit)
         finished = False
         try:
+            await _accepted(response)
             async for delta in response:
                 yield delta
             finished = True
@@ -104,13 +109,26 @@ class ServeEngines:
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         log = ScalingLog(self._handle.deployment_id.app_name, self._handle.deployment_id.name)
-        return await asyncio.to_thread(log.read)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, log.read)
 
-    async def capacity(self) -> int:
+    async def healthy(self) -> bool:
+        """At the first good answer; Serve's `results` wait for everybody's."""
+        asked: list[asyncio.Future[Any]] = []
         try:
-            return int(await self._handle.capacity.remote())
-        except (*_REPLICA_LOST, DeploymentUnavailableError) as e:
-            raise EngineError("no replica is running; try again") from e
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                answers = await self._handle.broadcast("check_health")._fetch_replica_results_async()
+                asked = [asyncio.ensure_future(answer.get_async()) for answer in answers]
+                for answered in asyncio.as_completed(asked):
+                    with suppress(Exception):
+                        await answered
+                        return True
+        except (TimeoutError, DeploymentUnavailableError):
+            pass
+        finally:
+            for future in asked:
+                future.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        return False
 
     async def stats(self) -> list[dict[str, Any]]:
         return [a for a in await self._ask_all("stats") if isinstance(a, dict)]
@@ -125,9 +143,18 @@ class ServeEngines:
         """
         ask = partial(self._handle.broadcast(method).results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
         try:
-            return list(await asyncio.to_thread(ask))
+            return list(await asyncio.get_running_loop().run_in_executor(self._threads, ask))
         except (TimeoutError, DeploymentUnavailableError):
             return []
+
+
+async def _accepted(response: DeploymentResponseGenerator[Any]) -> None:
+    """EngineError where no replica takes the request. Serve would wait however long, as its replicas may come back."""
+    try:
+        async with asyncio.timeout(_NO_REPLICA_S):
+            await response._fetch_future_result_async()
+    except TimeoutError as e:
+        raise EngineError("no replica takes requests; `loray status` says why") from e
 
 
 class Part(NamedTuple):

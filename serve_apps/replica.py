@@ -90,10 +90,6 @@ class EngineReplica:
             async for delta in coalesced:
                 yield delta
 
-    def capacity(self) -> int:
-        """Tokens that the whole pool holds."""
-        return sum(self._stream.stats().blocks.values()) * self._spec.block_tokens
-
     def stats(self) -> dict[str, Any]:
         """Fields of `loray.serving.status.ReplicaStatus`; adapters by digest."""
         return self._stream.stats().to_dict() | {

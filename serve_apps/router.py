@@ -9,6 +9,7 @@ the model.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +29,7 @@ ROUTER_CLASS = "serve_apps.app.AdapterRouter"
 _SUSPECT_S = 10.0  # longer than Serve needs to replace a replica whose engine has stopped
 
 _decisions = dict.fromkeys(REASONS, 0)
-_suspects: dict[str, float] = {}
+_suspects: dict[str, float] = {}  # read and written by the routers' loop and the gateway's
 
 
 def decisions() -> dict[str, int]:
@@ -39,7 +40,7 @@ def decisions() -> dict[str, int]:
 def suspect(replica: str) -> None:
     """It does not answer, or its engine has stopped: until Serve has replaced it, requests go elsewhere if they can."""
     now = time.monotonic()
-    for name in [n for n, until in _suspects.items() if until < now]:
+    for name in [n for n, until in list(_suspects.items()) if until < now]:
         _suspects.pop(name, None)
     _suspects[replica] = now + _SUSPECT_S
 
@@ -47,15 +48,18 @@ def suspect(replica: str) -> None:
 class AdapterRouter(RequestRouter):  # type: ignore[misc]
     """Every candidate is a group of its own: within a group Serve takes whoever has the shortest queue."""
 
-    def initialize_state(self, floor: int) -> None:
-        self._routing = Routing(RoutingPolicy(floor=floor))
+    def initialize_state(self, **policy: Any) -> None:
+        """`policy`: RoutingPolicy's fields."""
+        self._routing = Routing(RoutingPolicy(**policy))
         self._reports: dict[str, _Reported] = {}
         self._ongoing: dict[str, int] = {}
+        self._asking: asyncio.Task[Any] | None = None
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Called again, with pauses, for as long as nobody takes the request."""
+        self._confirm(candidate_replicas)
         now = time.monotonic()
         request = _request(pending_request)
         replicas = {_name(r): r for r in candidate_replicas}
@@ -67,6 +71,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         )
         if pending_request is not None:
             pending_request.ranked = ranked
+            pending_request.routing_context.should_backoff = True  # every replica has been offered
         return [[replicas[c.replica]] for c in ranked]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
@@ -102,7 +107,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         suspect(replica_id.unique_id)
         super().on_replica_actor_unavailable(replica_id)
 
-    # Serve forgets a queue's length after ten seconds without a request, though requests may run for longer.
+    # Serve forgets a queue's length after ten seconds without a request, though requests may run for longer, and then
+    # begins to count at zero. So the lengths are kept here as well, from all that Serve learns of them.
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
         self._ongoing[replica_id.unique_id] = num_ongoing_requests
@@ -115,6 +121,26 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     def decrement_queue_len_cache(self, replica_id: ReplicaID) -> None:
         self._ongoing[replica_id.unique_id] = max(0, self._ongoing.get(replica_id.unique_id, 0) - 1)
         super().decrement_queue_len_cache(replica_id)
+
+    async def _probe_queue_lens(
+        self, replicas: list[RunningReplica], backoff_index: int
+    ) -> list[tuple[RunningReplica, int | None]]:
+        answers: list[tuple[RunningReplica, int | None]] = await super()._probe_queue_lens(replicas, backoff_index)
+        self._ongoing |= {_name(replica): length for replica, length in answers if length is not None}
+        return answers
+
+    def _confirm(self, replicas: Sequence[RunningReplica]) -> None:
+        """Ask those of whose requests nothing has been heard for a while.
+
+        A request whose caller leaves, or whose replica cannot be reached, before it was accepted is counted as sent and
+        never as ended; and a replica that seems to be busy gets no request which would tell.
+        """
+        silent = [r for r in replicas if self._ongoing.get(_name(r)) and not self._is_known(r)]
+        if silent and (self._asking is None or self._asking.done()):
+            self._asking = asyncio.get_running_loop().create_task(self._probe_queue_lens(silent, 0))
+
+    def _is_known(self, replica: RunningReplica) -> bool:
+        return self.replica_queue_len_cache.get(replica.replica_id) is not None
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
         """The request whose metadata this is: a replica was chosen for its adapter, so it must not go to another one.
@@ -129,12 +155,11 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
 
     def _view(self, replica: RunningReplica, now: float) -> ReplicaView:
         name = _name(replica)
-        load = self.replica_queue_len_cache.get(replica.replica_id)
         reported = self._reports.get(name)
         report = (reported and reported.report) or RoutingReport()
         return ReplicaView(
             id=name,
-            load=self._ongoing.get(name, 0) if load is None else load,
+            load=self._ongoing.get(name, 0),
             limit=replica.max_ongoing_requests,
             in_pool=report.in_pool,
             on_host=report.on_host,

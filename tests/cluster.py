@@ -29,6 +29,7 @@ _QUICK = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "PYTHONWARNINGS": "ignore",
+    "OMP_NUM_THREADS": "1",  # more processes than cores as it is
 }
 
 

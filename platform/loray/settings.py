@@ -55,7 +55,9 @@ class Settings:
             raise SettingsError(f"LORAY_STORE: {e}") from e
         catalog = env.get("LORAY_CATALOG") or f"sqlite:///{home}/catalog.db"
         if not catalog.startswith(("sqlite:", "postgresql")):
-            raise SettingsError(f"LORAY_CATALOG={catalog!r} must be a sqlite: or postgresql URL")
+            scheme, separator, _ = catalog.partition("://")  # and no more of it: it may hold a password
+            found = f"begins with {scheme}://" if separator else "has no scheme"
+            raise SettingsError(f"LORAY_CATALOG {found}; it must be a sqlite:/// or postgresql:// URL")
         level = (env.get("LORAY_LOG_LEVEL") or "INFO").upper()
         if level not in _LOG_LEVELS:
             raise SettingsError(f"LORAY_LOG_LEVEL={level!r} must be one of {', '.join(_LOG_LEVELS)}")
@@ -64,7 +66,7 @@ class Settings:
     @property
     def is_local(self) -> bool:
         """True where store or catalog are this machine's alone, out of a remote cluster's reach."""
-        return parse_location(self.store).is_local or self.catalog.startswith("sqlite:")
+        return parse_location(self.store).is_local or _is_local_catalog(self.catalog)
 
     @property
     def is_remote(self) -> bool:
@@ -99,6 +101,14 @@ class Settings:
     def catalog_has_password(self) -> bool:
         parts = urlsplit(self.catalog)
         return parts.password is not None or any("password" in name.lower() for name, _ in parse_qsl(parts.query))
+
+
+def _is_local_catalog(url: str) -> bool:
+    """SQLite, or PostgreSQL on loopback or behind a socket, which is where a URL without a host leads, too."""
+    parts = urlsplit(url)
+    named = [value for name, value in parse_qsl(parts.query) if name in ("host", "hostaddr")]
+    hosts = [host for host in (parts.hostname, *",".join(named).split(",")) if host]
+    return url.startswith("sqlite:") or all(host.startswith("/") or is_this_machine(host) for host in hosts)
 
 
 def _default_store(home: Path) -> str:

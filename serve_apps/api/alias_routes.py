@@ -25,38 +25,42 @@ def create_router(site: Site) -> APIRouter:
     @router.get(
         _PATH,
         response_model=AliasResource,
-        responses=responses(404) | {304: {"description": "The client has it"}} | _tagged(),
+        responses=responses(404, 412) | {304: {"description": "The client has it"}} | _tagged(),
     )
     def get_alias(response: Response, name: NamePath, alias: AliasPath, conditions: Conditional) -> object:
-        """Where an alias points. With If-None-Match, 304 where it has not moved."""
+        """Where an alias points. With If-None-Match, 304 where it has not moved; with If-Match, 412 where it has."""
         found = _tag(site.catalog.alias(name, alias), response)
+        conditions.check_match(found.revision, alias)
         if conditions.found_unchanged(found.revision):
             return Response(status_code=304, headers={"ETag": found.etag})
         return found
 
-    @router.put(_PATH, responses=responses(404, 412) | _tagged())
+    @router.put(_PATH, responses=responses(404, 412) | _tagged() | _tagged(201))
     def put_alias(
         response: Response, name: NamePath, alias: AliasPath, target: AliasTarget, conditions: Conditional
     ) -> AliasResource:
-        """Point an alias at a version; it is made where it is not set.
+        """Point an alias at a version; it is made where it is not set, which is answered with 201.
 
         With If-Match only if it has that ETag, with `If-None-Match: *` only if it is not set: 412 where it has moved
         meanwhile. Without either it moves, whoever moved it last.
         """
-        revision = conditions.expected_revision(site.catalog, name, alias)
-        return _tag(site.catalog.promote(name, alias, target.version, expected_revision=revision), response)
+        current = {state.alias: state.revision for state in site.catalog.aliases(name)}.get(alias, 0)
+        expected = conditions.expected_revision(current, alias)
+        state = site.catalog.promote(name, alias, target.version, expected_revision=expected)
+        response.status_code = 200 if current else 201
+        return _tag(state, response)
 
     @router.delete(_PATH, status_code=204, responses=responses(404, 412))
     def delete_alias(name: NamePath, alias: AliasPath, conditions: Conditional) -> None:
         """Take an alias away; versions stay. Preconditions as for PUT."""
-        revision = conditions.expected_revision(site.catalog, name, alias)
-        site.catalog.delete_alias(name, alias, expected_revision=revision)
+        expected = conditions.expected_revision(site.catalog.alias(name, alias).revision, alias)
+        site.catalog.delete_alias(name, alias, expected_revision=expected)
 
     @router.post(_PATH + "/rollback", responses=responses(404, 409, 412) | _tagged())
     def roll_back(response: Response, name: NamePath, alias: AliasPath, conditions: Conditional) -> AliasResource:
         """Point an alias back at where it pointed before its last move. 409: there is nothing to go back to."""
-        revision = conditions.expected_revision(site.catalog, name, alias)
-        return _tag(site.catalog.rollback(name, alias, expected_revision=revision), response)
+        expected = conditions.expected_revision(site.catalog.alias(name, alias).revision, alias)
+        return _tag(site.catalog.rollback(name, alias, expected_revision=expected), response)
 
     return router
 
@@ -67,6 +71,6 @@ def _tag(state: AliasState, response: Response) -> AliasResource:
     return found
 
 
-def _tagged() -> examples.Responses:
+def _tagged(status: int = 200) -> examples.Responses:
     header = {"ETag": {"description": "the revision in quotes", "schema": {"type": "string"}}}
-    return examples.ok(examples.ALIAS, headers=header)
+    return examples.ok(examples.ALIAS, status, headers=header)

@@ -7,7 +7,6 @@ from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Header
 
-from loray.catalog import Catalog
 from loray.errors import RevisionConflict, SpecError
 
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
@@ -29,25 +28,29 @@ class Preconditions(NamedTuple):
     if_match: str | None
     if_none_match: str | None
 
-    def expected_revision(self, catalog: Catalog, name: str, alias: str) -> int | None:
+    def expected_revision(self, current: int, alias: str) -> int | None:
         """The revision that the alias must have when it is written; None without preconditions.
 
-        RevisionConflict where it has another now, AdapterNotFound where there is no such name, SpecError where a
-        header is malformed.
+        `current`: the one that it has now, 0 where it is not set. RevisionConflict where that is not what the headers
+        ask for, SpecError where a header is malformed.
         """
-        if self.if_match is None and self.if_none_match is None:
-            return None
-        current = {state.alias: state.revision for state in catalog.aliases(name)}.get(alias, 0)
-        is_set = f"has revision {current}" if current else "is not set"
+        self.check_match(current, alias)
+        if self.found_unchanged(current):
+            raise RevisionConflict(f"alias {alias!r} {_describe(current)}, which If-None-Match rules out")
+        return None if self.if_match is None and self.if_none_match is None else current
+
+    def check_match(self, current: int, alias: str) -> None:
+        """RevisionConflict where the alias has not the revision that If-Match asks for."""
         if self.if_match is not None and not _parse(self.if_match, "If-Match", _STRONG).match(current):
-            raise RevisionConflict(f"alias {alias!r} of {name!r} {is_set}, which is not what If-Match asks for")
-        if self.if_none_match is not None and self.found_unchanged(current):
-            raise RevisionConflict(f"alias {alias!r} of {name!r} {is_set}, which If-None-Match rules out")
-        return current
+            raise RevisionConflict(f"alias {alias!r} {_describe(current)}, which is not what If-Match asks for")
 
     def found_unchanged(self, revision: int) -> bool:
         """Whether a GET is answered with 304."""
         return self.if_none_match is not None and _parse(self.if_none_match, "If-None-Match", _WEAK).match(revision)
+
+
+def _describe(revision: int) -> str:
+    return f"has revision {revision}" if revision else "is not set"
 
 
 def _parse(header: str, name: str, tag: re.Pattern[str]) -> _Tags:

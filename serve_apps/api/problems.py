@@ -24,6 +24,7 @@ from loray.errors import (
     RevisionConflict,
     SettingsError,
     SpecError,
+    StoreError,
     UnsupportedError,
 )
 from loray.serving.resources import FieldError, Problem, problem_type
@@ -60,6 +61,7 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
     (UnsupportedError, 422),
     (SettingsError, 409),  # the server's own settings forbid it; they are not the client's to change
     (CatalogError, 503),
+    (StoreError, 503),
     (ClusterError, 503),
     (IntegrityError, 500),
     (LorayError, 500),

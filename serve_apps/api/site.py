@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from threading import Lock
 from typing import Annotated, Any, Protocol
 
@@ -15,6 +16,7 @@ from loray.store import AdapterStore, open_store
 from serve_apps.api.training import JobServer, Training
 
 ACTOR = "api"
+_RETRY_S = 1.0  # after a catalog that could not be opened; as long as the answer's Retry-After
 
 NamePath = Annotated[Name, Path(description="Name of an adapter")]
 AliasPath = Annotated[Alias, Path(description="`prod`, `canary`, …")]
@@ -33,26 +35,29 @@ class Site:
         self.placements = placements
         self.training = Training(lambda: self.catalog, jobs, settings)
         self._settings = settings
-        self._lock = Lock()
+        self._catalog_lock, self._store_lock = Lock(), Lock()
         self._catalog: Catalog | None = None
+        self._failure, self._failed_at = "", float("-inf")
         self._store: AdapterStore | None = None
 
     @property
     def catalog(self) -> Catalog:
-        """Raises CatalogError."""
-        with self._lock:
+        """Raises CatalogError. Of requests that come together one finds out, which may take seconds, for all."""
+        with self._catalog_lock:
             if self._catalog is None:
+                if time.monotonic() - self._failed_at < _RETRY_S:
+                    raise CatalogError(self._failure)
                 try:
                     self._catalog = Catalog(self._settings.catalog, actor=ACTOR)
-                except CatalogError:
-                    raise
                 except LorayError as e:
-                    raise CatalogError(f"the catalog cannot be opened: {e}") from e
+                    self._failure = str(e) if isinstance(e, CatalogError) else f"the catalog cannot be opened: {e}"
+                    self._failed_at = time.monotonic()
+                    raise CatalogError(self._failure) from e
             return self._catalog
 
     @property
     def store(self) -> AdapterStore:
-        with self._lock:
+        with self._store_lock:
             if self._store is None:
                 self._store = AdapterStore(open_store(self._settings.store))
             return self._store

@@ -60,9 +60,9 @@ class Training:
         submission = from_spec(spec, self._settings, resume=resume)
         catalog = self._open()
         catalog.check_name(spec.name, spec.publish.aliases)
-        job_id = job_id or f"train_{secrets.token_hex(8)}"
-        if self._is_known(job_id):
+        if job_id is not None and (self._is_known(job_id) or self._server.find(job_id) is not None):
             raise ConflictError(f"there is a job {job_id!r} already; choose another id, or leave it out")
+        job_id = job_id or f"train_{secrets.token_hex(8)}"
         job = catalog.add_job(job_id, name=spec.name, recipe=spec)
         try:
             self._server.submit(job_id, submission)

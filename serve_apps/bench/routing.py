@@ -2,9 +2,10 @@
 
     python -m serve_apps.bench.routing [--replicas 2] [--adapters 20] [--requests 200] [--json FILE]
 
-A cluster of its own on this machine, fresh replicas of SmolLM2-135M for each row, rows in both orders. The adapters are mixed_batch's; a
-replica's pool and its host memory hold 70 % of their bytes. Every adapter is asked once, which is not counted; then
-requests for adapters drawn at random, `--at-once` under way at any time: 32 tokens of prompt, 8 new ones, streamed.
+A cluster of its own on this machine, fresh replicas of SmolLM2-135M for each row, rows in both orders. The adapters are
+mixed_batch's; a replica's pool and its host memory hold 70 % of their bytes. Every adapter is asked once, which is not
+counted; then requests for adapters drawn at random, `--at-once` under way at any time: 32 tokens of prompt, 8 new ones,
+streamed.
 """
 
 from __future__ import annotations

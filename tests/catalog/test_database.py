@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -155,6 +156,19 @@ def test_bad_urls(tmp_path: Path) -> None:
     ]:
         with pytest.raises(error):
             Catalog(url)
+
+
+def test_passwords_are_not_told() -> None:
+    port = free_port()
+    for url, shown in (
+        (f"postgresql://loray:hush@127.0.0.1:{port}/a", f"postgresql+psycopg://loray:***@127.0.0.1:{port}/a "),
+        (f"postgresql://127.0.0.1:{port}/a?password=hush&sslpassword=hush&sslmode=allow", "/a?sslmode=allow "),
+        ("postgresql://loray:hu/sh@host:hush/a", "postgresql://…"),
+        ("postgresql+nothing://loray:hush@host/a", r"postgresql+nothing://loray:***@host/a"),
+    ):
+        with pytest.raises(LorayError, match=re.escape(shown)) as error:
+            Catalog(url)
+        assert "hush" not in str(error.value)
 
 
 def test_what_postgres_refuses_is_told_without_the_password(postgres: Postgres) -> None:

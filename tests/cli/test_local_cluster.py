@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from loray.cli.local_cluster import current_cluster, start_local_cluster, stop_local_cluster
+from loray.cli.processes import pid_scope, start_time
 from loray.errors import ClusterError
 
 
@@ -26,15 +28,37 @@ def test_none_is_running(tmp_path: Path) -> None:
 
 
 def test_a_reused_pid_is_not_the_cluster(tmp_path: Path) -> None:
-    state = {"address": "http://127.0.0.1:1", "gcs_address": "127.0.0.1:2", "pid": os.getpid(), "started": 1}
-    state |= {
-        "temp_dir": "/tmp/loray-no-such-folder",
-        "token_file": str(tmp_path / "k"),
-        "log_file": str(tmp_path / "l"),
-    }
-    (tmp_path / "cluster.json").write_text(json.dumps(state))
+    write_state(tmp_path, os.getpid(), 1, pid_scope())
     assert current_cluster(tmp_path) is None
     assert stop_local_cluster(tmp_path) is False
+
+
+def write_state(home: Path, pid: int, started: int, scope: str) -> None:
+    state = {"address": "http://127.0.0.1:1", "gcs_address": "127.0.0.1:2", "pid": pid, "started": started}
+    state |= {"scope": scope, "temp_dir": "/tmp/loray-no-such-folder"}
+    state |= {"token_file": str(home / "k"), "log_file": str(home / "l")}
+    (home / "cluster.json").write_text(json.dumps(state))
+
+
+def test_a_pid_of_another_boot_or_container_is_a_strangers(tmp_path: Path) -> None:
+    """Where pids are small, as in containers, even the start time may be the same."""
+    stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        started = start_time(stranger.pid)
+        assert started is not None
+        boot, namespace = pid_scope().split()
+        for scope in (f"another-boot {namespace}", f"{boot} pid:[1]"):
+            write_state(tmp_path, stranger.pid, started, scope)
+            assert current_cluster(tmp_path) is None
+            assert stop_local_cluster(tmp_path) is False
+        assert stranger.poll() is None
+        write_state(tmp_path, stranger.pid, started, pid_scope())
+        assert current_cluster(tmp_path) is not None
+        assert stop_local_cluster(tmp_path) is True
+        assert stranger.wait(10) == -signal.SIGTERM
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 def test_failure_shows_the_log(tmp_path: Path) -> None:

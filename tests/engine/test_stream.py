@@ -164,6 +164,23 @@ def test_who_asks_a_dying_engine_for_its_adapters_hears_of_it(base: BaseModel) -
     go(test)
 
 
+def test_a_stop_is_not_slept_through(base: BaseModel) -> None:
+    """It may come at any moment; here it comes as the thread is about to clear the bell."""
+
+    class Bell(threading.Event):
+        def clear(self) -> None:
+            stream._stopped = True
+            self.set()
+            super().clear()
+
+    stream = EngineStream(make_engine(base, num_threads=1), AutoTokenizer.from_pretrained(base.path))
+    stream._bell = Bell()
+    stream.start()
+    stream._thread.join(30)
+    assert not stream._thread.is_alive()
+    stream.stop()
+
+
 def test_stopping_ends_open_streams(base: BaseModel) -> None:
     async def test() -> None:
         async with started(base) as stream:

@@ -33,7 +33,8 @@ def test_uses_outlive_the_adapter_and_go_on_when_it_comes_back() -> None:
 
 
 def test_what_is_held_is_never_forgotten_and_of_the_others_the_longest_gone_is() -> None:
-    log = UsageLog(kept=2, now=Clock())
+    forgotten: list[str] = []
+    log = UsageLog(kept=2, now=Clock(), forgotten=forgotten.append)
     for name in "abcde":
         log.asked(ref(name))
     for name in "bca":
@@ -44,6 +45,7 @@ def test_what_is_held_is_never_forgotten_and_of_the_others_the_longest_gone_is()
     log.let_go(ref("c"))
     log.let_go(ref("d"))
     assert [u.ref.name for u in log.all()] == ["e", "c", "d"]
+    assert forgotten == [ref("b").digest, ref("a").digest]
 
 
 def test_bounds_belong_to_the_bucket_they_close() -> None:

@@ -83,6 +83,12 @@ def test_ray_runs_with_settings_that_loray_accepts(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
+def test_a_stopped_driver_has_time_to_say_so(folder: str) -> None:
+    (head,) = groups(folder)[0]["template"]["spec"]["containers"]  # where drivers run
+    assert int(environment(head, folder)["RAY_JOB_STOP_WAIT_TIME_S"]) == 30
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_mounts_have_volumes_and_volumes_have_sources(folder: str) -> None:
     for pod in pods(folder):
         claims = pod.document["spec"].get("volumeClaimTemplates", ())

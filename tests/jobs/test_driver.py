@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ from jobs.recipe import Recipe
 from jobs.runs import RunFolder, open_runs
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
-from loray.errors import BaseMismatch, ConflictError, LorayError, StoreError
+from loray.errors import BaseMismatch, ConflictError, LorayError, SpecError, StoreError
 from loray.settings import Settings
 from loray.train import checkpoint
 from loray.train.loop import train
@@ -105,6 +107,47 @@ def test_a_publication_carries_the_job_that_created_the_run(tmp_path: Path, sett
     (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
     assert version.manifest.job_id == "first"
     assert already_published(resumed, write(tmp_path, dtype="float32", max_steps=9)) is None
+
+
+def test_publishing_again_from_a_bucket_is_no_second_version(tmp_path: Path, settings: Settings) -> None:
+    """Ray's copies of checkpoints in a bucket have the time of the download."""
+    recipe = write(tmp_path, dtype="float32")
+    run, made = trained(recipe, settings, tmp_path)
+    first = publish_best(made, run, recipe, settings)
+    for number, path in enumerate(Path(run.path).rglob("*.safetensors")):
+        os.utime(path, (number, number))
+    assert publish_best(made, run, recipe, settings) == first
+    (version,) = Catalog(settings.catalog).adapter("arithmetic").versions
+    assert datetime.now(UTC) - datetime.fromisoformat(version.manifest.created_at) < timedelta(hours=1)
+
+
+def test_threads_are_those_that_the_nodes_environment_sets() -> None:
+    for environ, threads in (
+        (b"A=1\0OMP_NUM_THREADS=4\0B=2\0", 4),
+        (b"OMP_NUM_THREADS=3,2\0", 3),
+        (b"MY_OMP_NUM_THREADS=4\0", None),
+        (b"OMP_NUM_THREADS=\0", None),
+        (b"", None),
+    ):
+        assert worker._preset_threads(environ) == threads
+
+
+def test_what_an_autoscaler_may_add_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write(tmp_path, num_workers=3)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(driver, "_RAY_UP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --num-cpus=0")
+    with pytest.raises(SpecError, match="num_workers is 3, but the cluster has 2 CPUs"):
+        driver._check_resources(recipe)
+    warned: list[str] = []
+    monkeypatch.setattr(driver.log, "warning", lambda text, *args: warned.append(text % args))
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --no-monitor --num-cpus=0")
+    driver._check_resources(recipe)
+    monkeypatch.delenv("KUBERAY_GEN_RAY_START_CMD")
+    (tmp_path / "ray_bootstrap_config.yaml").touch()
+    driver._check_resources(recipe)
+    assert len(warned) == 2
+    assert "waiting for its autoscaler" in warned[0]
 
 
 def test_a_store_that_goes_away_leaves_a_checkpoint_to_publish(
@@ -213,6 +256,20 @@ def test_a_connection_that_still_brings_lines_is_taken_up_again(monkeypatch: pyt
     with pytest.raises(LorayError, match="lost the connection"):
         asyncio.run(command._follow(dead, "job", lines.append))
     assert dead.calls == 5
+
+
+def test_a_job_that_fails_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failed:
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            yield '{"event": "error", "kind": "BaseNotFound", "message": "no base model \'missing\'"}\n'
+
+        def get_job_status(self, job: str) -> JobStatus:
+            return JobStatus.FAILED
+
+    monkeypatch.setattr(command, "_submit", lambda *_: (Failed(), "job"))
+    outcome = CliRunner().invoke(command.train, [str(write(tmp_path, base="missing").path)])
+    assert outcome.exit_code == 1
+    assert outcome.output.splitlines()[-1] == "error: no base model 'missing'"
 
 
 def test_a_store_that_does_not_answer_is_refused_at_submission(

@@ -98,6 +98,8 @@ def test_an_unknown_field_is_named(tmp_path: Path) -> None:
         ({"dtype": "float16"}, "float16 needs loss scaling"),
         ({"optimizer": {"learning_rate": float("inf")}}, r"optimizer\.learning_rate: .*finite"),
         ({"max_steps": None, "num_epochs": float("inf")}, "num_epochs: .*finite"),
+        ({"adapter": {"method": "lora", "alpha": float("inf")}}, r"alpha: .*finite"),
+        ({"adapter": {"method": "vera", "d_initial": float("nan")}}, r"d_initial: .*finite"),
     ],
 )
 def test_numbers_that_cannot_train_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

@@ -8,16 +8,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from jobs import leases
 from jobs.leases import leased
-from jobs.runs import Runs, open_runs
+from jobs.runs import Runs, SharedRunFolder, open_runs
 from loray.errors import ConflictError, SpecError, StoreError, TrainingError
 from loray.settings import Settings
 from loray.store import LocalStore, open_store
@@ -80,6 +81,48 @@ def test_the_history_grows_from_driver_to_driver(settings: Settings, runs: Runs,
         elsewhere = Settings.from_env(settings.to_env() | {"LORAY_HOME": str(tmp_path / "elsewhere")})
         with open_runs(elsewhere).latest("arithmetic").events() as path:
             assert path.read_text() == "first\nsecond\n"
+
+
+def test_a_history_that_is_not_the_buckets_is_not_kept(s3_server: Any, tmp_path: Path) -> None:
+    env = {"LORAY_HOME": str(tmp_path / "home"), "LORAY_STORE": s3_server.url("runs")}
+    run = open_runs(Settings.from_env(env)).new("arithmetic", "job")
+    with run.events() as path:
+        path.write_text("here\n")
+    run.write("events.jsonl", b"elsewhere\n")
+    with run.events() as path:
+        assert path.read_text() == "elsewhere\n"
+        path.write_text("elsewhere\nand a killed driver of this machine\n")
+    run.write("events.jsonl", b"elsewhere\n")
+    with run.events() as path:
+        assert path.read_text() == "elsewhere\nand a killed driver of this machine\n"
+
+
+def test_who_has_lost_a_run_leaves_its_history_alone(
+    s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    env = {"LORAY_HOME": str(tmp_path / "home"), "LORAY_STORE": s3_server.url("runs")}
+    run = open_runs(Settings.from_env(env)).new("arithmetic", "job")
+    assert isinstance(run, SharedRunFolder)
+    lost: list[str] = []
+    with run.locked("slow", lost.append), run.events() as path:
+        path.write_text("of the slow driver\n")
+        other = leases._Lease(run.objects, f"{run.key}/lock/", "next")
+        until(lambda: other._write(max(other._numbers()) + 1, other._ours))
+        run.write("events.jsonl", b"of the next driver\n")
+        until(lambda: bool(lost))
+    assert run.read("events.jsonl") == b"of the next driver\n"
+    assert path.read_text() == "of the slow driver\n"
+
+
+def test_runs_of_the_folder_store_are_not_forgotten_silently(s3_server: Any, tmp_path: Path) -> None:
+    before = Settings.from_env({"LORAY_HOME": str(tmp_path)})
+    open_runs(before).new("arithmetic", "job")
+    runs = open_runs(replace(before, store=s3_server.url("runs")))
+    with pytest.raises(SpecError, match=rf"set LORAY_STORE to the folder store: its runs in {tmp_path}/runs/arith"):
+        runs.latest("arithmetic")
+    with pytest.raises(SpecError, match=r"train it without --resume$"):
+        runs.latest("other")
 
 
 def test_a_run_has_one_driver(settings: Settings, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +202,7 @@ def test_a_dead_driver_is_replaced_and_a_living_one_is_not(store: LocalStore, mo
 
 def test_a_driver_that_was_taken_for_dead_hears_of_it(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "STALE_S", 0.1)
-    monkeypatch.setattr(leases, "BEAT_S", 1.0)
+    monkeypatch.setattr(leases, "BEAT_S", 3.0)
     lost: list[str] = []
     with ExitStack() as stack:
         stack.enter_context(leased(store, "lock/", job_id="slow", lost=lost.append))
@@ -195,6 +238,47 @@ def test_of_many_drivers_one_wins(store: LocalStore, monkeypatch: pytest.MonkeyP
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["lost"] * 7 + ["won"]
+
+
+class Flaky(LocalStore):
+    """Carries out what it is asked, and fails to say so while `failures` last."""
+
+    failures: ClassVar[dict[str, int]] = {}
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        self._fail("list")
+        return super().list(prefix)
+
+    def put_if_absent(self, key: str, data: bytes | Path) -> bool:
+        written = super().put_if_absent(key, data)
+        self._fail("put")
+        return written
+
+    def _fail(self, what: str) -> None:
+        if self.failures.get(what, 0) > 0:
+            self.failures[what] -= 1
+            raise StoreError("connection lost")
+
+
+@pytest.mark.parametrize("what", ["list", "put"])
+def test_a_beat_whose_answer_was_lost_is_the_holders_own(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(leases, "BEAT_S", 0.02)
+    flaky = Flaky(store.root)
+    with leased(flaky, "lock/", job_id="healthy", lost=no_loss):
+        monkeypatch.setattr(flaky, "failures", {what: 2})
+        until(lambda: flaky.failures[what] == 0)
+        first = max(store.list("lock/"))
+        until(lambda: max(store.list("lock/")) > first)
+    assert [e["holder"] for e in entries(store)] == [None]
+    lease = leases._Lease(flaky, "lock/", "released")
+    lease.acquire()
+    monkeypatch.setattr(flaky, "failures", {what: 1})
+    with pytest.raises(StoreError):
+        lease._write(lease._number + 1, lease._ours)
+    lease.release()
+    assert json.loads(store.get(max(store.list("lock/"))))["holder"] is None
 
 
 def test_a_number_that_was_removed_is_not_written_again(store: LocalStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -130,7 +131,7 @@ def test_a_killed_drivers_run_goes_on_on_another_machine(
 
     elsewhere = Settings.from_env(settings.to_env() | {"LORAY_HOME": str(tmp_path / "home")})
     add_base(str(base.path), home=elsewhere.home, name=TINY)
-    monkeypatch.setattr(leases, "STALE_S", 8.0)
+    monkeypatch.setattr(leases, "STALE_S", 2.0)  # the driver is dead, and so is its lease
     with open_runs(settings).latest("orphan").result().checkpoint.as_directory() as checkpoint:
         left_at = read_state(Path(checkpoint)).step
     changes = {
@@ -157,14 +158,23 @@ def test_a_stopped_job_says_so_and_lets_go_of_its_run(
     spec = recipe_in_bucket(tmp_path, settings, name="stopped", num_workers=1, max_steps=4000).spec
     client, catalog = JobSubmissionClient(ray_cluster.address), Catalog(settings.catalog)
     job = client.submit_job(**from_spec(spec, settings)._asdict())
-    until(lambda: "step_000010/state.json" in objects(settings, "stopped"), lambda: client.get_job_logs(job))
+
+    def has_told_of_a_checkpoint() -> bool:
+        lines = client.get_job_logs(job).splitlines()
+        return any((decode(line) or {}).get("event") == "checkpoint" for line in lines)
+
+    until(has_told_of_a_checkpoint, lambda: client.get_job_logs(job))
+    assert any(key.endswith("/state.json") for key in objects(settings, "stopped"))
     assert catalog.job(job).status == "running"
     client.stop_job(job)
     until(lambda: client.get_job_status(job) == JobStatus.STOPPED, lambda: client.get_job_logs(job))
     assert catalog.job(job).status == "stopped", client.get_job_logs(job)[-2000:]
     found = open_runs(settings).latest("stopped")
     assert found.job_id == job
-    with found.locked("next", pytest.fail):  # at once: the lease was released
+    store = open_store(settings.store)
+    newest = max(store.list(f"runs/stopped/{found.path.rpartition('/')[2]}/lock/"))
+    assert json.loads(store.get(newest))["holder"] is None  # released
+    with found.locked("next", pytest.fail):
         pass
     assert b'"checkpoint"' in (found.read("events.jsonl") or b"")
     assert any((decode(line) or {}).get("kind") == "Interrupted" for line in follow(client, job))

@@ -144,6 +144,15 @@ def test_a_clusters_own_password_stays_in_its_environment(tmp_path: Path, monkey
     assert submission.from_spec(spec, settings).runtime_env == {"env_vars": settings.to_env()}
 
 
+def test_a_path_of_this_machine_means_nothing_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings, folder = Settings.from_env(REACHABLE), stage(tmp_path)
+    for source in (str(tmp_path / "a" / "data.jsonl"), "~/a/data.jsonl"):
+        recipe = write(tmp_path / "a", data={"train": source})
+        with pytest.raises(DataError, match=r"write it relative to the recipe, as data\.jsonl$"):
+            submission.remote(recipe, settings, address=ADDRESS, resume=False, stage=folder)
+
+
 def test_data_elsewhere_is_not_uploaded(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").touch()
     recipe = write(tmp_path / "a", data={"train": "../data.jsonl"})

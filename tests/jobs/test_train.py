@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from jobs.command import train as train_command
 from jobs.events import decode
+from jobs.prepare import prepare
+from jobs.publication import publish_best
+from jobs.recipe import Recipe
+from jobs.runs import open_runs
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import AdapterNotFound, DataError, LorayError, SpecError, TrainingError
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
+from loray.train.loop import train as train_loop
+from loray.train.reporting import FolderReporter
 from tests.cluster import RayCluster
+from tests.jobs.test_driver import result
 from tests.jobs.test_recipe import write
 from tests.tiny import write_checkpoint
 
@@ -41,22 +49,35 @@ def base(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> B
     return add_base(str(checkpoint), home=ray_cluster.home, name=TINY)
 
 
-def test_a_submitted_job_trains_and_publishes(ray_cluster: RayCluster, base: BaseModel, tmp_path: Path) -> None:
-    """From a folder with nothing but recipe and data, as `ray job submit --working-dir . -- python -m jobs.train`."""
+@pytest.fixture(scope="module")
+def submitted(
+    ray_cluster: RayCluster, base: BaseModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, str, list[str]]:
+    """The recipe, the job that trained it and the job's log.
+
+    From a folder with nothing but recipe and data, as `ray job submit --working-dir . -- python -m jobs.train`.
+    """
     from ray.job_submission import JobSubmissionClient
 
-    folder = tmp_path / "only-recipe-and-data"
-    write(folder, name="submitted", **FIELDS)
+    folder = tmp_path_factory.mktemp("only-recipe-and-data")
+    recipe = write(folder, name="submitted", **FIELDS)
     client = JobSubmissionClient(ray_cluster.address)
     job = client.submit_job(
         entrypoint=f"{sys.executable} -m jobs.train recipe.yaml --events",
         runtime_env={"working_dir": str(folder), "env_vars": ray_cluster.settings.to_env()},
     )
-    lines = follow(client, job)
+    return recipe, job, follow(client, job)
+
+
+def test_a_submitted_job_trains_and_publishes(
+    ray_cluster: RayCluster, base: BaseModel, submitted: tuple[Recipe, str, list[str]], tmp_path: Path
+) -> None:
+    _, job, lines = submitted
     events = [event for line in lines if (event := decode(line))]
     told = [e["event"] for e in events if e["event"] not in ("step", "checkpoint")]
     assert told == ["start", *["eval"] * 4, "published"], "\n".join(lines)
     assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert events[0]["num_threads"] == 1  # as the cluster's environment says
     # Ray tells of checkpoints when it has them, while the run goes on.
     saved = [e for e in events if e["event"] == "checkpoint"]
     assert [(e["step"], e["eval_loss"]) for e in saved] == [
@@ -95,8 +116,9 @@ def follow(client: Any, job: str) -> list[str]:
 def test_a_killed_worker_resumes_and_gives_the_same_adapter(
     ray_cluster: RayCluster, base: BaseModel, tmp_path: Path
 ) -> None:
-    fields = FIELDS | {"max_steps": 40, "evaluation": {"interval_steps": 10}}
-    unbroken = run(write(tmp_path, name="unbroken", **fields), ray_cluster.settings)
+    """And a longer recipe goes on behind its end, past checkpoints without an evaluation."""
+    fields = FIELDS | {"max_steps": 40, "evaluation": {"interval_steps": 10}, "checkpoint": {"interval_steps": 5}}
+    unbroken = train_here(write(tmp_path, name="unbroken", **fields), ray_cluster.settings, tmp_path)
     killed: list[int] = []
 
     def kill_once(event: dict[str, Any], seen: list[dict[str, Any]]) -> None:
@@ -108,7 +130,7 @@ def test_a_killed_worker_resumes_and_gives_the_same_adapter(
     assert [e["event"] for e in broken].count("worker_lost") == 1
     first, second = (e for e in broken if e["event"] == "start")
     assert first["step"] == 0
-    assert second["step"] >= 10
+    assert second["step"] >= 5
     losses = [{e["step"]: e["loss"] for e in events if e["event"] == "step"} for events in (unbroken, broken)]
     assert losses[0] == losses[1]
     catalog = Catalog(ray_cluster.settings.catalog)
@@ -117,6 +139,27 @@ def test_a_killed_worker_resumes_and_gives_the_same_adapter(
 
     assert run(write(tmp_path, name="broken", **fields), ray_cluster.settings, resume=True) == broken[-1:]
     assert len(catalog.adapter("broken").versions) == 1
+
+    saved = {e["step"]: e["eval_loss"] for e in broken if e["event"] == "checkpoint"}
+    assert saved[35] is None
+    assert saved[40] is not None
+    longer = run(write(tmp_path, name="broken", **fields | {"max_steps": 42}), ray_cluster.settings, resume=True)
+    assert [e["step"] for e in longer if e["event"] == "start"] == [40]
+    assert [e["label"] for e in (broken[-1], longer[-1])] == ["broken@1", "broken@2"]
+
+
+def train_here(recipe: Recipe, settings: Settings, workdir: Path) -> list[dict[str, Any]]:
+    """The events of training and publishing in this process, without Ray, in one thread as the cluster's workers."""
+    prepared, threads = prepare(recipe, settings), torch.get_num_threads()
+    run = open_runs(settings).new(recipe.spec.name, "here")
+    reporter = FolderReporter(Path(run.path))
+    torch.set_num_threads(1)
+    try:
+        train_loop(prepared.spec, prepared.base, prepared.data, reporter=reporter, workdir=workdir)
+    finally:
+        torch.set_num_threads(threads)
+    publish_best(result(reporter), run, recipe, settings)
+    return reporter.events
 
 
 def run(recipe: Any, settings: Settings, watch: Any = None, *, resume: bool = False) -> list[dict[str, Any]]:
@@ -143,19 +186,6 @@ def test_a_diverging_run_publishes_nothing(ray_cluster: RayCluster, base: BaseMo
     (job,) = Catalog(ray_cluster.settings.catalog).jobs(name="diverging").jobs
     assert (job.status, job.version) == ("failed", None)
     assert "not finite" in job.message
-
-
-def test_a_run_goes_on_behind_checkpoints_without_an_evaluation(
-    ray_cluster: RayCluster, base: BaseModel, tmp_path: Path
-) -> None:
-    fields = FIELDS | {"evaluation": {}, "checkpoint": {"interval_steps": 1}}
-    first = run(write(tmp_path, name="longer", **fields | {"max_steps": 3}), ray_cluster.settings)
-    saved = {e["step"]: e["eval_loss"] for e in first if e["event"] == "checkpoint"}
-    assert (saved[1], saved[2]) == (None, None)
-    assert saved[3] is not None
-    second = run(write(tmp_path, name="longer", **fields | {"max_steps": 5}), ray_cluster.settings, resume=True)
-    assert [e["step"] for e in second if e["event"] == "start"] == [3]
-    assert [e["label"] for e in (first[-1], second[-1])] == ["longer@1", "longer@2"]
 
 
 @pytest.mark.parametrize(
@@ -190,16 +220,12 @@ def test_the_driver_says_why_in_one_line(
 
 
 def test_the_command_follows_a_job_to_its_end(
-    ray_cluster: RayCluster, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: RayCluster, submitted: tuple[Recipe, str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a recipe whose run is published already: the job has nothing left to train."""
     for name, value in ray_cluster.settings.to_env().items():
         monkeypatch.setenv(name, value)
-    recipe = write(tmp_path, name="commanded", **FIELDS)
-    result = CliRunner().invoke(train_command, [str(recipe.path), "--address", ray_cluster.address])
+    arguments = [str(submitted[0].path), "--address", ray_cluster.address, "--resume"]
+    result = CliRunner().invoke(train_command, arguments)
     assert result.exit_code == 0, result.output
-    assert "published commanded@1 (prod)" in result.output.splitlines()[-1]
-
-    bad = write(tmp_path / "bad", name="commanded", **FIELDS | {"base": "missing"})
-    result = CliRunner().invoke(train_command, [str(bad.path), "--address", ray_cluster.address])
-    assert result.exit_code == 1
-    assert result.output.splitlines()[-1].startswith("error: no base model 'missing'")
+    assert "published submitted@1 (prod)" in result.output.splitlines()[-1]

@@ -61,10 +61,8 @@ def register(catalog: Catalog, name: str, base_fingerprint: str, *, context_leng
 class ScriptedEngines:
     """Says what `script` says: deltas, and exceptions to raise; then waits if `hang`."""
 
-    def __init__(
-        self, script: Sequence[Delta | Exception] = (), *, hang: bool = False, capacity: int = 1 << 20
-    ) -> None:
-        self.script, self.hang, self._capacity = script, hang, capacity
+    def __init__(self, script: Sequence[Delta | Exception] = (), *, hang: bool = False) -> None:
+        self.script, self.hang = script, hang
         self.requests: list[GenerateRequest] = []
         self.fits: list[bool] = []
         self.closed: list[str] = []
@@ -85,8 +83,8 @@ class ScriptedEngines:
         finally:
             self.closed.append(request.request_id)
 
-    async def capacity(self) -> int:
-        return self._capacity
+    async def healthy(self) -> bool:
+        return bool(self.replicas)
 
     async def stats(self) -> list[dict[str, Any]]:
         return self.replicas
@@ -110,8 +108,8 @@ class LocalEngines:
             return fitted(self.stream, request)
         return cast("AsyncGenerator[Delta, None]", self.stream.generate(request))
 
-    async def capacity(self) -> int:
-        return sum(self.stream.stats().blocks.values()) * 16
+    async def healthy(self) -> bool:
+        return True
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         return None

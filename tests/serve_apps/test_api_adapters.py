@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import httpx
 import pytest
 
+from loray.catalog import Catalog
+from loray.errors import CatalogError, StoreError
+from loray.serving.resources import Problem
 from tests.catalog.test_catalog import BASE, digest, publish
 from tests.cluster import free_port
 from tests.postgres import Postgres
@@ -118,7 +122,7 @@ def test_etags(api: Api) -> None:
     publish(api.catalog, "tone", 1, 2)
     made = api.http.put(PROD, json={"version": 1}, headers={"If-None-Match": "*"})
     first = made.headers["etag"]
-    assert (made.status_code, made.json()["version"], first) == (200, 1, f'"{made.json()["revision"]}"')
+    assert (made.status_code, made.json()["version"], first) == (201, 1, f'"{made.json()["revision"]}"')
     assert (
         "rules out" in problem(api.http.put(PROD, json={"version": 2}, headers={"If-None-Match": "*"}), 412)["detail"]
     )
@@ -127,11 +131,13 @@ def test_etags(api: Api) -> None:
         unchanged = api.http.get(PROD, headers={"If-None-Match": header})
         assert (unchanged.status_code, unchanged.content, unchanged.headers["etag"]) == (304, b"", first)
     moved = api.http.put(PROD, json={"version": 2}, headers={"If-Match": f'"0", {first}'})
-    assert moved.json()["version"] == 2
+    assert (moved.status_code, moved.json()["version"]) == (200, 2)
     assert api.http.get(PROD, headers={"If-None-Match": first}).json() == moved.json()
+    assert api.http.get(PROD, headers={"If-Match": moved.headers["etag"]}).json() == moved.json()
 
     stale = {"If-Match": first}
     for response in (
+        api.http.get(PROD, headers=stale),
         api.http.put(PROD, json={"version": 1}, headers=stale),
         api.http.put(PROD, json={"version": 1}, headers={"If-Match": f"W/{moved.headers['etag']}"}),  # weak
         api.http.post(f"{PROD}/rollback", headers=stale),
@@ -155,8 +161,11 @@ def test_roll_back_and_delete(api: Api) -> None:
     assert [a["alias"] for a in api.http.get("/adapters/tone/aliases").json()["items"]] == ["prod"]
     gone = api.http.delete(PROD, headers={"If-Match": back.headers["etag"]})
     assert (gone.status_code, gone.content) == (204, b"")
-    for response in (api.http.get(PROD), api.http.delete(PROD), api.http.post(f"{PROD}/rollback")):
-        problem(response, 404)
+    for headers in ({}, {"If-Match": back.headers["etag"]}):  # 404 before 412
+        for method, path in (("GET", PROD), ("DELETE", PROD), ("POST", f"{PROD}/rollback")):
+            problem(api.http.request(method, path, headers=headers), 404)
+    assert api.http.put(PROD, json={"version": 1}).status_code == 201
+    assert api.http.put(PROD, json={"version": 2}).status_code == 200
     for body in ({}, {"version": 0}, {"version": "x"}, {"version": 1, "more": 2}, [], {"version": 10**12}):
         assert problem(api.http.put(PROD, json=body), 422)["errors"]
     assert "no version 9" in problem(api.http.put(PROD, json={"version": 9}), 404)["detail"]
@@ -214,6 +223,46 @@ def test_without_its_database(tmp_path: Path) -> None:
         assert body["type"] == "urn:loray:problem:catalog-unavailable"
         assert response.headers["retry-after"] == "1"
     assert api.http.get("/openapi.json").status_code == 200
+
+
+def test_requests_that_come_together_wait_for_the_database_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, everybody_waits = [], Barrier(9)
+
+    def unreachable(url: str, actor: str) -> Catalog:
+        tried.append(url)
+        everybody_waits.wait(30)
+        raise CatalogError("no answer within 5 s")
+
+    monkeypatch.setattr("serve_apps.api.site.Catalog", unreachable)
+    monkeypatch.setattr("serve_apps.api.site._RETRY_S", 3600.0)
+    api = Api(tmp_path, f"sqlite:///{tmp_path}/catalog.db")
+
+    def ask(number: int) -> int:
+        if number:
+            everybody_waits.wait(30)
+        return api.http.get("/bases").status_code
+
+    with ThreadPoolExecutor(9) as pool:
+        assert list(pool.map(ask, range(9))) == [503] * 9
+    assert len(tried) == 1
+    assert api.site.store is not None  # which does not wait for the catalog
+    monkeypatch.undo()
+    api.site._failed_at = 0.0  # a second later
+    assert api.http.get("/bases").status_code == 200
+    api.close()
+
+
+def test_a_store_that_is_away_is_no_error_of_ours(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(digest: str) -> None:
+        raise StoreError("the bucket cannot be reached")
+
+    monkeypatch.setattr(api.site.store, "manifest", gone)
+    response = api.http.post("/adapters/tone/versions", json={"digest": "0" * 64})
+    body = problem(response, 503)
+    assert (body["type"], response.headers["retry-after"]) == ("urn:loray:problem:store-unavailable", "1")
+    assert isinstance(Problem.model_validate(body).exception(), StoreError)
 
 
 def test_a_database_that_goes_away_and_comes_back(tmp_path: Path, postgres: Postgres) -> None:

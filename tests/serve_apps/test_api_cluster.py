@@ -15,7 +15,6 @@ from jobs.events import decode
 from loray.catalog_client import CatalogClient
 from loray.errors import ConflictError, JobNotFound, RevisionConflict
 from loray.spec import TrainSpec
-from serve_apps.directory import REFRESH_S
 from tests.cluster import RayCluster, Served
 from tests.jobs.test_recipe import RECIPE, write
 
@@ -44,6 +43,11 @@ def until(what: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.1)
 
 
+def answers(served: Served, model: str) -> bool:
+    body = {"model": model, "prompt": "a", "max_tokens": 1}
+    return httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
 def answer(served: Served, model: str) -> str:
     body = {"model": model, "prompt": "abcdefgh", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
     response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
@@ -70,7 +74,7 @@ def test_from_a_posted_recipe_to_an_answer(served: Served, catalog: CatalogClien
     alias = catalog.promote("posted", "prod", 1, create=True)
     with pytest.raises(RevisionConflict):
         catalog.promote("posted", "prod", 1, create=True)
-    time.sleep(2 * REFRESH_S)
+    until(lambda: answers(served, "posted@prod"))  # as soon as serving has read the catalog again
     served_by = answer(served, "posted@prod")
     assert served_by == answer(served, "posted@1")
     assert served_by != before
@@ -82,15 +86,18 @@ def test_from_a_posted_recipe_to_an_answer(served: Served, catalog: CatalogClien
         catalog.submit(recipe | {"max_steps": 6}, id=job.id)
 
 
-def test_a_job_that_is_stopped(catalog: CatalogClient, recipe: dict[str, Any]) -> None:
-    job = catalog.submit(recipe | {"name": "endless", "max_steps": 1_000_000}, id="to-be-stopped")
-    for line in catalog.follow(job.id):  # its driver is at work
-        if (decode(line) or {}).get("event") == "step":
-            break
-    assert catalog.job(job.id).status == "running"
-    catalog.stop(job.id)
-    until(lambda: catalog.job(job.id).has_ended)
-    assert (catalog.job(job.id).status, catalog.job(job.id).version) == ("stopped", None)
+def test_a_job_that_is_stopped(ray_cluster: RayCluster, served: Served, catalog: CatalogClient) -> None:
+    """Of a command that takes long; tests/jobs/test_shared_runs.py stops a training."""
+    from ray.job_submission import JobSubmissionClient
+
+    served.catalog.add_job("to-be-stopped", name="endless", recipe=TrainSpec.parse(RECIPE, source="the test"))
+    client = JobSubmissionClient(ray_cluster.address)
+    client.submit_job(submission_id="to-be-stopped", entrypoint="echo at work; exec sleep 3600")
+    assert "at work" in catalog.follow("to-be-stopped")  # no further than that
+    assert catalog.job("to-be-stopped").status == "running"
+    catalog.stop("to-be-stopped")
+    until(lambda: catalog.job("to-be-stopped").has_ended)
+    assert (catalog.job("to-be-stopped").status, catalog.job("to-be-stopped").version) == ("stopped", None)
     assert [j.id for j in catalog.jobs(status="stopped", name="endless")] == ["to-be-stopped"]
     with pytest.raises(JobNotFound):
         catalog.job("nobody")
@@ -113,6 +120,8 @@ def test_a_driver_that_died_without_a_word(ray_cluster: RayCluster, served: Serv
 
 
 def test_links_and_the_document_have_the_route_prefix(served: Served) -> None:
+    for job_id in ("linked-1", "linked-2"):
+        served.catalog.add_job(job_id, name="linked", recipe=TrainSpec.parse(RECIPE, source="the test"))
     response = httpx.get(f"{served.url}/api/v1/jobs", params={"limit": 1}, timeout=30)
     assert response.links["next"]["url"].startswith("/api/v1/jobs?limit=1&cursor=")
     document = httpx.get(f"{served.url}/api/v1/openapi.json", timeout=30).json()

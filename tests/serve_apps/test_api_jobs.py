@@ -90,8 +90,18 @@ def test_every_wrong_field_is_named(api: Api) -> None:
     assert api.http.get("/jobs").json()["items"] == []
 
 
+def test_an_infinite_number_is_refused(api: Api) -> None:
+    recipe = yaml.safe_dump(RECIPE | {"adapter": {"method": "lora", "alpha": float("inf")}})
+    headers = {"Content-Type": "application/yaml"}
+    body = problem(api.http.post("/jobs", content=recipe, headers=headers), 422)
+    assert [e["field"] for e in body["errors"]] == ["adapter.lora.alpha"]
+
+
 def test_ids_and_names_that_are_taken(api: Api) -> None:
     submit(api, "mine")
+    api.jobs.say("somebodys", "RUNNING")
+    assert "already" in problem(api.http.post("/jobs", params={"id": "somebodys"}, json=RECIPE), 409)["detail"]
+    problem(api.http.get("/jobs/somebodys"), 404)  # no row of the job that was not submitted
     assert "already" in problem(api.http.post("/jobs", params={"id": "mine"}, json=RECIPE), 409)["detail"]
     api.catalog.add_base("smollm2", "ba5e" * 16)
     problem(api.http.post("/jobs", json=RECIPE | {"name": "smollm2"}), 409)
@@ -174,10 +184,13 @@ def test_without_ray(api: Api) -> None:
         api.http.get("/jobs/job-1/logs"),
         api.http.post("/jobs/job-1/stop"),
         api.http.post("/jobs", params={"id": "job-2"}, json=RECIPE),
+        api.http.post("/jobs", json=RECIPE),
     ):
         assert problem(response, 503)["type"] == "urn:loray:problem:cluster-unavailable"
-    refused = api.http.get("/jobs/job-2").json()
+    problem(api.http.get("/jobs/job-2"), 404)  # nobody knows whether Ray has a job of that id
+    refused, first = api.http.get("/jobs").json()["items"]
     assert (refused["status"], "not submitted" in refused["message"]) == ("failed", True)
+    assert first["id"] == "job-1"
 
 
 def test_a_cluster_that_is_gone(api: Api) -> None:

@@ -24,16 +24,24 @@ class Point(NamedTuple):
 
 
 @pytest.fixture
-def kv(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def kv(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
     """The cluster's key-value store."""
-    stored: dict[str, str] = {}
+    stored: dict[bytes, bytes] = {}
 
-    def put(key: str, value: str, *, overwrite: bool, namespace: str) -> None:
-        assert overwrite
-        stored[key] = value
+    class Gcs:
+        def internal_kv_put(
+            self, key: bytes, value: bytes, *, overwrite: bool, namespace: bytes, timeout: float
+        ) -> int:
+            assert overwrite
+            assert timeout <= 1
+            stored[key] = value
+            return 1
 
-    monkeypatch.setattr(scaling_log, "_internal_kv_put", put)
-    monkeypatch.setattr(scaling_log, "_internal_kv_get", lambda key, *, namespace: stored.get(key))
+        def internal_kv_get(self, key: bytes, *, namespace: bytes, timeout: float) -> bytes | None:
+            assert timeout <= 1
+            return stored.get(key)
+
+    monkeypatch.setattr(scaling_log, "internal_kv_get_gcs_client", Gcs)
     return stored
 
 
@@ -83,7 +91,7 @@ def test_a_report_grows_old() -> None:
     assert observations(["a"], metrics, SPEC, 100 + age + 1) == [None]
 
 
-def test_decisions_are_told_and_can_be_read(kv: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_decisions_are_told_and_can_be_read(kv: dict[bytes, bytes], caplog: pytest.LogCaptureFixture) -> None:
     policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
     wide = series({"r0": [(999.0, observation(range(20)))]})
     with caplog.at_level("INFO", logger="loray.serve_apps.autoscaler"):
@@ -103,7 +111,7 @@ def test_decisions_are_told_and_can_be_read(kv: dict[str, str], caplog: pytest.L
 
 
 def test_why_the_number_stays_is_told_when_the_cause_changes(
-    kv: dict[str, str], caplog: pytest.LogCaptureFixture
+    kv: dict[bytes, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
     state: dict[str, Any] = {}
@@ -112,7 +120,7 @@ def test_why_the_number_stays_is_told_when_the_cause_changes(
     reasons = []
     with caplog.at_level("INFO", logger="loray.serve_apps.autoscaler"):
         for second, metrics in enumerate([{}, few, few, few, busy, busy]):
-            _, state = policy(context(1001.0 + second, 1, metrics, state))
+            _, state = policy(context(1001.0 + 3 * second, 1, metrics, state))
             told = ScalingLog("loray", "engine").read()
             assert told is not None
             reasons.append(told.reason.split(" ")[0])
@@ -120,14 +128,35 @@ def test_why_the_number_stays_is_told_when_the_cause_changes(
     assert len(caplog.records) == 3
 
 
-def test_the_bounds_are_serves(kv: dict[str, str]) -> None:
+def test_two_causes_in_turn_are_not_told_with_every_decision(kv: dict[bytes, bytes]) -> None:
+    policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
+    state: dict[str, Any] = {}
+    few = series({"r0": [(1000.0, observation([1]))]})
+    busy = series({"r0": [(1000.0, observation([1], tokens=60 * 700.0, capacity=1000.0))]})
+    told = []
+    for number in range(40):  # ten seconds
+        _, state = policy(context(1001.0 + number / 4, 1, (few, busy)[number % 2], state))
+        told.append(kv[b"autoscaling/loray/engine"])
+    assert len(set(told)) == 5
+
+
+def test_a_deployment_begins_without_the_decisions_of_another_one(kv: dict[bytes, bytes]) -> None:
+    wide = series({"r0": [(999.0, observation(range(20)))]})
+    for target in (1, 3):
+        AdapterDemandPolicy(**SPEC.model_dump(mode="json"))(context(1000.0, target, wide, {}))
+    told = ScalingLog("loray", "engine").read()
+    assert told is not None
+    assert told.decisions == ()
+
+
+def test_the_bounds_are_serves(kv: dict[bytes, bytes]) -> None:
     policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
     wide = series({"r0": [(1000.0, observation(range(30)))]})
     assert policy(context(1000.0, 1, wide, {}, most=2))[0] == 2
     assert policy(context(2000.0, 0, wide, {}))[0] == 0  # the application is being deleted
 
 
-def test_only_the_last_decisions_are_kept(kv: dict[str, str]) -> None:
+def test_only_the_last_decisions_are_kept(kv: dict[bytes, bytes]) -> None:
     log = ScalingLog("loray", "engine")
     change = AutoscalingStatus.model_validate_json(
         '{"target":1,"reason":"","time":0,"decisions":[{"time":0,"from_replicas":1,"to_replicas":2,"reason":""}]}'

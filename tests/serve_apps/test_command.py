@@ -15,10 +15,11 @@ import yaml
 from click.testing import CliRunner, Result
 
 from loray.cli.main import cli
-from loray.errors import BaseNotFound, ConflictError, SettingsError, SpecError
+from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsError, SpecError
 from loray.serving.status import AutoscalingStatus, CatalogStatus, EngineStatus, ReplicaStatus, ScalingDecision, Status
 from loray.settings import Settings
 from loray.spec import ServeSpec
+from serve_apps import command
 from serve_apps.command import _row, _settle_port, _show, _spec
 from serve_apps.deployment import Address, State, serve_config
 from tests.cluster import RayCluster, Served, free_port
@@ -149,6 +150,30 @@ def test_status_shows_why_the_number_of_replicas_is_what_it_is(capsys: pytest.Ca
     assert "2 wanted: tokens need 2 replicas" in shown
     (row,) = [line.split() for line in shown.splitlines() if "working set" in line]
     assert row[2:5] == ["1", "2", "working"]
+
+
+class Stopping:
+    """As ServeApi, while Serve ends."""
+
+    def __init__(self, *said: Address | Exception | None) -> None:
+        self.said = list(said)
+
+    def http(self) -> Address | None:
+        answer = self.said.pop(0) if len(self.said) > 1 else self.said[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_the_end_of_requests_under_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_POLL_S", 0.0)
+    address = Address("127.0.0.1", 8000)
+    api: Any = Stopping(address, ClusterError("it is ending"), address, None)
+    command._wait_until_stopped(api)
+    assert api.said == [None]
+    monkeypatch.setattr(command, "DRAIN_S", -command._QUICK_TIMEOUT_S)
+    with pytest.raises(ClusterError, match="loray status"):
+        command._wait_until_stopped(Stopping(address))  # type: ignore[arg-type]
 
 
 def test_a_failure_says_what_loray_said() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loray.bases.registry import BaseModel
 from loray.errors import SpecError
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.deployment import combined, serve_config
+from serve_apps.deployment import DRAIN_S, combined, serve_config
 
 
 def application(status: str, deployment: str, *states: str, message: str = "", at: float = 1.0) -> dict[str, Any]:
@@ -59,3 +61,17 @@ def test_no_secret_is_shown_on_another_clusters_dashboard() -> None:
     assert "hush" not in str(shown)
     for application in shown["applications"]:
         assert application["runtime_env"]["env_vars"] == {"LORAY_STORE": "s3://bucket/loray", "LORAY_LOG_LEVEL": "INFO"}
+
+
+@pytest.mark.parametrize("autoscaling", [None, {"max_replicas": 2}])
+def test_gateway_and_engine_have_the_same_time_to_end_a_stream(
+    tiny_base: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch, autoscaling: dict[str, int] | None
+) -> None:
+    from serve_apps.app import build
+
+    base = tiny_base()
+    monkeypatch.setenv("LORAY_HOME", str(base.path.parents[1]))
+    gateway = build({"base": base.name, "autoscaling": autoscaling})._bound_deployment
+    (engine,) = (bound._bound_deployment for bound in gateway.init_args)
+    times = [d._deployment_config.graceful_shutdown_timeout_s for d in (gateway, engine)]
+    assert times == [DRAIN_S, DRAIN_S]

@@ -14,8 +14,10 @@ from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.engine.pool import cut_pool
 from loray.errors import EngineError, IntegrityError, Overloaded, RequestError
 from loray.serving.status import AutoscalingStatus, ScalingDecision
+from loray.spec import ServeSpec
 from serve_apps.directory import REFRESH_S
 from tests.serve_apps.support import ScriptedEngines, catalog_url, delta, gateway_app, register
 
@@ -264,7 +266,10 @@ def test_prompt_too_long_says_the_limits(client_of: Any, base: BaseModel, catalo
 
 
 def test_the_pool_limits_the_context_too(client_of: Any, base: BaseModel) -> None:
-    with client_of(ScriptedEngines(HELLO, capacity=64)) as client:
+    layout, _ = cut_pool(ServeSpec(), base.config)
+    pool_bytes = 4 * 2 * layout.num_layers * layout.layer_share  # four blocks of bfloat16
+    with client_of(ScriptedEngines(HELLO), pool_bytes=pool_bytes) as client:
+        assert client.get(f"/v1/models/{base.name}").json()["max_model_len"] == 64  # and before any request
         error = error_of(client.post("/v1/completions", json={"model": base.name, "prompt": "x" * 65}), 400)
     assert "64 tokens" in error["message"]
 
@@ -355,7 +360,7 @@ def test_status_says_what_the_autoscaler_decided(client_of: Any) -> None:
     engines.scaling = AutoscalingStatus(target=2, reason="tokens need 2 replicas", time=3.0, decisions=(decision,))
     with client_of(engines, num_replicas=2, autoscaling={"min_replicas": 1, "max_replicas": 2}) as client:
         status = client.get("/status").json()
-    assert status["status"] == "ok"  # there is one, of at least one
+    assert status["status"] == "degraded"  # there is one, of two that demand asks for
     assert status["autoscaling"]["target"] == 2
     assert status["autoscaling"]["decisions"] == [decision.model_dump()]
     with client_of(engines, num_replicas=1) as client:

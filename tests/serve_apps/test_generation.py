@@ -34,6 +34,10 @@ class Response:
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
 
+    async def _fetch_future_result_async(self) -> None:
+        if self.script and self.script[0] == "wait":
+            await asyncio.Event().wait()
+
     async def __anext__(self) -> Delta:
         if not self.script:
             raise StopAsyncIteration
@@ -74,6 +78,9 @@ class Broadcasts:
     def broadcast(self, method: str) -> Broadcasts:
         self.asked.append(method)
         return self
+
+    async def _fetch_replica_results_async(self) -> list[Any]:
+        return self.results(timeout_s=0.0, return_exceptions=True)
 
     def results(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
         assert return_exceptions
@@ -237,7 +244,52 @@ def test_a_silent_replica_takes_nothing_from_what_the_others_say() -> None:
     assert handle.asked == ["metrics", "stats"]
 
 
+class Answer:
+    """As Serve's ReplicaResult."""
+
+    def __init__(self, what: Any) -> None:
+        self._what = what
+
+    async def get_async(self) -> Any:
+        if self._what == "hang":
+            await asyncio.Event().wait()
+        if isinstance(self._what, Exception):
+            raise self._what
+        return self._what
+
+
+def healthy(*answers: Any) -> bool:
+    handle: Any = Broadcasts([Answer(what) for what in answers])
+    good = asyncio.run(ServeEngines(handle).healthy())
+    assert handle.asked == ["check_health"]
+    return good
+
+
+def test_one_replica_that_answers_is_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_HEALTH_TIMEOUT_S", 60.0)
+    assert healthy("hang", EngineError("stopped"), None)  # at once
+    assert not healthy(EngineError("stopped"))
+    monkeypatch.setattr(generation, "_HEALTH_TIMEOUT_S", 0.01)
+    assert not healthy("hang", EngineError("stopped"))
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_no_longer_than_half_a_minute_is_waited_for_a_replica(monkeypatch: pytest.MonkeyPatch, accepted: bool) -> None:
+    """What a replica has accepted may take as long as it takes."""
+    monkeypatch.setattr(generation, "_NO_REPLICA_S", 0.01)
+    handle = Handle(["hang"] if accepted else ["wait"])
+
+    async def run() -> None:
+        engines = ServeEngines(handle)  # type: ignore[arg-type]
+        await asyncio.wait_for(anext(engines.generate(REQUEST, fit=True)), 0.2 if accepted else 20)
+
+    with pytest.raises(TimeoutError if accepted else EngineError):
+        asyncio.run(run())
+    assert [r.cancelled for r in handle.responses] == [True]
+
+
 @pytest.mark.parametrize("failure", [TimeoutError(), DeploymentUnavailableError(DeploymentID("engine"))])
 def test_without_replicas_nobody_answers(failure: Exception) -> None:
     engines = ServeEngines(Broadcasts(failure))  # type: ignore[arg-type]
     assert asyncio.run(engines.stats()) == asyncio.run(engines.metrics()) == []
+    assert not asyncio.run(engines.healthy())

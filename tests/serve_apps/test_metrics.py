@@ -159,6 +159,8 @@ def test_who_leaves_is_an_abort_and_not_an_error(base: BaseModel) -> None:
     async def test() -> None:
         async with aclosing(asked.observed(request("r", [1, 2, 3], max_tokens=400))) as deltas:
             await anext(deltas)
+        await asked.stream.adapters()  # after what was posted before: the first one is gone
+        await asked.settled(0)
         waiting = asyncio.create_task(asked.ask(3, max_tokens=400))
         while not asked.stream.stats().num_running:
             await asyncio.sleep(0.001)

@@ -33,9 +33,10 @@ class Replica:
         self.routing_stats: dict[str, Any] = {}
         self.node_id = self.availability_zone = None
         self.multiplexed_model_ids: list[str] = []
-        self.queue_len = 0
+        self.queue_len = self.num_asked = 0
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
+        self.num_asked += 1
         return self.queue_len
 
     def report(self, *in_pool: str, on_host: tuple[str, ...] = ()) -> None:
@@ -166,17 +167,75 @@ def test_a_load_is_known_for_longer_than_serve_remembers_it(pair: list[Replica])
     async def scenario(router: AdapterRouter) -> None:
         for _ in range(5):
             router.on_send_request(pair[0].replica_id)
+        pair[0].queue_len = 5
         router.on_new_queue_len_info(pair[1].replica_id, 0)
         for replica in pair:
             router.replica_queue_len_cache.invalidate_key(replica.replica_id)
-        (first, *_), *_ = await router.choose_replicas(pair, pending(DIGESTS[0]))
-        assert first is pair[1]
+        assert await first_choice(router, pair) == "two"
         for _ in range(5):
             router.decrement_queue_len_cache(pair[0].replica_id)
-        (first, *_), *_ = await router.choose_replicas(pair, pending(DIGESTS[0]))
-        assert first is pair[0]
+        assert await first_choice(router, pair) == "one"
 
     with_router(pair, scenario)
+
+
+async def first_choice(router: AdapterRouter, replicas: list[Replica]) -> str:
+    (first, *_), *_ = await router.choose_replicas(replicas, pending(DIGESTS[0]))
+    return str(first.replica_id.unique_id)
+
+
+def test_a_call_to_all_does_not_hide_what_is_under_way(pair: list[Replica]) -> None:
+    """`/status` is one; where Serve has forgotten the queue's length, it counts from zero and back."""
+    pair[0].report(DIGESTS[0])
+
+    async def scenario(router: AdapterRouter) -> None:
+        await asyncio.sleep(0)
+        for _ in range(5):
+            router.on_send_request(pair[0].replica_id)
+        router.replica_queue_len_cache.invalidate_key(pair[0].replica_id)
+        router.on_send_request(pair[0].replica_id)
+        router.decrement_queue_len_cache(pair[0].replica_id)
+        assert router.replica_queue_len_cache.get(pair[0].replica_id) == 0
+        assert await first_choice(router, pair) == "two"
+
+    with_router(pair, scenario)
+
+
+def test_requests_that_never_arrived_are_forgotten(pair: list[Replica]) -> None:
+    """Serve says when a request is sent, but not that its caller has left before the replica had accepted it."""
+    pair[0].report(DIGESTS[0])
+
+    async def scenario(router: AdapterRouter) -> None:
+        await asyncio.sleep(0)
+        for _ in range(5):
+            router.on_send_request(pair[0].replica_id)
+        router.replica_queue_len_cache.invalidate_key(pair[0].replica_id)  # as it does after ten seconds
+        assert await first_choice(router, pair) == "two"
+        assert router._asking is not None
+        await asyncio.wait_for(router._asking, timeout=10)
+        assert await first_choice(router, pair) == "one"
+
+    with_router(pair, scenario)
+
+
+def test_while_nobody_takes_a_request_there_are_pauses(pair: list[Replica]) -> None:
+    for replica in pair:
+        replica.queue_len = replica.max_ongoing_requests
+    pauses: list[int] = []
+
+    async def pause(attempt: int) -> None:
+        pauses.append(attempt)
+        if len(pauses) == 3:
+            pair[0].queue_len = 0
+
+    async def scenario(router: AdapterRouter) -> None:
+        await asyncio.sleep(0)
+        router._backoff = pause
+        assert await route(router, pending(None)) == "one"
+
+    with_router(pair, scenario)
+    assert pauses == [0, 1, 2]
+    assert sum(replica.num_asked for replica in pair) <= 2 * 6
 
 
 def test_a_full_holder_is_not_waited_for(pair: list[Replica]) -> None:

@@ -55,10 +55,26 @@ def test_what_waits_and_what_is_refused_is_demand_too() -> None:
     m.answer(10, 20)
     waiting = [m.ask(10, 100) for _ in range(3)]
     assert m.observe().tokens == 30 + 3 * (10 + 20)
-    m.meter.refused(m.ask(10, 5))
+    m.meter.refused(m.ask(10, 5), m.now)
     assert m.observe().tokens == 120 + 10 + 5  # at most its max_tokens
     waiting[0].num_output_tokens = 50  # more than the mean
     assert m.observe().tokens == 135 + 30
+
+
+def test_requests_that_are_refused_again_and_again_are_no_more_demand() -> None:
+    """Five clients that come back every second and a bit, for two windows."""
+    m = Meter()
+    m.answer(10, 20)
+    m.now += WINDOW_S
+    seen = []
+    for _ in range(17):
+        for _ in range(5):
+            m.meter.refused(m.ask(10, 100), m.now)
+        seen.append(m.observe().tokens)
+        m.now += 1.2
+    assert set(seen) == {5 * 30}
+    m.now += WINDOW_S
+    assert m.observe().tokens == 0
 
 
 def test_an_old_request_counts_with_what_is_left_of_it() -> None:

@@ -78,6 +78,23 @@ def test_what_other_machines_reach(tmp_path: Path) -> None:
     ):
         assert Settings.from_env({"LORAY_STORE": store, "LORAY_CATALOG": catalog}).is_local is is_local
     assert Settings.from_env({"LORAY_STORE": "s3://bucket"}).is_local  # its catalog is a file here
+    for catalog, is_local in (
+        ("postgresql:///loray", True),  # behind a socket
+        ("postgresql://loray@/loray?host=/var/run/postgresql", True),
+        ("postgresql+psycopg://localhost:5432/loray", True),
+        ("postgresql:///loray?host=127.0.0.1", True),
+        ("postgresql:///loray?host=db.example", False),
+        ("postgresql:///loray?host=127.0.0.1,db.example", False),
+    ):
+        env = {"LORAY_STORE": "s3://bucket", "LORAY_CATALOG": catalog}
+        assert Settings.from_env(env).is_local is is_local, catalog
+
+
+@pytest.mark.parametrize("url", ["postgres://loray:hush@db/loray", "loray:hush@db/loray", "mysql://hush"])
+def test_a_wrong_catalog_is_told_without_its_password(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"LORAY_CATALOG .* must be a sqlite:/// or postgresql:// URL") as error:
+        Settings.from_env({"LORAY_CATALOG": url})
+    assert "hush" not in str(error.value)
 
 
 def test_a_folder_as_a_filesystem(tmp_path: Path) -> None:

@@ -43,11 +43,12 @@ def describe(
     description: str = "",
     rope_parameters: RopeParameters | None = None,
     context_length: int | None = None,
+    created_at: datetime | None = None,
 ) -> AdapterManifest:
     """Check the PEFT adapter in `folder` against `base`, and write its `loray.json`.
 
-    `rope_parameters` None means the base's own RoPE, `context_length` None the base's own window. `created_at`
-    is when the weights were written, so describing the same files again gives the same digest.
+    `rope_parameters` None means the base's own RoPE, `context_length` None the base's own window. `created_at` is
+    when the weights were written, by default as their file says, so that describing them again gives the same digest.
 
     Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter cannot be served on `base`, and
     SpecError where `recipe` is of another method.
@@ -56,7 +57,7 @@ def describe(
 
     weights = read_adapter(folder, base.config)
     tensors = _trained_tensors(weights)
-    written = datetime.fromtimestamp((folder / WEIGHTS_FILE).stat().st_mtime, UTC)
+    written = created_at or datetime.fromtimestamp((folder / WEIGHTS_FILE).stat().st_mtime, UTC)
     try:
         manifest = AdapterManifest(
             method=_method(folder, weights, recipe, rope_parameters),

@@ -48,6 +48,8 @@ def open_database(url: str) -> sa.Engine:
         raise SettingsError(f"catalog {_shown(url)}: {e}; PostgreSQL needs `pip install 'psycopg[binary]'`") from e
     except (ArgumentError, NoSuchModuleError) as e:
         raise SettingsError(f"catalog {_shown(url)}: {e}") from e
+    except ValueError as e:  # names the part that it took for a port
+        raise SettingsError(f"catalog {_shown(url)}: not a URL; percent-encode user and password") from e
     try:
         with _creation_lock(engine):
             _migrate(engine)
@@ -171,8 +173,11 @@ def _clear_errors(engine: sa.Engine) -> Iterator[None]:
 
 
 def _shown(url: str | sa.URL) -> str:
-    """Without the password."""
+    """Without passwords."""
     try:
-        return sa.make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return repr(url)
+        parsed = sa.make_url(url)
+    except (ArgumentError, ValueError):
+        scheme, separator, _ = str(url).partition("://")
+        return f"{scheme}://…" if separator else "URL"
+    query = {name: value for name, value in parsed.query.items() if "password" not in name.lower()}
+    return parsed.set(query=query).render_as_string(hide_password=True)

@@ -21,7 +21,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loray.cli.processes import LOOPBACK, end_session, exclusive, free_ports, log_tail, start_time, write_private
+from loray.cli.processes import (
+    LOOPBACK,
+    end_session,
+    exclusive,
+    free_ports,
+    is_alive,
+    log_tail,
+    pid_scope,
+    start_time,
+    write_private,
+)
 from loray.errors import ClusterError
 from loray.settings import Settings
 from loray.telemetry import get_logger
@@ -34,7 +44,11 @@ _STATE_FILE = "cluster.json"
 _TOKEN_FILE = "ray-token"
 _PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
 _LOCK_FILE = "cluster.lock"
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a driver writes down how it ended; Ray would kill it after 3 s
+}
 # Sockets lie below this folder, and a socket's path has at most 107 bytes: a long TMPDIR would not do.
 _TEMP_ROOT = Path("/tmp")
 
@@ -43,13 +57,15 @@ _TEMP_ROOT = Path("/tmp")
 class LocalCluster:
     """`address` is the dashboard's and job server's URL, `gcs_address` what ray.init takes.
 
-    `started` is the kernel's start time of process `pid`: a reused pid is not mistaken for the cluster.
+    `started` is the kernel's start time of process `pid`, and `scope` where both hold: a reused pid is not mistaken
+    for the cluster.
     """
 
     address: str
     gcs_address: str
     pid: int
     started: int
+    scope: str
     temp_dir: str
     token_file: str
     log_file: str
@@ -108,13 +124,14 @@ def start_local_cluster(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # outlives this command, and Ctrl-C is not for it
                 cwd=home,
-                env=inherited | _QUIET | _auth_env(token_file) | dict(env or {}),
+                env=inherited | _ENVIRONMENT | _auth_env(token_file) | dict(env or {}),
             )
         cluster = LocalCluster(
             address=f"http://{LOOPBACK}:{ports[1]}",
             gcs_address=f"{LOOPBACK}:{ports[0]}",
             pid=process.pid,
             started=start_time(process.pid) or 0,
+            scope=pid_scope(),
             temp_dir=str(temp_dir),
             token_file=str(token_file),
             log_file=str(log_file),
@@ -172,7 +189,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], cluster: LocalCluster, t
 
 
 def _terminate(cluster: LocalCluster) -> None:
-    end_session(cluster.pid, cluster.started)
+    end_session(cluster.pid, cluster.started, cluster.scope)
     shutil.rmtree(cluster.temp_dir, ignore_errors=True)
 
 
@@ -188,7 +205,7 @@ def _token_file(home: Path) -> Path:
 
 
 def _is_alive(cluster: LocalCluster) -> bool:
-    return start_time(cluster.pid) == cluster.started
+    return is_alive(cluster.pid, cluster.started, cluster.scope)
 
 
 def _read_state(home: Path) -> LocalCluster | None:

@@ -18,7 +18,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loray.cli.processes import LOOPBACK, end_session, exclusive, free_ports, log_tail, start_time, write_private
+from loray.cli.processes import (
+    LOOPBACK,
+    end_session,
+    exclusive,
+    free_ports,
+    is_alive,
+    log_tail,
+    pid_scope,
+    start_time,
+    write_private,
+)
 from loray.errors import ClusterError, StoreError
 from loray.locations import S3Location
 from loray.telemetry import get_logger
@@ -35,12 +45,14 @@ _PAUSE_S = 0.1
 class LocalS3:
     """`folder` holds everything of the server: keys, data, log, state.
 
-    `started` is the kernel's start time of process `pid`: a reused pid is not mistaken for the server.
+    `started` is the kernel's start time of process `pid`, and `scope` where both hold: a reused pid is not mistaken
+    for the server.
     """
 
     folder: str
     pid: int
     started: int
+    scope: str
     ports: dict[str, int]
 
     @property
@@ -53,7 +65,7 @@ class LocalS3:
 
     @property
     def is_alive(self) -> bool:
-        return start_time(self.pid) == self.started
+        return is_alive(self.pid, self.started, self.scope)
 
     def location(self, bucket: str, prefix: str = "") -> S3Location:
         return S3Location(
@@ -107,7 +119,7 @@ def stop_local_s3(folder: Path) -> bool:
 
 
 def _start(weed: str, folder: Path, ports: dict[str, int], timeout_s: float) -> LocalS3:
-    server = LocalS3(str(folder), pid=0, started=0, ports=ports)
+    server = LocalS3(str(folder), pid=0, started=0, scope=pid_scope(), ports=ports)
     with open(server.log_file, "w", encoding="utf-8") as out:
         process = subprocess.Popen(
             _command(weed, server),
@@ -219,7 +231,7 @@ def _clear(server: LocalS3 | None) -> None:
     """End what is left of it, and remove the sockets that it leaves in /tmp."""
     if server is None:
         return
-    end_session(server.pid, server.started)
+    end_session(server.pid, server.started, server.scope)
     for service in _SERVICES:
         Path(f"/tmp/seaweedfs-{service}-grpc-{server.ports[f'{service}.grpc']}.sock").unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ _GRACE_S = 3.0
 
 
 def kill(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):  # ended, and maybe another user's already
         os.kill(pid, number)
 
 
@@ -37,13 +37,25 @@ def start_time(pid: int) -> int | None:
     return None if fields is None else int(fields[19])
 
 
-def end_session(pid: int, started: int) -> None:
+def pid_scope() -> str:
+    """Where pids and start times mean what they mean here: until the next boot, in this container."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def is_alive(pid: int, started: int, scope: str) -> bool:
+    """Whether the process that was seen under these three still runs. False in another scope, which cannot see it."""
+    return scope == pid_scope() and start_time(pid) == started
+
+
+def end_session(pid: int, started: int, scope: str) -> None:
     """End every process of the session that `pid` leads; each is given a moment to end by itself.
 
     A session outlives its leader, and Linux gives no new process its number meanwhile: a pid that another
-    process has by now means that the session is empty.
+    process has by now means that the session is empty. Nothing is done where `scope` is not this one: the number
+    would be a stranger's.
     """
-    if start_time(pid) not in (None, started):
+    if scope != pid_scope() or start_time(pid) not in (None, started):
         return
     for number in (signal.SIGTERM, signal.SIGKILL):
         for member in session_members(pid):

@@ -17,16 +17,17 @@ from loray.bases.registry import BaseModel
 from loray.engine.batch import build_batch
 from loray.engine.histogram import Histogram
 from loray.engine.model import Decoder
-from loray.engine.pool import PackedAdapter, Pool, ResidentAdapter, pack
+from loray.engine.pool import PackedAdapter, Pool, ResidentAdapter, cut_pool, pack
 from loray.engine.request import FinishReason, GenerateRequest, Request, TokenLogprobs, TokenOutput
 from loray.engine.residency import AdapterPlace, Residency, Tier
 from loray.engine.sampler import Sampler
 from loray.engine.scheduler import Chunk, Scheduler
 from loray.engine.stats import EngineStats
-from loray.errors import BaseMismatch, ContextLengthExceeded, IntegrityError, RequestError, SpecError
+from loray.engine.usage import UsageLog
+from loray.errors import BaseMismatch, ContextLengthExceeded, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, ServeSpec
 from loray.telemetry import METRICS, get_logger
-from loray_kernels import KvLayout, Ops, backend
+from loray_kernels import Ops, backend
 
 _log = get_logger(__name__)
 
@@ -52,7 +53,11 @@ class Engine:
         self._load_weights = load
         self._loader = ThreadPoolExecutor(2, thread_name_prefix="adapter-load", initializer=_single_threaded)
         self._residency: Residency[PackedAdapter, ResidentAdapter] = Residency(
-            host_bytes=spec.host_bytes, load=self._start_load, place=pool.place, remove=pool.remove
+            host_bytes=spec.host_bytes,
+            load=self._start_load,
+            place=pool.place,
+            remove=pool.remove,
+            usage=UsageLog(forgotten=self._forget_size),
         )
         self._scheduler = Scheduler(
             allocator=pool.allocator,
@@ -245,6 +250,10 @@ class Engine:
         self._adapter_bytes[ref.digest] = AdapterBytes(packed.nbytes, pair)
         return packed
 
+    def _forget_size(self, digest: str) -> None:
+        self._adapter_num_blocks.pop(digest, None)
+        self._adapter_bytes.pop(digest, None)
+
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
         ref = chunk.request.adapter
         return None if ref is None else self._residency.resident(ref)
@@ -306,15 +315,8 @@ class Engine:
 def build_engine(spec: ServeSpec, base: BaseModel, load: LoadAdapter) -> Engine:
     """Load `base` and cut the pool. Raises SpecError when pool_bytes does not hold one sequence of one block."""
     dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
-    config = base.config
-    layout = KvLayout(config.num_layers, spec.block_tokens, config.num_kv_heads, config.head_dim)
-    block_bytes = layout.num_layers * layout.layer_share * dtype.itemsize
-    num_blocks = spec.pool_bytes // block_bytes
-    if num_blocks < 2:
-        raise SpecError(
-            f"pool_bytes={spec.pool_bytes} holds {num_blocks} blocks of {block_bytes} bytes; give at least 2"
-        )
-    model = Decoder(config, read_tensors(base.path), dtype=dtype, device=device)
+    layout, num_blocks = cut_pool(spec, base.config)
+    model = Decoder(base.config, read_tensors(base.path), dtype=dtype, device=device)
     pool = Pool(layout, num_blocks, dtype=dtype, device=device)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
     return Engine(spec, base, model, pool, backend("auto", device), load)

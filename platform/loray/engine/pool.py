@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
+from loray.bases.config import ModelConfig
 from loray.engine.blocks import BlockAllocator, Extent, Geometry
 from loray.engine.rows import AdapterShape, LayerGroup, Matrix, Part, RowTable, Table, place
-from loray.errors import IntegrityError
-from loray.spec import AdapterRef, RopeParameters
+from loray.errors import IntegrityError, SpecError
+from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import KvLayout, RowTables
 
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
@@ -128,6 +129,18 @@ def _own_embedding_rows(weights: AdapterWeights, base_VD: Tensor, dtype: torch.d
         return weights.embedding.token_ids, rows_VD
     differs = (rows_VD != base_VD.to(device=rows_VD.device, dtype=dtype)).any(dim=1)
     return tuple(differs.nonzero().flatten().tolist()), rows_VD[differs]
+
+
+def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
+    """Layout of a block, and how many blocks `pool_bytes` holds. SpecError where that is no room for one sequence."""
+    layout = KvLayout(config.num_layers, spec.block_tokens, config.num_kv_heads, config.head_dim)
+    block_bytes = layout.num_layers * layout.layer_share * getattr(torch, spec.dtype).itemsize
+    num_blocks = spec.pool_bytes // block_bytes
+    if num_blocks < 2:
+        raise SpecError(
+            f"pool_bytes={spec.pool_bytes} holds {num_blocks} blocks of {block_bytes} bytes; give at least 2"
+        )
+    return layout, num_blocks
 
 
 class Pool:

@@ -91,7 +91,7 @@ class EngineStream:
             raise EngineError("the engine is shut down")
 
     def stats(self) -> EngineStats:
-        """As of a moment ago: at most a fifth of a second while the engine works, exact when it is idle."""
+        """As of a fifth of a second or one step ago at most while the engine works, exact when it is idle."""
         return self._stats
 
     async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlace]:
@@ -179,8 +179,10 @@ class EngineStream:
         if self._engine.spec.num_threads is not None:
             torch.set_num_threads(self._engine.spec.num_threads)
         try:
-            while not self._stopped:
-                self._bell.clear()
+            while True:
+                self._bell.clear()  # before all that it stands for is looked at, so that none of it is slept through
+                if self._stopped:
+                    break
                 while self._inbox:
                     self._inbox.popleft()()
                 for output in self._engine.step():

@@ -46,8 +46,15 @@ class ResidencyCounts:
 class UsageLog:
     """Adapters that the engine holds, and the last `kept` of those it has let go. One thread."""
 
-    def __init__(self, *, kept: int = KEPT, now: Callable[[], float] = time.time) -> None:
-        self._kept, self._now = kept, now
+    def __init__(
+        self,
+        *,
+        kept: int = KEPT,
+        now: Callable[[], float] = time.time,
+        forgotten: Callable[[str], None] = lambda digest: None,
+    ) -> None:
+        """`forgotten` is called for each adapter that is not remembered any more."""
+        self._kept, self._now, self._forgotten = kept, now, forgotten
         self._held: dict[str, AdapterUsage] = {}
         self._gone: OrderedDict[str, AdapterUsage] = OrderedDict()
 
@@ -70,7 +77,7 @@ class UsageLog:
     def let_go(self, ref: AdapterRef) -> None:
         self._gone[ref.digest] = self._held.pop(ref.digest)
         if len(self._gone) > self._kept:
-            self._gone.popitem(last=False)
+            self._forgotten(self._gone.popitem(last=False)[0])
 
     def get(self, digest: str) -> AdapterUsage | None:
         """None for an adapter never used, or forgotten."""

@@ -5,7 +5,7 @@ requests move to a replica that joins, the sum over all replicas stays what it w
 
 A request counts when it comes, with the tokens that it asks for: its prompt, and the output that is to be expected
 (the running mean, at most its max_tokens) until it has ended and the true number is known. So demand is what is asked
-for, not what is managed: waiting and refused requests count as well.
+for, not what is managed: waiting and refused requests count as well, those refused once however often they come back.
 """
 
 from __future__ import annotations
@@ -109,6 +109,13 @@ class _Sample(NamedTuple):
     load: EngineLoad
 
 
+class _Refused(NamedTuple):
+    """In the second that begins at `at`."""
+
+    at: float
+    tokens: float
+
+
 class DemandMeter:
     """Called from one event loop, with times in seconds of one clock that only goes forward."""
 
@@ -126,6 +133,7 @@ class DemandMeter:
         self._started = now
         self._window: deque[Asked] = deque()
         self._counted = 0.0  # tokens of the settled requests in the window
+        self._refused: deque[_Refused] = deque()
         self._open: set[Asked] = set()
         self._mean_output: float | None = None
         self._adapters: OrderedDict[str, tuple[float, AdapterRef]] = OrderedDict()  # last demanded, oldest first
@@ -151,9 +159,17 @@ class DemandMeter:
         self._want(asked.adapter, now)
         self._settle(asked, asked.num_prompt_tokens + asked.num_output_tokens)
 
-    def refused(self, asked: Asked) -> None:
-        """There was no room for it: demand all the same."""
-        self._settle(asked, asked.num_prompt_tokens + self._expected_output(asked))
+    def refused(self, asked: Asked, now: float) -> None:
+        """There was no room for it: demand all the same.
+
+        Who is refused comes back, after a second at the earliest, and nobody says that it is the same request. So only
+        that second of the window counts in which the most was refused.
+        """
+        self._settle(asked, 0)
+        tokens, second = asked.num_prompt_tokens + self._expected_output(asked), float(int(now))
+        if self._refused and self._refused[-1].at == second:
+            tokens += self._refused.pop().tokens
+        self._refused.append(_Refused(second, tokens))
 
     def void(self, asked: Asked) -> None:
         """It could not have run anywhere: no demand for tokens."""
@@ -209,7 +225,9 @@ class DemandMeter:
         sample = 1.0 if len(keys) <= MAX_KEYS else adapter_rank(keys.pop())
         return Observation(
             age_s=now - self._started,
-            tokens=self._counted + sum(map(self._open_tokens, self._open)),
+            tokens=self._counted
+            + sum(map(self._open_tokens, self._open))
+            + max((refused.tokens for refused in self._refused), default=0.0),
             capacity=self.capacity,
             occupied_s=sum(s.duration_s * (s.load.num_running + s.load.num_waiting) for s in self._samples)
             / self._max_num_seqs,
@@ -233,6 +251,8 @@ class DemandMeter:
             asked = self._window.popleft()
             asked.in_window = False
             self._counted -= asked.counted or 0.0
+        while self._refused and self._refused[0].at <= begin:
+            self._refused.popleft()
         while self._samples and self._samples[0].at <= begin:
             self._samples.popleft()
         while self._adapters and next(iter(self._adapters.values()))[0] <= begin:

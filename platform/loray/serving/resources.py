@@ -21,6 +21,7 @@ from loray.errors import (
     RevisionConflict,
     SettingsError,
     SpecError,
+    StoreError,
     UnsupportedError,
 )
 from loray.spec import AdapterManifest, Alias, Evaluation, Method, Name, Sha256, TrainSpec
@@ -177,6 +178,7 @@ _KINDS: dict[str, type[LorayError]] = {
     "unsupported": UnsupportedError,
     "integrity": IntegrityError,
     "catalog-unavailable": CatalogError,
+    "store-unavailable": StoreError,
     "cluster-unavailable": ClusterError,
     "internal": LorayError,
 }

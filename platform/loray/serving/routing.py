@@ -54,14 +54,14 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RoutingPolicy:
-    """`factor` is the paper's c. `floor`: requests that a replica may have in any case, where a few more are taken to
-    cost an engine less than loading an adapter does.
+    """`factor` is the paper's c. `floor`: requests that a replica may have in any case: a second one costs less than a
+    second home for its adapter, and with more, few requests at once would all wait for one replica while others idle.
 
     A report older than `max_age_s` counts for nothing; what was sent to a replica is remembered for `recent_s`.
     """
 
     factor: float = 1.25
-    floor: int = 8
+    floor: int = 2
     max_age_s: float = 30.0
     recent_s: float = 30.0
 

@@ -37,7 +37,7 @@ NumBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @classmethod
     def parse(cls, data: Any, *, source: str) -> Self:

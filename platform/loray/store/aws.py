@@ -16,7 +16,9 @@ _PROFILE = "default"
 _DEFAULT_REGION = "us-east-1"  # what servers that know no regions take
 _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 60
+_QUICK_READ_TIMEOUT_S = 5
 _MAX_ATTEMPTS = 4  # of each request, with growing pauses
+_QUICK_MAX_ATTEMPTS = 2
 
 
 class Keys(NamedTuple):
@@ -54,9 +56,10 @@ def region_of(location: S3Location) -> str | None:
     return region or (_DEFAULT_REGION if endpoint_of(location) else None)
 
 
-def connect(location: S3Location) -> Any:
+def connect(location: S3Location, *, quick: bool = False) -> Any:
     """A boto3 client, which several threads may use. It retries what may succeed later and checks checksums.
 
+    `quick`: for small objects, where an error within seconds is better than an answer after minutes.
     SettingsError where the credentials file is wrong. Nothing is sent yet.
     """
     import boto3
@@ -76,9 +79,9 @@ def connect(location: S3Location) -> Any:
         config=Config(
             signature_version="s3v4",
             s3={"addressing_style": "path"} if endpoint else None,
-            retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
+            retries={"mode": "standard", "total_max_attempts": _QUICK_MAX_ATTEMPTS if quick else _MAX_ATTEMPTS},
             connect_timeout=_CONNECT_TIMEOUT_S,
-            read_timeout=_READ_TIMEOUT_S,
+            read_timeout=_QUICK_READ_TIMEOUT_S if quick else _READ_TIMEOUT_S,
             max_pool_connections=2 * NUM_CONNECTIONS,
             request_checksum_calculation="when_supported",
             response_checksum_validation="when_supported",

@@ -33,13 +33,13 @@ class S3Store:
     AWS gets large objects in parallel parts. Other servers get them in one request: two uploads in parts that end at
     the same moment may both win there (SeaweedFS 4.48 lets them), while of two plain writes one is refused.
 
-    StoreError where the server cannot be reached or refuses; every request is tried several times before that.
-    Threads may share it; a process that was forked must make its own.
+    StoreError where the server cannot be reached or refuses; every request is tried several times before that, with
+    `quick` twice, for 5 s each. Threads may share it; a process that was forked must make its own.
     """
 
-    def __init__(self, location: S3Location) -> None:
+    def __init__(self, location: S3Location, *, quick: bool = False) -> None:
         self.location = location
-        self._client = connect(location)
+        self._client = connect(location, quick=quick)
         self._bucket = location.bucket
         self._prefix = f"{location.prefix}/" if location.prefix else ""
         self._parts_from = _MAX_PUT_BYTES if endpoint_of(location) else LARGE_BYTES

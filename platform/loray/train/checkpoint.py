@@ -10,6 +10,7 @@ step.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,10 @@ _RESUMABLE = ("base", "adapter", "data", "batch", "dtype", "seed")  # what a res
 
 
 class RunState(Frozen):
-    """After `step` optimizer steps. `eval_loss` is this checkpoint's own, None where it was not evaluated."""
+    """After `step` optimizer steps. `eval_loss` is this checkpoint's own, None where it was not evaluated.
+
+    `saved_at`: when the checkpoint was written; files that went through a bucket do not say.
+    """
 
     FILE: ClassVar[str] = "state.json"
 
@@ -42,6 +46,7 @@ class RunState(Frozen):
     best_eval_loss: float | None = None
     baselines: tuple[Evaluation, ...] = ()
     row_length: int
+    saved_at: datetime | None = None
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         """For the manifest: the baselines, and this checkpoint where it was evaluated."""
@@ -57,7 +62,8 @@ def evaluation(loss: float, subject: Any, row_length: int) -> Evaluation:
 def save(folder: Path, model: Any, optimizer: MasterAdamW, state: RunState) -> None:
     save_adapter(model, state.recipe.adapter, folder / ADAPTER)
     torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
-    (folder / RunState.FILE).write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    saved = state.model_copy(update={"saved_at": datetime.now(UTC)})
+    (folder / RunState.FILE).write_text(saved.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_optimizer(folder: Path, optimizer: MasterAdamW) -> None:
