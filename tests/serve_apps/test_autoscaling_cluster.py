@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -126,12 +127,31 @@ def test_a_wide_working_set_brings_a_replica_and_a_narrow_one_lets_it_go(
         statuses = {future.result().status_code for future in traffic.results}
     assert statuses == {200}
     assert told is not None
-    decisions = iter(told.decisions)
-    more = next(d for d in decisions if (d.from_replicas, d.to_replicas) == (1, 2) and "working set 1." in d.reason)
-    assert "needs 2 replicas at 0." in more.reason  # MiB
-    few_need = f"MiB of {NUM_FEW} adapters needs 1 replica at"
-    fewer = next(d for d in decisions if (d.from_replicas, d.to_replicas) == (2, 1) and few_need in d.reason)
+    more = next(d for d in told.decisions if (d.from_replicas, d.to_replicas) == (1, 2))
+    fewer = next(d for d in reversed(told.decisions) if (d.from_replicas, d.to_replicas) == (2, 1))
+    assert more.time < fewer.time
+    wide, narrow = working_set(more.reason), working_set(fewer.reason)
+    assert (wide.num_replicas, narrow.num_replicas) == (2, 1)
+    assert wide.num_adapters > narrow.num_adapters >= NUM_FEW
+    assert wide.mib >= wide.room_mib  # what one pool has for adapters; both are rounded
+    assert narrow.mib <= narrow.room_mib
     assert decisions_in_controllers_log(ray_cluster) >= {more.reason, fewer.reason}
+
+
+class WorkingSet(NamedTuple):
+    mib: float
+    num_adapters: int
+    num_replicas: int
+    room_mib: float
+
+
+def working_set(reason: str) -> WorkingSet:
+    """What a decision's reason says of it."""
+    said = re.search(
+        r"working set ([\d.]+) MiB of (\d+) adapters needs (\d) replicas? at ([\d.]+) MiB of pool each", reason
+    )
+    assert said is not None, reason
+    return WorkingSet(float(said[1]), int(said[2]), int(said[3]), float(said[4]))
 
 
 def decisions_in_controllers_log(cluster: RayCluster) -> set[str]:
