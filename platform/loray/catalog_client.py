@@ -8,11 +8,12 @@ with CatalogClient("http://127.0.0.1:8000") as catalog:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from loray.client import HttpClient
 from loray.errors import ClusterError, LorayError
 from loray.serving.resources import (
     AdapterResource,
@@ -27,37 +28,17 @@ from loray.serving.resources import (
 )
 from loray.spec import TrainSpec
 
-_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
-_PREFIX = "/api/v1"
 R = TypeVar("R", bound=BaseModel)
 
 
-class CatalogClient:
+class CatalogClient(HttpClient):
     """Errors come back as those that were raised: AdapterNotFound, JobNotFound, ConflictError, RevisionConflict,
     SpecError with each wrong field, CatalogError where the server's database is away, and ClusterError where the
     server or Ray does not answer.
     """
 
-    def __init__(
-        self,
-        base_url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        timeout: httpx.Timeout | float = _TIMEOUT,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        self.base_url = base_url.rstrip("/") + _PREFIX
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, transport=transport)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._http.close()
+    _prefix = "/api/v1"
+    _timeout = httpx.Timeout(60.0, connect=5.0)
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 

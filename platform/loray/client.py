@@ -22,25 +22,26 @@ from loray.serving.status import Status
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
-_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 R = TypeVar("R", bound=BaseModel)
 
 
-class LorayClient:
-    """Errors come back as those that were raised: RequestError, ContextLengthExceeded, NotFoundError, Overloaded with
-    `retry_after_s`, and EngineError where the server fails or does not answer.
-    """
+class HttpClient:
+    """The connection of a typed client; closed at the end of a `with` block. `timeout` None: the class's own."""
+
+    _prefix = ""
+    _timeout = httpx.Timeout(600.0, connect=5.0)
 
     def __init__(
         self,
         base_url: str = "http://127.0.0.1:8000",
         *,
         api_key: str | None = None,
-        timeout: httpx.Timeout | float = _TIMEOUT,
+        timeout: httpx.Timeout | float | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
+        self.base_url = base_url.rstrip("/") + self._prefix
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        timeout = self._timeout if timeout is None else timeout
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, transport=transport)
 
     def __enter__(self) -> Self:
@@ -51,6 +52,12 @@ class LorayClient:
 
     def close(self) -> None:
         self._http.close()
+
+
+class LorayClient(HttpClient):
+    """Errors come back as those that were raised: RequestError, ContextLengthExceeded, NotFoundError, Overloaded with
+    `retry_after_s`, and EngineError where the server fails or does not answer.
+    """
 
     # -- models and state ---------------------------------------------------------------------------------------------
 
