@@ -71,9 +71,9 @@ def lora(num_tokens: int, num_adapters: int) -> Case:
     def step(ops: Ops) -> None:
         for layer in range(LAYERS):
             for group in ("qkv", "o"):
-                shrunk = ops.lora_shrink(x_TI, pool, tuple(tables[m] for m in group), segments, layer * SHARE)
-                for m, h_TR in zip(group, shrunk, strict=True):
-                    ops.lora_expand(outputs[m], h_TR, pool, tables[m], segments, layer * SHARE)
+                own, offset = tuple(tables[m] for m in group), layer * SHARE
+                h = ops.lora_shrink(x_TI, pool, own, segments, offset)
+                ops.lora_expand(tuple(outputs[m] for m in group), h, pool, own, segments, offset)
 
     elements = LAYERS * sum(HIDDEN + o for o in MODULES.values())
     return Case(

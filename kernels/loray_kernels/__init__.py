@@ -16,6 +16,7 @@ from loray_kernels.cpu import CpuOps
 from loray_kernels.ops import (
     AttentionMeta,
     KvLayout,
+    LinearWeights,
     LoraTable,
     Ops,
     RowTables,
@@ -29,6 +30,7 @@ __all__ = [
     "AttentionMeta",
     "BackendUnavailable",
     "KvLayout",
+    "LinearWeights",
     "LoraTable",
     "Ops",
     "RowTables",

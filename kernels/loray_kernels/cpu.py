@@ -9,10 +9,12 @@ the batch and the chunking of its prompt; the C++ sources say how.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from loray_kernels.memory import huge_pages
 from loray_kernels.native import (
     Functions,
     dense_rows,
@@ -22,9 +24,10 @@ from loray_kernels.native import (
     pack_meta,
     pack_rows,
     pack_segments,
+    packed_size,
     supported,
 )
-from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, Segments, TokenRows, VeraTable
+from loray_kernels.ops import AttentionMeta, KvLayout, LinearWeights, LoraTable, Segments, TokenRows, VeraTable
 from loray_kernels.reference import ReferenceOps
 
 
@@ -47,6 +50,59 @@ class CpuOps(ReferenceOps):
                 return None
         assert pool.is_cpu
         return self._functions.get(dtype)
+
+    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
+        f = self._for(weight_OI)
+        if f is None:
+            return super().pack_linear(weight_OI, bias_O)
+        weight_OI = weight_OI.contiguous()
+        out_features, in_features = weight_OI.shape
+        packed = huge_pages(packed_size(self.isa, in_features, out_features, weight_OI.itemsize), weight_OI.dtype)
+        f.pack_linear(weight_OI.data_ptr(), in_features, out_features, packed.data_ptr(), torch.get_num_threads())
+        return LinearWeights(in_features, out_features, packed, None if bias_O is None else bias_O.contiguous())
+
+    def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
+        f = self._for(weights.data, x_TI)
+        if f is None or weights.data.dim() != 1:
+            return super().linear(x_TI, weights)
+        y_TO = x_TI.new_empty(x_TI.shape[0], weights.out_features)
+        self._multiply(f.linear, x_TI, weights, y_TO)
+        return y_TO
+
+    def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
+        f = self._for(weights.data, x_TD)
+        if f is None or weights.data.dim() != 1:
+            return super().logits(x_TD, weights)
+        y_TV = torch.empty(x_TD.shape[0], weights.out_features)
+        self._multiply(f.logits, x_TD, weights, y_TV)
+        return y_TV
+
+    def _multiply(self, function: Any, x_TI: Tensor, weights: LinearWeights, y_TO: Tensor) -> None:
+        x_TI = _token_rows(x_TI)
+        assert x_TI.shape[1] == weights.in_features
+        function(
+            x_TI.data_ptr(),
+            x_TI.stride(0),
+            x_TI.shape[0],
+            weights.in_features,
+            weights.data.data_ptr(),
+            None if weights.bias_O is None else weights.bias_O.data_ptr(),
+            weights.out_features,
+            y_TO.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        f = self._for(gate_up_TM)
+        if f is None:
+            return super().silu_mul(gate_up_TM)
+        gate_up_TM = _token_rows(gate_up_TM)
+        num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
+        y_TM = gate_up_TM.new_empty(num_tokens, width)
+        f.silu_mul(
+            gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads()
+        )
+        return y_TM
 
     def rms_norm(
         self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
@@ -185,24 +241,37 @@ class CpuOps(ReferenceOps):
         return tuple(h)
 
     def lora_expand(
-        self, y_TO: Tensor, h_TR: Tensor, pool: Tensor, table: LoraTable, segments: Segments, layer_offset: int
+        self,
+        outputs: tuple[Tensor, ...],
+        h: tuple[Tensor, ...],
+        pool: Tensor,
+        tables: tuple[LoraTable, ...],
+        segments: Segments,
+        layer_offset: int,
     ) -> None:
-        f = self._for(pool, y_TO)
-        if f is None or y_TO.stride(1) != 1 or h_TR.dtype is not torch.float32:
-            super().lora_expand(y_TO, h_TR, pool, table, segments, layer_offset)
+        f = self._for(pool, *outputs)
+        if f is None or any(y.stride(1) != 1 for y in outputs) or any(t.dtype is not torch.float32 for t in h):
+            super().lora_expand(outputs, h, pool, tables, segments, layer_offset)
             return
-        h_TR, packed, spans = _token_rows(h_TR), pack_lora(table), pack_segments(segments)
-        assert packed.widths[1] == y_TO.shape[1]
-        assert packed.widths[2] <= h_TR.shape[1]
-        assert spans.widths[0] <= y_TO.shape[0] == h_TR.shape[0]
-        assert packed.num == spans.num
+        spans = pack_segments(segments)
+        addresses: list[int] = []
+        targets: list[int] = []
+        keep = []
+        for y_TO, h_TR, table in zip(outputs, h, tables, strict=True):
+            h_TR, packed = _token_rows(h_TR), pack_lora(table)
+            assert packed.widths[1] == y_TO.shape[1]
+            assert packed.widths[2] <= h_TR.shape[1]
+            assert spans.widths[0] <= y_TO.shape[0] == h_TR.shape[0]
+            assert packed.num == spans.num
+            keep.append(h_TR)
+            addresses.append(packed.address)
+            targets += (y_TO.data_ptr(), y_TO.stride(0), h_TR.data_ptr(), h_TR.stride(0))
+        num = len(tables)
         f.lora_expand(
-            y_TO.data_ptr(),
-            y_TO.stride(0),
-            h_TR.data_ptr(),
-            h_TR.stride(0),
+            (ctypes.c_int64 * (4 * num))(*targets),
             _at(pool, layer_offset),
-            packed.address,
+            (ctypes.c_int64 * num)(*addresses),
+            num,
             spans.address,
             torch.get_num_threads(),
         )

@@ -22,12 +22,16 @@ from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, RowTables, Seg
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
 ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
-_SOURCES = ("attention.cpp", "lora.cpp", "rows.cpp", "vera.cpp")
+_SOURCES = ("attention.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "vera.cpp")
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "pack_linear": (_P, _I, _I, _P, _N),
+    "linear": (_P, _I, _I, _I, _P, _P, _I, _P, _N),
+    "logits": (_P, _I, _I, _I, _P, _P, _I, _P, _N),
+    "silu_mul": (_P, _I, _I, _I, _P, _N),
     "lora_shrink": (_P, _I, _P, _P, _P, _I, _P, _N),
-    "lora_expand": (_P, _I, _P, _I, _P, _P, _P, _N),
+    "lora_expand": (_P, _P, _P, _I, _P, _N),
     "vera_shrink": (_P, _I, _I, _P, _P, _I, _P, _N),
     "vera_expand": (_P, _I, _P, _I, _I, _I, _I, _P, _P, _P, _P, _P, _N),
     "paged_attention": (_P, _I, _P, _I, _P, _P, _I, _P, _F, _N),
@@ -41,6 +45,10 @@ _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 class Functions(NamedTuple):
     """The kernels for one dtype; arguments as in csrc."""
 
+    pack_linear: Any
+    linear: Any
+    logits: Any
+    silu_mul: Any
     lora_shrink: Any
     lora_expand: Any
     vera_shrink: Any
@@ -64,7 +72,7 @@ def functions(isa: str) -> dict[torch.dtype, Functions]:
     """Compiled at first use. BackendUnavailable says why there is no library; ValueError that the CPU lacks `isa`."""
     if isa not in supported():
         raise ValueError(f"no instruction set {isa!r} here; there is: {', '.join(supported())}")
-    loaded = _load(isa, _SOURCES, (f"-DLORAY_ISA={isa}", *ISA_FLAGS[isa]))
+    loaded = _library(isa)
     found = {}
     for dtype, suffix in _SUFFIX.items():
         kernels = []
@@ -74,6 +82,11 @@ def functions(isa: str) -> dict[torch.dtype, Functions]:
             kernels.append(function)
         found[dtype] = Functions(*kernels)
     return found
+
+
+@cache
+def _library(isa: str) -> ctypes.CDLL:
+    return _load(isa, _SOURCES, (f"-DLORAY_ISA={isa}", *ISA_FLAGS[isa]))
 
 
 def _load(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ctypes.CDLL:
@@ -158,6 +171,16 @@ def pack_meta(meta: AttentionMeta, block_tokens: int) -> Packed:
         keep = (held, query, context, pointers, *tables)
         packed = meta.memo["cpu"] = Packed(address, keep, (meta.query_start[-1],), len(context))
     return packed
+
+
+@cache
+def packed_size(isa: str, in_features: int, out_features: int, itemsize: int) -> int:
+    """Elements of a packed matrix."""
+    size = ctypes.c_int64()
+    function = _library(isa)[f"packed_size_{isa}"]
+    function.argtypes = (_I, _I, _I, _P)
+    function(in_features, out_features, itemsize, ctypes.addressof(size))
+    return size.value
 
 
 @cache

@@ -100,8 +100,34 @@ class AttentionMeta:
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearWeights:
+    """A matrix as its backend keeps it: `data` is the backend's own business."""
+
+    in_features: int
+    out_features: int
+    data: Tensor
+    bias_O: Tensor | None = None
+
+
 class Ops(Protocol):
     """Intermediates are fp32 and the order of roundings is the reference's, whatever the backend."""
+
+    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
+        """The matrix in the layout that `linear` and `logits` read; the original is not needed any more."""
+        ...
+
+    def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
+        """y = x Wᵀ + bias, (T, O)."""
+        ...
+
+    def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
+        """`linear` in fp32, of results that are rounded to x's dtype first."""
+        ...
+
+    def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        """silu(gate) · up, (T, M) of (T, 2 M): gate first."""
+        ...
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
         """x_TD: rows of `table_VD`, but for the tokens of `own`."""
@@ -136,9 +162,15 @@ class Ops(Protocol):
         ...
 
     def lora_expand(
-        self, y_TO: Tensor, h_TR: Tensor, pool: Tensor, table: LoraTable, segments: Segments, layer_offset: int
+        self,
+        outputs: tuple[Tensor, ...],
+        h: tuple[Tensor, ...],
+        pool: Tensor,
+        tables: tuple[LoraTable, ...],
+        segments: Segments,
+        layer_offset: int,
     ) -> None:
-        """y += scale · B h, accumulated in fp32. Writes `y_TO`."""
+        """y += scale · B h for each (y, h, table), accumulated in fp32, in one launch. Writes `outputs`."""
         ...
 
     def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, RowTables, Segments, TokenRows, VeraTable
+from loray_kernels.ops import (
+    AttentionMeta,
+    KvLayout,
+    LinearWeights,
+    LoraTable,
+    RowTables,
+    Segments,
+    TokenRows,
+    VeraTable,
+)
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -21,6 +32,19 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
 
 class ReferenceOps:
     """See `loray_kernels.ops.Ops` for the equations."""
+
+    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
+        return LinearWeights(weight_OI.shape[1], weight_OI.shape[0], weight_OI, bias_O)
+
+    def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
+        return F.linear(x_TI, weights.data, weights.bias_O)
+
+    def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
+        return self.linear(x_TD, weights).float()
+
+    def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)
+        return F.silu(gate_TM) * up_TM
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
         x_TD = F.embedding(token_ids_T, table_VD)
@@ -82,7 +106,7 @@ class ReferenceOps:
         x32_TI = x_TI.float()
         out = []
         for table in tables:
-            ranks = [b - a for a, b in zip(table.rank_start, table.rank_start[1:], strict=False)]
+            ranks = [b - a for a, b in pairwise(table.rank_start)]
             h_TR = x32_TI.new_zeros(x_TI.shape[0], max(ranks, default=0))
             for n, rank in enumerate(ranks):
                 if rank:
@@ -94,14 +118,21 @@ class ReferenceOps:
         return tuple(out)
 
     def lora_expand(
-        self, y_TO: Tensor, h_TR: Tensor, pool: Tensor, table: LoraTable, segments: Segments, layer_offset: int
+        self,
+        outputs: tuple[Tensor, ...],
+        h: tuple[Tensor, ...],
+        pool: Tensor,
+        tables: tuple[LoraTable, ...],
+        segments: Segments,
+        layer_offset: int,
     ) -> None:
-        for n, (first, last) in enumerate(zip(table.rank_start, table.rank_start[1:], strict=False)):
-            if last > first:
-                b_RO = gather_rows(pool, table.b, layer_offset, first, last).float()
-                rows = slice(segments.start[n], segments.stop[n])
-                delta = (h_TR[rows, : last - first] @ b_RO) * table.scale[n]
-                y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
+        for y_TO, h_TR, table in zip(outputs, h, tables, strict=True):
+            for n, (first, last) in enumerate(pairwise(table.rank_start)):
+                if last > first:
+                    b_RO = gather_rows(pool, table.b, layer_offset, first, last).float()
+                    rows = slice(segments.start[n], segments.stop[n])
+                    delta = (h_TR[rows, : last - first] @ b_RO) * table.scale[n]
+                    y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
 
     def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:
         return x_TI.float() @ a_RI[:, : x_TI.shape[1]].float().T

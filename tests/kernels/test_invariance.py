@@ -61,7 +61,7 @@ def lora(ops: Ops, dtype: torch.dtype, x_TI: Tensor, y_TO: Tensor, ranks: list[i
     )
     out = y_TO.clone()
     _, h_TR = ops.lora_shrink(x_TI, pool, tables, segments, 3)
-    ops.lora_expand(out, h_TR, pool, tables[1], segments, 3)
+    ops.lora_expand((out,), (h_TR,), pool, (tables[1],), segments, 3)
     return out
 
 
@@ -106,7 +106,7 @@ def test_neighbours_adapters_change_nothing(ops: Ops, dtype: torch.dtype) -> Non
         table = LoraTable(tables[0], tables[1], rank_start, (1.5,) * len(ranks))
         fused.copy_(before)
         (h_TR,) = ops.lora_shrink(x_TI, pool, (table,), segments, 3)
-        ops.lora_expand(y_TO, h_TR, pool, table, segments, 3)
+        ops.lora_expand((y_TO,), (h_TR,), pool, (table,), segments, 3)
         assert torch.equal(fused[:, :WIDTH], before[:, :WIDTH])
         assert torch.equal(fused[:, 2 * WIDTH :], before[:, 2 * WIDTH :])
         alone.append(fused.clone())

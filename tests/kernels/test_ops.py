@@ -99,7 +99,7 @@ def test_lora(ops: Ops, popularity: str, widths: tuple[int, int, int], dtype: to
         expected[rows] += scale[n] * (x_TI[rows].double() @ a_RI[own].double().T @ b_RO[own].double())
     (h_TR,) = ops.lora_shrink(x_TI, shelf.tensor, (table,), segments, layer_offset)
     assert h_TR.dtype == torch.float32
-    ops.lora_expand(y_TO, h_TR, shelf.tensor, table, segments, layer_offset)
+    ops.lora_expand((y_TO,), (h_TR,), shelf.tensor, (table,), segments, layer_offset)
     close(y_TO, expected, dtype)
 
 

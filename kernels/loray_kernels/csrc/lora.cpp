@@ -23,10 +23,18 @@ struct Output {
     i64 stride;
 };
 
-// Rows or columns [first, first + num) of one adapter with some of its tokens; `part` is the table of a shrink, the
-// segment of an expand.
+// Where an expand adds, and what it expands.
+template <class T>
+struct Target {
+    T* y;
+    i64 y_stride;
+    const float* h;
+    i64 h_stride;
+};
+
+// Rows (shrink) or columns of a segment (expand) [first, first + num) of one adapter with some of its tokens.
 struct Item {
-    i64 part, adapter, first, num, token, num_tokens;
+    i64 table, segment, adapter, first, num, token, num_tokens;
 };
 
 constexpr i64 TOKENS = 64, RANKS = 16, COLUMNS = 256;
@@ -39,10 +47,10 @@ struct Items {
     i64 num = 0;
     explicit Items(i64 capacity) : items((Item*)item_memory.get(capacity * sizeof(Item))) {}
     // Rows or columns [first, stop) in tiles of `size`, for each tile of tokens [token, token_stop).
-    void add(i64 part, i64 adapter, i64 first, i64 stop, i64 size, i64 token, i64 token_stop) {
+    void add(i64 table, i64 segment, i64 adapter, i64 first, i64 stop, i64 size, i64 token, i64 token_stop) {
         for (i64 t = token; t < token_stop; t += TOKENS)
             for (i64 f = first; f < stop; f += size)
-                items[num++] = {part, adapter, f, min_(size, stop - f), t, min_(TOKENS, token_stop - t)};
+                items[num++] = {table, segment, adapter, f, min_(size, stop - f), t, min_(TOKENS, token_stop - t)};
     }
 };
 
@@ -61,13 +69,13 @@ static void shrink(const T* x, i64 x_stride, const T* pool, const Table* const* 
     Items list(capacity);
     for (i64 n = 0; n < spans.num; n++)
         for (i64 k = 0; k < num_tables; k++)
-            list.add(k, n, tables[k]->rank_start[n], tables[k]->rank_start[n + 1], RANKS, spans.start[n],
+            list.add(k, 0, n, tables[k]->rank_start[n], tables[k]->rank_start[n + 1], RANKS, spans.start[n],
                      spans.stop[n]);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > SERIAL)
     for (i64 i = 0; i < list.num; i++) {
         const Item& item = list.items[i];
-        const Table& table = *tables[item.part];
-        const Output& out = outputs[item.part];
+        const Table& table = *tables[item.table];
+        const Output& out = outputs[item.table];
         float* h = out.h + item.token * out.stride + item.first - table.rank_start[item.adapter];
         dot_block(x + item.token * x_stride, x_stride, item.num_tokens, pool, *table.a, item.first, item.num, h,
                   out.stride);
@@ -113,35 +121,40 @@ static inline void expand_columns(T* y, i64 y_stride, const float* h, i64 h_stri
         expand_tile<NT, 1>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, min_(W, num_columns - c));
 }
 
+// Every table with its own output and its own h, in one go.
 template <class T>
-static void expand(T* y, i64 y_stride, const float* h, i64 h_stride, const T* pool, const Table& table,
+static void expand(const Target<T>* targets, const T* pool, const Table* const* tables, i64 num_tables,
                    const Spans& spans, int threads) {
-    i64 tiles = 0, capacity = 0, work = 0, width = 0;
-    for (i64 s = 0; s < table.b->num_segments; s++) {
-        tiles += ceil_div(table.b->segments[s].width, COLUMNS);
-        width += table.b->segments[s].width;
-    }
-    for (i64 n = 0; n < spans.num; n++) {
-        i64 tokens = spans.stop[n] - spans.start[n];
-        capacity += tiles * ceil_div(tokens, TOKENS);
-        work += (table.rank_start[n + 1] - table.rank_start[n]) * tokens * width;
-    }
+    i64 capacity = 0, work = 0;
+    for (i64 k = 0; k < num_tables; k++)
+        for (i64 s = 0; s < tables[k]->b->num_segments; s++) {
+            const i64 width = tables[k]->b->segments[s].width;
+            for (i64 n = 0; n < spans.num; n++) {
+                const i64 tokens = spans.stop[n] - spans.start[n];
+                capacity += ceil_div(width, COLUMNS) * ceil_div(tokens, TOKENS);
+                work += (tables[k]->rank_start[n + 1] - tables[k]->rank_start[n]) * tokens * width;
+            }
+        }
     Items list(capacity);
     for (i64 n = 0; n < spans.num; n++)
-        if (table.rank_start[n + 1] > table.rank_start[n])
-            for (i64 s = 0; s < table.b->num_segments; s++)
-                list.add(s, n, 0, table.b->segments[s].width, COLUMNS, spans.start[n], spans.stop[n]);
+        for (i64 k = 0; k < num_tables; k++)
+            if (tables[k]->rank_start[n + 1] > tables[k]->rank_start[n])
+                for (i64 s = 0; s < tables[k]->b->num_segments; s++)
+                    list.add(k, s, n, 0, tables[k]->b->segments[s].width, COLUMNS, spans.start[n], spans.stop[n]);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > SERIAL)
     for (i64 i = 0; i < list.num; i++) {
         const Item& item = list.items[i];
-        const RowSegment& segment = table.b->segments[item.part];
+        const Table& table = *tables[item.table];
+        const Target<T>& target = targets[item.table];
+        const RowSegment& segment = table.b->segments[item.segment];
         const i64 first = table.rank_start[item.adapter], rank = table.rank_start[item.adapter + 1] - first;
         const i64* offsets = segment.offsets + first;
         const float scale = table.scale[item.adapter];
         // Columns outside, tokens inside: the tile of B stays in the first cache for every token.
         constexpr i64 STEP = 4 * W;
-        T* to = y + item.token * y_stride + segment.column + item.first;
-        const float* from = h + item.token * h_stride;
+        const i64 y_stride = target.y_stride, h_stride = target.h_stride;
+        T* to = target.y + item.token * y_stride + segment.column + item.first;
+        const float* from = target.h + item.token * h_stride;
         const T* rows = pool + item.first;
         i64 t = 0;
         if (item.num_tokens >= 4) {
@@ -170,9 +183,9 @@ using namespace LORAY_NAMESPACE;
         shrink(x, x_stride, pool, tables, outputs, num_tables, *spans, threads);                                    \
     }                                                                                                               \
     LORAY_ENTRY(lora_expand_##suffix##_)                                                                            \
-    (type * y, i64 y_stride, const float* h, i64 h_stride, const type* pool, const Table* table,                    \
-     const Spans* spans, int threads) {                                                                             \
-        expand(y, y_stride, h, h_stride, pool, *table, *spans, threads);                                            \
+    (const Target<type>* targets, const type* pool, const Table* const* tables, i64 num_tables, const Spans* spans, \
+     int threads) {                                                                                                 \
+        expand(targets, pool, tables, num_tables, *spans, threads);                                                 \
     }
 
 LORAY_LORA(bf16, bf16)

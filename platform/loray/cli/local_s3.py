@@ -202,7 +202,9 @@ def _is_free(port: int) -> bool:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], server: LocalS3, timeout_s: float) -> None:
-    """Ready means that it has stored an object: it takes connections before it can."""
+    """Ready means that what it stored before can be read and that it stores anew: it takes connections before it can
+    do either. The object has a byte, since an empty one needs no volume.
+    """
     from loray.store.s3 import S3Store, create_bucket
 
     deadline = time.monotonic() + timeout_s
@@ -215,8 +217,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: LocalS3, timeout
             try:
                 create_bucket(location)
                 store = S3Store(location)
-                store.delete("ready")
-                store.put_if_absent("ready", b"")
+                if store.exists("ready"):
+                    store.get("ready")
+                    store.delete("ready")
+                store.put_if_absent("ready", b"1")
                 return
             except StoreError as e:
                 problem = e

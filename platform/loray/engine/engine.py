@@ -27,7 +27,7 @@ from loray.engine.usage import UsageLog
 from loray.errors import BaseMismatch, ContextLengthExceeded, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, ServeSpec
 from loray.telemetry import METRICS, get_logger
-from loray_kernels import Ops, backend
+from loray_kernels import backend
 
 _log = get_logger(__name__)
 
@@ -43,12 +43,11 @@ class Engine:
         base: BaseModel,
         model: Decoder,
         pool: Pool,
-        ops: Ops,
         load: LoadAdapter,
     ) -> None:
         self.spec, self.base = spec, base
         self.wake: Callable[[], None] = lambda: None
-        self._model, self._pool, self._ops = model, pool, ops
+        self._model, self._pool = model, pool
         self._sampler = Sampler()
         self._load_weights = load
         self._loader = ThreadPoolExecutor(2, thread_name_prefix="adapter-load", initializer=_single_threaded)
@@ -57,6 +56,7 @@ class Engine:
             load=self._start_load,
             place=pool.place,
             remove=pool.remove,
+            size=pool.size_of,
             usage=UsageLog(forgotten=self._forget_size),
         )
         self._scheduler = Scheduler(
@@ -66,7 +66,10 @@ class Engine:
             max_num_batched_tokens=spec.max_num_batched_tokens,
             max_queued=spec.max_queued,
             adapter_blocks=self._adapter_blocks,
+            compact=pool.compact,
+            enable_prefix_caching=spec.enable_prefix_caching,
         )
+        pool.on_kv_moved = self._scheduler.moved
         self._requests: dict[str, Request] = {}
         self._adapter_num_blocks: dict[str, int] = {}
         self._adapter_bytes: dict[str, AdapterBytes] = {}
@@ -168,7 +171,7 @@ class Engine:
             device=self._pool.tensor.device,
         )
         self._max_adapters = max(self._max_adapters, len(batch.adapters.slots))
-        logits_SV = self._model.forward(batch, self._pool, self._ops)
+        logits_SV = self._model.forward(batch, self._pool)
         for chunk in chunks:
             request = chunk.request
             request.num_computed += chunk.num_tokens
@@ -202,6 +205,7 @@ class Engine:
     def _fail_not_finite(self, request: Request) -> TokenOutput:
         model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
         self._remove(request)
+        self._scheduler.prefix_cache.forget(request.adapter_digest)  # nobody else begins with such keys and values
         error = IntegrityError(
             f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
         )
@@ -219,7 +223,9 @@ class Engine:
         if reason is not None:
             self._totals["finished"] += 1
             self._remove(request)
-        return TokenOutput(request.request_id, token, logprobs, reason)
+        return TokenOutput(
+            request.request_id, token, logprobs, reason, num_cached_tokens=request.num_cached_tokens or 0
+        )
 
     def _remove(self, request: Request) -> None:
         if request.adapter is not None:
@@ -269,7 +275,7 @@ class Engine:
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             num_loading=len(tiers[Tier.LOADING]),
-            blocks=self._pool.allocator.occupancy()._asdict(),
+            blocks=self._blocks(),
             adapters_in_pool=tuple(r.digest for r in tiers[Tier.POOL]),
             adapters_on_host=tuple(r.digest for r in tiers[Tier.HOST]),
             host_bytes=self._residency.host_used,
@@ -278,6 +284,8 @@ class Engine:
             num_output_tokens=totals["output_tokens"],
             num_finished=totals["finished"],
             num_preemptions=self._scheduler.num_preemptions,
+            prefix_cache_queries=self._scheduler.prefix_cache_queries,
+            prefix_cache_hits=self._scheduler.prefix_cache_hits,
             num_loads=counts.loads,
             num_failed_loads=counts.failed_loads,
             num_evictions=counts.evictions,
@@ -294,13 +302,22 @@ class Engine:
             queue_seconds={kind: histogram.counts() for kind, histogram in self._queue_seconds.items()},
         )
 
+    def _blocks(self) -> dict[str, int]:
+        blocks = self._pool.allocator.occupancy()._asdict()
+        cached = self._scheduler.prefix_cache.num_idle
+        return blocks | {"kv": blocks["kv"] - cached, "cached": cached}
+
     def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlace]:
         """Where these adapters are and how they have been used; without `digests`, all that are known."""
         return self._residency.places(digests)
 
     def check_integrity(self) -> None:
-        """AssertionError unless every block is free, or held by exactly the running requests and resident adapters."""
+        """AssertionError unless every block is free, or held by exactly the running requests, the prefix cache and the
+        resident adapters.
+        """
         kv = Counter(block for request in self._scheduler.running for block in request.blocks)
+        kv.update(self._scheduler.prefix_cache.blocks())
+        self._scheduler.prefix_cache.check_integrity()
         self._pool.check_integrity(kv, self._residency.residents())
         self._residency.check_integrity()
         pins = Counter(r.adapter.digest for r in self._scheduler.running if r.adapter is not None)
@@ -316,10 +333,10 @@ def build_engine(spec: ServeSpec, base: BaseModel, load: LoadAdapter) -> Engine:
     """Load `base` and cut the pool. Raises SpecError when pool_bytes does not hold one sequence of one block."""
     dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
     layout, num_blocks = cut_pool(spec, base.config)
-    model = Decoder(base.config, read_tensors(base.path), dtype=dtype, device=device)
+    model = Decoder(base.config, read_tensors(base.path), backend("auto", device), dtype=dtype, device=device)
     pool = Pool(layout, num_blocks, dtype=dtype, device=device)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
-    return Engine(spec, base, model, pool, backend("auto", device), load)
+    return Engine(spec, base, model, pool, load)
 
 
 def _single_threaded() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
@@ -37,30 +36,30 @@ class Step:
 class Linear:
     """Base modules that share an input, as one matrix; LoRA and VeRA of each are added to its columns of the result."""
 
-    def __init__(self, layer: int, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> None:
+    def __init__(self, layer: int, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], ops: Ops) -> None:
         self._layer = layer
         self._modules = tuple(weights)
         self._widths = [w.shape[0] for w in weights.values()]
-        self._weight_OI = torch.cat(list(weights.values()))
-        self._bias_O = torch.cat([biases[m] for m in weights]) if biases else None
+        bias_O = torch.cat([biases[m] for m in weights]) if biases else None
+        self._weights = ops.pack_linear(torch.cat(list(weights.values())), bias_O)
 
-    def __call__(self, x_TI: Tensor, step: Step) -> tuple[Tensor, ...]:
-        """One (T, O) for each module."""
-        y = torch.split(F.linear(x_TI, self._weight_OI, self._bias_O), self._widths, dim=1)
-        outputs = dict(zip(self._modules, y, strict=True))
+    def __call__(self, x_TI: Tensor, step: Step) -> Tensor:
+        """(T, O) of all modules side by side."""
+        y_TO = step.ops.linear(x_TI, self._weights)
+        outputs = dict(zip(self._modules, torch.split(y_TO, self._widths, dim=1), strict=True))
         self._add_lora(x_TI, outputs, step)
         self._add_vera(x_TI, outputs, step)
-        return y
+        return y_TO
 
     def _add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
-        tables = step.batch.adapters.layer(self._layer).lora
-        own = [m for m in self._modules if m in tables]
+        found = step.batch.adapters.layer(self._layer).lora
+        own = [m for m in self._modules if m in found]
         if not own:
             return
         pool, segments, offset = step.pool.tensor, step.batch.adapters.segments, step.offset(self._layer)
-        shrunk = step.ops.lora_shrink(x_TI, pool, tuple(tables[m] for m in own), segments, offset)
-        for module, h_TR in zip(own, shrunk, strict=True):
-            step.ops.lora_expand(outputs[module], h_TR, pool, tables[module], segments, offset)
+        tables = tuple(found[m] for m in own)
+        h = step.ops.lora_shrink(x_TI, pool, tables, segments, offset)
+        step.ops.lora_expand(tuple(outputs[m] for m in own), h, pool, tables, segments, offset)
 
     def _add_vera(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
         tables = step.batch.adapters.layer(self._layer).vera
@@ -118,13 +117,13 @@ class Rope:
 
 
 class Attention:
-    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops) -> None:
         prefix = f"model.layers.{layer}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
         self._layer, self._config = layer, config
         biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if config.qkv_bias else {}
-        self._qkv = Linear(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases)
-        self._o = Linear(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, {})
+        self._qkv = Linear(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases, ops)
+        self._o = Linear(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, {}, ops)
         self._q_norm = self._k_norm = None
         if config.qk_norm:
             eps = config.rms_norm_eps
@@ -133,7 +132,8 @@ class Attention:
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         c, pool = self._config, step.pool
-        q, k, v = self._qkv(x_TD, step)
+        widths = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+        q, k, v = torch.split(self._qkv(x_TD, step), widths, dim=1)
         q_THd = q.reshape(-1, c.num_heads, c.head_dim)
         k_TKd = k.reshape(-1, c.num_kv_heads, c.head_dim)
         v_TKd = v.reshape(-1, c.num_kv_heads, c.head_dim)
@@ -145,17 +145,14 @@ class Attention:
         step.ops.write_kv(pool.tensor, pool.layout, self._layer, k_TKd, v_TKd, meta)
         scale = c.head_dim**-0.5
         out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, scale)
-        (y_TD,) = self._o(out_THd.flatten(1), step)
-        return y_TD
+        return self._o(out_THd.flatten(1), step)
 
 
 class MLP:
-    def __init__(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, layer: int, tensors: Mapping[str, Tensor], ops: Ops) -> None:
         prefix = f"model.layers.{layer}.mlp"
-        self._gate_up = Linear(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in ("gate_proj", "up_proj")}, {})
-        self._down = Linear(layer, {"down_proj": tensors[f"{prefix}.down_proj.weight"]}, {})
+        self._gate_up = Linear(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in ("gate_proj", "up_proj")}, {}, ops)
+        self._down = Linear(layer, {"down_proj": tensors[f"{prefix}.down_proj.weight"]}, {}, ops)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        gate_TM, up_TM = self._gate_up(x_TD, step)
-        (y_TD,) = self._down(F.silu(gate_TM) * up_TM, step)
-        return y_TD
+        return self._down(step.ops.silu_mul(self._gate_up(x_TD, step)), step)

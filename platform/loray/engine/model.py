@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
@@ -17,14 +16,14 @@ from loray_kernels import Ops
 
 
 class _Layer:
-    def __init__(self, layer: int, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, layer: int, config: ModelConfig, tensors: dict[str, Tensor], ops: Ops) -> None:
         prefix, eps = f"model.layers.{layer}", config.rms_norm_eps
         name = "input_layernorm"
         self._attention_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
-        self._attention = Attention(layer, config, tensors)
+        self._attention = Attention(layer, config, tensors, ops)
         name = "post_attention_layernorm"
         self._mlp_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
-        self._mlp = MLP(layer, tensors)
+        self._mlp = MLP(layer, tensors, ops)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         x_TD = x_TD + self._attention(self._attention_norm(x_TD, step), step)
@@ -32,29 +31,38 @@ class _Layer:
 
 
 class Decoder:
-    """`tensors` are a checkpoint's by name. Fused modules are copies, so the originals may be dropped afterwards."""
+    """`tensors` are a checkpoint's by name; matrices are kept as `ops` wants them, which runs every pass."""
 
     def __init__(
-        self, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        tensors: Iterable[tuple[str, Tensor]],
+        ops: Ops,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         loaded = {name: t.to(device=device, dtype=dtype) for name, t in tensors}
         self.config = config
+        self._ops = ops
         self._rope = Rope(config, dtype=dtype, device=device)
         try:
             self.embedding_VD = loaded["model.embed_tokens.weight"]
-            self._head_VD = self.embedding_VD if config.tie_word_embeddings else loaded["lm_head.weight"]
-            self._layers = [_Layer(i, config, loaded) for i in range(config.num_layers)]
+            head_VD = self.embedding_VD if config.tie_word_embeddings else loaded["lm_head.weight"]
+            self._head = ops.pack_linear(head_VD)
+            self._layers = [_Layer(i, config, loaded, ops) for i in range(config.num_layers)]
             self._norm = RMSNorm(None, "norm", loaded["model.norm.weight"], config.rms_norm_eps)
         except KeyError as e:
             raise IntegrityError(f"the checkpoint lacks the tensor {e.args[0]!r}; add the base again") from e
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, pool: Pool, ops: Ops) -> Tensor:
+    def forward(self, batch: Batch, pool: Pool) -> Tensor:
         """Logits (sampled chunks, vocabulary), fp32. Writes this step's keys and values into `pool`."""
+        ops = self._ops
         cos_Td, sin_Td = self._rope(batch)
         step = Step(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
         for layer in self._layers:
             x_TD = layer(x_TD, step)
         x_TD = self._norm(x_TD, step)
-        return F.linear(x_TD[batch.logits_T], self._head_VD).float()
+        return ops.logits(x_TD[batch.logits_T], self._head)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor
 from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
 from loray.bases.config import ModelConfig
 from loray.engine.blocks import BlockAllocator, Extent, Geometry
+from loray.engine.compaction import close_gaps
 from loray.engine.rows import AdapterShape, LayerGroup, Matrix, Part, RowTable, Table, place
 from loray.errors import IntegrityError, SpecError
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import KvLayout, RowTables
+from loray_kernels.memory import huge_pages
 
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 
@@ -44,9 +46,9 @@ class PackedAdapter:
         return sum(t.nbytes for t in (*self.layered.values(), *self.flat.values()))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ResidentAdapter:
-    """An adapter in the pool.
+    """An adapter in the pool. The pool may move it between steps: `table`, `rows`, `extents` and `token_row` change.
 
     rows       the table as tensors, by (group, module, part); group -1 holds rows without a layer
     scales     LoRA's alpha/r by (group, module)
@@ -54,6 +56,7 @@ class ResidentAdapter:
     """
 
     ref: AdapterRef
+    shape: AdapterShape
     table: RowTable
     rows: Mapping[tuple[int, str, Part], RowTables]
     scales: Mapping[tuple[int, str], float]
@@ -150,8 +153,11 @@ class Pool:
         self.layout = layout
         self.geometry = Geometry(num_blocks, layout.num_layers, layout.block_tokens, layout.layer_share)
         self.allocator = BlockAllocator(self.geometry)
-        self.tensor = torch.zeros(num_blocks * self.geometry.block_size, dtype=dtype, device=device)
+        size = num_blocks * self.geometry.block_size
+        self.tensor = huge_pages(size, dtype) if device.type == "cpu" else torch.zeros(size, dtype=dtype, device=device)
         self._pairs: dict[str, ResidentPair] = {}
+        self._residents: dict[ResidentAdapter, None] = {}
+        self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
 
     def num_blocks_for(self, packed: PackedAdapter) -> int:
         """Blocks that the adapter takes at most, a pair that is not resident yet included."""
@@ -179,10 +185,7 @@ class Pool:
         for (module, part), rows in packed.flat.items():
             for segment in table.flat[module, part]:
                 self._write(segment.offsets, rows[:, segment.column : segment.column + segment.width])
-        token_row: dict[int, int] = {}
-        if packed.token_ids:
-            (segment,) = table.flat["embed_tokens", "embedding"]
-            token_row = dict(zip(packed.token_ids, segment.offsets, strict=True))
+        token_row = _token_row(packed.token_ids, table)
         scales = {
             (i, m.module): m.scale
             for i, group in enumerate(packed.shape.groups)
@@ -190,9 +193,14 @@ class Pool:
             if m.part == "lora_b"
         }
         tensors = self._row_tensors(table)
-        return ResidentAdapter(ref, table, tensors, scales, tuple(extents), token_row, packed.rope, pair)
+        resident = ResidentAdapter(
+            ref, packed.shape, table, tensors, scales, tuple(extents), token_row, packed.rope, pair
+        )
+        self._residents[resident] = None
+        return resident
 
     def remove(self, adapter: ResidentAdapter) -> None:
+        del self._residents[adapter]
         self.allocator.free_rows(adapter.extents)
         self._release_pair(adapter.pair)
 
@@ -238,6 +246,8 @@ class Pool:
         if resident is None:
             num_blocks = self._pair_blocks(pair)
             first = self.allocator.allocate_run(num_blocks)
+            if first is None and self._clear_run(num_blocks):
+                first = self.allocator.allocate_run(num_blocks)
             if first is None:
                 return None
             start, split = first * self.geometry.block_size, pair.a_RI.numel()
@@ -255,15 +265,65 @@ class Pool:
             del self._pairs[pair.digest]
             self.allocator.free_run(pair.first_block)
 
+    # -- moving what stands in the pool, between steps -----------------------------------------------------------------
+
+    def size_of(self, adapter: ResidentAdapter) -> float:
+        """Blocks that its removal would free, parts of shared ones included; a pair goes with the last who uses it."""
+        blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in adapter.extents)
+        return blocks + (adapter.pair.num_blocks if adapter.pair is not None and adapter.pair.references == 1 else 0)
+
+    def compact(self, num_blocks: int) -> bool:
+        """Free up to `num_blocks` blocks by moving rows into the gaps that evictions left; False if that frees none."""
+        owned = [list(adapter.extents) for adapter in self._residents]
+        copies = close_gaps(self.allocator, owned, num_blocks)
+        for old, new in copies:
+            self._rows_of(new).copy_(self._rows_of(old))
+        self._moved(owned)
+        return bool(copies)
+
+    def _clear_run(self, num_blocks: int) -> bool:
+        """Make room for a run where enough blocks are free, only not next to each other. KV may move as well."""
+        moves = self.allocator.clear_run(num_blocks)
+        if moves is None:
+            return False
+        blocks = self.tensor.view(self.geometry.num_blocks, -1)
+        for old, new in moves.items():
+            blocks[new].copy_(blocks[old])
+        self._moved([[e._replace(block=moves.get(e.block, e.block)) for e in a.extents] for a in self._residents])
+        self.on_kv_moved(moves)
+        return True
+
+    def _rows_of(self, extent: Extent) -> Tensor:
+        """(layers or 1, elements)"""
+        shares = self.tensor.view(self.geometry.num_blocks, -1, self.geometry.capacity(extent.kind))
+        return shares[extent.block, :, extent.offset : extent.offset + extent.width * extent.rows]
+
+    def _moved(self, owned: Sequence[Sequence[Extent]]) -> None:
+        """Renew the tables of residents whose extents have changed."""
+        for adapter, extents in zip(self._residents, owned, strict=True):
+            if tuple(extents) != adapter.extents:
+                adapter.extents = tuple(extents)
+                adapter.table = place(adapter.shape, extents, self.geometry)
+                adapter.rows = self._row_tensors(adapter.table)
+                adapter.token_row = _token_row(tuple(adapter.token_row), adapter.table)
+
     def check_integrity(self, kv_references: Mapping[int, int], residents: list[ResidentAdapter]) -> None:
         """AssertionError unless the pool holds exactly these KV blocks and adapters, and their pairs."""
         pairs: dict[str, int] = {}
         for adapter in residents:
             if adapter.pair is not None:
                 pairs[adapter.pair.digest] = pairs.get(adapter.pair.digest, 0) + 1
+        assert set(residents) == set(self._residents), "the pool's residents differ from the adapters in the pool"
         assert pairs == {d: p.references for d, p in self._pairs.items()}, "a pair's references are wrong"
         self.allocator.check_integrity(
             kv_references,
             [e for adapter in residents for e in adapter.extents],
             {p.first_block: p.num_blocks for p in self._pairs.values()},
         )
+
+
+def _token_row(token_ids: Sequence[int], table: RowTable) -> dict[int, int]:
+    if not token_ids:
+        return {}
+    (segment,) = table.flat["embed_tokens", "embedding"]
+    return dict(zip(token_ids, segment.offsets, strict=True))

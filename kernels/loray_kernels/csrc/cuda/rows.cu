@@ -1,0 +1,61 @@
+// Rows that move: new keys and values into the cache, embedding rows of adapters, host pages into blocks.
+#include "device.cuh"
+
+constexpr int THREADS = 128;
+
+// cache[slot, K or V] = k[t], v[t]; a negative slot is padding. Grid (tokens), THREADS threads.
+template <class T>
+__device__ void write_kv(T *pool, i64 block_stride, i64 block_tokens, i64 width, const T *k, i64 k_stride, const T *v,
+                         i64 v_stride, const i64 *slots) {
+  const i64 token = blockIdx.x, slot = slots[token];
+  if (slot < 0) return;
+  T *to = pool + slot / block_tokens * block_stride + slot % block_tokens * width;
+  for (i64 i = threadIdx.x; i < width; i += THREADS) {
+    to[i] = k[token * k_stride + i];
+    to[block_tokens * width + i] = v[token * v_stride + i];
+  }
+}
+
+// y[tokens[n]] = row n of the pool. Grid (rows, segments), THREADS threads.
+template <class T>
+__device__ void take_rows(T *y, i64 y_stride, const i64 *tokens, const T *pool, const i64 *offsets, i64 num_rows,
+                          const i64 *segments) {
+  const T *from = pool + offsets[blockIdx.y * num_rows + blockIdx.x];
+  T *to = y + tokens[blockIdx.x] * y_stride + segments[2 * blockIdx.y];
+  for (i64 i = threadIdx.x; i < segments[2 * blockIdx.y + 1]; i += THREADS) to[i] = from[i];
+}
+
+// pool[to : to + length] = pages[from : from + length] for pieces of (from, to, length), which no two share. `pages` is
+// memory of the device or pinned memory of the host. Grid (pieces), THREADS threads.
+template <class T> __device__ void place_pages(T *pool, const T *pages, const i64 *pieces) {
+  const i64 *piece = pieces + 3 * blockIdx.x;
+  const T *from = pages + piece[0];
+  T *to = pool + piece[1];
+  const i64 whole = aligned(from, 16) && aligned(to, 16) ? piece[2] * sizeof(T) / 16 : 0;
+  for (i64 i = threadIdx.x; i < whole; i += THREADS)
+    reinterpret_cast<uint4 *>(to)[i] = reinterpret_cast<const uint4 *>(from)[i];
+  for (i64 i = whole * 16 / sizeof(T) + threadIdx.x; i < piece[2]; i += THREADS) to[i] = from[i];
+}
+
+#define LORAY_DEFINE(suffix, T)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      write_kv_##suffix(T *pool, i64 block_stride, i64 block_tokens, i64 width, const T *k, i64 k_stride, const T *v,  \
+                        i64 v_stride, const i64 *slots) {                                                              \
+    write_kv<T>(pool, block_stride, block_tokens, width, k, k_stride, v, v_stride, slots);                             \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      take_rows_##suffix(T *y, i64 y_stride, const i64 *tokens, const T *pool, const i64 *offsets, i64 num_rows,       \
+                         const i64 *segments) {                                                                        \
+    take_rows<T>(y, y_stride, tokens, pool, offsets, num_rows, segments);                                              \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      place_pages_##suffix(T *pool, const T *pages, const i64 *pieces) {                                               \
+    place_pages<T>(pool, pages, pieces);                                                                               \
+  }                                                                                                                    \
+  LORAY_EXPORT(write_kv_##suffix)                                                                                      \
+  LORAY_EXPORT(take_rows_##suffix)                                                                                     \
+  LORAY_EXPORT(place_pages_##suffix)
+
+LORAY_DEFINE(bf16, bf16)
+LORAY_DEFINE(fp16, fp16)
+LORAY_DEFINE(fp32, float)

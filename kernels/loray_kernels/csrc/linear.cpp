@@ -1,0 +1,202 @@
+// y = x Wᵀ + bias on weights that were packed once, and what stands between two of them in an MLP.
+//
+// A panel is COLUMNS outputs of W with all their inputs, in the order in which a tile of up to TOKENS tokens reads
+// them. Every output is one accumulator over the inputs in order: a token's result is the same, bit for bit, whatever
+// the batch. While one panel is multiplied the next comes out of memory, a few cache lines at a time.
+
+#include "simd.h"
+
+namespace LORAY_NAMESPACE {
+
+constexpr int VECTORS = 3, COLUMNS = VECTORS * W, TOKENS = W == 16 ? 8 : 4;
+constexpr i64 SERIAL = 1 << 14;  // multiply-adds below which waking the other threads costs more than they save
+constexpr i64 AHEAD = 4096;      // bytes that a lone tile fetches ahead of itself
+constexpr i64 UNROLL = 8;        // steps between two pauses for fetching
+
+// One step over the inputs: STEP of them, of one token, into VECTORS vectors of outputs.
+template <class T>
+struct Step {
+    static constexpr int STEP = 1;
+    using Input = Vec;
+    static inline Vec input(const T* x) { return set1(to_float(*x)); }
+    static inline Vec last(const T* x) { return input(x); }
+    static inline Vec mac(Vec acc, Vec x, const T* w) { return fma(x, load(w), acc); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Step<bf16> {
+    static constexpr int STEP = 2;
+    using Input = __m512bh;
+    static inline __m512bh input(const bf16* x) {
+        int pair;
+        memcpy(&pair, x, 4);
+        return (__m512bh)_mm512_set1_epi32(pair);
+    }
+    static inline __m512bh last(const bf16* x) { return (__m512bh)_mm512_set1_epi32(x->bits); }
+    static inline Vec mac(Vec acc, __m512bh x, const bf16* w) {
+        return _mm512_dpbf16_ps(acc, x, (__m512bh)_mm512_loadu_si512(w));
+    }
+};
+#endif
+
+template <class T>
+static i64 panel_size(i64 in) {
+    return ceil_div(in, Step<T>::STEP) * Step<T>::STEP * COLUMNS;
+}
+
+template <class T>
+static void pack(const T* weight, i64 in, i64 out, T* packed, int threads) {
+    constexpr int S = Step<T>::STEP;
+    const i64 size = panel_size<T>(in);
+#pragma omp parallel for num_threads(threads)
+    for (i64 p = 0; p < ceil_div(out, COLUMNS); p++) {
+        T* panel = packed + p * size;
+        memset((void*)panel, 0, size * sizeof(T));
+        for (i64 c = 0; c < min_(COLUMNS, out - p * COLUMNS); c++)
+            for (i64 k = 0; k < in; k++)
+                panel[k / S * COLUMNS * S + c * S + k % S] = weight[(p * COLUMNS + c) * in + k];
+    }
+}
+
+// Cache lines that the multiplication fetches on its way, `lines` at each pause.
+struct Fetch {
+    const char* at;
+    i64 lines;
+    inline void some() {
+        for (i64 n = 0; n < lines; n++) __builtin_prefetch(at + n * 64, 0, 2);
+        at += lines * 64;
+    }
+};
+
+template <class T, class Y>
+struct Linear {
+    const T* x;
+    i64 x_stride, in;
+    const T *packed, *bias;
+    i64 out;
+    Y* y;
+    i64 y_stride;
+
+    template <int NT>
+    inline void tile(const T* from, const T* panel, i64 column, Y* to, Fetch& fetch) const {
+        using S = Step<T>;
+        constexpr i64 WIDTH = COLUMNS * S::STEP;
+        Vec acc[NT][VECTORS];
+        for (int t = 0; t < NT; t++)
+            for (int v = 0; v < VECTORS; v++) acc[t][v] = zero();
+        const i64 steps = in / S::STEP;
+        i64 k = 0;
+        for (; k + UNROLL <= steps; k += UNROLL) {
+            for (i64 u = k; u < k + UNROLL; u++)
+                for (int t = 0; t < NT; t++) {
+                    const typename S::Input value = S::input(from + t * x_stride + u * S::STEP);
+                    for (int v = 0; v < VECTORS; v++)
+                        acc[t][v] = S::mac(acc[t][v], value, panel + u * WIDTH + v * W * S::STEP);
+                }
+            fetch.some();
+        }
+        for (; k < ceil_div(in, S::STEP); k++)
+            for (int t = 0; t < NT; t++) {
+                const T* at = from + t * x_stride + k * S::STEP;
+                const typename S::Input value = k < steps ? S::input(at) : S::last(at);
+                for (int v = 0; v < VECTORS; v++)
+                    acc[t][v] = S::mac(acc[t][v], value, panel + k * WIDTH + v * W * S::STEP);
+            }
+        for (int v = 0; v < VECTORS; v++) {
+            const i64 at = column + v * W, num = min_(W, out - at);
+            if (num <= 0) break;
+            const Vec add = bias ? load_n(bias + at, num) : zero();
+            for (int t = 0; t < NT; t++) {
+                const Vec sum = rounded(acc[t][v] + add, x);
+                if (num == W)
+                    store(to + t * y_stride + at, sum);
+                else
+                    store_n(to + t * y_stride + at, sum, num);
+            }
+        }
+    }
+
+    // Tokens [first, last) with one panel. The tiles are as equal as can be: a small one costs as much as a full one.
+    void panel(i64 p, i64 first, i64 last) const {
+        const i64 size = panel_size<T>(in), num = last - first, tiles = ceil_div(num, TOKENS);
+        const T* weights = packed + p * size;
+        const i64 lines = ceil_div(UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T)), 64);
+        Fetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles)};
+        if (tiles > 32) fetch.lines = 0;  // so many tokens make the memory's part nothing
+        for (i64 i = 0, t = first; i < tiles; i++) {
+            const i64 count = num / tiles + (i < num % tiles);
+            const T* from = x + t * x_stride;
+            Y* to = y + t * y_stride;
+            switch (count) {
+                case 1: tile<1>(from, weights, p * COLUMNS, to, fetch); break;
+                case 2: tile<2>(from, weights, p * COLUMNS, to, fetch); break;
+                case 3: tile<3>(from, weights, p * COLUMNS, to, fetch); break;
+                case 4: tile<4>(from, weights, p * COLUMNS, to, fetch); break;
+#if defined(__AVX512BF16__)
+                case 5: tile<5>(from, weights, p * COLUMNS, to, fetch); break;
+                case 6: tile<6>(from, weights, p * COLUMNS, to, fetch); break;
+                case 7: tile<7>(from, weights, p * COLUMNS, to, fetch); break;
+                case 8: tile<8>(from, weights, p * COLUMNS, to, fetch); break;
+#endif
+            }
+            t += count;
+        }
+    }
+
+    // Panels are shared out in stretches, tokens as well where there are fewer panels than threads could use.
+    void operator()(i64 num_tokens, int threads) const {
+        const i64 panels = ceil_div(out, COLUMNS);
+        const i64 blocks = max_(1, min_(ceil_div(num_tokens, 8 * TOKENS), ceil_div(4 * threads, panels)));
+        const i64 size = ceil_div(num_tokens, blocks);
+#pragma omp parallel for schedule(static) num_threads(threads) if (num_tokens * in * out > SERIAL)
+        for (i64 i = 0; i < panels * blocks; i++)
+            panel(i / blocks, i % blocks * size, min_(num_tokens, (i % blocks + 1) * size));
+    }
+};
+
+// y = silu(g) · u, with silu(g) rounded before the product, as torch does it.
+template <class T>
+static void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads) {
+#pragma omp parallel for num_threads(threads) if (num_tokens * width > SERIAL)
+    for (i64 t = 0; t < num_tokens; t++) {
+        const T *gate = x + t * x_stride, *up = gate + width;
+        T* to = y + t * width;
+        for (i64 i = 0; i < width; i += W) {
+            const i64 n = min_(W, width - i);
+            const Vec g = load_n(gate + i, n), none = zero(), one = set1(1.0f);
+            const Vec e = exp(g < none ? g : none - g);  // e^−|g|, which cannot overflow
+            const Vec silu = rounded(g * (g < none ? e : one) / (one + e), x);
+            store_n(to + i, silu * load_n(up + i, n), n);
+        }
+    }
+}
+
+}  // namespace LORAY_NAMESPACE
+
+using namespace LORAY_NAMESPACE;
+
+// Elements of a packed matrix.
+LORAY_ENTRY(packed_size_)(i64 in, i64 out, i64 width, i64* size) {
+    *size = ceil_div(out, COLUMNS) * (width == 2 ? panel_size<bf16>(in) : panel_size<float>(in));
+}
+
+#define LORAY_LINEAR(type, suffix)                                                                                   \
+    LORAY_ENTRY(pack_linear_##suffix##_)(const type* weight, i64 in, i64 out, type* packed, int threads) {           \
+        pack(weight, in, out, packed, threads);                                                                      \
+    }                                                                                                                \
+    LORAY_ENTRY(linear_##suffix##_)                                                                                  \
+    (const type* x, i64 x_stride, i64 num_tokens, i64 in, const type* packed, const type* bias, i64 out, type* y,    \
+     int threads) {                                                                                                  \
+        Linear<type, type>{x, x_stride, in, packed, bias, out, y, out}(num_tokens, threads);                         \
+    }                                                                                                                \
+    LORAY_ENTRY(logits_##suffix##_)                                                                                  \
+    (const type* x, i64 x_stride, i64 num_tokens, i64 in, const type* packed, const type* bias, i64 out, float* y,   \
+     int threads) {                                                                                                  \
+        Linear<type, float>{x, x_stride, in, packed, bias, out, y, out}(num_tokens, threads);                        \
+    }                                                                                                                \
+    LORAY_ENTRY(silu_mul_##suffix##_)(const type* x, i64 x_stride, i64 num_tokens, i64 width, type* y, int threads) { \
+        silu_mul(x, x_stride, num_tokens, width, y, threads);                                                        \
+    }
+
+LORAY_LINEAR(bf16, bf16)
+LORAY_LINEAR(float, fp32)
