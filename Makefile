@@ -2,13 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-cluster test-rest check format bench bench-serve clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/local/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
+# The cluster's tests mostly wait; the others take what they leave of two cores. The output comes when a half has ended.
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-cluster test-rest
+
+test-cluster: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+
+test-rest: .venv/.ready
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster"
 
 check: .venv/.ready
 	$(BIN)/ruff check
@@ -21,7 +28,10 @@ format: .venv/.ready
 	$(BIN)/ruff format
 
 bench: .venv/.ready
-	$(BIN)/python -m serve_apps.bench.mixed_batch
+	$(BIN)/python -m serve_apps.bench.serve --preset quick --peer peft
+
+bench-serve: .venv/.ready
+	$(BIN)/python -m serve_apps.bench.serve $(ARGS)
 
 clean:
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -14,8 +14,8 @@ from loray.errors import SpecError
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.train.batches import BatchStream
+from loray.train.context import context_length, rope_parameters
 from loray.train.data import Dataset, load_data
-from loray.train.model import context_length, rope_parameters
 
 _MAX_LENGTH = 1024
 

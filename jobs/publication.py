@@ -19,7 +19,7 @@ from loray.publishing import publish
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
-from loray.train.model import context_length, rope_parameters
+from loray.train.context import context_length, rope_parameters
 
 _PUBLISHED = "published.json"
 

@@ -20,7 +20,6 @@ from loray.errors import BaseMismatch, LorayError
 from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
 from loray.train.data_parallel import World
-from loray.train.loop import train
 
 SCORE = "score"  # what Ray ranks checkpoints by
 
@@ -90,6 +89,8 @@ def _find_base(spec: TrainSpec, config: WorkerConfig) -> BaseModel:
 
 
 def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, rank: int) -> None:
+    from loray.train.loop import train  # takes seconds, which driver and controller, who import this module, have not
+
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
     last = ray.train.get_checkpoint()
     events = EventSender(config["events"])

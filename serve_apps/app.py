@@ -14,6 +14,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.autoscaler import AdapterDemandPolicy, autoscaling_config
 from serve_apps.deployment import DRAIN_S
+from serve_apps.ranks import bundles
 from serve_apps.replica import EngineReplica
 from serve_apps.router import ROUTER_CLASS, AdapterRouter
 
@@ -59,6 +60,7 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
             "num_gpus": 1 if spec.device.startswith("cuda") else 0,
             "runtime_env": environment,
         },
+        placement_group_bundles=bundles(spec) if spec.tensor_parallel_size > 1 else None,
         health_check_period_s=1.0,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=DRAIN_S,

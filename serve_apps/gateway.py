@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -26,10 +27,12 @@ from loray.spec import AdapterRef, ServeSpec
 from serve_apps import errors
 from serve_apps.directory import ModelDirectory
 from serve_apps.documentation import describe_bodies
+from serve_apps.echo import echoed
 from serve_apps.exposition import CountRequests, GatewayMetrics, encode
 from serve_apps.generation import Engines, Part, merge
 from serve_apps.prompts import PromptEncoder
 
+_TENANT_HEADER = "x-tenant-id"  # for a proxy that knows who is calling; it overrides what the body says
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -49,23 +52,23 @@ class Gateway:
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    async def completions(self, body: object) -> Response:
+    async def completions(self, body: object, tenant: str | None = None) -> Response:
         request = parse(CompletionRequest, body)
         adapter = await self.directory.resolve(request.model)
         prompts = await self._prompts.texts(request.prompt)
         answer = CompletionFormat(
             _new_id("cmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        return await self._answer(request, adapter, prompts, answer, "prompt")
+        return await self._answer(request, adapter, prompts, answer, "prompt", tenant)
 
-    async def chat_completions(self, body: object) -> Response:
+    async def chat_completions(self, body: object, tenant: str | None = None) -> Response:
         request = parse(ChatCompletionRequest, body)
         adapter = await self.directory.resolve(request.model)
         prompt = await self._prompts.chat(request.messages)
         answer = ChatFormat(
             _new_id("chatcmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        return await self._answer(request, adapter, [prompt], answer, "messages")
+        return await self._answer(request, adapter, [prompt], answer, "messages", tenant)
 
     async def _answer(
         self,
@@ -74,6 +77,7 @@ class Gateway:
         prompts: Sequence[tuple[int, ...]],
         answer: CompletionFormat | ChatFormat,
         param: str,
+        tenant: str | None,
     ) -> Response:
         config = self.directory.base.config
         limit = self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
@@ -83,11 +87,18 @@ class Gateway:
                 prompt_ids=prompt,
                 params=request.sampling(max_tokens=_max_tokens(request, len(prompt), limit, param), choice=choice),
                 adapter=adapter,
+                tenant=tenant or request.user or "",
+                priority=request.priority,
+                ttft_slo_s=request.ttft_slo_s,
             )
             for i, prompt in enumerate(prompts)
             for choice in range(request.n)
         ]
-        parts = merge([self._engines.generate(job, fit=request.asked_max_tokens is None) for job in jobs])
+        streams = [self._engines.generate(job, fit=request.asked_max_tokens is None) for job in jobs]
+        if isinstance(request, CompletionRequest) and request.echo:
+            echoes = [partial(self._prompts.echo, prompt) for prompt in request.prompt for _ in range(request.n)]
+            streams = [echoed(stream, echo, request) for stream, echo in zip(streams, echoes, strict=True)]
+        parts = merge(streams)
         headers = {"X-Request-Id": answer.id}
         choices = [Choice() for _ in jobs]
         if request.stream:
@@ -164,11 +175,11 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await gateway.completions(await _json(request))
+        return await gateway.completions(await _json(request), request.headers.get(_TENANT_HEADER))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await gateway.chat_completions(await _json(request))
+        return await gateway.chat_completions(await _json(request), request.headers.get(_TENANT_HEADER))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -248,7 +259,7 @@ def _event(data: str) -> str:
 def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, param: str) -> int:
     left = limit - num_prompt_tokens
     asked = request.asked_max_tokens
-    if left < 1:
+    if left < (asked != 0):
         raise ContextLengthExceeded(
             f"this model's maximum context length is {limit} tokens, but the prompt has {num_prompt_tokens}; "
             "shorten it, and leave room for the answer",
@@ -260,7 +271,7 @@ def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, 
             f"({num_prompt_tokens} in the prompt, {asked} to generate); shorten the prompt, or generate at most {left}",
             param,
         )
-    return asked or min(left, request.default_max_tokens or left)
+    return min(left, request.default_max_tokens or left) if asked is None else asked
 
 
 async def _json(request: Request) -> Any:

@@ -108,6 +108,9 @@ def engine_families(stats: EngineStats) -> Iterator[Family]:
     yield counter("prompt_tokens_total", {(): stats.num_prompt_tokens})
     yield counter("generation_tokens_total", {(): stats.num_output_tokens})
     yield counter("preemptions_total", {(): stats.num_preemptions})
+    yield counter("requests_aborted_total", {(): stats.num_aborted})
+    yield counter("prefix_cache_queries_total", {(): stats.prefix_cache_queries})
+    yield counter("prefix_cache_hits_total", {(): stats.prefix_cache_hits})
     yield counter("engine_steps_total", {(): stats.num_steps})
     yield counter(
         "adapter_requests_total",

@@ -44,6 +44,10 @@ class PromptEncoder:
             for ids in await self._somewhere(encode, sum(len(p) for p in prompts if isinstance(p, str)))
         ]
 
+    def echo(self, prompt: Prompt) -> str:
+        """The text of a prompt: its own, or that of its token ids."""
+        return prompt if isinstance(prompt, str) else str(self._tokenizer.decode(list(prompt)))
+
     async def chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """By the base's chat template, up to where the assistant's turn begins."""
         if not getattr(self._tokenizer, "chat_template", None):

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +21,6 @@ from loray.errors import (
     BaseMismatch,
     ContextLengthExceeded,
     EngineError,
-    IntegrityError,
     LorayError,
     NotFoundError,
     Overloaded,
@@ -29,7 +28,7 @@ from loray.errors import (
 )
 from loray.serving.routing_report import make_report
 from loray.settings import Settings
-from loray.spec import AdapterRef, ServeSpec
+from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.demand import ReplicaDemand
 from serve_apps.metrics import ReplicaMetrics
@@ -37,13 +36,12 @@ from serve_apps.metrics import ReplicaMetrics
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
-    from loray.adapters.weights import AdapterWeights
+    from loray.engine.loading import LoadAdapter
     from loray.engine.request import GenerateRequest
     from loray.engine.stream import Delta, EngineStream
 
 _log = get_logger(__name__)
 
-_NODE_CACHE_BYTES = 16 << 30  # of disk
 _CALLERS_OWN = (RequestError, NotFoundError, BaseMismatch, Overloaded)
 
 
@@ -65,7 +63,7 @@ class EngineReplica:
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         logging.getLogger("ray.serve").addFilter(without_expected_tracebacks)
-        set_num_threads(spec)
+        spec = set_num_threads(spec)
         self._spec = spec
         self._started_at = time.time()
         self._metrics = ReplicaMetrics()
@@ -135,7 +133,7 @@ class EngineReplica:
         return self._demand.stats() if self._demand else {}
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose engine has stopped."""
+        """Serve replaces a replica whose engine has stopped, or has lost a rank."""
         self._stream.check_health()
 
     def __del__(self) -> None:
@@ -143,15 +141,19 @@ class EngineReplica:
             self._stream.stop()
 
 
-def set_num_threads(spec: ServeSpec) -> None:
-    """Before torch is imported: Ray tells its workers to use one thread, and OpenMP reads that once."""
+def set_num_threads(spec: ServeSpec) -> ServeSpec:
+    """`spec` with the threads that each rank uses, before torch is imported: Ray tells its workers to use one thread,
+    and OpenMP reads that once.
+    """
     cores = len(os.sched_getaffinity(0))
-    num_threads = spec.num_threads or max(1, cores * _num_nodes() // max(spec.max_replicas, _num_nodes()))
+    num_ranks = spec.max_replicas * spec.tensor_parallel_size
+    num_threads = spec.num_threads or max(1, cores * _num_nodes() // max(num_ranks, _num_nodes()))
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     import torch
 
     torch.set_num_threads(num_threads)
     _log.info("%d of %d cores", num_threads, cores)
+    return spec.model_copy(update={"num_threads": num_threads})
 
 
 def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> EngineStream:
@@ -160,42 +162,23 @@ def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> Engine
 
     from loray.engine.engine import build_engine
     from loray.engine.stream import EngineStream
+    from serve_apps.ranks import RankActors
 
     started = time.monotonic()
     stream = EngineStream(
-        build_engine(spec, base, adapter_loader(base, settings)), AutoTokenizer.from_pretrained(str(base.path))
+        build_engine(spec, base, adapter_loader(base, settings), start_workers=RankActors),
+        AutoTokenizer.from_pretrained(str(base.path)),
     )
     stream.start()
     _log.info("base %s is ready after %.1f s", base.name, time.monotonic() - started)
     return stream
 
 
-def adapter_loader(base: BaseModel, settings: Settings) -> Callable[[AdapterRef], AdapterWeights]:
-    """From a reference to weights; called in the engine's loader threads.
+def adapter_loader(base: BaseModel, settings: Settings) -> LoadAdapter:
+    """From a reference to an adapter, by the engine's loader threads."""
+    from serve_apps.adapter_loading import AdapterLoader
 
-    It raises NotFoundError and IntegrityError (store), BaseMismatch, UnsupportedError (what the engine cannot hold).
-    """
-    from loray.adapters.manifest import read_manifest
-    from loray.adapters.peft_format import read_adapter
-    from loray.store import AdapterCache, AdapterStore, open_store
-
-    cache = AdapterCache(AdapterStore(open_store(settings.store)), settings.home / "cache", _NODE_CACHE_BYTES)
-
-    def load(ref: AdapterRef) -> AdapterWeights:
-        with cache.pinned(ref.digest) as folder:
-            manifest = read_manifest(folder)
-            if manifest.base_fingerprint != base.fingerprint:
-                raise BaseMismatch(f"adapter {ref.label} was trained on another base than {base.name!r}")
-            weights = read_adapter(folder, base.config)
-        trained_with = manifest.projection and manifest.projection.sha256
-        if weights.pair is not None and weights.pair.digest != trained_with:
-            raise IntegrityError(
-                f"adapter {ref.label}: its VeRA projection is not the pair it was trained with, whose SHA-256 is in "
-                "its manifest; publish it with save_projection, or serve it with the PyTorch it was trained with"
-            )
-        return replace(weights, rope=manifest.rope_parameters, context_length=manifest.context_length)
-
-    return load
+    return AdapterLoader(base, settings)
 
 
 def _generate(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
@@ -282,6 +265,7 @@ def merge_deltas(deltas: list[Delta]) -> Delta:
         text="".join(d.text for d in deltas),
         token_ids=tuple(t for d in deltas for t in d.token_ids),
         logprobs=logprobs,
+        prompt_logprobs=deltas[0].prompt_logprobs,
     )
 
 

@@ -129,7 +129,7 @@ def deployed(cluster: RayCluster, served: Served, name: str, **fields: Any) -> I
         serve.run(application, name=name, route_prefix=f"/{name}")
         yield replace(served, url=f"{served.url}/{name}", spec=spec)
     finally:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)  # nobody has to wait until its replicas are gone
 
 
 SERVE: dict[str, Any] = {"pool_bytes": 4 << 20, "max_num_seqs": 4, "max_queued": 4, "num_threads": 1}

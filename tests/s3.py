@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,7 +33,9 @@ class S3Server:
 def s3_server() -> Iterator[S3Server]:
     folder = Path(tempfile.mkdtemp(prefix="loray-s3-"))
     try:
-        yield S3Server(start_local_s3(folder))
+        server = start_local_s3(folder)
+        yield S3Server(server)
+        os.kill(server.pid, signal.SIGKILL)  # it would put its data away first, which nobody needs
     finally:
         stop_local_s3(folder)
         shutil.rmtree(folder, ignore_errors=True)

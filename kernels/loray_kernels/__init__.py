@@ -1,7 +1,7 @@
 """One op set over a paged pool: batched LoRA and VeRA, paged attention, norms and embeddings with per-row weights.
 
 `ops.Ops` is the set; `backend(name)` gives an implementation. `reference` is torch, right before fast, and the oracle
-of every other backend; `cpu` is C++, compiled at first use.
+of every other backend; `cpu` is C++, compiled at first use; `cuda` is Triton and CUDA C++, for NVIDIA GPUs.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import torch
 
 from loray_kernels.build import BackendUnavailable
 from loray_kernels.cpu import CpuOps
+from loray_kernels.cuda import cuda_ops
 from loray_kernels.ops import (
     AttentionMeta,
     KvLayout,
+    LayerTables,
+    LayerWeights,
     LinearWeights,
     LoraTable,
     Ops,
     RowTables,
     Segments,
+    StepInputs,
     TokenRows,
     VeraTable,
 )
@@ -30,11 +34,14 @@ __all__ = [
     "AttentionMeta",
     "BackendUnavailable",
     "KvLayout",
+    "LayerTables",
+    "LayerWeights",
     "LinearWeights",
     "LoraTable",
     "Ops",
     "RowTables",
     "Segments",
+    "StepInputs",
     "TokenRows",
     "VeraTable",
     "available",
@@ -47,35 +54,42 @@ _log = logging.getLogger("loray.kernels")
 def backend(name: str, device: torch.device | str = "cpu") -> Ops:
     """The implementation called `name`, for tensors on `device`.
 
-    "auto" is the fastest that runs there, with one warning when that is the reference for want of a compiler.
+    "auto" is the fastest that runs there, with one warning when that is the reference for want of something.
     ValueError lists the names there are; BackendUnavailable says why the one that was asked for cannot run.
     """
-    kind = torch.device(device).type
+    device = torch.device(device)
     match name:
         case "reference":
             return ReferenceOps()
         case "cpu":
-            if kind != "cpu":
-                raise ValueError(f"the kernel backend 'cpu' is for tensors on the CPU, not on {kind}; take 'auto'")
+            if device.type != "cpu":
+                raise ValueError(f"the kernel backend 'cpu' is for tensors on the CPU, not on {device}; take 'auto'")
             return CpuOps()
+        case "cuda":
+            if device.type != "cuda":
+                raise ValueError(f"the kernel backend 'cuda' is for tensors on a GPU, not on {device}; take 'auto'")
+            return cuda_ops(device)
         case "auto":
-            return _fastest(kind)
-    raise ValueError(f"no kernel backend {name!r}; there is: auto, cpu, reference")
+            return _fastest(device)
+    raise ValueError(f"no kernel backend {name!r}; there is: auto, cpu, cuda, reference")
 
 
 def available() -> tuple[str, ...]:
     """Names of the backends that run on this machine. Compiles what is not in the cache yet."""
-    try:
-        CpuOps()
-    except BackendUnavailable:
-        return ("reference",)
-    return ("cpu", "reference")
-
-
-def _fastest(kind: str) -> Ops:
-    if kind == "cpu":
+    names = []
+    for name, device in (("cuda", "cuda"), ("cpu", "cpu")):
         try:
-            return CpuOps()
+            backend(name, device)
+        except BackendUnavailable:
+            continue
+        names.append(name)
+    return (*names, "reference")
+
+
+def _fastest(device: torch.device) -> Ops:
+    if device.type in ("cpu", "cuda"):
+        try:
+            return backend(device.type, device)
         except BackendUnavailable as e:
             _warn_once(str(e))
     return ReferenceOps()

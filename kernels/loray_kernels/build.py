@@ -48,7 +48,8 @@ def library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Pat
     """
     compiler = _compiler()
     folder = cache_folder()
-    stem = f"{name}-{_hash(*(p.read_bytes() for p in sorted(SOURCES.iterdir()) if p.is_file()), *sources, *_FLAGS, *flags)}"
+    texts = [p.read_bytes() for p in sorted(SOURCES.iterdir()) if p.is_file()]
+    stem = f"{name}-{_hash(*texts, *sources, *_FLAGS, *flags)}"
     if compiler is None:
         for found in sorted(folder.glob(f"{stem}-*.so")):
             return found

@@ -15,20 +15,32 @@ import torch
 from torch import Tensor
 
 from loray_kernels.memory import huge_pages
-from loray_kernels.native import (
-    Functions,
+from loray_kernels.native import Functions, functions, packed_size, supported
+from loray_kernels.ops import (
+    AttentionMeta,
+    KvLayout,
+    LayerTables,
+    LayerWeights,
+    LinearWeights,
+    LoraTable,
+    Segments,
+    StepInputs,
+    TokenRows,
+    VeraTable,
+)
+from loray_kernels.reference import ReferenceOps
+from loray_kernels.tables import (
     dense_rows,
-    functions,
+    pack_layer_tables,
+    pack_layer_weights,
     pack_layout,
     pack_lora,
+    pack_matrix,
     pack_meta,
     pack_rows,
     pack_segments,
-    packed_size,
-    supported,
+    pack_step,
 )
-from loray_kernels.ops import AttentionMeta, KvLayout, LinearWeights, LoraTable, Segments, TokenRows, VeraTable
-from loray_kernels.reference import ReferenceOps
 
 
 class CpuOps(ReferenceOps):
@@ -50,6 +62,21 @@ class CpuOps(ReferenceOps):
                 return None
         assert pool.is_cpu
         return self._functions.get(dtype)
+
+    def decoder_layer(
+        self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
+    ) -> Tensor | None:
+        """Not with VeRA, whose ops are called one by one. Writes `x_TD`."""
+        matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
+        f = self._for(step.pool, x_TD, step.cos_Td, *(m.data for m in matrices))
+        if f is None or step.layout.head_dim % 16 or tables.vera or any(m.data.dim() != 1 for m in matrices):
+            return None
+        packed, adapters, inputs = pack_layer_weights(weights), pack_layer_tables(tables, weights), pack_step(step)
+        assert x_TD.is_contiguous()
+        assert x_TD.shape == (*inputs.widths, *packed.widths)
+        assert adapters.num in (0, inputs.num)
+        f.layer(x_TD.data_ptr(), packed.address, adapters.address, inputs.address, layer, torch.get_num_threads())
+        return x_TD
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
         f = self._for(weight_OI)
@@ -79,18 +106,10 @@ class CpuOps(ReferenceOps):
 
     def _multiply(self, function: Any, x_TI: Tensor, weights: LinearWeights, y_TO: Tensor) -> None:
         x_TI = _token_rows(x_TI)
-        assert x_TI.shape[1] == weights.in_features
-        function(
-            x_TI.data_ptr(),
-            x_TI.stride(0),
-            x_TI.shape[0],
-            weights.in_features,
-            weights.data.data_ptr(),
-            None if weights.bias_O is None else weights.bias_O.data_ptr(),
-            weights.out_features,
-            y_TO.data_ptr(),
-            torch.get_num_threads(),
-        )
+        num_tokens, width = x_TI.shape
+        assert width == weights.in_features
+        matrix = (ctypes.c_int64 * 4)(*pack_matrix(weights))
+        function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         f = self._for(gate_up_TM)

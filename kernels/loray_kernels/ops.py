@@ -13,6 +13,7 @@ as long as the table lives, under the backend's name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -100,6 +101,16 @@ class AttentionMeta:
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerTables:
+    """What the adapters of a batch have in one layer (or, for the flat tables, outside of any), by module."""
+
+    lora: Mapping[str, LoraTable]
+    vera: Mapping[str, Sequence[VeraTable]]
+    norms: Mapping[str, TokenRows]
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearWeights:
     """A matrix as its backend keeps it: `data` is the backend's own business."""
@@ -110,8 +121,50 @@ class LinearWeights:
     bias_O: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """A decoder layer of the Llama family; q, k, v and gate, up stand side by side in one matrix each.
+
+    q_norm_d and k_norm_d are given together or not at all; `scale` is attention's.
+    """
+
+    attention_norm_D: Tensor
+    qkv: LinearWeights
+    q_norm_d: Tensor | None
+    k_norm_d: Tensor | None
+    o: LinearWeights
+    mlp_norm_D: Tensor
+    gate_up: LinearWeights
+    down: LinearWeights
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    scale: float
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """What every layer of a step shares."""
+
+    pool: Tensor
+    layout: KvLayout
+    attention: AttentionMeta
+    segments: Segments
+    cos_Td: Tensor
+    sin_Td: Tensor
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+
 class Ops(Protocol):
     """Intermediates are fp32 and the order of roundings is the reference's, whatever the backend."""
+
+    def decoder_layer(
+        self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
+    ) -> Tensor | None:
+        """A layer in one call, the same bits as its ops one by one; may write `x_TD`. None: this backend has none."""
+        ...
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
         """The matrix in the layout that `linear` and `logits` read; the original is not needed any more."""

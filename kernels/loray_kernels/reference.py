@@ -11,10 +11,13 @@ from torch import Tensor
 from loray_kernels.ops import (
     AttentionMeta,
     KvLayout,
+    LayerTables,
+    LayerWeights,
     LinearWeights,
     LoraTable,
     RowTables,
     Segments,
+    StepInputs,
     TokenRows,
     VeraTable,
 )
@@ -32,6 +35,11 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
 
 class ReferenceOps:
     """See `loray_kernels.ops.Ops` for the equations."""
+
+    def decoder_layer(
+        self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
+    ) -> Tensor | None:
+        return None
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
         return LinearWeights(weight_OI.shape[1], weight_OI.shape[0], weight_OI, bias_O)

@@ -85,20 +85,23 @@ REQUEST_METRICS = _table(
 ENGINE_METRICS = _table(
     _gauge("num_requests_running", "Requests in the engine's batch."),
     _gauge("num_requests_waiting", "Requests that wait for blocks, a place in the batch or their adapter."),
-    _counter("prompt_tokens_total", "Prompt tokens computed, each once."),
+    _counter("prompt_tokens_total", "Prompt tokens computed or found in the prefix cache, each once."),
     _counter("generation_tokens_total", "Tokens generated."),
     _counter("preemptions_total", "Running requests put back into the queue for want of blocks."),
+    _counter("requests_aborted_total", "Requests refused as they could not have had their first token in time."),
+    _counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
+    _counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
     _counter("engine_steps_total", "Steps of the engine."),
     _histogram("engine_step_seconds", "A step: batch, forward pass, sampling.", _STEP_SECONDS),
     _histogram("engine_step_tokens", "Tokens computed in a step.", _STEP_TOKENS),
     _histogram("engine_step_adapters", "Different adapters in a step.", _STEP_ADAPTERS),
     _gauge(
         "pool_blocks",
-        "Blocks of the pool by what they hold: free, kv, layered (rows of adapters in layers), flat (other rows of "
-        "adapters), run (VeRA pairs).",
+        "Blocks of the pool by what they hold: free, kv (of requests), cached (prefixes that no request holds), "
+        "layered (rows of adapters in layers), flat (other rows of adapters), run (VeRA pairs).",
         "kind",
     ),
-    _gauge("kv_cache_usage_ratio", "Share of the pool's blocks that hold KV cache."),
+    _gauge("kv_cache_usage_ratio", "Share of the pool's blocks that hold requests' KV cache."),
     _gauge("adapters", "Adapters by where they are: pool, host (and not in the pool), loading.", "tier"),
     _gauge("adapter_host_bytes", "Host memory of adapters."),
     _counter(

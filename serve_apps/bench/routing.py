@@ -2,10 +2,10 @@
 
     python -m serve_apps.bench.routing [--replicas 2] [--adapters 20] [--requests 200] [--json FILE]
 
-A cluster of its own on this machine, fresh replicas of SmolLM2-135M for each row, rows in both orders. The adapters are
-mixed_batch's; a replica's pool and its host memory hold 70 % of their bytes. Every adapter is asked once, which is not
-counted; then requests for adapters drawn at random, `--at-once` under way at any time: 32 tokens of prompt, 8 new ones,
-streamed.
+A cluster of its own on this machine, fresh replicas of SmolLM2-135M for each row, rows in both orders. The adapters
+have rank 8, 16, 32, 64 in turn on q, k, v, o; a replica's pool and its host memory hold 70 % of their bytes. Every
+adapter is asked once, which is not counted; then requests for adapters drawn at random, `--at-once` under way at any
+time: 32 tokens of prompt, 8 new ones, streamed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import click
 import httpx
 
+from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.cli.local_cluster import start_local_cluster, stop_local_cluster
 from loray.cli.processes import free_ports
@@ -32,7 +33,9 @@ from loray.publishing import publish
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
-from serve_apps.bench.mixed_batch import base_model, machine, write_adapters
+from serve_apps.bench.serve import machine
+from serve_apps.bench.serve.adapters import AdapterSet, write_adapter
+from serve_apps.bench.serve.models import bench_base
 
 PROMPT, NEW_TOKENS = "word " * 32, 8
 HELD = 0.7  # of all adapters' bytes, by one replica
@@ -51,8 +54,10 @@ def main() -> None:
         home = Path(folder) / "home"
         settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING"})
         os.environ.update(settings.to_env())
-        write_adapters(Path(folder), args.adapters)
-        models = [_publish(settings, Path(folder) / f"a{i}") for i in range(args.adapters)]
+        base = bench_base()
+        for i in range(args.adapters):
+            write_adapter(Path(folder) / f"a{i}", base, AdapterSet(args.adapters), i)
+        models = [_publish(settings, base, Path(folder) / f"a{i}") for i in range(args.adapters)]
         cluster = start_local_cluster(home, num_cpus=args.replicas + 1, env=settings.to_env())
         try:
             os.environ.update(cluster.client_env)
@@ -63,10 +68,10 @@ def main() -> None:
         args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
-def _publish(settings: Settings, folder: Path) -> tuple[str, int]:
+def _publish(settings: Settings, base: BaseModel, folder: Path) -> tuple[str, int]:
     """Its name and bytes."""
     store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
-    publish(folder, name=folder.name, base=base_model(), store=store, catalog=catalog)
+    publish(folder, name=folder.name, base=base, store=store, catalog=catalog)
     return folder.name, catalog.resolve(folder.name).nbytes
 
 
@@ -84,7 +89,7 @@ def _compare(gcs_address: str, models: list[tuple[str, int]], args: argparse.Nam
         "loray": lambda: app.build(spec.model_dump(mode="json")),
         "Ray's default": lambda: app.application(spec, RequestRouterConfig()),
     }
-    facts = machine()
+    facts = machine.facts()
     click.echo("  ".join(f"{k} {v}" for k, v in facts.items()) + f"  ray {ray.__version__}")
     click.echo(
         f"{args.replicas} replicas, {args.adapters} adapters of {total / 1e6:.0f} MB together, "

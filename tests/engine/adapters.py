@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,13 +33,23 @@ class TestAdapter:
         return replace(read_adapter(self.folder, base.config), rope=self.rope)
 
 
-def hf_model(base: BaseModel, rope: RopeParameters | None = None) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+@functools.lru_cache(maxsize=1)
+def hf_model(base: BaseModel) -> Any:
+    """In transformers and fp32, shared: change only what `sharing_weights` makes of it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    config = AutoConfig.from_pretrained(base.path)
+    logging.disable_progress_bar()  # tests capture what commands print
+    return AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
+
+
+def sharing_weights(model: Any, rope: RopeParameters | None = None) -> Any:
+    """The model's modules again, around the same tensors, for an adapter to be put into; with RoPE of its own."""
+    again = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     if rope is not None:
-        config.rope_parameters = rope.to_hf()
-    return AutoModelForCausalLM.from_pretrained(base.path, config=config, dtype=torch.float32).eval()
+        again.config.rope_parameters = rope.to_hf()
+        again.model.rotary_emb = type(again.model.rotary_emb)(again.config)
+    return again
 
 
 def make_adapter(
@@ -60,7 +72,7 @@ def make_adapter(
 
     generator = torch.Generator().manual_seed(seed)
     extras_std = std if extras_std is None else extras_std
-    model = get_peft_model(hf_model(base), config)
+    model = get_peft_model(sharing_weights(hf_model(base)), config)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             if not p.requires_grad:
@@ -91,16 +103,18 @@ def make_adapter(
 
 
 class Oracle:
-    """transformers + PEFT in fp32, one model for each distinct set of RoPE parameters."""
+    """transformers + PEFT in `dtype`: a model for each adapter, all around the same base weights."""
 
-    def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter]) -> None:
+    def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter], dtype: torch.dtype = torch.float32) -> None:
         from peft import PeftModel
 
-        self._models: dict[str | None, Any] = {None: hf_model(base)}
+        plain = hf_model(base)
+        if dtype != plain.dtype:
+            plain = copy.deepcopy(plain).to(dtype)
+        self._models: dict[str | None, Any] = {None: plain}
         for adapter in adapters:
-            self._models[adapter.ref.digest] = PeftModel.from_pretrained(
-                hf_model(base, adapter.rope), adapter.folder
-            ).eval()
+            model = PeftModel.from_pretrained(sharing_weights(plain, adapter.rope), adapter.folder)
+            self._models[adapter.ref.digest] = model.eval().to(dtype)
 
     def logits(self, ids: Sequence[int], adapter: TestAdapter | None) -> Tensor:
         """(tokens, vocabulary)"""
@@ -108,9 +122,3 @@ class Oracle:
         with torch.inference_mode():
             logits: Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0]
         return logits
-
-    def double(self) -> Oracle:
-        """The same models in fp64."""
-        for model in self._models.values():
-            model.double()
-        return self

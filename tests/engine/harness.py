@@ -41,6 +41,8 @@ def run(engine: Engine, requests: Sequence[GenerateRequest], *, timeout_s: float
             assert token.token_id is not None
             out.setdefault(token.request_id, []).append(token.token_id)
         engine.check_integrity()
+        if engine.idle:
+            time.sleep(0.001)  # the threads that load need the interpreter
     return out
 
 
@@ -56,5 +58,4 @@ class Spy:
                 self.logits.setdefault(r.request_id, []).append(row.clone())
             return sampler(logits_SV, requests)
 
-        spying.forget = sampler.forget  # type: ignore[attr-defined]
         engine._sampler = spying  # type: ignore[assignment]

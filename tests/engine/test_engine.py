@@ -87,12 +87,10 @@ def test_random_life_with_cancels_and_failing_loads(base: BaseModel, adapters: l
             raise IntegrityError(f"{ref.label} is damaged")
         return by_digest[ref.digest].load(base)
 
-    engine._load_weights = load
-    expected = {
-        r.request_id: tokens
-        for r in many(adapters, 90, max_tokens=12)
-        for tokens in run(make_engine(base, adapters), [r]).values()
-    }
+    engine._loads._load = load
+    roomy, expected = make_engine(base, adapters), {}
+    for r in many(adapters, 90, max_tokens=12):
+        expected |= run(roomy, [r])
     waiting = many(adapters, 90, max_tokens=12)
     got: dict[str, list[int]] = {}
     failed, cancelled, live = set(), set(), {}
@@ -141,14 +139,14 @@ def test_an_adapter_under_way_blocks_nobody(base: BaseModel, adapters: list[Test
     engine = make_engine(base, adapters)
     gate = threading.Event()
     slow = adapters[0]
-    original = engine._load_weights
+    original = engine._loads._load
 
     def load(ref):  # type: ignore[no-untyped-def]
         if ref.digest == slow.ref.digest:
             assert gate.wait(60)
         return original(ref)
 
-    engine._load_weights = load
+    engine._loads._load = load
     engine.add(request("slow", ids(5), slow))
     engine.add(request("base", ids(5)))
     engine.add(request("quick", ids(5), adapters[1]))
@@ -212,7 +210,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch(base: BaseModel, adapters:
 
 def test_an_adapter_that_is_not_finite_fails_its_own_requests(base: BaseModel, adapters: list[TestAdapter]) -> None:
     engine = make_engine(base, adapters)
-    original = engine._load_weights
+    original = engine._loads._load
 
     def load(ref):  # type: ignore[no-untyped-def]
         weights = original(ref)
@@ -220,7 +218,7 @@ def test_an_adapter_that_is_not_finite_fails_its_own_requests(base: BaseModel, a
             next(iter(weights.modules.values())).b_OR.fill_(float("nan"))
         return weights
 
-    engine._load_weights = load
+    engine._loads._load = load
     engine.add(request("broken", ids(5), adapters[0]))
     engine.add(request("fine", ids(5), adapters[1]))
     outcomes = outcomes_of(engine)
@@ -231,7 +229,7 @@ def test_an_adapter_that_is_not_finite_fails_its_own_requests(base: BaseModel, a
 
 def test_logits_that_overflow_fail_their_request_alone(base: BaseModel, adapters: list[TestAdapter]) -> None:
     engine = make_engine(base, adapters)
-    original = engine._load_weights
+    original = engine._loads._load
 
     def load(ref):  # type: ignore[no-untyped-def]
         weights = original(ref)
@@ -240,7 +238,7 @@ def test_logits_that_overflow_fail_their_request_alone(base: BaseModel, adapters
                 module.b_OR.mul_(1e38)
         return weights
 
-    engine._load_weights = load
+    engine._loads._load = load
     for name, adapter in (("broken", adapters[0]), ("fine", adapters[1])):
         engine.add(request(name, ids(5), adapter, temperature=1.0, seed=1))
     outcomes = outcomes_of(engine)
@@ -268,3 +266,23 @@ def test_an_evicted_adapter_whose_host_copy_is_gone_flies_again(base: BaseModel,
             assert engine.stats().num_loading
         engine.check_integrity()
     assert finished == 12
+
+
+def test_a_first_token_that_cannot_come_in_time_is_refused_and_counted(
+    base: BaseModel, adapters: list[TestAdapter]
+) -> None:
+    engine = make_engine(base, adapters, ttft_slo_s=1e-9)
+    engine.add(request("late", ids(5), adapters[0]))
+    engine.add(replace(request("patient", ids(5), adapters[0]), ttft_slo_s=600.0))
+    patient = engine._requests["patient"]
+    outcomes = outcomes_of(engine)
+    assert isinstance(outcomes["late"], Overloaded)
+    assert outcomes["patient"] == "length"
+    assert engine.stats().num_aborted == 1
+    with pytest.raises(Overloaded, match="was wanted within 1e-09"):  # steps have been measured by now
+        engine.add(request("refused", ids(5)))
+    assert engine.stats().num_aborted == 2
+    config = base.config
+    rows = config.num_layers * sum(2 * sum(config.module_shape(module)) for module in ATTENTION)  # rank 2
+    assert patient.token_weight == pytest.approx(1 + rows / config.num_matrix_elements)
+    engine.check_integrity()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from loray.engine.arrival import Arrival
 from loray.engine.residency import Residency, Tier
 from loray.engine.usage import ResidencyCounts, UsageLog
 from loray.errors import IntegrityError
@@ -16,6 +17,7 @@ from loray.spec import AdapterRef
 @dataclass(frozen=True)
 class Packed:
     nbytes: int
+    arrival: Arrival | None = None
 
 
 class World:
@@ -240,3 +242,87 @@ def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
     assert world.residency.counts.failed_loads == 1
     (place,) = world.residency.places([ref("c").digest])
     assert (place.tier, place.last_used_at) == (None, 1003.5)
+
+
+class Coming:
+    """An adapter "a" that has begun to arrive, wanted by one request."""
+
+    def __init__(self, world: World) -> None:
+        self.arrival = Arrival()
+        world.residency.want(ref("a"))
+        world.residency.poll()
+        world.flights["a"].set_result(Packed(100, self.arrival))
+        world.residency.poll()
+
+
+def test_what_arrives_can_be_placed_and_is_timed_until_it_is_whole() -> None:
+    world = World()
+    coming = Coming(world)
+    assert world.residency.tier(ref("a")) is Tier.HOST
+    assert world.residency.acquire(ref("a")) == "a"
+    world.residency.unwant(ref("a"))
+    assert (world.residency.load_seconds.counts().num_values, world.residency.host_used) == (0, 100)
+    world.now = 2.0
+    coming.arrival.land()
+    assert world.residency.poll()
+    assert (world.residency.load_seconds.counts().sum, world.residency.counts.loaded_bytes) == (2.0, 100)
+    assert not world.residency.poll()
+    world.residency.check_integrity()
+
+
+def test_what_arrives_is_not_dropped_from_the_host() -> None:
+    world = World(slots=1, host_bytes=150)
+    coming = Coming(world)
+    world.residency.unwant(ref("a"))
+    world.residency.want(ref("b"))
+    world.residency.poll()
+    assert list(world.flights) == ["a"]
+    coming.arrival.land()
+    world.residency.poll()
+    assert list(world.flights) == ["a", "b"]
+    world.residency.check_integrity()
+
+
+def test_what_comes_late_is_loading_again_until_it_is_whole() -> None:
+    world = World()
+    coming = Coming(world)
+    assert world.residency.acquire(ref("a"))
+    coming.arrival.late = True
+    assert world.residency.tier(ref("a")) is Tier.LOADING
+    coming.arrival.land()
+    world.residency.poll()
+    assert world.residency.tier(ref("a")) is Tier.POOL
+
+
+def test_what_fails_under_way_gives_its_blocks_back_when_nobody_runs_on_it() -> None:
+    world = World()
+    coming = Coming(world)
+    assert world.residency.acquire(ref("a"))
+    world.residency.want(ref("a"))
+    for _ in range(2):
+        world.residency.unwant(ref("a"))
+    coming.arrival.fail(IntegrityError("damaged"))
+    assert world.residency.poll()
+    assert world.residency.tier(ref("a")) is Tier.FAILED
+    assert isinstance(world.residency.error(ref("a")), IntegrityError)
+    assert (world.placed, world.residency.host_used) == (["a"], 0)
+    assert not world.residency.evict_one()
+    world.residency.check_integrity()
+    world.residency.release(ref("a"))
+    assert world.placed == []
+    world.residency.want(ref("a"))
+    world.residency.poll()
+    assert world.num_loads == 2
+
+
+def test_what_fails_while_it_is_idle_leaves_no_trace() -> None:
+    world = World()
+    coming = Coming(world)
+    assert world.residency.acquire(ref("a"))
+    world.residency.unwant(ref("a"))
+    world.residency.release(ref("a"))
+    coming.arrival.fail(IntegrityError("damaged"))
+    world.residency.poll()
+    assert (world.placed, world.residency.host_used, world.residency.counts.failed_loads) == ([], 0, 1)
+    assert world.residency.residents() == []
+    world.residency.check_integrity()

@@ -18,6 +18,7 @@ from loray.engine.detokenizer import Detokenizer
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta, EngineStream
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
+from loray.spec import SamplingParams
 from tests.engine.adapters import make_adapter
 from tests.engine.harness import make_engine, request, run
 
@@ -113,7 +114,7 @@ def test_a_failing_load_fails_its_own_requests_only(base: BaseModel, tmp_path: P
 
     async def test() -> None:
         async with started(base) as stream:
-            stream._engine._load_weights = lambda ref: (_ for _ in ()).throw(IntegrityError("damaged"))
+            stream._engine._loads._load = lambda ref: (_ for _ in ()).throw(IntegrityError("damaged"))
             broken, fine = await asyncio.gather(
                 collect(stream, request("a", IDS, adapter)), collect(stream, request("b", IDS)), return_exceptions=True
             )
@@ -232,9 +233,9 @@ def test_a_request_id_in_use_is_refused_and_the_first_goes_on(base: BaseModel) -
 # -- text ----------------------------------------------------------------------------------------------------
 
 
-def text_of(base: BaseModel, data: bytes, *stop: str) -> tuple[list[str], bool]:
+def text_of(base: BaseModel, data: bytes, *stop: str, **params: Any) -> tuple[list[str], bool]:
     """Pieces as they come, and whether a stop string ended them."""
-    detokenizer = Detokenizer(AutoTokenizer.from_pretrained(base.path), stop)
+    detokenizer = Detokenizer(AutoTokenizer.from_pretrained(base.path), SamplingParams(stop=stop, **params))
     byte_ids = AutoTokenizer.from_pretrained(base.path).convert_tokens_to_ids
     from tokenizers import pre_tokenizers
 
@@ -260,6 +261,31 @@ def test_text_ends_before_a_stop_string_that_spans_tokens(base: BaseModel) -> No
     assert "".join(pieces) == "one "
 
 
+def test_a_stop_string_may_stay_in_the_text(base: BaseModel) -> None:
+    pieces, stopped = text_of(base, b"one END two", "D", "END", include_stop_str_in_output=True)
+    assert stopped
+    assert "".join(pieces) == "one END"
+
+
+def test_a_stop_string_among_the_first_tokens_does_not_count(base: BaseModel) -> None:
+    pieces, stopped = text_of(base, b"END END", "END", min_tokens=2)
+    assert stopped
+    assert "".join(pieces) == "END "
+
+
+def test_a_token_that_ends_the_request_is_no_text_unless_asked_for(base: BaseModel) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    a, b, eos = *tokenizer("ab")["input_ids"], tokenizer.eos_token_id
+    for params, token, text in (
+        ({}, b, "a"),
+        ({"include_stop_str_in_output": True}, b, "ab"),
+        ({"include_stop_str_in_output": True}, eos, "a"),
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, eos, "a<|im_end|>"),
+    ):
+        detokenizer = Detokenizer(tokenizer, SamplingParams(**params))
+        assert detokenizer.step(a, None).text + detokenizer.step(token, "stop").text == text
+
+
 def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(base: BaseModel) -> None:
     pieces, stopped = text_of(base, b"EN EEND", "END!", "XX")
     assert not stopped
@@ -269,7 +295,7 @@ def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(base: Ba
 
 def test_bytes_that_never_become_a_character_end_as_replacement(base: BaseModel) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base.path)
-    detokenizer = Detokenizer(tokenizer, ())
+    detokenizer = Detokenizer(tokenizer, SamplingParams())
     first = tokenizer("é")["input_ids"][0]
     assert detokenizer.push(first).text == ""
     assert detokenizer.flush().text == "\ufffd"
@@ -285,5 +311,5 @@ def test_the_space_before_the_first_word_stays() -> None:
     )
     tokenizer.decoder = decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    detokenizer = Detokenizer(fast, (), [0, 1])
+    detokenizer = Detokenizer(fast, SamplingParams(), [0, 1])
     assert [detokenizer.push(2).text, detokenizer.push(3).text, detokenizer.flush().text] == [" Paris", "!", ""]

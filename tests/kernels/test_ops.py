@@ -195,5 +195,5 @@ def test_rope_turns_pairs_of_halves(ops: Ops) -> None:
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no kernel backend 'cubist'; there is: auto, cpu, reference"):
+    with pytest.raises(ValueError, match="no kernel backend 'cubist'; there is: auto, cpu, cuda, reference"):
         backend("cubist")

@@ -374,3 +374,23 @@ def test_openapi_describes_the_bodies(client_of: Any) -> None:
     name = body["$ref"].rpartition("/")[2]
     assert "messages" in document["components"]["schemas"][name]["properties"]
     assert "ChatMessage" in document["components"]["schemas"]
+
+
+def test_a_tenant_is_named_by_the_header_before_the_body_and_its_wishes_reach_the_engine(
+    client_of: Any, base: BaseModel
+) -> None:
+    engines = ScriptedEngines(HELLO)
+    body = {"model": base.name, "prompt": "a", "user": "body", "priority": -2, "ttft_slo_s": 1.5}
+    with client_of(engines) as client:
+        client.post("/v1/completions", json=body, headers={"X-Tenant-Id": "header"})
+        client.post("/v1/completions", json=body)
+        client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT})
+        client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT}, headers={"X-Tenant-Id": "t"})
+        wrong = client.post("/v1/completions", json=body | {"ttft_slo_s": 0})
+    assert [(r.tenant, r.priority, r.ttft_slo_s) for r in engines.requests] == [
+        ("header", -2, 1.5),
+        ("body", -2, 1.5),
+        ("", 0, None),
+        ("t", 0, None),
+    ]
+    assert error_of(wrong, 400)["param"] == "ttft_slo_s"

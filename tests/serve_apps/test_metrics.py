@@ -127,10 +127,12 @@ def test_counts_are_what_was_asked(
         assert [of("adapter_evictions_total", tier) for tier in ("pool", "host")] == [3, 2]
         assert of("engine_steps_total") == of("engine_step_seconds_count") == of("engine_step_adapters_count")
         # The last token of a request is never computed, only returned.
-        assert of("engine_step_tokens_sum") == of("prompt_tokens_total") + of("generation_tokens_total") - 8
+        computed = of("prompt_tokens_total") - of("prefix_cache_hits_total")
+        assert of("engine_step_tokens_sum") == computed + of("generation_tokens_total") - 8
+        assert of("prefix_cache_queries_total") == of("prompt_tokens_total")
         assert [of("adapters", tier) for tier in ("pool", "host", "loading")] == [2, 0, 0]
-        assert sum(of("pool_blocks", kind) for kind in ("free", "kv", "layered", "flat", "run")) == 32
-        assert of("pool_blocks", "layered") == 32 - of("pool_blocks", "free") > 0
+        assert sum(of("pool_blocks", kind) for kind in ("free", "kv", "cached", "layered", "flat", "run")) == 32
+        assert of("pool_blocks", "layered") == 32 - of("pool_blocks", "free") - of("pool_blocks", "cached") > 0
         assert of("kv_cache_usage_ratio") == of("num_requests_running") == 0
         replica: Any = SimpleNamespace(_stream=asked.stream)
         of_a, of_b = sorted(await EngineReplica.adapters(replica), key=lambda place: str(place["name"]))

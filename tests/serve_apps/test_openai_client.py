@@ -73,8 +73,9 @@ def test_streamed_and_whole_answers_agree(with_client: Any, base: BaseModel) -> 
         chunks = [c async for c in stream]
         text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
         assert text == whole.choices[0].message.content
-        assert chunks[-1].usage == whole.usage
         assert whole.usage is not None
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
         assert whole.usage.completion_tokens == 8
         assert whole.choices[0].finish_reason == "length"
         plain = await client.completions.create(model=base.name, prompt="abc", **GREEDY)
@@ -125,6 +126,61 @@ def test_stop_strings(with_client: Any, base: BaseModel) -> None:
         )
         assert cut.choices[0].text == text[: text.index(stop)]
         assert cut.choices[0].finish_reason == "stop"
+
+    with_client(use)
+
+
+def test_vllms_sampling_fields(with_client: Any, base: BaseModel) -> None:
+    async def use(client: openai.AsyncOpenAI) -> None:
+        async def complete(**fields: Any) -> Any:
+            known = {name: fields.pop(name) for name in ("stop", "logit_bias", "logprobs") if name in fields}
+            body = {"ignore_eos": True} | fields
+            answer = await client.completions.create(
+                model=base.name, prompt="abc", temperature=0, max_tokens=30, extra_body=body, **known
+            )
+            return answer.choices[0]
+
+        free = await complete()
+        stop = next(c for c in free.text[3:] if c.isascii() and c != free.text[0])
+        cut = await complete(stop=stop, include_stop_str_in_output=True)
+        assert cut.text == free.text[: free.text.index(stop) + 1]
+        scored = await complete(prompt_logprobs=0)
+        assert scored.text == free.text
+        assert [len(entry or ()) for entry in scored.prompt_logprobs] == [0, 1, 1]  # the client keeps what it finds
+        forced = await complete(logit_bias={"70": 100})
+        assert set(forced.text) == {chr(70 + 33)}
+        ended = await complete(logit_bias={"70": 100}, stop_token_ids=[70])
+        assert (ended.text, ended.finish_reason) == ("", "stop")
+        later = await complete(logit_bias={"70": 100}, stop_token_ids=[70], min_tokens=4, logprobs=0)
+        assert (len(later.logprobs.tokens), later.finish_reason) == (5, "stop")
+        varied = await complete(repetition_penalty=5.0)
+        assert len(set(varied.text)) > len(set(forced.text))
+
+    with_client(use)
+
+
+def test_an_echo_and_streamed_choices(with_client: Any, base: BaseModel) -> None:
+    async def use(client: openai.AsyncOpenAI) -> None:
+        scored = await client.completions.create(
+            model=base.name, prompt="abc", echo=True, max_tokens=0, logprobs=1, temperature=0
+        )
+        logprobs = scored.choices[0].logprobs
+        assert scored.choices[0].text == "abc"
+        assert logprobs is not None
+        assert logprobs.tokens == ["a", "b", "c"]
+        assert logprobs.token_logprobs is not None
+        assert logprobs.token_logprobs[0] is None
+        assert all(lp < 0 for lp in logprobs.token_logprobs[1:])
+        fields: Any = {"model": base.name, "messages": CHAT, "n": 3, "seed": 1, "max_tokens": 6}
+        whole = await client.chat.completions.create(**fields)
+        texts = [""] * 3
+        async for chunk in await client.chat.completions.create(**fields, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert texts == [c.message.content for c in whole.choices]
+        assert len(set(texts)) == 3
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens <= 18 < whole.usage.prompt_tokens * 3
 
     with_client(use)
 

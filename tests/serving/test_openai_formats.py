@@ -17,8 +17,9 @@ from loray.serving.status import EngineStatus, ReplicaStatus, total
 class Logprob(NamedTuple):
     token_id: int
     token: str
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, str, float], ...] = ()
+    rank: int = 1
 
 
 class Delta(NamedTuple):
@@ -27,6 +28,8 @@ class Delta(NamedTuple):
     finish_reason: Any = None
     num_prompt_tokens: int = 3
     num_output_tokens: int = 1
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[Logprob, ...] | None = None
     token_ids: tuple[int, ...] = ()
 
 
@@ -73,6 +76,34 @@ def test_completion_is_openais() -> None:
         "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
     }
     assert Completion.model_validate(body, strict=True).choices[0].text == "ébc"
+
+
+FIRST = Logprob(5, "x", None, (), 0)
+SECOND = Logprob(9, "y", -3.0, ((1, "é", -0.5), (2, "b", -2.0)), 7)
+
+
+def test_an_echoed_prompt_begins_without_a_logprob() -> None:
+    body = fmt(CompletionFormat).whole([collected(Delta("xy", (FIRST, SECOND), "length"))], Usage.of(2, 0))
+    logprobs = json.loads(body.to_json())["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"] == [None, -3.0]
+    assert logprobs["top_logprobs"] == [None, {"é": -0.5, "b": -2.0, "y": -3.0}]
+    assert logprobs["text_offset"] == [0, 1]
+
+
+@pytest.mark.parametrize("cls", [CompletionFormat, ChatFormat])
+def test_prompt_logprobs_are_vllms(cls: Any) -> None:
+    asked = Delta("a", None, "length", prompt_logprobs=(FIRST, SECOND))
+    body = json.loads(fmt(cls).whole([collected(asked)], Usage.of(2, 1)).to_json())
+    assert (body if cls is ChatFormat else body["choices"][0])["prompt_logprobs"] == [
+        None,
+        {
+            "9": {"logprob": -3.0, "rank": 7, "decoded_token": "y"},
+            "1": {"logprob": -0.5, "rank": 1, "decoded_token": "é"},
+            "2": {"logprob": -2.0, "rank": 2, "decoded_token": "b"},
+        },
+    ]
+    body = json.loads(fmt(cls).whole([collected(Delta("a", None, "length"))], Usage.of(2, 1)).to_json())
+    assert "prompt_logprobs" not in (body if cls is ChatFormat else body["choices"][0])
 
 
 def test_completion_chunks_go_on_where_the_last_ended() -> None:
@@ -133,6 +164,13 @@ def test_chat_chunks_open_with_the_role_and_end_with_an_empty_delta() -> None:
 def test_a_prompt_counts_once_however_many_choices() -> None:
     choices = [collected(Delta("", None, "stop", n, 2)) for n in (3, 3, 5, 5)]
     assert usage_of(choices, 2) == Usage.of(8, 8)
+
+
+def test_usage_tells_what_was_cached_of_each_prompt_once() -> None:
+    choices = [collected(Delta("", None, "stop", 40, 2, cached)) for cached in (32, 39, 16, 0)]
+    usage = json.loads(usage_of(choices, 2).to_json())
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 48}
+    assert usage["prompt_tokens"] == 80
 
 
 def test_a_choice_grows_without_copying_what_it_has() -> None:

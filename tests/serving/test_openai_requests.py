@@ -51,8 +51,12 @@ def test_defaults_are_openais() -> None:
 
 def test_sampling_takes_over_every_field() -> None:
     given = {"temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1}
-    request = completion(**given, seed=5, stop="x", ignore_eos=True, logprobs=3)
+    given |= {"repetition_penalty": 1.2, "min_tokens": 2, "skip_special_tokens": False, "prompt_logprobs": 4}
+    request = completion(
+        **given, seed=5, stop="x", ignore_eos=True, logprobs=3, stop_token_ids=[4, 5], logit_bias={"5": -1, "7": 2.5}
+    )
     params = request.sampling(max_tokens=9, choice=2)
+    assert (params.stop_token_ids, params.logit_bias) == ((4, 5), {5: -1.0, 7: 2.5})
     assert {k: getattr(params, k) for k in given} == given
     assert (params.max_tokens, params.seed, params.stop, params.ignore_eos, params.logprobs) == (9, 7, ("x",), True, 3)
 
@@ -72,16 +76,13 @@ def test_null_is_absent() -> None:
         ("tool_choice", "required"),
         ("functions", [{}]),
         ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 1}),
+        ("bad_words", ["x"]),
+        ("allowed_token_ids", [5]),
         ("audio", {}),
         ("modalities", ["text", "audio"]),
         ("store", True),
-        ("repetition_penalty", 1.1),
-        ("min_tokens", 2),
-        ("stop_token_ids", [3]),
-        ("echo", True),
         ("suffix", "x"),
-        ("skip_special_tokens", False),
+        ("truncate_prompt_tokens", 5),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(field: str, value: Any) -> None:
@@ -89,6 +90,25 @@ def test_what_is_not_implemented_is_refused_by_name(field: str, value: Any) -> N
         with pytest.raises(RequestError, match=f"^{field} is not supported: ") as e:
             make(**{field: value})
         assert e.value.param == field
+
+
+def test_only_completions_echo() -> None:
+    assert completion(echo=True).echo
+    with pytest.raises(RequestError, match=r"^echo is not supported: ") as e:
+        chat(echo=True)
+    assert e.value.param == "echo"
+
+
+def test_an_echo_with_logprobs_asks_for_those_of_the_prompt() -> None:
+    for fields, expected in (
+        ({}, None),
+        ({"logprobs": 1}, None),
+        ({"echo": True}, None),
+        ({"echo": True, "logprobs": 0}, 0),
+        ({"echo": True, "logprobs": 1, "prompt_logprobs": 3}, 3),
+        ({"prompt_logprobs": 2}, 2),
+    ):
+        assert completion(**fields).sampling(max_tokens=0, choice=0).prompt_logprobs == expected
 
 
 def test_values_that_ask_for_nothing_pass() -> None:
@@ -129,7 +149,17 @@ def test_unknown_fields_are_named() -> None:
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": True}, "n"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"logprobs": 21}, "logprobs"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,9 @@ class CountingStore(AdapterStore):
         super().__init__(objects)
         self.fetches: list[str] = []
 
-    def fetch(self, digest: str, folder: Path) -> AdapterManifest:
+    def fetch(self, digest: str, folder: Path, **have: Any) -> AdapterManifest:
         self.fetches.append(digest)
-        return super().fetch(digest, folder)
+        return super().fetch(digest, folder, **have)
 
 
 @pytest.fixture
@@ -109,6 +110,50 @@ def test_a_cold_fetch_is_verified(objects: ObjectStore, describe_one: Callable[[
     assert list((tmp_path / "other" / "adapters").iterdir()) == []
     assert store.put(folder) == name
     verify_folder(cold.get(name))
+
+
+def test_who_fetches_and_who_vouches_can_be_said(
+    counting: CountingStore, describe_one: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """One of many fetches, in its own way. What an earlier process left is hashed unless the caller vouches for it."""
+    name = counting.put(describe_one(0))
+    barrier = threading.Barrier(4)
+    own: list[Path] = []
+
+    def fetch(digest: str, folder: Path) -> None:
+        own.append(folder)
+        AdapterStore(counting.objects).fetch(digest, folder)
+
+    cache = AdapterCache(counting, tmp_path / "cache", 1 << 30)
+
+    def get(_: int) -> Path:
+        barrier.wait()
+        with cache.pinned(name, fetch=fetch) as path:
+            return path
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(get, range(4))) == {tmp_path / "cache" / "adapters" / name}
+    assert (len(own), counting.fetches) == (1, [])
+    damage(own[0] / "adapter_model.safetensors")
+    later = AdapterCache(counting, tmp_path / "cache", 1 << 30)
+    with later.pinned(name, fetch=fetch, is_good=lambda folder: True):
+        assert len(own) == 1
+    later = AdapterCache(counting, tmp_path / "cache", 1 << 30)
+    with later.pinned(name, fetch=fetch, is_good=lambda folder: False) as path:
+        verify_folder(path)
+    assert len(own) == 2
+
+
+def test_an_entry_that_has_grown_counts_with_all_it_holds(
+    counting: CountingStore, describe_one: Callable[[int], Path], tmp_path: Path
+) -> None:
+    names = [counting.put(describe_one(seed)) for seed in range(2)]
+    cache = AdapterCache(counting, tmp_path / "cache", 1 << 20)
+    first = cache.get(names[0])
+    with cache.pinned(names[1]) as path:
+        (path / "packed").write_bytes(bytes(1 << 20))
+        cache.trim(names[1])
+        assert (first.exists(), path.exists()) == (False, True)
 
 
 def test_failed_fetch_leaves_nothing(

@@ -40,6 +40,14 @@ def test_what_is_missing(objects: ObjectStore, tmp_path: Path) -> None:
     assert list(tmp_path.glob("out*")) == []
 
 
+def test_ranges(objects: ObjectStore) -> None:
+    objects.put_if_absent("a", b"0123456789")
+    ranges = [(0, 3), (3, 10), (8, 100), (10, 11), (50, 60)]
+    assert [objects.get_range("a", *r) for r in ranges] == [b"012", b"3456789", b"89", b"", b""]
+    with pytest.raises(NotFoundError, match="no object"):
+        objects.get_range("b", 0, 1)
+
+
 def test_lists_are_sorted_and_by_prefix(objects: ObjectStore) -> None:
     keys = ["a-b", "a.c", "a/b", "a/b2", "a/c/d", "ab", "ä", "z"]
     for key in reversed(keys):

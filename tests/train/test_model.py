@@ -16,7 +16,8 @@ from loray.bases.rope import frequencies
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
 from loray.train import hook
-from loray.train.model import build_model, context_length, count_parameters, dense, rope_parameters
+from loray.train.context import context_length, rope_parameters
+from loray.train.model import build_model, count_parameters, dense
 from tests.train.test_s2_attention import oracle, oracle_mask, runs
 
 BaseFactory = Callable[..., BaseModel]

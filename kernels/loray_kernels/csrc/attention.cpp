@@ -4,6 +4,7 @@
 // start; the parts are merged in order. So a query's result is the same, bit for bit, in any batch, in any chunking of
 // its prompt, and whether one thread does the parts or several: decoding shares a long context out over threads.
 
+#include "kernels.h"
 #include "tiles.h"
 
 namespace LORAY_NAMESPACE {
@@ -11,17 +12,6 @@ namespace LORAY_NAMESPACE {
 constexpr i64 SPLIT = 512;
 constexpr i64 BLOCK_QUERIES = 32;  // queries of one prefill item
 constexpr i64 DECODE_QUERIES = 4;  // at most so many queries are shared out by context, more by queries
-
-struct Layout {
-    i64 num_layers, block_tokens, num_kv_heads, head_dim;
-};
-
-// As Python packs it: S + 1 offsets of queries, S context lengths, S block tables.
-struct Meta {
-    i64 num_sequences;
-    const i64 *query_start, *context_len;
-    const i64* const* block_table;
-};
 
 struct Item {
     i64 sequence, query, num_queries, head, num_heads, key, key_stop;
@@ -297,6 +287,18 @@ struct Packing<bf16> {
 };
 #endif
 
+template <class T>
+void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
+                     const Meta& meta, float scale, int threads) {
+    Attention<typename Packing<T>::P, T>{q, q_stride, out, num_heads, layer, pool, layout, meta, scale}(threads);
+}
+
+#define LORAY_INSTANTIATE(T)                                                                                        \
+    template void paged_attention<T>(const T*, i64, T*, i64, const T*, const Layout&, i64, const Meta&, float, int);
+
+LORAY_INSTANTIATE(bf16)
+LORAY_INSTANTIATE(float)
+
 }  // namespace LORAY_NAMESPACE
 
 using namespace LORAY_NAMESPACE;
@@ -305,7 +307,7 @@ using namespace LORAY_NAMESPACE;
     LORAY_ENTRY(paged_attention_##suffix##_)                                                                        \
     (const type* q, i64 q_stride, type* out, i64 num_heads, const type* pool, const Layout* layout, i64 layer,      \
      const Meta* meta, float scale, int threads) {                                                                  \
-        Attention<Packing<type>::P, type>{q, q_stride, out, num_heads, layer, pool, *layout, *meta, scale}(threads); \
+        paged_attention(q, q_stride, out, num_heads, pool, *layout, layer, *meta, scale, threads);                  \
     }
 
 LORAY_ATTENTION(bf16, bf16)

@@ -4,7 +4,7 @@
 // them. Every output is one accumulator over the inputs in order: a token's result is the same, bit for bit, whatever
 // the batch. While one panel is multiplied the next comes out of memory, a few cache lines at a time.
 
-#include "simd.h"
+#include "kernels.h"
 
 namespace LORAY_NAMESPACE {
 
@@ -71,9 +71,9 @@ struct Fetch {
 template <class T, class Y>
 struct Linear {
     const T* x;
-    i64 x_stride, in;
+    i64 x_stride;
+    i64 in, out;
     const T *packed, *bias;
-    i64 out;
     Y* y;
     i64 y_stride;
 
@@ -119,6 +119,7 @@ struct Linear {
     // Tokens [first, last) with one panel. The tiles are as equal as can be: a small one costs as much as a full one.
     void panel(i64 p, i64 first, i64 last) const {
         const i64 size = panel_size<T>(in), num = last - first, tiles = ceil_div(num, TOKENS);
+        if (num <= 0) return;
         const T* weights = packed + p * size;
         const i64 lines = ceil_div(UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T)), 64);
         Fetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles)};
@@ -154,22 +155,33 @@ struct Linear {
     }
 };
 
+template <class T, class Y>
+void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& w, Y* y, int threads) {
+    Linear<T, Y>{x, x_stride, w.in, w.out, w.packed, w.bias, y, w.out}(num_tokens, threads);
+}
+
 // y = silu(g) · u, with silu(g) rounded before the product, as torch does it.
 template <class T>
-static void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads) {
-#pragma omp parallel for num_threads(threads) if (num_tokens * width > SERIAL)
+void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads) {
+#pragma omp parallel for num_threads(threads) if (num_tokens * width > SERIAL / 8)
     for (i64 t = 0; t < num_tokens; t++) {
         const T *gate = x + t * x_stride, *up = gate + width;
         T* to = y + t * width;
-        for (i64 i = 0; i < width; i += W) {
-            const i64 n = min_(W, width - i);
+        vectors(width, [&](i64 i, auto n) {
             const Vec g = load_n(gate + i, n), none = zero(), one = set1(1.0f);
             const Vec e = exp(g < none ? g : none - g);  // e^−|g|, which cannot overflow
             const Vec silu = rounded(g * (g < none ? e : one) / (one + e), x);
             store_n(to + i, silu * load_n(up + i, n), n);
-        }
+        });
     }
 }
+
+#define LORAY_INSTANTIATE(T)                                                                  \
+    template void linear<T, T>(const T*, i64, i64, const Matrix<T>&, T*, int);                \
+    template void silu_mul<T>(const T*, i64, i64, i64, T*, int);
+
+LORAY_INSTANTIATE(bf16)
+LORAY_INSTANTIATE(float)
 
 }  // namespace LORAY_NAMESPACE
 
@@ -185,14 +197,12 @@ LORAY_ENTRY(packed_size_)(i64 in, i64 out, i64 width, i64* size) {
         pack(weight, in, out, packed, threads);                                                                      \
     }                                                                                                                \
     LORAY_ENTRY(linear_##suffix##_)                                                                                  \
-    (const type* x, i64 x_stride, i64 num_tokens, i64 in, const type* packed, const type* bias, i64 out, type* y,    \
-     int threads) {                                                                                                  \
-        Linear<type, type>{x, x_stride, in, packed, bias, out, y, out}(num_tokens, threads);                         \
+    (const type* x, i64 x_stride, i64 num_tokens, const Matrix<type>* weights, type* y, int threads) {               \
+        linear(x, x_stride, num_tokens, *weights, y, threads);                                                       \
     }                                                                                                                \
     LORAY_ENTRY(logits_##suffix##_)                                                                                  \
-    (const type* x, i64 x_stride, i64 num_tokens, i64 in, const type* packed, const type* bias, i64 out, float* y,   \
-     int threads) {                                                                                                  \
-        Linear<type, float>{x, x_stride, in, packed, bias, out, y, out}(num_tokens, threads);                        \
+    (const type* x, i64 x_stride, i64 num_tokens, const Matrix<type>* weights, float* y, int threads) {              \
+        linear(x, x_stride, num_tokens, *weights, y, threads);                                                       \
     }                                                                                                                \
     LORAY_ENTRY(silu_mul_##suffix##_)(const type* x, i64 x_stride, i64 num_tokens, i64 width, type* y, int threads) { \
         silu_mul(x, x_stride, num_tokens, width, y, threads);                                                        \

@@ -4,33 +4,9 @@
 // two to an adapter that is a gather straight from the pool, with many a product whose rows stay in the cache.
 
 #include "dots.h"
+#include "kernels.h"
 
 namespace LORAY_NAMESPACE {
-
-struct Table {
-    const Rows *a, *b;
-    const i64* rank_start;
-    const float* scale;
-};
-
-struct Spans {
-    i64 num;
-    const i64 *start, *stop;
-};
-
-struct Output {
-    float* h;
-    i64 stride;
-};
-
-// Where an expand adds, and what it expands.
-template <class T>
-struct Target {
-    T* y;
-    i64 y_stride;
-    const float* h;
-    i64 h_stride;
-};
 
 // Rows (shrink) or columns of a segment (expand) [first, first + num) of one adapter with some of its tokens.
 struct Item {
@@ -55,8 +31,8 @@ struct Items {
 };
 
 template <class T>
-static void shrink(const T* x, i64 x_stride, const T* pool, const Table* const* tables, const Output* outputs,
-                   i64 num_tables, const Spans& spans, int threads) {
+void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* tables, const Output* outputs,
+                 i64 num_tables, const Spans& spans, int threads) {
     i64 capacity = 0, work = 0;
     for (i64 k = 0; k < num_tables; k++)
         for (i64 n = 0; n < spans.num; n++) {
@@ -123,8 +99,8 @@ static inline void expand_columns(T* y, i64 y_stride, const float* h, i64 h_stri
 
 // Every table with its own output and its own h, in one go.
 template <class T>
-static void expand(const Target<T>* targets, const T* pool, const Table* const* tables, i64 num_tables,
-                   const Spans& spans, int threads) {
+void lora_expand(const Target<T>* targets, const T* pool, const Table* const* tables, i64 num_tables,
+                 const Spans& spans, int threads) {
     i64 capacity = 0, work = 0;
     for (i64 k = 0; k < num_tables; k++)
         for (i64 s = 0; s < tables[k]->b->num_segments; s++) {
@@ -171,6 +147,13 @@ static void expand(const Target<T>* targets, const T* pool, const Table* const* 
     }
 }
 
+#define LORAY_INSTANTIATE(T)                                                                                       \
+    template void lora_shrink<T>(const T*, i64, const T*, const Table* const*, const Output*, i64, const Spans&, int); \
+    template void lora_expand<T>(const Target<T>*, const T*, const Table* const*, i64, const Spans&, int);
+
+LORAY_INSTANTIATE(bf16)
+LORAY_INSTANTIATE(float)
+
 }  // namespace LORAY_NAMESPACE
 
 using namespace LORAY_NAMESPACE;
@@ -180,12 +163,12 @@ using namespace LORAY_NAMESPACE;
     LORAY_ENTRY(lora_shrink_##suffix##_)                                                                            \
     (const type* x, i64 x_stride, const type* pool, const Table* const* tables, const Output* outputs,              \
      i64 num_tables, const Spans* spans, int threads) {                                                             \
-        shrink(x, x_stride, pool, tables, outputs, num_tables, *spans, threads);                                    \
+        lora_shrink(x, x_stride, pool, tables, outputs, num_tables, *spans, threads);                                    \
     }                                                                                                               \
     LORAY_ENTRY(lora_expand_##suffix##_)                                                                            \
     (const Target<type>* targets, const type* pool, const Table* const* tables, i64 num_tables, const Spans* spans, \
      int threads) {                                                                                                 \
-        expand(targets, pool, tables, num_tables, *spans, threads);                                                 \
+        lora_expand(targets, pool, tables, num_tables, *spans, threads);                                                 \
     }
 
 LORAY_LORA(bf16, bf16)

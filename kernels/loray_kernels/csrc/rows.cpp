@@ -1,41 +1,45 @@
 // What is done to each token by itself: norms with an adapter's own weights, rotary positions, the cache's writes.
 
-#include "simd.h"
+#include "kernels.h"
 
 namespace LORAY_NAMESPACE {
 
-constexpr i64 SERIAL = 1 << 15;  // elements below which one thread is faster
+constexpr i64 SERIAL = 1 << 12;  // elements below which one thread is faster
 
 // y = (x / rms(x)) rounded, times weight
 template <class T>
 static inline void normalize(const T* x, const T* weight, float eps, i64 width, T* y) {
-    Vec squares = zero();
+    Vec squares[4] = {zero(), zero(), zero(), zero()};  // one after the other they would wait for each other
     i64 i = 0;
-    for (; i + W <= width; i += W) squares = fma(load(x + i), load(x + i), squares);
-    if (i < width) {
-        Vec v = load_n(x + i, width - i);
-        squares = fma(v, v, squares);
-    }
-    const Vec factor = set1(1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps));
-    for (i = 0; i + W <= width; i += W) store(y + i, load(weight + i) * rounded(load(x + i) * factor, x));
-    if (i < width) {
-        const i64 n = width - i;
-        store_n(y + i, load_n(weight + i, n) * rounded(load_n(x + i, n) * factor, x), n);
-    }
+    for (; i + 4 * W <= width; i += 4 * W)
+        for (int v = 0; v < 4; v++) {
+            const Vec xv = load(x + i + v * W);
+            squares[v] = fma(xv, xv, squares[v]);
+        }
+    vectors(width - i, [&](i64 rest, auto n) {
+        const Vec xv = load_n(x + i + rest, n);
+        squares[0] = fma(xv, xv, squares[0]);
+    });
+    const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    const Vec factor = set1(1.0f / __builtin_sqrtf(total / float(width) + eps));
+    vectors(width, [&](i64 at, auto n) {
+        store_n(y + at, load_n(weight + at, n) * rounded(load_n(x + at, n) * factor, x), n);
+    });
 }
 
-// Tokens of `own` (as many as `num_own`) have row n of `rows` as their weight.
+// Tokens of `own` have row n of its rows as their weight.
 template <class T>
-static void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps,
-                     T* y, const T* pool, const i64* own, i64 num_own, const Rows* rows, int threads) {
+void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps, T* y,
+              const T* pool, const OwnNorm& own, int threads) {
     const i64 row = num_heads * width;
 #pragma omp parallel for num_threads(threads) if (num_tokens * row > SERIAL)
     for (i64 t = 0; t < num_tokens; t++)
         for (i64 h = 0; h < num_heads; h++)
             normalize(x + t * x_stride + h * width, weight, eps, width, y + t * row + h * width);
-#pragma omp parallel for num_threads(threads) if (num_own * row > SERIAL)
-    for (i64 n = 0; n < num_own; n++) {
+#pragma omp parallel for num_threads(threads) if (own.num * row > SERIAL)
+    for (i64 n = 0; n < own.num; n++) {
         static thread_local Scratch memory;
+        const Rows* rows = own.rows;
         const T* own_weight = pool + rows->segments[0].offsets[n];
         if (rows->num_segments > 1) {
             T* joined = (T*)memory.get(width * sizeof(T));
@@ -46,26 +50,26 @@ static void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i6
             own_weight = joined;
         }
         for (i64 h = 0; h < num_heads; h++)
-            normalize(x + own[n] * x_stride + h * width, own_weight, eps, width, y + own[n] * row + h * width);
+            normalize(x + own.tokens[n] * x_stride + h * width, own_weight, eps, width,
+                      y + own.tokens[n] * row + h * width);
     }
 }
 
 // Both products are rounded before their sum, as torch does it.
 template <class T>
 static inline void turn(const T* x, const T* cos, const T* sin, i64 half, T* y) {
-    for (i64 i = 0; i < half; i += W) {
-        const i64 n = min_(W, half - i);
+    vectors(half, [&](i64 i, auto n) {
         const Vec first = load_n(x + i, n), second = load_n(x + half + i, n);
         const Vec low = rounded(first * load_n(cos + i, n), x) - rounded(second * load_n(sin + i, n), x);
         const Vec high = rounded(second * load_n(cos + half + i, n), x) + rounded(first * load_n(sin + half + i, n), x);
         store_n(y + i, low, n);
         store_n(y + half + i, high, n);
-    }
+    });
 }
 
 template <class T>
-static void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* cos, const T* sin, T* y,
-                 int threads) {
+void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* cos, const T* sin, T* y,
+          int threads) {
 #pragma omp parallel for num_threads(threads) if (num_tokens * num_heads * width > SERIAL)
     for (i64 t = 0; t < num_tokens; t++)
         for (i64 h = 0; h < num_heads; h++)
@@ -75,7 +79,7 @@ static void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 wi
 
 // `pool` is the layer's share in block 0.
 template <class T>
-static void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride,
+void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride,
                      i64 width, const i64* slots, i64 num_tokens, int threads) {
 #pragma omp parallel for num_threads(threads) if (num_tokens * width > 4 * SERIAL)
     for (i64 t = 0; t < num_tokens; t++) {
@@ -85,6 +89,14 @@ static void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 
     }
 }
 
+#define LORAY_INSTANTIATE(T)                                                                                     \
+    template void rms_norm<T>(const T*, i64, i64, i64, i64, const T*, float, T*, const T*, const OwnNorm&, int); \
+    template void rope<T>(const T*, i64, i64, i64, i64, const T*, const T*, T*, int);                            \
+    template void write_kv<T>(T*, i64, i64, const T*, i64, const T*, i64, i64, const i64*, i64, int);
+
+LORAY_INSTANTIATE(bf16)
+LORAY_INSTANTIATE(float)
+
 }  // namespace LORAY_NAMESPACE
 
 using namespace LORAY_NAMESPACE;
@@ -93,7 +105,7 @@ using namespace LORAY_NAMESPACE;
     LORAY_ENTRY(rms_norm_##suffix##_)                                                                               \
     (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* weight, float eps, type* y, \
      const type* pool, const i64* own, i64 num_own, const Rows* rows, int threads) {                                \
-        rms_norm(x, x_stride, num_tokens, num_heads, width, weight, eps, y, pool, own, num_own, rows, threads);     \
+        rms_norm(x, x_stride, num_tokens, num_heads, width, weight, eps, y, pool, {num_own, own, rows}, threads);        \
     }                                                                                                               \
     LORAY_ENTRY(rope_##suffix##_)                                                                                   \
     (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* cos, const type* sin,       \

@@ -162,6 +162,23 @@ static inline void store_n(T* p, Vec v, i64 n) {
 
 static inline Vec zero() { return set1(0.0f); }
 
+// f(i, n) for each vector from i of `num` elements: n is Whole, or how many are left. Masked accesses are slow.
+struct Whole {};
+template <class T>
+static inline Vec load_n(const T* p, Whole) {
+    return load(p);
+}
+template <class T>
+static inline void store_n(T* p, Vec v, Whole) {
+    store(p, v);
+}
+template <class F>
+static inline void vectors(i64 num, F f) {
+    i64 i = 0;
+    for (; i + W <= num; i += W) f(i, Whole{});
+    if (i < num) f(i, num - i);
+}
+
 // `v` after its rounding to T.
 static inline Vec rounded(Vec v, const float*) { return v; }
 static inline Vec rounded(Vec v, const bf16*) {

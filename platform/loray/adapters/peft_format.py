@@ -57,8 +57,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UnsupportedError(f"{folder} has no {CONFIG_FILE}: it is not a PEFT adapter")
+    return parse_config(folder, path.read_bytes())
+
+
+def parse_config(folder: Path, data: bytes) -> dict[str, Any]:
+    """As `read_config`, of the file's bytes; `folder` is what errors name."""
+    path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(data)
     except ValueError as e:
         raise IntegrityError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(config, dict):
@@ -89,9 +95,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise UnsupportedError(f"{folder} has no {WEIGHTS_FILE}{hint}")
     try:
         with safe_open(str(path), framework="pt") as f:
-            return {name.removeprefix(_PREFIX): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            return without_prefix({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise IntegrityError(f"{path} is damaged: {e}") from e
+
+
+def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that loray knows them by."""
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:
@@ -101,8 +112,16 @@ def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:
     IntegrityError where the file is damaged or tensors are missing. RoPE and context length are in the
     manifest, not in PEFT's files: whoever has it adds them.
     """
-    config = read_config(folder)
-    tensors = read_tensors(folder)
+    return parse_adapter(folder, read_config(folder), read_tensors(folder), base)
+
+
+def parse_adapter(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: ModelConfig
+) -> AdapterWeights:
+    """As `read_adapter`, of what has been read already; `folder` is what errors name.
+
+    Of the numbers only a stored VeRA pair's are looked at, of all else the shapes.
+    """
     norms: dict[str, Tensor] = {}
     embedding: EmbeddingRows | None = None
     parts: dict[ModuleKey, dict[str, Tensor]] = {}

@@ -55,6 +55,13 @@ class ModelConfig:
         }
         return shapes[module]
 
+    @property
+    def num_matrix_elements(self) -> int:
+        """Of all that a token is multiplied with, the output head included."""
+        modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        layer = sum(out * width for out, width in map(self.module_shape, modules))
+        return self.num_layers * layer + self.vocab_size * self.hidden_size
+
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         path = folder / "config.json"

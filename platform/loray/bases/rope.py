@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loray.spec import RopeParameters, RopeScaling
 
@@ -49,6 +47,9 @@ def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
     if rope.rope_type == "default":
         exponent_d = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return Frequencies(1.0 / (rope.rope_theta**exponent_d), 1.0)
+    from transformers import LlamaConfig  # takes seconds, and bases are seldom of a scaled kind
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     # No covered kind derives its frequencies from the model's context length; transformers warns if it does not fit.
     context = round((rope.original_max_position_embeddings or 1 << 20) * (rope.factor or 1))
     config = LlamaConfig(

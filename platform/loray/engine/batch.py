@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from loray.engine.pool import ResidentAdapter, ResidentPair
+from loray.engine.request import Request
 from loray.engine.rows import Part
 from loray.engine.scheduler import Chunk
-from loray_kernels import AttentionMeta, LoraTable, RowTables, Segments, TokenRows, VeraTable
+from loray_kernels import AttentionMeta, LayerTables, LoraTable, RowTables, Segments, TokenRows, VeraTable
 
 Group = int
 
@@ -36,15 +37,6 @@ class PairSpan(NamedTuple):
     pair: ResidentPair
     start: int
     stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTables:
-    """What the adapters of a batch have in one layer (or, for the flat tables, outside of any)."""
-
-    lora: dict[str, LoraTable]
-    vera: dict[str, list[VeraTable]]
-    norms: dict[str, TokenRows]
 
 
 class AdapterBatch:
@@ -147,13 +139,23 @@ def _pair_spans(slots: Sequence[Slot]) -> Iterable[PairSpan]:
             yield PairSpan(pair, members[0].start, members[-1].stop)
 
 
+class Scored(NamedTuple):
+    """Tokens [start, stop) of `request` are known to be followed by tokens [start + 1, stop + 1) of its prompt."""
+
+    request: Request
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Everything the model needs of one step. T tokens.
 
-    logits_T     tokens whose logits are wanted, in the order of `sampled`
-    sampled      the chunks that end at their request's newest token
+    logits_T     tokens whose logits are wanted: the last one of each of `sampled`, then those of `scored`
+    sampled      the chunks that end at their request's newest token, which the next one follows
+    scored       parts of prompts whose next token is known and whose log-probability is asked for
     own_rows     tokens that have an embedding row of their adapter's
+    wait_for_layer  called before each layer where an adapter of the batch is still arriving: its rows come meanwhile
     """
 
     token_ids_T: Tensor
@@ -163,6 +165,8 @@ class Batch:
     own_rows: TokenRows | None
     logits_T: Tensor
     sampled: tuple[Chunk, ...]
+    scored: tuple[Scored, ...] = ()
+    wait_for_layer: Callable[[int], None] | None = None
 
 
 def build_batch(
@@ -181,11 +185,14 @@ def build_batch(
     slots: list[int] = []
     query_start = [0]
     context: list[int] = []
-    tables: list[Tensor] = []
+    blocks: list[int] = []
+    num_blocks: list[int] = []
     spans: list[Slot] = []
     own: list[tuple[int, int]] = []
     last: list[int] = []
     sampled: list[Chunk] = []
+    scored: list[Scored] = []
+    scored_tokens: list[int] = []
     for chunk, adapter in placed:
         request, start, stop = chunk.request, chunk.start, chunk.start + chunk.num_tokens
         ids = request.tokens(start, stop)
@@ -195,7 +202,8 @@ def build_batch(
         slots.extend(request.blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(start, stop))
         query_start.append(len(tokens))
         context.append(stop)
-        tables.append(torch.tensor(request.blocks, dtype=torch.int64, device=device))
+        blocks.extend(request.blocks)
+        num_blocks.append(len(request.blocks))
         if adapter is not None:
             if spans and spans[-1].adapter is adapter:
                 spans[-1] = Slot(adapter, spans[-1].start, len(tokens))
@@ -203,13 +211,19 @@ def build_batch(
                 spans.append(Slot(adapter, at, len(tokens)))
             if adapter.token_row:
                 own.extend((at + i, adapter.token_row[t]) for i, t in enumerate(ids) if t in adapter.token_row)
-        if chunk.is_last:
+        if request.needs_prompt_logits:
+            first, end = max(start, len(request.prompt_logprobs)), min(stop, request.num_prompt_tokens - 1)
+            if first < end:  # after a preemption some are known already
+                scored.append(Scored(request, first, end))
+                scored_tokens.extend(range(at + first - start, at + end - start))
+        if chunk.is_last and request.spec.params.max_tokens:
             last.append(len(tokens) - 1)
             sampled.append(chunk)
 
     def tensor(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    tables = torch.split(tensor(blocks), num_blocks)  # one copy to the device for all
     own_rows = None
     if own:
         own_rows = TokenRows(
@@ -218,11 +232,12 @@ def build_batch(
     return Batch(
         token_ids_T=tensor(tokens),
         positions_T=tensor(positions),
-        attention=AttentionMeta(tuple(query_start), tuple(context), tuple(tables), tensor(slots)),
+        attention=AttentionMeta(tuple(query_start), tuple(context), tables, tensor(slots)),
         adapters=AdapterBatch(spans, device=device),
         own_rows=own_rows,
-        logits_T=tensor(last),
+        logits_T=tensor(last + scored_tokens),
         sampled=tuple(sampled),
+        scored=tuple(scored),
     )
 
 

@@ -155,10 +155,19 @@ class BlockAllocator:
                 del self._kv[block]
                 heapq.heappush(self._free, block)
 
+    def references(self, block: int) -> int:
+        """To a KV block."""
+        return self._kv[block]
+
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def allocate_rows(self, kind: Kind, demand: Mapping[int, int]) -> list[Extent] | None:
-        """Rows by width, `{width: rows}`: wide ones first, narrow ones into the tails; fullest blocks first."""
+    def allocate_rows(
+        self, kind: Kind, demand: Mapping[int, int], *, emptying: int | None = None
+    ) -> list[Extent] | None:
+        """Rows by width, `{width: rows}`: wide ones first, narrow ones into the tails; fullest blocks first.
+
+        `emptying`: a block that is to be emptied; then only the gaps of others are taken, no free block.
+        """
         extents: list[Extent] = []
         for width in sorted(demand, reverse=True):
             assert 0 < width <= self.geometry.capacity(kind), f"a row of {width} does not fit a block"
@@ -166,9 +175,11 @@ class BlockAllocator:
             for block in self._open_blocks(kind, width):
                 if not remaining:
                     break
+                if block == emptying:
+                    continue
                 remaining -= self._take(block, kind, width, remaining, extents)
             while remaining:
-                if not self._free:
+                if not self._free or emptying is not None:
                     self.free_rows(extents)
                     return None
                 block = heapq.heappop(self._free)
@@ -212,6 +223,34 @@ class BlockAllocator:
         num_blocks = self._runs.pop(first)
         for block in range(first, first + num_blocks):
             heapq.heappush(self._free, block)
+
+    def clear_run(self, num_blocks: int) -> dict[int, int] | None:
+        """Make `num_blocks` neighbours free by renaming the KV and row blocks among them: {old block: new block}.
+
+        The stretch with the fewest of them, the highest of those. None where too few blocks are free, or other runs
+        stand too close together.
+        """
+        if num_blocks > len(self._free):
+            return None
+        free, fixed = set(self._free), {b for first, n in self._runs.items() for b in range(first, first + n)}
+        best: tuple[int, list[int]] | None = None
+        for first in reversed(range(self.geometry.num_blocks - num_blocks + 1)):
+            window = range(first, first + num_blocks)
+            if fixed.isdisjoint(window):
+                taken = [b for b in window if b not in free]
+                if best is None or len(taken) < len(best[1]):
+                    best = (first, taken)
+        if best is None:
+            return None
+        window, taken = range(best[0], best[0] + num_blocks), best[1]
+        moves = dict(zip(taken, sorted(free.difference(window)), strict=False))
+        for old, new in moves.items():
+            if old in self._kv:
+                self._kv[new] = self._kv.pop(old)
+            else:
+                self._rows[new] = self._rows.pop(old)
+        self._free = sorted((free | moves.keys()) - set(moves.values()))
+        return moves
 
     # -- proof --------------------------------------------------------------------------------------------------------
 

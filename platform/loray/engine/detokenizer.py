@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from loray.engine.request import FinishReason
+from loray.spec import SamplingParams
+
 _PROMPT_TAIL = 6  # tokens that decide how the next ones are written
 
 
@@ -19,18 +22,33 @@ class Detokenizer:
     """`tokenizer` is transformers'. What may be the beginning of a stop string, or of a character, is held back.
 
     Decoding goes on from the end of the prompt: SentencePiece tokenizers drop the space that a text begins with. Of all
-    tokens only those since the last whole character, and the piece before them as context, are decoded again.
+    tokens only those since the last whole character, and the piece before them as context, are decoded again. A stop
+    string that begins in the first `min_tokens` tokens does not count, as in vLLM.
     """
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
+    def __init__(self, tokenizer: Any, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer, self._params = tokenizer, params
+        self._stop: tuple[str, ...] = ()
+        self._num_pushed = 0
         self._ids = list(prompt_ids[-_PROMPT_TAIL:])
         self._context = 0  # decoding starts here
         self._known = len(self._ids)  # the text of tokens before this one has been taken
         self._held = ""
 
+    def step(self, token_id: int | None, finish_reason: FinishReason | None) -> Text:
+        """A token, and all that is left where it is the last one, which is no text where it ended the request."""
+        text = Text("", False)
+        if token_id is not None and (finish_reason != "stop" or self._params.include_stop_str_in_output):
+            text = self.push(token_id)
+        if finish_reason is not None and not text.stopped:
+            rest = self.flush()
+            text = Text(text.text + rest.text, rest.stopped)
+        return text
+
     def push(self, token_id: int) -> Text:
+        self._num_pushed += 1
+        if self._num_pushed > self._params.min_tokens:
+            self._stop = self._params.stop
         self._ids.append(token_id)
         before, now = self._decode(self._ids[self._context : self._known]), self._decode(self._ids[self._context :])
         if len(now) <= len(before) or now.endswith("\ufffd"):
@@ -44,15 +62,18 @@ class Detokenizer:
         return self._take(now[len(before) :], final=True)
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=self._params.skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _take(self, new: str, *, final: bool) -> Text:
         text = self._held + new
-        found = [i for i in (text.find(s) for s in self._stop) if i >= 0]
+        found = [(i, i + len(s)) for s in self._stop if (i := text.find(s)) >= 0]
         if found:
             self._held = ""
-            return Text(text[: min(found)], True)
+            start, end = min(found)
+            return Text(text[: end if self._params.include_stop_str_in_output else start], True)
         hold = 0 if final else max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return Text(text[: len(text) - hold], False)

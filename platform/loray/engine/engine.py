@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import Future
 from dataclasses import replace
-from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor
 
-from loray.adapters.weights import AdapterWeights, ProjectionPair
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
-from loray.engine.batch import build_batch
+from loray.engine.batch import Batch, build_batch
+from loray.engine.fairness import token_weight
 from loray.engine.histogram import Histogram
+from loray.engine.landing import Landings
+from loray.engine.loading import AdapterLoads, LoadAdapter
+from loray.engine.logprobs import score
 from loray.engine.model import Decoder
-from loray.engine.pool import PackedAdapter, Pool, ResidentAdapter, cut_pool, pack
+from loray.engine.packed import PackedAdapter, Packer
+from loray.engine.parallel.driver import start_ranks
+from loray.engine.parallel.workers import LocalWorkers, StartWorkers, Workers, num_threads
+from loray.engine.pool import Pool, ResidentAdapter, cut_pool
 from loray.engine.request import FinishReason, GenerateRequest, Request, TokenLogprobs, TokenOutput
 from loray.engine.residency import AdapterPlace, Residency, Tier
 from loray.engine.sampler import Sampler
@@ -31,7 +37,7 @@ from loray_kernels import backend
 
 _log = get_logger(__name__)
 
-LoadAdapter = Callable[[AdapterRef], AdapterWeights]
+_PROMPT_TOKENS = 32  # a step of so many is told as one that computes prompts
 
 
 class Engine:
@@ -44,20 +50,22 @@ class Engine:
         model: Decoder,
         pool: Pool,
         load: LoadAdapter,
+        workers: Workers | None = None,
     ) -> None:
         self.spec, self.base = spec, base
         self.wake: Callable[[], None] = lambda: None
-        self._model, self._pool = model, pool
-        self._sampler = Sampler()
-        self._load_weights = load
-        self._loader = ThreadPoolExecutor(2, thread_name_prefix="adapter-load", initializer=_single_threaded)
+        self._model, self._pool, self._workers = model, pool, workers
+        self._sampler = Sampler(base.config.eos_token_ids)
+        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, pinned=pool.tensor.is_cuda)
+        self._loads = AdapterLoads(pool, packer, load, lambda: self.wake())
+        self._token_seconds = 0.0  # of computing a prompt, lately
         self._residency: Residency[PackedAdapter, ResidentAdapter] = Residency(
             host_bytes=spec.host_bytes,
             load=self._start_load,
             place=pool.place,
             remove=pool.remove,
             size=pool.size_of,
-            usage=UsageLog(forgotten=self._forget_size),
+            usage=UsageLog(forgotten=self._loads.forget),
         )
         self._scheduler = Scheduler(
             allocator=pool.allocator,
@@ -66,14 +74,13 @@ class Engine:
             max_num_batched_tokens=spec.max_num_batched_tokens,
             max_queued=spec.max_queued,
             adapter_blocks=self._adapter_blocks,
+            token_weight=self._token_weight,
+            ttft_slo_s=spec.ttft_slo_s,
             compact=pool.compact,
             enable_prefix_caching=spec.enable_prefix_caching,
         )
         pool.on_kv_moved = self._scheduler.moved
         self._requests: dict[str, Request] = {}
-        self._adapter_num_blocks: dict[str, int] = {}
-        self._adapter_bytes: dict[str, AdapterBytes] = {}
-        self._pairs: WeakValueDictionary[str, ProjectionPair] = WeakValueDictionary()
         self._totals: Counter[str] = Counter()
         self._max_adapters = 0
         self._step_seconds = Histogram(METRICS["engine_step_seconds"].buckets)
@@ -93,9 +100,9 @@ class Engine:
         own = 0
         if adapter is not None:
             estimate = min(
-                -(-adapter.nbytes // (geometry.block_size * self._pool.tensor.itemsize)) + 1, geometry.num_blocks // 2
+                -(-adapter.nbytes // self._pool.block_bytes) + 1, geometry.num_blocks // 2
             )
-            own = self._adapter_num_blocks.get(adapter.digest, estimate)
+            own = self._loads.num_blocks(adapter.digest) or estimate
         limits = [
             adapter.context_length if adapter is not None else self.base.config.max_position_embeddings,
             (geometry.num_blocks - own) * geometry.block_tokens,
@@ -106,7 +113,7 @@ class Engine:
 
     def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
         """What an adapter takes in the pool; its published size until it has been loaded. From any thread."""
-        return self._adapter_bytes.get(adapter.digest, AdapterBytes(adapter.nbytes))
+        return self._loads.nbytes(adapter.digest) or AdapterBytes(adapter.nbytes)
 
     def check(self, request: GenerateRequest) -> None:
         """Raise for a request that could never run: RequestError, ContextLengthExceeded, BaseMismatch."""
@@ -117,6 +124,9 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         if not all(0 <= t < vocab for t in request.prompt_ids):
             raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
+        for param in ("logit_bias", "stop_token_ids"):
+            if not all(0 <= t < vocab for t in getattr(request.params, param)):
+                raise RequestError(f"{param}: a token id is outside the vocabulary of {vocab}", param=param)
         limit, asked = self.max_model_len(adapter), len(request.prompt_ids) + request.params.max_tokens
         if asked > limit:
             raise ContextLengthExceeded(
@@ -126,7 +136,7 @@ class Engine:
             )
 
     def add(self, spec: GenerateRequest) -> None:
-        """Queue a request; raises what `check` raises, and Overloaded when too many wait."""
+        """Queue a request; raises what `check` raises, and Overloaded when too many wait, or for too long."""
         self.check(spec)
         if spec.request_id in self._requests:
             raise RequestError(f"request id {spec.request_id!r} is in use", param="request_id")
@@ -171,25 +181,50 @@ class Engine:
             device=self._pool.tensor.device,
         )
         self._max_adapters = max(self._max_adapters, len(batch.adapters.slots))
-        logits_SV = self._model.forward(batch, self._pool)
+        landings = Landings(self._pool, [slot.adapter for slot in batch.adapters.slots])
+        if landings:
+            batch = replace(batch, wait_for_layer=landings.wait_for_layer)
+        logits_RV = self._model.forward(batch, self._pool)
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        if landings:
+            chunks, batch, logits_RV = landings.settle(chunks, batch, logits_RV)
         for chunk in chunks:
             request = chunk.request
             request.num_computed += chunk.num_tokens
             prompt = min(request.num_computed, request.num_prompt_tokens)
             self._totals["prompt_tokens"] += max(0, prompt - request.num_prompt_counted)  # once, preempted or not
             request.num_prompt_counted = max(prompt, request.num_prompt_counted)
-        finite = logits_SV.isfinite().all(dim=1).tolist()
-        broken = [c.request for c, ok in zip(batch.sampled, finite, strict=True) if not ok]
-        requests = [c.request for c, ok in zip(batch.sampled, finite, strict=True) if ok]
-        with torch.inference_mode():
-            drawn = self._sampler(logits_SV[torch.tensor(finite, dtype=torch.bool)], requests) if requests else []
-        outputs = [self._postprocess(r, token, lp) for r, (token, lp) in zip(requests, drawn, strict=True)]
-        outputs += [self._fail_not_finite(r) for r in broken]
+        outputs = self._results(chunks, batch, logits_RV)
         self._totals["steps"] += 1
-        self._step_seconds.observe(time.monotonic() - began)
-        self._step_tokens.observe(sum(chunk.num_tokens for chunk in chunks))
+        seconds = time.monotonic() - began
+        if num_tokens >= _PROMPT_TOKENS:
+            self._token_seconds += (seconds / num_tokens - self._token_seconds) * (0.2 if self._token_seconds else 1.0)
+        self._scheduler.observe_step(num_tokens, seconds)
+        self._step_seconds.observe(seconds)
+        self._step_tokens.observe(num_tokens)
         self._step_adapters.observe(len(batch.adapters.slots))
         return outputs
+
+    @torch.inference_mode()
+    def _results(self, chunks: list[Chunk], batch: Batch, logits_RV: Tensor) -> list[TokenOutput]:
+        """Of `logits_RV` the sampled chunks' rows come first, then the scored tokens'."""
+        requests = [chunk.request for chunk in batch.sampled]
+        drawn = self._sampler(logits_RV[: len(requests)], requests)
+        broken = {r.request_id: r for r, sampled in zip(requests, drawn, strict=True) if sampled is None}
+        for part, logprobs in zip(batch.scored, score(logits_RV[len(requests) :], batch.scored), strict=True):
+            if logprobs is None:
+                broken[part.request.request_id] = part.request
+            else:
+                part.request.prompt_logprobs += logprobs
+        outputs = [
+            self._postprocess(r, sampled.token, sampled.logprobs)
+            for r, sampled in zip(requests, drawn, strict=True)
+            if sampled is not None and r.request_id not in broken
+        ]
+        for request in (chunk.request for chunk in chunks if not chunk.request.spec.params.max_tokens):
+            if not request.num_pending and request.request_id not in broken:
+                outputs.append(self._output(request, None, None, "length"))
+        return outputs + [self._fail_not_finite(r) for r in broken.values()]
 
     def _count_queued(self, chunks: list[Chunk], now: float) -> None:
         """How long those waited that are computed for the first time."""
@@ -216,15 +251,27 @@ class Engine:
         self._totals["output_tokens"] += 1
         params = request.spec.params
         reason: FinishReason | None = None
-        if token in self.base.config.eos_token_ids and not params.ignore_eos:
+        ends = token in self.base.config.eos_token_ids and not params.ignore_eos
+        if ends or token in params.stop_token_ids:
             reason = "stop"
         elif len(request.output_ids) >= params.max_tokens:
             reason = "length"
+        return self._output(request, token, logprobs, reason)
+
+    def _output(
+        self, request: Request, token: int | None, logprobs: TokenLogprobs | None, reason: FinishReason | None
+    ) -> TokenOutput:
         if reason is not None:
             self._totals["finished"] += 1
             self._remove(request)
+        scored = request.spec.params.prompt_logprobs is not None and len(request.output_ids) <= 1
         return TokenOutput(
-            request.request_id, token, logprobs, reason, num_cached_tokens=request.num_cached_tokens or 0
+            request.request_id,
+            token,
+            logprobs,
+            reason,
+            num_cached_tokens=request.num_cached_tokens or 0,
+            prompt_logprobs=tuple(request.prompt_logprobs) if scored else None,
         )
 
     def _remove(self, request: Request) -> None:
@@ -232,40 +279,29 @@ class Engine:
             num_tokens = request.num_prompt_counted + len(request.output_ids)
             self._residency.usage.ended(request.adapter, num_tokens)
         self._scheduler.remove(request)
-        self._sampler.forget(request)
         del self._requests[request.request_id]
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def _start_load(self, ref: AdapterRef) -> Future[PackedAdapter]:
-        flight = self._loader.submit(self._load_and_pack, ref)
-        flight.add_done_callback(lambda _: self.wake())
-        return flight
-
-    def _load_and_pack(self, ref: AdapterRef) -> PackedAdapter:
-        weights = self._load_weights(ref)
-        if weights.pair is not None:  # one copy on the host, however many adapters bring it along
-            weights = replace(weights, pair=self._pairs.setdefault(weights.pair.digest, weights.pair))
-        packed = pack(weights, embedding_VD=self._model.embedding_VD, dtype=self._pool.tensor.dtype)
-        self._adapter_num_blocks[ref.digest] = num_blocks = self._pool.num_blocks_for(packed)
-        pair = None
-        if packed.pair is not None:
-            geometry = self._pool.geometry
-            pair_blocks = num_blocks - packed.shape.num_blocks(geometry)
-            pair = (packed.pair.digest, pair_blocks * geometry.block_size * self._pool.tensor.itemsize)
-        self._adapter_bytes[ref.digest] = AdapterBytes(packed.nbytes, pair)
-        return packed
-
-    def _forget_size(self, digest: str) -> None:
-        self._adapter_num_blocks.pop(digest, None)
-        self._adapter_bytes.pop(digest, None)
+        """Of what the flight's first step computes at least one request's prompt."""
+        waiting = [r.num_pending for r in self._scheduler.waiting if r.adapter_digest == ref.digest]
+        num_tokens = min(max(waiting, default=0), self.spec.max_num_batched_tokens)
+        return self._loads.start(ref, num_tokens * self._token_seconds)
 
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
         ref = chunk.request.adapter
         return None if ref is None else self._residency.resident(ref)
 
     def _adapter_blocks(self, request: Request) -> int:
-        return 0 if request.adapter is None else self._adapter_num_blocks[request.adapter.digest]
+        return 0 if request.adapter is None else self._loads.num_blocks(request.adapter.digest) or 0
+
+    def _token_weight(self, request: Request) -> float:
+        if request.adapter is None:
+            return 1.0
+        own, pair = self.adapter_bytes(request.adapter)
+        base_bytes = self.base.config.num_matrix_elements * self._pool.tensor.itemsize
+        return token_weight(own + (pair[1] if pair else 0), base_bytes)
 
     # -- looking in ---------------------------------------------------------------------------------------------------
 
@@ -284,6 +320,7 @@ class Engine:
             num_output_tokens=totals["output_tokens"],
             num_finished=totals["finished"],
             num_preemptions=self._scheduler.num_preemptions,
+            num_aborted=self._scheduler.num_aborted,
             prefix_cache_queries=self._scheduler.prefix_cache_queries,
             prefix_cache_hits=self._scheduler.prefix_cache_hits,
             num_loads=counts.loads,
@@ -325,20 +362,38 @@ class Engine:
         assert pins == Counter(self._residency.pins()), "adapter pins differ from the running requests"
         assert wants == Counter(self._residency.wants()), "wanted adapters differ from the waiting requests"
 
+    def check_health(self) -> None:
+        """EngineError where another rank has ended. From any thread."""
+        if self._workers is not None:
+            self._workers.check()
+
     def close(self) -> None:
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._loads.close()
+        if self._workers is not None:
+            self._workers.stop()
 
 
-def build_engine(spec: ServeSpec, base: BaseModel, load: LoadAdapter) -> Engine:
-    """Load `base` and cut the pool. Raises SpecError when pool_bytes does not hold one sequence of one block."""
+def build_engine(
+    spec: ServeSpec,
+    base: BaseModel,
+    load: LoadAdapter,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    start_workers: StartWorkers = LocalWorkers,
+) -> Engine:
+    """Load `base`, from `tensors` by name instead of its checkpoint where they are given, and cut the pool.
+
+    Over several ranks this process is rank 0, `start_workers` starts the others, and all read the checkpoint. Raises
+    SpecError when pool_bytes does not hold one sequence of one block, or the ranks do not divide the base; EngineError
+    when a rank does not come up.
+    """
+    if spec.tensor_parallel_size > 1:
+        assert tensors is None, "every rank reads the checkpoint"
+        spec = spec.model_copy(update={"num_threads": num_threads(spec)})
+        return Engine(spec, base, *start_ranks(spec, base, load, start_workers))
     dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
     layout, num_blocks = cut_pool(spec, base.config)
-    model = Decoder(base.config, read_tensors(base.path), backend("auto", device), dtype=dtype, device=device)
+    tensors = read_tensors(base.path) if tensors is None else tensors
+    model = Decoder(base.config, tensors, backend("auto", device), dtype=dtype, device=device)
     pool = Pool(layout, num_blocks, dtype=dtype, device=device)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
     return Engine(spec, base, model, pool, load)
-
-
-def _single_threaded() -> None:
-    # Two teams of OpenMP threads on the same cores slow each other down; loading is a copy and needs one.
-    torch.set_num_threads(1)

@@ -5,8 +5,9 @@ Shapes: T tokens, I input width, O output width, D hidden, H heads, d head dimen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +15,24 @@ from torch import Tensor
 from loray.bases.config import ModelConfig
 from loray.bases.rope import Frequencies, frequencies
 from loray.engine.batch import Batch
-from loray.engine.pool import Pool
+from loray.engine.pool import Pool, ResidentPair
 from loray.spec import RopeParameters
-from loray_kernels import Ops
+from loray_kernels import LayerWeights, LoraTable, Ops, Segments, StepInputs, VeraTable
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What every layer of one pass shares."""
+    """What every layer of one pass shares; `inputs` is what a backend needs of it."""
 
     batch: Batch
     pool: Pool
     ops: Ops
-    cos_Td: Tensor
-    sin_Td: Tensor
+    inputs: StepInputs
+
+    @classmethod
+    def of(cls, batch: Batch, pool: Pool, ops: Ops, cos_Td: Tensor, sin_Td: Tensor) -> Step:
+        inputs = StepInputs(pool.tensor, pool.layout, batch.attention, batch.adapters.segments, cos_Td, sin_Td)
+        return cls(batch, pool, ops, inputs)
 
     def offset(self, layer: int) -> int:
         return layer * self.pool.geometry.layer_share
@@ -41,11 +46,11 @@ class Linear:
         self._modules = tuple(weights)
         self._widths = [w.shape[0] for w in weights.values()]
         bias_O = torch.cat([biases[m] for m in weights]) if biases else None
-        self._weights = ops.pack_linear(torch.cat(list(weights.values())), bias_O)
+        self.weights = ops.pack_linear(torch.cat(list(weights.values())), bias_O)
 
     def __call__(self, x_TI: Tensor, step: Step) -> Tensor:
         """(T, O) of all modules side by side."""
-        y_TO = step.ops.linear(x_TI, self._weights)
+        y_TO = step.ops.linear(x_TI, self.weights)
         outputs = dict(zip(self._modules, torch.split(y_TO, self._widths, dim=1), strict=True))
         self._add_lora(x_TI, outputs, step)
         self._add_vera(x_TI, outputs, step)
@@ -59,6 +64,7 @@ class Linear:
         pool, segments, offset = step.pool.tensor, step.batch.adapters.segments, step.offset(self._layer)
         tables = tuple(found[m] for m in own)
         h = step.ops.lora_shrink(x_TI, pool, tables, segments, offset)
+        h, tables = self._lora_intermediate(h, tables, segments)
         step.ops.lora_expand(tuple(outputs[m] for m in own), h, pool, tables, segments, offset)
 
     def _add_vera(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
@@ -68,10 +74,35 @@ class Linear:
             inside = [(m, t) for m, t in own if span.start <= t.start and t.stop <= span.stop]
             if not inside:
                 continue
-            z_TR = step.ops.vera_shrink(x_TI[span.start : span.stop], span.pair.a_RI)
+            z_TR = self._vera_shrink(x_TI[span.start : span.stop], span.pair, step)
             for module, table in inside:
-                z_own_TR = z_TR[table.start - span.start : table.stop - span.start]
-                step.ops.vera_expand(outputs[module], z_own_TR, step.pool.tensor, table, step.offset(self._layer))
+                z_own_TR, y_TO = z_TR[table.start - span.start : table.stop - span.start], outputs[module]
+                table = self._vera_table(table, y_TO.shape[1])
+                step.ops.vera_expand(y_TO, z_own_TR, step.pool.tensor, table, step.offset(self._layer))
+
+    # -- where a module is spread over several ranks, these differ, see `parallel.linear` ------------------------------
+
+    def _lora_intermediate(
+        self, h: tuple[Tensor, ...], tables: tuple[LoraTable, ...], segments: Segments
+    ) -> tuple[tuple[Tensor, ...], tuple[LoraTable, ...]]:
+        """From what `lora_shrink` gives to what `lora_expand` takes."""
+        return h, tables
+
+    def _vera_shrink(self, x_TI: Tensor, pair: ResidentPair, step: Step) -> Tensor:
+        return step.ops.vera_shrink(x_TI, pair.a_RI)
+
+    def _vera_table(self, table: VeraTable, width: int) -> VeraTable:
+        return table
+
+
+class Linears(NamedTuple):
+    """What makes linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`."""
+
+    column: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
+    row: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
+
+
+LOCAL = Linears(Linear, Linear)  # all of each module on this rank
 
 
 class RMSNorm:
@@ -79,14 +110,14 @@ class RMSNorm:
 
     def __init__(self, layer: int | None, name: str, weight_D: Tensor, eps: float) -> None:
         self._layer, self._name = layer, name
-        self._weight_D, self._eps = weight_D, eps
+        self.weight_D, self._eps = weight_D, eps
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         adapters = step.batch.adapters
         tables = adapters.flat() if self._layer is None else adapters.layer(self._layer)
         offset = 0 if self._layer is None else step.offset(self._layer)
         own = tables.norms.get(self._name)
-        return step.ops.rms_norm(x_TD, self._weight_D, self._eps, step.pool.tensor, own, offset)
+        return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, own, offset)
 
 
 class Rope:
@@ -117,42 +148,94 @@ class Rope:
 
 
 class Attention:
-    def __init__(self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops) -> None:
+    def __init__(
+        self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears
+    ) -> None:
         prefix = f"model.layers.{layer}.self_attn"
         qkv = ("q_proj", "k_proj", "v_proj")
         self._layer, self._config = layer, config
         biases = {m: tensors[f"{prefix}.{m}.bias"] for m in qkv} if config.qkv_bias else {}
-        self._qkv = Linear(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases, ops)
-        self._o = Linear(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, {}, ops)
-        self._q_norm = self._k_norm = None
+        self.qkv = linears.column(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in qkv}, biases, ops)
+        self.o = linears.row(layer, {"o_proj": tensors[f"{prefix}.o_proj.weight"]}, {}, ops)
+        self.q_norm = self.k_norm = None
         if config.qk_norm:
             eps = config.rms_norm_eps
-            self._q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], eps)
-            self._k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], eps)
+            self.q_norm = RMSNorm(layer, "self_attn.q_norm", tensors[f"{prefix}.q_norm.weight"], eps)
+            self.k_norm = RMSNorm(layer, "self_attn.k_norm", tensors[f"{prefix}.k_norm.weight"], eps)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
         c, pool = self._config, step.pool
         widths = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
-        q, k, v = torch.split(self._qkv(x_TD, step), widths, dim=1)
+        q, k, v = torch.split(self.qkv(x_TD, step), widths, dim=1)
         q_THd = q.reshape(-1, c.num_heads, c.head_dim)
         k_TKd = k.reshape(-1, c.num_kv_heads, c.head_dim)
         v_TKd = v.reshape(-1, c.num_kv_heads, c.head_dim)
-        if self._q_norm is not None and self._k_norm is not None:
-            q_THd, k_TKd = self._q_norm(q_THd, step), self._k_norm(k_TKd, step)
-        q_THd = step.ops.rope(q_THd, step.cos_Td, step.sin_Td)
-        k_TKd = step.ops.rope(k_TKd, step.cos_Td, step.sin_Td)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THd, k_TKd = self.q_norm(q_THd, step), self.k_norm(k_TKd, step)
+        q_THd = step.ops.rope(q_THd, step.inputs.cos_Td, step.inputs.sin_Td)
+        k_TKd = step.ops.rope(k_TKd, step.inputs.cos_Td, step.inputs.sin_Td)
         meta = step.batch.attention
         step.ops.write_kv(pool.tensor, pool.layout, self._layer, k_TKd, v_TKd, meta)
         scale = c.head_dim**-0.5
         out_THd = step.ops.paged_attention(q_THd, pool.tensor, pool.layout, self._layer, meta, scale)
-        return self._o(out_THd.flatten(1), step)
+        return self.o(out_THd.flatten(1), step)
 
 
 class MLP:
-    def __init__(self, layer: int, tensors: Mapping[str, Tensor], ops: Ops) -> None:
+    def __init__(self, layer: int, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears) -> None:
         prefix = f"model.layers.{layer}.mlp"
-        self._gate_up = Linear(layer, {m: tensors[f"{prefix}.{m}.weight"] for m in ("gate_proj", "up_proj")}, {}, ops)
-        self._down = Linear(layer, {"down_proj": tensors[f"{prefix}.down_proj.weight"]}, {}, ops)
+        gate_up = {m: tensors[f"{prefix}.{m}.weight"] for m in ("gate_proj", "up_proj")}
+        self.gate_up = linears.column(layer, gate_up, {}, ops)
+        self.down = linears.row(layer, {"down_proj": tensors[f"{prefix}.down_proj.weight"]}, {}, ops)
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        return self._down(step.ops.silu_mul(self._gate_up(x_TD, step)), step)
+        return self.down(step.ops.silu_mul(self.gate_up(x_TD, step)), step)
+
+
+class Layer:
+    """Attention and MLP, each on the norm of what is added to. In one call where the backend has one.
+
+    With other `linears` than LOCAL the ranks meet inside the layer, and it is run op by op.
+    """
+
+    def __init__(
+        self, layer: int, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Ops, linears: Linears = LOCAL
+    ) -> None:
+        prefix, eps = f"model.layers.{layer}", config.rms_norm_eps
+        name = "input_layernorm"
+        self._layer = layer
+        self._attention_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
+        self._attention = Attention(layer, config, tensors, ops, linears)
+        name = "post_attention_layernorm"
+        self._mlp_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
+        self._mlp = MLP(layer, tensors, ops, linears)
+        self._local = linears is LOCAL
+        attention, mlp = self._attention, self._mlp
+        self._weights = LayerWeights(
+            attention_norm_D=self._attention_norm.weight_D,
+            qkv=attention.qkv.weights,
+            q_norm_d=None if attention.q_norm is None else attention.q_norm.weight_D,
+            k_norm_d=None if attention.k_norm is None else attention.k_norm.weight_D,
+            o=attention.o.weights,
+            mlp_norm_D=self._mlp_norm.weight_D,
+            gate_up=mlp.gate_up.weights,
+            down=mlp.down.weights,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=eps,
+            scale=config.head_dim**-0.5,
+        )
+
+    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
+        """(T, D); may write `x_TD`."""
+        if not self._local:
+            return self.composed(x_TD, step)
+        tables = step.batch.adapters.layer(self._layer)
+        y_TD = step.ops.decoder_layer(x_TD, self._weights, tables, step.inputs, self._layer)
+        return self.composed(x_TD, step) if y_TD is None else y_TD
+
+    def composed(self, x_TD: Tensor, step: Step) -> Tensor:
+        """The same, op by op."""
+        x_TD = x_TD + self._attention(self._attention_norm(x_TD, step), step)
+        return x_TD + self._mlp(self._mlp_norm(x_TD, step), step)

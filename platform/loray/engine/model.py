@@ -9,25 +9,10 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.batch import Batch
-from loray.engine.layers import MLP, Attention, RMSNorm, Rope, Step
+from loray.engine.layers import LOCAL, Layer, Linears, RMSNorm, Rope, Step
 from loray.engine.pool import Pool
 from loray.errors import IntegrityError
 from loray_kernels import Ops
-
-
-class _Layer:
-    def __init__(self, layer: int, config: ModelConfig, tensors: dict[str, Tensor], ops: Ops) -> None:
-        prefix, eps = f"model.layers.{layer}", config.rms_norm_eps
-        name = "input_layernorm"
-        self._attention_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
-        self._attention = Attention(layer, config, tensors, ops)
-        name = "post_attention_layernorm"
-        self._mlp_norm = RMSNorm(layer, name, tensors[f"{prefix}.{name}.weight"], eps)
-        self._mlp = MLP(layer, tensors, ops)
-
-    def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        x_TD = x_TD + self._attention(self._attention_norm(x_TD, step), step)
-        return x_TD + self._mlp(self._mlp_norm(x_TD, step), step)
 
 
 class Decoder:
@@ -41,6 +26,7 @@ class Decoder:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        linears: Linears = LOCAL,
     ) -> None:
         loaded = {name: t.to(device=device, dtype=dtype) for name, t in tensors}
         self.config = config
@@ -50,7 +36,7 @@ class Decoder:
             self.embedding_VD = loaded["model.embed_tokens.weight"]
             head_VD = self.embedding_VD if config.tie_word_embeddings else loaded["lm_head.weight"]
             self._head = ops.pack_linear(head_VD)
-            self._layers = [_Layer(i, config, loaded, ops) for i in range(config.num_layers)]
+            self._layers = [Layer(i, config, loaded, ops, linears) for i in range(config.num_layers)]
             self._norm = RMSNorm(None, "norm", loaded["model.norm.weight"], config.rms_norm_eps)
         except KeyError as e:
             raise IntegrityError(f"the checkpoint lacks the tensor {e.args[0]!r}; add the base again") from e
@@ -60,9 +46,11 @@ class Decoder:
         """Logits (sampled chunks, vocabulary), fp32. Writes this step's keys and values into `pool`."""
         ops = self._ops
         cos_Td, sin_Td = self._rope(batch)
-        step = Step(batch, pool, ops, cos_Td, sin_Td)
+        step = Step.of(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)
-        for layer in self._layers:
+        for i, layer in enumerate(self._layers):
+            if batch.wait_for_layer is not None:
+                batch.wait_for_layer(i)
             x_TD = layer(x_TD, step)
         x_TD = self._norm(x_TD, step)
         return ops.logits(x_TD[batch.logits_T], self._head)

@@ -1,49 +1,29 @@
 """The pool: one tensor for KV cache and adapters, and what stands where in it.
 
-`pack` turns AdapterWeights into rows in host memory (in a loader's thread); `Pool.place` copies them into blocks and
-`Pool.remove` gives those back (in the engine's thread). Which block is whose is the allocator's alone to know.
+`packed` turns AdapterWeights into rows in host memory (in a loader's thread); `Pool.place` and `Pool.take` copy them
+into blocks and `Pool.remove` gives those back (in the engine's thread). Which block is whose is the allocator's alone
+to know.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
+from loray.adapters.weights import ProjectionPair
 from loray.bases.config import ModelConfig
-from loray.engine.blocks import BlockAllocator, Extent, Geometry
+from loray.engine.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.compaction import close_gaps
-from loray.engine.rows import AdapterShape, LayerGroup, Matrix, Part, RowTable, Table, place
-from loray.errors import IntegrityError, SpecError
+from loray.engine.packed import PackedAdapter, row_order
+from loray.engine.rows import AdapterShape, Matrix, Part, RowTable, place
+from loray.errors import SpecError
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import KvLayout, RowTables
 from loray_kernels.memory import huge_pages
-
-_NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
-
-
-@dataclass(frozen=True, slots=True)
-class PackedAdapter:
-    """An adapter as rows in the pool's dtype.
-
-    layered   by (group of the shape, module, part): (layers of the group, rows, width)
-    flat      by (module, part): (rows, width)
-    token_ids tokens whose embedding rows are the adapter's own, in the order of its flat rows
-    """
-
-    shape: AdapterShape
-    layered: Mapping[tuple[int, str, Part], Tensor]
-    flat: Mapping[tuple[str, Part], Tensor]
-    token_ids: tuple[int, ...]
-    pair: ProjectionPair | None
-    rope: RopeParameters | None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.layered.values(), *self.flat.values()))
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +33,7 @@ class ResidentAdapter:
     rows       the table as tensors, by (group, module, part); group -1 holds rows without a layer
     scales     LoRA's alpha/r by (group, module)
     token_row  offset of the own embedding row of a token
+    arriving   the host's rows, of which those of the first `num_layers` layers are in the pool; None once all are
     """
 
     ref: AdapterRef
@@ -64,6 +45,8 @@ class ResidentAdapter:
     token_row: Mapping[int, int]
     rope: RopeParameters | None
     pair: ResidentPair | None
+    arriving: PackedAdapter | None = None
+    num_layers: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -76,62 +59,6 @@ class ResidentPair:
     a_RI: Tensor
     b_OR: Tensor
     references: int = 0
-
-
-def pack(weights: AdapterWeights, *, embedding_VD: Tensor, dtype: torch.dtype) -> PackedAdapter:
-    """Rows of `weights`. `embedding_VD` is the base's: of a dense embedding only the rows that differ are kept."""
-    layers: dict[int, dict[Matrix, Tensor]] = {}
-    for key, module in weights.modules.items():
-        own = layers.setdefault(key.layer, {})
-        if isinstance(module, LoraWeights):
-            rank = module.a_RI.shape[0]
-            own[Matrix(key.module, "lora_a", rank, module.a_RI.shape[1])] = module.a_RI
-            own[Matrix(key.module, "lora_b", rank, module.b_OR.shape[0], module.scale)] = module.b_OR.T
-        else:
-            assert isinstance(module, VeraWeights)
-            own[Matrix(key.module, "vera_d", 1, module.d_R.shape[0])] = module.d_R[None]
-            own[Matrix(key.module, "vera_b", 1, module.b_O.shape[0])] = module.b_O[None]
-    flat: dict[Matrix, Tensor] = {}
-    for path, norm in weights.norms.items():
-        if path == "norm":
-            flat[Matrix("norm", "norm", 1, norm.shape[0])] = norm[None]
-        else:
-            _, layer, name = path.split(".", 2)
-            assert name in _NORMS
-            layers.setdefault(int(layer), {})[Matrix(name, "norm", 1, norm.shape[0])] = norm[None]
-    token_ids, rows_VD = _own_embedding_rows(weights, embedding_VD, dtype)
-    if token_ids:
-        flat[Matrix("embed_tokens", "embedding", len(token_ids), rows_VD.shape[1])] = rows_VD
-    shape = AdapterShape.of(layers, flat)
-    layered: dict[tuple[int, str, Part], Tensor] = {}
-    for i, group in enumerate(shape.groups):
-        for matrix in group.matrices:
-            stacked = torch.stack([layers[layer][matrix] for layer in group.layers])
-            layered[i, matrix.module, matrix.part] = stacked.to(dtype).contiguous()
-    flat_rows = {(m.module, m.part): t.to(dtype).contiguous() for m, t in flat.items()}
-    named = [(f"{m} {part}", t) for (_, m, part), t in layered.items()]
-    named += [(f"{m} {part}", t) for (m, part), t in flat_rows.items()]
-    for name, tensor in named:
-        if not tensor.isfinite().all():
-            raise IntegrityError(f"the adapter's {name} is not finite in {dtype}; its weights are unusable")
-    return PackedAdapter(
-        shape=shape,
-        layered=layered,
-        flat=flat_rows,
-        token_ids=token_ids,
-        pair=weights.pair,
-        rope=weights.rope,
-    )
-
-
-def _own_embedding_rows(weights: AdapterWeights, base_VD: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
-    if weights.embedding is None:
-        return (), base_VD[:0]
-    rows_VD = weights.embedding.rows_VD.to(dtype)
-    if weights.embedding.token_ids is not None:
-        return weights.embedding.token_ids, rows_VD
-    differs = (rows_VD != base_VD.to(device=rows_VD.device, dtype=dtype)).any(dim=1)
-    return tuple(differs.nonzero().flatten().tolist()), rows_VD[differs]
 
 
 def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
@@ -157,7 +84,12 @@ class Pool:
         self.tensor = huge_pages(size, dtype) if device.type == "cpu" else torch.zeros(size, dtype=dtype, device=device)
         self._pairs: dict[str, ResidentPair] = {}
         self._residents: dict[ResidentAdapter, None] = {}
+        self._compact = False  # no gap is left that could be closed, since adapters last came or went
         self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
+
+    @property
+    def block_bytes(self) -> int:
+        return self.geometry.block_size * self.tensor.itemsize
 
     def num_blocks_for(self, packed: PackedAdapter) -> int:
         """Blocks that the adapter takes at most, a pair that is not resident yet included."""
@@ -180,11 +112,6 @@ class Pool:
                 return None
             extents.extend(taken)
         table = place(packed.shape, extents, self.geometry)
-        for i, group in enumerate(packed.shape.groups):
-            self._write_group(packed, i, group, table.groups[i])
-        for (module, part), rows in packed.flat.items():
-            for segment in table.flat[module, part]:
-                self._write(segment.offsets, rows[:, segment.column : segment.column + segment.width])
         token_row = _token_row(packed.token_ids, table)
         scales = {
             (i, m.module): m.scale
@@ -194,13 +121,28 @@ class Pool:
         }
         tensors = self._row_tensors(table)
         resident = ResidentAdapter(
-            ref, packed.shape, table, tensors, scales, tuple(extents), token_row, packed.rope, pair
+            ref, packed.shape, table, tensors, scales, tuple(extents), token_row, packed.rope, pair, packed
         )
         self._residents[resident] = None
+        self._compact = False
+        self._write(resident, Kind.FLAT, packed.flat[None], packed.shape.flat, [0])
+        if packed.arrival is None or packed.arrival.landed:
+            self.take(resident, self.geometry.num_layers)
+            resident.arriving = None
         return resident
+
+    def take(self, adapter: ResidentAdapter, num_layers: int) -> None:
+        """Copy the rows of the first `num_layers` layers that are not in the pool yet. Writes the pool."""
+        if adapter.arriving is None:
+            return
+        for group, rows_LE in zip(adapter.shape.groups, adapter.arriving.layered, strict=True):
+            new = slice(bisect_left(group.layers, adapter.num_layers), bisect_left(group.layers, num_layers))
+            self._write(adapter, Kind.LAYERED, rows_LE[new], group.matrices, group.layers[new])
+        adapter.num_layers = max(adapter.num_layers, num_layers)
 
     def remove(self, adapter: ResidentAdapter) -> None:
         del self._residents[adapter]
+        self._compact = False
         self.allocator.free_rows(adapter.extents)
         self._release_pair(adapter.pair)
 
@@ -215,24 +157,21 @@ class Pool:
             if part != "embedding"
         }
 
-    def _write_group(self, packed: PackedAdapter, i: int, group: LayerGroup, table: Table) -> None:
-        for matrix in group.matrices:
-            rows = packed.layered[i, matrix.module, matrix.part]
-            for segment in table[matrix.module, matrix.part]:
-                columns = rows[:, :, segment.column : segment.column + segment.width]
-                for layer, layer_rows in zip(group.layers, columns, strict=True):
-                    offset = layer * self.geometry.layer_share
-                    self._write(tuple(o + offset for o in segment.offsets), layer_rows)
-
-    def _write(self, offsets: tuple[int, ...], rows: Tensor) -> None:
-        """Copy `rows` to `offsets`, neighbouring rows at once."""
-        width = rows.shape[1]
+    def _write(
+        self, adapter: ResidentAdapter, kind: Kind, rows_LE: Tensor, matrices: Sequence[Matrix], layers: Sequence[int]
+    ) -> None:
+        """Packed rows (layers, elements) to the adapter's extents: one copy for an extent and neighbouring layers."""
+        shares = self.tensor.view(self.geometry.num_blocks, -1, self.geometry.capacity(kind))
+        pieces = list(row_order(matrices, self.geometry.capacity(kind)).pieces(adapter.extents, kind))
         start = 0
-        for i in range(1, len(offsets) + 1):
-            if i == len(offsets) or offsets[i] != offsets[i - 1] + width:
-                first = offsets[start]
-                self.tensor[first : first + (i - start) * width].view(-1, width).copy_(rows[start:i])
-                start = i
+        for stop in range(1, len(layers) + 1):
+            if stop == len(layers) or layers[stop] != layers[stop - 1] + 1:
+                # One transfer where the pool is on a device, which then distributes it by itself.
+                rows = rows_LE[start:stop].to(self.tensor.device, non_blocking=True)
+                of_layers = shares[:, layers[start] : layers[stop - 1] + 1]
+                for block, offset, first, n in pieces:
+                    of_layers[block, :, offset : offset + n].copy_(rows[:, first : first + n])
+                start = stop
 
     # -- shared pairs -------------------------------------------------------------------------------------------------
 
@@ -270,15 +209,20 @@ class Pool:
     def size_of(self, adapter: ResidentAdapter) -> float:
         """Blocks that its removal would free, parts of shared ones included; a pair goes with the last who uses it."""
         blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in adapter.extents)
-        return blocks + (adapter.pair.num_blocks if adapter.pair is not None and adapter.pair.references == 1 else 0)
+        if adapter.pair is not None and adapter.pair.references == 1:
+            blocks += adapter.pair.num_blocks
+        return max(blocks, 1 / self.geometry.block_size)  # one that changes only RoPE has no rows
 
     def compact(self, num_blocks: int) -> bool:
         """Free up to `num_blocks` blocks by moving rows into the gaps that evictions left; False if that frees none."""
+        if self._compact:
+            return False
         owned = [list(adapter.extents) for adapter in self._residents]
         copies = close_gaps(self.allocator, owned, num_blocks)
         for old, new in copies:
             self._rows_of(new).copy_(self._rows_of(old))
         self._moved(owned)
+        self._compact = not copies
         return bool(copies)
 
     def _clear_run(self, num_blocks: int) -> bool:

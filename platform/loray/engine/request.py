@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, NamedTuple
@@ -13,12 +14,20 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What a caller submits. `adapter` None is the base model."""
+    """What a caller submits. `adapter` None is the base model.
+
+    tenant      whose share of the engine it takes; empty: the adapter's name, so that adapters are fair to each other
+    priority    smaller is earlier, as in vLLM
+    ttft_slo_s  seconds until its first token, after which it is of no use; None: the deployment's
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     adapter: AdapterRef | None = None
+    tenant: str = ""
+    priority: int = 0
+    ttft_slo_s: float | None = None
 
 
 class State(Enum):
@@ -28,37 +37,57 @@ class State(Enum):
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural logarithms, of the distribution before temperature and penalties. `top`: (token, logprob), best first."""
+    """Natural logarithms, of the distribution before temperature and penalties. `top`: (token, logprob), best first;
+    `rank`: 1 for the best token.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int
 
 
 class TokenOutput(NamedTuple):
-    """One step's result for one request: a token, or the error that ended it."""
+    """One step's result for one request: a token, or the error that ended it, or neither where none was asked for.
+
+    `prompt_logprobs`, with the first result: of the prompt's tokens from the second on.
+    """
 
     request_id: str
     token_id: int | None
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     error: Exception | None = None
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Written by the scheduler (state, blocks), the engine (output_ids, num_computed) and nobody else.
+    """Written by the scheduler (state, blocks and all after), the engine (output_ids, prompt_logprobs, num_computed)
+    and nobody else.
 
-    `queued_at`: seconds of the engine's clock; None once it has been scheduled for the first time.
+    queued_at           seconds of the engine's clock; None once it has been scheduled for the first time
+    start_by            seconds of the scheduler's clock; infinite without a target, and once it has been admitted
+    token_weight        what a token of its adapter costs against one of the base; 0 until it has been admitted
+    num_output_charged  tokens of `output_ids` that its tenant has been charged for
+    num_overtaken       how often a later request whose adapter was in the pool went first
     """
 
     spec: GenerateRequest
     arrival: int
     state: State = State.WAITING
     output_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on, as far as known
     num_computed: int = 0
     num_prompt_counted: int = 0
     queued_at: float | None = None
     blocks: list[int] = field(default_factory=list)
+    num_shared_blocks: int = 0  # the first of `blocks`, known to the prefix cache
+    num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first start
+    start_by: float = math.inf
+    token_weight: float = 0.0
+    num_output_charged: int = 0
+    num_overtaken: int = 0
 
     @property
     def request_id(self) -> str:
@@ -67,6 +96,23 @@ class Request:
     @property
     def adapter(self) -> AdapterRef | None:
         return self.spec.adapter
+
+    @property
+    def adapter_digest(self) -> str | None:
+        return None if self.spec.adapter is None else self.spec.adapter.digest
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Then every token of the prompt is computed, whatever the prefix cache knows."""
+        return self.spec.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+
+    @property
+    def tenant(self) -> str:
+        return self.spec.tenant or ("" if self.spec.adapter is None else self.spec.adapter.name)
+
+    @property
+    def priority(self) -> int:
+        return self.spec.priority
 
     @property
     def num_prompt_tokens(self) -> int:

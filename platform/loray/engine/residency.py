@@ -1,7 +1,9 @@
 """Where each adapter is: loading from the store, in host memory, or in the pool. The one owner of that truth.
 
-    absent → LOADING → HOST ⇄ POOL        a failed load fails those who wait for it and leaves no trace
+    absent → LOADING → HOST ⇄ POOL        a failed load fails those who need it and leaves no trace
 
+An adapter may be usable, on the host or in the pool, while the last of it still arrives; where a step has waited for
+it in vain it is LOADING again until it is whole.
 Loading runs elsewhere and blocks nobody; there is one flight per adapter whatever the number of requests. An adapter
 is pinned in the pool while a request that uses it runs, and stays there idle afterwards until its rows are needed.
 The host keeps what it loaded, least recently used first out, except what waiting requests want.
@@ -12,10 +14,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+from loray.engine.arrival import Arrival
+from loray.engine.eviction import GreedyDual, Worth
 from loray.engine.histogram import Histogram
 from loray.engine.usage import ResidencyCounts, UsageLog
 from loray.errors import EngineError
@@ -28,6 +32,11 @@ class Packed(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def arrival(self) -> Arrival | None:
+        """None where it is whole."""
+        ...
 
 
 P = TypeVar("P", bound=Packed)
@@ -63,6 +72,7 @@ class _Entry(Generic[P, R]):
     pins: int = 0
     wanted: int = 0
     last_used: int = 0
+    worth: Worth = field(default_factory=Worth)
 
 
 class Residency(Generic[P, R]):
@@ -71,6 +81,7 @@ class Residency(Generic[P, R]):
     load   starts a flight and returns its future; never blocks
     place  copies a packed adapter into the pool, or returns None when blocks are short
     remove gives a resident adapter's blocks back
+    size   blocks that it would give back
     clock  seconds, for the time that loads take: from the start of a flight until `poll` takes it in
     """
 
@@ -81,6 +92,7 @@ class Residency(Generic[P, R]):
         load: Callable[[AdapterRef], Future[P]],
         place: Callable[[AdapterRef, P], R | None],
         remove: Callable[[R], None],
+        size: Callable[[R], float] = lambda resident: 1.0,
         usage: UsageLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,10 +101,12 @@ class Residency(Generic[P, R]):
         self.load_seconds = Histogram(METRICS["adapter_load_seconds"].buckets)
         self._now = clock
         self._host_bytes = host_bytes
-        self._load, self._place, self._remove = load, place, remove
+        self._load, self._place, self._remove, self._size = load, place, remove, size
+        self._eviction = GreedyDual()
         self._entries: dict[str, _Entry[P, R]] = {}
         self._queued: dict[str, _Entry[P, R]] = {}  # LOADING without a flight, in order
         self._flying: dict[str, _Entry[P, R]] = {}
+        self._arriving: dict[str, _Entry[P, R]] = {}  # on the host or in the pool already, and not whole yet
         self._host_used = 0
         self._clock = 0
 
@@ -119,7 +133,7 @@ class Residency(Generic[P, R]):
         if entry.wanted:
             return
         if entry.tier is Tier.FAILED:
-            self._forget(entry)
+            self._forget_failed(entry)
         elif entry.tier is Tier.LOADING and (entry.flight is None or entry.flight.cancel()):
             # Nobody waits for it any more. A flight that is under way already lands in the host's cache.
             self._queued.pop(ref.digest, None)
@@ -128,7 +142,13 @@ class Residency(Generic[P, R]):
             self._forget(entry)
 
     def tier(self, ref: AdapterRef) -> Tier:
-        return self._entries[ref.digest].tier
+        """LOADING for a resident, pinned perhaps, that no step is to wait for: it comes late."""
+        entry = self._entries[ref.digest]
+        if entry.packed is not None and ref.digest in self._arriving:
+            assert entry.packed.arrival is not None
+            if entry.packed.arrival.late:
+                return Tier.LOADING
+        return entry.tier
 
     def error(self, ref: AdapterRef) -> Exception:
         error = self._entries[ref.digest].error
@@ -143,6 +163,7 @@ class Residency(Generic[P, R]):
         entry = self._entries[ref.digest]
         if entry.tier is Tier.HOST:
             assert entry.packed is not None
+            began = self._now()
             try:
                 entry.resident = self._place(ref, entry.packed)
             except Exception as e:  # noqa: BLE001 - whatever is wrong with this adapter concerns its requests alone
@@ -152,9 +173,12 @@ class Residency(Generic[P, R]):
             if entry.resident is None:
                 return None
             entry.tier = Tier.POOL
+            seconds = None if _is_arriving(entry) else self._now() - began
+            self._eviction.placed(entry.worth, seconds, self._size(entry.resident))
         if entry.tier is not Tier.POOL:
             return None
         entry.pins += 1
+        self._eviction.used(entry.worth)
         self._touch(entry)
         return entry.resident
 
@@ -162,6 +186,9 @@ class Residency(Generic[P, R]):
         entry = self._entries[ref.digest]
         assert entry.pins > 0
         entry.pins -= 1
+        if entry.tier is Tier.FAILED:
+            self._forget_failed(entry)
+        self._eviction.left(entry.worth)
 
     # -- what the engine does -----------------------------------------------------------------------------------------
 
@@ -170,6 +197,9 @@ class Residency(Generic[P, R]):
         landed = [entry for entry in self._flying.values() if entry.flight is not None and entry.flight.done()]
         for entry in landed:
             self._land(entry)
+        whole = [entry for entry in self._arriving.values() if not _is_arriving(entry)]
+        for entry in whole:
+            self._end_flight(entry)
         while self._queued:
             entry = next(iter(self._queued.values()))
             if not self._make_room(entry.ref.nbytes):
@@ -180,15 +210,20 @@ class Residency(Generic[P, R]):
             self.counts.loads += 1
             entry.flight_began = self._now()
             entry.flight = self._load(entry.ref)
-        return bool(landed)
+        return bool(landed or whole)
 
     def evict_one(self) -> bool:
-        """Give back the blocks of the least recently used idle adapter; False if every resident is pinned."""
+        """Give back the blocks of the idle adapter that is worth least, see `eviction`; False if all are pinned.
+
+        Those that waiting requests want go last.
+        """
         idle = [e for e in self._entries.values() if e.tier is Tier.POOL and not e.pins]
         if not idle:
             return False
-        entry = min(idle, key=lambda e: (e.wanted > 0, e.last_used))
+        entry = min(idle, key=lambda e: (e.wanted > 0, self._value(e), e.last_used))
         assert entry.resident is not None
+        if not entry.wanted:
+            self._eviction.evicted(self._value(entry))
         self._remove(entry.resident)
         entry.resident = None
         self.counts.evictions += 1
@@ -244,8 +279,13 @@ class Residency(Generic[P, R]):
         loading = {e.ref.digest for e in entries if e.tier is Tier.LOADING}
         assert loading == self._queued.keys() | self._flying.keys()
         assert not self._queued.keys() & self._flying.keys()
+        assert all(self._entries[digest].packed is not None for digest in self._arriving)
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _value(self, entry: _Entry[P, R]) -> float:
+        assert entry.resident is not None
+        return self._eviction.value(entry.worth, self._size(entry.resident), on_host=entry.packed is not None)
 
     def _touch(self, entry: _Entry[P, R]) -> None:
         self._clock += 1
@@ -264,15 +304,42 @@ class Residency(Generic[P, R]):
         if error is None:
             entry.packed, entry.tier = flight.result(), Tier.HOST
             self._host_used += entry.packed.nbytes
-            self.counts.loaded_bytes += entry.packed.nbytes
-            self.load_seconds.observe(self._now() - entry.flight_began)
+            if _is_arriving(entry):
+                self._arriving[entry.ref.digest] = entry
+            else:
+                self._end_flight(entry)
         else:
             self._fail(entry, error)
+
+    def _end_flight(self, entry: _Entry[P, R]) -> None:
+        """All of it has come, or never will."""
+        assert entry.packed is not None
+        self._arriving.pop(entry.ref.digest, None)
+        arrival = entry.packed.arrival
+        if arrival is not None:
+            arrival.late = False
+        if arrival is not None and arrival.error is not None:
+            error = arrival.error
+            self._drop_packed(entry)
+            self._fail(entry, error)
+        else:
+            self.counts.loaded_bytes += entry.packed.nbytes
+            entry.worth.load_seconds = self._now() - entry.flight_began
+            self.load_seconds.observe(entry.worth.load_seconds)
 
     def _fail(self, entry: _Entry[P, R], error: BaseException) -> None:
         self.counts.failed_loads += 1
         entry.tier = Tier.FAILED
         entry.error = error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
+        self._forget_failed(entry)
+
+    def _forget_failed(self, entry: _Entry[P, R]) -> None:
+        """Once nobody runs on it its blocks go back, and once nobody waits for it either it may be tried again."""
+        if entry.pins:
+            return
+        if entry.resident is not None:
+            self._remove(entry.resident)
+            entry.resident = None
         if not entry.wanted:
             self._forget(entry)
 
@@ -287,7 +354,9 @@ class Residency(Generic[P, R]):
         if excess <= 0:
             return True
         droppable = [
-            e for e in self._entries.values() if e.packed is not None and not (e.wanted and e.tier is Tier.HOST)
+            e
+            for e in self._entries.values()
+            if e.packed is not None and not (e.wanted and e.tier is Tier.HOST) and not _is_arriving(e)
         ]
         room = sum(e.packed.nbytes for e in droppable if e.packed is not None)
         if room < excess and room < self._host_used:
@@ -302,3 +371,8 @@ class Residency(Generic[P, R]):
             if entry.tier is Tier.HOST:
                 self._forget(entry)
         return True
+
+
+def _is_arriving(entry: _Entry[P, R]) -> bool:
+    arrival = None if entry.packed is None else entry.packed.arrival
+    return arrival is not None and not arrival.done

@@ -1,92 +1,169 @@
-"""From logits to tokens. Each request has its own generator, so its draw does not depend on the batch.
+"""From logits to tokens, for the whole batch at once.
 
-Shapes: S sampled requests, V vocabulary.
+The order is vLLM's: minimum length and biases, penalties (`logits.process`), then greedy, or temperature, min-p, top-k,
+top-p and a draw. A draw takes one uniform number, which is a hash of the request's seed and the token's position: there
+is no generator whose state a batch, a preemption or another replica could change, and a row's token depends on
+nothing but the row.
+
+Shapes: S sampled requests, R of them drawn, N rows cut by top-k or top-p, V vocabulary, C candidates, B of a block.
 """
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Collection, Sequence
+from hashlib import blake2b
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from loray.engine.logits import process
+from loray.engine.logprobs import token_logprobs
 from loray.engine.request import Request, TokenLogprobs
 from loray.spec import SamplingParams
 
 _GREEDY_BELOW = 1e-5  # a softmax so sharp is an argmax, and dividing by less overflows
+_CANDIDATES = (64, 512, 4096)  # so many of the best first; a row where top-k or top-p may want more is sorted
+_GROUP = 32
+_BLOCK = 512
+_BELOW_ONE = 1 - 2**-52
+
+
+class Sampled(NamedTuple):
+    token: int
+    logprobs: TokenLogprobs | None
 
 
 class Sampler:
-    """The one owner of the requests' generators."""
+    """`eos_token_ids` may not come before a request's min_tokens."""
 
-    def __init__(self) -> None:
-        self._generators: dict[str, torch.Generator] = {}
+    def __init__(self, eos_token_ids: Collection[int] = ()) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._salt = os.urandom(16)
 
-    def forget(self, request: Request) -> None:
-        self._generators.pop(request.request_id, None)
+    def __call__(self, logits_SV: Tensor, requests: Sequence[Request]) -> list[Sampled | None]:
+        """One token for each row, None where the logits have no finite maximum.
 
-    def __call__(self, logits_SV: Tensor, requests: list[Request]) -> list[tuple[int, TokenLogprobs | None]]:
-        """One token for each row; log-probabilities where asked for, of the unchanged logits."""
-        greedy = logits_SV.argmax(dim=-1).tolist()
-        out = []
-        for i, request in enumerate(requests):
-            params = request.spec.params
-            logits_V = logits_SV[i]
-            if params.presence_penalty or params.frequency_penalty:
-                logits_V = penalised(logits_V, request.output_ids, params)
-                greedy[i] = int(logits_V.argmax())
-            token = greedy[i] if params.temperature < _GREEDY_BELOW else self._draw(logits_V, request)
-            out.append((token, _logprobs(logits_SV[i], token, params.logprobs)))
-        return out
+        Log-probabilities where asked for are those of the unchanged logits.
+        """
+        if not requests:
+            return []
+        processed_SV = process(logits_SV, requests, self._eos_token_ids)
+        best_S, token_S = processed_SV.max(dim=1)  # NaN is the greatest of all, so that one pass finds it too
+        tokens = token_S.tolist()
+        finite = [math.isfinite(best) for best in best_S.tolist()]
+        drawn = [i for i, r in enumerate(requests) if finite[i] and r.spec.params.temperature >= _GREEDY_BELOW]
+        if drawn:
+            chosen = self._draw(processed_SV[drawn], best_S[drawn], [requests[i] for i in drawn])
+            for i, token in zip(drawn, chosen, strict=True):
+                tokens[i] = token
+        num_top = [r.spec.params.logprobs if ok else None for r, ok in zip(requests, finite, strict=True)]
+        logprobs = token_logprobs(logits_SV, tokens, num_top)
+        return [Sampled(t, lp) if ok else None for t, lp, ok in zip(tokens, logprobs, finite, strict=True)]
 
-    def _draw(self, logits_V: Tensor, request: Request) -> int:
-        probabilities_V = distribution(logits_V, request.spec.params).cpu()
-        return int(torch.multinomial(probabilities_V, 1, generator=self._generator(request)))
+    def _draw(self, logits_RV: Tensor, best_R: Tensor, requests: Sequence[Request]) -> list[int]:
+        """`logits_RV` is overwritten."""
+        uniform_R = torch.tensor([self._uniform(r) for r in requests], dtype=torch.float64, device=logits_RV.device)
+        tokens = [0] * len(requests)
+        for rows, p_NC, ids_NC in candidates(logits_RV, best_R, [r.spec.params for r in requests]):
+            column_N1 = draw(p_NC, uniform_R[rows])[:, None]
+            token_N1 = column_N1 if ids_NC is None else ids_NC.gather(1, column_N1)
+            for row, token in zip(rows, token_N1.flatten().tolist(), strict=True):
+                tokens[row] = token
+        return tokens
 
-    def _generator(self, request: Request) -> torch.Generator:
-        generator = self._generators.get(request.request_id)
-        if generator is None:
-            generator = torch.Generator()
-            seed = request.spec.params.seed
-            if seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(seed % (1 << 63))
-            self._generators[request.request_id] = generator
-        return generator
-
-
-def penalised(logits_V: Tensor, output_ids: list[int], params: SamplingParams) -> Tensor:
-    """OpenAI's penalties: logit − frequency · count − presence · [count > 0], over the tokens generated so far."""
-    if not output_ids:
-        return logits_V
-    ids, counts = torch.unique(torch.tensor(output_ids, device=logits_V.device), return_counts=True)
-    logits_V = logits_V.clone()
-    logits_V[ids] -= params.frequency_penalty * counts + params.presence_penalty
-    return logits_V
+    def _uniform(self, request: Request) -> float:
+        """In [0, 1), the same for every token number of every seed; without a seed, of every request."""
+        seed = request.spec.params.seed
+        key, name = (self._salt, request.arrival) if seed is None else (b"", seed)
+        digest = blake2b(f"{name}:{len(request.output_ids)}".encode(), digest_size=8, key=key).digest()
+        return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
 
 
-def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
-    """Probabilities after temperature, top-k, top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024), in turn."""
-    logits_V = logits_V.float()
-    logits_V = (logits_V - logits_V.max()) / params.temperature
-    if params.top_k and params.top_k < logits_V.shape[0]:
-        floor = torch.topk(logits_V, params.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < floor, float("-inf"))
-    if params.top_p < 1:
-        ordered_V, order_V = logits_V.sort(descending=True)
-        p_V = ordered_V.softmax(dim=-1)
-        beyond_V = p_V.cumsum(dim=-1) - p_V >= params.top_p  # the mass before a token has reached top_p already
-        logits_V = logits_V.masked_fill(beyond_V.scatter(0, order_V, beyond_V), float("-inf"))
-    probabilities_V = logits_V.softmax(dim=-1)
-    if params.min_p:
-        kept_V = probabilities_V * (probabilities_V >= params.min_p * probabilities_V.max())
-        probabilities_V = kept_V / kept_V.sum()
-    return probabilities_V
+class Candidates(NamedTuple):
+    """Weights of what may be drawn, in these rows; they need not sum to 1. `ids_NC` None: a column is its token."""
+
+    rows: list[int]
+    p_NC: Tensor
+    ids_NC: Tensor | None
 
 
-def _logprobs(logits_V: Tensor, token: int, num_top: int | None) -> TokenLogprobs | None:
-    if num_top is None:
-        return None
-    logprobs_V = logits_V.log_softmax(dim=-1)
-    top = torch.topk(logprobs_V, num_top) if num_top else None
-    best = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top is not None else ()
-    return TokenLogprobs(float(logprobs_V[token]), best)
+def candidates(logits_RV: Tensor, best_R: Tensor, params: Sequence[SamplingParams]) -> list[Candidates]:
+    """After temperature, min-p (Nguyen et al., 2024), top-k, top-p (Holtzman et al., 2020), each renormalised.
+
+    `best_R` is each row's maximum; `logits_RV` is overwritten.
+    """
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=logits_RV.dtype, device=logits_RV.device).unsqueeze(1)
+
+    logits_RV -= best_R.unsqueeze(1)
+    if any(p.temperature != 1 for p in params):
+        logits_RV /= column([p.temperature for p in params])
+    if any(p.min_p for p in params):
+        floor_R1 = column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
+        logits_RV.masked_fill_(logits_RV < floor_R1, -math.inf)
+    p_RV = logits_RV.softmax(dim=1)
+    vocab = p_RV.shape[1]
+    cut = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
+    whole = sorted(set(range(len(params))) - set(cut))
+    out = [Candidates(whole, p_RV[whole] if cut else p_RV, None)] if whole else []
+    for width in (*(n for n in _CANDIDATES if n < vocab), vocab):
+        if cut:
+            p_NC, ids_NC, complete = _cut(p_RV[cut], [params[i] for i in cut], width)
+            done = [i for i, ok in enumerate(complete) if ok]
+            out.append(Candidates([cut[i] for i in done], p_NC[done], ids_NC[done]))
+            cut = [row for row, ok in zip(cut, complete, strict=True) if not ok]
+    return out
+
+
+def _cut(p_NV: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Tensor, Tensor, list[bool]]:
+    """The `width` best of each row, 0 beyond top-k and top-p; and where nothing further could have been kept."""
+    p_NC, ids_NC = _best(p_NV, width)
+    vocab = p_NV.shape[1]
+    k_N1 = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=p_NV.device).unsqueeze(1)
+    top_p_N1 = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=p_NV.device).unsqueeze(1)
+    p_NC = p_NC.masked_fill(torch.arange(width, device=p_NV.device) >= k_N1, 0)
+    mass_NC = p_NC.cumsum(dim=1, dtype=torch.float64)
+    wanted_N1 = torch.where(k_N1 <= width, top_p_N1 * mass_NC[:, -1:], top_p_N1)
+    complete_N1 = (k_N1 <= width) | ((k_N1 == vocab) & (mass_NC[:, -1:] >= wanted_N1))
+    p_NC = p_NC.masked_fill(mass_NC - p_NC >= wanted_N1, 0)  # the mass before a token has reached top_p already
+    return p_NC, ids_NC, complete_N1.flatten().tolist()
+
+
+def _best(p_NV: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """torch.topk, whose time is the number of columns: the best are in the groups that have the best maxima."""
+    num_groups, odd = divmod(p_NV.shape[1], _GROUP)
+    if odd or 4 * width > num_groups:
+        best = p_NV.topk(width)
+        return best.values, best.indices
+    group_NC = p_NV.view(-1, _GROUP, num_groups).amax(dim=1).topk(width).indices
+    members = num_groups * torch.arange(_GROUP, device=p_NV.device).unsqueeze(1)
+    ids_NC = (group_NC.unsqueeze(1) + members).flatten(1)
+    best = p_NV.gather(1, ids_NC).topk(width)
+    return best.values, ids_NC.gather(1, best.indices)
+
+
+def draw(p_NC: Tensor, uniform_N: Tensor) -> Tensor:
+    """Columns (N), by inverting the cumulative distribution: first over blocks of columns, then in one block."""
+    num_columns = p_NC.shape[1]
+    num_whole = num_columns // _BLOCK
+    rest = p_NC[:, num_whole * _BLOCK :].sum(dim=1, keepdim=True, dtype=torch.float64)
+    blocks = p_NC[:, : num_whole * _BLOCK].view(len(p_NC), num_whole, _BLOCK).sum(dim=2)
+    block_N1, within_N1 = _invert(torch.cat((blocks, rest), dim=1), uniform_N.unsqueeze(1))
+    column_NB = block_N1 * _BLOCK + torch.arange(_BLOCK, device=p_NC.device)
+    p_NB = p_NC.gather(1, column_NB.clamp(max=num_columns - 1)).masked_fill(column_NB >= num_columns, 0)
+    offset_N1, _ = _invert(p_NB, within_N1)
+    return (block_N1 * _BLOCK + offset_N1).squeeze(1)
+
+
+def _invert(weight_NM: Tensor, uniform_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative weight passes the uniform share of its total, and how far into that column, in [0, 1)."""
+    mass_NM = weight_NM.cumsum(dim=1, dtype=torch.float64)
+    target_N1 = uniform_N1 * mass_NM[:, -1:]
+    found_N1 = torch.searchsorted(mass_NM, target_N1, right=True)  # a column without weight is never passed in
+    weight_N1 = weight_NM.gather(1, found_N1).double()
+    before_N1 = mass_NM.gather(1, found_N1) - weight_N1
+    return found_N1, ((target_N1 - before_N1) / weight_N1).clamp(0, _BELOW_ONE)

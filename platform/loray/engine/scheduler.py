@@ -1,20 +1,26 @@
 """What runs in the next step: chunked prefill and decode in one token budget.
 
-Requests are admitted in order of arrival. One that waits for its adapter is passed over and blocks nobody; one that
-waits for blocks holds back those behind it, so that it cannot starve. A running request never fails for want of
-memory: idle adapters go first, then the youngest running request is preempted and computed again later.
+Requests are admitted by priority and fairness (`fairness`). One that waits for its adapter is passed over and blocks
+nobody; one that waits for blocks holds back those behind it, so that it cannot starve. A running request never fails
+for want of memory: idle adapters go first, then the running request of the lowest priority, the youngest of these, is
+preempted and computed again later. One that waits and cannot have its first token in time is refused (`overload`).
 """
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import insort
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from loray.engine.blocks import BlockAllocator
+from loray.engine.fairness import rank_in_queue
+from loray.engine.overload import FirstTokenEstimate, FirstTokenTargets
+from loray.engine.prefix_cache import PrefixCache
 from loray.engine.request import Request, State
 from loray.engine.residency import Residency, Tier
+from loray.engine.waiting import WaitingRequests
 from loray.errors import ContextLengthExceeded, Overloaded
 
 
@@ -40,7 +46,12 @@ class Plan(NamedTuple):
 
 
 class Scheduler:
-    """The one owner of the queues and of which request holds which KV blocks and pins which adapter."""
+    """The one owner of the queues and of which request holds which KV blocks and pins which adapter.
+
+    token_weight  of an admitted request's adapter; see fairness.token_weight
+    ttft_slo_s    for requests that do not bring their own; None: they may wait for ever
+    clock         seconds
+    """
 
     def __init__(
         self,
@@ -51,6 +62,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_queued: int,
         adapter_blocks: Callable[[Request], int],
+        token_weight: Callable[[Request], float] = lambda request: 1.0,
+        ttft_slo_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        compact: Callable[[int], bool] = lambda num_blocks: False,
+        enable_prefix_caching: bool = True,
     ) -> None:
         self._allocator = allocator
         self._residency = residency
@@ -58,79 +74,130 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._max_queued = max_queued
         self._adapter_blocks = adapter_blocks
-        self.waiting: deque[Request] = deque()
+        self._compact = compact
+        self.prefix_cache = PrefixCache(allocator, enabled=enable_prefix_caching)
+        self._token_weight = token_weight
+        self._estimate = FirstTokenEstimate(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        self._targets = FirstTokenTargets(
+            ttft_slo_s=ttft_slo_s,
+            estimate=self._seconds_to_first_token,
+            alone=lambda request: self._estimate.seconds(request.num_tokens),
+            clock=clock,
+        )
+        self.waiting = WaitingRequests(residency, lead=max_num_batched_tokens)
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens, as in vLLM; a preempted request counts once
         self._emptied = False
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_aborted(self) -> int:
+        """Requests refused because their first token would have come too late."""
+        return self._targets.num_aborted
+
     def add(self, request: Request) -> None:
+        """Overloaded when too many wait, or for longer than `request` may."""
         if len(self.waiting) >= self._max_queued:
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already", 1.0)
-        self.waiting.append(request)
-        if request.adapter is not None:
-            self._residency.want(request.adapter)
+            retry_after = self._targets.retry_after_s(request, self._seconds_to_first_token(request))
+            raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after)
+        self._targets.accept(request)
+        self.waiting.add(request)
 
     def remove(self, request: Request) -> None:
         """Finished, cancelled or failed: everything that the request holds is given back."""
         if request.state is State.RUNNING:
             self.running.remove(request)
+            self._charge_output(request)
+            self._estimate.observe_end(len(request.output_ids))
             self._give_back(request)
         elif request.state is State.WAITING:
             self.waiting.remove(request)
-            if request.adapter is not None:
-                self._residency.unwant(request.adapter)
         request.state = State.FINISHED
 
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        """What the last plan took."""
+        self._estimate.observe_step(num_tokens, seconds)
+
     def next(self) -> Plan:
-        """The chunks of the next step, oldest requests first, and the requests that can never run."""
+        """The chunks of the next step, best priority and oldest first, and the requests that will not run."""
         landed = self._residency.poll()
         chunks: list[Chunk] = []
         budget = self._budget
+        failed = self._fail_running()
+        for request in self.running:
+            self._charge_output(request)
         for request in list(self.running):
             if request.state is not State.RUNNING:  # preempted by an older one above
                 continue
+            if request.adapter is not None and self._residency.tier(request.adapter) is not Tier.POOL:
+                continue  # a step has waited in vain for the rest of its adapter
             n = min(request.num_pending, budget)
             if n and self._grow(request, request.num_computed + n):
                 chunks.append(Chunk(request, request.num_computed, n))
                 budget -= n
         self._emptied = False
-        failed = self._admit(chunks, budget)
+        late = self._targets.refuse_late(self.waiting)
+        for request, _ in late:
+            self.waiting.refuse(request)
+        failed += late + self.waiting.land() + self._admit(chunks, budget)
         landed |= self._emptied
         landed |= self._residency.poll()  # what was evicted and is wanted must fly again before the engine sleeps
         return Plan(chunks, failed, landed)
 
+    def _fail_running(self) -> list[tuple[Request, Exception]]:
+        """Those that began on an adapter whose rest never came, or was not what was published."""
+        failed: list[tuple[Request, Exception]] = []
+        for request in list(self.running):
+            if request.adapter is not None and self._residency.tier(request.adapter) is Tier.FAILED:
+                failed.append((request, self._residency.error(request.adapter)))
+                self.waiting.add(request, again=True)
+                self.waiting.refuse(request)
+                self.running.remove(request)
+                self._give_back(request)
+                request.state = State.WAITING
+        return failed
+
     def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Request, Exception]]:
         failed: list[tuple[Request, Exception]] = []
-        for request in list(self.waiting):
-            ref = request.adapter
-            tier = Tier.POOL if ref is None else self._residency.tier(ref)
-            if tier is Tier.FAILED:
-                assert ref is not None
-                failed.append((request, self._residency.error(ref)))
-                continue
-            if not budget or len(self.running) >= self._max_num_seqs:
-                continue
-            if tier is Tier.LOADING:
-                continue
-            if not self._fits_at_all(request):
+        while budget and len(self.running) < self._max_num_seqs:
+            request = self.waiting.pick()
+            if request is None:
+                break
+            if not self.waiting.has_failed(request) and self._fits_at_all(request) and self._start(request):
+                self._charge_admission(request)
+                n = min(request.num_pending, budget)
+                chunks.append(Chunk(request, request.num_computed, n))
+                budget -= n
+            elif self.waiting.has_failed(request):
+                failed += self.waiting.fail(request)
+            elif not self._fits_at_all(request) or (not self.running and not self._empty_pool()):
+                self.waiting.refuse(request)
                 failed.append((request, ContextLengthExceeded(self._too_large(request), "max_tokens")))
-                continue
-            if not self._start(request):
-                if ref is not None and self._residency.tier(ref) is Tier.FAILED:
-                    failed.append((request, self._residency.error(ref)))
-                elif not self.running and not self._empty_pool():
-                    failed.append((request, ContextLengthExceeded(self._too_large(request), "max_tokens")))
-                else:
-                    budget = 0  # it waits for blocks: nobody behind it may take them
-                continue
-            n = min(request.num_pending, budget)
-            chunks.append(Chunk(request, 0, n))
-            budget -= n
+            else:
+                break  # it waits for blocks: nobody behind it may take them
         return failed
+
+    def _charge_admission(self, request: Request) -> None:
+        """For the part of its prompt that the prefix cache does not know, once: being preempted costs nothing."""
+        request.start_by = math.inf
+        if not request.token_weight:
+            request.token_weight = self._token_weight(request)
+            self.waiting.fair.charge(request, num_input=request.num_prompt_tokens - request.num_computed)
+
+    def _charge_output(self, request: Request) -> None:
+        num_output = len(request.output_ids) - request.num_output_charged
+        if num_output:
+            self.waiting.fair.charge(request, num_output=num_output)
+            request.num_output_charged += num_output
+
+    def _seconds_to_first_token(self, request: Request) -> float:
+        ahead = self.waiting.ahead_of(request, self._estimate.mean_output)
+        num_tokens = ahead.num_tokens + request.num_tokens + sum(r.num_pending for r in self.running)
+        return self._estimate.seconds(num_tokens, num_running=len(self.running), num_ahead=ahead.num_requests)
 
     def _fits_at_all(self, request: Request) -> bool:
         needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
@@ -147,22 +214,54 @@ class Scheduler:
     def _start(self, request: Request) -> bool:
         """The adapter, pinned, then blocks for every token known so far; all or nothing."""
         ref = request.adapter
+        self._take_cached(request)  # first, lest it make room for the rest
         if ref is not None:
             while self._residency.acquire(ref) is None:
-                if self._residency.tier(ref) is not Tier.HOST or not self._residency.evict_one():
+                missing = self._adapter_blocks(request) - self._allocator.num_free
+                if self._residency.tier(ref) is not Tier.HOST or not self._make_room(max(1, missing)):
+                    self._return_blocks(request)
                     return False
-        blocks = self._allocate(self._allocator.geometry.blocks_for_tokens(request.num_tokens))
+        missing = self._allocator.geometry.blocks_for_tokens(request.num_tokens) - len(request.blocks)
+        blocks = self._allocate(missing)
         if blocks is None:
+            self._return_blocks(request)
             if ref is not None:
                 self._residency.release(ref)
             return False
-        if ref is not None:
-            self._residency.unwant(ref)
-        request.blocks = blocks
+        request.blocks.extend(blocks)
+        self._count_cached(request)
         request.state = State.RUNNING
-        self.waiting.remove(request)
-        insort(self.running, request, key=lambda r: r.arrival)  # one that was preempted is no younger for it
+        self.waiting.take(request)
+        insort(self.running, request, key=rank_in_queue)  # one that was preempted is no younger for it
         return True
+
+    def _take_cached(self, request: Request) -> None:
+        """The blocks of a known prefix. The last token is computed in any case: its logits are wanted."""
+        if request.needs_prompt_logits:
+            return
+        request.blocks = self.prefix_cache.match(request.adapter_digest, request.tokens(0, request.num_tokens - 1))
+        request.num_shared_blocks = len(request.blocks)
+        request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
+
+    def _count_cached(self, request: Request) -> None:
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed
+            self.prefix_cache_queries += request.num_prompt_tokens
+            self.prefix_cache_hits += request.num_cached_tokens
+
+    def _share(self, request: Request) -> None:
+        """Offer the blocks that have become full to those who begin with the same tokens."""
+        block_tokens = self._allocator.geometry.block_tokens
+        full = request.num_computed // block_tokens
+        if full > request.num_shared_blocks:
+            self.prefix_cache.store(request.adapter_digest, request.tokens(0, full * block_tokens), request.blocks)
+            request.num_shared_blocks = full
+
+    def moved(self, moves: Mapping[int, int]) -> None:
+        """KV blocks have been copied from the keys of `moves` to its values, the allocator knows."""
+        self.prefix_cache.moved(moves)
+        for request in (*self.running, *self.waiting):
+            request.blocks = [moves.get(block, block) for block in request.blocks]
 
     def _empty_pool(self) -> bool:
         """With nothing running, throw every adapter out: an own one that fills the gaps of others takes more blocks
@@ -175,35 +274,42 @@ class Scheduler:
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Blocks up to `num_tokens`; False if `request` itself had to be preempted for them."""
+        self._share(request)
         missing = self._allocator.geometry.blocks_for_tokens(num_tokens) - len(request.blocks)
         if missing <= 0:
             return True
         while (blocks := self._allocate(missing)) is None:
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is request:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is request:
                 return False
         request.blocks.extend(blocks)
         return True
 
     def _allocate(self, num_blocks: int) -> list[int] | None:
         while (blocks := self._allocator.allocate_kv(num_blocks)) is None:
-            if not self._residency.evict_one():
+            if not self._make_room(num_blocks - self._allocator.num_free):
                 return None
         return blocks
+
+    def _make_room(self, num_blocks: int) -> bool:
+        """Try to free blocks, some at least: cached prefixes first, then an idle adapter, then gaps between rows."""
+        return bool(self.prefix_cache.evict(num_blocks) or self._residency.evict_one() or self._compact(num_blocks))
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._give_back(request)
         request.state = State.WAITING
-        request.num_computed = 0
-        self.waiting.appendleft(request)
-        if request.adapter is not None:
-            self._residency.want(request.adapter, again=True)
+        self.waiting.add(request, again=True)
         self.num_preemptions += 1
 
     def _give_back(self, request: Request) -> None:
-        self._allocator.release_kv(request.blocks)
-        request.blocks = []
+        self._share(request)
+        self._return_blocks(request)
         if request.adapter is not None:
             self._residency.release(request.adapter)
+
+    def _return_blocks(self, request: Request) -> None:
+        self.prefix_cache.release(request.blocks)
+        request.blocks = []
+        request.num_computed = request.num_shared_blocks = 0

@@ -10,7 +10,11 @@ from loray.engine.histogram import HistogramCounts
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment's state and totals since the start. Blocks are the pool's, by what they hold."""
+    """A moment's state and totals since the start. Blocks are the pool's, by what they hold.
+
+    kv                     blocks that requests hold; those that the prefix cache alone holds are `cached`
+    prefix_cache_queries   prompt tokens looked up in the prefix cache, `hits` those found there
+    """
 
     num_running: int
     num_waiting: int
@@ -24,6 +28,9 @@ class EngineStats:
     num_output_tokens: int
     num_finished: int
     num_preemptions: int
+    num_aborted: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
     num_loads: int
     num_failed_loads: int
     num_evictions: int

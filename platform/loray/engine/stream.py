@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -30,16 +30,17 @@ __all__ = ["Delta", "EngineStream", "GenerateRequest", "TokenLogprob"]
 
 
 class TokenLogprob(NamedTuple):
-    """`top`: (token id, text, logprob), best first."""
+    """`top`: (token id, text, logprob), best first; `rank`: 1 for the best. A prompt's first token has no logprob."""
 
     token_id: int
     token: str
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, str, float], ...]
+    rank: int
 
 
 class Delta(NamedTuple):
-    """What one step added to a request. Counts are totals so far."""
+    """What one step added to a request. Counts are totals so far; `prompt_logprobs` come with the first."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -47,6 +48,8 @@ class Delta(NamedTuple):
     finish_reason: FinishReason | None
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class _Subscriber(NamedTuple):
@@ -59,6 +62,7 @@ class EngineStream:
 
     def __init__(self, engine: Engine, tokenizer: Any) -> None:
         self._engine, self._tokenizer = engine, tokenizer
+        self._texts: dict[int, str] = {}  # of single tokens; no more than the vocabulary has
         self._inbox: deque[Callable[[], None]] = deque()
         self._bell = threading.Event()
         self._stopped = False
@@ -84,11 +88,12 @@ class EngineStream:
         self._engine.close()
 
     def check_health(self) -> None:
-        """EngineError if the engine's thread has died."""
+        """EngineError if the engine's thread has died, or another rank of it."""
         if self.failure is not None:
             raise EngineError(f"the engine stopped: {self.failure!r}")
         if self._ended:
             raise EngineError("the engine is shut down")
+        self._engine.check_health()
 
     def stats(self) -> EngineStats:
         """As of a fifth of a second or one step ago at most while the engine works, exact when it is idle."""
@@ -113,7 +118,7 @@ class EngineStream:
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
         self._subscribe(request.request_id, _Subscriber(asyncio.get_running_loop(), queue))
         self._post(lambda: self._add(request))
-        detokenizer = Detokenizer(self._tokenizer, request.params.stop, request.prompt_ids)
+        detokenizer = Detokenizer(self._tokenizer, request.params, request.prompt_ids)
         num_tokens = 0
         finished = False
         try:
@@ -122,20 +127,19 @@ class EngineStream:
                 if out.error is not None:
                     finished = True
                     raise out.error
-                assert out.token_id is not None
-                num_tokens += 1
                 finished = out.finish_reason is not None
-                text, stopped = detokenizer.push(out.token_id)
-                if finished and not stopped:
-                    rest = detokenizer.flush()
-                    text, stopped = text + rest.text, rest.stopped
+                token_ids = () if out.token_id is None else (out.token_id,)
+                num_tokens += len(token_ids)
+                text, stopped = detokenizer.step(out.token_id, out.finish_reason)
                 yield Delta(
                     text=text,
-                    token_ids=(out.token_id,),
-                    logprobs=self._logprobs(out.token_id, out.logprobs),
+                    token_ids=token_ids,
+                    logprobs=self._logprobs(request, token_ids, out.logprobs),
                     finish_reason="stop" if stopped else out.finish_reason,
                     num_prompt_tokens=len(request.prompt_ids),
                     num_output_tokens=num_tokens,
+                    num_cached_tokens=out.num_cached_tokens,
+                    prompt_logprobs=self._prompt_logprobs(request, out.prompt_logprobs),
                 )
                 if stopped:
                     return
@@ -143,11 +147,31 @@ class EngineStream:
             if not finished:
                 self._post(lambda: self._cancel(request.request_id))
 
-    def _logprobs(self, token_id: int, logprobs: TokenLogprobs | None) -> tuple[TokenLogprob, ...] | None:
+    def _logprobs(
+        self, request: GenerateRequest, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None
+    ) -> tuple[TokenLogprob, ...] | None:
+        if request.params.logprobs is None:
+            return None
+        return tuple(self._logprob(t, logprobs) for t in token_ids if logprobs is not None)
+
+    def _prompt_logprobs(
+        self, request: GenerateRequest, logprobs: Sequence[TokenLogprobs] | None
+    ) -> tuple[TokenLogprob, ...] | None:
         if logprobs is None:
             return None
-        top = tuple((t, self._tokenizer.decode([t]), lp) for t, lp in logprobs.top)
-        return (TokenLogprob(token_id, self._tokenizer.decode([token_id]), logprobs.logprob, top),)
+        first, *rest = request.prompt_ids
+        known = tuple(self._logprob(t, lp) for t, lp in zip(rest, logprobs, strict=True))
+        return (TokenLogprob(first, self._text_of(first), None, (), 0), *known)
+
+    def _logprob(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
+        top = tuple((t, self._text_of(t), lp) for t, lp in logprobs.top)
+        return TokenLogprob(token_id, self._text_of(token_id), logprobs.logprob, top, logprobs.rank)
+
+    def _text_of(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = str(self._tokenizer.decode([token_id]))
+        return text
 
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """See Engine."""

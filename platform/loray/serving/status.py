@@ -27,6 +27,7 @@ class EngineStatus(_Status):
     num_output_tokens: int = 0
     num_finished: int = 0
     num_preemptions: int = 0
+    num_aborted: int = 0
     num_loads: int = 0
     num_failed_loads: int = 0
     num_evictions: int = 0

@@ -12,17 +12,24 @@ from loray.spec.common import DType, Frozen, Name, NumBytes
 class SamplingParams(Frozen):
     """Names and meanings are vLLM's. `temperature=0` is greedy."""
 
-    max_tokens: int = Field(default=16, gt=0)
+    max_tokens: int = Field(default=16, ge=0, description="0: the prompt is only scored")
+    min_tokens: int = Field(default=0, ge=0, description="before them neither EOS nor stop ends the text")
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, description="0: off")
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, gt=0, description="over prompt and output; 1: off")
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
     seed: int | None = None
     stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(default=(), max_length=16)
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20, description="top alternatives per token; None: off")
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20, description="the same of the prompt's tokens")
 
 
 class AutoscalingSpec(Frozen):
@@ -51,6 +58,7 @@ class ServeSpec(Frozen):
     base: Name = "smollm2"
     dtype: DType = "bfloat16"
     device: str = "cpu"
+    tensor_parallel_size: int = Field(default=1, gt=0, description="ranks that share one model, in each replica")
     num_replicas: int = Field(default=1, gt=0, description="fixed; the first number where `autoscaling` is given")
     autoscaling: AutoscalingSpec | None = None
     pool_bytes: NumBytes = 512 << 20
@@ -59,7 +67,11 @@ class ServeSpec(Frozen):
     max_model_len: int | None = Field(default=None, gt=1, description="None: each model's own context length")
     max_num_seqs: int = Field(default=32, gt=0, description="requests that run at once")
     max_num_batched_tokens: int = Field(default=512, gt=0, description="tokens of one step")
+    enable_prefix_caching: bool = Field(default=True, description="keep KV blocks of prompts for those that share them")
     max_queued: int = Field(default=512, gt=0, description="requests that wait; more are refused with 429")
+    ttft_slo_s: float | None = Field(
+        default=None, gt=0, description="requests that cannot have their first token in it are refused; None: off"
+    )
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)

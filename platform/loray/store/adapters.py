@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from loray.adapters.manifest import file_sha256, parse_manifest, read_canonical, verify_folder, write_manifest
 from loray.errors import ConflictError, IntegrityError, NotFoundError
@@ -47,10 +50,13 @@ class AdapterStore:
         """NotFoundError where the store has no such adapter, IntegrityError where its manifest is damaged."""
         return parse_manifest(self._canonical(digest), source=f"the manifest of adapter {digest[:12]}")
 
-    def fetch(self, digest: str, folder: Path) -> AdapterManifest:
+    def fetch(
+        self, digest: str, folder: Path, *, have: Mapping[str, bytes | memoryview] = MappingProxyType({})
+    ) -> AdapterManifest:
         """Write the adapter to `folder`, which must be new or empty, and appears only when it is whole.
 
-        Every file's SHA-256 is checked: IntegrityError names one that differs or is missing.
+        Every file's SHA-256 is checked: IntegrityError names one that differs or is missing. `have`: files that the
+        caller has got by `read_range` and verified.
         """
         canonical = self._canonical(digest)
         manifest = parse_manifest(canonical, source=f"the manifest of adapter {digest[:12]}")
@@ -58,7 +64,10 @@ class AdapterStore:
         temporary = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder.parent))
         try:
             for name, sha256 in sorted(manifest.files.items()):
-                self._get_blob(digest, name, sha256, temporary / name)
+                if name in have:
+                    (temporary / name).write_bytes(have[name])
+                else:
+                    self._get_blob(digest, name, sha256, temporary / name)
             write_manifest(temporary, canonical)
             temporary.chmod(0o755)
             try:
@@ -68,6 +77,14 @@ class AdapterStore:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return manifest
+
+    def read_range(self, digest: str, name: str, sha256: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the adapter's file `name`, whose SHA-256 is the caller's to check once it has all.
+
+        IntegrityError where the file is missing.
+        """
+        with _named(digest, name):
+            return self.objects.get_range(_blob_key(sha256), start, stop)
 
     def verify(self, digest: str) -> AdapterManifest:
         """Read every stored byte of the adapter and hash it; IntegrityError names the file that differs."""
@@ -91,10 +108,8 @@ class AdapterStore:
         self.objects.put_if_absent(key, path)
 
     def _get_blob(self, digest: str, name: str, sha256: str, path: Path) -> None:
-        try:
+        with _named(digest, name):
             self.objects.get_to(_blob_key(sha256), path)
-        except NotFoundError as e:
-            raise IntegrityError(f"adapter {digest[:12]} is incomplete: {name} is missing from the store") from e
         if file_sha256(path) != sha256:
             raise IntegrityError(
                 f"adapter {digest[:12]} is damaged: {name} in the store differs from its SHA-256; publish it again"
@@ -110,6 +125,14 @@ class AdapterStore:
         """None where the stored bytes are not those of `digest`."""
         data = self.objects.get(_manifest_key(digest))
         return data if hashlib.sha256(data).hexdigest() == digest else None
+
+
+@contextmanager
+def _named(digest: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except NotFoundError as e:
+        raise IntegrityError(f"adapter {digest[:12]} is incomplete: {name} is missing from the store") from e
 
 
 def check_digest(digest: str) -> str:

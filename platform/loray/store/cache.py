@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from loray.telemetry import get_logger
 log = get_logger(__name__)
 
 _STALE_S = 3600.0
+
+Fetch = Callable[[str, Path], object]  # (digest, a folder that appears only when it is whole)
 
 
 class _Entry(NamedTuple):
@@ -61,13 +63,19 @@ class AdapterCache:
             return path
 
     @contextmanager
-    def pinned(self, digest: str) -> Iterator[Path]:
-        """As `get`; the folder stays until the block ends."""
+    def pinned(
+        self, digest: str, *, fetch: Fetch | None = None, is_good: Callable[[Path], bool] | None = None
+    ) -> Iterator[Path]:
+        """As `get`; the folder stays until the block ends.
+
+        `fetch` makes the folder in the store's place, once for all who wait for it. `is_good` says of a folder that an
+        earlier process left whether it is to be trusted, in place of hashing the adapter's files.
+        """
         path = self._entries / check_digest(digest)
         fetched = False
         while True:
             with self._lock(digest, fcntl.LOCK_SH) as handle:
-                if self._is_good(digest, path):
+                if self._is_good(digest, path, is_good):
                     used_at = time.time_ns()  # finer than the clock that utime takes by itself
                     os.utime(handle, ns=(used_at, used_at))
                     if fetched:
@@ -75,20 +83,24 @@ class AdapterCache:
                     yield path
                     return
             with self._lock(digest, fcntl.LOCK_EX):
-                if not self._is_good(digest, path):
+                if not self._is_good(digest, path, is_good):
                     self._remove(path)
-                    self._fetch(digest, path)
+                    self._fetch(digest, path, fetch or self._store.fetch)
                     fetched = True
 
-    def _fetch(self, digest: str, path: Path) -> None:
+    def trim(self, keep: str) -> None:
+        """After `keep`, which is pinned, has grown."""
+        self._evict(keep=keep)
+
+    def _fetch(self, digest: str, path: Path, fetch: Fetch) -> None:
         try:
-            self._store.fetch(digest, path)
+            fetch(digest, path)
         except BaseException:
             (self._locks / digest).unlink(missing_ok=True)  # held: nobody else is at it
             raise
         self._trust(digest)
 
-    def _is_good(self, digest: str, path: Path) -> bool:
+    def _is_good(self, digest: str, path: Path, is_good: Callable[[Path], bool] | None) -> bool:
         """Present, and hashed once by this process: what an earlier one left may be torn."""
         if not path.is_dir():
             return False
@@ -96,7 +108,8 @@ class AdapterCache:
             if digest in self._trusted:
                 return True
         try:
-            verify_folder(path)
+            if is_good is None or not is_good(path):
+                verify_folder(path)
         except IntegrityError as e:
             log.warning("cached adapter is damaged and is fetched again: %s", e)
             return False

@@ -32,6 +32,10 @@ class ObjectStore(Protocol):
         """Write the object to `path`. NotFoundError where there is no such key."""
         ...
 
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), fewer where the object ends before. NotFoundError where there is no such key."""
+        ...
+
     def exists(self, key: str) -> bool: ...
 
     def list(self, prefix: str = "") -> Iterator[str]:
@@ -88,6 +92,13 @@ class LocalStore:
             raise _missing(key, self.root) from e
         with source, path.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        try:
+            with self._path(key).open("rb", buffering=0) as f:
+                return os.pread(f.fileno(), stop - start, start)
+        except _NO_FILE as e:
+            raise _missing(key, self.root) from e
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()

@@ -76,6 +76,20 @@ class S3Store:
         with self._reading(key):
             self._client.download_file(self._bucket, self._name(key), str(path), Config=_transfer())
 
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        from botocore.exceptions import ClientError
+
+        with self._reading(key):
+            try:
+                found = self._client.get_object(
+                    Bucket=self._bucket, Key=self._name(key), Range=f"bytes={start}-{stop - 1}"
+                )
+            except ClientError as e:
+                if status_of(e) == 416:  # the object ends before
+                    return b""
+                raise
+            return bytes(found["Body"].read())
+
     def exists(self, key: str) -> bool:
         with clear_errors(self.location):
             found = self._find(self._name(key)) is not None

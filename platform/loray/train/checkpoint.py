@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from loray.adapters.export import save_adapter
 from loray.errors import IntegrityError, SpecError, TrainingError
 from loray.spec import Evaluation, Frozen, Sha256, TrainSpec
 from loray.train.optimizer import MasterAdamW
@@ -60,6 +59,8 @@ def evaluation(loss: float, subject: Any, row_length: int) -> Evaluation:
 
 
 def save(folder: Path, model: Any, optimizer: MasterAdamW, state: RunState) -> None:
+    from loray.adapters.export import save_adapter  # and with it PEFT, which those who only read have no need of
+
     save_adapter(model, state.recipe.adapter, folder / ADAPTER)
     torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
     saved = state.model_copy(update={"saved_at": datetime.now(UTC)})

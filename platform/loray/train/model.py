@@ -12,10 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loray.adapters.inject import attach
 from loray.bases.registry import BaseModel
-from loray.bases.rope import scaled
-from loray.errors import UnsupportedError
-from loray.spec import LongContext, RopeParameters, TrainSpec
+from loray.spec import LongContext, TrainSpec
 from loray.telemetry import get_logger
+from loray.train.context import context_length, rope_parameters
 from loray.train.hook import ATTENTION
 
 log = get_logger(__name__)
@@ -46,25 +45,6 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
         # After `attach`, which may replace the embedding that gets the hook for input gradients.
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
-
-
-def rope_parameters(base: BaseModel, long_context: LongContext) -> RopeParameters:
-    """The base's RoPE, stretched as the recipe says: part of the published adapter."""
-    original = long_context.original_context or base.config.max_position_embeddings
-    try:
-        return scaled(
-            base.config.rope, long_context.rope_scaling, original_context=original, head_dim=base.config.head_dim
-        )
-    except ValueError as e:
-        raise UnsupportedError(f"long_context on the base {base.name}: {e}") from e
-
-
-def context_length(base: BaseModel, spec: TrainSpec) -> int:
-    """Tokens that the adapter is trained for: original context × factor, or the base's own window."""
-    if (long_context := spec.adapter.long_context) is None:
-        return base.config.max_position_embeddings
-    original = long_context.original_context or base.config.max_position_embeddings
-    return int(original * long_context.rope_scaling.factor)
 
 
 def group_size(base: BaseModel, spec: TrainSpec, long_context: LongContext) -> int:

@@ -52,7 +52,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
       const T *k = pool + cache.at(blocks, begin + j, kv_head);
       for (int c = lane * 8; c < d; c += LANES * 8) {
         float key[8];
-        load8(k + c, d - c, wide, key);
+        load(k + c, d - c, wide, key);
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
           if (g < heads) {
@@ -71,7 +71,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
   __syncthreads();
 
   for (int g = tid / 32; g < heads; g += THREADS / 32) {
-    float largest = -INFINITY, sum = 0.0f;
+    float largest = LOWEST, sum = 0.0f;
     for (int j = tid % 32; j < n; j += 32) largest = fmaxf(largest, score[g][j]);
     largest = warp_max(largest);
     for (int j = tid % 32; j < n; j += 32) {
@@ -90,8 +90,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
     for (int j = turn; j < n; j += turns) {
       const T *v = pool + cache.at(blocks, begin + j, kv_head) + cache.values() + c;
       float value[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) value[i] = to_float(v[i]);
+      load(v, 4, wide, value);
 #pragma unroll
       for (int g = 0; g < GROUP; g++) {
         if (g < heads) {
@@ -130,7 +129,7 @@ __device__ void combine(T *out, const float *partial, i64 max_splits, i64 head_d
   const i64 num_splits = (context + SPLIT - 1) / SPLIT, stride = gridDim.y * (head_dim + 2);
   if (num_splits < 2) return;
   partial += blockIdx.x * max_splits * stride + blockIdx.y * (head_dim + 2);
-  float top = -INFINITY;
+  float top = LOWEST;
   for (i64 s = 0; s < num_splits; s++) top = fmaxf(top, partial[s * stride + head_dim]);
   for (i64 e = threadIdx.x; e < head_dim; e += THREADS) {
     float sum = 0.0f, weight = 0.0f;

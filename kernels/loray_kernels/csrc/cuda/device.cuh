@@ -11,6 +11,8 @@
 
 typedef long long i64;
 
+constexpr float LOWEST = -3.402823466e38f; // no toolkit header, no INFINITY
+
 struct bf16 {
   unsigned short bits;
 };
@@ -44,38 +46,38 @@ __device__ inline void store(fp16 *p, float v) {
 #endif
 }
 
-template <class T> __device__ inline T element(unsigned word, int half);
-template <> __device__ inline bf16 element(unsigned word, int half) {
-  return {static_cast<unsigned short>(word >> (16 * half))};
-}
-template <> __device__ inline fp16 element(unsigned word, int half) {
-  return {static_cast<unsigned short>(word >> (16 * half))};
-}
-
 template <class T> __device__ inline bool aligned(const T *p, int bytes) {
   return (reinterpret_cast<unsigned long long>(p) & (bytes - 1)) == 0;
 }
 
-// Eight elements, `valid` of which exist; the others are zero. What is loaded at once depends on `wide` (p stands on 16
-// bytes), which lane gets which element does not: sums come out the same wherever a row stands.
-template <class T> __device__ inline void load8(const T *p, i64 valid, bool wide, float (&out)[8]) {
-  if (wide && valid >= 8) {
-    const uint4 w = *reinterpret_cast<const uint4 *>(p);
-    const unsigned words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-    for (int i = 0; i < 8; i++) out[i] = to_float(element<T>(words[i / 2], i % 2));
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; i++) out[i] = i < valid ? to_float(p[i]) : 0.0f;
-  }
+__device__ inline float unpack(const unsigned *words, int i, float) { return __uint_as_float(words[i]); }
+template <class T> __device__ inline float unpack(const unsigned *words, int i, T) {
+  return to_float(T{static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)))});
 }
-template <> __device__ inline void load8(const float *p, i64 valid, bool wide, float (&out)[8]) {
-  if (wide && valid >= 8) {
-    const float4 a = *reinterpret_cast<const float4 *>(p), b = *reinterpret_cast<const float4 *>(p + 4);
-    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+
+// N elements, `valid` of which exist; the others are zero. `wide`: p is aligned for all of them, or for 16 bytes.
+// It says what is loaded at once, not which thread gets which element: sums come out the same wherever a row stands.
+template <int N, class T> __device__ inline void load(const T *p, i64 valid, bool wide, float (&out)[N]) {
+  constexpr int WORDS = N * sizeof(T) / 4;
+  if (wide && valid >= N) {
+    unsigned words[WORDS];
+    if constexpr (WORDS == 1) {
+      words[0] = *reinterpret_cast<const unsigned *>(p);
+    } else if constexpr (WORDS == 2) {
+      const uint2 w = *reinterpret_cast<const uint2 *>(p);
+      words[0] = w.x, words[1] = w.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < WORDS; i += 4) {
+        const uint4 w = *reinterpret_cast<const uint4 *>(p + i * 4 / sizeof(T));
+        words[i] = w.x, words[i + 1] = w.y, words[i + 2] = w.z, words[i + 3] = w.w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) out[i] = unpack(words, i, T{});
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) out[i] = i < valid ? p[i] : 0.0f;
+    for (int i = 0; i < N; i++) out[i] = i < valid ? to_float(p[i]) : 0.0f;
   }
 }
 

@@ -27,12 +27,12 @@ __device__ void shrink(const T *x, i64 x_stride, const T *pool, const i64 *items
     const bool wide_a = aligned(a, 16), wide_x = aligned(from, 16) && x_stride * sizeof(T) % 16 == 0;
     for (i64 k = lane * 8; k < width; k += 256) {
       float weight[8];
-      load8(a + k, width - k, wide_a, weight);
+      load(a + k, width - k, wide_a, weight);
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) {
         if (t < count) {
           float value[8];
-          load8(from + t * x_stride + k, width - k, wide_x, value);
+          load(from + t * x_stride + k, width - k, wide_x, value);
 #pragma unroll
           for (int i = 0; i < 8; i++) sum[t] += value[i] * weight[i];
         }
@@ -49,9 +49,9 @@ __device__ void shrink(const T *x, i64 x_stride, const T *pool, const i64 *items
 // y[t, o] += scale · sum_r h[t, r] · B[r, o], rounded once. A tile is (module, where its rows' offsets start, first
 // column in the segment, first column in y, columns). Grid (items, tiles of all modules of the input), THREADS threads.
 template <class T>
-__device__ void expand(T *const (&outputs)[3], const i64 (&y_stride)[3], const float *h, i64 h_stride, const T *pool,
-                       const i64 *items, const i64 *tiles, const i64 *offsets, const i64 *rank_start, i64 num_adapters,
-                       const float *scale, const i64 *h_column) {
+__device__ void expand(T *y0, T *y1, T *y2, i64 stride0, i64 stride1, i64 stride2, const float *h, i64 h_stride,
+                       const T *pool, const i64 *items, const i64 *tiles, const i64 *offsets, const i64 *rank_start,
+                       i64 num_adapters, const float *scale, const i64 *h_column) {
   __shared__ float h_shared[TOKENS][RANKS];
   __shared__ i64 at[RANKS];
   const i64 *item = items + 3 * blockIdx.x, *tile = tiles + 5 * blockIdx.y;
@@ -70,28 +70,31 @@ __device__ void expand(T *const (&outputs)[3], const i64 (&y_stride)[3], const f
     }
     __syncthreads();
     if (column < tile[4]) {
-      const bool both = column + 1 < tile[4];
 #pragma unroll 8
       for (int r = 0; r < n; r++) {
-        const T *b = pool + at[r] + column;
-        const float b0 = to_float(b[0]), b1 = both ? to_float(b[1]) : 0.0f;
+        const T *row = pool + at[r] + column;
+        float b[2];
+        load(row, tile[4] - column, aligned(row, 2 * sizeof(T)), b);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
           if (t < count) {
-            sum[t][0] += h_shared[t][r] * b0;
-            sum[t][1] += h_shared[t][r] * b1;
+            sum[t][0] += h_shared[t][r] * b[0];
+            sum[t][1] += h_shared[t][r] * b[1];
           }
         }
       }
     }
   }
   const float s = scale[module * num_adapters + adapter];
+  T *y = module == 0 ? y0 : module == 1 ? y1 : y2;
+  const i64 stride = module == 0 ? stride0 : module == 1 ? stride1 : stride2;
+  y += first * stride + tile[3] + column;
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
     for (int i = 0; i < 2; i++) {
       if (t < count && column + i < tile[4]) {
-        T *y = outputs[module] + (first + t) * y_stride[module] + tile[3] + column + i;
-        store(y, to_float(*y) + s * sum[t][i]);
+        T *to = y + t * stride + i;
+        store(to, to_float(*to) + s * sum[t][i]);
       }
     }
   }
@@ -107,7 +110,7 @@ __device__ void expand(T *const (&outputs)[3], const i64 (&y_stride)[3], const f
       T *y0, T *y1, T *y2, i64 stride0, i64 stride1, i64 stride2, const float *h, i64 h_stride, const T *pool,         \
       const i64 *items, const i64 *tiles, const i64 *offsets, const i64 *rank_start, i64 num_adapters,                 \
       const float *scale, const i64 *h_column) {                                                                       \
-    expand<T>({y0, y1, y2}, {stride0, stride1, stride2}, h, h_stride, pool, items, tiles, offsets, rank_start,         \
+    expand<T>(y0, y1, y2, stride0, stride1, stride2, h, h_stride, pool, items, tiles, offsets, rank_start,             \
               num_adapters, scale, h_column);                                                                          \
   }                                                                                                                    \
   LORAY_EXPORT(lora_shrink_##suffix)                                                                                   \

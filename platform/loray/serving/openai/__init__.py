@@ -1,17 +1,19 @@
 """OpenAI's completions and chat completions: requests checked and translated, responses and chunks written.
 
-The wire format is OpenAI's; further sampling fields (top_k, min_p, ignore_eos) are named as vLLM names them.
+The wire format is OpenAI's; further sampling fields (top_k, min_p, min_tokens, prompt_logprobs and others) are
+named as vLLM names them.
 A field that is not implemented is refused by name, never ignored.
 """
 
 from __future__ import annotations
 
-from loray.serving.openai.formats import ChatFormat, CompletionFormat, Delta, ResponseFormat, TokenLogprob
+from loray.serving.openai.fields import Prompt
+from loray.serving.openai.formats import ChatFormat, CompletionFormat, Delta, ResponseFormat
+from loray.serving.openai.logprobs import TokenLogprob
 from loray.serving.openai.requests import (
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
-    Prompt,
     StreamOptions,
     parse,
 )

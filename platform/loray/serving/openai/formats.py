@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from loray.serving.openai.logprobs import TokenLogprob, by_token_id, chat_logprobs, completion_logprobs
 from loray.serving.openai.responses import (
     AssistantMessage,
     ChatChoice,
@@ -16,27 +16,12 @@ from loray.serving.openai.responses import (
     ChatCompletionChunk,
     ChatDelta,
     ChatLogprobs,
-    ChatTokenLogprob,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     FinishReason,
-    TopLogprob,
     Usage,
 )
-
-_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
-
-
-class TokenLogprob(Protocol):
-    """`top`: (token id, text, logprob), best first."""
-
-    @property
-    def token(self) -> str: ...
-    @property
-    def logprob(self) -> float: ...
-    @property
-    def top(self) -> tuple[tuple[int, str, float], ...]: ...
 
 
 class Delta(Protocol):
@@ -52,6 +37,10 @@ class Delta(Protocol):
     def num_prompt_tokens(self) -> int: ...
     @property
     def num_output_tokens(self) -> int: ...
+    @property
+    def num_cached_tokens(self) -> int: ...
+    @property
+    def prompt_logprobs(self) -> Sequence[TokenLogprob] | None: ...
 
 
 @dataclass
@@ -63,6 +52,8 @@ class Choice:
     finish_reason: FinishReason | None = None
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    prompt_logprobs: Sequence[TokenLogprob] | None = None
 
     @property
     def text(self) -> str:
@@ -74,18 +65,23 @@ class Choice:
             if self.logprobs is None:
                 self.logprobs = []
             self.logprobs += delta.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.count(delta)
 
     def count(self, delta: Delta) -> None:
         """Only the numbers: enough for a stream's usage."""
         self.num_prompt_tokens, self.num_output_tokens = delta.num_prompt_tokens, delta.num_output_tokens
+        self.num_cached_tokens = delta.num_cached_tokens
 
 
 def usage_of(choices: Sequence[Choice], num_per_prompt: int) -> Usage:
     """A prompt counts once, however many choices it has."""
+    prompts = choices[::num_per_prompt]
     return Usage.of(
-        sum(c.num_prompt_tokens for c in choices[::num_per_prompt]), sum(c.num_output_tokens for c in choices)
+        sum(c.num_prompt_tokens for c in prompts),
+        sum(c.num_output_tokens for c in choices),
+        sum(c.num_cached_tokens for c in prompts),
     )
 
 
@@ -111,7 +107,12 @@ class CompletionFormat:
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Completion:
         return self._body(
-            [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in enumerate(choices)], usage, True
+            [
+                _with_prompt_logprobs(self._choice(i, c.text, c.logprobs, c.finish_reason), c)
+                for i, c in enumerate(choices)
+            ],
+            usage,
+            True,
         )
 
     def opening(self, index: int) -> None:
@@ -150,12 +151,7 @@ class CompletionFormat:
         for t in tokens:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(t.token)
-        return CompletionLogprobs(
-            text_offset=offsets,
-            token_logprobs=[_finite(t.logprob) for t in tokens],
-            tokens=[t.token for t in tokens],
-            top_logprobs=[_by_text(t) for t in tokens],
-        )
+        return completion_logprobs(tokens, offsets)
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,7 @@ class ChatFormat:
     include_usage: bool = False
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> ChatCompletion:
-        return ChatCompletion(
+        body = ChatCompletion(
             id=self.id,
             object="chat.completion",
             created=self.created,
@@ -177,20 +173,21 @@ class ChatFormat:
                 ChatChoice(
                     index=i,
                     message=AssistantMessage(role="assistant", content=c.text, refusal=None),
-                    logprobs=_chat_logprobs(c.logprobs),
+                    logprobs=chat_logprobs(c.logprobs),
                     finish_reason=c.finish_reason or "stop",
                 )
                 for i, c in enumerate(choices)
             ],
             usage=usage,
         )
+        return _with_prompt_logprobs(body, choices[0])
 
     def opening(self, index: int) -> ChatCompletionChunk:
         return self._chunk(index, ChatDelta(role="assistant", content=""), None, None)
 
     def chunk(self, index: int, delta: Delta) -> ChatCompletionChunk:
         content = ChatDelta(content=delta.text) if delta.text or not delta.finish_reason else ChatDelta()
-        return self._chunk(index, content, _chat_logprobs(delta.logprobs), delta.finish_reason)
+        return self._chunk(index, content, chat_logprobs(delta.logprobs), delta.finish_reason)
 
     def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
         return self._body([]).model_copy(update={"usage": usage})
@@ -213,34 +210,11 @@ class ChatFormat:
         )
 
 
-def _chat_logprobs(tokens: Iterable[TokenLogprob] | None) -> ChatLogprobs | None:
-    if tokens is None:
-        return None
-    content = [
-        ChatTokenLogprob(
-            token=t.token,
-            logprob=_finite(t.logprob),
-            bytes=_utf8(t.token),
-            top_logprobs=[
-                TopLogprob(token=text, logprob=_finite(logprob), bytes=_utf8(text)) for _, text, logprob in t.top
-            ],
-        )
-        for t in tokens
-    ]
-    return ChatLogprobs(content=content, refusal=None)
+B = TypeVar("B", CompletionChoice, ChatCompletion)
 
 
-def _by_text(token: TokenLogprob) -> dict[str, float]:
-    """The best alternatives and the token itself; where two read the same, the more likely one."""
-    out: dict[str, float] = {}
-    for text, logprob in [*((text, logprob) for _, text, logprob in token.top), (token.token, token.logprob)]:
-        out.setdefault(text, _finite(logprob))
-    return out
-
-
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else _LOWEST_LOGPROB
-
-
-def _utf8(text: str) -> list[int]:
-    return list(text.encode("utf-8", "surrogatepass"))
+def _with_prompt_logprobs(body: B, choice: Choice) -> B:
+    """As vLLM sends them, where they were asked for: for each token of the prompt, by token id."""
+    if choice.prompt_logprobs is None:
+        return body
+    return body.model_copy(update={"prompt_logprobs": [by_token_id(t) for t in choice.prompt_logprobs]})

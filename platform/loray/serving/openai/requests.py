@@ -2,99 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from loray.errors import RequestError
+from loray.serving.openai import fields
+from loray.serving.openai.fields import Prompt
+from loray.serving.openai.unsupported import NO_AUDIO, NO_TOOLS, without_unsupported
 from loray.spec import SamplingParams
-
-Prompt = str | tuple[int, ...]
 
 MAX_CHOICES = 128  # of one request, all prompts together
 MAX_LOGPROBS = 20
 _ONLY_THE_BEST = 1e-9  # top_p: the best token alone has more
-
-
-class _Refusal(NamedTuple):
-    """A field that is not implemented: the values that ask for nothing, and what to say of others."""
-
-    harmless: tuple[Any, ...]
-    reason: str
-
-
-_NO_TOOLS = "tool calling is not supported; describe the tools in the messages"
-_NO_AUDIO = "only text is generated"
-_UNSUPPORTED: Mapping[str, _Refusal] = {
-    "tools": _Refusal(([],), _NO_TOOLS),
-    "tool_choice": _Refusal(("none", "auto"), _NO_TOOLS),  # without tools they choose nothing
-    "functions": _Refusal(([],), _NO_TOOLS),
-    "function_call": _Refusal(("none", "auto"), _NO_TOOLS),
-    "parallel_tool_calls": _Refusal((True, False), _NO_TOOLS),
-    "echo": _Refusal((False,), "the prompt is not echoed; prepend it yourself"),
-    "suffix": _Refusal(("",), "insertion is not supported"),
-    "logit_bias": _Refusal(({},), "logits cannot be biased"),
-    "response_format": _Refusal(({"type": "text"},), 'only {"type": "text"} is; constrained decoding is not supported'),
-    "audio": _Refusal((), _NO_AUDIO),
-    "modalities": _Refusal((["text"],), _NO_AUDIO),
-    "prediction": _Refusal((), "predicted outputs are not supported"),
-    "web_search_options": _Refusal((), "there is no web search"),
-    "reasoning_effort": _Refusal((), "it means nothing to these models"),
-    "verbosity": _Refusal((), "it means nothing to these models"),
-    "store": _Refusal((False,), "completions are not stored"),
-    "metadata": _Refusal(({},), "completions are not stored"),
-    "service_tier": _Refusal(("auto", "default"), "there is one tier"),
-    "use_beam_search": _Refusal((False,), "beam search is not supported"),
-    "repetition_penalty": _Refusal((1, 1.0), "use presence_penalty or frequency_penalty"),
-    "min_tokens": _Refusal((0,), "use ignore_eos with max_tokens"),
-    "stop_token_ids": _Refusal(([],), "use stop with strings"),
-    "skip_special_tokens": _Refusal((True,), "special tokens are never part of the text"),
-    "prompt_logprobs": _Refusal((), "only generated tokens have logprobs"),
-}
-
-
-def _strings(value: object) -> object:
-    """`stop`: a string or a list of them."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
-        raise RequestError("must be a non-empty string or a list of such strings")
-    return tuple(values)
-
-
-def _prompts(value: object) -> tuple[Prompt, ...]:
-    """`prompt`: a string, a list of strings, one list of token ids, or a list of lists of token ids."""
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and value:
-        if all(isinstance(v, str) for v in value):
-            return tuple(value)
-        if _is_token_ids(value):
-            return (tuple(value),)
-        if all(isinstance(v, list) and v and _is_token_ids(v) for v in value):
-            return tuple(tuple(v) for v in value)
-    raise RequestError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
-
-
-def _is_token_ids(values: list[Any]) -> bool:
-    return all(type(v) is int and v >= 0 for v in values)
-
-
-def _text(value: object) -> str:
-    """`content`: a string, or text parts, which are joined by newlines."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not value:
-        raise RequestError("must be a string or a list of text parts")
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise RequestError(f"content parts of type {kind!r} are not supported; only text is")
-        if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
-            raise RequestError('a text part is {"type": "text", "text": "..."} and nothing else')
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 class _Body(BaseModel):
@@ -115,7 +35,7 @@ class StreamOptions(_Body):
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text)]
+    content: Annotated[str, BeforeValidator(fields.text)]
     name: str | None = None
 
     @model_validator(mode="before")
@@ -126,7 +46,7 @@ class ChatMessage(_Body):
             return value
         for field in ("tool_calls", "function_call", "audio"):
             if value.get(field):
-                raise RequestError(f"{field} is not supported: {_NO_TOOLS if field != 'audio' else _NO_AUDIO}")
+                raise RequestError(f"{field} is not supported: {NO_TOOLS if field != 'audio' else NO_AUDIO}")
         empty = ("tool_calls", "annotations")
         return {
             k: v
@@ -150,14 +70,25 @@ class GenerationRequest(_Body):
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, gt=0, description="over prompt and answer; 1: off")
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(fields.bias)] = Field(
+        default_factory=dict, description="token id to what is added to its logit"
+    )
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     best_of: int | None = Field(default=None, description="n, or nothing")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[tuple[str, ...], BeforeValidator(_strings), Field(max_length=16)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(fields.strings), Field(max_length=16)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(fields.token_ids)] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(default=None, description="for the caller's own use")
+    priority: int = Field(default=0, description="smaller is earlier")
+    ttft_slo_s: float | None = Field(default=None, gt=0, description="refused if its first token cannot come in time")
+    user: str | None = Field(default=None, description="whose share it takes, where X-Tenant-Id does not say it")
     safety_identifier: str | None = Field(default=None, description="accepted, for the caller's own use")
     prompt_cache_key: str | None = Field(default=None, description="accepted; prompts are not cached between requests")
 
@@ -167,6 +98,11 @@ class GenerationRequest(_Body):
             raise RequestError("stream_options is only allowed with stream: true", "stream_options")
         if self.best_of is not None and self.best_of != self.n:
             raise RequestError("best_of is not supported; ask for n choices and choose yourself", "best_of")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs is not supported with stream: true", "prompt_logprobs")
+        limit = self.default_max_tokens if self.asked_max_tokens is None else self.asked_max_tokens
+        if limit is not None and self.min_tokens > limit:
+            raise RequestError(f"min_tokens is more than max_tokens, {limit}", "min_tokens")
         return self
 
     @property
@@ -176,6 +112,11 @@ class GenerationRequest(_Body):
     @property
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """How many alternatives the engine is to find for each token of the prompt; None: not even its own."""
+        return self.prompt_logprobs
 
     @property
     def asked_max_tokens(self) -> int | None:
@@ -197,19 +138,27 @@ class GenerationRequest(_Body):
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,
             seed=None if self.seed is None else self.seed + choice,
             stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
         )
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_prompts)]
-    max_tokens: int | None = Field(default=None, ge=1, description="16 unless given")
+    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(fields.prompts)]
+    max_tokens: int | None = Field(default=None, ge=0, description="16 unless given; 0: only the prompt")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = Field(default=False, description="the prompt first, with its own logprobs where they are asked for")
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -224,6 +173,11 @@ class CompletionRequest(GenerationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((n for n in asked if n is not None), default=None)
 
     @property
     def asked_max_tokens(self) -> int | None:
@@ -270,13 +224,10 @@ def parse(schema: type[R], body: object) -> R:
     """Check a decoded JSON body. A null field counts as absent. Raises RequestError that names the field."""
     if not isinstance(body, dict):
         raise RequestError("the request body must be a JSON object")
-    fields = {name: value for name, value in body.items() if value is not None}
-    for name in [name for name in fields if name in _UNSUPPORTED and name not in schema.model_fields]:
-        refusal, value = _UNSUPPORTED[name], fields.pop(name)
-        if not any(type(h) is type(value) and h == value for h in refusal.harmless):
-            raise RequestError(f"{name} is not supported: {refusal.reason}", name)
+    given = {name: value for name, value in body.items() if value is not None}
+    given = without_unsupported(given, schema.model_fields)
     try:
-        return schema.model_validate(fields)
+        return schema.model_validate(given)
     except ValidationError as e:
         raise _request_error(e, schema) from e
 

@@ -20,28 +20,49 @@ class _Response(BaseModel):
         return self.model_dump_json(exclude_unset=True)
 
 
+class PromptTokensDetails(_Response):
+    cached_tokens: int
+
+
 class Usage(_Response):
+    """`prompt_tokens_details` is sent, as by vLLM, where part of the prompt was in the prefix cache."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int) -> Usage:
-        return cls(
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Usage:
+        usage = cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
         )
+        if not cached_tokens:
+            return usage
+        return usage.model_copy(update={"prompt_tokens_details": PromptTokensDetails(cached_tokens=cached_tokens)})
 
 
 # -- completions: a chunk has the shape of the whole ------------------------------------------------------------------
 class CompletionLogprobs(_Response):
-    """Aligned by token. `text_offset` counts characters from the start of the completion."""
+    """Aligned by token. `text_offset` counts characters from the start of the completion, or of an echoed prompt, whose
+    first token has no logprob.
+    """
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class PromptLogprob(_Response):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class CompletionChoice(_Response):
@@ -49,6 +70,7 @@ class CompletionChoice(_Response):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(_Response):
@@ -101,6 +123,7 @@ class ChatCompletion(_Response):
     system_fingerprint: str | None = None
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatDelta(_Response):

@@ -1,0 +1,127 @@
+// What Python packs for the kernels, and every kernel's signature: one layer calls them all.
+#pragma once
+
+#include "simd.h"
+
+namespace LORAY_NAMESPACE {
+
+// -- attention --
+
+struct Layout {
+    i64 num_layers, block_tokens, num_kv_heads, head_dim;
+};
+
+// S + 1 offsets of queries, S context lengths, S block tables.
+struct Meta {
+    i64 num_sequences;
+    const i64 *query_start, *context_len;
+    const i64* const* block_table;
+};
+
+// -- LoRA --
+
+struct Table {
+    const Rows *a, *b;
+    const i64* rank_start;
+    const float* scale;
+};
+
+struct Spans {
+    i64 num;
+    const i64 *start, *stop;
+};
+
+struct Output {
+    float* h;
+    i64 stride;
+};
+
+// Where an expand adds, and what it expands.
+template <class T>
+struct Target {
+    T* y;
+    i64 y_stride;
+    const float* h;
+    i64 h_stride;
+};
+
+// -- a layer --
+
+template <class T>
+struct Matrix {
+    i64 in, out;
+    const T *packed, *bias;
+};
+
+template <class T>
+struct LayerWeights {
+    const T *attention_norm, *q_norm, *k_norm, *mlp_norm;  // q_norm and k_norm may be missing
+    Matrix<T> qkv, o, gate_up, down;
+    i64 num_heads;
+    double eps, scale;
+};
+
+// Tokens with a weight of their own; `num` 0 where there is none.
+struct OwnNorm {
+    i64 num;
+    const i64* tokens;
+    const Rows* rows;
+};
+
+// LoRA of the modules of one input: a table each, the column of the result where it adds, and its largest rank.
+struct Group {
+    i64 num;
+    const Table* const* tables;
+    const i64 *columns, *max_rank;
+};
+
+struct LayerTables {
+    OwnNorm attention_norm, q_norm, k_norm, mlp_norm;
+    Group qkv, o, gate_up, down;
+};
+
+template <class T>
+struct StepInputs {
+    i64 num_tokens;
+    T* pool;
+    const T *cos, *sin;
+    const Layout* layout;
+    const Meta* meta;
+    const i64* slots;
+    const Spans* spans;
+};
+
+// -- the kernels that a layer is made of; each is instantiated for bf16 and float where it is written --
+
+// `y` of a product may be fp32: of results that are rounded to T all the same.
+template <class T, class Y>
+void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& weights, Y* y, int threads);
+
+template <class T>
+void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads);
+
+template <class T>
+void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps, T* y,
+              const T* pool, const OwnNorm& own, int threads);
+
+template <class T>
+void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* cos, const T* sin, T* y,
+          int threads);
+
+template <class T>
+void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride, i64 width,
+              const i64* slots, i64 num_tokens, int threads);
+
+template <class T>
+void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
+                     const Meta& meta, float scale, int threads);
+
+template <class T>
+void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* tables, const Output* outputs,
+                 i64 num_tables, const Spans& spans, int threads);
+
+template <class T>
+void lora_expand(const Target<T>* targets, const T* pool, const Table* const* tables, i64 num_tables,
+                 const Spans& spans, int threads);
+
+}  // namespace LORAY_NAMESPACE

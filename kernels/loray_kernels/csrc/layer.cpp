@@ -1,0 +1,106 @@
+// A decoder layer in one call: what Python would call op by op, in the same order and with the same roundings.
+//
+// At one token a layer is a tenth of a millisecond, and a dozen calls from Python would be most of it.
+
+#include "kernels.h"
+
+namespace LORAY_NAMESPACE {
+
+constexpr i64 SERIAL = 1 << 13;  // elements below which one thread is faster
+
+static thread_local Scratch memory[6];
+
+template <class T>
+static T* room(int i, i64 elements) {
+    return (T*)memory[i].get(elements * sizeof(T));
+}
+
+// y += the adapters' LoRA of x.
+template <class T>
+static void add_lora(const T* x, i64 x_stride, T* y, i64 y_stride, const Group& group, const StepInputs<T>& step,
+                     const T* pool, int threads) {
+    if (!group.num) return;
+    i64 total = 0;
+    for (i64 k = 0; k < group.num; k++) total += group.max_rank[k];
+    float* h = room<float>(0, step.num_tokens * total);
+    Output* outputs = (Output*)memory[1].get(group.num * (sizeof(Output) + sizeof(Target<T>)));
+    Target<T>* targets = (Target<T>*)(outputs + group.num);
+    for (i64 k = 0; k < group.num; k++) {
+        outputs[k] = {h, group.max_rank[k]};
+        targets[k] = {y + group.columns[k], y_stride, h, group.max_rank[k]};
+        h += step.num_tokens * group.max_rank[k];
+    }
+    lora_shrink(x, x_stride, pool, group.tables, outputs, group.num, *step.spans, threads);
+    lora_expand(targets, pool, group.tables, group.num, *step.spans, threads);
+}
+
+template <class T>
+static void add(T* x, const T* y, i64 num, int threads) {
+    const i64 size = ceil_div(ceil_div(num, threads), W) * W;
+#pragma omp parallel for num_threads(threads) if (num > SERIAL)
+    for (i64 first = 0; first < num; first += size)
+        vectors(min_(size, num - first), [&](i64 i, auto n) {
+            T* at = x + first + i;
+            store_n(at, load_n(at, n) + load_n(y + first + i, n), n);
+        });
+}
+
+// x (tokens, hidden) ← the layer's result.
+template <class T>
+static void layer(T* x, const LayerWeights<T>& w, const LayerTables& tables, const StepInputs<T>& step, i64 index,
+                  int threads) {
+    const Layout& layout = *step.layout;
+    const i64 n = step.num_tokens, d = layout.head_dim, heads = w.num_heads, kv_heads = layout.num_kv_heads;
+    const i64 hidden = w.qkv.in, q_width = heads * d, kv_width = kv_heads * d, middle = w.down.in;
+    const i64 share = 2 * layout.block_tokens * kv_width;
+    T* const pool = step.pool + index * share;
+    T* const normed = room<T>(2, n * max_(hidden, kv_width));
+    T* const wide = room<T>(3, n * max_(w.qkv.out, w.gate_up.out));
+    T* const turned = room<T>(4, n * max_(q_width + kv_width, middle));
+    T* const narrow = room<T>(5, n * max_(q_width, hidden));
+
+    rms_norm(x, hidden, n, 1, hidden, w.attention_norm, w.eps, normed, pool, tables.attention_norm, threads);
+    linear(normed, hidden, n, w.qkv, wide, threads);
+    add_lora(normed, hidden, wide, w.qkv.out, tables.qkv, step, pool, threads);
+    T *q = wide, *k = wide + q_width, *const v = wide + q_width + kv_width;
+    i64 q_stride = w.qkv.out, k_stride = w.qkv.out;
+    if (w.q_norm) {
+        rms_norm(q, q_stride, n, heads, d, w.q_norm, w.eps, narrow, pool, tables.q_norm, threads);
+        q = narrow, q_stride = q_width;
+    }
+    T* const keys = turned + n * q_width;
+    if (w.k_norm) {
+        rms_norm(k, k_stride, n, kv_heads, d, w.k_norm, w.eps, normed, pool, tables.k_norm, threads);
+        k = normed, k_stride = kv_width;
+    }
+    rope(q, q_stride, n, heads, d, step.cos, step.sin, turned, threads);
+    rope(k, k_stride, n, kv_heads, d, step.cos, step.sin, keys, threads);
+    write_kv(pool, layout.num_layers * share, layout.block_tokens, keys, kv_width, v, w.qkv.out, kv_width, step.slots,
+             n, threads);
+    paged_attention(turned, q_width, narrow, heads, step.pool, layout, index, *step.meta, w.scale, threads);
+    linear(narrow, q_width, n, w.o, normed, threads);
+    add_lora(narrow, q_width, normed, hidden, tables.o, step, pool, threads);
+    add(x, normed, n * hidden, threads);
+
+    rms_norm(x, hidden, n, 1, hidden, w.mlp_norm, w.eps, normed, pool, tables.mlp_norm, threads);
+    linear(normed, hidden, n, w.gate_up, wide, threads);
+    add_lora(normed, hidden, wide, w.gate_up.out, tables.gate_up, step, pool, threads);
+    silu_mul(wide, w.gate_up.out, n, middle, turned, threads);
+    linear(turned, middle, n, w.down, normed, threads);
+    add_lora(turned, middle, normed, hidden, tables.down, step, pool, threads);
+    add(x, normed, n * hidden, threads);
+}
+
+}  // namespace LORAY_NAMESPACE
+
+using namespace LORAY_NAMESPACE;
+
+#define LORAY_LAYER(type, suffix)                                                                                  \
+    LORAY_ENTRY(layer_##suffix##_)                                                                                 \
+    (type * x, const LayerWeights<type>* weights, const LayerTables* tables, const StepInputs<type>* step,         \
+     i64 index, int threads) {                                                                                     \
+        layer(x, *weights, *tables, *step, index, threads);                                                        \
+    }
+
+LORAY_LAYER(bf16, bf16)
+LORAY_LAYER(float, fp32)

@@ -1,0 +1,154 @@
+"""The CUDA C++ kernels: gathers for decode, and rows that move. Shapes and equations are in csrc/cuda and `ops.Ops`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loray_kernels.cuda.launch import SUFFIX, Launcher
+from loray_kernels.cuda.tables import Attention, Expand, Items, Rows, Shrink
+from loray_kernels.ops import KvLayout
+
+_SHRINK_WARPS, _EXPAND_THREADS, _THREADS = 4, 64, 128  # as in csrc/cuda
+_GROUP = 8
+MAX_HEAD_DIM = 256
+
+
+class Gather:
+    def __init__(self, launch: Launcher) -> None:
+        self._launch = launch
+
+    def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, shrink: Shrink, h_TR: Tensor) -> None:
+        rows = shrink.rows
+        self._launch(
+            f"lora_shrink_{SUFFIX[pool.dtype]}",
+            (items.num, -(-shrink.max_rows // _SHRINK_WARPS), 1),
+            32 * _SHRINK_WARPS,
+            (
+                x_TI.data_ptr(),
+                x_TI.stride(0),
+                pool.data_ptr(),
+                items.data.data_ptr(),
+                shrink.row_start_N1.data_ptr(),
+                rows.offsets.data_ptr(),
+                rows.num,
+                rows.segments.data_ptr(),
+                rows.num_segments,
+                shrink.h_column_R.data_ptr(),
+                h_TR.data_ptr(),
+                h_TR.stride(0),
+            ),
+        )
+
+    def expand(self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, items: Items, expand: Expand) -> None:
+        y = [*outputs, *outputs[:1] * 2][:3]
+        self._launch(
+            f"lora_expand_{SUFFIX[pool.dtype]}",
+            (items.num, expand.num_tiles, 1),
+            _EXPAND_THREADS,
+            (
+                *(t.data_ptr() for t in y),
+                *(t.stride(0) for t in y),
+                h_TR.data_ptr(),
+                h_TR.stride(0),
+                pool.data_ptr(),
+                items.data.data_ptr(),
+                expand.tiles.data_ptr(),
+                expand.offsets.data_ptr(),
+                expand.rank_start_MN1.data_ptr(),
+                expand.num_adapters,
+                expand.scale_MN.data_ptr(),
+                expand.h_column_M.data_ptr(),
+            ),
+        )
+
+    def attention(
+        self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: Attention, scale: float
+    ) -> None:
+        """For sequences with one query; `pool` from the layer's share on."""
+        kind, num_heads, num_kv, d = SUFFIX[pool.dtype], q_THd.shape[1], layout.num_kv_heads, layout.head_dim
+        group = num_heads // num_kv
+        splits, items = max(1, tables.max_splits), tables.decoded
+        partial = torch.empty(items.num * splits * num_heads * (d + 2) if splits > 1 else 0, device=pool.device)
+        self._launch(
+            f"attention_decode_{kind}",
+            (items.num, num_kv * -(-group // _GROUP), splits),
+            _THREADS,
+            (
+                q_THd.data_ptr(),
+                q_THd.stride(0),
+                out_THd.data_ptr(),
+                pool.data_ptr(),
+                layout.num_layers * layout.layer_share,
+                layout.block_tokens,
+                num_kv,
+                d,
+                group,
+                items.data.data_ptr(),
+                tables.context_len.data_ptr(),
+                tables.table_start.data_ptr(),
+                tables.blocks.data_ptr(),
+                np.float32(scale),
+                partial.data_ptr(),
+            ),
+        )
+        if splits > 1:
+            self._launch(
+                f"attention_combine_{kind}",
+                (items.num, num_heads, 1),
+                _THREADS,
+                (
+                    out_THd.data_ptr(),
+                    partial.data_ptr(),
+                    splits,
+                    d,
+                    items.data.data_ptr(),
+                    tables.context_len.data_ptr(),
+                ),
+            )
+
+    def write_kv(self, pool: Tensor, layout: KvLayout, k_TKd: Tensor, v_TKd: Tensor, slots_T: Tensor) -> None:
+        """`pool` from the layer's share on; a negative slot is skipped."""
+        self._launch(
+            f"write_kv_{SUFFIX[pool.dtype]}",
+            (slots_T.shape[0], 1, 1),
+            _THREADS,
+            (
+                pool.data_ptr(),
+                layout.num_layers * layout.layer_share,
+                layout.block_tokens,
+                layout.num_kv_heads * layout.head_dim,
+                k_TKd.data_ptr(),
+                k_TKd.stride(0),
+                v_TKd.data_ptr(),
+                v_TKd.stride(0),
+                slots_T.data_ptr(),
+            ),
+        )
+
+    def take_rows(self, y_TD: Tensor, tokens_N: Tensor, pool: Tensor, rows: Rows) -> None:
+        """y[tokens[n]] = row n."""
+        self._launch(
+            f"take_rows_{SUFFIX[pool.dtype]}",
+            (rows.num, rows.num_segments, 1),
+            _THREADS,
+            (
+                y_TD.data_ptr(),
+                y_TD.stride(0),
+                tokens_N.data_ptr(),
+                pool.data_ptr(),
+                rows.offsets.data_ptr(),
+                rows.num,
+                rows.segments.data_ptr(),
+            ),
+        )
+
+    def place_pages(self, pool: Tensor, pages: Tensor, pieces_P3: Tensor) -> None:
+        """pool[to : to + length] = pages[from : from + length] for each piece (from, to, length)."""
+        self._launch(
+            f"place_pages_{SUFFIX[pool.dtype]}",
+            (pieces_P3.shape[0], 1, 1),
+            _THREADS,
+            (pool.data_ptr(), pages.data_ptr(), pieces_P3.data_ptr()),
+        )

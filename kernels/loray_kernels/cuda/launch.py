@@ -1,0 +1,56 @@
+"""Launching the CUDA C++ kernels: by CuPy, on torch's current stream.
+
+A launcher is a seam: tests put one in that runs the same kernels on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from loray_kernels.build import BackendUnavailable
+from loray_kernels.cuda.nvrtc import FILES, cubin
+
+Argument = int | np.float32
+SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class Launcher(Protocol):
+    def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
+        """Queue a kernel. Integers are 64 bits wide, addresses among them; whoever calls keeps what they point to."""
+        ...
+
+
+class _Stream(NamedTuple):
+    ptr: int
+
+
+class CupyLauncher:
+    """BackendUnavailable without CuPy, NVRTC or a device that it can see."""
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            import cupy
+        except ImportError as e:
+            raise BackendUnavailable(f"the cuda kernels need CuPy: pip install 'loray[cuda]' ({e})") from e
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        major, minor = torch.cuda.get_device_capability(self._device)
+        self._kernels: dict[str, Any] = {}
+        with cupy.cuda.Device(self._device):
+            self._modules = {name: cupy.RawModule(path=str(cubin(name, f"sm_{major}{minor}"))) for name in FILES}
+
+    def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
+        function = self._kernels.get(kernel)
+        if function is None:
+            function = self._kernels[kernel] = self._modules[file_of(kernel)].get_function(kernel)
+        stream = _Stream(torch.cuda.current_stream(self._device).cuda_stream)
+        function(grid, (threads, 1, 1), tuple(arguments), stream=stream)
+
+
+def file_of(kernel: str) -> str:
+    """The source of a kernel: that of its first word, or rows.cu."""
+    name = f"{kernel.partition('_')[0]}.cu"
+    return name if name in FILES else "rows.cu"

@@ -1,0 +1,98 @@
+"""Compiles csrc/cuda/*.cu to machine code with NVRTC, by itself: no GPU, no toolkit, no headers.
+
+NVRTC is a shared library: that of the wheel nvidia-cuda-nvrtc (which torch's CUDA build brings along), or a toolkit's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import hashlib
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from loray_kernels.build import BackendUnavailable, cache_folder
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+FILES = ("attention.cu", "lora.cu", "rows.cu")
+_OPTIONS = ("--std=c++17", "--ptxas-options=-v", f"--include-path={SOURCES}")
+
+
+class Compiled(NamedTuple):
+    """Machine code, and what the compiler said of each kernel: registers, shared memory, spills."""
+
+    cubin: bytes
+    log: str
+
+
+def compile_source(name: str, arch: str) -> Compiled:
+    """`arch` like "sm_90". BackendUnavailable without NVRTC, or with what it says of the source."""
+    nvrtc = _library()
+    program = ctypes.c_void_p()
+    source = (SOURCES / name).read_bytes()
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), 0, None, None), name)
+    try:
+        options = [option.encode() for option in (*_OPTIONS, f"--gpu-architecture={arch}")]
+        status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
+        if status:
+            raise BackendUnavailable(f"NVRTC cannot compile {name} for {arch}:\n{log}")
+        return Compiled(_read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def cubin(name: str, arch: str) -> Path:
+    """The machine code of a source as a file in the user's cache folder, compiled unless it is there."""
+    digest = hashlib.sha256(f"{version()} {arch} {_OPTIONS}".encode())
+    for path in (SOURCES / "device.cuh", SOURCES / name):
+        digest.update(path.read_bytes())
+    path = cache_folder() / f"{Path(name).stem}-{arch}-{digest.hexdigest()[:16]}.cubin"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(f".{os.getpid()}")
+        whole.write_bytes(compile_source(name, arch).cubin)
+        whole.replace(path)
+    return path
+
+
+def version() -> tuple[int, int]:
+    """Of NVRTC. BackendUnavailable without it."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "its version")
+    return major.value, minor.value
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    tried = [*_wheels(), ctypes.util.find_library("nvrtc")]
+    for name in filter(None, tried):
+        try:
+            return ctypes.CDLL(str(name))
+        except OSError:
+            continue
+    raise BackendUnavailable("the cuda kernels need NVRTC: pip install nvidia-cuda-nvrtc, or install the CUDA toolkit")
+
+
+def _wheels() -> list[Path]:
+    """NVIDIA's wheels put libraries below the namespace package `nvidia`."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec is not None else None
+    found = [p for folder in folders or () for p in Path(folder).glob("*/lib/libnvrtc.so.*")]
+    return sorted(found, reverse=True)
+
+
+def _read(get_size: ctypes._NamedFuncPointer, get: ctypes._NamedFuncPointer, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    _check(get_size(program, ctypes.byref(size)), "a result's size")
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(get(program, buffer), "a result")
+    return buffer.raw
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        raise BackendUnavailable(f"NVRTC failed with status {status} at {what}")

@@ -1,0 +1,191 @@
+"""The op set on an NVIDIA GPU: gathers in CUDA C++ for few tokens of an adapter, Triton tiles for many, cuBLAS linears.
+
+Which path an adapter's tokens take is settled by their number in the step (`tables.GATHER_BELOW`), adapter by adapter:
+a mixed batch is two launches over disjoint tokens. Attention splits in the same way, into sequences with one query and
+those with several. Both paths keep the r-wide intermediate in fp32, but add in different orders, so an adapter's
+results may differ in the last bits between a step in which it has few tokens and one in which it has many; those of
+the base and of other adapters do not.
+
+Mixed dtypes, and heads whose width is no multiple of 8 or above 256, go to the reference, call by call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather
+from loray_kernels.cuda.launch import SUFFIX
+from loray_kernels.cuda.tables import (
+    MAX_MODULES,
+    pack_attention,
+    pack_expand,
+    pack_rows,
+    pack_shrink,
+    pack_spans,
+    pack_token_rows,
+)
+from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, Segments, TokenRows, VeraTable
+from loray_kernels.reference import ReferenceOps
+
+if TYPE_CHECKING:  # it imports Triton, which a test of the gathers does without
+    from loray_kernels.cuda.tiles import Tiles
+
+
+class CudaOps(ReferenceOps):
+    """`linear` and `logits` are the reference's: torch's, which is cuBLAS here."""
+
+    def __init__(self, gather: Gather, tiles: Tiles) -> None:
+        self._gather, self._tiles = gather, tiles
+
+    def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
+        if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:
+            return super().silu_mul(gate_up_TM)
+        y_TM = gate_up_TM.new_empty(gate_up_TM.shape[0], gate_up_TM.shape[1] // 2)
+        self._tiles.silu_mul(gate_up_TM, y_TM)
+        return y_TM
+
+    def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
+        if own is None or not _one_dtype(pool, table_VD):
+            return super().embed(table_VD, token_ids_T, pool, own)
+        x_TD = F.embedding(token_ids_T, table_VD)
+        rows = pack_rows(own.rows)
+        assert rows.width == x_TD.shape[1]
+        assert rows.num == own.tokens_N.shape[0]
+        self._gather.take_rows(x_TD, own.tokens_N.contiguous(), pool, rows)
+        return x_TD
+
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
+    ) -> Tensor:
+        if not _one_dtype(pool, x_TD, weight_D):
+            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
+        x_TD = _token_rows(x_TD)
+        y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+        rows = None
+        if own is not None:
+            rows = (pack_token_rows(own, x_TD.shape[0]), pack_rows(own.rows))
+            assert rows[1].width == x_TD.shape[-1]
+        self._tiles.rms_norm(x_TD, weight_D.contiguous(), eps, y_TD, pool[layer_offset:], rows)
+        return y_TD
+
+    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+        if not _one_dtype(x_THd, cos_Td, sin_Td):
+            return super().rope(x_THd, cos_Td, sin_Td)
+        x_THd = _token_rows(x_THd)
+        y_THd = torch.empty_like(x_THd, memory_format=torch.contiguous_format)
+        self._tiles.rope(x_THd, cos_Td.contiguous(), sin_Td.contiguous(), y_THd)
+        return y_THd
+
+    def write_kv(
+        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
+    ) -> None:
+        if not _one_dtype(pool, k_TKd, v_TKd):
+            super().write_kv(pool, layout, layer, k_TKd, v_TKd, meta)
+            return
+        k_TKd, v_TKd, slots_T = _token_rows(k_TKd), _token_rows(v_TKd), meta.slots_T.contiguous()
+        assert k_TKd.shape == v_TKd.shape == (slots_T.shape[0], layout.num_kv_heads, layout.head_dim)
+        self._gather.write_kv(pool[layer * layout.layer_share :], layout, k_TKd, v_TKd, slots_T)
+
+    def paged_attention(
+        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+    ) -> Tensor:
+        d = layout.head_dim
+        if not _one_dtype(pool, q_THd) or d % 8 or d > MAX_HEAD_DIM:
+            return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
+        q_THd = _token_rows(q_THd)
+        assert q_THd.shape[1] % layout.num_kv_heads == 0
+        assert q_THd.shape[2] == d
+        out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
+        packed, cache = pack_attention(meta, layout), pool[layer * layout.layer_share :]
+        if packed.decoded.num:
+            self._gather.attention(q_THd, out_THd, cache, layout, packed, scale)
+        if packed.prefilled.num:
+            self._tiles.attention(q_THd, out_THd, cache, layout, packed, scale)
+        return out_THd
+
+    def lora_shrink(
+        self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
+    ) -> tuple[Tensor, ...]:
+        if not _one_dtype(pool, x_TI):
+            return super().lora_shrink(x_TI, pool, tables, segments, layer_offset)
+        x_TI, spans, packed = _token_rows(x_TI), pack_spans(segments, x_TI.device), pack_shrink(tables)
+        assert packed.rows.width == x_TI.shape[1]
+        assert spans.last_token <= x_TI.shape[0]
+        # Zeros where an adapter has fewer rows than the largest, or a token none: as in the reference.
+        h_TR = torch.zeros(x_TI.shape[0], sum(packed.widths), device=x_TI.device)
+        if packed.max_rows:
+            layer = pool[layer_offset:]
+            if spans.gathered.num:
+                self._gather.shrink(x_TI, layer, spans.gathered, packed, h_TR)
+            if spans.tiled.num:
+                self._tiles.shrink(x_TI, layer, spans.tiled, packed, h_TR)
+        return torch.split(h_TR, list(packed.widths), dim=1)
+
+    def lora_expand(
+        self,
+        outputs: tuple[Tensor, ...],
+        h: tuple[Tensor, ...],
+        pool: Tensor,
+        tables: tuple[LoraTable, ...],
+        segments: Segments,
+        layer_offset: int,
+    ) -> None:
+        if not _one_dtype(pool, *outputs) or any(y.stride(1) != 1 for y in outputs):
+            super().lora_expand(outputs, h, pool, tables, segments, layer_offset)
+            return
+        assert len(tables) <= MAX_MODULES
+        spans, packed = pack_spans(segments, pool.device), pack_expand(tables)
+        h_TR = _side_by_side([t[:, :rank] for t, rank in zip(h, packed.ranks, strict=True)])
+        assert packed.widths == tuple(y.shape[1] for y in outputs)
+        assert all(y.shape[0] == h_TR.shape[0] >= spans.last_token for y in outputs)
+        if h_TR.shape[1]:
+            layer = pool[layer_offset:]
+            if spans.gathered.num:
+                self._gather.expand(outputs, h_TR, layer, spans.gathered, packed)
+            if spans.tiled.num:
+                self._tiles.expand(outputs, h_TR, layer, spans.tiled, packed)
+
+    def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:
+        if not _one_dtype(a_RI, x_TI) or a_RI.stride(1) != 1:
+            return super().vera_shrink(x_TI, a_RI)
+        z_TR = torch.empty(x_TI.shape[0], a_RI.shape[0], device=x_TI.device)
+        self._tiles.dense_shrink(_token_rows(x_TI), a_RI, z_TR)
+        return z_TR
+
+    def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
+        if not _one_dtype(pool, y_TO, table.b_OR) or y_TO.stride(1) != 1 or table.b_OR.stride(1) != 1:
+            super().vera_expand(y_TO, z_TR, pool, table, layer_offset)
+            return
+        d, b = pack_rows(table.d), pack_rows(table.b)
+        assert d.width == z_TR.shape[1] == table.b_OR.shape[1]
+        assert b.width == y_TO.shape[1] <= table.b_OR.shape[0]
+        assert d.num == b.num == z_TR.shape[0] == table.stop - table.start
+        y_TO = y_TO[table.start : table.stop]
+        self._tiles.vera_expand(y_TO, _token_rows(z_TR), table.b_OR, pool[layer_offset:], d, b)
+
+
+def _one_dtype(first: Tensor, *others: Tensor) -> bool:
+    return first.dtype in SUFFIX and all(other.dtype == first.dtype for other in others)
+
+
+def _token_rows(x: Tensor) -> Tensor:
+    """`x` or a copy, so that the elements of a token stand side by side; tokens may be any stride apart."""
+    if x.is_contiguous() or (x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])):
+        return x
+    return x.contiguous()
+
+
+def _side_by_side(h: Sequence[Tensor]) -> Tensor:
+    """The modules' intermediates as columns of one matrix: what `lora_shrink` gave, or a copy of what became of it."""
+    first, width = h[0], sum(t.shape[1] for t in h)
+    at = first.data_ptr()
+    for h_TR in h:
+        if h_TR.data_ptr() != at or h_TR.stride() != (first.stride(0), 1) or h_TR.dtype is not torch.float32:
+            return torch.cat([t.float() for t in h], dim=1)
+        at += h_TR.shape[1] * h_TR.element_size()
+    return first.as_strided((first.shape[0], width), first.stride())

@@ -1,0 +1,269 @@
+"""A step's tables as tensors on the device, made once and kept in the tables' `memo`.
+
+Everything is int64 (scales are fp32). What comes from the host goes up in one copy for each table.
+Shapes: S sequences, N adapters, M modules of one input, R rows of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, RowTables, Segments, TokenRows
+
+# An adapter with fewer tokens in the step is gathered, GATHER_TOKENS at a time; others go through in tiles.
+GATHER_BELOW = 16
+GATHER_TOKENS = 4
+TILE_TOKENS = 32
+TILE_COLUMNS = 128
+TILE_QUERIES = 64
+SPLIT = 256  # positions of a decoding sequence that one block reads; as in attention.cu
+MAX_MODULES = 3  # outputs of one expand launch
+
+
+Packed = TypeVar("Packed")
+
+
+class Rows(NamedTuple):
+    """offsets: segment by segment, `num` each; segments: (first column, columns) of each."""
+
+    offsets: Tensor
+    segments: Tensor
+    num_segments: int
+    num: int
+    width: int
+
+
+class Items(NamedTuple):
+    """(adapter, first token, tokens), `num` of them."""
+
+    data: Tensor
+    num: int
+
+
+class Spans(NamedTuple):
+    gathered: Items
+    tiled: Items
+    last_token: int
+
+
+class Shrink(NamedTuple):
+    """Rows of A of every module of an input, ordered by adapter, then module; h has a column for each.
+
+    row_start_N1 delimits the adapters, h_column_R is a row's column, widths the columns of each module.
+    """
+
+    rows: Rows
+    row_start_N1: Tensor
+    h_column_R: Tensor
+    max_rows: int
+    widths: tuple[int, ...]
+
+
+class Expand(NamedTuple):
+    """See lora.cu. `offsets`: rows of B, module by module, segment by segment; `ranks`: each module's largest."""
+
+    offsets: Tensor
+    tiles: Tensor
+    rank_start_MN1: Tensor
+    h_column_M: Tensor
+    scale_MN: Tensor
+    num_tiles: int
+    num_adapters: int
+    widths: tuple[int, ...]
+    ranks: tuple[int, ...]
+    multiple_of_8: bool
+
+
+class Attention(NamedTuple):
+    """`decoded`: (sequence, token) with one query; `prefilled`: (sequence, first query of a tile)."""
+
+    query_start: Tensor
+    context_len: Tensor
+    table_start: Tensor
+    blocks: Tensor
+    decoded: Items
+    prefilled: Items
+    max_splits: int
+
+
+def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
+    """Each list as an int64 tensor of its own; one copy for all."""
+    flat = torch.tensor([v for values in lists for v in values], dtype=torch.int64)
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    return torch.split(flat, [len(values) for values in lists])
+
+
+def pack_rows(rows: RowTables) -> Rows:
+    packed: Rows | None = rows.memo.get("cuda")
+    if packed is None:
+        offsets = [o for _, _, o in rows.segments]
+        num = offsets[0].shape[0]
+        width = 0
+        for column, columns, offsets_R in rows.segments:
+            assert column == width
+            assert offsets_R.shape[0] == num
+            width += columns
+        (segments,) = upload(offsets[0].device, [v for column, columns, _ in rows.segments for v in (column, columns)])
+        packed = rows.memo["cuda"] = Rows(_joined(offsets), segments, len(offsets), num, width)
+    return packed
+
+
+def pack_token_rows(own: TokenRows, num_tokens: int) -> Tensor:
+    """The row of each token in `own.rows`, −1 for those without."""
+    index_T: Tensor | None = own.rows.memo.get("cuda tokens")
+    if index_T is None:
+        num = own.tokens_N.shape[0]
+        index_T = torch.full((num_tokens,), -1, dtype=torch.int64, device=own.tokens_N.device)
+        index_T[own.tokens_N] = torch.arange(num, device=index_T.device)
+        own.rows.memo["cuda tokens"] = index_T
+    assert index_T.shape[0] == num_tokens
+    return index_T
+
+
+def pack_spans(segments: Segments, device: torch.device) -> Spans:
+    packed: Spans | None = segments.memo.get("cuda")
+    if packed is None:
+        gathered: list[int] = []
+        tiled: list[int] = []
+        for n, (start, stop) in enumerate(zip(segments.start, segments.stop, strict=True)):
+            few = stop - start < GATHER_BELOW
+            items, step = (gathered, GATHER_TOKENS) if few else (tiled, TILE_TOKENS)
+            for first in range(start, stop, step):
+                items += (n, first, min(step, stop - first))
+        gathered_data, tiled_data = upload(device, gathered, tiled)
+        packed = segments.memo["cuda"] = Spans(
+            Items(gathered_data, len(gathered) // 3),
+            Items(tiled_data, len(tiled) // 3),
+            max(segments.stop, default=0),
+        )
+    return packed
+
+
+def pack_shrink(tables: tuple[LoraTable, ...]) -> Shrink:
+    return _of_group("cuda shrink", tables, _shrink)
+
+
+def pack_expand(tables: tuple[LoraTable, ...]) -> Expand:
+    return _of_group("cuda expand", tables, _expand)
+
+
+def _of_group(name: str, tables: tuple[LoraTable, ...], make: Callable[[tuple[LoraTable, ...]], Packed]) -> Packed:
+    """What `make` makes of the tables of one input, kept with the first. The others are kept too: ids are the key."""
+    groups: dict[tuple[int, ...], tuple[tuple[LoraTable, ...], Packed]] = tables[0].memo.setdefault(name, {})
+    key = tuple(id(t) for t in tables)
+    if key not in groups:
+        groups[key] = (tables[1:], make(tables))
+    return groups[key][1]
+
+
+def _shrink(tables: tuple[LoraTable, ...]) -> Shrink:
+    device = tables[0].a.segments[0][2].device
+    widths = tuple(_largest(table) for table in tables)
+    # Where each module's rows begin, in the tables side by side and in h.
+    base, h_base = [0], [0]
+    for table, width in zip(tables, widths, strict=True):
+        assert len(table.rank_start) == len(tables[0].rank_start)
+        base.append(base[-1] + table.a.segments[0][2].shape[0])
+        h_base.append(h_base[-1] + width)
+    order: list[int] = []
+    h_column: list[int] = []
+    row_start = [0]
+    for n in range(len(tables[0].scale)):
+        for m, table in enumerate(tables):
+            first, last = table.rank_start[n], table.rank_start[n + 1]
+            order += range(base[m] + first, base[m] + last)
+            h_column += range(h_base[m], h_base[m] + last - first)
+        row_start.append(len(order))
+    layout = [(column, width) for column, width, _ in tables[0].a.segments]
+    for table in tables:
+        assert [(column, width) for column, width, _ in table.a.segments] == layout
+    order_R, h_column_R, row_start_N1, segments = upload(
+        device, order, h_column, row_start, [v for pair in layout for v in pair]
+    )
+    offsets = [_joined([t.a.segments[s][2] for t in tables])[order_R] for s in range(len(layout))]
+    rows = Rows(_joined(offsets), segments, len(layout), len(order), sum(width for _, width in layout))
+    most = max((stop - start for start, stop in pairwise(row_start)), default=0)
+    return Shrink(rows, row_start_N1, h_column_R, most, widths)
+
+
+def _expand(tables: tuple[LoraTable, ...]) -> Expand:
+    device = tables[0].b.segments[0][2].device
+    tiles: list[int] = []
+    offsets: list[Tensor] = []
+    rank_start: list[int] = []
+    ranks = tuple(_largest(table) for table in tables)
+    start = 0
+    for m, table in enumerate(tables):
+        for column, width, offsets_R in table.b.segments:
+            for first in range(0, width, TILE_COLUMNS):
+                tiles += (m, start, first, column + first, min(TILE_COLUMNS, width - first))
+            offsets.append(offsets_R)
+            start += offsets_R.shape[0]
+        rank_start += table.rank_start
+    h_column = [sum(ranks[:m]) for m in range(len(ranks))]
+    tiles_C5, rank_start_MN1, h_column_M = upload(device, tiles, rank_start, h_column)
+    scale_MN = torch.tensor([table.scale for table in tables], dtype=torch.float32)
+    if device.type == "cuda":
+        scale_MN = scale_MN.pin_memory().to(device, non_blocking=True)
+    widths = tuple(sum(width for _, width, _ in table.b.segments) for table in tables)
+    even = all(width % 8 == 0 for table in tables for _, width, _ in table.b.segments)
+    return Expand(
+        _joined(offsets),
+        tiles_C5,
+        rank_start_MN1,
+        h_column_M,
+        scale_MN,
+        len(tiles) // 5,
+        len(tables[0].scale),
+        widths,
+        ranks,
+        even,
+    )
+
+
+def pack_attention(meta: AttentionMeta, layout: KvLayout) -> Attention:
+    packed: Attention | None = meta.memo.get("cuda")
+    if packed is None:
+        device = meta.slots_T.device
+        decoded: list[int] = []
+        prefilled: list[int] = []
+        lengths = [t.shape[0] for t in meta.block_table]
+        longest = 0
+        for i, (start, stop) in enumerate(pairwise(meta.query_start)):
+            context = meta.context_len[i]
+            assert lengths[i] * layout.block_tokens >= context
+            if stop - start == 1:
+                decoded += (i, start)
+                longest = max(longest, context)
+            else:
+                for first in range(0, stop - start, TILE_QUERIES):
+                    prefilled += (i, first)
+        table_start = [sum(lengths[:i]) for i in range(len(lengths))]
+        query, context_len, tables, decoded_data, prefilled_data = upload(
+            device, meta.query_start, meta.context_len, table_start, decoded, prefilled
+        )
+        packed = meta.memo["cuda"] = Attention(
+            query,
+            context_len,
+            tables,
+            _joined(list(meta.block_table)),
+            Items(decoded_data, len(decoded) // 2),
+            Items(prefilled_data, len(prefilled) // 2),
+            -(-longest // SPLIT),
+        )
+    return packed
+
+
+def _largest(table: LoraTable) -> int:
+    """Rank."""
+    return max((stop - start for start, stop in pairwise(table.rank_start)), default=0)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) != 1 else parts[0].contiguous()

@@ -1,0 +1,196 @@
+"""Launches of the Triton kernels: tiles of many tokens. Shapes and equations are in triton_*.py and `ops.Ops`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from loray_kernels.cuda import triton_attention, triton_lora, triton_rows
+from loray_kernels.cuda.tables import (
+    TILE_COLUMNS,
+    TILE_QUERIES,
+    TILE_TOKENS,
+    Attention,
+    Expand,
+    Items,
+    Rows,
+    Shrink,
+    upload,
+)
+from loray_kernels.ops import KvLayout
+
+# Chosen by what compiles without spilling registers (`compile`), not by time: no GPU has run them yet.
+SHRINK_ROWS, SHRINK_COLUMNS = 64, 32
+EXPAND_ROWS = 16
+VERA_ROWS, VERA_COLUMNS = 16, 64
+
+
+class Tiles:
+    def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, table: Shrink, h_TR: Tensor) -> None:
+        rows = table.rows
+        block_r = min(SHRINK_ROWS, max(16, _power_of_2(table.max_rows)))
+        triton_lora.lora_shrink[(items.num, -(-table.max_rows // block_r))](
+            x_TI,
+            x_TI.stride(0),
+            pool,
+            items.data,
+            table.row_start_N1,
+            rows.offsets,
+            rows.num,
+            rows.segments,
+            rows.num_segments,
+            table.h_column_R,
+            h_TR,
+            h_TR.stride(0),
+            BLOCK_T=TILE_TOKENS,
+            BLOCK_R=block_r,
+            BLOCK_K=SHRINK_COLUMNS,
+        )
+
+    def expand(self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, items: Items, table: Expand) -> None:
+        y = [*outputs, *outputs[:1] * 2][:3]
+        even = table.multiple_of_8 and all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in outputs)
+        triton_lora.lora_expand[(items.num, table.num_tiles)](
+            *y,
+            *(t.stride(0) for t in y),
+            h_TR,
+            h_TR.stride(0),
+            pool,
+            items.data,
+            table.tiles,
+            table.offsets,
+            table.rank_start_MN1,
+            table.num_adapters,
+            table.scale_MN,
+            table.h_column_M,
+            VECTOR_Y=even,
+            BLOCK_T=TILE_TOKENS,
+            BLOCK_R=EXPAND_ROWS,
+            BLOCK_O=TILE_COLUMNS,
+        )
+
+    def dense_shrink(self, x_TI: Tensor, a_RI: Tensor, h_TR: Tensor) -> None:
+        """h = A[:, :I] x: `shrink` with the rows of a matrix."""
+        (num_tokens, width), rank = x_TI.shape, a_RI.shape[0]
+        items, table = _dense(num_tokens, width, rank, a_RI.stride(0), x_TI.device)
+        self.shrink(x_TI, a_RI, items, table, h_TR)
+
+    def vera_expand(self, y_TO: Tensor, z_TR: Tensor, b_OR: Tensor, pool: Tensor, d: Rows, b: Rows) -> None:
+        """y += b ⊙ (B (d ⊙ z)) for tokens with a row of d and b each."""
+        num_tokens, width = y_TO.shape
+        triton_lora.vera_expand[(-(-num_tokens // TILE_TOKENS), -(-width // VERA_COLUMNS))](
+            y_TO,
+            y_TO.stride(0),
+            z_TR,
+            z_TR.stride(0),
+            num_tokens,
+            width,
+            b_OR,
+            b_OR.stride(0),
+            pool,
+            d.offsets,
+            d.segments,
+            d.num_segments,
+            b.offsets,
+            b.segments,
+            b.num_segments,
+            BLOCK_T=TILE_TOKENS,
+            BLOCK_R=VERA_ROWS,
+            BLOCK_O=VERA_COLUMNS,
+        )
+
+    def attention(
+        self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: Attention, scale: float
+    ) -> None:
+        """For sequences with several queries; `pool` from the layer's share on."""
+        num_heads, d = q_THd.shape[1], layout.head_dim
+        triton_attention.attention_prefill[(tables.prefilled.num, num_heads)](
+            q_THd,
+            q_THd.stride(0),
+            out_THd,
+            pool,
+            layout.num_layers * layout.layer_share,
+            tables.prefilled.data,
+            tables.query_start,
+            tables.context_len,
+            tables.table_start,
+            tables.blocks,
+            scale,
+            BLOCK_TOKENS=layout.block_tokens,
+            NUM_KV_HEADS=layout.num_kv_heads,
+            HEAD_DIM=d,
+            GROUP=num_heads // layout.num_kv_heads,
+            BLOCK_Q=TILE_QUERIES,
+            BLOCK_K=keys_at_once(d),
+            BLOCK_D=max(16, _power_of_2(d)),
+            num_stages=3 if pool.element_size() == 2 else 1,  # shared memory
+        )
+
+    def rms_norm(
+        self, x_TD: Tensor, weight_D: Tensor, eps: float, y_TD: Tensor, pool: Tensor, own: tuple[Tensor, Rows] | None
+    ) -> None:
+        """`own`: for each token its row, or −1; and the rows. `pool` from the layer's share on."""
+        num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
+        width = x_TD.shape[-1]
+        own_row, rows = own if own is not None else (x_TD, Rows(x_TD, x_TD, 0, 0, width))  # not read without rows
+        triton_rows.rms_norm[(x_TD.shape[0] * num_heads,)](
+            x_TD,
+            x_TD.stride(0),
+            weight_D,
+            y_TD,
+            num_heads,
+            width,
+            eps,
+            own_row,
+            pool,
+            rows.offsets,
+            rows.num,
+            rows.segments,
+            rows.num_segments,
+            OWN=own is not None,
+            BLOCK_D=_power_of_2(width),
+            num_warps=4 if width <= 4096 else 8,
+        )
+
+    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor, y_THd: Tensor) -> None:
+        num_tokens, num_heads, d = x_THd.shape
+        block_h = min(8, _power_of_2(num_heads))
+        triton_rows.rope[(num_tokens, -(-num_heads // block_h))](
+            x_THd,
+            x_THd.stride(0),
+            cos_Td,
+            sin_Td,
+            y_THd,
+            num_heads,
+            d // 2,
+            BLOCK_H=block_h,
+            BLOCK_E=_power_of_2(d // 2),
+        )
+
+    def silu_mul(self, gate_up_TM: Tensor, y_TM: Tensor) -> None:
+        num_tokens, width = y_TM.shape
+        block = min(1024, _power_of_2(width))
+        triton_rows.silu_mul[(num_tokens, -(-width // block))](
+            gate_up_TM, gate_up_TM.stride(0), y_TM, width, BLOCK_M=block
+        )
+
+
+@lru_cache(maxsize=64)
+def _dense(num_tokens: int, width: int, rank: int, stride: int, device: torch.device) -> tuple[Items, Shrink]:
+    tiles = [(0, t, min(TILE_TOKENS, num_tokens - t)) for t in range(0, num_tokens, TILE_TOKENS)]
+    items, offsets, columns, start, segment = upload(
+        device, [v for t in tiles for v in t], range(0, rank * stride, stride), range(rank), (0, rank), (0, width)
+    )
+    return Items(items, len(tiles)), Shrink(Rows(offsets, segment, 1, rank, width), start, columns, rank, (rank,))
+
+
+def keys_at_once(head_dim: int) -> int:
+    """Whatever the batch: it settles the order in which attention adds."""
+    return 64 if head_dim <= 64 else 32
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest that is not less than `n`."""
+    return 1 << max(0, n - 1).bit_length()

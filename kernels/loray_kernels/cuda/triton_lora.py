@@ -1,0 +1,208 @@
+"""LoRA and VeRA over tiles of tokens, in Triton (MBGMM).
+
+Row offsets are int64, in elements, for layer 0; `pool` points to the layer's share. A row in several segments of
+columns has an offset in each: `offsets[segment · num_rows + row]`, and `segments[segment]` is (first column, columns).
+
+A product with an fp32 factor is three TF32 products of its halves (tf32x3), about as exact as fp32; 16-bit factors are
+exact in TF32. Loads along a row are vectors where every row of the tile stands on a multiple of 8 elements, else single
+elements; the sums are the same.
+
+Shapes: T tokens, I input width, O output width, R rows of A and B.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot32(a, b, accumulator):
+    """accumulator + a b with fp32 `a`."""
+    return tl.dot(a, b.to(tl.float32), accumulator, input_precision="tf32x3")
+
+
+@triton.jit
+def _shrink_segment(
+    total, x_rows, token_mask, a, at, row_mask, column, width, VECTOR: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """total_TR + x[:, segment] A[:, segment]ᵀ."""
+    if VECTOR:
+        at, column, width = tl.multiple_of(at, 8), tl.multiple_of(column, 8), tl.multiple_of(width, 8)
+    for k in range(0, width, BLOCK_K):
+        columns = k + tl.arange(0, BLOCK_K)
+        inside = columns < width
+        x_TK = tl.load(x_rows + (column + columns)[None, :], mask=token_mask[:, None] & inside[None, :], other=0.0)
+        a_RK = tl.load(a + at[:, None] + columns[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
+        total = tl.dot(x_TK, tl.trans(a_RK), total, input_precision="tf32x3")
+    return total
+
+
+@triton.jit
+def lora_shrink(
+    x,
+    x_stride,
+    pool,
+    items,
+    row_start,
+    offsets,
+    num_rows,
+    segments,
+    num_segments,
+    h_column,
+    h,
+    h_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h[t, h_column[r]] = A[r] · x[t], fp32. An item is (adapter, first token, tokens); an adapter's rows are those of
+    all modules of the input. Grid (items, tiles of the largest number of rows)."""
+    item = items + 3 * tl.program_id(0)
+    adapter = tl.load(item)
+    token = tl.load(item + 1) + tl.arange(0, BLOCK_T)
+    token_mask = tl.arange(0, BLOCK_T) < tl.load(item + 2)
+    first = tl.load(row_start + adapter) + tl.program_id(1) * BLOCK_R
+    last = tl.load(row_start + adapter + 1)
+    if first < last:
+        row = first + tl.arange(0, BLOCK_R)
+        row_mask = row < last
+        total = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        for s in range(num_segments):
+            column = tl.load(segments + 2 * s)
+            width = tl.load(segments + 2 * s + 1)
+            at = tl.load(offsets + s * num_rows + row, mask=row_mask, other=0)
+            x_rows = x + token[:, None] * x_stride
+            if tl.max(at % 8, axis=0) + width % 8 + column % 8 == 0:
+                total = _shrink_segment(total, x_rows, token_mask, pool, at, row_mask, column, width, True, BLOCK_K)
+            else:
+                total = _shrink_segment(total, x_rows, token_mask, pool, at, row_mask, column, width, False, BLOCK_K)
+        to = tl.load(h_column + row, mask=row_mask, other=0)
+        tl.store(h + token[:, None] * h_stride + to[None, :], total, mask=token_mask[:, None] & row_mask[None, :])
+
+
+@triton.jit
+def lora_expand(
+    y0,
+    y1,
+    y2,
+    stride0,
+    stride1,
+    stride2,
+    h,
+    h_stride,
+    pool,
+    items,
+    tiles,
+    offsets,
+    rank_start,
+    num_adapters,
+    scale,
+    h_column,
+    VECTOR_Y: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """y[t, o] += scale · Σ_r h[t, r] B[r, o], rounded once. A tile is (module, where its rows' offsets start, first
+    column in the segment, first column in y, columns). Grid (items, tiles of all modules of the input).
+
+    VECTOR_Y: outputs, their strides and the tiles' columns are multiples of 8 elements.
+    """
+    item = items + 3 * tl.program_id(0)
+    adapter = tl.load(item)
+    token = tl.load(item + 1) + tl.arange(0, BLOCK_T)
+    token_mask = tl.arange(0, BLOCK_T) < tl.load(item + 2)
+    tile = tiles + 5 * tl.program_id(1)
+    module = tl.load(tile)
+    first = tl.load(rank_start + module * (num_adapters + 1) + adapter)
+    rank = tl.load(rank_start + module * (num_adapters + 1) + adapter + 1) - first
+    if rank > 0:
+        at_start = offsets + tl.load(tile + 1) + first
+        from_column = tl.load(tile + 2)
+        num_columns = tl.load(tile + 4)
+        columns = tl.arange(0, BLOCK_O)
+        inside = columns < num_columns
+        h_rows = h + token[:, None] * h_stride + tl.load(h_column + module)
+        total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+        for r in range(0, rank, BLOCK_R):
+            ranks = r + tl.arange(0, BLOCK_R)
+            rank_mask = ranks < rank
+            hidden = tl.load(h_rows + ranks[None, :], mask=token_mask[:, None] & rank_mask[None, :], other=0.0)
+            at = tl.load(at_start + ranks, mask=rank_mask, other=0) + tl.where(rank_mask, from_column, 0)
+            if tl.max(at % 8, axis=0) + num_columns % 8 == 0:
+                vector = tl.multiple_of(at, 8)
+                b_mask = rank_mask[:, None] & (columns < tl.multiple_of(num_columns, 8))[None, :]
+                b = tl.load(pool + vector[:, None] + columns[None, :], mask=b_mask, other=0.0)
+            else:
+                b_mask = rank_mask[:, None] & inside[None, :]
+                b = tl.load(pool + at[:, None] + columns[None, :], mask=b_mask, other=0.0)
+            total = _dot32(hidden, b, total)
+        y, stride = y0, tl.cast(stride0, tl.int64)
+        if module == 1:
+            y, stride = y1, tl.cast(stride1, tl.int64)
+        elif module == 2:
+            y, stride = y2, tl.cast(stride2, tl.int64)
+        y_column = tl.load(tile + 3)
+        if VECTOR_Y:
+            stride, y_column = tl.multiple_of(stride, 8), tl.multiple_of(y_column, 8)
+            inside = columns < tl.multiple_of(num_columns, 8)
+        to = y + token[:, None] * stride + (y_column + columns)[None, :]
+        mask = token_mask[:, None] & inside[None, :]
+        before = tl.load(to, mask=mask, other=0.0).to(tl.float32)
+        after = before + tl.load(scale + module * num_adapters + adapter) * total
+        tl.store(to, after.to(y0.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def vera_expand(
+    y,
+    y_stride,
+    z,
+    z_stride,
+    num_tokens,
+    width,
+    b_matrix,
+    b_stride,
+    pool,
+    d_offsets,
+    d_segments,
+    num_d_segments,
+    b_offsets,
+    b_segments,
+    num_b_segments,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """y[t] += b[t] ⊙ (B (d[t] ⊙ z[t])) with each token's own d and b. Grid (token tiles, column tiles)."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+    token_mask = token < num_tokens
+    column = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    column_mask = column < width
+    total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    for s in range(num_d_segments):
+        start = tl.load(d_segments + 2 * s)
+        length = tl.load(d_segments + 2 * s + 1)
+        at = tl.load(d_offsets + s * num_tokens + token, mask=token_mask, other=0)
+        for r in range(0, length, BLOCK_R):
+            ranks = r + tl.arange(0, BLOCK_R)
+            rank_mask = ranks < length
+            mask = token_mask[:, None] & rank_mask[None, :]
+            d = tl.load(pool + at[:, None] + ranks[None, :], mask=mask, other=0.0).to(tl.float32)
+            hidden = tl.load(z + token[:, None] * z_stride + start + ranks[None, :], mask=mask, other=0.0)
+            b_at = b_matrix + column[None, :].to(tl.int64) * b_stride + start + ranks[:, None]
+            b = tl.load(b_at, mask=rank_mask[:, None] & column_mask[None, :], other=0.0)
+            total = _dot32(hidden * d, b, total)
+    own = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    for s in range(num_b_segments):
+        start = tl.load(b_segments + 2 * s)
+        length = tl.load(b_segments + 2 * s + 1)
+        at = tl.load(b_offsets + s * num_tokens + token, mask=token_mask, other=0)
+        inside = (column >= start) & (column < start + length)
+        mask = token_mask[:, None] & inside[None, :]
+        own += tl.load(pool + at[:, None] + (column - start)[None, :], mask=mask, other=0.0).to(tl.float32)
+    to = y + token[:, None] * y_stride + column[None, :]
+    mask = token_mask[:, None] & column_mask[None, :]
+    before = tl.load(to, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to, (before + total * own).to(y.dtype.element_ty), mask=mask)

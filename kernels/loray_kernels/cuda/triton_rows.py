@@ -1,0 +1,88 @@
+"""Rows of activations, in Triton: norms with a token's own weight, rotary embedding, SwiGLU.
+
+Roundings are where the reference has them. Row offsets are as in `triton_lora`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm(
+    x,
+    x_stride,
+    weight,
+    y,
+    num_heads,
+    width,
+    eps,
+    own_row,
+    pool,
+    offsets,
+    num_rows,
+    segments,
+    num_segments,
+    OWN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """x / rms(x) · weight; a token's `own_row` is −1, or the row that is its weight. Grid (tokens × heads).
+
+    The normalised value is rounded to x's dtype before it meets the weight, as in the reference.
+    """
+    token = (tl.program_id(0) // num_heads).to(tl.int64)
+    head = tl.program_id(0) % num_heads
+    e = tl.arange(0, BLOCK_D)
+    mask = e < width
+    value = tl.load(x + token * x_stride + head * width + e, mask=mask, other=0.0).to(tl.float32)
+    normal = (value * tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)).to(x.dtype.element_ty)
+    w = tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
+    if OWN:
+        row = tl.load(own_row + token)
+        if row >= 0:
+            for s in range(num_segments):
+                start = tl.load(segments + 2 * s)
+                inside = (e >= start) & (e < start + tl.load(segments + 2 * s + 1))
+                at = tl.load(offsets + s * num_rows + row)
+                own = tl.load(pool + at + (e - start), mask=inside, other=0.0).to(tl.float32)
+                w = tl.where(inside, own, w)
+    result = w * normal.to(tl.float32)
+    tl.store(y + tl.program_id(0).to(tl.int64) * width + e, result.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rope(x, x_stride, cos, sin, y, num_heads, half, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr):
+    """x · cos + (−x₂, x₁) · sin, each product rounded as in the reference. Grid (tokens, head tiles)."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    e = tl.arange(0, BLOCK_E)
+    e_mask = e < half
+    mask = (head < num_heads)[:, None] & e_mask[None, :]
+    at = head[:, None] * 2 * half + e[None, :]
+    table = token * 2 * half + e
+    kind = x.dtype.element_ty
+    first = tl.load(x + token * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x + token * x_stride + at + half, mask=mask, other=0.0).to(tl.float32)
+    cos1 = tl.load(cos + table, mask=e_mask, other=0.0).to(tl.float32)[None, :]
+    cos2 = tl.load(cos + table + half, mask=e_mask, other=0.0).to(tl.float32)[None, :]
+    sin1 = tl.load(sin + table, mask=e_mask, other=0.0).to(tl.float32)[None, :]
+    sin2 = tl.load(sin + table + half, mask=e_mask, other=0.0).to(tl.float32)[None, :]
+    to = y + token * num_heads * 2 * half + at
+    left = (first * cos1).to(kind).to(tl.float32) - (second * sin1).to(kind).to(tl.float32)
+    right = (second * cos2).to(kind).to(tl.float32) + (first * sin2).to(kind).to(tl.float32)
+    tl.store(to, left.to(kind), mask=mask)
+    tl.store(to + half, right.to(kind), mask=mask)
+
+
+@triton.jit
+def silu_mul(gate_up, stride, y, width, BLOCK_M: tl.constexpr):
+    """silu(gate) · up, the first factor rounded as in the reference. Grid (tokens, column tiles)."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = column < width
+    kind = y.dtype.element_ty
+    gate = tl.load(gate_up + token * stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + token * stride + width + column, mask=mask, other=0.0).to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    tl.store(y + token * width + column, (activated * up).to(kind), mask=mask)

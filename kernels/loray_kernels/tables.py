@@ -1,0 +1,214 @@
+"""Tables packed for C++: arrays of 64-bit words that csrc's structs (kernels.h, simd.h) read in place.
+
+What is packed of a table is kept in its memo, for as long as the table lives.
+"""
+
+from __future__ import annotations
+
+from array import array
+from functools import cache
+from itertools import accumulate, pairwise
+from struct import pack, unpack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loray_kernels.ops import (
+    AttentionMeta,
+    KvLayout,
+    LayerTables,
+    LayerWeights,
+    LinearWeights,
+    LoraTable,
+    RowTables,
+    Segments,
+    StepInputs,
+    TokenRows,
+)
+
+
+class Packed(NamedTuple):
+    """`address` for C; `keep` holds what it points to. Sizes are checked before C trusts them."""
+
+    address: int
+    keep: tuple[Any, ...]
+    widths: tuple[int, ...]
+    num: int
+
+
+def _words(values: list[int]) -> tuple[int, array[int]]:
+    packed = array("q", values)
+    return packed.buffer_info()[0], packed
+
+
+def pack_rows(rows: RowTables) -> Packed:
+    """widths: (columns); num: rows."""
+    packed: Packed | None = rows.memo.get("cpu")
+    if packed is None:
+        words, keep, width = [len(rows.segments)], [], 0
+        num = rows.segments[0][2].shape[0]
+        for column, columns, offsets_R in rows.segments:
+            offsets_R = offsets_R.contiguous()
+            assert offsets_R.shape[0] == num
+            assert column == width
+            width += columns
+            words += (column, columns, offsets_R.data_ptr())
+            keep.append(offsets_R)
+        address, held = _words(words)
+        packed = rows.memo["cpu"] = Packed(address, (held, *keep), (width,), num)
+    return packed
+
+
+def pack_lora(table: LoraTable) -> Packed:
+    """widths: (in, out, largest rank); num: adapters."""
+    packed: Packed | None = table.memo.get("cpu")
+    if packed is None:
+        a, b, starts = pack_rows(table.a), pack_rows(table.b), table.rank_start
+        rank = max((stop - start for start, stop in pairwise(starts)), default=0)
+        assert starts[-1] <= min(a.num, b.num)
+        start_address, start = _words(list(starts))
+        scale = array("f", table.scale)
+        address, held = _words([a.address, b.address, start_address, scale.buffer_info()[0]])
+        widths = (a.widths[0], b.widths[0], rank)
+        packed = table.memo["cpu"] = Packed(address, (held, a, b, start, scale), widths, len(table.scale))
+    return packed
+
+
+def pack_segments(segments: Segments) -> Packed:
+    """widths: (tokens at least); num: adapters."""
+    packed: Packed | None = segments.memo.get("cpu")
+    if packed is None:
+        (start_address, start), (stop_address, stop) = _words(list(segments.start)), _words(list(segments.stop))
+        address, held = _words([len(start), start_address, stop_address])
+        last = max(segments.stop, default=0)
+        packed = segments.memo["cpu"] = Packed(address, (held, start, stop), (last,), len(start))
+    return packed
+
+
+def pack_meta(meta: AttentionMeta, block_tokens: int) -> Packed:
+    """widths: (tokens); num: sequences."""
+    packed: Packed | None = meta.memo.get("cpu")
+    if packed is None:
+        tables = [t.contiguous() for t in meta.block_table]
+        assert all(t.shape[0] * block_tokens >= c for t, c in zip(tables, meta.context_len, strict=True))
+        (query_address, query), (context_address, context) = (
+            _words(list(meta.query_start)),
+            _words(list(meta.context_len)),
+        )
+        table_address, pointers = _words([t.data_ptr() for t in tables])
+        address, held = _words([len(context), query_address, context_address, table_address])
+        keep = (held, query, context, pointers, *tables)
+        packed = meta.memo["cpu"] = Packed(address, keep, (meta.query_start[-1],), len(context))
+    return packed
+
+
+@cache
+def pack_layout(layout: KvLayout) -> Packed:
+    address, held = _words([layout.num_layers, layout.block_tokens, layout.num_kv_heads, layout.head_dim])
+    return Packed(address, (held,), (), 0)
+
+
+def dense_rows(matrix: Tensor, width: int) -> RowTables:
+    """The rows of a (rows, columns) matrix as a table, cut to `width` columns."""
+    return _dense_rows(matrix.shape[0], matrix.stride(0), width)
+
+
+@cache
+def _dense_rows(num: int, stride: int, width: int) -> RowTables:
+    return RowTables(((0, width, torch.arange(num) * stride),))
+
+
+def pack_matrix(weights: LinearWeights) -> list[int]:
+    """Words of a Matrix."""
+    bias = 0 if weights.bias_O is None else weights.bias_O.data_ptr()
+    return [weights.in_features, weights.out_features, weights.data.data_ptr(), bias]
+
+
+def pack_layer_weights(weights: LayerWeights) -> Packed:
+    """widths: (hidden)."""
+    packed: Packed | None = weights.memo.get("cpu")
+    if packed is None:
+        norms = (weights.attention_norm_D, weights.q_norm_d, weights.k_norm_d, weights.mlp_norm_D)
+        words = [0 if norm is None else norm.data_ptr() for norm in norms]
+        for matrix in (weights.qkv, weights.o, weights.gate_up, weights.down):
+            words += pack_matrix(matrix)
+        words += [weights.num_heads, *unpack("qq", pack("dd", weights.eps, weights.scale))]
+        address, held = _words(words)
+        packed = weights.memo["cpu"] = Packed(address, (held,), (weights.qkv.in_features,), 0)
+    return packed
+
+
+def pack_layer_tables(tables: LayerTables, weights: LayerWeights) -> Packed:
+    """num: adapters of every LoRA table. Column offsets are those of `weights`, alike in every layer."""
+    packed: Packed | None = tables.memo.get("cpu")
+    if packed is None:
+        keep: list[Any] = []
+        words = []
+        for name in ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm"):
+            words += _own_norm(tables.norms.get(name), keep)
+        q_width, kv_width = weights.num_heads * weights.head_dim, weights.num_kv_heads * weights.head_dim
+        hidden, middle = weights.o.out_features, weights.down.in_features
+        inputs = (
+            (weights.qkv.in_features, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}),
+            (weights.o.in_features, {"o_proj": hidden}),
+            (weights.gate_up.in_features, {"gate_proj": middle, "up_proj": middle}),
+            (weights.down.in_features, {"down_proj": hidden}),
+        )
+        for in_features, modules in inputs:
+            words += _group(tables, in_features, modules, keep)
+        address, held = _words(words)
+        counts = {len(t.scale) for t in tables.lora.values()}
+        assert len(counts) <= 1
+        packed = tables.memo["cpu"] = Packed(address, (held, *keep), (), counts.pop() if counts else 0)
+    return packed
+
+
+def _own_norm(own: TokenRows | None, keep: list[Any]) -> list[int]:
+    if own is None:
+        return [0, 0, 0]
+    tokens_N, rows = own.tokens_N.contiguous(), pack_rows(own.rows)
+    keep += (tokens_N, rows)
+    return [tokens_N.shape[0], tokens_N.data_ptr(), rows.address]
+
+
+def _group(tables: LayerTables, in_features: int, modules: dict[str, int], keep: list[Any]) -> list[int]:
+    """Words of a Group: LoRA of the modules of one input, by their widths in the order of their columns."""
+    addresses, columns, ranks = [], [], []
+    for (module, width), column in zip(modules.items(), accumulate(modules.values(), initial=0), strict=False):
+        table = tables.lora.get(module)
+        if table is not None:
+            packed = pack_lora(table)
+            assert packed.widths[:2] == (in_features, width)
+            addresses.append(packed.address)
+            columns.append(column)
+            ranks.append(packed.widths[2])
+    words = [len(addresses)]
+    for values in (addresses, columns, ranks):
+        address, held = _words(values)
+        keep.append(held)
+        words.append(address)
+    return words
+
+
+def pack_step(step: StepInputs) -> Packed:
+    """widths: (tokens); num: adapters."""
+    packed: Packed | None = step.memo.get("cpu")
+    if packed is None:
+        meta, spans = pack_meta(step.attention, step.layout.block_tokens), pack_segments(step.segments)
+        slots_T, cos_Td, sin_Td = (
+            step.attention.slots_T.contiguous(),
+            step.cos_Td.contiguous(),
+            step.sin_Td.contiguous(),
+        )
+        num_tokens = slots_T.shape[0]
+        assert meta.widths == (num_tokens,)
+        assert spans.widths[0] <= num_tokens
+        assert cos_Td.shape == sin_Td.shape == (num_tokens, step.layout.head_dim)
+        layout = pack_layout(step.layout)
+        pointers = (step.pool.data_ptr(), cos_Td.data_ptr(), sin_Td.data_ptr())
+        words = [num_tokens, *pointers, layout.address, meta.address, slots_T.data_ptr(), spans.address]
+        address, held = _words(words)
+        keep = (held, meta, spans, slots_T, cos_Td, sin_Td, layout, step.pool)
+        packed = step.memo["cpu"] = Packed(address, keep, (num_tokens,), spans.num)
+    return packed

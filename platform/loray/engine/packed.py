@@ -1,0 +1,235 @@
+"""An adapter in host memory, as rows in the pool's dtype and in the order in which the pool takes them.
+
+`AdapterShape.demand` asks for rows by width; the rows of one width stand here one after the other, widest first, cut
+into segments as in the pool. So every extent that the allocator gives takes one contiguous stretch of each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
+from loray.engine.arrival import Arrival
+from loray.engine.blocks import Extent, Geometry, Kind
+from loray.engine.rows import AdapterShape, Matrix, columns
+from loray.errors import IntegrityError
+from loray.spec import RopeParameters
+from loray_kernels.memory import huge_pages
+
+_NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
+
+Rows = Mapping[Matrix, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """
+    layered    for each group of the shape, (layers of the group, elements)
+    flat       rows without a layer, (elements,)
+    token_ids  tokens whose embedding rows are the adapter's own, in the order of its flat rows
+    arrival    of one that is still on its way, or was; None where it was whole from the start
+    """
+
+    shape: AdapterShape
+    layered: tuple[Tensor, ...]
+    flat: Tensor
+    token_ids: tuple[int, ...]
+    pair: ProjectionPair | None
+    rope: RopeParameters | None
+    arrival: Arrival | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.layered, self.flat))
+
+
+class Stretch(NamedTuple):
+    """Columns [column, column + width) of a matrix's rows, one after the other from `start` of a layer's elements."""
+
+    column: int
+    width: int
+    start: int
+
+
+class Piece(NamedTuple):
+    """`num_elements` elements of a layer from `start` go to `offset` of the layer's share of `block`."""
+
+    block: int
+    offset: int
+    start: int
+    num_elements: int
+
+
+class RowOrder(NamedTuple):
+    """Where each matrix stands, and the first element and number of the rows of each width."""
+
+    stretches: Mapping[Matrix, tuple[Stretch, ...]]
+    widths: Mapping[int, tuple[int, int]]
+    num_elements: int
+
+    def pieces(self, extents: Iterable[Extent], kind: Kind) -> Iterator[Piece]:
+        """What of a layer's elements goes to which extent."""
+        used: Counter[int] = Counter()
+        for e in extents:
+            if e.kind is kind and e.width in self.widths:
+                start, num_rows = self.widths[e.width]
+                n = min(e.rows, num_rows - used[e.width])
+                if n > 0:  # none where another group has more rows of this width
+                    yield Piece(e.block, e.offset, start + used[e.width] * e.width, n * e.width)
+                used[e.width] += e.rows
+
+
+def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
+    """As `rows.place` gives them out: in the order of `matrices` among the rows of one width."""
+    counts: Counter[int] = Counter()
+    for m in matrices:
+        for _, width in columns(m.width, capacity):
+            counts[width] += m.rows
+    widths: dict[int, tuple[int, int]] = {}
+    end = 0
+    for width in sorted(counts, reverse=True):
+        widths[width] = (end, counts[width])
+        end += width * counts[width]
+    used: Counter[int] = Counter()
+    stretches: dict[Matrix, tuple[Stretch, ...]] = {}
+    for m in matrices:
+        own = []
+        for column, width in columns(m.width, capacity):
+            own.append(Stretch(column, width, widths[width][0] + width * used[width]))
+            used[width] += m.rows
+        stretches[m] = tuple(own)
+    return RowOrder(stretches, widths, end)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packer:
+    """What packing needs of an engine. `embedding_VD` is the base's: of a dense embedding only the rows that differ
+    are kept. `pinned`: in memory that a device can read by itself.
+    """
+
+    geometry: Geometry
+    dtype: torch.dtype
+    embedding_VD: Tensor
+    pinned: bool = False
+    _pairs: WeakValueDictionary[str, ProjectionPair] = field(default_factory=WeakValueDictionary)
+
+    @property
+    def key(self) -> str:
+        """Adapters packed under one key are the same bytes."""
+        return f"{str(self.dtype).removeprefix('torch.')}-{self.geometry.layer_share}-{self.geometry.num_layers}"
+
+    def pack(self, weights: AdapterWeights) -> PackedAdapter:
+        """IntegrityError where a row is not finite in the pool's dtype."""
+        packing = Packing(self, weights)
+        packing.take(range(self.geometry.num_layers))
+        return packing.packed
+
+    def shared(self, pair: ProjectionPair | None) -> ProjectionPair | None:
+        """One copy on the host, however many adapters bring it along."""
+        return None if pair is None else self._pairs.setdefault(pair.digest, pair)
+
+    def empty(self, *shape: int) -> Tensor:
+        if self.pinned:
+            return torch.empty(shape, dtype=self.dtype, pin_memory=True)
+        return huge_pages(math.prod(shape), self.dtype).view(shape)  # half of packing were page faults else
+
+
+class Packing:
+    """Packs layer by layer: at first only shapes of `weights` are read, a layer's numbers when it is taken.
+
+    An own embedding, whose shape depends on its numbers, and norms without a layer are read at once.
+    """
+
+    def __init__(self, packer: Packer, weights: AdapterWeights, arrival: Arrival | None = None) -> None:
+        self._layers, flat = _layers(weights)
+        token_ids, rows_VD = _own_embedding_rows(weights, packer.embedding_VD, packer.dtype)
+        if token_ids:
+            flat[Matrix("embed_tokens", "embedding", len(token_ids), rows_VD.shape[1])] = rows_VD
+        shape = AdapterShape.of(self._layers, flat)
+        capacity = packer.geometry.capacity(Kind.LAYERED)
+        self._orders = [row_order(group.matrices, capacity) for group in shape.groups]
+        self._place = {layer: (i, n) for i, group in enumerate(shape.groups) for n, layer in enumerate(group.layers)}
+        flat_order = row_order(shape.flat, packer.geometry.capacity(Kind.FLAT))
+        self.packed = PackedAdapter(
+            shape=shape,
+            layered=tuple(
+                packer.empty(len(group.layers), order.num_elements)
+                for group, order in zip(shape.groups, self._orders, strict=True)
+            ),
+            flat=packer.empty(flat_order.num_elements),
+            token_ids=token_ids,
+            pair=packer.shared(weights.pair),
+            rope=weights.rope,
+            arrival=arrival,
+        )
+        _write(self.packed.flat, flat, flat_order)
+
+    def take(self, layers: Iterable[int]) -> None:
+        """IntegrityError where a number is not finite in the pool's dtype."""
+        for layer in layers:
+            if layer in self._place:
+                group, n = self._place[layer]
+                _write(self.packed.layered[group][n], self._layers[layer], self._orders[group], layer)
+
+
+def _write(to: Tensor, rows: Rows, order: RowOrder, layer: int | None = None) -> None:
+    for matrix, tensor in rows.items():
+        for column, width, start in order.stretches[matrix]:
+            to[start : start + matrix.rows * width].view(matrix.rows, width).copy_(tensor[:, column : column + width])
+    if not _is_finite(to):
+        bad = next(m for m, own in order.stretches.items() if not all(_is_finite(_stretch(to, m, s)) for s in own))
+        where = "" if layer is None else f"layer {layer} "
+        raise IntegrityError(
+            f"the adapter's {where}{bad.module} {bad.part} is not finite in {to.dtype}; its weights are unusable"
+        )
+
+
+def _stretch(row: Tensor, matrix: Matrix, stretch: Stretch) -> Tensor:
+    return row[stretch.start : stretch.start + matrix.rows * stretch.width]
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Both extremes are NaN where one number is; they take a fiftieth of what isfinite() of all takes."""
+    return not x.numel() or all(math.isfinite(extreme) for extreme in torch.stack(torch.aminmax(x)).tolist())
+
+
+def _layers(weights: AdapterWeights) -> tuple[dict[int, dict[Matrix, Tensor]], dict[Matrix, Tensor]]:
+    """Rows by layer, and those without one."""
+    layers: dict[int, dict[Matrix, Tensor]] = {}
+    for key, module in weights.modules.items():
+        own = layers.setdefault(key.layer, {})
+        if isinstance(module, LoraWeights):
+            rank = module.a_RI.shape[0]
+            own[Matrix(key.module, "lora_a", rank, module.a_RI.shape[1])] = module.a_RI
+            own[Matrix(key.module, "lora_b", rank, module.b_OR.shape[0], module.scale)] = module.b_OR.T
+        else:
+            assert isinstance(module, VeraWeights)
+            own[Matrix(key.module, "vera_d", 1, module.d_R.shape[0])] = module.d_R[None]
+            own[Matrix(key.module, "vera_b", 1, module.b_O.shape[0])] = module.b_O[None]
+    flat: dict[Matrix, Tensor] = {}
+    for path, norm in weights.norms.items():
+        if path == "norm":
+            flat[Matrix("norm", "norm", 1, norm.shape[0])] = norm[None]
+        else:
+            _, layer, name = path.split(".", 2)
+            assert name in _NORMS
+            layers.setdefault(int(layer), {})[Matrix(name, "norm", 1, norm.shape[0])] = norm[None]
+    return layers, flat
+
+
+def _own_embedding_rows(weights: AdapterWeights, base_VD: Tensor, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
+    if weights.embedding is None:
+        return (), base_VD[:0]
+    rows_VD = weights.embedding.rows_VD.to(dtype)
+    if weights.embedding.token_ids is not None:
+        return weights.embedding.token_ids, rows_VD
+    differs = (rows_VD != base_VD.to(device=rows_VD.device, dtype=dtype)).any(dim=1)
+    return tuple(differs.nonzero().flatten().tolist()), rows_VD[differs]

@@ -1,0 +1,93 @@
+"""A packed adapter as a file: its rows as a safetensors file, the rest as JSON in its metadata.
+
+Reading it maps the rows into memory, every page of them; nothing is copied, parsed or converted.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loray.engine.packed import PackedAdapter, Packer
+from loray.engine.rows import AdapterShape, LayerGroup, Matrix
+from loray.errors import IntegrityError
+from loray.spec import RopeParameters
+
+_FORMAT = 1
+_PAGE = mmap.PAGESIZE
+
+
+def packed_name(packer: Packer, base_fingerprint: str) -> str:
+    """Of the file in an adapter's folder. Whoever finds it may use it: it was made for this base and such a pool."""
+    return f"packed{_FORMAT}-{packer.key}-{base_fingerprint[:16]}.safetensors"
+
+
+def save_packed(packed: PackedAdapter, path: Path) -> None:
+    """`path` appears when it is whole. Not for adapters with a VeRA pair, which many of them share."""
+    assert packed.pair is None
+    shape = packed.shape
+    facts = json.dumps(
+        {
+            "groups": [(group.layers, group.matrices) for group in shape.groups],
+            "flat": shape.flat,
+            "token_ids": packed.token_ids,
+            "rope": packed.rope and packed.rope.model_dump(mode="json"),
+        }
+    )
+    tensors = {f"group{i}": rows for i, rows in enumerate(packed.layered)} | {"flat": packed.flat}
+    handle, temporary = tempfile.mkstemp(prefix=".packed-", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"packed": facts, "crc32": _crc32(facts, tensors)})
+        os.chmod(temporary, 0o444)
+        os.rename(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> PackedAdapter:
+    """IntegrityError where the file is damaged; of the rows only `verify` finds that."""
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            metadata: dict[str, str] = f.metadata()
+            tensors: dict[str, Tensor] = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        if verify and _crc32(metadata["packed"], tensors) != metadata["crc32"]:
+            raise IntegrityError(f"{path} is damaged: its checksum differs")
+        for tensor in tensors.values():
+            tensor.view(-1).view(torch.uint8)[::_PAGE].sum()  # here, so that the engine's thread waits for no disk
+        facts: dict[str, Any] = json.loads(metadata["packed"])
+        groups = tuple(LayerGroup(tuple(layers), _matrices(matrices)) for layers, matrices in facts["groups"])
+        shape = AdapterShape(groups=groups, flat=_matrices(facts["flat"]))
+        layered = [tensors[f"group{i}"] for i in range(len(groups))]
+        flat = tensors["flat"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise IntegrityError(f"{path} is damaged: {e}") from e
+    return PackedAdapter(
+        shape=shape,
+        layered=tuple(rows.pin_memory() if pinned else rows for rows in layered),
+        flat=flat,
+        token_ids=tuple(facts["token_ids"]),
+        pair=None,
+        rope=facts["rope"] and RopeParameters.model_validate(facts["rope"]),
+    )
+
+
+def _matrices(raw: list[list[Any]]) -> tuple[Matrix, ...]:
+    return tuple(Matrix(*fields) for fields in raw)
+
+
+def _crc32(facts: str, tensors: dict[str, Tensor]) -> str:
+    crc = zlib.crc32(facts.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].view(-1).view(torch.uint8).numpy().data, crc)
+    return str(crc)

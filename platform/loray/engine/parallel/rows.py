@@ -1,0 +1,129 @@
+"""A packed adapter cut into the ranks' parts, as S-LoRA's section 6 has it.
+
+    module             A, r rows of the input's width          Bᵀ, r rows of the output's width
+    column-parallel    own rows of r                           own columns
+    row-parallel       own columns, as the base's input        own columns
+
+Every rank's part has the same shape, so what one allocator gives is right for all of them. VeRA's vector d and norms
+and embedding rows are whole on every rank, b is split as B's columns are; the shared pair is whole on every rank, since
+modules of different widths take different parts of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loray.adapters.weights import AdapterWeights
+from loray.engine.blocks import Geometry, Kind
+from loray.engine.loading import AdapterSource, LoadAdapter, Progress
+from loray.engine.packed import PackedAdapter, Packer, row_order
+from loray.engine.parallel.shard import COLUMN_PARALLEL, Shard, pad_rank
+from loray.engine.rows import AdapterShape, LayerGroup, Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedAdapter(PackedAdapter):
+    """Rank 0's part, and `others`: those of ranks 1, 2 …"""
+
+    others: tuple[PackedAdapter, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return sum(t.nbytes for part in (self, *self.others) for t in (*part.layered, part.flat))
+
+
+def shard_adapter(packed: PackedAdapter, whole: Geometry, local: Geometry, world_size: int) -> ShardedAdapter:
+    """`packed` for blocks of the geometry `whole`, in parts for blocks of the geometry `local`."""
+    parts = [_part(packed, whole, local, Shard(rank, world_size)) for rank in range(world_size)]
+    first = parts[0]
+    assert all(part.shape == first.shape for part in parts)
+    return ShardedAdapter(
+        shape=first.shape,
+        layered=first.layered,
+        flat=first.flat,
+        token_ids=first.token_ids,
+        pair=first.pair,
+        rope=first.rope,
+        others=tuple(parts[1:]),
+    )
+
+
+def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard) -> PackedAdapter:
+    groups: list[LayerGroup] = []
+    layered: list[Tensor] = []
+    for group, rows_LE in zip(packed.shape.groups, packed.layered, strict=True):
+        own: dict[Matrix, Tensor] = {}
+        for matrix, whole_LRW in _unpack(rows_LE, group.matrices, whole.capacity(Kind.LAYERED)).items():
+            own_LRW = _slice(matrix, whole_LRW, shard)
+            own[matrix._replace(rows=own_LRW.shape[1], width=own_LRW.shape[2])] = own_LRW
+        groups.append(LayerGroup(group.layers, tuple(own)))
+        layered.append(_pack(own, local.capacity(Kind.LAYERED)))
+    flat = _unpack(packed.flat[None], packed.shape.flat, whole.capacity(Kind.FLAT))
+    return replace(
+        packed,
+        shape=AdapterShape(tuple(groups), packed.shape.flat),
+        layered=tuple(layered),
+        flat=_pack(flat, local.capacity(Kind.FLAT))[0],
+        arrival=None,
+    )
+
+
+def _slice(matrix: Matrix, rows_LRW: Tensor, shard: Shard) -> Tensor:
+    """Own part of a layered matrix's rows, (layers, rows, width)."""
+    columns = shard.slice(matrix.width) if matrix.part in ("lora_a", "lora_b", "vera_b") else slice(None)
+    if matrix.module in COLUMN_PARALLEL and matrix.part in ("lora_a", "lora_b"):
+        rows_LRW = pad_rank(rows_LRW, shard.world_size)
+        if matrix.part == "lora_a":
+            return rows_LRW[:, shard.slice(rows_LRW.shape[1])]
+    return rows_LRW[:, :, columns]
+
+
+def _unpack(rows_LE: Tensor, matrices: tuple[Matrix, ...], capacity: int) -> dict[Matrix, Tensor]:
+    """(layers, rows, width) of each matrix."""
+    stretches = row_order(matrices, capacity).stretches
+    return {
+        m: torch.cat(
+            [rows_LE[:, s.start : s.start + m.rows * s.width].view(-1, m.rows, s.width) for s in stretches[m]],
+            dim=2,
+        )
+        for m in matrices
+    }
+
+
+def _pack(rows: Mapping[Matrix, Tensor], capacity: int) -> Tensor:
+    """(layers, elements) in the order in which the pool takes them; (1, 0) where there is nothing."""
+    order = row_order(tuple(rows), capacity)
+    tensors = list(rows.values())
+    packed_LE = tensors[0].new_empty(tensors[0].shape[0], order.num_elements) if tensors else torch.empty(1, 0)
+    for matrix, rows_LRW in rows.items():
+        for column, width, start in order.stretches[matrix]:
+            to_LE = packed_LE[:, start : start + matrix.rows * width]
+            to_LE.view(-1, matrix.rows, width).copy_(rows_LRW[:, :, column : column + width])
+    return packed_LE
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardedSource:
+    """The adapter is whole before it is cut: a rank that waited for a layer would hold up all of them."""
+
+    loaded: AdapterWeights | AdapterSource
+    whole: Geometry
+    world_size: int
+
+    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+        whole = replace(packer, geometry=self.whole, pinned=False)
+        if isinstance(self.loaded, AdapterWeights):
+            packed = whole.pack(self.loaded)
+        else:
+            packed = self.loaded.pack(whole, lambda packed, remaining_s: None)
+        return shard_adapter(packed, self.whole, packer.geometry, self.world_size)
+
+
+def sharded_loads(load: LoadAdapter, whole: Geometry, world_size: int) -> LoadAdapter:
+    """`load`, and what it gives is cut. `whole`: the geometry of an engine of one rank with as many blocks."""
+    return lambda ref: _ShardedSource(load(ref), whole, world_size)

@@ -1,0 +1,71 @@
+"""Starting the other ranks. Where and how is the caller's choice; here, as processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from loray.bases.registry import BaseModel
+from loray.errors import EngineError
+from loray.spec import ServeSpec
+
+
+class WorkerArgs(NamedTuple):
+    """What a rank needs to join rank 0, which listens at `port` of its machine. `spec` has a number of threads."""
+
+    spec: ServeSpec
+    rank: int
+    port: int
+
+
+class Workers(Protocol):
+    """Ranks 1, 2 … of one engine. From any thread."""
+
+    def check(self) -> None:
+        """EngineError if one of them has ended."""
+        ...
+
+    def stop(self) -> None:
+        """End them."""
+        ...
+
+
+# Called by rank 0 with the others' arguments and its base.
+StartWorkers = Callable[[Sequence[WorkerArgs], BaseModel], Workers]
+
+
+class LocalWorkers:
+    """Processes. They end when rank 0 does."""
+
+    def __init__(self, args: Sequence[WorkerArgs], base: BaseModel) -> None:
+        self._processes = []
+        for arg in args:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "loray.engine.parallel.worker"],
+                stdin=subprocess.PIPE,
+                env=os.environ | {"OMP_NUM_THREADS": str(arg.spec.num_threads)},
+            )
+            assert process.stdin is not None
+            process.stdin.write(pickle.dumps((arg, base)))
+            process.stdin.close()
+            self._processes.append(process)
+
+    def check(self) -> None:
+        for rank, process in enumerate(self._processes, 1):
+            if process.poll() is not None:
+                raise EngineError(f"rank {rank} of the engine has ended with {process.returncode}; see its log")
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()  # they hold nothing that must be put away
+        for process in self._processes:
+            process.wait()
+
+
+def num_threads(spec: ServeSpec) -> int:
+    """Of one rank. All ranks of an engine compute at the same time."""
+    return spec.num_threads or max(1, len(os.sched_getaffinity(0)) // spec.tensor_parallel_size)

@@ -1,0 +1,127 @@
+"""The requests that wait: for their adapter, which blocks nobody, or for their turn. Owner of what they want."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+from loray.engine.fairness import Backlog, FairQueue
+from loray.engine.request import Request
+from loray.engine.residency import Residency, Tier
+
+
+class _Place(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    REFUSED = "refused"  # its error is on the way to the caller, who removes it
+
+
+class WaitingRequests:
+    """A request whose adapter has arrived takes its turn in a FairQueue; until then its tenant waits for a store, and
+    not for service, so that its counter does not fall behind.
+    """
+
+    def __init__(self, residency: Residency[Any, Any], *, lead: float) -> None:
+        self.fair = FairQueue(lead)
+        self._residency = residency
+        self._places: dict[Request, _Place] = {}
+        self._loading: dict[str, list[Request]] = {}  # by adapter
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._places)
+
+    def add(self, request: Request, *, again: bool = False) -> None:
+        """`again`: it was running before and has been preempted."""
+        if request.adapter is not None:
+            self._residency.want(request.adapter, again=again)
+        self._enter(request)
+
+    def remove(self, request: Request) -> None:
+        """It was cancelled or refused."""
+        self._withdraw(request)
+        self._left(request)
+
+    def take(self, request: Request) -> None:
+        """It runs: `request` is what `pick` gave, and its adapter is pinned."""
+        self.fair.take(request)
+        self._left(request)
+
+    def refuse(self, request: Request) -> None:
+        """It will not run; the engine removes it when its caller has been told."""
+        self._withdraw(request)
+        self._places[request] = _Place.REFUSED
+
+    def land(self) -> list[tuple[Request, Exception]]:
+        """Let those whose adapter has come take their turn; refuse and return those whose adapter failed."""
+        failed: list[tuple[Request, Exception]] = []
+        for digest in list(self._loading):
+            tier = self._tier(self._loading[digest][0])
+            if tier is Tier.FAILED:
+                failed += self.fail(self._loading[digest][0])
+            elif tier is not Tier.LOADING:
+                for request in self._loading.pop(digest):
+                    self._ready(request)
+        return failed
+
+    def has_failed(self, request: Request) -> bool:
+        """Its adapter could not be loaded or placed."""
+        return self._tier(request) is Tier.FAILED
+
+    def fail(self, request: Request) -> list[tuple[Request, Exception]]:
+        """Refuse all that wait for the adapter of `request`, which could not be loaded or placed."""
+        ref = request.adapter
+        assert ref is not None
+        waiting = [r for r, place in self._places.items() if place is not _Place.REFUSED]
+        same = [r for r in waiting if r.adapter_digest == ref.digest]
+        for r in same:
+            self.refuse(r)
+        return [(r, self._residency.error(ref)) for r in same]
+
+    def pick(self) -> Request | None:
+        """Whose turn it is; it may have failed since it landed. See FairQueue.pick."""
+        while (request := self.fair.pick(self._is_resident)) is not None and self._tier(request) is Tier.LOADING:
+            self._withdraw(request)  # its adapter was thrown out and flies again
+            self._enter(request)
+        return request
+
+    def ahead_of(self, request: Request, mean_output: float) -> Backlog:
+        return self.fair.ahead_of(request, self._places, mean_output)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _tier(self, request: Request) -> Tier:
+        return Tier.POOL if request.adapter is None else self._residency.tier(request.adapter)
+
+    def _is_resident(self, request: Request) -> bool:
+        return self._tier(request) is Tier.POOL
+
+    def _enter(self, request: Request) -> None:
+        if request.adapter is not None and self._tier(request) in (Tier.LOADING, Tier.FAILED):
+            self._places[request] = _Place.LOADING
+            self._loading.setdefault(request.adapter.digest, []).append(request)
+        else:
+            self._ready(request)
+
+    def _ready(self, request: Request) -> None:
+        self._places[request] = _Place.READY
+        self.fair.push(request)
+
+    def _withdraw(self, request: Request) -> None:
+        place = self._places[request]
+        if place is _Place.READY:
+            self.fair.remove(request)
+        elif place is _Place.LOADING:
+            assert request.adapter is not None
+            loading = self._loading[request.adapter.digest]
+            loading.remove(request)
+            if not loading:
+                del self._loading[request.adapter.digest]
+
+    def _left(self, request: Request) -> None:
+        del self._places[request]
+        if request.adapter is not None:
+            self._residency.unwant(request.adapter)

@@ -1,0 +1,53 @@
+"""Fields of OpenAI's and vLLM's that are not implemented: refused by name, unless their value asks for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from loray.errors import RequestError
+
+
+class _Refusal(NamedTuple):
+    """A field that is not implemented: the values that ask for nothing, and what to say of others."""
+
+    harmless: tuple[Any, ...]
+    reason: str
+
+
+NO_TOOLS = "tool calling is not supported; describe the tools in the messages"
+NO_AUDIO = "only text is generated"
+_UNSUPPORTED: Mapping[str, _Refusal] = {
+    "tools": _Refusal(([],), NO_TOOLS),
+    "tool_choice": _Refusal(("none", "auto"), NO_TOOLS),  # without tools they choose nothing
+    "functions": _Refusal(([],), NO_TOOLS),
+    "function_call": _Refusal(("none", "auto"), NO_TOOLS),
+    "parallel_tool_calls": _Refusal((True, False), NO_TOOLS),
+    "echo": _Refusal((False,), "only completions echo their prompt"),
+    "suffix": _Refusal(("",), "insertion is not supported"),
+    "response_format": _Refusal(({"type": "text"},), 'only {"type": "text"} is; constrained decoding is not supported'),
+    "audio": _Refusal((), NO_AUDIO),
+    "modalities": _Refusal((["text"],), NO_AUDIO),
+    "prediction": _Refusal((), "predicted outputs are not supported"),
+    "web_search_options": _Refusal((), "there is no web search"),
+    "reasoning_effort": _Refusal((), "it means nothing to these models"),
+    "verbosity": _Refusal((), "it means nothing to these models"),
+    "store": _Refusal((False,), "completions are not stored"),
+    "metadata": _Refusal(({},), "completions are not stored"),
+    "service_tier": _Refusal(("auto", "default"), "there is one tier"),
+    "use_beam_search": _Refusal((False,), "beam search is not supported"),
+    "bad_words": _Refusal(([],), "use logit_bias with -100"),
+    "allowed_token_ids": _Refusal((), "use logit_bias"),
+    "length_penalty": _Refusal((1, 1.0), "beam search is not supported"),
+    "truncate_prompt_tokens": _Refusal((), "prompts are never cut; shorten it yourself"),
+}
+
+
+def without_unsupported(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """`given` without the harmless ones. RequestError names the first that is not; what a schema has is its own."""
+    out = dict(given)
+    for name in [name for name in given if name in _UNSUPPORTED and name not in known]:
+        refusal, value = _UNSUPPORTED[name], out.pop(name)
+        if not any(type(h) is type(value) and h == value for h in refusal.harmless):
+            raise RequestError(f"{name} is not supported: {refusal.reason}", name)
+    return out

@@ -1,0 +1,192 @@
+"""Adapters for a replica's engine: from the node's cache, where they lie packed, or from the store, layer by layer.
+
+An adapter that the node has not yet comes as ranges of its weights in the order of layers. Each is packed as it comes,
+so that the first layers can be used while the last are on their way; the file's SHA-256 is taken meanwhile, and counts
+before anything that was computed with it is sent (`loray.engine.landing`). The cache gets it afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loray.adapters.manifest import read_manifest
+from loray.adapters.peft_format import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    parse_adapter,
+    parse_config,
+    read_adapter,
+    without_prefix,
+)
+from loray.adapters.tensor_ranges import ArrivingFile, Range
+from loray.bases.registry import BaseModel
+from loray.engine.arrival import Arrival
+from loray.engine.packed import PackedAdapter, Packer, Packing
+from loray.engine.packed_file import open_packed, packed_name, save_packed
+from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
+from loray.settings import Settings
+from loray.spec import AdapterManifest, AdapterRef
+from loray.store import AdapterCache, AdapterStore, open_store
+from loray.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from loray.adapters.weights import AdapterWeights
+    from loray.engine.loading import Progress
+
+_log = get_logger(__name__)
+
+_NODE_CACHE_BYTES = 16 << 30  # of disk
+_FIRST_BYTES = 1 << 20  # with the header, and all of a small adapter
+_RANGE_BYTES = 4 << 20
+_NUM_RANGES = 4  # that travel at once, of all adapters
+
+
+class AdapterLoader:
+    """The engine's `load`; its threads call it."""
+
+    def __init__(self, base: BaseModel, settings: Settings) -> None:
+        self.base = base
+        self.store = AdapterStore(open_store(settings.store))
+        self.cache = AdapterCache(self.store, settings.home / "cache", _NODE_CACHE_BYTES)
+        self.ranges = ThreadPoolExecutor(_NUM_RANGES, thread_name_prefix="adapter-range")
+
+    def __call__(self, ref: AdapterRef) -> StoredAdapter:
+        return StoredAdapter(self, ref)
+
+
+class StoredAdapter:
+    """One adapter of a loader's store."""
+
+    def __init__(self, loader: AdapterLoader, ref: AdapterRef) -> None:
+        self._loader, self._ref = loader, ref
+
+    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+        """NotFoundError and IntegrityError (store), BaseMismatch, UnsupportedError (what the engine cannot hold)."""
+        name = packed_name(packer, self._loader.base.fingerprint)
+        packed: PackedAdapter | None = None
+
+        def fetch(digest: str, folder: Path) -> None:
+            nonlocal packed
+            packed = self._stream(folder, packer, progress)
+
+        with self._loader.cache.pinned(self._ref.digest, fetch=fetch, is_good=lambda f: _is_good(f / name)) as folder:
+            if packed is None and (folder / name).exists():
+                return open_packed(folder / name, pinned=packer.pinned)
+            if packed is None:
+                manifest = read_manifest(folder)
+                packed = packer.pack(self._checked(manifest, read_adapter(folder, self._loader.base.config)))
+                progress(packed, 0.0)
+            if packed.pair is None:
+                save_packed(packed, folder / name)
+                self._loader.cache.trim(self._ref.digest)
+        return packed
+
+    def _stream(self, folder: Path, packer: Packer, progress: Progress) -> PackedAdapter:
+        """From the store into host memory, then into `folder`."""
+        digest, store = self._ref.digest, self._loader.store
+        manifest = store.manifest(digest)
+        config = self._loader.ranges.submit(self._read, manifest, CONFIG_FILE, 0, _FIRST_BYTES)
+        file = self._begin(manifest)
+        config_bytes = config.result()
+        if hashlib.sha256(config_bytes).hexdigest() != manifest.files[CONFIG_FILE]:
+            raise IntegrityError(f"adapter {digest[:12]}: {CONFIG_FILE} in the store differs from its SHA-256")
+        arrival = Arrival()
+        packing: Packing | None = None
+        taken = 0
+        ranges = file.ranges(_RANGE_BYTES)
+        with self._coming(manifest, file, ranges) as remaining:
+            for num_layers, remaining_s in remaining:
+                if packing is None:
+                    tensors = without_prefix(file.tensors)
+                    parsed = parse_adapter(
+                        folder, parse_config(folder, config_bytes), tensors, self._loader.base.config
+                    )
+                    packing = Packing(packer, self._checked(manifest, parsed), arrival)
+                packing.take(range(taken, num_layers))
+                taken = num_layers
+                arrival.advance(num_layers)
+                progress(packing.packed, remaining_s)
+        assert packing is not None
+        file.verify(manifest.files[WEIGHTS_FILE])
+        arrival.land()
+        progress(packing.packed, 0.0)
+        store.fetch(digest, folder, have={CONFIG_FILE: config_bytes, WEIGHTS_FILE: file.data})
+        return packing.packed
+
+    def _begin(self, manifest: AdapterManifest) -> ArrivingFile:
+        source = f"adapter {self._ref.digest[:12]}: {WEIGHTS_FILE} in the store"
+        beginning = self._read(manifest, WEIGHTS_FILE, 0, _FIRST_BYTES)
+        missing = ArrivingFile.header_end(beginning, source=source) - len(beginning)
+        if missing > 0:
+            beginning += self._read(manifest, WEIGHTS_FILE, len(beginning), len(beginning) + missing)
+        return ArrivingFile(beginning, source=source)
+
+    @contextmanager
+    def _coming(
+        self, manifest: AdapterManifest, file: ArrivingFile, ranges: Sequence[Range]
+    ) -> Iterator[Iterator[tuple[int, float]]]:
+        """Whenever more layers are whole: how many, and the seconds until the file is here and hashed."""
+        asked = [self._loader.ranges.submit(self._read, manifest, WEIGHTS_FILE, r.start, r.stop) for r in ranges]
+        try:
+            yield self._follow(file, ranges, asked)
+        finally:
+            for future in asked:
+                future.cancel()
+
+    def _follow(
+        self, file: ArrivingFile, ranges: Sequence[Range], asked: Sequence[Future[bytes]]
+    ) -> Iterator[tuple[int, float]]:
+        num_layers = self._loader.base.config.num_layers
+        left = sum(r.stop - r.start for r in ranges)
+        come, began, hashing = 0, time.monotonic(), 0.0
+        for i, (piece, future) in enumerate(zip(ranges, asked, strict=True)):
+            file.put(piece.start, future.result())
+            come += piece.stop - piece.start
+            left -= piece.stop - piece.start
+            now = time.monotonic()
+            whole = num_layers if not left else piece.num_layers
+            if whole and (not left or ranges[i + 1].num_layers):
+                to_hash = file.num_bytes - file.num_hashed
+                pace = hashing / file.num_hashed if file.num_hashed else 0.0
+                yield whole, left * (now - began) / come + to_hash * pace
+            hash_began = time.monotonic()
+            file.hash_more()
+            hashing += time.monotonic() - hash_began
+        if not ranges:
+            yield num_layers, 0.0
+
+    def _read(self, manifest: AdapterManifest, name: str, start: int, stop: int) -> bytes:
+        if name not in manifest.files:
+            raise UnsupportedError(f"adapter {self._ref.digest[:12]} has no {name}: it is not a PEFT adapter")
+        return self._loader.store.read_range(self._ref.digest, name, manifest.files[name], start, stop)
+
+    def _checked(self, manifest: AdapterManifest, weights: AdapterWeights) -> AdapterWeights:
+        """With what only the manifest knows."""
+        if manifest.base_fingerprint != self._loader.base.fingerprint:
+            raise BaseMismatch(f"adapter {self._ref.label} was trained on another base than {self._loader.base.name!r}")
+        trained_with = manifest.projection and manifest.projection.sha256
+        if weights.pair is not None and weights.pair.digest != trained_with:
+            raise IntegrityError(
+                f"adapter {self._ref.label}: its VeRA projection is not the pair it was trained with, whose SHA-256 is "
+                "in its manifest; publish it with save_projection, or serve it with the PyTorch it was trained with"
+            )
+        return replace(weights, rope=manifest.rope_parameters, context_length=manifest.context_length)
+
+
+def _is_good(packed_file: Path) -> bool:
+    if not packed_file.exists():
+        return False
+    try:
+        open_packed(packed_file, verify=True)
+    except IntegrityError as e:
+        _log.warning("a packed adapter in the cache is damaged and is made again: %s", e)
+        packed_file.unlink(missing_ok=True)
+        return False
+    return True

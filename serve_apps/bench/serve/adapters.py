@@ -1,0 +1,201 @@
+"""Random adapters by the thousand: written in PEFT's format without transformers, published, fetched back for peers.
+
+They are named by what they hold and kept between runs, in the store and the catalog of the benchmark's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loray.bases.config import ModelConfig
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.cli.local_s3 import start_local_s3, stop_local_s3
+from loray.publishing import publish
+from loray.spec import AdapterRef
+from loray.store import AdapterStore, open_store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+_B_STD = 0.05  # strong: with weak ones the argmax does not move and a wrong adapter passes
+_ALPHA = 8  # PEFT's default
+_NOISE = 1 << 25
+_STRIDE = 1_000_003  # between the noise of neighbours; prime, so that no two of a set begin alike
+_WRITTEN = datetime(2026, 1, 1, tzinfo=UTC)  # part of the digest: the same adapter has the same one in every run
+_SPARE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSet:
+    """Adapter i has rank `ranks[i % len(ranks)]`. `padded`: zero rows up to the largest rank, the same numbers else."""
+
+    num: int
+    ranks: tuple[int, ...] = (8, 16, 32, 64)
+    modules: tuple[str, ...] = ATTENTION
+    padded: bool = False
+
+    def rank(self, index: int) -> int:
+        return self.ranks[index % len(self.ranks)]
+
+    def name(self, index: int, base: BaseModel) -> str:
+        modules = "all" if self.modules == ALL_LINEAR else "".join(m[0] for m in self.modules)
+        padded = f"-padded{max(self.ranks)}" if self.padded else ""
+        return f"bench-{base.fingerprint[:8]}-{modules}-r{self.rank(index)}{padded}-{index}"
+
+    def nbytes(self, index: int, config: ModelConfig) -> int:
+        """Of the bf16 weights."""
+        rank = max(self.ranks) if self.padded else self.rank(index)
+        return 2 * rank * config.num_layers * sum(sum(config.module_shape(m)) for m in self.modules)
+
+    def mean_bytes(self, config: ModelConfig) -> float:
+        return sum(self.nbytes(i, config) for i in range(self.num)) / self.num
+
+
+def write_adapter(folder: Path, base: BaseModel, adapters: AdapterSet, index: int) -> None:
+    """Adapter `index` of the set as PEFT would save it, in bf16; `folder` must not exist."""
+    from safetensors.torch import save_file
+
+    rank, width = adapters.rank(index), max(adapters.ranks) if adapters.padded else adapters.rank(index)
+    noise = _Noise(index)
+    tensors: dict[str, Tensor] = {}
+    for layer in range(base.config.num_layers):
+        for module in adapters.modules:
+            out, in_ = base.config.module_shape(module)
+            block = "self_attn" if module in ATTENTION else "mlp"
+            prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
+            a_RI, b_OR = noise.take(rank, in_, (3 * in_) ** -0.5), noise.take(out, rank, _B_STD)
+            if width > rank:
+                a_RI, b_OR = _padded(a_RI, width, 0), _padded(b_OR, width, 1)
+            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a_RI, b_OR
+    folder.mkdir(parents=True)
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "r": width,
+        "lora_alpha": _ALPHA * width / rank,  # the scale stays that of the rank itself
+        "lora_dropout": 0.0,
+        "target_modules": list(adapters.modules),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class _Noise:
+    """Normal numbers, drawn once; each adapter reads them from another place."""
+
+    def __init__(self, index: int) -> None:
+        self._position = index * _STRIDE % _NOISE
+
+    def take(self, rows: int, columns: int, std: float) -> Tensor:
+        import torch
+
+        n = rows * columns
+        start, self._position = self._position, (self._position + n) % _NOISE
+        flat = _normal()[start : start + n]
+        if len(flat) < n:
+            flat = torch.cat([flat, _normal()[: n - len(flat)]])
+        return (flat * std).view(rows, columns)
+
+
+@cache
+def _normal() -> Tensor:
+    import torch
+
+    return torch.randn(_NOISE, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+
+def _padded(x: Tensor, width: int, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = width
+    padded = x.new_zeros(shape)
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return padded
+
+
+class Library:
+    """The adapters that are published in one store, with their catalog beside it. `url`: the store's."""
+
+    def __init__(self, folder: Path, url: str, base: BaseModel) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.url, self.base = folder, url, base
+        self.catalog_url = f"sqlite:///{folder}/catalog.db"
+        self._store, self._catalog = AdapterStore(open_store(url)), Catalog(self.catalog_url)
+
+    def publish(self, adapters: AdapterSet, num: int | None = None) -> list[AdapterRef]:
+        """References of the first `num` of the set, published where they are not yet. SystemExit for want of disk."""
+        num = adapters.num if num is None else num
+        known = {name: entry.default for name, entry in self._catalog.snapshot().adapters.items()}
+        names = [adapters.name(i, self.base) for i in range(num)]
+        missing = [i for i, name in enumerate(names) if name not in known]
+        needed = sum(adapters.nbytes(i, self.base.config) for i in missing)
+        free = shutil.disk_usage(self.folder).free
+        if missing and needed + _SPARE_BYTES > free:
+            raise SystemExit(
+                f"{len(missing)} adapters take {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB free; "
+                "ask for fewer or smaller ones (--adapters, --ranks), or for another --folder"
+            )
+        with ThreadPoolExecutor(2) as pool:
+            known |= dict(zip((names[i] for i in missing), pool.map(self._publish_one(adapters), missing), strict=True))
+        return [known[name] for name in names]
+
+    def _publish_one(self, adapters: AdapterSet) -> Any:
+        def publish_one(index: int) -> AdapterRef:
+            with tempfile.TemporaryDirectory(prefix="publish-", dir=self.folder) as scratch:
+                folder, name = Path(scratch) / "adapter", adapters.name(index, self.base)
+                write_adapter(folder, self.base, adapters, index)
+                made = publish(
+                    folder, name=name, base=self.base, store=self._store, catalog=self._catalog, created_at=_WRITTEN
+                )
+                return made.ref
+
+        return publish_one
+
+    def read(self, ref: AdapterRef) -> int:
+        """Read the adapter's files from the store, no more; their bytes."""
+        files = self._store.manifest(ref.digest).files.values()
+        return sum(len(self._store.objects.get(f"blobs/{sha256[:2]}/{sha256}")) for sha256 in files)
+
+    def fetch(self, refs: list[AdapterRef]) -> list[Path]:
+        """As folders, for those who read no store."""
+        folders = []
+        for ref in refs:
+            folder = self.folder / "fetched" / ref.digest
+            if not folder.is_dir():
+                self._store.fetch(ref.digest, folder)
+            folders.append(folder)
+        return folders
+
+
+@contextmanager
+def open_library(kind: str, folder: Path, base: BaseModel) -> Iterator[Library]:
+    """`kind` "file": a folder as the store; "s3": a bucket of an S3 server on this machine, run meanwhile."""
+    root = folder / kind
+    if kind == "file":
+        yield Library(root, f"file://{root.absolute()}/store", base)
+        return
+    from loray.store.s3 import create_bucket
+
+    server = start_local_s3(root / "server")
+    try:
+        location = server.location("bench")
+        create_bucket(location)
+        yield Library(root, location.url, base)
+    finally:
+        stop_local_s3(root / "server")

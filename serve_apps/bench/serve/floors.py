@@ -1,0 +1,72 @@
+"""What the machine allows at best, from its memory bandwidth and product rate measured in the same run.
+
+A decode step of `rows` tokens must read every weight once and multiply with it `rows` times, and read the rows of each
+distinct adapter once:
+
+    step(rows) = max(weight bytes / bandwidth, FLOPs(rows) / rate) + LoRA bytes / bandwidth
+
+FLOPs are two per weight and token; the output head works on sampled tokens only. Attention, norms, sampling and LoRA's
+own FLOPs (3 % at mean rank 30) are left out: a floor, not a forecast. A prompt costs FLOPs / rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from loray.bases.config import ModelConfig
+
+_LAYER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class MachineRates(NamedTuple):
+    """Bytes/s read from memory, and FLOP/s of torch's own matrix product in the benchmark's dtype."""
+
+    bandwidth: float
+    flops: float
+
+
+class ModelSize(NamedTuple):
+    """Weights that a token of a layer stack, and a sampled token of the head, multiplies with."""
+
+    layer_weights: int
+    head_weights: int
+    item_bytes: int = 2
+
+    @classmethod
+    def of(cls, config: ModelConfig, item_bytes: int = 2) -> ModelSize:
+        layer = sum(o * i for o, i in map(config.module_shape, _LAYER_MODULES))
+        return cls(layer * config.num_layers, config.vocab_size * config.hidden_size, item_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        return (self.layer_weights + self.head_weights) * self.item_bytes
+
+
+def decode_step_seconds(model: ModelSize, machine: MachineRates, rows: int, lora_bytes: float = 0.0) -> float:
+    """See the module."""
+    flops = 2.0 * rows * (model.layer_weights + model.head_weights)
+    return max(model.nbytes / machine.bandwidth, flops / machine.flops) + lora_bytes / machine.bandwidth
+
+
+def prompt_seconds(model: ModelSize, machine: MachineRates, num_tokens: int, num_prompts: int = 1) -> float:
+    """All tokens through the layers, one of each prompt through the head."""
+    return 2.0 * (num_tokens * model.layer_weights + num_prompts * model.head_weights) / machine.flops
+
+
+def most_tokens_per_second(
+    model: ModelSize,
+    machine: MachineRates,
+    requests: Sequence[tuple[int, int]],
+    at_once: int,
+    lora_bytes: float = 0.0,
+) -> float:
+    """Output tokens/s of a closed loop over requests of (prompt, output) tokens: every prompt, then full decode steps.
+
+    The first output token of a request comes from its prompt's pass. `lora_bytes`: of a decode step's adapters.
+    """
+    rows = min(at_once, len(requests))
+    prompts = prompt_seconds(model, machine, sum(i for i, _ in requests), len(requests))
+    num_outputs = sum(o for _, o in requests)
+    num_steps = (num_outputs - len(requests)) / rows
+    return num_outputs / (prompts + num_steps * decode_step_seconds(model, machine, rows, lora_bytes))

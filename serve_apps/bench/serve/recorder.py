@@ -1,0 +1,83 @@
+"""What an engine did, step by step, seen from outside: its scheduler's plans and the time of its steps."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from loray.engine.residency import Tier
+from loray.spec import AdapterRef
+
+if TYPE_CHECKING:
+    from loray.engine.engine import Engine
+    from loray.engine.pool import ResidentAdapter
+    from loray.engine.request import TokenOutput
+    from loray.engine.scheduler import Plan
+
+
+class EngineStep(NamedTuple):
+    """`num_rows` chunks of `num_tokens` together. Adapters are distinct ones; their bytes as published."""
+
+    began: float
+    seconds: float
+    num_tokens: int
+    num_rows: int
+    num_adapters: int
+    adapter_bytes: int
+    num_waiting: int
+
+    @property
+    def is_decode(self) -> bool:
+        return 0 < self.num_tokens == self.num_rows
+
+
+class EngineRecorder:
+    """Wraps an engine's `step`, and what that asks of scheduler and residency; costs some microseconds a step.
+
+    `placed_bytes`: of adapters copied from host memory into the pool, as published.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.steps: list[EngineStep] = []
+        self.placed_bytes = 0
+        self._wrap_residency(engine)
+        scheduler, plan_next, step = engine._scheduler, engine._scheduler.next, engine.step
+        last: list[Plan] = []
+
+        def remembered() -> Plan:
+            last[:] = [plan_next()]
+            return last[0]
+
+        def timed() -> list[TokenOutput]:
+            began = time.perf_counter()
+            outputs = step()
+            seconds = time.perf_counter() - began
+            chunks = last[0].chunks
+            refs = {c.request.adapter.digest: c.request.adapter for c in chunks if c.request.adapter is not None}
+            self.steps.append(
+                EngineStep(
+                    began,
+                    seconds,
+                    sum(c.num_tokens for c in chunks),
+                    len(chunks),
+                    len(refs),
+                    sum(ref.nbytes for ref in refs.values()),
+                    len(scheduler.waiting),
+                )
+            )
+            return outputs
+
+        scheduler.next = remembered  # type: ignore[method-assign]
+        engine.step = timed  # type: ignore[method-assign]
+
+    def _wrap_residency(self, engine: Engine) -> None:
+        residency, acquire = engine._residency, engine._residency.acquire
+
+        def counted(ref: AdapterRef) -> ResidentAdapter | None:
+            was_in_pool = residency.tier(ref) is Tier.POOL
+            resident = acquire(ref)
+            if resident is not None and not was_in_pool:
+                self.placed_bytes += ref.nbytes
+            return resident
+
+        residency.acquire = counted  # type: ignore[method-assign]

@@ -1,0 +1,76 @@
+"""The systems under test, each in processes of its own: ours, transformers + PEFT, vLLM. One entry point for all.
+
+with open_session(system, setting, options, refs) as session:
+    records, work = session.run(requests, at_once)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from loray.spec import AdapterRef
+from serve_apps.bench.serve import peft_worker
+from serve_apps.bench.serve.cases import EngineOptions
+from serve_apps.bench.serve.openai_server import serve_ours
+from serve_apps.bench.serve.processes import Session, Setting, run_worker, serve_spec
+from serve_apps.bench.serve.results import OURS
+from serve_apps.bench.serve.vllm import serve_vllm
+from serve_apps.bench.serve.worker import Setup
+
+
+@contextmanager
+def open_session(
+    system: str, setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]
+) -> Iterator[Session]:
+    """`refs`: the adapters that requests may name, by index. SystemExit with the end of its log where it fails."""
+    if system == OURS:
+        with _engine(setting, options, refs) as session:
+            yield session
+    elif system == "peft":
+        with _peft(setting, refs) as session:
+            yield session
+    elif system == "loray-http":
+        with serve_ours(setting, options, refs) as session:
+            yield session
+    elif system == "vllm":
+        with serve_vllm(setting, options, refs) as session:
+            yield session
+    else:
+        raise SystemExit(f"unknown system {system!r}; known are {OURS}, loray-http, peft, vllm")
+
+
+@contextmanager
+def _engine(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+    home = Path(tempfile.mkdtemp(prefix="node-", dir=setting.folder))
+    spec = serve_spec(setting, options)
+    setup = Setup(
+        spec=spec,
+        refs=tuple(refs),
+        store=setting.library.url,
+        catalog=setting.library.catalog_url,
+        home=home,
+        folder=setting.folder,
+        ablation=options.ablation,
+        kv_share=options.kv_bytes(setting.base.config) / spec.pool_bytes,
+    )
+    command = [sys.executable, "-m", "serve_apps.bench.serve.worker"]
+    try:
+        with run_worker(OURS, command, setup.to_json(), setting) as session:
+            yield session
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def _peft(setting: Setting, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+    adapters = [str(folder) for folder in setting.library.fetch(list(refs))]
+    setup = json.dumps({"model": str(setting.base.path), "adapters": adapters})
+    command = [setting.pythons["peft"], str(Path(peft_worker.__file__))]
+    with run_worker("peft", command, setup, setting) as session:
+        yield session

@@ -1,0 +1,92 @@
+"""Which request comes when, for which adapter, with how many tokens: S-LoRA's generator, and closed loops.
+
+Plain Python: the same workload and pass give the same requests on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_FIRST_TOKEN = 100  # ids below are special tokens in the tokenizers at hand
+
+
+class TimedRequest(NamedTuple):
+    """`at`: seconds after the beginning. `adapter`: its index in the set, None for the base."""
+
+    at: float
+    adapter: int | None
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """`num_requests` requests over `num_adapters` adapters, the first of which is `first_adapter`; 0: base only.
+
+    alpha     popularity: adapter ⌊n · u^(1/α)⌋ for u uniform in [0, 1), which is NumPy's `power(α)` as in S-LoRA's
+              generator (Sheng et al., MLSys 2024, section 7.1). α = 1 is uniform, smaller is more skewed; see `share`.
+              None: round robin.
+    at_once   closed loop: that many under way at any time, all ready from the beginning. None: open loop.
+    rate, cv  open loop: inter-arrival times from Gamma(shape 1/cv², scale cv²/rate): mean 1/rate, coefficient of
+              variation cv; cv = 1 is a Poisson process.
+    inputs, outputs   tokens, uniform in [low, high]; outputs are generated in full, whatever the model says.
+    """
+
+    num_requests: int
+    num_adapters: int = 0
+    first_adapter: int = 0
+    alpha: float | None = None
+    at_once: int | None = None
+    rate: float | None = None
+    cv: float = 1.0
+    inputs: tuple[int, int] = (64, 64)
+    outputs: tuple[int, int] = (32, 32)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.at_once is None) == (self.rate is None):
+            raise ValueError("a workload has either at_once (closed loop) or rate (open loop)")
+        if self.alpha is not None and not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha must be in (0, 1], not {self.alpha}")
+        if self.cv <= 0 or (self.rate is not None and self.rate <= 0):
+            raise ValueError("rate and cv must be positive")
+
+    @property
+    def max_tokens(self) -> int:
+        """Of one request at most, prompt and output."""
+        return self.inputs[1] + self.outputs[1]
+
+
+def generate(workload: Workload, vocab_size: int, pass_: int = 0) -> list[TimedRequest]:
+    """In order of arrival. Another pass has other prompts, times and draws of the same distributions."""
+    w = workload
+
+    def stream(name: str) -> random.Random:  # of its own, so that changing one distribution leaves the others' draws
+        return random.Random(f"{w.seed}/{pass_}/{name}")
+
+    popularity, arrivals, lengths, tokens = map(stream, ("adapter", "arrival", "length", "token"))
+    at = 0.0
+    requests = []
+    for i in range(w.num_requests):
+        if w.rate is not None:
+            at += arrivals.gammavariate(1 / w.cv**2, w.cv**2 / w.rate)
+        num_inputs, num_outputs = lengths.randint(*w.inputs), lengths.randint(*w.outputs)
+        prompt_ids = tuple(tokens.randrange(_FIRST_TOKEN, vocab_size) for _ in range(num_inputs))
+        requests.append(TimedRequest(at, _draw(w, i, popularity), prompt_ids, num_outputs))
+    return requests
+
+
+def share(index: int, num_adapters: int, alpha: float) -> float:
+    """Probability that a request is for adapter `index`: ((i + 1)/n)^α − (i/n)^α."""
+    return float(((index + 1) / num_adapters) ** alpha - (index / num_adapters) ** alpha)
+
+
+def _draw(w: Workload, i: int, popularity: random.Random) -> int | None:
+    if not w.num_adapters:
+        return None
+    if w.alpha is None:
+        return w.first_adapter + i % w.num_adapters
+    drawn = int(w.num_adapters * popularity.random() ** (1 / w.alpha))
+    return w.first_adapter + min(drawn, w.num_adapters - 1)

@@ -1,0 +1,65 @@
+"""The other ranks of a replica's engine, as actors in the replica's placement group. See `loray.engine.parallel`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util import get_current_placement_group, get_node_ip_address
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from loray.bases.registry import BaseModel, get_base
+from loray.errors import EngineError
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from loray.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from loray.engine.parallel.workers import WorkerArgs
+
+
+def bundles(spec: ServeSpec) -> list[dict[str, float]]:
+    """Resources of each rank of one replica; the first is the replica's own."""
+    own = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device.startswith("cuda") else {})
+    return [own] * spec.tensor_parallel_size
+
+
+class RankActor:
+    """One rank, with the base that its own node has."""
+
+    def run(self, args: WorkerArgs, host: str) -> None:
+        """Until rank 0, at `host`, is gone."""
+        settings = Settings.from_env()
+        configure_logging(settings.log_level)
+        os.environ["OMP_NUM_THREADS"] = str(args.spec.num_threads)  # before torch is imported: it is read once
+        from loray.engine.parallel.worker import run_worker
+
+        run_worker(args, get_base(settings.home, args.spec.base), host)
+
+
+class RankActors:
+    """`loray.engine.parallel.workers.Workers`. They end with the replica, which owns them."""
+
+    def __init__(self, args: Sequence[WorkerArgs], base: BaseModel) -> None:
+        group, host = get_current_placement_group(), get_node_ip_address()
+        assert group is not None, "the deployment gives each rank a bundle"
+        self._actors: list[Any] = []
+        for arg, bundle in zip(args, bundles(args[0].spec)[1:], strict=True):
+            options = {
+                "num_cpus": bundle["CPU"],
+                "num_gpus": bundle.get("GPU", 0),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=arg.rank),
+            }
+            self._actors.append(ray.remote(RankActor).options(**options).remote())
+        self._runs = [a.run.remote(arg, host).future() for a, arg in zip(self._actors, args, strict=True)]
+
+    def check(self) -> None:
+        for rank, run in enumerate(self._runs, 1):
+            if run.done():
+                raise EngineError(f"rank {rank} of the engine has ended: {run.exception() or 'it lost rank 0'}")
+
+    def stop(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)

@@ -1,0 +1,67 @@
+"""A file in pieces: layers in order, every byte once, nothing true before it has come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loray.adapters.tensor_ranges import ArrivingFile
+from loray.errors import IntegrityError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Twelve layers, which the file has in the order 0, 1, 10, 11, 2, …; a norm without one behind them."""
+    tensors = {f"m.layers.{i}.{part}.weight": torch.randn(50, 4) for i in range(12) for part in ("a", "b")}
+    path = tmp_path / "file.safetensors"
+    save_file(tensors | {"m.norm.weight": torch.randn(20), "m.layers.3.odd": torch.ones(3, dtype=torch.uint8)}, path)
+    return path
+
+
+@pytest.mark.parametrize("max_bytes", [1, 2000, 1 << 20])
+def test_layers_come_in_order_and_every_byte_once(file: Path, max_bytes: int) -> None:
+    data, whole = file.read_bytes(), load_file(file)
+    end = ArrivingFile.header_end(data, source="f")
+    arriving = ArrivingFile(data[: end + 100], source="f")
+    for tensor in arriving.tensors.values():
+        assert tensor.data_ptr() % tensor.itemsize == 0
+    come, num_layers = end + 100, 0
+    for piece in arriving.ranges(max_bytes):
+        assert piece.num_layers >= num_layers
+        arriving.put(piece.start, data[piece.start : piece.stop])
+        arriving.hash_more()
+        come += piece.stop - piece.start
+        num_layers = piece.num_layers
+        for name, tensor in whole.items():
+            if ".layers." not in name or int(name.split(".")[2]) < num_layers:
+                assert torch.equal(arriving.tensors[name], tensor), (name, piece)
+    assert (come, num_layers) == (len(data), 12)
+    assert bytes(arriving.data) == data
+    arriving.verify(hashlib.sha256(data).hexdigest())
+    with pytest.raises(IntegrityError, match="f differs from its SHA-256"):
+        arriving.verify("0" * 64)
+
+
+def test_neighbours_are_asked_for_together(file: Path) -> None:
+    data = file.read_bytes()
+    beginning = data[: ArrivingFile.header_end(data, source="f")]
+    ranges = ArrivingFile(beginning, source="f").ranges(max_bytes=1 << 20)
+    assert len(ranges) == 1
+    by_layer = ArrivingFile(beginning, source="f").ranges(max_bytes=10_000)
+    assert [r.num_layers for r in by_layer] == [0, 2, 3, 4, 10, 12]
+
+
+def test_what_is_not_the_format_is_named(file: Path) -> None:
+    data = file.read_bytes()
+    end = ArrivingFile.header_end(data, source="f")
+    header = json.loads(data[8:end])
+    header["m.norm.weight"]["data_offsets"][1] += 4
+    broken = json.dumps(header).encode()
+    for beginning in (b"", b"\xff" * 100, data[:8] + b"x" * (end - 8), len(broken).to_bytes(8, "little") + broken):
+        with pytest.raises(IntegrityError, match="f is damaged"):
+            ArrivingFile(beginning, source="f")

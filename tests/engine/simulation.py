@@ -1,0 +1,174 @@
+"""A scheduler with its real allocator and residency, adapters that land when told to, and no model: tokens come by
+themselves and a step takes as long as `step_s` and `token_s` say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from loray.engine.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.request import GenerateRequest, Request
+from loray.engine.residency import Residency
+from loray.engine.scheduler import Plan, Scheduler
+from loray.engine.usage import UsageLog
+from loray.errors import IntegrityError
+from loray.spec import AdapterRef, SamplingParams
+
+BLOCK_TOKENS, SHARE = 4, 8
+
+
+@dataclass(frozen=True)
+class Packed:
+    nbytes: int
+    arrival: None = None
+
+
+def adapter(name: str, num_blocks: int = 1) -> AdapterRef:
+    return AdapterRef(
+        digest=name.encode().hex().rjust(64, "0"),
+        name=name,
+        version=1,
+        method="lora",
+        base_fingerprint="0" * 64,
+        context_length=1 << 20,
+        nbytes=num_blocks,
+    )
+
+
+class Simulation:
+    """`ends`: how many tokens a request generates, if fewer than it may. `lands`: whether loads land at once."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 1 << 10,
+        host_bytes: int = 1 << 30,
+        lands: bool = True,
+        step_s: float = 0.0,
+        token_s: float = 0.0,
+        **scheduler: Any,
+    ) -> None:
+        self.now = 0.0
+        self.step_s, self.token_s = step_s, token_s
+        self.allocator = BlockAllocator(Geometry(num_blocks, 1, BLOCK_TOKENS, SHARE))
+        self.flights: dict[str, Future[Packed]] = {}
+        self.damaged: set[str] = set()  # digests of adapters that cannot be placed
+        self._lands = lands
+        self.residency: Residency[Packed, list[Extent]] = Residency(
+            host_bytes=host_bytes,
+            load=self._load,
+            place=self._place,
+            remove=self.allocator.free_rows,
+            usage=UsageLog(now=lambda: self.now),
+            clock=lambda: self.now,
+        )
+        options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_queued": 1 << 30} | scheduler
+        self.scheduler = Scheduler(
+            allocator=self.allocator,
+            residency=self.residency,
+            adapter_blocks=lambda r: r.adapter.nbytes if r.adapter is not None else 0,
+            clock=lambda: self.now,
+            **options,
+        )
+        self.max_num_seqs: int = options["max_num_seqs"]
+        self.ends: dict[Request, int] = {}
+        self.started: list[Request] = []  # in the order in which they were first admitted
+        self.first_token_at: dict[Request, float] = {}
+        self.outcomes: dict[Request, Exception | None] = {}
+        self.served: Counter[str] = Counter()  # by tenant, in units of service
+        self.most_output = 0  # that the running requests of one tenant could still generate
+        self._num_requests = 0
+
+    def add(
+        self, num_prompt: int = 4, max_tokens: int = 4, adapter: AdapterRef | None = None, *, ends: int = 0, **spec: Any
+    ) -> Request:
+        n = self._num_requests = self._num_requests + 1
+        params = SamplingParams(max_tokens=max_tokens)
+        # Every prompt is another one, so that none is in the prefix cache.
+        request = Request(
+            GenerateRequest(str(n), tuple(range(n << 12, (n << 12) + num_prompt)), params, adapter, **spec), n
+        )
+        self.scheduler.add(request)
+        self.ends[request] = ends or max_tokens
+        return request
+
+    def remove(self, request: Request, error: Exception | None = None) -> None:
+        assert request not in self.outcomes, "it has ended before"
+        self.scheduler.remove(request)
+        self.outcomes[request] = error
+
+    @property
+    def flying(self) -> list[str]:
+        """Digests, in the order in which they were first asked for."""
+        return [digest for digest, flight in self.flights.items() if not flight.done()]
+
+    def land(self, digest: str, error: Exception | None = None) -> None:
+        flight = self.flights[digest]
+        if error is None:
+            flight.set_result(Packed(1))
+        else:
+            flight.set_exception(error)
+
+    def step(self) -> Plan:
+        if self._lands:
+            for digest in self.flying:
+                self.land(digest)
+        plan = self.scheduler.next()
+        to_come: Counter[str] = Counter()
+        for r in self.scheduler.running:
+            to_come[r.tenant] += r.spec.params.max_tokens - len(r.output_ids)
+        self.most_output = max([self.most_output, *to_come.values()])
+        for request, error in plan.failed:
+            self.remove(request, error)
+        num_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
+        seconds = self.step_s + self.token_s * num_tokens if num_tokens else self.step_s
+        self.now += seconds
+        if plan.chunks:
+            self.scheduler.observe_step(num_tokens, seconds)
+        for chunk in plan.chunks:
+            request = chunk.request
+            if request not in self.first_token_at and request not in self.started:
+                self.started.append(request)
+                self.served[request.tenant] += request.num_prompt_tokens - request.num_computed
+            request.num_computed += chunk.num_tokens
+            if not request.num_pending:
+                request.output_ids.append(1)
+                self.served[request.tenant] += 2
+                self.first_token_at.setdefault(request, self.now)
+                if len(request.output_ids) == self.ends[request]:
+                    self.remove(request)
+        self.check_integrity()
+        return plan
+
+    def run(self, until: Callable[[], bool] | None = None, *, max_steps: int = 100_000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_work or (until is not None and until()):
+                return
+            self.step()
+        raise AssertionError("no end")
+
+    def check_integrity(self) -> None:
+        scheduler = self.scheduler
+        kv = Counter(block for r in scheduler.running for block in r.blocks)
+        kv.update(scheduler.prefix_cache.blocks())
+        scheduler.prefix_cache.check_integrity()
+        self.allocator.check_integrity(kv, [e for extents in self.residency.residents() for e in extents], {})
+        self.residency.check_integrity()
+        pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
+        wants = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
+        assert pins == Counter(self.residency.pins())
+        assert wants == Counter(self.residency.wants())
+        assert len(scheduler.running) <= self.max_num_seqs
+
+    def _place(self, ref: AdapterRef, packed: Packed) -> list[Extent] | None:
+        if ref.digest in self.damaged:
+            raise IntegrityError(f"{ref.name} is damaged")
+        return self.allocator.allocate_rows(Kind.LAYERED, {SHARE: ref.nbytes})
+
+    def _load(self, ref: AdapterRef) -> Future[Packed]:
+        self.flights[ref.digest] = Future()
+        return self.flights[ref.digest]

@@ -1,0 +1,292 @@
+"""Prefill on an adapter that still arrives: the same tokens, none sent before all is verified, nobody else hurt."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from loray.bases.registry import BaseModel
+from loray.engine.arrival import Arrival
+from loray.engine.loading import Progress
+from loray.engine.packed import PackedAdapter, Packer, Packing
+from loray.engine.request import GenerateRequest, TokenOutput
+from loray.engine.residency import Tier
+from loray.errors import IntegrityError
+from loray.spec import AdapterRef
+from tests.engine.adapters import TestAdapter
+from tests.engine.harness import make_engine, request, run
+
+PROMPT = tuple(range(30, 60))
+
+
+class Scripted(Arrival):
+    """Time that passes while the engine waits: `layer(n)` before it has waited for n layers, `end()` for the rest."""
+
+    def __init__(self, layer: Callable[[int], None], end: Callable[[], None]) -> None:
+        super().__init__()
+        self.layer, self.end = layer, end
+        self.waited: list[int] = []
+
+    def wait_for_layers(self, num_layers: int, timeout_s: float) -> int:
+        self.waited.append(num_layers)
+        self.layer(num_layers)
+        return super().wait_for_layers(num_layers, 0.0)
+
+    def wait(self, timeout_s: float) -> bool:
+        self.end()
+        return super().wait(0.0)
+
+
+class Flight:
+    """An adapter whose shape alone has come: its numbers are NaN until `bring` gives them, layer by layer."""
+
+    def __init__(self, adapter: TestAdapter, base: BaseModel) -> None:
+        self._weights, self._num_layers = adapter.load(base), base.config.num_layers
+        self.arrival = Scripted(self.bring, lambda: self.arrival.land())
+        self._packing: Packing | None = None
+        self.taken = 0
+
+    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+        self._packing = Packing(packer, self._weights, self.arrival)
+        for rows in self._packing.packed.layered:
+            rows.fill_(torch.nan)
+        return self._packing.packed
+
+    def bring(self, num_layers: int) -> None:
+        assert self._packing is not None
+        self._packing.take(range(self.taken, num_layers))
+        self.taken = max(self.taken, num_layers)
+        self.arrival.advance(self.taken)
+
+    def bring_all(self) -> None:
+        self.bring(self._num_layers)
+        self.arrival.land()
+
+
+class Ground:
+    """An engine whose adapter "r5" comes by a `Flight`, with a request on it, one on "r8" and one on the base."""
+
+    def __init__(self, base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
+        self.cold, self.warm = adapters["r5"], adapters["r8"]
+        self.flight = Flight(self.cold, base)
+        self.requests = [
+            request("cold", PROMPT, self.cold, max_tokens=4),
+            request("warm", PROMPT, self.warm, max_tokens=4),
+            request("base", PROMPT, max_tokens=4),
+        ]
+        self.expected = run(make_engine(base, list(adapters.values())), self.requests)
+        self.engine = make_engine(base, list(adapters.values()))
+        run(self.engine, [request("before", PROMPT, self.warm, max_tokens=1)])
+        others = self.engine._loads._load
+        self.engine._loads._load = lambda ref: self.flight if ref.digest == self.cold.ref.digest else others(ref)
+        self.got: dict[str, list[TokenOutput]] = {}
+        for r in self.requests[1:]:
+            self.engine.add(r)
+        self.add_cold()
+
+    def add_cold(self) -> None:
+        self.engine.add(self.requests[0])
+        self.engine._residency.poll()
+        entry = self.engine._residency._entries[self.cold.ref.digest]
+        if entry.flight is not None:
+            entry.flight.exception(60)  # it has begun to arrive
+
+    def step(self) -> None:
+        for out in self.engine.step():
+            self.got.setdefault(out.request_id, []).append(out)
+        self.engine.check_integrity()
+
+    def finish(self) -> None:
+        while self.engine.has_work:
+            self.step()
+
+    def tokens(self, of: Sequence[GenerateRequest]) -> dict[str, list[int | None]]:
+        return {r.request_id: [out.token_id for out in self.got[r.request_id]] for r in of}
+
+
+@pytest.fixture
+def ground(base: BaseModel, adapters: dict[str, TestAdapter]) -> Ground:
+    return Ground(base, adapters)
+
+
+def test_layers_that_come_in_time_are_waited_for_one_by_one(ground: Ground) -> None:
+    ground.step()
+    assert ground.flight.arrival.waited == [1, 2]
+    assert len(ground.got["cold"]) == 1
+    ground.finish()
+    assert ground.flight.arrival.waited == [1, 2]  # whole from then on
+    assert ground.tokens(ground.requests) == ground.expected
+    assert ground.engine.stats().load_seconds.num_values == 2
+
+
+@pytest.mark.parametrize("missing", ["a layer", "the verification"])
+def test_what_comes_late_holds_back_its_own_requests_alone(ground: Ground, missing: str) -> None:
+    arrival = ground.flight.arrival
+    if missing == "a layer":
+        arrival.layer = lambda num_layers: ground.flight.bring(1) if num_layers == 1 else None
+    arrival.end = lambda: None
+    for _ in range(3):
+        ground.step()
+    assert arrival.waited == [1, 2]  # in the first step; later ones leave it out
+    assert "cold" not in ground.got
+    assert [len(ground.got[name]) for name in ("warm", "base")] == [3, 3]
+    assert ground.engine._residency.tier(ground.cold.ref) is Tier.LOADING
+    ground.flight.bring_all()
+    ground.finish()
+    assert ground.tokens(ground.requests) == ground.expected
+
+
+@pytest.mark.parametrize("moment", ["between layers", "at the end", "after a step that did not wait"])
+def test_what_was_not_published_is_never_sent(ground: Ground, moment: str) -> None:
+    arrival = ground.flight.arrival
+
+    def fail() -> None:
+        arrival.fail(IntegrityError("damaged"))
+
+    arrival.end = lambda: None
+    if moment == "between layers":
+        arrival.layer = lambda num_layers: ground.flight.bring(1) if num_layers == 1 else fail()
+    elif moment == "at the end":
+        arrival.end = fail
+    ground.step()
+    if moment == "after a step that did not wait":
+        fail()
+    assert "cold" not in ground.got
+    ground.finish()
+    (out,) = ground.got["cold"]
+    assert out.token_id is None
+    assert isinstance(out.error, IntegrityError)
+    assert ground.tokens(ground.requests[1:]) == {name: ground.expected[name] for name in ("warm", "base")}
+    assert ground.engine.stats().num_failed_loads == 1
+    ground.flight = Flight(ground.cold, ground.engine.base)  # and may be tried again
+    ground.got.clear()
+    ground.add_cold()
+    ground.finish()
+    assert ground.tokens(ground.requests[:1]) == {"cold": ground.expected["cold"]}
+
+
+def test_cancelled_in_the_middle(ground: Ground) -> None:
+    ground.flight.arrival.end = lambda: None
+    ground.step()
+    ground.engine.cancel("cold")
+    ground.finish()
+    ground.flight.bring_all()
+    ground.engine.step()
+    ground.engine.check_integrity()
+    assert ground.engine.stats().adapters_in_pool.count(ground.cold.ref.digest) == 1
+
+
+class Weather:
+    """Flights of which each wait may find nothing, or the end, and that land some steps later."""
+
+    def __init__(self, base: BaseModel, adapters: dict[str, TestAdapter], seed: int) -> None:
+        self._base, self._rng = base, random.Random(seed)
+        self._by_digest = {a.ref.digest: a for a in adapters.values()}
+        self.aloft: list[Flight] = []
+        self.num_failed = 0
+
+    def load(self, ref: AdapterRef) -> Flight:
+        flight = Flight(self._by_digest[ref.digest], self._base)
+        bring, land = flight.arrival.layer, flight.arrival.end
+        flight.arrival.layer = lambda num_layers: self._perhaps(flight, lambda: bring(num_layers))
+        flight.arrival.end = lambda: self._perhaps(flight, land)
+        self.aloft.append(flight)
+        return flight
+
+    def _perhaps(self, flight: Flight, come: Callable[[], None]) -> None:
+        chance = self._rng.random()
+        if flight.arrival.done or chance < 0.2:
+            return
+        if chance < 0.25:
+            self.num_failed += 1
+            flight.arrival.fail(IntegrityError("damaged"))
+        else:
+            come()
+
+    def pass_time(self) -> None:
+        for flight in self.aloft:
+            if flight.arrival.waited and not flight.arrival.done and self._rng.random() < 0.3:
+                flight.bring_all()
+        self.aloft = [flight for flight in self.aloft if not flight.arrival.done]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_at_once_in_any_weather(base: BaseModel, adapters: dict[str, TestAdapter], seed: int) -> None:
+    """Preempted, evicted, late, failed: whoever gets tokens gets the right ones, and all get an answer."""
+    models = [None, *adapters.values()]
+    requests = [
+        request(str(i), PROMPT[: 5 + 7 * i % 25], models[i % len(models)], max_tokens=6) for i in range(5 * len(models))
+    ]
+    expected = run(make_engine(base, list(adapters.values())), requests)
+    engine = make_engine(base, pool_bytes=20 << 13, max_num_batched_tokens=48, host_bytes=1)
+    weather = Weather(base, adapters, seed)
+    engine._loads._load = weather.load
+    got: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    failed: set[str] = set()
+    waiting, live = list(requests), 0
+    while waiting or engine.has_work:
+        while waiting and live < 4:  # few, so that the adapters of others are let go and come anew
+            engine.add(waiting.pop(0))
+            live += 1
+        for out in engine.step():
+            live -= bool(out.error or out.finish_reason)
+            if out.error is not None:
+                assert isinstance(out.error, IntegrityError)
+                assert out.request_id not in failed
+                failed.add(out.request_id)
+            else:
+                assert out.token_id is not None
+                got[out.request_id].append(out.token_id)
+        engine.check_integrity()
+        weather.pass_time()
+        if engine.idle:
+            time.sleep(0.001)  # the threads that load need the interpreter
+    assert {name: tokens for name, tokens in got.items() if name not in failed} == {
+        name: tokens for name, tokens in expected.items() if name not in failed
+    }
+    assert bool(failed) == bool(weather.num_failed)
+    assert all(r.adapter is not None for r in requests if r.request_id in failed)
+
+
+def test_a_step_waits_no_longer_than_it_may_in_all() -> None:
+    """The waits of layers and of the end share one allowance."""
+    from loray.engine.landing import Landings
+
+    now, allowed = 0.0, []
+
+    class Slow(Arrival):
+        def wait_for_layers(self, num_layers: int, timeout_s: float) -> int:
+            nonlocal now
+            allowed.append(round(timeout_s, 6))
+            now += 0.02
+            return num_layers
+
+        def wait(self, timeout_s: float) -> bool:
+            allowed.append(round(timeout_s, 6))
+            return False
+
+    class Pool:
+        class geometry:  # noqa: N801 - as the pool has it
+            num_layers = 2
+
+        def take(self, adapter: Adapter, num_layers: int) -> None:
+            adapter.num_layers = num_layers
+
+    class Adapter:
+        num_layers = 0
+
+        class arriving:  # noqa: N801 - as an adapter has it
+            arrival = Slow()
+
+        class ref:  # noqa: N801
+            digest = "a"
+
+    landings = Landings(Pool(), [Adapter()], max_wait_s=0.03, clock=lambda: now)  # type: ignore[arg-type, list-item]
+    for layer in range(2):
+        landings.wait_for_layer(layer)
+    assert landings._unsettled() == {"a"}
+    assert allowed == [0.03, 0.01, 0.0]

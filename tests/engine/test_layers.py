@@ -1,0 +1,66 @@
+"""The fused layer against the same layer op by op: the same bits, at every layer of real batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from loray.bases.registry import BaseModel
+from loray.engine.layers import Layer, Step
+from loray.spec import RopeParameters
+from loray_kernels import backend
+from loray_kernels.cpu import CpuOps
+from tests.engine.adapters import NORMS, TestAdapter, make_adapter
+from tests.engine.harness import make_engine, request, run
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROPE = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)
+
+
+def adapters(base: BaseModel, folder: Path) -> list[TestAdapter]:
+    configs: list[tuple[Any, RopeParameters | None]] = [
+        (LoraConfig(r=16, target_modules=ALL), None),
+        (LoraConfig(r=5, lora_alpha=9, target_modules=["v_proj", "up_proj"], rank_pattern={"up_proj": 3}), None),
+        (LoraConfig(r=8, target_modules=ALL[2:6], layers_to_transform=[1]), None),
+        (LoraConfig(r=4, target_modules=ALL[:4], modules_to_save=NORMS), ROPE),
+    ]
+    return [make_adapter(base, folder / str(i), c, seed=i, rope=rope, std=0.1) for i, (c, rope) in enumerate(configs)]
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_fused_layer_gives_the_bits_of_its_ops(
+    tiny_base: Callable[..., BaseModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    dtype: str,
+) -> None:
+    if not isinstance(backend("auto"), CpuOps):
+        pytest.skip("no C++ compiler")
+    base = tiny_base(architecture)
+    own = adapters(base, tmp_path)
+    compared = 0
+
+    def both(self: Layer, x_TD: Tensor, step: Step) -> Tensor:
+        nonlocal compared
+        expected_TD = self.composed(x_TD.clone(), step)
+        tables = step.batch.adapters.layer(self._layer)
+        got_TD = step.ops.decoder_layer(x_TD.clone(), self._weights, tables, step.inputs, self._layer)
+        assert got_TD is not None
+        assert torch.equal(got_TD, expected_TD)
+        compared += 1
+        return got_TD
+
+    monkeypatch.setattr(Layer, "__call__", both)
+    engine = make_engine(base, own, dtype=dtype, max_num_batched_tokens=24, max_num_seqs=8)
+    models = [None, *own, own[0], None]
+    run(engine, [request(str(i), range(3, 9 + 4 * i), a, max_tokens=3) for i, a in enumerate(models)])
+    assert compared >= 4 * base.config.num_layers
+    engine.close()

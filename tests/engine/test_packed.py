@@ -1,0 +1,98 @@
+"""Packed rows: in the pool where the table says, the same from a file, damage found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey
+from loray.bases.registry import BaseModel
+from loray.engine.blocks import Geometry
+from loray.engine.packed import PackedAdapter, Packer
+from loray.engine.packed_file import open_packed, packed_name, save_packed
+from loray.engine.pool import Pool
+from loray.errors import IntegrityError
+from loray_kernels import KvLayout
+from tests.engine.adapters import TestAdapter
+from tests.store.conftest import damage
+
+LAYOUT = KvLayout(num_layers=4, block_tokens=2, num_kv_heads=1, head_dim=8)  # 32 elements of a layer in a block
+
+
+def packer(num_blocks: int = 40) -> Packer:
+    geometry = Geometry(num_blocks, LAYOUT.num_layers, LAYOUT.block_tokens, LAYOUT.layer_share)
+    return Packer(geometry, torch.float32, torch.zeros(1, 8))
+
+
+def weights(ranks: dict[int, int], *, wide: int = 40, narrow: int = 6) -> AdapterWeights:
+    """Ranks by layer; a row of `wide` is cut into two segments."""
+    generator = torch.Generator().manual_seed(0)
+
+    def lora(rank: int, i: int, o: int) -> LoraWeights:
+        return LoraWeights(torch.randn(rank, i, generator=generator), torch.randn(o, rank, generator=generator), 2.0)
+
+    modules = {ModuleKey(layer, "q_proj"): lora(rank, wide, narrow) for layer, rank in ranks.items()}
+    modules |= {ModuleKey(layer, "v_proj"): lora(rank, wide, wide) for layer, rank in ranks.items()}
+    return AdapterWeights(modules=modules)
+
+
+@pytest.mark.parametrize("ranks", [{0: 3, 1: 3, 2: 3, 3: 3}, {0: 2, 1: 5, 3: 2}])
+def test_every_row_stands_where_the_table_says(ranks: dict[int, int], adapters: dict[str, TestAdapter]) -> None:
+    """Also in a pool with gaps, where an adapter's rows of one width come in several extents."""
+    pool = Pool(LAYOUT, 40, dtype=torch.float32, device=torch.device("cpu"))
+    ref = adapters["r2"].ref
+    small = [pool.place(ref, packer().pack(weights({0: 1}, wide=w))) for w in (14, 6, 20, 6)]
+    for resident in small[::2]:
+        assert resident is not None
+        pool.remove(resident)
+    own = weights(ranks)
+    resident = pool.place(ref, packer().pack(own))
+    assert resident is not None
+    for key, module in own.modules.items():
+        assert isinstance(module, LoraWeights)
+        table = resident.table.groups[resident.table.layer_group[key.layer]]
+        for part, matrix in (("lora_a", module.a_RI), ("lora_b", module.b_OR.T)):
+            for segment in table[key.module, part]:  # type: ignore[index]
+                for row, offset in zip(matrix, segment.offsets, strict=True):
+                    start = offset + key.layer * LAYOUT.layer_share
+                    stands = pool.tensor[start : start + segment.width]
+                    assert torch.equal(stands, row[segment.column : segment.column + segment.width])
+
+
+def _same(a: PackedAdapter, b: PackedAdapter) -> bool:
+    rows = zip((*a.layered, a.flat), (*b.layered, b.flat), strict=True)
+    return (a.shape, a.token_ids, a.rope) == (b.shape, b.token_ids, b.rope) and all(torch.equal(x, y) for x, y in rows)
+
+
+@pytest.mark.parametrize("name", ["r5", "longlora"])
+def test_a_file_gives_back_what_was_packed(
+    base: BaseModel, adapters: dict[str, TestAdapter], tmp_path: Path, name: str
+) -> None:
+    from loray.bases.checkpoint import read_tensors
+
+    embedding = next(t for n, t in read_tensors(base.path) if n == "model.embed_tokens.weight")
+    packing = Packer(Geometry(40, base.config.num_layers, 16, 2 * 16 * 2 * 16), torch.bfloat16, embedding)
+    packed = packing.pack(adapters[name].load(base))
+    path = tmp_path / packed_name(packing, base.fingerprint)
+    save_packed(packed, path)
+    assert _same(open_packed(path, verify=True), packed)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    damage(path)
+    with pytest.raises(IntegrityError, match="damaged"):
+        open_packed(path, verify=True)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(IntegrityError, match="damaged"):
+        open_packed(path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3.4e38])
+def test_what_is_not_finite_in_the_pools_dtype_is_named(bad: float) -> None:
+    own = weights({1: 2})
+    module = own.modules[ModuleKey(1, "v_proj")]
+    assert isinstance(module, LoraWeights)
+    module.b_OR[3, 1] = bad
+    half = Packer(packer().geometry, torch.bfloat16, torch.zeros(1, 8))
+    with pytest.raises(IntegrityError, match="layer 1 v_proj lora_b is not finite"):
+        half.pack(own)

@@ -1,0 +1,149 @@
+"""The prefix cache: a matched block holds exactly the tokens asked for, of that adapter; references add up."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from loray.engine.blocks import BlockAllocator, Geometry
+from loray.engine.prefix_cache import PrefixCache
+
+BLOCK_TOKENS = 2
+GEOMETRY = Geometry(num_blocks=10, num_layers=1, block_tokens=BLOCK_TOKENS, layer_share=4)
+
+
+class Life(RuleBasedStateMachine):
+    """Requests that match, compute, store and go; `content` is what a block's keys and values stand for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocator = BlockAllocator(GEOMETRY)
+        self.cache = PrefixCache(self.allocator)
+        self.content: dict[int, tuple[str | None, tuple[int, ...]]] = {}
+        self.requests: list[tuple[str | None, list[int], list[int]]] = []
+
+    @rule(digest=st.sampled_from([None, "a", "b"]), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9))
+    def start(self, digest: str | None, tokens: list[int]) -> None:
+        blocks = self.cache.match(digest, tokens[:-1])
+        for i, block in enumerate(blocks):
+            assert self.content[block] == (digest, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
+        missing = GEOMETRY.blocks_for_tokens(len(tokens)) - len(blocks)
+        while (more := self.allocator.allocate_kv(missing)) is None:
+            idle, free = self.cache.num_idle, self.allocator.num_free
+            freed = self.cache.evict(missing - free)
+            assert freed == min(idle, missing - free) == self.allocator.num_free - free
+            if not freed:
+                self.cache.release(blocks)
+                return
+        for i, block in enumerate(more, start=len(blocks)):
+            self.content[block] = (digest, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
+        self.requests.append((digest, tokens, blocks + more))
+
+    @rule(data=st.data())
+    def store(self, data: st.DataObject) -> None:
+        if self.requests:
+            digest, tokens, blocks = data.draw(st.sampled_from(self.requests))
+            self.cache.store(digest, tokens[: data.draw(st.integers(0, len(tokens)))], blocks)
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if self.requests:
+            self.cache.release(self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))[2])
+
+    @rule(digest=st.sampled_from([None, "a", "b"]))
+    def forget(self, digest: str | None) -> None:
+        self.cache.forget(digest)
+        assert self.cache.match(digest, [0] * 8) == self.cache.match(digest, [1] * 8) == []
+
+    @rule()
+    def clear_run(self) -> None:
+        """All free blocks side by side: whatever stands among them moves."""
+        num_blocks = self.allocator.num_free
+        moves = self.allocator.clear_run(num_blocks)
+        if moves:
+            self.cache.moved(moves)
+            self.content |= {new: self.content[old] for old, new in moves.items()}
+            self.requests = [(d, t, [moves.get(b, b) for b in blocks]) for d, t, blocks in self.requests]
+            first = self.allocator.allocate_run(num_blocks)
+            assert first is not None
+            self.allocator.free_run(first)
+
+    @invariant()
+    def whole(self) -> None:
+        self.cache.check_integrity()
+        references = Counter(block for _, _, blocks in self.requests for block in blocks)
+        references.update(self.cache.blocks())
+        self.allocator.check_integrity(references, [], {})
+        for digest, tokens, blocks in self.requests:
+            for i, block in enumerate(blocks):
+                assert self.content[block] == (digest, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+@pytest.fixture
+def allocator() -> BlockAllocator:
+    return BlockAllocator(GEOMETRY)
+
+
+def known(cache: PrefixCache, allocator: BlockAllocator, digest: str | None, tokens: list[int]) -> list[int]:
+    """What a request of `tokens` that has ended leaves behind."""
+    blocks = cache.match(digest, tokens)
+    more = allocator.allocate_kv(len(tokens) // BLOCK_TOKENS - len(blocks))
+    assert more is not None
+    blocks += more
+    cache.store(digest, tokens, blocks)
+    cache.release(blocks)
+    return blocks
+
+
+def test_only_whole_blocks_of_the_same_adapter_match(allocator: BlockAllocator) -> None:
+    cache = PrefixCache(allocator)
+    blocks = known(cache, allocator, "a", [1, 2, 3, 4])
+    assert cache.match("a", [1, 2, 3, 4, 5]) == blocks
+    assert cache.match("a", [1, 2, 3]) == blocks[:1]
+    assert cache.match("a", [1]) == cache.match("a", [3, 4]) == []
+    assert cache.match("b", [1, 2, 3, 4]) == cache.match(None, [1, 2, 3, 4]) == []
+
+
+def test_the_end_of_the_prefix_used_longest_ago_goes_first(allocator: BlockAllocator) -> None:
+    cache = PrefixCache(allocator)
+    old = known(cache, allocator, None, [1, 1, 2, 2, 3, 3])
+    new = known(cache, allocator, None, [1, 1, 9, 9])
+    assert new[0] == old[0]
+    freed: list[int] = []
+    for _ in range(4):
+        before = set(cache.blocks())
+        assert cache.evict(1) == 1
+        freed += before - set(cache.blocks())
+    assert freed == [old[2], old[1], new[1], old[0]]
+    assert cache.evict(1) == 0
+    assert allocator.num_free == GEOMETRY.num_blocks
+
+
+def test_two_that_computed_the_same_share_one_copy_afterwards(allocator: BlockAllocator) -> None:
+    cache = PrefixCache(allocator)
+    first, second = allocator.allocate_kv(2), allocator.allocate_kv(2)
+    assert first is not None
+    assert second is not None
+    cache.store("a", [1, 2, 3, 4], first)
+    cache.store("a", [1, 2, 3, 4], second)
+    assert second == first
+    assert allocator.num_free == GEOMETRY.num_blocks - 2
+    cache.release(first)
+    assert cache.evict(9) == 0  # the second holds them still
+    cache.release(second)
+    assert cache.evict(9) == 2
+
+
+def test_disabled_it_knows_nothing(allocator: BlockAllocator) -> None:
+    cache = PrefixCache(allocator, enabled=False)
+    known(cache, allocator, None, [1, 2, 3, 4])
+    assert cache.match(None, [1, 2, 3, 4]) == []
+    assert allocator.num_free == GEOMETRY.num_blocks

@@ -1,0 +1,159 @@
+"""Log-probabilities of prompts against transformers + PEFT: chunked, preempted, beside others, never from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from loray.bases.registry import BaseModel
+from loray.engine.engine import Engine
+from loray.engine.request import GenerateRequest, TokenLogprobs
+from loray.errors import IntegrityError, RequestError
+from tests.engine.adapters import Oracle, TestAdapter, make_adapter
+from tests.engine.harness import make_engine, request
+
+BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def adapter(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> TestAdapter:
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "o_proj"])
+    return make_adapter(base, tmp_path_factory.mktemp("adapters") / "a", config, seed=3, std=0.12)
+
+
+@pytest.fixture(scope="module")
+def oracle(base: BaseModel, adapter: TestAdapter) -> Oracle:
+    return Oracle(base, [adapter])
+
+
+def ids(n: int, seed: int) -> list[int]:
+    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+Scores = dict[str, tuple[TokenLogprobs, ...]]
+
+
+def run(engine: Engine, requests: Sequence[GenerateRequest]) -> tuple[Scores, dict[str, list[int]]]:
+    """Each request's prompt_logprobs, which must come once and with its first output, and its tokens."""
+    scores: Scores = {}
+    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    for r in requests:
+        engine.add(r)
+    while engine.has_work:
+        for out in engine.step():
+            assert out.error is None
+            if out.prompt_logprobs is not None:
+                assert out.request_id not in scores
+                assert not tokens[out.request_id]
+                scores[out.request_id] = out.prompt_logprobs
+            tokens[out.request_id] += [] if out.token_id is None else [out.token_id]
+        engine.check_integrity()
+    return scores, tokens
+
+
+def batch(adapter: TestAdapter, **params: int) -> list[GenerateRequest]:
+    """Scored ones with and without an adapter, of many lengths, and others that are not."""
+    models = [None, adapter]
+    scored = [
+        request(f"scored-{i}", ids(n, i), models[i % 2], prompt_logprobs=i % 4, **params)
+        for i, n in enumerate((1, 2, 17, 40, 64, 65, 90))
+    ]
+    return [*scored[:3], request("other", ids(33, 50), adapter, max_tokens=20), *scored[3:], request("b", ids(9, 51))]
+
+
+def check(oracle: Oracle, adapter: TestAdapter, requests: Sequence[GenerateRequest], scores: Scores) -> None:
+    assert scores.keys() == {r.request_id for r in requests if r.params.prompt_logprobs is not None}
+    for r in requests:
+        num_top = r.params.prompt_logprobs
+        if num_top is None:
+            continue
+        got = scores[r.request_id]
+        expected = oracle.logits(r.prompt_ids, adapter if r.adapter else None).log_softmax(-1)[:-1]
+        own = expected.gather(1, torch.tensor(r.prompt_ids[1:]).long()[:, None])
+        assert [lp.logprob for lp in got] == pytest.approx(own.flatten().tolist(), abs=1e-4)
+        assert [lp.rank for lp in got] == ((expected > own).sum(1) + 1).tolist()
+        best = expected.topk(num_top)
+        assert [[t for t, _ in lp.top] for lp in got] == best.indices.tolist()
+        assert [v for lp in got for _, v in lp.top] == pytest.approx(best.values.flatten().tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", [512, 24], ids=["whole prompts", "chunked"])
+@pytest.mark.parametrize("max_tokens", [0, 5])
+def test_scores_are_those_of_peft(
+    base: BaseModel, adapter: TestAdapter, oracle: Oracle, budget: int, max_tokens: int
+) -> None:
+    requests = batch(adapter, max_tokens=max_tokens)
+    engine = make_engine(base, [adapter], max_num_batched_tokens=budget, max_num_seqs=min(budget, 32))
+    scores, tokens = run(engine, requests)
+    check(oracle, adapter, requests, scores)
+    assert {len(t) for name, t in tokens.items() if name.startswith("scored")} == {max_tokens}
+    plain = [request(r.request_id, r.prompt_ids, adapter if r.adapter else None) for r in requests]
+    unscored = run(make_engine(base, [adapter]), plain)[1]
+    assert all(unscored[name][: len(t)] == t[:8] for name, t in tokens.items())
+    assert engine.stats().num_output_tokens == sum(len(t) for t in tokens.values())
+
+
+def test_preemption_neither_loses_nor_repeats_a_score(base: BaseModel, adapter: TestAdapter, oracle: Oracle) -> None:
+    requests = batch(adapter, max_tokens=30)
+    engine = make_engine(
+        base, [adapter], pool_bytes=14 * BLOCK_BYTES, max_num_batched_tokens=24, max_num_seqs=8, max_model_len=128
+    )
+    scores, _ = run(engine, requests)
+    assert engine.stats().num_preemptions > 0
+    check(oracle, adapter, requests, scores)
+
+
+def test_what_the_prefix_cache_holds_is_computed_for_its_scores(
+    base: BaseModel, adapter: TestAdapter, oracle: Oracle
+) -> None:
+    engine = make_engine(base, [adapter])
+    requests = batch(adapter, max_tokens=2)
+    for again in range(2):
+        named = [request(f"{again}{r.request_id}", r.prompt_ids, adapter if r.adapter else None) for r in requests]
+        run(engine, named)
+    scores, _ = run(engine, requests)
+    check(oracle, adapter, requests, scores)
+    assert engine.stats().prefix_cache_hits > 0
+    _, tokens = run(engine, [request("neither", requests[-2].prompt_ids, max_tokens=0)])  # all of it known, none asked
+    assert tokens == {"neither": []}
+
+
+def test_a_prompt_whose_scores_are_not_finite_fails_alone(base: BaseModel, adapter: TestAdapter) -> None:
+    engine = make_engine(base, [adapter])
+    forward = engine._model.forward
+
+    def broken(batch, *rest):  # type: ignore[no-untyped-def]
+        logits = forward(batch, *rest).clone()
+        logits[len(batch.sampled)] = float("nan")  # the first scored token
+        return logits
+
+    engine._model.forward = broken  # type: ignore[method-assign]
+    for name, n in (("a", 20), ("b", 30)):
+        engine.add(request(name, ids(n, 1), prompt_logprobs=1, max_tokens=1))
+    outputs = {out.request_id: out for out in engine.step()}
+    assert isinstance(outputs["a"].error, IntegrityError)
+    assert outputs["b"].finish_reason == "length"
+    assert not engine.has_work
+    engine.check_integrity()
+
+
+def test_a_token_id_ends_the_text_and_must_exist(base: BaseModel) -> None:
+    prompt = ids(12, 7)
+    free = run(make_engine(base), [request("r", prompt)])[1]["r"]
+    stop = next(t for t in free if t != free[0])
+    engine = make_engine(base)
+    (cut,) = run(engine, [request("r", prompt, stop_token_ids=(stop,))])[1].values()
+    assert cut == free[: free.index(stop) + 1]
+    (later,) = run(engine, [request("r", prompt, stop_token_ids=(stop,), min_tokens=len(cut))])[1].values()
+    assert len(later) > len(cut)
+    for params in ({"stop_token_ids": (5000,)}, {"logit_bias": {320: 1.0}}):
+        with pytest.raises(RequestError, match="outside the vocabulary"):
+            engine.check(request("r", prompt, **params))

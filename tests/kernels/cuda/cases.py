@@ -1,0 +1,157 @@
+"""What the cuda backend has of its own: several modules in a launch, both paths in a step, splits, padding, pages.
+
+Collected where a backend is: `interpreted` without a GPU, `test_gpu` with one.
+Shapes: T tokens, I input width, O output width, R ranks of an adapter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, RowTables, Segments, TokenRows
+from loray_kernels.reference import ReferenceOps
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+REFERENCE = ReferenceOps()
+
+
+def randn(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def near(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    expected = expected.double()
+    scale = expected.abs().max().clamp(min=1.0)
+    assert float((got.double() - expected).abs().max() / scale) < TOLERANCE[dtype]
+
+
+def rows(num: int, width: int, first: int, step: int = 512, num_segments: int = 1) -> RowTables:
+    """Row n of segment s at first + n · step, plus s times more than a row."""
+    each = width // num_segments
+    at = torch.arange(num) * step + first
+    return RowTables(tuple((s * each, each, at + s * (each + 8)) for s in range(num_segments)))
+
+
+def lora(
+    ops: Ops, dtype: torch.dtype, counts: list[int], ranks: dict[str, list[int]], widths: dict[str, int], odd: int = 0
+) -> tuple[Tensor, ...]:
+    """Modules of one input over adapters with `counts` tokens; two tokens of the base before and one after them."""
+    num_tokens, width_in = sum(counts) + 3, 72
+    starts = [2 + sum(counts[:n]) for n in range(len(counts))]
+    segments = Segments(tuple(starts), tuple(a + c for a, c in zip(starts, counts, strict=True)))
+    tables, first = [], 128 + odd
+    for module, own in ranks.items():
+        total, rank_start = sum(own), tuple(sum(own[:n]) for n in range(len(own) + 1))
+        a = rows(total, width_in, first, num_segments=3)
+        b = rows(total, widths[module], first + total * 512)
+        tables.append(LoraTable(a, b, rank_start, tuple(0.5 + n for n in range(len(own)))))
+        first += 2 * total * 512
+    pool, layer_offset = randn(1, dtype, first + 1024), 256
+    x_TI, fused = randn(2, dtype, num_tokens, width_in), randn(3, dtype, num_tokens, sum(widths.values()))
+    outputs = torch.split(fused, list(widths.values()), dim=1)
+    h = ops.lora_shrink(x_TI, pool, tuple(tables), segments, layer_offset)
+    ops.lora_expand(outputs, h, pool, tuple(tables), segments, layer_offset)
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("odd", [0, 3])
+def test_modules_of_one_input_in_a_mixed_step(ops: Ops, odd: int, dtype: torch.dtype) -> None:
+    """Adapters with one token, a few and many; modules that some lack; rows at odd places."""
+    case = (
+        [1, 20, 3, 40, 6],
+        {"q": [8, 16, 0, 4, 33], "k": [0, 16, 5, 4, 1], "v": [0, 70, 2, 0, 8]},
+        {"q": 160, "k": 48, "v": 24},
+    )
+    got, expected = lora(ops, dtype, *case, odd), lora(REFERENCE, dtype, *case, odd)
+    for y_TO, want_TO in zip(got, expected, strict=True):
+        near(y_TO, want_TO, dtype)
+
+
+def test_neighbours_change_no_bit(ops: Ops) -> None:
+    """Whatever the second adapter's rank, and wherever its rows stand: the base's rows and the first adapter's."""
+    for count in (3, 20):
+        before, after = (
+            lora(ops, torch.float32, [count, 4], {"q": [8, other]}, {"q": 160}, odd=odd)[0]
+            for other, odd in ((0, 0), (64, 1))
+        )
+        assert not torch.equal(before[2 + count :], after[2 + count :])
+        assert torch.equal(before[:2], after[:2])
+        assert torch.equal(before[-1], after[-1])
+    # A row of A that can be read 16 bytes at once and one that cannot give the same bits.
+    pool = randn(1, torch.float32, 2048)
+    pool[1001 : 1001 + 72] = pool[64 : 64 + 72]
+    x_TI = randn(2, torch.float32, 20, 72)
+    for count in (3, 20):
+        h = [
+            ops.lora_shrink(
+                x_TI,
+                pool,
+                (LoraTable(*(RowTables(((0, 72, torch.tensor([at])),)),) * 2, (0, 1), (1.0,)),),
+                Segments((0,), (count,)),
+                0,
+            )[0]
+            for at in (64, 1001)
+        ]
+        assert torch.equal(*h)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(9, 1, 16), (4, 2, 64)])
+def test_long_contexts(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Several splits, their edges, more query heads than one block takes, prompts of several tiles."""
+    num_heads, num_kv, d = heads
+    layout = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=num_kv, head_dim=d)
+    sequences = [(1, 600), (70, 130), (1, 256), (1, 257), (2, 70), (1, 5)]
+    lengths = [-(-context // 16) for _, context in sequences]
+    order = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(5))
+    pool = randn(6, dtype, len(order) * 2 * layout.layer_share)
+    start = [sum(n for n, _ in sequences[:i]) for i in range(len(sequences) + 1)]
+    meta = AttentionMeta(
+        tuple(start), tuple(c for _, c in sequences), order.split(lengths), torch.zeros(start[-1], dtype=torch.int64)
+    )
+    q_THd = randn(7, dtype, start[-1], num_heads, d)
+    got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5) for o in (ops, REFERENCE))
+    near(got, want, dtype)
+    # Alone, a sequence has the same bits.
+    alone = AttentionMeta((0, 1), (600,), order.split(lengths)[:1], torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(ops.paged_attention(q_THd[:1], pool, layout, 1, alone, d**-0.5), got[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_of_a_prompt_have_the_whole_prompts_bits(ops: Ops, dtype: torch.dtype) -> None:
+    layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
+    pool, q_THd, table = randn(8, dtype, 10 * layout.layer_share), randn(9, dtype, 100, 4, 16), torch.arange(10)
+
+    def attend(start: int, stop: int) -> Tensor:
+        meta = AttentionMeta((0, stop - start), (stop,), (table,), torch.zeros(stop - start, dtype=torch.int64))
+        return ops.paged_attention(q_THd[start:stop], pool, layout, 0, meta, 0.25)
+
+    assert torch.equal(torch.cat((attend(0, 37), attend(37, 100))), attend(0, 100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_activations(ops: Ops, dtype: torch.dtype) -> None:
+    """Inputs that are columns of a wider matrix; norm weights in two segments; rope of nine heads."""
+    fused = randn(10, dtype, 5, 9 * 16 + 8)
+    x_THd = fused[:, : 9 * 16].view(5, 9, 16)
+    cos, sin = randn(11, dtype, 5, 16), randn(12, dtype, 5, 16)
+    near(ops.rope(x_THd, cos, sin), REFERENCE.rope(x_THd, cos, sin), dtype)
+    near(ops.silu_mul(fused[:, :140]), REFERENCE.silu_mul(fused[:, :140]), dtype)
+    pool, weight_D = randn(13, dtype, 4096), randn(14, dtype, 48)
+    own = TokenRows(torch.tensor([3, 0]), rows(2, 48, 7, num_segments=2))
+    args = (fused[:, :48], weight_D, 1e-5, pool, own, 64)
+    near(ops.rms_norm(*args), REFERENCE.rms_norm(*args), dtype)
+    table_VD = randn(15, dtype, 6, 48)
+    ids_T = torch.tensor([5, 0, 2, 2, 1])
+    assert torch.equal(ops.embed(table_VD, ids_T, pool, own), REFERENCE.embed(table_VD, ids_T, pool, own))
+
+
+def test_mixed_dtypes_go_to_the_reference(ops: Ops) -> None:
+    x_TI, pool = randn(2, torch.float32, 24, 72), randn(1, torch.bfloat16, 8192)
+    table = LoraTable(rows(12, 72, 0), rows(12, 48, 0), (0, 8, 12), (1.0, 2.0))
+    (got,), (want,) = (o.lora_shrink(x_TI, pool, (table,), Segments((0, 1), (1, 21)), 0) for o in (ops, REFERENCE))
+    near(got, want, torch.float32)

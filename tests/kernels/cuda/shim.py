@@ -1,0 +1,61 @@
+"""A launcher that runs csrc/cuda on the CPU: the same sources, compiled with shim.h in the place of CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from loray_kernels import BackendUnavailable
+from loray_kernels.build import cache_folder
+from loray_kernels.cuda.launch import Argument, file_of
+from loray_kernels.cuda.nvrtc import FILES, SOURCES
+
+_SHIM = Path(__file__).parent / "shim.h"
+# Fortified longjmp takes a switch between two stacks for an error.
+_FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-DLORAY_SHIM", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
+
+
+class ShimLauncher:
+    """BackendUnavailable without a compiler; AssertionError when the threads of a block wait for one another."""
+
+    def __init__(self) -> None:
+        self._libraries = _libraries()
+
+    def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
+        values = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_float(float(a)) for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        stuck = self._libraries[file_of(kernel)][f"launch_{kernel}"]((ctypes.c_uint * 3)(*grid), threads, pointers)
+        assert not stuck, f"{kernel}: a barrier that not every thread reaches"
+
+
+def compile_shim(source: Path, library: Path) -> subprocess.Popen[bytes]:
+    """Start the compiler. BackendUnavailable where there is none."""
+    command = [os.environ.get("CXX", "g++"), *_FLAGS, f"-I{_SHIM.parent}", "-x", "c++", str(source), "-o", str(library)]
+    try:
+        return subprocess.Popen(command)
+    except FileNotFoundError as e:
+        raise BackendUnavailable(f"the CUDA sources need a C++ compiler to run on the CPU: {e}") from e
+
+
+@cache
+def _libraries() -> dict[str, Any]:
+    folder = cache_folder() / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(" ".join(_FLAGS).encode())
+    for path in (_SHIM, *sorted(SOURCES.iterdir())):
+        digest.update(path.read_bytes())
+    paths = {name: folder / f"{name}-{digest.hexdigest()[:16]}.so" for name in FILES}
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        missing = [name for name, path in paths.items() if not path.exists()]
+        started = {name: compile_shim(SOURCES / name, Path(made, name)) for name in missing}
+        for name, process in started.items():
+            assert process.wait() == 0, f"{name} does not compile under the shim"
+            Path(made, name).replace(paths[name])
+    return {name: ctypes.CDLL(str(path)) for name, path in paths.items()}

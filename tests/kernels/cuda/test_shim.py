@@ -1,0 +1,156 @@
+"""The CUDA C++ kernels, compiled for the CPU, against the reference: everything that goes without Triton.
+
+Shapes: T tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from loray_kernels import AttentionMeta, BackendUnavailable, KvLayout, Ops, backend
+from loray_kernels.cuda import gather, tables
+from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.graphs import DecodeStep, PaddedStep
+from loray_kernels.cuda.nvrtc import FILES, SOURCES, compile_source
+from loray_kernels.cuda.ops import CudaOps
+from tests.kernels.cuda.cases import (  # noqa: F401
+    REFERENCE,
+    near,
+    randn,
+    test_mixed_dtypes_go_to_the_reference,
+    test_modules_of_one_input_in_a_mixed_step,
+)
+from tests.kernels.cuda.shim import ShimLauncher, compile_shim
+from tests.kernels.test_ops import test_lora  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def launcher() -> ShimLauncher:
+    try:
+        return ShimLauncher()
+    except BackendUnavailable as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture
+def ops(launcher: ShimLauncher, monkeypatch: pytest.MonkeyPatch) -> Ops:
+    """However many tokens an adapter has, they are gathered."""
+    monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
+    return CudaOps(Gather(launcher), cast(Any, None))
+
+
+def decoding(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tuple[torch.Tensor, AttentionMeta]:
+    """A pool, and a step in which each sequence has one query and its blocks are all over the pool."""
+    lengths = [-(-context // layout.block_tokens) for context in contexts]
+    blocks = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1)).split(lengths)
+    size = layout.block_tokens
+    slots = [int(b[(c - 1) // size]) * size + (c - 1) % size for b, c in zip(blocks, contexts, strict=True)]
+    pool = randn(2, dtype, sum(lengths) * layout.num_layers * layout.layer_share)
+    return pool, AttentionMeta(tuple(range(len(contexts) + 1)), tuple(contexts), blocks, torch.tensor(slots))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(9, 3, 64), (12, 1, 128), (2, 2, 40)])
+def test_decode(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    num_heads, num_kv, d = heads
+    layout = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=num_kv, head_dim=d)
+    pool, meta = decoding(dtype, [1, 256, 257, 530], layout)
+    expected = pool.clone()
+    k_TKd, v_TKd, q_THd = randn(3, dtype, 4, num_kv, d), randn(4, dtype, 4, num_kv, d), randn(5, dtype, 4, num_heads, d)
+    ops.write_kv(pool, layout, 1, k_TKd, v_TKd, meta)
+    REFERENCE.write_kv(expected, layout, 1, k_TKd, v_TKd, meta)
+    assert torch.equal(pool, expected)
+    got, want = (o.paged_attention(q_THd, pool, layout, 1, meta, d**-0.5) for o in (ops, REFERENCE))
+    near(got, want, dtype)
+
+
+def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
+    """Padding has no keys and writes none, and what an earlier step left in the tensors is gone."""
+    layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
+    padded = PaddedStep(4, 20, layout, torch.device("cpu"))
+    q_THd, k_TKd = randn(6, torch.float32, 4, 4, 16), randn(7, torch.float32, 4, 2, 16)
+    for contexts in ([300, 20, 16, 5], [7, 290]):
+        pool, meta = decoding(torch.float32, contexts, layout)
+        num, expected = len(contexts), pool.clone()
+        padded.fill(DecodeStep(torch.arange(num), torch.tensor(contexts) - 1, meta))
+        ops.write_kv(pool, layout, 0, k_TKd, k_TKd, padded.step.attention)
+        ops.write_kv(expected, layout, 0, k_TKd[:num], k_TKd[:num], meta)
+        assert torch.equal(pool, expected)
+        out_THd = ops.paged_attention(q_THd, pool, layout, 0, padded.step.attention, 0.25)
+        assert torch.equal(out_THd[:num], ops.paged_attention(q_THd[:num], pool, layout, 0, meta, 0.25))
+        assert not out_THd[num:].any()
+        assert padded.step.positions_S[:num].tolist() == [c - 1 for c in contexts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_are_scattered(launcher: ShimLauncher, dtype: torch.dtype) -> None:
+    pages, pool = randn(8, dtype, 1000), torch.zeros(4000, dtype=dtype)
+    pieces = [(0, 1024, 512), (512, 17, 3), (515, 2001, 485)]  # at even and odd places
+    expected = pool.clone()
+    for start, to, length in pieces:
+        expected[to : to + length] = pages[start : start + length]
+    Gather(launcher).place_pages(pool, pages, torch.tensor(pieces))
+    assert torch.equal(pool, expected)
+
+
+def test_the_shim_reports_a_barrier_that_is_not_reached(launcher: ShimLauncher, tmp_path: Path) -> None:
+    """Else a kernel that hangs on a GPU would pass here."""
+    source = """
+        #include "shim.h"
+        extern "C" __global__ void hang(int *x) {
+          if (threadIdx.x == 40) __shfl_xor_sync(~0u, 1, 1); else __syncthreads();
+        }
+        LORAY_EXPORT(hang)"""
+    (tmp_path / "hang.cu").write_text(source)
+    process = compile_shim(tmp_path / "hang.cu", tmp_path / "hang.so")
+    assert process.wait() == 0
+    pointer = (ctypes.c_void_p * 1)(ctypes.addressof(ctypes.c_int64(0)))
+    assert ctypes.CDLL(str(tmp_path / "hang.so")).launch_hang((ctypes.c_uint * 3)(1, 1, 1), 64, pointer)
+
+
+def test_launches_and_kernels_agree() -> None:
+    sources = {name: (SOURCES / name).read_text() for name in FILES}
+
+    def constant(file: str, name: str) -> int:
+        (value,) = re.findall(rf"constexpr int {name} = (\d+);", sources[file])
+        return int(value)
+
+    assert constant("lora.cu", "TOKENS") == tables.GATHER_TOKENS
+    assert constant("lora.cu", "WARPS") == gather._SHRINK_WARPS
+    assert 2 * constant("lora.cu", "THREADS") == 2 * gather._EXPAND_THREADS == tables.TILE_COLUMNS
+    assert constant("attention.cu", "SPLIT") == tables.SPLIT
+    assert constant("attention.cu", "GROUP") == gather._GROUP
+    assert constant("attention.cu", "HEAD") == gather.MAX_HEAD_DIM
+    assert {constant(f, "THREADS") for f in ("attention.cu", "rows.cu")} == {gather._THREADS}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_nvrtc_compiles_every_kernel(arch: str) -> None:
+    """Without toolkit headers; no kernel spills registers."""
+    try:
+        with ThreadPoolExecutor() as threads:
+            logs = [made.log for made in threads.map(lambda name: compile_source(name, arch), FILES)]
+    except BackendUnavailable as e:
+        if "need NVRTC" in str(e):
+            pytest.skip(str(e))
+        raise
+    spills = re.findall(r"(\d+) bytes spill stores", "".join(logs))
+    assert len(spills) == 3 * 7  # kernels in three dtypes
+    assert max(map(int, spills)) <= 16
+
+
+def test_without_a_gpu_the_backend_says_why() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(BackendUnavailable, match="need an NVIDIA GPU"):
+        backend("cuda", "cuda")
+    with pytest.raises(ValueError, match="on a GPU, not on cpu"):
+        backend("cuda")
+    assert type(backend("auto", "cuda")).__name__ == "ReferenceOps"

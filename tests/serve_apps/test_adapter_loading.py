@@ -1,0 +1,163 @@
+"""Adapters from a store and from the node's cache: the same rows either way, each byte verified, refusals by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from loray.adapters.manifest import read_manifest
+from loray.adapters.peft_format import read_adapter
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.engine.blocks import Geometry
+from loray.engine.packed import PackedAdapter, Packer
+from loray.errors import BaseMismatch, IntegrityError
+from loray.publishing import publish
+from loray.settings import Settings
+from loray.spec import AdapterRef
+from loray.store import AdapterStore, open_store
+from serve_apps import adapter_loading
+from serve_apps.adapter_loading import AdapterLoader
+from tests.store.conftest import damage
+
+
+@dataclass
+class Seen:
+    """What the engine is told: layers there, seconds that remain, and whether the whole had landed."""
+
+    said: list[tuple[int, bool]] = field(default_factory=list)
+
+    def __call__(self, packed: PackedAdapter, remaining_s: float) -> None:
+        assert remaining_s >= 0
+        arrival = packed.arrival
+        num_layers = 2 if arrival is None else min(2, arrival.wait_for_layers(0, 0))
+        self.said.append((num_layers, arrival is None or arrival.landed))
+
+
+class World:
+    """A published adapter of a tiny base, and the loader of a replica."""
+
+    def __init__(self, base: BaseModel, folder: Path, home: Path) -> None:
+        self.base, self.folder = base, folder
+        self.settings = Settings.from_env({"LORAY_HOME": str(home)})
+        self.store = AdapterStore(open_store(self.settings.store))
+        publish(folder, name="a", base=base, store=self.store, catalog=Catalog(self.settings.catalog))
+        self.ref = Catalog(self.settings.catalog).resolve("a")
+        config = base.config
+        geometry = Geometry(40, config.num_layers, 16, 2 * 16 * config.num_kv_heads * config.head_dim)
+        self.packer = Packer(geometry, torch.bfloat16, torch.zeros(1, config.hidden_size))
+        self.loader = AdapterLoader(base, self.settings)
+        self.seen = Seen()
+
+    def load(self, *, loader: AdapterLoader | None = None, ref: AdapterRef | None = None) -> PackedAdapter:
+        self.seen.said.clear()
+        return (loader or self.loader)(ref or self.ref).pack(self.packer, self.seen)
+
+    @property
+    def cached(self) -> Path:
+        return self.settings.home / "cache" / "adapters" / self.ref.digest
+
+    @property
+    def packed_file(self) -> Path:
+        (file,) = self.cached.glob("packed*")
+        return file
+
+    def blob(self) -> Path:
+        sha256 = self.store.manifest(self.ref.digest).files["adapter_model.safetensors"]
+        return self.settings.home / "store" / "blobs" / sha256[:2] / sha256
+
+
+@pytest.fixture
+def world(
+    request: pytest.FixtureRequest,
+    tiny_base: Callable[..., BaseModel],
+    peft_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> World:
+    base = tiny_base()
+    return World(base, peft_folder(base, getattr(request, "param", "lora")), tmp_path / "home")
+
+
+def same(a: PackedAdapter, b: PackedAdapter) -> bool:
+    pairs = (None if p.pair is None else p.pair.digest for p in (a, b))
+    return a.shape == b.shape and len(set(pairs)) == 1 and all(map(torch.equal, a.layered, b.layered))
+
+
+@pytest.mark.parametrize("world", ["lora", "vera"], indirect=True)
+@pytest.mark.parametrize("piece", [256, 1 << 20])
+def test_the_same_rows_from_the_store_and_from_the_cache(
+    world: World, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_loading, "_FIRST_BYTES", piece * 8)
+    monkeypatch.setattr(adapter_loading, "_RANGE_BYTES", piece)
+    expected = world.packer.pack(read_adapter(world.folder, world.base.config))
+    cold = world.load()
+    assert same(cold, expected)
+    assert world.seen.said[-1] == (2, True)
+    assert world.seen.said == sorted(world.seen.said)
+    if piece == 256 and expected.pair is None:
+        assert (1, False) in world.seen.said  # its first layer could be used before the second had come
+    world.store.objects.delete(f"manifests/{world.ref.digest[:2]}/{world.ref.digest}.json")  # no store any more
+    for loader in (world.loader, AdapterLoader(world.base, world.settings)):
+        assert same(world.load(loader=loader), expected)
+    assert bool(list(world.cached.glob("packed*"))) == (expected.pair is None)
+
+
+@pytest.mark.parametrize("at", [-1, 20])
+def test_bytes_that_were_not_published_never_land(world: World, at: int) -> None:
+    blob = world.blob()
+    data = bytearray(blob.read_bytes())
+    data[at] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    with pytest.raises(IntegrityError, match="in the store"):
+        world.load()
+    assert not any(landed for _, landed in world.seen.said)
+    assert list(world.cached.parent.iterdir()) == []
+    blob.unlink()
+    with pytest.raises(IntegrityError, match=r"incomplete: adapter_model\.safetensors is missing"):
+        world.load()
+
+
+def test_a_damaged_packed_file_is_made_again(world: World) -> None:
+    packed = world.load()
+    damage(world.packed_file)
+    assert same(world.load(loader=AdapterLoader(world.base, world.settings)), packed)
+    assert same(world.load(loader=AdapterLoader(world.base, world.settings)), packed)
+    damage(world.packed_file)
+    damage(world.cached / "adapter_model.safetensors")  # then all comes from the store
+    assert same(world.load(loader=AdapterLoader(world.base, world.settings)), packed)
+
+
+def test_another_pool_packs_for_itself(world: World) -> None:
+    half = world.load()
+    world.packer = Packer(world.packer.geometry, torch.float32, world.packer.embedding_VD)
+    full = world.load()
+    assert (full.layered[0].dtype, half.layered[0].dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(full.layered[0].bfloat16(), half.layered[0])
+    assert len(list(world.cached.glob("packed*"))) == 2
+
+
+def test_an_adapter_of_another_base_is_refused(world: World, tiny_base: Callable[..., BaseModel]) -> None:
+    other = AdapterLoader(tiny_base(seed=1), world.settings)
+    for _ in range(2):  # from the store, and from the cache that the right base has filled
+        with pytest.raises(BaseMismatch, match="a@1 was trained on another base"):
+            world.load(loader=other)
+        world.load()
+
+
+@pytest.mark.parametrize("world", ["vera"], indirect=True)
+def test_a_vera_adapter_keeps_the_pair_it_was_trained_with(world: World) -> None:
+    """As if PyTorch drew other numbers from the same key one day."""
+    manifest = read_manifest(world.folder)
+    raw = json.loads((world.folder / manifest.FILE).read_text())
+    raw["projection"]["sha256"] = "0" * 64
+    (world.folder / manifest.FILE).write_text(json.dumps(raw))
+    digest = world.store.put(world.folder)
+    with pytest.raises(IntegrityError, match="a@1: its VeRA projection is not the pair it was trained with"):
+        world.load(ref=world.ref.model_copy(update={"digest": digest}))
