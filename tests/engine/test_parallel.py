@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +20,28 @@ from loray.engine.parallel.communicator import Communicator, Traffic
 from loray.engine.parallel.workers import LocalWorkers
 from loray.engine.stream import EngineStream
 from loray.errors import EngineError, SpecError
-from tests.engine.adapters import TestAdapter, make_adapter
+from loray.spec import RopeParameters
+from tests.engine.adapters import NORMS, TestAdapter, make_adapter
 from tests.engine.harness import Spy, make_engine, request, run
-from tests.engine.test_parity import ALL, prompts, strong_adapters
+from tests.engine.test_parity import ALL, ROPES, prompts
 from tests.tiny import byte_tokenizer
 
 # (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide
 WORLDS = {
     "TP=2": (2, "Qwen2ForCausalLM", {"tie_word_embeddings": False}),
     "TP=4": (4, "Qwen3ForCausalLM", {"tie_word_embeddings": True, "vocab_size": 322}),
+}
+# Ranks that 2 and 4 divide and that they do not, subsets of modules and layers, a pair shared by modules of all widths.
+ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
+    "r16": (LoraConfig(r=16, target_modules=ALL), None),
+    "r6": (LoraConfig(r=6, target_modules=ALL), None),
+    "patterns": (
+        LoraConfig(r=4, target_modules=ALL[1:6], rank_pattern={"k_proj": 7}, layers_to_transform=[1]),
+        None,
+    ),
+    "vera": (VeraConfig(r=16, target_modules=ALL, projection_prng_key=5), None),
+    "vera-qv": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"]), None),
+    "longlora": (LoraConfig(r=8, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), ROPES["linear"]),
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -57,8 +71,10 @@ def world(
     size, architecture, config = WORLDS[request.param]
     base = tiny_base(architecture, num_attention_heads=8, num_key_value_heads=4, **config)
     folder = tmp_path_factory.mktemp("adapters")
-    adapters = strong_adapters(base, folder)
-    adapters.append(make_adapter(base, folder / "lora-r6", LoraConfig(r=6, target_modules=ALL), seed=20, std=0.12))
+    adapters = [
+        make_adapter(base, folder / name, config, seed=i, rope=rope, std=0.12)
+        for i, (name, (config, rope)) in enumerate(ADAPTERS.items())
+    ]
     # Small, so that adapters leave and come back, and gaps are closed.
     engine = make_engine(base, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=1 << 19)
     yield World(base, adapters, engine)
@@ -68,7 +84,7 @@ def world(
 def test_ranks_give_what_one_gives(world: World) -> None:
     models = [None, *world.adapters, None]
     ids = prompts(len(models))
-    requests = [request(str(i), p, a) for i, (p, a) in enumerate(zip(ids, models, strict=True))]
+    requests = [request(str(i), p, a, max_tokens=4) for i, (p, a) in enumerate(zip(ids, models, strict=True))]
     one = world.one()
     alone, together = Spy(one), Spy(world.engine)
     expected = run(one, requests)
@@ -78,6 +94,7 @@ def test_ranks_give_what_one_gives(world: World) -> None:
         torch.testing.assert_close(torch.stack(together.logits[i]), torch.stack(logits), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("world", ["TP=2"], indirect=True)
 def test_a_full_pool_is_the_same_on_every_rank(world: World) -> None:
     """Adapters are thrown out and placed again, requests preempted; `run` compares the ranks' pools after each step."""
     ids = prompts(4)
@@ -115,10 +132,10 @@ def test_ranks_send_what_the_formula_says(world: World) -> None:
     r = 8  # of q, k, v, o
     assert sent(by_name["longlora"]) == (attention + mlp, 3 * share * r, 2 * share * r)
     r = 16  # of all seven
-    assert sent(by_name["lora-r16"]) == (attention + mlp, (3 + 2) * share * r, (2 + 2) * share * r)
+    assert sent(by_name["r16"]) == (attention + mlp, (3 + 2) * share * r, (2 + 2) * share * r)
     r = 6
     padded = r + -r % n
-    assert sent(by_name["lora-r6"]) == (attention + mlp, (3 + 2) * share * padded, (2 + 2) * share * r)
+    assert sent(by_name["r6"]) == (attention + mlp, (3 + 2) * share * padded, (2 + 2) * share * r)
 
 
 def test_heads_that_do_not_divide_are_refused(tiny_base: Callable[..., BaseModel]) -> None:

@@ -8,10 +8,16 @@
 
 namespace LORAY_NAMESPACE {
 
+// Rows that come next, fetched from memory while others are multiplied: a lone token waits for nothing else.
+struct Next {
+    const i64* offsets = nullptr;
+    i64 num = 0;
+};
+
 // out[t][r] = x[t] · row[first + r] for NT tokens and NR rows.
 template <int NT, int NR, class X, class T>
 static inline void dot_tile(const X* x, i64 x_stride, const T* pool, const Rows& rows, i64 first, float* out,
-                            i64 out_stride) {
+                            i64 out_stride, const Next& next) {
     using D = Dot<X, T>;
     Vec acc[NT][NR];
     for (int t = 0; t < NT; t++)
@@ -25,6 +31,8 @@ static inline void dot_tile(const X* x, i64 x_stride, const T* pool, const Rows&
         for (; i + D::STEP <= segment.width; i += D::STEP) {
             typename D::X_ xv[NT];
             for (int t = 0; t < NT; t++) xv[t] = D::x(xs + t * x_stride + i);
+            if (NT == 1)
+                for (i64 n = 0; n < next.num; n++) __builtin_prefetch(pool + next.offsets[n] + i, 0, 2);
             for (int r = 0; r < NR; r++) {
                 typename D::T_ wv = D::w(w[r] + i);
                 for (int t = 0; t < NT; t++) acc[t][r] = D::step(acc[t][r], xv[t], wv);
@@ -44,22 +52,29 @@ static inline void dot_tile(const X* x, i64 x_stride, const T* pool, const Rows&
 
 template <int NT, int NR, class X, class T>
 static inline void dot_rows(const X* x, i64 x_stride, const T* pool, const Rows& rows, i64 first, i64 num_rows,
-                            float* out, i64 out_stride) {
+                            float* out, i64 out_stride, const Next& after) {
+    const i64* offsets = rows.segments[0].offsets + first;
     i64 r = 0;
-    for (; r + NR <= num_rows; r += NR) dot_tile<NT, NR>(x, x_stride, pool, rows, first + r, out + r, out_stride);
-    for (; r < num_rows; r++) dot_tile<NT, 1>(x, x_stride, pool, rows, first + r, out + r, out_stride);
+    for (; r + NR <= num_rows; r += NR) {
+        const i64 left = num_rows - r - NR;
+        const Next next = left > 0 ? Next{offsets + r + NR, min_(NR, left)} : after;
+        dot_tile<NT, NR>(x, x_stride, pool, rows, first + r, out + r, out_stride, next);
+    }
+    for (; r < num_rows; r++) dot_tile<NT, 1>(x, x_stride, pool, rows, first + r, out + r, out_stride, Next{});
 }
 
-// out[t][r] = x[t] · row[first + r] for any numbers of tokens and rows.
+// out[t][r] = x[t] · row[first + r] for any numbers of tokens and rows. `after` is what will be asked for next.
 template <class X, class T>
 static void dot_block(const X* x, i64 x_stride, i64 num_tokens, const T* pool, const Rows& rows, i64 first,
-                      i64 num_rows, float* out, i64 out_stride) {
+                      i64 num_rows, float* out, i64 out_stride, const Next& after = {}) {
     constexpr int NT = W == 16 ? 4 : 2;  // sixteen or eight sums: what the registers hold
     i64 t = 0;
     for (; t + NT <= num_tokens; t += NT)
-        dot_rows<NT, 4>(x + t * x_stride, x_stride, pool, rows, first, num_rows, out + t * out_stride, out_stride);
+        dot_rows<NT, 4>(x + t * x_stride, x_stride, pool, rows, first, num_rows, out + t * out_stride, out_stride,
+                        Next{});
     for (; t < num_tokens; t++)
-        dot_rows<1, 8>(x + t * x_stride, x_stride, pool, rows, first, num_rows, out + t * out_stride, out_stride);
+        dot_rows<1, 8>(x + t * x_stride, x_stride, pool, rows, first, num_rows, out + t * out_stride, out_stride,
+                       after);
 }
 
 }  // namespace LORAY_NAMESPACE

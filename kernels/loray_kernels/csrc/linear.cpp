@@ -11,12 +11,15 @@ namespace LORAY_NAMESPACE {
 constexpr int VECTORS = 3, COLUMNS = VECTORS * W, TOKENS = W == 16 ? 8 : 4;
 constexpr i64 SERIAL = 1 << 14;  // multiply-adds below which waking the other threads costs more than they save
 constexpr i64 AHEAD = 4096;      // bytes that a lone tile fetches ahead of itself
+constexpr i64 BLOCK = 128;       // tokens, about
 constexpr i64 UNROLL = 8;        // steps between two pauses for fetching
 
-// One step over the inputs: STEP of them, of one token, into VECTORS vectors of outputs.
+// One step over the inputs: STEP of them, of one token, into VECTORS vectors of outputs. After CHUNK steps the sums are
+// put aside: the error of a long sum grows with its length, that of a sum of sums much less.
 template <class T>
 struct Step {
     static constexpr int STEP = 1;
+    static constexpr i64 CHUNK = 64;
     using Input = Vec;
     static inline Vec input(const T* x) { return set1(to_float(*x)); }
     static inline Vec last(const T* x) { return input(x); }
@@ -26,6 +29,7 @@ struct Step {
 template <>
 struct Step<bf16> {
     static constexpr int STEP = 2;
+    static constexpr i64 CHUNK = 0;  // never: bf16 itself is coarser
     using Input = __m512bh;
     static inline __m512bh input(const bf16* x) {
         int pair;
@@ -78,15 +82,28 @@ struct Linear {
     i64 y_stride;
 
     template <int NT>
+    static inline void put_aside(Vec (&acc)[NT][VECTORS], float (&total)[NT][VECTORS][W]) {
+        for (int t = 0; t < NT; t++)
+            for (int v = 0; v < VECTORS; v++) {
+                store(total[t][v], load(total[t][v]) + acc[t][v]);
+                acc[t][v] = zero();
+            }
+    }
+
+    template <int NT>
     inline void tile(const T* from, const T* panel, i64 column, Y* to, Fetch& fetch) const {
         using S = Step<T>;
         constexpr i64 WIDTH = COLUMNS * S::STEP;
         Vec acc[NT][VECTORS];
+        [[maybe_unused]] float total[NT][VECTORS][W];
+        if constexpr (S::CHUNK > 0) memset(total, 0, sizeof(total));
         for (int t = 0; t < NT; t++)
             for (int v = 0; v < VECTORS; v++) acc[t][v] = zero();
-        const i64 steps = in / S::STEP;
+        const i64 steps = in / S::STEP, all = ceil_div(in, S::STEP);
         i64 k = 0;
         for (; k + UNROLL <= steps; k += UNROLL) {
+            if constexpr (S::CHUNK > 0)
+                if (k && k % S::CHUNK == 0) put_aside<NT>(acc, total);
             for (i64 u = k; u < k + UNROLL; u++)
                 for (int t = 0; t < NT; t++) {
                     const typename S::Input value = S::input(from + t * x_stride + u * S::STEP);
@@ -95,13 +112,18 @@ struct Linear {
                 }
             fetch.some();
         }
-        for (; k < ceil_div(in, S::STEP); k++)
+        for (; k < all; k++)
             for (int t = 0; t < NT; t++) {
                 const T* at = from + t * x_stride + k * S::STEP;
                 const typename S::Input value = k < steps ? S::input(at) : S::last(at);
                 for (int v = 0; v < VECTORS; v++)
                     acc[t][v] = S::mac(acc[t][v], value, panel + k * WIDTH + v * W * S::STEP);
             }
+        if constexpr (S::CHUNK > 0) {
+            put_aside<NT>(acc, total);
+            for (int t = 0; t < NT; t++)
+                for (int v = 0; v < VECTORS; v++) acc[t][v] = load(total[t][v]);
+        }
         for (int v = 0; v < VECTORS; v++) {
             const i64 at = column + v * W, num = min_(W, out - at);
             if (num <= 0) break;
@@ -144,14 +166,15 @@ struct Linear {
         }
     }
 
-    // Panels are shared out in stretches, tokens as well where there are fewer panels than threads could use.
+    // Blocks of tokens that the second cache holds go through all panels; more of them where there are fewer panels
+    // than threads could use. Every thread has a stretch of panels, or of blocks.
     void operator()(i64 num_tokens, int threads) const {
         const i64 panels = ceil_div(out, COLUMNS);
-        const i64 blocks = max_(1, min_(ceil_div(num_tokens, 8 * TOKENS), ceil_div(4 * threads, panels)));
-        const i64 size = ceil_div(num_tokens, blocks);
+        const i64 few = min_(ceil_div(num_tokens, 8 * TOKENS), ceil_div(4 * threads, panels));
+        const i64 blocks = max_(1, max_(few, num_tokens / BLOCK)), size = ceil_div(num_tokens, blocks);
 #pragma omp parallel for schedule(static) num_threads(threads) if (num_tokens * in * out > SERIAL)
         for (i64 i = 0; i < panels * blocks; i++)
-            panel(i / blocks, i % blocks * size, min_(num_tokens, (i % blocks + 1) * size));
+            panel(i % panels, i / panels * size, min_(num_tokens, (i / panels + 1) * size));
     }
 };
 

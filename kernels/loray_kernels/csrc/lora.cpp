@@ -13,7 +13,7 @@ struct Item {
     i64 table, segment, adapter, first, num, token, num_tokens;
 };
 
-constexpr i64 TOKENS = 64, RANKS = 16, COLUMNS = 256;
+constexpr i64 TOKENS = 64, RANKS = 16, COLUMNS = 1024;
 constexpr i64 SERIAL = 1 << 15;  // multiply-adds below which waking the other threads costs more than they save
 
 static thread_local Scratch item_memory;
@@ -53,8 +53,13 @@ void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* ta
         const Table& table = *tables[item.table];
         const Output& out = outputs[item.table];
         float* h = out.h + item.token * out.stride + item.first - table.rank_start[item.adapter];
+        Next after;
+        if (i + threads < list.num) {  // most likely this thread's next one
+            const Item& next = list.items[i + threads];
+            after = {tables[next.table]->a->segments[0].offsets + next.first, min_(8, next.num)};
+        }
         dot_block(x + item.token * x_stride, x_stride, item.num_tokens, pool, *table.a, item.first, item.num, h,
-                  out.stride);
+                  out.stride, after);
     }
 }
 
@@ -87,14 +92,46 @@ static inline void expand_tile(T* y, i64 y_stride, const float* h, i64 h_stride,
 template <int NT, class T>
 static inline void expand_columns(T* y, i64 y_stride, const float* h, i64 h_stride, const T* pool, const i64* offsets,
                                   i64 rank, float scale, i64 num_columns) {
-    constexpr int NV = NT == 1 ? W : W == 16 ? 4 : 2;
+    constexpr int NV = W == 16 ? 4 : 2;
     i64 c = 0;
     for (; c + NV * W <= num_columns; c += NV * W)
         expand_tile<NT, NV>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, W);
-    for (; c + 4 * W <= num_columns; c += 4 * W)
-        expand_tile<NT, 4>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, W);
     for (; c < num_columns; c += W)
         expand_tile<NT, 1>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, min_(W, num_columns - c));
+}
+
+// NR rows into the sums of one token, whole rows at a time, as they stand in memory; the next ones are fetched meanwhile.
+template <int NR, class T>
+static inline void add_rows(float* sums, const float* h, const T* pool, const i64* offsets, i64 num_columns,
+                            const i64* next, i64 num_next) {
+    constexpr i64 LINE = 64 / sizeof(T);
+    const T* rows[NR];
+    Vec hv[NR];
+    for (int r = 0; r < NR; r++) rows[r] = pool + offsets[r], hv[r] = set1(h[r]);
+    vectors(num_columns, [&](i64 i, auto n) {
+        if (i % LINE == 0)
+            for (i64 r = 0; r < num_next; r++) __builtin_prefetch(pool + next[r] + i, 0, 2);
+        Vec sum = load(sums + i);
+        for (int r = 0; r < NR; r++) sum = fma(hv[r], load_n(rows[r] + i, n), sum);
+        store(sums + i, sum);
+    });
+}
+
+// The same for one token: its sums stay in the first cache, so that every row is read from end to end.
+template <class T>
+static inline void expand_one(T* y, const float* h, const T* pool, const i64* offsets, i64 rank, float scale,
+                              i64 num_columns, const i64* after, i64 num_after) {
+    constexpr int NR = 4;
+    alignas(64) float sums[COLUMNS];
+    memset(sums, 0, ceil_div(num_columns, W) * W * sizeof(float));
+    i64 r = 0;
+    for (; r + NR <= rank; r += NR) {
+        const i64 left = rank - r - NR;
+        add_rows<NR>(sums, h + r, pool, offsets + r, num_columns, left > 0 ? offsets + r + NR : after,
+                     left > 0 ? min_(NR, left) : num_after);
+    }
+    for (; r < rank; r++) add_rows<1>(sums, h + r, pool, offsets + r, num_columns, nullptr, 0);
+    vectors(num_columns, [&](i64 i, auto n) { store_n(y + i, load_n(y + i, n) + load(sums + i) * set1(scale), n); });
 }
 
 // Every table with its own output and its own h, in one go.
@@ -141,9 +178,16 @@ void lora_expand(const Target<T>* targets, const T* pool, const Table* const* ta
                                       offsets, rank, scale, min_(STEP, item.num - c));
             t = quads;
         }
+        const i64* after = nullptr;
+        i64 num_after = 0;
+        if (i + threads < list.num) {  // most likely this thread's next one
+            const Item& next = list.items[i + threads];
+            const Table& own = *tables[next.table];
+            after = own.b->segments[next.segment].offsets + own.rank_start[next.adapter];
+            num_after = min_(4, own.rank_start[next.adapter + 1] - own.rank_start[next.adapter]);
+        }
         for (; t < item.num_tokens; t++)
-            expand_columns<1>(to + t * y_stride, y_stride, from + t * h_stride, h_stride, rows, offsets, rank, scale,
-                              item.num);
+            expand_one(to + t * y_stride, from + t * h_stride, rows, offsets, rank, scale, item.num, after, num_after);
     }
 }
 

@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
         )
     is_promised = (base.name, args.device, args.adapters, args.ablation) == ("smollm2", "cpu", None, [])
     found = verdicts(results) if is_promised else []
-    click.echo(report.summary(results, found))
+    if below := report.summary(results, found):
+        click.echo(below)
     if args.json:
         targets = [v._asdict() | {"is_met": v.is_met} for v in found]
         text = json.dumps(results.to_dict() | {"targets": targets}, indent=2, ensure_ascii=False)

@@ -39,6 +39,11 @@ def test_every_op_when_interpreted() -> None:
 
 
 @pytest.mark.slow
+def test_the_engine_when_interpreted() -> None:
+    run("pytest", "-q", str(_HERE / "in_engine.py"), "-k", "whole and (Llama or Qwen3)", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
 def test_every_kernel_compiles_ahead_of_time() -> None:
     out = run("loray_kernels.cuda.compile", "--json", "--dtype", "bf16", TRITON_INTERPRET="0")
     usages = json.loads(out)
