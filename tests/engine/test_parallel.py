@@ -76,7 +76,7 @@ def world(
         for i, (name, (config, rope)) in enumerate(ADAPTERS.items())
     ]
     # Small, so that adapters leave and come back, and gaps are closed.
-    engine = make_engine(base, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=1 << 19)
+    engine = make_engine(base, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=24 << 14)
     yield World(base, adapters, engine)
     engine.close()
 

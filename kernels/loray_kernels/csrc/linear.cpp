@@ -124,17 +124,19 @@ struct Linear {
             for (int t = 0; t < NT; t++)
                 for (int v = 0; v < VECTORS; v++) acc[t][v] = load(total[t][v]);
         }
+        if (column + COLUMNS <= out)
+            finish<NT>(acc, column, to, [](int) { return Whole{}; });
+        else
+            finish<NT>(acc, column, to, [&](int v) { return max_(0, min_(W, out - column - v * W)); });
+    }
+
+    // `width(v)`: how much of vector v there is.
+    template <int NT, class F>
+    inline void finish(const Vec (&acc)[NT][VECTORS], i64 column, Y* to, F width) const {
         for (int v = 0; v < VECTORS; v++) {
-            const i64 at = column + v * W, num = min_(W, out - at);
-            if (num <= 0) break;
-            const Vec add = bias ? load_n(bias + at, num) : zero();
-            for (int t = 0; t < NT; t++) {
-                const Vec sum = rounded(acc[t][v] + add, x);
-                if (num == W)
-                    store(to + t * y_stride + at, sum);
-                else
-                    store_n(to + t * y_stride + at, sum, num);
-            }
+            const Vec add = bias ? load_n(bias + column + v * W, width(v)) : zero();
+            for (int t = 0; t < NT; t++)
+                store_n(to + t * y_stride + column + v * W, rounded(acc[t][v] + add, x), width(v));
         }
     }
 
