@@ -100,38 +100,45 @@ static inline void expand_columns(T* y, i64 y_stride, const float* h, i64 h_stri
         expand_tile<NT, 1>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, min_(W, num_columns - c));
 }
 
-// NR rows into the sums of one token, whole rows at a time, as they stand in memory; the next ones are fetched meanwhile.
-template <int NR, class T>
-static inline void add_rows(float* sums, const float* h, const T* pool, const i64* offsets, i64 num_columns,
-                            const i64* next, i64 num_next) {
+constexpr i64 FEW = 8;  // tokens of an adapter up to which its rows come from memory rather than from a cache
+
+// NR rows into the sums of NT tokens, whole rows at a time, as they stand in memory; the next ones are fetched meanwhile.
+template <int NT, int NR, class T>
+static inline void add_rows(float* sums, const float* h, i64 h_stride, const T* pool, const i64* offsets,
+                            i64 num_columns, const Next& next) {
     constexpr i64 LINE = 64 / sizeof(T);
-    const T* rows[NR];
-    Vec hv[NR];
-    for (int r = 0; r < NR; r++) rows[r] = pool + offsets[r], hv[r] = set1(h[r]);
     vectors(num_columns, [&](i64 i, auto n) {
         if (i % LINE == 0)
-            for (i64 r = 0; r < num_next; r++) __builtin_prefetch(pool + next[r] + i, 0, 2);
-        Vec sum = load(sums + i);
-        for (int r = 0; r < NR; r++) sum = fma(hv[r], load_n(rows[r] + i, n), sum);
-        store(sums + i, sum);
+            for (i64 r = 0; r < next.num; r++) __builtin_prefetch(pool + next.offsets[r] + i, 0, 2);
+        Vec row[NR];
+        for (int r = 0; r < NR; r++) row[r] = load_n(pool + offsets[r] + i, n);
+        for (int t = 0; t < NT; t++) {
+            Vec sum = load(sums + t * COLUMNS + i);
+            for (int r = 0; r < NR; r++) sum = fma(set1(h[t * h_stride + r]), row[r], sum);
+            store(sums + t * COLUMNS + i, sum);
+        }
     });
 }
 
-// The same for one token: its sums stay in the first cache, so that every row is read from end to end.
-template <class T>
-static inline void expand_one(T* y, const float* h, const T* pool, const i64* offsets, i64 rank, float scale,
-                              i64 num_columns, const i64* after, i64 num_after) {
+// expand_tile for few tokens: their sums stay in the first cache, so that every row is read from end to end.
+template <int NT, class T>
+static inline void expand_few(T* y, i64 y_stride, const float* h, i64 h_stride, const T* pool, const i64* offsets,
+                              i64 rank, float scale, i64 num_columns, bool fetch, const Next& after) {
     constexpr int NR = 4;
-    alignas(64) float sums[COLUMNS];
-    memset(sums, 0, ceil_div(num_columns, W) * W * sizeof(float));
+    alignas(64) float sums[NT * COLUMNS];
+    for (int t = 0; t < NT; t++) memset(sums + t * COLUMNS, 0, ceil_div(num_columns, W) * W * sizeof(float));
     i64 r = 0;
     for (; r + NR <= rank; r += NR) {
         const i64 left = rank - r - NR;
-        add_rows<NR>(sums, h + r, pool, offsets + r, num_columns, left > 0 ? offsets + r + NR : after,
-                     left > 0 ? min_(NR, left) : num_after);
+        const Next next = fetch && left > 0 ? Next{offsets + r + NR, min_(NR, left)} : after;
+        add_rows<NT, NR>(sums, h + r, h_stride, pool, offsets + r, num_columns, next);
     }
-    for (; r < rank; r++) add_rows<1>(sums, h + r, pool, offsets + r, num_columns, nullptr, 0);
-    vectors(num_columns, [&](i64 i, auto n) { store_n(y + i, load_n(y + i, n) + load(sums + i) * set1(scale), n); });
+    for (; r < rank; r++) add_rows<NT, 1>(sums, h + r, h_stride, pool, offsets + r, num_columns, Next{});
+    for (int t = 0; t < NT; t++)
+        vectors(num_columns, [&](i64 i, auto n) {
+            T* at = y + t * y_stride + i;
+            store_n(at, load_n(at, n) + load(sums + t * COLUMNS + i) * set1(scale), n);
+        });
 }
 
 // Every table with its own output and its own h, in one go.
@@ -170,24 +177,27 @@ void lora_expand(const Target<T>* targets, const T* pool, const Table* const* ta
         const float* from = target.h + item.token * h_stride;
         const T* rows = pool + item.first;
         i64 t = 0;
-        if (item.num_tokens >= 4) {
-            i64 quads = item.num_tokens / 4 * 4;
+        if (item.num_tokens > FEW) {
+            const i64 quads = item.num_tokens / 4 * 4;
             for (i64 c = 0; c < item.num; c += STEP)
                 for (t = 0; t < quads; t += 4)
                     expand_columns<4>(to + t * y_stride + c, y_stride, from + t * h_stride, h_stride, rows + c,
                                       offsets, rank, scale, min_(STEP, item.num - c));
             t = quads;
         }
-        const i64* after = nullptr;
-        i64 num_after = 0;
+        Next after;
         if (i + threads < list.num) {  // most likely this thread's next one
             const Item& next = list.items[i + threads];
             const Table& own = *tables[next.table];
-            after = own.b->segments[next.segment].offsets + own.rank_start[next.adapter];
-            num_after = min_(4, own.rank_start[next.adapter + 1] - own.rank_start[next.adapter]);
+            after = {own.b->segments[next.segment].offsets + own.rank_start[next.adapter],
+                     min_(4, own.rank_start[next.adapter + 1] - own.rank_start[next.adapter])};
         }
+        for (; t + 4 <= item.num_tokens; t += 4)
+            expand_few<4>(to + t * y_stride, y_stride, from + t * h_stride, h_stride, rows, offsets, rank, scale,
+                          item.num, t == 0, t == 0 ? after : Next{});
         for (; t < item.num_tokens; t++)
-            expand_one(to + t * y_stride, from + t * h_stride, rows, offsets, rank, scale, item.num, after, num_after);
+            expand_few<1>(to + t * y_stride, y_stride, from + t * h_stride, h_stride, rows, offsets, rank, scale,
+                          item.num, t == 0, t == 0 ? after : Next{});
     }
 }
 

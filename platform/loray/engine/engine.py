@@ -14,8 +14,8 @@ from torch import Tensor
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
 from loray.engine.batch import Batch, build_batch
+from loray.engine.counters import Counters
 from loray.engine.fairness import token_weight
-from loray.engine.histogram import Histogram
 from loray.engine.landing import Landings
 from loray.engine.loading import AdapterLoads, LoadAdapter
 from loray.engine.logprobs import score
@@ -32,7 +32,7 @@ from loray.engine.stats import EngineStats
 from loray.engine.usage import UsageLog
 from loray.errors import BaseMismatch, ContextLengthExceeded, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, ServeSpec
-from loray.telemetry import METRICS, get_logger
+from loray.telemetry import get_logger
 from loray_kernels import backend
 
 _log = get_logger(__name__)
@@ -81,12 +81,7 @@ class Engine:
         )
         pool.on_kv_moved = self._scheduler.moved
         self._requests: dict[str, Request] = {}
-        self._totals: Counter[str] = Counter()
-        self._max_adapters = 0
-        self._step_seconds = Histogram(METRICS["engine_step_seconds"].buckets)
-        self._step_tokens = Histogram(METRICS["engine_step_tokens"].buckets)
-        self._step_adapters = Histogram(METRICS["engine_step_adapters"].buckets)
-        self._queue_seconds: dict[str, Histogram] = {}
+        self._counters = Counters()
         self.idle = True  # the last step had nothing to compute
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -99,9 +94,7 @@ class Engine:
         geometry = self._pool.geometry
         own = 0
         if adapter is not None:
-            estimate = min(
-                -(-adapter.nbytes // self._pool.block_bytes) + 1, geometry.num_blocks // 2
-            )
+            estimate = min(-(-adapter.nbytes // self._pool.block_bytes) + 1, geometry.num_blocks // 2)
             own = self._loads.num_blocks(adapter.digest) or estimate
         limits = [
             adapter.context_length if adapter is not None else self.base.config.max_position_embeddings,
@@ -140,9 +133,9 @@ class Engine:
         self.check(spec)
         if spec.request_id in self._requests:
             raise RequestError(f"request id {spec.request_id!r} is in use", param="request_id")
-        request = Request(spec, arrival=self._totals["requests"], queued_at=time.monotonic())
+        request = Request(spec, arrival=self._counters.totals["requests"], queued_at=time.monotonic())
         self._scheduler.add(request)
-        self._totals["requests"] += 1
+        self._counters.totals["requests"] += 1
         self._requests[spec.request_id] = request
 
     def cancel(self, request_id: str) -> None:
@@ -172,7 +165,7 @@ class Engine:
 
     def _run(self, chunks: list[Chunk]) -> list[TokenOutput]:
         began = time.monotonic()
-        self._count_queued(chunks, began)
+        self._counters.scheduled((chunk.request for chunk in chunks), began)
         batch = build_batch(
             chunks,
             self._resident,
@@ -180,29 +173,22 @@ class Engine:
             hidden_size=self.base.config.hidden_size,
             device=self._pool.tensor.device,
         )
-        self._max_adapters = max(self._max_adapters, len(batch.adapters.slots))
         landings = Landings(self._pool, [slot.adapter for slot in batch.adapters.slots])
         if landings:
             batch = replace(batch, wait_for_layer=landings.wait_for_layer)
         logits_RV = self._model.forward(batch, self._pool)
-        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        num_tokens, num_adapters = sum(chunk.num_tokens for chunk in chunks), len(batch.adapters.slots)
         if landings:
             chunks, batch, logits_RV = landings.settle(chunks, batch, logits_RV)
         for chunk in chunks:
-            request = chunk.request
-            request.num_computed += chunk.num_tokens
-            prompt = min(request.num_computed, request.num_prompt_tokens)
-            self._totals["prompt_tokens"] += max(0, prompt - request.num_prompt_counted)  # once, preempted or not
-            request.num_prompt_counted = max(prompt, request.num_prompt_counted)
+            chunk.request.num_computed += chunk.num_tokens
+            self._counters.computed(chunk.request)
         outputs = self._results(chunks, batch, logits_RV)
-        self._totals["steps"] += 1
         seconds = time.monotonic() - began
         if num_tokens >= _PROMPT_TOKENS:
             self._token_seconds += (seconds / num_tokens - self._token_seconds) * (0.2 if self._token_seconds else 1.0)
         self._scheduler.observe_step(num_tokens, seconds)
-        self._step_seconds.observe(seconds)
-        self._step_tokens.observe(num_tokens)
-        self._step_adapters.observe(len(batch.adapters.slots))
+        self._counters.stepped(num_tokens, num_adapters, seconds)
         return outputs
 
     @torch.inference_mode()
@@ -226,17 +212,6 @@ class Engine:
                 outputs.append(self._output(request, None, None, "length"))
         return outputs + [self._fail_not_finite(r) for r in broken.values()]
 
-    def _count_queued(self, chunks: list[Chunk], now: float) -> None:
-        """How long those waited that are computed for the first time."""
-        for chunk in chunks:
-            request = chunk.request
-            if request.queued_at is not None:
-                kind = "base" if request.adapter is None else request.adapter.method
-                if kind not in self._queue_seconds:
-                    self._queue_seconds[kind] = Histogram(METRICS["request_queue_time_seconds"].buckets)
-                self._queue_seconds[kind].observe(now - request.queued_at)
-                request.queued_at = None
-
     def _fail_not_finite(self, request: Request) -> TokenOutput:
         model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
         self._remove(request)
@@ -248,7 +223,7 @@ class Engine:
 
     def _postprocess(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         request.output_ids.append(token)
-        self._totals["output_tokens"] += 1
+        self._counters.totals["output_tokens"] += 1
         params = request.spec.params
         reason: FinishReason | None = None
         ends = token in self.base.config.eos_token_ids and not params.ignore_eos
@@ -262,7 +237,7 @@ class Engine:
         self, request: Request, token: int | None, logprobs: TokenLogprobs | None, reason: FinishReason | None
     ) -> TokenOutput:
         if reason is not None:
-            self._totals["finished"] += 1
+            self._counters.totals["finished"] += 1
             self._remove(request)
         scored = request.spec.params.prompt_logprobs is not None and len(request.output_ids) <= 1
         return TokenOutput(
@@ -306,7 +281,7 @@ class Engine:
     # -- looking in ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        tiers, counts, totals = self._residency.by_tier(), self._residency.counts, self._totals
+        tiers, counts = self._residency.by_tier(), self._residency.counts
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -315,10 +290,6 @@ class Engine:
             adapters_in_pool=tuple(r.digest for r in tiers[Tier.POOL]),
             adapters_on_host=tuple(r.digest for r in tiers[Tier.HOST]),
             host_bytes=self._residency.host_used,
-            num_steps=totals["steps"],
-            num_prompt_tokens=totals["prompt_tokens"],
-            num_output_tokens=totals["output_tokens"],
-            num_finished=totals["finished"],
             num_preemptions=self._scheduler.num_preemptions,
             num_aborted=self._scheduler.num_aborted,
             prefix_cache_queries=self._scheduler.prefix_cache_queries,
@@ -331,12 +302,8 @@ class Engine:
             num_host_hits=counts.host_hits,
             num_misses=counts.misses,
             num_loaded_bytes=counts.loaded_bytes,
-            max_adapters_in_step=self._max_adapters,
-            step_seconds=self._step_seconds.counts(),
-            step_tokens=self._step_tokens.counts(),
-            step_adapters=self._step_adapters.counts(),
             load_seconds=self._residency.load_seconds.counts(),
-            queue_seconds={kind: histogram.counts() for kind, histogram in self._queue_seconds.items()},
+            **self._counters.stats(),
         )
 
     def _blocks(self) -> dict[str, int]:

@@ -41,10 +41,10 @@ def _split(engine: Engine, kv_blocks: int) -> None:
         return None if kv_is_short else allocate_kv(num_blocks)
 
     def split_rows(allocate: Callable[..., Any], undo: Callable[[Any], None]) -> Callable[..., Any]:
-        def wrapped(*args: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
             nonlocal kv_is_short
             kv_is_short = False
-            taken = allocate(*args)
+            taken = allocate(*args, **options)
             state = allocator.occupancy()
             if taken is not None and state.free + state.kv < kv_blocks:
                 undo(taken)
