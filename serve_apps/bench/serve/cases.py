@@ -94,8 +94,9 @@ def _isolation(engine: EngineOptions, n: int) -> tuple[Case, ...]:
     )
 
 
-# The pool holds about 100 of these; 16 requests queue behind the 32 that run, so that there is something to prefetch.
-MANY = EngineOptions(AdapterSet(2000), pool_adapters=100)
+# The pool holds about 100 of these and the host all (5.5 GB), once each has been asked for; 16 requests queue behind the
+# 32 that run, so that there is something to prefetch.
+MANY = EngineOptions(AdapterSet(2000, ranks=(8, 16)), pool_adapters=100, host_bytes=8 << 30)
 
 
 def _many(name: str, n: int, alpha: float | None) -> Case:
@@ -126,6 +127,14 @@ ACCEPTANCE = (
     *COLD,
     *_isolation(BASE, 0),
     *_isolation(replace(MIXED, adapters=AdapterSet(16)), 16),
+    Case(
+        "n=2000, each once from the store",
+        MANY,
+        Workload(2000, num_adapters=2000, at_once=48, inputs=(16, 16), outputs=(1, 1)),
+        passes=1,
+        warm_up=0,
+        peers=(),
+    ),
     _many("n=5", 5, 1.0),
     _many("n=100 resident", 100, 1.0),
     _many("n=2000 α=0.3", 2000, 0.3),
