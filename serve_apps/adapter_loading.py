@@ -96,7 +96,9 @@ class StoredAdapter:
         file = self._begin(manifest)
         config_bytes = config.result()
         if hashlib.sha256(config_bytes).hexdigest() != manifest.files[CONFIG_FILE]:
-            raise IntegrityError(f"adapter {digest[:12]}: {CONFIG_FILE} in the store differs from its SHA-256")
+            raise IntegrityError(
+                f"adapter {digest[:12]} is damaged: {CONFIG_FILE} differs from its SHA-256; publish the adapter again"
+            )
         arrival = Arrival()
         packing: Packing | None = None
         taken = 0

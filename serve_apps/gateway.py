@@ -277,8 +277,9 @@ def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, 
 async def _json(request: Request) -> Any:
     raw = await request.body()
     try:
-        body = json.loads(raw, parse_constant=_refuse_constant)
-        if b"\\ud" in raw.lower():  # half a surrogate pair is JSON, but no text
+        text = raw.decode(json.detect_encoding(raw))
+        body = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no text
             json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:
         raise RequestError(f"the request body is not valid JSON: {e}") from e

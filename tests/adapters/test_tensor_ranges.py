@@ -43,7 +43,7 @@ def test_layers_come_in_order_and_every_byte_once(file: Path, max_bytes: int) ->
     assert (come, num_layers) == (len(data), 12)
     assert bytes(arriving.data) == data
     arriving.verify(hashlib.sha256(data).hexdigest())
-    with pytest.raises(IntegrityError, match="f differs from its SHA-256"):
+    with pytest.raises(IntegrityError, match="f is damaged: it differs from its SHA-256"):
         arriving.verify("0" * 64)
 
 

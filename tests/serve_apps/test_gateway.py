@@ -219,7 +219,11 @@ def test_adapter_of_another_base(client_of: Any, catalog: Catalog) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"[1, 2", b'{"model": NaN}', b"\xff\xfe", b'{"prompt": "\\ud800"}', b"[" * 100_000]
+    "raw",
+    [
+        *(b"", b"{", b"[1, 2", b'{"model": NaN}', b"\xff\xfe", b"[" * 100_000),
+        *(b'{"prompt": "\\ud800"}', b'{"prompt": "\xed\xa0\x80"}'),  # half a pair, escaped and not
+    ],
 )
 def test_malformed_json(client_of: Any, raw: bytes) -> None:
     with client_of(ScriptedEngines(HELLO)) as client:
@@ -236,6 +240,8 @@ def test_invalid_fields(client_of: Any, base: BaseModel) -> None:
             ({"tools": [{}]}, "tools"),
             ({"colour": 1}, "colour"),
             ({"prompt": ""}, "prompt"),
+            ({"repetition_penalty": 1e-40}, "repetition_penalty"),  # of which fp32 makes nothing
+            ({"stop_token_ids": list(range(129))}, "stop_token_ids"),
         ):
             error = error_of(client.post("/v1/completions", json={"model": base.name, "prompt": "a"} | fields), 400)
             assert error["param"] == param

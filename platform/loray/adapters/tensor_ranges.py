@@ -123,7 +123,7 @@ class ArrivingFile:
         """IntegrityError unless the file is the one with this SHA-256."""
         self.hash_more()
         if self._sha256.hexdigest() != sha256:
-            raise IntegrityError(f"{self._source} differs from its SHA-256; publish the adapter again")
+            raise IntegrityError(f"{self._source} is damaged: it differs from its SHA-256; publish the adapter again")
 
 
 def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

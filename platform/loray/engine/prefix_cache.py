@@ -38,7 +38,7 @@ class PrefixCache:
 
     def __init__(self, allocator: BlockAllocator, *, enabled: bool = True) -> None:
         self._allocator = allocator
-        self._enabled = enabled
+        self.enabled = enabled
         self._block_tokens = allocator.geometry.block_tokens
         self._root = _Node(None, -1, None)
         self._nodes: dict[int, _Node] = {}
@@ -66,7 +66,7 @@ class PrefixCache:
 
         Where another request was first with the same tokens, its block takes the place in `blocks`.
         """
-        if not self._enabled or len(tokens) < self._block_tokens:
+        if not self.enabled or len(tokens) < self._block_tokens:
             return
         node = self._child(self._root, digest, -1)
         for i, key in enumerate(self._keys(tokens)):

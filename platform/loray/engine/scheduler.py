@@ -246,7 +246,8 @@ class Scheduler:
     def _count_cached(self, request: Request) -> None:
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed
-            self.prefix_cache_queries += request.num_prompt_tokens
+            if self.prefix_cache.enabled and not request.needs_prompt_logits:
+                self.prefix_cache_queries += request.num_prompt_tokens
             self.prefix_cache_hits += request.num_cached_tokens
 
     def _share(self, request: Request) -> None:

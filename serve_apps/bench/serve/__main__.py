@@ -125,6 +125,8 @@ def _own_case(args: argparse.Namespace) -> Case:
     modules = ALL_LINEAR if args.modules == "all" else ATTENTION
     ablation = args.ablation[0] if args.ablation else None
     padded = ablation == "padded-ranks"
+    if len(args.ablation) > 1:
+        raise SystemExit("a case of one's own takes one --ablation; run it once for each")
     adapters = AdapterSet(args.adapters, args.ranks, modules, padded) if args.adapters else None
     workload = Workload(
         args.requests,

@@ -53,6 +53,7 @@ class Case:
 
 BASE = EngineOptions()
 MIXED = EngineOptions(AdapterSet(100))
+FEW = EngineOptions(AdapterSet(32))
 SEVEN = EngineOptions(AdapterSet(32, modules=ALL_LINEAR))
 _WAVE = Workload(num_requests=SHORT, at_once=SHORT)
 _ALONE = Workload(num_requests=1, at_once=1)
@@ -63,7 +64,13 @@ def _wave(name: str, engine: EngineOptions, n: int) -> Case:
     return Case(name, engine, replace(_WAVE, num_adapters=n))
 
 
-QUICK = (_wave("base", BASE, 0), *(_wave(f"n={n}", MIXED, n) for n in (1, 8, 32)))
+# One adapter alone is the third, whose rank 32 is next to the mean of 30.
+_ONE = replace(_WAVE, num_adapters=1, first_adapter=2)
+QUICK = (
+    _wave("base", BASE, 0),
+    Case("n=1", FEW, _ONE),
+    *(_wave(f"n={n}", FEW, n) for n in (8, 32)),
+)
 
 
 def _hundred(name: str, alpha: float | None) -> Case:
@@ -94,14 +101,14 @@ def _isolation(engine: EngineOptions, n: int) -> tuple[Case, ...]:
     )
 
 
-# The pool holds about 100 of these and the host all (5.5 GB), once each has been asked for; 16 requests queue behind the
+# The pool holds about 100 of these, and the host all (5.5 GB) once each has been asked for. 16 requests queue behind the
 # 32 that run, so that there is something to prefetch.
 MANY = EngineOptions(AdapterSet(2000, ranks=(8, 16)), pool_adapters=100, host_bytes=8 << 30)
 
 
 def _many(name: str, n: int, alpha: float | None) -> Case:
     workload = replace(_WAVE, num_requests=144, num_adapters=n, alpha=alpha, at_once=48)
-    return Case(name, MANY, workload, passes=1, peers=())
+    return Case(name, MANY, workload, passes=2, peers=())
 
 
 # From host memory and from the store: 12 adapters of all ranks, one request at a time, each seen once or twice.
@@ -122,7 +129,7 @@ ACCEPTANCE = (
     _hundred("n=100 α=0.3", 0.3),
     _one("one stream, rank 64", MIXED, _ALONE, rank64=True),
     _one("prompt of 2048, rank 64", MIXED, _PROMPT, rank64=True),
-    replace(_wave("seven modules, n=1", SEVEN, 1), peers=()),
+    Case("seven modules, n=1", SEVEN, _ONE, peers=()),
     replace(_wave("seven modules, n=32", SEVEN, 32), peers=()),
     *COLD,
     *_isolation(BASE, 0),
@@ -150,20 +157,20 @@ VLLM_100 = (
     ),
 )
 
-_FEW = EngineOptions(AdapterSet(200), pool_adapters=40, kv_tokens=SHORT * 128)
+_SCARCE = EngineOptions(AdapterSet(200), pool_adapters=40, kv_tokens=SHORT * 128)
 
 
 def ablations(names: tuple[str, ...]) -> tuple[Case, ...]:
     """The same cases whole and without one idea each: 200 adapters over a pool of 40, and 32 resident ones."""
     scarce = Workload(144, num_adapters=200, alpha=1.0, at_once=48)
-    cases = [Case("n=200, pool of 40", _FEW, scarce, passes=2, peers=()), _wave("n=32", MIXED, 32)]
+    cases = [Case("n=200, pool of 40", _SCARCE, scarce, passes=2, peers=()), _wave("n=32", FEW, 32)]
     for name in names:
         if name == "padded-ranks":
-            assert MIXED.adapters is not None
-            padded = EngineOptions(replace(MIXED.adapters, num=32, padded=True), ablation=name)
+            assert FEW.adapters is not None
+            padded = EngineOptions(replace(FEW.adapters, padded=True), ablation=name)
             cases.append(_wave(f"n=32, {name}", padded, 32))
         else:
-            engine = replace(_FEW, ablation=name)
+            engine = replace(_SCARCE, ablation=name)
             cases.append(Case(f"n=200, pool of 40, {name}", engine, scarce, passes=2, peers=()))
     return tuple(replace(case, peers=()) for case in cases)
 

@@ -24,9 +24,11 @@ class Session:
         if adapters:
             from peft import PeftModel
 
-            self._model = PeftModel.from_pretrained(self._model, adapters[0], adapter_name="a0")
+            self._model = PeftModel.from_pretrained(
+                self._model, adapters[0], adapter_name="a0", autocast_adapter_dtype=False
+            )
             for i, folder in enumerate(adapters[1:], 1):
-                self._model.load_adapter(folder, adapter_name=f"a{i}")
+                self._model.load_adapter(folder, adapter_name=f"a{i}", autocast_adapter_dtype=False)
         self._model.eval()
         self._has_adapters = bool(adapters)
 

@@ -54,8 +54,10 @@ _Target = Callable[[Results], Verdict | None]
 
 def _figure(results: Results, case: str, system: str, figure: str) -> float | None:
     row = results.get(case, system)
-    if row is None:
-        return None
+    if row is None or (row.latencies.num_failed and system != OURS):
+        return None  # a peer that fails stands for nothing
+    if row.latencies.num_failed:
+        return float("nan")  # and we for no target at all
     return float(row.peak_bytes) if figure == "peak" else float(getattr(row.latencies, figure))
 
 
@@ -68,7 +70,7 @@ def _against_peer(
         own, measured = (_figure(results, case, system, figure) for system in (OURS, peer))
         if own is None:
             return None
-        theirs = measured or _RECORDED[case, peer, figure]
+        theirs = _RECORDED[case, peer, figure] if measured is None else measured
         best = floor(results)
         name = f"{case}: {_LABELS[figure]} by {peer}'s"
         return Verdict(name, sign, target, own / theirs, best and best / theirs, measured is None)

@@ -42,7 +42,7 @@ def serve_vllm(setting: Setting, options: EngineOptions, refs: Sequence[AdapterR
     if adapters is not None and refs:
         folders = setting.library.fetch(list(refs))
         command += ["--enable-lora", "--max-lora-rank", str(min(r for r in _RANKS if r >= max(adapters.ranks)))]
-        command += ["--max-loras", str(min(32, len(refs))), "--max-cpu-loras", str(len(refs))]
+        command += ["--max-loras", str(min(options.max_num_seqs, len(refs))), "--max-cpu-loras", str(len(refs))]
         command += ["--lora-target-modules", *adapters.modules]
         command += ["--lora-modules", *(f"{n}={f}" for n, f in zip(names, folders, strict=True))]
     with run_process("vllm", command, setting, env=_environment(setting)) as (process, log):

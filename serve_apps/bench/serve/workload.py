@@ -59,12 +59,12 @@ class Workload:
         return self.inputs[1] + self.outputs[1]
 
 
-def generate(workload: Workload, vocab_size: int, pass_: int = 0) -> list[TimedRequest]:
-    """In order of arrival. Another pass has other prompts, times and draws of the same distributions."""
+def generate(workload: Workload, vocab_size: int, pass_: int = 0, label: str = "") -> list[TimedRequest]:
+    """In order of arrival. Another pass, or label, has other prompts, times and draws of the same distributions."""
     w = workload
 
     def stream(name: str) -> random.Random:  # of its own, so that changing one distribution leaves the others' draws
-        return random.Random(f"{w.seed}/{pass_}/{name}")
+        return random.Random(f"{label}/{w.seed}/{pass_}/{name}")
 
     popularity, arrivals, lengths, tokens = map(stream, ("adapter", "arrival", "length", "token"))
     at = 0.0

@@ -18,7 +18,7 @@ _ONLY_THE_BEST = 1e-9  # top_p: the best token alone has more
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class StreamOptions(_Body):
@@ -70,7 +70,7 @@ class GenerationRequest(_Body):
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(default=1.0, gt=0, description="over prompt and answer; 1: off")
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="over prompt and answer; 1: off")
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(fields.bias)] = Field(
         default_factory=dict, description="token id to what is added to its logit"
     )
@@ -90,7 +90,7 @@ class GenerationRequest(_Body):
     ttft_slo_s: float | None = Field(default=None, gt=0, description="refused if its first token cannot come in time")
     user: str | None = Field(default=None, description="whose share it takes, where X-Tenant-Id does not say it")
     safety_identifier: str | None = Field(default=None, description="accepted, for the caller's own use")
-    prompt_cache_key: str | None = Field(default=None, description="accepted; prompts are not cached between requests")
+    prompt_cache_key: str | None = Field(default=None, description="accepted; the prefix cache needs no key")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
