@@ -154,7 +154,7 @@ class StoredAdapter:
             left -= piece.stop - piece.start
             now = time.monotonic()
             whole = num_layers if not left else piece.num_layers
-            if whole and (not left or ranges[i + 1].num_layers):
+            if whole > 0 and (not left or ranges[i + 1].num_layers > 0):
                 to_hash = file.num_bytes - file.num_hashed
                 pace = hashing / file.num_hashed if file.num_hashed else 0.0
                 yield whole, left * (now - began) / come + to_hash * pace

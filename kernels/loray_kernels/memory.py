@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ def huge_pages(num_elements: int, dtype: torch.dtype) -> Tensor:
     if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_elements, dtype=dtype)
     pages = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(pages, dtype=torch.uint8)  # it keeps the pages alive
     skip = -whole.data_ptr() % _HUGE_PAGE
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE, skip, num_bytes // _HUGE_PAGE * _HUGE_PAGE)
     return whole[skip : skip + num_bytes].view(dtype)

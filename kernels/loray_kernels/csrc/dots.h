@@ -12,6 +12,7 @@ namespace LORAY_NAMESPACE {
 struct Next {
     const i64* offsets = nullptr;
     i64 num = 0;
+    i64 shift = 0;  // of the columns that are wanted of them
 };
 
 #if defined(__AVX512BF16__)

@@ -36,7 +36,7 @@ static void add_lora(const T* x, i64 x_stride, T* y, i64 y_stride, const Group& 
 
 template <class T>
 static void add(T* x, const T* y, i64 num, int threads) {
-    const i64 size = ceil_div(ceil_div(num, threads), W) * W;
+    const i64 size = max_(W, ceil_div(ceil_div(num, threads), W) * W);
 #pragma omp parallel for num_threads(threads) if (num > SERIAL)
     for (i64 first = 0; first < num; first += size)
         vectors(min_(size, num - first), [&](i64 i, auto n) {

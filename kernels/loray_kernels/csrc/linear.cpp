@@ -63,7 +63,7 @@ static void pack(const T* weight, i64 in, i64 out, T* packed, int threads) {
 }
 
 // Cache lines that the multiplication fetches on its way, `lines` at each pause.
-struct Fetch {
+struct PanelFetch {
     const char* at;
     i64 lines;
     inline void some() {
@@ -91,7 +91,7 @@ struct Linear {
     }
 
     template <int NT>
-    inline void tile(const T* from, const T* panel, i64 column, Y* to, Fetch& fetch) const {
+    inline void tile(const T* from, const T* panel, i64 column, Y* to, PanelFetch& fetch) const {
         using S = Step<T>;
         constexpr i64 WIDTH = COLUMNS * S::STEP;
         Vec acc[NT][VECTORS];
@@ -146,7 +146,7 @@ struct Linear {
         if (num <= 0) return;
         const T* weights = packed + p * size;
         const i64 lines = ceil_div(UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T)), 64);
-        Fetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles)};
+        PanelFetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles)};
         if (tiles > 32) fetch.lines = 0;  // so many tokens make the memory's part nothing
         for (i64 i = 0, t = first; i < tiles; i++) {
             const i64 count = num / tiles + (i < num % tiles);

@@ -109,7 +109,7 @@ static inline void add_rows(float* sums, const float* h, i64 h_stride, const T* 
     constexpr i64 LINE = 64 / sizeof(T);
     vectors(num_columns, [&](i64 i, auto n) {
         if (i % LINE == 0)
-            for (i64 r = 0; r < next.num; r++) __builtin_prefetch(pool + next.offsets[r] + i, 0, 2);
+            for (i64 r = 0; r < next.num; r++) __builtin_prefetch(pool + next.offsets[r] + next.shift + i, 0, 2);
         Vec row[NR];
         for (int r = 0; r < NR; r++) row[r] = load_n(pool + offsets[r] + i, n);
         for (int t = 0; t < NT; t++) {
@@ -190,7 +190,7 @@ void lora_expand(const Target<T>* targets, const T* pool, const Table* const* ta
             const Item& next = list.items[i + threads];
             const Table& own = *tables[next.table];
             after = {own.b->segments[next.segment].offsets + own.rank_start[next.adapter],
-                     min_(4, own.rank_start[next.adapter + 1] - own.rank_start[next.adapter])};
+                     min_(4, own.rank_start[next.adapter + 1] - own.rank_start[next.adapter]), next.first - item.first};
         }
         for (; t + 4 <= item.num_tokens; t += 4)
             expand_few<4>(to + t * y_stride, y_stride, from + t * h_stride, h_stride, rows, offsets, rank, scale,

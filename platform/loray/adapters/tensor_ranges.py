@@ -98,7 +98,7 @@ class ArrivingFile:
         for layer in sorted(layers):
             spans = list(_joined(layers[layer]))
             for i, (start, stop) in enumerate(spans, 1):
-                num_layers = layer + (i == len(spans))
+                num_layers = max(0, layer + (i == len(spans)))
                 if merged and merged[-1].stop == start and stop - merged[-1].start <= max_bytes:
                     merged[-1] = Range(merged[-1].start, stop, num_layers)
                 else:

@@ -111,6 +111,17 @@ class Pool:
                 self._release_pair(pair)
                 return None
             extents.extend(taken)
+        try:
+            return self._fill(ref, packed, pair, extents)
+        except BaseException:  # a device that is out of memory, say: the blocks are nobody's then
+            self._compact = False
+            self.allocator.free_rows(extents)
+            self._release_pair(pair)
+            raise
+
+    def _fill(
+        self, ref: AdapterRef, packed: PackedAdapter, pair: ResidentPair | None, extents: Sequence[Extent]
+    ) -> ResidentAdapter:
         table = place(packed.shape, extents, self.geometry)
         token_row = _token_row(packed.token_ids, table)
         scales = {
@@ -123,12 +134,12 @@ class Pool:
         resident = ResidentAdapter(
             ref, packed.shape, table, tensors, scales, tuple(extents), token_row, packed.rope, pair, packed
         )
-        self._residents[resident] = None
-        self._compact = False
         self._write(resident, Kind.FLAT, packed.flat[None], packed.shape.flat, [0])
         if packed.arrival is None or packed.arrival.landed:
             self.take(resident, self.geometry.num_layers)
             resident.arriving = None
+        self._residents[resident] = None
+        self._compact = False
         return resident
 
     def take(self, adapter: ResidentAdapter, num_layers: int) -> None:

@@ -345,6 +345,7 @@ class Residency(Generic[P, R]):
 
     def _drop_packed(self, entry: _Entry[P, R]) -> None:
         assert entry.packed is not None
+        self._arriving.pop(entry.ref.digest, None)
         self._host_used -= entry.packed.nbytes
         entry.packed = None
 

@@ -130,12 +130,16 @@ class Scheduler:
         failed = self._fail_running()
         for request in self.running:
             self._charge_output(request)
+        decoding = sum(request.num_pending == 1 for request in self.running)  # of those that are still to come
         for request in list(self.running):
+            decodes = request.num_pending == 1
             if request.state is not State.RUNNING:  # preempted by an older one above
                 continue
+            decoding -= decodes
             if request.adapter is not None and self._residency.tier(request.adapter) is not Tier.POOL:
-                continue  # a step has waited in vain for the rest of its adapter
-            n = min(request.num_pending, budget)
+                self._preempt(request)  # a step has waited in vain for the rest of its adapter: others take its seat
+                continue
+            n = min(request.num_pending, budget if decodes else max(0, budget - decoding))
             if n and self._grow(request, request.num_computed + n):
                 chunks.append(Chunk(request, request.num_computed, n))
                 budget -= n

@@ -200,8 +200,8 @@ class EngineStream:
         self._bell.set()
 
     def _run(self) -> None:
-        if self._engine.spec.num_threads is not None:
-            torch.set_num_threads(self._engine.spec.num_threads)
+        # Said even where nothing is asked for: threads that load adapters take one each, and others would follow them.
+        torch.set_num_threads(self._engine.spec.num_threads or torch.get_num_threads())
         try:
             while True:
                 self._bell.clear()  # before all that it stands for is looked at, so that none of it is slept through

@@ -19,6 +19,7 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
+_LOOK_S = 60.0
 _STALE_S = 3600.0
 
 Fetch = Callable[[str, Path], object]  # (digest, a folder that appears only when it is whole)
@@ -47,6 +48,8 @@ class AdapterCache:
         self._max_bytes = max_bytes
         self._trusted: set[str] = set()  # verified by this process; guarded by _mutex
         self._mutex = threading.Lock()
+        self._added = self._room = 0  # bytes since the last look at all entries, and what was free then
+        self._look_by = 0.0
         self._entries.mkdir(parents=True, exist_ok=True)
         self._locks.mkdir(parents=True, exist_ok=True)
         for left in self._entries.glob(".*"):  # of fetches and evictions that died
@@ -121,14 +124,25 @@ class AdapterCache:
             self._trusted.add(digest)
 
     def _evict(self, *, keep: str) -> None:
-        """Remove the least recently used entries until all fit; `keep` and pinned ones stay."""
+        """Remove the least recently used entries until all fit; `keep` and pinned ones stay.
+
+        All are looked at only where they might be too many: what this process has added since the last look is more
+        than half of the room that there was, or the look is old, since others add as well.
+        """
+        with self._mutex:
+            self._added += _folder_bytes(self._entries / keep)
+            if 2 * self._added <= self._room and time.monotonic() < self._look_by:
+                return
         entries = sorted(self._scan())
         total = sum(entry.nbytes for entry in entries)
         for entry in entries:
             if total <= self._max_bytes:
-                return
+                break
             if entry.digest != keep and self._evict_one(entry.digest):
                 total -= entry.nbytes
+        with self._mutex:
+            self._added, self._room = 0, self._max_bytes - total
+            self._look_by = time.monotonic() + _LOOK_S
 
     def _evict_one(self, digest: str) -> bool:
         try:
@@ -146,8 +160,7 @@ class AdapterCache:
             if path.name.startswith("."):
                 continue
             try:
-                nbytes = sum(file.stat().st_size for file in path.iterdir())
-                yield _Entry((self._locks / path.name).stat().st_mtime_ns, nbytes, path.name)
+                yield _Entry((self._locks / path.name).stat().st_mtime_ns, _folder_bytes(path), path.name)
             except FileNotFoundError:
                 continue  # evicted by another process meanwhile
 
@@ -172,6 +185,10 @@ class AdapterCache:
                     return
             finally:
                 os.close(handle)
+
+
+def _folder_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def _same_file(handle: int, path: Path) -> bool:

@@ -101,8 +101,8 @@ def _isolation(engine: EngineOptions, n: int) -> tuple[Case, ...]:
     )
 
 
-# The pool holds about 100 of these, and the host all (5.5 GB) once each has been asked for. 16 requests queue behind the
-# 32 that run, so that there is something to prefetch.
+# The pool holds about 100 of these, and the host all (5.5 GB) once each has been asked for. 16 requests queue behind
+# the 32 that run, so that there is something to prefetch.
 MANY = EngineOptions(AdapterSet(2000, ranks=(8, 16)), pool_adapters=100, host_bytes=8 << 30)
 
 

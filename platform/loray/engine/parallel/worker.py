@@ -30,8 +30,9 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
     assert spec.num_threads is not None
     torch.set_num_threads(spec.num_threads)
     store = TCPStore(host, args.port, is_master=False)
+    device = local_device(spec, rank)  # what may fail comes first: rank 0 waits for whoever has joined
     store.set(joined(rank), "")
-    communicator = Communicator(store, Shard(rank, spec.tensor_parallel_size), local_device(spec, rank))
+    communicator = Communicator(store, Shard(rank, spec.tensor_parallel_size), device)
     model = ShardedDecoder(spec, base, communicator)
     pool = FollowingPool(spec, base.config, rank)
     while True:

@@ -78,7 +78,7 @@ class GenerationRequest(_Body):
     best_of: int | None = Field(default=None, description="n, or nothing")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[tuple[str, ...], BeforeValidator(fields.strings), Field(max_length=16)] = ()
-    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(fields.token_ids)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(fields.token_ids)] = Field(default=(), max_length=128)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = Field(default=0, ge=0)
