@@ -7,6 +7,7 @@ needs only the class.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -69,6 +70,7 @@ class EngineReplica:
         self._metrics = ReplicaMetrics()
         self._stream = start_engine(spec, get_base(settings.home, spec.base), settings)
         self._demand = spec.autoscaling and ReplicaDemand(spec, spec.autoscaling, self._stream)
+        freeze_garbage()
 
     async def generate(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[Delta, None]:
         """Deltas as they come; what has come while the last one was sent goes as one. Closing it cancels.
@@ -139,6 +141,12 @@ class EngineReplica:
     def __del__(self) -> None:
         if hasattr(self, "_stream"):
             self._stream.stop()
+
+
+def freeze_garbage() -> None:
+    """What is there by now stays: a collection that walks through torch's and transformers' modules stops every step."""
+    gc.collect()
+    gc.freeze()
 
 
 def set_num_threads(spec: ServeSpec) -> ServeSpec:

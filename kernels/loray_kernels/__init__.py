@@ -14,6 +14,7 @@ import torch
 from loray_kernels.build import BackendUnavailable
 from loray_kernels.cpu import CpuOps
 from loray_kernels.cuda import cuda_ops
+from loray_kernels.native import release_threads
 from loray_kernels.ops import (
     AttentionMeta,
     KvLayout,
@@ -46,6 +47,7 @@ __all__ = [
     "VeraTable",
     "available",
     "backend",
+    "release_threads",
 ]
 
 _log = logging.getLogger("loray.kernels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -57,9 +58,25 @@ class Functions(NamedTuple):
 @cache
 def supported() -> tuple[str, ...]:
     """Instruction sets that this CPU has, slow to fast. BackendUnavailable as `functions`."""
-    host = _load("host", ("host.cpp",), ())
+    host = _host()
     known = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else ("generic",)
     return tuple(isa for i, isa in enumerate(known) if host.loray_supports(i))
+
+
+def release_threads() -> None:
+    """End the OpenMP threads that the calling thread has worked with; its next parallel region makes others.
+
+    Where OpenMP knows of more threads than there are cores, all of its waiting is by system calls instead of spinning,
+    and a step of a few hundred short regions takes half as long again. So who has built a model gives its threads up
+    before another thread runs it.
+    """
+    with suppress(BackendUnavailable):
+        _host().loray_release_threads()
+
+
+@cache
+def _host() -> ctypes.PyDLL:
+    return _load("host", ("host.cpp",), ())
 
 
 @cache
@@ -80,15 +97,16 @@ def functions(isa: str) -> dict[torch.dtype, Functions]:
 
 
 @cache
-def _library(isa: str) -> ctypes.CDLL:
+def _library(isa: str) -> ctypes.PyDLL:
     return _load(isa, _SOURCES, (f"-DLORAY_ISA={isa}", *ISA_FLAGS[isa]))
 
 
-def _load(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ctypes.CDLL:
+def _load(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ctypes.PyDLL:
     # torch is imported above: its OpenMP library is the one that this finds loaded, so both share their threads.
     path = library(name, sources, flags)
     try:
-        return ctypes.CDLL(str(path))
+        # A call keeps Python's lock: its own threads have all cores, and another's Python would only hold them up.
+        return ctypes.PyDLL(str(path))
     except OSError as e:
         raise BackendUnavailable(f"the cpu kernels do not load: {e}; delete {path} to have it made anew") from e
 

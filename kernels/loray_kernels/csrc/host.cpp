@@ -1,4 +1,6 @@
-// What this machine's CPU can do. Compiled without any instruction set's flags.
+// What this machine's CPU can do, and what no instruction set is needed for.
+
+#include <omp.h>
 
 extern "C" __attribute__((visibility("default"))) int loray_supports(int isa) {
 #if defined(__x86_64__)
@@ -10,4 +12,9 @@ extern "C" __attribute__((visibility("default"))) int loray_supports(int isa) {
     if (isa == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     return isa == 0;
+}
+
+// Ends the OpenMP threads that wait for the calling thread's next parallel region.
+extern "C" __attribute__((visibility("default"))) int loray_release_threads() {
+    return omp_pause_resource_all(omp_pause_soft);
 }

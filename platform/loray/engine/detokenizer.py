@@ -28,6 +28,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer, self._params = tokenizer, params
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._stop: tuple[str, ...] = ()
         self._num_pushed = 0
         self._ids = list(prompt_ids[-_PROMPT_TAIL:])
@@ -62,10 +63,10 @@ class Detokenizer:
         return self._take(now[len(before) :], final=True)
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=self._params.skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return text
+        skip = self._params.skip_special_tokens
+        if self._backend is not None:  # what transformers calls, without all that it does around it
+            return str(self._backend.decode(ids, skip_special_tokens=skip))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def _take(self, new: str, *, final: bool) -> Text:
         text = self._held + new

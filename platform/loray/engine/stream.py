@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from loray.engine.stats import EngineStats
 from loray.errors import EngineError, RequestError
 from loray.spec import AdapterBytes, AdapterRef
 from loray.telemetry import get_logger
+from loray_kernels import release_threads
 
 _log = get_logger(__name__)
 
@@ -77,6 +78,8 @@ class EngineStream:
         engine.wake = self._bell.set
 
     def start(self) -> None:
+        """From the thread that built the engine, whose OpenMP threads end: two teams are more than the cores are."""
+        release_threads()
         self._thread.start()
 
     def stop(self) -> None:
@@ -200,8 +203,9 @@ class EngineStream:
         self._bell.set()
 
     def _run(self) -> None:
-        # Said even where nothing is asked for: threads that load adapters take one each, and others would follow them.
-        torch.set_num_threads(self._engine.spec.num_threads or torch.get_num_threads())
+        if self._engine.spec.num_threads is not None:
+            torch.set_num_threads(self._engine.spec.num_threads)
+        torch.get_num_threads()  # settles it: a thread that has not asked takes what another, loading, sets for itself
         try:
             while True:
                 self._bell.clear()  # before all that it stands for is looked at, so that none of it is slept through
@@ -209,8 +213,7 @@ class EngineStream:
                     break
                 while self._inbox:
                     self._inbox.popleft()()
-                for output in self._engine.step():
-                    self._deliver(output)
+                self._deliver(self._engine.step())
                 now = time.monotonic()
                 if self._engine.idle or now > self._stats_due:
                     self._stats, self._stats_due = self._engine.stats(), now + _STATS_INTERVAL_S
@@ -228,7 +231,7 @@ class EngineStream:
         try:
             self._engine.add(request)
         except Exception as e:  # noqa: BLE001 - whatever it is, it is this request's
-            self._deliver(TokenOutput(request.request_id, None, error=e))
+            self._deliver([TokenOutput(request.request_id, None, error=e)])
 
     def _answer(self, answer: Future[list[AdapterPlace]], digests: Collection[str] | None) -> None:
         self._asked.discard(answer)
@@ -239,12 +242,17 @@ class EngineStream:
         self._subscribers.pop(request_id, None)
         self._engine.cancel(request_id)
 
-    def _deliver(self, output: TokenOutput) -> None:
-        last = output.finish_reason is not None or output.error is not None
-        subscriber = (self._subscribers.pop if last else self._subscribers.get)(output.request_id, None)
-        if subscriber is not None:
+    def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
+        """A step's outputs wake each loop once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[TokenOutput], TokenOutput]]] = {}
+        for output in outputs:
+            last = output.finish_reason is not None or output.error is not None
+            subscriber = (self._subscribers.pop if last else self._subscribers.get)(output.request_id, None)
+            if subscriber is not None:
+                by_loop.setdefault(subscriber.loop, []).append((subscriber.queue, output))
+        for loop, items in by_loop.items():
             with suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
-                subscriber.loop.call_soon_threadsafe(subscriber.queue.put_nowait, output)
+                loop.call_soon_threadsafe(_put, items)
 
     def _end(self, error: Exception) -> None:
         with self._lock:
@@ -252,5 +260,9 @@ class EngineStream:
         for answer in self._asked:
             if answer.set_running_or_notify_cancel():
                 answer.set_exception(error)
-        for request_id in list(self._subscribers):
-            self._deliver(TokenOutput(request_id, None, error=error))
+        self._deliver([TokenOutput(request_id, None, error=error) for request_id in self._subscribers])
+
+
+def _put(items: list[tuple[asyncio.Queue[TokenOutput], TokenOutput]]) -> None:
+    for queue, output in items:
+        queue.put_nowait(output)

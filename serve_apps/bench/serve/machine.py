@@ -86,22 +86,28 @@ def tree_pss(pid: int) -> int:
 
 
 class PeakMemory:
-    """`nbytes`: the largest sum of PSS that was seen; 0 where nobody looked."""
+    """`nbytes`: the largest sum of PSS of the tree of `pid` that was seen; 0 where nobody looked."""
 
-    nbytes = 0
+    def __init__(self, pid: int | None) -> None:
+        self._pid = pid
+        self.nbytes = 0
+
+    def sample(self) -> None:
+        if self._pid is not None:
+            self.nbytes = max(self.nbytes, tree_pss(self._pid))
 
 
 @contextmanager
 def watch_memory(pid: int | None) -> Iterator[PeakMemory]:
-    """Samples the tree of `pid`, four times a second, until the block ends."""
-    peak, over = PeakMemory(), threading.Event()
+    """Samples the tree of `pid`, four times a second, until the block ends; later ones are the caller's."""
+    peak, over = PeakMemory(pid), threading.Event()
     if pid is None:
         yield peak
         return
 
     def sample() -> None:
         while True:
-            peak.nbytes = max(peak.nbytes, tree_pss(pid))
+            peak.sample()
             if over.wait(_SAMPLE_S):
                 return
 

@@ -68,6 +68,7 @@ class EngineSession:
         from loray.engine.stream import EngineStream
         from serve_apps.bench.serve.ablations import ablate
         from serve_apps.bench.serve.recorder import EngineRecorder
+        from serve_apps.replica import freeze_garbage
 
         base = bench_base(setup.spec.base, setup.folder)
         self._refs, self._num = setup.refs, 0
@@ -76,6 +77,7 @@ class EngineSession:
         self._recorder = EngineRecorder(self._engine)
         self._stream: EngineStream = EngineStream(self._engine, _tokenizer(base))
         self._stream.start()
+        freeze_garbage()
 
     def run(self, requests: list[TimedRequest], at_once: int | None) -> dict[str, Any]:
         """Records and the engine's work of one pass. AssertionError where its books do not balance afterwards."""
