@@ -144,7 +144,7 @@ class EngineReplica:
 
 
 def freeze_garbage() -> None:
-    """What is there by now stays: a collection that walks through torch's and transformers' modules stops every step."""
+    """What is there by now stays: collections that walk through all of torch and transformers hold up steps."""
     gc.collect()
     gc.freeze()
 
