@@ -33,7 +33,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_compiler(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    forget = (native.supported, native.functions, loray_kernels._warn_once)
+    forget = (native._host, native.supported, native._library, native.functions, loray_kernels._warn_once)
     for cached in forget:
         cached.cache_clear()
     yield

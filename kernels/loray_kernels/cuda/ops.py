@@ -183,9 +183,14 @@ def _token_rows(x: Tensor) -> Tensor:
 def _side_by_side(h: Sequence[Tensor]) -> Tensor:
     """The modules' intermediates as columns of one matrix: what `lora_shrink` gave, or a copy of what became of it."""
     first, width = h[0], sum(t.shape[1] for t in h)
-    at = first.data_ptr()
+    at, home = first.data_ptr(), first.untyped_storage().data_ptr()
     for h_TR in h:
-        if h_TR.data_ptr() != at or h_TR.stride() != (first.stride(0), 1) or h_TR.dtype is not torch.float32:
+        if (
+            h_TR.untyped_storage().data_ptr() != home
+            or h_TR.data_ptr() != at
+            or h_TR.stride() != (first.stride(0), 1)
+            or h_TR.dtype is not torch.float32
+        ):
             return torch.cat([t.float() for t in h], dim=1)
         at += h_TR.shape[1] * h_TR.element_size()
     return first.as_strided((first.shape[0], width), first.stride())

@@ -76,7 +76,8 @@ def local_tensors(
             assert kind == "weight", "the decoder has no biases there"
             yield name, tensor[:, shard.slice(tensor.shape[1])].clone()
         elif last == "lm_head":
-            yield name, local_head(tensor, shard)
+            if not config.tie_word_embeddings:  # a checkpoint may hold one all the same
+                yield name, local_head(tensor, shard)
         else:
             yield name, tensor
         if last == "embed_tokens" and config.tie_word_embeddings:

@@ -42,17 +42,24 @@ class LocalWorkers:
     """Processes. They end when rank 0 does."""
 
     def __init__(self, args: Sequence[WorkerArgs], base: BaseModel) -> None:
-        self._processes = []
-        for arg in args:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "loray.engine.parallel.worker"],
-                stdin=subprocess.PIPE,
-                env=os.environ | {"OMP_NUM_THREADS": str(arg.spec.num_threads)},
-            )
-            assert process.stdin is not None
-            process.stdin.write(pickle.dumps((arg, base)))
-            process.stdin.close()
-            self._processes.append(process)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for arg in args:
+                self._start(arg, base)
+        except OSError as e:
+            self.stop()
+            raise EngineError(f"a rank of the engine did not start: {e}") from e
+
+    def _start(self, arg: WorkerArgs, base: BaseModel) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "loray.engine.parallel.worker"],
+            stdin=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": str(arg.spec.num_threads)},
+        )
+        self._processes.append(process)
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps((arg, base)))
+        process.stdin.close()
 
     def check(self) -> None:
         for rank, process in enumerate(self._processes, 1):
