@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine, build_engine
-from loray.engine.request import GenerateRequest
+from loray.engine.request import GenerateRequest, TokenOutput
 from loray.spec import SamplingParams, ServeSpec
 from tests.engine.adapters import TestAdapter
 
@@ -44,6 +45,24 @@ def run(engine: Engine, requests: Sequence[GenerateRequest], *, timeout_s: float
         if engine.idle:
             time.sleep(0.001)  # the threads that load need the interpreter
     return out
+
+
+def hold(engine: Engine) -> tuple[threading.Event, threading.Event]:
+    """After a step that leaves a request running, the engine's thread stands still (first event) until the second is
+    set: whole answers of a tiny model take less time than its next statistics.
+    """
+    stands, go_on = threading.Event(), threading.Event()
+    step = engine.step
+
+    def held() -> list[TokenOutput]:
+        outputs = step()
+        if engine._scheduler.running:
+            stands.set()
+            assert go_on.wait(60)
+        return outputs
+
+    engine.step = held  # type: ignore[method-assign]
+    return stands, go_on
 
 
 class Spy:

@@ -20,12 +20,7 @@ from loray.engine.stream import Delta, EngineStream
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
 from loray.spec import SamplingParams
 from tests.engine.adapters import make_adapter
-from tests.engine.harness import make_engine, request, run
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base()
+from tests.engine.harness import hold, make_engine, request, run
 
 
 @asynccontextmanager
@@ -185,10 +180,13 @@ def test_a_stop_is_not_slept_through(base: BaseModel) -> None:
 def test_stopping_ends_open_streams(base: BaseModel) -> None:
     async def test() -> None:
         async with started(base) as stream:
+            stands, go_on = hold(stream._engine)
             task = asyncio.create_task(collect(stream, request("r", IDS, max_tokens=450)))
-            while not stream.stats().num_output_tokens:
-                await asyncio.sleep(0.001)
+            assert await asyncio.to_thread(stands.wait, 60)
             threading.Thread(target=stream.stop).start()
+            while not stream._stopped:
+                await asyncio.sleep(0.001)
+            go_on.set()
             with pytest.raises(EngineError, match="shutting down"):
                 await task
 

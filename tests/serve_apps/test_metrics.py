@@ -23,7 +23,7 @@ from loray_kernels import KvLayout
 from serve_apps.metrics import ReplicaMetrics
 from serve_apps.replica import EngineReplica
 from tests.engine.adapters import TestAdapter, make_adapter
-from tests.engine.harness import make_engine, request
+from tests.engine.harness import hold, make_engine, request
 from tests.serve_apps.support import delta
 from tests.tiny import byte_tokenizer
 
@@ -163,11 +163,12 @@ def test_who_leaves_is_an_abort_and_not_an_error(base: BaseModel) -> None:
             await anext(deltas)
         await asked.stream.adapters()  # after what was posted before: the first one is gone
         await asked.settled(0)
+        stands, go_on = hold(asked.stream._engine)
         waiting = asyncio.create_task(asked.ask(3, max_tokens=400))
-        while not asked.stream.stats().num_running:
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(stands.wait, 60)
         waiting.cancel()
         await asyncio.wait([waiting])
+        go_on.set()
         found = values(asked.metrics.families(await asked.settled(0), "r1"))
         assert found["loray_request_success_total", "abort", "base"] == 2
         assert not [key for key in found if key[0] == "loray_request_errors_total"]
