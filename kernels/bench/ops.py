@@ -22,9 +22,19 @@ import click
 import torch
 from torch import Tensor
 
-from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, RowTables, Segments, VeraTable, backend
+from loray_kernels import (
+    AttentionMeta,
+    KvLayout,
+    LinearWeights,
+    LoraTable,
+    Ops,
+    RowTables,
+    Segments,
+    VeraTable,
+    backend,
+)
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 30, 576, 9, 3, 64
+LAYERS, HIDDEN, MIDDLE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
 LAYOUT = KvLayout(LAYERS, 16, KV_HEADS, HEAD_DIM)
 SHARE = LAYOUT.layer_share
 MODULES = {"q": HIDDEN, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM, "o": HIDDEN}
@@ -126,6 +136,28 @@ def vera(num_tokens: int, rank: int = 256) -> Case:
     return Case(f"vera r{rank} {num_tokens} tokens", step, LAYERS * num_tokens * 4 * (rank + HIDDEN) * 2, macs)
 
 
+def linears(num_tokens: int) -> Case:
+    """Every matrix of the model, the head on 32 tokens at most; each backend multiplies with what it has packed."""
+    sizes = [(HIDDEN, HIDDEN + 2 * 192), (HIDDEN, HIDDEN), (HIDDEN, 2 * MIDDLE), (MIDDLE, HIDDEN)]
+    weights = [torch.randn(o, i).mul_(0.02).to(torch.bfloat16) for i, o in sizes * LAYERS]
+    head_VD = torch.randn(VOCABULARY, HIDDEN).mul_(0.02).to(torch.bfloat16)
+    x = {i: torch.randn(num_tokens, i).to(torch.bfloat16) for i in (HIDDEN, MIDDLE)}
+    last_TD = x[HIDDEN][:32]
+    packed: dict[Ops, tuple[list[LinearWeights], LinearWeights]] = {}
+
+    def step(ops: Ops) -> None:
+        if ops not in packed:
+            packed[ops] = [ops.pack_linear(w) for w in weights], ops.pack_linear(head_VD)
+        matrices, head = packed[ops]
+        for matrix in matrices:
+            ops.linear(x[matrix.in_features], matrix)
+        ops.logits(last_TD, head)
+
+    elements = sum(w.numel() for w in weights)
+    macs = elements * num_tokens + head_VD.numel() * len(last_TD)
+    return Case(f"linears {num_tokens} tokens", step, 2 * (elements + head_VD.numel()), macs)
+
+
 def rows(num_tokens: int) -> Iterator[Case]:
     pool = random_pool(-(-num_tokens // 16))
     fused = torch.randn(num_tokens, HIDDEN + 2 * 192).to(torch.bfloat16)
@@ -166,6 +198,8 @@ def cases() -> Iterator[Callable[[], list[Case]]]:
         yield lambda q=queries, c=context, n=sequences: [attention(q, c, n)]  # type: ignore[misc]
     for tokens in (32, 2048):
         yield lambda t=tokens: [vera(t)]  # type: ignore[misc]
+    for tokens in (1, 32, 64, 2048):
+        yield lambda t=tokens: [linears(t)]  # type: ignore[misc]
     for tokens in (1, 32, 2048):
         yield lambda t=tokens: list(rows(t))  # type: ignore[misc]
 

@@ -92,24 +92,22 @@ class CpuOps(ReferenceOps):
         f = self._for(weights.data, x_TI)
         if f is None or weights.data.dim() != 1:
             return super().linear(x_TI, weights)
-        y_TO = x_TI.new_empty(x_TI.shape[0], weights.out_features)
-        self._multiply(f.linear, x_TI, weights, y_TO)
-        return y_TO
+        return self._multiply(f.linear, x_TI, weights, x_TI.dtype)
 
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
         f = self._for(weights.data, x_TD)
         if f is None or weights.data.dim() != 1:
             return super().logits(x_TD, weights)
-        y_TV = torch.empty(x_TD.shape[0], weights.out_features)
-        self._multiply(f.logits, x_TD, weights, y_TV)
-        return y_TV
+        return self._multiply(f.logits, x_TD, weights, torch.float32)
 
-    def _multiply(self, function: Any, x_TI: Tensor, weights: LinearWeights, y_TO: Tensor) -> None:
+    def _multiply(self, function: Any, x_TI: Tensor, weights: LinearWeights, dtype: torch.dtype) -> Tensor:
         x_TI = _token_rows(x_TI)
         num_tokens, width = x_TI.shape
         assert width == weights.in_features
+        y_TO = torch.empty(num_tokens, weights.out_features, dtype=dtype)
         matrix = (ctypes.c_int64 * 4)(*pack_matrix(weights))
         function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
+        return y_TO
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         f = self._for(gate_up_TM)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -26,11 +25,6 @@ from tests.engine.harness import make_engine, request, run
 
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base()
 
 
 @pytest.fixture(scope="module")

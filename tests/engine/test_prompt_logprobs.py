@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,11 +16,6 @@ from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import make_engine, request
 
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,11 +19,6 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.0, "min_p": 0.02, "frequency_penalty": 0.4},
     {"temperature": 0.0, "presence_penalty": 0.5},
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base()
 
 
 def seeded() -> list[GenerateRequest]:

@@ -37,8 +37,6 @@ from loray_kernels import backend
 
 _log = get_logger(__name__)
 
-_PROMPT_TOKENS = 32  # a step of so many is told as one that computes prompts
-
 
 class Engine:
     """Called from one thread. `wake` is called from loader threads whenever a load has landed."""
@@ -58,7 +56,6 @@ class Engine:
         self._sampler = Sampler(base.config.eos_token_ids)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, pinned=pool.tensor.is_cuda)
         self._loads = AdapterLoads(pool, packer, load, lambda: self.wake())
-        self._token_seconds = 0.0  # of computing a prompt, lately
         self._residency: Residency[PackedAdapter, ResidentAdapter] = Residency(
             host_bytes=spec.host_bytes,
             load=self._start_load,
@@ -185,8 +182,6 @@ class Engine:
             self._counters.computed(chunk.request)
         outputs = self._results(chunks, batch, logits_RV)
         seconds = time.monotonic() - began
-        if num_tokens >= _PROMPT_TOKENS:
-            self._token_seconds += (seconds / num_tokens - self._token_seconds) * (0.2 if self._token_seconds else 1.0)
         self._scheduler.observe_step(num_tokens, seconds)
         self._counters.stepped(num_tokens, num_adapters, seconds)
         return outputs
@@ -259,10 +254,7 @@ class Engine:
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def _start_load(self, ref: AdapterRef) -> Future[PackedAdapter]:
-        """Of what the flight's first step computes at least one request's prompt."""
-        waiting = [r.num_pending for r in self._scheduler.waiting if r.adapter_digest == ref.digest]
-        num_tokens = min(max(waiting, default=0), self.spec.max_num_batched_tokens)
-        return self._loads.start(ref, num_tokens * self._token_seconds)
+        return self._loads.start(ref, self._scheduler.first_step_seconds(ref.digest))
 
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
         ref = chunk.request.adapter

@@ -118,6 +118,11 @@ class Scheduler:
             self.waiting.remove(request)
         request.state = State.FINISHED
 
+    def first_step_seconds(self, digest: str) -> float:
+        """Of the step that begins on this adapter: it computes one waiting request's prompt at least. 0: not known."""
+        num_tokens = max((r.num_pending for r in self.waiting.loading(digest)), default=0)
+        return self._estimate.seconds(min(num_tokens, self._budget)) if num_tokens else 0.0
+
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """What the last plan took."""
         self._estimate.observe_step(num_tokens, seconds)

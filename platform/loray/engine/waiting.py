@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
 
@@ -87,6 +87,10 @@ class WaitingRequests:
             self._withdraw(request)  # its adapter was thrown out and flies again
             self._enter(request)
         return request
+
+    def loading(self, digest: str) -> Sequence[Request]:
+        """Those that wait for this adapter to come."""
+        return self._loading.get(digest, ())
 
     def ahead_of(self, request: Request, mean_output: float) -> Backlog:
         return self.fair.ahead_of(request, self._places, mean_output)
