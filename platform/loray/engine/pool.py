@@ -135,8 +135,9 @@ class Pool:
             ref, packed.shape, table, tensors, scales, tuple(extents), token_row, packed.rope, pair, packed
         )
         self._write(resident, Kind.FLAT, packed.flat[None], packed.shape.flat, [0])
+        come = self.geometry.num_layers if packed.arrival is None else packed.arrival.num_layers
+        self.take(resident, min(come, self.geometry.num_layers))
         if packed.arrival is None or packed.arrival.landed:
-            self.take(resident, self.geometry.num_layers)
             resident.arriving = None
         self._residents[resident] = None
         self._compact = False
