@@ -17,6 +17,7 @@ from loray_kernels.cuda import cuda_ops
 from loray_kernels.native import release_threads
 from loray_kernels.ops import (
     AttentionMeta,
+    DecodeStep,
     KvLayout,
     LayerTables,
     LayerWeights,
@@ -29,17 +30,21 @@ from loray_kernels.ops import (
     TokenRows,
     VeraTable,
 )
+from loray_kernels.pages import PageWriter, Piece
 from loray_kernels.reference import ReferenceOps
 
 __all__ = [
     "AttentionMeta",
     "BackendUnavailable",
+    "DecodeStep",
     "KvLayout",
     "LayerTables",
     "LayerWeights",
     "LinearWeights",
     "LoraTable",
     "Ops",
+    "PageWriter",
+    "Piece",
     "RowTables",
     "Segments",
     "StepInputs",

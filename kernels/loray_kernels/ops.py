@@ -13,11 +13,14 @@ as long as the table lives, under the backend's name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from loray_kernels.pages import PageWriter
 
 
 class KvLayout(NamedTuple):
@@ -101,6 +104,14 @@ class AttentionMeta:
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
+class DecodeStep(NamedTuple):
+    """A step that computes one token of each of S sequences, without adapters."""
+
+    token_ids_S: Tensor
+    positions_S: Tensor
+    attention: AttentionMeta
+
+
 @dataclass(frozen=True, slots=True)
 class LayerTables:
     """What the adapters of a batch have in one layer (or, for the flat tables, outside of any), by module."""
@@ -159,6 +170,21 @@ class StepInputs:
 
 class Ops(Protocol):
     """Intermediates are fp32 and the order of roundings is the reference's, whatever the backend."""
+
+    def page_writer(self, pool: Tensor) -> PageWriter:
+        """What brings adapters from host memory into `pool`."""
+        ...
+
+    def recorded(
+        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
+    ) -> Callable[[DecodeStep], Tensor] | None:
+        """`forward`, whose launches are recorded once and repeated; its result is overwritten by the next call's.
+        None: this backend does not record.
+
+        forward     a row for each sequence, by the same launches whatever a step's values
+        max_blocks  of a sequence
+        """
+        ...
 
     def decoder_layer(
         self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int

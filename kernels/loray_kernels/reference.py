@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from loray_kernels.ops import (
     AttentionMeta,
+    DecodeStep,
     KvLayout,
     LayerTables,
     LayerWeights,
@@ -21,6 +23,7 @@ from loray_kernels.ops import (
     TokenRows,
     VeraTable,
 )
+from loray_kernels.pages import DirectWriter, PageWriter
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -35,6 +38,14 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
 
 class ReferenceOps:
     """See `loray_kernels.ops.Ops` for the equations."""
+
+    def page_writer(self, pool: Tensor) -> PageWriter:
+        return DirectWriter(pool)
+
+    def recorded(
+        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
+    ) -> Callable[[DecodeStep], Tensor] | None:
+        return None
 
     def decoder_layer(
         self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int

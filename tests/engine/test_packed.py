@@ -12,7 +12,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.blocks import Geometry
 from loray.engine.packed import PackedAdapter, Packer
 from loray.engine.packed_file import open_packed, packed_name, save_packed
-from loray.engine.pool import Pool
+from loray.engine.pool import Pool, ResidentAdapter
 from loray.errors import IntegrityError
 from loray_kernels import KvLayout
 from tests.engine.adapters import TestAdapter
@@ -26,9 +26,9 @@ def packer(num_blocks: int = 40) -> Packer:
     return Packer(geometry, torch.float32, torch.zeros(1, 8))
 
 
-def weights(ranks: dict[int, int], *, wide: int = 40, narrow: int = 6) -> AdapterWeights:
+def weights(ranks: dict[int, int], *, wide: int = 40, narrow: int = 6, seed: int = 0) -> AdapterWeights:
     """Ranks by layer; a row of `wide` is cut into two segments."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def lora(rank: int, i: int, o: int) -> LoraWeights:
         return LoraWeights(torch.randn(rank, i, generator=generator), torch.randn(o, rank, generator=generator), 2.0)
@@ -50,6 +50,11 @@ def test_every_row_stands_where_the_table_says(ranks: dict[int, int], adapters: 
     own = weights(ranks)
     resident = pool.place(ref, packer().pack(own))
     assert resident is not None
+    check_rows(pool, resident, own)
+
+
+def check_rows(pool: Pool, resident: ResidentAdapter, own: AdapterWeights) -> None:
+    """Every row of its LoRA modules stands in the pool where the table says."""
     for key, module in own.modules.items():
         assert isinstance(module, LoraWeights)
         table = resident.table.groups[resident.table.layer_group[key.layer]]

@@ -4,7 +4,7 @@ A graph holds addresses, so whatever changes from step to step is copied into te
 the next size that has a graph: padding sequences have no keys, and their keys go nowhere. Steps with adapters are not
 recorded: their tables differ in length from step to step.
 
-Not run yet: there was no GPU. The padding is tested on a CPU.
+Recording has not run on a GPU yet. All else is tested on a CPU.
 """
 
 from __future__ import annotations
@@ -16,17 +16,9 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.tables import SPLIT, Attention, Items
-from loray_kernels.ops import AttentionMeta, KvLayout
+from loray_kernels.ops import AttentionMeta, DecodeStep, KvLayout
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
-
-class DecodeStep(NamedTuple):
-    """One token for each of S sequences."""
-
-    token_ids_S: Tensor
-    positions_S: Tensor
-    attention: AttentionMeta
 
 
 class PaddedStep:
@@ -62,36 +54,60 @@ class PaddedStep:
         self._context_S.zero_()[:num] = torch.tensor(meta.context_len).to(self._context_S.device)
 
 
+class Recording(NamedTuple):
+    """`replay` repeats what was recorded, and so overwrites `out`, on the current stream."""
+
+    replay: Callable[[], None]
+    out: Tensor
+
+
+Record = Callable[[Callable[[], Tensor]], Recording]
+
+
 class DecodeGraphs:
-    """`forward` gives a row for each sequence and must do the same launches whatever the step's values."""
+    """See `Ops.recorded`. A size is recorded when it first comes. `record`: as a CUDA graph, unless told."""
 
     def __init__(
-        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
+        self,
+        forward: Callable[[DecodeStep], Tensor],
+        layout: KvLayout,
+        max_blocks: int,
+        device: torch.device,
+        record: Record | None = None,
     ) -> None:
         self._forward, self._layout, self._max_blocks, self._device = forward, layout, max_blocks, device
-        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, PaddedStep, Tensor]] = {}
+        self._record = record or GraphRecorder(device)
+        self._recorded: dict[int, tuple[PaddedStep, Recording]] = {}
 
     def __call__(self, step: DecodeStep) -> Tensor:
-        """What `forward` gives; the next call overwrites it. More sequences than the largest size are not replayed."""
+        """More sequences than the largest size are not replayed."""
         num = step.token_ids_S.shape[0]
         size = next((s for s in SIZES if s >= num), None)
         if size is None:
             return self._forward(step)
         if size not in self._recorded:
-            self._recorded[size] = self._record(size)
-        graph, padded, out = self._recorded[size]
+            padded = PaddedStep(size, self._max_blocks, self._layout, self._device)
+            self._recorded[size] = padded, self._record(lambda: self._forward(padded.step))
+        padded, recording = self._recorded[size]
         padded.fill(step)
-        graph.replay()
-        return out[:num]
+        recording.replay()
+        return recording.out[:num]
 
-    def _record(self, size: int) -> tuple[torch.cuda.CUDAGraph, PaddedStep, Tensor]:
-        padded = PaddedStep(size, self._max_blocks, self._layout, self._device)
+
+class GraphRecorder:
+    """CUDA graphs that share their memory, as one is replayed at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._memory = device, torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Recording:
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):  # kernels are compiled and libraries set up before anything is recorded
-            self._forward(padded.step)
+            run()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self._forward(padded.step)
-        return graph, padded, out
+        # Threads that load adapters allocate pinned memory meanwhile, which is no business of this graph.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            out = run()
+        return Recording(graph.replay, out)

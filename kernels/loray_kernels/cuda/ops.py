@@ -11,7 +11,7 @@ Mixed dtypes, and heads whose width is no multiple of 8 or above 256, go to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather
+from loray_kernels.cuda.graphs import DecodeGraphs
 from loray_kernels.cuda.launch import SUFFIX
+from loray_kernels.cuda.pages import PageUploader
 from loray_kernels.cuda.tables import (
     MAX_MODULES,
     pack_attention,
@@ -29,7 +31,8 @@ from loray_kernels.cuda.tables import (
     pack_spans,
     pack_token_rows,
 )
-from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, Segments, TokenRows, VeraTable
+from loray_kernels.ops import AttentionMeta, DecodeStep, KvLayout, LoraTable, Segments, TokenRows, VeraTable
+from loray_kernels.pages import PageWriter
 from loray_kernels.reference import ReferenceOps
 
 if TYPE_CHECKING:  # it imports Triton, which a test of the gathers does without
@@ -41,6 +44,15 @@ class CudaOps(ReferenceOps):
 
     def __init__(self, gather: Gather, tiles: Tiles) -> None:
         self._gather, self._tiles = gather, tiles
+
+    def page_writer(self, pool: Tensor) -> PageWriter:
+        return PageUploader(self._gather, pool)
+
+    def recorded(
+        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
+    ) -> Callable[[DecodeStep], Tensor] | None:
+        """None where attention goes to the reference, which looks at a step's values."""
+        return DecodeGraphs(forward, layout, max_blocks, device) if _attends(layout.head_dim) else None
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:
@@ -95,7 +107,7 @@ class CudaOps(ReferenceOps):
         self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
     ) -> Tensor:
         d = layout.head_dim
-        if not _one_dtype(pool, q_THd) or d % 8 or d > MAX_HEAD_DIM:
+        if not _one_dtype(pool, q_THd) or not _attends(d):
             return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
         q_THd = _token_rows(q_THd)
         assert q_THd.shape[1] % layout.num_kv_heads == 0
@@ -167,6 +179,10 @@ class CudaOps(ReferenceOps):
         assert d.num == b.num == z_TR.shape[0] == table.stop - table.start
         y_TO = y_TO[table.start : table.stop]
         self._tiles.vera_expand(y_TO, _token_rows(z_TR), table.b_OR, pool[layer_offset:], d, b)
+
+
+def _attends(head_dim: int) -> bool:
+    return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
 
 
 def _one_dtype(first: Tensor, *others: Tensor) -> bool:

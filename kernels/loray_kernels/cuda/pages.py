@@ -3,47 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loray_kernels.cuda.gather import Gather
-
-
-class Piece(NamedTuple):
-    """Elements [start, start + length) of the pages go to the pool's from `to` on."""
-
-    start: int
-    to: int
-    length: int
+from loray_kernels.pages import Piece
 
 
 class PageUploader:
-    """One copy over the bus for an adapter, then one kernel that scatters it; the step's stream is never waited for.
+    """A PageWriter: one copy over the bus for each call, then one kernel that scatters it. No thread waits for either.
 
-    Called from the engine's thread. Not run yet: there was no GPU. The kernel is tested on a CPU.
+    Not run on a GPU yet. The table and the kernel are tested on a CPU.
     """
 
-    def __init__(self, gather: Gather, device: torch.device) -> None:
-        self._gather = gather
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def __init__(self, gather: Gather, pool: Tensor) -> None:
+        self._gather, self._pool = gather, pool
+        self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
+        self._written = False
 
-    def place(self, pool: Tensor, pages: Tensor, pieces: Sequence[Piece]) -> torch.cuda.Event:
-        """Queue the copy of `pages` (one dimension, pinned, the pool's dtype) to where `pieces` say. Writes `pool`.
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+        """The copy waits for what the steps' stream has queued so far: those steps may read what stood there before.
 
-        The stream of the steps waits for the event before the first step that reads the rows. The copy itself waits
-        for what that stream has queued so far, because those steps may read what stood in the blocks before.
-        ValueError when `pages` is not pinned: such a copy would hold up the thread.
+        Rows that are not pinned are copied to pinned memory first, in this thread: a copy from other memory would hold
+        it up until the stream comes to it. Rows that are on the device already are scattered from there.
         """
-        if not pages.is_pinned():
-            raise ValueError("pages are not pinned; allocate them with pin_memory=True")
-        assert pages.dtype == pool.dtype
-        table = torch.tensor(pieces, dtype=torch.int64).pin_memory()
-        self._stream.wait_stream(torch.cuda.current_stream(pool.device))
+        assert rows_LE.dtype == self._pool.dtype
+        table_P3 = piece_table(rows_LE.shape[1], layer_offsets, pieces)
+        if not table_P3.shape[0]:
+            return
+        device = self._pool.device
+        if rows_LE.device == device:
+            rows_LE.record_stream(self._stream)
+        elif not rows_LE.is_pinned():
+            rows_LE = rows_LE.pin_memory()
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
-            staged = pages.to(pool.device, non_blocking=True)
-            self._gather.place_pages(pool, staged, table.to(pool.device, non_blocking=True))
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        return event
+            pages = rows_LE.to(device, non_blocking=True).view(-1)
+            table_P3 = table_P3.pin_memory().to(device, non_blocking=True)
+            self._gather.place_pages(self._pool, pages, table_P3)
+        self._written = True
+
+    def wait(self) -> None:
+        """The steps' stream waits for this one."""
+        if self._written:
+            torch.cuda.current_stream(self._pool.device).wait_stream(self._stream)
+            self._written = False
+
+
+def piece_table(num_elements: int, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> Tensor:
+    """`pieces` in every layer, for `Gather.place_pages`: (start in all rows, place in the pool, length), int64.
+
+    num_elements  of one layer's rows
+    """
+    pieces_P3 = torch.tensor(pieces, dtype=torch.int64).view(-1, 3)
+    offsets_L = torch.tensor(layer_offsets, dtype=torch.int64)
+    table_LP3 = pieces_P3.expand(offsets_L.shape[0], *pieces_P3.shape).clone()
+    table_LP3[:, :, 0] += torch.arange(offsets_L.shape[0])[:, None] * num_elements
+    table_LP3[:, :, 1] += offsets_L[:, None]
+    return table_LP3.view(-1, 3)

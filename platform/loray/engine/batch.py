@@ -18,7 +18,7 @@ from loray.engine.pool import ResidentAdapter, ResidentPair
 from loray.engine.request import Request
 from loray.engine.rows import Part
 from loray.engine.scheduler import Chunk
-from loray_kernels import AttentionMeta, LayerTables, LoraTable, RowTables, Segments, TokenRows, VeraTable
+from loray_kernels import AttentionMeta, DecodeStep, LayerTables, LoraTable, RowTables, Segments, TokenRows, VeraTable
 
 Group = int
 
@@ -167,6 +167,28 @@ class Batch:
     sampled: tuple[Chunk, ...]
     scored: tuple[Scored, ...] = ()
     wait_for_layer: Callable[[int], None] | None = None
+
+    @property
+    def decode_step(self) -> DecodeStep | None:
+        """The same, where every request is one of the base and computes a single token, after which it is sampled."""
+        others = self.adapters.slots or self.own_rows is not None or self.scored
+        if others or len(self.sampled) != self.token_ids_T.shape[0]:
+            return None
+        return DecodeStep(self.token_ids_T, self.positions_T, self.attention)
+
+    @classmethod
+    def of_decode_step(cls, step: DecodeStep) -> Batch:
+        """With nobody to sample for."""
+        device = step.token_ids_S.device
+        return cls(
+            token_ids_T=step.token_ids_S,
+            positions_T=step.positions_S,
+            attention=step.attention,
+            adapters=AdapterBatch((), device=device),
+            own_rows=None,
+            logits_T=torch.arange(step.token_ids_S.shape[0], device=device),
+            sampled=(),
+        )
 
 
 def build_batch(

@@ -354,6 +354,8 @@ def build_engine(
     layout, num_blocks = cut_pool(spec, base.config)
     tensors = read_tensors(base.path) if tensors is None else tensors
     model = Decoder(base.config, tensors, backend("auto", device), dtype=dtype, device=device)
-    pool = Pool(layout, num_blocks, dtype=dtype, device=device)
+    pool = Pool(layout, num_blocks, dtype=dtype, device=device, page_writer=model.ops.page_writer)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
-    return Engine(spec, base, model, pool, load)
+    engine = Engine(spec, base, model, pool, load)
+    model.record(pool, pool.geometry.blocks_for_tokens(engine.max_model_len(None)))
+    return engine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from loray.engine.batch import Batch
 from loray.engine.layers import LOCAL, Layer, Linears, RMSNorm, Rope, Step
 from loray.engine.pool import Pool
 from loray.errors import IntegrityError
-from loray_kernels import Ops
+from loray_kernels import DecodeStep, Ops
 
 
 class Decoder:
@@ -30,7 +30,8 @@ class Decoder:
     ) -> None:
         loaded = {name: t.to(device=device, dtype=dtype) for name, t in tensors}
         self.config = config
-        self._ops = ops
+        self.ops = ops
+        self._recorded: Callable[[DecodeStep], Tensor] | None = None
         self._rope = Rope(config, dtype=dtype, device=device)
         try:
             self.embedding_VD = loaded["model.embed_tokens.weight"]
@@ -41,10 +42,30 @@ class Decoder:
         except KeyError as e:
             raise IntegrityError(f"the checkpoint lacks the tensor {e.args[0]!r}; add the base again") from e
 
+    def record(self, pool: Pool, max_blocks: int) -> None:
+        """From now on decode steps of base-model requests over `pool` are recorded, where the backend can.
+
+        max_blocks  that a request of the base may have
+        """
+
+        def forward(step: DecodeStep) -> Tensor:
+            return self._forward(Batch.of_decode_step(step), pool)
+
+        self._recorded = self.ops.recorded(forward, pool.layout, max_blocks, pool.tensor.device)
+
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: Pool) -> Tensor:
-        """Logits (sampled chunks, vocabulary), fp32. Writes this step's keys and values into `pool`."""
-        ops = self._ops
+        """Logits (sampled chunks, vocabulary), fp32, until the next call. Writes this step's keys and values into
+        `pool`.
+        """
+        pool.wait_for_rows()
+        step = None if self._recorded is None else batch.decode_step
+        if self._recorded is None or step is None:
+            return self._forward(batch, pool)
+        return self._recorded(step)
+
+    def _forward(self, batch: Batch, pool: Pool) -> Tensor:
+        ops = self.ops
         cos_Td, sin_Td = self._rope(batch)
         step = Step.of(batch, pool, ops, cos_Td, sin_Td)
         x_TD = ops.embed(self.embedding_VD, batch.token_ids_T, pool.tensor, batch.own_rows)

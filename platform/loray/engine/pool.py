@@ -22,8 +22,9 @@ from loray.engine.packed import PackedAdapter, row_order
 from loray.engine.rows import AdapterShape, Matrix, Part, RowTable, place
 from loray.errors import SpecError
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
-from loray_kernels import KvLayout, RowTables
+from loray_kernels import KvLayout, PageWriter, Piece, RowTables
 from loray_kernels.memory import huge_pages
+from loray_kernels.pages import DirectWriter
 
 
 @dataclass(slots=True, eq=False)
@@ -74,14 +75,27 @@ def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
 
 
 class Pool:
-    """The one owner of the pool's tensor and of the shared pairs in it."""
+    """The one owner of the pool's tensor and of the shared pairs in it.
 
-    def __init__(self, layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    Adapters' rows are written by a page writer, beside the steps where it can: whatever else reads or writes the tensor
+    calls `wait_for_rows` first. `page_writer` makes it; see Ops.page_writer.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_writer: Callable[[Tensor], PageWriter] = DirectWriter,
+    ) -> None:
         self.layout = layout
         self.geometry = Geometry(num_blocks, layout.num_layers, layout.block_tokens, layout.layer_share)
         self.allocator = BlockAllocator(self.geometry)
         size = num_blocks * self.geometry.block_size
         self.tensor = huge_pages(size, dtype) if device.type == "cpu" else torch.zeros(size, dtype=dtype, device=device)
+        self._writer = page_writer(self.tensor)
         self._pairs: dict[str, ResidentPair] = {}
         self._residents: dict[ResidentAdapter, None] = {}
         self._compact = False  # no gap is left that could be closed, since adapters last came or went
@@ -135,16 +149,27 @@ class Pool:
             ref, packed.shape, table, tensors, scales, tuple(extents), token_row, packed.rope, pair, packed
         )
         self._write(resident, Kind.FLAT, packed.flat[None], packed.shape.flat, [0])
-        come = self.geometry.num_layers if packed.arrival is None else packed.arrival.num_layers
-        self.take(resident, min(come, self.geometry.num_layers))
-        if packed.arrival is None or packed.arrival.landed:
+        landed = packed.arrival is None or packed.arrival.landed
+        come = self.geometry.num_layers if packed.arrival is None or landed else packed.arrival.num_layers
+        self._take(resident, min(come, self.geometry.num_layers))
+        if landed:
             resident.arriving = None
         self._residents[resident] = None
         self._compact = False
         return resident
 
     def take(self, adapter: ResidentAdapter, num_layers: int) -> None:
-        """Copy the rows of the first `num_layers` layers that are not in the pool yet. Writes the pool."""
+        """Copy the rows of the first `num_layers` layers that are not in the pool yet, for the layer that comes next.
+        Writes the pool.
+        """
+        self._take(adapter, num_layers)
+        self.wait_for_rows()
+
+    def wait_for_rows(self) -> None:
+        """What is asked of the pool from now on finds there all rows that have been placed."""
+        self._writer.wait()
+
+    def _take(self, adapter: ResidentAdapter, num_layers: int) -> None:
         if adapter.arriving is None:
             return
         for group, rows_LE in zip(adapter.shape.groups, adapter.arriving.layered, strict=True):
@@ -172,18 +197,13 @@ class Pool:
     def _write(
         self, adapter: ResidentAdapter, kind: Kind, rows_LE: Tensor, matrices: Sequence[Matrix], layers: Sequence[int]
     ) -> None:
-        """Packed rows (layers, elements) to the adapter's extents: one copy for an extent and neighbouring layers."""
-        shares = self.tensor.view(self.geometry.num_blocks, -1, self.geometry.capacity(kind))
-        pieces = list(row_order(matrices, self.geometry.capacity(kind)).pieces(adapter.extents, kind))
-        start = 0
-        for stop in range(1, len(layers) + 1):
-            if stop == len(layers) or layers[stop] != layers[stop - 1] + 1:
-                # One transfer where the pool is on a device, which then distributes it by itself.
-                rows = rows_LE[start:stop].to(self.tensor.device, non_blocking=True)
-                of_layers = shares[:, layers[start] : layers[stop - 1] + 1]
-                for block, offset, first, n in pieces:
-                    of_layers[block, :, offset : offset + n].copy_(rows[:, first : first + n])
-                start = stop
+        """Packed rows (layers, elements) to the adapter's extents."""
+        capacity = self.geometry.capacity(kind)
+        pieces = [
+            Piece(p.start, p.block * self.geometry.block_size + p.offset, p.num_elements)
+            for p in row_order(matrices, capacity).pieces(adapter.extents, kind)
+        ]
+        self._writer.write(rows_LE, [layer * capacity for layer in layers], pieces)
 
     # -- shared pairs -------------------------------------------------------------------------------------------------
 
@@ -201,6 +221,7 @@ class Pool:
                 first = self.allocator.allocate_run(num_blocks)
             if first is None:
                 return None
+            self.wait_for_rows()
             start, split = first * self.geometry.block_size, pair.a_RI.numel()
             a_RI = self.tensor[start : start + split].view_as(pair.a_RI).copy_(pair.a_RI)
             b_OR = self.tensor[start + split : start + split + pair.b_OR.numel()].view_as(pair.b_OR).copy_(pair.b_OR)
@@ -231,6 +252,7 @@ class Pool:
             return False
         owned = [list(adapter.extents) for adapter in self._residents]
         copies = close_gaps(self.allocator, owned, num_blocks)
+        self.wait_for_rows()
         for old, new in copies:
             self._rows_of(new).copy_(self._rows_of(old))
         self._moved(owned)
@@ -242,6 +264,7 @@ class Pool:
         moves = self.allocator.clear_run(num_blocks)
         if moves is None:
             return False
+        self.wait_for_rows()
         blocks = self.tensor.view(self.geometry.num_blocks, -1)
         for old, new in moves.items():
             blocks[new].copy_(blocks[old])

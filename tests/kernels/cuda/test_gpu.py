@@ -8,7 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, RowTables, Segments, TokenRows, VeraTable, backend
+from loray.bases.registry import BaseModel
+from loray.engine.engine import Engine
+from loray.engine.request import GenerateRequest
+from loray_kernels import (
+    AttentionMeta,
+    DecodeStep,
+    KvLayout,
+    LoraTable,
+    Ops,
+    Piece,
+    RowTables,
+    Segments,
+    TokenRows,
+    VeraTable,
+    backend,
+)
+from loray_kernels.cuda.graphs import DecodeGraphs
+from tests.engine.adapters import TestAdapter
+from tests.engine.conftest import adapters, base  # noqa: F401
+from tests.engine.harness import Spy, make_engine, request, run
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.cases import near, randn
 from tests.kernels.test_ops import *  # noqa: F403
@@ -71,22 +90,27 @@ def ops() -> Any:
 
 
 def test_pages_arrive_before_the_step_that_waits_for_them() -> None:
+    """Pinned rows, others, and those that are on the device already."""
     from loray_kernels.cuda.gather import Gather
     from loray_kernels.cuda.launch import CupyLauncher
-    from loray_kernels.cuda.pages import PageUploader, Piece
+    from loray_kernels.cuda.pages import PageUploader
 
     device = torch.device("cuda")
-    pool, pages = torch.zeros(1 << 20, device=device), randn(1, torch.float32, 1 << 16).pin_memory()
+    pool = torch.zeros(1 << 20, device=device)
+    uploader = PageUploader(Gather(CupyLauncher(device)), pool)
+    rows_LE = randn(1, torch.float32, 2, 1 << 16)
     pieces = [Piece(i * 512, (127 - i) * 1024 + 3, 512) for i in range(128)]
-    event = PageUploader(Gather(CupyLauncher(device)), device).place(pool, pages, pieces)
-    torch.cuda.current_stream().wait_event(event)
-    for piece in pieces:
-        assert torch.equal(pool[piece.to : piece.to + piece.length].cpu(), pages[piece.start :][: piece.length])
+    for n, rows in enumerate((rows_LE.pin_memory(), rows_LE + 1, (rows_LE + 2).to(device))):
+        uploader.write(rows, [0, 1 << 18], pieces)
+        uploader.wait()
+        got = pool.cpu()
+        for layer, offset in enumerate((0, 1 << 18)):
+            for start, to, length in pieces:
+                want = rows_LE[layer, start : start + length] + n
+                assert torch.equal(got[offset + to : offset + to + length], want)
 
 
 def test_a_recorded_step_gives_what_the_step_gives() -> None:
-    from loray_kernels.cuda.graphs import DecodeGraphs, DecodeStep
-
     device, ops = torch.device("cuda"), backend("cuda", "cuda")
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=64)
     pool = randn(2, torch.bfloat16, 64 * layout.layer_share).cuda()
@@ -105,3 +129,43 @@ def test_a_recorded_step_gives_what_the_step_gives() -> None:
         meta = AttentionMeta(starts, tuple(contexts), tuple(blocks), torch.tensor(slots).cuda())
         step = DecodeStep(torch.arange(len(contexts)).cuda(), torch.tensor(contexts).cuda() - 1, meta)
         near(graphs(step).cpu(), forward(step).cpu(), torch.bfloat16)
+
+
+def logits_of(engine: Engine, requests: list[GenerateRequest]) -> dict[str, Tensor]:
+    spy = Spy(engine)
+    run(engine, requests)
+    return {name: torch.stack(rows).cpu() for name, rows in spy.logits.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_engine_replays_decode_steps_of_the_base(base: BaseModel, dtype: str) -> None:  # noqa: F811
+    requests = [request(str(i), range(3, 9 + 7 * i), max_tokens=3 + i) for i in range(5)]
+    recorded, eager = (make_engine(base, device="cuda", dtype=dtype) for _ in range(2))
+    eager._model._recorded = None
+    expected, got = logits_of(eager, requests), logits_of(recorded, requests)
+    graphs = recorded._model._recorded
+    assert isinstance(graphs, DecodeGraphs)
+    assert set(graphs._recorded) == {8, 4, 2, 1}
+    for name, want in expected.items():
+        near(got[name], want, getattr(torch, dtype))
+
+
+def test_the_engine_places_the_rows_that_the_cpu_places(
+    base: BaseModel,  # noqa: F811
+    adapters: dict[str, TestAdapter],  # noqa: F811
+) -> None:
+    """The same allocator gives the same places, so what adapters have in both pools is the same."""
+    requests = [request(name, range(3, 20), adapter, max_tokens=3) for name, adapter in adapters.items()]
+    engines = [make_engine(base, list(adapters.values()), device=device) for device in ("cuda", "cpu")]
+    logits = []
+    for engine in engines:
+        logits.append({})
+        for r in requests:  # one after the other, in an order that is always the same
+            logits[-1] |= logits_of(engine, [r])
+    for name, want in logits[1].items():
+        near(logits[0][name], want, torch.float32)
+    pools = [engine._pool for engine in engines]
+    for there, here in zip(*(pool._residents for pool in pools), strict=True):
+        assert there.extents == here.extents
+        for extent in here.extents:
+            assert torch.equal(pools[0]._rows_of(extent).cpu(), pools[1]._rows_of(extent))

@@ -13,12 +13,14 @@ from typing import Any, cast
 import pytest
 import torch
 
-from loray_kernels import AttentionMeta, BackendUnavailable, KvLayout, Ops, backend
+from loray_kernels import AttentionMeta, BackendUnavailable, DecodeStep, KvLayout, Ops, Piece, backend
 from loray_kernels.cuda import gather, tables
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.graphs import DecodeStep, PaddedStep
+from loray_kernels.cuda.graphs import PaddedStep
 from loray_kernels.cuda.nvrtc import FILES, SOURCES, compile_source
 from loray_kernels.cuda.ops import CudaOps
+from loray_kernels.cuda.pages import piece_table
+from loray_kernels.pages import DirectWriter
 from tests.kernels.cuda.cases import (  # noqa: F401
     REFERENCE,
     near,
@@ -89,14 +91,21 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pages_are_scattered(launcher: ShimLauncher, dtype: torch.dtype) -> None:
-    pages, pool = randn(8, dtype, 1000), torch.zeros(4000, dtype=dtype)
-    pieces = [(0, 1024, 512), (512, 17, 3), (515, 2001, 485)]  # at even and odd places
-    expected = pool.clone()
-    for start, to, length in pieces:
-        expected[to : to + length] = pages[start : start + length]
-    Gather(launcher).place_pages(pool, pages, torch.tensor(pieces))
+@pytest.mark.parametrize("layers", [[0, 1, 2], [1, 3, 6, 7]])
+def test_pages_are_scattered(launcher: ShimLauncher, layers: list[int], dtype: torch.dtype) -> None:
+    rows_LE = randn(8, dtype, len(layers), 333)
+    pieces = [Piece(0, 1024, 250), Piece(250, 17, 3), Piece(253, 301, 80)]  # at even and odd places
+    offsets = [512 * layer for layer in layers]
+    expected = torch.zeros(8000, dtype=dtype)
+    for row_E, offset in zip(rows_LE, offsets, strict=True):
+        for start, to, length in pieces:
+            expected[offset + to : offset + to + length] = row_E[start : start + length]
+    pool, direct = torch.zeros(8000, dtype=dtype), torch.zeros(8000, dtype=dtype)
+    Gather(launcher).place_pages(pool, rows_LE, piece_table(333, offsets, pieces))
+    DirectWriter(direct).write(rows_LE, offsets, pieces)
     assert torch.equal(pool, expected)
+    assert torch.equal(direct, expected)
+    assert piece_table(333, [], pieces).shape == piece_table(333, offsets, []).shape == (0, 3)
 
 
 def test_the_shim_reports_a_barrier_that_is_not_reached(launcher: ShimLauncher, tmp_path: Path) -> None:

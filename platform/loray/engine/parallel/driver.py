@@ -69,7 +69,7 @@ def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_worke
         communicator = Communicator(store, Shard(0, world_size), local_device(spec, 0))
         channel = Channel(communicator)
         model = LeadingDecoder(spec, base, communicator, channel)
-        pool = LeadingPool(spec, base.config, channel)
+        pool = LeadingPool(spec, base.config, channel, model.ops.page_writer)
         channel.ask(AskMap())  # when all have answered, all are ready
     except RuntimeError as e:
         workers.stop()

@@ -7,11 +7,12 @@ allocator's answers alone, so they are all that has to travel. KV blocks need no
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, assert_never
 
 import torch
+from torch import Tensor
 
 from loray.adapters.weights import ProjectionPair
 from loray.bases.config import ModelConfig
@@ -23,7 +24,7 @@ from loray.engine.parallel.rows import ShardedAdapter
 from loray.engine.parallel.shard import local_device
 from loray.engine.pool import Pool, ResidentAdapter, ResidentPair, cut_pool
 from loray.spec import AdapterRef, ServeSpec
-from loray_kernels import KvLayout
+from loray_kernels import KvLayout, PageWriter
 
 T = TypeVar("T")
 
@@ -86,9 +87,11 @@ class LeadingPool(Pool):
 
     allocator: LeadingAllocator
 
-    def __init__(self, spec: ServeSpec, config: ModelConfig, channel: Channel) -> None:
-        layout, num_blocks = _local(spec, config)
-        super().__init__(layout, num_blocks, dtype=getattr(torch, spec.dtype), device=local_device(spec, 0))
+    def __init__(
+        self, spec: ServeSpec, config: ModelConfig, channel: Channel, page_writer: Callable[[Tensor], PageWriter]
+    ) -> None:
+        (layout, num_blocks), device = _local(spec, config), local_device(spec, 0)
+        super().__init__(layout, num_blocks, dtype=getattr(torch, spec.dtype), device=device, page_writer=page_writer)
         self.allocator = LeadingAllocator(self.geometry)
         self._channel = channel
 
@@ -132,9 +135,11 @@ class FollowingPool(Pool):
 
     allocator: FollowingAllocator
 
-    def __init__(self, spec: ServeSpec, config: ModelConfig, rank: int) -> None:
-        layout, num_blocks = _local(spec, config)
-        super().__init__(layout, num_blocks, dtype=getattr(torch, spec.dtype), device=local_device(spec, rank))
+    def __init__(
+        self, spec: ServeSpec, config: ModelConfig, rank: int, page_writer: Callable[[Tensor], PageWriter]
+    ) -> None:
+        (layout, num_blocks), device = _local(spec, config), local_device(spec, rank)
+        super().__init__(layout, num_blocks, dtype=getattr(torch, spec.dtype), device=device, page_writer=page_writer)
         self.allocator = FollowingAllocator(self.geometry)
         self.adapters: dict[str, ResidentAdapter] = {}
 

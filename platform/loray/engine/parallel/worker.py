@@ -34,7 +34,7 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
     store.set(joined(rank), "")
     communicator = Communicator(store, Shard(rank, spec.tensor_parallel_size), device)
     model = ShardedDecoder(spec, base, communicator)
-    pool = FollowingPool(spec, base.config, rank)
+    pool = FollowingPool(spec, base.config, rank, model.ops.page_writer)
     while True:
         try:
             message = communicator.receive(0)

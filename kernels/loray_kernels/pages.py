@@ -1,0 +1,76 @@
+"""Packed rows from host memory into a pool's blocks.
+
+Shapes: L layers, E packed elements of a layer, P pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Piece(NamedTuple):
+    """`length` elements from `start` of a layer's rows go to `to` of the pool, plus the layer's own offset."""
+
+    start: int
+    to: int
+    length: int
+
+
+class PageWriter(Protocol):
+    """Writes into one pool, from one thread."""
+
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+        """pool[offset + to : offset + to + length] = rows_LE[l, start : start + length], for each layer l with its
+        offset and each piece. The pool's memory may be written later, but not after `wait`; nothing that was asked of
+        the pool before is disturbed.
+        """
+        ...
+
+    def wait(self) -> None:
+        """What is asked of the pool from now on comes after all that was written. Holds up the device at most."""
+        ...
+
+
+class DirectWriter:
+    """In order with everything else: one strided copy for each piece of neighbouring layers."""
+
+    def __init__(self, pool: Tensor) -> None:
+        self._pool = pool
+
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+        for start, stop, stride in _neighbours(layer_offsets):
+            # One transfer where the pool is on a device, which then distributes it by itself.
+            rows = rows_LE[start:stop].to(self._pool.device, non_blocking=True)
+            layers = self._pool[layer_offsets[start] :]
+            for piece in pieces:
+                to = layers[piece.to :].as_strided((stop - start, piece.length), (stride, 1))
+                _copy(to, rows[:, piece.start : piece.start + piece.length])
+
+    def wait(self) -> None:
+        pass
+
+
+def _copy(to: Tensor, rows: Tensor) -> None:
+    """On the CPU by one thread: where another works beside two, they wait for each other at the end of every piece."""
+    if to.is_cpu and rows.dtype == to.dtype:
+        integers = torch.int16 if to.itemsize == 2 else torch.int32
+        np.copyto(to.view(integers).numpy(), rows.view(integers).numpy())
+    else:
+        to.copy_(rows)
+
+
+def _neighbours(offsets: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Stretches [start, stop) of layers that are `stride` elements apart."""
+    start = 0
+    while start < len(offsets):
+        stop = start + 1
+        stride = offsets[stop] - offsets[start] if stop < len(offsets) else 1
+        while stop < len(offsets) and offsets[stop] - offsets[stop - 1] == stride:
+            stop += 1
+        yield start, stop, stride
+        start = stop

@@ -1,0 +1,157 @@
+"""The engine on the CUDA C++ kernels, compiled for the CPU: adapters beside the steps, decode steps recorded.
+
+What needs a GPU is played: a copy on a stream of its own is one put off until it is waited for, a recorded step is one
+that is computed again from the tensors that it was recorded with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from loray.bases.registry import BaseModel
+from loray.engine import engine
+from loray.engine.engine import Engine
+from loray_kernels import AttentionMeta, BackendUnavailable, DecodeStep, KvLayout, PageWriter, Piece
+from loray_kernels.cuda import graphs, tables
+from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.graphs import DecodeGraphs, Recording
+from loray_kernels.cuda.ops import CudaOps
+from loray_kernels.cuda.pages import piece_table
+from loray_kernels.cuda.tables import pack_attention
+from loray_kernels.pages import DirectWriter
+from loray_kernels.reference import ReferenceOps
+from tests.engine.adapters import TestAdapter
+from tests.engine.harness import Spy, make_engine, request, run
+from tests.kernels.cuda.shim import ShimLauncher
+
+
+class LateUploader:
+    """PageUploader's table and kernel, launched when they are waited for."""
+
+    def __init__(self, gather: Gather, pool: Tensor) -> None:
+        self._gather, self._pool = gather, pool
+        self._late: list[Callable[[], None]] = []
+        self.num_late = 0
+
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+        table_P3 = piece_table(rows_LE.shape[1], layer_offsets, pieces)
+        if table_P3.shape[0]:
+            self._late.append(lambda: self._gather.place_pages(self._pool, rows_LE, table_P3))
+
+    def wait(self) -> None:
+        self.num_late += len(self._late)
+        while self._late:
+            self._late.pop(0)()
+
+
+class ShimOps(CudaOps):
+    """Gathers in CUDA C++, everything that is Triton's from the reference. `replayed`: sizes of replayed steps."""
+
+    rms_norm, rope, silu_mul = ReferenceOps.rms_norm, ReferenceOps.rope, ReferenceOps.silu_mul
+    vera_shrink, vera_expand = ReferenceOps.vera_shrink, ReferenceOps.vera_expand
+
+    def __init__(self, gather: Gather) -> None:
+        super().__init__(gather, cast(Any, None))
+        self.uploaders: list[LateUploader] = []
+        self.num_recorded = 0
+        self.replayed: list[int] = []
+
+    def page_writer(self, pool: Tensor) -> PageWriter:
+        self.uploaders.append(LateUploader(self._gather, pool))
+        return self.uploaders[-1]
+
+    def recorded(
+        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
+    ) -> Callable[[DecodeStep], Tensor] | None:
+        return DecodeGraphs(forward, layout, max_blocks, device, self._record)
+
+    def _record(self, compute: Callable[[], Tensor]) -> Recording:
+        self.num_recorded += 1
+        out = compute().clone().fill_(torch.nan)  # recording computes nothing
+
+        def replay() -> None:
+            self.replayed.append(out.shape[0])
+            out.copy_(compute())
+
+        return Recording(replay, out)
+
+    def paged_attention(
+        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+    ) -> Tensor:
+        prompts = pack_attention(meta, layout).prefilled.num
+        attention = ReferenceOps.paged_attention if prompts else CudaOps.paged_attention
+        return attention(self, q_THd, pool, layout, layer, meta, scale)
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
+    try:
+        ops = ShimOps(Gather(ShimLauncher()))
+    except BackendUnavailable as e:
+        pytest.skip(str(e))
+    monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
+    monkeypatch.setattr(engine, "backend", lambda name, device: ops)
+    return ops
+
+
+@pytest.fixture(scope="session")
+def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
+    return tiny_base("Qwen3ForCausalLM")
+
+
+@pytest.fixture(scope="session")
+def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[TestAdapter]:
+    from peft import LoraConfig
+
+    from tests.engine.adapters import make_adapter
+
+    folder = tmp_path_factory.mktemp("adapters")
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    return [make_adapter(base, folder / str(i), config, seed=i) for i in range(2)]
+
+
+def logits_of(engine: Engine, *requests: Any) -> dict[str, Tensor]:
+    spy = Spy(engine)
+    run(engine, requests)
+    return {name: torch.stack(rows) for name, rows in spy.logits.items()}
+
+
+@pytest.mark.parametrize(("sizes", "replayed"), [((1, 2, 4, 8), [8, 8, 4, 4, 2, 1]), ((1, 2, 4), [4, 4, 2, 1])])
+def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_given(
+    base: BaseModel, ops: ShimOps, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], replayed: list[int]
+) -> None:
+    """Five requests that end one after the other, with contexts on both sides of a block's end."""
+    monkeypatch.setattr(graphs, "SIZES", sizes)
+    requests = [request(str(i), range(3, 9 + 7 * i), max_tokens=3 + i) for i in range(5)]
+    eager, recorded = make_engine(base), make_engine(base)
+    eager._model._recorded = None
+    expected, got = logits_of(eager, *requests), logits_of(recorded, *requests)
+    for name, want in expected.items():
+        torch.testing.assert_close(got[name], want, atol=1e-5, rtol=1e-5)
+    assert ops.replayed == replayed
+    assert ops.num_recorded == len(set(replayed))
+
+
+def test_steps_with_a_prompt_or_an_adapter_are_not(base: BaseModel, adapters: list[TestAdapter], ops: ShimOps) -> None:
+    engine = make_engine(base, adapters, max_num_batched_tokens=32)
+    run(engine, [request("warm", range(3, 9), adapters[0], max_tokens=1)])
+    run(engine, [request("base", range(3, 9), max_tokens=3), request("own", range(3, 9), adapters[0], max_tokens=5)])
+    run(engine, [request("short", range(9, 15), max_tokens=3), request("long", range(9, 69), max_tokens=1)])
+    assert ops.replayed == []
+    assert ops.uploaders[0].num_late > 0
+
+
+def test_rows_that_the_kernel_scatters_stand_where_copies_would_have_put_them(
+    base: BaseModel, adapters: list[TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [request(str(i), range(3, 9), adapter, max_tokens=4) for i, adapter in enumerate(adapters)]
+    scattered = make_engine(base, adapters)
+    got = logits_of(scattered, *requests)
+    monkeypatch.setattr(ops, "page_writer", DirectWriter)
+    expected = logits_of(make_engine(base, adapters), *requests)
+    assert all(torch.equal(got[name], want) for name, want in expected.items())
