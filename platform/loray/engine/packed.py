@@ -24,7 +24,7 @@ from loray.errors import IntegrityError
 from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled
 
-_IDLE_BYTES = 256 << 20  # of host memory that is kept for the next adapters
+_IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 
 Rows = Mapping[Matrix, Tensor]
