@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,19 +79,46 @@ def _document_ids(batch: Batch) -> Tensor:
     return ids_BT
 
 
+_STATIC_ROPE = {"default", "linear", "yarn", "llama3"}  # frequencies do not depend on the tokens at hand
+
+
+def _rope_types(config: Any) -> set[str]:
+    """transformers has one set of RoPE parameters a model, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [x for x in parameters.values() if isinstance(x, dict)] or [parameters]
+    return {x.get("rope_type", "default") for x in nested}
+
+
 class ActiveShard:
     """The batch that models in this context see a part of. `was_seen` once an attention mask was made from it."""
 
     def __init__(self, sharded: ShardedBatch, keep_halos: bool) -> None:
         self.sharded, self.keep_halos, self.was_seen = sharded, keep_halos, False
 
-    def see(self, num_rows: int, num_tokens: int) -> ShardedBatch:
-        """Raises ValueError where a model is given other inputs than this rank's part."""
+    def see(self, num_rows: int, num_tokens: int, attention_mask: Tensor | None, config: Any) -> ShardedBatch:
+        """A model asks for its mask. Raises ValueError or UnsupportedError where its results would not be those of
+        whole rows.
+        """
         shape = tuple(self.sharded.local.input_ids_BT.shape)
         if (num_rows, num_tokens) != shape:
             raise ValueError(f"the model was given {(num_rows, num_tokens)} tokens; this rank's part has {shape}")
+        if attention_mask is not None:
+            raise ValueError("a sharded batch knows its padding; pass sharded.local's model_inputs, without a mask")
+        unknown = _rope_types(config) - _STATIC_ROPE
+        if unknown and self.sharded.group.size > 1:
+            raise UnsupportedError(
+                f"RoPE of type {', '.join(sorted(unknown))} takes its scale from the tokens that a rank holds, "
+                f"not from whole rows; sequence parallelism needs one of {', '.join(sorted(_STATIC_ROPE))}"
+            )
         self.was_seen = True
         return self.sharded
+
+    def check_positions(self, position_ids_BL: Tensor | None) -> None:
+        """Raises ValueError where a model has not been given them, and counts from 0 on every rank."""
+        expected = self.sharded.local.position_ids_BT
+        assert expected is not None
+        if position_ids_BL is not None and not bool((position_ids_BL.cpu() == expected).all()):
+            raise ValueError("position_ids are not those of this rank's part; pass all of sharded.local's model_inputs")
 
 
 _ACTIVE: ContextVar[ActiveShard | None] = ContextVar("loray_sequence_shard", default=None)
@@ -120,5 +146,6 @@ def sequence_parallel(sharded: ShardedBatch, *, keep_halos: bool = True) -> Iter
         _ACTIVE.reset(token)
     if sharded.group.size > 1 and not active.was_seen:
         raise UnsupportedError(
-            "the model attended within this rank's part alone; sequence parallelism needs S2-Attn, or dense(model, group)"
+            "the model attended within this rank's part alone; "
+            "sequence parallelism needs S2-Attn, or dense(model, group) around it"
         )
