@@ -151,7 +151,7 @@ class _Run:
         (summed,) = self.world.sum(mine, device=self.device)
         loss = summed / num_targets
         lr = learning_rate(step, self.num_steps, self.spec.optimizer)
-        result = self.strategy.step(lr, loss_is_finite=isfinite(loss))
+        result = self.strategy.step(lr)
         if result.skipped:
             log.warning("step %d skipped: loss %s, gradient norm %s", step, loss, result.grad_norm)
             self.skipped_here += 1
