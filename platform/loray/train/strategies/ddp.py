@@ -33,7 +33,7 @@ class DataParallel:
         if last:
             self._buckets.expect_last()
         loss = self.objective(batch)
-        weighted(loss, 1 / divisor).backward()
+        weighted(loss, 1 / divisor).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def step(self, lr: float) -> StepResult:
