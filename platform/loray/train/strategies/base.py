@@ -38,7 +38,7 @@ class Strategy(Protocol):
 
 
 def weighted(loss: Tensor, weight: float) -> Tensor:
-    """weight × loss; nan, and with it all gradients, where the loss is not finite: an infinite one may have sound ones."""
+    """weight × loss, but nan where the loss is not finite: an infinite one may have sound gradients."""
     return loss * torch.where(loss.detach().isfinite(), weight, torch.nan)
 
 

@@ -45,7 +45,8 @@ class FullyShard:
     def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
         self.objective.set_requires_gradient_sync(last)
         loss = self.objective(batch)
-        weighted(loss, self._world.size / divisor).backward()  # type: ignore[no-untyped-call]  # fully_shard takes the mean over ranks
+        weight = self._world.size / divisor  # fully_shard takes the mean over ranks
+        weighted(loss, weight).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def step(self, lr: float) -> StepResult:
