@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from jobs.bases import ensure_base
 from jobs.data import fetched
-from jobs.recipe import Recipe
+from loray.recipe import Recipe
 from loray.bases.registry import BaseModel, list_bases
 from loray.errors import SpecError
 from loray.settings import Settings

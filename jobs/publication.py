@@ -11,7 +11,7 @@ from typing import Any
 from ray.train import Checkpoint
 
 from jobs.bases import ensure_base
-from jobs.recipe import Recipe
+from loray.recipe import Recipe
 from jobs.runs import RunFolder
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, TrainingError

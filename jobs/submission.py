@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.recipe import Recipe
+from loray.recipe import Recipe
 from loray.cli.local_cluster import current_cluster
 from loray.errors import DataError, SettingsError
 from loray.settings import Settings

@@ -20,7 +20,7 @@ from jobs import events, worker
 from jobs.events import EventTail
 from jobs.prepare import Prepared, prepare
 from jobs.publication import already_published, publish_best
-from jobs.recipe import Recipe, load_recipe
+from loray.recipe import Recipe, load_recipe
 from jobs.record import Interrupted, Interrupts, JobRecord, recorded
 from jobs.runs import RunFolder, open_runs
 from jobs.sink import start_sink

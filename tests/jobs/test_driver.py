@@ -22,7 +22,7 @@ from jobs import train as driver
 from jobs.events import decode
 from jobs.prepare import prepare
 from jobs.publication import already_published, best, publish_best
-from jobs.recipe import Recipe
+from loray.recipe import Recipe
 from jobs.runs import RunFolder, open_runs
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog

@@ -13,7 +13,7 @@ import yaml
 
 from jobs.bases import ensure_base
 from jobs.prepare import prepare, row_length
-from jobs.recipe import Recipe, load_recipe, shipped
+from loray.recipe import Recipe, load_recipe, shipped
 from loray.bases.registry import BaseModel, add_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError, UnsupportedError
 from loray.settings import Settings

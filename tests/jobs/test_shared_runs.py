@@ -16,7 +16,7 @@ import pytest
 
 from jobs import leases
 from jobs.events import decode
-from jobs.recipe import Recipe
+from loray.recipe import Recipe
 from jobs.runs import open_runs
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs import submission
-from jobs.recipe import load_recipe
+from loray.recipe import load_recipe
 from loray.errors import DataError, SettingsError
 from loray.settings import Settings
 from tests.jobs.test_recipe import write

@@ -16,7 +16,7 @@ from jobs.command import train as train_command
 from jobs.events import decode
 from jobs.prepare import prepare
 from jobs.publication import publish_best
-from jobs.recipe import Recipe
+from loray.recipe import Recipe
 from jobs.runs import open_runs
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
