@@ -105,12 +105,12 @@ def at(plan: MemoryPlan, moment: str) -> set[str]:
 
 
 def test_a_host_keeps_small_blocks_and_gives_back_large_ones() -> None:
-    device = host(HostRates(16 << 30, 4e11, 8e10, 4e10), num_workers=1)
+    device = host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=1)
     small, large = (plan_memory(long_run("smollm2", n), device) for n in (16384, 65536))
     assert "activations: mlp" not in at(small, "update")  # 50 MB each
     assert "activations: attention" in at(small, "update")  # 19 MB
     assert "activations: attention" not in at(large, "update")
-    assert host(HostRates(16 << 30, 4e11, 8e10, 4e10), num_workers=2).memory_bytes == 8 << 30
+    assert host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=2).memory_bytes == 8 << 30
 
 
 def test_fragmentation_is_of_what_comes_and_goes() -> None:

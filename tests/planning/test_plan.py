@@ -67,7 +67,7 @@ def test_shorter_micro_batches_come_before_more_workers() -> None:
 
 def test_where_nothing_helps_the_plan_says_so() -> None:
     run = long_run("Llama-2-70b-hf", 32768)
-    device = host(HostRates(16 << 30, 4e11, 8e10, 4e10), num_workers=1)
+    device = host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=1)
     (problem,) = make_plan(run, device).problems
     assert "nothing in the recipe makes it fit" in problem.remedy
     tiny = replace(bare(), memory_bytes=10**8)

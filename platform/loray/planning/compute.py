@@ -90,7 +90,8 @@ def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
     flops = count_flops(run)
     passes = 3.5 + run.checkpointing
     matmul_s = (flops.total - passes * flops.attention) / (device.flops * device.matmul_share)
-    attention_s = passes * flops.attention / (device.flops * device.attention_share)
+    share = device.dense_attention_share if run.group_size is None else device.attention_share
+    attention_s = passes * flops.attention / (device.flops * share)
     memory_s = _eager_bytes(run) / device.bandwidth
     optimizer_s = _ADAMW_BYTES * run.trained.total / run.optimizer_shards / device.bandwidth
     halo_s, gather_s, gradient_s = (

@@ -12,7 +12,8 @@ MIB = 1 << 20
 class Device:
     """One worker's share of a machine. Bytes, FLOP/s of dense bf16 products, bytes/s.
 
-    matmul_share, attention_share  of `flops` that linear layers and attention kernels reach
+    matmul_share, attention_share, dense_attention_share
+                                   of `flops` that linear layers, S2-Attn and dense attention reach
     link_bandwidth                 between two workers, one way
     framework_bytes                resident beside the tensors: contexts, libraries, workspaces
     fragmentation                  of the memory that comes and goes in a step: what lies free between its blocks
@@ -29,6 +30,7 @@ class Device:
     link_bandwidth: float
     matmul_share: float
     attention_share: float
+    dense_attention_share: float
     framework_bytes: int
     fragmentation: float = 0.08
     usable_share: float = 0.95
@@ -52,6 +54,7 @@ def _gpu(name: str, memory_gb: float, tflops: float, tb_per_s: float, link_gb: f
         link_bandwidth=link_gb * 1e9,
         matmul_share=0.65,
         attention_share=attention,
+        dense_attention_share=attention,
         framework_bytes=_CUDA_FRAMEWORK,
     )
 
@@ -79,6 +82,7 @@ class HostRates:
     memory_bytes: int
     flops: float
     attention_flops: float
+    dense_attention_flops: float
     bandwidth: float
 
 
@@ -92,6 +96,7 @@ def host(rates: HostRates, num_workers: int) -> Device:
         link_bandwidth=rates.bandwidth / 4 / num_workers,  # over loopback every byte is read and written twice
         matmul_share=0.9,
         attention_share=rates.attention_flops / rates.flops,
+        dense_attention_share=rates.dense_attention_flops / rates.flops,
         framework_bytes=_HOST_FRAMEWORK,
         usable_share=0.9,
         keeps_freed_below=_GLIBC_THRESHOLD,

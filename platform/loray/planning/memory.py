@@ -117,6 +117,8 @@ def _communication(run: Run) -> Iterator[Item]:
         root = base.embedding + base.head + base.final_norm
         yield Item("gathered weights", e * (_FSDP_LAYERS * base.layer + root))
         yield Item("gradients before they are scattered", (e + _FP32) * largest, ("gradients",))
+        if run.accumulation > 1:  # they are scattered after the last micro-batch
+            yield Item("gradients of earlier micro-batches, fp32", _FP32 * trained.total)
         return
     if run.strategy == "zero3":
         yield Item("gathered weights", e * min(_DEEPSPEED_LIVE, base.total))
