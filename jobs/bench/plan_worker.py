@@ -1,6 +1,8 @@
-"""Steps of one recipe in a process of its own, on random tokens; prints what they took as JSON.
+"""One worker of a recipe in a process of its own: steps on random tokens; prints what they took as JSON.
 
-    python -m jobs.bench.plan_worker HOME RECIPE_JSON NUM_STEPS
+    python -m jobs.bench.plan_worker HOME RECIPE_JSON NUM_STEPS [RENDEZVOUS RANK]
+
+RENDEZVOUS is a file in which the workers of a recipe find each other, over gloo.
 """
 
 from __future__ import annotations
@@ -8,39 +10,65 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from loray.bases.registry import get_base
-from loray.planning.run import run_of
+from loray.planning.run import Run, run_of
 from loray.spec import TrainSpec
-from loray.train.batches import collate
+from loray.train.batches import Batch, collate
 from loray.train.examples import pack_rows
 from loray.train.loss import Objective
-from loray.train.mesh import World
+from loray.train.mesh import Mesh
 from loray.train.model import build_model
-from loray.train.strategies import prepare
+from loray.train.sequence import SequenceGroup, sequence_parallel, shard
+from loray.train.strategies import Strategy, prepare
 
 
 def main(home: Path, spec: TrainSpec, num_steps: int) -> dict[str, float]:
-    base = get_base(home, spec.base)
-    run = run_of(spec, base.config)
-    ids = np.random.default_rng(0).integers(0, base.config.vocab_size, (run.num_rows, run.row_length))
-    rows = pack_rows([(row, np.ones(len(row), np.bool_)) for row in ids])
-    batch = collate(rows, [(i,) for i in range(run.num_rows)], packed=False)
+    base, device = get_base(home, spec.base), torch.device("cpu")
+    batch = _batch(run_of(spec, base.config))
+    mesh = Mesh.build(spec.parallel.sequence, device)
+    group = SequenceGroup() if mesh.sequence_group is None else SequenceGroup.of(mesh.sequence_group)
     before = _status("VmRSS")
     model = build_model(base, spec).train()
-    strategy = prepare(Objective(model), spec, World.current(), torch.device("cpu"), None)
+    strategy = prepare(Objective(model), spec, mesh.world, device, None)
+    forward_backward = _step(strategy, batch, group)
     _forget_peak()
     seconds = []
     for _ in range(num_steps):
         began = time.perf_counter()
-        strategy.forward_backward(batch, divisor=batch.num_targets, last=True)
+        forward_backward()
         strategy.step(spec.optimizer.learning_rate, loss_is_finite=True)
         seconds.append(time.perf_counter() - began)
-    return {"peak_bytes": _status("VmHWM") - before, "step_s": min(seconds)}
+    halo_bytes = group.traffic.forward_bytes + group.traffic.backward_bytes
+    return {
+        "peak_bytes": _status("VmHWM") - before,
+        "step_s": min(seconds),
+        "halo_bytes": halo_bytes // num_steps,
+    }
+
+
+def _batch(run: Run) -> Batch:
+    ids = np.random.default_rng(0).integers(0, run.model.vocab_size, (run.num_rows, run.row_length))
+    rows = pack_rows([(row, np.ones(len(row), np.bool_)) for row in ids])
+    return collate(rows, tuple((i,) for i in range(run.num_rows)), packed=False)
+
+
+def _step(strategy: Strategy, batch: Batch, group: SequenceGroup) -> Callable[[], float]:
+    if group.size == 1:
+        return lambda: strategy.forward_backward(batch, divisor=batch.num_targets, last=True)
+    sharded = shard(batch, group)
+
+    def forward_backward() -> float:
+        with sequence_parallel(sharded):
+            return strategy.forward_backward(sharded.local, divisor=batch.num_targets, last=True)
+
+    return forward_backward
 
 
 def _status(field: str) -> int:
@@ -55,6 +83,12 @@ def _forget_peak() -> None:
 
 
 if __name__ == "__main__":
-    _, home, recipe, num_steps = sys.argv
-    measured = main(Path(home), TrainSpec.model_validate_json(recipe), int(num_steps))
+    home, recipe, num_steps, *rendezvous = sys.argv[1:]
+    spec = TrainSpec.model_validate_json(recipe)
+    if rendezvous:
+        file, rank = rendezvous
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=spec.num_workers)
+    measured = main(Path(home), spec, int(num_steps))
     sys.stdout.write(json.dumps(measured) + "\n")
+    if rendezvous:
+        dist.destroy_process_group()

@@ -13,9 +13,9 @@ import yaml
 
 from jobs.bases import ensure_base
 from jobs.prepare import prepare, row_length
-from loray.recipe import Recipe, load_recipe, shipped
 from loray.bases.registry import BaseModel, add_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError, UnsupportedError
+from loray.recipe import Recipe, load_recipe, shipped
 from loray.settings import Settings
 from loray.store import open_filesystem
 from tests.s3 import S3Server

@@ -86,7 +86,10 @@ def test_sequence_parallel_divides_what_grows_with_the_row() -> None:
     alone, shared = (sizes(long_run("Llama-2-7b-hf", 32768, workers=4, sequence=p)) for p in (1, 4))
     for name in ("activations: mlp", "activations: norms", "gradients of activations", "RoPE's cosines and sines"):
         assert shared[name] == alone[name] // 4
-    assert shared["halo keys and values"] == 32 * 8192 * 128 * 16 * 2  # every layer keeps G·d·h_s elements
+    halo = 8192 * 128 * 16 * 2  # G·d·h_s elements
+    assert shared["halos"] == 32 * halo
+    # 4,096 queries of zeros for 16 heads, and what comes out for them; keys and values beside the rank's own.
+    assert shared["activations: attention over halos"] == 32 * (halo + 2 * 4096 * 16 * 128 * 2)
     assert shared["base weights"] == alone["base weights"]
 
 
@@ -121,3 +124,13 @@ def test_fragmentation_is_of_what_comes_and_goes() -> None:
     most = max(sum(i.nbytes for i in passing.items if m in i.moments and i.moments != MOMENTS) for m in MOMENTS)
     assert items["fragmentation"].nbytes == int(0.1 * most)
     assert items["framework"].nbytes == 5
+
+
+def test_halos_wait_for_the_backward_pass_and_are_computed_with_one_at_a_time() -> None:
+    run = long_run("Llama-2-7b-hf", 32768, workers=4, sequence=4, gradient_checkpointing=True)
+    plan = plan_memory(run, bare())
+    held = {item.name: item for item in plan.items}
+    halo = 8192 * 128 * 16 * 2
+    assert held["halos"].nbytes == 32 * halo
+    assert held["halos"].moments == ("loss", "backward")
+    assert held["one layer, recomputed: attention over its halo"].nbytes == halo + 2 * 4096 * 16 * 128 * 2

@@ -77,7 +77,11 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
 @pytest.mark.parametrize(
     ("run", "message", "remedy"),
     [
-        (long_run("smollm2", 16384, group_size=2048), "less than a quarter of the context of 16384", "group_size: 4096"),
+        (
+            long_run("smollm2", 16384, group_size=2048),
+            "less than a quarter of the context of 16384",
+            "group_size: 4096",
+        ),
         (
             long_run("smollm2", 16384, data={"train": "x", "max_length": 4096}),
             "rows of 4096 tokens lie inside one group of 4096",
@@ -127,7 +131,9 @@ def test_rows_as_the_driver_makes_them() -> None:
 def test_json_holds_what_the_tables_show() -> None:
     plan = make_plan(long_run("smollm2", 16384, workers=2, sequence=2), A100)
     facts = plan.to_dict()
-    assert facts["memory"]["peak_bytes"] == plan.memory.peak_bytes == facts["memory"]["moments"][plan.memory.peak_moment]
+    assert (
+        facts["memory"]["peak_bytes"] == plan.memory.peak_bytes == facts["memory"]["moments"][plan.memory.peak_moment]
+    )
     assert sum(item["nbytes"] for item in facts["memory"]["items"]) == sum(i.nbytes for i in plan.memory.items)
     assert facts["traffic"]["exchange"]["halo_bytes"] == 4096 * 64 * 2 * 2
     assert facts["time"]["step_s"] == plan.time.step_s

@@ -44,13 +44,19 @@ def test_at_a_fixed_group_nothing_depends_on_tokens_or_ranks() -> None:
 
 
 def test_a_recipe_of_several_rows_and_micro_batches() -> None:
-    run = long_run("smollm2", 16384, workers=4, sequence=2, batch={"rows": 3, "accumulation": 5})
+    run = long_run("smollm2", 16384, workers=8, sequence=4, batch={"rows": 3, "accumulation": 5})
     traffic = plan_traffic(run)
     halo = 3 * 4096 * 64 * 2 * 2  # 9 query and 3 KV heads: two serve shifted heads
-    assert traffic.exchange == exchange(run, 2, 4096)
+    assert traffic.exchange == exchange(run, 4, 4096)
     assert traffic.exchange.halo_bytes == halo
     assert traffic.halo_bytes == 2 * halo * 30 * 5
     assert traffic.gather_bytes == 0
+
+
+def test_of_two_ranks_one_sends_forward_and_one_backward() -> None:
+    traffic = plan_traffic(long_run("smollm2", 16384, workers=2, sequence=2))
+    assert traffic.exchange is not None
+    assert traffic.halo_bytes == traffic.exchange.halo_bytes * 30
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ def plan(recipe: str, workers: int | None, device_name: str | None, config: Path
     settings = Settings.from_env()
     spec = load_recipe(recipe).spec
     if workers is not None:
-        spec = TrainSpec.parse(spec.model_dump() | {"num_workers": workers}, source=f"{recipe} with --workers {workers}")
+        source = f"{spec.name} with {workers} workers"
+        spec = TrainSpec.parse(spec.model_dump() | {"num_workers": workers}, source=source)
     model = _shape(spec.base, settings.home) if config is None else _read(config)
     run = run_of(spec, model)
     made = make_plan(run, _device(device_name, spec, settings.home))
@@ -91,18 +92,23 @@ def _device(name: str | None, spec: TrainSpec, home: Path) -> Device:
 
 
 def _rates(home: Path) -> HostRates:
-    """Of this machine, measured in a process of its own (torch takes seconds and memory) and kept in `home`."""
+    """Of this machine, measured in a process of its own (torch takes seconds and memory). Kept in `home`, unless the
+    machine had something else to do.
+    """
     path = home / _RATES_FILE
     try:
         return HostRates(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        click.echo("measuring this machine, once …", err=True)
+        pass
+    is_busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
+    click.echo("measuring this machine" + (", which is busy: it may be faster" if is_busy else ", once"), err=True)
     done = subprocess.run([sys.executable, "-m", "loray.train.rates"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise LorayError(f"this machine could not be measured; name a --device: {done.stderr.strip()[-500:]}")
     rates = HostRates(**json.loads(done.stdout))
-    home.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(rates)) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    if not is_busy:
+        home.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(rates)) + "\n", encoding="utf-8")
+        temporary.replace(path)
     return rates

@@ -18,7 +18,7 @@ def show(plan: Plan, spec: TrainSpec, to: Console) -> None:
     to.print(_memory(plan))
     to.print(_peak(plan))
     if rows := plan.exchanges:
-        to.print("\n[bold]Sent by a worker for one layer, forward[/bold] (backward: the same again)")
+        to.print("\n[bold]Sent by a worker for one layer, forward[/bold] (×: under Ulysses; backward: the same again)")
         to.print(_exchanges(rows))
     to.print("\n[bold]A step of a worker[/bold] (estimates; shares of the peak are assumed)")
     to.print(_step(plan))
@@ -76,11 +76,17 @@ def _exchanges(rows: list[list[Exchange]]) -> Table:
     cells = []
     for row in rows:
         first = row[0]
-        line: list[object] = [first.sequence, f"{first.num_tokens // first.sequence}"]
+        line: list[object] = [first.sequence, first.num_tokens // first.sequence]
         for exchange in row:
-            line += [f"{size(exchange.halo_bytes)} ({exchange.ulysses_bytes / exchange.halo_bytes:.1f}×)", exchange.num_hops]
+            line += [_halo(exchange), exchange.num_hops]
         cells.append([*line, size(first.ulysses_bytes), size(first.ring_bytes)])
     return table(columns, cells, right=columns)
+
+
+def _halo(exchange: Exchange) -> str:
+    """Bytes, and how many times as many Ulysses takes."""
+    times = exchange.ulysses_bytes / exchange.halo_bytes if exchange.halo_bytes else float("inf")
+    return f"{size(exchange.halo_bytes)} ({times:.1f}×)"
 
 
 def _step(plan: Plan) -> Table:

@@ -1,4 +1,4 @@
-"""What autograd keeps of one decoder layer for its backward pass: transformers' modules around PEFT's, tensor by tensor.
+"""What autograd keeps of one decoder layer for its backward pass: transformers' modules and PEFT's, tensor by tensor.
 
 Base weights are frozen, so their linear layers keep no input. Kept are: the fp32 copies that RMSNorms compute with,
 the input that several LoRA modules share, queries, keys, values and output of the attention kernel, and what SiLU and

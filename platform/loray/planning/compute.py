@@ -1,4 +1,4 @@
-"""Arithmetic and time of a step: matrix products and attention at shares of the device's peak, the rest at its bandwidth.
+"""Arithmetic and time of a step: products and attention at shares of the device's peak, the rest at its bandwidth.
 
 Base weights are frozen: their backward pass makes gradients of inputs alone, one product instead of two. The loss
 makes the gradient of hidden states while a chunk's logits are there. Checkpointing computes every layer once more.

@@ -142,20 +142,35 @@ def _activations(run: Run) -> Iterator[Item]:
     gradients = activations.layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)
-    if (halo := run.halo) is not None and run.sequence > 1:
-        most = max(halo.elements_received(r, run.model.head_dim, run.num_rows) for r in range(run.sequence))
-        kept_layers = 1 if run.checkpointing else layers
-        nbytes = most * run.element_bytes
-        yield Item("halo keys and values", nbytes * kept_layers, ("backward",) if run.checkpointing else alive, nbytes)
+    if run.sequence > 1:
+        yield from _halo(run, alive)
+
+
+def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
+    """Every layer's halo waits for the backward pass, with checkpointing too, so that recomputation exchanges nothing.
+
+    The kernel gets it in front of the keys of its segment, with as many queries of zeros.
+    """
+    plan, e, layers = run.halo, run.element_bytes * run.num_rows, run.model.num_layers
+    assert plan is not None, "the specification refuses sequence parallelism without S2-Attn"
+    head_dim, ranks = run.model.head_dim, range(plan.num_ranks)
+    halo = e * max(plan.elements_received(rank, head_dim) for rank in ranks)
+    queries = (sum(plan.halo(r, half).num_tokens * len(half.query_heads) for half in plan.halves) for r in ranks)
+    padded = 2 * e * head_dim * max(queries)
+    yield Item("halos", halo * layers, alive, halo)
+    if run.checkpointing:
+        yield Item("one layer, recomputed: attention over its halo", halo + padded, ("backward",), padded)
+    else:
+        yield Item("activations: attention over halos", (halo + padded) * layers, alive, padded)
 
 
 def _loss(run: Run) -> Iterator[Item]:
     """The final norm's fp32 copy; hidden states, those with a label, and their gradients; one chunk of logits in fp32
     with the exponentials that its sum takes.
     """
-    tokens, hidden = run.tokens_per_worker, run.model.hidden_size
-    row = activations.layer_input(run)
-    yield Item("hidden states and their gradients", (_FP32 * hidden + 3 * row) * tokens, ("loss", "backward"), row * tokens)
+    tokens, row = run.tokens_per_worker, activations.layer_input(run)
+    nbytes = (_FP32 * run.model.hidden_size + 3 * row) * tokens
+    yield Item("hidden states and their gradients", nbytes, ("loss", "backward"), row * tokens)
     chunk = min(_LOSS_CHUNK, tokens * run.model.vocab_size)
     yield Item("a chunk of logits", 2 * _FP32 * chunk, ("loss",), _FP32 * chunk)
 

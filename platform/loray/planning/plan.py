@@ -147,7 +147,9 @@ def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:
         )
     if run.strategy != "ddp" and run.num_workers == 1:
         problems.append(
-            Problem("warning", f"{run.strategy} has one worker to shard over", "parallel.strategy: ddp, or more workers")
+            Problem(
+                "warning", f"{run.strategy} has one worker to shard over", "parallel.strategy: ddp, or more workers"
+            )
         )
     return problems
 

@@ -9,7 +9,7 @@ from typing import Any
 from loray.bases.config import ModelConfig
 from loray.spec import AdapterSpec, VeraSpec
 
-_LLAMA_2: Mapping[str, Any] = {
+_LLAMA_2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 32000,
     "rms_norm_eps": 1e-5,
@@ -17,7 +17,7 @@ _LLAMA_2: Mapping[str, Any] = {
     "rope_theta": 10000.0,
 }
 # As `loray base add meta-llama/NAME` would call them; the published config.json files.
-_PRESETS: Mapping[str, Mapping[str, Any]] = {
+_PRESETS: Mapping[str, dict[str, Any]] = {
     "Llama-2-7b-hf": _LLAMA_2
     | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "Llama-2-13b-hf": _LLAMA_2
@@ -135,5 +135,5 @@ def count_vera_pair(model: ModelConfig, adapter: AdapterSpec) -> int:
     """Elements of VeRA's frozen pair, which all modules share; 0 for the other methods."""
     if not isinstance(adapter, VeraSpec):
         return 0
-    outs, ins = zip(*(model.module_shape(module) for module in adapter.target_modules), strict=True)
-    return adapter.rank * (max(outs) + max(ins))
+    shapes = [model.module_shape(module) for module in adapter.target_modules]
+    return adapter.rank * (max(out for out, _ in shapes) + max(width for _, width in shapes))

@@ -35,7 +35,7 @@ class Exchange:
 class Traffic:
     """Of one worker in one optimizer step. `exchange` is None where rows are not split.
 
-    halo_bytes      all layers and micro-batches, forward and backward
+    halo_bytes      all layers and micro-batches: keys and values forward, gradients of those received backward
     gradient_bytes  their sum over all workers, and where they are sharded the updated parameters on their way back
     gather_bytes    weights that are gathered for each use
     """
@@ -83,7 +83,7 @@ def plan_traffic(run: Run) -> Traffic:
     trained, e = run.trained.total, run.element_bytes
     share = (run.num_workers - 1) / run.num_workers
     mine = exchange(run, run.sequence, run.group_size) if run.sequence > 1 and run.group_size else None
-    halo_bytes = 2 * mine.halo_bytes * run.model.num_layers * run.accumulation if mine else 0
+    halo_bytes = _both_ways(run) * run.model.num_layers * run.accumulation if mine else 0
     weights = e * (run.base.total + trained) if run.weight_shards > 1 else 0
     match run.strategy:
         case "ddp":
@@ -93,6 +93,14 @@ def plan_traffic(run: Run) -> Traffic:
         case _:
             gradient_bytes = share * 4 * trained
     return Traffic(mine, halo_bytes, int(gradient_bytes), int(2 * share * weights * run.accumulation))
+
+
+def _both_ways(run: Run) -> int:
+    """Of the rank that sends most, one layer and micro-batch. Recomputation finds the halos in memory."""
+    plan, head_dim = run.halo, run.model.head_dim
+    assert plan is not None, "there is a halo"
+    most = max(plan.elements_sent(r, head_dim) + plan.elements_received(r, head_dim) for r in range(plan.num_ranks))
+    return most * run.element_bytes * run.num_rows
 
 
 def _most_sent(plan: HaloPlan, head_dim: int) -> int:
