@@ -116,8 +116,8 @@ def main() -> None:
 
 def measured_rates() -> HostRates:
     """In a process of its own, as `loray plan` has them."""
-    (worker,) = _start([["loray.train.rates"]])
-    return HostRates(**_result(worker))
+    (rates,) = _run([["loray.train.rates"]])
+    return HostRates(**rates)
 
 
 def measure(case: Case, base: BaseModel, num_steps: int) -> Measured:
@@ -126,19 +126,25 @@ def measure(case: Case, base: BaseModel, num_steps: int) -> Measured:
         commands = [command]
         if case.sequence > 1:
             commands = [[*command, f"{folder}/rendezvous", str(rank)] for rank in range(case.sequence)]
-        found = [Measured(**_result(worker)) for worker in _start(commands)]
+        found = [Measured(**figures) for figures in _run(commands)]
     return Measured(*(max(values) for values in zip(*map(astuple, found), strict=True)))
 
 
-def _start(commands: Sequence[Sequence[str]]) -> list[subprocess.Popen[str]]:
-    """Modules with arguments, side by side; they share the machine's cores."""
+def _run(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Modules with arguments, side by side, sharing the machine's cores; what each prints last."""
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     pipe = subprocess.PIPE
-    return [
+    workers = [
         subprocess.Popen([sys.executable, "-m", *command], env=env, stdout=pipe, stderr=pipe, text=True)
         for command in commands
     ]
+    try:
+        return [_result(worker) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()  # where another one failed: it would wait for that one
+            worker.wait()
 
 
 def _result(worker: subprocess.Popen[str]) -> dict[str, Any]:

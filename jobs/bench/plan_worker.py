@@ -8,6 +8,7 @@ RENDEZVOUS is a file in which the workers of a recipe find each other, over gloo
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -87,6 +88,7 @@ if __name__ == "__main__":
     spec = TrainSpec.model_validate_json(recipe)
     if rendezvous:
         file, rank = rendezvous
+        os.environ["LOCAL_RANK"] = rank  # DeepSpeed asks for it
         dist.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=spec.num_workers)
     measured = main(Path(home), spec, int(num_steps))
     sys.stdout.write(json.dumps(measured) + "\n")
