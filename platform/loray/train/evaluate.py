@@ -34,11 +34,11 @@ def held_out_loss(
     with dense(model):
         for first in range(0, len(batches), mesh.data_size):
             mine = first + mesh.data_rank
-            batch = collate(rows, batches[min(mine, len(batches) - 1)], packed=False)
-            loss = float(objective(batch))
+            with mesh.part(collate(rows, batches[min(mine, len(batches) - 1)], packed=False)) as part:
+                loss = float(objective(part))
             if mine < len(batches):
                 total += loss
-                num_targets += batch.num_targets
+                num_targets += part.num_targets
     objective.train()
     total, count = mesh.world.sum(total, num_targets, device=device)
     return total / count

@@ -142,16 +142,16 @@ class _Run:
     def _step(self, step: int) -> _Step:
         _seed(self.spec.seed, step, self.world.rank)
         batches = self.stream.next_step()
-        num_targets, num_tokens = self.world.sum(
-            sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches), device=self.device
-        )
+        counts = sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)
+        num_targets, num_tokens = (n / self.mesh.sequence.size for n in self.world.sum(*counts, device=self.device))
         mine = 0.0
         for batch in batches:
-            mine += self.strategy.forward_backward(batch, divisor=num_targets, last=batch is batches[-1])
+            with self.mesh.part(batch) as part:
+                mine += self.strategy.forward_backward(part, divisor=num_targets, last=batch is batches[-1])
         (summed,) = self.world.sum(mine, device=self.device)
         loss = summed / num_targets
         lr = learning_rate(step, self.num_steps, self.spec.optimizer)
-        result = self.strategy.step(lr, loss_is_finite=isfinite(loss))
+        result = self.strategy.step(lr)
         if result.skipped:
             log.warning("step %d skipped: loss %s, gradient norm %s", step, loss, result.grad_norm)
             self.skipped_here += 1

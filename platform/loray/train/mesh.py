@@ -6,14 +6,17 @@ sequence rank r mod S of data rank r div S. The process groups are torch's, what
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from loray.errors import SpecError
+from loray.train.batches import Batch
+from loray.train.sequence import SequenceGroup, sequence_parallel, shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,10 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """`world`, of which `sequence_size` neighbours each share their rows; `sequence_group` is None where it is 1."""
+    """`world`, and this rank's sequence group in it."""
 
     world: World
-    sequence_size: int = 1
-    sequence_group: Any = None
+    sequence: SequenceGroup
 
     @classmethod
     def build(cls, sequence_size: int, device: torch.device) -> Mesh:
@@ -61,19 +63,25 @@ class Mesh:
         if world.size % sequence_size:
             raise SpecError(f"{world.size} workers do not split into sequence groups of {sequence_size}")
         if sequence_size == 1:
-            return cls(world)
+            return cls(world, SequenceGroup())
         shape = (world.size // sequence_size, sequence_size)
         device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
-        return cls(world, sequence_size, device_mesh.get_group("sequence"))
+        return cls(world, SequenceGroup.of(device_mesh.get_group("sequence")))
 
     @property
     def data_rank(self) -> int:
-        return self.world.rank // self.sequence_size
+        return self.world.rank // self.sequence.size
 
     @property
     def data_size(self) -> int:
-        return self.world.size // self.sequence_size
+        return self.world.size // self.sequence.size
 
-    @property
-    def sequence_rank(self) -> int:
-        return self.world.rank % self.sequence_size
+    @contextmanager
+    def part(self, batch: Batch) -> Iterator[Batch]:
+        """What this rank computes of its group's micro-batch, and models inside know the rest of the rows."""
+        if self.sequence.size == 1:
+            yield batch
+            return
+        sharded = shard(batch, self.sequence)
+        with sequence_parallel(sharded):
+            yield sharded.local

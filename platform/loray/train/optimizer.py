@@ -34,7 +34,7 @@ def learning_rate(step: int, num_steps: int, spec: OptimizerSpec) -> float:
 
 
 class StepResult(NamedTuple):
-    """`grad_norm` is the global L2 norm before clipping; where it or the loss is not finite, nothing was changed."""
+    """`grad_norm` is the global L2 norm before clipping; where it is not finite, nothing was changed."""
 
     grad_norm: float
     skipped: bool
@@ -111,9 +111,9 @@ class MasterAdamW:
         self._adam = adamw(self.masters, spec)
         start_moments(self._adam, self.masters.values(), 0)
 
-    def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float, *, loss_is_finite: bool) -> StepResult:
+    def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float) -> StepResult:
         """Clip `gradients` in place and update, or change nothing at all. `norm` is that of all ranks' gradients."""
-        if not (loss_is_finite and math.isfinite(norm)):
+        if not math.isfinite(norm):
             return StepResult(norm, skipped=True)
         if self._spec.max_grad_norm is not None and norm > self._spec.max_grad_norm:
             torch._foreach_mul_(list(gradients.values()), self._spec.max_grad_norm / norm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
@@ -25,13 +25,21 @@ class Strategy(Protocol):
     objective: nn.Module  # Batch → summed loss
 
     def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
-        """Add the gradient of loss / divisor, summed over ranks; returns the rank's loss. `last`: of the step."""
+        """Add the gradient of loss / divisor, summed over ranks; returns the rank's loss. `last`: of the step.
 
-    def step(self, lr: float, *, loss_is_finite: bool) -> StepResult:
-        """Clip by the global norm and update. Where a number is not finite no rank changes anything."""
+        A loss that is not finite makes the gradient so.
+        """
+
+    def step(self, lr: float) -> StepResult:
+        """Clip by the global norm and update. Where that is not finite no rank changes anything."""
 
     def state(self) -> OptimizerState | None:
         """Gathered on rank 0; None on the others."""
+
+
+def weighted(loss: Tensor, weight: float) -> Tensor:
+    """weight × loss, but nan where the loss is not finite: an infinite one may have sound gradients."""
+    return loss * torch.where(loss.detach().isfinite(), weight, torch.nan)
 
 
 def prepare(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loray.train.mesh import World
 
-_BUCKET_ELEMENTS = 25 * (1 << 20) // 4  # 25 MiB, as torch's DDP has it
+BUCKET_ELEMENTS = 25 * (1 << 20) // 4  # 25 MiB, as torch's DDP has it
 
 
 class GradientBuckets:
@@ -84,7 +84,7 @@ def _split(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
         numel = parameters[name].numel()
         if not buckets or numel > room:
             buckets.append([])
-            room = _BUCKET_ELEMENTS
+            room = BUCKET_ELEMENTS
         buckets[-1].append(name)
         room -= numel
     return buckets

@@ -10,6 +10,7 @@ from loray.train.batches import Batch
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import MasterAdamW, OptimizerState, StepResult
+from loray.train.strategies.base import weighted
 from loray.train.strategies.buckets import GradientBuckets
 
 
@@ -32,12 +33,12 @@ class DataParallel:
         if last:
             self._buckets.expect_last()
         loss = self.objective(batch)
-        (loss / divisor).backward()
+        weighted(loss, 1 / divisor).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def step(self, lr: float, *, loss_is_finite: bool) -> StepResult:
+    def step(self, lr: float) -> StepResult:
         norm = self._buckets.reduce()
-        result = self._adam.step(self._buckets.gradients, norm, lr, loss_is_finite=loss_is_finite)
+        result = self._adam.step(self._buckets.gradients, norm, lr)
         self._buckets.clear()
         if not result.skipped:
             with torch.no_grad():

@@ -23,6 +23,7 @@ from loray.train.batches import Batch
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import MasterAdamW, OptimizerState, StepResult
+from loray.train.strategies.base import weighted
 
 
 class FullyShard:
@@ -44,14 +45,15 @@ class FullyShard:
     def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
         self.objective.set_requires_gradient_sync(last)
         loss = self.objective(batch)
-        (loss * (self._world.size / divisor)).backward()  # fully_shard takes the mean over ranks
+        weight = self._world.size / divisor  # fully_shard takes the mean over ranks
+        weighted(loss, weight).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    def step(self, lr: float, *, loss_is_finite: bool) -> StepResult:
+    def step(self, lr: float) -> StepResult:
         gradients = {name: self._take_gradient(p) for name, p in self._parameters.items()}
         squares = torch.stack([g.double().square().sum() for g in gradients.values()]).sum()
         dist.all_reduce(squares)
-        result = self._adam.step(gradients, float(squares.sqrt()), lr, loss_is_finite=loss_is_finite)
+        result = self._adam.step(gradients, float(squares.sqrt()), lr)
         if not result.skipped:
             for name, master in self._adam.masters.items():
                 _shard(self._parameters[name]).copy_(master)

@@ -29,6 +29,8 @@ from loray.train.optimizer import (
     set_learning_rate,
     start_moments,
 )
+from loray.train.strategies.base import weighted
+from loray.train.strategies.buckets import BUCKET_ELEMENTS
 
 _PERSISTENT_ELEMENTS = 100_000  # ZeRO-3 keeps smaller parameters gathered: DeepSpeed's own default
 
@@ -58,13 +60,10 @@ class Zero:
     def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
         self._engine.set_gradient_accumulation_boundary(last)
         loss: Tensor = self._engine(batch)
-        self._engine.backward(loss * (self._world.size / divisor), scale_wrt_gas=False)
+        self._engine.backward(weighted(loss, self._world.size / divisor), scale_wrt_gas=False)
         return float(loss.detach())
 
-    def step(self, lr: float, *, loss_is_finite: bool) -> StepResult:
-        if not loss_is_finite:  # so that DeepSpeed leaves out this step
-            first = next(iter(self._parameters.values()))
-            self._deepspeed.utils.safe_set_full_grad(first, torch.full(first.shape, torch.nan, device=first.device))
+    def step(self, lr: float) -> StepResult:
         set_learning_rate(self._adam, lr)
         self._engine.step()
         return StepResult(float(self._engine.get_global_grad_norm()), skipped=bool(self._engine.optimizer.overflow))
@@ -118,7 +117,7 @@ class Zero:
 
 
 def _config(spec: TrainSpec, stage: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET_ELEMENTS}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = _PERSISTENT_ELEMENTS
     return {
@@ -139,5 +138,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         )
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it takes a GPU that this run does not use
     deepspeed = importlib.import_module("deepspeed")
+    if device.type == "cpu":  # a collective for inference, which DeepSpeed would compile for a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
