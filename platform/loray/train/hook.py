@@ -92,7 +92,8 @@ def s2_attention_forward(
     if kwargs.get("use_cache"):
         raise UnsupportedError("S2-Attn is for training, without a cache; pass use_cache=False")
     window = kwargs.get("sliding_window")
-    if window is not None and window < query.shape[2]:
+    row_length = attention_mask.row_length if isinstance(attention_mask, ShardCuts) else query.shape[2]
+    if window is not None and window < row_length:
         raise UnsupportedError(f"S2-Attn does not combine with a sliding window of {window} tokens")
     is_first = getattr(module, "layer_idx", 0) == 0
     if isinstance(attention_mask, ShardCuts):

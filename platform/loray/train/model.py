@@ -16,6 +16,8 @@ from loray.spec import LongContext, TrainSpec
 from loray.telemetry import get_logger
 from loray.train.context import context_length, rope_parameters
 from loray.train.hook import ATTENTION
+from loray.train.sequence import SequenceGroup
+from loray.train.sequence.ring import RING
 
 log = get_logger(__name__)
 
@@ -62,16 +64,24 @@ def group_size(base: BaseModel, spec: TrainSpec, long_context: LongContext) -> i
 
 
 @contextmanager
-def dense(model: Any) -> Iterator[None]:
-    """Full causal attention inside, as in evaluation and serving; a model without S2-Attn stays as it is."""
-    if model.config._attn_implementation != ATTENTION:
+def dense(model: Any, group: SequenceGroup | None = None) -> Iterator[None]:
+    """Full causal attention inside, as in evaluation and serving.
+
+    Over a sequence group of several ranks it passes keys and values along, in any model; each forward pass then runs
+    inside `sequence_parallel` as well. Otherwise a model without S2-Attn stays as it is.
+    """
+    before = model.config._attn_implementation
+    inside = _DENSE if before == ATTENTION else before
+    if group is not None and group.size > 1:
+        inside = RING
+    if inside == before:
         yield
         return
-    model.set_attn_implementation(_DENSE)
+    model.set_attn_implementation(inside)
     try:
         yield
     finally:
-        model.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation(before)
 
 
 class ParameterCount(NamedTuple):

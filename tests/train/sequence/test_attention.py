@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from loray.planning.halo import HaloPlan, closed_form_elements
-from loray.train.sequence import SequenceGroup
+from loray.train import s2_attention
+from loray.train.sequence import SequenceGroup, attention, exchange
 from loray.train.sequence.attention import attend_shard
 from loray.train.sequence.cuts import shard_cuts
+from loray.train.sequence.group import Pending
+from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
 from tests.train.sequence.ranks import Ranks
-from tests.train.test_s2_attention import oracle, oracle_mask, qkv, runs
+from tests.train.test_s2_attention import oracle, oracle_mask, runs
 
 GROUP = 16
 LENGTHS = {"2G": 32, "G": 16, "3G/2": 24, "G/2": 8, "G/4": 4, "5G/8": 10}
-HEADS = [(9, 3), (8, 2), (8, 8), (3, 1), (1, 1)]
-
-
-class Case(NamedTuple):
-    length: int
-    heads: int
-    kv_heads: int
-    ids_BN: list[list[int]]
-    dtype: torch.dtype = torch.float64
 
 
 class Part(NamedTuple):
@@ -38,48 +33,38 @@ class Part(NamedTuple):
     backward_bytes: int
 
 
-def documents(kind: str, num_tokens: int) -> list[list[int]]:
-    if kind == "full":
-        return [[0] * num_tokens]
-    if kind == "padded at the end":  # as a row that does not divide by the ranks
-        return [runs((0, num_tokens - 3), (-1, 3))] * 2
-    half, third = num_tokens // 2, num_tokens // 3
-    return [
-        runs((0, third), (1, num_tokens - third)),  # packed, across every boundary
-        runs((4, half), (5, 1), (4, num_tokens - half - 1)),  # cut where ranks meet; an id that comes back
-        runs((0, third + 1), (-1, num_tokens - third - 1)),  # ranks of padding alone
-        runs((0, 2), (-1, num_tokens - 2)),  # shorter than half a group
-    ]
-
-
-def weights_of(shape: torch.Size) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def weights_of(num_rows: int, num_tokens: int, heads: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num_rows, num_tokens, heads, 8, generator=generator, dtype=torch.float64)
 
 
 def compute(group: SequenceGroup, case: Case, change: int | None = None) -> Part:
+    """Forward and backward. `change` is a token of whole rows whose q, k and v are others."""
     ids_BN = torch.tensor(case.ids_BN)
-    own = slice(group.rank * case.length, (group.rank + 1) * case.length)
-    whole = [x.detach() for x in qkv(ids_BN.shape[0], case.heads, case.kv_heads, ids_BN.shape[1], case.dtype)]
-    if change is not None:
-        for x in whole:
-            x[:, :, change] += 3
-    q, k, v = (x[:, :, own].clone().requires_grad_() for x in whole)
-    cuts = shard_cuts(ids_BN, group, GROUP)
-    out = attend_shard(q, k, v, cuts, layer=0)
-    weights_BNHD = weights_of(torch.Size([len(case.ids_BN), ids_BN.shape[1], case.heads, 8])).to(case.dtype)
-    (out * weights_BNHD[:, own]).sum().backward()
+    first = group.rank * case.length
+    q, k, v = (x.requires_grad_() for x in qkv_of(case, group))
+    if change is not None and first <= change < first + case.length:
+        with torch.no_grad():
+            for x in (q, k, v):
+                x[:, :, change - first] += 3
+    out = attend_shard(q, k, v, shard_cuts(ids_BN, group, GROUP), layer=0)
+    weights_BLHD = weights_of(*ids_BN.shape, case.heads)[:, first : first + case.length]
+    (out * weights_BLHD.to(case.dtype)).sum().backward()
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (q, k, v)]
     return Part(out.detach(), gradients, group.traffic.forward_bytes, group.traffic.backward_bytes)
 
 
+@lru_cache
+def halves_mask(ids: tuple[tuple[int, ...], ...]) -> Tensor:
+    return oracle_mask(len(ids), 2, len(ids[0]), GROUP, torch.tensor(ids))
+
+
 def expected(case: Case) -> tuple[Tensor, list[Tensor]]:
-    ids_BN = torch.tensor(case.ids_BN)
-    num_rows, num_tokens = ids_BN.shape
-    halves = oracle_mask(num_rows, 2, num_tokens, GROUP, ids_BN)
-    mask = halves[:, [0] * (case.heads // 2) + [1] * (case.heads - case.heads // 2)]
-    q, k, v = qkv(num_rows, case.heads, case.kv_heads, num_tokens)
-    out = oracle(q, k, v, mask).transpose(1, 2)
-    (out * weights_of(out.shape)).sum().backward()
+    halves = halves_mask(tuple(map(tuple, case.ids_BN)))
+    middle = case.heads // 2
+    q, k, v = (x.requires_grad_() for x in qkv_of(case))
+    out = oracle(q, k, v, halves[:, [0] * middle + [1] * (case.heads - middle)]).transpose(1, 2)
+    (out * weights_of(*out.shape[:3])).sum().backward()
     return out.detach(), [x.grad for x in (q, k, v) if x.grad is not None]
 
 
@@ -87,9 +72,7 @@ def expected(case: Case) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_output_gradients_and_bytes(
-    ranks: Ranks, size: int, length: int, heads: int, kv_heads: int, kind: str
-) -> None:
+def test_output_gradients_and_bytes(ranks: Ranks, size: int, length: int, heads: int, kv_heads: int, kind: str) -> None:
     case = Case(length, heads, kv_heads, documents(kind, size * length))
     parts: list[Part] = ranks(size, compute, case)
     out, gradients = expected(case)
@@ -97,8 +80,106 @@ def test_output_gradients_and_bytes(
     for i, gradient in enumerate(gradients):
         got = torch.cat([p.gradients[i] for p in parts], dim=2)
         torch.testing.assert_close(got, gradient, atol=1e-12, rtol=1e-12)
+    plan, num_rows = HaloPlan(size * length, size, GROUP, heads, kv_heads), len(case.ids_BN)
+    assert [p.forward_bytes for p in parts] == [8 * plan.elements_sent(r, 8, num_rows) for r in range(size)]
+    assert [p.backward_bytes for p in parts] == [8 * plan.elements_received(r, 8, num_rows) for r in range(size)]
 
-    plan = HaloPlan(size * length, size, GROUP, heads, kv_heads)
-    for rank, part in enumerate(parts):
-        assert part.forward_bytes == 8 * plan.elements_sent(rank, 8, num_rows=len(case.ids_BN))
-        assert part.backward_bytes == 8 * plan.elements_received(rank, 8, num_rows=len(case.ids_BN))
+
+def test_equals_one_rank_in_fp32(ranks: Ranks) -> None:
+    case = Case(24, 9, 3, documents("packed and ragged", 96), torch.float32)
+    q, k, v = (x.requires_grad_() for x in qkv_of(case))
+    out = s2_attention(q, k, v, group_size=GROUP, document_ids_BT=torch.tensor(case.ids_BN)).transpose(1, 2)
+    (out * weights_of(*out.shape[:3]).float()).sum().backward()
+    parts: list[Part] = ranks(4, compute, case)
+    torch.testing.assert_close(torch.cat([p.out for p in parts], dim=1), out, atol=1e-6, rtol=1e-5)
+    for i, x in enumerate((q, k, v)):
+        torch.testing.assert_close(torch.cat([p.gradients[i] for p in parts], dim=2), x.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["full", "packed"])
+def test_no_position_sees_a_later_one(ranks: Ranks, kind: str, dtype: torch.dtype) -> None:
+    """Bit-equal, across boundaries too. Code that rolls the sequence fails this on the first and the last rank."""
+    ids = [0] * 40 if kind == "full" else runs((0, 13), (1, 27))
+    case = Case(10, 6, 2, [ids], dtype)
+
+    def output(change: int | None) -> Tensor:
+        return torch.cat([part.out for part in ranks(4, compute, case, change)], dim=1)
+
+    before = output(None)
+    for j in (8, 9, 10, 19, 24, 32, 39):
+        after = output(j)
+        assert torch.equal(after[:, :j], before[:, :j])
+        assert not torch.equal(after[:, j], before[:, j])
+
+
+def test_another_document_changes_nothing(ranks: Ranks) -> None:
+    """Its tokens are inside the halo of rank 2, beside tokens of the document that goes on there."""
+    case = Case(8, 4, 2, [runs((0, 13), (1, 19))])
+    before, after = (torch.cat([p.out for p in ranks(4, compute, case, j)], dim=1) for j in (None, 12))
+    assert torch.equal(after[:, 13:], before[:, 13:])
+
+
+@pytest.mark.parametrize("halves", [1, 2, 3, 4])
+def test_each_boundary_carries_the_closed_formula(ranks: Ranks, halves: int) -> None:
+    case = Case(halves * GROUP // 2, 9, 3, documents("full", 4 * halves * GROUP // 2), torch.float32)
+    parts: list[Part] = ranks(4, compute, case)
+    plain, shifted = 2, 2  # of 3 key-value heads, one of which serves both halves
+    of_half = [shifted if rank * case.length % GROUP == 0 else plain for rank in (1, 2, 3)]
+    sent = [4 * closed_form_elements(GROUP, h, 8) for h in of_half]
+    assert [p.forward_bytes for p in parts] == [*sent, 0]
+    assert [p.backward_bytes for p in parts] == [0, *sent]
+
+
+def test_traffic_depends_neither_on_the_tokens_nor_on_the_ranks(ranks: Ranks) -> None:
+    sent = {
+        ranks(size, compute, Case(length, 8, 2, documents("full", size * length)))[0].forward_bytes
+        for size in (2, 4)
+        for length in (16, 32, 64)
+    }
+    assert sent == {8 * closed_form_elements(GROUP, 1, 8)}
+
+
+def order_of_work(group: SequenceGroup) -> list[str]:
+    """What happens in a forward and a backward pass, as this rank sees it."""
+    log: list[str] = []
+    attend, post, wait = attention.attend_heads, exchange.post, Pending.wait
+
+    def attend_heads(q: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+        name = "halo segments" if "wait" in log else "local segments"
+        log.append(name)
+        q.register_hook(lambda gradient: log.append(f"{name}, backward"))
+        return attend(q, *args, **kwargs)
+
+    def logged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: (log.append(name), function(*args))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attend_heads", attend_heads)
+        patch.setattr(exchange, "post", logged("post", post))
+        patch.setattr(Pending, "wait", logged("wait", wait))
+        compute(group, Case(32, 4, 2, documents("full", 64)))
+    return log
+
+
+def test_messages_travel_while_what_needs_none_is_computed(ranks: Ranks) -> None:
+    first, last = ranks(2, order_of_work)
+    forward = ["post", "local segments", "local segments", "wait"]
+    backward = ["post", "local segments, backward", "local segments, backward", "wait"]
+    assert first == [*forward, *backward]
+    assert last == [*forward, "halo segments", "halo segments, backward", *backward]
+
+
+def only_values(group: SequenceGroup, case: Case) -> Tensor | None:
+    q, k, v = qkv_of(case, group)
+    v.requires_grad_()
+    attend_shard(q, k, v, shard_cuts(torch.tensor(case.ids_BN), group, GROUP), layer=0).square().sum().backward()
+    return v.grad
+
+
+def test_values_alone_may_be_trained(ranks: Ranks) -> None:
+    """As in the first layer of a model with adapters on v_proj."""
+    case = Case(16, 4, 2, documents("full", 32))
+    q, k, v = qkv_of(case)
+    s2_attention(q, k, v.requires_grad_(), group_size=GROUP).square().sum().backward()
+    torch.testing.assert_close(torch.cat(ranks(2, only_values, case), dim=2), v.grad, atol=1e-12, rtol=1e-12)

@@ -1,0 +1,225 @@
+"""Whole models over real ranks, through transformers' interfaces alone, against the same model on one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from loray.bases.registry import BaseModel
+from loray.errors import UnsupportedError
+from loray.planning.halo import HaloPlan, padded_length
+from loray.train.batches import IGNORED, Batch
+from loray.train.loss import batch_loss
+from loray.train.model import build_model, dense
+from loray.train.sequence import SequenceGroup, Traffic, sequence_parallel, shard
+from tests.train.sequence.ranks import Ranks
+from tests.train.test_model import positions, recipe, strengthen, tokens
+from tests.train.test_s2_attention import runs
+
+BaseFactory = Callable[..., BaseModel]
+GROUP, LAYERS = 16, 2
+HEADS: dict[str, dict[str, int]] = {
+    "9/3": {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8},
+    "8/2": {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8},
+    "8/8": {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8},
+    "3/1": {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16},
+}
+LENGTHS = [32, 16, 24, 8, 4, 10]  # 2G, G, 3G/2, G/2, G/4, 5G/8
+KINDS = ["full", "padded", "packed", "few targets"]
+
+
+def batch(kind: str, num_tokens: int) -> Batch:
+    """Two rows. All kinds but the first are a token short, so that they do not divide by the ranks."""
+    num_tokens -= kind != "full"
+    input_ids_BT = tokens(2, num_tokens)
+    labels_BT = torch.full_like(input_ids_BT, IGNORED)
+    labels_BT[:, :-1] = input_ids_BT[:, 1:]
+    attention_mask_BT = position_ids_BT = None
+    third = num_tokens // 3
+    if kind == "padded":
+        attention_mask_BT = torch.tensor([runs((1, num_tokens)), runs((1, third), (0, num_tokens - third))])
+        labels_BT[1, third - 1 :] = IGNORED
+    if kind == "packed":
+        ends = (
+            runs((0, 3), (1, third), (2, num_tokens - third - 3)),
+            runs((0, num_tokens // 2), (1, -(-num_tokens // 2))),
+        )
+        ids_BT = torch.tensor(ends)
+        position_ids_BT = positions(ids_BT)
+        labels_BT[:, :-1][ids_BT[:, 1:] != ids_BT[:, :-1]] = IGNORED
+    if kind == "few targets":  # none of them on the first and on the last rank
+        labels_BT[:, : num_tokens // 2 + 1] = labels_BT[:, -third:] = IGNORED
+    num_targets = int((labels_BT != IGNORED).sum())
+    return Batch(input_ids_BT, labels_BT, attention_mask_BT, position_ids_BT, 2 * num_tokens, num_targets)
+
+
+class Result(NamedTuple):
+    loss: float
+    gradients: dict[str, Tensor]
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+
+
+@lru_cache(maxsize=2)
+def model_of(base: BaseModel, checkpointing: bool) -> Any:
+    spec = recipe(gradient_checkpointing=checkpointing, long_context={"group_size": GROUP})
+    return strengthen(build_model(base, spec)).train()
+
+
+def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def train_alone(base: BaseModel, whole: Batch) -> Result:
+    model = model_of(base, False)
+    total, num_targets = batch_loss(model, whole)
+    return Result(total.item() / num_targets, gradients_of(model, total / num_targets))
+
+
+def train(group: SequenceGroup, base: BaseModel, wholes: list[Batch], mode: str) -> list[Result]:
+    model = model_of(base, mode != "no checkpointing")
+    results = []
+    for whole in wholes:
+        counted = replace(group, traffic=Traffic())
+        sharded = shard(whole, counted)
+        with sequence_parallel(sharded, keep_halos=mode == "halos kept"):
+            total, _ = batch_loss(model, sharded.local)
+        gradients = gradients_of(model, total / sharded.num_targets)  # outside the context, as a training loop has it
+        sent = counted.traffic
+        results.append(Result(total.item() / sharded.num_targets, gradients, sent.forward_bytes, sent.backward_bytes))
+    return results
+
+
+def check(base: BaseModel, whole: Batch, results: Sequence[Result], *, exchanges: int = 1) -> None:
+    """Each rank's result against the whole batch on one rank, and against the plan of its traffic."""
+    alone = train_alone(base, whole)
+    assert sum(r.loss for r in results) == pytest.approx(alone.loss, rel=1e-5)
+    for name, expected in alone.gradients.items():
+        got = sum(r.gradients[name] for r in results)
+        assert torch.linalg.vector_norm(got - expected) <= 1e-5 * torch.linalg.vector_norm(expected), name
+    size, config = len(results), base.config
+    row_length = padded_length(whole.input_ids_BT.shape[1], size)
+    plan = HaloPlan(row_length, size, GROUP, config.num_heads, config.num_kv_heads)
+    sent = [LAYERS * plan.elements_sent(rank, config.head_dim, num_rows=2) for rank in range(size)]
+    returned = [LAYERS * plan.elements_received(rank, config.head_dim, num_rows=2) for rank in range(size)]
+    assert [r.forward_bytes for r in results] == [4 * exchanges * n for n in sent]
+    assert [r.backward_bytes for r in results] == [4 * n for n in returned]
+
+
+@pytest.mark.parametrize(("size", "length"), [(1, 40), *itertools.product((2, 4), LENGTHS)])
+@pytest.mark.parametrize("heads", HEADS)
+def test_loss_gradients_and_bytes(ranks: Ranks, tiny_base: BaseFactory, heads: str, size: int, length: int) -> None:
+    base, wholes = tiny_base(**HEADS[heads]), [batch(kind, size * length) for kind in KINDS]
+    for whole, results in zip(
+        wholes, zip(*ranks(size, train, base, wholes, "no checkpointing"), strict=True), strict=True
+    ):
+        check(base, whole, results)
+
+
+@pytest.mark.parametrize("mode", ["halos kept", "exchanged again"])
+@pytest.mark.parametrize("length", [24, 10])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_activation_checkpointing(ranks: Ranks, tiny_base: BaseFactory, size: int, length: int, mode: str) -> None:
+    base, wholes = tiny_base(**HEADS["9/3"]), [batch(kind, size * length) for kind in KINDS]
+    for whole, results in zip(wholes, zip(*ranks(size, train, base, wholes, mode), strict=True), strict=True):
+        check(base, whole, results, exchanges=2 if mode == "exchanged again" else 1)
+
+
+def evaluate(group: SequenceGroup, base: BaseModel, whole: Batch) -> tuple[float, Tensor]:
+    model = model_of(base, False)
+    sharded = shard(whole, group)
+    with torch.no_grad(), dense(model, group), sequence_parallel(sharded):
+        loss = batch_loss(model, sharded.local)
+        logits = model(**sharded.local.model_inputs(torch.device("cpu")), use_cache=False).logits
+    assert model.config._attn_implementation == "s2_attn"
+    return float(loss.total), logits
+
+
+@pytest.mark.parametrize("kind", ["full", "padded", "packed"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_dense_evaluation(ranks: Ranks, tiny_base: BaseFactory, size: int, kind: str) -> None:
+    base, whole = tiny_base(**HEADS["9/3"]), batch(kind, 40)
+    model = model_of(base, False)
+    with torch.no_grad(), dense(model):
+        loss = float(batch_loss(model, whole).total)
+        expected = model(**whole.model_inputs(torch.device("cpu"))).logits
+    results = ranks(size, evaluate, base, whole)
+    assert sum(total for total, _ in results) == pytest.approx(loss, rel=1e-5)
+    logits = torch.cat([part for _, part in results], dim=1)[:, : expected.shape[1]]
+    learned_BT = whole.labels_BT != IGNORED
+    torch.testing.assert_close(logits[learned_BT], expected[learned_BT], atol=1e-4, rtol=1e-4)
+
+
+# What would be wrong without a word is refused before anything is sent, so that no other rank is needed to see it.
+
+
+@pytest.fixture
+def model(tiny_base: BaseFactory) -> Any:
+    return build_model(tiny_base(), recipe())
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    return shard(batch("full", 40), SequenceGroup(rank=1, size=2)).local.model_inputs(torch.device("cpu"))
+
+
+def run(model: Any, inputs: dict[str, Tensor], *, is_dense: bool = False) -> None:
+    sharded = shard(batch("full", 40), SequenceGroup(rank=1, size=2))
+    group = sharded.group if is_dense else None
+    with torch.no_grad(), dense(model, group) if is_dense else nullcontext(), sequence_parallel(sharded):
+        model(**inputs, use_cache=False)
+
+
+def test_attention_that_stays_on_its_rank(tiny_base: BaseFactory, inputs: dict[str, Tensor]) -> None:
+    with pytest.raises(UnsupportedError, match="within this rank's part"):
+        run(build_model(tiny_base(), recipe("lora")), inputs)
+
+
+@pytest.mark.parametrize("is_dense", [False, True])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rope_that_scales_by_the_local_length(
+    model: Any, inputs: dict[str, Tensor], rope_type: str, is_dense: bool
+) -> None:
+    model.config.rope_parameters["rope_type"] = rope_type
+    with pytest.raises(UnsupportedError, match=rope_type):
+        run(model, inputs, is_dense=is_dense)
+
+
+@pytest.mark.parametrize("is_dense", [False, True])
+def test_inputs_that_are_not_this_ranks_part(model: Any, inputs: dict[str, Tensor], is_dense: bool) -> None:
+    ids = inputs["input_ids"]
+    with pytest.raises(ValueError, match="position_ids are not"):
+        run(model, {"input_ids": ids}, is_dense=is_dense)  # transformers would count from 0 on every rank
+    with pytest.raises(ValueError, match="part has"):
+        run(model, {"input_ids": ids[:, :-1]}, is_dense=is_dense)
+    with pytest.raises(ValueError, match="without a mask"):
+        run(model, inputs | {"attention_mask": torch.ones_like(ids)}, is_dense=is_dense)
+
+
+@pytest.mark.parametrize("is_dense", [False, True])
+def test_a_sliding_window_shorter_than_the_whole_row(
+    tiny_base: BaseFactory, inputs: dict[str, Tensor], is_dense: bool
+) -> None:
+    model = build_model(tiny_base("MistralForCausalLM"), recipe())
+    model.config.sliding_window = 30  # more than the 20 tokens of a rank's part
+    with pytest.raises(UnsupportedError, match="sliding window"):
+        run(model, inputs, is_dense=is_dense)
+
+
+def test_the_ring_is_for_evaluation_inside_sequence_parallel(model: Any, inputs: dict[str, Tensor]) -> None:
+    sharded = shard(batch("full", 40), SequenceGroup(rank=1, size=2))
+    with dense(model, sharded.group):
+        with pytest.raises(UnsupportedError, match="no_grad"), sequence_parallel(sharded):
+            model(**inputs, use_cache=False)
+        with pytest.raises(UnsupportedError, match="inside sequence_parallel"), torch.no_grad():
+            model(**inputs, use_cache=False)
