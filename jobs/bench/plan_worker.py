@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,31 +25,29 @@ from loray.train.examples import pack_rows
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import build_model
-from loray.train.sequence import SequenceGroup, sequence_parallel, shard
-from loray.train.strategies import Strategy, prepare
+from loray.train.strategies import prepare
 
 
 def main(home: Path, spec: TrainSpec, num_steps: int) -> dict[str, float]:
     base, device = get_base(home, spec.base), torch.device("cpu")
     batch = _batch(run_of(spec, base.config))
     mesh = Mesh.build(spec.parallel.sequence, device)
-    group = SequenceGroup() if mesh.sequence_group is None else SequenceGroup.of(mesh.sequence_group)
     before = _status("VmRSS")
     model = build_model(base, spec).train()
-    strategy = prepare(Objective(model), spec, mesh.world, device, None)
-    forward_backward = _step(strategy, batch, group)
+    strategy = prepare(Objective(model), spec, mesh.world, device)
     _forget_peak()
     seconds = []
     for _ in range(num_steps):
         began = time.perf_counter()
-        forward_backward()
-        strategy.step(spec.optimizer.learning_rate, loss_is_finite=True)
+        with mesh.part(batch) as part:
+            strategy.forward_backward(part, divisor=batch.num_targets, last=True)
+        strategy.step(spec.optimizer.learning_rate)
         seconds.append(time.perf_counter() - began)
-    halo_bytes = group.traffic.forward_bytes + group.traffic.backward_bytes
+    traffic = mesh.sequence.traffic
     return {
         "peak_bytes": _status("VmHWM") - before,
         "step_s": min(seconds),
-        "halo_bytes": halo_bytes // num_steps,
+        "halo_bytes": (traffic.forward_bytes + traffic.backward_bytes) // num_steps,
     }
 
 
@@ -58,18 +55,6 @@ def _batch(run: Run) -> Batch:
     ids = np.random.default_rng(0).integers(0, run.model.vocab_size, (run.num_rows, run.row_length))
     rows = pack_rows([(row, np.ones(len(row), np.bool_)) for row in ids])
     return collate(rows, tuple((i,) for i in range(run.num_rows)), packed=False)
-
-
-def _step(strategy: Strategy, batch: Batch, group: SequenceGroup) -> Callable[[], float]:
-    if group.size == 1:
-        return lambda: strategy.forward_backward(batch, divisor=batch.num_targets, last=True)
-    sharded = shard(batch, group)
-
-    def forward_backward() -> float:
-        with sequence_parallel(sharded):
-            return strategy.forward_backward(sharded.local, divisor=batch.num_targets, last=True)
-
-    return forward_backward
 
 
 def _status(field: str) -> int:

@@ -46,7 +46,7 @@ def test_what_a_replica_holds() -> None:
     assert held["trained parameters"] == 2 * TRAINED
     assert held["gradients, fp32"] == held["master weights, fp32"] == 4 * TRAINED
     assert held["AdamW moments, fp32"] == 8 * TRAINED
-    assert held["largest gradient, before it is summed"] == 2 * EMBEDDING
+    assert held["largest gradient, to be added"] == 2 * EMBEDDING
     assert held["layer inputs"] == 32 * 32768 * 4096 * 2
     assert held["one layer, recomputed: mlp"] == 32768 * 3 * 11008 * 2
     assert held["one layer, recomputed: norms"] == 32768 * 2 * (4 * 4097 + 2 * 4096)
@@ -69,7 +69,19 @@ def test_strategies_shard(strategy: str, weights: int, optimizer: int) -> None:
     for name in ("gradients, fp32", "master weights, fp32", "AdamW moments, fp32"):
         assert held[name] == -(-alone[name] // optimizer)
     assert ("gathered weights" in held) == (weights > 1)
-    assert ("gradient bucket" in held) == (strategy in ("zero2", "zero3"))
+    assert held.get("largest gradient, to be scattered in fp32") == (6 * EMBEDDING if optimizer > 1 else None)
+
+
+def test_what_is_gathered_for_use() -> None:
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    fsdp2, zero3 = (
+        sizes(long_run("Llama-2-7b-hf", 32768, workers=8, strategy=s, batch={"rows": 1, "accumulation": 2}))
+        for s in ("fsdp2", "zero3")
+    )
+    assert fsdp2["gathered weights"] == 2 * (3 * layer + 2 * EMBEDDING + 4096)  # embeddings stay with the root
+    assert zero3["gathered weights"] == 2 * 1_050_000_000  # what DeepSpeed lets live, and prefetches
+    assert fsdp2["gradients of earlier micro-batches, fp32"] == 4 * TRAINED
+    assert "gradients of earlier micro-batches, fp32" not in zero3
 
 
 def test_a_tied_head_stays_the_bases() -> None:

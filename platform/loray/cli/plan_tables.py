@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loray.cli.output import count, pairs, size, table
-from loray.planning.memory import WHAT
+from loray.planning.memory import MOMENTS, WHAT
 from loray.planning.plan import Plan
 from loray.planning.traffic import Exchange
 from loray.spec import TrainSpec
@@ -46,23 +46,23 @@ def _run(plan: Plan, spec: TrainSpec) -> Table:
 
 def _memory(plan: Plan) -> Table:
     memory = plan.memory
-    rows = [
-        (item.name, size(item.nbytes), f"{item.nbytes / memory.peak_bytes:.1%}")
-        if memory.peak_moment in item.moments
-        else (f"[dim]{item.name}, later or earlier[/dim]", f"[dim]{size(item.nbytes)}[/dim]", "")
-        for item in memory.items
-    ]
-    return table(("ITEM", "SIZE", "OF PEAK"), rows, right=("SIZE", "OF PEAK"))
+    rows = []
+    for item in memory.items:
+        share = f"{item.nbytes / memory.peak_bytes:.1%}" if memory.peak_moment in item.moments else "–"
+        when = "throughout" if item.moments == MOMENTS else ", ".join(item.moments)
+        rows.append((item.name, size(item.nbytes), share, when))
+    return table(("ITEM", "SIZE", "OF PEAK", "WHEN"), rows, right=("SIZE", "OF PEAK"))
 
 
 def _peak(plan: Plan) -> Table:
-    memory, usable = plan.memory, plan.device.usable_bytes
-    fits = "fits" if memory.peak_bytes <= usable else "does not fit"
+    memory = plan.memory
+    fits = "fits" if memory.peak_bytes <= plan.device.usable_bytes else "does not fit"
+    moments = [f"{size(memory.at(moment))} {moment} ({WHAT[moment]})" for moment in MOMENTS]
     return pairs(
         [
-            ("peak", f"{size(memory.peak_bytes)} at the {WHAT[memory.peak_moment]}: {fits}"),
+            ("peak", f"{size(memory.peak_bytes)}, at {memory.peak_moment}: {fits}"),
             ("dominant", f"{memory.dominant.name}, {size(memory.dominant.nbytes)}"),
-            ("otherwise", ", ".join(f"{size(memory.at(m))} at the {WHAT[m]}" for m in WHAT if m != memory.peak_moment)),
+            ("moments", ", ".join(moments)),
         ]
     )
 

@@ -16,18 +16,17 @@ from loray.planning.run import Run
 from loray.planning.shapes import count_vera_pair
 
 Moment = Literal["loss", "backward", "gradients", "update"]
-# The end of the forward pass; the backward pass of the last layer; its end, with every gradient; AdamW.
-MOMENTS: tuple[Moment, ...] = ("loss", "backward", "gradients", "update")
 WHAT: dict[Moment, str] = {
-    "loss": "loss, at the end of the forward pass",
-    "backward": "start of the backward pass",
+    "loss": "end of the forward pass",
+    "backward": "that of the last layer, which comes first",
     "gradients": "end of the backward pass",
-    "update": "optimizer step",
+    "update": "AdamW",
 }
+MOMENTS: tuple[Moment, ...] = tuple(WHAT)
 
 _FP32 = 4
 _LOSS_CHUNK = 1 << 24  # elements of logits at once: `loray.train.loss`
-_DEEPSPEED_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size
+_BUCKET_BYTES = 25 << 20  # of gradients that are summed or scattered together
 _DEEPSPEED_LIVE = 1_000_000_000 + 50_000_000  # elements: stage3_max_live_parameters and stage3_prefetch_bucket_size
 _FSDP_LAYERS = 3  # the one computed with, the next one, and the flat buffer that it is gathered in
 
@@ -109,20 +108,22 @@ def _optimizer(run: Run, device: Device) -> Iterator[Item]:
 def _communication(run: Run) -> Iterator[Item]:
     """Gradients on their way, and weights gathered for use."""
     e, base, trained = run.element_bytes, run.base, run.trained
-    largest = trained.largest
     if run.strategy == "ddp":
-        yield Item("largest gradient, before it is summed", e * largest, ("gradients",), e * largest)
+        yield Item("largest gradient, to be added", e * trained.largest, ("gradients",), e * trained.largest)
         return
-    if run.strategy == "fsdp2":
-        root = base.embedding + base.head + base.final_norm
-        yield Item("gathered weights", e * (_FSDP_LAYERS * base.layer + root))
-        yield Item("gradients before they are scattered", (e + _FP32) * largest, ("gradients",))
-        if run.accumulation > 1:  # they are scattered after the last micro-batch
-            yield Item("gradients of earlier micro-batches, fp32", _FP32 * trained.total)
-        return
-    if run.strategy == "zero3":
-        yield Item("gathered weights", e * min(_DEEPSPEED_LIVE, base.total))
-    yield Item("gradient bucket", e * _DEEPSPEED_BUCKET, ("backward", "gradients"))
+    largest = (e + _FP32) * trained.largest
+    yield Item("largest gradient, to be scattered in fp32", largest, ("gradients",), _FP32 * trained.largest)
+    match run.strategy:
+        case "fsdp2":
+            root = base.embedding + base.head + base.final_norm
+            yield Item("gathered weights", e * (_FSDP_LAYERS * base.layer + root))
+            if run.accumulation > 1:  # scattered after the last micro-batch
+                yield Item("gradients of earlier micro-batches, fp32", _FP32 * trained.total)
+        case "zero3":
+            yield Item("gathered weights", e * min(_DEEPSPEED_LIVE, base.total))
+            yield Item("gradient bucket", _BUCKET_BYTES)
+        case _:
+            yield Item("gradient bucket", _BUCKET_BYTES)
 
 
 def _activations(run: Run) -> Iterator[Item]:

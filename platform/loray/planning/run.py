@@ -102,7 +102,7 @@ def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
                 f"the base's RoPE is {model.rope.rope_type!r} already, and scaling it again is not defined; "
                 "take a base whose RoPE is not scaled"
             )
-        context = int((long_context.original_context or context) * long_context.rope_scaling.factor)
+        context = long_context.context_length(context)
         group_size = long_context.group_size or quarter(context)
     row_length = spec.data.max_length or (context if long_context is not None else min(_DEFAULT_LENGTH, context))
     if row_length > context:
