@@ -19,9 +19,9 @@ from rich.console import Console
 from jobs import submission
 from jobs.events import describe
 from jobs.progress import RunView
-from jobs.recipe import Recipe, load_recipe
 from loray.errors import LorayError
 from loray.locations import is_this_machine
+from loray.recipe import Recipe, load_recipe
 from loray.settings import Settings
 from loray.store import open_store
 from loray.telemetry import get_logger

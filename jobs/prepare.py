@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from jobs.bases import ensure_base
 from jobs.data import fetched
-from jobs.recipe import Recipe
 from loray.bases.registry import BaseModel, list_bases
 from loray.errors import SpecError
+from loray.recipe import Recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.train.batches import check_budget

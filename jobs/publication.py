@@ -11,11 +11,11 @@ from typing import Any
 from ray.train import Checkpoint
 
 from jobs.bases import ensure_base
-from jobs.recipe import Recipe
 from jobs.runs import RunFolder
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, TrainingError
 from loray.publishing import publish
+from loray.recipe import Recipe
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state

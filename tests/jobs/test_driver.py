@@ -22,11 +22,11 @@ from jobs import train as driver
 from jobs.events import decode
 from jobs.prepare import prepare
 from jobs.publication import already_published, best, publish_best
-from jobs.recipe import Recipe
 from jobs.runs import RunFolder, open_runs
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, ConflictError, LorayError, SpecError, StoreError
+from loray.recipe import Recipe
 from loray.settings import Settings
 from loray.train import checkpoint
 from loray.train.loop import train

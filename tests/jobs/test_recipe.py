@@ -13,10 +13,11 @@ import yaml
 
 from jobs.bases import ensure_base
 from jobs.prepare import prepare, row_length
-from jobs.recipe import Recipe, load_recipe, shipped
 from loray.bases.registry import BaseModel, add_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError, UnsupportedError
+from loray.recipe import Recipe, load_recipe, shipped
 from loray.settings import Settings
+from loray.spec import ATTENTION_MODULES, LongLoraSpec
 from loray.store import open_filesystem
 from tests.s3 import S3Server
 from tests.tiny import write_checkpoint
@@ -56,10 +57,28 @@ def base(settings: Settings) -> BaseModel:
 
 
 def test_every_shipped_recipe_is_valid_and_found_by_name() -> None:
-    assert shipped() == ["longlora_smollm2.yaml", "lora_smollm2.yaml", "vera_smollm2.yaml"]
+    llama = [f"longlora_llama2_{size}.yaml" for size in ("13b_64k", "70b_32k", "7b_100k", "7b_32k")]
+    assert shipped() == [*llama, "longlora_smollm2.yaml", "lora_smollm2.yaml", "vera_smollm2.yaml"]
     methods = {name: load_recipe(name).spec.adapter.method for name in shipped()}
     assert all(name.startswith(method) for name, method in methods.items())
     assert load_recipe("vera_smollm2") == load_recipe("vera_smollm2.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "context"), [("7b_32k", 32768), ("7b_100k", 102400), ("13b_64k", 65536), ("70b_32k", 32768)]
+)
+def test_llama_recipes_are_the_papers(name: str, context: int) -> None:
+    spec = load_recipe(f"longlora_llama2_{name}").spec
+    adapter, optimizer = spec.adapter, spec.optimizer
+    assert isinstance(adapter, LongLoraSpec)
+    assert (adapter.rank, adapter.alpha, adapter.target_modules) == (8, 16, ATTENTION_MODULES)
+    assert (adapter.long_context.train_embeddings, adapter.long_context.train_norms) == (True, True)
+    assert adapter.long_context.group_size is None  # a quarter of the context
+    assert adapter.long_context.rope_scaling.type == "linear"
+    assert 4096 * adapter.long_context.rope_scaling.factor == context
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps) == (2e-5, "constant", 20)
+    assert (spec.max_steps, spec.num_workers) == (1000, 8)
+    assert (spec.batch.rows or 0) * spec.batch.accumulation * spec.num_workers // spec.parallel.sequence == 64
 
 
 def test_paths_start_at_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

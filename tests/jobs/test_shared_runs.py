@@ -16,11 +16,11 @@ import pytest
 
 from jobs import leases
 from jobs.events import decode
-from jobs.recipe import Recipe
 from jobs.runs import open_runs
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
+from loray.recipe import Recipe
 from loray.settings import Settings
 from loray.store import AdapterStore, open_filesystem, open_store
 from loray.train.checkpoint import read_state

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jobs import submission
-from jobs.recipe import load_recipe
 from loray.errors import DataError, SettingsError
+from loray.recipe import load_recipe
 from loray.settings import Settings
 from tests.jobs.test_recipe import write
 

@@ -16,12 +16,12 @@ from jobs.command import train as train_command
 from jobs.events import decode
 from jobs.prepare import prepare
 from jobs.publication import publish_best
-from jobs.recipe import Recipe
 from jobs.runs import open_runs
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import AdapterNotFound, DataError, LorayError, SpecError, TrainingError
+from loray.recipe import Recipe
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 from loray.train.loop import train as train_loop

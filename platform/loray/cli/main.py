@@ -28,6 +28,7 @@ class _Command(NamedTuple):
 _COMMANDS: Mapping[str, _Command] = {
     "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
     "adapters": _Command("loray.cli.adapters:adapters", "Import, list, show, promote, roll back and verify adapters."),
+    "plan": _Command("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
 }
 # Known here, so that listing them does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {

@@ -33,6 +33,10 @@ class LongContext(Frozen):
     train_embeddings: bool = True
     train_norms: bool = True
 
+    def context_length(self, window: int) -> int:
+        """Tokens trained for, on a base whose own context is `window` tokens."""
+        return int((self.original_context or window) * self.rope_scaling.factor)
+
 
 class _AdapterSpec(Frozen):
     rank: int = Field(gt=0)

@@ -23,5 +23,4 @@ def context_length(base: BaseModel, spec: TrainSpec) -> int:
     """Tokens that the adapter is trained for: original context × factor, or the base's own window."""
     if (long_context := spec.adapter.long_context) is None:
         return base.config.max_position_embeddings
-    original = long_context.original_context or base.config.max_position_embeddings
-    return int(original * long_context.rope_scaling.factor)
+    return long_context.context_length(base.config.max_position_embeddings)

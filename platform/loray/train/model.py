@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loray.adapters.inject import attach
 from loray.bases.registry import BaseModel
+from loray.planning.run import quarter
 from loray.spec import LongContext, TrainSpec
 from loray.telemetry import get_logger
 from loray.train.context import context_length, rope_parameters
@@ -53,7 +54,7 @@ def group_size(base: BaseModel, spec: TrainSpec, long_context: LongContext) -> i
     """S2-Attn's G: as given, else a quarter of the context, rounded down to an even number."""
     context = context_length(base, spec)
     if long_context.group_size is None:
-        return max(2, context // 4 // 2 * 2)
+        return quarter(context)
     if long_context.group_size < context // 4:
         log.warning(
             "group_size %d is less than a quarter of the context of %d tokens; LongLoRA's paper finds a worse loss",

@@ -1,0 +1,122 @@
+"""A plan as tables: what a worker holds, what it sends, what it computes, and what to change."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from loray.cli.output import count, pairs, size, table
+from loray.planning.memory import MOMENTS, WHAT
+from loray.planning.plan import Plan
+from loray.planning.traffic import Exchange
+from loray.spec import TrainSpec
+
+
+def show(plan: Plan, spec: TrainSpec, to: Console) -> None:
+    to.print(_run(plan, spec))
+    to.print(f"\n[bold]Memory of a worker[/bold] ({plan.device.name}: {size(plan.device.usable_bytes)} to use)")
+    to.print(_memory(plan))
+    to.print(_peak(plan))
+    if rows := plan.exchanges:
+        to.print("\n[bold]Sent by a worker for one layer, forward[/bold] (×: under Ulysses; backward: the same again)")
+        to.print(_exchanges(rows))
+    to.print("\n[bold]A step of a worker[/bold] (estimates; shares of the peak are assumed)")
+    to.print(_step(plan))
+    for problem in plan.problems:
+        style = "red" if problem.severity == "refusal" else "yellow"
+        to.print(f"\n[{style}]{problem.severity}[/{style}]: {problem.message}", soft_wrap=True)
+        to.print(f"  {problem.remedy}", soft_wrap=True, markup=False)
+
+
+def _run(plan: Plan, spec: TrainSpec) -> Table:
+    run = plan.run
+    share = run.trained.total / run.base.total
+    attention = "dense" if run.group_size is None else f"S2-Attn, G = {run.group_size}"
+    keeps = "layer inputs (checkpointing)" if run.checkpointing else "all activations"
+    layout = f"{run.num_workers} workers: {run.num_data_groups} data × {run.sequence} sequence, {run.strategy}"
+    return pairs(
+        [
+            ("recipe", f"{spec.name}: {spec.adapter.method} on {spec.base}"),
+            ("parameters", f"{count(run.base.total)}, {count(run.trained.total)} trained ({share:.2%}), {run.dtype}"),
+            ("rows", f"{run.num_rows} × {run.padded_length} tokens × {run.accumulation} micro-batches; {attention}"),
+            ("workers", f"{layout}; {run.tokens_per_worker} tokens each; keep {keeps}"),
+        ]
+    )
+
+
+def _memory(plan: Plan) -> Table:
+    memory = plan.memory
+    rows = []
+    for item in memory.items:
+        share = f"{item.nbytes / memory.peak_bytes:.1%}" if memory.peak_moment in item.moments else "–"
+        when = "throughout" if item.moments == MOMENTS else ", ".join(item.moments)
+        rows.append((item.name, size(item.nbytes), share, when))
+    return table(("ITEM", "SIZE", "OF PEAK", "WHEN"), rows, right=("SIZE", "OF PEAK"))
+
+
+def _peak(plan: Plan) -> Table:
+    memory = plan.memory
+    fits = "fits" if memory.peak_bytes <= plan.device.usable_bytes else "does not fit"
+    moments = [f"{size(memory.at(moment))} {moment} ({WHAT[moment]})" for moment in MOMENTS]
+    return pairs(
+        [
+            ("peak", f"{size(memory.peak_bytes)}, at {memory.peak_moment}: {fits}"),
+            ("dominant", f"{memory.dominant.name}, {size(memory.dominant.nbytes)}"),
+            ("moments", ", ".join(moments)),
+        ]
+    )
+
+
+def _exchanges(rows: list[list[Exchange]]) -> Table:
+    groups = [exchange.group_size for exchange in rows[0]]
+    columns = ["P", "TOKENS"]
+    for group in groups:
+        columns += [f"HALO, G = {group}", "HOPS"]
+    columns += ["ULYSSES", "RING"]
+    cells = []
+    for row in rows:
+        first = row[0]
+        line: list[object] = [first.sequence, first.num_tokens // first.sequence]
+        for exchange in row:
+            line += [_halo(exchange), exchange.num_hops]
+        cells.append([*line, size(first.ulysses_bytes), size(first.ring_bytes)])
+    return table(columns, cells, right=columns)
+
+
+def _halo(exchange: Exchange) -> str:
+    """Bytes, and how many times as many Ulysses takes."""
+    times = exchange.ulysses_bytes / exchange.halo_bytes if exchange.halo_bytes else float("inf")
+    return f"{size(exchange.halo_bytes)} ({times:.1f}×)"
+
+
+def _step(plan: Plan) -> Table:
+    flops, time, traffic, device = plan.flops, plan.time, plan.traffic, plan.device
+    sent = [
+        (f"{size(traffic.halo_bytes)} halo", traffic.halo_bytes),
+        (f"{size(traffic.gradient_bytes)} gradients", traffic.gradient_bytes),
+        (f"{size(traffic.gather_bytes)} gathered weights", traffic.gather_bytes),
+    ]
+    return pairs(
+        [
+            (
+                "FLOPs",
+                f"{flops.forward:.3g} forward, {flops.backward:.3g} backward, {flops.recompute:.3g} recomputed; "
+                f"attention forward {flops.attention:.2g}, dense {flops.dense_attention:.2g}",
+            ),
+            ("sends", ", ".join(text for text, nbytes in sent if nbytes) or "nothing"),
+            (
+                "seconds",
+                f"{time.step_s:.3g}: products {time.matmul_s:.3g}, attention {time.attention_s:.3g}, "
+                f"elementwise {time.memory_s:.3g}, AdamW {time.optimizer_s:.2g}, "
+                f"communication not hidden {time.communication_s:.2g}",
+            ),
+            ("tokens/s", f"{time.tokens_per_s:.0f} over all workers; MFU {time.mfu:.1%}"),
+            (
+                "assumes",
+                f"{device.flops / 1e12:.3g} TFLOP/s, of which products reach {device.matmul_share:.0%} and attention "
+                f"{device.attention_share:.0%}; {device.bandwidth / 1e9:.0f} GB/s memory, "
+                f"{device.link_bandwidth / 1e9:.0f} GB/s between workers; {size(device.framework_bytes)} framework, "
+                f"{device.fragmentation:.0%} fragmentation of what comes and goes",
+            ),
+        ]
+    )

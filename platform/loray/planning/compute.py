@@ -1,0 +1,135 @@
+"""Arithmetic and time of a step: products and attention at shares of the device's peak, the rest at its bandwidth.
+
+Base weights are frozen: their backward pass makes gradients of inputs alone, one product instead of two. The loss
+makes the gradient of hidden states while a chunk's logits are there. Checkpointing computes every layer once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loray.planning.devices import Device
+from loray.planning.run import Run
+from loray.planning.traffic import Traffic
+from loray.spec import VeraSpec
+
+# Bytes that eager modules read and write. Each operation reads and writes its whole tensor once.
+_LOSS_FP32_PASSES = 48  # to fp32, maximum, difference, exponential, sum, softmax in place (twice), scatter, from fp32
+_ADAMW_BYTES = 80  # an element: gradient, master, moments and two temporaries
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Of one worker in one optimizer step. `forward` and `backward` without the recomputation.
+
+    attention        of the forward pass, as S2-Attn or dense, whichever the run does
+    dense_attention  what dense causal attention over the same rows would take there
+    """
+
+    forward: float
+    backward: float
+    recompute: float
+    attention: float
+    dense_attention: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.recompute
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one optimizer step. Communication is what computation does not hide.
+
+    mfu  model FLOPs utilisation: forward and backward without recomputation, as a share of the device's peak
+    """
+
+    matmul_s: float
+    attention_s: float
+    memory_s: float
+    optimizer_s: float
+    communication_s: float
+    tokens_per_s: float
+    mfu: float
+
+    @property
+    def step_s(self) -> float:
+        return self.matmul_s + self.attention_s + self.memory_s + self.optimizer_s + self.communication_s
+
+
+def attention_pairs(num_tokens: int, group_size: int | None, num_heads: int) -> int:
+    """(query, key) pairs of one row over all heads: i ≥ j inside a segment, for every segment."""
+    if group_size is None:
+        return num_heads * _causal(num_tokens)
+    plain, middle = num_heads // 2, min(group_size // 2, num_tokens)
+    cut = _grouped(num_tokens, group_size)
+    shifted = _causal(middle) + _grouped(num_tokens - middle, group_size)
+    return plain * cut + (num_heads - plain) * shifted
+
+
+def count_flops(run: Run) -> Flops:
+    model, tokens = run.model, run.tokens_per_worker * run.accumulation
+    head = 2.0 * model.vocab_size * model.hidden_size * tokens
+    linears = 2.0 * (model.num_matrix_elements - model.vocab_size * model.hidden_size) * tokens
+    factors = sum(run.adapter.rank * sum(model.module_shape(m)) for m in run.adapter.target_modules)
+    adapter = 2.0 * factors * model.num_layers * tokens
+    trained_factors = 1 if isinstance(run.adapter, VeraSpec) else 2  # products a factor in the backward pass
+    rows = model.num_layers * run.num_rows * run.accumulation * 4.0 * model.head_dim / run.sequence
+    attention = rows * attention_pairs(run.padded_length, run.group_size, model.num_heads)
+    layers = linears + adapter + attention
+    return Flops(
+        forward=layers + 2 * head,
+        backward=linears + trained_factors * adapter + 2.5 * attention,  # flash: five products for two
+        recompute=layers if run.checkpointing else 0.0,
+        attention=attention,
+        dense_attention=rows * attention_pairs(run.padded_length, None, model.num_heads),
+    )
+
+
+def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
+    flops = count_flops(run)
+    passes = 3.5 + run.checkpointing
+    matmul_s = (flops.total - passes * flops.attention) / (device.flops * device.matmul_share)
+    share = device.dense_attention_share if run.group_size is None else device.attention_share
+    attention_s = passes * flops.attention / (device.flops * share)
+    memory_s = _eager_bytes(run) / device.bandwidth
+    optimizer_s = _ADAMW_BYTES * run.trained.total / run.optimizer_shards / device.bandwidth
+    halo_s, gather_s, gradient_s = (
+        nbytes / device.link_bandwidth for nbytes in (traffic.halo_bytes, traffic.gather_bytes, traffic.gradient_bytes)
+    )
+    compute_s = matmul_s + attention_s + memory_s
+    communication_s = max(0.0, halo_s - attention_s) + max(0.0, gather_s - compute_s) + gradient_s
+    step_s = compute_s + optimizer_s + communication_s
+    return StepTime(
+        matmul_s=matmul_s,
+        attention_s=attention_s,
+        memory_s=memory_s,
+        optimizer_s=optimizer_s,
+        communication_s=communication_s,
+        tokens_per_s=run.tokens_per_step / step_s,
+        mfu=(flops.forward + flops.backward) / (step_s * device.flops),
+    )
+
+
+def _eager_bytes(run: Run) -> float:
+    """Everything but products: norms in fp32, RoPE, residuals, the adapter's sum, SiLU, the loss; backward is twice
+    forward.
+    """
+    model, e = run.model, run.element_bytes
+    norm = 4 * e + 28  # read, written in fp32, squared, averaged, scaled, written, weighted
+    width = 2 * norm * model.hidden_size + 6 * e * model.hidden_size
+    width += 10 * e * (model.num_heads + model.num_kv_heads) * model.head_dim
+    width += 5 * e * sum(model.module_shape(module)[0] for module in run.adapter.target_modules)
+    width += 5 * e * model.intermediate_size
+    layers = width * model.num_layers * (3 + run.checkpointing)
+    loss = (_LOSS_FP32_PASSES + 3 * e) * model.vocab_size
+    return float((layers + loss) * run.tokens_per_worker * run.accumulation)
+
+
+def _causal(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def _grouped(num_tokens: int, group_size: int) -> int:
+    groups, last = divmod(num_tokens, group_size)
+    return groups * _causal(group_size) + _causal(last)

@@ -1,0 +1,180 @@
+"""A worker's memory, item by item, at the moments of a step at which it can peak.
+
+An item is there at some of the moments; the plan's peak is the moment at which most is there. Weights are counted
+with their replicas and shards (Rajbhandari et al., *ZeRO*, 2020), activations as `activations` derives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from loray.planning import activations
+from loray.planning.devices import Device
+from loray.planning.run import Run
+from loray.planning.shapes import count_vera_pair
+
+Moment = Literal["loss", "backward", "gradients", "update"]
+WHAT: dict[Moment, str] = {
+    "loss": "end of the forward pass",
+    "backward": "that of the last layer, which comes first",
+    "gradients": "end of the backward pass",
+    "update": "AdamW",
+}
+MOMENTS: tuple[Moment, ...] = tuple(WHAT)
+
+_FP32 = 4
+_LOSS_CHUNK = 1 << 24  # elements of logits at once: `loray.train.loss`
+_BUCKET_BYTES = 25 << 20  # of gradients that are summed or scattered together
+_DEEPSPEED_LIVE = 1_000_000_000 + 50_000_000  # elements: stage3_max_live_parameters and stage3_prefetch_bucket_size
+_FSDP_LAYERS = 3  # the one computed with, the next one, and the flat buffer that it is gathered in
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """`block`: bytes of the largest tensor in it."""
+
+    name: str
+    nbytes: int
+    moments: tuple[Moment, ...] = MOMENTS
+    block: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    items: tuple[Item, ...]
+
+    def at(self, moment: Moment) -> int:
+        return sum(item.nbytes for item in self.items if moment in item.moments)
+
+    @property
+    def peak_moment(self) -> Moment:
+        return max(MOMENTS, key=self.at)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.at(self.peak_moment)
+
+    @property
+    def dominant(self) -> Item:
+        """The largest item at the peak."""
+        return max((i for i in self.items if self.peak_moment in i.moments), key=lambda item: item.nbytes)
+
+
+def plan_memory(run: Run, device: Device) -> MemoryPlan:
+    items = [*_weights(run), *_optimizer(run, device), *_communication(run), *_activations(run), *_loss(run)]
+    passing = [item for item in items if item.moments != MOMENTS]
+    kept = [_after_freeing(item, device) for item in items if item.nbytes]
+    return MemoryPlan((*kept, *_fragments(passing, device), Item("framework", device.framework_bytes)))
+
+
+def _after_freeing(item: Item, device: Device) -> Item:
+    """A freed block that the allocator keeps is memory at every moment."""
+    return replace(item, moments=MOMENTS) if 0 < item.block < device.keeps_freed_below else item
+
+
+def _fragments(passing: list[Item], device: Device) -> Iterator[Item]:
+    """Free memory between blocks, at its most when most has come."""
+    most = max(sum(item.nbytes for item in passing if moment in item.moments) for moment in MOMENTS)
+    yield Item("fragmentation", int(device.fragmentation * most))
+
+
+def _weights(run: Run) -> Iterator[Item]:
+    """Where embeddings are trained, the base's stay beside them: as the output head if it is tied to them, else to see
+    which rows training moved.
+    """
+    e, trained = run.element_bytes, run.trained
+    frozen = run.base.total - trained.norms
+    rows = 0 if run.model.tie_word_embeddings else trained.embedding
+    pair = count_vera_pair(run.model, run.adapter)
+    pair_bytes = pair * (_FP32 if e == _FP32 else _FP32 + e)  # as drawn, and in the base's dtype
+    yield Item("base weights", _share(e * (frozen - rows), run.weight_shards))
+    yield Item("base's embedding rows, to compare", e * rows)
+    yield Item("VeRA's pair", pair_bytes)
+    yield Item("trained parameters", _share(e * trained.total, run.weight_shards))
+
+
+def _optimizer(run: Run, device: Device) -> Iterator[Item]:
+    trained, shards = run.trained, run.optimizer_shards
+    masters = 0 if run.dtype == "float32" and run.strategy == "ddp" else trained.total
+    yield Item("gradients, fp32", _share(_FP32 * trained.total, shards))
+    yield Item("master weights, fp32", _share(_FP32 * masters, shards))
+    yield Item("AdamW moments, fp32", _share(2 * _FP32 * trained.total, shards))
+    updated = trained.total if device.foreach_optimizer else 2 * trained.largest
+    yield Item("AdamW temporaries", _share(_FP32 * updated, shards), ("update",), _FP32 * trained.largest)
+
+
+def _communication(run: Run) -> Iterator[Item]:
+    """Gradients on their way, and weights gathered for use."""
+    e, base, trained = run.element_bytes, run.base, run.trained
+    if run.strategy == "ddp":
+        yield Item("largest gradient, to be added", e * trained.largest, ("gradients",), e * trained.largest)
+        return
+    largest = (e + _FP32) * trained.largest
+    yield Item("largest gradient, to be scattered in fp32", largest, ("gradients",), _FP32 * trained.largest)
+    match run.strategy:
+        case "fsdp2":
+            root = base.embedding + base.head + base.final_norm
+            yield Item("gathered weights", e * (_FSDP_LAYERS * base.layer + root))
+            if run.accumulation > 1:  # scattered after the last micro-batch
+                yield Item("gradients of earlier micro-batches, fp32", _FP32 * trained.total)
+        case "zero3":
+            yield Item("gathered weights", e * min(_DEEPSPEED_LIVE, base.total))
+            yield Item("gradient bucket", _BUCKET_BYTES)
+        case _:
+            yield Item("gradient bucket", _BUCKET_BYTES)
+
+
+def _activations(run: Run) -> Iterator[Item]:
+    tokens, layers = run.tokens_per_worker, run.model.num_layers
+    kept = activations.of_layer(run)
+    rope = 2 * run.element_bytes * run.model.head_dim
+    alive: tuple[Moment, ...] = ("loss", "backward")
+    if run.checkpointing:
+        per_token = activations.layer_input(run)
+        yield Item("layer inputs", per_token * tokens * layers, alive, per_token * tokens)
+        for part in kept:
+            name = f"one layer, recomputed: {part.name}"
+            yield Item(name, part.nbytes * tokens, ("backward",), part.block * tokens)
+    else:
+        for part in kept:
+            yield Item(f"activations: {part.name}", part.nbytes * tokens * layers, alive, part.block * tokens)
+    gradients = activations.layer_gradients(run)
+    yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
+    yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)
+    if run.sequence > 1:
+        yield from _halo(run, alive)
+
+
+def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
+    """Every layer's halo waits for the backward pass, with checkpointing too, so that recomputation exchanges nothing.
+
+    The kernel gets it in front of the keys of its segment, with as many queries of zeros.
+    """
+    plan, e, layers = run.halo, run.element_bytes * run.num_rows, run.model.num_layers
+    assert plan is not None, "the specification refuses sequence parallelism without S2-Attn"
+    head_dim, ranks = run.model.head_dim, range(plan.num_ranks)
+    halo = e * max(plan.elements_received(rank, head_dim) for rank in ranks)
+    queries = (sum(plan.halo(r, half).num_tokens * len(half.query_heads) for half in plan.halves) for r in ranks)
+    padded = 2 * e * head_dim * max(queries)
+    yield Item("halos", halo * layers, alive, halo)
+    if run.checkpointing:
+        yield Item("one layer, recomputed: attention over its halo", halo + padded, ("backward",), padded)
+    else:
+        yield Item("activations: attention over halos", (halo + padded) * layers, alive, padded)
+
+
+def _loss(run: Run) -> Iterator[Item]:
+    """The final norm's fp32 copy; hidden states, those with a label, and their gradients; one chunk of logits in fp32
+    with the exponentials that its sum takes.
+    """
+    tokens, row = run.tokens_per_worker, activations.layer_input(run)
+    nbytes = (_FP32 * run.model.hidden_size + 3 * row) * tokens
+    yield Item("hidden states and their gradients", nbytes, ("loss", "backward"), row * tokens)
+    chunk = min(_LOSS_CHUNK, tokens * run.model.vocab_size)
+    yield Item("a chunk of logits", 2 * _FP32 * chunk, ("loss",), _FP32 * chunk)
+
+
+def _share(nbytes: int, shards: int) -> int:
+    return -(-nbytes // shards)

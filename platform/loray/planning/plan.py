@@ -1,0 +1,158 @@
+"""The plan of a run: memory, traffic, arithmetic and time of one worker, and what speaks against it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from loray.planning.compute import Flops, StepTime, count_flops, estimate_time
+from loray.planning.devices import Device
+from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
+from loray.planning.remedies import Remedy, smallest_remedy
+from loray.planning.run import Run, quarter
+from loray.planning.traffic import Exchange, Traffic, exchanges, group_sizes, plan_traffic
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A refusal cannot run; a warning can, and costs something."""
+
+    severity: Literal["refusal", "warning"]
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    run: Run
+    device: Device
+    memory: MemoryPlan
+    traffic: Traffic
+    flops: Flops
+    time: StepTime
+    problems: tuple[Problem, ...]
+
+    @property
+    def is_refused(self) -> bool:
+        return any(problem.severity == "refusal" for problem in self.problems)
+
+    @property
+    def exchanges(self) -> list[list[Exchange]]:
+        """What other P and G would cost; empty where attention is dense."""
+        return exchanges(self.run, group_sizes(self.run)) if self.run.group_size else []
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON. Bytes, seconds, FLOPs, tokens."""
+        run, memory = self.run, self.memory
+        return {
+            "model": asdict(run.model) | {"rope": run.model.rope.to_hf()},
+            "parameters": {"base": run.base.total, "trained": run.trained.total} | asdict(run.trained),
+            "run": {
+                name: getattr(run, name)
+                for name in (
+                    "dtype",
+                    "row_length",
+                    "padded_length",
+                    "num_rows",
+                    "accumulation",
+                    "group_size",
+                    "context",
+                    "checkpointing",
+                    "num_workers",
+                    "sequence",
+                    "num_data_groups",
+                    "strategy",
+                    "tokens_per_worker",
+                    "tokens_per_step",
+                )
+            },
+            "device": asdict(self.device) | {"usable_bytes": self.device.usable_bytes},
+            "memory": {
+                "items": [asdict(item) for item in memory.items],
+                "moments": {moment: memory.at(moment) for moment in MOMENTS},
+                "peak_moment": memory.peak_moment,
+                "peak_bytes": memory.peak_bytes,
+                "dominant": memory.dominant.name,
+            },
+            "traffic": asdict(self.traffic),
+            "exchanges": [[asdict(exchange) for exchange in row] for row in self.exchanges],
+            "flops": asdict(self.flops) | {"total": self.flops.total},
+            "time": asdict(self.time) | {"step_s": self.time.step_s},
+            "problems": [asdict(problem) for problem in self.problems],
+            "is_refused": self.is_refused,
+        }
+
+
+def make_plan(run: Run, device: Device) -> Plan:
+    """Raises SpecError where sequence groups and rows cannot be laid out at all."""
+    memory, traffic = plan_memory(run, device), plan_traffic(run)
+    problems = (*_memory_problems(run, device, memory), *_layout_problems(run, traffic))
+    return Plan(run, device, memory, traffic, count_flops(run), estimate_time(run, device, traffic), problems)
+
+
+def _memory_problems(run: Run, device: Device, memory: MemoryPlan) -> list[Problem]:
+    if memory.peak_bytes <= device.usable_bytes:
+        return []
+    message = (
+        f"needs {_gb(memory.peak_bytes)} a worker where {device.name} has {_gb(device.usable_bytes)} to use; "
+        f"most of it is {memory.dominant.name} ({_gb(memory.dominant.nbytes)})"
+    )
+    return [Problem("refusal", message, _advice(smallest_remedy(run, device)))]
+
+
+def _advice(remedy: Remedy | None) -> str:
+    if remedy is None:
+        return "nothing in the recipe makes it fit: shorten data.max_length, or take a larger device"
+    return f"{' and '.join(remedy.changes)} would take {_gb(remedy.peak_bytes)}"
+
+
+def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:
+    problems = []
+    group, exchange = run.group_size, traffic.exchange
+    if group is not None and group < quarter(run.context):
+        problems.append(
+            Problem(
+                "warning",
+                f"group_size {group} is less than a quarter of the context of {run.context} tokens, which the paper "
+                "finds to raise the loss",
+                f"group_size: {quarter(run.context)}, or leave it out",
+            )
+        )
+    if group is not None and group >= run.row_length:
+        problems.append(
+            Problem(
+                "warning",
+                f"rows of {run.row_length} tokens lie inside one group of {group}: half of the heads attend densely",
+                f"group_size: {quarter(run.row_length)}, or longer rows",
+            )
+        )
+    if run.padded_length != run.row_length:
+        problems.append(
+            Problem(
+                "warning",
+                f"rows of {run.row_length} tokens do not divide by {run.sequence} workers and are padded to "
+                f"{run.padded_length}",
+                f"data.max_length: {run.row_length // run.sequence * run.sequence}",
+            )
+        )
+    if exchange is not None and group is not None and exchange.num_hops > 1:
+        best = max(1, 2 * run.padded_length // group)
+        problems.append(
+            Problem(
+                "warning",
+                f"a rank holds {run.padded_length // run.sequence} tokens, less than half of a group of {group}: its "
+                f"halo comes from up to {exchange.num_hops} ranks",
+                f"parallel.sequence: {best}, where it comes from one, or a smaller group",
+            )
+        )
+    if run.strategy != "ddp" and run.num_workers == 1:
+        problems.append(
+            Problem(
+                "warning", f"{run.strategy} has one worker to shard over", "parallel.strategy: ddp, or more workers"
+            )
+        )
+    return problems
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB"

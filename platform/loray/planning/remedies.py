@@ -1,0 +1,72 @@
+"""The smallest change to a recipe that makes it fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from loray.planning.devices import THIS_MACHINE, Device
+from loray.planning.memory import plan_memory
+from loray.planning.run import Run, Strategy
+
+_MOST_WORKERS = 1024
+# By what they shard; fsdp2 needs no further package.
+_STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero2", "fsdp2", "zero3")
+
+
+class Remedy(NamedTuple):
+    """`changes`: fields of the recipe, as they would be written."""
+
+    changes: tuple[str, ...]
+    peak_bytes: int
+
+
+def smallest_remedy(run: Run, device: Device) -> Remedy | None:
+    """Fewest changes first, then in the order: checkpointing, shorter micro-batches, strategy, sequence parallel, and
+    only where none of these is enough, more workers. None where nothing helps.
+    """
+    num_workers = run.num_workers
+    while num_workers <= _MOST_WORKERS:
+        for candidate in sorted(_variants(replace(run, num_workers=num_workers)), key=lambda c: len(_changes(run, c))):
+            peak = plan_memory(candidate, device).peak_bytes
+            if peak <= device.usable_bytes:
+                return Remedy(_changes(run, candidate), peak)
+        if device.name == THIS_MACHINE:  # more workers would share the same memory
+            return None
+        num_workers *= 2
+    return None
+
+
+def _variants(run: Run) -> Iterator[Run]:
+    strategies = _STRATEGIES[_STRATEGIES.index(run.strategy) :] if run.num_workers > 1 else (run.strategy,)
+    sequences = [run.sequence]
+    while run.group_size and run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
+        sequences.append(2 * sequences[-1])
+    for sequence, strategy, num_rows, checkpointing in itertools.product(
+        sequences, strategies, sorted({run.num_rows, 1}, reverse=True), sorted({run.checkpointing, True})
+    ):
+        yield replace(
+            run,
+            sequence=sequence,
+            strategy=strategy,
+            num_rows=num_rows,
+            accumulation=run.accumulation * run.num_rows // num_rows,
+            checkpointing=checkpointing,
+        )
+
+
+def _changes(before: Run, after: Run) -> tuple[str, ...]:
+    changes = []
+    if after.checkpointing != before.checkpointing:
+        changes.append("gradient_checkpointing: true")
+    if after.num_rows != before.num_rows:
+        changes.append(f"batch: {{rows: {after.num_rows}, accumulation: {after.accumulation}}}")
+    if after.strategy != before.strategy:
+        changes.append(f"parallel.strategy: {after.strategy}")
+    if after.sequence != before.sequence:
+        changes.append(f"parallel.sequence: {after.sequence}")
+    if after.num_workers != before.num_workers:
+        changes.append(f"num_workers: {after.num_workers}")
+    return tuple(changes)

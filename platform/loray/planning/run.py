@@ -1,0 +1,130 @@
+"""One training run as numbers: what the estimates take, from a recipe and the shape of its base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from loray.bases.config import ModelConfig
+from loray.errors import SpecError, UnsupportedError
+from loray.planning.halo import BYTES_PER_ELEMENT, HaloPlan, padded_length
+from loray.planning.shapes import BaseCounts, TrainedCounts, count_base, count_trained
+from loray.spec import AdapterSpec, TrainSpec
+
+Strategy = Literal["ddp", "zero2", "zero3", "fsdp2"]
+SHARDS_WEIGHTS: tuple[Strategy, ...] = ("zero3", "fsdp2")
+
+_DEFAULT_LENGTH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one worker computes in a step, and how workers share it.
+
+    row_length   N of the longest row, in tokens, as the recipe has it
+    num_rows     rows of a micro-batch
+    group_size   S2-Attn's G, None where attention is dense
+    context      tokens that the adapter is trained for
+    """
+
+    model: ModelConfig
+    adapter: AdapterSpec
+    dtype: str
+    row_length: int
+    num_rows: int
+    accumulation: int
+    group_size: int | None
+    context: int
+    checkpointing: bool
+    num_workers: int
+    sequence: int
+    strategy: Strategy
+
+    @property
+    def element_bytes(self) -> int:
+        return BYTES_PER_ELEMENT[self.dtype]
+
+    @property
+    def padded_length(self) -> int:
+        """N as it is trained: a multiple of P."""
+        return padded_length(self.row_length, self.sequence)
+
+    @property
+    def tokens_per_worker(self) -> int:
+        """Of a micro-batch: rows · N / P."""
+        return self.num_rows * self.padded_length // self.sequence
+
+    @property
+    def num_data_groups(self) -> int:
+        """Sequence groups, each with rows of its own."""
+        return self.num_workers // self.sequence
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.num_rows * self.row_length * self.accumulation * self.num_data_groups
+
+    @property
+    def weight_shards(self) -> int:
+        return self.num_workers if self.strategy in SHARDS_WEIGHTS else 1
+
+    @property
+    def optimizer_shards(self) -> int:
+        return 1 if self.strategy == "ddp" else self.num_workers
+
+    @property
+    def base(self) -> BaseCounts:
+        return count_base(self.model)
+
+    @property
+    def trained(self) -> TrainedCounts:
+        return count_trained(self.model, self.adapter)
+
+    @property
+    def halo(self) -> HaloPlan | None:
+        """None where attention is dense."""
+        if self.group_size is None:
+            return None
+        return halo_plan(self.model, self.padded_length, self.sequence, self.group_size)
+
+
+def halo_plan(model: ModelConfig, num_tokens: int, num_ranks: int, group_size: int) -> HaloPlan:
+    return HaloPlan(num_tokens, num_ranks, group_size, model.num_heads, model.num_kv_heads)
+
+
+def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
+    """Raises SpecError or UnsupportedError for a recipe that the driver would refuse before any worker starts."""
+    long_context = spec.adapter.long_context
+    context = model.max_position_embeddings
+    group_size = None
+    if long_context is not None:
+        if model.rope.rope_type != "default":
+            raise UnsupportedError(
+                f"the base's RoPE is {model.rope.rope_type!r} already, and scaling it again is not defined; "
+                "take a base whose RoPE is not scaled"
+            )
+        context = long_context.context_length(context)
+        group_size = long_context.group_size or quarter(context)
+    row_length = spec.data.max_length or (context if long_context is not None else min(_DEFAULT_LENGTH, context))
+    if row_length > context:
+        raise SpecError(f"data.max_length is {row_length}, but the adapter's context is {context} tokens; lower it")
+    if spec.batch.tokens is not None and spec.batch.tokens < row_length:
+        raise SpecError(f"batch.tokens is {spec.batch.tokens}, less than a row of {row_length} tokens; raise it")
+    return Run(
+        model=model,
+        adapter=spec.adapter,
+        dtype=spec.dtype,
+        row_length=row_length,
+        num_rows=spec.batch.rows or (spec.batch.tokens or 0) // row_length,
+        accumulation=spec.batch.accumulation,
+        group_size=group_size,
+        context=context,
+        checkpointing=spec.gradient_checkpointing,
+        num_workers=spec.num_workers,
+        sequence=spec.parallel.sequence,
+        strategy=spec.parallel.strategy,
+    )
+
+
+def quarter(context: int) -> int:
+    """The paper's group: a quarter of the context, rounded down to an even number."""
+    return max(2, context // 4 // 2 * 2)

@@ -1,0 +1,191 @@
+"""`loray plan` as a user meets it: tables, JSON, exit codes, and shapes that are not on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loray.bases.registry import add_base
+from loray.cli.main import _run
+from loray.planning.devices import HostRates
+from loray.recipe import shipped
+from tests.tiny import write_checkpoint
+
+RATES = HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10)
+RECIPE: dict[str, Any] = {
+    "name": "planned",
+    "base": "Meta-Llama-3-8B",
+    "adapter": {"method": "longlora", "long_context": {"rope_scaling": {"factor": 16}, "group_size": 8192}},
+    "data": {"train": "data.jsonl"},
+    "batch": {"rows": 1},
+    "optimizer": {"learning_rate": 1e-4},
+    "max_steps": 1,
+    "num_workers": 8,
+    "parallel": {"sequence": 8, "strategy": "fsdp2"},
+    "gradient_checkpointing": True,
+    "use_gpu": True,
+}
+
+Plan = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path))
+    (tmp_path / "rates.json").write_text(json.dumps(asdict(RATES)))
+    return tmp_path
+
+
+@pytest.fixture
+def plan(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Plan:
+    def run(recipe: str | dict[str, Any], *args: object) -> tuple[int, str, str]:
+        text = json.dumps(recipe) if isinstance(recipe, dict) else recipe
+        monkeypatch.setattr(sys, "argv", ["loray", "plan", text, *map(str, args)])
+        capsys.readouterr()
+        code = _run()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_tables_of_a_run_that_fits(plan: Plan) -> None:
+    code, out, err = plan(RECIPE)
+    assert (code, err) == (0, "")
+    for words in (
+        "planned: longlora on Meta-Llama-3-8B",
+        "8.0 G, 532.4 M trained (6.63%), bfloat16",
+        "1 × 131072 tokens × 1 micro-batches; S2-Attn, G = 8192",
+        "8 workers: 1 data × 8 sequence, fsdp2; 16384 tokens each; keep layer inputs (checkpointing)",
+        "Memory of a worker (a100-80gb: 80.8 GB to use)",
+        "fits",
+        "layer inputs",
+        "HALO, G = 8192",
+        "HALO, G = 32768",
+        "8.4 MB (35.0×)",
+        "33.6 MB (8.8×)",
+        "293.6 MB",
+        "469.8 MB",
+        "tokens/s",
+        "312 TFLOP/s",
+    ):
+        assert words in out
+    # Less than the paper's group.
+    assert "warning: group_size 8192 is less than a quarter of the context of 131072 tokens" in out
+
+
+def test_json_has_the_same_numbers(plan: Plan) -> None:
+    code, out, _ = plan(RECIPE, "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["recipe"] == "planned"
+    assert facts["base"] == "Meta-Llama-3-8B"
+    assert facts["traffic"]["exchange"]["halo_bytes"] == 8192 * 128 * 4 * 2
+    assert facts["traffic"]["exchange"]["num_hops"] == 1
+    assert facts["parameters"]["base"] == 8_030_261_248
+    assert facts["run"]["sequence"] == 8
+    assert facts["is_refused"] is False
+    assert facts["memory"]["peak_bytes"] <= facts["device"]["usable_bytes"]
+    assert facts["time"]["tokens_per_s"] > 0
+
+
+def test_what_does_not_fit_exits_with_1_and_says_what_would(plan: Plan) -> None:
+    small = RECIPE | {"parallel": {"sequence": 1, "strategy": "ddp"}, "gradient_checkpointing": False}
+    code, out, _ = plan(small)
+    assert code == 1
+    assert "does not fit" in out
+    assert "refusal: needs" in out
+    assert "gradient_checkpointing: true" in out.split("refusal")[1]
+    code, out, _ = plan(small, "--json")
+    assert code == 1
+    refusal = json.loads(out)["problems"][0]
+    assert refusal["severity"] == "refusal"
+
+
+def test_workers_and_device_may_be_others_than_the_recipes(plan: Plan) -> None:
+    facts = json.loads(plan(RECIPE, "--workers", 16, "--device", "h100-80gb", "--json")[1])
+    assert facts["run"]["num_workers"] == 16
+    assert facts["run"]["num_data_groups"] == 2
+    assert facts["device"]["name"] == "h100-80gb"
+    code, _, err = plan(RECIPE, "--workers", 12)
+    assert code == 1
+    assert "parallel.sequence is 8, which does not divide num_workers (12)" in err
+
+
+def test_this_machine_is_the_default_without_gpus(plan: Plan) -> None:
+    facts = json.loads(plan(RECIPE | {"base": "smollm2", "use_gpu": False}, "--json")[1])
+    assert facts["device"]["name"] == "this-machine"
+    assert facts["device"]["memory_bytes"] == (16 << 30) // 8
+    assert facts["device"]["flops"] == 4e11 / 8
+
+
+def test_shapes_come_from_this_machine_from_a_file_or_from_what_is_known(plan: Plan, home: Path) -> None:
+    code, _, err = plan(RECIPE | {"base": "mystery"})
+    assert code == 1
+    assert "no base model 'mystery' on this machine" in err
+    assert "Llama-2-7b-hf" in err
+    assert "--config" in err
+    checkpoint = write_checkpoint(home / "checkpoint")
+    given = json.loads(plan(RECIPE | {"base": "mystery"}, "--config", checkpoint / "config.json", "--json")[1])
+    assert given["model"]["hidden_size"] == 64
+    add_base(str(checkpoint), home=home, name="mystery")
+    assert json.loads(plan(RECIPE | {"base": "mystery"}, "--json")[1])["model"] == given["model"]
+    (home / "other.json").write_text("[]")
+    code, _, err = plan(RECIPE, "--config", home / "other.json")
+    assert code == 1
+    assert "is not the config.json of a model" in err
+
+
+def test_a_base_whose_rope_is_scaled_is_refused(plan: Plan, home: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    checkpoint = write_checkpoint(home / "checkpoint", rope_parameters=rope)
+    code, out, err = plan(RECIPE, "--config", checkpoint / "config.json")
+    assert (code, out) == (1, "")
+    assert "RoPE is 'linear' already" in err
+
+
+def test_neither_torch_nor_ray_is_imported(home: Path) -> None:
+    code = (
+        "import sys; from loray.cli.main import cli; cli(['plan', 'longlora_llama2_7b_32k'], standalone_mode=False);"
+        "print([m for m in 'torch ray transformers peft numpy fastapi'.split() if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_shipped_recipe_has_a_plan_and_fits_where_it_is_meant_to_run(plan: Plan) -> None:
+    for name in shipped():
+        facts = json.loads(plan(name, "--json")[1])
+        assert not facts["is_refused"], name
+        assert facts["problems"] == [], name
+        assert facts["device"]["name"] == ("a100-80gb" if "llama2" in name else "this-machine")
+
+
+def test_a_machine_that_cannot_be_measured(plan: Plan, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "rates.json").unlink()
+    monkeypatch.setattr("loray.cli.plan.sys.executable", "/bin/false")
+    code, _, err = plan("lora_smollm2")
+    assert code == 1
+    assert "this machine could not be measured; name a --device" in err
+
+
+@pytest.mark.parametrize(("load", "is_kept"), [(0.0, True), (50.0, False)])
+def test_rates_are_kept_where_nothing_else_ran(
+    plan: Plan, home: Path, monkeypatch: pytest.MonkeyPatch, load: float, is_kept: bool
+) -> None:
+    (home / "rates.json").unlink()
+    printed = subprocess.CompletedProcess([], 0, json.dumps(asdict(RATES)), "")
+    monkeypatch.setattr("loray.cli.plan.subprocess.run", lambda *args, **kwargs: printed)
+    monkeypatch.setattr("loray.cli.plan.os.getloadavg", lambda: (load, load, load))
+    code, out, err = plan("lora_smollm2", "--json")
+    assert code == 0
+    assert json.loads(out)["device"]["flops"] == RATES.flops
+    assert err.startswith("measuring this machine")
+    assert ("is busy" in err) != is_kept
+    assert (home / "rates.json").exists() == is_kept

@@ -1,0 +1,47 @@
+"""Recipes and devices of plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from loray.planning.devices import PRESETS, Device
+from loray.planning.run import Run, run_of
+from loray.planning.shapes import preset
+from loray.spec import TrainSpec
+
+A100 = PRESETS["a100-80gb"]
+
+
+def recipe(**fields: Any) -> TrainSpec:
+    data: dict[str, Any] = {
+        "name": "plan",
+        "adapter": {"method": "lora"},
+        "data": {"train": "data.jsonl"},
+        "batch": {"rows": 1},
+        "optimizer": {"learning_rate": 1e-4},
+        "max_steps": 1,
+    }
+    return TrainSpec.parse(data | fields, source="the test's recipe")
+
+
+def long_run(
+    base: str, context: int, *, group_size: int | None = None, workers: int = 1, sequence: int = 1, **fields: Any
+) -> Run:
+    """LongLoRA on a well-known base, stretched to `context` tokens."""
+    model = preset(base)
+    assert model is not None
+    scaling = {"type": "linear", "factor": context / model.max_position_embeddings}
+    long_context: dict[str, Any] = {"rope_scaling": scaling, "group_size": group_size}
+    spec = recipe(
+        adapter={"method": "longlora", "long_context": long_context},
+        num_workers=workers,
+        parallel={"sequence": sequence, "strategy": fields.pop("strategy", "ddp")},
+        **fields,
+    )
+    return run_of(spec, model)
+
+
+def bare(device: Device = A100) -> Device:
+    """Nothing but the tensors."""
+    return replace(device, framework_bytes=0, fragmentation=0.0)

@@ -1,0 +1,78 @@
+"""What is said to be kept for the backward pass, against what autograd keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from loray.bases.registry import BaseModel
+from loray.planning import activations
+from loray.planning.run import run_of
+from loray.planning.shapes import count_base, count_trained
+from loray.spec import TrainSpec
+from loray.train.model import build_model, count_parameters
+from tests.planning.support import recipe
+
+TOKENS = 256
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LONG = {"method": "longlora", "long_context": {"original_context": TOKENS // 2, "rope_scaling": {"factor": 2}}}
+
+
+def kept_bytes(base: BaseModel, spec: TrainSpec) -> int:
+    """Of the decoder's forward pass, storages once, parameters not."""
+    model = build_model(base, spec).train()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x)  # alive until counted, so that no address comes twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model.base_model(input_ids=torch.randint(0, 256, (1, TOKENS)), use_cache=False)
+    return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in parameters)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("architecture", "adapter", "error"),
+    [
+        ("LlamaForCausalLM", {"method": "lora", "rank": 4}, 0),
+        ("Qwen2ForCausalLM", {"method": "lora", "rank": 4, "target_modules": ALL}, 0),
+        ("Qwen3ForCausalLM", {"method": "lora", "rank": 4, "target_modules": ["q_proj", "down_proj"]}, 0),
+        ("LlamaForCausalLM", {"method": "lora", "rank": 4, "target_modules": ALL, "dropout": 0.1}, 0.01),
+        ("LlamaForCausalLM", {"method": "vera", "rank": 8}, 0),
+        ("LlamaForCausalLM", LONG, 0.05),
+        ("Qwen3ForCausalLM", LONG, 0.05),
+    ],
+)
+def test_a_layer_keeps_what_is_counted(
+    tiny_base: Callable[..., BaseModel], architecture: str, adapter: dict[str, Any], error: float, dtype: str
+) -> None:
+    spec = recipe(adapter=adapter, dtype=dtype)
+    kept = [kept_bytes(tiny_base(architecture, num_hidden_layers=n), spec) for n in (2, 4)]
+    run = run_of(spec, tiny_base(architecture, num_hidden_layers=2).config)
+    counted = sum(part.nbytes for part in activations.of_layer(run))
+    assert (kept[1] - kept[0]) / (2 * TOKENS) == pytest.approx(counted, rel=error, abs=0)
+
+
+@pytest.mark.parametrize("adapter", [{"method": "lora", "target_modules": ALL}, {"method": "vera"}, LONG])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_exactly(
+    tiny_base: Callable[..., BaseModel], architecture: str, adapter: dict[str, Any], tied: bool
+) -> None:
+    base = tiny_base(architecture, tie_word_embeddings=tied)
+    spec = recipe(adapter=adapter)
+    model = build_model(base, spec)
+    found = count_parameters(model)
+    trained = count_trained(base.config, spec.adapter)
+    assert trained.total == found.trainable
+    assert trained.largest == max(p.numel() for p in model.parameters() if p.requires_grad)
+    extra = trained.adapter + (trained.embedding if tied else 0)
+    assert count_base(base.config).total == found.total - extra
+    assert math.prod(model.get_input_embeddings().weight.shape) == count_base(base.config).embedding

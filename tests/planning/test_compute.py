@@ -1,0 +1,78 @@
+"""FLOPs against sums by hand and masks counted out; time is what its parts say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from loray.planning.compute import attention_pairs, count_flops, estimate_time
+from loray.planning.run import run_of
+from loray.planning.shapes import preset
+from loray.planning.traffic import plan_traffic
+from tests.planning.support import A100, long_run, recipe
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 9])
+@pytest.mark.parametrize(("num_tokens", "group"), [(24, 8), (21, 8), (3, 8), (9, 8), (16, 4)])
+def test_pairs_are_those_of_the_mask(num_tokens: int, group: int, num_heads: int) -> None:
+    pairs = 0
+    for head in range(num_heads):
+        offset = 0 if head < num_heads // 2 else group // 2
+        cuts = {0, *range(offset, num_tokens, group)}
+        pairs += sum(q - max(c for c in cuts if c <= q) + 1 for q in range(num_tokens))
+    assert attention_pairs(num_tokens, group, num_heads) == pairs
+    assert attention_pairs(num_tokens, None, num_heads) == num_heads * num_tokens * (num_tokens + 1) // 2
+
+
+def test_frozen_weights_take_one_product_in_the_backward_pass() -> None:
+    model = preset("Llama-2-7b-hf")
+    assert model is not None
+    run = run_of(recipe(adapter={"method": "lora", "rank": 8}, data={"train": "x", "max_length": 4096}), model)
+    flops, tokens = count_flops(run), 4096
+    linears = 2 * tokens * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    head = 2 * tokens * 32000 * 4096
+    lora = 2 * tokens * 32 * 4 * 8 * 2 * 4096
+    attention = 4 * 128 * 32 * 32 * (4096 * 4097 // 2)
+    assert flops.attention == flops.dense_attention == attention
+    assert flops.forward == linears + 2 * head + lora + attention
+    assert flops.backward == linears + 2 * lora + 2.5 * attention
+    assert flops.recompute == 0
+    again = count_flops(replace(run, checkpointing=True))
+    assert again.recompute == flops.forward - 2 * head
+    assert again.total == flops.total + again.recompute
+
+
+def test_s2_attention_takes_about_a_quarter() -> None:
+    flops = count_flops(long_run("Llama-2-7b-hf", 32768))
+    # Plain heads G/N; shifted ones have three whole groups and two halves: 3.5 of 4.
+    assert flops.attention / flops.dense_attention == pytest.approx((1 + 3.5 / 4) / 2 / 4, rel=1e-3)
+
+
+def test_workers_share_a_row() -> None:
+    alone = count_flops(long_run("Llama-2-7b-hf", 32768))
+    shared = count_flops(long_run("Llama-2-7b-hf", 32768, workers=4, sequence=4))
+    assert shared.total == pytest.approx(alone.total / 4)
+
+
+def test_time_adds_up() -> None:
+    run = long_run("Llama-2-7b-hf", 32768, workers=8, strategy="zero2", gradient_checkpointing=True)
+    time = estimate_time(run, A100, plan_traffic(run))
+    flops = count_flops(run)
+    products = (flops.total - 4.5 * flops.attention) / (312e12 * 0.65)
+    assert time.matmul_s == pytest.approx(products)
+    assert time.attention_s == pytest.approx(4.5 * flops.attention / (312e12 * 0.5))
+    assert time.tokens_per_s == pytest.approx(8 * 32768 / time.step_s)
+    assert time.mfu == pytest.approx((flops.forward + flops.backward) / time.step_s / 312e12)
+    slow = estimate_time(run, replace(A100, link_bandwidth=1e9), plan_traffic(run))
+    assert slow.communication_s == pytest.approx(plan_traffic(run).gradient_bytes / 1e9)
+
+
+def test_gathers_are_hidden_behind_computation_where_they_can_be() -> None:
+    run = long_run("Llama-2-7b-hf", 32768, workers=8, strategy="zero3")
+    traffic = plan_traffic(run)
+    fast, slow = (estimate_time(run, replace(A100, link_bandwidth=rate), traffic) for rate in (300e9, 1e8))
+    gradients = traffic.gradient_bytes
+    assert fast.communication_s == pytest.approx(gradients / 300e9)
+    computed = slow.matmul_s + slow.attention_s + slow.memory_s
+    assert slow.communication_s == pytest.approx((traffic.gather_bytes + gradients) / 1e8 - computed)

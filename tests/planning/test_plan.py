@@ -1,0 +1,149 @@
+"""What a plan refuses, what it warns of, and what it would change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loray.bases.config import ModelConfig
+from loray.errors import SpecError, UnsupportedError
+from loray.planning.devices import HostRates, host
+from loray.planning.memory import plan_memory
+from loray.planning.plan import make_plan
+from loray.planning.remedies import smallest_remedy
+from loray.planning.run import run_of
+from loray.planning.shapes import preset
+from loray.spec import RopeParameters
+from tests.planning.support import A100, bare, long_run, recipe
+
+LONG: dict[str, Any] = {"method": "longlora", "long_context": {"rope_scaling": {"factor": 8}}}
+
+
+def llama(**changes: Any) -> ModelConfig:
+    config = preset("Llama-2-7b-hf")
+    assert config is not None
+    return replace(config, **changes)
+
+
+def test_a_run_that_fits_has_nothing_against_it() -> None:
+    plan = make_plan(long_run("Llama-2-7b-hf", 32768, workers=8, strategy="zero2", gradient_checkpointing=True), A100)
+    assert plan.problems == ()
+    assert not plan.is_refused
+
+
+@pytest.mark.parametrize(
+    ("base", "context", "workers", "changes"),
+    [
+        ("Llama-2-7b-hf", 32768, 8, ("gradient_checkpointing: true",)),
+        ("Llama-2-7b-hf", 131072, 8, ("gradient_checkpointing: true", "parallel.sequence: 2")),
+        ("Llama-2-70b-hf", 16384, 8, ("gradient_checkpointing: true", "parallel.strategy: fsdp2")),
+        ("Llama-2-70b-hf", 8192, 1, ("gradient_checkpointing: true", "parallel.strategy: fsdp2", "num_workers: 4")),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_smallest_change(
+    base: str, context: int, workers: int, changes: tuple[str, ...]
+) -> None:
+    run = long_run(base, context, workers=workers)
+    plan = make_plan(run, A100)
+    (problem,) = (p for p in plan.problems if p.severity == "refusal")
+    assert plan.is_refused
+    assert "GB a worker where a100-80gb has 80.8 GB to use" in problem.message
+    assert plan.memory.dominant.name in problem.message
+    remedy = smallest_remedy(run, A100)
+    assert remedy is not None
+    assert remedy.changes == changes
+    assert problem.remedy.startswith(" and ".join(changes))
+    assert remedy.peak_bytes <= A100.usable_bytes
+
+
+def test_shorter_micro_batches_come_before_more_workers() -> None:
+    run = long_run("Llama-2-7b-hf", 32768, batch={"rows": 8}, gradient_checkpointing=True)
+    remedy = smallest_remedy(run, A100)
+    assert remedy is not None
+    assert remedy.changes == ("batch: {rows: 1, accumulation: 8}",)
+
+
+def test_where_nothing_helps_the_plan_says_so() -> None:
+    run = long_run("Llama-2-70b-hf", 32768)
+    device = host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=1)
+    (problem,) = make_plan(run, device).problems
+    assert "nothing in the recipe makes it fit" in problem.remedy
+    tiny = replace(bare(), memory_bytes=10**8)
+    assert smallest_remedy(run, tiny) is None
+
+
+@pytest.mark.parametrize(
+    ("run", "message", "remedy"),
+    [
+        (
+            long_run("smollm2", 16384, group_size=2048),
+            "less than a quarter of the context of 16384",
+            "group_size: 4096",
+        ),
+        (
+            long_run("smollm2", 16384, data={"train": "x", "max_length": 4096}),
+            "rows of 4096 tokens lie inside one group of 4096",
+            "group_size: 1024",
+        ),
+        (
+            long_run("smollm2", 16384, workers=3, sequence=3),
+            "16384 tokens do not divide by 3 workers and are padded to 16386",
+            "data.max_length: 16383",
+        ),
+        (
+            long_run("smollm2", 16384, workers=16, sequence=16),
+            "holds 1024 tokens, less than half of a group of 4096: its halo comes from up to 3 ranks",
+            "parallel.sequence: 8",
+        ),
+        (long_run("smollm2", 16384, strategy="zero2"), "zero2 has one worker", "parallel.strategy: ddp"),
+    ],
+)
+def test_warnings(run: Any, message: str, remedy: str) -> None:
+    plan = make_plan(run, A100)
+    assert not plan.is_refused
+    (problem,) = plan.problems
+    assert message in problem.message
+    assert problem.remedy.startswith(remedy)
+
+
+def test_what_the_driver_would_refuse() -> None:
+    scaled = llama(rope=RopeParameters(rope_type="linear", rope_theta=1e4, factor=2.0))
+    with pytest.raises(UnsupportedError, match="RoPE is 'linear' already"):
+        run_of(recipe(adapter=LONG), scaled)
+    with pytest.raises(SpecError, match="context is 32768 tokens"):
+        run_of(recipe(adapter=LONG, data={"train": "x", "max_length": 32769}), llama())
+    with pytest.raises(SpecError, match=r"batch\.tokens is 100, less than a row of 32768"):
+        run_of(recipe(adapter=LONG, batch={"tokens": 100}), llama())
+
+
+def test_rows_as_the_driver_makes_them() -> None:
+    assert run_of(recipe(adapter=LONG), llama()).row_length == 32768
+    assert run_of(recipe(), llama()).row_length == 1024
+    assert run_of(recipe(), llama(max_position_embeddings=512)).row_length == 512
+    assert run_of(recipe(batch={"tokens": 4096}), llama()).num_rows == 4
+    long = run_of(recipe(adapter=LONG), llama())
+    assert (long.context, long.group_size) == (32768, 8192)
+    assert run_of(recipe(), llama()).group_size is None
+
+
+def test_json_holds_what_the_tables_show() -> None:
+    plan = make_plan(long_run("smollm2", 16384, workers=2, sequence=2), A100)
+    facts = plan.to_dict()
+    assert (
+        facts["memory"]["peak_bytes"] == plan.memory.peak_bytes == facts["memory"]["moments"][plan.memory.peak_moment]
+    )
+    assert sum(item["nbytes"] for item in facts["memory"]["items"]) == sum(i.nbytes for i in plan.memory.items)
+    assert facts["traffic"]["exchange"]["halo_bytes"] == 4096 * 64 * 2 * 2
+    assert facts["time"]["step_s"] == plan.time.step_s
+    assert facts["parameters"] == {
+        "base": 134515008,
+        "trained": plan.run.trained.total,
+        "adapter": plan.run.trained.adapter,
+        "embedding": 49152 * 576,
+        "norms": 61 * 576,
+        "largest": 49152 * 576,
+    }
+    assert facts["model"]["rope"]["rope_type"] == "default"
+    assert plan_memory(plan.run, A100) == plan.memory
