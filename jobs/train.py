@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jobs.prepare import Prepared, prepare
 from jobs.publication import already_published, publish_best
 from jobs.recipe import Recipe, load_recipe
 from jobs.record import Interrupted, Interrupts, JobRecord, recorded
+from jobs.rows import share
 from jobs.runs import RunFolder, open_runs
 from jobs.sink import start_sink
 from loray.catalog import Catalog
@@ -154,7 +156,7 @@ def _trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: Any) 
             base_fingerprint=prepared.base.fingerprint,
             log_level=settings.log_level,
             events=sink,
-            data=ray.put(prepared.data),
+            data=ray.put(replace(prepared.data, train=share(prepared.data.train))),
         ),
         scaling_config=ScalingConfig(
             num_workers=spec.num_workers,
