@@ -18,6 +18,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchTrainer
 
 from jobs import events, worker
+from jobs.checkpoints import SCORE
 from jobs.events import EventTail
 from jobs.prepare import Prepared, prepare
 from jobs.publication import already_published, publish_best
@@ -26,6 +27,7 @@ from jobs.record import Interrupted, Interrupts, JobRecord, recorded
 from jobs.rows import share
 from jobs.runs import RunFolder, open_runs
 from jobs.sink import start_sink
+from jobs.tensorboard import Board
 from loray.catalog import Catalog
 from loray.errors import CatalogError, LorayError, SpecError, StoreError, TrainingError
 from loray.settings import Settings
@@ -126,8 +128,12 @@ def _how_to_publish(recipe: Recipe) -> str:
 def _fit(
     prepared: Prepared, run: RunFolder, settings: Settings, emit: events.Emit, job: JobRecord, interrupts: Interrupts
 ) -> Any:
-    with run.events() as path, EventTail(path, emit):
-        sink = start_sink(path)
+    def tell(event: dict[str, Any]) -> None:
+        board.write(event)
+        emit(event)
+
+    with run.history() as history, Board(history.board) as board, EventTail(history.events, tell):
+        sink = start_sink(history.events)
         try:
             return _trainer(prepared, run, settings, sink).fit()
         except TrainingFailedError as e:
@@ -153,8 +159,10 @@ def _trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: Any) 
         train_loop_config=worker.WorkerConfig(
             recipe=spec.model_dump(mode="json"),
             home=str(settings.home),
+            run=run.name,
             base_fingerprint=prepared.base.fingerprint,
             log_level=settings.log_level,
+            peak_tflops=settings.peak_tflops,
             events=sink,
             data=ray.put(replace(prepared.data, train=share(prepared.data.train))),
         ),
@@ -168,7 +176,7 @@ def _trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: Any) 
             failure_config=FailureConfig(max_failures=_MAX_LOST_WORKERS),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=spec.checkpoint.keep,
-                checkpoint_score_attribute=worker.SCORE if ranked else None,
+                checkpoint_score_attribute=SCORE if ranked else None,
                 checkpoint_score_order="min",
             ),
             callbacks=[worker.EventLog(sink, str(run))],
