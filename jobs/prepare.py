@@ -13,7 +13,7 @@ from loray.bases.registry import BaseModel, list_bases
 from loray.errors import SpecError
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from loray.train.batches import BatchStream
+from loray.train.batches import check_budget
 from loray.train.context import context_length, rope_parameters
 from loray.train.data import Dataset, load_data
 
@@ -46,7 +46,7 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
             whole_windows=spec.adapter.long_context is not None,
             fetched=copies,
         )
-    BatchStream(data.train, spec.batch, max_length=max_length, seed=spec.seed)  # refuses a budget that rows exceed
+    check_budget(max(data.train.lengths.tolist(), default=0), spec.batch)
     resolved = spec.data.model_copy(update={"max_length": max_length})
     return Prepared(spec.model_copy(update={"data": resolved}), base, data)
 

@@ -21,7 +21,7 @@ from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, LorayError
 from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
-from loray.train.data_parallel import World
+from loray.train.mesh import World
 
 if TYPE_CHECKING:
     from loray.train.data import Dataset

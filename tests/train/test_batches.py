@@ -30,7 +30,7 @@ def plan(lengths: list[int], seed: int = 0, epoch: int = 0, **spec: Any) -> list
 
 
 def stream(
-    lengths: list[int], cursor: Cursor | None = None, rank: int = 0, world_size: int = 1, **spec: Any
+    lengths: list[int], cursor: Cursor | None = None, rank: int = 0, size: int = 1, per_step: int = 1, **spec: Any
 ) -> BatchStream:
     return BatchStream(
         make_rows(lengths),
@@ -38,8 +38,9 @@ def stream(
         max_length=MAX_LENGTH,
         seed=3,
         cursor=cursor or Cursor(),
+        per_step=per_step,
         rank=rank,
-        world_size=world_size,
+        size=size,
     )
 
 
@@ -126,7 +127,7 @@ def ids(batches: list[Batch]) -> list[list[int]]:
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_stream_resumes_from_its_cursor(order: str) -> None:
     lengths = np.random.default_rng(1).integers(2, MAX_LENGTH, 23).tolist()
-    spec = {"rows": 2, "accumulation": 3, "order": order}
+    spec = {"rows": 2, "per_step": 3, "order": order}
     unbroken = stream(lengths, **spec)
     steps = [(ids(unbroken.next_step()), unbroken.cursor) for _ in range(9)]  # over two epochs and more
     for done in (1, 4, 7):
@@ -134,20 +135,27 @@ def test_a_stream_resumes_from_its_cursor(order: str) -> None:
         assert [(ids(resumed.next_step()), resumed.cursor) for _ in range(9 - done)] == steps[done:]
 
 
-def test_ranks_share_what_one_would_have_done() -> None:
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_share_what_one_would_have_done(size: int) -> None:
+    """Whatever their number: where they do not share equally, some add one that counts for nothing."""
     lengths = list(range(2, 30))
-    alone = stream(lengths, rows=2, accumulation=4)
-    ranks = [stream(lengths, rank=r, world_size=2, rows=2, accumulation=2) for r in range(2)]
+    alone = stream(lengths, rows=2, per_step=4)
+    ranks = [stream(lengths, rank=r, size=size, rows=2, per_step=4) for r in range(size)]
     for _ in range(8):
         expected = ids(alone.next_step())
-        shares = [ids(s.next_step()) for s in ranks]
-        assert [b for pair in zip(*shares, strict=True) for b in pair] == expected
-        assert ranks[0].cursor == ranks[1].cursor == alone.cursor
+        shares = [s.next_step() for s in ranks]
+        assert {len(share) for share in shares} == {-(-4 // size)}
+        counted = [batch for round_ in zip(*shares, strict=True) for batch in round_ if batch.num_targets]
+        assert ids(counted) == expected
+        assert sum(batch.num_tokens for share in shares for batch in share) == sum(b.num_tokens for b in counted)
+        uncounted = [batch for share in shares for batch in share if not batch.num_targets]
+        assert all(bool((batch.labels_BT == IGNORED).all()) for batch in uncounted)
+        assert {s.cursor for s in ranks} == {alone.cursor}
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.5, 2), (0.01, 1)])
 def test_steps_of_epochs(epochs: float, steps: int) -> None:
-    assert stream([4] * 10, rows=2, accumulation=2).num_steps(epochs) == steps  # 5 micro-batches an epoch
+    assert stream([4] * 10, rows=2, per_step=2).num_steps(epochs) == steps  # 5 micro-batches an epoch
 
 
 def test_model_inputs_leave_out_what_is_not_there() -> None:

@@ -21,11 +21,12 @@ from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, TrainingError
 from loray.spec import TrainSpec
 from loray.train import checkpoint, loop
+from loray.train import loss as loss_module
 from loray.train.checkpoint import RunState
 from loray.train.data import Dataset, load_data
-from loray.train.data_parallel import World
 from loray.train.loop import train
 from loray.train.loss import Loss, batch_loss
+from loray.train.mesh import World
 from loray.train.reporting import FolderReporter
 from tests.tiny import byte_tokenizer
 
@@ -193,9 +194,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: Callable[[int], bool]) ->
 
     def poisoned(model: Any, batch: Any) -> Loss:
         loss = batch_loss(model, batch)
-        return loss._replace(total=loss.total * math.nan) if bad_calls(next(calls)) else loss
+        return loss._replace(total=loss.total * math.nan) if model.training and bad_calls(next(calls)) else loss
 
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    monkeypatch.setattr(loss_module, "batch_loss", poisoned)
 
 
 def test_bad_steps_are_skipped_and_counted(
@@ -225,7 +226,7 @@ def test_the_limit_stops_the_run_with_the_last_good_state_kept(
     assert all(bool(tensor.isfinite().all()) for tensor in masters(reporter).values())
     assert len(unbroken.checkpoints) == 1
 
-    monkeypatch.setattr(loop, "batch_loss", batch_loss)
+    monkeypatch.setattr(loss_module, "batch_loss", batch_loss)
     state, _ = run(spec, base, tmp_path, resume_from=reporter.best.path, name="resumed")
     assert (state.step, state.skipped_steps) == (8, 2)
 

@@ -1,33 +1,52 @@
-"""Schedules, fp32 masters, clipping, decay groups, skipped steps, and saved states."""
+"""Schedules, fp32 masters, clipping, parameter groups, skipped steps, and states, on one rank."""
 
 from __future__ import annotations
 
-import copy
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loray.spec import OptimizerSpec
-from loray.train.data_parallel import World
-from loray.train.optimizer import MasterAdamW, is_decayed, learning_rate
+from loray.train.mesh import World
+from loray.train.optimizer import OptimizerState, StepResult, check_fits, is_decayed, learning_rate
+from loray.train.strategies import buckets
+from loray.train.strategies.ddp import DataParallel
 
 
 def spec(**fields: Any) -> OptimizerSpec:
     return OptimizerSpec(**({"learning_rate": 1e-2} | fields))
 
 
-def optimizer(parameters: dict[str, nn.Parameter], **fields: Any) -> MasterAdamW:
-    return MasterAdamW(parameters.items(), spec(**fields), World())
+class Given(nn.Module):
+    """A loss whose gradient for each parameter is what the batch says. Names may have dots."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._named = parameters
+
+    def forward(self, gradients: dict[str, float]) -> Tensor:
+        return torch.stack([(self._named[n].float() * g).sum() for n, g in gradients.items()]).sum()
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        return self._named
 
 
-def step(adam: MasterAdamW, parameter: nn.Parameter, grad: float, *, lr: float = 1e-2, finite: bool = True) -> Any:
-    parameter.grad = torch.full_like(parameter, grad)
-    adam.collect()
-    return adam.step(lr, loss_is_finite=finite)
+def strategy(parameters: dict[str, nn.Parameter], state: OptimizerState | None = None, **fields: Any) -> DataParallel:
+    given: Any = Given(parameters)
+    recipe: Any = SimpleNamespace(optimizer=spec(**fields))
+    return DataParallel(given, recipe, World(), torch.device("cpu"), state)
+
+
+def step(ddp: DataParallel, gradient: float | dict[str, float], *, lr: float = 1e-2, times: int = 1) -> StepResult:
+    batch: Any = gradient if isinstance(gradient, dict) else {"w": gradient}
+    for i in range(times):
+        ddp.forward_backward(batch, divisor=1, last=i == times - 1)
+    return ddp.step(lr)
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------
@@ -58,18 +77,18 @@ def test_cosine_is_half_way_down_in_the_middle() -> None:
 
 def test_small_steps_add_up_on_a_bf16_parameter() -> None:
     parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    adam = optimizer({"w": parameter})
+    ddp = strategy({"w": parameter})
     for _ in range(50):
-        step(adam, parameter, -1.0, lr=1e-3)  # far less than the 0.008 between bf16 numbers above one
+        step(ddp, -1.0, lr=1e-3)  # far less than the 0.008 between bf16 numbers above one
     torch.testing.assert_close(parameter.float(), torch.full((4,), 1.05), atol=4e-3, rtol=0)
 
 
 def test_fp32_parameters_follow_torch_exactly() -> None:
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 8)) for _ in range(2))
-    adam = optimizer({"w": ours}, weight_decay=0.1, max_grad_norm=None)
+    ddp = strategy({"w": ours}, weight_decay=0.1, max_grad_norm=None)
     reference = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
     for i in range(5):
-        step(adam, ours, math.sin(i))
+        step(ddp, math.sin(i))
         theirs.grad = torch.full_like(theirs, math.sin(i))
         reference.step()
     assert torch.equal(ours, theirs)
@@ -77,22 +96,21 @@ def test_fp32_parameters_follow_torch_exactly() -> None:
 
 def test_micro_batches_are_summed_in_fp32() -> None:
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    adam = optimizer({"w": parameter})
-    for _ in range(300):  # in bf16 the sum would stop at 256
-        parameter.grad = torch.ones_like(parameter)
-        adam.collect()
-    assert adam.step(0.0, loss_is_finite=True).grad_norm == 300
+    assert step(strategy({"w": parameter}), 1.0, times=300).grad_norm == 300  # in bf16 the sum would stop at 256
 
 
-def test_clipping_scales_the_global_norm() -> None:
-    clipped, small = (nn.Parameter(torch.zeros(4)) for _ in range(2))
-    one, other = (
-        optimizer({"w": clipped}, max_grad_norm=1.0, eps=1.0),
-        optimizer({"w": small}, max_grad_norm=None, eps=1.0),
-    )
-    assert step(one, clipped, 3.0).grad_norm == pytest.approx(6.0)
-    step(other, small, 0.5)
-    torch.testing.assert_close(clipped, small)
+def test_clipping_scales_the_global_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "BUCKET_ELEMENTS", 4)  # the norm is over all buckets
+    clipped, small = ({n: nn.Parameter(torch.zeros(3)) for n in "vw"} for _ in range(2))
+    one, other = strategy(clipped, max_grad_norm=1.0, eps=1.0), strategy(small, max_grad_norm=None, eps=1.0)
+    norm = math.sqrt(3 * 3.0**2 + 3 * 4.0**2)
+    assert step(one, {"v": 3.0, "w": 4.0}).grad_norm == pytest.approx(norm)
+    step(other, {"v": 3.0 / norm, "w": 4.0 / norm})
+    for name, parameter in clipped.items():
+        torch.testing.assert_close(parameter, small[name])
+
+
+# -- parameter groups -------------------------------------------------------------------------------------------------
 
 
 def test_embeddings_and_norms_are_not_decayed() -> None:
@@ -105,43 +123,61 @@ def test_embeddings_and_norms_are_not_decayed() -> None:
     }
     assert {name: is_decayed(name) for name in names} == names
     parameters = {name: nn.Parameter(torch.ones(2)) for name in names}
-    adam = optimizer(parameters, weight_decay=0.5)
-    adam.step(0.1, loss_is_finite=True)
+    step(strategy(parameters, weight_decay=0.5), dict.fromkeys(names, 0.0), lr=0.1)
     assert {name: bool((p < 1).all()) for name, p in parameters.items()} == names
+
+
+def test_loraplus_trains_b_faster() -> None:
+    names = ["layers.0.q_proj.lora_A.default.weight", "layers.0.q_proj.lora_B.default.weight", "embed_tokens.weight"]
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in names}
+    ddp = strategy(parameters, loraplus_lr_ratio=16, eps=1e-12, max_grad_norm=None)
+    for lr in (1e-3, 5e-4):  # Adam's first steps are as long as the rate where the gradient does not change
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        step(ddp, dict.fromkeys(names, 0.1), lr=lr)
+        moved = [float((before[name] - parameters[name].detach())[0]) for name in names]
+        assert moved == pytest.approx([lr, 16 * lr, lr], rel=1e-3)
 
 
 # -- skipped steps and states -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("grad", "finite"), [(math.nan, True), (math.inf, True), (1.0, False)])
-def test_a_step_that_is_not_finite_changes_nothing(grad: float, finite: bool) -> None:
+@pytest.mark.parametrize("grad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(grad: float) -> None:
     a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
-    skips, never = optimizer({"w": a}), optimizer({"w": b})
-    for adam, parameter in ((skips, a), (never, b)):
-        step(adam, parameter, 0.3)
-    assert step(skips, a, grad, finite=finite).skipped
-    for adam, parameter in ((skips, a), (never, b)):
-        assert not step(adam, parameter, 0.2).skipped
+    skips, never = strategy({"w": a}), strategy({"w": b})
+    for ddp in (skips, never):
+        step(ddp, 0.3)
+    assert step(skips, grad).skipped
+    for ddp in (skips, never):
+        assert not step(ddp, 0.2).skipped
     assert torch.equal(a, b)
 
 
-def test_a_state_restores_parameters_and_moments_bit_for_bit() -> None:
+def test_a_state_restores_masters_and_moments_bit_for_bit() -> None:
     a = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    adam = optimizer({"w": a})
+    ddp = strategy({"w": a})
     for i in range(3):
-        step(adam, a, 0.1 * i)
-    b = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
-    restored = optimizer({"w": b})
-    restored.load_state_dict(copy.deepcopy(adam.state_dict()))  # as through a file
-    assert torch.equal(a, b)
+        step(ddp, 0.1 * i)
+    state = ddp.state()
+    assert state is not None
+    assert state.num_updates == 3
+    copied = OptimizerState(*({n: t.clone() for n, t in tensors.items()} for tensors in state[:3]), num_updates=3)
+    b = nn.Parameter(a.detach().clone())
+    restored = strategy({"w": b}, copied)
     for i in range(3):
-        step(adam, a, 0.3 * i)
-        step(restored, b, 0.3 * i)
+        step(ddp, 0.3 * i)
+        step(restored, 0.3 * i)
     assert torch.equal(a, b)
-    assert torch.equal(adam.state_dict()["masters"]["w"], restored.state_dict()["masters"]["w"])
+    ours, theirs = ddp.state(), restored.state()
+    assert ours is not None
+    assert theirs is not None
+    assert all(torch.equal(x["w"], y["w"]) for x, y in zip(ours[:3], theirs[:3], strict=True))
+    assert ours.num_updates == theirs.num_updates == 6
 
 
 def test_another_runs_state_is_refused() -> None:
-    state = optimizer({"w": nn.Parameter(torch.ones(3))}).state_dict()
-    with pytest.raises(ValueError, match="other parameters"):
-        optimizer({"v": nn.Parameter(torch.ones(3))}).load_state_dict(state)
+    state = strategy({"w": nn.Parameter(torch.ones(3))}).state()
+    assert state is not None
+    for other in ({"v": nn.Parameter(torch.ones(3))}, {"w": nn.Parameter(torch.ones(2))}):
+        with pytest.raises(ValueError, match="other parameters"):
+            check_fits(state, other)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,13 +28,16 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 _INDEX_NBYTES = 16  # of one token id as a line of adapter_config.json
 
 
-def save_adapter(model: Any, spec: AdapterSpec, folder: Path) -> None:
+def save_adapter(model: Any, spec: AdapterSpec, folder: Path, *, trained: Mapping[str, Tensor] | None = None) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`; PEFT loads the folder as it is.
 
-    The base is named by `model.config.name_or_path`, of a path only the last part. An input embedding that is not
-    tied to the output head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
+    `trained` has the trained parameters' full values by name, where `model` holds only a shard of them. The base is
+    named by `model.config.name_or_path`, of a path only the last part. An input embedding that is not tied to the
+    output head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
     """
-    tensors = {_PREFIX + peft_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if trained is None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {_PREFIX + peft_name(name): t for name, t in trained.items()}
     token_ids = _replace_embedding_by_rows(model, spec, tensors)
     modules_to_save = trained_norms(model)
     if token_ids is None and model.get_input_embeddings().weight.requires_grad:
@@ -87,12 +91,12 @@ def _replace_embedding_by_rows(model: Any, spec: AdapterSpec, tensors: dict[str,
     base_VD = getattr(embedding, BASE_ROWS, None)
     if base_VD is None or isinstance(spec, VeraSpec):  # tied: PEFT would change the head too. VeraConfig has no rows
         return None
-    weight_VD = embedding.weight.detach()
-    changed = (weight_VD != base_VD).any(dim=1).nonzero().squeeze(1)
+    name = _PREFIX + next(name for name, p in model.named_parameters() if p is embedding.weight)
+    weight_VD = tensors[name].detach()
+    changed = (weight_VD != base_VD.to(weight_VD.device)).any(dim=1).nonzero().squeeze(1)
     row_nbytes = weight_VD[0].nbytes
     if not len(changed) or len(changed) * (row_nbytes + _INDEX_NBYTES) >= weight_VD.nbytes:
         return None
-    name = next(name for name, t in tensors.items() if t is embedding.weight)
     del tensors[name]
     tensors[name.removesuffix(".weight") + _ROWS] = weight_VD[changed]
     return [int(i) for i in changed]

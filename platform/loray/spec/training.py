@@ -108,7 +108,10 @@ class BatchSpec(Frozen):
 
 
 class OptimizerSpec(Frozen):
-    """AdamW. Embeddings and norms are never decayed."""
+    """AdamW. Embeddings and norms are never decayed.
+
+    `loraplus_lr_ratio` is LoRA+ (Hayou et al., 2024): B learns at that many times the learning rate; 16 in the paper.
+    """
 
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -119,12 +122,25 @@ class OptimizerSpec(Frozen):
     warmup_steps: int | None = Field(default=None, ge=0)
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
         return self
+
+
+class ParallelSpec(Frozen):
+    """How `num_workers` share the work: sequence × data parallel.
+
+    `sequence` neighbouring workers hold parts of the same rows, and the others other rows. `strategy` says what of
+    parameters, gradients and optimizer states each holds: all of them (ddp), its shard of the last two (zero2), of all
+    (zero3, fsdp2).
+    """
+
+    sequence: int = Field(default=1, gt=0)
+    strategy: Literal["ddp", "zero2", "zero3", "fsdp2"] = "ddp"
 
 
 class EvaluationSpec(Frozen):
@@ -162,6 +178,7 @@ class TrainSpec(Frozen):
     gradient_checkpointing: bool = False
     dtype: DType = "bfloat16"
     num_workers: int = Field(default=1, gt=0)
+    parallel: ParallelSpec = ParallelSpec()
     use_gpu: bool = False
     seed: int = Field(default=0, ge=0)
 
@@ -175,4 +192,19 @@ class TrainSpec(Frozen):
     def _trainable_dtype(self) -> Self:
         if self.dtype == "float16":
             raise ValueError("float16 needs loss scaling, which loray does not do: train in bfloat16 or float32")
+        return self
+
+    @model_validator(mode="after")
+    def _sequence_groups(self) -> Self:
+        sequence = self.parallel.sequence
+        if self.num_workers % sequence:
+            raise ValueError(f"parallel.sequence is {sequence}, which does not divide num_workers ({self.num_workers})")
+        if sequence > 1 and self.adapter.long_context is None:
+            raise ValueError("parallel.sequence splits rows for S2-Attn: it needs adapter.long_context")
+        return self
+
+    @model_validator(mode="after")
+    def _loraplus_has_matrices(self) -> Self:
+        if self.optimizer.loraplus_lr_ratio is not None and self.adapter.method == "vera":
+            raise ValueError("optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train")
         return self

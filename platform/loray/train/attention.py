@@ -49,13 +49,43 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, cuts: Cuts, *, scale:
     num_heads, num_kv_heads = q_BHTD.shape[1], k_BKTD.shape[1]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide by {num_kv_heads} key-value heads")
-    half, repeats = num_heads // 2, num_heads // num_kv_heads
-    parts = []
-    for start, stop, segments in ((0, half, cuts.plain), (half, num_heads, cuts.shifted)):
-        for run in _runs(start, stop, repeats):
-            part_BTHD = _attend_segments(q_BHTD[:, run.q], k_BKTD[:, run.kv], v_BKTD[:, run.kv], segments, scale)
-            parts.append(part_BTHD)
+    middle, repeats = num_heads // 2, num_heads // num_kv_heads
+    plain, shifted = slice(0, -(-middle // repeats)), slice(middle // repeats, None)
+    parts = attend_heads(
+        q_BHTD[:, :middle], k_BKTD[:, plain], v_BKTD[:, plain], cuts.plain, first=0, repeats=repeats, scale=scale
+    )
+    parts += attend_heads(
+        q_BHTD[:, middle:],
+        k_BKTD[:, shifted],
+        v_BKTD[:, shifted],
+        cuts.shifted,
+        first=middle,
+        repeats=repeats,
+        scale=scale,
+    )
     return torch.cat(parts, dim=2)
+
+
+def attend_heads(
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    segments: Segments,
+    *,
+    first: int,
+    repeats: int,
+    scale: float | None,
+) -> list[Tensor]:
+    """Neighbouring query heads, with the key-value heads that serve them → parts (B, T, H', D), in order of heads.
+
+    `first` is the number of the first one among all query heads, R = `repeats`: together they say who serves whom.
+    """
+    skipped = first % repeats  # query heads of the first key-value head that are not among these
+    parts = []
+    for run in _runs(skipped, skipped + q_BHTD.shape[1], repeats):
+        q_BhTD = q_BHTD[:, run.q.start - skipped : run.q.stop - skipped]
+        parts.append(_attend_segments(q_BhTD, k_BKTD[:, run.kv], v_BKTD[:, run.kv], segments, scale))
+    return parts
 
 
 class _Run(NamedTuple):
@@ -92,6 +122,8 @@ def _attend_segments(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, segments: S
         at = span.stop
     if not outs:
         return torch.zeros_like(q_BHTD.transpose(1, 2))
+    if order_N is None and at < shape_BTHD[1]:  # padding
+        outs.append(outs[0].new_zeros(shape_BTHD[0], shape_BTHD[1] - at, *shape_BTHD[2:]))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
     if order_N is None:
         return out

@@ -64,7 +64,7 @@ def plan_epoch(lengths: Sequence[int], spec: BatchSpec, *, max_length: int, seed
     rng = np.random.default_rng([seed, epoch])
     order = [int(i) for i in rng.permutation(len(lengths))]
     rows: list[Row]
-    _check_budget(max(lengths, default=0), spec)
+    check_budget(max(lengths, default=0), spec)
     if spec.order == "packed":
         rows = first_fit(order, lengths, max_length if spec.tokens is None else min(max_length, spec.tokens))
     else:
@@ -137,9 +137,11 @@ def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
 
 
 class BatchStream:
-    """The endless sequence of micro-batches over epochs; a step takes `accumulation` of them on every rank.
+    """The endless sequence of micro-batches over epochs; a step takes `per_step` of them, all data ranks together.
 
-    All ranks walk the same plan and take every `world_size`-th micro-batch. Not thread-safe.
+    All ranks walk the same plan and take every `size`-th micro-batch, so that a step's batch is the same for any
+    number of them. Where they do not share it equally, some add one without a label: strategies want equally many on
+    every rank. Not thread-safe.
     """
 
     def __init__(
@@ -149,12 +151,13 @@ class BatchStream:
         *,
         max_length: int,
         seed: int,
+        per_step: int,
         cursor: Cursor = _START,
         rank: int = 0,
-        world_size: int = 1,
+        size: int = 1,
     ) -> None:
         self._rows, self._spec, self._max_length, self._seed = rows, spec, max_length, seed
-        self._rank, self._world_size = rank, world_size
+        self._per_step, self._rank, self._size = per_step, rank, size
         self._lengths: list[int] = rows.lengths.tolist()
         self.cursor = cursor
         self._plan = self._plan_of(cursor.epoch)
@@ -164,16 +167,18 @@ class BatchStream:
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step."""
-        mine = []
-        for i in range(self._spec.accumulation * self._world_size):
-            if self.cursor.done == len(self._plan):
-                self.cursor = Cursor(self.cursor.epoch + 1, 0)
-                self._plan = self._plan_of(self.cursor.epoch)
-            if i % self._world_size == self._rank:
-                planned = self._plan[self.cursor.done]
-                mine.append(collate(self._rows, planned, packed=self._spec.order == "packed"))
-            self.cursor = Cursor(self.cursor.epoch, self.cursor.done + 1)
+        planned = [self._next() for _ in range(self._per_step)]
+        mine = [collate(self._rows, b, packed=self._spec.order == "packed") for b in planned[self._rank :: self._size]]
+        if len(mine) < math.ceil(self._per_step / self._size):
+            mine.append(_without_labels(collate(self._rows, planned[-1], packed=self._spec.order == "packed")))
         return mine
+
+    def _next(self) -> MicroBatch:
+        if self.cursor.done == len(self._plan):
+            self.cursor = Cursor(self.cursor.epoch + 1, 0)
+            self._plan = self._plan_of(self.cursor.epoch)
+        self.cursor = Cursor(self.cursor.epoch, self.cursor.done + 1)
+        return self._plan[self.cursor.done - 1]
 
     def num_steps(self, num_epochs: float) -> int:
         """Optimizer steps that cover `num_epochs`, the last one completed from the epoch that follows."""
@@ -181,10 +186,15 @@ class BatchStream:
         count = float(sum(len(self._plan_of(epoch)) for epoch in range(whole)))
         if part:
             count += part * len(self._plan_of(whole))
-        return max(1, math.ceil(count / (self._spec.accumulation * self._world_size) - 1e-9))
+        return max(1, math.ceil(count / self._per_step - 1e-9))
 
 
-def _check_budget(longest: int, spec: BatchSpec) -> None:
+def _without_labels(batch: Batch) -> Batch:
+    return batch._replace(labels_BT=torch.full_like(batch.labels_BT, IGNORED), num_tokens=0, num_targets=0)
+
+
+def check_budget(longest: int, spec: BatchSpec) -> None:
+    """Raise SpecError where a row of `longest` tokens does not fit into a micro-batch."""
     if spec.tokens is not None and longest > spec.tokens:
         raise SpecError(
             f"batch.tokens is {spec.tokens}, less than a row of {longest} tokens; raise it, or lower data.max_length"

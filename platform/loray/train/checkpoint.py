@@ -1,11 +1,11 @@
 """A checkpoint: the adapter as it would be published, and what a run needs to go on as if it had never stopped.
 
     adapter/       PEFT's format
-    optimizer.pt   fp32 masters of the trained parameters, AdamW's moments
+    optimizer.pt   OptimizerState: fp32 masters of the trained parameters, AdamW's moments, all of them full tensors
     state.json     RunState: step, data cursor, counters, evaluations
 
 Randomness is not saved: every step seeds its generators from (seed, step, rank). The schedule is a function of the
-step.
+step. Whatever the strategy and the number of workers that wrote it, any other may go on from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from loray.errors import IntegrityError, SpecError, TrainingError
 from loray.spec import Evaluation, Frozen, Sha256, TrainSpec
-from loray.train.optimizer import MasterAdamW
+from loray.train.optimizer import OptimizerState
 
 ADAPTER = "adapter"
 _OPTIMIZER = "optimizer.pt"
@@ -58,17 +58,25 @@ def evaluation(loss: float, subject: Any, row_length: int) -> Evaluation:
     return Evaluation(metric="loss", value=loss, dataset="held-out", subject=subject, context_length=row_length)
 
 
-def save(folder: Path, model: Any, optimizer: MasterAdamW, state: RunState) -> None:
+def save(folder: Path, model: Any, optimizer: OptimizerState, state: RunState) -> None:
+    """`model` says how the adapter is built; its values are the masters', in the recipe's dtype."""
     from loray.adapters.export import save_adapter  # and with it PEFT, which those who only read have no need of
 
-    save_adapter(model, state.recipe.adapter, folder / ADAPTER)
-    torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
+    dtype = getattr(torch, state.recipe.dtype)
+    trained = {name: master.to(dtype) for name, master in optimizer.masters.items()}
+    save_adapter(model, state.recipe.adapter, folder / ADAPTER, trained=trained)
+    torch.save(optimizer._asdict(), folder / _OPTIMIZER)
     saved = state.model_copy(update={"saved_at": datetime.now(UTC)})
     (folder / RunState.FILE).write_text(saved.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def load_optimizer(folder: Path, optimizer: MasterAdamW) -> None:
-    optimizer.load_state_dict(torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True))
+def read_optimizer(folder: Path) -> OptimizerState:
+    """Tensors stay in the file until they are read: a rank takes no more than its shards of them."""
+    path = folder / _OPTIMIZER
+    try:
+        return OptimizerState(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except (OSError, TypeError, RuntimeError) as e:
+        raise IntegrityError(f"{path} is missing, damaged, or was written by another version of loray") from e
 
 
 def read_state(folder: Path) -> RunState:

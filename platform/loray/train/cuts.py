@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loray.planning.halo import check_group_size
+
 
 class Bucket(NamedTuple):
     """`num_segments` neighbouring segments of `length` positions each; they are computed as one batch."""
@@ -26,9 +28,9 @@ class Bucket(NamedTuple):
 class Segments:
     """Causal attention inside each segment and nowhere else.
 
-    buckets  in order; they cover the positions of a row (order_N None), or the entries of order_N
-    order_N  None: every row is cut alike, and segments lie in the row's own order. Otherwise the positions of the
-             whole batch, padding left out, sorted so that segments of equal length are neighbours
+    buckets  in order; they cover the first positions of a row (order_N None), or the entries of order_N
+    order_N  None: every row is cut alike, and segments lie in the row's own order. Otherwise positions of the whole
+             batch, padding left out, sorted so that segments of equal length are neighbours
     """
 
     buckets: tuple[Bucket, ...]
@@ -58,31 +60,42 @@ def compute_cuts(
     id is padding. Plain heads are cut at 0, G, 2G, …; shifted ones at 0, G/2, 3G/2, …: first and last are shorter.
     Raises ValueError for an odd group or ids of another shape.
     """
-    if group_size < 2 or group_size % 2:
-        raise ValueError(f"group_size must be even and at least 2, not {group_size}")
-    ids_BT = document_ids_BT
-    if ids_BT is not None:
-        if ids_BT.shape != (num_rows, num_tokens):
-            raise ValueError(f"document ids have shape {tuple(ids_BT.shape)}, the batch has {(num_rows, num_tokens)}")
-        ids_BT = ids_BT.detach().cpu()
-        if not bool(((ids_BT < 0) | (ids_BT != ids_BT[:, :1])).any()):
-            ids_BT = None
+    check_group_size(group_size)
     offsets = (0, group_size // 2)
-    if ids_BT is None:
-        plain, shifted = (_uniform(num_tokens, group_size, offset) for offset in offsets)
+    if document_ids_BT is None:
+        plain, shifted = (uniform(num_tokens, group_size, offset) for offset in offsets)
         return Cuts(plain, shifted)
-    plain, shifted = (_ragged(ids_BT, group_size, offset, device) for offset in offsets)
-    return Cuts(plain, shifted, document_ids_BT)
+    if document_ids_BT.shape != (num_rows, num_tokens):
+        shape = tuple(document_ids_BT.shape)
+        raise ValueError(f"document ids have shape {shape}, the batch has {(num_rows, num_tokens)}")
+    ids_BT = document_ids_BT.detach().cpu()
+    num_filled = filled(ids_BT)
+    if num_filled is None:
+        plain, shifted = (ordered(*find_segments(ids_BT, group_size, offset), device) for offset in offsets)
+    else:
+        plain, shifted = (uniform(num_filled, group_size, offset) for offset in offsets)
+    return Cuts(plain, shifted, None if num_filled == num_tokens else document_ids_BT)
 
 
-def _uniform(num_tokens: int, group_size: int, offset: int) -> Segments:
+def filled(ids_BT: Tensor) -> int | None:
+    """n, where every row is one document in its first n columns and padding behind; None for any other batch."""
+    real_BT = ids_BT >= 0
+    num_filled = int(real_BT[0].sum())
+    one_document = ids_BT[:, :num_filled] == ids_BT[:, :1]
+    is_filled = bool((one_document & real_BT[:, :num_filled]).all()) and not bool(real_BT[:, num_filled:].any())
+    return num_filled if is_filled else None
+
+
+def uniform(num_tokens: int, group_size: int, offset: int) -> Segments:
+    """Of rows whose first `num_tokens` positions are one document, cut at offset, offset + G, …"""
     first = min(offset, num_tokens)
     num_groups, last = divmod(num_tokens - first, group_size)
     buckets = (Bucket(first, 1), Bucket(group_size, num_groups), Bucket(last, 1))
     return Segments(tuple(b for b in buckets if b.length and b.num_segments))
 
 
-def _ragged(ids_BT: Tensor, group_size: int, offset: int, device: torch.device | str) -> Segments:
+def find_segments(ids_BT: Tensor, group_size: int, offset: int) -> tuple[Tensor, Tensor]:
+    """First position in the batch and length of each segment (S), padding left out."""
     num_rows, num_tokens = ids_BT.shape
     starts_BT = ((torch.arange(num_tokens) - offset) % group_size == 0).repeat(num_rows, 1)
     starts_BT[:, 1:] |= ids_BT[:, 1:] != ids_BT[:, :-1]
@@ -90,7 +103,11 @@ def _ragged(ids_BT: Tensor, group_size: int, offset: int, device: torch.device |
     begin_S = starts_BT.flatten().nonzero().squeeze(1)
     length_S = torch.diff(begin_S, append=begin_S.new_tensor([num_rows * num_tokens]))
     real_S = ids_BT.flatten()[begin_S] >= 0
-    begin_S, length_S = begin_S[real_S], length_S[real_S]
+    return begin_S[real_S], length_S[real_S]
+
+
+def ordered(begin_S: Tensor, length_S: Tensor, device: torch.device | str) -> Segments:
+    """Segments anywhere in the batch, sorted by length."""
     by_length_S = length_S.argsort(stable=True)
     begin_S, length_S = begin_S[by_length_S], length_S[by_length_S]
     # Entry i of a segment lies i behind its begin: a running number, less the number at which its segment starts.

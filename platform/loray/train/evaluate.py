@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig
 
 from loray.bases.registry import BaseModel
 from loray.spec import TrainSpec
 from loray.train.batches import collate, plan_evaluation
-from loray.train.data_parallel import World
 from loray.train.examples import TokenRows
-from loray.train.loss import batch_loss
+from loray.train.mesh import Mesh
 from loray.train.model import dense
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, rows: TokenRows, spec: TrainSpec, *, device: torch.device, world: World) -> float:
-    """Σ loss / Σ targets over all rows and ranks; nan where a logit is not finite. Leaves the model training."""
+def held_out_loss(
+    model: Any, objective: nn.Module, rows: TokenRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
+) -> float:
+    """Σ loss / Σ targets over all rows and ranks; nan where a logit is not finite. Leaves the model training.
+
+    `objective` is the strategy's way to compute a batch's loss with `model`. Every rank calls it equally often: one
+    without a batch of its own repeats the last, and does not count it.
+    """
+    batches = plan_evaluation(rows.lengths.tolist(), spec.batch)
     total, num_targets = 0.0, 0
-    model.eval()
+    objective.eval()
     with dense(model):
-        for batch in plan_evaluation(rows.lengths.tolist(), spec.batch)[world.rank :: world.size]:
-            loss = batch_loss(model, collate(rows, batch, packed=False))
-            total += float(loss.total)
-            num_targets += loss.num_targets
-    model.train()
-    total, count = world.sum(total, num_targets, device=device)
+        for first in range(0, len(batches), mesh.data_size):
+            mine = first + mesh.data_rank
+            with mesh.part(collate(rows, batches[min(mine, len(batches) - 1)], packed=False)) as part:
+                loss = float(objective(part))
+            if mine < len(batches):
+                total += loss
+                num_targets += part.num_targets
+    objective.train()
+    total, count = mesh.world.sum(total, num_targets, device=device)
     return total / count
 
 
-def unscaled_base_loss(
-    base: BaseModel, rows: TokenRows, spec: TrainSpec, *, device: torch.device, world: World
-) -> float:
-    """Of the base as it is, with its own RoPE, on the rows that a long-context adapter is judged by."""
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, spec.dtype)).to(device)
-    return held_out_loss(model, rows, spec, device=device, world=world)
+@contextmanager
+def unscaled(model: Any, base: BaseModel) -> Iterator[None]:
+    """RoPE as `base` has it: before any training, the model is the base inside."""
+    inner = model.base_model
+    scaled = inner.rotary_emb
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = AutoConfig.from_pretrained(base.path).rope_parameters
+    inner.rotary_emb = type(scaled)(config).to(scaled.inv_freq.device)
+    try:
+        yield
+    finally:
+        inner.rotary_emb = scaled

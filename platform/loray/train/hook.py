@@ -2,6 +2,7 @@
 
 `attn_implementation="s2_attn"` selects it, `config.s2_group_size` is G. The mask function sees padding (2D attention
 mask, right-padded) and packing (position ids that restart) and hands each layer the batch's `Cuts` in the mask's place.
+Inside `sequence_parallel` it knows all of that from the sharded batch, and hands over `ShardCuts`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from loray.errors import UnsupportedError
 from loray.train.attention import attend
 from loray.train.cuts import Cuts, compute_cuts
+from loray.train.sequence.attention import attend_shard
+from loray.train.sequence.cuts import ShardCuts, shard_cuts
+from loray.train.sequence.shard import active_shard
 
 ATTENTION = "s2_attn"
 
@@ -31,10 +35,14 @@ def s2_mask(
     config: Any,
     device: torch.device | str = "cpu",
     **_: Any,
-) -> Cuts:
+) -> Cuts | ShardCuts:
     """transformers calls this once a batch. Raises UnsupportedError for a cache or left padding."""
     if q_length != kv_length or q_offset:
         raise UnsupportedError("S2-Attn is for training on whole rows, without a cache; generate inside dense(model)")
+    if (active := active_shard()) is not None:
+        sharded = active.see(batch_size, q_length, attention_mask, config)
+        group_size, keep = config.s2_group_size, active.keep_halos
+        return shard_cuts(sharded.document_ids_BN, sharded.group, group_size, keep_halos=keep, device=device)
     return compute_cuts(
         batch_size,
         q_length,
@@ -70,14 +78,14 @@ def s2_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Cuts | Tensor | None,
+    attention_mask: Cuts | ShardCuts | Tensor | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is what `s2_mask` returned."""
-    if not isinstance(attention_mask, Cuts):
+    if not isinstance(attention_mask, Cuts | ShardCuts):
         raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
     if dropout:
         raise UnsupportedError("S2-Attn has no dropout on attention weights; set attention_dropout to 0")
@@ -86,7 +94,13 @@ def s2_attention_forward(
     window = kwargs.get("sliding_window")
     if window is not None and window < query.shape[2]:
         raise UnsupportedError(f"S2-Attn does not combine with a sliding window of {window} tokens")
-    if getattr(module, "layer_idx", 0) == 0:
+    is_first = getattr(module, "layer_idx", 0) == 0
+    if isinstance(attention_mask, ShardCuts):
+        if is_first and (active := active_shard()) is not None:  # none where the backward pass computes layers again
+            active.check_positions(kwargs.get("position_ids"))
+        layer: Any = module.layer_idx
+        return attend_shard(query, key, value, attention_mask, layer=layer, scale=scaling), None
+    if is_first:
         _check_positions(attention_mask, kwargs.get("position_ids"))
     return attend(query, key, value, attention_mask, scale=scaling), None
 

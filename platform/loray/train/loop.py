@@ -1,7 +1,7 @@
 """The training loop, plain Python: one process, or one of several over torch.distributed.
 
 Every rank makes the same calls to its reporter. A step is: its batches → sum of losses over all valid targets →
-gradients, summed over accumulation and ranks → clip → AdamW.
+gradients, summed over accumulation and ranks → clip → AdamW. How all that lies on the ranks, the strategy knows.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from loray.errors import TrainingError
 from loray.spec import Evaluation, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
-from loray.train.batches import Batch, BatchStream, Cursor
+from loray.train.batches import BatchStream, Cursor
 from loray.train.checkpoint import RunState, evaluation
 from loray.train.data import Dataset
-from loray.train.data_parallel import World
-from loray.train.evaluate import held_out_loss, unscaled_base_loss
-from loray.train.loss import batch_loss
+from loray.train.evaluate import held_out_loss, unscaled
+from loray.train.loss import Objective
+from loray.train.mesh import Mesh
 from loray.train.model import build_model, count_parameters
-from loray.train.optimizer import MasterAdamW, StepResult, learning_rate
+from loray.train.optimizer import StepResult, learning_rate
 from loray.train.reporting import Reporter
+from loray.train.strategies import prepare
 
 log = get_logger(__name__)
 
@@ -67,7 +68,7 @@ class _Step(NamedTuple):
 
 
 class _Run:
-    """Owns the model, the optimizer, the batch stream and the state of one run."""
+    """Owns the strategy, the batch stream and the state of one run."""
 
     def __init__(
         self,
@@ -81,7 +82,8 @@ class _Run:
     ) -> None:
         self.spec, self.base, self.data, self.reporter, self.workdir = spec, base, data, reporter, workdir
         self.device = device
-        self.world = World.current()
+        self.mesh = Mesh.build(spec.parallel.sequence, self.device)
+        self.world = self.mesh.world
         self.resumed = resume_from is not None
         if resume_from is None:
             self.state = RunState(
@@ -89,26 +91,25 @@ class _Run:
                 base_fingerprint=base.fingerprint,
                 data_fingerprint=data.fingerprint,
                 row_length=data.max_length,
-                baselines=self._unscaled_baseline(),  # before our own model takes memory
             )
         else:
             saved = checkpoint.read_state(resume_from)
             checkpoint.check_resumable(saved, spec, base.fingerprint, data.fingerprint)
             self.state = saved.model_copy(update={"recipe": spec})
-        self.model: Any = build_model(base, spec).to(self.device)
+        self.model: Any = build_model(base, spec)
         self.model.train()
-        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.optimizer = MasterAdamW(trained, spec.optimizer, self.world)
-        if resume_from is not None:
-            checkpoint.load_optimizer(resume_from, self.optimizer)
+        self.num_parameters = count_parameters(self.model)
+        optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
+        self.strategy = prepare(Objective(self.model), spec, self.world, self.device, optimizer_state)
         self.stream = BatchStream(
             data.train,
             spec.batch,
             max_length=data.max_length,
             seed=spec.seed,
             cursor=Cursor(self.state.epoch, self.state.index),
-            rank=self.world.rank,
-            world_size=self.world.size,
+            per_step=spec.batch.accumulation * (spec.num_workers // spec.parallel.sequence),
+            rank=self.mesh.data_rank,
+            size=self.mesh.data_size,
         )
         self.num_steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
         self.skipped_here = 0  # the limit counts from the start of this process: a resumed run gets a new chance
@@ -119,7 +120,7 @@ class _Run:
     def train(self) -> RunState:
         self._report_start()
         if not self.resumed and len(self.data.evaluation):
-            self._evaluate_baseline()
+            self._evaluate_baselines()
         started = ended = time.perf_counter()
         first = self.state.step + 1
         for step in range(first, self.num_steps + 1):
@@ -141,14 +142,16 @@ class _Run:
     def _step(self, step: int) -> _Step:
         _seed(self.spec.seed, step, self.world.rank)
         batches = self.stream.next_step()
-        num_targets, num_tokens = self.world.sum(
-            sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches), device=self.device
-        )
-        summed = sum(self._backward(batch, num_targets) for batch in batches)
-        (summed,) = self.world.sum(summed, device=self.device)
+        counts = sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)
+        num_targets, num_tokens = (n / self.mesh.sequence.size for n in self.world.sum(*counts, device=self.device))
+        mine = 0.0
+        for batch in batches:
+            with self.mesh.part(batch) as part:
+                mine += self.strategy.forward_backward(part, divisor=num_targets, last=batch is batches[-1])
+        (summed,) = self.world.sum(mine, device=self.device)
         loss = summed / num_targets
         lr = learning_rate(step, self.num_steps, self.spec.optimizer)
-        result = self.optimizer.step(lr, loss_is_finite=isfinite(loss))
+        result = self.strategy.step(lr)
         if result.skipped:
             log.warning("step %d skipped: loss %s, gradient norm %s", step, loss, result.grad_norm)
             self.skipped_here += 1
@@ -165,12 +168,6 @@ class _Run:
             }
         )
         return _Step(loss, lr, result, int(num_tokens))
-
-    def _backward(self, batch: Batch, num_targets: float) -> float:
-        loss = batch_loss(self.model, batch)
-        (loss.total / num_targets).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.collect()
-        return float(loss.total.detach())
 
     def _stop(self) -> None:
         """Give up. Bad steps changed nothing, but the last good one may have broken the parameters itself: they are
@@ -208,20 +205,18 @@ class _Run:
 
     # -- evaluation --
 
-    def _unscaled_baseline(self) -> tuple[Evaluation, ...]:
-        if self.spec.adapter.long_context is None or not len(self.data.evaluation):
-            return ()
-        loss = unscaled_base_loss(self.base, self.data.evaluation, self.spec, device=self.device, world=self.world)
-        return (self._baseline(loss, "base"),)
-
     def _held_out_loss(self) -> float:
-        return held_out_loss(self.model, self.data.evaluation, self.spec, device=self.device, world=self.world)
+        rows, objective = self.data.evaluation, self.strategy.objective
+        return held_out_loss(self.model, objective, rows, self.spec, device=self.device, mesh=self.mesh)
 
-    def _evaluate_baseline(self) -> None:
+    def _evaluate_baselines(self) -> None:
         """Every adapter starts as the identity, so the untrained model is the base (under scaled RoPE: base_scaled)."""
-        subject = "base" if self.spec.adapter.long_context is None else "base_scaled"
-        baselines = (*self.state.baselines, self._baseline(self._held_out_loss(), subject))
-        self.state = self.state.model_copy(update={"baselines": baselines})
+        baselines = []
+        if self.spec.adapter.long_context is not None:
+            with unscaled(self.model, self.base):
+                baselines.append(self._baseline(self._held_out_loss(), "base"))
+        baselines.append(self._baseline(self._held_out_loss(), "base_scaled" if baselines else "base"))
+        self.state = self.state.model_copy(update={"baselines": tuple(baselines)})
         for measured in baselines:
             self._report({"event": "eval", "step": 0, "subject": measured.subject, "eval_loss": measured.value})
 
@@ -249,7 +244,7 @@ class _Run:
         self.reporter.report(metrics, None)
 
     def _report_start(self) -> None:
-        count = count_parameters(self.model)
+        count = self.num_parameters
         self._report(
             {
                 "event": "start",
@@ -285,11 +280,12 @@ class _Run:
 
     def _save(self) -> None:
         """Report a checkpoint of the present state; rank 0 alone writes."""
+        optimizer_state = self.strategy.state()
         metrics = {"event": "checkpoint", "step": self.state.step, "eval_loss": self.state.eval_loss}
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.workdir)) if self.world.rank == 0 else None
         try:
-            if folder is not None:
-                checkpoint.save(folder, self.model, self.optimizer, self.state)
+            if folder is not None and optimizer_state is not None:
+                checkpoint.save(folder, self.model, optimizer_state, self.state)
             self.reporter.report(metrics, folder)
         finally:
             if folder is not None:

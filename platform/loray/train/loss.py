@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loray.train.batches import IGNORED, Batch
 
@@ -71,3 +71,19 @@ def batch_loss(model: Any, batch: Batch) -> Loss:
     learned_BT = labels_BT != IGNORED
     head = model.get_output_embeddings()
     return Loss(summed_cross_entropy(hidden_BTD[learned_BT], head.weight, labels_BT[learned_BT]), batch.num_targets)
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, for strategies that gather parameters when a module is called."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Scalar fp32: the sum over the batch's labels."""
+        return batch_loss(self.model, batch).total
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """By the name that the model has for them."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -1,16 +1,20 @@
-"""AdamW with fp32 master copies, learning-rate schedules, clipping, and steps that are skipped when not finite."""
+"""AdamW with fp32 master copies, its parameter groups, learning-rate schedules, and steps that are skipped.
+
+How parameters and gradients lie on the ranks is the business of `loray.train.strategies`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from loray.spec import OptimizerSpec
-from loray.train.data_parallel import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW and DeepSpeed call them
 
 
 def learning_rate(step: int, num_steps: int, spec: OptimizerSpec) -> float:
@@ -30,94 +34,106 @@ def learning_rate(step: int, num_steps: int, spec: OptimizerSpec) -> float:
 
 
 class StepResult(NamedTuple):
-    """`grad_norm` is the global L2 norm before clipping; where it or the loss is not finite, nothing was changed."""
+    """`grad_norm` is the global L2 norm before clipping; where it is not finite, nothing was changed."""
 
     grad_norm: float
     skipped: bool
 
 
-class MasterAdamW:
-    """AdamW over fp32 copies of the trained parameters (Micikevicius et al., 2018); fp32 parameters are their own copy.
+class OptimizerState(NamedTuple):
+    """With the base, all that a trained model is: full fp32 tensors on the CPU, by parameter name.
 
-    A bf16 weight of size 1 does not move by less than 0.004: without masters, small steps vanish. Gradients of
-    micro-batches are summed in fp32 for the same reason. Use: backward, `collect`, …, `step`.
-    Owns the masters and moments; `parameters` stay the model's.
+    The same for every strategy and any number of ranks. `num_updates` counts the steps that were not skipped: Adam's
+    bias correction depends on it.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], spec: OptimizerSpec, world: World) -> None:
-        self._spec, self._world = spec, world
-        self._parameters = dict(parameters)
-        self._masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in self._parameters.items()
-        }
-        decayed = [m for name, m in self._masters.items() if is_decayed(name)]
-        rest = [m for name, m in self._masters.items() if not is_decayed(name)]
-        groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self._adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=spec.learning_rate,
-            betas=(spec.beta1, spec.beta2),
-            eps=spec.eps,
-        )
+    masters: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    num_updates: int
 
-    def collect(self) -> None:
-        """Move the gradients of one backward pass into the fp32 sums."""
-        for name, parameter in self._parameters.items():
-            master = self._masters[name]
-            if parameter is master or parameter.grad is None:
-                continue
-            grad = parameter.grad.float()
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
-            parameter.grad = None
 
-    def step(self, lr: float, *, loss_is_finite: bool) -> StepResult:
-        """Sum gradients over ranks, clip, update, copy back. Every rank takes the same decision."""
-        for master in self._masters.values():
-            if master.grad is None:  # a rank without a target: it takes part in the sum all the same
-                master.grad = torch.zeros_like(master)
-        grads = [m.grad for m in self._masters.values() if m.grad is not None]
-        self._world.sum_gradients(grads)
-        norm = float(nn.utils.get_total_norm(grads))
-        if not (loss_is_finite and math.isfinite(norm)):
-            self._clear()
-            return StepResult(norm, skipped=True)
-        if self._spec.max_grad_norm is not None and norm > self._spec.max_grad_norm:
-            for grad in grads:
-                grad.mul_(self._spec.max_grad_norm / norm)
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.step()
-        self._copy_back()
-        self._clear()
-        return StepResult(norm, skipped=False)
+def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.AdamW:
+    """Over `tensors`, by name of the parameter, in groups that share weight decay and the factor `lr_scale`.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Masters by name and the moments: with the base, all that the trained model is."""
-        return {"masters": {n: m.detach() for n, m in self._masters.items()}, "adam": self._adam.state_dict()}
+    Embeddings and norms are not decayed. LoRA+ (Hayou et al., 2024): the learning rate of every B is
+    `loraplus_lr_ratio` times that of everything else.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        decay = spec.weight_decay if is_decayed(name) else 0.0
+        scale = (spec.loraplus_lr_ratio or 1.0) if ".lora_B." in name else 1.0
+        groups.setdefault((decay, scale), []).append(tensor)
+    return torch.optim.AdamW(
+        [{"params": g, "weight_decay": decay, "lr_scale": scale} for (decay, scale), g in groups.items()],
+        lr=0.0,  # until a step sets it
+        betas=(spec.beta1, spec.beta2),
+        eps=spec.eps,
+    )
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the model's parameters too, bit for bit. Raises ValueError where names or shapes differ."""
-        saved: dict[str, Tensor] = state["masters"]
-        if {n: m.shape for n, m in self._masters.items()} != {n: m.shape for n, m in saved.items()}:
-            raise ValueError("the checkpoint trains other parameters than this recipe; start afresh, without --resume")
-        for name, master in self._masters.items():
-            master.copy_(saved[name])
-        self._adam.load_state_dict(state["adam"])
-        self._copy_back()
 
-    @torch.no_grad()
-    def _copy_back(self) -> None:
-        for name, parameter in self._parameters.items():
-            if parameter is not self._masters[name]:
-                parameter.copy_(self._masters[name])
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
-    def _clear(self) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.grad = None
-            self._masters[name].grad = None
+
+def start_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor], num_updates: int) -> None:
+    """AdamW's state before its first step, which torch leaves out until then: moments of zero."""
+    for tensor in tensors:
+        moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
+        optimizer.state[tensor] = {"step": torch.tensor(float(num_updates)), **moments}
+
+
+def num_updates(optimizer: torch.optim.Optimizer) -> int:
+    return int(next(iter(optimizer.state.values()))["step"])
 
 
 def is_decayed(name: str) -> bool:
     return "embed" not in name and "norm" not in name
+
+
+def check_fits(state: OptimizerState, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise ValueError where `state` is of other parameters than these, by name and full shape."""
+    if {n: p.shape for n, p in parameters.items()} != {n: m.shape for n, m in state.masters.items()}:
+        raise ValueError("the checkpoint trains other parameters than this recipe; start afresh, without --resume")
+
+
+class MasterAdamW:
+    """AdamW over fp32 copies of the trained parameters (Micikevicius et al., 2018), or of this rank's shards of them.
+
+    A bf16 weight of size 1 does not move by less than 0.004: without masters, small steps vanish. Owns the moments;
+    whoever made `masters` copies them back into the model's parameters.
+    """
+
+    def __init__(self, masters: Mapping[str, Tensor], spec: OptimizerSpec) -> None:
+        self.masters = dict(masters)
+        self._spec = spec
+        self._adam = adamw(self.masters, spec)
+        start_moments(self._adam, self.masters.values(), 0)
+
+    def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float) -> StepResult:
+        """Clip `gradients` in place and update, or change nothing at all. `norm` is that of all ranks' gradients."""
+        if not math.isfinite(norm):
+            return StepResult(norm, skipped=True)
+        if self._spec.max_grad_norm is not None and norm > self._spec.max_grad_norm:
+            torch._foreach_mul_(list(gradients.values()), self._spec.max_grad_norm / norm)
+        for name, master in self.masters.items():
+            master.grad = gradients[name]
+        set_learning_rate(self._adam, lr)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        return StepResult(norm, skipped=False)
+
+    @property
+    def state(self) -> OptimizerState:
+        """Of what this rank holds; the tensors are those in use."""
+        exp_avg, exp_avg_sq = ({n: self._adam.state[m][key] for n, m in self.masters.items()} for key in MOMENTS)
+        return OptimizerState(self.masters, exp_avg, exp_avg_sq, num_updates(self._adam))
+
+    @torch.no_grad()
+    def restore(self, state: OptimizerState, part: Callable[[Tensor], Tensor]) -> None:
+        """`part` is what this rank holds of a full tensor."""
+        start_moments(self._adam, self.masters.values(), state.num_updates)
+        for ours, full in zip(self.state[:3], state[:3], strict=True):
+            for name, tensor in ours.items():
+                tensor.copy_(part(full[name]))

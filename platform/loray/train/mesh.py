@@ -1,0 +1,87 @@
+"""The ranks of a run over torch.distributed, data × sequence; one process alone where it is not initialised.
+
+Neighbouring ranks form a sequence group: they read the same micro-batch, each its own part of the rows. Rank r is
+sequence rank r mod S of data rank r div S. The process groups are torch's, whatever strategy trains over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from loray.errors import SpecError
+from loray.train.batches import Batch
+from loray.train.sequence import SequenceGroup, sequence_parallel, shard
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All ranks that train together. Every method is a collective call."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> World:
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def sum(self, *values: float, device: torch.device) -> list[float]:
+        """Each value summed over ranks, in double precision (exact for counts)."""
+        if self.size == 1:
+            return list(values)
+        packed = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(packed)
+        return [float(v) for v in packed]
+
+    def gather(self, value: str | None) -> list[str | None]:
+        """Every rank's value, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[str | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """`world`, and this rank's sequence group in it."""
+
+    world: World
+    sequence: SequenceGroup
+
+    @classmethod
+    def build(cls, sequence_size: int, device: torch.device) -> Mesh:
+        """A collective call. Raises SpecError where the sequence groups do not cover the world."""
+        world = World.current()
+        if world.size % sequence_size:
+            raise SpecError(f"{world.size} workers do not split into sequence groups of {sequence_size}")
+        if sequence_size == 1:
+            return cls(world, SequenceGroup())
+        shape = (world.size // sequence_size, sequence_size)
+        device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "sequence"))
+        return cls(world, SequenceGroup.of(device_mesh.get_group("sequence")))
+
+    @property
+    def data_rank(self) -> int:
+        return self.world.rank // self.sequence.size
+
+    @property
+    def data_size(self) -> int:
+        return self.world.size // self.sequence.size
+
+    @contextmanager
+    def part(self, batch: Batch) -> Iterator[Batch]:
+        """What this rank computes of its group's micro-batch, and models inside know the rest of the rows."""
+        if self.sequence.size == 1:
+            yield batch
+            return
+        sharded = shard(batch, self.sequence)
+        with sequence_parallel(sharded):
+            yield sharded.local

@@ -1,0 +1,211 @@
+"""The halo exchange of one layer: keys and values go right while attention that needs none of them is computed; their
+gradients come back left, and join those of the rank that owns them before RoPE and projections see any.
+
+    exchange = HaloExchange(plan, group)
+    k, v, token = exchange.start(k, v)     # posted
+    …                                      # attention that waits for nobody
+    halos = exchange.finish(token)         # waited for
+    …                                      # attention over halos
+    out = bind(out, halos)
+
+Autograd runs this backwards: `bind` leads it into every exchange, `finish` posts the gradients of the halos, and
+`start` waits for those of the keys and values that this rank sent, after the backward pass of what lies in between.
+Local keys and values pass through `start`, and the output through `bind`, so that no rank leaves its part out: neither
+one without a halo, nor one whose halo belongs to another document, nor one that holds padding alone.
+
+Shapes: B rows, K key-value heads of the model and K' of a half, L positions of this rank, h of a halo, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loray.planning.halo import HaloPlan
+from loray.train.sequence.group import Pending, SequenceGroup, post
+
+
+class KeysValues(NamedTuple):
+    k: Tensor
+    v: Tensor
+
+
+class Halos(NamedTuple):
+    """(B, K', h, D) each: what precedes this rank's own keys and values. h = 0 where a half has no halo."""
+
+    plain: KeysValues
+    shifted: KeysValues
+
+    def detach(self) -> Halos:
+        plain, shifted = (KeysValues(half.k.detach(), half.v.detach()) for half in self)
+        return Halos(plain, shifted)
+
+
+class _Piece(NamedTuple):
+    """Part of a message: the keys, then the values, of some heads and tokens of a half, 0 (plain) or 1 (shifted).
+
+    Slices count in a rank's own keys where it sends them, and in its halo of this half where it receives them.
+    """
+
+    half: int
+    heads: slice
+    tokens: slice
+
+
+_Messages = dict[int, list[_Piece]]  # at most one a peer
+
+
+class _Routes(NamedTuple):
+    sent: _Messages
+    received: _Messages
+
+
+@lru_cache
+def _routes(plan: HaloPlan, rank: int) -> _Routes:
+    """Both ends list the pieces of a message in the same order: plain, then shifted."""
+    routes, own = _Routes({}, {}), rank * plan.tokens_per_rank
+    for span, to, half in plan.sent(rank):
+        heads = slice(half.kv_heads.start, half.kv_heads.stop)
+        piece = _Piece(plan.halves.index(half), heads, slice(span.start - own, span.stop - own))
+        routes.sent.setdefault(to, []).append(piece)
+    for index, half in enumerate(plan.halves):
+        halo = plan.halo(rank, half)
+        for span in halo.spans:
+            piece = _Piece(index, slice(0, len(half.kv_heads)), slice(span.start - halo.start, span.stop - halo.start))
+            routes.received.setdefault(span.rank, []).append(piece)
+    return routes
+
+
+class HaloExchange:
+    """Of one layer, in one forward pass and in the backward pass that follows.
+
+    `kept` are the halos of an earlier forward pass of this layer over the same batch: this one then exchanges nothing.
+    """
+
+    def __init__(self, plan: HaloPlan, group: SequenceGroup, kept: Halos | None = None) -> None:
+        self._plan, self._group, self._halos, self._is_kept = plan, group, kept, kept is not None
+        self._routes = _routes(plan, group.rank)
+        self._pending = Pending([], [])
+        self._arriving: dict[int, Tensor] = {}
+
+    def start(self, k_BKLD: Tensor, v_BKLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """→ keys and values to go on with, and a token for `finish`."""
+        k_BKLD, v_BKLD, token = _Start.apply(k_BKLD, v_BKLD, self)  # type: ignore[no-untyped-call]
+        return k_BKLD, v_BKLD, token
+
+    def finish(self, token: Tensor) -> Halos:
+        k_plain, v_plain, k_shifted, v_shifted = _Finish.apply(token, self)  # type: ignore[no-untyped-call]
+        return Halos(KeysValues(k_plain, v_plain), KeysValues(k_shifted, v_shifted))
+
+    # Called by autograd, in this order.
+
+    def send_keys_values(self, own: KeysValues) -> None:
+        if self._is_kept:
+            return
+        num_rows, _, _, width = own.k.shape
+        plain, shifted = (
+            own.k.new_empty(2, num_rows, len(half.kv_heads), self._plan.halo(self._group.rank, half).num_tokens, width)
+            for half in self._plan.halves
+        )
+        self._halos = Halos(KeysValues(*plain), KeysValues(*shifted))
+        self._group.traffic.forward_bytes += self._post(self._routes.sent, Halos(own, own), self._routes.received)
+
+    def receive_halos(self) -> Halos:
+        halos, self._halos = self._halos, None
+        assert halos is not None
+        if not self._is_kept:
+            for place, part in self._arrived(self._routes.received, halos):
+                place.copy_(part)
+        return halos
+
+    def send_gradients(self, gradients: Halos) -> None:
+        self._group.traffic.backward_bytes += self._post(self._routes.received, gradients, self._routes.sent)
+
+    def add_gradients(self, own: KeysValues) -> KeysValues:
+        """Gradients of local keys and values, and what later ranks returned for them."""
+        if self._routes.sent:
+            own = KeysValues(*(x.clone() for x in own))  # autograd may use its tensors elsewhere
+        for place, part in self._arrived(self._routes.sent, Halos(own, own)):
+            place.add_(part)
+        return own
+
+    # Messages.
+
+    def _post(self, sent: _Messages, source: Halos, received: _Messages) -> int:
+        """Returns the number of bytes on their way."""
+        like, (num_rows, _, _, width) = source.plain.k, source.plain.k.shape
+        outgoing = {
+            peer: torch.cat([x[:, p.heads, p.tokens].reshape(-1) for p in pieces for x in source[p.half]])
+            for peer, pieces in sent.items()
+        }
+        self._arriving = {
+            peer: like.new_empty(2 * num_rows * width * sum(_length(p.heads) * _length(p.tokens) for p in pieces))
+            for peer, pieces in received.items()
+        }
+        self._pending = post(self._group, outgoing, self._arriving)
+        return sum(x.nbytes for x in outgoing.values())
+
+    def _arrived(self, received: _Messages, target: Halos) -> Iterator[tuple[Tensor, Tensor]]:
+        """Wait for all messages; each part of them, beside the place in `target` that it belongs to."""
+        self._pending.wait()
+        for peer, pieces in received.items():
+            message = self._arriving.pop(peer)
+            for piece in pieces:
+                for x in target[piece.half]:
+                    place = x[:, piece.heads, piece.tokens]
+                    part, message = message[: place.numel()], message[place.numel() :]
+                    yield place, part.view(place.shape)
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def bind(out: Tensor, halos: Halos) -> Tensor:
+    """`out`, of which autograd takes every halo for a part: no rank's backward pass leaves an exchange out."""
+    bound: Tensor = _Bind.apply(out, *halos.plain, *halos.shifted)  # type: ignore[no-untyped-call]
+    return bound
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k_BKLD: Tensor, v_BKLD: Tensor, exchange: HaloExchange) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.exchange = exchange
+        exchange.send_keys_values(KeysValues(k_BKLD, v_BKLD))
+        return k_BKLD.view_as(k_BKLD), v_BKLD.view_as(v_BKLD), k_BKLD.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        dk_BKLD, dv_BKLD, _ = grads
+        return (*ctx.exchange.add_gradients(KeysValues(dk_BKLD, dv_BKLD)), None)
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, exchange: HaloExchange) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        plain, shifted = exchange.receive_halos()
+        return (*plain, *shifted)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.send_gradients(Halos(KeysValues(*grads[:2]), KeysValues(*grads[2:])))
+        return grads[0].new_empty(0), None
+
+
+class _Bind(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *halos: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (grads[0], None, None, None, None)

@@ -1,0 +1,54 @@
+"""The ranks that hold one row together, and what they send to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What one rank has sent, counted at the collective. Recomputation counts as forward."""
+
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    num_exchanges: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceGroup:
+    """`size` ranks; `rank` r holds the tokens [r·L, (r+1)·L) of every row. The default is one process alone."""
+
+    process_group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+
+    @classmethod
+    def of(cls, process_group: dist.ProcessGroup) -> SequenceGroup:
+        """A collective call: NCCL wants all ranks of a group in its first communication, and a halo may skip some."""
+        dist.barrier(group=process_group)
+        return cls(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+
+
+class Pending:
+    """Messages under way. Their buffers live as long as this object."""
+
+    def __init__(self, works: list[dist.Work], buffers: list[Tensor]) -> None:
+        self._works, self._buffers = works, buffers
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        self._works, self._buffers = [], []
+
+
+def post(group: SequenceGroup, sent: dict[int, Tensor], received: dict[int, Tensor]) -> Pending:
+    """Start to send and to receive, at most one contiguous message a peer (a rank of the group) each way."""
+    ops = [dist.P2POp(dist.isend, x, group=group.process_group, group_peer=peer) for peer, x in sent.items()]
+    ops += [dist.P2POp(dist.irecv, x, group=group.process_group, group_peer=peer) for peer, x in received.items()]
+    if not ops:
+        return Pending([], [])
+    return Pending(dist.batch_isend_irecv(ops), [*sent.values(), *received.values()])

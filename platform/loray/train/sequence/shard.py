@@ -1,0 +1,151 @@
+"""A rank's part of a batch, and how it reaches the attention inside a model.
+
+Shapes: B rows, T positions of the whole row as collated, N = P·L of them after padding, L of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loray.errors import UnsupportedError
+from loray.planning.halo import padded_length
+from loray.train.batches import IGNORED, Batch
+from loray.train.sequence.group import SequenceGroup
+
+
+class ShardedBatch(NamedTuple):
+    """This rank's part, and what all ranks know of the whole.
+
+    local            inputs and labels of this rank's L positions; no attention mask, positions always. num_targets
+                     counts its labels; num_tokens is an equal share of the whole batch's, so that the sum is exact
+    group            the ranks that hold the rest
+    row_length       N
+    num_targets      labels of the whole batch
+    document_ids_BN  on the CPU; equal ids that are neighbours are one document, −1 is padding
+    """
+
+    local: Batch
+    group: SequenceGroup
+    row_length: int
+    num_targets: int
+    document_ids_BN: Tensor
+
+
+def shard(batch: Batch, group: SequenceGroup) -> ShardedBatch:
+    """The part of `group.rank`. A pure function: every rank of the group is given the same batch.
+
+    Rows are padded on the right to N, the next multiple of the group's size: tokens of their own document, without
+    labels.
+    """
+    num_rows, num_tokens = batch.input_ids_BT.shape
+    row_length = padded_length(num_tokens, group.size)
+    padding = (0, row_length - num_tokens)
+    length = row_length // group.size
+    span = slice(group.rank * length, (group.rank + 1) * length)
+
+    ids_BN = F.pad(_document_ids(batch), padding, value=-1)
+    position_ids_BT = batch.position_ids_BT
+    if position_ids_BT is None:
+        position_ids_BN = torch.arange(row_length).expand(num_rows, -1)
+    else:
+        ends_BN = torch.arange(padding[1]).expand(num_rows, -1)
+        position_ids_BN = torch.cat([position_ids_BT, ends_BN], dim=1)
+    labels_BL = F.pad(batch.labels_BT, padding, value=IGNORED)[:, span].contiguous()
+    local = Batch(
+        F.pad(batch.input_ids_BT, padding)[:, span].contiguous(),
+        labels_BL,
+        None,
+        position_ids_BN[:, span].contiguous(),
+        num_tokens=batch.num_tokens * (group.rank + 1) // group.size - batch.num_tokens * group.rank // group.size,
+        num_targets=int((labels_BL != IGNORED).sum()),
+    )
+    return ShardedBatch(local, group, row_length, batch.num_targets, ids_BN)
+
+
+def _document_ids(batch: Batch) -> Tensor:
+    """(B, T): 0, 1, … along a row, −1 on padding. As `loray.train.hook` finds them in a whole batch."""
+    ids_BT = torch.zeros_like(batch.input_ids_BT)
+    if batch.position_ids_BT is not None:
+        ids_BT[:, 1:] = (torch.diff(batch.position_ids_BT, dim=1) != 1).cumsum(1)
+    if batch.attention_mask_BT is not None:
+        ids_BT = ids_BT.masked_fill(batch.attention_mask_BT == 0, -1)
+    return ids_BT
+
+
+_STATIC_ROPE = {"default", "linear", "yarn", "llama3"}  # frequencies do not depend on the tokens at hand
+
+
+def _rope_types(config: Any) -> set[str]:
+    """transformers has one set of RoPE parameters a model, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [x for x in parameters.values() if isinstance(x, dict)] or [parameters]
+    return {x.get("rope_type", "default") for x in nested}
+
+
+class ActiveShard:
+    """The batch that models in this context see a part of. `was_seen` once an attention mask was made from it."""
+
+    def __init__(self, sharded: ShardedBatch, keep_halos: bool) -> None:
+        self.sharded, self.keep_halos, self.was_seen = sharded, keep_halos, False
+
+    def see(self, num_rows: int, num_tokens: int, attention_mask: Tensor | None, config: Any) -> ShardedBatch:
+        """A model asks for its mask. Raises ValueError or UnsupportedError where its results would not be those of
+        whole rows.
+        """
+        shape = tuple(self.sharded.local.input_ids_BT.shape)
+        if (num_rows, num_tokens) != shape:
+            raise ValueError(f"the model was given {(num_rows, num_tokens)} tokens; this rank's part has {shape}")
+        if attention_mask is not None:
+            raise ValueError("a sharded batch knows its padding; pass sharded.local's model_inputs, without a mask")
+        unknown = _rope_types(config) - _STATIC_ROPE
+        if unknown and self.sharded.group.size > 1:
+            raise UnsupportedError(
+                f"RoPE of type {', '.join(sorted(unknown))} takes its scale from the tokens that a rank holds, "
+                f"not from whole rows; sequence parallelism needs one of {', '.join(sorted(_STATIC_ROPE))}"
+            )
+        self.was_seen = True
+        return self.sharded
+
+    def check_positions(self, position_ids_BL: Tensor | None) -> None:
+        """Raises ValueError where a model has not been given them, and counts from 0 on every rank."""
+        expected = self.sharded.local.position_ids_BT
+        assert expected is not None
+        if position_ids_BL is not None and not bool((position_ids_BL.cpu() == expected).all()):
+            raise ValueError("position_ids are not those of this rank's part; pass all of sharded.local's model_inputs")
+
+
+_ACTIVE: ContextVar[ActiveShard | None] = ContextVar("loray_sequence_shard", default=None)
+
+
+def active_shard() -> ActiveShard | None:
+    return _ACTIVE.get()
+
+
+@contextmanager
+def sequence_parallel(sharded: ShardedBatch, *, keep_halos: bool = True) -> Iterator[None]:
+    """Forward passes inside see `sharded.local` as this rank's part of longer rows.
+
+    `keep_halos` matters under activation checkpointing: True keeps every layer's halo until the backward pass, so that
+    recomputation exchanges nothing; False saves that memory and exchanges a second time.
+
+    Raises UnsupportedError at the end where no attention took notice: a model with other attention has computed
+    something else.
+    """
+    active = ActiveShard(sharded, keep_halos)
+    token = _ACTIVE.set(active)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+    if sharded.group.size > 1 and not active.was_seen:
+        raise UnsupportedError(
+            "the model attended within this rank's part alone; "
+            "sequence parallelism needs S2-Attn, or dense(model, group) around it"
+        )

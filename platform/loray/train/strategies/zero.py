@@ -1,0 +1,144 @@
+"""ZeRO-2 and ZeRO-3 (Rajbhandari et al., 2020) by DeepSpeed, an optional dependency.
+
+DeepSpeed knows one group, all ranks: sequence groups are torch's, since ranks diverge without a word where DeepSpeed
+is given a sequence × data mesh. It averages gradients over ranks, so losses are scaled to make that the sum.
+Optimizer states cross its boundary as full fp32 tensors, by the functions that it offers for that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loray.errors import UnsupportedError
+from loray.spec import TrainSpec
+from loray.train.batches import Batch
+from loray.train.loss import Objective
+from loray.train.mesh import World
+from loray.train.optimizer import (
+    MOMENTS,
+    OptimizerState,
+    StepResult,
+    adamw,
+    num_updates,
+    set_learning_rate,
+    start_moments,
+)
+from loray.train.strategies.base import weighted
+from loray.train.strategies.buckets import BUCKET_ELEMENTS
+
+_PERSISTENT_ELEMENTS = 100_000  # ZeRO-3 keeps smaller parameters gathered: DeepSpeed's own default
+
+
+class Zero:
+    def __init__(
+        self, objective: Objective, spec: TrainSpec, world: World, device: torch.device, state: OptimizerState | None
+    ) -> None:
+        self._world = world
+        self._stage = 2 if spec.parallel.strategy == "zero2" else 3
+        self._deepspeed = _import_deepspeed(device)
+        config = _config(spec, self._stage)
+        self._parameters: dict[str, Any] = dict(objective.trained_parameters())
+        if self._stage == 3:  # parameter by parameter: the whole model need not fit on a device
+            self._deepspeed.zero.Init(module=objective, config_dict_or_path=config)
+            head = objective.model.get_output_embeddings()
+            self._deepspeed.zero.register_external_parameter(objective, head.weight)  # the loss reads it there
+        self._adam = adamw(self._parameters, spec.optimizer)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=objective, optimizer=self._adam, config=config, dist_init_required=False
+        )
+        self.objective: nn.Module = self._engine
+        self._start_moments(0 if state is None else state.num_updates)
+        if state is not None:
+            self._restore(state)
+
+    def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss: Tensor = self._engine(batch)
+        self._engine.backward(weighted(loss, self._world.size / divisor), scale_wrt_gas=False)
+        return float(loss.detach())
+
+    def step(self, lr: float) -> StepResult:
+        set_learning_rate(self._adam, lr)
+        self._engine.step()
+        return StepResult(float(self._engine.get_global_grad_norm()), skipped=bool(self._engine.optimizer.overflow))
+
+    def state(self) -> OptimizerState | None:
+        sets: list[dict[str, Tensor]] = []
+        for key in (None, *MOMENTS):
+            sets.append({})
+            for name, p in self._parameters.items():
+                full = self._full(p, key)
+                if self._world.rank == 0:
+                    sets[-1][name] = full.cpu()
+        return None if self._world.rank else OptimizerState(sets[0], sets[1], sets[2], num_updates(self._adam))
+
+    def _full(self, parameter: Any, key: str | None) -> Tensor:
+        utils = self._deepspeed.utils
+        full: Tensor
+        if key is None:
+            full = utils.safe_get_full_fp32_param(parameter)
+        else:
+            full = utils.safe_get_full_optimizer_state(parameter, key)
+        return full
+
+    def _start_moments(self, done: int) -> None:
+        """DeepSpeed keeps one flat tensor a parameter group, and lacks the moments until the first step."""
+        zero = self._engine.optimizer
+        flat = zero.single_partition_of_fp32_groups if self._stage == 2 else zero.fp32_partitioned_groups_flat
+        start_moments(self._adam, flat, done)
+        if self._stage == 2:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _restore(self, state: OptimizerState) -> None:
+        """Masters and moments: the model's parameters have been restored already."""
+        utils = self._deepspeed.utils
+        for name, p in self._parameters.items():
+            if self._stage == 2:
+                utils.safe_set_full_fp32_param(p, state.masters[name].to(p.device))
+                for key in MOMENTS:
+                    utils.safe_set_full_optimizer_state(p, getattr(state, key)[name].to(p.device), key)
+            else:
+                utils.safe_set_local_fp32_param(p, self._part(state.masters[name], p))
+                for key in MOMENTS:
+                    utils.safe_set_local_optimizer_state(p, self._part(getattr(state, key)[name], p), key)
+
+    def _part(self, full: Tensor, parameter: Any) -> Tensor:
+        """This rank's part of a flat parameter, which ZeRO-3 pads to equal parts."""
+        numel = parameter.ds_tensor.numel()
+        start = min(self._world.rank * numel, full.numel())
+        part = full.flatten()[start : start + numel].to(parameter.device)
+        return nn.functional.pad(part, (0, numel - part.numel()))
+
+
+def _config(spec: TrainSpec, stage: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET_ELEMENTS}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = _PERSISTENT_ELEMENTS
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # not used: losses are divided by their targets
+        "gradient_accumulation_steps": 1,  # `forward_backward` says which micro-batch is the last
+        "gradient_clipping": spec.optimizer.max_grad_norm or 0.0,
+        "zero_optimization": zero,
+        "bf16": {"enabled": spec.dtype == "bfloat16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UnsupportedError(
+            "strategies zero2 and zero3 need DeepSpeed: pip install 'loray[deepspeed]', or take fsdp2"
+        )
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it takes a GPU that this run does not use
+    deepspeed = importlib.import_module("deepspeed")
+    if device.type == "cpu":  # a collective for inference, which DeepSpeed would compile for a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

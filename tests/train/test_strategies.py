@@ -1,0 +1,248 @@
+"""Every strategy on four ranks does what one rank does: losses, gradients, skipped steps, checkpoints, adapters."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from loray.adapters.peft_format import WEIGHTS_FILE, read_config
+from loray.bases.registry import BaseModel
+from loray.spec import TrainSpec
+from loray.train import checkpoint
+from loray.train import loss as loss_module
+from loray.train.data import Dataset
+from loray.train.loop import train
+from loray.train.loss import Loss, batch_loss
+from loray.train.optimizer import OptimizerState
+from loray.train.reporting import FolderReporter
+from loray.train.strategies import zero
+from tests.train.ranks import run_ranks
+from tests.train.test_loop import ADAPTERS, make_data, recipe
+
+SIZE = 4
+STRATEGIES = ["ddp", "zero2", "zero3", "fsdp2"]
+TRAINING: dict[str, Any] = {
+    "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "max_grad_norm": 0.5, "loraplus_lr_ratio": 4},
+    "batch": {"rows": 1, "accumulation": 2},
+    "checkpoint": {"interval_steps": 1},
+    "max_steps": 4,
+    "num_workers": SIZE,
+}
+LONG: dict[str, Any] = ADAPTERS["longlora"]
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": TRAINING,
+    "skips": TRAINING,
+    "bf16": TRAINING | {"dtype": "bfloat16", "gradient_checkpointing": True, "max_steps": 2},
+    "vera": TRAINING
+    | {"adapter": ADAPTERS["vera"] | {"dropout": 0.0}, "max_steps": 1}
+    | {"optimizer": {"learning_rate": 1e-2, "max_grad_norm": None}},
+}
+
+
+def spec_of(name: str, strategy: str) -> TrainSpec:
+    return recipe(**({"adapter": LONG, "parallel": {"strategy": strategy}} | RUNS[name]))
+
+
+class Case(NamedTuple):
+    """What all runs share. bf16 has a base of its own, whose embeddings are tied."""
+
+    bases: dict[str, BaseModel]
+    data: Dataset
+    folder: Path
+
+    def run(self, name: str, spec: TrainSpec, *, label: str, resume_from: Path | None = None) -> FolderReporter:
+        reporter = FolderReporter(self.folder / label, keep=9)
+        base = self.bases.get(name, self.bases["plain"])
+        train(spec, base, self.data, reporter=reporter, workdir=self.folder, resume_from=resume_from)
+        return reporter
+
+    def saved(self, label: str, step: int) -> Path:
+        return self.folder / label / f"step_{step:06d}"
+
+    def optimizer(self, label: str, step: int) -> OptimizerState:
+        return checkpoint.read_optimizer(self.saved(label, step))
+
+
+# -- on the ranks -----------------------------------------------------------------------------------------------------
+
+
+def _runs(rank: int, case: Case, strategy: str) -> None:
+    events = {}
+    for name in RUNS:
+        # DeepSpeed's own number is for large models: all of a tiny one's parameters would stay gathered.
+        zero._PERSISTENT_ELEMENTS = 0 if name != "vera" else 100_000
+        if name == "skips":
+            _poison({2: math.nan, 4: math.inf} if rank == 1 else {})
+        events[name] = case.run(name, spec_of(name, strategy), label=f"{strategy}/{name}{_suffix(rank)}").events
+        loss_module.batch_loss = batch_loss
+    for name, source in (("resumed", strategy), ("elastic", "alone")):
+        saved = case.saved(f"{source}/plain", 2)
+        label = f"{strategy}/{name}{_suffix(rank)}"
+        events[name] = case.run("plain", spec_of("plain", strategy), label=label, resume_from=saved).events
+    (case.folder / f"{strategy}-{rank}.json").write_text(json.dumps(events))
+
+
+def _suffix(rank: int) -> str:
+    return f"-{rank}" if rank else ""
+
+
+def _poison(bad: dict[int, float]) -> None:
+    """Add that to the loss of training micro-batches by their number; an infinite one leaves gradients as they were."""
+    calls = iter(range(1 << 20))
+
+    def poisoned(model: Any, batch: Any) -> Loss:
+        loss = batch_loss(model, batch)
+        if not model.training or (value := bad.get(next(calls))) is None:
+            return loss
+        return loss._replace(total=loss.total * value if math.isnan(value) else loss.total + value)
+
+    loss_module.batch_loss = poisoned
+
+
+# -- the tests' own side ----------------------------------------------------------------------------------------------
+
+
+class Ran(NamedTuple):
+    case: Case
+    strategy: str
+    alone: dict[str, list[dict[str, Any]]]
+    ranks: list[dict[str, list[dict[str, Any]]]]  # by rank, then by run
+
+    def curve(self, name: str, event: str = "step", *, of: str = "ranks") -> list[tuple[float, ...]]:
+        events = (self.alone if of == "alone" else self.ranks[0])[name]
+        keys = ("step", "loss", "grad_norm", "skipped_steps") if event == "step" else ("step", "eval_loss")
+        return [tuple(e[key] for key in keys) for e in events if e["event"] == event]
+
+
+@pytest.fixture(scope="module")
+def case(tiny_base: Callable[..., BaseModel], tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("strategies")
+    bases = {"plain": tiny_base(std=0.05), "bf16": tiny_base(std=0.05, tie_word_embeddings=True)}
+    return Case(bases, make_data(folder, spec_of("plain", "ddp")), folder)
+
+
+@pytest.fixture(scope="module")
+def alone(case: Case) -> dict[str, list[dict[str, Any]]]:
+    """The same recipes on one rank, which computes all micro-batches of a step itself."""
+    events = {}
+    for name in RUNS:
+        if name == "skips":
+            _poison({8 + 1: math.nan, 16 + 1: math.inf})  # rank 1's third and fifth micro-batches
+        events[name] = case.run(name, spec_of(name, "ddp"), label=f"alone/{name}").events
+        loss_module.batch_loss = batch_loss
+    return events
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def ran(request: pytest.FixtureRequest, case: Case, alone: dict[str, list[dict[str, Any]]]) -> Ran:
+    strategy: str = request.param
+    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: pip install 'loray[deepspeed]'")
+    (case.folder / strategy).mkdir()
+    run_ranks(_runs, SIZE, case.folder / strategy, case, strategy)
+    ranks = [json.loads((case.folder / f"{strategy}-{r}.json").read_text()) for r in range(SIZE)]
+    return Ran(case, strategy, alone, ranks)
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rel: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape
+        error = (tensor - theirs[name]).norm() / theirs[name].norm().clamp_min(1e-12)
+        assert error < rel, f"{name}: {error}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "vera"])
+def test_losses_and_gradients_are_those_of_one_rank(ran: Ran, name: str) -> None:
+    for event in ("step", "eval"):
+        for ours, theirs in zip(ran.curve(name, event), ran.curve(name, event, of="alone"), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+    first, expected = (ran.case.optimizer(f"{source}/{name}", 1) for source in (ran.strategy, "alone"))
+    assert first.num_updates == 1
+    assert_close(first.exp_avg, expected.exp_avg, 1e-5)  # (1 − β₁) times the clipped gradient
+    if name == "plain":
+        assert all(norm > 0.5 for _, _, norm, _ in ran.curve(name))  # so that all were clipped
+
+
+@pytest.mark.slow
+def test_ranks_agree_bit_for_bit(ran: Ran) -> None:
+    timing = ("tokens_per_s", "eta_s", "pid")
+    told = [
+        {n: [{k: v for k, v in e.items() if k not in timing} for e in es] for n, es in r.items()} for r in ran.ranks
+    ]
+    assert all(repr(rank) == repr(told[0]) for rank in told)
+    assert not (ran.case.folder / ran.strategy / "plain-1").exists()
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_on_one_rank_are_skipped_on_all(ran: Ran) -> None:
+    ours, theirs = ran.curve("skips"), ran.curve("skips", of="alone")
+    assert [skipped for *_, skipped in ours] == [skipped for *_, skipped in theirs] == [0, 1, 2, 2]
+    assert [math.isfinite(loss) for _, loss, *_ in ours] == [True, False, False, True]
+    assert ours[3] == pytest.approx(theirs[3], rel=1e-5)
+    state, before = ran.case.optimizer(f"{ran.strategy}/skips", 3), ran.case.optimizer(f"{ran.strategy}/skips", 1)
+    assert state.num_updates == 1
+    assert all(torch.equal(m, before.masters[name]) for name, m in state.masters.items())
+
+
+@pytest.mark.slow
+def test_bf16_has_fp32_masters_and_the_same_forward_pass(ran: Ran) -> None:
+    """Under gradient checkpointing, with tied embeddings."""
+    (ours, *_), (theirs, *_) = ran.curve("bf16"), ran.curve("bf16", of="alone")
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-9)  # buffers like RoPE's frequencies are not cast
+    assert ours[2] == pytest.approx(theirs[2], rel=1e-2)
+    state, expected = (ran.case.optimizer(f"{source}/bf16", 1) for source in (ran.strategy, "alone"))
+    assert {t.dtype for tensors in state[:3] for t in tensors.values()} == {torch.float32}
+    assert_close(state.exp_avg, expected.exp_avg, 2e-2)
+    assert any(bool((m != m.bfloat16()).any()) for m in state.masters.values())
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(ran: Ran) -> None:
+    assert ran.curve("resumed") == ran.curve("plain")[2:]
+    ours, theirs = (ran.case.optimizer(f"{ran.strategy}/{name}", 4) for name in ("resumed", "plain"))
+    assert ours.num_updates == theirs.num_updates == 4
+    for mine, unbroken in zip(ours[:3], theirs[:3], strict=True):
+        assert all(torch.equal(tensor, unbroken[name]) for name, tensor in mine.items())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_moves_between_strategies_and_sizes(ran: Ran) -> None:
+    for ours, theirs in zip(ran.curve("elastic"), ran.curve("plain", of="alone")[2:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    saved = ran.case.saved(f"{ran.strategy}/plain", 2)
+    spec = spec_of("plain", "ddp")
+    reporter = ran.case.run("plain", spec, label=f"{ran.strategy}/on-one-rank", resume_from=saved)
+    back = ran._replace(alone={"plain": reporter.events}).curve("plain", of="alone")
+    for ours, theirs in zip(back, ran.curve("plain")[2:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_saved_adapter_is_whole_and_loads_in_peft(ran: Ran) -> None:
+    folder, reference = (
+        ran.case.saved(f"{source}/plain", 4) / checkpoint.ADAPTER for source in (ran.strategy, "alone")
+    )
+    tensors, expected = (load_file(path / WEIGHTS_FILE) for path in (folder, reference))
+    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in expected.items()}
+    assert read_config(folder)["trainable_token_indices"]  # embeddings are row deltas here
+    ids = torch.arange(97, 137)[None]
+    logits = []
+    for path in (folder, reference):
+        model = AutoModelForCausalLM.from_pretrained(ran.case.bases["plain"].path, dtype=torch.float32)
+        untrained = model(input_ids=ids).logits.detach()
+        logits.append(PeftModel.from_pretrained(model, path).eval()(input_ids=ids).logits.detach())
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+    assert (logits[0] - untrained).abs().max() > 0.05
