@@ -21,7 +21,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from loray.errors import IntegrityError, LorayError
 from loray.telemetry import get_logger
 from loray.train.checkpoint import read_state
-from loray.train.data_parallel import World
+from loray.train.mesh import World
 
 log = get_logger(__name__)
 

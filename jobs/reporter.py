@@ -10,7 +10,7 @@ import torch
 from jobs.checkpoints import CheckpointUploads
 from jobs.gauges import TrainingGauges, Utilisation, peak_memory
 from jobs.sink import EventSender
-from loray.train.data_parallel import World
+from loray.train.mesh import World
 
 
 class RayReporter:

@@ -22,7 +22,7 @@ from jobs.checkpoints import CheckpointUploads
 from loray.errors import TrainingError
 from loray.spec import TrainSpec
 from loray.train.checkpoint import RunState
-from loray.train.data_parallel import World
+from loray.train.mesh import World
 from tests.jobs.test_recipe import RECIPE
 
 

@@ -16,7 +16,7 @@ from jobs.gauges import TrainingGauges, Utilisation
 from jobs.reporter import RayReporter
 from jobs.tensorboard import Board
 from loray.telemetry import TRAINING_METRICS
-from loray.train.data_parallel import World
+from loray.train.mesh import World
 from tests.jobs.test_events import START, step
 
 

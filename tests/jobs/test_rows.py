@@ -23,7 +23,7 @@ def rows() -> TokenRows:
 
 
 def steps(rows: Rows) -> list[Batch]:
-    stream = BatchStream(rows, BatchSpec(rows=3, accumulation=2), max_length=64, seed=5, rank=1, world_size=2)
+    stream = BatchStream(rows, BatchSpec(rows=3), max_length=64, seed=5, per_step=4, rank=1, size=2)
     return [batch for _ in range(40) for batch in stream.next_step()]
 
 
