@@ -1,6 +1,6 @@
 """What a run says while it runs: one JSON object a line (`--events`), or lines for people.
 
-{"event": "start" | "step" | "eval" | "checkpoint" | "worker_lost" | "published" | "error", …}
+{"event": "start" | "step" | "eval" | "checkpoint" | "warning" | "worker_lost" | "published" | "error", …}
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def describe(event: dict[str, Any]) -> str:
             return f"step {event['step']}  held-out loss {number(event['eval_loss'])} ({event['subject']})"
         case "checkpoint":
             return f"step {event['step']}  checkpoint saved"
+        case "warning":
+            return f"warning: {event['message']}"
         case "worker_lost":
             return f"a worker was lost ({event['message']}); going on from the last checkpoint"
         case "published":

@@ -15,6 +15,7 @@ import torch
 from jobs.bases import ensure_base
 from jobs.checkpoints import SCORE, CheckpointUploads
 from jobs.gauges import TrainingGauges, Utilisation
+from jobs.placement import straddling_warning
 from jobs.reporter import RayReporter
 from jobs.sink import EventSender
 from loray.bases.registry import BaseModel
@@ -79,6 +80,10 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
     data: Dataset = ray.get(config["data"])
     events = EventSender(config["events"])
+    nodes = world.gather(ray.get_runtime_context().get_node_id())
+    warning = straddling_warning(nodes, spec.parallel.sequence)
+    if warning is not None and world.rank == 0:
+        events.send({"event": "warning", "message": warning})
     gauges = TrainingGauges(spec.name, config["run"], world.rank)
     with ExitStack() as stack:
         if world.rank == 0:  # outlives a worker that is killed, for the one that takes its place
