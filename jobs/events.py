@@ -1,6 +1,6 @@
 """What a run says while it runs: one JSON object a line (`--events`), or lines for people.
 
-{"event": "start" | "step" | "eval" | "checkpoint" | "worker_lost" | "published" | "error", …}
+{"event": "start" | "step" | "eval" | "checkpoint" | "warning" | "worker_lost" | "published" | "error", …}
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def describe(event: dict[str, Any]) -> str:
             skipped = f"  skipped {event['skipped_steps']}" if event["skipped_steps"] else ""
             return (
                 f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}  lr {event['lr']:.2e}  "
-                f"grad norm {number(event['grad_norm'])}  {event['tokens_per_s']:,.0f} tokens/s  "
-                f"ETA {duration(event['eta_s'])}{skipped}"
+                f"grad norm {number(event['grad_norm'])}  {speed(event)}  ETA {duration(event['eta_s'])}{skipped}"
             )
         case "eval":
             return f"step {event['step']}  held-out loss {number(event['eval_loss'])} ({event['subject']})"
         case "checkpoint":
             return f"step {event['step']}  checkpoint saved"
+        case "warning":
+            return f"warning: {event['message']}"
         case "worker_lost":
             return f"a worker was lost ({event['message']}); going on from the last checkpoint"
         case "published":
@@ -71,6 +72,11 @@ def describe(event: dict[str, Any]) -> str:
 
 def number(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def speed(step: dict[str, Any]) -> str:
+    """Tokens a second of all workers, and the share of the devices' peak that the model's arithmetic made of them."""
+    return f"{step['tokens_per_s']:,.0f} tokens/s  MFU {step['mfu']:.1%}"
 
 
 def duration(seconds: float) -> str:

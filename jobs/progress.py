@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from jobs.events import decode, describe, number
+from jobs.events import decode, describe, number, speed
 
 _LOG_LINES = 20
 _LINES_OF_STEPS = 10  # step lines a run prints where there is no terminal
@@ -61,7 +61,7 @@ class RunView:
             case "eval":
                 self._eval_loss = event["eval_loss"]
                 self._say(event)
-            case "worker_lost":
+            case "warning" | "worker_lost":
                 self._say(event)
             case "published":
                 self.published = event
@@ -70,7 +70,7 @@ class RunView:
 
     def _step(self, event: dict[str, Any]) -> None:
         held_out = "" if self._eval_loss is None else f"  held out {number(self._eval_loss)}"
-        figures = f"loss {number(event['loss'])}{held_out}  {event['tokens_per_s']:,.0f} tokens/s"
+        figures = f"loss {number(event['loss'])}{held_out}  {speed(event)}"
         self._progress.update(self._task, completed=event["step"], figures=figures)
         every = max(1, event["num_steps"] // _LINES_OF_STEPS)
         if not self._console.is_terminal and event["step"] % every == 0:

@@ -2,6 +2,7 @@
 
 step_000100/…     checkpoints, and `checkpoint_manager_snapshot.json`: Ray Train's
 events.jsonl      the run's history
+tensorboard/…     the same for TensorBoard
 job_id            of the job that created the run
 published.json    what was published from it, and by which recipe
 lock, lock/…      held by the driver at work
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyarrow import fs as pafs
 from ray.train import Result
@@ -32,9 +33,21 @@ from loray.telemetry import get_logger
 log = get_logger(__name__)
 
 _EVENTS = "events.jsonl"
+_BOARD = "tensorboard"
 _JOB_ID = "job_id"
 _LOCK = "lock"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with the first checkpoint
+
+
+class History(NamedTuple):
+    """Files of this machine: `events`, one a line, and `board`, the folder of TensorBoard's."""
+
+    events: Path
+    board: Path
+
+    @classmethod
+    def below(cls, folder: Path) -> History:
+        return cls(folder / _EVENTS, folder / _BOARD)
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,15 @@ class RunFolder:
         return self.path
 
     @property
+    def name(self) -> str:
+        """When it began: the last part of its path."""
+        return self.path.rpartition("/")[2]
+
+    @property
     def storage(self) -> dict[str, Any]:
         """The arguments of Ray Train's RunConfig that make it this run."""
-        parent, _, name = self.path.rpartition("/")
-        return {"name": name, "storage_path": parent, "storage_filesystem": self.filesystem}
+        parent = self.path.rpartition("/")[0]
+        return {"name": self.name, "storage_path": parent, "storage_filesystem": self.filesystem}
 
     @property
     def job_id(self) -> str | None:
@@ -91,9 +109,9 @@ class RunFolder:
             yield
 
     @contextmanager
-    def events(self) -> Iterator[Path]:
-        """The run's history as a file of this machine, to be appended to; it is the run's when the block ends."""
-        yield Path(self.path, _EVENTS)
+    def history(self) -> Iterator[History]:
+        """To be added to on this machine; it is the run's when the block ends."""
+        yield History.below(Path(self.path))
 
     def _has(self, name: str) -> bool:
         return bool(self.filesystem.get_file_info(f"{self.path}/{name}").is_file)
@@ -124,20 +142,22 @@ class SharedRunFolder(RunFolder):
             yield
 
     @contextmanager
-    def events(self) -> Iterator[Path]:
-        path = self.scratch / _EVENTS
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def history(self) -> Iterator[History]:
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        history = History.below(self.scratch)
+        path = history.events
         known = self.read(_EVENTS) or b""
         if not path.is_file() or not path.read_bytes().startswith(known):  # else a driver of this machine was killed
             path.write_bytes(known)
         try:
-            yield path
+            yield history
         finally:
             try:
                 if self._lost.is_set():
                     log.warning("the run in %s is another driver's now; this one's history stays in %s", self, path)
                 else:
-                    self.write(_EVENTS, path.read_bytes())
+                    for file in (path, *history.board.glob("*")):
+                        self.write(str(file.relative_to(self.scratch)), file.read_bytes())
             except StoreError as e:  # an error that ended the run says more
                 log.warning("%s; its history stays in %s", e, path)
 

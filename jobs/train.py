@@ -13,8 +13,7 @@ from typing import Any
 
 import click
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
+from ray.train import TrainingFailedError
 
 from jobs import events, worker
 from jobs.events import EventTail
@@ -23,6 +22,8 @@ from jobs.publication import already_published, publish_best
 from jobs.record import Interrupted, Interrupts, JobRecord, recorded
 from jobs.runs import RunFolder, open_runs
 from jobs.sink import start_sink
+from jobs.tensorboard import Board
+from jobs.trainer import build_trainer
 from loray.catalog import Catalog
 from loray.errors import CatalogError, LorayError, SpecError, StoreError, TrainingError
 from loray.recipe import Recipe, load_recipe
@@ -32,8 +33,6 @@ from loray.telemetry import configure_logging, get_logger
 
 log = get_logger(__name__)
 
-_MAX_LOST_WORKERS = 3
-_HEALTH_CHECK_S = "0.2"  # Ray's own 2 s is what a rank waits for when it reports a checkpoint
 _RAY_UP_CONFIG = Path("~/ray_bootstrap_config.yaml")  # on the head of a cluster that `ray up` has started
 _STOPPED = 143  # as a shell says of a process that SIGTERM has ended
 
@@ -124,10 +123,14 @@ def _how_to_publish(recipe: Recipe) -> str:
 def _fit(
     prepared: Prepared, run: RunFolder, settings: Settings, emit: events.Emit, job: JobRecord, interrupts: Interrupts
 ) -> Any:
-    with run.events() as path, EventTail(path, emit):
-        sink = start_sink(path)
+    def tell(event: dict[str, Any]) -> None:
+        board.write(event)
+        emit(event)
+
+    with run.history() as history, Board(history.board) as board, EventTail(history.events, tell):
+        sink = start_sink(history.events)
         try:
-            return _trainer(prepared, run, settings, sink).fit()
+            return build_trainer(prepared, run, settings, sink).fit()
         except TrainingFailedError as e:
             failures = getattr(e, "worker_failures", None) or {0: e}
             raise TrainingError(
@@ -142,45 +145,14 @@ def _fit(
             ray.kill(sink)
 
 
-def _trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: Any) -> TorchTrainer:
-    spec = prepared.spec
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)  # Ray hands it to its controller
-    ranked = spec.evaluation.keep_best and len(prepared.data.evaluation) > 0
-    return TorchTrainer(
-        worker.run,
-        train_loop_config=worker.WorkerConfig(
-            recipe=spec.model_dump(mode="json"),
-            home=str(settings.home),
-            base_fingerprint=prepared.base.fingerprint,
-            log_level=settings.log_level,
-            events=sink,
-            data=ray.put(prepared.data),
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=spec.num_workers,
-            use_gpu=spec.use_gpu,
-            resources_per_worker={"CPU": 1} | ({"GPU": 1} if spec.use_gpu else {}),
-        ),
-        run_config=RunConfig(
-            **run.storage,
-            failure_config=FailureConfig(max_failures=_MAX_LOST_WORKERS),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=spec.checkpoint.keep,
-                checkpoint_score_attribute=worker.SCORE if ranked else None,
-                checkpoint_score_order="min",
-            ),
-            callbacks=[worker.EventLog(sink, str(run))],
-        ),
-    )
-
-
 def _check_resources(recipe: Recipe) -> None:
     """Ray would wait for ever for what the cluster will never have. What an autoscaler may add it may wait for."""
-    have = ray.cluster_resources()
-    for resource in ("CPU", "GPU") if recipe.spec.use_gpu else ("CPU",):
-        if have.get(resource, 0) >= recipe.spec.num_workers:
+    have, spec = ray.cluster_resources(), recipe.spec
+    name, needed = ("num_workers", spec.num_workers) if spec.min_workers is None else ("min_workers", spec.min_workers)
+    for resource in ("CPU", "GPU") if spec.use_gpu else ("CPU",):
+        if have.get(resource, 0) >= needed:
             continue
-        lack = f"num_workers is {recipe.spec.num_workers}, but the cluster has {have.get(resource, 0):g} {resource}s"
+        lack = f"{name} is {needed}, but the cluster has {have.get(resource, 0):g} {resource}s"
         if not _grows():
             raise SpecError(f"{lack}; lower it, or use a larger cluster")
         log.warning("%s: waiting for its autoscaler to add them, as long as that takes", lack)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import ray
 import ray.train
 import torch
 
 from jobs.bases import ensure_base
+from jobs.checkpoints import SCORE, CheckpointUploads
+from jobs.gauges import TrainingGauges, Utilisation
+from jobs.placement import straddling_warning
+from jobs.reporter import RayReporter
 from jobs.sink import EventSender
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, LorayError
@@ -21,40 +24,23 @@ from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
 from loray.train.mesh import World
 
-SCORE = "score"  # what Ray ranks checkpoints by
+if TYPE_CHECKING:
+    from loray.train.data import Dataset
 
 
 class WorkerConfig(TypedDict):
-    """`data` is the object store's reference to the tokenised Dataset; `events` the actor that news go to."""
+    """`run` is the name of the run's folder, `data` the object store's reference to the tokenised Dataset, `events` the
+    actor that news go to. `peak_tflops` None: to be measured.
+    """
 
     recipe: dict[str, Any]
     home: str
+    run: str
     base_fingerprint: str
     log_level: str
+    peak_tflops: float | None
     events: Any
     data: Any
-
-
-class RayReporter:
-    """Only checkpoints go through Ray: it takes one report per health check, and would hold every step up for that.
-    Other events rank 0 sends to the driver itself.
-    """
-
-    def __init__(self, events: EventSender, rank: int) -> None:
-        self._events, self._rank = events, rank
-
-    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        if metrics["event"] == "checkpoint":
-            saved = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
-            name = f"step_{metrics['step']:06d}"
-            ray.train.report(metrics | {SCORE: score(metrics["eval_loss"])}, checkpoint=saved, checkpoint_dir_name=name)
-        elif self._rank == 0:
-            self._events.send(metrics)
-
-
-def score(eval_loss: float | None) -> float:
-    """Finite, as Ray's snapshot must hold it in JSON; checkpoints that were not evaluated come last."""
-    return sys.float_info.max if eval_loss is None else eval_loss
 
 
 def run(config: WorkerConfig) -> str | None:
@@ -73,7 +59,7 @@ def run(config: WorkerConfig) -> str | None:
     if base is None or problems:
         return problems[0]
     try:
-        _train(spec, base, config, world.rank)
+        _train(spec, base, config, world)
     except LorayError as e:
         return str(e)
     return None
@@ -88,25 +74,49 @@ def _find_base(spec: TrainSpec, config: WorkerConfig) -> BaseModel:
     return base
 
 
-def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, rank: int) -> None:
+def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World) -> None:
     from loray.train.loop import train  # takes seconds, which driver and controller, who import this module, have not
 
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
-    last = ray.train.get_checkpoint()
+    data: Dataset = ray.get(config["data"])
     events = EventSender(config["events"])
-    with nullcontext(None) if last is None else last.as_directory() as folder, tempfile.TemporaryDirectory() as workdir:
-        try:
-            train(
-                spec,
-                base,
-                ray.get(config["data"]),
-                reporter=RayReporter(events, rank),
-                workdir=Path(workdir),
-                resume_from=None if folder is None else Path(folder),
-                device=device,
-            )
-        finally:
-            events.flush()
+    nodes = world.gather(ray.get_runtime_context().get_node_id())
+    warning = straddling_warning(nodes, spec.parallel.sequence)
+    if warning is not None and world.rank == 0:
+        events.send({"event": "warning", "message": warning})
+    gauges = TrainingGauges(spec.name, config["run"], world.rank)
+    with ExitStack() as stack:
+        if world.rank == 0:  # outlives a worker that is killed, for the one that takes its place
+            folder = Path(config["home"], "checkpoints", spec.name, config["run"])
+            utilisation = _utilisation(spec, base, data, device, config["peak_tflops"])
+        else:
+            folder, utilisation = Path(stack.enter_context(tempfile.TemporaryDirectory()), "checkpoints"), None
+        stack.callback(events.flush)
+        uploads = CheckpointUploads(folder, lambda seconds: gauges.set(checkpoint_seconds=seconds))
+        stack.enter_context(uploads)
+        reporter = RayReporter(events, uploads, gauges, utilisation, world, device)
+        last = uploads.latest(world)
+        resume_from = None if last is None else Path(stack.enter_context(last.as_directory()))
+        train(spec, base, data, reporter=reporter, workdir=folder, resume_from=resume_from, device=device)
+
+
+def _utilisation(
+    spec: TrainSpec, base: BaseModel, data: Dataset, device: torch.device, peak_tflops: float | None
+) -> Utilisation:
+    from loray.train.flops import flops_per_token, measured_peak
+    from loray.train.model import group_size
+
+    long_context = spec.adapter.long_context
+    per_token = flops_per_token(
+        base.config,
+        spec.adapter,
+        data.train.lengths,
+        group_size=None if long_context is None else group_size(base, spec, long_context),
+        target_share=data.report.num_targets / data.report.num_tokens,
+    )
+    if peak_tflops is not None:
+        return Utilisation(per_token, peak_tflops * 1e12, "setting")
+    return Utilisation(per_token, measured_peak(device, getattr(torch, spec.dtype)), "measured")
 
 
 def _num_threads() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from urllib.parse import parse_qsl, urlsplit
 from loray.errors import SettingsError
 from loray.locations import S3Location, is_this_machine, parse_location
 
-_KNOWN = {"LORAY_HOME", "LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS", "LORAY_LOG_LEVEL"}
+_KNOWN = {"LORAY_HOME", "LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS", "LORAY_LOG_LEVEL", "LORAY_PEAK_TFLOPS"}
 # Kubernetes describes a Service called loray-… to every pod of its namespace, in variables of these forms.
 _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
 # Written by `loray up --s3`: from then on the home's store is the local S3 server's bucket.
@@ -29,6 +30,8 @@ class Settings:
     store    URL of the adapter store (`LORAY_STORE`; default `file://HOME/store`, or what `loray up --s3` started)
     catalog  SQLAlchemy URL of the catalog (`LORAY_CATALOG`, default SQLite in HOME)
     address  Ray dashboard or job-server address (`LORAY_ADDRESS`, default None: a local cluster)
+    peak_tflops  what a training worker's device can do, in 10¹² FLOP/s of the training dtype, for MFU
+             (`LORAY_PEAK_TFLOPS`, default None: measured with a matrix product when training starts)
     """
 
     home: Path
@@ -36,6 +39,7 @@ class Settings:
     catalog: str
     address: str | None
     log_level: str
+    peak_tflops: float | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -61,7 +65,14 @@ class Settings:
         level = (env.get("LORAY_LOG_LEVEL") or "INFO").upper()
         if level not in _LOG_LEVELS:
             raise SettingsError(f"LORAY_LOG_LEVEL={level!r} must be one of {', '.join(_LOG_LEVELS)}")
-        return cls(home=home, store=store, catalog=catalog, address=env.get("LORAY_ADDRESS") or None, log_level=level)
+        return cls(
+            home=home,
+            store=store,
+            catalog=catalog,
+            address=env.get("LORAY_ADDRESS") or None,
+            log_level=level,
+            peak_tflops=_positive(env, "LORAY_PEAK_TFLOPS"),
+        )
 
     @property
     def is_local(self) -> bool:
@@ -84,6 +95,8 @@ class Settings:
             "LORAY_CATALOG": self.catalog,
             "LORAY_LOG_LEVEL": self.log_level,
         }
+        if self.peak_tflops is not None:
+            env["LORAY_PEAK_TFLOPS"] = str(self.peak_tflops)
         if self.catalog_has_password and not secrets:
             del env["LORAY_CATALOG"]
         return env
@@ -101,6 +114,19 @@ class Settings:
     def catalog_has_password(self) -> bool:
         parts = urlsplit(self.catalog)
         return parts.password is not None or any("password" in name.lower() for name, _ in parse_qsl(parts.query))
+
+
+def _positive(env: Mapping[str, str], name: str) -> float | None:
+    value = env.get(name)
+    if not value:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise SettingsError(f"{name}={value!r} must be a positive number")
+    return number
 
 
 def _is_local_catalog(url: str) -> bool:

@@ -1,7 +1,8 @@
 """Names shared by every part that logs or measures: loggers, and every metric as data.
 
 Metrics follow Prometheus' conventions (base units, `_total`) and vLLM's names where vLLM has one. Who counts what is
-told by its section of the table; all of `METRICS` is in the exposition at the gateway's `/metrics`.
+told by its section of the table; all of `METRICS` is in the exposition at the gateway's `/metrics`, and
+`TRAINING_METRICS` in that of Ray's nodes, which puts `ray_` before the names.
 """
 
 from __future__ import annotations
@@ -134,6 +135,31 @@ GATEWAY_METRICS = _table(
 )
 
 METRICS: Mapping[str, Metric] = {**REQUEST_METRICS, **ENGINE_METRICS, **GATEWAY_METRICS}
+
+# Of training workers: of the first one, but for memory, which each has its own of. `name` is the adapter's, `run` the
+# folder's. Gauges all of them: a run that is resumed goes on where it was, and so do its totals.
+TRAINING_LABELS = ("name", "run", "rank")
+TRAINING_METRICS = _table(
+    _gauge("train_step", "Optimizer steps of the run so far.", *TRAINING_LABELS),
+    _gauge("train_loss", "Mean cross-entropy a target token in the last step.", *TRAINING_LABELS),
+    _gauge("train_eval_loss", "Held-out loss of the adapter when it was last evaluated.", *TRAINING_LABELS),
+    _gauge("train_learning_rate", "Learning rate of the last step.", *TRAINING_LABELS),
+    _gauge("train_grad_norm", "Global norm of the last step's gradient, before clipping.", *TRAINING_LABELS),
+    _gauge("train_tokens_per_second", "Tokens of all workers over the time from step to step.", *TRAINING_LABELS),
+    _gauge(
+        "train_mfu_ratio",
+        "Model FLOPs utilisation: the model's FLOP/s over what the devices can do.",
+        *TRAINING_LABELS,
+    ),
+    _gauge("train_tokens", "Tokens that the run has trained on.", *TRAINING_LABELS),
+    _gauge("train_skipped_steps", "Steps of the run whose loss or gradient was not finite.", *TRAINING_LABELS),
+    _gauge(
+        "train_checkpoint_seconds",
+        "From the last checkpoint's being written to its being stored.",
+        *TRAINING_LABELS,
+    ),
+    _gauge("train_memory_bytes", "Most memory that the worker has had, on its GPU where it has one.", *TRAINING_LABELS),
+)
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ from ray.train import Checkpoint
 
 from jobs import command, submission, worker
 from jobs import train as driver
+from jobs.checkpoints import score
 from jobs.events import decode
 from jobs.prepare import prepare
 from jobs.publication import already_published, best, publish_best
@@ -63,7 +63,7 @@ def test_checkpoints_without_an_evaluation_come_last() -> None:
     assert best(made, by_loss=False) == "latest"
     made.best_checkpoints = checkpoints[:1]
     assert best(made, by_loss=True) == "latest"
-    scores = [worker.score(metrics["eval_loss"]) for _, metrics in checkpoints]
+    scores = [score(metrics["eval_loss"]) for _, metrics in checkpoints]
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
     assert min(scores) == 2.0
 
@@ -192,19 +192,6 @@ def test_an_unexpected_error_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert event["message"].startswith("OSError: [Errno 28] No space left on device")
 
 
-def test_only_checkpoints_go_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    reported: list[dict[str, Any]] = []
-    sent: list[dict[str, Any]] = []
-    monkeypatch.setattr("ray.train.report", lambda metrics, **_: reported.append(metrics))
-    for rank in (0, 1):
-        reporter = worker.RayReporter(SimpleNamespace(send=sent.append), rank)  # type: ignore[arg-type]
-        reporter.report({"event": "step", "step": 1}, None)
-        reporter.report({"event": "checkpoint", "step": 1, "eval_loss": None}, None)
-    assert sent == [{"event": "step", "step": 1}]
-    assert [m["event"] for m in reported] == ["checkpoint"] * 2
-    assert reported[0]["score"] == sys.float_info.max
-
-
 def test_an_error_on_another_rank_ends_this_one_too(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +204,8 @@ def test_an_error_on_another_rank_ends_this_one_too(
         home=str(settings.home),
         base_fingerprint=get_base(settings.home, "tiny").fingerprint,
         log_level="WARNING",
+        run="20260101",
+        peak_tflops=None,
         events=None,
         data=None,
     )

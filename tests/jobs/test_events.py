@@ -42,6 +42,7 @@ def step(number: int, loss: float = 2.0) -> dict[str, Any]:
         "lr": 1e-3,
         "grad_norm": 0.5,
         "tokens_per_s": 1234.5,
+        "mfu": 0.312,
         "eta_s": 61.0,
         "skipped_steps": 0,
     }
@@ -59,7 +60,7 @@ def test_events_for_people() -> None:
         "25 of 1,000 parameters trained (2.50%); 20 steps; 5 rows, 60 tokens, 2 rows held out; "
         "1 rows truncated, 0 dropped"
     )
-    assert "loss 2.0000  lr 1.00e-03  grad norm 0.5000  1,234 tokens/s  ETA 1:01" in describe(step(3))
+    assert "loss 2.0000  lr 1.00e-03  grad norm 0.5000  1,234 tokens/s  MFU 31.2%  ETA 1:01" in describe(step(3))
     assert "loss not finite" in describe(step(3, float("inf")))
     assert describe(PUBLISHED) == "published a@1 (prod): 1,234 bytes, digest 000000000000"
     assert duration(3723) == "1:02:03"

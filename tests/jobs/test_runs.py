@@ -69,9 +69,9 @@ def test_adapters_and_runs_share_a_bucket(settings: Settings, runs: Runs) -> Non
 
 def test_the_history_grows_from_driver_to_driver(settings: Settings, runs: Runs, tmp_path: Path) -> None:
     run = runs.new("arithmetic", "job")
-    with run.events() as path, path.open("a") as file:
+    with run.history() as (path, _), path.open("a") as file:
         file.write("first\n")
-    with suppress(RuntimeError), open_runs(settings).latest("arithmetic").events() as path:
+    with suppress(RuntimeError), open_runs(settings).latest("arithmetic").history() as (path, _):
         assert path.read_text() == "first\n"
         with path.open("a") as file:
             file.write("second\n")
@@ -79,21 +79,21 @@ def test_the_history_grows_from_driver_to_driver(settings: Settings, runs: Runs,
     assert run.read("events.jsonl") == b"first\nsecond\n"
     if str(run).startswith("s3://"):  # from another machine
         elsewhere = Settings.from_env(settings.to_env() | {"LORAY_HOME": str(tmp_path / "elsewhere")})
-        with open_runs(elsewhere).latest("arithmetic").events() as path:
+        with open_runs(elsewhere).latest("arithmetic").history() as (path, _):
             assert path.read_text() == "first\nsecond\n"
 
 
 def test_a_history_that_is_not_the_buckets_is_not_kept(s3_server: Any, tmp_path: Path) -> None:
     env = {"LORAY_HOME": str(tmp_path / "home"), "LORAY_STORE": s3_server.url("runs")}
     run = open_runs(Settings.from_env(env)).new("arithmetic", "job")
-    with run.events() as path:
+    with run.history() as (path, _):
         path.write_text("here\n")
     run.write("events.jsonl", b"elsewhere\n")
-    with run.events() as path:
+    with run.history() as (path, _):
         assert path.read_text() == "elsewhere\n"
         path.write_text("elsewhere\nand a killed driver of this machine\n")
     run.write("events.jsonl", b"elsewhere\n")
-    with run.events() as path:
+    with run.history() as (path, _):
         assert path.read_text() == "elsewhere\nand a killed driver of this machine\n"
 
 
@@ -105,7 +105,7 @@ def test_who_has_lost_a_run_leaves_its_history_alone(
     run = open_runs(Settings.from_env(env)).new("arithmetic", "job")
     assert isinstance(run, SharedRunFolder)
     lost: list[str] = []
-    with run.locked("slow", lost.append), run.events() as path:
+    with run.locked("slow", lost.append), run.history() as (path, _):
         path.write_text("of the slow driver\n")
         other = leases._Lease(run.objects, f"{run.key}/lock/", "next")
         until(lambda: other._write(max(other._numbers()) + 1, other._ours))

@@ -14,9 +14,10 @@ import pytest
 
 from loray.errors import DataError
 from loray.spec import DataSpec
+from loray.train import data_files
 from loray.train.data import Dataset, load_data
-from loray.train.data_files import read_rows
-from loray.train.examples import TokenRows
+from loray.train.data_files import open_rows
+from loray.train.examples import Rows, pack_rows
 from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -33,12 +34,12 @@ def load(train: str, *, max_length: int = 512, seed: int = 0, max_eval_rows: int
     return load_data(spec, TOKENIZER, max_length=max_length, max_eval_rows=max_eval_rows, seed=seed)
 
 
-def learned(rows: TokenRows, i: int) -> str:
+def learned(rows: Rows, i: int) -> str:
     ids, targets = rows.row(i)
     return str(TOKENIZER.decode(ids[targets].tolist()))
 
 
-def whole(rows: TokenRows, i: int) -> str:
+def whole(rows: Rows, i: int) -> str:
     return str(TOKENIZER.decode(rows.row(i)[0].tolist()))
 
 
@@ -115,9 +116,46 @@ def test_uris_are_read_too(tmp_path: Path) -> None:
 
 
 def test_strings_that_look_like_dates_stay_strings(tmp_path: Path) -> None:
-    assert read_rows(jsonl(tmp_path, {"text": "2024-01-01"}, {"text": "2024-01-02"})).records[0] == {
-        "text": "2024-01-01"
-    }
+    rows = open_rows(jsonl(tmp_path, {"text": "2024-01-01"}, {"text": "2024-01-02"}))
+    assert list(rows.parts()) == [(0, [{"text": "2024-01-01"}, {"text": "2024-01-02"}])]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_read_in_parts_gives_what_it_gives_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Lines longer than a part included, and errors are numbered through all parts."""
+    records = [{"prompt": "p" * (i % 7), "completion": "c" * (i * 13 % 90)} for i in range(50)]
+    path = jsonl(tmp_path, *records)
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), tmp_path / "data.parquet", row_group_size=7)
+        path = str(tmp_path / "data.parquet")
+    fields = {"eval_fraction": 0.2, "max_length": 40, "max_rows": 45}
+    whole = load(path, **fields)
+    monkeypatch.setattr(data_files, "_PART_BYTES", 100)
+    monkeypatch.setattr(data_files, "_PART_ROWS", 3)
+    first = [done for done, _ in open_rows(path, max_rows=45).parts()]
+    assert len(first) > 5
+    assert max(first) < 45
+    in_parts = load(path, **fields)
+    assert in_parts.report == whole.report
+    for name in ("train", "evaluation"):
+        a, b = getattr(whole, name), getattr(in_parts, name)
+        assert [a.row(i)[0].tolist() for i in range(len(a))] == [b.row(i)[0].tolist() for i in range(len(b))]
+    bad = [*records[:45], {"prompt": "p", "completion": None}]
+    pq.write_table(pa.Table.from_pylist(bad), tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match="row 46: `completion` must be a string"):
+        load(str(tmp_path / "bad.parquet"))
+
+
+def test_rows_are_views_until_they_are_packed() -> None:
+    rows = pack_rows([([i] * (i + 1), [True] * (i + 1)) for i in range(5)])
+    some = rows.select(np.array([3, 1]))
+    assert some.ids_N is rows.ids_N
+    assert some.lengths.tolist() == [4, 2]
+    packed = some.packed()
+    assert packed.ids_N.tolist() == [3, 3, 3, 3, 1, 1]
+    assert packed.targets_N.tolist() == [False, True, True, True, False, True]
 
 
 # -- lengths ----------------------------------------------------------------------------------------------------------

@@ -182,6 +182,9 @@ class TrainSpec(Frozen):
     gradient_checkpointing: bool = False
     dtype: DType = "bfloat16"
     num_workers: int = Field(default=1, gt=0)
+    min_workers: int | None = Field(
+        default=None, gt=0, description="go on with as few as these where workers are lost; None: with all or none"
+    )
     parallel: ParallelSpec = ParallelSpec()
     use_gpu: bool = False
     seed: int = Field(default=0, ge=0)
@@ -201,8 +204,11 @@ class TrainSpec(Frozen):
     @model_validator(mode="after")
     def _sequence_groups(self) -> Self:
         sequence = self.parallel.sequence
-        if self.num_workers % sequence:
-            raise ValueError(f"parallel.sequence is {sequence}, which does not divide num_workers ({self.num_workers})")
+        for name, number in (("num_workers", self.num_workers), ("min_workers", self.min_workers or sequence)):
+            if number % sequence:
+                raise ValueError(f"parallel.sequence is {sequence}, which does not divide {name} ({number})")
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})")
         if sequence > 1 and self.adapter.long_context is None:
             raise ValueError("parallel.sequence splits rows for S2-Attn: it needs adapter.long_context")
         return self

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loray.errors import SpecError
 from loray.spec import BatchSpec
-from loray.train.examples import TokenRows
+from loray.train.examples import Rows
 
 IGNORED = -100
 _GROUP = 50  # micro-batches within which `length_grouped` sorts: lengths match, and the order stays random
@@ -106,7 +106,7 @@ def first_fit(order: Sequence[int], lengths: Sequence[int], max_length: int) -> 
     return [tuple(row) for row in rows]
 
 
-def collate(rows: TokenRows, batch: MicroBatch, *, packed: bool) -> Batch:
+def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
     lengths = [sum(int(rows.lengths[i]) for i in row) for row in batch]
     shape = (len(batch), max(lengths))
     input_ids_BT = torch.zeros(shape, dtype=torch.long)
@@ -146,7 +146,7 @@ class BatchStream:
 
     def __init__(
         self,
-        rows: TokenRows,
+        rows: Rows,
         spec: BatchSpec,
         *,
         max_length: int,

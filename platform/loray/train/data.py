@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.spec import DataSpec
-from loray.train.data_files import DataFormat, Rows, read_rows
-from loray.train.examples import Example, TokenRows, pack_rows, tokenize
+from loray.train.data_files import DataFormat, RowFile, open_rows
+from loray.train.examples import Example, Rows, RowSpool, TokenRows, tokenize
+
+Indices = NDArray[np.int64]
 
 _SPLIT_STREAM, _SAMPLE_STREAM = 1, 2  # keep the generators of one seed apart
 
@@ -36,9 +39,12 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """`fingerprint`: SHA-256 of the training file; where there is an evaluation file, of both files' hex digests."""
+    """`fingerprint`: SHA-256 of the training file; where there is an evaluation file, of both files' hex digests.
 
-    train: TokenRows
+    The training rows may lie outside this process's memory; those that are held out are few.
+    """
+
+    train: Rows
     evaluation: TokenRows
     max_length: int
     fingerprint: str
@@ -62,64 +68,84 @@ def load_data(
     whole_windows  evaluate on windows of exactly `max_length` tokens where there are any: figures at one context length
     fetched        copies on this machine of sources that lie elsewhere
     """
-    rows = read_rows(spec.train, spec.format, spec.max_rows, fetched=fetched.get(spec.train))
-    examples = list(tokenize(rows, tokenizer, max_length))
-    fingerprint = rows.sha256
+    file = open_rows(spec.train, spec.format, spec.max_rows, fetched=fetched.get(spec.train))
+    examples = _spool(tokenize(file, tokenizer, max_length))
+    fingerprint = file.sha256
     if spec.eval is not None:
-        eval_rows = read_rows(spec.eval, spec.format, fetched=fetched.get(spec.eval))
-        held_out = list(tokenize(eval_rows, tokenizer, max_length))
-        fingerprint = hashlib.sha256(f"{rows.sha256}\n{eval_rows.sha256}\n".encode()).hexdigest()
+        eval_file = open_rows(spec.eval, spec.format, fetched=fetched.get(spec.eval))
+        eval_examples = _spool(tokenize(eval_file, tokenizer, max_length))
+        trained, held_out = np.arange(len(examples.rows)), np.arange(len(eval_examples.rows))
+        fingerprint = hashlib.sha256(f"{file.sha256}\n{eval_file.sha256}\n".encode()).hexdigest()
     else:
-        examples, held_out = _hold_out(rows, examples, spec.eval_fraction, seed)
+        eval_examples = examples
+        trained, held_out = _hold_out(file, examples, spec.eval_fraction, seed)
 
-    usable = [e for e in examples if any(e.targets[1:])]
-    held_out = [e for e in held_out if any(e.targets[1:])]
-    if not usable:
+    usable = trained[examples.num_targets[trained] > 0]
+    held_out = held_out[eval_examples.num_targets[held_out] > 0]
+    if not len(usable):
         raise DataError(
             f"no row of {spec.train} has a token to learn within {max_length} tokens; raise data.max_length"
         )
-    if spec.eval is not None and not held_out:
+    if spec.eval is not None and not len(held_out):
         raise DataError(f"no row of {spec.eval} has a token to learn within {max_length} tokens; raise data.max_length")
-    if whole_windows and any(len(e.ids) == max_length for e in held_out):
-        held_out = [e for e in held_out if len(e.ids) == max_length]
+    whole = held_out[eval_examples.rows.lengths[held_out] == max_length]
+    if whole_windows and len(whole):
+        held_out = whole
     if len(held_out) > max_eval_rows:
         drawn = np.random.default_rng([seed, _SAMPLE_STREAM]).choice(len(held_out), max_eval_rows, replace=False)
-        held_out = [held_out[i] for i in sorted(drawn)]
+        held_out = held_out[np.sort(drawn)]
 
-    train = pack_rows([(e.ids, e.targets) for e in usable])
-    evaluation = pack_rows([(e.ids, e.targets) for e in held_out])
+    train = examples.rows.select(usable)
     report = DataReport(
-        format=rows.format,
-        num_documents=len(rows.records),
+        format=file.format,
+        num_documents=int(examples.documents[-1]) + 1,
         num_rows=len(train),
-        num_eval_rows=len(evaluation),
-        num_tokens=len(train.ids_N),
-        num_targets=train.num_targets,
-        num_truncated=sum(e.truncated for e in usable),
-        num_without_targets=len(examples) - len(usable),
+        num_eval_rows=len(held_out),
+        num_tokens=int(train.lengths.sum()),
+        num_targets=int(examples.num_targets[usable].sum()),
+        num_truncated=int(examples.truncated[usable].sum()),
+        num_without_targets=len(trained) - len(usable),
     )
-    return Dataset(train, evaluation, max_length, fingerprint, report)
+    return Dataset(train, eval_examples.rows.select(held_out).packed(), max_length, fingerprint, report)
 
 
-def _hold_out(rows: Rows, examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+class _Examples(NamedTuple):
+    """Tokenised rows, and by row: the document that it is of, whether it was cut, its targets."""
+
+    rows: TokenRows
+    documents: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+    num_targets: NDArray[np.int64]
+
+
+def _spool(examples: Iterable[Example]) -> _Examples:
+    documents, truncated, num_targets = array("q"), array("b"), array("q")
+    with RowSpool() as spool:
+        for example in examples:
+            num_targets.append(spool.add(example.ids, example.targets))
+            documents.append(example.document)
+            truncated.append(example.truncated)
+        rows = spool.rows()
+    return _Examples(
+        rows, np.array(documents, np.int64), np.array(truncated, np.bool_), np.array(num_targets, np.int64)
+    )
+
+
+def _hold_out(file: RowFile, examples: _Examples, fraction: float, seed: int) -> tuple[Indices, Indices]:
     """(training, held out), split by document: windows of a text never lie on both sides, unless it is the only one."""
     if fraction == 0:
-        return examples, []
-    by_document: dict[int, list[Example]] = defaultdict(list)
-    for example in examples:
-        by_document[example.document].append(example)
-    units = list(by_document.values())
-    if len(units) == 1 and rows.format == "text":
-        units = [[e] for e in units[0]]
-        order = np.arange(len(units))[::-1]  # the end of the text
+        return np.arange(len(examples.rows)), np.empty(0, np.int64)
+    units, num_units = examples.documents, int(examples.documents[-1]) + 1  # every document has an example
+    if num_units == 1 and file.format == "text":
+        units, num_units = np.arange(len(examples.rows)), len(examples.rows)
+        order = np.arange(num_units)[::-1]  # the end of the text
     else:
-        order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(len(units))
-    if len(units) < 2:
+        order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(num_units)
+    if num_units < 2:
         raise DataError(
-            f"{rows.source} has a single row, so nothing can be held out of it; "
+            f"{file.source} has a single row, so nothing can be held out of it; "
             "give data.eval, or set data.eval_fraction to 0"
         )
-    count = min(max(1, round(len(units) * fraction)), len(units) - 1)
-    chosen = {int(i) for i in order[:count]}
-    train = [e for i, unit in enumerate(units) if i not in chosen for e in unit]
-    return train, [e for i, unit in enumerate(units) if i in chosen for e in unit]
+    count = min(max(1, round(num_units * fraction)), num_units - 1)
+    is_held_out = np.isin(units, order[:count])
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)

@@ -1,4 +1,4 @@
-"""Reading JSONL and Parquet through pyarrow: which format a file has, its rows, and its SHA-256.
+"""Reading JSONL and Parquet through pyarrow: which format a file has, its rows in parts, and its SHA-256.
 
 A source is a path or a URI that pyarrow knows (`file://`, `s3://`), or a file that was fetched from one. Every failure
 is a DataError that names the source, and the line or row at fault.
@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,8 @@ _SCHEMAS: dict[DataFormat, pa.Schema] = {
     "text": pa.schema([("text", pa.string())]),
 }
 _EXPECTED = "`messages` (chat), `prompt` and `completion`, or `text`"
+_PART_BYTES = 16 << 20  # of a JSONL file at once; more where a single line is longer
+_PART_ROWS = 256  # of a Parquet file at once
 
 
 class Source(NamedTuple):
@@ -41,23 +44,49 @@ class Source(NamedTuple):
         return self.name
 
 
-class Rows(NamedTuple):
-    """`records` hold the format's columns only; `sha256` is over the whole file as it lies on disk."""
+class RowFile(NamedTuple):
+    """A file of rows. `sha256` is over the whole file as it lies on disk; `max_rows` None: all of them."""
 
-    source: str
+    source: Source
     format: DataFormat
-    records: list[dict[str, Any]]
     sha256: str
+    is_parquet: bool
+    max_rows: int | None
+
+    def parts(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """(number of rows before it, rows with the format's columns only), one part after the other: a file need not
+        fit into memory. Raises DataError.
+        """
+        done = 0
+        for table in _parquet_parts(self) if self.is_parquet else _jsonl_parts(self):
+            if self.max_rows is not None:
+                table = table.slice(0, self.max_rows - done)
+            if table.num_rows:
+                yield done, self._records(table)
+            done += table.num_rows
+            if done == self.max_rows:
+                break
+        if done == 0:
+            raise DataError(f"{self.source} has no rows; give a file with at least one")
+
+    def _records(self, table: Any) -> list[dict[str, Any]]:
+        try:
+            records: list[dict[str, Any]] = table.to_pylist()
+        except UnicodeDecodeError as e:  # pyarrow reads such bytes without a word
+            if not self.is_parquet:
+                _explain(self.source, self.format)
+            raise DataError(f"{self.source} holds text that is not UTF-8: {e}; write it as UTF-8") from e
+        return records
 
 
-def read_rows(
+def open_rows(
     name: str,
     format: DataFormat | Literal["auto"] = "auto",
     max_rows: int | None = None,
     *,
     fetched: Path | None = None,
-) -> Rows:
-    """All rows of the source called `name`, or the first `max_rows`; from `fetched`, a copy, where there is one.
+) -> RowFile:
+    """The rows of the source called `name`, or the first `max_rows`; from `fetched`, a copy, where there is one.
 
     Raises DataError.
     """
@@ -66,21 +95,8 @@ def read_rows(
         is_parquet = file.read(4) == b"PAR1"
         file.seek(0)
         digest = _sha256(file)
-    if is_parquet:
-        found, table = _read_parquet(source, format)
-    else:
-        found, table = _read_jsonl(source, format)
-    if max_rows is not None:
-        table = table.slice(0, max_rows)
-    if table.num_rows == 0:
-        raise DataError(f"{source} has no rows; give a file with at least one")
-    try:
-        records = table.to_pylist()
-    except UnicodeDecodeError as e:  # pyarrow reads such bytes without a word
-        if not is_parquet:
-            _explain(source, found)
-        raise DataError(f"{source} holds text that is not UTF-8: {e}; write it as UTF-8") from e
-    return Rows(name, found, records, digest)
+    names = _parquet_names(source) if is_parquet else _first_names(source)
+    return RowFile(source, detect(source, names, format), digest, is_parquet, max_rows)
 
 
 def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"]) -> DataFormat:
@@ -141,31 +157,53 @@ def _sha256(file: Any) -> str:
     return digest.hexdigest()
 
 
-def _read_parquet(source: Source, format: DataFormat | Literal["auto"]) -> tuple[DataFormat, Any]:
-    with _open(source) as file:
-        try:
-            parquet = papq.ParquetFile(file)
-            found = detect(source, parquet.schema_arrow.names, format)
-            return found, parquet.read(columns=_SCHEMAS[found].names)
-        except (OSError, pa.ArrowException) as e:
-            raise DataError(f"{source} is not a readable Parquet file: {e}") from e
+def _parquet_names(source: Source) -> list[str]:
+    with _open(source) as file, _parquet_errors(source):
+        names: list[str] = papq.ParquetFile(file).schema_arrow.names
+        return names
 
 
-def _read_jsonl(source: Source, format: DataFormat | Literal["auto"]) -> tuple[DataFormat, Any]:
+def _parquet_parts(rows: RowFile) -> Iterator[Any]:
+    with _open(rows.source) as file, _parquet_errors(rows.source):
+        for batch in papq.ParquetFile(file).iter_batches(_PART_ROWS, columns=_SCHEMAS[rows.format].names):
+            yield pa.Table.from_batches([batch])
+
+
+@contextmanager
+def _parquet_errors(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as e:
+        raise DataError(f"{source} is not a readable Parquet file: {e}") from e
+
+
+def _jsonl_parts(rows: RowFile) -> Iterator[Any]:
     """The columns are declared: left to guess, pyarrow makes timestamps of strings that look like dates."""
-    found = detect(source, _first_names(source), format)
-    options = pajson.ParseOptions(explicit_schema=_SCHEMAS[found], unexpected_field_behavior="ignore")
-    with _open(source) as file:
-        # A row must fit into one block, and documents can be long: one block holds the file, up to 1 GiB.
-        block = min(max(file.size(), 1), 1 << 30)
+    options = pajson.ParseOptions(explicit_schema=_SCHEMAS[rows.format], unexpected_field_behavior="ignore")
+    for block in _blocks(rows.source):
+        # A row must fit into one block of pyarrow's, and documents can be long: the part is one block.
         try:
-            table = pajson.read_json(file, pajson.ReadOptions(block_size=block), options)
+            table = pajson.read_json(io.BytesIO(block), pajson.ReadOptions(block_size=len(block)), options)
         except pa.ArrowInvalid as e:
-            _explain(source, found)
-            raise DataError(f"{source} cannot be read: {e}") from e
-    if any(column.null_count for column in table.columns):
-        _explain(source, found)
-    return found, table
+            _explain(rows.source, rows.format)
+            raise DataError(f"{rows.source} cannot be read: {e}") from e
+        if any(column.null_count for column in table.columns):
+            _explain(rows.source, rows.format)
+        yield table
+
+
+def _blocks(source: Source) -> Iterator[bytes]:
+    """Whole lines, `_PART_BYTES` of them or one that is longer."""
+    lines: list[bytes] = []
+    size = 0
+    for _, line in _lines(source):
+        lines.append(line)
+        size += len(line)
+        if size >= _PART_BYTES:
+            yield b"".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield b"".join(lines)
 
 
 def _lines(source: Source) -> Iterator[tuple[int, bytes]]:

@@ -9,16 +9,19 @@ The token ids are those that a server sees: what precedes a target is tokenised 
 
 from __future__ import annotations
 
+import tempfile
+from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.train.data_files import Rows, problem
+from loray.train.data_files import RowFile, problem
 
 _TEXTS_AT_ONCE = 256  # documents handed to the tokenizer together: it is parallel inside
 
@@ -32,71 +35,113 @@ class Example(NamedTuple):
     truncated: bool = False
 
 
+class Rows(Protocol):
+    """Rows of tokens, wherever they lie."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Its token ids, and which of them are to be predicted."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Rows of tokens, back to back: row i is [offsets[i], offsets[i + 1]). N tokens in all. Cheap to send."""
+    """Row i is [starts[i], starts[i] + lengths[i]) of N tokens, which may hold more than the rows."""
 
     ids_N: NDArray[np.int32]
     targets_N: NDArray[np.bool_]
-    offsets: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        return np.diff(self.offsets)
-
-    @property
-    def num_targets(self) -> int:
-        return int(self.targets_N.sum())
+        return len(self.starts)
 
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        part = slice(self.offsets[i], self.offsets[i + 1])
+        part = slice(self.starts[i], self.starts[i] + self.lengths[i])
         return self.ids_N[part], self.targets_N[part]
 
-    def select(self, indices: Sequence[int]) -> TokenRows:
-        return pack_rows([self.row(i) for i in indices])
+    def select(self, indices: NDArray[np.int64]) -> TokenRows:
+        """Those rows of the same tokens; nothing is copied."""
+        return TokenRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
+
+    def packed(self) -> TokenRows:
+        """A copy in memory that holds the rows and nothing else, back to back."""
+        return pack_rows([self.row(i) for i in range(len(self))])
 
 
 def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenRows:
     """TokenRows of (ids, targets) pairs. The first token of a row has nothing before it, so it is never a target."""
-    lengths = [len(ids) for ids, _ in rows]
+    lengths = np.array([len(ids) for ids, _ in rows], np.int64)
+    starts = np.cumsum(lengths) - lengths
     ids_N = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows]) if rows else np.empty(0, np.int32)
     targets_N = np.concatenate([np.asarray(t, np.bool_) for _, t in rows]) if rows else np.empty(0, np.bool_)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    targets_N[offsets[:-1]] = False
-    return TokenRows(ids_N, targets_N, offsets)
+    targets_N[starts] = False
+    return TokenRows(ids_N, targets_N, starts, lengths)
 
 
-def tokenize(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[Example]:
-    """Examples of at most `max_length` tokens, in order. Raises DataError for a row that cannot be used."""
-    for number, record in enumerate(rows.records, start=1):
-        if wrong := problem(record, rows.format):
-            raise DataError(f"{rows.source}, row {number}: {wrong}")
+class RowSpool:
+    """Rows written one after the other to temporary files, five bytes a token, and read from there as TokenRows.
+
+    To be used in a `with` block. The files have no name: they are gone with the last array that is mapped to them.
+    """
+
+    def __enter__(self) -> RowSpool:
+        self._files = ExitStack()
+        self._ids = self._files.enter_context(tempfile.TemporaryFile(prefix="loray-rows-"))
+        self._targets = self._files.enter_context(tempfile.TemporaryFile(prefix="loray-rows-"))
+        self._lengths = array("q")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._files.close()
+
+    def add(self, ids: list[int], targets: list[bool]) -> int:
+        """Number of targets, of which the first token of a row is never one."""
+        mask = np.array(targets, np.bool_)
+        mask[:1] = False
+        self._ids.write(np.array(ids, np.int32).tobytes())
+        self._targets.write(mask.tobytes())
+        self._lengths.append(len(ids))
+        return int(mask.sum())
+
+    def rows(self) -> TokenRows:
+        """All of them; they outlive the block."""
+        lengths = np.array(self._lengths, np.int64)
+        total = int(lengths.sum())
+        ids_N, targets_N = _mapped(self._ids, np.int32, total), _mapped(self._targets, np.bool_, total)
+        return TokenRows(ids_N, targets_N, np.cumsum(lengths) - lengths, lengths)
+
+
+def _mapped(file: IO[bytes], dtype: Any, size: int) -> NDArray[Any]:
+    file.flush()
+    return np.memmap(file, dtype, "r", shape=(size,)).view(np.ndarray) if size else np.empty(0, dtype)
+
+
+def tokenize(rows: RowFile, tokenizer: Any, max_length: int) -> Iterator[Example]:
+    """Examples of at most `max_length` tokens, in order, at least one a row. Raises DataError for a bad row."""
     if tokenizer.eos_token_id is None:
         raise DataError("the base model's tokenizer has no end-of-sequence token; set one in its tokenizer_config.json")
-    if rows.format == "text":
-        yield from _texts(rows, tokenizer, max_length)
-    elif rows.format == "prompt_completion":
-        yield from _prompts(rows, tokenizer, max_length)
-    else:
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"{rows.source} holds chats, but the base model has no chat template; use prompt/completion"
-            )
-        for document, record in enumerate(rows.records):
-            try:
-                conversations = list(_chat(record["messages"], tokenizer))
-            except (DataError, TemplateError) as e:
-                raise DataError(f"{rows.source}, row {document + 1}: {e}") from e
-            for segments in conversations:
-                yield _join(segments, document, max_length)
+    if rows.format == "chat" and not tokenizer.chat_template:
+        raise DataError(f"{rows.source} holds chats, but the base model has no chat template; use prompt/completion")
+    for first, records in rows.parts():
+        for number, record in enumerate(records, start=first + 1):
+            if wrong := problem(record, rows.format):
+                raise DataError(f"{rows.source}, row {number}: {wrong}")
+        match rows.format:
+            case "text":
+                examples = _texts(records, tokenizer, max_length)
+            case "prompt_completion":
+                examples = _prompts(records, tokenizer, max_length)
+            case "chat":
+                examples = _chats(records, tokenizer, max_length, rows, first)
+        for example in examples:
+            yield example._replace(document=first + example.document)
 
 
-def _texts(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[Example]:
-    for start in range(0, len(rows.records), _TEXTS_AT_ONCE):
-        texts = [r["text"] for r in rows.records[start : start + _TEXTS_AT_ONCE]]
+def _texts(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> Iterator[Example]:
+    for start in range(0, len(records), _TEXTS_AT_ONCE):
+        texts = [r["text"] for r in records[start : start + _TEXTS_AT_ONCE]]
         for i, ids in enumerate(_prompt_ids(tokenizer, texts)):
             ids = [*ids, tokenizer.eos_token_id]
             for at in range(0, len(ids), max_length):
@@ -104,13 +149,25 @@ def _texts(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[Example]:
                 yield Example(window, [True] * len(window), start + i)
 
 
-def _prompts(rows: Rows, tokenizer: Any, max_length: int) -> Iterator[Example]:
-    for start in range(0, len(rows.records), _TEXTS_AT_ONCE):
-        part = rows.records[start : start + _TEXTS_AT_ONCE]
+def _prompts(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> Iterator[Example]:
+    for start in range(0, len(records), _TEXTS_AT_ONCE):
+        part = records[start : start + _TEXTS_AT_ONCE]
         prompts = _prompt_ids(tokenizer, [r["prompt"] for r in part])
         completions = _ids(tokenizer, [r["completion"] for r in part])
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             yield _join([(prompt, False), ([*completion, tokenizer.eos_token_id], True)], start + i, max_length)
+
+
+def _chats(
+    records: list[dict[str, Any]], tokenizer: Any, max_length: int, rows: RowFile, first: int
+) -> Iterator[Example]:
+    for document, record in enumerate(records):
+        try:
+            conversations = list(_chat(record["messages"], tokenizer))
+        except (DataError, TemplateError) as e:
+            raise DataError(f"{rows.source}, row {first + document + 1}: {e}") from e
+        for segments in conversations:
+            yield _join(segments, document, max_length)
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: Any) -> Iterator[list[tuple[list[int], bool]]]:

@@ -13,7 +13,7 @@ class Reporter(Protocol):
     def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
         """Called equally often on every rank. `metrics["event"]` is start, step, eval or checkpoint.
 
-        `checkpoint` is a folder on rank 0 that is deleted when the call returns; copy what is to stay.
+        `checkpoint` is a folder on rank 0 that is deleted when the call returns; move or copy what is to stay.
         """
 
 

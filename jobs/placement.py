@@ -1,0 +1,82 @@
+"""Which workers share a node. A sequence group exchanges keys and values in every layer, so it had better not span two.
+
+Ray Train numbers its workers node by node (within one by GPU), and neighbouring ranks form a sequence group: groups are
+whole where every node has a multiple of their size. Of itself Ray packs workers on few nodes, with any number on each.
+So before workers start, each is bound to a node, by what is free then; workers that are replaced later are bound anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray._private.state import available_resources_per_node
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from loray.telemetry import get_logger
+
+log = get_logger(__name__)
+
+_NODE_ID = "ray.io/node-id"  # a label of every node
+_SETTLE_S = 5.0  # what workers before these had is free again soon after they ended
+
+
+def place(room: Mapping[str, int], num_workers: int, group_size: int) -> list[str] | None:
+    """The node of every worker, group by group: each group on one node, and all on few. None where they do not fit.
+
+    room  workers that each node has place for
+    """
+    nodes: list[str] = []
+    for node, places in sorted(room.items(), key=lambda item: (-item[1], item[0])):
+        whole = places - places % group_size
+        nodes += [node] * min(whole, num_workers - len(nodes))
+    return nodes if len(nodes) == num_workers else None
+
+
+def straddling(nodes: Sequence[str | None], group_size: int) -> list[int]:
+    """Which groups lie on more than one node, where rank r runs on nodes[r]."""
+    starts = range(0, len(nodes), group_size)
+    return [group for group, start in enumerate(starts) if len(set(nodes[start : start + group_size])) > 1]
+
+
+def straddling_warning(nodes: Sequence[str | None], group_size: int) -> str | None:
+    groups = straddling(nodes, group_size)
+    if not groups:
+        return None
+    return (
+        f"{len(groups)} of {len(nodes) // group_size} sequence groups span several nodes, and exchange keys and values "
+        f"over the network in every layer: no set of nodes had place for whole groups of {group_size} workers. Free "
+        "places, or lower parallel.sequence"
+    )
+
+
+class WholeGroups(WorkerGroupCallback):  # type: ignore[misc]
+    """Binds workers to nodes before they start, in Ray Train's controller. Where groups do not fit, Ray packs them."""
+
+    def __init__(self, group_size: int) -> None:
+        self._group_size = group_size
+
+    @staticmethod
+    def label_selectors(num_workers: int) -> list[dict[str, str]]:
+        """For the ScalingConfig: one of each worker, to be filled in."""
+        return [{} for _ in range(num_workers)]
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        needs: dict[str, float] = worker_group_context.resources_per_worker
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            room = {node: _places(free, needs) for node, free in available_resources_per_node().items()}
+            nodes = place(room, worker_group_context.num_workers, self._group_size)
+            if nodes is not None or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        if nodes is None:
+            log.warning("no set of nodes has place for whole sequence groups of %d workers now", self._group_size)
+            return
+        for selector, node in zip(worker_group_context.label_selector, nodes, strict=True):
+            selector[_NODE_ID] = node
+
+
+def _places(free: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    return min(int(free.get(resource, 0.0) / amount) for resource, amount in needs.items() if amount)

@@ -1,0 +1,52 @@
+"""Where the loop's news go on a Ray Train worker: checkpoints through Ray, all else straight to the driver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.checkpoints import CheckpointUploads
+from jobs.gauges import TrainingGauges, Utilisation, peak_memory
+from jobs.sink import EventSender
+from loray.train.mesh import World
+
+
+class RayReporter:
+    """Only checkpoints go through Ray: it takes one report per health check, and would hold every step up for that.
+    Other events rank 0 sends to the driver itself.
+    """
+
+    def __init__(
+        self,
+        events: EventSender,
+        uploads: CheckpointUploads,
+        gauges: TrainingGauges,
+        utilisation: Utilisation | None,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        """`utilisation` is rank 0's to know."""
+        self._events, self._uploads, self._gauges, self._utilisation = events, uploads, gauges, utilisation
+        self._world, self._device = world, device
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        if metrics["event"] == "checkpoint":
+            self._uploads.add(metrics["step"], metrics["eval_loss"], checkpoint)
+        elif self._utilisation is not None:
+            self._events.send(self._measured(metrics, self._utilisation))
+        if metrics["event"] == "step":
+            self._gauges.set(memory_bytes=peak_memory(self._device))
+
+    def _measured(self, metrics: dict[str, Any], utilisation: Utilisation) -> dict[str, Any]:
+        match metrics["event"]:
+            case "start":
+                return metrics | utilisation._asdict()
+            case "step":
+                mfu = utilisation.mfu(metrics["tokens_per_s"], self._world.size)
+                metrics = metrics | {"mfu": mfu, "memory_bytes": peak_memory(self._device)}
+                self._gauges.set_step(metrics)
+            case "eval" if metrics["subject"] == "adapter":
+                self._gauges.set(eval_loss=metrics["eval_loss"])
+        return metrics

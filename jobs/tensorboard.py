@@ -1,0 +1,59 @@
+"""A run's events as scalars for TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+_STEP = {
+    "loss": "train/loss",
+    "lr": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "skipped_steps": "train/skipped_steps",
+    "tokens_per_s": "throughput/tokens_per_s",
+    "mfu": "throughput/mfu",
+    "memory_bytes": "memory/peak_bytes",
+}
+_FLUSH_S = 5
+
+
+class Board:
+    """Writes event files to `folder` until the `with` block ends. Not thread-safe.
+
+    Where workers start anew, steps behind their checkpoint come again, and TensorBoard drops the earlier ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "start":
+                if self._writer is not None:
+                    self._writer.close()
+                self._writer = SummaryWriter(
+                    str(self._folder),
+                    purge_step=event["step"] + 1,
+                    flush_secs=_FLUSH_S,
+                    filename_suffix=f".{event['pid']}",
+                )
+            case "step":
+                for name, tag in _STEP.items():
+                    self._add(tag, event.get(name), event["step"])
+            case "eval":
+                self._add(f"eval/loss_{event['subject']}", event["eval_loss"], event["step"])
+
+    def _add(self, tag: str, value: float | None, step: int) -> None:
+        """Numbers that are not finite come as None."""
+        if self._writer is not None and value is not None:
+            self._writer.add_scalar(tag, value, step)

@@ -1,0 +1,73 @@
+"""Ray Train's trainer of a run: how many workers, where, what they are given, and what becomes of lost ones."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from jobs import worker
+from jobs.checkpoints import SCORE
+from jobs.elastic import ElasticTorchTrainer
+from jobs.placement import WholeGroups
+from jobs.prepare import Prepared
+from jobs.rows import share
+from jobs.runs import RunFolder
+from loray.settings import Settings
+from loray.spec import TrainSpec
+
+_MAX_LOST_WORKERS = 3
+_HEALTH_CHECK_S = "0.2"  # Ray's own 2 s is how long a checkpoint stays unknown to it after its upload
+_RESIZE_S = 60.0  # between looks whether an elastic run can have more workers
+
+
+def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: Any) -> TorchTrainer:
+    spec = prepared.spec
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)  # Ray hands it to its controller
+    ranked = spec.evaluation.keep_best and len(prepared.data.evaluation) > 0
+    arguments: dict[str, Any] = {
+        "train_loop_config": worker.WorkerConfig(
+            recipe=spec.model_dump(mode="json"),
+            home=str(settings.home),
+            run=run.name,
+            base_fingerprint=prepared.base.fingerprint,
+            log_level=settings.log_level,
+            peak_tflops=settings.peak_tflops,
+            events=sink,
+            data=ray.put(replace(prepared.data, train=share(prepared.data.train))),
+        ),
+        "scaling_config": _scaling(spec),
+        "run_config": RunConfig(
+            **run.storage,
+            failure_config=FailureConfig(max_failures=_MAX_LOST_WORKERS),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=spec.checkpoint.keep,
+                checkpoint_score_attribute=SCORE if ranked else None,
+                checkpoint_score_order="min",
+            ),
+            callbacks=[worker.EventLog(sink, str(run)), *_placement(spec)],
+        ),
+    }
+    if spec.min_workers is None:
+        return TorchTrainer(worker.run, **arguments)
+    return ElasticTorchTrainer(worker.run, group_size=spec.parallel.sequence, **arguments)
+
+
+def _scaling(spec: TrainSpec) -> ScalingConfig:
+    grouped = spec.parallel.sequence > 1
+    return ScalingConfig(
+        num_workers=spec.num_workers if spec.min_workers is None else (spec.min_workers, spec.num_workers),
+        elastic_resize_monitor_interval_s=_RESIZE_S,
+        use_gpu=spec.use_gpu,
+        resources_per_worker={"CPU": 1} | ({"GPU": 1} if spec.use_gpu else {}),
+        placement_strategy="PACK",
+        label_selector=WholeGroups.label_selectors(spec.num_workers) if grouped else None,
+    )
+
+
+def _placement(spec: TrainSpec) -> list[WholeGroups]:
+    return [WholeGroups(spec.parallel.sequence)] if spec.parallel.sequence > 1 else []

@@ -1,0 +1,78 @@
+"""Model FLOPs of training, and the rate of a device's matrix products: what model FLOPs utilisation (MFU) is made of.
+
+MFU (Chowdhery et al., 2022, PaLM, appendix B): the floating-point operations that the model's equations ask for, over
+what the device could have done in that time. What is computed again for want of memory is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loray.bases.config import ModelConfig
+from loray.spec import AdapterSpec, VeraSpec
+
+_MEASURE_S = 0.2
+_WIDTH = {"cpu": 1024, "cuda": 8192}
+
+
+def flops_per_token(
+    model: ModelConfig,
+    adapter: AdapterSpec,
+    lengths: NDArray[np.int64],
+    *,
+    group_size: int | None,
+    target_share: float = 1.0,
+) -> float:
+    """Of forward and backward pass, the mean over rows of these lengths.
+
+    A frozen matrix of n elements takes 2n forward and 2n for the gradient of its input; a trained one, which LoRA's A
+    and B are, 2n more for its own. The output head, frozen, sees the `target_share` of tokens that have a label. A
+    pair of query and key takes 4 head_dim a head forward and 8 backward; pairs are those that causal attention
+    looks at: S2-Attn's with `group_size`, all of the row without.
+    """
+    head = model.vocab_size * model.hidden_size
+    frozen = model.num_matrix_elements - head + target_share * head
+    factors = adapter.rank * sum(sum(model.module_shape(m)) for m in adapter.target_modules) * model.num_layers
+    adapter_flops = (4 if isinstance(adapter, VeraSpec) else 6) * factors  # VeRA trains vectors; its factors are frozen
+    pairs = attention_pairs(lengths, model.num_heads, group_size)
+    attention = 12.0 * model.head_dim * model.num_layers * pairs / float(lengths.sum())
+    return 4.0 * frozen + adapter_flops + attention
+
+
+def attention_pairs(lengths: NDArray[np.int64], num_heads: int, group_size: int | None) -> float:
+    """(query, key) pairs of rows of these lengths, over all heads. S2-Attn: the first num_heads // 2 heads attend
+    within groups, the others within groups that begin half a group earlier.
+    """
+    if group_size is None:
+        return num_heads * _causal(lengths)
+    plain = num_heads // 2
+    half = np.minimum(lengths, group_size // 2)
+    shifted_pairs = _causal(half) + _grouped(lengths - half, group_size)
+    return plain * _grouped(lengths, group_size) + (num_heads - plain) * shifted_pairs
+
+
+def _causal(lengths: NDArray[np.int64]) -> float:
+    return float((lengths * (lengths + 1) // 2).sum())
+
+
+def _grouped(lengths: NDArray[np.int64], group_size: int) -> float:
+    groups, last = np.divmod(lengths, group_size)
+    return float(groups.sum()) * (group_size * (group_size + 1) // 2) + _causal(last)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of the square matrix products that a fifth of a second has time for, two at least."""
+    width = _WIDTH.get(device.type, 4096)
+    a = torch.ones(width, width, dtype=dtype, device=device)
+    best, deadline, count = float("inf"), time.perf_counter() + _MEASURE_S, 0
+    while count < 3 or time.perf_counter() < deadline:
+        started = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a result waits for the device
+        if count:  # the first one prepares
+            best = min(best, time.perf_counter() - started)
+        count += 1
+    return 2.0 * width**3 / best

@@ -1,0 +1,89 @@
+"""FLOPs are those that torch counts in the real model, and pairs those that a mask allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from loray.bases.registry import BaseModel
+from loray.spec import LongLoraSpec, LoraSpec, TrainSpec, VeraSpec
+from loray.train.batches import collate
+from loray.train.examples import pack_rows
+from loray.train.flops import attention_pairs, flops_per_token, measured_peak
+from loray.train.loss import batch_loss
+from loray.train.model import build_model
+
+LENGTHS = np.array([1, 7, 8, 9, 16, 20, 31])
+
+
+@pytest.mark.parametrize("num_heads", [1, 3, 4])
+def test_pairs_are_those_of_the_mask(num_heads: int) -> None:
+    group = 8
+    expected = {"dense": 0, "s2": 0}
+    for length in LENGTHS:
+        i, j = np.indices((length, length))
+        causal = i >= j
+        plain = causal & (i // group == j // group)
+        shifted = causal & ((i + group // 2) // group == (j + group // 2) // group)
+        expected["dense"] += num_heads * causal.sum()
+        expected["s2"] += num_heads // 2 * plain.sum() + (num_heads - num_heads // 2) * shifted.sum()
+    assert attention_pairs(LENGTHS, num_heads, None) == expected["dense"]
+    assert attention_pairs(LENGTHS, num_heads, group) == expected["s2"]
+
+
+@pytest.mark.parametrize("adapter", [LoraSpec(rank=8), VeraSpec(rank=32)], ids=lambda a: str(a.method))
+def test_flops_are_those_of_the_model(tiny_base: Callable[..., BaseModel], adapter: LoraSpec | VeraSpec) -> None:
+    """torch counts products, attention without its causal half; the head, whose gradient is made in the forward pass,
+    twice. The first layer's input needs no gradient, which the formula does not know of.
+    """
+    base = tiny_base(num_hidden_layers=6)
+    spec = TrainSpec.model_validate(
+        {
+            "name": "a",
+            "base": base.name,
+            "adapter": adapter.model_dump(),
+            "data": {"train": "x"},
+            "batch": {"rows": 1},
+            "optimizer": {"learning_rate": 1},
+            "max_steps": 1,
+            "dtype": "float32",
+        }
+    )
+    model = build_model(base, spec)
+    model.train()
+    length = 96
+    row = pack_rows([(list(range(length)), [True] * length)])
+    with FlopCounterMode(display=False) as counted:
+        loss = batch_loss(model, collate(row, ((0,),), packed=False))
+        loss.total.backward()  # type: ignore[no-untyped-call]
+    by_operation = counted.get_flop_counts()["Global"]
+    attention = sum(n for op, n in by_operation.items() if "attention" in str(op) or "bmm" in str(op))
+    products = sum(by_operation.values()) - attention
+    share = loss.num_targets / length
+    per_token = flops_per_token(base.config, adapter, row.lengths, group_size=None, target_share=share)
+    pairs = attention_pairs(row.lengths, base.config.num_heads, None)
+    ours = per_token * length - 12 * base.config.head_dim * base.config.num_layers * pairs
+    assert ours == pytest.approx(products, rel=0.03)
+    assert ours >= products
+
+
+def test_attention_grows_with_the_row_but_not_under_s2(tiny_base: Callable[..., BaseModel]) -> None:
+    config = tiny_base().config
+    longlora = LongLoraSpec.model_validate({"long_context": {"rope_scaling": {"factor": 2}}})
+
+    def of(length: int, group_size: int | None) -> float:
+        return flops_per_token(config, longlora, np.array([length]), group_size=group_size)
+
+    assert of(4096, None) - of(2048, None) == 12 * config.head_dim * config.num_layers * config.num_heads * 1024
+    assert of(4096, 256) == pytest.approx(of(2048, 256), rel=0.02)
+    assert of(4096, 256) < 0.5 * of(4096, None)
+
+
+def test_the_peak_is_a_rate_of_products() -> None:
+    generator = torch.random.get_rng_state()
+    assert 1e8 < measured_peak(torch.device("cpu"), torch.float32) < 1e15
+    assert torch.random.get_rng_state().equal(generator)
