@@ -3,14 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from loray.train import s2_attention
+from loray.train import s2_attention, segment_attention
 from loray.train.cuts import Bucket, compute_cuts
+from loray.train.segment_attention import cpu, sdpa, varlen
+
+
+def flash_attn_varlen_func(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """flash-attn's function as its documentation has it, computed without its kernel."""
+    assert causal
+    assert cu_seqlens_q.dtype == torch.int32
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert max_seqlen_q == max_seqlen_k == int(torch.diff(cu_seqlens_q).max())
+    assert int(cu_seqlens_q[0]) == 0
+    assert int(cu_seqlens_q[-1]) == len(q_NHD) == len(k_NKD) == len(v_NKD)
+    outs = []
+    for begin, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
+        q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (q_NHD, k_NKD, v_NKD))
+        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True)[0])
+    return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+@pytest.fixture(params=["cpu", "sdpa", "varlen"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to compute, on this machine's CPU."""
+    chosen = {"cpu": cpu, "sdpa": sdpa, "varlen": varlen}[request.param].attend_runs
+    monkeypatch.setattr(segment_attention, "select", lambda q_BHTD: chosen)
+    monkeypatch.setattr(varlen, "_kernel", lambda: flash_attn_varlen_func)
 
 
 def segment_of(position: int, head: int, num_heads: int, ids: list[int], group: int) -> int:
@@ -89,6 +126,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.usefixtures("kernel")
 def test_output_and_gradients_equal_the_boolean_mask(case: Case) -> None:
     ids_BT = None if case.ids is None else torch.tensor(case.ids)
     mask = oracle_mask(case.num_rows, case.heads, case.num_tokens, case.group, ids_BT)
@@ -107,6 +145,7 @@ def test_output_and_gradients_equal_the_boolean_mask(case: Case) -> None:
 
 @pytest.mark.parametrize("ids", [None, [runs((0, 11), (1, 12), (-1, 7))]], ids=["one document", "packed and padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("kernel")
 def test_no_position_sees_a_later_one(ids: list[list[int]] | None, dtype: torch.dtype) -> None:
     """Bit-equal; the paper's own code rolls the sequence and fails this."""
     ids_BT = None if ids is None else torch.tensor(ids)
@@ -121,6 +160,7 @@ def test_no_position_sees_a_later_one(ids: list[list[int]] | None, dtype: torch.
         assert ids is not None or not torch.equal(after[:, :, j], before[:, :, j])
 
 
+@pytest.mark.usefixtures("kernel")
 def test_a_neighbouring_row_or_document_changes_nothing() -> None:
     q, k, v = (x.detach() for x in qkv(2, 4, 2, 20, torch.float32))
     ids_BT = torch.tensor([runs((0, 12), (1, 8)), runs((0, 9), (-1, 11))])
@@ -133,6 +173,7 @@ def test_a_neighbouring_row_or_document_changes_nothing() -> None:
     assert torch.equal(after[1], before[1])
 
 
+@pytest.mark.usefixtures("kernel")
 def test_scale_and_transformers_memory_layout() -> None:
     """Its query is a transposed view, not a contiguous tensor."""
     q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(2, 9, 3, 21))
@@ -140,6 +181,7 @@ def test_scale_and_transformers_memory_layout() -> None:
     torch.testing.assert_close(out, oracle(q, k, v, oracle_mask(2, 9, 21, 6, None), 0.3), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("kernel")
 def test_bf16_is_near_fp64() -> None:
     q, k, v = (x.detach() for x in qkv(1, 4, 2, 64, torch.bfloat16))
     out = s2_attention(q, k, v, group_size=16)
@@ -180,3 +222,65 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         s2_attention(q, k[:, :, :4], v[:, :, :4], group_size=4)
     with pytest.raises(ValueError, match="document ids"):
         s2_attention(*qkv(2, 4, 2, 8), group_size=4, document_ids_BT=torch.zeros(1, 8))
+
+
+def test_one_call_computes_all_segments_of_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and the last group of shifted heads too, which are halves of one: (segments × key-value heads, R)."""
+    calls = []
+
+    def counted(q: Tensor, *rest: object, **options: object) -> tuple[Tensor, Tensor]:
+        calls.append(tuple(q.shape))
+        return forward(q, *rest, **options)
+
+    forward = cpu._forward
+    monkeypatch.setattr(cpu, "_forward", counted)
+    q, k, v = qkv(2, 9, 3, 32)
+    s2_attention(q, k, v, group_size=8)
+    plain, shifted = {(8, 3, 8, 8), (8, 1, 8, 8)}, {(4, 2, 4, 8), (6, 2, 8, 8), (4, 3, 4, 8), (6, 3, 8, 8)}
+    assert set(calls) == plain | shifted
+    assert len(calls) == 6
+
+
+def test_a_backward_pass_reads_what_the_forward_pass_saw() -> None:
+    q, k, v = qkv(1, 4, 2, 16)
+    out = s2_attention(q, k, v, group_size=8)
+    with torch.no_grad():
+        k.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "installed", "expected"),
+    [
+        ("cuda", torch.bfloat16, 128, True, varlen),
+        ("cuda", torch.float32, 128, True, sdpa),
+        ("cuda", torch.bfloat16, 512, True, sdpa),
+        ("cuda", torch.bfloat16, 128, False, sdpa),
+        ("cpu", torch.bfloat16, 128, True, cpu),
+        ("meta", torch.bfloat16, 128, True, sdpa),
+    ],
+)
+def test_choice_of_a_kernel(
+    device: str,
+    dtype: torch.dtype,
+    width: int,
+    installed: bool,
+    expected: object,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass
+    class Query:
+        """As much of a tensor as the choice looks at: this machine need not have the device."""
+
+        device: torch.device
+        dtype: torch.dtype
+        shape: tuple[int, ...]
+
+        @property
+        def is_cuda(self) -> bool:
+            return self.device.type == "cuda"
+
+    monkeypatch.setattr(varlen, "find_spec", lambda name: object() if installed else None)
+    chosen: Callable[..., Tensor] = segment_attention.select(Query(torch.device(device), dtype, (1, 2, 4, width)))  # type: ignore[arg-type]
+    assert chosen is expected.attend_runs  # type: ignore[attr-defined]

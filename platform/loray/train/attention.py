@@ -1,19 +1,14 @@
 """Shifted sparse attention (S2-Attn): Chen et al., *LongLoRA* (ICLR 2024), section 3.2, causal without exception.
 
-Shapes: B rows, T positions, H query heads, K key-value heads, R = H/K query heads of one key-value head, D head width;
-N positions and L positions of one segment, M segments of one bucket.
+Shapes: B rows, T positions, H query heads, K key-value heads, h and k of them, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from loray.train.cuts import Cuts, Segments, compute_cuts
+from loray.train.segment_attention import attend_runs, split_runs
 
 
 def s2_attention(
@@ -50,104 +45,31 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, cuts: Cuts, *, scale:
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide by {num_kv_heads} key-value heads")
     middle, repeats = num_heads // 2, num_heads // num_kv_heads
-    plain, shifted = slice(0, -(-middle // repeats)), slice(middle // repeats, None)
-    parts = attend_heads(
-        q_BHTD[:, :middle], k_BKTD[:, plain], v_BKTD[:, plain], cuts.plain, first=0, repeats=repeats, scale=scale
-    )
-    parts += attend_heads(
-        q_BHTD[:, middle:],
-        k_BKTD[:, shifted],
-        v_BKTD[:, shifted],
-        cuts.shifted,
-        first=middle,
-        repeats=repeats,
-        scale=scale,
-    )
-    return torch.cat(parts, dim=2)
+    runs = [
+        *split_runs(0, middle, repeats, cuts.plain),
+        *split_runs(middle, num_heads, repeats, cuts.shifted),
+    ]
+    return attend_runs(q_BHTD, k_BKTD, v_BKTD, runs, scale)
 
 
 def attend_heads(
-    q_BHTD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
+    q_BhTD: Tensor,
+    k_BkTD: Tensor,
+    v_BkTD: Tensor,
     segments: Segments,
     *,
     first: int,
     repeats: int,
-    scale: float | None,
-) -> list[Tensor]:
-    """Neighbouring query heads, with the key-value heads that serve them → parts (B, T, H', D), in order of heads.
+    scale: float | None = None,
+) -> Tensor:
+    """h neighbouring query heads, with the k key-value heads that serve them → (B, T, h, D).
 
-    `first` is the number of the first one among all query heads, R = `repeats`: together they say who serves whom.
+    `first` is the number of the first one among all query heads, `repeats` of which share a key-value head: together
+    they say who serves whom.
     """
     skipped = first % repeats  # query heads of the first key-value head that are not among these
-    parts = []
-    for run in _runs(skipped, skipped + q_BHTD.shape[1], repeats):
-        q_BhTD = q_BHTD[:, run.q.start - skipped : run.q.stop - skipped]
-        parts.append(_attend_segments(q_BhTD, k_BKTD[:, run.kv], v_BKTD[:, run.kv], segments, scale))
-    return parts
-
-
-class _Run(NamedTuple):
-    """Neighbouring query heads and their key-value heads, each of which serves equally many of them."""
-
-    q: slice
-    kv: slice
-
-
-def _runs(start: int, stop: int, repeats: int) -> Iterator[_Run]:
-    """Cover query heads [start, stop). A key-value head that serves both halves gives a run of its own in each."""
-    while start < stop:
-        kv = start // repeats
-        if start % repeats or stop - start < repeats:
-            end, kv_end = min(stop, (kv + 1) * repeats), kv + 1
-        else:
-            kv_end = stop // repeats
-            end = kv_end * repeats
-        yield _Run(slice(start, end), slice(kv, kv_end))
-        start = end
-
-
-def _attend_segments(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, segments: Segments, scale: float | None) -> Tensor:
-    """→ (B, T, H, D), 0 where no segment is."""
-    order_N = segments.order_N
-    q, k, v = q_BHTD.transpose(1, 2), k_BKTD.transpose(1, 2), v_BKTD.transpose(1, 2)
-    shape_BTHD = q.shape
-    if order_N is not None:  # the batch becomes one row, segments of equal length side by side
-        q, k, v = (x.flatten(0, 1).index_select(0, order_N)[None] for x in (q, k, v))
-    outs, at = [], 0
-    for length, num_segments in segments.buckets:
-        span = slice(at, at + length * num_segments)
-        outs.append(_causal(q[:, span], k[:, span], v[:, span], length, scale))
-        at = span.stop
-    if not outs:
-        return torch.zeros_like(q_BHTD.transpose(1, 2))
-    if order_N is None and at < shape_BTHD[1]:  # padding
-        outs.append(outs[0].new_zeros(shape_BTHD[0], shape_BTHD[1] - at, *shape_BTHD[2:]))
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
-    if order_N is None:
-        return out
-    flat = out.new_zeros(shape_BTHD.numel() // shape_BTHD[2:].numel(), *shape_BTHD[2:])
-    return flat.index_copy(0, order_N, out[0]).view(shape_BTHD)
-
-
-def _causal(q_BNHD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, length: int, scale: float | None) -> Tensor:
-    """Causal attention inside each stretch of `length` positions → (B, N, H, D).
-
-    Segments and key-value heads are folded into the batch, so that the kernel's own causal mask is the right one and
-    the R query heads of a key-value head read it through a stride of 0.
-    """
-    num_rows, num_positions, num_heads, width = q_BNHD.shape
-    num_kv_heads = k_BNKD.shape[2]
-    segments, repeats = num_positions // length, num_heads // num_kv_heads
-
-    def fold(x_BNKD: Tensor) -> Tensor:
-        x = x_BNKD.reshape(num_rows, segments, length, num_kv_heads, width).permute(0, 1, 3, 2, 4)
-        return x.reshape(-1, 1, length, width).expand(-1, repeats, -1, -1)
-
-    q = q_BNHD.reshape(num_rows, segments, length, num_kv_heads, repeats, width).permute(0, 1, 3, 4, 2, 5)
-    out = F.scaled_dot_product_attention(
-        q.reshape(-1, repeats, length, width), fold(k_BNKD), fold(v_BNKD), is_causal=True, scale=scale
-    )
-    out = out.reshape(num_rows, segments, num_kv_heads, repeats, length, width).permute(0, 1, 4, 2, 3, 5)
-    return out.reshape(num_rows, num_positions, num_heads, width)
+    runs = [
+        run._replace(q=slice(run.q.start - skipped, run.q.stop - skipped))
+        for run in split_runs(skipped, skipped + q_BhTD.shape[1], repeats, segments)
+    ]
+    return attend_runs(q_BhTD, k_BkTD, v_BkTD, runs, scale)

@@ -145,7 +145,7 @@ def order_of_work(group: SequenceGroup) -> list[str]:
     log: list[str] = []
     attend, post, wait = attention.attend_heads, exchange.post, Pending.wait
 
-    def attend_heads(q: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def attend_heads(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = "halo segments" if "wait" in log else "local segments"
         log.append(name)
         q.register_hook(lambda gradient: log.append(f"{name}, backward"))

@@ -31,7 +31,7 @@ def attend_shard(
     exchange = HaloExchange(plan, cuts.group, kept)
     k_BKLD, v_BKLD, token = exchange.start(k_BKLD, v_BKLD)
 
-    def attend(half: Half, segments: Segments, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    def attend(half: Half, segments: Segments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         repeats = plan.num_heads // plan.num_kv_heads
         return attend_heads(q, k, v, segments, first=half.query_heads.start, repeats=repeats, scale=scale)
 
@@ -43,26 +43,25 @@ def attend_shard(
             v_BKLD[:, _slice(half.kv_heads)],
         )
         apart = of_half.num_apart
-        parts = attend(half, of_half.local, q[:, :, apart:], k[:, :, apart:], v[:, :, apart:])
-        halves.append((half, of_half, q, k, v, parts))
+        out = attend(half, of_half.local, q[:, :, apart:], k[:, :, apart:], v[:, :, apart:])
+        halves.append((half, of_half, q, k, v, out))
 
     halos = exchange.finish(token)
     if cuts.keep_halos and kept is None and torch.is_grad_enabled():
         cuts.halos[layer] = halos.detach()
     outs: list[Tensor] = []
-    for (half, of_half, q, k, v, parts), halo in zip(halves, halos, strict=True):
+    for (half, of_half, q, k, v, out), halo in zip(halves, halos, strict=True):
         if of_half.first is not None:
             num_halo, num_first = of_half.num_halo, of_half.num_first
-            firsts = attend(
+            first = attend(
                 half,
                 of_half.first,
                 F.pad(q[:, :, :num_first], (0, 0, num_halo, 0)),
                 torch.cat([halo.k, k[:, :, :num_first]], dim=2),
                 torch.cat([halo.v, v[:, :, :num_first]], dim=2),
             )
-            joined = zip((x[:, num_halo:] for x in firsts), parts, strict=True)
-            parts = [_join(first, local, of_half.num_apart) for first, local in joined]
-        outs += parts
+            out = _join(first[:, num_halo:], out, of_half.num_apart)
+        outs.append(out)
     return bind(torch.cat(outs, dim=2), halos)
 
 

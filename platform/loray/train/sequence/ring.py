@@ -91,7 +91,7 @@ def ring_attention(
                 found = _attend_block(q_bHAD, k_bKSD, v_bKSD, is_own=owner == group.rank, scale=scale)
                 merged[i] = _merge(merged[i], found)
         if owner == group.rank:  # while the neighbour's keys and values are under way
-            (out_BLHD,) = attend_heads(q_BHLD, k_BKLD, v_BKLD, cuts.local, first=0, repeats=repeats, scale=scale)
+            out_BLHD = attend_heads(q_BHLD, k_BKLD, v_BKLD, cuts.local, first=0, repeats=repeats, scale=scale)
         pending.wait()
         held = coming
     for part, result in zip(cuts.continued, merged, strict=True):

@@ -1,0 +1,30 @@
+"""Causal attention inside segments and nowhere else: one function, in the way that device and dtype allow.
+
+cpu     torch's flash kernel for CPUs, as one node of the autograd graph
+varlen  flash-attn's kernel for rows of any lengths, on a GPU where that package is installed
+sdpa    torch's scaled_dot_product_attention: any other device or dtype
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from loray.train.segment_attention import cpu, sdpa, varlen
+from loray.train.segment_attention.runs import Run, split_runs
+
+__all__ = ["Run", "attend_runs", "select", "split_runs"]
+
+Attend = Callable[[Tensor, Tensor, Tensor, Sequence[Run], float | None], Tensor]
+
+
+def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None) -> Tensor:
+    """→ (B, T, H, D), 0 where no segment is. The runs name every query head once, in order. `scale` None: 1/√D."""
+    return select(q_BHTD)(q_BHTD, k_BKTD, v_BKTD, runs, scale)
+
+
+def select(q_BHTD: Tensor) -> Attend:
+    if q_BHTD.device.type == "cpu":
+        return cpu.attend_runs
+    return varlen.attend_runs if varlen.fits(q_BHTD) else sdpa.attend_runs
