@@ -45,21 +45,16 @@ def _norms(run: Run) -> Kept:
 
 
 def _attention(run: Run) -> Kept:
-    """q, k, v after RoPE, the output, and the logarithm of every softmax's sum in fp32.
-
-    A KV head that serves plain and shifted query heads is kept for both.
-    """
+    """q, k, v after RoPE, the output, and the logarithm of every softmax's sum in fp32."""
     model, e = run.model, run.element_bytes
-    halo = run.halo
-    num_kv_heads = model.num_kv_heads if halo is None else sum(len(half.kv_heads) for half in halo.halves)
-    q = e * model.num_heads * model.head_dim
-    return Kept("attention", 2 * q + 2 * e * num_kv_heads * model.head_dim + _FP32 * model.num_heads, q)
+    q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
+    return Kept("attention", 2 * (q + kv) + _FP32 * model.num_heads, q)
 
 
 def _adapter(run: Run) -> Kept:
     """LoRA: the input of every A (q, k and v share theirs, gate and up too) and of every B.
 
-    o's input is the kernel's own output where attention is dense, and a copy of it where S2-Attn joins the halves.
+    o's input is attention's own output, and a copy of it where a sequence group joins the halves of the heads.
     Dropout makes an input of its own for every module, and keeps its mask. VeRA: what its two vectors multiply.
     """
     model, e, targets = run.model, run.element_bytes, run.adapter.target_modules
@@ -72,7 +67,7 @@ def _adapter(run: Run) -> Kept:
     if run.adapter.dropout:
         return Kept("adapter", inner + 2 * sum(inputs), max(inputs))
     shared = {_input_of(module): e * width for module, (_, width) in shapes.items()}
-    if run.group_size is None:
+    if run.sequence == 1:
         shared.pop("attention output", None)
     return Kept("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
 

@@ -61,7 +61,7 @@ def spread(out_BNhD: Tensor, segments: Segments, shape_BhTD: torch.Size) -> Tens
     if segments.order_N is None:
         return F.pad(out_BNhD, (0, 0, 0, 0, 0, num_tokens - out_BNhD.shape[1]))
     flat = out_BNhD.new_zeros(num_rows * num_tokens, num_heads, width)
-    return flat.index_copy(0, segments.order_N, out_BNhD[0]).unflatten(0, (num_rows, num_tokens))
+    return flat.index_copy(0, segments.order_N, out_BNhD[0]).view(num_rows, num_tokens, num_heads, width)
 
 
 def num_covered(segments: Segments) -> int:
@@ -82,7 +82,9 @@ class Block(NamedTuple):
         """(B, S, K, R, L, D) of each stretch."""
         for start, num_segments in self.stretches:
             part = taken_BhTD[:, :, start : start + num_segments * self.length]
-            yield part.unflatten(2, (num_segments, self.length)).unflatten(1, (-1, repeats)).permute(0, 3, 1, 2, 4, 5)
+            num_rows, num_heads, _, width = part.shape
+            shape = (num_rows, num_heads // repeats, repeats, num_segments, self.length, width)
+            yield part.view(shape).permute(0, 3, 1, 2, 4, 5)
 
     def fold(self, taken_BhTD: Tensor, repeats: int) -> Tensor:
         """→ (B·ΣS·K, R, L, D), copied: a contiguous matrix a head and segment is what kernels read fastest."""
@@ -91,7 +93,8 @@ class Block(NamedTuple):
     def unfold(self, folded: Tensor, num_rows: int) -> tuple[Tensor, ...]:
         """The reverse: (B, S, K, R, L, D) of each stretch."""
         counts = [num_segments for _, num_segments in self.stretches]
-        return folded.unflatten(0, (num_rows, sum(counts), -1)).split(counts, dim=1)
+        parts = folded.view(num_rows, sum(counts), -1, *folded.shape[1:])
+        return torch.split(parts, counts, dim=1)
 
 
 def blocks(segments: Segments) -> list[Block]:

@@ -28,8 +28,10 @@ def _attend(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: Run, scale: flo
     q, k, v = (take(x, run.segments) for x in (q_BhTD, k_BKTD, v_BKTD))
     outs = {-1: q[:, :, :0].transpose(1, 2)}  # by the position where they begin; without segments, nothing
     for block in blocks(run.segments):
-        shared = (block.fold(x, 1).expand(-1, run.repeats, -1, -1) for x in (k, v))
-        folded = F.scaled_dot_product_attention(block.fold(q, run.repeats), *shared, is_causal=True, scale=scale)
+        folded_k, folded_v = (block.fold(x, 1).expand(-1, run.repeats, -1, -1) for x in (k, v))
+        folded = F.scaled_dot_product_attention(
+            block.fold(q, run.repeats), folded_k, folded_v, is_causal=True, scale=scale
+        )
         for (start, _), part in zip(block.stretches, block.unfold(folded, len(q)), strict=True):
             outs[start] = part.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)
     return spread(torch.cat([outs[start] for start in sorted(outs)], dim=1), run.segments, q_BhTD.shape)

@@ -49,7 +49,7 @@ def _attend(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: Run, scale: flo
         longest = max(length for length, _ in segments.buckets)
         packed = (x.flatten(0, 1) for x in (q, k, v))
         out = _kernel()(*packed, begins_S, begins_S, longest, longest, softmax_scale=scale, causal=True)
-        q = out.unflatten(0, (len(q), covered))
+        q = out.view(len(q), covered, *out.shape[1:])
     return spread(q, segments, q_BhTD.shape)
 
 
