@@ -42,5 +42,5 @@ clean:
 	  { echo "loray needs Python 3.11 or later; name one with make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on --editable ".[dev]"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --progress-bar on --editable ".[dev]"
 	@touch $@
