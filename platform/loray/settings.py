@@ -12,12 +12,13 @@ from urllib.parse import parse_qsl, urlsplit
 from loray.errors import SettingsError
 from loray.locations import S3Location, is_this_machine, parse_location
 
-_KNOWN = {"LORAY_HOME", "LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS", "LORAY_LOG_LEVEL"}
+_KNOWN = {"LORAY_HOME", "LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS", "LORAY_LOG_LEVEL", "LORAY_GATE_TOLERANCE"}
 # Kubernetes describes a Service called loray-… to every pod of its namespace, in variables of these forms.
 _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
 # Written by `loray up --s3`: from then on the home's store is the local S3 server's bucket.
 LOCAL_S3_FOLDER = "s3"
 STORE_URL_FILE = "store_url"
+DEFAULT_GATE_TOLERANCE = 0.10
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -29,6 +30,8 @@ class Settings:
     store    URL of the adapter store (`LORAY_STORE`; default `file://HOME/store`, or what `loray up --s3` started)
     catalog  SQLAlchemy URL of the catalog (`LORAY_CATALOG`, default SQLite in HOME)
     address  Ray dashboard or job-server address (`LORAY_ADDRESS`, default None: a local cluster)
+    gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed the base's
+        and still be given an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
     """
 
     home: Path
@@ -36,6 +39,7 @@ class Settings:
     catalog: str
     address: str | None
     log_level: str
+    gate_tolerance: float = DEFAULT_GATE_TOLERANCE
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -61,7 +65,14 @@ class Settings:
         level = (env.get("LORAY_LOG_LEVEL") or "INFO").upper()
         if level not in _LOG_LEVELS:
             raise SettingsError(f"LORAY_LOG_LEVEL={level!r} must be one of {', '.join(_LOG_LEVELS)}")
-        return cls(home=home, store=store, catalog=catalog, address=env.get("LORAY_ADDRESS") or None, log_level=level)
+        return cls(
+            home=home,
+            store=store,
+            catalog=catalog,
+            address=env.get("LORAY_ADDRESS") or None,
+            log_level=level,
+            gate_tolerance=_share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
+        )
 
     @property
     def is_local(self) -> bool:
@@ -84,6 +95,8 @@ class Settings:
             "LORAY_CATALOG": self.catalog,
             "LORAY_LOG_LEVEL": self.log_level,
         }
+        if self.gate_tolerance != DEFAULT_GATE_TOLERANCE:
+            env["LORAY_GATE_TOLERANCE"] = str(self.gate_tolerance)
         if self.catalog_has_password and not secrets:
             del env["LORAY_CATALOG"]
         return env
@@ -101,6 +114,16 @@ class Settings:
     def catalog_has_password(self) -> bool:
         parts = urlsplit(self.catalog)
         return parts.password is not None or any("password" in name.lower() for name, _ in parse_qsl(parts.query))
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise SettingsError(f"LORAY_GATE_TOLERANCE={text!r} must be a share of at least 0, such as 0.1 for 10 %")
+    return value
 
 
 def _is_local_catalog(url: str) -> bool:
