@@ -61,7 +61,7 @@ class RunView:
             case "eval":
                 self._eval_loss = event["eval_loss"]
                 self._say(event)
-            case "worker_lost":
+            case "worker_lost" | "measure":
                 self._say(event)
             case "published":
                 self.published = event
