@@ -1,13 +1,13 @@
 """What a run says while it runs: one JSON object a line (`--events`), or lines for people.
 
-{"event": "start" | "step" | "eval" | "checkpoint" | "warning" | "worker_lost" | "published" | "error", …}
+{"event": "start" | "step" | "eval" | "checkpoint" | "warning" | "worker_lost" | "measure" | "published" | "error", …}
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -61,13 +61,28 @@ def describe(event: dict[str, Any]) -> str:
             return f"warning: {event['message']}"
         case "worker_lost":
             return f"a worker was lost ({event['message']}); going on from the last checkpoint"
+        case "measure":
+            return f"measuring {' and '.join(event['tasks'])} of base and adapter before publishing"
         case "published":
             aliases = f" ({', '.join(event['aliases'])})" if event["aliases"] else ""
-            return f"published {event['label']}{aliases}: {event['nbytes']:,} bytes, digest {event['digest'][:12]}"
+            line = f"published {event['label']}{aliases}: {event['nbytes']:,} bytes, digest {event['digest'][:12]}"
+            return "\n".join(
+                [line, *_perplexities(event.get("evaluations", ())), *filter(None, [event.get("refusal")])]
+            )
         case "error":
             return f"error: {event['message']}"
         case other:
             return str(other)
+
+
+def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:
+    """One line for each context length."""
+    by_length: dict[int, list[str]] = {}
+    for e in evaluations:
+        if e["metric"] == "perplexity":
+            figures = by_length.setdefault(e["context_length"], [])
+            figures.append(f"{e['subject'].replace('_', ' ')} {e['value']:.4g}")
+    return [f"perplexity at {length:,} tokens: {', '.join(figures)}" for length, figures in by_length.items()]
 
 
 def number(value: float | None) -> str:

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from jobs.bases import ensure_base
 from jobs.data import fetched
+from jobs.evaluation import check_measurable
 from loray.bases.registry import BaseModel, list_bases
 from loray.errors import SpecError
 from loray.recipe import Recipe
@@ -35,6 +36,7 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
     base = ensure_base(settings.home, spec.base)
     max_length = row_length(spec, base)
+    check_measurable(recipe, base, settings)
     sources = recipe.data()
     with fetched(sources, settings) as copies:
         data = load_data(

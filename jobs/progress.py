@@ -61,7 +61,7 @@ class RunView:
             case "eval":
                 self._eval_loss = event["eval_loss"]
                 self._say(event)
-            case "warning" | "worker_lost":
+            case "warning" | "worker_lost" | "measure":
                 self._say(event)
             case "published":
                 self.published = event

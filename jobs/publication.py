@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray.train import Checkpoint
 
 from jobs.bases import ensure_base
+from jobs.evaluation import measure_checkpoint
+from jobs.events import Emit
 from jobs.runs import RunFolder
 from loray.catalog import Catalog
-from loray.errors import BaseMismatch, TrainingError
+from loray.errors import BaseMismatch, GateRefused, TrainingError
 from loray.publishing import publish
 from loray.recipe import Recipe
 from loray.settings import Settings
+from loray.spec import TrainSpec
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
 from loray.train.context import context_length, rope_parameters
@@ -24,16 +28,18 @@ from loray.train.context import context_length, rope_parameters
 _PUBLISHED = "published.json"
 
 
-def publish_best(result: Any, run: RunFolder, recipe: Recipe, settings: Settings) -> dict[str, Any]:
+def publish_best(
+    result: Any, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit = lambda event: None
+) -> dict[str, Any]:
     """The event of publishing the run's best checkpoint, by the recipe that it was trained with; the one at hand says
-    only how to publish it. Raises LorayError.
+    only how to measure and publish it. Where the gate refuses the aliases, it is published without them, and `refusal`
+    says why. Raises LorayError.
     """
     latest = result.checkpoint
     if latest is None:
         raise TrainingError(f"the run in {run} ended without a checkpoint; nothing was published")
     keep_best = _state(latest).recipe.evaluation.keep_best
-    with best(result, by_loss=keep_best).as_directory() as path:
-        event = _publish(Path(path), run, recipe, settings)
+    event = _publish(best(result, by_loss=keep_best), run, recipe, settings, emit)
     saved = {"recipe": recipe.spec.model_dump(mode="json"), "event": event}
     run.write(_PUBLISHED, json.dumps(saved, indent=2).encode() + b"\n")
     return event
@@ -63,37 +69,45 @@ def _state(checkpoint: Checkpoint) -> RunState:
         return read_state(Path(path))
 
 
-def _publish(checkpoint: Path, run: RunFolder, recipe: Recipe, settings: Settings) -> dict[str, Any]:
-    state = read_state(checkpoint)
+def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit) -> dict[str, Any]:
+    state = _state(checkpoint)
     check_publishable(state)
-    spec = state.recipe.model_copy(update={"publish": recipe.spec.publish})
+    recipe = recipe._replace(spec=_to_publish(state.recipe, recipe.spec))
+    spec = recipe.spec
     base = ensure_base(settings.home, spec.base)
     if base.fingerprint != state.base_fingerprint:
         raise BaseMismatch(
             f"the run was trained on {spec.base} ({state.base_fingerprint[:12]}), but {spec.base} is now another model "
             f"({base.fingerprint[:12]}); add the one it was trained on"
         )
-    with tempfile.TemporaryDirectory() as temporary:
+    measured = measure_checkpoint(checkpoint, state.step, recipe, base, run, settings, emit)
+    long_context = spec.adapter.long_context
+    with checkpoint.as_directory() as path, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
-        shutil.copytree(checkpoint / ADAPTER, folder)  # the manifest is written beside the weights, not into the run
-        long_context = spec.adapter.long_context
-        version = publish(
+        shutil.copytree(Path(path) / ADAPTER, folder)  # the manifest is written beside the weights, not into the run
+        publish_it = partial(
+            publish,
             folder,
             name=spec.name,
             base=base,
             store=AdapterStore(open_store(settings.store)),
-            catalog=Catalog(settings.catalog),
-            aliases=spec.publish.aliases,
+            catalog=Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance),
             recipe=spec,
             job_id=run.job_id,
             data_fingerprint=state.data_fingerprint,
-            evaluations=state.evaluations(),
+            evaluations=(*state.evaluations(), *measured),
             licence=spec.publish.licence,
             description=spec.publish.description,
             rope_parameters=long_context and rope_parameters(base, long_context),
             context_length=context_length(base, spec),
             created_at=state.saved_at,
         )
+        aliases, refusal = spec.publish.aliases, None
+        try:
+            version = publish_it(aliases=aliases, no_gate=spec.publish.no_gate)
+        except GateRefused as e:  # the run was not in vain: what it made can be measured again, and promoted
+            aliases, refusal = (), str(e)
+            version = publish_it()
     return {
         "event": "published",
         "name": spec.name,
@@ -101,7 +115,15 @@ def _publish(checkpoint: Path, run: RunFolder, recipe: Recipe, settings: Setting
         "label": version.label,
         "digest": version.digest,
         "nbytes": version.manifest.nbytes,
-        "aliases": list(spec.publish.aliases),
+        "aliases": list(aliases),
+        "refusal": refusal,
         "step": state.step,
-        "evaluations": [e.model_dump(mode="json") for e in state.evaluations()],
+        "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in version.manifest.evaluations],
     }
+
+
+def _to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
+    """The recipe that a checkpoint was trained with, and of the one at hand how it is measured and published."""
+    measured = {name: getattr(at_hand.evaluation, name) for name in ("perplexity", "retrieval")}
+    evaluation = trained.evaluation.model_copy(update=measured)
+    return trained.model_copy(update={"evaluation": evaluation, "publish": at_hand.publish})

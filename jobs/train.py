@@ -25,7 +25,7 @@ from jobs.sink import start_sink
 from jobs.tensorboard import Board
 from jobs.trainer import build_trainer
 from loray.catalog import Catalog
-from loray.errors import CatalogError, LorayError, SpecError, StoreError, TrainingError
+from loray.errors import CatalogError, EvaluationError, LorayError, SpecError, StoreError, TrainingError
 from loray.recipe import Recipe, load_recipe
 from loray.settings import Settings
 from loray.store import open_store
@@ -94,7 +94,10 @@ def train(recipe: Recipe, settings: Settings, emit: events.Emit, *, resume: bool
                 if result.return_value is not None:
                     hint = f", or publish it with {_how_to_publish(recipe)}"
                     raise TrainingError(f"{result.return_value}{hint if result.checkpoint else ''}")
-                published = _publish(result, run, recipe, settings)
+                try:
+                    published = _publish(result, run, recipe, settings, emit)
+                except KeyboardInterrupt:  # from ray.get while the adapter is measured
+                    raise interrupts.interrupted() from None
         job.end("succeeded", version=published["version"])
     emit(published)
 
@@ -103,16 +106,16 @@ def publish_latest(recipe: Recipe, settings: Settings, emit: events.Emit) -> Non
     """Publish the best checkpoint of the latest run, finished or not. With that, the job of the run has succeeded."""
     run = open_runs(settings).latest(recipe.spec.name)
     with Interrupts() as interrupts, run.locked("publication", interrupts.raise_in_main_thread):
-        published = publish_best(run.result(), run, recipe, settings)
+        published = publish_best(run.result(), run, recipe, settings, emit)
     if run.job_id is not None:
         JobRecord(Catalog(settings.catalog), run.job_id).end("succeeded", version=published["version"])
     emit(published)
 
 
-def _publish(result: Any, run: RunFolder, recipe: Recipe, settings: Settings) -> dict[str, Any]:
+def _publish(result: Any, run: RunFolder, recipe: Recipe, settings: Settings, emit: events.Emit) -> dict[str, Any]:
     try:
-        return publish_best(result, run, recipe, settings)
-    except (CatalogError, StoreError) as e:
+        return publish_best(result, run, recipe, settings, emit)
+    except (CatalogError, EvaluationError, StoreError) as e:
         raise type(e)(f"{e}; training is complete: publish it later, with {_how_to_publish(recipe)}") from e
 
 

@@ -120,7 +120,11 @@ def _utilisation(
 
 
 def _num_threads() -> int:
-    """OMP_NUM_THREADS where the node's environment sets it; else this machine's cores, shared by its workers.
+    return num_threads(ray.train.get_context().get_local_world_size())
+
+
+def num_threads(num_workers: int) -> int:
+    """OMP_NUM_THREADS where the node's environment sets it; else this machine's cores, shared by `num_workers` of it.
 
     Where it is not set Ray sets it later, to the CPUs that a worker reserves. A worker reserves one, so that training
     also starts where a replica holds the others.
@@ -130,8 +134,7 @@ def _num_threads() -> int:
         return preset
     node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
     cores = min(int(node["Resources"].get("CPU", 1)), len(os.sched_getaffinity(0)))
-    local_workers: int = ray.train.get_context().get_local_world_size()
-    return max(1, cores // local_workers)
+    return max(1, cores // num_workers)
 
 
 def _preset_threads(environ: bytes) -> int | None:

@@ -33,8 +33,8 @@ R = TypeVar("R", bound=BaseModel)
 
 class CatalogClient(HttpClient):
     """Errors come back as those that were raised: AdapterNotFound, JobNotFound, ConflictError, RevisionConflict,
-    SpecError with each wrong field, CatalogError where the server's database is away, and ClusterError where the
-    server or Ray does not answer.
+    GateRefused, SpecError with each wrong field, CatalogError where the server's database is away, and ClusterError
+    where the server or Ray does not answer.
     """
 
     _prefix = "/api/v1"
@@ -60,10 +60,16 @@ class CatalogClient(HttpClient):
         return _read(VersionDetail, self._request("GET", f"/adapters/{name}/versions/{version}"))
 
     def register(
-        self, name: str, digest: str, *, aliases: Sequence[str] = (), version: int | None = None
+        self,
+        name: str,
+        digest: str,
+        *,
+        aliases: Sequence[str] = (),
+        version: int | None = None,
+        no_gate: str | None = None,
     ) -> VersionDetail:
         """A version of an adapter that the store has already."""
-        body = {"digest": digest, "aliases": list(aliases), "version": version}
+        body = {"digest": digest, "aliases": list(aliases), "version": version, "no_gate": no_gate}
         return _read(VersionDetail, self._request("POST", f"/adapters/{name}/versions", json=body))
 
     def placement(self, name: str) -> PlacementResource:
@@ -78,13 +84,22 @@ class CatalogClient(HttpClient):
         return _read(AliasResource, self._request("GET", _alias(name, alias)))
 
     def promote(
-        self, name: str, alias: str, version: int, *, etag: str | None = None, create: bool = False
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        *,
+        etag: str | None = None,
+        create: bool = False,
+        no_gate: str | None = None,
     ) -> AliasResource:
-        """Point `alias` at `version`. With `etag`, only if it has that ETag; with `create`, only if it is not set."""
+        """Point `alias` at `version`. With `etag`, only if it has that ETag; with `create`, only if it is not set.
+
+        `no_gate`: why it is moved where LongLoRA's gate refuses it.
+        """
         headers = _if_match(etag) | ({"If-None-Match": "*"} if create else {})
-        return _read(
-            AliasResource, self._request("PUT", _alias(name, alias), json={"version": version}, headers=headers)
-        )
+        body = _given({"version": version, "no_gate": no_gate})
+        return _read(AliasResource, self._request("PUT", _alias(name, alias), json=body, headers=headers))
 
     def rollback(self, name: str, alias: str = "prod", *, etag: str | None = None) -> AliasResource:
         path = f"{_alias(name, alias)}/rollback"

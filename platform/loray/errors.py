@@ -9,7 +9,8 @@
     │   ├── AdapterNotFound    no such adapter, version or alias in the catalog
     │   └── JobNotFound        no such training job in the catalog, or Ray does not know it any more
     ├── ConflictError          the name, version or alias is taken or has moved meanwhile
-    │   └── RevisionConflict   an alias has another revision than the caller expected
+    │   ├── RevisionConflict   an alias has another revision than the caller expected
+    │   └── GateRefused        a LongLoRA adapter's measured perplexity does not earn it the alias
     ├── CatalogError           the catalog's database cannot be reached or stays locked
     ├── StoreError             the adapter store cannot be reached or refuses
     ├── ClusterError           the local Ray cluster does not come up
@@ -19,6 +20,7 @@
     ├── RequestError           a generation request that can never be served
     │   └── ContextLengthExceeded
     ├── Overloaded             the engine takes no more requests now; `retry_after_s` says when
+    ├── EvaluationError        a model's figures cannot be taken (its loss is not finite)
     ├── EngineError            the engine stopped or a request inside it failed
     └── TrainingError          a run ended without a usable adapter (for example, too many non-finite steps)
 
@@ -68,6 +70,10 @@ class RevisionConflict(ConflictError):
     pass
 
 
+class GateRefused(ConflictError):
+    pass
+
+
 class CatalogError(LorayError):
     pass
 
@@ -114,6 +120,10 @@ class Overloaded(LorayError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class EvaluationError(LorayError):
+    pass
 
 
 class EngineError(LorayError):

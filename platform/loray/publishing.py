@@ -32,18 +32,20 @@ def publish(
     catalog: Catalog,
     aliases: Sequence[str] = (),
     version: int | None = None,
+    no_gate: str | None = None,
     **manifest_fields: Any,
 ) -> AdapterVersion:
     """Publish the PEFT adapter in `folder` as the next version of `name`; writes its `loray.json`.
 
-    `version` asks for this number instead of the next: ConflictError where another adapter has it.
+    `version` asks for this number instead of the next: ConflictError where another adapter has it. Where `aliases` are
+    given to a LongLoRA adapter whose `evaluations` do not earn them: GateRefused, unless `no_gate` says why not.
     `manifest_fields` go to `adapters.manifest.describe`. Everything that can be wrong with names or files is
     checked before the first byte is stored; the version appears in one transaction at the end. Repeating a
     publication that was cut off completes it.
     """
     catalog.check_name(name, aliases)
     describe(folder, base=base, **manifest_fields)
-    return _register(folder, name, base, store, catalog, aliases, version)
+    return _register(folder, name, base, store, catalog, aliases, version, no_gate)
 
 
 def import_folder(
@@ -55,13 +57,14 @@ def import_folder(
     catalog: Catalog,
     aliases: Sequence[str] = (),
     version: int | None = None,
+    no_gate: str | None = None,
     licence: str | None = None,
     description: str = "",
 ) -> AdapterVersion:
     """Publish any PEFT LoRA or VeRA folder; it is not written to. One with a `loray.json` keeps its identity.
 
     Raises DataError (no such folder), UnsupportedError (another kind of adapter, pickled weights), BaseMismatch,
-    IntegrityError; then neither store nor catalog has changed. `version` is as for `publish`.
+    IntegrityError; then neither store nor catalog has changed. `version` and `no_gate` are as for `publish`.
     """
     from loray.adapters.peft_format import read_adapter
 
@@ -80,7 +83,7 @@ def import_folder(
             shutil.copy2(folder / AdapterManifest.FILE, copy / AdapterManifest.FILE)
         else:
             describe(copy, base=base, licence=licence, description=description)
-        return _register(copy, name, base, store, catalog, aliases, version)
+        return _register(copy, name, base, store, catalog, aliases, version, no_gate)
 
 
 def _check_published(folder: Path, base: BaseModel) -> None:
@@ -100,11 +103,12 @@ def _register(
     catalog: Catalog,
     aliases: Sequence[str],
     version: int | None,
+    no_gate: str | None,
 ) -> AdapterVersion:
     catalog.add_base(base.name, base.fingerprint)
     digest = store.put(folder)
     manifest = parse_manifest(read_canonical(folder), source=str(folder))
-    return catalog.register(name, digest, manifest, aliases, version=version)
+    return catalog.register(name, digest, manifest, aliases, version=version, no_gate=no_gate)
 
 
 def base_of(folder: Path, home: Path) -> BaseModel:

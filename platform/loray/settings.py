@@ -13,12 +13,21 @@ from urllib.parse import parse_qsl, urlsplit
 from loray.errors import SettingsError
 from loray.locations import S3Location, is_this_machine, parse_location
 
-_KNOWN = {"LORAY_HOME", "LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS", "LORAY_LOG_LEVEL", "LORAY_PEAK_TFLOPS"}
+_KNOWN = {
+    "LORAY_HOME",
+    "LORAY_STORE",
+    "LORAY_CATALOG",
+    "LORAY_ADDRESS",
+    "LORAY_LOG_LEVEL",
+    "LORAY_PEAK_TFLOPS",
+    "LORAY_GATE_TOLERANCE",
+}
 # Kubernetes describes a Service called loray-… to every pod of its namespace, in variables of these forms.
 _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
 # Written by `loray up --s3`: from then on the home's store is the local S3 server's bucket.
 LOCAL_S3_FOLDER = "s3"
 STORE_URL_FILE = "store_url"
+DEFAULT_GATE_TOLERANCE = 0.10
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -32,6 +41,8 @@ class Settings:
     address  Ray dashboard or job-server address (`LORAY_ADDRESS`, default None: a local cluster)
     peak_tflops  what a training worker's device can do, in 10¹² FLOP/s of the training dtype, for MFU
              (`LORAY_PEAK_TFLOPS`, default None: measured with a matrix product when training starts)
+    gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed the base's
+        and still be given an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
     """
 
     home: Path
@@ -40,6 +51,7 @@ class Settings:
     address: str | None
     log_level: str
     peak_tflops: float | None = None
+    gate_tolerance: float = DEFAULT_GATE_TOLERANCE
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -72,6 +84,7 @@ class Settings:
             address=env.get("LORAY_ADDRESS") or None,
             log_level=level,
             peak_tflops=_positive(env, "LORAY_PEAK_TFLOPS"),
+            gate_tolerance=_share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
         )
 
     @property
@@ -97,6 +110,8 @@ class Settings:
         }
         if self.peak_tflops is not None:
             env["LORAY_PEAK_TFLOPS"] = str(self.peak_tflops)
+        if self.gate_tolerance != DEFAULT_GATE_TOLERANCE:
+            env["LORAY_GATE_TOLERANCE"] = str(self.gate_tolerance)
         if self.catalog_has_password and not secrets:
             del env["LORAY_CATALOG"]
         return env
@@ -127,6 +142,16 @@ def _positive(env: Mapping[str, str], name: str) -> float | None:
     if not 0 < number < math.inf:
         raise SettingsError(f"{name}={value!r} must be a positive number")
     return number
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise SettingsError(f"LORAY_GATE_TOLERANCE={text!r} must be a share of at least 0, such as 0.1 for 10 %")
+    return value
 
 
 def _is_local_catalog(url: str) -> bool:

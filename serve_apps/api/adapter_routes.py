@@ -66,7 +66,7 @@ def create_router(site: Site) -> APIRouter:
 
     @router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
     def get_version(name: NamePath, version: Annotated[VersionNumber, Path()]) -> VersionDetail:
-        """One version with its manifest: files, recipe, lineage, evaluations."""
+        """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
         return views.detail(site.catalog.version(name, version))
 
     @router.post(
@@ -79,13 +79,19 @@ def create_router(site: Site) -> APIRouter:
     ) -> VersionDetail:
         """Give an adapter that the store has already a name and a version. A digest keeps the version it has.
 
-        404: the store has no adapter of this digest. 409: the name is a base model's, or the number is taken.
+        404: the store has no adapter of this digest. 409: the name is a base model's, the number is taken, or the gate
+        refuses the aliases.
         """
         manifest = site.store.manifest(registration.digest)
         site.catalog.check_name(name, registration.aliases)
         site.catalog.add_base(manifest.base, manifest.base_fingerprint)
         version = site.catalog.register(
-            name, registration.digest, manifest, registration.aliases, version=registration.version
+            name,
+            registration.digest,
+            manifest,
+            registration.aliases,
+            version=registration.version,
+            no_gate=registration.no_gate,
         )
         response.headers["Location"] = request.url_for("get_version", name=name, version=version.version).path
         return views.detail(version)

@@ -35,18 +35,19 @@ def create_router(site: Site) -> APIRouter:
             return Response(status_code=304, headers={"ETag": found.etag})
         return found
 
-    @router.put(_PATH, responses=responses(404, 412) | _tagged() | _tagged(201))
+    @router.put(_PATH, responses=responses(404, 409, 412) | _tagged() | _tagged(201))
     def put_alias(
         response: Response, name: NamePath, alias: AliasPath, target: AliasTarget, conditions: Conditional
     ) -> AliasResource:
         """Point an alias at a version; it is made where it is not set, which is answered with 201.
 
         With If-Match only if it has that ETag, with `If-None-Match: *` only if it is not set: 412 where it has moved
-        meanwhile. Without either it moves, whoever moved it last.
+        meanwhile. Without either it moves, whoever moved it last. 409: the gate refuses a LongLoRA adapter, by what was
+        measured of it; `no_gate` is a reason to move it all the same, and is recorded.
         """
         current = {state.alias: state.revision for state in site.catalog.aliases(name)}.get(alias, 0)
         expected = conditions.expected_revision(current, alias)
-        state = site.catalog.promote(name, alias, target.version, expected_revision=expected)
+        state = site.catalog.promote(name, alias, target.version, expected_revision=expected, no_gate=target.no_gate)
         response.status_code = 200 if current else 201
         return _tag(state, response)
 

@@ -48,7 +48,9 @@ class Site:
                 if time.monotonic() - self._failed_at < _RETRY_S:
                     raise CatalogError(self._failure)
                 try:
-                    self._catalog = Catalog(self._settings.catalog, actor=ACTOR)
+                    self._catalog = Catalog(
+                        self._settings.catalog, actor=ACTOR, gate_tolerance=self._settings.gate_tolerance
+                    )
                 except LorayError as e:
                     self._failure = str(e) if isinstance(e, CatalogError) else f"the catalog cannot be opened: {e}"
                     self._failed_at = time.monotonic()

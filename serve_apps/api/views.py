@@ -55,7 +55,7 @@ def detail(v: AdapterVersion) -> VersionDetail:
         base_fingerprint=m.base_fingerprint,
         context_length=m.context_length,
         nbytes=m.nbytes,
-        evaluations=m.evaluations,
+        evaluations=v.evaluations,
         manifest=m,
     )
 

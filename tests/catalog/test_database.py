@@ -18,6 +18,7 @@ from loray.catalog import Catalog
 from loray.catalog.database import HEAD, open_database, writing
 from loray.catalog.schema import metadata
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
+from loray.spec import Evaluation
 from tests.catalog.test_catalog import BASE, digest, manifest, publish
 from tests.cluster import free_port
 from tests.postgres import Postgres
@@ -84,6 +85,33 @@ def test_a_catalog_of_the_first_version_keeps_its_rows(url: str, monkeypatch: py
                 c.execute(sa.text(f"SELECT setval('{table}_id_seq', 1)"))
     catalog.register("tone", digest(2), manifest(2), ["prod"])
     assert catalog.alias("tone", "prod").revision == catalog.change_counter() == 6
+    catalog.close()
+
+
+def test_a_catalog_of_the_second_version_keeps_its_moves(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loray.catalog.database._migrate", lambda engine: migrate(engine, "0002"))
+    engine = open_database(url)
+    monkeypatch.undo()
+    with writing(engine) as c:
+        tables = sa.MetaData()
+        tables.reflect(c)
+        assert "evaluations" not in tables.tables
+        t = tables.tables
+        row = {"adapter_id": 1, "created_at": sa.func.now()}
+        fields = {"method": "lora", "base_fingerprint": BASE, "context_length": 8192, "nbytes": 401, "version": 1}
+        c.execute(t["adapters"].insert().values(name="tone", created_at=sa.func.now()))
+        content = {"digest": digest(1), "manifest": manifest(1).model_dump_json()}
+        c.execute(t["versions"].insert().values(row | fields | content))
+        c.execute(t["aliases"].insert().values(adapter_id=1, alias="prod", version_id=1, revision=1))
+        c.execute(t["alias_moves"].insert().values(row | {"alias": "prod", "version_id": 1, "undone": False}))
+    engine.dispose()
+
+    catalog = Catalog(url)
+    assert [(m.version, m.no_gate) for m in catalog.adapter("tone").moves] == [(1, None)]
+    assert catalog.evaluations(digest(1)) == ()
+    measured = Evaluation(metric="perplexity", value=9.5, dataset="docs", context_length=8192)
+    catalog.record_evaluations(digest(1), [measured])
+    assert catalog.version("tone", 1).evaluations == (measured,)
     catalog.close()
 
 

@@ -163,7 +163,7 @@ def test_a_store_that_goes_away_leaves_a_checkpoint_to_publish(
 
         patch.setattr("jobs.publication.open_store", gone)
         with pytest.raises(StoreError, match=r"refused; training is complete: .*recipe\.yaml --publish-checkpoint"):
-            driver._publish(made, run, recipe, settings)
+            driver._publish(made, run, recipe, settings, print)
     catalog, events = Catalog(settings.catalog), list[dict[str, Any]]()
     catalog.add_job("first", name=recipe.spec.name, recipe=recipe.spec)
     driver.publish_latest(recipe, settings, events.append)

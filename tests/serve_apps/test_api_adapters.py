@@ -15,6 +15,7 @@ from loray.catalog import Catalog
 from loray.errors import CatalogError, StoreError
 from loray.serving.resources import Problem
 from tests.catalog.test_catalog import BASE, digest, publish
+from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
 from tests.cluster import free_port
 from tests.postgres import Postgres
 from tests.serve_apps.api_support import Api
@@ -208,6 +209,36 @@ def test_registering_what_the_store_has(api: Api, tmp_path: Path) -> None:
     assert [v["version"] for v in api.http.get("/adapters/tone/versions").json()["items"]] == [7, 1]
 
 
+# -- what was measured ------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_and_the_figures_that_pass_it(api: Api, tmp_path: Path) -> None:
+    fields = {"method": "longlora", "context_length": OWN, "original_context_length": NATIVE}
+    stored = api.store(1, tmp_path, **fields, evaluations=figures({("base", OWN): 11.0}))
+    body = {"digest": stored, "aliases": ["prod"]}
+    refused = problem(api.http.post("/adapters/long/versions", json=body), 409)
+    assert refused["type"] == "urn:loray:problem:gate-refused"
+    assert "at its own context of 2,048 tokens" in refused["detail"]
+    problem(api.http.get("/adapters/long"), 404)
+    assert api.http.post("/adapters/long/versions", json={"digest": stored}).status_code == 201
+    prod = "/adapters/long/aliases/prod"
+    assert problem(api.http.put(prod, json={"version": 1}), 409)["type"] == "urn:loray:problem:gate-refused"
+    assert problem(api.http.put(prod, json={"version": 1, "no_gate": " "}), 422)["errors"][0]["field"] == "no_gate"
+    beta = api.http.put("/adapters/long/aliases/beta", json={"version": 1, "no_gate": "a trial"})
+    assert beta.status_code == 201
+    assert api.catalog.adapter("long").moves[0].no_gate == "a trial"
+    assert api.http.post("/adapters/copy/versions", json=body | {"no_gate": "a copy"}).json()["aliases"] == ["prod"]
+
+    api.catalog.record_evaluations(stored, figures(GOOD))
+    assert api.http.put(prod, json={"version": 1}).status_code == 201
+    version = api.http.get("/adapters/long/versions/1").json()
+    assert [e["value"] for e in version["evaluations"]] == [11.0, *GOOD.values()]
+    assert [e["value"] for e in version["manifest"]["evaluations"]] == [11.0]
+    listed = api.http.get("/adapters/long/versions").json()["items"][0]
+    assert listed["evaluations"] == version["evaluations"]
+    assert version["evaluations"][-1]["stride"] == 256
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +261,7 @@ def test_requests_that_come_together_wait_for_the_database_once(
 ) -> None:
     tried, everybody_waits = [], Barrier(9)
 
-    def unreachable(url: str, actor: str) -> Catalog:
+    def unreachable(url: str, **_: object) -> Catalog:
         tried.append(url)
         everybody_waits.wait(30)
         raise CatalogError("no answer within 5 s")

@@ -14,6 +14,7 @@ from loray.errors import (
     CatalogError,
     ClusterError,
     ConflictError,
+    GateRefused,
     JobNotFound,
     RevisionConflict,
     SpecError,
@@ -80,6 +81,16 @@ def test_registering(api: Api, client: CatalogClient, tmp_path: Path) -> None:
         client.register("tone", stored, version=5)
     with pytest.raises(SpecError, match="digest: String should match"):
         client.register("tone", digest(1)[1:])
+
+
+def test_the_gates_refusal_comes_back_as_one(api: Api, client: CatalogClient, tmp_path: Path) -> None:
+    stored = api.store(1, tmp_path, method="longlora")
+    with pytest.raises(GateRefused, match="alias 'prod' is refused to long@1"):
+        client.register("long", stored, aliases=["prod"])
+    client.register("long", stored)
+    with pytest.raises(GateRefused, match="alias 'prod' is refused to long@1"):
+        client.promote("long", "prod", 1)
+    assert client.promote("long", "prod", 1, no_gate="a trial").version == 1
 
 
 def test_jobs(api: Api, client: CatalogClient) -> None:

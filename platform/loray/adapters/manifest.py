@@ -68,6 +68,7 @@ def describe(
             num_parameters=sum(t.numel() for t in tensors),
             nbytes=sum(t.numel() * t.element_size() for t in tensors),
             context_length=context_length or base.config.max_position_embeddings,
+            original_context_length=None if rope_parameters is None else _original_context(base, recipe),
             rope_parameters=rope_parameters,
             projection=_projection(weights, read_config(folder).get("projection_prng_key", 0)),
             files={path.name: file_sha256(path) for path in published_files(folder)},
@@ -198,6 +199,11 @@ def _method(
     if (declared == "vera") != (method == "vera"):
         raise SpecError(f"{folder} holds a {method} adapter, but its recipe says {declared}")
     return declared
+
+
+def _original_context(base: BaseModel, recipe: TrainSpec | None) -> int:
+    long_context = None if recipe is None else recipe.adapter.long_context
+    return (long_context and long_context.original_context) or base.config.max_position_embeddings
 
 
 def _projection(weights: AdapterWeights, key: int) -> Projection | None:

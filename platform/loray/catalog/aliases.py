@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+from loray.catalog import gate
 from loray.catalog.database import Database, reading, writing
-from loray.catalog.entries import DEFAULT_ALIAS, AliasState
+from loray.catalog.entries import DEFAULT_ALIAS, AdapterVersion, AliasState
 from loray.catalog.queries import (
     alias_is,
     check_alias,
     count_change,
     load_entry,
+    load_version,
     lock,
     log,
     now,
     version_id_of,
 )
 from loray.catalog.schema import alias_moves, aliases, versions
-from loray.errors import AdapterNotFound, ConflictError, RevisionConflict
+from loray.errors import AdapterNotFound, ConflictError, GateRefused, RevisionConflict
 
 
 class Aliases(Database):
     """The catalog's part about aliases."""
 
     def promote(
-        self, name: str, alias: str, version: int, *, expected: int | None = None, expected_revision: int | None = None
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        *,
+        expected: int | None = None,
+        expected_revision: int | None = None,
+        no_gate: str | None = None,
     ) -> AliasState:
         """Point `alias` at `version`; where it does already, nothing changes.
 
         With `expected`, only if it points at that version now; with `expected_revision`, only if it has that
         revision now (either 0: only if it is not set). ConflictError or RevisionConflict where it does not,
-        AdapterNotFound where there is no such name or version.
+        AdapterNotFound where there is no such name or version, GateRefused where `catalog.gate` has something against
+        it. `no_gate` is a reason to do it all the same, and is recorded where it was needed.
         """
         check_alias(alias)
         with writing(self._engine) as c:
@@ -41,7 +51,7 @@ class Aliases(Database):
             if expected is not None and current != expected:
                 raise ConflictError(f"{_where(name, alias, current)}, not {expected or 'unset'}: look again")
             _check_revision(c, adapter_id, name, alias, expected_revision)
-            move_alias(c, self._actor, adapter_id, name, alias, version, count_change(c))
+            self._move(c, adapter_id, name, alias, version, count_change(c), no_gate)
             return _states(c, adapter_id, name)[alias]
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasState:
@@ -106,23 +116,35 @@ class Aliases(Database):
             )
         return states[alias]
 
+    def _move(
+        self, c: sa.Connection, adapter_id: int, name: str, alias: str, version: int, revision: int, no_gate: str | None
+    ) -> None:
+        """Within a transaction that has counted a change, whose counter is `revision`. Raises GateRefused."""
+        version_id = version_id_of(c, adapter_id, version)
+        current = c.execute(sa.select(aliases.c.version_id).where(alias_is(adapter_id, alias))).scalar()
+        if current == version_id:
+            return
+        against = self._check_gate(load_version(c, name, adapter_id, version), alias, no_gate)
+        target = {"version_id": version_id, "revision": revision}
+        if current is None:
+            c.execute(aliases.insert().values(adapter_id=adapter_id, alias=alias, **target))
+        else:
+            c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
+        move = {"adapter_id": adapter_id, "alias": alias, "version_id": version_id, "undone": False}
+        c.execute(alias_moves.insert().values(move | {"no_gate": no_gate if against else None, "created_at": now()}))
+        override = {"no_gate": no_gate, "against": against} if against else {}
+        log(c, self._actor, "promote", f"{name}@{alias}", version=version, **override)
 
-def move_alias(
-    c: sa.Connection, actor: str, adapter_id: int, name: str, alias: str, version: int, revision: int
-) -> None:
-    """Within a transaction that has counted a change, whose counter is `revision`."""
-    version_id = version_id_of(c, adapter_id, version)
-    current = c.execute(sa.select(aliases.c.version_id).where(alias_is(adapter_id, alias))).scalar()
-    if current == version_id:
-        return
-    target = {"version_id": version_id, "revision": revision}
-    if current is None:
-        c.execute(aliases.insert().values(adapter_id=adapter_id, alias=alias, **target))
-    else:
-        c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
-    move = {"adapter_id": adapter_id, "alias": alias, "version_id": version_id, "undone": False, "created_at": now()}
-    c.execute(alias_moves.insert().values(move))
-    log(c, actor, "promote", f"{name}@{alias}", version=version)
+    def _check_gate(self, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
+        """What the gate has against it and `no_gate` lets pass. Raises GateRefused."""
+        against = gate.failures(version.manifest, version.evaluations, self._gate_tolerance)
+        if against and no_gate is None:
+            raise GateRefused(
+                f"alias {alias!r} is refused to {version.label}: {'; '.join(against)}. "
+                f"Measure it (`loray eval perplexity {version.label} --compare --data FILE`), train it further, "
+                "or give the reason why it needs no gate (--no-gate, no_gate)"
+            )
+        return against
 
 
 def _check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, expected: int | None) -> None:

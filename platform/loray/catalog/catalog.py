@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 from loray.adapters.manifest import canonical_json
-from loray.catalog.aliases import Aliases, move_alias
+from loray.catalog.aliases import Aliases
 from loray.catalog.database import reading, writing
 from loray.catalog.entries import (
     AdapterDetail,
@@ -17,6 +17,7 @@ from loray.catalog.entries import (
     CatalogSnapshot,
     split_model,
 )
+from loray.catalog.evaluations import Evaluations
 from loray.catalog.jobs import Jobs
 from loray.catalog.queries import (
     check_alias,
@@ -34,16 +35,16 @@ from loray.catalog.queries import (
     utc,
 )
 from loray.catalog.schema import adapters, alias_moves, bases, changes, versions
-from loray.errors import ConflictError, SpecError
+from loray.errors import ConflictError, GateRefused, SpecError
 from loray.spec import AdapterManifest, AdapterRef
 
 _MAX_VERSION = 2**31 - 1  # what the column holds
 
 
-class Catalog(Aliases, Jobs):
+class Catalog(Aliases, Evaluations, Jobs):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
-    `actor` is who the audit log says did it.
+    `actor` is who the audit log says did it; `gate_tolerance` is that of `catalog.gate`.
     """
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -86,13 +87,15 @@ class Catalog(Aliases, Jobs):
         aliases: Sequence[str] = (),
         *,
         version: int | None = None,
+        no_gate: str | None = None,
     ) -> AdapterVersion:
         """A new version of `name`, and `aliases` moved to it. A digest that `name` has already keeps its version.
 
         `version` asks for a number of one's own, as a mirror of another catalog does; otherwise the next one is taken.
+        `no_gate` is as for `promote`.
 
         ConflictError where `name` is a base model's, or `version` is taken by another digest or the digest by another
-        version; SpecError where a name or an alias is malformed.
+        version; SpecError where a name or an alias is malformed; GateRefused as in `promote`.
         """
         self.check_name(name, aliases)
         if version is not None and not 0 < version <= _MAX_VERSION:
@@ -128,7 +131,10 @@ class Catalog(Aliases, Jobs):
                 number = known
             revision = count_change(c)
             for alias in aliases:
-                move_alias(c, self._actor, adapter_id, name, alias, number, revision)
+                try:
+                    self._move(c, adapter_id, name, alias, number, revision, no_gate)
+                except GateRefused as e:
+                    raise GateRefused(f"{e}; nothing was registered: do that without an alias first") from None
             return load_version(c, name, adapter_id, number)
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ class Catalog(Aliases, Jobs):
             return AdapterDetail(
                 entry=entry,
                 versions=tuple(load_version(c, name, adapter_id, v) for v in sorted(entry.versions, reverse=True)),
-                moves=tuple(AliasMove(m.alias, m.version, m.undone, utc(m.created_at)) for m in moves),
+                moves=tuple(AliasMove(m.alias, m.version, m.undone, utc(m.created_at), m.no_gate) for m in moves),
             )
 
     def change_counter(self) -> int:

@@ -13,11 +13,12 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchM
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
+from loray.settings import DEFAULT_GATE_TOLERANCE
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
-HEAD = "0002"  # the newest revision in migrations/versions
+HEAD = "0003"  # the newest revision in migrations/versions
 
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000
@@ -26,11 +27,12 @@ _MIGRATION_LOCK = 0x6C6F726179  # of PostgreSQL's advisory locks
 
 
 class Database:
-    """What every part of the catalog has: the engine, and `actor`, who the audit log says did it."""
+    """What every part of the catalog has: the engine, `actor`, who the audit log says did it, and the gate's share."""
 
-    def __init__(self, url: str, *, actor: str = "local") -> None:
+    def __init__(self, url: str, *, actor: str = "local", gate_tolerance: float = DEFAULT_GATE_TOLERANCE) -> None:
         self._engine = open_database(url)
         self._actor = actor
+        self._gate_tolerance = gate_tolerance
 
     def close(self) -> None:
         self._engine.dispose()

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Literal, NamedTuple
 
 from loray.errors import AdapterNotFound
-from loray.spec import AdapterManifest, AdapterRef, TrainSpec
+from loray.spec import AdapterManifest, AdapterRef, Evaluation, TrainSpec
 
 DEFAULT_ALIAS = "prod"
 
@@ -31,7 +31,7 @@ def split_model(model: str) -> ModelName:
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One immutable version; `aliases` are those that pointed at it when it was read."""
+    """One immutable version; `aliases` and `later_evaluations` are as they were when it was read."""
 
     name: str
     version: int
@@ -39,6 +39,12 @@ class AdapterVersion:
     manifest: AdapterManifest
     created_at: datetime
     aliases: tuple[str, ...] = ()
+    later_evaluations: tuple[Evaluation, ...] = ()
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """All that was measured, the oldest first: what the manifest has, and what was recorded later."""
+        return self.manifest.evaluations + self.later_evaluations
 
     @property
     def label(self) -> str:
@@ -71,12 +77,13 @@ class AliasState:
 
 @dataclass(frozen=True, slots=True)
 class AliasMove:
-    """One entry of an alias's history; `undone` by a rollback."""
+    """One entry of an alias's history; `undone` by a rollback. `no_gate`: why the gate's refusal did not count."""
 
     alias: str
     version: int
     undone: bool
     created_at: datetime
+    no_gate: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from loray.adapters.manifest import parse_manifest
 from loray.catalog.entries import DEFAULT_ALIAS, AdapterEntry, AdapterVersion, unknown_adapter
-from loray.catalog.schema import adapters, aliases, audit_log, bases, changes, versions
+from loray.catalog.schema import adapters, aliases, audit_log, bases, changes, evaluations, versions
 from loray.errors import ConflictError, SpecError
-from loray.spec import AdapterRef, Alias, JobId, Name
+from loray.spec import AdapterRef, Alias, Evaluation, JobId, Name
 
 
 def lock(c: sa.Connection) -> None:
@@ -108,7 +108,15 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
         manifest=parse_manifest(row.manifest.encode(), source=f"the manifest of {name}@{version}"),
         created_at=utc(row.created_at),
         aliases=tuple(pointing.scalars()),
+        later_evaluations=load_evaluations(c, row.digest),
     )
+
+
+def load_evaluations(c: sa.Connection, digest: str) -> tuple[Evaluation, ...]:
+    """Those recorded after publication, the oldest first."""
+    columns = [evaluations.c[name] for name in Evaluation.model_fields]
+    rows = c.execute(sa.select(*columns).where(evaluations.c.digest == digest).order_by(evaluations.c.id))
+    return tuple(Evaluation(**row._asdict()) for row in rows)
 
 
 def version_id_of(c: sa.Connection, adapter_id: int, version: int) -> int:

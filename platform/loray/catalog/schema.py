@@ -4,7 +4,9 @@ bases            base models that adapters may belong to
 adapters         names; bases and adapters share one namespace
 versions         immutable: (adapter, version) and (adapter, digest) are unique
 aliases          where each alias points now; its revision is the change counter's value at its last move
-alias_moves      every move of an alias, a stack of those not undone: what rollback goes back over
+alias_moves      every move of an alias, a stack of those not undone: what rollback goes back over; `no_gate` is the
+                 reason for which one was made that the gate refuses
+evaluations      what was measured of an adapter after it was published, by its digest
 changes          one row whose counter grows with every write; writers lock it first, so that they queue
 audit_log        who did what, append-only
 jobs             training jobs by their submission id; they outlive the Ray cluster they ran on
@@ -17,6 +19,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     DateTime,
+    Double,
     ForeignKey,
     Index,
     Integer,
@@ -87,8 +90,27 @@ alias_moves = Table(
     Column("alias", String(48), nullable=False),
     Column("version_id", ForeignKey("versions.id"), nullable=False),
     Column("undone", Boolean, nullable=False),
+    Column("no_gate", Text),
     Column("created_at", DateTime(timezone=True), nullable=False),
     Index(None, "adapter_id", "alias"),
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("digest", String(64), nullable=False, index=True),
+    Column("metric", String(64), nullable=False),
+    Column("value", Double, nullable=False),
+    Column("dataset", Text, nullable=False),
+    Column("subject", String(16), nullable=False),
+    Column("context_length", Integer),
+    Column("stride", Integer),
+    Column("depth", Double),
+    Column("count", Integer),
+    Column("data_sha256", String(64)),
+    Column("actor", String(96), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
 )
 
 changes = Table(

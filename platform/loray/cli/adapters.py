@@ -20,19 +20,19 @@ from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 
 
-class _Site(NamedTuple):
+class Site(NamedTuple):
     settings: Settings
     store: AdapterStore
     catalog: Catalog
 
 
 @contextmanager
-def _site() -> Iterator[_Site]:
+def open_site() -> Iterator[Site]:
     """The store and the catalog that the environment names."""
     settings = Settings.from_env()
-    catalog = Catalog(settings.catalog)
+    catalog = Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance)
     try:
-        yield _Site(settings, AdapterStore(open_store(settings.store)), catalog)
+        yield Site(settings, AdapterStore(open_store(settings.store)), catalog)
     finally:
         catalog.close()
 
@@ -45,12 +45,18 @@ def adapters() -> None:
     """
 
 
+no_gate_option = click.option(
+    "--no-gate", metavar="REASON", help="Why a LongLoRA adapter gets the alias whatever was measured; recorded."
+)
+
+
 @adapters.command("import")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="Publish it as the next version of this adapter.")
 @click.option("--base", "base_name", help="The base model it was trained on (default: found from the folder).")
 @click.option("--alias", "aliases", multiple=True, help="Point this alias at it; may be given several times.")
 @click.option("--version", type=int, help="Ask for this version number; refused where another adapter has it.")
+@no_gate_option
 @click.option("--licence", help="Its licence, as an SPDX identifier.")
 @click.option("--description", default="", help="One line for people.")
 @json_option
@@ -60,6 +66,7 @@ def import_(
     base_name: str | None,
     aliases: tuple[str, ...],
     version: int | None,
+    no_gate: str | None,
     licence: str | None,
     description: str,
     as_json: bool,
@@ -68,7 +75,7 @@ def import_(
 
     Checked first: format, options, shapes against the base, file hashes. Only safetensors are read.
     """
-    with _site() as site:
+    with open_site() as site:
         home = site.settings.home
         base = get_base(home, base_name) if base_name else base_of(folder, home)
         published = import_folder(
@@ -79,6 +86,7 @@ def import_(
             catalog=site.catalog,
             aliases=aliases,
             version=version,
+            no_gate=no_gate,
             licence=licence,
             description=description,
         )
@@ -89,7 +97,7 @@ def import_(
 @json_option
 def ls(as_json: bool) -> None:
     """List all adapters."""
-    with _site() as site:
+    with open_site() as site:
         snapshot = site.catalog.snapshot()
     entries = snapshot.models()
     bases = {fingerprint: name for name, fingerprint in snapshot.bases.items()}
@@ -121,7 +129,7 @@ def ls(as_json: bool) -> None:
 @json_option
 def show(model: str, as_json: bool) -> None:
     """Show MODEL: versions, aliases, where it comes from and what was measured."""
-    with _site() as site:
+    with open_site() as site:
         shown = site.catalog.resolve(model)
         detail = site.catalog.adapter(shown.name)
     version = next(v for v in detail.versions if v.version == shown.version)
@@ -129,9 +137,9 @@ def show(model: str, as_json: bool) -> None:
         emit(facts.detail_facts(detail, version))
         return
     out = console()
-    out.print(facts.lineage(version))
-    if version.manifest.evaluations:
-        out.print(facts.evaluations(version.manifest.evaluations))
+    out.print(facts.lineage(version, site.settings.gate_tolerance))
+    if version.evaluations:
+        out.print(facts.evaluations(version.evaluations))
     out.print(facts.versions(detail))
     if detail.moves:
         out.print(facts.moves(detail))
@@ -141,16 +149,20 @@ def show(model: str, as_json: bool) -> None:
 @click.argument("model")
 @click.argument("alias", default=DEFAULT_ALIAS)
 @click.option("--expected", type=int, help="Only if the alias points at this version now (0: only if it is not set).")
+@no_gate_option
 @json_option
-def promote(model: str, alias: str, expected: int | None, as_json: bool) -> None:
-    """Point ALIAS (default prod) at MODEL: `name@3`, `name@canary`, or `name` for the newest version."""
+def promote(model: str, alias: str, expected: int | None, no_gate: str | None, as_json: bool) -> None:
+    """Point ALIAS (default prod) at MODEL: `name@3`, `name@canary`, or `name` for the newest version.
+
+    A LongLoRA adapter is given an alias where its perplexity earns it: see `loray eval perplexity --compare`.
+    """
     name, selector = split_model(model)
-    with _site() as site:
+    with open_site() as site:
         if selector is None:
             target = max(site.catalog.adapter(name).entry.versions)
         else:
             target = site.catalog.resolve(model).version
-        state = site.catalog.promote(name, alias, target, expected=expected)
+        state = site.catalog.promote(name, alias, target, expected=expected, no_gate=no_gate)
         version = site.catalog.version(name, state.version)
     _print_version(version, as_json, f"{name}@{alias} is version {version.version} now")
 
@@ -161,7 +173,7 @@ def promote(model: str, alias: str, expected: int | None, as_json: bool) -> None
 @json_option
 def rollback(name: str, alias: str, as_json: bool) -> None:
     """Point ALIAS (default prod) of NAME back at where it pointed before its last move."""
-    with _site() as site:
+    with open_site() as site:
         version = site.catalog.version(name, site.catalog.rollback(name, alias).version)
     _print_version(version, as_json, f"{name}@{alias} is version {version.version} again")
 
@@ -174,7 +186,7 @@ def verify(model: str | None, every: bool, as_json: bool) -> None:
     """Hash the stored bytes of MODEL again and compare with its digest."""
     if (model is None) != every:
         raise click.UsageError("give either MODEL or --all")
-    with _site() as site:
+    with open_site() as site:
         if every:
             refs = [ref for entry in site.catalog.adapters() for _, ref in sorted(entry.versions.items())]
         else:

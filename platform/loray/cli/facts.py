@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
-from loray.catalog import AdapterDetail, AdapterEntry, AdapterVersion
+from loray.catalog import AdapterDetail, AdapterEntry, AdapterVersion, AliasMove, gate
 from loray.cli.output import count, pairs, size, table, when
 from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters
 
@@ -38,6 +39,7 @@ def version_facts(version: AdapterVersion) -> dict[str, Any]:
         "digest": version.digest,
         "aliases": list(version.aliases),
         "published_at": version.created_at.isoformat(),
+        "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in version.evaluations],
         "manifest": version.manifest.model_dump(mode="json"),
     }
 
@@ -50,15 +52,22 @@ def detail_facts(detail: AdapterDetail, version: AdapterVersion) -> dict[str, An
         "all_aliases": dict(detail.entry.aliases),
         "versions": [version_facts(v) for v in detail.versions],
         "alias_moves": [
-            {"alias": m.alias, "version": m.version, "undone": m.undone, "at": m.created_at.isoformat()}
+            {
+                "alias": m.alias,
+                "version": m.version,
+                "undone": m.undone,
+                "at": m.created_at.isoformat(),
+                "no_gate": m.no_gate,
+            }
             for m in detail.moves
         ],
     }
 
 
-def lineage(version: AdapterVersion) -> Table:
-    """What the version is and where it comes from."""
+def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
+    """What the version is, where it comes from, and what stands against an alias."""
     m: AdapterManifest = version.manifest
+    against = gate.failures(m, version.evaluations, gate_tolerance)
     return pairs(
         [
             ("adapter", version.label),
@@ -67,6 +76,7 @@ def lineage(version: AdapterVersion) -> Table:
             ("method", f"{m.method}, rank {m.rank}, on {' '.join(m.target_modules)}"),
             ("parameters", f"{count(m.num_parameters)} ({size(m.nbytes)})"),
             ("context", f"{m.context_length} tokens"),
+            ("extended from", m.original_context_length and f"{m.original_context_length} tokens"),
             ("RoPE", None if m.rope_parameters is None else _rope(m.rope_parameters)),
             ("base", f"{m.base} ({m.base_fingerprint[:12]})"),
             ("recipe", None if m.recipe is None else m.recipe.name),
@@ -75,14 +85,26 @@ def lineage(version: AdapterVersion) -> Table:
             ("licence", m.licence),
             ("created", m.created_at),
             ("digest", version.digest),
+            ("gate", ("no alias: " + "; ".join(against) if against else "passed") if gate.is_gated(m) else None),
         ]
     )
 
 
-def evaluations(measured: tuple[Evaluation, ...]) -> Table:
-    columns = ("METRIC", "VALUE", "DATASET", "MODEL", "CONTEXT")
-    rows = [(e.metric, f"{e.value:.4g}", e.dataset, e.subject, e.context_length) for e in measured]
-    return table(columns, rows, right=("VALUE", "CONTEXT"))
+def evaluations(measured: Sequence[Evaluation]) -> Table:
+    """Columns that say nothing are left out."""
+    columns: dict[str, list[object]] = {
+        "METRIC": [e.metric for e in measured],
+        "VALUE": [f"{e.value:.4g}" for e in measured],
+        "MODEL": [e.subject for e in measured],
+        "CONTEXT": [e.context_length for e in measured],
+        "DEPTH": [e.depth for e in measured],
+        "STRIDE": [e.stride for e in measured],
+        "MEAN OF": [e.count for e in measured],
+        "DATASET": [e.dataset for e in measured],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+    numbers = [name for name in shown if name not in ("METRIC", "MODEL", "DATASET")]
+    return table(list(shown), list(zip(*shown.values(), strict=True)), right=numbers)
 
 
 def versions(detail: AdapterDetail) -> Table:
@@ -94,8 +116,23 @@ def versions(detail: AdapterDetail) -> Table:
 
 
 def moves(detail: AdapterDetail) -> Table:
-    rows = [(when(m.created_at), m.alias, f"→ {m.version}", "rolled back" if m.undone else "") for m in detail.moves]
+    rows = [
+        (
+            when(m.created_at),
+            m.alias,
+            f"→ {m.version}",
+            ", ".join(
+                filter(None, ["rolled back" if m.undone else "", m.no_gate and f"without the gate: {m.no_gate}"])
+            ),
+        )
+        for m in detail.moves
+    ]
     return table(("WHEN", "ALIAS", "MOVED", ""), rows)
+
+
+def _remarks(move: AliasMove) -> str:
+    remarks = ["rolled back" if move.undone else None, move.no_gate and f"without the gate: {move.no_gate}"]
+    return ", ".join(filter(None, remarks))
 
 
 def _rope(rope: RopeParameters) -> str:

@@ -29,6 +29,7 @@ _COMMANDS: Mapping[str, _Command] = {
     "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
     "adapters": _Command("loray.cli.adapters:adapters", "Import, list, show, promote, roll back and verify adapters."),
     "plan": _Command("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
+    "eval": _Command("loray.cli.eval:evaluate", "Measure long-context perplexity and retrieval."),
 }
 # Known here, so that listing them does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {
@@ -95,6 +96,7 @@ def cli() -> None:
       LORAY_STORE      adapter store, file:///folder or s3://bucket/prefix?… (default in LORAY_HOME)
       LORAY_CATALOG    catalog, sqlite:////file or postgresql://… (default in LORAY_HOME)
       LORAY_ADDRESS    Ray's address (default: a local cluster)
+      LORAY_GATE_TOLERANCE  LongLoRA's alias gate: allowed loss at the native context, as a share (default 0.1)
       LORAY_LOG_LEVEL  DEBUG, INFO, WARNING or ERROR; DEBUG also shows tracebacks
     """
     chosen = Settings.from_env().log_level

@@ -14,6 +14,7 @@ from loray.errors import (
     ClusterError,
     ConflictError,
     DataError,
+    GateRefused,
     IntegrityError,
     JobNotFound,
     LorayError,
@@ -24,7 +25,7 @@ from loray.errors import (
     StoreError,
     UnsupportedError,
 )
-from loray.spec import AdapterManifest, Alias, Evaluation, Method, Name, Sha256, TrainSpec
+from loray.spec import AdapterManifest, Alias, Evaluation, Method, Name, Reason, Sha256, TrainSpec
 
 MAX_VERSION = 999_999_999
 VersionNumber = Annotated[int, Field(ge=1, le=MAX_VERSION)]
@@ -67,7 +68,7 @@ class AdapterResource(Resource):
 
 
 class VersionResource(Resource):
-    """One immutable version; only `aliases` change."""
+    """One immutable version; only `aliases` change, and `evaluations` grow: the manifest's, then later ones."""
 
     name: str
     version: int
@@ -109,10 +110,14 @@ class AliasResource(Resource):
         return f'"{self.revision}"'
 
 
+NoGate = Annotated[Reason | None, Field(description="why the alias is granted where LongLoRA's gate refuses it")]
+
+
 class AliasTarget(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: VersionNumber
+    no_gate: NoGate = None
 
 
 class Registration(BaseModel):
@@ -123,6 +128,7 @@ class Registration(BaseModel):
     digest: Sha256
     aliases: tuple[Alias, ...] = ()
     version: VersionNumber | None = None
+    no_gate: NoGate = None
 
 
 class ReplicaAdapter(Resource):
@@ -171,6 +177,7 @@ _KINDS: dict[str, type[LorayError]] = {
     "job-not-found": JobNotFound,
     "not-found": NotFoundError,
     "revision-conflict": RevisionConflict,
+    "gate-refused": GateRefused,
     "conflict": ConflictError,
     "invalid": SpecError,
     "data": DataError,

@@ -10,6 +10,7 @@ from loray.spec.adapters import (
     Evaluation,
     Projection,
     RopeParameters,
+    Subject,
 )
 from loray.spec.common import (
     Alias,
@@ -21,6 +22,14 @@ from loray.spec.common import (
     NumBytes,
     Sha256,
     parse_size,
+)
+from loray.spec.evaluation import (
+    ContextLength,
+    Depth,
+    PerplexitySpec,
+    Reason,
+    RetrievalSpec,
+    RetrievalTask,
 )
 from loray.spec.serving import (
     AutoscalingSpec,
@@ -58,8 +67,10 @@ __all__ = [
     "AutoscalingSpec",
     "BatchSpec",
     "CheckpointSpec",
+    "ContextLength",
     "DType",
     "DataSpec",
+    "Depth",
     "Evaluation",
     "EvaluationSpec",
     "Frozen",
@@ -73,13 +84,18 @@ __all__ = [
     "NumBytes",
     "OptimizerSpec",
     "ParallelSpec",
+    "PerplexitySpec",
     "Projection",
     "PublishSpec",
+    "Reason",
+    "RetrievalSpec",
+    "RetrievalTask",
     "RopeParameters",
     "RopeScaling",
     "SamplingParams",
     "ServeSpec",
     "Sha256",
+    "Subject",
     "TrainSpec",
     "VeraSpec",
     "parse_size",

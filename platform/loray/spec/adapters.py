@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from loray.spec.common import Frozen, Method, Sha256
 from loray.spec.training import TrainSpec
 
+# base_scaled: the base under the adapter's RoPE.
+Subject = Literal["adapter", "base", "base_scaled"]
+
 
 class RopeParameters(Frozen):
     """RoPE as transformers names it (`config.rope_parameters`); the part of a checkpoint that LongLoRA changes."""
@@ -40,13 +43,20 @@ class RopeParameters(Frozen):
 
 
 class Evaluation(Frozen):
-    """One measured figure, for instance metric="loss", dataset="held-out", context_length=1024."""
+    """One measured figure, for instance metric="loss", dataset="held-out", context_length=1024.
+
+    Figures of one metric can be compared where everything but `value` and `subject` agrees.
+    """
 
     metric: str
     value: float
     dataset: str
-    subject: Literal["adapter", "base", "base_scaled"] = "adapter"
+    subject: Subject = "adapter"
     context_length: int | None = None
+    stride: int | None = Field(default=None, description="perplexity: tokens from one window's start to the next's")
+    depth: float | None = Field(default=None, description="retrieval: where the key lies; 0 the beginning, 1 the end")
+    count: int | None = Field(default=None, description="windows or prompts that `value` is the mean of")
+    data_sha256: Sha256 | None = Field(default=None, description="of the tokens of the documents")
 
 
 class Projection(Frozen):
@@ -73,6 +83,9 @@ class AdapterManifest(Frozen):
     num_parameters: int
     nbytes: int
     context_length: int
+    original_context_length: int | None = Field(
+        default=None, description="the context that was extended, where `rope_parameters` are the adapter's own"
+    )
     rope_parameters: RopeParameters | None = None
     projection: Projection | None = None
     files: dict[str, Sha256]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from loray.spec.common import Alias, DType, Frozen, Name
+from loray.spec.evaluation import PerplexitySpec, Reason, RetrievalSpec
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -151,6 +152,10 @@ class EvaluationSpec(Frozen):
     interval_steps: int | None = Field(default=None, gt=0, description="None: only before and after training")
     max_rows: int = Field(default=128, gt=0)
     keep_best: bool = Field(default=True, description="publish the checkpoint with the lowest evaluation loss")
+    perplexity: PerplexitySpec | None = Field(
+        default=None, description="of the base, the base under the adapter's RoPE and the adapter, before publishing"
+    )
+    retrieval: tuple[RetrievalSpec, ...] = Field(default=(), description="likewise")
 
 
 class CheckpointSpec(Frozen):
@@ -160,6 +165,7 @@ class CheckpointSpec(Frozen):
 
 class PublishSpec(Frozen):
     aliases: tuple[Alias, ...] = ()
+    no_gate: Reason | None = Field(default=None, description="why LongLoRA's aliases are granted whatever was measured")
     licence: str | None = None
     description: str = ""
 

@@ -1,0 +1,160 @@
+"""Before publishing: base, base under the adapter's RoPE, and adapter, measured as the recipe says; for the gate.
+
+Measured in a Ray task, so that it has the GPU that training had and not the driver's machine; in this process where
+there is no cluster.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+from ray.train import Checkpoint
+from transformers import AutoTokenizer
+
+from jobs import worker
+from jobs.bases import ensure_base
+from jobs.data import fetched
+from jobs.events import Emit
+from jobs.runs import RunFolder
+from loray.bases.registry import BaseModel
+from loray.errors import BaseMismatch, SpecError
+from loray.recipe import Recipe
+from loray.settings import Settings
+from loray.spec import Evaluation, EvaluationSpec, LongLoraSpec, PerplexitySpec, RopeParameters, TrainSpec
+from loray.telemetry import configure_logging
+from loray.train.checkpoint import ADAPTER
+from loray.train.context import context_length, rope_parameters
+from loray.train.evaluation.documents import Documents, cut_windows, read_documents
+from loray.train.evaluation.measure import measure
+from loray.train.evaluation.prompts import make_prompt
+from loray.train.evaluation.subjects import subjects
+
+_EVALUATIONS = "evaluations.json"
+
+
+def check_measurable(recipe: Recipe, base: BaseModel, settings: Settings) -> None:
+    """SpecError or DataError, before anything is trained, for what `measure_checkpoint` could not do behind it: also
+    for an alias that the run could not earn.
+    """
+    spec = recipe.spec
+    perplexity = spec.evaluation.perplexity
+    if perplexity is not None:
+        documents = _documents(recipe, base, settings)
+        for length in _with_contexts(perplexity, spec, base).context_lengths:
+            cut_windows(documents, length, stride=perplexity.stride, max_windows=1)
+    elif isinstance(spec.adapter, LongLoraSpec) and spec.publish.aliases and spec.publish.no_gate is None:
+        raise SpecError(
+            "an alias of a LongLoRA adapter is granted by its perplexity: set evaluation.perplexity, leave out "
+            "publish.aliases, or say in publish.no_gate why it needs none"
+        )
+    for task in spec.evaluation.retrieval:
+        make_prompt(task.task, AutoTokenizer.from_pretrained(base.path), min(task.context_lengths), 0.0)
+
+
+def measure_checkpoint(
+    checkpoint: Checkpoint,
+    step: int,
+    recipe: Recipe,
+    base: BaseModel,
+    run: RunFolder,
+    settings: Settings,
+    emit: Emit = lambda event: None,
+) -> tuple[Evaluation, ...]:
+    """What `recipe.spec.evaluation` asks for; nothing where it asks for nothing. `emit` is told when it begins.
+
+    The figures stay in the run's folder: publishing the same checkpoint again takes them from there, and is the same
+    adapter.
+    """
+    spec, wanted, documents = recipe.spec, recipe.spec.evaluation, None
+    if wanted.perplexity is None and not wanted.retrieval:
+        return ()
+    if wanted.perplexity is not None:
+        wanted = wanted.model_copy(update={"perplexity": _with_contexts(wanted.perplexity, spec, base)})
+        documents = _documents(recipe, base, settings)
+    asked = {
+        "step": step,
+        "evaluation": wanted.model_dump(mode="json", include={"perplexity", "retrieval"}),
+        "data_sha256": documents and documents.sha256,
+    }
+    saved = json.loads(run.read(_EVALUATIONS) or b"{}")
+    if saved.get("asked") != asked:
+        tasks = [*(["perplexity"] if documents else []), *(f"{task.task} retrieval" for task in wanted.retrieval)]
+        emit({"event": "measure", "tasks": tasks})
+        long_context = spec.adapter.long_context
+        rope = None if long_context is None else rope_parameters(base, long_context)
+        task = _Task(spec, wanted, checkpoint, documents, rope, base.fingerprint, settings.home, settings.log_level)
+        saved = {"asked": asked, "evaluations": [e.model_dump(mode="json") for e in _run(task)]}
+        run.write(_EVALUATIONS, json.dumps(saved, indent=2).encode() + b"\n")
+    return tuple(Evaluation.parse(e, source=f"{_EVALUATIONS} of {run}") for e in saved["evaluations"])
+
+
+class _Task(NamedTuple):
+    """Everything that the process which measures has to know."""
+
+    spec: TrainSpec
+    evaluation: EvaluationSpec
+    checkpoint: Checkpoint
+    documents: Documents | None
+    rope: RopeParameters | None
+    base_fingerprint: str
+    home: Path
+    log_level: str
+
+
+def _run(task: _Task) -> tuple[Evaluation, ...]:
+    if not ray.is_initialized():
+        return _measure(task)
+    remote: Any = ray.remote(_measure_on_worker).options(num_cpus=1, num_gpus=int(task.spec.use_gpu), max_retries=1)
+    try:
+        measured: tuple[Evaluation, ...] = ray.get(remote.remote(task))
+    except RayTaskError as e:
+        raise e.cause from None
+    return measured
+
+
+def _measure_on_worker(task: _Task) -> tuple[Evaluation, ...]:
+    configure_logging(task.log_level)
+    torch.set_num_threads(worker.num_threads(1))
+    return _measure(task)
+
+
+def _measure(task: _Task) -> tuple[Evaluation, ...]:
+    base = ensure_base(task.home, task.spec.base)
+    if base.fingerprint != task.base_fingerprint:
+        raise BaseMismatch(
+            f"base {task.spec.base!r} is another model on the machine that measures than on the driver's; "
+            "add the same to both"
+        )
+    with task.checkpoint.as_directory() as folder:
+        return measure(
+            base,
+            subjects(task.rope, Path(folder) / ADAPTER, compare=True),
+            documents=task.documents,
+            perplexity=task.evaluation.perplexity,
+            retrieval=task.evaluation.retrieval,
+            dtype=task.spec.dtype,
+            device=torch.device("cuda" if task.spec.use_gpu else "cpu"),
+        )
+
+
+def _documents(recipe: Recipe, base: BaseModel, settings: Settings) -> Documents:
+    sources = recipe.data()
+    if sources.eval is None:
+        raise SpecError("evaluation.perplexity is measured on the documents of data.eval: give that file")
+    with fetched(sources.model_copy(update={"train": sources.eval}), settings) as copies:
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        return read_documents(sources.eval, tokenizer, fetched=copies.get(sources.eval))
+
+
+def _with_contexts(perplexity: PerplexitySpec, spec: TrainSpec, base: BaseModel) -> PerplexitySpec:
+    """With the context lengths that the gate looks at where the recipe names none."""
+    if perplexity.context_lengths:
+        return perplexity
+    own, long_context = context_length(base, spec), spec.adapter.long_context
+    original = (long_context and long_context.original_context) or base.config.max_position_embeddings
+    return perplexity.model_copy(update={"context_lengths": tuple(dict.fromkeys((original, own)))})

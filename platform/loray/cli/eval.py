@@ -1,0 +1,230 @@
+"""`loray eval`: long-context perplexity and retrieval of bases, published adapters and PEFT folders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from loray.catalog import gate
+from loray.cli import heatmap
+from loray.cli.adapters import open_site
+from loray.cli.eval_options import Options, Where, measurement, retrieval_options
+from loray.cli.eval_target import Target, opened
+from loray.cli.output import console, emit, progress_bar, table
+from loray.errors import SpecError
+from loray.spec import Evaluation, PerplexitySpec, RetrievalSpec, RetrievalTask
+
+
+@click.group()
+def evaluate() -> None:
+    """Measure long-context perplexity and retrieval.
+
+    MODEL is a base model (scaled by --rope), a published adapter (`name`, `name@3`, `name@alias`), or a folder saved by
+    PEFT, named by a path (`./folder`). Attention is dense; figures of a published adapter are recorded with it.
+    """
+
+
+@evaluate.command()
+@click.option("--data", required=True, help="Documents: JSONL or Parquet with a column `text`, or a .txt file.")
+@click.option("--where", type=Where(), multiple=True, help="Only rows with COLUMN=VALUE; may be given several times.")
+@click.option("--stride", type=int, default=256, show_default=True, help="Tokens from one window to the next.")
+@click.option(
+    "--max-windows", type=int, default=16, show_default=True, help="For each length, evenly spread; 0: every window."
+)
+@click.option("--max-tokens", type=int, help="Only the first so many tokens of the data.")
+@measurement
+def perplexity(
+    options: Options,
+    data: str,
+    where: tuple[tuple[str, str], ...],
+    stride: int,
+    max_windows: int,
+    max_tokens: int | None,
+) -> None:
+    """Dense perplexity of MODEL by LongLoRA's rule.
+
+    Windows of the context length, a new one every --stride tokens of a document, the mean loss over the whole window.
+    With --compare: what the gate asks for before a LongLoRA adapter gets an alias.
+    """
+    with _target(options) as target:
+        lengths = options.context_lengths or target.default_context_lengths
+        spec = PerplexitySpec.parse(
+            {"context_lengths": lengths, "stride": stride, "max_windows": max_windows or None}, source="the command"
+        )
+        from transformers import AutoTokenizer  # takes seconds
+
+        from loray.train.evaluation.documents import read_documents
+
+        tokenizer = AutoTokenizer.from_pretrained(target.base.path)
+        documents = read_documents(data, tokenizer, where=dict(where), max_tokens=max_tokens)
+        measured, seconds = _measure(target, options, documents=documents, perplexity=spec)
+        if options.as_json:
+            data_facts = {"num_documents": len(documents.ids_N), "num_tokens": documents.num_tokens}
+            against = _record(target, options, measured)
+            emit(_facts(target, options, measured, seconds) | data_facts | {"gate": against})
+            return
+        out = console()
+        out.print(
+            f"perplexity of {target.label} on {documents.name}: {len(documents.ids_N)} documents, "
+            f"{documents.num_tokens:,} tokens\nwindows of the context length, a new one every {stride} tokens, "
+            "mean loss over the whole window, dense attention"
+        )
+        out.print(_perplexities(measured))
+        against = _record(target, options, measured)
+        _say_end(target, options, seconds)
+        if against is not None:
+            click.echo("gate: " + ("no alias, " + "; ".join(against) if against else "passed"))
+
+
+@evaluate.command()
+@retrieval_options
+@measurement
+def passkey(options: Options, **retrieval: Any) -> None:
+    """Passkey retrieval of MODEL by depth and length (Mohtashami & Jaggi, 2023).
+
+    A five-digit number in a text of filler. Exact match: greedy decoding writes it. Log-likelihood: of the number, in
+    nats; one drawn at random from all has −11.4.
+    """
+    _retrieve("passkey", options, **retrieval)
+
+
+@evaluate.command()
+@retrieval_options
+@measurement
+def topics(options: Options, **retrieval: Any) -> None:
+    """Topic retrieval of MODEL by depth and length (LongChat's LongEval).
+
+    A record of conversations, and the question for the topic of one by its number. Exact match: greedy decoding writes
+    the topic word for word. Log-likelihood: of the topic, in nats.
+    """
+    _retrieve("topics", options, **retrieval)
+
+
+def _retrieve(
+    task: RetrievalTask,
+    options: Options,
+    *,
+    depths: tuple[float, ...],
+    samples: int,
+    seed: int,
+    picture: Path | None,
+) -> None:
+    if picture is not None and picture.suffix != ".svg":
+        raise click.UsageError(f"--heatmap draws SVG: {picture.with_suffix('.svg')}")
+    with _target(options) as target:
+        lengths = options.context_lengths or target.default_context_lengths
+        fields: dict[str, Any] = {"task": task, "context_lengths": lengths, "samples": samples, "seed": seed}
+        spec = RetrievalSpec.parse(fields | ({"depths": depths} if depths else {}), source="the command")
+        measured, seconds = _measure(target, options, retrieval=[spec])
+        title = f"{task} retrieval of {target.label}"
+        if picture is not None:
+            picture.write_text(heatmap.draw(f"{title} ({samples} prompts a cell)", measured), encoding="utf-8")
+        if options.as_json:
+            _record(target, options, measured)
+            emit(_facts(target, options, measured, seconds) | {"heatmap": picture})
+            return
+        out = console()
+        out.print(f"{title}, {samples} prompts a cell, seed {seed}: exact match, and log-likelihood of the key in nats")
+        for subject in dict.fromkeys(e.subject for e in measured):
+            out.print(_cells(task, subject, [e for e in measured if e.subject == subject]))
+        if picture is not None:
+            click.echo(f"heat map: {picture}")
+        _record(target, options, measured)
+        _say_end(target, options, seconds)
+
+
+def _target(options: Options) -> AbstractContextManager[Target]:
+    return opened(
+        options.model,
+        base_name=options.base_name,
+        scaling=options.scaling,
+        original_context=options.original_context,
+    )
+
+
+def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evaluation, ...], float]:
+    """The figures, and the seconds that they took, loading included."""
+    import torch  # takes seconds
+    from transformers.utils.logging import disable_progress_bar
+
+    from loray.train.evaluation.measure import measure
+    from loray.train.evaluation.subjects import subjects
+
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as e:
+        raise SpecError(f"--device {options.device}: {str(e).splitlines()[0]}") from e
+    if options.compare and target.rope is None and target.adapter is None:
+        raise SpecError(f"there is nothing to compare {target.label} with: --compare is for adapters and for --rope")
+    disable_progress_bar()
+    started = time.monotonic()
+    with progress_bar() as tell:
+        chosen = subjects(target.rope, target.adapter, compare=options.compare)
+        measured = measure(target.base, chosen, dtype=options.dtype, device=device, tell=tell, **what)
+    return measured, time.monotonic() - started
+
+
+def _record(target: Target, options: Options, measured: Sequence[Evaluation]) -> tuple[str, ...] | None:
+    """What stands against an alias with all that is known now; None where the adapter is not gated."""
+    version = target.version
+    if version is None:
+        return None
+    known = version.evaluations + tuple(measured)
+    with open_site() as site:
+        if options.record:
+            site.catalog.record_evaluations(version.digest, measured)
+            known = site.catalog.version(version.name, version.version).evaluations
+        tolerance = site.settings.gate_tolerance
+    return gate.failures(version.manifest, known, tolerance) if gate.is_gated(version.manifest) else None
+
+
+def _facts(target: Target, options: Options, measured: Sequence[Evaluation], seconds: float) -> dict[str, Any]:
+    return {
+        "model": target.label,
+        "digest": target.version and target.version.digest,
+        "base": target.base.name,
+        "rope_parameters": target.rope and target.rope.to_hf(),
+        "dtype": options.dtype,
+        "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in measured],
+        "recorded": target.version is not None and options.record,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _perplexities(measured: Sequence[Evaluation]) -> Table:
+    """One row a context length, one column a model."""
+    subjects = list(dict.fromkeys(e.subject for e in measured))
+    by_length: dict[int, dict[str, Evaluation]] = {}
+    for e in measured:
+        by_length.setdefault(e.context_length or 0, {})[e.subject] = e
+    names = [subject.replace("_", " ").upper() for subject in subjects]
+    rows = [
+        (f"{length:,}", next(iter(found.values())).count, *(f"{found[s].value:.4g}" for s in subjects))
+        for length, found in by_length.items()
+    ]
+    return table(("CONTEXT", "WINDOWS", *names), rows, right=("CONTEXT", "WINDOWS", *names))
+
+
+def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
+    """One row a depth, one column a context length."""
+    exact, likelihood = (
+        {(e.depth, e.context_length): e.value for e in measured if e.metric == f"{task}_{metric}"}
+        for metric in ("exact_match", "log_likelihood")
+    )
+    depths, lengths = dict.fromkeys(depth for depth, _ in exact), dict.fromkeys(length for _, length in exact)
+    columns = [f"{length:,}" for length in lengths if length is not None]
+    rows = [(f"{d:.0%}", *(f"{exact[d, n]:.0%}  {likelihood[d, n]:6.2f}" for n in lengths)) for d in depths]
+    made = table(("DEPTH", *columns), rows, right=("DEPTH", *columns))
+    made.title, made.title_justify = subject.replace("_", " "), "left"
+    return made
+
+
+def _say_end(target: Target, options: Options, seconds: float) -> None:
+    recorded = f"; recorded with {target.version.label}" if target.version and options.record else ""
+    click.echo(f"{seconds:.1f} s, {options.dtype}{recorded}")

@@ -1,0 +1,119 @@
+"""Which model `loray eval` is to measure: a base, a published adapter, or a folder that PEFT saved."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loray.adapters.manifest import verify_folder
+from loray.bases.registry import BaseModel, get_base, list_bases
+from loray.bases.rope import scaled
+from loray.catalog import AdapterVersion
+from loray.cli.adapters import open_site
+from loray.errors import AdapterNotFound, DataError, SpecError, UnsupportedError
+from loray.publishing import base_of
+from loray.settings import Settings
+from loray.spec import AdapterManifest, RopeParameters, RopeScaling
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`rope` None: the base's own, and `context_length` is the base's window. `version`: where it is published."""
+
+    label: str
+    base: BaseModel
+    context_length: int
+    original_context_length: int | None = None
+    rope: RopeParameters | None = None
+    adapter: Path | None = None
+    version: AdapterVersion | None = None
+
+    @property
+    def default_context_lengths(self) -> tuple[int, ...]:
+        """Those that the gate looks at: what was extended, and what to."""
+        original = () if self.original_context_length is None else (self.original_context_length,)
+        return (*original, self.context_length)
+
+    def described(self, manifest: AdapterManifest) -> Target:
+        """With what a manifest says of its adapter."""
+        return replace(
+            self,
+            context_length=manifest.context_length,
+            original_context_length=manifest.original_context_length,
+            rope=manifest.rope_parameters,
+        )
+
+
+@contextmanager
+def opened(
+    model: str, *, base_name: str | None, scaling: RopeScaling | None, original_context: int | None
+) -> Iterator[Target]:
+    """The target for as long as the block: a published adapter's files are fetched, verified, and removed behind it.
+
+    A path has a slash in it: `./folder`. Names are those of bases, then of adapters. `scaling` stretches the RoPE of
+    what does not bring its own. Raises BaseNotFound, AdapterNotFound, DataError, SpecError and what reading raises.
+    """
+    settings = Settings.from_env()
+    if os.sep in model:
+        yield _scaled(_folder(Path(model).expanduser(), settings, base_name), scaling, original_context)
+        return
+    if base_name is not None:
+        raise SpecError("--base is for folders: a published adapter names its base")
+    if model in {base.name for base in list_bases(settings.home)}:
+        base = get_base(settings.home, model)
+        target = Target(model, base, base.config.max_position_embeddings)
+        yield _scaled(target, scaling, original_context)
+        return
+    with _published(model) as target:
+        yield _scaled(target, scaling, original_context)
+
+
+def _folder(folder: Path, settings: Settings, base_name: str | None) -> Target:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    base = get_base(settings.home, base_name) if base_name else base_of(folder, settings.home)
+    target = Target(folder.name, base, base.config.max_position_embeddings, adapter=folder)
+    return target.described(verify_folder(folder)) if (folder / AdapterManifest.FILE).is_file() else target
+
+
+@contextmanager
+def _published(model: str) -> Iterator[Target]:
+    with open_site() as site:
+        try:
+            ref = site.catalog.resolve(model)
+        except AdapterNotFound as e:
+            raise AdapterNotFound(
+                f"{e}; `loray base ls` lists bases, and a folder is named by a path: ./{model}"
+            ) from e
+        version = site.catalog.version(ref.name, ref.version)
+        with tempfile.TemporaryDirectory(prefix="loray-eval-") as scratch:
+            folder = Path(scratch) / "adapter"
+            site.store.fetch(ref.digest, folder)
+            base = base_of(folder, site.settings.home)
+            target = Target(version.label, base, base.config.max_position_embeddings, adapter=folder, version=version)
+            yield target.described(version.manifest)
+
+
+def _scaled(target: Target, scaling: RopeScaling | None, original_context: int | None) -> Target:
+    if scaling is None:
+        if original_context is not None:
+            raise SpecError("--original-context says what --rope extends; give that too")
+        return target
+    if target.rope is not None or target.version is not None:
+        raise SpecError(f"{target.label} is published with its RoPE; --rope is for bases and for folders without one")
+    original = original_context or target.base.config.max_position_embeddings
+    try:
+        rope = scaled(target.base.config.rope, scaling, original_context=original, head_dim=target.base.config.head_dim)
+    except ValueError as e:
+        raise UnsupportedError(f"--rope on {target.base.name}: {e}") from e
+    return replace(
+        target,
+        label=f"{target.label} ({scaling.type} × {scaling.factor:g})",
+        context_length=int(original * scaling.factor),
+        original_context_length=original,
+        rope=rope,
+    )

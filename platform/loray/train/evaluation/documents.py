@@ -1,0 +1,167 @@
+"""Documents to be measured on: read whole, tokenised as training does, and cut into windows that overlap.
+
+Shapes: N tokens of a document, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as papq
+from numpy.typing import NDArray
+
+from loray.errors import DataError
+from loray.train.examples import _prompt_ids
+
+_NO_LIMIT = 1 << 62
+_TEXT = "text"
+
+
+class Documents(NamedTuple):
+    """`name` is for people, `sha256` that of all tokens and of where documents end."""
+
+    name: str
+    ids_N: tuple[NDArray[np.int32], ...]
+    sha256: str
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(ids) for ids in self.ids_N)
+
+    @property
+    def longest(self) -> int:
+        return max(len(ids) for ids in self.ids_N)
+
+
+class Windows(NamedTuple):
+    """`ids_T`: views into the documents. `num_possible`: how many there are, of which these were taken."""
+
+    ids_T: tuple[NDArray[np.int32], ...]
+    num_possible: int
+
+
+def read_documents(
+    source: str,
+    tokenizer: Any,
+    *,
+    where: Mapping[str, str] = MappingProxyType({}),
+    max_tokens: int | None = None,
+    fetched: Path | None = None,
+) -> Documents:
+    """The documents of `source`: JSONL or Parquet with a column `text`, or a `.txt` file, which is one document.
+
+    where       only rows whose columns have these values
+    max_tokens  only the first so many tokens, in the order of documents
+    fetched     a copy of `source` on this machine, to be read instead
+    Raises DataError.
+    """
+    path = Path(source).expanduser() if fetched is None else fetched
+    texts = _read(source, path, where)
+    if tokenizer.eos_token_id is None:
+        raise DataError("the base model's tokenizer has no end-of-sequence token; set one in its tokenizer_config.json")
+    documents, left = [], max_tokens if max_tokens is not None else _NO_LIMIT
+    for ids in token_ids(tokenizer, texts):
+        documents.append(np.array([*ids, tokenizer.eos_token_id][:left], np.int32))
+        left -= len(documents[-1])
+        if left <= 0:
+            break
+    name = ", ".join([Path(source).name, *(f"{column}={value}" for column, value in where.items())])
+    return Documents(name, tuple(documents), _sha256(documents))
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Of each text, as training and serving have them, without an end-of-sequence token."""
+    for text in texts:  # one at a time: the tokenizer's own record of a long text is many times the text
+        yield from _prompt_ids(tokenizer, [text])
+
+
+def cut_windows(documents: Documents, context_length: int, *, stride: int, max_windows: int | None) -> Windows:
+    """All windows of `context_length` tokens that start at 0, stride, 2 · stride … of a document and end within it,
+    or `max_windows` of them, evenly spread from the first to the last.
+
+    DataError where no document is long enough.
+    """
+    starts = [(ids, start) for ids in documents.ids_N for start in range(0, len(ids) - context_length + 1, stride)]
+    if not starts:
+        raise DataError(
+            f"no document of {documents.name} has {context_length:,} tokens, the longest has {documents.longest:,}; "
+            "give longer documents, or a shorter context length"
+        )
+    count = len(starts) if max_windows is None else min(max_windows, len(starts))
+    chosen = [starts[int(i)] for i in np.linspace(0, len(starts) - 1, count).round()]
+    return Windows(tuple(ids[start : start + context_length] for ids, start in chosen), len(starts))
+
+
+def _read(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
+    if not path.is_file():
+        raise DataError(f"{name} is not a file; name one with documents: JSONL, Parquet or .txt")
+    if path.suffix == ".txt" and not where:
+        return _present(name, [_decoded(name, path)], where)
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    records = _parquet(name, path, where) if is_parquet else _jsonl(name, path, where)
+    return _present(name, [r[_TEXT] for r in records if all(str(r[c]) == v for c, v in where.items())], where)
+
+
+def _present(name: str, texts: Sequence[object], where: Mapping[str, str]) -> list[str]:
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"{name}: `text` must be a string in every row, not {type(text).__name__}")
+    found = [text for text in texts if isinstance(text, str) and text]
+    if not found:
+        rule = " and ".join(f"{column}={value}" for column, value in where.items())
+        raise DataError(f"{name} has no document" + (f" where {rule}" if rule else ""))
+    return found
+
+
+def _parquet(name: str, path: Path, where: Mapping[str, str]) -> list[dict[str, Any]]:
+    try:
+        with papq.ParquetFile(path) as file:
+            _check_columns(name, file.schema_arrow.names, where)
+            records: list[dict[str, Any]] = file.read(columns=[_TEXT, *where]).to_pylist()
+    except (OSError, pa.ArrowException) as e:
+        raise DataError(f"{name} is not a readable Parquet file: {e}") from e
+    return records
+
+
+def _jsonl(name: str, path: Path, where: Mapping[str, str]) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(_decoded(name, path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            raise DataError(f"{name}, line {number}: not valid JSON: {e}") from e
+        if not isinstance(record, dict):
+            raise DataError(f"{name}, line {number}: a row must be an object, not {type(record).__name__}")
+        _check_columns(f"{name}, line {number}", list(record), where)
+        records.append(record)
+    return records
+
+
+def _check_columns(source: str, names: Sequence[str], where: Mapping[str, str]) -> None:
+    if missing := [column for column in (_TEXT, *where) if column not in names]:
+        raise DataError(f"{source} has no column {missing[0]!r} but {', '.join(names) or 'none'}")
+
+
+def _decoded(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{name} is not UTF-8: {e}; write it as UTF-8") from e
+
+
+def _sha256(documents: Sequence[NDArray[np.int32]]) -> str:
+    digest = hashlib.sha256()
+    for ids in documents:
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(ids.astype("<i4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Whether a model finds a key in a long text, by depth and length: exact match, and the key's log-likelihood.
+
+One pass over prompt and key gives both: greedy decoding writes the key exactly where, after every one of its tokens so
+far, the next one is the most likely. Log-likelihood still tells models apart that never get a key right.
+
+Shapes: A tokens of the key, T tokens in all, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from loray.spec import RetrievalSpec
+from loray.train.evaluation.perplexity import Progress
+from loray.train.evaluation.prompts import Prompt, make_prompt
+from loray.train.model import dense
+
+
+class Answer(NamedTuple):
+    """`log_likelihood`: log p(key | prompt) in nats, over all tokens of the key."""
+
+    exact: bool
+    log_likelihood: float
+
+
+class Cell(NamedTuple):
+    """Means over the prompts of one length and depth; `num_tokens` is the longest prompt's, key included."""
+
+    context_length: int
+    depth: float
+    exact_match: float
+    log_likelihood: float
+    num_tokens: int
+
+
+def retrieve(
+    model: Any, tokenizer: Any, spec: RetrievalSpec, progress: Progress = lambda share: None
+) -> tuple[Cell, ...]:
+    """Every length with every depth, in their order. `model` is a transformers causal language model, left as is."""
+    cells = []
+    grid = [(length, depth) for length in spec.context_lengths for depth in spec.depths]
+    for i, (length, depth) in enumerate(grid):
+        prompts, answers = [], []
+        for sample in range(spec.samples):
+            prompts.append(make_prompt(spec.task, tokenizer, length, depth, seed=spec.seed, sample=sample))
+            answers.append(score(model, tokenizer, prompts[-1]))
+            progress((i + (sample + 1) / spec.samples) / len(grid))
+        cells.append(
+            Cell(
+                length,
+                depth,
+                _mean([a.exact for a in answers]),
+                _mean([a.log_likelihood for a in answers]),
+                max(len(p.ids) + len(p.answer_ids) for p in prompts),
+            )
+        )
+    return tuple(cells)
+
+
+@torch.no_grad()
+def score(model: Any, tokenizer: Any, prompt: Prompt) -> Answer:
+    """A number is exact only where no further digit would follow it."""
+    device = next(model.parameters()).device
+    ids_1T = torch.tensor([[*prompt.ids, *prompt.answer_ids]], device=device)
+    answer_A = ids_1T[0, len(prompt.ids) :]
+    was_training = model.training
+    model.eval()
+    try:
+        with dense(model):
+            hidden_TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+    finally:
+        model.train(was_training)
+    head_VD = model.get_output_embeddings().weight
+    log_probs_V = (hidden_TD[len(prompt.ids) - 1 :] @ head_VD.T).float().log_softmax(-1)  # of the key and one beyond
+    likely = log_probs_V.argmax(-1)
+    goes_on = prompt.answer[-1].isdigit() and tokenizer.decode([int(likely[-1])])[:1].isdigit()
+    return Answer(
+        exact=bool((likely[:-1] == answer_A).all()) and not goes_on,
+        log_likelihood=float(log_probs_V[:-1].gather(1, answer_A[:, None]).double().sum()),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,234 @@
+"""`loray eval` as a user meets it: bases, published adapters and folders; recorded figures, the gate, the picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from peft import LoraConfig
+
+from loray.adapters.manifest import describe
+from loray.bases.registry import BaseModel, add_base
+from loray.catalog import Catalog
+from loray.cli import heatmap
+from loray.cli.main import _run
+from loray.spec import Evaluation, RopeParameters
+from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
+from tests.engine.adapters import make_adapter
+from tests.tiny import write_checkpoint
+
+LINEAR = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2)
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+Loray = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    return write_checkpoint(folder, std=0.05, max_position_embeddings=512)
+
+
+@pytest.fixture
+def loray(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Loray:
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
+        return Result(_run(), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def base(tmp_path: Path, checkpoint: Path) -> BaseModel:
+    return add_base(str(checkpoint), home=tmp_path / "home")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two documents of about 1,300 and 700 tokens, and one of another split."""
+    draw = np.random.default_rng(0)
+    rows = [
+        {"text": "".join(map(chr, draw.integers(97, 123, length))), "split": split}
+        for length, split in ((1300, "eval"), (700, "eval"), (5000, "train"))
+    ]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "docs.jsonl"
+
+
+@pytest.fixture
+def folder(base: BaseModel, tmp_path: Path) -> Path:
+    """A LongLoRA adapter from 512 to 1,024 tokens, described but not published."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["norm"])
+    make_adapter(base, tmp_path / "adapter", config, seed=1, rope=LINEAR, std=0.3)
+    describe(tmp_path / "adapter", base=base, rope_parameters=LINEAR, context_length=1024)
+    return tmp_path / "adapter"
+
+
+EVAL = ("--where", "split=eval", "--max-windows", "3", "--dtype", "float32")
+
+
+def test_a_base_and_the_base_scaled(loray: Loray, base: BaseModel, data: Path) -> None:
+    plain = loray("eval", "perplexity", "tiny", "--data", data, *EVAL, "-c", "256,512", "-c", "64", "--json").json
+    assert (plain["model"], plain["base"], plain["recorded"], plain["gate"]) == ("tiny", "tiny", False, None)
+    assert (plain["num_documents"], plain["num_tokens"]) == (2, 2002)
+    assert [e["context_length"] for e in plain["evaluations"]] == [256, 512, 64]
+    assert {(e["subject"], e["stride"], e["count"]) for e in plain["evaluations"]} == {("base", 256, 3)}
+
+    both = loray("eval", "perplexity", "tiny", "--rope", "linear:2", "--compare", "--data", data, *EVAL, "--json").json
+    assert both["model"] == "tiny (linear × 2)"
+    assert both["rope_parameters"]["factor"] == 2
+    found = {(e["subject"], e["context_length"]): e["value"] for e in both["evaluations"]}
+    assert list(found) == [("base", 512), ("base", 1024), ("base_scaled", 512), ("base_scaled", 1024)]
+    assert found["base", 512] == plain["evaluations"][1]["value"]
+    assert found["base", 512] != found["base_scaled", 512]
+
+    shown = loray(
+        "eval", "perplexity", "tiny", "--data", data, *EVAL, "-c", "64", "--stride", "100", "--max-tokens", "900"
+    )
+    assert shown.code == 0
+    for part in ("docs.jsonl, split=eval: 1 documents, 900 tokens", "a new one every 100 tokens", "mean loss", "BASE"):
+        assert part in shown.out
+
+
+def test_a_published_longlora_adapter_earns_its_alias(
+    loray: Loray, base: BaseModel, folder: Path, data: Path, tmp_path: Path
+) -> None:
+    refused = loray("adapters", "import", folder, "--name", "long", "--alias", "prod")
+    assert (refused.code, refused.out) == (1, "")
+    assert "alias 'prod' is refused to long@1: at its own context of 1,024 tokens" in refused.err
+    assert loray("adapters", "import", folder, "--name", "long").out == "published long@1\n"
+    assert "gate" in loray("adapters", "show", "long").out
+    assert loray("adapters", "promote", "long").code == 1
+
+    trial = loray("eval", "perplexity", "long", "--data", data, *EVAL, "--no-record", "--json").json
+    assert (trial["recorded"], len(trial["evaluations"])) == (False, 2)
+    measured = loray("eval", "perplexity", "long@1", "--compare", "--data", data, *EVAL, "--json").json
+    assert measured["evaluations"][-2:] == trial["evaluations"]
+    assert [(e["subject"], e["context_length"]) for e in measured["evaluations"]] == [
+        (subject, length) for subject in ("base", "base_scaled", "adapter") for length in (512, 1024)
+    ]
+    assert measured["recorded"] is True
+    assert measured["gate"]  # random weights are no better than the base
+    assert "is not below" in loray("adapters", "promote", "long").err
+    shown = json.loads(loray("adapters", "show", "long", "--json").out)
+    assert shown["evaluations"] == measured["evaluations"]
+    assert shown["manifest"]["evaluations"] == []
+
+    catalog = Catalog(f"sqlite:///{tmp_path}/home/catalog.db")
+    lengths = {OWN: 1024, NATIVE: 512}
+    good = {(subject, lengths[length]): value for (subject, length), value in GOOD.items()}
+    catalog.record_evaluations(measured["digest"], figures(good))
+    catalog.close()
+    assert loray("adapters", "promote", "long").out == "long@prod is version 1 now\n"
+    shown_text = loray("adapters", "show", "long").out
+    assert "passed" in shown_text
+    assert "512 tokens" in shown_text
+
+
+def test_the_gate_can_be_left_out_with_a_reason(loray: Loray, folder: Path) -> None:
+    imported = loray("adapters", "import", folder, "--name", "long", "--alias", "canary", "--no-gate", "a quick run")
+    assert imported.out == "published long@1\n"
+    assert loray("adapters", "promote", "long@1", "--no-gate", "still one").code == 0
+    assert "without the gate: a quick run" in loray("adapters", "show", "long").out
+    moves = json.loads(loray("adapters", "show", "long", "--json").out)["alias_moves"]
+    assert [m["no_gate"] for m in moves] == ["a quick run", "still one"]
+
+
+def test_a_folder_is_measured_as_what_it_becomes(loray: Loray, folder: Path, data: Path, tmp_path: Path) -> None:
+    options = ("--data", data, *EVAL, "--json")
+    local = loray("eval", "perplexity", "./adapter", *options).json
+    assert (local["digest"], local["recorded"]) == (None, False)
+    assert loray("adapters", "import", folder, "--name", "long").code == 0
+    published = loray("eval", "perplexity", "long", *options).json
+    assert local["evaluations"] == published["evaluations"]
+    plain = Path(shutil.copytree(folder, tmp_path / "plain"))
+    (plain / "loray.json").unlink()
+    scaled = loray("eval", "perplexity", "./plain", "--rope", "linear:2", "--base", "tiny", *options).json
+    assert scaled["evaluations"] == local["evaluations"]
+    assert loray("eval", "perplexity", "./plain", "--base", "tiny", "-c", "512", *options).json != local
+    (folder / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json is damaged" in loray("eval", "perplexity", folder, *options).err
+
+
+def test_retrieval_and_its_picture(loray: Loray, base: BaseModel, tmp_path: Path) -> None:
+    picture = tmp_path / "passkey.svg"
+    options = ("-c", "400,512", "--depths", "0,1", "--samples", "2")
+    shown = loray("eval", "passkey", "tiny", *options, "--heatmap", picture)
+    assert shown.code == 0, shown.err
+    for part in ("passkey retrieval of tiny, 2 prompts a cell, seed 0", "DEPTH", "400", "512", "100%", f"{picture}"):
+        assert part in shown.out
+    words = [e.text for e in ET.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
+    for word in ("base: exact match", "base: log-likelihood of the key", "400", "512", "0%", "100%"):
+        assert word in words
+    first, again = (loray("eval", "passkey", "tiny", *options, "--json").json["evaluations"] for _ in range(2))
+    assert first == again
+    other = loray("eval", "passkey", "tiny", *options, "--seed", "1", "--json").json["evaluations"]
+    assert [e["value"] for e in other] != [e["value"] for e in first]
+    topics = loray("eval", "topics", "tiny", "-c", "2500", "--depths", "0.5", "--samples", "1", "--json").json
+    assert [e["metric"] for e in topics["evaluations"]] == ["topics_exact_match", "topics_log_likelihood"]
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("perplexity tiny", 2, "Missing option '--data'"),
+        ("perplexity nothing --data docs.jsonl", 1, "no adapter 'nothing'"),
+        ("perplexity ./nothing --data docs.jsonl", 1, "nothing is not a folder"),
+        ("perplexity tiny --data docs.jsonl -c x", 2, "'x' is not a list of numbers"),
+        ("perplexity tiny --data docs.jsonl -c 0", 1, "context_lengths.0: Input should be greater than 1"),
+        ("perplexity tiny --data docs.jsonl -c 9000", 1, "no document of docs.jsonl has 9,000 tokens"),
+        ("perplexity tiny --data docs.jsonl --where split", 2, "'split' is not COLUMN=VALUE"),
+        ("perplexity tiny --data docs.jsonl --rope linear", 2, "is not TYPE:FACTOR"),
+        ("perplexity tiny --data docs.jsonl --rope linear:0.5", 2, "is not TYPE:FACTOR"),
+        ("perplexity tiny --data docs.jsonl --original-context 9", 1, "--original-context says what --rope extends"),
+        ("perplexity tiny --data docs.jsonl --compare", 1, "there is nothing to compare tiny with"),
+        ("perplexity tiny --data docs.jsonl --base tiny", 1, "--base is for folders"),
+        ("perplexity tiny --data docs.jsonl --device abc", 1, "--device abc:"),
+        ("passkey tiny -c 400 --depths 2", 1, "depths.0: Input should be less than or equal to 1"),
+        ("passkey tiny -c 40", 1, "context length 40 is too short"),
+        ("passkey tiny --heatmap a.png", 2, "--heatmap draws SVG: a.svg"),
+    ],
+)
+def test_wrong_use_is_one_line(loray: Loray, base: BaseModel, data: Path, line: str, code: int, message: str) -> None:
+    result = loray("eval", *line.split())
+    assert (result.code, result.out) == (code, "")
+    assert message in result.err
+
+
+def test_published_rope_is_not_scaled_again(loray: Loray, folder: Path, data: Path) -> None:
+    result = loray("eval", "perplexity", "./adapter", "--rope", "linear:2", "--data", data)
+    assert "adapter is published with its RoPE" in result.err
+
+
+def test_colours_of_all_models_mean_the_same() -> None:
+    def cell(subject: Any, value: float) -> Evaluation:
+        same: dict[str, Any] = {"dataset": "d", "context_length": 1024, "depth": 0.5}
+        return Evaluation(metric="passkey_log_likelihood", subject=subject, value=value, **same)
+
+    svg = heatmap.draw("a <title> & more", [cell("base", -10.0), cell("adapter", -0.01)])
+    root = ET.fromstring(svg)
+    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "a <title> & more" in texts
+    assert texts.count("−10.0") == 3  # the cell, and both legends
+    assert texts.count("0.0") == 3
