@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from loray.bases.config import ModelConfig
+from loray.planning.compute import attention_pairs
 from loray.spec import AdapterSpec, VeraSpec
 
 _MEASURE_S = 0.2
@@ -38,30 +39,12 @@ def flops_per_token(
     frozen = model.num_matrix_elements - head + target_share * head
     factors = adapter.rank * sum(sum(model.module_shape(m)) for m in adapter.target_modules) * model.num_layers
     adapter_flops = (4 if isinstance(adapter, VeraSpec) else 6) * factors  # VeRA trains vectors; its factors are frozen
-    pairs = attention_pairs(lengths, model.num_heads, group_size)
+    found, counts = np.unique(lengths, return_counts=True)
+    pairs = sum(
+        int(k) * attention_pairs(int(n), group_size, model.num_heads) for n, k in zip(found, counts, strict=True)
+    )
     attention = 12.0 * model.head_dim * model.num_layers * pairs / float(lengths.sum())
     return 4.0 * frozen + adapter_flops + attention
-
-
-def attention_pairs(lengths: NDArray[np.int64], num_heads: int, group_size: int | None) -> float:
-    """(query, key) pairs of rows of these lengths, over all heads. S2-Attn: the first num_heads // 2 heads attend
-    within groups, the others within groups that begin half a group earlier.
-    """
-    if group_size is None:
-        return num_heads * _causal(lengths)
-    plain = num_heads // 2
-    half = np.minimum(lengths, group_size // 2)
-    shifted_pairs = _causal(half) + _grouped(lengths - half, group_size)
-    return plain * _grouped(lengths, group_size) + (num_heads - plain) * shifted_pairs
-
-
-def _causal(lengths: NDArray[np.int64]) -> float:
-    return float((lengths * (lengths + 1) // 2).sum())
-
-
-def _grouped(lengths: NDArray[np.int64], group_size: int) -> float:
-    groups, last = np.divmod(lengths, group_size)
-    return float(groups.sum()) * (group_size * (group_size + 1) // 2) + _causal(last)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
