@@ -115,6 +115,7 @@ CASES = {
     "odd head count": Case(3, 3, 24, 8),
     "one head": Case(1, 1, 24, 8),
     "ragged": Case(4, 2, 21, 8, [runs((0, 21)), runs((0, 13), (-1, 8)), runs((0, 2), (-1, 19))], num_rows=3),
+    "ragged, all rows alike": Case(4, 2, 21, 8, [runs((0, 13), (-1, 8)), runs((3, 13), (-1, 8))], num_rows=2),
     "packed": Case(6, 3, 22, 8, [runs((0, 3), (1, 9), (2, 10)), runs((5, 8), (7, 13), (-1, 1))], num_rows=2),
     "documents cut at group cuts": Case(4, 4, 24, 8, [runs((0, 4), (1, 12), (2, 8))]),
     "documents of one token": Case(4, 2, 9, 4, [list(range(9))]),

@@ -1,4 +1,4 @@
-"""Real ranks over gloo that outlive a test: processes start once a session, each test sends them a function."""
+"""Real ranks over gloo that outlive a test: processes start once, and each test sends them a function."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class Ranks:
     """Four processes; groups of the first 1, 2 and 4 of them."""
 
     def __init__(self, folder: Path) -> None:
-        os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         self._connections: list[Connection] = []
@@ -66,6 +65,7 @@ def _serve(rank: int, store: str, connection: Connection) -> None:
 
     from loray.train.sequence import SequenceGroup
 
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     timeout = timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=max(SIZES), timeout=timeout)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loray.train.sequence import SequenceGroup
-from loray.train.sequence.ring import ring_attention, ring_cuts
+from loray.train.sequence.ring import _flash, ring_attention, ring_cuts
 from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
 from tests.train.sequence.ranks import Ranks
 from tests.train.test_s2_attention import oracle, oracle_mask
@@ -40,3 +40,17 @@ def test_bf16_is_near_fp64(ranks: Ranks) -> None:
     assert out.dtype == torch.bfloat16
     exact = oracle(*(x.double() for x in qkv_of(case)), oracle_mask(1, 1, 256, 512, None).expand(-1, 9, -1, -1))
     torch.testing.assert_close(out.double(), exact.transpose(1, 2), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_on_a_gpu(dtype: torch.dtype, is_causal: bool) -> None:
+    q, k, v = (torch.randn(3, h, 100, 64, generator=torch.Generator().manual_seed(h)).to(dtype) for h in (2, 1, 1))
+    k, v = (x.expand(-1, 2, -1, -1) for x in (k, v))
+    out, lse = _flash(q.double(), k.double(), v.double(), is_causal=is_causal, scale=0.1)
+    on_gpu = _flash(q.cuda(), k.cuda(), v.cuda(), is_causal=is_causal, scale=0.1)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(on_gpu[0].double().cpu(), out, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(on_gpu[1].double().cpu(), lse, atol=tolerance, rtol=tolerance)

@@ -14,7 +14,6 @@ class Traffic:
 
     forward_bytes: int = 0
     backward_bytes: int = 0
-    num_exchanges: int = 0
 
 
 @dataclass(frozen=True, slots=True)
