@@ -118,6 +118,21 @@ def test_workers_and_device_may_be_others_than_the_recipes(plan: Plan) -> None:
     assert "parallel.sequence is 8, which does not divide num_workers (12)" in err
 
 
+def test_a_device_may_be_a_file(plan: Plan, home: Path) -> None:
+    file = home / "l40s.yaml"
+    file.write_text("{name: l40s, memory_bytes: 48GB, flops: 362e12, bandwidth: 864e9, link_bandwidth: 32e9}")
+    facts = json.loads(plan(RECIPE, "--device", file, "--json")[1])
+    assert (facts["device"]["memory_bytes"], facts["device"]["flops"]) == (48 * 10**9, 362e12)
+    file.write_text("{name: l40s, memory: 48GB}")
+    code, _, err = plan(RECIPE, "--device", file)
+    assert code == 1
+    assert "is not a valid Device" in err
+    assert "known fields: name, memory_bytes" in err
+    code, _, err = plan(RECIPE, "--device", "a100")
+    assert code == 1
+    assert "no device 'a100'; there are a100-40gb, a100-80gb" in err
+
+
 def test_this_machine_is_the_default_without_gpus(plan: Plan) -> None:
     facts = json.loads(plan(RECIPE | {"base": "smollm2", "use_gpu": False}, "--json")[1])
     assert facts["device"]["name"] == "this-machine"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from loray.planning.devices import PRESETS, Device
@@ -44,4 +43,4 @@ def long_run(
 
 def bare(device: Device = A100) -> Device:
     """Nothing but the tensors."""
-    return replace(device, framework_bytes=0, fragmentation=0.0)
+    return device.model_copy(update={"framework_bytes": 0, "fragmentation": 0.0})

@@ -64,14 +64,16 @@ def test_time_adds_up() -> None:
     assert time.attention_s == pytest.approx(4.5 * flops.attention / (312e12 * 0.5))
     assert time.tokens_per_s == pytest.approx(8 * 32768 / time.step_s)
     assert time.mfu == pytest.approx((flops.forward + flops.backward) / time.step_s / 312e12)
-    slow = estimate_time(run, replace(A100, link_bandwidth=1e9), plan_traffic(run))
+    slow = estimate_time(run, A100.model_copy(update={"link_bandwidth": 1e9}), plan_traffic(run))
     assert slow.communication_s == pytest.approx(plan_traffic(run).gradient_bytes / 1e9)
 
 
 def test_gathers_are_hidden_behind_computation_where_they_can_be() -> None:
     run = long_run("Llama-2-7b-hf", 32768, workers=8, strategy="zero3")
     traffic = plan_traffic(run)
-    fast, slow = (estimate_time(run, replace(A100, link_bandwidth=rate), traffic) for rate in (300e9, 1e8))
+    fast, slow = (
+        estimate_time(run, A100.model_copy(update={"link_bandwidth": rate}), traffic) for rate in (300e9, 1e8)
+    )
     gradients = traffic.gradient_bytes
     assert fast.communication_s == pytest.approx(gradients / 300e9)
     computed = slow.matmul_s + slow.attention_s + slow.memory_s

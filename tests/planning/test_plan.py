@@ -16,7 +16,7 @@ from loray.planning.remedies import smallest_remedy
 from loray.planning.run import run_of
 from loray.planning.shapes import preset
 from loray.spec import RopeParameters
-from tests.planning.support import A100, bare, long_run, recipe
+from tests.planning.support import A100, long_run, recipe
 
 LONG: dict[str, Any] = {"method": "longlora", "long_context": {"rope_scaling": {"factor": 8}}}
 
@@ -70,7 +70,7 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
     device = host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=1)
     (problem,) = make_plan(run, device).problems
     assert "nothing in the recipe makes it fit" in problem.remedy
-    tiny = replace(bare(), memory_bytes=10**8)
+    tiny = A100.model_copy(update={"memory_bytes": 10**8})
     assert smallest_remedy(run, tiny) is None
 
 

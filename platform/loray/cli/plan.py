@@ -34,8 +34,9 @@ _RATES_FILE = "rates.json"
 @click.option(
     "--device",
     "device_name",
-    type=click.Choice([*PRESETS, THIS_MACHINE]),
-    help="Of one worker (default: a100-80gb where the recipe uses GPUs, else this-machine, measured once).",
+    metavar="NAME|FILE",
+    help=f"Of one worker: {', '.join(PRESETS)}, {THIS_MACHINE} (measured once), or a YAML file with its memory and "
+    "rates. Default: a100-80gb where the recipe uses GPUs, else this-machine.",
 )
 @click.option(
     "--config",
@@ -88,7 +89,14 @@ def _read(path: Path) -> ModelConfig:
 
 def _device(name: str | None, spec: TrainSpec, home: Path) -> Device:
     name = name or ("a100-80gb" if spec.use_gpu else THIS_MACHINE)
-    return PRESETS[name] if name in PRESETS else host(_rates(home), spec.num_workers)
+    if name == THIS_MACHINE:
+        return host(_rates(home), spec.num_workers)
+    if name in PRESETS:
+        return PRESETS[name]
+    if Path(name).is_file():
+        return Device.from_yaml(Path(name))
+    known = ", ".join([*PRESETS, THIS_MACHINE])
+    raise SpecError(f"no device {name!r}; there are {known}, or name a YAML file with its memory and rates")
 
 
 def _rates(home: Path) -> HostRates:

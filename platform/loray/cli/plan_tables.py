@@ -18,7 +18,7 @@ def show(plan: Plan, spec: TrainSpec, to: Console) -> None:
     to.print(_memory(plan))
     to.print(_peak(plan))
     if rows := plan.exchanges:
-        to.print("\n[bold]Sent by a worker for one layer, forward[/bold] (×: under Ulysses; backward: the same again)")
+        to.print("\n[bold]Sent by a worker for one layer, forward[/bold] (×: under Ulysses; backward: as much again)")
         to.print(_exchanges(rows))
     to.print("\n[bold]A step of a worker[/bold] (estimates; shares of the peak are assumed)")
     to.print(_step(plan))

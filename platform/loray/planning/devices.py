@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+from loray.spec import Frozen, NumBytes, parse_size
 
 GB = 10**9
 MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One worker's share of a machine. Bytes, FLOP/s of dense bf16 products, bytes/s.
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Rate = Annotated[float, Field(gt=0)]
+
+
+class Device(Frozen):
+    """One worker's share of a machine; also a YAML file. Bytes, FLOP/s of dense bf16 products, bytes/s.
 
     matmul_share, attention_share, dense_attention_share
                                    of `flops` that linear layers, S2-Attn and dense attention reach
     link_bandwidth                 between two workers, one way
-    framework_bytes                resident beside the tensors: contexts, libraries, workspaces
+    framework_bytes                resident beside the tensors: CUDA's context, libraries, workspaces, NCCL's channels
     fragmentation                  of the memory that comes and goes in a step: what lies free between its blocks
     usable_share                   of `memory_bytes`, for everything
     keeps_freed_below              the allocator neither gives freed blocks of less than this back nor lends them to
@@ -24,25 +32,22 @@ class Device:
     """
 
     name: str
-    memory_bytes: int
-    flops: float
-    bandwidth: float
-    link_bandwidth: float
-    matmul_share: float
-    attention_share: float
-    dense_attention_share: float
-    framework_bytes: int
-    fragmentation: float = 0.08
-    usable_share: float = 0.95
-    keeps_freed_below: int = 0
+    memory_bytes: NumBytes
+    flops: _Rate
+    bandwidth: _Rate
+    link_bandwidth: _Rate
+    matmul_share: _Share = 0.65
+    attention_share: _Share = 0.5
+    dense_attention_share: _Share = 0.5
+    framework_bytes: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = 2 * GB
+    fragmentation: float = Field(default=0.08, ge=0)
+    usable_share: _Share = 0.95
+    keeps_freed_below: int = Field(default=0, ge=0)
     foreach_optimizer: bool = True
 
     @property
     def usable_bytes(self) -> int:
         return int(self.memory_bytes * self.usable_share)
-
-
-_CUDA_FRAMEWORK = 2 * GB  # CUDA context, cuBLAS workspaces, NCCL's channels
 
 
 def _gpu(name: str, memory_gb: float, tflops: float, tb_per_s: float, link_gb: float, attention: float) -> Device:
@@ -52,10 +57,8 @@ def _gpu(name: str, memory_gb: float, tflops: float, tb_per_s: float, link_gb: f
         flops=tflops * 1e12,
         bandwidth=tb_per_s * 1e12,
         link_bandwidth=link_gb * 1e9,
-        matmul_share=0.65,
         attention_share=attention,
         dense_attention_share=attention,
-        framework_bytes=_CUDA_FRAMEWORK,
     )
 
 

@@ -27,7 +27,8 @@ MOMENTS: tuple[Moment, ...] = tuple(WHAT)
 _FP32 = 4
 _LOSS_CHUNK = 1 << 24  # elements of logits at once: `loray.train.loss`
 _BUCKET_BYTES = 25 << 20  # of gradients that are summed or scattered together
-_DEEPSPEED_LIVE = 1_000_000_000 + 50_000_000  # elements: stage3_max_live_parameters and stage3_prefetch_bucket_size
+_DEEPSPEED_LIVE = 1_000_000_000  # elements: stage3_max_live_parameters
+_DEEPSPEED_PREFETCH = 50_000_000  # elements: stage3_prefetch_bucket_size
 _FSDP_LAYERS = 3  # the one computed with, the next one, and the flat buffer that it is gathered in
 
 
@@ -120,7 +121,8 @@ def _communication(run: Run) -> Iterator[Item]:
             if run.accumulation > 1:  # scattered after the last micro-batch
                 yield Item("gradients of earlier micro-batches, fp32", _FP32 * trained.total)
         case "zero3":
-            yield Item("gathered weights", e * min(_DEEPSPEED_LIVE, base.total))
+            live = min(base.total + trained.total, _DEEPSPEED_LIVE + _DEEPSPEED_PREFETCH)
+            yield Item("gathered weights", e * (live + min(live, _DEEPSPEED_PREFETCH)))  # shards are copied together
             yield Item("gradient bucket", _BUCKET_BYTES)
         case _:
             yield Item("gradient bucket", _BUCKET_BYTES)

@@ -66,7 +66,7 @@ class Plan:
                     "tokens_per_step",
                 )
             },
-            "device": asdict(self.device) | {"usable_bytes": self.device.usable_bytes},
+            "device": self.device.model_dump() | {"usable_bytes": self.device.usable_bytes},
             "memory": {
                 "items": [asdict(item) for item in memory.items],
                 "moments": {moment: memory.at(moment) for moment in MOMENTS},
