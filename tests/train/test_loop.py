@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +25,6 @@ from loray.train.checkpoint import RunState
 from loray.train.data import Dataset, load_data
 from loray.train.loop import train
 from loray.train.loss import Loss, batch_loss
-from loray.train.mesh import World
 from loray.train.reporting import FolderReporter
 from tests.tiny import byte_tokenizer
 
@@ -319,6 +317,14 @@ def test_another_recipe_is_not_resumed(tiny_base: Callable[..., BaseModel], tmp_
     saved = first.checkpoints[0].path
     with pytest.raises(SpecError, match="cannot resume from step 1: adapter, seed changed"):
         run(recipe("vera", seed=1), base, tmp_path, resume_from=saved)
+    with pytest.raises(SpecError, match=r"a step's micro-batches \(batch\.accumulation × num_workers ÷ parallel"):
+        run(recipe(num_workers=2), base, tmp_path, resume_from=saved)
+    checkpoint.check_resumable(
+        checkpoint.read_state(saved),
+        recipe(num_workers=2, batch={"rows": 2, "accumulation": 1}),
+        base.fingerprint,
+        make_data(tmp_path, recipe()).fingerprint,
+    )
     moved = recipe(max_steps=2, data={"train": "/elsewhere.jsonl", "eval_fraction": 0.2, "max_length": 64})
     state, _ = run(moved, base, tmp_path, resume_from=saved, name="moved")
     assert state.step == 2
@@ -328,36 +334,3 @@ def test_a_damaged_checkpoint_is_named(tiny_base: Callable[..., BaseModel], tmp_
     (tmp_path / "empty").mkdir()
     with pytest.raises(IntegrityError, match="not a complete checkpoint"):
         run(recipe(), tiny_base(**TINY), tmp_path, resume_from=tmp_path / "empty")
-
-
-# -- two ranks --------------------------------------------------------------------------------------------------------
-
-
-def _rank(rank: int, spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    assert World.current().gather(None if rank else "first") == ["first", None]
-    reporter = FolderReporter(folder / f"rank-{rank}")
-    train(spec, base, data, reporter=reporter, workdir=folder)
-    (folder / f"rank-{rank}.json").write_text(json.dumps(reporter.events))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_ranks_do_what_one_does(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
-    base = tiny_base(**TINY)
-    plain = {"method": "lora", "rank": 4}
-    spec = recipe(adapter=plain, batch={"rows": 2, "accumulation": 1}, max_steps=4, num_workers=2)
-    mp.spawn(_rank, args=(spec, base, make_data(tmp_path, spec), tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
-    ranks = [json.loads((tmp_path / f"rank-{r}.json").read_text()) for r in range(2)]
-    names = [[(e["event"], e["step"]) for e in events] for events in ranks]
-    assert names[0] == names[1]
-    alone_spec = recipe(adapter=plain, batch={"rows": 2, "accumulation": 2}, max_steps=4)
-    alone, reporter = run(alone_spec, base, tmp_path, name="alone")
-    for events in ranks:
-        steps = [(e["step"], e["loss"], e["lr"], e["grad_norm"]) for e in events if e["event"] == "step"]
-        for ours, theirs in zip(steps, curve(reporter), strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4)
-        assert events[-1]["eval_loss"] == pytest.approx(alone.eval_loss, rel=1e-4)
-    assert (tmp_path / "rank-0" / "step_000004" / "optimizer.pt").is_file()
-    assert not (tmp_path / "rank-1").exists()

@@ -1,4 +1,4 @@
-"""Every strategy on four ranks does what one rank does: losses, gradients, skipped steps, checkpoints, adapters."""
+"""Every strategy on four ranks, 2 × 2 sequence × data and 1 × 4, does what one rank does with whole rows."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from loray.adapters.peft_format import WEIGHTS_FILE, read_config
 from loray.bases.registry import BaseModel
+from loray.errors import SpecError, UnsupportedError
 from loray.spec import ParallelSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train import loss as loss_module
 from loray.train.data import Dataset
 from loray.train.loop import train
 from loray.train.loss import Loss, batch_loss
+from loray.train.mesh import Mesh, World
 from loray.train.optimizer import OptimizerState
 from loray.train.reporting import FolderReporter
-from loray.train.strategies import zero
+from loray.train.strategies import buckets, zero
 from tests.train.ranks import run_ranks
 from tests.train.test_loop import ADAPTERS, make_data, recipe
 
@@ -41,10 +43,10 @@ TRAINING: dict[str, Any] = {
 }
 LONG: dict[str, Any] = ADAPTERS["longlora"]
 RUNS: dict[str, dict[str, Any]] = {
-    "plain": TRAINING,
-    "sequence": TRAINING | {"batch": {"rows": 1, "accumulation": 4, "order": "packed"}, "sequence": 2},
+    "mesh": TRAINING | {"batch": {"rows": 1, "accumulation": 4, "order": "packed"}, "sequence": 2},
+    "data": TRAINING | {"max_steps": 1, "num_workers": SIZE - 1},  # two ranks have a micro-batch less than the others
     "skips": TRAINING,
-    "bf16": TRAINING | {"dtype": "bfloat16", "gradient_checkpointing": True, "max_steps": 2},
+    "bf16": TRAINING | {"dtype": "bfloat16", "gradient_checkpointing": True, "max_steps": 1},
     "vera": TRAINING
     | {"adapter": ADAPTERS["vera"] | {"dropout": 0.0}, "max_steps": 1}
     | {"optimizer": {"learning_rate": 1e-2, "max_grad_norm": None}},
@@ -72,7 +74,7 @@ class Case(NamedTuple):
 
     def run(self, name: str, spec: TrainSpec, *, label: str, resume_from: Path | None = None) -> FolderReporter:
         reporter = FolderReporter(self.folder / label, keep=9)
-        base = self.bases.get(name, self.bases["plain"])
+        base = self.bases.get(name, self.bases["any"])
         train(spec, base, self.data, reporter=reporter, workdir=self.folder, resume_from=resume_from)
         return reporter
 
@@ -87,7 +89,9 @@ class Case(NamedTuple):
 
 
 def _runs(rank: int, case: Case, strategy: str) -> None:
+    assert World.current().gather(f"rank {rank}") == [f"rank {r}" for r in range(SIZE)]
     events = {}
+    buckets.BUCKET_ELEMENTS = zero.BUCKET_ELEMENTS = 3000  # several, and the embedding larger than one
     for name in RUNS:
         # DeepSpeed's own number is for large models: all of a tiny one's parameters would stay gathered.
         zero._PERSISTENT_ELEMENTS = 0 if name != "vera" else 100_000
@@ -95,11 +99,10 @@ def _runs(rank: int, case: Case, strategy: str) -> None:
             _poison({2: math.nan, 4: math.inf} if rank == 1 else {})
         events[name] = case.run(name, spec_of(name, strategy), label=f"{strategy}/{name}{_suffix(rank)}").events
         loss_module.batch_loss = batch_loss
-    for name in ("plain", "sequence"):
-        for kind, source in (("resumed", strategy), ("moved", "alone")):
-            saved = case.saved(f"{source}/{name}", 2)
-            label = f"{strategy}/{name}-{kind}{_suffix(rank)}"
-            events[f"{name}-{kind}"] = case.run(name, spec_of(name, strategy), label=label, resume_from=saved).events
+    for name, source, num_steps in (("resumed", strategy, 4), ("moved", "alone", 3)):
+        spec = spec_of("mesh", strategy).model_copy(update={"max_steps": num_steps})
+        label, saved = f"{strategy}/{name}{_suffix(rank)}", case.saved(f"{source}/mesh", 2)
+        events[name] = case.run("mesh", spec, label=label, resume_from=saved).events
     (case.folder / f"{strategy}-{rank}.json").write_text(json.dumps(events))
 
 
@@ -120,7 +123,7 @@ def _poison(bad: dict[int, float]) -> None:
     loss_module.batch_loss = poisoned
 
 
-# -- the tests' own side ----------------------------------------------------------------------------------------------
+# -- beside them ------------------------------------------------------------------------------------------------------
 
 
 class Ran(NamedTuple):
@@ -135,11 +138,46 @@ class Ran(NamedTuple):
         return [tuple(e[key] for key in keys) for e in events if e["event"] == event]
 
 
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_sequence_groups_cover_the_workers() -> None:
+    with pytest.raises(SpecError, match=r"parallel\.sequence is 3, which does not divide num_workers \(4\)"):
+        recipe(adapter=LONG, num_workers=4, parallel={"sequence": 3})
+    with pytest.raises(SpecError, match="it needs adapter"):
+        recipe(num_workers=4, parallel={"sequence": 2})
+    with pytest.raises(SpecError, match="1 workers do not split into sequence groups of 2"):
+        Mesh.build(2, torch.device("cpu"))
+
+
+def test_loraplus_is_for_lora() -> None:
+    with pytest.raises(SpecError, match="LoRA's B, which VeRA does not train"):
+        recipe("vera", optimizer={"learning_rate": 1e-3, "loraplus_lr_ratio": 16})
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_what_a_strategy_needs_is_said(
+    strategy: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of("vera", strategy)
+    with pytest.raises(UnsupportedError, match=f"strategy {strategy} needs torch.distributed"):
+        case.run("vera", spec, label="refused")
+    if strategy != "fsdp2":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(World, "current", World)
+        with pytest.raises(UnsupportedError, match=r"pip install 'loray\[deepspeed\]'"):
+            case.run("vera", spec, label="refused")
+
+
+# -- what the ranks did -----------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def case(tiny_base: Callable[..., BaseModel], tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("strategies")
-    bases = {"plain": tiny_base(std=0.05), "bf16": tiny_base(std=0.05, tie_word_embeddings=True)}
-    return Case(bases, make_data(folder, spec_of("plain", "ddp")), folder)
+    bases = {"any": tiny_base(std=0.05), "bf16": tiny_base(std=0.05, tie_word_embeddings=True)}
+    return Case(bases, make_data(folder, spec_of("mesh", "ddp")), folder)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +212,7 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rel: float)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "vera", "sequence"])
+@pytest.mark.parametrize("name", ["mesh", "data", "vera"])
 def test_losses_and_gradients_are_those_of_one_rank(ran: Ran, name: str) -> None:
     for event in ("step", "eval"):
         for ours, theirs in zip(ran.curve(name, event), ran.curve(name, event, of="alone"), strict=True):
@@ -188,12 +226,10 @@ def test_losses_and_gradients_are_those_of_one_rank(ran: Ran, name: str) -> None
 
 @pytest.mark.slow
 def test_ranks_agree_bit_for_bit(ran: Ran) -> None:
-    timing = ("tokens_per_s", "eta_s", "pid")
-    told = [
-        {n: [{k: v for k, v in e.items() if k not in timing} for e in es] for n, es in r.items()} for r in ran.ranks
-    ]
-    assert all(repr(rank) == repr(told[0]) for rank in told)
-    assert not (ran.case.folder / ran.strategy / "plain-1").exists()
+    own = ("tokens_per_s", "eta_s", "pid")
+    told = [[{k: v for k, v in e.items() if k not in own} for run in rank.values() for e in run] for rank in ran.ranks]
+    assert all(repr(events) == repr(told[0]) for events in told)
+    assert not (ran.case.folder / ran.strategy / "mesh-1").exists()
 
 
 @pytest.mark.slow
@@ -220,40 +256,34 @@ def test_bf16_has_fp32_masters_and_the_same_forward_pass(ran: Ran) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "sequence"])
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(ran: Ran, name: str) -> None:
-    assert ran.curve(f"{name}-resumed") == ran.curve(name)[2:]
-    ours, theirs = (ran.case.optimizer(f"{ran.strategy}/{label}", 4) for label in (f"{name}-resumed", name))
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(ran: Ran) -> None:
+    assert ran.curve("resumed") == ran.curve("mesh")[2:]
+    ours, theirs = (ran.case.optimizer(f"{ran.strategy}/{name}", 4) for name in ("resumed", "mesh"))
     assert ours.num_updates == theirs.num_updates == 4
     for mine, unbroken in zip(ours[:3], theirs[:3], strict=True):
         assert all(torch.equal(tensor, unbroken[name]) for name, tensor in mine.items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "sequence"])
-def test_a_checkpoint_moves_between_strategies_and_sizes(ran: Ran, name: str) -> None:
-    for ours, theirs in zip(ran.curve(f"{name}-moved"), ran.curve(name, of="alone")[2:], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    saved = ran.case.saved(f"{ran.strategy}/{name}", 2)
-    spec = on_one_rank(spec_of(name, "ddp"))
-    reporter = ran.case.run(name, spec, label=f"{ran.strategy}/{name}-back", resume_from=saved)
-    back = ran._replace(alone={name: reporter.events}).curve(name, of="alone")
-    for ours, theirs in zip(back, ran.curve(name)[2:], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+def test_a_checkpoint_moves_between_strategies_and_sizes(ran: Ran) -> None:
+    (moved,) = ran.curve("moved")
+    assert moved == pytest.approx(ran.curve("mesh", of="alone")[2], rel=1e-4)
+    saved, spec = ran.case.saved(f"{ran.strategy}/mesh", 2), on_one_rank(spec_of("mesh", "ddp"))
+    back = ran.case.run("mesh", spec, label=f"{ran.strategy}/back", resume_from=saved).events
+    losses = [e["loss"] for e in back if e["event"] == "step"]
+    assert losses == pytest.approx([loss for _, loss, *_ in ran.curve("mesh")[2:]], rel=1e-4)
 
 
 @pytest.mark.slow
 def test_the_saved_adapter_is_whole_and_loads_in_peft(ran: Ran) -> None:
-    folder, reference = (
-        ran.case.saved(f"{source}/plain", 4) / checkpoint.ADAPTER for source in (ran.strategy, "alone")
-    )
+    folder, reference = (ran.case.saved(f"{of}/mesh", 4) / checkpoint.ADAPTER for of in (ran.strategy, "alone"))
     tensors, expected = (load_file(path / WEIGHTS_FILE) for path in (folder, reference))
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in expected.items()}
     assert read_config(folder)["trainable_token_indices"]  # embeddings are row deltas here
     ids = torch.arange(97, 137)[None]
     logits = []
     for path in (folder, reference):
-        model = AutoModelForCausalLM.from_pretrained(ran.case.bases["plain"].path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(ran.case.bases["any"].path, dtype=torch.float32)
         untrained = model(input_ids=ids).logits.detach()
         logits.append(PeftModel.from_pretrained(model, path).eval()(input_ids=ids).logits.detach())
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)

@@ -195,6 +195,11 @@ class TrainSpec(Frozen):
     use_gpu: bool = False
     seed: int = Field(default=0, ge=0)
 
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Of all workers together: whatever their number is at the time, a step's batch stays the same."""
+        return self.batch.accumulation * (self.num_workers // self.parallel.sequence)
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.max_steps is None) == (self.num_epochs is None):

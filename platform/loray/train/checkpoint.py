@@ -99,9 +99,13 @@ def check_publishable(state: RunState) -> None:
 
 
 def check_resumable(state: RunState, spec: TrainSpec, base_fingerprint: str, data_fingerprint: str) -> None:
-    """Raise SpecError where going on from `state` would not be the same run. Lengths and rates may change."""
-    theirs, ours = _without_paths(state.recipe), _without_paths(spec)
+    """Raise SpecError where going on from `state` would not be the same run. Lengths and rates may change, and how
+    workers share the work.
+    """
+    theirs, ours = _comparable(state.recipe), _comparable(spec)
     changed = [field for field in _RESUMABLE if getattr(theirs, field) != getattr(ours, field)]
+    if state.recipe.micro_batches_per_step != spec.micro_batches_per_step:
+        changed.append("a step's micro-batches (batch.accumulation × num_workers ÷ parallel.sequence)")
     if state.base_fingerprint != base_fingerprint:
         changed.append("the base model's weights")
     if state.data_fingerprint != data_fingerprint:
@@ -113,6 +117,7 @@ def check_resumable(state: RunState, spec: TrainSpec, base_fingerprint: str, dat
         )
 
 
-def _without_paths(spec: TrainSpec) -> TrainSpec:
-    """What data files contain counts, not where they lie."""
-    return spec.model_copy(update={"data": spec.data.model_copy(update={"train": "", "eval": None})})
+def _comparable(spec: TrainSpec) -> TrainSpec:
+    """What data files contain counts, not where they lie; a step's batch, not how workers share it."""
+    data = spec.data.model_copy(update={"train": "", "eval": None})
+    return spec.model_copy(update={"data": data, "batch": spec.batch.model_copy(update={"accumulation": 1})})

@@ -31,7 +31,7 @@ def held_out_loss(
     batches = plan_evaluation(rows.lengths.tolist(), spec.batch)
     total, num_targets = 0.0, 0
     objective.eval()
-    with dense(model):
+    with dense(model, mesh.sequence):
         for first in range(0, len(batches), mesh.data_size):
             mine = first + mesh.data_rank
             with mesh.part(collate(rows, batches[min(mine, len(batches) - 1)], packed=False)) as part:

@@ -107,7 +107,7 @@ class _Run:
             max_length=data.max_length,
             seed=spec.seed,
             cursor=Cursor(self.state.epoch, self.state.index),
-            per_step=spec.batch.accumulation * (spec.num_workers // spec.parallel.sequence),
+            per_step=spec.micro_batches_per_step,
             rank=self.mesh.data_rank,
             size=self.mesh.data_size,
         )
