@@ -208,6 +208,7 @@ def test_retrieval_and_its_picture(loray: Loray, base: BaseModel, tmp_path: Path
         ("passkey tiny -c 400 --depths 2", 1, "depths.0: Input should be less than or equal to 1"),
         ("passkey tiny -c 40", 1, "context length 40 is too short"),
         ("passkey tiny --heatmap a.png", 2, "--heatmap draws SVG: a.svg"),
+        ("passkey tiny --heatmap none/a.svg", 2, "--heatmap: none is not a folder"),
     ],
 )
 def test_wrong_use_is_one_line(loray: Loray, base: BaseModel, data: Path, line: str, code: int, message: str) -> None:

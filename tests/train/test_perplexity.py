@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, VeraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from loray.adapters.export import save_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, DataError, EvaluationError
 from loray.spec import PerplexitySpec, RopeParameters
@@ -132,6 +133,28 @@ def test_a_model_in_training_is_measured_dense_and_left_as_it_was(tiny_base: Cal
     assert model.config._attn_implementation == "s2_attn"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_published_is_measured_as_what_was_trained(
+    tiny_base: Callable[..., BaseModel], tied: bool, tmp_path: Path
+) -> None:
+    """Norms and embedding too: rows where the head is not tied to it, a copy beside the head where it is."""
+    base = tiny_base(tie_word_embeddings=tied, std=0.05)
+    spec = recipe()
+    trained = build_model(base, spec)
+    with torch.no_grad():
+        trained.get_input_embeddings().weight[:30] += 0.5
+        trained.model.norm.weight.mul_(1.3)
+    save_adapter(trained, spec.adapter, tmp_path)
+    windows = cut_windows(documents(200), 64, stride=32, max_windows=None).ids_T
+    rope = RopeParameters(**trained.config.rope_parameters)
+    loaded, plain = (
+        load(base, Subject("adapter", rope, folder), dtype="float32", device=CPU) for folder in (tmp_path, None)
+    )
+    loss = mean_loss(trained, windows)
+    assert mean_loss(loaded, windows) == pytest.approx(loss, rel=1e-6)
+    assert abs(mean_loss(plain, windows) - loss) > 1e-3
+
+
 def test_no_mask_and_no_logits_of_all_positions(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long window must not cost memory in its square, nor positions times vocabulary."""
     masks, products = [], []
@@ -155,6 +178,12 @@ def test_a_loss_that_is_not_finite_is_an_error(base: BaseModel) -> None:
     model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EvaluationError, match="windows of 64 tokens is nan"):
         mean_loss(model, cut_windows(documents(64), 64, stride=1, max_windows=None).ids_T)
+
+
+def test_a_loss_beyond_all_numbers_is_an_error(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loray.train.evaluation.measure.mean_loss", lambda *_: 900.0)
+    with pytest.raises(EvaluationError, match="base, perplexity at 64 tokens is inf"):
+        measure(base, [Subject("base")], documents=documents(64), perplexity=PerplexitySpec(context_lengths=(64,)))
 
 
 def test_an_adapter_of_another_base_is_refused(

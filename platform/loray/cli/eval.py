@@ -35,9 +35,13 @@ def evaluate() -> None:
 @click.option("--where", type=Where(), multiple=True, help="Only rows with COLUMN=VALUE; may be given several times.")
 @click.option("--stride", type=int, default=256, show_default=True, help="Tokens from one window to the next.")
 @click.option(
-    "--max-windows", type=int, default=16, show_default=True, help="For each length, evenly spread; 0: every window."
+    "--max-windows",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    help="For each length, evenly spread; 0: every window.",
 )
-@click.option("--max-tokens", type=int, help="Only the first so many tokens of the data.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Only the first so many tokens of the data.")
 @measurement
 def perplexity(
     options: Options,
@@ -117,6 +121,8 @@ def _retrieve(
 ) -> None:
     if picture is not None and picture.suffix != ".svg":
         raise click.UsageError(f"--heatmap draws SVG: {picture.with_suffix('.svg')}")
+    if picture is not None and not picture.parent.is_dir():
+        raise click.UsageError(f"--heatmap: {picture.parent} is not a folder")
     with _target(options) as target:
         lengths = options.context_lengths or target.default_context_lengths
         fields: dict[str, Any] = {"task": task, "context_lengths": lengths, "samples": samples, "seed": seed}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import exp
+from math import exp, inf
 
 import torch
 from transformers import AutoTokenizer
@@ -13,9 +13,11 @@ from loray.bases.registry import BaseModel
 from loray.catalog.gate import PERPLEXITY
 from loray.spec import DType, Evaluation, PerplexitySpec, RetrievalSpec
 from loray.train.evaluation.documents import Documents, Windows, cut_windows
-from loray.train.evaluation.perplexity import mean_loss
+from loray.train.evaluation.perplexity import finite, mean_loss
 from loray.train.evaluation.retrieval import Cell, retrieve
 from loray.train.evaluation.subjects import Subject, load
+
+_MAX_LOSS = 700.0  # where exp still is a number; a model that knows nothing is at the logarithm of its vocabulary
 
 Tell = Callable[[str, float], None]  # (what is being measured, share done of it)
 
@@ -46,7 +48,7 @@ def measure(
         if perplexity is not None and documents is not None:
             for context_length, cut in windows.items():
                 what = f"{_name(subject)}, perplexity at {context_length:,} tokens"
-                value = exp(mean_loss(model, cut.ids_T, partial(tell, what)))
+                value = _perplexity(mean_loss(model, cut.ids_T, partial(tell, what)), what)
                 measured.append(
                     Evaluation(
                         metric=PERPLEXITY,
@@ -64,6 +66,10 @@ def measure(
             measured += [e for cell in cells for e in _figures(cell, spec, subject)]
         del model
     return tuple(measured)
+
+
+def _perplexity(loss: float, what: str) -> float:
+    return finite(exp(loss) if loss < _MAX_LOSS else inf, what)
 
 
 def _windows(documents: Documents, spec: PerplexitySpec) -> dict[int, Windows]:

@@ -49,8 +49,11 @@ def mean_loss(model: Any, windows_T: Sequence[NDArray[np.int32]], progress: Prog
     finally:
         model.train(was_training)
     loss = total / (num_windows * (context_length - 1))
-    if not isfinite(loss):
-        raise EvaluationError(
-            f"the loss on windows of {context_length:,} tokens is {loss}: measure in float32, or look at the weights"
-        )
-    return loss
+    return finite(loss, f"the loss on windows of {context_length:,} tokens")
+
+
+def finite(value: float, what: str) -> float:
+    """`value`; EvaluationError where it is not finite."""
+    if not isfinite(value):
+        raise EvaluationError(f"{what} is {value}: measure in float32, or look at the weights")
+    return value

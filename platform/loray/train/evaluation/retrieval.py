@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from loray.spec import RetrievalSpec
-from loray.train.evaluation.perplexity import Progress
+from loray.train.evaluation.perplexity import Progress, finite
 from loray.train.evaluation.prompts import Prompt, make_prompt
 from loray.train.model import dense
 
@@ -62,7 +62,7 @@ def retrieve(
 
 @torch.no_grad()
 def score(model: Any, tokenizer: Any, prompt: Prompt) -> Answer:
-    """A number is exact only where no further digit would follow it."""
+    """A number is exact only where no further digit would follow it. EvaluationError where a logit is not finite."""
     device = next(model.parameters()).device
     ids_1T = torch.tensor([[*prompt.ids, *prompt.answer_ids]], device=device)
     answer_A = ids_1T[0, len(prompt.ids) :]
@@ -77,9 +77,10 @@ def score(model: Any, tokenizer: Any, prompt: Prompt) -> Answer:
     log_probs_V = (hidden_TD[len(prompt.ids) - 1 :] @ head_VD.T).float().log_softmax(-1)  # of the key and one beyond
     likely = log_probs_V.argmax(-1)
     goes_on = prompt.answer[-1].isdigit() and tokenizer.decode([int(likely[-1])])[:1].isdigit()
+    log_likelihood = float(log_probs_V[:-1].gather(1, answer_A[:, None]).double().sum())
     return Answer(
         exact=bool((likely[:-1] == answer_A).all()) and not goes_on,
-        log_likelihood=float(log_probs_V[:-1].gather(1, answer_A[:, None]).double().sum()),
+        log_likelihood=finite(log_likelihood, f"the log-likelihood of a key in {ids_1T.shape[1]:,} tokens"),
     )
 
 
