@@ -16,6 +16,7 @@ from threading import Event
 from typing import Any
 
 import ray.train
+from pyarrow import fs as pafs
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from loray.errors import IntegrityError, LorayError
@@ -61,10 +62,14 @@ class CheckpointUploads:
 
     def latest(self, world: World) -> Checkpoint | None:
         """What to go on from: the last checkpoint that Ray Train knows, or a later one that a lost worker has left
-        here. A collective call.
+        here. A collective call. What else that worker had uploaded, and Ray does not know, is removed.
         """
         known = ray.train.get_checkpoint()
-        left = self._left_behind(-1 if known is None else _step(Path(known.path))) if world.rank == 0 else None
+        left = None
+        if world.rank == 0:
+            known_step = -1 if known is None else _step(Path(known.path))
+            left = self._left_behind(known_step)
+            _remove_unknown(known_step)
         (name, *_) = world.gather(None if left is None else left.name)
         if name is None:
             return known
@@ -123,6 +128,16 @@ class CheckpointUploads:
         for path in self._folder.iterdir():
             if path != kept:
                 shutil.rmtree(path)
+
+
+def _remove_unknown(known_step: int) -> None:
+    """From the run's storage: checkpoints after the last that Ray Train knows, whole or not, which nobody would remove
+    later.
+    """
+    storage = ray.train.get_context().get_storage()
+    for found in storage.storage_filesystem.get_file_info(pafs.FileSelector(storage.experiment_fs_path)):
+        if found.base_name.startswith(_PREFIX) and _step(Path(found.path)) > known_step:
+            storage.storage_filesystem.delete_dir(found.path)
 
 
 def _metrics(step: int, eval_loss: float | None) -> dict[str, Any]:

@@ -151,6 +151,8 @@ def test_what_a_lost_worker_left_is_handed_in_first(ray: Ray, folder: Path) -> N
     ray._thread = ThreadPoolExecutor(1)
     ray.known = Checkpoint(ray.storage.build_checkpoint_path_from_name("step_000010"), ray.storage.storage_filesystem)
     ray.reported = []
+    assert ray.stored() == ["step_000010", "step_000020"]
+    Path(ray.storage.build_checkpoint_path_from_name("step_000015")).mkdir()  # of another worker, lost before
 
     with CheckpointUploads(folder, lambda seconds: None) as successor:
         latest = successor.latest(World())
@@ -159,6 +161,7 @@ def test_what_a_lost_worker_left_is_handed_in_first(ray: Ray, folder: Path) -> N
         assert Path(latest.path).name == "step_000020"
         assert [(m["step"], m["eval_loss"], m["score"]) for m in ray.reported] == [(20, 0.5, 0.5)]
         assert [p.name for p in folder.iterdir()] == ["step_000020"]
+        assert ray.stored() == ["step_000010", "step_000020"]
         again = successor.latest(World())
         assert again is not None
         assert len(ray.reported) == 1
