@@ -154,4 +154,5 @@ def test_rows_that_the_kernel_scatters_stand_where_copies_would_have_put_them(
     got = logits_of(scattered, *requests)
     monkeypatch.setattr(ops, "page_writer", DirectWriter)
     expected = logits_of(make_engine(base, adapters), *requests)
-    assert all(torch.equal(got[name], want) for name, want in expected.items())
+    for name, want in expected.items():  # which of them share a step depends on when they have loaded
+        torch.testing.assert_close(got[name], want, rtol=1e-5, atol=1e-5)
