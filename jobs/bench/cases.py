@@ -161,9 +161,10 @@ class Activations:
         found = _measure(steps.Case(self.tokens, "longlora", checkpointing=True, sequence=self.sequence), setting)
         setting.activations[self.tokens, self.sequence] = found.activation_bytes
         alone = setting.activations.get((self.tokens, 1))
-        share = float("nan") if alone is None else found.activation_bytes / alone
-        cells = (f"{found.activation_bytes / 1e6:.0f}", f"{share:.2f}", f"{found.halo_bytes / 1e6:.2f}")
-        return Row((*cells, f"{found.step_s:.1f}"), asdict(found) | {"of_one": share}, share)
+        share = None if alone is None else found.activation_bytes / alone
+        cells = (f"{found.activation_bytes / 1e6:.0f}", "–" if share is None else f"{share:.2f}")
+        cells = (*cells, f"{found.halo_bytes / 1e6:.2f}", f"{found.step_s:.1f}")
+        return Row(cells, asdict(found) | {"of_one": share}, float("nan") if share is None else share)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,8 @@ class Measured:
 
 
 def measure(case: Case, base: BaseModel, num_steps: int, *, num_threads: int | None = None) -> Measured:
-    home = str(base.path.parent.parent)
-    command = ["jobs.bench.step_worker", home, case.recipe.model_dump_json(), str(num_steps)]
+    home, recipe = str(base.path.parent.parent), case.recipe.model_copy(update={"base": base.name})
+    command = ["jobs.bench.step_worker", home, recipe.model_dump_json(), str(num_steps)]
     if case.dense:
         command.append("--dense")
     with tempfile.TemporaryDirectory(prefix="steps-") as folder:

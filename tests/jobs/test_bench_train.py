@@ -169,7 +169,13 @@ def test_the_command_end_to_end(
     tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Every kind of case once, in processes of its own."""
-    every = (Attention(512, Target("≥", 1e9)), Step(256), Memory(256), Activations(256, 2), Traffic(256, 2, 64))
+    every = (
+        Attention(512, Target("≥", 1e9)),
+        Step(256),
+        Memory(256),
+        *(Activations(256, n) for n in (1, 2)),
+        Traffic(256, 2, 64),
+    )
     monkeypatch.setattr(train, "PRESETS", PRESETS | {"default": every})
     base = tiny_base()
     out = tmp_path / "rows.json"
