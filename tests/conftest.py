@@ -1,10 +1,10 @@
-"""Fixtures that every area shares: the real base model, and tiny random ones."""
+"""Fixtures that every area shares: the real base model, tiny random ones, ranks over gloo."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from loray.bases.registry import BaseModel, add_base
 from tests.tiny import write_checkpoint
+from tests.train.sequence.ranks import Ranks
 
 pytest_plugins = ["tests.cluster", "tests.postgres", "tests.s3"]
 
@@ -71,3 +72,10 @@ def peft_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return copy
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.stop()

@@ -15,69 +15,24 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from loray.bases.registry import BaseModel, add_base
+from jobs.bench import workers
+from jobs.bench.machine import load_average
+from jobs.bench.steps import Case, Measured, measure
+from loray.bases.registry import add_base
 from loray.planning.devices import HostRates, host
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import run_of
-from loray.spec import TrainSpec
 
 _COLUMNS = (
     f"{'case':<32} {'peak MB':>8} {'planned':>8} {'off':>5}  {'halo MB':>8} {'planned':>8}  "
     f"{'step s':>7} {'planned':>8} {'off':>5}  load"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    tokens: int
-    adapter: str
-    checkpointing: bool
-    sequence: int
-    strategy: str
-
-    @property
-    def label(self) -> str:
-        parallel = f" P={self.sequence}" if self.sequence > 1 else ""
-        return f"{self.adapter} {self.tokens}{' checkpointing' if self.checkpointing else ''}{parallel}"
-
-    @property
-    def recipe(self) -> TrainSpec:
-        """One row of `tokens`; LongLoRA stretches half as much."""
-        adapter: dict[str, Any] = {"method": self.adapter, "rank": 8, "alpha": 16}
-        if self.adapter == "longlora":
-            adapter["long_context"] = {"original_context": self.tokens // 2, "rope_scaling": {"factor": 2}}
-        return TrainSpec.model_validate(
-            {
-                "name": "bench",
-                "adapter": adapter,
-                "data": {"train": "unused", "max_length": self.tokens},
-                "batch": {"rows": 1},
-                "optimizer": {"learning_rate": 1e-4},
-                "max_steps": 1,
-                "gradient_checkpointing": self.checkpointing,
-                "num_workers": self.sequence,
-                "parallel": {"sequence": self.sequence, "strategy": self.strategy},
-            }
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Bytes above the interpreter's, bytes sent in a step, seconds of the quickest step."""
-
-    peak_bytes: int
-    halo_bytes: int
-    step_s: float
 
 
 def main() -> None:
@@ -105,7 +60,7 @@ def main() -> None:
         if sequence > 1 and adapter == "lora":
             continue
         case = Case(tokens, adapter, checkpointing == "yes", sequence, args.strategy)
-        load = os.getloadavg()[0]
+        load = load_average()
         measured = measure(case, base, args.steps)
         plan = make_plan(run_of(case.recipe, base.config), host(rates, sequence))
         rows.append(asdict(case) | asdict(measured) | {"load": load} | _planned(plan))
@@ -116,43 +71,8 @@ def main() -> None:
 
 def measured_rates() -> HostRates:
     """In a process of its own, as `loray plan` has them."""
-    (rates,) = _run([["loray.train.rates"]])
+    (rates,) = workers.run([["loray.train.rates"]])
     return HostRates(**rates)
-
-
-def measure(case: Case, base: BaseModel, num_steps: int) -> Measured:
-    command = ["jobs.bench.plan_worker", str(base.path.parent.parent), case.recipe.model_dump_json(), str(num_steps)]
-    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        commands = [command]
-        if case.sequence > 1:
-            commands = [[*command, f"{folder}/rendezvous", str(rank)] for rank in range(case.sequence)]
-        found = [Measured(**figures) for figures in _run(commands)]
-    return Measured(*(max(values) for values in zip(*map(astuple, found), strict=True)))
-
-
-def _run(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """Modules with arguments, side by side, sharing the machine's cores; what each prints last."""
-    threads = max(1, (os.cpu_count() or 1) // len(commands))
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-    pipe = subprocess.PIPE
-    workers = [
-        subprocess.Popen([sys.executable, "-m", *command], env=env, stdout=pipe, stderr=pipe, text=True)
-        for command in commands
-    ]
-    try:
-        return [_result(worker) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()  # where another one failed: it would wait for that one
-            worker.wait()
-
-
-def _result(worker: subprocess.Popen[str]) -> dict[str, Any]:
-    out, err = worker.communicate()
-    if worker.returncode:
-        raise SystemExit(f"a worker failed:\n{err[-2000:]}")
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found
 
 
 def _planned(plan: Plan) -> dict[str, Any]:

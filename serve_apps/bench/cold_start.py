@@ -28,6 +28,7 @@ from typing import Any
 
 import click
 
+from jobs.bench.machine import load_average, machine_facts
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine, build_engine
@@ -36,7 +37,6 @@ from loray.settings import Settings
 from loray.spec import AdapterRef, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.bench.serve.adapters import AdapterSet, open_library
-from serve_apps.bench.serve.machine import facts, load
 from serve_apps.bench.serve.models import bench_base
 from serve_apps.replica import adapter_loader
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench"), help="of the adapters that are published")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
-    base, machine = bench_base(), facts()
+    base, machine = bench_base(), machine_facts()
     click.echo("  ".join(f"{k} {v}" for k, v in machine.items()))
     click.echo(f"milliseconds, medians of {args.repetitions} (smallest); the claim is cold ≤ 1.3 · warm + raw")
     click.echo(
@@ -64,7 +64,7 @@ def main() -> None:
         with open_library(store, args.folder.absolute(), base) as library:
             for rank in args.ranks:
                 refs = library.publish(AdapterSet(args.repetitions, ranks=(rank,)))
-                before = load()
+                before = load_average()
                 times = _measure(base, refs, library.url)
                 rows.append({"store": store, "rank": rank, "load_before": before} | _row(times))
                 _print(rows[-1], refs[0].nbytes)

@@ -25,6 +25,7 @@ from typing import Any
 import click
 import httpx
 
+from jobs.bench.machine import machine_facts
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.cli.local_cluster import start_local_cluster, stop_local_cluster
@@ -33,7 +34,6 @@ from loray.publishing import publish
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
-from serve_apps.bench.serve import machine
 from serve_apps.bench.serve.adapters import AdapterSet, write_adapter
 from serve_apps.bench.serve.models import bench_base
 
@@ -89,7 +89,7 @@ def _compare(gcs_address: str, models: list[tuple[str, int]], args: argparse.Nam
         "loray": lambda: app.build(spec.model_dump(mode="json")),
         "Ray's default": lambda: app.application(spec, RequestRouterConfig()),
     }
-    facts = machine.facts()
+    facts = machine_facts()
     click.echo("  ".join(f"{k} {v}" for k, v in facts.items()) + f"  ray {ray.__version__}")
     click.echo(
         f"{args.replicas} replicas, {args.adapters} adapters of {total / 1e6:.0f} MB together, "

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 
+from jobs.bench.machine import machine_facts
 from loray.settings import Settings
 from serve_apps.bench.serve import cases as presets
 from serve_apps.bench.serve import machine, report
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     base = bench_base(args.model, folder)
     todo = _cases(args)
     peers = dict(_peer(peer) for peer in args.peer)
-    facts = machine.facts()
+    facts = machine_facts()
     click.echo("  ".join(f"{k} {v}" for k, v in facts.items()))
     with open_library(args.store, folder, base) as library:
         setting = Setting(base, library, folder, args.device, args.threads, args.pool_bytes, peers)

@@ -1,37 +1,20 @@
-"""The machine: what it is, how busy it is, what its memory and its arithmetic can do, what a process tree holds."""
+"""The machine: what its memory and its arithmetic can do, what a process tree holds."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 from serve_apps.bench.serve.floors import MachineRates
 
-_PACKAGES = ("torch", "transformers", "peft")
 _SAMPLE_S = 0.25
-
-
-def facts() -> dict[str, str]:
-    """CPU, versions, date: what figures must be read with."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
-    found = {"cpu": f"{cpu} × {os.cpu_count()}", "python": platform.python_version()}
-    found |= {name: metadata.version(name) for name in _PACKAGES}
-    return found | {"date": time.strftime("%Y-%m-%d")}
-
-
-def load() -> float:
-    """Processes that ran or wanted to, averaged over the last minute."""
-    return os.getloadavg()[0]
 
 
 def measure_rates(device: str, num_threads: int) -> MachineRates:

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from jobs.bench.machine import load_average
 from loray.spec import AdapterRef
 from serve_apps.bench.serve import machine
 from serve_apps.bench.serve.cases import Case, EngineOptions
@@ -51,11 +52,11 @@ def _run_group(
     repeat: int | None,
 ) -> Iterator[tuple[Row, Sequence[Record]]]:
     refs = publish(setting, cases)
-    before = machine.load()
+    before = load_average()
     with open_session(system, setting, options, refs) as session:
         for case in cases:
             yield _run_case(case, system, setting, session, refs, results, slo_s, repeat, before)
-            before = machine.load()
+            before = load_average()
 
 
 def publish(setting: Setting, cases: Iterable[Case]) -> list[AdapterRef]:

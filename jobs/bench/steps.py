@@ -1,0 +1,74 @@
+"""Training steps of SmolLM2 on this machine: workers in processes of their own, as with `loray train`."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from jobs.bench import workers
+from loray.bases.registry import BaseModel
+from loray.spec import TrainSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of `tokens`; `dense`: the recipe, but with the fastest dense attention."""
+
+    tokens: int
+    adapter: str
+    checkpointing: bool
+    sequence: int = 1
+    strategy: str = "ddp"
+    dense: bool = False
+
+    @property
+    def label(self) -> str:
+        parallel = f" P={self.sequence}" if self.sequence > 1 else ""
+        return f"{self.adapter} {self.tokens}{' checkpointing' if self.checkpointing else ''}{parallel}"
+
+    @property
+    def recipe(self) -> TrainSpec:
+        """LongLoRA stretches a window of half as much; G is a quarter of the row."""
+        adapter: dict[str, Any] = {"method": self.adapter, "rank": 8, "alpha": 16}
+        if self.adapter == "longlora":
+            adapter["long_context"] = {"original_context": self.tokens // 2, "rope_scaling": {"factor": 2}}
+        return TrainSpec.model_validate(
+            {
+                "name": "bench",
+                "adapter": adapter,
+                "data": {"train": "unused", "max_length": self.tokens},
+                "batch": {"rows": 1},
+                "optimizer": {"learning_rate": 1e-4},
+                "max_steps": 1,
+                "gradient_checkpointing": self.checkpointing,
+                "num_workers": self.sequence,
+                "parallel": {"sequence": self.sequence, "strategy": self.strategy},
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The most that any worker had: bytes above the interpreter's, above those of a short step, bytes of halos sent in
+    a step, seconds of its quickest step.
+    """
+
+    peak_bytes: int
+    activation_bytes: int
+    halo_bytes: int
+    step_s: float
+
+
+def measure(case: Case, base: BaseModel, num_steps: int, *, num_threads: int | None = None) -> Measured:
+    home, recipe = str(base.path.parent.parent), case.recipe.model_copy(update={"base": base.name})
+    command = ["jobs.bench.step_worker", home, recipe.model_dump_json(), str(num_steps)]
+    if case.dense:
+        command.append("--dense")
+    with tempfile.TemporaryDirectory(prefix="steps-") as folder:
+        commands = [command]
+        if case.sequence > 1:
+            where = ["--rendezvous", f"{folder}/rendezvous"]
+            commands = [[*command, *where, "--rank", str(rank)] for rank in range(case.sequence)]
+        found = [Measured(**figures) for figures in workers.run(commands, num_threads)]
+    return Measured(*(max(values) for values in zip(*map(astuple, found), strict=True)))
