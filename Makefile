@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-rest check format bench bench-serve clean
+.PHONY: demo test test-cluster test-rest check format bench bench-serve bench-train clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/local/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -32,6 +32,9 @@ bench: .venv/.ready
 
 bench-serve: .venv/.ready
 	$(BIN)/python -m serve_apps.bench.serve $(ARGS)
+
+bench-train: .venv/.ready
+	$(BIN)/python -m jobs.bench.train $(ARGS)
 
 clean:
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
