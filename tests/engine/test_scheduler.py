@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loray.engine.arrival import Arrival
 from loray.engine.entries import Tier
 from loray.engine.fairness import MAX_OVERTAKES
 from loray.engine.request import Request, State
 from loray.errors import ContextLengthExceeded, IntegrityError, Overloaded
-from tests.engine.simulation import BLOCK_TOKENS, Simulation, adapter
+from tests.engine.simulation import BLOCK_TOKENS, Packed, Simulation, adapter
 
 
 def test_one_tenant_is_served_in_order_of_priority_and_arrival() -> None:
@@ -70,6 +71,24 @@ def test_an_adapter_that_fails_fails_all_that_wait_for_it_and_at_once() -> None:
     sim.step()
     assert all(isinstance(sim.outcomes[r], IntegrityError) for r in waiting)
     assert not sim.scheduler.has_work
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_began_on_an_adapter_that_then_fails_has_had_no_service(late: bool) -> None:
+    """While its request runs, or once that was put back for the rest of it comes late."""
+    sim, ref, arrival = Simulation(lands=False), adapter("x"), Arrival()
+    request = sim.add(10, 4, ref, tenant="t")
+    sim.scheduler.next()
+    sim.flights[ref.digest].set_result(Packed(1, arrival=arrival))
+    assert [c.request for c in sim.scheduler.next().chunks] == [request]
+    assert sim.scheduler.waiting.fair.counter("t") == 10
+    arrival.late = late
+    assert bool(sim.scheduler.next().chunks) is not late
+    arrival.fail(IntegrityError("damaged"))
+    ((failed, error),) = sim.scheduler.next().failed
+    assert failed is request
+    assert isinstance(error, IntegrityError)
+    assert sim.scheduler.waiting.fair.counter("t") == 0
 
 
 def test_small_adapters_in_demand_do_not_keep_a_large_one_from_the_host() -> None:

@@ -113,6 +113,7 @@ class Scheduler:
         if request.state is State.RUNNING:
             self.running.remove(request)
             self._charge_output(request)
+            self.waiting.fair.leave(request)
             self._estimate.observe_end(len(request.output_ids))
             self._give_back(request)
         elif request.state is State.WAITING:
@@ -196,7 +197,8 @@ class Scheduler:
         request.start_by = math.inf
         if not request.token_weight:
             request.token_weight = self._token_weight(request)
-            self.waiting.fair.charge(request, num_input=request.num_prompt_tokens - request.num_computed)
+            request.num_input_charged = request.num_prompt_tokens - request.num_computed
+            self.waiting.fair.charge(request, num_input=request.num_input_charged)
 
     def _charge_output(self, request: Request) -> None:
         num_output = len(request.output_ids) - request.num_output_charged

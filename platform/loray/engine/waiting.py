@@ -39,6 +39,8 @@ class WaitingRequests:
 
     def add(self, request: Request, *, again: bool = False) -> None:
         """`again`: it was running before and has been preempted."""
+        if again:
+            self.fair.leave(request)
         if request.adapter is not None:
             self._residency.want(request.adapter, again=again)
             self._by_adapter.setdefault(request.adapter.digest, {})[request] = None
@@ -55,8 +57,12 @@ class WaitingRequests:
         self._left(request)
 
     def refuse(self, request: Request) -> None:
-        """It will not run; the engine removes it when its caller has been told."""
+        """It will not run; the engine removes it when its caller has been told. One that has run and has not had a
+        token yet costs its tenant nothing.
+        """
         self._withdraw(request)
+        if request.num_input_charged and not request.output_ids:
+            self.fair.refund(request, num_input=request.num_input_charged)
         self._discard(self._by_adapter, request)
         self._places[request] = _Place.REFUSED
 
