@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterCache, AdapterStore, open_store
 from loray.telemetry import get_logger
+from serve_apps.adapter_keeping import Keeper
 
 if TYPE_CHECKING:
     from loray.adapters.weights import AdapterWeights
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 _NODE_CACHE_BYTES = 16 << 30  # of disk
-_FIRST_BYTES = 1 << 20  # with the header, and all of a small adapter
+_FIRST_BYTES = 256 << 10  # with the header, and all of a small adapter
 _RANGE_BYTES = 4 << 20
 _NUM_RANGES = 4  # that travel at once, of all adapters
 
@@ -56,6 +57,8 @@ class AdapterLoader:
         self.store = AdapterStore(open_store(settings.store))
         self.cache = AdapterCache(self.store, settings.home / "cache", _NODE_CACHE_BYTES)
         self.ranges = ThreadPoolExecutor(_NUM_RANGES, thread_name_prefix="adapter-range")
+        self.hashing = ThreadPoolExecutor(1, thread_name_prefix="adapter-hash")  # beside packing, on another core
+        self.keeper = Keeper()
 
     def __call__(self, ref: AdapterRef) -> StoredAdapter:
         return StoredAdapter(self, ref)
@@ -70,43 +73,54 @@ class StoredAdapter:
     def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
         """NotFoundError and IntegrityError (store), BaseMismatch, UnsupportedError (what the engine cannot hold)."""
         name = packed_name(packer, self._loader.base.fingerprint)
-        packed: PackedAdapter | None = None
-
-        def fetch(digest: str, folder: Path) -> None:
-            nonlocal packed
-            packed = self._stream(folder, packer, progress)
-
-        with self._loader.cache.pinned(self._ref.digest, fetch=fetch, is_good=lambda f: _is_good(f / name)) as folder:
-            if packed is None and (folder / name).exists():
-                return open_packed(folder / name, pinned=packer.pinned)
-            if packed is None:
-                manifest = read_manifest(folder)
-                packed = packer.pack(self._checked(manifest, read_adapter(folder, self._loader.base.config)))
+        with ExitStack() as held:
+            entry = held.enter_context(
+                self._loader.cache.entry(self._ref.digest, is_good=lambda folder: _is_good(folder / name))
+            )
+            file = entry.folder / name
+            if entry.present and file.exists():
+                return open_packed(file, pinned=packer.pinned)
+            if entry.present:
+                manifest = read_manifest(entry.folder)
+                packed = packer.pack(self._checked(manifest, read_adapter(entry.folder, self._loader.base.config)))
                 progress(packed, 0.0)
-            if packed.pair is None:
-                save_packed(packed, folder / name)
-                self._loader.cache.trim(self._ref.digest)
+                if packed.pair is not None:
+                    return packed
+
+                def write() -> None:
+                    save_packed(packed, file)
+                    self._loader.cache.trim(self._ref.digest)
+            else:
+                packed, fetched = self._stream(entry.folder, packer, progress)
+
+                def write() -> None:
+                    self._loader.store.fetch(self._ref.digest, entry.folder, have=fetched)
+                    if packed.pair is None:
+                        save_packed(packed, file)
+
+            self._loader.keeper.keep(self._ref.label, packed, write, held.pop_all(), packer.memory)
         return packed
 
-    def _stream(self, folder: Path, packer: Packer, progress: Progress) -> PackedAdapter:
-        """From the store into host memory, then into `folder`."""
+    def _stream(
+        self, folder: Path, packer: Packer, progress: Progress
+    ) -> tuple[PackedAdapter, Mapping[str, bytes | memoryview]]:
+        """From the store into host memory; the files as well."""
         digest, store = self._ref.digest, self._loader.store
         manifest = store.manifest(digest)
         config = self._loader.ranges.submit(self._read, manifest, CONFIG_FILE, 0, _FIRST_BYTES)
-        file = self._begin(manifest)
+        file = self._begin(manifest, packer)
         config_bytes = config.result()
         if hashlib.sha256(config_bytes).hexdigest() != manifest.files[CONFIG_FILE]:
             raise IntegrityError(
                 f"adapter {digest[:12]} is damaged: {CONFIG_FILE} differs from its SHA-256; publish the adapter again"
             )
         arrival = Arrival()
+        tensors = without_prefix(file.tensors)
         packing: Packing | None = None
         taken = 0
-        ranges = file.ranges(_RANGE_BYTES)
-        with self._coming(manifest, file, ranges) as remaining:
-            for num_layers, remaining_s in remaining:
-                if packing is None:
-                    tensors = without_prefix(file.tensors)
+        with self._coming(manifest, file) as layers:
+            for num_layers, remaining_s in layers:
+                if packing is None:  # not before: an own embedding and norms without a layer are read at once
                     parsed = parse_adapter(
                         folder, parse_config(folder, config_bytes), tensors, self._loader.base.config
                     )
@@ -114,55 +128,65 @@ class StoredAdapter:
                 packing.take(range(taken, num_layers))
                 taken = num_layers
                 arrival.advance(num_layers)
-                progress(packing.packed, remaining_s)
+                if remaining_s is not None:
+                    progress(packing.packed, remaining_s)
         assert packing is not None
-        file.verify(manifest.files[WEIGHTS_FILE])
+        self._loader.hashing.submit(file.verify, manifest.files[WEIGHTS_FILE]).result()
         arrival.land()
         progress(packing.packed, 0.0)
-        store.fetch(digest, folder, have={CONFIG_FILE: config_bytes, WEIGHTS_FILE: file.data})
-        return packing.packed
+        return packing.packed, {CONFIG_FILE: config_bytes, WEIGHTS_FILE: file.data}
 
-    def _begin(self, manifest: AdapterManifest) -> ArrivingFile:
+    def _begin(self, manifest: AdapterManifest, packer: Packer) -> ArrivingFile:
         source = f"adapter {self._ref.digest[:12]}: {WEIGHTS_FILE} in the store"
         beginning = self._read(manifest, WEIGHTS_FILE, 0, _FIRST_BYTES)
         missing = ArrivingFile.header_end(beginning, source=source) - len(beginning)
         if missing > 0:
             beginning += self._read(manifest, WEIGHTS_FILE, len(beginning), len(beginning) + missing)
-        return ArrivingFile(beginning, source=source)
+        return ArrivingFile(beginning, packer.memory.empty, source=source)
 
     @contextmanager
-    def _coming(
-        self, manifest: AdapterManifest, file: ArrivingFile, ranges: Sequence[Range]
-    ) -> Iterator[Iterator[tuple[int, float]]]:
-        """Whenever more layers are whole: how many, and the seconds until the file is here and hashed."""
-        asked = [self._loader.ranges.submit(self._read, manifest, WEIGHTS_FILE, r.start, r.stop) for r in ranges]
+    def _coming(self, manifest: AdapterManifest, file: ArrivingFile) -> Iterator[Iterator[tuple[int, float | None]]]:
+        """Whenever more layers are whole: how many, and the seconds until the file is here and hashed; None where it
+        is not worth a step to begin now, since the next bytes are here as well and want to be packed.
+        """
+        ranges = file.ranges(_RANGE_BYTES)
+        asked = [self._loader.ranges.submit(self._fill, manifest, file, piece) for piece in ranges]
         try:
             yield self._follow(file, ranges, asked)
         finally:
             for future in asked:
                 future.cancel()
+            wait(asked)  # none writes to memory that is somebody else's by now
 
     def _follow(
-        self, file: ArrivingFile, ranges: Sequence[Range], asked: Sequence[Future[bytes]]
-    ) -> Iterator[tuple[int, float]]:
+        self, file: ArrivingFile, ranges: Sequence[Range], asked: Sequence[Future[None]]
+    ) -> Iterator[tuple[int, float | None]]:
         num_layers = self._loader.base.config.num_layers
         left = sum(r.stop - r.start for r in ranges)
-        come, began, hashing = 0, time.monotonic(), 0.0
+        come, began = 0, time.monotonic()
+        self._loader.hashing.submit(file.hash_more)
         for i, (piece, future) in enumerate(zip(ranges, asked, strict=True)):
-            file.put(piece.start, future.result())
+            future.result()
             come += piece.stop - piece.start
             left -= piece.stop - piece.start
-            now = time.monotonic()
-            whole = num_layers if not left else piece.num_layers
-            if whole > 0 and (not left or ranges[i + 1].num_layers > 0):
-                to_hash = file.num_bytes - file.num_hashed
-                pace = hashing / file.num_hashed if file.num_hashed else 0.0
-                yield whole, left * (now - began) / come + to_hash * pace
-            hash_began = time.monotonic()
-            file.hash_more()
-            hashing += time.monotonic() - hash_began
+            if not left:
+                yield num_layers, file.hash_seconds_left()
+            elif piece.num_layers > 0 and ranges[i + 1].num_layers > 0:
+                pace = (time.monotonic() - began) / come
+                yield piece.num_layers, None if asked[i + 1].done() else left * pace + file.hash_seconds_left()
         if not ranges:
-            yield num_layers, 0.0
+            yield num_layers, file.hash_seconds_left()
+
+    def _fill(self, manifest: AdapterManifest, file: ArrivingFile, piece: Range) -> None:
+        self._loader.store.read_into(
+            self._ref.digest,
+            WEIGHTS_FILE,
+            manifest.files[WEIGHTS_FILE],
+            piece.start,
+            file.data[piece.start : piece.stop],
+        )
+        file.come(piece.start, piece.stop)
+        self._loader.hashing.submit(file.hash_more)
 
     def _read(self, manifest: AdapterManifest, name: str, start: int, stop: int) -> bytes:
         if name not in manifest.files:

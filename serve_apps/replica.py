@@ -37,9 +37,9 @@ from serve_apps.metrics import ReplicaMetrics
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
-    from loray.engine.loading import LoadAdapter
     from loray.engine.request import GenerateRequest
     from loray.engine.stream import Delta, EngineStream
+    from serve_apps.adapter_loading import AdapterLoader
 
 _log = get_logger(__name__)
 
@@ -182,7 +182,7 @@ def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> Engine
     return stream
 
 
-def adapter_loader(base: BaseModel, settings: Settings) -> LoadAdapter:
+def adapter_loader(base: BaseModel, settings: Settings) -> AdapterLoader:
     """From a reference to an adapter, by the engine's loader threads."""
     from serve_apps.adapter_loading import AdapterLoader
 

@@ -82,13 +82,14 @@ def _measure(base: BaseModel, refs: Sequence[AdapterRef], store_url: str) -> Map
         spec = ServeSpec(
             base=base.name, pool_bytes=2 * refs[0].nbytes + (4 << 20), host_bytes=1, enable_prefix_caching=False
         )
-        driver = Driver(build_engine(spec, base, adapter_loader(base, settings)))
+        loader = adapter_loader(base, settings)
+        driver = Driver(build_engine(spec, base, loader))
         for i in range(4):  # kernels are compiled, threads started, the pace of a step known
             driver.first_token_s(None, -1 - i)
         for i, ref in enumerate(refs):
             times["raw"].append(_read_s(store, ref))
             times["cold"].append(driver.first_token_s(ref, i))
-            _wait_for_cache(Path(home), ref)
+            loader.keeper.flush()  # the node's cache is filled after the first token; what follows is undisturbed
             times["warm"].append(driver.first_token_s(ref, i))
             if i >= AGO:
                 times["cached"].append(driver.first_token_s(refs[i - AGO], i))
@@ -130,15 +131,6 @@ def _read_s(store: AdapterStore, ref: AdapterRef) -> float:
     began = time.perf_counter()
     store.objects.get(f"blobs/{sha256[:2]}/{sha256}")
     return time.perf_counter() - began
-
-
-def _wait_for_cache(home: Path, ref: AdapterRef) -> None:
-    """It is filled after the first token, and the next measurement is to be undisturbed."""
-    deadline = time.monotonic() + 60
-    while not list((home / "cache" / "adapters" / ref.digest).glob("packed*")):
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{ref.label} does not come into the node's cache")
-        time.sleep(0.01)
 
 
 def _row(times: Mapping[str, list[float]]) -> dict[str, Any]:

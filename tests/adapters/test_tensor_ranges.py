@@ -23,17 +23,22 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def arriving_file(beginning: bytes) -> ArrivingFile:
+    return ArrivingFile(beginning, lambda n, dtype: torch.full((n,), 255, dtype=dtype), source="f")
+
+
 @pytest.mark.parametrize("max_bytes", [1, 2000, 1 << 20])
 def test_layers_come_in_order_and_every_byte_once(file: Path, max_bytes: int) -> None:
     data, whole = file.read_bytes(), load_file(file)
     end = ArrivingFile.header_end(data, source="f")
-    arriving = ArrivingFile(data[: end + 100], source="f")
+    arriving = arriving_file(data[: end + 100])
     for tensor in arriving.tensors.values():
         assert tensor.data_ptr() % tensor.itemsize == 0
     come, num_layers = end + 100, 0
     for piece in arriving.ranges(max_bytes):
         assert piece.num_layers >= num_layers
-        arriving.put(piece.start, data[piece.start : piece.stop])
+        arriving.data[piece.start : piece.stop] = data[piece.start : piece.stop]
+        arriving.come(piece.start, piece.stop)
         arriving.hash_more()
         come += piece.stop - piece.start
         num_layers = piece.num_layers
@@ -50,9 +55,9 @@ def test_layers_come_in_order_and_every_byte_once(file: Path, max_bytes: int) ->
 def test_neighbours_are_asked_for_together(file: Path) -> None:
     data = file.read_bytes()
     beginning = data[: ArrivingFile.header_end(data, source="f")]
-    ranges = ArrivingFile(beginning, source="f").ranges(max_bytes=1 << 20)
+    ranges = arriving_file(beginning).ranges(max_bytes=1 << 20)
     assert len(ranges) == 1
-    by_layer = ArrivingFile(beginning, source="f").ranges(max_bytes=10_000)
+    by_layer = arriving_file(beginning).ranges(max_bytes=10_000)
     assert [r.num_layers for r in by_layer] == [0, 2, 3, 4, 10, 12]
 
 
@@ -64,4 +69,4 @@ def test_what_is_not_the_format_is_named(file: Path) -> None:
     broken = json.dumps(header).encode()
     for beginning in (b"", b"\xff" * 100, data[:8] + b"x" * (end - 8), len(broken).to_bytes(8, "little") + broken):
         with pytest.raises(IntegrityError, match="f is damaged"):
-            ArrivingFile(beginning, source="f")
+            arriving_file(beginning)

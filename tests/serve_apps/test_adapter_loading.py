@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -16,12 +18,13 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.engine.blocks import Geometry
 from loray.engine.packed import PackedAdapter, Packer
+from loray.engine.packed_file import open_packed
 from loray.errors import BaseMismatch, IntegrityError
 from loray.publishing import publish
 from loray.settings import Settings
 from loray.spec import AdapterRef
 from loray.store import AdapterStore, open_store
-from serve_apps import adapter_loading
+from serve_apps import adapter_keeping, adapter_loading
 from serve_apps.adapter_loading import AdapterLoader
 from tests.store.conftest import damage
 
@@ -56,7 +59,10 @@ class World:
 
     def load(self, *, loader: AdapterLoader | None = None, ref: AdapterRef | None = None) -> PackedAdapter:
         self.seen.said.clear()
-        return (loader or self.loader)(ref or self.ref).pack(self.packer, self.seen)
+        loader = loader or self.loader
+        packed = loader(ref or self.ref).pack(self.packer, self.seen)
+        loader.keeper.flush()
+        return packed
 
     @property
     def cached(self) -> Path:
@@ -100,12 +106,29 @@ def test_the_same_rows_from_the_store_and_from_the_cache(
     assert same(cold, expected)
     assert world.seen.said[-1] == (2, True)
     assert world.seen.said == sorted(world.seen.said)
-    if piece == 256 and expected.pair is None:
-        assert (1, False) in world.seen.said  # its first layer could be used before the second had come
     world.store.objects.delete(f"manifests/{world.ref.digest[:2]}/{world.ref.digest}.json")  # no store any more
     for loader in (world.loader, AdapterLoader(world.base, world.settings)):
         assert same(world.load(loader=loader), expected)
     assert bool(list(world.cached.glob("packed*"))) == (expected.pair is None)
+
+
+def test_the_first_layer_can_be_used_before_the_second_has_come(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_loading, "_FIRST_BYTES", 2048)
+    monkeypatch.setattr(adapter_loading, "_RANGE_BYTES", 256)
+    read_into, end, usable = AdapterStore.read_into, world.blob().stat().st_size, Event()
+
+    def held_back(self: AdapterStore, digest: str, name: str, sha256: str, start: int, buffer: memoryview) -> None:
+        assert start + len(buffer) < end or usable.wait(60)
+        read_into(self, digest, name, sha256, start, buffer)
+
+    def progress(packed: PackedAdapter, remaining_s: float) -> None:
+        world.seen(packed, remaining_s)
+        usable.set()
+
+    monkeypatch.setattr(AdapterStore, "read_into", held_back)
+    packed = world.loader(world.ref).pack(world.packer, progress)
+    assert (world.seen.said[0], world.seen.said[-1]) == ((1, False), (2, True))
+    assert same(packed, world.packer.pack(read_adapter(world.folder, world.base.config)))
 
 
 @pytest.mark.parametrize("at", [-1, 20])
@@ -161,3 +184,30 @@ def test_a_vera_adapter_keeps_the_pair_it_was_trained_with(world: World) -> None
     digest = world.store.put(world.folder)
     with pytest.raises(IntegrityError, match="a@1: its VeRA projection is not the pair it was trained with"):
         world.load(ref=world.ref.model_copy(update={"digest": digest}))
+
+
+def test_the_cache_is_filled_once_a_step_on_the_adapter_is_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_keeping, "_MAX_WAIT_S", 60.0)
+    packed = world.loader(world.ref).pack(world.packer, world.seen)
+    assert packed.arrival is not None
+    assert packed.arrival.landed
+    assert not world.cached.exists()
+    packed.arrival.use()
+    world.loader.keeper.flush()
+    assert same(open_packed(world.packed_file, verify=True), packed)
+
+
+def test_a_cache_that_cannot_be_written_to_fails_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(packed: PackedAdapter, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(adapter_loading, "save_packed", full)
+    expected = world.packer.pack(read_adapter(world.folder, world.base.config))
+    for _ in range(2):  # from the store, and from the published files in the cache
+        assert same(world.load(), expected)
+    assert "the node's cache has not kept it: [Errno 28] No space left" in caplog.text
+    monkeypatch.undo()
+    world.load()
+    assert same(open_packed(world.packed_file, verify=True), expected)

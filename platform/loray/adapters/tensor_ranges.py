@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
+import time
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loray.errors import IntegrityError
-from loray_kernels.memory import huge_pages
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _DTYPES = {
@@ -44,10 +45,16 @@ class Range(NamedTuple):
 
 
 class ArrivingFile:
-    """`data` is the whole file's bytes, `tensors` lie in it; they are true as far as `put` has filled them."""
+    """`data` is the whole file's bytes, `tensors` lie in it; they are true as far as `data` has been filled.
 
-    def __init__(self, beginning: bytes, *, source: str) -> None:
-        """`beginning`: up to `header_end` at least. IntegrityError where the header is damaged."""
+    Several threads may fill it and tell with `come`; one hashes.
+    """
+
+    def __init__(self, beginning: bytes, memory: Callable[[int, torch.dtype], Tensor], *, source: str) -> None:
+        """`beginning`: up to `header_end` at least. IntegrityError where the header is damaged.
+
+        memory  (elements, dtype) → the tensor that the file is read into
+        """
         self._source = source
         header_end = self.header_end(beginning, source=source)
         try:
@@ -59,7 +66,7 @@ class ArrivingFile:
             }
             self.num_bytes = max((stop for _, stop in spans.values()), default=header_end)
             skip = -header_end % 8  # so that the tensors are aligned
-            whole = huge_pages(skip + self.num_bytes, torch.uint8)[skip:]
+            whole = memory(skip + self.num_bytes, torch.uint8)[skip:]
             self.tensors: dict[str, Tensor] = {
                 name: whole[slice(*spans[name])].view(_DTYPES[e["dtype"]]).view(e["shape"])
                 for name, e in entries.items()
@@ -70,9 +77,12 @@ class ArrivingFile:
         self._spans = spans
         self._sha256 = hashlib.sha256()
         self.num_hashed = 0
+        self._hash_s = 0.0
+        self._lock = threading.Lock()
         self._come: list[tuple[int, int]] = []  # disjoint, sorted; neighbours are not joined
         self._beginning_end = min(len(beginning), self.num_bytes)
-        self.put(0, beginning[: self._beginning_end])
+        self.data[: self._beginning_end] = beginning[: self._beginning_end]
+        self.come(0, self._beginning_end)
 
     @staticmethod
     def header_end(beginning: bytes, *, source: str) -> int:
@@ -105,19 +115,27 @@ class ArrivingFile:
                     merged.append(Range(start, stop, num_layers))
         return merged
 
-    def put(self, start: int, data: bytes) -> None:
-        self.data[start : start + len(data)] = data
-        insort(self._come, (start, start + len(data)))
+    def come(self, start: int, stop: int) -> None:
+        """`data[start:stop]` has been filled."""
+        with self._lock:
+            insort(self._come, (start, stop))
 
     def hash_more(self) -> None:
         """Of the file's beginning, as far as it has come without a gap."""
         end = self.num_hashed
-        for start, stop in self._come:
-            if start > end:
-                break
-            end = max(end, stop)
+        with self._lock:
+            for start, stop in self._come:
+                if start > end:
+                    break
+                end = max(end, stop)
+        began = time.monotonic()
         self._sha256.update(self.data[self.num_hashed : end])
+        self._hash_s += time.monotonic() - began
         self.num_hashed = end
+
+    def hash_seconds_left(self) -> float:
+        """Of hashing what is not hashed yet, at the pace so far."""
+        return (self.num_bytes - self.num_hashed) * self._hash_s / self.num_hashed if self.num_hashed else 0.0
 
     def verify(self, sha256: str) -> None:
         """IntegrityError unless the file is the one with this SHA-256."""

@@ -18,9 +18,14 @@ class Arrival:
     def __init__(self) -> None:
         self._changed = Condition()
         self._num_layers = 0
-        self._landed = False
+        self._landed = self._used = False
         self.error: Exception | None = None
         self.late = False
+
+    @property
+    def num_layers(self) -> int:
+        """So many of the base's first layers are there, at least."""
+        return self._num_layers
 
     @property
     def landed(self) -> bool:
@@ -51,6 +56,11 @@ class Arrival:
             self.error = error
             self._changed.notify_all()
 
+    def wait_until_used(self, timeout_s: float) -> None:
+        """Until a step on it is over, or the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._used, timeout_s)
+
     # -- the engine's -------------------------------------------------------------------------------------------------
 
     def wait_for_layers(self, num_layers: int, timeout_s: float) -> int:
@@ -58,6 +68,12 @@ class Arrival:
         with self._changed:
             self._changed.wait_for(lambda: self._num_layers >= num_layers or self.done, timeout_s)
             return self._num_layers
+
+    def use(self) -> None:
+        """A step on it is over."""
+        with self._changed:
+            self._used = True
+            self._changed.notify_all()
 
     def wait(self, timeout_s: float) -> bool:
         """Until it is done or the time is up; True where it has landed."""

@@ -182,6 +182,7 @@ class Engine:
             chunk.request.num_computed += chunk.num_tokens
             self._counters.computed(chunk.request)
         outputs = self._results(chunks, batch, logits_RV)
+        landings.over()
         seconds = time.monotonic() - began
         self._scheduler.observe_step(num_tokens, seconds)
         self._counters.stepped(num_tokens, num_adapters, seconds)

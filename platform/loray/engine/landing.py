@@ -38,6 +38,7 @@ class Landings:
         self._pool, self._now = pool, clock
         self._left_s = max_wait_s
         self._arriving = [r for r in residents if r.arriving is not None]
+        self._arrivals = [r.arriving.arrival for r in self._arriving if r.arriving and r.arriving.arrival]
 
     def __bool__(self) -> bool:
         return bool(self._arriving)
@@ -68,6 +69,11 @@ class Landings:
         )
         kept = [c for c in chunks if c.request.adapter_digest not in unsettled]
         return kept, batch, logits_RV[torch.tensor(rows, dtype=torch.bool, device=logits_RV.device)]
+
+    def over(self) -> None:
+        """The step is over: loaders may have the cores for what is not urgent."""
+        for arrival in self._arrivals:
+            arrival.use()
 
     def _unsettled(self) -> set[str]:
         unsettled = set()

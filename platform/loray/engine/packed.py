@@ -22,8 +22,9 @@ from loray.engine.blocks import Extent, Geometry, Kind
 from loray.engine.rows import AdapterShape, Matrix, columns
 from loray.errors import IntegrityError
 from loray.spec import RopeParameters
-from loray_kernels.memory import huge_pages
+from loray_kernels.memory import Recycled
 
+_IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 
 Rows = Mapping[Matrix, Tensor]
@@ -112,13 +113,14 @@ def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
 @dataclass(frozen=True, slots=True, eq=False)
 class Packer:
     """What packing needs of an engine. `embedding_VD` is the base's: of a dense embedding only the rows that differ
-    are kept. `pinned`: in memory that a device can read by itself.
+    are kept. `pinned`: in memory that a device can read by itself. `memory`: what adapters are read and packed into.
     """
 
     geometry: Geometry
     dtype: torch.dtype
     embedding_VD: Tensor
     pinned: bool = False
+    memory: Recycled = field(default_factory=lambda: Recycled(_IDLE_BYTES))
     _pairs: WeakValueDictionary[str, ProjectionPair] = field(default_factory=WeakValueDictionary)
 
     @property
@@ -139,7 +141,7 @@ class Packer:
     def empty(self, *shape: int) -> Tensor:
         if self.pinned:
             return torch.empty(shape, dtype=self.dtype, pin_memory=True)
-        return huge_pages(math.prod(shape), self.dtype).view(shape)  # half of packing were page faults else
+        return self.memory.empty(math.prod(shape), self.dtype).view(shape)
 
 
 class Packing:
@@ -171,25 +173,38 @@ class Packing:
             arrival=arrival,
         )
         _write(self.packed.flat, flat, flat_order)
+        _check_finite(self.packed.flat[None], [""], flat_order)
 
     def take(self, layers: Iterable[int]) -> None:
         """IntegrityError where a number is not finite in the pool's dtype."""
+        taken: dict[int, list[int]] = {}
         for layer in layers:
             if layer in self._place:
                 group, n = self._place[layer]
-                _write(self.packed.layered[group][n], self._layers[layer], self._orders[group], layer)
+                _write(self.packed.layered[group][n], self._layers[layer], self._orders[group])
+                taken.setdefault(group, []).append(layer)
+        for group, own in taken.items():  # a group's layers stand in their order
+            first = self._place[own[0]][1]
+            rows_LE = self.packed.layered[group][first : first + len(own)]
+            _check_finite(rows_LE, [f"layer {layer} " for layer in own], self._orders[group])
 
 
-def _write(to: Tensor, rows: Rows, order: RowOrder, layer: int | None = None) -> None:
+def _write(to: Tensor, rows: Rows, order: RowOrder) -> None:
     for matrix, tensor in rows.items():
         for column, width, start in order.stretches[matrix]:
             to[start : start + matrix.rows * width].view(matrix.rows, width).copy_(tensor[:, column : column + width])
-    if not _is_finite(to):
-        bad = next(m for m, own in order.stretches.items() if not all(_is_finite(_stretch(to, m, s)) for s in own))
-        where = "" if layer is None else f"layer {layer} "
-        raise IntegrityError(
-            f"the adapter's {where}{bad.module} {bad.part} is not finite in {to.dtype}; its weights are unusable"
-        )
+
+
+def _check_finite(rows_LE: Tensor, layers: Sequence[str], order: RowOrder) -> None:
+    if _is_finite(rows_LE):
+        return
+    for row, layer in zip(rows_LE, layers, strict=True):
+        for matrix, own in order.stretches.items():
+            if not all(_is_finite(_stretch(row, matrix, s)) for s in own):
+                raise IntegrityError(
+                    f"the adapter's {layer}{matrix.module} {matrix.part} is not finite in {row.dtype}; its weights are "
+                    "unusable"
+                )
 
 
 def _stretch(row: Tensor, matrix: Matrix, stretch: Stretch) -> Tensor:

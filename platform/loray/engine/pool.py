@@ -149,8 +149,10 @@ class Pool:
             ref, packed.shape, table, tensors, scales, tuple(extents), token_row, packed.rope, pair, packed
         )
         self._write(resident, Kind.FLAT, packed.flat[None], packed.shape.flat, [0])
-        if packed.arrival is None or packed.arrival.landed:
-            self._take(resident, self.geometry.num_layers)
+        landed = packed.arrival is None or packed.arrival.landed
+        come = self.geometry.num_layers if packed.arrival is None or landed else packed.arrival.num_layers
+        self._take(resident, min(come, self.geometry.num_layers))
+        if landed:
             resident.arriving = None
         self._residents[resident] = None
         self._compact = False

@@ -25,6 +25,9 @@ from loray.telemetry import get_logger
 log = get_logger(__name__)
 
 
+_MAX_MANIFEST_BYTES = 16 << 20
+
+
 class AdapterStore:
     """Immutable adapters by digest. Safe from several threads and processes."""
 
@@ -86,6 +89,13 @@ class AdapterStore:
         with _named(digest, name):
             return self.objects.get_range(_blob_key(sha256), start, stop)
 
+    def read_into(self, digest: str, name: str, sha256: str, start: int, buffer: memoryview) -> None:
+        """As `read_range`, into memory that is there. IntegrityError also where the file ends before."""
+        with _named(digest, name):
+            come = self.objects.read_into(_blob_key(sha256), start, buffer)
+        if come != len(buffer):
+            raise IntegrityError(f"adapter {digest[:12]} is damaged: {name} in the store is cut off; publish it again")
+
     def verify(self, digest: str) -> AdapterManifest:
         """Read every stored byte of the adapter and hash it; IntegrityError names the file that differs."""
         manifest = self.manifest(digest)
@@ -123,7 +133,8 @@ class AdapterStore:
 
     def _manifest_bytes(self, digest: str) -> bytes | None:
         """None where the stored bytes are not those of `digest`."""
-        data = self.objects.get(_manifest_key(digest))
+        # In one request, where `get` takes two of S3.
+        data = self.objects.get_range(_manifest_key(digest), 0, _MAX_MANIFEST_BYTES)
         return data if hashlib.sha256(data).hexdigest() == digest else None
 
 

@@ -25,6 +25,13 @@ _STALE_S = 3600.0
 Fetch = Callable[[str, Path], object]  # (digest, a folder that appears only when it is whole)
 
 
+class CacheEntry(NamedTuple):
+    """Not `present`: `folder` does not exist, and is to appear when it is whole."""
+
+    folder: Path
+    present: bool
+
+
 class _Entry(NamedTuple):
     used_at: int
     nbytes: int
@@ -74,34 +81,44 @@ class AdapterCache:
         `fetch` makes the folder in the store's place, once for all who wait for it. `is_good` says of a folder that an
         earlier process left whether it is to be trusted, in place of hashing the adapter's files.
         """
+        while True:
+            with self.entry(digest, is_good=is_good) as entry:
+                if entry.present:
+                    yield entry.folder
+                    return
+                (fetch or self._store.fetch)(digest, entry.folder)
+
+    @contextmanager
+    def entry(self, digest: str, *, is_good: Callable[[Path], bool] | None = None) -> Iterator[CacheEntry]:
+        """The adapter's place until the block ends: pinned where it is present, else the caller's alone, to fill.
+
+        Who fills it has verified what it puts there. The block may end in another thread than it began in.
+        """
         path = self._entries / check_digest(digest)
-        fetched = False
         while True:
             with self._lock(digest, fcntl.LOCK_SH) as handle:
                 if self._is_good(digest, path, is_good):
                     used_at = time.time_ns()  # finer than the clock that utime takes by itself
                     os.utime(handle, ns=(used_at, used_at))
-                    if fetched:
-                        self._evict(keep=digest)
-                    yield path
+                    yield CacheEntry(path, present=True)
                     return
             with self._lock(digest, fcntl.LOCK_EX):
-                if not self._is_good(digest, path, is_good):
-                    self._remove(path)
-                    self._fetch(digest, path, fetch or self._store.fetch)
-                    fetched = True
+                if self._is_good(digest, path, is_good):
+                    continue
+                self._remove(path)
+                try:
+                    yield CacheEntry(path, present=False)
+                finally:
+                    if path.is_dir():
+                        self._trust(digest)
+                        self._evict(keep=digest)
+                    else:
+                        (self._locks / digest).unlink(missing_ok=True)  # held: nobody else is at it
+                return
 
     def trim(self, keep: str) -> None:
         """After `keep`, which is pinned, has grown."""
         self._evict(keep=keep)
-
-    def _fetch(self, digest: str, path: Path, fetch: Fetch) -> None:
-        try:
-            fetch(digest, path)
-        except BaseException:
-            (self._locks / digest).unlink(missing_ok=True)  # held: nobody else is at it
-            raise
-        self._trust(digest)
 
     def _is_good(self, digest: str, path: Path, is_good: Callable[[Path], bool] | None) -> bool:
         """Present, and hashed once by this process: what an earlier one left may be torn."""

@@ -36,6 +36,10 @@ class ObjectStore(Protocol):
         """Bytes [start, stop), fewer where the object ends before. NotFoundError where there is no such key."""
         ...
 
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` with the bytes from `start` on; how many there were. NotFoundError as above."""
+        ...
+
     def exists(self, key: str) -> bool: ...
 
     def list(self, prefix: str = "") -> Iterator[str]:
@@ -97,6 +101,13 @@ class LocalStore:
         try:
             with self._path(key).open("rb", buffering=0) as f:
                 return os.pread(f.fileno(), stop - start, start)
+        except _NO_FILE as e:
+            raise _missing(key, self.root) from e
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        try:
+            with self._path(key).open("rb", buffering=0) as f:
+                return os.preadv(f.fileno(), [buffer], start)
         except _NO_FILE as e:
             raise _missing(key, self.root) from e
 

@@ -77,18 +77,29 @@ class S3Store:
             self._client.download_file(self._bucket, self._name(key), str(path), Config=_transfer())
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
+        with self._reading(key):
+            body = self._open_range(key, start, stop)
+            return b"" if body is None else bytes(body.read())
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        with self._reading(key):
+            body = self._open_range(key, start, start + len(buffer))
+            come = 0
+            while body is not None and come < len(buffer) and (n := body.readinto(buffer[come:])):
+                come += n
+            return come
+
+    def _open_range(self, key: str, start: int, stop: int) -> Any | None:
+        """The response's body; None where the object ends before."""
         from botocore.exceptions import ClientError
 
-        with self._reading(key):
-            try:
-                found = self._client.get_object(
-                    Bucket=self._bucket, Key=self._name(key), Range=f"bytes={start}-{stop - 1}"
-                )
-            except ClientError as e:
-                if status_of(e) == 416:  # the object ends before
-                    return b""
-                raise
-            return bytes(found["Body"].read())
+        try:
+            found = self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=f"bytes={start}-{stop - 1}")
+        except ClientError as e:
+            if status_of(e) == 416:
+                return None
+            raise
+        return found["Body"]
 
     def exists(self, key: str) -> bool:
         with clear_errors(self.location):

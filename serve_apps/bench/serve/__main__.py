@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME[=PYTHON]",
-        help="also peft, vllm (in their environments), or loray-http: ours as it is served",
+        help="also peft, peft-bf16, vllm (in their environments), or loray-http: ours as it is served",
     )
     add("--repeat", type=int, help="passes of each case (peers: one)")
     add("--slo", type=float, default=6.0, help="seconds to the first token (default %(default)s, the paper's)")

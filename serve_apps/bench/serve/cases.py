@@ -48,7 +48,7 @@ class Case:
     workload: Workload
     passes: int = 3
     warm_up: int = 1
-    peers: tuple[str, ...] = ("peft", "vllm", "loray-http")
+    peers: tuple[str, ...] = ("peft", "peft-bf16", "vllm", "loray-http")
 
 
 BASE = EngineOptions()

@@ -1,8 +1,9 @@
 """transformers + PEFT in a process of its own, its adapters mixed in one batch; for any Python that has the two.
 
-Stands alone and speaks the worker's lines of JSON. First line: {"model": FOLDER, "adapters": [FOLDER, ...]}; then for
-each pass {"requests": [[at, adapter, ids, max_tokens], ...], "at_once": N or null}. PEFT has no continuous batching:
-requests run in order, N at a time, each batch until its longest is done; prompts are padded on the left.
+Stands alone and speaks the worker's lines of JSON. First line: {"model": FOLDER, "adapters": [FOLDER, ...],
+"autocast_adapter_dtype": BOOL}; then for each pass {"requests": [[at, adapter, ids, max_tokens], ...], "at_once": N or
+null}. PEFT has no continuous batching: requests run in order, N at a time, each batch until its longest is done;
+prompts are padded on the left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 
 class Session:
-    def __init__(self, model: str, adapters: list[str]) -> None:
+    def __init__(self, model: str, adapters: list[str], autocast_adapter_dtype: bool) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -24,11 +25,10 @@ class Session:
         if adapters:
             from peft import PeftModel
 
-            self._model = PeftModel.from_pretrained(
-                self._model, adapters[0], adapter_name="a0", autocast_adapter_dtype=False
-            )
+            dtype = {"autocast_adapter_dtype": autocast_adapter_dtype}
+            self._model = PeftModel.from_pretrained(self._model, adapters[0], adapter_name="a0", **dtype)
             for i, folder in enumerate(adapters[1:], 1):
-                self._model.load_adapter(folder, adapter_name=f"a{i}", autocast_adapter_dtype=False)
+                self._model.load_adapter(folder, adapter_name=f"a{i}", **dtype)
         self._model.eval()
         self._has_adapters = bool(adapters)
 

@@ -32,8 +32,8 @@ def open_session(
     if system == OURS:
         with _engine(setting, options, refs) as session:
             yield session
-    elif system == "peft":
-        with _peft(setting, refs) as session:
+    elif system in ("peft", "peft-bf16"):
+        with _peft(system, setting, refs) as session:
             yield session
     elif system == "loray-http":
         with serve_ours(setting, options, refs) as session:
@@ -42,7 +42,7 @@ def open_session(
         with serve_vllm(setting, options, refs) as session:
             yield session
     else:
-        raise SystemExit(f"unknown system {system!r}; known are {OURS}, loray-http, peft, vllm")
+        raise SystemExit(f"unknown system {system!r}; known are {OURS}, loray-http, peft, peft-bf16, vllm")
 
 
 @contextmanager
@@ -68,9 +68,10 @@ def _engine(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]
 
 
 @contextmanager
-def _peft(setting: Setting, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+def _peft(system: str, setting: Setting, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+    """As PEFT comes, with adapters in fp32 whatever the base; peft-bf16: in the base's dtype, as few ask for."""
     adapters = [str(folder) for folder in setting.library.fetch(list(refs))]
-    setup = json.dumps({"model": str(setting.base.path), "adapters": adapters})
-    command = [setting.pythons["peft"], str(Path(peft_worker.__file__))]
-    with run_worker("peft", command, setup, setting) as session:
+    setup = {"model": str(setting.base.path), "adapters": adapters, "autocast_adapter_dtype": system == "peft"}
+    command = [setting.pythons[system], str(Path(peft_worker.__file__))]
+    with run_worker(system, command, json.dumps(setup), setting) as session:
         yield session

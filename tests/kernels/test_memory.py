@@ -1,0 +1,49 @@
+"""Large memory is used again once nobody holds it, and never while somebody does."""
+
+from __future__ import annotations
+
+import torch
+
+from loray_kernels.memory import Recycled
+
+MB = 1 << 20
+
+
+def test_memory_comes_back_when_its_last_view_goes() -> None:
+    memory = Recycled(64 * MB)
+    first = memory.empty(6 * MB, torch.uint8)
+    address, view = first.data_ptr(), first[5:].numpy().data
+    del first
+    other = memory.empty(6 * MB, torch.uint8)
+    assert other.data_ptr() != address  # a view of the first is still read
+    view[:3] = b"abc"
+    del view
+    again = memory.empty(3 * MB - 1, torch.bfloat16)
+    assert again.data_ptr() == address
+    assert again.shape == (3 * MB - 1,)
+    assert memory.empty(6 * MB, torch.uint8).data_ptr() not in (address, other.data_ptr())
+
+
+def test_what_lies_idle_is_bounded_and_not_wasted_on_the_small() -> None:
+    memory = Recycled(20 * MB)
+    held = [memory.empty(8 * MB, torch.uint8) for _ in range(4)]
+    addresses = [t.data_ptr() for t in held]
+    del held
+    assert memory.idle_bytes <= 20 * MB
+    assert memory.empty(2 * MB, torch.uint8).data_ptr() not in addresses  # a quarter of what lies there
+    assert memory.empty(100, torch.uint8).numel() == 100
+
+
+def test_as_much_is_prepared_as_was_asked_for() -> None:
+    memory = Recycled(64 * MB)
+    held = [memory.empty(n * MB, torch.uint8) for n in (4, 8)]
+    assert memory.idle_bytes == 0
+    memory.prepare()
+    assert 12 * MB <= memory.idle_bytes <= 20 * MB
+    before = memory.idle_bytes
+    held += [memory.empty(n * MB, torch.uint8) for n in (8, 4)]
+    assert memory.idle_bytes == 0
+    del held
+    assert memory.idle_bytes == 2 * before
+    memory.prepare()
+    assert memory.idle_bytes == 2 * before  # enough lies idle
