@@ -94,7 +94,7 @@ def test_ranks_give_what_one_gives(world: World) -> None:
     requests = [request(str(i), p, a, max_tokens=4) for i, (p, a) in enumerate(zip(ids, models, strict=True))]
     one = world.one()
     alone, together = Spy(one), Spy(world.engine)
-    expected = run(one, requests)
+    expected = run(one, requests, together=True)
     assert run(world.engine, requests) == expected
     assert one.stats().max_adapters_in_step == len(world.adapters)
     for i, logits in alone.logits.items():
