@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 class GenerateRequest:
     """What a caller submits. `adapter` None is the base model.
 
-    tenant      whose share of the engine it takes; empty: the adapter's name, so that adapters are fair to each other
+    tenant      whose share of the engine it takes; all that name none are one tenant's, whatever their adapters
     priority    smaller is earlier, as in vLLM
     ttft_slo_s  seconds until its first token, after which it is of no use; None: the deployment's
     """
@@ -109,7 +109,7 @@ class Request:
 
     @property
     def tenant(self) -> str:
-        return self.spec.tenant or ("" if self.spec.adapter is None else self.spec.adapter.name)
+        return self.spec.tenant
 
     @property
     def priority(self) -> int:
