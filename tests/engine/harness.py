@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import wait
 from typing import Any
 
 from torch import Tensor
@@ -28,11 +29,26 @@ def request(request_id: str, ids: Sequence[int], adapter: TestAdapter | None = N
     return GenerateRequest(request_id, tuple(ids), GREEDY.model_copy(update=params), adapter.ref if adapter else None)
 
 
-def run(engine: Engine, requests: Sequence[GenerateRequest], *, timeout_s: float = 120) -> dict[str, list[int]]:
-    """Submit all and step until none is left. Raises the first request's error."""
-    out: dict[str, list[int]] = {r.request_id: [] for r in requests}
+def submit(engine: Engine, requests: Sequence[GenerateRequest]) -> None:
+    """Add all; their adapters are here when this returns, as far as the host holds them."""
     for r in requests:
         engine.add(r)
+    engine._residency.poll()
+    wait([entry.flight for entry in engine._residency.table.flying.values() if entry.flight is not None])
+
+
+def run(
+    engine: Engine, requests: Sequence[GenerateRequest], *, together: bool = False, timeout_s: float = 120
+) -> dict[str, list[int]]:
+    """Submit all and step until none is left; `together`: not before their adapters are here. Raises the first
+    request's error.
+    """
+    out: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    if together:
+        submit(engine, requests)
+    else:
+        for r in requests:
+            engine.add(r)
     deadline = time.monotonic() + timeout_s
     while engine.has_work:
         assert time.monotonic() < deadline, f"no progress: {engine.stats()}"

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from loray.engine.arrival import Arrival
 from loray.engine.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.request import GenerateRequest, Request
 from loray.engine.residency import Residency
@@ -24,7 +25,8 @@ BLOCK_TOKENS, SHARE = 4, 8
 @dataclass(frozen=True)
 class Packed:
     nbytes: int
-    arrival: None = None
+    pair: None = None
+    arrival: Arrival | None = None
 
 
 def adapter(name: str, num_blocks: int = 1) -> AdapterRef:
@@ -56,6 +58,7 @@ class Simulation:
         self.step_s, self.token_s = step_s, token_s
         self.allocator = BlockAllocator(Geometry(num_blocks, 1, BLOCK_TOKENS, SHARE))
         self.flights: dict[str, Future[Packed]] = {}
+        self.sizes: dict[str, int] = {}  # in bytes, by digest
         self.damaged: set[str] = set()  # digests of adapters that cannot be placed
         self._lands = lands
         self.residency: Residency[Packed, list[Extent]] = Residency(
@@ -109,7 +112,7 @@ class Simulation:
     def land(self, digest: str, error: Exception | None = None) -> None:
         flight = self.flights[digest]
         if error is None:
-            flight.set_result(Packed(1))
+            flight.set_result(Packed(self.sizes[digest]))
         else:
             flight.set_exception(error)
 
@@ -156,12 +159,12 @@ class Simulation:
         kv = Counter(block for r in scheduler.running for block in r.blocks)
         kv.update(scheduler.prefix_cache.blocks())
         scheduler.prefix_cache.check_integrity()
-        self.allocator.check_integrity(kv, [e for extents in self.residency.residents() for e in extents], {})
-        self.residency.check_integrity()
+        self.allocator.check_integrity(kv, [e for extents in self.residency.table.residents() for e in extents], {})
+        self.residency.table.check_integrity()
         pins = Counter(r.adapter.digest for r in scheduler.running if r.adapter is not None)
         wants = Counter(r.adapter.digest for r in scheduler.waiting if r.adapter is not None)
-        assert pins == Counter(self.residency.pins())
-        assert wants == Counter(self.residency.wants())
+        assert pins == Counter(self.residency.table.pins())
+        assert wants == Counter(self.residency.table.wants())
         assert len(scheduler.running) <= self.max_num_seqs
 
     def _place(self, ref: AdapterRef, packed: Packed) -> list[Extent] | None:
@@ -171,4 +174,5 @@ class Simulation:
 
     def _load(self, ref: AdapterRef) -> Future[Packed]:
         self.flights[ref.digest] = Future()
+        self.sizes[ref.digest] = ref.nbytes
         return self.flights[ref.digest]

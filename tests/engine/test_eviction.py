@@ -110,6 +110,6 @@ def test_an_adapter_whose_host_copy_is_gone_is_worth_its_load() -> None:
         assert world.residency.acquire(ref(name))
         world.residency.unwant(ref(name))
         world.residency.release(ref(name))
-    assert world.residency.host_used == 100
+    assert world.residency.table.host_used == 100
     assert world.residency.evict_one()
     assert world.placed == ["a"]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loray.engine import fairness
 from loray.engine.fairness import MAX_OVERTAKES, FairQueue, token_weight
 from loray.engine.request import GenerateRequest, Request
 from loray.spec import SamplingParams
@@ -34,6 +35,7 @@ def drain(queue: FairQueue, *, num_output: int = 0, preferred: frozenset[Request
     while (request := queue.pick(preferred.__contains__)) is not None:
         queue.take(request)
         queue.charge(request, num_input=request.num_prompt_tokens, num_output=num_output)
+        queue.leave(request)
         order.append(request)
     return order
 
@@ -129,6 +131,128 @@ def test_tenants_that_have_gone_are_forgotten() -> None:
         assert first is not None
         queue.take(first)
     assert len(queue._order) < 100
+
+
+class Twin:
+    """Two queues in which the same happens; one of them forgets whom it can. Takes what the other one picks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fairness, "_FORGET_ABOVE", 1 << 30)
+        self.exact = FairQueue(lead=5)
+        monkeypatch.setattr(fairness, "_FORGET_ABOVE", 1)
+        self.forgetful = FairQueue(lead=5)
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.num_requests = 0
+
+    def push(self, tenant: str, priority: int) -> None:
+        self.num_requests += 1
+        request = waiting(self.num_requests, tenant, priority=priority)
+        self.waiting.append(request)
+        for queue in (self.exact, self.forgetful):
+            queue.push(request)
+
+    def take(self, num_input: int) -> None:
+        request = self.exact.pick(lambda r: False)
+        if request is not None:
+            self.waiting.remove(request)
+            self.running.append(request)
+            request.num_input_charged = num_input
+            for queue in (self.exact, self.forgetful):
+                queue.take(request)
+                queue.charge(request, num_input=num_input)
+
+    def cancel(self, i: int) -> None:
+        if self.waiting:
+            request = self.waiting.pop(i % len(self.waiting))
+            for queue in (self.exact, self.forgetful):
+                queue.remove(request)
+
+    def end(self, i: int, num_output: int, *, fails: bool) -> None:
+        if self.running:
+            request = self.running.pop(i % len(self.running))
+            for queue in (self.exact, self.forgetful):
+                if not fails:
+                    queue.charge(request, num_output=num_output)
+                queue.leave(request)
+                if fails:
+                    queue.refund(request, num_input=request.num_input_charged)
+
+    def counters(self) -> list[tuple[float, float]]:
+        """Of those that wait: exact, and of who forgets."""
+        return [(self.exact.counter(r.tenant), self.forgetful.counter(r.tenant)) for r in self.waiting]
+
+
+@pytest.mark.parametrize("refunds", [False, True])
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_tenant_that_was_forgotten_wins_nothing_by_coming_back(refunds: bool, data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        twin = Twin(monkeypatch)
+        draw, number = data.draw, st.integers(1, 60)
+        for _ in range(draw(st.integers(1, 60))):
+            match draw(st.sampled_from(["push", "push", "take", "end", "cancel"])):
+                case "push":
+                    twin.push(draw(st.sampled_from("abcdefgh")), draw(st.sampled_from([0, 0, 1])))
+                case "take":
+                    twin.take(draw(number))
+                case "end":
+                    twin.end(draw(number), draw(number), fails=refunds and draw(st.booleans()))
+                case "cancel":
+                    twin.cancel(draw(number))
+            for exact, forgetful in twin.counters():
+                assert forgetful >= exact if refunds else forgetful == exact
+
+
+def test_nobody_is_forgotten_who_may_be_next_when_a_better_priority_has_gone() -> None:
+    """Its tenant has had much, and is next; one that has had little waits for it to go."""
+    queue = FairQueue()
+    for i, (tenant, served) in enumerate({"idle": 150, "rich": 900, "low": 100, "high": 1000}.items()):
+        queue.charge(waiting(i, tenant), num_input=served)
+    high = waiting(10, "high", priority=-1)
+    queue.push(waiting(9, "low"))
+    queue.push(high)
+    queue._forget()
+    queue.remove(high)
+    queue.push(waiting(12, "idle"))
+    assert queue.counter("idle") == 150
+
+
+def test_who_was_forgotten_wins_nothing_where_the_smallest_counter_falls() -> None:
+    queue = queue_of(first := waiting(0, "a"), waiting(1, "a"))
+    queue.take(first)
+    queue.charge(first, num_input=100)
+    queue.charge(waiting(2, "idle"), num_input=80)
+    queue._forget()
+    queue.leave(first)
+    queue.refund(first, num_input=100)
+    queue.push(waiting(3, "idle"))
+    assert (queue.counter("a"), queue.counter("idle")) == (0, 80)
+
+
+def test_a_refund_gives_back_the_charge_and_no_credit_for_idleness() -> None:
+    def charged(*more: Request) -> tuple[FairQueue, Request]:
+        """A request of "a" has been charged 100 and one of "b" 60; one of "b" waits, and `more`."""
+        queue = queue_of(first := waiting(0, "a"), waiting(1, "b"), waiting(2, "b"), *more)
+        for num_input in (100, 60):
+            request = queue.pick(lambda r: False)
+            assert request is not None
+            queue.take(request)
+            queue.charge(request, num_input=num_input)
+            queue.leave(request)
+        return queue, first
+
+    queue, _ = charged(waiting(3, "a"))
+    assert [r.tenant for r in drain(queue)] == ["b", "a"]
+    queue, failed = charged(waiting(3, "a"))
+    queue.refund(failed, num_input=100)
+    assert queue.counter("a") == 0
+    assert [r.tenant for r in drain(queue)] == ["a", "b"]
+
+    queue, failed = charged()
+    queue.push(waiting(3, "a"))  # it had nothing to ask for until "b" was at 60
+    queue.refund(failed, num_input=100)
+    assert queue.counter("a") == queue.counter("b") == 60
 
 
 def test_a_token_of_an_adapter_weighs_what_it_reads() -> None:

@@ -11,10 +11,10 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.engine.arrival import Arrival
+from loray.engine.entries import Tier
 from loray.engine.loading import Progress
 from loray.engine.packed import PackedAdapter, Packer, Packing
 from loray.engine.request import GenerateRequest, TokenOutput
-from loray.engine.residency import Tier
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef
 from tests.engine.adapters import TestAdapter
@@ -91,7 +91,7 @@ class Ground:
     def add_cold(self) -> None:
         self.engine.add(self.requests[0])
         self.engine._residency.poll()
-        entry = self.engine._residency._entries[self.cold.ref.digest]
+        entry = self.engine._residency.table.entries[self.cold.ref.digest]
         if entry.flight is not None:
             entry.flight.exception(60)  # it has begun to arrive
 
@@ -134,7 +134,7 @@ def test_what_comes_late_holds_back_its_own_requests_alone(ground: Ground, missi
     assert arrival.waited == [1, 2]  # in the first step; later ones leave it out
     assert "cold" not in ground.got
     assert [len(ground.got[name]) for name in ("warm", "base")] == [3, 3]
-    assert ground.engine._residency.tier(ground.cold.ref) is Tier.LOADING
+    assert ground.engine._residency.table.tier(ground.cold.ref) is Tier.LOADING
     ground.flight.bring_all()
     ground.finish()
     assert ground.tokens(ground.requests) == ground.expected

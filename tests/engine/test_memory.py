@@ -14,7 +14,7 @@ from loray.engine.request import GenerateRequest, TokenOutput
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef
 from tests.engine.adapters import TestAdapter
-from tests.engine.harness import Spy, make_engine, request, run
+from tests.engine.harness import Spy, make_engine, request, run, submit
 
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
 
@@ -162,10 +162,9 @@ def test_prefixes_that_gave_logits_that_are_not_finite_are_forgotten(
 
 
 def generating(engine: Engine, *requests: GenerateRequest) -> None:
-    """Steps until all of them have a token."""
+    """Steps until all of them have a token; their adapters are here before the first."""
     waited = {r.request_id for r in requests}
-    for r in requests:
-        engine.add(r)
+    submit(engine, requests)
     while waited:
         waited -= {o.request_id for o in engine.step()}
 

@@ -14,13 +14,19 @@ import pytest
 import torch
 from peft import LoraConfig, VeraConfig
 
+from loray.adapters.weights import AdapterWeights
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
+from loray.engine.loading import AdapterLoads, Progress
+from loray.engine.packed import PackedAdapter, Packer
 from loray.engine.parallel.communicator import Communicator, Traffic
+from loray.engine.parallel.rows import ShardedAdapter, sharded_loads
 from loray.engine.parallel.workers import LocalWorkers
+from loray.engine.pool import Pool
 from loray.engine.stream import EngineStream
 from loray.errors import EngineError, SpecError
 from loray.spec import RopeParameters
+from loray_kernels import KvLayout
 from tests.engine.adapters import NORMS, TestAdapter, make_adapter
 from tests.engine.harness import Spy, make_engine, request, run
 from tests.engine.test_parity import ALL, ROPES, prompts
@@ -43,6 +49,7 @@ ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
     "vera-qv": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"]), None),
     "longlora": (LoraConfig(r=8, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), ROPES["linear"]),
 }
+CPU = torch.device("cpu")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -87,7 +94,7 @@ def test_ranks_give_what_one_gives(world: World) -> None:
     requests = [request(str(i), p, a, max_tokens=4) for i, (p, a) in enumerate(zip(ids, models, strict=True))]
     one = world.one()
     alone, together = Spy(one), Spy(world.engine)
-    expected = run(one, requests)
+    expected = run(one, requests, together=True)
     assert run(world.engine, requests) == expected
     assert one.stats().max_adapters_in_step == len(world.adapters)
     for i, logits in alone.logits.items():
@@ -136,6 +143,38 @@ def test_ranks_send_what_the_formula_says(world: World) -> None:
     r = 6
     padded = r + -r % n
     assert sent(by_name["r6"]) == (attention + mlp, (3 + 2) * share * padded, (2 + 2) * share * r)
+
+
+class KeptInVain:
+    """A source that has the whole adapter, and then fails to keep it: the disk is full."""
+
+    def __init__(self, weights: AdapterWeights) -> None:
+        self._weights = weights
+
+    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+        progress(packer.pack(self._weights), 0.0)
+        raise OSError("no space left on device")
+
+
+def test_an_adapter_that_cannot_be_kept_is_served_all_the_same(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    base = tiny_base()
+    adapter = make_adapter(base, tmp_path / "r4", LoraConfig(r=4, target_modules=ATTENTION), seed=1)
+    whole = KvLayout(base.config.num_layers, 16, base.config.num_kv_heads, base.config.head_dim)
+    pools = [
+        Pool(whole._replace(num_kv_heads=whole.num_kv_heads // ranks), 8, dtype=torch.float32, device=CPU)
+        for ranks in (1, 2)
+    ]
+    sources = [lambda ref: KeptInVain(adapter.load(base))]
+    sources.append(sharded_loads(sources[0], pools[0].geometry, 2))
+    loaded = []
+    for pool, load in zip(pools, sources, strict=True):
+        loads = AdapterLoads(pool, Packer(pool.geometry, torch.float32, torch.zeros(1, 8)), load, lambda: None)
+        loaded.append(loads.start(adapter.ref, 0.0).result(60))
+        loads.close()
+    assert isinstance(loaded[1], ShardedAdapter)
+    assert loaded[0].nbytes == loaded[1].nbytes
 
 
 def test_heads_that_do_not_divide_are_refused(tiny_base: Callable[..., BaseModel]) -> None:

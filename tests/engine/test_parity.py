@@ -77,7 +77,7 @@ def test_mixed_batch_gives_the_logits_of_peft(case: Case, budget: int) -> None:
     engine = make_engine(base, adapters, max_num_batched_tokens=budget, max_num_seqs=min(budget, 32))
     spy = Spy(engine)
     ids = prompts(len(models))
-    out = run(engine, [request(str(i), p, a) for i, (p, a) in enumerate(zip(ids, models, strict=True))])
+    out = run(engine, [request(str(i), p, a) for i, (p, a) in enumerate(zip(ids, models, strict=True))], together=True)
     assert engine.stats().max_adapters_in_step >= (8 if budget == 512 else 1)
     for i, adapter in enumerate(models):
         whole = ids[i] + out[str(i)]

@@ -8,16 +8,24 @@ from dataclasses import dataclass
 import pytest
 
 from loray.engine.arrival import Arrival
-from loray.engine.residency import Residency, Tier
+from loray.engine.entries import Tier
+from loray.engine.residency import Residency
 from loray.engine.usage import ResidencyCounts, UsageLog
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef
 
 
 @dataclass(frozen=True)
+class Pair:
+    digest: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Packed:
     nbytes: int
     arrival: Arrival | None = None
+    pair: Pair | None = None
 
 
 class World:
@@ -76,10 +84,10 @@ def test_one_flight_for_many_requests() -> None:
         world.residency.want(ref("a"))
         world.residency.poll()
     assert world.num_loads == 1
-    assert world.residency.tier(ref("a")) is Tier.LOADING
+    assert world.residency.table.tier(ref("a")) is Tier.LOADING
     assert world.residency.acquire(ref("a")) is None
     world.land("a")
-    assert world.residency.tier(ref("a")) is Tier.HOST
+    assert world.residency.table.tier(ref("a")) is Tier.HOST
     assert [world.residency.acquire(ref("a")) for _ in range(3)] == ["a"] * 3
     assert world.placed == ["a"]
 
@@ -94,8 +102,8 @@ def test_pinned_adapters_stay_and_the_least_recently_used_idle_one_goes() -> Non
     assert world.residency.evict_one()
     assert not world.residency.evict_one()
     assert world.placed == ["c"]
-    assert world.residency.tier(a) is Tier.HOST
-    assert world.residency.pins() == {c.digest: 1}
+    assert world.residency.table.tier(a) is Tier.HOST
+    assert world.residency.table.pins() == {c.digest: 1}
 
 
 def test_a_failed_load_fails_those_who_wait_and_the_next_one_tries_again() -> None:
@@ -104,11 +112,11 @@ def test_a_failed_load_fails_those_who_wait_and_the_next_one_tries_again() -> No
     world.residency.poll()
     world.flights["a"].set_exception(IntegrityError("damaged"))
     world.residency.poll()
-    assert world.residency.tier(ref("a")) is Tier.FAILED
-    assert isinstance(world.residency.error(ref("a")), IntegrityError)
+    assert world.residency.table.tier(ref("a")) is Tier.FAILED
+    assert isinstance(world.residency.table.error(ref("a")), IntegrityError)
     world.residency.unwant(ref("a"))
     world.residency.want(ref("a"))
-    assert world.residency.tier(ref("a")) is Tier.LOADING
+    assert world.residency.table.tier(ref("a")) is Tier.LOADING
     world.residency.poll()
     assert world.num_loads == 2
 
@@ -119,8 +127,8 @@ def test_the_host_keeps_within_its_bytes() -> None:
         r = world.bring(name)
         world.residency.release(r)
         world.residency.evict_one()
-        assert world.residency.host_used <= 250
-    assert [r.name for r in world.residency.by_tier()[Tier.HOST]] == ["c", "d"]
+        assert world.residency.table.host_used <= 250
+    assert [r.name for r in world.residency.table.by_tier()[Tier.HOST]] == ["c", "d"]
 
 
 def test_a_full_host_delays_flights_until_room_is_made() -> None:
@@ -146,7 +154,7 @@ def test_an_error_needs_a_failure() -> None:
     world = World()
     world.residency.want(ref("a"))
     with pytest.raises(AssertionError):
-        world.residency.error(ref("a"))
+        world.residency.table.error(ref("a"))
 
 
 def test_a_flight_nobody_waits_for_is_not_started() -> None:
@@ -157,7 +165,7 @@ def test_a_flight_nobody_waits_for_is_not_started() -> None:
     world.residency.unwant(ref("b"))
     world.land("a")
     assert list(world.flights) == ["a"]
-    world.residency.check_integrity()
+    world.residency.table.check_integrity()
 
 
 def test_a_flight_that_does_not_fit_throws_nothing_out_and_is_not_overtaken() -> None:
@@ -169,14 +177,83 @@ def test_a_flight_that_does_not_fit_throws_nothing_out_and_is_not_overtaken() ->
     world.residency.want(ref("large", 800))
     world.residency.want(ref("small", 50))
     world.residency.poll()
-    assert world.residency.host_used == 600
+    assert world.residency.table.host_used == 600
     assert "small" not in world.flights
     world.land("flying", 300)
     assert world.residency.acquire(ref("flying"))
     world.residency.unwant(ref("flying"))
     world.residency.poll()
     assert "large" in world.flights
-    world.residency.check_integrity()
+    world.residency.table.check_integrity()
+
+
+def test_what_is_needed_by_earlier_requests_stays_and_by_later_ones_makes_way() -> None:
+    """The host holds two small adapters; each is always wanted by somebody, and the pool holds one of them."""
+    world = World(slots=1, host_bytes=200)
+    residency, a, b, large = world.residency, ref("a"), ref("b"), ref("large", 200)
+    for r in (a, b):
+        residency.want(r)
+        residency.poll()
+        world.land(r.name)
+    residency.want(large)
+    for r in (a, b):  # later requests for the same
+        residency.want(r)
+    residency.poll()
+    assert "large" not in world.flights
+    for r in (a, b):  # the earlier ones have their turn
+        assert residency.acquire(r)
+        residency.unwant(r)
+        residency.release(r)
+        assert residency.evict_one()
+    residency.poll()
+    assert "large" in world.flights
+    assert residency.table.tier(a) is residency.table.tier(b) is Tier.LOADING
+    residency.table.check_integrity()
+    world.land("large", 200)
+    residency.poll()
+    assert residency.table.host_used == 200  # it waits for its turn, and nobody came before
+    assert residency.acquire(large)
+    residency.unwant(large)
+    residency.poll()
+    assert world.num_loads == 5
+    assert residency.table.host_used == 200
+    residency.table.check_integrity()
+
+
+def test_a_pair_is_counted_once_and_goes_with_the_last_that_shares_it() -> None:
+    world = World(slots=9, host_bytes=1000)
+    residency, pair = world.residency, Pair("p", 500)
+    for name in "abc":
+        r = ref(name)
+        residency.want(r)
+        residency.poll()
+        world.flights[name].set_result(Packed(100, pair=pair if name != "c" else None))
+        residency.poll()
+        assert residency.acquire(r)
+        residency.unwant(r)
+        residency.table.check_integrity()
+    assert residency.table.host_used == 3 * 100 + 500
+    residency.want(ref("d", 300))
+    residency.poll()
+    assert residency.table.host_used == 2 * 100 + 500 + 300  # without the first alone
+    residency.want(ref("e", 600))
+    residency.poll()
+    assert "e" in world.flights  # without the second the pair is gone too
+    assert residency.table.host_used == 100 + 300 + 600
+    residency.table.check_integrity()
+
+
+def test_what_turns_out_larger_than_published_throws_out_what_nobody_waits_for() -> None:
+    world = World(slots=9, host_bytes=300)
+    for name in "abc":
+        world.residency.release(world.bring(name))
+    world.residency.want(ref("d", 10))
+    world.residency.poll()
+    world.flights["d"].set_result(Packed(10, pair=Pair("p", 150)))
+    world.residency.poll()
+    assert world.residency.table.host_used == 260
+    assert world.residency.counts.host_evictions == 2
+    world.residency.table.check_integrity()
 
 
 def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
@@ -186,10 +263,10 @@ def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
     world.land("a")
     world.residency._place = lambda ref, packed: (_ for _ in ()).throw(IndexError("layer 40"))
     assert world.residency.acquire(ref("a")) is None
-    assert world.residency.tier(ref("a")) is Tier.FAILED
+    assert world.residency.table.tier(ref("a")) is Tier.FAILED
     world.residency.unwant(ref("a"))
-    assert world.residency.host_used == 0
-    world.residency.check_integrity()
+    assert world.residency.table.host_used == 0
+    world.residency.table.check_integrity()
 
 
 def test_a_request_is_a_hit_or_a_miss_where_its_adapter_is_when_it_comes() -> None:
@@ -213,10 +290,10 @@ def test_a_request_is_a_hit_or_a_miss_where_its_adapter_is_when_it_comes() -> No
     assert residency.counts == ResidencyCounts(
         pool_hits=1, host_hits=1, misses=3, loads=2, loaded_bytes=220, evictions=1, host_evictions=1
     )
-    assert [(p.ref.name, p.tier, p.num_uses) for p in residency.places()] == [("b", Tier.POOL, 1), ("a", None, 4)]
-    assert [p.ref.name for p in residency.places([a.digest, "unheard of"])] == ["a"]
+    assert [(p.ref.name, p.tier, p.num_uses) for p in residency.table.places()] == [("b", Tier.POOL, 1), ("a", None, 4)]
+    assert [p.ref.name for p in residency.table.places([a.digest, "unheard of"])] == ["a"]
     residency.release(b)
-    residency.check_integrity()
+    residency.table.check_integrity()
 
 
 def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
@@ -240,7 +317,7 @@ def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
     load_seconds = world.residency.load_seconds.counts()
     assert (load_seconds.num_values, load_seconds.sum) == (2, 3.5)
     assert world.residency.counts.failed_loads == 1
-    (place,) = world.residency.places([ref("c").digest])
+    (place,) = world.residency.table.places([ref("c").digest])
     assert (place.tier, place.last_used_at) == (None, 1003.5)
 
 
@@ -258,16 +335,16 @@ class Coming:
 def test_what_arrives_can_be_placed_and_is_timed_until_it_is_whole() -> None:
     world = World()
     coming = Coming(world)
-    assert world.residency.tier(ref("a")) is Tier.HOST
+    assert world.residency.table.tier(ref("a")) is Tier.HOST
     assert world.residency.acquire(ref("a")) == "a"
     world.residency.unwant(ref("a"))
-    assert (world.residency.load_seconds.counts().num_values, world.residency.host_used) == (0, 100)
+    assert (world.residency.load_seconds.counts().num_values, world.residency.table.host_used) == (0, 100)
     world.now = 2.0
     coming.arrival.land()
     assert world.residency.poll()
     assert (world.residency.load_seconds.counts().sum, world.residency.counts.loaded_bytes) == (2.0, 100)
     assert not world.residency.poll()
-    world.residency.check_integrity()
+    world.residency.table.check_integrity()
 
 
 def test_what_arrives_is_not_dropped_from_the_host() -> None:
@@ -280,7 +357,7 @@ def test_what_arrives_is_not_dropped_from_the_host() -> None:
     coming.arrival.land()
     world.residency.poll()
     assert list(world.flights) == ["a", "b"]
-    world.residency.check_integrity()
+    world.residency.table.check_integrity()
 
 
 def test_what_comes_late_is_loading_again_until_it_is_whole() -> None:
@@ -288,10 +365,10 @@ def test_what_comes_late_is_loading_again_until_it_is_whole() -> None:
     coming = Coming(world)
     assert world.residency.acquire(ref("a"))
     coming.arrival.late = True
-    assert world.residency.tier(ref("a")) is Tier.LOADING
+    assert world.residency.table.tier(ref("a")) is Tier.LOADING
     coming.arrival.land()
     world.residency.poll()
-    assert world.residency.tier(ref("a")) is Tier.POOL
+    assert world.residency.table.tier(ref("a")) is Tier.POOL
 
 
 def test_what_fails_under_way_gives_its_blocks_back_when_nobody_runs_on_it() -> None:
@@ -303,11 +380,11 @@ def test_what_fails_under_way_gives_its_blocks_back_when_nobody_runs_on_it() -> 
         world.residency.unwant(ref("a"))
     coming.arrival.fail(IntegrityError("damaged"))
     assert world.residency.poll()
-    assert world.residency.tier(ref("a")) is Tier.FAILED
-    assert isinstance(world.residency.error(ref("a")), IntegrityError)
-    assert (world.placed, world.residency.host_used) == (["a"], 0)
+    assert world.residency.table.tier(ref("a")) is Tier.FAILED
+    assert isinstance(world.residency.table.error(ref("a")), IntegrityError)
+    assert (world.placed, world.residency.table.host_used) == (["a"], 0)
     assert not world.residency.evict_one()
-    world.residency.check_integrity()
+    world.residency.table.check_integrity()
     world.residency.release(ref("a"))
     assert world.placed == []
     world.residency.want(ref("a"))
@@ -323,6 +400,6 @@ def test_what_fails_while_it_is_idle_leaves_no_trace() -> None:
     world.residency.release(ref("a"))
     coming.arrival.fail(IntegrityError("damaged"))
     world.residency.poll()
-    assert (world.placed, world.residency.host_used, world.residency.counts.failed_loads) == ([], 0, 1)
-    assert world.residency.residents() == []
-    world.residency.check_integrity()
+    assert (world.placed, world.residency.table.host_used, world.residency.counts.failed_loads) == ([], 0, 1)
+    assert world.residency.table.residents() == []
+    world.residency.table.check_integrity()

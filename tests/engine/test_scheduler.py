@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loray.engine.arrival import Arrival
+from loray.engine.entries import Tier
 from loray.engine.fairness import MAX_OVERTAKES
 from loray.engine.request import Request, State
-from loray.engine.residency import Tier
 from loray.errors import ContextLengthExceeded, IntegrityError, Overloaded
-from tests.engine.simulation import BLOCK_TOKENS, Simulation, adapter
+from tests.engine.simulation import BLOCK_TOKENS, Packed, Simulation, adapter
 
 
 def test_one_tenant_is_served_in_order_of_priority_and_arrival() -> None:
@@ -71,6 +73,73 @@ def test_an_adapter_that_fails_fails_all_that_wait_for_it_and_at_once() -> None:
     assert not sim.scheduler.has_work
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_who_began_on_an_adapter_that_then_fails_has_had_no_service(late: bool) -> None:
+    """While its request runs, or once that was put back for the rest of it comes late."""
+    sim, ref, arrival = Simulation(lands=False), adapter("x"), Arrival()
+    request = sim.add(10, 4, ref, tenant="t")
+    sim.scheduler.next()
+    sim.flights[ref.digest].set_result(Packed(1, arrival=arrival))
+    assert [c.request for c in sim.scheduler.next().chunks] == [request]
+    assert sim.scheduler.waiting.fair.counter("t") == 10
+    arrival.late = late
+    assert bool(sim.scheduler.next().chunks) is not late
+    arrival.fail(IntegrityError("damaged"))
+    ((failed, error),) = sim.scheduler.next().failed
+    assert failed is request
+    assert isinstance(error, IntegrityError)
+    assert sim.scheduler.waiting.fair.counter("t") == 0
+
+
+def test_small_adapters_in_demand_do_not_keep_a_large_one_from_the_host() -> None:
+    """Host and pool hold three small ones or the large one; there are always requests for each small one."""
+    sim = Simulation(num_blocks=7, host_bytes=6, max_num_seqs=2, enable_prefix_caching=False)
+    small = [adapter(f"small {i}", 2) for i in range(4)]
+
+    def keep_asking() -> None:
+        for ref in small:
+            while sum(r.adapter is ref for r in sim.scheduler.waiting) < 2:
+                sim.add(4, 4, ref, tenant=ref.name)
+
+    for _ in range(50):
+        keep_asking()
+        sim.step()
+    large, num_started = sim.add(4, 4, adapter("large", 5), tenant="large"), len(sim.started)
+    while large not in sim.outcomes:
+        keep_asking()
+        sim.step()
+        assert len(sim.started) - num_started <= 40  # five for each that was waiting; it was never before
+    assert sim.outcomes[large] is None
+
+
+@pytest.mark.parametrize("outcome", [None, IntegrityError("damaged")], ids=["load", "fail"])
+def test_many_adapters_at_once_cost_each_as_much_as_few(outcome: Exception | None) -> None:
+    """Calls of functions in the step that takes them in."""
+
+    def num_calls(num_adapters: int) -> int:
+        sim = Simulation(lands=False, max_num_seqs=1)
+        for i in range(num_adapters):
+            sim.add(adapter=adapter(f"x{i}"), tenant=f"t{i}")
+        sim.scheduler.next()
+        for digest in sim.flying:
+            sim.land(digest, outcome)
+        calls = 0
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        sys.setprofile(count)
+        try:
+            plan = sim.scheduler.next()
+        finally:
+            sys.setprofile(None)
+        assert len(plan.failed) == (num_adapters if outcome else 0)
+        return calls
+
+    assert num_calls(400) < 5 * num_calls(100)
+
+
 @pytest.mark.parametrize("tenants", [("t", "t"), ("hot", "cold")])
 def test_resident_adapters_are_preferred_and_cold_ones_wait_for_no_more_than_the_stated_number(
     tenants: tuple[str, str],
@@ -81,7 +150,7 @@ def test_resident_adapters_are_preferred_and_cold_ones_wait_for_no_more_than_the
     for ref in (cold, hot):
         sim.add(adapter=ref)
         sim.run()
-    assert sim.residency.tier(hot) is Tier.POOL
+    assert sim.residency.table.tier(hot) is Tier.POOL
     sim.started.clear()
     evictions = sim.residency.counts.evictions
     colds = [sim.add(4, 4, cold, tenant=tenants[1]) for _ in range(2)]
@@ -292,8 +361,8 @@ class Life:
                 own = 0 if request.adapter is None else request.adapter.nbytes
                 assert own + -(-request.max_tokens // BLOCK_TOKENS) > self.num_blocks
             assert request.num_overtaken <= MAX_OVERTAKES
-        assert not sim.residency.pins()
-        assert not sim.residency.wants()
+        assert not sim.residency.table.pins()
+        assert not sim.residency.table.wants()
         while sim.residency.evict_one():
             pass
         sim.scheduler.prefix_cache.evict(self.num_blocks)

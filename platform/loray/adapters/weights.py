@@ -46,6 +46,10 @@ class ProjectionPair:
     b_OR: Tensor
     digest: str
 
+    @property
+    def nbytes(self) -> int:
+        return self.a_RI.nbytes + self.b_OR.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRows:

@@ -15,6 +15,7 @@ from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
 from loray.engine.batch import Batch, build_batch
 from loray.engine.counters import Counters
+from loray.engine.entries import AdapterPlace, Tier
 from loray.engine.fairness import token_weight
 from loray.engine.landing import Landings
 from loray.engine.loading import AdapterLoads, LoadAdapter
@@ -25,7 +26,7 @@ from loray.engine.parallel.driver import start_ranks
 from loray.engine.parallel.workers import LocalWorkers, StartWorkers, Workers, num_threads
 from loray.engine.pool import Pool, ResidentAdapter, cut_pool
 from loray.engine.request import FinishReason, GenerateRequest, Request, TokenLogprobs, TokenOutput
-from loray.engine.residency import AdapterPlace, Residency, Tier
+from loray.engine.residency import Residency
 from loray.engine.sampler import Sampler
 from loray.engine.scheduler import Chunk, Scheduler
 from loray.engine.stats import EngineStats
@@ -248,7 +249,7 @@ class Engine:
     def _remove(self, request: Request) -> None:
         if request.adapter is not None:
             num_tokens = request.num_prompt_counted + len(request.output_ids)
-            self._residency.usage.ended(request.adapter, num_tokens)
+            self._residency.table.usage.ended(request.adapter, num_tokens)
         self._scheduler.remove(request)
         del self._requests[request.request_id]
 
@@ -259,7 +260,7 @@ class Engine:
 
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
         ref = chunk.request.adapter
-        return None if ref is None else self._residency.resident(ref)
+        return None if ref is None else self._residency.table.resident(ref)
 
     def _adapter_blocks(self, request: Request) -> int:
         return 0 if request.adapter is None else self._loads.num_blocks(request.adapter.digest) or 0
@@ -274,7 +275,7 @@ class Engine:
     # -- looking in ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        tiers, counts = self._residency.by_tier(), self._residency.counts
+        tiers, counts = self._residency.table.by_tier(), self._residency.counts
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -282,7 +283,7 @@ class Engine:
             blocks=self._blocks(),
             adapters_in_pool=tuple(r.digest for r in tiers[Tier.POOL]),
             adapters_on_host=tuple(r.digest for r in tiers[Tier.HOST]),
-            host_bytes=self._residency.host_used,
+            host_bytes=self._residency.table.host_used,
             num_preemptions=self._scheduler.num_preemptions,
             num_aborted=self._scheduler.num_aborted,
             prefix_cache_queries=self._scheduler.prefix_cache_queries,
@@ -306,7 +307,7 @@ class Engine:
 
     def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlace]:
         """Where these adapters are and how they have been used; without `digests`, all that are known."""
-        return self._residency.places(digests)
+        return self._residency.table.places(digests)
 
     def check_integrity(self) -> None:
         """AssertionError unless every block is free, or held by exactly the running requests, the prefix cache and the
@@ -315,12 +316,12 @@ class Engine:
         kv = Counter(block for request in self._scheduler.running for block in request.blocks)
         kv.update(self._scheduler.prefix_cache.blocks())
         self._scheduler.prefix_cache.check_integrity()
-        self._pool.check_integrity(kv, self._residency.residents())
-        self._residency.check_integrity()
+        self._pool.check_integrity(kv, self._residency.table.residents())
+        self._residency.table.check_integrity()
         pins = Counter(r.adapter.digest for r in self._scheduler.running if r.adapter is not None)
         wants = Counter(r.adapter.digest for r in self._scheduler.waiting if r.adapter is not None)
-        assert pins == Counter(self._residency.pins()), "adapter pins differ from the running requests"
-        assert wants == Counter(self._residency.wants()), "wanted adapters differ from the waiting requests"
+        assert pins == Counter(self._residency.table.pins()), "adapter pins differ from the running requests"
+        assert wants == Counter(self._residency.table.wants()), "wanted adapters differ from the waiting requests"
 
     def check_health(self) -> None:
         """EngineError where another rank has ended. From any thread."""

@@ -23,17 +23,23 @@ What this promises to two tenants f and g that both have requests of the best wa
 L: tokens of the longest prompt. M: the largest number of tokens that one tenant's running requests may still generate,
 no more than max_num_seqs · max_tokens. Both weighted. Proof: a request is admitted only while its tenant's counter is
 within `lead` of the smallest; then the counter grows by the prompt and by what its running requests still generate, and
-the smallest counter never falls, as those who come are lifted to it.
+the smallest counter never falls, as those who come are lifted to it. Only a refund takes it down: the difference may
+then be larger by what was given back, until its tenant, which is first now, has caught up.
 
 A request whose tenant has the smallest counter as it comes, and nothing else in the engine, sees at most one request
 of each other tenant admitted before it, and MAX_OVERTAKES more. What is computed again after a preemption is not
-charged: it serves nobody.
+charged: it serves nobody. What a request was charged that fails before its first token is given back.
+
+Of many tenants those that have nothing in the engine are forgotten, as long as their counters do not exceed the
+smallest of those that wait. Whoever is not known is taken to have had what the one of them with the largest had, so
+coming back wins nothing, and loses nothing but where the smallest counter has fallen since, by a refund.
 """
 
 from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -86,11 +92,14 @@ class FairQueue:
         self._counters: dict[str, float] = {}
         self._queues: dict[str, list[Request]] = {}
         self._order: list[_Place] = []  # a heap; a tenant's first place in it may be too early, never too late
+        self._joined_at: dict[str, float] = {}  # what the counter of a tenant with a queue was lifted to at least
+        self._num_running: Counter[str] = Counter()
         self._last = ""  # whose queue ended last
+        self._forgotten = 0.0  # the largest counter that has been forgotten
         self._forget_at = _FORGET_ABOVE
 
     def counter(self, tenant: str) -> float:
-        return self._counters.get(tenant, 0)
+        return self._counters.get(tenant, self._forgotten)
 
     def push(self, request: Request) -> None:
         tenant = request.tenant
@@ -102,22 +111,29 @@ class FairQueue:
             queue = self._queues[tenant] = []
         queue.insert(bisect_left(queue, rank_in_queue(request), key=rank_in_queue), request)
         if first:
-            heapq.heappush(self._order, self._place(tenant))
-        if len(self._order) > 2 * len(self._queues) + _SPARE_PLACES:  # each better first request leaves one behind
-            self._order = [self._place(t) for t in self._queues]
-            heapq.heapify(self._order)
+            self._move_up(tenant)
 
     def remove(self, request: Request) -> None:
         queue = self._queues[request.tenant]
         del queue[self._index(queue, request)]
         if not queue:
-            del self._queues[request.tenant]
+            del self._queues[request.tenant], self._joined_at[request.tenant]
             self._last = request.tenant
 
     def charge(self, request: Request, *, num_input: int = 0, num_output: int = 0) -> None:
         """Service that `request` gets, in tokens."""
         service = request.token_weight * (INPUT_WEIGHT * num_input + OUTPUT_WEIGHT * num_output)
         self._counters[request.tenant] = self.counter(request.tenant) + service
+
+    def refund(self, request: Request, *, num_input: int) -> None:
+        """`request` was charged and served nothing. No credit for idleness comes of it: where its tenant has come to
+        the queue since, the counter falls no lower than to what it was lifted to then.
+        """
+        tenant = request.tenant
+        counter = self.counter(tenant) - request.token_weight * INPUT_WEIGHT * num_input
+        self._counters[tenant] = max(counter, self._joined_at.get(tenant, 0.0))
+        if tenant in self._queues:
+            self._move_up(tenant)
 
     def pick(self, preferred: Callable[[Request], bool]) -> Request | None:
         """Whose turn it is, or a preferred request that may overtake; it stays in the queue until `take`."""
@@ -147,6 +163,13 @@ class FairQueue:
         if front.tenant != request.tenant:
             self._queues[front.tenant][0].num_overtaken += 1
         self.remove(request)
+        self._num_running[request.tenant] += 1
+
+    def leave(self, request: Request) -> None:
+        """It was taken and does not run any more."""
+        self._num_running[request.tenant] -= 1
+        if not self._num_running[request.tenant]:
+            del self._num_running[request.tenant]
 
     def ahead_of(self, request: Request, waiting: Iterable[Request], mean_output: float) -> Backlog:
         """What of `waiting` will be served before `request`, if it comes or stays: all of better priority, the earlier
@@ -187,6 +210,13 @@ class FairQueue:
         head = self._queues[tenant][0]
         return _Place(head.priority, self.counter(tenant), head.arrival, tenant)
 
+    def _move_up(self, tenant: str) -> None:
+        """Its place is an earlier one now. The one that it had stays behind, until there are too many of those."""
+        heapq.heappush(self._order, self._place(tenant))
+        if len(self._order) > 2 * len(self._queues) + _SPARE_PLACES:
+            self._order = [self._place(t) for t in self._queues]
+            heapq.heapify(self._order)
+
     def _front(self) -> _Place | None:
         """The first place, after those above it that are out of date have been put right."""
         while self._order:
@@ -216,19 +246,25 @@ class FairQueue:
 
     def _lifted(self, tenant: str) -> float:
         """A counter as it will be when its tenant, without a request of the best priority, gets one."""
+        return max(self.counter(tenant), self._level())
+
+    def _level(self) -> float:
         front = self._front()
-        return max(self.counter(tenant), self.counter(self._last) if front is None else front.counter)
+        return self.counter(self._last) if front is None else front.counter
 
     def _lift(self, tenant: str) -> None:
         if len(self._counters) >= self._forget_at:
             self._forget()
-        self._counters[tenant] = self._lifted(tenant)
+        self._joined_at[tenant] = self._level()
+        self._counters[tenant] = max(self.counter(tenant), self._joined_at[tenant])
 
     def _forget(self) -> None:
-        """Counters of idle tenants that would be lifted above what they are."""
-        front = self._front()
-        level = self.counter(self._last) if front is None else front.counter
-        self._counters = {t: c for t, c in self._counters.items() if c > level or t in self._queues or t == self._last}
+        """Tenants that have nothing in the engine and would be lifted when they come, whenever that is."""
+        least = min(map(self.counter, self._queues), default=self.counter(self._last))
+        busy = self._queues.keys() | self._num_running.keys() | {self._last}
+        going = {t: c for t, c in self._counters.items() if c <= least and t not in busy}
+        self._counters = {t: c for t, c in self._counters.items() if t not in going}
+        self._forgotten = max(self._forgotten, *going.values(), 0.0)
         self._forget_at = 2 * len(self._counters) + _FORGET_ABOVE
 
 

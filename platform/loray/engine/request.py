@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 class GenerateRequest:
     """What a caller submits. `adapter` None is the base model.
 
-    tenant      whose share of the engine it takes; empty: the adapter's name, so that adapters are fair to each other
+    tenant      whose share of the engine it takes; all that name none are one tenant's, whatever their adapters
     priority    smaller is earlier, as in vLLM
     ttft_slo_s  seconds until its first token, after which it is of no use; None: the deployment's
     """
@@ -69,7 +69,7 @@ class Request:
     queued_at           seconds of the engine's clock; None once it has been scheduled for the first time
     start_by            seconds of the scheduler's clock; infinite without a target, and once it has been admitted
     token_weight        what a token of its adapter costs against one of the base; 0 until it has been admitted
-    num_output_charged  tokens of `output_ids` that its tenant has been charged for
+    num_input_charged   tokens of its prompt that its tenant has been charged for, num_output_charged of `output_ids`
     num_overtaken       how often a later request whose adapter was in the pool went first
     """
 
@@ -86,6 +86,7 @@ class Request:
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first start
     start_by: float = math.inf
     token_weight: float = 0.0
+    num_input_charged: int = 0
     num_output_charged: int = 0
     num_overtaken: int = 0
 
@@ -108,7 +109,7 @@ class Request:
 
     @property
     def tenant(self) -> str:
-        return self.spec.tenant or ("" if self.spec.adapter is None else self.spec.adapter.name)
+        return self.spec.tenant
 
     @property
     def priority(self) -> int:

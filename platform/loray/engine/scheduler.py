@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from loray.engine.blocks import BlockAllocator
+from loray.engine.entries import Tier
 from loray.engine.fairness import rank_in_queue
 from loray.engine.overload import FirstTokenEstimate, FirstTokenTargets
 from loray.engine.prefix_cache import PrefixCache
 from loray.engine.request import Request, State
-from loray.engine.residency import Residency, Tier
+from loray.engine.residency import Residency
 from loray.engine.waiting import WaitingRequests
 from loray.errors import ContextLengthExceeded, Overloaded
 
@@ -112,6 +113,7 @@ class Scheduler:
         if request.state is State.RUNNING:
             self.running.remove(request)
             self._charge_output(request)
+            self.waiting.fair.leave(request)
             self._estimate.observe_end(len(request.output_ids))
             self._give_back(request)
         elif request.state is State.WAITING:
@@ -141,7 +143,7 @@ class Scheduler:
             if request.state is not State.RUNNING:  # preempted by an older one above
                 continue
             decoding -= decodes
-            if request.adapter is not None and self._residency.tier(request.adapter) is not Tier.POOL:
+            if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
                 self._preempt(request)  # a step has waited in vain for the rest of its adapter: others take its seat
                 continue
             n = min(request.num_pending, budget if decodes else max(0, budget - decoding))
@@ -161,8 +163,8 @@ class Scheduler:
         """Those that began on an adapter whose rest never came, or was not what was published."""
         failed: list[tuple[Request, Exception]] = []
         for request in list(self.running):
-            if request.adapter is not None and self._residency.tier(request.adapter) is Tier.FAILED:
-                failed.append((request, self._residency.error(request.adapter)))
+            if request.adapter is not None and self._residency.table.tier(request.adapter) is Tier.FAILED:
+                failed.append((request, self._residency.table.error(request.adapter)))
                 self.waiting.add(request, again=True)
                 self.waiting.refuse(request)
                 self.running.remove(request)
@@ -195,7 +197,8 @@ class Scheduler:
         request.start_by = math.inf
         if not request.token_weight:
             request.token_weight = self._token_weight(request)
-            self.waiting.fair.charge(request, num_input=request.num_prompt_tokens - request.num_computed)
+            request.num_input_charged = request.num_prompt_tokens - request.num_computed
+            self.waiting.fair.charge(request, num_input=request.num_input_charged)
 
     def _charge_output(self, request: Request) -> None:
         num_output = len(request.output_ids) - request.num_output_charged
@@ -227,7 +230,7 @@ class Scheduler:
         if ref is not None:
             while self._residency.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
-                if self._residency.tier(ref) is not Tier.HOST or not self._make_room(max(1, missing)):
+                if self._residency.table.tier(ref) is not Tier.HOST or not self._make_room(max(1, missing)):
                     self._return_blocks(request)
                     return False
         missing = self._allocator.geometry.blocks_for_tokens(request.num_tokens) - len(request.blocks)

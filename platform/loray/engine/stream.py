@@ -15,8 +15,8 @@ import torch
 
 from loray.engine.detokenizer import Detokenizer
 from loray.engine.engine import Engine
+from loray.engine.entries import AdapterPlace
 from loray.engine.request import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
-from loray.engine.residency import AdapterPlace
 from loray.engine.stats import EngineStats
 from loray.errors import EngineError, RequestError
 from loray.spec import AdapterBytes, AdapterRef

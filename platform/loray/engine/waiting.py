@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from enum import Enum
 from typing import Any
 
+from loray.engine.entries import Tier
 from loray.engine.fairness import Backlog, FairQueue
 from loray.engine.request import Request
-from loray.engine.residency import Residency, Tier
+from loray.engine.residency import Residency
 
 
 class _Place(Enum):
@@ -26,7 +27,9 @@ class WaitingRequests:
         self.fair = FairQueue(lead)
         self._residency = residency
         self._places: dict[Request, _Place] = {}
-        self._loading: dict[str, list[Request]] = {}  # by adapter
+        self._by_adapter: dict[str, dict[Request, None]] = {}  # those that have not been refused
+        self._loading: dict[str, dict[Request, None]] = {}
+        self._entered: dict[str, None] = {}  # adapters of which some have begun to load since the last `land`
 
     def __len__(self) -> int:
         return len(self._places)
@@ -36,8 +39,11 @@ class WaitingRequests:
 
     def add(self, request: Request, *, again: bool = False) -> None:
         """`again`: it was running before and has been preempted."""
+        if again:
+            self.fair.leave(request)
         if request.adapter is not None:
             self._residency.want(request.adapter, again=again)
+            self._by_adapter.setdefault(request.adapter.digest, {})[request] = None
         self._enter(request)
 
     def remove(self, request: Request) -> None:
@@ -51,17 +57,27 @@ class WaitingRequests:
         self._left(request)
 
     def refuse(self, request: Request) -> None:
-        """It will not run; the engine removes it when its caller has been told."""
+        """It will not run; the engine removes it when its caller has been told. One that has run and has not had a
+        token yet costs its tenant nothing.
+        """
         self._withdraw(request)
+        if request.num_input_charged and not request.output_ids:
+            self.fair.refund(request, num_input=request.num_input_charged)
+        self._discard(self._by_adapter, request)
         self._places[request] = _Place.REFUSED
 
     def land(self) -> list[tuple[Request, Exception]]:
         """Let those whose adapter has come take their turn; refuse and return those whose adapter failed."""
         failed: list[tuple[Request, Exception]] = []
-        for digest in list(self._loading):
-            tier = self._tier(self._loading[digest][0])
+        entered, self._entered = self._entered, {}
+        for digest in {**entered, **dict.fromkeys(self._residency.take_settled())}:
+            loading = self._loading.get(digest)
+            if not loading:
+                continue
+            first = next(iter(loading))
+            tier = self._tier(first)
             if tier is Tier.FAILED:
-                failed += self.fail(self._loading[digest][0])
+                failed += self.fail(first)
             elif tier is not Tier.LOADING:
                 for request in self._loading.pop(digest):
                     self._ready(request)
@@ -75,11 +91,10 @@ class WaitingRequests:
         """Refuse all that wait for the adapter of `request`, which could not be loaded or placed."""
         ref = request.adapter
         assert ref is not None
-        waiting = [r for r, place in self._places.items() if place is not _Place.REFUSED]
-        same = [r for r in waiting if r.adapter_digest == ref.digest]
+        same = list(self._by_adapter[ref.digest])
         for r in same:
             self.refuse(r)
-        return [(r, self._residency.error(ref)) for r in same]
+        return [(r, self._residency.table.error(ref)) for r in same]
 
     def pick(self) -> Request | None:
         """Whose turn it is; it may have failed since it landed. See FairQueue.pick."""
@@ -88,7 +103,7 @@ class WaitingRequests:
             self._enter(request)
         return request
 
-    def loading(self, digest: str) -> Sequence[Request]:
+    def loading(self, digest: str) -> Collection[Request]:
         """Those that wait for this adapter to come."""
         return self._loading.get(digest, ())
 
@@ -98,7 +113,7 @@ class WaitingRequests:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _tier(self, request: Request) -> Tier:
-        return Tier.POOL if request.adapter is None else self._residency.tier(request.adapter)
+        return Tier.POOL if request.adapter is None else self._residency.table.tier(request.adapter)
 
     def _is_resident(self, request: Request) -> bool:
         return self._tier(request) is Tier.POOL
@@ -106,7 +121,8 @@ class WaitingRequests:
     def _enter(self, request: Request) -> None:
         if request.adapter is not None and self._tier(request) in (Tier.LOADING, Tier.FAILED):
             self._places[request] = _Place.LOADING
-            self._loading.setdefault(request.adapter.digest, []).append(request)
+            self._loading.setdefault(request.adapter.digest, {})[request] = None
+            self._entered[request.adapter.digest] = None
         else:
             self._ready(request)
 
@@ -119,13 +135,17 @@ class WaitingRequests:
         if place is _Place.READY:
             self.fair.remove(request)
         elif place is _Place.LOADING:
-            assert request.adapter is not None
-            loading = self._loading[request.adapter.digest]
-            loading.remove(request)
-            if not loading:
-                del self._loading[request.adapter.digest]
+            self._discard(self._loading, request)
+
+    def _discard(self, by_adapter: dict[str, dict[Request, None]], request: Request) -> None:
+        if request.adapter is not None:
+            same = by_adapter.get(request.adapter.digest, {})
+            same.pop(request, None)
+            if not same:
+                by_adapter.pop(request.adapter.digest, None)
 
     def _left(self, request: Request) -> None:
         del self._places[request]
+        self._discard(self._by_adapter, request)
         if request.adapter is not None:
             self._residency.unwant(request.adapter)

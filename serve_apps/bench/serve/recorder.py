@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from loray.engine.residency import Tier
+from loray.engine.entries import Tier
 from loray.spec import AdapterRef
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class EngineRecorder:
         residency, acquire = engine._residency, engine._residency.acquire
 
         def counted(ref: AdapterRef) -> ResidentAdapter | None:
-            was_in_pool = residency.tier(ref) is Tier.POOL
+            was_in_pool = residency.table.tier(ref) is Tier.POOL
             resident = acquire(ref)
             if resident is not None and not was_in_pool:
                 self.placed_bytes += ref.nbytes

@@ -116,12 +116,18 @@ class _ShardedSource:
     world_size: int
 
     def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+        """Ready as soon as it is whole: what goes wrong with keeping it afterwards is no business of its requests."""
         whole = replace(packer, geometry=self.whole, pinned=False)
-        if isinstance(self.loaded, AdapterWeights):
-            packed = whole.pack(self.loaded)
-        else:
-            packed = self.loaded.pack(whole, lambda packed, remaining_s: None)
-        return shard_adapter(packed, self.whole, packer.geometry, self.world_size)
+        ready: list[ShardedAdapter] = []
+
+        def cut(packed: PackedAdapter, remaining_s: float = 0.0) -> None:
+            if not ready and (packed.arrival is None or packed.arrival.landed):
+                ready.append(shard_adapter(packed, self.whole, packer.geometry, self.world_size))
+                progress(ready[0], 0.0)
+
+        loaded = self.loaded
+        cut(whole.pack(loaded) if isinstance(loaded, AdapterWeights) else loaded.pack(whole, cut))
+        return ready[0]
 
 
 def sharded_loads(load: LoadAdapter, whole: Geometry, world_size: int) -> LoadAdapter:
