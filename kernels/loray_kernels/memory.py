@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import threading
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 
 import torch
@@ -28,12 +29,15 @@ def huge_pages(num_elements: int, dtype: torch.dtype) -> Tensor:
 
 
 class Recycled:
-    """Large tensors whose memory is used again once nobody holds it; up to `max_bytes` lie idle. From any thread."""
+    """Large tensors whose memory is used again once nobody holds it; up to `max_bytes` lie idle. From any thread.
 
-    def __init__(self, max_bytes: int) -> None:
+    expected  bytes of tensors that the first `prepare` is for
+    """
+
+    def __init__(self, max_bytes: int, expected: Iterable[int] = ()) -> None:
         self._max_bytes = max_bytes
         self._idle: list[mmap.mmap] = []
-        self._taken: list[int] = []  # bytes of each since the last `prepare`
+        self._taken = list(expected)  # bytes of each since the last `prepare`
         self._lock = threading.Lock()
 
     @property

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from loray.adapters.weights import AdapterWeights
-from loray.engine.packed import PackedAdapter, Packer
+from loray.engine.packed import FIRST_BYTES, PackedAdapter, Packer
 from loray.engine.pool import Pool
 from loray.errors import EngineError
 from loray.spec import AdapterBytes, AdapterRef
@@ -52,6 +52,8 @@ class AdapterLoads:
         self._threads = ThreadPoolExecutor(
             _NUM_FLIGHTS, thread_name_prefix="adapter-load", initializer=_leave_the_cores_to_the_engine
         )
+        if pool.tensor.nbytes >= sum(FIRST_BYTES):  # not for a pool that holds no such adapter
+            packer.memory.prepare()
         self._num_blocks: dict[str, int] = {}
         self._bytes: dict[str, AdapterBytes] = {}
 

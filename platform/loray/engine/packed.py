@@ -25,6 +25,7 @@ from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled
 
 _IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
+FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of memory that is ready for the first ones
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 
 Rows = Mapping[Matrix, Tensor]
@@ -120,7 +121,7 @@ class Packer:
     dtype: torch.dtype
     embedding_VD: Tensor
     pinned: bool = False
-    memory: Recycled = field(default_factory=lambda: Recycled(_IDLE_BYTES))
+    memory: Recycled = field(default_factory=lambda: Recycled(_IDLE_BYTES, FIRST_BYTES))
     _pairs: WeakValueDictionary[str, ProjectionPair] = field(default_factory=WeakValueDictionary)
 
     @property

@@ -94,7 +94,8 @@ class Pool:
         self.geometry = Geometry(num_blocks, layout.num_layers, layout.block_tokens, layout.layer_share)
         self.allocator = BlockAllocator(self.geometry)
         size = num_blocks * self.geometry.block_size
-        self.tensor = huge_pages(size, dtype) if device.type == "cpu" else torch.zeros(size, dtype=dtype, device=device)
+        self.tensor = huge_pages(size, dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
+        self.tensor.zero_()  # here, so that no first token pays for touching memory
         self._writer = page_writer(self.tensor)
         self._pairs: dict[str, ResidentPair] = {}
         self._residents: dict[ResidentAdapter, None] = {}

@@ -53,8 +53,8 @@ class Case:
 
 BASE = EngineOptions()
 MIXED = EngineOptions(AdapterSet(100))
-FEW = EngineOptions(AdapterSet(32))
-SEVEN = EngineOptions(AdapterSet(32, modules=ALL_LINEAR))
+FEW = EngineOptions(AdapterSet(32), kv_tokens=SHORT * 128)
+SEVEN = EngineOptions(AdapterSet(32, modules=ALL_LINEAR), kv_tokens=SHORT * 128)
 _WAVE = Workload(num_requests=SHORT, at_once=SHORT)
 _ALONE = Workload(num_requests=1, at_once=1)
 _PROMPT = replace(_ALONE, inputs=(LONG, LONG), outputs=(1, 1))
