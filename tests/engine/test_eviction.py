@@ -6,7 +6,7 @@ import random
 from typing import NamedTuple
 
 from loray.engine.eviction import GreedyDual, Worth
-from tests.engine.test_residency import World, ref
+from tests.engine.residency_world import World, ref
 
 
 class Item(NamedTuple):

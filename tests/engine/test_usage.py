@@ -6,7 +6,7 @@ import pytest
 
 from loray.engine.histogram import Histogram
 from loray.engine.usage import AdapterUsage, UsageLog
-from tests.engine.test_residency import ref
+from tests.engine.residency_world import ref
 
 
 class Clock:

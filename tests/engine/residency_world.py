@@ -1,0 +1,74 @@
+"""A residency whose store and pool do what a test tells them to."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from loray.engine.arrival import Arrival
+from loray.engine.residency import Residency
+from loray.engine.usage import UsageLog
+from loray.spec import AdapterRef
+
+
+@dataclass(frozen=True)
+class Pair:
+    digest: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    nbytes: int
+    arrival: Arrival | None = None
+    pair: Pair | None = None
+
+
+class World:
+    """A store that lands flights when told to, and a pool of `slots` adapters."""
+
+    def __init__(self, *, slots: int = 2, host_bytes: int = 1000) -> None:
+        self.flights: dict[str, Future[Packed]] = {}
+        self.num_loads = 0
+        self.slots = slots
+        self.placed: list[str] = []
+        self.now = 0.0
+        self.residency: Residency[Packed, str] = Residency(
+            host_bytes=host_bytes,
+            load=self.load,
+            place=self.place,
+            remove=self.placed.remove,
+            usage=UsageLog(now=lambda: 1000 + self.now),
+            clock=lambda: self.now,
+        )
+
+    def load(self, ref: AdapterRef) -> Future[Packed]:
+        self.num_loads += 1
+        self.flights[ref.name] = Future()
+        return self.flights[ref.name]
+
+    def place(self, ref: AdapterRef, packed: Packed) -> str | None:
+        if len(self.placed) == self.slots:
+            return None
+        self.placed.append(ref.name)
+        return ref.name
+
+    def land(self, name: str, nbytes: int = 100) -> None:
+        self.flights[name].set_result(Packed(nbytes))
+        self.residency.poll()
+
+    def bring(self, name: str) -> AdapterRef:
+        r = ref(name)
+        self.residency.want(r)
+        self.residency.poll()
+        self.land(name)
+        assert self.residency.acquire(r) is not None
+        self.residency.unwant(r)
+        return r
+
+
+def ref(name: str, nbytes: int = 100) -> AdapterRef:
+    digest = name.encode().hex().rjust(64, "0")
+    return AdapterRef(
+        digest=digest, name=name, version=1, method="lora", base_fingerprint="0" * 64, context_length=10, nbytes=nbytes
+    )
