@@ -8,23 +8,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from jobs import leases
 from jobs.events import decode
 from jobs.runs import open_runs
-from loray.adapters.peft_format import read_adapter
+from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel, add_base
-from loray.catalog import Catalog
+from loray.catalog import AdapterVersion, Catalog
 from loray.recipe import Recipe
 from loray.settings import Settings
 from loray.store import AdapterStore, open_filesystem, open_store
 from loray.train.checkpoint import read_state
-from tests.cluster import RayCluster
+from tests.cluster import NUM_CPUS, RayCluster
 from tests.jobs.test_recipe import write
 from tests.jobs.test_train import follow, run
 from tests.postgres import Postgres
@@ -74,18 +77,40 @@ def objects(settings: Settings, name: str) -> list[str]:
     return [key.removeprefix(prefix).partition("/")[2] for key in open_store(settings.store).list(prefix)]
 
 
-def test_two_workers_train_into_the_bucket_and_one_may_die(
-    ray_cluster: RayCluster, base: BaseModel, settings: Settings, tmp_path: Path
-) -> None:
-    recipe = recipe_in_bucket(tmp_path, settings, name="shared")
+@pytest.fixture(scope="module")
+def undisturbed(base: BaseModel, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The events of a run that nothing happens to."""
+    return run(recipe_in_bucket(tmp_path_factory.mktemp("undisturbed"), settings, name="undisturbed"), settings)
+
+
+def losses(events: list[dict[str, Any]]) -> list[float]:
+    """Of each step; of one that was done again, the last time."""
+    found = {e["step"]: e["loss"] for e in events if e["event"] == "step"}
+    return [found[step] for step in sorted(found)]
+
+
+def version_of(settings: Settings, name: str) -> AdapterVersion:
+    (version,) = Catalog(settings.catalog).adapter(name).versions
+    return version
+
+
+def kill_at_the_first_checkpoint(before: Callable[[], object] = lambda: None) -> Callable[..., None]:
     killed: list[int] = []
 
     def kill_once(event: dict[str, Any], seen: list[dict[str, Any]]) -> None:
         if event["event"] == "checkpoint" and not killed:
             killed.append(next(e["pid"] for e in seen if e["event"] == "start"))
+            before()
             os.kill(killed[0], signal.SIGKILL)
 
-    events = run(recipe, settings, kill_once)
+    return kill_once
+
+
+def test_two_workers_train_into_the_bucket_and_one_may_die(
+    ray_cluster: RayCluster, base: BaseModel, settings: Settings, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = recipe_in_bucket(tmp_path, settings, name="shared")
+    events = run(recipe, settings, kill_at_the_first_checkpoint())
     assert [e["event"] for e in events].count("worker_lost") == 1
     first, second = (e for e in events if e["event"] == "start")
     assert (first["step"], first["num_workers"]) == (0, 2)
@@ -94,8 +119,9 @@ def test_two_workers_train_into_the_bucket_and_one_may_die(
     (saved,) = {e["path"] for e in events if e["event"] == "checkpoint" and e["step"] == 30}
     assert saved == f"{found}/step_000030"
 
-    published = events[-1]
-    (version,) = Catalog(settings.catalog).adapter("shared").versions
+    published, version = events[-1], version_of(settings, "shared")
+    assert losses(events) == losses(undisturbed)
+    assert version.manifest.files == version_of(settings, "undisturbed").manifest.files  # bit for bit
     assert (version.digest, version.aliases) == (published["digest"], ("prod",))
     (job,) = Catalog(settings.catalog).jobs().jobs
     assert (job.status, job.version, job.id) == ("succeeded", 1, version.manifest.job_id)
@@ -110,6 +136,49 @@ def test_two_workers_train_into_the_bucket_and_one_may_die(
     assert history == events[:-1]
     assert not list(ray_cluster.home.glob("runs/shared/*/step_*"))
     assert run(recipe, settings, resume=True) == [published]
+
+
+@contextmanager
+def room_for_one() -> Iterator[Callable[[], None]]:
+    """Another job has asked for all CPUs but one. → what gives them back."""
+    import ray
+    from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    coordinator = get_or_create_autoscaling_coordinator()
+    ray.get(
+        coordinator.request_resources.remote(
+            requester_id="another job",
+            resources=[{"CPU": 1}] * (NUM_CPUS - 1),
+            expire_after_s=600,
+            priority=ResourceRequestPriority.HIGH,
+        )
+    )
+
+    def give_back() -> None:
+        ray.get(coordinator.cancel_request.remote(requester_id="another job"))
+
+    try:
+        yield give_back
+    finally:
+        give_back()
+
+
+def test_a_run_with_another_number_of_workers_after_a_loss_takes_the_same_steps(
+    ray_cluster: RayCluster, base: BaseModel, settings: Settings, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = recipe_in_bucket(tmp_path, settings, name="elastic", min_workers=1)
+    with room_for_one() as give_back:
+        events = run(recipe, settings, kill_at_the_first_checkpoint(give_back))
+    assert [e["num_workers"] for e in events if e["event"] == "start"] == [1, 2]
+    assert losses(events) == pytest.approx(losses(undisturbed), rel=1e-4)
+    tensors = []
+    for name in ("elastic", "undisturbed"):
+        AdapterStore(open_store(settings.store)).fetch(version_of(settings, name).digest, tmp_path / name)
+        tensors.append(load_file(tmp_path / name / WEIGHTS_FILE))
+    torch.testing.assert_close(*tensors, rtol=1e-3, atol=1e-4)
 
 
 def test_a_killed_drivers_run_goes_on_on_another_machine(

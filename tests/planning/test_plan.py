@@ -147,3 +147,10 @@ def test_json_holds_what_the_tables_show() -> None:
     }
     assert facts["model"]["rope"]["rope_type"] == "default"
     assert plan_memory(plan.run, A100) == plan.memory
+
+
+def test_a_machine_measured_while_it_was_busy_has_no_share_above_one() -> None:
+    device = host(HostRates(16 << 30, 1e11, 8e10, 1.25e11, 4e10), num_workers=1)
+    assert device.flops == 1.25e11
+    shares = device.matmul_share, device.attention_share, device.dense_attention_share
+    assert shares == pytest.approx((0.72, 0.64, 1.0))
