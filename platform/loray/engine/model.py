@@ -14,6 +14,8 @@ from loray.engine.pool import Pool
 from loray.errors import IntegrityError
 from loray_kernels import DecodeStep, Ops
 
+_EMBEDDING = "model.embed_tokens.weight"
+
 
 class Decoder:
     """`tensors` are a checkpoint's by name; matrices are kept as `ops` wants them, which runs every pass."""
@@ -28,13 +30,13 @@ class Decoder:
         device: torch.device,
         linears: Linears = LOCAL,
     ) -> None:
-        loaded = {name: t.to(device=device, dtype=dtype) for name, t in tensors}
+        loaded = {name: _take(name, t, dtype, device) for name, t in tensors}
         self.config = config
         self.ops = ops
         self._recorded: Callable[[DecodeStep], Tensor] | None = None
         self._rope = Rope(config, dtype=dtype, device=device)
         try:
-            self.embedding_VD = loaded["model.embed_tokens.weight"]
+            self.embedding_VD = loaded[_EMBEDDING]
             head_VD = self.embedding_VD if config.tie_word_embeddings else loaded["lm_head.weight"]
             self._head = ops.pack_linear(head_VD)
             self._layers = [Layer(i, config, loaded, ops, linears) for i in range(config.num_layers)]
@@ -75,3 +77,12 @@ class Decoder:
             x_TD = layer(x_TD, step)
         x_TD = self._norm(x_TD, step)
         return ops.logits(x_TD[batch.logits_T], self._head)
+
+
+def _take(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device. What is used as it is, unlike matrices, which are packed, gets memory of its own: one view of a
+    mapped checkpoint would keep all of it resident.
+    """
+    taken = tensor.to(device=device, dtype=dtype)
+    is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING
+    return taken.clone() if is_used_as_it_is and taken.data_ptr() == tensor.data_ptr() else taken

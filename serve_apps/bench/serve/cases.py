@@ -111,9 +111,10 @@ def _many(name: str, n: int, alpha: float | None) -> Case:
     return Case(name, MANY, workload, passes=2, peers=())
 
 
-# From host memory and from the store: 12 adapters of all ranks, one request at a time, each seen once or twice.
+# From host memory and from the store: 12 adapters of all ranks, one request at a time, each seen once or twice. A
+# request is as long as the others; meanwhile the node's cache is filled.
 _COLD = replace(MIXED, apart="cold")
-_FIRST_TOKEN = Workload(12, num_adapters=12, first_adapter=4, at_once=1, outputs=(1, 1))
+_FIRST_TOKEN = Workload(12, num_adapters=12, first_adapter=4, at_once=1)
 COLD = (
     Case("first adapters", _COLD, replace(_FIRST_TOKEN, num_adapters=4, first_adapter=0), passes=1, peers=()),
     Case("cold adapter", _COLD, _FIRST_TOKEN, passes=1, warm_up=0, peers=()),
