@@ -82,8 +82,9 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
     events = EventSender(config["events"])
     nodes = world.gather(ray.get_runtime_context().get_node_id())
     warning = straddling_warning(nodes, spec.parallel.sequence)
-    if warning is not None and world.rank == 0:
-        events.send({"event": "warning", "message": warning})
+    if world.rank == 0:
+        for message in (*spec.doubts, *([] if warning is None else [warning])):
+            events.send({"event": "warning", "message": message})
     gauges = TrainingGauges(spec.name, config["run"], world.rank)
     with ExitStack() as stack:
         if world.rank == 0:  # outlives a worker that is killed, for the one that takes its place

@@ -146,25 +146,29 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """A step over a sequence group of P: the peak above that of a step over a short row, beside that of P = 1."""
+    """A step of LoRA under S2-Attn over a sequence group of P, with checkpointing: the most that tensors take above
+    what is there between steps, beside that of P = 1.
+    """
 
     tokens: int
     sequence: int
     target: Target | None = None
-    columns: ClassVar = ("activations MB", "of P = 1", "halo MB", "step s")
+    columns: ClassVar = ("activations MB", "of P = 1", "resident MB", "halo MB", "step s")
 
     @property
     def name(self) -> str:
         return f"sequence {_short(self.tokens)} P={self.sequence}"
 
     def run(self, setting: Setting) -> Row:
-        found = _measure(steps.Case(self.tokens, "longlora", checkpointing=True, sequence=self.sequence), setting)
+        case = steps.Case(self.tokens, "longlora", checkpointing=True, sequence=self.sequence, lean=True)
+        found = _measure(case, setting)
         setting.activations[self.tokens, self.sequence] = found.activation_bytes
         alone = setting.activations.get((self.tokens, 1))
         share = None if alone is None else found.activation_bytes / alone
         cells = (
             f"{found.activation_bytes / 1e6:.0f}",
             "–" if share is None else f"{share:.2f}",
+            f"{found.peak_bytes / 1e6:.0f}",
             f"{found.halo_bytes / 1e6:.2f}",
             f"{found.step_s:.1f}",
         )

@@ -1,6 +1,6 @@
 """One worker of a recipe in a process of its own: steps on random tokens; prints what they took as JSON.
 
-    python -m jobs.bench.step_worker HOME RECIPE_JSON NUM_STEPS [--dense] [--rendezvous FILE --rank RANK]
+    python -m jobs.bench.step_worker HOME RECIPE_JSON NUM_STEPS [--dense] [--tensors] [--rendezvous FILE --rank RANK]
 
 The workers of a recipe find each other in FILE, over gloo. The first step is over a short row and not counted: with it
 gradients, moments and the buffers of libraries are there.
@@ -9,15 +9,18 @@ gradients, moments and the buffers of libraries are there.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from jobs.bench import dense
 from jobs.bench.machine import forget_peak, peak_bytes, resident_bytes
@@ -34,8 +37,12 @@ from loray.train.strategies import prepare
 _SHORT_ROW = 64  # tokens of a rank
 
 
-def main(home: Path, spec: TrainSpec, num_steps: int, *, is_dense: bool = False) -> dict[str, float]:
-    """peak_bytes: above what interpreter and libraries held; activation_bytes: above the peak of the short step."""
+def main(
+    home: Path, spec: TrainSpec, num_steps: int, *, is_dense: bool = False, watch_tensors: bool = False
+) -> dict[str, float]:
+    """peak_bytes: resident, above what interpreter and libraries held; activation_bytes: the most that tensors took in
+    one more step, above what was there before it.
+    """
     base, device = get_base(home, spec.base), torch.device("cpu")
     run = run_of(spec, base.config)
     mesh = Mesh.build(spec.parallel.sequence, device)
@@ -55,16 +62,25 @@ def main(home: Path, spec: TrainSpec, num_steps: int, *, is_dense: bool = False)
     vocab_size, traffic = run.model.vocab_size, mesh.sequence.traffic
     forget_peak()
     step(_batch(vocab_size, run.num_rows, min(run.row_length, _SHORT_ROW * spec.parallel.sequence)))
-    least, sent = peak_bytes(), traffic.forward_bytes + traffic.backward_bytes
+    sent = traffic.forward_bytes + traffic.backward_bytes
     forget_peak()
     batch = _batch(vocab_size, run.num_rows, run.row_length)
     seconds = [step(batch) for _ in range(num_steps)]
-    return {
+    measured = {
         "peak_bytes": peak_bytes() - before,
-        "activation_bytes": peak_bytes() - least,
         "step_s": min(seconds),
         "halo_bytes": (traffic.forward_bytes + traffic.backward_bytes - sent) // num_steps,
     }
+    return measured | {"activation_bytes": peak_of_tensors(lambda: step(batch)) if watch_tensors else 0}
+
+
+def peak_of_tensors(work: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator had given out during `work` above what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as found:
+        work()
+    events = found.profiler.kineto_results.events()
+    live = itertools.accumulate(int(event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(0, *live)
 
 
 def _batch(vocab_size: int, num_rows: int, row_length: int) -> Batch:
@@ -79,6 +95,7 @@ if __name__ == "__main__":
     parser.add_argument("recipe", type=TrainSpec.model_validate_json)
     parser.add_argument("num_steps", type=int)
     parser.add_argument("--dense", action="store_true", help="the recipe, but dense attention")
+    parser.add_argument("--tensors", action="store_true", help="one more step, whose tensors are watched")
     parser.add_argument("--rendezvous")
     parser.add_argument("--rank", type=int)
     args = parser.parse_args()
@@ -86,7 +103,7 @@ if __name__ == "__main__":
         os.environ["LOCAL_RANK"] = str(args.rank)  # DeepSpeed asks for it
         where = f"file://{args.rendezvous}"
         dist.init_process_group("gloo", init_method=where, rank=args.rank, world_size=args.recipe.num_workers)
-    measured = main(args.home, args.recipe, args.num_steps, is_dense=args.dense)
+    measured = main(args.home, args.recipe, args.num_steps, is_dense=args.dense, watch_tensors=args.tensors)
     sys.stdout.write(json.dumps(measured) + "\n")
     if args.rendezvous:
         dist.destroy_process_group()

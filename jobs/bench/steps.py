@@ -13,7 +13,9 @@ from loray.spec import TrainSpec
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row of `tokens`; `dense`: the recipe, but with the fastest dense attention."""
+    """One row of `tokens`; `dense`: the recipe, but with the fastest dense attention. `lean`: LoRA alone is trained,
+    and what tensors take in a step is watched: an embedding's gradients, the same on every worker, would hide it.
+    """
 
     tokens: int
     adapter: str
@@ -21,6 +23,7 @@ class Case:
     sequence: int = 1
     strategy: str = "ddp"
     dense: bool = False
+    lean: bool = False
 
     @property
     def label(self) -> str:
@@ -32,7 +35,12 @@ class Case:
         """LongLoRA stretches a window of half as much; G is a quarter of the row."""
         adapter: dict[str, Any] = {"method": self.adapter, "rank": 8, "alpha": 16}
         if self.adapter == "longlora":
-            adapter["long_context"] = {"original_context": self.tokens // 2, "rope_scaling": {"factor": 2}}
+            adapter["long_context"] = {
+                "original_context": self.tokens // 2,
+                "rope_scaling": {"factor": 2},
+                "train_embeddings": not self.lean,
+                "train_norms": not self.lean,
+            }
         return TrainSpec.model_validate(
             {
                 "name": "bench",
@@ -50,8 +58,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The most that any worker had: bytes above the interpreter's, above those of a short step, bytes of halos sent in
-    a step, seconds of its quickest step.
+    """The most that any worker had: resident bytes above the interpreter's, bytes of tensors that came and went in a
+    step (0 where that was not watched), bytes of halos sent in a step, seconds of its quickest step.
     """
 
     peak_bytes: int
@@ -65,6 +73,8 @@ def measure(case: Case, base: BaseModel, num_steps: int, *, num_threads: int | N
     command = ["jobs.bench.step_worker", home, recipe.model_dump_json(), str(num_steps)]
     if case.dense:
         command.append("--dense")
+    if case.lean:
+        command.append("--tensors")
     with tempfile.TemporaryDirectory(prefix="steps-") as folder:
         commands = [command]
         if case.sequence > 1:

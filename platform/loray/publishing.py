@@ -16,7 +16,7 @@ from loray.adapters.manifest import (
     read_manifest,
     verify_folder,
 )
-from loray.bases.registry import BaseModel, list_bases
+from loray.bases.registry import BaseModel, base_with, list_bases
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import BaseMismatch, BaseNotFound, DataError
 from loray.spec import AdapterManifest
@@ -117,20 +117,14 @@ def base_of(folder: Path, home: Path) -> BaseModel:
     By fingerprint where it has a `loray.json`, else by the name or path that PEFT wrote down; where it wrote none,
     the only base there is. BaseNotFound where none of these tells, BaseMismatch where this machine lacks the base.
     """
-    known = list_bases(home)
     if (folder / AdapterManifest.FILE).is_file():
         manifest = read_manifest(folder)
-        for base in known:
-            if base.fingerprint == manifest.base_fingerprint:
-                return base
-        raise BaseMismatch(
-            f"the adapter was trained on {manifest.base} ({manifest.base_fingerprint[:12]}), which this machine does "
-            "not have; add that base model first"
-        )
+        return base_with(home, manifest.base_fingerprint, manifest.base)
     from loray.adapters.peft_format import read_config
 
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
+    known = list_bases(home)
     trained_on = str(read_config(folder).get("base_model_name_or_path") or "")
     for base in known:
         if trained_on and trained_on in (base.name, str(base.path), base.source, base.source.removeprefix("hf:")):

@@ -17,7 +17,7 @@ from loray.errors import SpecError
 from loray.serving.resources import Problem
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from serve_apps.api import adapter_routes, alias_routes, job_routes, problems
+from serve_apps.api import adapter_routes, alias_routes, job_routes, problems, recommend_routes
 from serve_apps.api.site import Site
 from serve_apps.app import ENGINE
 from serve_apps.deployment import APPLICATION
@@ -68,7 +68,7 @@ def create_app(site: Site) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     problems.install(app)
-    for routes in (adapter_routes, alias_routes, job_routes):
+    for routes in (adapter_routes, alias_routes, job_routes, recommend_routes):
         app.include_router(routes.create_router(site))
     _describe(app)
     return app

@@ -77,6 +77,32 @@ JOB = {
     "ended_at": _TIME,
     "recipe": RECIPE,
 }
+RECOMMENDATION = {
+    "base": "smollm2",
+    "device": "a100-80gb",
+    "scores": [
+        {"method": "VeRA", "score": 12.0, "reason": "resources are scarce and 1,000 tasks are more than 100"},
+        {"method": "LoRA", "score": 5.0, "reason": "the baseline: every tool knows it"},
+    ],
+    "estimates": [
+        {
+            "method": "lora",
+            "settings": "r16 on q, k, v, o",
+            "problem": None,
+            "trained_parameters": 1843200,
+            "adapter_bytes": 3686400,
+            "training_bytes": 3900000000,
+            "step_s": 0.02,
+            "tokens_per_s": 100000.0,
+            "checkpointing": False,
+            "adapters_per_gib": 291.2,
+            "served_pool_bytes": 3687186432,
+            "served_devices": 1,
+            "throughput": 0.7,
+        }
+    ],
+    "remarks": ["methods combine: VeRA trained and S-LoRA served is one choice, not two"],
+}
 
 
 def ok(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path as FilePath
 from threading import Lock
 from typing import Annotated, Any, Protocol
 
@@ -39,6 +40,11 @@ class Site:
         self._catalog: Catalog | None = None
         self._failure, self._failed_at = "", float("-inf")
         self._store: AdapterStore | None = None
+
+    @property
+    def home(self) -> FilePath:
+        """Where this node keeps its bases."""
+        return self._settings.home
 
     @property
     def catalog(self) -> Catalog:

@@ -39,6 +39,7 @@ OPERATIONS = [
     "GET /jobs",
     "GET /jobs/{id}",
     "GET /jobs/{id}/logs",
+    "GET /recommend",
     "POST /adapters/{name}/aliases/{alias}/rollback",
     "POST /adapters/{name}/versions",
     "POST /jobs",

@@ -65,6 +65,7 @@ class _Stats:
     def __init__(self, scale: int) -> None:
         self.num_pool_hits, self.num_host_hits, self.num_misses = 6 * scale, 3 * scale, scale
         self.num_loaded_bytes, self.num_preemptions = 100 * scale, scale
+        self.num_loads, self.adapters_in_pool = 4 * scale, ("a",) * 3 * scale
         self.load_seconds = self
         self.sum = 0.5 * scale
 
@@ -86,6 +87,7 @@ def test_engine_work_by_hand() -> None:
     assert work.loading == pytest.approx(0.5 / 2.5)
     assert (work.pool_hits, work.host_hits, work.misses) == (0.6, 0.3, 0.1)
     assert (work.loaded_bytes, work.placed_bytes, work.num_preemptions) == (100, 70, 1)
+    assert (work.load_s, work.num_residents) == (0.125, 6)
 
 
 def test_the_floor_is_memory_for_few_rows_and_arithmetic_for_many() -> None:
@@ -95,6 +97,7 @@ def test_the_floor_is_memory_for_few_rows_and_arithmetic_for_many() -> None:
     assert decode_step_seconds(MODEL, MACHINE, 8) == pytest.approx(0.48)
     assert decode_step_seconds(MODEL, MACHINE, 8, lora_bytes=100) == pytest.approx(0.58)
     assert prompt_seconds(MODEL, MACHINE, 50, num_prompts=3) == pytest.approx((50 * 200 + 3 * 40) / 4000)
+    assert decode_step_seconds(MODEL.with_shared(40), MACHINE, 8) == pytest.approx(0.64)
 
 
 def test_the_ceiling_is_prompts_and_then_full_steps() -> None:

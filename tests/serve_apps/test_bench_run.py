@@ -139,6 +139,24 @@ def test_an_engine_runs_a_workload_from_the_store(library: Library) -> None:
     assert [r["ids"] for r in again["records"]] == [r.ids for r in records]
 
 
+def test_vera_adapters_share_one_pair(library: Library) -> None:
+    vera = AdapterSet(6, (16,), ("q_proj", "k_proj", "v_proj", "o_proj"), method="vera")
+    refs, config = library.publish(vera), library.base.config
+    assert [r.nbytes for r in refs] == [vera.nbytes(i, config) for i in range(6)]
+    (pair,) = {read_manifest(folder).projection for folder in library.fetch(refs)}
+    assert pair is not None
+    assert 2 * pair.rank * (pair.max_in + pair.max_out) == vera.pair_bytes(config)
+    shapes = [config.module_shape(module) for module in vera.modules]
+    inputs = shapes[0][1] + shapes[3][1]  # of q, k, v together, and of o
+    assert vera.shared_weights(config) == 16 * config.num_layers * (inputs + sum(out for out, _ in shapes))
+    workload = Workload(12, num_adapters=6, at_once=4, inputs=(8, 16), outputs=(3, 5))
+    options = EngineOptions(vera, pool_for_adapters=1 << 20, kv_tokens=256)
+    with session(library, options) as running:
+        result = running.run(generate(workload, 512), workload.at_once)
+    assert not [r["error"] for r in result["records"] if r["error"]]
+    assert EngineWork(**result["work"]).num_residents == 6
+
+
 def test_adapters_come_from_a_bucket_as_well(
     tmp_path: Path, base: BaseModel, library: Library, s3_server: S3Server
 ) -> None:

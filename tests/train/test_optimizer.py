@@ -138,6 +138,16 @@ def test_loraplus_trains_b_faster() -> None:
         assert moved == pytest.approx([lr, 16 * lr, lr], rel=1e-3)
 
 
+def test_veras_d_has_a_rate_of_its_own() -> None:
+    names = ["layers.0.q_proj.vera_lambda_d", "layers.0.q_proj.vera_lambda_b"]
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in names}
+    ddp = strategy(parameters, vera_d_lr_ratio=0.25, eps=1e-12, max_grad_norm=None)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    step(ddp, dict.fromkeys(names, 0.1), lr=1e-2)
+    moved = [float((before[name] - parameters[name].detach())[0]) for name in names]
+    assert moved == pytest.approx([0.25e-2, 1e-2], rel=1e-3)
+
+
 # -- skipped steps and states -----------------------------------------------------------------------------------------
 
 

@@ -155,6 +155,18 @@ def test_loraplus_is_for_lora() -> None:
         recipe("vera", optimizer={"learning_rate": 1e-3, "loraplus_lr_ratio": 16})
 
 
+def test_veras_ratio_is_for_vera() -> None:
+    with pytest.raises(SpecError, match="VeRA's d, which no other method trains"):
+        recipe("lora", optimizer={"learning_rate": 1e-3, "vera_d_lr_ratio": 2})
+
+
+def test_a_rate_like_loras_is_doubted_for_vera() -> None:
+    (doubt,) = recipe("vera", optimizer={"learning_rate": 4e-4}).doubts
+    assert "learning_rate is 0.0004, as for LoRA" in doubt
+    assert recipe("vera", optimizer={"learning_rate": 4e-3}).doubts == ()
+    assert recipe("lora", optimizer={"learning_rate": 4e-4}).doubts == ()
+
+
 @pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
 def test_what_a_strategy_needs_is_said(
     strategy: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

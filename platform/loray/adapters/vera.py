@@ -16,6 +16,8 @@ from loray.adapters.projections import draw_pair
 from loray.adapters.weights import ProjectionPair
 from loray.spec import VeraSpec
 
+_INNER = "_vera_inner"
+
 
 class SharedPair:
     """One pair for a whole model, kept once for each device and dtype in which a module asked for it."""
@@ -30,6 +32,14 @@ class SharedPair:
         if key not in self._copies:
             self._copies[key] = (self.pair.a_RI.to(*key), self.pair.b_OR.to(*key))
         return self._copies[key]
+
+    def inner(self, x: Tensor) -> Tensor:
+        """A x, (…, R). Modules with the same input (q, k, v; gate, up) share one: it goes with `x` itself."""
+        known: Tensor | None = getattr(x, _INNER, None)
+        if known is None or known.requires_grad != (x.requires_grad and torch.is_grad_enabled()):
+            known = F.linear(x, self.like(x)[0][:, : x.shape[-1]])
+            setattr(x, _INNER, known)
+        return known
 
 
 class VeraLinear(nn.Module):
@@ -51,8 +61,9 @@ class VeraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         base: Tensor = self.base_layer(x)
-        a_RI, b_OR = self.shared.like(x)
-        inner = F.linear(self.dropout(x), a_RI[:, : self.base_layer.in_features])
+        b_OR = self.shared.like(x)[1]
+        # With dropout every module drops inputs of its own.
+        inner = self.shared.inner(self.dropout(x) if self.dropout.p else x)
         outer = F.linear(self.vera_lambda_d * inner, b_OR[: self.base_layer.out_features])
         return base + self.vera_lambda_b * outer
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from loray.bases import checkpoint, smollm2, sources
 from loray.bases.config import ModelConfig
 from loray.bases.sources import Progress
-from loray.errors import BaseNotFound, ConflictError, IntegrityError, LorayError, SpecError
+from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityError, LorayError, SpecError
 from loray.spec import Frozen, Name, Sha256
 from loray.telemetry import get_logger
 
@@ -97,6 +97,17 @@ def list_bases(home: Path) -> list[BaseModel]:
         return []
     names = sorted(p.parent.name for p in root.glob(f"*/{_Record.FILE}") if not p.parent.name.startswith("."))
     return [get_base(home, name) for name in names]
+
+
+def base_with(home: Path, fingerprint: str, name: str) -> BaseModel:
+    """The base of this machine with that fingerprint; BaseMismatch names `name` where there is none."""
+    for base in list_bases(home):
+        if base.fingerprint == fingerprint:
+            return base
+    raise BaseMismatch(
+        f"the adapter was trained on {name} ({fingerprint[:12]}), which this machine does not have; add that base "
+        "model first"
+    )
 
 
 def verify_base(base: BaseModel, progress: Progress | None = None) -> None:

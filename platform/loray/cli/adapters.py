@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import click
 
-from loray.bases.registry import get_base
+from loray.bases.registry import base_with, get_base
 from loray.catalog import DEFAULT_ALIAS, AdapterVersion, Catalog, split_model
 from loray.cli import facts
 from loray.cli.base import report
 from loray.cli.output import console, emit, json_option, progress_bar, size, table
+from loray.conversion import convert_to_lora, merge_into_base
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import base_of, import_folder
 from loray.settings import Settings
@@ -39,7 +40,7 @@ def open_site() -> Iterator[Site]:
 
 @click.group()
 def adapters() -> None:
-    """Published adapters: import, list, show, promote, roll back and verify them.
+    """Published adapters: import, list, show, promote, roll back, convert and verify them.
 
     MODEL is `name` (its alias prod where it is set, else its newest version), `name@3` or `name@alias`.
     """
@@ -176,6 +177,53 @@ def rollback(name: str, alias: str, as_json: bool) -> None:
     with open_site() as site:
         version = site.catalog.version(name, site.catalog.rollback(name, alias).version)
     _print_version(version, as_json, f"{name}@{alias} is version {version.version} again")
+
+
+@adapters.command()
+@click.argument("model")
+@click.option("--to", "form", type=click.Choice(["lora", "merged"]), required=True, help="What it is to become.")
+@click.option("--name", help="lora: publish it as the next version of this adapter.")
+@click.option("--alias", "aliases", multiple=True, help="lora: point this alias at it; may be given several times.")
+@no_gate_option
+@click.option("--folder", type=click.Path(path_type=Path), help="merged: the new folder of the checkpoint.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="merged: its tensors' (default the base's).")
+@json_option
+def convert(
+    model: str,
+    form: str,
+    name: str | None,
+    aliases: tuple[str, ...],
+    no_gate: str | None,
+    folder: Path | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Make MODEL something that other tools know.
+
+    \b
+    lora    a VeRA adapter as a LoRA adapter that computes the same, published under --name
+    merged  base and adapter as one checkpoint in --folder: RoPE scaling, norms and embeddings included
+    """
+    needed, other = ("--name", (folder, dtype)) if form == "lora" else ("--folder", (name, no_gate, *aliases))
+    if (name if form == "lora" else folder) is None or any(other):
+        raise click.UsageError(f"--to {form} needs {needed}, and nothing of the other form")
+    with open_site() as site:
+        ref = site.catalog.resolve(model)
+        manifest = site.catalog.version(ref.name, ref.version).manifest
+        base = base_with(site.settings.home, manifest.base_fingerprint, manifest.base)
+        if form == "merged":
+            assert folder is not None
+            merge_into_base(ref, folder, base=base, store=site.store, dtype=dtype)
+            if as_json:
+                emit({"adapter": ref.label, "digest": ref.digest, "folder": str(folder)})
+            else:
+                click.echo(f"merged {ref.label} into {base.name}: {folder}")
+            return
+        assert name is not None
+        version = convert_to_lora(
+            ref, name=name, base=base, store=site.store, catalog=site.catalog, aliases=aliases, no_gate=no_gate
+        )
+    _print_version(version, as_json, f"published {version.label}, converted from {ref.label}")
 
 
 @adapters.command()

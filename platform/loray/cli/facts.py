@@ -79,6 +79,7 @@ def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
             ("extended from", m.original_context_length and f"{m.original_context_length} tokens"),
             ("RoPE", None if m.rope_parameters is None else _rope(m.rope_parameters)),
             ("base", f"{m.base} ({m.base_fingerprint[:12]})"),
+            ("converted from", None if m.derived_from is None else m.derived_from[:12]),
             ("recipe", None if m.recipe is None else m.recipe.name),
             ("job", m.job_id),
             ("data", None if m.data_fingerprint is None else m.data_fingerprint[:12]),

@@ -55,13 +55,15 @@ def _adapter(run: Run) -> Kept:
     """LoRA: the input of every A (q, k and v share theirs, gate and up too) and of every B.
 
     o's input is attention's own output, and a copy of it where a sequence group joins the halves of the heads.
-    Dropout makes an input of its own for every module, and keeps its mask. VeRA: what its two vectors multiply.
+    Dropout makes an input of its own for every module, and keeps its mask. VeRA: what its two vectors multiply, A x
+    once for modules with one input.
     """
     model, e, targets = run.model, run.element_bytes, run.adapter.target_modules
     shapes = {module: model.module_shape(module) for module in targets}
     if isinstance(run.adapter, VeraSpec):
         outs = [out for out, _ in shapes.values()]
-        return Kept("adapter", e * sum(out + run.adapter.rank for out in outs), e * max(outs))
+        products = len(outs) if run.adapter.dropout else len({_input_of(module) for module in shapes})
+        return Kept("adapter", e * (sum(outs) + run.adapter.rank * products), e * max(outs))
     inner = e * run.adapter.rank * len(targets)
     inputs = [e * width for _, width in shapes.values()]
     if run.adapter.dropout:

@@ -28,6 +28,7 @@ class Device(Frozen):
     usable_share                   of `memory_bytes`, for everything
     keeps_freed_below              the allocator neither gives freed blocks of less than this back nor lends them to
                                    larger ones; 0 where freed memory serves any size
+    loss_chunk                     elements of logits at once: `loray.train.loss`
     foreach_optimizer              AdamW's temporaries are of all parameters at once, not of one after the other
     """
 
@@ -43,6 +44,7 @@ class Device(Frozen):
     fragmentation: float = Field(default=0.08, ge=0)
     usable_share: _Share = 0.95
     keeps_freed_below: int = Field(default=0, ge=0)
+    loss_chunk: int = Field(default=1 << 24, gt=0)
     foreach_optimizer: bool = True
 
     @property
@@ -106,5 +108,6 @@ def host(rates: HostRates, num_workers: int) -> Device:
         framework_bytes=_HOST_FRAMEWORK,
         usable_share=0.9,
         keeps_freed_below=_GLIBC_THRESHOLD,
+        loss_chunk=1 << 22,
         foreach_optimizer=False,
     )

@@ -25,7 +25,6 @@ WHAT: dict[Moment, str] = {
 MOMENTS: tuple[Moment, ...] = tuple(WHAT)
 
 _FP32 = 4
-_LOSS_CHUNK = 1 << 24  # elements of logits at once: `loray.train.loss`
 _BUCKET_BYTES = 25 << 20  # of gradients that are summed or scattered together
 _DEEPSPEED_LIVE = 1_000_000_000  # elements: stage3_max_live_parameters
 _DEEPSPEED_PREFETCH = 50_000_000  # elements: stage3_prefetch_bucket_size
@@ -64,7 +63,7 @@ class MemoryPlan:
 
 
 def plan_memory(run: Run, device: Device) -> MemoryPlan:
-    items = [*_weights(run), *_optimizer(run, device), *_communication(run), *_activations(run), *_loss(run)]
+    items = [*_weights(run), *_optimizer(run, device), *_communication(run), *_activations(run), *_loss(run, device)]
     passing = [item for item in items if item.moments != MOMENTS]
     kept = [_after_freeing(item, device) for item in items if item.nbytes]
     return MemoryPlan((*kept, *_fragments(passing, device), Item("framework", device.framework_bytes)))
@@ -167,14 +166,14 @@ def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
         yield Item("activations: attention over halos", (halo + padded) * layers, alive, padded)
 
 
-def _loss(run: Run) -> Iterator[Item]:
+def _loss(run: Run, device: Device) -> Iterator[Item]:
     """The final norm's fp32 copy; hidden states, those with a label, and their gradients; one chunk of logits in fp32
     with the exponentials that its sum takes.
     """
     tokens, row = run.tokens_per_worker, activations.layer_input(run)
     nbytes = (_FP32 * run.model.hidden_size + 3 * row) * tokens
     yield Item("hidden states and their gradients", nbytes, ("loss", "backward"), row * tokens)
-    chunk = min(_LOSS_CHUNK, tokens * run.model.vocab_size)
+    chunk = min(device.loss_chunk, tokens * run.model.vocab_size)
     yield Item("a chunk of logits", 2 * _FP32 * chunk, ("loss",), _FP32 * chunk)
 
 

@@ -89,6 +89,7 @@ class AdapterManifest(Frozen):
     rope_parameters: RopeParameters | None = None
     projection: Projection | None = None
     files: dict[str, Sha256]
+    derived_from: Sha256 | None = Field(default=None, description="the adapter that this one was converted from")
     recipe: TrainSpec | None = None
     job_id: str | None = None
     data_fingerprint: Sha256 | None = None

@@ -14,6 +14,9 @@ LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+_LEAST_VERA_RATE = 1e-3
+
+
 class RopeScaling(Frozen):
     """Position interpolation by `factor`: positions divided (linear), base stretched (ntk), or by frequency (yarn)."""
 
@@ -116,6 +119,7 @@ class OptimizerSpec(Frozen):
     """AdamW. Embeddings and norms are never decayed.
 
     `loraplus_lr_ratio` is LoRA+ (Hayou et al., 2024): B learns at that many times the learning rate; 16 in the paper.
+    `vera_d_lr_ratio`: VeRA's d learns at that many times the rate of its b, which has the learning rate.
     """
 
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
@@ -128,6 +132,7 @@ class OptimizerSpec(Frozen):
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     loraplus_lr_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    vera_d_lr_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -225,7 +230,20 @@ class TrainSpec(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _loraplus_has_matrices(self) -> Self:
+    def _ratios_are_the_methods(self) -> Self:
         if self.optimizer.loraplus_lr_ratio is not None and self.adapter.method == "vera":
             raise ValueError("optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train")
+        if self.optimizer.vera_d_lr_ratio is not None and self.adapter.method != "vera":
+            raise ValueError("optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains")
         return self
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What can be trained like that, but is probably not meant."""
+        rate = self.optimizer.learning_rate
+        if self.adapter.method == "vera" and rate < _LEAST_VERA_RATE:
+            return (
+                f"optimizer.learning_rate is {rate:g}, as for LoRA; VeRA's two vectors a module want about ten times "
+                "that (the paper: 4e-3 to 2e-2)",
+            )
+        return ()

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from loray.train.batches import IGNORED, Batch
 
-_CHUNK_ELEMENTS = 1 << 24  # of fp32 logits at once: 64 MiB
+# Of fp32 logits at once. On a CPU 16 MiB: a worker that holds a part of a row holds little else for each token.
+_CHUNK_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS_ON_CPU = 1 << 22
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -26,7 +28,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND) if with_grad else None
-        rows = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
+        elements = _CHUNK_ELEMENTS_ON_CPU if hidden_ND.device.type == "cpu" else _CHUNK_ELEMENTS
+        rows = max(1, elements // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
             labels_C1 = labels_N[part, None]

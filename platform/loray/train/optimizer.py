@@ -57,12 +57,12 @@ def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.Ada
     """Over `tensors`, by name of the parameter, in groups that share weight decay and the factor `lr_scale`.
 
     Embeddings and norms are not decayed. LoRA+ (Hayou et al., 2024): the learning rate of every B is
-    `loraplus_lr_ratio` times that of everything else.
+    `loraplus_lr_ratio` times that of everything else; VeRA's d learns at `vera_d_lr_ratio` times it.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, tensor in tensors.items():
         decay = spec.weight_decay if is_decayed(name) else 0.0
-        scale = (spec.loraplus_lr_ratio or 1.0) if ".lora_B." in name else 1.0
+        scale = _lr_scale(name, spec)
         groups.setdefault((decay, scale), []).append(tensor)
     return torch.optim.AdamW(
         [{"params": g, "weight_decay": decay, "lr_scale": scale} for (decay, scale), g in groups.items()],
@@ -70,6 +70,12 @@ def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.Ada
         betas=(spec.beta1, spec.beta2),
         eps=spec.eps,
     )
+
+
+def _lr_scale(name: str, spec: OptimizerSpec) -> float:
+    if ".lora_B." in name:
+        return spec.loraplus_lr_ratio or 1.0
+    return (spec.vera_d_lr_ratio or 1.0) if name.endswith(".vera_lambda_d") else 1.0
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

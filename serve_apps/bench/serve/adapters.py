@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 _B_STD = 0.05  # strong: with weak ones the argmax does not move and a wrong adapter passes
+_VERA_STD = 0.3
 _ALPHA = 8  # PEFT's default
 _NOISE = 1 << 25
 _STRIDE = 1_000_003  # between the noise of neighbours; prime, so that no two of a set begin alike
@@ -41,12 +43,16 @@ _SPARE_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class AdapterSet:
-    """Adapter i has rank `ranks[i % len(ranks)]`. `padded`: zero rows up to the largest rank, the same numbers else."""
+    """Adapter i has rank `ranks[i % len(ranks)]`. `padded`: zero rows up to the largest rank, the same numbers else.
+
+    VeRA adapters of one rank and the same modules share the base's canonical pair, which is stored with none.
+    """
 
     num: int
     ranks: tuple[int, ...] = (8, 16, 32, 64)
     modules: tuple[str, ...] = ATTENTION
     padded: bool = False
+    method: Literal["lora", "vera"] = "lora"
 
     def rank(self, index: int) -> int:
         return self.ranks[index % len(self.ranks)]
@@ -54,12 +60,32 @@ class AdapterSet:
     def name(self, index: int, base: BaseModel) -> str:
         modules = "all" if self.modules == ALL_LINEAR else "".join(m[0] for m in self.modules)
         padded = f"-padded{max(self.ranks)}" if self.padded else ""
-        return f"bench-{base.fingerprint[:8]}-{modules}-r{self.rank(index)}{padded}-{index}"
+        vera = "-vera" if self.method == "vera" else ""
+        return f"bench-{base.fingerprint[:8]}-{modules}{vera}-r{self.rank(index)}{padded}-{index}"
 
     def nbytes(self, index: int, config: ModelConfig) -> int:
         """Of the bf16 weights."""
         rank = max(self.ranks) if self.padded else self.rank(index)
-        return 2 * rank * config.num_layers * sum(sum(config.module_shape(m)) for m in self.modules)
+        shapes = [config.module_shape(m) for m in self.modules]
+        if self.method == "vera":
+            return 2 * config.num_layers * sum(rank + out for out, _ in shapes)
+        return 2 * rank * config.num_layers * sum(map(sum, shapes))
+
+    def pair_bytes(self, config: ModelConfig) -> int:
+        """Of all VeRA pairs in bf16: one for each rank."""
+        if self.method == "lora":
+            return 0
+        shapes = [config.module_shape(m) for m in self.modules]
+        return 2 * sum(set(self.ranks)) * (max(out for out, _ in shapes) + max(width for _, width in shapes))
+
+    def shared_weights(self, config: ModelConfig) -> int:
+        """Elements of the pair that a token of any of these adapters is multiplied with: A once for each input."""
+        if self.method == "lora":
+            return 0
+        inputs = {m: name for name, same in enumerate(_SAME_INPUT) for m in same}
+        widths = {inputs[m]: config.module_shape(m)[1] for m in self.modules}
+        outs = sum(config.module_shape(m)[0] for m in self.modules)
+        return int(sum(self.ranks) / len(self.ranks) * config.num_layers * (sum(widths.values()) + outs))
 
     def mean_bytes(self, config: ModelConfig) -> float:
         return sum(self.nbytes(i, config) for i in range(self.num)) / self.num
@@ -69,32 +95,47 @@ def write_adapter(folder: Path, base: BaseModel, adapters: AdapterSet, index: in
     """Adapter `index` of the set as PEFT would save it, in bf16; `folder` must not exist."""
     from safetensors.torch import save_file
 
-    rank, width = adapters.rank(index), max(adapters.ranks) if adapters.padded else adapters.rank(index)
-    noise = _Noise(index)
-    tensors: dict[str, Tensor] = {}
-    for layer in range(base.config.num_layers):
-        for module in adapters.modules:
-            out, in_ = base.config.module_shape(module)
-            block = "self_attn" if module in ATTENTION else "mlp"
-            prefix = f"base_model.model.model.layers.{layer}.{block}.{module}"
-            a_RI, b_OR = noise.take(rank, in_, (3 * in_) ** -0.5), noise.take(out, rank, _B_STD)
-            if width > rank:
-                a_RI, b_OR = _padded(a_RI, width, 0), _padded(b_OR, width, 1)
-            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a_RI, b_OR
+    tensors, options = (_vera if adapters.method == "vera" else _lora)(base, adapters, index)
     folder.mkdir(parents=True)
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config: dict[str, Any] = {
-        "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
-        "r": width,
-        "lora_alpha": _ALPHA * width / rank,  # the scale stays that of the rank itself
-        "lora_dropout": 0.0,
         "target_modules": list(adapters.modules),
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(options | config, indent=2) + "\n", encoding="utf-8")
+
+
+def _lora(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    rank, width = adapters.rank(index), max(adapters.ranks) if adapters.padded else adapters.rank(index)
+    noise = _Noise(index)
+    tensors: dict[str, Tensor] = {}
+    for prefix, out, in_ in _modules(base, adapters):
+        a_RI, b_OR = noise.take(rank, in_, (3 * in_) ** -0.5), noise.take(out, rank, _B_STD)
+        if width > rank:
+            a_RI, b_OR = _padded(a_RI, width, 0), _padded(b_OR, width, 1)
+        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a_RI, b_OR
+    scale = _ALPHA / rank  # that of the rank itself
+    return tensors, {"peft_type": "LORA", "r": width, "lora_alpha": scale * width, "lora_dropout": 0.0}
+
+
+def _vera(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    rank, noise = adapters.rank(index), _Noise(index)
+    tensors: dict[str, Tensor] = {}
+    for prefix, out, _ in _modules(base, adapters):
+        tensors[f"{prefix}.vera_lambda_d"] = noise.take(1, rank, _VERA_STD)[0]
+        tensors[f"{prefix}.vera_lambda_b"] = noise.take(1, out, _VERA_STD)[0]
+    return tensors, {"peft_type": "VERA", "r": rank, "projection_prng_key": 0, "save_projection": False}
+
+
+def _modules(base: BaseModel, adapters: AdapterSet) -> Iterator[tuple[str, int, int]]:
+    """(name in PEFT's file, out, in) of every adapted module."""
+    for layer in range(base.config.num_layers):
+        for module in adapters.modules:
+            block = "self_attn" if module in ATTENTION else "mlp"
+            yield f"base_model.model.model.layers.{layer}.{block}.{module}", *base.config.module_shape(module)
 
 
 class _Noise:

@@ -15,12 +15,14 @@ SHORT, LONG = 32, 2048
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """`pool_adapters`: about that many of the set's mean size fit the pool beside KV cache; None: all of them.
+    `pool_for_adapters`: bytes, instead.
 
     `apart` sets engines apart that would be the same: what one has done before must not reach the other.
     """
 
     adapters: AdapterSet | None = None
     pool_adapters: int | None = None
+    pool_for_adapters: int | None = None
     kv_tokens: int = SHORT * 128 + 2 * LONG
     host_bytes: int = 1 << 30
     max_num_seqs: int = 32
@@ -35,8 +37,11 @@ class EngineOptions:
         """bf16. Rows are packed, so one in twenty more blocks is enough."""
         if self.adapters is None:
             return self.kv_bytes(config)
+        if self.pool_for_adapters is not None:
+            return self.kv_bytes(config) + self.pool_for_adapters
         num = self.adapters.num if self.pool_adapters is None else self.pool_adapters
-        return self.kv_bytes(config) + int(1.05 * num * self.adapters.mean_bytes(config))
+        rows = int(1.05 * num * self.adapters.mean_bytes(config))
+        return self.kv_bytes(config) + rows + 2 * self.adapters.pair_bytes(config)  # a pair takes whole blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,33 @@ VLLM_100 = (
     ),
 )
 
+# VeRA: as many adapters as rows, on q and v, and on q, k, v and o.
+_VERA = {
+    "q, v": EngineOptions(AdapterSet(32, (256,), ("q_proj", "v_proj"), method="vera"), kv_tokens=SHORT * 128),
+    "q, k, v, o": EngineOptions(AdapterSet(32, (256,), method="vera"), kv_tokens=SHORT * 128),
+}
+VERA = (QUICK[0], *(replace(_wave(f"VeRA on {name}", engine, 32), peers=()) for name, engine in _VERA.items()))
+
+# The same 64 MiB of pool for adapters, the same requests for 200 of them, uniformly; each was asked for once before.
+_DENSITY = {
+    "LoRA r64": AdapterSet(200, (64,)),
+    "LoRA r16": AdapterSet(200, (16,)),
+    "VeRA r256": AdapterSet(200, (256,), method="vera"),
+}
+
+
+def _density(name: str, adapters: AdapterSet) -> tuple[Case, ...]:
+    engine = EngineOptions(adapters, pool_for_adapters=64 << 20, kv_tokens=SHORT * 128, host_bytes=8 << 30)
+    each = Workload(adapters.num, num_adapters=adapters.num, at_once=48, inputs=(16, 16), outputs=(1, 1))
+    load = replace(_WAVE, num_requests=288, num_adapters=adapters.num, alpha=1.0, at_once=48)
+    return (
+        Case(f"{name}, each once", engine, each, passes=1, warm_up=0, peers=()),
+        Case(f"{name}, uniform", engine, load, passes=2, peers=()),
+    )
+
+
+DENSITY = tuple(case for name, adapters in _DENSITY.items() for case in _density(name, adapters))
+
 _SCARCE = EngineOptions(AdapterSet(200), pool_adapters=40, kv_tokens=SHORT * 128)
 
 
@@ -195,6 +227,8 @@ PRESETS: Mapping[str, tuple[Case, ...]] = {
     "quick": QUICK,
     "acceptance": ACCEPTANCE,
     "vllm-100": VLLM_100,
+    "vera": VERA,
+    "density": DENSITY,
     "gpu": gpu(),
     "tiny": (Case("n=3", EngineOptions(AdapterSet(3, ranks=(4, 8))), Workload(6, num_adapters=3, at_once=3)),),
 }

@@ -66,6 +66,7 @@ class EngineWork:
 
     adapters_mean, adapters_max   distinct ones in a step
     stalled    share of the time in which requests waited and nothing could be computed, for want of an adapter
+    load_s     seconds of one load, the mean; num_residents: adapters in the pool at the end
     loading    seconds of loads, all flights together, by the seconds of the pass: above `stalled` they overlapped
     """
 
@@ -81,7 +82,9 @@ class EngineWork:
     host_hits: float
     misses: float
     loaded_bytes: int
+    load_s: float
     placed_bytes: int
+    num_residents: int
     num_preemptions: int
 
 
@@ -112,7 +115,9 @@ def engine_work(steps: Sequence[EngineStep], placed_bytes: int, before: EngineSt
         host_hits=host,
         misses=miss,
         loaded_bytes=more("num_loaded_bytes"),
+        load_s=_ratio(after.load_seconds.sum - before.load_seconds.sum, more("num_loads")),
         placed_bytes=placed_bytes,
+        num_residents=len(after.adapters_in_pool),
         num_preemptions=more("num_preemptions"),
     )
 

@@ -6,7 +6,8 @@ distinct adapter once:
     step(rows) = max(weight bytes / bandwidth, FLOPs(rows) / rate) + LoRA bytes / bandwidth
 
 FLOPs are two per weight and token; the output head works on sampled tokens only. Attention, norms, sampling and LoRA's
-own FLOPs (3 % at mean rank 30) are left out: a floor, not a forecast. A prompt costs FLOPs / rate.
+own FLOPs (3 % at mean rank 30) are left out: a floor, not a forecast. A prompt costs FLOPs / rate. VeRA's pair counts
+as weights.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class ModelSize(NamedTuple):
     def of(cls, config: ModelConfig, item_bytes: int = 2) -> ModelSize:
         layer = sum(o * i for o, i in map(config.module_shape, _LAYER_MODULES))
         return cls(layer * config.num_layers, config.vocab_size * config.hidden_size, item_bytes)
+
+    def with_shared(self, weights: int) -> ModelSize:
+        """With VeRA's pair, which every token of a layer stack is multiplied with as well."""
+        return self._replace(layer_weights=self.layer_weights + weights)
 
     @property
     def nbytes(self) -> int:

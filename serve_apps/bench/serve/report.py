@@ -20,6 +20,8 @@ _COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
     ("p99 ms", 6, lambda r: _number(r.latencies.itl_p99 * 1e3, 1)),
     ("SLO", 6, lambda r: f"{r.latencies.slo:.1%}"),
     ("pool/host/miss %", 16, lambda r: _hits(r)),
+    ("in pool", 7, lambda r: "" if r.work is None else str(r.work.num_residents)),
+    ("load ms", 7, lambda r: "" if r.work is None or not r.work.load_s else _number(r.work.load_s * 1e3, 1)),
     ("load MB", 7, lambda r: "" if r.work is None else _number(r.work.loaded_bytes / 1e6)),
     ("place MB", 8, lambda r: "" if r.work is None else _number(r.work.placed_bytes / 1e6)),
     ("adapters/step", 13, lambda r: "" if r.work is None else f"{r.work.adapters_mean:.1f} ≤{r.work.adapters_max}"),

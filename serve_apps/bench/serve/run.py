@@ -103,7 +103,9 @@ def _run_case(
     lora_bytes = _step_bytes(requests, refs, min(case.engine.max_num_seqs, w.at_once or math.inf))
     tokens = [(len(r.prompt_ids), r.max_tokens) for r in requests]
     at_once = None if w.at_once is None else min(w.at_once, case.engine.max_num_seqs)
-    return row.beside(results.model, results.rates, tokens, at_once, lora_bytes), records
+    adapters = case.engine.adapters
+    shared = adapters.shared_weights(setting.base.config) if adapters is not None and w.num_adapters else 0
+    return row.beside(results.model.with_shared(shared), results.rates, tokens, at_once, lora_bytes), records
 
 
 def _step_bytes(requests: Sequence[TimedRequest], refs: Sequence[AdapterRef], rows: float) -> float:

@@ -147,6 +147,8 @@ _TARGETS: tuple[_Target, ...] = (
     _against_peer("n=100 α=0.3", "throughput", "≥", 5.5, "peft", floor=_most("n=100 α=0.3")),
     _against_ours("seven modules, n=32", "base", 0.65),
     _against_ours("seven modules, n=1", "base", 0.80),
+    _against_ours("VeRA on q, v", "base", 0.87),
+    _against_ours("VeRA on q, k, v, o", "base", 0.80),
     _against_peer("one stream", "itl_p50", "≤", 0.80, "vllm", floor=_step("one stream")),
     _against_peer("one stream, rank 64", "itl_p50", "≤", 0.19, "vllm", floor=_step("one stream, rank 64")),
     _against_peer("prompt of 2048", "prompt_rate", "≥", 1.0, "vllm", floor=lambda r: 2048 / r.prompt_floor(2048)),

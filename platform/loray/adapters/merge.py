@@ -1,0 +1,124 @@
+"""An adapter merged into its base: an ordinary checkpoint, which serves without loray and without PEFT.
+
+What a merge must not lose: LongLoRA's RoPE scaling and context go into `config.json`, norms replace the base's, and
+where an own input embedding stood beside a tied output head, the head is written out as the base's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loray.adapters.convert import module_path
+from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
+from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, read_tensors
+from loray.bases.registry import BaseModel
+from loray.errors import ConflictError
+
+_SHARD_BYTES = 4 << 30
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_OWN = ("config.json", INDEX_FILE, "loray-base.json")  # of the base: not copied
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two are older checkpoints'
+
+
+def merge_adapter(base: BaseModel, weights: AdapterWeights, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write base + adapter to `folder`, a Hugging Face checkpoint with the base's tokenizer, in `dtype` or the base's.
+
+    Sums are in fp32 and rounded once. `weights.rope` and `context_length` replace the base's. ConflictError where
+    `folder` is there and not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ConflictError(f"{folder} is not empty; name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(base.path.iterdir()):
+        if path.name not in _OWN and path.suffix != ".safetensors":
+            shutil.copy2(path, folder / path.name)
+    _write_shards(_merged(base, weights, dtype), folder)
+    _write_config(base, weights, folder, dtype)
+
+
+def delta(module: LoraWeights | VeraWeights, pair: ProjectionPair | None, width: int) -> Tensor:
+    """What the module adds to its weight, (O, I), fp32: scale · B A, or Λb B Λd A."""
+    if isinstance(module, LoraWeights):
+        return module.scale * (module.b_OR.float() @ module.a_RI.float())
+    assert pair is not None
+    inner = module.d_R.float()[:, None] * pair.a_RI[:, :width].float()
+    return module.b_O.float()[:, None] * (pair.b_OR[: module.b_O.shape[0]].float() @ inner)
+
+
+def _merged(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    norms = {f"model.{path}.weight": norm for path, norm in weights.norms.items()}
+    adapted: dict[str, ModuleKey] = {f"model.{module_path(key)}.weight": key for key in weights.modules}
+    for name, tensor in read_tensors(base.path):
+        kept = dtype or tensor.dtype
+        if name == _HEAD and base.config.tie_word_embeddings:
+            continue  # some exporters write the tied copy
+        if name in adapted:
+            key = adapted[name]
+            added = delta(weights.modules[key], weights.pair, tensor.shape[1])
+            yield name, (tensor.float() + added).to(kept)
+        elif name == _EMBEDDING and weights.embedding is not None:
+            rows_VD, ids = tensor.to(kept, copy=True), weights.embedding.token_ids
+            rows_VD[slice(None) if ids is None else list(ids)] = weights.embedding.rows_VD.to(kept)
+            yield name, rows_VD
+            if base.config.tie_word_embeddings:
+                yield _HEAD, tensor.to(kept, copy=True)
+        else:
+            yield name, norms.get(name, tensor).to(kept)
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """In files of some gigabytes, with an index where there are several, as transformers does."""
+    shards: list[dict[str, str]] = []
+    held: dict[str, Tensor] = {}
+    total = size = 0
+
+    def write() -> None:
+        nonlocal size
+        path = folder / f"shard-{len(shards)}.safetensors"
+        save_file({name: t.contiguous() for name, t in held.items()}, path, metadata={"format": "pt"})
+        shards.append(dict.fromkeys(held, path.name))
+        held.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > _SHARD_BYTES:
+            write()
+        held[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    write()
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / SINGLE_FILE)
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for i, name in enumerate(names):
+        (folder / f"shard-{i}.safetensors").rename(folder / name)
+    weight_map = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_config(base: BaseModel, weights: AdapterWeights, folder: Path, dtype: torch.dtype | None) -> None:
+    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    if weights.rope is not None:
+        config = {field: value for field, value in config.items() if field not in _ROPE_FIELDS}
+        config["rope_parameters"] = weights.rope.to_hf()
+    if weights.context_length is not None:
+        config["max_position_embeddings"] = weights.context_length
+    if weights.embedding is not None:
+        config["tie_word_embeddings"] = False
+    if dtype is not None:
+        config = {field: value for field, value in config.items() if field != "torch_dtype"}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,221 @@
+"""What each method costs on a given base and device: parameters, bytes, a training step, room in the pool, serving.
+
+Training is `loray.planning`'s plan of a recipe with the method's defaults and one row a step. The pool's density comes
+from the engine's own allocator. Serving is a floor, as in docs/methods.md: what adapters add to a decode step over what
+the base takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from loray.advice.scorecard import Answers
+from loray.bases.config import ModelConfig
+from loray.engine.blocks import BlockAllocator, Geometry
+from loray.engine.rows import AdapterShape, Matrix
+from loray.errors import SpecError, UnsupportedError
+from loray.planning.compute import estimate_time
+from loray.planning.devices import Device
+from loray.planning.memory import plan_memory
+from loray.planning.run import Run, run_of
+from loray.planning.shapes import count_base, count_vera_pair
+from loray.planning.traffic import plan_traffic
+from loray.spec import AdapterSpec, LongContext, LongLoraSpec, LoraSpec, RopeScaling, ServeSpec, TrainSpec, VeraSpec
+
+GIB = 1 << 30
+NUM_ROWS = 32  # of a decode step, each on another adapter
+NUM_SERVED = 1000
+
+_BF16 = 2  # bytes
+_MAX_BLOCKS = 256  # of the pool that is filled to see how many adapters fit
+_SHARE_FOR_ADAPTERS = 0.5  # of what the weights leave; the rest is KV cache
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of one method with its default settings.
+
+    problem                 why it cannot be trained there; then the figures of training are None
+    trained_parameters      adapter_bytes: as published, in bf16, an own embedding whole
+    training_bytes          peak of one worker, over one row of the asked context; step_s: seconds of that step
+    checkpointing           was needed to fit
+    adapters_per_gib        of pool, beside VeRA's pair, which they share
+    served_pool_bytes       of pool for 1,000 adapters at once; served_devices: how many that takes, where half of what
+                            the base's weights leave is for adapters
+    throughput              of the base's, in decode steps with 32 rows on 32 adapters, at most
+    """
+
+    method: str
+    settings: str
+    problem: str | None
+    trained_parameters: int
+    adapter_bytes: int
+    training_bytes: int | None
+    step_s: float | None
+    tokens_per_s: float | None
+    checkpointing: bool
+    adapters_per_gib: float
+    served_pool_bytes: int
+    served_devices: int
+    throughput: float
+
+
+def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
+    """LoRA, VeRA, LongLoRA, and VeRA with LongLoRA's attention and RoPE where the context asks for it."""
+    return [
+        _estimate(method, adapter, answers.context_length, model, device)
+        for method, adapter in _candidates(answers.context_length, model)
+    ]
+
+
+def recipe_of(adapter: AdapterSpec, context_length: int, *, checkpointing: bool = False) -> TrainSpec:
+    """A recipe that trains `adapter` on rows of `context_length`, one a step."""
+    return TrainSpec.model_validate(
+        {
+            "name": "estimate",
+            "adapter": adapter.model_dump(),
+            "data": {"train": "unused", "max_length": context_length},
+            "batch": {"rows": 1},
+            "optimizer": {"learning_rate": 1e-4},
+            "max_steps": 1,
+            "gradient_checkpointing": checkpointing,
+        }
+    )
+
+
+def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> int:
+    """How many such adapters an idle engine's pool of bf16 holds, VeRA's pair beside them."""
+    block_tokens = ServeSpec.model_fields["block_tokens"].default
+    share = 2 * block_tokens * model.num_kv_heads * model.head_dim
+    geometry = Geometry(pool_bytes // (share * model.num_layers * _BF16), model.num_layers, block_tokens, share)
+    allocator = BlockAllocator(geometry)
+    demand = shape_of(adapter, model).demand(geometry)
+    if (pair := count_vera_pair(model, adapter)) and allocator.allocate_run(-(-pair // geometry.block_size)) is None:
+        return 0
+    number = 0
+    while all(allocator.allocate_rows(kind, rows) is not None for kind, rows in demand.items()):
+        number += 1
+    return number
+
+
+def shape_of(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
+    """Its rows in the pool. Of an own embedding every row: how many differ from the base's, training decides."""
+    own: list[Matrix] = []
+    for module in adapter.target_modules:
+        out, width = model.module_shape(module)
+        if isinstance(adapter, VeraSpec):
+            own += Matrix(module, "vera_d", 1, adapter.rank), Matrix(module, "vera_b", 1, out)
+        else:
+            own += Matrix(module, "lora_a", adapter.rank, width), Matrix(module, "lora_b", adapter.rank, out)
+    flat: list[Matrix] = []
+    extras = adapter.long_context
+    if extras is not None and extras.train_norms:
+        norms = ("input_layernorm", "post_attention_layernorm")
+        own += (Matrix(name, "norm", 1, model.hidden_size) for name in norms)
+        flat.append(Matrix("norm", "norm", 1, model.hidden_size))
+    if extras is not None and extras.train_embeddings:
+        flat.append(Matrix("embed_tokens", "embedding", model.vocab_size, model.hidden_size))
+    return AdapterShape.of(dict.fromkeys(range(model.num_layers), own), flat)
+
+
+def _candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, AdapterSpec]]:
+    yield "lora", LoraSpec()
+    yield "vera", VeraSpec()
+    window = model.max_position_embeddings
+    original = min(window, max(1, context_length // 2))
+    stretched = LongContext(
+        rope_scaling=RopeScaling(factor=max(1.001, context_length / original)), original_context=original
+    )
+    yield "longlora", LongLoraSpec(long_context=stretched)
+    if context_length > window:
+        plain = stretched.model_copy(update={"train_embeddings": False})
+        yield "vera + longlora", VeraSpec(long_context=plain)
+
+
+def _estimate(method: str, adapter: AdapterSpec, context_length: int, model: ModelConfig, device: Device) -> Estimate:
+    problem, run = None, None
+    try:
+        run = _fitting(adapter, context_length, model, device)
+        if plan_memory(run, device).peak_bytes > device.usable_bytes:
+            problem = "does not fit on one such device; see loray plan for several"
+    except (SpecError, UnsupportedError) as e:
+        problem = str(e)
+    shortest = run or run_of(recipe_of(adapter, 2), model)
+    trained = shortest.trained.total
+    time = None if run is None else estimate_time(run, device, plan_traffic(run))
+    per_gib = _per_gib(adapter, model)
+    served = int(NUM_SERVED / per_gib * GIB)
+    return Estimate(
+        method=method,
+        settings=_settings(adapter),
+        problem=problem,
+        trained_parameters=trained,
+        adapter_bytes=trained * _BF16,
+        training_bytes=None if run is None else plan_memory(run, device).peak_bytes,
+        step_s=None if time is None else time.step_s,
+        tokens_per_s=None if time is None else time.tokens_per_s,
+        checkpointing=run is not None and run.checkpointing,
+        adapters_per_gib=per_gib,
+        served_pool_bytes=served,
+        served_devices=-(-served // max(1, _room(model, device))),
+        throughput=_throughput(adapter, model, device),
+    )
+
+
+def _fitting(adapter: AdapterSpec, context_length: int, model: ModelConfig, device: Device) -> Run:
+    """With checkpointing where it does not fit without."""
+    run = run_of(recipe_of(adapter, context_length), model)
+    if plan_memory(run, device).peak_bytes <= device.usable_bytes:
+        return run
+    return run_of(recipe_of(adapter, context_length, checkpointing=True), model)
+
+
+def _settings(adapter: AdapterSpec) -> str:
+    modules = ", ".join(module.removesuffix("_proj") for module in adapter.target_modules)
+    extras = adapter.long_context
+    text = f"r{adapter.rank} on {modules}"
+    if extras is not None:
+        text += " + norms" * extras.train_norms + " + embeddings" * extras.train_embeddings
+    return text
+
+
+def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
+    """From a pool of some hundred blocks, so that the answer comes at once whatever a block's size."""
+    share = 2 * ServeSpec.model_fields["block_tokens"].default * model.num_kv_heads * model.head_dim
+    block_bytes = share * model.num_layers * _BF16
+    pair = -(-count_vera_pair(model, adapter) * _BF16 // block_bytes) * block_bytes
+    least = 8 * shape_of(adapter, model).num_blocks(Geometry(0, model.num_layers, 1, share)) * block_bytes
+    room = max(least, min(GIB, _MAX_BLOCKS * block_bytes))
+    return float(adapters_in(adapter, model, room + pair) * GIB / room)
+
+
+def _room(model: ModelConfig, device: Device) -> int:
+    """Bytes of a device for adapters."""
+    left = device.usable_bytes - device.framework_bytes - count_base(model).total * _BF16
+    return int(left * _SHARE_FOR_ADAPTERS)
+
+
+def _throughput(adapter: AdapterSpec, model: ModelConfig, device: Device) -> float:
+    rate = device.flops * device.matmul_share
+    elements = model.num_matrix_elements
+    base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * elements / rate)
+    flops, read = 0.0, 0
+    for same in _SAME_INPUT:
+        targets = [model.module_shape(module) for module in same if module in adapter.target_modules]
+        if not targets:
+            continue
+        outs, width = sum(out for out, _ in targets), targets[0][1]
+        if isinstance(adapter, VeraSpec):  # A x once for all that have the same input; the pair is read once a layer
+            flops += adapter.rank * (width + outs)
+            read += adapter.rank * (width + max(out for out, _ in targets)) + NUM_ROWS * (
+                outs + len(targets) * adapter.rank
+            )
+        else:
+            flops += adapter.rank * (len(targets) * width + outs)
+            read += NUM_ROWS * adapter.rank * (len(targets) * width + outs)
+    seconds: float = max(
+        2.0 * NUM_ROWS * flops * model.num_layers / rate, read * model.num_layers * _BF16 / device.bandwidth
+    )
+    return base / (base + seconds)

@@ -1,0 +1,43 @@
+"""What the score card leaves out, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from loray.advice.estimates import NUM_ROWS, NUM_SERVED, Estimate
+from loray.advice.scorecard import Answers, Score
+from loray.bases.config import ModelConfig
+
+
+def remarks(
+    answers: Answers, scores: Sequence[Score], estimates: Sequence[Estimate], model: ModelConfig
+) -> Iterator[str]:
+    yield (
+        "methods combine: S-LoRA is how adapters are served, not how they are trained. The engine serves LoRA, VeRA "
+        "and LongLoRA of any rank in one batch, so VeRA trained and S-LoRA served is one choice, not two"
+    )
+    window, context = model.max_position_embeddings, answers.context_length
+    if context > window:
+        yield (
+            f"the base reads {window:,} tokens: for {context:,} its RoPE must be scaled, which LongLoRA does and LoRA "
+            "or VeRA alone do not, whatever the score says"
+        )
+    elif any(score.method == "LongLoRA" for score in scores):
+        yield f"the base reads {window:,} tokens as it is: {context:,} need no LongLoRA, which saves attention alone"
+    by_method = {estimate.method: estimate for estimate in estimates}
+    lora, vera = by_method["lora"], by_method["vera"]
+    if answers.num_tasks > 1:
+        yield (
+            f"{answers.num_tasks:,} adapters are {_size(answers.num_tasks * lora.adapter_bytes)} as LoRA and "
+            f"{_size(answers.num_tasks * vera.adapter_bytes)} as VeRA; {NUM_SERVED:,} in the pool at once take "
+            f"{_size(lora.served_pool_bytes)} and {_size(vera.served_pool_bytes)}, and a batch on {NUM_ROWS} of them "
+            f"reaches at most {lora.throughput:.0%} and {vera.throughput:.0%} of the base's speed"
+        )
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"

@@ -1,0 +1,81 @@
+"""The device and the base of an estimate, as options of commands. Neither torch nor Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loray.advice.bases import known_shape
+from loray.bases.config import ModelConfig
+from loray.bases.sources import read_config
+from loray.errors import LorayError, SpecError
+from loray.planning.devices import PRESETS, THIS_MACHINE, Device, HostRates, host
+
+_RATES_FILE = "rates.json"
+
+
+def device_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        "--device",
+        "device_name",
+        metavar="NAME|FILE",
+        help=f"Of one worker: {', '.join(PRESETS)}, {THIS_MACHINE} (measured once), or a YAML file with its memory and "
+        f"rates. {default}",
+    )
+
+
+def device_of(name: str, home: Path, num_workers: int) -> Device:
+    """SpecError where there is none of that name."""
+    if name == THIS_MACHINE:
+        return host(_rates(home), num_workers)
+    if name in PRESETS:
+        return PRESETS[name]
+    if Path(name).is_file():
+        return Device.from_yaml(Path(name))
+    known = ", ".join([*PRESETS, THIS_MACHINE])
+    raise SpecError(f"no device {name!r}; there are {known}, or name a YAML file with its memory and rates")
+
+
+def shape_of(base: str, config: Path | None, home: Path) -> ModelConfig:
+    """Of `config`, or of the base on this machine, else of the well-known one by that name."""
+    return known_shape(base, home) if config is None else _read(config)
+
+
+def _read(path: Path) -> ModelConfig:
+    if path.name == "config.json":
+        return read_config(path.parent)
+    try:
+        return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SpecError(f"{path} is not the config.json of a model: {e!r}") from e
+
+
+def _rates(home: Path) -> HostRates:
+    """Of this machine, measured in a process of its own (torch takes seconds and memory). Kept in `home`, unless the
+    machine had something else to do.
+    """
+    path = home / _RATES_FILE
+    try:
+        return HostRates(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        pass
+    is_busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
+    click.echo("measuring this machine" + (", which is busy: it may be faster" if is_busy else ", once"), err=True)
+    done = subprocess.run([sys.executable, "-m", "loray.train.rates"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LorayError(f"this machine could not be measured; name a --device: {done.stderr.strip()[-500:]}")
+    rates = HostRates(**json.loads(done.stdout))
+    if not is_busy:
+        home.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(rates)) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    return rates

@@ -1,0 +1,89 @@
+"""A published adapter in another form: VeRA as LoRA, published anew, or merged into its base, as a checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loray.adapters.manifest import read_manifest
+from loray.bases.registry import BaseModel
+from loray.catalog import AdapterVersion, Catalog
+from loray.errors import BaseMismatch, IntegrityError
+from loray.publishing import publish
+from loray.spec import AdapterManifest, AdapterRef
+from loray.store import AdapterStore
+
+if TYPE_CHECKING:
+    from loray.adapters.weights import AdapterWeights
+
+
+def convert_to_lora(
+    ref: AdapterRef,
+    *,
+    name: str,
+    base: BaseModel,
+    store: AdapterStore,
+    catalog: Catalog,
+    aliases: Sequence[str] = (),
+    no_gate: str | None = None,
+) -> AdapterVersion:
+    """Publish the VeRA adapter `ref` as the next version of `name`, a LoRA of VeRA's rank in fp32.
+
+    RoPE, context and what was measured are the old one's: it computes the same. UnsupportedError where it is not VeRA.
+    """
+    from loray.adapters.convert import save_lora, vera_to_lora
+
+    with _opened(ref, base, store) as (manifest, weights), tempfile.TemporaryDirectory(prefix="loray-convert-") as made:
+        save_lora(vera_to_lora(weights, base.config), Path(made), base_name=base.name)
+        return publish(
+            Path(made),
+            name=name,
+            base=base,
+            store=store,
+            catalog=catalog,
+            aliases=aliases,
+            no_gate=no_gate,
+            derived_from=ref.digest,
+            rope_parameters=manifest.rope_parameters,
+            context_length=manifest.context_length,
+            evaluations=manifest.evaluations,
+            licence=manifest.licence,
+            description=manifest.description,
+        )
+
+
+def merge_into_base(
+    ref: AdapterRef, folder: Path, *, base: BaseModel, store: AdapterStore, dtype: str | None = None
+) -> None:
+    """Write `ref` merged into `base` to the new `folder`, in `dtype` or the base's: see `adapters.merge`."""
+    import torch
+
+    from loray.adapters.merge import merge_adapter
+
+    with _opened(ref, base, store) as (manifest, weights):
+        context = manifest.context_length if manifest.rope_parameters is not None else None
+        whole = replace(weights, rope=manifest.rope_parameters, context_length=context)
+        merge_adapter(base, whole, folder, dtype=None if dtype is None else getattr(torch, dtype))
+
+
+@contextmanager
+def _opened(ref: AdapterRef, base: BaseModel, store: AdapterStore) -> Iterator[tuple[AdapterManifest, AdapterWeights]]:
+    """Verified: the files by their hashes, the base by its fingerprint, VeRA's pair by its digest."""
+    from loray.adapters.peft_format import read_adapter
+
+    if ref.base_fingerprint != base.fingerprint:
+        raise BaseMismatch(f"{ref.label} was trained on another base than {base.name!r}; add that one first")
+    with tempfile.TemporaryDirectory(prefix="loray-convert-") as scratch:
+        fetched = Path(scratch) / "adapter"
+        store.fetch(ref.digest, fetched)
+        manifest, weights = read_manifest(fetched), read_adapter(fetched, base.config)
+        if weights.pair is not None and weights.pair.digest != (manifest.projection and manifest.projection.sha256):
+            raise IntegrityError(
+                f"{ref.label}: its VeRA projection is not the pair it was trained with, whose SHA-256 is in its "
+                "manifest; use the PyTorch that it was trained with, or publish it with save_projection"
+            )
+        yield manifest, weights

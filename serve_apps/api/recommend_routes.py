@@ -1,0 +1,39 @@
+"""Which method to train with: `loray recommend` over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+
+from loray.advice.bases import known_shape
+from loray.advice.recommendation import recommend
+from loray.advice.scorecard import Answers, Constraint, Scale
+from loray.planning.devices import PRESETS
+from loray.serving.resources import RecommendationResource
+from loray.spec import Name
+from serve_apps.api import examples
+from serve_apps.api.problems import responses
+from serve_apps.api.site import Site
+
+DeviceName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
+
+
+def create_router(site: Site) -> APIRouter:
+    router = APIRouter(tags=["methods"])
+
+    @router.get("/recommend", responses=responses(404) | examples.ok(examples.RECOMMENDATION))
+    def recommend_methods(
+        context_length: Annotated[int, Query(ge=1, le=1 << 24, description="tokens of the longest row")],
+        num_tasks: Annotated[int, Query(ge=1, le=10**9, description="adapters that there will be")],
+        resource_constraint: Annotated[Constraint, Query(description="how scarce memory and money are")] = "medium",
+        deployment_scale: Annotated[Scale, Query(description="one machine, or a cluster")] = "single",
+        base: Annotated[Name, Query(description="a base of this node, or a well-known one")] = "smollm2",
+        device: Annotated[DeviceName, Query(description="what each worker and each replica has")] = "a100-80gb",
+    ) -> RecommendationResource:
+        """LoRA, VeRA, LongLoRA and S-LoRA by the score card, and what each would cost on this base and device."""
+        answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
+        found = recommend(answers, base, known_shape(base, site.home), PRESETS[device])
+        return RecommendationResource.model_validate(found.to_dict())
+
+    return router

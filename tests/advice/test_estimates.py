@@ -1,0 +1,137 @@
+"""Estimates of methods: density as the pool has it, training as it is planned, serving against what bounds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loray.adapters.projections import draw_pair
+from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey, VeraWeights
+from loray.advice.estimates import GIB, adapters_in, estimate_methods, recipe_of
+from loray.advice.recommendation import recommend
+from loray.advice.scorecard import Answers
+from loray.bases.config import ModelConfig
+from loray.engine.packed import Packer
+from loray.engine.pool import Pool
+from loray.planning.devices import PRESETS
+from loray.planning.memory import plan_memory
+from loray.planning.run import run_of
+from loray.planning.shapes import preset
+from loray.spec import LINEAR_MODULES, AdapterRef, AdapterSpec, LoraSpec, VeraSpec
+from loray_kernels import KvLayout
+
+A100 = PRESETS["a100-80gb"]
+MIB = 1 << 20
+
+
+def shape(name: str = "smollm2") -> ModelConfig:
+    found = preset(name)
+    assert found is not None
+    return found
+
+
+SMALL = replace(shape(), num_layers=3)
+
+
+def weights(spec: AdapterSpec) -> AdapterWeights:
+    modules: dict[ModuleKey, LoraWeights | VeraWeights] = {}
+    for layer in range(SMALL.num_layers):
+        for module in spec.target_modules:
+            out, width = SMALL.module_shape(module)
+            if isinstance(spec, VeraSpec):
+                own: LoraWeights | VeraWeights = VeraWeights(torch.ones(spec.rank), torch.ones(out))
+            else:
+                own = LoraWeights(torch.ones(spec.rank, width), torch.ones(out, spec.rank), 1.0)
+            modules[ModuleKey(layer, module)] = own
+    shapes = [SMALL.module_shape(module) for module in spec.target_modules]
+    is_vera = isinstance(spec, VeraSpec)
+    pair = draw_pair(0, spec.rank, max(i for _, i in shapes), max(o for o, _ in shapes)) if is_vera else None
+    return AdapterWeights(modules, pair)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LoraSpec(rank=8, target_modules=("q_proj", "v_proj")),
+        LoraSpec(target_modules=LINEAR_MODULES),
+        VeraSpec(),
+        VeraSpec(target_modules=LINEAR_MODULES),
+    ],
+)
+def test_as_many_fit_as_an_idle_pool_takes(spec: AdapterSpec) -> None:
+    layout = KvLayout(SMALL.num_layers, 16, SMALL.num_kv_heads, SMALL.head_dim)
+    num_blocks = 4 * MIB // (layout.num_layers * layout.layer_share * 2)
+    pool = Pool(layout, num_blocks, dtype=torch.bfloat16, device=torch.device("cpu"))
+    packer = Packer(pool.geometry, torch.bfloat16, torch.zeros(1, SMALL.hidden_size, dtype=torch.bfloat16))
+    packed = packer.pack(weights(spec))
+    number = 0
+    while pool.place(ref(number), packed) is not None:
+        number += 1
+    assert adapters_in(spec, SMALL, 4 * MIB) == number > 0
+
+
+def ref(number: int) -> AdapterRef:
+    return AdapterRef(
+        digest=f"{number:064x}",
+        name=f"a{number}",
+        version=1,
+        method="lora",
+        base_fingerprint="0" * 64,
+        context_length=1,
+        nbytes=1,
+    )
+
+
+def test_the_pair_alone_may_be_more_than_the_pool() -> None:
+    assert adapters_in(VeraSpec(), shape(), MIB) == 0
+
+
+def test_vera_is_twenty_times_as_dense_as_lora() -> None:
+    lora, vera = (adapters_in(spec(target_modules=LINEAR_MODULES), shape(), 64 * MIB) for spec in (LoraSpec, VeraSpec))
+    assert vera >= 20 * lora > 0
+
+
+def test_estimates_are_the_plans() -> None:
+    lora, vera, longlora = estimate_methods(Answers(2048, 10), shape(), A100)
+    run = run_of(recipe_of(LoraSpec(), 2048), shape())
+    assert lora.training_bytes == plan_memory(run, A100).peak_bytes
+    assert [e.method for e in (lora, vera, longlora)] == ["lora", "vera", "longlora"]
+    assert (lora.trained_parameters, lora.adapter_bytes) == (1_843_200, 3_686_400)
+    assert vera.trained_parameters == 30 * (576 + 192 + 192 + 576 + 4 * 256)
+    assert longlora.trained_parameters == 921_600 + 49152 * 576 + 61 * 576
+    assert lora.adapters_per_gib == pytest.approx(GIB / 3_686_400, rel=0.05)
+    assert vera.adapters_per_gib > 10 * lora.adapters_per_gib
+    assert 0 < lora.throughput < vera.throughput < 1
+    assert (lora.problem, lora.checkpointing, lora.served_devices) == (None, False, 1)
+
+
+def test_a_context_beyond_the_window_is_longloras() -> None:
+    found = {e.method: e for e in estimate_methods(Answers(32768, 5), shape("Llama-2-7b-hf"), A100)}
+    assert list(found) == ["lora", "vera", "longlora", "vera + longlora"]
+    for method in ("lora", "vera"):
+        assert "4096" in str(found[method].problem)
+        assert found[method].training_bytes is found[method].step_s is None
+    assert found["longlora"].problem is None
+    assert found["longlora"].checkpointing
+    assert found["vera + longlora"].training_bytes is not None
+
+
+def test_what_does_not_fit_says_so() -> None:
+    small = A100.model_copy(update={"memory_bytes": 20 * 10**9})
+    (lora, *_) = estimate_methods(Answers(4096, 5), shape("Llama-2-13b-hf"), small)
+    assert "does not fit" in str(lora.problem)
+    assert lora.training_bytes is not None
+    assert lora.training_bytes > small.usable_bytes
+
+
+def test_remarks_follow_from_the_figures() -> None:
+    said = " ".join(recommend(Answers(32768, 2000), "Llama-2-7b-hf", shape("Llama-2-7b-hf"), A100).remarks)
+    assert "VeRA trained and S-LoRA served" in said
+    assert "RoPE must be scaled" in said
+    assert "2,000 adapters are" in said
+    assert "as VeRA; " in said
+    short = " ".join(recommend(Answers(8193, 1), "x", replace(shape(), max_position_embeddings=16384), A100).remarks)
+    assert "need no LongLoRA" in short
+    assert "as VeRA; " not in short

@@ -1,0 +1,59 @@
+"""`loray adapters convert` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
+from loray.bases.registry import BaseModel, add_base
+from loray.store import AdapterStore, open_store
+from tests.cli.test_cli import Loray, PeftFolder, base, checkpoint, home, loray  # noqa: F401
+
+
+@pytest.fixture
+def vera(loray: Loray, base: BaseModel, peft_folder: PeftFolder) -> str:  # noqa: F811
+    assert loray("adapters", "import", peft_folder(base, "vera"), "--name", "tone").code == 0
+    return "tone@1"
+
+
+def test_vera_becomes_lora(loray: Loray, base: BaseModel, home: Path, vera: str, tmp_path: Path) -> None:  # noqa: F811
+    done = loray("adapters", "convert", vera, "--to", "lora", "--name", "tone-lora", "--alias", "prod")
+    assert (done.code, done.out) == (0, "published tone-lora@1, converted from tone@1\n")
+    old, new = (json.loads(loray("adapters", "show", name, "--json").out) for name in ("tone", "tone-lora"))
+    assert (new["manifest"]["method"], new["manifest"]["rank"]) == ("lora", 16)
+    assert new["manifest"]["derived_from"] == old["digest"]
+    assert f"converted from {old['digest'][:12]}" in " ".join(loray("adapters", "show", "tone-lora").out.split())
+    AdapterStore(open_store(f"file://{home}/store")).fetch(new["digest"], tmp_path / "lora")
+    assert (tmp_path / "lora" / WEIGHTS_FILE).stat().st_size > 1000
+    assert read_adapter(tmp_path / "lora", base.config).pair is None
+    again = loray("adapters", "convert", "tone-lora", "--to", "lora", "--name", "twice")
+    assert (again.code, again.err) == (
+        1,
+        "error: the adapter is not VeRA; only VeRA adapters are converted to LoRA\n",
+    )
+
+
+def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:  # noqa: F811
+    target = tmp_path / "merged"
+    done = loray("adapters", "convert", vera, "--to", "merged", "--folder", target, "--dtype", "bfloat16", "--json")
+    assert (done.code, json.loads(done.out)["folder"]) == (0, str(target))
+    assert add_base(str(target), home=tmp_path / "other", name="merged").config.hidden_size == 64
+    again = loray("adapters", "convert", vera, "--to", "merged", "--folder", target)
+    assert (again.code, again.err) == (1, f"error: {target} is not empty; name a new folder\n")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--to", "lora"),
+        ("--to", "lora", "--name", "x", "--folder", "y"),
+        ("--to", "merged"),
+        ("--to", "merged", "--folder", "y", "--name", "x"),
+        ("--to", "gguf"),
+    ],
+)
+def test_wrong_usage(loray: Loray, vera: str, args: tuple[str, ...]) -> None:  # noqa: F811
+    assert loray("adapters", "convert", vera, *args).code == 2

@@ -1,0 +1,71 @@
+"""`loray recommend` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loray.cli.main import _run
+
+Recommend = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def recommend(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Recommend:
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path))
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["loray", "recommend", *map(str, args)])
+        code = _run()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+ANSWERS = ("--context-length", 2048, "--num-tasks", 1000)
+PERSONAL = (*ANSWERS, "--resource-constraint", "high", "--deployment-scale", "distributed")
+
+
+def test_scores_as_json(recommend: Recommend) -> None:
+    code, out, err = recommend(*PERSONAL, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert [(entry["method"], entry["score"]) for entry in found] == [("VeRA", 12.0), ("S-LoRA", 9.0), ("LoRA", 5.0)]
+    assert all(set(entry) == {"method", "score", "reason"} for entry in found)
+
+
+def test_everything_as_json(recommend: Recommend) -> None:
+    _, out, _ = recommend(*PERSONAL, "--json", "--estimates", "--base", "Meta-Llama-3-8B", "--device", "h100-80gb")
+    found = json.loads(out)
+    assert (found["base"], found["device"]) == ("Meta-Llama-3-8B", "h100-80gb")
+    assert [entry["method"] for entry in found["estimates"]] == ["lora", "vera", "longlora"]
+    assert found["scores"][0]["method"] == "VeRA"
+
+
+def test_both_side_by_side(recommend: Recommend) -> None:
+    code, out, err = recommend("--context-length", 32768, "--num-tasks", 5, "--base", "Llama-2-7b-hf")
+    assert (code, err) == (0, "")
+    assert out.index("Score card") < out.index("Estimates for Llama-2-7b-hf on a100-80gb")
+    assert "32,768 tokens are more than 8,192" in out
+    assert "lora: data.max_length is 32768" in out
+    assert "RoPE must be scaled" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ((*ANSWERS, "--base", "gpt-9"), 1, "no base model 'gpt-9' on this machine"),
+        ((*ANSWERS, "--device", "abacus"), 1, "no device 'abacus'"),
+        (("--num-tasks", 5), 2, "--context-length"),
+        (("--context-length", 0, "--num-tasks", 5), 2, "0 is not in the range"),
+        ((*ANSWERS, "--resource-constraint", "dire"), 2, "'dire'"),
+    ],
+)
+def test_bad_input(recommend: Recommend, args: tuple[object, ...], code: int, message: str) -> None:
+    found, _, err = recommend(*args)
+    assert found == code
+    assert message in err
