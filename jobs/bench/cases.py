@@ -176,6 +176,38 @@ class Activations:
 
 
 @dataclass(frozen=True, slots=True)
+class Vera:
+    """Training steps of VeRA on all linear modules, in turn with PEFT's as it comes and with PEFT's held in bf16."""
+
+    tokens: int
+    rank: int
+    target: Target | None = None
+    columns: ClassVar = ("ours s", "PEFT s", "PEFT/ours", "PEFT bf16 s", "bf16/ours", "loss apart")
+
+    @property
+    def name(self) -> str:
+        return f"VeRA r{self.rank}, {self.tokens}"
+
+    def run(self, setting: Setting) -> Row:
+        home = setting.base.path.parent.parent
+        numbers = [str(x) for x in (self.tokens, self.rank, 3 * setting.repeats)]
+        command = ["jobs.bench.vera_worker", str(home), setting.base.name, *numbers]
+        (found,) = workers.run([command], setting.num_threads)
+        ours, peft, bf16 = (statistics.median(found["seconds"][name]) for name in ("ours", "peft", "peft-bf16"))
+        mine, *theirs = found["losses"].values()
+        apart = max(abs(a - b) for other in theirs for a, b in zip(mine, other, strict=True))
+        cells = (
+            f"{ours:.3f}",
+            f"{peft:.3f}",
+            f"{peft / ours:.2f}",
+            f"{bf16:.3f}",
+            f"{bf16 / ours:.2f}",
+            f"{apart:.3f}",
+        )
+        return Row(cells, found | {"ratio": peft / ours, "bf16_ratio": bf16 / ours, "apart": apart}, peft / ours)
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """Bytes that the rank of a sequence group which sends most sends for one layer, forward: counted at the collective,
     in a layer of 8 query and 4 KV heads, beside the formulas. Reached: the largest relative difference.
@@ -246,6 +278,7 @@ PRESETS: Mapping[str, tuple[Case, ...]] = {
         Activations(8192, 4, Target("≤", 0.35)),
         *_traffic(),
     ),
+    "vera": (Vera(512, 256, Target("≥", 1.3)),),
     "long": (Memory(100_000, Target("≤", 14)),),
 }
 

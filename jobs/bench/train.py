@@ -2,6 +2,7 @@
 
     python -m jobs.bench.train                      attention at 8k and 16k, a step at 16k, memory at 32k: 15 minutes
     python -m jobs.bench.train --preset sequence    activations and traffic over sequence groups: five minutes
+    python -m jobs.bench.train --preset vera        steps of VeRA against PEFT's: two minutes
     python -m jobs.bench.train --preset long        a step at 100k: about an hour
     python -m jobs.bench.train --only attention
 

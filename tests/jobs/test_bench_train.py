@@ -20,6 +20,7 @@ from jobs.bench.machine import forget_peak, peak_bytes, resident_bytes, watch
 from jobs.bench.peers import ring, ulysses
 from jobs.bench.steps import Case, Measured
 from jobs.bench.traffic_worker import main as count_traffic
+from jobs.bench.vera_worker import main as time_vera
 from loray.bases.registry import BaseModel
 from loray.train.batches import Batch
 from loray.train.loss import batch_loss
@@ -141,11 +142,22 @@ def test_presets_hold_what_was_promised() -> None:
             "step 16k": "≥ 2.5",
             "memory 32k": "≤ 6",
             "memory 100k": "≤ 14",
+            "VeRA r256, 512": "≥ 1.3",
             "sequence 8k P=2": "≤ 0.6",
             "sequence 8k P=4": "≤ 0.35",
         }
         == promised
     )
+
+
+def test_the_sides_of_a_vera_step_train_the_same(tiny_base: Callable[..., BaseModel]) -> None:
+    base = tiny_base(std=0.1)
+    found = time_vera(base.path.parent.parent, base.name, 64, 16, 3)
+    assert {name: len(seconds) for name, seconds in found["seconds"].items()} == dict.fromkeys(found["losses"], 3)
+    ours, peft, bf16 = found["losses"].values()
+    assert ours == pytest.approx(peft, abs=0.02)
+    assert ours == pytest.approx(bf16, abs=0.02)
+    assert len(set(ours)) == 4
 
 
 def test_memory_of_a_process() -> None:
