@@ -19,7 +19,7 @@ from loray.planning.compute import estimate_time
 from loray.planning.devices import Device
 from loray.planning.memory import plan_memory
 from loray.planning.run import Run, run_of
-from loray.planning.shapes import count_base, count_vera_pair
+from loray.planning.shapes import SAME_INPUT, count_base, count_vera_pair
 from loray.planning.traffic import plan_traffic
 from loray.spec import AdapterSpec, LongContext, LongLoraSpec, LoraSpec, RopeScaling, ServeSpec, TrainSpec, VeraSpec
 
@@ -30,7 +30,6 @@ NUM_SERVED = 1000
 _BF16 = 2  # bytes
 _MAX_BLOCKS = 256  # of the pool that is filled to see how many adapters fit
 _SHARE_FOR_ADAPTERS = 0.5  # of what the weights leave; the rest is KV cache
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +201,7 @@ def _throughput(adapter: AdapterSpec, model: ModelConfig, device: Device) -> flo
     elements = model.num_matrix_elements
     base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * elements / rate)
     flops, read = 0.0, 0
-    for same in _SAME_INPUT:
+    for same in SAME_INPUT:
         targets = [model.module_shape(module) for module in same if module in adapter.target_modules]
         if not targets:
             continue

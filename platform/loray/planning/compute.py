@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from loray.planning.devices import Device
 from loray.planning.run import Run
+from loray.planning.shapes import count_factors
 from loray.planning.traffic import Traffic
 from loray.spec import VeraSpec
 
@@ -71,8 +72,7 @@ def count_flops(run: Run) -> Flops:
     model, tokens = run.model, run.tokens_per_worker * run.accumulation
     head = 2.0 * model.vocab_size * model.hidden_size * tokens
     linears = 2.0 * (model.num_matrix_elements - model.vocab_size * model.hidden_size) * tokens
-    factors = sum(run.adapter.rank * sum(model.module_shape(m)) for m in run.adapter.target_modules)
-    adapter = 2.0 * factors * model.num_layers * tokens
+    adapter = 2.0 * count_factors(model, run.adapter) * model.num_layers * tokens
     trained_factors = 1 if isinstance(run.adapter, VeraSpec) else 2  # products a factor in the backward pass
     rows = model.num_layers * run.num_rows * run.accumulation * 4.0 * model.head_dim / run.sequence
     attention = rows * attention_pairs(run.padded_length, run.group_size, model.num_heads)

@@ -9,6 +9,8 @@ from typing import Any
 from loray.bases.config import ModelConfig
 from loray.spec import AdapterSpec, VeraSpec
 
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
 _LLAMA_2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 32000,
@@ -129,6 +131,19 @@ def count_trained(model: ModelConfig, adapter: AdapterSpec) -> TrainedCounts:
     embedding = base.embedding if extras is not None and extras.train_embeddings else 0
     norms = base.norms if extras is not None and extras.train_norms else 0
     return TrainedCounts(model.num_layers * sum(tensors), embedding, norms, max(embedding, *tensors))
+
+
+def count_factors(model: ModelConfig, adapter: AdapterSpec) -> int:
+    """Elements of A and B that a token is multiplied with in one layer. VeRA's A is one for all modules, and its
+    product is computed once for those that have the same input, unless dropout gives each an input of its own.
+    """
+    targets = adapter.target_modules
+    outs = sum(model.module_shape(module)[0] for module in targets)
+    widths = {module: model.module_shape(module)[1] for module in targets}
+    if isinstance(adapter, VeraSpec) and not adapter.dropout:
+        first = (next((m for m in same if m in widths), None) for same in SAME_INPUT)
+        widths = {module: widths[module] for module in first if module is not None}
+    return adapter.rank * (outs + sum(widths.values()))
 
 
 def count_vera_pair(model: ModelConfig, adapter: AdapterSpec) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from loray.bases.config import ModelConfig
 from loray.planning.compute import attention_pairs
+from loray.planning.shapes import count_factors
 from loray.spec import AdapterSpec, VeraSpec
 
 _MEASURE_S = 0.2
@@ -37,7 +38,7 @@ def flops_per_token(
     """
     head = model.vocab_size * model.hidden_size
     frozen = model.num_matrix_elements - head + target_share * head
-    factors = adapter.rank * sum(sum(model.module_shape(m)) for m in adapter.target_modules) * model.num_layers
+    factors = count_factors(model, adapter) * model.num_layers
     adapter_flops = (4 if isinstance(adapter, VeraSpec) else 6) * factors  # VeRA trains vectors; its factors are frozen
     found, counts = np.unique(lengths, return_counts=True)
     pairs = sum(

@@ -21,6 +21,7 @@ from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.cli.local_s3 import start_local_s3, stop_local_s3
+from loray.planning.shapes import SAME_INPUT
 from loray.publishing import publish
 from loray.spec import AdapterRef
 from loray.store import AdapterStore, open_store
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-
 _B_STD = 0.05  # strong: with weak ones the argmax does not move and a wrong adapter passes
 _VERA_STD = 0.3
 _ALPHA = 8  # PEFT's default
@@ -82,7 +81,7 @@ class AdapterSet:
         """Elements of the pair that a token of any of these adapters is multiplied with: A once for each input."""
         if self.method == "lora":
             return 0
-        inputs = {m: name for name, same in enumerate(_SAME_INPUT) for m in same}
+        inputs = {m: name for name, same in enumerate(SAME_INPUT) for m in same}
         widths = {inputs[m]: config.module_shape(m)[1] for m in self.modules}
         outs = sum(config.module_shape(m)[0] for m in self.modules)
         return int(sum(self.ranks) / len(self.ranks) * config.num_layers * (sum(widths.values()) + outs))
