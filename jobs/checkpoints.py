@@ -79,6 +79,7 @@ class CheckpointUploads:
             log.warning("the checkpoint of step %d was not uploaded when its worker was lost; doing so now", state.step)
             saved, metrics = Checkpoint.from_directory(left), _metrics(state.step, state.eval_loss)
         ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=name)
+        world.gather(None)  # rank 0 is here when its checkpoint has arrived; the others have nothing to wait for
         storage = ray.train.get_context().get_storage()
         return Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
 

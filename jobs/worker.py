@@ -19,7 +19,7 @@ from jobs.placement import straddling_warning
 from jobs.reporter import RayReporter
 from jobs.sink import EventSender
 from loray.bases.registry import BaseModel
-from loray.errors import BaseMismatch, LorayError
+from loray.errors import BaseMismatch, LorayError, SpecError, TrainingError, UnsupportedError
 from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
 from loray.train.mesh import World
@@ -60,7 +60,11 @@ def run(config: WorkerConfig) -> str | None:
         return problems[0]
     try:
         _train(spec, base, config, world)
+    except (SpecError, TrainingError, UnsupportedError) as e:
+        return str(e)  # every rank's
     except LorayError as e:
+        if world.size > 1:
+            raise  # perhaps this rank's alone: the others wait for it until Ray Train ends them
         return str(e)
     return None
 

@@ -123,7 +123,7 @@ def test_two_workers_train_into_the_bucket_and_one_may_die(
     assert losses(events) == losses(undisturbed)
     assert version.manifest.files == version_of(settings, "undisturbed").manifest.files  # bit for bit
     assert (version.digest, version.aliases) == (published["digest"], ("prod",))
-    (job,) = Catalog(settings.catalog).jobs().jobs
+    (job,) = Catalog(settings.catalog).jobs(name="shared").jobs
     assert (job.status, job.version, job.id) == ("succeeded", 1, version.manifest.job_id)
     assert job.recipe == recipe.spec
     AdapterStore(open_store(settings.store)).fetch(version.digest, tmp_path / "fetched")
