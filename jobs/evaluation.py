@@ -155,6 +155,7 @@ def _with_contexts(perplexity: PerplexitySpec, spec: TrainSpec, base: BaseModel)
     """With the context lengths that the gate looks at where the recipe names none."""
     if perplexity.context_lengths:
         return perplexity
-    own, long_context = context_length(base, spec), spec.adapter.long_context
-    original = (long_context and long_context.original_context) or base.config.max_position_embeddings
+    window, long_context = base.config.max_position_embeddings, spec.adapter.long_context
+    original = window if long_context is None else long_context.extended_from(window)
+    own = context_length(base, spec)
     return perplexity.model_copy(update={"context_lengths": tuple(dict.fromkeys((original, own)))})

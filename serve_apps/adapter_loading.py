@@ -12,11 +12,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loray.adapters.manifest import read_manifest
+from loray.adapters.manifest import read_manifest, with_manifest
 from loray.adapters.peft_format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -197,13 +196,7 @@ class StoredAdapter:
         """With what only the manifest knows."""
         if manifest.base_fingerprint != self._loader.base.fingerprint:
             raise BaseMismatch(f"adapter {self._ref.label} was trained on another base than {self._loader.base.name!r}")
-        trained_with = manifest.projection and manifest.projection.sha256
-        if weights.pair is not None and weights.pair.digest != trained_with:
-            raise IntegrityError(
-                f"adapter {self._ref.label}: its VeRA projection is not the pair it was trained with, whose SHA-256 is "
-                "in its manifest; publish it with save_projection, or serve it with the PyTorch it was trained with"
-            )
-        return replace(weights, rope=manifest.rope_parameters, context_length=manifest.context_length)
+        return with_manifest(weights, manifest, self._ref.label)
 
 
 def _is_good(packed_file: Path) -> bool:

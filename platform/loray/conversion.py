@@ -5,14 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loray.adapters.manifest import read_manifest
+from loray.adapters.manifest import read_manifest, with_manifest
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
-from loray.errors import BaseMismatch, IntegrityError
+from loray.errors import BaseMismatch
 from loray.publishing import publish
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterStore
@@ -64,10 +63,8 @@ def merge_into_base(
 
     from loray.adapters.merge import merge_adapter
 
-    with _opened(ref, base, store) as (manifest, weights):
-        context = manifest.context_length if manifest.rope_parameters is not None else None
-        whole = replace(weights, rope=manifest.rope_parameters, context_length=context)
-        merge_adapter(base, whole, folder, dtype=None if dtype is None else getattr(torch, dtype))
+    with _opened(ref, base, store) as (_, weights):
+        merge_adapter(base, weights, folder, dtype=None if dtype is None else getattr(torch, dtype))
 
 
 @contextmanager
@@ -80,10 +77,6 @@ def _opened(ref: AdapterRef, base: BaseModel, store: AdapterStore) -> Iterator[t
     with tempfile.TemporaryDirectory(prefix="loray-convert-") as scratch:
         fetched = Path(scratch) / "adapter"
         store.fetch(ref.digest, fetched)
-        manifest, weights = read_manifest(fetched), read_adapter(fetched, base.config)
-        if weights.pair is not None and weights.pair.digest != (manifest.projection and manifest.projection.sha256):
-            raise IntegrityError(
-                f"{ref.label}: its VeRA projection is not the pair it was trained with, whose SHA-256 is in its "
-                "manifest; use the PyTorch that it was trained with, or publish it with save_projection"
-            )
+        manifest = read_manifest(fetched)
+        weights = with_manifest(read_adapter(fetched, base.config), manifest, ref.label)
         yield manifest, weights

@@ -14,27 +14,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
-from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey, VeraWeights
+from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
 from loray.bases.config import ModelConfig
 from loray.errors import UnsupportedError
 from loray.spec import LINEAR_MODULES
 
 _PREFIX = "base_model.model.model."
-_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
     """B' = Λb B[:O] and A' = Λd A[:, :I], in fp32 and with scale 1. UnsupportedError where it is no VeRA adapter."""
     if weights.pair is None:
         raise UnsupportedError("the adapter is not VeRA; only VeRA adapters are converted to LoRA")
-    a_RI, b_OR = weights.pair.a_RI.float(), weights.pair.b_OR.float()
-    modules: dict[ModuleKey, LoraWeights | VeraWeights] = {}
-    for key, module in weights.modules.items():
-        assert isinstance(module, VeraWeights)
-        width = base.module_shape(key.module)[1]
-        outer = module.b_O.float()[:, None] * b_OR[: module.b_O.shape[0]]
-        modules[key] = LoraWeights(module.d_R.float()[:, None] * a_RI[:, :width], outer, scale=1.0)
+    modules = {
+        key: as_lora(module, weights.pair, base.module_shape(key.module)[1]) for key, module in weights.modules.items()
+    }
     return replace(weights, modules=modules, pair=None)
+
+
+def as_lora(module: LoraWeights | VeraWeights, pair: ProjectionPair | None, width: int) -> LoraWeights:
+    """One module, `width` elements wide at its input; a LoRA module as it is."""
+    if isinstance(module, LoraWeights):
+        return module
+    assert pair is not None
+    inner_RI = module.d_R.float()[:, None] * pair.a_RI[:, :width].float()
+    outer_OR = module.b_O.float()[:, None] * pair.b_OR[: module.b_O.shape[0]].float()
+    return LoraWeights(inner_RI, outer_OR, scale=1.0)
 
 
 def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
@@ -45,8 +50,8 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
         assert isinstance(module, LoraWeights)
         assert module.scale == 1.0
         ranks.add(module.a_RI.shape[0])
-        tensors[f"{_PREFIX}{module_path(key)}.lora_A.weight"] = module.a_RI
-        tensors[f"{_PREFIX}{module_path(key)}.lora_B.weight"] = module.b_OR
+        tensors[f"{_PREFIX}{key.path}.lora_A.weight"] = module.a_RI
+        tensors[f"{_PREFIX}{key.path}.lora_B.weight"] = module.b_OR
     (rank,) = ranks
     whole = {path.rpartition(".")[2] for path in weights.norms}
     tensors |= {f"{_PREFIX}{path}.weight": norm for path, norm in weights.norms.items()}
@@ -70,8 +75,3 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def module_path(key: ModuleKey) -> str:
-    """Below `model.`: "layers.3.self_attn.q_proj"."""
-    return f"layers.{key.layer}.{'mlp' if key.module in _MLP else 'self_attn'}.{key.module}"

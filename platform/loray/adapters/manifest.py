@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,20 @@ def describe(
         raise SpecError(f"the manifest of {folder} would not be valid: {e}") from e
     write_manifest(folder, canonical_json(manifest))
     return manifest
+
+
+def with_manifest(weights: AdapterWeights, manifest: AdapterManifest, label: str) -> AdapterWeights:
+    """`weights` with what only their manifest knows: RoPE and context.
+
+    IntegrityError where VeRA's pair is not the one that the manifest pins.
+    """
+    trained_with = manifest.projection and manifest.projection.sha256
+    if weights.pair is not None and weights.pair.digest != trained_with:
+        raise IntegrityError(
+            f"adapter {label}: its VeRA projection is not the pair it was trained with, whose SHA-256 is in its "
+            "manifest; publish it with save_projection, or serve it with the PyTorch it was trained with"
+        )
+    return replace(weights, rope=manifest.rope_parameters, context_length=manifest.context_length)
 
 
 def canonical_json(manifest: AdapterManifest) -> bytes:
@@ -204,8 +219,9 @@ def _method(
 
 
 def _original_context(base: BaseModel, recipe: TrainSpec | None) -> int:
+    window = base.config.max_position_embeddings
     long_context = None if recipe is None else recipe.adapter.long_context
-    return (long_context and long_context.original_context) or base.config.max_position_embeddings
+    return window if long_context is None else long_context.extended_from(window)
 
 
 def _projection(weights: AdapterWeights, key: int) -> Projection | None:

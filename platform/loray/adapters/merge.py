@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.adapters.convert import module_path
-from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
+from loray.adapters.convert import as_lora
+from loray.adapters.weights import AdapterWeights
 from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, read_tensors
 from loray.bases.registry import BaseModel
+from loray.bases.sources import is_taken
 from loray.errors import ConflictError
 
 _SHARD_BYTES = 4 << 30
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_OWN = ("config.json", INDEX_FILE, "loray-base.json")  # of the base: not copied
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two are older checkpoints'
 
 
@@ -38,32 +38,22 @@ def merge_adapter(base: BaseModel, weights: AdapterWeights, folder: Path, *, dty
         raise ConflictError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(base.path.iterdir()):
-        if path.name not in _OWN and path.suffix != ".safetensors":
+        if is_taken(path.name) and path.name != "config.json":
             shutil.copy2(path, folder / path.name)
     _write_shards(_merged(base, weights, dtype), folder)
     _write_config(base, weights, folder, dtype)
 
 
-def delta(module: LoraWeights | VeraWeights, pair: ProjectionPair | None, width: int) -> Tensor:
-    """What the module adds to its weight, (O, I), fp32: scale · B A, or Λb B Λd A."""
-    if isinstance(module, LoraWeights):
-        return module.scale * (module.b_OR.float() @ module.a_RI.float())
-    assert pair is not None
-    inner = module.d_R.float()[:, None] * pair.a_RI[:, :width].float()
-    return module.b_O.float()[:, None] * (pair.b_OR[: module.b_O.shape[0]].float() @ inner)
-
-
 def _merged(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     norms = {f"model.{path}.weight": norm for path, norm in weights.norms.items()}
-    adapted: dict[str, ModuleKey] = {f"model.{module_path(key)}.weight": key for key in weights.modules}
+    adapted = {f"model.{key.path}.weight": key for key in weights.modules}
     for name, tensor in read_tensors(base.path):
         kept = dtype or tensor.dtype
         if name == _HEAD and base.config.tie_word_embeddings:
             continue  # some exporters write the tied copy
         if name in adapted:
-            key = adapted[name]
-            added = delta(weights.modules[key], weights.pair, tensor.shape[1])
-            yield name, (tensor.float() + added).to(kept)
+            lora = as_lora(weights.modules[adapted[name]], weights.pair, tensor.shape[1])
+            yield name, (tensor.float() + lora.scale * (lora.b_OR.float() @ lora.a_RI.float())).to(kept)
         elif name == _EMBEDDING and weights.embedding is not None:
             rows_VD, ids = tensor.to(kept, copy=True), weights.embedding.token_ids
             rows_VD[slice(None) if ids is None else list(ids)] = weights.embedding.rows_VD.to(kept)
@@ -110,7 +100,7 @@ def _write_config(base: BaseModel, weights: AdapterWeights, folder: Path, dtype:
     if weights.rope is not None:
         config = {field: value for field, value in config.items() if field not in _ROPE_FIELDS}
         config["rope_parameters"] = weights.rope.to_hf()
-    if weights.context_length is not None:
+        assert weights.context_length is not None
         config["max_position_embeddings"] = weights.context_length
     if weights.embedding is not None:
         config["tie_word_embeddings"] = False

@@ -232,10 +232,8 @@ def _pair(
 
 def _by_pattern(patterns: Mapping[str, Any], key: ModuleKey, default: float) -> float:
     """PEFT's rule: the first pattern that matches the module's path, or a dotted suffix of it."""
-    block = "mlp" if key.module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    path = f"model.layers.{key.layer}.{block}.{key.module}"
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if re.match(rf"(.*\.)?({pattern})$", f"model.{key.path}"):
             return float(value)
     return float(default)
 

@@ -13,12 +13,19 @@ from torch import Tensor
 
 from loray.spec import RopeParameters
 
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
 
 class ModuleKey(NamedTuple):
     """One linear module of the base: `ModuleKey(3, "q_proj")`."""
 
     layer: int
     module: str
+
+    @property
+    def path(self) -> str:
+        """Below `model.`: "layers.3.self_attn.q_proj"."""
+        return f"layers.{self.layer}.{'mlp' if self.module in _MLP else 'self_attn'}.{self.module}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def checked_config(folder: Path) -> ModelConfig:
 
 def fill_from_folder(source: Path, target: Path, scratch: Path, tell: Progress) -> None:
     """Copy weights, configuration and tokenizer; links are followed, everything else is left behind."""
-    files = [p for p in sorted(source.iterdir()) if p.is_file() and _is_taken(p.name)]
+    files = [p for p in sorted(source.iterdir()) if p.is_file() and is_taken(p.name)]
     weights = checkpoint.weight_files(source)
     index = source / checkpoint.INDEX_FILE
     files += [*weights, index] if index.is_file() else weights
@@ -96,5 +96,6 @@ def fill_from_hub(model_id: str, target: Path, scratch: Path, tell: Progress) ->
     tell(f"downloading {model_id}", 1.0)
 
 
-def _is_taken(name: str) -> bool:
+def is_taken(name: str) -> bool:
+    """Whether a file of a checkpoint's folder, beside its weights, belongs to a base."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in _TAKEN)

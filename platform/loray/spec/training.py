@@ -37,9 +37,13 @@ class LongContext(Frozen):
     train_embeddings: bool = True
     train_norms: bool = True
 
+    def extended_from(self, window: int) -> int:
+        """Tokens of the context that is stretched, on a base whose own is `window` tokens."""
+        return self.original_context or window
+
     def context_length(self, window: int) -> int:
         """Tokens trained for, on a base whose own context is `window` tokens."""
-        return int((self.original_context or window) * self.rope_scaling.factor)
+        return int(self.extended_from(window) * self.rope_scaling.factor)
 
 
 class _AdapterSpec(Frozen):

@@ -10,7 +10,7 @@ from loray.spec import LongContext, RopeParameters, TrainSpec
 
 def rope_parameters(base: BaseModel, long_context: LongContext) -> RopeParameters:
     """The base's RoPE, stretched as the recipe says: part of the published adapter."""
-    original = long_context.original_context or base.config.max_position_embeddings
+    original = long_context.extended_from(base.config.max_position_embeddings)
     try:
         return scaled(
             base.config.rope, long_context.rope_scaling, original_context=original, head_dim=base.config.head_dim
