@@ -49,6 +49,7 @@ def convert_to_lora(
             derived_from=ref.digest,
             rope_parameters=manifest.rope_parameters,
             context_length=manifest.context_length,
+            original_context_length=manifest.original_context_length,
             evaluations=manifest.evaluations,
             licence=manifest.licence,
             description=manifest.description,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from loray.adapters.merge import merge_adapter
 from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
 from loray.bases.registry import BaseModel, add_base
+from loray.catalog import Catalog
+from loray.conversion import convert_to_lora
 from loray.errors import ConflictError, UnsupportedError
+from loray.publishing import publish
 from loray.spec import RopeParameters
+from loray.store import AdapterStore, open_store
 from tests.adapters.test_export import ADAPTERS, in_peft, logits, recipe, trained
 
 BaseFactory = Callable[..., BaseModel]
@@ -46,8 +51,6 @@ def test_only_vera_becomes_lora(tiny_base: BaseFactory, tmp_path: Path) -> None:
 
 
 def merged(base: BaseModel, model: Any, spec: Any, folder: Path, **options: Any) -> Path:
-    from dataclasses import replace
-
     save_adapter(model, spec.adapter, folder / "adapter")
     weights = read_adapter(folder / "adapter", base.config)
     if spec.adapter.long_context is not None:
@@ -96,3 +99,21 @@ def test_dtype_and_shards(tiny_base: BaseFactory, tmp_path: Path, monkeypatch: p
     torch.testing.assert_close(logits(plain), logits(model), atol=0.2, rtol=0.1)
     with pytest.raises(ConflictError, match="not empty"):
         merged(base, model, spec, tmp_path)
+
+
+def test_a_converted_adapter_keeps_its_context(tiny_base: BaseFactory, tmp_path: Path) -> None:
+    base, spec = tiny_base(std=0.1), recipe(ADAPTERS["long vera"])
+    model = trained(base, spec)
+    save_adapter(model, spec.adapter, tmp_path / "vera")
+    store = AdapterStore(open_store(f"file://{tmp_path}/store"))
+    catalog = Catalog(f"sqlite:///{tmp_path}/catalog.db")
+    rope = RopeParameters(**model.config.rope_parameters)
+    fields: dict[str, Any] = {"recipe": spec, "rope_parameters": rope, "context_length": 40}
+    vera = publish(tmp_path / "vera", name="long", base=base, store=store, catalog=catalog, **fields)
+    lora = convert_to_lora(vera.ref, name="long-lora", base=base, store=store, catalog=catalog)
+    catalog.close()
+    before, after = vera.manifest, lora.manifest
+    assert (before.method, after.method, after.derived_from) == ("vera", "longlora", vera.digest)
+    for field in ("rope_parameters", "context_length", "original_context_length"):
+        assert getattr(after, field) == getattr(before, field) is not None, field
+    assert after.original_context_length == 20

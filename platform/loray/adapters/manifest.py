@@ -45,12 +45,14 @@ def describe(
     description: str = "",
     rope_parameters: RopeParameters | None = None,
     context_length: int | None = None,
+    original_context_length: int | None = None,
     created_at: datetime | None = None,
 ) -> AdapterManifest:
     """Check the PEFT adapter in `folder` against `base`, and write its `loray.json`.
 
-    `rope_parameters` None means the base's own RoPE, `context_length` None the base's own window. `created_at` is
-    when the weights were written, by default as their file says, so that describing them again gives the same digest.
+    `rope_parameters` None means the base's own RoPE, `context_length` None the base's own window,
+    `original_context_length` None what the recipe extends, else that window. `created_at` is when the weights were
+    written, by default as their file says, so that describing them again gives the same digest.
 
     Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter cannot be served on `base`, and
     SpecError where `recipe` is of another method.
@@ -70,7 +72,9 @@ def describe(
             num_parameters=sum(t.numel() for t in tensors),
             nbytes=sum(t.numel() * t.element_size() for t in tensors),
             context_length=context_length or base.config.max_position_embeddings,
-            original_context_length=None if rope_parameters is None else _original_context(base, recipe),
+            original_context_length=None
+            if rope_parameters is None
+            else original_context_length or _original_context(base, recipe),
             rope_parameters=rope_parameters,
             projection=_projection(weights, read_config(folder).get("projection_prng_key", 0)),
             files={path.name: file_sha256(path) for path in published_files(folder)},
