@@ -27,12 +27,12 @@ from loray.cli.home_store import (
     stop_home_store,
 )
 from loray.cli.local_cluster import current_cluster, ensure_started, stop_local_cluster
-from loray.cli.output import console, emit, json_option, pairs, size, table
+from loray.cli.output import console, emit, json_option, pairs, table
 from loray.client import LorayClient
 from loray.errors import ClusterError, ConflictError, LorayError, SettingsError
 from loray.serving.status import ReplicaStatus, ScalingDecision, Status
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import ServeSpec, format_size
 from serve_apps.deployment import DRAIN_S, Address, ServeApi, State, serve_config
 
 _TIMEOUT_S = 600.0 + 5 * DRAIN_S  # an update replaces a fifth of the replicas at a time
@@ -312,5 +312,5 @@ def _row(r: ReplicaStatus) -> tuple[object, ...]:
     hit_rate = "" if r.hit_rate is None else f"{r.hit_rate:.0%}"
     names = ", ".join(r.adapters_in_pool[:6]) + (" …" if len(r.adapters_in_pool) > 6 else "")
     up, num_tokens = f"{r.uptime_s:,.0f} s", f"{r.num_output_tokens:,}"
-    counts = (r.num_running, r.num_waiting, used, hit_rate, size(r.host_bytes), num_tokens)
+    counts = (r.num_running, r.num_waiting, used, hit_rate, format_size(r.host_bytes), num_tokens)
     return (r.replica, r.pid, up, *counts, names)

@@ -60,7 +60,6 @@ def main(
         return time.perf_counter() - began
 
     vocab_size, traffic = run.model.vocab_size, mesh.sequence.traffic
-    forget_peak()
     step(_batch(vocab_size, run.num_rows, min(run.row_length, _SHORT_ROW * spec.parallel.sequence)))
     sent = traffic.forward_bytes + traffic.backward_bytes
     forget_peak()

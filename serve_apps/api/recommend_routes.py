@@ -7,16 +7,27 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from loray.advice.bases import known_shape
+from loray.advice.estimates import Estimate
 from loray.advice.recommendation import recommend
-from loray.advice.scorecard import Answers, Constraint, Scale
+from loray.advice.scorecard import Answers, Constraint, Scale, Score
 from loray.planning.devices import PRESETS
-from loray.serving.resources import RecommendationResource
+from loray.serving.resources import Resource
 from loray.spec import Name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.site import Site
 
 DeviceName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
+
+
+class RecommendationResource(Resource):
+    """`scores`: a score card that knows neither base nor device, best first; `estimates`: ours, of both."""
+
+    base: str
+    device: str
+    scores: tuple[Score, ...]
+    estimates: tuple[Estimate, ...]
+    remarks: tuple[str, ...]
 
 
 def create_router(site: Site) -> APIRouter:

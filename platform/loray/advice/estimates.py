@@ -19,7 +19,7 @@ from loray.planning.compute import estimate_time
 from loray.planning.devices import Device
 from loray.planning.memory import plan_memory
 from loray.planning.run import Run, run_of
-from loray.planning.shapes import SAME_INPUT, count_base, count_vera_pair
+from loray.planning.shapes import SAME_INPUT, count_base, count_factors, count_trained, count_vera_pair
 from loray.planning.traffic import plan_traffic
 from loray.spec import AdapterSpec, LongContext, LongLoraSpec, LoraSpec, RopeScaling, ServeSpec, TrainSpec, VeraSpec
 
@@ -86,9 +86,7 @@ def recipe_of(adapter: AdapterSpec, context_length: int, *, checkpointing: bool 
 
 def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> int:
     """How many such adapters an idle engine's pool of bf16 holds, VeRA's pair beside them."""
-    block_tokens = ServeSpec.model_fields["block_tokens"].default
-    share = 2 * block_tokens * model.num_kv_heads * model.head_dim
-    geometry = Geometry(pool_bytes // (share * model.num_layers * _BF16), model.num_layers, block_tokens, share)
+    geometry = _geometry(model, pool_bytes)
     allocator = BlockAllocator(geometry)
     demand = shape_of(adapter, model).demand(geometry)
     if (pair := count_vera_pair(model, adapter)) and allocator.allocate_run(-(-pair // geometry.block_size)) is None:
@@ -134,16 +132,15 @@ def _candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, 
 
 
 def _estimate(method: str, adapter: AdapterSpec, context_length: int, model: ModelConfig, device: Device) -> Estimate:
-    problem, run = None, None
+    problem, run, training_bytes, time = None, None, None, None
     try:
-        run = _fitting(adapter, context_length, model, device)
-        if plan_memory(run, device).peak_bytes > device.usable_bytes:
+        run, training_bytes = _fitting(adapter, context_length, model, device)
+        time = estimate_time(run, device, plan_traffic(run))
+        if training_bytes > device.usable_bytes:
             problem = "does not fit on one such device; see loray plan for several"
     except (SpecError, UnsupportedError) as e:
         problem = str(e)
-    shortest = run or run_of(recipe_of(adapter, 2), model)
-    trained = shortest.trained.total
-    time = None if run is None else estimate_time(run, device, plan_traffic(run))
+    trained = count_trained(model, adapter).total
     per_gib = _per_gib(adapter, model)
     served = int(NUM_SERVED / per_gib * GIB)
     return Estimate(
@@ -152,7 +149,7 @@ def _estimate(method: str, adapter: AdapterSpec, context_length: int, model: Mod
         problem=problem,
         trained_parameters=trained,
         adapter_bytes=trained * _BF16,
-        training_bytes=None if run is None else plan_memory(run, device).peak_bytes,
+        training_bytes=training_bytes,
         step_s=None if time is None else time.step_s,
         tokens_per_s=None if time is None else time.tokens_per_s,
         checkpointing=run is not None and run.checkpointing,
@@ -163,12 +160,13 @@ def _estimate(method: str, adapter: AdapterSpec, context_length: int, model: Mod
     )
 
 
-def _fitting(adapter: AdapterSpec, context_length: int, model: ModelConfig, device: Device) -> Run:
-    """With checkpointing where it does not fit without."""
+def _fitting(adapter: AdapterSpec, context_length: int, model: ModelConfig, device: Device) -> tuple[Run, int]:
+    """With checkpointing where it does not fit without; and the peak of a worker's memory."""
     run = run_of(recipe_of(adapter, context_length), model)
-    if plan_memory(run, device).peak_bytes <= device.usable_bytes:
-        return run
-    return run_of(recipe_of(adapter, context_length, checkpointing=True), model)
+    if (peak := plan_memory(run, device).peak_bytes) <= device.usable_bytes:
+        return run, peak
+    run = run_of(recipe_of(adapter, context_length, checkpointing=True), model)
+    return run, plan_memory(run, device).peak_bytes
 
 
 def _settings(adapter: AdapterSpec) -> str:
@@ -180,12 +178,19 @@ def _settings(adapter: AdapterSpec) -> str:
     return text
 
 
+def _geometry(model: ModelConfig, pool_bytes: int) -> Geometry:
+    """Of a pool in bf16 with blocks of the default size."""
+    block_tokens = ServeSpec.model_fields["block_tokens"].default
+    share = 2 * block_tokens * model.num_kv_heads * model.head_dim
+    return Geometry(pool_bytes // (share * model.num_layers * _BF16), model.num_layers, block_tokens, share)
+
+
 def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
     """From a pool of some hundred blocks, so that the answer comes at once whatever a block's size."""
-    share = 2 * ServeSpec.model_fields["block_tokens"].default * model.num_kv_heads * model.head_dim
-    block_bytes = share * model.num_layers * _BF16
-    pair = -(-count_vera_pair(model, adapter) * _BF16 // block_bytes) * block_bytes
-    least = 8 * shape_of(adapter, model).num_blocks(Geometry(0, model.num_layers, 1, share)) * block_bytes
+    geometry = _geometry(model, GIB)
+    block_bytes = geometry.block_size * _BF16
+    pair = -(-count_vera_pair(model, adapter) // geometry.block_size) * block_bytes
+    least = 8 * shape_of(adapter, model).num_blocks(geometry) * block_bytes
     room = max(least, min(GIB, _MAX_BLOCKS * block_bytes))
     return float(adapters_in(adapter, model, room + pair) * GIB / room)
 
@@ -198,23 +203,13 @@ def _room(model: ModelConfig, device: Device) -> int:
 
 def _throughput(adapter: AdapterSpec, model: ModelConfig, device: Device) -> float:
     rate = device.flops * device.matmul_share
-    elements = model.num_matrix_elements
+    elements, layers = model.num_matrix_elements, model.num_layers
     base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * elements / rate)
-    flops, read = 0.0, 0
-    for same in SAME_INPUT:
-        targets = [model.module_shape(module) for module in same if module in adapter.target_modules]
-        if not targets:
-            continue
-        outs, width = sum(out for out, _ in targets), targets[0][1]
-        if isinstance(adapter, VeraSpec):  # A x once for all that have the same input; the pair is read once a layer
-            flops += adapter.rank * (width + outs)
-            read += adapter.rank * (width + max(out for out, _ in targets)) + NUM_ROWS * (
-                outs + len(targets) * adapter.rank
-            )
-        else:
-            flops += adapter.rank * (len(targets) * width + outs)
-            read += NUM_ROWS * adapter.rank * (len(targets) * width + outs)
-    seconds: float = max(
-        2.0 * NUM_ROWS * flops * model.num_layers / rate, read * model.num_layers * _BF16 / device.bandwidth
-    )
-    return base / (base + seconds)
+    read = NUM_ROWS * count_trained(model, adapter).adapter
+    if isinstance(adapter, VeraSpec):  # and in every layer the pair, once for modules with one input
+        for same in SAME_INPUT:
+            shapes = [model.module_shape(module) for module in same if module in adapter.target_modules]
+            if shapes:
+                read += layers * adapter.rank * (shapes[0][1] + max(out for out, _ in shapes))
+    computing = 2.0 * NUM_ROWS * count_factors(model, adapter) * layers / rate
+    return float(base / (base + max(computing, read * _BF16 / device.bandwidth)))

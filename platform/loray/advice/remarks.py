@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from loray.advice.estimates import NUM_ROWS, NUM_SERVED, Estimate
 from loray.advice.scorecard import Answers, Score
 from loray.bases.config import ModelConfig
+from loray.spec import format_size
 
 
 def remarks(
@@ -28,16 +29,8 @@ def remarks(
     lora, vera = by_method["lora"], by_method["vera"]
     if answers.num_tasks > 1:
         yield (
-            f"{answers.num_tasks:,} adapters are {_size(answers.num_tasks * lora.adapter_bytes)} as LoRA and "
-            f"{_size(answers.num_tasks * vera.adapter_bytes)} as VeRA; {NUM_SERVED:,} in the pool at once take "
-            f"{_size(lora.served_pool_bytes)} and {_size(vera.served_pool_bytes)}, and a batch on {NUM_ROWS} of them "
-            f"reaches at most {lora.throughput:.0%} and {vera.throughput:.0%} of the base's speed"
+            f"{answers.num_tasks:,} adapters are {format_size(answers.num_tasks * lora.adapter_bytes)} as LoRA and "
+            f"{format_size(answers.num_tasks * vera.adapter_bytes)} as VeRA; {NUM_SERVED:,} in the pool at once take "
+            f"{format_size(lora.served_pool_bytes)} and {format_size(vera.served_pool_bytes)}, and a batch on "
+            f"{NUM_ROWS} of them reaches at most {lora.throughput:.0%} and {vera.throughput:.0%} of the base's speed"
         )
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

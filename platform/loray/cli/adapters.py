@@ -13,11 +13,12 @@ from loray.bases.registry import base_with, get_base
 from loray.catalog import DEFAULT_ALIAS, AdapterVersion, Catalog, split_model
 from loray.cli import facts
 from loray.cli.base import report
-from loray.cli.output import console, emit, json_option, progress_bar, size, table
+from loray.cli.output import console, emit, json_option, progress_bar, table
 from loray.conversion import convert_to_lora, merge_into_base
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import base_of, import_folder
 from loray.settings import Settings
+from loray.spec import format_size
 from loray.store import AdapterStore, open_store
 
 
@@ -115,7 +116,7 @@ def ls(as_json: bool) -> None:
                 entry.default.method,
                 facts.base_name(entry.default, bases),
                 entry.default.context_length,
-                size(entry.default.nbytes),
+                format_size(entry.default.nbytes),
                 " ".join(f"{alias}→{version}" for alias, version in sorted(entry.aliases.items())),
                 len(entry.versions),
                 entry.default.digest[:12],

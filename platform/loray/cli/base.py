@@ -9,9 +9,10 @@ import click
 
 from loray.bases.checkpoint import tensor_infos
 from loray.bases.registry import BaseModel, add_base, get_base, list_bases, verify_base
-from loray.cli.output import console, count, emit, json_option, pairs, progress_bar, size, table
+from loray.cli.output import console, count, emit, json_option, pairs, progress_bar, table
 from loray.errors import IntegrityError
 from loray.settings import Settings
+from loray.spec import format_size
 
 
 @click.group()
@@ -52,7 +53,7 @@ def ls(as_json: bool) -> None:
                 f["name"],
                 f["architecture"],
                 count(f["num_parameters"]),
-                size(f["nbytes"]),
+                format_size(f["nbytes"]),
                 f["context_length"],
                 f["fingerprint"][:12],
                 f["source"],
@@ -116,7 +117,7 @@ def _shown(b: BaseModel) -> Any:
         [
             ("base model", b.name),
             ("architecture", f["architecture"]),
-            ("parameters", f"{count(f['num_parameters'])} ({size(f['nbytes'])})"),
+            ("parameters", f"{count(f['num_parameters'])} ({format_size(f['nbytes'])})"),
             ("context", f"{f['context_length']} tokens"),
             ("fingerprint", b.fingerprint),
             ("source", b.source),

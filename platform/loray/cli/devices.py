@@ -32,6 +32,13 @@ def device_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., 
     )
 
 
+config_option = click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The config.json of a base that is not on this machine.",
+)
+
+
 def device_of(name: str, home: Path, num_workers: int) -> Device:
     """SpecError where there is none of that name."""
     if name == THIS_MACHINE:

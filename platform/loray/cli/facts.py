@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from loray.catalog import AdapterDetail, AdapterEntry, AdapterVersion, AliasMove, gate
-from loray.cli.output import count, pairs, size, table, when
-from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters
+from loray.cli.output import count, pairs, table, when
+from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_size
 
 
 def base_name(ref: AdapterRef, bases: dict[str, str]) -> str:
@@ -74,7 +74,7 @@ def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
             ("aliases", " ".join(version.aliases)),
             ("description", m.description),
             ("method", f"{m.method}, rank {m.rank}, on {' '.join(m.target_modules)}"),
-            ("parameters", f"{count(m.num_parameters)} ({size(m.nbytes)})"),
+            ("parameters", f"{count(m.num_parameters)} ({format_size(m.nbytes)})"),
             ("context", f"{m.context_length} tokens"),
             ("extended from", m.original_context_length and f"{m.original_context_length} tokens"),
             ("RoPE", None if m.rope_parameters is None else _rope(m.rope_parameters)),

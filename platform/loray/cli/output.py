@@ -51,18 +51,6 @@ def pairs(rows: Sequence[tuple[str, object]]) -> Table:
     return made
 
 
-def size(nbytes: int) -> str:
-    """`1234567` → "1.2 MB"."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB"):  # noqa: B007
-        if value < 1000:
-            break
-        value /= 1000
-    else:
-        unit = "TB"
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
 def count(number: int) -> str:
     """`134515008` → "134.5 M"."""
     for unit, scale in (("G", 10**9), ("M", 10**6), ("k", 10**3)):

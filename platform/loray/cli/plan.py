@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from loray.cli.devices import device_of, device_option, shape_of
+from loray.cli.devices import config_option, device_of, device_option, shape_of
 from loray.cli.output import console, emit, json_option
 from loray.cli.plan_tables import show
 from loray.planning.devices import THIS_MACHINE
@@ -21,11 +21,7 @@ from loray.spec import TrainSpec
 @click.argument("recipe")
 @click.option("--workers", type=click.IntRange(min=1), help="Instead of the recipe's num_workers.")
 @device_option("Default: a100-80gb where the recipe uses GPUs, else this-machine.")
-@click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The config.json of a base that is not on this machine.",
-)
+@config_option
 @json_option
 def plan(recipe: str, workers: int | None, device_name: str | None, config: Path | None, as_json: bool) -> None:
     """Estimate memory, traffic and time of RECIPE (a YAML file, a shipped recipe's name, or a JSON object).

@@ -5,16 +5,16 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from loray.cli.output import count, pairs, size, table
+from loray.cli.output import count, pairs, table
 from loray.planning.memory import MOMENTS, WHAT
 from loray.planning.plan import Plan
 from loray.planning.traffic import Exchange
-from loray.spec import TrainSpec
+from loray.spec import TrainSpec, format_size
 
 
 def show(plan: Plan, spec: TrainSpec, to: Console) -> None:
     to.print(_run(plan, spec))
-    to.print(f"\n[bold]Memory of a worker[/bold] ({plan.device.name}: {size(plan.device.usable_bytes)} to use)")
+    to.print(f"\n[bold]Memory of a worker[/bold] ({plan.device.name}: {format_size(plan.device.usable_bytes)} to use)")
     to.print(_memory(plan))
     to.print(_peak(plan))
     if rows := plan.exchanges:
@@ -50,18 +50,18 @@ def _memory(plan: Plan) -> Table:
     for item in memory.items:
         share = f"{item.nbytes / memory.peak_bytes:.1%}" if memory.peak_moment in item.moments else "–"
         when = "throughout" if item.moments == MOMENTS else ", ".join(item.moments)
-        rows.append((item.name, size(item.nbytes), share, when))
+        rows.append((item.name, format_size(item.nbytes), share, when))
     return table(("ITEM", "SIZE", "OF PEAK", "WHEN"), rows, right=("SIZE", "OF PEAK"))
 
 
 def _peak(plan: Plan) -> Table:
     memory = plan.memory
     fits = "fits" if memory.peak_bytes <= plan.device.usable_bytes else "does not fit"
-    moments = [f"{size(memory.at(moment))} {moment} ({WHAT[moment]})" for moment in MOMENTS]
+    moments = [f"{format_size(memory.at(moment))} {moment} ({WHAT[moment]})" for moment in MOMENTS]
     return pairs(
         [
-            ("peak", f"{size(memory.peak_bytes)}, at {memory.peak_moment}: {fits}"),
-            ("dominant", f"{memory.dominant.name}, {size(memory.dominant.nbytes)}"),
+            ("peak", f"{format_size(memory.peak_bytes)}, at {memory.peak_moment}: {fits}"),
+            ("dominant", f"{memory.dominant.name}, {format_size(memory.dominant.nbytes)}"),
             ("moments", ", ".join(moments)),
         ]
     )
@@ -79,22 +79,22 @@ def _exchanges(rows: list[list[Exchange]]) -> Table:
         line: list[object] = [first.sequence, first.num_tokens // first.sequence]
         for exchange in row:
             line += [_halo(exchange), exchange.num_hops]
-        cells.append([*line, size(first.ulysses_bytes), size(first.ring_bytes)])
+        cells.append([*line, format_size(first.ulysses_bytes), format_size(first.ring_bytes)])
     return table(columns, cells, right=columns)
 
 
 def _halo(exchange: Exchange) -> str:
     """Bytes, and how many times as many Ulysses takes."""
     times = exchange.ulysses_bytes / exchange.halo_bytes if exchange.halo_bytes else float("inf")
-    return f"{size(exchange.halo_bytes)} ({times:.1f}×)"
+    return f"{format_size(exchange.halo_bytes)} ({times:.1f}×)"
 
 
 def _step(plan: Plan) -> Table:
     flops, time, traffic, device = plan.flops, plan.time, plan.traffic, plan.device
     sent = [
-        (f"{size(traffic.halo_bytes)} halo", traffic.halo_bytes),
-        (f"{size(traffic.gradient_bytes)} gradients", traffic.gradient_bytes),
-        (f"{size(traffic.gather_bytes)} gathered weights", traffic.gather_bytes),
+        (f"{format_size(traffic.halo_bytes)} halo", traffic.halo_bytes),
+        (f"{format_size(traffic.gradient_bytes)} gradients", traffic.gradient_bytes),
+        (f"{format_size(traffic.gather_bytes)} gathered weights", traffic.gather_bytes),
     ]
     return pairs(
         [
@@ -115,8 +115,8 @@ def _step(plan: Plan) -> Table:
                 "assumes",
                 f"{device.flops / 1e12:.3g} TFLOP/s, of which products reach {device.matmul_share:.0%} and attention "
                 f"{device.attention_share:.0%}; {device.bandwidth / 1e9:.0f} GB/s memory, "
-                f"{device.link_bandwidth / 1e9:.0f} GB/s between workers; {size(device.framework_bytes)} framework, "
-                f"{device.fragmentation:.0%} fragmentation of what comes and goes",
+                f"{device.link_bandwidth / 1e9:.0f} GB/s between workers; "
+                f"{format_size(device.framework_bytes)} framework, {device.fragmentation:.0%} fragmentation of what comes and goes",
             ),
         ]
     )

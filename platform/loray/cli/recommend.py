@@ -10,9 +10,10 @@ import click
 from loray.advice.estimates import Estimate
 from loray.advice.recommendation import Recommendation, recommend
 from loray.advice.scorecard import Answers, Constraint, Scale
-from loray.cli.devices import device_of, device_option, shape_of
-from loray.cli.output import console, count, emit, size, table
+from loray.cli.devices import config_option, device_of, device_option, shape_of
+from loray.cli.output import console, count, emit, table
 from loray.settings import Settings
+from loray.spec import format_size
 
 
 @click.command("recommend")
@@ -28,11 +29,7 @@ from loray.settings import Settings
 @click.option("--deployment-scale", type=click.Choice(["single", "distributed"]), default="single", show_default=True)
 @click.option("--base", default="smollm2", show_default=True, help="A base on this machine, or a well-known one.")
 @device_option("Default: a100-80gb.")
-@click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The config.json of a base that is not on this machine.",
-)
+@config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON: a list of {method, score, reason}.")
 @click.option("--estimates", "with_estimates", is_flag=True, help="With --json: an object, estimates and remarks too.")
 def command(
@@ -81,15 +78,15 @@ def _show(found: Recommendation) -> None:
 
 
 def _row(e: Estimate) -> tuple[str, ...]:
-    training = "–" if e.training_bytes is None else size(e.training_bytes) + " (checkpointing)" * e.checkpointing
+    training = "–" if e.training_bytes is None else format_size(e.training_bytes) + " (checkpointing)" * e.checkpointing
     return (
         e.method,
         e.settings,
         count(e.trained_parameters),
-        size(e.adapter_bytes),
+        format_size(e.adapter_bytes),
         training,
         "–" if e.step_s is None else f"{e.step_s:.3g} s",
         f"{e.adapters_per_gib:,.0f}",
-        f"{size(e.served_pool_bytes)}, {e.served_devices}",
+        f"{format_size(e.served_pool_bytes)}, {e.served_devices}",
         f"{e.throughput:.0%}",
     )

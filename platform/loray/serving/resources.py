@@ -168,40 +168,6 @@ class JobResource(Resource):
         return self.status not in ("pending", "running")
 
 
-class ScoreResource(Resource):
-    method: str
-    score: float
-    reason: str
-
-
-class EstimateResource(Resource):
-    """Of one method with its defaults, on one device: see docs/methods.md. Bytes, seconds, shares."""
-
-    method: str
-    settings: str
-    problem: str | None
-    trained_parameters: int
-    adapter_bytes: int
-    training_bytes: int | None
-    step_s: float | None
-    tokens_per_s: float | None
-    checkpointing: bool
-    adapters_per_gib: float
-    served_pool_bytes: int
-    served_devices: int
-    throughput: float
-
-
-class RecommendationResource(Resource):
-    """`scores`: a score card that knows neither base nor device, best first; `estimates`: ours, of both."""
-
-    base: str
-    device: str
-    scores: tuple[ScoreResource, ...]
-    estimates: tuple[EstimateResource, ...]
-    remarks: tuple[str, ...]
-
-
 # -- problems ---------------------------------------------------------------------------------------------------------
 
 _TYPE = "urn:loray:problem:"

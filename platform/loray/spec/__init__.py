@@ -21,6 +21,7 @@ from loray.spec.common import (
     Name,
     NumBytes,
     Sha256,
+    format_size,
     parse_size,
 )
 from loray.spec.evaluation import (
@@ -98,5 +99,6 @@ __all__ = [
     "Subject",
     "TrainSpec",
     "VeraSpec",
+    "format_size",
     "parse_size",
 ]

@@ -33,6 +33,18 @@ def parse_size(value: object) -> object:
     return int(float(match[1]) * _UNITS[match[2] or "B"])
 
 
+def format_size(nbytes: float) -> str:
+    """`1234567` → "1.2 MB"."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "kB", "MB", "GB"):  # noqa: B007
+        if value < 1000:
+            break
+        value /= 1000
+    else:
+        unit = "TB"
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
 NumBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 

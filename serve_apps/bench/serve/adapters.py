@@ -21,9 +21,9 @@ from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.cli.local_s3 import start_local_s3, stop_local_s3
-from loray.planning.shapes import SAME_INPUT
+from loray.planning.shapes import count_factors, count_trained, count_vera_pair
 from loray.publishing import publish
-from loray.spec import AdapterRef
+from loray.spec import AdapterRef, LoraSpec, VeraSpec
 from loray.store import AdapterStore, open_store
 
 if TYPE_CHECKING:
@@ -62,29 +62,25 @@ class AdapterSet:
         vera = "-vera" if self.method == "vera" else ""
         return f"bench-{base.fingerprint[:8]}-{modules}{vera}-r{self.rank(index)}{padded}-{index}"
 
+    def spec(self, rank: int) -> LoraSpec | VeraSpec:
+        spec = VeraSpec if self.method == "vera" else LoraSpec
+        return spec.model_validate({"rank": rank, "target_modules": self.modules})
+
     def nbytes(self, index: int, config: ModelConfig) -> int:
         """Of the bf16 weights."""
         rank = max(self.ranks) if self.padded else self.rank(index)
-        shapes = [config.module_shape(m) for m in self.modules]
-        if self.method == "vera":
-            return 2 * config.num_layers * sum(rank + out for out, _ in shapes)
-        return 2 * rank * config.num_layers * sum(map(sum, shapes))
+        return 2 * count_trained(config, self.spec(rank)).adapter
 
     def pair_bytes(self, config: ModelConfig) -> int:
         """Of all VeRA pairs in bf16: one for each rank."""
-        if self.method == "lora":
-            return 0
-        shapes = [config.module_shape(m) for m in self.modules]
-        return 2 * sum(set(self.ranks)) * (max(out for out, _ in shapes) + max(width for _, width in shapes))
+        return 2 * sum(count_vera_pair(config, self.spec(rank)) for rank in set(self.ranks))
 
     def shared_weights(self, config: ModelConfig) -> int:
         """Elements of the pair that a token of any of these adapters is multiplied with: A once for each input."""
         if self.method == "lora":
             return 0
-        inputs = {m: name for name, same in enumerate(SAME_INPUT) for m in same}
-        widths = {inputs[m]: config.module_shape(m)[1] for m in self.modules}
-        outs = sum(config.module_shape(m)[0] for m in self.modules)
-        return int(sum(self.ranks) / len(self.ranks) * config.num_layers * (sum(widths.values()) + outs))
+        mean = sum(count_factors(config, self.spec(rank)) for rank in self.ranks) / len(self.ranks)
+        return int(mean * config.num_layers)
 
     def mean_bytes(self, config: ModelConfig) -> float:
         return sum(self.nbytes(i, config) for i in range(self.num)) / self.num
@@ -131,10 +127,11 @@ def _vera(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, 
 
 def _modules(base: BaseModel, adapters: AdapterSet) -> Iterator[tuple[str, int, int]]:
     """(name in PEFT's file, out, in) of every adapted module."""
+    from loray.adapters.weights import ModuleKey  # with torch
+
     for layer in range(base.config.num_layers):
         for module in adapters.modules:
-            block = "self_attn" if module in ATTENTION else "mlp"
-            yield f"base_model.model.model.layers.{layer}.{block}.{module}", *base.config.module_shape(module)
+            yield f"base_model.model.model.{ModuleKey(layer, module).path}", *base.config.module_shape(module)
 
 
 class _Noise:
