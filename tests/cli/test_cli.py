@@ -8,52 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from loray import __version__
-from loray.bases.registry import BaseModel, add_base
-from loray.cli.main import _run
+from loray.bases.registry import BaseModel
 from loray.store import AdapterStore, open_store
+from tests.cli.support import Loray, PeftFolder
 from tests.tiny import write_checkpoint
-
-PeftFolder = Callable[..., Path]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Loray = Callable[..., Result]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def loray(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Loray:
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
-        code = _run()
-        return Result(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def base(home: Path, checkpoint: Path) -> BaseModel:
-    return add_base(str(checkpoint), home=home)
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ import pytest
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.store import AdapterStore, open_store
-from tests.cli.test_cli import Loray, PeftFolder, base, checkpoint, home, loray  # noqa: F401
+from tests.cli.support import Loray, PeftFolder
 
 
 @pytest.fixture
-def vera(loray: Loray, base: BaseModel, peft_folder: PeftFolder) -> str:  # noqa: F811
+def vera(loray: Loray, base: BaseModel, peft_folder: PeftFolder) -> str:
     assert loray("adapters", "import", peft_folder(base, "vera"), "--name", "tone").code == 0
     return "tone@1"
 
 
-def test_vera_becomes_lora(loray: Loray, base: BaseModel, home: Path, vera: str, tmp_path: Path) -> None:  # noqa: F811
+def test_vera_becomes_lora(loray: Loray, base: BaseModel, home: Path, vera: str, tmp_path: Path) -> None:
     done = loray("adapters", "convert", vera, "--to", "lora", "--name", "tone-lora", "--alias", "prod")
     assert (done.code, done.out) == (0, "published tone-lora@1, converted from tone@1\n")
     old, new = (json.loads(loray("adapters", "show", name, "--json").out) for name in ("tone", "tone-lora"))
@@ -36,7 +36,7 @@ def test_vera_becomes_lora(loray: Loray, base: BaseModel, home: Path, vera: str,
     )
 
 
-def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:  # noqa: F811
+def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:
     target = tmp_path / "merged"
     done = loray("adapters", "convert", vera, "--to", "merged", "--folder", target, "--dtype", "bfloat16", "--json")
     assert (done.code, json.loads(done.out)["folder"]) == (0, str(target))
@@ -55,5 +55,5 @@ def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -
         ("--to", "gguf"),
     ],
 )
-def test_wrong_usage(loray: Loray, vera: str, args: tuple[str, ...]) -> None:  # noqa: F811
+def test_wrong_usage(loray: Loray, vera: str, args: tuple[str, ...]) -> None:
     assert loray("adapters", "convert", vera, *args).code == 2

@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from loray.cli.main import _run
-
-Recommend = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def recommend(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Recommend:
-    monkeypatch.setenv("LORAY_HOME", str(tmp_path))
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["loray", "recommend", *map(str, args)])
-        code = _run()
-        return code, *capsys.readouterr()
-
-    return run
-
+from tests.cli.support import Loray
 
 ANSWERS = ("--context-length", 2048, "--num-tasks", 1000)
 PERSONAL = (*ANSWERS, "--resource-constraint", "high", "--deployment-scale", "distributed")
 
 
-def test_scores_as_json(recommend: Recommend) -> None:
-    code, out, err = recommend(*PERSONAL, "--json")
+def test_scores_as_json(loray: Loray) -> None:
+    code, out, err = loray("recommend", *PERSONAL, "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
     assert [(entry["method"], entry["score"]) for entry in found] == [("VeRA", 12.0), ("S-LoRA", 9.0), ("LoRA", 5.0)]
     assert all(set(entry) == {"method", "score", "reason"} for entry in found)
 
 
-def test_everything_as_json(recommend: Recommend) -> None:
-    _, out, _ = recommend(*PERSONAL, "--json", "--estimates", "--base", "Meta-Llama-3-8B", "--device", "h100-80gb")
+def test_everything_as_json(loray: Loray) -> None:
+    _, out, _ = loray(
+        "recommend", *PERSONAL, "--json", "--estimates", "--base", "Meta-Llama-3-8B", "--device", "h100-80gb"
+    )
     found = json.loads(out)
     assert (found["base"], found["device"]) == ("Meta-Llama-3-8B", "h100-80gb")
     assert [entry["method"] for entry in found["estimates"]] == ["lora", "vera", "longlora"]
     assert found["scores"][0]["method"] == "VeRA"
 
 
-def test_both_side_by_side(recommend: Recommend) -> None:
-    code, out, err = recommend("--context-length", 32768, "--num-tasks", 5, "--base", "Llama-2-7b-hf")
+def test_both_side_by_side(loray: Loray) -> None:
+    code, out, err = loray("recommend", "--context-length", 32768, "--num-tasks", 5, "--base", "Llama-2-7b-hf")
     assert (code, err) == (0, "")
     assert out.index("Score card") < out.index("Estimates for Llama-2-7b-hf on a100-80gb")
     assert "32,768 tokens are more than 8,192" in out
@@ -65,7 +49,7 @@ def test_both_side_by_side(recommend: Recommend) -> None:
         ((*ANSWERS, "--resource-constraint", "dire"), 2, "'dire'"),
     ],
 )
-def test_bad_input(recommend: Recommend, args: tuple[object, ...], code: int, message: str) -> None:
-    found, _, err = recommend(*args)
+def test_bad_input(loray: Loray, args: tuple[object, ...], code: int, message: str) -> None:
+    found, _, err = loray("recommend", *args)
     assert found == code
     assert message in err

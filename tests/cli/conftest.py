@@ -1,0 +1,39 @@
+"""A home with a tiny base, and the command line called in it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from loray.bases.registry import BaseModel, add_base
+from loray.cli.main import _run
+from tests.cli.support import Loray, Result
+from tests.tiny import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def loray(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Loray:
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
+        code = _run()
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def base(home: Path, checkpoint: Path) -> BaseModel:
+    return add_base(str(checkpoint), home=home)
