@@ -116,7 +116,8 @@ def _step(plan: Plan) -> Table:
                 f"{device.flops / 1e12:.3g} TFLOP/s, of which products reach {device.matmul_share:.0%} and attention "
                 f"{device.attention_share:.0%}; {device.bandwidth / 1e9:.0f} GB/s memory, "
                 f"{device.link_bandwidth / 1e9:.0f} GB/s between workers; "
-                f"{format_size(device.framework_bytes)} framework, {device.fragmentation:.0%} fragmentation of what comes and goes",
+                f"{format_size(device.framework_bytes)} framework, {device.fragmentation:.0%} fragmentation of what "
+                "comes and goes",
             ),
         ]
     )
