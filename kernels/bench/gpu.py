@@ -28,6 +28,7 @@ from loray_kernels import (
     KvLayout,
     LoraTable,
     Ops,
+    PairMatrix,
     RowTables,
     Segments,
     VeraTable,
@@ -103,14 +104,22 @@ def attention(ops: Ops, queries: int, context: int, num_sequences: int) -> Case:
 
 
 def vera(ops: Ops, num_tokens: int, rank: int = 256) -> Case:
-    a_RI, b_OR, pool = randn(rank, HIDDEN), randn(HIDDEN, rank), randn(BLOCK).repeat(num_tokens)
+    a, b_matrix, pool = (
+        PairMatrix(randn(rank, HIDDEN)),
+        PairMatrix(randn(HIDDEN, rank)),
+        randn(BLOCK).repeat(num_tokens),
+    )
     at = torch.arange(num_tokens, device="cuda") * BLOCK
     d, b = RowTables(((0, rank, at),)), RowTables(((0, HIDDEN, at + rank),))
-    table, x_TI, y_TO = VeraTable(a_RI, b_OR, d, b, 0, num_tokens), randn(num_tokens, HIDDEN), randn(num_tokens, HIDDEN)
+    table, x_TI, y_TO = (
+        VeraTable(a, b_matrix, d, b, 0, num_tokens),
+        randn(num_tokens, HIDDEN),
+        randn(num_tokens, HIDDEN),
+    )
     size = 2 * (2 * rank * HIDDEN + num_tokens * (rank + 4 * HIDDEN))
     return Case(
         f"vera r{rank} {num_tokens} tokens",
-        lambda n: ops.vera_expand(y_TO, ops.vera_shrink(x_TI, a_RI), pool, table, n * SHARE),
+        lambda n: ops.vera_expand(y_TO, ops.vera_shrink(x_TI, a), pool, table, n * SHARE),
         size,
         2 * num_tokens * rank * HIDDEN,
     )

@@ -28,6 +28,7 @@ from loray_kernels import (
     LinearWeights,
     LoraTable,
     Ops,
+    PairMatrix,
     RowTables,
     Segments,
     VeraTable,
@@ -117,18 +118,18 @@ def attention(queries: int, context: int, num_sequences: int) -> Case:
 
 def vera(num_tokens: int, rank: int = 256) -> Case:
     """q, k, v and o, one pair, every token an adapter of its own."""
-    a_RI, b_OR = (torch.randn(*s).to(torch.bfloat16) for s in ((rank, HIDDEN), (HIDDEN, rank)))
+    a, b = (PairMatrix(torch.randn(*s).to(torch.bfloat16)) for s in ((rank, HIDDEN), (HIDDEN, rank)))
     pool = random_pool(num_tokens)
     offsets = torch.arange(num_tokens) * LAYERS * SHARE
     d = RowTables(((0, rank, offsets),))
-    tables = {m: VeraTable(a_RI, b_OR, d, RowTables(((0, o, offsets),)), 0, num_tokens) for m, o in MODULES.items()}
+    tables = {m: VeraTable(a, b, d, RowTables(((0, o, offsets),)), 0, num_tokens) for m, o in MODULES.items()}
     x_TI = torch.randn(num_tokens, HIDDEN).to(torch.bfloat16)
     outputs = {m: torch.randn(num_tokens, o).to(torch.bfloat16) for m, o in MODULES.items()}
 
     def step(ops: Ops) -> None:
         for layer in range(LAYERS):
             for group in ("qkv", "o"):
-                z_TR = ops.vera_shrink(x_TI, a_RI)
+                z_TR = ops.vera_shrink(x_TI, a)
                 for m in group:
                     ops.vera_expand(outputs[m], z_TR, pool, tables[m], layer * SHARE)
 

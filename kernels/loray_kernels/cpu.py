@@ -23,6 +23,7 @@ from loray_kernels.ops import (
     LayerWeights,
     LinearWeights,
     LoraTable,
+    PairMatrix,
     Segments,
     StepInputs,
     TokenRows,
@@ -30,7 +31,6 @@ from loray_kernels.ops import (
 )
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.tables import (
-    dense_rows,
     pack_layer_tables,
     pack_layer_weights,
     pack_layout,
@@ -66,12 +66,13 @@ class CpuOps(ReferenceOps):
     def decoder_layer(
         self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
     ) -> Tensor | None:
-        """Not with VeRA, whose ops are called one by one. Writes `x_TD`."""
+        """Writes `x_TD`."""
         matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
         f = self._for(step.pool, x_TD, step.cos_Td, *(m.data for m in matrices))
-        if f is None or step.layout.head_dim % 16 or tables.vera or any(m.data.dim() != 1 for m in matrices):
+        if f is None or step.layout.head_dim % 16 or any(m.data.dim() != 1 for m in matrices):
             return None
-        packed, adapters, inputs = pack_layer_weights(weights), pack_layer_tables(tables, weights), pack_step(step)
+        packed, inputs = pack_layer_weights(weights), pack_step(step)
+        adapters = pack_layer_tables(tables, weights, self._pair_weights)
         assert x_TD.is_contiguous()
         assert x_TD.shape == (*inputs.widths, *packed.widths)
         assert adapters.num in (0, inputs.num)
@@ -293,29 +294,21 @@ class CpuOps(ReferenceOps):
             torch.get_num_threads(),
         )
 
-    def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:
-        f = self._for(a_RI, x_TI)
-        if f is None or a_RI.stride(1) != 1:
+    def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
+        f = self._for(a_RI.data, x_TI)
+        if f is None:
             return super().vera_shrink(x_TI, a_RI)
         x_TI = _token_rows(x_TI)
-        (num_tokens, width), rank = x_TI.shape, a_RI.shape[0]
-        assert width <= a_RI.shape[1]
-        z_TR = torch.empty(num_tokens, rank)
-        f.vera_shrink(
-            x_TI.data_ptr(),
-            x_TI.stride(0),
-            num_tokens,
-            a_RI.data_ptr(),
-            pack_rows(dense_rows(a_RI, width)).address,
-            rank,
-            z_TR.data_ptr(),
-            torch.get_num_threads(),
-        )
+        num_tokens, width = x_TI.shape
+        weights = self._pair_weights(a_RI, width)
+        z_TR = torch.empty(num_tokens, weights.out_features)
+        matrix = (ctypes.c_int64 * 4)(*pack_matrix(weights))
+        f.vera_shrink(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, z_TR.data_ptr(), torch.get_num_threads())
         return z_TR
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
-        f = self._for(pool, y_TO, table.b_OR)
-        if f is None or y_TO.stride(1) != 1 or table.b_OR.stride(1) != 1 or z_TR.dtype is not torch.float32:
+        f = self._for(pool, y_TO, table.b_OR.data)
+        if f is None or y_TO.stride(1) != 1 or z_TR.dtype is not torch.float32:
             super().vera_expand(y_TO, z_TR, pool, table, layer_offset)
             return
         z_TR, y_TO = _token_rows(z_TR), y_TO[table.start : table.stop]
@@ -324,23 +317,27 @@ class CpuOps(ReferenceOps):
         assert y_TO.shape[0] == num_tokens == d.num == b.num
         assert d.widths == (rank,)
         assert b.widths == (width,)
-        assert rank == table.b_OR.shape[1]
-        assert width <= table.b_OR.shape[0]
         f.vera_expand(
             y_TO.data_ptr(),
             y_TO.stride(0),
             z_TR.data_ptr(),
             z_TR.stride(0),
             num_tokens,
-            rank,
-            width,
-            table.b_OR.data_ptr(),
-            pack_rows(dense_rows(table.b_OR, rank)).address,
+            (ctypes.c_int64 * 4)(*pack_matrix(self._pair_weights(table.b_OR, rank), width)),
             _at(pool, layer_offset),
             d.address,
             b.address,
             torch.get_num_threads(),
         )
+
+    def _pair_weights(self, matrix: PairMatrix, width: int) -> LinearWeights:
+        """The first `width` columns in panels, beside the pool: once, whatever the number of layers and steps."""
+        key = ("cpu", self.isa, width)
+        weights: LinearWeights | None = matrix.memo.get(key)
+        if weights is None:
+            assert width <= matrix.data.shape[1]
+            weights = matrix.memo[key] = self.pack_linear(matrix.data[:, :width])
+        return weights
 
 
 def _at(pool: Tensor, offset: int) -> int:

@@ -66,12 +66,35 @@ class LoraTable:
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PairMatrix:
+    """A (R, I) or B (O, R) of a VeRA pair, or a part of one. Every layer of every step passes the same: what a backend
+    makes of it once stays in its memo.
+    """
+
+    data: Tensor
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def rows(self, start: int, stop: int) -> PairMatrix:
+        return self._part("rows", slice(start, stop), slice(None))
+
+    def columns(self, start: int, stop: int) -> PairMatrix:
+        return self._part("columns", slice(None), slice(start, stop))
+
+    def _part(self, what: str, rows: slice, columns: slice) -> PairMatrix:
+        key = (what, rows.start, rows.stop, columns.start, columns.stop)
+        part: PairMatrix | None = self.memo.get(key)
+        if part is None:
+            part = self.memo[key] = PairMatrix(self.data[rows, columns])
+        return part
+
+
 @dataclass(frozen=True, slots=True)
 class VeraTable:
     """VeRA of one module for tokens [start, stop), which share a pair; one row of d and b for each token."""
 
-    a_RI: Tensor
-    b_OR: Tensor
+    a_RI: PairMatrix
+    b_OR: PairMatrix
     d: RowTables
     b: RowTables
     start: int
@@ -252,10 +275,13 @@ class Ops(Protocol):
         """y += scale · B h for each (y, h, table), accumulated in fp32, in one launch. Writes `outputs`."""
         ...
 
-    def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:
+    def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
         """z = A[:, :I] x in fp32, (T, R): dense, shared by every adapter of the pair and by modules of one input."""
         ...
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
-        """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's own d and b. Writes `y_TO`."""
+        """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's own d and b. Writes `y_TO`.
+
+        d ⊙ z is rounded to y's dtype: it meets B in one product of that dtype.
+        """
         ...

@@ -17,6 +17,7 @@ from loray_kernels.ops import (
     LayerWeights,
     LinearWeights,
     LoraTable,
+    PairMatrix,
     RowTables,
     Segments,
     StepInputs,
@@ -153,14 +154,15 @@ class ReferenceOps:
                     delta = (h_TR[rows, : last - first] @ b_RO) * table.scale[n]
                     y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
 
-    def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:
-        return x_TI.float() @ a_RI[:, : x_TI.shape[1]].float().T
+    def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
+        return x_TI.float() @ a_RI.data[:, : x_TI.shape[1]].float().T
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
         rows = slice(table.start, table.stop)
         d_TR = gather_rows(pool, table.d, layer_offset).float()
         b_TO = gather_rows(pool, table.b, layer_offset).float()
-        delta = (z_TR * d_TR) @ table.b_OR[: y_TO.shape[1]].float().T * b_TO
+        scaled_TR = (z_TR * d_TR).to(y_TO.dtype).float()
+        delta = scaled_TR @ table.b_OR.data[: y_TO.shape[1]].float().T * b_TO
         y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
 
 

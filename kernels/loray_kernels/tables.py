@@ -6,13 +6,11 @@ What is packed of a table is kept in its memo, for as long as the table lives.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from functools import cache
 from itertools import accumulate, pairwise
 from struct import pack, unpack
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from loray_kernels.ops import (
     AttentionMeta,
@@ -21,10 +19,12 @@ from loray_kernels.ops import (
     LayerWeights,
     LinearWeights,
     LoraTable,
+    PairMatrix,
     RowTables,
     Segments,
     StepInputs,
     TokenRows,
+    VeraTable,
 )
 
 
@@ -109,20 +109,11 @@ def pack_layout(layout: KvLayout) -> Packed:
     return Packed(address, (held,), (), 0)
 
 
-def dense_rows(matrix: Tensor, width: int) -> RowTables:
-    """The rows of a (rows, columns) matrix as a table, cut to `width` columns."""
-    return _dense_rows(matrix.shape[0], matrix.stride(0), width)
-
-
-@cache
-def _dense_rows(num: int, stride: int, width: int) -> RowTables:
-    return RowTables(((0, width, torch.arange(num) * stride),))
-
-
-def pack_matrix(weights: LinearWeights) -> list[int]:
-    """Words of a Matrix."""
+def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
+    """Words of a Matrix, or of its first `width` outputs."""
     bias = 0 if weights.bias_O is None else weights.bias_O.data_ptr()
-    return [weights.in_features, weights.out_features, weights.data.data_ptr(), bias]
+    assert width is None or width <= weights.out_features
+    return [weights.in_features, width or weights.out_features, weights.data.data_ptr(), bias]
 
 
 def pack_layer_weights(weights: LayerWeights) -> Packed:
@@ -139,7 +130,10 @@ def pack_layer_weights(weights: LayerWeights) -> Packed:
     return packed
 
 
-def pack_layer_tables(tables: LayerTables, weights: LayerWeights) -> Packed:
+PackPair = Callable[[PairMatrix, int], LinearWeights]  # a matrix of a pair, of which so many columns
+
+
+def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: PackPair) -> Packed:
     """num: adapters of every LoRA table. Column offsets are those of `weights`, alike in every layer."""
     packed: Packed | None = tables.memo.get("cpu")
     if packed is None:
@@ -156,7 +150,8 @@ def pack_layer_tables(tables: LayerTables, weights: LayerWeights) -> Packed:
             (weights.down.in_features, {"down_proj": hidden}),
         )
         for in_features, modules in inputs:
-            words += _group(tables, in_features, modules, keep)
+            words += _lora_group(tables, in_features, modules, keep)
+            words += _vera_group(tables, in_features, modules, keep, pack_pair)
         address, held = _words(words)
         counts = {len(t.scale) for t in tables.lora.values()}
         assert len(counts) <= 1
@@ -172,8 +167,8 @@ def _own_norm(own: TokenRows | None, keep: list[Any]) -> list[int]:
     return [tokens_N.shape[0], tokens_N.data_ptr(), rows.address]
 
 
-def _group(tables: LayerTables, in_features: int, modules: dict[str, int], keep: list[Any]) -> list[int]:
-    """Words of a Group: LoRA of the modules of one input, by their widths in the order of their columns."""
+def _lora_group(tables: LayerTables, in_features: int, modules: dict[str, int], keep: list[Any]) -> list[int]:
+    """First words of a Group: LoRA of the modules of one input, by their widths in the order of their columns."""
     addresses, columns, ranks = [], [], []
     for (module, width), column in zip(modules.items(), accumulate(modules.values(), initial=0), strict=False):
         table = tables.lora.get(module)
@@ -189,6 +184,34 @@ def _group(tables: LayerTables, in_features: int, modules: dict[str, int], keep:
         keep.append(held)
         words.append(address)
     return words
+
+
+def _vera_group(
+    tables: LayerTables, in_features: int, modules: dict[str, int], keep: list[Any], pack_pair: PackPair
+) -> list[int]:
+    """Last words of a Group: its spans of tokens that share a pair, each with its modules."""
+    spans: dict[int, list[tuple[VeraTable, int, int]]] = {}
+    for (module, width), column in zip(modules.items(), accumulate(modules.values(), initial=0), strict=False):
+        for table in tables.vera.get(module, ()):
+            spans.setdefault(id(table.a_RI), []).append((table, width, column))
+    words: list[int] = []
+    for inside in spans.values():
+        a_RI, rank = inside[0][0].a_RI, inside[0][0].a_RI.data.shape[0]
+        first, stop = min(table.start for table, _, _ in inside), max(table.stop for table, _, _ in inside)
+        own: list[int] = []
+        for table, width, column in inside:
+            d, b = pack_rows(table.d), pack_rows(table.b)
+            assert d.num == b.num == table.stop - table.start
+            assert (d.widths, b.widths) == ((rank,), (width,))
+            weights = pack_pair(table.b_OR, rank)
+            keep += (d, b, weights)
+            own += (*pack_matrix(weights, width), d.address, b.address, table.start, d.num, column)
+        weights, (address, held) = pack_pair(a_RI, in_features), _words(own)
+        keep += (held, weights)
+        words += (*pack_matrix(weights), first, stop - first, len(inside), address)
+    address, held = _words(words)
+    keep.append(held)
+    return [len(spans), address]
 
 
 def pack_step(step: StepInputs) -> Packed:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, RowTables, Segments, TokenRows, VeraTable
+from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, PairMatrix, RowTables, Segments, TokenRows, VeraTable
 from tests.kernels.support import NATIVE, make_ops
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -127,13 +127,14 @@ def test_neighbours_adapters_change_nothing(ops: Ops, dtype: torch.dtype) -> Non
 def test_vera_of_a_token_is_the_same_alone_and_among_many(ops: Ops, dtype: torch.dtype) -> None:
     num_tokens, rank = 530, WIDTH  # more than the kernel holds at once
     x_TI, y_TO = randn(dtype, 2, num_tokens, 72), randn(dtype, 3, num_tokens, WIDTH)
-    a_RI, b_OR, pool = randn(dtype, 4, rank, 80), randn(dtype, 5, WIDTH, rank), randn(dtype, 1, 307 * 1100)
+    a, b = PairMatrix(randn(dtype, 4, rank, 80)), PairMatrix(randn(dtype, 5, WIDTH, rank))
+    pool = randn(dtype, 1, 307 * 1100)
 
     def run(first: int, stop: int) -> Tensor:
         out = y_TO[first:stop].clone()
-        z_TR = ops.vera_shrink(x_TI[first:stop], a_RI)
+        z_TR = ops.vera_shrink(x_TI[first:stop], a)
         num = stop - first
-        table = VeraTable(a_RI, b_OR, rows(num, first), rows(num, 540 + first), 0, num)
+        table = VeraTable(a, b, rows(num, first), rows(num, 540 + first), 0, num)
         ops.vera_expand(out, z_TR, pool, table, 0)
         return out
 
@@ -252,7 +253,7 @@ FALLBACKS: list[Callable[[Ops, torch.dtype], Tensor]] = [
     lambda ops, dtype: ops.rms_norm(randn(dtype, 1, 3, 16), randn(dtype, 2, 16), 1e-5, randn(dtype, 3, 16), None, 0),
     lambda ops, dtype: lora(ops, dtype, randn(dtype, 1, 4, WIDTH), randn(dtype, 2, 4, WIDTH), [4], [4]),
     lambda ops, dtype: Sequence(ops, dtype, (2, 1), 16, 9).attend(ops, (4, 9)),
-    lambda ops, dtype: ops.vera_shrink(randn(dtype, 1, 4, 16), randn(dtype, 2, 8, 16)),
+    lambda ops, dtype: ops.vera_shrink(randn(dtype, 1, 4, 16), PairMatrix(randn(dtype, 2, 8, 16))),
 ]
 
 

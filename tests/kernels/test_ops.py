@@ -12,7 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, RowTables, Segments, TokenRows, VeraTable, backend
+from loray_kernels import (
+    AttentionMeta,
+    KvLayout,
+    LoraTable,
+    Ops,
+    PairMatrix,
+    RowTables,
+    Segments,
+    TokenRows,
+    VeraTable,
+    backend,
+)
 from tests.kernels.support import BACKENDS, make_ops
 
 POPULARITY = ["distinct", "uniform", "zipf", "identical", "skewed"]
@@ -116,11 +127,12 @@ def test_vera(ops: Ops, num_segments: int, dtype: torch.dtype) -> None:
     a_RI, b_OR = random_(rank, width_in + 16) / 8, random_(width_out + 32, rank) / 8
     d_TR, b_TO = random_(6, rank), random_(6, width_out)
     shelf = Shelf(4096 * 40, dtype)
-    table = VeraTable(a_RI, b_OR, shelf.put(d_TR, num_segments, 64), shelf.put(b_TO, num_segments, 64), 2, 8)
+    a, b = PairMatrix(a_RI), PairMatrix(b_OR)
+    table = VeraTable(a, b, shelf.put(d_TR, num_segments, 64), shelf.put(b_TO, num_segments, 64), 2, 8)
     expected = y_TO.double()
     z = x_TI[2:8].double() @ a_RI[:, :width_in].double().T
     expected[2:8] += b_TO.double() * ((z * d_TR.double()) @ b_OR[:width_out].double().T)
-    z_TR = ops.vera_shrink(x_TI[2:8], a_RI)
+    z_TR = ops.vera_shrink(x_TI[2:8], a)
     assert z_TR.dtype == torch.float32
     ops.vera_expand(y_TO, z_TR, shelf.tensor, table, 64)
     close(y_TO, expected, dtype)

@@ -68,16 +68,37 @@ struct OwnNorm {
     const Rows* rows;
 };
 
-// LoRA of the modules of one input: a table each, the column of the result where it adds, and its largest rank.
+// VeRA of one module for `num_tokens` tokens from `first` on, each with a row of d and b, added from `column` on.
+template <class T>
+struct VeraModule {
+    Matrix<T> matrix;
+    const Rows *d, *b;
+    i64 first, num_tokens, column;
+};
+
+// The modules of one input of neighbouring tokens that share a pair.
+template <class T>
+struct VeraSpan {
+    Matrix<T> matrix;
+    i64 first, num_tokens, num;
+    const VeraModule<T>* modules;
+};
+
+// Adapters of the modules of one input. Of LoRA a table each, the column of the result where it adds, and its largest
+// rank; of VeRA the spans of tokens.
+template <class T>
 struct Group {
     i64 num;
     const Table* const* tables;
     const i64 *columns, *max_rank;
+    i64 num_spans;
+    const VeraSpan<T>* spans;
 };
 
+template <class T>
 struct LayerTables {
     OwnNorm attention_norm, q_norm, k_norm, mlp_norm;
-    Group qkv, o, gate_up, down;
+    Group<T> qkv, o, gate_up, down;
 };
 
 template <class T>
@@ -123,5 +144,12 @@ void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* ta
 template <class T>
 void lora_expand(const Target<T>* targets, const T* pool, const Table* const* tables, i64 num_tables,
                  const Spans& spans, int threads);
+
+template <class T>
+void vera_shrink(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& matrix, float* z, int threads);
+
+template <class T>
+void vera_expand(T* y, i64 y_stride, const float* z, i64 z_stride, i64 num_tokens, const Matrix<T>& matrix,
+                 const T* pool, const Rows& d, const Rows& b, int threads);
 
 }  // namespace LORAY_NAMESPACE

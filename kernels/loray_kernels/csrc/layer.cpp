@@ -17,7 +17,7 @@ static T* room(int i, i64 elements) {
 
 // y += the adapters' LoRA of x.
 template <class T>
-static void add_lora(const T* x, i64 x_stride, T* y, i64 y_stride, const Group& group, const StepInputs<T>& step,
+static void add_lora(const T* x, i64 x_stride, T* y, i64 y_stride, const Group<T>& group, const StepInputs<T>& step,
                      const T* pool, int threads) {
     if (!group.num) return;
     i64 total = 0;
@@ -34,6 +34,26 @@ static void add_lora(const T* x, i64 x_stride, T* y, i64 y_stride, const Group& 
     lora_expand(targets, pool, group.tables, group.num, *step.spans, threads);
 }
 
+// y += the adapters' VeRA of x.
+template <class T>
+static void add_vera(const T* x, i64 x_stride, T* y, i64 y_stride, const Group<T>& group, const T* pool, int threads) {
+    for (const VeraSpan<T>* span = group.spans; span < group.spans + group.num_spans; span++) {
+        const i64 rank = span->matrix.out;
+        float* z = room<float>(0, span->num_tokens * rank);
+        vera_shrink(x + span->first * x_stride, x_stride, span->num_tokens, span->matrix, z, threads);
+        for (const VeraModule<T>* m = span->modules; m < span->modules + span->num; m++)
+            vera_expand(y + m->first * y_stride + m->column, y_stride, z + (m->first - span->first) * rank, rank,
+                        m->num_tokens, m->matrix, pool, *m->d, *m->b, threads);
+    }
+}
+
+template <class T>
+static void add_adapters(const T* x, i64 x_stride, T* y, i64 y_stride, const Group<T>& group, const StepInputs<T>& step,
+                         const T* pool, int threads) {
+    add_lora(x, x_stride, y, y_stride, group, step, pool, threads);
+    add_vera(x, x_stride, y, y_stride, group, pool, threads);
+}
+
 template <class T>
 static void add(T* x, const T* y, i64 num, int threads) {
     const i64 size = max_(W, ceil_div(ceil_div(num, threads), W) * W);
@@ -47,7 +67,7 @@ static void add(T* x, const T* y, i64 num, int threads) {
 
 // x (tokens, hidden) ← the layer's result.
 template <class T>
-static void layer(T* x, const LayerWeights<T>& w, const LayerTables& tables, const StepInputs<T>& step, i64 index,
+static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, const StepInputs<T>& step, i64 index,
                   int threads) {
     const Layout& layout = *step.layout;
     const i64 n = step.num_tokens, d = layout.head_dim, heads = w.num_heads, kv_heads = layout.num_kv_heads;
@@ -61,7 +81,7 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables& tables, con
 
     rms_norm(x, hidden, n, 1, hidden, w.attention_norm, w.eps, normed, pool, tables.attention_norm, threads);
     linear(normed, hidden, n, w.qkv, wide, threads);
-    add_lora(normed, hidden, wide, w.qkv.out, tables.qkv, step, pool, threads);
+    add_adapters(normed, hidden, wide, w.qkv.out, tables.qkv, step, pool, threads);
     T *q = wide, *k = wide + q_width, *const v = wide + q_width + kv_width;
     i64 q_stride = w.qkv.out, k_stride = w.qkv.out;
     if (w.q_norm) {
@@ -79,15 +99,15 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables& tables, con
              n, threads);
     paged_attention(turned, q_width, narrow, heads, step.pool, layout, index, *step.meta, w.scale, threads);
     linear(narrow, q_width, n, w.o, normed, threads);
-    add_lora(narrow, q_width, normed, hidden, tables.o, step, pool, threads);
+    add_adapters(narrow, q_width, normed, hidden, tables.o, step, pool, threads);
     add(x, normed, n * hidden, threads);
 
     rms_norm(x, hidden, n, 1, hidden, w.mlp_norm, w.eps, normed, pool, tables.mlp_norm, threads);
     linear(normed, hidden, n, w.gate_up, wide, threads);
-    add_lora(normed, hidden, wide, w.gate_up.out, tables.gate_up, step, pool, threads);
+    add_adapters(normed, hidden, wide, w.gate_up.out, tables.gate_up, step, pool, threads);
     silu_mul(wide, w.gate_up.out, n, middle, turned, threads);
     linear(turned, middle, n, w.down, normed, threads);
-    add_lora(turned, middle, normed, hidden, tables.down, step, pool, threads);
+    add_adapters(turned, middle, normed, hidden, tables.down, step, pool, threads);
     add(x, normed, n * hidden, threads);
 }
 
@@ -97,7 +117,7 @@ using namespace LORAY_NAMESPACE;
 
 #define LORAY_LAYER(type, suffix)                                                                                  \
     LORAY_ENTRY(layer_##suffix##_)                                                                                 \
-    (type * x, const LayerWeights<type>* weights, const LayerTables* tables, const StepInputs<type>* step,         \
+    (type * x, const LayerWeights<type>* weights, const LayerTables<type>* tables, const StepInputs<type>* step,   \
      i64 index, int threads) {                                                                                     \
         layer(x, *weights, *tables, *step, index, threads);                                                        \
     }

@@ -1,84 +1,90 @@
 // VeRA's shared pair as dense products: z = A x, then y += b ⊙ (B (d ⊙ z)) with each token's own d and b.
+//
+// A and B are packed as a layer's own matrices are, so that both products run at their speed. d ⊙ z is rounded to T.
 
-#include "dots.h"
+#include "linear.h"
 
 namespace LORAY_NAMESPACE {
 
-constexpr i64 TOKENS = 32, COLUMNS = 32, SERIAL = 1 << 15;
-constexpr i64 CHUNK = 512;  // tokens whose intermediates are held at once
+constexpr i64 CHUNK = 1024;  // tokens whose intermediates are held at once
 
+// The row of each of `num` tokens from `first` on: where it stands in the pool, or in one piece in `room`.
 template <class T>
-static void gather_row(const T* pool, const Rows& rows, i64 n, float* out) {
-    for (i64 s = 0; s < rows.num_segments; s++) {
-        const RowSegment& segment = rows.segments[s];
-        const T* from = pool + segment.offsets[n];
-        for (i64 i = 0; i < segment.width; i++) out[segment.column + i] = to_float(from[i]);
+static const T* const* rows_of(const T* pool, const Rows& rows, i64 width, i64 first, i64 num, Scratch& room) {
+    const T** at = (const T**)room.get(num * (sizeof(T*) + width * sizeof(T)));
+    const RowSegment* segments = rows.segments;
+    if (rows.num_segments == 1) {
+        for (i64 t = 0; t < num; t++) at[t] = pool + segments->offsets[first + t];
+        return at;
     }
+    T* joined = (T*)(at + num);
+    for (i64 t = 0; t < num; t++) {
+        at[t] = joined + t * width;
+        for (const RowSegment* s = segments; s < segments + rows.num_segments; s++)
+            memcpy((void*)(at[t] + s->column), pool + s->offsets[first + t], s->width * sizeof(T));
+    }
+    return at;
 }
 
-// out[t][r] = x[t] · matrix[r], with `rows` the offsets of the matrix's rows
-template <class X, class T>
-static void dense(const X* x, i64 x_stride, i64 num_tokens, const T* matrix, const Rows& rows, i64 num_rows,
-                  float* out, int threads) {
-    const i64 across = ceil_div(num_rows, COLUMNS), items = across * ceil_div(num_tokens, TOKENS);
-    const i64 work = num_tokens * num_rows * rows.segments[0].width;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > SERIAL)
-    for (i64 i = 0; i < items; i++) {
-        const i64 t = i / across * TOKENS, r = i % across * COLUMNS;
-        dot_block(x + t * x_stride, x_stride, min_(TOKENS, num_tokens - t), matrix, rows, r,
-                  min_(COLUMNS, num_rows - r), out + t * num_rows + r, num_rows);
-    }
+template <class T>
+void vera_shrink(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& matrix, float* z, int threads) {
+    linear_of(x, x_stride, matrix, [&](i64 t, i64 column, auto n, Vec sums) {
+        store_n(z + t * matrix.out + column, sums, n);
+    })(num_tokens, threads);
 }
 
 // `first` is the token that `y` and `z` start with, of those that have rows in `d` and `b`.
 template <class T>
-static void expand_chunk(T* y, i64 y_stride, const float* z, i64 z_stride, i64 first, i64 num_tokens, i64 rank,
-                         i64 width, const T* matrix, const Rows& matrix_rows, const T* pool, const Rows& d,
-                         const Rows& b, int threads) {
-    static thread_local Scratch memory;
-    float* scaled = (float*)memory.get(num_tokens * (rank + 2 * width) * sizeof(float));
-    float* delta = scaled + num_tokens * rank;
-    float* own = delta + num_tokens * width;
-#pragma omp parallel for num_threads(threads) if (num_tokens * (rank + width) > SERIAL)
-    for (i64 t = 0; t < num_tokens; t++) {
-        gather_row(pool, d, first + t, scaled + t * rank);
-        gather_row(pool, b, first + t, own + t * width);
-        for (i64 i = 0; i < rank; i++) scaled[t * rank + i] *= z[t * z_stride + i];
-    }
-    dense(scaled, rank, num_tokens, matrix, matrix_rows, width, delta, threads);
-#pragma omp parallel for num_threads(threads) if (num_tokens * width > SERIAL)
-    for (i64 t = 0; t < num_tokens; t++) {
-        const float *by = own + t * width, *from = delta + t * width;
-        T* to = y + t * y_stride;
-        i64 c = 0;
-        for (; c + W <= width; c += W) store(to + c, load(to + c) + load(from + c) * load(by + c));
-        if (const i64 n = width - c) store_n(to + c, load_n(to + c, n) + load_n(from + c, n) * load_n(by + c, n), n);
+static void expand_chunk(T* y, i64 y_stride, const float* z, i64 z_stride, i64 first, i64 num_tokens,
+                         const Matrix<T>& matrix, const T* pool, const Rows& d, const Rows& b, int threads) {
+    static thread_local Scratch memory[3];
+    const i64 rank = matrix.in;
+    const T* const* d_rows = rows_of(pool, d, rank, first, num_tokens, memory[0]);
+    const T* const* b_rows = rows_of(pool, b, matrix.out, first, num_tokens, memory[1]);
+    T* scaled = (T*)memory[2].get(num_tokens * rank * sizeof(T));
+    const auto expand = linear_of((const T*)scaled, rank, matrix, [&](i64 t, i64 column, auto n, Vec sums) {
+        T* to = y + t * y_stride + column;
+        store_n(to, load_n(to, n) + sums * load_n(b_rows[t] + column, n), n);
+    });
+#pragma omp parallel num_threads(threads) if (expand.work(num_tokens) > FEW_PRODUCTS)
+    {
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < num_tokens; t++)
+            vectors(rank, [&](i64 i, auto n) {
+                store_n(scaled + t * rank + i, load_n(z + t * z_stride + i, n) * load_n(d_rows[t] + i, n), n);
+            });
+        expand.share(num_tokens, threads);
     }
 }
 
 template <class T>
-static void vera_expand(T* y, i64 y_stride, const float* z, i64 z_stride, i64 num_tokens, i64 rank, i64 width,
-                        const T* matrix, const Rows& matrix_rows, const T* pool, const Rows& d, const Rows& b,
-                        int threads) {
+void vera_expand(T* y, i64 y_stride, const float* z, i64 z_stride, i64 num_tokens, const Matrix<T>& matrix,
+                 const T* pool, const Rows& d, const Rows& b, int threads) {
     for (i64 t = 0; t < num_tokens; t += CHUNK)
-        expand_chunk(y + t * y_stride, y_stride, z + t * z_stride, z_stride, t, min_(CHUNK, num_tokens - t), rank,
-                     width, matrix, matrix_rows, pool, d, b, threads);
+        expand_chunk(y + t * y_stride, y_stride, z + t * z_stride, z_stride, t, min_(CHUNK, num_tokens - t), matrix,
+                     pool, d, b, threads);
 }
+
+template void vera_shrink<bf16>(const bf16*, i64, i64, const Matrix<bf16>&, float*, int);
+template void vera_shrink<float>(const float*, i64, i64, const Matrix<float>&, float*, int);
+template void vera_expand<bf16>(bf16*, i64, const float*, i64, i64, const Matrix<bf16>&, const bf16*, const Rows&,
+                                const Rows&, int);
+template void vera_expand<float>(float*, i64, const float*, i64, i64, const Matrix<float>&, const float*, const Rows&,
+                                 const Rows&, int);
 
 }  // namespace LORAY_NAMESPACE
 
 using namespace LORAY_NAMESPACE;
 
-#define LORAY_VERA(type, suffix)                                                                                    \
-    LORAY_ENTRY(vera_shrink_##suffix##_)                                                                            \
-    (const type* x, i64 x_stride, i64 num_tokens, const type* matrix, const Rows* rows, i64 rank, float* z,         \
-     int threads) {                                                                                                 \
-        dense(x, x_stride, num_tokens, matrix, *rows, rank, z, threads);                                            \
-    }                                                                                                               \
-    LORAY_ENTRY(vera_expand_##suffix##_)                                                                            \
-    (type * y, i64 y_stride, const float* z, i64 z_stride, i64 num_tokens, i64 rank, i64 width, const type* matrix, \
-     const Rows* matrix_rows, const type* pool, const Rows* d, const Rows* b, int threads) {                        \
-        vera_expand(y, y_stride, z, z_stride, num_tokens, rank, width, matrix, *matrix_rows, pool, *d, *b, threads); \
+#define LORAY_VERA(type, suffix)                                                                                      \
+    LORAY_ENTRY(vera_shrink_##suffix##_)                                                                              \
+    (const type* x, i64 x_stride, i64 num_tokens, const Matrix<type>* matrix, float* z, int threads) {                \
+        vera_shrink(x, x_stride, num_tokens, *matrix, z, threads);                                                    \
+    }                                                                                                                 \
+    LORAY_ENTRY(vera_expand_##suffix##_)                                                                              \
+    (type * y, i64 y_stride, const float* z, i64 z_stride, i64 num_tokens, const Matrix<type>* matrix,                \
+     const type* pool, const Rows* d, const Rows* b, int threads) {                                                   \
+        vera_expand(y, y_stride, z, z_stride, num_tokens, *matrix, pool, *d, *b, threads);                            \
     }
 
 LORAY_VERA(bf16, bf16)

@@ -31,7 +31,16 @@ from loray_kernels.cuda.tables import (
     pack_spans,
     pack_token_rows,
 )
-from loray_kernels.ops import AttentionMeta, DecodeStep, KvLayout, LoraTable, Segments, TokenRows, VeraTable
+from loray_kernels.ops import (
+    AttentionMeta,
+    DecodeStep,
+    KvLayout,
+    LoraTable,
+    PairMatrix,
+    Segments,
+    TokenRows,
+    VeraTable,
+)
 from loray_kernels.pages import PageWriter
 from loray_kernels.reference import ReferenceOps
 
@@ -162,23 +171,24 @@ class CudaOps(ReferenceOps):
             if spans.tiled.num:
                 self._tiles.expand(outputs, h_TR, layer, spans.tiled, packed)
 
-    def vera_shrink(self, x_TI: Tensor, a_RI: Tensor) -> Tensor:
-        if not _one_dtype(a_RI, x_TI) or a_RI.stride(1) != 1:
+    def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
+        if not _one_dtype(a_RI.data, x_TI) or a_RI.data.stride(1) != 1:
             return super().vera_shrink(x_TI, a_RI)
-        z_TR = torch.empty(x_TI.shape[0], a_RI.shape[0], device=x_TI.device)
-        self._tiles.dense_shrink(_token_rows(x_TI), a_RI, z_TR)
+        z_TR = torch.empty(x_TI.shape[0], a_RI.data.shape[0], device=x_TI.device)
+        self._tiles.dense_shrink(_token_rows(x_TI), a_RI.data, z_TR)
         return z_TR
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
-        if not _one_dtype(pool, y_TO, table.b_OR) or y_TO.stride(1) != 1 or table.b_OR.stride(1) != 1:
+        b_OR = table.b_OR.data
+        if not _one_dtype(pool, y_TO, b_OR) or y_TO.stride(1) != 1 or b_OR.stride(1) != 1:
             super().vera_expand(y_TO, z_TR, pool, table, layer_offset)
             return
         d, b = pack_rows(table.d), pack_rows(table.b)
-        assert d.width == z_TR.shape[1] == table.b_OR.shape[1]
-        assert b.width == y_TO.shape[1] <= table.b_OR.shape[0]
+        assert d.width == z_TR.shape[1] == b_OR.shape[1]
+        assert b.width == y_TO.shape[1] <= b_OR.shape[0]
         assert d.num == b.num == z_TR.shape[0] == table.stop - table.start
         y_TO = y_TO[table.start : table.stop]
-        self._tiles.vera_expand(y_TO, _token_rows(z_TR), table.b_OR, pool[layer_offset:], d, b)
+        self._tiles.vera_expand(y_TO, _token_rows(z_TR), b_OR, pool[layer_offset:], d, b)
 
 
 def _attends(head_dim: int) -> bool:

@@ -193,7 +193,7 @@ def vera_expand(
             hidden = tl.load(z + token[:, None] * z_stride + start + ranks[None, :], mask=mask, other=0.0)
             b_at = b_matrix + column[None, :].to(tl.int64) * b_stride + start + ranks[:, None]
             b = tl.load(b_at, mask=rank_mask[:, None] & column_mask[None, :], other=0.0)
-            total = _dot32(hidden * d, b, total)
+            total = tl.dot((hidden * d).to(b.dtype), b, total, input_precision="tf32x3")
     own = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     for s in range(num_b_segments):
         start = tl.load(b_segments + 2 * s)

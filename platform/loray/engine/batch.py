@@ -114,22 +114,18 @@ class AdapterBatch:
 
     def _token_rows(self, single: Sequence[tuple[Slot, RowTables]]) -> RowTables:
         """One-row tables, each repeated for the tokens of its slot."""
-        return _concatenate([_map(rows, lambda o, n=s.stop - s.start: o.expand(n)) for s, rows in single])  # type: ignore[misc]
+        return _concatenate([rows for _, rows in single], [slot.stop - slot.start for slot, _ in single])
 
 
-def _concatenate(tables: Sequence[RowTables]) -> RowTables:
-    """Equal widths give equal segments, so segments are joined one by one."""
-    first = tables[0]
-    return RowTables(
-        tuple(
-            (column, width, torch.cat([t.segments[i][2] for t in tables]))
-            for i, (column, width, _) in enumerate(first.segments)
-        )
-    )
-
-
-def _map(rows: RowTables, f: Callable[[Tensor], Tensor]) -> RowTables:
-    return RowTables(tuple((column, width, f(offsets)) for column, width, offsets in rows.segments))
+def _concatenate(tables: Sequence[RowTables], repeats: Sequence[int] | None = None) -> RowTables:
+    """Equal widths give equal segments, so segments are joined one by one; with `repeats`, one row so many times."""
+    segments = []
+    for i, (column, width, _) in enumerate(tables[0].segments):
+        offsets = [table.segments[i][2] for table in tables]
+        if repeats is not None:
+            offsets = [o if n == 1 else o.expand(n) for o, n in zip(offsets, repeats, strict=True)]
+        segments.append((column, width, torch.cat(offsets)))
+    return RowTables(tuple(segments))
 
 
 def _pair_spans(slots: Sequence[Slot]) -> Iterable[PairSpan]:

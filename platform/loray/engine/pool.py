@@ -22,7 +22,7 @@ from loray.engine.packed import PackedAdapter, row_order
 from loray.engine.rows import AdapterShape, Matrix, Part, RowTable, place
 from loray.errors import SpecError
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
-from loray_kernels import KvLayout, PageWriter, Piece, RowTables
+from loray_kernels import KvLayout, PageWriter, PairMatrix, Piece, RowTables
 from loray_kernels.memory import huge_pages
 from loray_kernels.pages import DirectWriter
 
@@ -57,8 +57,8 @@ class ResidentPair:
     digest: str
     first_block: int
     num_blocks: int
-    a_RI: Tensor
-    b_OR: Tensor
+    a_RI: PairMatrix
+    b_OR: PairMatrix
     references: int = 0
 
 
@@ -226,7 +226,9 @@ class Pool:
             start, split = first * self.geometry.block_size, pair.a_RI.numel()
             a_RI = self.tensor[start : start + split].view_as(pair.a_RI).copy_(pair.a_RI)
             b_OR = self.tensor[start + split : start + split + pair.b_OR.numel()].view_as(pair.b_OR).copy_(pair.b_OR)
-            resident = self._pairs[pair.digest] = ResidentPair(pair.digest, first, num_blocks, a_RI, b_OR)
+            resident = self._pairs[pair.digest] = ResidentPair(
+                pair.digest, first, num_blocks, PairMatrix(a_RI), PairMatrix(b_OR)
+            )
         resident.references += 1
         return resident
 

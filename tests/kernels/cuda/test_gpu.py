@@ -17,6 +17,7 @@ from loray_kernels import (
     KvLayout,
     LoraTable,
     Ops,
+    PairMatrix,
     Piece,
     RowTables,
     Segments,
@@ -45,6 +46,8 @@ def moved(value: Any, device: str) -> Any:
             return value.to(device)
         case LoraTable():
             return LoraTable(moved(value.a, device), moved(value.b, device), value.rank_start, value.scale)
+        case PairMatrix():
+            return PairMatrix(value.data.to(device))
         case VeraTable():
             fields = (moved(v, device) for v in (value.a_RI, value.b_OR, value.d, value.b))
             return VeraTable(*fields, value.start, value.stop)

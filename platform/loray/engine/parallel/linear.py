@@ -46,7 +46,7 @@ class _ParallelLinear(Linear):
     def _vera_table(self, table: VeraTable, width: int) -> VeraTable:
         """Own rows of B; those of d and b are own ones in the pool."""
         rank = self._communicator.shard.rank
-        return replace(table, b_OR=table.b_OR[rank * width : (rank + 1) * width])
+        return replace(table, b_OR=table.b_OR.rows(rank * width, (rank + 1) * width))
 
 
 class ColumnParallelLinear(_ParallelLinear):
@@ -90,7 +90,7 @@ class RowParallelLinear(_ParallelLinear):
 
     def _vera_shrink(self, x_TI: Tensor, pair: ResidentPair, step: Step) -> Tensor:
         rank, width = self._communicator.shard.rank, x_TI.shape[1]
-        z_TR = step.ops.vera_shrink(x_TI, pair.a_RI[:, rank * width : (rank + 1) * width])
+        z_TR = step.ops.vera_shrink(x_TI, pair.a_RI.columns(rank * width, (rank + 1) * width))
         self._communicator.all_reduce(z_TR, "adapter")
         return z_TR
 

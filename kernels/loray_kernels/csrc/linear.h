@@ -1,0 +1,188 @@
+// y = x Wᵀ + bias on weights that were packed once, with any end: what becomes of a sum.
+//
+// A panel is COLUMNS outputs of W with all their inputs, in the order in which a tile of up to TOKENS tokens reads
+// them. Every output is one accumulator over the inputs in order: a token's result is the same, bit for bit, whatever
+// the batch. While one panel is multiplied the next comes out of memory, a few cache lines at a time.
+#pragma once
+
+#include "kernels.h"
+
+namespace LORAY_NAMESPACE {
+
+constexpr int VECTORS = 3, COLUMNS = VECTORS * W, TOKENS = W == 16 ? 8 : 4;
+constexpr i64 FEW_PRODUCTS = 1 << 14;  // below which waking the other threads costs more than they save
+constexpr i64 AHEAD = 4096;      // bytes that a lone tile fetches ahead of itself
+constexpr i64 BLOCK = 128;       // tokens, about
+constexpr i64 UNROLL = 8;        // steps between two pauses for fetching
+
+// One step over the inputs: STEP of them, of one token, into VECTORS vectors of outputs. After CHUNK steps the sums are
+// put aside: the error of a long sum grows with its length, that of a sum of sums much less.
+template <class T>
+struct Step {
+    static constexpr int STEP = 1;
+    static constexpr i64 CHUNK = 64;
+    using Input = Vec;
+    static inline Vec input(const T* x) { return set1(to_float(*x)); }
+    static inline Vec last(const T* x) { return input(x); }
+    static inline Vec mac(Vec acc, Vec x, const T* w) { return fma(x, load(w), acc); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Step<bf16> {
+    static constexpr int STEP = 2;
+    static constexpr i64 CHUNK = 0;  // never: bf16 itself is coarser
+    using Input = __m512bh;
+    static inline __m512bh input(const bf16* x) {
+        int pair;
+        memcpy(&pair, x, 4);
+        return (__m512bh)_mm512_set1_epi32(pair);
+    }
+    static inline __m512bh last(const bf16* x) { return (__m512bh)_mm512_set1_epi32(x->bits); }
+    static inline Vec mac(Vec acc, __m512bh x, const bf16* w) {
+        return _mm512_dpbf16_ps(acc, x, (__m512bh)_mm512_loadu_si512(w));
+    }
+};
+#endif
+
+template <class T>
+static i64 panel_size(i64 in) {
+    return ceil_div(in, Step<T>::STEP) * Step<T>::STEP * COLUMNS;
+}
+
+// Cache lines that the multiplication fetches on its way, `lines` at each pause.
+struct PanelFetch {
+    const char* at;
+    i64 lines;
+    inline void some() {
+        for (i64 n = 0; n < lines; n++) __builtin_prefetch(at + n * 64, 0, 2);
+        at += lines * 64;
+    }
+};
+
+// put(t, column, n, sums): what to do with outputs from `column` on of token t; n as in `vectors`.
+template <class T, class Put>
+struct Linear {
+    const T* x;
+    i64 x_stride;
+    const Matrix<T>& w;
+    Put put;
+
+    template <int NT, int NV>
+    static inline void put_aside(Vec (&acc)[NT][NV], float (&total)[NT][NV][W]) {
+        for (int t = 0; t < NT; t++)
+            for (int v = 0; v < NV; v++) {
+                store(total[t][v], load(total[t][v]) + acc[t][v]);
+                acc[t][v] = zero();
+            }
+    }
+
+    // The first NV vectors of a panel, all of it but for the last one.
+    template <int NT, int NV>
+    inline void tile(i64 token, const T* panel, i64 column, PanelFetch& fetch) const {
+        using S = Step<T>;
+        constexpr i64 WIDTH = COLUMNS * S::STEP;
+        const T* from = x + token * x_stride;
+        Vec acc[NT][NV];
+        [[maybe_unused]] float total[NT][NV][W];
+        if constexpr (S::CHUNK > 0) memset(total, 0, sizeof(total));
+        for (int t = 0; t < NT; t++)
+            for (int v = 0; v < NV; v++) acc[t][v] = zero();
+        const i64 steps = w.in / S::STEP, all = ceil_div(w.in, S::STEP);
+        i64 k = 0;
+        for (; k + UNROLL <= steps; k += UNROLL) {
+            if constexpr (S::CHUNK > 0)
+                if (k && k % S::CHUNK == 0) put_aside<NT, NV>(acc, total);
+            for (i64 u = k; u < k + UNROLL; u++)
+                for (int t = 0; t < NT; t++) {
+                    const typename S::Input value = S::input(from + t * x_stride + u * S::STEP);
+                    for (int v = 0; v < NV; v++)
+                        acc[t][v] = S::mac(acc[t][v], value, panel + u * WIDTH + v * W * S::STEP);
+                }
+            fetch.some();
+        }
+        for (; k < all; k++)
+            for (int t = 0; t < NT; t++) {
+                const T* at = from + t * x_stride + k * S::STEP;
+                const typename S::Input value = k < steps ? S::input(at) : S::last(at);
+                for (int v = 0; v < NV; v++)
+                    acc[t][v] = S::mac(acc[t][v], value, panel + k * WIDTH + v * W * S::STEP);
+            }
+        if constexpr (S::CHUNK > 0) {
+            put_aside<NT, NV>(acc, total);
+            for (int t = 0; t < NT; t++)
+                for (int v = 0; v < NV; v++) acc[t][v] = load(total[t][v]);
+        }
+        if (column + NV * W <= w.out)
+            finish<NT, NV>(acc, token, column, [](int) { return Whole{}; });
+        else
+            finish<NT, NV>(acc, token, column, [&](int v) { return max_(0, min_(W, w.out - column - v * W)); });
+    }
+
+    // `width(v)`: how much of vector v there is.
+    template <int NT, int NV, class F>
+    inline void finish(const Vec (&acc)[NT][NV], i64 token, i64 column, F width) const {
+        for (int v = 0; v < NV; v++) {
+            const Vec add = w.bias ? load_n(w.bias + column + v * W, width(v)) : zero();
+            for (int t = 0; t < NT; t++) put(token + t, column + v * W, width(v), acc[t][v] + add);
+        }
+    }
+
+    template <int NV>
+    inline void tiles_of(i64 count, i64 token, const T* panel, i64 column, PanelFetch& fetch) const {
+        switch (count) {
+            case 1: tile<1, NV>(token, panel, column, fetch); break;
+            case 2: tile<2, NV>(token, panel, column, fetch); break;
+            case 3: tile<3, NV>(token, panel, column, fetch); break;
+            case 4: tile<4, NV>(token, panel, column, fetch); break;
+#if defined(__AVX512BF16__)
+            case 5: tile<5, NV>(token, panel, column, fetch); break;
+            case 6: tile<6, NV>(token, panel, column, fetch); break;
+            case 7: tile<7, NV>(token, panel, column, fetch); break;
+            case 8: tile<8, NV>(token, panel, column, fetch); break;
+#endif
+        }
+    }
+
+    // Tokens [first, last) with one panel. The tiles are as equal as can be: a small one costs as much as a full one.
+    void panel(i64 p, i64 first, i64 last) const {
+        const i64 size = panel_size<T>(w.in), num = last - first, tiles = ceil_div(num, TOKENS);
+        if (num <= 0) return;
+        const T* weights = w.packed + p * size;
+        const i64 lines = ceil_div(UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T)), 64);
+        PanelFetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles)};
+        if (tiles > 32) fetch.lines = 0;  // so many tokens make the memory's part nothing
+        for (i64 i = 0, t = first; i < tiles; i++) {
+            const i64 count = num / tiles + (i < num % tiles);
+            if (p * COLUMNS + W < w.out)
+                tiles_of<VECTORS>(count, t, weights, p * COLUMNS, fetch);
+            else
+                tiles_of<1>(count, t, weights, p * COLUMNS, fetch);
+            t += count;
+        }
+    }
+
+    i64 work(i64 num_tokens) const { return num_tokens * w.in * w.out; }
+
+    // Inside a parallel region. Blocks of tokens that the second cache holds go through all panels; more of them where
+    // there are fewer panels than threads could use. Every thread has a stretch of panels, or of blocks.
+    void share(i64 num_tokens, int threads) const {
+        const i64 panels = ceil_div(w.out, COLUMNS);
+        const i64 few = min_(ceil_div(num_tokens, 8 * TOKENS), ceil_div(4 * threads, panels));
+        const i64 blocks = max_(1, max_(few, num_tokens / BLOCK)), size = ceil_div(num_tokens, blocks);
+#pragma omp for schedule(static)
+        for (i64 i = 0; i < panels * blocks; i++)
+            panel(i % panels, i / panels * size, min_(num_tokens, (i / panels + 1) * size));
+    }
+
+    void operator()(i64 num_tokens, int threads) const {
+#pragma omp parallel num_threads(threads) if (work(num_tokens) > FEW_PRODUCTS)
+        share(num_tokens, threads);
+    }
+};
+
+template <class T, class Put>
+static inline Linear<T, Put> linear_of(const T* x, i64 x_stride, const Matrix<T>& w, Put put) {
+    return {x, x_stride, w, put};
+}
+
+}  // namespace LORAY_NAMESPACE
