@@ -104,9 +104,9 @@ def create_router(site: Site) -> APIRouter:
 
     @router.get("/bases", responses=responses() | examples.page(examples.BASE, None))
     def list_bases() -> Page[BaseResource]:
-        """Base models that the catalog knows."""
+        """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
         bases = site.catalog.bases()
-        return Page[BaseResource](items=tuple(BaseResource(name=n, fingerprint=f) for n, f in bases.items()))
+        return Page[BaseResource](items=tuple(views.base(n, f, site.catalog.projections(f)) for n, f in bases.items()))
 
     return router
 

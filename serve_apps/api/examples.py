@@ -11,7 +11,8 @@ _BASE = "41d0" * 16
 _TIME = "2026-11-24T18:00:00Z"
 _LOSS = {"metric": "loss", "value": 1.62, "dataset": "held-out", "subject": "adapter", "context_length": 1024}
 
-BASE = {"name": "smollm2", "fingerprint": _BASE}
+_PAIR = {"key": 0, "rank": 256, "max_in": 576, "max_out": 576, "sha256": "9ae1" * 16, "canonical": True}
+BASE = {"name": "smollm2", "fingerprint": _BASE, "projections": [_PAIR]}
 RECIPE = {
     "name": "tone",
     "base": "smollm2",

@@ -9,14 +9,18 @@ from urllib.parse import urlencode
 from fastapi import Request, Response
 
 from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Job
+from loray.catalog.projections import canonical_digests
 from loray.serving.resources import (
     AdapterResource,
     AliasResource,
+    BaseResource,
     JobResource,
     Page,
+    ProjectionResource,
     VersionDetail,
     VersionResource,
 )
+from loray.spec import Projection
 
 T = TypeVar("T")
 
@@ -37,6 +41,13 @@ def adapter(entry: AdapterEntry, bases: Mapping[str, str]) -> AdapterResource:
         versions=tuple(sorted(entry.versions, reverse=True)),
         aliases=dict(entry.aliases),
     )
+
+
+def base(name: str, fingerprint: str, projections: tuple[Projection, ...]) -> BaseResource:
+    """`projections`: all pairs of the base, in order."""
+    first = canonical_digests(projections)
+    shown = (ProjectionResource(**p.model_dump(), canonical=p.sha256 in first) for p in projections)
+    return BaseResource(name=name, fingerprint=fingerprint, projections=tuple(shown))
 
 
 def version(v: AdapterVersion) -> VersionResource:

@@ -11,8 +11,9 @@ import sqlalchemy as sa
 
 from loray.catalog import Catalog
 from loray.catalog.database import open_database
+from loray.catalog.projections import canonical_digests
 from loray.errors import AdapterNotFound, ConflictError, RevisionConflict, SpecError
-from loray.spec import AdapterManifest
+from loray.spec import AdapterManifest, Projection
 
 BASE = "ba5e" * 16
 
@@ -30,6 +31,13 @@ def manifest(number: int = 0) -> AdapterManifest:
         files={"adapter_model.safetensors": digest(number)},
         created_at="2026-01-01T00:00:00+00:00",
     )
+
+
+def vera_manifest(number: int, *, key: int, rank: int = 256, drawn: int | None = None) -> AdapterManifest:
+    """Its pair is a function of (key, rank), unless another was `drawn`."""
+    sha256 = digest(1000 * rank + key if drawn is None else drawn)
+    pair = Projection(key=key, rank=rank, max_in=576, max_out=576, sha256=sha256)
+    return manifest(number).model_copy(update={"method": "vera", "rank": rank, "projection": pair})
 
 
 def digest(number: int) -> str:
@@ -63,6 +71,29 @@ def test_versions_count_up(catalog: Catalog) -> None:
     assert catalog.register("tone", digest(2), manifest(2), ["prod"]).aliases == ("prod",)
     assert catalog.register("other", digest(2), manifest(2)).version == 1
     assert [entry.name for entry in catalog.adapters()] == ["other", "tone"]
+
+
+def test_the_first_pair_of_a_shape_is_the_bases(catalog: Catalog, caplog: pytest.LogCaptureFixture) -> None:
+    manifests = [
+        vera_manifest(1, key=0),
+        vera_manifest(2, key=0),
+        vera_manifest(3, key=7, rank=8),
+        vera_manifest(4, key=7),
+        vera_manifest(5, key=0, drawn=1),
+    ]
+    for number, vera in enumerate(manifests, start=1):
+        catalog.register("tone", digest(number), vera)
+    found = catalog.projections(BASE)
+    assert [(p.key, p.rank) for p in found] == [(0, 256), (7, 8), (7, 256), (0, 256)]
+    assert canonical_digests(found) == {found[0].sha256, found[1].sha256}
+    assert catalog.projections("0" * 64) == ()
+    drawn_by_another_key, drawn_otherwise = (record.getMessage() for record in caplog.records)
+    assert drawn_by_another_key.startswith("tone@4: its VeRA pair has key 7, not 0")
+    assert "replicas hold 0.6 MB more" in drawn_by_another_key
+    assert "projection_prng_key: 0" in drawn_by_another_key
+    assert drawn_otherwise.startswith(
+        "tone@5: its VeRA pair is not the canonical one of this base, though its key is 0"
+    )
 
 
 def test_same_digest_is_the_same_version(catalog: Catalog) -> None:

@@ -19,7 +19,7 @@ from loray.catalog.database import HEAD, open_database, writing
 from loray.catalog.schema import metadata
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
 from loray.spec import Evaluation
-from tests.catalog.test_catalog import BASE, digest, manifest, publish
+from tests.catalog.test_catalog import BASE, digest, manifest, publish, vera_manifest
 from tests.cluster import free_port
 from tests.postgres import Postgres
 
@@ -102,6 +102,10 @@ def test_a_catalog_of_the_second_version_keeps_its_moves(url: str, monkeypatch: 
         c.execute(t["adapters"].insert().values(name="tone", created_at=sa.func.now()))
         content = {"digest": digest(1), "manifest": manifest(1).model_dump_json()}
         c.execute(t["versions"].insert().values(row | fields | content))
+        for number in (2, 3):
+            vera = vera_manifest(number, key=0).model_dump_json()
+            content = {"digest": digest(number), "manifest": vera, "method": "vera", "version": number}
+            c.execute(t["versions"].insert().values(row | fields | content))
         c.execute(t["aliases"].insert().values(adapter_id=1, alias="prod", version_id=1, revision=1))
         c.execute(t["alias_moves"].insert().values(row | {"alias": "prod", "version_id": 1, "undone": False}))
     engine.dispose()
@@ -109,6 +113,7 @@ def test_a_catalog_of_the_second_version_keeps_its_moves(url: str, monkeypatch: 
     catalog = Catalog(url)
     assert [(m.version, m.no_gate) for m in catalog.adapter("tone").moves] == [(1, None)]
     assert catalog.evaluations(digest(1)) == ()
+    assert [p.key for p in catalog.projections(BASE)] == [0]
     measured = Evaluation(metric="perplexity", value=9.5, dataset="docs", context_length=8192)
     catalog.record_evaluations(digest(1), [measured])
     assert catalog.version("tone", 1).evaluations == (measured,)

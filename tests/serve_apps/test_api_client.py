@@ -21,7 +21,7 @@ from loray.errors import (
 )
 from loray.spec import TrainSpec
 from serve_apps.api.examples import RECIPE
-from tests.catalog.test_catalog import BASE, digest, publish
+from tests.catalog.test_catalog import BASE, digest, publish, vera_manifest
 from tests.serve_apps.api_support import Api
 
 
@@ -45,12 +45,21 @@ def test_adapters_across_pages(api: Api, client: CatalogClient, monkeypatch: pyt
         publish(api.catalog, name, 1)
     assert [a.name for a in client.adapters(base="smollm2")] == names
     assert list(client.adapters(method="vera")) == []
-    assert [(b.name, b.fingerprint) for b in client.bases()] == [("smollm2", BASE)]
+    (base,) = client.bases()
+    assert (base.name, base.fingerprint, base.projections) == ("smollm2", BASE, ())
     publish(api.catalog, "adapter-000", 2)
     assert client.adapter("adapter-000").versions == (2, 1)
     assert [v.label for v in client.versions("adapter-000")] == ["adapter-000@2", "adapter-000@1"]
     assert client.version("adapter-000", 2).manifest.nbytes == 402
     assert client.placement("adapter-000").items == ()
+
+
+def test_pairs_of_a_base(api: Api, client: CatalogClient) -> None:
+    api.catalog.add_base("smollm2", BASE)
+    for number, key in ((1, 0), (2, 7)):
+        api.catalog.register("tone", digest(number), vera_manifest(number, key=key))
+    (base,) = client.bases()
+    assert [(p.key, p.rank, p.canonical) for p in base.projections] == [(0, 256, True), (7, 256, False)]
 
 
 def test_promotion_that_nobody_overtakes(api: Api, client: CatalogClient) -> None:

@@ -19,6 +19,7 @@ from loray.catalog.entries import (
 )
 from loray.catalog.evaluations import Evaluations
 from loray.catalog.jobs import Jobs
+from loray.catalog.projections import Projections, note_projection
 from loray.catalog.queries import (
     check_alias,
     check_name,
@@ -37,11 +38,14 @@ from loray.catalog.queries import (
 from loray.catalog.schema import adapters, alias_moves, bases, changes, versions
 from loray.errors import ConflictError, GateRefused, SpecError
 from loray.spec import AdapterManifest, AdapterRef
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
 
 _MAX_VERSION = 2**31 - 1  # what the column holds
 
 
-class Catalog(Aliases, Evaluations, Jobs):
+class Catalog(Aliases, Evaluations, Jobs, Projections):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
     `actor` is who the audit log says did it; `gate_tolerance` is that of `catalog.gate`.
@@ -125,6 +129,10 @@ class Catalog(Aliases, Evaluations, Jobs):
                 }
                 c.execute(versions.insert().values(row))
                 log(c, self._actor, "register", f"{name}@{number}", digest=digest)
+                if manifest.projection is not None:
+                    remark = note_projection(c, manifest.base_fingerprint, manifest.projection)
+                    if remark is not None:
+                        _log.warning("%s@%d: %s", name, number, remark)
             elif version not in (None, known):
                 raise ConflictError(f"{name!r} has this adapter as version {known} already, so it cannot be {version}")
             else:

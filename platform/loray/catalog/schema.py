@@ -7,6 +7,7 @@ aliases          where each alias points now; its revision is the change counter
 alias_moves      every move of an alias, a stack of those not undone: what rollback goes back over; `no_gate` is the
                  reason for which one was made that the gate refuses
 evaluations      what was measured of an adapter after it was published, by its digest
+projections      VeRA's pairs by base, in the order of their first registration; see `projections`
 changes          one row whose counter grows with every write; writers lock it first, so that they queue
 audit_log        who did what, append-only
 jobs             training jobs by their submission id; they outlive the Ray cluster they ran on
@@ -111,6 +112,20 @@ evaluations = Table(
     Column("data_sha256", String(64)),
     Column("actor", String(96), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+projections = Table(
+    "projections",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("base_fingerprint", String(64), nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("key", BigInteger, nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("max_in", Integer, nullable=False),
+    Column("max_out", Integer, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    UniqueConstraint("base_fingerprint", "sha256"),
 )
 
 changes = Table(

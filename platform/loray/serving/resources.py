@@ -46,9 +46,21 @@ class Page(Resource, Generic[T]):
     next: str | None = None
 
 
+class ProjectionResource(Resource):
+    """VeRA's pair of some of a base's adapters. `canonical`: the first of its shape; the others should share it."""
+
+    key: int
+    rank: int
+    max_in: int
+    max_out: int
+    sha256: str
+    canonical: bool
+
+
 class BaseResource(Resource):
     name: str
     fingerprint: str
+    projections: tuple[ProjectionResource, ...] = ()
 
 
 class AdapterResource(Resource):

@@ -1,0 +1,64 @@
+"""VeRA's frozen pairs: which ones the adapters of a base share.
+
+Replicas hold a pair once, however many adapters have it. Of each shape (rank, max_in, max_out) the first pair that was
+registered for a base is the canonical one; an adapter with another is served as well, at the price of one more.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from loray.catalog.database import Database, reading
+from loray.catalog.queries import now
+from loray.catalog.schema import projections
+from loray.spec import Projection
+
+_COLUMNS = [projections.c[name] for name in Projection.model_fields]
+_BF16 = 2  # bytes
+
+
+class Projections(Database):
+    """The catalog's part about pairs."""
+
+    def projections(self, base_fingerprint: str) -> tuple[Projection, ...]:
+        """Of a base's adapters, in the order of their first registration: the first of a shape is canonical."""
+        with reading(self._engine) as c:
+            return _of(c, base_fingerprint)
+
+
+def note_projection(c: sa.Connection, base_fingerprint: str, projection: Projection) -> str | None:
+    """Record the pair of an adapter; a sentence where it is not the canonical one of its shape."""
+    known = _of(c, base_fingerprint)
+    canonical = next((p for p in known if _shape(p) == _shape(projection)), projection)
+    if projection.sha256 not in {p.sha256 for p in known}:
+        row = projection.model_dump() | {"base_fingerprint": base_fingerprint, "created_at": now()}
+        c.execute(projections.insert().values(row))
+    if canonical.sha256 == projection.sha256:
+        return None
+    size = (projection.max_in + projection.max_out) * projection.rank * _BF16 / 1e6
+    if canonical.key == projection.key:
+        return (
+            f"its VeRA pair is not the canonical one of this base, though its key is {canonical.key} too: another "
+            f"PyTorch drew it, or it is another's own; replicas hold {size:.1f} MB more for it"
+        )
+    return (
+        f"its VeRA pair has key {projection.key}, not {canonical.key} as the canonical one of this base: replicas hold "
+        f"{size:.1f} MB more for it; train with projection_prng_key: {canonical.key} to share"
+    )
+
+
+def canonical_digests(found: tuple[Projection, ...]) -> frozenset[str]:
+    """The digests of those that are canonical, of all pairs of a base in order."""
+    first: dict[tuple[int, int, int], str] = {}
+    for projection in found:
+        first.setdefault(_shape(projection), projection.sha256)
+    return frozenset(first.values())
+
+
+def _of(c: sa.Connection, base_fingerprint: str) -> tuple[Projection, ...]:
+    query = sa.select(*_COLUMNS).where(projections.c.base_fingerprint == base_fingerprint).order_by(projections.c.id)
+    return tuple(Projection(**row._asdict()) for row in c.execute(query))
+
+
+def _shape(projection: Projection) -> tuple[int, int, int]:
+    return projection.rank, projection.max_in, projection.max_out
