@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-rest check format bench bench-serve bench-train clean
+.PHONY: demo test test-cluster test-rest check format bench bench-serve bench-train bench-quality clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/local/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -35,6 +35,10 @@ bench-serve: .venv/.ready
 
 bench-train: .venv/.ready
 	$(BIN)/python -m jobs.bench.train $(ARGS)
+
+bench-quality: .venv/.ready
+	@test -n "$(DATA)" || { echo "name the folder of the tasks' files: make bench-quality DATA=folder"; exit 1; }
+	$(BIN)/python -m jobs.bench.quality $(DATA) $(ARGS)
 
 clean:
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

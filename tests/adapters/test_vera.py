@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import VeraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
 from loray.adapters.inject import attach
 from loray.adapters.vera import VeraLinear
@@ -118,6 +118,22 @@ def test_the_papers_parameter_counts(size: str, rank: int, count: int) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA_2[size]))
     attach(model, VeraSpec(rank=rank, target_modules=LINEAR_MODULES), seed=0)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+ROBERTA = {
+    "base": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+
+
+@pytest.mark.parametrize(("size", "rank", "count"), [("base", 1024, 43_008), ("large", 256, 61_440)])
+def test_the_papers_counts_on_another_architecture(size: str, rank: int, count: int) -> None:
+    """Table 2's 0.043M and 0.061M: query and value, without the classifier."""
+    with torch.device("meta"):
+        model = RobertaModel(RobertaConfig(**ROBERTA[size]))
+    # Recipes name the linear modules of the served architectures alone.
+    attach(model, VeraSpec.model_construct(rank=rank, target_modules=("query", "value")), seed=0)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,7 @@ from serve_apps.bench.serve.floors import (
     prompt_seconds,
 )
 from serve_apps.bench.serve.models import RANDOM
+from serve_apps.bench.serve.picture import ONCE, UNIFORM, draw_density
 from serve_apps.bench.serve.recorder import EngineStep
 from serve_apps.bench.serve.replay import Record, replay
 from serve_apps.bench.serve.results import Results
@@ -158,6 +161,19 @@ def test_isolation_counts_requests_whose_tokens_differ() -> None:
     assert results.agreement() == []
     results.records["base alone", "peft"] = [Record(0, 0, 1, ids=[1, 3]), Record(0, 0, 1, ids=[4, 4])]
     assert results.agreement() == [("base alone", "peft", 0.5)]
+
+
+def test_the_density_picture_has_a_panel_for_each_figure(tmp_path: Path) -> None:
+    results = Results({}, MACHINE, MODEL)
+    with pytest.raises(ValueError, match="--preset density"):
+        draw_density(results, tmp_path / "none.svg")
+    for name, rate in (("LoRA r16", 100.0), ("VeRA r256", 300.0)):
+        for suffix in (ONCE, UNIFORM):
+            row = _row(name + suffix, rate)
+            results.rows[row.case, row.system] = row
+    draw_density(results, tmp_path / "density.svg")
+    titles = re.findall("<!-- (.*?) -->", (tmp_path / "density.svg").read_text())
+    assert {"adapters in the pool", "tokens/s", "LoRA r16", "VeRA r256", "300"} <= set(titles)
 
 
 def test_a_closed_loop_never_exceeds_its_width_and_keeps_errors_apart() -> None:

@@ -65,7 +65,7 @@ def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> li
     """LoRA, VeRA, LongLoRA, and VeRA with LongLoRA's attention and RoPE where the context asks for it."""
     return [
         _estimate(method, adapter, answers.context_length, model, device)
-        for method, adapter in _candidates(answers.context_length, model)
+        for method, adapter in candidates(answers.context_length, model)
     ]
 
 
@@ -117,7 +117,8 @@ def shape_of(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
     return AdapterShape.of(dict.fromkeys(range(model.num_layers), own), flat)
 
 
-def _candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, AdapterSpec]]:
+def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, AdapterSpec]]:
+    """(method, with its default settings) of those that are estimated."""
     yield "lora", LoraSpec()
     yield "vera", VeraSpec()
     window = model.max_position_embeddings

@@ -28,6 +28,7 @@ from serve_apps.bench.serve.adapters import ALL_LINEAR, ATTENTION, AdapterSet, o
 from serve_apps.bench.serve.cases import PRESETS, Case, EngineOptions
 from serve_apps.bench.serve.floors import ModelSize
 from serve_apps.bench.serve.models import bench_base
+from serve_apps.bench.serve.picture import draw_density
 from serve_apps.bench.serve.processes import Setting
 from serve_apps.bench.serve.results import OURS, Results
 from serve_apps.bench.serve.run import measure_transfer, publish, run
@@ -37,6 +38,8 @@ from serve_apps.bench.serve.workload import Workload
 
 def main(argv: Sequence[str] | None = None) -> Results:
     args = _parser().parse_args(argv)
+    if args.plot and args.preset != "density":
+        raise SystemExit("--plot draws the preset density; give --preset density with it")
     os.environ["OMP_NUM_THREADS"] = "1"  # of this process, which is to be idle while others work
     folder: Path = args.folder or Settings.from_env().home / "bench"
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> Results:
     found = verdicts(results) if is_promised else []
     if below := report.summary(results, found):
         click.echo(below)
+    if args.plot:
+        draw_density(results, args.plot)
     if args.json:
         targets = [v._asdict() | {"is_met": v.is_met} for v in found]
         text = json.dumps(results.to_dict() | {"targets": targets}, indent=2, ensure_ascii=False)
@@ -92,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, help="passes of each case (peers: one)")
     add("--slo", type=float, default=6.0, help="seconds to the first token (default %(default)s, the paper's)")
     add("--json", type=Path, help="write everything there too")
+    add("--plot", type=Path, help="of --preset density: write the picture there, as SVG")
     add("--store", choices=("file", "s3"), default="file", help="where adapters come from (default %(default)s)")
     add("--folder", type=Path, help="keeps adapters between runs (default HOME/bench)")
     add("--model", default="smollm2", help="a base of this machine, or llama3-8b-random")

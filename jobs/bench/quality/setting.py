@@ -1,0 +1,90 @@
+"""What is trained: methods, one recipe for all, and the rates that are tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from loray.spec import AdapterSpec, LoraSpec, TrainSpec, VeraSpec
+
+System = Literal["loray", "peft"]
+MODULES: Any = ("q_proj", "v_proj")
+
+# The rate that a sweep begins with; its neighbours are `FACTOR` away.
+METHODS: dict[str, tuple[AdapterSpec, float]] = {
+    "LoRA r16": (LoraSpec(rank=16, alpha=32, target_modules=MODULES), 1e-3),
+    "rsLoRA r16": (LoraSpec(rank=16, alpha=32, use_rslora=True, target_modules=MODULES), 3e-4),
+    "VeRA r256": (VeraSpec(rank=256, target_modules=MODULES), 1e-2),
+}
+FACTOR = 10**0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One method on one task in one system. `rates`: to be trained with each seed; empty: swept with the first."""
+
+    home: str
+    base: str
+    folder: str  # with train.jsonl and eval.jsonl, and where the adapters go
+    system: System
+    method: str
+    steps: int
+    batch_tokens: int
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...] = ()
+    max_rates: int = 4
+
+    def recipe(self, rate: float, seed: int) -> TrainSpec:
+        adapter, _ = METHODS[self.method]
+        return TrainSpec.model_validate(
+            {
+                "name": "quality",
+                "base": self.base,
+                "adapter": adapter.model_dump(),
+                "data": {
+                    "train": str(Path(self.folder) / "train.jsonl"),
+                    "eval": str(Path(self.folder) / "eval.jsonl"),
+                    "max_length": 512,
+                },
+                "batch": {"tokens": self.batch_tokens, "order": "length_grouped"},
+                "optimizer": {"learning_rate": rate, "warmup_ratio": 0.1},
+                "evaluation": {"max_rows": 64, "keep_best": False},
+                "max_steps": self.steps,
+                "seed": seed,
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        return cls(**raw | {name: tuple(raw[name]) for name in ("seeds", "rates")})
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training. `losses` by step, `held_out` after the last; `seconds` of each step; `nbytes` of the weights'
+    file; `folder` of the adapter.
+    """
+
+    rate: float
+    seed: int
+    losses: tuple[float, ...]
+    held_out: float
+    seconds: tuple[float, ...]
+    num_parameters: int
+    nbytes: int
+    folder: str
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        return cls(**raw | {name: tuple(raw[name]) for name in ("losses", "seconds")})
+
+
+def best_of(runs: Sequence[Run]) -> Run:
+    """With the lowest held-out loss of those that have one."""
+    return min(runs, key=lambda r: (math.isnan(r.held_out), r.held_out))
