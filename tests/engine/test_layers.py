@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
@@ -29,6 +29,9 @@ def adapters(base: BaseModel, folder: Path) -> list[TestAdapter]:
         (LoraConfig(r=5, lora_alpha=9, target_modules=["v_proj", "up_proj"], rank_pattern={"up_proj": 3}), None),
         (LoraConfig(r=8, target_modules=ALL[2:6], layers_to_transform=[1]), None),
         (LoraConfig(r=4, target_modules=ALL[:4], modules_to_save=NORMS), ROPE),
+        (VeraConfig(r=20, target_modules=ALL, save_projection=False), None),
+        (VeraConfig(r=20, target_modules=ALL, save_projection=False), None),  # the same pair, in one product
+        (VeraConfig(r=7, target_modules=["q_proj", "down_proj"], projection_prng_key=3, save_projection=False), None),
     ]
     return [make_adapter(base, folder / str(i), c, seed=i, rope=rope, std=0.1) for i, (c, rope) in enumerate(configs)]
 
@@ -59,7 +62,7 @@ def test_the_fused_layer_gives_the_bits_of_its_ops(
         return got_TD
 
     monkeypatch.setattr(Layer, "__call__", both)
-    engine = make_engine(base, own, dtype=dtype, max_num_batched_tokens=24, max_num_seqs=8)
+    engine = make_engine(base, own, dtype=dtype, max_num_batched_tokens=24, max_num_seqs=12)
     models = [None, *own, own[0], None]
     run(engine, [request(str(i), range(3, 9 + 4 * i), a, max_tokens=3) for i, a in enumerate(models)])
     assert compared >= 4 * base.config.num_layers

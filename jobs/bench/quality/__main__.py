@@ -129,8 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("data", type=Path, help="folder of the tasks' files")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--steps", type=int, default=32)
-    add("--batch-tokens", type=int, default=1024, help="of a step, padding included")
+    add("--steps", type=int, default=24)
+    add("--batch-tokens", type=int, default=768, help="of a step, padding included")
     add("--seeds", type=int, default=3)
     add("--questions", type=int, default=100, help="of each task, at most")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -51,7 +51,7 @@ class Setting:
                 },
                 "batch": {"tokens": self.batch_tokens, "order": "length_grouped"},
                 "optimizer": {"learning_rate": rate, "warmup_ratio": 0.1},
-                "evaluation": {"max_rows": 64, "keep_best": False},
+                "evaluation": {"max_rows": 48, "keep_best": False},
                 "max_steps": self.steps,
                 "seed": seed,
             }

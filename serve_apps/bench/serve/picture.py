@@ -15,7 +15,7 @@ _PANELS: tuple[tuple[str, str, Callable[[Row, EngineWork], float]], ...] = (
     ("adapters in the pool", UNIFORM, lambda row, work: work.num_residents),
     ("found in the pool, %", UNIFORM, lambda row, work: 100 * work.pool_hits),
     ("tokens/s", UNIFORM, lambda row, work: row.latencies.throughput),
-    ("load from the store, ms", ONCE, lambda row, work: 1e3 * work.load_s),
+    ("cold adapters served a second", ONCE, lambda row, work: row.latencies.throughput),
     ("fetched for 200 adapters, MB", ONCE, lambda row, work: work.loaded_bytes / 1e6),
 )
 
@@ -30,7 +30,7 @@ def draw_density(results: Results, path: Path) -> None:
             rows = (results.get(name + suffix) for name in names)
             heights = [value(row, row.work) if row and row.work else 0.0 for row in rows]
             bars = axis.bar(names, heights, color=[f"C{i}" for i in range(len(names))])
-            axis.bar_label(bars, fmt="%.3g", fontsize=8)
+            axis.bar_label(bars, fmt=lambda height: f"{height:,.0f}" if height >= 100 else f"{height:.3g}", fontsize=8)
             axis.set_title(title, fontsize=9)
             axis.margins(y=0.15)
             axis.tick_params(labelsize=7)
