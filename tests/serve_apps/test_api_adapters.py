@@ -60,7 +60,7 @@ def test_pages_of_adapters(api: Api) -> None:
     assert api.http.get("/adapters", params={"method": "vera"}).json() == {"items": [], "next": None}
     assert problem(api.http.get("/adapters", params={"limit": 0}), 422)["errors"][0]["field"] == "limit"
     assert problem(api.http.get("/adapters", params={"method": "dora"}), 422)["errors"][0]["field"] == "method"
-    assert api.http.get("/bases").json()["items"] == [{"name": "smollm2", "fingerprint": BASE}]
+    assert api.http.get("/bases").json()["items"] == [{"name": "smollm2", "fingerprint": BASE, "projections": []}]
 
 
 def test_an_adapter_and_its_versions(api: Api) -> None:
