@@ -55,13 +55,15 @@ class CudaOps(ReferenceOps):
         self._gather, self._tiles = gather, tiles
 
     def page_writer(self, pool: Tensor) -> PageWriter:
-        return PageUploader(self._gather, pool)
+        return PageUploader(self._gather, pool) if pool.is_cuda else super().page_writer(pool)
 
     def recorded(
         self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
     ) -> Callable[[DecodeStep], Tensor] | None:
-        """None where attention goes to the reference, which looks at a step's values."""
-        return DecodeGraphs(forward, layout, max_blocks, device) if _attends(layout.head_dim) else None
+        """None where attention goes to the reference, which looks at a step's values, and where there is no GPU."""
+        if device.type != "cuda" or not _attends(layout.head_dim):
+            return None
+        return DecodeGraphs(forward, layout, max_blocks, device)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:
