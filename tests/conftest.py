@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from loray.bases.registry import BaseModel, add_base
 from tests.tiny import write_checkpoint
 from tests.train.sequence.ranks import Ranks
 
 pytest_plugins = ["tests.cluster", "tests.postgres", "tests.s3"]
+
+# An example may take as long as a busy machine makes it: no test is about time.
+settings.register_profile("loray", deadline=None)
+settings.load_profile("loray")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
