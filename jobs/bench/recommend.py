@@ -13,12 +13,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import click
 
-from jobs.bench import workers
 from jobs.bench.plan import measured_rates
+from jobs.bench.steps import Measured, measure_recipe
 from loray.advice.estimates import Estimate, candidates, estimate_methods, recipe_of
 from loray.advice.scorecard import Answers
 from loray.bases.registry import BaseModel, add_base
@@ -47,11 +46,8 @@ def main() -> None:
     adapters = dict(candidates(args.context_length, base.config))
     for estimate in estimate_methods(answers, base.config, device):
         recipe = recipe_of(adapters[estimate.method], args.context_length, checkpointing=estimate.checkpointing)
-        home = str(base.path.parent.parent)
-        command = ["jobs.bench.step_worker", home, _on(recipe, base).model_dump_json(), str(args.steps)]
-        (found,) = workers.run([command])
-        nbytes = file_bytes(recipe, base)
-        rows.append(asdict(estimate) | {"measured": found | {"file_bytes": nbytes}})
+        found, nbytes = measure_recipe(recipe, base, args.steps), file_bytes(recipe, base)
+        rows.append(asdict(estimate) | {"measured": asdict(found) | {"file_bytes": nbytes}})
         click.echo(_line(estimate, found, nbytes))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -68,15 +64,11 @@ def file_bytes(recipe: TrainSpec, base: BaseModel) -> int:
         return (Path(folder) / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
-def _on(recipe: TrainSpec, base: BaseModel) -> TrainSpec:
-    return recipe.model_copy(update={"base": base.name})
-
-
-def _line(estimate: Estimate, found: dict[str, Any], nbytes: int) -> str:
+def _line(estimate: Estimate, found: Measured, nbytes: int) -> str:
     pairs = (
-        (found["peak_bytes"] / 1e6, (estimate.training_bytes or 0) / 1e6, "8.0f", "9.0f"),
+        (found.peak_bytes / 1e6, (estimate.training_bytes or 0) / 1e6, "8.0f", "9.0f"),
         (nbytes / 1e6, estimate.adapter_bytes / 1e6, "8.2f", "9.2f"),
-        (found["step_s"], estimate.step_s or 0.0, "7.1f", "9.1f"),
+        (found.step_s, estimate.step_s or 0.0, "7.1f", "9.1f"),
     )
     cells = (f"{is_:{a}} {planned:{b}} {planned / is_ - 1:>+5.0%}" for is_, planned, a, b in pairs)
     return f"{estimate.method:<10} {estimate.settings:<38} " + "  ".join(cells)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -69,16 +70,20 @@ class Measured:
 
 
 def measure(case: Case, base: BaseModel, num_steps: int, *, num_threads: int | None = None) -> Measured:
-    home, recipe = str(base.path.parent.parent), case.recipe.model_copy(update={"base": base.name})
-    command = ["jobs.bench.step_worker", home, recipe.model_dump_json(), str(num_steps)]
-    if case.dense:
-        command.append("--dense")
-    if case.lean:
-        command.append("--tensors")
+    options = ["--dense"] * case.dense + ["--tensors"] * case.lean
+    return measure_recipe(case.recipe, base, num_steps, options, num_threads=num_threads)
+
+
+def measure_recipe(
+    recipe: TrainSpec, base: BaseModel, num_steps: int, options: Sequence[str] = (), *, num_threads: int | None = None
+) -> Measured:
+    """A recipe on `base`; `options` are `step_worker`'s."""
+    home, on_base = str(base.path.parent.parent), recipe.model_copy(update={"base": base.name})
+    command = ["jobs.bench.step_worker", home, on_base.model_dump_json(), str(num_steps), *options]
     with tempfile.TemporaryDirectory(prefix="steps-") as folder:
         commands = [command]
-        if case.sequence > 1:
+        if recipe.num_workers > 1:
             where = ["--rendezvous", f"{folder}/rendezvous"]
-            commands = [[*command, *where, "--rank", str(rank)] for rank in range(case.sequence)]
+            commands = [[*command, *where, "--rank", str(rank)] for rank in range(recipe.num_workers)]
         found = [Measured(**figures) for figures in workers.run(commands, num_threads)]
     return Measured(*(max(values) for values in zip(*map(astuple, found), strict=True)))

@@ -104,18 +104,12 @@ def attention(ops: Ops, queries: int, context: int, num_sequences: int) -> Case:
 
 
 def vera(ops: Ops, num_tokens: int, rank: int = 256) -> Case:
-    a, b_matrix, pool = (
-        PairMatrix(randn(rank, HIDDEN)),
-        PairMatrix(randn(HIDDEN, rank)),
-        randn(BLOCK).repeat(num_tokens),
-    )
+    a, b_matrix = PairMatrix(randn(rank, HIDDEN)), PairMatrix(randn(HIDDEN, rank))
+    pool = randn(BLOCK).repeat(num_tokens)
     at = torch.arange(num_tokens, device="cuda") * BLOCK
     d, b = RowTables(((0, rank, at),)), RowTables(((0, HIDDEN, at + rank),))
-    table, x_TI, y_TO = (
-        VeraTable(a, b_matrix, d, b, 0, num_tokens),
-        randn(num_tokens, HIDDEN),
-        randn(num_tokens, HIDDEN),
-    )
+    table = VeraTable(a, b_matrix, d, b, 0, num_tokens)
+    x_TI, y_TO = randn(num_tokens, HIDDEN), randn(num_tokens, HIDDEN)
     size = 2 * (2 * rank * HIDDEN + num_tokens * (rank + 4 * HIDDEN))
     return Case(
         f"vera r{rank} {num_tokens} tokens",

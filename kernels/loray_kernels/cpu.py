@@ -298,13 +298,7 @@ class CpuOps(ReferenceOps):
         f = self._for(a_RI.data, x_TI)
         if f is None:
             return super().vera_shrink(x_TI, a_RI)
-        x_TI = _token_rows(x_TI)
-        num_tokens, width = x_TI.shape
-        weights = self._pair_weights(a_RI, width)
-        z_TR = torch.empty(num_tokens, weights.out_features)
-        matrix = (ctypes.c_int64 * 4)(*pack_matrix(weights))
-        f.vera_shrink(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, z_TR.data_ptr(), torch.get_num_threads())
-        return z_TR
+        return self._multiply(f.vera_shrink, x_TI, self._pair_weights(a_RI, x_TI.shape[1]), torch.float32)
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
         f = self._for(pool, y_TO, table.b_OR.data)

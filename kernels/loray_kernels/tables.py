@@ -130,6 +130,14 @@ def pack_layer_weights(weights: LayerWeights) -> Packed:
     return packed
 
 
+class _Module(NamedTuple):
+    """`width` columns of the result from `column` on."""
+
+    name: str
+    width: int
+    column: int
+
+
 PackPair = Callable[[PairMatrix, int], LinearWeights]  # a matrix of a pair, of which so many columns
 
 
@@ -149,7 +157,9 @@ def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: Pac
             (weights.gate_up.in_features, {"gate_proj": middle, "up_proj": middle}),
             (weights.down.in_features, {"down_proj": hidden}),
         )
-        for in_features, modules in inputs:
+        for in_features, widths in inputs:
+            columns = accumulate(widths.values(), initial=0)
+            modules = [_Module(*place) for place in zip(widths, widths.values(), columns, strict=False)]
             words += _lora_group(tables, in_features, modules, keep)
             words += _vera_group(tables, in_features, modules, keep, pack_pair)
         address, held = _words(words)
@@ -167,10 +177,10 @@ def _own_norm(own: TokenRows | None, keep: list[Any]) -> list[int]:
     return [tokens_N.shape[0], tokens_N.data_ptr(), rows.address]
 
 
-def _lora_group(tables: LayerTables, in_features: int, modules: dict[str, int], keep: list[Any]) -> list[int]:
-    """First words of a Group: LoRA of the modules of one input, by their widths in the order of their columns."""
+def _lora_group(tables: LayerTables, in_features: int, modules: list[_Module], keep: list[Any]) -> list[int]:
+    """First words of a Group: LoRA of the modules of one input."""
     addresses, columns, ranks = [], [], []
-    for (module, width), column in zip(modules.items(), accumulate(modules.values(), initial=0), strict=False):
+    for module, width, column in modules:
         table = tables.lora.get(module)
         if table is not None:
             packed = pack_lora(table)
@@ -187,11 +197,11 @@ def _lora_group(tables: LayerTables, in_features: int, modules: dict[str, int], 
 
 
 def _vera_group(
-    tables: LayerTables, in_features: int, modules: dict[str, int], keep: list[Any], pack_pair: PackPair
+    tables: LayerTables, in_features: int, modules: list[_Module], keep: list[Any], pack_pair: PackPair
 ) -> list[int]:
     """Last words of a Group: its spans of tokens that share a pair, each with its modules."""
     spans: dict[int, list[tuple[VeraTable, int, int]]] = {}
-    for (module, width), column in zip(modules.items(), accumulate(modules.values(), initial=0), strict=False):
+    for module, width, column in modules:
         for table in tables.vera.get(module, ()):
             spans.setdefault(id(table.a_RI), []).append((table, width, column))
     words: list[int] = []

@@ -55,15 +55,7 @@ def main(home: Path, name: str, prompts: list[str], max_tokens: int, folders: li
 
 def _reference(folder: Path, base: BaseModel) -> AdapterRef:
     manifest = describe(folder, base=base)
-    return AdapterRef(
-        digest=digest(manifest),
-        name=folder.name,
-        version=1,
-        method=manifest.method,
-        base_fingerprint=base.fingerprint,
-        context_length=manifest.context_length,
-        nbytes=manifest.nbytes,
-    )
+    return manifest.ref(digest(manifest), folder.name, version=1)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import VeraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.bench.quality.setting import Run
-from loray.adapters.inject import lora_config
+from loray.adapters.inject import peft_config
 from loray.bases.registry import BaseModel
-from loray.spec import AdapterSpec, TrainSpec, VeraSpec
+from loray.spec import TrainSpec
 from loray.train.batches import BatchStream
 from loray.train.data import Dataset, load_data
 from loray.train.evaluate import held_out_loss
@@ -61,7 +61,7 @@ def train_peft(spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) ->
     plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped: Any = get_peft_model(plain, _config(spec.adapter))
+        wrapped: Any = get_peft_model(plain, peft_config(spec.adapter))
     wrapped.train()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
@@ -86,19 +86,6 @@ def train_peft(spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) ->
         warnings.simplefilter("ignore")
         wrapped.save_pretrained(folder)
     return _run(spec, tuple(losses), held_out, tuple(seconds), count_parameters(wrapped).trainable, folder)
-
-
-def _config(spec: AdapterSpec) -> Any:
-    if isinstance(spec, VeraSpec):
-        return VeraConfig(
-            r=spec.rank,
-            target_modules=list(spec.target_modules),
-            d_initial=spec.d_initial,
-            projection_prng_key=spec.projection_prng_key,
-            save_projection=spec.save_projection,
-            task_type="CAUSAL_LM",
-        )
-    return lora_config(spec)
 
 
 def _run(

@@ -30,19 +30,21 @@ def main(setting: Setting) -> dict[str, Any]:
     forget_peak()
     train = {"loray": train_ours, "peft": train_peft}[setting.system]
     first, *others = setting.seeds
+    start = METHODS[setting.method][1]
+    data = read_data(base, setting.recipe(start, first))  # the same for all rates and seeds
 
     def run(rate: float, seed: int) -> Run:
         spec = setting.recipe(rate, seed)
         name = f"{setting.system}-{setting.method}-{rate:.1e}-{seed}".replace(" ", "-")
         try:
-            return train(spec, base, read_data(base, spec), Path(setting.folder) / name)
+            return train(spec, base, data, Path(setting.folder) / name)
         except TrainingError:  # it diverged: a rate that is too high, which is what a sweep looks for
             return Run(rate, seed, (), math.nan, (), 0, 0, "")
 
     if setting.rates:
         runs = [run(rate, seed) for rate in setting.rates for seed in setting.seeds]
     else:
-        runs = sweep(METHODS[setting.method][1], lambda rate: run(rate, first), setting.max_rates)
+        runs = sweep(start, lambda rate: run(rate, first), setting.max_rates)
         best = best_of(runs).rate
         runs += [run(best, seed) for seed in others]
     return {"runs": [asdict(r) for r in runs], "peak_bytes": peak_bytes() - before}

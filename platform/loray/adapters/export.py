@@ -7,17 +7,16 @@ for bit what was evaluated.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from peft import PeftConfig, VeraConfig
+from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.adapters.inject import ADAPTER, BASE_ROWS, lora_config, trained_norms
+from loray.adapters.inject import ADAPTER, BASE_ROWS, peft_config, trained_norms
 from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors
 from loray.adapters.vera import VeraLinear
 from loray.errors import IntegrityError
@@ -52,7 +51,7 @@ def save_adapter(model: Any, spec: AdapterSpec, folder: Path, *, trained: Mappin
     }
     if token_ids is not None:
         options["trainable_token_indices"] = token_ids
-    config = _vera_config(spec, **options) if isinstance(spec, VeraSpec) else lora_config(spec, **options)
+    config = peft_config(spec, **options)
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -100,22 +99,6 @@ def _replace_embedding_by_rows(model: Any, spec: AdapterSpec, tensors: dict[str,
     del tensors[name]
     tensors[name.removesuffix(".weight") + _ROWS] = weight_VD[changed]
     return [int(i) for i in changed]
-
-
-def _vera_config(spec: VeraSpec, **options: Any) -> VeraConfig:
-    with warnings.catch_warnings():
-        # That the pair is drawn again is what PEFT warns of; the manifest pins its digest.
-        warnings.filterwarnings("ignore", message="Specified to not save vera_A and vera_B")
-        return VeraConfig(
-            r=spec.rank,
-            target_modules=list(spec.target_modules),
-            projection_prng_key=spec.projection_prng_key,
-            save_projection=spec.save_projection,
-            vera_dropout=spec.dropout,
-            d_initial=spec.d_initial,
-            task_type="CAUSAL_LM",
-            **options,
-        )
 
 
 def _json(config: PeftConfig) -> str:

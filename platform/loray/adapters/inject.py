@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, VeraConfig, inject_adapter_in_model
 from torch import nn
 
 from loray.adapters.vera import VeraLinear, inject_vera
@@ -47,6 +48,11 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def peft_config(spec: AdapterSpec, **options: Any) -> PeftConfig:
+    """What PEFT would be told to make the same adapter."""
+    return _vera_config(spec, **options) if isinstance(spec, VeraSpec) else lora_config(spec, **options)
+
+
 def lora_config(spec: LoraSpec, **options: Any) -> LoraConfig:
     return LoraConfig(
         r=spec.rank,
@@ -57,6 +63,22 @@ def lora_config(spec: LoraSpec, **options: Any) -> LoraConfig:
         task_type="CAUSAL_LM",
         **options,
     )
+
+
+def _vera_config(spec: VeraSpec, **options: Any) -> VeraConfig:
+    with warnings.catch_warnings():
+        # That the pair is drawn again is what PEFT warns of; the manifest pins its digest.
+        warnings.filterwarnings("ignore", message="Specified to not save vera_A and vera_B")
+        return VeraConfig(
+            r=spec.rank,
+            target_modules=list(spec.target_modules),
+            projection_prng_key=spec.projection_prng_key,
+            save_projection=spec.save_projection,
+            vera_dropout=spec.dropout,
+            d_initial=spec.d_initial,
+            task_type="CAUSAL_LM",
+            **options,
+        )
 
 
 def _train_extras(model: Any, long_context: LongContext) -> None:

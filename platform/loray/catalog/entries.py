@@ -52,16 +52,7 @@ class AdapterVersion:
 
     @property
     def ref(self) -> AdapterRef:
-        m = self.manifest
-        return AdapterRef(
-            digest=self.digest,
-            name=self.name,
-            version=self.version,
-            method=m.method,
-            base_fingerprint=m.base_fingerprint,
-            context_length=m.context_length,
-            nbytes=m.nbytes,
-        )
+        return self.manifest.ref(self.digest, self.name, self.version)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,18 @@ class AdapterManifest(Frozen):
     description: str = ""
     created_at: str = Field(description="UTC, ISO 8601")
 
+    def ref(self, digest: str, name: str, version: int) -> AdapterRef:
+        """As serving knows it; `digest` is this manifest's."""
+        return AdapterRef(
+            digest=digest,
+            name=name,
+            version=version,
+            method=self.method,
+            base_fingerprint=self.base_fingerprint,
+            context_length=self.context_length,
+            nbytes=self.nbytes,
+        )
+
 
 class AdapterRef(Frozen):
     """One immutable version, as serving knows it. `digest` is the manifest's; `name` and `version` are for people."""
