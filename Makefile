@@ -28,17 +28,17 @@ format: .venv/.ready
 	$(BIN)/ruff format
 
 bench: .venv/.ready
-	$(BIN)/python -m serve_apps.bench.serve --preset quick --peer peft
+	$(BIN)/python -m benchmarks.serving --preset quick --peer peft
 
 bench-serve: .venv/.ready
-	$(BIN)/python -m serve_apps.bench.serve $(ARGS)
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 bench-train: .venv/.ready
-	$(BIN)/python -m jobs.bench.train $(ARGS)
+	$(BIN)/python -m benchmarks.training.__main__ $(ARGS)
 
 bench-quality: .venv/.ready
 	@test -n "$(DATA)" || { echo "name the folder of the tasks' files: make bench-quality DATA=folder"; exit 1; }
-	$(BIN)/python -m jobs.bench.quality $(DATA) $(ARGS)
+	$(BIN)/python -m benchmarks.quality $(DATA) $(ARGS)
 
 clean:
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -75,7 +75,7 @@ class Replica:
 
 
 def closed_loop(tenant: Tenant, *, num_adapters: int, alpha: float, num_requests: int) -> FirstTokens:
-    """AT_ONCE requests under way at any time, popularity as in serve_apps.bench.serve.workload."""
+    """AT_ONCE requests under way at any time, popularity as in benchmarks.serving.workload."""
     rng, replica = random.Random(0), Replica(tenant)
     refs = [adapter(f"a{i}", ADAPTER_BLOCKS) for i in range(num_adapters)]
     coming = (refs[int(num_adapters * rng.random() ** (1 / alpha))] for _ in range(num_requests))

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.bench.quality import __main__ as quality
-from jobs.bench.quality import answers, worker
-from jobs.bench.quality.report import Result, plot, table
-from jobs.bench.quality.setting import FACTOR, METHODS, Run, Setting
-from jobs.bench.quality.tasks import TASKS, Question, bleu, exact_match, last_number
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import answers, worker
+from benchmarks.quality.report import Result, plot, table
+from benchmarks.quality.setting import FACTOR, METHODS, Run, Setting
+from benchmarks.quality.tasks import TASKS, Question, bleu, exact_match, last_number
 from loray.bases.registry import BaseModel
 from loray.errors import DataError
 

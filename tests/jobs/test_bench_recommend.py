@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.bench.recommend import file_bytes
+from benchmarks.training.recommend import file_bytes
 from loray.advice.estimates import candidates, estimate_methods, recipe_of
 from loray.advice.scorecard import Answers
 from loray.bases.registry import BaseModel

@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.bench import cases, dense, train
-from jobs.bench.attention_worker import main as time_attention
-from jobs.bench.cases import PRESETS, Activations, Attention, Memory, Setting, Step, Target, Traffic
-from jobs.bench.machine import forget_peak, peak_bytes, resident_bytes, watch
-from jobs.bench.peers import ring, ulysses
-from jobs.bench.steps import Case, Measured
-from jobs.bench.traffic_worker import main as count_traffic
-from jobs.bench.vera_worker import main as time_vera
+from benchmarks.machine import forget_peak, peak_bytes, resident_bytes, watch
+from benchmarks.training import __main__ as train
+from benchmarks.training import cases, dense
+from benchmarks.training.cases import PRESETS, Activations, Attention, Memory, Setting, Step, Target, Traffic
+from benchmarks.training.peers import ring, ulysses
+from benchmarks.training.steps import Case, Measured
+from benchmarks.training.workers.attention import main as time_attention
+from benchmarks.training.workers.traffic import main as count_traffic
+from benchmarks.training.workers.vera import main as time_vera
 from loray.bases.registry import BaseModel
 from loray.train.batches import Batch
 from loray.train.loss import batch_loss

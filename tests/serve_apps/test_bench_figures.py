@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from loray.bases.config import ModelConfig
-from serve_apps.bench.serve import report
-from serve_apps.bench.serve.figures import (
+from benchmarks.serving import report
+from benchmarks.serving.figures import (
     EngineWork,
     Latencies,
     Row,
@@ -22,20 +21,21 @@ from serve_apps.bench.serve.figures import (
     median_row,
     quantile,
 )
-from serve_apps.bench.serve.floors import (
+from benchmarks.serving.floors import (
     MachineRates,
     ModelSize,
     decode_step_seconds,
     most_tokens_per_second,
     prompt_seconds,
 )
-from serve_apps.bench.serve.models import RANDOM
-from serve_apps.bench.serve.picture import ONCE, UNIFORM, draw_density
-from serve_apps.bench.serve.recorder import EngineStep
-from serve_apps.bench.serve.replay import Record, replay
-from serve_apps.bench.serve.results import Results
-from serve_apps.bench.serve.targets import verdicts
-from serve_apps.bench.serve.workload import TimedRequest
+from benchmarks.serving.models import RANDOM
+from benchmarks.serving.picture import ONCE, UNIFORM, draw_density
+from benchmarks.serving.recorder import EngineStep
+from benchmarks.serving.replay import Record, replay
+from benchmarks.serving.results import Results
+from benchmarks.serving.targets import verdicts
+from benchmarks.serving.workload import TimedRequest
+from loray.bases.config import ModelConfig
 
 MODEL = ModelSize(layer_weights=100, head_weights=20)
 MACHINE = MachineRates(bandwidth=1000.0, flops=4000.0)

@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.serving.machine import watch_memory
 
+from benchmarks.serving.adapters import AdapterSet, Library, open_library, write_adapter
+from benchmarks.serving.cases import ACCEPTANCE, PRESETS, EngineOptions, ablations
+from benchmarks.serving.figures import EngineWork, Row
+from benchmarks.serving.floors import MachineRates, ModelSize
+from benchmarks.serving.models import bench_base
+from benchmarks.serving.replay import Record
+from benchmarks.serving.results import Results
+from benchmarks.serving.run import run
+from benchmarks.serving.systems.engine import EngineSession, Setup
+from benchmarks.serving.systems.processes import PassResult, Setting
+from benchmarks.serving.workload import Workload, generate
 from loray.adapters.manifest import read_manifest
 from loray.adapters.peft_format import read_adapter
 from loray.adapters.weights import LoraWeights
 from loray.bases.registry import BaseModel
 from loray.spec import ServeSpec
-from serve_apps.bench.serve.adapters import AdapterSet, Library, open_library, write_adapter
-from serve_apps.bench.serve.cases import ACCEPTANCE, PRESETS, EngineOptions, ablations
-from serve_apps.bench.serve.figures import EngineWork, Row
-from serve_apps.bench.serve.floors import MachineRates, ModelSize
-from serve_apps.bench.serve.machine import watch_memory
-from serve_apps.bench.serve.models import bench_base
-from serve_apps.bench.serve.processes import PassResult, Setting
-from serve_apps.bench.serve.replay import Record
-from serve_apps.bench.serve.results import Results
-from serve_apps.bench.serve.run import run
-from serve_apps.bench.serve.worker import EngineSession, Setup
-from serve_apps.bench.serve.workload import Workload, generate
 from tests.s3 import S3Server
 
 SET = AdapterSet(6, ranks=(4, 8))
@@ -222,7 +222,7 @@ def test_cases_share_a_process_and_systems_take_turns(
         opened.append((system, len(refs)))
         yield Echo()
 
-    monkeypatch.setattr("serve_apps.bench.serve.run.open_session", fake)
+    monkeypatch.setattr("benchmarks.serving.run.open_session", fake)
     case = PRESETS["tiny"][0]
     cases = [case, replace(case, name="two", workload=replace(case.workload, num_adapters=2))]
     cases += [replace(case, name="base", engine=EngineOptions(), workload=Workload(2, at_once=1), peers=())]

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from serve_apps.bench.serve.workload import Workload, generate, share
+from benchmarks.serving.workload import Workload, generate, share
 
 OPEN = Workload(20_000, num_adapters=10, alpha=0.3, rate=4.0, cv=2.0, inputs=(1, 3), outputs=(5, 9))
 

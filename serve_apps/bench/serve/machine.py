@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from serve_apps.bench.serve.floors import MachineRates
+from benchmarks.serving.floors import MachineRates
 
 _SAMPLE_S = 0.25
 
 
 def measure_rates(device: str, num_threads: int) -> MachineRates:
     """In a process of its own, so that nothing of torch stays behind in this one."""
-    command = [sys.executable, "-m", "serve_apps.bench.serve.machine", device]
+    command = [sys.executable, "-m", "benchmarks.serving.machine", device]
     env = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return MachineRates(*json.loads(done.stdout))

@@ -1,0 +1,265 @@
+"""Every op of a backend against the reference and against what the machine allows, on SmolLM2-135M's shapes in bf16.
+
+    python benchmarks/kernels/cpu.py [--backend auto] [--only SUBSTRING] [--repeats 5] [--json FILE]
+
+A figure is the median time of one step's calls: 30 layers, each on its own part of the pool, so that caches hold what
+they would hold in the engine. The floor is the larger of bytes over the read bandwidth and multiply-adds over the bf16
+rate of torch's own product, both measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import torch
+from torch import Tensor
+
+from loray_kernels import (
+    AttentionMeta,
+    KvLayout,
+    LinearWeights,
+    LoraTable,
+    Ops,
+    PairMatrix,
+    RowTables,
+    Segments,
+    VeraTable,
+    backend,
+)
+
+LAYERS, HIDDEN, MIDDLE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
+LAYOUT = KvLayout(LAYERS, 16, KV_HEADS, HEAD_DIM)
+SHARE = LAYOUT.layer_share
+MODULES = {"q": HIDDEN, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM, "o": HIDDEN}
+RANKS = (8, 16, 32, 64)
+
+
+class Case(NamedTuple):
+    """`step` does all layers' calls with a backend; `bytes` and `macs` are what they must read and multiply."""
+
+    name: str
+    step: Callable[[Ops], None]
+    bytes: float
+    macs: float = 0
+
+
+def random_pool(num_blocks: int) -> Tensor:
+    block = torch.randn(LAYERS * SHARE).mul_(0.1).to(torch.bfloat16)
+    return block.repeat(num_blocks)
+
+
+def lora(num_tokens: int, num_adapters: int) -> Case:
+    """q, k, v share a shrink; tokens are shared out evenly."""
+    ranks = [RANKS[n % len(RANKS)] for n in range(num_adapters)]
+    total = sum(ranks)
+    wide = iter([b * LAYERS * SHARE + i * HIDDEN for b in range(total) for i in range(10)])
+    narrow = iter([b * LAYERS * SHARE + 10 * HIDDEN + i * 192 for b in range(total) for i in range(2)])
+
+    def rows(width: int) -> RowTables:
+        places = wide if width == HIDDEN else narrow
+        return RowTables(((0, width, torch.tensor([next(places) for _ in range(total)])),))
+
+    each = num_tokens // num_adapters
+    segments = Segments(
+        tuple(n * each for n in range(num_adapters)), tuple((n + 1) * each for n in range(num_adapters))
+    )
+    start = tuple(sum(ranks[:n]) for n in range(num_adapters + 1))
+    tables = {m: LoraTable(rows(HIDDEN), rows(o), start, (2.0,) * num_adapters) for m, o in MODULES.items()}
+    pool = random_pool(total)
+    x_TI = torch.randn(num_tokens, HIDDEN).to(torch.bfloat16)
+    qkv = torch.randn(num_tokens, HIDDEN + 2 * 192).to(torch.bfloat16)
+    outputs = dict(zip("qkv", torch.split(qkv, [HIDDEN, 192, 192], dim=1), strict=True))
+    outputs["o"] = torch.randn(num_tokens, HIDDEN).to(torch.bfloat16)
+
+    def step(ops: Ops) -> None:
+        for layer in range(LAYERS):
+            for group in ("qkv", "o"):
+                own, offset = tuple(tables[m] for m in group), layer * SHARE
+                h = ops.lora_shrink(x_TI, pool, own, segments, offset)
+                ops.lora_expand(tuple(outputs[m] for m in group), h, pool, own, segments, offset)
+
+    elements = LAYERS * sum(HIDDEN + o for o in MODULES.values())
+    return Case(
+        f"lora {num_tokens} tokens, {num_adapters} adapters",
+        step,
+        elements * total * 2,
+        elements * sum(r * each for r in ranks),
+    )
+
+
+def attention(queries: int, context: int, num_sequences: int) -> Case:
+    per_sequence = -(-context // 16)
+    order = torch.randperm(per_sequence * num_sequences, generator=torch.Generator().manual_seed(0))
+    pool = random_pool(len(order))
+    tables = tuple(t.contiguous() for t in order.view(num_sequences, per_sequence))
+    starts = tuple(n * queries for n in range(num_sequences + 1))
+    meta = AttentionMeta(starts, (context,) * num_sequences, tables, torch.zeros(queries * num_sequences).long())
+    q_THd = torch.randn(queries * num_sequences, HEADS, HEAD_DIM).to(torch.bfloat16)
+
+    def step(ops: Ops) -> None:
+        for layer in range(LAYERS):
+            ops.paged_attention(q_THd, pool, LAYOUT, layer, meta, HEAD_DIM**-0.5)
+
+    seen = queries * context - queries * (queries - 1) / 2
+    size = LAYERS * num_sequences * context * 2 * KV_HEADS * HEAD_DIM * 2
+    kind = "prefill" if queries > 1 else "decode"
+    return Case(
+        f"attention {kind} {num_sequences} x {context}", step, size, LAYERS * num_sequences * seen * HEADS * 2 * 64
+    )
+
+
+def vera(num_tokens: int, rank: int = 256) -> Case:
+    """q, k, v and o, one pair, every token an adapter of its own."""
+    a, b = (PairMatrix(torch.randn(*s).to(torch.bfloat16)) for s in ((rank, HIDDEN), (HIDDEN, rank)))
+    pool = random_pool(num_tokens)
+    offsets = torch.arange(num_tokens) * LAYERS * SHARE
+    d = RowTables(((0, rank, offsets),))
+    tables = {m: VeraTable(a, b, d, RowTables(((0, o, offsets),)), 0, num_tokens) for m, o in MODULES.items()}
+    x_TI = torch.randn(num_tokens, HIDDEN).to(torch.bfloat16)
+    outputs = {m: torch.randn(num_tokens, o).to(torch.bfloat16) for m, o in MODULES.items()}
+
+    def step(ops: Ops) -> None:
+        for layer in range(LAYERS):
+            for group in ("qkv", "o"):
+                z_TR = ops.vera_shrink(x_TI, a)
+                for m in group:
+                    ops.vera_expand(outputs[m], z_TR, pool, tables[m], layer * SHARE)
+
+    macs = LAYERS * num_tokens * rank * (2 * HIDDEN + sum(MODULES.values()))
+    return Case(f"vera r{rank} {num_tokens} tokens", step, LAYERS * num_tokens * 4 * (rank + HIDDEN) * 2, macs)
+
+
+def linears(num_tokens: int) -> Case:
+    """Every matrix of the model, the head on 32 tokens at most; each backend multiplies with what it has packed."""
+    sizes = [(HIDDEN, HIDDEN + 2 * 192), (HIDDEN, HIDDEN), (HIDDEN, 2 * MIDDLE), (MIDDLE, HIDDEN)]
+    weights = [torch.randn(o, i).mul_(0.02).to(torch.bfloat16) for i, o in sizes * LAYERS]
+    head_VD = torch.randn(VOCABULARY, HIDDEN).mul_(0.02).to(torch.bfloat16)
+    x = {i: torch.randn(num_tokens, i).to(torch.bfloat16) for i in (HIDDEN, MIDDLE)}
+    last_TD = x[HIDDEN][:32]
+    packed: dict[Ops, tuple[list[LinearWeights], LinearWeights]] = {}
+
+    def step(ops: Ops) -> None:
+        if ops not in packed:
+            packed[ops] = [ops.pack_linear(w) for w in weights], ops.pack_linear(head_VD)
+        matrices, head = packed[ops]
+        for matrix in matrices:
+            ops.linear(x[matrix.in_features], matrix)
+        ops.logits(last_TD, head)
+
+    elements = sum(w.numel() for w in weights)
+    macs = elements * num_tokens + head_VD.numel() * len(last_TD)
+    return Case(f"linears {num_tokens} tokens", step, 2 * (elements + head_VD.numel()), macs)
+
+
+def rows(num_tokens: int) -> Iterator[Case]:
+    pool = random_pool(-(-num_tokens // 16))
+    fused = torch.randn(num_tokens, HIDDEN + 2 * 192).to(torch.bfloat16)
+    q, k, v = (t.view(num_tokens, -1, HEAD_DIM) for t in torch.split(fused, [HIDDEN, 192, 192], dim=1))
+    cos_Td, sin_Td, weight_D = (torch.rand(*s).to(torch.bfloat16) for s in ((num_tokens, 64),) * 2 + ((HIDDEN,),))
+    x_TD = q.reshape(num_tokens, HIDDEN).contiguous()
+    meta = AttentionMeta((0, num_tokens), (num_tokens,), (torch.arange(1),), torch.randperm(num_tokens))
+
+    def norm(ops: Ops) -> None:
+        for _ in range(2 * LAYERS):
+            ops.rms_norm(x_TD, weight_D, 1e-5, pool, None, 0)
+
+    def rope(ops: Ops) -> None:
+        for _ in range(LAYERS):
+            ops.rope(q, cos_Td, sin_Td)
+            ops.rope(k, cos_Td, sin_Td)
+
+    def write(ops: Ops) -> None:
+        for layer in range(LAYERS):
+            ops.write_kv(pool, LAYOUT, layer, k, v, meta)
+
+    size = LAYERS * num_tokens * 2
+    yield Case(f"rms_norm {num_tokens} tokens", norm, 2 * size * 2 * HIDDEN)
+    yield Case(f"rope q, k {num_tokens} tokens", rope, size * 2 * (HIDDEN + 192))
+    yield Case(f"write_kv {num_tokens} tokens", write, size * 2 * 2 * 192)
+
+
+def cases() -> Iterator[Callable[[], list[Case]]]:
+    """Made one at a time: a pool takes up to 1.5 GB."""
+    for tokens, adapters in ((32, 1), (32, 8), (32, 32), (1, 1), (2048, 1), (2048, 32)):
+        yield lambda t=tokens, n=adapters: [lora(t, n)]  # type: ignore[misc]
+    for queries, context, sequences in (
+        *((1, c, 32) for c in (64, 256, 512, 1024, 2048)),
+        *((1, c, 1) for c in (512, 2048)),
+        *((c, c, 1) for c in (512, 2048)),
+        (64, 64, 32),
+    ):
+        yield lambda q=queries, c=context, n=sequences: [attention(q, c, n)]  # type: ignore[misc]
+    for tokens in (32, 2048):
+        yield lambda t=tokens: [vera(t)]  # type: ignore[misc]
+    for tokens in (1, 32, 64, 2048):
+        yield lambda t=tokens: [linears(t)]  # type: ignore[misc]
+    for tokens in (1, 32, 2048):
+        yield lambda t=tokens: list(rows(t))  # type: ignore[misc]
+
+
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+        if sum(times) > 5:
+            break
+    return statistics.median(times)
+
+
+def bandwidth() -> float:
+    """Bytes a second read by all threads, from memory that no cache holds."""
+    data = torch.ones(128 << 20)
+    return data.nbytes / median_seconds(lambda: data.sum(), 7)
+
+
+def product_rate() -> float:
+    """bf16 multiply-adds a second."""
+    a, b = (torch.randn(2048, 2048).to(torch.bfloat16) for _ in range(2))
+    return 2048**3 / median_seconds(lambda: a @ b, 7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    ops, reference = backend(args.backend), backend("reference")
+    load, threads = os.getloadavg(), torch.get_num_threads()
+    click.echo(f"load {load[0]:.2f} {load[1]:.2f} {load[2]:.2f}  threads {threads}  torch {torch.__version__}")
+    read, rate = bandwidth(), product_rate()
+    name = f"{args.backend} {getattr(ops, 'isa', '')}".strip()
+    click.echo(f"backend {name}  bandwidth {read / 1e9:.1f} GB/s  bf16 product {2 * rate / 1e9:.0f} GFLOP/s")
+    click.echo(f"{'ms a step of 30 layers':<32}{'ours':>9}{'reference':>11}{'floor':>9}{'gain':>8}{'x floor':>9}")
+    results = []
+    for make in cases():
+        for case in make():
+            if args.only not in case.name:
+                continue
+            ours, theirs = (median_seconds(lambda o=o: case.step(o), args.repeats) for o in (ops, reference))  # type: ignore[misc] # noqa: B023
+            floor = max(case.bytes / read, case.macs / rate)
+            figures = [1e3 * s for s in (ours, theirs, floor)]
+            results.append(dict(zip(("ours", "reference", "floor"), figures, strict=True)) | {"case": case.name})
+            click.echo(
+                f"{case.name:<32}{figures[0]:>9.2f}{figures[1]:>11.2f}{figures[2]:>9.2f}"
+                f"{theirs / ours:>8.1f}{ours / floor:>9.1f}"
+            )
+    if args.json:
+        facts = {"load": load, "threads": threads, "backend": name, "bandwidth": read, "product_rate": rate}
+        args.json.write_text(json.dumps(facts | {"cases": results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What LoRA, rsLoRA and VeRA learn in equally many steps, in loray and in PEFT, on SmolLM2-135M.
+
+    python -m benchmarks.quality DATA                       three tasks, an hour
+    python -m benchmarks.quality DATA --tasks e2e --seeds 1
+
+DATA holds e2e_train.jsonl, e2e_validation.jsonl, gsm8k_train.jsonl, gsm8k_validation.jsonl, t0_many_tasks.parquet.
+docs/benchmarks-quality.md explains tables and picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks import processes as workers
+from benchmarks.machine import machine_facts
+from benchmarks.quality.report import Result, plot, table
+from benchmarks.quality.setting import METHODS, Run, Setting, System, best_of
+from benchmarks.quality.tasks import TASKS, Question, Task
+from loray.bases.registry import add_base
+from loray.settings import Settings
+
+
+@dataclass
+class Benchmark:
+    """`folder` keeps all adapters and results: what is there for the same setting is not done again."""
+
+    home: Path
+    base: str
+    data: Path
+    folder: Path
+    steps: int
+    batch_tokens: int
+    seeds: tuple[int, ...]
+    num_questions: int
+    threads: int
+    results: list[Result] = field(default_factory=list)
+
+    def run(self, task: Task) -> list[Result]:
+        """The base's row, then for each method ours and PEFT's."""
+        folder = self.folder / task.name
+        folder.mkdir(parents=True, exist_ok=True)
+        questions, rest = _split(task.questions(self.data), self.num_questions)
+        _write_rows(folder / "train.jsonl", task.pairs(self.data))
+        _write_rows(folder / "eval.jsonl", [(q.prompt, _completion(q)) for q in rest])
+        results = [Result(task.name, task.metric, "base", "base", ())]
+        for method in METHODS:
+            click.echo(f"{task.name}: {method}", err=True)
+            ours = self._train(folder, method)
+            found = tuple(Run.from_dict(r) for r in ours["runs"])
+            results.append(Result(task.name, task.metric, method, "loray", found, ours["peak_bytes"]))
+            peft = self._train(folder, method, rates=(best_of(found).rate,))
+            found = tuple(Run.from_dict(r) for r in peft["runs"])
+            results.append(Result(task.name, task.metric, method, "peft", found, peft["peak_bytes"]))
+        adapters = [run.folder for result in results for run in result.final]
+        base, *scores = self._scores(task, folder, questions, adapters)
+        results[0].scores = (base,)
+        for result in results[1:]:
+            result.scores, scores = tuple(scores[: len(result.final)]), scores[len(result.final) :]
+        return results
+
+    def _train(self, folder: Path, method: str, rates: tuple[float, ...] = ()) -> dict[str, Any]:
+        system: System = "peft" if rates else "loray"
+        seeds = self.seeds[:1] if rates else self.seeds
+        setting = Setting(
+            str(self.home), self.base, str(folder), system, method, self.steps, self.batch_tokens, seeds, rates
+        )
+        kept = folder / f"{system}-{method.replace(' ', '-')}.json"
+        if kept.is_file():
+            saved = json.loads(kept.read_text(encoding="utf-8"))
+            if Setting.from_dict(saved["setting"]) == setting:
+                return dict(saved["found"])
+        command = ["benchmarks.quality.worker", json.dumps(setting.to_dict())]
+        (found,) = workers.run([command], self.threads)
+        kept.write_text(json.dumps({"setting": setting.to_dict(), "found": found}, indent=2) + "\n", encoding="utf-8")
+        return found
+
+    def _scores(self, task: Task, folder: Path, questions: Sequence[Question], adapters: list[str]) -> list[float]:
+        asked = {"prompts": [q.prompt for q in questions], "max_tokens": task.max_tokens, "adapters": adapters}
+        file = folder / "questions.json"
+        file.write_text(json.dumps(asked), encoding="utf-8")
+        (found,) = workers.run([["benchmarks.quality.answers", str(self.home), self.base, str(file)]], self.threads)
+        (folder / "answers.json").write_text(json.dumps(found["answers"], indent=1) + "\n", encoding="utf-8")
+        return [task.score(answers, questions) for answers in found["answers"]]
+
+
+def main(argv: Sequence[str] | None = None) -> list[Result]:
+    args = _parser().parse_args(argv)
+    base = add_base(args.base, home=args.home.absolute())
+    facts = machine_facts()
+    click.echo("  ".join(f"{k} {v}" for k, v in facts.items()))
+    click.echo(
+        f"{base.name}, bf16, {args.threads} threads; {args.steps} steps of {args.batch_tokens} tokens, padding "
+        f"included; {args.seeds} seeds, {args.questions} questions"
+    )
+    benchmark = Benchmark(
+        home=args.home.absolute(),
+        base=base.name,
+        data=args.data,
+        folder=args.folder.absolute(),
+        steps=args.steps,
+        batch_tokens=args.batch_tokens,
+        seeds=tuple(range(args.seeds)),
+        num_questions=args.questions,
+        threads=args.threads,
+    )
+    results: list[Result] = []
+    for name in args.tasks:
+        found = benchmark.run(TASKS[name])
+        click.echo("\n" + table(found))
+        results += found
+    if args.plot:
+        plot(results, args.plot)
+    if args.json:
+        text = json.dumps({"machine": facts, "results": [r.to_dict() for r in results]}, indent=2)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", type=Path, help="folder of the tasks' files")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--steps", type=int, default=24)
+    add("--batch-tokens", type=int, default=768, help="of a step, padding included")
+    add("--seeds", type=int, default=3)
+    add("--questions", type=int, default=100, help="of each task, at most")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--folder", type=Path, default=Path(".cache/quality"), help="keeps adapters, answers and finished results")
+    add("--base", default="smollm2", help="or the folder of a checkpoint")
+    add("--home", type=Path, default=Settings.from_env().home, help="where the base is, or is made")
+    add("--plot", type=Path, help="write the picture there, as SVG")
+    add("--json", type=Path, help="write everything there too")
+    return parser
+
+
+def _completion(question: Question) -> str:
+    """A reference as the training pairs write it: E2E's begin with a space, which its references lack."""
+    text = question.references[0]
+    return text if question.prompt[-1:].isspace() or text[:1].isspace() else f" {text}"
+
+
+def _split(questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
+    """(to be scored, for choosing the rate): apart, and both from all over the file. At most half are scored."""
+    every = max(2, len(questions) // count)
+    scored = questions[::every][:count]
+    return scored, [q for i, q in enumerate(questions) if i % every]
+
+
+def _write_rows(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
+    lines = (json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The runs of one method on one task in one system, in a process of their own; prints them as JSON.
+
+    python -m benchmarks.quality.worker SETTING_JSON
+
+With `rates` each of them is trained with each seed. Without, the first seed looks for the best one: by the held-out
+loss, among neighbours a factor of √10 apart, until the best has a worse one on either side; the other seeds take it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import forget_peak, peak_bytes, resident_bytes
+from benchmarks.quality.setting import FACTOR, METHODS, Run, Setting, best_of
+from benchmarks.quality.training import read_data, train_ours, train_peft
+from loray.bases.registry import get_base
+from loray.errors import TrainingError
+
+
+def main(setting: Setting) -> dict[str, Any]:
+    """`peak_bytes`: resident at most, above what interpreter and libraries held."""
+    base = get_base(Path(setting.home), setting.base)
+    before = resident_bytes()
+    forget_peak()
+    train = {"loray": train_ours, "peft": train_peft}[setting.system]
+    first, *others = setting.seeds
+    start = METHODS[setting.method][1]
+    data = read_data(base, setting.recipe(start, first))  # the same for all rates and seeds
+
+    def run(rate: float, seed: int) -> Run:
+        spec = setting.recipe(rate, seed)
+        name = f"{setting.system}-{setting.method}-{rate:.1e}-{seed}".replace(" ", "-")
+        try:
+            return train(spec, base, data, Path(setting.folder) / name)
+        except TrainingError:  # it diverged: a rate that is too high, which is what a sweep looks for
+            return Run(rate, seed, (), math.nan, (), 0, 0, "")
+
+    if setting.rates:
+        runs = [run(rate, seed) for rate in setting.rates for seed in setting.seeds]
+    else:
+        runs = sweep(start, lambda rate: run(rate, first), setting.max_rates)
+        best = best_of(runs).rate
+        runs += [run(best, seed) for seed in others]
+    return {"runs": [asdict(r) for r in runs], "peak_bytes": peak_bytes() - before}
+
+
+def sweep(start: float, run: Callable[[float], Run], max_rates: int) -> list[Run]:
+    """Three rates around `start`, then on towards the best while it is at an end; at most `max_rates`."""
+    runs = [run(start * FACTOR**k) for k in (-1, 0, 1)]
+    while len(runs) < max_rates:
+        runs.sort(key=lambda r: r.rate)
+        best = runs.index(best_of(runs))
+        if best not in (0, len(runs) - 1):
+            break
+        runs.append(run(runs[best].rate * (FACTOR if best else 1 / FACTOR)))
+    return runs
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(Setting.from_dict(json.loads(sys.argv[1])))) + "\n")

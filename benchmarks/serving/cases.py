@@ -1,0 +1,234 @@
+"""What is measured. A case is a workload on an engine; neighbours with the same engine share its process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from benchmarks.serving.adapters import ALL_LINEAR, AdapterSet
+from benchmarks.serving.workload import Workload
+from loray.bases.config import ModelConfig
+
+SHORT, LONG = 32, 2048
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """`pool_adapters`: about that many of the set's mean size fit the pool beside KV cache; None: all of them.
+    `pool_for_adapters`: bytes, instead.
+
+    `apart` sets engines apart that would be the same: what one has done before must not reach the other.
+    """
+
+    adapters: AdapterSet | None = None
+    pool_adapters: int | None = None
+    pool_for_adapters: int | None = None
+    kv_tokens: int = SHORT * 128 + 2 * LONG
+    host_bytes: int = 1 << 30
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = LONG
+    ablation: str | None = None
+    apart: str = ""
+
+    def kv_bytes(self, config: ModelConfig) -> int:
+        return 4 * config.num_layers * config.num_kv_heads * config.head_dim * self.kv_tokens
+
+    def pool_bytes(self, config: ModelConfig) -> int:
+        """bf16. Rows are packed, so one in twenty more blocks is enough."""
+        if self.adapters is None:
+            return self.kv_bytes(config)
+        if self.pool_for_adapters is not None:
+            return self.kv_bytes(config) + self.pool_for_adapters
+        num = self.adapters.num if self.pool_adapters is None else self.pool_adapters
+        rows = int(1.05 * num * self.adapters.mean_bytes(config))
+        return self.kv_bytes(config) + rows + 2 * self.adapters.pair_bytes(config)  # a pair takes whole blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`warm_up` passes, then `passes` that count. `peers`: the other systems that may run it, one pass each."""
+
+    name: str
+    engine: EngineOptions
+    workload: Workload
+    passes: int = 3
+    warm_up: int = 1
+    peers: tuple[str, ...] = ("peft", "peft-bf16", "vllm", "loray-http")
+
+
+BASE = EngineOptions()
+MIXED = EngineOptions(AdapterSet(100))
+FEW = EngineOptions(AdapterSet(32), kv_tokens=SHORT * 128)
+SEVEN = EngineOptions(AdapterSet(32, modules=ALL_LINEAR), kv_tokens=SHORT * 128)
+_WAVE = Workload(num_requests=SHORT, at_once=SHORT)
+_ALONE = Workload(num_requests=1, at_once=1)
+_PROMPT = replace(_ALONE, inputs=(LONG, LONG), outputs=(1, 1))
+
+
+def _wave(name: str, engine: EngineOptions, n: int) -> Case:
+    return Case(name, engine, replace(_WAVE, num_adapters=n))
+
+
+# One adapter alone is the third, whose rank 32 is next to the mean of 30.
+_ONE = replace(_WAVE, num_adapters=1, first_adapter=2)
+QUICK = (
+    _wave("base", BASE, 0),
+    Case("n=1", FEW, _ONE),
+    *(_wave(f"n={n}", FEW, n) for n in (8, 32)),
+)
+
+
+def _hundred(name: str, alpha: float | None) -> Case:
+    return Case(name, MIXED, replace(_WAVE, num_requests=128, num_adapters=100, alpha=alpha), passes=2)
+
+
+def _one(name: str, engine: EngineOptions, workload: Workload, rank64: bool = False) -> Case:
+    """Adapter 3 of a mixed set has rank 64."""
+    if rank64:
+        workload = replace(workload, num_adapters=1, first_adapter=3)
+    return Case(name, engine, workload, passes=5, peers=("vllm", "loray-http"))
+
+
+def _isolation(engine: EngineOptions, n: int) -> tuple[Case, ...]:
+    """The same requests alone and in a batch, in engines that do not know of each other."""
+    label = f"n={n}" if n else "base"
+    both = (("alone", 1), ("batched", 16))
+    return tuple(
+        Case(
+            f"{label} {how}",
+            replace(engine, apart=f"{label} {how}"),
+            Workload(16, num_adapters=n, at_once=at_once, outputs=(24, 24), seed=1),
+            passes=1,
+            warm_up=0,
+            peers=("vllm", "loray-http"),
+        )
+        for how, at_once in both
+    )
+
+
+# The pool holds about 100 of these, and the host all (5.5 GB) once each has been asked for. 16 requests queue behind
+# the 32 that run, so that there is something to prefetch.
+MANY = EngineOptions(AdapterSet(2000, ranks=(8, 16)), pool_adapters=100, host_bytes=8 << 30)
+
+
+def _many(name: str, n: int, alpha: float | None) -> Case:
+    workload = replace(_WAVE, num_requests=144, num_adapters=n, alpha=alpha, at_once=48)
+    return Case(name, MANY, workload, passes=2, peers=())
+
+
+# From host memory and from the store: 12 adapters of all ranks, one request at a time, each seen once or twice. A
+# request is as long as the others; meanwhile the node's cache is filled.
+_COLD = replace(MIXED, apart="cold")
+_FIRST_TOKEN = Workload(12, num_adapters=12, first_adapter=4, at_once=1)
+COLD = (
+    Case("first adapters", _COLD, replace(_FIRST_TOKEN, num_adapters=4, first_adapter=0), passes=1, peers=()),
+    Case("cold adapter", _COLD, _FIRST_TOKEN, passes=1, warm_up=0, peers=()),
+    Case("warm adapter", _COLD, _FIRST_TOKEN, passes=1, warm_up=0, peers=()),
+)
+
+ACCEPTANCE = (
+    QUICK[0],
+    _one("one stream", BASE, _ALONE),
+    _one("prompt of 2048", BASE, _PROMPT),
+    *QUICK[1:],
+    _hundred("n=100 round robin", None),
+    _hundred("n=100 α=0.3", 0.3),
+    _one("one stream, rank 64", MIXED, _ALONE, rank64=True),
+    _one("prompt of 2048, rank 64", MIXED, _PROMPT, rank64=True),
+    Case("seven modules, n=1", SEVEN, _ONE, peers=()),
+    replace(_wave("seven modules, n=32", SEVEN, 32), peers=()),
+    *COLD,
+    *_isolation(BASE, 0),
+    *_isolation(replace(MIXED, adapters=AdapterSet(16)), 16),
+    Case(
+        "n=2000, each once from the store",
+        MANY,
+        Workload(2000, num_adapters=2000, at_once=48, inputs=(16, 16), outputs=(1, 1)),
+        passes=1,
+        warm_up=0,
+        peers=(),
+    ),
+    _many("n=5", 5, 1.0),
+    _many("n=100 resident", 100, 1.0),
+    _many("n=2000 α=0.3", 2000, 0.3),
+    _many("n=2000 uniform", 2000, 1.0),
+)
+
+VLLM_100 = (
+    Case(
+        "100 adapters, 64 at once",
+        EngineOptions(AdapterSet(100, ranks=(16,), modules=("q_proj",)), max_num_seqs=64, max_num_batched_tokens=LONG),
+        Workload(1000, num_adapters=100, at_once=64),
+        passes=1,
+    ),
+)
+
+# VeRA: as many adapters as rows, on q and v, and on q, k, v and o.
+_VERA = {
+    "q, v": EngineOptions(AdapterSet(32, (256,), ("q_proj", "v_proj"), method="vera"), kv_tokens=SHORT * 128),
+    "q, k, v, o": EngineOptions(AdapterSet(32, (256,), method="vera"), kv_tokens=SHORT * 128),
+}
+VERA = (QUICK[0], *(replace(_wave(f"VeRA on {name}", engine, 32), peers=()) for name, engine in _VERA.items()))
+
+# The same 64 MiB of pool for adapters, the same requests for 200 of them, uniformly; each was asked for once before.
+_DENSITY = {
+    "LoRA r64": AdapterSet(200, (64,)),
+    "LoRA r16": AdapterSet(200, (16,)),
+    "VeRA r256": AdapterSet(200, (256,), method="vera"),
+}
+
+
+def _density(name: str, adapters: AdapterSet) -> tuple[Case, ...]:
+    engine = EngineOptions(adapters, pool_for_adapters=64 << 20, kv_tokens=SHORT * 128, host_bytes=8 << 30)
+    each = Workload(adapters.num, num_adapters=adapters.num, at_once=48, inputs=(16, 16), outputs=(1, 1))
+    load = replace(_WAVE, num_requests=288, num_adapters=adapters.num, alpha=1.0, at_once=48)
+    return (
+        Case(f"{name}, each once", engine, each, passes=1, warm_up=0, peers=()),
+        Case(f"{name}, uniform", engine, load, passes=2, peers=()),
+    )
+
+
+DENSITY = tuple(case for name, adapters in _DENSITY.items() for case in _density(name, adapters))
+
+_SCARCE = EngineOptions(AdapterSet(200), pool_adapters=40, kv_tokens=SHORT * 128)
+
+
+def ablations(names: tuple[str, ...]) -> tuple[Case, ...]:
+    """The same cases whole and without one idea each: 200 adapters over a pool of 40, and 32 resident ones."""
+    scarce = Workload(144, num_adapters=200, alpha=1.0, at_once=48)
+    cases = [Case("n=200, pool of 40", _SCARCE, scarce, passes=2, peers=()), _wave("n=32", FEW, 32)]
+    for name in names:
+        if name == "padded-ranks":
+            assert FEW.adapters is not None
+            padded = EngineOptions(replace(FEW.adapters, padded=True), ablation=name)
+            cases.append(_wave(f"n=32, {name}", padded, 32))
+        else:
+            engine = replace(_SCARCE, ablation=name)
+            cases.append(Case(f"n=200, pool of 40, {name}", engine, scarce, passes=2, peers=()))
+    return tuple(replace(case, peers=()) for case in cases)
+
+
+def gpu(counts: tuple[int, ...] = (5, 100, 400, 1000, 2000)) -> tuple[Case, ...]:
+    """Llama-3-8B's shape: rank 16 on q, k, v, o (13.6 MB), 64 requests at once, 256 + 128 tokens; base and n adapters.
+
+    The pool holds 400 of them beside 64 × 512 tokens of KV cache: some 10 GB.
+    """
+    adapters = AdapterSet(max(counts), ranks=(16,))
+    engine = EngineOptions(adapters, pool_adapters=400, kv_tokens=64 * 512, host_bytes=32 << 30, max_num_seqs=64)
+    wave = Workload(256, at_once=80, inputs=(256, 256), outputs=(128, 128))
+    base = Case("base", replace(engine, adapters=None), wave, passes=2, peers=("vllm",))
+    return (
+        base,
+        *(Case(f"n={n}", engine, replace(wave, num_adapters=n, alpha=1.0), passes=2, peers=("vllm",)) for n in counts),
+    )
+
+
+PRESETS: Mapping[str, tuple[Case, ...]] = {
+    "quick": QUICK,
+    "acceptance": ACCEPTANCE,
+    "vllm-100": VLLM_100,
+    "vera": VERA,
+    "density": DENSITY,
+    "gpu": gpu(),
+    "tiny": (Case("n=3", EngineOptions(AdapterSet(3, ranks=(4, 8))), Workload(6, num_adapters=3, at_once=3)),),
+}

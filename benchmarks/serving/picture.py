@@ -1,0 +1,36 @@
+"""The density benchmark as a picture: what one pool and one load make of each kind of adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.pictures import panels
+from benchmarks.serving.figures import EngineWork, Row
+from benchmarks.serving.results import Results
+
+ONCE, UNIFORM = ", each once", ", uniform"  # how the preset names its cases
+
+_PANELS: tuple[tuple[str, str, Callable[[Row, EngineWork], float]], ...] = (
+    ("adapters in the pool", UNIFORM, lambda row, work: work.num_residents),
+    ("found in the pool, %", UNIFORM, lambda row, work: 100 * work.pool_hits),
+    ("tokens/s", UNIFORM, lambda row, work: row.latencies.throughput),
+    ("cold adapters served a second", ONCE, lambda row, work: row.latencies.throughput),
+    ("fetched for 200 adapters, MB", ONCE, lambda row, work: work.loaded_bytes / 1e6),
+)
+
+
+def draw_density(results: Results, path: Path) -> None:
+    """SVG, a panel of bars for each figure. ValueError where `results` are not the preset's."""
+    names = [case.removesuffix(UNIFORM) for case, _ in results.rows if case.endswith(UNIFORM)]
+    if not names:
+        raise ValueError("the picture is of --preset density")
+    with panels(path, 1, len(_PANELS), size=(2.9 * len(_PANELS), 3.0)) as axes:
+        for axis, (title, suffix, value) in zip(axes[0], _PANELS, strict=True):
+            rows = (results.get(name + suffix) for name in names)
+            heights = [value(row, row.work) if row and row.work else 0.0 for row in rows]
+            bars = axis.bar(names, heights, color=[f"C{i}" for i in range(len(names))])
+            axis.bar_label(bars, fmt=lambda height: f"{height:,.0f}" if height >= 100 else f"{height:.3g}", fontsize=8)
+            axis.set_title(title, fontsize=9)
+            axis.margins(y=0.15)
+            axis.tick_params(labelsize=7)

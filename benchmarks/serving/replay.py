@@ -1,0 +1,67 @@
+"""Send a workload's requests to a system and note when each token comes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.serving.workload import TimedRequest
+
+UNKNOWN_ID = -1  # of a token whose id the system does not tell
+Submit = Callable[[int, TimedRequest], AsyncIterator[list[int]]]
+
+
+@dataclass(slots=True)
+class Record:
+    """One request. `sent` and `times` (of each output token) are seconds after the beginning.
+
+    In an open loop `sent` is when it was due, so that a system that lags behind is not forgiven for it.
+    """
+
+    sent: float
+    adapter: int | None
+    num_inputs: int
+    times: list[float] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+async def replay(requests: Sequence[TimedRequest], at_once: int | None, submit: Submit) -> list[Record]:
+    """`submit(index, request)` yields the ids of new tokens as they come. An error ends its own request only."""
+    began = time.perf_counter()
+    records: list[Record | None] = [None] * len(requests)
+
+    async def one(i: int) -> None:
+        request = requests[i]
+        sent = request.at if at_once is None else time.perf_counter() - began
+        record = records[i] = Record(sent, request.adapter, len(request.prompt_ids))
+        try:
+            async for ids in submit(i, request):
+                record.times.extend([time.perf_counter() - began] * len(ids))
+                record.ids.extend(ids)
+        except Exception as e:  # noqa: BLE001 - it is the result of this request
+            record.error = f"{type(e).__name__}: {e}"
+
+    if at_once is None:
+
+        async def timed(i: int) -> None:
+            await asyncio.sleep(max(0.0, requests[i].at - (time.perf_counter() - began)))
+            await one(i)
+
+        await asyncio.gather(*(timed(i) for i in range(len(requests))))
+    else:
+        todo = iter(range(len(requests)))
+
+        async def loop() -> None:
+            for i in todo:
+                await one(i)
+
+        await asyncio.gather(*(loop() for _ in range(at_once)))
+    assert all(r is not None for r in records)
+    return [r for r in records if r is not None]

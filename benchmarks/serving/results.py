@@ -1,0 +1,78 @@
+"""All rows of a run, and what they are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.serving.figures import Row, differing
+from benchmarks.serving.floors import MachineRates, ModelSize, decode_step_seconds, prompt_seconds
+from benchmarks.serving.replay import UNKNOWN_ID, Record
+
+OURS = "loray"
+
+
+@dataclass(slots=True)
+class Results:
+    """`records`: of each row's first pass. `transfer_s`: reading one adapter's bytes from the store, the median."""
+
+    machine: Mapping[str, str]
+    rates: MachineRates
+    model: ModelSize
+    transfer_s: float = float("nan")
+    rows: dict[tuple[str, str], Row] = field(default_factory=dict)
+    records: dict[tuple[str, str], Sequence[Record]] = field(default_factory=dict)
+
+    def get(self, case: str, system: str = OURS) -> Row | None:
+        return self.rows.get((case, system))
+
+    def step_floor(self, rows: int, lora_bytes: float = 0.0) -> float:
+        return decode_step_seconds(self.model, self.rates, rows, lora_bytes)
+
+    def prompt_floor(self, num_tokens: int) -> float:
+        return prompt_seconds(self.model, self.rates, num_tokens)
+
+    def isolation(self) -> list[tuple[str, str, float]]:
+        """(label, system, share of requests whose tokens differ between alone and batched)."""
+        return [
+            (label, system, differing(self.records[case, system], self.records[batched, system]))
+            for case, system in self.records
+            if case.endswith(" alone")
+            for label in [case.removesuffix(" alone")]
+            for batched in [f"{label} batched"]
+            if (batched, system) in self.records
+        ]
+
+    def agreement(self) -> list[tuple[str, str, float]]:
+        """(case, peer, share of requests whose first token is ours): whether a peer computes the same models at all."""
+        return [
+            (case, system, sum(a.ids[:1] == b.ids[:1] for a, b in zip(ours, theirs, strict=True)) / len(ours))
+            for (case, system), theirs in self.records.items()
+            if system != OURS and (ours := self.records.get((case, OURS))) and theirs[0].ids[:1] != [UNKNOWN_ID]
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = _without_nan(self._fields())
+        return found
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "machine": dict(self.machine),
+            "bandwidth": self.rates.bandwidth,
+            "bf16_flops": self.rates.flops,
+            "transfer_s": self.transfer_s,
+            "rows": [asdict(row) for row in self.rows.values()],
+            "differing": [{"case": c, "system": s, "share": share} for c, s, share in self.isolation()],
+            "first_tokens_as_ours": [{"case": c, "system": s, "share": share} for c, s, share in self.agreement()],
+        }
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

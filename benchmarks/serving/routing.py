@@ -1,0 +1,153 @@
+"""Routing by adapter against Ray Serve's default router (power of two choices): the same requests over HTTP, to both.
+
+    python -m benchmarks.serving.routing [--replicas 2] [--adapters 20] [--requests 200] [--json FILE]
+
+A cluster of its own on this machine, fresh replicas of SmolLM2-135M for each row, rows in both orders. The adapters
+have rank 8, 16, 32, 64 in turn on q, k, v, o; a replica's pool and its host memory hold 70 % of their bytes. Every
+adapter is asked once, which is not counted; then requests for adapters drawn at random, `--at-once` under way at any
+time: 32 tokens of prompt, 8 new ones, streamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+
+from benchmarks.machine import machine_facts
+from benchmarks.serving.adapters import AdapterSet, write_adapter
+from benchmarks.serving.models import bench_base
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.cli.local_cluster import start_local_cluster, stop_local_cluster
+from loray.cli.processes import free_ports
+from loray.publishing import publish
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from loray.store import AdapterStore, open_store
+
+PROMPT, NEW_TOKENS = "word " * 32, 8
+HELD = 0.7  # of all adapters' bytes, by one replica
+KV_BYTES = 16 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--adapters", type=int, default=20)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder) / "home"
+        settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_LOG_LEVEL": "WARNING"})
+        os.environ.update(settings.to_env())
+        base = bench_base()
+        for i in range(args.adapters):
+            write_adapter(Path(folder) / f"a{i}", base, AdapterSet(args.adapters), i)
+        models = [_publish(settings, base, Path(folder) / f"a{i}") for i in range(args.adapters)]
+        cluster = start_local_cluster(home, num_cpus=args.replicas + 1, env=settings.to_env())
+        try:
+            os.environ.update(cluster.client_env)
+            results = _compare(cluster.gcs_address, models, args)
+        finally:
+            stop_local_cluster(home)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _publish(settings: Settings, base: BaseModel, folder: Path) -> tuple[str, int]:
+    """Its name and bytes."""
+    store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
+    publish(folder, name=folder.name, base=base, store=store, catalog=catalog)
+    return folder.name, catalog.resolve(folder.name).nbytes
+
+
+def _compare(gcs_address: str, models: list[tuple[str, int]], args: argparse.Namespace) -> Any:
+    import ray
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    from serve_apps import app
+
+    port, total = free_ports(1)[0], sum(nbytes for _, nbytes in models)
+    held = int(HELD * total)
+    spec = ServeSpec(num_replicas=args.replicas, pool_bytes=held + KV_BYTES, host_bytes=held, num_threads=1)
+    systems: dict[str, Callable[[], Any]] = {
+        "loray": lambda: app.build(spec.model_dump(mode="json")),
+        "Ray's default": lambda: app.application(spec, RequestRouterConfig()),
+    }
+    facts = machine_facts()
+    click.echo("  ".join(f"{k} {v}" for k, v in facts.items()) + f"  ray {ray.__version__}")
+    click.echo(
+        f"{args.replicas} replicas, {args.adapters} adapters of {total / 1e6:.0f} MB together, "
+        f"{args.requests} requests, {args.at_once} at once"
+    )
+    click.echo(f"{'router':<14}  in pool  on host   loaded  p50 TTFT  p99 TTFT  load before  requests by replica")
+    ray.init(address=gcs_address, log_to_driver=False, logging_level="ERROR")
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    rows = []
+    for name in (*systems, *reversed(systems)):  # twice, in both orders
+        serve.run(systems[name](), name="bench", route_prefix="/bench")
+        load = os.getloadavg()[0]
+        row = _measure(f"http://127.0.0.1:{port}/bench", [model for model, _ in models], args.requests, args.at_once)
+        serve.delete("bench")
+        rows.append({"router": name, "load_before": load} | row)
+        click.echo(
+            f"{name:<14} {row['pool']:>8.1%} {row['host']:>8.1%} {row['miss']:>8.1%} {row['p50'] * 1e3:>6.0f} ms "
+            f"{row['p99'] * 1e3:>6.0f} ms  {load:>11.2f}  {' '.join(map(str, row['served']))}"
+        )
+    ray.shutdown()
+    return {"machine": facts, "adapters": args.adapters, "at_once": args.at_once, "rows": rows}
+
+
+def _measure(url: str, models: Sequence[str], num_requests: int, at_once: int) -> dict[str, Any]:
+    draw = random.Random(0)
+    for model in draw.sample(models, len(models)):
+        _time_to_first_token(url, model)
+    before = _replicas(url)
+    with ThreadPoolExecutor(at_once) as pool:
+        times = list(pool.map(lambda model: _time_to_first_token(url, model), draw.choices(models, k=num_requests)))
+    after = _replicas(url)
+
+    def counts(field: str) -> list[int]:
+        return [now[field] - then[field] for now, then in zip(after, before, strict=True)]
+
+    kinds = {"pool": "num_pool_hits", "host": "num_host_hits", "miss": "num_misses"}
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    shares = {kind: sum(counts(field)) / num_requests for kind, field in kinds.items()}
+    return shares | {"p50": cuts[49], "p99": cuts[98], "served": counts("num_finished")}
+
+
+def _time_to_first_token(url: str, model: str) -> float:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": NEW_TOKENS, "ignore_eos": True, "stream": True}
+    begun = time.perf_counter()
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+        response.raise_for_status()
+        lines = response.iter_lines()
+        next(line for line in lines if line.startswith("data:"))
+        seconds = time.perf_counter() - begun
+        for _ in lines:
+            pass
+    return seconds
+
+
+def _replicas(url: str) -> list[dict[str, Any]]:
+    replicas: list[dict[str, Any]] = httpx.get(f"{url}/status", timeout=30).json()["replicas"]
+    return sorted(replicas, key=lambda r: str(r["replica"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The systems under test, each in processes of its own: ours, transformers + PEFT, vLLM. One entry point for all.
+
+with open_session(system, setting, options, refs) as session:
+    records, work = session.run(requests, at_once)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.serving.cases import EngineOptions
+from benchmarks.serving.results import OURS
+from benchmarks.serving.systems import peft as peft_worker
+from benchmarks.serving.systems.engine import Setup
+from benchmarks.serving.systems.processes import Session, Setting, run_worker, serve_spec
+from benchmarks.serving.systems.server import serve_ours
+from benchmarks.serving.systems.vllm import serve_vllm
+from loray.spec import AdapterRef
+
+
+@contextmanager
+def open_session(
+    system: str, setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]
+) -> Iterator[Session]:
+    """`refs`: the adapters that requests may name, by index. SystemExit with the end of its log where it fails."""
+    if system == OURS:
+        with _engine(setting, options, refs) as session:
+            yield session
+    elif system in ("peft", "peft-bf16"):
+        with _peft(system, setting, refs) as session:
+            yield session
+    elif system == "loray-http":
+        with serve_ours(setting, options, refs) as session:
+            yield session
+    elif system == "vllm":
+        with serve_vllm(setting, options, refs) as session:
+            yield session
+    else:
+        raise SystemExit(f"unknown system {system!r}; known are {OURS}, loray-http, peft, peft-bf16, vllm")
+
+
+@contextmanager
+def _engine(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+    home = Path(tempfile.mkdtemp(prefix="node-", dir=setting.folder))
+    spec = serve_spec(setting, options)
+    setup = Setup(
+        spec=spec,
+        refs=tuple(refs),
+        store=setting.library.url,
+        catalog=setting.library.catalog_url,
+        home=home,
+        folder=setting.folder,
+        ablation=options.ablation,
+        kv_share=options.kv_bytes(setting.base.config) / spec.pool_bytes,
+    )
+    command = [sys.executable, "-m", "benchmarks.serving.systems.engine"]
+    try:
+        with run_worker(OURS, command, setup.to_json(), setting) as session:
+            yield session
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def _peft(system: str, setting: Setting, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+    """As PEFT comes, with adapters in fp32 whatever the base; peft-bf16: in the base's dtype, as few ask for."""
+    adapters = [str(folder) for folder in setting.library.fetch(list(refs))]
+    setup = {"model": str(setting.base.path), "adapters": adapters, "autocast_adapter_dtype": system == "peft"}
+    command = [setting.pythons[system], str(Path(peft_worker.__file__))]
+    with run_worker(system, command, json.dumps(setup), setting) as session:
+        yield session

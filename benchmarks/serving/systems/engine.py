@@ -1,0 +1,170 @@
+"""An engine in a process of its own: a description comes in, then passes; a line of JSON goes out for each.
+
+    python -m benchmarks.serving.systems.engine < lines of JSON
+
+First line: fields of Setup. Then one line for each pass: {"requests": [...], "at_once": N or null}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from benchmarks.serving.models import NoTokenizer, bench_base, random_tensors
+from benchmarks.serving.replay import replay
+from benchmarks.serving.workload import TimedRequest
+from loray.settings import Settings
+from loray.spec import AdapterRef, SamplingParams, ServeSpec
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from loray.bases.registry import BaseModel
+    from loray.engine.engine import Engine
+    from loray.engine.stream import Delta, EngineStream
+
+
+@dataclass(frozen=True)
+class Setup:
+    """`home`: an empty folder for this engine's node cache; `folder`: the benchmark's. `kv_share`: see ablations."""
+
+    spec: ServeSpec
+    refs: tuple[AdapterRef, ...]
+    store: str
+    catalog: str
+    home: Path
+    folder: Path
+    ablation: str | None
+    kv_share: float
+
+    def to_json(self) -> str:
+        paths = {"home": str(self.home), "folder": str(self.folder)}
+        spec = self.spec.model_dump(mode="json")
+        return json.dumps(
+            asdict(replace(self, refs=())) | paths | {"spec": spec, "refs": [_dump(r) for r in self.refs]}
+        )
+
+    @classmethod
+    def from_json(cls, line: str) -> Setup:
+        raw = json.loads(line)
+        raw["spec"] = ServeSpec(**raw["spec"])
+        raw["refs"] = tuple(AdapterRef(**ref) for ref in raw["refs"])
+        return cls(**raw | {name: Path(raw[name]) for name in ("home", "folder")})
+
+
+class EngineSession:
+    """The engine of a setup, its thread running; passes one after the other."""
+
+    def __init__(self, setup: Setup) -> None:
+        from benchmarks.serving.ablations import ablate
+        from benchmarks.serving.recorder import EngineRecorder
+        from loray.engine.stream import EngineStream
+        from serve_apps.replica import freeze_garbage
+
+        base = bench_base(setup.spec.base, setup.folder)
+        self._refs, self._num = setup.refs, 0
+        self._engine = build(setup, base)
+        ablate(self._engine, setup.ablation, setup.kv_share)
+        self._recorder = EngineRecorder(self._engine)
+        self._stream: EngineStream = EngineStream(self._engine, _tokenizer(base))
+        self._stream.start()
+        freeze_garbage()
+
+    def run(self, requests: list[TimedRequest], at_once: int | None) -> dict[str, Any]:
+        """Records and the engine's work of one pass. AssertionError where its books do not balance afterwards."""
+        from benchmarks.serving.figures import engine_work
+
+        self._recorder.steps, placed = [], self._recorder.placed_bytes
+        before = self._ask(self._engine.stats)
+        records = asyncio.run(replay(requests, at_once, self._submit))
+        self._stream.check_health()
+        after = self._ask(self._engine.stats)
+        self._ask(self._engine.check_integrity)
+        work = engine_work(self._recorder.steps, self._recorder.placed_bytes - placed, before, after)
+        return {"records": [r.to_dict() for r in records], "work": asdict(work)}
+
+    def close(self) -> None:
+        self._stream.stop()
+
+    async def _submit(self, index: int, request: TimedRequest) -> AsyncIterator[list[int]]:
+        from loray.engine.request import GenerateRequest
+
+        self._num += 1
+        params = SamplingParams(max_tokens=request.max_tokens, temperature=0, ignore_eos=True)
+        ref = None if request.adapter is None else self._refs[request.adapter]
+        stream = self._stream.generate(GenerateRequest(str(self._num), request.prompt_ids, params, ref))
+        async with aclosing(cast("AsyncGenerator[Delta, None]", stream)) as deltas:
+            async for delta in deltas:
+                yield list(delta.token_ids)
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """In the engine's thread, between two steps."""
+        answer: Future[Any] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(question())
+            except Exception as e:  # noqa: BLE001 - raised where it was asked
+                answer.set_exception(e)
+
+        self._stream._post(ask)
+        return answer.result()
+
+
+def build(setup: Setup, base: BaseModel) -> Engine:
+    """With the product's own loader: store, node cache, host memory."""
+    import torch
+
+    from loray.engine.engine import build_engine
+    from serve_apps.replica import adapter_loader
+
+    spec = setup.spec
+    settings = Settings(setup.home, setup.store, setup.catalog, address=None, log_level="WARNING")
+    load = adapter_loader(base, settings)
+    if base.source == "random":
+        tensors = random_tensors(base.config, torch.device(spec.device), getattr(torch, spec.dtype))
+        return build_engine(spec, base, load, tensors)
+    return build_engine(spec, base, load)
+
+
+def _tokenizer(base: BaseModel) -> Any:
+    if base.source == "random":
+        return NoTokenizer()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(base.path))
+
+
+def _dump(ref: AdapterRef) -> dict[str, Any]:
+    return ref.model_dump(mode="json")
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w")  # ours alone: whatever else prints goes to stderr
+    os.dup2(2, 1)
+
+    def answer(line: dict[str, Any]) -> None:
+        out.write(json.dumps(line) + "\n")
+        out.flush()
+
+    began = time.perf_counter()
+    session = EngineSession(Setup.from_json(sys.stdin.readline()))
+    answer({"start_s": time.perf_counter() - began})
+    for line in sys.stdin:
+        job = json.loads(line)
+        requests = [TimedRequest(at, adapter, tuple(ids), n) for at, adapter, ids, n in job["requests"]]
+        answer(session.run(requests, job["at_once"]))
+    session.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""vLLM's OpenAI server from an environment of its own, asked over HTTP with prompts of token ids.
+
+A peer as its documentation would run it on this machine: prefix caching off, because other systems' is not measured
+here; `max_loras` as many adapters as may run at once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from benchmarks.serving.cases import EngineOptions
+from benchmarks.serving.systems.processes import Session, Setting, run_process, tail
+from benchmarks.serving.systems.server import OpenAiSession
+from loray.cli.processes import free_ports
+from loray.spec import AdapterRef
+
+_OPTIONS = {"return_token_ids": True}
+_START_S = 900.0
+_PRELOADED = ("libtcmalloc*.so*", "libiomp5.so")
+_RANKS = (8, 16, 32, 64, 128, 256)  # that it has kernels for
+_LIBRARIES = (Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"))
+
+
+@contextmanager
+def serve_vllm(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+    """The server with these adapters registered from folders, ready."""
+    port = free_ports(1)[0]
+    url, python = f"http://127.0.0.1:{port}", setting.pythons["vllm"]
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model", str(setting.base.path), "--served-model-name", setting.base.name, "--dtype", "bfloat16"]
+    command += ["--max-num-seqs", str(options.max_num_seqs), "--no-enable-prefix-caching"]
+    command += ["--max-num-batched-tokens", str(max(4096, options.max_num_batched_tokens)), "--max-model-len", "4096"]
+    if setting.base.source == "random":
+        command += ["--load-format", "dummy", "--skip-tokenizer-init"]
+    adapters, names = options.adapters, [ref.name for ref in refs]
+    if adapters is not None and refs:
+        folders = setting.library.fetch(list(refs))
+        command += ["--enable-lora", "--max-lora-rank", str(min(r for r in _RANKS if r >= max(adapters.ranks)))]
+        command += ["--max-loras", str(min(options.max_num_seqs, len(refs))), "--max-cpu-loras", str(len(refs))]
+        command += ["--lora-target-modules", *adapters.modules]
+        command += ["--lora-modules", *(f"{n}={f}" for n, f in zip(names, folders, strict=True))]
+    with run_process("vllm", command, setting, env=_environment(setting)) as (process, log):
+        began = time.perf_counter()
+        _wait(url, process, log)
+        yield OpenAiSession(url, setting.base.name, names, process.pid, time.perf_counter() - began, _OPTIONS)
+
+
+def _environment(setting: Setting) -> Mapping[str, str]:
+    env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if setting.device != "cpu":
+        return env
+    own = Path(setting.pythons["vllm"]).parent.parent / "lib"
+    preload = [str(found) for pattern in _PRELOADED if (found := _find(pattern, own)) is not None]
+    return env | {
+        "LD_PRELOAD": ":".join(preload),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{setting.num_threads - 1}",
+    }
+
+
+def _find(pattern: str, own: Path) -> Path | None:
+    """In the environment itself first, then the system's."""
+    candidates = [*sorted(own.rglob(pattern)), *(p for folder in _LIBRARIES for p in sorted(folder.glob(pattern)))]
+    return candidates[0] if candidates else None
+
+
+def _wait(url: str, process: subprocess.Popen[str], log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise SystemExit(f"vllm ended with code {process.returncode}:\n{tail(log)}")
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise SystemExit(f"vllm did not answer within {_START_S:.0f} s:\n{tail(log)}")

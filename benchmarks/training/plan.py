@@ -1,0 +1,97 @@
+"""Plans beside what is measured: memory, halo bytes and time of SmolLM2's training steps on this machine.
+
+    python -m benchmarks.training.plan [--tokens 2048 4096 8192] [--adapters lora longlora] [--checkpointing no yes]
+                              [--sequence 1 2] [--strategy ddp] [--json FILE]
+
+Each worker of a case trains for some steps in a process of its own, as those of `loray train` do. Memory is the peak
+of its resident set in these steps (VmHWM), less what interpreter and libraries hold before a model is there (VmRSS): of
+the worker that holds most. Halo bytes are counted at the collective, of the worker that sends most in a step. Time is
+the quickest step's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks import processes as workers
+from benchmarks.machine import load_average
+from benchmarks.training.steps import Case, Measured, measure
+from loray.bases.registry import add_base
+from loray.planning.devices import HostRates, host
+from loray.planning.plan import Plan, make_plan
+from loray.planning.run import run_of
+
+_COLUMNS = (
+    f"{'case':<32} {'peak MB':>8} {'planned':>8} {'off':>5}  {'halo MB':>8} {'planned':>8}  "
+    f"{'step s':>7} {'planned':>8} {'off':>5}  load"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--adapters", choices=["lora", "longlora"], nargs="+", default=["lora", "longlora"])
+    parser.add_argument("--checkpointing", choices=["no", "yes"], nargs="+", default=["no", "yes"])
+    parser.add_argument("--sequence", type=int, nargs="+", default=[1], help="P; more than 1 for longlora alone")
+    parser.add_argument("--strategy", choices=["ddp", "zero2", "zero3", "fsdp2"], default="ddp")
+    parser.add_argument("--steps", type=int, default=2, help="of each case")
+    parser.add_argument("--home", type=Path, default=Path(".cache/loray-home"), help="of the base model")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    base, rates = add_base("smollm2", home=args.home.absolute()), measured_rates()
+    products, s2, dense = (x / 1e9 for x in (rates.flops, rates.attention_flops, rates.dense_attention_flops))
+    click.echo(
+        f"{os.cpu_count()} cores: bf16 products {products:.0f} GFLOP/s, S2-Attn {s2:.0f}, dense attention {dense:.0f}; "
+        f"memory {rates.bandwidth / 1e9:.0f} GB/s"
+    )
+    click.echo(_COLUMNS)
+    rows = []
+    for tokens, adapter, checkpointing, sequence in itertools.product(
+        args.tokens, args.adapters, args.checkpointing, args.sequence
+    ):
+        if sequence > 1 and adapter == "lora":
+            continue
+        case = Case(tokens, adapter, checkpointing == "yes", sequence, args.strategy)
+        load = load_average()
+        measured = measure(case, base, args.steps)
+        plan = make_plan(run_of(case.recipe, base.config), host(rates, sequence))
+        rows.append(asdict(case) | asdict(measured) | {"load": load} | _planned(plan))
+        click.echo(_line(case, measured, plan, load))
+    if args.json:
+        args.json.write_text(json.dumps({"rates": asdict(rates), "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def measured_rates() -> HostRates:
+    """In a process of its own, as `loray plan` has them."""
+    (rates,) = workers.run([["loray.train.rates"]])
+    return HostRates(**rates)
+
+
+def _planned(plan: Plan) -> dict[str, Any]:
+    return {
+        "planned_peak_bytes": plan.memory.peak_bytes,
+        "planned_halo_bytes": plan.traffic.halo_bytes,
+        "planned_step_s": plan.time.step_s,
+        "dominant": plan.memory.dominant.name,
+    }
+
+
+def _line(case: Case, measured: Measured, plan: Plan, load: float) -> str:
+    peak, halo, time = plan.memory.peak_bytes, plan.traffic.halo_bytes, plan.time.step_s
+    return (
+        f"{case.label:<32} {measured.peak_bytes / 1e6:>8.0f} {peak / 1e6:>8.0f} {peak / measured.peak_bytes - 1:>+5.0%}"
+        f"  {measured.halo_bytes / 1e6:>8.3f} {halo / 1e6:>8.3f}"
+        f"  {measured.step_s:>7.1f} {time:>8.1f} {time / measured.step_s - 1:>+5.0%}  {load:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

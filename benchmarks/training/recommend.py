@@ -1,0 +1,78 @@
+"""What `loray recommend` estimates beside what is measured: memory and time of a training step, bytes of an adapter.
+
+    python -m benchmarks.training.recommend [--context-length 2048] [--steps 2] [--json FILE]
+
+Each method with its default settings on SmolLM2 trains for some steps in a process of its own; memory is measured as
+`benchmarks.training.plan` does. Bytes are those of the weights' file that the trained model is published as.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import click
+
+from benchmarks.training.plan import measured_rates
+from benchmarks.training.steps import Measured, measure_recipe
+from loray.advice.estimates import Estimate, candidates, estimate_methods, recipe_of
+from loray.advice.scorecard import Answers
+from loray.bases.registry import BaseModel, add_base
+from loray.planning.devices import host
+from loray.settings import Settings
+from loray.spec import TrainSpec
+
+_COLUMNS = (
+    f"{'method':<10} {'settings':<38} {'peak MB':>8} {'estimate':>9} {'off':>5}  "
+    f"{'file MB':>8} {'estimate':>9} {'off':>5}  {'step s':>7} {'estimate':>9} {'off':>5}"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context-length", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=2, help="of each method")
+    parser.add_argument("--home", type=Path, default=Settings.from_env().home, help="of the base model")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    base = add_base("smollm2", home=args.home.absolute())
+    device = host(measured_rates(), 1)
+    answers = Answers(args.context_length, 1)
+    click.echo(_COLUMNS)
+    rows = []
+    adapters = dict(candidates(args.context_length, base.config))
+    for estimate in estimate_methods(answers, base.config, device):
+        recipe = recipe_of(adapters[estimate.method], args.context_length, checkpointing=estimate.checkpointing)
+        found, nbytes = measure_recipe(recipe, base, args.steps), file_bytes(recipe, base)
+        rows.append(asdict(estimate) | {"measured": asdict(found) | {"file_bytes": nbytes}})
+        click.echo(_line(estimate, found, nbytes))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def file_bytes(recipe: TrainSpec, base: BaseModel) -> int:
+    """Of the weights' file of a model with the recipe's adapter, saved as a run's checkpoints are."""
+    from loray.adapters.export import save_adapter
+    from loray.train.model import build_model
+
+    model = build_model(base, recipe)
+    with TemporaryDirectory() as folder:
+        save_adapter(model, recipe.adapter, Path(folder) / "adapter")
+        return (Path(folder) / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def _line(estimate: Estimate, found: Measured, nbytes: int) -> str:
+    pairs = (
+        (found.peak_bytes / 1e6, (estimate.training_bytes or 0) / 1e6, "8.0f", "9.0f"),
+        (nbytes / 1e6, estimate.adapter_bytes / 1e6, "8.2f", "9.2f"),
+        (found.step_s, estimate.step_s or 0.0, "7.1f", "9.1f"),
+    )
+    cells = (f"{is_:{a}} {planned:{b}} {planned / is_ - 1:>+5.0%}" for is_, planned, a, b in pairs)
+    return f"{estimate.method:<10} {estimate.settings:<38} " + "  ".join(cells)
+
+
+if __name__ == "__main__":
+    main()

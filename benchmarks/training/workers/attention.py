@@ -1,0 +1,82 @@
+"""S2-Attn and dense attention, forward and backward, taking turns in one process; prints seconds as JSON.
+
+    python -m benchmarks.training.workers.attention NUM_TOKENS GROUP_SIZE NUM_HEADS NUM_KV_HEADS HEAD_DIM REPEATS
+
+Tensors are bf16 and lie as transformers' models have them: (rows, positions, heads, width) in memory. Every dense
+variant is tried once; the fastest, and S2-Attn, REPEATS times more. A time during which other processes were busy is
+taken again, up to four times; of five such the quickest counts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import watch
+from benchmarks.training.dense import VARIANTS
+from loray.train import s2_attention
+
+_WARM_UP = 512  # tokens
+_ATTEMPTS = 5
+_QUIET = 0.1  # processors that others keep busy
+
+
+class Seconds(NamedTuple):
+    forward: float
+    backward: float
+
+
+def main(tokens: int, group_size: int, heads: int, kv_heads: int, width: int, repeats: int) -> dict[str, object]:
+    torch.manual_seed(0)
+
+    def s2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return s2_attention(q, k, v, group_size=min(group_size, q.shape[2] // 2))
+
+    for attend in (s2, *VARIANTS.values()):
+        _time(attend, *_tensors(min(tokens, _WARM_UP), heads, kv_heads, width))
+    tensors = _tensors(tokens, heads, kv_heads, width)
+    _time(s2, *tensors)
+    dense = {name: [_undisturbed(attend, *tensors)] for name, attend in VARIANTS.items()}
+    fastest = min(dense, key=lambda name: sum(dense[name][0]))
+    found = []
+    for _ in range(repeats):
+        found.append(_undisturbed(s2, *tensors))
+        dense[fastest].append(_undisturbed(VARIANTS[fastest], *tensors))
+        found.append(_undisturbed(s2, *tensors))
+    return {"s2": found, "dense": dense, "fastest": fastest}
+
+
+def _tensors(tokens: int, heads: int, kv_heads: int, width: int) -> tuple[Tensor, ...]:
+    """q, k, v and the gradient of the output, (1, heads, tokens, width)."""
+    return tuple(
+        torch.randn(1, tokens, n, width).to(torch.bfloat16).transpose(1, 2) for n in (heads, kv_heads, kv_heads, heads)
+    )
+
+
+def _undisturbed(attend: Callable[[Tensor, Tensor, Tensor], Tensor], *tensors: Tensor) -> Seconds:
+    found = []
+    for _ in range(_ATTEMPTS):
+        with watch() as disturbance:
+            found.append(_time(attend, *tensors))
+        if disturbance.cores < _QUIET:
+            return found[-1]
+    return min(found, key=sum)
+
+
+def _time(attend: Callable[[Tensor, Tensor, Tensor], Tensor], *tensors: Tensor) -> Seconds:
+    q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+    began = time.perf_counter()
+    out = attend(q, k, v)
+    between = time.perf_counter()
+    torch.autograd.grad(out, (q, k, v), tensors[3])
+    return Seconds(between - began, time.perf_counter() - between)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(*map(int, sys.argv[1:]))) + "\n")

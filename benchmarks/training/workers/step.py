@@ -1,0 +1,108 @@
+"""One worker of a recipe in a process of its own: steps on random tokens; prints what they took as JSON.
+
+    python -m benchmarks.training.workers.step HOME RECIPE_JSON NUM_STEPS [--dense] [--tensors] [--rendezvous FILE --rank RANK]
+
+The workers of a recipe find each other in FILE, over gloo. The first step is over a short row and not counted: with it
+gradients, moments and the buffers of libraries are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.machine import forget_peak, peak_bytes, resident_bytes
+from benchmarks.training import dense
+from loray.bases.registry import get_base
+from loray.planning.run import run_of
+from loray.spec import TrainSpec
+from loray.train.batches import Batch, collate
+from loray.train.examples import pack_rows
+from loray.train.loss import Objective
+from loray.train.mesh import Mesh
+from loray.train.model import build_model
+from loray.train.strategies import prepare
+
+_SHORT_ROW = 64  # tokens of a rank
+
+
+def main(
+    home: Path, spec: TrainSpec, num_steps: int, *, is_dense: bool = False, watch_tensors: bool = False
+) -> dict[str, float]:
+    """peak_bytes: resident, above what interpreter and libraries held; activation_bytes: the most that tensors took in
+    one more step, above what was there before it.
+    """
+    base, device = get_base(home, spec.base), torch.device("cpu")
+    run = run_of(spec, base.config)
+    mesh = Mesh.build(spec.parallel.sequence, device)
+    before = resident_bytes()
+    model = build_model(base, spec).train()
+    if is_dense:
+        model.set_attn_implementation(dense.ATTENTION)
+    strategy = prepare(Objective(model), spec, mesh.world, device)
+
+    def step(batch: Batch) -> float:
+        began = time.perf_counter()
+        with mesh.part(batch) as part:
+            strategy.forward_backward(part, divisor=batch.num_targets, last=True)
+        strategy.step(spec.optimizer.learning_rate)
+        return time.perf_counter() - began
+
+    vocab_size, traffic = run.model.vocab_size, mesh.sequence.traffic
+    step(_batch(vocab_size, run.num_rows, min(run.row_length, _SHORT_ROW * spec.parallel.sequence)))
+    sent = traffic.forward_bytes + traffic.backward_bytes
+    forget_peak()
+    batch = _batch(vocab_size, run.num_rows, run.row_length)
+    seconds = [step(batch) for _ in range(num_steps)]
+    measured = {
+        "peak_bytes": peak_bytes() - before,
+        "step_s": min(seconds),
+        "halo_bytes": (traffic.forward_bytes + traffic.backward_bytes - sent) // num_steps,
+    }
+    return measured | {"activation_bytes": peak_of_tensors(lambda: step(batch)) if watch_tensors else 0}
+
+
+def peak_of_tensors(work: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator had given out during `work` above what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as found:
+        work()
+    events = found.profiler.kineto_results.events()
+    live = itertools.accumulate(int(event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(0, *live)
+
+
+def _batch(vocab_size: int, num_rows: int, row_length: int) -> Batch:
+    ids = np.random.default_rng(0).integers(0, vocab_size, (num_rows, row_length))
+    rows = pack_rows([(row, np.ones(len(row), np.bool_)) for row in ids])
+    return collate(rows, tuple((i,) for i in range(num_rows)), packed=False)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("home", type=Path)
+    parser.add_argument("recipe", type=TrainSpec.model_validate_json)
+    parser.add_argument("num_steps", type=int)
+    parser.add_argument("--dense", action="store_true", help="the recipe, but dense attention")
+    parser.add_argument("--tensors", action="store_true", help="one more step, whose tensors are watched")
+    parser.add_argument("--rendezvous")
+    parser.add_argument("--rank", type=int)
+    args = parser.parse_args()
+    if args.rendezvous:
+        os.environ["LOCAL_RANK"] = str(args.rank)  # DeepSpeed asks for it
+        where = f"file://{args.rendezvous}"
+        dist.init_process_group("gloo", init_method=where, rank=args.rank, world_size=args.recipe.num_workers)
+    measured = main(args.home, args.recipe, args.num_steps, is_dense=args.dense, watch_tensors=args.tensors)
+    sys.stdout.write(json.dumps(measured) + "\n")
+    if args.rendezvous:
+        dist.destroy_process_group()

@@ -1,0 +1,47 @@
+"""One rank of one attention layer over a sequence group; prints the bytes that it sends in the forward pass, as JSON.
+
+    python -m benchmarks.training.workers.traffic RENDEZVOUS RANK NUM_RANKS NUM_TOKENS GROUP_SIZE
+
+A row of bf16, in Llama's shape but smaller: 8 query heads, 4 key-value heads (which split over 2 and 4 ranks, as
+Ulysses needs), 64 wide.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.training.peers import ring, ulysses
+from loray.train.sequence import SequenceGroup
+from loray.train.sequence.attention import attend_shard
+from loray.train.sequence.cuts import shard_cuts
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 64
+
+
+def main(group: SequenceGroup, num_tokens: int, group_size: int) -> dict[str, int]:
+    length = num_tokens // group.size
+    q, k, v = (
+        torch.randn(1, heads, length, HEAD_DIM, dtype=torch.bfloat16)
+        for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+    )
+    cuts = shard_cuts(torch.zeros(1, num_tokens, dtype=torch.long), group, group_size)
+    attend_shard(q, k, v, cuts, layer=0)
+    return {
+        "halo": group.traffic.forward_bytes,
+        "ulysses": ulysses(q, k, v, group).sent_bytes,
+        "ring": ring(q, k, v, group).sent_bytes,
+    }
+
+
+if __name__ == "__main__":
+    rendezvous, *numbers = sys.argv[1:]
+    rank, num_ranks, num_tokens, group_size = map(int, numbers)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_ranks)
+    assert dist.group.WORLD is not None
+    measured = main(SequenceGroup.of(dist.group.WORLD), num_tokens, group_size)
+    sys.stdout.write(json.dumps(measured) + "\n")
+    dist.destroy_process_group()

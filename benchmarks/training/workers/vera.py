@@ -1,0 +1,117 @@
+"""Training steps of VeRA, ours and PEFT's, taking turns in one process on the same batches; prints JSON.
+
+    python -m benchmarks.training.workers.vera HOME BASE NUM_TOKENS RANK REPEATS
+
+    ours        loray's modules and masters, all bf16 but the fp32 masters
+    peft        PEFT's VeRA as it comes: on a bf16 base its pair and its vectors are fp32
+    peft-bf16   held in bf16, pair and vectors (`autocast_adapter_dtype=False`)
+
+All linear modules of the base, one row. All three have the same vectors at the start, loss, clipping and AdamW; so
+only the modules differ, and what keeps the trained vectors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import VeraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from loray.bases.registry import BaseModel, get_base
+from loray.spec import LINEAR_MODULES, TrainSpec
+from loray.train.batches import Batch, collate
+from loray.train.examples import pack_rows
+from loray.train.loss import Objective, batch_loss
+from loray.train.mesh import Mesh
+from loray.train.model import build_model
+from loray.train.strategies import prepare
+
+_RATE = 4e-3  # the paper's for instruction tuning
+
+Step = Callable[[Batch], float]  # → the mean loss before it
+
+
+def main(home: Path, name: str, num_tokens: int, rank: int, repeats: int) -> dict[str, Any]:
+    """→ for each system: seconds of each step, and losses. The first step of each warms up."""
+    base = get_base(home, name)
+    steps = {
+        "ours": _ours(base, num_tokens, rank),
+        "peft": _pefts(base, rank, in_bf16=False),
+        "peft-bf16": _pefts(base, rank, in_bf16=True),
+    }
+    seconds: dict[str, list[float]] = {system: [] for system in steps}
+    losses: dict[str, list[float]] = {system: [] for system in steps}
+    for i in range(repeats + 1):
+        batch = _batch(base.config.vocab_size, num_tokens, seed=i)
+        for system, step in steps.items():
+            began = time.perf_counter()
+            losses[system].append(step(batch))
+            if i:
+                seconds[system].append(time.perf_counter() - began)
+    return {"seconds": seconds, "losses": losses}
+
+
+def _ours(base: BaseModel, num_tokens: int, rank: int) -> Step:
+    spec = TrainSpec.model_validate(
+        {
+            "name": "bench",
+            "base": base.name,
+            "adapter": {"method": "vera", "rank": rank, "target_modules": LINEAR_MODULES},
+            "data": {"train": "unused", "max_length": num_tokens},
+            "batch": {"rows": 1},
+            "optimizer": {"learning_rate": _RATE},
+            "max_steps": 1,
+        }
+    )
+    mesh = Mesh.build(1, torch.device("cpu"))
+    strategy = prepare(Objective(build_model(base, spec).train()), spec, mesh.world, torch.device("cpu"))
+
+    def step(batch: Batch) -> float:
+        loss = strategy.forward_backward(batch, divisor=batch.num_targets, last=True)
+        strategy.step(_RATE)
+        return loss / batch.num_targets
+
+    return step
+
+
+def _pefts(base: BaseModel, rank: int, *, in_bf16: bool) -> Step:
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = VeraConfig(r=rank, target_modules=list(LINEAR_MODULES), projection_prng_key=0, save_projection=False)
+        wrapped = get_peft_model(plain, config, autocast_adapter_dtype=not in_bf16)
+    if in_bf16:
+        wrapped.to(torch.bfloat16)
+    model: Any = wrapped.base_model.model.train()
+    trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=_RATE, weight_decay=0.0)
+
+    def step(batch: Batch) -> float:
+        adam.zero_grad()
+        loss = batch_loss(model, batch).total / batch.num_targets
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+        return float(loss.detach())
+
+    return step
+
+
+def _batch(vocab_size: int, num_tokens: int, seed: int) -> Batch:
+    """Tokens whose frequencies are like those of text, so that there is something to learn."""
+    ids = np.random.default_rng(seed).zipf(1.3, num_tokens) % vocab_size
+    return collate(pack_rows([(ids, np.ones(num_tokens, np.bool_))]), ((0,),), packed=False)
+
+
+if __name__ == "__main__":
+    home, name, *numbers = sys.argv[1:]
+    sys.stdout.write(json.dumps(main(Path(home), name, *map(int, numbers))) + "\n")
