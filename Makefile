@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-cluster test-rest check format bench bench-serve bench-train bench-quality clean
 
 demo: .venv/.ready
-	$(BIN)/python infra/local/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
+	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
 # The cluster's tests mostly wait; the others take what they leave of two cores. The output comes when a half has ended.
 test: .venv/.ready
