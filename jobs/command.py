@@ -16,9 +16,9 @@ from typing import Any
 import click
 from rich.console import Console
 
-from jobs import submission
-from jobs.events import describe
-from jobs.progress import RunView
+from jobs.events.messages import describe
+from jobs.events.terminal import RunView
+from jobs.submission.submission import submission
 from loray.errors import LorayError
 from loray.locations import is_this_machine
 from loray.recipe import Recipe, load_recipe

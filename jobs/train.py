@@ -1,7 +1,7 @@
 """The training driver: `python -m jobs.train RECIPE`, alone or as a Ray job.
 
 Checks everything, starts Ray Train's workers, follows them, publishes the best checkpoint, and tells the catalog how
-the job ended. Where runs lie, `jobs.runs` says.
+the job ended. Where runs lie, `jobs.runs.folders` says.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import click
 import ray
 from ray.train import TrainingFailedError
 
-from jobs import events, worker
-from jobs.events import EventTail
-from jobs.prepare import Prepared, prepare
-from jobs.publication import already_published, publish_best
-from jobs.record import Interrupted, Interrupts, JobRecord, recorded
-from jobs.runs import RunFolder, open_runs
-from jobs.sink import start_sink
-from jobs.tensorboard import Board
-from jobs.trainer import build_trainer
+from jobs.driver.prepare import Prepared, prepare
+from jobs.driver.publication import already_published, publish_best
+from jobs.driver.record import Interrupted, Interrupts, JobRecord, recorded
+from jobs.driver.trainer import build_trainer
+from jobs.events.messages import EventTail
+from jobs.events.messages import messages as events
+from jobs.events.sink import start_sink
+from jobs.events.tensorboard import Board
+from jobs.runs.folders import RunFolder, open_runs
+from jobs.workers import worker
 from loray.catalog import Catalog
 from loray.errors import CatalogError, EvaluationError, LorayError, SpecError, StoreError, TrainingError
 from loray.recipe import Recipe, load_recipe

@@ -43,9 +43,9 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _app() -> FastAPI:
+    from jobs.submission.server import RayJobServer
     from loray.telemetry import configure_logging
     from serve_apps.api.placement import ServePlacements
-    from serve_apps.api.ray_jobs import RayJobServer
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Path, Query
 
+from jobs.submission.ledger import JobServer, Training
 from loray.catalog import Catalog
 from loray.errors import CatalogError, LorayError
 from loray.settings import Settings
 from loray.spec import Alias, Name
 from loray.store import AdapterStore, open_store
-from serve_apps.api.training import JobServer, Training
 
 ACTOR = "api"
 _RETRY_S = 1.0  # after a catalog that could not be opened; as long as the answer's Retry-After

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from jobs.events import decode
+from jobs.events.messages import decode
 from loray.adapters.manifest import verify_folder
 from loray.bases.registry import BaseModel
 from loray.engine.engine import build_engine

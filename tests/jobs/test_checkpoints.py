@@ -18,7 +18,7 @@ from pyarrow import fs as pafs
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from jobs.checkpoints import CheckpointUploads
+from jobs.workers.checkpoints import CheckpointUploads
 from loray.errors import TrainingError
 from loray.spec import TrainSpec
 from loray.train.checkpoint import RunState

@@ -16,13 +16,15 @@ from click.testing import CliRunner
 from ray.job_submission import JobStatus
 from ray.train import Checkpoint
 
-from jobs import command, submission, worker
+from jobs import command
 from jobs import train as driver
-from jobs.checkpoints import score
-from jobs.events import decode
-from jobs.prepare import prepare
-from jobs.publication import already_published, best, publish_best
-from jobs.runs import RunFolder, open_runs
+from jobs.driver.prepare import prepare
+from jobs.driver.publication import already_published, best, publish_best
+from jobs.events.messages import decode
+from jobs.runs.folders import RunFolder, open_runs
+from jobs.submission.submission import submission
+from jobs.workers import worker
+from jobs.workers.checkpoints import score
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, ConflictError, LorayError, SpecError, StoreError
@@ -161,7 +163,7 @@ def test_a_store_that_goes_away_leaves_a_checkpoint_to_publish(
         def gone(url: str) -> None:
             raise StoreError("connection refused")
 
-        patch.setattr("jobs.publication.open_store", gone)
+        patch.setattr("jobs.driver.publication.open_store", gone)
         with pytest.raises(StoreError, match=r"refused; training is complete: .*recipe\.yaml --publish-checkpoint"):
             driver._publish(made, run, recipe, settings, print)
     catalog, events = Catalog(settings.catalog), list[dict[str, Any]]()

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from jobs import evaluation
-from jobs.events import decode, describe
-from jobs.prepare import prepare
-from jobs.publication import publish_best
+from jobs.driver import evaluation
+from jobs.driver.prepare import prepare
+from jobs.driver.publication import publish_best
+from jobs.events.messages import decode, describe
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.catalog.gate import failures

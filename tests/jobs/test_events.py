@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.events import EventTail, decode, describe, duration, encode
-from jobs.progress import RunView
+from jobs.events.messages import EventTail, decode, describe, duration, encode
+from jobs.events.terminal import RunView
 
 START: dict[str, Any] = {
     "event": "start",

@@ -13,9 +13,9 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
-from jobs import placement
-from jobs.elastic import WholeGroupScaling
-from jobs.placement import WholeGroups, place, straddling, straddling_warning
+from jobs.workers import placement
+from jobs.workers.elastic import WholeGroupScaling
+from jobs.workers.placement import WholeGroups, place, straddling, straddling_warning
 
 
 def ranks(nodes: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jobs.bases import ensure_base
-from jobs.prepare import prepare, row_length
+from jobs.driver.prepare import prepare, row_length
 from loray.bases.registry import BaseModel, add_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError, UnsupportedError
 from loray.recipe import Recipe, load_recipe, shipped

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.record import Interrupted, Interrupts, recorded
+from jobs.driver.record import Interrupted, Interrupts, recorded
 from loray.catalog import Catalog
 from loray.errors import CatalogError, TrainingError
 from loray.spec import TrainSpec

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
-from jobs import gauges as gauges_module
-from jobs.gauges import TrainingGauges, Utilisation
-from jobs.reporter import RayReporter
-from jobs.tensorboard import Board
+from jobs.events.tensorboard import Board
+from jobs.workers import gauges as gauges_module
+from jobs.workers.gauges import TrainingGauges, Utilisation
+from jobs.workers.reporter import RayReporter
 from loray.telemetry import TRAINING_METRICS
 from loray.train.mesh import World
 from tests.jobs.test_events import START, step

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import ray
 
-from jobs import rows as shared_rows
-from jobs.rows import SharedRows, share
+from jobs.workers import rows as shared_rows
+from jobs.workers.rows import SharedRows, share
 from loray.spec import BatchSpec
 from loray.train.batches import Batch, BatchStream
 from loray.train.examples import Rows, TokenRows, pack_rows

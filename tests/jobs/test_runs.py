@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from jobs import leases
-from jobs.leases import leased
-from jobs.runs import Runs, SharedRunFolder, open_runs
+from jobs.runs.folders import Runs, SharedRunFolder, leases, open_runs
+from jobs.runs.leases import leased
 from loray.errors import ConflictError, SpecError, StoreError, TrainingError
 from loray.settings import Settings
 from loray.store import LocalStore, open_store

@@ -17,9 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs import leases
-from jobs.events import decode
-from jobs.runs import open_runs
+from jobs.events.messages import decode
+from jobs.runs.folders import leases, open_runs
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import AdapterVersion, Catalog
@@ -222,7 +221,7 @@ def test_a_stopped_job_says_so_and_lets_go_of_its_run(
 ) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    from jobs.submission import from_spec
+    from jobs.submission.submission import from_spec
 
     spec = recipe_in_bucket(tmp_path, settings, name="stopped", num_workers=1, max_steps=4000).spec
     client, catalog = JobSubmissionClient(ray_cluster.address), Catalog(settings.catalog)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import submission
+from jobs.submission.submission import submission
 from loray.errors import DataError, SettingsError
 from loray.recipe import load_recipe
 from loray.settings import Settings

@@ -13,10 +13,10 @@ import torch
 from click.testing import CliRunner
 
 from jobs.command import train as train_command
-from jobs.events import decode
-from jobs.prepare import prepare
-from jobs.publication import publish_best
-from jobs.runs import open_runs
+from jobs.driver.prepare import prepare
+from jobs.driver.publication import publish_best
+from jobs.events.messages import decode
+from jobs.runs.folders import open_runs
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog

@@ -12,14 +12,14 @@ from typing import Any, Literal
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jobs.submission import Submission
+from jobs.submission.ledger import RayJob
+from jobs.submission.submission import Submission
 from loray.adapters.manifest import canonical_json, write_manifest
 from loray.catalog import Catalog
 from loray.errors import ClusterError, ConflictError
 from loray.settings import Settings
 from serve_apps.api.app import create_app
 from serve_apps.api.site import Site
-from serve_apps.api.training import RayJob
 from tests.catalog.test_catalog import manifest
 
 RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from jobs.events import decode
+from jobs.events.messages import decode
 from loray.catalog_client import CatalogClient
 from loray.errors import ConflictError, JobNotFound, RevisionConflict
 from loray.spec import TrainSpec

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.events import encode
+from jobs.events.messages import encode
 
 
 class _EventSink:

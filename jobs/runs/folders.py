@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from pyarrow import fs as pafs
 from ray.train import Result
 
-from jobs.leases import leased
+from jobs.runs.leases import leased
 from loray.errors import ConflictError, SpecError, StoreError, TrainingError
 from loray.locations import FileLocation, parse_location
 from loray.settings import Settings

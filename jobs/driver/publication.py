@@ -12,9 +12,9 @@ from typing import Any
 from ray.train import Checkpoint
 
 from jobs.bases import ensure_base
-from jobs.evaluation import measure_checkpoint
-from jobs.events import Emit
-from jobs.runs import RunFolder
+from jobs.driver.evaluation import measure_checkpoint
+from jobs.events.messages import Emit
+from jobs.runs.folders import RunFolder
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, GateRefused, TrainingError
 from loray.publishing import publish

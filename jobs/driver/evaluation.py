@@ -16,11 +16,11 @@ from ray.exceptions import RayTaskError
 from ray.train import Checkpoint
 from transformers import AutoTokenizer
 
-from jobs import worker
 from jobs.bases import ensure_base
-from jobs.data import fetched
-from jobs.events import Emit
-from jobs.runs import RunFolder
+from jobs.driver.data import fetched
+from jobs.events.messages import Emit
+from jobs.runs.folders import RunFolder
+from jobs.workers import worker
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, SpecError
 from loray.recipe import Recipe

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, Protocol
 
-from jobs.submission import Submission, from_spec
+from jobs.submission.submission import Submission, from_spec
 from loray.catalog import Catalog, Job, JobPage, JobStatus
 from loray.errors import ClusterError, ConflictError, JobNotFound, LorayError
 from loray.settings import Settings

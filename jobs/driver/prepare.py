@@ -7,8 +7,8 @@ from typing import NamedTuple
 from transformers import AutoTokenizer
 
 from jobs.bases import ensure_base
-from jobs.data import fetched
-from jobs.evaluation import check_measurable
+from jobs.driver.data import fetched
+from jobs.driver.evaluation import check_measurable
 from loray.bases.registry import BaseModel, list_bases
 from loray.errors import SpecError
 from loray.recipe import Recipe

@@ -10,13 +10,13 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from jobs import worker
-from jobs.checkpoints import SCORE
-from jobs.elastic import ElasticTorchTrainer
-from jobs.placement import WholeGroups
-from jobs.prepare import Prepared
-from jobs.rows import share
-from jobs.runs import RunFolder
+from jobs.driver.prepare import Prepared
+from jobs.runs.folders import RunFolder
+from jobs.workers import worker
+from jobs.workers.checkpoints import SCORE
+from jobs.workers.elastic import ElasticTorchTrainer
+from jobs.workers.placement import WholeGroups
+from jobs.workers.rows import share
 from loray.settings import Settings
 from loray.spec import TrainSpec
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from jobs.checkpoints import CheckpointUploads
-from jobs.gauges import TrainingGauges, Utilisation, peak_memory
-from jobs.sink import EventSender
+from jobs.events.sink import EventSender
+from jobs.workers.checkpoints import CheckpointUploads
+from jobs.workers.gauges import TrainingGauges, Utilisation, peak_memory
 from loray.train.mesh import World
 
 

@@ -103,7 +103,7 @@ def duration(seconds: float) -> str:
 class EventTail:
     """Hands every event appended to a file to `emit`, from a thread, until the `with` block ends.
 
-    The file is written by another process, `jobs.sink`; it stays behind as the run's history.
+    The file is written by another process, `jobs.events.sink`; it stays behind as the run's history.
     """
 
     def __init__(self, path: Path, emit: Emit) -> None:

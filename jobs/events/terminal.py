@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from jobs.events import decode, describe, number, speed
+from jobs.events.messages import decode, describe, number, speed
 
 _LOG_LINES = 20
 _LINES_OF_STEPS = 10  # step lines a run prints where there is no terminal

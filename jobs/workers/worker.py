@@ -13,11 +13,11 @@ import ray.train
 import torch
 
 from jobs.bases import ensure_base
-from jobs.checkpoints import SCORE, CheckpointUploads
-from jobs.gauges import TrainingGauges, Utilisation
-from jobs.placement import straddling_warning
-from jobs.reporter import RayReporter
-from jobs.sink import EventSender
+from jobs.events.sink import EventSender
+from jobs.workers.checkpoints import SCORE, CheckpointUploads
+from jobs.workers.gauges import TrainingGauges, Utilisation
+from jobs.workers.placement import straddling_warning
+from jobs.workers.reporter import RayReporter
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, LorayError, SpecError, TrainingError, UnsupportedError
 from loray.spec import TrainSpec

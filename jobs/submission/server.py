@@ -11,9 +11,9 @@ from typing import Any
 import ray
 from ray.job_submission import JobSubmissionClient
 
-from jobs.submission import Submission
+from jobs.submission.ledger import RayJob
+from jobs.submission.submission import Submission
 from loray.errors import ClusterError, ConflictError
-from serve_apps.api.training import RayJob
 
 
 class RayJobServer:
