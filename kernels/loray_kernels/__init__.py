@@ -12,9 +12,9 @@ from functools import cache
 import torch
 
 from loray_kernels.build import BackendUnavailable
-from loray_kernels.cpu import CpuOps
+from loray_kernels.cpu.native import release_threads
+from loray_kernels.cpu.ops import CpuOps
 from loray_kernels.cuda import cuda_ops
-from loray_kernels.native import release_threads
 from loray_kernels.ops import (
     AttentionMeta,
     DecodeStep,

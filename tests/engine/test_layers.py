@@ -15,7 +15,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.layers import Layer, Step
 from loray.spec import RopeParameters
 from loray_kernels import backend
-from loray_kernels.cpu import CpuOps
+from loray_kernels.cpu.ops import CpuOps
 from tests.engine.adapters import NORMS, TestAdapter, make_adapter
 from tests.engine.harness import make_engine, request, run
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loray_kernels import BackendUnavailable, Ops, backend
-from loray_kernels.cpu import CpuOps
-from loray_kernels.native import ISA_FLAGS, supported
+from loray_kernels.cpu.native import ISA_FLAGS, supported
+from loray_kernels.cpu.ops import CpuOps
 
 NATIVE = [f"cpu {isa}" for isa in ISA_FLAGS]
 BACKENDS = ["reference", *NATIVE]

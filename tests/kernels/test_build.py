@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import loray_kernels
-from loray_kernels import BackendUnavailable, available, backend, build, native
-from loray_kernels.cpu import CpuOps
+from loray_kernels import BackendUnavailable, available, backend, build
+from loray_kernels.cpu.ops import CpuOps, native
 from loray_kernels.reference import ReferenceOps
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

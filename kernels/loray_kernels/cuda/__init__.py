@@ -34,7 +34,7 @@ def cuda_ops(device: torch.device) -> Ops:
     from loray_kernels.cuda.gather import Gather
     from loray_kernels.cuda.launch import CupyLauncher
     from loray_kernels.cuda.ops import CudaOps
-    from loray_kernels.cuda.tiles import Tiles
+    from loray_kernels.cuda.tiles.launch import Tiles
 
     torch.cuda.set_device(device)
     return CudaOps(Gather(CupyLauncher(device)), Tiles())

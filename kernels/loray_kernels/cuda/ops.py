@@ -45,7 +45,7 @@ from loray_kernels.pages import PageWriter
 from loray_kernels.reference import ReferenceOps
 
 if TYPE_CHECKING:  # it imports Triton, which a test of the gathers does without
-    from loray_kernels.cuda.tiles import Tiles
+    from loray_kernels.cuda.tiles.launch import Tiles
 
 
 class CudaOps(ReferenceOps):

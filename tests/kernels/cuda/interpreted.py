@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 from loray_kernels import Ops
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.tiles import Tiles
+from loray_kernels.cuda.tiles.launch import Tiles
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.shim import ShimLauncher
 from tests.kernels.test_ops import *  # noqa: F403

@@ -14,8 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loray_kernels.cpu.native import Functions, functions, packed_size, supported
+from loray_kernels.cpu.tables import (
+    pack_layer_tables,
+    pack_layer_weights,
+    pack_layout,
+    pack_lora,
+    pack_matrix,
+    pack_meta,
+    pack_rows,
+    pack_segments,
+    pack_step,
+)
 from loray_kernels.memory import huge_pages
-from loray_kernels.native import Functions, functions, packed_size, supported
 from loray_kernels.ops import (
     AttentionMeta,
     KvLayout,
@@ -30,17 +41,6 @@ from loray_kernels.ops import (
     VeraTable,
 )
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.tables import (
-    pack_layer_tables,
-    pack_layer_weights,
-    pack_layout,
-    pack_lora,
-    pack_matrix,
-    pack_meta,
-    pack_rows,
-    pack_segments,
-    pack_step,
-)
 
 
 class CpuOps(ReferenceOps):
