@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from loray.engine.packed import PackedAdapter
+from loray.engine.pool.packed import PackedAdapter
 from loray.telemetry import get_logger
 from loray_kernels.memory import Recycled
 

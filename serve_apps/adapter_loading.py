@@ -2,7 +2,7 @@
 
 An adapter that the node has not yet comes as ranges of its weights in the order of layers. Each is packed as it comes,
 so that the first layers can be used while the last are on their way; the file's SHA-256 is taken meanwhile, and counts
-before anything that was computed with it is sent (`loray.engine.landing`). The cache gets it afterwards.
+before anything that was computed with it is sent (`loray.engine.model.landing`). The cache gets it afterwards.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from loray.adapters.peft_format import (
 )
 from loray.adapters.tensor_ranges import ArrivingFile, Range
 from loray.bases.registry import BaseModel
-from loray.engine.arrival import Arrival
-from loray.engine.packed import PackedAdapter, Packer, Packing
-from loray.engine.packed_file import open_packed, packed_name, save_packed
+from loray.engine.pool.file import open_packed, packed_name, save_packed
+from loray.engine.pool.packed import PackedAdapter, Packer, Packing
+from loray.engine.residency.arrival import Arrival
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef
@@ -38,7 +38,7 @@ from serve_apps.adapter_keeping import Keeper
 
 if TYPE_CHECKING:
     from loray.adapters.weights import AdapterWeights
-    from loray.engine.loading import Progress
+    from loray.engine.pool.loading import Progress
 
 _log = get_logger(__name__)
 

@@ -16,7 +16,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from loray import __version__
-from loray.engine.pool import cut_pool
+from loray.engine.pool.pool import cut_pool
 from loray.engine.request import GenerateRequest
 from loray.errors import ContextLengthExceeded, EngineError, RequestError
 from loray.serving.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest, parse

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from benchmarks.serving.floors import MachineRates, ModelSize, decode_step_seconds, most_tokens_per_second
 from benchmarks.serving.recorder import EngineStep
 from benchmarks.serving.replay import Record
-from loray.engine.stats import EngineStats
+from loray.engine.stats.stats import EngineStats
 
 
 @dataclass(frozen=True, slots=True)

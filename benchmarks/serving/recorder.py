@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from loray.engine.entries import Tier
+from loray.engine.residency.table import Tier
 from loray.spec import AdapterRef
 
 if TYPE_CHECKING:
     from loray.engine.engine import Engine
-    from loray.engine.pool import ResidentAdapter
+    from loray.engine.pool.pool import ResidentAdapter
     from loray.engine.request import TokenOutput
-    from loray.engine.scheduler import Plan
+    from loray.engine.scheduling.scheduler import Plan
 
 
 class EngineStep(NamedTuple):

@@ -13,8 +13,8 @@ from loray.advice.estimates import GIB, adapters_in, estimate_methods, recipe_of
 from loray.advice.recommendation import recommend
 from loray.advice.scorecard import Answers
 from loray.bases.config import ModelConfig
-from loray.engine.packed import Packer
-from loray.engine.pool import Pool
+from loray.engine.pool.packed import Packer
+from loray.engine.pool.pool import Pool
 from loray.planning.devices import PRESETS
 from loray.planning.memory import plan_memory
 from loray.planning.run import run_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from loray.engine.arrival import Arrival
-from loray.engine.residency import Residency
-from loray.engine.usage import UsageLog
+from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.residency import Residency
+from loray.engine.stats.usage import UsageLog
 from loray.spec import AdapterRef
 
 

@@ -10,12 +10,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from loray.engine.arrival import Arrival
-from loray.engine.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.request import GenerateRequest, Request
-from loray.engine.residency import Residency
-from loray.engine.scheduler import Plan, Scheduler
-from loray.engine.usage import UsageLog
+from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.residency import Residency
+from loray.engine.scheduling.scheduler import Plan, Scheduler
+from loray.engine.stats.usage import UsageLog
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef, SamplingParams
 

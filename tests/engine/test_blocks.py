@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from loray.engine.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 
 GEOMETRY = Geometry(num_blocks=12, num_layers=3, block_tokens=4, layer_share=64)
 

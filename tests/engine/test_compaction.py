@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.engine.blocks import BlockAllocator, Extent, Geometry, Kind
-from loray.engine.compaction import close_gaps
+from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.memory.compaction import close_gaps
 
 GEOMETRY = Geometry(num_blocks=12, num_layers=1, block_tokens=4, layer_share=64)
 

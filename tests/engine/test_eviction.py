@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from loray.engine.eviction import GreedyDual, Worth
+from loray.engine.residency.eviction import GreedyDual, Worth
 from tests.engine.residency_world import World, ref
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.engine import fairness
-from loray.engine.fairness import MAX_OVERTAKES, FairQueue, token_weight
 from loray.engine.request import GenerateRequest, Request
+from loray.engine.scheduling import fairness
+from loray.engine.scheduling.fairness import MAX_OVERTAKES, FairQueue, token_weight
 from loray.spec import SamplingParams
 from tests.engine.simulation import Simulation, adapter
 

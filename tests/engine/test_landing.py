@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from loray.bases.registry import BaseModel
-from loray.engine.arrival import Arrival
-from loray.engine.entries import Tier
-from loray.engine.loading import Progress
-from loray.engine.packed import PackedAdapter, Packer, Packing
+from loray.engine.pool.loading import Progress
+from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.request import GenerateRequest, TokenOutput
+from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.table import Tier
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef
 from tests.engine.adapters import TestAdapter
@@ -254,7 +254,7 @@ def test_many_at_once_in_any_weather(base: BaseModel, adapters: dict[str, TestAd
 
 def test_a_step_waits_no_longer_than_it_may_in_all() -> None:
     """The waits of layers and of the end share one allowance."""
-    from loray.engine.landing import Landings
+    from loray.engine.model.landing import Landings
 
     now, allowed = 0.0, []
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, VeraConfig
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
-from loray.engine.layers import Layer, Step
+from loray.engine.model.layers import Layer, Step
 from loray.spec import RopeParameters
 from loray_kernels import backend
 from loray_kernels.cpu.ops import CpuOps

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, VeraConfig
 
 from loray.bases.registry import BaseModel
-from loray.engine.stats import EngineStats
+from loray.engine.stats.stats import EngineStats
 from loray.spec import RopeParameters
 from tests.engine.adapters import NORMS, Oracle, TestAdapter, make_adapter
 from tests.engine.harness import Spy, make_engine, request, run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loray.engine.overload import FirstTokenEstimate, StepSeconds
+from loray.engine.scheduling.overload import FirstTokenEstimate, StepSeconds
 
 
 def test_fixed_and_per_token_costs_are_told_apart_and_the_past_is_forgotten() -> None:

@@ -9,10 +9,10 @@ import torch
 
 from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey
 from loray.bases.registry import BaseModel
-from loray.engine.blocks import Geometry
-from loray.engine.packed import PackedAdapter, Packer
-from loray.engine.packed_file import open_packed, packed_name, save_packed
-from loray.engine.pool import Pool, ResidentAdapter
+from loray.engine.memory.blocks import Geometry
+from loray.engine.pool.file import open_packed, packed_name, save_packed
+from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.engine.pool.pool import Pool, ResidentAdapter
 from loray.errors import IntegrityError
 from loray_kernels import KvLayout
 from tests.engine.adapters import TestAdapter

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loray.adapters.weights import AdapterWeights, ProjectionPair
 from loray.engine import engine
-from loray.engine.pool import Pool, ResidentAdapter
+from loray.engine.pool.pool import Pool, ResidentAdapter
 from loray.spec import AdapterRef
 from loray_kernels import Ops, PageWriter, Piece, backend
 from loray_kernels.pages import DirectWriter

@@ -17,12 +17,12 @@ from peft import LoraConfig, VeraConfig
 from loray.adapters.weights import AdapterWeights
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.loading import AdapterLoads, Progress
-from loray.engine.packed import PackedAdapter, Packer
 from loray.engine.parallel.communicator import Communicator, Traffic
 from loray.engine.parallel.rows import ShardedAdapter, sharded_loads
 from loray.engine.parallel.workers import LocalWorkers
-from loray.engine.pool import Pool
+from loray.engine.pool.loading import AdapterLoads, Progress
+from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.engine.pool.pool import Pool
 from loray.engine.stream import EngineStream
 from loray.errors import EngineError, SpecError
 from loray.spec import RopeParameters

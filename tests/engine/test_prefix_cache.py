@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from loray.engine.blocks import BlockAllocator, Geometry
-from loray.engine.prefix_cache import PrefixCache
+from loray.engine.memory.blocks import BlockAllocator, Geometry
+from loray.engine.memory.prefix_cache import PrefixCache
 
 BLOCK_TOKENS = 2
 GEOMETRY = Geometry(num_blocks=10, num_layers=1, block_tokens=BLOCK_TOKENS, layer_share=4)

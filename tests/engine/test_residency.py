@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loray.engine.entries import Tier
-from loray.engine.usage import ResidencyCounts
+from loray.engine.residency.table import Tier
+from loray.engine.stats.usage import ResidencyCounts
 from loray.errors import IntegrityError
 from tests.engine.residency_world import Packed, Pair, World, ref
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from loray.engine.arrival import Arrival
-from loray.engine.entries import Tier
+from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.table import Tier
 from loray.errors import IntegrityError
 from tests.engine.residency_world import Packed, World, ref
 

@@ -20,9 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loray.engine.logits import process
 from loray.engine.request import GenerateRequest, Request
-from loray.engine.sampler import Sampler, _best, candidates, draw
+from loray.engine.sampling.logits import process
+from loray.engine.sampling.sampler import Sampler, _best, candidates, draw
 from loray.spec import SamplingParams
 
 VOCAB = 8192  # more than the candidates that are looked at before a row is sorted, and many groups of them

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.engine.arrival import Arrival
-from loray.engine.entries import Tier
-from loray.engine.fairness import MAX_OVERTAKES
 from loray.engine.request import Request, State
+from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.table import Tier
+from loray.engine.scheduling.fairness import MAX_OVERTAKES
 from loray.errors import ContextLengthExceeded, IntegrityError, Overloaded
 from tests.engine.simulation import BLOCK_TOKENS, Packed, Simulation, adapter
 

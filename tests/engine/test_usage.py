@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loray.engine.histogram import Histogram
-from loray.engine.usage import AdapterUsage, UsageLog
+from loray.engine.stats.histogram import Histogram
+from loray.engine.stats.usage import AdapterUsage, UsageLog
 from tests.engine.residency_world import ref
 
 

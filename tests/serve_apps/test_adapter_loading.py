@@ -16,9 +16,9 @@ from loray.adapters.manifest import read_manifest
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.engine.blocks import Geometry
-from loray.engine.packed import PackedAdapter, Packer
-from loray.engine.packed_file import open_packed
+from loray.engine.memory.blocks import Geometry
+from loray.engine.pool.file import open_packed
+from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import BaseMismatch, IntegrityError
 from loray.publishing import publish
 from loray.settings import Settings

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.engine.pool import cut_pool
+from loray.engine.pool.pool import cut_pool
 from loray.errors import EngineError, IntegrityError, Overloaded, RequestError
 from loray.serving.status import AutoscalingStatus, ScalingDecision
 from loray.spec import ServeSpec

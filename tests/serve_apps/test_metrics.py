@@ -16,7 +16,7 @@ from prometheus_client.core import Metric as Family
 
 from loray.bases.registry import BaseModel
 from loray.engine.request import GenerateRequest
-from loray.engine.stats import EngineStats
+from loray.engine.stats.stats import EngineStats
 from loray.engine.stream import Delta, EngineStream
 from loray.errors import ContextLengthExceeded, EngineError
 from loray_kernels import KvLayout

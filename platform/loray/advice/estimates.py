@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from loray.advice.scorecard import Answers
 from loray.bases.config import ModelConfig
-from loray.engine.blocks import BlockAllocator, Geometry
-from loray.engine.rows import AdapterShape, Matrix
+from loray.engine.memory.blocks import BlockAllocator, Geometry
+from loray.engine.memory.rows import AdapterShape, Matrix
 from loray.errors import SpecError, UnsupportedError
 from loray.planning.compute import estimate_time
 from loray.planning.devices import Device

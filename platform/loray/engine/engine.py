@@ -13,24 +13,24 @@ from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
-from loray.engine.batch import Batch, build_batch
-from loray.engine.counters import Counters
-from loray.engine.entries import AdapterPlace, Tier
-from loray.engine.fairness import token_weight
-from loray.engine.landing import Landings
-from loray.engine.loading import AdapterLoads, LoadAdapter
-from loray.engine.logprobs import score
-from loray.engine.model import Decoder
-from loray.engine.packed import PackedAdapter, Packer
+from loray.engine.model.batch import Batch, build_batch
+from loray.engine.model.decoder import Decoder
+from loray.engine.model.landing import Landings
 from loray.engine.parallel.driver import start_ranks
 from loray.engine.parallel.workers import LocalWorkers, StartWorkers, Workers, num_threads
-from loray.engine.pool import Pool, ResidentAdapter, cut_pool
+from loray.engine.pool.loading import AdapterLoads, LoadAdapter
+from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.engine.pool.pool import Pool, ResidentAdapter, cut_pool
 from loray.engine.request import FinishReason, GenerateRequest, Request, TokenLogprobs, TokenOutput
-from loray.engine.residency import Residency
-from loray.engine.sampler import Sampler
-from loray.engine.scheduler import Chunk, Scheduler
-from loray.engine.stats import EngineStats
-from loray.engine.usage import UsageLog
+from loray.engine.residency.residency import Residency
+from loray.engine.residency.table import AdapterPlace, Tier
+from loray.engine.sampling.logprobs import score
+from loray.engine.sampling.sampler import Sampler
+from loray.engine.scheduling.fairness import token_weight
+from loray.engine.scheduling.scheduler import Chunk, Scheduler
+from loray.engine.stats.counters import Counters
+from loray.engine.stats.stats import EngineStats
+from loray.engine.stats.usage import UsageLog
 from loray.errors import BaseMismatch, ContextLengthExceeded, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, ServeSpec
 from loray.telemetry import get_logger

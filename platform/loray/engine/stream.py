@@ -15,9 +15,9 @@ import torch
 
 from loray.engine.detokenizer import Detokenizer
 from loray.engine.engine import Engine
-from loray.engine.entries import AdapterPlace
 from loray.engine.request import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
-from loray.engine.stats import EngineStats
+from loray.engine.residency.table import AdapterPlace
+from loray.engine.stats.stats import EngineStats
 from loray.errors import EngineError, RequestError
 from loray.spec import AdapterBytes, AdapterRef
 from loray.telemetry import get_logger

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from loray.engine.batch import Batch
-from loray.engine.packed import PackedAdapter
+from loray.engine.model.batch import Batch
+from loray.engine.pool.packed import PackedAdapter
 from loray.spec import AdapterRef
 
 Answers = tuple[Any, ...]  # of the allocator, in the order in which the pool asks

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
-from loray.engine.batch import Batch
-from loray.engine.model import Decoder
+from loray.engine.model.batch import Batch
+from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.linear import parallel_linears
 from loray.engine.parallel.shard import local_config, local_device, local_tensors
-from loray.engine.pool import Pool
+from loray.engine.pool.pool import Pool
 from loray.spec import ServeSpec
 from loray_kernels import backend
 

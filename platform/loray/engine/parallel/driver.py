@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from loray.bases.registry import BaseModel
-from loray.engine.batch import Batch
-from loray.engine.blocks import Geometry
-from loray.engine.loading import LoadAdapter
+from loray.engine.memory.blocks import Geometry
+from loray.engine.model.batch import Batch
 from loray.engine.parallel.channel import Channel
 from loray.engine.parallel.commands import AskMap, Forward
 from loray.engine.parallel.communicator import Communicator
@@ -22,7 +21,8 @@ from loray.engine.parallel.rows import sharded_loads
 from loray.engine.parallel.shard import Shard, check_divisible, local_device
 from loray.engine.parallel.worker import joined
 from loray.engine.parallel.workers import StartWorkers, WorkerArgs, Workers
-from loray.engine.pool import Pool, cut_pool
+from loray.engine.pool.loading import LoadAdapter
+from loray.engine.pool.pool import Pool, cut_pool
 from loray.errors import EngineError
 from loray.spec import ServeSpec
 

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loray.engine.layers import Linear, Linears, Step
+from loray.engine.model.layers import Linear, Linears, Step
 from loray.engine.parallel.communicator import Communicator
-from loray.engine.pool import ResidentPair
+from loray.engine.pool.pool import ResidentPair
 from loray_kernels import LoraTable, Ops, Segments, VeraTable
 
 

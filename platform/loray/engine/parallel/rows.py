@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from loray.adapters.weights import AdapterWeights
-from loray.engine.blocks import Geometry, Kind
-from loray.engine.loading import AdapterSource, LoadAdapter, Progress
-from loray.engine.packed import PackedAdapter, Packer, row_order
+from loray.engine.memory.blocks import Geometry, Kind
+from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix
 from loray.engine.parallel.shard import COLUMN_PARALLEL, Shard, pad_rank
-from loray.engine.rows import AdapterShape, LayerGroup, Matrix
+from loray.engine.pool.loading import AdapterSource, LoadAdapter, Progress
+from loray.engine.pool.packed import PackedAdapter, Packer, row_order
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from loray.engine.blocks import BlockAllocator, Extent, Kind
+from loray.engine.memory.blocks import BlockAllocator, Extent, Kind
 
 
 class Copy(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from loray.engine.blocks import Extent, Geometry, Kind
+from loray.engine.memory.blocks import Extent, Geometry, Kind
 
 Part = Literal["lora_a", "lora_b", "vera_d", "vera_b", "norm", "embedding"]
 

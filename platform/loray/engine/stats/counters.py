@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from loray.engine.histogram import Histogram
 from loray.engine.request import Request
+from loray.engine.stats.histogram import Histogram
 from loray.telemetry import METRICS
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
-from loray.engine.arrival import Arrival
+from loray.engine.residency.arrival import Arrival
 
 
 class SharedPair(Protocol):

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loray.engine.packed import PackedAdapter, Packer
-from loray.engine.rows import AdapterShape, LayerGroup, Matrix
+from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix
+from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import IntegrityError
 from loray.spec import RopeParameters
 

@@ -14,14 +14,14 @@ from bisect import insort
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from loray.engine.blocks import BlockAllocator
-from loray.engine.entries import Tier
-from loray.engine.fairness import rank_in_queue
-from loray.engine.overload import FirstTokenEstimate, FirstTokenTargets
-from loray.engine.prefix_cache import PrefixCache
+from loray.engine.memory.blocks import BlockAllocator
+from loray.engine.memory.prefix_cache import PrefixCache
 from loray.engine.request import Request, State
-from loray.engine.residency import Residency
-from loray.engine.waiting import WaitingRequests
+from loray.engine.residency.residency import Residency
+from loray.engine.residency.table import Tier
+from loray.engine.scheduling.fairness import rank_in_queue
+from loray.engine.scheduling.overload import FirstTokenEstimate, FirstTokenTargets
+from loray.engine.scheduling.waiting import WaitingRequests
 from loray.errors import ContextLengthExceeded, Overloaded
 
 

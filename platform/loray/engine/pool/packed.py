@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
-from loray.engine.arrival import Arrival
-from loray.engine.blocks import Extent, Geometry, Kind
-from loray.engine.rows import AdapterShape, Matrix, columns
+from loray.engine.memory.blocks import Extent, Geometry, Kind
+from loray.engine.memory.rows import AdapterShape, Matrix, columns
+from loray.engine.residency.arrival import Arrival
 from loray.errors import IntegrityError
 from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled

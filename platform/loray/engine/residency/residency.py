@@ -19,11 +19,11 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from typing import Generic
 
-from loray.engine.entries import AdapterTable, Entry, P, R, Tier
-from loray.engine.eviction import GreedyDual
-from loray.engine.histogram import Histogram
-from loray.engine.host import HostMemory
-from loray.engine.usage import ResidencyCounts, UsageLog
+from loray.engine.residency.eviction import GreedyDual
+from loray.engine.residency.host import HostMemory
+from loray.engine.residency.table import AdapterTable, Entry, P, R, Tier
+from loray.engine.stats.histogram import Histogram
+from loray.engine.stats.usage import ResidencyCounts, UsageLog
 from loray.errors import EngineError
 from loray.spec import AdapterRef
 from loray.telemetry import METRICS

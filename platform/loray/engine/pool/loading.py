@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from loray.adapters.weights import AdapterWeights
-from loray.engine.packed import FIRST_BYTES, PackedAdapter, Packer
-from loray.engine.pool import Pool
+from loray.engine.pool.packed import FIRST_BYTES, PackedAdapter, Packer
+from loray.engine.pool.pool import Pool
 from loray.errors import EngineError
 from loray.spec import AdapterBytes, AdapterRef
 from loray.telemetry import get_logger

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
-from loray.engine.batch import Batch
-from loray.engine.layers import LOCAL, Layer, Linears, RMSNorm, Rope, Step
-from loray.engine.pool import Pool
+from loray.engine.model.batch import Batch
+from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Rope, Step
+from loray.engine.pool.pool import Pool
 from loray.errors import IntegrityError
 from loray_kernels import DecodeStep, Ops
 

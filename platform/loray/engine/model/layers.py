@@ -14,8 +14,8 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.bases.rope import Frequencies, frequencies
-from loray.engine.batch import Batch
-from loray.engine.pool import Pool, ResidentPair
+from loray.engine.model.batch import Batch
+from loray.engine.pool.pool import Pool, ResidentPair
 from loray.spec import RopeParameters
 from loray_kernels import LayerWeights, LoraTable, Ops, Segments, StepInputs, VeraTable
 

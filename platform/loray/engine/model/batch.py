@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loray.engine.pool import ResidentAdapter, ResidentPair
+from loray.engine.memory.rows import Part
+from loray.engine.pool.pool import ResidentAdapter, ResidentPair
 from loray.engine.request import Request
-from loray.engine.rows import Part
-from loray.engine.scheduler import Chunk
+from loray.engine.scheduling.scheduler import Chunk
 from loray_kernels import AttentionMeta, DecodeStep, LayerTables, LoraTable, RowTables, Segments, TokenRows, VeraTable
 
 Group = int

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loray.engine.logits import process
-from loray.engine.logprobs import token_logprobs
 from loray.engine.request import Request, TokenLogprobs
+from loray.engine.sampling.logits import process
+from loray.engine.sampling.logprobs import token_logprobs
 from loray.spec import SamplingParams
 
 _GREEDY_BELOW = 1e-5  # a softmax so sharp is an argmax, and dividing by less overflows

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from loray.adapters.weights import ProjectionPair
 from loray.bases.config import ModelConfig
-from loray.engine.blocks import BlockAllocator, Extent, Geometry, Kind
-from loray.engine.compaction import close_gaps
-from loray.engine.packed import PackedAdapter, row_order
-from loray.engine.rows import AdapterShape, Matrix, Part, RowTable, place
+from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
+from loray.engine.memory.compaction import close_gaps
+from loray.engine.memory.rows import AdapterShape, Matrix, Part, RowTable, place
+from loray.engine.pool.packed import PackedAdapter, row_order
 from loray.errors import SpecError
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import KvLayout, PageWriter, PairMatrix, Piece, RowTables

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
-from loray.engine.eviction import Worth
-from loray.engine.host import HostMemory, Packed
-from loray.engine.usage import UsageLog
+from loray.engine.residency.eviction import Worth
+from loray.engine.residency.host import HostMemory, Packed
+from loray.engine.stats.usage import UsageLog
 from loray.spec import AdapterRef
 
 P = TypeVar("P", bound=Packed)

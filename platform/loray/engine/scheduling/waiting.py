@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator
 from enum import Enum
 from typing import Any
 
-from loray.engine.entries import Tier
-from loray.engine.fairness import Backlog, FairQueue
 from loray.engine.request import Request
-from loray.engine.residency import Residency
+from loray.engine.residency.residency import Residency
+from loray.engine.residency.table import Tier
+from loray.engine.scheduling.fairness import Backlog, FairQueue
 
 
 class _Place(Enum):

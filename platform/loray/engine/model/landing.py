@@ -15,9 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from loray.engine.batch import Batch
-from loray.engine.pool import Pool, ResidentAdapter
-from loray.engine.scheduler import Chunk
+from loray.engine.model.batch import Batch
+from loray.engine.pool.pool import Pool, ResidentAdapter
+from loray.engine.scheduling.scheduler import Chunk
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from loray.engine.blocks import BlockAllocator
+from loray.engine.memory.blocks import BlockAllocator
 
 _Key = str | tuple[int, ...] | None
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loray.engine.batch import Scored
+from loray.engine.model.batch import Scored
 from loray.engine.request import TokenLogprobs
 
 _ROWS = 32  # at a time, so that what is needed beside the logits stays small
