@@ -20,9 +20,9 @@ from benchmarks.quality.setting import Run
 from loray.adapters.inject import peft_config
 from loray.bases.registry import BaseModel
 from loray.spec import TrainSpec
-from loray.train.batches import BatchStream
-from loray.train.data import Dataset, load_data
-from loray.train.evaluate import held_out_loss
+from loray.train.data.batches import BatchStream
+from loray.train.data.dataset import Dataset, load_data
+from loray.train.evaluation.held_out import held_out_loss
 from loray.train.loop import train
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh

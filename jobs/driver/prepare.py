@@ -14,9 +14,9 @@ from loray.errors import SpecError
 from loray.recipe import Recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from loray.train.batches import check_budget
 from loray.train.context import context_length, rope_parameters
-from loray.train.data import Dataset, load_data
+from loray.train.data.batches import check_budget
+from loray.train.data.dataset import Dataset, load_data
 
 _MAX_LENGTH = 1024
 

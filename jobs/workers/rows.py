@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from loray.train.examples import Rows, TokenRows, pack_rows
+from loray.train.data.examples import Rows, TokenRows, pack_rows
 
 CHUNK_BYTES = 4 << 20
 _OPEN_CHUNKS = 8

@@ -25,7 +25,7 @@ from loray.telemetry import configure_logging
 from loray.train.mesh import World
 
 if TYPE_CHECKING:
-    from loray.train.data import Dataset
+    from loray.train.data.dataset import Dataset
 
 
 class WorkerConfig(TypedDict):

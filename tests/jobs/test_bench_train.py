@@ -23,7 +23,7 @@ from benchmarks.training.workers.attention import main as time_attention
 from benchmarks.training.workers.traffic import main as count_traffic
 from benchmarks.training.workers.vera import main as time_vera
 from loray.bases.registry import BaseModel
-from loray.train.batches import Batch
+from loray.train.data.batches import Batch
 from loray.train.loss import batch_loss
 from loray.train.model import build_model
 from loray.train.model import dense as dense_model

@@ -9,8 +9,8 @@ import ray
 from jobs.workers import rows as shared_rows
 from jobs.workers.rows import SharedRows, share
 from loray.spec import BatchSpec
-from loray.train.batches import Batch, BatchStream
-from loray.train.examples import Rows, TokenRows, pack_rows
+from loray.train.data.batches import Batch, BatchStream
+from loray.train.data.examples import Rows, TokenRows, pack_rows
 from tests.cluster import RayCluster
 
 pytestmark = pytest.mark.cluster

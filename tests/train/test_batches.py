@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from loray.errors import SpecError
 from loray.spec import BatchSpec
-from loray.train.batches import IGNORED, Batch, BatchStream, Cursor, MicroBatch, collate, first_fit, plan_epoch
-from loray.train.examples import TokenRows, pack_rows
+from loray.train.data.batches import IGNORED, Batch, BatchStream, Cursor, MicroBatch, collate, first_fit, plan_epoch
+from loray.train.data.examples import TokenRows, pack_rows
 
 MAX_LENGTH = 64
 ORDERS = ["shuffled", "length_grouped", "packed"]

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from loray.bases.registry import BaseModel
 from loray.planning.compute import attention_pairs
 from loray.spec import LongLoraSpec, LoraSpec, TrainSpec, VeraSpec
-from loray.train.batches import collate
-from loray.train.examples import pack_rows
+from loray.train.data.batches import collate
+from loray.train.data.examples import pack_rows
 from loray.train.flops import flops_per_token, measured_peak
 from loray.train.loss import batch_loss
 from loray.train.model import build_model

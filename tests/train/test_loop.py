@@ -22,7 +22,7 @@ from loray.spec import TrainSpec
 from loray.train import checkpoint, loop
 from loray.train import loss as loss_module
 from loray.train.checkpoint import RunState
-from loray.train.data import Dataset, load_data
+from loray.train.data.dataset import Dataset, load_data
 from loray.train.loop import train
 from loray.train.loss import Loss, batch_loss
 from loray.train.reporting import FolderReporter

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.train import s2_attention, segment_attention
-from loray.train.cuts import Bucket, compute_cuts
-from loray.train.segment_attention import cpu, sdpa, varlen
+from loray.train import s2_attention
+from loray.train.attention.cuts import Bucket, compute_cuts
+from loray.train.attention.shifted import cpu, sdpa, varlen
+from loray.train.attention.shifted import segments as segment_attention
 
 
 def flash_attn_varlen_func(

@@ -22,7 +22,7 @@ from loray.errors import SpecError, UnsupportedError
 from loray.spec import ParallelSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train import loss as loss_module
-from loray.train.data import Dataset
+from loray.train.data.dataset import Dataset
 from loray.train.loop import train
 from loray.train.loss import Loss, batch_loss
 from loray.train.mesh import Mesh, World

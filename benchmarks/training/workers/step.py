@@ -27,8 +27,8 @@ from benchmarks.training import dense
 from loray.bases.registry import get_base
 from loray.planning.run import run_of
 from loray.spec import TrainSpec
-from loray.train.batches import Batch, collate
-from loray.train.examples import pack_rows
+from loray.train.data.batches import Batch, collate
+from loray.train.data.examples import pack_rows
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import build_model

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 
 from loray.bases.registry import BaseModel, get_base
 from loray.spec import LINEAR_MODULES, TrainSpec
-from loray.train.batches import Batch, collate
-from loray.train.examples import pack_rows
+from loray.train.data.batches import Batch, collate
+from loray.train.data.examples import pack_rows
 from loray.train.loss import Objective, batch_loss
 from loray.train.mesh import Mesh
 from loray.train.model import build_model

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loray.errors import UnsupportedError
-from loray.train.attention import attend
-from loray.train.cuts import Cuts, compute_cuts
+from loray.train.attention.cuts import Cuts, compute_cuts
+from loray.train.attention.shifted import attend
 from loray.train.sequence.attention import attend_shard
 from loray.train.sequence.cuts import ShardCuts, shard_cuts
 from loray.train.sequence.shard import active_shard

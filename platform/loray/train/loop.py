@@ -23,10 +23,10 @@ from loray.errors import TrainingError
 from loray.spec import Evaluation, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
-from loray.train.batches import BatchStream, Cursor
 from loray.train.checkpoint import RunState, evaluation
-from loray.train.data import Dataset
-from loray.train.evaluate import held_out_loss, unscaled
+from loray.train.data.batches import BatchStream, Cursor
+from loray.train.data.dataset import Dataset
+from loray.train.evaluation.held_out import held_out_loss, unscaled
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import build_model, count_parameters

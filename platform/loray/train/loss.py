@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loray.train.batches import IGNORED, Batch
+from loray.train.data.batches import IGNORED, Batch
 
 # Of fp32 logits at once. On a CPU 16 MiB: a worker that holds a part of a row holds little else for each token.
 _CHUNK_ELEMENTS = 1 << 24

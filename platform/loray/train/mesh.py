@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from loray.errors import SpecError
-from loray.train.batches import Batch
+from loray.train.data.batches import Batch
 from loray.train.sequence import SequenceGroup, sequence_parallel, shard
 
 

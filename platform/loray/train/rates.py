@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loray.planning.compute import attention_pairs
 from loray.planning.devices import HostRates
-from loray.train.attention import s2_attention
+from loray.train.attention.shifted import s2_attention
 
 _HEADS, _KV_HEADS, _WIDTH = 8, 4, 64
 _TOKENS, _GROUP = 4096, 1024

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.planning.halo import padded_length
-from loray.train.batches import IGNORED, collate
+from loray.train.data.batches import IGNORED, collate
 from loray.train.sequence import SequenceGroup, ShardedBatch, shard
 from tests.train.test_batches import make_rows
 

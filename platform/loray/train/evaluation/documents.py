@@ -18,7 +18,7 @@ import pyarrow.parquet as papq
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.train.examples import _prompt_ids
+from loray.train.data.examples import _prompt_ids
 
 _NO_LIMIT = 1 << 62
 _TEXT = "text"

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.planning.halo import Half
-from loray.train.attention import attend_heads
-from loray.train.cuts import Segments
+from loray.train.attention.cuts import Segments
+from loray.train.attention.shifted import attend_heads
 from loray.train.sequence.cuts import ShardCuts
 from loray.train.sequence.exchange import HaloExchange, bind
 
@@ -19,7 +19,7 @@ from loray.train.sequence.exchange import HaloExchange, bind
 def attend_shard(
     q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, cuts: ShardCuts, *, layer: int, scale: float | None = None
 ) -> Tensor:
-    """→ (B, L, H, D), this rank's part of what `loray.train.attention.attend` computes of whole rows.
+    """→ (B, L, H, D), this rank's part of what `loray.train.attention.shifted.attend` computes of whole rows.
 
     A collective call of `cuts.group`. `layer` tells the recomputation of a checkpointed layer whose halos it wants.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loray.planning.halo import HaloPlan, check_group_size, group_start
-from loray.train.cuts import Bucket, Segments, filled, find_segments, ordered, uniform
+from loray.train.attention.cuts import Bucket, Segments, filled, find_segments, ordered, uniform
 from loray.train.sequence.exchange import Halos
 from loray.train.sequence.group import SequenceGroup
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loray.errors import UnsupportedError
-from loray.train.attention import attend_heads
-from loray.train.cuts import Segments, filled, find_segments, ordered, uniform
+from loray.train.attention.cuts import Segments, filled, find_segments, ordered, uniform
+from loray.train.attention.shifted import attend_heads
 from loray.train.sequence.group import Pending, SequenceGroup, post
 from loray.train.sequence.shard import active_shard
 

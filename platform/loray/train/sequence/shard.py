@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loray.errors import UnsupportedError
 from loray.planning.halo import padded_length
-from loray.train.batches import IGNORED, Batch
+from loray.train.data.batches import IGNORED, Batch
 from loray.train.sequence.group import SequenceGroup
 
 

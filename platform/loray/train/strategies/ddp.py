@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from loray.spec import TrainSpec
-from loray.train.batches import Batch
+from loray.train.data.batches import Batch
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import MasterAdamW, OptimizerState, StepResult

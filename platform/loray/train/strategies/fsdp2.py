@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loray.spec import TrainSpec
-from loray.train.batches import Batch
+from loray.train.data.batches import Batch
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import MasterAdamW, OptimizerState, StepResult

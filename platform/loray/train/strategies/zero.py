@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
-from loray.train.batches import Batch
+from loray.train.data.batches import Batch
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import (

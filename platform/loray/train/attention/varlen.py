@@ -14,8 +14,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from loray.train.cuts import Segments
-from loray.train.segment_attention.runs import Run, num_covered, spread, take
+from loray.train.attention.cuts import Segments
+from loray.train.attention.runs import Run, num_covered, spread, take
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_WIDTH = 256

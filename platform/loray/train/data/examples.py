@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.train.data_files import RowFile, problem
+from loray.train.data.files import RowFile, problem
 
 _TEXTS_AT_ONCE = 256  # documents handed to the tokenizer together: it is parallel inside
 

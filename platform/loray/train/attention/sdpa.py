@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.train.segment_attention.runs import Run, blocks, spread, take
+from loray.train.attention.runs import Run, blocks, spread, take
 
 
 def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None) -> Tensor:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.spec import DataSpec
-from loray.train.data_files import DataFormat, RowFile, open_rows
-from loray.train.examples import Example, Rows, RowSpool, TokenRows, tokenize
+from loray.train.data.examples import Example, Rows, RowSpool, TokenRows, tokenize
+from loray.train.data.files import DataFormat, RowFile, open_rows
 
 Indices = NDArray[np.int64]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loray.errors import SpecError
 from loray.spec import BatchSpec
-from loray.train.examples import Rows
+from loray.train.data.examples import Rows
 
 IGNORED = -100
 _GROUP = 50  # micro-batches within which `length_grouped` sorts: lengths match, and the order stays random

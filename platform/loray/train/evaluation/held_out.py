@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from loray.bases.registry import BaseModel
 from loray.spec import TrainSpec
-from loray.train.batches import collate, plan_evaluation
-from loray.train.examples import TokenRows
+from loray.train.data.batches import collate, plan_evaluation
+from loray.train.data.examples import TokenRows
 from loray.train.mesh import Mesh
 from loray.train.model import dense
 

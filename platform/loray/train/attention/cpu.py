@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loray.train.cuts import Segments
-from loray.train.segment_attention.runs import Block, Run, blocks, num_covered, take
+from loray.train.attention.cuts import Segments
+from loray.train.attention.runs import Block, Run, blocks, num_covered, take
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.train.cuts import Segments
+from loray.train.attention.cuts import Segments
 
 
 class Run(NamedTuple):
