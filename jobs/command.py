@@ -21,7 +21,7 @@ from jobs.events.terminal import RunView
 from jobs.submission.submission import submission
 from loray.errors import LorayError
 from loray.locations import is_this_machine
-from loray.recipe import Recipe, load_recipe
+from loray.recipes.load import Recipe, load_recipe
 from loray.settings import Settings
 from loray.store import open_store
 from loray.telemetry import get_logger
@@ -68,7 +68,7 @@ def _submit(recipe: Recipe, settings: Settings, address: str | None, resume: boo
             open_store(settings.store).check()  # refuses a store that the job could not publish to
             job = submission.local(recipe, settings, resume=resume)
         if address is None:
-            from loray.cli.local_cluster import ensure_started
+            from loray.local.cluster import ensure_started
 
             address = ensure_started(settings).address
         client = _connect(address)

@@ -27,7 +27,7 @@ from jobs.runs.folders import RunFolder, open_runs
 from jobs.workers import worker
 from loray.catalog import Catalog
 from loray.errors import CatalogError, EvaluationError, LorayError, SpecError, StoreError, TrainingError
-from loray.recipe import Recipe, load_recipe
+from loray.recipes.load import Recipe, load_recipe
 from loray.settings import Settings
 from loray.store import open_store
 from loray.telemetry import configure_logging, get_logger

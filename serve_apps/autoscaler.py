@@ -14,9 +14,9 @@ from typing import Any
 
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
+from loray.api.status import ScalingDecision
 from loray.serving.demand import Observation
 from loray.serving.scaling import Decision, ScalingState, decide
-from loray.serving.status import ScalingDecision
 from loray.spec import AutoscalingSpec, ServeSpec
 from loray.telemetry import get_logger
 from serve_apps.scaling_log import ScalingLog

@@ -18,19 +18,19 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from loray.api.status import ReplicaStatus, ScalingDecision, Status
 from loray.bases.registry import get_base
-from loray.cli.home_store import (
+from loray.cli.output import console, emit, json_option, pairs, table
+from loray.client import LorayClient
+from loray.errors import ClusterError, ConflictError, LorayError, SettingsError
+from loray.local.cluster import current_cluster, ensure_started, stop_local_cluster
+from loray.local.home import (
     describe_store,
     has_local_s3,
     move_to_local_s3,
     start_home_store,
     stop_home_store,
 )
-from loray.cli.local_cluster import current_cluster, ensure_started, stop_local_cluster
-from loray.cli.output import console, emit, json_option, pairs, table
-from loray.client import LorayClient
-from loray.errors import ClusterError, ConflictError, LorayError, SettingsError
-from loray.serving.status import ReplicaStatus, ScalingDecision, Status
 from loray.settings import Settings
 from loray.spec import ServeSpec, format_size
 from serve_apps.deployment import DRAIN_S, Address, ServeApi, State, serve_config

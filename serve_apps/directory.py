@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from loray.api.openai import Model, ModelList
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
 from loray.errors import AdapterNotFound, BaseMismatch
-from loray.serving.openai import Model, ModelList
 from loray.spec import AdapterRef
 from loray.telemetry import get_logger
 

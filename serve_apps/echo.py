@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
+from loray.api.openai import CompletionRequest
 from loray.engine.stream import Delta, TokenLogprob
-from loray.serving.openai import CompletionRequest
 
 
 async def echoed(

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from loray.api.openai import Error, ErrorBody
 from loray.errors import (
     BaseMismatch,
     ContextLengthExceeded,
@@ -23,7 +24,6 @@ from loray.errors import (
     StoreError,
     UnsupportedError,
 )
-from loray.serving.openai import Error, ErrorBody
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)

@@ -16,13 +16,13 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from loray import __version__
+from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest, parse
+from loray.api.openai.formats import Choice, ResponseFormat, usage_of
+from loray.api.openai.requests import GenerationRequest
+from loray.api.status import CatalogStatus, ReplicaStatus, Status, total
 from loray.engine.pool.pool import cut_pool
 from loray.engine.request import GenerateRequest
 from loray.errors import ContextLengthExceeded, EngineError, RequestError
-from loray.serving.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest, parse
-from loray.serving.openai.formats import Choice, ResponseFormat, usage_of
-from loray.serving.openai.requests import GenerationRequest
-from loray.serving.status import CatalogStatus, ReplicaStatus, Status, total
 from loray.spec import AdapterRef, ServeSpec
 from serve_apps import errors
 from serve_apps.directory import ModelDirectory

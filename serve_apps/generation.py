@@ -15,10 +15,10 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerC
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from loray.api.status import AutoscalingStatus
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta
 from loray.errors import EngineError, LorayError, Overloaded
-from loray.serving.status import AutoscalingStatus
 from loray.telemetry import get_logger
 from serve_apps.replica import ReplicaUnavailable
 from serve_apps.router import suspect

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
+from loray.api.openai import ChatMessage, Prompt
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError
-from loray.serving.openai import ChatMessage, Prompt
 
 _LONG = 16_384  # characters of one request; about 5 ms, the longest that the event loop may be held up
 _MESSAGE_OVERHEAD = 32  # characters; many short messages take time too

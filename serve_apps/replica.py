@@ -91,7 +91,7 @@ class EngineReplica:
                 yield delta
 
     def stats(self) -> dict[str, Any]:
-        """Fields of `loray.serving.status.ReplicaStatus`; adapters by digest."""
+        """Fields of `loray.api.status.ReplicaStatus`; adapters by digest."""
         return self._stream.stats().to_dict() | {
             "replica": _replica_id(),
             "node": socket.gethostname(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
-from loray.serving.status import AutoscalingStatus, ScalingDecision
+from loray.api.status import AutoscalingStatus, ScalingDecision
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)

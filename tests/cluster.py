@@ -16,7 +16,7 @@ import pytest
 
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
-from loray.cli.local_cluster import LocalCluster, start_local_cluster, stop_local_cluster
+from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store

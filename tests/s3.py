@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loray.cli.local_s3 import LocalS3, start_local_s3, stop_local_s3
+from loray.local.s3 import LocalS3, start_local_s3, stop_local_s3
 from loray.store.s3 import create_bucket
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.cli.local_s3 import start_local_s3, stop_local_s3
+from loray.local.s3 import start_local_s3, stop_local_s3
 from loray.planning.shapes import count_factors, count_trained, count_vera_pair
 from loray.publishing import publish
 from loray.spec import AdapterRef, LoraSpec, VeraSpec

@@ -30,8 +30,8 @@ from benchmarks.serving.adapters import AdapterSet, write_adapter
 from benchmarks.serving.models import bench_base
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.cli.local_cluster import start_local_cluster, stop_local_cluster
-from loray.cli.processes import free_ports
+from loray.local.cluster import start_local_cluster, stop_local_cluster
+from loray.local.processes import free_ports
 from loray.publishing import publish
 from loray.settings import Settings
 from loray.spec import ServeSpec

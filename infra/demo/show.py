@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loray.serving.status import Status
+from loray.api.status import Status
 
 PURPOSE = {
     "orders": "LoRA, spoken café orders to JSON",

@@ -23,12 +23,12 @@ from jobs.runs.folders import RunFolder
 from jobs.workers import worker
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, SpecError
-from loray.recipe import Recipe
+from loray.recipes.load import Recipe
+from loray.recipes.resolve import context_length, rope_parameters
 from loray.settings import Settings
 from loray.spec import Evaluation, EvaluationSpec, LongLoraSpec, PerplexitySpec, RopeParameters, TrainSpec
 from loray.telemetry import configure_logging
 from loray.train.checkpoint import ADAPTER
-from loray.train.context import context_length, rope_parameters
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray.train.evaluation.measure import measure
 from loray.train.evaluation.prompts import make_prompt

@@ -11,10 +11,10 @@ from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from loray.bases.registry import BaseModel, list_bases
 from loray.errors import SpecError
-from loray.recipe import Recipe
+from loray.recipes.load import Recipe
+from loray.recipes.resolve import context_length, rope_parameters
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from loray.train.context import context_length, rope_parameters
 from loray.train.data.batches import check_budget
 from loray.train.data.dataset import Dataset, load_data
 

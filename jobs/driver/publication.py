@@ -18,12 +18,12 @@ from jobs.runs.folders import RunFolder
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, GateRefused, TrainingError
 from loray.publishing import publish
-from loray.recipe import Recipe
+from loray.recipes.load import Recipe
+from loray.recipes.resolve import context_length, rope_parameters
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
-from loray.train.context import context_length, rope_parameters
 
 _PUBLISHED = "published.json"
 

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loray.cli.local_cluster import current_cluster
 from loray.errors import DataError, SettingsError
-from loray.recipe import Recipe
+from loray.local.cluster import current_cluster
+from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import DataSpec, TrainSpec
 

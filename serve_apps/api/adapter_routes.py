@@ -8,9 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from loray.catalog import AdapterEntry
-from loray.errors import AdapterNotFound
-from loray.serving.resources import (
+from loray.api.resources import (
     AdapterResource,
     BaseResource,
     Page,
@@ -21,6 +19,8 @@ from loray.serving.resources import (
     VersionNumber,
     VersionResource,
 )
+from loray.catalog import AdapterEntry
+from loray.errors import AdapterNotFound
 from loray.spec import Method, Name
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from loray.api.resources import AliasResource, AliasTarget, Page
 from loray.catalog import AliasState
-from loray.serving.resources import AliasResource, AliasTarget, Page
 from serve_apps.api import examples, views
 from serve_apps.api.preconditions import Conditional
 from serve_apps.api.problems import responses

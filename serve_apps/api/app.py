@@ -13,8 +13,8 @@ from ray import serve
 from ray.serve import Application
 
 from loray import __version__
+from loray.api.resources import Problem
 from loray.errors import SpecError
-from loray.serving.resources import Problem
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from serve_apps.api import adapter_routes, alias_routes, job_routes, problems, recommend_routes

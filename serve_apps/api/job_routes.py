@@ -8,8 +8,8 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from loray.api.resources import JobResource, Page
 from loray.catalog import JobStatus
-from loray.serving.resources import JobResource, Page
 from loray.spec import JobId, Name
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses

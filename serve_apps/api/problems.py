@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loray.api.resources import FieldError, Problem, problem_type
 from loray.errors import (
     CatalogError,
     ClusterError,
@@ -27,7 +28,6 @@ from loray.errors import (
     StoreError,
     UnsupportedError,
 )
-from loray.serving.resources import FieldError, Problem, problem_type
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)

@@ -10,8 +10,8 @@ from loray.advice.bases import known_shape
 from loray.advice.estimates import Estimate
 from loray.advice.recommendation import recommend
 from loray.advice.scorecard import Answers, Constraint, Scale, Score
+from loray.api.resources import Resource
 from loray.planning.devices import PRESETS
-from loray.serving.resources import Resource
 from loray.spec import Name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses

@@ -8,9 +8,7 @@ from urllib.parse import urlencode
 
 from fastapi import Request, Response
 
-from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Job
-from loray.catalog.projections import canonical_digests
-from loray.serving.resources import (
+from loray.api.resources import (
     AdapterResource,
     AliasResource,
     BaseResource,
@@ -20,6 +18,8 @@ from loray.serving.resources import (
     VersionDetail,
     VersionResource,
 )
+from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Job
+from loray.catalog.projections import canonical_digests
 from loray.spec import Projection
 
 T = TypeVar("T")

@@ -19,9 +19,9 @@ from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
-from loray.conversion import convert_to_lora
 from loray.errors import ConflictError, UnsupportedError
 from loray.publishing import publish
+from loray.publishing.convert import convert_to_lora
 from loray.spec import RopeParameters
 from loray.store import AdapterStore, open_store
 from tests.adapters.test_export import ADAPTERS, in_peft, logits, recipe, trained

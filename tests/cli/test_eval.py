@@ -17,7 +17,7 @@ from peft import LoraConfig
 from loray.adapters.manifest import describe
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
-from loray.cli import heatmap
+from loray.cli.evaluation import heatmap
 from loray.cli.main import _run
 from loray.spec import Evaluation, RopeParameters
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures

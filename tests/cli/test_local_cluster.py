@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from loray.cli.local_cluster import current_cluster, start_local_cluster, stop_local_cluster
-from loray.cli.processes import pid_scope, start_time
 from loray.errors import ClusterError
+from loray.local.cluster import current_cluster, start_local_cluster, stop_local_cluster
+from loray.local.processes import pid_scope, start_time
 
 
 def test_none_is_running(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from loray.bases.registry import add_base
 from loray.cli.main import _run
 from loray.planning.devices import HostRates
-from loray.recipe import shipped
+from loray.recipes.load import shipped
 from tests.tiny import write_checkpoint
 
 RATES = HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10)
@@ -184,7 +184,7 @@ def test_every_shipped_recipe_has_a_plan_and_fits_where_it_is_meant_to_run(plan:
 
 def test_a_machine_that_cannot_be_measured(plan: Plan, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "rates.json").unlink()
-    monkeypatch.setattr("loray.cli.devices.sys.executable", "/bin/false")
+    monkeypatch.setattr("loray.cli.planning.devices.sys.executable", "/bin/false")
     code, _, err = plan("lora_smollm2")
     assert code == 1
     assert "this machine could not be measured; name a --device" in err
@@ -196,8 +196,8 @@ def test_rates_are_kept_where_nothing_else_ran(
 ) -> None:
     (home / "rates.json").unlink()
     printed = subprocess.CompletedProcess([], 0, json.dumps(asdict(RATES)), "")
-    monkeypatch.setattr("loray.cli.devices.subprocess.run", lambda *args, **kwargs: printed)
-    monkeypatch.setattr("loray.cli.devices.os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr("loray.cli.planning.devices.subprocess.run", lambda *args, **kwargs: printed)
+    monkeypatch.setattr("loray.cli.planning.devices.os.getloadavg", lambda: (load, load, load))
     code, out, err = plan("lora_smollm2", "--json")
     assert code == 0
     assert json.loads(out)["device"]["flops"] == RATES.flops

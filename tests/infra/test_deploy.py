@@ -28,7 +28,7 @@ import yaml
 
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
-from loray.cli.local_cluster import LocalCluster, start_local_cluster, stop_local_cluster
+from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
 from loray.locations import S3Location, parse_location
 from loray.settings import Settings
 from tests.cluster import free_port

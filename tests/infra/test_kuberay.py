@@ -17,7 +17,7 @@ from jobs.train import main as train_command
 from loray.cli.base import add as add_base_command
 from loray.settings import Settings
 from loray.spec import ServeSpec, TrainSpec
-from loray.spec.common import parse_size
+from loray.spec.fields import parse_size
 from tests.conftest import REPOSITORY
 from tests.infra.manifests import (
     JOBS,

@@ -28,7 +28,7 @@ from jobs.workers.checkpoints import score
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, ConflictError, LorayError, SpecError, StoreError
-from loray.recipe import Recipe
+from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.train import checkpoint
 from loray.train.loop import train

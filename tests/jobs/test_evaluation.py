@@ -19,7 +19,7 @@ from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.catalog.gate import failures
 from loray.errors import DataError, SpecError
-from loray.recipe import Recipe
+from loray.recipes.load import Recipe
 from loray.settings import Settings
 from tests.cluster import RayCluster
 from tests.jobs.test_driver import trained

@@ -15,7 +15,7 @@ from jobs.bases import ensure_base
 from jobs.driver.prepare import prepare, row_length
 from loray.bases.registry import BaseModel, add_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError, UnsupportedError
-from loray.recipe import Recipe, load_recipe, shipped
+from loray.recipes.load import Recipe, load_recipe, shipped
 from loray.settings import Settings
 from loray.spec import ATTENTION_MODULES, LongLoraSpec
 from loray.store import open_filesystem

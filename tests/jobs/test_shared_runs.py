@@ -22,7 +22,7 @@ from jobs.runs.folders import leases, open_runs
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import AdapterVersion, Catalog
-from loray.recipe import Recipe
+from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.store import AdapterStore, open_filesystem, open_store
 from loray.train.checkpoint import read_state

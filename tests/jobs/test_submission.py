@@ -11,7 +11,7 @@ import pytest
 
 from jobs.submission.submission import submission
 from loray.errors import DataError, SettingsError
-from loray.recipe import load_recipe
+from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from tests.jobs.test_recipe import write
 

@@ -21,7 +21,7 @@ from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import AdapterNotFound, DataError, LorayError, SpecError, TrainingError
-from loray.recipe import Recipe
+from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 from loray.train.loop import train as train_loop

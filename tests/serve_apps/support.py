@@ -10,11 +10,11 @@ from typing import Any, cast
 from fastapi import FastAPI
 from prometheus_client.core import Metric as Family
 
+from loray.api.status import AutoscalingStatus
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta, EngineStream
-from loray.serving.status import AutoscalingStatus
 from loray.spec import AdapterManifest, ServeSpec
 from serve_apps.directory import ModelDirectory
 from serve_apps.gateway import Gateway, create_app

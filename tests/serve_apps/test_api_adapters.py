@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from loray.api.resources import Problem
 from loray.catalog import Catalog
 from loray.errors import CatalogError, StoreError
-from loray.serving.resources import Problem
 from tests.catalog.test_catalog import BASE, digest, publish
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
 from tests.cluster import free_port

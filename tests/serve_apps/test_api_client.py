@@ -1,4 +1,4 @@
-"""loray.catalog_client against the API in this process."""
+"""loray.client.catalog against the API in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loray.catalog_client import CatalogClient
+from loray.client.catalog import CatalogClient
 from loray.errors import (
     AdapterNotFound,
     CatalogError,

@@ -113,7 +113,7 @@ def test_the_document(document: Any) -> None:
 
 
 def test_examples_are_what_they_are_examples_of() -> None:
-    from loray.serving import resources
+    from loray.api import resources
     from loray.spec import TrainSpec
     from serve_apps.api import examples
 

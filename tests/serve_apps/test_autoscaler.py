@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 from ray.serve.config import AutoscalingContext
 
+from loray.api.status import AutoscalingStatus
 from loray.serving.demand import Observation
-from loray.serving.status import AutoscalingStatus
 from loray.spec import AutoscalingSpec, ServeSpec
 from serve_apps import scaling_log
 from serve_apps.autoscaler import POLICY_CLASS, AdapterDemandPolicy, autoscaling_config, observations, report_s

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from loray.api.status import AutoscalingStatus, CatalogStatus, EngineStatus, ReplicaStatus, ScalingDecision, Status
 from loray.cli.main import cli
 from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsError, SpecError
-from loray.serving.status import AutoscalingStatus, CatalogStatus, EngineStatus, ReplicaStatus, ScalingDecision, Status
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps import command

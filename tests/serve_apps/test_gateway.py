@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from loray.api.status import AutoscalingStatus, ScalingDecision
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.engine.pool.pool import cut_pool
 from loray.errors import EngineError, IntegrityError, Overloaded, RequestError
-from loray.serving.status import AutoscalingStatus, ScalingDecision
 from loray.spec import ServeSpec
 from serve_apps.directory import REFRESH_S
 from tests.serve_apps.support import ScriptedEngines, catalog_url, delta, gateway_app, register

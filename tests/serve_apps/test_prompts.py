@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from loray.api.openai import ChatMessage
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError
-from loray.serving.openai import ChatMessage
 from serve_apps.prompts import PromptEncoder
 from tests.tiny import byte_tokenizer
 

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.cli.local_s3 import start_local_s3, stop_local_s3
+from loray.local.s3 import start_local_s3, stop_local_s3
 from loray.publishing import publish
 from loray.settings import Settings
 from loray.spec import ServeSpec

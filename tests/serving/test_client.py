@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from loray.api.openai import ChatFormat, CompletionFormat, Error, ErrorBody, Usage
+from loray.api.openai.formats import Choice
 from loray.client import LorayClient
 from loray.errors import ContextLengthExceeded, EngineError, NotFoundError, Overloaded, RequestError
-from loray.serving.openai import ChatFormat, CompletionFormat, Error, ErrorBody, Usage
-from loray.serving.openai.formats import Choice
 from tests.serving.test_openai_formats import Delta, fmt
 
 CHAT = [{"role": "user", "content": "hi"}]

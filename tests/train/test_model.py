@@ -14,9 +14,9 @@ from transformers import AttentionInterface
 from loray.bases.registry import BaseModel
 from loray.bases.rope import frequencies
 from loray.errors import UnsupportedError
+from loray.recipes.resolve import context_length, rope_parameters
 from loray.spec import TrainSpec
 from loray.train import hook
-from loray.train.context import context_length, rope_parameters
 from loray.train.model import build_model, count_parameters, dense
 from tests.train.test_s2_attention import oracle, oracle_mask, runs
 

@@ -18,7 +18,7 @@ from benchmarks.serving.cases import EngineOptions
 from benchmarks.serving.replay import UNKNOWN_ID, Record, replay
 from benchmarks.serving.systems.processes import PassResult, Session, Setting, environment, serve_spec
 from benchmarks.serving.workload import TimedRequest
-from loray.cli.processes import free_ports
+from loray.local.processes import free_ports
 from loray.settings import Settings
 from loray.spec import AdapterRef
 

@@ -17,7 +17,7 @@ import httpx
 from benchmarks.serving.cases import EngineOptions
 from benchmarks.serving.systems.processes import Session, Setting, run_process, tail
 from benchmarks.serving.systems.server import OpenAiSession
-from loray.cli.processes import free_ports
+from loray.local.processes import free_ports
 from loray.spec import AdapterRef
 
 _OPTIONS = {"return_token_ids": True}

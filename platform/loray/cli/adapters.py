@@ -14,9 +14,9 @@ from loray.catalog import DEFAULT_ALIAS, AdapterVersion, Catalog, split_model
 from loray.cli import facts
 from loray.cli.base import report
 from loray.cli.output import console, emit, json_option, progress_bar, table
-from loray.conversion import convert_to_lora, merge_into_base
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import base_of, import_folder
+from loray.publishing.convert import convert_to_lora, merge_into_base
 from loray.settings import Settings
 from loray.spec import format_size
 from loray.store import AdapterStore, open_store

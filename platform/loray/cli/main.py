@@ -28,9 +28,11 @@ class _Command(NamedTuple):
 _COMMANDS: Mapping[str, _Command] = {
     "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
     "adapters": _Command("loray.cli.adapters:adapters", "Import, list, show, promote, roll back, convert and verify."),
-    "plan": _Command("loray.cli.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
-    "recommend": _Command("loray.cli.recommend:command", "Compare LoRA, VeRA, LongLoRA and S-LoRA for what you need."),
-    "eval": _Command("loray.cli.eval:evaluate", "Measure long-context perplexity and retrieval."),
+    "plan": _Command("loray.cli.planning.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
+    "recommend": _Command(
+        "loray.cli.planning.recommend:command", "Compare LoRA, VeRA, LongLoRA and S-LoRA for what you need."
+    ),
+    "eval": _Command("loray.cli.evaluation.eval:evaluate", "Measure long-context perplexity and retrieval."),
 }
 # Known here, so that listing them does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {

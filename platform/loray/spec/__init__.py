@@ -12,7 +12,15 @@ from loray.spec.adapters import (
     RopeParameters,
     Subject,
 )
-from loray.spec.common import (
+from loray.spec.evaluation import (
+    ContextLength,
+    Depth,
+    PerplexitySpec,
+    Reason,
+    RetrievalSpec,
+    RetrievalTask,
+)
+from loray.spec.fields import (
     Alias,
     DType,
     Frozen,
@@ -23,14 +31,6 @@ from loray.spec.common import (
     Sha256,
     format_size,
     parse_size,
-)
-from loray.spec.evaluation import (
-    ContextLength,
-    Depth,
-    PerplexitySpec,
-    Reason,
-    RetrievalSpec,
-    RetrievalTask,
 )
 from loray.spec.serving import (
     AutoscalingSpec,

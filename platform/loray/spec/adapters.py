@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from loray.spec.common import Frozen, Method, Sha256
+from loray.spec.fields import Frozen, Method, Sha256
 from loray.spec.training import TrainSpec
 
 # base_scaled: the base under the adapter's RoPE.

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from loray.spec.common import Frozen
+from loray.spec.fields import Frozen
 
 RetrievalTask = Literal["passkey", "topics"]
 ContextLength = Annotated[int, Field(gt=1)]

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from loray.spec.common import DType, Frozen, Name, NumBytes
+from loray.spec.fields import DType, Frozen, Name, NumBytes
 
 
 class SamplingParams(Frozen):

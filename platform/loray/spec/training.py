@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from loray.spec.common import Alias, DType, Frozen, Name
 from loray.spec.evaluation import PerplexitySpec, Reason, RetrievalSpec
+from loray.spec.fields import Alias, DType, Frozen, Name
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

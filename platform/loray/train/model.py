@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from loray.adapters.inject import attach
 from loray.bases.registry import BaseModel
 from loray.planning.run import quarter
+from loray.recipes.resolve import context_length, rope_parameters
 from loray.spec import LongContext, TrainSpec
 from loray.telemetry import get_logger
-from loray.train.context import context_length, rope_parameters
 from loray.train.hook import ATTENTION
 from loray.train.sequence import SequenceGroup
 from loray.train.sequence.ring import RING

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loray.cli.processes import (
+from loray.errors import ClusterError, StoreError
+from loray.local.processes import (
     LOOPBACK,
     end_session,
     exclusive,
@@ -29,7 +30,6 @@ from loray.cli.processes import (
     start_time,
     write_private,
 )
-from loray.errors import ClusterError, StoreError
 from loray.locations import S3Location
 from loray.telemetry import get_logger
 

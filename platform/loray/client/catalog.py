@@ -13,9 +13,7 @@ from typing import Any, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from loray.client import HttpClient
-from loray.errors import ClusterError, LorayError
-from loray.serving.resources import (
+from loray.api.resources import (
     AdapterResource,
     AliasResource,
     BaseResource,
@@ -26,6 +24,8 @@ from loray.serving.resources import (
     VersionDetail,
     VersionResource,
 )
+from loray.client import HttpClient
+from loray.errors import ClusterError, LorayError
 from loray.spec import TrainSpec
 
 R = TypeVar("R", bound=BaseModel)

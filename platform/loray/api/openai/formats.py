@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from loray.serving.openai.logprobs import TokenLogprob, by_token_id, chat_logprobs, completion_logprobs
-from loray.serving.openai.responses import (
+from loray.api.openai.logprobs import TokenLogprob, by_token_id, chat_logprobs, completion_logprobs
+from loray.api.openai.responses import (
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from loray.api.openai import fields
+from loray.api.openai.fields import Prompt
+from loray.api.openai.unsupported import NO_AUDIO, NO_TOOLS, without_unsupported
 from loray.errors import RequestError
-from loray.serving.openai import fields
-from loray.serving.openai.fields import Prompt
-from loray.serving.openai.unsupported import NO_AUDIO, NO_TOOLS, without_unsupported
 from loray.spec import SamplingParams
 
 MAX_CHOICES = 128  # of one request, all prompts together

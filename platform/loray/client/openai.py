@@ -15,9 +15,9 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from loray.api.openai import ChatCompletion, ChatCompletionChunk, Completion, Error, ErrorBody, Model, ModelList
+from loray.api.status import Status
 from loray.errors import ContextLengthExceeded, EngineError, LorayError, NotFoundError, Overloaded, RequestError
-from loray.serving.openai import ChatCompletion, ChatCompletionChunk, Completion, Error, ErrorBody, Model, ModelList
-from loray.serving.status import Status
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]

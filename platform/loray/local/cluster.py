@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loray.cli.processes import (
+from loray.errors import ClusterError
+from loray.local.processes import (
     LOOPBACK,
     end_session,
     exclusive,
@@ -32,7 +33,6 @@ from loray.cli.processes import (
     start_time,
     write_private,
 )
-from loray.errors import ClusterError
 from loray.settings import Settings
 from loray.telemetry import get_logger
 

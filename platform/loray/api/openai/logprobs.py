@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from loray.serving.openai.responses import (
+from loray.api.openai.responses import (
     ChatLogprobs,
     ChatTokenLogprob,
     CompletionLogprobs,

@@ -10,8 +10,8 @@ import click
 from loray.advice.estimates import Estimate
 from loray.advice.recommendation import Recommendation, recommend
 from loray.advice.scorecard import Answers, Constraint, Scale
-from loray.cli.devices import config_option, device_of, device_option, shape_of
 from loray.cli.output import console, count, emit, table
+from loray.cli.planning.devices import config_option, device_of, device_option, shape_of
 from loray.settings import Settings
 from loray.spec import format_size
 

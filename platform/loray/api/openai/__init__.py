@@ -7,17 +7,17 @@ A field that is not implemented is refused by name, never ignored.
 
 from __future__ import annotations
 
-from loray.serving.openai.fields import Prompt
-from loray.serving.openai.formats import ChatFormat, CompletionFormat, Delta, ResponseFormat
-from loray.serving.openai.logprobs import TokenLogprob
-from loray.serving.openai.requests import (
+from loray.api.openai.fields import Prompt
+from loray.api.openai.formats import ChatFormat, CompletionFormat, Delta, ResponseFormat
+from loray.api.openai.logprobs import TokenLogprob
+from loray.api.openai.requests import (
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
     StreamOptions,
     parse,
 )
-from loray.serving.openai.responses import (
+from loray.api.openai.responses import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,

@@ -12,10 +12,10 @@ import click
 from rich.table import Table
 
 from loray.catalog import gate
-from loray.cli import heatmap
 from loray.cli.adapters import open_site
-from loray.cli.eval_options import Options, Where, measurement, retrieval_options
-from loray.cli.eval_target import Target, opened
+from loray.cli.evaluation import heatmap
+from loray.cli.evaluation.options import Options, Where, measurement, retrieval_options
+from loray.cli.evaluation.target import Target, opened
 from loray.cli.output import console, emit, progress_bar, table
 from loray.errors import SpecError
 from loray.spec import Evaluation, PerplexitySpec, RetrievalSpec, RetrievalTask

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from loray.cli.devices import config_option, device_of, device_option, shape_of
 from loray.cli.output import console, emit, json_option
-from loray.cli.plan_tables import show
+from loray.cli.planning.devices import config_option, device_of, device_option, shape_of
+from loray.cli.planning.tables import show
 from loray.planning.devices import THIS_MACHINE
 from loray.planning.plan import make_plan
 from loray.planning.run import run_of
-from loray.recipe import load_recipe
+from loray.recipes.load import load_recipe
 from loray.settings import Settings
 from loray.spec import TrainSpec
 
