@@ -12,11 +12,11 @@ from ray.serve.config import RequestRouterConfig
 from loray.bases.registry import get_base
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.autoscaler import AdapterDemandPolicy, autoscaling_config
 from serve_apps.deployment import DRAIN_S
-from serve_apps.ranks import bundles
-from serve_apps.replica import EngineReplica
-from serve_apps.router import ROUTER_CLASS, AdapterRouter
+from serve_apps.gateway.router import ROUTER_CLASS, AdapterRouter
+from serve_apps.replica.ranks import bundles
+from serve_apps.replica.replica import EngineReplica
+from serve_apps.scaling.policy import AdapterDemandPolicy, autoscaling_config
 
 __all__ = ["ENGINE", "GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
 
@@ -84,10 +84,10 @@ def _replicas(spec: ServeSpec) -> dict[str, Any]:
 def _gateway(spec: ServeSpec) -> FastAPI:
     from loray.catalog import Catalog
     from loray.telemetry import configure_logging
-    from serve_apps.directory import ModelDirectory
-    from serve_apps.gateway import Gateway, create_app
-    from serve_apps.generation import ServeEngines
-    from serve_apps.prompts import PromptEncoder
+    from serve_apps.gateway.directory import ModelDirectory
+    from serve_apps.gateway.engines import ServeEngines
+    from serve_apps.gateway.gateway import Gateway, create_app
+    from serve_apps.gateway.prompts import PromptEncoder
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)

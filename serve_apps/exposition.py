@@ -12,9 +12,9 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.telemetry import METRICS
-from serve_apps import router
-from serve_apps.directory import ModelDirectory
-from serve_apps.metrics import counter, gauge
+from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.gateway import router
+from serve_apps.replica.metrics import counter, gauge
 
 _CLIENT_LEFT = 499  # nobody sees it but the metrics; nginx's number
 

@@ -17,7 +17,11 @@ from loray.api.resources import Problem
 from loray.errors import SpecError
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from serve_apps.api import adapter_routes, alias_routes, job_routes, problems, recommend_routes
+from serve_apps.api import problems
+from serve_apps.api.routes import adapters as adapter_routes
+from serve_apps.api.routes import aliases as alias_routes
+from serve_apps.api.routes import jobs as job_routes
+from serve_apps.api.routes import recommend as recommend_routes
 from serve_apps.api.site import Site
 from serve_apps.app import ENGINE
 from serve_apps.deployment import APPLICATION

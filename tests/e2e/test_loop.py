@@ -26,8 +26,8 @@ from loray.engine.engine import build_engine
 from loray.engine.request import GenerateRequest
 from loray.publishing import publish
 from loray.spec import AdapterManifest, AdapterRef, ServeSpec
-from serve_apps.directory import REFRESH_S
-from serve_apps.replica import adapter_loader
+from serve_apps.gateway.directory import REFRESH_S
+from serve_apps.replica.replica import adapter_loader
 from tests.cluster import RayCluster, Served
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import GREEDY, Spy, run

@@ -16,12 +16,12 @@ from loray.catalog import AdapterVersion, Catalog
 from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta, EngineStream
 from loray.spec import AdapterManifest, ServeSpec
-from serve_apps.directory import ModelDirectory
-from serve_apps.gateway import Gateway, create_app
-from serve_apps.generation import Engines
-from serve_apps.metrics import ReplicaMetrics
-from serve_apps.prompts import PromptEncoder
-from serve_apps.replica import fitted
+from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.engines import Engines
+from serve_apps.gateway.gateway import Gateway, create_app
+from serve_apps.gateway.prompts import PromptEncoder
+from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.replica import fitted
 
 STATS: dict[str, Any] = {
     "replica": "r1",

@@ -24,8 +24,9 @@ from loray.publishing import publish
 from loray.settings import Settings
 from loray.spec import AdapterRef
 from loray.store import AdapterStore, open_store
-from serve_apps import adapter_keeping, adapter_loading
-from serve_apps.adapter_loading import AdapterLoader
+from serve_apps.replica.loading import AdapterLoader
+from serve_apps.replica.replica import keeping as adapter_keeping
+from serve_apps.replica.replica import loading as adapter_loading
 from tests.store.conftest import damage
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from loray.bases.registry import add_base
-from serve_apps.api.recommend_routes import RecommendationResource
+from serve_apps.api.routes.recommend import RecommendationResource
 from tests.serve_apps.api_support import Api
 from tests.serve_apps.test_api_adapters import problem
 from tests.tiny import write_checkpoint

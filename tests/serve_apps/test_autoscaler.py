@@ -10,9 +10,9 @@ from ray.serve.config import AutoscalingContext
 from loray.api.status import AutoscalingStatus
 from loray.serving.demand import Observation
 from loray.spec import AutoscalingSpec, ServeSpec
-from serve_apps import scaling_log
-from serve_apps.autoscaler import POLICY_CLASS, AdapterDemandPolicy, autoscaling_config, observations, report_s
-from serve_apps.scaling_log import KEPT, ScalingLog
+from serve_apps.scaling import log as scaling_log
+from serve_apps.scaling.log import KEPT, ScalingLog
+from serve_apps.scaling.policy import POLICY_CLASS, AdapterDemandPolicy, autoscaling_config, observations, report_s
 from tests.serving.demand import adapter, observation
 
 SPEC = AutoscalingSpec(max_replicas=4, window_s=60, upscale_delay_s=0)

@@ -50,7 +50,7 @@ def listening() -> Iterator[int]:
 
 
 def test_help_imports_no_ray() -> None:
-    modules = "serve_apps.command, serve_apps.deployment, serve_apps.replica"
+    modules = "serve_apps.command, serve_apps.deployment, serve_apps.replica.replica"
     code = f"import sys, {modules}; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=REPOSITORY).returncode == 0
 

@@ -21,8 +21,8 @@ from loray.serving.demand import Observation
 from loray.settings import Settings
 from loray.spec import AdapterRef, AutoscalingSpec, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
-from serve_apps.demand import ReplicaDemand
-from serve_apps.replica import adapter_loader
+from serve_apps.replica.demand import ReplicaDemand
+from serve_apps.replica.replica import adapter_loader
 from tests.tiny import byte_tokenizer
 
 SCALING = AutoscalingSpec(window_s=3600)

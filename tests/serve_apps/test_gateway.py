@@ -18,7 +18,7 @@ from loray.catalog import Catalog
 from loray.engine.pool.pool import cut_pool
 from loray.errors import EngineError, IntegrityError, Overloaded, RequestError
 from loray.spec import ServeSpec
-from serve_apps.directory import REFRESH_S
+from serve_apps.gateway.directory import REFRESH_S
 from tests.serve_apps.support import ScriptedEngines, catalog_url, delta, gateway_app, register
 
 HELLO = (delta("hel"), delta("lo", "stop", num_output_tokens=2))

@@ -17,9 +17,9 @@ from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta
 from loray.errors import ContextLengthExceeded, EngineError, LorayError, Overloaded, RequestError
 from loray.spec import SamplingParams
-from serve_apps import generation
-from serve_apps.generation import ATTEMPTS, ServeEngines, merge
-from serve_apps.replica import ReplicaUnavailable, _coalesced, merge_deltas
+from serve_apps.gateway.engines import ATTEMPTS, ServeEngines, merge
+from serve_apps.gateway.gateway import engines as generation
+from serve_apps.replica.replica import ReplicaUnavailable, _coalesced, merge_deltas
 from tests.serve_apps.support import delta
 
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams())

@@ -20,8 +20,8 @@ from loray.engine.stats.stats import EngineStats
 from loray.engine.stream import Delta, EngineStream
 from loray.errors import ContextLengthExceeded, EngineError
 from loray_kernels import KvLayout
-from serve_apps.metrics import ReplicaMetrics
-from serve_apps.replica import EngineReplica
+from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.replica import EngineReplica
 from tests.engine.adapters import TestAdapter, make_adapter
 from tests.engine.harness import hold, make_engine, request
 from tests.serve_apps.support import delta
@@ -86,7 +86,7 @@ def test_counts_are_what_was_asked(
     base: BaseModel, adapters: list[TestAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool holds one context and no more, so a request of that length throws every adapter out; the host, one."""
-    monkeypatch.setattr("serve_apps.replica._replica_id", lambda: "r1")
+    monkeypatch.setattr("serve_apps.replica.replica._replica_id", lambda: "r1")
     a, b = adapters
     c = base.config
     layout = KvLayout(c.num_layers, 16, c.num_kv_heads, c.head_dim)

@@ -12,7 +12,7 @@ import pytest
 from loray.api.openai import ChatMessage
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError
-from serve_apps.prompts import PromptEncoder
+from serve_apps.gateway.prompts import PromptEncoder
 from tests.tiny import byte_tokenizer
 
 

@@ -20,7 +20,7 @@ from loray.publishing import publish
 from loray.settings import Settings
 from loray.spec import AdapterRef, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
-from serve_apps.replica import adapter_loader, fitted, without_expected_tracebacks
+from serve_apps.replica.replica import adapter_loader, fitted, without_expected_tracebacks
 from tests.serve_apps.support import delta
 from tests.tiny import byte_tokenizer
 

@@ -20,9 +20,9 @@ from loray.engine.request import GenerateRequest
 from loray.engine.stream import Delta
 from loray.errors import EngineError, LorayError, Overloaded
 from loray.telemetry import get_logger
-from serve_apps.replica import ReplicaUnavailable
-from serve_apps.router import suspect
-from serve_apps.scaling_log import ScalingLog
+from serve_apps.gateway.router import suspect
+from serve_apps.replica.replica import ReplicaUnavailable
+from serve_apps.scaling.log import ScalingLog
 
 _log = get_logger(__name__)
 

@@ -31,15 +31,15 @@ from loray.serving.routing_report import make_report
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
-from serve_apps.demand import ReplicaDemand
-from serve_apps.metrics import ReplicaMetrics
+from serve_apps.replica.demand import ReplicaDemand
+from serve_apps.replica.metrics import ReplicaMetrics
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
     from loray.engine.request import GenerateRequest
     from loray.engine.stream import Delta, EngineStream
-    from serve_apps.adapter_loading import AdapterLoader
+    from serve_apps.replica.loading import AdapterLoader
 
 _log = get_logger(__name__)
 
@@ -170,7 +170,7 @@ def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> Engine
 
     from loray.engine.engine import build_engine
     from loray.engine.stream import EngineStream
-    from serve_apps.ranks import RankActors
+    from serve_apps.replica.ranks import RankActors
 
     started = time.monotonic()
     stream = EngineStream(
@@ -184,7 +184,7 @@ def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> Engine
 
 def adapter_loader(base: BaseModel, settings: Settings) -> AdapterLoader:
     """From a reference to an adapter, by the engine's loader threads."""
-    from serve_apps.adapter_loading import AdapterLoader
+    from serve_apps.replica.loading import AdapterLoader
 
     return AdapterLoader(base, settings)
 

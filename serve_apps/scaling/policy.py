@@ -19,7 +19,7 @@ from loray.serving.demand import Observation
 from loray.serving.scaling import Decision, ScalingState, decide
 from loray.spec import AutoscalingSpec, ServeSpec
 from loray.telemetry import get_logger
-from serve_apps.scaling_log import ScalingLog
+from serve_apps.scaling.log import ScalingLog
 
 _log = get_logger(__name__)
 

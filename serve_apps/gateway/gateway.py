@@ -24,13 +24,13 @@ from loray.engine.pool.pool import cut_pool
 from loray.engine.request import GenerateRequest
 from loray.errors import ContextLengthExceeded, EngineError, RequestError
 from loray.spec import AdapterRef, ServeSpec
-from serve_apps import errors
-from serve_apps.directory import ModelDirectory
-from serve_apps.documentation import describe_bodies
-from serve_apps.echo import echoed
 from serve_apps.exposition import CountRequests, GatewayMetrics, encode
-from serve_apps.generation import Engines, Part, merge
-from serve_apps.prompts import PromptEncoder
+from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.echo import echoed
+from serve_apps.gateway.engines import Engines, Part, merge
+from serve_apps.gateway.gateway import errors
+from serve_apps.gateway.openapi import describe_bodies
+from serve_apps.gateway.prompts import PromptEncoder
 
 _TENANT_HEADER = "x-tenant-id"  # for a proxy that knows who is calling; it overrides what the body says
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -34,7 +34,7 @@ from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterCache, AdapterStore, open_store
 from loray.telemetry import get_logger
-from serve_apps.adapter_keeping import Keeper
+from serve_apps.replica.keeping import Keeper
 
 if TYPE_CHECKING:
     from loray.adapters.weights import AdapterWeights
