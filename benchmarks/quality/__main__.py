@@ -4,7 +4,7 @@
     python -m benchmarks.quality DATA --tasks e2e --seeds 1
 
 DATA holds e2e_train.jsonl, e2e_validation.jsonl, gsm8k_train.jsonl, gsm8k_validation.jsonl, t0_many_tasks.parquet.
-docs/benchmarks-quality.md explains tables and picture.
+docs/benchmarks/quality.md explains tables and picture.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python -m benchmarks.serving --adapters 500 --alpha 0.3 --rate 4 --cv 2 --requests 200
     python -m benchmarks.serving --preset gpu --device cuda --model llama3-8b-random
 
-docs/benchmarks.md explains options and columns.
+docs/benchmarks/serving.md explains options and columns.
 """
 
 from __future__ import annotations

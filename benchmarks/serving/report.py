@@ -1,4 +1,4 @@
-"""The table on the screen. What each column means is in docs/benchmarks.md."""
+"""The table on the screen. What each column means is in docs/benchmarks/serving.md."""
 
 from __future__ import annotations
 

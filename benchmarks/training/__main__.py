@@ -6,7 +6,7 @@
     python -m benchmarks.training.__main__ --preset long        a step at 100k: about an hour
     python -m benchmarks.training.__main__ --only attention
 
-docs/benchmarks-training.md explains rows and columns.
+docs/benchmarks/training.md explains rows and columns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What each method costs on a given base and device: parameters, bytes, a training step, room in the pool, serving.
 
 Training is `loray.planning`'s plan of a recipe with the method's defaults and one row a step. The pool's density comes
-from the engine's own allocator. Serving is a floor, as in docs/methods.md: what adapters add to a decode step over what
+from the engine's own allocator. Serving is a floor, as in docs/guide/methods.md: what adapters add to a decode step over what
 the base takes.
 """
 

@@ -74,7 +74,7 @@ PRESETS = {
     )
 }
 THIS_MACHINE = "this-machine"
-# Measured (docs/planning.md): the peak of the smallest run, less the tensors of its plan.
+# Measured (docs/guide/planning.md): the peak of the smallest run, less the tensors of its plan.
 _HOST_FRAMEWORK = 100 * MIB
 # Freed memory below glibc's largest mmap threshold stays in the heap, where larger blocks never go.
 _GLIBC_THRESHOLD = 32 * MIB
