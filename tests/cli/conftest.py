@@ -9,7 +9,7 @@ import pytest
 
 from loray.bases.registry import BaseModel, add_base
 from loray.cli.main import _run
-from tests.cli.support import Loray, Result
+from tests.cli.run import Loray, Result
 from tests.tiny import write_checkpoint
 
 

@@ -14,7 +14,7 @@ import pytest
 from loray import __version__
 from loray.bases.registry import BaseModel
 from loray.store import AdapterStore, open_store
-from tests.cli.support import Loray, PeftFolder
+from tests.cli.run import Loray, PeftFolder
 from tests.tiny import write_checkpoint
 
 

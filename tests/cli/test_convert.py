@@ -10,7 +10,7 @@ import pytest
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.store import AdapterStore, open_store
-from tests.cli.support import Loray, PeftFolder
+from tests.cli.run import Loray, PeftFolder
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.cli.support import Loray
+from tests.cli.run import Loray
 
 ANSWERS = ("--context-length", 2048, "--num-tasks", 1000)
 PERSONAL = (*ANSWERS, "--resource-constraint", "high", "--deployment-scale", "distributed")

@@ -31,7 +31,7 @@ from serve_apps.replica.replica import adapter_loader
 from tests.cluster import RayCluster, Served
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import GREEDY, Spy, run
-from tests.jobs.test_recipe import write
+from tests.test_recipe import write
 from tests.tiny import byte_tokenizer
 
 pytestmark = pytest.mark.cluster

@@ -13,7 +13,7 @@ from jobs.submission.submission import submission
 from loray.errors import DataError, SettingsError
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
-from tests.jobs.test_recipe import write
+from tests.test_recipe import write
 
 ADDRESS = "http://head.example:8265"
 REACHABLE = {"LORAY_STORE": "s3://bucket/loray", "LORAY_CATALOG": "postgresql://db/loray"}

@@ -27,8 +27,8 @@ from loray.store import AdapterStore, open_store
 from loray.train.loop import train as train_loop
 from loray.train.reporting import FolderReporter
 from tests.cluster import RayCluster
-from tests.jobs.test_driver import result
-from tests.jobs.test_recipe import write
+from tests.jobs.driver.test_driver import result
+from tests.test_recipe import write
 from tests.tiny import write_checkpoint
 
 pytestmark = pytest.mark.cluster

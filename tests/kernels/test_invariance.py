@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels import AttentionMeta, KvLayout, LoraTable, Ops, PairMatrix, RowTables, Segments, TokenRows, VeraTable
-from tests.kernels.support import NATIVE, make_ops
+from tests.kernels.backends import NATIVE, make_ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTH = 100  # no multiple of any vector's width

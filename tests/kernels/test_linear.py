@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels import LinearWeights, Ops
-from tests.kernels.support import BACKENDS, NATIVE, make_ops
+from tests.kernels.backends import BACKENDS, NATIVE, make_ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 # (in, out): whole panels; parts of one; an odd input, whose last step is half a pair; a row of outputs less than one

@@ -24,7 +24,7 @@ from loray_kernels import (
     VeraTable,
     backend,
 )
-from tests.kernels.support import BACKENDS, make_ops
+from tests.kernels.backends import BACKENDS, make_ops
 
 POPULARITY = ["distinct", "uniform", "zipf", "identical", "skewed"]
 DTYPES = [torch.float32, torch.bfloat16]

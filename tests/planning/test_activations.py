@@ -15,7 +15,7 @@ from loray.planning.run import run_of
 from loray.planning.shapes import count_base, count_trained
 from loray.spec import TrainSpec
 from loray.train.model import build_model, count_parameters
-from tests.planning.support import recipe
+from tests.planning.recipes import recipe
 
 TOKENS = 256
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -10,7 +10,7 @@ from loray.planning.compute import attention_pairs, count_flops, estimate_time
 from loray.planning.run import run_of
 from loray.planning.shapes import preset
 from loray.planning.traffic import plan_traffic
-from tests.planning.support import A100, long_run, recipe
+from tests.planning.recipes import A100, long_run, recipe
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 9])

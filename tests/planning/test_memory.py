@@ -10,7 +10,7 @@ from loray.planning.devices import HostRates, host
 from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
 from loray.planning.run import Run
 from loray.planning.shapes import count_base, preset, preset_names
-from tests.planning.support import A100, bare, long_run
+from tests.planning.recipes import A100, bare, long_run
 
 TOTALS = {
     "Llama-2-7b-hf": 6_738_415_616,

@@ -16,7 +16,7 @@ from loray.planning.remedies import smallest_remedy
 from loray.planning.run import run_of
 from loray.planning.shapes import preset
 from loray.spec import RopeParameters
-from tests.planning.support import A100, long_run, recipe
+from tests.planning.recipes import A100, long_run, recipe
 
 LONG: dict[str, Any] = {"method": "longlora", "long_context": {"rope_scaling": {"factor": 8}}}
 

@@ -7,7 +7,7 @@ import pytest
 from loray.errors import SpecError
 from loray.planning.run import quarter
 from loray.planning.traffic import exchange, exchanges, group_sizes, plan_traffic
-from tests.planning.support import long_run
+from tests.planning.recipes import long_run
 
 MB = 1e6
 

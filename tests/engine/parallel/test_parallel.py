@@ -1,0 +1,229 @@
+"""Tensor parallel: several ranks give what one gives, send what the formula says, and die together."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, VeraConfig
+
+from loray.adapters.weights import AdapterWeights
+from loray.bases.registry import BaseModel
+from loray.engine.engine import Engine
+from loray.engine.parallel.communicator import Communicator, Traffic
+from loray.engine.parallel.rows import ShardedAdapter, sharded_loads
+from loray.engine.parallel.workers import LocalWorkers
+from loray.engine.pool.loading import AdapterLoads, Progress
+from loray.engine.pool.packed import PackedAdapter, Packer
+from loray.engine.pool.pool import Pool
+from loray.engine.stream import EngineStream
+from loray.errors import EngineError, SpecError
+from loray.spec import RopeParameters
+from loray_kernels import KvLayout
+from tests.engine.adapters import NORMS, TestAdapter, make_adapter
+from tests.engine.harness import Spy, make_engine, request, run
+from tests.engine.model.test_parity import ALL, ROPES, prompts
+from tests.tiny import byte_tokenizer
+
+# (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide
+WORLDS = {
+    "TP=2": (2, "Qwen2ForCausalLM", {"tie_word_embeddings": False}),
+    "TP=4": (4, "Qwen3ForCausalLM", {"tie_word_embeddings": True, "vocab_size": 322}),
+}
+# Ranks that 2 and 4 divide and that they do not, subsets of modules and layers, a pair shared by modules of all widths.
+ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
+    "r16": (LoraConfig(r=16, target_modules=ALL), None),
+    "r6": (LoraConfig(r=6, target_modules=ALL), None),
+    "patterns": (
+        LoraConfig(r=4, target_modules=ALL[1:6], rank_pattern={"k_proj": 7}, layers_to_transform=[1]),
+        None,
+    ),
+    "vera": (VeraConfig(r=16, target_modules=ALL, projection_prng_key=5), None),
+    "vera-qv": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"]), None),
+    "longlora": (LoraConfig(r=8, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), ROPES["linear"]),
+}
+CPU = torch.device("cpu")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@dataclass(frozen=True)
+class World:
+    """One engine over several ranks, started once; `one` makes engines of one rank on the same base."""
+
+    base: BaseModel
+    adapters: list[TestAdapter]
+    engine: Engine
+
+    def one(self, **spec: object) -> Engine:
+        return make_engine(self.base, self.adapters, num_threads=1, **spec)
+
+    @property
+    def communicator(self) -> Communicator:
+        communicator = self.engine._model._communicator  # type: ignore[attr-defined]
+        assert isinstance(communicator, Communicator)
+        return communicator
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def world(
+    request: pytest.FixtureRequest, tiny_base: Callable[..., BaseModel], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    size, architecture, config = WORLDS[request.param]
+    base = tiny_base(architecture, num_attention_heads=8, num_key_value_heads=4, **config)
+    folder = tmp_path_factory.mktemp("adapters")
+    adapters = [
+        make_adapter(base, folder / name, config, seed=i, rope=rope, std=0.12)
+        for i, (name, (config, rope)) in enumerate(ADAPTERS.items())
+    ]
+    # Small, so that adapters leave and come back, and gaps are closed.
+    engine = make_engine(base, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=24 << 14)
+    yield World(base, adapters, engine)
+    engine.close()
+
+
+def test_ranks_give_what_one_gives(world: World) -> None:
+    models = [None, *world.adapters, None]
+    ids = prompts(len(models))
+    requests = [request(str(i), p, a, max_tokens=4) for i, (p, a) in enumerate(zip(ids, models, strict=True))]
+    one = world.one()
+    alone, together = Spy(one), Spy(world.engine)
+    expected = run(one, requests, together=True)
+    assert run(world.engine, requests) == expected
+    assert one.stats().max_adapters_in_step == len(world.adapters)
+    for i, logits in alone.logits.items():
+        torch.testing.assert_close(torch.stack(together.logits[i]), torch.stack(logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("world", ["TP=2"], indirect=True)
+def test_a_full_pool_is_the_same_on_every_rank(world: World) -> None:
+    """Adapters are thrown out and placed again, requests preempted; `run` compares the ranks' pools after each step."""
+    ids = prompts(4)
+    requests = [request(str(i), ids[i % 4], a, max_tokens=20) for i, a in enumerate(world.adapters)]
+    engine, expected = world.engine, run(world.one(), requests)
+    before = engine.stats().num_evictions
+    assert run(engine, requests) == expected
+    assert engine.stats().num_evictions > before
+    while not engine._pool.compact(99):  # until what is left has gaps that can be closed
+        assert engine._residency.evict_one()
+    engine.check_integrity()
+    assert run(engine, requests) == expected
+
+
+def test_ranks_send_what_the_formula_says(world: World) -> None:
+    """S-LoRA, section 6: with N ranks, B tokens, rank r and hidden size h each rank sends, for attention, 2(N−1)Bh/N
+    elements of the base's and 5(N−1)Br/N of LoRA's, here with r as a multiple of N. The MLP: as much, and 4(N−1)Br/N.
+    """
+    n, config = world.communicator.shard.world_size, world.base.config
+    by_name = {a.ref.name: a for a in world.adapters}
+    num_tokens, first = 19, itertools.count()
+    kinds = Traffic("all_reduce", "base"), Traffic("all_gather", "adapter"), Traffic("all_reduce", "adapter")
+
+    def sent(adapter: TestAdapter | None) -> tuple[Fraction, ...]:
+        """Elements of fp32 in each layer: of the base's, gathered for LoRA, summed for LoRA."""
+        before = world.communicator.sent_bytes()
+        ids = [next(first)] * num_tokens  # no prefix that is known
+        run(world.engine, [request("one", ids, adapter, max_tokens=1)])
+        after = world.communicator.sent_bytes()
+        return tuple((after.get(t, 0) - before.get(t, 0)) / Fraction(4 * config.num_layers) for t in kinds)
+
+    share = Fraction((n - 1) * num_tokens, n)
+    attention = mlp = 2 * share * config.hidden_size
+    assert sent(None) == (attention + mlp, 0, 0)
+    r = 8  # of q, k, v, o
+    assert sent(by_name["longlora"]) == (attention + mlp, 3 * share * r, 2 * share * r)
+    r = 16  # of all seven
+    assert sent(by_name["r16"]) == (attention + mlp, (3 + 2) * share * r, (2 + 2) * share * r)
+    r = 6
+    padded = r + -r % n
+    assert sent(by_name["r6"]) == (attention + mlp, (3 + 2) * share * padded, (2 + 2) * share * r)
+
+
+class KeptInVain:
+    """A source that has the whole adapter, and then fails to keep it: the disk is full."""
+
+    def __init__(self, weights: AdapterWeights) -> None:
+        self._weights = weights
+
+    def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
+        progress(packer.pack(self._weights), 0.0)
+        raise OSError("no space left on device")
+
+
+def test_an_adapter_that_cannot_be_kept_is_served_all_the_same(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    base = tiny_base()
+    adapter = make_adapter(base, tmp_path / "r4", LoraConfig(r=4, target_modules=ATTENTION), seed=1)
+    whole = KvLayout(base.config.num_layers, 16, base.config.num_kv_heads, base.config.head_dim)
+    pools = [
+        Pool(whole._replace(num_kv_heads=whole.num_kv_heads // ranks), 8, dtype=torch.float32, device=CPU)
+        for ranks in (1, 2)
+    ]
+    sources = [lambda ref: KeptInVain(adapter.load(base))]
+    sources.append(sharded_loads(sources[0], pools[0].geometry, 2))
+    loaded = []
+    for pool, load in zip(pools, sources, strict=True):
+        loads = AdapterLoads(pool, Packer(pool.geometry, torch.float32, torch.zeros(1, 8)), load, lambda: None)
+        loaded.append(loads.start(adapter.ref, 0.0).result(60))
+        loads.close()
+    assert isinstance(loaded[1], ShardedAdapter)
+    assert loaded[0].nbytes == loaded[1].nbytes
+
+
+def test_heads_that_do_not_divide_are_refused(tiny_base: Callable[..., BaseModel]) -> None:
+    base = tiny_base()
+    with pytest.raises(SpecError, match=r"does not divide the base's 4 attention heads; take one of \[1, 2\]"):
+        make_engine(base, tensor_parallel_size=3)
+
+
+def test_a_dead_rank_ends_the_engine(tiny_base: Callable[..., BaseModel]) -> None:
+    engine = make_engine(tiny_base(), tensor_parallel_size=2, num_threads=1, dtype="bfloat16")
+    stream = EngineStream(engine, byte_tokenizer())
+    stream.start()
+
+    async def generate() -> None:
+        params = {"max_tokens": 400}
+        deltas = stream.generate(request("r", prompts(1)[0], **params))
+        async for delta in deltas:
+            if delta.num_output_tokens == 1:
+                workers = engine._workers
+                assert isinstance(workers, LocalWorkers)
+                workers._processes[0].kill()
+
+    try:
+        stream.check_health()
+        with pytest.raises(EngineError, match="rank"):
+            asyncio.run(generate())
+        with pytest.raises(EngineError):
+            stream.check_health()
+    finally:
+        stream.stop()
+
+
+@pytest.mark.slow
+def test_three_ranks_of_smollm2(smollm2: BaseModel, tmp_path: Path) -> None:
+    """9 heads and 3 of keys and values; ranks 8 and 64 with padding, VeRA."""
+    adapters = [
+        make_adapter(smollm2, tmp_path / "r8", LoraConfig(r=8, target_modules=ALL), seed=1),
+        make_adapter(smollm2, tmp_path / "r64", LoraConfig(r=64, target_modules=ATTENTION), seed=2),
+        make_adapter(smollm2, tmp_path / "vera", VeraConfig(r=64, target_modules=ATTENTION), seed=3),
+    ]
+    requests = [request(str(i), p, a, max_tokens=4) for i, (p, a) in enumerate(zip(prompts(3), adapters, strict=True))]
+    requests.append(request("base", prompts(4)[3], max_tokens=4))
+    logits, tokens = [], []
+    for size in (1, 3):
+        engine = make_engine(smollm2, adapters, tensor_parallel_size=size, num_threads=1, pool_bytes=256 << 20)
+        spy = Spy(engine)
+        tokens.append(run(engine, requests))
+        logits.append({i: torch.stack(rows) for i, rows in spy.logits.items()})
+        engine.close()
+    assert tokens[0] == tokens[1]
+    for i, expected in logits[0].items():
+        torch.testing.assert_close(logits[1][i], expected, atol=1e-3, rtol=0)

@@ -1,0 +1,120 @@
+"""Rows that are written beside the steps: nothing reads them, and nothing takes their place, before they are there.
+
+The tests of the pool and of adapters that arrive, with a writer that puts off every copy until it is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from loray.adapters.weights import AdapterWeights, ProjectionPair
+from loray.engine import engine
+from loray.engine.pool.pool import Pool, ResidentAdapter
+from loray.spec import AdapterRef
+from loray_kernels import Ops, PageWriter, Piece, backend
+from loray_kernels.pages import DirectWriter
+from tests.engine.adapters import TestAdapter
+from tests.engine.model.test_landing import (  # noqa: F401
+    ground,
+    test_layers_that_come_in_time_are_waited_for_one_by_one,
+    test_what_comes_late_holds_back_its_own_requests_alone,
+)
+from tests.engine.pool.test_packed import LAYOUT, check_rows, packer, weights
+from tests.engine.pool.test_pool import (  # noqa: F401
+    test_a_pair_comes_in_though_no_stretch_of_blocks_is_free,
+    test_logits_are_the_same_bits_after_compaction,
+    test_logits_are_the_same_bits_with_and_without,
+)
+
+
+class LateWriter:
+    """A PageWriter that writes when it must. `num_late`: writes that had to be waited for."""
+
+    def __init__(self, pool: Tensor) -> None:
+        self._direct = DirectWriter(pool)
+        self._late: list[Callable[[], None]] = []
+        self.num_late = 0
+
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+        self._late.append(lambda: self._direct.write(rows_LE, layer_offsets, pieces))
+
+    def wait(self) -> None:
+        self.num_late += len(self._late)
+        while self._late:
+            self._late.pop(0)()
+
+
+@pytest.fixture(autouse=True)
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], PageWriter]]:
+    """Every engine's page writer, and for pools without one."""
+    writers: list[LateWriter] = []
+
+    def page_writer(pool: Tensor) -> PageWriter:
+        writers.append(LateWriter(pool))
+        return writers[-1]
+
+    def late_backend(name: str, device: object) -> Ops:
+        ops = backend(name)
+        ops.page_writer = page_writer  # type: ignore[method-assign]
+        return ops
+
+    monkeypatch.setattr(engine, "backend", late_backend)
+    yield page_writer
+    assert any(writer.num_late for writer in writers)
+
+
+def make_pool(late: Callable[[Tensor], PageWriter], num_blocks: int) -> Pool:
+    return Pool(LAYOUT, num_blocks, dtype=torch.float32, device=torch.device("cpu"), page_writer=late)
+
+
+def place(pool: Pool, ref: AdapterRef, own: AdapterWeights) -> ResidentAdapter:
+    resident = pool.place(ref, packer().pack(own))
+    assert resident is not None
+    return resident
+
+
+def test_rows_that_have_just_been_placed_move_into_gaps(
+    late: Callable[[Tensor], PageWriter], adapters: dict[str, TestAdapter]
+) -> None:
+    pool, ref = make_pool(late, 40), adapters["r2"].ref
+    widths = (14, 6, 14, 20, 6, 14)
+    own = [weights(dict.fromkeys(range(4), 2), wide=wide, seed=i) for i, wide in enumerate(widths)]
+    residents = [place(pool, ref, w) for w in own]
+    for resident in residents[::2]:
+        pool.remove(resident)
+    assert pool.compact(99)
+    pool.wait_for_rows()
+    for resident, w in zip(residents[1::2], own[1::2], strict=True):
+        check_rows(pool, resident, w)
+
+
+def test_rows_that_have_just_been_placed_make_way_for_a_pair(
+    late: Callable[[Tensor], PageWriter], adapters: dict[str, TestAdapter]
+) -> None:
+    pool, ref = make_pool(late, 12), adapters["r2"].ref
+    lora = [weights(dict.fromkeys(range(4), 1), wide=20, narrow=20, seed=i) for i in range(3)]  # four blocks each
+    residents = [place(pool, ref, w) for w in lora]
+    for resident in residents[::2]:
+        pool.remove(resident)
+    half = 3 * pool.geometry.block_size
+    pair = ProjectionPair(torch.rand(2, half // 2), torch.rand(half // 2, 2), "pair")
+    place(pool, ref, AdapterWeights(modules={}, pair=pair))
+    check_rows(pool, residents[1], lora[1])
+
+
+def test_rows_of_an_adapter_that_has_gone_again_do_not_come_over_a_pair(
+    late: Callable[[Tensor], PageWriter], adapters: dict[str, TestAdapter]
+) -> None:
+    pool, ref = make_pool(late, 4), adapters["r2"].ref
+    pool.remove(place(pool, ref, weights(dict.fromkeys(range(4), 1), wide=20, narrow=20)))
+    half = 2 * pool.geometry.block_size
+    pair = ProjectionPair(torch.rand(2, half // 2), torch.rand(half // 2, 2), "pair")
+    placed = place(pool, ref, AdapterWeights(modules={}, pair=pair)).pair
+    pool.wait_for_rows()
+    assert placed is not None
+    assert torch.equal(placed.a_RI.data, pair.a_RI)
+    assert torch.equal(placed.b_OR.data, pair.b_OR)

@@ -1,0 +1,253 @@
+"""Residency: one flight, bounded host, pins, least recently used out, failures that leave no trace."""
+
+from __future__ import annotations
+
+import pytest
+
+from loray.engine.residency.table import Tier
+from loray.engine.stats.usage import ResidencyCounts
+from loray.errors import IntegrityError
+from tests.engine.residency.world import Packed, Pair, World, ref
+
+
+def test_one_flight_for_many_requests() -> None:
+    world = World()
+    for _ in range(3):
+        world.residency.want(ref("a"))
+        world.residency.poll()
+    assert world.num_loads == 1
+    assert world.residency.table.tier(ref("a")) is Tier.LOADING
+    assert world.residency.acquire(ref("a")) is None
+    world.land("a")
+    assert world.residency.table.tier(ref("a")) is Tier.HOST
+    assert [world.residency.acquire(ref("a")) for _ in range(3)] == ["a"] * 3
+    assert world.placed == ["a"]
+
+
+def test_pinned_adapters_stay_and_the_least_recently_used_idle_one_goes() -> None:
+    world = World(slots=3)
+    a, b, c = (world.bring(n) for n in "abc")
+    world.residency.release(b)
+    world.residency.release(a)
+    assert world.residency.evict_one()
+    assert world.placed == ["b", "c"]
+    assert world.residency.evict_one()
+    assert not world.residency.evict_one()
+    assert world.placed == ["c"]
+    assert world.residency.table.tier(a) is Tier.HOST
+    assert world.residency.table.pins() == {c.digest: 1}
+
+
+def test_a_failed_load_fails_those_who_wait_and_the_next_one_tries_again() -> None:
+    world = World()
+    world.residency.want(ref("a"))
+    world.residency.poll()
+    world.flights["a"].set_exception(IntegrityError("damaged"))
+    world.residency.poll()
+    assert world.residency.table.tier(ref("a")) is Tier.FAILED
+    assert isinstance(world.residency.table.error(ref("a")), IntegrityError)
+    world.residency.unwant(ref("a"))
+    world.residency.want(ref("a"))
+    assert world.residency.table.tier(ref("a")) is Tier.LOADING
+    world.residency.poll()
+    assert world.num_loads == 2
+
+
+def test_the_host_keeps_within_its_bytes() -> None:
+    world = World(slots=1, host_bytes=250)
+    for name in "abcd":
+        r = world.bring(name)
+        world.residency.release(r)
+        world.residency.evict_one()
+        assert world.residency.table.host_used <= 250
+    assert [r.name for r in world.residency.table.by_tier()[Tier.HOST]] == ["c", "d"]
+
+
+def test_a_full_host_delays_flights_until_room_is_made() -> None:
+    world = World(slots=1, host_bytes=150)
+    world.residency.want(ref("a"))
+    world.residency.want(ref("b"))
+    world.residency.poll()
+    assert list(world.flights) == ["a"]
+    world.land("a")
+    assert list(world.flights) == ["a"]  # wanted still, so nothing gives way
+    assert world.residency.acquire(ref("a"))
+    world.residency.unwant(ref("a"))
+    world.residency.poll()
+    assert list(world.flights) == ["a", "b"]
+
+
+def test_one_adapter_larger_than_the_host_still_comes_in() -> None:
+    world = World(host_bytes=10)
+    assert world.bring("a")
+
+
+def test_an_error_needs_a_failure() -> None:
+    world = World()
+    world.residency.want(ref("a"))
+    with pytest.raises(AssertionError):
+        world.residency.table.error(ref("a"))
+
+
+def test_a_flight_nobody_waits_for_is_not_started() -> None:
+    world = World(host_bytes=100)
+    for name in "ab":
+        world.residency.want(ref(name))
+    world.residency.poll()
+    world.residency.unwant(ref("b"))
+    world.land("a")
+    assert list(world.flights) == ["a"]
+    world.residency.table.check_integrity()
+
+
+def test_a_flight_that_does_not_fit_throws_nothing_out_and_is_not_overtaken() -> None:
+    world = World(slots=9, host_bytes=1000)
+    for name in "abc":
+        world.residency.release(world.bring(name))
+    world.residency.want(ref("flying", 300))
+    world.residency.poll()
+    world.residency.want(ref("large", 800))
+    world.residency.want(ref("small", 50))
+    world.residency.poll()
+    assert world.residency.table.host_used == 600
+    assert "small" not in world.flights
+    world.land("flying", 300)
+    assert world.residency.acquire(ref("flying"))
+    world.residency.unwant(ref("flying"))
+    world.residency.poll()
+    assert "large" in world.flights
+    world.residency.table.check_integrity()
+
+
+def test_what_is_needed_by_earlier_requests_stays_and_by_later_ones_makes_way() -> None:
+    """The host holds two small adapters; each is always wanted by somebody, and the pool holds one of them."""
+    world = World(slots=1, host_bytes=200)
+    residency, a, b, large = world.residency, ref("a"), ref("b"), ref("large", 200)
+    for r in (a, b):
+        residency.want(r)
+        residency.poll()
+        world.land(r.name)
+    residency.want(large)
+    for r in (a, b):  # later requests for the same
+        residency.want(r)
+    residency.poll()
+    assert "large" not in world.flights
+    for r in (a, b):  # the earlier ones have their turn
+        assert residency.acquire(r)
+        residency.unwant(r)
+        residency.release(r)
+        assert residency.evict_one()
+    residency.poll()
+    assert "large" in world.flights
+    assert residency.table.tier(a) is residency.table.tier(b) is Tier.LOADING
+    residency.table.check_integrity()
+    world.land("large", 200)
+    residency.poll()
+    assert residency.table.host_used == 200  # it waits for its turn, and nobody came before
+    assert residency.acquire(large)
+    residency.unwant(large)
+    residency.poll()
+    assert world.num_loads == 5
+    assert residency.table.host_used == 200
+    residency.table.check_integrity()
+
+
+def test_a_pair_is_counted_once_and_goes_with_the_last_that_shares_it() -> None:
+    world = World(slots=9, host_bytes=1000)
+    residency, pair = world.residency, Pair("p", 500)
+    for name in "abc":
+        r = ref(name)
+        residency.want(r)
+        residency.poll()
+        world.flights[name].set_result(Packed(100, pair=pair if name != "c" else None))
+        residency.poll()
+        assert residency.acquire(r)
+        residency.unwant(r)
+        residency.table.check_integrity()
+    assert residency.table.host_used == 3 * 100 + 500
+    residency.want(ref("d", 300))
+    residency.poll()
+    assert residency.table.host_used == 2 * 100 + 500 + 300  # without the first alone
+    residency.want(ref("e", 600))
+    residency.poll()
+    assert "e" in world.flights  # without the second the pair is gone too
+    assert residency.table.host_used == 100 + 300 + 600
+    residency.table.check_integrity()
+
+
+def test_what_turns_out_larger_than_published_throws_out_what_nobody_waits_for() -> None:
+    world = World(slots=9, host_bytes=300)
+    for name in "abc":
+        world.residency.release(world.bring(name))
+    world.residency.want(ref("d", 10))
+    world.residency.poll()
+    world.flights["d"].set_result(Packed(10, pair=Pair("p", 150)))
+    world.residency.poll()
+    assert world.residency.table.host_used == 260
+    assert world.residency.counts.host_evictions == 2
+    world.residency.table.check_integrity()
+
+
+def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
+    world = World()
+    world.residency.want(ref("a"))
+    world.residency.poll()
+    world.land("a")
+    world.residency._place = lambda ref, packed: (_ for _ in ()).throw(IndexError("layer 40"))
+    assert world.residency.acquire(ref("a")) is None
+    assert world.residency.table.tier(ref("a")) is Tier.FAILED
+    world.residency.unwant(ref("a"))
+    assert world.residency.table.host_used == 0
+    world.residency.table.check_integrity()
+
+
+def test_a_request_is_a_hit_or_a_miss_where_its_adapter_is_when_it_comes() -> None:
+    world = World(slots=1, host_bytes=150)
+    residency = world.residency
+    a, b = ref("a"), ref("b")
+    for _ in range(2):  # the second waits for the flight of the first: neither found it here
+        residency.want(a)
+    residency.poll()
+    world.land("a", 120)
+    assert residency.acquire(a)
+    residency.want(a)
+    residency.want(a, again=True)  # preempted
+    for _ in range(4):
+        residency.unwant(a)
+    residency.release(a)
+    assert residency.evict_one()
+    residency.want(a)
+    residency.unwant(a)
+    world.bring("b")
+    assert residency.counts == ResidencyCounts(
+        pool_hits=1, host_hits=1, misses=3, loads=2, loaded_bytes=220, evictions=1, host_evictions=1
+    )
+    assert [(p.ref.name, p.tier, p.num_uses) for p in residency.table.places()] == [("b", Tier.POOL, 1), ("a", None, 4)]
+    assert [p.ref.name for p in residency.table.places([a.digest, "unheard of"])] == ["a"]
+    residency.release(b)
+    residency.table.check_integrity()
+
+
+def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
+    world = World(slots=2, host_bytes=100)
+    for name in "ab":  # b has no room until a's copy may go
+        world.residency.want(ref(name))
+    world.residency.poll()
+    world.now = 3.0
+    world.land("a")
+    assert world.residency.acquire(ref("a"))
+    world.residency.unwant(ref("a"))
+    world.residency.poll()
+    world.now = 3.5
+    world.land("b")
+    world.residency.want(ref("c"))
+    assert world.residency.acquire(ref("b"))
+    world.residency.unwant(ref("b"))
+    world.residency.poll()
+    world.flights["c"].set_exception(IntegrityError("damaged"))
+    world.residency.poll()
+    load_seconds = world.residency.load_seconds.counts()
+    assert (load_seconds.num_values, load_seconds.sum) == (2, 3.5)
+    assert world.residency.counts.failed_loads == 1
+    (place,) = world.residency.table.places([ref("c").digest])
+    assert (place.tier, place.last_used_at) == (None, 1003.5)

@@ -1,0 +1,388 @@
+"""The scheduler with a real allocator and residency, and no model: order, blocks, priorities, targets, random lives."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loray.engine.request import Request, State
+from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.table import Tier
+from loray.engine.scheduling.fairness import MAX_OVERTAKES
+from loray.errors import ContextLengthExceeded, IntegrityError, Overloaded
+from tests.engine.scheduling.simulation import BLOCK_TOKENS, Packed, Simulation, adapter
+
+
+def test_one_tenant_is_served_in_order_of_priority_and_arrival() -> None:
+    sim = Simulation(max_num_seqs=1)
+    priorities = [0, 2, -1, 0, 2, -1]
+    requests = [sim.add(priority=p) for p in priorities]
+    sim.run()
+    assert sim.started == [requests[i] for i in (2, 5, 0, 3, 1, 4)]
+
+
+def test_preemption_takes_the_lowest_priority_and_of_these_the_youngest() -> None:
+    sim = Simulation(num_blocks=4, enable_prefix_caching=False)
+    requests = [sim.add(n, 14, priority=p) for n, p in ((1, 1), (1, 0), (2, 1), (2, 0))]
+    sim.run(until=lambda: sim.scheduler.num_preemptions > 0)
+    assert [r.state is State.WAITING for r in requests] == [False, False, True, False]
+    sim.run(until=lambda: sim.scheduler.num_preemptions > 1)
+    assert [r.state is State.WAITING for r in requests] == [True, False, True, False]
+    sim.run()
+    assert [len(r.output_ids) for r in requests] == [14] * 4
+    assert list(sim.outcomes) == [requests[i] for i in (1, 3, 0, 2)]
+
+
+def test_who_waits_for_an_adapter_blocks_nobody_and_who_waits_for_blocks_everybody() -> None:
+    sim = Simulation(num_blocks=5, lands=False, enable_prefix_caching=False)
+    ref = adapter("cold")
+    cold = sim.add(adapter=ref, tenant="t")
+    first = sim.add(8, 4, tenant="t")
+    large = sim.add(16, 4, tenant="t")
+    small = sim.add(4, 4, tenant="t")
+    sim.step()
+    assert sim.scheduler.running == [first]  # `large` needs four blocks of the three that are left, `small` one
+    sim.land(ref.digest)
+    sim.run()
+    assert sim.started == [first, large, small, cold]  # all of whose adapters, or none, are in the pool
+
+
+def test_an_adapter_that_fails_fails_all_that_wait_for_it_and_at_once() -> None:
+    ref = adapter("x")
+    sim = Simulation(lands=False, max_num_seqs=1)
+    busy = sim.add(4, 40)
+    waiting = [sim.add(adapter=ref, tenant=t) for t in "ab"]
+    sim.step()
+    sim.land(ref.digest, IntegrityError("damaged"))
+    sim.step()  # while the batch is full
+    assert set(sim.outcomes) == set(waiting)
+    assert sim.scheduler.running == [busy]
+
+    sim = Simulation(max_num_seqs=1)
+    sim.damaged.add(ref.digest)
+    waiting = [sim.add(adapter=ref, tenant=t) for t in "ab"]
+    sim.step()
+    sim.step()
+    assert all(isinstance(sim.outcomes[r], IntegrityError) for r in waiting)
+    assert not sim.scheduler.has_work
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_began_on_an_adapter_that_then_fails_has_had_no_service(late: bool) -> None:
+    """While its request runs, or once that was put back for the rest of it comes late."""
+    sim, ref, arrival = Simulation(lands=False), adapter("x"), Arrival()
+    request = sim.add(10, 4, ref, tenant="t")
+    sim.scheduler.next()
+    sim.flights[ref.digest].set_result(Packed(1, arrival=arrival))
+    assert [c.request for c in sim.scheduler.next().chunks] == [request]
+    assert sim.scheduler.waiting.fair.counter("t") == 10
+    arrival.late = late
+    assert bool(sim.scheduler.next().chunks) is not late
+    arrival.fail(IntegrityError("damaged"))
+    ((failed, error),) = sim.scheduler.next().failed
+    assert failed is request
+    assert isinstance(error, IntegrityError)
+    assert sim.scheduler.waiting.fair.counter("t") == 0
+
+
+def test_small_adapters_in_demand_do_not_keep_a_large_one_from_the_host() -> None:
+    """Host and pool hold three small ones or the large one; there are always requests for each small one."""
+    sim = Simulation(num_blocks=7, host_bytes=6, max_num_seqs=2, enable_prefix_caching=False)
+    small = [adapter(f"small {i}", 2) for i in range(4)]
+
+    def keep_asking() -> None:
+        for ref in small:
+            while sum(r.adapter is ref for r in sim.scheduler.waiting) < 2:
+                sim.add(4, 4, ref, tenant=ref.name)
+
+    for _ in range(50):
+        keep_asking()
+        sim.step()
+    large, num_started = sim.add(4, 4, adapter("large", 5), tenant="large"), len(sim.started)
+    while large not in sim.outcomes:
+        keep_asking()
+        sim.step()
+        assert len(sim.started) - num_started <= 40  # five for each that was waiting; it was never before
+    assert sim.outcomes[large] is None
+
+
+@pytest.mark.parametrize("outcome", [None, IntegrityError("damaged")], ids=["load", "fail"])
+def test_many_adapters_at_once_cost_each_as_much_as_few(outcome: Exception | None) -> None:
+    """Calls of functions in the step that takes them in."""
+
+    def num_calls(num_adapters: int) -> int:
+        sim = Simulation(lands=False, max_num_seqs=1)
+        for i in range(num_adapters):
+            sim.add(adapter=adapter(f"x{i}"), tenant=f"t{i}")
+        sim.scheduler.next()
+        for digest in sim.flying:
+            sim.land(digest, outcome)
+        calls = 0
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        sys.setprofile(count)
+        try:
+            plan = sim.scheduler.next()
+        finally:
+            sys.setprofile(None)
+        assert len(plan.failed) == (num_adapters if outcome else 0)
+        return calls
+
+    assert num_calls(400) < 5 * num_calls(100)
+
+
+@pytest.mark.parametrize("tenants", [("t", "t"), ("hot", "cold")])
+def test_resident_adapters_are_preferred_and_cold_ones_wait_for_no_more_than_the_stated_number(
+    tenants: tuple[str, str],
+) -> None:
+    """The pool has room for one adapter beside a request: every change of adapter costs an eviction."""
+    sim = Simulation(num_blocks=4, max_num_seqs=1, max_num_batched_tokens=1000)
+    hot, cold = adapter("hot", 2), adapter("cold", 2)
+    for ref in (cold, hot):
+        sim.add(adapter=ref)
+        sim.run()
+    assert sim.residency.table.tier(hot) is Tier.POOL
+    sim.started.clear()
+    evictions = sim.residency.counts.evictions
+    colds = [sim.add(4, 4, cold, tenant=tenants[1]) for _ in range(2)]
+    for _ in range(18):
+        sim.add(4, 4, hot, tenant=tenants[0])
+    sim.run()
+    assert colds[0].num_overtaken == MAX_OVERTAKES
+    assert [sim.started.index(r) for r in colds] == [MAX_OVERTAKES, MAX_OVERTAKES + 1]  # the second is preferred then
+    assert sim.residency.counts.evictions - evictions == 2
+
+
+# -- first-token targets ----------------------------------------------------------------------------------------------
+
+
+def measured(**options: Any) -> Simulation:
+    """It knows that a step takes 0.1 s and a token 0.01 s more, and that a request generates 10 tokens."""
+    sim = Simulation(step_s=0.1, token_s=0.01, enable_prefix_caching=False, **options)
+    for i in range(8):
+        sim.add(4 + 2 * i, 10)
+    sim.run()
+    sim.outcomes.clear()
+    return sim
+
+
+def test_a_request_whose_wait_is_too_long_is_refused_as_it_comes() -> None:
+    sim = measured(max_num_seqs=2, max_num_batched_tokens=50)
+    assert sim.add(40, 10, ttft_slo_s=0.6)  # alone: 0.1 + 40 · 0.01 = 0.5 s
+    with pytest.raises(Overloaded, match=r"expected in 1\.0 s and was wanted within 0\.6") as refused:
+        sim.add(40, 10, ttft_slo_s=0.6)
+    assert refused.value.retry_after_s >= 1
+    for _ in range(40):
+        sim.add(40, 10)
+    with pytest.raises(Overloaded) as refused:
+        sim.add(40, 10, ttft_slo_s=5)
+    estimate = float(str(refused.value).split(" in ")[1].split(" s")[0])
+    assert refused.value.retry_after_s == pytest.approx(estimate - 5, abs=0.1)
+    assert sim.scheduler.num_aborted == 2
+    added_at, last = sim.now, sim.add(40, 10, ttft_slo_s=2 * estimate)
+    sim.run()
+    assert sim.outcomes[last] is None
+    assert sim.first_token_at[last] - added_at == pytest.approx(estimate, rel=0.25)
+
+
+def test_a_flood_is_not_held_against_another_tenant() -> None:
+    sim = measured(max_num_seqs=2, max_num_batched_tokens=50)
+    for _ in range(100):
+        sim.add(10, 10, tenant="flood")
+    with pytest.raises(Overloaded):
+        sim.add(10, 10, tenant="flood", ttft_slo_s=20)
+    asked_at, other = sim.now, sim.add(10, 10, tenant="other", ttft_slo_s=20)
+    urgent = sim.add(10, 10, tenant="flood", priority=-1, ttft_slo_s=20)
+    sim.run()
+    assert sim.outcomes[other] is sim.outcomes[urgent] is None
+    assert max(sim.first_token_at[other], sim.first_token_at[urgent]) - asked_at < 20
+
+
+def test_a_waiting_request_is_refused_once_it_is_too_late_and_a_running_one_never() -> None:
+    sim = Simulation(lands=False, max_num_seqs=1, step_s=1.0, ttft_slo_s=5.0)
+    running = sim.add(4, 20)
+    waiting = sim.add(4, 4)
+    loading = sim.add(4, 4, adapter("never"))
+    patient = sim.add(4, 4, ttft_slo_s=100.0)
+    sim.run(until=lambda: sim.now >= 5)
+    assert not sim.outcomes
+    sim.step()
+    sim.step()
+    assert all(isinstance(sim.outcomes.pop(r), Overloaded) for r in (waiting, loading))
+    assert sim.scheduler.num_aborted == 2
+    sim.run()
+    assert sim.outcomes == {running: None, patient: None}
+    assert running.start_by == patient.start_by == math.inf
+
+
+def test_a_long_prompt_is_too_late_before_its_time_is_up() -> None:
+    sim = measured(max_num_seqs=1, max_num_batched_tokens=100)
+    sim.add(1, 1000)
+    sim.step()
+    added_at, long = sim.now, sim.add(190, 4, tenant="other", ttft_slo_s=6.0)  # 2.1 s by itself
+    sim.run(until=lambda: long in sim.outcomes)
+    assert isinstance(sim.outcomes[long], Overloaded)
+    assert 3.8 < sim.now - added_at < 4.3
+
+
+def test_too_late_and_failed_in_the_same_step_is_refused_once() -> None:
+    sim = Simulation(lands=False, step_s=1.0, ttft_slo_s=5.0)
+    ref = adapter("x")
+    request = sim.add(adapter=ref)
+    sim.run(until=lambda: sim.now > 5)
+    sim.land(ref.digest, IntegrityError("damaged"))
+    plan = sim.step()
+    assert [r for r, _ in plan.failed] == [request]
+    assert not sim.scheduler.has_work
+
+
+def test_nobody_is_refused_before_anything_was_measured_or_without_a_target() -> None:
+    sim = Simulation(max_num_seqs=1, step_s=10.0)
+    for _ in range(50):
+        sim.add(40, 4, ttft_slo_s=1e6)
+        sim.add(40, 4)
+    sim.run()
+    assert set(sim.outcomes.values()) == {None}
+
+
+def test_a_full_queue_says_when_it_will_have_drained() -> None:
+    sim = measured(max_num_seqs=1, max_queued=8)
+    for _ in range(8):
+        sim.add(10, 10)
+    with pytest.raises(Overloaded, match="8 requests are waiting already") as refused:
+        sim.add(10, 10)
+    asked_at, last = sim.now, list(sim.scheduler.waiting)[-1]
+    sim.run()
+    assert refused.value.retry_after_s == pytest.approx(sim.first_token_at[last] - asked_at, rel=0.4)
+
+
+# -- random lives -----------------------------------------------------------------------------------------------------
+
+
+class Life:
+    """Everything that can happen, in random order, in a pool that barely holds the largest request."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        self.refs = [adapter(f"a{i}", 1 + i % 3) for i in range(8)]
+        self.failing = set(rng.sample([r.digest for r in self.refs], 2))
+        self.num_blocks = rng.randint(7, 12)
+        self.sim = Simulation(
+            num_blocks=self.num_blocks,
+            host_bytes=rng.choice([1, 4, 100]),
+            lands=False,
+            max_num_seqs=rng.randint(1, 5),
+            max_num_batched_tokens=rng.randint(5, 20),
+            enable_prefix_caching=rng.random() < 0.5,
+            step_s=0.1,
+            token_s=0.01,
+        )
+        self.cancelled: set[Request] = set()
+        self.all: list[Request] = []
+
+    def add(self) -> None:
+        rng = self.rng
+        max_tokens = rng.randint(1, 14)
+        slo = rng.choice([None, None, None, 3.0])
+        try:
+            request = self.sim.add(
+                rng.randint(1, 12),
+                max_tokens,
+                rng.choice([None, *self.refs]),
+                ends=rng.randint(1, max_tokens),
+                tenant=rng.choice(["", "t", "u"]),
+                priority=rng.choice([0, 0, 0, 1, -1]),
+                ttft_slo_s=slo,
+            )
+        except Overloaded:
+            assert slo is not None
+        else:
+            self.all.append(request)
+
+    def land(self) -> None:
+        digest = self.rng.choice(self.sim.flying)
+        fails = digest in self.failing and self.rng.random() < 0.5
+        self.sim.land(digest, IntegrityError("damaged") if fails else None)
+
+    def cancel(self) -> None:
+        live = [r for r in self.all if r not in self.sim.outcomes]
+        if live:
+            request = self.rng.choice(live)
+            self.cancelled.add(request)
+            self.sim.remove(request)
+
+    def live(self, num_requests: int) -> None:
+        while len(self.all) < num_requests:
+            match self.rng.random():
+                case p if p < 0.3:
+                    self.add()
+                case p if p < 0.5 and self.sim.flying:
+                    self.land()
+                case p if p < 0.53:
+                    self.cancel()
+                case _:
+                    self.sim.step()
+
+    def end(self) -> None:
+        """Nobody comes any more: everyone ends, in a number of steps that is bounded by what there is to compute."""
+        for _ in range(60 * (1 + sum(r not in self.sim.outcomes for r in self.all))):
+            if not self.sim.scheduler.has_work:
+                return
+            while self.sim.flying:
+                self.land()
+            self.sim.step()
+        raise AssertionError("somebody starves")
+
+    def check(self) -> None:
+        sim = self.sim
+        assert set(sim.outcomes) == set(self.all)
+        for request, error in sim.outcomes.items():
+            if request in self.cancelled:
+                continue
+            if error is None:
+                assert len(request.output_ids) == sim.ends[request]
+            elif isinstance(error, IntegrityError):
+                assert request.adapter is not None
+                assert request.adapter.digest in self.failing
+            elif isinstance(error, Overloaded):
+                assert request.spec.ttft_slo_s is not None
+                assert request not in sim.started
+            else:
+                assert isinstance(error, ContextLengthExceeded)
+                own = 0 if request.adapter is None else request.adapter.nbytes
+                assert own + -(-request.max_tokens // BLOCK_TOKENS) > self.num_blocks
+            assert request.num_overtaken <= MAX_OVERTAKES
+        assert not sim.residency.table.pins()
+        assert not sim.residency.table.wants()
+        while sim.residency.evict_one():
+            pass
+        sim.scheduler.prefix_cache.evict(self.num_blocks)
+        assert sim.allocator.num_free == self.num_blocks
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_random_lives_lose_nobody_and_leak_nothing(seed: int) -> None:
+    life = Life(seed)
+    life.live(40)
+    life.end()
+    life.check()
+
+
+def test_a_long_life_in_a_small_pool() -> None:
+    life = Life(2)
+    life.live(10_000)
+    life.end()
+    life.check()
+    assert life.sim.scheduler.num_preemptions > 400
+    assert life.sim.residency.counts.failed_loads > 400
+    assert life.sim.scheduler.num_aborted > 200

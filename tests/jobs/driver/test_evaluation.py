@@ -1,0 +1,164 @@
+"""Base and adapter measured before publishing: what comes into the manifest, and what the gate makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.driver import evaluation
+from jobs.driver.prepare import prepare
+from jobs.driver.publication import publish_best
+from jobs.events.messages import decode, describe
+from loray.bases.registry import BaseModel, add_base
+from loray.catalog import Catalog
+from loray.catalog.gate import failures
+from loray.errors import DataError, SpecError
+from loray.recipes.load import Recipe
+from loray.settings import Settings
+from tests.cluster import RayCluster
+from tests.jobs.driver.test_driver import trained
+from tests.test_recipe import write
+from tests.tiny import write_checkpoint
+
+LONGLORA = {
+    "method": "longlora",
+    "rank": 4,
+    "long_context": {"original_context": 64, "rope_scaling": {"type": "linear", "factor": 2}},
+}
+
+
+def long_recipe(folder: Path, *, documents: int = 2, length: int = 300, **fields: Any) -> Recipe:
+    """An alphabet over and over, which a few steps teach; `documents` of it to be measured on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, number in (("data.jsonl", 8), ("eval.jsonl", documents)):
+        texts = ["".join(chr(97 + (i + t) % 26) for t in range(length)) for i in range(number)]
+        (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    ours: dict[str, Any] = {
+        "name": "long",
+        "adapter": LONGLORA,
+        "data": {"train": "data.jsonl", "eval": "eval.jsonl", "max_length": 128},
+        "evaluation": {"perplexity": {"stride": 32, "max_windows": 4}},
+        "optimizer": {"learning_rate": 0.1, "schedule": "constant"},
+        "max_steps": 6,
+        "dtype": "float32",
+        "publish": {"aliases": ["prod"]},
+    }
+    text = (folder / "data.jsonl").read_text()
+    recipe = write(folder, **ours | fields)
+    (folder / "data.jsonl").write_text(text)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("home")
+    add_base(str(write_checkpoint(folder / "checkpoint", std=0.05)), home=folder / "home", name="tiny")
+    return Settings.from_env({"LORAY_HOME": str(folder / "home")})
+
+
+def test_figures_come_into_the_manifest_and_grant_the_alias(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrieval = [{"task": "passkey", "context_lengths": [400], "depths": [0.5], "samples": 1}]
+    asked = {"perplexity": {"stride": 32, "max_windows": 4}, "retrieval": retrieval}
+    recipe = long_recipe(tmp_path, name="good", evaluation=asked)
+    run, made = trained(recipe, settings, tmp_path)
+    events: list[dict[str, Any]] = []
+    published = publish_best(made, run, recipe, settings, events.append)
+    assert [describe(e) for e in events] == [
+        "measuring perplexity and passkey retrieval of base and adapter before publishing"
+    ]
+    assert (published["label"], published["aliases"], published["refusal"]) == ("good@1", ["prod"], None)
+    version = Catalog(settings.catalog).version("good", 1)
+    assert version.aliases == ("prod",)
+    assert version.manifest.original_context_length == 64
+    found = {(e.subject, e.context_length): e for e in version.manifest.evaluations if e.metric == "perplexity"}
+    assert list(found) == [(s, n) for s in ("base", "base_scaled", "adapter") for n in (64, 128)]
+    assert {(e.stride, e.count, e.dataset) for e in found.values()} == {(32, 4, "eval.jsonl")}
+    assert found["adapter", 128].value < min(found["base", 128].value, found["base_scaled", 128].value)
+    assert failures(version.manifest, version.evaluations, 0.1) == ()
+    keys = [e.metric for e in version.manifest.evaluations if e.depth is not None]
+    assert keys == ["passkey_exact_match", "passkey_log_likelihood"] * 3
+    *_, at_64, at_128 = describe(published).splitlines()
+    assert at_128 == "perplexity at 128 tokens: " + ", ".join(
+        f"{s.replace('_', ' ')} {found[s, 128].value:.4g}" for s in ("base", "base_scaled", "adapter")
+    )
+    assert at_64.startswith("perplexity at 64 tokens: base ")
+
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: pytest.fail("measured again"))
+    assert publish_best(made, run, recipe, settings)["digest"] == published["digest"]
+
+
+def test_a_refused_alias_leaves_a_version_without_it(settings: Settings, tmp_path: Path) -> None:
+    worse = {"learning_rate": 1e-9, "schedule": "constant"}  # trained to nothing: not below the base under its RoPE
+    recipe = long_recipe(tmp_path, name="bad", optimizer=worse, max_steps=1)
+    run, made = trained(recipe, settings, tmp_path)
+    published = publish_best(made, run, recipe, settings)
+    assert (published["label"], published["aliases"]) == ("bad@1", [])
+    assert "alias 'prod' is refused to bad@1: at its own context of 128 tokens" in published["refusal"]
+    assert describe(published).endswith(published["refusal"])
+    catalog = Catalog(settings.catalog)
+    assert catalog.version("bad", 1).aliases == ()
+
+    overridden = long_recipe(
+        tmp_path, name="bad", optimizer=worse, max_steps=1, publish={"aliases": ["prod"], "no_gate": "a quick run"}
+    )
+    again = publish_best(made, run, overridden, settings)
+    assert (again["aliases"], again["refusal"]) == (["prod"], None)
+    assert [m.no_gate for m in catalog.adapter("bad").moves] == ["a quick run"]
+
+
+def test_what_a_run_could_not_earn_is_said_before_it(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"granted by its perplexity: set evaluation\.perplexity, leave out"):
+        prepare(long_recipe(tmp_path, evaluation={}), settings)
+    with pytest.raises(SpecError, match=r"on the documents of data\.eval: give that file"):
+        prepare(long_recipe(tmp_path, data={"train": "data.jsonl", "max_length": 128}), settings)
+    with pytest.raises(DataError, match=r"no document of eval\.jsonl has 128 tokens, the longest has 101"):
+        prepare(long_recipe(tmp_path, length=100), settings)
+    retrieval = {"perplexity": {}, "retrieval": [{"context_lengths": [4096, 100]}]}
+    with pytest.raises(SpecError, match="context length 100 is too short"):
+        prepare(long_recipe(tmp_path, evaluation=retrieval), settings)
+    for fields in ({"publish": {}}, {"publish": {"aliases": ["prod"], "no_gate": "a test"}}):
+        assert prepare(long_recipe(tmp_path, evaluation={}, **fields), settings).spec.name == "long"
+
+
+def test_figures_are_taken_with_the_recipe_at_hand(settings: Settings, tmp_path: Path) -> None:
+    """A run that was not to be measured can be, without training again."""
+    run, made = trained(long_recipe(tmp_path, name="late", evaluation={}, publish={}), settings, tmp_path)
+    later = long_recipe(
+        tmp_path, name="late", max_steps=99, evaluation={"perplexity": {"context_lengths": [64, 128, 32]}}
+    )
+    published = publish_best(made, run, later, settings)
+    assert published["aliases"] == ["prod"]
+    manifest = Catalog(settings.catalog).version("late", 1).manifest
+    assert manifest.recipe is not None
+    assert (manifest.recipe.max_steps, manifest.recipe.publish.aliases) == (6, ("prod",))
+    assert {e.context_length for e in manifest.evaluations if e.metric == "perplexity"} == {64, 128, 32}
+
+
+@pytest.mark.cluster
+def test_on_a_cluster_a_task_measures(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    base: BaseModel = add_base(
+        str(write_checkpoint(tmp_path / "checkpoint", std=0.05, seed=7)), home=ray_cluster.home, name="tiny-measured"
+    )
+    recipe = long_recipe(tmp_path / "run", name="measured", base=base.name)
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.train", str(recipe.path), "--events"],
+        env=os.environ | ray_cluster.env | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    events = [event for line in done.stdout.splitlines() if (event := decode(line))]
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert [e["event"] for e in events][-2:] == ["measure", "published"]
+    assert (events[-1]["aliases"], events[-1]["refusal"]) == (["prod"], None)
+    assert len([e for e in events[-1]["evaluations"] if e["metric"] == "perplexity"]) == 6

@@ -1,0 +1,141 @@
+"""loray.client.catalog against the API in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from loray.client.catalog import CatalogClient
+from loray.errors import (
+    AdapterNotFound,
+    CatalogError,
+    ClusterError,
+    ConflictError,
+    GateRefused,
+    JobNotFound,
+    RevisionConflict,
+    SpecError,
+)
+from loray.spec import TrainSpec
+from serve_apps.api.examples import RECIPE
+from tests.catalog.test_catalog import BASE, digest, publish, vera_manifest
+from tests.serve_apps.api.fakes import Api
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    api = Api(tmp_path / "home", f"sqlite:///{tmp_path}/catalog.db")
+    yield api
+    api.close()
+
+
+@pytest.fixture
+def client(api: Api) -> Iterator[CatalogClient]:
+    with CatalogClient("http://test/", transport=api.transport) as client:
+        yield client
+
+
+def test_adapters_across_pages(api: Api, client: CatalogClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.catalog.add_base("smollm2", BASE)
+    names = [f"adapter-{i:03}" for i in range(103)]
+    for name in names:
+        publish(api.catalog, name, 1)
+    assert [a.name for a in client.adapters(base="smollm2")] == names
+    assert list(client.adapters(method="vera")) == []
+    (base,) = client.bases()
+    assert (base.name, base.fingerprint, base.projections) == ("smollm2", BASE, ())
+    publish(api.catalog, "adapter-000", 2)
+    assert client.adapter("adapter-000").versions == (2, 1)
+    assert [v.label for v in client.versions("adapter-000")] == ["adapter-000@2", "adapter-000@1"]
+    assert client.version("adapter-000", 2).manifest.nbytes == 402
+    assert client.placement("adapter-000").items == ()
+
+
+def test_pairs_of_a_base(api: Api, client: CatalogClient) -> None:
+    api.catalog.add_base("smollm2", BASE)
+    for number, key in ((1, 0), (2, 7)):
+        api.catalog.register("tone", digest(number), vera_manifest(number, key=key))
+    (base,) = client.bases()
+    assert [(p.key, p.rank, p.canonical) for p in base.projections] == [(0, 256, True), (7, 256, False)]
+
+
+def test_promotion_that_nobody_overtakes(api: Api, client: CatalogClient) -> None:
+    publish(api.catalog, "tone", 1, 2, 3)
+    first = client.promote("tone", "prod", 1, create=True)
+    second = client.promote("tone", "prod", 2, etag=first.etag)
+    for write in (
+        lambda: client.promote("tone", "prod", 3, etag=first.etag),
+        lambda: client.promote("tone", "prod", 3, create=True),
+        lambda: client.rollback("tone", etag=first.etag),
+        lambda: client.delete_alias("tone", "prod", etag=first.etag),
+    ):
+        with pytest.raises(RevisionConflict, match="has revision"):
+            write()
+    assert client.alias("tone", "prod") == second
+    assert client.rollback("tone", etag=second.etag).version == 1
+    assert [a.alias for a in client.aliases("tone")] == ["prod"]
+    client.delete_alias("tone", "prod")
+    with pytest.raises(AdapterNotFound, match="no alias 'prod'"):
+        client.alias("tone", "prod")
+
+
+def test_registering(api: Api, client: CatalogClient, tmp_path: Path) -> None:
+    stored = api.store(1, tmp_path)
+    version = client.register("tone", stored, aliases=["prod"], version=4)
+    assert (version.label, version.digest, version.aliases) == ("tone@4", stored, ("prod",))
+    with pytest.raises(ConflictError, match="as version 4 already"):
+        client.register("tone", stored, version=5)
+    with pytest.raises(SpecError, match="digest: String should match"):
+        client.register("tone", digest(1)[1:])
+
+
+def test_the_gates_refusal_comes_back_as_one(api: Api, client: CatalogClient, tmp_path: Path) -> None:
+    stored = api.store(1, tmp_path, method="longlora")
+    with pytest.raises(GateRefused, match="alias 'prod' is refused to long@1"):
+        client.register("long", stored, aliases=["prod"])
+    client.register("long", stored)
+    with pytest.raises(GateRefused, match="alias 'prod' is refused to long@1"):
+        client.promote("long", "prod", 1)
+    assert client.promote("long", "prod", 1, no_gate="a trial").version == 1
+
+
+def test_jobs(api: Api, client: CatalogClient) -> None:
+    spec = TrainSpec.parse(RECIPE, source="example")
+    job = client.submit(spec, id="job-1")
+    assert (job.id, job.status, job.recipe, job.has_ended) == ("job-1", "pending", spec, False)
+    client.submit(RECIPE | {"name": "other"}, id="job-2", resume=True)
+    client.submit("name: third\nadapter: {method: vera}\ndata: {train: /d}\nbatch: {rows: 1}\n"
+                  "optimizer: {learning_rate: 0.1}\nmax_steps: 1\n", id="job-3")  # fmt: skip
+    assert [j.id for j in client.jobs(status="pending")] == ["job-3", "job-2", "job-1"]
+    assert [j.id for j in client.jobs(name="other")] == ["job-2"]
+    assert "--resume" in api.jobs.submitted["job-2"].entrypoint
+    assert list(client.follow("job-1")) == ["a", "b", "c"]
+    assert client.logs("job-1") == "log of job-1\n"
+    assert client.stop("job-1").status == "pending"
+    assert api.jobs.stopped == ["job-1"]
+    with pytest.raises(SpecError, match=r"not valid\n  adapter: Field required"):
+        client.submit({key: value for key, value in RECIPE.items() if key != "adapter"})
+    api.jobs.jobs.clear()
+    for call in (client.logs, lambda i: list(client.follow(i))):
+        with pytest.raises(JobNotFound, match="Ray keeps logs only while"):
+            call("job-1")
+    with pytest.raises(JobNotFound, match="no job 'none'"):
+        client.job("none")
+
+
+def test_what_does_not_answer(tmp_path: Path) -> None:
+    api = Api(tmp_path, "postgresql://nobody@127.0.0.1:1/none")
+    with CatalogClient(transport=api.transport) as client, pytest.raises(CatalogError, match="cannot be used"):
+        client.bases()
+    for answer, match in [
+        (httpx.Response(502, text="<html>bad gateway"), "HTTP 502: <html>bad gateway"),
+        (httpx.Response(200, text="[]"), "not a AliasResource"),
+    ]:
+        transport = httpx.MockTransport(lambda _, answer=answer: answer)  # type: ignore[misc]
+        with CatalogClient(transport=transport) as client, pytest.raises(ClusterError, match=match):
+            client.alias("tone", "prod")
+    with CatalogClient("http://127.0.0.1:1") as client, pytest.raises(ClusterError, match="no answer from"):
+        list(client.follow("job-1"))

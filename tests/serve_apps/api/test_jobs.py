@@ -1,0 +1,211 @@
+"""Jobs over HTTP, on both databases, with a job server that says what it is told to."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+import yaml
+
+from loray.catalog.database import writing
+from loray.catalog.schema import jobs
+from loray.spec import TrainSpec
+from serve_apps.api.examples import RECIPE
+from tests.serve_apps.api.fakes import Api
+from tests.serve_apps.api.test_adapters import problem
+
+
+@pytest.fixture
+def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
+    api = Api(tmp_path / "home", catalog_url)
+    yield api
+    api.close()
+
+
+def submit(api: Api, job_id: str, **fields: Any) -> Any:
+    response = api.http.post("/jobs", params={"id": job_id}, json=RECIPE | fields)
+    assert response.status_code == 201, response.text
+    return response.json()
+
+
+def test_a_recipe_reaches_the_driver(api: Api) -> None:
+    response = api.http.post("/jobs", json=RECIPE)
+    job = response.json()
+    assert (response.status_code, response.headers["location"]) == (201, f"/api/v1/jobs/{job['id']}")
+    assert (job["status"], job["name"], job["actor"]) == ("pending", "tone", "api")
+    (job_id,) = api.jobs.submitted
+    assert job_id == job["id"]
+    command = shlex.split(api.jobs.submitted[job_id].entrypoint)
+    (recipe,) = (part for part in command if part.startswith("{"))
+    assert TrainSpec.parse(json.loads(recipe), source="entrypoint") == TrainSpec.parse(RECIPE, source="example")
+    assert command[command.index("-m") + 1] == "jobs.train"
+    assert "--resume" not in command
+    env = api.jobs.submitted[job_id].runtime_env["env_vars"]
+    assert env["LORAY_STORE"] == api.settings.store
+    assert api.http.get(f"http://test{response.headers['location']}").json() == job
+
+
+@pytest.mark.parametrize("media_type", ["application/yaml", "application/x-yaml", "text/yaml; charset=utf-8"])
+def test_yaml(api: Api, media_type: str) -> None:
+    headers = {"Content-Type": media_type}
+    params = {"id": "mine", "resume": True}
+    response = api.http.post("/jobs", params=params, content=yaml.safe_dump(RECIPE), headers=headers)
+    assert (response.status_code, response.json()["id"]) == (201, "mine")
+    assert "--resume" in api.jobs.submitted["mine"].entrypoint
+
+
+def test_every_wrong_field_is_named(api: Api) -> None:
+    wrong = RECIPE | {"optimizer": {"learning_rate": -1}, "max_step": 3, "name": "a b"}
+    body = problem(api.http.post("/jobs", json=wrong), 422)
+    assert sorted(e["field"] for e in body["errors"]) == ["max_step", "name", "optimizer.learning_rate"]
+    for content, media_type, detail in [
+        (b"{", "application/json", "not valid JSON"),
+        (b'{"seed": NaN}', "application/json", "NaN is not a JSON number"),
+        (b"\xff", "application/json", "not valid JSON"),
+        (b"[" * 100_000, "application/json", "not valid JSON"),
+        (b"[" * 5_000, "application/yaml", "not valid YAML"),
+        (b"a: [", "application/yaml", "not valid YAML"),
+        (b"\x00", "application/yaml", "not valid YAML"),
+        (b"[]", "application/json", "not valid"),
+        (b"", "application/yaml", "not valid"),
+        (b'{"name": "\\ud800"}', "application/json", "not valid"),
+    ]:
+        response = api.http.post("/jobs", content=content, headers={"Content-Type": media_type})
+        assert detail in problem(response, 422)["detail"], content[:20]
+    assert (
+        "relative path" in problem(api.http.post("/jobs", json=RECIPE | {"data": {"train": "x.jsonl"}}), 422)["detail"]
+    )
+    assert (
+        "application/json or"
+        in problem(api.http.post("/jobs", content=b"x", headers={"Content-Type": "a/b"}), 415)["detail"]
+    )
+    problem(api.http.post("/jobs", params={"id": "a/b"}, json=RECIPE), 422)
+    assert api.jobs.submitted == {}
+    assert api.http.get("/jobs").json()["items"] == []
+
+
+def test_an_infinite_number_is_refused(api: Api) -> None:
+    recipe = yaml.safe_dump(RECIPE | {"adapter": {"method": "lora", "alpha": float("inf")}})
+    headers = {"Content-Type": "application/yaml"}
+    body = problem(api.http.post("/jobs", content=recipe, headers=headers), 422)
+    assert [e["field"] for e in body["errors"]] == ["adapter.lora.alpha"]
+
+
+def test_ids_and_names_that_are_taken(api: Api) -> None:
+    submit(api, "mine")
+    api.jobs.say("somebodys", "RUNNING")
+    assert "already" in problem(api.http.post("/jobs", params={"id": "somebodys"}, json=RECIPE), 409)["detail"]
+    problem(api.http.get("/jobs/somebodys"), 404)  # no row of the job that was not submitted
+    assert "already" in problem(api.http.post("/jobs", params={"id": "mine"}, json=RECIPE), 409)["detail"]
+    api.catalog.add_base("smollm2", "ba5e" * 16)
+    problem(api.http.post("/jobs", json=RECIPE | {"name": "smollm2"}), 409)
+    assert list(api.jobs.submitted) == ["mine"]
+
+
+def test_a_job_follows_ray(api: Api) -> None:
+    submit(api, "good")
+    submit(api, "silent")
+    api.jobs.say("good", "RUNNING")
+    running = api.http.get("/jobs/good").json()
+    assert running["status"] == "running"
+    assert running["started_at"] is not None
+    api.catalog.end_job("good", "succeeded", version=3)  # the driver, before Ray has seen it end
+    assert (api.http.get("/jobs/good").json()["status"], api.http.get("/jobs/good").json()["version"]) == (
+        "succeeded",
+        3,
+    )
+    api.jobs.say("silent", "FAILED", "Job entrypoint command failed with exit code 137")
+    failed = api.http.get("/jobs/silent").json()
+    assert (failed["status"], failed["message"]) == ("failed", "Job entrypoint command failed with exit code 137")
+    assert failed["ended_at"] is not None
+    api.jobs.jobs.clear()
+    assert api.http.get("/jobs/silent").json() == failed  # it was written down
+    assert problem(api.http.get("/jobs/none"), 404)["type"] == "urn:loray:problem:job-not-found"
+
+
+def test_pages_and_filters(api: Api) -> None:
+    for i in range(5):
+        submit(api, f"job-{i}", name="tone" if i % 2 else "other")
+    api.jobs.say("job-4", "SUCCEEDED")
+    first = api.http.get("/jobs", params={"limit": 2})
+    assert [(j["id"], j["status"]) for j in first.json()["items"]] == [("job-4", "succeeded"), ("job-3", "pending")]
+    second = api.http.get(f"http://test{first.links['next']['url']}").json()
+    assert [j["id"] for j in second["items"]] == ["job-2", "job-1"]
+    assert [j["id"] for j in api.http.get("/jobs", params={"name": "tone"}).json()["items"]] == ["job-3", "job-1"]
+    api.jobs.say("job-3", "STOPPED")
+    pending = api.http.get("/jobs", params={"status": "pending"}).json()["items"]
+    assert [j["id"] for j in pending] == ["job-2", "job-1", "job-0"]  # job-3 turned out to have ended
+    problem(api.http.get("/jobs", params={"status": "late"}), 422)
+    problem(api.http.get("/jobs", params={"cursor": "nobody"}), 422)
+
+
+def test_stopping(api: Api) -> None:
+    submit(api, "job-1")
+    api.jobs.say("job-1", "RUNNING")
+    response = api.http.post("/jobs/job-1/stop")
+    assert (response.status_code, response.json()["status"]) == (202, "running")
+    assert api.jobs.stopped == ["job-1"]
+    api.jobs.say("job-1", "STOPPED")
+    assert api.http.get("/jobs/job-1").json()["status"] == "stopped"
+    assert api.http.post("/jobs/job-1/stop").json()["status"] == "stopped"
+    assert api.jobs.stopped == ["job-1"]
+    api.catalog.add_job("elsewhere", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
+    stopped = api.http.post("/jobs/elsewhere/stop").json()
+    assert (stopped["status"], "does not know the job" in stopped["message"]) == ("stopped", True)
+    problem(api.http.post("/jobs/none/stop"), 404)
+
+
+def test_logs(api: Api) -> None:
+    submit(api, "job-1")
+    whole = api.http.get("/jobs/job-1/logs")
+    assert (whole.text, whole.headers["content-type"]) == ("log of job-1\n", "text/plain; charset=utf-8")
+    followed = api.http.get("/jobs/job-1/logs", params={"follow": True})
+    assert (followed.text, followed.headers["content-type"]) == ("a\nb\nc\n", "text/plain; charset=utf-8")
+    api.catalog.end_job("job-1", "succeeded", version=1)
+    api.jobs.jobs.clear()
+    for follow in (False, True):
+        gone = problem(api.http.get("/jobs/job-1/logs", params={"follow": follow}), 410)
+        assert "(succeeded) is gone: Ray keeps logs only while the cluster" in gone["detail"]
+        problem(api.http.get("/jobs/none/logs", params={"follow": follow}), 404)
+
+
+def test_without_ray(api: Api) -> None:
+    submit(api, "job-1")
+    api.jobs.down = True
+    assert api.http.get("/jobs/job-1").json()["status"] == "pending"  # as far as is known
+    assert [j["id"] for j in api.http.get("/jobs").json()["items"]] == ["job-1"]
+    for response in (
+        api.http.get("/jobs/job-1/logs"),
+        api.http.post("/jobs/job-1/stop"),
+        api.http.post("/jobs", params={"id": "job-2"}, json=RECIPE),
+        api.http.post("/jobs", json=RECIPE),
+    ):
+        assert problem(response, 503)["type"] == "urn:loray:problem:cluster-unavailable"
+    problem(api.http.get("/jobs/job-2"), 404)  # nobody knows whether Ray has a job of that id
+    refused, first = api.http.get("/jobs").json()["items"]
+    assert (refused["status"], "not submitted" in refused["message"]) == ("failed", True)
+    assert first["id"] == "job-1"
+
+
+def test_a_cluster_that_is_gone(api: Api) -> None:
+    """Where the catalog is one machine's alone a job that Ray has forgotten is dead; others may run elsewhere."""
+    for job_id in ("old", "fresh"):
+        submit(api, job_id)
+    api.catalog.add_job("by-hand", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
+    api.catalog.start_job("by-hand")
+    engine = api.catalog._engine
+    with writing(engine) as c:
+        c.execute(jobs.update().where(jobs.c.id == "by-hand").values(actor="local"))
+        for job_id in ("old", "by-hand"):
+            created = c.execute(sa.select(jobs.c.created_at).where(jobs.c.id == job_id)).scalar_one()
+            c.execute(jobs.update().where(jobs.c.id == job_id).values(created_at=created - timedelta(hours=1)))
+    api.jobs.jobs.clear()
+    statuses = {job_id: api.http.get(f"/jobs/{job_id}").json()["status"] for job_id in ("old", "fresh", "by-hand")}
+    lost = "failed" if engine.dialect.name == "sqlite" else "pending"
+    assert statuses == {"old": lost, "fresh": "pending", "by-hand": "running"}

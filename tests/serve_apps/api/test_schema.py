@@ -1,0 +1,136 @@
+"""The OpenAPI document of the catalog's API, and requests made up from it: every answer is one that it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode, checks
+from schemathesis.specs.openapi import checks as openapi_checks
+
+from tests.catalog.test_catalog import BASE, publish
+from tests.serve_apps.api.fakes import Api
+from tests.serve_apps.api.test_jobs import submit
+
+CHECKS: Any = [
+    checks.not_a_server_error,
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_headers_conformance,
+    openapi_checks.response_schema_conformance,
+    openapi_checks.negative_data_rejection,
+]
+
+KNOWN = {"name": "tone", "alias": "prod", "version": 1, "id": "job-1"}
+OPERATIONS = [
+    "DELETE /adapters/{name}/aliases/{alias}",
+    "GET /adapters",
+    "GET /adapters/{name}",
+    "GET /adapters/{name}/aliases",
+    "GET /adapters/{name}/aliases/{alias}",
+    "GET /adapters/{name}/placement",
+    "GET /adapters/{name}/versions",
+    "GET /adapters/{name}/versions/{version}",
+    "GET /bases",
+    "GET /jobs",
+    "GET /jobs/{id}",
+    "GET /jobs/{id}/logs",
+    "GET /recommend",
+    "POST /adapters/{name}/aliases/{alias}/rollback",
+    "POST /adapters/{name}/versions",
+    "POST /jobs",
+    "POST /jobs/{id}/stop",
+    "PUT /adapters/{name}/aliases/{alias}",
+]
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    home = tmp_path_factory.mktemp("home")
+    api = Api(home, f"sqlite:///{home}/catalog.db")
+    api.catalog.add_base("smollm2", BASE)
+    publish(api.catalog, "tone", 1, 2, aliases=("prod",))
+    submit(api, "job-1")
+    yield api
+    api.close()
+
+
+@pytest.fixture(scope="module")
+def document(api: Api) -> Any:
+    return api.http.get("/openapi.json").json()
+
+
+@pytest.mark.parametrize(
+    ("operation", "mode"),
+    [
+        pytest.param(operation, mode, id=f"{mode.value} {operation}")
+        for operation in OPERATIONS
+        for mode in GenerationMode
+        if (operation, mode) != ("GET /bases", GenerationMode.NEGATIVE)  # it takes nothing that could be wrong
+    ],
+)
+def test_every_answer_is_described(api: Api, operation: str, mode: GenerationMode) -> None:
+    """`mode`: requests as the document asks for, of things that there are, or wrong ones, which must be refused."""
+    method, path = operation.split()
+    schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", api.app)
+    cases = schema[path][method].as_strategy(generation_mode=mode)
+
+    num = 10 if mode == GenerationMode.POSITIVE else 25  # there are more ways to be wrong than to be right
+
+    @given(case=cases)
+    @settings(max_examples=num, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    def ask(case: Any) -> None:
+        for version in (1, 2):  # an alias that there is, and can be rolled back, whatever came before
+            api.catalog.promote("tone", "prod", version)
+        if mode == GenerationMode.POSITIVE:
+            case.path_parameters |= {name: KNOWN[name] for name in case.path_parameters}
+        case.call_and_validate(checks=CHECKS)
+
+    ask()
+
+
+def test_the_document(document: Any) -> None:
+    assert document["openapi"].startswith("3.1")
+    assert document["servers"] == [{"url": "/api/v1"}]
+    operations = {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert sorted(operations) == OPERATIONS
+    assert len({operation["operationId"] for operation in operations.values()}) == len(operations)
+    for name, operation in operations.items():
+        for status, answer in operation["responses"].items():
+            if int(status) >= 400:
+                assert list(answer["content"]) == ["application/problem+json"], (name, status)
+            elif name != "GET /jobs/{id}/logs" and int(status) < 300 and status != "204":
+                assert "example" in answer["content"]["application/json"], (name, status)
+    assert list(operations["POST /jobs"]["requestBody"]["content"]) == ["application/json", "application/yaml"]
+
+
+def test_examples_are_what_they_are_examples_of() -> None:
+    from loray.api import resources
+    from loray.spec import TrainSpec
+    from serve_apps.api import examples
+
+    for model, example in [
+        (resources.AdapterResource, examples.ADAPTER),
+        (resources.VersionResource, examples.VERSION),
+        (resources.AliasResource, examples.ALIAS),
+        (resources.BaseResource, examples.BASE),
+        (resources.PlacementResource, examples.PLACEMENT),
+        (resources.JobResource, examples.JOB),
+        (TrainSpec, examples.RECIPE),
+    ]:
+        shown = model.model_validate(example).model_dump(mode="json", exclude_unset=True)
+        assert set(shown) == set(example)
+
+
+def test_the_document_needs_no_database(tmp_path: Path) -> None:
+    api = Api(tmp_path, "postgresql://nobody@127.0.0.1:1/none")
+    assert api.http.get("/openapi.json").status_code == 200
+    assert "swagger" in api.http.get("/docs").text

@@ -1,0 +1,131 @@
+"""The catalog's API on a real Ray cluster: a recipe over HTTP becomes a version, and the version answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from jobs.events.messages import decode
+from loray.client.catalog import CatalogClient
+from loray.errors import ConflictError, JobNotFound, RevisionConflict
+from loray.spec import TrainSpec
+from tests.cluster import RayCluster, Served
+from tests.test_recipe import RECIPE, write
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def catalog(served: Served) -> Iterator[CatalogClient]:
+    with CatalogClient(served.url) as client:
+        yield client
+
+
+@pytest.fixture
+def recipe(served: Served, tmp_path: Path) -> dict[str, Any]:
+    """Of a tiny adapter that is strong enough to change answers."""
+    write(tmp_path)
+    data = RECIPE["data"] | {"train": str(tmp_path / "data.jsonl")}
+    strong = {"learning_rate": 0.1, "schedule": "constant"}
+    return RECIPE | {"name": "posted", "base": served.base.name, "dtype": "float32", "data": data, "optimizer": strong}
+
+
+def until(what: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def answers(served: Served, model: str) -> bool:
+    body = {"model": model, "prompt": "a", "max_tokens": 1}
+    return httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).status_code == 200
+
+
+def answer(served: Served, model: str) -> str:
+    body = {"model": model, "prompt": "abcdefgh", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    response = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def test_from_a_posted_recipe_to_an_answer(served: Served, catalog: CatalogClient, recipe: dict[str, Any]) -> None:
+    job = catalog.submit(recipe | {"max_steps": 6})
+    lines = list(catalog.follow(job.id))
+    events = [event for line in lines if (event := decode(line))]
+    assert events, "\n".join(lines)
+    assert events[-1]["event"] == "published", "\n".join(lines)
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    ended = catalog.job(job.id)
+    assert (ended.status, ended.version, ended.actor) == ("succeeded", 1, "api")
+    assert ended.started_at is not None
+    assert "published" in catalog.logs(job.id)
+
+    version = catalog.version("posted", 1)
+    assert (version.digest, version.manifest.job_id) == (events[-1]["digest"], job.id)
+    assert version.manifest.recipe is not None
+    before = answer(served, served.base.name)
+    alias = catalog.promote("posted", "prod", 1, create=True)
+    with pytest.raises(RevisionConflict):
+        catalog.promote("posted", "prod", 1, create=True)
+    until(lambda: answers(served, "posted@prod"))  # as soon as serving has read the catalog again
+    served_by = answer(served, "posted@prod")
+    assert served_by == answer(served, "posted@1")
+    assert served_by != before
+    until(lambda: any(item.tier == "pool" for item in catalog.placement("posted").items))
+    (item,) = catalog.placement("posted").items
+    assert (item.version, item.digest, item.uses >= 2) == (1, version.digest, True)
+    assert catalog.alias("posted", "prod") == alias
+    with pytest.raises(ConflictError, match="already"):
+        catalog.submit(recipe | {"max_steps": 6}, id=job.id)
+
+
+def test_a_job_that_is_stopped(ray_cluster: RayCluster, served: Served, catalog: CatalogClient) -> None:
+    """Of a command that takes long; tests/jobs/runs/test_shared_runs.py stops a training."""
+    from ray.job_submission import JobSubmissionClient
+
+    served.catalog.add_job("to-be-stopped", name="endless", recipe=TrainSpec.parse(RECIPE, source="the test"))
+    client = JobSubmissionClient(ray_cluster.address)
+    client.submit_job(submission_id="to-be-stopped", entrypoint="echo at work; exec sleep 3600")
+    assert "at work" in catalog.follow("to-be-stopped")  # no further than that
+    assert catalog.job("to-be-stopped").status == "running"
+    catalog.stop("to-be-stopped")
+    until(lambda: catalog.job("to-be-stopped").has_ended)
+    assert (catalog.job("to-be-stopped").status, catalog.job("to-be-stopped").version) == ("stopped", None)
+    assert [j.id for j in catalog.jobs(status="stopped", name="endless")] == ["to-be-stopped"]
+    with pytest.raises(JobNotFound):
+        catalog.job("nobody")
+
+
+def test_a_driver_that_died_without_a_word(ray_cluster: RayCluster, served: Served, catalog: CatalogClient) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    spec = TrainSpec.parse(RECIPE, source="the test")
+    served.catalog.add_job("silent", name="silent", recipe=spec)
+    client = JobSubmissionClient(ray_cluster.address)
+    client.submit_job(submission_id="silent", entrypoint="echo working && exit 3")
+    until(lambda: catalog.job("silent").has_ended)
+    assert catalog.job("silent").status == "failed"
+    assert "exit code 3" in catalog.job("silent").message
+    assert "working" in catalog.logs("silent").splitlines()
+    client.delete_job("silent")
+    with pytest.raises(JobNotFound, match=r"\(failed\) is gone"):
+        catalog.logs("silent")
+
+
+def test_links_and_the_document_have_the_route_prefix(served: Served) -> None:
+    for job_id in ("linked-1", "linked-2"):
+        served.catalog.add_job(job_id, name="linked", recipe=TrainSpec.parse(RECIPE, source="the test"))
+    response = httpx.get(f"{served.url}/api/v1/jobs", params={"limit": 1}, timeout=30)
+    assert response.links["next"]["url"].startswith("/api/v1/jobs?limit=1&cursor=")
+    document = httpx.get(f"{served.url}/api/v1/openapi.json", timeout=30).json()
+    assert document["servers"] == [{"url": "/api/v1"}]
+    missing = httpx.get(f"{served.url}/api/v1/adapters/nobody", timeout=30)
+    assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
+    assert json.loads(missing.text)["type"] == "urn:loray:problem:adapter-not-found"

@@ -1,0 +1,51 @@
+"""A store that is down while an adapter is wanted: that request hears of it, and a later one is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fastapi.testclient import TestClient
+
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.local.s3 import start_local_s3, stop_local_s3
+from loray.publishing import publish
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from loray.store import AdapterStore, open_store
+from loray.store.s3 import create_bucket
+from serve_apps.replica.replica import start_engine
+from tests.serve_apps.gateway.scripted import LocalEngines, gateway_app
+
+
+def test_a_request_fails_and_the_next_one_is_served(
+    tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_base()
+    server = start_local_s3(tmp_path / "s3")
+    location = server.location("adapters")
+    create_bucket(location)
+    settings = replace(Settings.from_env({"LORAY_HOME": str(tmp_path / "home")}), store=location.url)
+    settings.home.mkdir()
+    store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
+    publish(peft_folder(base), name="a", base=base, store=store, catalog=catalog)
+    spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20, max_num_seqs=4, num_threads=1)
+    stream = start_engine(spec, base, settings)
+    body = {"model": "a", "prompt": "hello", "max_tokens": 2}
+    try:
+        app = gateway_app(base, settings.catalog, LocalEngines(stream), dtype="float32")
+        with TestClient(app, raise_server_exceptions=False) as client:
+            stop_local_s3(tmp_path / "s3")
+            failed = client.post("/v1/completions", json=body)
+            assert (failed.status_code, failed.json()["error"]["code"]) == (503, "store_unavailable"), failed.text
+            assert "cannot be reached" in failed.json()["error"]["message"]
+            assert int(failed.headers["Retry-After"]) >= 1
+            assert client.post("/v1/completions", json=body | {"model": base.name}).status_code == 200
+            assert start_local_s3(tmp_path / "s3").ports == server.ports
+            served = client.post("/v1/completions", json=body)
+            assert served.status_code == 200, served.text
+    finally:
+        stream.stop()
+        stop_local_s3(tmp_path / "s3")

@@ -1,0 +1,399 @@
+"""The HTTP API on scripted engines: every way to fail, and what OpenAI's clients rely on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from loray.api.status import AutoscalingStatus, ScalingDecision
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.engine.pool.pool import cut_pool
+from loray.errors import EngineError, IntegrityError, Overloaded, RequestError
+from loray.spec import ServeSpec
+from serve_apps.gateway.directory import REFRESH_S
+from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app, register
+
+HELLO = (delta("hel"), delta("lo", "stop", num_output_tokens=2))
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
+    return tiny_base()
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog(catalog_url(tmp_path))
+
+
+@pytest.fixture
+def client_of(base: BaseModel, tmp_path: Path) -> Callable[..., Any]:
+    @contextmanager
+    def make(engines: ScriptedEngines, **spec: Any) -> Iterator[TestClient]:
+        app = gateway_app(base, catalog_url(tmp_path), engines, **spec)
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield client
+
+    return make
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"].startswith("application/json")
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    return dict(body["error"])
+
+
+def events_of(response: Any) -> list[Any]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = response.text.split("\n\n")
+    assert lines.pop() == ""
+    data = [line.removeprefix("data: ") for line in lines]
+    return [d if d == "[DONE]" else json.loads(d) for d in data]
+
+
+def test_completion(client_of: Any, base: BaseModel) -> None:
+    engines = ScriptedEngines(HELLO)
+    with client_of(engines) as client:
+        r = client.post(
+            "/v1/completions", json={"model": base.name, "prompt": "abc", "max_tokens": 5, "temperature": 0}
+        )
+    body = r.json()
+    assert body["choices"] == [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert body["id"].startswith("cmpl-")
+    assert body["id"] == r.headers["x-request-id"]
+    assert body["model"] == base.name
+    assert body["system_fingerprint"].startswith("loray-")
+    (request,) = engines.requests
+    assert request.prompt_ids == tuple(b"abc"[i] - 33 for i in range(3))
+    assert (request.params.max_tokens, request.params.temperature, request.adapter) == (5, 0.0, None)
+
+
+def test_chat_completion_uses_the_chat_template(client_of: Any, base: BaseModel) -> None:
+    engines = ScriptedEngines(HELLO)
+    with client_of(engines) as client:
+        body = client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT}).json()
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "hello", "refusal": None}
+    assert body["id"].startswith("chatcmpl-")
+    (request,) = engines.requests
+    assert request.prompt_ids[0] == 257
+    assert request.params.max_tokens == 512 - len(request.prompt_ids)  # the rest of the context
+
+
+def test_streams(client_of: Any, base: BaseModel) -> None:
+    stream = {"model": base.name, "stream": True, "stream_options": {"include_usage": True}}
+    with client_of(ScriptedEngines(HELLO)) as client:
+        *chat, usage, done = events_of(client.post("/v1/chat/completions", json=stream | {"messages": CHAT}))
+        assert [c["choices"][0]["delta"] for c in chat] == [
+            {"role": "assistant", "content": ""},
+            {"content": "hel"},
+            {"content": "lo"},
+        ]
+        assert chat[-1]["choices"][0]["finish_reason"] == "stop"
+        assert usage["usage"]["completion_tokens"] == 2
+        assert done == "[DONE]"
+        *plain, done = events_of(
+            client.post("/v1/completions", json={"model": base.name, "stream": True, "prompt": "abc"})
+        )
+        assert [c["choices"][0]["text"] for c in plain] == ["hel", "lo"]
+        assert "usage" not in plain[0]
+
+
+def test_prompts_times_n_are_choices_in_order(client_of: Any, base: BaseModel) -> None:
+    engines = ScriptedEngines(HELLO)
+    fields = {"model": base.name, "prompt": [[1, 2, 3], [4, 5, 6]], "n": 2, "seed": 10}
+    with client_of(engines) as client:
+        body = client.post("/v1/completions", json=fields).json()
+        events = events_of(client.post("/v1/completions", json=fields | {"stream": True}))
+    assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
+    assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 8, "total_tokens": 14}
+    assert sorted(c["choices"][0]["index"] for c in events[:-1]) == [0, 0, 1, 1, 2, 2, 3, 3]
+    first = engines.requests[:4]
+    assert [r.prompt_ids[0] for r in first] == [1, 1, 4, 4]
+    assert [r.params.seed for r in first] == [10, 11, 10, 11]
+    assert len({r.request_id for r in engines.requests}) == 8
+
+
+def test_names_resolve_to_one_version_each(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
+    for _ in range(3):
+        register(catalog, "tone", base.fingerprint)
+    catalog.promote("tone", "canary", 2)
+    engines = ScriptedEngines(HELLO)
+    with client_of(engines) as client:
+        for model in ("tone", "tone@1", "tone@canary"):
+            body = client.post("/v1/completions", json={"model": model, "prompt": "a"}).json()
+            assert body["model"] == model
+    assert [r.adapter.label for r in engines.requests if r.adapter] == ["tone@3", "tone@1", "tone@2"]
+
+
+def test_what_is_published_or_promoted_while_serving_is_seen(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
+    engines = ScriptedEngines(HELLO)
+    with client_of(engines) as client:
+        fields = {"model": "tone", "prompt": "a"}
+        assert client.post("/v1/completions", json=fields).status_code == 404
+        register(catalog, "tone", base.fingerprint)
+        assert client.post("/v1/completions", json=fields).status_code == 200  # at once: an unknown name is looked up
+        register(catalog, "tone", base.fingerprint)
+        deadline = time.monotonic() + 20 * REFRESH_S
+        while engines.requests[-1].adapter.label != "tone@2" and time.monotonic() < deadline:  # type: ignore[union-attr]
+            client.post("/v1/completions", json=fields)
+        assert engines.requests[-1].adapter.label == "tone@2"  # type: ignore[union-attr]
+
+
+def test_serving_survives_the_catalog(client_of: Any, base: BaseModel, catalog: Catalog, tmp_path: Path) -> None:
+    register(catalog, "tone", base.fingerprint)
+    with client_of(ScriptedEngines(HELLO)) as client:
+        catalog.close()
+        for file in tmp_path.glob("catalog.db*"):
+            file.write_bytes(b"not a database")
+        assert client.post("/v1/completions", json={"model": "tone", "prompt": "a"}).status_code == 200
+        assert error_of(client.post("/v1/completions", json={"model": "other", "prompt": "a"}), 404)["code"]
+        status = client.get("/status").json()
+    assert status["status"] == "degraded"
+    assert status["catalog"]["num_adapters"] == 1
+    assert status["catalog"]["failure"]
+
+
+def test_models(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
+    register(catalog, "tone", base.fingerprint, context_length=1024)
+    register(catalog, "tone", base.fingerprint, context_length=1024)
+    register(catalog, "other", "f" * 64)
+    catalog.promote("tone", "prod", 1)
+    with client_of(ScriptedEngines(HELLO), max_model_len=900) as client:
+        body = client.get("/v1/models").json()
+        assert [m["id"] for m in body["data"]] == [base.name, "tone"]
+        assert body["data"][0] | {"created": 0} == {
+            "id": base.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "loray",
+            "root": base.name,
+            "parent": None,
+            "max_model_len": 512,
+        }
+        tone = body["data"][1]
+        assert (tone["root"], tone["parent"], tone["max_model_len"]) == ("tone@1", base.name, 900)
+        assert (tone["aliases"], tone["versions"], tone["method"]) == ({"prod": 1}, [2, 1], "lora")
+        assert client.get("/v1/models/tone@2").json()["root"] == "tone@2"
+        assert client.get(f"/v1/models/{base.name}").json()["id"] == base.name
+        assert error_of(client.get("/v1/models/nobody"), 404)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_unknown_model(client_of: Any, base: BaseModel, catalog: Catalog, path: str) -> None:
+    register(catalog, "tone", base.fingerprint)
+    with client_of(ScriptedEngines(HELLO)) as client:
+        for model in ("tome", "tone@7", "tone@canary", "tone@", "@1", "\u00e9"):
+            for stream in (False, True):
+                body = (
+                    {"model": model, "prompt": "a"} if path == "/v1/completions" else {"model": model, "messages": CHAT}
+                )
+                error = error_of(client.post(path, json=body | {"stream": stream}), 404)
+                assert (error["code"], error["param"], error["type"]) == (
+                    "model_not_found",
+                    "model",
+                    "invalid_request_error",
+                )
+                assert model in error["message"]
+
+
+def test_adapter_of_another_base(client_of: Any, catalog: Catalog) -> None:
+    register(catalog, "alien", "f" * 64)
+    with client_of(ScriptedEngines(HELLO)) as client:
+        error = error_of(client.post("/v1/completions", json={"model": "alien", "prompt": "a"}), 404)
+    assert error["code"] == "base_mismatch"
+    assert "another base" in error["message"]
+
+
+_HALF_A_PAIR = (b'{"prompt": "\\ud800"}', b'{"prompt": "\xed\xa0\x80"}')
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1, 2", b'{"n": NaN}', b"\xff\xfe", b"[" * 100_000, *_HALF_A_PAIR])
+def test_malformed_json(client_of: Any, raw: bytes) -> None:
+    with client_of(ScriptedEngines(HELLO)) as client:
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            error = error_of(client.post(path, content=raw, headers={"content-type": "application/json"}), 400)
+            assert "not valid JSON" in error["message"]
+            assert error["type"] == "invalid_request_error"
+
+
+def test_invalid_fields(client_of: Any, base: BaseModel) -> None:
+    with client_of(ScriptedEngines(HELLO)) as client:
+        for fields, param in (
+            ({"temperature": 3}, "temperature"),
+            ({"tools": [{}]}, "tools"),
+            ({"colour": 1}, "colour"),
+            ({"prompt": ""}, "prompt"),
+            ({"repetition_penalty": 1e-40}, "repetition_penalty"),  # of which fp32 makes nothing
+            ({"stop_token_ids": list(range(129))}, "stop_token_ids"),
+        ):
+            error = error_of(client.post("/v1/completions", json={"model": base.name, "prompt": "a"} | fields), 400)
+            assert error["param"] == param
+            assert param in error["message"]
+        assert error_of(client.post("/v1/completions", content=b"[]"), 400)["message"].endswith("a JSON object")
+
+
+def test_prompt_too_long_says_the_limits(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
+    register(catalog, "long", base.fingerprint, context_length=1024)
+    engines = ScriptedEngines(HELLO)
+    with client_of(engines) as client:
+        for body, numbers in (
+            ({"model": base.name, "prompt": "x" * 600}, ("512", "600")),
+            ({"model": base.name, "prompt": "x" * 500, "max_tokens": 13}, ("512", "500", "13", "12")),
+            ({"model": "long", "prompt": "x" * 1024}, ("1024",)),
+        ):
+            error = error_of(client.post("/v1/completions", json=body), 400)
+            assert error["code"] == "context_length_exceeded"
+            assert error["param"] == "prompt"
+            assert all(number in error["message"] for number in numbers)
+        chat = {"model": base.name, "messages": [{"role": "user", "content": "x" * 600}]}
+        assert error_of(client.post("/v1/chat/completions", json=chat), 400)["param"] == "messages"
+        assert not engines.requests
+        # LongLoRA's context is the adapter's own; and a default is cut to what is left.
+        assert client.post("/v1/completions", json={"model": "long", "prompt": "x" * 600}).status_code == 200
+        assert client.post("/v1/completions", json={"model": base.name, "prompt": "x" * 505}).status_code == 200
+        assert engines.requests[-1].params.max_tokens == 7
+
+
+def test_the_pool_limits_the_context_too(client_of: Any, base: BaseModel) -> None:
+    layout, _ = cut_pool(ServeSpec(), base.config)
+    pool_bytes = 4 * 2 * layout.num_layers * layout.layer_share  # four blocks of bfloat16
+    with client_of(ScriptedEngines(HELLO), pool_bytes=pool_bytes) as client:
+        assert client.get(f"/v1/models/{base.name}").json()["max_model_len"] == 64  # and before any request
+        error = error_of(client.post("/v1/completions", json={"model": base.name, "prompt": "x" * 65}), 400)
+    assert "64 tokens" in error["message"]
+
+
+def test_only_a_default_may_be_lowered_by_the_replica(client_of: Any, base: BaseModel) -> None:
+    engines = ScriptedEngines(HELLO)
+    body = {"model": base.name, "messages": CHAT}
+    with client_of(engines) as client:
+        client.post("/v1/chat/completions", json=body)
+        client.post("/v1/chat/completions", json=body | {"max_completion_tokens": 5})
+    assert engines.fits == [True, False]
+
+
+def test_the_model_is_resolved_before_the_prompt_is_encoded(client_of: Any) -> None:
+    with client_of(ScriptedEngines(HELLO)) as client:
+        body = {"model": "nobody", "prompt": ""}
+        assert error_of(client.post("/v1/completions", json=body), 404)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "status", "code", "retry_after"),
+    [
+        (Overloaded("full", retry_after_s=2.3), 429, "overloaded", "3"),
+        (EngineError("lost"), 503, "engine_unavailable", "1"),
+        (IntegrityError("damaged file"), 500, "adapter_damaged", None),
+        (RequestError("no", "prompt"), 400, None, None),
+        (ZeroDivisionError("secret"), 500, "internal_error", None),
+    ],
+)
+def test_failures_before_the_first_token_have_their_status(
+    client_of: Any,
+    base: BaseModel,
+    failure: Exception,
+    status: int,
+    code: str | None,
+    retry_after: str | None,
+    stream: bool,
+) -> None:
+    with client_of(ScriptedEngines([failure])) as client:
+        response = client.post("/v1/completions", json={"model": base.name, "prompt": "a", "stream": stream})
+    error = error_of(response, status)
+    assert error["code"] == code
+    assert response.headers.get("retry-after") == retry_after
+    assert "secret" not in response.text
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(client_of: Any, base: BaseModel) -> None:
+    engines = ScriptedEngines([delta("a"), EngineError("the replica was lost")])
+    with client_of(engines) as client:
+        body = {"model": base.name, "messages": CHAT, "stream": True}
+        *_, last = events_of(client.post("/v1/chat/completions", json=body))
+        assert last["error"]["message"] == "the replica was lost"
+        assert last["error"].keys() == {"message", "type", "param", "code"}
+        error_of(client.post("/v1/chat/completions", json=body | {"stream": False}), 503)
+
+
+def test_one_failed_choice_ends_the_others(client_of: Any, base: BaseModel) -> None:
+    engines = ScriptedEngines([delta("a"), Overloaded("full", 1)], hang=True)
+    with client_of(engines) as client:
+        error_of(client.post("/v1/completions", json={"model": base.name, "prompt": ["a", "b"], "n": 2}), 429)
+    assert sorted(engines.closed) == sorted(r.request_id for r in engines.requests)
+
+
+def test_unknown_urls_and_methods(client_of: Any) -> None:
+    with client_of(ScriptedEngines()) as client:
+        assert error_of(client.get("/v1/nothing"), 404)["code"] == "unknown_url"
+        response = client.get("/v1/completions")
+        assert error_of(response, 405)["code"] == "method_not_allowed"
+        assert response.headers["allow"] == "POST"
+
+
+def test_health_and_status(client_of: Any, base: BaseModel) -> None:
+    engines = ScriptedEngines()
+    with client_of(engines, num_replicas=1) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        status = client.get("/status").json()
+        assert (status["status"], status["model"], status["totals"]["num_running"]) == ("ok", base.name, 1)
+        assert status["replicas"][0]["adapters_in_pool"] == ["0" * 12]
+        engines.replicas = []
+        assert error_of(client.get("/health"), 503)["code"] == "engine_unavailable"
+        assert client.get("/status").json()["status"] == "degraded"
+
+
+def test_status_says_what_the_autoscaler_decided(client_of: Any) -> None:
+    engines = ScriptedEngines()
+    decision = ScalingDecision(time=1.0, from_replicas=1, to_replicas=2, reason="tokens need 2 replicas")
+    engines.scaling = AutoscalingStatus(target=2, reason="tokens need 2 replicas", time=3.0, decisions=(decision,))
+    with client_of(engines, num_replicas=2, autoscaling={"min_replicas": 1, "max_replicas": 2}) as client:
+        status = client.get("/status").json()
+    assert status["status"] == "degraded"  # there is one, of two that demand asks for
+    assert status["autoscaling"]["target"] == 2
+    assert status["autoscaling"]["decisions"] == [decision.model_dump()]
+    with client_of(engines, num_replicas=1) as client:
+        assert client.get("/status").json()["autoscaling"] is None
+
+
+def test_openapi_describes_the_bodies(client_of: Any) -> None:
+    with client_of(ScriptedEngines()) as client:
+        document = client.get("/openapi.json").json()
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    name = body["$ref"].rpartition("/")[2]
+    assert "messages" in document["components"]["schemas"][name]["properties"]
+    assert "ChatMessage" in document["components"]["schemas"]
+
+
+def test_a_tenant_is_named_by_the_header_before_the_body_and_its_wishes_reach_the_engine(
+    client_of: Any, base: BaseModel
+) -> None:
+    engines = ScriptedEngines(HELLO)
+    body = {"model": base.name, "prompt": "a", "user": "body", "priority": -2, "ttft_slo_s": 1.5}
+    with client_of(engines) as client:
+        client.post("/v1/completions", json=body, headers={"X-Tenant-Id": "header"})
+        client.post("/v1/completions", json=body)
+        client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT})
+        client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT}, headers={"X-Tenant-Id": "t"})
+        wrong = client.post("/v1/completions", json=body | {"ttft_slo_s": 0})
+    assert [(r.tenant, r.priority, r.ttft_slo_s) for r in engines.requests] == [
+        ("header", -2, 1.5),
+        ("body", -2, 1.5),
+        ("", 0, None),
+        ("t", 0, None),
+    ]
+    assert error_of(wrong, 400)["param"] == "ttft_slo_s"

@@ -1,0 +1,220 @@
+"""What a replica counts, against what a real engine was asked; and the exposition that it goes into."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from peft import LoraConfig
+from prometheus_client.core import Metric as Family
+
+from loray.bases.registry import BaseModel
+from loray.engine.request import GenerateRequest
+from loray.engine.stats.stats import EngineStats
+from loray.engine.stream import Delta, EngineStream
+from loray.errors import ContextLengthExceeded, EngineError
+from loray_kernels import KvLayout
+from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.replica import EngineReplica
+from tests.engine.adapters import TestAdapter, make_adapter
+from tests.engine.harness import hold, make_engine, request
+from tests.serve_apps.gateway.scripted import delta
+from tests.tiny import byte_tokenizer
+
+
+def values(families: Sequence[Family]) -> dict[tuple[str, ...], float]:
+    """Samples by name and the values of their labels, in alphabetical order of the labels; without `replica`."""
+    return {
+        (s.name, *(s.labels[label] for label in sorted(s.labels) if label != "replica")): s.value
+        for family in families
+        for s in family.samples
+    }
+
+
+class Asked:
+    """A real engine and a replica's metrics around it."""
+
+    def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: Any) -> None:
+        self.metrics = ReplicaMetrics()
+        self.stream = EngineStream(make_engine(base, adapters, num_threads=1, **spec), byte_tokenizer())
+        self.num_asked = 0
+
+    async def ask(self, num_prompt_tokens: int, adapter: TestAdapter | None = None, *, max_tokens: int = 4) -> None:
+        self.num_asked += 1
+        r = request(f"r{self.num_asked}", [7] * num_prompt_tokens, adapter, max_tokens=max_tokens)
+        async with aclosing(self.observed(r)) as deltas:
+            async for _ in deltas:
+                pass
+
+    def observed(self, r: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        return self.metrics.observed(r, cast("AsyncGenerator[Delta, None]", self.stream.generate(r)))
+
+    async def settled(self, num_finished: int) -> EngineStats:
+        deadline = time.monotonic() + 60
+        while (stats := self.stream.stats()).num_finished < num_finished or stats.num_running:
+            assert time.monotonic() < deadline, stats
+            await asyncio.sleep(0.005)
+        return stats
+
+
+def go(asked: Asked, test: Callable[[], Any]) -> None:
+    asked.stream.start()
+    try:
+        asyncio.run(asyncio.wait_for(test(), timeout=120))
+    finally:
+        asked.stream.stop()
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[TestAdapter]:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    return [make_adapter(base, tmp_path_factory.mktemp("a") / name, config, seed=i) for i, name in enumerate("ab")]
+
+
+def test_counts_are_what_was_asked(
+    base: BaseModel, adapters: list[TestAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool holds one context and no more, so a request of that length throws every adapter out; the host, one."""
+    monkeypatch.setattr("serve_apps.replica.replica._replica_id", lambda: "r1")
+    a, b = adapters
+    c = base.config
+    layout = KvLayout(c.num_layers, 16, c.num_kv_heads, c.head_dim)
+    pool_bytes = c.max_position_embeddings // 16 * layout.num_layers * layout.layer_share * 4
+    asked = Asked(base, adapters, pool_bytes=pool_bytes, host_bytes=max(a.ref.nbytes, b.ref.nbytes))
+
+    async def test() -> None:
+        await asked.ask(10, a)  # from the store
+        await asked.ask(20, a)  # in the pool
+        await asked.ask(500)  # throws it out
+        await asked.ask(30, a)  # on the host
+        await asked.ask(40, b, max_tokens=1)  # from the store; the host's copy of `a` makes room
+        await asked.ask(500)  # throws both out: `a` is nowhere then
+        await asked.ask(50, b)  # on the host
+        await asked.ask(60, a)  # from the store again
+        with pytest.raises(ContextLengthExceeded):
+            await asked.ask(510, a)
+        stats = await asked.settled(8)
+        found = values(asked.metrics.families(stats, "r1"))
+
+        def of(name: str, *labels: str) -> float:
+            return found[f"loray_{name}", *labels]
+
+        for name, num in (("time_to_first_token_seconds", 6), ("e2e_request_latency_seconds", 6)):
+            assert (of(f"{name}_count", "lora"), of(f"{name}_count", "base")) == (num, 2)
+        assert of("request_queue_time_seconds_count", "lora") == 6
+        assert of("inter_token_latency_seconds_count", "lora") == 5 * 3
+        assert of("inter_token_latency_seconds_count", "base") == 2 * 3
+        assert of("request_prompt_tokens_sum", "lora") == 10 + 20 + 30 + 40 + 50 + 60
+        assert of("request_generation_tokens_sum", "lora") == 5 * 4 + 1
+        assert of("prompt_tokens_total") == 210 + 1000
+        assert of("generation_tokens_total") == 21 + 8
+        assert of("request_success_total", "length", "lora") == 6
+        assert of("request_errors_total", "ContextLengthExceeded", "lora") == 1
+        assert [of("adapter_requests_total", tier) for tier in ("pool", "host", "store")] == [1, 2, 3]
+        assert of("adapter_loads_total") == of("adapter_load_seconds_count") == 3
+        assert of("adapter_loaded_bytes_total") > 0
+        assert [of("adapter_evictions_total", tier) for tier in ("pool", "host")] == [3, 2]
+        assert of("engine_steps_total") == of("engine_step_seconds_count") == of("engine_step_adapters_count")
+        # The last token of a request is never computed, only returned.
+        computed = of("prompt_tokens_total") - of("prefix_cache_hits_total")
+        assert of("engine_step_tokens_sum") == computed + of("generation_tokens_total") - 8
+        assert of("prefix_cache_queries_total") == of("prompt_tokens_total")
+        assert [of("adapters", tier) for tier in ("pool", "host", "loading")] == [2, 0, 0]
+        assert sum(of("pool_blocks", kind) for kind in ("free", "kv", "cached", "layered", "flat", "run")) == 32
+        assert of("pool_blocks", "layered") == 32 - of("pool_blocks", "free") - of("pool_blocks", "cached") > 0
+        assert of("kv_cache_usage_ratio") == of("num_requests_running") == 0
+        replica: Any = SimpleNamespace(_stream=asked.stream)
+        of_a, of_b = sorted(await EngineReplica.adapters(replica), key=lambda place: str(place["name"]))
+        assert time.time() - 120 < of_a["last_used_at"] <= time.time()
+        assert of_a | {"last_used_at": 0} == {
+            "digest": a.ref.digest,
+            "name": "a",
+            "version": 1,
+            "nbytes": a.ref.nbytes,
+            "tier": "pool",
+            "uses": 4,
+            "last_used_at": 0,
+            "num_tokens": 120 + 16,
+            "replica": "r1",
+            "node": socket.gethostname(),
+        }
+        assert (of_b["tier"], of_b["uses"], of_b["num_tokens"]) == ("pool", 2, 90 + 5)
+        assert [p["name"] for p in await EngineReplica.adapters(replica, [b.ref.digest, "0" * 64])] == ["b"]
+
+    go(asked, test)
+
+
+def test_who_leaves_is_an_abort_and_not_an_error(base: BaseModel) -> None:
+    asked = Asked(base)
+
+    async def test() -> None:
+        async with aclosing(asked.observed(request("r", [1, 2, 3], max_tokens=400))) as deltas:
+            await anext(deltas)
+        await asked.stream.adapters()  # after what was posted before: the first one is gone
+        await asked.settled(0)
+        stands, go_on = hold(asked.stream._engine)
+        waiting = asyncio.create_task(asked.ask(3, max_tokens=400))
+        assert await asyncio.to_thread(stands.wait, 60)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        go_on.set()
+        found = values(asked.metrics.families(await asked.settled(0), "r1"))
+        assert found["loray_request_success_total", "abort", "base"] == 2
+        assert not [key for key in found if key[0] == "loray_request_errors_total"]
+        assert not [key for key in found if key[0] == "loray_e2e_request_latency_seconds_count"]
+
+    go(asked, test)
+
+
+def test_latencies_are_between_the_moments_of_the_deltas() -> None:
+    moments = iter([10.0, 10.5, 10.75, 12.0])
+    metrics = ReplicaMetrics(clock=lambda: next(moments))
+
+    async def deltas() -> AsyncGenerator[Delta, None]:
+        yield delta("a")
+        yield delta("b", num_output_tokens=2)
+        yield delta("c", "stop", num_output_tokens=3)
+
+    async def run() -> None:
+        async with aclosing(metrics.observed(request("r", [1, 2, 3]), deltas())) as observed:
+            async for d in observed:
+                if d.finish_reason:
+                    break  # it has ended all the same
+
+    asyncio.run(run())
+    found = values(list(metrics._registry.collect()))
+    assert found["loray_time_to_first_token_seconds_sum", "base"] == 0.5
+    assert found["loray_inter_token_latency_seconds_sum", "base"] == 1.5
+    assert found["loray_inter_token_latency_seconds_bucket", "0.3", "base"] == 1
+    assert found["loray_e2e_request_latency_seconds_sum", "base"] == 2.0
+    assert found["loray_request_success_total", "stop", "base"] == 1
+    assert ("loray_request_success_total", "abort", "base") not in found
+
+
+@pytest.mark.parametrize(("error", "kind"), [(EngineError("x"), "EngineError"), (KeyError("x"), "internal")])
+def test_errors_have_the_name_of_their_class(error: Exception, kind: str) -> None:
+    metrics = ReplicaMetrics()
+
+    async def deltas() -> AsyncGenerator[Delta, None]:
+        raise error
+        yield
+
+    async def run() -> None:
+        with pytest.raises(type(error)):
+            await anext(metrics.observed(request("r", [1]), deltas()))
+
+    asyncio.run(run())
+    found = values(list(metrics._registry.collect()))
+    assert found["loray_request_errors_total", kind, "base"] == 1
+    assert not [key for key in found if key[0] == "loray_request_success_total"]

@@ -1,0 +1,129 @@
+"""The replica's parts without Ray: how adapters are read, how defaults are fitted, what is logged."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loray.bases.registry import BaseModel
+from loray.catalog import AdapterVersion, Catalog
+from loray.engine.engine import build_engine
+from loray.engine.request import GenerateRequest
+from loray.engine.stream import Delta, EngineStream
+from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
+from loray.publishing import publish
+from loray.settings import Settings
+from loray.spec import AdapterRef, SamplingParams, ServeSpec
+from loray.store import AdapterStore, open_store
+from serve_apps.replica.replica import adapter_loader, fitted, without_expected_tracebacks
+from tests.serve_apps.gateway.scripted import delta
+from tests.tiny import byte_tokenizer
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
+
+
+def published(folder: Path, base: BaseModel, settings: Settings) -> AdapterVersion:
+    store = AdapterStore(open_store(settings.store))
+    return publish(folder, name="a", base=base, store=store, catalog=Catalog(settings.catalog))
+
+
+# -- defaults ---------------------------------------------------------------------------------------------------------
+
+
+class Limited:
+    """An engine whose limit becomes known as its adapter is loaded."""
+
+    def __init__(self, estimate: int, exact: int) -> None:
+        self._limit, self._exact = estimate, exact
+        self.asked: list[int] = []
+
+    def max_model_len(self, adapter: AdapterRef | None) -> int:
+        return self._limit
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        self.asked.append(request.params.max_tokens)
+        self._limit = self._exact
+        if len(request.prompt_ids) + request.params.max_tokens > self._limit:
+            raise ContextLengthExceeded("too long", "prompt")
+        yield delta("a", "length")
+
+
+@pytest.mark.parametrize(
+    ("estimate", "exact", "asked"), [(200, 200, [100]), (50, 50, [47]), (50, 20, [47, 17]), (20, 50, [17])]
+)
+def test_a_default_fits_what_the_replica_has(estimate: int, exact: int, asked: list[int]) -> None:
+    engine: Any = Limited(estimate, exact)
+
+    async def run() -> list[str]:
+        request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=100))
+        return [d.text async for d in fitted(engine, request)]
+
+    assert asyncio.run(run()) == ["a"]
+    assert engine.asked == asked
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_a_default_leaves_room_for_the_adapter(
+    tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], settings: Settings, method: str
+) -> None:
+    """A real engine whose pool holds less than the model's context. VeRA's pair is not in the published size."""
+    base = tiny_base()
+    published(peft_folder(base, method), base, settings)
+    ref = Catalog(settings.catalog).resolve("a")
+    spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=160 << 10)
+    stream = EngineStream(build_engine(spec, base, adapter_loader(base, settings)), byte_tokenizer())
+    limit = stream.max_model_len(None)
+    assert limit < ref.context_length
+    stream.start()
+
+    async def run() -> Delta:
+        params = SamplingParams(max_tokens=limit - 3, ignore_eos=True)
+        return [d async for d in fitted(stream, GenerateRequest("r", (1, 2, 3), params, ref))][-1]
+
+    try:
+        last = asyncio.run(run())
+        assert last.finish_reason == "length"
+        left = stream.max_model_len(ref) - 3
+        assert left - 2 * spec.block_tokens <= last.num_output_tokens <= left < limit - 3  # the estimate is cautious
+    finally:
+        stream.stop()
+
+
+def test_a_prompt_that_never_fits_is_refused_once_its_limit_is_known() -> None:
+    engine: Any = Limited(2, 2)
+
+    async def run() -> None:
+        async for _ in fitted(engine, GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=100))):
+            pass
+
+    with pytest.raises(ContextLengthExceeded):
+        asyncio.run(run())
+    assert engine.asked == [1]
+
+
+# -- logs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "message"),
+    [
+        (RequestError("no", "prompt"), logging.INFO, "request refused: RequestError: no"),
+        (IntegrityError("damaged"), logging.WARNING, "request failed: IntegrityError: damaged"),
+        (EngineError("x"), logging.ERROR, "Request failed."),
+        (KeyError("x"), logging.ERROR, "Request failed."),
+    ],
+)
+def test_what_is_raised_on_purpose_is_one_line(error: Exception, level: int, message: str) -> None:
+    info = (type(error), error, None)
+    record = logging.LogRecord("ray.serve", logging.ERROR, "f", 1, "Request failed.", (), info)
+    assert without_expected_tracebacks(record)
+    assert (record.exc_info is None) == (level != logging.ERROR)
+    assert (record.levelno, record.getMessage()) == (level, message)
