@@ -34,7 +34,7 @@ bench-serve: .venv/.ready
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 bench-train: .venv/.ready
-	$(BIN)/python -m benchmarks.training.__main__ $(ARGS)
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 bench-quality: .venv/.ready
 	@test -n "$(DATA)" || { echo "name the folder of the tasks' files: make bench-quality DATA=folder"; exit 1; }

@@ -20,8 +20,7 @@ from loray.adapters.manifest import describe, digest
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, get_base
 from loray.engine.engine import build_engine
-from loray.engine.request import GenerateRequest
-from loray.spec import AdapterRef, SamplingParams, ServeSpec
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 
 _AT_ONCE = 64
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loray.engine.engine import Engine
-    from loray.engine.request import GenerateRequest, TokenOutput
+    from loray.engine.request import TokenOutput
+    from loray.spec import GenerateRequest
 
 ABLATIONS = ("fixed-split", "no-prefetch", "padded-ranks")
 

@@ -34,9 +34,8 @@ from benchmarks.serving.models import bench_base
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine, build_engine
-from loray.engine.request import GenerateRequest
 from loray.settings import Settings
-from loray.spec import AdapterRef, SamplingParams, ServeSpec
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.replica import adapter_loader
 

@@ -1,10 +1,10 @@
 """The benchmark of training: S2-Attn against the fastest dense attention, on SmolLM2-135M.
 
-    python -m benchmarks.training.__main__                      attention at 8k and 16k, a step at 16k, memory at 32k: 15 minutes
-    python -m benchmarks.training.__main__ --preset sequence    activations and traffic over sequence groups: five minutes
-    python -m benchmarks.training.__main__ --preset vera        steps of VeRA against PEFT's: two minutes
-    python -m benchmarks.training.__main__ --preset long        a step at 100k: about an hour
-    python -m benchmarks.training.__main__ --only attention
+    python -m benchmarks.training                      attention at 8k and 16k, a step at 16k, memory at 32k: 15 minutes
+    python -m benchmarks.training --preset sequence    activations and traffic over sequence groups: five minutes
+    python -m benchmarks.training --preset vera        steps of VeRA against PEFT's: two minutes
+    python -m benchmarks.training --preset long        a step at 100k: about an hour
+    python -m benchmarks.training --only attention
 
 docs/benchmarks/training.md explains rows and columns.
 """

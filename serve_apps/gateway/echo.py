@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from loray.api.openai import CompletionRequest
-from loray.engine.stream import Delta, TokenLogprob
+from loray.spec import Delta, TokenLogprob
 
 
 async def echoed(

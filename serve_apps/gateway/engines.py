@@ -16,9 +16,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from loray.api.status import AutoscalingStatus
-from loray.engine.request import GenerateRequest
-from loray.engine.stream import Delta
 from loray.errors import EngineError, LorayError, Overloaded
+from loray.spec import Delta, GenerateRequest
 from loray.telemetry import get_logger
 from serve_apps.gateway.router import suspect
 from serve_apps.replica.replica import ReplicaUnavailable

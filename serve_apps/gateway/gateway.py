@@ -21,9 +21,8 @@ from loray.api.openai.formats import Choice, ResponseFormat, usage_of
 from loray.api.openai.requests import GenerationRequest
 from loray.api.status import CatalogStatus, ReplicaStatus, Status, total
 from loray.engine.pool.pool import cut_pool
-from loray.engine.request import GenerateRequest
 from loray.errors import ContextLengthExceeded, EngineError, RequestError
-from loray.spec import AdapterRef, ServeSpec
+from loray.spec import AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.exposition import CountRequests, GatewayMetrics, encode
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.echo import echoed

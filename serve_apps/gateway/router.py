@@ -16,9 +16,9 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from loray.engine.request import GenerateRequest
 from loray.serving.routing import REASONS, Candidate, ReplicaView, Routing, RoutingPolicy
 from loray.serving.routing_report import RoutingReport, routing_key
+from loray.spec import GenerateRequest
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)

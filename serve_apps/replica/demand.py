@@ -12,8 +12,8 @@ from loray.serving.demand import DemandMeter, EngineLoad
 from loray.spec import AutoscalingSpec, ServeSpec
 
 if TYPE_CHECKING:
-    from loray.engine.request import GenerateRequest
-    from loray.engine.stream import Delta, EngineStream
+    from loray.engine.stream import EngineStream
+    from loray.spec import Delta, GenerateRequest
 
 
 class ReplicaDemand:

@@ -17,10 +17,9 @@ from loray.errors import LorayError
 from loray.telemetry import METRICS
 
 if TYPE_CHECKING:
-    from loray.engine.request import GenerateRequest
     from loray.engine.stats.histogram import HistogramCounts
     from loray.engine.stats.stats import EngineStats
-    from loray.engine.stream import Delta
+    from loray.spec import Delta, GenerateRequest
 
 Labels = tuple[str, ...]
 

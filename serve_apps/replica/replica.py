@@ -37,8 +37,8 @@ from serve_apps.replica.metrics import ReplicaMetrics
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
-    from loray.engine.request import GenerateRequest
-    from loray.engine.stream import Delta, EngineStream
+    from loray.engine.stream import EngineStream
+    from loray.spec import Delta, GenerateRequest
     from serve_apps.replica.loading import AdapterLoader
 
 _log = get_logger(__name__)

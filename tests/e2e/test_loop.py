@@ -23,9 +23,8 @@ from jobs.events.messages import decode
 from loray.adapters.manifest import verify_folder
 from loray.bases.registry import BaseModel
 from loray.engine.engine import build_engine
-from loray.engine.request import GenerateRequest
 from loray.publishing import publish
-from loray.spec import AdapterManifest, AdapterRef, ServeSpec
+from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.gateway.directory import REFRESH_S
 from serve_apps.replica.replica import adapter_loader
 from tests.cluster import RayCluster, Served

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine, build_engine
-from loray.engine.request import GenerateRequest, TokenOutput
-from loray.spec import SamplingParams, ServeSpec
+from loray.engine.request import TokenOutput
+from loray.spec import GenerateRequest, SamplingParams, ServeSpec
 from tests.engine.adapters import TestAdapter
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)

@@ -11,7 +11,6 @@ from peft import LoraConfig, VeraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.request import GenerateRequest
 from loray.errors import (
     BaseMismatch,
     ContextLengthExceeded,
@@ -20,6 +19,7 @@ from loray.errors import (
     RequestError,
     SpecError,
 )
+from loray.spec import GenerateRequest
 from tests.engine.adapters import TestAdapter, make_adapter
 from tests.engine.harness import make_engine, request, run
 

@@ -15,10 +15,9 @@ from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel
 from loray.engine.detokenizer import Detokenizer
-from loray.engine.request import GenerateRequest
-from loray.engine.stream import Delta, EngineStream
+from loray.engine.stream import EngineStream
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
-from loray.spec import SamplingParams
+from loray.spec import Delta, GenerateRequest, SamplingParams
 from tests.engine.adapters import make_adapter
 from tests.engine.harness import hold, make_engine, request, run
 

@@ -15,9 +15,8 @@ import torch
 from loray.adapters.weights import AdapterWeights, LoraWeights, VeraWeights
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.request import GenerateRequest
 from loray.errors import IntegrityError
-from loray.spec import AdapterRef
+from loray.spec import AdapterRef, GenerateRequest
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import make_engine, request, run
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from loray.bases.registry import BaseModel
     from loray.engine.engine import Engine
-    from loray.engine.stream import Delta, EngineStream
+    from loray.engine.stream import EngineStream
+    from loray.spec import Delta
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class EngineSession:
         self._stream.stop()
 
     async def _submit(self, index: int, request: TimedRequest) -> AsyncIterator[list[int]]:
-        from loray.engine.request import GenerateRequest
+        from loray.spec import GenerateRequest
 
         self._num += 1
         params = SamplingParams(max_tokens=request.max_tokens, temperature=0, ignore_eos=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from loray.engine.request import FinishReason
-from loray.spec import SamplingParams
+from loray.spec import FinishReason, SamplingParams
 
 _PROMPT_TAIL = 6  # tokens that decide how the next ones are written
 

@@ -21,7 +21,7 @@ from loray.engine.parallel.workers import LocalWorkers, StartWorkers, Workers, n
 from loray.engine.pool.loading import AdapterLoads, LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool, ResidentAdapter, cut_pool
-from loray.engine.request import FinishReason, GenerateRequest, Request, TokenLogprobs, TokenOutput
+from loray.engine.request import Request, TokenLogprobs, TokenOutput
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import AdapterPlace, Tier
 from loray.engine.sampling.logprobs import score
@@ -32,7 +32,7 @@ from loray.engine.stats.counters import Counters
 from loray.engine.stats.stats import EngineStats
 from loray.engine.stats.usage import UsageLog
 from loray.errors import BaseMismatch, ContextLengthExceeded, IntegrityError, RequestError
-from loray.spec import AdapterBytes, AdapterRef, ServeSpec
+from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, ServeSpec
 from loray.telemetry import get_logger
 from loray_kernels import backend
 

@@ -5,29 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from loray.spec import AdapterRef, SamplingParams
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
-    """What a caller submits. `adapter` None is the base model.
-
-    tenant      whose share of the engine it takes; all that name none are one tenant's, whatever their adapters
-    priority    smaller is earlier, as in vLLM
-    ttft_slo_s  seconds until its first token, after which it is of no use; None: the deployment's
-    """
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    adapter: AdapterRef | None = None
-    tenant: str = ""
-    priority: int = 0
-    ttft_slo_s: float | None = None
+from loray.spec import AdapterRef, FinishReason, GenerateRequest
 
 
 class State(Enum):

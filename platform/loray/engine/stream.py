@@ -15,42 +15,17 @@ import torch
 
 from loray.engine.detokenizer import Detokenizer
 from loray.engine.engine import Engine
-from loray.engine.request import FinishReason, GenerateRequest, TokenLogprobs, TokenOutput
+from loray.engine.request import TokenLogprobs, TokenOutput
 from loray.engine.residency.table import AdapterPlace
 from loray.engine.stats.stats import EngineStats
 from loray.errors import EngineError, RequestError
-from loray.spec import AdapterBytes, AdapterRef
+from loray.spec import AdapterBytes, AdapterRef, Delta, GenerateRequest, TokenLogprob
 from loray.telemetry import get_logger
 from loray_kernels import release_threads
 
 _log = get_logger(__name__)
 
 _STATS_INTERVAL_S = 0.2
-
-__all__ = ["Delta", "EngineStream", "GenerateRequest", "TokenLogprob"]
-
-
-class TokenLogprob(NamedTuple):
-    """`top`: (token id, text, logprob), best first; `rank`: 1 for the best. A prompt's first token has no logprob."""
-
-    token_id: int
-    token: str
-    logprob: float | None
-    top: tuple[tuple[int, str, float], ...]
-    rank: int
-
-
-class Delta(NamedTuple):
-    """What one step added to a request. Counts are totals so far; `prompt_logprobs` come with the first."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None
-    finish_reason: FinishReason | None
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_cached_tokens: int = 0
-    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class _Subscriber(NamedTuple):

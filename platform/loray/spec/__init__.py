@@ -32,11 +32,8 @@ from loray.spec.fields import (
     format_size,
     parse_size,
 )
-from loray.spec.serving import (
-    AutoscalingSpec,
-    SamplingParams,
-    ServeSpec,
-)
+from loray.spec.generation import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+from loray.spec.serving import AutoscalingSpec, ServeSpec
 from loray.spec.training import (
     ATTENTION_MODULES,
     LINEAR_MODULES,
@@ -71,10 +68,13 @@ __all__ = [
     "ContextLength",
     "DType",
     "DataSpec",
+    "Delta",
     "Depth",
     "Evaluation",
     "EvaluationSpec",
+    "FinishReason",
     "Frozen",
+    "GenerateRequest",
     "JobId",
     "LinearModule",
     "LongContext",
@@ -97,6 +97,7 @@ __all__ = [
     "ServeSpec",
     "Sha256",
     "Subject",
+    "TokenLogprob",
     "TrainSpec",
     "VeraSpec",
     "format_size",

@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
 from loray.spec.fields import DType, Frozen, Name, NumBytes
-
-
-class SamplingParams(Frozen):
-    """Names and meanings are vLLM's. `temperature=0` is greedy."""
-
-    max_tokens: int = Field(default=16, ge=0, description="0: the prompt is only scored")
-    min_tokens: int = Field(default=0, ge=0, description="before them neither EOS nor stop ends the text")
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0, description="0: off")
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="over prompt and output; 1: off")
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
-    seed: int | None = None
-    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(default=(), max_length=16)
-    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=128)
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    ignore_eos: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=20, description="top alternatives per token; None: off")
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=20, description="the same of the prompt's tokens")
 
 
 class AutoscalingSpec(Frozen):

@@ -12,11 +12,11 @@ import torch
 from loray.bases.registry import BaseModel
 from loray.engine.pool.loading import Progress
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
-from loray.engine.request import GenerateRequest, TokenOutput
+from loray.engine.request import TokenOutput
 from loray.engine.residency.arrival import Arrival
 from loray.engine.residency.table import Tier
 from loray.errors import IntegrityError
-from loray.spec import AdapterRef
+from loray.spec import AdapterRef, GenerateRequest
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import make_engine, request, run
 

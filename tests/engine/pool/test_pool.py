@@ -10,9 +10,9 @@ import torch
 from loray.adapters.weights import AdapterWeights, LoraWeights
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.request import GenerateRequest, TokenOutput
+from loray.engine.request import TokenOutput
 from loray.errors import IntegrityError
-from loray.spec import AdapterRef
+from loray.spec import AdapterRef, GenerateRequest
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, make_engine, request, run, submit
 

@@ -10,8 +10,9 @@ from peft import LoraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.request import GenerateRequest, TokenLogprobs
+from loray.engine.request import TokenLogprobs
 from loray.errors import IntegrityError, RequestError
+from loray.spec import GenerateRequest
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import make_engine, request
 

@@ -20,10 +20,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loray.engine.request import GenerateRequest, Request
+from loray.engine.request import Request
 from loray.engine.sampling.logits import process
 from loray.engine.sampling.sampler import Sampler, _best, candidates, draw
-from loray.spec import SamplingParams
+from loray.spec import GenerateRequest, SamplingParams
 
 VOCAB = 8192  # more than the candidates that are looked at before a row is sorted, and many groups of them
 EOS = 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.engine.request import GenerateRequest
+from loray.spec import GenerateRequest
 from tests.engine.harness import make_engine, request, run
 
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32

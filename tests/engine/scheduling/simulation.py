@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
-from loray.engine.request import GenerateRequest, Request
+from loray.engine.request import Request
 from loray.engine.residency.arrival import Arrival
 from loray.engine.residency.residency import Residency
 from loray.engine.scheduling.scheduler import Plan, Scheduler
 from loray.engine.stats.usage import UsageLog
 from loray.errors import IntegrityError
-from loray.spec import AdapterRef, SamplingParams
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 
 BLOCK_TOKENS, SHARE = 4, 8
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loray.engine.request import GenerateRequest, Request
+from loray.engine.request import Request
 from loray.engine.scheduling import fairness
 from loray.engine.scheduling.fairness import MAX_OVERTAKES, FairQueue, token_weight
-from loray.spec import SamplingParams
+from loray.spec import GenerateRequest, SamplingParams
 from tests.engine.scheduling.simulation import Simulation, adapter
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.request import GenerateRequest
+from loray.spec import GenerateRequest
 from loray_kernels import (
     AttentionMeta,
     DecodeStep,

@@ -13,9 +13,8 @@ from prometheus_client.core import Metric as Family
 from loray.api.status import AutoscalingStatus
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
-from loray.engine.request import GenerateRequest
-from loray.engine.stream import Delta, EngineStream
-from loray.spec import AdapterManifest, ServeSpec
+from loray.engine.stream import EngineStream
+from loray.spec import AdapterManifest, Delta, GenerateRequest, ServeSpec
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.gateway import Gateway, create_app

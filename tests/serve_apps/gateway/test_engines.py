@@ -13,10 +13,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from loray.engine.request import GenerateRequest
-from loray.engine.stream import Delta
 from loray.errors import ContextLengthExceeded, EngineError, LorayError, Overloaded, RequestError
-from loray.spec import SamplingParams
+from loray.spec import Delta, GenerateRequest, SamplingParams
 from serve_apps.gateway.engines import ATTEMPTS, ServeEngines, merge
 from serve_apps.gateway.gateway import engines as generation
 from serve_apps.replica.replica import ReplicaUnavailable, _coalesced, merge_deltas

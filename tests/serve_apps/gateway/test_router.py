@@ -13,9 +13,8 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID
 
-from loray.engine.request import GenerateRequest
 from loray.serving.routing_report import make_report
-from loray.spec import AdapterRef, SamplingParams
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from serve_apps.gateway.gateway import router as module
 from serve_apps.gateway.router import ROUTER_CLASS, AdapterRouter, decisions, suspect
 

@@ -13,13 +13,12 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.engine.engine import build_engine
-from loray.engine.request import GenerateRequest
-from loray.engine.stream import Delta, EngineStream
+from loray.engine.stream import EngineStream
 from loray.errors import Overloaded, RequestError
 from loray.publishing import publish
 from loray.serving.demand import Observation
 from loray.settings import Settings
-from loray.spec import AdapterRef, AutoscalingSpec, SamplingParams, ServeSpec
+from loray.spec import AdapterRef, AutoscalingSpec, Delta, GenerateRequest, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.replica import adapter_loader

@@ -15,10 +15,10 @@ from peft import LoraConfig
 from prometheus_client.core import Metric as Family
 
 from loray.bases.registry import BaseModel
-from loray.engine.request import GenerateRequest
 from loray.engine.stats.stats import EngineStats
-from loray.engine.stream import Delta, EngineStream
+from loray.engine.stream import EngineStream
 from loray.errors import ContextLengthExceeded, EngineError
+from loray.spec import Delta, GenerateRequest
 from loray_kernels import KvLayout
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.replica import EngineReplica

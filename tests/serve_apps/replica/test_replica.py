@@ -13,12 +13,11 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
 from loray.engine.engine import build_engine
-from loray.engine.request import GenerateRequest
-from loray.engine.stream import Delta, EngineStream
+from loray.engine.stream import EngineStream
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
 from loray.publishing import publish
 from loray.settings import Settings
-from loray.spec import AdapterRef, SamplingParams, ServeSpec
+from loray.spec import AdapterRef, Delta, GenerateRequest, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.replica import adapter_loader, fitted, without_expected_tracebacks
 from tests.serve_apps.gateway.scripted import delta

@@ -1,0 +1,77 @@
+"""A generation request, how it is sampled, and what comes back: what crosses from gateway to replica and engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, StringConstraints
+
+from loray.spec.adapters import AdapterRef
+from loray.spec.fields import Frozen
+
+FinishReason = Literal["stop", "length"]
+
+
+class SamplingParams(Frozen):
+    """Names and meanings are vLLM's. `temperature=0` is greedy."""
+
+    max_tokens: int = Field(default=16, ge=0, description="0: the prompt is only scored")
+    min_tokens: int = Field(default=0, ge=0, description="before them neither EOS nor stop ends the text")
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0: off")
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, description="over prompt and output; 1: off")
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(default=(), max_length=16)
+    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=128)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="top alternatives per token; None: off")
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20, description="the same of the prompt's tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """What a caller submits. `adapter` None is the base model.
+
+    tenant      whose share of the engine it takes; all that name none are one tenant's, whatever their adapters
+    priority    smaller is earlier, as in vLLM
+    ttft_slo_s  seconds until its first token, after which it is of no use; None: the deployment's
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    adapter: AdapterRef | None = None
+    tenant: str = ""
+    priority: int = 0
+    ttft_slo_s: float | None = None
+
+
+class TokenLogprob(NamedTuple):
+    """`top`: (token id, text, logprob), best first; `rank`: 1 for the best. A prompt's first token has no logprob."""
+
+    token_id: int
+    token: str
+    logprob: float | None
+    top: tuple[tuple[int, str, float], ...]
+    rank: int
+
+
+class Delta(NamedTuple):
+    """What one step added to a request. Counts are totals so far; `prompt_logprobs` come with the first."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
