@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.bases import ensure_base
-from jobs.driver.prepare import prepare, row_length
-from loray.bases.registry import BaseModel, add_base, get_base
+from jobs.driver.prepare import prepare
+from loray.bases.registry import BaseModel, add_base, ensure_base, get_base
 from loray.errors import BaseNotFound, DataError, SpecError, UnsupportedError
 from loray.recipes.load import Recipe, load_recipe, shipped
+from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import ATTENTION_MODULES, LongLoraSpec
 from loray.store import open_filesystem
@@ -195,7 +195,7 @@ def test_the_packaged_base_is_made_where_it_is_missing(tmp_path: Path, monkeypat
         made.append(name)
         return add_base(str(checkpoint), home=home, name=name)
 
-    monkeypatch.setattr("jobs.bases.add_base", build)
+    monkeypatch.setattr("loray.bases.registry.add_base", build)
     home = tmp_path / "new" / "home"
     processes = [threading.Thread(target=ensure_base, args=(home, "smollm2")) for _ in range(3)]
     for process in processes:
@@ -210,12 +210,14 @@ def test_the_packaged_base_is_made_where_it_is_missing(tmp_path: Path, monkeypat
 
 def test_rows_of_a_long_context_adapter_fill_its_context(tmp_path: Path, settings: Settings, base: BaseModel) -> None:
     adapter = {"method": "longlora", "long_context": {"original_context": 64, "rope_scaling": {"factor": 2}}}
-    assert row_length(write(tmp_path, adapter=adapter, data={"train": "data.jsonl"}).spec, base) == 128
-    assert row_length(write(tmp_path, adapter=adapter).spec, base) == 64
-    assert row_length(write(tmp_path, data={"train": "data.jsonl"}).spec, base) == 512  # the base's window
+    assert resolve(write(tmp_path, adapter=adapter, data={"train": "data.jsonl"}).spec, base.config).row_length == 128
+    assert resolve(write(tmp_path, adapter=adapter).spec, base.config).row_length == 64
+    assert (
+        resolve(write(tmp_path, data={"train": "data.jsonl"}).spec, base.config).row_length == 512
+    )  # the base's window
     too_long = write(tmp_path, adapter=adapter, data={"train": "data.jsonl", "max_length": 129})
     with pytest.raises(SpecError, match=r"context is 128 tokens; lower it$"):
-        row_length(too_long.spec, base)
+        resolve(too_long.spec, base.config).row_length
 
 
 def test_a_base_with_scaled_rope_is_not_scaled_again(tmp_path: Path) -> None:
@@ -224,4 +226,4 @@ def test_a_base_with_scaled_rope_is_not_scaled_again(tmp_path: Path) -> None:
     scaled = add_base(str(checkpoint), home=tmp_path / "home", name="tiny")
     adapter = {"method": "longlora", "long_context": {"rope_scaling": {"factor": 2}}}
     with pytest.raises(UnsupportedError, match="scaling it again is not defined"):
-        row_length(write(tmp_path, adapter=adapter).spec, scaled)
+        resolve(write(tmp_path, adapter=adapter).spec, scaled.config).row_length

@@ -14,7 +14,8 @@ from benchmarks.training.workers.traffic import HEAD_DIM, NUM_HEADS, NUM_KV_HEAD
 from loray.bases.registry import BaseModel
 from loray.planning.compute import attention_pairs, count_flops
 from loray.planning.halo import HaloPlan, ring_elements, ulysses_elements
-from loray.planning.run import quarter, run_of
+from loray.planning.run import run_of
+from loray.recipes.resolve import quarter
 
 _BF16 = 2  # bytes
 

@@ -16,15 +16,14 @@ from ray.exceptions import RayTaskError
 from ray.train import Checkpoint
 from transformers import AutoTokenizer
 
-from jobs.bases import ensure_base
 from jobs.driver.data import fetched
 from jobs.events.messages import Emit
 from jobs.runs.folders import RunFolder
 from jobs.workers import worker
-from loray.bases.registry import BaseModel
-from loray.errors import BaseMismatch, SpecError
+from loray.bases.registry import BaseModel, ensure_base
+from loray.errors import SpecError
 from loray.recipes.load import Recipe
-from loray.recipes.resolve import context_length, rope_parameters
+from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import Evaluation, EvaluationSpec, LongLoraSpec, PerplexitySpec, RopeParameters, TrainSpec
 from loray.telemetry import configure_logging
@@ -85,8 +84,7 @@ def measure_checkpoint(
     if saved.get("asked") != asked:
         tasks = [*(["perplexity"] if documents else []), *(f"{task.task} retrieval" for task in wanted.retrieval)]
         emit({"event": "measure", "tasks": tasks})
-        long_context = spec.adapter.long_context
-        rope = None if long_context is None else rope_parameters(base, long_context)
+        rope = resolve(spec, base.config).rope
         task = _Task(spec, wanted, checkpoint, documents, rope, base.fingerprint, settings.home, settings.log_level)
         saved = {"asked": asked, "evaluations": [e.model_dump(mode="json") for e in _run(task)]}
         run.write(_EVALUATIONS, json.dumps(saved, indent=2).encode() + b"\n")
@@ -124,12 +122,7 @@ def _measure_on_worker(task: _Task) -> tuple[Evaluation, ...]:
 
 
 def _measure(task: _Task) -> tuple[Evaluation, ...]:
-    base = ensure_base(task.home, task.spec.base)
-    if base.fingerprint != task.base_fingerprint:
-        raise BaseMismatch(
-            f"base {task.spec.base!r} is another model on the machine that measures than on the driver's; "
-            "add the same to both"
-        )
+    base = ensure_base(task.home, task.spec.base, fingerprint=task.base_fingerprint)
     with task.checkpoint.as_directory() as folder:
         return measure(
             base,
@@ -155,7 +148,6 @@ def _with_contexts(perplexity: PerplexitySpec, spec: TrainSpec, base: BaseModel)
     """With the context lengths that the gate looks at where the recipe names none."""
     if perplexity.context_lengths:
         return perplexity
-    window, long_context = base.config.max_position_embeddings, spec.adapter.long_context
-    original = window if long_context is None else long_context.extended_from(window)
-    own = context_length(base, spec)
-    return perplexity.model_copy(update={"context_lengths": tuple(dict.fromkeys((original, own)))})
+    resolved = resolve(spec, base.config)
+    lengths = tuple(dict.fromkeys((resolved.original_context, resolved.context)))
+    return perplexity.model_copy(update={"context_lengths": lengths})

@@ -6,19 +6,16 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
-from jobs.bases import ensure_base
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
-from loray.bases.registry import BaseModel, list_bases
+from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.errors import SpecError
 from loray.recipes.load import Recipe
-from loray.recipes.resolve import context_length, rope_parameters
+from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.train.data.batches import check_budget
 from loray.train.data.dataset import Dataset, load_data
-
-_MAX_LENGTH = 1024
 
 
 class Prepared(NamedTuple):
@@ -35,7 +32,7 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
     if spec.name in {base.name for base in list_bases(settings.home)}:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
     base = ensure_base(settings.home, spec.base)
-    max_length = row_length(spec, base)
+    max_length = resolve(spec, base.config).row_length
     check_measurable(recipe, base, settings)
     sources = recipe.data()
     with fetched(sources, settings) as copies:
@@ -51,23 +48,3 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
     check_budget(max(data.train.lengths.tolist(), default=0), spec.batch)
     resolved = spec.data.model_copy(update={"max_length": max_length})
     return Prepared(spec.model_copy(update={"data": resolved}), base, data)
-
-
-def row_length(spec: TrainSpec, base: BaseModel) -> int:
-    """Tokens of the longest row: `data.max_length`. Where it is not given, a long-context adapter gets rows of its
-    whole context, and a small base rows that fit into its window.
-
-    Raises SpecError where rows would be longer than the context, UnsupportedError where RoPE cannot be scaled.
-    """
-    context = context_length(base, spec)
-    long_context = spec.adapter.long_context
-    if long_context is not None:
-        rope_parameters(base, long_context)
-    if spec.data.max_length is None:
-        return context if long_context is not None else min(_MAX_LENGTH, context)
-    if spec.data.max_length > context:
-        raise SpecError(
-            f"data.max_length is {spec.data.max_length}, but the adapter's context is {context} tokens; lower it"
-            + ("" if long_context else f", or extend {base.name} with method longlora")
-        )
-    return spec.data.max_length

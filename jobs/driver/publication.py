@@ -11,15 +11,15 @@ from typing import Any
 
 from ray.train import Checkpoint
 
-from jobs.bases import ensure_base
 from jobs.driver.evaluation import measure_checkpoint
 from jobs.events.messages import Emit
 from jobs.runs.folders import RunFolder
+from loray.bases.registry import ensure_base
 from loray.catalog import Catalog
-from loray.errors import BaseMismatch, GateRefused, TrainingError
+from loray.errors import GateRefused, TrainingError
 from loray.publishing import publish
 from loray.recipes.load import Recipe
-from loray.recipes.resolve import context_length, rope_parameters
+from loray.recipes.resolve import resolve
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.store import AdapterStore, open_store
@@ -74,14 +74,9 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
     check_publishable(state)
     recipe = recipe._replace(spec=_to_publish(state.recipe, recipe.spec))
     spec = recipe.spec
-    base = ensure_base(settings.home, spec.base)
-    if base.fingerprint != state.base_fingerprint:
-        raise BaseMismatch(
-            f"the run was trained on {spec.base} ({state.base_fingerprint[:12]}), but {spec.base} is now another model "
-            f"({base.fingerprint[:12]}); add the one it was trained on"
-        )
+    base = ensure_base(settings.home, spec.base, fingerprint=state.base_fingerprint)
     measured = measure_checkpoint(checkpoint, state.step, recipe, base, run, settings, emit)
-    long_context = spec.adapter.long_context
+    resolved = resolve(spec, base.config)
     with checkpoint.as_directory() as path, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         shutil.copytree(Path(path) / ADAPTER, folder)  # the manifest is written beside the weights, not into the run
@@ -98,8 +93,8 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
             evaluations=(*state.evaluations(), *measured),
             licence=spec.publish.licence,
             description=spec.publish.description,
-            rope_parameters=long_context and rope_parameters(base, long_context),
-            context_length=context_length(base, spec),
+            rope_parameters=resolved.rope,
+            context_length=resolved.context,
             created_at=state.saved_at,
         )
         aliases, refusal = spec.publish.aliases, None

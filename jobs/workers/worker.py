@@ -12,14 +12,14 @@ import ray
 import ray.train
 import torch
 
-from jobs.bases import ensure_base
 from jobs.events.sink import EventSender
 from jobs.workers.checkpoints import SCORE, CheckpointUploads
 from jobs.workers.gauges import TrainingGauges, Utilisation
 from jobs.workers.placement import straddling_warning
 from jobs.workers.reporter import RayReporter
-from loray.bases.registry import BaseModel
-from loray.errors import BaseMismatch, LorayError, SpecError, TrainingError, UnsupportedError
+from loray.bases.registry import BaseModel, ensure_base
+from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
+from loray.recipes.resolve import resolve
 from loray.spec import TrainSpec
 from loray.telemetry import configure_logging
 from loray.train.mesh import World
@@ -51,7 +51,8 @@ def run(config: WorkerConfig) -> str | None:
     torch.set_num_threads(_num_threads())
     spec = TrainSpec.parse(config["recipe"], source="the recipe")
     try:
-        base, problem = _find_base(spec, config), None
+        base = ensure_base(Path(config["home"]), spec.base, fingerprint=config["base_fingerprint"])
+        problem = None
     except LorayError as e:
         base, problem = None, str(e)
     world = World.current()
@@ -67,15 +68,6 @@ def run(config: WorkerConfig) -> str | None:
             raise  # perhaps this rank's alone: the others wait for it until Ray Train ends them
         return str(e)
     return None
-
-
-def _find_base(spec: TrainSpec, config: WorkerConfig) -> BaseModel:
-    base = ensure_base(Path(config["home"]), spec.base)
-    if base.fingerprint != config["base_fingerprint"]:
-        raise BaseMismatch(
-            f"base {spec.base!r} is another model on this worker's machine than on the driver's; add the same to both"
-        )
-    return base
 
 
 def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World) -> None:
@@ -108,20 +100,19 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
 def _utilisation(
     spec: TrainSpec, base: BaseModel, data: Dataset, device: torch.device, peak_tflops: float | None
 ) -> Utilisation:
-    from loray.train.flops import flops_per_token, measured_peak
-    from loray.train.model import group_size
+    from loray.planning.compute import model_flops_per_token
+    from loray.train.rates import product_flops
 
-    long_context = spec.adapter.long_context
-    per_token = flops_per_token(
+    per_token = model_flops_per_token(
         base.config,
         spec.adapter,
-        data.train.lengths,
-        group_size=None if long_context is None else group_size(base, spec, long_context),
+        data.train.lengths.tolist(),
+        group_size=resolve(spec, base.config).group_size,
         target_share=data.report.num_targets / data.report.num_tokens,
     )
     if peak_tflops is not None:
         return Utilisation(per_token, peak_tflops * 1e12, "setting")
-    return Utilisation(per_token, measured_peak(device, getattr(torch, spec.dtype)), "measured")
+    return Utilisation(per_token, product_flops(device, getattr(torch, spec.dtype)), "measured")
 
 
 def _num_threads() -> int:

@@ -13,12 +13,12 @@ from loray.advice.estimates import GIB, adapters_in, estimate_methods, recipe_of
 from loray.advice.recommendation import recommend
 from loray.advice.scorecard import Answers
 from loray.bases.config import ModelConfig
+from loray.bases.presets import preset
 from loray.engine.pool.packed import Packer
 from loray.engine.pool.pool import Pool
 from loray.planning.devices import PRESETS
 from loray.planning.memory import plan_memory
 from loray.planning.run import run_of
-from loray.planning.shapes import preset
 from loray.spec import LINEAR_MODULES, AdapterRef, AdapterSpec, LoraSpec, VeraSpec
 from loray_kernels import KvLayout
 

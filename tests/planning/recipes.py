@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from loray.bases.presets import preset
 from loray.planning.devices import PRESETS, Device
 from loray.planning.run import Run, run_of
-from loray.planning.shapes import preset
 from loray.spec import TrainSpec
 
 A100 = PRESETS["a100-80gb"]

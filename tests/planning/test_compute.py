@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from loray.bases.presets import preset
 from loray.planning.compute import attention_pairs, count_flops, estimate_time
 from loray.planning.run import run_of
-from loray.planning.shapes import preset
 from loray.planning.traffic import plan_traffic
 from tests.planning.recipes import A100, long_run, recipe
 

@@ -6,10 +6,11 @@ import pytest
 
 from loray.bases import smollm2
 from loray.bases.config import ModelConfig
+from loray.bases.presets import preset, preset_names
 from loray.planning.devices import HostRates, host
 from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
 from loray.planning.run import Run
-from loray.planning.shapes import count_base, preset, preset_names
+from loray.planning.shapes import count_base
 from tests.planning.recipes import A100, bare, long_run
 
 TOTALS = {

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from loray.bases.config import ModelConfig
+from loray.bases.presets import preset
 from loray.errors import SpecError, UnsupportedError
 from loray.planning.devices import HostRates, host
 from loray.planning.memory import plan_memory
 from loray.planning.plan import make_plan
 from loray.planning.remedies import smallest_remedy
 from loray.planning.run import run_of
-from loray.planning.shapes import preset
 from loray.spec import RopeParameters
 from tests.planning.recipes import A100, long_run, recipe
 

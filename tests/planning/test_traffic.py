@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loray.errors import SpecError
-from loray.planning.run import quarter
 from loray.planning.traffic import exchange, exchanges, group_sizes, plan_traffic
+from loray.recipes.resolve import quarter
 from tests.planning.recipes import long_run
 
 MB = 1e6

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from loray.bases.registry import BaseModel
-from loray.bases.rope import frequencies
+from loray.engine.model.rope import frequencies
 from loray.errors import UnsupportedError
-from loray.recipes.resolve import context_length, rope_parameters
+from loray.recipes.resolve import resolve
 from loray.spec import TrainSpec
 from loray.train import hook
 from loray.train.model import build_model, count_parameters, dense
@@ -204,9 +204,10 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_base: BaseFactory, fiel
 def test_rope_is_scaled_and_the_context_longer(tiny_base: BaseFactory, rope: str) -> None:
     base, spec = tiny_base(), recipe(rope=rope, factor=4.0)
     model = build_model(base, spec)
-    assert context_length(base, spec) == model.config.max_position_embeddings == 64
-    assert spec.adapter.long_context is not None
-    expected, attention = frequencies(rope_parameters(base, spec.adapter.long_context), base.config.head_dim)
+    assert resolve(spec, base.config).context == model.config.max_position_embeddings == 64
+    rope_parameters = resolve(spec, base.config).rope
+    assert rope_parameters is not None
+    expected, attention = frequencies(rope_parameters, base.config.head_dim)
     rotary = model.model.rotary_emb
     torch.testing.assert_close(rotary.inv_freq, torch.as_tensor(expected, dtype=torch.float32), atol=1e-7, rtol=1e-5)
     assert rotary.attention_scaling == pytest.approx(attention)
@@ -215,13 +216,13 @@ def test_rope_is_scaled_and_the_context_longer(tiny_base: BaseFactory, rope: str
 def test_without_long_context_the_base_stays_as_it_is(tiny_base: BaseFactory) -> None:
     base, spec = tiny_base(), recipe("lora")
     model = build_model(base, spec)
-    assert context_length(base, spec) == model.config.max_position_embeddings == 512
+    assert resolve(spec, base.config).context == model.config.max_position_embeddings == 512
     assert model.config.rope_parameters["rope_type"] == "default"
 
 
 def test_context_defaults_to_the_bases_window_and_groups_to_a_quarter(tiny_base: BaseFactory) -> None:
     base, spec = tiny_base(), recipe(long_context={"original_context": None, "group_size": None})
-    assert context_length(base, spec) == 1024
+    assert resolve(spec, base.config).context == 1024
     assert build_model(base, spec).config.s2_group_size == 256
 
 

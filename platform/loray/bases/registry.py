@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import shutil
 import tempfile
@@ -88,6 +89,38 @@ def get_base(home: Path, name: str) -> BaseModel:
         hint = f"this machine has {known}" if known else "this machine has none"
         raise BaseNotFound(f"no base model {name!r} ({hint}); add it with `loray base add {name}`")
     return BaseModel(name, folder, record.fingerprint, sources.read_config(folder), record.source)
+
+
+def ensure_base(home: Path, name: str, *, fingerprint: str | None = None) -> BaseModel:
+    """The base called `name`, on a node that may be new: `smollm2` is made from its package where this node lacks it,
+    once for all processes.
+
+    Raises BaseNotFound where it lacks another one, as nothing says where that would come from, and BaseMismatch where
+    the base has not the `fingerprint` that a run or an adapter was trained with.
+    """
+    base = _found_or_made(home, name)
+    if fingerprint not in (None, base.fingerprint):
+        raise BaseMismatch(
+            f"base {name!r} is another model on this machine ({base.fingerprint[:12]}) than the one that the run was "
+            f"trained on ({fingerprint[:12]}); add the same to all machines"
+        )
+    return base
+
+
+def _found_or_made(home: Path, name: str) -> BaseModel:
+    try:
+        return get_base(home, name)
+    except BaseNotFound:
+        if name != smollm2.NAME:
+            raise
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return get_base(home, name)
+        except BaseNotFound:
+            log.info("base model %s is not on this node; making it from its package", name)
+            return add_base(name, home=home)
 
 
 def list_bases(home: Path) -> list[BaseModel]:

@@ -6,14 +6,22 @@ makes the gradient of hidden states while a chunk's logits are there. Checkpoint
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from loray.bases.config import ModelConfig
 from loray.planning.devices import Device
 from loray.planning.run import Run
 from loray.planning.shapes import count_factors
 from loray.planning.traffic import Traffic
-from loray.spec import VeraSpec
+from loray.spec import AdapterSpec, VeraSpec
 
+# Products of attention's backward pass for each of the forward pass: four gradients for two products, and flash
+# attention computes the scores once more.
+ATTENTION_GRADIENTS = 2.0
+ATTENTION_BACKWARD = ATTENTION_GRADIENTS + 0.5
 # Bytes that eager modules read and write. Each operation reads and writes its whole tensor once.
 _LOSS_FP32_PASSES = 48  # to fp32, maximum, difference, exponential, sum, softmax in place (twice), scatter, from fp32
 _ADAMW_BYTES = 80  # an element: gradient, master, moments and two temporaries
@@ -68,27 +76,74 @@ def attention_pairs(num_tokens: int, group_size: int | None, num_heads: int) -> 
     return plain * cut + (num_heads - plain) * shifted
 
 
-def count_flops(run: Run) -> Flops:
-    model, tokens = run.model, run.tokens_per_worker * run.accumulation
-    head = 2.0 * model.vocab_size * model.hidden_size * tokens
-    linears = 2.0 * (model.num_matrix_elements - model.vocab_size * model.hidden_size) * tokens
-    adapter = 2.0 * count_factors(model, run.adapter) * model.num_layers * tokens
-    trained_factors = 1 if isinstance(run.adapter, VeraSpec) else 2  # products a factor in the backward pass
-    rows = model.num_layers * run.num_rows * run.accumulation * 4.0 * model.head_dim / run.sequence
-    attention = rows * attention_pairs(run.padded_length, run.group_size, model.num_heads)
-    layers = linears + adapter + attention
-    return Flops(
-        forward=layers + 2 * head,
-        backward=linears + trained_factors * adapter + 2.5 * attention,  # flash: five products for two
-        recompute=layers if run.checkpointing else 0.0,
-        attention=attention,
-        dense_attention=rows * attention_pairs(run.padded_length, None, model.num_heads),
+class _Products(NamedTuple):
+    """FLOPs of the forward pass, by what is multiplied."""
+
+    linears: float
+    head: float
+    adapter: float
+    attention: float
+
+
+def _products(
+    model: ModelConfig, adapter: AdapterSpec, *, num_tokens: float, num_targets: float, num_pairs: float
+) -> _Products:
+    """A matrix of n elements takes 2n a token; a (query, key) pair takes 4 head_dim in each of its layers."""
+    head = model.vocab_size * model.hidden_size
+    return _Products(
+        linears=2.0 * (model.num_matrix_elements - head) * num_tokens,
+        head=2.0 * head * num_targets,
+        adapter=2.0 * count_factors(model, adapter) * model.num_layers * num_tokens,
+        attention=4.0 * model.head_dim * model.num_layers * num_pairs,
     )
+
+
+def _adapter_gradients(adapter: AdapterSpec) -> int:
+    """Products of the backward pass for each of the forward pass: LoRA's A and B are trained, VeRA's are frozen."""
+    return 1 if isinstance(adapter, VeraSpec) else 2
+
+
+def count_flops(run: Run) -> Flops:
+    num_tokens = run.tokens_per_worker * run.accumulation
+    rows, heads = run.num_rows * run.accumulation / run.sequence, run.model.num_heads
+    pairs = rows * attention_pairs(run.padded_length, run.group_size, heads)
+    dense = rows * attention_pairs(run.padded_length, None, heads)
+    p = _products(run.model, run.adapter, num_tokens=num_tokens, num_targets=num_tokens, num_pairs=pairs)
+    layers = p.linears + p.adapter + p.attention
+    return Flops(
+        forward=layers + 2 * p.head,
+        backward=p.linears + _adapter_gradients(run.adapter) * p.adapter + ATTENTION_BACKWARD * p.attention,
+        recompute=layers if run.checkpointing else 0.0,
+        attention=p.attention,
+        dense_attention=4.0 * run.model.head_dim * run.model.num_layers * dense,
+    )
+
+
+def model_flops_per_token(
+    model: ModelConfig,
+    adapter: AdapterSpec,
+    lengths: Collection[int],
+    *,
+    group_size: int | None,
+    target_share: float = 1.0,
+) -> float:
+    """Model FLOPs of forward and backward pass, the mean over rows of these lengths: what MFU is made of.
+
+    MFU (Chowdhery et al., 2022, PaLM, appendix B) counts what the model's equations ask for, and nothing that is
+    computed again for want of memory. The output head, frozen, sees the `target_share` of tokens that have a label.
+    Pairs are those that causal attention looks at: S2-Attn's with `group_size`, all of the row without.
+    """
+    pairs = sum(k * attention_pairs(n, group_size, model.num_heads) for n, k in Counter(lengths).items())
+    num_tokens = float(sum(lengths))
+    p = _products(model, adapter, num_tokens=num_tokens, num_targets=target_share * num_tokens, num_pairs=pairs)
+    total = 2 * (p.linears + p.head)
+    total += (1 + _adapter_gradients(adapter)) * p.adapter + (1 + ATTENTION_GRADIENTS) * p.attention
+    return total / num_tokens
 
 
 def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
     flops = count_flops(run)
-    passes = 3.5 + run.checkpointing
+    passes = 1 + ATTENTION_BACKWARD + run.checkpointing
     matmul_s = (flops.total - passes * flops.attention) / (device.flops * device.matmul_share)
     share = device.dense_attention_share if run.group_size is None else device.attention_share
     attention_s = passes * flops.attention / (device.flops * share)

@@ -9,8 +9,9 @@ from loray.planning.compute import Flops, StepTime, count_flops, estimate_time
 from loray.planning.devices import Device
 from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
 from loray.planning.remedies import Remedy, smallest_remedy
-from loray.planning.run import Run, quarter
+from loray.planning.run import Run
 from loray.planning.traffic import Exchange, Traffic, exchanges, group_sizes, plan_traffic
+from loray.recipes.resolve import quarter
 
 
 @dataclass(frozen=True, slots=True)

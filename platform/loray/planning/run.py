@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loray.bases.config import ModelConfig
-from loray.errors import SpecError, UnsupportedError
+from loray.errors import SpecError
 from loray.planning.halo import BYTES_PER_ELEMENT, HaloPlan, padded_length
 from loray.planning.shapes import BaseCounts, TrainedCounts, count_base, count_trained
+from loray.recipes.resolve import resolve
 from loray.spec import AdapterSpec, TrainSpec
 
 Strategy = Literal["ddp", "zero2", "zero3", "fsdp2"]
 SHARDS_WEIGHTS: tuple[Strategy, ...] = ("zero3", "fsdp2")
-
-_DEFAULT_LENGTH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +92,8 @@ def halo_plan(model: ModelConfig, num_tokens: int, num_ranks: int, group_size: i
 
 def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
     """Raises SpecError or UnsupportedError for a recipe that the driver would refuse before any worker starts."""
-    long_context = spec.adapter.long_context
-    context = model.max_position_embeddings
-    group_size = None
-    if long_context is not None:
-        if model.rope.rope_type != "default":
-            raise UnsupportedError(
-                f"the base's RoPE is {model.rope.rope_type!r} already, and scaling it again is not defined; "
-                "take a base whose RoPE is not scaled"
-            )
-        context = long_context.context_length(context)
-        group_size = long_context.group_size or quarter(context)
-    row_length = spec.data.max_length or (context if long_context is not None else min(_DEFAULT_LENGTH, context))
-    if row_length > context:
-        raise SpecError(f"data.max_length is {row_length}, but the adapter's context is {context} tokens; lower it")
+    resolved = resolve(spec, model)
+    row_length = resolved.row_length
     if spec.batch.tokens is not None and spec.batch.tokens < row_length:
         raise SpecError(f"batch.tokens is {spec.batch.tokens}, less than a row of {row_length} tokens; raise it")
     return Run(
@@ -116,15 +103,10 @@ def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
         row_length=row_length,
         num_rows=spec.batch.rows or (spec.batch.tokens or 0) // row_length,
         accumulation=spec.batch.accumulation,
-        group_size=group_size,
-        context=context,
+        group_size=resolved.group_size,
+        context=resolved.context,
         checkpointing=spec.gradient_checkpointing,
         num_workers=spec.num_workers,
         sequence=spec.parallel.sequence,
         strategy=spec.parallel.strategy,
     )
-
-
-def quarter(context: int) -> int:
-    """The paper's group: a quarter of the context, rounded down to an even number."""
-    return max(2, context // 4 // 2 * 2)

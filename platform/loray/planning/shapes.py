@@ -2,71 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from loray.bases.config import ModelConfig
 from loray.spec import AdapterSpec, VeraSpec
 
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-
-_LLAMA_2: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32000,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 4096,
-    "rope_theta": 10000.0,
-}
-# As `loray base add meta-llama/NAME` would call them; the published config.json files.
-_PRESETS: Mapping[str, dict[str, Any]] = {
-    "Llama-2-7b-hf": _LLAMA_2
-    | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "Llama-2-13b-hf": _LLAMA_2
-    | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    "Llama-2-70b-hf": _LLAMA_2
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-    "Meta-Llama-3-8B": {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-    },
-    "smollm2": {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 8192,
-        "rope_theta": 100000.0,
-        "tie_word_embeddings": True,
-    },
-}
-
-
-def preset_names() -> list[str]:
-    return sorted(_PRESETS)
-
-
-def preset(name: str) -> ModelConfig | None:
-    """The configuration of a well-known base, or None."""
-    return ModelConfig.from_hf(_PRESETS[name]) if name in _PRESETS else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from loray.errors import SpecError
 from loray.planning.halo import HaloPlan, ring_elements, ulysses_elements
-from loray.planning.run import Run, halo_plan, quarter
+from loray.planning.run import Run, halo_plan
+from loray.recipes.resolve import quarter
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loray.adapters.inject import attach
 from loray.bases.registry import BaseModel
-from loray.planning.run import quarter
-from loray.recipes.resolve import context_length, rope_parameters
-from loray.spec import LongContext, TrainSpec
+from loray.recipes.resolve import Resolved, resolve
+from loray.spec import TrainSpec
 from loray.telemetry import get_logger
 from loray.train.hook import ATTENTION
 from loray.train.sequence import SequenceGroup
@@ -34,11 +33,12 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
     config = AutoConfig.from_pretrained(base.path)
     config.use_cache = False
     attention = _DENSE
-    if (long_context := spec.adapter.long_context) is not None:
+    resolved = resolve(spec, base.config)
+    if resolved.rope is not None:
         attention = ATTENTION
-        config.rope_parameters = rope_parameters(base, long_context).to_hf()
-        config.max_position_embeddings = context_length(base, spec)
-        config.s2_group_size = group_size(base, spec, long_context)
+        config.rope_parameters = resolved.rope.to_hf()
+        config.max_position_embeddings = resolved.context
+        config.s2_group_size = _checked_group(resolved)
     model = AutoModelForCausalLM.from_pretrained(
         base.path, config=config, dtype=getattr(torch, spec.dtype), attn_implementation=attention
     )
@@ -50,18 +50,16 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
     return model
 
 
-def group_size(base: BaseModel, spec: TrainSpec, long_context: LongContext) -> int:
-    """S2-Attn's G: as given, else a quarter of the context, rounded down to an even number."""
-    context = context_length(base, spec)
-    if long_context.group_size is None:
-        return quarter(context)
-    if long_context.group_size < context // 4:
+def _checked_group(resolved: Resolved) -> int:
+    group_size = resolved.group_size
+    assert group_size is not None
+    if group_size < resolved.context // 4:
         log.warning(
             "group_size %d is less than a quarter of the context of %d tokens; LongLoRA's paper finds a worse loss",
-            long_context.group_size,
-            context,
+            group_size,
+            resolved.context,
         )
-    return long_context.group_size
+    return group_size
 
 
 @contextmanager

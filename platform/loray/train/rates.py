@@ -1,7 +1,7 @@
-"""What this machine computes and moves, for plans: `python -m loray.train.rates` prints it as JSON, in a few seconds.
+"""What a device computes and moves, measured: for plans, for MFU, and for the floors of benchmarks.
 
-The best of several passes each: a product of 2048³ in bf16, S2-Attn and dense attention forward and backward, and a sum
-over half a gigabyte. All with as many threads as torch takes.
+`python -m loray.train.rates` prints the rates of this machine's CPU as JSON, in a few seconds, with as many threads as
+torch takes.
 """
 
 from __future__ import annotations
@@ -17,32 +17,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.planning.compute import attention_pairs
+from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs
 from loray.planning.devices import HostRates
 from loray.train.attention.shifted import s2_attention
 
-_HEADS, _KV_HEADS, _WIDTH = 8, 4, 64
+_PRODUCT_WIDTH = {"cpu": 2048, "cuda": 8192}
+_READ_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
+_HEADS, _KV_HEADS, _HEAD_DIM = 8, 4, 64
 _TOKENS, _GROUP = 4096, 1024
 
 
 def measure_rates() -> HostRates:
-    n = 2048
-    x, w = (torch.randn(n, n).to(torch.bfloat16) for _ in range(2))
-    source = torch.ones((512 << 20) // 4)
+    cpu = torch.device("cpu")
     return HostRates(
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        flops=2.0 * n**3 / _seconds(lambda: F.linear(x, w)),
+        flops=product_flops(cpu, torch.bfloat16),
         attention_flops=_attention_flops(_GROUP),
         dense_attention_flops=_attention_flops(None),
-        bandwidth=source.nbytes / _seconds(source.sum),
+        bandwidth=read_bandwidth(cpu),
     )
 
 
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product: the fastest of several. Torch's random state stays as it is."""
+    n = _PRODUCT_WIDTH.get(device.type, 4096)
+    generator = torch.Generator(device).manual_seed(0)
+    x, w = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
+    return 2.0 * n**3 / _seconds(lambda: F.linear(x, w), device)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a sum over a tensor that no cache holds: the fastest of several."""
+    source = torch.ones(_READ_BYTES.get(device.type, 512 << 20) // 4, device=device)
+    return source.nbytes / _seconds(source.sum, device)
+
+
 def _attention_flops(group_size: int | None) -> float:
-    """Forward and backward, which takes five products for two."""
+    """Forward and backward."""
 
     def make(num_heads: int) -> Tensor:
-        return torch.randn(1, num_heads, _TOKENS, _WIDTH, dtype=torch.bfloat16).requires_grad_()
+        return torch.randn(1, num_heads, _TOKENS, _HEAD_DIM, dtype=torch.bfloat16).requires_grad_()
 
     q, k, v = make(_HEADS), make(_KV_HEADS), make(_KV_HEADS)
 
@@ -53,17 +67,22 @@ def _attention_flops(group_size: int | None) -> float:
             out = s2_attention(q, k, v, group_size=group_size)
         return torch.autograd.grad(out, (q, k, v), q)
 
-    return 3.5 * 4 * _WIDTH * attention_pairs(_TOKENS, group_size, _HEADS) / _seconds(run)
+    forward = 4 * _HEAD_DIM * attention_pairs(_TOKENS, group_size, _HEADS)
+    return (1 + ATTENTION_BACKWARD) * forward / _seconds(run, q.device)
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], device: torch.device, passes: int = 5) -> float:
+    """The shortest pass, after one that is not counted."""
+
     def once() -> float:
         began = time.perf_counter()
         run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
     once()
-    return min(once() for _ in range(3))
+    return min(once() for _ in range(passes))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from loray.advice.bases import known_shape
 from loray.advice.estimates import Estimate
 from loray.advice.recommendation import recommend
 from loray.advice.scorecard import Answers, Constraint, Scale, Score
 from loray.api.resources import Resource
+from loray.bases.presets import known_shape
 from loray.planning.devices import PRESETS
 from loray.spec import Name
 from serve_apps.api import examples

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from loray.advice.bases import known_shape
 from loray.bases.config import ModelConfig
+from loray.bases.presets import known_shape
 from loray.bases.sources import read_config
 from loray.errors import LorayError, SpecError
 from loray.planning.devices import PRESETS, THIS_MACHINE, Device, HostRates, host

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
-from loray.bases.rope import Frequencies, frequencies
 from loray.engine.model.batch import Batch
+from loray.engine.model.rope import Frequencies, frequencies
 from loray.engine.pool.pool import Pool, ResidentPair
 from loray.spec import RopeParameters
 from loray_kernels import LayerWeights, LoraTable, Ops, Segments, StepInputs, VeraTable

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from loray.bases.registry import BaseModel
-from loray.planning.compute import attention_pairs
+from loray.planning.compute import attention_pairs, model_flops_per_token
 from loray.spec import LongLoraSpec, LoraSpec, TrainSpec, VeraSpec
 from loray.train.data.batches import collate
 from loray.train.data.examples import pack_rows
-from loray.train.flops import flops_per_token, measured_peak
 from loray.train.loss import batch_loss
 from loray.train.model import build_model
+from loray.train.rates import product_flops
 
 
 @pytest.mark.parametrize("adapter", [LoraSpec(rank=8), VeraSpec(rank=32)], ids=lambda a: str(a.method))
@@ -48,7 +47,7 @@ def test_flops_are_those_of_the_model(tiny_base: Callable[..., BaseModel], adapt
     attention = sum(n for op, n in by_operation.items() if "attention" in str(op) or "bmm" in str(op))
     products = sum(by_operation.values()) - attention
     share = loss.num_targets / length
-    per_token = flops_per_token(base.config, adapter, row.lengths, group_size=None, target_share=share)
+    per_token = model_flops_per_token(base.config, adapter, row.lengths.tolist(), group_size=None, target_share=share)
     pairs = attention_pairs(length, None, base.config.num_heads)
     ours = per_token * length - 12 * base.config.head_dim * base.config.num_layers * pairs
     assert ours == pytest.approx(products, rel=0.03)
@@ -60,7 +59,7 @@ def test_attention_grows_with_the_row_but_not_under_s2(tiny_base: Callable[..., 
     longlora = LongLoraSpec.model_validate({"long_context": {"rope_scaling": {"factor": 2}}})
 
     def of(length: int, group_size: int | None) -> float:
-        return flops_per_token(config, longlora, np.array([length]), group_size=group_size)
+        return model_flops_per_token(config, longlora, [length], group_size=group_size)
 
     assert of(4096, None) - of(2048, None) == 12 * config.head_dim * config.num_layers * config.num_heads * 1024
     assert of(4096, 256) == pytest.approx(of(2048, 256), rel=0.02)
@@ -69,5 +68,5 @@ def test_attention_grows_with_the_row_but_not_under_s2(tiny_base: Callable[..., 
 
 def test_the_peak_is_a_rate_of_products() -> None:
     generator = torch.random.get_rng_state()
-    assert 1e8 < measured_peak(torch.device("cpu"), torch.float32) < 1e15
+    assert 1e8 < product_flops(torch.device("cpu"), torch.float32) < 1e15
     assert torch.random.get_rng_state().equal(generator)
