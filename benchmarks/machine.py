@@ -1,26 +1,54 @@
-"""The machine that a benchmark runs on: what it is, how busy it was, what a process holds."""
+"""The machine that a benchmark runs on: what it is, what it computes and moves, how busy it was."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 _PACKAGES = ("torch", "transformers", "peft")
 
 
-def machine_facts() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """CPU, versions, date: what figures must be read with."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
     found = {"cpu": f"{cpu} × {os.cpu_count()}", "python": platform.python_version()}
     found |= {name: metadata.version(name) for name in _PACKAGES}
     return found | {"date": time.strftime("%Y-%m-%d")}
+
+
+class MachineRates(NamedTuple):
+    """Bytes/s read from memory, and FLOP/s of torch's own matrix product in bf16."""
+
+    bandwidth: float
+    flops: float
+
+
+def measure_rates(device: str, num_threads: int) -> MachineRates:
+    """In a process of its own, so that nothing of torch stays behind in this one."""
+    command = [sys.executable, "-m", "benchmarks.machine", device]
+    env = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return MachineRates(*json.loads(done.stdout))
+
+
+def _rates(name: str) -> MachineRates:
+    import torch
+
+    from loray.train.rates import product_flops, read_bandwidth
+
+    device = torch.device(name)
+    return MachineRates(read_bandwidth(device), product_flops(device, torch.bfloat16))
 
 
 def load_average() -> float:
@@ -52,20 +80,5 @@ def _others_s() -> float:
     return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - sum(u.ru_utime + u.ru_stime for u in ours)
 
 
-def resident_bytes() -> int:
-    """Of this process."""
-    return _status("VmRSS")
-
-
-def peak_bytes() -> int:
-    """The most that was resident since `forget_peak`."""
-    return _status("VmHWM")
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_rates(sys.argv[1])))

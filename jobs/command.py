@@ -18,7 +18,7 @@ from rich.console import Console
 
 from jobs.events.messages import describe
 from jobs.events.terminal import RunView
-from jobs.submission.submission import submission
+from jobs.submission import submission
 from loray.errors import LorayError
 from loray.locations import is_this_machine
 from loray.recipes.load import Recipe, load_recipe

@@ -19,8 +19,8 @@ from jobs.driver.prepare import Prepared, prepare
 from jobs.driver.publication import already_published, publish_best
 from jobs.driver.record import Interrupted, Interrupts, JobRecord, recorded
 from jobs.driver.trainer import build_trainer
+from jobs.events import messages
 from jobs.events.messages import EventTail
-from jobs.events.messages import messages as events
 from jobs.events.sink import start_sink
 from jobs.events.tensorboard import Board
 from jobs.runs.folders import RunFolder, open_runs
@@ -47,7 +47,7 @@ def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -
     """Train the adapter of RECIPE (a YAML file, a shipped recipe's name, or a JSON object) and publish it."""
 
     def emit(event: dict[str, Any]) -> None:
-        click.echo(events.encode(event) if as_events else events.describe(event))
+        click.echo(messages.encode(event) if as_events else messages.describe(event))
 
     try:
         settings = Settings.from_env()
@@ -70,7 +70,7 @@ def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -
         sys.exit(1)
 
 
-def train(recipe: Recipe, settings: Settings, emit: events.Emit, *, resume: bool = False) -> None:
+def train(recipe: Recipe, settings: Settings, emit: messages.Emit, *, resume: bool = False) -> None:
     """Train and publish, handing events to `emit`; in the main thread, which SIGTERM interrupts.
 
     Raises LorayError; then nothing is published.
@@ -103,7 +103,7 @@ def train(recipe: Recipe, settings: Settings, emit: events.Emit, *, resume: bool
     emit(published)
 
 
-def publish_latest(recipe: Recipe, settings: Settings, emit: events.Emit) -> None:
+def publish_latest(recipe: Recipe, settings: Settings, emit: messages.Emit) -> None:
     """Publish the best checkpoint of the latest run, finished or not. With that, the job of the run has succeeded."""
     run = open_runs(settings).latest(recipe.spec.name)
     with Interrupts() as interrupts, run.locked("publication", interrupts.raise_in_main_thread):
@@ -113,7 +113,7 @@ def publish_latest(recipe: Recipe, settings: Settings, emit: events.Emit) -> Non
     emit(published)
 
 
-def _publish(result: Any, run: RunFolder, recipe: Recipe, settings: Settings, emit: events.Emit) -> dict[str, Any]:
+def _publish(result: Any, run: RunFolder, recipe: Recipe, settings: Settings, emit: messages.Emit) -> dict[str, Any]:
     try:
         return publish_best(result, run, recipe, settings, emit)
     except (CatalogError, EvaluationError, StoreError) as e:
@@ -125,7 +125,7 @@ def _how_to_publish(recipe: Recipe) -> str:
 
 
 def _fit(
-    prepared: Prepared, run: RunFolder, settings: Settings, emit: events.Emit, job: JobRecord, interrupts: Interrupts
+    prepared: Prepared, run: RunFolder, settings: Settings, emit: messages.Emit, job: JobRecord, interrupts: Interrupts
 ) -> Any:
     def tell(event: dict[str, Any]) -> None:
         board.write(event)

@@ -12,7 +12,7 @@ from ray.serve.config import RequestRouterConfig
 from loray.bases.registry import get_base
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.deployment import DRAIN_S
+from serve_apps.deployment import DRAIN_S, ENGINE, GATEWAY
 from serve_apps.gateway.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.replica.ranks import bundles
 from serve_apps.replica.replica import EngineReplica
@@ -20,8 +20,6 @@ from serve_apps.scaling.policy import AdapterDemandPolicy, autoscaling_config
 
 __all__ = ["ENGINE", "GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
 
-ENGINE = "engine"
-GATEWAY = "gateway"
 _SPARE_SLOTS = 64  # beyond what the engine admits, so that it is the engine that refuses, with a time to retry
 
 
@@ -84,9 +82,10 @@ def _replicas(spec: ServeSpec) -> dict[str, Any]:
 def _gateway(spec: ServeSpec) -> FastAPI:
     from loray.catalog import Catalog
     from loray.telemetry import configure_logging
+    from serve_apps.gateway.app import create_app
     from serve_apps.gateway.directory import ModelDirectory
     from serve_apps.gateway.engines import ServeEngines
-    from serve_apps.gateway.gateway import Gateway, create_app
+    from serve_apps.gateway.gateway import Gateway
     from serve_apps.gateway.prompts import PromptEncoder
 
     settings = Settings.from_env()

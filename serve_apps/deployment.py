@@ -185,3 +185,9 @@ def _severity(status: str) -> int:
     """The lower, the worse off."""
     order = ("DEPLOY_FAILED", "UNHEALTHY", "NOT_STARTED", "DELETING", "DEPLOYING")
     return order.index(status) if status in order else len(order)
+
+
+ENGINE = "engine"
+
+
+GATEWAY = "gateway"

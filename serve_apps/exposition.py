@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from prometheus_client.utils import floatToGoString
 
 from loray.telemetry import METRICS
-from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.gateway import router
-from serve_apps.replica.metrics import counter, gauge
 
-_CLIENT_LEFT = 499  # nobody sees it but the metrics; nginx's number
-
-
-class GatewayMetrics:
-    """What this gateway has answered. Used from one event loop."""
-
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        m = METRICS["http_requests_total"]
-        self._answered = Counter(m.name, m.help, m.labels, registry=self._registry)
-        self.num_in_flight = 0
-
-    def answered(self, route: str, code: int) -> None:
-        self._answered.labels(route, str(code)).inc()
-
-    def families(self, directory: ModelDirectory, replicas: Sequence[list[Family] | None]) -> list[Family]:
-        """All of the table. `replicas`: None for one that did not answer."""
-        reporting = [families for families in replicas if families is not None]
-        own = [
-            *self._registry.collect(),
-            gauge("http_requests_in_flight", {(): self.num_in_flight}),
-            counter("routing_decisions_total", {(reason,): n for reason, n in router.decisions().items()}),
-            gauge("replicas_reporting", {(): len(reporting)}),
-            gauge("replicas_silent", {(): len(replicas) - len(reporting)}),
-            gauge("catalog_adapters", {(): directory.num_adapters}),
-            gauge("catalog_age_seconds", {(): directory.age_s}),
-        ]
-        return merge([own, *reporting])
+if TYPE_CHECKING:
+    from loray.engine.stats.histogram import HistogramCounts
 
 
 def merge(groups: Iterable[Iterable[Family]]) -> list[Family]:
@@ -75,32 +47,28 @@ class _Families(Collector):
         return iter(self._families)
 
 
-class CountRequests:
-    """ASGI middleware: answers by route and status code, and how many requests are under way."""
+Labels = tuple[str, ...]
 
-    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
-        self._app, self._metrics = app, metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        code = _CLIENT_LEFT  # until it is given another one
+def gauge(name: str, values: Mapping[Labels, float]) -> Family:
+    """The metric `name` of the table, by the values of its labels."""
+    family = GaugeMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
 
-        async def noting_send(message: Message) -> None:
-            nonlocal code
-            if message["type"] == "http.response.start":
-                code = message["status"]
-            await send(message)
 
-        self._metrics.num_in_flight += 1
-        try:
-            await self._app(scope, receive, noting_send)
-        except Exception:
-            if code == _CLIENT_LEFT:
-                code = 500  # what nobody foresaw becomes an answer outside of here
-            raise
-        finally:
-            self._metrics.num_in_flight -= 1
-            # The pattern, not the path: paths are as many as clients care to make up.
-            self._metrics.answered(getattr(scope.get("route"), "path", "unknown"), code)
+def counter(name: str, values: Mapping[Labels, float]) -> Family:
+    """As `gauge`."""
+    family = CounterMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
+    for labels, value in values.items():
+        family.add_metric(labels, value)
+    return family
+
+
+def _histogram(name: str, values: Mapping[Labels, HistogramCounts]) -> Family:
+    family = HistogramMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
+    for labels, counts in values.items():
+        bounds = [*map(floatToGoString, counts.bounds), "+Inf"]
+        family.add_metric(labels, list(zip(bounds, accumulate(counts.counts), strict=True)), counts.sum)
+    return family

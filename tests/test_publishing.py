@@ -12,7 +12,7 @@ from loray.adapters.manifest import digest, read_manifest
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, BaseNotFound, CatalogError, ConflictError, SpecError
-from loray.publishing import base_of, publish
+from loray.publishing import Destination, base_of, publish
 from loray.spec import Evaluation
 from loray.store import AdapterStore, LocalStore
 from tests.tiny import write_checkpoint
@@ -41,14 +41,7 @@ def test_published(base: BaseModel, peft_folder: PeftFolder, store: AdapterStore
     folder = peft_folder(base)
     measured = Evaluation(metric="loss", value=1.5, dataset="held-out")
     version = publish(
-        folder,
-        name="tone",
-        base=base,
-        store=store,
-        catalog=catalog,
-        aliases=["prod"],
-        job_id="j1",
-        evaluations=[measured],
+        folder, base, Destination("tone", store, catalog, aliases=["prod"]), job_id="j1", evaluations=[measured]
     )
     assert (version.label, version.aliases) == ("tone@1", ("prod",))
     assert version.manifest == read_manifest(folder) == store.manifest(version.digest)
@@ -75,7 +68,7 @@ def test_refused_before_anything_is_stored(
         ("tone", other, [], BaseMismatch),
     ]:
         with pytest.raises(error):
-            publish(folder, name=name, base=on, store=store, catalog=catalog, aliases=aliases)
+            publish(folder, on, Destination(name, store, catalog, aliases=aliases))
     assert list(store.objects.list()) == []
     assert catalog.change_counter() == before
 
@@ -91,10 +84,10 @@ def test_cut_off_and_repeated(
     with monkeypatch.context() as m:
         m.setattr(catalog, "register", fail)
         with pytest.raises(CatalogError):
-            publish(folder, name="tone", base=base, store=store, catalog=catalog)
+            publish(folder, base, Destination("tone", store, catalog))
     assert catalog.adapters() == ()
     stored = list(store.objects.list())
-    version = publish(folder, name="tone", base=base, store=store, catalog=catalog)
+    version = publish(folder, base, Destination("tone", store, catalog))
     assert version.version == 1
     assert list(store.objects.list()) == stored
     store.verify(version.digest)

@@ -217,7 +217,7 @@ def test_rows_of_a_long_context_adapter_fill_its_context(tmp_path: Path, setting
     )  # the base's window
     too_long = write(tmp_path, adapter=adapter, data={"train": "data.jsonl", "max_length": 129})
     with pytest.raises(SpecError, match=r"context is 128 tokens; lower it$"):
-        resolve(too_long.spec, base.config).row_length
+        resolve(too_long.spec, base.config)
 
 
 def test_a_base_with_scaled_rope_is_not_scaled_again(tmp_path: Path) -> None:
@@ -226,4 +226,4 @@ def test_a_base_with_scaled_rope_is_not_scaled_again(tmp_path: Path) -> None:
     scaled = add_base(str(checkpoint), home=tmp_path / "home", name="tiny")
     adapter = {"method": "longlora", "long_context": {"rope_scaling": {"factor": 2}}}
     with pytest.raises(UnsupportedError, match="scaling it again is not defined"):
-        resolve(write(tmp_path, adapter=adapter).spec, scaled.config).row_length
+        resolve(write(tmp_path, adapter=adapter).spec, scaled.config)

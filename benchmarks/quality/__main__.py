@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from benchmarks import processes as workers
-from benchmarks.machine import machine_facts
+from benchmarks.machine import describe_machine
 from benchmarks.quality.report import Result, plot, table
 from benchmarks.quality.setting import METHODS, Run, Setting, System, best_of
 from benchmarks.quality.tasks import TASKS, Question, Task
@@ -94,7 +94,7 @@ class Benchmark:
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     args = _parser().parse_args(argv)
     base = add_base(args.base, home=args.home.absolute())
-    facts = machine_facts()
+    facts = describe_machine()
     click.echo("  ".join(f"{k} {v}" for k, v in facts.items()))
     click.echo(
         f"{base.name}, bf16, {args.threads} threads; {args.steps} steps of {args.batch_tokens} tokens, padding "

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import forget_peak, peak_bytes, resident_bytes
+from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
 from benchmarks.quality.setting import FACTOR, METHODS, Run, Setting, best_of
 from benchmarks.quality.training import read_data, train_ours, train_peft
 from loray.bases.registry import get_base

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import click
 
-from benchmarks.machine import machine_facts
+from benchmarks import machine
+from benchmarks.machine import describe_machine
 from benchmarks.serving import cases as presets
-from benchmarks.serving import machine, report
+from benchmarks.serving import report
 from benchmarks.serving.ablations import ABLATIONS
 from benchmarks.serving.adapters import ALL_LINEAR, ATTENTION, AdapterSet, open_library
 from benchmarks.serving.cases import PRESETS, Case, EngineOptions
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     base = bench_base(args.model, folder)
     todo = _cases(args)
     peers = dict(_peer(peer) for peer in args.peer)
-    facts = machine_facts()
+    facts = describe_machine()
     click.echo("  ".join(f"{k} {v}" for k, v in facts.items()))
     with open_library(args.store, folder, base) as library:
         setting = Setting(base, library, folder, args.device, args.threads, args.pool_bytes, peers)

@@ -22,7 +22,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.local.s3 import start_local_s3, stop_local_s3
 from loray.planning.shapes import count_factors, count_trained, count_vera_pair
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.spec import AdapterRef, LoraSpec, VeraSpec
 from loray.store import AdapterStore, open_store
 
@@ -197,9 +197,7 @@ class Library:
             with tempfile.TemporaryDirectory(prefix="publish-", dir=self.folder) as scratch:
                 folder, name = Path(scratch) / "adapter", adapters.name(index, self.base)
                 write_adapter(folder, self.base, adapters, index)
-                made = publish(
-                    folder, name=name, base=self.base, store=self._store, catalog=self._catalog, created_at=_WRITTEN
-                )
+                made = publish(folder, self.base, Destination(name, self._store, self._catalog), created_at=_WRITTEN)
                 return made.ref
 
         return publish_one

@@ -28,7 +28,7 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import load_average, machine_facts
+from benchmarks.machine import describe_machine, load_average
 from benchmarks.serving.adapters import AdapterSet, open_library
 from benchmarks.serving.models import bench_base
 from loray.adapters.peft_format import WEIGHTS_FILE
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench"), help="of the adapters that are published")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
-    base, machine = bench_base(), machine_facts()
+    base, machine = bench_base(), describe_machine()
     click.echo("  ".join(f"{k} {v}" for k, v in machine.items()))
     click.echo(f"milliseconds, medians of {args.repetitions} (smallest); the claim is cold ≤ 1.3 · warm + raw")
     click.echo(

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.serving.floors import MachineRates, ModelSize, decode_step_seconds, most_tokens_per_second
+from benchmarks.machine import MachineRates
+from benchmarks.serving.floors import ModelSize, decode_step_seconds, most_tokens_per_second
 from benchmarks.serving.recorder import EngineStep
 from benchmarks.serving.replay import Record
 from loray.engine.stats.stats import EngineStats

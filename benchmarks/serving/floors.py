@@ -15,16 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from benchmarks.machine import MachineRates
 from loray.bases.config import ModelConfig
 
 _LAYER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class MachineRates(NamedTuple):
-    """Bytes/s read from memory, and FLOP/s of torch's own matrix product in the benchmark's dtype."""
-
-    bandwidth: float
-    flops: float
 
 
 class ModelSize(NamedTuple):

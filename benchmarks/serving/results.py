@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from benchmarks.machine import MachineRates
 from benchmarks.serving.figures import Row, differing
-from benchmarks.serving.floors import MachineRates, ModelSize, decode_step_seconds, prompt_seconds
+from benchmarks.serving.floors import ModelSize, decode_step_seconds, prompt_seconds
 from benchmarks.serving.replay import UNKNOWN_ID, Record
 
 OURS = "loray"

@@ -25,14 +25,14 @@ from typing import Any
 import click
 import httpx
 
-from benchmarks.machine import machine_facts
+from benchmarks.machine import describe_machine
 from benchmarks.serving.adapters import AdapterSet, write_adapter
 from benchmarks.serving.models import bench_base
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.local.cluster import start_local_cluster, stop_local_cluster
 from loray.local.processes import free_ports
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
@@ -71,7 +71,7 @@ def main() -> None:
 def _publish(settings: Settings, base: BaseModel, folder: Path) -> tuple[str, int]:
     """Its name and bytes."""
     store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
-    publish(folder, name=folder.name, base=base, store=store, catalog=catalog)
+    publish(folder, base, Destination(folder.name, store, catalog))
     return folder.name, catalog.resolve(folder.name).nbytes
 
 
@@ -89,7 +89,7 @@ def _compare(gcs_address: str, models: list[tuple[str, int]], args: argparse.Nam
         "loray": lambda: app.build(spec.model_dump(mode="json")),
         "Ray's default": lambda: app.application(spec, RequestRouterConfig()),
     }
-    facts = machine_facts()
+    facts = describe_machine()
     click.echo("  ".join(f"{k} {v}" for k, v in facts.items()) + f"  ray {ray.__version__}")
     click.echo(
         f"{args.replicas} replicas, {args.adapters} adapters of {total / 1e6:.0f} MB together, "

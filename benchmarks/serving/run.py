@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from benchmarks.machine import load_average
-from benchmarks.serving import machine
+from benchmarks.memory import watch_memory
 from benchmarks.serving.cases import Case, EngineOptions
 from benchmarks.serving.figures import Row, latencies, median_row
 from benchmarks.serving.replay import Record
@@ -84,7 +84,7 @@ def _run_case(
     is_ours = system == OURS
     # Prompts of its own, which no prefix cache knows; alone and batched are the same requests, in engines of their own.
     label = case.name.removesuffix(" alone").removesuffix(" batched")
-    with machine.watch_memory(session.pid) as peak:
+    with watch_memory(session.pid) as peak:
         for i in range(case.warm_up):
             requests = generate(w, vocab, pass_=-1 - i, label=label)
             session.run(requests if is_ours else requests[: w.at_once], w.at_once)

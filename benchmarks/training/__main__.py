@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from benchmarks.machine import Disturbance, machine_facts, watch
+from benchmarks.machine import Disturbance, describe_machine, watch
 from benchmarks.training.cases import PRESETS, Case, Row, Setting
 from loray.bases.registry import add_base
 from loray.settings import Settings
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """→ the rows, as they are written to --json."""
     args = _parser().parse_args(argv)
     base = add_base(args.base, home=args.home.absolute())
-    facts = machine_facts()
+    facts = describe_machine()
     click.echo("  ".join(f"{k} {v}" for k, v in facts.items()))
     click.echo(f"{base.name}, bf16, {args.threads} threads")
     setting = Setting(base, args.threads, args.repeats, args.steps)

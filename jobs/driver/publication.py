@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jobs.runs.folders import RunFolder
 from loray.bases.registry import ensure_base
 from loray.catalog import Catalog
 from loray.errors import GateRefused, TrainingError
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
@@ -83,10 +84,7 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
         publish_it = partial(
             publish,
             folder,
-            name=spec.name,
-            base=base,
-            store=AdapterStore(open_store(settings.store)),
-            catalog=Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance),
+            base,
             recipe=spec,
             job_id=run.job_id,
             data_fingerprint=state.data_fingerprint,
@@ -97,12 +95,14 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
             context_length=resolved.context,
             created_at=state.saved_at,
         )
+        catalog = Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance)
+        plain = Destination(spec.name, AdapterStore(open_store(settings.store)), catalog)
         aliases, refusal = spec.publish.aliases, None
         try:
-            version = publish_it(aliases=aliases, no_gate=spec.publish.no_gate)
+            version = publish_it(to=replace(plain, aliases=aliases, no_gate=spec.publish.no_gate))
         except GateRefused as e:  # the run was not in vain: what it made can be measured again, and promoted
             aliases, refusal = (), str(e)
-            version = publish_it()
+            version = publish_it(to=plain)
     return {
         "event": "published",
         "name": spec.name,

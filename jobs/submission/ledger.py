@@ -9,11 +9,10 @@ from typing import Literal, NamedTuple, Protocol
 
 from jobs.submission.submission import Submission, from_spec
 from loray.catalog import Catalog, Job, JobPage, JobStatus
-from loray.errors import ClusterError, ConflictError, JobNotFound, LorayError
+from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError
 from loray.settings import Settings
 from loray.spec import TrainSpec
 from loray.telemetry import get_logger
-from serve_apps.api.problems import LogsGone
 
 _log = get_logger(__name__)
 

@@ -132,3 +132,18 @@ class EngineError(LorayError):
 
 class TrainingError(LorayError):
     pass
+
+
+class ReplicaUnavailable(EngineError):
+    """The request never reached an engine: it may be sent to another replica. `replica` is the one that failed it."""
+
+    def __init__(self, message: str, replica: str | None = None) -> None:
+        super().__init__(message, replica)
+        self.replica = replica
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class LogsGone(JobNotFound):
+    """The job is known, but Ray does not have it any more."""

@@ -23,8 +23,7 @@ from serve_apps.api.routes import aliases as alias_routes
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.api.routes import recommend as recommend_routes
 from serve_apps.api.site import Site
-from serve_apps.app import ENGINE
-from serve_apps.deployment import APPLICATION
+from serve_apps.deployment import APPLICATION, ENGINE
 
 API = "api"
 _MAX_ONGOING = 256  # a client that follows a job's log is one of them

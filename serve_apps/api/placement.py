@@ -8,6 +8,8 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from loray.api.status import AdapterPlacement
+
 _TIMEOUT_S = 5.0
 
 
@@ -16,7 +18,7 @@ class ServePlacements:
         self._names = deployment, application
         self._handle: DeploymentHandle[Any] | None = None
 
-    async def adapters(self, digests: list[str]) -> list[dict[str, Any]]:
+    async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
         try:
             if self._handle is None:
                 self._handle = serve.get_deployment_handle(*self._names)
@@ -25,4 +27,4 @@ class ServePlacements:
             )
         except (RayServeException, TimeoutError):  # there is no such deployment, or it is coming up
             return []
-        return [fact for answer in answers if isinstance(answer, list) for fact in answer]
+        return [placement for answer in answers if isinstance(answer, list) for placement in answer]

@@ -19,7 +19,7 @@ from loray.errors import (
     ConflictError,
     DataError,
     IntegrityError,
-    JobNotFound,
+    LogsGone,
     LorayError,
     NotFoundError,
     RevisionConflict,
@@ -34,10 +34,6 @@ _log = get_logger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 MAX_BODY_BYTES = 256 << 10
-
-
-class LogsGone(JobNotFound):
-    """The job is known, but Ray does not have it any more."""
 
 
 class InvalidFields(SpecError):

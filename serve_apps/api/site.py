@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path as FilePath
 from threading import Lock
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Protocol
 
 from fastapi import Path, Query
 
 from jobs.submission.ledger import JobServer, Training
+from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
 from loray.errors import CatalogError, LorayError
 from loray.settings import Settings
@@ -25,7 +26,7 @@ Limit = Annotated[int, Query(ge=1, le=1000, description="items of a page")]
 
 
 class Placements(Protocol):
-    async def adapters(self, digests: list[str]) -> list[dict[str, Any]]:
+    async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
         """Of each replica that answers, what `EngineReplica.adapters` says of these; nothing where none is served."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import TypeVar
 from urllib.parse import urlencode
 
@@ -15,9 +16,11 @@ from loray.api.resources import (
     JobResource,
     Page,
     ProjectionResource,
+    ReplicaAdapter,
     VersionDetail,
     VersionResource,
 )
+from loray.api.status import AdapterPlacement
 from loray.catalog import AdapterEntry, AdapterVersion, AliasState, Job
 from loray.catalog.projections import canonical_digests
 from loray.spec import Projection
@@ -75,6 +78,13 @@ def alias(state: AliasState) -> AliasResource:
     return AliasResource(
         name=state.name, alias=state.alias, version=state.version, digest=state.digest, revision=state.revision
     )
+
+
+def placement(found: AdapterPlacement, version: int) -> ReplicaAdapter:
+    """`version`: as this name has it. The same bytes may be published under several."""
+    last_used_at = datetime.fromtimestamp(found.last_used_at, UTC) if found.last_used_at else None
+    shown = found.model_dump(include={"replica", "node", "digest", "nbytes", "tier", "uses"})
+    return ReplicaAdapter(version=version, last_used_at=last_used_at, **shown)
 
 
 def job(job: Job) -> JobResource:

@@ -15,12 +15,11 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerC
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from loray.api.status import AutoscalingStatus
-from loray.errors import EngineError, LorayError, Overloaded
+from loray.api.status import AutoscalingStatus, ReplicaStatus
+from loray.errors import EngineError, LorayError, Overloaded, ReplicaUnavailable
 from loray.spec import Delta, GenerateRequest
 from loray.telemetry import get_logger
 from serve_apps.gateway.router import suspect
-from serve_apps.replica.replica import ReplicaUnavailable
 from serve_apps.scaling.log import ScalingLog
 
 _log = get_logger(__name__)
@@ -43,7 +42,7 @@ class Engines(Protocol):
     async def healthy(self) -> bool:
         """Whether a replica answers, and its engine runs."""
 
-    async def stats(self) -> list[dict[str, Any]]:
+    async def stats(self) -> list[ReplicaStatus]:
         """Of the replicas that answer."""
 
     async def autoscaling(self) -> AutoscalingStatus | None:
@@ -129,8 +128,8 @@ class ServeEngines:
             await asyncio.gather(*asked, return_exceptions=True)
         return False
 
-    async def stats(self) -> list[dict[str, Any]]:
-        return [a for a in await self._ask_all("stats") if isinstance(a, dict)]
+    async def stats(self) -> list[ReplicaStatus]:
+        return [a for a in await self._ask_all("stats") if isinstance(a, ReplicaStatus)]
 
     async def metrics(self) -> list[list[Family] | None]:
         return [a if isinstance(a, list) else None for a in await self._ask_all("metrics")]

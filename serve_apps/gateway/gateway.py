@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import aclosing
 from functools import partial
-from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import Response
 
 from loray import __version__
 from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest, parse
-from loray.api.openai.formats import Choice, ResponseFormat, usage_of
+from loray.api.openai.formats import Choice, usage_of
 from loray.api.openai.requests import GenerationRequest
-from loray.api.status import CatalogStatus, ReplicaStatus, Status, total
-from loray.engine.pool.pool import cut_pool
-from loray.errors import ContextLengthExceeded, EngineError, RequestError
+from loray.api.status import CatalogStatus, Status, total
+from loray.engine.memory.limits import check_length, max_model_len, pool_geometry
+from loray.errors import EngineError
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec
-from serve_apps.exposition import CountRequests, GatewayMetrics, encode
+from serve_apps.exposition import encode
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.echo import echoed
-from serve_apps.gateway.engines import Engines, Part, merge
-from serve_apps.gateway.gateway import errors
-from serve_apps.gateway.openapi import describe_bodies
+from serve_apps.gateway.engines import Engines, merge
+from serve_apps.gateway.events import _SSE_HEADERS, EventStream, _events
+from serve_apps.gateway.metrics import GatewayMetrics
 from serve_apps.gateway.prompts import PromptEncoder
-
-_TENANT_HEADER = "x-tenant-id"  # for a proxy that knows who is calling; it overrides what the body says
-_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Gateway:
@@ -41,8 +33,7 @@ class Gateway:
     def __init__(self, spec: ServeSpec, directory: ModelDirectory, prompts: PromptEncoder, engines: Engines) -> None:
         self.spec, self.directory = spec, directory
         self._prompts, self._engines = prompts, engines
-        _, num_blocks = cut_pool(spec, directory.base.config)
-        self._pool_tokens = num_blocks * spec.block_tokens
+        self._pool_tokens = pool_geometry(spec, directory.base.config).num_tokens
         self.counted = GatewayMetrics()
 
     @property
@@ -119,7 +110,7 @@ class Gateway:
 
         An adapter takes its share of the pool too; how much, its replica knows, and has the last word.
         """
-        return min(filter(None, (context_length, self.spec.max_model_len, self._pool_tokens)))
+        return max_model_len(self.spec, context_length, self._pool_tokens)
 
     # -- looking in ---------------------------------------------------------------------------------------------------
 
@@ -131,12 +122,12 @@ class Gateway:
     async def status(self) -> Status:
         labels = self.directory.labels()
         replicas = []
-        for stats in await self._engines.stats():
+        for replica in await self._engines.stats():
             named = {
-                field: tuple(labels.get(digest, digest[:12]) for digest in stats[field])
+                field: tuple(labels.get(digest, digest[:12]) for digest in getattr(replica, field))
                 for field in ("adapters_in_pool", "adapters_on_host")
             }
-            replicas.append(ReplicaStatus.model_validate(stats | named))
+            replicas.append(replica.model_copy(update=named))
         scaling = None if self.spec.autoscaling is None else await self._engines.autoscaling()
         wanted = self.spec.min_replicas if scaling is None else scaling.target
         healthy = len(replicas) >= wanted and self.directory.failure is None
@@ -157,136 +148,12 @@ class Gateway:
         return Response(body, media_type=content_type)
 
 
-def create_app(gateway: Gateway) -> FastAPI:
-    """The ASGI application; it follows the catalog while it runs."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await gateway.directory.refresh()
-        watcher = asyncio.create_task(gateway.directory.watch())
-        yield
-        watcher.cancel()
-        gateway.directory.close()
-
-    app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
-    errors.install(app)
-    app.add_middleware(CountRequests, metrics=gateway.counted)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await gateway.completions(await _json(request), request.headers.get(_TENANT_HEADER))
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        return await gateway.chat_completions(await _json(request), request.headers.get(_TENANT_HEADER))
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return Response(gateway.directory.models(gateway.limit).to_json(), media_type="application/json")
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> Response:
-        card = await gateway.directory.model(model, gateway.limit)
-        return Response(card.to_json(), media_type="application/json")
-
-    @app.get("/health")
-    async def health() -> Response:
-        return await gateway.health()
-
-    @app.get("/status")
-    async def status() -> Status:
-        return await gateway.status()
-
-    @app.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        return await gateway.metrics(request.headers.get("accept", ""))
-
-    describe_bodies(app, {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest})
-    return app
-
-
-class EventStream(StreamingResponse):
-    """Closes the engine's streams when the client goes away, at once and not when the garbage collector finds them."""
-
-    def __init__(self, events: AsyncGenerator[str, None], parts: AsyncGenerator[Part, None], **options: Any) -> None:
-        super().__init__(events, media_type="text/event-stream", **options)
-        self._events, self._parts = events, parts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-            await self._parts.aclose()
-
-
-async def _events(
-    first: Part,
-    parts: AsyncGenerator[Part, None],
-    choices: Sequence[Choice],
-    answer: ResponseFormat,
-    request: GenerationRequest,
-) -> AsyncGenerator[str, None]:
-    """Server-sent events. A failure after the first delta is an event, as the status has long been sent."""
-    opened: set[int] = set()
-    try:
-        async for index, delta in _chain(first, parts):
-            choices[index].count(delta)
-            if index not in opened and (opening := answer.opening(index)):
-                yield _event(opening.to_json())
-            opened.add(index)
-            if delta.text or delta.finish_reason or delta.logprobs:
-                yield _event(answer.chunk(index, delta).to_json())
-    except Exception as e:  # noqa: BLE001 - failure_of logs what nobody foresaw; the stream must end with a reason
-        yield _event(errors.failure_of(e).body)
-        return
-    if request.include_usage:
-        yield _event(answer.usage_chunk(usage_of(choices, request.n)).to_json())
-    yield _event("[DONE]")
-
-
-async def _chain(first: Part, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
-    yield first
-    async for part in rest:
-        yield part
-
-
-def _event(data: str) -> str:
-    return f"data: {data}\n\n"
-
-
 def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, param: str) -> int:
-    left = limit - num_prompt_tokens
+    """As asked for; else the API's default, or all that there is room for."""
     asked = request.asked_max_tokens
-    if left < (asked != 0):
-        raise ContextLengthExceeded(
-            f"this model's maximum context length is {limit} tokens, but the prompt has {num_prompt_tokens}; "
-            "shorten it, and leave room for the answer",
-            param,
-        )
-    if asked is not None and asked > left:
-        raise ContextLengthExceeded(
-            f"this model's maximum context length is {limit} tokens, but {num_prompt_tokens + asked} were asked for "
-            f"({num_prompt_tokens} in the prompt, {asked} to generate); shorten the prompt, or generate at most {left}",
-            param,
-        )
+    check_length(limit, num_prompt_tokens, 1 if asked is None else asked, param=param)
+    left = limit - num_prompt_tokens
     return min(left, request.default_max_tokens or left) if asked is None else asked
-
-
-async def _json(request: Request) -> Any:
-    raw = await request.body()
-    try:
-        text = raw.decode(json.detect_encoding(raw))
-        body = json.loads(text, parse_constant=_refuse_constant)
-        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no text
-            json.dumps(body, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as e:
-        raise RequestError(f"the request body is not valid JSON: {e}") from e
-    return body
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _new_id(prefix: str) -> str:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
-from prometheus_client.utils import floatToGoString
 
 from loray.errors import LorayError
 from loray.telemetry import METRICS
+from serve_apps.exposition import _histogram, counter, gauge
 
 if TYPE_CHECKING:
-    from loray.engine.stats.histogram import HistogramCounts
     from loray.engine.stats.stats import EngineStats
     from loray.spec import Delta, GenerateRequest
-
-Labels = tuple[str, ...]
 
 
 class ReplicaMetrics:
@@ -126,30 +121,6 @@ def engine_families(stats: EngineStats) -> Iterator[Family]:
     yield _histogram(
         "request_queue_time_seconds", {(method,): counts for method, counts in stats.queue_seconds.items()}
     )
-
-
-def gauge(name: str, values: Mapping[Labels, float]) -> Family:
-    """The metric `name` of the table, by the values of its labels."""
-    family = GaugeMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
-    for labels, value in values.items():
-        family.add_metric(labels, value)
-    return family
-
-
-def counter(name: str, values: Mapping[Labels, float]) -> Family:
-    """As `gauge`."""
-    family = CounterMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
-    for labels, value in values.items():
-        family.add_metric(labels, value)
-    return family
-
-
-def _histogram(name: str, values: Mapping[Labels, HistogramCounts]) -> Family:
-    family = HistogramMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
-    for labels, counts in values.items():
-        bounds = [*map(floatToGoString, counts.bounds), "+Inf"]
-        family.add_metric(labels, list(zip(bounds, accumulate(counts.counts), strict=True)), counts.sum)
-    return family
 
 
 def _labelled(family: Family, replica: str) -> Family:

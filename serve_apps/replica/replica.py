@@ -6,7 +6,6 @@ needs only the class.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import os
@@ -14,25 +13,26 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
+from loray.api.status import AdapterPlacement, ReplicaStatus
 from loray.bases.registry import BaseModel, get_base
 from loray.errors import (
     BaseMismatch,
-    ContextLengthExceeded,
     EngineError,
     LorayError,
     NotFoundError,
     Overloaded,
+    ReplicaUnavailable,
     RequestError,
 )
-from loray.serving.routing_report import make_report
+from loray.serving.routing_report import RoutingStats, make_report
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.streams import _coalesced, _generate, fitted
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
@@ -44,17 +44,6 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 _CALLERS_OWN = (RequestError, NotFoundError, BaseMismatch, Overloaded)
-
-
-class ReplicaUnavailable(EngineError):
-    """The request never reached an engine: it may be sent to another replica. `replica` is the one that failed it."""
-
-    def __init__(self, message: str, replica: str | None = None) -> None:
-        super().__init__(message, replica)
-        self.replica = replica
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class EngineReplica:
@@ -90,42 +79,42 @@ class EngineReplica:
             async for delta in coalesced:
                 yield delta
 
-    def stats(self) -> dict[str, Any]:
-        """Fields of `loray.api.status.ReplicaStatus`; adapters by digest."""
-        return self._stream.stats().to_dict() | {
-            "replica": _replica_id(),
-            "node": socket.gethostname(),
-            "pid": os.getpid(),
-            "uptime_s": time.time() - self._started_at,
-        }
+    def stats(self) -> ReplicaStatus:
+        """Adapters by digest."""
+        return ReplicaStatus(
+            replica=_replica_id(),
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            uptime_s=time.time() - self._started_at,
+            **self._stream.stats().to_dict(),
+        )
 
     def metrics(self) -> list[Family]:
         """Prometheus families for the gateway's exposition, labelled with this replica."""
         return self._metrics.families(self._stream.stats(), _replica_id())
 
-    async def adapters(self, digests: Collection[str] | None = None) -> list[dict[str, Any]]:
-        """Of these adapters, or of all that this replica has had: digest, name, version, nbytes (as published), tier
-        (pool, host, loading or none), uses, last_used_at (seconds since the epoch), num_tokens; replica and node.
-
-        One that was never asked for here, or long ago, is left out. Raises EngineError where the engine has stopped.
+    async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlacement]:
+        """Of these adapters, or of all that this replica has had. One that was never asked for here, or long ago, is
+        left out. Raises EngineError where the engine has stopped.
         """
+        replica, node = _replica_id(), socket.gethostname()
         return [
-            {
-                "digest": place.ref.digest,
-                "name": place.ref.name,
-                "version": place.ref.version,
-                "nbytes": place.ref.nbytes,
-                "tier": "none" if place.tier is None else place.tier.value,
-                "uses": place.num_uses,
-                "last_used_at": place.last_used_at,
-                "num_tokens": place.num_tokens,
-                "replica": _replica_id(),
-                "node": socket.gethostname(),
-            }
-            for place in await self._stream.adapters(digests)
+            AdapterPlacement(
+                replica=replica,
+                node=node,
+                digest=placement.ref.digest,
+                name=placement.ref.name,
+                version=placement.ref.version,
+                nbytes=placement.ref.nbytes,
+                tier="none" if placement.tier is None else placement.tier.value,
+                uses=placement.num_uses,
+                last_used_at=placement.last_used_at,
+                num_tokens=placement.num_tokens,
+            )
+            for placement in await self._stream.adapters(digests)
         ]
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    def record_routing_stats(self) -> RoutingStats:
         """Asked for by Serve, every second, and sent to the routers when it differs."""
         stats = self._stream.stats()
         return make_report(stats.adapters_in_pool, stats.adapters_on_host, now=time.time())
@@ -189,41 +178,6 @@ def adapter_loader(base: BaseModel, settings: Settings) -> AdapterLoader:
     return AdapterLoader(base, settings)
 
 
-def _generate(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-    return cast("AsyncGenerator[Delta, None]", stream.generate(request))
-
-
-async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-    """As `generate`, with max_tokens lowered to the engine's limit for this adapter.
-
-    Until an adapter has been loaded the engine estimates its share of the pool; a request that turns out too long
-    then is sent once more, with the limit that is known by then.
-    """
-    estimated = _fit(stream, request)
-    started = False
-    try:
-        async with aclosing(_generate(stream, estimated)) as deltas:
-            async for delta in deltas:
-                started = True
-                yield delta
-        return
-    except ContextLengthExceeded:
-        exact = _fit(stream, request)
-        if started or exact.params.max_tokens >= estimated.params.max_tokens:
-            raise
-    async with aclosing(_generate(stream, exact)) as deltas:
-        async for delta in deltas:
-            yield delta
-
-
-def _fit(stream: EngineStream, request: GenerateRequest) -> GenerateRequest:
-    """With max_tokens lowered as far as 1; where even that is too much, it is the engine that says so."""
-    left = max(stream.max_model_len(request.adapter) - len(request.prompt_ids), 1)
-    if request.params.max_tokens <= left:
-        return request
-    return replace(request, params=request.params.model_copy(update={"max_tokens": left}))
-
-
 def without_expected_tracebacks(record: logging.LogRecord) -> bool:
     """Ray Serve logs whatever a request raises with its traceback; of an error raised on purpose one line is enough."""
     error = record.exc_info[1] if record.exc_info else None
@@ -233,48 +187,6 @@ def without_expected_tracebacks(record: logging.LogRecord) -> bool:
         record.levelno, record.levelname = level, logging.getLevelName(level)
         record.msg, record.args = "request %s: %s: %s", (what, type(error).__name__, error)
     return True
-
-
-async def _coalesced(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
-    """The same stream in fewer pieces when the reader is slower than the engine."""
-    ready: list[Delta] = []
-    bell = asyncio.Event()
-
-    async def pump() -> None:
-        try:
-            async with aclosing(deltas) as stream:
-                async for delta in stream:
-                    ready.append(delta)
-                    bell.set()
-        finally:
-            bell.set()
-
-    task = asyncio.create_task(pump())
-    try:
-        while not task.done() or ready:
-            await bell.wait()
-            bell.clear()
-            if ready:
-                batch, ready[:] = ready[:], []
-                yield merge_deltas(batch)
-        await task
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-
-
-def merge_deltas(deltas: list[Delta]) -> Delta:
-    """Consecutive deltas of one request as one."""
-    last = deltas[-1]
-    if len(deltas) == 1:
-        return last
-    logprobs = None if last.logprobs is None else tuple(lp for d in deltas for lp in d.logprobs or ())
-    return last._replace(
-        text="".join(d.text for d in deltas),
-        token_ids=tuple(t for d in deltas for t in d.token_ids),
-        logprobs=logprobs,
-        prompt_logprobs=deltas[0].prompt_logprobs,
-    )
 
 
 def _replica_id() -> str:

@@ -20,7 +20,7 @@ from loray.bases import checkpoint
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import ConflictError, UnsupportedError
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.publishing.convert import convert_to_lora
 from loray.spec import RopeParameters
 from loray.store import AdapterStore, open_store
@@ -109,8 +109,8 @@ def test_a_converted_adapter_keeps_its_context(tiny_base: BaseFactory, tmp_path:
     catalog = Catalog(f"sqlite:///{tmp_path}/catalog.db")
     rope = RopeParameters(**model.config.rope_parameters)
     fields: dict[str, Any] = {"recipe": spec, "rope_parameters": rope, "context_length": 40}
-    vera = publish(tmp_path / "vera", name="long", base=base, store=store, catalog=catalog, **fields)
-    lora = convert_to_lora(vera.ref, name="long-lora", base=base, store=store, catalog=catalog)
+    vera = publish(tmp_path / "vera", base, Destination("long", store, catalog), **fields)
+    lora = convert_to_lora(vera.ref, base, Destination("long-lora", store, catalog))
     catalog.close()
     before, after = vera.manifest, lora.manifest
     assert (before.method, after.method, after.derived_from) == ("vera", "longlora", vera.digest)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import forget_peak, peak_bytes, resident_bytes, watch
+from benchmarks.machine import watch
+from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
 from benchmarks.training import __main__ as train
 from benchmarks.training import cases, dense
 from benchmarks.training.cases import PRESETS, Activations, Attention, Memory, Setting, Step, Target, Traffic

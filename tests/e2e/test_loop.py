@@ -23,7 +23,7 @@ from jobs.events.messages import decode
 from loray.adapters.manifest import verify_folder
 from loray.bases.registry import BaseModel
 from loray.engine.engine import build_engine
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.gateway.directory import REFRESH_S
 from serve_apps.replica.replica import adapter_loader
@@ -150,7 +150,7 @@ def test_promote_changes_the_next_answer_and_rollback_restores_it(
     folder = tmp_path / "second"
     make_adapter(served.base, folder, LoraConfig(r=8, target_modules=["q_proj", "o_proj"]), seed=5, std=0.3)
     served.catalog.promote(name, "prod", 1)
-    second = publish(folder, name=name, base=served.base, store=served.store, catalog=served.catalog)
+    second = publish(folder, served.base, Destination(name, served.store, served.catalog))
     first, new = (ask(client, f"{name}@{version}").logprobs for version in (1, second.version))
     assert first != new
 
@@ -169,7 +169,7 @@ def test_an_adapter_of_another_base_is_not_found(
     client: openai.OpenAI, served: Served, tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path]
 ) -> None:
     other = tiny_base(num_hidden_layers=3)
-    publish(peft_folder(other), name="loop-alien", base=other, store=served.store, catalog=served.catalog)
+    publish(peft_folder(other), other, Destination("loop-alien", served.store, served.catalog))
     with pytest.raises(openai.NotFoundError, match="trained on another base") as e:
         ask(client, "loop-alien")
     assert e.value.code == "base_mismatch"

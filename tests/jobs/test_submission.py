@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.submission.submission import submission
+from jobs.submission import submission
 from loray.errors import DataError, SettingsError
 from loray.recipes.load import load_recipe
 from loray.settings import Settings

@@ -15,7 +15,8 @@ import pytest
 
 import loray_kernels
 from loray_kernels import BackendUnavailable, available, backend, build
-from loray_kernels.cpu.ops import CpuOps, native
+from loray_kernels.cpu import native
+from loray_kernels.cpu.ops import CpuOps
 from loray_kernels.reference import ReferenceOps
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")

@@ -21,7 +21,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.errors import AdapterNotFound, ConflictError
 from loray.locations import S3Location
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.store import AdapterStore
 from loray.store.s3 import S3Store
 
@@ -71,7 +71,7 @@ class Publication:
             for name in ("add_base", "register"):
                 setattr(catalog, name, _killing_call(getattr(catalog, name), steps, kill_at))
         adapters = AdapterStore(store)
-        publish(self.folder, name="a", base=self.base, store=adapters, catalog=catalog, version=self.version)
+        publish(self.folder, self.base, Destination("a", adapters, catalog, version=self.version))
         if kill_at is not None:
             _step(steps, kill_at)
         catalog.close()

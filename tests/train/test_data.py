@@ -14,8 +14,8 @@ import pytest
 
 from loray.errors import DataError
 from loray.spec import DataSpec
+from loray.train.data import files as data_files
 from loray.train.data.dataset import Dataset, load_data
-from loray.train.data.dataset import files as data_files
 from loray.train.data.examples import Rows, pack_rows
 from loray.train.data.files import open_rows
 from tests.tiny import byte_tokenizer

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.train import s2_attention
+from loray.train.attention import cpu, sdpa, varlen
+from loray.train.attention import segments as segment_attention
 from loray.train.attention.cuts import Bucket, compute_cuts
-from loray.train.attention.shifted import cpu, sdpa, varlen
-from loray.train.attention.shifted import segments as segment_attention
 
 
 def flash_attn_varlen_func(

@@ -1,6 +1,7 @@
 """One worker of a recipe in a process of its own: steps on random tokens; prints what they took as JSON.
 
-    python -m benchmarks.training.workers.step HOME RECIPE_JSON NUM_STEPS [--dense] [--tensors] [--rendezvous FILE --rank RANK]
+    python -m benchmarks.training.workers.step HOME RECIPE_JSON NUM_STEPS [--dense] [--tensors]
+        [--rendezvous FILE --rank RANK]
 
 The workers of a recipe find each other in FILE, over gloo. The first step is over a short row and not counted: with it
 gradients, moments and the buffers of libraries are there.
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.machine import forget_peak, peak_bytes, resident_bytes
+from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
 from benchmarks.training import dense
 from loray.bases.registry import get_base
 from loray.planning.run import run_of

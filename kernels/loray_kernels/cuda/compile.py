@@ -59,9 +59,9 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
         from triton.compiler import ASTSource
     except ImportError as e:
         raise BackendUnavailable(f"the tiled kernels need Triton: pip install 'loray[cuda]' ({e})") from e
-    from loray_kernels.cuda.tiles.launch import attention as triton_attention
-    from loray_kernels.cuda.tiles.launch import lora as triton_lora
-    from loray_kernels.cuda.tiles.launch import rows as triton_rows
+    from loray_kernels.cuda.tiles import attention as triton_attention
+    from loray_kernels.cuda.tiles import lora as triton_lora
+    from loray_kernels.cuda.tiles import rows as triton_rows
 
     known = {**vars(triton_attention), **vars(triton_lora), **vars(triton_rows)}
     for name, variants in _constants().items():
@@ -86,7 +86,7 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
 def _constants() -> dict[str, list[dict[str, int | bool]]]:
     """Of each kernel's launches, as `tiles` makes them."""
     from loray_kernels.cuda.tables import TILE_COLUMNS, TILE_QUERIES, TILE_TOKENS
-    from loray_kernels.cuda.tiles.launch import launch as tiles
+    from loray_kernels.cuda.tiles import launch as tiles
 
     tokens = {"BLOCK_T": TILE_TOKENS}
     expand = {**tokens, "BLOCK_R": tiles.EXPAND_ROWS, "BLOCK_O": TILE_COLUMNS}

@@ -1,8 +1,8 @@
 """What each method costs on a given base and device: parameters, bytes, a training step, room in the pool, serving.
 
 Training is `loray.planning`'s plan of a recipe with the method's defaults and one row a step. The pool's density comes
-from the engine's own allocator. Serving is a floor, as in docs/guide/methods.md: what adapters add to a decode step over what
-the base takes.
+from the engine's own allocator. Serving is a floor, as in docs/guide/methods.md: what adapters add to a decode step
+over what the base takes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from loray.advice.scorecard import Answers
 from loray.bases.config import ModelConfig
-from loray.engine.memory.blocks import BlockAllocator, Geometry
+from loray.engine.memory.blocks import BlockAllocator
+from loray.engine.memory.limits import pool_geometry
 from loray.engine.memory.rows import AdapterShape, Matrix
 from loray.errors import SpecError, UnsupportedError
 from loray.planning.compute import estimate_time
@@ -86,7 +87,7 @@ def recipe_of(adapter: AdapterSpec, context_length: int, *, checkpointing: bool 
 
 def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> int:
     """How many such adapters an idle engine's pool of bf16 holds, VeRA's pair beside them."""
-    geometry = _geometry(model, pool_bytes)
+    geometry = pool_geometry(ServeSpec(pool_bytes=pool_bytes), model)
     allocator = BlockAllocator(geometry)
     demand = shape_of(adapter, model).demand(geometry)
     if (pair := count_vera_pair(model, adapter)) and allocator.allocate_run(-(-pair // geometry.block_size)) is None:
@@ -179,16 +180,9 @@ def _settings(adapter: AdapterSpec) -> str:
     return text
 
 
-def _geometry(model: ModelConfig, pool_bytes: int) -> Geometry:
-    """Of a pool in bf16 with blocks of the default size."""
-    block_tokens = ServeSpec.model_fields["block_tokens"].default
-    share = 2 * block_tokens * model.num_kv_heads * model.head_dim
-    return Geometry(pool_bytes // (share * model.num_layers * _BF16), model.num_layers, block_tokens, share)
-
-
 def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
     """From a pool of some hundred blocks, so that the answer comes at once whatever a block's size."""
-    geometry = _geometry(model, GIB)
+    geometry = pool_geometry(ServeSpec(pool_bytes=GIB), model)
     block_bytes = geometry.block_size * _BF16
     pair = -(-count_vera_pair(model, adapter) // geometry.block_size) * block_bytes
     least = 8 * shape_of(adapter, model).num_blocks(geometry) * block_bytes

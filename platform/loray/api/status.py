@@ -57,6 +57,25 @@ class ReplicaStatus(EngineStatus):
     adapters_on_host: tuple[str, ...] = ()
 
 
+class AdapterPlacement(_Status):
+    """An adapter in one replica. `tier` none: it was there, and is not any more. `last_used_at`: epoch seconds.
+
+    nbytes      as published
+    num_tokens  of prompt and answer, of the requests that have ended
+    """
+
+    replica: str
+    node: str
+    digest: str
+    name: str
+    version: int
+    nbytes: int
+    tier: Literal["pool", "host", "loading", "none"]
+    uses: int
+    last_used_at: float
+    num_tokens: int
+
+
 class CatalogStatus(_Status):
     num_adapters: int
     failure: str | None = None

@@ -15,7 +15,7 @@ from loray.cli import facts
 from loray.cli.base import report
 from loray.cli.output import console, emit, json_option, progress_bar, table
 from loray.errors import IntegrityError, NotFoundError
-from loray.publishing import base_of, import_folder
+from loray.publishing import Destination, base_of, import_folder
 from loray.publishing.convert import convert_to_lora, merge_into_base
 from loray.settings import Settings
 from loray.spec import format_size
@@ -82,13 +82,8 @@ def import_(
         base = get_base(home, base_name) if base_name else base_of(folder, home)
         published = import_folder(
             folder,
-            name=name,
-            base=base,
-            store=site.store,
-            catalog=site.catalog,
-            aliases=aliases,
-            version=version,
-            no_gate=no_gate,
+            base,
+            Destination(name, site.store, site.catalog, aliases=aliases, version=version, no_gate=no_gate),
             licence=licence,
             description=description,
         )
@@ -222,7 +217,7 @@ def convert(
             return
         assert name is not None
         version = convert_to_lora(
-            ref, name=name, base=base, store=site.store, catalog=site.catalog, aliases=aliases, no_gate=no_gate
+            ref, base, Destination(name, site.store, site.catalog, aliases=aliases, no_gate=no_gate)
         )
     _print_version(version, as_json, f"published {version.label}, converted from {ref.label}")
 

@@ -8,10 +8,10 @@ with CatalogClient("http://127.0.0.1:8000") as catalog:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from loray.api.resources import (
     AdapterResource,
@@ -24,11 +24,9 @@ from loray.api.resources import (
     VersionDetail,
     VersionResource,
 )
-from loray.client import HttpClient
+from loray.client.http import HttpClient, R
 from loray.errors import ClusterError, LorayError
 from loray.spec import TrainSpec
-
-R = TypeVar("R", bound=BaseModel)
 
 
 class CatalogClient(HttpClient):
@@ -39,25 +37,26 @@ class CatalogClient(HttpClient):
 
     _prefix = "/api/v1"
     _timeout = httpx.Timeout(60.0, connect=5.0)
+    _failure = ClusterError
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def bases(self) -> tuple[BaseResource, ...]:
-        return _read(Page[BaseResource], self._request("GET", "/bases")).items
+        return self._ask(Page[BaseResource], "GET", "/bases").items
 
     def adapters(self, *, base: str | None = None, method: str | None = None) -> Iterator[AdapterResource]:
         """All of them, page by page."""
         return self._pages("/adapters", Page[AdapterResource], {"base": base, "method": method})
 
     def adapter(self, name: str) -> AdapterResource:
-        return _read(AdapterResource, self._request("GET", f"/adapters/{name}"))
+        return self._ask(AdapterResource, "GET", f"/adapters/{name}")
 
     def versions(self, name: str) -> Iterator[VersionResource]:
         """Newest first, page by page."""
         return self._pages(f"/adapters/{name}/versions", Page[VersionResource], {})
 
     def version(self, name: str, version: int) -> VersionDetail:
-        return _read(VersionDetail, self._request("GET", f"/adapters/{name}/versions/{version}"))
+        return self._ask(VersionDetail, "GET", f"/adapters/{name}/versions/{version}")
 
     def register(
         self,
@@ -70,18 +69,18 @@ class CatalogClient(HttpClient):
     ) -> VersionDetail:
         """A version of an adapter that the store has already."""
         body = {"digest": digest, "aliases": list(aliases), "version": version, "no_gate": no_gate}
-        return _read(VersionDetail, self._request("POST", f"/adapters/{name}/versions", json=body))
+        return self._ask(VersionDetail, "POST", f"/adapters/{name}/versions", json=body)
 
     def placement(self, name: str) -> PlacementResource:
-        return _read(PlacementResource, self._request("GET", f"/adapters/{name}/placement"))
+        return self._ask(PlacementResource, "GET", f"/adapters/{name}/placement")
 
     # -- aliases ------------------------------------------------------------------------------------------------------
 
     def aliases(self, name: str) -> tuple[AliasResource, ...]:
-        return _read(Page[AliasResource], self._request("GET", f"/adapters/{name}/aliases")).items
+        return self._ask(Page[AliasResource], "GET", f"/adapters/{name}/aliases").items
 
     def alias(self, name: str, alias: str) -> AliasResource:
-        return _read(AliasResource, self._request("GET", _alias(name, alias)))
+        return self._ask(AliasResource, "GET", _alias(name, alias))
 
     def promote(
         self,
@@ -99,11 +98,11 @@ class CatalogClient(HttpClient):
         """
         headers = _if_match(etag) | ({"If-None-Match": "*"} if create else {})
         body = _given({"version": version, "no_gate": no_gate})
-        return _read(AliasResource, self._request("PUT", _alias(name, alias), json=body, headers=headers))
+        return self._ask(AliasResource, "PUT", _alias(name, alias), json=body, headers=headers)
 
     def rollback(self, name: str, alias: str = "prod", *, etag: str | None = None) -> AliasResource:
         path = f"{_alias(name, alias)}/rollback"
-        return _read(AliasResource, self._request("POST", path, headers=_if_match(etag)))
+        return self._ask(AliasResource, "POST", path, headers=_if_match(etag))
 
     def delete_alias(self, name: str, alias: str, *, etag: str | None = None) -> None:
         self._request("DELETE", _alias(name, alias), headers=_if_match(etag))
@@ -119,14 +118,14 @@ class CatalogClient(HttpClient):
         else:
             body = {"json": recipe.model_dump(mode="json") if isinstance(recipe, TrainSpec) else dict(recipe)}
         params = _given({"id": id, "resume": resume or None})
-        return _read(JobResource, self._request("POST", "/jobs", params=params, **body))
+        return self._ask(JobResource, "POST", "/jobs", params=params, **body)
 
     def jobs(self, *, status: str | None = None, name: str | None = None) -> Iterator[JobResource]:
         """Newest first, page by page."""
         return self._pages("/jobs", Page[JobResource], {"status": status, "name": name})
 
     def job(self, job_id: str) -> JobResource:
-        return _read(JobResource, self._request("GET", f"/jobs/{job_id}"))
+        return self._ask(JobResource, "GET", f"/jobs/{job_id}")
 
     def logs(self, job_id: str) -> str:
         """What the job has written until now. JobNotFound where Ray does not have it any more, too."""
@@ -136,42 +135,29 @@ class CatalogClient(HttpClient):
         """Lines of the job's log until it ends."""
         timeout = httpx.Timeout(5.0, read=None)  # a job may be silent for long
         params = {"follow": True}
-        try:
-            with self._http.stream("GET", f"/jobs/{job_id}/logs", params=params, timeout=timeout) as response:
-                if not response.is_success:
-                    response.read()
-                    raise _error_of(response)
-                yield from response.iter_lines()
-        except httpx.HTTPError as e:
-            raise self._unreachable(e) from e
+        with self._streamed("GET", f"/jobs/{job_id}/logs", params=params, timeout=timeout) as response:
+            yield from response.iter_lines()
 
     def stop(self, job_id: str) -> JobResource:
         """Tell it to stop; it is shown as stopped once its driver has ended."""
-        return _read(JobResource, self._request("POST", f"/jobs/{job_id}/stop"))
+        return self._ask(JobResource, "POST", f"/jobs/{job_id}/stop")
 
     # -- HTTP ---------------------------------------------------------------------------------------------------------
 
     def _pages(self, path: str, schema: type[Page[R]], params: dict[str, Any]) -> Iterator[R]:
         cursor: str | None = None
         while True:
-            page = _read(schema, self._request("GET", path, params=_given(params | {"cursor": cursor})))
+            page = self._ask(schema, "GET", path, params=_given(params | {"cursor": cursor}))
             yield from page.items
             cursor = page.next
             if cursor is None:
                 return
 
-    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+    def _error_of(self, response: httpx.Response) -> LorayError:
         try:
-            response = self._http.request(method, path, **options)
-        except httpx.HTTPError as e:
-            raise self._unreachable(e) from e
-        if not response.is_success:
-            raise _error_of(response)
-        return response
-
-    def _unreachable(self, error: httpx.HTTPError) -> ClusterError:
-        reason = str(error) or type(error).__name__
-        return ClusterError(f"no answer from {self.base_url} ({reason}); `loray status` says what is being served")
+            return Problem.model_validate_json(response.content).exception()
+        except ValidationError:  # a proxy in between, for instance
+            return ClusterError(f"HTTP {response.status_code}: {response.text[:200]}")
 
 
 def _alias(name: str, alias: str) -> str:
@@ -184,17 +170,3 @@ def _if_match(etag: str | None) -> dict[str, str]:
 
 def _given(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
-
-
-def _read(schema: type[R], response: httpx.Response) -> R:
-    try:
-        return schema.model_validate_json(response.content)
-    except ValidationError as e:
-        raise ClusterError(f"the server's answer is not a {schema.__name__}: {response.text[:200]!r}") from e
-
-
-def _error_of(response: httpx.Response) -> LorayError:
-    try:
-        return Problem.model_validate_json(response.content).exception()
-    except ValidationError:  # a proxy in between, for instance
-        return ClusterError(f"HTTP {response.status_code}: {response.text[:200]}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
+from loray.engine.memory.limits import check_length, max_model_len
 from loray.engine.model.batch import Batch, build_batch
 from loray.engine.model.decoder import Decoder
 from loray.engine.model.landing import Landings
@@ -23,7 +24,7 @@ from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool, ResidentAdapter, cut_pool
 from loray.engine.request import Request, TokenLogprobs, TokenOutput
 from loray.engine.residency.residency import Residency
-from loray.engine.residency.table import AdapterPlace, Tier
+from loray.engine.residency.table import Placement, Tier
 from loray.engine.sampling.logprobs import score
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
@@ -31,7 +32,7 @@ from loray.engine.scheduling.scheduler import Chunk, Scheduler
 from loray.engine.stats.counters import Counters
 from loray.engine.stats.stats import EngineStats
 from loray.engine.stats.usage import UsageLog
-from loray.errors import BaseMismatch, ContextLengthExceeded, IntegrityError, RequestError
+from loray.errors import BaseMismatch, IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, ServeSpec
 from loray.telemetry import get_logger
 from loray_kernels import backend
@@ -94,13 +95,8 @@ class Engine:
         if adapter is not None:
             estimate = min(-(-adapter.nbytes // self._pool.block_bytes) + 1, geometry.num_blocks // 2)
             own = self._loads.num_blocks(adapter.digest) or estimate
-        limits = [
-            adapter.context_length if adapter is not None else self.base.config.max_position_embeddings,
-            (geometry.num_blocks - own) * geometry.block_tokens,
-        ]
-        if self.spec.max_model_len is not None:
-            limits.append(self.spec.max_model_len)
-        return min(limits)
+        context = adapter.context_length if adapter is not None else self.base.config.max_position_embeddings
+        return max_model_len(self.spec, context, (geometry.num_blocks - own) * geometry.block_tokens)
 
     def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
         """What an adapter takes in the pool; its published size until it has been loaded. From any thread."""
@@ -118,13 +114,9 @@ class Engine:
         for param in ("logit_bias", "stop_token_ids"):
             if not all(0 <= t < vocab for t in getattr(request.params, param)):
                 raise RequestError(f"{param}: a token id is outside the vocabulary of {vocab}", param=param)
-        limit, asked = self.max_model_len(adapter), len(request.prompt_ids) + request.params.max_tokens
-        if asked > limit:
-            raise ContextLengthExceeded(
-                f"this model's maximum context length is {limit} tokens, but {asked} were asked for "
-                f"({len(request.prompt_ids)} in the prompt, {request.params.max_tokens} to generate); ask for less",
-                param="max_tokens" if len(request.prompt_ids) < limit else "prompt",
-            )
+        limit, num_prompt_tokens = self.max_model_len(adapter), len(request.prompt_ids)
+        param = "max_tokens" if num_prompt_tokens < limit else "prompt"
+        check_length(limit, num_prompt_tokens, request.params.max_tokens, param=param)
 
     def add(self, spec: GenerateRequest) -> None:
         """Queue a request; raises what `check` raises, and Overloaded when too many wait, or for too long."""
@@ -305,9 +297,9 @@ class Engine:
         cached = self._scheduler.prefix_cache.num_idle
         return blocks | {"kv": blocks["kv"] - cached, "cached": cached}
 
-    def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlace]:
+    def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
         """Where these adapters are and how they have been used; without `digests`, all that are known."""
-        return self._residency.table.places(digests)
+        return self._residency.table.placements(digests)
 
     def check_integrity(self) -> None:
         """AssertionError unless every block is free, or held by exactly the running requests, the prefix cache and the

@@ -16,7 +16,7 @@ import torch
 from loray.engine.detokenizer import Detokenizer
 from loray.engine.engine import Engine
 from loray.engine.request import TokenLogprobs, TokenOutput
-from loray.engine.residency.table import AdapterPlace
+from loray.engine.residency.table import Placement
 from loray.engine.stats.stats import EngineStats
 from loray.errors import EngineError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, Delta, GenerateRequest, TokenLogprob
@@ -43,7 +43,7 @@ class EngineStream:
         self._bell = threading.Event()
         self._stopped = False
         self._subscribers: dict[str, _Subscriber] = {}
-        self._asked: set[Future[list[AdapterPlace]]] = set()
+        self._asked: set[Future[list[Placement]]] = set()
         self._lock = threading.Lock()
         self._ended = False
         self._stats_due = 0.0
@@ -77,9 +77,9 @@ class EngineStream:
         """As of a fifth of a second or one step ago at most while the engine works, exact when it is idle."""
         return self._stats
 
-    async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlace]:
+    async def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
         """See Engine. The engine's thread says it, after its present step. EngineError if the engine has stopped."""
-        answer: Future[list[AdapterPlace]] = Future()
+        answer: Future[list[Placement]] = Future()
         with self._lock:
             self._check_not_ended()
             self._asked.add(answer)
@@ -208,7 +208,7 @@ class EngineStream:
         except Exception as e:  # noqa: BLE001 - whatever it is, it is this request's
             self._deliver([TokenOutput(request.request_id, None, error=e)])
 
-    def _answer(self, answer: Future[list[AdapterPlace]], digests: Collection[str] | None) -> None:
+    def _answer(self, answer: Future[list[Placement]], digests: Collection[str] | None) -> None:
         self._asked.discard(answer)
         if answer.set_running_or_notify_cancel():
             answer.set_result(self._engine.adapters(digests))

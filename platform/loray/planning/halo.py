@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from loray.errors import SpecError
-
-BYTES_PER_ELEMENT = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+from loray.spec import DTYPE_BYTES
 
 
 class Half(NamedTuple):
@@ -152,8 +151,8 @@ class HaloPlan:
         return sum(t.num_elements(head_dim, num_rows) for t in self.sent(rank))
 
     def bytes_sent(self, rank: int, head_dim: int, dtype: str, num_rows: int = 1) -> int:
-        """By `rank`, one layer, forward; `dtype` is a name in BYTES_PER_ELEMENT."""
-        return self.elements_sent(rank, head_dim, num_rows) * BYTES_PER_ELEMENT[dtype]
+        """By `rank`, one layer, forward; `dtype` is a name in DTYPE_BYTES."""
+        return self.elements_sent(rank, head_dim, num_rows) * DTYPE_BYTES[dtype]
 
     def total_elements(self, head_dim: int, num_rows: int = 1) -> int:
         """Over all boundaries, one layer, forward."""

@@ -7,10 +7,10 @@ from typing import Literal
 
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
-from loray.planning.halo import BYTES_PER_ELEMENT, HaloPlan, padded_length
+from loray.planning.halo import HaloPlan, padded_length
 from loray.planning.shapes import BaseCounts, TrainedCounts, count_base, count_trained
 from loray.recipes.resolve import resolve
-from loray.spec import AdapterSpec, TrainSpec
+from loray.spec import DTYPE_BYTES, AdapterSpec, TrainSpec
 
 Strategy = Literal["ddp", "zero2", "zero3", "fsdp2"]
 SHARDS_WEIGHTS: tuple[Strategy, ...] = ("zero3", "fsdp2")
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def element_bytes(self) -> int:
-        return BYTES_PER_ELEMENT[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
     @property
     def padded_length(self) -> int:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loray.adapters.manifest import read_manifest, with_manifest
 from loray.bases.registry import BaseModel
-from loray.catalog import AdapterVersion, Catalog
+from loray.catalog import AdapterVersion
 from loray.errors import BaseMismatch
-from loray.publishing import publish
+from loray.publishing.publish import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterStore
 
@@ -20,32 +20,22 @@ if TYPE_CHECKING:
     from loray.adapters.weights import AdapterWeights
 
 
-def convert_to_lora(
-    ref: AdapterRef,
-    *,
-    name: str,
-    base: BaseModel,
-    store: AdapterStore,
-    catalog: Catalog,
-    aliases: Sequence[str] = (),
-    no_gate: str | None = None,
-) -> AdapterVersion:
-    """Publish the VeRA adapter `ref` as the next version of `name`, a LoRA of VeRA's rank in fp32.
+def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> AdapterVersion:
+    """Publish the VeRA adapter `ref` anew, as a LoRA of VeRA's rank in fp32.
 
     RoPE, context and what was measured are the old one's: it computes the same. UnsupportedError where it is not VeRA.
     """
     from loray.adapters.convert import save_lora, vera_to_lora
 
-    with _opened(ref, base, store) as (manifest, weights), tempfile.TemporaryDirectory(prefix="loray-convert-") as made:
+    with (
+        _opened(ref, base, to.store) as (manifest, weights),
+        tempfile.TemporaryDirectory(prefix="loray-convert-") as made,
+    ):
         save_lora(vera_to_lora(weights, base.config), Path(made), base_name=base.name)
         return publish(
             Path(made),
-            name=name,
-            base=base,
-            store=store,
-            catalog=catalog,
-            aliases=aliases,
-            no_gate=no_gate,
+            base,
+            to,
             derived_from=ref.digest,
             rope_parameters=manifest.rope_parameters,
             context_length=manifest.context_length,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,54 +24,47 @@ from loray.spec import AdapterManifest
 from loray.store import AdapterStore
 
 
-def publish(
-    folder: Path,
-    *,
-    name: str,
-    base: BaseModel,
-    store: AdapterStore,
-    catalog: Catalog,
-    aliases: Sequence[str] = (),
-    version: int | None = None,
-    no_gate: str | None = None,
-    **manifest_fields: Any,
-) -> AdapterVersion:
-    """Publish the PEFT adapter in `folder` as the next version of `name`; writes its `loray.json`.
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where an adapter is published, and what it is to be called there.
 
-    `version` asks for this number instead of the next: ConflictError where another adapter has it. Where `aliases` are
-    given to a LongLoRA adapter whose `evaluations` do not earn them: GateRefused, unless `no_gate` says why not.
+    version  asks for this number instead of the next: ConflictError where another adapter has it
+    no_gate  why a LongLoRA adapter gets its `aliases` where its evaluations do not earn them; without it: GateRefused
+    """
+
+    name: str
+    store: AdapterStore
+    catalog: Catalog
+    aliases: Sequence[str] = ()
+    version: int | None = None
+    no_gate: str | None = None
+
+
+def publish(folder: Path, base: BaseModel, to: Destination, **manifest_fields: Any) -> AdapterVersion:
+    """Publish the PEFT adapter in `folder`, trained on `base`; writes its `loray.json`.
+
     `manifest_fields` go to `adapters.manifest.describe`. Everything that can be wrong with names or files is
     checked before the first byte is stored; the version appears in one transaction at the end. Repeating a
     publication that was cut off completes it.
     """
-    catalog.check_name(name, aliases)
+    to.catalog.check_name(to.name, to.aliases)
     describe(folder, base=base, **manifest_fields)
-    return _register(folder, name, base, store, catalog, aliases, version, no_gate)
+    return _store(folder, base, to)
 
 
 def import_folder(
-    folder: Path,
-    *,
-    name: str,
-    base: BaseModel,
-    store: AdapterStore,
-    catalog: Catalog,
-    aliases: Sequence[str] = (),
-    version: int | None = None,
-    no_gate: str | None = None,
-    licence: str | None = None,
-    description: str = "",
+    folder: Path, base: BaseModel, to: Destination, *, licence: str | None = None, description: str = ""
 ) -> AdapterVersion:
     """Publish any PEFT LoRA or VeRA folder; it is not written to. One with a `loray.json` keeps its identity.
 
     Raises DataError (no such folder), UnsupportedError (another kind of adapter, pickled weights), BaseMismatch,
-    IntegrityError; then neither store nor catalog has changed. `version` and `no_gate` are as for `publish`.
+    IntegrityError; then neither store nor catalog has changed.
     """
     from loray.adapters.peft_format import read_adapter
 
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
-    catalog.check_name(name, aliases)
+    to.catalog.check_name(to.name, to.aliases)
     is_published = (folder / AdapterManifest.FILE).is_file()
     if is_published:
         _check_published(folder, base)
@@ -83,7 +77,18 @@ def import_folder(
             shutil.copy2(folder / AdapterManifest.FILE, copy / AdapterManifest.FILE)
         else:
             describe(copy, base=base, licence=licence, description=description)
-        return _register(copy, name, base, store, catalog, aliases, version, no_gate)
+        return _store(copy, base, to)
+
+
+def register_stored(digest: str, to: Destination) -> AdapterVersion:
+    """Give an adapter that the store has already a name and a version. A digest keeps the version it has.
+
+    Raises AdapterNotFound where the store does not have it, ConflictError, GateRefused.
+    """
+    manifest = to.store.manifest(digest)
+    to.catalog.check_name(to.name, to.aliases)
+    to.catalog.add_base(manifest.base, manifest.base_fingerprint)
+    return _register(digest, manifest, to)
 
 
 def _check_published(folder: Path, base: BaseModel) -> None:
@@ -95,20 +100,14 @@ def _check_published(folder: Path, base: BaseModel) -> None:
         )
 
 
-def _register(
-    folder: Path,
-    name: str,
-    base: BaseModel,
-    store: AdapterStore,
-    catalog: Catalog,
-    aliases: Sequence[str],
-    version: int | None,
-    no_gate: str | None,
-) -> AdapterVersion:
-    catalog.add_base(base.name, base.fingerprint)
-    digest = store.put(folder)
-    manifest = parse_manifest(read_canonical(folder), source=str(folder))
-    return catalog.register(name, digest, manifest, aliases, version=version, no_gate=no_gate)
+def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
+    to.catalog.add_base(base.name, base.fingerprint)  # refuses other weights under a known name
+    digest = to.store.put(folder)
+    return _register(digest, parse_manifest(read_canonical(folder), source=str(folder)), to)
+
+
+def _register(digest: str, manifest: AdapterManifest, to: Destination) -> AdapterVersion:
+    return to.catalog.register(to.name, digest, manifest, to.aliases, version=to.version, no_gate=to.no_gate)
 
 
 def base_of(folder: Path, home: Path) -> BaseModel:

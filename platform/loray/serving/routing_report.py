@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 _KEY = 16  # hex digits
 _BEAT_S = 10.0
@@ -18,6 +18,14 @@ _BEAT_S = 10.0
 
 def routing_key(digest: str) -> str:
     return digest[:_KEY]
+
+
+class RoutingStats(TypedDict):
+    """A report as Ray Serve carries it. `pool` and `host`: routing keys in one string."""
+
+    pool: str
+    host: str
+    beat: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,7 @@ class RoutingReport:
         return cls(_split(pool), _split(host))
 
 
-def make_report(in_pool: Iterable[str], on_host: Iterable[str], *, now: float) -> dict[str, Any]:
+def make_report(in_pool: Iterable[str], on_host: Iterable[str], *, now: float) -> RoutingStats:
     """From digests. `beat` changes every ten seconds of `now` (any clock), on all replicas at once where it is the
     time of day: a router can tell a replica at rest from one that has fallen silent."""
     return {"pool": _join(in_pool), "host": _join(on_host), "beat": int(now // _BEAT_S)}

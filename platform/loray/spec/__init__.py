@@ -21,6 +21,7 @@ from loray.spec.evaluation import (
     RetrievalTask,
 )
 from loray.spec.fields import (
+    DTYPE_BYTES,
     Alias,
     DType,
     Frozen,
@@ -56,6 +57,7 @@ from loray.spec.training import (
 
 __all__ = [
     "ATTENTION_MODULES",
+    "DTYPE_BYTES",
     "LINEAR_MODULES",
     "AdapterBytes",
     "AdapterManifest",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -14,13 +13,13 @@ from loray.api.resources import (
     Page,
     PlacementResource,
     Registration,
-    ReplicaAdapter,
     VersionDetail,
     VersionNumber,
     VersionResource,
 )
 from loray.catalog import AdapterEntry
 from loray.errors import AdapterNotFound
+from loray.publishing import Destination, register_stored
 from loray.spec import Method, Name
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
@@ -82,17 +81,8 @@ def create_router(site: Site) -> APIRouter:
         404: the store has no adapter of this digest. 409: the name is a base model's, the number is taken, or the gate
         refuses the aliases.
         """
-        manifest = site.store.manifest(registration.digest)
-        site.catalog.check_name(name, registration.aliases)
-        site.catalog.add_base(manifest.base, manifest.base_fingerprint)
-        version = site.catalog.register(
-            name,
-            registration.digest,
-            manifest,
-            registration.aliases,
-            version=registration.version,
-            no_gate=registration.no_gate,
-        )
+        asked = registration.model_dump(include={"aliases", "version", "no_gate"})
+        version = register_stored(registration.digest, Destination(name, site.store, site.catalog, **asked))
         response.headers["Location"] = request.url_for("get_version", name=name, version=version.version).path
         return views.detail(version)
 
@@ -115,17 +105,8 @@ async def _placement(site: Site, entry: AdapterEntry) -> PlacementResource:
     versions = {ref.digest: ref.version for ref in entry.versions.values()}
     if not versions:
         raise AdapterNotFound(f"adapter {entry.name!r} has no version")
-    items = tuple(
-        ReplicaAdapter.model_validate(
-            fact
-            | {
-                "version": versions[fact["digest"]],
-                "last_used_at": fact["last_used_at"] and datetime.fromtimestamp(fact["last_used_at"], UTC),
-            }
-        )
-        for fact in await site.placements.adapters(list(versions))
-        if fact["digest"] in versions
-    )
+    found = await site.placements.adapters(list(versions))
+    items = (views.placement(p, versions[p.digest]) for p in found if p.digest in versions)
     return PlacementResource(
         name=entry.name, items=tuple(sorted(items, key=lambda item: (-item.version, item.replica)))
     )

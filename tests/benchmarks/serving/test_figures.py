@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.machine import MachineRates
 from benchmarks.serving import report
 from benchmarks.serving.figures import (
     EngineWork,
@@ -22,7 +23,6 @@ from benchmarks.serving.figures import (
     quantile,
 )
 from benchmarks.serving.floors import (
-    MachineRates,
     ModelSize,
     decode_step_seconds,
     most_tokens_per_second,

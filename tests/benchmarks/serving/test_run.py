@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.serving.machine import watch_memory
 
+from benchmarks.machine import MachineRates
+from benchmarks.memory import watch_memory
 from benchmarks.serving.adapters import AdapterSet, Library, open_library, write_adapter
 from benchmarks.serving.cases import ACCEPTANCE, PRESETS, EngineOptions, ablations
 from benchmarks.serving.figures import EngineWork, Row
-from benchmarks.serving.floors import MachineRates, ModelSize
+from benchmarks.serving.floors import ModelSize
 from benchmarks.serving.models import bench_base
 from benchmarks.serving.replay import Record
 from benchmarks.serving.results import Results

@@ -222,8 +222,11 @@ def test_a_request_is_a_hit_or_a_miss_where_its_adapter_is_when_it_comes() -> No
     assert residency.counts == ResidencyCounts(
         pool_hits=1, host_hits=1, misses=3, loads=2, loaded_bytes=220, evictions=1, host_evictions=1
     )
-    assert [(p.ref.name, p.tier, p.num_uses) for p in residency.table.places()] == [("b", Tier.POOL, 1), ("a", None, 4)]
-    assert [p.ref.name for p in residency.table.places([a.digest, "unheard of"])] == ["a"]
+    assert [(p.ref.name, p.tier, p.num_uses) for p in residency.table.placements()] == [
+        ("b", Tier.POOL, 1),
+        ("a", None, 4),
+    ]
+    assert [p.ref.name for p in residency.table.placements([a.digest, "unheard of"])] == ["a"]
     residency.release(b)
     residency.table.check_integrity()
 
@@ -249,5 +252,5 @@ def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
     load_seconds = world.residency.load_seconds.counts()
     assert (load_seconds.num_values, load_seconds.sum) == (2, 3.5)
     assert world.residency.counts.failed_loads == 1
-    (place,) = world.residency.table.places([ref("c").digest])
+    (place,) = world.residency.table.placements([ref("c").digest])
     assert (place.tier, place.last_used_at) == (None, 1003.5)

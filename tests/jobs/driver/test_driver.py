@@ -22,7 +22,7 @@ from jobs.driver.prepare import prepare
 from jobs.driver.publication import already_published, best, publish_best
 from jobs.events.messages import decode
 from jobs.runs.folders import RunFolder, open_runs
-from jobs.submission.submission import submission
+from jobs.submission import submission
 from jobs.workers import worker
 from jobs.workers.checkpoints import score
 from loray.bases.registry import add_base, get_base

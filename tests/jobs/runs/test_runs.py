@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from jobs.runs.folders import Runs, SharedRunFolder, leases, open_runs
+from jobs.runs import leases
+from jobs.runs.folders import Runs, SharedRunFolder, open_runs
 from jobs.runs.leases import leased
 from loray.errors import ConflictError, SpecError, StoreError, TrainingError
 from loray.settings import Settings
@@ -127,8 +128,10 @@ def test_runs_of_the_folder_store_are_not_forgotten_silently(s3_server: Any, tmp
 def test_a_run_has_one_driver(settings: Settings, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "BEAT_S", 0.1)
     run = runs.new("arithmetic", "job")
-    code = "import sys; from jobs import leases, runs; from loray.settings import Settings; leases.BEAT_S = 0.1\n"
-    code += "with runs.open_runs(Settings.from_env()).latest('arithmetic').locked('job-1', print): print(); input()"
+    code = (
+        "import sys; from jobs.runs import folders, leases; from loray.settings import Settings; leases.BEAT_S = 0.1\n"
+    )
+    code += "with folders.open_runs(Settings.from_env()).latest('arithmetic').locked('job-1', print): print(); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | settings.to_env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.events.messages import decode
-from jobs.runs.folders import leases, open_runs
+from jobs.runs import leases
+from jobs.runs.folders import open_runs
 from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import AdapterVersion, Catalog

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jobs.submission.ledger import RayJob
 from jobs.submission.submission import Submission
 from loray.adapters.manifest import canonical_json, write_manifest
+from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
 from loray.errors import ClusterError, ConflictError
 from loray.settings import Settings
@@ -67,10 +68,10 @@ class FakeJobs:
 
 @dataclass
 class FakePlacements:
-    facts: list[dict[str, Any]] = field(default_factory=list)
+    found: list[AdapterPlacement] = field(default_factory=list)
 
-    async def adapters(self, digests: list[str]) -> list[dict[str, Any]]:
-        return [fact for fact in self.facts if fact["digest"] in digests]
+    async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
+        return [placement for placement in self.found if placement.digest in digests]
 
 
 class Api:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from loray.api.resources import Problem
+from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
 from loray.errors import CatalogError, StoreError
 from tests.catalog.test_catalog import BASE, digest, publish
@@ -100,11 +101,23 @@ def test_what_there_is_not(api: Api) -> None:
 def test_placement(api: Api) -> None:
     publish(api.catalog, "tone", 1, 2)
     assert api.http.get("/adapters/tone/placement").json() == {"name": "tone", "items": []}
-    fact = {"replica": "r1", "node": "n", "name": "other", "version": 9, "nbytes": 401, "num_tokens": 5}
-    api.placements.facts = [
-        fact | {"digest": digest(1), "tier": "host", "uses": 3, "last_used_at": 1.5},
-        fact | {"digest": digest(2), "tier": "pool", "uses": 1, "last_used_at": 2.0, "replica": "r2"},
-        fact | {"digest": digest(3), "tier": "pool", "uses": 1, "last_used_at": 2.0},
+    other = AdapterPlacement(
+        replica="r1",
+        node="n",
+        name="other",
+        version=9,
+        nbytes=401,
+        num_tokens=5,
+        digest=digest(1),
+        tier="host",
+        uses=3,
+        last_used_at=1.5,
+    )
+    pooled = {"tier": "pool", "uses": 1, "last_used_at": 2.0}
+    api.placements.found = [
+        other,
+        other.model_copy(update=pooled | {"digest": digest(2), "replica": "r2"}),
+        other.model_copy(update=pooled | {"digest": digest(3)}),
     ]
     items = api.http.get("/adapters/tone/placement").json()["items"]
     assert [(i["version"], i["tier"], i["uses"], i["replica"]) for i in items] == [

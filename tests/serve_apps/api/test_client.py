@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from loray.client.catalog import CatalogClient
+from loray.client import CatalogClient
 from loray.errors import (
     AdapterNotFound,
     CatalogError,

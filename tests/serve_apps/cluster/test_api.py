@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from jobs.events.messages import decode
-from loray.client.catalog import CatalogClient
+from loray.client import CatalogClient
 from loray.errors import ConflictError, JobNotFound, RevisionConflict
 from loray.spec import TrainSpec
 from tests.cluster import RayCluster, Served

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from tests.cluster import RayCluster, Served, deployed
 from tests.engine.adapters import make_adapter
 
@@ -42,7 +42,7 @@ def test_a_lost_rank_gives_a_new_replica(ray_cluster: RayCluster, served: Served
 
     config = LoraConfig(r=6, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
     make_adapter(served.base, tmp_path / "split", config, seed=7, std=0.3)
-    publish(tmp_path / "split", name="split", base=served.base, store=served.store, catalog=served.catalog)
+    publish(tmp_path / "split", served.base, Destination("split", served.store, served.catalog))
     expected = {model: answer(served.url, model) for model in ("tiny", "split")}
     assert expected["tiny"] != expected["split"]
     with deployed(ray_cluster, served, "parallel", tensor_parallel_size=2) as app:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from tests.cluster import RayCluster, Served, deployed
 from tests.engine.adapters import make_adapter
 
@@ -45,7 +45,7 @@ def models(served: Served, tmp_path_factory: pytest.TempPathFactory) -> list[str
         folder = tmp_path_factory.mktemp("adapter")
         config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
         make_adapter(served.base, folder, config, seed=seed, std=0.3)
-        publish(folder, name=f"r{seed}", base=served.base, store=served.store, catalog=served.catalog)
+        publish(folder, served.base, Destination(f"r{seed}", served.store, served.catalog))
     return [f"r{seed}" for seed in range(NUM_ADAPTERS)]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from loray.api.status import Status
 from loray.client import LorayClient
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from tests.cluster import RayCluster, Served, deployed
 from tests.engine.adapters import make_adapter
 
@@ -46,7 +46,7 @@ def adapters(served: Served, tmp_path_factory: pytest.TempPathFactory) -> list[s
         folder = tmp_path_factory.mktemp("adapter") / name
         config = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj", "down_proj"])
         make_adapter(served.base, folder, config, seed=seed)
-        publish(folder, name=name, base=served.base, store=served.store, catalog=served.catalog)
+        publish(folder, served.base, Destination(name, served.store, served.catalog))
     return names
 
 

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loray.catalog import AdapterVersion
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from tests.cluster import SERVE, RayCluster, Served
 from tests.engine.adapters import make_adapter
 
@@ -42,7 +42,7 @@ def publish_lora(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Ca
         folder = tmp_path_factory.mktemp("adapter") / name
         config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
         make_adapter(served.base, folder, config, seed=seed, std=0.3)
-        return publish(folder, name=name, base=served.base, store=served.store, catalog=served.catalog)
+        return publish(folder, served.base, Destination(name, served.store, served.catalog))
 
     return make
 

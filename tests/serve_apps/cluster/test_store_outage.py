@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.local.s3 import start_local_s3, stop_local_s3
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
@@ -30,7 +30,7 @@ def test_a_request_fails_and_the_next_one_is_served(
     settings = replace(Settings.from_env({"LORAY_HOME": str(tmp_path / "home")}), store=location.url)
     settings.home.mkdir()
     store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
-    publish(peft_folder(base), name="a", base=base, store=store, catalog=catalog)
+    publish(peft_folder(base), base, Destination("a", store, catalog))
     spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20, max_num_seqs=4, num_threads=1)
     stream = start_engine(spec, base, settings)
     body = {"model": "a", "prompt": "hello", "max_tokens": 2}

@@ -10,28 +10,28 @@ from typing import Any, cast
 from fastapi import FastAPI
 from prometheus_client.core import Metric as Family
 
-from loray.api.status import AutoscalingStatus
+from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
 from loray.engine.stream import EngineStream
 from loray.spec import AdapterManifest, Delta, GenerateRequest, ServeSpec
+from serve_apps.gateway.app import create_app
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines
-from serve_apps.gateway.gateway import Gateway, create_app
+from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.prompts import PromptEncoder
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.replica import fitted
+from serve_apps.replica.streams import fitted
 
-STATS: dict[str, Any] = {
-    "replica": "r1",
-    "node": "n",
-    "pid": 1,
-    "uptime_s": 2.0,
-    "num_running": 1,
-    "blocks": {"free": 10, "kv": 2},
-    "adapters_in_pool": ("0" * 64,),
-    "adapters_on_host": (),
-}
+REPLICA = ReplicaStatus(
+    replica="r1",
+    node="n",
+    pid=1,
+    uptime_s=2.0,
+    num_running=1,
+    blocks={"free": 10, "kv": 2},
+    adapters_in_pool=("0" * 64,),
+)
 
 
 def gateway_app(base: BaseModel, catalog_url: str, engines: Engines, **spec: Any) -> FastAPI:
@@ -65,7 +65,7 @@ class ScriptedEngines:
         self.requests: list[GenerateRequest] = []
         self.fits: list[bool] = []
         self.closed: list[str] = []
-        self.replicas: list[dict[str, Any]] = [STATS]
+        self.replicas: list[ReplicaStatus] = [REPLICA]
         self.families: list[list[Family] | None] = []
         self.scaling: AutoscalingStatus | None = None
 
@@ -85,7 +85,7 @@ class ScriptedEngines:
     async def healthy(self) -> bool:
         return bool(self.replicas)
 
-    async def stats(self) -> list[dict[str, Any]]:
+    async def stats(self) -> list[ReplicaStatus]:
         return self.replicas
 
     async def metrics(self) -> list[list[Family] | None]:
@@ -113,8 +113,8 @@ class LocalEngines:
     async def autoscaling(self) -> AutoscalingStatus | None:
         return None
 
-    async def stats(self) -> list[dict[str, Any]]:
-        return [STATS | self.stream.stats().to_dict()]
+    async def stats(self) -> list[ReplicaStatus]:
+        return [ReplicaStatus.model_validate(REPLICA.model_dump() | self.stream.stats().to_dict())]
 
     async def metrics(self) -> list[list[Family] | None]:
         return [self.replica.families(self.stream.stats(), "r1")]

@@ -13,11 +13,12 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from loray.errors import ContextLengthExceeded, EngineError, LorayError, Overloaded, RequestError
+from loray.api.status import ReplicaStatus
+from loray.errors import ContextLengthExceeded, EngineError, LorayError, Overloaded, ReplicaUnavailable, RequestError
 from loray.spec import Delta, GenerateRequest, SamplingParams
+from serve_apps.gateway import engines as generation
 from serve_apps.gateway.engines import ATTEMPTS, ServeEngines, merge
-from serve_apps.gateway.gateway import engines as generation
-from serve_apps.replica.replica import ReplicaUnavailable, _coalesced, merge_deltas
+from serve_apps.replica.streams import _coalesced, merge_deltas
 from tests.serve_apps.gateway.scripted import delta
 
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams())
@@ -236,9 +237,10 @@ def test_merged_deltas_keep_logprobs() -> None:
 
 
 def test_a_silent_replica_takes_nothing_from_what_the_others_say() -> None:
-    handle: Any = Broadcasts([[], TimeoutError(), {"num_running": 1}])
+    status = ReplicaStatus(replica="r1", node="n", pid=1, uptime_s=1.0, num_running=1)
+    handle: Any = Broadcasts([[], TimeoutError(), status])
     assert asyncio.run(ServeEngines(handle).metrics()) == [[], None, None]
-    assert asyncio.run(ServeEngines(handle).stats()) == [{"num_running": 1}]
+    assert asyncio.run(ServeEngines(handle).stats()) == [status]
     assert handle.asked == ["metrics", "stats"]
 
 

@@ -21,8 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.telemetry import ENGINE_METRICS, METRICS, REQUEST_METRICS
-from serve_apps.exposition import CountRequests, GatewayMetrics, encode, merge
+from serve_apps.exposition import encode, merge
 from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.metrics import CountRequests, GatewayMetrics
 from serve_apps.replica.metrics import engine_families
 from tests.engine.harness import make_engine
 from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app, register

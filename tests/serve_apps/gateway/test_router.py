@@ -15,7 +15,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID
 
 from loray.serving.routing_report import make_report
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
-from serve_apps.gateway.gateway import router as module
+from serve_apps.gateway import router as module
 from serve_apps.gateway.router import ROUTER_CLASS, AdapterRouter, decisions, suspect
 
 ENGINE = DeploymentID("engine", "app")

@@ -15,7 +15,7 @@ from loray.catalog import Catalog
 from loray.engine.engine import build_engine
 from loray.engine.stream import EngineStream
 from loray.errors import Overloaded, RequestError
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.serving.demand import Observation
 from loray.settings import Settings
 from loray.spec import AdapterRef, AutoscalingSpec, Delta, GenerateRequest, SamplingParams, ServeSpec
@@ -61,7 +61,7 @@ def refs(
     base, catalog = tiny_base(), Catalog(settings.catalog)
     store = AdapterStore(open_store(settings.store))
     for method in ("lora", "vera"):
-        publish(peft_folder(base, method), name=method, base=base, store=store, catalog=catalog)
+        publish(peft_folder(base, method), base, Destination(method, store, catalog))
     return {method: catalog.resolve(method) for method in ("lora", "vera")}
 
 

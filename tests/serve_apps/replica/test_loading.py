@@ -20,13 +20,13 @@ from loray.engine.memory.blocks import Geometry
 from loray.engine.pool.file import open_packed
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import BaseMismatch, IntegrityError
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import AdapterRef
 from loray.store import AdapterStore, open_store
+from serve_apps.replica import keeping as adapter_keeping
+from serve_apps.replica import loading as adapter_loading
 from serve_apps.replica.loading import AdapterLoader
-from serve_apps.replica.replica import keeping as adapter_keeping
-from serve_apps.replica.replica import loading as adapter_loading
 from tests.store.conftest import damage
 
 
@@ -50,7 +50,7 @@ class World:
         self.base, self.folder = base, folder
         self.settings = Settings.from_env({"LORAY_HOME": str(home)})
         self.store = AdapterStore(open_store(self.settings.store))
-        publish(folder, name="a", base=base, store=self.store, catalog=Catalog(self.settings.catalog))
+        publish(folder, base, Destination("a", self.store, Catalog(self.settings.catalog)))
         self.ref = Catalog(self.settings.catalog).resolve("a")
         config = base.config
         geometry = Geometry(40, config.num_layers, 16, 2 * 16 * config.num_kv_heads * config.head_dim)

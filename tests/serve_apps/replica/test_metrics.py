@@ -14,6 +14,7 @@ import pytest
 from peft import LoraConfig
 from prometheus_client.core import Metric as Family
 
+from loray.api.status import AdapterPlacement
 from loray.bases.registry import BaseModel
 from loray.engine.stats.stats import EngineStats
 from loray.engine.stream import EngineStream
@@ -135,22 +136,22 @@ def test_counts_are_what_was_asked(
         assert of("pool_blocks", "layered") == 32 - of("pool_blocks", "free") - of("pool_blocks", "cached") > 0
         assert of("kv_cache_usage_ratio") == of("num_requests_running") == 0
         replica: Any = SimpleNamespace(_stream=asked.stream)
-        of_a, of_b = sorted(await EngineReplica.adapters(replica), key=lambda place: str(place["name"]))
-        assert time.time() - 120 < of_a["last_used_at"] <= time.time()
-        assert of_a | {"last_used_at": 0} == {
-            "digest": a.ref.digest,
-            "name": "a",
-            "version": 1,
-            "nbytes": a.ref.nbytes,
-            "tier": "pool",
-            "uses": 4,
-            "last_used_at": 0,
-            "num_tokens": 120 + 16,
-            "replica": "r1",
-            "node": socket.gethostname(),
-        }
-        assert (of_b["tier"], of_b["uses"], of_b["num_tokens"]) == ("pool", 2, 90 + 5)
-        assert [p["name"] for p in await EngineReplica.adapters(replica, [b.ref.digest, "0" * 64])] == ["b"]
+        of_a, of_b = sorted(await EngineReplica.adapters(replica), key=lambda found: found.name)
+        assert time.time() - 120 < of_a.last_used_at <= time.time()
+        assert of_a == AdapterPlacement(
+            digest=a.ref.digest,
+            name="a",
+            version=1,
+            nbytes=a.ref.nbytes,
+            tier="pool",
+            uses=4,
+            last_used_at=of_a.last_used_at,
+            num_tokens=120 + 16,
+            replica="r1",
+            node=socket.gethostname(),
+        )
+        assert (of_b.tier, of_b.uses, of_b.num_tokens) == ("pool", 2, 90 + 5)
+        assert [p.name for p in await EngineReplica.adapters(replica, [b.ref.digest, "0" * 64])] == ["b"]
 
     go(asked, test)
 

@@ -15,11 +15,12 @@ from loray.catalog import AdapterVersion, Catalog
 from loray.engine.engine import build_engine
 from loray.engine.stream import EngineStream
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
-from loray.publishing import publish
+from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import AdapterRef, Delta, GenerateRequest, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
-from serve_apps.replica.replica import adapter_loader, fitted, without_expected_tracebacks
+from serve_apps.replica.replica import adapter_loader, without_expected_tracebacks
+from serve_apps.replica.streams import fitted
 from tests.serve_apps.gateway.scripted import delta
 from tests.tiny import byte_tokenizer
 
@@ -31,7 +32,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def published(folder: Path, base: BaseModel, settings: Settings) -> AdapterVersion:
     store = AdapterStore(open_store(settings.store))
-    return publish(folder, name="a", base=base, store=store, catalog=Catalog(settings.catalog))
+    return publish(folder, base, Destination("a", store, Catalog(settings.catalog)))
 
 
 # -- defaults ---------------------------------------------------------------------------------------------------------

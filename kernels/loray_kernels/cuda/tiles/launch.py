@@ -18,9 +18,9 @@ from loray_kernels.cuda.tables import (
     Shrink,
     upload,
 )
-from loray_kernels.cuda.tiles.launch import attention as triton_attention
-from loray_kernels.cuda.tiles.launch import lora as triton_lora
-from loray_kernels.cuda.tiles.launch import rows as triton_rows
+from loray_kernels.cuda.tiles import attention as triton_attention
+from loray_kernels.cuda.tiles import lora as triton_lora
+from loray_kernels.cuda.tiles import rows as triton_rows
 from loray_kernels.ops import KvLayout
 
 # Chosen by what compiles without spilling registers (`compile`), not by time: no GPU has run them yet.

@@ -8,8 +8,7 @@ A field that is not implemented is refused by name, never ignored.
 from __future__ import annotations
 
 from loray.api.openai.fields import Prompt
-from loray.api.openai.formats import ChatFormat, CompletionFormat, Delta, ResponseFormat
-from loray.api.openai.logprobs import TokenLogprob
+from loray.api.openai.formats import ChatFormat, CompletionFormat, ResponseFormat
 from loray.api.openai.requests import (
     ChatCompletionRequest,
     ChatMessage,
@@ -37,7 +36,6 @@ __all__ = [
     "Completion",
     "CompletionFormat",
     "CompletionRequest",
-    "Delta",
     "Error",
     "ErrorBody",
     "Model",
@@ -45,7 +43,6 @@ __all__ = [
     "Prompt",
     "ResponseFormat",
     "StreamOptions",
-    "TokenLogprob",
     "Usage",
     "parse",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from loray.api.openai.logprobs import TokenLogprob, by_token_id, chat_logprobs, completion_logprobs
+from loray.api.openai.logprobs import by_token_id, chat_logprobs, completion_logprobs
 from loray.api.openai.responses import (
     AssistantMessage,
     ChatChoice,
@@ -19,28 +19,9 @@ from loray.api.openai.responses import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
-    FinishReason,
     Usage,
 )
-
-
-class Delta(Protocol):
-    """What the engine adds to a request at a time; counts are totals so far."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def logprobs(self) -> Sequence[TokenLogprob] | None: ...
-    @property
-    def finish_reason(self) -> FinishReason | None: ...
-    @property
-    def num_prompt_tokens(self) -> int: ...
-    @property
-    def num_output_tokens(self) -> int: ...
-    @property
-    def num_cached_tokens(self) -> int: ...
-    @property
-    def prompt_logprobs(self) -> Sequence[TokenLogprob] | None: ...
+from loray.spec import Delta, FinishReason, TokenLogprob
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 from loray.api.openai.responses import (
     ChatLogprobs,
@@ -13,23 +12,9 @@ from loray.api.openai.responses import (
     PromptLogprob,
     TopLogprob,
 )
+from loray.spec import TokenLogprob
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
-
-
-class TokenLogprob(Protocol):
-    """`top`: (token id, text, logprob), best first. The first token of a prompt has no logprob."""
-
-    @property
-    def token_id(self) -> int: ...
-    @property
-    def token(self) -> str: ...
-    @property
-    def logprob(self) -> float | None: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def top(self) -> tuple[tuple[int, str, float], ...]: ...
 
 
 def completion_logprobs(tokens: Sequence[TokenLogprob], offsets: list[int]) -> CompletionLogprobs:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FinishReason = Literal["stop", "length"]
+from loray.spec import FinishReason
 
 
 class _Response(BaseModel):

@@ -44,6 +44,11 @@ class Geometry:
     def block_size(self) -> int:
         return self.num_layers * self.layer_share
 
+    @property
+    def num_tokens(self) -> int:
+        """Whose K and V the pool holds where nothing else is in it."""
+        return self.num_blocks * self.block_tokens
+
     def blocks_for_tokens(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
 

@@ -18,9 +18,9 @@ from loray.adapters.weights import ProjectionPair
 from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.memory.compaction import close_gaps
+from loray.engine.memory.limits import pool_geometry
 from loray.engine.memory.rows import AdapterShape, Matrix, Part, RowTable, place
 from loray.engine.pool.packed import PackedAdapter, row_order
-from loray.errors import SpecError
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import KvLayout, PageWriter, PairMatrix, Piece, RowTables
 from loray_kernels.memory import huge_pages
@@ -65,13 +65,7 @@ class ResidentPair:
 def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
     """Layout of a block, and how many blocks `pool_bytes` holds. SpecError where that is no room for one sequence."""
     layout = KvLayout(config.num_layers, spec.block_tokens, config.num_kv_heads, config.head_dim)
-    block_bytes = layout.num_layers * layout.layer_share * getattr(torch, spec.dtype).itemsize
-    num_blocks = spec.pool_bytes // block_bytes
-    if num_blocks < 2:
-        raise SpecError(
-            f"pool_bytes={spec.pool_bytes} holds {num_blocks} blocks of {block_bytes} bytes; give at least 2"
-        )
-    return layout, num_blocks
+    return layout, pool_geometry(spec, config).num_blocks
 
 
 class Pool:

@@ -25,7 +25,7 @@ class Tier(Enum):
     FAILED = "failed"
 
 
-class AdapterPlace(NamedTuple):
+class Placement(NamedTuple):
     """Where an adapter is and how it has been used. `tier` None: not here (any more). `last_used_at`: epoch seconds."""
 
     ref: AdapterRef
@@ -108,15 +108,15 @@ class AdapterTable(Generic[P, R]):
             tiers[entry.tier].append(entry.ref)
         return tiers
 
-    def places(self, digests: Collection[str] | None = None) -> list[AdapterPlace]:
+    def placements(self, digests: Collection[str] | None = None) -> list[Placement]:
         """Of these adapters, or of all that are known; an adapter that was never asked for is left out."""
         known = self.usage.all() if digests is None else filter(None, map(self.usage.get, digests))
-        places = []
+        found = []
         for usage in known:
             entry = self.entries.get(usage.ref.digest)
             tier = None if entry is None or entry.tier is Tier.FAILED else entry.tier
-            places.append(AdapterPlace(usage.ref, tier, usage.num_uses, usage.last_used_at, usage.num_tokens))
-        return places
+            found.append(Placement(usage.ref, tier, usage.num_uses, usage.last_used_at, usage.num_tokens))
+        return found
 
     @property
     def host_used(self) -> int:

@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from loray.train.attention.runs import Run, split_runs
-from loray.train.attention.shifted import cpu, sdpa, varlen
-
-__all__ = ["Run", "attend_runs", "select", "split_runs"]
+from loray.train.attention import cpu, sdpa, varlen
+from loray.train.attention.runs import Run
 
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[Run], float | None], Tensor]
 

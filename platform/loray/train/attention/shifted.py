@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from loray.train.attention.cuts import Cuts, Segments, compute_cuts
-from loray.train.attention.segments import attend_runs, split_runs
+from loray.train.attention.runs import split_runs
+from loray.train.attention.segments import attend_runs
 
 
 def s2_attention(

@@ -1,0 +1,82 @@
+"""HTTP as both typed clients speak it: one connection, answers checked against their schema, errors raised again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from loray.errors import EngineError, LorayError
+
+R = TypeVar("R", bound=BaseModel)
+
+
+class HttpClient:
+    """The connection of a typed client; closed at the end of a `with` block. `timeout` None: the class's own."""
+
+    _prefix = ""
+    _timeout = httpx.Timeout(600.0, connect=5.0)
+    _failure: type[LorayError] = EngineError  # where the server fails or does not answer
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout: httpx.Timeout | float | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/") + self._prefix
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        timeout = self._timeout if timeout is None else timeout
+        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _ask(self, schema: type[R], method: str, path: str, **options: Any) -> R:
+        return self._read(schema, self._request(method, path, **options).content)
+
+    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as e:
+            raise self._unreachable(e) from e
+        if not response.is_success:
+            raise self._error_of(response)
+        return response
+
+    @contextmanager
+    def _streamed(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+        """The response as it comes. Closing the block ends the request."""
+        try:
+            with self._http.stream(method, path, **options) as response:
+                if not response.is_success:
+                    response.read()
+                    raise self._error_of(response)
+                yield response
+        except httpx.HTTPError as e:
+            raise self._unreachable(e) from e
+
+    def _read(self, schema: type[R], data: str | bytes) -> R:
+        try:
+            return schema.model_validate_json(data)
+        except ValidationError as e:
+            raise self._failure(f"the server's answer is not a {schema.__name__}: {data[:200]!r}") from e
+
+    def _unreachable(self, error: httpx.HTTPError) -> LorayError:
+        reason = str(error) or type(error).__name__
+        return self._failure(f"no answer from {self.base_url} ({reason}); `loray status` says what is being served")
+
+    def _error_of(self, response: httpx.Response) -> LorayError:
+        """What the server raised, from its answer."""
+        raise NotImplementedError

@@ -1,0 +1,49 @@
+"""How a pool is cut into blocks, and how long a request may be in it. The gateway asks before it sends a request."""
+
+from __future__ import annotations
+
+from loray.bases.config import ModelConfig
+from loray.engine.memory.blocks import Geometry
+from loray.errors import ContextLengthExceeded, SpecError
+from loray.spec import DTYPE_BYTES, ServeSpec
+
+
+def pool_geometry(spec: ServeSpec, config: ModelConfig) -> Geometry:
+    """Of `pool_bytes` on that model: a block holds K and V of `block_tokens` tokens for each layer.
+
+    SpecError where that is no room for one sequence.
+    """
+    layer_share = 2 * spec.block_tokens * config.num_kv_heads * config.head_dim
+    block_bytes = config.num_layers * layer_share * DTYPE_BYTES[spec.dtype]
+    num_blocks = spec.pool_bytes // block_bytes
+    if num_blocks < 2:
+        raise SpecError(
+            f"pool_bytes={spec.pool_bytes} holds {num_blocks} blocks of {block_bytes} bytes; give at least 2"
+        )
+    return Geometry(num_blocks, config.num_layers, spec.block_tokens, layer_share)
+
+
+def max_model_len(spec: ServeSpec, context_length: int, pool_tokens: int) -> int:
+    """Tokens of prompt and answer that a request may have: the model's, the spec's and the pool's limit."""
+    limits = [context_length, pool_tokens]
+    if spec.max_model_len is not None:
+        limits.append(spec.max_model_len)
+    return min(limits)
+
+
+def check_length(limit: int, num_prompt_tokens: int, max_tokens: int, *, param: str) -> None:
+    """ContextLengthExceeded, at fault `param`, where prompt and answer are longer than `limit` tokens together."""
+    left = limit - num_prompt_tokens
+    if left < min(max_tokens, 1):
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {limit} tokens, but the prompt has {num_prompt_tokens}; "
+            "shorten it, and leave room for the answer",
+            param,
+        )
+    if max_tokens > left:
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {limit} tokens, but {num_prompt_tokens + max_tokens} were asked "
+            f"for ({num_prompt_tokens} in the prompt, {max_tokens} to generate); shorten the prompt, or generate at "
+            f"most {left}",
+            param,
+        )

@@ -1,0 +1,87 @@
+"""The gateway's ASGI application: its routes, and bodies read as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from loray import __version__
+from loray.api.openai import ChatCompletionRequest, CompletionRequest
+from loray.api.status import Status
+from loray.errors import RequestError
+from serve_apps.gateway import errors
+from serve_apps.gateway.gateway import Gateway
+from serve_apps.gateway.metrics import CountRequests
+from serve_apps.gateway.openapi import describe_bodies
+
+_TENANT_HEADER = "x-tenant-id"  # for a proxy that knows who is calling; it overrides what the body says
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """The ASGI application; it follows the catalog while it runs."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await gateway.directory.refresh()
+        watcher = asyncio.create_task(gateway.directory.watch())
+        yield
+        watcher.cancel()
+        gateway.directory.close()
+
+    app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
+    errors.install(app)
+    app.add_middleware(CountRequests, metrics=gateway.counted)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await gateway.completions(await _json(request), request.headers.get(_TENANT_HEADER))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await gateway.chat_completions(await _json(request), request.headers.get(_TENANT_HEADER))
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return Response(gateway.directory.models(gateway.limit).to_json(), media_type="application/json")
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        card = await gateway.directory.model(model, gateway.limit)
+        return Response(card.to_json(), media_type="application/json")
+
+    @app.get("/health")
+    async def health() -> Response:
+        return await gateway.health()
+
+    @app.get("/status")
+    async def status() -> Status:
+        return await gateway.status()
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return await gateway.metrics(request.headers.get("accept", ""))
+
+    describe_bodies(app, {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest})
+    return app
+
+
+async def _json(request: Request) -> Any:
+    raw = await request.body()
+    try:
+        text = raw.decode(json.detect_encoding(raw))
+        body = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no text
+            json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as e:
+        raise RequestError(f"the request body is not valid JSON: {e}") from e
+    return body
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

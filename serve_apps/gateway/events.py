@@ -1,0 +1,66 @@
+"""Server-sent events: deltas as chunks, and the streams behind them closed with the connection."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from loray.api.openai.formats import Choice, ResponseFormat, usage_of
+from loray.api.openai.requests import GenerationRequest
+from serve_apps.gateway import errors
+from serve_apps.gateway.engines import Part
+
+_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class EventStream(StreamingResponse):
+    """Closes the engine's streams when the client goes away, at once and not when the garbage collector finds them."""
+
+    def __init__(self, events: AsyncGenerator[str, None], parts: AsyncGenerator[Part, None], **options: Any) -> None:
+        super().__init__(events, media_type="text/event-stream", **options)
+        self._events, self._parts = events, parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._parts.aclose()
+
+
+async def _events(
+    first: Part,
+    parts: AsyncGenerator[Part, None],
+    choices: Sequence[Choice],
+    answer: ResponseFormat,
+    request: GenerationRequest,
+) -> AsyncGenerator[str, None]:
+    """Server-sent events. A failure after the first delta is an event, as the status has long been sent."""
+    opened: set[int] = set()
+    try:
+        async for index, delta in _chain(first, parts):
+            choices[index].count(delta)
+            if index not in opened and (opening := answer.opening(index)):
+                yield _event(opening.to_json())
+            opened.add(index)
+            if delta.text or delta.finish_reason or delta.logprobs:
+                yield _event(answer.chunk(index, delta).to_json())
+    except Exception as e:  # noqa: BLE001 - failure_of logs what nobody foresaw; the stream must end with a reason
+        yield _event(errors.failure_of(e).body)
+        return
+    if request.include_usage:
+        yield _event(answer.usage_chunk(usage_of(choices, request.n)).to_json())
+    yield _event("[DONE]")
+
+
+async def _chain(first: Part, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
+    yield first
+    async for part in rest:
+        yield part
+
+
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"

@@ -1,0 +1,92 @@
+"""A request's deltas on their way out of the replica: fitted to the pool, and joined where the reader is slower."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from loray.errors import ContextLengthExceeded
+
+if TYPE_CHECKING:
+    from loray.engine.stream import EngineStream
+    from loray.spec import Delta, GenerateRequest
+
+
+def _generate(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    return cast("AsyncGenerator[Delta, None]", stream.generate(request))
+
+
+async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    """As `generate`, with max_tokens lowered to the engine's limit for this adapter.
+
+    Until an adapter has been loaded the engine estimates its share of the pool; a request that turns out too long
+    then is sent once more, with the limit that is known by then.
+    """
+    estimated = _fit(stream, request)
+    started = False
+    try:
+        async with aclosing(_generate(stream, estimated)) as deltas:
+            async for delta in deltas:
+                started = True
+                yield delta
+        return
+    except ContextLengthExceeded:
+        exact = _fit(stream, request)
+        if started or exact.params.max_tokens >= estimated.params.max_tokens:
+            raise
+    async with aclosing(_generate(stream, exact)) as deltas:
+        async for delta in deltas:
+            yield delta
+
+
+def _fit(stream: EngineStream, request: GenerateRequest) -> GenerateRequest:
+    """With max_tokens lowered as far as 1; where even that is too much, it is the engine that says so."""
+    left = max(stream.max_model_len(request.adapter) - len(request.prompt_ids), 1)
+    if request.params.max_tokens <= left:
+        return request
+    return replace(request, params=request.params.model_copy(update={"max_tokens": left}))
+
+
+async def _coalesced(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+    """The same stream in fewer pieces when the reader is slower than the engine."""
+    ready: list[Delta] = []
+    bell = asyncio.Event()
+
+    async def pump() -> None:
+        try:
+            async with aclosing(deltas) as stream:
+                async for delta in stream:
+                    ready.append(delta)
+                    bell.set()
+        finally:
+            bell.set()
+
+    task = asyncio.create_task(pump())
+    try:
+        while not task.done() or ready:
+            await bell.wait()
+            bell.clear()
+            if ready:
+                batch, ready[:] = ready[:], []
+                yield merge_deltas(batch)
+        await task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def merge_deltas(deltas: list[Delta]) -> Delta:
+    """Consecutive deltas of one request as one."""
+    last = deltas[-1]
+    if len(deltas) == 1:
+        return last
+    logprobs = None if last.logprobs is None else tuple(lp for d in deltas for lp in d.logprobs or ())
+    return last._replace(
+        text="".join(d.text for d in deltas),
+        token_ids=tuple(t for d in deltas for t in d.token_ids),
+        logprobs=logprobs,
+        prompt_logprobs=deltas[0].prompt_logprobs,
+    )
