@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -19,12 +18,15 @@ from rich.console import Console
 from jobs.events.messages import describe
 from jobs.events.terminal import RunView
 from jobs.submission import submission
-from loray.errors import LorayError
+from loray.errors import ClusterError, LorayError
 from loray.locations import is_this_machine
 from loray.recipes.load import Recipe, load_recipe
 from loray.settings import Settings
 from loray.store import open_store
 from loray.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from jobs.submission.server import RayJobServer
 
 log = get_logger(__name__)
 
@@ -43,24 +45,26 @@ def train(recipe: str, address: str | None, resume: bool, as_json: bool) -> None
     settings = Settings.from_env()
     loaded = load_recipe(recipe)
     address = address or settings.address
-    client, job = _submit(loaded, settings, address, resume, console)
+    server, job = _submit(loaded, settings, address, resume, console)
     view = RunView(console)
     try:
         with view:
-            asyncio.run(_follow(client, job, view.feed))
+            asyncio.run(_follow(server, job, view.feed))
     except KeyboardInterrupt:
-        console.print(_how_to_go_on(recipe, client.get_address(), job), highlight=False, soft_wrap=True)
+        console.print(_how_to_go_on(recipe, server.address, job), highlight=False, soft_wrap=True)
         sys.exit(130)
     if view.published is None:
-        _fail(view, client, job, console)
+        _fail(view, server, job, console)
     elif as_json:
         click.echo(json.dumps(view.published | {"job_id": job}, indent=2))
     else:
         console.print(describe(view.published), style="green", highlight=False, soft_wrap=True)
 
 
-def _submit(recipe: Recipe, settings: Settings, address: str | None, resume: bool, console: Console) -> tuple[Any, str]:
-    """(client, job id). Starts the local cluster where no address is given."""
+def _submit(
+    recipe: Recipe, settings: Settings, address: str | None, resume: bool, console: Console
+) -> tuple[RayJobServer, str]:
+    """(server, job id). Starts the local cluster where no address is given."""
     with tempfile.TemporaryDirectory() as stage:
         if address is not None and not is_this_machine(address):
             job = submission.remote(recipe, settings, address=address, resume=resume, stage=Path(stage))
@@ -71,42 +75,42 @@ def _submit(recipe: Recipe, settings: Settings, address: str | None, resume: boo
             from loray.local.cluster import ensure_started
 
             address = ensure_started(settings).address
-        client = _connect(address)
-        job_id = client.submit_job(**job._asdict())
+        server = _connect(address)
+        job_id = server.submit(job)
     console.print(f"training {recipe.spec.name} as job {job_id}", highlight=False)
-    return client, job_id
+    return server, job_id
 
 
-def _connect(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient  # late: importing Ray takes longer than the rest of the command
+def _connect(address: str) -> RayJobServer:
+    from jobs.submission.server import RayJobServer  # late: importing Ray takes longer than the rest of the command
 
+    server = RayJobServer(lambda: address if "://" in address else f"http://{address}")
     try:
-        client = JobSubmissionClient(address if "://" in address else f"http://{address}")
-    except ConnectionError as e:
+        log.debug("Ray's job server is %s", server.address)
+    except ClusterError as e:
         raise LorayError(f"no Ray job server answers at {address}; start the cluster, or give another --address") from e
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it announces every closed socket
-    return client
+    return server
 
 
-async def _follow(client: Any, job: str, feed: Callable[[str], None]) -> None:
+async def _follow(server: RayJobServer, job: str, feed: Callable[[str], None]) -> None:
     """Every line of the job's log, once, until the job ends. A lost connection is taken up again."""
     seen, failures = 0, 0
     while failures < _RECONNECTIONS:
         at, partial = 0, ""
         failures += 1
         try:
-            async for chunk in client.tail_job_logs(job):
+            async for chunk in server.follow(job):
                 *lines, partial = (partial + chunk).split("\n")
                 for line in lines:
                     at += 1
                     if at > seen:
                         feed(line)
                         seen, failures = at, 0
-            if client.get_job_status(job).is_terminal():
+            if (known := server.find(job)) is not None and known.has_ended:
                 if partial:
                     feed(partial)
                 return
-        except (RuntimeError, OSError) as e:
+        except (ClusterError, RuntimeError, OSError) as e:
             log.debug("connection to the job server lost: %s", e)
         await asyncio.sleep(_RECONNECT_S)
     raise LorayError(f"lost the connection to the job server; job {job} may still be running: ray job status {job}")
@@ -123,11 +127,13 @@ def _how_to_go_on(recipe: str, address: str, job: str) -> str:
     )
 
 
-def _fail(view: RunView, client: Any, job: str, console: Console) -> None:
+def _fail(view: RunView, server: RayJobServer, job: str, console: Console) -> None:
     if view.error is not None:
         console.print(describe(view.error), style="red", highlight=False, markup=False, soft_wrap=True)
     else:
         for line in view.log:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"error: job {job} ended as {client.get_job_status(job).value} without a result", style="red")
+        known = server.find(job)
+        ended = "and Ray has forgotten how" if known is None else f"as {known.status}"
+        console.print(f"error: job {job} ended {ended} without a result", style="red")
     sys.exit(1)

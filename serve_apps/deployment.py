@@ -149,9 +149,9 @@ class ServeApi:
 
     def has_running_jobs(self) -> bool:
         """Training, for instance: a cluster that works for somebody is not to be stopped."""
-        from ray.job_submission import JobSubmissionClient
+        from jobs.submission.server import RayJobServer
 
-        return any(not job.status.is_terminal() for job in JobSubmissionClient(self.dashboard).list_jobs())
+        return RayJobServer(lambda: self.dashboard).has_running_jobs()
 
     def _details(self) -> dict[str, Any]:
         try:

@@ -66,7 +66,7 @@ def counter(name: str, values: Mapping[Labels, float]) -> Family:
     return family
 
 
-def _histogram(name: str, values: Mapping[Labels, HistogramCounts]) -> Family:
+def histogram(name: str, values: Mapping[Labels, HistogramCounts]) -> Family:
     family = HistogramMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
     for labels, counts in values.items():
         bounds = [*map(floatToGoString, counts.bounds), "+Inf"]

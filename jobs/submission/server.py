@@ -1,4 +1,4 @@
-"""The job server of the Ray cluster that this process runs on."""
+"""Ray's job server, of this process's cluster or of another one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.job_submission import JobSubmissionClient
 
-from jobs.submission.ledger import RayJob
 from jobs.submission.submission import Submission
+from jobs.submission.tracker import RayJob
 from loray.errors import ClusterError, ConflictError
 
 
@@ -22,9 +22,15 @@ class RayJobServer:
     def __init__(self, address: Callable[[], str] = lambda: str(ray.get_runtime_context().gcs_address)) -> None:
         self._address = address
 
-    def submit(self, job_id: str, job: Submission) -> None:
+    @property
+    def address(self) -> str:
+        """Of the dashboard that was found. ClusterError where none answers."""
         with _clear_errors():
-            self._client.submit_job(submission_id=job_id, **job._asdict())
+            return str(self._client.get_address())
+
+    def submit(self, job: Submission, job_id: str | None = None) -> str:
+        with _clear_errors():
+            return str(self._client.submit_job(submission_id=job_id, **job._asdict()))
 
     def find(self, job_id: str) -> RayJob | None:
         try:
@@ -33,6 +39,10 @@ class RayJobServer:
         except _NoSuchJob:
             return None
         return RayJob(info.status.value, info.message or "")
+
+    def has_running_jobs(self) -> bool:
+        with _clear_errors():
+            return any(not job.status.is_terminal() for job in self._client.list_jobs())
 
     def stop(self, job_id: str) -> None:
         with _clear_errors():

@@ -22,7 +22,7 @@ from serve_apps.api.routes import adapters as adapter_routes
 from serve_apps.api.routes import aliases as alias_routes
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.api.routes import recommend as recommend_routes
-from serve_apps.api.site import Site
+from serve_apps.api.services import Services
 from serve_apps.deployment import APPLICATION, ENGINE
 
 API = "api"
@@ -52,16 +52,16 @@ def _app() -> FastAPI:
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
-    return create_app(Site(settings, RayJobServer(), ServePlacements(ENGINE, APPLICATION)))
+    return create_app(Services(settings, RayJobServer(), ServePlacements(ENGINE, APPLICATION)))
 
 
-def create_app(site: Site) -> FastAPI:
+def create_app(services: Services) -> FastAPI:
     """The ASGI application, whose paths start behind the route prefix /api/v1."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        site.close()
+        services.close()
 
     app = FastAPI(
         title="loray catalog",
@@ -72,7 +72,7 @@ def create_app(site: Site) -> FastAPI:
     )
     problems.install(app)
     for routes in (adapter_routes, alias_routes, job_routes, recommend_routes):
-        app.include_router(routes.create_router(site))
+        app.include_router(routes.create_router(services))
     _describe(app)
     return app
 

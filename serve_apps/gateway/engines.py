@@ -155,20 +155,20 @@ async def _accepted(response: DeploymentResponseGenerator[Any]) -> None:
         raise EngineError("no replica takes requests; `loray status` says why") from e
 
 
-class Part(NamedTuple):
+class ChoiceDelta(NamedTuple):
     choice: int
     delta: Delta
 
 
-async def merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Part, None]:
+async def merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
     """All streams' deltas as they come. The first failure is raised; it, and closing, close every stream."""
-    queue: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
 
     async def pump(choice: int, stream: AsyncGenerator[Delta, None]) -> None:
         try:
             async with aclosing(stream) as deltas:
                 async for delta in deltas:
-                    queue.put_nowait(Part(choice, delta))
+                    queue.put_nowait(ChoiceDelta(choice, delta))
         except Exception as e:  # noqa: BLE001 - raised again by the reader
             queue.put_nowait(e)
         else:
@@ -181,8 +181,8 @@ async def merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerato
             match await queue.get():
                 case None:
                     num_open -= 1
-                case Part() as part:
-                    yield part
+                case ChoiceDelta() as delta:
+                    yield delta
                 case error:
                     raise error
     finally:

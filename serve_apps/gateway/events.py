@@ -11,29 +11,31 @@ from starlette.types import Receive, Scope, Send
 from loray.api.openai.formats import Choice, ResponseFormat, usage_of
 from loray.api.openai.requests import GenerationRequest
 from serve_apps.gateway import errors
-from serve_apps.gateway.engines import Part
+from serve_apps.gateway.engines import ChoiceDelta
 
-_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream(StreamingResponse):
     """Closes the engine's streams when the client goes away, at once and not when the garbage collector finds them."""
 
-    def __init__(self, events: AsyncGenerator[str, None], parts: AsyncGenerator[Part, None], **options: Any) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str, None], deltas: AsyncGenerator[ChoiceDelta, None], **options: Any
+    ) -> None:
         super().__init__(events, media_type="text/event-stream", **options)
-        self._events, self._parts = events, parts
+        self._events, self._deltas = events, deltas
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
-            await self._parts.aclose()
+            await self._deltas.aclose()
 
 
-async def _events(
-    first: Part,
-    parts: AsyncGenerator[Part, None],
+async def stream_events(
+    first: ChoiceDelta,
+    deltas: AsyncGenerator[ChoiceDelta, None],
     choices: Sequence[Choice],
     answer: ResponseFormat,
     request: GenerationRequest,
@@ -41,7 +43,7 @@ async def _events(
     """Server-sent events. A failure after the first delta is an event, as the status has long been sent."""
     opened: set[int] = set()
     try:
-        async for index, delta in _chain(first, parts):
+        async for index, delta in _chain(first, deltas):
             choices[index].count(delta)
             if index not in opened and (opening := answer.opening(index)):
                 yield _event(opening.to_json())
@@ -56,10 +58,10 @@ async def _events(
     yield _event("[DONE]")
 
 
-async def _chain(first: Part, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
+async def _chain(first: ChoiceDelta, rest: AsyncGenerator[ChoiceDelta, None]) -> AsyncGenerator[ChoiceDelta, None]:
     yield first
-    async for part in rest:
-        yield part
+    async for delta in rest:
+        yield delta
 
 
 def _event(data: str) -> str:

@@ -22,7 +22,7 @@ from serve_apps.exposition import encode
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.echo import echoed
 from serve_apps.gateway.engines import Engines, merge
-from serve_apps.gateway.events import _SSE_HEADERS, EventStream, _events
+from serve_apps.gateway.events import SSE_HEADERS, EventStream, stream_events
 from serve_apps.gateway.metrics import GatewayMetrics
 from serve_apps.gateway.prompts import PromptEncoder
 
@@ -88,19 +88,19 @@ class Gateway:
         if isinstance(request, CompletionRequest) and request.echo:
             echoes = [partial(self._prompts.echo, prompt) for prompt in request.prompt for _ in range(request.n)]
             streams = [echoed(stream, echo, request) for stream, echo in zip(streams, echoes, strict=True)]
-        parts = merge(streams)
+        deltas = merge(streams)
         headers = {"X-Request-Id": answer.id}
         choices = [Choice() for _ in jobs]
         if request.stream:
             try:
-                first = await anext(parts)  # before the status is sent: what goes wrong until here still has its own
+                first = await anext(deltas)  # before the status is sent: what goes wrong until here still has its own
             except BaseException:
-                await parts.aclose()
+                await deltas.aclose()
                 raise
-            events = _events(first, parts, choices, answer, request)
-            return EventStream(events, parts, headers=headers | _SSE_HEADERS)
-        async with aclosing(parts):
-            async for index, delta in parts:
+            events = stream_events(first, deltas, choices, answer, request)
+            return EventStream(events, deltas, headers=headers | SSE_HEADERS)
+        async with aclosing(deltas):
+            async for index, delta in deltas:
                 choices[index].add(delta)
         body = answer.whole(choices, usage_of(choices, request.n))
         return Response(body.to_json(), media_type="application/json", headers=headers)

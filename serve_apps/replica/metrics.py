@@ -12,7 +12,7 @@ from prometheus_client.core import Metric as Family
 
 from loray.errors import LorayError
 from loray.telemetry import METRICS
-from serve_apps.exposition import _histogram, counter, gauge
+from serve_apps.exposition import counter, gauge, histogram
 
 if TYPE_CHECKING:
     from loray.engine.stats.stats import EngineStats
@@ -114,13 +114,11 @@ def engine_families(stats: EngineStats) -> Iterator[Family]:
     yield counter("adapter_load_failures_total", {(): stats.num_failed_loads})
     yield counter("adapter_loaded_bytes_total", {(): stats.num_loaded_bytes})
     yield counter("adapter_evictions_total", {("pool",): stats.num_evictions, ("host",): stats.num_host_evictions})
-    yield _histogram("engine_step_seconds", {(): stats.step_seconds})
-    yield _histogram("engine_step_tokens", {(): stats.step_tokens})
-    yield _histogram("engine_step_adapters", {(): stats.step_adapters})
-    yield _histogram("adapter_load_seconds", {(): stats.load_seconds})
-    yield _histogram(
-        "request_queue_time_seconds", {(method,): counts for method, counts in stats.queue_seconds.items()}
-    )
+    yield histogram("engine_step_seconds", {(): stats.step_seconds})
+    yield histogram("engine_step_tokens", {(): stats.step_tokens})
+    yield histogram("engine_step_adapters", {(): stats.step_adapters})
+    yield histogram("adapter_load_seconds", {(): stats.load_seconds})
+    yield histogram("request_queue_time_seconds", {(method,): counts for method, counts in stats.queue_seconds.items()})
 
 
 def _labelled(family: Family, replica: str) -> Family:

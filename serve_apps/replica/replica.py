@@ -32,7 +32,7 @@ from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.streams import _coalesced, _generate, fitted
+from serve_apps.replica.streams import coalesced, fitted, generate
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
@@ -71,12 +71,12 @@ class EngineReplica:
             self._stream.check_health()
         except EngineError as e:
             raise ReplicaUnavailable(str(e), _replica_id()) from e
-        deltas = fitted(self._stream, request) if fit else _generate(self._stream, request)
+        deltas = fitted(self._stream, request) if fit else generate(self._stream, request)
         deltas = self._metrics.observed(request, deltas)
         if self._demand:
             deltas = self._demand.observed(request, deltas)
-        async with aclosing(_coalesced(deltas)) as coalesced:
-            async for delta in coalesced:
+        async with aclosing(coalesced(deltas)) as pieces:
+            async for delta in pieces:
                 yield delta
 
     def stats(self) -> ReplicaStatus:

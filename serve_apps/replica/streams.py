@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loray.spec import Delta, GenerateRequest
 
 
-def _generate(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+def generate(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
     return cast("AsyncGenerator[Delta, None]", stream.generate(request))
 
 
@@ -28,7 +28,7 @@ async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerat
     estimated = _fit(stream, request)
     started = False
     try:
-        async with aclosing(_generate(stream, estimated)) as deltas:
+        async with aclosing(generate(stream, estimated)) as deltas:
             async for delta in deltas:
                 started = True
                 yield delta
@@ -37,7 +37,7 @@ async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerat
         exact = _fit(stream, request)
         if started or exact.params.max_tokens >= estimated.params.max_tokens:
             raise
-    async with aclosing(_generate(stream, exact)) as deltas:
+    async with aclosing(generate(stream, exact)) as deltas:
         async for delta in deltas:
             yield delta
 
@@ -50,7 +50,7 @@ def _fit(stream: EngineStream, request: GenerateRequest) -> GenerateRequest:
     return replace(request, params=request.params.model_copy(update={"max_tokens": left}))
 
 
-async def _coalesced(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+async def coalesced(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
     """The same stream in fewer pieces when the reader is slower than the engine."""
     ready: list[Delta] = []
     bell = asyncio.Event()

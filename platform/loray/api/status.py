@@ -58,10 +58,11 @@ class ReplicaStatus(EngineStatus):
 
 
 class AdapterPlacement(_Status):
-    """An adapter in one replica. `tier` none: it was there, and is not any more. `last_used_at`: epoch seconds.
+    """An adapter in one replica. `tier`: pool, host, loading, or none where it is not there any more.
 
-    nbytes      as published
-    num_tokens  of prompt and answer, of the requests that have ended
+    nbytes        as published
+    last_used_at  seconds since the epoch
+    num_tokens    of prompt and answer, of the requests that have ended
     """
 
     replica: str
@@ -70,7 +71,7 @@ class AdapterPlacement(_Status):
     name: str
     version: int
     nbytes: int
-    tier: Literal["pool", "host", "loading", "none"]
+    tier: str
     uses: int
     last_used_at: float
     num_tokens: int

@@ -11,7 +11,7 @@ import click
 
 from loray.bases.registry import base_with, get_base
 from loray.catalog import DEFAULT_ALIAS, AdapterVersion, Catalog, split_model
-from loray.cli import facts
+from loray.cli import describe
 from loray.cli.base import report
 from loray.cli.output import console, emit, json_option, progress_bar, table
 from loray.errors import IntegrityError, NotFoundError
@@ -22,19 +22,19 @@ from loray.spec import format_size
 from loray.store import AdapterStore, open_store
 
 
-class Site(NamedTuple):
+class Services(NamedTuple):
     settings: Settings
     store: AdapterStore
     catalog: Catalog
 
 
 @contextmanager
-def open_site() -> Iterator[Site]:
+def open_services() -> Iterator[Services]:
     """The store and the catalog that the environment names."""
     settings = Settings.from_env()
     catalog = Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance)
     try:
-        yield Site(settings, AdapterStore(open_store(settings.store)), catalog)
+        yield Services(settings, AdapterStore(open_store(settings.store)), catalog)
     finally:
         catalog.close()
 
@@ -77,13 +77,13 @@ def import_(
 
     Checked first: format, options, shapes against the base, file hashes. Only safetensors are read.
     """
-    with open_site() as site:
-        home = site.settings.home
+    with open_services() as services:
+        home = services.settings.home
         base = get_base(home, base_name) if base_name else base_of(folder, home)
         published = import_folder(
             folder,
             base,
-            Destination(name, site.store, site.catalog, aliases=aliases, version=version, no_gate=no_gate),
+            Destination(name, services.store, services.catalog, aliases=aliases, version=version, no_gate=no_gate),
             licence=licence,
             description=description,
         )
@@ -94,12 +94,12 @@ def import_(
 @json_option
 def ls(as_json: bool) -> None:
     """List all adapters."""
-    with open_site() as site:
-        snapshot = site.catalog.snapshot()
+    with open_services() as services:
+        snapshot = services.catalog.snapshot()
     entries = snapshot.models()
     bases = {fingerprint: name for name, fingerprint in snapshot.bases.items()}
     if as_json:
-        emit([facts.entry_facts(entry, bases) for entry in entries])
+        emit([describe.entry_json(entry, bases) for entry in entries])
     elif not entries:
         click.echo("no adapters yet; publish one with `loray train` or `loray adapters import`")
     else:
@@ -109,7 +109,7 @@ def ls(as_json: bool) -> None:
                 entry.name,
                 f"@{entry.default.version}",
                 entry.default.method,
-                facts.base_name(entry.default, bases),
+                describe.base_name(entry.default, bases),
                 entry.default.context_length,
                 format_size(entry.default.nbytes),
                 " ".join(f"{alias}→{version}" for alias, version in sorted(entry.aliases.items())),
@@ -126,20 +126,20 @@ def ls(as_json: bool) -> None:
 @json_option
 def show(model: str, as_json: bool) -> None:
     """Show MODEL: versions, aliases, where it comes from and what was measured."""
-    with open_site() as site:
-        shown = site.catalog.resolve(model)
-        detail = site.catalog.adapter(shown.name)
+    with open_services() as services:
+        shown = services.catalog.resolve(model)
+        detail = services.catalog.adapter(shown.name)
     version = next(v for v in detail.versions if v.version == shown.version)
     if as_json:
-        emit(facts.detail_facts(detail, version))
+        emit(describe.detail_json(detail, version))
         return
     out = console()
-    out.print(facts.lineage(version, site.settings.gate_tolerance))
+    out.print(describe.lineage(version, services.settings.gate_tolerance))
     if version.evaluations:
-        out.print(facts.evaluations(version.evaluations))
-    out.print(facts.versions(detail))
+        out.print(describe.evaluations(version.evaluations))
+    out.print(describe.versions(detail))
     if detail.moves:
-        out.print(facts.moves(detail))
+        out.print(describe.moves(detail))
 
 
 @adapters.command()
@@ -154,13 +154,13 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
     A LongLoRA adapter is given an alias where its perplexity earns it: see `loray eval perplexity --compare`.
     """
     name, selector = split_model(model)
-    with open_site() as site:
+    with open_services() as services:
         if selector is None:
-            target = max(site.catalog.adapter(name).entry.versions)
+            target = max(services.catalog.adapter(name).entry.versions)
         else:
-            target = site.catalog.resolve(model).version
-        state = site.catalog.promote(name, alias, target, expected=expected, no_gate=no_gate)
-        version = site.catalog.version(name, state.version)
+            target = services.catalog.resolve(model).version
+        state = services.catalog.promote(name, alias, target, expected=expected, no_gate=no_gate)
+        version = services.catalog.version(name, state.version)
     _print_version(version, as_json, f"{name}@{alias} is version {version.version} now")
 
 
@@ -170,8 +170,8 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
 @json_option
 def rollback(name: str, alias: str, as_json: bool) -> None:
     """Point ALIAS (default prod) of NAME back at where it pointed before its last move."""
-    with open_site() as site:
-        version = site.catalog.version(name, site.catalog.rollback(name, alias).version)
+    with open_services() as services:
+        version = services.catalog.version(name, services.catalog.rollback(name, alias).version)
     _print_version(version, as_json, f"{name}@{alias} is version {version.version} again")
 
 
@@ -203,13 +203,13 @@ def convert(
     needed, other = ("--name", (folder, dtype)) if form == "lora" else ("--folder", (name, no_gate, *aliases))
     if (name if form == "lora" else folder) is None or any(other):
         raise click.UsageError(f"--to {form} needs {needed}, and nothing of the other form")
-    with open_site() as site:
-        ref = site.catalog.resolve(model)
-        manifest = site.catalog.version(ref.name, ref.version).manifest
-        base = base_with(site.settings.home, manifest.base_fingerprint, manifest.base)
+    with open_services() as services:
+        ref = services.catalog.resolve(model)
+        manifest = services.catalog.version(ref.name, ref.version).manifest
+        base = base_with(services.settings.home, manifest.base_fingerprint, manifest.base)
         if form == "merged":
             assert folder is not None
-            merge_into_base(ref, folder, base=base, store=site.store, dtype=dtype)
+            merge_into_base(ref, folder, base=base, store=services.store, dtype=dtype)
             if as_json:
                 emit({"adapter": ref.label, "digest": ref.digest, "folder": str(folder)})
             else:
@@ -217,7 +217,7 @@ def convert(
             return
         assert name is not None
         version = convert_to_lora(
-            ref, base, Destination(name, site.store, site.catalog, aliases=aliases, no_gate=no_gate)
+            ref, base, Destination(name, services.store, services.catalog, aliases=aliases, no_gate=no_gate)
         )
     _print_version(version, as_json, f"published {version.label}, converted from {ref.label}")
 
@@ -230,16 +230,16 @@ def verify(model: str | None, every: bool, as_json: bool) -> None:
     """Hash the stored bytes of MODEL again and compare with its digest."""
     if (model is None) != every:
         raise click.UsageError("give either MODEL or --all")
-    with open_site() as site:
+    with open_services() as services:
         if every:
-            refs = [ref for entry in site.catalog.adapters() for _, ref in sorted(entry.versions.items())]
+            refs = [ref for entry in services.catalog.adapters() for _, ref in sorted(entry.versions.items())]
         else:
-            refs = [site.catalog.resolve(model or "")]
+            refs = [services.catalog.resolve(model or "")]
         results: list[dict[str, Any]] = []
         with progress_bar() as tell:
             for i, ref in enumerate(refs):
                 try:
-                    site.store.verify(ref.digest)
+                    services.store.verify(ref.digest)
                 except (IntegrityError, NotFoundError) as e:
                     results.append({"name": ref.label, "digest": ref.digest, "ok": False, "error": f"{ref.label}: {e}"})
                 else:
@@ -250,6 +250,6 @@ def verify(model: str | None, every: bool, as_json: bool) -> None:
 
 def _print_version(version: AdapterVersion, as_json: bool, line: str) -> None:
     if as_json:
-        emit(facts.version_facts(version))
+        emit(describe.version_json(version))
     else:
         click.echo(line)

@@ -32,7 +32,7 @@ def add(source: str, name: str | None, as_json: bool) -> None:
     with progress_bar() as tell:
         added = add_base(source, home=Settings.from_env().home, name=name, progress=tell)
     if as_json:
-        emit(_facts(added))
+        emit(_as_json(added))
     else:
         console().print(_shown(added))
 
@@ -41,10 +41,10 @@ def add(source: str, name: str | None, as_json: bool) -> None:
 @json_option
 def ls(as_json: bool) -> None:
     """List the base models of this machine."""
-    facts = [_facts(b) for b in list_bases(Settings.from_env().home)]
+    shown = [_as_json(b) for b in list_bases(Settings.from_env().home)]
     if as_json:
-        emit(facts)
-    elif not facts:
+        emit(shown)
+    elif not shown:
         click.echo("no base models yet; add one with `loray base add smollm2`")
     else:
         columns = ("NAME", "ARCHITECTURE", "PARAMETERS", "SIZE", "CONTEXT", "FINGERPRINT", "SOURCE")
@@ -58,7 +58,7 @@ def ls(as_json: bool) -> None:
                 f["fingerprint"][:12],
                 f["source"],
             )
-            for f in facts
+            for f in shown
         ]
         console().print(table(columns, rows, right=("PARAMETERS", "SIZE", "CONTEXT")))
 
@@ -97,7 +97,7 @@ def report(results: list[dict[str, Any]], as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _facts(b: BaseModel) -> dict[str, Any]:
+def _as_json(b: BaseModel) -> dict[str, Any]:
     infos = tensor_infos(b.path)
     return {
         "name": b.name,
@@ -112,7 +112,7 @@ def _facts(b: BaseModel) -> dict[str, Any]:
 
 
 def _shown(b: BaseModel) -> Any:
-    f = _facts(b)
+    f = _as_json(b)
     return pairs(
         [
             ("base model", b.name),

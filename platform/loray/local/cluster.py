@@ -7,7 +7,6 @@ clusters too.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -18,20 +17,22 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from loray.errors import ClusterError
 from loray.local.processes import (
     LOOPBACK,
-    end_session,
+    Server,
     exclusive,
     free_ports,
-    is_alive,
+    identity,
+    leave_running,
     log_tail,
-    pid_scope,
-    start_time,
+    read_state,
+    spawn,
     write_private,
+    write_state,
 )
 from loray.settings import Settings
 from loray.telemetry import get_logger
@@ -54,18 +55,11 @@ _TEMP_ROOT = Path("/tmp")
 
 
 @dataclass(frozen=True, slots=True)
-class LocalCluster:
-    """`address` is the dashboard's and job server's URL, `gcs_address` what ray.init takes.
-
-    `started` is the kernel's start time of process `pid`, and `scope` where both hold: a reused pid is not mistaken
-    for the cluster.
-    """
+class LocalCluster(Server):
+    """`address` is the dashboard's and job server's URL, `gcs_address` what ray.init takes."""
 
     address: str
     gcs_address: str
-    pid: int
-    started: int
-    scope: str
     temp_dir: str
     token_file: str
     log_file: str
@@ -116,30 +110,24 @@ def start_local_cluster(
         inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
         # Jobs say `python`: this one, which has loray.
         inherited["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
-        with log_file.open("w") as out:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # outlives this command, and Ctrl-C is not for it
-                cwd=home,
-                env=inherited | _ENVIRONMENT | _auth_env(token_file) | dict(env or {}),
-            )
+        process = spawn(
+            command,
+            log_file=log_file,
+            cwd=home,
+            env=inherited | _ENVIRONMENT | _auth_env(token_file) | dict(env or {}),
+        )
         cluster = LocalCluster(
+            **identity(process),
             address=f"http://{LOOPBACK}:{ports[1]}",
             gcs_address=f"{LOOPBACK}:{ports[0]}",
-            pid=process.pid,
-            started=start_time(process.pid) or 0,
-            scope=pid_scope(),
             temp_dir=str(temp_dir),
             token_file=str(token_file),
             log_file=str(log_file),
         )
         try:
             _wait_until_ready(process, cluster, timeout_s)
-            _write_state(home, cluster)
-            process.returncode = 0  # nobody waits for it: it outlives this process
+            write_state(home / _STATE_FILE, cluster)
+            leave_running(process)
         except BaseException:
             _terminate(cluster)
             raise
@@ -150,7 +138,7 @@ def start_local_cluster(
 def current_cluster(home: Path) -> LocalCluster | None:
     """The cluster that this home started, None where it has none or it has died."""
     cluster = _read_state(home)
-    return cluster if cluster is not None and _is_alive(cluster) else None
+    return cluster if cluster is not None and cluster.is_alive else None
 
 
 def stop_local_cluster(home: Path) -> bool:
@@ -164,7 +152,7 @@ def stop_local_cluster(home: Path) -> bool:
 def _stop(home: Path) -> bool:
     """Whether it ran; clears away what is left of one that died, too."""
     cluster = _read_state(home)
-    alive = cluster is not None and _is_alive(cluster)
+    alive = cluster is not None and cluster.is_alive
     if cluster is not None:
         _terminate(cluster)
     (home / _STATE_FILE).unlink(missing_ok=True)
@@ -189,7 +177,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], cluster: LocalCluster, t
 
 
 def _terminate(cluster: LocalCluster) -> None:
-    end_session(cluster.pid, cluster.started, cluster.scope)
+    cluster.end()
     shutil.rmtree(cluster.temp_dir, ignore_errors=True)
 
 
@@ -204,18 +192,7 @@ def _token_file(home: Path) -> Path:
     return path
 
 
-def _is_alive(cluster: LocalCluster) -> bool:
-    return is_alive(cluster.pid, cluster.started, cluster.scope)
-
-
 def _read_state(home: Path) -> LocalCluster | None:
-    try:
-        cluster = LocalCluster(**json.loads((home / _STATE_FILE).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+    cluster = read_state(home / _STATE_FILE, LocalCluster)
     # The folder will be removed: only one that start_local_cluster has made.
-    return cluster if Path(cluster.temp_dir).parent == _TEMP_ROOT else None
-
-
-def _write_state(home: Path, cluster: LocalCluster) -> None:
-    write_private(home / _STATE_FILE, json.dumps(asdict(cluster), indent=2) + "\n")
+    return cluster if cluster is not None and Path(cluster.temp_dir).parent == _TEMP_ROOT else None

@@ -3,17 +3,93 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 LOOPBACK = "127.0.0.1"
 
 _GRACE_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server process that outlives whoever started it; it leads a session of its own.
+
+    `started` is the kernel's start time of process `pid`, and `scope` where both hold: a reused pid is not mistaken for
+    the server.
+    """
+
+    pid: int
+    started: int
+    scope: str
+
+    @property
+    def is_alive(self) -> bool:
+        """False in another scope, which cannot see it."""
+        return self.scope == pid_scope() and start_time(self.pid) == self.started
+
+    def end(self) -> None:
+        """End every process of its session; each is given a moment to end by itself.
+
+        A session outlives its leader, and Linux gives no new process its number meanwhile: a pid that another process
+        has by now means that the session is empty. Nothing is done in another scope: the number would be a stranger's.
+        """
+        if self.scope != pid_scope() or start_time(self.pid) not in (None, self.started):
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for member in session_members(self.pid):
+                kill(member, number)
+            deadline = time.monotonic() + _GRACE_S
+            while time.monotonic() < deadline and session_members(self.pid):
+                time.sleep(0.05)
+
+
+S = TypeVar("S", bound=Server)
+
+
+def spawn(command: Sequence[str], *, log_file: Path, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a server. It outlives this command, Ctrl-C is not for it, and both its outputs go to `log_file`."""
+    with log_file.open("w", encoding="utf-8") as out:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=cwd,
+            env=env,
+        )
+
+
+def identity(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """Fields of Server."""
+    return {"pid": process.pid, "started": start_time(process.pid) or 0, "scope": pid_scope()}
+
+
+def leave_running(process: subprocess.Popen[bytes]) -> None:
+    """Nobody waits for it: it outlives this process."""
+    process.returncode = 0
+
+
+def write_state(path: Path, server: Server) -> None:
+    write_private(path, json.dumps(asdict(server), indent=2) + "\n")
+
+
+def read_state(path: Path, kind: type[S]) -> S | None:
+    """What `write_state` wrote; None where there is none, or one of another version."""
+    try:
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def kill(pid: int, number: int) -> None:
@@ -41,28 +117,6 @@ def pid_scope() -> str:
     """Where pids and start times mean what they mean here: until the next boot, in this container."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def is_alive(pid: int, started: int, scope: str) -> bool:
-    """Whether the process that was seen under these three still runs. False in another scope, which cannot see it."""
-    return scope == pid_scope() and start_time(pid) == started
-
-
-def end_session(pid: int, started: int, scope: str) -> None:
-    """End every process of the session that `pid` leads; each is given a moment to end by itself.
-
-    A session outlives its leader, and Linux gives no new process its number meanwhile: a pid that another
-    process has by now means that the session is empty. Nothing is done where `scope` is not this one: the number
-    would be a stranger's.
-    """
-    if scope != pid_scope() or start_time(pid) not in (None, started):
-        return
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for member in session_members(pid):
-            kill(member, number)
-        deadline = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline and session_members(pid):
-            time.sleep(0.05)
 
 
 def free_ports(count: int) -> list[int]:

@@ -14,21 +14,23 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from loray.errors import ClusterError, StoreError
 from loray.local.processes import (
     LOOPBACK,
-    end_session,
+    Server,
     exclusive,
     free_ports,
-    is_alive,
+    identity,
+    leave_running,
     log_tail,
-    pid_scope,
-    start_time,
+    read_state,
+    spawn,
     write_private,
+    write_state,
 )
 from loray.locations import S3Location
 from loray.telemetry import get_logger
@@ -37,22 +39,16 @@ log = get_logger(__name__)
 
 _STATE_FILE = "server.json"
 _LOCK_FILE = "server.lock"
+_LOG_FILE = "server.log"
 _SERVICES = ("master", "volume", "filer", "s3", "admin")  # each has a port and one for gRPC
 _PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class LocalS3:
-    """`folder` holds everything of the server: keys, data, log, state.
-
-    `started` is the kernel's start time of process `pid`, and `scope` where both hold: a reused pid is not mistaken
-    for the server.
-    """
+class LocalS3(Server):
+    """`folder` holds everything of the server: keys, data, log, state."""
 
     folder: str
-    pid: int
-    started: int
-    scope: str
     ports: dict[str, int]
 
     @property
@@ -61,11 +57,7 @@ class LocalS3:
 
     @property
     def log_file(self) -> str:
-        return str(Path(self.folder) / "server.log")
-
-    @property
-    def is_alive(self) -> bool:
-        return is_alive(self.pid, self.started, self.scope)
+        return str(Path(self.folder) / _LOG_FILE)
 
     def location(self, bucket: str, prefix: str = "") -> S3Location:
         return S3Location(
@@ -96,7 +88,7 @@ def start_local_s3(folder: Path, *, timeout_s: float = 60.0) -> LocalS3:
         except ClusterError as e:  # somebody may have taken a port in between
             log.debug("once more, at other ports: %s", e)
             server = _start(weed, folder, _settled_ports(None), timeout_s)
-        write_private(folder / _STATE_FILE, json.dumps(asdict(server), indent=2) + "\n")
+        write_state(folder / _STATE_FILE, server)
         log.debug("S3 runs at port %d as process %d", server.ports["s3"], server.pid)
         return server
 
@@ -119,34 +111,28 @@ def stop_local_s3(folder: Path) -> bool:
 
 
 def _start(weed: str, folder: Path, ports: dict[str, int], timeout_s: float) -> LocalS3:
-    server = LocalS3(str(folder), pid=0, started=0, scope=pid_scope(), ports=ports)
-    with open(server.log_file, "w", encoding="utf-8") as out:
-        process = subprocess.Popen(
-            _command(weed, server),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # outlives this command, and Ctrl-C is not for it
-            cwd=folder,
-            env={"PATH": os.defpath, "HOME": str(folder)},  # no configuration of another SeaweedFS
-        )
-    server = replace(server, pid=process.pid, started=start_time(process.pid) or 0)
+    process = spawn(
+        _command(weed, folder, ports),
+        log_file=folder / _LOG_FILE,
+        cwd=folder,
+        env={"PATH": os.defpath, "HOME": str(folder)},  # no configuration of another SeaweedFS
+    )
+    server = LocalS3(**identity(process), folder=str(folder), ports=ports)
     try:
         _wait_until_ready(process, server, timeout_s)
     except BaseException:
         _clear(server)
         raise
-    process.returncode = 0  # nobody waits for it: it outlives this process
+    leave_running(process)
     return server
 
 
-def _command(weed: str, server: LocalS3) -> list[str]:
-    folder = Path(server.folder)
+def _command(weed: str, folder: Path, ports: Mapping[str, int]) -> list[str]:
     data = folder / "data"
     data.mkdir(exist_ok=True)
     command = [weed, "-logtostderr", "mini", f"-dir={data}", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}"]
     for service in _SERVICES:
-        port, grpc_port = server.ports[service], server.ports[f"{service}.grpc"]
+        port, grpc_port = ports[service], ports[f"{service}.grpc"]
         command += [f"-{service}.port={port}", f"-{service}.port.grpc={grpc_port}"]
     command += [f"-s3.config={folder / 'identities.json'}", "-s3.autoCreateBucket=false", "-master.telemetry=false"]
     command += [f"-filer.localSocket={folder / 'filer.sock'}", f"-s3.localSocket={folder / 's3.sock'}"]
@@ -235,15 +221,11 @@ def _clear(server: LocalS3 | None) -> None:
     """End what is left of it, and remove the sockets that it leaves in /tmp."""
     if server is None:
         return
-    end_session(server.pid, server.started, server.scope)
+    server.end()
     for service in _SERVICES:
         Path(f"/tmp/seaweedfs-{service}-grpc-{server.ports[f'{service}.grpc']}.sock").unlink(missing_ok=True)
 
 
 def _read_state(folder: Path) -> LocalS3 | None:
-    try:
-        state: dict[str, Any] = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-        server = LocalS3(**state)
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
-    return replace(server, folder=str(folder))
+    server = read_state(folder / _STATE_FILE, LocalS3)
+    return None if server is None else replace(server, folder=str(folder))

@@ -57,4 +57,4 @@ def _parse(text: str) -> TrainSpec:
 
 
 def _recipes() -> Path:
-    return Path(str(resources.files("jobs"))) / "recipes"
+    return Path(str(resources.files(__package__)))

@@ -14,7 +14,7 @@ from loray.spec import JobId, Name
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.recipes import JSON, YAML, RecipeBody
-from serve_apps.api.site import Limit, Site
+from serve_apps.api.services import Limit, Services
 
 JobPath = Annotated[JobId, Path(description="Ray's submission id")]
 
@@ -22,7 +22,7 @@ _RECIPE = {"schema": {"$ref": "#/components/schemas/TrainSpec"}, "example": exam
 _BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON[0], YAML[0]), _RECIPE)}}
 
 
-def create_router(site: Site) -> APIRouter:
+def create_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["jobs"])
 
     @router.post(
@@ -39,7 +39,7 @@ def create_router(site: Site) -> APIRouter:
         resume: Annotated[bool, Query(description="go on with the latest run of this recipe")] = False,
     ) -> JobResource:
         """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster."""
-        job = site.training.submit(recipe, id, resume=resume)
+        job = services.jobs.submit(recipe, id, resume=resume)
         response.headers["Location"] = request.url_for("get_job", id=job.id).path
         return views.job(job)
 
@@ -53,13 +53,13 @@ def create_router(site: Site) -> APIRouter:
         name: Annotated[Name | None, Query(description="only jobs that train this adapter")] = None,
     ) -> Page[JobResource]:
         """Jobs, newest first."""
-        page = site.training.page(limit, cursor, status, name)
+        page = services.jobs.page(limit, cursor, status, name)
         return views.page(tuple(views.job(job) for job in page.jobs), page.next, request, response)
 
     @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
     def get_job(id: JobPath) -> JobResource:
         """One job, as Ray knows it now."""
-        return views.job(site.training.get(id))
+        return views.job(services.jobs.get(id))
 
     @router.get(
         "/jobs/{id}/logs",
@@ -71,12 +71,12 @@ def create_router(site: Site) -> APIRouter:
     ) -> Response:
         """The job's log: one JSON object per event, between other lines. 410: Ray does not have it any more."""
         if follow:
-            return StreamingResponse(await run_in_threadpool(site.training.follow, id), media_type="text/plain")
-        return PlainTextResponse(await run_in_threadpool(site.training.logs, id))
+            return StreamingResponse(await run_in_threadpool(services.jobs.follow, id), media_type="text/plain")
+        return PlainTextResponse(await run_in_threadpool(services.jobs.logs, id))
 
     @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
     def stop_job(id: JobPath) -> JobResource:
         """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
-        return views.job(site.training.stop(id))
+        return views.job(services.jobs.stop(id))
 
     return router

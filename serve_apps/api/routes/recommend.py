@@ -15,7 +15,7 @@ from loray.planning.devices import PRESETS
 from loray.spec import Name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
-from serve_apps.api.site import Site
+from serve_apps.api.services import Services
 
 DeviceName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
 
@@ -30,7 +30,7 @@ class RecommendationResource(Resource):
     remarks: tuple[str, ...]
 
 
-def create_router(site: Site) -> APIRouter:
+def create_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["methods"])
 
     @router.get("/recommend", responses=responses(404) | examples.ok(examples.RECOMMENDATION))
@@ -44,7 +44,7 @@ def create_router(site: Site) -> APIRouter:
     ) -> RecommendationResource:
         """LoRA, VeRA, LongLoRA and S-LoRA by the score card, and what each would cost on this base and device."""
         answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
-        found = recommend(answers, base, known_shape(base, site.home), PRESETS[device])
+        found = recommend(answers, base, known_shape(base, services.home), PRESETS[device])
         return RecommendationResource.model_validate(found.to_dict())
 
     return router

@@ -12,15 +12,15 @@ from typing import Any, Literal
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jobs.submission.ledger import RayJob
 from jobs.submission.submission import Submission
+from jobs.submission.tracker import RayJob
 from loray.adapters.manifest import canonical_json, write_manifest
 from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
 from loray.errors import ClusterError, ConflictError
 from loray.settings import Settings
 from serve_apps.api.app import create_app
-from serve_apps.api.site import Site
+from serve_apps.api.services import Services
 from tests.catalog.test_catalog import manifest
 
 RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
@@ -35,12 +35,14 @@ class FakeJobs:
     stopped: list[str] = field(default_factory=list)
     down: bool = False
 
-    def submit(self, job_id: str, job: Submission) -> None:
+    def submit(self, job: Submission, job_id: str | None = None) -> str:
+        assert job_id is not None
         self._check()
         if job_id in self.jobs:
             raise ConflictError("Ray has a job of this id")
         self.submitted[job_id] = job
         self.jobs[job_id] = RayJob("PENDING", "")
+        return job_id
 
     def find(self, job_id: str) -> RayJob | None:
         self._check()
@@ -80,14 +82,14 @@ class Api:
     def __init__(self, home: Path, catalog_url: str) -> None:
         self.settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": catalog_url})
         self.jobs, self.placements = FakeJobs(), FakePlacements()
-        self.site = Site(self.settings, self.jobs, self.placements)
-        self.app = mounted(create_app(self.site))
+        self.services = Services(self.settings, self.jobs, self.placements)
+        self.app = mounted(create_app(self.services))
         self.transport = InProcess(self.app)
         self.http = httpx.Client(transport=self.transport, base_url="http://test/api/v1")
 
     @property
     def catalog(self) -> Catalog:
-        return self.site.catalog
+        return self.services.catalog
 
     def store(self, number: int, tmp_path: Path, **fields: Any) -> str:
         """An adapter in the store alone; its digest."""
@@ -98,11 +100,11 @@ class Api:
         files = {"adapter_model.safetensors": hashlib.sha256(data).hexdigest()}
         described = manifest(number).model_copy(update={"files": files} | fields)
         write_manifest(folder, canonical_json(described))
-        return self.site.store.put(folder)
+        return self.services.store.put(folder)
 
     def close(self) -> None:
         self.http.close()
-        self.site.close()
+        self.services.close()
 
 
 def mounted(app: ASGIApp) -> ASGIApp:

@@ -279,8 +279,8 @@ def test_requests_that_come_together_wait_for_the_database_once(
         everybody_waits.wait(30)
         raise CatalogError("no answer within 5 s")
 
-    monkeypatch.setattr("serve_apps.api.site.Catalog", unreachable)
-    monkeypatch.setattr("serve_apps.api.site._RETRY_S", 3600.0)
+    monkeypatch.setattr("serve_apps.api.services.Catalog", unreachable)
+    monkeypatch.setattr("serve_apps.api.services._RETRY_S", 3600.0)
     api = Api(tmp_path, f"sqlite:///{tmp_path}/catalog.db")
 
     def ask(number: int) -> int:
@@ -291,9 +291,9 @@ def test_requests_that_come_together_wait_for_the_database_once(
     with ThreadPoolExecutor(9) as pool:
         assert list(pool.map(ask, range(9))) == [503] * 9
     assert len(tried) == 1
-    assert api.site.store is not None  # which does not wait for the catalog
+    assert api.services.store is not None  # which does not wait for the catalog
     monkeypatch.undo()
-    api.site._failed_at = 0.0  # a second later
+    api.services._failed_at = 0.0  # a second later
     assert api.http.get("/bases").status_code == 200
     api.close()
 
@@ -302,7 +302,7 @@ def test_a_store_that_is_away_is_no_error_of_ours(api: Api, monkeypatch: pytest.
     def gone(digest: str) -> None:
         raise StoreError("the bucket cannot be reached")
 
-    monkeypatch.setattr(api.site.store, "manifest", gone)
+    monkeypatch.setattr(api.services.store, "manifest", gone)
     response = api.http.post("/adapters/tone/versions", json={"digest": "0" * 64})
     body = problem(response, 503)
     assert (body["type"], response.headers["retry-after"]) == ("urn:loray:problem:store-unavailable", "1")

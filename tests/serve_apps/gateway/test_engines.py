@@ -18,7 +18,7 @@ from loray.errors import ContextLengthExceeded, EngineError, LorayError, Overloa
 from loray.spec import Delta, GenerateRequest, SamplingParams
 from serve_apps.gateway import engines as generation
 from serve_apps.gateway.engines import ATTEMPTS, ServeEngines, merge
-from serve_apps.replica.streams import _coalesced, merge_deltas
+from serve_apps.replica.streams import coalesced, merge_deltas
 from tests.serve_apps.gateway.scripted import delta
 
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams())
@@ -201,7 +201,7 @@ def test_a_slow_reader_gets_fewer_pieces_and_the_same_text() -> None:
 
     async def run() -> list[Delta]:
         out = []
-        async for d in _coalesced(_paced(*deltas)):
+        async for d in coalesced(_paced(*deltas)):
             out.append(d)
             await asyncio.sleep(0.01)
         return out
@@ -221,7 +221,7 @@ def test_an_error_passes_after_what_came_before_it() -> None:
     async def run() -> list[str]:
         out = []
         try:
-            async for d in _coalesced(failing()):
+            async for d in coalesced(failing()):
                 out.append(d.text)
         except EngineError:
             out.append("failed")

@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 
 from loray.catalog import gate
-from loray.cli.adapters import open_site
+from loray.cli.adapters import open_services
 from loray.cli.evaluation import heatmap
 from loray.cli.evaluation.options import Options, Where, measurement, retrieval_options
 from loray.cli.evaluation.target import Target, opened
@@ -69,9 +69,9 @@ def perplexity(
         documents = read_documents(data, tokenizer, where=dict(where), max_tokens=max_tokens)
         measured, seconds = _measure(target, options, documents=documents, perplexity=spec)
         if options.as_json:
-            data_facts = {"num_documents": len(documents.ids_N), "num_tokens": documents.num_tokens}
+            counts = {"num_documents": len(documents.ids_N), "num_tokens": documents.num_tokens}
             against = _record(target, options, measured)
-            emit(_facts(target, options, measured, seconds) | data_facts | {"gate": against})
+            emit(_as_json(target, options, measured, seconds) | counts | {"gate": against})
             return
         out = console()
         out.print(
@@ -133,7 +133,7 @@ def _retrieve(
             picture.write_text(heatmap.draw(f"{title} ({samples} prompts a cell)", measured), encoding="utf-8")
         if options.as_json:
             _record(target, options, measured)
-            emit(_facts(target, options, measured, seconds) | {"heatmap": picture})
+            emit(_as_json(target, options, measured, seconds) | {"heatmap": picture})
             return
         out = console()
         out.print(f"{title}, {samples} prompts a cell, seed {seed}: exact match, and log-likelihood of the key in nats")
@@ -182,15 +182,15 @@ def _record(target: Target, options: Options, measured: Sequence[Evaluation]) ->
     if version is None:
         return None
     known = version.evaluations + tuple(measured)
-    with open_site() as site:
+    with open_services() as services:
         if options.record:
-            site.catalog.record_evaluations(version.digest, measured)
-            known = site.catalog.version(version.name, version.version).evaluations
-        tolerance = site.settings.gate_tolerance
+            services.catalog.record_evaluations(version.digest, measured)
+            known = services.catalog.version(version.name, version.version).evaluations
+        tolerance = services.settings.gate_tolerance
     return gate.failures(version.manifest, known, tolerance) if gate.is_gated(version.manifest) else None
 
 
-def _facts(target: Target, options: Options, measured: Sequence[Evaluation], seconds: float) -> dict[str, Any]:
+def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], seconds: float) -> dict[str, Any]:
     return {
         "model": target.label,
         "digest": target.version and target.version.digest,

@@ -13,7 +13,7 @@ from loray.adapters.manifest import verify_folder
 from loray.bases.registry import BaseModel, get_base, list_bases
 from loray.bases.rope import scaled
 from loray.catalog import AdapterVersion
-from loray.cli.adapters import open_site
+from loray.cli.adapters import open_services
 from loray.errors import AdapterNotFound, DataError, SpecError, UnsupportedError
 from loray.publishing import base_of
 from loray.settings import Settings
@@ -82,18 +82,18 @@ def _folder(folder: Path, settings: Settings, base_name: str | None) -> Target:
 
 @contextmanager
 def _published(model: str) -> Iterator[Target]:
-    with open_site() as site:
+    with open_services() as services:
         try:
-            ref = site.catalog.resolve(model)
+            ref = services.catalog.resolve(model)
         except AdapterNotFound as e:
             raise AdapterNotFound(
                 f"{e}; `loray base ls` lists bases, and a folder is named by a path: ./{model}"
             ) from e
-        version = site.catalog.version(ref.name, ref.version)
+        version = services.catalog.version(ref.name, ref.version)
         with tempfile.TemporaryDirectory(prefix="loray-eval-") as scratch:
             folder = Path(scratch) / "adapter"
-            site.store.fetch(ref.digest, folder)
-            base = base_of(folder, site.settings.home)
+            services.store.fetch(ref.digest, folder)
+            base = base_of(folder, services.settings.home)
             target = Target(version.label, base, base.config.max_position_embeddings, adapter=folder, version=version)
             yield target.described(version.manifest)
 

@@ -15,14 +15,14 @@ from typing import Literal, NamedTuple
 
 from loray.engine.memory.blocks import Extent, Geometry, Kind
 
-Part = Literal["lora_a", "lora_b", "vera_d", "vera_b", "norm", "embedding"]
+Role = Literal["lora_a", "lora_b", "vera_d", "vera_b", "norm", "embedding"]
 
 
 class Matrix(NamedTuple):
     """`rows` rows of `width` elements. `scale` is LoRA's alpha/r, carried by lora_b."""
 
     module: str
-    part: Part
+    role: Role
     rows: int
     width: int
     scale: float = 1.0
@@ -84,7 +84,7 @@ class Segment(NamedTuple):
     offsets: tuple[int, ...]
 
 
-Table = Mapping[tuple[str, Part], tuple[Segment, ...]]
+Table = Mapping[tuple[str, Role], tuple[Segment, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +139,12 @@ def _offsets(extents: Iterable[Extent], geometry: Geometry) -> dict[int, list[in
 
 def _table(matrices: Iterable[Matrix], offsets: Mapping[int, Sequence[int]], capacity: int) -> Table:
     used: Counter[int] = Counter()
-    table: dict[tuple[str, Part], tuple[Segment, ...]] = {}
+    table: dict[tuple[str, Role], tuple[Segment, ...]] = {}
     for m in matrices:
         segments = []
         for column, width in columns(m.width, capacity):
             first = used[width]
             segments.append(Segment(column, width, tuple(offsets[width][first : first + m.rows])))
             used[width] += m.rows
-        table[m.module, m.part] = tuple(segments)
+        table[m.module, m.role] = tuple(segments)
     return table

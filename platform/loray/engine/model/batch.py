@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loray.engine.memory.rows import Part
+from loray.engine.memory.rows import Role
 from loray.engine.pool.pool import ResidentAdapter, ResidentPair
 from loray.engine.request import Request
 from loray.engine.scheduling.scheduler import Chunk
@@ -65,11 +65,11 @@ class AdapterBatch:
 
     def _build(self, groups: tuple[Group, ...], *, flat: bool) -> LayerTables:
         members = [(s, g) for s, g in zip(self.slots, groups, strict=True) if flat or g >= 0]
-        found: dict[Part, set[str]] = {}
+        found: dict[Role, set[str]] = {}
         for slot, group in members:
-            for g, module, part in slot.adapter.rows:
+            for g, module, role in slot.adapter.rows:
                 if g == group:
-                    found.setdefault(part, set()).add(module)
+                    found.setdefault(role, set()).add(module)
         return LayerTables(
             lora={m: self._lora(m, groups) for m in sorted(found.get("lora_a", ()))},
             vera={m: self._vera(m, groups) for m in sorted(found.get("vera_d", ()))},

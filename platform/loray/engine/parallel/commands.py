@@ -15,13 +15,13 @@ class Forward(NamedTuple):
     batch: Batch
 
 
-class Place(NamedTuple):
+class PlaceAdapter(NamedTuple):
     ref: AdapterRef
     packed: PackedAdapter
     answers: Answers
 
 
-class Remove(NamedTuple):
+class RemoveAdapter(NamedTuple):
     digest: str
 
 
@@ -34,4 +34,4 @@ class AskMap(NamedTuple):
     """Answered with `pool.pool_map`."""
 
 
-Command = Forward | Place | Remove | Compact | AskMap
+Command = Forward | PlaceAdapter | RemoveAdapter | Compact | AskMap

@@ -18,7 +18,7 @@ from loray.adapters.weights import ProjectionPair
 from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.parallel.channel import Channel
-from loray.engine.parallel.commands import Answers, AskMap, Compact, Place, Remove
+from loray.engine.parallel.commands import Answers, AskMap, Compact, PlaceAdapter, RemoveAdapter
 from loray.engine.parallel.rows import ShardedAdapter
 from loray.engine.parallel.shard import local_device
 from loray.engine.pool.packed import PackedAdapter
@@ -108,12 +108,12 @@ class LeadingPool(Pool):
         moved = any(isinstance(answer, dict) for answer in answers)  # a run was cleared, even if that did not suffice
         if resident is not None or moved:
             parts = (_without_numbers(part) if known else part for part in packed.others)
-            self._channel.tell_each([Place(ref, part, answers) for part in parts])
+            self._channel.tell_each([PlaceAdapter(ref, part, answers) for part in parts])
         return resident
 
     def remove(self, adapter: ResidentAdapter) -> None:
         super().remove(adapter)
-        self._channel.tell(Remove(adapter.ref.digest))
+        self._channel.tell(RemoveAdapter(adapter.ref.digest))
 
     def compact(self, num_blocks: int) -> bool:
         freed = super().compact(num_blocks)
@@ -146,14 +146,14 @@ class FollowingPool(Pool):
     def pair(self, digest: str) -> ResidentPair:
         return self._pairs[digest]
 
-    def follow(self, command: Place | Remove | Compact) -> None:
+    def follow(self, command: PlaceAdapter | RemoveAdapter | Compact) -> None:
         match command:
-            case Place(ref, packed, answers):
+            case PlaceAdapter(ref, packed, answers):
                 self.allocator.answers.extend(answers)
                 resident = self.place(ref, packed)
                 if resident is not None:
                     self.adapters[ref.digest] = resident
-            case Remove(digest):
+            case RemoveAdapter(digest):
                 self.remove(self.adapters.pop(digest))
             case Compact(num_blocks, answers):
                 self.allocator.answers.extend(answers)
@@ -173,7 +173,7 @@ def pool_map(pool: Pool) -> dict[str, Any]:
     """Where everything but KV is: equal on every rank."""
     return {
         adapter.ref.digest: (adapter.extents, adapter.shape, adapter.pair and adapter.pair.first_block)
-        for adapter in pool._residents
+        for adapter in pool.residents
     }
 
 

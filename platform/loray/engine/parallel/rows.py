@@ -75,10 +75,10 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard)
 
 def _slice(matrix: Matrix, rows_LRW: Tensor, shard: Shard) -> Tensor:
     """Own part of a layered matrix's rows, (layers, rows, width)."""
-    columns = shard.slice(matrix.width) if matrix.part in ("lora_a", "lora_b", "vera_b") else slice(None)
-    if matrix.module in COLUMN_PARALLEL and matrix.part in ("lora_a", "lora_b"):
+    columns = shard.slice(matrix.width) if matrix.role in ("lora_a", "lora_b", "vera_b") else slice(None)
+    if matrix.module in COLUMN_PARALLEL and matrix.role in ("lora_a", "lora_b"):
         rows_LRW = pad_rank(rows_LRW, shard.world_size)
-        if matrix.part == "lora_a":
+        if matrix.role == "lora_a":
             return rows_LRW[:, shard.slice(rows_LRW.shape[1])]
     return rows_LRW[:, :, columns]
 

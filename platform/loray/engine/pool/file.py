@@ -37,7 +37,7 @@ def save_packed(packed: PackedAdapter, path: Path) -> None:
     """`path` appears when it is whole. Not for adapters with a VeRA pair, which many of them share."""
     assert packed.pair is None
     shape = packed.shape
-    facts = json.dumps(
+    header = json.dumps(
         {
             "groups": [(group.layers, group.matrices) for group in shape.groups],
             "flat": shape.flat,
@@ -49,7 +49,7 @@ def save_packed(packed: PackedAdapter, path: Path) -> None:
     handle, temporary = tempfile.mkstemp(prefix=".packed-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            _write(file, tensors, {"packed": facts, "crc32": _crc32(facts, tensors)})
+            _write(file, tensors, {"packed": header, "crc32": _crc32(header, tensors)})
         os.chmod(temporary, 0o444)
         os.rename(temporary, path)
     finally:
@@ -66,9 +66,9 @@ def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> Pa
             raise IntegrityError(f"{path} is damaged: its checksum differs")
         for tensor in tensors.values():
             tensor.view(-1).view(torch.uint8)[::_PAGE].sum()  # here, so that the engine's thread waits for no disk
-        facts: dict[str, Any] = json.loads(metadata["packed"])
-        groups = tuple(LayerGroup(tuple(layers), _matrices(matrices)) for layers, matrices in facts["groups"])
-        shape = AdapterShape(groups=groups, flat=_matrices(facts["flat"]))
+        header: dict[str, Any] = json.loads(metadata["packed"])
+        groups = tuple(LayerGroup(tuple(layers), _matrices(matrices)) for layers, matrices in header["groups"])
+        shape = AdapterShape(groups=groups, flat=_matrices(header["flat"]))
         layered = [tensors[f"group{i}"] for i in range(len(groups))]
         flat = tensors["flat"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
@@ -77,9 +77,9 @@ def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> Pa
         shape=shape,
         layered=tuple(rows.pin_memory() if pinned else rows for rows in layered),
         flat=flat,
-        token_ids=tuple(facts["token_ids"]),
+        token_ids=tuple(header["token_ids"]),
         pair=None,
-        rope=facts["rope"] and RopeParameters.model_validate(facts["rope"]),
+        rope=header["rope"] and RopeParameters.model_validate(header["rope"]),
     )
 
 
@@ -105,8 +105,8 @@ def _matrices(raw: list[list[Any]]) -> tuple[Matrix, ...]:
     return tuple(Matrix(*fields) for fields in raw)
 
 
-def _crc32(facts: str, tensors: dict[str, Tensor]) -> str:
-    crc = zlib.crc32(facts.encode())
+def _crc32(header: str, tensors: dict[str, Tensor]) -> str:
+    crc = zlib.crc32(header.encode())
     for name in sorted(tensors):
         crc = zlib.crc32(_bytes(tensors[name]), crc)
     return str(crc)

@@ -203,7 +203,7 @@ def _check_finite(rows_LE: Tensor, layers: Sequence[str], order: RowOrder) -> No
         for matrix, own in order.stretches.items():
             if not all(_is_finite(_stretch(row, matrix, s)) for s in own):
                 raise IntegrityError(
-                    f"the adapter's {layer}{matrix.module} {matrix.part} is not finite in {row.dtype}; its weights are "
+                    f"the adapter's {layer}{matrix.module} {matrix.role} is not finite in {row.dtype}; its weights are "
                     "unusable"
                 )
 

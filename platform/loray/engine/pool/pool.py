@@ -8,7 +8,7 @@ to know.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.memory.compaction import close_gaps
 from loray.engine.memory.limits import pool_geometry
-from loray.engine.memory.rows import AdapterShape, Matrix, Part, RowTable, place
+from loray.engine.memory.rows import AdapterShape, Matrix, Role, RowTable, place
 from loray.engine.pool.packed import PackedAdapter, row_order
 from loray.spec import AdapterRef, RopeParameters, ServeSpec
 from loray_kernels import KvLayout, PageWriter, PairMatrix, Piece, RowTables
@@ -31,7 +31,7 @@ from loray_kernels.pages import DirectWriter
 class ResidentAdapter:
     """An adapter in the pool. The pool may move it between steps: `table`, `rows`, `extents` and `token_row` change.
 
-    rows       the table as tensors, by (group, module, part); group -1 holds rows without a layer
+    rows       the table as tensors, by (group, module, role); group -1 holds rows without a layer
     scales     LoRA's alpha/r by (group, module)
     token_row  offset of the own embedding row of a token
     arriving   the host's rows, of which those of the first `num_layers` layers are in the pool; None once all are
@@ -40,7 +40,7 @@ class ResidentAdapter:
     ref: AdapterRef
     shape: AdapterShape
     table: RowTable
-    rows: Mapping[tuple[int, str, Part], RowTables]
+    rows: Mapping[tuple[int, str, Role], RowTables]
     scales: Mapping[tuple[int, str], float]
     extents: tuple[Extent, ...]
     token_row: Mapping[int, int]
@@ -97,6 +97,10 @@ class Pool:
         self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
 
     @property
+    def residents(self) -> Collection[ResidentAdapter]:
+        return self._residents.keys()
+
+    @property
     def block_bytes(self) -> int:
         return self.geometry.block_size * self.tensor.itemsize
 
@@ -137,7 +141,7 @@ class Pool:
             (i, m.module): m.scale
             for i, group in enumerate(packed.shape.groups)
             for m in group.matrices
-            if m.part == "lora_b"
+            if m.role == "lora_b"
         }
         tensors = self._row_tensors(table)
         resident = ResidentAdapter(
@@ -178,15 +182,15 @@ class Pool:
         self.allocator.free_rows(adapter.extents)
         self._release_pair(adapter.pair)
 
-    def _row_tensors(self, table: RowTable) -> dict[tuple[int, str, Part], RowTables]:
+    def _row_tensors(self, table: RowTable) -> dict[tuple[int, str, Role], RowTables]:
         device = self.tensor.device
         return {
-            (group, module, part): RowTables(
+            (group, module, role): RowTables(
                 tuple((s.column, s.width, torch.tensor(s.offsets, dtype=torch.int64, device=device)) for s in segments)
             )
             for group, tables in ((-1, table.flat), *enumerate(table.groups))
-            for (module, part), segments in tables.items()
-            if part != "embedding"
+            for (module, role), segments in tables.items()
+            if role != "embedding"
         }
 
     def _write(

@@ -61,7 +61,7 @@ class Backlog(NamedTuple):
     num_tokens: float
 
 
-class _Place(NamedTuple):
+class _Turn(NamedTuple):
     """Tenants are served in this order; of equal counters the one whose request came first."""
 
     priority: int
@@ -91,7 +91,7 @@ class FairQueue:
         self._lead = lead
         self._counters: dict[str, float] = {}
         self._queues: dict[str, list[Request]] = {}
-        self._order: list[_Place] = []  # a heap; a tenant's first place in it may be too early, never too late
+        self._order: list[_Turn] = []  # a heap; a tenant's first place in it may be too early, never too late
         self._joined_at: dict[str, float] = {}  # what the counter of a tenant with a queue was lifted to at least
         self._num_running: Counter[str] = Counter()
         self._last = ""  # whose queue ended last
@@ -206,43 +206,43 @@ class FairQueue:
         assert queue[index] is request
         return index
 
-    def _place(self, tenant: str) -> _Place:
+    def _turn(self, tenant: str) -> _Turn:
         head = self._queues[tenant][0]
-        return _Place(head.priority, self.counter(tenant), head.arrival, tenant)
+        return _Turn(head.priority, self.counter(tenant), head.arrival, tenant)
 
     def _move_up(self, tenant: str) -> None:
-        """Its place is an earlier one now. The one that it had stays behind, until there are too many of those."""
-        heapq.heappush(self._order, self._place(tenant))
+        """Its turn is an earlier one now. The one that it had stays behind, until there are too many of those."""
+        heapq.heappush(self._order, self._turn(tenant))
         if len(self._order) > 2 * len(self._queues) + _SPARE_PLACES:
-            self._order = [self._place(t) for t in self._queues]
+            self._order = [self._turn(t) for t in self._queues]
             heapq.heapify(self._order)
 
-    def _front(self) -> _Place | None:
-        """The first place, after those above it that are out of date have been put right."""
+    def _front(self) -> _Turn | None:
+        """The first turn, after those above it that are out of date have been put right."""
         while self._order:
-            place = self._order[0]
-            if place.tenant not in self._queues:
+            turn = self._order[0]
+            if turn.tenant not in self._queues:
                 heapq.heappop(self._order)
                 continue
-            now = self._place(place.tenant)
-            if now == place:
-                return place
+            now = self._turn(turn.tenant)
+            if now == turn:
+                return turn
             heapq.heapreplace(self._order, now)
         return None
 
-    def _near(self, front: _Place) -> list[str]:
+    def _near(self, front: _Turn) -> list[str]:
         """The first tenants that may be preferred to `front`, in order, itself the first of them."""
-        places: dict[str, _Place] = {}
-        place: _Place | None = front
-        while place is not None and len(places) < _NEAR_TENANTS:
-            if place.priority != front.priority or place.counter > front.counter + self._lead:
+        turns: dict[str, _Turn] = {}
+        turn: _Turn | None = front
+        while turn is not None and len(turns) < _NEAR_TENANTS:
+            if turn.priority != front.priority or turn.counter > front.counter + self._lead:
                 break
-            places[place.tenant] = place
+            turns[turn.tenant] = turn
             heapq.heappop(self._order)
-            place = self._front()
-        for place in places.values():
-            heapq.heappush(self._order, place)
-        return list(places)
+            turn = self._front()
+        for turn in turns.values():
+            heapq.heappush(self._order, turn)
+        return list(turns)
 
     def _lifted(self, tenant: str) -> float:
         """A counter as it will be when its tenant, without a request of the best priority, gets one."""

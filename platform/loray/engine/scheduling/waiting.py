@@ -12,7 +12,7 @@ from loray.engine.residency.table import Tier
 from loray.engine.scheduling.fairness import Backlog, FairQueue
 
 
-class _Place(Enum):
+class _State(Enum):
     LOADING = "loading"
     READY = "ready"
     REFUSED = "refused"  # its error is on the way to the caller, who removes it
@@ -26,16 +26,16 @@ class WaitingRequests:
     def __init__(self, residency: Residency[Any, Any], *, lead: float) -> None:
         self.fair = FairQueue(lead)
         self._residency = residency
-        self._places: dict[Request, _Place] = {}
+        self._states: dict[Request, _State] = {}
         self._by_adapter: dict[str, dict[Request, None]] = {}  # those that have not been refused
         self._loading: dict[str, dict[Request, None]] = {}
         self._entered: dict[str, None] = {}  # adapters of which some have begun to load since the last `land`
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._states)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._places)
+        return iter(self._states)
 
     def add(self, request: Request, *, again: bool = False) -> None:
         """`again`: it was running before and has been preempted."""
@@ -64,7 +64,7 @@ class WaitingRequests:
         if request.num_input_charged and not request.output_ids:
             self.fair.refund(request, num_input=request.num_input_charged)
         self._discard(self._by_adapter, request)
-        self._places[request] = _Place.REFUSED
+        self._states[request] = _State.REFUSED
 
     def land(self) -> list[tuple[Request, Exception]]:
         """Let those whose adapter has come take their turn; refuse and return those whose adapter failed."""
@@ -108,7 +108,7 @@ class WaitingRequests:
         return self._loading.get(digest, ())
 
     def ahead_of(self, request: Request, mean_output: float) -> Backlog:
-        return self.fair.ahead_of(request, self._places, mean_output)
+        return self.fair.ahead_of(request, self._states, mean_output)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -120,21 +120,21 @@ class WaitingRequests:
 
     def _enter(self, request: Request) -> None:
         if request.adapter is not None and self._tier(request) in (Tier.LOADING, Tier.FAILED):
-            self._places[request] = _Place.LOADING
+            self._states[request] = _State.LOADING
             self._loading.setdefault(request.adapter.digest, {})[request] = None
             self._entered[request.adapter.digest] = None
         else:
             self._ready(request)
 
     def _ready(self, request: Request) -> None:
-        self._places[request] = _Place.READY
+        self._states[request] = _State.READY
         self.fair.push(request)
 
     def _withdraw(self, request: Request) -> None:
-        place = self._places[request]
-        if place is _Place.READY:
+        state = self._states[request]
+        if state is _State.READY:
             self.fair.remove(request)
-        elif place is _Place.LOADING:
+        elif state is _State.LOADING:
             self._discard(self._loading, request)
 
     def _discard(self, by_adapter: dict[str, dict[Request, None]], request: Request) -> None:
@@ -145,7 +145,7 @@ class WaitingRequests:
                 by_adapter.pop(request.adapter.digest, None)
 
     def _left(self, request: Request) -> None:
-        del self._places[request]
+        del self._states[request]
         self._discard(self._by_adapter, request)
         if request.adapter is not None:
             self._residency.unwant(request.adapter)

@@ -142,7 +142,7 @@ def tokenize(rows: RowFile, tokenizer: Any, max_length: int) -> Iterator[Example
 def _texts(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> Iterator[Example]:
     for start in range(0, len(records), _TEXTS_AT_ONCE):
         texts = [r["text"] for r in records[start : start + _TEXTS_AT_ONCE]]
-        for i, ids in enumerate(_prompt_ids(tokenizer, texts)):
+        for i, ids in enumerate(prompt_ids(tokenizer, texts)):
             ids = [*ids, tokenizer.eos_token_id]
             for at in range(0, len(ids), max_length):
                 window = ids[at : at + max_length]
@@ -152,7 +152,7 @@ def _texts(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> It
 def _prompts(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> Iterator[Example]:
     for start in range(0, len(records), _TEXTS_AT_ONCE):
         part = records[start : start + _TEXTS_AT_ONCE]
-        prompts = _prompt_ids(tokenizer, [r["prompt"] for r in part])
+        prompts = prompt_ids(tokenizer, [r["prompt"] for r in part])
         completions = _ids(tokenizer, [r["completion"] for r in part])
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             yield _join([(prompt, False), ([*completion, tokenizer.eos_token_id], True)], start + i, max_length)
@@ -222,7 +222,7 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def _prompt_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def prompt_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """With the tokenizer's beginning-of-sequence token, but not with an end that some tokenizers append."""
     out = []
     for text, ids in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -97,6 +97,25 @@ def open_rows(
         digest = _sha256(file)
     names = _parquet_names(source) if is_parquet else _first_names(source)
     return RowFile(source, detect(source, names, format), digest, is_parquet, max_rows)
+
+
+def read_columns(name: str, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """All rows of a JSONL or Parquet file on this machine, with these columns, of whatever types. Raises DataError."""
+    source = Source(name, str(path))
+    with _open(source) as file:
+        is_parquet = file.read(4) == b"PAR1"
+    if is_parquet:
+        with _open(source) as file, _parquet_errors(source):
+            table = papq.ParquetFile(file)
+            _check_columns(str(source), table.schema_arrow.names, columns)
+            records: list[dict[str, Any]] = table.read(columns=list(columns)).to_pylist()
+        return records
+    records = []
+    for number, line in _lines(source):
+        record = _record(source, number, line)
+        _check_columns(f"{source}, line {number}", list(record), columns)
+        records.append({column: record[column] for column in columns})
+    return records
 
 
 def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"]) -> DataFormat:
@@ -218,24 +237,29 @@ def _first_names(source: Source) -> list[str]:
     for number, line in _lines(source):
         if line.lstrip().startswith(b"["):
             raise DataError(f"{source} starts with a JSON array; write one object per line instead (JSONL)")
-        try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise DataError(f"{source}, line {number}: neither JSON nor Parquet: {e}") from e
-        if not isinstance(record, dict):
-            raise DataError(f"{source}, line {number}: a row must be an object, not {type(record).__name__}")
-        return list(record)
+        return list(_record(source, number, line))
     raise DataError(f"{source} is empty; give a file with at least one row")
 
 
 def _explain(source: Source, format: DataFormat) -> None:
     """Raise a DataError for the first bad line, which pyarrow counts by block and not by file."""
     for number, line in _lines(source):
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as e:
-            raise DataError(f"{source}, line {number}: not UTF-8: {e}; write the file as UTF-8") from e
-        except ValueError as e:
-            raise DataError(f"{source}, line {number}: not valid JSON: {e}") from e
-        if wrong := problem(record, format):
+        if wrong := problem(_record(source, number, line), format):
             raise DataError(f"{source}, line {number}: {wrong}")
+
+
+def _record(source: Source, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise DataError(f"{source}, line {number}: not UTF-8: {e}; write the file as UTF-8") from e
+    except ValueError as e:
+        raise DataError(f"{source}, line {number}: not valid JSON: {e}") from e
+    if not isinstance(record, dict):
+        raise DataError(f"{source}, line {number}: a row must be an object, not {type(record).__name__}")
+    return record
+
+
+def _check_columns(source: str, names: Sequence[str], columns: Sequence[str]) -> None:
+    if missing := [column for column in columns if column not in names]:
+        raise DataError(f"{source} has no column {missing[0]!r} but {', '.join(names) or 'none'}")

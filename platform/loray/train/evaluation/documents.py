@@ -6,19 +6,17 @@ Shapes: N tokens of a document, T tokens of a window.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as papq
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.train.data.examples import _prompt_ids
+from loray.train.data.examples import prompt_ids
+from loray.train.data.files import read_columns
 
 _NO_LIMIT = 1 << 62
 _TEXT = "text"
@@ -79,7 +77,7 @@ def read_documents(
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
     """Of each text, as training and serving have them, without an end-of-sequence token."""
     for text in texts:  # one at a time: the tokenizer's own record of a long text is many times the text
-        yield from _prompt_ids(tokenizer, [text])
+        yield from prompt_ids(tokenizer, [text])
 
 
 def cut_windows(documents: Documents, context_length: int, *, stride: int, max_windows: int | None) -> Windows:
@@ -104,9 +102,7 @@ def _read(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
         raise DataError(f"{name} is not a file; name one with documents: JSONL, Parquet or .txt")
     if path.suffix == ".txt" and not where:
         return _present(name, [_decoded(name, path)], where)
-    with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
-    records = _parquet(name, path, where) if is_parquet else _jsonl(name, path, where)
+    records = read_columns(name, path, [_TEXT, *where])
     return _present(name, [r[_TEXT] for r in records if all(str(r[c]) == v for c, v in where.items())], where)
 
 
@@ -119,37 +115,6 @@ def _present(name: str, texts: Sequence[object], where: Mapping[str, str]) -> li
         rule = " and ".join(f"{column}={value}" for column, value in where.items())
         raise DataError(f"{name} has no document" + (f" where {rule}" if rule else ""))
     return found
-
-
-def _parquet(name: str, path: Path, where: Mapping[str, str]) -> list[dict[str, Any]]:
-    try:
-        with papq.ParquetFile(path) as file:
-            _check_columns(name, file.schema_arrow.names, where)
-            records: list[dict[str, Any]] = file.read(columns=[_TEXT, *where]).to_pylist()
-    except (OSError, pa.ArrowException) as e:
-        raise DataError(f"{name} is not a readable Parquet file: {e}") from e
-    return records
-
-
-def _jsonl(name: str, path: Path, where: Mapping[str, str]) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(_decoded(name, path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise DataError(f"{name}, line {number}: not valid JSON: {e}") from e
-        if not isinstance(record, dict):
-            raise DataError(f"{name}, line {number}: a row must be an object, not {type(record).__name__}")
-        _check_columns(f"{name}, line {number}", list(record), where)
-        records.append(record)
-    return records
-
-
-def _check_columns(source: str, names: Sequence[str], where: Mapping[str, str]) -> None:
-    if missing := [column for column in (_TEXT, *where) if column not in names]:
-        raise DataError(f"{source} has no column {missing[0]!r} but {', '.join(names) or 'none'}")
 
 
 def _decoded(name: str, path: Path) -> str:

@@ -8,6 +8,7 @@
 All work over the whole world, sequence × data: a rank's loss is its share of the step's, and gradients are summed.
 """
 
-from loray.train.strategies.base import Strategy, prepare
+from loray.train.strategies.base import Strategy
+from loray.train.strategies.choice import prepare
 
 __all__ = ["Strategy", "prepare"]

@@ -9,7 +9,7 @@ from typing import Annotated, Protocol
 
 from fastapi import Path, Query
 
-from jobs.submission.ledger import JobServer, Training
+from jobs.submission.tracker import JobServer, JobTracker
 from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
 from loray.errors import CatalogError, LorayError
@@ -30,12 +30,12 @@ class Placements(Protocol):
         """Of each replica that answers, what `EngineReplica.adapters` says of these; nothing where none is served."""
 
 
-class Site:
+class Services:
     """Opened at the first use that succeeds, so that the server comes up, and answers 503, without its database."""
 
     def __init__(self, settings: Settings, jobs: JobServer, placements: Placements) -> None:
         self.placements = placements
-        self.training = Training(lambda: self.catalog, jobs, settings)
+        self.jobs = JobTracker(lambda: self.catalog, jobs, settings)
         self._settings = settings
         self._catalog_lock, self._store_lock = Lock(), Lock()
         self._catalog: Catalog | None = None

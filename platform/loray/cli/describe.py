@@ -1,4 +1,4 @@
-"""An adapter as commands show it: facts for JSON, tables for people."""
+"""An adapter as commands show it: as JSON, and as tables for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def base_name(ref: AdapterRef, bases: dict[str, str]) -> str:
     return bases.get(ref.base_fingerprint, ref.base_fingerprint[:12])
 
 
-def entry_facts(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
+def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
     ref = entry.default
     return {
         "name": entry.name,
@@ -31,7 +31,7 @@ def entry_facts(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def version_facts(version: AdapterVersion) -> dict[str, Any]:
+def version_json(version: AdapterVersion) -> dict[str, Any]:
     return {
         "name": version.name,
         "version": version.version,
@@ -44,13 +44,13 @@ def version_facts(version: AdapterVersion) -> dict[str, Any]:
     }
 
 
-def detail_facts(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any]:
+def detail_json(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any]:
     return {
-        **version_facts(version),
+        **version_json(version),
         "name": detail.entry.name,
         "default_version": detail.entry.default.version,
         "all_aliases": dict(detail.entry.aliases),
-        "versions": [version_facts(v) for v in detail.versions],
+        "versions": [version_json(v) for v in detail.versions],
         "alias_moves": [
             {
                 "alias": m.alias,

@@ -25,12 +25,16 @@ class RayJob(NamedTuple):
     status: Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
     message: str
 
+    @property
+    def has_ended(self) -> bool:
+        return self.status not in ("PENDING", "RUNNING")
+
 
 class JobServer(Protocol):
     """Ray's. All of it raises ClusterError where Ray does not answer."""
 
-    def submit(self, job_id: str, job: Submission) -> None:
-        """ConflictError where Ray has a job of this id."""
+    def submit(self, job: Submission, job_id: str | None = None) -> str:
+        """The job's id, Ray's choice where none is given. ConflictError where Ray has a job of this id."""
 
     def find(self, job_id: str) -> RayJob | None:
         """None where Ray does not know it, any more or yet."""
@@ -45,7 +49,7 @@ class JobServer(Protocol):
         """All that it has written and will write, until it ends."""
 
 
-class Training:
+class JobTracker:
     """Submits jobs, and reads them. Thread-safe as the catalog is."""
 
     def __init__(self, catalog: Callable[[], Catalog], server: JobServer, settings: Settings) -> None:
@@ -64,7 +68,7 @@ class Training:
         job_id = job_id or f"train_{secrets.token_hex(8)}"
         job = catalog.add_job(job_id, name=spec.name, recipe=spec)
         try:
-            self._server.submit(job_id, submission)
+            self._server.submit(submission, job_id)
         except ConflictError:
             raise  # the job is somebody else's
         except LorayError as e:

@@ -1,0 +1,41 @@
+"""The strategy that a recipe names, on the ranks' devices."""
+
+from __future__ import annotations
+
+import torch
+
+from loray.errors import UnsupportedError
+from loray.spec import TrainSpec
+from loray.train.loss import Objective
+from loray.train.mesh import World
+from loray.train.optimizer import OptimizerState, check_fits
+from loray.train.strategies.base import Strategy
+from loray.train.strategies.ddp import DataParallel
+
+
+def prepare(
+    objective: Objective, spec: TrainSpec, world: World, device: torch.device, state: OptimizerState | None = None
+) -> Strategy:
+    """Put `objective`, whose model `build_model` made in this host's memory, on the ranks' devices; from then on it is
+    the strategy's to call. A checkpoint's `state` is restored, bit for bit.
+
+    Raises UnsupportedError where the strategy cannot run here, ValueError where `state` is of other parameters.
+    """
+    parameters = objective.trained_parameters()
+    if state is not None:
+        check_fits(state, parameters)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(state.masters[name])
+    strategy = spec.parallel.strategy
+    if strategy == "ddp":
+        return DataParallel(objective, spec, world, device, state)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise UnsupportedError(f"strategy {strategy} needs torch.distributed's process group, which Ray Train sets up")
+    if strategy == "fsdp2":
+        from loray.train.strategies.fsdp2 import FullyShard  # takes a second, which other strategies have no need of
+
+        return FullyShard(objective, spec, world, device, state)
+    from loray.train.strategies.zero import Zero
+
+    return Zero(objective, spec, world, device, state)
