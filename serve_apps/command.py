@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import socket
-import sys
 import time
 from collections.abc import Set
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,9 +14,8 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from loray.api.status import ReplicaStatus, ScalingDecision, Status
 from loray.bases.registry import get_base
-from loray.cli.output import console, emit, json_option, pairs, table
+from loray.cli.output import emit, json_option
 from loray.client import LorayClient
 from loray.errors import ClusterError, ConflictError, LorayError, SettingsError
 from loray.local.cluster import current_cluster, ensure_started, stop_local_cluster
@@ -32,13 +27,13 @@ from loray.local.home import (
     stop_home_store,
 )
 from loray.settings import Settings
-from loray.spec import ServeSpec, format_size
-from serve_apps.deployment import DRAIN_S, Address, ServeApi, State, serve_config
+from loray.spec import ServeSpec
+from serve_apps.deployment import DRAIN_S, Address, ServeApi, serve_config
+from serve_apps.terminal import show_status, welcome
 
 _TIMEOUT_S = 600.0 + 5 * DRAIN_S  # an update replaces a fifth of the replicas at a time
 _QUICK_TIMEOUT_S = 10.0
 _POLL_S = 0.5
-_DECISIONS_SHOWN = 5
 
 
 @click.command()
@@ -81,7 +76,7 @@ def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
         click.echo(f"deploying at {url}; `loray status` says how far it is")
         return
     _wait(api, screen)
-    _welcome(url, spec)
+    welcome(url, spec)
 
 
 @click.command()
@@ -119,7 +114,7 @@ def status(as_json: bool) -> None:
             }
         )
         return
-    _show(url, state, report, problem, api.dashboard, describe_store(settings))
+    show_status(url, state, report, problem, api.dashboard, describe_store(settings))
 
 
 @click.command()
@@ -243,19 +238,6 @@ def _wait(api: ServeApi, screen: Console) -> None:
                 raise ClusterError(f"serving did not come up: {state.reason}")
 
 
-def _welcome(url: str, spec: ServeSpec) -> None:
-    with LorayClient(url) as client:
-        models = client.models()
-    body = json.dumps({"model": models[-1].id, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64})
-    names = ", ".join(m.id for m in models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
-    out = console()
-    out.print(f"[green]serving[/] {spec.base} at [bold]{url}/v1[/]")
-    out.print(f"models: {escape(names)}")
-    out.print(f"try\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
-    out.print(f"    -d {shlex.quote(body)}", soft_wrap=True, markup=False)
-    out.print("more\n  loray status    what runs, and which adapters are in memory\n  loray down      stop it")
-
-
 # -- status and down --------------------------------------------------------------------------------------------------
 
 
@@ -264,53 +246,3 @@ def _running(settings: Settings) -> ServeApi | None:
     if settings.address is not None:
         return ServeApi(settings.address)
     return None if current_cluster(settings.home) is None else ServeApi(ensure_started(settings).address)
-
-
-def _show(url: str, state: State, report: Status | None, problem: str | None, dashboard: str, store: str) -> None:
-    out = console()
-    rows: list[tuple[str, object]] = [
-        ("state", state),
-        ("url", f"{url}/v1"),
-        ("dashboard", dashboard),
-        ("store", store),
-    ]
-    if report is not None:
-        catalog = report.catalog
-        rows += [("base", report.model), ("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
-        if report.autoscaling is not None:
-            rows.append(("autoscaling", f"{report.autoscaling.target} wanted: {report.autoscaling.reason}"))
-    out.print(pairs([*rows, ("message", state.reason), ("problem", problem)]))
-    if report is not None and report.replicas:
-        columns = (
-            "replica",
-            "pid",
-            "up",
-            "running",
-            "waiting",
-            "pool used",
-            "hit rate",
-            "host",
-            "output tokens",
-            "adapters in pool",
-        )
-        out.print(table(columns, [_row(r) for r in report.replicas], right=columns[1:9]))
-    if report is not None and report.autoscaling is not None and report.autoscaling.decisions:
-        changes = report.autoscaling.decisions[-_DECISIONS_SHOWN:]
-        out.print(table(("scaled at", "from", "to", "because"), [_change(d) for d in changes], right=("from", "to")))
-    if report is not None and report.status != "ok":
-        sys.exit(1)
-
-
-def _change(d: ScalingDecision) -> tuple[object, ...]:
-    at = datetime.fromtimestamp(d.time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    return (at, d.from_replicas, d.to_replicas, d.reason)
-
-
-def _row(r: ReplicaStatus) -> tuple[object, ...]:
-    blocks = sum(r.blocks.values())
-    used = f"{1 - r.blocks.get('free', 0) / blocks:.0%}" if blocks else ""
-    hit_rate = "" if r.hit_rate is None else f"{r.hit_rate:.0%}"
-    names = ", ".join(r.adapters_in_pool[:6]) + (" …" if len(r.adapters_in_pool) > 6 else "")
-    up, num_tokens = f"{r.uptime_s:,.0f} s", f"{r.num_output_tokens:,}"
-    counts = (r.num_running, r.num_waiting, used, hit_rate, format_size(r.host_bytes), num_tokens)
-    return (r.replica, r.pid, up, *counts, names)

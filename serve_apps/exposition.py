@@ -15,7 +15,7 @@ from prometheus_client.utils import floatToGoString
 from loray.telemetry import METRICS
 
 if TYPE_CHECKING:
-    from loray.engine.stats.histogram import HistogramCounts
+    from loray.telemetry import HistogramCounts
 
 
 def merge(groups: Iterable[Iterable[Family]]) -> list[Family]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from loray.adapters.manifest import describe, digest
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, get_base
-from loray.engine.engine import build_engine
+from loray.engine.build import build_engine
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 
 _AT_ONCE = 64

@@ -33,7 +33,8 @@ from benchmarks.serving.adapters import AdapterSet, open_library
 from benchmarks.serving.models import bench_base
 from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.registry import BaseModel
-from loray.engine.engine import Engine, build_engine
+from loray.engine.build import build_engine
+from loray.engine.engine import Engine
 from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store

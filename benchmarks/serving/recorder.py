@@ -10,7 +10,7 @@ from loray.spec import AdapterRef
 
 if TYPE_CHECKING:
     from loray.engine.engine import Engine
-    from loray.engine.pool.pool import ResidentAdapter
+    from loray.engine.pool.resident import ResidentAdapter
     from loray.engine.request import TokenOutput
     from loray.engine.scheduling.scheduler import Plan
 

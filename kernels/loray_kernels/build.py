@@ -1,4 +1,4 @@
-"""Compiles csrc/*.cpp into shared libraries with the machine's C++ compiler, and keeps them from run to run.
+"""Compiles cpu/csrc/*.cpp into shared libraries with the machine's C++ compiler, and keeps them from run to run.
 
 Plain C functions without torch's headers: seconds, not minutes. A library's name holds the hash of its sources and
 flags and that of the compiler, so nothing stale is ever loaded; without a compiler, a library of the same sources that
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "csrc"
+SOURCES = Path(__file__).parent / "cpu" / "csrc"
 # No contraction and no fast math: roundings are where the sources put them.
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"),
@@ -42,7 +42,7 @@ def cache_folder() -> Path:
 
 
 def library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
-    """The shared library of `sources` (files of csrc), compiled unless it is in the cache.
+    """The shared library of `sources` (files of cpu/csrc), compiled unless it is in the cache.
 
     Any number of processes may ask at once: one compiles, the others wait for it.
     """

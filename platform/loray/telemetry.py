@@ -24,6 +24,18 @@ class Metric(NamedTuple):
     buckets: tuple[float, ...] = ()
 
 
+class HistogramCounts(NamedTuple):
+    """`counts[i]`: values in (bounds[i - 1], bounds[i]]; the last are those above every bound. `sum` of all values."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+    @property
+    def num_values(self) -> int:
+        return sum(self.counts)
+
+
 def _table(*metrics: Metric) -> Mapping[str, Metric]:
     """By name, without the prefix."""
     return {m.name: m._replace(name=PREFIX + m.name) for m in metrics}

@@ -157,7 +157,7 @@ def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> Engine
     """Load the base, cut the pool, start the engine's thread."""
     from transformers import AutoTokenizer
 
-    from loray.engine.engine import build_engine
+    from loray.engine.build import build_engine
     from loray.engine.stream import EngineStream
     from serve_apps.replica.ranks import RankActors
 

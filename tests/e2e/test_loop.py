@@ -22,7 +22,7 @@ from torch import Tensor
 from jobs.events.messages import decode
 from loray.adapters.manifest import verify_folder
 from loray.bases.registry import BaseModel
-from loray.engine.engine import build_engine
+from loray.engine.build import build_engine
 from loray.publishing import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.gateway.directory import REFRESH_S

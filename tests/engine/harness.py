@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
-from loray.engine.engine import Engine, build_engine
+from loray.engine.build import build_engine
+from loray.engine.engine import Engine
 from loray.engine.request import TokenOutput
 from loray.spec import GenerateRequest, SamplingParams, ServeSpec
 from tests.engine.adapters import TestAdapter

@@ -20,8 +20,9 @@ from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsErro
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps import command
-from serve_apps.command import _row, _settle_port, _show, _spec
+from serve_apps.command import _settle_port, _spec
 from serve_apps.deployment import Address, State, serve_config
+from serve_apps.terminal import replica_row, show_status
 from tests.cluster import RayCluster, Served, free_port
 from tests.conftest import REPOSITORY
 from tests.tiny import write_checkpoint
@@ -131,7 +132,7 @@ def test_a_port_of_the_file_is_a_wish_too(tmp_path: Path) -> None:
 
 def test_a_request_whose_adapter_loads_is_counted_once() -> None:
     replica = ReplicaStatus(replica="r", node="n", pid=1, uptime_s=1.0, num_running=2, num_waiting=3, num_loading=1)
-    assert _row(replica)[3:5] == (2, 3)
+    assert replica_row(replica)[3:5] == (2, 3)
 
 
 def test_status_shows_why_the_number_of_replicas_is_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +146,7 @@ def test_status_shows_why_the_number_of_replicas_is_what_it_is(capsys: pytest.Ca
         totals=EngineStatus(),
         autoscaling=AutoscalingStatus(target=2, reason="tokens need 2 replicas", time=9.0, decisions=(decision,)),
     )
-    _show("http://u", State("RUNNING", "", 0.0, {}), report, None, "http://d", "file:///s")
+    show_status("http://u", State("RUNNING", "", 0.0, {}), report, None, "http://d", "file:///s")
     shown = capsys.readouterr().out
     assert "2 wanted: tokens need 2 replicas" in shown
     (row,) = [line.split() for line in shown.splitlines() if "working set" in line]

@@ -125,7 +125,7 @@ def build(setup: Setup, base: BaseModel) -> Engine:
     """With the product's own loader: store, node cache, host memory."""
     import torch
 
-    from loray.engine.engine import build_engine
+    from loray.engine.build import build_engine
     from serve_apps.replica.replica import adapter_loader
 
     spec = setup.spec

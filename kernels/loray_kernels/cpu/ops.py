@@ -1,7 +1,5 @@
 """The op set in C++ on the CPU: csrc's kernels for bf16 and fp32.
 
-Other dtypes, mixed ones and attention heads whose width is no multiple of 16 go to the reference, call by call.
-
 Shapes as in `loray_kernels.ops`. A token's results are the same, bit for bit, whatever its neighbours, the size of
 the batch and the chunking of its prompt; the C++ sources say how.
 """
@@ -9,27 +7,21 @@ the batch and the chunking of its prompt; the C++ sources say how.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from loray_kernels.cpu.native import Functions, functions, packed_size, supported
+from loray_kernels.cpu.dense import DenseOps, address_at, token_rows
 from loray_kernels.cpu.tables import (
     pack_layer_tables,
     pack_layer_weights,
-    pack_layout,
     pack_lora,
     pack_matrix,
-    pack_meta,
     pack_rows,
     pack_segments,
     pack_step,
 )
-from loray_kernels.memory import huge_pages
 from loray_kernels.ops import (
-    AttentionMeta,
-    KvLayout,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -37,31 +29,12 @@ from loray_kernels.ops import (
     PairMatrix,
     Segments,
     StepInputs,
-    TokenRows,
     VeraTable,
 )
-from loray_kernels.reference import ReferenceOps
 
 
-class CpuOps(ReferenceOps):
-    """`embed` is torch's: one call of a step, a copy of rows.
-
-    isa  instruction set to use: "generic", "avx2" or "avx512"; the fastest of this CPU unless told.
-    BackendUnavailable when the library cannot be built, ValueError when the CPU lacks `isa`.
-    """
-
-    def __init__(self, isa: str | None = None) -> None:
-        self.isa = isa or supported()[-1]
-        self._functions = functions(self.isa)
-
-    def _for(self, pool: Tensor, *others: Tensor) -> Functions | None:
-        """The kernels for these tensors; None when the reference must do it."""
-        dtype = pool.dtype
-        for other in others:
-            if other.dtype != dtype:
-                return None
-        assert pool.is_cpu
-        return self._functions.get(dtype)
+class CpuOps(DenseOps):
+    """With adapters, and a decoder layer as one call."""
 
     def decoder_layer(
         self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
@@ -79,159 +52,13 @@ class CpuOps(ReferenceOps):
         f.layer(x_TD.data_ptr(), packed.address, adapters.address, inputs.address, layer, torch.get_num_threads())
         return x_TD
 
-    def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
-        f = self._for(weight_OI)
-        if f is None:
-            return super().pack_linear(weight_OI, bias_O)
-        weight_OI = weight_OI.contiguous()
-        out_features, in_features = weight_OI.shape
-        packed = huge_pages(packed_size(self.isa, in_features, out_features, weight_OI.itemsize), weight_OI.dtype)
-        f.pack_linear(weight_OI.data_ptr(), in_features, out_features, packed.data_ptr(), torch.get_num_threads())
-        return LinearWeights(in_features, out_features, packed, None if bias_O is None else bias_O.contiguous())
-
-    def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
-        f = self._for(weights.data, x_TI)
-        if f is None or weights.data.dim() != 1:
-            return super().linear(x_TI, weights)
-        return self._multiply(f.linear, x_TI, weights, x_TI.dtype)
-
-    def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
-        f = self._for(weights.data, x_TD)
-        if f is None or weights.data.dim() != 1:
-            return super().logits(x_TD, weights)
-        return self._multiply(f.logits, x_TD, weights, torch.float32)
-
-    def _multiply(self, function: Any, x_TI: Tensor, weights: LinearWeights, dtype: torch.dtype) -> Tensor:
-        x_TI = _token_rows(x_TI)
-        num_tokens, width = x_TI.shape
-        assert width == weights.in_features
-        y_TO = torch.empty(num_tokens, weights.out_features, dtype=dtype)
-        matrix = (ctypes.c_int64 * 4)(*pack_matrix(weights))
-        function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
-        return y_TO
-
-    def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
-        f = self._for(gate_up_TM)
-        if f is None:
-            return super().silu_mul(gate_up_TM)
-        gate_up_TM = _token_rows(gate_up_TM)
-        num_tokens, width = gate_up_TM.shape[0], gate_up_TM.shape[1] // 2
-        y_TM = gate_up_TM.new_empty(num_tokens, width)
-        f.silu_mul(
-            gate_up_TM.data_ptr(), gate_up_TM.stride(0), num_tokens, width, y_TM.data_ptr(), torch.get_num_threads()
-        )
-        return y_TM
-
-    def rms_norm(
-        self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
-    ) -> Tensor:
-        f = self._for(pool, x_TD, weight_D)
-        if f is None:
-            return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
-        x_TD = _token_rows(x_TD)
-        num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
-        width = x_TD.shape[-1]
-        y_TD = _like(x_TD)
-        tokens, num_own, rows = None, 0, None
-        if own is not None:
-            tokens_N, packed = own.tokens_N.contiguous(), pack_rows(own.rows)
-            tokens, num_own, rows = tokens_N.data_ptr(), tokens_N.shape[0], packed.address
-            assert packed.widths == (width,)
-        f.rms_norm(
-            x_TD.data_ptr(),
-            x_TD.stride(0),
-            x_TD.shape[0],
-            num_heads,
-            width,
-            weight_D.data_ptr(),
-            eps,
-            y_TD.data_ptr(),
-            _at(pool, layer_offset),
-            tokens,
-            num_own,
-            rows,
-            torch.get_num_threads(),
-        )
-        return y_TD
-
-    def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
-        f = self._for(x_THd, cos_Td, sin_Td)
-        if f is None:
-            return super().rope(x_THd, cos_Td, sin_Td)
-        x_THd, cos_Td, sin_Td = _token_rows(x_THd), cos_Td.contiguous(), sin_Td.contiguous()
-        num_tokens, num_heads, width = x_THd.shape
-        assert cos_Td.shape == (num_tokens, width) == sin_Td.shape
-        y_THd = _like(x_THd)
-        f.rope(
-            x_THd.data_ptr(),
-            x_THd.stride(0),
-            num_tokens,
-            num_heads,
-            width,
-            cos_Td.data_ptr(),
-            sin_Td.data_ptr(),
-            y_THd.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return y_THd
-
-    def write_kv(
-        self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
-    ) -> None:
-        f = self._for(pool, k_TKd, v_TKd)
-        if f is None:
-            super().write_kv(pool, layout, layer, k_TKd, v_TKd, meta)
-            return
-        k_TKd, v_TKd, slots_T = _token_rows(k_TKd), _token_rows(v_TKd), meta.slots_T.contiguous()
-        assert k_TKd.shape == v_TKd.shape == (slots_T.shape[0], layout.num_kv_heads, layout.head_dim)
-        f.write_kv(
-            _at(pool, layer * layout.layer_share),
-            layout.num_layers * layout.layer_share,
-            layout.block_tokens,
-            k_TKd.data_ptr(),
-            k_TKd.stride(0),
-            v_TKd.data_ptr(),
-            v_TKd.stride(0),
-            layout.num_kv_heads * layout.head_dim,
-            slots_T.data_ptr(),
-            slots_T.shape[0],
-            torch.get_num_threads(),
-        )
-
-    def paged_attention(
-        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
-    ) -> Tensor:
-        f = self._for(pool, q_THd)
-        if f is None or layout.head_dim % 16:
-            return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
-        q_THd = _token_rows(q_THd)
-        packed = pack_meta(meta, layout.block_tokens)
-        num_heads = q_THd.shape[1]
-        assert q_THd.shape[2] == layout.head_dim
-        assert num_heads % layout.num_kv_heads == 0
-        assert packed.widths == (q_THd.shape[0],)
-        out_THd = _like(q_THd)
-        f.paged_attention(
-            q_THd.data_ptr(),
-            q_THd.stride(0),
-            out_THd.data_ptr(),
-            num_heads,
-            pool.data_ptr(),
-            pack_layout(layout).address,
-            layer,
-            packed.address,
-            scale,
-            torch.get_num_threads(),
-        )
-        return out_THd
-
     def lora_shrink(
         self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
     ) -> tuple[Tensor, ...]:
         f = self._for(pool, x_TI)
         if f is None:
             return super().lora_shrink(x_TI, pool, tables, segments, layer_offset)
-        x_TI, spans = _token_rows(x_TI), pack_segments(segments)
+        x_TI, spans = token_rows(x_TI), pack_segments(segments)
         num_tokens, width = x_TI.shape
         assert spans.widths[0] <= num_tokens
         addresses: list[int] = []
@@ -249,7 +76,7 @@ class CpuOps(ReferenceOps):
         f.lora_shrink(
             x_TI.data_ptr(),
             x_TI.stride(0),
-            _at(pool, layer_offset),
+            address_at(pool, layer_offset),
             (ctypes.c_int64 * num)(*addresses),
             (ctypes.c_int64 * (2 * num))(*outputs),
             num,
@@ -276,7 +103,7 @@ class CpuOps(ReferenceOps):
         targets: list[int] = []
         keep = []
         for y_TO, h_TR, table in zip(outputs, h, tables, strict=True):
-            h_TR, packed = _token_rows(h_TR), pack_lora(table)
+            h_TR, packed = token_rows(h_TR), pack_lora(table)
             assert packed.widths[1] == y_TO.shape[1]
             assert packed.widths[2] <= h_TR.shape[1]
             assert spans.widths[0] <= y_TO.shape[0] == h_TR.shape[0]
@@ -287,7 +114,7 @@ class CpuOps(ReferenceOps):
         num = len(tables)
         f.lora_expand(
             (ctypes.c_int64 * (4 * num))(*targets),
-            _at(pool, layer_offset),
+            address_at(pool, layer_offset),
             (ctypes.c_int64 * num)(*addresses),
             num,
             spans.address,
@@ -305,7 +132,7 @@ class CpuOps(ReferenceOps):
         if f is None or y_TO.stride(1) != 1 or z_TR.dtype is not torch.float32:
             super().vera_expand(y_TO, z_TR, pool, table, layer_offset)
             return
-        z_TR, y_TO = _token_rows(z_TR), y_TO[table.start : table.stop]
+        z_TR, y_TO = token_rows(z_TR), y_TO[table.start : table.stop]
         (num_tokens, rank), width = z_TR.shape, y_TO.shape[1]
         d, b = pack_rows(table.d), pack_rows(table.b)
         assert y_TO.shape[0] == num_tokens == d.num == b.num
@@ -318,7 +145,7 @@ class CpuOps(ReferenceOps):
             z_TR.stride(0),
             num_tokens,
             (ctypes.c_int64 * 4)(*pack_matrix(self._pair_weights(table.b_OR, rank), width)),
-            _at(pool, layer_offset),
+            address_at(pool, layer_offset),
             d.address,
             b.address,
             torch.get_num_threads(),
@@ -332,20 +159,3 @@ class CpuOps(ReferenceOps):
             assert width <= matrix.data.shape[1]
             weights = matrix.memo[key] = self.pack_linear(matrix.data[:, :width])
         return weights
-
-
-def _at(pool: Tensor, offset: int) -> int:
-    return pool.data_ptr() + offset * pool.element_size()
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _token_rows(x: Tensor) -> Tensor:
-    """`x` or a copy, so that the elements of a token stand side by side; tokens may be any stride apart."""
-    if x.is_contiguous():
-        return x
-    if x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2]):
-        return x
-    return x.contiguous()

@@ -1,7 +1,7 @@
 """The op set for NVIDIA GPUs of compute capability 8.0 and later.
 
 ops             which kernel does what
-gather          launches of the CUDA C++ kernels (csrc/cuda): decode, and rows that move
+gather          launches of the CUDA C++ kernels (cuda/csrc): decode, and rows that move
 tiles           launches of the Triton kernels (triton_*): prompts, and rows of activations
 tables          a step's tables as device tensors
 launch, nvrtc   compiling and launching the CUDA C++ kernels

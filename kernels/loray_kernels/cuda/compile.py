@@ -45,7 +45,7 @@ class Usage(NamedTuple):
 
 
 def compile_cuda(arch: str) -> Iterator[Usage]:
-    """Every kernel of csrc/cuda. BackendUnavailable without NVRTC, or when a source does not compile."""
+    """Every kernel of cuda/csrc. BackendUnavailable without NVRTC, or when a source does not compile."""
     for name in FILES:
         for kernel, told in _ptxas_report(compile_source(name, arch).log):
             yield Usage(kernel, arch, *told)

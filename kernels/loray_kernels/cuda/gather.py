@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels: gathers for decode, and rows that move. Shapes and equations are in csrc/cuda and `ops.Ops`."""
+"""The CUDA C++ kernels: gathers for decode, and rows that move. Shapes and equations are in cuda/csrc and `ops.Ops`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loray_kernels.cuda.launch import SUFFIX, Launcher
 from loray_kernels.cuda.tables import Attention, Expand, Items, Rows, Shrink
 from loray_kernels.ops import KvLayout
 
-_SHRINK_WARPS, _EXPAND_THREADS, _THREADS = 4, 64, 128  # as in csrc/cuda
+_SHRINK_WARPS, _EXPAND_THREADS, _THREADS = 4, 64, 128  # as in cuda/csrc
 _GROUP = 8
 MAX_HEAD_DIM = 256
 

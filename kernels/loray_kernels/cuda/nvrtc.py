@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/*.cu to machine code with NVRTC, by itself: no GPU, no toolkit, no headers.
+"""Compiles cuda/csrc/*.cu to machine code with NVRTC, by itself: no GPU, no toolkit, no headers.
 
 NVRTC is a shared library: that of the wheel nvidia-cuda-nvrtc (which torch's CUDA build brings along), or a toolkit's.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from loray_kernels.build import BackendUnavailable, cache_folder
 
-SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+SOURCES = Path(__file__).parent / "csrc"
 FILES = ("attention.cu", "lora.cu", "rows.cu")
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v", f"--include-path={SOURCES}")
 

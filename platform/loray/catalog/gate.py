@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from loray.spec import AdapterManifest, Evaluation, Subject
-
-PERPLEXITY = "perplexity"
+from loray.spec import PERPLEXITY, AdapterManifest, Evaluation, Subject
 
 _NAMES: Mapping[Subject, str] = {"base": "the base", "base_scaled": "the base under its RoPE", "adapter": "the adapter"}
 

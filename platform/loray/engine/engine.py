@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
-from loray.engine.memory.limits import check_length, max_model_len
+from loray.engine.admission import check_request
+from loray.engine.memory.limits import max_model_len
 from loray.engine.model.batch import Batch, build_batch
 from loray.engine.model.decoder import Decoder
 from loray.engine.model.landing import Landings
-from loray.engine.parallel.driver import start_ranks
-from loray.engine.parallel.workers import LocalWorkers, StartWorkers, Workers, num_threads
+from loray.engine.parallel.workers import Workers
 from loray.engine.pool.loading import AdapterLoads, LoadAdapter
 from loray.engine.pool.packed import PackedAdapter, Packer
-from loray.engine.pool.pool import Pool, ResidentAdapter, cut_pool
+from loray.engine.pool.pool import Pool
+from loray.engine.pool.resident import ResidentAdapter
 from loray.engine.request import Request, TokenLogprobs, TokenOutput
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import Placement, Tier
@@ -32,12 +32,8 @@ from loray.engine.scheduling.scheduler import Chunk, Scheduler
 from loray.engine.stats.counters import Counters
 from loray.engine.stats.stats import EngineStats
 from loray.engine.stats.usage import UsageLog
-from loray.errors import BaseMismatch, IntegrityError, RequestError
+from loray.errors import IntegrityError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, ServeSpec
-from loray.telemetry import get_logger
-from loray_kernels import backend
-
-_log = get_logger(__name__)
 
 
 class Engine:
@@ -104,19 +100,7 @@ class Engine:
 
     def check(self, request: GenerateRequest) -> None:
         """Raise for a request that could never run: RequestError, ContextLengthExceeded, BaseMismatch."""
-        adapter, vocab = request.adapter, self.base.config.vocab_size
-        if adapter is not None and adapter.base_fingerprint != self.base.fingerprint:
-            raise BaseMismatch(f"adapter {adapter.label} was trained on another base than {self.base.name!r}")
-        if not request.prompt_ids:
-            raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        if not all(0 <= t < vocab for t in request.prompt_ids):
-            raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
-        for param in ("logit_bias", "stop_token_ids"):
-            if not all(0 <= t < vocab for t in getattr(request.params, param)):
-                raise RequestError(f"{param}: a token id is outside the vocabulary of {vocab}", param=param)
-        limit, num_prompt_tokens = self.max_model_len(adapter), len(request.prompt_ids)
-        param = "max_tokens" if num_prompt_tokens < limit else "prompt"
-        check_length(limit, num_prompt_tokens, request.params.max_tokens, param=param)
+        check_request(request, self.base, max_model_len=self.max_model_len(request.adapter))
 
     def add(self, spec: GenerateRequest) -> None:
         """Queue a request; raises what `check` raises, and Overloaded when too many wait, or for too long."""
@@ -267,12 +251,13 @@ class Engine:
     # -- looking in ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        tiers, counts = self._residency.table.by_tier(), self._residency.counts
+        tiers = self._residency.table.by_tier()
+        blocks, cached = self._pool.allocator.occupancy()._asdict(), self._scheduler.prefix_cache.num_idle
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             num_loading=len(tiers[Tier.LOADING]),
-            blocks=self._blocks(),
+            blocks=blocks | {"kv": blocks["kv"] - cached, "cached": cached},
             adapters_in_pool=tuple(r.digest for r in tiers[Tier.POOL]),
             adapters_on_host=tuple(r.digest for r in tiers[Tier.HOST]),
             host_bytes=self._residency.table.host_used,
@@ -280,22 +265,10 @@ class Engine:
             num_aborted=self._scheduler.num_aborted,
             prefix_cache_queries=self._scheduler.prefix_cache_queries,
             prefix_cache_hits=self._scheduler.prefix_cache_hits,
-            num_loads=counts.loads,
-            num_failed_loads=counts.failed_loads,
-            num_evictions=counts.evictions,
-            num_host_evictions=counts.host_evictions,
-            num_pool_hits=counts.pool_hits,
-            num_host_hits=counts.host_hits,
-            num_misses=counts.misses,
-            num_loaded_bytes=counts.loaded_bytes,
             load_seconds=self._residency.load_seconds.counts(),
+            **self._residency.counts.stats(),
             **self._counters.stats(),
         )
-
-    def _blocks(self) -> dict[str, int]:
-        blocks = self._pool.allocator.occupancy()._asdict()
-        cached = self._scheduler.prefix_cache.num_idle
-        return blocks | {"kv": blocks["kv"] - cached, "cached": cached}
 
     def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
         """Where these adapters are and how they have been used; without `digests`, all that are known."""
@@ -324,31 +297,3 @@ class Engine:
         self._loads.close()
         if self._workers is not None:
             self._workers.stop()
-
-
-def build_engine(
-    spec: ServeSpec,
-    base: BaseModel,
-    load: LoadAdapter,
-    tensors: Iterable[tuple[str, Tensor]] | None = None,
-    start_workers: StartWorkers = LocalWorkers,
-) -> Engine:
-    """Load `base`, from `tensors` by name instead of its checkpoint where they are given, and cut the pool.
-
-    Over several ranks this process is rank 0, `start_workers` starts the others, and all read the checkpoint. Raises
-    SpecError when pool_bytes does not hold one sequence of one block, or the ranks do not divide the base; EngineError
-    when a rank does not come up.
-    """
-    if spec.tensor_parallel_size > 1:
-        assert tensors is None, "every rank reads the checkpoint"
-        spec = spec.model_copy(update={"num_threads": num_threads(spec)})
-        return Engine(spec, base, *start_ranks(spec, base, load, start_workers))
-    dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
-    layout, num_blocks = cut_pool(spec, base.config)
-    tensors = read_tensors(base.path) if tensors is None else tensors
-    model = Decoder(base.config, tensors, backend("auto", device), dtype=dtype, device=device)
-    pool = Pool(layout, num_blocks, dtype=dtype, device=device, page_writer=model.ops.page_writer)
-    _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
-    engine = Engine(spec, base, model, pool, load)
-    model.record(pool, pool.geometry.blocks_for_tokens(engine.max_model_len(None)))
-    return engine

@@ -13,6 +13,7 @@ from loray.spec.adapters import (
     Subject,
 )
 from loray.spec.evaluation import (
+    PERPLEXITY,
     ContextLength,
     Depth,
     PerplexitySpec,
@@ -59,6 +60,7 @@ __all__ = [
     "ATTENTION_MODULES",
     "DTYPE_BYTES",
     "LINEAR_MODULES",
+    "PERPLEXITY",
     "AdapterBytes",
     "AdapterManifest",
     "AdapterRef",

@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints
 
 from loray.spec.fields import Frozen
 
+PERPLEXITY = "perplexity"  # Evaluation.metric
 RetrievalTask = Literal["passkey", "topics"]
 ContextLength = Annotated[int, Field(gt=1)]
 Depth = Annotated[float, Field(ge=0, le=1)]

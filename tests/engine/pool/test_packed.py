@@ -12,7 +12,8 @@ from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
 from loray.engine.pool.file import open_packed, packed_name, save_packed
 from loray.engine.pool.packed import PackedAdapter, Packer
-from loray.engine.pool.pool import Pool, ResidentAdapter
+from loray.engine.pool.pool import Pool
+from loray.engine.pool.resident import ResidentAdapter
 from loray.errors import IntegrityError
 from loray_kernels import KvLayout
 from tests.engine.adapters import TestAdapter

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from loray.adapters.weights import AdapterWeights, ProjectionPair
-from loray.engine import engine
-from loray.engine.pool.pool import Pool, ResidentAdapter
+from loray.engine import build
+from loray.engine.pool.pool import Pool
+from loray.engine.pool.resident import ResidentAdapter
 from loray.spec import AdapterRef
 from loray_kernels import Ops, PageWriter, Piece, backend
 from loray_kernels.pages import DirectWriter
@@ -62,7 +63,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], PageWri
         ops.page_writer = page_writer  # type: ignore[method-assign]
         return ops
 
-    monkeypatch.setattr(engine, "backend", late_backend)
+    monkeypatch.setattr(build, "backend", late_backend)
     yield page_writer
     assert any(writer.num_late for writer in writers)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from loray.engine import engine
+from loray.engine import build
 from loray_kernels import Ops
 from tests.engine.model.test_parity import case, test_mixed_batch_gives_the_logits_of_peft  # noqa: F401
 from tests.kernels.cuda.interpreted import dot_of_bf16, ops  # noqa: F401
@@ -15,4 +15,4 @@ from tests.kernels.cuda.interpreted import dot_of_bf16, ops  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def on_cuda_ops(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setattr(engine, "backend", lambda name, device: ops)
+    monkeypatch.setattr(build, "backend", lambda name, device: ops)

@@ -1,4 +1,4 @@
-"""A launcher that runs csrc/cuda on the CPU: the same sources, compiled with shim.h in the place of CUDA."""
+"""A launcher that runs cuda/csrc on the CPU: the same sources, compiled with shim.h in the place of CUDA."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loray.bases.registry import BaseModel
-from loray.engine import engine
+from loray.engine import build
 from loray.engine.engine import Engine
 from loray_kernels import AttentionMeta, BackendUnavailable, DecodeStep, KvLayout, PageWriter, Piece
 from loray_kernels.cuda import graphs, tables
@@ -95,7 +95,7 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
     except BackendUnavailable as e:
         pytest.skip(str(e))
     monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
-    monkeypatch.setattr(engine, "backend", lambda name, device: ops)
+    monkeypatch.setattr(build, "backend", lambda name, device: ops)
     return ops
 
 

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel
-from loray.engine.engine import build_engine
+from loray.engine.build import build_engine
 from loray.engine.stream import EngineStream
 from loray.spec import ServeSpec
 from tests.serve_apps.gateway.scripted import LocalEngines, catalog_url, gateway_app

@@ -12,7 +12,7 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.engine.engine import build_engine
+from loray.engine.build import build_engine
 from loray.engine.stream import EngineStream
 from loray.errors import Overloaded, RequestError
 from loray.publishing import Destination, publish

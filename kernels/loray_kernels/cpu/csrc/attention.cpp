@@ -18,36 +18,6 @@ struct Item {
     i64 part;  // where a decode item leaves its rows, -1 for an item that does its whole context
 };
 
-// Running softmax of `rows` queries: weighted sums (rows, d), and maximum and sum of weights of each.
-struct Softmax {
-    float *sums, *top, *weight;
-};
-
-static inline float exp1(float x) {
-    float lanes[W];
-    store(lanes, exp(set1(x)));
-    return lanes[0];
-}
-
-// total ← total and part, of one row. An empty part changes nothing.
-static inline void merge(const Softmax& total, const Softmax& part, i64 d) {
-    float top = *total.top > *part.top ? *total.top : *part.top;
-    if (top == -__builtin_inff()) return;
-    float keep = exp1(*total.top - top), take = exp1(*part.top - top);
-    *total.top = top;
-    *total.weight = *total.weight * keep + *part.weight * take;
-    for (i64 i = 0; i < d; i += W)
-        store(total.sums + i, fma(load(part.sums + i), set1(take), load(total.sums + i) * set1(keep)));
-}
-
-static inline Softmax row(const Softmax& s, i64 r, i64 d) { return {s.sums + r * d, s.top + r, s.weight + r}; }
-
-static inline void copy(const Softmax& to, const Softmax& from, i64 rows, i64 d) {
-    memcpy(to.sums, from.sums, rows * d * sizeof(float));
-    memcpy(to.top, from.top, rows * sizeof(float));
-    memcpy(to.weight, from.weight, rows * sizeof(float));
-}
-
 static inline void start(const Softmax& s, float* lanes, i64 rows, i64 d) {
     memset(s.sums, 0, rows * d * sizeof(float));
     memset(lanes, 0, rows * W * sizeof(float));

@@ -1,4 +1,5 @@
-// Attention's inner products on packed operands: how keys and values are packed, and one register-blocked tile.
+// Attention's parts: inner products on packed operands (how keys and values are packed, one register-blocked tile), and
+// the running softmax.
 //
 // Packed operands are units of four bytes: two bf16 neighbours of the summed dimension where the CPU multiplies those
 // (AVX512-BF16), else one fp32. Sums run over the summed dimension in order, one accumulator each.
@@ -173,6 +174,36 @@ static inline void product(const typename P::Unit* a, i64 a_stride, const typena
     for (; i + VECTORS * W <= columns; i += VECTORS * W)
         tile_rows<P, VECTORS>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
     for (; i < columns; i += W) tile_rows<P, 1>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
+}
+
+// Running softmax of `rows` queries: weighted sums (rows, d), and maximum and sum of weights of each.
+struct Softmax {
+    float *sums, *top, *weight;
+};
+
+static inline float exp1(float x) {
+    float lanes[W];
+    store(lanes, exp(set1(x)));
+    return lanes[0];
+}
+
+// total ← total and part, of one row. An empty part changes nothing.
+static inline void merge(const Softmax& total, const Softmax& part, i64 d) {
+    float top = *total.top > *part.top ? *total.top : *part.top;
+    if (top == -__builtin_inff()) return;
+    float keep = exp1(*total.top - top), take = exp1(*part.top - top);
+    *total.top = top;
+    *total.weight = *total.weight * keep + *part.weight * take;
+    for (i64 i = 0; i < d; i += W)
+        store(total.sums + i, fma(load(part.sums + i), set1(take), load(total.sums + i) * set1(keep)));
+}
+
+static inline Softmax row(const Softmax& s, i64 r, i64 d) { return {s.sums + r * d, s.top + r, s.weight + r}; }
+
+static inline void copy(const Softmax& to, const Softmax& from, i64 rows, i64 d) {
+    memcpy(to.sums, from.sums, rows * d * sizeof(float));
+    memcpy(to.top, from.top, rows * sizeof(float));
+    memcpy(to.weight, from.weight, rows * sizeof(float));
 }
 
 }  // namespace LORAY_NAMESPACE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loray.engine.memory.rows import Role
-from loray.engine.pool.pool import ResidentAdapter, ResidentPair
+from loray.engine.pool.resident import ResidentAdapter, ResidentPair
 from loray.engine.request import Request
 from loray.engine.scheduling.scheduler import Chunk
 from loray_kernels import AttentionMeta, DecodeStep, LayerTables, LoraTable, RowTables, Segments, TokenRows, VeraTable

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from loray.engine.model.batch import Batch
-from loray.engine.pool.pool import Pool, ResidentAdapter
+from loray.engine.pool.pool import Pool
+from loray.engine.pool.resident import ResidentAdapter
 from loray.engine.scheduling.scheduler import Chunk
 
 T = TypeVar("T")

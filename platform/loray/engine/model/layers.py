@@ -15,7 +15,8 @@ from torch import Tensor
 from loray.bases.config import ModelConfig
 from loray.engine.model.batch import Batch
 from loray.engine.model.rope import Frequencies, frequencies
-from loray.engine.pool.pool import Pool, ResidentPair
+from loray.engine.pool.pool import Pool
+from loray.engine.pool.resident import ResidentPair
 from loray.spec import RopeParameters
 from loray_kernels import LayerWeights, LoraTable, Ops, Segments, StepInputs, VeraTable
 

@@ -6,8 +6,8 @@
     linear        linear modules whose matrix, LoRA and VeRA are spread over the ranks
     decoder       one rank's part of the model
     pool          one allocator's answers, repeated by every rank's pool
-    commands      what rank 0 tells the others
-    wire, channel how
+    channel       what rank 0 tells the others, and how it reaches them
+    wire          messages as bytes
     workers       starting the other ranks and seeing that they live
     driver        rank 0's side
     worker        the others' side

@@ -12,8 +12,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
 from loray.engine.model.batch import Batch
-from loray.engine.parallel.channel import Channel
-from loray.engine.parallel.commands import AskMap, Forward
+from loray.engine.parallel.channel import AskMap, Channel, Forward
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import LeadingPool

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loray.engine.model.layers import Linear, Linears, Step
 from loray.engine.parallel.communicator import Communicator
-from loray.engine.pool.pool import ResidentPair
+from loray.engine.pool.resident import ResidentPair
 from loray_kernels import LoraTable, Ops, Segments, VeraTable
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from loray.adapters.weights import ProjectionPair
 from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
-from loray.engine.parallel.channel import Channel
-from loray.engine.parallel.commands import Answers, AskMap, Compact, PlaceAdapter, RemoveAdapter
+from loray.engine.parallel.channel import Answers, AskMap, Channel, Compact, PlaceAdapter, RemoveAdapter
 from loray.engine.parallel.rows import ShardedAdapter
 from loray.engine.parallel.shard import local_device
 from loray.engine.pool.packed import PackedAdapter
-from loray.engine.pool.pool import Pool, ResidentAdapter, ResidentPair, cut_pool
+from loray.engine.pool.pool import Pool, cut_pool
+from loray.engine.pool.resident import ResidentAdapter, ResidentPair
 from loray.spec import AdapterRef, ServeSpec
 from loray_kernels import KvLayout, PageWriter
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loray.engine.pool.pool import ResidentAdapter, ResidentPair
+from loray.engine.pool.resident import ResidentAdapter, ResidentPair
 
 
 def dumps(value: object) -> bytes:

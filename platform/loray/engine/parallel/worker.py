@@ -10,7 +10,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from loray.bases.registry import BaseModel
 from loray.engine.parallel import wire
-from loray.engine.parallel.commands import AskMap, Command, Forward
+from loray.engine.parallel.channel import AskMap, Command, Forward
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import FollowingPool, pool_map

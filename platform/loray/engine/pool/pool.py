@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,47 +18,13 @@ from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.memory.compaction import close_gaps
 from loray.engine.memory.limits import pool_geometry
-from loray.engine.memory.rows import AdapterShape, Matrix, Role, RowTable, place
+from loray.engine.memory.rows import Matrix, Role, RowTable, place
 from loray.engine.pool.packed import PackedAdapter, row_order
-from loray.spec import AdapterRef, RopeParameters, ServeSpec
+from loray.engine.pool.resident import ResidentAdapter, ResidentPair
+from loray.spec import AdapterRef, ServeSpec
 from loray_kernels import KvLayout, PageWriter, PairMatrix, Piece, RowTables
 from loray_kernels.memory import huge_pages
 from loray_kernels.pages import DirectWriter
-
-
-@dataclass(slots=True, eq=False)
-class ResidentAdapter:
-    """An adapter in the pool. The pool may move it between steps: `table`, `rows`, `extents` and `token_row` change.
-
-    rows       the table as tensors, by (group, module, role); group -1 holds rows without a layer
-    scales     LoRA's alpha/r by (group, module)
-    token_row  offset of the own embedding row of a token
-    arriving   the host's rows, of which those of the first `num_layers` layers are in the pool; None once all are
-    """
-
-    ref: AdapterRef
-    shape: AdapterShape
-    table: RowTable
-    rows: Mapping[tuple[int, str, Role], RowTables]
-    scales: Mapping[tuple[int, str], float]
-    extents: tuple[Extent, ...]
-    token_row: Mapping[int, int]
-    rope: RopeParameters | None
-    pair: ResidentPair | None
-    arriving: PackedAdapter | None = None
-    num_layers: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class ResidentPair:
-    """A VeRA pair in a run of blocks, shared by every resident adapter that was trained with it."""
-
-    digest: str
-    first_block: int
-    num_blocks: int
-    a_RI: PairMatrix
-    b_OR: PairMatrix
-    references: int = 0
 
 
 def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:

@@ -19,6 +19,7 @@ from loray.engine.memory.prefix_cache import PrefixCache
 from loray.engine.request import Request, State
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import Tier
+from loray.engine.scheduling.blocks import RequestBlocks
 from loray.engine.scheduling.fairness import rank_in_queue
 from loray.engine.scheduling.overload import FirstTokenEstimate, FirstTokenTargets
 from loray.engine.scheduling.waiting import WaitingRequests
@@ -75,8 +76,12 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._max_queued = max_queued
         self._adapter_blocks = adapter_blocks
-        self._compact = compact
-        self.prefix_cache = PrefixCache(allocator, enabled=enable_prefix_caching)
+        # An idle adapter first, then gaps between rows.
+        self._blocks = RequestBlocks(
+            allocator,
+            lambda num_blocks: residency.evict_one() or compact(num_blocks),
+            enable_prefix_caching=enable_prefix_caching,
+        )
         self._token_weight = token_weight
         self._estimate = FirstTokenEstimate(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self._targets = FirstTokenTargets(
@@ -88,12 +93,24 @@ class Scheduler:
         self.waiting = WaitingRequests(residency, lead=max_num_batched_tokens)
         self.running: list[Request] = []
         self.num_preemptions = 0
-        self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens, as in vLLM; a preempted request counts once
         self._emptied = False
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        return self._blocks.prefix_cache
+
+    @property
+    def prefix_cache_queries(self) -> int:
+        """Prompt tokens looked up in the prefix cache; `prefix_cache_hits`: those found there."""
+        return self._blocks.num_queries
+
+    @property
+    def prefix_cache_hits(self) -> int:
+        return self._blocks.num_hits
 
     @property
     def num_aborted(self) -> int:
@@ -226,55 +243,27 @@ class Scheduler:
     def _start(self, request: Request) -> bool:
         """The adapter, pinned, then blocks for every token known so far; all or nothing."""
         ref = request.adapter
-        self._take_cached(request)  # first, lest it make room for the rest
+        self._blocks.take_cached(request)  # first, lest it make room for the rest
         if ref is not None:
             while self._residency.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
-                if self._residency.table.tier(ref) is not Tier.HOST or not self._make_room(max(1, missing)):
-                    self._return_blocks(request)
+                if self._residency.table.tier(ref) is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
+                    self._blocks.give_back(request)
                     return False
-        missing = self._allocator.geometry.blocks_for_tokens(request.num_tokens) - len(request.blocks)
-        blocks = self._allocate(missing)
-        if blocks is None:
-            self._return_blocks(request)
+        if not self._blocks.extend(request, request.num_tokens):
+            self._blocks.give_back(request)
             if ref is not None:
                 self._residency.release(ref)
             return False
-        request.blocks.extend(blocks)
-        self._count_cached(request)
+        self._blocks.count_cached(request)
         request.state = State.RUNNING
         self.waiting.take(request)
         insort(self.running, request, key=rank_in_queue)  # one that was preempted is no younger for it
         return True
 
-    def _take_cached(self, request: Request) -> None:
-        """The blocks of a known prefix. The last token is computed in any case: its logits are wanted."""
-        if request.needs_prompt_logits:
-            return
-        request.blocks = self.prefix_cache.match(request.adapter_digest, request.tokens(0, request.num_tokens - 1))
-        request.num_shared_blocks = len(request.blocks)
-        request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
-
-    def _count_cached(self, request: Request) -> None:
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = request.num_computed
-            if self.prefix_cache.enabled and not request.needs_prompt_logits:
-                self.prefix_cache_queries += request.num_prompt_tokens
-            self.prefix_cache_hits += request.num_cached_tokens
-
-    def _share(self, request: Request) -> None:
-        """Offer the blocks that have become full to those who begin with the same tokens."""
-        block_tokens = self._allocator.geometry.block_tokens
-        full = request.num_computed // block_tokens
-        if full > request.num_shared_blocks:
-            self.prefix_cache.store(request.adapter_digest, request.tokens(0, full * block_tokens), request.blocks)
-            request.num_shared_blocks = full
-
     def moved(self, moves: Mapping[int, int]) -> None:
         """KV blocks have been copied from the keys of `moves` to its values, the allocator knows."""
-        self.prefix_cache.moved(moves)
-        for request in (*self.running, *self.waiting):
-            request.blocks = [moves.get(block, block) for block in request.blocks]
+        self._blocks.moved((*self.running, *self.waiting), moves)
 
     def _empty_pool(self) -> bool:
         """With nothing running, throw every adapter out: an own one that fills the gaps of others takes more blocks
@@ -287,27 +276,13 @@ class Scheduler:
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         """Blocks up to `num_tokens`; False if `request` itself had to be preempted for them."""
-        self._share(request)
-        missing = self._allocator.geometry.blocks_for_tokens(num_tokens) - len(request.blocks)
-        if missing <= 0:
-            return True
-        while (blocks := self._allocate(missing)) is None:
+        self._blocks.share(request)
+        while not self._blocks.extend(request, num_tokens):
             last = self.running[-1]
             self._preempt(last)
             if last is request:
                 return False
-        request.blocks.extend(blocks)
         return True
-
-    def _allocate(self, num_blocks: int) -> list[int] | None:
-        while (blocks := self._allocator.allocate_kv(num_blocks)) is None:
-            if not self._make_room(num_blocks - self._allocator.num_free):
-                return None
-        return blocks
-
-    def _make_room(self, num_blocks: int) -> bool:
-        """Try to free blocks, some at least: cached prefixes first, then an idle adapter, then gaps between rows."""
-        return bool(self.prefix_cache.evict(num_blocks) or self._residency.evict_one() or self._compact(num_blocks))
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
@@ -317,12 +292,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _give_back(self, request: Request) -> None:
-        self._share(request)
-        self._return_blocks(request)
+        self._blocks.share(request)
+        self._blocks.give_back(request)
         if request.adapter is not None:
             self._residency.release(request.adapter)
-
-    def _return_blocks(self, request: Request) -> None:
-        self.prefix_cache.release(request.blocks)
-        request.blocks = []
-        request.num_computed = request.num_shared_blocks = 0

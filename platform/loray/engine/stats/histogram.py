@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
 
-
-class HistogramCounts(NamedTuple):
-    """`counts[i]`: values in (bounds[i - 1], bounds[i]]; the last are those above every bound. `sum` of all values."""
-
-    bounds: tuple[float, ...]
-    counts: tuple[int, ...]
-    sum: float
-
-    @property
-    def num_values(self) -> int:
-        return sum(self.counts)
+from loray.telemetry import HistogramCounts
 
 
 class Histogram:

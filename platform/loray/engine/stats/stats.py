@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loray.engine.stats.histogram import HistogramCounts
+from loray.telemetry import HistogramCounts
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from loray.spec import AdapterRef
 
@@ -41,6 +41,10 @@ class ResidencyCounts:
     loaded_bytes: int = 0
     evictions: int = 0
     host_evictions: int = 0
+
+    def stats(self) -> dict[str, int]:
+        """Fields of EngineStats."""
+        return {f"num_{name}": count for name, count in asdict(self).items()}
 
 
 class UsageLog:

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel
-from loray.catalog.gate import PERPLEXITY
-from loray.spec import DType, Evaluation, PerplexitySpec, RetrievalSpec
+from loray.spec import PERPLEXITY, DType, Evaluation, PerplexitySpec, RetrievalSpec
 from loray.train.evaluation.documents import Documents, Windows, cut_windows
 from loray.train.evaluation.perplexity import finite, mean_loss
 from loray.train.evaluation.retrieval import Cell, retrieve

@@ -1,0 +1,25 @@
+"""Which requests an engine takes at all."""
+
+from __future__ import annotations
+
+from loray.bases.registry import BaseModel
+from loray.engine.memory.limits import check_length
+from loray.errors import BaseMismatch, RequestError
+from loray.spec import GenerateRequest
+
+
+def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: int) -> None:
+    """Raise for a request that could never run on `base`: RequestError, ContextLengthExceeded, BaseMismatch."""
+    adapter, vocab = request.adapter, base.config.vocab_size
+    if adapter is not None and adapter.base_fingerprint != base.fingerprint:
+        raise BaseMismatch(f"adapter {adapter.label} was trained on another base than {base.name!r}")
+    if not request.prompt_ids:
+        raise RequestError("the prompt is empty; give at least one token", param="prompt")
+    if not all(0 <= t < vocab for t in request.prompt_ids):
+        raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
+    for param in ("logit_bias", "stop_token_ids"):
+        if not all(0 <= t < vocab for t in getattr(request.params, param)):
+            raise RequestError(f"{param}: a token id is outside the vocabulary of {vocab}", param=param)
+    num_prompt_tokens = len(request.prompt_ids)
+    param = "max_tokens" if num_prompt_tokens < max_model_len else "prompt"
+    check_length(max_model_len, num_prompt_tokens, request.params.max_tokens, param=param)

@@ -1,0 +1,50 @@
+"""An engine from a base model: weights loaded, the pool cut, other ranks started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from loray.bases.checkpoint import read_tensors
+from loray.bases.registry import BaseModel
+from loray.engine.engine import Engine
+from loray.engine.model.decoder import Decoder
+from loray.engine.parallel.driver import start_ranks
+from loray.engine.parallel.workers import LocalWorkers, StartWorkers, num_threads
+from loray.engine.pool.loading import LoadAdapter
+from loray.engine.pool.pool import Pool, cut_pool
+from loray.spec import ServeSpec
+from loray.telemetry import get_logger
+from loray_kernels import backend
+
+_log = get_logger(__name__)
+
+
+def build_engine(
+    spec: ServeSpec,
+    base: BaseModel,
+    load: LoadAdapter,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    start_workers: StartWorkers = LocalWorkers,
+) -> Engine:
+    """Load `base`, from `tensors` by name instead of its checkpoint where they are given, and cut the pool.
+
+    Over several ranks this process is rank 0, `start_workers` starts the others, and all read the checkpoint. Raises
+    SpecError when pool_bytes does not hold one sequence of one block, or the ranks do not divide the base; EngineError
+    when a rank does not come up.
+    """
+    if spec.tensor_parallel_size > 1:
+        assert tensors is None, "every rank reads the checkpoint"
+        spec = spec.model_copy(update={"num_threads": num_threads(spec)})
+        return Engine(spec, base, *start_ranks(spec, base, load, start_workers))
+    dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
+    layout, num_blocks = cut_pool(spec, base.config)
+    tensors = read_tensors(base.path) if tensors is None else tensors
+    model = Decoder(base.config, tensors, backend("auto", device), dtype=dtype, device=device)
+    pool = Pool(layout, num_blocks, dtype=dtype, device=device, page_writer=model.ops.page_writer)
+    _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
+    engine = Engine(spec, base, model, pool, load)
+    model.record(pool, pool.geometry.blocks_for_tokens(engine.max_model_len(None)))
+    return engine

@@ -1,0 +1,47 @@
+"""What stands in the pool: an adapter, and a VeRA pair that several share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loray.engine.memory.blocks import Extent
+from loray.engine.memory.rows import AdapterShape, Role, RowTable
+from loray.engine.pool.packed import PackedAdapter
+from loray.spec import AdapterRef, RopeParameters
+from loray_kernels import PairMatrix, RowTables
+
+
+@dataclass(slots=True, eq=False)
+class ResidentAdapter:
+    """An adapter in the pool. The pool may move it between steps: `table`, `rows`, `extents` and `token_row` change.
+
+    rows       the table as tensors, by (group, module, role); group -1 holds rows without a layer
+    scales     LoRA's alpha/r by (group, module)
+    token_row  offset of the own embedding row of a token
+    arriving   the host's rows, of which those of the first `num_layers` layers are in the pool; None once all are
+    """
+
+    ref: AdapterRef
+    shape: AdapterShape
+    table: RowTable
+    rows: Mapping[tuple[int, str, Role], RowTables]
+    scales: Mapping[tuple[int, str], float]
+    extents: tuple[Extent, ...]
+    token_row: Mapping[int, int]
+    rope: RopeParameters | None
+    pair: ResidentPair | None
+    arriving: PackedAdapter | None = None
+    num_layers: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class ResidentPair:
+    """A VeRA pair in a run of blocks, shared by every resident adapter that was trained with it."""
+
+    digest: str
+    first_block: int
+    num_blocks: int
+    a_RI: PairMatrix
+    b_OR: PairMatrix
+    references: int = 0

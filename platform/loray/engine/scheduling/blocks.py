@@ -1,0 +1,77 @@
+"""The KV blocks that requests hold: found in the prefix cache, allocated, shared and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from loray.engine.memory.blocks import BlockAllocator
+from loray.engine.memory.prefix_cache import PrefixCache
+from loray.engine.request import Request
+
+
+class RequestBlocks:
+    """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
+
+    make_room     try to free so many blocks outside the prefix cache, some at least; False where none can be freed
+    num_queries   prompt tokens looked up in the prefix cache, `num_hits` those found there: as in vLLM, and a
+                  preempted request counts once
+    """
+
+    def __init__(
+        self, allocator: BlockAllocator, make_room: Callable[[int], bool], *, enable_prefix_caching: bool
+    ) -> None:
+        self.prefix_cache = PrefixCache(allocator, enabled=enable_prefix_caching)
+        self.num_queries = self.num_hits = 0
+        self._allocator = allocator
+        self._make_room_elsewhere = make_room
+
+    def take_cached(self, request: Request) -> None:
+        """The blocks of a known prefix. The last token is computed in any case: its logits are wanted."""
+        if request.needs_prompt_logits:
+            return
+        request.blocks = self.prefix_cache.match(request.adapter_digest, request.tokens(0, request.num_tokens - 1))
+        request.num_shared_blocks = len(request.blocks)
+        request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
+
+    def count_cached(self, request: Request) -> None:
+        """Once, when it starts for the first time."""
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed
+            if self.prefix_cache.enabled and not request.needs_prompt_logits:
+                self.num_queries += request.num_prompt_tokens
+            self.num_hits += request.num_cached_tokens
+
+    def share(self, request: Request) -> None:
+        """Offer the blocks that have become full to those who begin with the same tokens."""
+        block_tokens = self._allocator.geometry.block_tokens
+        full = request.num_computed // block_tokens
+        if full > request.num_shared_blocks:
+            self.prefix_cache.store(request.adapter_digest, request.tokens(0, full * block_tokens), request.blocks)
+            request.num_shared_blocks = full
+
+    def extend(self, request: Request, num_tokens: int) -> bool:
+        """Blocks for `num_tokens` tokens in all; False, and nothing changed, where they are short."""
+        missing = self._allocator.geometry.blocks_for_tokens(num_tokens) - len(request.blocks)
+        if missing <= 0:
+            return True
+        while (blocks := self._allocator.allocate_kv(missing)) is None:
+            if not self.make_room(missing - self._allocator.num_free):
+                return False
+        request.blocks.extend(blocks)
+        return True
+
+    def make_room(self, num_blocks: int) -> bool:
+        """Try to free blocks, some at least: cached prefixes first."""
+        return bool(self.prefix_cache.evict(num_blocks)) or self._make_room_elsewhere(num_blocks)
+
+    def give_back(self, request: Request) -> None:
+        """All that it holds; what it has computed is lost, but for what the prefix cache keeps."""
+        self.prefix_cache.release(request.blocks)
+        request.blocks = []
+        request.num_computed = request.num_shared_blocks = 0
+
+    def moved(self, requests: Iterable[Request], moves: Mapping[int, int]) -> None:
+        """KV blocks have been copied from the keys of `moves` to its values, the allocator knows."""
+        self.prefix_cache.moved(moves)
+        for request in requests:
+            request.blocks = [moves.get(block, block) for block in request.blocks]
