@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from benchmarks.machine import load_average
 from benchmarks.memory import watch_memory
 from benchmarks.serving.cases import Case, EngineOptions
-from benchmarks.serving.figures import Row, latencies, median_row
+from benchmarks.serving.figures.results import OURS, Results
+from benchmarks.serving.figures.rows import Row, latencies, median_row
 from benchmarks.serving.replay import Record
-from benchmarks.serving.results import OURS, Results
 from benchmarks.serving.systems.choice import open_session
 from benchmarks.serving.systems.processes import Session, Setting
 from benchmarks.serving.workload import TimedRequest, generate

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.serving.cases import EngineOptions
-from benchmarks.serving.results import OURS
+from benchmarks.serving.figures.results import OURS
 from benchmarks.serving.systems import peft as peft_worker
 from benchmarks.serving.systems.engine import Setup
 from benchmarks.serving.systems.processes import Session, Setting, run_worker, serve_spec

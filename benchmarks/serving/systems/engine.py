@@ -82,7 +82,7 @@ class EngineSession:
 
     def run(self, requests: list[TimedRequest], at_once: int | None) -> dict[str, Any]:
         """Records and the engine's work of one pass. AssertionError where its books do not balance afterwards."""
-        from benchmarks.serving.figures import engine_work
+        from benchmarks.serving.figures.rows import engine_work
 
         self._recorder.steps, placed = [], self._recorder.placed_bytes
         before = self._ask(self._engine.stats)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from benchmarks.serving.adapters import Library
 from benchmarks.serving.cases import EngineOptions
-from benchmarks.serving.figures import EngineWork
+from benchmarks.serving.figures.rows import EngineWork
 from benchmarks.serving.replay import Record
 from benchmarks.serving.workload import TimedRequest
 from loray.bases.registry import BaseModel

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.machine import MachineRates
-from benchmarks.serving import report
-from benchmarks.serving.figures import (
+from benchmarks.serving.figures.floors import (
+    ModelSize,
+    decode_step_seconds,
+    most_tokens_per_second,
+    prompt_seconds,
+)
+from benchmarks.serving.figures.picture import ONCE, UNIFORM, draw_density
+from benchmarks.serving.figures.results import Results
+from benchmarks.serving.figures.rows import (
     EngineWork,
     Latencies,
     Row,
@@ -21,19 +28,12 @@ from benchmarks.serving.figures import (
     latencies,
     median_row,
     quantile,
+    report,
 )
-from benchmarks.serving.floors import (
-    ModelSize,
-    decode_step_seconds,
-    most_tokens_per_second,
-    prompt_seconds,
-)
+from benchmarks.serving.figures.targets import verdicts
 from benchmarks.serving.models import RANDOM
-from benchmarks.serving.picture import ONCE, UNIFORM, draw_density
 from benchmarks.serving.recorder import EngineStep
 from benchmarks.serving.replay import Record, replay
-from benchmarks.serving.results import Results
-from benchmarks.serving.targets import verdicts
 from benchmarks.serving.workload import TimedRequest
 from loray.bases.config import ModelConfig
 

@@ -18,11 +18,11 @@ from benchmarks.machine import MachineRates
 from benchmarks.memory import watch_memory
 from benchmarks.serving.adapters import AdapterSet, Library, open_library, write_adapter
 from benchmarks.serving.cases import ACCEPTANCE, PRESETS, EngineOptions, ablations
-from benchmarks.serving.figures import EngineWork, Row
-from benchmarks.serving.floors import ModelSize
+from benchmarks.serving.figures.floors import ModelSize
+from benchmarks.serving.figures.results import Results
+from benchmarks.serving.figures.rows import EngineWork, Row
 from benchmarks.serving.models import bench_base
 from benchmarks.serving.replay import Record
-from benchmarks.serving.results import Results
 from benchmarks.serving.run import run
 from benchmarks.serving.systems.engine import EngineSession, Setup
 from benchmarks.serving.systems.processes import PassResult, Setting

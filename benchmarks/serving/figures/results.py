@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.machine import MachineRates
-from benchmarks.serving.figures import Row, differing
-from benchmarks.serving.floors import ModelSize, decode_step_seconds, prompt_seconds
+from benchmarks.serving.figures.floors import ModelSize, decode_step_seconds, prompt_seconds
+from benchmarks.serving.figures.rows import Row, differing
 from benchmarks.serving.replay import UNKNOWN_ID, Record
 
 OURS = "loray"

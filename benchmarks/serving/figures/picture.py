@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.pictures import panels
-from benchmarks.serving.figures import EngineWork, Row
-from benchmarks.serving.results import Results
+from benchmarks.serving.figures.results import Results
+from benchmarks.serving.figures.rows import EngineWork, Row
 
 ONCE, UNIFORM = ", each once", ", uniform"  # how the preset names its cases
 

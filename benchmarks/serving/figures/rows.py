@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.machine import MachineRates
-from benchmarks.serving.floors import ModelSize, decode_step_seconds, most_tokens_per_second
+from benchmarks.serving.figures.floors import ModelSize, decode_step_seconds, most_tokens_per_second
 from benchmarks.serving.recorder import EngineStep
 from benchmarks.serving.replay import Record
 from loray.engine.stats.stats import EngineStats

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from benchmarks.serving.figures import Row
-from benchmarks.serving.results import Results
-from benchmarks.serving.targets import Verdict
+from benchmarks.serving.figures.results import Results
+from benchmarks.serving.figures.rows import Row
+from benchmarks.serving.figures.targets import Verdict
 
 _COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
     ("case", 26, lambda r: r.case),
