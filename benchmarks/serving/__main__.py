@@ -25,10 +25,10 @@ from benchmarks.serving import cases as presets
 from benchmarks.serving.ablations import ABLATIONS
 from benchmarks.serving.adapters import ALL_LINEAR, ATTENTION, AdapterSet, open_library
 from benchmarks.serving.cases import PRESETS, Case, EngineOptions
+from benchmarks.serving.figures import report
 from benchmarks.serving.figures.floors import ModelSize
 from benchmarks.serving.figures.picture import draw_density
 from benchmarks.serving.figures.results import OURS, Results
-from benchmarks.serving.figures.rows import report
 from benchmarks.serving.figures.targets import verdicts
 from benchmarks.serving.models import bench_base
 from benchmarks.serving.run import measure_transfer, publish, run

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.machine import MachineRates
+from benchmarks.serving.figures import report
 from benchmarks.serving.figures.floors import (
     ModelSize,
     decode_step_seconds,
@@ -28,7 +29,6 @@ from benchmarks.serving.figures.rows import (
     latencies,
     median_row,
     quantile,
-    report,
 )
 from benchmarks.serving.figures.targets import verdicts
 from benchmarks.serving.models import RANDOM

@@ -29,7 +29,7 @@ from tests.engine.harness import make_engine
 from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app, register
 from tests.serve_apps.replica.test_metrics import Asked, go
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "guide" / "serving.md"
 
 
 @pytest.fixture(scope="module")
