@@ -8,6 +8,7 @@
     │   ├── BaseNotFound       no such base model on this machine
     │   ├── AdapterNotFound    no such adapter, version or alias in the catalog
     │   └── JobNotFound        no such training job in the catalog, or Ray does not know it any more
+    │       └── LogsGone       the job is known, its log is not any more
     ├── ConflictError          the name, version or alias is taken or has moved meanwhile
     │   ├── RevisionConflict   an alias has another revision than the caller expected
     │   └── GateRefused        a LongLoRA adapter's measured perplexity does not earn it the alias
@@ -22,6 +23,7 @@
     ├── Overloaded             the engine takes no more requests now; `retry_after_s` says when
     ├── EvaluationError        a model's figures cannot be taken (its loss is not finite)
     ├── EngineError            the engine stopped or a request inside it failed
+    │   └── ReplicaUnavailable the request never reached an engine: it may be sent to another replica
     └── TrainingError          a run ended without a usable adapter (for example, too many non-finite steps)
 
 Every message says what was wrong and what to do. HTTP status codes are given to them in `serve_apps` alone.
@@ -60,6 +62,10 @@ class AdapterNotFound(NotFoundError):
 
 class JobNotFound(NotFoundError):
     pass
+
+
+class LogsGone(JobNotFound):
+    """The job is known, but Ray does not have it any more."""
 
 
 class ConflictError(LorayError):
@@ -130,10 +136,6 @@ class EngineError(LorayError):
     pass
 
 
-class TrainingError(LorayError):
-    pass
-
-
 class ReplicaUnavailable(EngineError):
     """The request never reached an engine: it may be sent to another replica. `replica` is the one that failed it."""
 
@@ -145,5 +147,5 @@ class ReplicaUnavailable(EngineError):
         return str(self.args[0])
 
 
-class LogsGone(JobNotFound):
-    """The job is known, but Ray does not have it any more."""
+class TrainingError(LorayError):
+    pass

@@ -245,7 +245,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
         ('{"text": "a", "split": "y"}\n', {"split": "x"}, "has no document where split=x"),
         ('["text"]\n', {}, "line 1: a row must be an object"),
         ('{"text": 3}\n', {}, "`text` must be a string in every row, not int"),
-        (b"\xff\xfe{", {}, "is not UTF-8"),
+        (b"\xff\xfe{", {}, "not UTF-8"),
         (b"PAR1 and then nothing of the kind", {}, "is not a readable Parquet file"),
     ],
 )

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from ray.job_submission import JobStatus
 from ray.train import Checkpoint
 
 from jobs import command
@@ -23,11 +22,12 @@ from jobs.driver.publication import already_published, best, publish_best
 from jobs.events.messages import decode
 from jobs.runs.folders import RunFolder, open_runs
 from jobs.submission import submission
+from jobs.submission.tracker import RayJob
 from jobs.workers import worker
 from jobs.workers.checkpoints import score
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
-from loray.errors import BaseMismatch, ConflictError, LorayError, SpecError, StoreError
+from loray.errors import BaseMismatch, ClusterError, ConflictError, LorayError, SpecError, StoreError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.train import checkpoint
@@ -225,17 +225,17 @@ class Flaky:
     def __init__(self, num_lines: int, lines_at_once: int) -> None:
         self.num_lines, self.lines_at_once, self.calls = num_lines, lines_at_once, 0
 
-    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+    async def follow(self, job: str) -> AsyncIterator[str]:
         self.calls += 1
         shown = min(self.num_lines, self.calls * self.lines_at_once)
         yield "".join(f"{i}\n" for i in range(shown))
         if shown < self.num_lines or not self.lines_at_once:
             raise RuntimeError("connection lost")
 
-    def get_job_status(self, job: str) -> JobStatus:
+    def find(self, job: str) -> RayJob:
         if self.calls < 2:
-            raise ConnectionError("no answer")
-        return JobStatus.SUCCEEDED
+            raise ClusterError("no answer")
+        return RayJob("SUCCEEDED", "")
 
 
 def test_a_connection_that_still_brings_lines_is_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,11 +251,11 @@ def test_a_connection_that_still_brings_lines_is_taken_up_again(monkeypatch: pyt
 
 def test_a_job_that_fails_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Failed:
-        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        async def follow(self, job: str) -> AsyncIterator[str]:
             yield '{"event": "error", "kind": "BaseNotFound", "message": "no base model \'missing\'"}\n'
 
-        def get_job_status(self, job: str) -> JobStatus:
-            return JobStatus.FAILED
+        def find(self, job: str) -> RayJob:
+            return RayJob("FAILED", "")
 
     monkeypatch.setattr(command, "_submit", lambda *_: (Failed(), "job"))
     outcome = CliRunner().invoke(command.train, [str(write(tmp_path, base="missing").path)])

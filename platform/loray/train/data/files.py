@@ -237,7 +237,7 @@ def _first_names(source: Source) -> list[str]:
     for number, line in _lines(source):
         if line.lstrip().startswith(b"["):
             raise DataError(f"{source} starts with a JSON array; write one object per line instead (JSONL)")
-        return list(_record(source, number, line))
+        return list(_record(source, number, line, unreadable="neither JSON nor Parquet"))
     raise DataError(f"{source} is empty; give a file with at least one row")
 
 
@@ -248,13 +248,14 @@ def _explain(source: Source, format: DataFormat) -> None:
             raise DataError(f"{source}, line {number}: {wrong}")
 
 
-def _record(source: Source, number: int, line: bytes) -> dict[str, Any]:
+def _record(source: Source, number: int, line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
+    """`unreadable`: what is said of a line that is not JSON, in whatever encoding."""
     try:
         record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise DataError(f"{source}, line {number}: not UTF-8: {e}; write the file as UTF-8") from e
     except ValueError as e:
-        raise DataError(f"{source}, line {number}: not valid JSON: {e}") from e
+        if unreadable is None and isinstance(e, UnicodeDecodeError):
+            raise DataError(f"{source}, line {number}: not UTF-8: {e}; write the file as UTF-8") from e
+        raise DataError(f"{source}, line {number}: {unreadable or 'not valid JSON'}: {e}") from e
     if not isinstance(record, dict):
         raise DataError(f"{source}, line {number}: a row must be an object, not {type(record).__name__}")
     return record
