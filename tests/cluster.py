@@ -20,7 +20,6 @@ from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cl
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
-from tests.tiny import write_checkpoint
 
 NUM_CPUS = 4
 # How fast Serve and Train notice what changes, in seconds: tests kill things and wait for them to be seen.
@@ -91,6 +90,7 @@ def ray_cluster() -> Iterator[RayCluster]:
 @pytest.fixture(scope="session")
 def served(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from serve_apps.deployment import ServeApi, serve_config
+    from tests.tiny import write_checkpoint
 
     settings = ray_cluster.settings
     base = add_base(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"))), home=settings.home, name="tiny")

@@ -6,14 +6,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
 from loray.bases.registry import BaseModel, add_base
-from tests.tiny import write_checkpoint
-from tests.train.sequence.ranks import Ranks
+
+if TYPE_CHECKING:
+    from tests.train.sequence.ranks import Ranks
 
 pytest_plugins = ["tests.cluster", "tests.postgres", "tests.s3"]
 
@@ -39,6 +40,9 @@ def smollm2(smollm2_home: Path) -> BaseModel:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseModel]:
     """`tiny_base("Qwen3ForCausalLM", num_hidden_layers=3)`: a random base, made once per set of arguments."""
+    pytest.importorskip("torch", reason="weights are torch's", exc_type=ImportError)
+    from tests.tiny import write_checkpoint
+
     made: dict[str, BaseModel] = {}
 
     def make(architecture: str = "LlamaForCausalLM", **config: Any) -> BaseModel:
@@ -81,6 +85,8 @@ def peft_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    from tests.train.sequence.ranks import Ranks
+
     started = Ranks(tmp_path_factory.mktemp("ranks"))
     yield started
     started.stop()

@@ -14,10 +14,9 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel
-from loray.engine.detokenizer import Detokenizer
 from loray.engine.stream import EngineStream
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
-from loray.spec import Delta, GenerateRequest, SamplingParams
+from loray.spec import Delta, GenerateRequest
 from tests.engine.adapters import make_adapter
 from tests.engine.harness import hold, make_engine, request, run
 
@@ -225,88 +224,3 @@ def test_a_request_id_in_use_is_refused_and_the_first_goes_on(base: BaseModel) -
             assert len(await first) == 40
 
     go(test)
-
-
-# -- text ----------------------------------------------------------------------------------------------------
-
-
-def text_of(base: BaseModel, data: bytes, *stop: str, **params: Any) -> tuple[list[str], bool]:
-    """Pieces as they come, and whether a stop string ended them."""
-    detokenizer = Detokenizer(AutoTokenizer.from_pretrained(base.path), SamplingParams(stop=stop, **params))
-    byte_ids = AutoTokenizer.from_pretrained(base.path).convert_tokens_to_ids
-    from tokenizers import pre_tokenizers
-
-    pieces = []
-    for token in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(data.decode()):
-        for char in token[0]:
-            text, stopped = detokenizer.push(byte_ids(char))
-            pieces.append(text)
-            if stopped:
-                return pieces, True
-    rest = detokenizer.flush()
-    return [*pieces, rest.text], rest.stopped
-
-
-def test_characters_come_whole(base: BaseModel) -> None:
-    pieces, _ = text_of(base, "aé→😀".encode())
-    assert [p for p in pieces if p] == ["a", "é", "→", "😀"]
-
-
-def test_text_ends_before_a_stop_string_that_spans_tokens(base: BaseModel) -> None:
-    pieces, stopped = text_of(base, b"one END two", "END")
-    assert stopped
-    assert "".join(pieces) == "one "
-
-
-def test_a_stop_string_may_stay_in_the_text(base: BaseModel) -> None:
-    pieces, stopped = text_of(base, b"one END two", "D", "END", include_stop_str_in_output=True)
-    assert stopped
-    assert "".join(pieces) == "one END"
-
-
-def test_a_stop_string_among_the_first_tokens_does_not_count(base: BaseModel) -> None:
-    pieces, stopped = text_of(base, b"END END", "END", min_tokens=2)
-    assert stopped
-    assert "".join(pieces) == "END "
-
-
-def test_a_token_that_ends_the_request_is_no_text_unless_asked_for(base: BaseModel) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    a, b, eos = *tokenizer("ab")["input_ids"], tokenizer.eos_token_id
-    for params, token, text in (
-        ({}, b, "a"),
-        ({"include_stop_str_in_output": True}, b, "ab"),
-        ({"include_stop_str_in_output": True}, eos, "a"),
-        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, eos, "a<|im_end|>"),
-    ):
-        detokenizer = Detokenizer(tokenizer, SamplingParams(**params))
-        assert detokenizer.step(a, None).text + detokenizer.step(token, "stop").text == text
-
-
-def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(base: BaseModel) -> None:
-    pieces, stopped = text_of(base, b"EN EEND", "END!", "XX")
-    assert not stopped
-    assert "".join(pieces) == "EN EEND"
-    assert pieces[:3] == ["", "", "EN "]
-
-
-def test_bytes_that_never_become_a_character_end_as_replacement(base: BaseModel) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    detokenizer = Detokenizer(tokenizer, SamplingParams())
-    first = tokenizer("é")["input_ids"][0]
-    assert detokenizer.push(first).text == ""
-    assert detokenizer.flush().text == "\ufffd"
-
-
-def test_the_space_before_the_first_word_stays() -> None:
-    """SentencePiece tokenizers write ▁word and drop the space where a text begins."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(
-        models.WordLevel({"▁The": 0, "▁capital": 1, "▁Paris": 2, "!": 3, "<unk>": 4}, unk_token="<unk>")
-    )
-    tokenizer.decoder = decoders.Metaspace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    detokenizer = Detokenizer(fast, SamplingParams(), [0, 1])
-    assert [detokenizer.push(2).text, detokenizer.push(3).text, detokenizer.flush().text] == [" Paris", "!", ""]

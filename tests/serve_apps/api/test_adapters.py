@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import httpx
-import pytest
 
-from loray.api.resources import Problem
 from loray.api.status import AdapterPlacement
-from loray.catalog import Catalog
-from loray.errors import CatalogError, StoreError
 from tests.catalog.test_catalog import BASE, digest, publish
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
-from tests.cluster import free_port
-from tests.postgres import Postgres
 from tests.serve_apps.api.fakes import Api
-
-
-@pytest.fixture
-def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
-    api = Api(tmp_path / "home", catalog_url)
-    yield api
-    api.close()
 
 
 def problem(response: httpx.Response, status: int) -> Any:
@@ -250,92 +235,3 @@ def test_the_gate_and_the_figures_that_pass_it(api: Api, tmp_path: Path) -> None
     listed = api.http.get("/adapters/long/versions").json()["items"][0]
     assert listed["evaluations"] == version["evaluations"]
     assert version["evaluations"][-1]["stride"] == 256
-
-
-# -- failures ---------------------------------------------------------------------------------------------------------
-
-
-def test_without_its_database(tmp_path: Path) -> None:
-    api = Api(tmp_path, f"postgresql://nobody@127.0.0.1:{free_port()}/none")
-    for response in (
-        api.http.get("/adapters"),
-        api.http.put(PROD, json={"version": 1}),
-        api.http.get("/adapters/tone/placement"),
-        api.http.get("/jobs/job-1"),
-    ):
-        body = problem(response, 503)
-        assert body["type"] == "urn:loray:problem:catalog-unavailable"
-        assert response.headers["retry-after"] == "1"
-    assert api.http.get("/openapi.json").status_code == 200
-
-
-def test_requests_that_come_together_wait_for_the_database_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried, everybody_waits = [], Barrier(9)
-
-    def unreachable(url: str, **_: object) -> Catalog:
-        tried.append(url)
-        everybody_waits.wait(30)
-        raise CatalogError("no answer within 5 s")
-
-    monkeypatch.setattr("serve_apps.api.services.Catalog", unreachable)
-    monkeypatch.setattr("serve_apps.api.services._RETRY_S", 3600.0)
-    api = Api(tmp_path, f"sqlite:///{tmp_path}/catalog.db")
-
-    def ask(number: int) -> int:
-        if number:
-            everybody_waits.wait(30)
-        return api.http.get("/bases").status_code
-
-    with ThreadPoolExecutor(9) as pool:
-        assert list(pool.map(ask, range(9))) == [503] * 9
-    assert len(tried) == 1
-    assert api.services.store is not None  # which does not wait for the catalog
-    monkeypatch.undo()
-    api.services._failed_at = 0.0  # a second later
-    assert api.http.get("/bases").status_code == 200
-    api.close()
-
-
-def test_a_store_that_is_away_is_no_error_of_ours(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(digest: str) -> None:
-        raise StoreError("the bucket cannot be reached")
-
-    monkeypatch.setattr(api.services.store, "manifest", gone)
-    response = api.http.post("/adapters/tone/versions", json={"digest": "0" * 64})
-    body = problem(response, 503)
-    assert (body["type"], response.headers["retry-after"]) == ("urn:loray:problem:store-unavailable", "1")
-    assert isinstance(Problem.model_validate(body).exception(), StoreError)
-
-
-def test_a_database_that_goes_away_and_comes_back(tmp_path: Path, postgres: Postgres) -> None:
-    url = postgres.new_database()
-    name = url.rpartition("/")[2]
-    api = Api(tmp_path, url)
-    publish(api.catalog, "tone", 1)
-    postgres.execute("postgres", f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-    postgres.execute("postgres", f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
-    assert "not currently accepting connections" in problem(api.http.get("/adapters/tone"), 503)["detail"]
-    postgres.execute("postgres", f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-    assert api.http.get("/adapters/tone").status_code == 200
-    api.close()
-
-
-def test_an_unforeseen_error_is_a_problem_without_details(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError("secret")
-
-    monkeypatch.setattr(api.catalog, "bases", fail)
-    body = problem(api.http.get("/bases"), 500)
-    assert "secret" not in body["detail"]
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large(api: Api, chunked: bool) -> None:
-    data = b" " * (257 << 10)
-    content: Any = (data[i : i + 4096] for i in range(0, len(data), 4096)) if chunked else data
-    headers = {"Content-Type": "application/json"}
-    request = httpx.Request("POST", "http://test/api/v1/jobs", content=data, headers=headers)
-    assert "content-length" in request.headers
-    assert "256 KiB" in problem(api.http.post("/jobs", content=content, headers=headers), 413)["detail"]

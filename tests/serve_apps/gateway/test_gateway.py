@@ -4,46 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from loray.api.status import AutoscalingStatus, ScalingDecision
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.engine.pool.pool import cut_pool
-from loray.errors import EngineError, IntegrityError, Overloaded, RequestError
-from loray.spec import ServeSpec
 from serve_apps.gateway.directory import REFRESH_S
-from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app, register
+from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
 
 HELLO = (delta("hel"), delta("lo", "stop", num_output_tokens=2))
 CHAT = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    return tiny_base()
-
-
-@pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(catalog_url(tmp_path))
-
-
-@pytest.fixture
-def client_of(base: BaseModel, tmp_path: Path) -> Callable[..., Any]:
-    @contextmanager
-    def make(engines: ScriptedEngines, **spec: Any) -> Iterator[TestClient]:
-        app = gateway_app(base, catalog_url(tmp_path), engines, **spec)
-        with TestClient(app, raise_server_exceptions=False) as client:
-            yield client
-
-    return make
 
 
 def error_of(response: Any, status: int) -> dict[str, Any]:
@@ -219,130 +192,6 @@ def test_adapter_of_another_base(client_of: Any, catalog: Catalog) -> None:
 
 
 _HALF_A_PAIR = (b'{"prompt": "\\ud800"}', b'{"prompt": "\xed\xa0\x80"}')
-
-
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1, 2", b'{"n": NaN}', b"\xff\xfe", b"[" * 100_000, *_HALF_A_PAIR])
-def test_malformed_json(client_of: Any, raw: bytes) -> None:
-    with client_of(ScriptedEngines(HELLO)) as client:
-        for path in ("/v1/completions", "/v1/chat/completions"):
-            error = error_of(client.post(path, content=raw, headers={"content-type": "application/json"}), 400)
-            assert "not valid JSON" in error["message"]
-            assert error["type"] == "invalid_request_error"
-
-
-def test_invalid_fields(client_of: Any, base: BaseModel) -> None:
-    with client_of(ScriptedEngines(HELLO)) as client:
-        for fields, param in (
-            ({"temperature": 3}, "temperature"),
-            ({"tools": [{}]}, "tools"),
-            ({"colour": 1}, "colour"),
-            ({"prompt": ""}, "prompt"),
-            ({"repetition_penalty": 1e-40}, "repetition_penalty"),  # of which fp32 makes nothing
-            ({"stop_token_ids": list(range(129))}, "stop_token_ids"),
-        ):
-            error = error_of(client.post("/v1/completions", json={"model": base.name, "prompt": "a"} | fields), 400)
-            assert error["param"] == param
-            assert param in error["message"]
-        assert error_of(client.post("/v1/completions", content=b"[]"), 400)["message"].endswith("a JSON object")
-
-
-def test_prompt_too_long_says_the_limits(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
-    register(catalog, "long", base.fingerprint, context_length=1024)
-    engines = ScriptedEngines(HELLO)
-    with client_of(engines) as client:
-        for body, numbers in (
-            ({"model": base.name, "prompt": "x" * 600}, ("512", "600")),
-            ({"model": base.name, "prompt": "x" * 500, "max_tokens": 13}, ("512", "500", "13", "12")),
-            ({"model": "long", "prompt": "x" * 1024}, ("1024",)),
-        ):
-            error = error_of(client.post("/v1/completions", json=body), 400)
-            assert error["code"] == "context_length_exceeded"
-            assert error["param"] == "prompt"
-            assert all(number in error["message"] for number in numbers)
-        chat = {"model": base.name, "messages": [{"role": "user", "content": "x" * 600}]}
-        assert error_of(client.post("/v1/chat/completions", json=chat), 400)["param"] == "messages"
-        assert not engines.requests
-        # LongLoRA's context is the adapter's own; and a default is cut to what is left.
-        assert client.post("/v1/completions", json={"model": "long", "prompt": "x" * 600}).status_code == 200
-        assert client.post("/v1/completions", json={"model": base.name, "prompt": "x" * 505}).status_code == 200
-        assert engines.requests[-1].params.max_tokens == 7
-
-
-def test_the_pool_limits_the_context_too(client_of: Any, base: BaseModel) -> None:
-    layout, _ = cut_pool(ServeSpec(), base.config)
-    pool_bytes = 4 * 2 * layout.num_layers * layout.layer_share  # four blocks of bfloat16
-    with client_of(ScriptedEngines(HELLO), pool_bytes=pool_bytes) as client:
-        assert client.get(f"/v1/models/{base.name}").json()["max_model_len"] == 64  # and before any request
-        error = error_of(client.post("/v1/completions", json={"model": base.name, "prompt": "x" * 65}), 400)
-    assert "64 tokens" in error["message"]
-
-
-def test_only_a_default_may_be_lowered_by_the_replica(client_of: Any, base: BaseModel) -> None:
-    engines = ScriptedEngines(HELLO)
-    body = {"model": base.name, "messages": CHAT}
-    with client_of(engines) as client:
-        client.post("/v1/chat/completions", json=body)
-        client.post("/v1/chat/completions", json=body | {"max_completion_tokens": 5})
-    assert engines.fits == [True, False]
-
-
-def test_the_model_is_resolved_before_the_prompt_is_encoded(client_of: Any) -> None:
-    with client_of(ScriptedEngines(HELLO)) as client:
-        body = {"model": "nobody", "prompt": ""}
-        assert error_of(client.post("/v1/completions", json=body), 404)["code"] == "model_not_found"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("failure", "status", "code", "retry_after"),
-    [
-        (Overloaded("full", retry_after_s=2.3), 429, "overloaded", "3"),
-        (EngineError("lost"), 503, "engine_unavailable", "1"),
-        (IntegrityError("damaged file"), 500, "adapter_damaged", None),
-        (RequestError("no", "prompt"), 400, None, None),
-        (ZeroDivisionError("secret"), 500, "internal_error", None),
-    ],
-)
-def test_failures_before_the_first_token_have_their_status(
-    client_of: Any,
-    base: BaseModel,
-    failure: Exception,
-    status: int,
-    code: str | None,
-    retry_after: str | None,
-    stream: bool,
-) -> None:
-    with client_of(ScriptedEngines([failure])) as client:
-        response = client.post("/v1/completions", json={"model": base.name, "prompt": "a", "stream": stream})
-    error = error_of(response, status)
-    assert error["code"] == code
-    assert response.headers.get("retry-after") == retry_after
-    assert "secret" not in response.text
-
-
-def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(client_of: Any, base: BaseModel) -> None:
-    engines = ScriptedEngines([delta("a"), EngineError("the replica was lost")])
-    with client_of(engines) as client:
-        body = {"model": base.name, "messages": CHAT, "stream": True}
-        *_, last = events_of(client.post("/v1/chat/completions", json=body))
-        assert last["error"]["message"] == "the replica was lost"
-        assert last["error"].keys() == {"message", "type", "param", "code"}
-        error_of(client.post("/v1/chat/completions", json=body | {"stream": False}), 503)
-
-
-def test_one_failed_choice_ends_the_others(client_of: Any, base: BaseModel) -> None:
-    engines = ScriptedEngines([delta("a"), Overloaded("full", 1)], hang=True)
-    with client_of(engines) as client:
-        error_of(client.post("/v1/completions", json={"model": base.name, "prompt": ["a", "b"], "n": 2}), 429)
-    assert sorted(engines.closed) == sorted(r.request_id for r in engines.requests)
-
-
-def test_unknown_urls_and_methods(client_of: Any) -> None:
-    with client_of(ScriptedEngines()) as client:
-        assert error_of(client.get("/v1/nothing"), 404)["code"] == "unknown_url"
-        response = client.get("/v1/completions")
-        assert error_of(response, 405)["code"] == "method_not_allowed"
-        assert response.headers["allow"] == "POST"
 
 
 def test_health_and_status(client_of: Any, base: BaseModel) -> None:

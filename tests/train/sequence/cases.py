@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loray.train.sequence import SequenceGroup
-from tests.train.test_s2_attention import qkv, runs
+from tests.train.attention.test_s2_attention import qkv, runs
 
 HEADS = [(9, 3), (8, 2), (8, 8), (3, 1), (1, 1)]
 

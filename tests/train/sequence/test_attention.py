@@ -16,9 +16,9 @@ from loray.train.sequence import SequenceGroup, attention, exchange
 from loray.train.sequence.attention import attend_shard
 from loray.train.sequence.cuts import shard_cuts
 from loray.train.sequence.group import Pending
+from tests.train.attention.test_s2_attention import oracle, oracle_mask, runs
 from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
 from tests.train.sequence.ranks import Ranks
-from tests.train.test_s2_attention import oracle, oracle_mask, runs
 
 GROUP = 16
 LENGTHS = {"2G": 32, "G": 16, "3G/2": 24, "G/2": 8, "G/4": 4, "5G/8": 10}

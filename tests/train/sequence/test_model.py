@@ -20,9 +20,9 @@ from loray.train.data.batches import IGNORED, Batch
 from loray.train.loss import batch_loss
 from loray.train.model import build_model, dense
 from loray.train.sequence import SequenceGroup, Traffic, sequence_parallel, shard
+from tests.train.attention.test_s2_attention import runs
 from tests.train.sequence.ranks import Ranks
 from tests.train.test_model import positions, recipe, strengthen, tokens
-from tests.train.test_s2_attention import runs
 
 BaseFactory = Callable[..., BaseModel]
 GROUP, LAYERS = 16, 2

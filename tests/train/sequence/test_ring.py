@@ -8,9 +8,9 @@ from torch import Tensor
 
 from loray.train.sequence import SequenceGroup
 from loray.train.sequence.ring import _flash, ring_attention, ring_cuts
+from tests.train.attention.test_s2_attention import oracle, oracle_mask
 from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
 from tests.train.sequence.ranks import Ranks
-from tests.train.test_s2_attention import oracle, oracle_mask
 
 
 def compute(group: SequenceGroup, case: Case, scale: float | None) -> tuple[Tensor, int]:

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from loray.adapters.peft_format import WEIGHTS_FILE, read_config
 from loray.bases.registry import BaseModel
-from loray.errors import SpecError, UnsupportedError
+from loray.errors import UnsupportedError
 from loray.spec import ParallelSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train import loss as loss_module
 from loray.train.data.dataset import Dataset
 from loray.train.loop import train
 from loray.train.loss import Loss, batch_loss
-from loray.train.mesh import Mesh, World
+from loray.train.mesh import World
 from loray.train.optimizer import OptimizerState
 from loray.train.reporting import FolderReporter
 from loray.train.strategies import buckets, zero
@@ -136,50 +136,6 @@ class Ran(NamedTuple):
         events = (self.alone if of == "alone" else self.ranks[0])[name]
         keys = ("step", "loss", "grad_norm", "skipped_steps") if event == "step" else ("step", "eval_loss")
         return [tuple(e[key] for key in keys) for e in events if e["event"] == event]
-
-
-# -- what is refused --------------------------------------------------------------------------------------------------
-
-
-def test_sequence_groups_cover_the_workers() -> None:
-    with pytest.raises(SpecError, match=r"parallel\.sequence is 3, which does not divide num_workers \(4\)"):
-        recipe(adapter=LONG, num_workers=4, parallel={"sequence": 3})
-    with pytest.raises(SpecError, match="it needs adapter"):
-        recipe(num_workers=4, parallel={"sequence": 2})
-    with pytest.raises(SpecError, match="1 workers do not split into sequence groups of 2"):
-        Mesh.build(2, torch.device("cpu"))
-
-
-def test_loraplus_is_for_lora() -> None:
-    with pytest.raises(SpecError, match="LoRA's B, which VeRA does not train"):
-        recipe("vera", optimizer={"learning_rate": 1e-3, "loraplus_lr_ratio": 16})
-
-
-def test_veras_ratio_is_for_vera() -> None:
-    with pytest.raises(SpecError, match="VeRA's d, which no other method trains"):
-        recipe("lora", optimizer={"learning_rate": 1e-3, "vera_d_lr_ratio": 2})
-
-
-def test_a_rate_like_loras_is_doubted_for_vera() -> None:
-    (doubt,) = recipe("vera", optimizer={"learning_rate": 4e-4}).doubts
-    assert "learning_rate is 0.0004, as for LoRA" in doubt
-    assert recipe("vera", optimizer={"learning_rate": 4e-3}).doubts == ()
-    assert recipe("lora", optimizer={"learning_rate": 4e-4}).doubts == ()
-
-
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
-def test_what_a_strategy_needs_is_said(
-    strategy: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = spec_of("vera", strategy)
-    with pytest.raises(UnsupportedError, match=f"strategy {strategy} needs torch.distributed"):
-        case.run("vera", spec, label="refused")
-    if strategy != "fsdp2":
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        monkeypatch.setattr(World, "current", World)
-        with pytest.raises(UnsupportedError, match=r"pip install 'loray\[deepspeed\]'"):
-            case.run("vera", spec, label="refused")
 
 
 # -- what the ranks did -----------------------------------------------------------------------------------------------
@@ -300,3 +256,18 @@ def test_the_saved_adapter_is_whole_and_loads_in_peft(ran: Ran) -> None:
         logits.append(PeftModel.from_pretrained(model, path).eval()(input_ids=ids).logits.detach())
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
     assert (logits[0] - untrained).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_what_a_strategy_needs_is_said(
+    strategy: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of("vera", strategy)
+    with pytest.raises(UnsupportedError, match=f"strategy {strategy} needs torch.distributed"):
+        case.run("vera", spec, label="refused")
+    if strategy != "fsdp2":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(World, "current", World)
+        with pytest.raises(UnsupportedError, match=r"pip install 'loray\[deepspeed\]'"):
+            case.run("vera", spec, label="refused")

@@ -1,0 +1,37 @@
+"""What recipes refuse of strategies and learning rates, and what they doubt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loray.errors import SpecError
+from loray.train.mesh import Mesh
+from tests.train.strategies.test_strategies import LONG
+from tests.train.test_loop import recipe
+
+
+def test_sequence_groups_cover_the_workers() -> None:
+    with pytest.raises(SpecError, match=r"parallel\.sequence is 3, which does not divide num_workers \(4\)"):
+        recipe(adapter=LONG, num_workers=4, parallel={"sequence": 3})
+    with pytest.raises(SpecError, match="it needs adapter"):
+        recipe(num_workers=4, parallel={"sequence": 2})
+    with pytest.raises(SpecError, match="1 workers do not split into sequence groups of 2"):
+        Mesh.build(2, torch.device("cpu"))
+
+
+def test_loraplus_is_for_lora() -> None:
+    with pytest.raises(SpecError, match="LoRA's B, which VeRA does not train"):
+        recipe("vera", optimizer={"learning_rate": 1e-3, "loraplus_lr_ratio": 16})
+
+
+def test_veras_ratio_is_for_vera() -> None:
+    with pytest.raises(SpecError, match="VeRA's d, which no other method trains"):
+        recipe("lora", optimizer={"learning_rate": 1e-3, "vera_d_lr_ratio": 2})
+
+
+def test_a_rate_like_loras_is_doubted_for_vera() -> None:
+    (doubt,) = recipe("vera", optimizer={"learning_rate": 4e-4}).doubts
+    assert "learning_rate is 0.0004, as for LoRA" in doubt
+    assert recipe("vera", optimizer={"learning_rate": 4e-3}).doubts == ()
+    assert recipe("lora", optimizer={"learning_rate": 4e-4}).doubts == ()
