@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-rest check format bench bench-serve bench-train bench-quality clean
+.PHONY: demo test test-cluster test-rest test-fast check format bench bench-serve bench-train bench-quality clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -16,6 +16,13 @@ test-cluster: .venv/.ready
 
 test-rest: .venv/.ready
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster"
+
+# The pure parts. Importing torch, transformers, PEFT or Ray is an error there.
+FAST := $(addprefix tests/,advice/test_scorecard.py api engine/memory engine/residency engine/scheduling engine/stats \
+  planning serving test_client.py test_locations.py) --ignore tests/planning/test_activations.py
+
+test-fast: .venv/.ready
+	$(BIN)/python -m pytest -p tests.without_torch $(FAST)
 
 check: .venv/.ready
 	$(BIN)/ruff check

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
 from loray.bases.registry import BaseModel
 from loray.spec import RopeParameters
-from tests.engine.adapters import NORMS, TestAdapter, make_adapter
+
+if TYPE_CHECKING:
+    from tests.engine.adapters import TestAdapter
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -22,6 +25,8 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestAdapter]:
     """LoRA of three ranks, LongLoRA with rows of every kind, two VeRA of one pair and one of another."""
     from peft import LoraConfig, VeraConfig
+
+    from tests.engine.adapters import NORMS, make_adapter
 
     folder = tmp_path_factory.mktemp("adapters")
     configs = {

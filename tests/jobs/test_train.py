@@ -106,9 +106,10 @@ def follow(client: Any, job: str) -> list[str]:
     import asyncio
 
     from jobs.command import _follow
+    from jobs.submission.server import RayJobServer
 
     lines: list[str] = []
-    asyncio.run(_follow(client, job, lines.append))
+    asyncio.run(_follow(RayJobServer(client.get_address), job, lines.append))
     return lines
 
 
