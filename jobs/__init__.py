@@ -1,1 +1,1 @@
-"""Training on Ray: the driver behind `python -m jobs.train`, its workers, the `loray train` command, and recipes."""
+"""Training on Ray: the driver (`python -m jobs.train`), its workers, and the command `loray train`."""

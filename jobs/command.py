@@ -1,4 +1,4 @@
-"""`loray train`: submit a recipe to Ray, follow it, and end with the published adapter's name."""
+"""`loray train`: submits a recipe to Ray, follows the job, and prints the published adapter's name."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rich.console import Console
 
 from jobs.events.messages import describe
 from jobs.events.terminal import RunView
-from jobs.submission import submission
+from jobs.submission import commands
 from loray.errors import ClusterError, LorayError
-from loray.locations import is_this_machine
+from loray.locations import http_url, is_this_machine
 from loray.recipes.load import Recipe, load_recipe
 from loray.settings import Settings
 from loray.store import open_store
@@ -64,13 +64,13 @@ def train(recipe: str, address: str | None, resume: bool, as_json: bool) -> None
 def _submit(
     recipe: Recipe, settings: Settings, address: str | None, resume: bool, console: Console
 ) -> tuple[RayJobServer, str]:
-    """(server, job id). Starts the local cluster where no address is given."""
+    """Returns (server, job id). Without an address, the local cluster is used, and started if it does not run."""
     with tempfile.TemporaryDirectory() as stage:
         if address is not None and not is_this_machine(address):
-            job = submission.remote(recipe, settings, address=address, resume=resume, stage=Path(stage))
+            job = commands.remote(recipe, settings, address=address, resume=resume, stage=Path(stage))
         else:
             open_store(settings.store).check()  # refuses a store that the job could not publish to
-            job = submission.local(recipe, settings, resume=resume)
+            job = commands.local(recipe, settings, resume=resume)
         if address is None:
             from loray.local.cluster import ensure_started
 
@@ -84,7 +84,7 @@ def _submit(
 def _connect(address: str) -> RayJobServer:
     from jobs.submission.server import RayJobServer  # late: importing Ray takes longer than the rest of the command
 
-    server = RayJobServer(lambda: address if "://" in address else f"http://{address}")
+    server = RayJobServer(lambda: http_url(address))
     try:
         log.debug("Ray's job server is %s", server.address)
     except ClusterError as e:
@@ -93,7 +93,10 @@ def _connect(address: str) -> RayJobServer:
 
 
 async def _follow(server: RayJobServer, job: str, feed: Callable[[str], None]) -> None:
-    """Every line of the job's log, once, until the job ends. A lost connection is taken up again."""
+    """Calls `feed` once with every line of the job's log, until the job ends. A lost connection is opened again.
+
+    LorayError after five connections in a row that bring no new line.
+    """
     seen, failures = 0, 0
     while failures < _RECONNECTIONS:
         at, partial = 0, ""

@@ -1,7 +1,7 @@
 """The training driver: `python -m jobs.train RECIPE`, alone or as a Ray job.
 
-Checks everything, starts Ray Train's workers, follows them, publishes the best checkpoint, and tells the catalog how
-the job ended. Where runs lie, `jobs.runs.folders` says.
+Checks the recipe, starts Ray Train's workers, follows them, publishes the best checkpoint, and records in the catalog
+how the job ended. `jobs.runs.folders` describes where runs are stored.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from typing import Any
 
 import click
 import ray
-from ray.train import TrainingFailedError
+from ray.train import Result, TrainingFailedError
 
 from jobs.driver.prepare import Prepared, prepare
 from jobs.driver.publication import already_published, publish_best
 from jobs.driver.record import Interrupted, Interrupts, JobRecord, recorded
 from jobs.driver.trainer import build_trainer
 from jobs.events import messages
-from jobs.events.messages import EventTail
+from jobs.events.messages import EventTail, first_line
 from jobs.events.sink import start_sink
 from jobs.events.tensorboard import Board
 from jobs.runs.folders import RunFolder, open_runs
-from jobs.workers import worker
 from loray.catalog import Catalog
 from loray.errors import CatalogError, EvaluationError, LorayError, SpecError, StoreError, TrainingError
 from loray.recipes.load import Recipe, load_recipe
@@ -34,8 +33,8 @@ from loray.telemetry import configure_logging, get_logger
 
 log = get_logger(__name__)
 
-_RAY_UP_CONFIG = Path("~/ray_bootstrap_config.yaml")  # on the head of a cluster that `ray up` has started
-_STOPPED = 143  # as a shell says of a process that SIGTERM has ended
+_RAY_UP_CONFIG = Path("~/ray_bootstrap_config.yaml")  # on the head node of a cluster that `ray up` has started
+_STOPPED = 143  # the exit code that a shell reports for a process ended by SIGTERM
 
 
 @click.command()
@@ -65,20 +64,20 @@ def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -
         sys.exit(_STOPPED)
     except Exception as e:
         log.debug("unexpected error", exc_info=True)
-        message = f"{worker.first_line(e)} (LORAY_LOG_LEVEL=DEBUG shows where)"
+        message = f"{first_line(e)} (LORAY_LOG_LEVEL=DEBUG shows where)"
         emit({"event": "error", "kind": type(e).__name__, "message": message})
         sys.exit(1)
 
 
 def train(recipe: Recipe, settings: Settings, emit: messages.Emit, *, resume: bool = False) -> None:
-    """Train and publish, handing events to `emit`; in the main thread, which SIGTERM interrupts.
+    """Trains and publishes, and passes events to `emit`. Runs in the main thread, which SIGTERM interrupts.
 
-    Raises LorayError; then nothing is published.
+    If it raises LorayError, nothing is published.
     """
     catalog = Catalog(settings.catalog)
     with Interrupts() as interrupts, recorded(catalog, recipe.spec) as job:
         catalog.check_name(recipe.spec.name, recipe.spec.publish.aliases)
-        open_store(settings.store).check()  # needed at the end, as the catalog is: find out now
+        open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
         prepared = prepare(recipe, settings)
         catalog.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         runs = open_runs(settings)
@@ -97,14 +96,14 @@ def train(recipe: Recipe, settings: Settings, emit: messages.Emit, *, resume: bo
                     raise TrainingError(f"{result.return_value}{hint if result.checkpoint else ''}")
                 try:
                     published = _publish(result, run, recipe, settings, emit)
-                except KeyboardInterrupt:  # from ray.get while the adapter is measured
+                except KeyboardInterrupt:  # raised by ray.get while the adapter is measured
                     raise interrupts.interrupted() from None
         job.end("succeeded", version=published["version"])
     emit(published)
 
 
 def publish_latest(recipe: Recipe, settings: Settings, emit: messages.Emit) -> None:
-    """Publish the best checkpoint of the latest run, finished or not. With that, the job of the run has succeeded."""
+    """Publishes the best checkpoint of the latest run, finished or not, and records that run's job as succeeded."""
     run = open_runs(settings).latest(recipe.spec.name)
     with Interrupts() as interrupts, run.locked("publication", interrupts.raise_in_main_thread):
         published = publish_best(run.result(), run, recipe, settings, emit)
@@ -113,7 +112,7 @@ def publish_latest(recipe: Recipe, settings: Settings, emit: messages.Emit) -> N
     emit(published)
 
 
-def _publish(result: Any, run: RunFolder, recipe: Recipe, settings: Settings, emit: messages.Emit) -> dict[str, Any]:
+def _publish(result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: messages.Emit) -> dict[str, Any]:
     try:
         return publish_best(result, run, recipe, settings, emit)
     except (CatalogError, EvaluationError, StoreError) as e:
@@ -126,45 +125,49 @@ def _how_to_publish(recipe: Recipe) -> str:
 
 def _fit(
     prepared: Prepared, run: RunFolder, settings: Settings, emit: messages.Emit, job: JobRecord, interrupts: Interrupts
-) -> Any:
-    def tell(event: dict[str, Any]) -> None:
+) -> Result:
+    def write_and_emit(event: dict[str, Any]) -> None:
         board.write(event)
         emit(event)
 
-    with run.history() as history, Board(history.board) as board, EventTail(history.events, tell):
+    with run.history() as history, Board(history.board) as board, EventTail(history.events, write_and_emit):
         sink = start_sink(history.events)
         try:
             return build_trainer(prepared, run, settings, sink).fit()
         except TrainingFailedError as e:
             failures = getattr(e, "worker_failures", None) or {0: e}
             raise TrainingError(
-                f"training failed: {worker.first_line(next(iter(failures.values())))}; "
+                f"training failed: {first_line(next(iter(failures.values())))}; "
                 f"go on from the last checkpoint with --resume, details are in {run}"
             ) from e
         except KeyboardInterrupt:
             interrupted = interrupts.interrupted()
-            job.end("stopped", message=str(interrupted))  # first: `ray job stop` kills what takes too long
+            job.end("stopped", message=str(interrupted))  # at once: `ray job stop` kills a driver that ends slowly
             raise interrupted from None
         finally:
             ray.kill(sink)
 
 
 def _check_resources(recipe: Recipe) -> None:
-    """Ray would wait for ever for what the cluster will never have. What an autoscaler may add it may wait for."""
+    """Raises SpecError if the cluster has too few resources, for which Ray would wait without end.
+
+    With an autoscaler, which may add nodes, it only logs a warning.
+    """
     have, spec = ray.cluster_resources(), recipe.spec
     name, needed = ("num_workers", spec.num_workers) if spec.min_workers is None else ("min_workers", spec.min_workers)
     for resource in ("CPU", "GPU") if spec.use_gpu else ("CPU",):
         if have.get(resource, 0) >= needed:
             continue
         lack = f"{name} is {needed}, but the cluster has {have.get(resource, 0):g} {resource}s"
-        if not _grows():
+        if not _has_autoscaler():
             raise SpecError(f"{lack}; lower it, or use a larger cluster")
         log.warning("%s: waiting for its autoscaler to add them, as long as that takes", lack)
 
 
-def _grows() -> bool:
-    """Whether an autoscaler adds nodes, by what its head shows, where jobs' drivers run: KubeRay starts Ray with
-    --no-monitor where it runs the autoscaler itself, `ray up` leaves its configuration. Ray has no question for it.
+def _has_autoscaler() -> bool:
+    """Whether an autoscaler adds nodes, judged by traces on the head node, where drivers run. Ray has no API for it.
+
+    KubeRay starts Ray with --no-monitor if it runs the autoscaler itself; `ray up` leaves its configuration file.
     """
     command = os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
     return "--no-monitor" in command or _RAY_UP_CONFIG.expanduser().exists()

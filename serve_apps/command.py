@@ -17,7 +17,7 @@ from rich.markup import escape
 from loray.bases.registry import get_base
 from loray.cli.output import emit, json_option
 from loray.client import LorayClient
-from loray.errors import ClusterError, ConflictError, LorayError, SettingsError
+from loray.errors import ClusterError, ConflictError, LorayError
 from loray.local.cluster import current_cluster, ensure_started, stop_local_cluster
 from loray.local.home import (
     describe_store,
@@ -26,6 +26,7 @@ from loray.local.home import (
     start_home_store,
     stop_home_store,
 )
+from loray.locations import http_url
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.deployment import DRAIN_S, Address, ServeApi, serve_config
@@ -217,12 +218,9 @@ def _settle_port(spec: ServeSpec, serving: Address | None, *, explicit: Set[str]
 
 def _remote(settings: Settings) -> str:
     assert settings.address is not None
-    address = settings.address if "://" in settings.address else f"http://{settings.address}"
-    if settings.is_local and settings.is_remote:
-        raise SettingsError(
-            f"a cluster at {address} cannot reach this machine's disk; "
-            "set LORAY_STORE to an s3:// URL and LORAY_CATALOG to a postgresql:// URL that both can reach"
-        )
+    address = http_url(settings.address)
+    if settings.is_remote:
+        settings.check_reachable_from(address)
     return address
 
 

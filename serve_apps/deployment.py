@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from loray.errors import ClusterError
+from loray.locations import http_url
 from loray.settings import Settings
 from loray.spec import ServeSpec
 
@@ -100,7 +101,7 @@ class ServeApi:
     def __init__(self, address: str) -> None:
         from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # late: importing Ray takes a second
 
-        self.dashboard = address if "://" in address else f"http://{address}"
+        self.dashboard = http_url(address)
         try:
             self._client = ServeSubmissionClient(self.dashboard)
         except ConnectionError as e:

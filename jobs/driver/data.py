@@ -1,4 +1,4 @@
-"""Data files in buckets, fetched by the driver for as long as it reads them."""
+"""Data files in buckets: the driver downloads them, reads them, and removes its copies."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from loray.store import open_filesystem
 
 @contextmanager
 def fetched(data: DataSpec, settings: Settings) -> Iterator[Mapping[str, Path]]:
-    """The s3:// sources of `data` → copies on this machine, which are gone when the block ends. Raises DataError.
+    """Maps each s3:// source of `data` to a copy on this machine, which is removed when the block ends.
 
-    A URL in the store's bucket is read with the store's endpoint and credentials; another one with those that it
-    names itself, as a store's URL does, else with AWS's own configuration.
+    A URL in the store's bucket is read with the store's endpoint and credentials. Any other URL is read with the
+    options that it names, as a store's URL does, or else with the AWS configuration. Raises DataError.
     """
     with tempfile.TemporaryDirectory(prefix="loray-data-") as folder:
         copies: dict[str, Path] = {}
@@ -49,7 +49,7 @@ def _fetch(source: str, settings: Settings, path: Path) -> None:
 
 
 def _with_options(source: str, settings: Settings) -> str:
-    """The URL with the store's endpoint and credentials where it names none and the bucket is the store's."""
+    """Adds the store's endpoint and credentials to a URL without options that lies in the store's bucket."""
     location, store = parse_location(source), parse_location(settings.store)
     assert isinstance(location, S3Location)
     if isinstance(store, S3Location) and location == S3Location(store.bucket, location.prefix):

@@ -1,7 +1,7 @@
-"""Before publishing: base, base under the adapter's RoPE, and adapter, measured as the recipe says; for the gate.
+"""Evaluation before publishing: measures base, base under the adapter's RoPE, and adapter, as the recipe says.
 
-Measured in a Ray task, so that it has the GPU that training had and not the driver's machine; in this process where
-there is no cluster.
+The gate reads the results. On a cluster a Ray task measures, because the driver's node may have no GPU; without a
+cluster this process does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers import AutoTokenizer
 from jobs.driver.data import fetched
 from jobs.events.messages import Emit
 from jobs.runs.folders import RunFolder
-from jobs.workers import worker
+from jobs.workers.threads import num_threads
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import SpecError
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import Evaluation, EvaluationSpec, LongLoraSpec, PerplexitySpec, RopeParameters, TrainSpec
+from loray.spec import Evaluation, EvaluationSpec, Frozen, LongLoraSpec, PerplexitySpec, RopeParameters, TrainSpec
 from loray.telemetry import configure_logging
 from loray.train.checkpoint import ADAPTER
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
@@ -37,8 +37,9 @@ _EVALUATIONS = "evaluations.json"
 
 
 def check_measurable(recipe: Recipe, base: BaseModel, settings: Settings) -> None:
-    """SpecError or DataError, before anything is trained, for what `measure_checkpoint` could not do behind it: also
-    for an alias that the run could not earn.
+    """Raises SpecError or DataError if `measure_checkpoint` could not measure what the recipe asks for after training.
+
+    Also refuses an alias that the gate could never grant to this run.
     """
     spec = recipe.spec
     perplexity = spec.evaluation.perplexity
@@ -64,10 +65,10 @@ def measure_checkpoint(
     settings: Settings,
     emit: Emit = lambda event: None,
 ) -> tuple[Evaluation, ...]:
-    """What `recipe.spec.evaluation` asks for; nothing where it asks for nothing. `emit` is told when it begins.
+    """Measures what `recipe.spec.evaluation` asks for. Emits one event before it begins.
 
-    The figures stay in the run's folder: publishing the same checkpoint again takes them from there, and is the same
-    adapter.
+    The results are saved in the run's folder. Publishing the same checkpoint again reads them from there, so it
+    publishes the same adapter.
     """
     spec, wanted, documents = recipe.spec, recipe.spec.evaluation, None
     if wanted.perplexity is None and not wanted.retrieval:
@@ -80,19 +81,27 @@ def measure_checkpoint(
         "evaluation": wanted.model_dump(mode="json", include={"perplexity", "retrieval"}),
         "data_sha256": documents and documents.sha256,
     }
-    saved = json.loads(run.read(_EVALUATIONS) or b"{}")
-    if saved.get("asked") != asked:
+    data = run.read(_EVALUATIONS)
+    saved = None if data is None else _Saved.parse(json.loads(data), source=f"{_EVALUATIONS} of {run}")
+    if saved is None or saved.asked != asked:
         tasks = [*(["perplexity"] if documents else []), *(f"{task.task} retrieval" for task in wanted.retrieval)]
         emit({"event": "measure", "tasks": tasks})
         rope = resolve(spec, base.config).rope
         task = _Task(spec, wanted, checkpoint, documents, rope, base.fingerprint, settings.home, settings.log_level)
-        saved = {"asked": asked, "evaluations": [e.model_dump(mode="json") for e in _run(task)]}
-        run.write(_EVALUATIONS, json.dumps(saved, indent=2).encode() + b"\n")
-    return tuple(Evaluation.parse(e, source=f"{_EVALUATIONS} of {run}") for e in saved["evaluations"])
+        saved = _Saved(asked=asked, evaluations=tuple(e.model_dump(mode="json") for e in _run(task)))
+        run.write(_EVALUATIONS, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
+    return tuple(Evaluation.parse(e, source=f"{_EVALUATIONS} of {run}") for e in saved.evaluations)
+
+
+class _Saved(Frozen):
+    """The run's `evaluations.json`: what was asked for, and the results as JSON."""
+
+    asked: dict[str, Any]
+    evaluations: tuple[dict[str, Any], ...]
 
 
 class _Task(NamedTuple):
-    """Everything that the process which measures has to know."""
+    """The arguments of a measurement, sent to the process that runs it."""
 
     spec: TrainSpec
     evaluation: EvaluationSpec
@@ -117,7 +126,7 @@ def _run(task: _Task) -> tuple[Evaluation, ...]:
 
 def _measure_on_worker(task: _Task) -> tuple[Evaluation, ...]:
     configure_logging(task.log_level)
-    torch.set_num_threads(worker.num_threads(1))
+    torch.set_num_threads(num_threads(1))
     return _measure(task)
 
 
@@ -145,7 +154,7 @@ def _documents(recipe: Recipe, base: BaseModel, settings: Settings) -> Documents
 
 
 def _with_contexts(perplexity: PerplexitySpec, spec: TrainSpec, base: BaseModel) -> PerplexitySpec:
-    """With the context lengths that the gate looks at where the recipe names none."""
+    """Fills in the context lengths that the gate compares, if the recipe names none."""
     if perplexity.context_lengths:
         return perplexity
     resolved = resolve(spec, base.config)

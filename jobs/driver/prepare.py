@@ -1,4 +1,4 @@
-"""From a recipe to everything a run needs, checked before any worker starts."""
+"""Prepares a run: checks the recipe, finds the base, and tokenises the data, before any worker starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loray.train.data.dataset import Dataset, load_data
 
 
 class Prepared(NamedTuple):
-    """`spec` is the recipe with nothing left open that decides the result: what is published reproduces the run."""
+    """`spec` is the recipe with every default that affects the result filled in, so that it reproduces the run."""
 
     spec: TrainSpec
     base: BaseModel
@@ -27,7 +27,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(recipe: Recipe, settings: Settings) -> Prepared:
-    """Check the recipe against this machine, and read the data. Raises LorayError with what to change."""
+    """Checks the recipe against this machine and reads the data. Raises LorayError that says what to change."""
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")

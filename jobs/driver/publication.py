@@ -1,4 +1,4 @@
-"""From a run to a version in the catalog: the best checkpoint, under the recipe that it was trained with."""
+"""Publishes a run: its best checkpoint becomes a version in the catalog, with the recipe that trained it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.train import Checkpoint
+from ray.train import Checkpoint, Result
 
 from jobs.driver.evaluation import measure_checkpoint
 from jobs.events.messages import Emit
@@ -22,41 +22,52 @@ from loray.publishing import Destination, publish
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import TrainSpec
+from loray.spec import Frozen, TrainSpec
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
 
 _PUBLISHED = "published.json"
 
 
+class _Publication(Frozen):
+    """The run's `published.json`: the recipe at hand as JSON, and the event."""
+
+    recipe: dict[str, Any]
+    event: dict[str, Any]
+
+
 def publish_best(
-    result: Any, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit = lambda event: None
+    result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit = lambda event: None
 ) -> dict[str, Any]:
-    """The event of publishing the run's best checkpoint, by the recipe that it was trained with; the one at hand says
-    only how to measure and publish it. Where the gate refuses the aliases, it is published without them, and `refusal`
-    says why. Raises LorayError.
+    """Publishes the run's best checkpoint with the recipe that it was trained with, and returns the event.
+
+    The given recipe decides only how the checkpoint is measured and published. If the gate refuses the aliases, the
+    checkpoint is published without them, and the event's `refusal` says why. Raises LorayError.
     """
     latest = result.checkpoint
     if latest is None:
         raise TrainingError(f"the run in {run} ended without a checkpoint; nothing was published")
     keep_best = _state(latest).recipe.evaluation.keep_best
     event = _publish(best(result, by_loss=keep_best), run, recipe, settings, emit)
-    saved = {"recipe": recipe.spec.model_dump(mode="json"), "event": event}
-    run.write(_PUBLISHED, json.dumps(saved, indent=2).encode() + b"\n")
+    saved = _Publication(recipe=recipe.spec.model_dump(mode="json"), event=event)
+    run.write(_PUBLISHED, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
     return event
 
 
 def already_published(run: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
-    """The event of an earlier publication from this run by the same recipe: resuming it has nothing left to do."""
+    """The event of an earlier publication of this run with the same recipe; None if there is none.
+
+    Resuming a published run has nothing left to do.
+    """
     data = run.read(_PUBLISHED)
     if data is None:
         return None
-    saved: dict[str, Any] = json.loads(data)
-    return saved["event"] if saved["recipe"] == recipe.spec.model_dump(mode="json") else None
+    saved = _Publication.parse(json.loads(data), source=f"{_PUBLISHED} of {run}")
+    return saved.event if saved.recipe == recipe.spec.model_dump(mode="json") else None
 
 
-def best(result: Any, *, by_loss: bool) -> Checkpoint:
-    """The checkpoint with the lowest held-out loss, or the latest where none was evaluated."""
+def best(result: Result, *, by_loss: bool) -> Checkpoint:
+    """The checkpoint with the lowest held-out loss; the latest one without `by_loss`, or if none was evaluated."""
     evaluated = [
         (metrics["eval_loss"], checkpoint)
         for checkpoint, metrics in result.best_checkpoints or ()
@@ -80,7 +91,7 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
     resolved = resolve(spec, base.config)
     with checkpoint.as_directory() as path, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
-        shutil.copytree(Path(path) / ADAPTER, folder)  # the manifest is written beside the weights, not into the run
+        shutil.copytree(Path(path) / ADAPTER, folder)  # publishing adds a manifest, which the run must not contain
         publish_it = partial(
             publish,
             folder,
@@ -100,7 +111,7 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
         aliases, refusal = spec.publish.aliases, None
         try:
             version = publish_it(to=replace(plain, aliases=aliases, no_gate=spec.publish.no_gate))
-        except GateRefused as e:  # the run was not in vain: what it made can be measured again, and promoted
+        except GateRefused as e:  # the version can be measured again later, and promoted
             aliases, refusal = (), str(e)
             version = publish_it(to=plain)
     return {
@@ -118,7 +129,7 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
 
 
 def _to_publish(trained: TrainSpec, at_hand: TrainSpec) -> TrainSpec:
-    """The recipe that a checkpoint was trained with, and of the one at hand how it is measured and published."""
+    """The recipe that trained the checkpoint, with the measurements and `publish` of the given recipe."""
     measured = {name: getattr(at_hand.evaluation, name) for name in ("perplexity", "retrieval")}
     evaluation = trained.evaluation.model_copy(update=measured)
     return trained.model_copy(update={"evaluation": evaluation, "publish": at_hand.publish})

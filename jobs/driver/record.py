@@ -1,4 +1,4 @@
-"""What the driver tells the catalog of its job: that it runs, and how it ended, also when it is told to stop."""
+"""The driver's record in the catalog: that the job runs and how it ended, also if a signal stops it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from contextlib import contextmanager
 from types import FrameType
 
 from loray.catalog import Catalog
-from loray.catalog.entries import EndStatus
 from loray.errors import LorayError
-from loray.spec import TrainSpec
+from loray.spec import EndStatus, TrainSpec
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The driver has to end now. A KeyboardInterrupt, as Ray swallows what else a signal's handler raises during
-    `ray.get`; what comes out there is a plain one, which `Interrupts.interrupted` gives its reason back.
+    """The driver must end now.
+
+    It is a KeyboardInterrupt because Ray swallows any other exception that a signal handler raises during `ray.get`.
+    `ray.get` raises a plain KeyboardInterrupt instead; `Interrupts.interrupted` restores the reason.
     """
 
 
 class Interrupts:
-    """SIGTERM, which `ray job stop` sends, and `raise_in_main_thread` become an Interrupted in the main thread."""
+    """Raises Interrupted in the main thread on SIGTERM, which `ray job stop` sends, and on `raise_in_main_thread`."""
 
     def __init__(self) -> None:
         self._reason: str | None = None
@@ -41,11 +42,11 @@ class Interrupts:
         signal.signal(signal.SIGTERM, self._before)
 
     def arm(self) -> None:
-        """Again after `ray.init`, which puts its own handler in place."""
+        """Installs the signal handler. Must be called again after `ray.init`, which replaces the handler."""
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def raise_in_main_thread(self, reason: str) -> None:
-        """From any thread."""
+        """Can be called from any thread."""
         self._reason = reason
         interrupt_main(signal.SIGTERM)
 
@@ -58,14 +59,14 @@ class Interrupts:
 
 
 class JobRecord:
-    """One job in the catalog. A catalog that has gone away meanwhile is no reason to end a training."""
+    """One job in the catalog. A catalog that cannot be reached does not end the training."""
 
     def __init__(self, catalog: Catalog, job_id: str) -> None:
         self._catalog = catalog
         self.job_id = job_id
 
     def end(self, status: EndStatus, *, message: str = "", version: int | None = None) -> None:
-        """The first end counts, as the catalog sees to."""
+        """Records how the job ended. The catalog keeps the first end."""
         try:
             self._catalog.end_job(self.job_id, status, message=message, version=version)
         except LorayError as e:
@@ -74,7 +75,10 @@ class JobRecord:
 
 @contextmanager
 def recorded(catalog: Catalog, spec: TrainSpec) -> Iterator[JobRecord]:
-    """The job runs for as long as the `with` block, which ends it itself where it succeeds."""
+    """Records the job as running for the `with` block, and as stopped or failed if the block raises.
+
+    The block itself records success.
+    """
     job_id = submission_id() or f"run_{secrets.token_hex(8)}"
     catalog.add_job(job_id, name=spec.name, recipe=spec)
     catalog.start_job(job_id)
@@ -90,7 +94,7 @@ def recorded(catalog: Catalog, spec: TrainSpec) -> Iterator[JobRecord]:
 
 
 def submission_id() -> str | None:
-    """What `ray job` calls this job, where the driver runs as one."""
+    """Ray's id of this job; None if the driver does not run as a Ray job."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     submission: str | None = job.get("metadata", {}).get("job_submission_id")
     return submission

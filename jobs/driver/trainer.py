@@ -1,4 +1,4 @@
-"""Ray Train's trainer of a run: how many workers, where, what they are given, and what becomes of lost ones."""
+"""Builds Ray Train's trainer of a run: number and placement of workers, their configuration, and failure handling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -14,6 +15,7 @@ from jobs.driver.prepare import Prepared
 from jobs.runs.folders import RunFolder
 from jobs.workers import worker
 from jobs.workers.checkpoints import SCORE
+from jobs.workers.controller import EventLog
 from jobs.workers.elastic import ElasticTorchTrainer
 from jobs.workers.placement import WholeGroups
 from jobs.workers.rows import share
@@ -21,13 +23,13 @@ from loray.settings import Settings
 from loray.spec import TrainSpec
 
 _MAX_LOST_WORKERS = 3
-_HEALTH_CHECK_S = "0.2"  # Ray's own 2 s is how long a checkpoint stays unknown to it after its upload
-_RESIZE_S = 60.0  # between looks whether an elastic run can have more workers
+_HEALTH_CHECK_S = "0.2"  # Ray's default, 2 s, would delay by as much its knowledge of an uploaded checkpoint
+_RESIZE_S = 60.0  # between two checks whether an elastic run can have more workers
 
 
-def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: Any) -> TorchTrainer:
+def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: ActorHandle) -> TorchTrainer:
     spec = prepared.spec
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)  # Ray hands it to its controller
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)  # Ray passes it to its controller
     ranked = spec.evaluation.keep_best and len(prepared.data.evaluation) > 0
     arguments: dict[str, Any] = {
         "train_loop_config": worker.WorkerConfig(
@@ -49,7 +51,7 @@ def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: 
                 checkpoint_score_attribute=SCORE if ranked else None,
                 checkpoint_score_order="min",
             ),
-            callbacks=[worker.EventLog(sink, str(run)), *_placement(spec)],
+            callbacks=[EventLog(sink, str(run)), *_placement(spec)],
         ),
     }
     if spec.min_workers is None:
@@ -58,14 +60,14 @@ def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: 
 
 
 def _scaling(spec: TrainSpec) -> ScalingConfig:
-    grouped = spec.parallel.sequence > 1
+    has_groups = spec.parallel.sequence > 1
     return ScalingConfig(
         num_workers=spec.num_workers if spec.min_workers is None else (spec.min_workers, spec.num_workers),
         elastic_resize_monitor_interval_s=_RESIZE_S,
         use_gpu=spec.use_gpu,
         resources_per_worker={"CPU": 1} | ({"GPU": 1} if spec.use_gpu else {}),
         placement_strategy="PACK",
-        label_selector=WholeGroups.label_selectors(spec.num_workers) if grouped else None,
+        label_selector=WholeGroups.label_selectors(spec.num_workers) if has_groups else None,
     )
 
 

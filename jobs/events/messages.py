@@ -1,4 +1,4 @@
-"""What a run says while it runs: one JSON object a line (`--events`), or lines for people.
+"""Events of a run, as one JSON object a line (`--events`) or as lines for people.
 
 {"event": "start" | "step" | "eval" | "checkpoint" | "warning" | "worker_lost" | "measure" | "published" | "error", …}
 """
@@ -18,12 +18,12 @@ _POLL_S = 0.2
 
 
 def encode(event: dict[str, Any]) -> str:
-    """One line. Numbers that JSON does not have (nan, inf) become null."""
+    """The event as one line of JSON. NaN and infinity become null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()})
 
 
 def decode(line: str) -> dict[str, Any] | None:
-    """The event of a line of a job's log; None for any other line."""
+    """The event in a line of a job's log; None if the line is not an event."""
     if not line.startswith('{"event"'):
         return None
     try:
@@ -34,7 +34,7 @@ def decode(line: str) -> dict[str, Any] | None:
 
 
 def describe(event: dict[str, Any]) -> str:
-    """One line for people."""
+    """The event as a line for people."""
     match event["event"]:
         case "start":
             data = event["data"]
@@ -90,7 +90,7 @@ def number(value: float | None) -> str:
 
 
 def speed(step: dict[str, Any]) -> str:
-    """Tokens a second of all workers, and the share of the devices' peak that the model's arithmetic made of them."""
+    """Tokens per second of all workers, and model FLOPs utilisation (MFU)."""
     return f"{step['tokens_per_s']:,.0f} tokens/s  MFU {step['mfu']:.1%}"
 
 
@@ -100,10 +100,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-class EventTail:
-    """Hands every event appended to a file to `emit`, from a thread, until the `with` block ends.
+def first_line(error: BaseException) -> str:
+    """The first line of the innermost cause: Ray wraps errors in layers that hold tracebacks as text."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
 
-    The file is written by another process, `jobs.events.sink`; it stays behind as the run's history.
+
+class EventTail:
+    """A thread that passes every event appended to a file to `emit`, until the `with` block ends.
+
+    Another process, `jobs.events.sink`, writes the file, which remains as the run's history.
     """
 
     def __init__(self, path: Path, emit: Emit) -> None:
@@ -113,7 +120,7 @@ class EventTail:
 
     def __enter__(self) -> EventTail:
         self._path.touch()
-        self._offset = self._path.stat().st_size  # a resumed run's history was told already
+        self._offset = self._path.stat().st_size  # events of earlier drivers are not emitted again
         self._thread.start()
         return self
 
@@ -126,7 +133,7 @@ class EventTail:
         with self._path.open(encoding="utf-8") as file:
             file.seek(self._offset)
             while True:
-                finished = self._done.is_set()  # before reading: what was written until then is still delivered
+                finished = self._done.is_set()  # read first: events written before it is set are still emitted
                 *lines, partial = (partial + file.read()).split("\n")
                 for line in lines:
                     if event := decode(line):

@@ -1,4 +1,4 @@
-"""The events' way from workers on any node to the file that the driver follows: an actor on the driver's node."""
+"""Carries events from workers on any node to a file on the driver's node, through an actor on that node."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.events.messages import encode
 
 
 class _EventSink:
-    """Appends lines to the run's file, each in one write. It has no state, so Ray may start it again."""
+    """Appends lines to the run's file, each in one write. It has no state, so Ray may restart it."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
@@ -22,26 +24,28 @@ class _EventSink:
             file.write(f"{line}\n")
 
 
-def start_sink(path: Path) -> Any:
-    """A handle of the actor that appends to `path`, a file of this node. It ends with this driver."""
+def start_sink(path: Path) -> ActorHandle:
+    """Starts the actor that appends to `path`, a file of this node. The actor ends with this driver."""
     here = ray.get_runtime_context().get_node_id()
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_EventSink)
-    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False)).remote(str(path))
+    strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+    started: ActorHandle = actor.options(scheduling_strategy=strategy).remote(str(path))
+    return started
 
 
 class EventSender:
-    """One sender's events arrive in its order. At most one is on its way, so that a step waits for none of its own."""
+    """Sends events to the sink in order, one at a time: a call waits until the event before it has been written."""
 
-    def __init__(self, sink: Any) -> None:
+    def __init__(self, sink: ActorHandle) -> None:
         self._sink = sink
-        self._sent: Any = None
+        self._sent: ObjectRef | None = None
 
     def send(self, event: dict[str, Any]) -> None:
         self.flush()
         self._sent = self._sink.append.remote(encode(event))
 
     def flush(self) -> None:
-        """Wait until everything has been written."""
+        """Waits until every event has been written."""
         if self._sent is not None:
             ray.get(self._sent)
             self._sent = None

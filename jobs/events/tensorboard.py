@@ -22,7 +22,7 @@ _FLUSH_S = 5
 class Board:
     """Writes event files to `folder` until the `with` block ends. Not thread-safe.
 
-    Where workers start anew, steps behind their checkpoint come again, and TensorBoard drops the earlier ones.
+    Restarted workers repeat the steps after their checkpoint; TensorBoard drops the earlier values of those steps.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,6 +54,6 @@ class Board:
                 self._add(f"eval/loss_{event['subject']}", event["eval_loss"], event["step"])
 
     def _add(self, tag: str, value: float | None, step: int) -> None:
-        """Numbers that are not finite come as None."""
+        """`value` is None for a number that was not finite."""
         if self._writer is not None and value is not None:
             self._writer.add_scalar(tag, value, step)

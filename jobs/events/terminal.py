@@ -1,4 +1,4 @@
-"""A run's events on a terminal: one bar with loss, held-out loss and speed; plain lines where there is no terminal."""
+"""Shows a run's events: a progress bar with loss, held-out loss and speed on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from jobs.events.messages import decode, describe, number, speed
 
 _LOG_LINES = 20
-_LINES_OF_STEPS = 10  # step lines a run prints where there is no terminal
+_LINES_OF_STEPS = 10  # step lines that a run prints without a terminal
 
 
 class RunView:
-    """Fed with the lines of a job's log. After it: `published`, `error`, and the last lines that were no events."""
+    """Shows the lines of a job's log. Keeps the events `published` and `error`, and the last other lines in `log`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -55,14 +55,14 @@ class RunView:
                 self._progress.update(
                     self._task, description="training", total=event["num_steps"], completed=event["step"]
                 )
-                self._say(event)
+                self._print(event)
             case "step":
                 self._step(event)
             case "eval":
                 self._eval_loss = event["eval_loss"]
-                self._say(event)
+                self._print(event)
             case "warning" | "worker_lost" | "measure":
-                self._say(event)
+                self._print(event)
             case "published":
                 self.published = event
             case "error":
@@ -74,7 +74,7 @@ class RunView:
         self._progress.update(self._task, completed=event["step"], figures=figures)
         every = max(1, event["num_steps"] // _LINES_OF_STEPS)
         if not self._console.is_terminal and event["step"] % every == 0:
-            self._say(event)
+            self._print(event)
 
-    def _say(self, event: dict[str, Any]) -> None:
+    def _print(self, event: dict[str, Any]) -> None:
         self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)

@@ -1,11 +1,11 @@
-"""Run folders: beside a store on S3 (`PREFIX/runs/NAME/TIME`), else in `LORAY_HOME/runs/NAME/TIME` on this machine.
+"""Run folders: `PREFIX/runs/NAME/TIME` in the bucket of a store on S3, or `LORAY_HOME/runs/NAME/TIME` on this machine.
 
-step_000100/…     checkpoints, and `checkpoint_manager_snapshot.json`: Ray Train's
-events.jsonl      the run's history
+step_000100/…     checkpoints; with `checkpoint_manager_snapshot.json` they are Ray Train's
+events.jsonl      every event of the run
 tensorboard/…     the same for TensorBoard
 job_id            of the job that created the run
-published.json    what was published from it, and by which recipe
-lock, lock/…      held by the driver at work
+published.json    what was published from the run, and with which recipe
+lock, lock/…      held by the driver that works on the run
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train writes it with t
 
 
 class History(NamedTuple):
-    """Files of this machine: `events`, one a line, and `board`, the folder of TensorBoard's."""
+    """Files on this machine: `events`, one event a line, and `board`, TensorBoard's folder."""
 
     events: Path
     board: Path
@@ -52,7 +52,7 @@ class History(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run on this machine's disk: `path` in `filesystem`. Raises StoreError where it cannot be read or written."""
+    """A run on this machine's disk: `path` in `filesystem`. Raises StoreError if it cannot be read or written."""
 
     filesystem: Any
     path: str
@@ -62,7 +62,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """When it began: the last part of its path."""
+        """The last part of its path, which is the time at which it began."""
         return self.path.rpartition("/")[2]
 
     @property
@@ -73,33 +73,34 @@ class RunFolder:
 
     @property
     def job_id(self) -> str | None:
-        """Of the job that created the run: part of the adapter's identity, so a resumed job must not bring its own."""
+        """Id of the job that created the run. It is part of the adapter's identity, so resuming does not change it."""
         data = self.read(_JOB_ID)
         return None if data is None else data.decode() or None
 
     def read(self, name: str) -> bytes | None:
-        with _clear_errors(self):
+        with _translate_errors(self):
             if not self._has(name):
                 return None
             with self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
                 return bytes(file.read())
 
     def write(self, name: str, data: bytes) -> None:
-        with _clear_errors(self), self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+        with _translate_errors(self), self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
             file.write(data)
 
-    def result(self) -> Any:
-        """Ray Train's Result of the run, finished or not. TrainingError where it has no checkpoint."""
-        with _clear_errors(self):
+    def result(self) -> Result:
+        """Ray Train's Result of the run, finished or not. TrainingError if the run has no checkpoint."""
+        with _translate_errors(self):
             if not self._has(_RAY_SNAPSHOT):
                 raise TrainingError(f"the run in {self} has no checkpoint to publish; train it with --resume")
             return Result.from_path(self.path, storage_filesystem=self.filesystem)
 
     @contextmanager
     def locked(self, job_id: str, lost: Callable[[str], None]) -> Iterator[None]:
-        """One driver a run; the lock ends with its process. Raises ConflictError.
+        """Locks the run for one driver. The lock ends with the driver's process.
 
-        `lost` is called from a thread where the lock had to be given up meanwhile.
+        ConflictError if another driver holds it. If the lock is lost before the block ends, `lost(reason)` is called
+        from another thread.
         """
         with Path(self.path, _LOCK).open("w") as file:
             try:
@@ -110,7 +111,7 @@ class RunFolder:
 
     @contextmanager
     def history(self) -> Iterator[History]:
-        """To be added to on this machine; it is the run's when the block ends."""
+        """Files of this machine to append to. When the block ends, the run contains what was appended."""
         yield History.below(Path(self.path))
 
     def _has(self, name: str) -> bool:
@@ -119,9 +120,9 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class SharedRunFolder(RunFolder):
-    """A run that other machines can go on with: in a bucket, locked by a lease at `key` in `objects`.
+    """A run in a bucket, which any machine can resume; a lease at `key` in `objects` locks it.
 
-    `scratch` is where its history lies while a driver of this machine is at work.
+    `scratch` holds the history while a driver of this machine works on the run.
     """
 
     objects: ObjectStore
@@ -147,7 +148,8 @@ class SharedRunFolder(RunFolder):
         history = History.below(self.scratch)
         path = history.events
         known = self.read(_EVENTS) or b""
-        if not path.is_file() or not path.read_bytes().startswith(known):  # else a driver of this machine was killed
+        # A killed driver of this machine leaves a longer history here, which begins with the bucket's.
+        if not path.is_file() or not path.read_bytes().startswith(known):
             path.write_bytes(known)
         try:
             yield history
@@ -158,15 +160,15 @@ class SharedRunFolder(RunFolder):
                 else:
                     for file in (path, *history.board.glob("*")):
                         self.write(str(file.relative_to(self.scratch)), file.read_bytes())
-            except StoreError as e:  # an error that ended the run says more
+            except StoreError as e:  # raising it would hide an error that ended the run
                 log.warning("%s; its history stays in %s", e, path)
 
 
 @dataclass(frozen=True)
 class Runs:
-    """All runs below `root`. `make(name/time)` is the folder of one.
+    """All runs below `root`; `make(name/time)` returns one.
 
-    `folder`: where runs lie while the store is a folder. They stay there when the store becomes a bucket.
+    `folder` holds the runs of a store that is a folder. They stay there if the store becomes a bucket.
     """
 
     filesystem: Any
@@ -176,15 +178,15 @@ class Runs:
 
     def new(self, name: str, job_id: str) -> RunFolder:
         run = self.make(f"{name}/{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}")
-        with _clear_errors(run):
+        with _translate_errors(run):
             self.filesystem.create_dir(run.path)
         run.write(_JOB_ID, job_id.encode())
         return run
 
     def latest(self, name: str) -> RunFolder:
-        """SpecError where there is none."""
+        """The last run of this adapter. SpecError if there is none."""
         folder = pafs.FileSelector(f"{self.root}/{name}", allow_not_found=True)
-        with _clear_errors(self.make(name)):
+        with _translate_errors(self.make(name)):
             found = self.filesystem.get_file_info(folder)
         times = sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
         if not times:
@@ -195,13 +197,13 @@ class Runs:
         return self.make(f"{name}/{times[-1]}")
 
     def _of_the_folder_store(self, name: str) -> str:
-        found = any((self.folder / name).glob(f"*/{_JOB_ID}"))  # of a run in a bucket its history alone may lie there
+        found = any((self.folder / name).glob(f"*/{_JOB_ID}"))  # a run in a bucket has no job_id there
         hint = f", or set LORAY_STORE to the folder store: its runs in {self.folder / name} are not looked at now"
         return hint if found else ""
 
 
 def open_runs(settings: Settings) -> Runs:
-    """Raises SettingsError where the store's URL is wrong. Nothing is read or written yet."""
+    """Raises SettingsError if the store's URL is wrong. Reads and writes nothing yet."""
     here = settings.home / "runs"
     location = parse_location(settings.store)
     if isinstance(location, FileLocation):
@@ -218,8 +220,8 @@ def open_runs(settings: Settings) -> Runs:
 
 
 @contextmanager
-def _clear_errors(run: RunFolder) -> Iterator[None]:
-    """Of pyarrow, whose errors are OSErrors."""
+def _translate_errors(run: RunFolder) -> Iterator[None]:
+    """Turns pyarrow's errors, which are OSErrors, into StoreError."""
     try:
         yield
     except OSError as e:

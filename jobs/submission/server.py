@@ -11,45 +11,45 @@ from typing import Any
 import ray
 from ray.job_submission import JobSubmissionClient
 
-from jobs.submission.submission import Submission
+from jobs.submission.commands import Submission
 from jobs.submission.tracker import RayJob
 from loray.errors import ClusterError, ConflictError
 
 
 class RayJobServer:
-    """Connects at the first call that succeeds. `address`: of the dashboard; the running cluster's by default."""
+    """Connects on the first call that succeeds. `address` returns the dashboard's; by default the running cluster's."""
 
     def __init__(self, address: Callable[[], str] = lambda: str(ray.get_runtime_context().gcs_address)) -> None:
         self._address = address
 
     @property
     def address(self) -> str:
-        """Of the dashboard that was found. ClusterError where none answers."""
-        with _clear_errors():
+        """URL of the dashboard that answers. ClusterError if none does."""
+        with _translate_errors():
             return str(self._client.get_address())
 
     def submit(self, job: Submission, job_id: str | None = None) -> str:
-        with _clear_errors():
+        with _translate_errors():
             return str(self._client.submit_job(submission_id=job_id, **job._asdict()))
 
     def find(self, job_id: str) -> RayJob | None:
         try:
-            with _clear_errors():
+            with _translate_errors():
                 info = self._client.get_job_info(job_id)
         except _NoSuchJob:
             return None
         return RayJob(info.status.value, info.message or "")
 
     def has_running_jobs(self) -> bool:
-        with _clear_errors():
+        with _translate_errors():
             return any(not job.status.is_terminal() for job in self._client.list_jobs())
 
     def stop(self, job_id: str) -> None:
-        with _clear_errors():
+        with _translate_errors():
             self._client.stop_job(job_id)
 
     def logs(self, job_id: str) -> str:
-        with _clear_errors():
+        with _translate_errors():
             return str(self._client.get_job_logs(job_id))
 
     async def follow(self, job_id: str) -> AsyncIterator[str]:
@@ -58,7 +58,7 @@ class RayJobServer:
 
     @cached_property
     def _client(self) -> Any:
-        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it announces closed sockets
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it logs every closed socket
         return JobSubmissionClient(self._address())
 
 
@@ -67,8 +67,8 @@ class _NoSuchJob(ClusterError):
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Ray's client raises RuntimeError with the status and the body of whatever the server answers."""
+def _translate_errors() -> Iterator[None]:
+    """Turns the errors of Ray's client into ours. It raises RuntimeError with the status and body of the response."""
     try:
         yield
     except RuntimeError as e:

@@ -1,4 +1,4 @@
-"""Jobs from a recipe to their end: what the catalog keeps of them, brought in line with what Ray knows."""
+"""Tracks jobs from submission to their end: the catalog's records, updated from what Ray knows of each job."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, Protocol
 
-from jobs.submission.submission import Submission, from_spec
-from loray.catalog import Catalog, Job, JobPage, JobStatus
+from jobs.submission.commands import Submission, from_spec
+from loray.catalog import Catalog, Job, JobPage
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError
 from loray.settings import Settings
-from loray.spec import TrainSpec
+from loray.spec import JobStatus, TrainSpec
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
-_SUBMISSION_S = 60.0  # how long a job may be in the catalog before Ray has it
+_SUBMISSION_S = 60.0  # how long a job may be in the catalog before Ray knows it
+
+RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 
 
 class RayJob(NamedTuple):
-    """What Ray says of a job."""
+    """A job as Ray's job server reports it."""
 
-    status: Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
+    status: RayStatus
     message: str
 
     @property
@@ -31,34 +33,34 @@ class RayJob(NamedTuple):
 
 
 class JobServer(Protocol):
-    """Ray's. All of it raises ClusterError where Ray does not answer."""
+    """Ray's job server. Every method raises ClusterError if Ray does not answer."""
 
     def submit(self, job: Submission, job_id: str | None = None) -> str:
-        """The job's id, Ray's choice where none is given. ConflictError where Ray has a job of this id."""
+        """Returns the job's id, chosen by Ray if none is given. ConflictError if Ray has a job with this id."""
 
     def find(self, job_id: str) -> RayJob | None:
-        """None where Ray does not know it, any more or yet."""
+        """None if Ray does not know the job, not yet or no longer."""
 
     def stop(self, job_id: str) -> None:
-        """Tell a job that Ray knows to stop; it goes on for as long as it takes to."""
+        """Asks a job that Ray knows to stop, and returns before it has ended."""
 
     def logs(self, job_id: str) -> str:
-        """All that a job that Ray knows has written until now."""
+        """The log so far of a job that Ray knows."""
 
     def follow(self, job_id: str) -> AsyncIterator[str]:
-        """All that it has written and will write, until it ends."""
+        """The log of a job that Ray knows, in pieces, until the job ends."""
 
 
 class JobTracker:
-    """Submits jobs, and reads them. Thread-safe as the catalog is."""
+    """Submits, reads and stops jobs. Thread-safe, as the catalog is."""
 
     def __init__(self, catalog: Callable[[], Catalog], server: JobServer, settings: Settings) -> None:
         self._open, self._server, self._settings = catalog, server, settings
 
     def submit(self, spec: TrainSpec, job_id: str | None, *, resume: bool) -> Job:
-        """Insert a pending job, then hand it to Ray; the job has failed where Ray does not take it.
+        """Inserts a pending job into the catalog, then submits it to Ray. If Ray refuses it, the job has failed.
 
-        DataError for relative data paths, ConflictError where name or id are taken, ClusterError without Ray.
+        DataError for relative data paths, ConflictError if name or id are taken, ClusterError without Ray.
         """
         submission = from_spec(spec, self._settings, resume=resume)
         catalog = self._open()
@@ -70,14 +72,14 @@ class JobTracker:
         try:
             self._server.submit(submission, job_id)
         except ConflictError:
-            raise  # the job is somebody else's
+            raise  # Ray has another job with this id
         except LorayError as e:
             catalog.end_job(job_id, "failed", message=f"not submitted: {e}")
             raise
         return job
 
     def get(self, job_id: str) -> Job:
-        """As Ray knows it now, where Ray does and the job has not ended. Raises JobNotFound."""
+        """The job, updated from Ray if it has not ended and Ray answers. Raises JobNotFound."""
         job = self._open().job(job_id)
         try:
             return self._settle(job)
@@ -86,7 +88,7 @@ class JobTracker:
             return job
 
     def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> JobPage:
-        """As `Catalog.jobs`; a job that turns out to have another status than the one asked for is left out."""
+        """As `Catalog.jobs`, updated from Ray. A job whose status no longer matches `status` is left out."""
         page = self._open().jobs(limit=limit, cursor=cursor, status=status, name=name)
         try:
             settled = tuple(job if job.has_ended else self._settle(job) for job in page.jobs)
@@ -96,7 +98,7 @@ class JobTracker:
         return page._replace(jobs=tuple(job for job in settled if status in (None, job.status)))
 
     def stop(self, job_id: str) -> Job:
-        """Stops it unless it has ended. It is shown as stopped once its driver has ended. Raises JobNotFound."""
+        """Stops a job that has not ended. Its status becomes stopped once its driver has ended. Raises JobNotFound."""
         job = self.get(job_id)
         if job.has_ended:
             return job
@@ -107,12 +109,12 @@ class JobTracker:
         return self.get(job_id)
 
     def logs(self, job_id: str) -> str:
-        """What the job has written until now. Raises JobNotFound, or LogsGone where Ray does not have it any more."""
+        """The job's log so far. Raises JobNotFound, or LogsGone if Ray no longer knows the job."""
         self._check_logs(job_id)
         return self._server.logs(job_id)
 
     def follow(self, job_id: str) -> AsyncIterator[str]:
-        """What it has written and will write. Raises as `logs` does, before the first piece."""
+        """The job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""
         self._check_logs(job_id)
         return self._server.follow(job_id)
 
@@ -125,7 +127,7 @@ class JobTracker:
             )
 
     def _settle(self, job: Job) -> Job:
-        """Write down what Ray says of a job that has not ended as far as the catalog knows."""
+        """Updates a job that has not ended, as far as the catalog knows, from what Ray reports."""
         if job.has_ended:
             return job
         catalog, ray = self._open(), self._server.find(job.id)
@@ -146,9 +148,9 @@ class JobTracker:
         return job
 
     def _is_lost(self, job: Job) -> bool:
-        """Whether a job that Ray does not know must be dead.
+        """Whether a job that Ray does not know must have died.
 
-        Not one that another cluster with the same catalog may be running, nor a driver that was started by hand.
+        False if another cluster with the same catalog may be running it, or if its driver was started by hand.
         """
         is_ours = job.actor == "api" and self._settings.catalog.startswith("sqlite:")
         return is_ours and datetime.now(UTC) - job.created_at > timedelta(seconds=_SUBMISSION_S)

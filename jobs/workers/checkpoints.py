@@ -1,8 +1,8 @@
-"""Checkpoints on their way from the first worker to the run's storage, while training goes on.
+"""Uploads checkpoints from rank 0's disk to the run's storage while training continues.
 
-A checkpoint is written to the worker's disk, and from there Ray Train uploads it from a thread: one at a time, in
-order, and the end of training waits for the last. It stays on the disk until the next one is there. What a lost worker
-had not handed in yet, the worker that takes its place on the same machine finds there, and hands in first.
+Rank 0 writes a checkpoint to its disk, and Ray Train uploads it from a thread: one at a time, in order; the end of
+training waits for the last. A checkpoint stays on the disk until the next one is written. If rank 0 is lost before an
+upload has finished, the worker that replaces it on the same machine finds the checkpoint there and uploads it first.
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ from loray.train.mesh import World
 
 log = get_logger(__name__)
 
-SCORE = "score"  # what Ray ranks checkpoints by
+SCORE = "score"  # the metric by which Ray ranks checkpoints
 _PREFIX = "step_"
 
 
 def score(eval_loss: float | None) -> float:
-    """Finite, as Ray's snapshot must hold it in JSON; checkpoints that were not evaluated come last."""
+    """The metric that ranks a checkpoint; lower is better.
+
+    It is finite, because Ray writes it into JSON. Checkpoints that were not evaluated come last.
+    """
     return sys.float_info.max if eval_loss is None else eval_loss
 
 
 class CheckpointUploads:
-    """Of one worker, to be used in a `with` block, whose end waits for the last one. `folder` is where rank 0's
-    checkpoints lie, and nothing else; the other ranks have none.
+    """The uploads of one worker. The end of its `with` block waits for the last upload.
 
-    `arrived(seconds)` is called, from the uploading thread, with what a checkpoint took since it was written.
+    `folder` contains rank 0's checkpoints and nothing else; other ranks write none. The uploading thread calls
+    `arrived(seconds)` with the time from writing a checkpoint to the end of its upload.
     """
 
     def __init__(self, folder: Path, arrived: Callable[[float], None]) -> None:
@@ -54,15 +57,16 @@ class CheckpointUploads:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        """After a LorayError no other worker follows. After any other it needs what lies here."""
+        """Removes the folder, except after an error that makes Ray Train start another worker, which needs it."""
         if error is None or isinstance(error, LorayError):
             self._idle.wait()
             if not self._failed:
                 shutil.rmtree(self._folder)
 
     def latest(self, world: World) -> Checkpoint | None:
-        """What to go on from: the last checkpoint that Ray Train knows, or a later one that a lost worker has left
-        here. A collective call. What else that worker had uploaded, and Ray does not know, is removed.
+        """The checkpoint to resume from: the last that Ray Train knows, or a later one that a lost worker left here.
+
+        A collective call. Checkpoints that the lost worker uploaded and Ray Train does not know are removed.
         """
         known = ray.train.get_checkpoint()
         left = None
@@ -79,14 +83,14 @@ class CheckpointUploads:
             log.warning("the checkpoint of step %d was not uploaded when its worker was lost; doing so now", state.step)
             saved, metrics = Checkpoint.from_directory(left), _metrics(state.step, state.eval_loss)
         ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=name)
-        world.gather(None)  # rank 0 is here when its checkpoint has arrived; the others have nothing to wait for
+        world.gather(None)  # waits until rank 0's upload has finished
         storage = ray.train.get_context().get_storage()
         return Checkpoint(storage.build_checkpoint_path_from_name(name), storage.storage_filesystem)
 
     def add(self, step: int, eval_loss: float | None, written: Path | None) -> None:
-        """Take the folder `written`, a subfolder of `folder`, and return as soon as the one before has arrived.
+        """Waits for the upload before, takes `written`, a subfolder of `folder`, and starts its upload.
 
-        Every rank calls this equally often; rank 0 alone has a folder.
+        Every rank calls this equally often; only rank 0 passes a folder.
         """
         self._idle.wait()
         checkpoint = None
@@ -117,9 +121,9 @@ class CheckpointUploads:
             self._idle.set()
 
     def _left_behind(self, known_step: int) -> Path | None:
-        """The last whole checkpoint of a step after `known_step`. All else that lies there is removed."""
+        """The last complete checkpoint of a step after `known_step`. Everything else in the folder is removed."""
         for path in sorted(self._folder.glob(f"{_PREFIX}*"), reverse=True):
-            if _step(path) > known_step and _is_whole(path):
+            if _step(path) > known_step and _is_complete(path):
                 self._remove_all_but(path)
                 return path
         self._remove_all_but(None)
@@ -132,8 +136,9 @@ class CheckpointUploads:
 
 
 def _remove_unknown(known_step: int) -> None:
-    """From the run's storage: checkpoints after the last that Ray Train knows, whole or not, which nobody would remove
-    later.
+    """Removes from the run's storage the checkpoints after the last one that Ray Train knows, complete or not.
+
+    Ray Train would never remove them.
     """
     storage = ray.train.get_context().get_storage()
     for found in storage.storage_filesystem.get_file_info(pafs.FileSelector(storage.experiment_fs_path)):
@@ -153,7 +158,7 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         read_state(checkpoint)
     except IntegrityError:

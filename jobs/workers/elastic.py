@@ -1,8 +1,7 @@
-"""Training with as many workers as there is place for, between two numbers of them: Ray Train's elastic scaling, in
-whole sequence groups.
+"""Elastic training: as many workers as fit, between two bounds, in whole sequence groups.
 
-Ray Train has no public setting for that, so its policy is refined here. Its own decides when to look again, and the
-workers start anew from the last checkpoint with what it finds.
+Ray Train's elastic scaling decides when to resize, and restarts the workers from the last checkpoint. It has no public
+setting for the size of a group, so this module overrides two private methods of it.
 """
 
 from __future__ import annotations
@@ -15,22 +14,24 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 
 class WholeGroupScaling(ElasticScalingPolicy):  # type: ignore[misc]
+    """Ray Train's elastic policy, with numbers of workers that are multiples of `group_size`."""
+
     def __init__(self, scaling_config: ScalingConfig, group_size: int) -> None:
         super().__init__(scaling_config)
         self._group_size = group_size
 
-    def _count_possible_workers(self, reserved_resources: Any) -> int:
+    def _count_possible_workers(self, reserved_resources: Any) -> int:  # private: Ray has no public hook for the number
         possible: int = super()._count_possible_workers(reserved_resources)
         return possible - possible % self._group_size
 
 
 class ElasticTorchTrainer(TorchTrainer):  # type: ignore[misc]
-    """`group_size` workers come and go together."""
+    """Adds and removes workers in groups of `group_size`."""
 
     def __init__(self, *args: Any, group_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._group_size = group_size
 
-    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:  # private: the only way to pass a scaling policy
         policy = WholeGroupScaling(self.scaling_config, self._group_size)
         return super()._initialize_and_run_controller(**kwargs | {"scaling_policy": policy})

@@ -1,4 +1,4 @@
-"""What a worker tells of its training while it runs: to the driver in events, to Prometheus through Ray's gauges."""
+"""A worker's measurements while it trains: model FLOPs utilisation, memory, and Ray's gauges for Prometheus."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from loray.telemetry import TRAINING_LABELS, TRAINING_METRICS
 
 
 class Utilisation(NamedTuple):
-    """What model FLOPs utilisation is reckoned with. `peak_flops` is one worker's, in FLOP/s; `peak_source` says where
-    it comes from: "measured" with a matrix product on this device, or the "setting" LORAY_PEAK_TFLOPS.
+    """Model FLOPs utilisation (MFU): the model's FLOP/s divided by the devices' peak.
+
+    flops_per_token  of forward and backward pass, without recomputation
+    peak_flops       of one worker, in FLOP/s
+    peak_source      "measured" with a matrix product on this device, or the "setting" LORAY_PEAK_TFLOPS
     """
 
     flops_per_token: float
@@ -26,7 +29,7 @@ class Utilisation(NamedTuple):
 
 
 class TrainingGauges:
-    """`loray_train_…` of one worker, which a node's exposition calls `ray_loray_train_…`."""
+    """The gauges `loray_train_…` of one worker. Ray's exposition of a node prefixes them: `ray_loray_train_…`."""
 
     def __init__(self, name: str, run: str, rank: int) -> None:
         tags = dict(zip(TRAINING_LABELS, (name, run, str(rank)), strict=True))
@@ -36,7 +39,7 @@ class TrainingGauges:
         }
 
     def set(self, **values: float | None) -> None:
-        """By the metric's name without `loray_train_`. What is not finite is left as it was."""
+        """Sets gauges, named without `loray_train_`. A value that is not finite leaves its gauge unchanged."""
         for key, value in values.items():
             if value is not None and math.isfinite(value):
                 self._gauges[f"train_{key}"].set(value)
@@ -55,7 +58,7 @@ class TrainingGauges:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has had at once: in the GPU's allocator, or resident."""
+    """The largest number of bytes that this process has held: in the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

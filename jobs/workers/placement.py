@@ -1,8 +1,9 @@
-"""Which workers share a node. A sequence group exchanges keys and values in every layer, so it had better not span two.
+"""Places workers on nodes so that sequence groups do not span nodes: a group exchanges keys and values in every layer.
 
-Ray Train numbers its workers node by node (within one by GPU), and neighbouring ranks form a sequence group: groups are
-whole where every node has a multiple of their size. Of itself Ray packs workers on few nodes, with any number on each.
-So before workers start, each is bound to a node, by what is free then; workers that are replaced later are bound anew.
+Ray Train numbers its workers node by node (within a node by GPU), and neighbouring ranks form a sequence group. A group
+lies on one node if every node runs a multiple of the group's size. Ray itself packs workers on few nodes, with any
+number on each. So each worker is bound to a node before it starts, by what is free then; a worker that replaces a lost
+one is bound again.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray._private.state import available_resources_per_node
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray._private.state import available_resources_per_node  # private: public APIs give the cluster's sum only
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback  # private: runs before workers start
 
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
 _NODE_ID = "ray.io/node-id"  # a label of every node
-_SETTLE_S = 5.0  # what workers before these had is free again soon after they ended
+_SETTLE_S = 5.0  # within which the resources of workers that have ended become free
 
 
 def place(room: Mapping[str, int], num_workers: int, group_size: int) -> list[str] | None:
-    """The node of every worker, group by group: each group on one node, and all on few. None where they do not fit.
+    """The node of every worker, group by group: each group on one node, on as few nodes as possible.
 
-    room  workers that each node has place for
+    `room` maps each node to the number of workers that fit on it. None if the groups do not fit.
     """
     nodes: list[str] = []
     for node, places in sorted(room.items(), key=lambda item: (-item[1], item[0])):
@@ -35,7 +36,7 @@ def place(room: Mapping[str, int], num_workers: int, group_size: int) -> list[st
 
 
 def straddling(nodes: Sequence[str | None], group_size: int) -> list[int]:
-    """Which groups lie on more than one node, where rank r runs on nodes[r]."""
+    """The groups that span more than one node, if rank r runs on nodes[r]."""
     starts = range(0, len(nodes), group_size)
     return [group for group, start in enumerate(starts) if len(set(nodes[start : start + group_size])) > 1]
 
@@ -52,14 +53,14 @@ def straddling_warning(nodes: Sequence[str | None], group_size: int) -> str | No
 
 
 class WholeGroups(WorkerGroupCallback):  # type: ignore[misc]
-    """Binds workers to nodes before they start, in Ray Train's controller. Where groups do not fit, Ray packs them."""
+    """Binds workers to nodes before they start, in Ray Train's controller. Groups that do not fit are packed by Ray."""
 
     def __init__(self, group_size: int) -> None:
         self._group_size = group_size
 
     @staticmethod
     def label_selectors(num_workers: int) -> list[dict[str, str]]:
-        """For the ScalingConfig: one of each worker, to be filled in."""
+        """For the ScalingConfig: one empty selector per worker, which `before_worker_group_start` fills in."""
         return [{} for _ in range(num_workers)]
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the loop's news go on a Ray Train worker: checkpoints through Ray, all else straight to the driver."""
+"""The training loop's reporter on a Ray Train worker: checkpoints go through Ray, other events to the driver."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from loray.train.mesh import World
 
 
 class RayReporter:
-    """Only checkpoints go through Ray: it takes one report per health check, and would hold every step up for that.
-    Other events rank 0 sends to the driver itself.
+    """Reports checkpoints through Ray; rank 0 sends other events to the driver directly.
+
+    Ray accepts one report per health check, which would delay every step.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class RayReporter:
         world: World,
         device: torch.device,
     ) -> None:
-        """`utilisation` is rank 0's to know."""
+        """`utilisation` is None on every rank but 0."""
         self._events, self._uploads, self._gauges, self._utilisation = events, uploads, gauges, utilisation
         self._world, self._device = world, device
 

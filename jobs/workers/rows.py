@@ -1,8 +1,8 @@
 """A run's training rows in Ray's object store, in chunks of a few megabytes.
 
-The plan of an epoch is over row numbers, so any row may be next: a worker gets the chunk that a row lies in when it
-comes to it, and keeps the last few. On the driver's node that is a mapping of shared memory, without a copy; to other
-nodes Ray sends chunks as they are asked for. What does not fit into the object store, Ray keeps on disk.
+Rows are read in any order. A worker fetches the chunk of a row when it needs the row, and keeps the last few chunks. On
+the driver's node a chunk is mapped from shared memory without a copy; Ray sends it to other nodes on demand. Ray spills
+chunks that do not fit into the object store to disk.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import ray
 from numpy.typing import NDArray
+from ray import ObjectRef
 
 from loray.train.data.examples import Rows, TokenRows, pack_rows
 
 CHUNK_BYTES = 4 << 20
 _OPEN_CHUNKS = 8
-_BYTES_PER_TOKEN = 5  # an id, and whether it is to be predicted
+_BYTES_PER_TOKEN = 5  # an id in 4 bytes, and in 1 byte whether the token is a target
 
 
 class SharedRows:
-    """Rows whose chunk c starts with row `firsts[c]`. As cheap to send as its references are."""
+    """Rows in chunks; chunk c starts with row `firsts[c]`. Pickling it copies references, not rows."""
 
-    def __init__(self, lengths: NDArray[np.int64], firsts: NDArray[np.int64], chunks: list[Any]) -> None:
+    def __init__(self, lengths: NDArray[np.int64], firsts: NDArray[np.int64], chunks: list[ObjectRef]) -> None:
         self._lengths, self._firsts, self._chunks = lengths, firsts, chunks
         self._get = lru_cache(_OPEN_CHUNKS)(ray.get)
 
@@ -45,7 +46,7 @@ class SharedRows:
 
 
 def share(rows: Rows) -> SharedRows:
-    """Put them into the object store, where they stay for as long as what is returned, or a copy of it, lives."""
+    """Puts the rows into the object store. They stay there as long as the result, or a copy of it, exists."""
     ends = np.cumsum(rows.lengths) * _BYTES_PER_TOKEN
     firsts = np.flatnonzero(np.diff(ends // CHUNK_BYTES, prepend=-1))
     parts = np.split(np.arange(len(rows.lengths)), firsts[1:])

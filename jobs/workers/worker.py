@@ -1,8 +1,7 @@
-"""What runs on Ray Train's workers and controller: the loop with a Ray reporter, and the events' way out."""
+"""What runs on each of Ray Train's workers: the training loop, with a reporter that reports to Ray and the driver."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import ray
 import ray.train
 import torch
+from ray import ObjectRef
+from ray.actor import ActorHandle
 
 from jobs.events.sink import EventSender
-from jobs.workers.checkpoints import SCORE, CheckpointUploads
+from jobs.workers.checkpoints import CheckpointUploads
 from jobs.workers.gauges import TrainingGauges, Utilisation
 from jobs.workers.placement import straddling_warning
 from jobs.workers.reporter import RayReporter
+from jobs.workers.threads import num_threads
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
 from loray.recipes.resolve import resolve
@@ -29,8 +31,13 @@ if TYPE_CHECKING:
 
 
 class WorkerConfig(TypedDict):
-    """`run` is the name of the run's folder, `data` the object store's reference to the tokenised Dataset, `events` the
-    actor that news go to. `peak_tflops` None: to be measured.
+    """A worker's arguments.
+
+    recipe       a TrainSpec as JSON
+    run          name of the run's folder
+    peak_tflops  of one worker's device, in 10¹² FLOP/s; None: measured
+    events       the event sink's actor
+    data         the tokenised Dataset in Ray's object store
     """
 
     recipe: dict[str, Any]
@@ -39,13 +46,14 @@ class WorkerConfig(TypedDict):
     base_fingerprint: str
     log_level: str
     peak_tflops: float | None
-    events: Any
-    data: Any
+    events: ActorHandle
+    data: ObjectRef
 
 
 def run(config: WorkerConfig) -> str | None:
-    """The reason why training gave up, or None. An error that a restart cannot cure is returned, not raised:
-    Ray Train would start the workers again, only to fail in the same way.
+    """Trains. Returns None, or the reason why training gave up.
+
+    An error that a restart cannot fix is returned, because Ray Train restarts the workers after an exception.
     """
     configure_logging(config["log_level"])
     torch.set_num_threads(_num_threads())
@@ -56,22 +64,22 @@ def run(config: WorkerConfig) -> str | None:
     except LorayError as e:
         base, problem = None, str(e)
     world = World.current()
-    problems = [p for p in world.gather(problem) if p is not None]  # all ranks end here, or none waits for another
+    problems = [p for p in world.gather(problem) if p is not None]  # so that no rank waits for one that has ended
     if base is None or problems:
         return problems[0]
     try:
         _train(spec, base, config, world)
     except (SpecError, TrainingError, UnsupportedError) as e:
-        return str(e)  # every rank's
+        return str(e)  # every rank raises it
     except LorayError as e:
         if world.size > 1:
-            raise  # perhaps this rank's alone: the others wait for it until Ray Train ends them
+            raise  # maybe only this rank failed, and the others wait for it until Ray Train ends them
         return str(e)
     return None
 
 
 def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World) -> None:
-    from loray.train.loop import train  # takes seconds, which driver and controller, who import this module, have not
+    from loray.train.loop import train  # takes seconds; driver and controller import this module and do not need it
 
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
     data: Dataset = ray.get(config["data"])
@@ -83,7 +91,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
             events.send({"event": "warning", "message": message})
     gauges = TrainingGauges(spec.name, config["run"], world.rank)
     with ExitStack() as stack:
-        if world.rank == 0:  # outlives a worker that is killed, for the one that takes its place
+        if world.rank == 0:  # a folder that remains if the worker is killed, for the worker that replaces it
             folder = Path(config["home"], "checkpoints", spec.name, config["run"])
             utilisation = _utilisation(spec, base, data, device, config["peak_tflops"])
         else:
@@ -95,6 +103,10 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
         last = uploads.latest(world)
         resume_from = None if last is None else Path(stack.enter_context(last.as_directory()))
         train(spec, base, data, reporter=reporter, workdir=folder, resume_from=resume_from, device=device)
+
+
+def _num_threads() -> int:
+    return num_threads(ray.train.get_context().get_local_world_size())
 
 
 def _utilisation(
@@ -113,54 +125,3 @@ def _utilisation(
     if peak_tflops is not None:
         return Utilisation(per_token, peak_tflops * 1e12, "setting")
     return Utilisation(per_token, product_flops(device, getattr(torch, spec.dtype)), "measured")
-
-
-def _num_threads() -> int:
-    return num_threads(ray.train.get_context().get_local_world_size())
-
-
-def num_threads(num_workers: int) -> int:
-    """OMP_NUM_THREADS where the node's environment sets it; else this machine's cores, shared by `num_workers` of it.
-
-    Where it is not set Ray sets it later, to the CPUs that a worker reserves. A worker reserves one, so that training
-    also starts where a replica holds the others.
-    """
-    preset = _preset_threads(Path("/proc/self/environ").read_bytes())
-    if preset is not None:
-        return preset
-    node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
-    cores = min(int(node["Resources"].get("CPU", 1)), len(os.sched_getaffinity(0)))
-    return max(1, cores // num_workers)
-
-
-def _preset_threads(environ: bytes) -> int | None:
-    """OMP_NUM_THREADS of the environment that a process was started with (NAME=value, each behind a NUL)."""
-    variables = dict(entry.partition(b"=")[::2] for entry in environ.split(b"\0"))
-    value = variables.get(b"OMP_NUM_THREADS", b"").partition(b",")[0]  # a list is for nested parallelism
-    return int(value) if value.isdigit() and int(value) > 0 else None
-
-
-class EventLog(ray.train.UserCallback):  # type: ignore[misc]
-    """Tells of checkpoints and lost workers, from Ray Train's controller. `run` is how people call the run's folder."""
-
-    def __init__(self, sink: Any, run: str) -> None:
-        self._events = EventSender(sink)
-        self._run = run
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        if checkpoint is not None:
-            event = {name: value for name, value in metrics[0].items() if name != SCORE}
-            self._events.send(event | {"path": f"{self._run}/{Path(checkpoint.path).name}"})
-            self._events.flush()
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank, error = next(iter(worker_exceptions.items()))
-        self._events.send({"event": "worker_lost", "message": f"rank {rank}: {first_line(error)}"})
-        self._events.flush()
-
-
-def first_line(error: BaseException) -> str:
-    """Of the innermost cause: Ray wraps errors in layers with their tracebacks as text."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

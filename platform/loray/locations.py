@@ -70,6 +70,11 @@ def is_this_machine(address: str) -> bool:
     return host is not None and _LOOPBACK.fullmatch(host) is not None
 
 
+def http_url(address: str) -> str:
+    """The URL of `host:port`; an address that is a URL already is returned unchanged."""
+    return address if "://" in address else f"http://{address}"
+
+
 def parse_location(url: str) -> Location:
     """SettingsError says what is wrong with the URL."""
     scheme, _, rest = url.partition("://")

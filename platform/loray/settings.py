@@ -97,6 +97,15 @@ class Settings:
         """True where `address` is of a cluster of other machines."""
         return self.address is not None and not is_this_machine(self.address)
 
+    def check_reachable_from(self, address: str) -> None:
+        """SettingsError if the other machines of the cluster at `address` cannot reach the store or the catalog."""
+        if self.is_local:
+            raise SettingsError(
+                f"a cluster at {address} cannot reach this machine, which LORAY_STORE or LORAY_CATALOG point to: set "
+                "LORAY_STORE to an s3:// URL and LORAY_CATALOG to a postgresql:// URL that both can reach, or use the "
+                "local cluster (no LORAY_ADDRESS, no --address)"
+            )
+
     def to_env(self, *, secrets: bool = True) -> dict[str, str]:
         """The variables that give another process the same settings (`LORAY_ADDRESS` is the caller's own).
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.submission import submission
+from jobs.submission import commands
 from loray.errors import DataError, SettingsError
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
@@ -29,7 +29,7 @@ def test_which_addresses_are_remote() -> None:
 
 def test_local_jobs_get_absolute_paths_and_no_upload(tmp_path: Path) -> None:
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
-    job = submission.local(write(tmp_path / "my recipes"), settings, resume=True)
+    job = commands.local(write(tmp_path / "my recipes"), settings, resume=True)
     assert shlex.split(job.entrypoint) == [
         *("cd", str(tmp_path / "my recipes"), "&&", "exec", sys.executable, "-P", "-m", "jobs.train"),
         *(str(tmp_path / "my recipes" / "recipe.yaml"), "--events", "--resume"),
@@ -41,7 +41,7 @@ def test_shipped_recipes_keep_their_paths_here(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").touch()
-    job = submission.local(load_recipe("lora_smollm2"), Settings.from_env({}), resume=False)
+    job = commands.local(load_recipe("lora_smollm2"), Settings.from_env({}), resume=False)
     assert shlex.split(job.entrypoint)[:2] == ["cd", str(tmp_path)]
     assert shlex.split(job.entrypoint)[-2:] == ["lora_smollm2", "--events"]
 
@@ -56,7 +56,7 @@ def test_what_kubernetes_says_of_services_is_no_setting() -> None:
 
 def test_a_missing_data_file_is_no_job(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
-        submission.local(write(tmp_path, data={"train": "none.jsonl"}), Settings.from_env({}), resume=False)
+        commands.local(write(tmp_path, data={"train": "none.jsonl"}), Settings.from_env({}), resume=False)
 
 
 def test_a_remote_cluster_cannot_reach_this_disk(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_remote_cluster_cannot_reach_this_disk(tmp_path: Path) -> None:
         REACHABLE | {"LORAY_CATALOG": "postgresql://localhost:5432/loray"},
     ):
         with pytest.raises(SettingsError, match=r"head\.example:8265 cannot reach this machine"):
-            submission.remote(
+            commands.remote(
                 write(tmp_path), Settings.from_env(env), address=ADDRESS, resume=False, stage=tmp_path / "stage"
             )
 
@@ -77,7 +77,7 @@ def test_remote_jobs_take_the_recipe_and_its_data_along(tmp_path: Path) -> None:
     recipe = write(tmp_path / "a", data={"train": "data.jsonl", "eval": "s3://bucket/eval.jsonl"})
     (tmp_path / "a" / "large-and-unrelated.bin").touch()
     folder = stage(tmp_path)
-    job = submission.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=folder)
+    job = commands.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=folder)
     assert sorted(p.name for p in folder.iterdir()) == ["data.jsonl", "recipe.yaml"]
     assert load_recipe(str(folder / "recipe.yaml")).data().train == str(folder / "data.jsonl")
     assert job.entrypoint == "python -P -m jobs.train recipe.yaml --events"
@@ -93,7 +93,7 @@ def test_no_secret_of_this_machine_is_sent(tmp_path: Path) -> None:
             "LORAY_CATALOG": "postgresql://loray:hush@db/loray",
         }
     )
-    job = submission.remote(write(tmp_path), settings, address=ADDRESS, resume=True, stage=stage(tmp_path))
+    job = commands.remote(write(tmp_path), settings, address=ADDRESS, resume=True, stage=stage(tmp_path))
     assert job.runtime_env["env_vars"] == {
         "LORAY_STORE": f"s3://bucket/loray?{options}",
         "LORAY_LOG_LEVEL": "INFO",
@@ -115,14 +115,14 @@ def stage(folder: Path) -> Path:
 def test_a_recipe_needs_no_file(tmp_path: Path) -> None:
     spec = write(tmp_path, data={"train": "s3://bucket/it's.jsonl", "eval": "/shared/eval.jsonl"}).spec
     for settings in (Settings.from_env({"LORAY_HOME": str(tmp_path)}), Settings.from_env(REACHABLE)):
-        job = submission.from_spec(spec, settings, resume=True)
+        job = commands.from_spec(spec, settings, resume=True)
         *command, source, as_events, resume = shlex.split(job.entrypoint)
         assert command == ["exec", sys.executable, "-P", "-m", "jobs.train"]
         assert (as_events, resume) == ("--events", "--resume")
         assert load_recipe(source).spec == spec
         assert job.runtime_env == {"env_vars": settings.to_env()}
         assert job.metadata == {"loray_name": "arithmetic", "loray_method": "lora"}
-    local = submission.local(
+    local = commands.local(
         load_recipe(source)._replace(spec=write(tmp_path).spec, folder=tmp_path), settings, resume=False
     )
     assert load_recipe(shlex.split(local.entrypoint)[-2]).spec == write(tmp_path).spec
@@ -130,18 +130,18 @@ def test_a_recipe_needs_no_file(tmp_path: Path) -> None:
 
 def test_a_submitted_recipe_names_data_that_a_node_finds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'data\.jsonl' is a relative path"):
-        submission.from_spec(write(tmp_path).spec, Settings.from_env({}))
+        commands.from_spec(write(tmp_path).spec, Settings.from_env({}))
 
 
 def test_a_clusters_own_password_stays_in_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = write(tmp_path, data={"train": "s3://bucket/train.jsonl"}).spec
     settings = Settings.from_env(REACHABLE | {"LORAY_CATALOG": "postgresql://db/loray?user=loray&password=hush"})
-    monkeypatch.setattr(submission, "current_cluster", lambda home: None)
-    elsewhere = submission.from_spec(spec, settings)
+    monkeypatch.setattr(commands, "current_cluster", lambda home: None)
+    elsewhere = commands.from_spec(spec, settings)
     assert "hush" not in str(elsewhere)
     assert "LORAY_CATALOG" in elsewhere.entrypoint
-    monkeypatch.setattr(submission, "current_cluster", lambda home: "this home's own, which shows it to nobody else")
-    assert submission.from_spec(spec, settings).runtime_env == {"env_vars": settings.to_env()}
+    monkeypatch.setattr(commands, "current_cluster", lambda home: "this home's own, which shows it to nobody else")
+    assert commands.from_spec(spec, settings).runtime_env == {"env_vars": settings.to_env()}
 
 
 def test_a_path_of_this_machine_means_nothing_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +150,11 @@ def test_a_path_of_this_machine_means_nothing_elsewhere(tmp_path: Path, monkeypa
     for source in (str(tmp_path / "a" / "data.jsonl"), "~/a/data.jsonl"):
         recipe = write(tmp_path / "a", data={"train": source})
         with pytest.raises(DataError, match=r"write it relative to the recipe, as data\.jsonl$"):
-            submission.remote(recipe, settings, address=ADDRESS, resume=False, stage=folder)
+            commands.remote(recipe, settings, address=ADDRESS, resume=False, stage=folder)
 
 
 def test_data_elsewhere_is_not_uploaded(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").touch()
     recipe = write(tmp_path / "a", data={"train": "../data.jsonl"})
     with pytest.raises(DataError, match="lies outside"):
-        submission.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=tmp_path)
+        commands.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=tmp_path)

@@ -1,9 +1,9 @@
-"""What the catalog's REST API speaks in: adapters, versions, aliases, placement, jobs, and problems (RFC 9457)."""
+"""Resources of the catalog's REST API: adapters, versions, aliases, placement, jobs, and problems (RFC 9457)."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -25,7 +25,18 @@ from loray.errors import (
     StoreError,
     UnsupportedError,
 )
-from loray.spec import AdapterManifest, Alias, Evaluation, Method, Name, Reason, Sha256, TrainSpec
+from loray.spec import (
+    AdapterManifest,
+    Alias,
+    Evaluation,
+    JobStatus,
+    Method,
+    Name,
+    Reason,
+    Sha256,
+    TrainSpec,
+    has_ended,
+)
 
 MAX_VERSION = 999_999_999
 VersionNumber = Annotated[int, Field(ge=1, le=MAX_VERSION)]
@@ -166,7 +177,7 @@ class JobResource(Resource):
 
     id: str
     name: Name
-    status: Literal["pending", "running", "succeeded", "failed", "stopped"]
+    status: JobStatus
     message: str
     version: int | None
     actor: str
@@ -177,7 +188,7 @@ class JobResource(Resource):
 
     @property
     def has_ended(self) -> bool:
-        return self.status not in ("pending", "running")
+        return has_ended(self.status)
 
 
 # -- problems ---------------------------------------------------------------------------------------------------------

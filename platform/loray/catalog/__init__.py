@@ -9,9 +9,7 @@ from loray.catalog.entries import (
     AliasMove,
     AliasState,
     CatalogSnapshot,
-    EndStatus,
     Job,
-    JobStatus,
     split_model,
 )
 from loray.catalog.jobs import JobPage
@@ -25,9 +23,7 @@ __all__ = [
     "AliasState",
     "Catalog",
     "CatalogSnapshot",
-    "EndStatus",
     "Job",
     "JobPage",
-    "JobStatus",
     "split_model",
 ]

@@ -6,15 +6,12 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from loray.errors import AdapterNotFound
-from loray.spec import AdapterManifest, AdapterRef, Evaluation, TrainSpec
+from loray.spec import AdapterManifest, AdapterRef, Evaluation, JobStatus, TrainSpec, has_ended
 
 DEFAULT_ALIAS = "prod"
-
-JobStatus = Literal["pending", "running", "succeeded", "failed", "stopped"]
-EndStatus = Literal["succeeded", "failed", "stopped"]
 
 
 class ModelName(NamedTuple):
@@ -132,7 +129,7 @@ class Job:
 
     @property
     def has_ended(self) -> bool:
-        return self.status not in ("pending", "running")
+        return has_ended(self.status)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,11 @@ from typing import Any, NamedTuple, get_args
 import sqlalchemy as sa
 
 from loray.catalog.database import Database, reading, writing
-from loray.catalog.entries import EndStatus, Job, JobStatus
+from loray.catalog.entries import Job
 from loray.catalog.queries import check_job_id, check_name, lock, log, now, utc
 from loray.catalog.schema import jobs
 from loray.errors import ConflictError, IntegrityError, JobNotFound, SpecError
-from loray.spec import TrainSpec
-
-_OPEN = ("pending", "running")
+from loray.spec import EndStatus, JobStatus, TrainSpec
 
 
 class JobPage(NamedTuple):

@@ -35,6 +35,7 @@ from loray.spec.fields import (
     parse_size,
 )
 from loray.spec.generation import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+from loray.spec.jobs import EndStatus, JobStatus, has_ended
 from loray.spec.serving import AutoscalingSpec, ServeSpec
 from loray.spec.training import (
     ATTENTION_MODULES,
@@ -74,12 +75,14 @@ __all__ = [
     "DataSpec",
     "Delta",
     "Depth",
+    "EndStatus",
     "Evaluation",
     "EvaluationSpec",
     "FinishReason",
     "Frozen",
     "GenerateRequest",
     "JobId",
+    "JobStatus",
     "LinearModule",
     "LongContext",
     "LongLoraSpec",
@@ -105,5 +108,6 @@ __all__ = [
     "TrainSpec",
     "VeraSpec",
     "format_size",
+    "has_ended",
     "parse_size",
 ]

@@ -9,8 +9,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from loray.api.resources import JobResource, Page
-from loray.catalog import JobStatus
-from loray.spec import JobId, Name
+from loray.spec import JobId, JobStatus, Name
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.recipes import JSON, YAML, RecipeBody

@@ -21,9 +21,9 @@ from jobs.driver.prepare import prepare
 from jobs.driver.publication import already_published, best, publish_best
 from jobs.events.messages import decode
 from jobs.runs.folders import RunFolder, open_runs
-from jobs.submission import submission
+from jobs.submission import commands
 from jobs.submission.tracker import RayJob
-from jobs.workers import worker
+from jobs.workers import threads, worker
 from jobs.workers.checkpoints import score
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
@@ -124,14 +124,14 @@ def test_publishing_again_from_a_bucket_is_no_second_version(tmp_path: Path, set
 
 
 def test_threads_are_those_that_the_nodes_environment_sets() -> None:
-    for environ, threads in (
+    for environ, expected in (
         (b"A=1\0OMP_NUM_THREADS=4\0B=2\0", 4),
         (b"OMP_NUM_THREADS=3,2\0", 3),
         (b"MY_OMP_NUM_THREADS=4\0", None),
         (b"OMP_NUM_THREADS=\0", None),
         (b"", None),
     ):
-        assert worker._preset_threads(environ) == threads
+        assert threads.preset_threads(environ) == expected
 
 
 def test_what_an_autoscaler_may_add_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +266,7 @@ def test_a_job_that_fails_fails_the_command(tmp_path: Path, monkeypatch: pytest.
 def test_a_store_that_does_not_answer_is_refused_at_submission(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submission, "local", lambda *_, **__: pytest.fail("submitted"))
+    monkeypatch.setattr(commands, "local", lambda *_, **__: pytest.fail("submitted"))
     (tmp_path / "keys").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
     store = f"s3://bucket/loray?endpoint_url=http://127.0.0.1:{free_port()}&credentials_file={tmp_path}/keys"
     for name, value in (settings.to_env() | {"LORAY_STORE": store}).items():

@@ -222,7 +222,7 @@ def test_a_stopped_job_says_so_and_lets_go_of_its_run(
 ) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    from jobs.submission.submission import from_spec
+    from jobs.submission.commands import from_spec
 
     spec = recipe_in_bucket(tmp_path, settings, name="stopped", num_workers=1, max_steps=4000).spec
     client, catalog = JobSubmissionClient(ray_cluster.address), Catalog(settings.catalog)

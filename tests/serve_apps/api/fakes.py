@@ -7,13 +7,13 @@ import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jobs.submission.submission import Submission
-from jobs.submission.tracker import RayJob
+from jobs.submission.commands import Submission
+from jobs.submission.tracker import RayJob, RayStatus
 from loray.adapters.manifest import canonical_json, write_manifest
 from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
@@ -22,8 +22,6 @@ from loray.settings import Settings
 from serve_apps.api.app import create_app
 from serve_apps.api.services import Services
 from tests.catalog.test_catalog import manifest
-
-RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""What goes to Ray's job server: a command line, its environment, and what it is about.
+"""Builds what is submitted to Ray's job server: a command line, its environment, and metadata.
 
-A job's environment is shown by Ray's dashboard, so no password is sent to a cluster of other machines: its nodes have
-their own AWS credentials and, where the catalog's URL holds a password, their own LORAY_CATALOG.
+Ray's dashboard shows a job's environment, so no password is sent to a cluster of other machines. Its nodes have their
+own AWS credentials and, if the catalog's URL holds a password, their own LORAY_CATALOG.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loray.errors import DataError, SettingsError
+from loray.errors import DataError
 from loray.local.cluster import current_cluster
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import DataSpec, TrainSpec
 
-_DRIVER = ("-P", "-m", "jobs.train")  # -P: a module of the recipe's folder must not pass for one of ours
-# The shell ends with the message where the cluster's nodes have no catalog of their own.
+_DRIVER = ("-P", "-m", "jobs.train")  # -P: a module in the recipe's folder must not shadow one of ours
+# The shell exits with the message if the cluster's nodes have no LORAY_CATALOG.
 _OWN_CATALOG = ': "${LORAY_CATALOG:?must be set on the nodes of the cluster: URLs with a password are not sent to it}"'
 
 
 class Submission(NamedTuple):
-    """The arguments of `JobSubmissionClient.submit_job` with these names."""
+    """The arguments of `JobSubmissionClient.submit_job` of these names."""
 
     entrypoint: str
     runtime_env: dict[str, Any]
@@ -32,31 +32,27 @@ class Submission(NamedTuple):
 
 
 def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
-    """In this Python, in the recipe's data folder, with absolute paths: nothing is uploaded, however large.
+    """A job on this machine: in this Python, in the recipe's folder, with absolute paths. Nothing is uploaded.
 
-    Raises DataError for a data file that is not there: a job would only say so after it has started.
+    Raises DataError if a data file does not exist, which the job would report only after it has started.
     """
     for path in _local_files(recipe):
         _check_exists(path, recipe)
     if recipe.path is None:
         source = _as_json(recipe.spec)
-    else:  # a shipped recipe is named, for its paths are relative to this folder and not to the package's
+    else:  # a shipped recipe is passed by name, because its paths are relative to this folder, not to the package's
         source = str(recipe.path) if recipe.path.is_relative_to(recipe.folder) else recipe.path.stem
     entrypoint = f"cd {shlex.quote(str(recipe.folder))} && exec {_command(sys.executable, source, resume=resume)}"
     return Submission(entrypoint, {"env_vars": settings.to_env()}, _metadata(recipe.spec))
 
 
 def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, stage: Path) -> Submission:
-    """On a cluster that has loray installed. Recipe and local data files are copied to `stage`, which Ray uploads.
+    """A job on a cluster that has loray installed. Copies recipe and local data files to `stage`, which Ray uploads.
 
-    Raises SettingsError where the cluster could not reach the store or the catalog, DataError for data outside the
-    recipe's folder, or named by a path that only this machine has.
+    Raises SettingsError if the cluster cannot reach the store or the catalog; DataError for data outside the recipe's
+    folder, or named by an absolute path of this machine.
     """
-    if settings.is_local:
-        raise SettingsError(
-            f"a cluster at {address} cannot reach this machine, which LORAY_STORE or LORAY_CATALOG point to: train "
-            "into a store on s3:// with a PostgreSQL catalog, both reachable from the cluster; or without --address"
-        )
+    settings.check_reachable_from(address)
     if recipe.path is None:
         source = _as_json(recipe.spec)
     else:
@@ -84,23 +80,23 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
 
 
 def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False) -> Submission:
-    """A recipe without a file, submitted by a process of the cluster itself (the API server) with its own settings.
+    """A job of a recipe without a file, submitted by a process of the cluster (the API server) with its settings.
 
-    Raises DataError for relative data paths, which start nowhere: data is an s3:// URL, or a file that the driver's
-    machine has.
+    Raises DataError for a relative data path, which has no folder to start from: data is an s3:// URL, or an absolute
+    path on the driver's machine.
     """
     for source in (spec.data.train, spec.data.eval):
         if source is not None and "://" not in source and not Path(source).is_absolute():
             raise DataError(f"data file {source!r} is a relative path; name an s3:// URL or an absolute path")
-    command = _command(sys.executable, _as_json(spec), resume=resume)  # of this image or virtual environment
-    is_private = current_cluster(settings.home) is not None  # its dashboard is this user's alone
+    command = _command(sys.executable, _as_json(spec), resume=resume)  # the Python of this image or environment
+    is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
     if not is_private:
         command = _with_own_catalog(f"exec {command}", settings)
     return Submission(command, {"env_vars": settings.to_env(secrets=is_private)}, _metadata(spec))
 
 
 def _with_own_catalog(command: str, settings: Settings) -> str:
-    """Where the catalog's URL holds a secret, the command runs on nodes that have it already."""
+    """Requires LORAY_CATALOG on the cluster's nodes if the catalog's URL holds a password, which is not sent."""
     return f"{_OWN_CATALOG} && {command}" if settings.catalog_has_password else command
 
 
@@ -121,7 +117,7 @@ def _local_files(recipe: Recipe) -> list[Path]:
 
 
 def _sources(data: DataSpec) -> list[str]:
-    """Those that are files."""
+    """The sources that are files."""
     return [source for source in (data.train, data.eval) if source is not None and "://" not in source]
 
 
