@@ -1,0 +1,1 @@
+"""Benchmarks of training, serving, quality and kernels. Nothing imports them, and the wheel leaves them out."""

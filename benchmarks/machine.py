@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: what it is, what it computes and moves, how busy it was."""
+"""The machine that a benchmark runs on: its hardware and versions, its rates, and its load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,11 +14,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import workers
+from loray.planning.devices import HostRates
+
 _PACKAGES = ("torch", "transformers", "peft")
 
 
 def describe_machine() -> dict[str, str]:
-    """CPU, versions, date: what figures must be read with."""
+    """CPU, versions and date, without which figures cannot be compared."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "?")
     found = {"cpu": f"{cpu} × {os.cpu_count()}", "python": platform.python_version()}
@@ -28,18 +30,22 @@ def describe_machine() -> dict[str, str]:
 
 
 class MachineRates(NamedTuple):
-    """Bytes/s read from memory, and FLOP/s of torch's own matrix product in bf16."""
+    """Bytes/s read from memory, and FLOP/s of torch's matrix product in bf16."""
 
     bandwidth: float
     flops: float
 
 
 def measure_rates(device: str, num_threads: int) -> MachineRates:
-    """In a process of its own, so that nothing of torch stays behind in this one."""
-    command = [sys.executable, "-m", "benchmarks.machine", device]
-    env = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return MachineRates(*json.loads(done.stdout))
+    """Measured in a separate process, so that this one does not load torch."""
+    (rates,) = workers.run([["benchmarks.machine", device]], num_threads)
+    return MachineRates(**rates)
+
+
+def measure_host_rates() -> HostRates:
+    """The rates that `loray plan` measures, in a separate process with all cores."""
+    (rates,) = workers.run([["loray.train.rates"]])
+    return HostRates(**rates)
 
 
 def _rates(name: str) -> MachineRates:
@@ -52,12 +58,14 @@ def _rates(name: str) -> MachineRates:
 
 
 def load_average() -> float:
-    """Processes that ran or wanted to, averaged over the last minute."""
+    """Processes that ran or were ready to run, averaged over the last minute."""
     return os.getloadavg()[0]
 
 
 class Disturbance:
-    """`load` before; `cores`, how many processors others kept busy meanwhile: all but this process and its children."""
+    """`load`: the load average before the block. `cores`: processors that other processes kept busy during the block,
+    without this process and its children.
+    """
 
     def __init__(self) -> None:
         self.load = load_average()
@@ -66,14 +74,18 @@ class Disturbance:
 
 @contextmanager
 def watch() -> Iterator[Disturbance]:
-    """Children must have ended when the block does, for what they used to count as ours."""
+    """Measure what other processes compute during the block. Children must end inside it: their processor time counts
+    as this process's only from then on.
+    """
     found, began, before = Disturbance(), time.perf_counter(), _others_s()
     yield found
     found.cores = max(0.0, (_others_s() - before) / (time.perf_counter() - began))
 
 
 def _others_s() -> float:
-    """Processor seconds of the whole machine (time that a hypervisor took too), less ours."""
+    """Processor seconds of the whole machine, those that a hypervisor took included, less those of this process and its
+    ended children.
+    """
     ticks = [int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
     idle, waiting = ticks[3:5]
     ours = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -81,4 +93,4 @@ def _others_s() -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_rates(sys.argv[1])))
+    sys.stdout.write(json.dumps(_rates(sys.argv[1])._asdict()) + "\n")

@@ -1,4 +1,4 @@
-"""What processes hold in memory: this one's resident set, and the shared-once sum of a tree of processes."""
+"""Memory of processes: the resident set of this process, and the proportional set size of a process tree."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ _SAMPLE_S = 0.25
 
 
 def resident_bytes() -> int:
-    """Of this process."""
+    """Resident set of this process."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most that was resident since `forget_peak`."""
+    """The largest resident set of this process since `reset_peak`."""
     return _status("VmHWM")
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
+    """Start `peak_bytes` anew from the present resident set."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
@@ -30,7 +31,7 @@ def _status(field: str) -> int:
 
 
 def tree_pss(pid: int) -> int:
-    """Bytes of the process and everything below it, shared pages counted once (proportional set size)."""
+    """Bytes of process `pid` and its descendants; shared pages count once (proportional set size)."""
     total, todo = 0, [pid]
     while todo:
         process = todo.pop()
@@ -45,7 +46,7 @@ def tree_pss(pid: int) -> int:
 
 
 class PeakMemory:
-    """`nbytes`: the largest sum of PSS of the tree of `pid` that was seen; 0 where nobody looked."""
+    """`nbytes`: the largest PSS of the tree of `pid` among the samples; 0 without a sample."""
 
     def __init__(self, pid: int | None) -> None:
         self._pid = pid
@@ -58,7 +59,7 @@ class PeakMemory:
 
 @contextmanager
 def watch_memory(pid: int | None) -> Iterator[PeakMemory]:
-    """Samples the tree of `pid`, four times a second, until the block ends; later ones are the caller's."""
+    """Sample the tree of `pid` four times a second until the block ends. The caller may take further samples later."""
     peak, over = PeakMemory(pid), threading.Event()
     if pid is None:
         yield peak

@@ -1,4 +1,4 @@
-"""Pictures of results as SVG, by matplotlib; the same results give the same file."""
+"""Figures drawn by matplotlib as SVG; equal results give equal files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def panels(path: Path, rows: int, columns: int, *, size: tuple[float, float]) -> Iterator[Any]:
-    """A grid of matplotlib's Axes, indexed [row][column], written to `path` at the end; `size` in inches."""
+    """Yield a grid of matplotlib's Axes, indexed [row][column], and write it to `path`; `size` in inches."""
     import matplotlib as mpl
 
     mpl.use("Agg")

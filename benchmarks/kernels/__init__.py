@@ -1,0 +1,1 @@
+"""Each op of a backend, timed against the reference and against the least time that the hardware allows."""

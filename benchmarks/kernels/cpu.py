@@ -1,16 +1,15 @@
-"""Every op of a backend against the reference and against what the machine allows, on SmolLM2-135M's shapes in bf16.
+"""Times of every op of a CPU backend, on SmolLM2-135M's shapes in bf16, beside the reference and the floor.
 
-    python benchmarks/kernels/cpu.py [--backend auto] [--only SUBSTRING] [--repeats 5] [--json FILE]
+    python -m benchmarks.kernels.cpu [--backend auto] [--only SUBSTRING] [--repeats 5] [--json FILE]
 
-A figure is the median time of one step's calls: 30 layers, each on its own part of the pool, so that caches hold what
-they would hold in the engine. The floor is the larger of bytes over the read bandwidth and multiply-adds over the bf16
-rate of torch's own product, both measured in the same run.
+A figure is the median time of one step's calls: 30 layers, each on another part of the pool, so that caches hold what
+they hold in the engine. The floor is the larger of bytes ÷ read bandwidth and FLOPs ÷ rate of torch's bf16 matrix
+product, both measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -22,6 +21,8 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.output import write_json
+from loray.train.rates import product_flops, read_bandwidth
 from loray_kernels import (
     AttentionMeta,
     KvLayout,
@@ -43,7 +44,7 @@ RANKS = (8, 16, 32, 64)
 
 
 class Case(NamedTuple):
-    """`step` does all layers' calls with a backend; `bytes` and `macs` are what they must read and multiply."""
+    """`step` makes the calls of all layers on a backend. They must read `bytes` and do `macs` multiply-adds."""
 
     name: str
     step: Callable[[Ops], None]
@@ -57,7 +58,7 @@ def random_pool(num_blocks: int) -> Tensor:
 
 
 def lora(num_tokens: int, num_adapters: int) -> Case:
-    """q, k, v share a shrink; tokens are shared out evenly."""
+    """LoRA on q, k, v, o; q, k and v share one shrink. Every adapter has equally many tokens."""
     ranks = [RANKS[n % len(RANKS)] for n in range(num_adapters)]
     total = sum(ranks)
     wide = iter([b * LAYERS * SHARE + i * HIDDEN for b in range(total) for i in range(10)])
@@ -117,7 +118,7 @@ def attention(queries: int, context: int, num_sequences: int) -> Case:
 
 
 def vera(num_tokens: int, rank: int = 256) -> Case:
-    """q, k, v and o, one pair, every token an adapter of its own."""
+    """VeRA on q, k, v, o with one pair; every token has another adapter."""
     a, b = (PairMatrix(torch.randn(*s).to(torch.bfloat16)) for s in ((rank, HIDDEN), (HIDDEN, rank)))
     pool = random_pool(num_tokens)
     offsets = torch.arange(num_tokens) * LAYERS * SHARE
@@ -138,7 +139,7 @@ def vera(num_tokens: int, rank: int = 256) -> Case:
 
 
 def linears(num_tokens: int) -> Case:
-    """Every matrix of the model, the head on 32 tokens at most; each backend multiplies with what it has packed."""
+    """All linear layers of the model, as the backend packs them. The output head multiplies at most 32 tokens."""
     sizes = [(HIDDEN, HIDDEN + 2 * 192), (HIDDEN, HIDDEN), (HIDDEN, 2 * MIDDLE), (MIDDLE, HIDDEN)]
     weights = [torch.randn(o, i).mul_(0.02).to(torch.bfloat16) for i, o in sizes * LAYERS]
     head_VD = torch.randn(VOCABULARY, HIDDEN).mul_(0.02).to(torch.bfloat16)
@@ -187,7 +188,7 @@ def rows(num_tokens: int) -> Iterator[Case]:
 
 
 def cases() -> Iterator[Callable[[], list[Case]]]:
-    """Made one at a time: a pool takes up to 1.5 GB."""
+    """Functions that make the cases. Only one pool exists at a time: it takes up to 1.5 GB."""
     for tokens, adapters in ((32, 1), (32, 8), (32, 32), (1, 1), (2048, 1), (2048, 32)):
         yield lambda t=tokens, n=adapters: [lora(t, n)]  # type: ignore[misc]
     for queries, context, sequences in (
@@ -217,18 +218,6 @@ def median_seconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def bandwidth() -> float:
-    """Bytes a second read by all threads, from memory that no cache holds."""
-    data = torch.ones(128 << 20)
-    return data.nbytes / median_seconds(lambda: data.sum(), 7)
-
-
-def product_rate() -> float:
-    """bf16 multiply-adds a second."""
-    a, b = (torch.randn(2048, 2048).to(torch.bfloat16) for _ in range(2))
-    return 2048**3 / median_seconds(lambda: a @ b, 7)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto")
@@ -239,9 +228,10 @@ def main() -> None:
     ops, reference = backend(args.backend), backend("reference")
     load, threads = os.getloadavg(), torch.get_num_threads()
     click.echo(f"load {load[0]:.2f} {load[1]:.2f} {load[2]:.2f}  threads {threads}  torch {torch.__version__}")
-    read, rate = bandwidth(), product_rate()
+    cpu = torch.device("cpu")
+    bandwidth, flops = read_bandwidth(cpu), product_flops(cpu, torch.bfloat16)
     name = f"{args.backend} {getattr(ops, 'isa', '')}".strip()
-    click.echo(f"backend {name}  bandwidth {read / 1e9:.1f} GB/s  bf16 product {2 * rate / 1e9:.0f} GFLOP/s")
+    click.echo(f"backend {name}  bandwidth {bandwidth / 1e9:.1f} GB/s  bf16 product {flops / 1e9:.0f} GFLOP/s")
     click.echo(f"{'ms a step of 30 layers':<32}{'ours':>9}{'reference':>11}{'floor':>9}{'gain':>8}{'x floor':>9}")
     results = []
     for make in cases():
@@ -249,16 +239,15 @@ def main() -> None:
             if args.only not in case.name:
                 continue
             ours, theirs = (median_seconds(lambda o=o: case.step(o), args.repeats) for o in (ops, reference))  # type: ignore[misc] # noqa: B023
-            floor = max(case.bytes / read, case.macs / rate)
+            floor = max(case.bytes / bandwidth, 2 * case.macs / flops)
             figures = [1e3 * s for s in (ours, theirs, floor)]
             results.append(dict(zip(("ours", "reference", "floor"), figures, strict=True)) | {"case": case.name})
             click.echo(
                 f"{case.name:<32}{figures[0]:>9.2f}{figures[1]:>11.2f}{figures[2]:>9.2f}"
                 f"{theirs / ours:>8.1f}{ours / floor:>9.1f}"
             )
-    if args.json:
-        facts = {"load": load, "threads": threads, "backend": name, "bandwidth": read, "product_rate": rate}
-        args.json.write_text(json.dumps(facts | {"cases": results}, indent=2) + "\n", encoding="utf-8")
+    machine = {"load": load, "threads": threads, "backend": name, "bandwidth": bandwidth, "product_rate": flops / 2}
+    write_json(args.json, machine | {"cases": results})
 
 
 if __name__ == "__main__":

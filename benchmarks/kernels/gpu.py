@@ -1,17 +1,16 @@
-"""Every op of the cuda backend against its bytes over the card's bandwidth, on Llama-3-8B's shapes in bf16.
+"""Times of every op of the CUDA backend, on Llama-3-8B's shapes in bf16, beside the floor.
 
-    python benchmarks/kernels/gpu.py [--only SUBSTRING] [--json FILE]
+    python -m benchmarks.kernels.gpu [--only SUBSTRING] [--json FILE]
 
-A figure is one layer's calls, median of 50 by CUDA events, each on another part of the pool than the one before, so
-that caches hold what they would hold in the engine. `recorded` is the same as a CUDA graph, without the launches.
-Floor: the larger of bytes over the bandwidth of a copy and multiply-adds over the rate of a bf16 product, both measured
-in the same run.
+A figure is the time of one layer's calls: the median of 50 by CUDA events, each on another part of the pool than the
+one before, so that caches hold what they hold in the engine. `recorded` is the same as a CUDA graph, without the
+launches. The floor is the larger of bytes ÷ read bandwidth and FLOPs ÷ rate of torch's bf16 matrix product, both
+measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -22,6 +21,8 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.output import write_json
+from loray.train.rates import product_flops, read_bandwidth
 from loray_kernels import (
     AttentionMeta,
     BackendUnavailable,
@@ -37,7 +38,7 @@ from loray_kernels import (
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP = 4096, 32, 8, 128, 14336
 KV = KV_HEADS * HEAD_DIM
-LAYERS = 8  # of the pool: so many parts to take turns
+LAYERS = 8  # of the pool; consecutive calls use different ones
 LAYOUT = KvLayout(LAYERS, 16, KV_HEADS, HEAD_DIM)
 SHARE = LAYOUT.layer_share
 BLOCK = LAYERS * SHARE
@@ -45,7 +46,7 @@ RANKS = (8, 16, 32, 64)
 
 
 class Case(NamedTuple):
-    """`call(layer)` is timed; it reads and writes `bytes` and does `macs` multiply-adds."""
+    """`call(layer)` is timed. It must read and write `bytes` and do `macs` multiply-adds."""
 
     name: str
     call: Callable[[int], object]
@@ -58,12 +59,12 @@ def randn(*shape: int) -> Tensor:
 
 
 def lora(ops: Ops, num_tokens: int, num_adapters: int) -> Case:
-    """q, k and v: one shrink, one expand. Tokens are shared out evenly."""
+    """LoRA on q, k, v: one shrink, one expand. Every adapter has equally many tokens."""
     ranks = [RANKS[n % len(RANKS)] for n in range(num_adapters)]
     start = (0, *accumulate(ranks))
     total, each = start[-1], num_tokens // num_adapters
     widths = {"q": HIDDEN, "k": KV, "v": KV}
-    wide = iter(range(0, 4 * total * HIDDEN, HIDDEN))  # in shares of one layer, as many rows as fit
+    wide = iter(range(0, 4 * total * HIDDEN, HIDDEN))  # offsets in one layer's parts, as many rows as fit
     narrow = iter(range(0, 2 * total * KV, KV))
     wide_blocks = -(-4 * total // (SHARE // HIDDEN))
 
@@ -90,12 +91,13 @@ def lora(ops: Ops, num_tokens: int, num_adapters: int) -> Case:
 
 def attention(ops: Ops, queries: int, context: int, num_sequences: int) -> Case:
     per_sequence = -(-context // 16)
-    order = torch.randperm(per_sequence * num_sequences, device="cuda").split(per_sequence)
+    blocks = torch.randperm(per_sequence * num_sequences, device="cuda")
+    tables = torch.split(blocks, per_sequence)
     pool = randn(BLOCK).repeat(per_sequence * num_sequences)
     num_tokens = queries * num_sequences
     starts = tuple(range(0, num_tokens + 1, queries))
     slots_T = torch.zeros(num_tokens, dtype=torch.int64, device="cuda")
-    meta = AttentionMeta(starts, (context,) * num_sequences, order, slots_T)
+    meta = AttentionMeta(starts, (context,) * num_sequences, tables, slots_T)
     q_THd = randn(num_tokens, HEADS, HEAD_DIM)
     size = 2 * (num_sequences * context * 2 * KV + 2 * num_tokens * HIDDEN)
     macs = num_sequences * HEADS * 2 * HEAD_DIM * (queries * context - queries * (queries - 1) / 2)
@@ -138,7 +140,7 @@ def rows(ops: Ops, num_tokens: int) -> Iterator[Case]:
 
 
 def cases(ops: Ops) -> Iterator[Callable[[], list[Case]]]:
-    """Made one at a time: a pool takes gigabytes."""
+    """Functions that make the cases. Only one pool exists at a time: it takes gigabytes."""
     for tokens, adapters in ((1, 1), (32, 1), (32, 8), (32, 32), (256, 256), (2048, 1), (2048, 32)):
         yield lambda t=tokens, n=adapters: [lora(ops, t, n)]  # type: ignore[misc]
     for queries, context, sequences in ((1, 512, 32), (1, 2048, 32), (1, 2048, 1), (1, 8192, 8), (2048, 2048, 1)):
@@ -158,28 +160,16 @@ def milliseconds(call: Callable[[int], object], repeats: int = 50) -> float:
         ended.record()
         times.append((began, ended))
     torch.cuda.synchronize()
-    return statistics.median(began.elapsed_time(ended) for began, ended in times)
+    return float(statistics.median(began.elapsed_time(ended) for began, ended in times))
 
 
 def recorded_milliseconds(call: Callable[[int], object]) -> float:
-    """All layers in one graph, over their number."""
+    """Time of a graph of all layers, divided by their number."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for n in range(LAYERS):
             call(n)
     return milliseconds(lambda _: graph.replay()) / LAYERS
-
-
-def copy_bandwidth() -> float:
-    """Bytes a millisecond, read and written."""
-    source, to = randn(1 << 29), randn(1 << 29)
-    return 2 * source.nbytes / milliseconds(lambda _: to.copy_(source), 10)
-
-
-def product_rate() -> float:
-    """bf16 multiply-adds a millisecond."""
-    square = randn(8192, 8192)
-    return 8192**3 / milliseconds(lambda _: square @ square, 10)
 
 
 def main() -> None:
@@ -191,24 +181,23 @@ def main() -> None:
         ops = backend("cuda", "cuda")
     except BackendUnavailable as e:
         raise SystemExit(str(e)) from e
-    bandwidth, rate = copy_bandwidth(), product_rate()
+    device = torch.device("cuda")
+    bandwidth, flops = read_bandwidth(device), product_flops(device, torch.bfloat16)
     card = torch.cuda.get_device_name()
-    click.echo(f"{card}  copy {bandwidth / 1e6:.0f} GB/s  bf16 product {2 * rate / 1e9:.0f} TFLOP/s")
+    click.echo(f"{card}  read {bandwidth / 1e9:.0f} GB/s  bf16 product {flops / 1e12:.0f} TFLOP/s")
     click.echo(f"{'microseconds a layer':<32}{'ours':>9}{'recorded':>10}{'floor':>9}{'of floor':>10}")
     results = []
     for make in cases(ops):
         for case in make():
             if args.only not in case.name:
                 continue
-            floor = max(case.bytes / bandwidth, case.macs / rate)
+            floor = 1e3 * max(case.bytes / bandwidth, 2 * case.macs / flops)
             ours, recorded = milliseconds(case.call), recorded_milliseconds(case.call)
             results.append({"case": case.name, "ours": ours, "recorded": recorded, "floor": floor})
             click.echo(
                 f"{case.name:<32}{1e3 * ours:>9.1f}{1e3 * recorded:>10.1f}{1e3 * floor:>9.1f}{floor / recorded:>10.2f}"
             )
-    if args.json:
-        facts = {"card": card, "bandwidth": 1e3 * bandwidth, "macs": 1e3 * rate, "milliseconds": results}
-        args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(args.json, {"card": card, "bandwidth": bandwidth, "macs": flops / 2, "milliseconds": results})
 
 
 if __name__ == "__main__":

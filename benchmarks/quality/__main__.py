@@ -1,10 +1,10 @@
-"""What LoRA, rsLoRA and VeRA learn in equally many steps, in loray and in PEFT, on SmolLM2-135M.
+"""Task scores of LoRA, rsLoRA and VeRA after equally many training steps, in loray and in PEFT, on SmolLM2-135M.
 
     python -m benchmarks.quality DATA                       three tasks, an hour
     python -m benchmarks.quality DATA --tasks e2e --seeds 1
 
 DATA holds e2e_train.jsonl, e2e_validation.jsonl, gsm8k_train.jsonl, gsm8k_validation.jsonl, t0_many_tasks.parquet.
-docs/benchmarks/quality.md explains tables and picture.
+docs/benchmarks/quality.md explains the tables and the picture.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 
 import click
 
-from benchmarks import processes as workers
+from benchmarks import workers
 from benchmarks.machine import describe_machine
+from benchmarks.output import machine_line, write_json
 from benchmarks.quality.report import Result, plot, table
 from benchmarks.quality.setting import METHODS, Run, Setting, System, best_of
 from benchmarks.quality.tasks import TASKS, Question, Task
@@ -30,7 +31,7 @@ from loray.settings import Settings
 
 @dataclass
 class Benchmark:
-    """`folder` keeps all adapters and results: what is there for the same setting is not done again."""
+    """`folder` keeps adapters and results; a training whose result is there for an equal setting is not repeated."""
 
     home: Path
     base: str
@@ -44,7 +45,7 @@ class Benchmark:
     results: list[Result] = field(default_factory=list)
 
     def run(self, task: Task) -> list[Result]:
-        """The base's row, then for each method ours and PEFT's."""
+        """The base's result, then loray's and PEFT's for each method."""
         folder = self.folder / task.name
         folder.mkdir(parents=True, exist_ok=True)
         questions, rest = _split(task.questions(self.data), self.num_questions)
@@ -94,8 +95,8 @@ class Benchmark:
 def main(argv: Sequence[str] | None = None) -> list[Result]:
     args = _parser().parse_args(argv)
     base = add_base(args.base, home=args.home.absolute())
-    facts = describe_machine()
-    click.echo("  ".join(f"{k} {v}" for k, v in facts.items()))
+    machine = describe_machine()
+    click.echo(machine_line(machine))
     click.echo(
         f"{base.name}, bf16, {args.threads} threads; {args.steps} steps of {args.batch_tokens} tokens, padding "
         f"included; {args.seeds} seeds, {args.questions} questions"
@@ -118,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         results += found
     if args.plot:
         plot(results, args.plot)
-    if args.json:
-        text = json.dumps({"machine": facts, "results": [r.to_dict() for r in results]}, indent=2)
-        args.json.write_text(text + "\n", encoding="utf-8")
+    write_json(args.json, {"machine": machine, "results": [r.to_dict() for r in results]})
     return results
 
 
@@ -143,13 +142,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _completion(question: Question) -> str:
-    """A reference as the training pairs write it: E2E's begin with a space, which its references lack."""
+    """The first reference as a completion. E2E's completions begin with a space; its references do not."""
     text = question.references[0]
     return text if question.prompt[-1:].isspace() or text[:1].isspace() else f" {text}"
 
 
 def _split(questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
-    """(to be scored, for choosing the rate): apart, and both from all over the file. At most half are scored."""
+    """(questions to score, questions for choosing the rate). Both are spread over the file and do not overlap; at most
+    half are scored.
+    """
     every = max(2, len(questions) // count)
     scored = questions[::every][:count]
     return scored, [q for i, q in enumerate(questions) if i % every]

@@ -1,21 +1,21 @@
-"""The base's and all adapters' answers to a task's questions, from one engine, all in one batch; prints them as JSON.
+"""Answers of the base and of all adapters to a task's questions, from one engine in one batch; printed as JSON.
 
     python -m benchmarks.quality.answers HOME BASE QUESTIONS_JSON
 
-The file holds {"prompts": […], "max_tokens": N, "adapters": [folder, …]}; the result {"answers": [[…] of the base, then
-of each adapter]}. Greedy, bf16.
+The file holds {"prompts": […], "max_tokens": N, "adapters": [folder, …]}. The result is {"answers": […]} with one list
+of texts for the base, then one for each adapter. Decoding is greedy, in bf16.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from benchmarks.stepping import finish
 from loray.adapters.manifest import describe, digest
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel, get_base
@@ -40,14 +40,9 @@ def main(home: Path, name: str, prompts: list[str], max_tokens: int, folders: li
         for a, ref in enumerate(refs):
             engine.add(GenerateRequest(f"{a}/{q}", tuple(ids), params, ref))
     tokens: dict[str, list[int]] = {f"{a}/{q}": [] for a in range(len(refs)) for q in range(len(prompts))}
-    while engine.has_work:
-        for out in engine.step():
-            if out.error is not None:
-                raise out.error
-            if out.token_id is not None:
-                tokens[out.request_id].append(out.token_id)
-        if engine.idle:
-            time.sleep(0.001)  # adapters are being read
+    for output in finish(engine):
+        if output.token_id is not None:
+            tokens[output.request_id].append(output.token_id)
     texts = {key: str(tokenizer.decode(ids, skip_special_tokens=True)) for key, ids in tokens.items()}
     return {"answers": [[texts[f"{a}/{q}"] for q in range(len(prompts))] for a in range(len(refs))]}
 

@@ -1,4 +1,4 @@
-"""Results as a table and as a picture."""
+"""Results as a Markdown table and as an SVG picture."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ _COLUMNS = (
 
 @dataclass
 class Result:
-    """One method on one task in one system. `runs`: all rates; `final`: those of the best one, a seed each, whose
-    `scores` are of their answers, from 0 to 100.
+    """One method on one task in one system.
+
+    runs     trainings with all rates and seeds; empty for the base
+    final    the runs with the best rate, one for each seed
+    scores   of the answers of each final run, from 0 to 100
     """
 
     task: str
@@ -50,7 +53,7 @@ class Result:
 
     @property
     def step_s(self) -> float:
-        """Median over all runs; the first step of each warms up."""
+        """Median seconds over all runs, without the first step of each, which warms up."""
         return statistics.median(s for run in self.runs for s in run.seconds[1:])
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown."""
+    """The results as a Markdown table."""
     lines = [" | ".join(_COLUMNS), " | ".join("---" for _ in _COLUMNS)]
     lines += (" | ".join(_cells(r)) for r in results)
     return "\n".join(f"| {line} |" for line in lines)
@@ -85,14 +88,14 @@ def _cells(result: Result) -> tuple[str, ...]:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    """Mean, and how far the furthest seed is from it."""
+    """The mean, ± the largest distance of a seed from it."""
     mean = statistics.mean(values)
     text = f"{mean:.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {max(abs(v - mean) for v in values):.{digits}f}"
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """SVG: a panel for each task, score against trained parameters, a mark for each seed; below it, loss by rate."""
+    """Write an SVG. For each task: scores over trained parameters, a mark for each seed; below them, loss over rate."""
     tasks = list(dict.fromkeys(r.task for r in results))
     methods = list(dict.fromkeys(r.method for r in results if r.runs))
     colours = {method: f"C{i}" for i, method in enumerate(methods)}

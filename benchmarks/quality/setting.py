@@ -1,4 +1,4 @@
-"""What is trained: methods, one recipe for all, and the rates that are tried."""
+"""What is trained: the methods, the recipe that they share, and the learning rates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loray.spec import AdapterSpec, LoraSpec, TrainSpec, VeraSpec
 System = Literal["loray", "peft"]
 MODULES: Any = ("q_proj", "v_proj")
 
-# The rate that a sweep begins with; its neighbours are `FACTOR` away.
+# Each method's adapter, and the rate around which its sweep begins; neighbouring rates are `FACTOR` apart.
 METHODS: dict[str, tuple[AdapterSpec, float]] = {
     "LoRA r16": (LoraSpec(rank=16, alpha=32, target_modules=MODULES), 1e-3),
     "rsLoRA r16": (LoraSpec(rank=16, alpha=32, use_rslora=True, target_modules=MODULES), 3e-4),
@@ -24,11 +24,13 @@ FACTOR = 10**0.5
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One method on one task in one system. `rates`: to be trained with each seed; empty: swept with the first."""
+    """One method on one task in one system. With `rates` each is trained with each seed; without, the first seed sweeps
+    for the best rate.
+    """
 
     home: str
     base: str
-    folder: str  # with train.jsonl and eval.jsonl, and where the adapters go
+    folder: str  # holds train.jsonl and eval.jsonl, and gets the adapters
     system: System
     method: str
     steps: int
@@ -67,8 +69,8 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training. `losses` by step, `held_out` after the last; `seconds` of each step; `nbytes` of the weights'
-    file; `folder` of the adapter.
+    """One training: `losses` and `seconds` by step, the loss `held_out` after the last step, `nbytes` of the weights'
+    file, and the adapter's `folder`.
     """
 
     rate: float
@@ -86,5 +88,5 @@ class Run:
 
 
 def best_of(runs: Sequence[Run]) -> Run:
-    """With the lowest held-out loss of those that have one."""
+    """The run with the lowest held-out loss. A diverged run, whose loss is NaN, comes last."""
     return min(runs, key=lambda r: (math.isnan(r.held_out), r.held_out))

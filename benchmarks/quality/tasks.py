@@ -1,4 +1,4 @@
-"""What is learned and how it is scored: E2E (BLEU), GSM8K and AG News (exact match), from a folder of their files."""
+"""The tasks, read from a folder of their files, and their scores: E2E (BLEU), GSM8K and AG News (exact match)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from loray.errors import DataError
 
-_ANSWER = re.compile(r"#### *(-?[\d,]*\.?\d+)")  # how GSM8K ends a solution
+_ANSWER = re.compile(r"#### *(-?[\d,]*\.?\d+)")  # GSM8K ends a solution with #### and the number
 
 
 class Pair(NamedTuple):
@@ -22,7 +22,7 @@ class Pair(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Any of `references` is right."""
+    """An answer is right if it equals any of `references`."""
 
     prompt: str
     references: tuple[str, ...]
@@ -30,7 +30,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`score` is of answers to questions, in that order, from 0 to 100."""
+    """`score(answers, questions)` is between 0 and 100; answers are in the order of the questions."""
 
     name: str
     metric: str
@@ -41,7 +41,7 @@ class Task:
 
 
 def bleu(answers: Sequence[str], questions: Sequence[Question]) -> float:
-    """Of the corpus, as sacrebleu counts it, against all references."""
+    """sacrebleu's corpus BLEU of the answers' first lines against all references."""
     from sacrebleu.metrics import BLEU
 
     most = max(len(q.references) for q in questions)
@@ -50,19 +50,19 @@ def bleu(answers: Sequence[str], questions: Sequence[Question]) -> float:
 
 
 def exact_match(answers: Sequence[str], questions: Sequence[Question]) -> float:
-    """Per cent of first lines that are a reference, whatever the case."""
+    """Per cent of answers whose first line is a reference, ignoring case."""
     return _share(_line(a).lower() in {r.strip().lower() for r in q.references} for a, q in _zip(answers, questions))
 
 
 def last_number(answers: Sequence[str], questions: Sequence[Question]) -> float:
-    """GSM8K's exact match: per cent of answers that end in the number of a reference, after ####."""
+    """GSM8K's exact match: per cent of answers whose number after #### is that of a reference."""
     return _share(
         number(a) is not None and number(a) in {number(r) for r in q.references} for a, q in _zip(answers, questions)
     )
 
 
 def number(text: str) -> float | None:
-    """What stands after the first ####."""
+    """The number after the first ####, or None."""
     found = _ANSWER.search(text)
     return None if found is None else float(found[1].replace(",", ""))
 
@@ -77,7 +77,7 @@ def _share(right: Iterable[bool]) -> float:
 
 
 def _line(answer: str) -> str:
-    """An answer is its first line: a base that was not trained to stop goes on with more examples."""
+    """The first line alone: a base that was not trained to stop continues with more examples."""
     return answer.strip().partition("\n")[0].strip()
 
 
@@ -104,7 +104,7 @@ def _gsm8k_questions(data: Path) -> list[Question]:
     return [Question(r["prompt"], (r["completion"],)) for r in _jsonl(data / "gsm8k_validation.jsonl")]
 
 
-_NEWS = ("ag_news_classify", "ag_news_which_section")  # what all templates that ask for the topic begin with
+_NEWS = ("ag_news_classify", "ag_news_which_section")  # prefixes of all templates that ask for the topic
 
 
 def _news(data: Path, split: str) -> list[Pair]:
@@ -121,14 +121,14 @@ def _news_pairs(data: Path) -> list[Pair]:
 
 
 def _news_questions(data: Path) -> list[Question]:
-    """Without articles that are trained on under another template."""
+    """Validation pairs, except articles that the training pairs contain under another template."""
     trained = "\n".join(pair.prompt for pair in _news_pairs(data))
     pairs = [pair for pair in _news(data, "validation") if not _has_article(trained, pair.prompt)]
     return [Question(pair.prompt, (pair.completion,)) for pair in pairs]
 
 
 def _has_article(trained: str, prompt: str) -> bool:
-    """An article is in all of its templates word for word, and the longest line is of it."""
+    """Every template has the article word for word, and the prompt's longest line belongs to the article."""
     return max(prompt.split("\n"), key=len).strip() in trained
 
 

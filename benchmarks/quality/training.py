@@ -1,7 +1,7 @@
-"""One training run, by loray's loop or by PEFT's model in a plain loop: the same data, batches, schedule and clipping.
+"""One training run, in loray's loop or with PEFT's model in a plain loop; data, batches, schedule and clipping agree.
 
-PEFT is used as its documentation says: `get_peft_model` over a bf16 base, whose adapter it keeps in fp32, the model's
-own loss over all positions, AdamW over what is trained, `save_pretrained`.
+PEFT is used as its documentation says: `get_peft_model` over a bf16 base with the adapter in fp32, the model's loss
+over all positions, AdamW over the trained parameters, `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.quality.setting import Run
 from loray.adapters.inject import peft_config
+from loray.adapters.peft_format import WEIGHTS_FILE
 from loray.bases.registry import BaseModel
 from loray.spec import TrainSpec
 from loray.train.data.batches import BatchStream
@@ -31,13 +32,12 @@ from loray.train.optimizer import learning_rate
 from loray.train.reporting import FolderReporter
 
 _CPU = torch.device("cpu")
-_WEIGHTS = "adapter_model.safetensors"
 
 
 def read_data(base: BaseModel, spec: TrainSpec) -> Dataset:
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     length = spec.data.max_length or base.config.max_position_embeddings
-    # The same rows are held out whatever the run's seed: their losses are compared.
+    # All seeds hold out the same rows, because their losses are compared.
     return load_data(spec.data, tokenizer, max_length=length, max_eval_rows=spec.evaluation.max_rows, seed=0)
 
 
@@ -51,7 +51,7 @@ def train_ours(spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) ->
     seconds = tuple(n / e["tokens_per_s"] for n, e in zip(tokens, steps, strict=True))
     (start,) = (e for e in reporter.events if e["event"] == "start")
     adapter = reporter.checkpoints[-1].path / "adapter"
-    assert state.eval_loss is not None  # else the loop had raised
+    assert state.eval_loss is not None  # the loop raises otherwise
     losses = tuple(e["loss"] for e in steps)
     return _run(spec, losses, state.eval_loss, seconds, start["num_trainable"], adapter)
 
@@ -96,6 +96,6 @@ def _run(
     num_parameters: int,
     adapter: Path,
 ) -> Run:
-    nbytes = (adapter / _WEIGHTS).stat().st_size
+    nbytes = (adapter / WEIGHTS_FILE).stat().st_size
     rate, seed = spec.optimizer.learning_rate, spec.seed
     return Run(rate, seed, losses, held_out, seconds, num_parameters, nbytes, str(adapter))

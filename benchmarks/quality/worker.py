@@ -1,9 +1,10 @@
-"""The runs of one method on one task in one system, in a process of their own; prints them as JSON.
+"""The runs of one method on one task in one system, in a separate process; printed as JSON.
 
     python -m benchmarks.quality.worker SETTING_JSON
 
-With `rates` each of them is trained with each seed. Without, the first seed looks for the best one: by the held-out
-loss, among neighbours a factor of √10 apart, until the best has a worse one on either side; the other seeds take it.
+A setting with `rates` trains each of them with each seed. Without `rates`, the first seed searches the rate with the
+lowest held-out loss in steps of a factor √10, until the best rate has a worse one on both sides; the other seeds use
+that rate.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
+from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from benchmarks.quality.setting import FACTOR, METHODS, Run, Setting, best_of
 from benchmarks.quality.training import read_data, train_ours, train_peft
 from loray.bases.registry import get_base
@@ -24,10 +25,10 @@ from loray.errors import TrainingError
 
 
 def main(setting: Setting) -> dict[str, Any]:
-    """`peak_bytes`: resident at most, above what interpreter and libraries held."""
+    """The runs, and `peak_bytes`: the peak of the resident set above what interpreter and libraries hold."""
     base = get_base(Path(setting.home), setting.base)
     before = resident_bytes()
-    forget_peak()
+    reset_peak()
     train = {"loray": train_ours, "peft": train_peft}[setting.system]
     first, *others = setting.seeds
     start = METHODS[setting.method][1]
@@ -38,7 +39,7 @@ def main(setting: Setting) -> dict[str, Any]:
         name = f"{setting.system}-{setting.method}-{rate:.1e}-{seed}".replace(" ", "-")
         try:
             return train(spec, base, data, Path(setting.folder) / name)
-        except TrainingError:  # it diverged: a rate that is too high, which is what a sweep looks for
+        except TrainingError:  # the rate is too high and the run diverged, which a sweep must find out
             return Run(rate, seed, (), math.nan, (), 0, 0, "")
 
     if setting.rates:
@@ -51,7 +52,7 @@ def main(setting: Setting) -> dict[str, Any]:
 
 
 def sweep(start: float, run: Callable[[float], Run], max_rates: int) -> list[Run]:
-    """Three rates around `start`, then on towards the best while it is at an end; at most `max_rates`."""
+    """Three rates around `start`, then further ones beyond the best while it is at an end; at most `max_rates`."""
     runs = [run(start * FACTOR**k) for k in (-1, 0, 1)]
     while len(runs) < max_rates:
         runs.sort(key=lambda r: r.rate)

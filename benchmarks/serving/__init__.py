@@ -1,9 +1,8 @@
-"""The benchmark of serving: n adapters from a store, requests of a known distribution, peers side by side in one run.
+"""The benchmark of serving: adapters from a store, requests of a known distribution, and peers in the same run.
 
-workload   which request comes when, for which adapter (pure)
+workload   arrival times, adapters and lengths of requests (pure)
 adapters   random adapters in PEFT's format, published and fetched
-cases      what is measured; presets are lists of cases
-systems    who is measured: each in processes of its own, one at a time
-figures    from the times of tokens and of engine steps to numbers (pure); floors: what the machine allows (pure)
-targets    what the project promised itself, beside what was reached
+cases      the cases, and presets, which are lists of cases
+systems    the systems under test, each in separate processes, one at a time
+figures    figures from the times of tokens and engine steps; floors, targets, the table and the picture (pure)
 """

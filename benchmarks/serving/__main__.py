@@ -1,17 +1,16 @@
 """The benchmark of serving.
 
-    python -m benchmarks.serving                                     the acceptance list, ours alone
+    python -m benchmarks.serving                                     the acceptance list, loray alone
     python -m benchmarks.serving --peer peft --peer vllm=PYTHON      ... beside its peers
     python -m benchmarks.serving --adapters 500 --alpha 0.3 --rate 4 --cv 2 --requests 200
     python -m benchmarks.serving --preset gpu --device cuda --model llama3-8b-random
 
-docs/benchmarks/serving.md explains options and columns.
+docs/benchmarks/serving.md explains the options and the columns.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,10 @@ import click
 
 from benchmarks import machine
 from benchmarks.machine import describe_machine
+from benchmarks.output import machine_line, write_json
 from benchmarks.serving import cases as presets
 from benchmarks.serving.ablations import ABLATIONS
-from benchmarks.serving.adapters import ALL_LINEAR, ATTENTION, AdapterSet, open_library
+from benchmarks.serving.adapters import AdapterSet, open_library
 from benchmarks.serving.cases import PRESETS, Case, EngineOptions
 from benchmarks.serving.figures import report
 from benchmarks.serving.figures.floors import ModelSize
@@ -35,26 +35,27 @@ from benchmarks.serving.run import measure_transfer, publish, run
 from benchmarks.serving.systems.processes import Setting
 from benchmarks.serving.workload import Workload
 from loray.settings import Settings
+from loray.spec import ATTENTION_MODULES, LINEAR_MODULES
 
 
 def main(argv: Sequence[str] | None = None) -> Results:
     args = _parser().parse_args(argv)
     if args.plot and args.preset != "density":
         raise SystemExit("--plot draws the preset density; give --preset density with it")
-    os.environ["OMP_NUM_THREADS"] = "1"  # of this process, which is to be idle while others work
+    os.environ["OMP_NUM_THREADS"] = "1"  # of this process, which idles while the systems run
     folder: Path = args.folder or Settings.from_env().home / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     base = bench_base(args.model, folder)
     todo = _cases(args)
     peers = dict(_peer(peer) for peer in args.peer)
-    facts = describe_machine()
-    click.echo("  ".join(f"{k} {v}" for k, v in facts.items()))
+    described = describe_machine()
+    click.echo(machine_line(described))
     with open_library(args.store, folder, base) as library:
         setting = Setting(base, library, folder, args.device, args.threads, args.pool_bytes, peers)
         for _, group in _by_set(todo).items():
             publish(setting, group)
         rates = machine.measure_rates(args.device, args.threads)
-        results = Results(facts, rates, ModelSize.of(base.config), measure_transfer(setting, todo))
+        results = Results(described, rates, ModelSize.of(base.config), measure_transfer(setting, todo))
         click.echo(
             f"{base.name}, {args.threads} threads; memory {rates.bandwidth / 1e9:.1f} GB/s, bf16 products "
             f"{rates.flops / 1e9:.0f} GFLOP/s; first tokens within {args.slo:g} s"
@@ -67,18 +68,16 @@ def main(argv: Sequence[str] | None = None) -> Results:
             results,
             slo_s=args.slo,
             repeat=args.repeat,
-            tell=lambda row: click.echo(report.line(row)),
+            on_row=lambda row: click.echo(report.line(row)),
         )
-    is_promised = (base.name, args.device, args.adapters, args.ablation) == ("smollm2", "cpu", None, [])
-    found = verdicts(results) if is_promised else []
+    has_targets = (base.name, args.device, args.adapters, args.ablation) == ("smollm2", "cpu", None, [])
+    found = verdicts(results) if has_targets else []
     if below := report.summary(results, found):
         click.echo(below)
     if args.plot:
         draw_density(results, args.plot)
-    if args.json:
-        targets = [v._asdict() | {"is_met": v.is_met} for v in found]
-        text = json.dumps(results.to_dict() | {"targets": targets}, indent=2, ensure_ascii=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
+    targets = [v._asdict() | {"is_met": v.is_met} for v in found]
+    write_json(args.json, results.to_dict() | {"targets": targets})
     return results
 
 
@@ -87,13 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="acceptance")
     add("--only", help="of the preset, cases whose name contains this")
-    add("--ablation", action="append", choices=ABLATIONS, default=[], help="the engine without one of its ideas")
+    add("--ablation", action="append", choices=ABLATIONS, default=[], help="the engine without one of its features")
     add(
         "--peer",
         action="append",
         default=[],
         metavar="NAME[=PYTHON]",
-        help="also peft, peft-bf16, vllm (in their environments), or loray-http: ours as it is served",
+        help="also peft, peft-bf16, vllm (in their environments), or loray-http: loray behind its HTTP endpoint",
     )
     add("--repeat", type=int, help="passes of each case (peers: one)")
     add("--slo", type=float, default=6.0, help="seconds to the first token (default %(default)s, the paper's)")
@@ -101,40 +100,40 @@ def _parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, help="of --preset density: write the picture there, as SVG")
     add("--store", choices=("file", "s3"), default="file", help="where adapters come from (default %(default)s)")
     add("--folder", type=Path, help="keeps adapters between runs (default HOME/bench)")
-    add("--model", default="smollm2", help="a base of this machine, or llama3-8b-random")
+    add("--model", default="smollm2", help="a base on this machine, or llama3-8b-random")
     add("--device", default="cpu")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--pool-bytes", type=int, help="instead of each case's own")
-    own = parser.add_argument_group("a case of one's own, instead of a preset")
-    own.add_argument("--adapters", type=int, help="distinct ones; 0 is the base")
-    own.add_argument("--ranks", type=_numbers, default=(8, 16, 32, 64), help="in turn (default 8,16,32,64)")
-    own.add_argument("--modules", choices=("attention", "all"), default="attention")
-    own.add_argument("--alpha", type=float, help="popularity by power law, 1 is uniform; otherwise round robin")
-    own.add_argument("--pool-adapters", type=int, help="how many fit the pool (default all)")
-    own.add_argument("--requests", type=int, default=96)
-    own.add_argument("--at-once", type=int, help="closed loop (default 32 where no --rate is given)")
-    own.add_argument("--rate", type=float, help="open loop: requests/s")
-    own.add_argument("--cv", type=float, default=1.0, help="of the inter-arrival times")
-    own.add_argument("--inputs", type=_numbers, default=(64, 64), help="tokens, LOW,HIGH")
-    own.add_argument("--outputs", type=_numbers, default=(32, 32), help="tokens, LOW,HIGH")
-    own.add_argument("--seed", type=int, default=0)
-    own.add_argument("--max-num-seqs", type=int, default=32)
+    custom = parser.add_argument_group("a case given by options, instead of a preset")
+    custom.add_argument("--adapters", type=int, help="distinct ones; 0 is the base")
+    custom.add_argument("--ranks", type=_numbers, default=(8, 16, 32, 64), help="in turn (default 8,16,32,64)")
+    custom.add_argument("--modules", choices=("attention", "all"), default="attention")
+    custom.add_argument("--alpha", type=float, help="popularity by power law, 1 is uniform; otherwise round robin")
+    custom.add_argument("--pool-adapters", type=int, help="how many fit the pool (default all)")
+    custom.add_argument("--requests", type=int, default=96)
+    custom.add_argument("--at-once", type=int, help="closed loop (default 32 where no --rate is given)")
+    custom.add_argument("--rate", type=float, help="open loop: requests/s")
+    custom.add_argument("--cv", type=float, default=1.0, help="of the inter-arrival times")
+    custom.add_argument("--inputs", type=_numbers, default=(64, 64), help="tokens, LOW,HIGH")
+    custom.add_argument("--outputs", type=_numbers, default=(32, 32), help="tokens, LOW,HIGH")
+    custom.add_argument("--seed", type=int, default=0)
+    custom.add_argument("--max-num-seqs", type=int, default=32)
     return parser
 
 
 def _cases(args: argparse.Namespace) -> tuple[Case, ...]:
     if args.adapters is not None:
-        return (_own_case(args),)
+        return (_custom_case(args),)
     found = presets.ablations(tuple(args.ablation)) if args.ablation else PRESETS[args.preset]
     return tuple(case for case in found if args.only is None or args.only in case.name)
 
 
-def _own_case(args: argparse.Namespace) -> Case:
-    modules = ALL_LINEAR if args.modules == "all" else ATTENTION
+def _custom_case(args: argparse.Namespace) -> Case:
+    modules = LINEAR_MODULES if args.modules == "all" else ATTENTION_MODULES
     ablation = args.ablation[0] if args.ablation else None
     padded = ablation == "padded-ranks"
     if len(args.ablation) > 1:
-        raise SystemExit("a case of one's own takes one --ablation; run it once for each")
+        raise SystemExit("a case given by options takes one --ablation; run it once for each")
     adapters = AdapterSet(args.adapters, args.ranks, modules, padded) if args.adapters else None
     workload = Workload(
         args.requests,

@@ -1,8 +1,9 @@
-"""The engine without one of its ideas, to see what that idea is worth. Wrapped around an engine; no product code.
+"""The engine without one of its features, to measure the gain of that feature. Methods of an engine are wrapped; the
+product has no such switches.
 
-fixed-split    adapters and KV cache each in a fixed part of the pool; neither takes the other's free blocks
-no-prefetch    a request's adapter begins to load when the request is next in turn, not while it queues
-padded-ranks   every adapter published with zero rows up to the largest rank (see AdapterSet.padded)
+fixed-split    adapters and KV cache each have a fixed part of the pool and cannot use free blocks of the other part
+no-prefetch    a request's adapter is loaded when the request is next, not while it waits
+padded-ranks   every adapter is published with zero rows up to the largest rank (see AdapterSet.padded)
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ ABLATIONS = ("fixed-split", "no-prefetch", "padded-ranks")
 
 
 def ablate(engine: Engine, ablation: str | None, kv_share: float) -> None:
-    """`kv_share`: of the pool's blocks, for the fixed split."""
+    """Change `engine` in place. `kv_share`: the part of the pool's blocks that KV cache has under the fixed split."""
     if ablation == "fixed-split":
-        _split(engine, int(kv_share * engine._pool.geometry.num_blocks))
+        _split_pool(engine, int(kv_share * engine._pool.geometry.num_blocks))
     elif ablation == "no-prefetch":
-        _hold_back(engine)
+        _disable_prefetch(engine)
 
 
-def _split(engine: Engine, kv_blocks: int) -> None:
-    """Refuse what goes beyond a part. Cached prefixes make room for KV as ever; adapters do not, in the other part."""
+def _split_pool(engine: Engine, kv_blocks: int) -> None:
+    """Refuse allocations beyond a part. KV cache may still evict cached prefixes, but not adapters."""
     allocator, residency, prefixes = engine._pool.allocator, engine._residency, engine._scheduler.prefix_cache
     allocate_kv, evict_one = allocator.allocate_kv, residency.evict_one
     kv_is_short = False
@@ -62,19 +63,19 @@ def _split(engine: Engine, kv_blocks: int) -> None:
     residency.evict_one = lambda: not kv_is_short and evict_one()  # type: ignore[method-assign]
 
 
-def _hold_back(engine: Engine) -> None:
-    """Show the scheduler no more requests than it could run, so that it wants no adapter before its turn."""
-    held: deque[GenerateRequest] = deque()
+def _disable_prefetch(engine: Engine) -> None:
+    """Give the scheduler at most as many requests as can run, so that it asks for no adapter earlier."""
+    queued: deque[GenerateRequest] = deque()
     scheduler, add, step = engine._scheduler, engine.add, engine.step
 
-    def held_add(spec: GenerateRequest) -> None:
+    def queue(spec: GenerateRequest) -> None:
         engine.check(spec)
-        held.append(spec)
+        queued.append(spec)
 
-    def fed_step() -> list[TokenOutput]:
-        while held and len(scheduler.running) + len(scheduler.waiting) < engine.spec.max_num_seqs:
-            add(held.popleft())
+    def add_and_step() -> list[TokenOutput]:
+        while queued and len(scheduler.running) + len(scheduler.waiting) < engine.spec.max_num_seqs:
+            add(queued.popleft())
         return step()
 
-    engine.add = held_add  # type: ignore[method-assign]
-    engine.step = fed_step  # type: ignore[method-assign]
+    engine.add = queue  # type: ignore[method-assign]
+    engine.step = add_and_step  # type: ignore[method-assign]

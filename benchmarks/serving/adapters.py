@@ -1,6 +1,6 @@
-"""Random adapters by the thousand: written in PEFT's format without transformers, published, fetched back for peers.
+"""Thousands of random adapters, written in PEFT's format without transformers, published, and fetched for peers.
 
-They are named by what they hold and kept between runs, in the store and the catalog of the benchmark's folder.
+Their names say what they hold. The store and the catalog in the benchmark's folder keep them between runs.
 """
 
 from __future__ import annotations
@@ -23,33 +23,31 @@ from loray.catalog import Catalog
 from loray.local.s3 import start_local_s3, stop_local_s3
 from loray.planning.shapes import count_factors, count_trained, count_vera_pair
 from loray.publishing import Destination, publish
-from loray.spec import AdapterRef, LoraSpec, VeraSpec
+from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterRef, LoraSpec, VeraSpec
 from loray.store import AdapterStore, open_store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-_B_STD = 0.05  # strong: with weak ones the argmax does not move and a wrong adapter passes
+_B_STD = 0.05  # weaker adapters leave the argmax as it is, and a wrong adapter would not be noticed
 _VERA_STD = 0.3
 _ALPHA = 8  # PEFT's default
 _NOISE = 1 << 25
-_STRIDE = 1_000_003  # between the noise of neighbours; prime, so that no two of a set begin alike
-_WRITTEN = datetime(2026, 1, 1, tzinfo=UTC)  # part of the digest: the same adapter has the same one in every run
+_STRIDE = 1_000_003  # between the noise of neighbours; a prime, so that no two adapters of a set begin alike
+_WRITTEN = datetime(2026, 1, 1, tzinfo=UTC)  # part of the digest, which thus is the same in every run
 _SPARE_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSet:
-    """Adapter i has rank `ranks[i % len(ranks)]`. `padded`: zero rows up to the largest rank, the same numbers else.
+    """Adapter i has rank `ranks[i % len(ranks)]`. `padded`: with zero rows up to the largest rank, otherwise equal.
 
-    VeRA adapters of one rank and the same modules share the base's canonical pair, which is stored with none.
+    VeRA adapters of one rank on the same modules share the base's canonical pair, which no adapter's files hold.
     """
 
     num: int
     ranks: tuple[int, ...] = (8, 16, 32, 64)
-    modules: tuple[str, ...] = ATTENTION
+    modules: tuple[str, ...] = ATTENTION_MODULES
     padded: bool = False
     method: Literal["lora", "vera"] = "lora"
 
@@ -57,7 +55,7 @@ class AdapterSet:
         return self.ranks[index % len(self.ranks)]
 
     def name(self, index: int, base: BaseModel) -> str:
-        modules = "all" if self.modules == ALL_LINEAR else "".join(m[0] for m in self.modules)
+        modules = "all" if self.modules == LINEAR_MODULES else "".join(m[0] for m in self.modules)
         padded = f"-padded{max(self.ranks)}" if self.padded else ""
         vera = "-vera" if self.method == "vera" else ""
         return f"bench-{base.fingerprint[:8]}-{modules}{vera}-r{self.rank(index)}{padded}-{index}"
@@ -67,16 +65,16 @@ class AdapterSet:
         return spec.model_validate({"rank": rank, "target_modules": self.modules})
 
     def nbytes(self, index: int, config: ModelConfig) -> int:
-        """Of the bf16 weights."""
+        """Bytes of the adapter's weights in bf16."""
         rank = max(self.ranks) if self.padded else self.rank(index)
         return 2 * count_trained(config, self.spec(rank)).adapter
 
     def pair_bytes(self, config: ModelConfig) -> int:
-        """Of all VeRA pairs in bf16: one for each rank."""
+        """Bytes of all VeRA pairs in bf16: one pair for each rank."""
         return 2 * sum(count_vera_pair(config, self.spec(rank)) for rank in set(self.ranks))
 
     def shared_weights(self, config: ModelConfig) -> int:
-        """Elements of the pair that a token of any of these adapters is multiplied with: A once for each input."""
+        """Elements of the VeRA pair that a token is multiplied with, over all layers; A counts once for each input."""
         if self.method == "lora":
             return 0
         mean = sum(count_factors(config, self.spec(rank)) for rank in self.ranks) / len(self.ranks)
@@ -87,7 +85,7 @@ class AdapterSet:
 
 
 def write_adapter(folder: Path, base: BaseModel, adapters: AdapterSet, index: int) -> None:
-    """Adapter `index` of the set as PEFT would save it, in bf16; `folder` must not exist."""
+    """Write adapter `index` of the set as PEFT saves it, in bf16. `folder` must not exist."""
     from safetensors.torch import save_file
 
     tensors, options = (_vera if adapters.method == "vera" else _lora)(base, adapters, index)
@@ -112,7 +110,7 @@ def _lora(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, 
         if width > rank:
             a_RI, b_OR = _padded(a_RI, width, 0), _padded(b_OR, width, 1)
         tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a_RI, b_OR
-    scale = _ALPHA / rank  # that of the rank itself
+    scale = _ALPHA / rank  # of the rank without padding
     return tensors, {"peft_type": "LORA", "r": width, "lora_alpha": scale * width, "lora_dropout": 0.0}
 
 
@@ -126,7 +124,7 @@ def _vera(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, 
 
 
 def _modules(base: BaseModel, adapters: AdapterSet) -> Iterator[tuple[str, int, int]]:
-    """(name in PEFT's file, out, in) of every adapted module."""
+    """(name in PEFT's file, output width, input width) of every adapted module."""
     from loray.adapters.weights import ModuleKey  # with torch
 
     for layer in range(base.config.num_layers):
@@ -135,7 +133,7 @@ def _modules(base: BaseModel, adapters: AdapterSet) -> Iterator[tuple[str, int, 
 
 
 class _Noise:
-    """Normal numbers, drawn once; each adapter reads them from another place."""
+    """Normal numbers, drawn once for all adapters; each adapter begins at another position."""
 
     def __init__(self, index: int) -> None:
         self._position = index * _STRIDE % _NOISE
@@ -167,7 +165,7 @@ def _padded(x: Tensor, width: int, dim: int) -> Tensor:
 
 
 class Library:
-    """The adapters that are published in one store, with their catalog beside it. `url`: the store's."""
+    """A store of published adapters and its catalog. `url`: the store's."""
 
     def __init__(self, folder: Path, url: str, base: BaseModel) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +174,9 @@ class Library:
         self._store, self._catalog = AdapterStore(open_store(url)), Catalog(self.catalog_url)
 
     def publish(self, adapters: AdapterSet, num: int | None = None) -> list[AdapterRef]:
-        """References of the first `num` of the set, published where they are not yet. SystemExit for want of disk."""
+        """References of the first `num` adapters of the set; missing ones are published. SystemExit if the disk is too
+        small.
+        """
         num = adapters.num if num is None else num
         known = {name: entry.default for name, entry in self._catalog.snapshot().adapters.items()}
         names = [adapters.name(i, self.base) for i in range(num)]
@@ -203,12 +203,12 @@ class Library:
         return publish_one
 
     def read(self, ref: AdapterRef) -> int:
-        """Read the adapter's files from the store, no more; their bytes."""
-        files = self._store.manifest(ref.digest).files.values()
-        return sum(len(self._store.objects.get(f"blobs/{sha256[:2]}/{sha256}")) for sha256 in files)
+        """Read the adapter's files from the store and drop them; returns their bytes."""
+        files = self._store.manifest(ref.digest).files.items()
+        return sum(len(self._store.read(ref.digest, name, sha256)) for name, sha256 in files)
 
     def fetch(self, refs: list[AdapterRef]) -> list[Path]:
-        """As folders, for those who read no store."""
+        """The adapters as folders, for peers, which do not read the store."""
         folders = []
         for ref in refs:
             folder = self.folder / "fetched" / ref.digest
@@ -220,7 +220,7 @@ class Library:
 
 @contextmanager
 def open_library(kind: str, folder: Path, base: BaseModel) -> Iterator[Library]:
-    """`kind` "file": a folder as the store; "s3": a bucket of an S3 server on this machine, run meanwhile."""
+    """`kind` "file": the store is a folder. "s3": it is a bucket of a local S3 server, which runs during the block."""
     root = folder / kind
     if kind == "file":
         yield Library(root, f"file://{root.absolute()}/store", base)

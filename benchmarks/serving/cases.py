@@ -1,23 +1,25 @@
-"""What is measured. A case is a workload on an engine; neighbours with the same engine share its process."""
+"""The cases and presets. A case is a workload on an engine; consecutive cases with equal engines share a process."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from benchmarks.serving.adapters import ALL_LINEAR, AdapterSet
+from benchmarks.serving.adapters import AdapterSet
 from benchmarks.serving.workload import Workload
 from loray.bases.config import ModelConfig
+from loray.spec import LINEAR_MODULES
 
 SHORT, LONG = 32, 2048
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """`pool_adapters`: about that many of the set's mean size fit the pool beside KV cache; None: all of them.
-    `pool_for_adapters`: bytes, instead.
+    """The adapters, memory and limits of an engine.
 
-    `apart` sets engines apart that would be the same: what one has done before must not reach the other.
+    pool_adapters       adapters of the set's mean size that fit into the pool beside the KV cache, about; None: all
+    pool_for_adapters   the same in bytes, instead
+    apart               a label that makes otherwise equal engines different, so that they do not share a process
     """
 
     adapters: AdapterSet | None = None
@@ -34,19 +36,19 @@ class EngineOptions:
         return 4 * config.num_layers * config.num_kv_heads * config.head_dim * self.kv_tokens
 
     def pool_bytes(self, config: ModelConfig) -> int:
-        """bf16. Rows are packed, so one in twenty more blocks is enough."""
+        """Bytes of the pool in bf16. Rows are packed, so 5 % more than the adapters' bytes suffice."""
         if self.adapters is None:
             return self.kv_bytes(config)
         if self.pool_for_adapters is not None:
             return self.kv_bytes(config) + self.pool_for_adapters
         num = self.adapters.num if self.pool_adapters is None else self.pool_adapters
         rows = int(1.05 * num * self.adapters.mean_bytes(config))
-        return self.kv_bytes(config) + rows + 2 * self.adapters.pair_bytes(config)  # a pair takes whole blocks
+        return self.kv_bytes(config) + rows + 2 * self.adapters.pair_bytes(config)  # a pair occupies whole blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`warm_up` passes, then `passes` that count. `peers`: the other systems that may run it, one pass each."""
+    """`warm_up` passes, then `passes` that count. `peers`: other systems that can run the case, with one pass each."""
 
     name: str
     engine: EngineOptions
@@ -59,7 +61,7 @@ class Case:
 BASE = EngineOptions()
 MIXED = EngineOptions(AdapterSet(100))
 FEW = EngineOptions(AdapterSet(32), kv_tokens=SHORT * 128)
-SEVEN = EngineOptions(AdapterSet(32, modules=ALL_LINEAR), kv_tokens=SHORT * 128)
+SEVEN = EngineOptions(AdapterSet(32, modules=LINEAR_MODULES), kv_tokens=SHORT * 128)
 _WAVE = Workload(num_requests=SHORT, at_once=SHORT)
 _ALONE = Workload(num_requests=1, at_once=1)
 _PROMPT = replace(_ALONE, inputs=(LONG, LONG), outputs=(1, 1))
@@ -69,7 +71,7 @@ def _wave(name: str, engine: EngineOptions, n: int) -> Case:
     return Case(name, engine, replace(_WAVE, num_adapters=n))
 
 
-# One adapter alone is the third, whose rank 32 is next to the mean of 30.
+# A single adapter is the third of the set: its rank 32 is close to the mean of 30.
 _ONE = replace(_WAVE, num_adapters=1, first_adapter=2)
 QUICK = (
     _wave("base", BASE, 0),
@@ -90,7 +92,7 @@ def _one(name: str, engine: EngineOptions, workload: Workload, rank64: bool = Fa
 
 
 def _isolation(engine: EngineOptions, n: int) -> tuple[Case, ...]:
-    """The same requests alone and in a batch, in engines that do not know of each other."""
+    """The same requests one at a time and 16 at once, in separate engines."""
     label = f"n={n}" if n else "base"
     both = (("alone", 1), ("batched", 16))
     return tuple(
@@ -106,8 +108,8 @@ def _isolation(engine: EngineOptions, n: int) -> tuple[Case, ...]:
     )
 
 
-# The pool holds about 100 of these, and the host all (5.5 GB) once each has been asked for. 16 requests queue behind
-# the 32 that run, so that there is something to prefetch.
+# The pool holds about 100 of these adapters, and host memory all (5.5 GB) once each has been requested. 16 requests
+# wait behind the 32 that run, so that their adapters can be prefetched.
 MANY = EngineOptions(AdapterSet(2000, ranks=(8, 16)), pool_adapters=100, host_bytes=8 << 30)
 
 
@@ -116,8 +118,8 @@ def _many(name: str, n: int, alpha: float | None) -> Case:
     return Case(name, MANY, workload, passes=2, peers=())
 
 
-# From host memory and from the store: 12 adapters of all ranks, one request at a time, each seen once or twice. A
-# request is as long as the others; meanwhile the node's cache is filled.
+# First tokens with adapters from the store and then from the pool: 12 adapters of all ranks, one request at a time. The
+# requests are as long as in other cases; during them the node's cache is filled.
 _COLD = replace(MIXED, apart="cold")
 _FIRST_TOKEN = Workload(12, num_adapters=12, first_adapter=4, at_once=1)
 COLD = (
@@ -170,7 +172,7 @@ _VERA = {
 }
 VERA = (QUICK[0], *(replace(_wave(f"VeRA on {name}", engine, 32), peers=()) for name, engine in _VERA.items()))
 
-# The same 64 MiB of pool for adapters, the same requests for 200 of them, uniformly; each was asked for once before.
+# 200 adapters over 64 MiB of pool, requested uniformly after each has been requested once.
 _DENSITY = {
     "LoRA r64": AdapterSet(200, (64,)),
     "LoRA r16": AdapterSet(200, (16,)),
@@ -194,7 +196,7 @@ _SCARCE = EngineOptions(AdapterSet(200), pool_adapters=40, kv_tokens=SHORT * 128
 
 
 def ablations(names: tuple[str, ...]) -> tuple[Case, ...]:
-    """The same cases whole and without one idea each: 200 adapters over a pool of 40, and 32 resident ones."""
+    """Cases with all features and without each named one: 200 adapters over a pool of 40, and 32 resident ones."""
     scarce = Workload(144, num_adapters=200, alpha=1.0, at_once=48)
     cases = [Case("n=200, pool of 40", _SCARCE, scarce, passes=2, peers=()), _wave("n=32", FEW, 32)]
     for name in names:

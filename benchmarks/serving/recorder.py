@@ -1,4 +1,4 @@
-"""What an engine did, step by step, seen from outside: its scheduler's plans and the time of its steps."""
+"""A record of an engine's steps, made from outside: the scheduler's plans and the time that each step took."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class EngineStep(NamedTuple):
-    """`num_rows` chunks of `num_tokens` together. Adapters are distinct ones; their bytes as published."""
+    """One step of `num_rows` chunks with `num_tokens` tokens in all. Distinct adapters are counted, and their published
+    bytes.
+    """
 
     began: float
     seconds: float
@@ -32,9 +34,10 @@ class EngineStep(NamedTuple):
 
 
 class EngineRecorder:
-    """Wraps an engine's `step`, and what that asks of scheduler and residency; costs some microseconds a step.
+    """Wraps `step` of an engine, `next` of its scheduler and `acquire` of its residency; a step takes some microseconds
+    longer.
 
-    `placed_bytes`: of adapters copied from host memory into the pool, as published.
+    `placed_bytes`: published bytes of the adapters that were copied from host memory into the pool.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -44,7 +47,7 @@ class EngineRecorder:
         scheduler, plan_next, step = engine._scheduler, engine._scheduler.next, engine.step
         last: list[Plan] = []
 
-        def remembered() -> Plan:
+        def next_plan() -> Plan:
             last[:] = [plan_next()]
             return last[0]
 
@@ -67,7 +70,7 @@ class EngineRecorder:
             )
             return outputs
 
-        scheduler.next = remembered  # type: ignore[method-assign]
+        scheduler.next = next_plan  # type: ignore[method-assign]
         engine.step = timed  # type: ignore[method-assign]
 
     def _wrap_residency(self, engine: Engine) -> None:

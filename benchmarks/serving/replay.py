@@ -1,4 +1,4 @@
-"""Send a workload's requests to a system and note when each token comes."""
+"""Send a workload's requests to a system and record when each token arrives."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from benchmarks.serving.workload import TimedRequest
 
-UNKNOWN_ID = -1  # of a token whose id the system does not tell
+UNKNOWN_ID = -1  # of a token whose id the system does not send
 Submit = Callable[[int, TimedRequest], AsyncIterator[list[int]]]
 
 
 @dataclass(slots=True)
 class Record:
-    """One request. `sent` and `times` (of each output token) are seconds after the beginning.
+    """One request. `sent` and `times`, of each output token, are seconds after the start of the pass.
 
-    In an open loop `sent` is when it was due, so that a system that lags behind is not forgiven for it.
+    In an open loop `sent` is the time at which the request was due, so that a late sending counts as latency.
     """
 
     sent: float
@@ -33,7 +33,7 @@ class Record:
 
 
 async def replay(requests: Sequence[TimedRequest], at_once: int | None, submit: Submit) -> list[Record]:
-    """`submit(index, request)` yields the ids of new tokens as they come. An error ends its own request only."""
+    """`submit(index, request)` yields the ids of new tokens as they arrive. An error ends only its request."""
     began = time.perf_counter()
     records: list[Record | None] = [None] * len(requests)
 

@@ -2,16 +2,15 @@
 
     python -m benchmarks.serving.routing [--replicas 2] [--adapters 20] [--requests 200] [--json FILE]
 
-A cluster of its own on this machine, fresh replicas of SmolLM2-135M for each row, rows in both orders. The adapters
-have rank 8, 16, 32, 64 in turn on q, k, v, o; a replica's pool and its host memory hold 70 % of their bytes. Every
-adapter is asked once, which is not counted; then requests for adapters drawn at random, `--at-once` under way at any
-time: 32 tokens of prompt, 8 new ones, streamed.
+The benchmark starts a Ray cluster on this machine, and new replicas of SmolLM2-135M for each row; the rows run in both
+orders. The adapters have rank 8, 16, 32, 64 in turn on q, k, v, o. A replica's pool and its host memory each hold 70 %
+of their bytes. After one uncounted request for every adapter, the requests are for adapters drawn at random, with
+`--at-once` of them under way at any time: prompts of 32 tokens, 8 output tokens, streamed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -25,7 +24,8 @@ from typing import Any
 import click
 import httpx
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, load_average
+from benchmarks.output import machine_line, write_json
 from benchmarks.serving.adapters import AdapterSet, write_adapter
 from benchmarks.serving.models import bench_base
 from loray.bases.registry import BaseModel
@@ -38,7 +38,7 @@ from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 
 PROMPT, NEW_TOKENS = "word " * 32, 8
-HELD = 0.7  # of all adapters' bytes, by one replica
+HELD = 0.7  # share of all adapters' bytes that a replica's pool, and its host memory, can hold
 KV_BYTES = 16 << 20
 
 
@@ -64,12 +64,11 @@ def main() -> None:
             results = _compare(cluster.gcs_address, models, args)
         finally:
             stop_local_cluster(home)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(args.json, results)
 
 
 def _publish(settings: Settings, base: BaseModel, folder: Path) -> tuple[str, int]:
-    """Its name and bytes."""
+    """Publish the adapter in `folder`; returns its name and bytes."""
     store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
     publish(folder, base, Destination(folder.name, store, catalog))
     return folder.name, catalog.resolve(folder.name).nbytes
@@ -89,8 +88,8 @@ def _compare(gcs_address: str, models: list[tuple[str, int]], args: argparse.Nam
         "loray": lambda: app.build(spec.model_dump(mode="json")),
         "Ray's default": lambda: app.application(spec, RequestRouterConfig()),
     }
-    facts = describe_machine()
-    click.echo("  ".join(f"{k} {v}" for k, v in facts.items()) + f"  ray {ray.__version__}")
+    machine = describe_machine()
+    click.echo(machine_line(machine, ray=ray.__version__))
     click.echo(
         f"{args.replicas} replicas, {args.adapters} adapters of {total / 1e6:.0f} MB together, "
         f"{args.requests} requests, {args.at_once} at once"
@@ -101,7 +100,7 @@ def _compare(gcs_address: str, models: list[tuple[str, int]], args: argparse.Nam
     rows = []
     for name in (*systems, *reversed(systems)):  # twice, in both orders
         serve.run(systems[name](), name="bench", route_prefix="/bench")
-        load = os.getloadavg()[0]
+        load = load_average()
         row = _measure(f"http://127.0.0.1:{port}/bench", [model for model, _ in models], args.requests, args.at_once)
         serve.delete("bench")
         rows.append({"router": name, "load_before": load} | row)
@@ -110,7 +109,7 @@ def _compare(gcs_address: str, models: list[tuple[str, int]], args: argparse.Nam
             f"{row['p99'] * 1e3:>6.0f} ms  {load:>11.2f}  {' '.join(map(str, row['served']))}"
         )
     ray.shutdown()
-    return {"machine": facts, "adapters": args.adapters, "at_once": args.at_once, "rows": rows}
+    return {"machine": machine, "adapters": args.adapters, "at_once": args.at_once, "rows": rows}
 
 
 def _measure(url: str, models: Sequence[str], num_requests: int, at_once: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Run cases on systems: neighbours with one engine share a process, systems take turns, never two are busy at once."""
+"""Run cases on systems, one system at a time; consecutive cases with equal engines share a process."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def run(
     *,
     slo_s: float,
     repeat: int | None = None,
-    tell: Callable[[Row], None],
+    on_row: Callable[[Row], None],
 ) -> None:
-    """Fill `results`, a row at a time; `repeat` instead of each case's own number of passes."""
+    """Fill `results` row by row and call `on_row` with each. `repeat` replaces the cases' numbers of passes."""
     for options, group in itertools.groupby(cases, key=lambda case: case.engine):
-        mine = list(group)
+        alike = list(group)
         for system in systems:
-            todo = [case for case in mine if system == OURS or system in case.peers]
+            todo = [case for case in alike if system == OURS or system in case.peers]
             if todo:
                 for row, records in _run_group(todo, system, setting, options, results, slo_s, repeat):
                     results.rows[row.case, row.system] = row
                     results.records[row.case, row.system] = records
-                    tell(row)
+                    on_row(row)
 
 
 def _run_group(
@@ -60,7 +60,7 @@ def _run_group(
 
 
 def publish(setting: Setting, cases: Iterable[Case]) -> list[AdapterRef]:
-    """The adapters that these cases ask for."""
+    """Publish the adapters that these cases request; returns their references."""
     found: list[AdapterRef] = []
     for case in cases:
         adapters, w = case.engine.adapters, case.workload
@@ -82,7 +82,8 @@ def _run_case(
 ) -> tuple[Row, Sequence[Record]]:
     w, vocab = case.workload, setting.base.config.vocab_size
     is_ours = system == OURS
-    # Prompts of its own, which no prefix cache knows; alone and batched are the same requests, in engines of their own.
+    # Each case has other prompts, so that no prefix cache holds them. The cases "alone" and "batched" have equal
+    # requests, in separate engines.
     label = case.name.removesuffix(" alone").removesuffix(" batched")
     with watch_memory(session.pid) as peak:
         for i in range(case.warm_up):
@@ -96,7 +97,7 @@ def _run_case(
         found, work = session.run(requests, w.at_once)
         records = records or found
         passes.append((latencies(found, slo_s), work))
-        peak.sample()  # not meanwhile: walking the page tables of a gigabyte stops whoever works in it
+        peak.sample()  # not during the pass: walking the page tables of a gigabyte blocks the process
     row = median_row(
         case.name, system, passes, peak_bytes=peak.nbytes, load_before=load_before, start_s=session.start_s
     )
@@ -105,11 +106,11 @@ def _run_case(
     at_once = None if w.at_once is None else min(w.at_once, case.engine.max_num_seqs)
     adapters = case.engine.adapters
     shared = adapters.shared_weights(setting.base.config) if adapters is not None and w.num_adapters else 0
-    return row.beside(results.model.with_shared(shared), results.rates, tokens, at_once, lora_bytes), records
+    return row.with_floors(results.model.with_shared(shared), results.rates, tokens, at_once, lora_bytes), records
 
 
 def _step_bytes(requests: Sequence[TimedRequest], refs: Sequence[AdapterRef], rows: float) -> float:
-    """Mean bytes of the distinct adapters of `rows` neighbouring requests: what a full decode step reads."""
+    """Mean bytes of the distinct adapters of `rows` consecutive requests, which a full decode step reads."""
     size = int(min(rows, len(requests)))
     windows = [requests[i : i + size] for i in range(0, len(requests) - size + 1, size)]
     return statistics.fmean(
@@ -118,7 +119,7 @@ def _step_bytes(requests: Sequence[TimedRequest], refs: Sequence[AdapterRef], ro
 
 
 def measure_transfer(setting: Setting, cases: Sequence[Case]) -> float:
-    """Seconds to read the bytes of one of these cases' adapters from the store, the median over all of them."""
+    """Median seconds to read one adapter of the case "cold adapter" from the store; NaN without that case."""
     found = [case for case in cases if case.name == "cold adapter"]
     seconds = []
     for ref in publish(setting, found)[4:]:

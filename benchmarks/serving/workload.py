@@ -1,6 +1,6 @@
-"""Which request comes when, for which adapter, with how many tokens: S-LoRA's generator, and closed loops.
+"""Requests with arrival times, adapters and lengths: S-LoRA's generator for open loops, and closed loops.
 
-Plain Python: the same workload and pass give the same requests on every machine.
+Plain Python: equal workloads and passes give equal requests on every machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _FIRST_TOKEN = 100  # ids below are special tokens in the tokenizers at hand
 
 
 class TimedRequest(NamedTuple):
-    """`at`: seconds after the beginning. `adapter`: its index in the set, None for the base."""
+    """`at`: seconds after the start of the pass. `adapter`: index in the set, None for the base."""
 
     at: float
     adapter: int | None
@@ -23,15 +23,15 @@ class TimedRequest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`num_requests` requests over `num_adapters` adapters, the first of which is `first_adapter`; 0: base only.
+    """`num_requests` requests over `num_adapters` adapters from index `first_adapter` on; 0: the base only.
 
     alpha     popularity: adapter ⌊n · u^(1/α)⌋ for u uniform in [0, 1), which is NumPy's `power(α)` as in S-LoRA's
               generator (Sheng et al., MLSys 2024, section 7.1). α = 1 is uniform, smaller is more skewed; see `share`.
               None: round robin.
-    at_once   closed loop: that many under way at any time, all ready from the beginning. None: open loop.
+    at_once   closed loop: so many requests are under way at any time. None: open loop.
     rate, cv  open loop: inter-arrival times from Gamma(shape 1/cv², scale cv²/rate): mean 1/rate, coefficient of
               variation cv; cv = 1 is a Poisson process.
-    inputs, outputs   tokens, uniform in [low, high]; outputs are generated in full, whatever the model says.
+    inputs, outputs   tokens, uniform in [low, high]; end-of-text tokens do not end an output.
     """
 
     num_requests: int
@@ -55,15 +55,15 @@ class Workload:
 
     @property
     def max_tokens(self) -> int:
-        """Of one request at most, prompt and output."""
+        """Most tokens of one request, prompt and output."""
         return self.inputs[1] + self.outputs[1]
 
 
 def generate(workload: Workload, vocab_size: int, pass_: int = 0, label: str = "") -> list[TimedRequest]:
-    """In order of arrival. Another pass, or label, has other prompts, times and draws of the same distributions."""
+    """The requests in order of arrival. Each pass and each label gives other draws from the same distributions."""
     w = workload
 
-    def stream(name: str) -> random.Random:  # of its own, so that changing one distribution leaves the others' draws
+    def stream(name: str) -> random.Random:  # one for each distribution: changing one leaves the draws of the others
         return random.Random(f"{label}/{w.seed}/{pass_}/{name}")
 
     popularity, arrivals, lengths, tokens = map(stream, ("adapter", "arrival", "length", "token"))

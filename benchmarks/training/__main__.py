@@ -6,13 +6,12 @@
     python -m benchmarks.training --preset long        a step at 100k: about an hour
     python -m benchmarks.training --only attention
 
-docs/benchmarks/training.md explains rows and columns.
+docs/benchmarks/training.md explains the rows and the columns.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,17 +20,18 @@ from typing import Any
 import click
 
 from benchmarks.machine import Disturbance, describe_machine, watch
+from benchmarks.output import machine_line, write_json
 from benchmarks.training.cases import PRESETS, Case, Row, Setting
 from loray.bases.registry import add_base
 from loray.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """→ the rows, as they are written to --json."""
+    """Returns the rows as they are written to --json."""
     args = _parser().parse_args(argv)
     base = add_base(args.base, home=args.home.absolute())
-    facts = describe_machine()
-    click.echo("  ".join(f"{k} {v}" for k, v in facts.items()))
+    machine = describe_machine()
+    click.echo(machine_line(machine))
     click.echo(f"{base.name}, bf16, {args.threads} threads")
     setting = Setting(base, args.threads, args.repeats, args.steps)
     rows: list[dict[str, Any]] = []
@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             row = case.run(setting)
         click.echo(_row(case, row, disturbance))
         rows.append(_record(case, row, disturbance))
-    if args.json:
-        text = json.dumps({"machine": facts, "threads": args.threads, "rows": rows}, indent=2, ensure_ascii=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
+    write_json(args.json, {"machine": machine, "threads": args.threads, "rows": rows})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark of training measures: each case one row of a table, with what it is to reach."""
+"""The cases of the benchmark of training: each is one row of a table, some with a target."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from benchmarks import processes as workers
+from benchmarks import workers
 from benchmarks.training import steps
 from benchmarks.training.workers.traffic import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS
 from loray.bases.registry import BaseModel
-from loray.planning.compute import attention_pairs, count_flops
+from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs, count_flops
 from loray.planning.halo import HaloPlan, ring_elements, ulysses_elements
 from loray.planning.run import run_of
 from loray.recipes.resolve import quarter
@@ -22,7 +22,7 @@ _BF16 = 2  # bytes
 
 @dataclass(slots=True)
 class Setting:
-    """`activations`: what earlier rows found, in bytes, by (tokens, P)."""
+    """`activations`: bytes that earlier rows measured, by (tokens, P)."""
 
     base: BaseModel
     num_threads: int
@@ -46,7 +46,7 @@ _EXACT = Target("≤", 0.0)
 
 
 class Row(NamedTuple):
-    """`cells` and `note` are for the screen; `reached` is what the case's target is about."""
+    """`cells` and `note` are printed, `figures` are written as JSON, and `reached` is compared with the target."""
 
     cells: tuple[str, ...]
     figures: Mapping[str, Any]
@@ -69,7 +69,7 @@ class Case(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One layer's attention, forward and backward, with the base's heads; G = N/4."""
+    """Attention of one layer, forward and backward, with the base's heads and G = N/4."""
 
     tokens: int
     target: Target | None = None
@@ -104,8 +104,8 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A training step of LongLoRA, optimizer included, with gradient checkpointing; G = N/4. Dense attention in the
-    fastest way, everything else alike.
+    """A training step of LongLoRA with gradient checkpointing and G = N/4, the optimizer included. The other side
+    differs only in its attention, which is the fastest dense one.
     """
 
     tokens: int
@@ -120,7 +120,7 @@ class Step:
         case = steps.Case(self.tokens, "longlora", checkpointing=True)
         s2, dense = (_measure(steps.Case(**asdict(case) | {"dense": x}), setting) for x in (False, True))
         flops = count_flops(run_of(case.recipe, setting.base.config))
-        more = (flops.dense_attention - flops.attention) * (3.5 + case.checkpointing)
+        more = (flops.dense_attention - flops.attention) * (1 + ATTENTION_BACKWARD + case.checkpointing)
         ratio, limit = dense.step_s / s2.step_s, 1 + more / flops.total
         cells = [f"{dense.step_s:.1f}", f"{s2.step_s:.1f}", f"{ratio:.2f}", f"{limit:.2f}"]
         cells += (f"{x.peak_bytes / 2**30:.2f}" for x in (dense, s2))
@@ -129,7 +129,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A training step as above, of S2-Attn alone: the peak of the resident set above what the interpreter held."""
+    """The peak of the resident set in such a step with S2-Attn, above what the interpreter and its libraries hold."""
 
     tokens: int
     target: Target | None = None
@@ -148,8 +148,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """A step of LoRA under S2-Attn over a sequence group of P, with checkpointing: the most that tensors take above
-    what is there between steps, beside that of P = 1.
+    """The largest size of all tensors in a step, above their size between steps, beside that of P = 1. The step trains
+    LoRA under S2-Attn over a sequence group of P ranks, with gradient checkpointing.
     """
 
     tokens: int
@@ -179,7 +179,7 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class Vera:
-    """Training steps of VeRA on all linear modules, in turn with PEFT's as it comes and with PEFT's held in bf16."""
+    """Training steps of VeRA on all linear modules, in turn with PEFT's VeRA in fp32, its default, and in bf16."""
 
     tokens: int
     rank: int
@@ -196,8 +196,8 @@ class Vera:
         command = ["benchmarks.training.workers.vera", str(home), setting.base.name, *numbers]
         (found,) = workers.run([command], setting.num_threads)
         ours, peft, bf16 = (statistics.median(found["seconds"][name]) for name in ("ours", "peft", "peft-bf16"))
-        mine, *theirs = found["losses"].values()
-        apart = max(abs(a - b) for other in theirs for a, b in zip(mine, other, strict=True))
+        own, *others = found["losses"].values()
+        apart = max(abs(a - b) for other in others for a, b in zip(own, other, strict=True))
         cells = (
             f"{ours:.3f}",
             f"{peft:.3f}",
@@ -211,8 +211,9 @@ class Vera:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that the rank of a sequence group which sends most sends for one layer, forward: counted at the collective,
-    in a layer of 8 query and 4 KV heads, beside the formulas. Reached: the largest relative difference.
+    """Bytes that a rank of a sequence group sends in the forward pass of one layer with 8 query and 4 KV heads, counted
+    at the collective, beside the formulas. The figures are those of the rank that sends most; `reached` is the largest
+    relative difference from a formula.
     """
 
     tokens: int
@@ -290,7 +291,7 @@ def _measure(case: steps.Case, setting: Setting) -> steps.Measured:
 
 
 def _median(times: list[list[float]]) -> tuple[float, float]:
-    """Of forward and of backward."""
+    """Medians of the forward and of the backward seconds."""
     forward, backward = zip(*times, strict=True)
     return statistics.median(forward), statistics.median(backward)
 

@@ -1,5 +1,6 @@
-"""Dense causal attention as S2-Attn's opponent: the ways to ask torch's kernel for grouped queries, and the fastest of
-them inside transformers' models, whose own choice (`enable_gqa`) is the slowest here.
+"""Dense causal attention, which S2-Attn is compared with: four ways to call torch's kernel with grouped queries.
+
+The fastest of them is registered for transformers' models, whose default (`enable_gqa`) is the slowest here.
 
 Shapes: B rows, T positions, H query heads, K key-value heads, R = H/K, D head width.
 """
@@ -21,18 +22,18 @@ def with_gqa(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
 
 
 def repeated(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """Keys and values repeated in memory."""
+    """Keys and values are repeated in memory."""
     k_BHTD, v_BHTD = (x.repeat_interleave(q_BHTD.shape[1] // x.shape[1], 1) for x in (k_BKTD, v_BKTD))
     return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
 
 
 def contiguous(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """The same, with a contiguous matrix for each query head too."""
+    """As `repeated`, with queries copied so that each head is contiguous."""
     return repeated(q_BHTD.contiguous(), k_BKTD, v_BKTD)
 
 
 def folded(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-    """Key-value heads as rows of the batch, which R query heads read through a stride of 0."""
+    """Key-value heads become rows of the batch; R query heads read the same memory through a stride of 0."""
     num_rows, num_kv_heads, num_tokens, width = k_BKTD.shape
     repeats = q_BHTD.shape[1] // num_kv_heads
     k, v = (x.reshape(-1, 1, num_tokens, width).expand(-1, repeats, -1, -1) for x in (k_BKTD, v_BKTD))

@@ -1,7 +1,6 @@
-"""Dense causal attention over a sequence group, forward: Ulysses and the ring, as small as they can be.
+"""Dense causal attention over a sequence group, forward pass: minimal versions of Ulysses and of ring attention.
 
-They exist to be counted beside the halo of S2-Attn: each returns what it computed, and the bytes that it handed to the
-collective for other ranks.
+Each returns its output and the bytes that it sent to other ranks, which are compared with the halo of S2-Attn.
 
 Shapes: B rows, H query heads, K key-value heads, L positions of this rank, N = P·L of the whole row, D head width.
 """
@@ -27,7 +26,9 @@ class Sharded(NamedTuple):
 
 
 def ulysses(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, group: SequenceGroup) -> Sharded:
-    """Jacobs et al., *DeepSpeed Ulysses*, 2023: all-to-all swaps positions for heads, and back. H and K divide by P."""
+    """Jacobs et al., *DeepSpeed Ulysses*, 2023: all-to-all exchanges positions for heads, and back. ValueError unless P
+    divides H and K.
+    """
     if q_BHLD.shape[1] % group.size or k_BKLD.shape[1] % group.size:
         raise ValueError(f"{q_BHLD.shape[1]} and {k_BKLD.shape[1]} heads do not split over {group.size} ranks")
     parts, sent = zip(*(_swap(x, group, scatter=1, gather=2) for x in (q_BHLD, k_BKLD, v_BKLD)), strict=True)
@@ -43,7 +44,7 @@ def _swap(x: Tensor, group: SequenceGroup, *, scatter: int, gather: int) -> tupl
 
 
 def ring(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, group: SequenceGroup) -> Sharded:
-    """Liu et al., *Ring Attention*, 2023: keys and values go all the way round, P − 1 times."""
+    """Liu et al., *Ring Attention*, 2023: keys and values move to the next rank P − 1 times."""
     rank, size = group.rank, group.size
     held, sent = torch.stack([k_BKLD, v_BKLD]), 0
     found: dict[int, Tensor] = {}
@@ -60,12 +61,12 @@ def ring(q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, group: SequenceGroup) -
                 work.wait()
             sent += held.nbytes
             held = coming
-    k, v = torch.cat([found[r] for r in range(rank + 1)], dim=3)  # a benchmark of bytes, not of memory: no merging
+    k, v = torch.cat([found[r] for r in range(rank + 1)], dim=3)  # kept whole, since bytes are counted and not memory
     return Sharded(_dense(q_BHLD, k, v), sent)
 
 
 def _dense(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
-    """The queries are the last T of S positions."""
+    """Causal attention in plain torch; the T queries are the last of the S positions."""
     (num_heads, num_tokens, width), num_keys = q_BHTD.shape[1:], k_BKSD.shape[2]
     k, v = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (k_BKSD, v_BKSD))
     hidden = torch.ones(num_tokens, num_keys, dtype=torch.bool).triu(num_keys - num_tokens + 1)

@@ -1,19 +1,18 @@
-"""Plans beside what is measured: memory, halo bytes and time of SmolLM2's training steps on this machine.
+"""Plans beside measurements: memory, halo bytes and time of SmolLM2's training steps on this machine.
 
     python -m benchmarks.training.plan [--tokens 2048 4096 8192] [--adapters lora longlora] [--checkpointing no yes]
                               [--sequence 1 2] [--strategy ddp] [--json FILE]
 
-Each worker of a case trains for some steps in a process of its own, as those of `loray train` do. Memory is the peak
-of its resident set in these steps (VmHWM), less what interpreter and libraries hold before a model is there (VmRSS): of
-the worker that holds most. Halo bytes are counted at the collective, of the worker that sends most in a step. Time is
-the quickest step's.
+Each worker of a case trains for some steps in a separate process, as the workers of `loray train` do. Memory is the
+peak of a worker's resident set in these steps (VmHWM), less what interpreter and libraries hold before the model is
+loaded (VmRSS); the largest of all workers counts. Halo bytes are counted at the collective; the worker that sends most
+in a step counts. Time is that of the fastest step.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any
 
 import click
 
-from benchmarks import processes as workers
-from benchmarks.machine import load_average
+from benchmarks.machine import load_average, measure_host_rates
+from benchmarks.output import write_json
 from benchmarks.training.steps import Case, Measured, measure
 from loray.bases.registry import add_base
-from loray.planning.devices import HostRates, host
+from loray.planning.devices import host
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import run_of
 
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=Path(".cache/loray-home"), help="of the base model")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
-    base, rates = add_base("smollm2", home=args.home.absolute()), measured_rates()
+    base, rates = add_base("smollm2", home=args.home.absolute()), measure_host_rates()
     products, s2, dense = (x / 1e9 for x in (rates.flops, rates.attention_flops, rates.dense_attention_flops))
     click.echo(
         f"{os.cpu_count()} cores: bf16 products {products:.0f} GFLOP/s, S2-Attn {s2:.0f}, dense attention {dense:.0f}; "
@@ -65,14 +64,7 @@ def main() -> None:
         plan = make_plan(run_of(case.recipe, base.config), host(rates, sequence))
         rows.append(asdict(case) | asdict(measured) | {"load": load} | _planned(plan))
         click.echo(_line(case, measured, plan, load))
-    if args.json:
-        args.json.write_text(json.dumps({"rates": asdict(rates), "rows": rows}, indent=2) + "\n", encoding="utf-8")
-
-
-def measured_rates() -> HostRates:
-    """In a process of its own, as `loray plan` has them."""
-    (rates,) = workers.run([["loray.train.rates"]])
-    return HostRates(**rates)
+    write_json(args.json, {"rates": asdict(rates), "rows": rows})
 
 
 def _planned(plan: Plan) -> dict[str, Any]:

@@ -1,22 +1,22 @@
-"""What `loray recommend` estimates beside what is measured: memory and time of a training step, bytes of an adapter.
+"""Estimates of `loray recommend` beside measurements: memory and time of a training step, bytes of an adapter.
 
     python -m benchmarks.training.recommend [--context-length 2048] [--steps 2] [--json FILE]
 
-Each method with its default settings on SmolLM2 trains for some steps in a process of its own; memory is measured as
-`benchmarks.training.plan` does. Bytes are those of the weights' file that the trained model is published as.
+Each method trains SmolLM2 with its default settings for some steps in a separate process. Memory is measured as in
+`benchmarks.training.plan`. Bytes are those of the published weights' file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
 
-from benchmarks.training.plan import measured_rates
+from benchmarks.machine import measure_host_rates
+from benchmarks.output import write_json
 from benchmarks.training.steps import Measured, measure_recipe
 from loray.advice.estimates import Estimate, candidates, estimate_methods, recipe_of
 from loray.advice.scorecard import Answers
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     base = add_base("smollm2", home=args.home.absolute())
-    device = host(measured_rates(), 1)
+    device = host(measure_host_rates(), 1)
     answers = Answers(args.context_length, 1)
     click.echo(_COLUMNS)
     rows = []
@@ -49,19 +49,19 @@ def main() -> None:
         found, nbytes = measure_recipe(recipe, base, args.steps), file_bytes(recipe, base)
         rows.append(asdict(estimate) | {"measured": asdict(found) | {"file_bytes": nbytes}})
         click.echo(_line(estimate, found, nbytes))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_json(args.json, rows)
 
 
 def file_bytes(recipe: TrainSpec, base: BaseModel) -> int:
-    """Of the weights' file of a model with the recipe's adapter, saved as a run's checkpoints are."""
+    """Bytes of the weights' file of the recipe's adapter, saved as in a checkpoint of a run."""
     from loray.adapters.export import save_adapter
+    from loray.adapters.peft_format import WEIGHTS_FILE
     from loray.train.model import build_model
 
     model = build_model(base, recipe)
     with TemporaryDirectory() as folder:
         save_adapter(model, recipe.adapter, Path(folder) / "adapter")
-        return (Path(folder) / "adapter" / "adapter_model.safetensors").stat().st_size
+        return (Path(folder) / "adapter" / WEIGHTS_FILE).stat().st_size
 
 
 def _line(estimate: Estimate, found: Measured, nbytes: int) -> str:

@@ -1,28 +1,32 @@
-"""Training steps of SmolLM2 on this machine: workers in processes of their own, as with `loray train`."""
+"""Training steps of SmolLM2 on this machine, with workers in separate processes as in `loray train`."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Literal
 
-from benchmarks import processes as workers
+from benchmarks import workers
+from loray.advice.estimates import recipe_of
 from loray.bases.registry import BaseModel
-from loray.spec import TrainSpec
+from loray.spec import AdapterSpec, LongContext, LongLoraSpec, LoraSpec, ParallelSpec, RopeScaling, TrainSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row of `tokens`; `dense`: the recipe, but with the fastest dense attention. `lean`: LoRA alone is trained,
-    and what tensors take in a step is watched: an embedding's gradients, the same on every worker, would hide it.
+    """A step over one row of `tokens`.
+
+    dense   with the fastest dense attention instead of the recipe's
+    lean    trains LoRA alone and measures the size of all tensors in a step. The embedding's gradients, the same on
+            every worker, would hide what a sequence group saves.
     """
 
     tokens: int
     adapter: str
     checkpointing: bool
     sequence: int = 1
-    strategy: str = "ddp"
+    strategy: Literal["ddp", "zero2", "zero3", "fsdp2"] = "ddp"
     dense: bool = False
     lean: bool = False
 
@@ -33,34 +37,29 @@ class Case:
 
     @property
     def recipe(self) -> TrainSpec:
-        """LongLoRA stretches a window of half as much; G is a quarter of the row."""
-        adapter: dict[str, Any] = {"method": self.adapter, "rank": 8, "alpha": 16}
+        """LongLoRA extends a context of half as many tokens; G is a quarter of the row."""
+        adapter: AdapterSpec = LoraSpec(rank=8, alpha=16)
         if self.adapter == "longlora":
-            adapter["long_context"] = {
-                "original_context": self.tokens // 2,
-                "rope_scaling": {"factor": 2},
-                "train_embeddings": not self.lean,
-                "train_norms": not self.lean,
-            }
-        return TrainSpec.model_validate(
-            {
-                "name": "bench",
-                "adapter": adapter,
-                "data": {"train": "unused", "max_length": self.tokens},
-                "batch": {"rows": 1},
-                "optimizer": {"learning_rate": 1e-4},
-                "max_steps": 1,
-                "gradient_checkpointing": self.checkpointing,
-                "num_workers": self.sequence,
-                "parallel": {"sequence": self.sequence, "strategy": self.strategy},
-            }
-        )
+            long_context = LongContext(
+                original_context=self.tokens // 2,
+                rope_scaling=RopeScaling(factor=2),
+                train_embeddings=not self.lean,
+                train_norms=not self.lean,
+            )
+            adapter = LongLoraSpec(rank=8, alpha=16, long_context=long_context)
+        parallel = ParallelSpec(sequence=self.sequence, strategy=self.strategy)
+        recipe = recipe_of(adapter, self.tokens, checkpointing=self.checkpointing)
+        return recipe.model_copy(update={"num_workers": self.sequence, "parallel": parallel})
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The most that any worker had: resident bytes above the interpreter's, bytes of tensors that came and went in a
-    step (0 where that was not watched), bytes of halos sent in a step, seconds of its quickest step.
+    """The largest of all workers' figures.
+
+    peak_bytes         resident set above what interpreter and libraries hold
+    activation_bytes   size of all tensors in a step, above that before it; 0 where it was not measured
+    halo_bytes         sent in a step
+    step_s             seconds of the worker's fastest step
     """
 
     peak_bytes: int
@@ -77,7 +76,7 @@ def measure(case: Case, base: BaseModel, num_steps: int, *, num_threads: int | N
 def measure_recipe(
     recipe: TrainSpec, base: BaseModel, num_steps: int, options: Sequence[str] = (), *, num_threads: int | None = None
 ) -> Measured:
-    """A recipe on `base`; `options` are `step_worker`'s."""
+    """Measure steps of a recipe on `base`; `options` are those of `benchmarks.training.workers.step`."""
     home, on_base = str(base.path.parent.parent), recipe.model_copy(update={"base": base.name})
     command = ["benchmarks.training.workers.step", home, on_base.model_dump_json(), str(num_steps), *options]
     with tempfile.TemporaryDirectory(prefix="steps-") as folder:

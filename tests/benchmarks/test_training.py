@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import watch
-from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
+from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from benchmarks.training import __main__ as train
 from benchmarks.training import cases, dense
 from benchmarks.training.cases import PRESETS, Activations, Attention, Memory, Setting, Step, Target, Traffic
@@ -163,12 +163,12 @@ def test_the_sides_of_a_vera_step_train_the_same(tiny_base: Callable[..., BaseMo
 
 
 def test_memory_of_a_process() -> None:
-    forget_peak()
+    reset_peak()
     before = resident_bytes()
     with mmap.mmap(-1, 64 << 20) as block:  # from the system: the allocator may hold pages that are resident already
         block.write(b"1" * len(block))
     assert peak_bytes() - before > 60 << 20
-    forget_peak()
+    reset_peak()
     assert peak_bytes() - before < 60 << 20
 
 

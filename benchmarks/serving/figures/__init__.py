@@ -1,1 +1,1 @@
-"""From what was measured to figures: rows, floors, targets, the table and the picture."""
+"""Figures computed from measurements: rows, floors, targets, the table and the picture."""

@@ -1,13 +1,13 @@
-"""What the machine allows at best, from its memory bandwidth and product rate measured in the same run.
+"""The least times that the machine allows, from its memory bandwidth and product rate measured in the same run.
 
-A decode step of `rows` tokens must read every weight once and multiply with it `rows` times, and read the rows of each
+A decode step of `rows` tokens must read every weight once and multiply it with `rows` tokens, and read the rows of each
 distinct adapter once:
 
     step(rows) = max(weight bytes / bandwidth, FLOPs(rows) / rate) + LoRA bytes / bandwidth
 
 FLOPs are two per weight and token; the output head works on sampled tokens only. Attention, norms, sampling and LoRA's
-own FLOPs (3 % at mean rank 30) are left out: a floor, not a forecast. A prompt costs FLOPs / rate. VeRA's pair counts
-as weights.
+FLOPs (3 % at mean rank 30) are left out: this is a floor, not a forecast. A prompt takes FLOPs / rate. VeRA's pair
+counts as weights.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from typing import NamedTuple
 from benchmarks.machine import MachineRates
 from loray.bases.config import ModelConfig
 
-_LAYER_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 class ModelSize(NamedTuple):
-    """Weights that a token of a layer stack, and a sampled token of the head, multiplies with."""
+    """Weights that every token is multiplied with in all layers, and a sampled token in the output head."""
 
     layer_weights: int
     head_weights: int
@@ -30,11 +28,11 @@ class ModelSize(NamedTuple):
 
     @classmethod
     def of(cls, config: ModelConfig, item_bytes: int = 2) -> ModelSize:
-        layer = sum(o * i for o, i in map(config.module_shape, _LAYER_MODULES))
-        return cls(layer * config.num_layers, config.vocab_size * config.hidden_size, item_bytes)
+        head = config.vocab_size * config.hidden_size
+        return cls(config.num_matrix_elements - head, head, item_bytes)
 
     def with_shared(self, weights: int) -> ModelSize:
-        """With VeRA's pair, which every token of a layer stack is multiplied with as well."""
+        """With `weights` of VeRA's pair, which every token is multiplied with as well."""
         return self._replace(layer_weights=self.layer_weights + weights)
 
     @property
@@ -43,13 +41,13 @@ class ModelSize(NamedTuple):
 
 
 def decode_step_seconds(model: ModelSize, machine: MachineRates, rows: int, lora_bytes: float = 0.0) -> float:
-    """See the module."""
+    """`step(rows)` of the module's docstring. `lora_bytes`: of the step's distinct adapters."""
     flops = 2.0 * rows * (model.layer_weights + model.head_weights)
     return max(model.nbytes / machine.bandwidth, flops / machine.flops) + lora_bytes / machine.bandwidth
 
 
 def prompt_seconds(model: ModelSize, machine: MachineRates, num_tokens: int, num_prompts: int = 1) -> float:
-    """All tokens through the layers, one of each prompt through the head."""
+    """Seconds of all tokens in the layers and of one token of each prompt in the head."""
     return 2.0 * (num_tokens * model.layer_weights + num_prompts * model.head_weights) / machine.flops
 
 
@@ -62,7 +60,7 @@ def most_tokens_per_second(
 ) -> float:
     """Output tokens/s of a closed loop over requests of (prompt, output) tokens: every prompt, then full decode steps.
 
-    The first output token of a request comes from its prompt's pass. `lora_bytes`: of a decode step's adapters.
+    The pass over a prompt gives the first output token of its request. `lora_bytes`: of a decode step's adapters.
     """
     rows = min(at_once, len(requests))
     prompts = prompt_seconds(model, machine, sum(i for i, _ in requests), len(requests))

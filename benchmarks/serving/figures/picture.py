@@ -1,4 +1,4 @@
-"""The density benchmark as a picture: what one pool and one load make of each kind of adapter."""
+"""The picture of the density benchmark: figures of each kind of adapter under the same pool and load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.pictures import panels
 from benchmarks.serving.figures.results import Results
 from benchmarks.serving.figures.rows import EngineWork, Row
 
-ONCE, UNIFORM = ", each once", ", uniform"  # how the preset names its cases
+ONCE, UNIFORM = ", each once", ", uniform"  # endings of the names of the preset's cases
 
 _PANELS: tuple[tuple[str, str, Callable[[Row, EngineWork], float]], ...] = (
     ("adapters in the pool", UNIFORM, lambda row, work: work.num_residents),
@@ -21,7 +21,7 @@ _PANELS: tuple[tuple[str, str, Callable[[Row, EngineWork], float]], ...] = (
 
 
 def draw_density(results: Results, path: Path) -> None:
-    """SVG, a panel of bars for each figure. ValueError where `results` are not the preset's."""
+    """Write an SVG with a panel of bars for each figure. ValueError if `results` are not those of the preset."""
     names = [case.removesuffix(UNIFORM) for case, _ in results.rows if case.endswith(UNIFORM)]
     if not names:
         raise ValueError("the picture is of --preset density")

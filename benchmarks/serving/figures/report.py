@@ -1,4 +1,4 @@
-"""The table on the screen. What each column means is in docs/benchmarks/serving.md."""
+"""The printed table and its summary. docs/benchmarks/serving.md explains the columns."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def line(row: Row) -> str:
 
 
 def summary(results: Results, verdicts: Sequence[Verdict]) -> str:
-    """Below the table: isolation and targets."""
+    """The lines below the table: isolation, agreement with peers, raw transfer, targets."""
     lines = [
         f"{label}, {system}: tokens of {share:.0%} of the requests differ between alone and batched"
         for label, system, share in results.isolation()

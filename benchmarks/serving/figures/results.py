@@ -1,4 +1,4 @@
-"""All rows of a run, and what they are compared with."""
+"""All rows of a run, with the machine's rates and the comparisons between rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ OURS = "loray"
 
 @dataclass(slots=True)
 class Results:
-    """`records`: of each row's first pass. `transfer_s`: reading one adapter's bytes from the store, the median."""
+    """`records`: those of each row's first pass. `transfer_s`: median seconds to read one adapter's bytes from the
+    store.
+    """
 
     machine: Mapping[str, str]
     rates: MachineRates
@@ -36,7 +38,7 @@ class Results:
         return prompt_seconds(self.model, self.rates, num_tokens)
 
     def isolation(self) -> list[tuple[str, str, float]]:
-        """(label, system, share of requests whose tokens differ between alone and batched)."""
+        """(label, system, share of requests with other tokens alone than in a batch)."""
         return [
             (label, system, differing(self.records[case, system], self.records[batched, system]))
             for case, system in self.records
@@ -47,7 +49,9 @@ class Results:
         ]
 
     def agreement(self) -> list[tuple[str, str, float]]:
-        """(case, peer, share of requests whose first token is ours): whether a peer computes the same models at all."""
+        """(case, peer, share of requests with the same first token as loray's). A low share says that the peer computes
+        other models.
+        """
         return [
             (case, system, sum(a.ids[:1] == b.ids[:1] for a, b in zip(ours, theirs, strict=True)) / len(ours))
             for (case, system), theirs in self.records.items()
@@ -71,7 +75,7 @@ class Results:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN."""
+    """NaN becomes None, since JSON has no NaN."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

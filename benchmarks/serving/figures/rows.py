@@ -1,4 +1,4 @@
-"""From the times of tokens and of engine steps to the numbers of a row. Plain arithmetic; seconds and bytes."""
+"""The figures of a row, computed from the times of tokens and engine steps; in seconds and bytes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from loray.engine.stats.stats import EngineStats
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """`throughput`: output tokens/s from the first request sent to the last token. `prompt_rate`: prompt tokens/s until
-    the last first token. `slo`: share of requests whose first token came in time; failed ones did not.
+    """Of one pass, or medians over passes.
+
+    throughput    output tokens/s from the first sent request to the last token
+    prompt_rate   prompt tokens/s from the first sent request to the last request's first token
+    ttft, itl     seconds to the first token, and between two tokens of a request
+    slo           share of requests whose first token came in time; failed requests count as late
     """
 
     throughput: float
@@ -31,7 +35,7 @@ class Latencies:
 
 
 def latencies(records: Sequence[Record], slo_s: float) -> Latencies:
-    """Of one pass."""
+    """Latencies of one pass. `slo_s`: seconds within which the first token is in time."""
     good = [r for r in records if r.error is None and r.times]
     began = min(r.sent for r in records)
     first = sorted(r.times[0] - r.sent for r in good)
@@ -51,7 +55,7 @@ def latencies(records: Sequence[Record], slo_s: float) -> Latencies:
 
 
 def quantile(ascending: Sequence[float], q: float) -> float:
-    """Linear between neighbours; NaN of nothing."""
+    """Linear interpolation between neighbours; NaN of an empty sequence."""
     if not ascending:
         return float("nan")
     position = q * (len(ascending) - 1)
@@ -62,13 +66,15 @@ def quantile(ascending: Sequence[float], q: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class EngineWork:
-    """What only an engine in our own process can tell. A decode step is one where every row is one token; of those
-    with the most rows: the median of their seconds, the mean of their distinct adapters' bytes.
+    """Figures that only an engine in this process gives. In a decode step every row has one token; figures of decode
+    steps are taken from those with the most rows.
 
-    adapters_mean, adapters_max   distinct ones in a step
-    stalled    share of the time in which requests waited and nothing could be computed, for want of an adapter
-    load_s     seconds of one load, the mean; num_residents: adapters in the pool at the end
-    loading    seconds of loads, all flights together, by the seconds of the pass: above `stalled` they overlapped
+    adapters_mean, adapters_max   distinct adapters in a step
+    decode_s, decode_lora_bytes   median seconds; mean bytes of the distinct adapters
+    stalled         share of the time in which requests waited for adapters and nothing could be computed
+    loading         seconds of all loads per second of the pass; the part above `stalled` overlapped with computation
+    load_s          mean seconds of a load
+    num_residents   adapters in the pool at the end
     """
 
     num_steps: int
@@ -90,7 +96,7 @@ class EngineWork:
 
 
 def engine_work(steps: Sequence[EngineStep], placed_bytes: int, before: EngineStats, after: EngineStats) -> EngineWork:
-    """Between two EngineStats."""
+    """The work between the stats `before` and `after`."""
     busy = [s for s in steps if s.num_tokens]
     decode = [s for s in busy if s.is_decode]
     rows = max((s.num_rows for s in decode), default=0)
@@ -125,11 +131,12 @@ def engine_work(steps: Sequence[EngineStep], placed_bytes: int, before: EngineSt
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case on one system: medians over its passes, and how far apart those were.
+    """One case on one system: medians over its passes. A figure that is not known is NaN.
 
-    `spread`: the lowest and the highest throughput. `step_ratio`: the decode step by its floor; `ceiling`: the
-    throughput by the highest that the floors allow (closed loops); `bandwidth`: share of the memory
-    bandwidth that a decode step uses for weights and adapters. NaN where unknown.
+    spread       lowest and highest throughput of a pass
+    step_ratio   seconds of a decode step ÷ its floor
+    ceiling      throughput ÷ the highest that the floors allow (closed loops)
+    bandwidth    share of the memory bandwidth that a decode step uses for weights and adapters
     """
 
     case: str
@@ -144,7 +151,7 @@ class Row:
     ceiling: float = float("nan")
     bandwidth: float = float("nan")
 
-    def beside(
+    def with_floors(
         self,
         model: ModelSize,
         machine: MachineRates,
@@ -152,7 +159,9 @@ class Row:
         at_once: int | None,
         lora_bytes: float,
     ) -> Row:
-        """With the ratios to the floors. `requests`: (prompt, output) tokens; `lora_bytes`: of a full decode step."""
+        """The row with its ratios to the floors. `requests`: (prompt, output) tokens. `lora_bytes`: of a full decode
+        step.
+        """
         step, ceiling, bandwidth = (float("nan"),) * 3
         if self.work is not None and self.work.decode_rows:
             w = self.work
@@ -173,7 +182,7 @@ def median_row(
     load_before: float,
     start_s: float,
 ) -> Row:
-    """Of several passes: each figure's own median; counters and adapters of the middle pass by throughput."""
+    """Each latency is its median over the passes; the engine's work is that of the pass with the median throughput."""
     found = [latency for latency, _ in passes]
     middle = sorted(passes, key=lambda p: p[0].throughput)[(len(passes) - 1) // 2]
 

@@ -1,5 +1,6 @@
-"""What the project promised itself of SmolLM2-135M on two cores: each target beside what was reached and what the
-machine allows. A peer that did not run stands in with what it reached on that machine, quiet, on 2026-11-24.
+"""The project's targets for SmolLM2-135M on two cores, each beside the figure reached and the figure at the floor.
+
+For a peer that did not run, a recorded figure counts: the peer's on that machine, idle, on 2026-11-24.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _RECORDED: Mapping[tuple[str, str, str], float] = {
 
 
 class Verdict(NamedTuple):
-    """`floor`: what would be reached at the machine's limits, None where no formula says. `recorded`: against a peer's
-    recorded figure, not one of this run.
+    """`floor`: the figure at the machine's limits, None if no formula gives it. `recorded`: the peer's figure is not of
+    this run but recorded earlier.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Verdict(NamedTuple):
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Of those targets whose cases were run."""
+    """Verdicts on the targets whose cases were run."""
     found = (target(results) for target in _TARGETS)
     return [verdict for verdict in found if verdict is not None]
 
@@ -55,25 +56,25 @@ _Target = Callable[[Results], Verdict | None]
 def _figure(results: Results, case: str, system: str, figure: str) -> float | None:
     row = results.get(case, system)
     if row is None or (row.latencies.num_failed and system != OURS):
-        return None  # a peer that fails stands for nothing
+        return None  # a peer with failures is no standard
     if row.latencies.num_failed:
-        return float("nan")  # and we for no target at all
+        return float("nan")  # and loray with failures meets no target
     return float(row.peak_bytes) if figure == "peak" else float(getattr(row.latencies, figure))
 
 
 def _against_peer(
     case: str, figure: str, sign: str, target: float, peer: str, *, floor: Callable[[Results], float | None]
 ) -> _Target:
-    """Our figure by the peer's; `floor`: the best that our figure can be."""
+    """loray's figure ÷ the peer's. `floor`: the best possible figure of loray."""
 
     def compare(results: Results) -> Verdict | None:
         own, measured = (_figure(results, case, system, figure) for system in (OURS, peer))
         if own is None:
             return None
-        theirs = _RECORDED[case, peer, figure] if measured is None else measured
+        other = _RECORDED[case, peer, figure] if measured is None else measured
         best = floor(results)
         name = f"{case}: {_LABELS[figure]} by {peer}'s"
-        return Verdict(name, sign, target, own / theirs, best and best / theirs, measured is None)
+        return Verdict(name, sign, target, own / other, best and best / other, measured is None)
 
     return compare
 
@@ -94,7 +95,7 @@ _LABELS = {"throughput": "tokens/s", "itl_p50": "time a token", "prompt_rate": "
 
 
 def _most(case: str) -> Callable[[Results], float | None]:
-    """Throughput at the floors."""
+    """The throughput at the floors."""
 
     def most(results: Results) -> float | None:
         row = results.get(case)
@@ -116,7 +117,7 @@ def _no_floor(results: Results) -> None:
 
 
 def _lora_part(results: Results) -> Verdict | None:
-    """Of a full decode step: what 32 adapters add to the base's, by the time that reading their rows takes."""
+    """Seconds that 32 adapters add to a full decode step of the base ÷ seconds that reading their rows takes."""
     base, mixed = results.get("base"), results.get("n=32")
     if base is None or mixed is None or base.work is None or mixed.work is None:
         return None

@@ -1,4 +1,4 @@
-"""The systems under test, each in processes of its own: ours, transformers + PEFT, vLLM. One entry point for all.
+"""One entry point for all systems under test, each of which runs in separate processes.
 
 with open_session(system, setting, options, refs) as session:
     records, work = session.run(requests, at_once)
@@ -28,7 +28,9 @@ from loray.spec import AdapterRef
 def open_session(
     system: str, setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]
 ) -> Iterator[Session]:
-    """`refs`: the adapters that requests may name, by index. SystemExit with the end of its log where it fails."""
+    """Run a system during the block. `refs`: the adapters that requests name by index. SystemExit, with the end of the
+    system's log, if it fails.
+    """
     if system == OURS:
         with _engine(setting, options, refs) as session:
             yield session
@@ -69,7 +71,7 @@ def _engine(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]
 
 @contextmanager
 def _peft(system: str, setting: Setting, refs: Sequence[AdapterRef]) -> Iterator[Session]:
-    """As PEFT comes, with adapters in fp32 whatever the base; peft-bf16: in the base's dtype, as few ask for."""
+    """ "peft": PEFT's default, adapters in fp32. "peft-bf16": adapters in the base's dtype."""
     adapters = [str(folder) for folder in setting.library.fetch(list(refs))]
     setup = {"model": str(setting.base.path), "adapters": adapters, "autocast_adapter_dtype": system == "peft"}
     command = [setting.pythons[system], str(Path(peft_worker.__file__))]

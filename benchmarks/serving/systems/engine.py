@@ -1,4 +1,4 @@
-"""An engine in a process of its own: a description comes in, then passes; a line of JSON goes out for each.
+"""loray's engine in a separate process. It reads a setup and then passes, and answers each line of JSON with one.
 
     python -m benchmarks.serving.systems.engine < lines of JSON
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """`home`: an empty folder for this engine's node cache; `folder`: the benchmark's. `kv_share`: see ablations."""
+    """`home`: an empty folder for the engine's node cache. `folder`: the benchmark's. `kv_share`: see `ablate`."""
 
     spec: ServeSpec
     refs: tuple[AdapterRef, ...]
@@ -63,7 +63,7 @@ class Setup:
 
 
 class EngineSession:
-    """The engine of a setup, its thread running; passes one after the other."""
+    """The engine of a setup, running in its thread. Passes run one after the other."""
 
     def __init__(self, setup: Setup) -> None:
         from benchmarks.serving.ablations import ablate
@@ -81,15 +81,15 @@ class EngineSession:
         freeze_garbage()
 
     def run(self, requests: list[TimedRequest], at_once: int | None) -> dict[str, Any]:
-        """Records and the engine's work of one pass. AssertionError where its books do not balance afterwards."""
+        """Records and engine's work of one pass. AssertionError if the engine's integrity check fails afterwards."""
         from benchmarks.serving.figures.rows import engine_work
 
         self._recorder.steps, placed = [], self._recorder.placed_bytes
-        before = self._ask(self._engine.stats)
+        before = self._call(self._engine.stats)
         records = asyncio.run(replay(requests, at_once, self._submit))
         self._stream.check_health()
-        after = self._ask(self._engine.stats)
-        self._ask(self._engine.check_integrity)
+        after = self._call(self._engine.stats)
+        self._call(self._engine.check_integrity)
         work = engine_work(self._recorder.steps, self._recorder.placed_bytes - placed, before, after)
         return {"records": [r.to_dict() for r in records], "work": asdict(work)}
 
@@ -107,22 +107,22 @@ class EngineSession:
             async for delta in deltas:
                 yield list(delta.token_ids)
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        """In the engine's thread, between two steps."""
-        answer: Future[Any] = Future()
+    def _call(self, function: Callable[[], Any]) -> Any:
+        """Call `function` in the engine's thread, between two steps."""
+        result: Future[Any] = Future()
 
-        def ask() -> None:
+        def call() -> None:
             try:
-                answer.set_result(question())
-            except Exception as e:  # noqa: BLE001 - raised where it was asked
-                answer.set_exception(e)
+                result.set_result(function())
+            except Exception as e:  # noqa: BLE001 - `result` raises it in the caller's thread
+                result.set_exception(e)
 
-        self._stream._post(ask)
-        return answer.result()
+        self._stream._post(call)
+        return result.result()
 
 
 def build(setup: Setup, base: BaseModel) -> Engine:
-    """With the product's own loader: store, node cache, host memory."""
+    """An engine that loads adapters as a replica does: from the store through the node's cache into host memory."""
     import torch
 
     from loray.engine.build import build_engine
@@ -150,7 +150,7 @@ def _dump(ref: AdapterRef) -> dict[str, Any]:
 
 
 def main() -> None:
-    out = os.fdopen(os.dup(1), "w")  # ours alone: whatever else prints goes to stderr
+    out = os.fdopen(os.dup(1), "w")  # for answers alone: everything else that is printed goes to stderr
     os.dup2(2, 1)
 
     def answer(line: dict[str, Any]) -> None:

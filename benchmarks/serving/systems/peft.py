@@ -1,9 +1,11 @@
-"""transformers + PEFT in a process of its own, its adapters mixed in one batch; for any Python that has the two.
+"""transformers + PEFT in a separate process, with mixed adapters in a batch. Runs in any Python that has both.
 
-Stands alone and speaks the worker's lines of JSON. First line: {"model": FOLDER, "adapters": [FOLDER, ...],
-"autocast_adapter_dtype": BOOL}; then for each pass {"requests": [[at, adapter, ids, max_tokens], ...], "at_once": N or
-null}. PEFT has no continuous batching: requests run in order, N at a time, each batch until its longest is done;
-prompts are padded on the left.
+The file imports nothing of this project. It reads lines of JSON and answers each with one. The first line is
+{"model": FOLDER, "adapters": [FOLDER, ...], "autocast_adapter_dtype": BOOL}. Each further line is a pass:
+{"requests": [[at, adapter, ids, max_tokens], ...], "at_once": N or null}.
+
+PEFT has no continuous batching: requests run in order, N at a time, and each batch runs until its longest request is
+done. Prompts are padded on the left.
 """
 
 from __future__ import annotations

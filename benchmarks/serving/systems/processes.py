@@ -1,4 +1,4 @@
-"""Processes under test: started, asked in lines of JSON, ended with all their children."""
+"""Processes under test: they are started, exchange lines of JSON, and are ended with all their children."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PassResult(NamedTuple):
 
 
 class Session(Protocol):
-    """`pid`: the root of its processes, if they have one. `start_s`: what it took until requests could come."""
+    """A running system. `pid`: the root of its processes, if they have one. `start_s`: seconds of its start."""
 
     pid: int | None
     start_s: float
@@ -41,7 +41,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all sessions of a run share. `pythons`: the interpreter of each peer."""
+    """Values that all sessions of a run share. `pythons`: the interpreter of each peer."""
 
     base: BaseModel
     library: Library
@@ -53,7 +53,7 @@ class Setting:
 
 
 def serve_spec(setting: Setting, options: EngineOptions) -> ServeSpec:
-    """Of our own engine."""
+    """The spec of loray's engine for these options."""
     return ServeSpec(
         base=setting.base.name,
         device=setting.device,
@@ -66,7 +66,7 @@ def serve_spec(setting: Setting, options: EngineOptions) -> ServeSpec:
 
 
 class _Worker:
-    """A process that answers each line of JSON with one."""
+    """A process that answers each line of JSON with one line."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path) -> None:
         self._name, self._process, self._log = name, process, log
@@ -110,7 +110,7 @@ def run_worker(name: str, command: list[str], setup: str, setting: Setting) -> I
 def run_process(
     name: str, command: list[str], setting: Setting, *, pipes: bool = False, env: Mapping[str, str] | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """In a session of its own, ended with all its children when the block ends; its log is kept in the folder."""
+    """Start a process in a new session; end it and all its children after the block. The folder keeps its log."""
     logs = setting.folder / "logs"
     logs.mkdir(exist_ok=True)
     log = logs / f"{name}.log"
@@ -144,6 +144,6 @@ def _end(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, sign)
             process.wait(_END_S)
         except ProcessLookupError:
-            return  # and all its children with it
+            return  # all its children have ended too
         except subprocess.TimeoutExpired:
             continue

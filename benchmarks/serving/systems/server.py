@@ -1,4 +1,4 @@
-"""Servers with OpenAI's API, asked over HTTP with prompts of token ids; and our own, as `loray up` starts it."""
+"""Servers with OpenAI's API, which get prompts of token ids over HTTP; and loray's, started by `loray up`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from loray.spec import AdapterRef
 
 
 class OpenAiSession:
-    """`names[i]` is what the server calls adapter i. `options`: of its own, for every request.
+    """`names[i]` is the server's name of adapter i. `options`: further fields of every request.
 
-    A server that sends no token ids may put several tokens in an event: each event counts as one token, and what is
-    missing of a request's length when it ends, at its last.
+    A server without token ids may send several tokens in one event. Each event then counts as one token, and the last
+    event as all tokens that are missing from the request's length.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class OpenAiSession:
 
 @contextmanager
 def serve_ours(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
-    """`loray up` in a home of its own with this machine's bases, over the benchmark's store and catalog."""
+    """`loray up` in a separate home with this machine's bases, and with the benchmark's store and catalog."""
     home, port = setting.folder / "served", free_ports(1)[0]
     home.mkdir(exist_ok=True)
     bases = Settings.from_env().home / "bases"
     if not (home / "bases").exists():
         (home / "bases").symlink_to(bases)
-    spec = home / "spec.json"  # which is YAML, too
+    spec = home / "spec.json"  # JSON is YAML
     spec.write_text(serve_spec(setting, options).model_copy(update={"port": port}).model_dump_json(), encoding="utf-8")
     settings = Settings(home, setting.library.url, setting.library.catalog_url, address=None, log_level="WARNING")
 

@@ -1,7 +1,7 @@
-"""vLLM's OpenAI server from an environment of its own, asked over HTTP with prompts of token ids.
+"""vLLM's OpenAI server from a separate environment, which gets prompts of token ids over HTTP.
 
-A peer as its documentation would run it on this machine: prefix caching off, because other systems' is not measured
-here; `max_loras` as many adapters as may run at once.
+It runs as its documentation says for this machine, with two choices: prefix caching is off, because no system's is
+measured here, and `max_loras` is the number of adapters that can run at once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from loray.spec import AdapterRef
 _OPTIONS = {"return_token_ids": True}
 _START_S = 900.0
 _PRELOADED = ("libtcmalloc*.so*", "libiomp5.so")
-_RANKS = (8, 16, 32, 64, 128, 256)  # that it has kernels for
+_RANKS = (8, 16, 32, 64, 128, 256)  # values of --max-lora-rank that vLLM takes
 _LIBRARIES = (Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"))
 
 
 @contextmanager
 def serve_vllm(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
-    """The server with these adapters registered from folders, ready."""
+    """The server, ready, with these adapters registered from folders."""
     port = free_ports(1)[0]
     url, python = f"http://127.0.0.1:{port}", setting.pythons["vllm"]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
@@ -65,7 +65,7 @@ def _environment(setting: Setting) -> Mapping[str, str]:
 
 
 def _find(pattern: str, own: Path) -> Path | None:
-    """In the environment itself first, then the system's."""
+    """The first match, in the environment before the system's folders."""
     candidates = [*sorted(own.rglob(pattern)), *(p for folder in _LIBRARIES for p in sorted(folder.glob(pattern)))]
     return candidates[0] if candidates else None
 

@@ -1,0 +1,1 @@
+"""Programs that measure in separate processes, which the cases start; each prints JSON."""

@@ -1,10 +1,10 @@
-"""S2-Attn and dense attention, forward and backward, taking turns in one process; prints seconds as JSON.
+"""S2-Attn and dense attention, forward and backward, in turn in one process; prints seconds as JSON.
 
     python -m benchmarks.training.workers.attention NUM_TOKENS GROUP_SIZE NUM_HEADS NUM_KV_HEADS HEAD_DIM REPEATS
 
-Tensors are bf16 and lie as transformers' models have them: (rows, positions, heads, width) in memory. Every dense
-variant is tried once; the fastest, and S2-Attn, REPEATS times more. A time during which other processes were busy is
-taken again, up to four times; of five such the quickest counts.
+Tensors are bf16 and have the memory layout of transformers' models: (rows, positions, heads, width). Every dense
+variant runs once; the fastest then runs REPEATS times more, and S2-Attn twice as often. A measurement during which
+other processes were busy is repeated up to four times; of five such measurements the shortest counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loray.train import s2_attention
 
 _WARM_UP = 512  # tokens
 _ATTEMPTS = 5
-_QUIET = 0.1  # processors that others keep busy
+_QUIET = 0.1  # processors that other processes may keep busy
 
 
 class Seconds(NamedTuple):

@@ -1,10 +1,10 @@
-"""One worker of a recipe in a process of its own: steps on random tokens; prints what they took as JSON.
+"""One worker of a recipe: training steps on random tokens; prints memory, traffic and time as JSON.
 
     python -m benchmarks.training.workers.step HOME RECIPE_JSON NUM_STEPS [--dense] [--tensors]
         [--rendezvous FILE --rank RANK]
 
-The workers of a recipe find each other in FILE, over gloo. The first step is over a short row and not counted: with it
-gradients, moments and the buffers of libraries are there.
+The workers of a recipe connect through FILE, over gloo. The first step, over a short row, is not counted; it allocates
+gradients, moments and the buffers of libraries.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.memory import forget_peak, peak_bytes, resident_bytes
+from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from benchmarks.training import dense
 from loray.bases.registry import get_base
 from loray.planning.run import run_of
@@ -41,9 +41,7 @@ _SHORT_ROW = 64  # tokens of a rank
 def main(
     home: Path, spec: TrainSpec, num_steps: int, *, is_dense: bool = False, watch_tensors: bool = False
 ) -> dict[str, float]:
-    """peak_bytes: resident, above what interpreter and libraries held; activation_bytes: the most that tensors took in
-    one more step, above what was there before it.
-    """
+    """The fields of `benchmarks.training.steps.Measured`; `activation_bytes` only with `watch_tensors`."""
     base, device = get_base(home, spec.base), torch.device("cpu")
     run = run_of(spec, base.config)
     mesh = Mesh.build(spec.parallel.sequence, device)
@@ -63,7 +61,7 @@ def main(
     vocab_size, traffic = run.model.vocab_size, mesh.sequence.traffic
     step(_batch(vocab_size, run.num_rows, min(run.row_length, _SHORT_ROW * spec.parallel.sequence)))
     sent = traffic.forward_bytes + traffic.backward_bytes
-    forget_peak()
+    reset_peak()
     batch = _batch(vocab_size, run.num_rows, run.row_length)
     seconds = [step(batch) for _ in range(num_steps)]
     measured = {
@@ -75,7 +73,7 @@ def main(
 
 
 def peak_of_tensors(work: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator had given out during `work` above what it had before."""
+    """The largest number of bytes that torch's allocator had given out during `work`, above that before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as found:
         work()
     events = found.profiler.kineto_results.events()
@@ -94,13 +92,13 @@ if __name__ == "__main__":
     parser.add_argument("home", type=Path)
     parser.add_argument("recipe", type=TrainSpec.model_validate_json)
     parser.add_argument("num_steps", type=int)
-    parser.add_argument("--dense", action="store_true", help="the recipe, but dense attention")
-    parser.add_argument("--tensors", action="store_true", help="one more step, whose tensors are watched")
+    parser.add_argument("--dense", action="store_true", help="dense attention instead of the recipe's")
+    parser.add_argument("--tensors", action="store_true", help="measure the size of all tensors in one more step")
     parser.add_argument("--rendezvous")
     parser.add_argument("--rank", type=int)
     args = parser.parse_args()
     if args.rendezvous:
-        os.environ["LOCAL_RANK"] = str(args.rank)  # DeepSpeed asks for it
+        os.environ["LOCAL_RANK"] = str(args.rank)  # DeepSpeed reads it
         where = f"file://{args.rendezvous}"
         dist.init_process_group("gloo", init_method=where, rank=args.rank, world_size=args.recipe.num_workers)
     measured = main(args.home, args.recipe, args.num_steps, is_dense=args.dense, watch_tensors=args.tensors)

@@ -1,9 +1,9 @@
-"""One rank of one attention layer over a sequence group; prints the bytes that it sends in the forward pass, as JSON.
+"""One rank of one attention layer over a sequence group; prints the bytes that it sends in the forward pass as JSON.
 
     python -m benchmarks.training.workers.traffic RENDEZVOUS RANK NUM_RANKS NUM_TOKENS GROUP_SIZE
 
-A row of bf16, in Llama's shape but smaller: 8 query heads, 4 key-value heads (which split over 2 and 4 ranks, as
-Ulysses needs), 64 wide.
+The row is bf16 with 8 query heads and 4 key-value heads of width 64. Ulysses needs numbers of heads that 2 and 4 ranks
+divide.
 """
 
 from __future__ import annotations

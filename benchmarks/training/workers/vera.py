@@ -1,13 +1,13 @@
-"""Training steps of VeRA, ours and PEFT's, taking turns in one process on the same batches; prints JSON.
+"""Training steps of VeRA, loray's and PEFT's, in turn in one process on the same batches; prints JSON.
 
     python -m benchmarks.training.workers.vera HOME BASE NUM_TOKENS RANK REPEATS
 
-    ours        loray's modules and masters, all bf16 but the fp32 masters
-    peft        PEFT's VeRA as it comes: on a bf16 base its pair and its vectors are fp32
-    peft-bf16   held in bf16, pair and vectors (`autocast_adapter_dtype=False`)
+    ours        loray's modules in bf16 with fp32 masters
+    peft        PEFT's default: on a bf16 base, pair and vectors are fp32
+    peft-bf16   PEFT with pair and vectors in bf16 (`autocast_adapter_dtype=False`)
 
-All linear modules of the base, one row. All three have the same vectors at the start, loss, clipping and AdamW; so
-only the modules differ, and what keeps the trained vectors.
+A batch is one row, and all linear modules of the base are adapted. Initial vectors, loss, clipping and AdamW agree; the
+systems differ in the modules and in how they keep the trained vectors.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from peft import VeraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from loray.advice.estimates import recipe_of
 from loray.bases.registry import BaseModel, get_base
-from loray.spec import LINEAR_MODULES, TrainSpec
+from loray.spec import LINEAR_MODULES, VeraSpec
 from loray.train.data.batches import Batch, collate
 from loray.train.data.examples import pack_rows
 from loray.train.loss import Objective, batch_loss
@@ -37,11 +38,11 @@ from loray.train.strategies import prepare
 
 _RATE = 4e-3  # the paper's for instruction tuning
 
-Step = Callable[[Batch], float]  # → the mean loss before it
+Step = Callable[[Batch], float]  # returns the mean loss before the step
 
 
 def main(home: Path, name: str, num_tokens: int, rank: int, repeats: int) -> dict[str, Any]:
-    """→ for each system: seconds of each step, and losses. The first step of each warms up."""
+    """Seconds and losses of each step, by system. The first step of each warms up and has no seconds."""
     base = get_base(home, name)
     steps = {
         "ours": _ours(base, num_tokens, rank),
@@ -61,17 +62,8 @@ def main(home: Path, name: str, num_tokens: int, rank: int, repeats: int) -> dic
 
 
 def _ours(base: BaseModel, num_tokens: int, rank: int) -> Step:
-    spec = TrainSpec.model_validate(
-        {
-            "name": "bench",
-            "base": base.name,
-            "adapter": {"method": "vera", "rank": rank, "target_modules": LINEAR_MODULES},
-            "data": {"train": "unused", "max_length": num_tokens},
-            "batch": {"rows": 1},
-            "optimizer": {"learning_rate": _RATE},
-            "max_steps": 1,
-        }
-    )
+    adapter = VeraSpec.model_validate({"rank": rank, "target_modules": LINEAR_MODULES})
+    spec = recipe_of(adapter, num_tokens)
     mesh = Mesh.build(1, torch.device("cpu"))
     strategy = prepare(Objective(build_model(base, spec).train()), spec, mesh.world, torch.device("cpu"))
 
@@ -107,7 +99,7 @@ def _pefts(base: BaseModel, rank: int, *, in_bf16: bool) -> Step:
 
 
 def _batch(vocab_size: int, num_tokens: int, seed: int) -> Batch:
-    """Tokens whose frequencies are like those of text, so that there is something to learn."""
+    """One row of tokens with frequencies like those of text, so that the loss can fall."""
     ids = np.random.default_rng(seed).zipf(1.3, num_tokens) % vocab_size
     return collate(pack_rows([(ids, np.ones(num_tokens, np.bool_))]), ((0,),), packed=False)
 

@@ -81,6 +81,11 @@ class AdapterStore:
             shutil.rmtree(temporary, ignore_errors=True)
         return manifest
 
+    def read(self, digest: str, name: str, sha256: str) -> bytes:
+        """The adapter's file `name`, whose SHA-256 the caller checks. IntegrityError where the file is missing."""
+        with _named(digest, name):
+            return self.objects.get(_blob_key(sha256))
+
     def read_range(self, digest: str, name: str, sha256: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of the adapter's file `name`, whose SHA-256 is the caller's to check once it has all.
 

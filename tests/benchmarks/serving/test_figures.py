@@ -35,7 +35,6 @@ from benchmarks.serving.models import RANDOM
 from benchmarks.serving.recorder import EngineStep
 from benchmarks.serving.replay import Record, replay
 from benchmarks.serving.workload import TimedRequest
-from loray.bases.config import ModelConfig
 
 MODEL = ModelSize(layer_weights=100, head_weights=20)
 MACHINE = MachineRates(bandwidth=1000.0, flops=4000.0)
@@ -111,7 +110,7 @@ def test_the_ceiling_is_prompts_and_then_full_steps() -> None:
 
 
 def test_sizes_are_those_of_the_configuration() -> None:
-    size = ModelSize.of(ModelConfig.from_hf(RANDOM["llama3-8b-random"]))
+    size = ModelSize.of(RANDOM["llama3-8b-random"])
     assert size.layer_weights + size.head_weights == 8_030_261_248 - 128256 * 4096 - 65 * 4096
 
 
@@ -128,10 +127,10 @@ def test_rows_are_medians_and_know_their_floors() -> None:
     row = median_row("x", "loray", passes, peak_bytes=1, load_before=0.0, start_s=0.0)
     assert row.latencies.throughput == 20.0
     assert row.spread == (10.0, 30.0)
-    beside = row.beside(MODEL, MACHINE, [(10, 5)] * 4, 2, 0.0)
+    beside = row.with_floors(MODEL, MACHINE, [(10, 5)] * 4, 2, 0.0)
     assert beside.step_ratio == pytest.approx(0.5 / 0.24)
     assert beside.ceiling == pytest.approx(20.0 / most_tokens_per_second(MODEL, MACHINE, [(10, 5)] * 4, 2))
-    assert math.isnan(row.beside(MODEL, MACHINE, [(10, 5)], None, 0.0).ceiling)
+    assert math.isnan(row.with_floors(MODEL, MACHINE, [(10, 5)], None, 0.0).ceiling)
     assert beside.bandwidth == pytest.approx(240 / 0.5 / 1000)
 
 

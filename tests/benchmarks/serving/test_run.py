@@ -230,7 +230,7 @@ def test_cases_share_a_process_and_systems_take_turns(
     results = Results({}, MachineRates(1e9, 1e9), ModelSize.of(library.base.config))
     rows: list[Row] = []
     setting = Setting(library.base, library, folder)
-    run(cases, ("loray", "peft"), setting, results, slo_s=1.0, tell=rows.append)
+    run(cases, ("loray", "peft"), setting, results, slo_s=1.0, on_row=rows.append)
     assert opened == [("loray", 3), ("peft", 3), ("loray", 0)]
     assert [(r.case, r.system) for r in rows] == [
         ("n=3", "loray"), ("two", "loray"), ("n=3", "peft"), ("two", "peft"), ("base", "loray")

@@ -1,4 +1,4 @@
-"""Modules in processes of their own; the caller idles meanwhile."""
+"""Modules run in separate processes, which print their results as JSON; the caller only waits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 
 def run(commands: Sequence[Sequence[str]], num_threads: int | None = None) -> list[dict[str, Any]]:
-    """Modules with arguments, side by side, sharing `num_threads` (default: all cores). → what each prints last.
+    """Run modules with their arguments side by side; returns the JSON object that each prints last.
 
-    Raises SystemExit where one of them fails, with what it said; the others are ended.
+    The processes share `num_threads` (default: all cores). If one fails, the others are killed and SystemExit carries
+    the end of its stderr.
     """
     threads = max(1, (num_threads or os.cpu_count() or 1) // len(commands))
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
@@ -26,7 +27,7 @@ def run(commands: Sequence[Sequence[str]], num_threads: int | None = None) -> li
         return [_result(worker) for worker in workers]
     finally:
         for worker in workers:
-            worker.kill()  # where another one failed: it would wait for that one
+            worker.kill()  # after a failure the other ranks would wait for the failed one
             worker.wait()
 
 
