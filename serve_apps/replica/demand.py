@@ -1,4 +1,4 @@
-"""The demand meter on a replica's requests and its engine."""
+"""Measures the demand on a replica: its requests, and its engine's load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ReplicaDemand:
-    """Of a replica that Serve scales."""
+    """The demand on a replica that Serve scales."""
 
     def __init__(self, spec: ServeSpec, autoscaling: AutoscalingSpec, stream: EngineStream) -> None:
         self._stream, self._pool_bytes = stream, float(spec.pool_bytes)
@@ -32,26 +32,26 @@ class ReplicaDemand:
     async def observed(
         self, request: GenerateRequest, deltas: AsyncGenerator[Delta, None]
     ) -> AsyncGenerator[Delta, None]:
-        """The same deltas, looked at as they pass."""
+        """Passes the deltas on and counts their tokens."""
         params = request.params
-        asked = self._meter.arrived(len(request.prompt_ids), params.max_tokens, request.adapter, time.monotonic())
+        tracked = self._meter.arrived(len(request.prompt_ids), params.max_tokens, request.adapter, time.monotonic())
         try:
             async with aclosing(deltas) as stream:
                 async for delta in stream:
-                    asked.num_output_tokens = delta.num_output_tokens
+                    tracked.num_output_tokens = delta.num_output_tokens
                     yield delta
         except Overloaded:
-            self._meter.refused(asked, time.monotonic())
+            self._meter.refused(tracked, time.monotonic())
             raise
         except LorayError:
-            self._meter.void(asked)
+            self._meter.rejected(tracked)
             raise
         finally:
-            if asked.counted is None:
-                self._meter.finished(asked, time.monotonic())
+            if tracked.counted is None:
+                self._meter.finished(tracked, time.monotonic())
 
     def stats(self) -> dict[str, float]:
-        """Of now, for the autoscaler; called at its intervals."""
+        """The report for the autoscaler, which asks for it at its intervals."""
         now, engine = time.monotonic(), self._stream.stats()
         load = EngineLoad(
             num_running=engine.num_running,

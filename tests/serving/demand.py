@@ -1,4 +1,4 @@
-"""Adapters and reports, made up."""
+"""Made-up adapters and reports."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from loray.serving.demand import Observation
+from loray.serving.routing_report import routing_key
 from loray.spec import AdapterRef
 
 MIB = 1 << 20
@@ -25,7 +26,7 @@ def adapter(number: int, nbytes: int = MIB) -> AdapterRef:
 
 
 def observation(numbers: Iterable[int] = (), **fields: Any) -> Observation:
-    """An old replica with a pool of 10 MiB that has little to do; adapters of 1 MiB by number."""
+    """The report of an old, idle replica with a pool of 10 MiB, and with adapters of 1 MiB by number."""
     known: dict[str, Any] = {
         "age_s": 1000.0,
         "tokens": 0.0,
@@ -33,6 +34,6 @@ def observation(numbers: Iterable[int] = (), **fields: Any) -> Observation:
         "occupied_s": 0.0,
         "kv_byte_s": 0.0,
         "pool_bytes": 10.0 * MIB,
-        "adapters": {adapter(n).digest[:16]: float(MIB) for n in numbers},
+        "adapters": {routing_key(adapter(n).digest): float(MIB) for n in numbers},
     }
     return Observation(**known | fields)

@@ -1,10 +1,11 @@
-"""What a replica measures: tokens asked for, capacity under saturation, the adapters in demand."""
+"""What a replica measures: tokens asked for, capacity while saturated, the adapters in demand."""
 
 from __future__ import annotations
 
 import pytest
 
-from loray.serving.demand import MAX_KEYS, Asked, DemandMeter, EngineLoad, Observation, adapter_rank
+from loray.serving.demand import MAX_KEYS, DemandMeter, EngineLoad, Observation, TrackedRequest, adapter_rank
+from loray.serving.routing_report import routing_key
 from loray.spec import AdapterBytes, AdapterRef
 from tests.serving.demand import adapter
 
@@ -25,13 +26,13 @@ class Meter:
     def _size(self, ref: AdapterRef) -> AdapterBytes:
         return self.sizes.get(ref.digest, AdapterBytes(ref.nbytes))
 
-    def ask(self, prompt: int = 10, max_tokens: int = 100, ref: AdapterRef | None = None) -> Asked:
+    def ask(self, prompt: int = 10, max_tokens: int = 100, ref: AdapterRef | None = None) -> TrackedRequest:
         return self.meter.arrived(prompt, max_tokens, ref, self.now)
 
     def answer(self, prompt: int = 10, output: int = 20, ref: AdapterRef | None = None) -> None:
-        asked = self.ask(prompt, output, ref)
-        asked.num_output_tokens = output
-        self.meter.finished(asked, self.now)
+        request = self.ask(prompt, output, ref)
+        request.num_output_tokens = output
+        self.meter.finished(request, self.now)
 
     def observe(self) -> Observation:
         return self.meter.observe(self.now)
@@ -50,7 +51,7 @@ def test_a_request_is_demand_for_a_window_from_its_arrival() -> None:
 
 
 def test_what_waits_and_what_is_refused_is_demand_too() -> None:
-    """The engine manages nothing more, and the demand grows with every request that comes."""
+    """A saturated engine computes no more, but demand grows with every request."""
     m = Meter()
     m.answer(10, 20)
     waiting = [m.ask(10, 100) for _ in range(3)]
@@ -62,7 +63,7 @@ def test_what_waits_and_what_is_refused_is_demand_too() -> None:
 
 
 def test_requests_that_are_refused_again_and_again_are_no_more_demand() -> None:
-    """Five clients that come back every second and a bit, for two windows."""
+    """Five clients retry every 1.2 seconds, for two windows."""
     m = Meter()
     m.answer(10, 20)
     m.now += WINDOW_S
@@ -85,18 +86,18 @@ def test_an_old_request_counts_with_what_is_left_of_it() -> None:
     m.now += WINDOW_S + 1
     assert m.observe().tokens == (10 + 20) + (20 - 5)
     m.meter.finished(running, m.now)
-    m.meter.void(waiting)
+    m.meter.rejected(waiting)
     assert m.observe().tokens == 0
 
 
 def test_what_could_not_have_run_is_no_demand() -> None:
     m = Meter()
-    m.meter.void(m.ask(500, 100))
+    m.meter.rejected(m.ask(500, 100))
     assert m.observe().tokens == 0
 
 
 def test_requests_that_move_to_another_replica_leave_the_sum_as_it_was() -> None:
-    """Ten requests a second; after 20 s every second one goes to a replica that has just started."""
+    """Ten requests per second; after 20 s every second one goes to a new replica."""
     old, new = Meter(), Meter()
     sums = []
     for step in range(400):
@@ -170,10 +171,11 @@ def test_the_working_set_is_what_was_asked_for_in_the_window() -> None:
     m.now += 6
     m.answer(ref=c)
     m.answer(ref=None)
-    m.sizes[c.digest] = AdapterBytes(64)  # it has been loaded: what it takes in the pool is known
-    assert m.observe().adapters == {a.digest[:16]: 100, b.digest[:16]: 100, c.digest[:16]: 64}
+    m.sizes[c.digest] = AdapterBytes(64)  # it has been loaded, so its size in the pool is known
+    key_a, key_b, key_c = (routing_key(ref.digest) for ref in (a, b, c))
+    assert m.observe().adapters == {key_a: 100, key_b: 100, key_c: 64}
     m.now += 5
-    assert set(m.observe().adapters) == {b.digest[:16], c.digest[:16]}  # b's request is still under way
+    assert set(m.observe().adapters) == {key_b, key_c}  # b's request is still under way
     m.meter.finished(long, m.now)
     m.now += 11
     assert m.observe().adapters == {}
@@ -186,7 +188,7 @@ def test_a_pair_that_adapters_share_is_named_once() -> None:
         m.sizes[adapter(i).digest] = AdapterBytes(10, (pair, 500))
         m.answer(ref=adapter(i))
     seen = m.observe()
-    assert seen.pairs == {pair[:16]: 500}
+    assert seen.pairs == {routing_key(pair): 500}
     assert set(seen.adapters.values()) == {10}
     assert Observation.from_stats(seen.to_stats()) == seen
 
@@ -198,7 +200,7 @@ def test_of_many_adapters_those_are_named_that_every_replica_would_name() -> Non
         m.answer(ref=ref)
     seen = m.observe()
     assert len(seen.adapters) == MAX_KEYS
-    assert set(seen.adapters) == {r.digest[:16] for r in refs if adapter_rank(r.digest) < seen.sample}
+    assert set(seen.adapters) == {routing_key(r.digest) for r in refs if adapter_rank(r.digest) < seen.sample}
     assert len(seen.adapters) / seen.sample == pytest.approx(len(refs), rel=0.2)
 
 

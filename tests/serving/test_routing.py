@@ -1,4 +1,4 @@
-"""Routing by adapter: rank, bounds, memory, and what is left of it without statistics."""
+"""Routing by adapter: order, bounds, memory, and decisions without reports."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_holder_is_passed_over_only_for_a_load(among: list[ReplicaView], adapt
 
 
 def is_crowded(replica: ReplicaView, free: Sequence[ReplicaView]) -> bool:
-    """It holds more than its share of adapters."""
+    """Whether it holds more than its share of adapters."""
     held = {r.id: len(r.in_pool) + len(r.on_host) if r.age_s < POLICY.max_age_s else 0 for r in free}
     return held[replica.id] >= POLICY.bound(held.values())
 
@@ -106,7 +106,7 @@ def test_a_replica_that_leaves_moves_its_own_adapters_alone(n: int, data: st.Dat
 
 
 def test_the_hash_is_the_same_in_every_process() -> None:
-    """Were it not, gateways would disagree, and a restart would move every adapter."""
+    """Otherwise gateways would disagree, and a restart would move every adapter."""
     assert hash_order(ADAPTERS[0], replicas(4)) == ["r1", "r3", "r2", "r0"]
 
 
@@ -129,7 +129,7 @@ def test_requests_for_the_base_spread_over_idle_replicas() -> None:
 
 def test_pool_then_host_then_recently_sent_then_hash() -> None:
     among, adapter = replicas(4), ADAPTERS[0]
-    pool, host, recent, home = reversed(hash_order(adapter, among))  # each against the hash's order
+    pool, host, recent, home = reversed(hash_order(adapter, among))  # the reverse of the hash's order
     routing = Routing(POLICY)
     routing.sent(Candidate(recent, "overflow"), adapter, now=0.0)
     held = {pool: {"in_pool": frozenset({adapter})}, host: {"on_host": frozenset({adapter})}}
@@ -187,7 +187,7 @@ def test_a_replica_that_has_failed_is_the_last_resort() -> None:
 
 
 def simulate(num_replicas: int, requests: Sequence[str], *, at_once: int) -> tuple[Routing, dict[str, Counter[str]]]:
-    """Requests one after the other, of which `at_once` are under way. Returns who served what how often."""
+    """Routes the requests in turn while `at_once` are under way. Returns replica → adapter → number of requests."""
     routing, under_way = Routing(POLICY), list[str]()
     served: dict[str, Counter[str]] = {r.id: Counter() for r in replicas(num_replicas)}
     for now, adapter in enumerate(requests):
@@ -215,7 +215,7 @@ def test_a_hot_adapter_has_as_many_homes_as_it_needs() -> None:
 
 
 def test_a_hot_adapter_leaves_the_others_where_they_are() -> None:
-    """An adapter whose home is crowded out by another's requests moves to a second one, and stays there."""
+    """An adapter whose replica is full of another adapter's requests moves to a second replica, and stays there."""
     hot, cold = ADAPTERS[0], ADAPTERS[1:20]
     traffic = [adapter for i in range(300) for adapter in (hot, hot, hot, cold[i % len(cold)])]
     _, served = simulate(4, traffic, at_once=24)
@@ -227,7 +227,7 @@ def test_a_hot_adapter_leaves_the_others_where_they_are() -> None:
 
 @pytest.mark.parametrize("reported", [False, True])
 def test_twenty_adapters_balance_over_two_replicas(reported: bool) -> None:
-    """By chance alone (binomial), one of two replicas would get five or fewer of twenty in 4 % of cases."""
+    """With binomial chance alone, one of two replicas would get five or fewer of twenty in 4 % of cases."""
     for trial in range(200):
         names = [f"{trial}-{i}" for i in range(2)]
         routing = Routing(POLICY)
@@ -243,7 +243,7 @@ def test_twenty_adapters_balance_over_two_replicas(reported: bool) -> None:
 
 
 def test_a_replica_that_joins_takes_its_share_of_what_a_pool_has_no_room_for() -> None:
-    """Twelve adapters in turn, at a replica whose pool holds eight: the least recently used are on its host."""
+    """Twelve adapters in turn on a replica whose pool holds eight; the least recently used are on its host."""
     routing = Routing(POLICY)
     used: dict[str, list[str]] = {"old": ADAPTERS[:12], "new": []}
     where: list[str] = []

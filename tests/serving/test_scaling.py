@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.serving.demand import DemandMeter, Observation
+from loray.serving.routing_report import routing_key
 from loray.serving.scaling import Decision, ScalingState, decide
 from loray.spec import AdapterBytes, AutoscalingSpec
 from tests.serving.demand import MIB, adapter, observation
@@ -64,12 +65,12 @@ def test_kv_cache_takes_its_share_of_the_pools() -> None:
 def test_an_adapter_that_is_hot_on_many_replicas_needs_to_fit_once() -> None:
     assert at_once([observation(range(6))] * 5, 5).target == 1
     partitioned = [observation(range(6 * i, 6 * i + 6)) for i in range(5)]
-    assert at_once(partitioned, 5).target == 5  # 30 MiB in pools of 8: 4, and no margin to let one go
+    assert at_once(partitioned, 5).target == 5  # 30 MiB in pools of 8: 4, without the margin that removing one needs
     assert at_once(partitioned, 1).target == 4
 
 
 def test_a_shared_pair_needs_to_fit_once() -> None:
-    pair = {adapter(100).digest[:16]: 4.0 * MIB}
+    pair = {routing_key(adapter(100).digest): 4.0 * MIB}
     decision = at_once([observation(range(2), pairs=pair), observation(range(2, 4), pairs=pair)], 2)
     assert "working set 8.0 MiB of 4 adapters needs 1 replica" in decision.reason
 
@@ -109,7 +110,7 @@ def test_a_young_deployment_is_measured_over_its_own_age() -> None:
     num_silent=st.integers(0, 3),
     state=st.builds(
         ScalingState,
-        wish=st.sampled_from(["more", "fewer", "none"]),
+        direction=st.sampled_from(["up", "down", "none"]),
         since=st.floats(0, NOW),
         most=st.integers(1, 8),
         changed_at=st.none() | st.floats(0, NOW),
@@ -169,11 +170,11 @@ class Run:
 
 
 def wide(num_adapters: int) -> Callable[[int], Observations]:
-    """That many adapters, partitioned over the replicas."""
+    """`num_adapters` adapters, partitioned over the replicas."""
     return cache(lambda n: [observation(range(i, num_adapters, n)) for i in range(n)])
 
 
-def test_a_wish_must_persist() -> None:
+def test_demand_must_persist_before_the_number_changes() -> None:
     run = Run()
     for _ in range(5):
         run.go(9, wide(20))
@@ -183,10 +184,10 @@ def test_a_wish_must_persist() -> None:
     assert run.changes == [(60, 3)]
 
 
-def test_fewer_replicas_after_the_delay_and_never_fewer_than_was_wished_meanwhile() -> None:
+def test_fewer_replicas_after_the_delay_and_never_fewer_than_demand_asked_for_meanwhile() -> None:
     run = Run(target=5)
     run.go(100, wide(3))
-    run.go(10, wide(20))  # still wishes for fewer: 3
+    run.go(10, wide(20))  # still asks for fewer: 3
     run.go(100, wide(3))
     assert run.changes[0] == (120, 3)
 
@@ -200,7 +201,7 @@ def test_one_goes_only_where_the_others_keep_a_margin() -> None:
 
 
 def test_a_whole_window_is_seen_before_one_goes() -> None:
-    """What went with a replica has to show up with the others first."""
+    """The demand of a removed replica must first reach the others."""
     run = Run(target=4, spec=AT_ONCE)
     run.go(1, wide(17))
     assert run.changes == [(0, 3)]
@@ -232,7 +233,7 @@ def test_constant_demand_ends_in_one_number_of_replicas(num_adapters: int, rate:
 
 
 def test_requests_that_spread_over_a_new_replica_do_not_call_for_another() -> None:
-    """Real meters: 1.5 replicas' worth of tokens, evenly over those there are; a new one takes 20 s to come up."""
+    """Real meters measure the load of 1.5 replicas, spread evenly. A new replica takes 20 s to start."""
     spec = SPEC.model_copy(update={"downscale_delay_s": 20.0})
     meters = [meter(0.0)]
     target, state, changes, waits = 1, ScalingState(), [], 0
@@ -245,9 +246,9 @@ def test_requests_that_spread_over_a_new_replica_do_not_call_for_another() -> No
                 waits = 0
         for i in range(15):
             m = meters[i % len(meters)]
-            asked = m.arrived(60, 40, adapter(i % 8), now)
-            asked.num_output_tokens = 40
-            m.finished(asked, now)
+            request = m.arrived(60, 40, adapter(i % 8), now)
+            request.num_output_tokens = 40
+            m.finished(request, now)
         seen = [replace(m.observe(now), capacity=1000.0) for m in meters]
         decision = decide(seen, spec, state, target=target, now=now)
         state = decision.state
@@ -272,7 +273,7 @@ def test_nobody_has_reported() -> None:
 
 
 def test_none_goes_while_one_is_silent() -> None:
-    """It may have everything to do, and the other one nothing: requests are routed by adapter."""
+    """The silent one may have all the load and the other none, because requests are routed by adapter."""
     decision = at_once([observation(), None], 2)
     assert decision.target == 2
     assert decision.reason.endswith("; 1 of 2 replicas are silent, so none goes")
@@ -284,7 +285,7 @@ def test_a_silent_replica_is_no_reason_for_another_one() -> None:
     assert at_once([seen, None], 2).target == 2
 
 
-def test_a_wish_does_not_outlive_a_time_without_reports() -> None:
+def test_the_delay_begins_again_after_a_time_without_reports() -> None:
     run = Run()
     run.go(9, wide(20))
     run.go(1, lambda n: [None] * n)

@@ -1,11 +1,12 @@
-"""What one replica measures for the autoscaler, over a sliding window of its own requests.
+"""Demand that one replica measures for the autoscaler, over a sliding window of its requests.
 
-Only what happens here is measured, and as sums over the window, not as rates: a request counts at one replica, so when
-requests move to a replica that joins, the sum over all replicas stays what it was.
+Values are sums over the window, not rates. A request counts at one replica, so the sum over all replicas does not
+change when requests move to a new replica.
 
-A request counts when it comes, with the tokens that it asks for: its prompt, and the output that is to be expected
-(the running mean, at most its max_tokens) until it has ended and the true number is known. So demand is what is asked
-for, not what is managed: waiting and refused requests count as well, those refused once however often they come back.
+A request counts when it arrives, with the tokens that it asks for: its prompt and its expected output, which is the
+running mean of outputs, at most max_tokens; once it has ended, the true number replaces the expected one. So demand is
+what clients ask for, not what the replica computes: waiting and refused requests count too. A request that is refused
+and sent again counts once.
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ from dataclasses import dataclass, field
 from heapq import nsmallest
 from typing import NamedTuple
 
+from loray.serving.routing_report import routing_key
 from loray.spec import AdapterBytes, AdapterRef
 
-MAX_KEYS = 256  # each is a time series of its own in Ray's reports
-_KEY_DIGITS = 16  # of an adapter's digest: unique among millions
+MAX_KEYS = 256  # of adapters in one report: each is a time series in Ray
 _ADAPTER, _PAIR = "adapter:", "pair:"
 _MIN_SATURATED_S = 1.0
-_MEAN_OVER = 50  # requests, of the running mean of outputs
+_MEAN_OVER = 50  # requests, for the running mean of outputs
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
     """One replica's report. Sums are over the last min(age_s, window) seconds.
 
-    `tokens`: asked for. `capacity`: tokens/s that it manages, None until it was saturated for a second. `occupied_s`:
-    seconds times requests under way, in batches of max_num_seqs. `kv_byte_s`: seconds times bytes of KV cache.
-    `adapters`: bytes of the pool by key, of the adapters in demand whose `adapter_rank` is below `sample`: all of
-    them where `sample` is 1. `pairs`: of all VeRA pairs that adapters in demand share; there are few.
+    tokens      asked for
+    capacity    tokens per second while saturated; None until the replica was saturated for a second
+    occupied_s  integral of requests under way over time, in batches of max_num_seqs
+    kv_byte_s   integral of the KV cache's bytes over time
+    adapters    routing key → bytes in the pool, of the adapters in demand whose `adapter_rank` is below `sample`; with
+                a `sample` of 1, of all adapters in demand
+    pairs       key → bytes, of all VeRA pairs that adapters in demand share
     """
 
     age_s: float
@@ -46,7 +50,7 @@ class Observation:
     pairs: Mapping[str, float] = field(default_factory=dict)
 
     def to_stats(self) -> dict[str, float]:
-        """As Ray Serve carries it: numbers by name."""
+        """The report as Ray Serve transports it: numbers by name."""
         return {
             "age_s": self.age_s,
             "tokens": self.tokens,
@@ -61,7 +65,7 @@ class Observation:
 
     @classmethod
     def from_stats(cls, stats: Mapping[str, float]) -> Observation:
-        """KeyError where a number is missing."""
+        """Inverse of `to_stats`. KeyError if a number is missing."""
         return cls(
             age_s=stats["age_s"],
             tokens=stats["tokens"],
@@ -76,12 +80,12 @@ class Observation:
 
 
 def adapter_rank(key: str) -> float:
-    """Of a digest or the beginning of one: uniform in [0, 1), the same at every replica."""
+    """Maps a digest, or its routing key, to a number in [0, 1): uniformly, and equally on every replica."""
     return int(key[:13], 16) / 16**13
 
 
 class EngineLoad(NamedTuple):
-    """A moment of the engine. `num_tokens`: prompt and output tokens computed since its start."""
+    """The engine's load at one moment. `num_tokens`: prompt and output tokens computed since its start."""
 
     num_running: int
     num_waiting: int
@@ -91,8 +95,8 @@ class EngineLoad(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
-    """A request as the meter sees it. `counted`: its tokens, once they are settled."""
+class TrackedRequest:
+    """A request in the meter. `counted`: its final number of tokens; None until the request has ended."""
 
     at: float
     num_prompt_tokens: int
@@ -110,14 +114,14 @@ class _Sample(NamedTuple):
 
 
 class _Refused(NamedTuple):
-    """In the second that begins at `at`."""
+    """Tokens of the requests refused in the second that begins at `at`."""
 
     at: float
     tokens: float
 
 
 class DemandMeter:
-    """Called from one event loop, with times in seconds of one clock that only goes forward."""
+    """Measures demand. All calls come from one event loop, with times in seconds of one monotonic clock."""
 
     def __init__(
         self,
@@ -131,98 +135,100 @@ class DemandMeter:
         self._window_s, self._max_num_seqs, self._pool_bytes = window_s, max_num_seqs, pool_bytes
         self._adapter_bytes = adapter_bytes
         self._started = now
-        self._window: deque[Asked] = deque()
-        self._counted = 0.0  # tokens of the settled requests in the window
+        self._window: deque[TrackedRequest] = deque()
+        self._counted = 0.0  # tokens of the ended requests in the window
         self._refused: deque[_Refused] = deque()
-        self._open: set[Asked] = set()
+        self._open: set[TrackedRequest] = set()
         self._mean_output: float | None = None
-        self._adapters: OrderedDict[str, tuple[float, AdapterRef]] = OrderedDict()  # last demanded, oldest first
+        self._adapters: OrderedDict[str, tuple[float, AdapterRef]] = OrderedDict()  # with the last use, oldest first
         self._last: tuple[float, EngineLoad] | None = None
         self._samples: deque[_Sample] = deque()
         self._saturated_s = self._saturated_tokens = 0.0
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def arrived(self, num_prompt_tokens: int, max_tokens: int, adapter: AdapterRef | None, now: float) -> Asked:
-        asked = Asked(now, num_prompt_tokens, max_tokens, adapter)
-        self._window.append(asked)
-        self._open.add(asked)
-        self._want(adapter, now)
+    def arrived(
+        self, num_prompt_tokens: int, max_tokens: int, adapter: AdapterRef | None, now: float
+    ) -> TrackedRequest:
+        request = TrackedRequest(now, num_prompt_tokens, max_tokens, adapter)
+        self._window.append(request)
+        self._open.add(request)
+        self._mark_in_demand(adapter, now)
         self._expire(now)
-        return asked
+        return request
 
-    def finished(self, asked: Asked, now: float) -> None:
-        """It ran to its end, or its caller left: what has come is what it took."""
-        if asked.num_output_tokens:
-            mean, n = self._mean_output, asked.num_output_tokens
+    def finished(self, request: TrackedRequest, now: float) -> None:
+        """The request ran to its end, or its client disconnected. It counts with the tokens that it has received."""
+        if request.num_output_tokens:
+            mean, n = self._mean_output, request.num_output_tokens
             self._mean_output = n if mean is None else mean + (n - mean) / _MEAN_OVER
-        self._want(asked.adapter, now)
-        self._settle(asked, asked.num_prompt_tokens + asked.num_output_tokens)
+        self._mark_in_demand(request.adapter, now)
+        self._close(request, request.num_prompt_tokens + request.num_output_tokens)
 
-    def refused(self, asked: Asked, now: float) -> None:
-        """There was no room for it: demand all the same.
+    def refused(self, request: TrackedRequest, now: float) -> None:
+        """The replica was overloaded. The request is demand nevertheless.
 
-        Who is refused comes back, after a second at the earliest, and nobody says that it is the same request. So only
-        that second of the window counts in which the most was refused.
+        A refused client retries after at least a second, and its retry cannot be recognised. So of all seconds in the
+        window only the one with the most refused tokens counts.
         """
-        self._settle(asked, 0)
-        tokens, second = asked.num_prompt_tokens + self._expected_output(asked), float(int(now))
+        self._close(request, 0)
+        tokens, second = request.num_prompt_tokens + self._expected_output(request), float(int(now))
         if self._refused and self._refused[-1].at == second:
             tokens += self._refused.pop().tokens
         self._refused.append(_Refused(second, tokens))
 
-    def void(self, asked: Asked) -> None:
-        """It could not have run anywhere: no demand for tokens."""
-        self._settle(asked, asked.num_output_tokens)
+    def rejected(self, request: TrackedRequest) -> None:
+        """No replica could have run the request. It is no demand for tokens."""
+        self._close(request, request.num_output_tokens)
 
-    def _settle(self, asked: Asked, num_tokens: float) -> None:
-        self._open.discard(asked)
-        asked.counted = num_tokens
-        if asked.in_window:
+    def _close(self, request: TrackedRequest, num_tokens: float) -> None:
+        self._open.discard(request)
+        request.counted = num_tokens
+        if request.in_window:
             self._counted += num_tokens
 
-    def _want(self, adapter: AdapterRef | None, now: float) -> None:
+    def _mark_in_demand(self, adapter: AdapterRef | None, now: float) -> None:
         if adapter is not None:
             self._adapters[adapter.digest] = (now, adapter)
             self._adapters.move_to_end(adapter.digest)
 
-    def _expected_output(self, asked: Asked) -> float:
-        """In all; what has come at least."""
-        return max(asked.num_output_tokens, min(self._mean_output or 0.0, asked.max_tokens))
+    def _expected_output(self, request: TrackedRequest) -> float:
+        """Expected output tokens in total, at least those received so far."""
+        return max(request.num_output_tokens, min(self._mean_output or 0.0, request.max_tokens))
 
     # -- the engine ---------------------------------------------------------------------------------------------------
 
     def sample(self, load: EngineLoad, now: float) -> None:
-        """Called at intervals, as regular as may be."""
+        """Takes a sample. Called at roughly regular intervals."""
         last, self._last = self._last, (now, load)
         if last is None or now <= last[0]:
             return
         duration_s = now - last[0]
         self._samples.append(_Sample(now, duration_s, load))
         if self._is_saturated(last[1]) and self._is_saturated(load):
-            # What was measured counts half after another window of saturation: the mix of requests changes.
+            # The mix of requests changes: after another window of saturation, an earlier measurement counts half.
             kept = 0.5 ** (duration_s / self._window_s)
             self._saturated_s = kept * self._saturated_s + duration_s
             self._saturated_tokens = kept * self._saturated_tokens + load.num_tokens - last[1].num_tokens
 
     def _is_saturated(self, load: EngineLoad) -> bool:
-        """The batch is full, or requests wait for more than their adapters."""
+        """The batch is full, or requests wait for something other than the loading of their adapters."""
         return load.num_running >= self._max_num_seqs or (load.num_waiting > 0 and load.num_loading == 0)
 
     @property
     def capacity(self) -> float | None:
-        """Tokens/s of prompt and output while saturated; None until that has been seen."""
+        """Prompt and output tokens per second while saturated; None until that was measured for a second."""
         return self._saturated_tokens / self._saturated_s if self._saturated_s >= _MIN_SATURATED_S else None
 
     # -- report -------------------------------------------------------------------------------------------------------
 
     def observe(self, now: float) -> Observation:
         self._expire(now)
-        for asked in self._open:
-            self._want(asked.adapter, now)
+        for request in self._open:
+            self._mark_in_demand(request.adapter, now)
         sizes = {digest: self._adapter_bytes(ref) for digest, (_, ref) in self._adapters.items()}
-        keys = nsmallest(MAX_KEYS + 1, sizes)
-        sample = 1.0 if len(keys) <= MAX_KEYS else adapter_rank(keys.pop())
+        digests = nsmallest(MAX_KEYS + 1, sizes)
+        sample = 1.0 if len(digests) <= MAX_KEYS else adapter_rank(digests.pop())
         return Observation(
             age_s=now - self._started,
             tokens=self._counted
@@ -233,24 +239,24 @@ class DemandMeter:
             / self._max_num_seqs,
             kv_byte_s=sum(s.duration_s * s.load.kv_bytes for s in self._samples),
             pool_bytes=self._pool_bytes,
-            adapters={key[:_KEY_DIGITS]: sizes[key].own for key in keys},
+            adapters={routing_key(digest): sizes[digest].own for digest in digests},
             sample=sample,
-            pairs={size.pair[0][:_KEY_DIGITS]: size.pair[1] for size in sizes.values() if size.pair},
+            pairs={routing_key(size.pair[0]): size.pair[1] for size in sizes.values() if size.pair},
         )
 
-    def _open_tokens(self, asked: Asked) -> float:
-        """Of an older request, what is still to be done."""
-        output = self._expected_output(asked)
-        if asked.in_window:
-            return asked.num_prompt_tokens + output
-        return output - asked.num_output_tokens + (0 if asked.num_output_tokens else asked.num_prompt_tokens)
+    def _open_tokens(self, request: TrackedRequest) -> float:
+        """Tokens of a request under way; if it arrived before the window, only those not yet computed."""
+        output = self._expected_output(request)
+        if request.in_window:
+            return request.num_prompt_tokens + output
+        return output - request.num_output_tokens + (0 if request.num_output_tokens else request.num_prompt_tokens)
 
     def _expire(self, now: float) -> None:
         begin = now - self._window_s
         while self._window and self._window[0].at <= begin:
-            asked = self._window.popleft()
-            asked.in_window = False
-            self._counted -= asked.counted or 0.0
+            request = self._window.popleft()
+            request.in_window = False
+            self._counted -= request.counted or 0.0
         while self._refused and self._refused[0].at <= begin:
             self._refused.popleft()
         while self._samples and self._samples[0].at <= begin:

@@ -1,19 +1,20 @@
-"""Which replica serves a request: where its adapter is, as long as that replica is not asked for too much.
+"""Routing: a request goes to a replica that holds its adapter, unless that replica has too much load.
 
-For an adapter, in this order: replicas that hold it in the pool, that hold it on the host, to which this router has
-just sent it, and the rest. Within each step, by rendezvous hash of adapter × replica, so that every router makes the
-same choice, a replica that joins or leaves moves only its own adapters, and a second home is as stable as the first.
+The order for an adapter: replicas that hold it in the pool, replicas that hold it on the host, replicas to which this
+router has just sent it, all others. Within each group, replicas are ordered by the rendezvous hash of adapter and
+replica. So every router makes the same choice, a replica that joins or leaves moves only the adapters placed on it, and
+the second choice for an adapter is as stable as the first.
 
     D. Thaler, C. Ravishankar: Using name-based mappings to increase hit rates. IEEE/ACM Trans. Networking 6(1), 1998
 
-Two loads are bounded, each by c times its mean: a replica with too many requests is passed over, so that a hot adapter
-has as many homes as it needs and falls back to fewer afterwards; and one with too many adapters gets no new ones and
-loses those that its pool has no room for, so that a replica that joins takes its share of them.
+Two loads of a replica are bounded, each by c times the mean. A replica with too many requests is skipped, so an adapter
+in high demand spreads over as many replicas as it needs, and over fewer afterwards. A replica with too many adapters
+gets no new ones and loses those that do not fit into its pool, so a new replica takes its share of them.
 
     V. Mirrokni, M. Thorup, M. Zadimoghaddam: Consistent hashing with bounded loads. SODA 2018, arXiv:1608.01350
 
-What is known of the replicas may be missing or old. Without it the hash alone decides, and it still is right for most
-adapters, because it was the hash that placed them. Requests for the base go where there is least to do.
+Reports of the replicas may be missing or old. Without them the hash decides, which is right for most adapters, because
+the hash placed them. Requests for the base go to the replica with the lowest load.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ _NOT_HELD = len(_TIERS)
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A replica as a router sees it. `in_pool` and `on_host` hold adapters' keys, reported `age_s` seconds ago.
+    """A replica as a router knows it.
 
-    `load` is the number of requests that it has, `limit` how many it takes; `suspect`: it has just failed a request.
+    load              number of requests on it
+    limit             number of requests that it accepts
+    in_pool, on_host  routing keys of the adapters that it holds, as reported `age_s` seconds ago
+    suspect           whether it has just failed a request
     """
 
     id: str
@@ -54,10 +58,14 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RoutingPolicy:
-    """`factor` is the paper's c. `floor`: requests that a replica may have in any case: a second one costs less than a
-    second home for its adapter, and with more, few requests at once would all wait for one replica while others idle.
+    """Parameters of the routing.
 
-    A report older than `max_age_s` counts for nothing; what was sent to a replica is remembered for `recent_s`.
+    factor     the paper's c
+    floor      number of requests that a replica may have in any case. A second request on a replica costs less than
+               loading its adapter on another one; with a higher floor, few concurrent requests would all wait for one
+               replica while others are idle
+    max_age_s  reports that are older are ignored
+    recent_s   how long the router remembers which adapter it sent to a replica
     """
 
     factor: float = 1.25
@@ -66,21 +74,21 @@ class RoutingPolicy:
     recent_s: float = 30.0
 
     def bound(self, loads: Collection[int], floor: int = 0) -> int:
-        """What one of these may have, with the one that comes: ⌈c (m + 1) / n⌉. Always more than the mean."""
+        """The upper bound of each of n loads with sum m once one more is added: ⌈c (m + 1) / n⌉, at least `floor`."""
         return max(ceil(self.factor * (sum(loads) + 1) / len(loads)), floor)
 
 
 class Routing:
-    """One router's decisions and what it remembers. Times are seconds of any clock that only goes forward."""
+    """One router's decisions and memory. Times are seconds of any monotonic clock."""
 
     def __init__(self, policy: RoutingPolicy | None = None) -> None:
         self.policy = policy or RoutingPolicy()
-        self._recent: dict[str, OrderedDict[str, float]] = {}  # replica → adapter → when, oldest first
+        self._recent: dict[str, OrderedDict[str, float]] = {}  # replica → adapter → time, oldest first
 
     def rank(
         self, replicas: Sequence[ReplicaView], adapter: str | None, *, now: float, tie: str = ""
     ) -> list[Candidate]:
-        """Every replica once, best first. `adapter` None: the base, spread by `tie` where loads are equal."""
+        """Every replica once, best first. `adapter` None is the base, for which `tie` decides between equal loads."""
         self._expire(now)
         free = [r for r in replicas if not r.suspect and r.load < r.limit]
         last_resort = [r for r in replicas if r.suspect or r.load >= r.limit]
@@ -102,19 +110,19 @@ class Routing:
             key=lambda r: (_preference(tiers[r.id], held[r.id] >= max_held), ranks[r.id]),
         )
         spilled = any(r.load >= max_load and tiers[r.id] != _NOT_HELD for r in free)
-        home = min(free, key=lambda r: ranks[r.id])
+        first_by_hash = min(free, key=lambda r: ranks[r.id])
         elsewhere: Reason = "overflow"
 
         def reason(r: ReplicaView) -> Reason:
             if tiers[r.id] != _NOT_HELD:
                 return _TIERS[tiers[r.id]]
-            return "hash" if r is home and not spilled else elsewhere
+            return "hash" if r is first_by_hash and not spilled else elsewhere
 
         beyond = [r for r in least_loaded if r.load >= max_load] + last_resort
         return [Candidate(r.id, reason(r)) for r in within] + [Candidate(r.id, elsewhere) for r in beyond]
 
     def sent(self, candidate: Candidate, adapter: str | None, *, now: float) -> None:
-        """A request was sent there: it will hold the adapter, whether or not it has said so by the next request."""
+        """A request was sent to the candidate, which will hold the adapter even before it reports so."""
         if adapter is None or candidate.reason in ("pool", "host"):
             return
         recent = self._recent.setdefault(candidate.replica, OrderedDict())
@@ -122,12 +130,12 @@ class Routing:
         recent.move_to_end(adapter)
 
     def reported(self, replica: str, adapters: Collection[str]) -> None:
-        """The replica says that it holds these: from now on its reports tell when they are gone."""
+        """The replica reports that it holds these adapters. From now on only its reports count for them."""
         for adapter in [a for a in self._recent.get(replica, ()) if a in adapters]:
             del self._recent[replica][adapter]
 
     def retain(self, replicas: Collection[str]) -> None:
-        """Forget what was sent to others than these: they are gone."""
+        """Forgets what was sent to replicas other than these, which no longer exist."""
         self._recent = {replica: recent for replica, recent in self._recent.items() if replica in replicas}
 
     def _tier(self, replica: ReplicaView, adapter: str) -> int:
@@ -150,12 +158,12 @@ class Routing:
 
 
 def _preference(tier: int, crowded: bool) -> int:
-    """Smaller is better. `crowded`: the replica holds too many adapters."""
+    """Sort key of a replica; smaller is better. `crowded`: it holds too many adapters."""
     if tier == _TIERS.index("host") and crowded:
         return _NOT_HELD + 1
     return tier if tier != _NOT_HELD else _NOT_HELD + 2 * crowded
 
 
 def _weight(key: str, replica: str) -> int:
-    """The same in every process and Python, unlike `hash`."""
+    """The rendezvous hash. Unlike `hash`, it is the same in every process."""
     return int.from_bytes(blake2b(f"{key}\0{replica}".encode(), digest_size=8).digest(), "big")

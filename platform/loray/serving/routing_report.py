@@ -1,9 +1,10 @@
-"""What a replica tells the routers: the adapters that it holds. Small, because every change goes to every router.
+"""A replica's report to the routers: the adapters that it holds. It is small: every change is sent to every router.
 
-Adapters by the first 64 bits of their digest: where two agree, a request goes to the wrong replica and is served
-there. In one string for each tier: a list of thousands would be pickled, hashed and compared item by item, every time.
+An adapter is named by the first 64 bits of its digest. If two adapters collide, a request goes to the wrong replica,
+which serves it all the same. Each tier is one string, because a list of thousands would be pickled, hashed and compared
+item by item every time.
 
-The number of requests is not in it. It changes all the time, and Serve tells a router with each answer.
+The number of requests is not part of the report: it changes constantly, and Serve sends it with each response.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ _BEAT_S = 10.0
 
 
 def routing_key(digest: str) -> str:
+    """The first 16 hex digits of a digest, which are unique among millions of adapters."""
     return digest[:_KEY]
 
 
 class RoutingStats(TypedDict):
-    """A report as Ray Serve carries it. `pool` and `host`: routing keys in one string."""
+    """A report as Ray Serve transports it. `pool` and `host`: routing keys, concatenated."""
 
     pool: str
     host: str
@@ -30,14 +32,14 @@ class RoutingStats(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class RoutingReport:
-    """Routing keys of the adapters in the pool, and of those that are only on the host."""
+    """Routing keys of the adapters in the pool, and of those only on the host."""
 
     in_pool: frozenset[str] = frozenset()
     on_host: frozenset[str] = frozenset()
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> RoutingReport | None:
-        """None where it is not one: a replica of another version, or one that has not reported yet."""
+        """None if `raw` is no report: the replica has another version, or has not reported yet."""
         pool, host = raw.get("pool"), raw.get("host")
         if not isinstance(pool, str) or not isinstance(host, str):
             return None
@@ -45,13 +47,16 @@ class RoutingReport:
 
 
 def make_report(in_pool: Iterable[str], on_host: Iterable[str], *, now: float) -> RoutingStats:
-    """From digests. `beat` changes every ten seconds of `now` (any clock), on all replicas at once where it is the
-    time of day: a router can tell a replica at rest from one that has fallen silent."""
+    """Builds a report from digests.
+
+    `beat` changes every ten seconds of `now`, so that a router can distinguish an idle replica from one that no longer
+    reports. If `now` is the time of day, it changes on all replicas at once.
+    """
     return {"pool": _join(in_pool), "host": _join(on_host), "beat": int(now // _BEAT_S)}
 
 
 def _join(digests: Iterable[str]) -> str:
-    return "".join(sorted(routing_key(d) for d in digests))  # sorted: the same set is the same report
+    return "".join(sorted(routing_key(d) for d in digests))  # sorted, so that equal sets give equal reports
 
 
 def _split(keys: str) -> frozenset[str]:

@@ -1,14 +1,14 @@
-"""How many replicas adapter demand needs: by tokens, and by the bytes of the adapters in demand.
+"""Autoscaling: the number of replicas that adapter demand needs, by tokens and by bytes of the adapters in demand.
 
-Two loads, each in replicas at full use, of which the larger decides:
+There are two loads, each in fully used replicas; the larger one decides:
 
-    tokens       tokens asked for per second / tokens per second that a replica manages when it is saturated
+    tokens       tokens asked for per second / tokens per second of a saturated replica
     working set  (bytes of the union of the adapters in demand + bytes of KV cache in use) / bytes of a pool
 
-As long as no replica has been saturated its capacity is unknown, and the requests under way are compared with a batch
-instead. The union, not the sum: an adapter that is hot on three replicas needs to fit once; that it needs three is what
-tokens say. KV cache and adapters share the pool, so what KV cache takes (its mean over the window, wherever requests
-run) is not there for adapters.
+Until a replica has been saturated, its capacity is unknown; then the number of requests under way, divided by the size
+of a batch, takes the place of the first load. The working set is a union, not a sum: an adapter in demand on three
+replicas must fit once, and the tokens say whether it needs three. KV cache and adapters share the pool, so the KV
+cache's mean over the window, summed over all replicas, is not available for adapters.
 """
 
 from __future__ import annotations
@@ -22,27 +22,32 @@ from loray.serving.demand import Observation, adapter_rank
 from loray.spec import AutoscalingSpec
 
 Cause = Literal["working set", "tokens", "requests", "bounds", "no statistics"]
+Direction = Literal["up", "down", "none"]
 
-_MARGIN = 0.1  # below the target utilization, that the replicas which stay must have
-_FIRST_REPORT = 0.25  # of the window: a rate over less than this is noise
+_MARGIN = 0.1  # by which the utilization of the remaining replicas must stay below the target
+_FIRST_REPORT = 0.25  # share of the window: a rate over a shorter time is noise
 _EPS = 1e-9
 _MIB = float(1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """Between two decisions. `wish` is the direction wished for since `since`, `most` the largest number of a wish for
-    fewer, `changed_at` when the target changed last.
+    """What is remembered between two decisions.
+
+    direction   in which demand has asked for a change since `since`
+    since       time
+    most        the largest number of replicas that demand has asked for since then
+    changed_at  time of the last change of the target
     """
 
-    wish: Literal["more", "fewer", "none"] = "none"
+    direction: Direction = "none"
     since: float = 0.0
     most: int = 0
     changed_at: float | None = None
 
 
 class Decision(NamedTuple):
-    """`cause` is the load that decides; `reason` says it all, with numbers."""
+    """`cause` is the load that decides; `reason` explains it with numbers, for people."""
 
     target: int
     cause: Cause
@@ -52,7 +57,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Of all replicas together, per second where it is a rate."""
+    """The load of all replicas together. `tokens` is per second; `capacity` and `pool_bytes` are one replica's."""
 
     tokens: float
     capacity: float | None
@@ -64,12 +69,12 @@ class Load:
 
     @property
     def by_demand(self) -> float:
-        """Replicas at full use that tokens need, or requests while no capacity is known."""
+        """Fully used replicas that the tokens need, or the requests while the capacity is unknown."""
         return self.occupied if self.capacity is None else self.tokens / self.capacity
 
     @property
     def by_bytes(self) -> float:
-        """Pools that adapters and KV cache fill."""
+        """Number of pools that adapters and KV cache fill."""
         return (self.adapter_bytes + self.kv_bytes) / self.pool_bytes
 
     def replicas(self, utilization: float) -> int:
@@ -79,11 +84,11 @@ class Load:
 def decide(
     observations: Sequence[Observation | None], spec: AutoscalingSpec, state: ScalingState, *, target: int, now: float
 ) -> Decision:
-    """The next target, after `target`. `observations`: one for each running replica, None where nothing is known of it.
+    """The target that follows `target`. `observations`: one per running replica, None if nothing is known of it.
 
-    While a replica is silent none goes, and none comes for its sake. The others' mean says nothing of it: requests are
-    routed by adapter, so one may have everything to do and its neighbour nothing, and what a replica that has
-    just started does is still in the others' windows.
+    While a replica is silent, no replica is removed, and none is added on its account. The mean of the others says
+    nothing about it: requests are routed by adapter, so one replica may have all the load and another none, and the
+    requests that moved to a new replica are still in the windows of the others.
     """
     if not spec.min_replicas <= target <= spec.max_replicas:
         to = _bounded(target, spec)
@@ -91,7 +96,8 @@ def decide(
         return Decision(to, "bounds", reason, ScalingState(changed_at=now))
     known = [o for o in observations if o is not None]
     if not known:
-        return Decision(target, "no statistics", f"no replica has reported; {_replicas(target)} stay", _wishless(state))
+        reason = f"no replica has reported; {_replicas(target)} stay"
+        return Decision(target, "no statistics", reason, _without_direction(state))
     load = total(known, spec.window_s)
     cause, reason = explain(load, spec)
     num_silent = len(observations) - len(known)
@@ -99,26 +105,26 @@ def decide(
         reason += f"; {num_silent} of {len(observations)} replicas are silent, so none goes"
     more = _bounded(load.replicas(spec.target_utilization), spec)
     if more > target:
-        state = _wishing(state, "more", more, now)
+        state = _with_direction(state, "up", more, now)
         if now - state.since + _EPS >= spec.upscale_delay_s:
             return Decision(more, cause, reason, ScalingState(changed_at=now))
         return Decision(target, cause, reason, state)
     fewer = _bounded(load.replicas(spec.target_utilization * (1 - _MARGIN)), spec)
     if fewer < target and not num_silent and _is_settled(known, spec, state, now):
-        state = _wishing(state, "fewer", fewer, now)
+        state = _with_direction(state, "down", fewer, now)
         if now - state.since + _EPS >= spec.downscale_delay_s:
-            # The target may have been changed by others since.
+            # `target` may be lower by now: others can change it too.
             return Decision(min(state.most, target), cause, reason, ScalingState(changed_at=now))
         return Decision(target, cause, reason, state)
-    return Decision(target, cause, reason, _wishless(state))
+    return Decision(target, cause, reason, _without_direction(state))
 
 
 def total(known: Sequence[Observation], window_s: float) -> Load:
-    """Of replicas that have reported, at least one."""
-    # The oldest one's age: what the younger ones have seen of the window, the older ones have not.
+    """The load of the replicas that have reported, at least one."""
+    # The age of the oldest replica: requests that a younger one has counted, the older ones have not.
     seconds = min(window_s, max(*(o.age_s for o in known), _FIRST_REPORT * window_s))
     capacities = [o.capacity for o in known if o.capacity is not None]
-    # Every replica names those adapters whose rank is below its sample; below the smallest sample, all do.
+    # A replica lists the adapters whose rank is below its sample. Below the smallest sample, the lists are complete.
     sample = min(o.sample for o in known)
     union: dict[str, float] = {}
     pairs: dict[str, float] = {}
@@ -139,7 +145,7 @@ def total(known: Sequence[Observation], window_s: float) -> Load:
 
 
 def explain(load: Load, spec: AutoscalingSpec) -> tuple[Cause, str]:
-    """Which load decides, and both in one sentence, the one that decides first."""
+    """The load that decides, and a sentence about both loads that begins with it."""
     n = max(1, _ceil(load.by_bytes / spec.target_utilization))
     kv = load.kv_bytes / n
     room = spec.target_utilization * load.pool_bytes - kv
@@ -163,18 +169,21 @@ def explain(load: Load, spec: AutoscalingSpec) -> tuple[Cause, str]:
 
 
 def _is_settled(known: Sequence[Observation], spec: AutoscalingSpec, state: ScalingState, now: float) -> bool:
-    """A whole window has been seen since the last change: what a replica knew that has gone, the others know by now."""
+    """Whether a whole window has passed since the last change.
+
+    By then the remaining replicas have measured the demand that a removed replica had.
+    """
     since = float("inf") if state.changed_at is None else now - state.changed_at
     return min(since, max(o.age_s for o in known)) >= spec.window_s
 
 
-def _wishing(state: ScalingState, wish: Literal["more", "fewer"], number: int, now: float) -> ScalingState:
-    if state.wish != wish:
-        return replace(state, wish=wish, since=now, most=number)
+def _with_direction(state: ScalingState, direction: Direction, number: int, now: float) -> ScalingState:
+    if state.direction != direction:
+        return replace(state, direction=direction, since=now, most=number)
     return replace(state, most=max(state.most, number))
 
 
-def _wishless(state: ScalingState) -> ScalingState:
+def _without_direction(state: ScalingState) -> ScalingState:
     return ScalingState(changed_at=state.changed_at)
 
 
