@@ -1,6 +1,6 @@
-"""`make demo`: base model → three adapters trained on Ray → published → served in one batch → asked over HTTP.
+"""`make demo`: adds a base model, trains and publishes three adapters on Ray, serves them in one batch, sends requests.
 
-Everything goes through what a user has: the `loray` command and the HTTP endpoint. Adapters stay in LORAY_HOME.
+It uses only the `loray` command and the HTTP endpoint, as a user does. The adapters stay in LORAY_HOME.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import data
 import show
 from rich.console import Console
 
+from loray.bases.registry import get_base
 from loray.client import LorayClient
+from loray.planning.shapes import count_base
 from loray.settings import Settings
 
 HERE = Path(__file__).resolve().parent
@@ -28,6 +30,8 @@ ADAPTERS = ("orders", "dates", "codepages")
 
 
 class Question(NamedTuple):
+    """A request to the adapter `model`; `expected` is the right answer where only one is right."""
+
     model: str
     prompt: str
     expected: str | None
@@ -44,7 +48,8 @@ def main() -> int:
     if not console.is_terminal:
         console = Console(highlight=False, width=110)
     started = time.monotonic()
-    work = Settings.from_env().home / "demo"
+    home = Settings.from_env().home
+    work = home / "demo"
 
     def heading(step: int, title: str) -> None:
         show.heading(console, step, title, time.monotonic() - started)
@@ -67,7 +72,7 @@ def main() -> int:
                 Question("dates", *data.question("dates", 2), chat=True, max_tokens=16),
                 Question("codepages", data.codepage(), None, chat=False, max_tokens=48),
             ]
-            heading(7, "Ask each adapter, and the base the same, all at once over HTTP")
+            heading(7, "Send each question to its adapter and to the base, all at once over HTTP")
             answers, tokens_per_s = ask(client, questions)
             status = client.status()
     finally:
@@ -76,14 +81,15 @@ def main() -> int:
 
     show.answers(console, questions, answers)
     show.served(console, status, tokens_per_s)
-    show.adapters(console, published, rates(work))
+    rates = {name: show.training_rate(home / "runs" / name) for name in ADAPTERS}
+    show.adapters(console, published, rates, count_base(get_base(home, "smollm2").config).total)
     ok = show.verdict(console, published)
     show.next_steps(console, args.port, work / "recipes", keep=args.keep, seconds=time.monotonic() - started)
     return 0 if ok else 1
 
 
 def loray(*arguments: str, capture: bool = False) -> str:
-    """Run the command of this environment; its output is ours unless captured. Exits where it fails."""
+    """Run this environment's `loray`; returns its output if `capture`, else prints it. Exits if the command fails."""
     command = [str(Path(sys.executable).with_name("loray")), *arguments]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)
     if done.returncode:
@@ -92,7 +98,7 @@ def loray(*arguments: str, capture: bool = False) -> str:
 
 
 def prepare(work: Path) -> None:
-    """Recipes and data below LORAY_HOME, where they can be changed and run again."""
+    """Write recipes and data below LORAY_HOME, where a user can change them and train again."""
     (work / "recipes").mkdir(parents=True, exist_ok=True)
     for recipe in sorted((HERE / "recipes").glob("*.yaml")):
         shutil.copy(recipe, work / "recipes")
@@ -103,7 +109,10 @@ def prepare(work: Path) -> None:
 
 
 def ask(client: LorayClient, questions: list[Question]) -> tuple[dict[tuple[str, str], str], float]:
-    """Every question to its adapter and to the base, all at once; timed once the adapters have come from the store."""
+    """Send every question to its adapter and to the base at the same time; returns answers and output tokens/s.
+
+    A first round of one token each loads the adapters; the second round is timed.
+    """
     answers: dict[tuple[str, str], str] = {}
     tokens: list[int] = []
 
@@ -121,21 +130,16 @@ def ask(client: LorayClient, questions: list[Question]) -> tuple[dict[tuple[str,
     for limit in (1, 1 << 20):
         answers.clear()
         tokens.clear()
-        begun = time.monotonic()
+        began = time.monotonic()
         threads = [threading.Thread(target=one, args=(q, m, limit)) for q in questions for m in (q.model, "smollm2")]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - began
     if len(answers) < 2 * len(questions):
         sys.exit("\nthe demo stopped: a request failed, see above")
     return answers, sum(tokens) / seconds
-
-
-def rates(work: Path) -> dict[str, float]:
-    """Tokens a second in training, as the runs themselves reported them."""
-    return {name: show.training_rate(work.parent / "runs" / name) for name in ADAPTERS}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The demo's three data sets, made from a seed or found on every machine that has Python.
+"""The demo's three data sets, generated from a seed or taken from Python's standard library.
 
-orders     spoken café orders → JSON; generated from a grammar, so every answer is known to be right
-dates      a date as people write it → ISO 8601; generated likewise
+orders     spoken café orders → JSON; generated from a grammar, so the right answers are known
+dates      a date as people write it → ISO 8601; generated in the same way
 codepages  the sources of the standard library's `encodings`, as long documents
 
 Training and held-out rows never share a prompt (orders, dates) or a file (codepages).
@@ -27,7 +27,7 @@ MONTHS = [datetime.date(2000, m, 1).strftime("%B") for m in range(1, 13)]
 
 
 def write(folder: Path) -> None:
-    """`NAME_train.jsonl` and `NAME_eval.jsonl` for each set, the same bytes on every run on one machine."""
+    """Write `NAME_train.jsonl` and `NAME_eval.jsonl` for each set; every run on one machine writes the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in (("orders", _order), ("dates", _date)):
         rows = _distinct(make, random.Random(f"loray {name}"), 1400)
@@ -48,7 +48,7 @@ def question(name: str, seed: int = 0) -> tuple[str, str]:
 
 
 def codepage(seed: int = 0) -> str:
-    """The middle of a held-out code page, to be gone on with."""
+    """The middle of a held-out code page, which the model continues."""
     sources = _encodings()
     random.Random("loray codepages").shuffle(sources)
     lines = sources[seed].read_text(encoding="utf-8", errors="replace").splitlines()
@@ -110,6 +110,6 @@ def _date(rng: random.Random) -> tuple[str, str]:
 
 
 def _encodings() -> list[Path]:
-    """Files long enough to fill a window of 2,048 tokens several times."""
+    """Files that fill a window of 2,048 tokens several times."""
     folder = Path(encodings.__file__).parent
     return sorted(p for p in folder.glob("*.py") if 9_000 < p.stat().st_size < 120_000)

@@ -1,4 +1,4 @@
-"""What the demo prints: headings, answers side by side, the table, the verdict."""
+"""The demo's output: headings, answers of base and adapter, the table of adapters, the verdict, next steps."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def served(console: Console, status: Status, tokens_per_s: float) -> None:
     )
 
 
-def adapters(console: Console, published: Sequence[Mapping[str, Any]], rates: Mapping[str, float]) -> None:
+def adapters(
+    console: Console, published: Sequence[Mapping[str, Any]], rates: Mapping[str, float], base_parameters: int
+) -> None:
     table = Table(title="Published adapters", title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1))
     for column in ("adapter", "method", "trained", "of base", "bytes", "loss before", "after", "change", "tokens/s"):
         table.add_column(column, justify="left" if column in ("adapter", "method") else "right", no_wrap=True)
@@ -65,7 +67,7 @@ def adapters(console: Console, published: Sequence[Mapping[str, Any]], rates: Ma
             p["label"],
             m["method"],
             f"{m['num_parameters']:,}",
-            f"{m['num_parameters'] / _BASE_PARAMETERS:.2%}",
+            f"{m['num_parameters'] / base_parameters:.2%}",
             f"{m['nbytes'] / 1e6:.2f} MB",
             f"{before:.3f}",
             f"{after:.3f}",
@@ -77,7 +79,7 @@ def adapters(console: Console, published: Sequence[Mapping[str, Any]], rates: Ma
 
 
 def verdict(console: Console, published: Sequence[Mapping[str, Any]]) -> bool:
-    """Every held-out loss at least a tenth lower, and LongLoRA below both its scaled and its unscaled base."""
+    """Whether every held-out loss fell by a tenth, and LongLoRA's is below that of its base, scaled and unscaled."""
     ok = all(_loss(p, "adapter") < (1 - _MIN_GAIN) * _loss(p, _before(p)) for p in published)
     for p in published:
         if p["manifest"]["method"] != "longlora":
@@ -114,13 +116,10 @@ def next_steps(console: Console, port: int, recipes: Path, *, keep: bool, second
 
 
 def training_rate(runs: Path) -> float:
-    """Median tokens a second of the latest run's steps."""
+    """Median tokens/s over the steps of the latest run."""
     latest = max(p for p in runs.iterdir() if p.is_dir())
     events = [json.loads(line) for line in (latest / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     return statistics.median(e["tokens_per_s"] for e in events if e["event"] == "step")
-
-
-_BASE_PARAMETERS = 134_515_008
 
 
 def _before(published: Mapping[str, Any]) -> str:

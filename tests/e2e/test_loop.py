@@ -1,6 +1,6 @@
-"""The whole way on one Ray cluster: train, publish, resolve, generate over HTTP, promote and roll back.
+"""The whole loop on one Ray cluster: train, publish, resolve, generate over HTTP, promote and roll back.
 
-What is served is compared with transformers + PEFT on the files that lie in the store.
+Served tokens and logprobs are compared with those of transformers + PEFT on the files in the store.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FIELDS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def trained(ray_cluster: RayCluster, served: Served, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Method → digest, as each driver's last event says; all three are trained at once."""
+    """Method → digest from the last event of its driver; the three drivers run at the same time."""
     environment = os.environ | ray_cluster.env | {"OMP_NUM_THREADS": "1"}
     drivers = {}
     for method, adapter in METHODS.items():
@@ -95,14 +95,14 @@ def from_the_store(served: Served, ref: AdapterRef, folder: Path) -> tuple[TestA
 
 
 class Computed(NamedTuple):
-    """`logits` (tokens, vocabulary), from which each of the tokens was drawn."""
+    """`logits` (tokens, vocabulary): those from which each token was chosen."""
 
     tokens: list[int]
     logits: Tensor
 
 
 def engine_logits(served: Served, refs: list[AdapterRef | None], ids: tuple[int, ...]) -> list[Computed]:
-    """Greedy tokens and their logits, all in one batch, with adapters read as a replica reads them."""
+    """Greedy tokens and their logits, for all adapters in one batch; adapters are loaded as a replica loads them."""
     spec = ServeSpec(base=served.base.name, dtype="float32", pool_bytes=4 << 20)
     engine = build_engine(spec, served.base, adapter_loader(served.base, served.settings))
     spy = Spy(engine)

@@ -1,7 +1,7 @@
-"""Checks objects against CustomResourceDefinitions, as a Kubernetes API server does before it stores them.
+"""Checks of objects against CustomResourceDefinitions, like those of a Kubernetes API server.
 
-Covered: types, required and unknown fields, enums, bounds, patterns, integer-or-string, keys of list maps. Rules in CEL
-are not.
+Covered are types, required and unknown fields, enums, bounds, patterns, integer-or-string, keys of list maps.
+Rules in CEL are not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _META = ("apiVersion", "kind", "metadata")
 
 
 def load_schemas(paths: Iterable[Path]) -> Schemas:
-    """(apiVersion, kind) → schema, from files with a definition each."""
+    """(apiVersion, kind) → schema, from files with one definition each."""
     schemas = {}
     for path in paths:
         definition = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -41,7 +41,7 @@ def load_schemas(paths: Iterable[Path]) -> Schemas:
 
 
 def check(document: dict[str, Any], schemas: Schemas) -> list[str]:
-    """What is wrong with the object, a line each: its place and why. Empty: nothing."""
+    """The errors of an object, one line each with place and reason; empty for a valid object."""
     key = (document.get("apiVersion", ""), document.get("kind", ""))
     if key not in schemas:
         return [f"no definition of {' '.join(key)}"]
@@ -97,13 +97,13 @@ def _check_number(value: float, schema: Schema, at: str) -> Iterator[str]:
 def _check_object(value: dict[str, Any], schema: Schema, at: str) -> Iterator[str]:
     fields: dict[str, Schema] = schema.get("properties", {})
     others = schema.get("additionalProperties")
-    # An object without a word about its fields, as metadata is, may have any.
+    # A schema that says nothing about fields, such as that of metadata, allows any.
     is_open = others is True or schema.get("x-kubernetes-preserve-unknown-fields") or (not fields and others is None)
     for name in schema.get("required", ()):
         if value.get(name) is None and "default" not in fields.get(name, {}):
             yield f"{at}.{name}: required"
     for name, part in value.items():
-        if part is None:  # the API server drops a null, and then the field is not there
+        if part is None:  # the API server drops a null field
             continue
         if name in fields:
             yield from _check(part, fields[name], f"{at}.{name}")

@@ -1,4 +1,4 @@
-"""The manifests as Kubernetes gets them: rendered by kustomize, with every pod's environment worked out."""
+"""The manifests rendered by kustomize, as Kubernetes gets them, and the environment of every container."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _VARIABLE = re.compile(r"\$\((\w+)\)")
 
 
 class Pod(NamedTuple):
-    """A pod template of `document`: of a Ray group, a StatefulSet, a submitter."""
+    """A pod template in `document`: of a Ray group, a StatefulSet or a submitter."""
 
     document: Document
     labels: dict[str, str]
@@ -47,7 +47,9 @@ def is_our_image(image: str) -> bool:
 
 @functools.cache
 def render(folder: str) -> tuple[Document, ...]:
-    """Every object of a folder below infra/kuberay, rendered without a cluster. They are shared: do not change them."""
+    """Every object of a folder below infra/kuberay, rendered without a cluster. Callers share the objects and must not
+    change them.
+    """
     kubectl = Path(sys.executable).parent / "kubectl"
     rendered = subprocess.run(
         [kubectl, "kustomize", str(KUBERAY / folder)], capture_output=True, text=True, check=False
@@ -57,7 +59,7 @@ def render(folder: str) -> tuple[Document, ...]:
 
 
 def the(kind: str, folder: str) -> Document:
-    """The only object of its kind."""
+    """The only object of this kind in the folder."""
     (document,) = (d for d in render(folder) if d["kind"] == kind)
     return document
 
@@ -80,14 +82,15 @@ def _templates(part: Any) -> Iterator[tuple[dict[str, str], Document]]:
 
 
 def cluster_spec(document: Document) -> Document:
-    """Of a RayService or a RayJob."""
+    """The RayCluster's spec in a RayService or a RayJob."""
     spec: Document = document["spec"].get("rayClusterConfig") or document["spec"]["rayClusterSpec"]
     return spec
 
 
 def data(kind: str, name: str, folder: str) -> dict[str, str]:
-    """A ConfigMap's or Secret's values. A job's folder uses those of the service; a Secret that no folder holds is the
-    one that the example describes."""
+    """Values of a ConfigMap or Secret in the folder or in that of the service, which jobs use too. A Secret that is in
+    neither has the keys of the example.
+    """
     for document in (*render(folder), *render("base")):
         if (document["kind"], document["metadata"]["name"]) == (kind, name):
             values: dict[str, str] = document["data"]
@@ -99,8 +102,9 @@ def data(kind: str, name: str, folder: str) -> dict[str, str]:
 
 
 def environment(container: Document, folder: str) -> dict[str, str]:
-    """As the kubelet works it out: sources first, then one variable after the other, each of which may use those
-    before it. What cannot be expanded is an error here."""
+    """The container's environment as the kubelet makes it: sources first, then the variables in order, each of which
+    may refer to those before it. A reference that cannot be expanded is an error here.
+    """
     values: dict[str, str] = {}
     for source in container.get("envFrom", ()):
         for key, kind in (("configMapRef", "ConfigMap"), ("secretRef", "Secret")):

@@ -1,8 +1,8 @@
 """Makes `tests/infra/crds/` from KubeRay's CustomResourceDefinitions: `python -m tests.infra.prune FOLDER`.
 
-Kept is what decides whether an object is valid, down to the last field; descriptions, status, rules in CEL and volumes
-of storage that Kubernetes has given up are not. Equal parts are written once and referred to: a pod template occurs
-three times.
+Everything that decides whether an object is valid is kept. Descriptions, status, rules in CEL and volumes of storage
+that Kubernetes has removed are dropped. Equal parts are written once and referred to, since a pod template occurs three
+times.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KEPT = {
     "x-kubernetes-list-map-keys",
     "x-kubernetes-preserve-unknown-fields",
 }
-_GIVEN_UP = {
+_REMOVED = {
     "awsElasticBlockStore",
     "azureDisk",
     "azureFile",
@@ -57,12 +57,12 @@ _GIVEN_UP = {
     "storageos",
     "vsphereVolume",
 }
-_SHARED_SIZE = 100  # characters from which on an equal part is worth a reference
+_SHARED_SIZE = 100  # characters; a shorter part is repeated
 _HEADER = "# From the CustomResourceDefinition of KubeRay {release} (Apache-2.0) by tests/infra/prune.py.\n"
 
 
 def prune(definition: dict[str, Any]) -> dict[str, Any]:
-    """The same definition with one version and only what decides about validity."""
+    """The definition with one version, and only with what decides about validity."""
     spec = definition["spec"]
     (version,) = (v for v in spec["versions"] if v["name"] == VERSION)
     schema = version["schema"]["openAPIV3Schema"]
@@ -85,7 +85,7 @@ def _pruned(schema: dict[str, Any]) -> dict[str, Any]:
     for key in sorted(_KEPT & schema.keys()):
         value = schema[key]
         if key == "properties":
-            value = {name: _pruned(part) for name, part in value.items() if name not in _GIVEN_UP}
+            value = {name: _pruned(part) for name, part in value.items() if name not in _REMOVED}
         elif isinstance(value, dict) and key in ("items", "additionalProperties"):
             value = _pruned(value)
         kept[key] = value
@@ -93,7 +93,7 @@ def _pruned(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """References to equal parts, but not to small ones."""
+    """Writes references to equal parts that are not small."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return not isinstance(data, dict) or len(json.dumps(data)) < _SHARED_SIZE
@@ -103,7 +103,7 @@ def write(definition: dict[str, Any], target: Path, release: str) -> None:
     seen: dict[str, Any] = {}
 
     def shared(part: Any) -> Any:
-        """Equal dicts become the same object, which YAML writes once."""
+        """Make equal dicts one object, which YAML writes once."""
         if isinstance(part, list):
             return [shared(x) for x in part]
         if not isinstance(part, dict):

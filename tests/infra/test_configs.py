@@ -1,4 +1,4 @@
-"""Serve's configuration files: valid for Serve and for us, and local.yaml is what `loray up` deploys."""
+"""Serve's configuration files are valid for Serve and for loray, and `loray up` deploys local.yaml."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_all_deploy_the_same_applications(file: Path) -> None:
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the environment, which is the machine's, and with all of ServeSpec's fields."""
+    """The configuration without the machine's environment and with all fields of ServeSpec."""
     applications = []
     for application in config["applications"]:
         kept = {"args": {}} | {name: value for name, value in application.items() if name != "runtime_env"}

@@ -1,4 +1,4 @@
-"""The validator finds planted mistakes, by the definitions kept here and by KubeRay's own where they are at hand."""
+"""The validator finds planted mistakes, with the pruned definitions and with KubeRay's, where those are present."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def at(document: Any, *path: str | int) -> Any:
 
 WORKER = ("spec", "rayClusterConfig", "workerGroupSpecs", 0)
 CONTAINER = (*WORKER, "template", "spec", "containers", 0)
-# Place, key, wrong value, and what is said of it. None: the key is taken away.
+# Kind, place, key, wrong value (None: the key is removed), and the error.
 MISTAKES: list[tuple[str, tuple[str | int, ...], str, Any, str]] = [
     ("RayService", WORKER, "maxReplicas", "4", ".maxReplicas: '4' is not of type integer"),
     ("RayService", WORKER, "minReplicas", True, ".minReplicas: True is not of type integer"),

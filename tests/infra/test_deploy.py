@@ -1,8 +1,8 @@
 """The manifests on a cluster of this machine: the RayJob's driver trains and publishes, the RayService's config serves.
 
-The cluster's processes have the environment of the manifests' pods, with a real S3 server and PostgreSQL behind it; the
-commands are those that KubeRay gives. What a laptop must change is in `LAPTOP` and in the recipe's data. The cluster is
-this module's own, for `serve deploy` replaces everything that is deployed.
+The cluster's processes have the environment of the manifests' pods, with a real S3 server and PostgreSQL; the commands
+are those of KubeRay. Only `LAPTOP` and the recipe's data differ from the manifests. No other module uses the cluster,
+because `serve deploy` replaces everything that is deployed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DEADLINE_S = 120.0
 
 @dataclass(frozen=True)
 class Laptop:
-    """`env` is the pods', for the cluster's processes and for commands."""
+    """A cluster on this machine. `env`: the pods' environment, for the cluster's processes and for commands."""
 
     cluster: LocalCluster
     settings: Settings
@@ -54,7 +54,7 @@ class Laptop:
     env: dict[str, str]
 
     def ray(self, module: str, *words: str, cwd: Path) -> str:
-        """The output of one of Ray's commands, which must succeed."""
+        """Run one of Ray's commands, which must succeed; returns its output."""
         command = [sys.executable, "-m", module, *words]
         done = subprocess.run(
             command, cwd=cwd, env=os.environ | self.env, capture_output=True, text=True, timeout=DEADLINE_S, check=False
@@ -81,7 +81,7 @@ def laptop(s3_server: S3Server, postgres: Postgres) -> Iterator[Laptop]:
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    # Under the name of the real one, so that neither recipe nor config has to change.
+    # The name is that of the real base, so that neither recipe nor config has to change.
     (init,) = cluster_spec(the("RayService", FOLDER))["headGroupSpec"]["template"]["spec"]["initContainers"]
     add_base(str(write_checkpoint(home / "checkpoint")), home=home, name=init["args"][-1])
     try:
@@ -94,7 +94,7 @@ def laptop(s3_server: S3Server, postgres: Postgres) -> Iterator[Laptop]:
 
 @pytest.fixture(scope="module")
 def published(laptop: Laptop, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Name of the adapter that the RayJob's entrypoint trained, from data on S3."""
+    """Name of the adapter that the RayJob's entrypoint trains, from data on S3."""
     rows = "".join(json.dumps({"text": "abcdefgh" * (i % 3 + 1)}) + "\n" for i in range(40))
     s3 = boto3.client(
         "s3",

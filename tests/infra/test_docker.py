@@ -1,4 +1,4 @@
-"""The image's recipe, as far as it can be checked without building it."""
+"""The Dockerfile, as far as it can be checked without building the image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Instruction(NamedTuple):
 
 
 def instructions() -> list[list[Instruction]]:
-    """A list for each stage; what precedes the first FROM is the first list."""
+    """A list for each stage; the first list has the instructions before the first FROM."""
     lines = "\n".join(line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#"))
     stages: list[list[Instruction]] = [[]]
     for line in re.sub(r"\\\n\s*", " ", lines).splitlines():
@@ -102,9 +102,14 @@ def test_the_wheel_builds_from_what_is_copied(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "wheel").glob("*.whl")
     held = zipfile.ZipFile(wheel).namelist()
     wanted = ("loray/settings.py", "loray_kernels/ops.py", "jobs/train.py", "serve_apps/app.py")
+    wanted += ("serve_apps/configs/cluster.yaml", "loray/recipes/lora_smollm2.yaml")
+    wanted += (
+        "loray/catalog/migrations/script.py.mako",
+        "loray_kernels/cpu/csrc/lora.cpp",
+        "loray_kernels/cuda/csrc/lora.cu",
+    )
     assert set(wanted) <= set(held)
-    assert "serve_apps/configs/cluster.yaml" in held
-    assert not [name for name in held if name.startswith("tests")]
+    assert not [name for name in held if name.startswith(("tests", "benchmarks", "infra"))]
 
 
 def test_what_is_installed_is_known() -> None:

@@ -1,4 +1,4 @@
-"""The manifests: what they name exists, what must agree agrees, and what loray will read it accepts."""
+"""The manifests: names refer to things that exist, repeated values agree, and loray accepts what it will read."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from tests.infra.manifests import (
 
 FOLDERS = [*SERVICES, *JOBS]
 CONFIGS = {"base": "cluster.yaml", "overlays/cpu-dev": "cluster.yaml", "overlays/gpu": "gpu.yaml"}
-# What KubeRay puts on the pods of a head and of a worker.
+# KubeRay puts this label on the pods of heads and workers.
 KUBERAY_LABELS = {"ray.io/is-ray-node": "yes"}
-MAX_NAME = 47  # KubeRay adds to it, and a Service's name has at most 63 characters
+MAX_NAME = 47  # KubeRay appends to it, and the name of a Service has at most 63 characters
 
 
 def ray_object(folder: str) -> dict[str, Any]:
@@ -115,10 +115,10 @@ def test_selectors_find_pods(folder: str) -> None:
         wanted = selector.get("matchLabels", selector)
         if wanted:
             found[document["kind"], document["metadata"]["name"]] = sum(wanted.items() <= pod.items() for pod in labels)
-    assert found.pop(("NetworkPolicy", "loray")) == 2  # head and worker, and nobody else's
+    assert found.pop(("NetworkPolicy", "loray")) == 2  # head and worker, and no other
     assert found.pop(("PodDisruptionBudget", "loray-workers")) == 1
     budget = the("PodDisruptionBudget", folder)["spec"]
-    assert budget.keys() == {"minAvailable", "selector"}  # all that Kubernetes can work out for pods of a RayCluster
+    assert budget.keys() == {"minAvailable", "selector"}  # Kubernetes supports no more for pods of a RayCluster
     assert budget["minAvailable"] == 1
     assert set(found.values()) <= {1}
 
@@ -165,7 +165,7 @@ def test_pods_run_without_rights(folder: str) -> None:
     for pod in pods(folder):
         assert pod.spec["securityContext"]["runAsNonRoot"] is True
         assert pod.spec["securityContext"]["runAsUser"] > 0
-        assert pod.spec["enableServiceLinks"] is False  # a Service's variables are not to pass for settings
+        assert pod.spec["enableServiceLinks"] is False  # a Service's variables must not be taken for settings
         for container in pod.containers:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
@@ -199,7 +199,7 @@ def test_pods_have_what_their_engine_takes(folder: str) -> None:
     spec = ServeSpec.parse(by_name(config["applications"], "loray")["args"], source=folder)
     head, workers = groups(folder)
     assert head["rayStartParams"]["num-cpus"] == "0"
-    assert workers["rayStartParams"]["num-cpus"] == "1"  # what an engine asks for: one a pod
+    assert workers["rayStartParams"]["num-cpus"] == "1"  # an engine requests one, so each pod runs one
     (container,) = workers["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
     assert spec.num_threads == int(limits["cpu"])
@@ -208,9 +208,9 @@ def test_pods_have_what_their_engine_takes(folder: str) -> None:
     assert ("nvidia.com/gpu" in limits) == spec.device.startswith("cuda")
     assert spec.autoscaling is not None
     assert workers["minReplicas"] == spec.autoscaling.min_replicas
-    assert workers["maxReplicas"] >= spec.autoscaling.max_replicas + 1  # one to train on
+    assert workers["maxReplicas"] >= spec.autoscaling.max_replicas + 1  # one for training
     assert environment(container, folder)["OMP_NUM_THREADS"] == limits["cpu"]
-    # Where KubeRay's probes and Services look.
+    # The port of KubeRay's probes and Services.
     for group in (head, workers):
         assert by_name(group["template"]["spec"]["containers"][0]["ports"], "serve")["containerPort"] == spec.port
     assert config["proxy_location"] == "EveryNode"
@@ -218,7 +218,7 @@ def test_pods_have_what_their_engine_takes(folder: str) -> None:
 
 
 def added_bases(folder: str) -> set[str]:
-    """Names of the base models that the pods add before Ray starts, by the command line's own rules."""
+    """Names of the base models that the pods add before Ray starts, parsed by the command line's own parser."""
     names = set()
     for group in groups(folder):
         (container,) = group["template"]["spec"]["initContainers"]
@@ -227,7 +227,7 @@ def added_bases(folder: str) -> set[str]:
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", context.params["source"])
         names.add(context.params["name"])
         assert container["image"] == group["template"]["spec"]["containers"][0]["image"]
-        assert "LORAY_STORE" in environment(container, folder)  # refused here where it is wrong, and not by Ray
+        assert "LORAY_STORE" in environment(container, folder)  # a wrong one is refused here, before Ray starts
     return names
 
 
@@ -255,7 +255,7 @@ def test_the_job_s_entrypoint_is_a_driver_with_a_recipe_that_is_mounted(folder: 
     (container,) = workers["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
     assert ("nvidia.com/gpu" in limits) == spec.use_gpu
-    assert [g["rayStartParams"]["num-cpus"] for g in (head, workers)] == ["0", "1"]  # a worker asks for one
+    assert [g["rayStartParams"]["num-cpus"] for g in (head, workers)] == ["0", "1"]  # a worker requests one
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == spec.num_workers
     assert environment(container, folder)["OMP_NUM_THREADS"] == limits["cpu"]
 

@@ -1,4 +1,4 @@
-"""Alerts and dashboard speak of metrics and labels that exist."""
+"""Alerts and dashboard use metrics and labels that exist."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def expressions() -> Iterator[str]:
 
 
 def metric(name: str) -> Metric | None:
-    """By the name that Prometheus stores: a histogram's parts have endings."""
+    """The metric by the name that Prometheus stores; the parts of a histogram have suffixes."""
     histogram = BY_NAME.get(re.sub(r"_(bucket|sum|count)$", "", name))
     return BY_NAME.get(name) or (histogram if histogram is not None and histogram.kind == "histogram" else None)
 
