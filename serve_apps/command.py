@@ -1,8 +1,7 @@
-"""`loray up`, `loray status` and `loray down`. Ray is imported by what they call, never by this module."""
+"""The commands `loray up`, `loray status` and `loray down`. Importing this module does not import Ray."""
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Set
 from contextlib import suppress
@@ -26,13 +25,14 @@ from loray.local.home import (
     start_home_store,
     stop_home_store,
 )
+from loray.local.processes import check_port
 from loray.locations import http_url
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.deployment import DRAIN_S, Address, ServeApi, serve_config
 from serve_apps.terminal import show_status, welcome
 
-_TIMEOUT_S = 600.0 + 5 * DRAIN_S  # an update replaces a fifth of the replicas at a time
+_TIMEOUT_S = 600.0 + 5 * DRAIN_S  # Serve updates a fifth of the replicas at a time
 _QUICK_TIMEOUT_S = 10.0
 _POLL_S = 0.5
 
@@ -148,10 +148,10 @@ def down(keep_cluster: bool) -> None:
 
 
 def _wait_until_stopped(api: ServeApi) -> None:
-    """Serve's own way to delete returns after half a minute, whatever is left."""
+    """Waits until requests under way have ended. Serve's own deletion returns after half a minute in any case."""
     deadline = time.monotonic() + DRAIN_S + _QUICK_TIMEOUT_S
     while time.monotonic() < deadline:
-        with suppress(ClusterError):  # Serve's controller may end while it is asked
+        with suppress(ClusterError):  # Serve's controller may end during the call
             if api.http() is None:
                 return
         time.sleep(_POLL_S)
@@ -162,7 +162,7 @@ def _wait_until_stopped(api: ServeApi) -> None:
 
 
 def _spec(file: Path | None, options: dict[str, Any]) -> ServeSpec:
-    """The file's fields, with the command line's over them."""
+    """The file's fields, overridden by the command line's."""
     fields = {} if file is None else ServeSpec.from_yaml(file).model_dump(exclude_unset=True)
     bounds = {name: options[name] for name in ("min_replicas", "max_replicas") if name in options}
     fields |= {name: value for name, value in options.items() if name not in bounds}
@@ -172,7 +172,7 @@ def _spec(file: Path | None, options: dict[str, Any]) -> ServeSpec:
 
 
 def _with_store(settings: Settings, s3: bool, screen: Console) -> Settings:
-    """The store is running; with `s3` it is this home's own server from now on."""
+    """Starts the store. With `s3`, this home's S3 server becomes the store."""
     if not s3:
         with screen.status("starting the store"):
             return start_home_store(settings)
@@ -188,9 +188,7 @@ def _with_store(settings: Settings, s3: bool, screen: Console) -> Settings:
 
 def _check_port(spec: ServeSpec) -> None:
     try:
-        with socket.socket(socket.AF_INET6 if ":" in spec.host else socket.AF_INET) as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.bind((spec.host, spec.port))
+        check_port(spec.host, spec.port)
     except OSError as e:
         raise ConflictError(
             f"cannot listen at {spec.host}:{spec.port} ({e.strerror}); choose another port, as in `loray up --port "
@@ -199,9 +197,9 @@ def _check_port(spec: ServeSpec) -> None:
 
 
 def _settle_port(spec: ServeSpec, serving: Address | None, *, explicit: Set[str]) -> ServeSpec:
-    """Serve cannot move while it runs: an update keeps its address, and a wish for another one is refused.
+    """Serve cannot change its address while it runs: an update keeps it, and ConflictError refuses another one.
 
-    `explicit`: the fields that were given, on the command line or in the file.
+    `explicit`: the fields that the command line or the file sets.
     """
     if serving is None:
         _check_port(spec)
@@ -240,7 +238,7 @@ def _wait(api: ServeApi, screen: Console) -> None:
 
 
 def _running(settings: Settings) -> ServeApi | None:
-    """None where this home's cluster does not run."""
+    """None if this home's cluster does not run."""
     if settings.address is not None:
         return ServeApi(settings.address)
     return None if current_cluster(settings.home) is None else ServeApi(ensure_started(settings).address)

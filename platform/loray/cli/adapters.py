@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import click
 
 from loray.bases.registry import base_with, get_base
-from loray.catalog import DEFAULT_ALIAS, AdapterVersion, Catalog, split_model
+from loray.catalog import DEFAULT_ALIAS, AdapterVersion, split_model
 from loray.cli import describe
-from loray.cli.base import report
-from loray.cli.output import console, emit, json_option, progress_bar, table
+from loray.cli.output import Verification, console, emit, json_option, progress_bar, report, table
+from loray.cli.services import open_services
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import Destination, base_of, import_folder
 from loray.publishing.convert import convert_to_lora, merge_into_base
-from loray.settings import Settings
 from loray.spec import format_size
-from loray.store import AdapterStore, open_store
-
-
-class Services(NamedTuple):
-    settings: Settings
-    store: AdapterStore
-    catalog: Catalog
-
-
-@contextmanager
-def open_services() -> Iterator[Services]:
-    """The store and the catalog that the environment names."""
-    settings = Settings.from_env()
-    catalog = Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance)
-    try:
-        yield Services(settings, AdapterStore(open_store(settings.store)), catalog)
-    finally:
-        catalog.close()
 
 
 @click.group()
@@ -235,17 +213,17 @@ def verify(model: str | None, every: bool, as_json: bool) -> None:
             refs = [ref for entry in services.catalog.adapters() for _, ref in sorted(entry.versions.items())]
         else:
             refs = [services.catalog.resolve(model or "")]
-        results: list[dict[str, Any]] = []
-        with progress_bar() as tell:
+        verified: list[Verification] = []
+        with progress_bar() as progress:
             for i, ref in enumerate(refs):
                 try:
                     services.store.verify(ref.digest)
                 except (IntegrityError, NotFoundError) as e:
-                    results.append({"name": ref.label, "digest": ref.digest, "ok": False, "error": f"{ref.label}: {e}"})
+                    verified.append(Verification(ref.label, {"digest": ref.digest}, error=f"{ref.label}: {e}"))
                 else:
-                    results.append({"name": ref.label, "digest": ref.digest, "ok": True})
-                tell("verifying", (i + 1) / len(refs))
-    report(results, as_json)
+                    verified.append(Verification(ref.label, {"digest": ref.digest}))
+                progress("verifying", (i + 1) / len(refs))
+    report(verified, as_json)
 
 
 def _print_version(version: AdapterVersion, as_json: bool, line: str) -> None:

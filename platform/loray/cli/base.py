@@ -9,7 +9,7 @@ import click
 
 from loray.bases.checkpoint import tensor_infos
 from loray.bases.registry import BaseModel, add_base, get_base, list_bases, verify_base
-from loray.cli.output import console, count, emit, json_option, pairs, progress_bar, table
+from loray.cli.output import Verification, console, count, emit, json_option, pairs, progress_bar, report, table
 from loray.errors import IntegrityError
 from loray.settings import Settings
 from loray.spec import format_size
@@ -29,8 +29,8 @@ def add(source: str, name: str | None, as_json: bool) -> None:
 
     Llama, Mistral, Qwen2 and Qwen3 checkpoints in safetensors are covered. Adding the same one again verifies it.
     """
-    with progress_bar() as tell:
-        added = add_base(source, home=Settings.from_env().home, name=name, progress=tell)
+    with progress_bar() as progress:
+        added = add_base(source, home=Settings.from_env().home, name=name, progress=progress)
     if as_json:
         emit(_as_json(added))
     else:
@@ -72,29 +72,16 @@ def verify(name: str | None, every: bool, as_json: bool) -> None:
     if (name is None) != every:
         raise click.UsageError("give either NAME or --all")
     home = Settings.from_env().home
-    results: list[dict[str, Any]] = []
-    with progress_bar() as tell:
+    verified: list[Verification] = []
+    with progress_bar() as progress:
         for b in list_bases(home) if every else [get_base(home, name or "")]:
             try:
-                verify_base(b, tell)
+                verify_base(b, progress)
             except IntegrityError as e:
-                results.append({"name": b.name, "ok": False, "error": str(e)})
+                verified.append(Verification(b.name, {}, error=str(e)))
             else:
-                results.append({"name": b.name, "ok": True, "fingerprint": b.fingerprint})
-    report(results, as_json)
-
-
-def report(results: list[dict[str, Any]], as_json: bool) -> None:
-    """One line per verified thing; exit code 1 where one is damaged."""
-    if as_json:
-        emit(results)
-    for result in results:
-        if not result["ok"]:
-            click.echo(f"error: {result['error']}", err=True)
-        elif not as_json:
-            click.echo(f"{result['name']}: ok")
-    if not all(result["ok"] for result in results):
-        raise click.exceptions.Exit(1)
+                verified.append(Verification(b.name, {"fingerprint": b.fingerprint}))
+    report(verified, as_json)
 
 
 def _as_json(b: BaseModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""An adapter as commands show it: as JSON, and as tables for people."""
+"""Adapters in the output of commands: as JSON, and as tables for people."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def detail_json(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any
 
 
 def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
-    """What the version is, where it comes from, and what stands against an alias."""
+    """The version's properties and origin, and why the gate refuses it an alias."""
     m: AdapterManifest = version.manifest
-    against = gate.failures(m, version.evaluations, gate_tolerance)
+    failures = gate.failures(m, version.evaluations, gate_tolerance)
     return pairs(
         [
             ("adapter", version.label),
@@ -86,13 +86,13 @@ def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
             ("licence", m.licence),
             ("created", m.created_at),
             ("digest", version.digest),
-            ("gate", ("no alias: " + "; ".join(against) if against else "passed") if gate.is_gated(m) else None),
+            ("gate", ("no alias: " + "; ".join(failures) if failures else "passed") if gate.is_gated(m) else None),
         ]
     )
 
 
 def evaluations(measured: Sequence[Evaluation]) -> Table:
-    """Columns that say nothing are left out."""
+    """One row per evaluation. Empty columns are left out."""
     columns: dict[str, list[object]] = {
         "METRIC": [e.metric for e in measured],
         "VALUE": [f"{e.value:.4g}" for e in measured],
@@ -117,17 +117,7 @@ def versions(detail: AdapterDetail) -> Table:
 
 
 def moves(detail: AdapterDetail) -> Table:
-    rows = [
-        (
-            when(m.created_at),
-            m.alias,
-            f"→ {m.version}",
-            ", ".join(
-                filter(None, ["rolled back" if m.undone else "", m.no_gate and f"without the gate: {m.no_gate}"])
-            ),
-        )
-        for m in detail.moves
-    ]
+    rows = [(when(m.created_at), m.alias, f"→ {m.version}", _remarks(m)) for m in detail.moves]
     return table(("WHEN", "ALIAS", "MOVED", ""), rows)
 
 

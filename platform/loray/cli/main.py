@@ -1,4 +1,4 @@
-"""`loray`: the group of all commands. Each is imported when it is called, so that help is quick."""
+"""`loray`: the group of all commands. A command is imported when it is called, so that help is fast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _COMMANDS: Mapping[str, _Command] = {
     ),
     "eval": _Command("loray.cli.evaluation.eval:evaluate", "Measure long-context perplexity and retrieval."),
 }
-# Known here, so that listing them does not import Ray.
+# Listed here, so that help does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {
     "train": "Train an adapter from a recipe and publish it.",
     "up": "Start serving a base model and its adapters.",
@@ -44,12 +44,12 @@ _PLUGIN_HELP: Mapping[str, str] = {
 
 
 class LazyGroup(click.Group):
-    """Built-in commands, then those that installed packages register under `loray.commands`."""
+    """Built-in commands, and those that installed packages register under `loray.commands`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         plugins = _plugins()
-        ours = [name for name in _PLUGIN_HELP if name in plugins]
-        return [*_COMMANDS, *ours, *sorted(plugins.keys() - _PLUGIN_HELP.keys() - _COMMANDS.keys())]
+        known = [name for name in _PLUGIN_HELP if name in plugins]
+        return [*_COMMANDS, *known, *sorted(plugins.keys() - _PLUGIN_HELP.keys() - _COMMANDS.keys())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _COMMANDS:
@@ -76,7 +76,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """click's own suggestion of near names would import every command."""
+        """Refuses an unknown command by name. click's suggestion of similar names would import every command."""
         if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
             raise click.UsageError(f"no command {args[0]!r}; there are {', '.join(self.list_commands(ctx))}", ctx)
         return super().resolve_command(ctx, args)
@@ -107,7 +107,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The console script: LorayErrors become one line and exit code 1, wrong usage 2, Ctrl-C 130."""
+    """The console script. Exit codes: 1 for a LorayError, printed as one line; 2 for wrong usage; 130 for Ctrl-C."""
     sys.exit(_run())
 
 
@@ -121,13 +121,13 @@ def _run() -> int:
         click.echo("stopped", err=True)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: the flush at exit must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
         return 0
     except LorayError as e:
         return _failed(str(e), e)
     except OSError as e:
         return _failed(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}", e)
-    except Exception as e:  # noqa: BLE001  the last stop: a traceback is for those who ask
+    except Exception as e:  # noqa: BLE001  at the top level, a traceback is printed only with LORAY_LOG_LEVEL=DEBUG
         return _failed(f"unexpected {type(e).__name__}: {e} (LORAY_LOG_LEVEL=DEBUG shows where)", e)
     return code if isinstance(code, int) else 0
 

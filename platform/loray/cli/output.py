@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs, progress on stderr."""
+"""The output of commands: tables for people, JSON for programs, progress on stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from rich import box
@@ -27,8 +27,33 @@ def emit(data: Any) -> None:
 
 
 def console() -> Console:
-    """stdout; wide where it is no terminal, so that a pipe gets whole rows."""
+    """stdout. If it is no terminal, it is wide, so that a pipe gets whole rows."""
     return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+
+
+class Verification(NamedTuple):
+    """The result of verifying a base or an adapter: its name, what identifies its bytes, and the damage found."""
+
+    name: str
+    identity: dict[str, str]
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        ended: dict[str, Any] = {"ok": True} if self.error is None else {"ok": False, "error": self.error}
+        return {"name": self.name, **self.identity, **ended}
+
+
+def report(verified: Sequence[Verification], as_json: bool) -> None:
+    """Prints one line per verification. Exits with 1 if one found damage."""
+    if as_json:
+        emit([v.to_json() for v in verified])
+    for v in verified:
+        if v.error is not None:
+            click.echo(f"error: {v.error}", err=True)
+        elif not as_json:
+            click.echo(f"{v.name}: ok")
+    if any(v.error is not None for v in verified):
+        raise click.exceptions.Exit(1)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[str] = ()) -> Table:
@@ -65,7 +90,7 @@ def when(moment: datetime) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """A callback (what, share 0–1) that draws one bar per step, on stderr; nothing is drawn into a pipe."""
+    """Yields a callback (step, share from 0 to 1) that draws one bar per step on stderr, if that is a terminal."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -77,12 +102,12 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
     )
     tasks: dict[str, TaskID] = {}
 
-    def tell(what: str, share: float) -> None:
-        if what not in tasks:
+    def progress(step: str, share: float) -> None:
+        if step not in tasks:
             for task in tasks.values():
                 bar.update(task, completed=1.0)
-            tasks[what] = bar.add_task(what, total=1.0)
-        bar.update(tasks[what], completed=share)
+            tasks[step] = bar.add_task(step, total=1.0)
+        bar.update(tasks[step], completed=share)
 
     with bar:
-        yield tell
+        yield progress

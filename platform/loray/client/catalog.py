@@ -2,7 +2,7 @@
 
 with CatalogClient("http://127.0.0.1:8000") as catalog:
     prod = catalog.alias("tone", "prod")
-    catalog.promote("tone", "prod", 4, etag=prod.etag)  # RevisionConflict where somebody has moved it meanwhile
+    catalog.promote("tone", "prod", 4, etag=prod.etag)  # RevisionConflict if the alias has moved meanwhile
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from loray.spec import TrainSpec
 
 
 class CatalogClient(HttpClient):
-    """Errors come back as those that were raised: AdapterNotFound, JobNotFound, ConflictError, RevisionConflict,
-    GateRefused, SpecError with each wrong field, CatalogError where the server's database is away, and ClusterError
-    where the server or Ray does not answer.
+    """Raises the errors that the server raised: AdapterNotFound, JobNotFound, ConflictError, RevisionConflict,
+    GateRefused, SpecError with every wrong field, CatalogError if the server cannot reach its database, and
+    ClusterError if the server or Ray does not answer.
     """
 
     _prefix = "/api/v1"
@@ -45,14 +45,14 @@ class CatalogClient(HttpClient):
         return self._ask(Page[BaseResource], "GET", "/bases").items
 
     def adapters(self, *, base: str | None = None, method: str | None = None) -> Iterator[AdapterResource]:
-        """All of them, page by page."""
+        """All adapters, fetched page by page."""
         return self._pages("/adapters", Page[AdapterResource], {"base": base, "method": method})
 
     def adapter(self, name: str) -> AdapterResource:
         return self._ask(AdapterResource, "GET", f"/adapters/{name}")
 
     def versions(self, name: str) -> Iterator[VersionResource]:
-        """Newest first, page by page."""
+        """All versions, newest first, fetched page by page."""
         return self._pages(f"/adapters/{name}/versions", Page[VersionResource], {})
 
     def version(self, name: str, version: int) -> VersionDetail:
@@ -67,7 +67,7 @@ class CatalogClient(HttpClient):
         version: int | None = None,
         no_gate: str | None = None,
     ) -> VersionDetail:
-        """A version of an adapter that the store has already."""
+        """Registers an adapter that the store has already as a version."""
         body = {"digest": digest, "aliases": list(aliases), "version": version, "no_gate": no_gate}
         return self._ask(VersionDetail, "POST", f"/adapters/{name}/versions", json=body)
 
@@ -92,9 +92,9 @@ class CatalogClient(HttpClient):
         create: bool = False,
         no_gate: str | None = None,
     ) -> AliasResource:
-        """Point `alias` at `version`. With `etag`, only if it has that ETag; with `create`, only if it is not set.
+        """Points `alias` at `version`: with `etag`, only if it has that ETag; with `create`, only if it is not set.
 
-        `no_gate`: why it is moved where LongLoRA's gate refuses it.
+        `no_gate`: the reason for moving it although LongLoRA's gate refuses.
         """
         headers = _if_match(etag) | ({"If-None-Match": "*"} if create else {})
         body = _given({"version": version, "no_gate": no_gate})
@@ -112,7 +112,7 @@ class CatalogClient(HttpClient):
     def submit(
         self, recipe: TrainSpec | Mapping[str, Any] | str, *, id: str | None = None, resume: bool = False
     ) -> JobResource:
-        """Train `recipe`: a spec, its fields, or YAML."""
+        """Submits a training job. `recipe` is a spec, its fields, or YAML."""
         if isinstance(recipe, str):
             body: dict[str, Any] = {"content": recipe, "headers": {"Content-Type": "application/yaml"}}
         else:
@@ -121,25 +121,25 @@ class CatalogClient(HttpClient):
         return self._ask(JobResource, "POST", "/jobs", params=params, **body)
 
     def jobs(self, *, status: str | None = None, name: str | None = None) -> Iterator[JobResource]:
-        """Newest first, page by page."""
+        """All jobs, newest first, fetched page by page."""
         return self._pages("/jobs", Page[JobResource], {"status": status, "name": name})
 
     def job(self, job_id: str) -> JobResource:
         return self._ask(JobResource, "GET", f"/jobs/{job_id}")
 
     def logs(self, job_id: str) -> str:
-        """What the job has written until now. JobNotFound where Ray does not have it any more, too."""
+        """The job's log so far. JobNotFound if the job is unknown, or if Ray no longer has its log."""
         return self._request("GET", f"/jobs/{job_id}/logs").text
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """Lines of the job's log until it ends."""
-        timeout = httpx.Timeout(5.0, read=None)  # a job may be silent for long
+        """Lines of the job's log, as they are written, until the job ends."""
+        timeout = httpx.Timeout(5.0, read=None)  # a job may write nothing for a long time
         params = {"follow": True}
         with self._streamed("GET", f"/jobs/{job_id}/logs", params=params, timeout=timeout) as response:
             yield from response.iter_lines()
 
     def stop(self, job_id: str) -> JobResource:
-        """Tell it to stop; it is shown as stopped once its driver has ended."""
+        """Asks the job to stop. Its status becomes stopped once its driver has ended."""
         return self._ask(JobResource, "POST", f"/jobs/{job_id}/stop")
 
     # -- HTTP ---------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class CatalogClient(HttpClient):
     def _error_of(self, response: httpx.Response) -> LorayError:
         try:
             return Problem.model_validate_json(response.content).exception()
-        except ValidationError:  # a proxy in between, for instance
+        except ValidationError:  # from a proxy, for instance
             return ClusterError(f"HTTP {response.status_code}: {response.text[:200]}")
 
 

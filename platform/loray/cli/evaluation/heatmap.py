@@ -1,6 +1,6 @@
-"""Retrieval by depth and length as a picture: SVG, written by hand, readable without its colours.
+"""Heat maps of retrieval by depth and length, as SVG. Every cell also contains its number.
 
-One row of panels for each model, in it exact match (the share of prompts) and the key's log-likelihood (nats).
+Each model has a row of two panels: exact match (share of prompts) and the key's log-likelihood (nats).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _LEFT, _TOP, _GAP, _BOTTOM = 60, 76, 36, 62  # of a panel: depths, titles, betwe
 _MARGIN = 24
 _MIN_PANEL_W = 290  # for its title
 _FONT = "font-family='system-ui, Helvetica, Arial, sans-serif'"
-# From bad to good; light enough for black text on the one side, dark enough for white on the other.
+# From bad to good; light enough for black text at one end, dark enough for white text at the other.
 _COLOURS = ((247, 242, 228), (250, 206, 140), (238, 138, 92), (196, 72, 108), (110, 40, 120), (44, 22, 84))
 
 
 class _Panel(NamedTuple):
-    """`values` by (context length, depth); `low` and `high` are what the ends of the colours mean."""
+    """`values` by (context length, depth); `low` and `high` are the values at the ends of the colour scale."""
 
     title: str
     values: Mapping[tuple[int, float], float]
@@ -35,12 +35,12 @@ class _Panel(NamedTuple):
 
 
 def draw(title: str, evaluations: Sequence[Evaluation]) -> str:
-    """SVG of what `loray.train.evaluation.measure` says of one retrieval task."""
+    """SVG of the evaluations of one retrieval task."""
     lengths = sorted({e.context_length or 0 for e in evaluations})
     depths = sorted({e.depth or 0.0 for e in evaluations})
     subjects = list(dict.fromkeys(e.subject for e in evaluations))
     panel_w, panel_h = max(_MIN_PANEL_W, len(lengths) * _CELL_W), len(depths) * _CELL_H
-    # One scale for all models: from 0, certainty, to the worst cell, but not so little that noise fills the colours.
+    # One scale for all models, from 0 (certainty) to the worst cell, and at least to -5, so that noise has no colour.
     worst = min([-5.0, *(e.value for e in evaluations if e.metric.endswith(_LOG_LIKELIHOOD))])
     width = 2 * (_LEFT + panel_w) + _GAP + 2 * _MARGIN
     row_h = _TOP + panel_h + _BOTTOM

@@ -1,4 +1,4 @@
-"""What the commands of `loray eval` take."""
+"""Arguments and options of the commands of `loray eval`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Where(click.ParamType[tuple[str, str]]):
 
 
 class Options(NamedTuple):
-    """What every measurement takes."""
+    """The options that every measurement has."""
 
     model: str
     base_name: str | None
@@ -69,7 +69,7 @@ class Options(NamedTuple):
 
 
 def _joined(ctx: click.Context, param: click.Parameter, values: tuple[tuple[float, ...], ...]) -> tuple[float, ...]:
-    """Of an option given several times, each time with several values."""
+    """The values of an option that is given several times, each time with several values."""
     return tuple(number for numbers in values for number in numbers)
 
 
@@ -113,7 +113,7 @@ _RETRIEVAL = (
 
 
 def measurement(command: Callable[..., None]) -> Callable[..., Any]:
-    """The argument and options of `Options`, which the command gets as its first argument."""
+    """Adds the argument and options of `Options`, and passes them to the command as its first argument."""
 
     @wraps(command)
     def gathered(**options: Any) -> None:

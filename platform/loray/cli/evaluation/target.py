@@ -1,4 +1,4 @@
-"""Which model `loray eval` is to measure: a base, a published adapter, or a folder that PEFT saved."""
+"""The model that `loray eval` measures: a base, a published adapter, or a folder saved by PEFT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loray.adapters.manifest import verify_folder
 from loray.bases.registry import BaseModel, get_base, list_bases
 from loray.bases.rope import scaled
 from loray.catalog import AdapterVersion
-from loray.cli.adapters import open_services
+from loray.cli.services import open_services
 from loray.errors import AdapterNotFound, DataError, SpecError, UnsupportedError
 from loray.publishing import base_of
 from loray.settings import Settings
@@ -22,7 +22,7 @@ from loray.spec import AdapterManifest, RopeParameters, RopeScaling
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`rope` None: the base's own, and `context_length` is the base's window. `version`: where it is published."""
+    """The model to measure. With `rope` None, RoPE and `context_length` are the base's. `version`: if published."""
 
     label: str
     base: BaseModel
@@ -34,12 +34,12 @@ class Target:
 
     @property
     def default_context_lengths(self) -> tuple[int, ...]:
-        """Those that the gate looks at: what was extended, and what to."""
+        """The lengths that the gate compares: the original context, and the extended one."""
         original = () if self.original_context_length is None else (self.original_context_length,)
         return (*original, self.context_length)
 
     def described(self, manifest: AdapterManifest) -> Target:
-        """With what a manifest says of its adapter."""
+        """Adds context lengths and RoPE of the adapter's manifest."""
         return replace(
             self,
             context_length=manifest.context_length,
@@ -52,10 +52,11 @@ class Target:
 def opened(
     model: str, *, base_name: str | None, scaling: RopeScaling | None, original_context: int | None
 ) -> Iterator[Target]:
-    """The target for as long as the block: a published adapter's files are fetched, verified, and removed behind it.
+    """Opens the target. A published adapter's files are fetched, verified, and removed when the block ends.
 
-    A path has a slash in it: `./folder`. Names are those of bases, then of adapters. `scaling` stretches the RoPE of
-    what does not bring its own. Raises BaseNotFound, AdapterNotFound, DataError, SpecError and what reading raises.
+    A `model` with a slash is a path (`./folder`); otherwise it is the name of a base or, if there is none, of an
+    adapter. `scaling` scales the RoPE of a model that has none of its own. Raises BaseNotFound, AdapterNotFound,
+    DataError, SpecError and what reading raises.
     """
     settings = Settings.from_env()
     if os.sep in model:

@@ -1,4 +1,4 @@
-"""The device and the base of an estimate, as options of commands. Neither torch nor Ray."""
+"""Options of commands for the device and the base of an estimate. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ config_option = click.option(
 
 
 def device_of(name: str, home: Path, num_workers: int) -> Device:
-    """SpecError where there is none of that name."""
+    """The device by preset, YAML file, or this machine. SpecError if there is none of that name."""
     if name == THIS_MACHINE:
         return host(_rates(home), num_workers)
     if name in PRESETS:
@@ -52,7 +52,7 @@ def device_of(name: str, home: Path, num_workers: int) -> Device:
 
 
 def shape_of(base: str, config: Path | None, home: Path) -> ModelConfig:
-    """Of `config`, or of the base on this machine, else of the well-known one by that name."""
+    """The shape in `config` if it is given, else of the base on this machine, else of a well-known base."""
     return known_shape(base, home) if config is None else _read(config)
 
 
@@ -66,8 +66,9 @@ def _read(path: Path) -> ModelConfig:
 
 
 def _rates(home: Path) -> HostRates:
-    """Of this machine, measured in a process of its own (torch takes seconds and memory). Kept in `home`, unless the
-    machine had something else to do.
+    """This machine's rates, measured in another process, because torch takes seconds and memory.
+
+    They are saved in `home`, unless the machine was busy.
     """
     path = home / _RATES_FILE
     try:

@@ -1,4 +1,4 @@
-"""`loray plan`: what a recipe will cost on a device, and whether it can run there at all. Neither torch nor Ray."""
+"""`loray plan`: the cost of a recipe on a device, and whether it can run there. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 

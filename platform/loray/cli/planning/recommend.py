@@ -1,4 +1,4 @@
-"""`loray recommend`: which method to train with, by the score card and by what each would cost."""
+"""`loray recommend`: the method to train with, by the score card and by the cost of each method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan as tables: what a worker holds, what it sends, what it computes, and what to change."""
+"""A plan as tables: a worker's memory, traffic and computation, and what to change."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _exchanges(rows: list[list[Exchange]]) -> Table:
 
 
 def _halo(exchange: Exchange) -> str:
-    """Bytes, and how many times as many Ulysses takes."""
+    """Bytes of the halo, and the factor by which Ulysses sends more."""
     times = exchange.ulysses_bytes / exchange.halo_bytes if exchange.halo_bytes else float("inf")
     return f"{format_size(exchange.halo_bytes)} ({times:.1f}×)"
 
