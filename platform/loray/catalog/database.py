@@ -70,7 +70,7 @@ def open_database(url: str) -> sa.Engine:
 @contextmanager
 def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
     """One consistent view of all tables."""
-    with _clear_errors(engine), engine.connect() as connection:
+    with _translate_errors(engine), engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             connection.execution_options(isolation_level="REPEATABLE READ")
         with connection.begin():
@@ -80,7 +80,7 @@ def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
 @contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     """One transaction, rolled back on any error. On SQLite writers queue from here on."""
-    with _clear_errors(engine), engine.connect() as connection:
+    with _translate_errors(engine), engine.connect() as connection:
         connection.execution_options(**{_WRITES: True})
         with connection.begin():
             if engine.dialect.name == "postgresql":
@@ -165,7 +165,7 @@ def _file_lock(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _clear_errors(engine: sa.Engine) -> Iterator[None]:
+def _translate_errors(engine: sa.Engine) -> Iterator[None]:
     """SQLAlchemy's errors hold statements and a link; callers get the database's own line."""
     try:
         yield

@@ -15,7 +15,7 @@ from loray.locations import S3Location
 from loray.store.aws import NUM_CONNECTIONS, connect, endpoint_of
 from loray.store.keys import TEMPORARY, check_key
 from loray.store.parts import PART_BYTES, Source, upload_parts
-from loray.store.s3_errors import clear_errors, missing_bucket, status_of, was_retried
+from loray.store.s3_errors import missing_bucket, status_of, translate_errors, was_retried
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -51,7 +51,7 @@ class S3Store:
         name = self._name(key)
         source = Source.of(data)
         in_parts = source.num_bytes >= self._parts_from
-        with clear_errors(self.location):
+        with translate_errors(self.location):
             if source.num_bytes >= LARGE_BYTES and self._find(name) is not None:
                 return False  # found out before the bytes travel
             self._check_conditional_writes("PutObject", self._put_whole)
@@ -102,7 +102,7 @@ class S3Store:
         return found["Body"]
 
     def exists(self, key: str) -> bool:
-        with clear_errors(self.location):
+        with translate_errors(self.location):
             found = self._find(self._name(key)) is not None
             if not found:
                 self._check_bucket()
@@ -110,18 +110,18 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         keys = []
-        with clear_errors(self.location):
+        with translate_errors(self.location):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
                 keys += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ())]
         yield from sorted(key for key in keys if not key.startswith(f"{TEMPORARY}/") and not key.endswith("/"))
 
     def delete(self, key: str) -> None:
-        with clear_errors(self.location):
+        with translate_errors(self.location):
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
     def check(self) -> None:
-        with clear_errors(self.location):
+        with translate_errors(self.location):
             self._check_conditional_writes("PutObject", self._put_whole)
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class S3Store:
         from botocore.exceptions import ClientError
 
         check_key(key)
-        with clear_errors(self.location):
+        with translate_errors(self.location):
             try:
                 yield
             except ClientError as e:
@@ -257,7 +257,7 @@ def create_bucket(location: S3Location) -> None:
     from botocore.exceptions import ClientError
 
     client = connect(location)
-    with clear_errors(location):
+    with translate_errors(location):
         try:
             client.create_bucket(Bucket=location.bucket)
         except ClientError as e:

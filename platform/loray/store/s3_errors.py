@@ -33,7 +33,7 @@ def was_retried(error: Any) -> bool:
 
 
 @contextmanager
-def clear_errors(location: S3Location) -> Iterator[None]:
+def translate_errors(location: S3Location) -> Iterator[None]:
     """Whatever boto3 raises in the block becomes a StoreError, or UnsupportedError where the server cannot do it."""
     from boto3.exceptions import RetriesExceededError
     from botocore.exceptions import BotoCoreError, ClientError
