@@ -1,4 +1,4 @@
-"""The benchmark of quality: scores as their makers count them, sweeps, both trainers, and the whole on a tiny base."""
+"""The benchmark of quality: scores, sweeps, both training loops, and the whole benchmark on a tiny base."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
 
     def write(name: str, rows: list[dict[str, object]]) -> None:
-        # U+2028 ends a line for str.splitlines, but not in JSONL
+        # U+2028 ends a line in str.splitlines, but not in JSONL
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -78,7 +78,7 @@ def test_tasks_read_their_files(data: Path) -> None:
     assert e2e.questions(data)[0] == Question("Meaning: name[0]\nText:", ("It is.",))
     assert gsm8k.questions(data)[7].references == (" So.\n#### 7",)
     assert [pair.completion for pair in news.pairs(data)] == ["Business"]
-    # an article that is trained on is no question
+    # An article of the training pairs is not a question.
     assert [q.prompt for q in news.questions(data)] == ["A new telescope. \nWhat label?\n"]
     with pytest.raises(DataError, match=r"e2e_train.jsonl cannot be read: .*; name the folder that holds it"):
         e2e.pairs(data / "elsewhere")
@@ -164,7 +164,7 @@ def test_the_whole_benchmark(
     assert len(json.loads(figures.read_text())["results"]) == 7
     plot(results, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == picture.read_bytes()
-    # finished trainings are not repeated
+    # Finished trainings are not repeated.
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     assert quality.main(args)[1].runs == results[1].runs
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")} == kept

@@ -1,4 +1,4 @@
-"""What `loray recommend` says of an adapter's bytes, against files of the real base."""
+"""Bytes of an adapter as `loray recommend` estimates them, against files of the real base."""
 
 from __future__ import annotations
 

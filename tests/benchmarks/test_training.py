@@ -1,4 +1,4 @@
-"""The benchmark of training: its opponents compute what they should, its rows say what was measured."""
+"""The benchmark of training: all systems compute the same, and rows report what was measured."""
 
 from __future__ import annotations
 
@@ -134,10 +134,10 @@ def test_activations_are_beside_those_of_one_rank(monkeypatch: pytest.MonkeyPatc
     assert shares == pytest.approx([1, 650 / 1250, 350 / 1250])
 
 
-def test_presets_hold_what_was_promised() -> None:
-    promised = {case.name: str(case.target) for preset in PRESETS.values() for case in preset if case.target}
+def test_presets_have_the_targets() -> None:
+    targets = {case.name: str(case.target) for preset in PRESETS.values() for case in preset if case.target}
     assert (
-        promised
+        targets
         | {
             "attention 8k": "≥ 3.2",
             "attention 16k": "≥ 4",
@@ -148,7 +148,7 @@ def test_presets_hold_what_was_promised() -> None:
             "sequence 8k P=2": "≤ 0.6",
             "sequence 8k P=4": "≤ 0.35",
         }
-        == promised
+        == targets
     )
 
 
@@ -165,14 +165,14 @@ def test_the_sides_of_a_vera_step_train_the_same(tiny_base: Callable[..., BaseMo
 def test_memory_of_a_process() -> None:
     reset_peak()
     before = resident_bytes()
-    with mmap.mmap(-1, 64 << 20) as block:  # from the system: the allocator may hold pages that are resident already
+    with mmap.mmap(-1, 64 << 20) as block:  # by mmap, since the allocator may hold resident pages
         block.write(b"1" * len(block))
     assert peak_bytes() - before > 60 << 20
     reset_peak()
     assert peak_bytes() - before < 60 << 20
 
 
-def test_what_others_compute_is_seen() -> None:
+def test_the_load_of_other_processes_is_measured() -> None:
     with watch() as disturbance:
         sum(range(1_000_000))
     assert disturbance.load >= 0

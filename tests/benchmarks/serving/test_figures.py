@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic: latencies, the engine's steps, floors, targets."""
+"""The figures of the benchmark of serving: latencies, the engine's work, floors, targets."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_quantiles_lie_between_neighbours() -> None:
 
 
 class _Stats:
-    """Of EngineStats what `engine_work` reads."""
+    """The fields of EngineStats that `engine_work` reads."""
 
     def __init__(self, scale: int) -> None:
         self.num_pool_hits, self.num_host_hits, self.num_misses = 6 * scale, 3 * scale, scale
@@ -121,7 +121,7 @@ def _row(case: str, throughput: float, system: str = "loray", **work: float) -> 
     return median_row(case, system, [(figures, own)], peak_bytes=1000, load_before=0.5, start_s=1.0)
 
 
-def test_rows_are_medians_and_know_their_floors() -> None:
+def test_rows_are_medians_beside_their_floors() -> None:
     work = _row("x", 1.0).work
     passes = [(Latencies(t, 1.0, 0.1, 0.2, 0.3, 0.4, 1.0, 0), work) for t in (30.0, 10.0, 20.0)]
     row = median_row("x", "loray", passes, peak_bytes=1, load_before=0.0, start_s=0.0)

@@ -1,4 +1,4 @@
-"""The benchmark end to end on a tiny random base: adapters through a store, an engine in this process, ablations."""
+"""The benchmark of serving on a tiny random base: adapters in a store, an engine in this process, ablations."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def session(library: Library, options: EngineOptions, **spec: Any) -> Iterator[E
 
 
 def test_adapters_are_what_peft_reads(tmp_path: Path, tiny_base: Callable[..., BaseModel]) -> None:
-    """PEFT's own loader takes every tensor, in its place."""
+    """PEFT's loader puts every tensor into its module."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -122,7 +122,7 @@ def test_adapters_are_published_once(library: Library) -> None:
 
 
 def test_an_engine_runs_a_workload_from_the_store(library: Library) -> None:
-    """Six adapters over a pool of three: every figure that can be known beforehand."""
+    """Six adapters over a pool of three: the figures that follow from the workload."""
     workload = Workload(12, num_adapters=6, at_once=4, inputs=(8, 16), outputs=(3, 5))
     requests = generate(workload, 512)
     with session(library, EngineOptions(SET, pool_adapters=3, kv_tokens=256)) as running:

@@ -1,4 +1,4 @@
-"""The benchmark's generator: shares, arrivals, lengths, reproducibility."""
+"""The generator of requests: shares, arrivals, lengths, reproducibility."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_same_seed_and_pass_give_the_same_requests() -> None:
     assert generate(small, 1000) == generate(small, 1000)
     assert generate(small, 1000, pass_=1) != generate(small, 1000)
     assert generate(replace(small, seed=1), 1000) != generate(small, 1000)
-    # Another distribution of times leaves prompts and adapters as they were.
+    # Another distribution of arrival times changes neither prompts nor adapters.
     calm = [r._replace(at=0.0) for r in generate(replace(small, cv=1.0), 1000)]
     assert calm == [r._replace(at=0.0) for r in generate(small, 1000)]
 
