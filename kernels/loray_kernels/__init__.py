@@ -1,7 +1,15 @@
-"""One op set over a paged pool: batched LoRA and VeRA, paged attention, norms and embeddings with per-row weights.
+"""One set of ops over a paged pool: batched LoRA and VeRA, paged attention, norms and embeddings with per-row weights.
 
-`ops.Ops` is the set; `backend(name)` gives an implementation. `reference` is torch, right before fast, and the oracle
-of every other backend; `cpu` is C++, compiled at first use; `cuda` is Triton and CUDA C++, for NVIDIA GPUs.
+`backend(name)` gives an implementation of `ops.Ops`.
+
+    ops        the ops' equations and arguments
+    pages      writing adapters' rows into the pool
+    reference  torch; every other backend is tested against it
+    cpu/       C++ (cpu/csrc), compiled at first use
+    cuda/      CUDA C++ (cuda/csrc) and Triton (cuda/tiles), for NVIDIA GPUs
+    layout     what several backends check before they call compiled kernels
+    compiled   where compiled kernels are kept
+    memory     CPU memory in huge pages, and its reuse
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ from functools import cache
 
 import torch
 
-from loray_kernels.build import BackendUnavailable
+from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cpu.native import release_threads
 from loray_kernels.cpu.ops import CpuOps
 from loray_kernels.cuda import cuda_ops
@@ -63,8 +71,8 @@ _log = logging.getLogger("loray.kernels")
 def backend(name: str, device: torch.device | str = "cpu") -> Ops:
     """The implementation called `name`, for tensors on `device`.
 
-    "auto" is the fastest that runs there, with one warning when that is the reference for want of something.
-    ValueError lists the names there are; BackendUnavailable says why the one that was asked for cannot run.
+    "auto" is the fastest that runs there; if that is the reference because something is missing, one warning is logged.
+    ValueError for an unknown name; BackendUnavailable says why the backend cannot run.
     """
     device = torch.device(device)
     match name:
@@ -84,7 +92,7 @@ def backend(name: str, device: torch.device | str = "cpu") -> Ops:
 
 
 def available() -> tuple[str, ...]:
-    """Names of the backends that run on this machine. Compiles what is not in the cache yet."""
+    """Names of the backends that run on this machine. Compiles kernels that are not in the cache."""
     names = []
     for name, device in (("cuda", "cuda"), ("cpu", "cpu")):
         try:

@@ -1,7 +1,8 @@
-"""Large tensors of CPU memory in huge pages, where the system has them: walks through them miss fewer translations.
+"""Large tensors of CPU memory in huge pages, if the system has them: fewer misses of address translations.
 
-Memory that a process touches for the first time costs more than what is then done with it: a page fault and zeroing, on
-a virtual machine the host's fault as well (2 MB: 0.4 to 4.5 ms). `Recycled` keeps it instead of giving it back.
+When a process touches memory for the first time, the page fault and the zeroing take longer than most uses of it; on a
+virtual machine there is a fault of the host as well (2 MB: 0.4 to 4.5 ms). `Recycled` keeps memory for the next tensors
+instead of freeing it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _HUGE_PAGE = 2 << 20
 
 
 def huge_pages(num_elements: int, dtype: torch.dtype) -> Tensor:
-    """Zeros, (num_elements,), on the CPU. Small ones are ordinary memory."""
+    """Zeros, (num_elements,), on the CPU. Small tensors are ordinary memory."""
     num_bytes = num_elements * dtype.itemsize
     if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_elements, dtype=dtype)
@@ -29,9 +30,10 @@ def huge_pages(num_elements: int, dtype: torch.dtype) -> Tensor:
 
 
 class Recycled:
-    """Large tensors whose memory is used again once nobody holds it; up to `max_bytes` lie idle. From any thread.
+    """Large tensors whose memory is used again after the last reference is gone. May be used from any thread.
 
-    expected  bytes of tensors that the first `prepare` is for
+    max_bytes  the most memory that is kept idle
+    expected   bytes of each tensor for which the first `prepare` provides memory
     """
 
     def __init__(self, max_bytes: int, expected: Iterable[int] = ()) -> None:
@@ -39,11 +41,6 @@ class Recycled:
         self._idle: list[mmap.mmap] = []
         self._taken = list(expected)  # bytes of each since the last `prepare`
         self._lock = threading.Lock()
-
-    @property
-    def idle_bytes(self) -> int:
-        with self._lock:
-            return sum(map(len, self._idle))
 
     def empty(self, num_elements: int, dtype: torch.dtype) -> Tensor:
         """(num_elements,), on the CPU, with any contents."""
@@ -57,12 +54,14 @@ class Recycled:
                 self._idle.remove(pages)
         if pages is None:
             pages = _map(_rounded(num_bytes))
-        lease = memoryview(pages)  # the tensor's storage holds it, and lets go of it at the end
+        lease = memoryview(pages)  # the tensor's storage refers to it for as long as it lives
         weakref.finalize(lease, self._give_back, pages)
         return _tensor(lease, num_elements, dtype)
 
     def prepare(self) -> None:
-        """Touch memory for as many tensors, as large, as were asked for since the last call, where none lies idle."""
+        """Provide touched memory for tensors as many and as large as those made since the last call, unless enough is
+        idle.
+        """
         with self._lock:
             expected, self._taken = self._taken, []
             idle = list(self._idle)
@@ -79,12 +78,12 @@ class Recycled:
                 return
             pages = _map(num_bytes)
             touched = _tensor(memoryview(pages), num_bytes, torch.uint8)
-            ctypes.memset(touched.data_ptr(), 0, num_bytes)  # other threads run meanwhile
+            ctypes.memset(touched.data_ptr(), 0, num_bytes)  # without Python's lock
             del touched
             self._give_back(pages)
 
     def _best(self, num_bytes: int, idle: list[mmap.mmap] | None = None) -> mmap.mmap | None:
-        """The smallest idle one that is large enough, unless most of it would stay unused."""
+        """The smallest idle memory that is large enough, unless most of it would be unused."""
         least, most = num_bytes + _HUGE_PAGE, 2 * _rounded(num_bytes) + _HUGE_PAGE
         fits = [p for p in (self._idle if idle is None else idle) if least <= len(p) <= most]
         return min(fits, key=len, default=None)
@@ -97,13 +96,13 @@ class Recycled:
 
 
 def _rounded(num_bytes: int) -> int:
-    """To a few sizes, so that one fits the next: an eighth of a power of two, whole huge pages."""
+    """Rounded up to multiples of an eighth of a power of two and of huge pages, so that memory fits later tensors."""
     step = max(_HUGE_PAGE, 1 << max(0, num_bytes.bit_length() - 4))
     return -(-num_bytes // step) * step
 
 
 def _map(num_bytes: int) -> mmap.mmap:
-    """Pages of which `num_bytes` can be used whatever their alignment."""
+    """Enough pages for `num_bytes` after alignment to a huge page."""
     return mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 

@@ -1,20 +1,21 @@
-"""The op set and the arguments that its ops share.
+"""The set of ops, and the arguments that they share.
 
 Shapes: T tokens of a step, S sequences, D hidden, I input width, O output width, H query heads, K key/value heads,
 d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B blocks.
 
-The pool is one flat tensor. A row is found by the offset of its first element for layer 0; `layer_offset`
-(layer × layer share) is added for other layers, and is 0 for rows without a layer. A row wider than a layer's share
-stands in several segments of columns.
+The pool is one flat tensor. A row is given by the offset of its first element for layer 0; `layer_offset`
+(layer × layer share) is added for other layers, and is 0 for rows without a layer. A row wider than a layer's share is
+cut into several segments of columns.
 
-Every layer of a step passes the same tables, so each has a `memo`: what a backend makes of a table once and keeps for
-as long as the table lives, under the backend's name.
+Every layer of a step passes the same tables, so each table has a `memo`: a backend keeps there, under its name, what it
+makes of the table once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,7 +47,7 @@ class RowTables:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """For tokens `tokens_N` of the step, a row of the pool each, to use instead of the base's."""
+    """For each of the tokens `tokens_N` of the step a row of the pool, to be used instead of the base's."""
 
     tokens_N: Tensor
     rows: RowTables
@@ -56,7 +57,7 @@ class TokenRows:
 class LoraTable:
     """LoRA of one module for every adapter of the batch; adapter n has rows rank_start[n]:rank_start[n+1].
 
-    An adapter without this module has an empty range. Ranks are not padded to one another.
+    An adapter without this module has an empty range. Ranks are not padded.
     """
 
     a: RowTables
@@ -65,11 +66,20 @@ class LoraTable:
     scale: tuple[float, ...]
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def ranks(self) -> list[int]:
+        """Of each adapter; 0 for one without this module."""
+        return [stop - start for start, stop in pairwise(self.rank_start)]
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks, default=0)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairMatrix:
-    """A (R, I) or B (O, R) of a VeRA pair, or a part of one. Every layer of every step passes the same: what a backend
-    makes of it once stays in its memo.
+    """A (R, I) or B (O, R) of a VeRA pair, or a part of one. Every layer of every step passes the same object, so a
+    backend keeps in its memo what it makes of it once.
     """
 
     data: Tensor
@@ -91,7 +101,7 @@ class PairMatrix:
 
 @dataclass(frozen=True, slots=True)
 class VeraTable:
-    """VeRA of one module for tokens [start, stop), which share a pair; one row of d and b for each token."""
+    """VeRA of one module for tokens [start, stop), which share a pair; d and b have one row for each token."""
 
     a_RI: PairMatrix
     b_OR: PairMatrix
@@ -103,7 +113,7 @@ class VeraTable:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Tokens of one adapter stand together: adapter n has tokens start[n]:stop[n]."""
+    """The tokens of one adapter are neighbours: adapter n has tokens start[n]:stop[n]."""
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
@@ -137,7 +147,7 @@ class DecodeStep(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerTables:
-    """What the adapters of a batch have in one layer (or, for the flat tables, outside of any), by module."""
+    """The adapters of a batch in one layer, or, in the flat tables, outside of the layers; by module."""
 
     lora: Mapping[str, LoraTable]
     vera: Mapping[str, Sequence[VeraTable]]
@@ -147,7 +157,7 @@ class LayerTables:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearWeights:
-    """A matrix as its backend keeps it: `data` is the backend's own business."""
+    """A matrix in the layout of its backend, which only that backend can read."""
 
     in_features: int
     out_features: int
@@ -157,9 +167,9 @@ class LinearWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
-    """A decoder layer of the Llama family; q, k, v and gate, up stand side by side in one matrix each.
+    """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up.
 
-    q_norm_d and k_norm_d are given together or not at all; `scale` is attention's.
+    q_norm_d and k_norm_d are both given or both None; `scale` is attention's.
     """
 
     attention_norm_D: Tensor
@@ -180,7 +190,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
-    """What every layer of a step shares."""
+    """What all layers of a step share."""
 
     pool: Tensor
     layout: KvLayout
@@ -192,31 +202,31 @@ class StepInputs:
 
 
 class Ops(Protocol):
-    """Intermediates are fp32 and the order of roundings is the reference's, whatever the backend."""
+    """In every backend intermediates are fp32, and values are rounded where the reference rounds them."""
 
     def page_writer(self, pool: Tensor) -> PageWriter:
-        """What brings adapters from host memory into `pool`."""
+        """Writes adapters from host memory into `pool`."""
         ...
 
     def recorded(
         self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
     ) -> Callable[[DecodeStep], Tensor] | None:
-        """`forward`, whose launches are recorded once and repeated; its result is overwritten by the next call's.
-        None: this backend does not record.
+        """`forward` with its launches recorded once and replayed; the next call overwrites its result. None if this
+        backend does not record.
 
-        forward     a row for each sequence, by the same launches whatever a step's values
-        max_blocks  of a sequence
+        forward     returns a row for each sequence; its launches must not depend on a step's values
+        max_blocks  the most of a sequence
         """
         ...
 
     def decoder_layer(
         self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
     ) -> Tensor | None:
-        """A layer in one call, the same bits as its ops one by one; may write `x_TD`. None: this backend has none."""
+        """A layer in one call, equal bit for bit to its ops; may write `x_TD`. None if the backend has none."""
         ...
 
     def pack_linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> LinearWeights:
-        """The matrix in the layout that `linear` and `logits` read; the original is not needed any more."""
+        """The matrix in the layout that `linear` and `logits` read; the original may be freed."""
         ...
 
     def linear(self, x_TI: Tensor, weights: LinearWeights) -> Tensor:
@@ -224,21 +234,21 @@ class Ops(Protocol):
         ...
 
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
-        """`linear` in fp32, of results that are rounded to x's dtype first."""
+        """The results of `linear`, which are rounded to x's dtype, in fp32."""
         ...
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
-        """silu(gate) · up, (T, M) of (T, 2 M): gate first."""
+        """silu(gate) · up, (T, M), from (T, 2 M) with gate first."""
         ...
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
-        """x_TD: rows of `table_VD`, but for the tokens of `own`."""
+        """x_TD: rows of `table_VD`; for the tokens of `own` their rows."""
         ...
 
     def rms_norm(
         self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
     ) -> Tensor:
-        """x / rms(x) · weight, statistics in fp32; the tokens of `own` have their own weight. Also (T, heads, d)."""
+        """x / rms(x) · weight, rms in fp32; the weight of the tokens of `own` is their row. Also for (T, heads, d)."""
         ...
 
     def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
@@ -248,7 +258,7 @@ class Ops(Protocol):
     def write_kv(
         self, pool: Tensor, layout: KvLayout, layer: int, k_TKd: Tensor, v_TKd: Tensor, meta: AttentionMeta
     ) -> None:
-        """Store this step's keys and values at `meta.slots_T`. Writes `pool`."""
+        """Store the step's keys and values at `meta.slots_T`. Writes `pool`."""
         ...
 
     def paged_attention(
@@ -260,7 +270,7 @@ class Ops(Protocol):
     def lora_shrink(
         self, x_TI: Tensor, pool: Tensor, tables: tuple[LoraTable, ...], segments: Segments, layer_offset: int
     ) -> tuple[Tensor, ...]:
-        """h = A x in fp32, one (T, max rank) for each table; all tables share the input, so it is one launch."""
+        """h = A x in fp32, one (T, max rank) for each table, in one launch: all tables share the input."""
         ...
 
     def lora_expand(
@@ -276,12 +286,12 @@ class Ops(Protocol):
         ...
 
     def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
-        """z = A[:, :I] x in fp32, (T, R): dense, shared by every adapter of the pair and by modules of one input."""
+        """z = A[:, :I] x in fp32, (T, R); dense, for all adapters of the pair and all modules of the input."""
         ...
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
-        """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's own d and b. Writes `y_TO`.
+        """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's d and b. Writes `y_TO`.
 
-        d ⊙ z is rounded to y's dtype: it meets B in one product of that dtype.
+        d ⊙ z is rounded to y's dtype, so that the product with B is one of that dtype.
         """
         ...

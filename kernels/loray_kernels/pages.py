@@ -1,4 +1,4 @@
-"""Packed rows from host memory into a pool's blocks.
+"""Writing packed rows from host memory into a pool's blocks.
 
 Shapes: L layers, E packed elements of a layer, P pieces.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Piece(NamedTuple):
-    """`length` elements from `start` of a layer's rows go to `to` of the pool, plus the layer's own offset."""
+    """`length` elements from `start` of a layer's rows go to `to` of the pool, plus the layer's offset."""
 
     start: int
     to: int
@@ -26,25 +26,25 @@ class PageWriter(Protocol):
 
     def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
         """pool[offset + to : offset + to + length] = rows_LE[l, start : start + length], for each layer l with its
-        offset and each piece. The pool's memory may be written later, but not after `wait`; nothing that was asked of
-        the pool before is disturbed.
+        offset and each piece. The memory may be written later, but not after `wait`. Reads and writes of the pool that
+        were queued before are completed first.
         """
         ...
 
     def wait(self) -> None:
-        """What is asked of the pool from now on comes after all that was written. Holds up the device at most."""
+        """Whatever is queued after this call sees all that was written. May block the device, not the thread."""
         ...
 
 
 class DirectWriter:
-    """In order with everything else: one strided copy for each piece of neighbouring layers."""
+    """Writes at once: one strided copy for each piece of several layers at equal distances."""
 
     def __init__(self, pool: Tensor) -> None:
         self._pool = pool
 
     def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
         for start, stop, stride in _neighbours(layer_offsets):
-            # One transfer where the pool is on a device, which then distributes it by itself.
+            # If the pool is on a device: one transfer, and the copies below are made on the device.
             rows = rows_LE[start:stop].to(self._pool.device, non_blocking=True)
             layers = self._pool[layer_offsets[start] :]
             for piece in pieces:
@@ -56,7 +56,7 @@ class DirectWriter:
 
 
 def _copy(to: Tensor, rows: Tensor) -> None:
-    """On the CPU by one thread: where another works beside two, they wait for each other at the end of every piece."""
+    """On the CPU with one thread: with several, they would wait for each other at the end of every piece."""
     if to.is_cpu and rows.dtype == to.dtype:
         integers = torch.int16 if to.itemsize == 2 else torch.int32
         np.copyto(to.view(integers).numpy(), rows.view(integers).numpy())

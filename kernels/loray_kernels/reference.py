@@ -1,4 +1,6 @@
-"""The op set in torch: loops over sequences and adapters, gathers by index, fp32 inside. The other backends' oracle."""
+"""The ops in torch: loops over sequences and adapters, gathers by index, intermediates in fp32. Other backends are
+tested against it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0
     """Rows start:stop as a dense (rows, width) tensor in the pool's dtype."""
     parts = []
     for _, width, offsets_R in rows.segments:
-        # Row i of this view is the width elements from i: rows overlap, and a row is found by its offset alone.
+        # Row i of this view is the `width` elements from i on: rows overlap, and a row's index is its offset.
         view = pool.as_strided((pool.numel() - width + 1, width), (1, 1))
         parts.append(view.index_select(0, offsets_R[start:stop] + layer_offset))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -110,7 +112,7 @@ class ReferenceOps:
             kv = cache[blocks].transpose(0, 1).reshape(2, -1, layout.num_kv_heads, layout.head_dim)
             k_KCd, v_KCd = kv[:, :context].permute(0, 2, 1, 3).to(q_THd.dtype)
             num_queries = stop - start
-            # Query heads of one key/value head are folded into its queries: no keys are repeated.
+            # The query heads of one key/value head become queries of it, so that no keys are copied.
             q_KQd = q_THd[start:stop].transpose(0, 1).reshape(layout.num_kv_heads, group * num_queries, -1)
             mask = None
             if num_queries > 1:
@@ -126,9 +128,8 @@ class ReferenceOps:
         x32_TI = x_TI.float()
         out = []
         for table in tables:
-            ranks = [b - a for a, b in pairwise(table.rank_start)]
-            h_TR = x32_TI.new_zeros(x_TI.shape[0], max(ranks, default=0))
-            for n, rank in enumerate(ranks):
+            h_TR = x32_TI.new_zeros(x_TI.shape[0], table.max_rank)
+            for n, rank in enumerate(table.ranks):
                 if rank:
                     first = table.rank_start[n]
                     a_RI = gather_rows(pool, table.a, layer_offset, first, first + rank).float()

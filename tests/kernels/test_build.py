@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import loray_kernels
-from loray_kernels import BackendUnavailable, available, backend, build
-from loray_kernels.cpu import native
+from loray_kernels import BackendUnavailable, available, backend, compiled
+from loray_kernels.cpu import build, native
 from loray_kernels.cpu.ops import CpuOps
 from loray_kernels.reference import ReferenceOps
 
@@ -103,18 +103,18 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert build.cache_folder() == Path("/somewhere/loray/kernels")
+    assert compiled.cache_folder() == Path("/somewhere/loray/kernels")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
-    assert build.cache_folder() == Path("/home/me/.cache/loray/kernels")
+    assert compiled.cache_folder() == Path("/home/me/.cache/loray/kernels")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # a user whom no file knows, as in a container
     with pytest.raises(BackendUnavailable, match="set HOME or XDG_CACHE_HOME"):
-        build.cache_folder()
+        compiled.cache_folder()
 
 
 def test_processes_and_threads_that_build_at_once_share_one_library(empty_cache: Path) -> None:
-    code = "from loray_kernels import build; print(build.library('host', ('host.cpp',)))"
+    code = "from loray_kernels.cpu import build; print(build.library('host', ('host.cpp',)))"
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     processes = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)

@@ -1,6 +1,7 @@
-"""What every request of a batch does in C++ on the CPU: products, norms, RoPE, KV cache and attention.
+"""The ops that do not depend on adapters in C++ on the CPU: products, norms, RoPE, KV cache and attention.
 
-Other dtypes, mixed ones and attention heads whose width is no multiple of 16 go to the reference, call by call.
+Each call with another dtype, with mixed dtypes, or with attention heads whose width is no multiple of 16, goes to the
+reference.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from torch import Tensor
 
 from loray_kernels.cpu.native import Functions, functions, packed_size, supported
 from loray_kernels.cpu.tables import pack_layout, pack_matrix, pack_meta, pack_rows
+from loray_kernels.layout import token_rows
 from loray_kernels.memory import huge_pages
 from loray_kernels.ops import AttentionMeta, KvLayout, LinearWeights, TokenRows
 from loray_kernels.reference import ReferenceOps
 
 
 class DenseOps(ReferenceOps):
-    """`embed` is torch's: one call of a step, a copy of rows.
+    """`embed` is torch's: it is called once in a step, and copies rows.
 
-    isa  instruction set to use: "generic", "avx2" or "avx512"; the fastest of this CPU unless told.
-    BackendUnavailable when the library cannot be built, ValueError when the CPU lacks `isa`.
+    isa  instruction set: "generic", "avx2" or "avx512"; by default the fastest that this CPU has.
+    BackendUnavailable if the library cannot be built, ValueError if the CPU lacks `isa`.
     """
 
     def __init__(self, isa: str | None = None) -> None:
@@ -30,7 +32,7 @@ class DenseOps(ReferenceOps):
         self._functions = functions(self.isa)
 
     def _for(self, pool: Tensor, *others: Tensor) -> Functions | None:
-        """The kernels for these tensors; None when the reference must do it."""
+        """The kernels for these tensors; None if the call goes to the reference."""
         dtype = pool.dtype
         for other in others:
             if other.dtype != dtype:
@@ -191,12 +193,3 @@ def address_at(pool: Tensor, offset: int) -> int:
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def token_rows(x: Tensor) -> Tensor:
-    """`x` or a copy, so that the elements of a token stand side by side; tokens may be any stride apart."""
-    if x.is_contiguous():
-        return x
-    if x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2]):
-        return x
-    return x.contiguous()

@@ -1,4 +1,4 @@
-"""The C++ library of one instruction set: chosen, loaded, its functions declared."""
+"""Chooses and loads the C++ library for an instruction set, and declares its functions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from loray_kernels.build import BackendUnavailable, library
+from loray_kernels.compiled import BackendUnavailable
+from loray_kernels.cpu.build import library
 
-# From slow to fast, with the compiler's flags; a number is the place in host.cpp.
+# From slow to fast, with the compiler's flags; host.cpp knows them by their index.
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
 ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
@@ -38,7 +39,7 @@ _SUFFIX = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Functions(NamedTuple):
-    """The kernels for one dtype; arguments as in csrc."""
+    """The kernels for one dtype; the arguments are in csrc."""
 
     pack_linear: Any
     linear: Any
@@ -57,18 +58,18 @@ class Functions(NamedTuple):
 
 @cache
 def supported() -> tuple[str, ...]:
-    """Instruction sets that this CPU has, slow to fast. BackendUnavailable as `functions`."""
+    """Instruction sets that this CPU has, from slow to fast. BackendUnavailable if there is no library."""
     host = _host()
     known = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else ("generic",)
     return tuple(isa for i, isa in enumerate(known) if host.loray_supports(i))
 
 
 def release_threads() -> None:
-    """End the OpenMP threads that the calling thread has worked with; its next parallel region makes others.
+    """End the OpenMP threads of the calling thread; its next parallel region makes new ones.
 
-    Where OpenMP knows of more threads than there are cores, all of its waiting is by system calls instead of spinning,
-    and a step of a few hundred short regions takes half as long again. So who has built a model gives its threads up
-    before another thread runs it.
+    If OpenMP has more threads than there are cores, all of them wait by system calls instead of spinning, and a step of
+    a few hundred short regions takes half as long again. So the thread that builds a model calls this before another
+    thread runs it.
     """
     with suppress(BackendUnavailable):
         _host().loray_release_threads()
@@ -81,7 +82,7 @@ def _host() -> ctypes.PyDLL:
 
 @cache
 def functions(isa: str) -> dict[torch.dtype, Functions]:
-    """Compiled at first use. BackendUnavailable says why there is no library; ValueError that the CPU lacks `isa`."""
+    """Compiled at first use. BackendUnavailable says why there is no library; ValueError if the CPU lacks `isa`."""
     if isa not in supported():
         raise ValueError(f"no instruction set {isa!r} here; there is: {', '.join(supported())}")
     loaded = _library(isa)
@@ -102,10 +103,10 @@ def _library(isa: str) -> ctypes.PyDLL:
 
 
 def _load(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ctypes.PyDLL:
-    # torch is imported above: its OpenMP library is the one that this finds loaded, so both share their threads.
+    # torch is imported above: this finds torch's OpenMP library already loaded, so both share their threads.
     path = library(name, sources, flags)
     try:
-        # A call keeps Python's lock: its own threads have all cores, and another's Python would only hold them up.
+        # A call keeps Python's lock: its threads use all cores, and Python code of other threads would only delay them.
         return ctypes.PyDLL(str(path))
     except OSError as e:
         raise BackendUnavailable(f"the cpu kernels do not load: {e}; delete {path} to have it made anew") from e
@@ -113,7 +114,7 @@ def _load(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ctypes
 
 @cache
 def packed_size(isa: str, in_features: int, out_features: int, itemsize: int) -> int:
-    """Elements of a packed matrix."""
+    """The number of elements of a packed matrix."""
     size = ctypes.c_int64()
     function = _library(isa)[f"packed_size_{isa}"]
     function.argtypes = (_I, _I, _I, _P)

@@ -1,7 +1,7 @@
-"""The op set in C++ on the CPU: csrc's kernels for bf16 and fp32.
+"""The ops in C++ on the CPU: csrc's kernels for bf16 and fp32.
 
-Shapes as in `loray_kernels.ops`. A token's results are the same, bit for bit, whatever its neighbours, the size of
-the batch and the chunking of its prompt; the C++ sources say how.
+Shapes as in `loray_kernels.ops`. A token's results are the same, bit for bit, in any batch and for any chunking of its
+prompt; the C++ sources say how.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from loray_kernels.cpu.dense import DenseOps, address_at, token_rows
+from loray_kernels.cpu.dense import DenseOps, address_at
 from loray_kernels.cpu.tables import (
     pack_layer_tables,
     pack_layer_weights,
@@ -21,6 +21,7 @@ from loray_kernels.cpu.tables import (
     pack_segments,
     pack_step,
 )
+from loray_kernels.layout import token_rows
 from loray_kernels.ops import (
     LayerTables,
     LayerWeights,
@@ -34,7 +35,7 @@ from loray_kernels.ops import (
 
 
 class CpuOps(DenseOps):
-    """With adapters, and a decoder layer as one call."""
+    """Adds the ops of adapters, and a decoder layer as one call."""
 
     def decoder_layer(
         self, x_TD: Tensor, weights: LayerWeights, tables: LayerTables, step: StepInputs, layer: int
@@ -68,7 +69,7 @@ class CpuOps(DenseOps):
             packed = pack_lora(table)
             assert packed.widths[0] == width
             assert packed.num == spans.num
-            h_TR = torch.zeros(num_tokens, packed.widths[2])  # tokens without an adapter have nothing else
+            h_TR = torch.zeros(num_tokens, packed.widths[2])  # the kernel does not write tokens without an adapter
             h.append(h_TR)
             addresses.append(packed.address)
             outputs += (h_TR.data_ptr(), packed.widths[2])
@@ -152,7 +153,7 @@ class CpuOps(DenseOps):
         )
 
     def _pair_weights(self, matrix: PairMatrix, width: int) -> LinearWeights:
-        """The first `width` columns in panels, beside the pool: once, whatever the number of layers and steps."""
+        """The first `width` columns in panels, outside of the pool: made once for all layers and steps."""
         key = ("cpu", self.isa, width)
         weights: LinearWeights | None = matrix.memo.get(key)
         if weights is None:

@@ -1,6 +1,6 @@
 """Tables packed for C++: arrays of 64-bit words that csrc's structs (kernels.h, simd.h) read in place.
 
-What is packed of a table is kept in its memo, for as long as the table lives.
+A packed table is kept in the table's memo.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from struct import pack, unpack
 from typing import Any, NamedTuple
 
+from loray_kernels.layout import row_size
 from loray_kernels.ops import (
     AttentionMeta,
     KvLayout,
@@ -29,7 +30,9 @@ from loray_kernels.ops import (
 
 
 class Packed(NamedTuple):
-    """`address` for C; `keep` holds what it points to. Sizes are checked before C trusts them."""
+    """`address` is passed to C; `keep` holds the memory that it points to. `widths` and `num` are for checks: C makes
+    none.
+    """
 
     address: int
     keep: tuple[Any, ...]
@@ -46,13 +49,9 @@ def pack_rows(rows: RowTables) -> Packed:
     """widths: (columns); num: rows."""
     packed: Packed | None = rows.memo.get("cpu")
     if packed is None:
-        words, keep, width = [len(rows.segments)], [], 0
-        num = rows.segments[0][2].shape[0]
+        words, keep, (num, width) = [len(rows.segments)], [], row_size(rows)
         for column, columns, offsets_R in rows.segments:
             offsets_R = offsets_R.contiguous()
-            assert offsets_R.shape[0] == num
-            assert column == width
-            width += columns
             words += (column, columns, offsets_R.data_ptr())
             keep.append(offsets_R)
         address, held = _words(words)
@@ -65,12 +64,11 @@ def pack_lora(table: LoraTable) -> Packed:
     packed: Packed | None = table.memo.get("cpu")
     if packed is None:
         a, b, starts = pack_rows(table.a), pack_rows(table.b), table.rank_start
-        rank = max((stop - start for start, stop in pairwise(starts)), default=0)
         assert starts[-1] <= min(a.num, b.num)
         start_address, start = _words(list(starts))
         scale = array("f", table.scale)
         address, held = _words([a.address, b.address, start_address, scale.buffer_info()[0]])
-        widths = (a.widths[0], b.widths[0], rank)
+        widths = (a.widths[0], b.widths[0], table.max_rank)
         packed = table.memo["cpu"] = Packed(address, (held, a, b, start, scale), widths, len(table.scale))
     return packed
 
@@ -110,7 +108,7 @@ def pack_layout(layout: KvLayout) -> Packed:
 
 
 def pack_matrix(weights: LinearWeights, width: int | None = None) -> list[int]:
-    """Words of a Matrix, or of its first `width` outputs."""
+    """The words of a Matrix, or of its first `width` outputs."""
     bias = 0 if weights.bias_O is None else weights.bias_O.data_ptr()
     assert width is None or width <= weights.out_features
     return [weights.in_features, width or weights.out_features, weights.data.data_ptr(), bias]
@@ -138,11 +136,11 @@ class _Module(NamedTuple):
     column: int
 
 
-PackPair = Callable[[PairMatrix, int], LinearWeights]  # a matrix of a pair, of which so many columns
+PackPair = Callable[[PairMatrix, int], LinearWeights]  # packs so many columns of a matrix of a pair
 
 
 def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: PackPair) -> Packed:
-    """num: adapters of every LoRA table. Column offsets are those of `weights`, alike in every layer."""
+    """num: adapters of each LoRA table, or 0. Column offsets are those of `weights`, the same in every layer."""
     packed: Packed | None = tables.memo.get("cpu")
     if packed is None:
         keep: list[Any] = []
@@ -178,7 +176,7 @@ def _own_norm(own: TokenRows | None, keep: list[Any]) -> list[int]:
 
 
 def _lora_group(tables: LayerTables, in_features: int, modules: list[_Module], keep: list[Any]) -> list[int]:
-    """First words of a Group: LoRA of the modules of one input."""
+    """The first words of a Group: LoRA of the modules of one input."""
     addresses, columns, ranks = [], [], []
     for module, width, column in modules:
         table = tables.lora.get(module)
@@ -199,7 +197,7 @@ def _lora_group(tables: LayerTables, in_features: int, modules: list[_Module], k
 def _vera_group(
     tables: LayerTables, in_features: int, modules: list[_Module], keep: list[Any], pack_pair: PackPair
 ) -> list[int]:
-    """Last words of a Group: its spans of tokens that share a pair, each with its modules."""
+    """The last words of a Group: its spans of tokens that share a pair, each with its modules."""
     spans: dict[int, list[tuple[VeraTable, int, int]]] = {}
     for module, width, column in modules:
         for table in tables.vera.get(module, ()):

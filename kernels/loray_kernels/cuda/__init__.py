@@ -1,13 +1,13 @@
-"""The op set for NVIDIA GPUs of compute capability 8.0 and later.
+"""The ops for NVIDIA GPUs of compute capability 8.0 and later.
 
-ops             which kernel does what
-gather          launches of the CUDA C++ kernels (cuda/csrc): decode, and rows that move
-tiles           launches of the Triton kernels (triton_*): prompts, and rows of activations
-tables          a step's tables as device tensors
-launch, nvrtc   compiling and launching the CUDA C++ kernels
-pages           adapters from pinned host memory into blocks, beside the steps
-graphs          decode steps as CUDA graphs
-compile         every kernel ahead of time, without a GPU
+ops            chooses the kernel for each call
+gather         launches the CUDA C++ kernels (csrc): decode, and copies of rows
+tiles/         the Triton kernels and their launches: prompts, and rows of activations
+tables         a step's tables as device tensors
+nvrtc, launch  compile and launch the CUDA C++ kernels
+pages          copies adapters from pinned host memory into blocks while steps run
+graphs         decode steps as CUDA graphs
+compile        compiles every kernel ahead of time, without a GPU
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import importlib.util
 
 import torch
 
-from loray_kernels.build import BackendUnavailable
+from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.ops import Ops
 
 
 def cuda_ops(device: torch.device) -> Ops:
-    """Makes `device` torch's current one, where kernels are launched.
+    """Makes `device` torch's current device, on which kernels are launched.
 
     BackendUnavailable says what is missing: a GPU that is new enough, Triton, CuPy or NVRTC.
     """

@@ -1,8 +1,8 @@
-"""Compiles every kernel ahead of time, without a GPU, and tells its registers, shared memory and spills.
+"""Compiles every kernel ahead of time, without a GPU, and prints its registers, shared memory and spills.
 
     python -m loray_kernels.cuda.compile [--arch sm_80 --arch sm_90] [--dtype bf16 --dtype fp16 --dtype fp32] [--json]
 
-CUDA C++ goes through NVRTC; Triton to machine code with the ptxas of its own wheel, in Llama-3-8B's shapes.
+NVRTC compiles CUDA C++; Triton compiles its kernels, for Llama-3-8B's shapes, with the ptxas of its own wheel.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import click
-
-from loray_kernels.build import BackendUnavailable
+from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cuda.nvrtc import FILES, compile_source
 
 ARCHITECTURES = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
 
-# Pointers by the names of the kernels' arguments; others are 32-bit integers, or fp32 numbers.
+# Arguments that are pointers, by name and element type; the others are 32-bit integers or fp32 numbers.
 _POINTERS = {
     "elements": {"x", "y", "y0", "y1", "y2", "q", "out", "pool", "weight", "cos", "sin", "gate_up", "b_matrix"},
     "fp32": {"h", "z", "scale"},
@@ -35,7 +34,7 @@ _POINTERS = {
 
 
 class Usage(NamedTuple):
-    """`shared` (what the kernel declares or Triton plans) and `spills` in bytes."""
+    """`shared` (declared by the kernel or planned by Triton) and `spills` are in bytes."""
 
     kernel: str
     arch: str
@@ -45,10 +44,10 @@ class Usage(NamedTuple):
 
 
 def compile_cuda(arch: str) -> Iterator[Usage]:
-    """Every kernel of cuda/csrc. BackendUnavailable without NVRTC, or when a source does not compile."""
+    """Every kernel of cuda/csrc. BackendUnavailable without NVRTC, or if a source does not compile."""
     for name in FILES:
-        for kernel, told in _ptxas_report(compile_source(name, arch).log):
-            yield Usage(kernel, arch, *told)
+        for kernel, usage in _ptxas_report(compile_source(name, arch).log):
+            yield Usage(kernel, arch, *usage)
 
 
 def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]:
@@ -59,11 +58,9 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
         from triton.compiler import ASTSource
     except ImportError as e:
         raise BackendUnavailable(f"the tiled kernels need Triton: pip install 'loray[cuda]' ({e})") from e
-    from loray_kernels.cuda.tiles import attention as triton_attention
-    from loray_kernels.cuda.tiles import lora as triton_lora
-    from loray_kernels.cuda.tiles import rows as triton_rows
+    from loray_kernels.cuda.tiles import attention, lora, rows
 
-    known = {**vars(triton_attention), **vars(triton_lora), **vars(triton_rows)}
+    known = {**vars(attention), **vars(lora), **vars(rows)}
     for name, variants in _constants().items():
         kernel = known[name]
         for dtype in dtypes:
@@ -79,12 +76,12 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
                 target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
                 made = triton.compile(source, target=target, options={"num_stages": 1 if dtype == "fp32" else 3})
                 label = f"{name}[{dtype}, {', '.join(f'{k}={v}' for k, v in constants.items())}]"
-                ((_, told),) = _ptxas_report(_ptxas(made.asm["ptx"]))
-                yield Usage(label, arch, told[0], made.metadata.shared, told[2])
+                ((_, (registers, _, spills)),) = _ptxas_report(_ptxas(made.asm["ptx"]))
+                yield Usage(label, arch, registers, made.metadata.shared, spills)
 
 
 def _constants() -> dict[str, list[dict[str, int | bool]]]:
-    """Of each kernel's launches, as `tiles` makes them."""
+    """The constants of each kernel's launches in `tiles.launch`."""
     from loray_kernels.cuda.tables import TILE_COLUMNS, TILE_QUERIES, TILE_TOKENS
     from loray_kernels.cuda.tiles import launch as tiles
 
@@ -143,19 +140,19 @@ def _ptxas_report(log: str) -> list[tuple[str, tuple[int, int, int]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", action="append", help="sm_80 and sm_90 unless told")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the Triton kernels; all unless told")
+    parser.add_argument("--arch", action="append", help="default: sm_80 and sm_90")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the Triton kernels; default: all")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     usages = []
     for arch in args.arch or ARCHITECTURES:
         usages += [*compile_cuda(arch), *compile_triton(arch, args.dtype or DTYPES)]
     if args.json:
-        click.echo(json.dumps([usage._asdict() for usage in usages]))
-        return
-    click.echo(f"{'kernel':<100}{'arch':>7}{'registers':>11}{'shared':>8}{'spills':>8}")
-    for u in usages:
-        click.echo(f"{u.kernel:<100}{u.arch:>7}{u.registers:>11}{u.shared:>8}{u.spills:>8}")
+        lines = [json.dumps([usage._asdict() for usage in usages])]
+    else:
+        lines = [f"{'kernel':<100}{'arch':>7}{'registers':>11}{'shared':>8}{'spills':>8}"]
+        lines += [f"{u.kernel:<100}{u.arch:>7}{u.registers:>11}{u.shared:>8}{u.spills:>8}" for u in usages]
+    sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels: gathers for decode, and rows that move. Shapes and equations are in cuda/csrc and `ops.Ops`."""
+"""Launches of the CUDA C++ kernels: gathers for decode, and copies of rows. csrc and `ops.Ops` have the equations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.launch import SUFFIX, Launcher
-from loray_kernels.cuda.tables import Attention, Expand, Items, Rows, Shrink
+from loray_kernels.cuda.tables import Attention, Expand, Items, Rows, Shrink, three_outputs
 from loray_kernels.ops import KvLayout
 
 _SHRINK_WARPS, _EXPAND_THREADS, _THREADS = 4, 64, 128  # as in cuda/csrc
@@ -42,7 +42,7 @@ class Gather:
         )
 
     def expand(self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, items: Items, expand: Expand) -> None:
-        y = [*outputs, *outputs[:1] * 2][:3]
+        y = three_outputs(outputs)
         self._launch(
             f"lora_expand_{SUFFIX[pool.dtype]}",
             (items.num, expand.num_tiles, 1),
@@ -66,7 +66,7 @@ class Gather:
     def attention(
         self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: Attention, scale: float
     ) -> None:
-        """For sequences with one query; `pool` from the layer's share on."""
+        """For sequences with one query. `pool` begins at the layer's share."""
         kind, num_heads, num_kv, d = SUFFIX[pool.dtype], q_THd.shape[1], layout.num_kv_heads, layout.head_dim
         group = num_heads // num_kv
         splits, items = max(1, tables.max_splits), tables.decoded
@@ -109,7 +109,7 @@ class Gather:
             )
 
     def write_kv(self, pool: Tensor, layout: KvLayout, k_TKd: Tensor, v_TKd: Tensor, slots_T: Tensor) -> None:
-        """`pool` from the layer's share on; a negative slot is skipped."""
+        """`pool` begins at the layer's share. A negative slot is skipped."""
         self._launch(
             f"write_kv_{SUFFIX[pool.dtype]}",
             (slots_T.shape[0], 1, 1),

@@ -1,8 +1,8 @@
 """Decode steps of base-model requests as CUDA graphs: a step's launches are recorded once and replayed by one call.
 
-A graph holds addresses, so whatever changes from step to step is copied into tensors of its own. A step is padded to
-the next size that has a graph: padding sequences have no keys, and their keys go nowhere. Steps with adapters are not
-recorded: their tables differ in length from step to step.
+A graph contains addresses, so whatever changes from step to step is copied into tensors that stay in place. A step is
+padded to the next size that has a graph: padding sequences have no context, and their keys and values are not written.
+Steps with adapters are not recorded, because the length of their tables changes from step to step.
 
 Recording has not run on a GPU yet. All else is tested on a CPU.
 """
@@ -22,7 +22,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class PaddedStep:
-    """A step of `size` sequences with up to `max_blocks` blocks each, in tensors that stay where they are."""
+    """A step of `size` sequences with up to `max_blocks` blocks each, in tensors that stay in place."""
 
     def __init__(self, size: int, max_blocks: int, layout: KvLayout, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -44,7 +44,7 @@ class PaddedStep:
         self.step = DecodeStep(zeros(size), zeros(size), meta)
 
     def fill(self, step: DecodeStep) -> None:
-        """Take over a step of at most so many sequences; the rest is padding. Writes the step's tensors."""
+        """Copy a step of at most `size` sequences; the rest is padding. Writes this step's tensors."""
         num, meta = step.token_ids_S.shape[0], step.attention
         blocks = torch.nn.utils.rnn.pad_sequence(list(meta.block_table), batch_first=True)
         self.step.token_ids_S[:num] = step.token_ids_S
@@ -55,7 +55,7 @@ class PaddedStep:
 
 
 class Recording(NamedTuple):
-    """`replay` repeats what was recorded, and so overwrites `out`, on the current stream."""
+    """`replay` repeats the recorded launches on the current stream, and so overwrites `out`."""
 
     replay: Callable[[], None]
     out: Tensor
@@ -65,7 +65,7 @@ Record = Callable[[Callable[[], Tensor]], Recording]
 
 
 class DecodeGraphs:
-    """See `Ops.recorded`. A size is recorded when it first comes. `record`: as a CUDA graph, unless told."""
+    """See `Ops.recorded`. A size is recorded when it is first needed. `record` makes a CUDA graph by default."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class DecodeGraphs:
         self._recorded: dict[int, tuple[PaddedStep, Recording]] = {}
 
     def __call__(self, step: DecodeStep) -> Tensor:
-        """More sequences than the largest size are not replayed."""
+        """A step with more sequences than the largest size is not replayed."""
         num = step.token_ids_S.shape[0]
         size = next((s for s in SIZES if s >= num), None)
         if size is None:
@@ -95,7 +95,7 @@ class DecodeGraphs:
 
 
 class GraphRecorder:
-    """CUDA graphs that share their memory, as one is replayed at a time."""
+    """CUDA graphs that share their memory, since only one is replayed at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._memory = device, torch.cuda.graph_pool_handle()
@@ -103,11 +103,11 @@ class GraphRecorder:
     def __call__(self, run: Callable[[], Tensor]) -> Recording:
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):  # kernels are compiled and libraries set up before anything is recorded
+        with torch.cuda.stream(side):  # compiles kernels and initialises libraries before the recording
             run()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Threads that load adapters allocate pinned memory meanwhile, which is no business of this graph.
+        # Threads that load adapters may allocate pinned memory meanwhile, which must not break this recording.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             out = run()
         return Recording(graph.replay, out)

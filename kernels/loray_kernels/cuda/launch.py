@@ -1,6 +1,6 @@
-"""Launching the CUDA C++ kernels: by CuPy, on torch's current stream.
+"""Launching the CUDA C++ kernels with CuPy, on torch's current stream.
 
-A launcher is a seam: tests put one in that runs the same kernels on the CPU.
+Tests use another Launcher, which runs the same kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from loray_kernels.build import BackendUnavailable
+from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cuda.nvrtc import FILES, cubin
 
 Argument = int | np.float32
@@ -20,7 +20,7 @@ SUFFIX = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 class Launcher(Protocol):
     def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
-        """Queue a kernel. Integers are 64 bits wide, addresses among them; whoever calls keeps what they point to."""
+        """Queue a kernel. Integers and addresses are 64 bits wide. The caller keeps alive what addresses point to."""
         ...
 
 
@@ -29,7 +29,7 @@ class _Stream(NamedTuple):
 
 
 class CupyLauncher:
-    """BackendUnavailable without CuPy, NVRTC or a device that it can see."""
+    """BackendUnavailable without CuPy or NVRTC."""
 
     def __init__(self, device: torch.device) -> None:
         try:
@@ -51,6 +51,6 @@ class CupyLauncher:
 
 
 def file_of(kernel: str) -> str:
-    """The source of a kernel: that of its first word, or rows.cu."""
+    """The source of a kernel: named by the kernel's first word, or rows.cu."""
     name = f"{kernel.partition('_')[0]}.cu"
     return name if name in FILES else "rows.cu"

@@ -1,6 +1,6 @@
-"""Compiles cuda/csrc/*.cu to machine code with NVRTC, by itself: no GPU, no toolkit, no headers.
+"""Compiles cuda/csrc/*.cu to machine code with NVRTC. Needs no GPU, no toolkit and no headers.
 
-NVRTC is a shared library: that of the wheel nvidia-cuda-nvrtc (which torch's CUDA build brings along), or a toolkit's.
+NVRTC is a shared library, of the wheel nvidia-cuda-nvrtc (which torch's CUDA build requires) or of a toolkit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from loray_kernels.build import BackendUnavailable, cache_folder
+from loray_kernels.compiled import BackendUnavailable, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
 FILES = ("attention.cu", "lora.cu", "rows.cu")
@@ -22,14 +22,14 @@ _OPTIONS = ("--std=c++17", "--ptxas-options=-v", f"--include-path={SOURCES}")
 
 
 class Compiled(NamedTuple):
-    """Machine code, and what the compiler said of each kernel: registers, shared memory, spills."""
+    """Machine code, and the compiler's log with each kernel's registers, shared memory and spills."""
 
     cubin: bytes
     log: str
 
 
 def compile_source(name: str, arch: str) -> Compiled:
-    """`arch` like "sm_90". BackendUnavailable without NVRTC, or with what it says of the source."""
+    """`arch` like "sm_90". BackendUnavailable without NVRTC, or with its errors in the source."""
     nvrtc = _library()
     program = ctypes.c_void_p()
     source = (SOURCES / name).read_bytes()
@@ -46,7 +46,7 @@ def compile_source(name: str, arch: str) -> Compiled:
 
 
 def cubin(name: str, arch: str) -> Path:
-    """The machine code of a source as a file in the user's cache folder, compiled unless it is there."""
+    """The file with a source's machine code in the user's cache folder, compiled unless it is there."""
     digest = hashlib.sha256(f"{version()} {arch} {_OPTIONS}".encode())
     for path in (SOURCES / "device.cuh", SOURCES / name):
         digest.update(path.read_bytes())
@@ -60,7 +60,7 @@ def cubin(name: str, arch: str) -> Path:
 
 
 def version() -> tuple[int, int]:
-    """Of NVRTC. BackendUnavailable without it."""
+    """NVRTC's version. BackendUnavailable without NVRTC."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "its version")
     return major.value, minor.value
@@ -78,7 +78,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _wheels() -> list[Path]:
-    """NVIDIA's wheels put libraries below the namespace package `nvidia`."""
+    """NVIDIA's wheels have their libraries below the namespace package `nvidia`."""
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec is not None else None
     found = [p for folder in folders or () for p in Path(folder).glob("*/lib/libnvrtc.so.*")]

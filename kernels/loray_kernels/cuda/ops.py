@@ -1,12 +1,12 @@
-"""The op set on an NVIDIA GPU: gathers in CUDA C++ for few tokens of an adapter, Triton tiles for many, cuBLAS linears.
+"""The ops on an NVIDIA GPU: gathers in CUDA C++ for few tokens of an adapter, Triton tiles for many, cuBLAS linears.
 
-Which path an adapter's tokens take is settled by their number in the step (`tables.GATHER_BELOW`), adapter by adapter:
-a mixed batch is two launches over disjoint tokens. Attention splits in the same way, into sequences with one query and
-those with several. Both paths keep the r-wide intermediate in fp32, but add in different orders, so an adapter's
-results may differ in the last bits between a step in which it has few tokens and one in which it has many; those of
-the base and of other adapters do not.
+An adapter's tokens are gathered if it has fewer than `tables.GATHER_BELOW` of them in the step; a mixed batch is two
+launches over disjoint tokens. Attention is divided in the same way, into sequences with one query and sequences with
+several. Both paths keep the r-wide intermediate in fp32, but add in different orders. So an adapter's results may
+differ in the last bits between steps in which it has few tokens and steps in which it has many; the results of the base
+and of other adapters do not.
 
-Mixed dtypes, and heads whose width is no multiple of 8 or above 256, go to the reference, call by call.
+Each call with mixed dtypes, or with heads whose width is no multiple of 8 or above 256, goes to the reference.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from loray_kernels.cuda.tables import (
     pack_spans,
     pack_token_rows,
 )
+from loray_kernels.layout import token_rows
 from loray_kernels.ops import (
     AttentionMeta,
     DecodeStep,
@@ -44,7 +45,7 @@ from loray_kernels.ops import (
 from loray_kernels.pages import PageWriter
 from loray_kernels.reference import ReferenceOps
 
-if TYPE_CHECKING:  # it imports Triton, which a test of the gathers does without
+if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
     from loray_kernels.cuda.tiles.launch import Tiles
 
 
@@ -60,7 +61,7 @@ class CudaOps(ReferenceOps):
     def recorded(
         self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
     ) -> Callable[[DecodeStep], Tensor] | None:
-        """None where attention goes to the reference, which looks at a step's values, and where there is no GPU."""
+        """None without a GPU, and if attention goes to the reference, whose launches depend on a step's values."""
         if device.type != "cuda" or not _attends(layout.head_dim):
             return None
         return DecodeGraphs(forward, layout, max_blocks, device)
@@ -87,7 +88,7 @@ class CudaOps(ReferenceOps):
     ) -> Tensor:
         if not _one_dtype(pool, x_TD, weight_D):
             return super().rms_norm(x_TD, weight_D, eps, pool, own, layer_offset)
-        x_TD = _token_rows(x_TD)
+        x_TD = token_rows(x_TD)
         y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
         rows = None
         if own is not None:
@@ -99,7 +100,7 @@ class CudaOps(ReferenceOps):
     def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
         if not _one_dtype(x_THd, cos_Td, sin_Td):
             return super().rope(x_THd, cos_Td, sin_Td)
-        x_THd = _token_rows(x_THd)
+        x_THd = token_rows(x_THd)
         y_THd = torch.empty_like(x_THd, memory_format=torch.contiguous_format)
         self._tiles.rope(x_THd, cos_Td.contiguous(), sin_Td.contiguous(), y_THd)
         return y_THd
@@ -110,7 +111,7 @@ class CudaOps(ReferenceOps):
         if not _one_dtype(pool, k_TKd, v_TKd):
             super().write_kv(pool, layout, layer, k_TKd, v_TKd, meta)
             return
-        k_TKd, v_TKd, slots_T = _token_rows(k_TKd), _token_rows(v_TKd), meta.slots_T.contiguous()
+        k_TKd, v_TKd, slots_T = token_rows(k_TKd), token_rows(v_TKd), meta.slots_T.contiguous()
         assert k_TKd.shape == v_TKd.shape == (slots_T.shape[0], layout.num_kv_heads, layout.head_dim)
         self._gather.write_kv(pool[layer * layout.layer_share :], layout, k_TKd, v_TKd, slots_T)
 
@@ -120,7 +121,7 @@ class CudaOps(ReferenceOps):
         d = layout.head_dim
         if not _one_dtype(pool, q_THd) or not _attends(d):
             return super().paged_attention(q_THd, pool, layout, layer, meta, scale)
-        q_THd = _token_rows(q_THd)
+        q_THd = token_rows(q_THd)
         assert q_THd.shape[1] % layout.num_kv_heads == 0
         assert q_THd.shape[2] == d
         out_THd = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
@@ -136,10 +137,10 @@ class CudaOps(ReferenceOps):
     ) -> tuple[Tensor, ...]:
         if not _one_dtype(pool, x_TI):
             return super().lora_shrink(x_TI, pool, tables, segments, layer_offset)
-        x_TI, spans, packed = _token_rows(x_TI), pack_spans(segments, x_TI.device), pack_shrink(tables)
+        x_TI, spans, packed = token_rows(x_TI), pack_spans(segments, x_TI.device), pack_shrink(tables)
         assert packed.rows.width == x_TI.shape[1]
         assert spans.last_token <= x_TI.shape[0]
-        # Zeros where an adapter has fewer rows than the largest, or a token none: as in the reference.
+        # Zeros for tokens without an adapter and beyond an adapter's rank, as in the reference.
         h_TR = torch.zeros(x_TI.shape[0], sum(packed.widths), device=x_TI.device)
         if packed.max_rows:
             layer = pool[layer_offset:]
@@ -177,7 +178,7 @@ class CudaOps(ReferenceOps):
         if not _one_dtype(a_RI.data, x_TI) or a_RI.data.stride(1) != 1:
             return super().vera_shrink(x_TI, a_RI)
         z_TR = torch.empty(x_TI.shape[0], a_RI.data.shape[0], device=x_TI.device)
-        self._tiles.dense_shrink(_token_rows(x_TI), a_RI.data, z_TR)
+        self._tiles.dense_shrink(token_rows(x_TI), a_RI.data, z_TR)
         return z_TR
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
@@ -190,7 +191,7 @@ class CudaOps(ReferenceOps):
         assert b.width == y_TO.shape[1] <= b_OR.shape[0]
         assert d.num == b.num == z_TR.shape[0] == table.stop - table.start
         y_TO = y_TO[table.start : table.stop]
-        self._tiles.vera_expand(y_TO, _token_rows(z_TR), b_OR, pool[layer_offset:], d, b)
+        self._tiles.vera_expand(y_TO, token_rows(z_TR), b_OR, pool[layer_offset:], d, b)
 
 
 def _attends(head_dim: int) -> bool:
@@ -201,20 +202,15 @@ def _one_dtype(first: Tensor, *others: Tensor) -> bool:
     return first.dtype in SUFFIX and all(other.dtype == first.dtype for other in others)
 
 
-def _token_rows(x: Tensor) -> Tensor:
-    """`x` or a copy, so that the elements of a token stand side by side; tokens may be any stride apart."""
-    if x.is_contiguous() or (x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])):
-        return x
-    return x.contiguous()
-
-
 def _side_by_side(h: Sequence[Tensor]) -> Tensor:
-    """The modules' intermediates as columns of one matrix: what `lora_shrink` gave, or a copy of what became of it."""
+    """The modules' intermediates as columns of one matrix: that of `lora_shrink` if they are still its parts, else a
+    copy.
+    """
     first, width = h[0], sum(t.shape[1] for t in h)
-    at, home = first.data_ptr(), first.untyped_storage().data_ptr()
+    at, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for h_TR in h:
         if (
-            h_TR.untyped_storage().data_ptr() != home
+            h_TR.untyped_storage().data_ptr() != storage
             or h_TR.data_ptr() != at
             or h_TR.stride() != (first.stride(0), 1)
             or h_TR.dtype is not torch.float32

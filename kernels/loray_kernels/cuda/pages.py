@@ -1,4 +1,4 @@
-"""Adapters from pinned host memory into the pool's blocks, on a stream of their own beside the steps."""
+"""Copies adapters from pinned host memory into the pool's blocks, on a separate stream while steps run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from loray_kernels.pages import Piece
 
 
 class PageUploader:
-    """A PageWriter: one copy over the bus for each call, then one kernel that scatters it. No thread waits for either.
+    """A PageWriter: for each call one copy over the bus, then one kernel that scatters it. No thread waits for either.
 
-    Not run on a GPU yet. The table and the kernel are tested on a CPU.
+    It has not run on a GPU yet. The table and the kernel are tested on a CPU.
     """
 
     def __init__(self, gather: Gather, pool: Tensor) -> None:
@@ -23,10 +23,10 @@ class PageUploader:
         self._written = False
 
     def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
-        """The copy waits for what the steps' stream has queued so far: those steps may read what stood there before.
+        """The copy waits for the steps that are queued so far: they may read the blocks' previous contents.
 
-        Rows that are not pinned are copied to pinned memory first, in this thread: a copy from other memory would hold
-        it up until the stream comes to it. Rows that are on the device already are scattered from there.
+        This thread first copies rows that are not pinned to pinned memory: a copy from other memory would block the
+        thread until the stream reaches it. Rows that are on the device already are scattered from there.
         """
         assert rows_LE.dtype == self._pool.dtype
         table_P3 = piece_table(rows_LE.shape[1], layer_offsets, pieces)
@@ -52,7 +52,7 @@ class PageUploader:
 
 
 def piece_table(num_elements: int, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> Tensor:
-    """`pieces` in every layer, for `Gather.place_pages`: (start in all rows, place in the pool, length), int64.
+    """`pieces` for every layer, for `Gather.place_pages`: (start in all rows, offset in the pool, length), int64.
 
     num_elements  of one layer's rows
     """

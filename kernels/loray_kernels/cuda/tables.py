@@ -1,6 +1,6 @@
 """A step's tables as tensors on the device, made once and kept in the tables' `memo`.
 
-Everything is int64 (scales are fp32). What comes from the host goes up in one copy for each table.
+All are int64, except scales, which are fp32. Each table is uploaded from the host in one copy.
 Shapes: S sequences, N adapters, M modules of one input, R rows of all of them.
 """
 
@@ -13,9 +13,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from loray_kernels.layout import row_size
 from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, RowTables, Segments, TokenRows
 
-# An adapter with fewer tokens in the step is gathered, GATHER_TOKENS at a time; others go through in tiles.
+# The tokens of an adapter that has fewer in the step are gathered, GATHER_TOKENS at a time; others go in tiles.
 GATHER_BELOW = 16
 GATHER_TOKENS = 4
 TILE_TOKENS = 32
@@ -29,7 +30,7 @@ Packed = TypeVar("Packed")
 
 
 class Rows(NamedTuple):
-    """offsets: segment by segment, `num` each; segments: (first column, columns) of each."""
+    """`num` rows. offsets: segment by segment, `num` each; segments: (first column, columns) of each."""
 
     offsets: Tensor
     segments: Tensor
@@ -52,9 +53,12 @@ class Spans(NamedTuple):
 
 
 class Shrink(NamedTuple):
-    """Rows of A of every module of an input, ordered by adapter, then module; h has a column for each.
+    """Rows of A of all modules of an input, ordered by adapter, then module.
 
-    row_start_N1 delimits the adapters, h_column_R is a row's column, widths the columns of each module.
+    row_start_N1  adapter n has rows row_start[n]:row_start[n+1]
+    h_column_R    the column of h that a row computes
+    max_rows      the most rows of an adapter
+    widths        the number of columns of h of each module
     """
 
     rows: Rows
@@ -65,7 +69,7 @@ class Shrink(NamedTuple):
 
 
 class Expand(NamedTuple):
-    """See lora.cu. `offsets`: rows of B, module by module, segment by segment; `ranks`: each module's largest."""
+    """See lora.cu. `offsets`: rows of B, module by module, segment by segment; `ranks`: the largest of each module."""
 
     offsets: Tensor
     tiles: Tensor
@@ -92,7 +96,7 @@ class Attention(NamedTuple):
 
 
 def upload(device: torch.device, *lists: Sequence[int]) -> tuple[Tensor, ...]:
-    """Each list as an int64 tensor of its own; one copy for all."""
+    """Each list as an int64 tensor; one copy for all."""
     flat = torch.tensor([v for values in lists for v in values], dtype=torch.int64)
     if device.type == "cuda":
         flat = flat.pin_memory().to(device, non_blocking=True)
@@ -103,19 +107,14 @@ def pack_rows(rows: RowTables) -> Rows:
     packed: Rows | None = rows.memo.get("cuda")
     if packed is None:
         offsets = [o for _, _, o in rows.segments]
-        num = offsets[0].shape[0]
-        width = 0
-        for column, columns, offsets_R in rows.segments:
-            assert column == width
-            assert offsets_R.shape[0] == num
-            width += columns
+        num, width = row_size(rows)
         (segments,) = upload(offsets[0].device, [v for column, columns, _ in rows.segments for v in (column, columns)])
         packed = rows.memo["cuda"] = Rows(_joined(offsets), segments, len(offsets), num, width)
     return packed
 
 
 def pack_token_rows(own: TokenRows, num_tokens: int) -> Tensor:
-    """The row of each token in `own.rows`, −1 for those without."""
+    """For each token of the step its row in `own.rows`, or −1."""
     index_T: Tensor | None = own.rows.memo.get("cuda tokens")
     if index_T is None:
         num = own.tokens_N.shape[0]
@@ -154,7 +153,7 @@ def pack_expand(tables: tuple[LoraTable, ...]) -> Expand:
 
 
 def _of_group(name: str, tables: tuple[LoraTable, ...], make: Callable[[tuple[LoraTable, ...]], Packed]) -> Packed:
-    """What `make` makes of the tables of one input, kept with the first. The others are kept too: ids are the key."""
+    """make(tables), kept in the memo of the first table. The key are ids, so the other tables are kept as well."""
     groups: dict[tuple[int, ...], tuple[tuple[LoraTable, ...], Packed]] = tables[0].memo.setdefault(name, {})
     key = tuple(id(t) for t in tables)
     if key not in groups:
@@ -164,8 +163,8 @@ def _of_group(name: str, tables: tuple[LoraTable, ...], make: Callable[[tuple[Lo
 
 def _shrink(tables: tuple[LoraTable, ...]) -> Shrink:
     device = tables[0].a.segments[0][2].device
-    widths = tuple(_largest(table) for table in tables)
-    # Where each module's rows begin, in the tables side by side and in h.
+    widths = tuple(table.max_rank for table in tables)
+    # The first row of each module, among the rows of all tables and among the columns of h.
     base, h_base = [0], [0]
     for table, width in zip(tables, widths, strict=True):
         assert len(table.rank_start) == len(tables[0].rank_start)
@@ -197,7 +196,7 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
     tiles: list[int] = []
     offsets: list[Tensor] = []
     rank_start: list[int] = []
-    ranks = tuple(_largest(table) for table in tables)
+    ranks = tuple(table.max_rank for table in tables)
     start = 0
     for m, table in enumerate(tables):
         for column, width, offsets_R in table.b.segments:
@@ -260,9 +259,9 @@ def pack_attention(meta: AttentionMeta, layout: KvLayout) -> Attention:
     return packed
 
 
-def _largest(table: LoraTable) -> int:
-    """Rank."""
-    return max((stop - start for start, stop in pairwise(table.rank_start)), default=0)
+def three_outputs(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """`outputs`, padded with the first: the expand kernels take MAX_MODULES of them."""
+    return [*outputs, *outputs[:1] * (MAX_MODULES - 1)][:MAX_MODULES]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

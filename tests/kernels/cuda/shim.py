@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loray_kernels import BackendUnavailable
-from loray_kernels.build import cache_folder
+from loray_kernels.compiled import cache_folder
 from loray_kernels.cuda.launch import Argument, file_of
 from loray_kernels.cuda.nvrtc import FILES, SOURCES
 

@@ -167,7 +167,7 @@ def test_the_engine_places_the_rows_that_the_cpu_places(
             logits[-1] |= logits_of(engine, [r])
     for name, want in logits[1].items():
         near(logits[0][name], want, torch.float32)
-    pools = [engine._pool for engine in engines]
+    pools = [engine.pool for engine in engines]
     for there, here in zip(*(pool._residents for pool in pools), strict=True):
         assert there.extents == here.extents
         for extent in here.extents:

@@ -1,8 +1,8 @@
 // Causal attention over the paged cache, with an online softmax in fp32 (Dao et al., FlashAttention-2; Flash-Decoding).
 //
-// Keys are taken in blocks of KEYS and the softmax starts anew every SPLIT keys, both counted from the sequence's
-// start; the parts are merged in order. So a query's result is the same, bit for bit, in any batch, in any chunking of
-// its prompt, and whether one thread does the parts or several: decoding shares a long context out over threads.
+// Keys are taken in blocks of KEYS, and a new partial softmax starts every SPLIT keys, both counted from the sequence's
+// start; the parts are merged in order. So a query's result is the same, bit for bit, in any batch, for any chunking of
+// its prompt, and for any number of threads: decoding divides a long context among threads.
 
 #include "kernels.h"
 #include "tiles.h"
@@ -11,11 +11,11 @@ namespace LORAY_NAMESPACE {
 
 constexpr i64 SPLIT = 512;
 constexpr i64 BLOCK_QUERIES = 32;  // queries of one prefill item
-constexpr i64 DECODE_QUERIES = 4;  // at most so many queries are shared out by context, more by queries
+constexpr i64 DECODE_QUERIES = 4;  // up to so many queries are divided by context, more are divided by query
 
 struct Item {
     i64 sequence, query, num_queries, head, num_heads, key, key_stop;
-    i64 part;  // where a decode item leaves its rows, -1 for an item that does its whole context
+    i64 part;  // where a decode item writes its rows; -1 for an item that covers its whole context
 };
 
 static inline void start(const Softmax& s, float* lanes, i64 rows, i64 d) {
@@ -24,7 +24,7 @@ static inline void start(const Softmax& s, float* lanes, i64 rows, i64 d) {
     for (i64 r = 0; r < rows; r++) s.top[r] = -__builtin_inff();
 }
 
-// Rows of memory for what an item holds; `units` of packed operands and floats are both four bytes.
+// The memory of an item. Units of packed operands and floats are both four bytes.
 template <class P>
 struct Workspace {
     typename P::Unit *queries, *keys, *values, *weights;
@@ -48,8 +48,8 @@ struct Workspace {
 
 static thread_local Scratch work_memory, item_memory, part_memory;
 
-// One block of `num_keys` keys into the softmax of `rows` rows. Row r may see its first `limit + r / group` keys; scores
-// past the packed keys are never computed, and hidden.
+// Adds one block of `num_keys` keys to the softmax of `rows` rows. Row r sees the first `limit + r / group` keys of the
+// block; other scores are set to −∞.
 template <class P>
 static inline void attend(const Workspace<P>& w, const typename P::Unit* queries, const Softmax& part, float* lanes,
                           i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale) {
@@ -105,7 +105,7 @@ struct Attention {
 
     i64 group() const { return num_heads / layout.num_kv_heads; }
 
-    // Where keys [key, key + num) of a head stand; their values are `to_value()` further on.
+    // The addresses of keys [key, key + num) of a head; their values are `to_value()` elements further on.
     void locate(const T** keys, i64 sequence, i64 key, i64 num, i64 head) const {
         const i64 width = layout.num_kv_heads * layout.head_dim, share = 2 * layout.block_tokens * width;
         const i64* block = meta.block_table[sequence] + key / layout.block_tokens;
@@ -125,7 +125,8 @@ struct Attention {
         P::pack_values(w.values, values, num, layout.head_dim, fetch);
     }
 
-    // What comes after [.., key): whole blocks of the pool for all heads, else the rows of the one.
+    // Prepares to prefetch keys [key, key + num) and their values: whole blocks of the pool if the item has all heads,
+    // else the rows of its head.
     void expect(Fetch& fetch, const Item& item, i64 key, i64 num) const {
         const T* keys[KEYS];
         const bool whole = item.num_heads == layout.num_kv_heads && layout.block_tokens > 1;
@@ -153,7 +154,7 @@ struct Attention {
         }
     }
 
-    // The item's keys, one split after the other; heads inside, so that a block of the pool is read at once.
+    // The item's keys, split by split, with the heads in the inner loop, so that a block of the pool is read at once.
     void run(const Item& item, const Softmax* parts) const {
         const i64 d = layout.head_dim, g = group(), rows = item.num_queries * g, all = rows * item.num_heads;
         const i64 token = meta.query_start[item.sequence] + item.query;
@@ -189,7 +190,7 @@ struct Attention {
                 finish(row(w.total, h * rows, d), rows, token, item.head + h);
     }
 
-    // Rows of a decoded sequence lie split by split in `parts`, then head by head.
+    // Merges the splits of a decoded sequence. In `parts` its rows are ordered by split, then by head.
     void gather(i64 sequence, i64 first, const Softmax& parts) const {
         const i64 d = layout.head_dim, num = meta.query_start[sequence + 1] - meta.query_start[sequence];
         const i64 rows = num * group(), all = rows * layout.num_kv_heads;
@@ -214,14 +215,14 @@ struct Attention {
                 capacity += ceil_div(num, BLOCK_QUERIES) * num_kv;
             }
         }
-        const i64 heads = splits >= 4 * threads ? num_kv : 1;  // few items: share the heads out as well
+        const i64 heads = splits >= 4 * threads ? num_kv : 1;  // few items: divide them by head as well
         Item* items = (Item*)item_memory.get(capacity * sizeof(Item));
         float* memory = (float*)part_memory.get((num_parts * (d + 2) + 64) * sizeof(float));
         const Softmax parts = {memory, memory + num_parts * d, memory + num_parts * (d + 1)};
         i64 num_items = 0, part = 0;
         for (i64 s = 0; s < meta.num_sequences; s++) {
             const i64 num = meta.query_start[s + 1] - meta.query_start[s], context = meta.context_len[s];
-            if (num > DECODE_QUERIES) {  // the last queries see most and come first
+            if (num > DECODE_QUERIES) {  // the last queries have most keys, so they come first
                 for (i64 b = ceil_div(num, BLOCK_QUERIES) - 1; b >= 0; b--)
                     for (i64 h = 0; h < num_kv; h++)
                         items[num_items++] = {s, b * BLOCK_QUERIES, min_(BLOCK_QUERIES, num - b * BLOCK_QUERIES), h, 1,

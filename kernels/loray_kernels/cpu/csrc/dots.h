@@ -1,22 +1,22 @@
 // Dot products of tokens with rows of the pool, in tiles that stay in registers.
 //
-// Every product is one accumulator over the row's columns in order, whatever the tile: a token's result depends
-// neither on its neighbours nor on how many there are.
+// In every tile, each product has one accumulator over the row's columns in order. So a token's result does not depend
+// on the other tokens.
 #pragma once
 
 #include "simd.h"
 
 namespace LORAY_NAMESPACE {
 
-// Rows that come next, fetched from memory while others are multiplied: few tokens wait for little else.
+// The next rows, which are prefetched while others are multiplied: with few tokens, memory is the bottleneck.
 struct Next {
     const i64* offsets = nullptr;
     i64 num = 0;
-    i64 shift = 0;  // of the columns that are wanted of them
+    i64 shift = 0;  // of the columns that are needed
 };
 
 #if defined(__AVX512BF16__)
-// out[t][r] = sum(acc[t][r]), sixteen at once: the same additions in the same order as one by one, a third of the work.
+// out[t][r] = sum(acc[t][r]), sixteen at once: the same additions in the same order as in `sum`, a third of the work.
 static inline void sums(const Vec (&acc)[4][4], float* out, i64 out_stride) {
     Vec a[8], b[4], c[2];
     const auto v = [&](int i) { return acc[i % 4][i / 4]; };
@@ -88,11 +88,11 @@ static inline void dot_rows(const X* x, i64 x_stride, const T* pool, const Rows&
     for (; r < num_rows; r++) dot_tile<NT, 1>(x, x_stride, pool, rows, first + r, out + r, out_stride, Next{});
 }
 
-// out[t][r] = x[t] · row[first + r] for any numbers of tokens and rows. `after` is what will be asked for next.
+// out[t][r] = x[t] · row[first + r] for any numbers of tokens and rows. `after`: the rows of the next call.
 template <class X, class T>
 static void dot_block(const X* x, i64 x_stride, i64 num_tokens, const T* pool, const Rows& rows, i64 first,
                       i64 num_rows, float* out, i64 out_stride, const Next& after = {}) {
-    constexpr int NT = W == 16 ? 4 : 2;  // sixteen or eight sums: what the registers hold
+    constexpr int NT = W == 16 ? 4 : 2;  // sixteen or eight sums fit the registers
     i64 t = 0;
     for (; t + NT <= num_tokens; t += NT)
         dot_rows<NT, 4>(x + t * x_stride, x_stride, pool, rows, first, num_rows, out + t * out_stride, out_stride,

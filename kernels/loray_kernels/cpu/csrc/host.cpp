@@ -1,4 +1,4 @@
-// What this machine's CPU can do, and what no instruction set is needed for.
+// The instruction sets that the CPU supports, and functions that do not depend on one.
 
 #include <omp.h>
 

@@ -1,4 +1,4 @@
-// What Python packs for the kernels, and every kernel's signature: one layer calls them all.
+// The structs that Python packs for the kernels, and the signatures of the kernels, which layer.cpp calls.
 #pragma once
 
 #include "simd.h"
@@ -36,7 +36,7 @@ struct Output {
     i64 stride;
 };
 
-// Where an expand adds, and what it expands.
+// Where an expand adds, y, and what it expands, h.
 template <class T>
 struct Target {
     T* y;
@@ -61,14 +61,14 @@ struct LayerWeights {
     double eps, scale;
 };
 
-// Tokens with a weight of their own; `num` 0 where there is none.
+// Tokens whose norm has an adapter's weight; `num` is 0 if there are none.
 struct OwnNorm {
     i64 num;
     const i64* tokens;
     const Rows* rows;
 };
 
-// VeRA of one module for `num_tokens` tokens from `first` on, each with a row of d and b, added from `column` on.
+// VeRA of one module for `num_tokens` tokens from `first` on, each with a row of d and b; added from `column` on.
 template <class T>
 struct VeraModule {
     Matrix<T> matrix;
@@ -76,7 +76,7 @@ struct VeraModule {
     i64 first, num_tokens, column;
 };
 
-// The modules of one input of neighbouring tokens that share a pair.
+// Neighbouring tokens that share a pair, with the modules of one input.
 template <class T>
 struct VeraSpan {
     Matrix<T> matrix;
@@ -84,8 +84,8 @@ struct VeraSpan {
     const VeraModule<T>* modules;
 };
 
-// Adapters of the modules of one input. Of LoRA a table each, the column of the result where it adds, and its largest
-// rank; of VeRA the spans of tokens.
+// The adapters of the modules of one input. For LoRA: a table for each module, the column of the result where it is
+// added, and its largest rank. For VeRA: the spans of tokens.
 template <class T>
 struct Group {
     i64 num;
@@ -112,9 +112,9 @@ struct StepInputs {
     const Spans* spans;
 };
 
-// -- the kernels that a layer is made of; each is instantiated for bf16 and float where it is written --
+// -- the kernels of a layer; each is instantiated for bf16 and float in its source --
 
-// `y` of a product may be fp32: of results that are rounded to T all the same.
+// `y` may be fp32; the results are rounded to T in any case.
 template <class T, class Y>
 void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& weights, Y* y, int threads);
 

@@ -1,6 +1,6 @@
-// A decoder layer in one call: what Python would call op by op, in the same order and with the same roundings.
+// A decoder layer in one call: the same ops as from Python, in the same order and with the same roundings.
 //
-// At one token a layer is a tenth of a millisecond, and a dozen calls from Python would be most of it.
+// For one token a layer takes a tenth of a millisecond; a dozen calls from Python would take most of that.
 
 #include "kernels.h"
 

@@ -1,4 +1,4 @@
-// Packing weights, y = x Wᵀ + bias on them, and what stands between two of them in an MLP.
+// Packs weights; y = x Wᵀ + bias with packed weights; and the activation of an MLP.
 
 #include "linear.h"
 
@@ -25,7 +25,7 @@ void linear(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& w, Y* y, 
     })(num_tokens, threads);
 }
 
-// y = silu(g) · u, with silu(g) rounded before the product, as torch does it.
+// y = silu(g) · u, with silu(g) rounded before the product, as in torch.
 template <class T>
 void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int threads) {
 #pragma omp parallel for num_threads(threads) if (num_tokens * width > FEW_PRODUCTS / 8)

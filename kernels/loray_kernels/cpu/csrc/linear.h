@@ -1,8 +1,8 @@
-// y = x Wᵀ + bias on weights that were packed once, with any end: what becomes of a sum.
+// y = x Wᵀ + bias with packed weights; `put` decides what is done with each sum.
 //
 // A panel is COLUMNS outputs of W with all their inputs, in the order in which a tile of up to TOKENS tokens reads
-// them. Every output is one accumulator over the inputs in order: a token's result is the same, bit for bit, whatever
-// the batch. While one panel is multiplied the next comes out of memory, a few cache lines at a time.
+// them. Each output has one accumulator over the inputs in order, so a token's result is the same, bit for bit, in any
+// batch. While one panel is multiplied the next is prefetched, a few cache lines at a time.
 #pragma once
 
 #include "kernels.h"
@@ -11,12 +11,12 @@ namespace LORAY_NAMESPACE {
 
 constexpr int VECTORS = 3, COLUMNS = VECTORS * W, TOKENS = W == 16 ? 8 : 4;
 constexpr i64 FEW_PRODUCTS = 1 << 14;  // below which waking the other threads costs more than they save
-constexpr i64 AHEAD = 4096;      // bytes that a lone tile fetches ahead of itself
-constexpr i64 BLOCK = 128;       // tokens, about
-constexpr i64 UNROLL = 8;        // steps between two pauses for fetching
+constexpr i64 AHEAD = 4096;      // bytes that a single tile prefetches ahead
+constexpr i64 BLOCK = 128;       // tokens of a block, about
+constexpr i64 UNROLL = 8;        // steps between two prefetches
 
-// One step over the inputs: STEP of them, of one token, into VECTORS vectors of outputs. After CHUNK steps the sums are
-// put aside: the error of a long sum grows with its length, that of a sum of sums much less.
+// One step over the inputs: STEP inputs of one token are added to VECTORS vectors of outputs. After CHUNK steps the sums
+// are added to totals: the error of one long sum grows with its length, that of a sum of sums much less.
 template <class T>
 struct Step {
     static constexpr int STEP = 1;
@@ -30,7 +30,7 @@ struct Step {
 template <>
 struct Step<bf16> {
     static constexpr int STEP = 2;
-    static constexpr i64 CHUNK = 0;  // never: bf16 itself is coarser
+    static constexpr i64 CHUNK = 0;  // never: rounding to bf16 is coarser
     using Input = __m512bh;
     static inline __m512bh input(const bf16* x) {
         int pair;
@@ -49,7 +49,7 @@ static i64 panel_size(i64 in) {
     return ceil_div(in, Step<T>::STEP) * Step<T>::STEP * COLUMNS;
 }
 
-// Cache lines that the multiplication fetches on its way, `lines` at each pause.
+// Cache lines that are prefetched during the multiplication, `lines` at a time.
 struct PanelFetch {
     const char* at;
     i64 lines;
@@ -59,7 +59,7 @@ struct PanelFetch {
     }
 };
 
-// put(t, column, n, sums): what to do with outputs from `column` on of token t; n as in `vectors`.
+// put(t, column, n, sums) takes the outputs of token t from `column` on; n as in `vectors`.
 template <class T, class Put>
 struct Linear {
     const T* x;
@@ -76,7 +76,7 @@ struct Linear {
             }
     }
 
-    // The first NV vectors of a panel, all of it but for the last one.
+    // The first NV vectors of a panel; only the last panel may have fewer than all.
     template <int NT, int NV>
     inline void tile(i64 token, const T* panel, i64 column, PanelFetch& fetch) const {
         using S = Step<T>;
@@ -118,7 +118,7 @@ struct Linear {
             finish<NT, NV>(acc, token, column, [&](int v) { return max_(0, min_(W, w.out - column - v * W)); });
     }
 
-    // `width(v)`: how much of vector v there is.
+    // `width(v)`: the number of outputs in vector v.
     template <int NT, int NV, class F>
     inline void finish(const Vec (&acc)[NT][NV], i64 token, i64 column, F width) const {
         for (int v = 0; v < NV; v++) {
@@ -143,14 +143,14 @@ struct Linear {
         }
     }
 
-    // Tokens [first, last) with one panel. The tiles are as equal as can be: a small one costs as much as a full one.
+    // Tokens [first, last) with one panel. The tiles are as equal as possible: a small one costs as much as a full one.
     void panel(i64 p, i64 first, i64 last) const {
         const i64 size = panel_size<T>(w.in), num = last - first, tiles = ceil_div(num, TOKENS);
         if (num <= 0) return;
         const T* weights = w.packed + p * size;
         const i64 lines = ceil_div(UNROLL * COLUMNS * Step<T>::STEP * i64(sizeof(T)), 64);
         PanelFetch fetch = {(const char*)weights + (tiles == 1 ? AHEAD : size * i64(sizeof(T))), ceil_div(lines, tiles)};
-        if (tiles > 32) fetch.lines = 0;  // so many tokens make the memory's part nothing
+        if (tiles > 32) fetch.lines = 0;  // with so many tokens, memory is no bottleneck
         for (i64 i = 0, t = first; i < tiles; i++) {
             const i64 count = num / tiles + (i < num % tiles);
             if (p * COLUMNS + W < w.out)
@@ -163,8 +163,8 @@ struct Linear {
 
     i64 work(i64 num_tokens) const { return num_tokens * w.in * w.out; }
 
-    // Inside a parallel region. Blocks of tokens that the second cache holds go through all panels; more of them where
-    // there are fewer panels than threads could use. Every thread has a stretch of panels, or of blocks.
+    // Inside a parallel region. Blocks of tokens that fit the second-level cache go through all panels; there are more
+    // blocks if there are too few panels for the threads. Each thread has a range of panels, or of blocks.
     void share(i64 num_tokens, int threads) const {
         const i64 panels = ceil_div(w.out, COLUMNS);
         const i64 few = min_(ceil_div(num_tokens, 8 * TOKENS), ceil_div(4 * threads, panels));

@@ -1,7 +1,7 @@
-// LoRA of a batch of adapters on rows of the pool: h = A x, then y += scale · B h. Ranks are not padded.
+// LoRA of a batch of adapters with rows of the pool: h = A x, then y += scale · B h. Ranks are not padded.
 //
-// A work item is a tile of one adapter's rows (shrink) or columns (expand) with a tile of its tokens. With a token or
-// two to an adapter that is a gather straight from the pool, with many a product whose rows stay in the cache.
+// A work item is a tile of one adapter's rows (shrink) or columns (expand) with a tile of its tokens. If an adapter has
+// one or two tokens that is a gather from the pool; if it has many it is a product whose rows stay in the cache.
 
 #include "dots.h"
 #include "kernels.h"
@@ -54,7 +54,7 @@ void lora_shrink(const T* x, i64 x_stride, const T* pool, const Table* const* ta
         const Output& out = outputs[item.table];
         float* h = out.h + item.token * out.stride + item.first - table.rank_start[item.adapter];
         Next after;
-        if (i + threads < list.num) {  // most likely this thread's next one
+        if (i + threads < list.num) {  // probably this thread's next item
             const Item& next = list.items[i + threads];
             after = {tables[next.table]->a->segments[0].offsets + next.first, min_(8, next.num)};
         }
@@ -100,9 +100,9 @@ static inline void expand_columns(T* y, i64 y_stride, const float* h, i64 h_stri
         expand_tile<NT, 1>(y + c, y_stride, h, h_stride, pool + c, offsets, rank, scale, min_(W, num_columns - c));
 }
 
-constexpr i64 FEW = 8;  // tokens of an adapter up to which its rows come from memory rather than from a cache
+constexpr i64 FEW = 8;  // up to so many tokens of an adapter, its rows are read from memory rather than from a cache
 
-// NR rows into the sums of NT tokens, whole rows at a time, as they stand in memory; the next ones are fetched meanwhile.
+// Adds NR rows to the sums of NT tokens; each row is read from end to end while the next ones are prefetched.
 template <int NT, int NR, class T>
 static inline void add_rows(float* sums, const float* h, i64 h_stride, const T* pool, const i64* offsets,
                             i64 num_columns, const Next& next) {
@@ -120,7 +120,7 @@ static inline void add_rows(float* sums, const float* h, i64 h_stride, const T* 
     });
 }
 
-// expand_tile for few tokens: their sums stay in the first cache, so that every row is read from end to end.
+// expand_tile for few tokens: their sums stay in the first-level cache, so that every row is read from end to end.
 template <int NT, class T>
 static inline void expand_few(T* y, i64 y_stride, const float* h, i64 h_stride, const T* pool, const i64* offsets,
                               i64 rank, float scale, i64 num_columns, bool fetch, const Next& after) {
@@ -141,7 +141,7 @@ static inline void expand_few(T* y, i64 y_stride, const float* h, i64 h_stride, 
         });
 }
 
-// Every table with its own output and its own h, in one go.
+// Each table with its output and its h, all in one parallel region.
 template <class T>
 void lora_expand(const Target<T>* targets, const T* pool, const Table* const* tables, i64 num_tables,
                  const Spans& spans, int threads) {
@@ -170,7 +170,7 @@ void lora_expand(const Target<T>* targets, const T* pool, const Table* const* ta
         const i64 first = table.rank_start[item.adapter], rank = table.rank_start[item.adapter + 1] - first;
         const i64* offsets = segment.offsets + first;
         const float scale = table.scale[item.adapter];
-        // Columns outside, tokens inside: the tile of B stays in the first cache for every token.
+        // Columns in the outer loop, tokens in the inner one: the tile of B stays in the first-level cache.
         constexpr i64 STEP = 4 * W;
         const i64 y_stride = target.y_stride, h_stride = target.h_stride;
         T* to = target.y + item.token * y_stride + segment.column + item.first;
@@ -186,7 +186,7 @@ void lora_expand(const Target<T>* targets, const T* pool, const Table* const* ta
             t = quads;
         }
         Next after;
-        if (i + threads < list.num) {  // most likely this thread's next one
+        if (i + threads < list.num) {  // probably this thread's next item
             const Item& next = list.items[i + threads];
             const Table& own = *tables[next.table];
             after = {own.b->segments[next.segment].offsets + own.rank_start[next.adapter],
@@ -212,7 +212,7 @@ LORAY_INSTANTIATE(float)
 
 using namespace LORAY_NAMESPACE;
 
-// `pool` is the pool's start plus the layer's offset.
+// `pool` is the address of the pool plus the layer's offset.
 #define LORAY_LORA(type, suffix)                                                                                    \
     LORAY_ENTRY(lora_shrink_##suffix##_)                                                                            \
     (const type* x, i64 x_stride, const type* pool, const Table* const* tables, const Output* outputs,              \

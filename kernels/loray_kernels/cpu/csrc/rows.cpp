@@ -1,4 +1,4 @@
-// What is done to each token by itself: norms with an adapter's own weights, rotary positions, the cache's writes.
+// Ops on single tokens: norms, with weights of adapters; rotary embedding; writing the KV cache.
 
 #include "kernels.h"
 
@@ -9,7 +9,7 @@ constexpr i64 SERIAL = 1 << 12;  // elements below which one thread is faster
 // y = (x / rms(x)) rounded, times weight
 template <class T>
 static inline void normalize(const T* x, const T* weight, float eps, i64 width, T* y) {
-    Vec squares[4] = {zero(), zero(), zero(), zero()};  // one after the other they would wait for each other
+    Vec squares[4] = {zero(), zero(), zero(), zero()};  // several, so that the additions do not depend on each other
     i64 i = 0;
     for (; i + 4 * W <= width; i += 4 * W)
         for (int v = 0; v < 4; v++) {
@@ -27,7 +27,7 @@ static inline void normalize(const T* x, const T* weight, float eps, i64 width, 
     });
 }
 
-// Tokens of `own` have row n of its rows as their weight.
+// The weight of token `own.tokens[n]` is row n of `own.rows`.
 template <class T>
 void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps, T* y,
               const T* pool, const OwnNorm& own, int threads) {
@@ -55,7 +55,7 @@ void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width
     }
 }
 
-// Both products are rounded before their sum, as torch does it.
+// Both products are rounded before they are added, as in torch.
 template <class T>
 static inline void turn(const T* x, const T* cos, const T* sin, i64 half, T* y) {
     vectors(half, [&](i64 i, auto n) {
@@ -77,7 +77,7 @@ void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, co
                  y + (t * num_heads + h) * width);
 }
 
-// `pool` is the layer's share in block 0.
+// `pool` is the address of the layer's share in block 0.
 template <class T>
 void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_stride, const T* v, i64 v_stride,
                      i64 width, const i64* slots, i64 num_tokens, int threads) {

@@ -1,7 +1,7 @@
 // Vectors of W floats for the instruction set that this file is compiled for: AVX-512 with BF16, AVX2, or any.
 //
-// Everything stands in a namespace of its own for each instruction set: the same sources are compiled once for each
-// and linked into one library, and a function of one must never be taken for another's.
+// The same sources are compiled once for each instruction set, each time in another namespace, so that the linker never
+// takes a function of one instruction set for that of another.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 #define LORAY_JOIN_(a, b) a##b
 #define LORAY_JOIN(a, b) LORAY_JOIN_(a, b)
 #define LORAY_NAMESPACE LORAY_JOIN(loray_, LORAY_ISA)
-// A function that Python calls: its name ends in the instruction set's.
+// A function that Python calls: its name ends with that of the instruction set.
 #define LORAY_ENTRY(name) extern "C" __attribute__((visibility("default"))) void LORAY_JOIN(name, LORAY_ISA)
 
 namespace LORAY_NAMESPACE {
@@ -162,7 +162,8 @@ static inline void store_n(T* p, Vec v, i64 n) {
 
 static inline Vec zero() { return set1(0.0f); }
 
-// f(i, n) for each vector from i of `num` elements: n is Whole, or how many are left. Masked accesses are slow.
+// f(i, n) for each vector of `num` elements, from element i: n is Whole, or the number of elements left for the last
+// vector. Masked accesses are slow.
 struct Whole {};
 template <class T>
 static inline Vec load_n(const T* p, Whole) {
@@ -179,7 +180,7 @@ static inline void vectors(i64 num, F f) {
     if (i < num) f(i, num - i);
 }
 
-// `v` after its rounding to T.
+// `v` rounded to T.
 static inline Vec rounded(Vec v, const float*) { return v; }
 static inline Vec rounded(Vec v, const bf16*) {
 #if defined(__AVX512BF16__)
@@ -194,7 +195,7 @@ static inline Vec rounded(Vec v, const bf16*) {
 // eˣ for x ≤ 0, −∞ included, to two units in the last place (Cephes' polynomial); exactly 1 at 0. A NaN stays one.
 static inline Vec exp(Vec x) {
     const Vec lowest = set1(-87.0f);
-    Vec y = max(lowest, x);  // in this order, of a NaN and a number it is the NaN
+    Vec y = max(lowest, x);  // in this order, so that a NaN stays one
     const Vec magic = set1(12582912.0f);  // adding 1.5 · 2²³ rounds to a whole number
     Vec n = fma(y, set1(1.44269504f), magic) - magic;
     Vec r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), y));
@@ -237,7 +238,7 @@ struct Dot<bf16, bf16> {
 };
 #endif
 
-// A thread's memory, kept from call to call. Aligned to cache lines.
+// Memory of a thread that is kept from call to call, aligned to cache lines.
 struct Scratch {
     void* memory = nullptr;
     size_t size = 0;
@@ -253,7 +254,7 @@ struct Scratch {
     }
 };
 
-// Rows of the pool, packed by Python: as many segments as the first word says.
+// Rows of the pool, packed by Python.
 struct RowSegment {
     i64 column, width;
     const i64* offsets;

@@ -1,8 +1,8 @@
-// Attention's parts: inner products on packed operands (how keys and values are packed, one register-blocked tile), and
-// the running softmax.
+// Parts of attention: packing of keys and values, products of packed operands in register-blocked tiles, and the running
+// softmax.
 //
-// Packed operands are units of four bytes: two bf16 neighbours of the summed dimension where the CPU multiplies those
-// (AVX512-BF16), else one fp32. Sums run over the summed dimension in order, one accumulator each.
+// Packed operands are units of four bytes: two bf16 neighbours of the summed dimension if the CPU can multiply these
+// (AVX512-BF16), else one fp32. Each sum has one accumulator over the summed dimension in order.
 #pragma once
 
 #include "simd.h"
@@ -10,13 +10,13 @@
 namespace LORAY_NAMESPACE {
 
 constexpr int KEYS = 64;               // keys of a block of the online softmax
-constexpr int QUERIES = W == 16 ? 6 : 3;  // rows of a tile: with 4 (2) vectors of columns what the registers hold
+constexpr int QUERIES = W == 16 ? 6 : 3;  // rows of a tile; with 4 (2) vectors of columns they fit the registers
 constexpr int VECTORS = W == 16 ? 4 : 2;
 
-// `num` keys up to whole vectors: what of a block is computed.
+// `num` keys rounded up to whole vectors: the part of a block that is computed.
 static inline i64 padded(i64 num) { return ceil_div(num, W) * W; }
 
-// Memory that the next block will read, fetched a few cache lines at a time between the computations of this one.
+// Memory of the next block, prefetched a few cache lines at a time during the computation of this one.
 struct Fetch {
     const char* from[2 * KEYS];
     i64 num = 0, bytes = 0, region = 0, offset = 0, share = 0;
@@ -33,7 +33,7 @@ struct Fetch {
     }
 };
 
-// One fp32 in a unit: any type, any CPU.
+// One fp32 in a unit: for any type and any CPU.
 struct Singles {
     static constexpr int PER_UNIT = 1;
     using Unit = float;
@@ -74,7 +74,7 @@ struct Pairs {
 
     static inline void pack_row(Unit* out, const bf16* x, i64 d) { memcpy(out, x, d * 2); }
 
-    // Sixteen rows of sixteen units, columns to rows.
+    // Transposes sixteen rows of sixteen units.
     static inline void transpose(__m512i* r) {
         __m512i t[16];
         for (int i = 0; i < 16; i += 2) {
@@ -166,7 +166,7 @@ static inline void tile_rows(const typename P::Unit* a, i64 a_stride, const type
         tile<P, 1, NV>(a + q * a_stride, a_stride, b, b_stride, num, c + q * c_stride, c_stride, add);
 }
 
-// The same for any rows and any multiple of W columns.
+// The same for any number of rows and any multiple of W columns.
 template <class P>
 static inline void product(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
                            float* c, i64 c_stride, i64 rows, i64 columns, bool add) {
@@ -176,7 +176,7 @@ static inline void product(const typename P::Unit* a, i64 a_stride, const typena
     for (; i < columns; i += W) tile_rows<P, 1>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
 }
 
-// Running softmax of `rows` queries: weighted sums (rows, d), and maximum and sum of weights of each.
+// Running softmax of queries: for each row the weighted sums (d), the maximum and the sum of weights.
 struct Softmax {
     float *sums, *top, *weight;
 };
@@ -187,7 +187,7 @@ static inline float exp1(float x) {
     return lanes[0];
 }
 
-// total ← total and part, of one row. An empty part changes nothing.
+// Merges `part` into `total`, for one row. An empty part changes nothing.
 static inline void merge(const Softmax& total, const Softmax& part, i64 d) {
     float top = *total.top > *part.top ? *total.top : *part.top;
     if (top == -__builtin_inff()) return;

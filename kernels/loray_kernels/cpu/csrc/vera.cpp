@@ -1,14 +1,15 @@
-// VeRA's shared pair as dense products: z = A x, then y += b ⊙ (B (d ⊙ z)) with each token's own d and b.
+// VeRA's shared pair as dense products: z = A x, then y += b ⊙ (B (d ⊙ z)) with each token's d and b.
 //
-// A and B are packed as a layer's own matrices are, so that both products run at their speed. d ⊙ z is rounded to T.
+// A and B are packed like a layer's matrices, so both products are as fast. d ⊙ z is rounded to T.
 
 #include "linear.h"
 
 namespace LORAY_NAMESPACE {
 
-constexpr i64 CHUNK = 1024;  // tokens whose intermediates are held at once
+constexpr i64 CHUNK = 1024;  // tokens whose intermediates are in memory at once
 
-// The row of each of `num` tokens from `first` on: where it stands in the pool, or in one piece in `room`.
+// The addresses of the rows of `num` tokens from `first` on: in the pool, or joined in `room` if a row has several
+// segments.
 template <class T>
 static const T* const* rows_of(const T* pool, const Rows& rows, i64 width, i64 first, i64 num, Scratch& room) {
     const T** at = (const T**)room.get(num * (sizeof(T*) + width * sizeof(T)));
@@ -33,7 +34,7 @@ void vera_shrink(const T* x, i64 x_stride, i64 num_tokens, const Matrix<T>& matr
     })(num_tokens, threads);
 }
 
-// `first` is the token that `y` and `z` start with, of those that have rows in `d` and `b`.
+// `first`: index, among the tokens that have rows in `d` and `b`, of the first token of `y` and `z`.
 template <class T>
 static void expand_chunk(T* y, i64 y_stride, const float* z, i64 z_stride, i64 first, i64 num_tokens,
                          const Matrix<T>& matrix, const T* pool, const Rows& d, const Rows& b, int threads) {

@@ -1,8 +1,8 @@
 // Paged attention for sequences with one query (split-K flash decoding, Dao et al., 2023) over the pool's KV blocks.
 //
-// A sequence's keys are cut every SPLIT positions, whatever else is in the batch, so its result depends on its own
-// length alone. Query heads of one KV head share the reading of its keys and values, GROUP at a time. K and V of a
-// position stand in one block of the pool: (K or V, position, KV head, d) within the layer's share.
+// A sequence's keys are split every SPLIT positions in any batch, so its result does not depend on other sequences.
+// GROUP query heads of one KV head share the reading of its keys and values. K and V of a position are in one block of
+// the pool: (K or V, position, KV head, d) within the layer's share.
 #include "device.cuh"
 
 constexpr int THREADS = 128;
@@ -45,7 +45,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
   __syncthreads();
 
   const bool wide = aligned(pool, 16) && d % 8 == 0 && cache.block_stride * sizeof(T) % 16 == 0;
-  for (int j0 = 0; j0 < n; j0 += THREADS / LANES) { // all lanes of a warp take every turn: they shuffle
+  for (int j0 = 0; j0 < n; j0 += THREADS / LANES) { // all lanes of a warp take part in every turn, for the shuffles
     const int j = j0 + tid / LANES, lane = tid % LANES;
     float sum[GROUP] = {};
     if (j < n) {
@@ -83,7 +83,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
   }
   __syncthreads();
 
-  // Four columns of V each; threads that have the same columns take the positions in turn.
+  // Each thread has four columns of V; threads with the same columns divide the positions among them.
   const int columns = d / 4, turns = THREADS / columns, turn = tid / columns, c = tid % columns * 4;
   float sum[GROUP][4] = {};
   if (turn < turns) {
@@ -121,7 +121,7 @@ __device__ void decode(const T *q, i64 q_stride, T *out, const T *pool, Cache ca
   }
 }
 
-// Joins the splits of sequences longer than one. Grid (sequences, heads).
+// Merges the splits of sequences that have several. Grid (sequences, heads).
 template <class T>
 __device__ void combine(T *out, const float *partial, i64 max_splits, i64 head_dim, const i64 *items,
                         const i64 *context_len) {

@@ -1,7 +1,7 @@
 // Element types, conversions and loads that the kernels share.
 //
-// No toolkit header: NVRTC compiles these files by themselves, and the tests' shim runs them on a CPU.
-// Every integer argument of a kernel is 64 bits wide, as CuPy passes Python's integers.
+// No toolkit headers: NVRTC compiles these files alone, and the tests' shim runs them on a CPU.
+// Every integer argument of a kernel is 64 bits wide, because CuPy passes Python's integers so.
 #pragma once
 #ifdef LORAY_SHIM
 #include "shim.h"
@@ -11,7 +11,7 @@
 
 typedef long long i64;
 
-constexpr float LOWEST = -3.402823466e38f; // no toolkit header, no INFINITY
+constexpr float LOWEST = -3.402823466e38f; // INFINITY is in a toolkit header
 
 struct bf16 {
   unsigned short bits;
@@ -32,7 +32,7 @@ __device__ inline float to_float(fp16 v) {
 #endif
 }
 
-// Round to nearest even, as torch does.
+// Rounds to nearest even, as torch does.
 __device__ inline void store(float *p, float v) { *p = v; }
 __device__ inline void store(bf16 *p, float v) {
   unsigned u = __float_as_uint(v);
@@ -55,8 +55,8 @@ template <class T> __device__ inline float unpack(const unsigned *words, int i, 
   return to_float(T{static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)))});
 }
 
-// N elements, `valid` of which exist; the others are zero. `wide`: p is aligned for all of them, or for 16 bytes.
-// It says what is loaded at once, not which thread gets which element: sums come out the same wherever a row stands.
+// N elements, of which `valid` exist; the others are zero. `wide`: p is aligned to N elements or to 16 bytes. `wide`
+// decides how many elements are loaded at once, not which thread has which element, so sums do not depend on alignment.
 template <int N, class T> __device__ inline void load(const T *p, i64 valid, bool wide, float (&out)[N]) {
   constexpr int WORDS = N * sizeof(T) / 4;
   if (wide && valid >= N) {

@@ -1,13 +1,13 @@
 // Gathered LoRA (MBGMV) for tokens whose adapter has few of them in the step: rows are read in place from the pool.
 //
-// An item is (adapter, first token, number of tokens up to TOKENS). Each token's sums run over the same elements in the
-// same order whatever stands beside it. h = A x stays fp32 between the two kernels.
+// An item is (adapter, first token, number of tokens up to TOKENS). Each token's sums have the same elements in the same
+// order whatever its neighbours. h = A x is fp32 between the two kernels.
 #include "device.cuh"
 
-constexpr int TOKENS = 4;   // of one adapter that share the reading of its rows
-constexpr int WARPS = 4;    // shrink: a rank row each
-constexpr int THREADS = 64; // expand: two columns each
-constexpr int RANKS = 64;   // expand: rows whose h stands in shared memory at once
+constexpr int TOKENS = 4;   // of one adapter, which share the reading of its rows
+constexpr int WARPS = 4;    // shrink: one row of A for each
+constexpr int THREADS = 64; // expand: two columns for each
+constexpr int RANKS = 64;   // expand: rows whose h is in shared memory at once
 
 // h[t, column[row]] = sum_k x[t, k] · A[row, k]. Rows of an adapter: all modules of the input, one after the other.
 // Grid (items, ceil(most rows of an adapter / WARPS)), WARPS × 32 threads.

@@ -1,4 +1,4 @@
-// Rows that move: new keys and values into the cache, embedding rows of adapters, host pages into blocks.
+// Copies of rows: new keys and values into the cache, embedding rows of adapters, host pages into blocks.
 #include "device.cuh"
 
 constexpr int THREADS = 128;
@@ -25,8 +25,8 @@ __device__ void take_rows(T *y, i64 y_stride, const i64 *tokens, const T *pool, 
   for (i64 i = threadIdx.x; i < segments[2 * blockIdx.y + 1]; i += THREADS) to[i] = from[i];
 }
 
-// pool[to : to + length] = pages[from : from + length] for pieces of (from, to, length), which no two share. `pages` is
-// memory of the device or pinned memory of the host. Grid (pieces), THREADS threads.
+// pool[to : to + length] = pages[from : from + length] for each piece (from, to, length); pieces do not overlap. `pages`
+// is memory of the device or pinned memory of the host. Grid (pieces), THREADS threads.
 template <class T> __device__ void place_pages(T *pool, const T *pages, const i64 *pieces) {
   const i64 *piece = pieces + 3 * blockIdx.x;
   const T *from = pages + piece[0];

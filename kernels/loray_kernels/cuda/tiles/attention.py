@@ -32,8 +32,8 @@ def attention_prefill(
 ):
     """Causal attention of a tile of one sequence's queries over its cache (FlashAttention-2, Dao, 2023).
 
-    Keys go in steps of BLOCK_K from position 0, however the prompt was cut into chunks. An item is (sequence, first
-    query of the tile). Grid (items, heads).
+    Keys are taken BLOCK_K at a time from position 0, so the result does not depend on the prompt's chunks. An item is
+    (sequence, first query of the tile). Grid (items, heads).
     """
     sequence = tl.load(items + 2 * tl.program_id(0))
     head = tl.program_id(1).to(tl.int64)
@@ -65,7 +65,7 @@ def attention_prefill(
         visible = key_mask[None, :] & (key[None, :] <= position[:, None])
         score = tl.where(visible, score, float("-inf"))
         larger = tl.maximum(top, tl.max(score, axis=1))
-        # A row that has seen no key yet has −inf for a maximum, and −inf − −inf is not a number.
+        # The maximum of a row that has seen no key yet is −inf, and −inf − −inf is NaN.
         base = tl.where(larger == float("-inf"), 0.0, larger)
         factor = tl.exp(top - base)
         p = tl.exp(score - base[:, None])

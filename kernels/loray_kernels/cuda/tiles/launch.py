@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: tiles of many tokens. Shapes and equations are in triton_*.py and `ops.Ops`."""
+"""Launches of the Triton kernels: tiles of many tokens. The kernels and `ops.Ops` have the shapes and equations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from loray_kernels.cuda.tables import (
     Items,
     Rows,
     Shrink,
+    three_outputs,
     upload,
 )
-from loray_kernels.cuda.tiles import attention as triton_attention
-from loray_kernels.cuda.tiles import lora as triton_lora
-from loray_kernels.cuda.tiles import rows as triton_rows
+from loray_kernels.cuda.tiles import attention as attention_kernels
+from loray_kernels.cuda.tiles import lora as lora_kernels
+from loray_kernels.cuda.tiles import rows as row_kernels
 from loray_kernels.ops import KvLayout
 
-# Chosen by what compiles without spilling registers (`compile`), not by time: no GPU has run them yet.
+# The largest that compile without spilling registers (see `compile`). They have not been timed on a GPU.
 SHRINK_ROWS, SHRINK_COLUMNS = 64, 32
 EXPAND_ROWS = 16
 VERA_ROWS, VERA_COLUMNS = 16, 64
@@ -33,7 +34,7 @@ class Tiles:
     def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, table: Shrink, h_TR: Tensor) -> None:
         rows = table.rows
         block_r = min(SHRINK_ROWS, max(16, _power_of_2(table.max_rows)))
-        triton_lora.lora_shrink[(items.num, -(-table.max_rows // block_r))](
+        lora_kernels.lora_shrink[(items.num, -(-table.max_rows // block_r))](
             x_TI,
             x_TI.stride(0),
             pool,
@@ -52,9 +53,9 @@ class Tiles:
         )
 
     def expand(self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, items: Items, table: Expand) -> None:
-        y = [*outputs, *outputs[:1] * 2][:3]
+        y = three_outputs(outputs)
         even = table.multiple_of_8 and all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 for t in outputs)
-        triton_lora.lora_expand[(items.num, table.num_tiles)](
+        lora_kernels.lora_expand[(items.num, table.num_tiles)](
             *y,
             *(t.stride(0) for t in y),
             h_TR,
@@ -74,15 +75,15 @@ class Tiles:
         )
 
     def dense_shrink(self, x_TI: Tensor, a_RI: Tensor, h_TR: Tensor) -> None:
-        """h = A[:, :I] x: `shrink` with the rows of a matrix."""
+        """h = A[:, :I] x, by `shrink` with the rows of a matrix."""
         (num_tokens, width), rank = x_TI.shape, a_RI.shape[0]
         items, table = _dense(num_tokens, width, rank, a_RI.stride(0), x_TI.device)
         self.shrink(x_TI, a_RI, items, table, h_TR)
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, b_OR: Tensor, pool: Tensor, d: Rows, b: Rows) -> None:
-        """y += b ⊙ (B (d ⊙ z)) for tokens with a row of d and b each."""
+        """y += b ⊙ (B (d ⊙ z)); each token has a row of d and b."""
         num_tokens, width = y_TO.shape
-        triton_lora.vera_expand[(-(-num_tokens // TILE_TOKENS), -(-width // VERA_COLUMNS))](
+        lora_kernels.vera_expand[(-(-num_tokens // TILE_TOKENS), -(-width // VERA_COLUMNS))](
             y_TO,
             y_TO.stride(0),
             z_TR,
@@ -106,9 +107,9 @@ class Tiles:
     def attention(
         self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: Attention, scale: float
     ) -> None:
-        """For sequences with several queries; `pool` from the layer's share on."""
+        """For sequences with several queries. `pool` begins at the layer's share."""
         num_heads, d = q_THd.shape[1], layout.head_dim
-        triton_attention.attention_prefill[(tables.prefilled.num, num_heads)](
+        attention_kernels.attention_prefill[(tables.prefilled.num, num_heads)](
             q_THd,
             q_THd.stride(0),
             out_THd,
@@ -127,17 +128,17 @@ class Tiles:
             BLOCK_Q=TILE_QUERIES,
             BLOCK_K=keys_at_once(d),
             BLOCK_D=max(16, _power_of_2(d)),
-            num_stages=3 if pool.element_size() == 2 else 1,  # shared memory
+            num_stages=3 if pool.element_size() == 2 else 1,  # limited by shared memory
         )
 
     def rms_norm(
         self, x_TD: Tensor, weight_D: Tensor, eps: float, y_TD: Tensor, pool: Tensor, own: tuple[Tensor, Rows] | None
     ) -> None:
-        """`own`: for each token its row, or −1; and the rows. `pool` from the layer's share on."""
+        """`own`: for each token its row, or −1; and the rows. `pool` begins at the layer's share."""
         num_heads = x_TD.shape[1] if x_TD.dim() == 3 else 1
         width = x_TD.shape[-1]
-        own_row, rows = own if own is not None else (x_TD, Rows(x_TD, x_TD, 0, 0, width))  # not read without rows
-        triton_rows.rms_norm[(x_TD.shape[0] * num_heads,)](
+        own_row, rows = own if own is not None else (x_TD, Rows(x_TD, x_TD, 0, 0, width))  # placeholders, not read
+        row_kernels.rms_norm[(x_TD.shape[0] * num_heads,)](
             x_TD,
             x_TD.stride(0),
             weight_D,
@@ -159,7 +160,7 @@ class Tiles:
     def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor, y_THd: Tensor) -> None:
         num_tokens, num_heads, d = x_THd.shape
         block_h = min(8, _power_of_2(num_heads))
-        triton_rows.rope[(num_tokens, -(-num_heads // block_h))](
+        row_kernels.rope[(num_tokens, -(-num_heads // block_h))](
             x_THd,
             x_THd.stride(0),
             cos_Td,
@@ -174,7 +175,7 @@ class Tiles:
     def silu_mul(self, gate_up_TM: Tensor, y_TM: Tensor) -> None:
         num_tokens, width = y_TM.shape
         block = min(1024, _power_of_2(width))
-        triton_rows.silu_mul[(num_tokens, -(-width // block))](
+        row_kernels.silu_mul[(num_tokens, -(-width // block))](
             gate_up_TM, gate_up_TM.stride(0), y_TM, width, BLOCK_M=block
         )
 
@@ -189,10 +190,10 @@ def _dense(num_tokens: int, width: int, rank: int, stride: int, device: torch.de
 
 
 def keys_at_once(head_dim: int) -> int:
-    """Whatever the batch: it settles the order in which attention adds."""
+    """Keys of one turn. Independent of the batch, because it decides the order in which attention adds."""
     return 64 if head_dim <= 64 else 32
 
 
 def _power_of_2(n: int) -> int:
-    """The smallest that is not less than `n`."""
+    """The smallest power of 2 that is not less than `n`."""
     return 1 << max(0, n - 1).bit_length()

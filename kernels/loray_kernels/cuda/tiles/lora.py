@@ -1,11 +1,11 @@
 """LoRA and VeRA over tiles of tokens, in Triton (MBGMM).
 
 Row offsets are int64, in elements, for layer 0; `pool` points to the layer's share. A row in several segments of
-columns has an offset in each: `offsets[segment · num_rows + row]`, and `segments[segment]` is (first column, columns).
+columns has an offset in each: `offsets[segment · num_rows + row]`; `segments[segment]` is (first column, columns).
 
-A product with an fp32 factor is three TF32 products of its halves (tf32x3), about as exact as fp32; 16-bit factors are
-exact in TF32. Loads along a row are vectors where every row of the tile stands on a multiple of 8 elements, else single
-elements; the sums are the same.
+A product with an fp32 factor is three TF32 products of its parts (tf32x3), about as exact as fp32; 16-bit factors are
+exact in TF32. Loads along a row are vectors if the offsets of all rows of the tile are multiples of 8 elements, else
+single elements; the sums are the same.
 
 Shapes: T tokens, I input width, O output width, R rows of A and B.
 """
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _dot32(a, b, accumulator):
-    """accumulator + a b with fp32 `a`."""
+    """accumulator + a b, with fp32 `a`."""
     return tl.dot(a, b.to(tl.float32), accumulator, input_precision="tf32x3")
 
 

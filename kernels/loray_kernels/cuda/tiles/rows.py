@@ -1,6 +1,6 @@
-"""Rows of activations, in Triton: norms with a token's own weight, rotary embedding, SwiGLU.
+"""Rows of activations, in Triton: norms with weights of adapters, rotary embedding, SwiGLU.
 
-Roundings are where the reference has them. Row offsets are as in `triton_lora`.
+Values are rounded where the reference rounds them. Row offsets are as in `lora`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def rms_norm(
 ):
     """x / rms(x) · weight; a token's `own_row` is −1, or the row that is its weight. Grid (tokens × heads).
 
-    The normalised value is rounded to x's dtype before it meets the weight, as in the reference.
+    The normalised value is rounded to x's dtype before it is multiplied with the weight, as in the reference.
     """
     token = (tl.program_id(0) // num_heads).to(tl.int64)
     head = tl.program_id(0) % num_heads

@@ -1,8 +1,8 @@
-"""Compiles cpu/csrc/*.cpp into shared libraries with the machine's C++ compiler, and keeps them from run to run.
+"""Compiles csrc/*.cpp into shared libraries with the machine's C++ compiler, and caches them.
 
-Plain C functions without torch's headers: seconds, not minutes. A library's name holds the hash of its sources and
-flags and that of the compiler, so nothing stale is ever loaded; without a compiler, a library of the same sources that
-any other compiler made serves (an image may carry a filled cache and no compiler).
+The sources are plain C functions without torch's headers, so compiling takes seconds, not minutes. A library's name has
+the hash of its sources and flags and the hash of the compiler, so an outdated library is never loaded. Without a
+compiler, a cached library that any compiler made of the same sources is used (an image may have no compiler).
 """
 
 from __future__ import annotations
@@ -18,33 +18,20 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "cpu" / "csrc"
-# No contraction and no fast math: roundings are where the sources put them.
+from loray_kernels.compiled import BackendUnavailable, cache_folder
+
+SOURCES = Path(__file__).parent / "csrc"
+# No contraction and no fast math: values are rounded only where the sources say.
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"),
     *("-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"),
 )
 
 
-class BackendUnavailable(RuntimeError):
-    """A kernel backend cannot run on this machine; the message says why and what to do."""
-
-
-def cache_folder() -> Path:
-    """loray/kernels in the user's cache folder. BackendUnavailable for a user who has none."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base:
-        return Path(base) / "loray" / "kernels"
-    try:
-        return Path.home() / ".cache" / "loray" / "kernels"
-    except RuntimeError as e:
-        raise BackendUnavailable("the cpu kernels have no folder to be kept in: set HOME or XDG_CACHE_HOME") from e
-
-
 def library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Path:
-    """The shared library of `sources` (files of cpu/csrc), compiled unless it is in the cache.
+    """The shared library of `sources` (files of csrc), compiled unless it is in the cache.
 
-    Any number of processes may ask at once: one compiles, the others wait for it.
+    Several processes may call this at once: one compiles, the others wait for it.
     """
     compiler = _compiler()
     folder = cache_folder()
@@ -94,7 +81,7 @@ def _hash(*parts: str | bytes) -> str:
 
 
 def _compile(compiler: str, sources: Sequence[Path], flags: Sequence[str], path: Path) -> None:
-    """Every file by itself, as many at once as there are cores; the library appears whole or not at all."""
+    """Compile each file by itself, as many at once as there are cores; the library is written atomically."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         objects = [str(Path(folder) / f"{s.stem}.o") for s in sources]
         commands = [[compiler, *flags, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
