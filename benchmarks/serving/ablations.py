@@ -23,14 +23,14 @@ ABLATIONS = ("fixed-split", "no-prefetch", "padded-ranks")
 def ablate(engine: Engine, ablation: str | None, kv_share: float) -> None:
     """Change `engine` in place. `kv_share`: the part of the pool's blocks that KV cache has under the fixed split."""
     if ablation == "fixed-split":
-        _split_pool(engine, int(kv_share * engine._pool.geometry.num_blocks))
+        _split_pool(engine, int(kv_share * engine.pool.geometry.num_blocks))
     elif ablation == "no-prefetch":
         _disable_prefetch(engine)
 
 
 def _split_pool(engine: Engine, kv_blocks: int) -> None:
     """Refuse allocations beyond a part. KV cache may still evict cached prefixes, but not adapters."""
-    allocator, residency, prefixes = engine._pool.allocator, engine._residency, engine._scheduler.prefix_cache
+    allocator, residency, prefixes = engine.pool.allocator, engine.residency, engine.scheduler.prefix_cache
     allocate_kv, evict_one = allocator.allocate_kv, residency.evict_one
     kv_is_short = False
 
@@ -66,7 +66,7 @@ def _split_pool(engine: Engine, kv_blocks: int) -> None:
 def _disable_prefetch(engine: Engine) -> None:
     """Give the scheduler at most as many requests as can run, so that it asks for no adapter earlier."""
     queued: deque[GenerateRequest] = deque()
-    scheduler, add, step = engine._scheduler, engine.add, engine.step
+    scheduler, add, step = engine.scheduler, engine.add, engine.step
 
     def queue(spec: GenerateRequest) -> None:
         engine.check(spec)

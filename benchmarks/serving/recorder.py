@@ -44,7 +44,7 @@ class EngineRecorder:
         self.steps: list[EngineStep] = []
         self.placed_bytes = 0
         self._wrap_residency(engine)
-        scheduler, plan_next, step = engine._scheduler, engine._scheduler.next, engine.step
+        scheduler, plan_next, step = engine.scheduler, engine.scheduler.next, engine.step
         last: list[Plan] = []
 
         def next_plan() -> Plan:
@@ -74,7 +74,7 @@ class EngineRecorder:
         engine.step = timed  # type: ignore[method-assign]
 
     def _wrap_residency(self, engine: Engine) -> None:
-        residency, acquire = engine._residency, engine._residency.acquire
+        residency, acquire = engine.residency, engine.residency.acquire
 
         def counted(ref: AdapterRef) -> ResidentAdapter | None:
             was_in_pool = residency.table.tier(ref) is Tier.POOL

@@ -31,10 +31,6 @@ class HistogramCounts(NamedTuple):
     counts: tuple[int, ...]
     sum: float
 
-    @property
-    def num_values(self) -> int:
-        return sum(self.counts)
-
 
 def _table(*metrics: Metric) -> Mapping[str, Metric]:
     """By name, without the prefix."""

@@ -66,8 +66,8 @@ class Keeper:
     ) -> None:
         try:
             with held:
-                if packed.arrival is not None:
-                    packed.arrival.wait_until_used(max(0.0, due - time.monotonic()))
+                if packed.partial is not None:
+                    packed.partial.wait_until_used(max(0.0, due - time.monotonic()))
                 write()
         except Exception as e:  # noqa: BLE001 - whatever it is, the adapter itself is served
             _log.warning("adapter %s is here, but the node's cache has not kept it: %s", label, e)

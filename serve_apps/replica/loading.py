@@ -2,7 +2,7 @@
 
 An adapter that the node has not yet comes as ranges of its weights in the order of layers. Each is packed as it comes,
 so that the first layers can be used while the last are on their way; the file's SHA-256 is taken meanwhile, and counts
-before anything that was computed with it is sent (`loray.engine.model.landing`). The cache gets it afterwards.
+before anything that was computed with it is sent (`loray.engine.model.partial`). The cache gets it afterwards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from loray.adapters.tensor_ranges import ArrivingFile, Range
 from loray.bases.registry import BaseModel
 from loray.engine.pool.file import open_packed, packed_name, save_packed
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
-from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.partial import PartialLoad
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef
@@ -113,7 +113,7 @@ class StoredAdapter:
             raise IntegrityError(
                 f"adapter {digest[:12]} is damaged: {CONFIG_FILE} differs from its SHA-256; publish the adapter again"
             )
-        arrival = Arrival()
+        partial = PartialLoad()
         tensors = without_prefix(file.tensors)
         packing: Packing | None = None
         taken = 0
@@ -123,15 +123,15 @@ class StoredAdapter:
                     parsed = parse_adapter(
                         folder, parse_config(folder, config_bytes), tensors, self._loader.base.config
                     )
-                    packing = Packing(packer, self._checked(manifest, parsed), arrival)
+                    packing = Packing(packer, self._checked(manifest, parsed), partial)
                 packing.take(range(taken, num_layers))
                 taken = num_layers
-                arrival.advance(num_layers)
+                partial.advance(num_layers)
                 if remaining_s is not None:
                     progress(packing.packed, remaining_s)
         assert packing is not None
         self._loader.hashing.submit(file.verify, manifest.files[WEIGHTS_FILE]).result()
-        arrival.land()
+        partial.finish()
         progress(packing.packed, 0.0)
         return packing.packed, {CONFIG_FILE: config_bytes, WEIGHTS_FILE: file.data}
 

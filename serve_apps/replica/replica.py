@@ -86,7 +86,7 @@ class EngineReplica:
             node=socket.gethostname(),
             pid=os.getpid(),
             uptime_s=time.time() - self._started_at,
-            **self._stream.stats().to_dict(),
+            **dict(self._stream.stats()),
         )
 
     def metrics(self) -> list[Family]:

@@ -34,8 +34,8 @@ def submit(engine: Engine, requests: Sequence[GenerateRequest]) -> None:
     """Add all; their adapters are here when this returns, as far as the host holds them."""
     for r in requests:
         engine.add(r)
-    engine._residency.poll()
-    wait([entry.flight for entry in engine._residency.table.flying.values() if entry.flight is not None])
+    engine.residency.poll()
+    wait([entry.load for entry in engine.residency.table.loading.values() if entry.load is not None])
 
 
 def run(
@@ -73,7 +73,7 @@ def hold(engine: Engine) -> tuple[threading.Event, threading.Event]:
 
     def held() -> list[TokenOutput]:
         outputs = step()
-        if engine._scheduler.running:
+        if engine.scheduler.running:
             stands.set()
             assert go_on.wait(60)
         return outputs

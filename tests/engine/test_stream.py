@@ -168,7 +168,7 @@ def test_a_stop_is_not_slept_through(base: BaseModel) -> None:
             super().clear()
 
     stream = EngineStream(make_engine(base, num_threads=1), AutoTokenizer.from_pretrained(base.path))
-    stream._bell = Bell()
+    stream._wake = Bell()
     stream.start()
     stream._thread.join(30)
     assert not stream._thread.is_alive()

@@ -153,8 +153,8 @@ def test_none_lost_none_wrong_nothing_leaked(
     assert stats.num_evictions > 0
     assert stats.prefix_cache_hits > 0
     assert stats.num_preemptions > 0
-    num_blocks = engine._pool.geometry.num_blocks
-    engine._scheduler.prefix_cache.evict(num_blocks)
-    while engine._residency.evict_one():
+    num_blocks = engine.pool.geometry.num_blocks
+    engine.scheduler.prefix_cache.evict(num_blocks)
+    while engine.residency.evict_one():
         pass
-    assert engine._pool.allocator.num_free == num_blocks
+    assert engine.pool.allocator.num_free == num_blocks

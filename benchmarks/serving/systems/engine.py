@@ -12,8 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,11 +84,11 @@ class EngineSession:
         from benchmarks.serving.figures.rows import engine_work
 
         self._recorder.steps, placed = [], self._recorder.placed_bytes
-        before = self._call(self._engine.stats)
+        before = self._stream.call(self._engine.stats).result()
         records = asyncio.run(replay(requests, at_once, self._submit))
         self._stream.check_health()
-        after = self._call(self._engine.stats)
-        self._call(self._engine.check_integrity)
+        after = self._stream.call(self._engine.stats).result()
+        self._stream.call(self._engine.check_integrity).result()
         work = engine_work(self._recorder.steps, self._recorder.placed_bytes - placed, before, after)
         return {"records": [r.to_dict() for r in records], "work": asdict(work)}
 
@@ -106,19 +105,6 @@ class EngineSession:
         async with aclosing(cast("AsyncGenerator[Delta, None]", stream)) as deltas:
             async for delta in deltas:
                 yield list(delta.token_ids)
-
-    def _call(self, function: Callable[[], Any]) -> Any:
-        """Call `function` in the engine's thread, between two steps."""
-        result: Future[Any] = Future()
-
-        def call() -> None:
-            try:
-                result.set_result(function())
-            except Exception as e:  # noqa: BLE001 - `result` raises it in the caller's thread
-                result.set_exception(e)
-
-        self._stream._post(call)
-        return result.result()
 
 
 def build(setup: Setup, base: BaseModel) -> Engine:

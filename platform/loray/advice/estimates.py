@@ -90,7 +90,7 @@ def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> in
     geometry = pool_geometry(ServeSpec(pool_bytes=pool_bytes), model)
     allocator = BlockAllocator(geometry)
     demand = shape_of(adapter, model).demand(geometry)
-    if (pair := count_vera_pair(model, adapter)) and allocator.allocate_run(-(-pair // geometry.block_size)) is None:
+    if (pair := count_vera_pair(model, adapter)) and allocator.allocate_run(geometry.blocks_for_elements(pair)) is None:
         return 0
     number = 0
     while all(allocator.allocate_rows(kind, rows) is not None for kind, rows in demand.items()):
@@ -184,7 +184,7 @@ def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
     """From a pool of some hundred blocks, so that the answer comes at once whatever a block's size."""
     geometry = pool_geometry(ServeSpec(pool_bytes=GIB), model)
     block_bytes = geometry.block_size * _BF16
-    pair = -(-count_vera_pair(model, adapter) // geometry.block_size) * block_bytes
+    pair = geometry.blocks_for_elements(count_vera_pair(model, adapter)) * block_bytes
     least = 8 * shape_of(adapter, model).num_blocks(geometry) * block_bytes
     room = max(least, min(GIB, _MAX_BLOCKS * block_bytes))
     return float(adapters_in(adapter, model, room + pair) * GIB / room)

@@ -6,37 +6,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from loray.spec import ServeSpec
+from loray.spec import EngineFigures, ServeSpec
 
 
 class _Status(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
-class EngineStatus(_Status):
+class EngineStatus(EngineFigures):
     """A moment's state, and totals since the replica's start. `blocks` are the pool's, by what they hold; hits and
     misses are requests for an adapter, by where it was when they came."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_loading: int = 0
-    blocks: dict[str, int] = {}
-    host_bytes: int = 0
-    num_steps: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    num_finished: int = 0
-    num_preemptions: int = 0
-    num_aborted: int = 0
-    num_loads: int = 0
-    num_failed_loads: int = 0
-    num_evictions: int = 0
-    num_host_evictions: int = 0
-    num_pool_hits: int = 0
-    num_host_hits: int = 0
-    num_misses: int = 0
-    num_loaded_bytes: int = 0
-    max_adapters_in_step: int = 0
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -1,5 +1,21 @@
-"""The S-LoRA engine: one paged pool for KV cache and adapters, one heterogeneous batch a step.
+"""The S-LoRA engine: one paged pool for KV cache and adapters, one heterogeneous batch in each step.
 
-Policy (request, blocks, rows, residency, scheduler) is plain Python; pool, batch, layers, model, logits, logprobs,
-sampler, engine and stream use torch. Nothing is imported here, so that policy stays free of it.
+    memory/      which block of the pool holds what; the prefix cache; limits
+    residency/   where each adapter is: store, host, pool
+    scheduling/  which requests run in the next step
+    stats/       counters, histograms and the figures that are reported
+    pool/        adapters as rows: packed in host memory, placed in the pool, loaded, as files
+    model/       a step's batch and the decoder
+    sampling/    from logits to tokens
+    parallel/    one model over several ranks
+    build        an engine from a base model
+    engine       the step
+    stream       the engine's thread, for asyncio
+    admission    which requests are accepted
+    report       the figures at one moment
+    request      one request inside the engine
+    detokenizer  from tokens to text
+
+memory, residency, scheduling, stats, request and detokenizer do not import torch. Nothing is imported here, so that
+they can be used without it.
 """

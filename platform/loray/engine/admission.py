@@ -1,4 +1,4 @@
-"""Which requests an engine takes at all."""
+"""Which requests an engine accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An engine from a base model: weights loaded, the pool cut, other ranks started."""
+"""Builds an engine from a base model: loads the weights, allocates the pool, starts other ranks."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ def build_engine(
     tensors: Iterable[tuple[str, Tensor]] | None = None,
     start_workers: StartWorkers = LocalWorkers,
 ) -> Engine:
-    """Load `base`, from `tensors` by name instead of its checkpoint where they are given, and cut the pool.
+    """Load `base`, from `tensors` by name if they are given and else from its checkpoint, and allocate the pool.
 
-    Over several ranks this process is rank 0, `start_workers` starts the others, and all read the checkpoint. Raises
-    SpecError when pool_bytes does not hold one sequence of one block, or the ranks do not divide the base; EngineError
-    when a rank does not come up.
+    With several ranks this process is rank 0, `start_workers` starts the others, and all read the checkpoint. Raises
+    SpecError if pool_bytes is too small or the ranks do not divide the base; EngineError if a rank does not start.
     """
     if spec.tensor_parallel_size > 1:
         assert tensors is None, "every rank reads the checkpoint"

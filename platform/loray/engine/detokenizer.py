@@ -1,4 +1,4 @@
-"""From a request's tokens to its text, as they come, ending before a stop string."""
+"""Turns a request's tokens into text as they come, and ends the text before a stop string."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ _PROMPT_TAIL = 6  # tokens that decide how the next ones are written
 
 
 class Text(NamedTuple):
-    """Text that is certain by now; `stopped` once a stop string was found, and nothing follows."""
+    """New text that is certain. `stopped`: a stop string was found, and no text follows."""
 
     text: str
     stopped: bool
 
 
 class Detokenizer:
-    """`tokenizer` is transformers'. What may be the beginning of a stop string, or of a character, is held back.
+    """Text that may be the beginning of a stop string, or part of a character, is not returned yet.
 
-    Decoding goes on from the end of the prompt: SentencePiece tokenizers drop the space that a text begins with. Of all
-    tokens only those since the last whole character, and the piece before them as context, are decoded again. A stop
-    string that begins in the first `min_tokens` tokens does not count, as in vLLM.
+    `tokenizer` is transformers'. Decoding starts at the end of the prompt, because SentencePiece tokenizers drop the
+    space at the beginning of a text. Each step decodes only the tokens since the last complete character, with the
+    tokens before them as context. As in vLLM, a stop string that begins in the first
+    `min_tokens` tokens does not count.
     """
 
     def __init__(self, tokenizer: Any, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
@@ -31,12 +32,12 @@ class Detokenizer:
         self._stop: tuple[str, ...] = ()
         self._num_pushed = 0
         self._ids = list(prompt_ids[-_PROMPT_TAIL:])
-        self._context = 0  # decoding starts here
-        self._known = len(self._ids)  # the text of tokens before this one has been taken
+        self._context = 0  # index of the token at which decoding starts
+        self._known = len(self._ids)  # the text of the tokens before this index has been taken
         self._held = ""
 
     def step(self, token_id: int | None, finish_reason: FinishReason | None) -> Text:
-        """A token, and all that is left where it is the last one, which is no text where it ended the request."""
+        """The text of a token; with a finish reason also the rest. A token that stops the request has no text."""
         text = Text("", False)
         if token_id is not None and (finish_reason != "stop" or self._params.include_stop_str_in_output):
             text = self.push(token_id)
@@ -57,13 +58,13 @@ class Detokenizer:
         return self._take(now[len(before) :], final=False)
 
     def flush(self) -> Text:
-        """What is held back, and bytes that never became a character (as U+FFFD)."""
+        """The text that was not returned yet; bytes that are no character become U+FFFD."""
         before, now = self._decode(self._ids[self._context : self._known]), self._decode(self._ids[self._context :])
         return self._take(now[len(before) :], final=True)
 
     def _decode(self, ids: list[int]) -> str:
         skip = self._params.skip_special_tokens
-        if self._backend is not None:  # what transformers calls, without all that it does around it
+        if self._backend is not None:  # what transformers calls; faster without the code around it
             return str(self._backend.decode(ids, skip_special_tokens=skip))
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
@@ -80,7 +81,7 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n

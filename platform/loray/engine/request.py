@@ -27,9 +27,9 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenOutput(NamedTuple):
-    """One step's result for one request: a token, or the error that ended it, or neither where none was asked for.
+    """One step's result for one request: a token, or the error that ended it, or neither if max_tokens is 0.
 
-    `prompt_logprobs`, with the first result: of the prompt's tokens from the second on.
+    `prompt_logprobs` come with the first result, for the prompt's tokens from the second on.
     """
 
     request_id: str
@@ -43,13 +43,13 @@ class TokenOutput(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Written by the scheduler (state, blocks and all after), the engine (output_ids, prompt_logprobs, num_computed)
-    and nobody else.
+    """The scheduler writes `state`, `num_computed`, `blocks` and the fields after it. The engine writes `output_ids`,
+    `prompt_logprobs` and `num_computed`; its counters write `num_prompt_counted` and `queued_at`. Nothing else writes.
 
-    queued_at           seconds of the engine's clock; None once it has been scheduled for the first time
-    start_by            seconds of the scheduler's clock; infinite without a target, and once it has been admitted
-    token_weight        what a token of its adapter costs against one of the base; 0 until it has been admitted
-    num_input_charged   tokens of its prompt that its tenant has been charged for, num_output_charged of `output_ids`
+    queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
+    start_by            seconds of the scheduler's clock; infinite without a target, and after it has been admitted
+    token_weight        see fairness.token_weight; 0 until it has been admitted
+    num_input_charged   tokens of its prompt for which its tenant has been charged; num_output_charged: of `output_ids`
     num_overtaken       how often a later request whose adapter was in the pool went first
     """
 
@@ -84,7 +84,7 @@ class Request:
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """Then every token of the prompt is computed, whatever the prefix cache knows."""
+        """If so, every token of the prompt is computed, and the prefix cache is not used."""
         return self.spec.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
@@ -110,7 +110,7 @@ class Request:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens in the KV cache when the request has run to its limit."""
+        """Tokens of prompt and output at the request's limit."""
         return self.num_prompt_tokens + self.spec.params.max_tokens
 
     def tokens(self, start: int, stop: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The engine behind asyncio: one thread that steps it, one asynchronous stream of text for each request."""
+"""The engine for asyncio: one thread runs its steps, and each request is an asynchronous stream of text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -27,6 +27,8 @@ _log = get_logger(__name__)
 
 _STATS_INTERVAL_S = 0.2
 
+T = TypeVar("T")
+
 
 class _Subscriber(NamedTuple):
     loop: asyncio.AbstractEventLoop
@@ -34,39 +36,41 @@ class _Subscriber(NamedTuple):
 
 
 class EngineStream:
-    """Owns the engine's thread. Safe to call from any event loop."""
+    """Owns the engine's thread. May be called from any event loop."""
 
     def __init__(self, engine: Engine, tokenizer: Any) -> None:
         self._engine, self._tokenizer = engine, tokenizer
-        self._texts: dict[int, str] = {}  # of single tokens; no more than the vocabulary has
+        self._texts: dict[int, str] = {}  # of single tokens; at most as many as the vocabulary
         self._inbox: deque[Callable[[], None]] = deque()
-        self._bell = threading.Event()
+        self._wake = threading.Event()
         self._stopped = False
         self._subscribers: dict[str, _Subscriber] = {}
-        self._asked: set[Future[list[Placement]]] = set()
+        self._calls: set[Future[Any]] = set()  # that the engine's thread has not begun
         self._lock = threading.Lock()
         self._ended = False
         self._stats_due = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stats = engine.stats()
         self.failure: Exception | None = None
-        engine.wake = self._bell.set
+        engine.wake = self._wake.set
 
     def start(self) -> None:
-        """From the thread that built the engine, whose OpenMP threads end: two teams are more than the cores are."""
+        """Called from the thread that built the engine. That thread's OpenMP threads end: with those of the engine's
+        thread there would be more threads than cores.
+        """
         release_threads()
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its present step; requests under way fail with EngineError."""
+        """End the thread after its current step; running and waiting requests fail with EngineError."""
         self._stopped = True
-        self._bell.set()
+        self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
         self._engine.close()
 
     def check_health(self) -> None:
-        """EngineError if the engine's thread has died, or another rank of it."""
+        """EngineError if the engine's thread or another rank has ended."""
         if self.failure is not None:
             raise EngineError(f"the engine stopped: {self.failure!r}")
         if self._ended:
@@ -74,23 +78,30 @@ class EngineStream:
         self._engine.check_health()
 
     def stats(self) -> EngineStats:
-        """As of a fifth of a second or one step ago at most while the engine works, exact when it is idle."""
+        """While the engine works at most 0.2 s or one step old; exact when it is idle."""
         return self._stats
 
     async def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
-        """See Engine. The engine's thread says it, after its present step. EngineError if the engine has stopped."""
-        answer: Future[list[Placement]] = Future()
+        """See Engine. EngineError if the engine has stopped."""
+        return await asyncio.wrap_future(self.call(lambda: self._engine.adapters(digests)))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` in the engine's thread after its current step; the future has its result or error.
+
+        EngineError, raised here or by the future, if the engine has stopped.
+        """
+        result: Future[T] = Future()
         with self._lock:
             self._check_not_ended()
-            self._asked.add(answer)
-        self._post(lambda: self._answer(answer, digests))
-        return await asyncio.wrap_future(answer)
+            self._calls.add(result)
+        self._post(lambda: self._run_call(result, function))
+        return result
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
-        """Text as it comes, the last delta with a finish reason. Closing the iterator cancels the request.
+        """Deltas of text as they come; the last has a finish reason. Closing the iterator cancels the request.
 
-        Raises RequestError, ContextLengthExceeded, BaseMismatch or Overloaded before the first delta, what the
-        adapter's loading raised, or EngineError.
+        Raises RequestError, ContextLengthExceeded, BaseMismatch or Overloaded before the first delta, the errors of
+        loading the adapter, or EngineError.
         """
         self._engine.check(request)
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
@@ -160,7 +171,7 @@ class EngineStream:
         return self._engine.adapter_bytes(adapter)
 
     def _subscribe(self, request_id: str, subscriber: _Subscriber) -> None:
-        """Before the request is posted: whenever the engine dies, everyone who waits is in the list."""
+        """Called before the request is posted, so that `_end` reaches every request, whenever the engine stops."""
         with self._lock:
             self._check_not_ended()
             if request_id in self._subscribers:
@@ -175,15 +186,15 @@ class EngineStream:
 
     def _post(self, action: Callable[[], None]) -> None:
         self._inbox.append(action)
-        self._bell.set()
+        self._wake.set()
 
     def _run(self) -> None:
         if self._engine.spec.num_threads is not None:
             torch.set_num_threads(self._engine.spec.num_threads)
-        torch.get_num_threads()  # settles it: a thread that has not asked takes what another, loading, sets for itself
+        torch.get_num_threads()  # fixes the number: else this thread would use one that a loader thread sets for itself
         try:
             while True:
-                self._bell.clear()  # before all that it stands for is looked at, so that none of it is slept through
+                self._wake.clear()  # first, so that nothing that comes while the loop runs is missed
                 if self._stopped:
                     break
                 while self._inbox:
@@ -193,9 +204,9 @@ class EngineStream:
                 if self._engine.idle or now > self._stats_due:
                     self._stats, self._stats_due = self._engine.stats(), now + _STATS_INTERVAL_S
                 if self._engine.idle and not self._inbox:
-                    self._bell.wait()
+                    self._wake.wait()
             self._end(EngineError("the engine is shutting down"))
-        except Exception as e:  # noqa: BLE001 - the thread's last act: everyone who waits must hear of it
+        except Exception as e:  # noqa: BLE001 - the thread ends: all that wait get the error
             _log.exception("the engine stopped")
             self.failure = e
             self._end(EngineError(f"the engine stopped: {e!r}"))
@@ -205,20 +216,23 @@ class EngineStream:
             return
         try:
             self._engine.add(request)
-        except Exception as e:  # noqa: BLE001 - whatever it is, it is this request's
+        except Exception as e:  # noqa: BLE001 - the error is this request's
             self._deliver([TokenOutput(request.request_id, None, error=e)])
 
-    def _answer(self, answer: Future[list[Placement]], digests: Collection[str] | None) -> None:
-        self._asked.discard(answer)
-        if answer.set_running_or_notify_cancel():
-            answer.set_result(self._engine.adapters(digests))
+    def _run_call(self, result: Future[T], function: Callable[[], T]) -> None:
+        self._calls.discard(result)
+        if result.set_running_or_notify_cancel():
+            try:
+                result.set_result(function())
+            except Exception as e:  # noqa: BLE001 - the caller gets it
+                result.set_exception(e)
 
     def _cancel(self, request_id: str) -> None:
         self._subscribers.pop(request_id, None)
         self._engine.cancel(request_id)
 
     def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
-        """A step's outputs wake each loop once."""
+        """Wakes each loop once for all outputs of a step."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[TokenOutput], TokenOutput]]] = {}
         for output in outputs:
             last = output.finish_reason is not None or output.error is not None
@@ -226,15 +240,15 @@ class EngineStream:
             if subscriber is not None:
                 by_loop.setdefault(subscriber.loop, []).append((subscriber.queue, output))
         for loop, items in by_loop.items():
-            with suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
+            with suppress(RuntimeError):  # the caller's loop is closed: the output is not needed
                 loop.call_soon_threadsafe(_put, items)
 
     def _end(self, error: Exception) -> None:
         with self._lock:
             self._ended = True
-        for answer in self._asked:
-            if answer.set_running_or_notify_cancel():
-                answer.set_exception(error)
+        for result in self._calls:
+            if result.set_running_or_notify_cancel():
+                result.set_exception(error)
         self._deliver([TokenOutput(request_id, None, error=error) for request_id in self._subscribers])
 
 

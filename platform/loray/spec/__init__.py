@@ -34,6 +34,7 @@ from loray.spec.fields import (
     format_size,
     parse_size,
 )
+from loray.spec.figures import EngineFigures
 from loray.spec.generation import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 from loray.spec.jobs import EndStatus, JobStatus, has_ended
 from loray.spec.serving import AutoscalingSpec, ServeSpec
@@ -76,6 +77,7 @@ __all__ = [
     "Delta",
     "Depth",
     "EndStatus",
+    "EngineFigures",
     "Evaluation",
     "EvaluationSpec",
     "FinishReason",

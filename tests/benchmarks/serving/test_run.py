@@ -182,7 +182,7 @@ def test_an_ablation_gives_the_same_tokens(library: Library, ablation: str) -> N
         with session(library, options) as running:
             tokens.append([r["ids"] for r in running.run(requests, workload.at_once)["records"]])
             if name == "fixed-split":
-                pool = running._engine._pool
+                pool = running._engine.pool
                 kv_blocks = int(options.kv_bytes(library.base.config) / pool.tensor.nbytes * pool.geometry.num_blocks)
                 assert pool.allocator.allocate_kv(kv_blocks + 1) is None
     assert tokens[0] == tokens[1]
@@ -199,7 +199,7 @@ def test_without_prefetch_only_those_in_turn_are_loaded(library: Library) -> Non
 
         def watched() -> Any:
             outputs = step()
-            seen.append(len(engine._scheduler.waiting) + len(engine._scheduler.running))
+            seen.append(len(engine.scheduler.waiting) + len(engine.scheduler.running))
             return outputs
 
         engine.step = watched  # type: ignore[method-assign]

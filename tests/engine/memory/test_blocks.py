@@ -114,5 +114,5 @@ def test_integrity_finds_a_leak() -> None:
         allocator.check_integrity({}, [], {})
     extents = allocator.allocate_rows(Kind.LAYERED, {16: 2})
     assert extents is not None
-    with pytest.raises(AssertionError, match="owned twice, or by nobody"):
+    with pytest.raises(AssertionError, match="held twice, or by nothing"):
         allocator.check_integrity({0: 1}, [extents[0]._replace(rows=1)], {})

@@ -110,8 +110,8 @@ def test_a_full_pool_is_the_same_on_every_rank(world: World) -> None:
     before = engine.stats().num_evictions
     assert run(engine, requests) == expected
     assert engine.stats().num_evictions > before
-    while not engine._pool.compact(99):  # until what is left has gaps that can be closed
-        assert engine._residency.evict_one()
+    while not engine.pool.compact(99):  # until what is left has gaps that can be closed
+        assert engine.residency.evict_one()
     engine.check_integrity()
     assert run(engine, requests) == expected
 

@@ -1,6 +1,6 @@
 """Rows that are written beside the steps: nothing reads them, and nothing takes their place, before they are there.
 
-The tests of the pool and of adapters that arrive, with a writer that puts off every copy until it is waited for.
+The tests of the pool and of partial adapters, with a writer that puts off every copy until it is waited for.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from loray.spec import AdapterRef
 from loray_kernels import Ops, PageWriter, Piece, backend
 from loray_kernels.pages import DirectWriter
 from tests.engine.adapters import TestAdapter
-from tests.engine.model.test_landing import (  # noqa: F401
-    ground,
+from tests.engine.model.test_partial import (  # noqa: F401
+    scene,
     test_layers_that_come_in_time_are_waited_for_one_by_one,
     test_what_comes_late_holds_back_its_own_requests_alone,
 )

@@ -190,12 +190,12 @@ def test_logits_are_the_same_bits_after_compaction(
     for name in adapters:
         if name not in kept:
             engine.cancel(f"gone {name}")
-    while engine._residency.evict_one():
+    while engine.residency.evict_one():
         pass
-    free = engine._pool.allocator.num_free
-    assert engine._pool.compact(99)
-    assert engine._pool.allocator.num_free == free + num_freed
-    assert not engine._pool.compact(99)
+    free = engine.pool.allocator.num_free
+    assert engine.pool.compact(99)
+    assert engine.pool.allocator.num_free == free + num_freed
+    assert not engine.pool.compact(99)
     engine.check_integrity()
     run(engine, [])
     for name in kept:
@@ -216,8 +216,8 @@ def test_a_pair_comes_in_though_no_stretch_of_blocks_is_free(base: BaseModel, ad
     generating(engine, stay[0], gone[0], stay[1], stay[6], gone[1], *stay[2:4], gone[2], *stay[4:6])
     for r in gone:
         engine.cancel(r.request_id)
-    assert engine._pool.allocator.num_free == 7
-    assert engine._pool.allocator.allocate_run(4) is None
+    assert engine.pool.allocator.num_free == 7
+    assert engine.pool.allocator.allocate_run(4) is None
     run(engine, [come])
     assert engine.stats().num_preemptions == 0
     for r in (*stay, come):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from loray.engine.residency.eviction import GreedyDual, Worth
+from loray.engine.residency.eviction import EvictionScore, GreedyDual
 from tests.engine.residency.world import World, ref
 
 
@@ -20,21 +20,21 @@ class Pool:
     def __init__(self, items: list[Item], capacity: int, *, greedy: bool) -> None:
         self.items, self.capacity, self.greedy = items, capacity, greedy
         self.eviction = GreedyDual()
-        self.resident: dict[int, Worth] = {}
+        self.resident: dict[int, EvictionScore] = {}
         self.seconds = 0.0
         self.hits = 0
 
     def use(self, i: int) -> None:
-        worth = self.resident.pop(i, None)
-        self.hits += worth is not None
-        if worth is None:
+        score = self.resident.pop(i, None)
+        self.hits += score is not None
+        if score is None:
             while sum(self.items[j].size for j in self.resident) + self.items[i].size > self.capacity:
                 self.evict()
-            worth = Worth()
-            self.eviction.placed(worth, self.items[i].seconds, self.items[i].size)
+            score = EvictionScore()
+            self.eviction.placed(score, self.items[i].seconds, self.items[i].size)
             self.seconds += self.items[i].seconds
-        self.eviction.used(worth)
-        self.resident[i] = worth  # the most recent stands last
+        self.eviction.used(score)
+        self.resident[i] = score  # the most recent stands last
 
     def evict(self) -> None:
         victim = min(self.resident, key=self.value) if self.greedy else next(iter(self.resident))
@@ -83,11 +83,11 @@ def test_what_is_not_used_any_more_goes_however_costly_it_was() -> None:
 
 def test_one_that_came_layer_by_layer_is_taken_to_cost_what_others_did() -> None:
     eviction = GreedyDual()
-    measured, streamed = Worth(), Worth()
+    measured, streamed = EvictionScore(), EvictionScore()
     eviction.placed(streamed, None, 4.0)
     eviction.placed(measured, 6.0, 2.0)
-    for worth in (measured, streamed):
-        eviction.used(worth)
+    for score in (measured, streamed):
+        eviction.used(score)
     assert eviction.value(streamed, 4.0, on_host=True) == eviction.value(measured, 2.0, on_host=True) == 3.0
 
 
@@ -106,7 +106,7 @@ def test_an_adapter_whose_host_copy_is_gone_is_worth_its_load() -> None:
         world.residency.want(ref(name))
         world.residency.poll()
         world.now += 2.0
-        world.land(name)
+        world.finish(name)
         assert world.residency.acquire(ref(name))
         world.residency.unwant(ref(name))
         world.residency.release(ref(name))

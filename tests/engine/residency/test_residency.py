@@ -1,4 +1,4 @@
-"""Residency: one flight, bounded host, pins, least recently used out, failures that leave no trace."""
+"""Residency: one load, bounded host, pins, least recently used out, failures that leave no trace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loray.errors import IntegrityError
 from tests.engine.residency.world import Packed, Pair, World, ref
 
 
-def test_one_flight_for_many_requests() -> None:
+def test_one_load_for_many_requests() -> None:
     world = World()
     for _ in range(3):
         world.residency.want(ref("a"))
@@ -18,7 +18,7 @@ def test_one_flight_for_many_requests() -> None:
     assert world.num_loads == 1
     assert world.residency.table.tier(ref("a")) is Tier.LOADING
     assert world.residency.acquire(ref("a")) is None
-    world.land("a")
+    world.finish("a")
     assert world.residency.table.tier(ref("a")) is Tier.HOST
     assert [world.residency.acquire(ref("a")) for _ in range(3)] == ["a"] * 3
     assert world.placed == ["a"]
@@ -42,7 +42,7 @@ def test_a_failed_load_fails_those_who_wait_and_the_next_one_tries_again() -> No
     world = World()
     world.residency.want(ref("a"))
     world.residency.poll()
-    world.flights["a"].set_exception(IntegrityError("damaged"))
+    world.loads["a"].set_exception(IntegrityError("damaged"))
     world.residency.poll()
     assert world.residency.table.tier(ref("a")) is Tier.FAILED
     assert isinstance(world.residency.table.error(ref("a")), IntegrityError)
@@ -63,18 +63,18 @@ def test_the_host_keeps_within_its_bytes() -> None:
     assert [r.name for r in world.residency.table.by_tier()[Tier.HOST]] == ["c", "d"]
 
 
-def test_a_full_host_delays_flights_until_room_is_made() -> None:
+def test_a_full_host_delays_loads_until_room_is_made() -> None:
     world = World(slots=1, host_bytes=150)
     world.residency.want(ref("a"))
     world.residency.want(ref("b"))
     world.residency.poll()
-    assert list(world.flights) == ["a"]
-    world.land("a")
-    assert list(world.flights) == ["a"]  # wanted still, so nothing gives way
+    assert list(world.loads) == ["a"]
+    world.finish("a")
+    assert list(world.loads) == ["a"]  # wanted still, so nothing gives way
     assert world.residency.acquire(ref("a"))
     world.residency.unwant(ref("a"))
     world.residency.poll()
-    assert list(world.flights) == ["a", "b"]
+    assert list(world.loads) == ["a", "b"]
 
 
 def test_one_adapter_larger_than_the_host_still_comes_in() -> None:
@@ -89,33 +89,33 @@ def test_an_error_needs_a_failure() -> None:
         world.residency.table.error(ref("a"))
 
 
-def test_a_flight_nobody_waits_for_is_not_started() -> None:
+def test_a_load_nobody_waits_for_is_not_started() -> None:
     world = World(host_bytes=100)
     for name in "ab":
         world.residency.want(ref(name))
     world.residency.poll()
     world.residency.unwant(ref("b"))
-    world.land("a")
-    assert list(world.flights) == ["a"]
+    world.finish("a")
+    assert list(world.loads) == ["a"]
     world.residency.table.check_integrity()
 
 
-def test_a_flight_that_does_not_fit_throws_nothing_out_and_is_not_overtaken() -> None:
+def test_a_load_that_does_not_fit_throws_nothing_out_and_is_not_overtaken() -> None:
     world = World(slots=9, host_bytes=1000)
     for name in "abc":
         world.residency.release(world.bring(name))
-    world.residency.want(ref("flying", 300))
+    world.residency.want(ref("loading", 300))
     world.residency.poll()
     world.residency.want(ref("large", 800))
     world.residency.want(ref("small", 50))
     world.residency.poll()
     assert world.residency.table.host_used == 600
-    assert "small" not in world.flights
-    world.land("flying", 300)
-    assert world.residency.acquire(ref("flying"))
-    world.residency.unwant(ref("flying"))
+    assert "small" not in world.loads
+    world.finish("loading", 300)
+    assert world.residency.acquire(ref("loading"))
+    world.residency.unwant(ref("loading"))
     world.residency.poll()
-    assert "large" in world.flights
+    assert "large" in world.loads
     world.residency.table.check_integrity()
 
 
@@ -126,22 +126,22 @@ def test_what_is_needed_by_earlier_requests_stays_and_by_later_ones_makes_way() 
     for r in (a, b):
         residency.want(r)
         residency.poll()
-        world.land(r.name)
+        world.finish(r.name)
     residency.want(large)
     for r in (a, b):  # later requests for the same
         residency.want(r)
     residency.poll()
-    assert "large" not in world.flights
+    assert "large" not in world.loads
     for r in (a, b):  # the earlier ones have their turn
         assert residency.acquire(r)
         residency.unwant(r)
         residency.release(r)
         assert residency.evict_one()
     residency.poll()
-    assert "large" in world.flights
+    assert "large" in world.loads
     assert residency.table.tier(a) is residency.table.tier(b) is Tier.LOADING
     residency.table.check_integrity()
-    world.land("large", 200)
+    world.finish("large", 200)
     residency.poll()
     assert residency.table.host_used == 200  # it waits for its turn, and nobody came before
     assert residency.acquire(large)
@@ -159,7 +159,7 @@ def test_a_pair_is_counted_once_and_goes_with_the_last_that_shares_it() -> None:
         r = ref(name)
         residency.want(r)
         residency.poll()
-        world.flights[name].set_result(Packed(100, pair=pair if name != "c" else None))
+        world.loads[name].set_result(Packed(100, pair=pair if name != "c" else None))
         residency.poll()
         assert residency.acquire(r)
         residency.unwant(r)
@@ -170,7 +170,7 @@ def test_a_pair_is_counted_once_and_goes_with_the_last_that_shares_it() -> None:
     assert residency.table.host_used == 2 * 100 + 500 + 300  # without the first alone
     residency.want(ref("e", 600))
     residency.poll()
-    assert "e" in world.flights  # without the second the pair is gone too
+    assert "e" in world.loads  # without the second the pair is gone too
     assert residency.table.host_used == 100 + 300 + 600
     residency.table.check_integrity()
 
@@ -181,10 +181,10 @@ def test_what_turns_out_larger_than_published_throws_out_what_nobody_waits_for()
         world.residency.release(world.bring(name))
     world.residency.want(ref("d", 10))
     world.residency.poll()
-    world.flights["d"].set_result(Packed(10, pair=Pair("p", 150)))
+    world.loads["d"].set_result(Packed(10, pair=Pair("p", 150)))
     world.residency.poll()
     assert world.residency.table.host_used == 260
-    assert world.residency.counts.host_evictions == 2
+    assert world.residency.counts.num_host_evictions == 2
     world.residency.table.check_integrity()
 
 
@@ -192,7 +192,7 @@ def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
     world = World()
     world.residency.want(ref("a"))
     world.residency.poll()
-    world.land("a")
+    world.finish("a")
     world.residency._place = lambda ref, packed: (_ for _ in ()).throw(IndexError("layer 40"))
     assert world.residency.acquire(ref("a")) is None
     assert world.residency.table.tier(ref("a")) is Tier.FAILED
@@ -205,10 +205,10 @@ def test_a_request_is_a_hit_or_a_miss_where_its_adapter_is_when_it_comes() -> No
     world = World(slots=1, host_bytes=150)
     residency = world.residency
     a, b = ref("a"), ref("b")
-    for _ in range(2):  # the second waits for the flight of the first: neither found it here
+    for _ in range(2):  # the second waits for the load of the first: neither found it here
         residency.want(a)
     residency.poll()
-    world.land("a", 120)
+    world.finish("a", 120)
     assert residency.acquire(a)
     residency.want(a)
     residency.want(a, again=True)  # preempted
@@ -220,7 +220,13 @@ def test_a_request_is_a_hit_or_a_miss_where_its_adapter_is_when_it_comes() -> No
     residency.unwant(a)
     world.bring("b")
     assert residency.counts == ResidencyCounts(
-        pool_hits=1, host_hits=1, misses=3, loads=2, loaded_bytes=220, evictions=1, host_evictions=1
+        num_pool_hits=1,
+        num_host_hits=1,
+        num_misses=3,
+        num_loads=2,
+        num_loaded_bytes=220,
+        num_evictions=1,
+        num_host_evictions=1,
     )
     assert [(p.ref.name, p.tier, p.num_uses) for p in residency.table.placements()] == [
         ("b", Tier.POOL, 1),
@@ -237,20 +243,20 @@ def test_loads_are_timed_from_their_start_and_failures_are_not() -> None:
         world.residency.want(ref(name))
     world.residency.poll()
     world.now = 3.0
-    world.land("a")
+    world.finish("a")
     assert world.residency.acquire(ref("a"))
     world.residency.unwant(ref("a"))
     world.residency.poll()
     world.now = 3.5
-    world.land("b")
+    world.finish("b")
     world.residency.want(ref("c"))
     assert world.residency.acquire(ref("b"))
     world.residency.unwant(ref("b"))
     world.residency.poll()
-    world.flights["c"].set_exception(IntegrityError("damaged"))
+    world.loads["c"].set_exception(IntegrityError("damaged"))
     world.residency.poll()
     load_seconds = world.residency.load_seconds.counts()
-    assert (load_seconds.num_values, load_seconds.sum) == (2, 3.5)
-    assert world.residency.counts.failed_loads == 1
+    assert (sum(load_seconds.counts), load_seconds.sum) == (2, 3.5)
+    assert world.residency.counts.num_failed_loads == 1
     (place,) = world.residency.table.placements([ref("c").digest])
     assert (place.tier, place.last_used_at) == (None, 1003.5)

@@ -1,11 +1,11 @@
-"""A residency whose store and pool do what a test tells them to."""
+"""A residency whose store and pool a test controls."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.partial import PartialLoad
 from loray.engine.residency.residency import Residency
 from loray.engine.stats.usage import UsageLog
 from loray.spec import AdapterRef
@@ -20,15 +20,15 @@ class Pair:
 @dataclass(frozen=True)
 class Packed:
     nbytes: int
-    arrival: Arrival | None = None
+    partial: PartialLoad | None = None
     pair: Pair | None = None
 
 
 class World:
-    """A store that lands flights when told to, and a pool of `slots` adapters."""
+    """A store whose loads end when a test says so, and a pool of `slots` adapters."""
 
     def __init__(self, *, slots: int = 2, host_bytes: int = 1000) -> None:
-        self.flights: dict[str, Future[Packed]] = {}
+        self.loads: dict[str, Future[Packed]] = {}
         self.num_loads = 0
         self.slots = slots
         self.placed: list[str] = []
@@ -44,8 +44,8 @@ class World:
 
     def load(self, ref: AdapterRef) -> Future[Packed]:
         self.num_loads += 1
-        self.flights[ref.name] = Future()
-        return self.flights[ref.name]
+        self.loads[ref.name] = Future()
+        return self.loads[ref.name]
 
     def place(self, ref: AdapterRef, packed: Packed) -> str | None:
         if len(self.placed) == self.slots:
@@ -53,15 +53,15 @@ class World:
         self.placed.append(ref.name)
         return ref.name
 
-    def land(self, name: str, nbytes: int = 100) -> None:
-        self.flights[name].set_result(Packed(nbytes))
+    def finish(self, name: str, nbytes: int = 100) -> None:
+        self.loads[name].set_result(Packed(nbytes))
         self.residency.poll()
 
     def bring(self, name: str) -> AdapterRef:
         r = ref(name)
         self.residency.want(r)
         self.residency.poll()
-        self.land(name)
+        self.finish(name)
         assert self.residency.acquire(r) is not None
         self.residency.unwant(r)
         return r

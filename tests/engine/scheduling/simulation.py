@@ -1,4 +1,4 @@
-"""A scheduler with its real allocator and residency, adapters that land when told to, and no model: tokens come by
+"""A scheduler with its real allocator and residency, adapters whose loads a test ends, and no model: tokens come by
 themselves and a step takes as long as `step_s` and `token_s` say.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.request import Request
-from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.partial import PartialLoad
 from loray.engine.residency.residency import Residency
 from loray.engine.scheduling.scheduler import Plan, Scheduler
 from loray.engine.stats.usage import UsageLog
@@ -26,7 +26,7 @@ BLOCK_TOKENS, SHARE = 4, 8
 class Packed:
     nbytes: int
     pair: None = None
-    arrival: Arrival | None = None
+    partial: PartialLoad | None = None
 
 
 def adapter(name: str, num_blocks: int = 1) -> AdapterRef:
@@ -42,14 +42,14 @@ def adapter(name: str, num_blocks: int = 1) -> AdapterRef:
 
 
 class Simulation:
-    """`ends`: how many tokens a request generates, if fewer than it may. `lands`: whether loads land at once."""
+    """`ends`: how many tokens a request generates, if fewer than it may. `loads_at_once`: loads take no time."""
 
     def __init__(
         self,
         *,
         num_blocks: int = 1 << 10,
         host_bytes: int = 1 << 30,
-        lands: bool = True,
+        loads_at_once: bool = True,
         step_s: float = 0.0,
         token_s: float = 0.0,
         **scheduler: Any,
@@ -57,10 +57,10 @@ class Simulation:
         self.now = 0.0
         self.step_s, self.token_s = step_s, token_s
         self.allocator = BlockAllocator(Geometry(num_blocks, 1, BLOCK_TOKENS, SHARE))
-        self.flights: dict[str, Future[Packed]] = {}
+        self.loads: dict[str, Future[Packed]] = {}
         self.sizes: dict[str, int] = {}  # in bytes, by digest
         self.damaged: set[str] = set()  # digests of adapters that cannot be placed
-        self._lands = lands
+        self._loads_at_once = loads_at_once
         self.residency: Residency[Packed, list[Extent]] = Residency(
             host_bytes=host_bytes,
             load=self._load,
@@ -105,21 +105,21 @@ class Simulation:
         self.outcomes[request] = error
 
     @property
-    def flying(self) -> list[str]:
-        """Digests, in the order in which they were first asked for."""
-        return [digest for digest, flight in self.flights.items() if not flight.done()]
+    def loading(self) -> list[str]:
+        """Digests, in the order in which they were first requested."""
+        return [digest for digest, load in self.loads.items() if not load.done()]
 
-    def land(self, digest: str, error: Exception | None = None) -> None:
-        flight = self.flights[digest]
+    def finish(self, digest: str, error: Exception | None = None) -> None:
+        load = self.loads[digest]
         if error is None:
-            flight.set_result(Packed(self.sizes[digest]))
+            load.set_result(Packed(self.sizes[digest]))
         else:
-            flight.set_exception(error)
+            load.set_exception(error)
 
     def step(self) -> Plan:
-        if self._lands:
-            for digest in self.flying:
-                self.land(digest)
+        if self._loads_at_once:
+            for digest in self.loading:
+                self.finish(digest)
         plan = self.scheduler.next()
         to_come: Counter[str] = Counter()
         for r in self.scheduler.running:
@@ -173,6 +173,6 @@ class Simulation:
         return self.allocator.allocate_rows(Kind.LAYERED, {SHARE: ref.nbytes})
 
     def _load(self, ref: AdapterRef) -> Future[Packed]:
-        self.flights[ref.digest] = Future()
+        self.loads[ref.digest] = Future()
         self.sizes[ref.digest] = ref.nbytes
-        return self.flights[ref.digest]
+        return self.loads[ref.digest]

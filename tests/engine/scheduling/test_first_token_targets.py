@@ -54,7 +54,7 @@ def test_a_flood_is_not_held_against_another_tenant() -> None:
 
 
 def test_a_waiting_request_is_refused_once_it_is_too_late_and_a_running_one_never() -> None:
-    sim = Simulation(lands=False, max_num_seqs=1, step_s=1.0, ttft_slo_s=5.0)
+    sim = Simulation(loads_at_once=False, max_num_seqs=1, step_s=1.0, ttft_slo_s=5.0)
     running = sim.add(4, 20)
     waiting = sim.add(4, 4)
     loading = sim.add(4, 4, adapter("never"))
@@ -81,11 +81,11 @@ def test_a_long_prompt_is_too_late_before_its_time_is_up() -> None:
 
 
 def test_too_late_and_failed_in_the_same_step_is_refused_once() -> None:
-    sim = Simulation(lands=False, step_s=1.0, ttft_slo_s=5.0)
+    sim = Simulation(loads_at_once=False, step_s=1.0, ttft_slo_s=5.0)
     ref = adapter("x")
     request = sim.add(adapter=ref)
     sim.run(until=lambda: sim.now > 5)
-    sim.land(ref.digest, IntegrityError("damaged"))
+    sim.finish(ref.digest, IntegrityError("damaged"))
     plan = sim.step()
     assert [r for r, _ in plan.failed] == [request]
     assert not sim.scheduler.has_work

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loray.engine.request import Request, State
-from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.partial import PartialLoad
 from loray.engine.residency.table import Tier
 from loray.engine.scheduling.fairness import MAX_OVERTAKES
 from loray.errors import ContextLengthExceeded, IntegrityError, Overloaded
@@ -38,7 +38,7 @@ def test_preemption_takes_the_lowest_priority_and_of_these_the_youngest() -> Non
 
 
 def test_who_waits_for_an_adapter_blocks_nobody_and_who_waits_for_blocks_everybody() -> None:
-    sim = Simulation(num_blocks=5, lands=False, enable_prefix_caching=False)
+    sim = Simulation(num_blocks=5, loads_at_once=False, enable_prefix_caching=False)
     ref = adapter("cold")
     cold = sim.add(adapter=ref, tenant="t")
     first = sim.add(8, 4, tenant="t")
@@ -46,18 +46,18 @@ def test_who_waits_for_an_adapter_blocks_nobody_and_who_waits_for_blocks_everybo
     small = sim.add(4, 4, tenant="t")
     sim.step()
     assert sim.scheduler.running == [first]  # `large` needs four blocks of the three that are left, `small` one
-    sim.land(ref.digest)
+    sim.finish(ref.digest)
     sim.run()
     assert sim.started == [first, large, small, cold]  # all of whose adapters, or none, are in the pool
 
 
 def test_an_adapter_that_fails_fails_all_that_wait_for_it_and_at_once() -> None:
     ref = adapter("x")
-    sim = Simulation(lands=False, max_num_seqs=1)
+    sim = Simulation(loads_at_once=False, max_num_seqs=1)
     busy = sim.add(4, 40)
     waiting = [sim.add(adapter=ref, tenant=t) for t in "ab"]
     sim.step()
-    sim.land(ref.digest, IntegrityError("damaged"))
+    sim.finish(ref.digest, IntegrityError("damaged"))
     sim.step()  # while the batch is full
     assert set(sim.outcomes) == set(waiting)
     assert sim.scheduler.running == [busy]
@@ -74,15 +74,15 @@ def test_an_adapter_that_fails_fails_all_that_wait_for_it_and_at_once() -> None:
 @pytest.mark.parametrize("late", [False, True])
 def test_who_began_on_an_adapter_that_then_fails_has_had_no_service(late: bool) -> None:
     """While its request runs, or once that was put back for the rest of it comes late."""
-    sim, ref, arrival = Simulation(lands=False), adapter("x"), Arrival()
+    sim, ref, partial = Simulation(loads_at_once=False), adapter("x"), PartialLoad()
     request = sim.add(10, 4, ref, tenant="t")
     sim.scheduler.next()
-    sim.flights[ref.digest].set_result(Packed(1, arrival=arrival))
+    sim.loads[ref.digest].set_result(Packed(1, partial=partial))
     assert [c.request for c in sim.scheduler.next().chunks] == [request]
     assert sim.scheduler.waiting.fair.counter("t") == 10
-    arrival.late = late
+    partial.late = late
     assert bool(sim.scheduler.next().chunks) is not late
-    arrival.fail(IntegrityError("damaged"))
+    partial.fail(IntegrityError("damaged"))
     ((failed, error),) = sim.scheduler.next().failed
     assert failed is request
     assert isinstance(error, IntegrityError)
@@ -115,12 +115,12 @@ def test_many_adapters_at_once_cost_each_as_much_as_few(outcome: Exception | Non
     """Calls of functions in the step that takes them in."""
 
     def num_calls(num_adapters: int) -> int:
-        sim = Simulation(lands=False, max_num_seqs=1)
+        sim = Simulation(loads_at_once=False, max_num_seqs=1)
         for i in range(num_adapters):
             sim.add(adapter=adapter(f"x{i}"), tenant=f"t{i}")
         sim.scheduler.next()
-        for digest in sim.flying:
-            sim.land(digest, outcome)
+        for digest in sim.loading:
+            sim.finish(digest, outcome)
         calls = 0
 
         def count(frame: object, event: str, argument: object) -> None:
@@ -150,14 +150,14 @@ def test_resident_adapters_are_preferred_and_cold_ones_wait_for_no_more_than_the
         sim.run()
     assert sim.residency.table.tier(hot) is Tier.POOL
     sim.started.clear()
-    evictions = sim.residency.counts.evictions
+    evictions = sim.residency.counts.num_evictions
     colds = [sim.add(4, 4, cold, tenant=tenants[1]) for _ in range(2)]
     for _ in range(18):
         sim.add(4, 4, hot, tenant=tenants[0])
     sim.run()
     assert colds[0].num_overtaken == MAX_OVERTAKES
     assert [sim.started.index(r) for r in colds] == [MAX_OVERTAKES, MAX_OVERTAKES + 1]  # the second is preferred then
-    assert sim.residency.counts.evictions - evictions == 2
+    assert sim.residency.counts.num_evictions - evictions == 2
 
 
 # -- random lives -----------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Life:
         self.sim = Simulation(
             num_blocks=self.num_blocks,
             host_bytes=rng.choice([1, 4, 100]),
-            lands=False,
+            loads_at_once=False,
             max_num_seqs=rng.randint(1, 5),
             max_num_batched_tokens=rng.randint(5, 20),
             enable_prefix_caching=rng.random() < 0.5,
@@ -203,10 +203,10 @@ class Life:
         else:
             self.all.append(request)
 
-    def land(self) -> None:
-        digest = self.rng.choice(self.sim.flying)
+    def finish(self) -> None:
+        digest = self.rng.choice(self.sim.loading)
         fails = digest in self.failing and self.rng.random() < 0.5
-        self.sim.land(digest, IntegrityError("damaged") if fails else None)
+        self.sim.finish(digest, IntegrityError("damaged") if fails else None)
 
     def cancel(self) -> None:
         live = [r for r in self.all if r not in self.sim.outcomes]
@@ -220,8 +220,8 @@ class Life:
             match self.rng.random():
                 case p if p < 0.3:
                     self.add()
-                case p if p < 0.5 and self.sim.flying:
-                    self.land()
+                case p if p < 0.5 and self.sim.loading:
+                    self.finish()
                 case p if p < 0.53:
                     self.cancel()
                 case _:
@@ -232,8 +232,8 @@ class Life:
         for _ in range(60 * (1 + sum(r not in self.sim.outcomes for r in self.all))):
             if not self.sim.scheduler.has_work:
                 return
-            while self.sim.flying:
-                self.land()
+            while self.sim.loading:
+                self.finish()
             self.sim.step()
         raise AssertionError("somebody starves")
 
@@ -279,5 +279,5 @@ def test_a_long_life_in_a_small_pool() -> None:
     life.end()
     life.check()
     assert life.sim.scheduler.num_preemptions > 400
-    assert life.sim.residency.counts.failed_loads > 400
+    assert life.sim.residency.counts.num_failed_loads > 400
     assert life.sim.scheduler.num_aborted > 200

@@ -21,29 +21,29 @@ class Clock:
 def test_uses_outlive_the_adapter_and_go_on_when_it_comes_back() -> None:
     log = UsageLog(now=Clock())
     a = ref("a")
-    log.asked(a)
-    log.ended(a, 30)
-    log.let_go(a)
+    log.request_came(a)
+    log.request_ended(a, 30)
+    log.dropped(a)
     assert log.get(a.digest) == AdapterUsage(a, last_used_at=2.0, num_uses=1, num_tokens=30)
     renamed = a.model_copy(update={"name": "b"})
-    log.asked(renamed)
-    log.ended(renamed, 5)
+    log.request_came(renamed)
+    log.request_ended(renamed, 5)
     assert log.get(a.digest) == AdapterUsage(renamed, last_used_at=4.0, num_uses=2, num_tokens=35)
     assert len(log.all()) == 1
 
 
 def test_what_is_held_is_never_forgotten_and_of_the_others_the_longest_gone_is() -> None:
     forgotten: list[str] = []
-    log = UsageLog(kept=2, now=Clock(), forgotten=forgotten.append)
+    log = UsageLog(num_kept=2, now=Clock(), on_forget=forgotten.append)
     for name in "abcde":
-        log.asked(ref(name))
+        log.request_came(ref(name))
     for name in "bca":
-        log.let_go(ref(name))
+        log.dropped(ref(name))
     assert [u.ref.name for u in log.all()] == ["d", "e", "c", "a"]
     assert log.get(ref("b").digest) is None
-    log.asked(ref("c"))
-    log.let_go(ref("c"))
-    log.let_go(ref("d"))
+    log.request_came(ref("c"))
+    log.dropped(ref("c"))
+    log.dropped(ref("d"))
     assert [u.ref.name for u in log.all()] == ["e", "c", "d"]
     assert forgotten == [ref("b").digest, ref("a").digest]
 
@@ -55,4 +55,4 @@ def test_bounds_belong_to_the_bucket_they_close() -> None:
     before = histogram.counts()
     histogram.observe(3)
     assert before == ((1, 2.5), (2, 2, 1), pytest.approx(14.5))
-    assert (before.num_values, histogram.counts().num_values) == (5, 6)
+    assert (sum(before.counts), sum(histogram.counts().counts)) == (5, 6)

@@ -38,9 +38,9 @@ class Seen:
 
     def __call__(self, packed: PackedAdapter, remaining_s: float) -> None:
         assert remaining_s >= 0
-        arrival = packed.arrival
-        num_layers = 2 if arrival is None else min(2, arrival.wait_for_layers(0, 0))
-        self.said.append((num_layers, arrival is None or arrival.landed))
+        partial = packed.partial
+        num_layers = 2 if partial is None else min(2, partial.wait_for_layers(0, 0))
+        self.said.append((num_layers, partial is None or partial.complete))
 
 
 class World:
@@ -190,10 +190,10 @@ def test_a_vera_adapter_keeps_the_pair_it_was_trained_with(world: World) -> None
 def test_the_cache_is_filled_once_a_step_on_the_adapter_is_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_keeping, "_MAX_WAIT_S", 60.0)
     packed = world.loader(world.ref).pack(world.packer, world.seen)
-    assert packed.arrival is not None
-    assert packed.arrival.landed
+    assert packed.partial is not None
+    assert packed.partial.complete
     assert not world.cached.exists()
-    packed.arrival.use()
+    packed.partial.mark_used()
     world.loader.keeper.flush()
     assert same(open_packed(world.packed_file, verify=True), packed)
 

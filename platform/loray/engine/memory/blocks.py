@@ -1,16 +1,16 @@
-"""Which block of the pool belongs to whom. One allocator for KV cache, adapter rows and shared pairs.
+"""Which block of the pool holds what. One allocator for KV cache, adapter rows and shared pairs.
 
-A block is `block_tokens` tokens of K and V for every layer, so a block holds `layer_share` elements of each layer.
-It is in exactly one of these states:
+A block is `block_tokens` tokens of K and V for every layer, so it holds `layer_share` elements of each layer. It is in
+exactly one of these states:
 
     free
-    kv       refcounted; holds KV cache
+    kv       holds KV cache; has a reference count
     layered  holds adapter rows, at the same offset in the share of every layer
     flat     holds rows without a layer (embeddings, final norm), anywhere in the block
     run      one of several neighbouring blocks that hold one contiguous tensor (VeRA's pair)
 
-Rows of several adapters share a block. New rows go to the fullest block that fits them, so blocks left half empty by
-evictions fill up again first; a block whose last row goes is free at once.
+Rows of several adapters share a block. New rows go to the fullest block that fits them, so blocks that evictions have
+left half empty fill up first. A block is free as soon as its last row is freed.
 """
 
 from __future__ import annotations
@@ -46,14 +46,18 @@ class Geometry:
 
     @property
     def num_tokens(self) -> int:
-        """Whose K and V the pool holds where nothing else is in it."""
+        """Tokens whose K and V fill the whole pool."""
         return self.num_blocks * self.block_tokens
 
     def blocks_for_tokens(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
 
+    def blocks_for_elements(self, num_elements: int) -> int:
+        """Blocks of a run that holds a tensor of that size."""
+        return -(-num_elements // self.block_size)
+
     def capacity(self, kind: Kind) -> int:
-        """Elements of a block that rows of this kind can be placed in."""
+        """Elements of a block in which rows of this kind can be placed."""
         return self.layer_share if kind is Kind.LAYERED else self.block_size
 
 
@@ -79,7 +83,7 @@ class Occupancy(NamedTuple):
 
 @dataclass(slots=True)
 class _RowBlock:
-    """Free stretches of one row block, as sorted (start, length)."""
+    """The free ranges of one row block, as sorted (start, length)."""
 
     kind: Kind
     holes: list[tuple[int, int]]
@@ -89,7 +93,7 @@ class _RowBlock:
         self.free = sum(length for _, length in self.holes)
 
     def take(self, width: int, rows: int) -> list[tuple[int, int]]:
-        """Up to `rows` rows as (offset, rows) from the holes, first fit."""
+        """Take up to `rows` rows from the holes, first fit; returns (offset, rows) for each hole."""
         taken: list[tuple[int, int]] = []
         holes: list[tuple[int, int]] = []
         for start, length in self.holes:
@@ -120,11 +124,13 @@ class _RowBlock:
 
 
 class BlockAllocator:
-    """The one owner of the pool's map. Every `allocate_*` either succeeds whole or changes nothing and returns None."""
+    """The only owner of the pool's map. Every `allocate_*` either gives all that was asked for, or changes nothing and
+    returns None.
+    """
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
-        # A heap: the lowest blocks are taken first, runs are searched from the high end.
+        # A heap: the lowest blocks are taken first. Runs are searched from the high end.
         self._free = list(range(geometry.num_blocks))
         self._kv: dict[int, int] = {}
         self._rows: dict[int, _RowBlock] = {}
@@ -161,7 +167,7 @@ class BlockAllocator:
                 heapq.heappush(self._free, block)
 
     def references(self, block: int) -> int:
-        """To a KV block."""
+        """The reference count of a KV block."""
         return self._kv[block]
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -169,9 +175,9 @@ class BlockAllocator:
     def allocate_rows(
         self, kind: Kind, demand: Mapping[int, int], *, emptying: int | None = None
     ) -> list[Extent] | None:
-        """Rows by width, `{width: rows}`: wide ones first, narrow ones into the tails; fullest blocks first.
+        """Allocate rows by width, `{width: rows}`: wide ones first, narrow ones into the tails; fullest blocks first.
 
-        `emptying`: a block that is to be emptied; then only the gaps of others are taken, no free block.
+        `emptying`: a block whose rows are to be moved. Then only gaps of other blocks are taken, and no free block.
         """
         extents: list[Extent] = []
         for width in sorted(demand, reverse=True):
@@ -230,10 +236,10 @@ class BlockAllocator:
             heapq.heappush(self._free, block)
 
     def clear_run(self, num_blocks: int) -> dict[int, int] | None:
-        """Make `num_blocks` neighbours free by renaming the KV and row blocks among them: {old block: new block}.
+        """Free `num_blocks` neighbouring blocks by renaming the KV and row blocks among them; {old block: new block}.
 
-        The stretch with the fewest of them, the highest of those. None where too few blocks are free, or other runs
-        stand too close together.
+        Of all stretches that hold no run, the one with the fewest blocks to rename is taken, the highest of several.
+        None if too few blocks are free, or if every stretch holds a run. The caller copies the contents.
         """
         if num_blocks > len(self._free):
             return None
@@ -257,12 +263,12 @@ class BlockAllocator:
         self._free = sorted((free | moves.keys()) - set(moves.values()))
         return moves
 
-    # -- proof --------------------------------------------------------------------------------------------------------
+    # -- checking -----------------------------------------------------------------------------------------------------
 
     def check_integrity(
         self, kv_references: Mapping[int, int], extents: Iterable[Extent], runs: Mapping[int, int]
     ) -> None:
-        """AssertionError unless every block and row is free, or owned by exactly the given references."""
+        """AssertionError unless every block and row is free, or held by exactly the given references."""
         assert dict(kv_references) == self._kv, "KV references differ from the allocator's counts"
         assert dict(runs) == self._runs, "runs differ from the allocator's"
         states = [*self._free, *self._kv, *self._rows]
@@ -276,7 +282,7 @@ class BlockAllocator:
             position = 0
             assert used[block], f"block {block} holds no row and is not free"
             for start, length in sorted([*used[block], *row_block.holes]):
-                assert start == position, f"block {block}: element {position} is owned twice, or by nobody"
+                assert start == position, f"block {block}: element {position} is held twice, or by nothing"
                 position += length
             assert position == self.geometry.capacity(row_block.kind)
             assert row_block.free == sum(length for _, length in row_block.holes)

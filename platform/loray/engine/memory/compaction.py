@@ -1,7 +1,7 @@
-"""Closing gaps: rows of half-empty blocks go into the gaps of others, so that whole blocks become free.
+"""Compaction: rows of half-empty blocks are moved into the gaps of other blocks, so that whole blocks become free.
 
-Adapters share blocks row by row, and evictions leave gaps. The emptiest blocks are emptied first, each of them wholly
-or not at all; a row never leaves its width, so an adapter's table is the same with other offsets.
+Adapters share blocks row by row, and evictions leave gaps. The emptiest blocks are emptied first, each completely or
+not at all. A row is moved as a whole, so only the offsets in an adapter's table change.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from loray.engine.memory.blocks import BlockAllocator, Extent, Kind
 
 
 class Copy(NamedTuple):
-    """Rows to copy from `old` to `new`, as many and as wide."""
+    """Rows to copy from `old` to `new`, which has the same number of rows of the same width."""
 
     old: Extent
     new: Extent
 
 
 def close_gaps(allocator: BlockAllocator, owned: Sequence[list[Extent]], num_blocks: int) -> list[Copy]:
-    """Free up to `num_blocks` row blocks; changes the extents in `owned`, which are all that the allocator gave.
+    """Free up to `num_blocks` row blocks.
 
-    Returns the copies to make, in their order, before anything else is written.
+    `owned` are the extents of each adapter, all that the allocator has given out; changed in place. Returns the
+    copies, which the caller makes in this order before it writes anything else.
     """
     rows: dict[int, list[tuple[int, Extent]]] = defaultdict(list)
     used: Counter[int] = Counter()
@@ -61,7 +62,9 @@ def _capacity(allocator: BlockAllocator, members: Sequence[tuple[int, Extent]]) 
 
 
 def _empty(allocator: BlockAllocator, block: int, extents: Sequence[Extent]) -> list[list[Copy]] | None:
-    """Give the rows of `block` other places; the copies of each extent, or None, and nothing changed."""
+    """Allocate other places for the rows of `block`; the copies of each extent. None, and nothing changed, if there is
+    no room.
+    """
     demand: Counter[int] = Counter()
     for e in extents:
         demand[e.width] += e.rows

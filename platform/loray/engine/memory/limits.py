@@ -1,4 +1,4 @@
-"""How a pool is cut into blocks, and how long a request may be in it. The gateway asks before it sends a request."""
+"""How a pool is cut into blocks, and how long a request may be. The gateway checks this before it sends a request."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from loray.spec import DTYPE_BYTES, ServeSpec
 
 
 def pool_geometry(spec: ServeSpec, config: ModelConfig) -> Geometry:
-    """Of `pool_bytes` on that model: a block holds K and V of `block_tokens` tokens for each layer.
+    """Geometry of a pool of `pool_bytes`. A block holds K and V of `block_tokens` tokens for each layer.
 
-    SpecError where that is no room for one sequence.
+    SpecError if the pool has fewer than two blocks.
     """
     layer_share = 2 * spec.block_tokens * config.num_kv_heads * config.head_dim
     block_bytes = config.num_layers * layer_share * DTYPE_BYTES[spec.dtype]
@@ -32,7 +32,7 @@ def max_model_len(spec: ServeSpec, context_length: int, pool_tokens: int) -> int
 
 
 def check_length(limit: int, num_prompt_tokens: int, max_tokens: int, *, param: str) -> None:
-    """ContextLengthExceeded, at fault `param`, where prompt and answer are longer than `limit` tokens together."""
+    """ContextLengthExceeded, which names `param`, if prompt and answer together are longer than `limit` tokens."""
     left = limit - num_prompt_tokens
     if left < min(max_tokens, 1):
         raise ContextLengthExceeded(

@@ -1,12 +1,12 @@
-"""The prefix cache: KV blocks of tokens that were computed before, for requests that begin with the same ones.
+"""The prefix cache: KV blocks of computed tokens, for later requests that begin with the same tokens.
 
-A tree for each adapter's content digest (and one for the base), an edge for each full block of tokens. Blocks are
-compared by their tokens, never by a hash of them, and a digest is of all that shapes an adapter's keys and values: so
-nothing is shared across adapters or versions, and an adapter need not be in the pool for its prefixes to stay valid.
+There is one tree for each adapter's content digest and one for the base; an edge is a full block of tokens. Blocks are
+compared by their tokens, never by a hash of them. A digest covers all that determines an adapter's keys and values: so
+nothing is shared across adapters or versions, and prefixes stay valid when their adapter leaves the pool.
 
-Only full blocks are shared and nobody writes to those, so there is nothing to copy on write. Whoever holds a block of
-the tree holds all those before it. What no request holds is idle, in the order in which it is given up: least recently
-used first, and of one prefix its end first.
+Only full blocks are shared, and no request writes to a full block, so there is no copy on write. A request that holds a
+block of the tree holds all blocks before it. A block that no request holds is idle. Idle blocks are evicted least
+recently used first, and the end of a prefix before its beginning.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class _Node:
 
 
 class PrefixCache:
-    """Holds one reference to each of its blocks; the requests that use them hold their own.
+    """Holds one reference to each of its blocks; each request that uses a block holds another one.
 
-    All KV blocks that have been offered to `store` must be given back by `release`, not to the allocator.
+    A request that has called `store` releases its KV blocks with `release`, not with the allocator.
     """
 
     def __init__(self, allocator: BlockAllocator, *, enabled: bool = True) -> None:
@@ -50,7 +50,7 @@ class PrefixCache:
         return len(self._idle)
 
     def match(self, digest: str | None, tokens: Sequence[int]) -> list[int]:
-        """Blocks of the longest known prefix of `tokens`, full ones alone; retained for the caller."""
+        """The full blocks of the longest known prefix of `tokens`, retained for the caller."""
         node = self._root.children.get(digest)
         blocks: list[int] = []
         for key in self._keys(tokens):
@@ -62,9 +62,9 @@ class PrefixCache:
         return blocks
 
     def store(self, digest: str | None, tokens: Sequence[int], blocks: list[int]) -> None:
-        """Know `blocks`, which hold the keys and values of `tokens`, from now on.
+        """Add `blocks`, which hold the keys and values of `tokens`.
 
-        Where another request was first with the same tokens, its block takes the place in `blocks`.
+        If the tree already has a block of the same tokens, that one replaces the request's in `blocks`.
         """
         if not self.enabled or len(tokens) < self._block_tokens:
             return
@@ -82,7 +82,7 @@ class PrefixCache:
             node = known
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back a request's references to its blocks, in the order of its tokens."""
+        """Release a request's references to its blocks, given in the order of its tokens."""
         for block in reversed(blocks):
             self._allocator.release_kv((block,))
             node = self._nodes.get(block)
@@ -99,19 +99,19 @@ class PrefixCache:
             del node.parent.children[node.key]
             if node.parent.block < 0 and not node.parent.children:
                 del self._root.children[node.parent.key]
-            self._let_go(node)
+            self._drop(node)
             freed += 1
         return freed
 
     def forget(self, digest: str | None) -> None:
-        """Drop all that is known of an adapter, or of the base. Requests that hold blocks of it keep them."""
+        """Drop all prefixes of an adapter, or of the base. Requests that hold blocks of them keep those blocks."""
         adapter = self._root.children.pop(digest, None)
         for node in [] if adapter is None else list(_below(adapter)):
             self._idle.pop(node, None)
-            self._let_go(node)
+            self._drop(node)
 
     def moved(self, moves: Mapping[int, int]) -> None:
-        """Blocks have been copied from the keys of `moves` to its values."""
+        """The contents of blocks have been copied from the keys of `moves` to its values."""
         nodes = [(moves[block], self._nodes.pop(block)) for block in moves if block in self._nodes]
         for block, node in nodes:
             node.block = block
@@ -121,7 +121,7 @@ class PrefixCache:
         return list(self._nodes)
 
     def check_integrity(self) -> None:
-        """AssertionError unless the tree is whole, and idle is exactly what nobody else holds, ends first."""
+        """AssertionError unless the tree is consistent, and exactly the blocks without a request are idle, in order."""
         reached = {node.block: node for adapter in self._root.children.values() for node in _below(adapter)}
         assert reached == self._nodes, "the prefix cache's tree differs from its blocks"
         assert all(adapter.children for adapter in self._root.children.values()), "an adapter without a prefix stays"
@@ -131,7 +131,7 @@ class PrefixCache:
         for node, i in order.items():
             assert all(order.get(child, i) < i for child in node.children.values()), "a prefix would lose its middle"
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- private ------------------------------------------------------------------------------------------------------
 
     def _keys(self, tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
         n = self._block_tokens
@@ -148,7 +148,7 @@ class PrefixCache:
         self._allocator.retain_kv((node.block,))
         self._idle.pop(node, None)
 
-    def _let_go(self, node: _Node) -> None:
+    def _drop(self, node: _Node) -> None:
         del self._nodes[node.block]
         self._allocator.release_kv((node.block,))
 

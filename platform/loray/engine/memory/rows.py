@@ -1,9 +1,9 @@
-"""How an adapter's matrices become rows of the pool, and the table that finds them again.
+"""How an adapter's matrices become rows of the pool, and the table of where the rows are.
 
-A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out); VeRA's vectors and norm weights are one row each.
-Layers that have the same matrices form a group and share one table, since a row stands at the same offset of every
-layer's share. Groups overlay each other: their layers are disjoint, so they use the same rows of the pool.
-A row wider than a layer's share is cut into segments of columns.
+A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out). A VeRA vector and a norm weight are one row each.
+A row is at the same offset of every layer's share, so layers that have the same matrices form a group and share one
+table. Groups have different layers, so all groups use the same rows of the pool. A row that is wider than a layer's
+share is cut into segments of columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Role = Literal["lora_a", "lora_b", "vera_d", "vera_b", "norm", "embedding"]
 
 
 class Matrix(NamedTuple):
-    """`rows` rows of `width` elements. `scale` is LoRA's alpha/r, carried by lora_b."""
+    """`rows` rows of `width` elements. `scale` is LoRA's alpha/r; only lora_b has it."""
 
     module: str
     role: Role
@@ -35,7 +35,7 @@ class LayerGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterShape:
-    """An adapter without its numbers: what must be placed, and nothing of where."""
+    """The matrices of an adapter without their values: what must be placed."""
 
     groups: tuple[LayerGroup, ...]
     flat: tuple[Matrix, ...]
@@ -49,15 +49,15 @@ class AdapterShape:
         return cls(groups=groups, flat=tuple(flat))
 
     def demand(self, geometry: Geometry) -> dict[Kind, dict[int, int]]:
-        """Rows by kind and width."""
+        """Rows by kind and width. Of layered rows the most that any group has."""
         layered: Counter[int] = Counter()
         for group in self.groups:
-            layered |= _count(group.matrices, geometry.capacity(Kind.LAYERED))
-        flat = _count(self.flat, geometry.capacity(Kind.FLAT))
+            layered |= rows_by_width(group.matrices, geometry.capacity(Kind.LAYERED))
+        flat = rows_by_width(self.flat, geometry.capacity(Kind.FLAT))
         return {kind: dict(c) for kind, c in ((Kind.LAYERED, layered), (Kind.FLAT, flat)) if c}
 
     def num_blocks(self, geometry: Geometry) -> int:
-        """Blocks that the adapter takes in an empty pool, at most."""
+        """The most blocks that the adapter takes, which is what it takes in an empty pool."""
         total = 0
         for kind, demand in self.demand(geometry).items():
             capacity = geometry.capacity(kind)
@@ -77,7 +77,7 @@ class AdapterShape:
 
 
 class Segment(NamedTuple):
-    """Columns [column, column + width) of a matrix: each row's first element, for layer 0, in the flat pool."""
+    """Columns [column, column + width) of a matrix. `offsets`: each row's first element in the pool, for layer 0."""
 
     column: int
     width: int
@@ -92,7 +92,7 @@ class RowTable:
     """Where an adapter's rows are. Layer l of a layered row is at its offset + l · layer_share.
 
     groups       one table for each group of the shape
-    layer_group  group of each layer of the base, -1 where the adapter has nothing
+    layer_group  the group of each layer of the base; -1 if the adapter has nothing there
     flat         rows without a layer
     """
 
@@ -102,13 +102,14 @@ class RowTable:
 
 
 def columns(width: int, capacity: int) -> list[tuple[int, int]]:
-    """(column, width) of each segment of a row: one, unless it is wider than `capacity`."""
+    """(column, width) of each segment of a row; one segment unless the row is wider than `capacity`."""
     num_segments = -(-width // capacity)
     step = -(-width // num_segments)
     return [(c, min(step, width - c)) for c in range(0, width, step)]
 
 
-def _count(matrices: Iterable[Matrix], capacity: int) -> Counter[int]:
+def rows_by_width(matrices: Iterable[Matrix], capacity: int) -> Counter[int]:
+    """{width of a segment: number of rows}"""
     count: Counter[int] = Counter()
     for m in matrices:
         for _, width in columns(m.width, capacity):
@@ -117,7 +118,7 @@ def _count(matrices: Iterable[Matrix], capacity: int) -> Counter[int]:
 
 
 def place(shape: AdapterShape, extents: Sequence[Extent], geometry: Geometry) -> RowTable:
-    """Give the rows of `extents`, which must answer `shape.demand(geometry)`, to the matrices."""
+    """Assign the rows of `extents`, which the allocator gave for `shape.demand(geometry)`, to the matrices."""
     layered = _offsets((e for e in extents if e.kind is Kind.LAYERED), geometry)
     flat = _offsets((e for e in extents if e.kind is Kind.FLAT), geometry)
     layer_group = [-1] * geometry.num_layers

@@ -1,7 +1,7 @@
-"""One step's batch: the tokens of every chunk side by side, grouped by adapter, and where each adapter's rows are.
+"""One step's batch: the tokens of all chunks, grouped by adapter, and where each adapter's rows are.
 
-Chunks stand in the order (VeRA pair, adapter, arrival), so the tokens of one adapter are neighbours, and so are those
-of one pair. The base's come first.
+Chunks are in the order (VeRA pair, adapter, arrival), so the tokens of one adapter are neighbours, and so are those of
+one pair. The base's tokens come first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PairSpan(NamedTuple):
 
 
 class AdapterBatch:
-    """The adapters of one step. Tables are made once for each combination of layer groups, not for each layer."""
+    """The adapters of one step. Tables are built once for each combination of layer groups, not for each layer."""
 
     def __init__(self, slots: Sequence[Slot], *, device: torch.device) -> None:
         self.slots = tuple(slots)
@@ -56,7 +56,7 @@ class AdapterBatch:
         return self._for((-1,) * len(self.slots), flat=True)
 
     def _for(self, groups: tuple[Group, ...], *, flat: bool = False) -> LayerTables:
-        # Group -1 means "nothing in this layer" for layers; the flat tables are asked for by an empty key instead.
+        # Of a layer, group -1 means that the adapter has nothing there; so the key of the flat tables is empty.
         key = () if flat else groups
         tables = self._tables.get(key)
         if tables is None:
@@ -91,7 +91,7 @@ class AdapterBatch:
         return LoraTable(_concatenate(a_rows), _concatenate(b_rows), tuple(starts), tuple(scales))
 
     def _vera(self, module: str, groups: tuple[Group, ...]) -> list[VeraTable]:
-        """One table for each stretch of neighbouring slots that share a pair and have the module."""
+        """One table for each run of neighbouring slots that share a pair and have the module."""
         tables = []
         numbered = list(zip(self.slots, groups, strict=True))
 
@@ -113,12 +113,12 @@ class AdapterBatch:
         return TokenRows(torch.tensor(tokens, device=self._device), self._token_rows(own))
 
     def _token_rows(self, single: Sequence[tuple[Slot, RowTables]]) -> RowTables:
-        """One-row tables, each repeated for the tokens of its slot."""
+        """One-row tables, each repeated for every token of its slot."""
         return _concatenate([rows for _, rows in single], [slot.stop - slot.start for slot, _ in single])
 
 
 def _concatenate(tables: Sequence[RowTables], repeats: Sequence[int] | None = None) -> RowTables:
-    """Equal widths give equal segments, so segments are joined one by one; with `repeats`, one row so many times."""
+    """Join the segments one by one: tables of equal width have equal segments. `repeats`: of each table's one row."""
     segments = []
     for i, (column, width, _) in enumerate(tables[0].segments):
         offsets = [table.segments[i][2] for table in tables]
@@ -136,7 +136,7 @@ def _pair_spans(slots: Sequence[Slot]) -> Iterable[PairSpan]:
 
 
 class Scored(NamedTuple):
-    """Tokens [start, stop) of `request` are known to be followed by tokens [start + 1, stop + 1) of its prompt."""
+    """The tokens that follow tokens [start, stop) of `request` are known: they are in its prompt."""
 
     request: Request
     start: int
@@ -145,13 +145,13 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Everything the model needs of one step. T tokens.
+    """All that the model needs for one step. T tokens.
 
-    logits_T     tokens whose logits are wanted: the last one of each of `sampled`, then those of `scored`
-    sampled      the chunks that end at their request's newest token, which the next one follows
-    scored       parts of prompts whose next token is known and whose log-probability is asked for
-    own_rows     tokens that have an embedding row of their adapter's
-    wait_for_layer  called before each layer where an adapter of the batch is still arriving: its rows come meanwhile
+    own_rows        tokens that have an embedding row of their adapter's
+    logits_T        tokens whose logits are needed: the last one of each of `sampled`, then those of `scored`
+    sampled         the chunks that end at their request's newest token, for which the next token is sampled
+    scored          parts of prompts for whose next tokens log-probabilities are requested
+    wait_for_layer  called before each layer if an adapter of the batch is partial
     """
 
     token_ids_T: Tensor
@@ -166,7 +166,7 @@ class Batch:
 
     @property
     def decode_step(self) -> DecodeStep | None:
-        """The same, where every request is one of the base and computes a single token, after which it is sampled."""
+        """The step, if every request is for the base, computes one token and is sampled; else None."""
         others = self.adapters.slots or self.own_rows is not None or self.scored
         if others or len(self.sampled) != self.token_ids_T.shape[0]:
             return None
@@ -174,7 +174,7 @@ class Batch:
 
     @classmethod
     def of_decode_step(cls, step: DecodeStep) -> Batch:
-        """With nobody to sample for."""
+        """A batch without requests to sample for."""
         device = step.token_ids_S.device
         return cls(
             token_ids_T=step.token_ids_S,
@@ -195,7 +195,7 @@ def build_batch(
     hidden_size: int,
     device: torch.device,
 ) -> Batch:
-    """Lay out `chunks` for one pass. `resident` gives the adapter of a chunk's request, pinned in the pool."""
+    """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned."""
     placed = [(chunk, resident(chunk)) for chunk in chunks]
     placed.sort(key=lambda item: _order(item[1]))
     tokens: list[int] = []
@@ -231,7 +231,7 @@ def build_batch(
                 own.extend((at + i, adapter.token_row[t]) for i, t in enumerate(ids) if t in adapter.token_row)
         if request.needs_prompt_logits:
             first, end = max(start, len(request.prompt_logprobs)), min(stop, request.num_prompt_tokens - 1)
-            if first < end:  # after a preemption some are known already
+            if first < end:  # after a preemption some have been scored already
                 scored.append(Scored(request, first, end))
                 scored_tokens.extend(range(at + first - start, at + end - start))
         if chunk.is_last and request.spec.params.max_tokens:

@@ -18,7 +18,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 class Decoder:
-    """`tensors` are a checkpoint's by name; matrices are kept as `ops` wants them, which runs every pass."""
+    """`tensors` are a checkpoint's, by name. `ops` packs the matrices and runs every pass."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class Decoder:
             raise IntegrityError(f"the checkpoint lacks the tensor {e.args[0]!r}; add the base again") from e
 
     def record(self, pool: Pool, max_blocks: int) -> None:
-        """From now on decode steps of base-model requests over `pool` are recorded, where the backend can.
+        """From now on record decode steps of base-model requests over `pool`, if the backend supports it.
 
-        max_blocks  that a request of the base may have
+        max_blocks  the most that a request for the base may have
         """
 
         def forward(step: DecodeStep) -> Tensor:
@@ -57,7 +57,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: Pool) -> Tensor:
-        """Logits (sampled chunks, vocabulary), fp32, until the next call. Writes this step's keys and values into
+        """Logits (batch.logits_T, vocabulary), fp32, valid until the next call. Writes the step's keys and values into
         `pool`.
         """
         pool.wait_for_rows()
@@ -80,8 +80,8 @@ class Decoder:
 
 
 def _take(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the device. What is used as it is, unlike matrices, which are packed, gets memory of its own: one view of a
-    mapped checkpoint would keep all of it resident.
+    """The tensor on the device. Matrices are packed into other memory later. The others are copied if they are views of
+    a mapped checkpoint: one view would keep all of the checkpoint in memory.
     """
     taken = tensor.to(device=device, dtype=dtype)
     is_used_as_it_is = tensor.dim() == 1 or name == _EMBEDDING

@@ -1,4 +1,4 @@
-"""The decoder's layers, each over a step's tokens with every adapter of the batch applied.
+"""The decoder's layers, applied to a step's tokens with the adapters of the batch.
 
 Shapes: T tokens, I input width, O output width, D hidden, H heads, d head dimension.
 """
@@ -23,7 +23,7 @@ from loray_kernels import LayerWeights, LoraTable, Ops, Segments, StepInputs, Ve
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What every layer of one pass shares; `inputs` is what a backend needs of it."""
+    """What all layers of one pass share; `inputs` is the part that a backend needs."""
 
     batch: Batch
     pool: Pool
@@ -40,74 +40,79 @@ class Step:
 
 
 class Linear:
-    """Base modules that share an input, as one matrix; LoRA and VeRA of each are added to its columns of the result."""
+    """Base modules that share an input, as one matrix. LoRA and VeRA of each module are added to its columns.
+
+    Where the module is spread over several ranks, `parallel.linear` overrides the hooks below.
+    """
 
     def __init__(self, layer: int, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], ops: Ops) -> None:
         self._layer = layer
-        self._modules = tuple(weights)
+        self.modules = tuple(weights)
         self._widths = [w.shape[0] for w in weights.values()]
         bias_O = torch.cat([biases[m] for m in weights]) if biases else None
         self.weights = ops.pack_linear(torch.cat(list(weights.values())), bias_O)
 
     def __call__(self, x_TI: Tensor, step: Step) -> Tensor:
-        """(T, O) of all modules side by side."""
+        """(T, O), the modules side by side."""
         y_TO = step.ops.linear(x_TI, self.weights)
-        outputs = dict(zip(self._modules, torch.split(y_TO, self._widths, dim=1), strict=True))
-        self._add_lora(x_TI, outputs, step)
-        self._add_vera(x_TI, outputs, step)
+        outputs = dict(zip(self.modules, torch.split(y_TO, self._widths, dim=1), strict=True))
+        self.add_lora(x_TI, outputs, step)
+        self.add_vera(x_TI, outputs, step)
         return y_TO
 
-    def _add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
+    def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
         found = step.batch.adapters.layer(self._layer).lora
-        own = [m for m in self._modules if m in found]
+        own = [m for m in self.modules if m in found]
         if not own:
             return
         pool, segments, offset = step.pool.tensor, step.batch.adapters.segments, step.offset(self._layer)
         tables = tuple(found[m] for m in own)
         h = step.ops.lora_shrink(x_TI, pool, tables, segments, offset)
-        h, tables = self._lora_intermediate(h, tables, segments)
+        h, tables = self.exchange_lora(h, tables, segments)
         step.ops.lora_expand(tuple(outputs[m] for m in own), h, pool, tables, segments, offset)
 
-    def _add_vera(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
+    def add_vera(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
         tables = step.batch.adapters.layer(self._layer).vera
-        own = [(m, table) for m in self._modules for table in tables.get(m, ())]
+        own = [(m, table) for m in self.modules for table in tables.get(m, ())]
         for span in step.batch.adapters.pairs if own else ():
             inside = [(m, t) for m, t in own if span.start <= t.start and t.stop <= span.stop]
             if not inside:
                 continue
-            z_TR = self._vera_shrink(x_TI[span.start : span.stop], span.pair, step)
+            z_TR = self.shrink_vera(x_TI[span.start : span.stop], span.pair, step)
             for module, table in inside:
                 z_own_TR, y_TO = z_TR[table.start - span.start : table.stop - span.start], outputs[module]
-                table = self._vera_table(table, y_TO.shape[1])
+                table = self.local_vera_table(table, y_TO.shape[1])
                 step.ops.vera_expand(y_TO, z_own_TR, step.pool.tensor, table, step.offset(self._layer))
 
-    # -- where a module is spread over several ranks, these differ, see `parallel.linear` ------------------------------
+    # -- hooks ---------------------------------------------------------------------------------------------------------
 
-    def _lora_intermediate(
+    def exchange_lora(
         self, h: tuple[Tensor, ...], tables: tuple[LoraTable, ...], segments: Segments
     ) -> tuple[tuple[Tensor, ...], tuple[LoraTable, ...]]:
-        """From what `lora_shrink` gives to what `lora_expand` takes."""
+        """From the result of `lora_shrink` to the arguments of `lora_expand`."""
         return h, tables
 
-    def _vera_shrink(self, x_TI: Tensor, pair: ResidentPair, step: Step) -> Tensor:
+    def shrink_vera(self, x_TI: Tensor, pair: ResidentPair, step: Step) -> Tensor:
+        """z = A x, (T, R) in fp32."""
         return step.ops.vera_shrink(x_TI, pair.a_RI)
 
-    def _vera_table(self, table: VeraTable, width: int) -> VeraTable:
+    def local_vera_table(self, table: VeraTable, width: int) -> VeraTable:
+        """The table for this rank's `width` columns of the output."""
         return table
 
 
 class Linears(NamedTuple):
-    """What makes linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down `row`."""
+    """Makes linear modules, with Linear's arguments: q, k, v, gate and up are `column`, o and down are `row`."""
 
     column: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
     row: Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], Ops], Linear]
 
 
-LOCAL = Linears(Linear, Linear)  # all of each module on this rank
+LOCAL = Linears(Linear, Linear)  # every module completely on this rank
 
 
 class RMSNorm:
-    """`name` is the path below its layer, as adapters name it; layer None is the final norm."""
+    """`name` is the path below its layer, as in adapters; layer None is the final norm."""
 
     def __init__(self, layer: int | None, name: str, weight_D: Tensor, eps: float) -> None:
         self._layer, self._name = layer, name
@@ -122,7 +127,7 @@ class RMSNorm:
 
 
 class Rope:
-    """cos and sin of each token under its own model's parameters: the base's, or its LongLoRA adapter's."""
+    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self._config = config
@@ -194,9 +199,9 @@ class MLP:
 
 
 class Layer:
-    """Attention and MLP, each on the norm of what is added to. In one call where the backend has one.
+    """x + attention(norm(x)), then x + MLP(norm(x)); one call if the backend has one for a layer.
 
-    With other `linears` than LOCAL the ranks meet inside the layer, and it is run op by op.
+    With other `linears` than LOCAL the ranks communicate inside the layer, so it runs op by op.
     """
 
     def __init__(
@@ -237,6 +242,6 @@ class Layer:
         return self.composed(x_TD, step) if y_TD is None else y_TD
 
     def composed(self, x_TD: Tensor, step: Step) -> Tensor:
-        """The same, op by op."""
+        """The layer op by op."""
         x_TD = x_TD + self._attention(self._attention_norm(x_TD, step), step)
         return x_TD + self._mlp(self._mlp_norm(x_TD, step), step)

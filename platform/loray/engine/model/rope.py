@@ -11,21 +11,21 @@ from loray.spec import RopeParameters
 
 
 class Frequencies(NamedTuple):
-    """Inverse frequencies, fp32 (head_dim/2), and the factor on cos and sin (YaRN's attention temperature)."""
+    """Inverse frequencies, fp32 (head_dim/2), and the factor of cos and sin (YaRN's attention temperature)."""
 
     inverse_d: Tensor
     attention_factor: float
 
 
 def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
-    """Bit-equal to transformers', whose functions compute every scaled kind."""
+    """Equal to transformers' bit for bit; its functions compute all scaled kinds."""
     if rope.rope_type == "default":
         exponent_d = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return Frequencies(1.0 / (rope.rope_theta**exponent_d), 1.0)
-    from transformers import LlamaConfig  # takes seconds, and bases are seldom of a scaled kind
+    from transformers import LlamaConfig  # takes seconds, and few bases are of a scaled kind
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    # No covered kind derives its frequencies from the model's context length; transformers warns if it does not fit.
+    # The supported kinds do not use the model's context length; transformers warns if it does not fit.
     context = round((rope.original_max_position_embeddings or 1 << 20) * (rope.factor or 1))
     config = LlamaConfig(
         hidden_size=head_dim,

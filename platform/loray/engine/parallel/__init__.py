@@ -1,16 +1,16 @@
-"""Tensor parallelism: one model over several ranks. Rank 0 holds the engine and decides; the others follow.
+"""Tensor parallelism: one model over several ranks. Rank 0 has the engine and decides; the other ranks follow.
 
-    shard         which part of every matrix is a rank's
+    shard         which part of every matrix a rank has
     rows          a packed adapter cut into the ranks' parts
     communicator  collectives, and how many bytes they send
     linear        linear modules whose matrix, LoRA and VeRA are spread over the ranks
     decoder       one rank's part of the model
-    pool          one allocator's answers, repeated by every rank's pool
-    channel       what rank 0 tells the others, and how it reaches them
-    wire          messages as bytes
-    workers       starting the other ranks and seeing that they live
+    pool          rank 0's allocator decides, and every rank's pool follows
+    channel       commands from rank 0 to the other ranks
+    wire          commands as bytes
+    workers       starts the other ranks and checks that they live
     driver        rank 0's side
-    worker        the others' side
+    worker        the other ranks' side
 
 An engine of one rank uses none of it.
 """

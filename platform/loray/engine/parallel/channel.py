@@ -1,11 +1,13 @@
-"""What rank 0 tells the other ranks. Commands wait for the next step or question and go as one message."""
+"""Commands from rank 0 to the other ranks: collected, and sent as one message with the next step or call."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from loray.engine.memory.blocks import Extent
+from loray.engine.memory.rows import AdapterShape
 from loray.engine.model.batch import Batch
 from loray.engine.parallel import wire
 from loray.engine.parallel.communicator import Communicator
@@ -13,7 +15,9 @@ from loray.engine.pool.packed import PackedAdapter
 from loray.errors import EngineError
 from loray.spec import AdapterRef
 
-Answers = tuple[Any, ...]  # of the allocator, in the order in which the pool asks
+# Results of allocate_rows, allocate_run and clear_run of the allocator, in the order of the calls.
+Answer = list[Extent] | int | dict[int, int] | None
+Answers = tuple[Answer, ...]
 
 
 class Forward(NamedTuple):
@@ -35,34 +39,45 @@ class Compact(NamedTuple):
     answers: Answers
 
 
-class AskMap(NamedTuple):
-    """Answered with `pool.pool_map`."""
+class GetPoolMap(NamedTuple):
+    """The answer is the PoolMap of the rank's pool."""
 
 
-Command = Forward | PlaceAdapter | RemoveAdapter | Compact | AskMap
+Command = Forward | PlaceAdapter | RemoveAdapter | Compact | GetPoolMap
+
+
+class AdapterPlace(NamedTuple):
+    """Where an adapter is in the pool. `first_pair_block` None: it has no VeRA pair."""
+
+    extents: tuple[Extent, ...]
+    shape: AdapterShape
+    first_pair_block: int | None
+
+
+PoolMap = dict[str, AdapterPlace]  # by digest
 
 
 class Channel:
-    """Rank 0's end. Commands are carried out in the order in which they are told."""
+    """Rank 0's end. The other ranks execute commands in the order of these calls."""
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self.world_size = communicator.shard.world_size
         self._waiting: list[list[bytes]] = [[] for _ in range(1, self.world_size)]
 
-    def tell(self, command: Command) -> None:
-        """All of them the same."""
+    def broadcast(self, command: Command) -> None:
+        """The same command to all ranks."""
         data = wire.dumps(command)
         for waiting in self._waiting:
             waiting.append(data)
 
-    def tell_each(self, commands: Sequence[Command]) -> None:
-        """Ranks 1, 2 … each its own."""
+    def scatter(self, commands: Sequence[Command]) -> None:
+        """One command each to ranks 1, 2 …"""
         for waiting, command in zip(self._waiting, commands, strict=True):
             waiting.append(wire.dumps(command))
 
     def flush(self) -> None:
-        """EngineError where a rank is gone."""
+        """Send the collected commands. EngineError if a rank has ended."""
         for rank, waiting in enumerate(self._waiting, 1):
             try:
                 self._communicator.send(pickle.dumps(waiting), rank)
@@ -70,8 +85,8 @@ class Channel:
                 raise EngineError(f"rank {rank} of the engine is gone: {e}") from e
             waiting.clear()
 
-    def ask(self, question: Command) -> list[Any]:
-        """The answers of ranks 1, 2 …"""
-        self.tell(question)
+    def call(self, command: GetPoolMap) -> list[PoolMap]:
+        """Send `command` and return the answers of ranks 1, 2 …"""
+        self.broadcast(command)
         self.flush()
         return [pickle.loads(self._communicator.receive(rank)) for rank in range(1, self.world_size)]

@@ -1,7 +1,7 @@
-"""Collectives between the ranks, in groups of their own: nothing else in the process sees them.
+"""Collectives between the ranks, in process groups that nothing else in the process uses.
 
-Two groups. Tensors of a forward pass go by `data`, NCCL on CUDA and gloo elsewhere. What rank 0 tells the others, and
-adapters' rows, which are in host memory, go by `control`, always gloo. Waiting there for the next step may take days.
+There are two groups. `data` carries tensors of a forward pass: NCCL on CUDA, gloo elsewhere. `control`, always gloo,
+carries rank 0's commands and adapters' rows, which are in host memory. There a rank may wait days for the next step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loray.engine.parallel.shard import Shard
 
 Purpose = Literal["base", "adapter", "logits"]
 
-_FORWARD_TIMEOUT = timedelta(minutes=5)  # in which every rank must come to the same collective
+_FORWARD_TIMEOUT = timedelta(minutes=5)  # within which every rank must start the same collective
 _IDLE_TIMEOUT = timedelta(days=10_000)
 
 
@@ -29,33 +29,33 @@ class Traffic(NamedTuple):
 
 
 class Communicator:
-    """Of one rank. Counts what it hands to collectives of a forward pass; see `sent_bytes`."""
+    """Of one rank. Counts the bytes that it passes to collectives of a forward pass, see `sent_bytes`."""
 
     def __init__(self, store: Store, shard: Shard, device: torch.device) -> None:
         self.shard = shard
-        self._handed: Counter[Traffic] = Counter()
+        self._num_bytes: Counter[Traffic] = Counter()
         rank, size = shard.rank, shard.world_size
         make = _nccl if device.type == "cuda" else _gloo
         self._data = make(PrefixStore("data", store), rank, size, _FORWARD_TIMEOUT)
         self._control = _gloo(PrefixStore("control", store), rank, size, _IDLE_TIMEOUT)
 
-    # -- a forward pass: every rank calls the same, in the same order -------------------------------------------------
+    # -- a forward pass: every rank makes the same calls in the same order --------------------------------------------
 
     def all_reduce(self, x: Tensor, purpose: Purpose) -> None:
         """`x` becomes the sum over the ranks, in x's dtype."""
-        self._handed[Traffic("all_reduce", purpose)] += x.nbytes
+        self._num_bytes[Traffic("all_reduce", purpose)] += x.nbytes
         self._data.allreduce([x]).wait()
 
     def all_gather(self, x: Tensor, purpose: Purpose) -> Tensor:
         """(ranks, *x.shape)"""
-        self._handed[Traffic("all_gather", purpose)] += x.nbytes
+        self._num_bytes[Traffic("all_gather", purpose)] += x.nbytes
         out = x.new_empty(self.shard.world_size, *x.shape)
         self._data.allgather([list(out.unbind())], [x.contiguous()]).wait()
         return out
 
     def gather(self, x: Tensor, purpose: Purpose) -> Tensor | None:
         """(ranks, *x.shape) on rank 0, None elsewhere."""
-        self._handed[Traffic("gather", purpose)] += x.nbytes
+        self._num_bytes[Traffic("gather", purpose)] += x.nbytes
         out = x.new_empty(self.shard.world_size, *x.shape) if self.shard.rank == 0 else None
         options = GatherOptions()
         options.rootRank = 0
@@ -63,11 +63,11 @@ class Communicator:
         return out
 
     def sent_bytes(self) -> dict[Traffic, Fraction]:
-        """What this rank has sent in forward passes if its collectives go around a ring, which is optimal.
+        """Bytes that this rank has sent in forward passes if its collectives use a ring, which is optimal.
 
-        Of n bytes handed in on each of N ranks, all_reduce sends 2(N−1)n/N, all_gather (N−1)n, and gather n from
-        every rank but rank 0; what gloo puts on the wire was measured to be within 0.6 % of that. Control messages and
-        adapters' rows are not counted.
+        If each of N ranks passes n bytes, all_reduce sends 2(N−1)n/N, all_gather (N−1)n, and gather n from every rank
+        but rank 0. The measured traffic of gloo is within 0.6 % of that. Control messages and adapters' rows are not
+        counted.
         """
         n = self.shard.world_size
         factor = {
@@ -75,7 +75,7 @@ class Communicator:
             "all_gather": Fraction(n - 1),
             "gather": Fraction(int(self.shard.rank > 0)),
         }
-        return {traffic: factor[traffic.collective] * handed for traffic, handed in self._handed.items()}
+        return {traffic: factor[traffic.collective] * num_bytes for traffic, num_bytes in self._num_bytes.items()}
 
     # -- rank 0 with the others ---------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ class Communicator:
         self._control.send([torch.frombuffer(bytearray(data), dtype=torch.uint8)], rank, 0).wait()
 
     def receive(self, rank: int) -> bytes:
-        """RuntimeError where that rank is gone."""
+        """RuntimeError if that rank has ended."""
         size = torch.empty(1, dtype=torch.int64)
         self._control.recv([size], rank, 0).wait()
         data = torch.empty(int(size), dtype=torch.uint8)

@@ -32,7 +32,7 @@ class ShardedDecoder(Decoder):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, pool: Pool) -> Tensor:
-        """On rank 0 as Decoder; the others' logits are those of their own part of the vocabulary."""
+        """On rank 0 as Decoder; on other ranks the logits of their part of the vocabulary."""
         logits_RV = super().forward(batch, pool)
         parts_NRV = self._communicator.gather(logits_RV, "logits") if logits_RV.shape[0] else None
         if parts_NRV is None:

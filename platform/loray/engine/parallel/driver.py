@@ -1,4 +1,6 @@
-"""Rank 0's side: the engine's own model and pool, which tell the other ranks what to do before they do it."""
+"""Rank 0's side: the model and the pool of the engine. They send each command to the other ranks before they execute it
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
 from loray.engine.model.batch import Batch
-from loray.engine.parallel.channel import AskMap, Channel, Forward
+from loray.engine.parallel.channel import Channel, Forward, GetPoolMap
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import LeadingPool
@@ -29,7 +31,7 @@ _POLL_S = 0.02
 
 
 class Ranks(NamedTuple):
-    """What an engine over several ranks is made of."""
+    """The parts of an engine with several ranks."""
 
     model: ShardedDecoder
     pool: LeadingPool
@@ -43,9 +45,9 @@ class LeadingDecoder(ShardedDecoder):
         self._channel = channel
 
     def forward(self, batch: Batch, pool: Pool) -> Tensor:
-        """EngineError where the ranks do not come to an end together."""
-        # Who asked is rank 0's business alone.
-        self._channel.tell(Forward(replace(batch, sampled=(), scored=())))
+        """EngineError if the step fails on a rank."""
+        # Only rank 0 samples, so the requests are left out.
+        self._channel.broadcast(Forward(replace(batch, sampled=(), scored=())))
         self._channel.flush()
         try:
             return super().forward(batch, pool)
@@ -54,7 +56,7 @@ class LeadingDecoder(ShardedDecoder):
 
 
 def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_workers: StartWorkers) -> Ranks:
-    """SpecError where the base does not divide, EngineError where a rank does not come up."""
+    """SpecError if the ranks do not divide the base, EngineError if a rank does not start."""
     world_size = spec.tensor_parallel_size
     check_divisible(base.config, world_size)
     layout, num_blocks = cut_pool(spec, base.config)
@@ -69,7 +71,7 @@ def start_ranks(spec: ServeSpec, base: BaseModel, load: LoadAdapter, start_worke
         channel = Channel(communicator)
         model = LeadingDecoder(spec, base, communicator, channel)
         pool = LeadingPool(spec, base.config, channel, model.ops.page_writer)
-        channel.ask(AskMap())  # when all have answered, all are ready
+        channel.call(GetPoolMap())  # when all ranks have answered, all are ready
     except RuntimeError as e:
         workers.stop()
         raise EngineError(f"a rank of the engine did not come up; see its log: {e}") from e

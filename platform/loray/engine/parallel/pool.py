@@ -1,7 +1,7 @@
-"""Pools that hold the same in the same places: rank 0's allocator decides, the other ranks' repeat its answers.
+"""Pools with the same contents in the same places: rank 0's allocator decides, the other ranks' repeat its answers.
 
-Every rank runs the same code of `Pool` for the same sequence of operations. What an operation does depends on the
-allocator's answers alone, so they are all that has to travel. KV blocks need not: a step names those that it uses.
+Every rank runs the same code of `Pool` for the same sequence of operations. What an operation does depends only on the
+allocator's answers, so only these are sent. KV blocks are not: a step names the blocks that it uses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, assert_never
+from typing import Any, TypeVar, assert_never, cast
 
 import torch
 from torch import Tensor
@@ -17,24 +17,34 @@ from torch import Tensor
 from loray.adapters.weights import ProjectionPair
 from loray.bases.config import ModelConfig
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
-from loray.engine.parallel.channel import Answers, AskMap, Channel, Compact, PlaceAdapter, RemoveAdapter
+from loray.engine.parallel.channel import (
+    AdapterPlace,
+    Answer,
+    Answers,
+    Channel,
+    Compact,
+    GetPoolMap,
+    PlaceAdapter,
+    PoolMap,
+    RemoveAdapter,
+)
 from loray.engine.parallel.rows import ShardedAdapter
 from loray.engine.parallel.shard import local_device
 from loray.engine.pool.packed import PackedAdapter
 from loray.engine.pool.pool import Pool, cut_pool
-from loray.engine.pool.resident import ResidentAdapter, ResidentPair
+from loray.engine.pool.resident import ResidentAdapter
 from loray.spec import AdapterRef, ServeSpec
 from loray_kernels import KvLayout, PageWriter
 
-T = TypeVar("T")
+A = TypeVar("A", bound=Answer)
 
 
 class LeadingAllocator(BlockAllocator):
-    """Rank 0's: keeps what it answers to operations of the pool until that is sent."""
+    """Rank 0's: keeps its answers until they are sent."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
-        self._answers: list[Any] = []
+        self._answers: list[Answer] = []
 
     def allocate_rows(
         self, kind: Kind, demand: Mapping[int, int], *, emptying: int | None = None
@@ -51,29 +61,26 @@ class LeadingAllocator(BlockAllocator):
         answers, self._answers = tuple(self._answers), []
         return answers
 
-    def _kept(self, answer: T) -> T:
+    def _kept(self, answer: A) -> A:
         self._answers.append(answer)
         return answer
 
 
 class FollowingAllocator(BlockAllocator):
-    """The other ranks': every answer is rank 0's."""
+    """Another rank's: every answer is rank 0's."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
-        self.answers: deque[Any] = deque()
+        self.answers: deque[Answer] = deque()
 
     def allocate_rows(self, *args: Any, **kwargs: Any) -> list[Extent] | None:
-        answer: list[Extent] | None = self.answers.popleft()
-        return answer
+        return cast("list[Extent] | None", self.answers.popleft())
 
     def allocate_run(self, num_blocks: int) -> int | None:
-        answer: int | None = self.answers.popleft()
-        return answer
+        return cast("int | None", self.answers.popleft())
 
     def clear_run(self, num_blocks: int) -> dict[int, int] | None:
-        answer: dict[int, int] | None = self.answers.popleft()
-        return answer
+        return cast("dict[int, int] | None", self.answers.popleft())
 
     def free_rows(self, extents: Any) -> None:
         pass
@@ -97,41 +104,41 @@ class LeadingPool(Pool):
 
     @property
     def block_bytes(self) -> int:
-        """On all ranks together."""
+        """Of all ranks together."""
         return super().block_bytes * self._channel.world_size
 
     def place(self, ref: AdapterRef, packed: PackedAdapter) -> ResidentAdapter | None:
         assert isinstance(packed, ShardedAdapter)
-        known = packed.pair is not None and packed.pair.digest in self._pairs
+        known = packed.pair is not None and packed.pair.digest in self.pairs
         resident = super().place(ref, packed)
         answers = self.allocator.take_answers()
-        moved = any(isinstance(answer, dict) for answer in answers)  # a run was cleared, even if that did not suffice
+        moved = any(isinstance(answer, dict) for answer in answers)  # a run was cleared, though blocks may be short
         if resident is not None or moved:
-            parts = (_without_numbers(part) if known else part for part in packed.others)
-            self._channel.tell_each([PlaceAdapter(ref, part, answers) for part in parts])
+            parts = (_without_pair(part) if known else part for part in packed.others)
+            self._channel.scatter([PlaceAdapter(ref, part, answers) for part in parts])
         return resident
 
     def remove(self, adapter: ResidentAdapter) -> None:
         super().remove(adapter)
-        self._channel.tell(RemoveAdapter(adapter.ref.digest))
+        self._channel.broadcast(RemoveAdapter(adapter.ref.digest))
 
     def compact(self, num_blocks: int) -> bool:
         freed = super().compact(num_blocks)
         answers = self.allocator.take_answers()
         if freed:
-            self._channel.tell(Compact(num_blocks, answers))
+            self._channel.broadcast(Compact(num_blocks, answers))
         return freed
 
     def check_integrity(self, kv_references: Mapping[int, int], residents: list[ResidentAdapter]) -> None:
-        """Of every rank's pool."""
+        """Also checks that every rank's pool has the same contents."""
         super().check_integrity(kv_references, residents)
         own = pool_map(self)
-        for rank, other in enumerate(self._channel.ask(AskMap()), 1):
+        for rank, other in enumerate(self._channel.call(GetPoolMap()), 1):
             assert other == own, f"rank {rank}'s pool differs from rank 0's"
 
 
 class FollowingPool(Pool):
-    """Of every other rank."""
+    """Another rank's: executes rank 0's commands."""
 
     allocator: FollowingAllocator
 
@@ -142,9 +149,6 @@ class FollowingPool(Pool):
         super().__init__(layout, num_blocks, dtype=getattr(torch, spec.dtype), device=device, page_writer=page_writer)
         self.allocator = FollowingAllocator(self.geometry)
         self.adapters: dict[str, ResidentAdapter] = {}
-
-    def pair(self, digest: str) -> ResidentPair:
-        return self._pairs[digest]
 
     def follow(self, command: PlaceAdapter | RemoveAdapter | Compact) -> None:
         match command:
@@ -164,21 +168,23 @@ class FollowingPool(Pool):
 
 
 def _local(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
-    """As many blocks as one rank would have, each with the KV heads of one of several."""
+    """As many blocks as an engine of one rank would have, each with the KV heads of one of several ranks."""
     layout, num_blocks = cut_pool(spec, config)
     return layout._replace(num_kv_heads=layout.num_kv_heads // spec.tensor_parallel_size), num_blocks
 
 
-def pool_map(pool: Pool) -> dict[str, Any]:
-    """Where everything but KV is: equal on every rank."""
+def pool_map(pool: Pool) -> PoolMap:
+    """The places of all adapters, which are the same on every rank."""
     return {
-        adapter.ref.digest: (adapter.extents, adapter.shape, adapter.pair and adapter.pair.first_block)
+        adapter.ref.digest: AdapterPlace(
+            adapter.extents, adapter.shape, None if adapter.pair is None else adapter.pair.first_block
+        )
         for adapter in pool.residents
     }
 
 
-def _without_numbers(packed: PackedAdapter) -> PackedAdapter:
-    """With an empty pair: it is in the pool already, and is as large as many adapters."""
+def _without_pair(packed: PackedAdapter) -> PackedAdapter:
+    """With an empty pair: the pool has the pair already, and it is as large as many adapters."""
     assert packed.pair is not None
     empty = torch.empty(0)
     return replace(packed, pair=ProjectionPair(empty, empty, packed.pair.digest))

@@ -1,12 +1,12 @@
 """A packed adapter cut into the ranks' parts, as S-LoRA's section 6 has it.
 
     module             A, r rows of the input's width          Bᵀ, r rows of the output's width
-    column-parallel    own rows of r                           own columns
-    row-parallel       own columns, as the base's input        own columns
+    column-parallel    the rank's rows of r                    the rank's columns
+    row-parallel       the rank's columns, as of the input     the rank's columns
 
-Every rank's part has the same shape, so what one allocator gives is right for all of them. VeRA's vector d and norms
-and embedding rows are whole on every rank, b is split as B's columns are; the shared pair is whole on every rank, since
-modules of different widths take different parts of it.
+All parts have the same shape, so one allocator's answers fit all ranks. VeRA's vector b is split as the columns of B
+are. Its vector d, norms and embedding rows are complete on every rank, and so is the shared pair, since modules of
+different widths use different parts of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ShardedAdapter(PackedAdapter):
 
     @property
     def nbytes(self) -> int:
-        """Of all parts."""
+        """Of all ranks' parts."""
         return sum(t.nbytes for part in (self, *self.others) for t in (*part.layered, part.flat))
 
 
@@ -69,12 +69,12 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard)
         shape=AdapterShape(tuple(groups), packed.shape.flat),
         layered=tuple(layered),
         flat=_pack(flat, local.capacity(Kind.FLAT))[0],
-        arrival=None,
+        partial=None,
     )
 
 
 def _slice(matrix: Matrix, rows_LRW: Tensor, shard: Shard) -> Tensor:
-    """Own part of a layered matrix's rows, (layers, rows, width)."""
+    """The rank's part of a layered matrix's rows, (layers, rows, width)."""
     columns = shard.slice(matrix.width) if matrix.role in ("lora_a", "lora_b", "vera_b") else slice(None)
     if matrix.module in COLUMN_PARALLEL and matrix.role in ("lora_a", "lora_b"):
         rows_LRW = pad_rank(rows_LRW, shard.world_size)
@@ -96,7 +96,7 @@ def _unpack(rows_LE: Tensor, matrices: tuple[Matrix, ...], capacity: int) -> dic
 
 
 def _pack(rows: Mapping[Matrix, Tensor], capacity: int) -> Tensor:
-    """(layers, elements) in the order in which the pool takes them; (1, 0) where there is nothing."""
+    """(layers, elements) in the order in which the pool takes them; (1, 0) if there are no rows."""
     order = row_order(tuple(rows), capacity)
     tensors = list(rows.values())
     packed_LE = tensors[0].new_empty(tensors[0].shape[0], order.num_elements) if tensors else torch.empty(1, 0)
@@ -109,19 +109,19 @@ def _pack(rows: Mapping[Matrix, Tensor], capacity: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _ShardedSource:
-    """The adapter is whole before it is cut: a rank that waited for a layer would hold up all of them."""
+    """The adapter is complete before it is cut: if one rank waited for a layer, all ranks would wait."""
 
     loaded: AdapterWeights | AdapterSource
     whole: Geometry
     world_size: int
 
     def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
-        """Ready as soon as it is whole: what goes wrong with keeping it afterwards is no business of its requests."""
+        """Usable as soon as it is complete; an error in storing it afterwards does not fail its requests."""
         whole = replace(packer, geometry=self.whole, pinned=False)
         ready: list[ShardedAdapter] = []
 
         def cut(packed: PackedAdapter, remaining_s: float = 0.0) -> None:
-            if not ready and (packed.arrival is None or packed.arrival.landed):
+            if not ready and (packed.partial is None or packed.partial.complete):
                 ready.append(shard_adapter(packed, self.whole, packer.geometry, self.world_size))
                 progress(ready[0], 0.0)
 
@@ -131,5 +131,5 @@ class _ShardedSource:
 
 
 def sharded_loads(load: LoadAdapter, whole: Geometry, world_size: int) -> LoadAdapter:
-    """`load`, and what it gives is cut. `whole`: the geometry of an engine of one rank with as many blocks."""
+    """`load`, whose adapters are cut. `whole`: the geometry of an engine of one rank with as many blocks."""
     return lambda ref: _ShardedSource(load(ref), whole, world_size)

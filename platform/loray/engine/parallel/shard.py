@@ -1,9 +1,9 @@
-"""Which part of the model is a rank's: Megatron's split (Shoeybi et al., *Megatron-LM*, 2019).
+"""Which part of the model a rank has: Megatron's split (Shoeybi et al., *Megatron-LM*, 2019).
 
 q, k, v, gate and up are split by output (heads, columns of the MLP): column-parallel. o and down are split by input:
-row-parallel, and each rank's result is a partial sum. Norms and the embedding are whole on every rank: adapters replace
-whole embedding rows, and a vocabulary-parallel lookup would cost an all-reduce as wide as the hidden size. The output
-head, which is read as a whole for every token, is split by vocabulary.
+row-parallel, and each rank's result is a partial sum. Norms and the embedding are complete on every rank: adapters
+replace whole embedding rows, and a vocabulary-parallel lookup would cost an all-reduce as wide as the hidden size. The
+output head, all of which is read for every token, is split by vocabulary.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
-from loray.spec import ServeSpec
+from loray.spec import LINEAR_MODULES, ServeSpec
 
-COLUMN_PARALLEL = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 ROW_PARALLEL = frozenset({"o_proj", "down_proj"})
+COLUMN_PARALLEL = frozenset(LINEAR_MODULES) - ROW_PARALLEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,14 @@ class Shard:
     world_size: int
 
     def slice(self, size: int) -> slice:
-        """Own part of `size` elements, which the ranks divide evenly."""
+        """The rank's part of `size` elements, which the ranks divide evenly."""
         assert size % self.world_size == 0
         own = size // self.world_size
         return slice(self.rank * own, (self.rank + 1) * own)
 
 
 def check_divisible(config: ModelConfig, world_size: int) -> None:
-    """SpecError unless the ranks divide all that is split among them."""
+    """SpecError unless the ranks evenly divide everything that is split."""
     sizes = {
         "attention heads": config.num_heads,
         "key/value heads": config.num_kv_heads,
@@ -52,7 +52,7 @@ def check_divisible(config: ModelConfig, world_size: int) -> None:
 
 
 def local_config(config: ModelConfig, shard: Shard) -> ModelConfig:
-    """The decoder of one rank, as if it were a model of its own."""
+    """The configuration of one rank's decoder."""
     n = shard.world_size
     return replace(
         config,
@@ -66,17 +66,17 @@ def local_config(config: ModelConfig, shard: Shard) -> ModelConfig:
 def local_tensors(
     tensors: Iterable[tuple[str, Tensor]], config: ModelConfig, shard: Shard
 ) -> Iterator[tuple[str, Tensor]]:
-    """Own parts of a checkpoint's tensors, by the same names."""
+    """The rank's parts of a checkpoint's tensors, with the same names."""
     for name, tensor in tensors:
         module, _, kind = name.removeprefix("model.").rpartition(".")
         last = module.rpartition(".")[2]
         if last in COLUMN_PARALLEL:
-            yield name, tensor[shard.slice(tensor.shape[0])].clone()  # a view would keep the whole
+            yield name, tensor[shard.slice(tensor.shape[0])].clone()  # a view would keep the whole tensor
         elif last in ROW_PARALLEL:
             assert kind == "weight", "the decoder has no biases there"
             yield name, tensor[:, shard.slice(tensor.shape[1])].clone()
         elif last == "lm_head":
-            if not config.tie_word_embeddings:  # a checkpoint may hold one all the same
+            if not config.tie_word_embeddings:  # some checkpoints have one although it is tied
                 yield name, local_head(tensor, shard)
         else:
             yield name, tensor
@@ -85,20 +85,20 @@ def local_tensors(
 
 
 def local_head(head_VD: Tensor, shard: Shard) -> Tensor:
-    """Own rows, of a vocabulary that is padded with zeros until the ranks divide it."""
+    """The rank's rows, of a vocabulary that is padded with zeros so that the ranks divide it."""
     padding = -head_VD.shape[0] % shard.world_size
     padded = F.pad(head_VD, (0, 0, 0, padding)) if padding else head_VD
     return padded[shard.slice(padded.shape[0])].clone()
 
 
 def pad_rank(rows_LRW: Tensor, world_size: int) -> Tensor:
-    """Rows of a column-parallel module's LoRA, with zeros until the ranks divide them: a part is equal in all."""
+    """Rows of a column-parallel module's LoRA, padded with zeros so that all ranks have equally many."""
     padding = -rows_LRW.shape[1] % world_size
     return F.pad(rows_LRW, (0, 0, 0, padding)) if padding else rows_LRW
 
 
 def local_device(spec: ServeSpec, rank: int) -> torch.device:
-    """On CUDA a card of its own, where the process sees several."""
+    """On CUDA each rank has a device of its own if the process sees several."""
     device = torch.device(spec.device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", rank % torch.cuda.device_count())

@@ -1,12 +1,12 @@
-"""Values as bytes between ranks: pickle, but that tensors go as plain bytes to the receiver's device, and what every
-rank has of its own (resident adapters, shared pairs) goes by name.
+"""Values as bytes between ranks: pickle, except that tensors go as plain bytes to the receiver's device, and resident
+adapters and shared pairs, of which every rank has its own, go by digest.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,10 +25,10 @@ def loads(
     data: bytes,
     device: torch.device,
     adapters: Mapping[str, ResidentAdapter],
-    pair: Callable[[str], ResidentPair],
+    pairs: Mapping[str, ResidentPair],
 ) -> Any:
-    """`adapters` and `pair` by digest are the receiver's own."""
-    return _Unpickler(io.BytesIO(data), device, adapters, pair).load()
+    """`adapters` and `pairs` are the receiver's, by digest."""
+    return _Unpickler(io.BytesIO(data), device, adapters, pairs).load()
 
 
 class _Pickler(pickle.Pickler):
@@ -51,10 +51,10 @@ class _Unpickler(pickle.Unpickler):
         file: io.BytesIO,
         device: torch.device,
         adapters: Mapping[str, ResidentAdapter],
-        pair: Callable[[str], ResidentPair],
+        pairs: Mapping[str, ResidentPair],
     ) -> None:
         super().__init__(file)
-        self._device, self._adapters, self._pair = device, adapters, pair
+        self._device, self._adapters, self._pairs = device, adapters, pairs
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
@@ -66,7 +66,7 @@ class _Unpickler(pickle.Unpickler):
             case ("adapter", digest):
                 return self._adapters[digest]
             case ("pair", digest):
-                return self._pair(digest)
+                return self._pairs[digest]
             case ("device",):
                 return self._device
         raise pickle.UnpicklingError(f"unknown persistent id {pid!r}")

@@ -1,4 +1,4 @@
-"""The other ranks' side: hold a part of the model and of the pool, and do what rank 0 says."""
+"""The other ranks' side: each has a part of the model and of the pool, and executes rank 0's commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from loray.bases.registry import BaseModel
 from loray.engine.parallel import wire
-from loray.engine.parallel.channel import AskMap, Command, Forward
+from loray.engine.parallel.channel import Command, Forward, GetPoolMap
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.decoder import ShardedDecoder
 from loray.engine.parallel.pool import FollowingPool, pool_map
@@ -20,17 +20,17 @@ from loray.telemetry import configure_logging
 
 
 def joined(rank: int) -> str:
-    """Key of the store that says that this rank has come up."""
+    """The store's key that is set when this rank has started."""
     return f"joined-{rank}"
 
 
 def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
-    """Until rank 0, at `host`, is gone."""
+    """Runs until rank 0, at `host`, has ended."""
     spec, rank = args.spec, args.rank
     assert spec.num_threads is not None
     torch.set_num_threads(spec.num_threads)
     store = TCPStore(host, args.port, is_master=False)
-    device = local_device(spec, rank)  # what may fail comes first: rank 0 waits for whoever has joined
+    device = local_device(spec, rank)  # may fail, so before `joined`: rank 0 waits for every rank that has joined
     store.set(joined(rank), "")
     communicator = Communicator(store, Shard(rank, spec.tensor_parallel_size), device)
     model = ShardedDecoder(spec, base, communicator)
@@ -41,18 +41,18 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
         except RuntimeError:
             return
         for data in pickle.loads(message):
-            command: Command = wire.loads(data, pool.tensor.device, pool.adapters, pool.pair)
+            command: Command = wire.loads(data, pool.tensor.device, pool.adapters, pool.pairs)
             match command:
                 case Forward(batch):
                     model.forward(batch, pool)
-                case AskMap():
+                case GetPoolMap():
                     communicator.send(pickle.dumps(pool_map(pool)), 0)
                 case _:
                     pool.follow(command)
 
 
 def main() -> None:
-    """A process of rank 0's machine; its arguments come by standard input."""
+    """A process on rank 0's machine; it reads its arguments from standard input."""
     args, base = pickle.load(sys.stdin.buffer)
     configure_logging("INFO")
     run_worker(args, base, "127.0.0.1")

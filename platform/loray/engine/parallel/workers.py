@@ -1,4 +1,4 @@
-"""Starting the other ranks. Where and how is the caller's choice; here, as processes of this machine."""
+"""Starting the other ranks. The caller chooses where and how; LocalWorkers are processes of this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loray.spec import ServeSpec
 
 
 class WorkerArgs(NamedTuple):
-    """What a rank needs to join rank 0, which listens at `port` of its machine. `spec` has a number of threads."""
+    """What a rank needs to join rank 0, which listens at `port` of its machine. `spec.num_threads` is given."""
 
     spec: ServeSpec
     rank: int
@@ -23,7 +23,7 @@ class WorkerArgs(NamedTuple):
 
 
 class Workers(Protocol):
-    """Ranks 1, 2 … of one engine. From any thread."""
+    """Ranks 1, 2 … of one engine. May be called from any thread."""
 
     def check(self) -> None:
         """EngineError if one of them has ended."""
@@ -34,7 +34,7 @@ class Workers(Protocol):
         ...
 
 
-# Called by rank 0 with the others' arguments and its base.
+# Rank 0 calls it with the other ranks' arguments and its base.
 StartWorkers = Callable[[Sequence[WorkerArgs], BaseModel], Workers]
 
 
@@ -68,11 +68,11 @@ class LocalWorkers:
 
     def stop(self) -> None:
         for process in self._processes:
-            process.kill()  # they hold nothing that must be put away
+            process.kill()  # they have no state to save
         for process in self._processes:
             process.wait()
 
 
 def num_threads(spec: ServeSpec) -> int:
-    """Of one rank. All ranks of an engine compute at the same time."""
+    """Threads of one rank. All ranks of an engine compute at the same time."""
     return spec.num_threads or max(1, len(os.sched_getaffinity(0)) // spec.tensor_parallel_size)

@@ -1,6 +1,6 @@
-"""A packed adapter as a file: its rows as a safetensors file, the rest as JSON in its metadata.
+"""A packed adapter as a file: a safetensors file of its rows, with the rest as JSON in the metadata.
 
-Reading it maps the rows into memory, every page of them; nothing is copied, parsed or converted.
+Reading maps the rows into memory and touches every page; nothing is copied, parsed or converted.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  
 
 
 def packed_name(packer: Packer, base_fingerprint: str) -> str:
-    """Of the file in an adapter's folder. Whoever finds it may use it: it was made for this base and such a pool."""
+    """Name of the file in an adapter's folder. It says for which base and which kind of pool the file was made."""
     return f"packed{_FORMAT}-{packer.key}-{base_fingerprint[:16]}.safetensors"
 
 
 def save_packed(packed: PackedAdapter, path: Path) -> None:
-    """`path` appears when it is whole. Not for adapters with a VeRA pair, which many of them share."""
+    """Write `path` atomically. Not for adapters with a VeRA pair, which many adapters share."""
     assert packed.pair is None
     shape = packed.shape
     header = json.dumps(
@@ -57,7 +57,7 @@ def save_packed(packed: PackedAdapter, path: Path) -> None:
 
 
 def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> PackedAdapter:
-    """IntegrityError where the file is damaged; of the rows only `verify` finds that."""
+    """IntegrityError if the file is damaged; damage to the rows is found only with `verify`."""
     try:
         with safe_open(str(path), framework="pt") as f:
             metadata: dict[str, str] = f.metadata()
@@ -65,7 +65,7 @@ def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> Pa
         if verify and _crc32(metadata["packed"], tensors) != metadata["crc32"]:
             raise IntegrityError(f"{path} is damaged: its checksum differs")
         for tensor in tensors.values():
-            tensor.view(-1).view(torch.uint8)[::_PAGE].sum()  # here, so that the engine's thread waits for no disk
+            tensor.view(-1).view(torch.uint8)[::_PAGE].sum()  # so that the engine does not wait for the disk
         header: dict[str, Any] = json.loads(metadata["packed"])
         groups = tuple(LayerGroup(tuple(layers), _matrices(matrices)) for layers, matrices in header["groups"])
         shape = AdapterShape(groups=groups, flat=_matrices(header["flat"]))
@@ -84,7 +84,7 @@ def open_packed(path: Path, *, pinned: bool = False, verify: bool = False) -> Pa
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """The safetensors format, straight from the rows: the library's writer copies each tensor twice before."""
+    """Write the safetensors format directly from the rows: the library's writer copies each tensor twice."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():

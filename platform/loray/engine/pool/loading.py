@@ -1,7 +1,8 @@
-"""Flights: adapters come from wherever they are kept and are packed, in threads of their own.
+"""Loads: adapters are read from where they are stored and packed, in threads of their own.
 
-A flight is usable as soon as what is missing is expected within the time that its first step takes to compute (`lead`):
-the layers then arrive before the step comes to them, and nobody waits. See `landing` for where that proves wrong.
+A load gives its result before it is complete, as soon as the rest is expected within the time that the first step with
+the adapter takes to compute (`lead_s`): then each layer is there before the step needs it, and the step does not wait.
+`model.partial` handles the adapters for which this prediction is wrong.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
-# A flight waits for the network most of its time; what it computes takes less than one core with four of them.
-_NUM_FLIGHTS = 4
+# A load waits for the network most of the time; what four of them compute takes less than one core.
+_NUM_THREADS = 4
 
 
 class Progress(Protocol):
-    """Told as an adapter arrives, the last time when it has landed. `remaining_s`: until then, as far as known."""
+    """Called as an adapter is loaded, at last when it is complete. `remaining_s`: the estimated time until then."""
 
     def __call__(self, packed: PackedAdapter, remaining_s: float) -> None: ...
 
 
 class AdapterSource(Protocol):
-    """One adapter, where it is kept."""
+    """One adapter in the place where it is stored."""
 
     def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
-        """Bring it into host memory. Raises what is wrong with it, or with where it is kept; `progress` may have been
-        given it before that, and its arrival is then failed by the caller.
+        """Load it into host memory. Raises errors of the adapter or its place. If `progress` has been called with the
+        adapter before, the caller then fails its PartialLoad.
         """
         ...
 
@@ -45,31 +46,29 @@ LoadAdapter = Callable[[AdapterRef], AdapterWeights | AdapterSource]
 
 
 class AdapterLoads:
-    """`wake` is called from the flights' threads whenever the engine should look again."""
+    """Runs loads in its threads, which call `wake` whenever the engine should poll."""
 
     def __init__(self, pool: Pool, packer: Packer, load: LoadAdapter, wake: Callable[[], None]) -> None:
         self._pool, self._packer, self._load, self._wake = pool, packer, load, wake
-        self._threads = ThreadPoolExecutor(
-            _NUM_FLIGHTS, thread_name_prefix="adapter-load", initializer=_leave_the_cores_to_the_engine
-        )
-        if pool.tensor.nbytes >= sum(FIRST_BYTES):  # not for a pool that holds no such adapter
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="adapter-load", initializer=_use_one_thread)
+        if pool.tensor.nbytes >= sum(FIRST_BYTES):  # a smaller pool holds no such adapters
             packer.memory.prepare()
         self._num_blocks: dict[str, int] = {}
         self._bytes: dict[str, AdapterBytes] = {}
 
     def start(self, ref: AdapterRef, lead_s: float) -> Future[PackedAdapter]:
-        """Its result may still be arriving, for at most about `lead_s`."""
-        flight: Future[PackedAdapter] = Future()
-        flight.add_done_callback(lambda _: self._wake())
-        self._threads.submit(self._fly, flight, ref, lead_s)
-        return flight
+        """The result may be partial; it is then complete after about `lead_s` seconds at most."""
+        result: Future[PackedAdapter] = Future()
+        result.add_done_callback(lambda _: self._wake())
+        self._threads.submit(self._run, result, ref, lead_s)
+        return result
 
     def num_blocks(self, digest: str) -> int | None:
-        """Blocks that the adapter takes at most; None until it has been loaded. From any thread, as `nbytes`."""
+        """The most blocks that the adapter takes; None until it has been loaded. May be called from any thread."""
         return self._num_blocks.get(digest)
 
     def nbytes(self, digest: str) -> AdapterBytes | None:
-        """What it takes in the pool."""
+        """Bytes that it takes in the pool; None until it has been loaded. May be called from any thread."""
         return self._bytes.get(digest)
 
     def forget(self, digest: str) -> None:
@@ -79,16 +78,16 @@ class AdapterLoads:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _fly(self, flight: Future[PackedAdapter], ref: AdapterRef, lead_s: float) -> None:
-        if not flight.set_running_or_notify_cancel():
+    def _run(self, result: Future[PackedAdapter], ref: AdapterRef, lead_s: float) -> None:
+        if not result.set_running_or_notify_cancel():
             return
 
         def progress(packed: PackedAdapter, remaining_s: float) -> None:
-            if not flight.done():
+            if not result.done():
                 if remaining_s <= lead_s:
                     self._note_size(ref, packed)
-                    flight.set_result(packed)
-            elif packed.arrival is not None and packed.arrival.landed:
+                    result.set_result(packed)
+            elif packed.partial is not None and packed.partial.complete:
                 self._wake()
 
         try:
@@ -97,15 +96,15 @@ class AdapterLoads:
                 progress(self._packer.pack(loaded), 0.0)
             else:
                 progress(loaded.pack(self._packer, progress), 0.0)
-        except BaseException as e:  # noqa: BLE001 - it goes to those who wait for this adapter
-            if not flight.done():
-                flight.set_exception(e)
+        except BaseException as e:  # noqa: BLE001 - the requests that wait for this adapter get it
+            if not result.done():
+                result.set_exception(e)
                 return
-            arrival = flight.result().arrival
-            if arrival is None or arrival.done:
+            partial = result.result().partial
+            if partial is None or partial.done:
                 _log.warning("adapter %s is here, but the node's cache has not kept it: %s", ref.label, e)
                 return
-            arrival.fail(e if isinstance(e, Exception) else EngineError(f"loading {ref.label}: {e!r}"))
+            partial.fail(e if isinstance(e, Exception) else EngineError(f"loading {ref.label}: {e!r}"))
             self._wake()
 
     def _note_size(self, ref: AdapterRef, packed: PackedAdapter) -> None:
@@ -118,6 +117,6 @@ class AdapterLoads:
         self._bytes[ref.digest] = AdapterBytes(packed.nbytes, pair)
 
 
-def _leave_the_cores_to_the_engine() -> None:
-    # Two teams of OpenMP threads on the same cores slow each other down; loading is copies and hashes, and needs one.
+def _use_one_thread() -> None:
+    # Two teams of OpenMP threads on the same cores slow each other down. Loading needs only one thread.
     torch.set_num_threads(1)

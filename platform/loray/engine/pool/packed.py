@@ -1,7 +1,7 @@
 """An adapter in host memory, as rows in the pool's dtype and in the order in which the pool takes them.
 
-`AdapterShape.demand` asks for rows by width; the rows of one width stand here one after the other, widest first, cut
-into segments as in the pool. So every extent that the allocator gives takes one contiguous stretch of each layer.
+`AdapterShape.demand` asks for rows by width. Here the rows of one width follow each other, widest first, cut into
+segments as in the pool. So every extent that the allocator gives is filled from one contiguous stretch of each layer.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
 from loray.engine.memory.blocks import Extent, Geometry, Kind
-from loray.engine.memory.rows import AdapterShape, Matrix, columns
-from loray.engine.residency.arrival import Arrival
+from loray.engine.memory.rows import AdapterShape, Matrix, columns, rows_by_width
+from loray.engine.residency.partial import PartialLoad
 from loray.errors import IntegrityError
 from loray.spec import RopeParameters
 from loray_kernels.memory import Recycled
 
 _IDLE_BYTES = 64 << 20  # of host memory that is kept for the next adapters
-FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of memory that is ready for the first ones
+FIRST_BYTES = (4 << 20, 8 << 20, 16 << 20)  # of the tensors for which memory is prepared at the start
 _NORMS = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 
 Rows = Mapping[Matrix, Tensor]
@@ -33,11 +33,12 @@ Rows = Mapping[Matrix, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """
+    """An adapter's rows in host memory.
+
     layered    for each group of the shape, (layers of the group, elements)
     flat       rows without a layer, (elements,)
-    token_ids  tokens whose embedding rows are the adapter's own, in the order of its flat rows
-    arrival    of one that is still on its way, or was; None where it was whole from the start
+    token_ids  tokens that have an embedding row of the adapter's, in the order of its flat rows
+    partial    how much is there of an adapter that is packed while it loads; None if it was complete from the start
     """
 
     shape: AdapterShape
@@ -46,7 +47,7 @@ class PackedAdapter:
     token_ids: tuple[int, ...]
     pair: ProjectionPair | None
     rope: RopeParameters | None
-    arrival: Arrival | None = None
+    partial: PartialLoad | None = None
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +55,7 @@ class PackedAdapter:
 
 
 class Stretch(NamedTuple):
-    """Columns [column, column + width) of a matrix's rows, one after the other from `start` of a layer's elements."""
+    """Columns [column, column + width) of a matrix's rows; row follows row from element `start` of a layer."""
 
     column: int
     width: int
@@ -62,7 +63,7 @@ class Stretch(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """`num_elements` elements of a layer from `start` go to `offset` of the layer's share of `block`."""
+    """`num_elements` elements of a layer, from `start`, go to `offset` in the layer's share of `block`."""
 
     block: int
     offset: int
@@ -71,30 +72,27 @@ class Piece(NamedTuple):
 
 
 class RowOrder(NamedTuple):
-    """Where each matrix stands, and the first element and number of the rows of each width."""
+    """The place of each matrix; for each width the first element and the number of rows."""
 
     stretches: Mapping[Matrix, tuple[Stretch, ...]]
     widths: Mapping[int, tuple[int, int]]
     num_elements: int
 
     def pieces(self, extents: Iterable[Extent], kind: Kind) -> Iterator[Piece]:
-        """What of a layer's elements goes to which extent."""
+        """Which of a layer's elements go to which extent."""
         used: Counter[int] = Counter()
         for e in extents:
             if e.kind is kind and e.width in self.widths:
                 start, num_rows = self.widths[e.width]
                 n = min(e.rows, num_rows - used[e.width])
-                if n > 0:  # none where another group has more rows of this width
+                if n > 0:  # 0 or less if another group has more rows of this width
                     yield Piece(e.block, e.offset, start + used[e.width] * e.width, n * e.width)
                 used[e.width] += e.rows
 
 
 def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
-    """As `rows.place` gives them out: in the order of `matrices` among the rows of one width."""
-    counts: Counter[int] = Counter()
-    for m in matrices:
-        for _, width in columns(m.width, capacity):
-            counts[width] += m.rows
+    """The order in which `rows.place` assigns rows: among rows of one width, that of `matrices`."""
+    counts = rows_by_width(matrices, capacity)
     widths: dict[int, tuple[int, int]] = {}
     end = 0
     for width in sorted(counts, reverse=True):
@@ -113,8 +111,11 @@ def row_order(matrices: Sequence[Matrix], capacity: int) -> RowOrder:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packer:
-    """What packing needs of an engine. `embedding_VD` is the base's: of a dense embedding only the rows that differ
-    are kept. `pinned`: in memory that a device can read by itself. `memory`: what adapters are read and packed into.
+    """What packing needs to know of an engine.
+
+    embedding_VD  the base's: of an adapter's dense embedding only the rows that differ from it are kept
+    pinned        pack into page-locked memory, which a device can read directly
+    memory        that adapters are read and packed into
     """
 
     geometry: Geometry
@@ -126,17 +127,17 @@ class Packer:
 
     @property
     def key(self) -> str:
-        """Adapters packed under one key are the same bytes."""
+        """Packers with the same key pack an adapter into the same bytes."""
         return f"{str(self.dtype).removeprefix('torch.')}-{self.geometry.layer_share}-{self.geometry.num_layers}"
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
-        """IntegrityError where a row is not finite in the pool's dtype."""
+        """IntegrityError if a row is not finite in the pool's dtype."""
         packing = Packing(self, weights)
         packing.take(range(self.geometry.num_layers))
         return packing.packed
 
     def shared(self, pair: ProjectionPair | None) -> ProjectionPair | None:
-        """One copy on the host, however many adapters bring it along."""
+        """The one copy of the pair on the host, however many adapters have it."""
         return None if pair is None else self._pairs.setdefault(pair.digest, pair)
 
     def empty(self, *shape: int) -> Tensor:
@@ -146,12 +147,13 @@ class Packer:
 
 
 class Packing:
-    """Packs layer by layer: at first only shapes of `weights` are read, a layer's numbers when it is taken.
+    """Packs layer by layer: the constructor reads only the shapes in `weights`; `take` reads the values of layers.
 
-    An own embedding, whose shape depends on its numbers, and norms without a layer are read at once.
+    The constructor also reads the values of the adapter's embedding, on which its shape depends, and of norms without a
+    layer.
     """
 
-    def __init__(self, packer: Packer, weights: AdapterWeights, arrival: Arrival | None = None) -> None:
+    def __init__(self, packer: Packer, weights: AdapterWeights, partial: PartialLoad | None = None) -> None:
         self._layers, flat = _layers(weights)
         token_ids, rows_VD = _own_embedding_rows(weights, packer.embedding_VD, packer.dtype)
         if token_ids:
@@ -171,20 +173,20 @@ class Packing:
             token_ids=token_ids,
             pair=packer.shared(weights.pair),
             rope=weights.rope,
-            arrival=arrival,
+            partial=partial,
         )
         _write(self.packed.flat, flat, flat_order)
         _check_finite(self.packed.flat[None], [""], flat_order)
 
     def take(self, layers: Iterable[int]) -> None:
-        """IntegrityError where a number is not finite in the pool's dtype."""
+        """Pack these layers. IntegrityError if a value is not finite in the pool's dtype."""
         taken: dict[int, list[int]] = {}
         for layer in layers:
             if layer in self._place:
                 group, n = self._place[layer]
                 _write(self.packed.layered[group][n], self._layers[layer], self._orders[group])
                 taken.setdefault(group, []).append(layer)
-        for group, own in taken.items():  # a group's layers stand in their order
+        for group, own in taken.items():  # a group's layers are in ascending order
             first = self._place[own[0]][1]
             rows_LE = self.packed.layered[group][first : first + len(own)]
             _check_finite(rows_LE, [f"layer {layer} " for layer in own], self._orders[group])
@@ -213,12 +215,12 @@ def _stretch(row: Tensor, matrix: Matrix, stretch: Stretch) -> Tensor:
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Both extremes are NaN where one number is; they take a fiftieth of what isfinite() of all takes."""
+    """If one value is NaN, both extremes are. Finding them takes a fiftieth of the time of isfinite() on all values."""
     return not x.numel() or all(math.isfinite(extreme) for extreme in torch.stack(torch.aminmax(x)).tolist())
 
 
 def _layers(weights: AdapterWeights) -> tuple[dict[int, dict[Matrix, Tensor]], dict[Matrix, Tensor]]:
-    """Rows by layer, and those without one."""
+    """Rows by layer, and rows without a layer."""
     layers: dict[int, dict[Matrix, Tensor]] = {}
     for key, module in weights.modules.items():
         own = layers.setdefault(key.layer, {})

@@ -1,8 +1,7 @@
-"""The pool: one tensor for KV cache and adapters, and what stands where in it.
+"""The pool: one tensor for KV cache and adapters, and where each adapter is in it.
 
-`packed` turns AdapterWeights into rows in host memory (in a loader's thread); `Pool.place` and `Pool.take` copy them
-into blocks and `Pool.remove` gives those back (in the engine's thread). Which block is whose is the allocator's alone
-to know.
+`packed` turns AdapterWeights into rows in host memory, in a loader's thread. `Pool.place` and `Pool.take` copy the rows
+into blocks and `Pool.remove` frees the blocks, in the engine's thread. Only the allocator knows which block holds what.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from loray_kernels.pages import DirectWriter
 
 
 def cut_pool(spec: ServeSpec, config: ModelConfig) -> tuple[KvLayout, int]:
-    """Layout of a block, and how many blocks `pool_bytes` holds. SpecError where that is no room for one sequence."""
+    """Layout of a block, and how many blocks `pool_bytes` holds. SpecError if the pool is too small, see `limits`."""
     layout = KvLayout(config.num_layers, spec.block_tokens, config.num_kv_heads, config.head_dim)
     return layout, pool_geometry(spec, config).num_blocks
 
 
 class Pool:
-    """The one owner of the pool's tensor and of the shared pairs in it.
+    """The only owner of the pool's tensor and of the shared pairs in it.
 
-    Adapters' rows are written by a page writer, beside the steps where it can: whatever else reads or writes the tensor
-    calls `wait_for_rows` first. `page_writer` makes it; see Ops.page_writer.
+    `page_writer` makes the page writer that copies adapters' rows, see Ops.page_writer. It may copy while steps run:
+    whatever else reads or writes the tensor calls `wait_for_rows` first.
     """
 
     def __init__(
@@ -54,11 +53,11 @@ class Pool:
         self.allocator = BlockAllocator(self.geometry)
         size = num_blocks * self.geometry.block_size
         self.tensor = huge_pages(size, dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
-        self.tensor.zero_()  # here, so that no first token pays for touching memory
+        self.tensor.zero_()  # touches the memory now, not during the first request
         self._writer = page_writer(self.tensor)
         self._pairs: dict[str, ResidentPair] = {}
         self._residents: dict[ResidentAdapter, None] = {}
-        self._compact = False  # no gap is left that could be closed, since adapters last came or went
+        self._compact = False  # True: nothing to compact until adapters are placed or removed
         self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
 
     @property
@@ -66,18 +65,23 @@ class Pool:
         return self._residents.keys()
 
     @property
+    def pairs(self) -> Mapping[str, ResidentPair]:
+        """By digest."""
+        return self._pairs
+
+    @property
     def block_bytes(self) -> int:
         return self.geometry.block_size * self.tensor.itemsize
 
     def num_blocks_for(self, packed: PackedAdapter) -> int:
-        """Blocks that the adapter takes at most, a pair that is not resident yet included."""
+        """The most blocks that the adapter takes, with its pair, which may be resident already."""
         blocks = packed.shape.num_blocks(self.geometry)
         if packed.pair is not None:
             blocks += self._pair_blocks(packed.pair)
         return blocks
 
     def place(self, ref: AdapterRef, packed: PackedAdapter) -> ResidentAdapter | None:
-        """Copy an adapter into blocks; None, and nothing changed, when they are short. Writes the pool."""
+        """Copy an adapter into blocks; None, and nothing changed, if blocks are short. Writes the pool."""
         pair = self._place_pair(packed.pair)
         if packed.pair is not None and pair is None:
             return None
@@ -91,7 +95,7 @@ class Pool:
             extents.extend(taken)
         try:
             return self._fill(ref, packed, pair, extents)
-        except BaseException:  # a device that is out of memory, say: the blocks are nobody's then
+        except BaseException:  # such as a device that is out of memory: free the blocks
             self._compact = False
             self.allocator.free_rows(extents)
             self._release_pair(pair)
@@ -113,30 +117,30 @@ class Pool:
             ref, packed.shape, table, tensors, scales, tuple(extents), token_row, packed.rope, pair, packed
         )
         self._write(resident, Kind.FLAT, packed.flat[None], packed.shape.flat, [0])
-        landed = packed.arrival is None or packed.arrival.landed
-        come = self.geometry.num_layers if packed.arrival is None or landed else packed.arrival.num_layers
-        self._take(resident, min(come, self.geometry.num_layers))
-        if landed:
-            resident.arriving = None
+        complete = packed.partial is None or packed.partial.complete
+        num_layers = self.geometry.num_layers if packed.partial is None or complete else packed.partial.num_layers
+        self._take(resident, min(num_layers, self.geometry.num_layers))
+        if complete:
+            resident.pending = None
         self._residents[resident] = None
         self._compact = False
         return resident
 
     def take(self, adapter: ResidentAdapter, num_layers: int) -> None:
-        """Copy the rows of the first `num_layers` layers that are not in the pool yet, for the layer that comes next.
-        Writes the pool.
+        """Copy the rows of the first `num_layers` layers that are not in the pool yet; the next layer that is computed
+        reads them. Writes the pool.
         """
         self._take(adapter, num_layers)
         self.wait_for_rows()
 
     def wait_for_rows(self) -> None:
-        """What is asked of the pool from now on finds there all rows that have been placed."""
+        """Whatever is queued after this call sees all rows that have been placed."""
         self._writer.wait()
 
     def _take(self, adapter: ResidentAdapter, num_layers: int) -> None:
-        if adapter.arriving is None:
+        if adapter.pending is None:
             return
-        for group, rows_LE in zip(adapter.shape.groups, adapter.arriving.layered, strict=True):
+        for group, rows_LE in zip(adapter.shape.groups, adapter.pending.layered, strict=True):
             new = slice(bisect_left(group.layers, adapter.num_layers), bisect_left(group.layers, num_layers))
             self._write(adapter, Kind.LAYERED, rows_LE[new], group.matrices, group.layers[new])
         adapter.num_layers = max(adapter.num_layers, num_layers)
@@ -161,7 +165,7 @@ class Pool:
     def _write(
         self, adapter: ResidentAdapter, kind: Kind, rows_LE: Tensor, matrices: Sequence[Matrix], layers: Sequence[int]
     ) -> None:
-        """Packed rows (layers, elements) to the adapter's extents."""
+        """Copy packed rows, (layers, elements), to the adapter's extents."""
         capacity = self.geometry.capacity(kind)
         pieces = [
             Piece(p.start, p.block * self.geometry.block_size + p.offset, p.num_elements)
@@ -172,7 +176,7 @@ class Pool:
     # -- shared pairs -------------------------------------------------------------------------------------------------
 
     def _pair_blocks(self, pair: ProjectionPair) -> int:
-        return -(-(pair.a_RI.numel() + pair.b_OR.numel()) // self.geometry.block_size)
+        return self.geometry.blocks_for_elements(pair.a_RI.numel() + pair.b_OR.numel())
 
     def _place_pair(self, pair: ProjectionPair | None) -> ResidentPair | None:
         if pair is None:
@@ -203,17 +207,17 @@ class Pool:
             del self._pairs[pair.digest]
             self.allocator.free_run(pair.first_block)
 
-    # -- moving what stands in the pool, between steps -----------------------------------------------------------------
+    # -- moving adapters and KV blocks, between steps -----------------------------------------------------------------
 
     def size_of(self, adapter: ResidentAdapter) -> float:
-        """Blocks that its removal would free, parts of shared ones included; a pair goes with the last who uses it."""
+        """Blocks that its removal would free, counting parts of shared blocks; with its pair if no other uses that."""
         blocks = sum(e.width * e.rows / self.geometry.capacity(e.kind) for e in adapter.extents)
         if adapter.pair is not None and adapter.pair.references == 1:
             blocks += adapter.pair.num_blocks
-        return max(blocks, 1 / self.geometry.block_size)  # one that changes only RoPE has no rows
+        return max(blocks, 1 / self.geometry.block_size)  # an adapter that changes only RoPE has no rows
 
     def compact(self, num_blocks: int) -> bool:
-        """Free up to `num_blocks` blocks by moving rows into the gaps that evictions left; False if that frees none."""
+        """Free up to `num_blocks` blocks by moving rows into the gaps that evictions left; False if none is freed."""
         if self._compact:
             return False
         owned = [list(adapter.extents) for adapter in self._residents]
@@ -226,7 +230,7 @@ class Pool:
         return bool(copies)
 
     def _clear_run(self, num_blocks: int) -> bool:
-        """Make room for a run where enough blocks are free, only not next to each other. KV may move as well."""
+        """Free neighbouring blocks for a run by moving others, KV blocks too; False if that is impossible."""
         moves = self.allocator.clear_run(num_blocks)
         if moves is None:
             return False
@@ -244,7 +248,7 @@ class Pool:
         return shares[extent.block, :, extent.offset : extent.offset + extent.width * extent.rows]
 
     def _moved(self, owned: Sequence[Sequence[Extent]]) -> None:
-        """Renew the tables of residents whose extents have changed."""
+        """Rebuild the tables of residents whose extents have changed."""
         for adapter, extents in zip(self._residents, owned, strict=True):
             if tuple(extents) != adapter.extents:
                 adapter.extents = tuple(extents)

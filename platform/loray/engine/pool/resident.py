@@ -1,4 +1,4 @@
-"""What stands in the pool: an adapter, and a VeRA pair that several share."""
+"""What the pool holds beside KV cache: adapters, and VeRA pairs that several adapters share."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ResidentAdapter:
 
     rows       the table as tensors, by (group, module, role); group -1 holds rows without a layer
     scales     LoRA's alpha/r by (group, module)
-    token_row  offset of the own embedding row of a token
-    arriving   the host's rows, of which those of the first `num_layers` layers are in the pool; None once all are
+    token_row  {token: offset of the adapter's embedding row for it}
+    pending    the rows on the host while only those of the first `num_layers` layers are in the pool; else None
     """
 
     ref: AdapterRef
@@ -31,13 +31,13 @@ class ResidentAdapter:
     token_row: Mapping[int, int]
     rope: RopeParameters | None
     pair: ResidentPair | None
-    arriving: PackedAdapter | None = None
+    pending: PackedAdapter | None = None
     num_layers: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class ResidentPair:
-    """A VeRA pair in a run of blocks, shared by every resident adapter that was trained with it."""
+    """A VeRA pair in a run of blocks, shared by all resident adapters that were trained with it."""
 
     digest: str
     first_block: int

@@ -1,10 +1,11 @@
-"""Which idle adapter leaves the pool: the one that is worth least, by GreedyDual-Size-Frequency.
+"""Which idle adapter leaves the pool: the one with the lowest value, by GreedyDual-Size-Frequency.
 
-    value = floor when it was last used + uses · seconds to fetch it again / blocks that it gives back
+    value = floor at the last use + number of uses · seconds to fetch it again / blocks that it frees
 
-The floor is the value of what was evicted last, so whatever is not used falls behind, however costly it was. Seconds
-are measured: the last copy from the host, and the last load where the host has no copy any more. Source: Cherkasova,
-"Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy", HP Laboratories, 1998.
+The floor is the value of the last evicted adapter. It rises, so the value of an adapter that is not used falls behind,
+however long it takes to fetch. The seconds are measured: the last copy from the host, and the last load if the host
+has no copy any more. Source: Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching
+Policy", HP Laboratories, 1998.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Worth:
-    """Of one adapter. `uses`: since it came into the pool. `place_seconds` None: it came layer by layer, unmeasured."""
+class EvictionScore:
+    """Of one adapter. `uses`: since it came into the pool. `place_seconds` None: it was copied layer by layer, which is
+    not measured.
+    """
 
     floor: float = 0.0
     uses: int = 0
@@ -23,30 +26,31 @@ class Worth:
 
 
 class GreedyDual:
+    """The floor, and what changes the scores. Sizes are in blocks."""
+
     def __init__(self) -> None:
         self._floor = 0.0
-        self._block_seconds = 0.0  # of copying a block from the host, lately
+        self._block_seconds = 0.0  # to copy one block from the host, a running mean
 
-    def placed(self, worth: Worth, seconds: float | None, size: float) -> None:
-        worth.uses, worth.place_seconds = 0, seconds
+    def placed(self, score: EvictionScore, seconds: float | None, size: float) -> None:
+        score.uses, score.place_seconds = 0, seconds
         if seconds is not None:
             share = 0.1 if self._block_seconds else 1.0
             self._block_seconds += share * (seconds / size - self._block_seconds)
 
-    def used(self, worth: Worth) -> None:
-        worth.uses += 1
-        self.left(worth)
+    def used(self, score: EvictionScore) -> None:
+        score.uses += 1
+        self.released(score)
 
-    def left(self, worth: Worth) -> None:
-        """A use has ended, which may have been long."""
-        worth.floor = self._floor
+    def released(self, score: EvictionScore) -> None:
+        """A use has ended; it may have begun long ago, so the floor is taken again."""
+        score.floor = self._floor
 
-    def value(self, worth: Worth, size: float, *, on_host: bool) -> float:
-        """`size` in blocks."""
-        seconds = self._block_seconds * size if worth.place_seconds is None else worth.place_seconds
+    def value(self, score: EvictionScore, size: float, *, on_host: bool) -> float:
+        seconds = self._block_seconds * size if score.place_seconds is None else score.place_seconds
         if not on_host:
-            seconds += worth.load_seconds
-        return worth.floor + worth.uses * seconds / size
+            seconds += score.load_seconds
+        return score.floor + score.uses * seconds / size
 
     def evicted(self, value: float) -> None:
         self._floor = max(self._floor, value)

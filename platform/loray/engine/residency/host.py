@@ -1,7 +1,7 @@
-"""Host memory: how many bytes adapters take there, and whose copies go when others come.
+"""Host memory: how many bytes adapters take there, and which copies are dropped for others.
 
-Counted are packed rows, each VeRA pair once however many adapters share it, and flights with their published size
-until they land.
+Counted are packed rows; each VeRA pair once, however many adapters share it; and loads that have started, with the
+adapter's published size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
-from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.partial import PartialLoad
 
 
 class SharedPair(Protocol):
@@ -36,8 +36,8 @@ class Packed(Protocol):
     def pair(self) -> SharedPair | None: ...
 
     @property
-    def arrival(self) -> Arrival | None:
-        """None where it is whole."""
+    def partial(self) -> PartialLoad | None:
+        """None if it was complete from the start."""
         ...
 
 
@@ -45,24 +45,27 @@ P = TypeVar("P", bound=Packed)
 
 
 class HostMemory(Generic[P]):
-    """Owns the count, and the order in which copies go that nobody waits for. By digest."""
+    """Owns the count, and the order in which evictable copies are dropped: least recently used first.
+
+    A copy is evictable while no request waits for it. Adapters are named by digest.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.used = 0
         self._copies: dict[str, P] = {}
-        self._spare: OrderedDict[str, None] = OrderedDict()
+        self._evictable: OrderedDict[str, None] = OrderedDict()
         self._sharers: Counter[str] = Counter()  # of each pair
 
-    def expect(self, nbytes: int) -> None:
-        """A flight begins."""
+    def reserve(self, nbytes: int) -> None:
+        """A load starts."""
         self.used += nbytes
 
-    def expect_no_more(self, nbytes: int) -> None:
-        """It has landed or failed."""
+    def end_reservation(self, nbytes: int) -> None:
+        """The load has a result or has failed."""
         self.used -= nbytes
 
-    def keep(self, digest: str, packed: P) -> None:
+    def add(self, digest: str, packed: P) -> None:
         self._copies[digest] = packed
         self.used += packed.nbytes
         if packed.pair is not None:
@@ -71,7 +74,7 @@ class HostMemory(Generic[P]):
                 self.used += packed.pair.nbytes
 
     def drop(self, digest: str) -> None:
-        self._spare.pop(digest, None)
+        self._evictable.pop(digest, None)
         packed = self._copies.pop(digest)
         self.used -= packed.nbytes
         if packed.pair is not None:
@@ -80,51 +83,52 @@ class HostMemory(Generic[P]):
                 del self._sharers[packed.pair.digest]
                 self.used -= packed.pair.nbytes
 
-    def spare(self, digest: str) -> None:
-        """Nobody waits for this copy: it may go, after all that are spare already."""
-        self._spare.setdefault(digest)
+    def mark_evictable(self, digest: str) -> None:
+        """The copy may be dropped, after all that are evictable already."""
+        self._evictable.setdefault(digest)
+
+    def mark_needed(self, digest: str) -> None:
+        """The copy, if there is one, may not be dropped."""
+        self._evictable.pop(digest, None)
 
     def touch(self, digest: str) -> None:
-        """It was used."""
-        if digest in self._spare:
-            self._spare.move_to_end(digest)
-
-    def need(self, digest: str) -> None:
-        self._spare.pop(digest, None)
+        """The copy was used."""
+        if digest in self._evictable:
+            self._evictable.move_to_end(digest)
 
     def surplus(self) -> list[str]:
-        """Spare copies, the oldest first, without which the limit is kept, or kept better."""
-        going, _ = self._going(self.used - self._limit, ())
-        return going
+        """Evictable copies to drop, the oldest first, because the limit is exceeded; it may still be afterwards."""
+        victims, _ = self._victims(self.used - self._limit, ())
+        return victims
 
-    def room_for(self, nbytes: int, before: Iterable[str]) -> list[str] | None:
-        """What goes so that `nbytes` more have room: spare copies first, then, in this order, those of `before`.
+    def room_for(self, nbytes: int, others: Iterable[str]) -> list[str] | None:
+        """Copies to drop so that `nbytes` more fit: evictable ones first, then those of `others`, in their order.
 
-        None where that is not room enough, unless nothing else is there: one adapter always may come in.
+        None if that does not free enough; but one adapter alone always fits, whatever its size.
         """
         excess = self.used + nbytes - self._limit
-        going, freed = self._going(excess, before)
-        return going if freed >= excess or freed == self.used else None
+        victims, freed = self._victims(excess, others)
+        return victims if freed >= excess or freed == self.used else None
 
-    def _going(self, excess: int, others: Iterable[str]) -> tuple[list[str], int]:
-        """Copies until `excess` bytes are free, and how many they free."""
-        going: list[str] = []
+    def _victims(self, excess: int, others: Iterable[str]) -> tuple[list[str], int]:
+        """Copies whose removal frees `excess` bytes, or all that may be removed; and how many bytes they free."""
+        victims: list[str] = []
         freed = 0
         sharers: Counter[str] = Counter()
-        for digest in chain(self._spare, others):
+        for digest in chain(self._evictable, others):
             if freed >= excess:
                 break
             packed = self._copies[digest]
-            going.append(digest)
+            victims.append(digest)
             freed += packed.nbytes
             if packed.pair is not None:
                 sharers[packed.pair.digest] += 1
                 if sharers[packed.pair.digest] == self._sharers[packed.pair.digest]:
                     freed += packed.pair.nbytes
-        return going, freed
+        return victims, freed
 
-    def check_integrity(self, flying_bytes: int, spare: set[str]) -> None:
-        """AssertionError unless the count is that of the copies and flights, and exactly `spare` may go."""
+    def check_integrity(self, reserved: int, evictable: set[str]) -> None:
+        """AssertionError unless the count is right, and exactly `evictable` may be dropped."""
         pairs = {p.pair.digest: p.pair.nbytes for p in self._copies.values() if p.pair is not None}
-        assert self.used == flying_bytes + sum(p.nbytes for p in self._copies.values()) + sum(pairs.values())
-        assert spare == set(self._spare), "spare copies differ from those that nobody waits for"
+        assert self.used == reserved + sum(p.nbytes for p in self._copies.values()) + sum(pairs.values())
+        assert evictable == set(self._evictable), "evictable copies differ from those that no request waits for"

@@ -1,15 +1,16 @@
-"""How adapters move: loading from the store, to host memory, into the pool and back. The one owner of that truth.
+"""How adapters move: from the store to host memory, into the pool and back. The only owner of where they are.
 
-    absent → LOADING → HOST ⇄ POOL        a failed load fails those who need it and leaves no trace
+    absent → LOADING → HOST ⇄ POOL        a failed load fails the requests that need it and leaves no trace
 
-An adapter may be usable, on the host or in the pool, while the last of it still arrives; where a step has waited for
-it in vain it is LOADING again until it is whole.
-Loading runs elsewhere and blocks nobody; there is one flight per adapter whatever the number of requests. An adapter
-is pinned in the pool while a request that uses it runs, and stays there idle afterwards until its rows are needed.
+An adapter may be usable, on the host or in the pool, before it is complete. If a step has waited for the rest of it in
+vain, it is LOADING again until it is complete.
+A load runs in another thread and never blocks the engine; there is one load per adapter, however many requests wait for
+it. An adapter is pinned in the pool while a request that uses it runs. Afterwards it stays there, idle, until its
+blocks are needed.
 
-Flights begin in the order in which they were asked for, as far as host memory goes. What nobody waits for makes room,
-least recently used first, and then what is needed only by requests that asked after those who wait for the flight:
-small adapters in demand cannot keep a large one out.
+Loads start in the order in which they were requested, as far as host memory allows. For a load, copies are dropped that
+no request waits for, least recently used first; then copies for which only requests wait that came later than those
+that wait for the load. So small adapters in demand cannot keep a large one out.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from loray.telemetry import METRICS
 
 
 class Residency(Generic[P, R]):
-    """Called from the engine's thread alone. What it knows is in its `table`, for others to look at.
+    """Called from the engine's thread only. Others may read its `table`.
 
-    load   starts a flight and returns its future; never blocks
-    place  copies a packed adapter into the pool, or returns None when blocks are short
-    remove gives a resident adapter's blocks back
-    size   blocks that it would give back
-    clock  seconds, for the time that loads take: from the start of a flight until `poll` takes it in
+    load    starts a load and returns its future; never blocks
+    place   copies a packed adapter into the pool, or returns None when blocks are short
+    remove  frees a resident adapter's blocks
+    size    blocks that `remove` would free
+    clock   seconds, to measure loads: from the start until `poll` finds the adapter complete
     """
 
     def __init__(
@@ -57,45 +58,47 @@ class Residency(Generic[P, R]):
         self._now = clock
         self._load, self._place, self._remove, self._size = load, place, remove, size
         self._eviction = GreedyDual()
-        self._settled: dict[str, None] = {}
+        self._changed: dict[str, None] = {}
 
-    # -- what requests do ---------------------------------------------------------------------------------------------
+    # -- for requests -------------------------------------------------------------------------------------------------
 
     def want(self, ref: AdapterRef, *, again: bool = False) -> None:
-        """A request that needs `ref` waits. Undone by `unwant`, once. `again`: it was preempted, and counts no more."""
+        """A request that needs `ref` waits, until `unwant` is called, once. `again`: the request was preempted, and is
+        not counted.
+        """
         entry = self.table.entries.get(ref.digest)
         if not again:
             tier = None if entry is None else entry.tier
-            self.counts.pool_hits += tier is Tier.POOL
-            self.counts.host_hits += tier is Tier.HOST
-            self.counts.misses += tier not in (Tier.POOL, Tier.HOST)
-            self.table.usage.asked(ref)
+            self.counts.num_pool_hits += tier is Tier.POOL
+            self.counts.num_host_hits += tier is Tier.HOST
+            self.counts.num_misses += tier not in (Tier.POOL, Tier.HOST)
+            self.table.usage.request_came(ref)
         if entry is None:
             entry = self.table.entries[ref.digest] = Entry(ref, Tier.LOADING)
             self.table.queued[ref.digest] = entry
         self.table.touch(entry)
         entry.wants.append(entry.last_used)
-        self.table.changed(entry)
+        self.table.update(entry)
 
     def unwant(self, ref: AdapterRef) -> None:
         entry = self.table.entries[ref.digest]
         entry.wants.popleft()
-        self.table.changed(entry)
+        self.table.update(entry)
         if entry.wants:
             return
         if entry.tier is Tier.FAILED:
             self._forget_failed(entry)
-        elif entry.tier is Tier.LOADING and (entry.flight is None or entry.flight.cancel()):
-            # Nobody waits for it any more. A flight that is under way already lands in the host's cache.
+        elif entry.tier is Tier.LOADING and (entry.load is None or entry.load.cancel()):
+            # No request waits any more. A load that already runs goes on, and the host keeps its result.
             self.table.queued.pop(ref.digest, None)
-            if self.table.flying.pop(ref.digest, None) is not None:
-                self._host.expect_no_more(ref.nbytes)
+            if self.table.loading.pop(ref.digest, None) is not None:
+                self._host.end_reservation(ref.nbytes)
             self.table.forget(entry)
 
     def acquire(self, ref: AdapterRef) -> R | None:
-        """Pin `ref` in the pool, copying it there first if need be.
+        """Pin `ref` in the pool; first copy it there if it is on the host.
 
-        None while blocks are short or it is not loaded, or where it cannot be placed: then its tier is FAILED.
+        None while blocks are short or it is not loaded, and if it cannot be placed: then its tier is FAILED.
         """
         entry = self.table.entries[ref.digest]
         if entry.tier is Tier.HOST:
@@ -103,66 +106,68 @@ class Residency(Generic[P, R]):
             began = self._now()
             try:
                 entry.resident = self._place(ref, entry.packed)
-            except Exception as e:  # noqa: BLE001 - whatever is wrong with this adapter concerns its requests alone
+            except Exception as e:  # noqa: BLE001 - the error is the adapter's: it fails its requests, not the engine
                 self._drop_packed(entry)
                 self._fail(entry, e)
                 return None
             if entry.resident is None:
                 return None
             entry.tier = Tier.POOL
-            seconds = None if entry.is_arriving else self._now() - began
-            self._eviction.placed(entry.worth, seconds, self._size(entry.resident))
+            seconds = None if entry.is_partial else self._now() - began
+            self._eviction.placed(entry.score, seconds, self._size(entry.resident))
         if entry.tier is not Tier.POOL:
             return None
         entry.pins += 1
-        self._eviction.used(entry.worth)
+        self._eviction.used(entry.score)
         self.table.touch(entry)
-        self.table.changed(entry)
+        self.table.update(entry)
         return entry.resident
 
     def release(self, ref: AdapterRef) -> None:
         entry = self.table.entries[ref.digest]
         assert entry.pins > 0
         entry.pins -= 1
-        self._eviction.left(entry.worth)
-        self.table.changed(entry)
+        self._eviction.released(entry.score)
+        self.table.update(entry)
         if entry.tier is Tier.FAILED:
             self._forget_failed(entry)
 
-    # -- what the engine does -----------------------------------------------------------------------------------------
+    # -- for the engine -----------------------------------------------------------------------------------------------
 
     def poll(self) -> bool:
-        """Take in flights that have landed and start those that fit the host, in order; True if anything landed."""
-        landed = [entry for entry in self.table.flying.values() if entry.flight is not None and entry.flight.done()]
-        for entry in landed:
-            self._land(entry)
-        whole = [entry for entry in self.table.arriving.values() if not entry.is_arriving]
-        for entry in whole:
-            self._end_flight(entry)
+        """Take the results of loads, and start queued loads that fit the host, in order; True if there was a result
+        or a partial adapter is done.
+        """
+        loaded = [entry for entry in self.table.loading.values() if entry.load is not None and entry.load.done()]
+        for entry in loaded:
+            self._take_result(entry)
+        done = [entry for entry in self.table.partial.values() if not entry.is_partial]
+        for entry in done:
+            self._end_load(entry)
         self._drop(self._host.surplus())
         while self.table.queued:
             entry = next(iter(self.table.queued.values()))
-            going = self._host.room_for(entry.ref.nbytes, self.table.asked_for_after(entry))
-            if going is None:
+            victims = self._host.room_for(entry.ref.nbytes, self.table.needed_later(entry))
+            if victims is None:
                 break
-            self._drop(going)
+            self._drop(victims)
             del self.table.queued[entry.ref.digest]
-            self.table.flying[entry.ref.digest] = entry
-            self._host.expect(entry.ref.nbytes)
-            self.counts.loads += 1
-            entry.flight_began = self._now()
-            entry.flight = self._load(entry.ref)
-        return bool(landed or whole)
+            self.table.loading[entry.ref.digest] = entry
+            self._host.reserve(entry.ref.nbytes)
+            self.counts.num_loads += 1
+            entry.load_began = self._now()
+            entry.load = self._load(entry.ref)
+        return bool(loaded or done)
 
-    def take_settled(self) -> Collection[str]:
-        """Digests of adapters that have landed, become whole or failed since this was last asked for."""
-        settled, self._settled = self._settled, {}
-        return settled
+    def take_changed(self) -> Collection[str]:
+        """Digests of the adapters that have become usable, complete or failed since the last call."""
+        changed, self._changed = self._changed, {}
+        return changed
 
     def evict_one(self) -> bool:
-        """Give back the blocks of the idle adapter that is worth least, see `eviction`; False if all are pinned.
+        """Free the blocks of the idle adapter with the lowest value, see `eviction`; False if all are pinned.
 
-        Those that waiting requests want go last.
+        Adapters for which requests wait are evicted last.
         """
         if not self.table.idle:
             return False
@@ -172,65 +177,68 @@ class Residency(Generic[P, R]):
             self._eviction.evicted(self._value(entry))
         self._remove(entry.resident)
         entry.resident = None
-        self.counts.evictions += 1
+        self.counts.num_evictions += 1
         if entry.packed is not None:
             entry.tier = Tier.HOST
-            self.table.changed(entry)
+            self.table.update(entry)
         else:
-            self._gone(entry)
+            self._requeue_or_forget(entry)
         return True
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- private ------------------------------------------------------------------------------------------------------
 
     def _value(self, entry: Entry[P, R]) -> float:
         assert entry.resident is not None
-        return self._eviction.value(entry.worth, self._size(entry.resident), on_host=entry.packed is not None)
+        return self._eviction.value(entry.score, self._size(entry.resident), on_host=entry.packed is not None)
 
-    def _land(self, entry: Entry[P, R]) -> None:
-        assert entry.flight is not None
-        del self.table.flying[entry.ref.digest]
-        self._host.expect_no_more(entry.ref.nbytes)
-        flight, entry.flight = entry.flight, None
-        error = flight.exception()
+    def _take_result(self, entry: Entry[P, R]) -> None:
+        """Of a load that has ended: an adapter, perhaps a partial one, or an error."""
+        assert entry.load is not None
+        del self.table.loading[entry.ref.digest]
+        self._host.end_reservation(entry.ref.nbytes)
+        load, entry.load = entry.load, None
+        error = load.exception()
         if error is not None:
             self._fail(entry, error)
             return
-        entry.packed, entry.tier = flight.result(), Tier.HOST
-        self._host.keep(entry.ref.digest, entry.packed)
-        self.table.arriving[entry.ref.digest] = entry
-        self._settled[entry.ref.digest] = None
-        if entry.is_arriving:
-            self.table.changed(entry)
+        entry.packed, entry.tier = load.result(), Tier.HOST
+        self._host.add(entry.ref.digest, entry.packed)
+        self.table.partial[entry.ref.digest] = entry
+        self._changed[entry.ref.digest] = None
+        if entry.is_partial:
+            self.table.update(entry)
         else:
-            self._end_flight(entry)
+            self._end_load(entry)
 
-    def _end_flight(self, entry: Entry[P, R]) -> None:
-        """All of it has come, or never will."""
+    def _end_load(self, entry: Entry[P, R]) -> None:
+        """The adapter is complete, or has failed after it became usable."""
         assert entry.packed is not None
-        del self.table.arriving[entry.ref.digest]
-        self._settled[entry.ref.digest] = None
-        arrival = entry.packed.arrival
-        if arrival is not None:
-            arrival.late = False
-        if arrival is not None and arrival.error is not None:
+        del self.table.partial[entry.ref.digest]
+        self._changed[entry.ref.digest] = None
+        partial = entry.packed.partial
+        if partial is not None:
+            partial.late = False
+        if partial is not None and partial.error is not None:
             self._drop_packed(entry)
-            self._fail(entry, arrival.error)
+            self._fail(entry, partial.error)
         else:
-            self.counts.loaded_bytes += entry.packed.nbytes
-            entry.worth.load_seconds = self._now() - entry.flight_began
-            self.load_seconds.observe(entry.worth.load_seconds)
-            self.table.changed(entry)
+            self.counts.num_loaded_bytes += entry.packed.nbytes
+            entry.score.load_seconds = self._now() - entry.load_began
+            self.load_seconds.observe(entry.score.load_seconds)
+            self.table.update(entry)
 
     def _fail(self, entry: Entry[P, R], error: BaseException) -> None:
-        self.counts.failed_loads += 1
+        self.counts.num_failed_loads += 1
         entry.tier = Tier.FAILED
         entry.error = error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
-        self._settled[entry.ref.digest] = None
-        self.table.changed(entry)
+        self._changed[entry.ref.digest] = None
+        self.table.update(entry)
         self._forget_failed(entry)
 
     def _forget_failed(self, entry: Entry[P, R]) -> None:
-        """Once nobody runs on it its blocks go back, and once nobody waits for it either it may be tried again."""
+        """Free its blocks unless a running request uses it, and forget it unless a request waits: then the next request
+        loads it again.
+        """
         if entry.pins:
             return
         if entry.resident is not None:
@@ -240,24 +248,26 @@ class Residency(Generic[P, R]):
             self.table.forget(entry)
 
     def _drop(self, digests: Iterable[str]) -> None:
-        """Their copies on the host."""
+        """Drop their copies on the host."""
         for digest in digests:
             entry = self.table.entries[digest]
             self._drop_packed(entry)
-            self.counts.host_evictions += 1
+            self.counts.num_host_evictions += 1
             if entry.tier is Tier.HOST:
-                self._gone(entry)
+                self._requeue_or_forget(entry)
 
     def _drop_packed(self, entry: Entry[P, R]) -> None:
-        self.table.arriving.pop(entry.ref.digest, None)
+        self.table.partial.pop(entry.ref.digest, None)
         self._host.drop(entry.ref.digest)
         entry.packed = None
 
-    def _gone(self, entry: Entry[P, R]) -> None:
-        """Neither in the pool nor on the host any more: it flies again if it is wanted, behind those that wait."""
+    def _requeue_or_forget(self, entry: Entry[P, R]) -> None:
+        """It is neither in the pool nor on the host any more. If a request waits, it is loaded again, after the queued
+        ones.
+        """
         if entry.wants:
             entry.tier = Tier.LOADING
             self.table.queued[entry.ref.digest] = entry
-            self.table.changed(entry)
+            self.table.update(entry)
         else:
             self.table.forget(entry)

@@ -1,4 +1,4 @@
-"""The table of adapters: where each is, who waits for it and who runs on it. `residency` changes it."""
+"""The table of adapters: where each one is, and which requests wait for it or run with it. `residency` changes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
-from loray.engine.residency.eviction import Worth
+from loray.engine.residency.eviction import EvictionScore
 from loray.engine.residency.host import HostMemory, Packed
 from loray.engine.stats.usage import UsageLog
 from loray.spec import AdapterRef
@@ -26,7 +26,9 @@ class Tier(Enum):
 
 
 class Placement(NamedTuple):
-    """Where an adapter is and how it has been used. `tier` None: not here (any more). `last_used_at`: epoch seconds."""
+    """Where an adapter is and how it has been used. `tier` None: neither in the pool nor on the host nor loading.
+    `last_used_at`: seconds since the epoch.
+    """
 
     ref: AdapterRef
     tier: Tier | None
@@ -37,49 +39,54 @@ class Placement(NamedTuple):
 
 @dataclass(slots=True)
 class Entry(Generic[P, R]):
-    """`wants`: when those who wait asked, by the table's clock; whoever leaves is taken to have asked first."""
+    """One adapter.
+
+    load    None before the load starts and after its result has been taken
+    pins    running requests that use the adapter
+    wants   for each waiting request the time at which it came, by the table's clock; one that leaves takes the first
+    """
 
     ref: AdapterRef
     tier: Tier
-    flight: Future[P] | None = None
-    flight_began: float = 0.0
+    load: Future[P] | None = None
+    load_began: float = 0.0
     packed: P | None = None
     resident: R | None = None
     error: Exception | None = None
     pins: int = 0
     wants: deque[int] = field(default_factory=deque)
     last_used: int = 0
-    worth: Worth = field(default_factory=Worth)
+    score: EvictionScore = field(default_factory=EvictionScore)
 
     @property
-    def is_arriving(self) -> bool:
-        """Usable, but not whole yet."""
-        arrival = None if self.packed is None else self.packed.arrival
-        return arrival is not None and not arrival.done
+    def is_partial(self) -> bool:
+        """Usable, but not complete yet."""
+        partial = None if self.packed is None else self.packed.partial
+        return partial is not None and not partial.done
 
 
 class AdapterTable(Generic[P, R]):
-    """Entries by digest, and those among them that something is to be done with. Only Residency changes it."""
+    """Entries by digest, and indexes of those in certain states. Only Residency changes it."""
 
     def __init__(self, host: HostMemory[P], usage: UsageLog) -> None:
         self.usage = usage
         self._host = host
         self.entries: dict[str, Entry[P, R]] = {}
-        self.queued: dict[str, Entry[P, R]] = {}  # LOADING without a flight, in order
-        self.flying: dict[str, Entry[P, R]] = {}
-        self.arriving: dict[str, Entry[P, R]] = {}
-        self.needed: dict[str, Entry[P, R]] = {}  # HOST, and somebody waits
-        self.idle: dict[str, Entry[P, R]] = {}  # POOL, and nobody runs on it
+        self.queued: dict[str, Entry[P, R]] = {}  # LOADING, the load has not started; in order
+        self.loading: dict[str, Entry[P, R]] = {}  # LOADING, the load has started
+        self.partial: dict[str, Entry[P, R]] = {}  # HOST or POOL, and not complete when last looked at
+        self.needed: dict[str, Entry[P, R]] = {}  # HOST, and a request waits
+        self.idle: dict[str, Entry[P, R]] = {}  # POOL, and no running request uses it
         self._clock = 0
 
-    # -- looking in ---------------------------------------------------------------------------------------------------
+    # -- reading ------------------------------------------------------------------------------------------------------
 
     def tier(self, ref: AdapterRef) -> Tier:
-        """LOADING for a resident, pinned perhaps, that no step is to wait for: it comes late."""
+        """LOADING also for a partial adapter that is late: no step waits for it. It may be in the pool, and pinned."""
         entry = self.entries[ref.digest]
-        if entry.packed is not None and ref.digest in self.arriving:
-            assert entry.packed.arrival is not None
-            if entry.packed.arrival.late:
+        if entry.packed is not None and ref.digest in self.partial:
+            assert entry.packed.partial is not None
+            if entry.packed.partial.late:
                 return Tier.LOADING
         return entry.tier
 
@@ -109,7 +116,7 @@ class AdapterTable(Generic[P, R]):
         return tiers
 
     def placements(self, digests: Collection[str] | None = None) -> list[Placement]:
-        """Of these adapters, or of all that are known; an adapter that was never asked for is left out."""
+        """Of these adapters, or of all that are known; an adapter that was never requested is left out."""
         known = self.usage.all() if digests is None else filter(None, map(self.usage.get, digests))
         found = []
         for usage in known:
@@ -124,26 +131,26 @@ class AdapterTable(Generic[P, R]):
         return self._host.used
 
     def check_integrity(self) -> None:
-        """AssertionError unless every list holds exactly its entries, and the host's bytes are counted."""
+        """AssertionError unless every index holds exactly its entries, and the host's bytes are counted."""
         entries = self.entries.values()
         loading = {e.ref.digest for e in entries if e.tier is Tier.LOADING}
-        assert loading == self.queued.keys() | self.flying.keys()
-        assert not self.queued.keys() & self.flying.keys()
-        assert all(self.entries[digest].packed is not None for digest in self.arriving)
+        assert loading == self.queued.keys() | self.loading.keys()
+        assert not self.queued.keys() & self.loading.keys()
+        assert all(self.entries[digest].packed is not None for digest in self.partial)
         assert self.idle.keys() == {e.ref.digest for e in entries if e.tier is Tier.POOL and not e.pins}
         assert self.needed.keys() == {e.ref.digest for e in entries if e.tier is Tier.HOST and e.wants}
-        whole = {e.ref.digest for e in entries if e.packed is not None and e.ref.digest not in self.arriving}
-        self._host.check_integrity(sum(e.ref.nbytes for e in self.flying.values()), whole - self.needed.keys())
+        complete = {e.ref.digest for e in entries if e.packed is not None and e.ref.digest not in self.partial}
+        self._host.check_integrity(sum(e.ref.nbytes for e in self.loading.values()), complete - self.needed.keys())
 
-    # -- keeping the lists --------------------------------------------------------------------------------------------
+    # -- keeping the indexes ------------------------------------------------------------------------------------------
 
     def touch(self, entry: Entry[P, R]) -> None:
         self._clock += 1
         entry.last_used = self._clock
         self._host.touch(entry.ref.digest)
 
-    def changed(self, entry: Entry[P, R]) -> None:
-        """Its tier, who waits for it or who runs on it has."""
+    def update(self, entry: Entry[P, R]) -> None:
+        """Its tier, its wants or its pins have changed."""
         digest = entry.ref.digest
         for entries, belongs in (
             (self.needed, entry.tier is Tier.HOST and entry.wants),
@@ -153,19 +160,19 @@ class AdapterTable(Generic[P, R]):
                 entries[digest] = entry
             else:
                 entries.pop(digest, None)
-        if entry.packed is None or digest in self.arriving or digest in self.needed:
-            self._host.need(digest)
+        if entry.packed is None or digest in self.partial or digest in self.needed:
+            self._host.mark_needed(digest)
         else:
-            self._host.spare(digest)
+            self._host.mark_evictable(digest)
 
-    def asked_for_after(self, first: Entry[P, R]) -> Iterator[str]:
-        """Copies that are needed, but by nobody who asked before those who wait for `first`; the latest first."""
-        later = [e for d, e in self.needed.items() if e.wants[0] > first.wants[0] and d not in self.arriving]
+    def needed_later(self, first: Entry[P, R]) -> Iterator[str]:
+        """Needed copies for which no request waits that came before those that wait for `first`; the latest first."""
+        later = [e for d, e in self.needed.items() if e.wants[0] > first.wants[0] and d not in self.partial]
         yield from (e.ref.digest for e in sorted(later, key=lambda e: -e.wants[0]))
 
     def forget(self, entry: Entry[P, R]) -> None:
-        """It is nowhere any more."""
+        """The adapter is neither in the pool nor on the host nor loading."""
         del self.entries[entry.ref.digest]
         self.needed.pop(entry.ref.digest, None)
         self.idle.pop(entry.ref.digest, None)
-        self.usage.let_go(entry.ref)
+        self.usage.dropped(entry.ref)

@@ -1,4 +1,4 @@
-"""What changes logits before a token is chosen, greedily or not. Shapes: S sampled requests, V vocabulary."""
+"""Changes to logits before a token is chosen, greedily or not. Shapes: S sampled requests, V vocabulary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Entry = tuple[int, int, float]  # row, token, value
 
 
 def process(logits_SV: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]) -> Tensor:
-    """Minimum length, biases, penalties, in vLLM's order. The same tensor where nothing of that is asked for."""
+    """Apply minimum length, biases and penalties, in vLLM's order. Returns `logits_SV` itself if no request has any."""
     rows = [(i, r) for i, r in enumerate(requests) if _changes(r)]
     if not rows:
         return logits_SV
@@ -75,7 +75,7 @@ def _assign_minus_infinity(logits_SV: Tensor, entries: Sequence[_Entry]) -> None
 
 
 def _add(logits_SV: Tensor, entries: Sequence[_Entry]) -> None:
-    """No (row, token) comes twice."""
+    """No (row, token) may occur twice."""
     if entries:
         at, values = _index(logits_SV, entries)
         logits_SV[at] += values

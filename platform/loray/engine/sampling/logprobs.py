@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, sampled ones and those of a prompt. Shapes: R rows, V vocabulary."""
+"""Log-probabilities of sampled tokens and of a prompt's tokens. Shapes: R rows, V vocabulary."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from loray.engine.model.batch import Scored
 from loray.engine.request import TokenLogprobs
 
-_ROWS = 32  # at a time, so that what is needed beside the logits stays small
+_ROWS = 32  # at a time, to bound the memory that is needed beside the logits
 
 
 def token_logprobs(
     logits_RV: Tensor, tokens: Sequence[int], num_top: Sequence[int | None]
 ) -> list[TokenLogprobs | None]:
-    """For each row its token's, and those of its `num_top` best; None where that is None."""
+    """For each row the log-probability of its token and those of its `num_top` best tokens; None if `num_top` is."""
     out: list[TokenLogprobs | None] = [None] * len(tokens)
     asked = [(i, n) for i, n in enumerate(num_top) if n is not None]
     for start in range(0, len(asked), _ROWS):
@@ -35,7 +35,10 @@ def token_logprobs(
 
 
 def score(logits_RV: Tensor, parts: Sequence[Scored]) -> list[list[TokenLogprobs] | None]:
-    """For each part, whose rows follow each other, the prompt's next tokens; None where logits are not finite."""
+    """For each part the log-probabilities of the prompt's next tokens; None if its logits are not finite.
+
+    `logits_RV` has the rows of the parts one after the other.
+    """
     tokens = [t for part in parts for t in part.request.spec.prompt_ids[part.start + 1 : part.stop + 1]]
     num_top = [part.request.spec.params.prompt_logprobs for part in parts for _ in range(part.start, part.stop)]
     scores = iter(token_logprobs(logits_RV, tokens, num_top))

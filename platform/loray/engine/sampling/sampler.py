@@ -1,11 +1,11 @@
-"""From logits to tokens, for the whole batch at once.
+"""Samples tokens from logits, for the whole batch at once.
 
 The order is vLLM's: minimum length and biases, penalties (`logits.process`), then greedy, or temperature, min-p, top-k,
-top-p and a draw. A draw takes one uniform number, which is a hash of the request's seed and the token's position: there
-is no generator whose state a batch, a preemption or another replica could change, and a row's token depends on
-nothing but the row.
+top-p and a draw. A draw uses one uniform number, a hash of the request's seed and the token's position. There is no
+generator whose state a batch, a preemption or another replica could change, so a row's token depends only on the row.
 
-Shapes: S sampled requests, R of them drawn, N rows cut by top-k or top-p, V vocabulary, C candidates, B of a block.
+Shapes: S sampled requests, R of them drawn, N rows cut by top-k or top-p, V vocabulary, C candidates, B columns of a
+block.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from loray.engine.sampling.logits import process
 from loray.engine.sampling.logprobs import token_logprobs
 from loray.spec import SamplingParams
 
-_GREEDY_BELOW = 1e-5  # a softmax so sharp is an argmax, and dividing by less overflows
-_CANDIDATES = (64, 512, 4096)  # so many of the best first; a row where top-k or top-p may want more is sorted
+_GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
+_CANDIDATES = (64, 512, 4096)  # numbers of best tokens to try; if top-k or top-p may need more, the row is sorted
 _GROUP = 32
 _BLOCK = 512
 _BELOW_ONE = 1 - 2**-52
@@ -37,21 +37,21 @@ class Sampled(NamedTuple):
 
 
 class Sampler:
-    """`eos_token_ids` may not come before a request's min_tokens."""
+    """`eos_token_ids` are not sampled before a request's min_tokens."""
 
     def __init__(self, eos_token_ids: Collection[int] = ()) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
         self._salt = os.urandom(16)
 
     def __call__(self, logits_SV: Tensor, requests: Sequence[Request]) -> list[Sampled | None]:
-        """One token for each row, None where the logits have no finite maximum.
+        """One token for each row, or None if the row's logits have no finite maximum.
 
-        Log-probabilities where asked for are those of the unchanged logits.
+        Requested log-probabilities are those of the unchanged logits.
         """
         if not requests:
             return []
         processed_SV = process(logits_SV, requests, self._eos_token_ids)
-        best_S, token_S = processed_SV.max(dim=1)  # NaN is the greatest of all, so that one pass finds it too
+        best_S, token_S = processed_SV.max(dim=1)  # max() gives NaN if there is one, so no second pass is needed
         tokens = token_S.tolist()
         finite = [math.isfinite(best) for best in best_S.tolist()]
         drawn = [i for i, r in enumerate(requests) if finite[i] and r.spec.params.temperature >= _GREEDY_BELOW]
@@ -75,7 +75,7 @@ class Sampler:
         return tokens
 
     def _uniform(self, request: Request) -> float:
-        """In [0, 1), the same for every token number of every seed; without a seed, of every request."""
+        """In [0, 1); a function of the token's position and the seed, or the request if it has no seed."""
         seed = request.spec.params.seed
         key, name = (self._salt, request.arrival) if seed is None else (b"", seed)
         digest = blake2b(f"{name}:{len(request.output_ids)}".encode(), digest_size=8, key=key).digest()
@@ -83,7 +83,7 @@ class Sampler:
 
 
 class Candidates(NamedTuple):
-    """Weights of what may be drawn, in these rows; they need not sum to 1. `ids_NC` None: a column is its token."""
+    """Weights of the tokens that may be drawn, for these rows; they need not sum to 1. `ids_NC` None: C is V."""
 
     rows: list[int]
     p_NC: Tensor
@@ -120,7 +120,9 @@ def candidates(logits_RV: Tensor, best_R: Tensor, params: Sequence[SamplingParam
 
 
 def _cut(p_NV: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Tensor, Tensor, list[bool]]:
-    """The `width` best of each row, 0 beyond top-k and top-p; and where nothing further could have been kept."""
+    """The weights and ids of each row's `width` best tokens, 0 beyond top-k and top-p; and for each row whether the
+    tokens beyond `width` would all be cut.
+    """
     p_NC, ids_NC = _best(p_NV, width)
     vocab = p_NV.shape[1]
     k_N1 = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=p_NV.device).unsqueeze(1)
@@ -129,12 +131,12 @@ def _cut(p_NV: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Te
     mass_NC = p_NC.cumsum(dim=1, dtype=torch.float64)
     wanted_N1 = torch.where(k_N1 <= width, top_p_N1 * mass_NC[:, -1:], top_p_N1)
     complete_N1 = (k_N1 <= width) | ((k_N1 == vocab) & (mass_NC[:, -1:] >= wanted_N1))
-    p_NC = p_NC.masked_fill(mass_NC - p_NC >= wanted_N1, 0)  # the mass before a token has reached top_p already
+    p_NC = p_NC.masked_fill(mass_NC - p_NC >= wanted_N1, 0)  # the mass before this token has reached top_p
     return p_NC, ids_NC, complete_N1.flatten().tolist()
 
 
 def _best(p_NV: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """torch.topk, whose time is the number of columns: the best are in the groups that have the best maxima."""
+    """torch.topk over fewer columns: the best tokens are in the groups with the best maxima."""
     num_groups, odd = divmod(p_NV.shape[1], _GROUP)
     if odd or 4 * width > num_groups:
         best = p_NV.topk(width)
@@ -160,10 +162,10 @@ def draw(p_NC: Tensor, uniform_N: Tensor) -> Tensor:
 
 
 def _invert(weight_NM: Tensor, uniform_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the cumulative weight passes the uniform share of its total, and how far into that column, in [0, 1)."""
+    """The column in which the cumulative weight passes the uniform share of its total, and how far into it, [0, 1)."""
     mass_NM = weight_NM.cumsum(dim=1, dtype=torch.float64)
     target_N1 = uniform_N1 * mass_NM[:, -1:]
-    found_N1 = torch.searchsorted(mass_NM, target_N1, right=True)  # a column without weight is never passed in
+    found_N1 = torch.searchsorted(mass_NM, target_N1, right=True)  # never finds a column without weight
     weight_N1 = weight_NM.gather(1, found_N1).double()
     before_N1 = mass_NM.gather(1, found_N1) - weight_N1
     return found_N1, ((target_N1 - before_N1) / weight_N1).clamp(0, _BELOW_ONE)

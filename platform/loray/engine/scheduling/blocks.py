@@ -1,4 +1,4 @@
-"""The KV blocks that requests hold: found in the prefix cache, allocated, shared and given back."""
+"""The KV blocks that requests hold: found in the prefix cache, allocated, shared and released."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from loray.engine.request import Request
 class RequestBlocks:
     """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
 
-    make_room     try to free so many blocks outside the prefix cache, some at least; False where none can be freed
-    num_queries   prompt tokens looked up in the prefix cache, `num_hits` those found there: as in vLLM, and a
-                  preempted request counts once
+    make_room     tries to free that many blocks outside the prefix cache; False if it frees none
+    num_queries   prompt tokens looked up in the prefix cache; num_hits: those found there, as in vLLM. A preempted
+                  request counts once.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class RequestBlocks:
         self._make_room_elsewhere = make_room
 
     def take_cached(self, request: Request) -> None:
-        """The blocks of a known prefix. The last token is computed in any case: its logits are wanted."""
+        """Take the blocks of a known prefix. The last token is always computed, because its logits are needed."""
         if request.needs_prompt_logits:
             return
         request.blocks = self.prefix_cache.match(request.adapter_digest, request.tokens(0, request.num_tokens - 1))
@@ -34,7 +34,7 @@ class RequestBlocks:
         request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
 
     def count_cached(self, request: Request) -> None:
-        """Once, when it starts for the first time."""
+        """Count its cached tokens, once, when it starts for the first time."""
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed
             if self.prefix_cache.enabled and not request.needs_prompt_logits:
@@ -42,7 +42,7 @@ class RequestBlocks:
             self.num_hits += request.num_cached_tokens
 
     def share(self, request: Request) -> None:
-        """Offer the blocks that have become full to those who begin with the same tokens."""
+        """Add the blocks that have become full to the prefix cache."""
         block_tokens = self._allocator.geometry.block_tokens
         full = request.num_computed // block_tokens
         if full > request.num_shared_blocks:
@@ -50,7 +50,7 @@ class RequestBlocks:
             request.num_shared_blocks = full
 
     def extend(self, request: Request, num_tokens: int) -> bool:
-        """Blocks for `num_tokens` tokens in all; False, and nothing changed, where they are short."""
+        """Allocate blocks for `num_tokens` tokens in all; False, and nothing changed, if blocks are short."""
         missing = self._allocator.geometry.blocks_for_tokens(num_tokens) - len(request.blocks)
         if missing <= 0:
             return True
@@ -61,17 +61,17 @@ class RequestBlocks:
         return True
 
     def make_room(self, num_blocks: int) -> bool:
-        """Try to free blocks, some at least: cached prefixes first."""
+        """Try to free that many blocks, cached prefixes first; False if none is freed."""
         return bool(self.prefix_cache.evict(num_blocks)) or self._make_room_elsewhere(num_blocks)
 
-    def give_back(self, request: Request) -> None:
-        """All that it holds; what it has computed is lost, but for what the prefix cache keeps."""
+    def release(self, request: Request) -> None:
+        """Release all its blocks. What it has computed is lost, except for what the prefix cache keeps."""
         self.prefix_cache.release(request.blocks)
         request.blocks = []
         request.num_computed = request.num_shared_blocks = 0
 
     def moved(self, requests: Iterable[Request], moves: Mapping[int, int]) -> None:
-        """KV blocks have been copied from the keys of `moves` to its values, the allocator knows."""
+        """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
         self.prefix_cache.moved(moves)
         for request in requests:
             request.blocks = [moves.get(block, block) for block in request.blocks]

@@ -1,19 +1,19 @@
-"""Whose request is next: virtual token counters, one for each tenant, over queues of requests that could run.
+"""Which request is next: virtual token counters, one for each tenant, over queues of requests that could run.
 
 Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024 (VTC, algorithm 2). A tenant's counter is
-the service that it has had: `INPUT_WEIGHT` for a prompt token that is computed, charged as the request is admitted,
-and `OUTPUT_WEIGHT` for a token as it is generated, both times the weight of the adapter (`token_weight`). The waiting
-tenant with the smallest counter is next. A tenant that comes back to the queue is lifted to the counter of whoever is
-next, so that idleness is no credit.
+the service that it has received: `INPUT_WEIGHT` for each prompt token that is computed, charged when the request is
+admitted, and `OUTPUT_WEIGHT` for each token when it is generated, both times the weight of the adapter
+(`token_weight`). The waiting tenant with the smallest counter is next. When a tenant comes back to the queue, its
+counter is raised to that of the tenant that is next, so being idle earns no credit.
 
-Priority comes first and means what vLLM's means: a smaller number is served earlier, whoever asks. Counters decide
-between tenants whose best waiting requests have the same priority. A tenant's own requests are served in order of
+Priority comes first, as in vLLM: a smaller number is served earlier, whatever its tenant. Counters decide between
+tenants whose best waiting requests have the same priority. The requests of one tenant are served in the order of
 (priority, arrival).
 
 Requests whose adapter is in the pool are preferred within two bounds: their tenant's counter may exceed the smallest
 by `lead`, and no request is overtaken more than `MAX_OVERTAKES` times.
 
-What this promises to two tenants f and g that both have requests of the best waiting priority throughout [t1, t2)
+The guarantee for two tenants f and g that both have requests of the best waiting priority throughout [t1, t2)
 (the paper's theorem 4.4 with the preference's lead added; U is exact for any batch and any preemption):
 
     |counter_f − counter_g| ≤ lead + U      at any moment
@@ -21,18 +21,18 @@ What this promises to two tenants f and g that both have requests of the best wa
     U = INPUT_WEIGHT · L + OUTPUT_WEIGHT · M
 
 L: tokens of the longest prompt. M: the largest number of tokens that one tenant's running requests may still generate,
-no more than max_num_seqs · max_tokens. Both weighted. Proof: a request is admitted only while its tenant's counter is
-within `lead` of the smallest; then the counter grows by the prompt and by what its running requests still generate, and
-the smallest counter never falls, as those who come are lifted to it. Only a refund takes it down: the difference may
-then be larger by what was given back, until its tenant, which is first now, has caught up.
+at most max_num_seqs · max_tokens. Both weighted. Proof: a request is admitted only while its tenant's counter is within
+`lead` of the smallest; then the counter grows by the prompt and by what its running requests still generate; and the
+smallest counter never falls, since tenants that come back are raised to it. Only a refund lowers it: the difference may
+then be larger by the refund, until its tenant, which is now first, has caught up.
 
-A request whose tenant has the smallest counter as it comes, and nothing else in the engine, sees at most one request
-of each other tenant admitted before it, and MAX_OVERTAKES more. What is computed again after a preemption is not
-charged: it serves nobody. What a request was charged that fails before its first token is given back.
+If a request's tenant has the smallest counter when the request comes, and nothing else in the engine, at most one
+request of each other tenant is admitted before it, and MAX_OVERTAKES more. Tokens that are computed again after a
+preemption are not charged. If a request fails before its first token, its charge is refunded.
 
-Of many tenants those that have nothing in the engine are forgotten, as long as their counters do not exceed the
-smallest of those that wait. Whoever is not known is taken to have had what the one of them with the largest had, so
-coming back wins nothing, and loses nothing but where the smallest counter has fallen since, by a refund.
+When there are many tenants, those that have nothing in the engine are forgotten if their counters do not exceed the
+smallest of those that wait. An unknown tenant starts with the largest counter that was forgotten. So coming back gains
+nothing, and costs something only if the smallest counter has fallen since, by a refund.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ from loray.engine.request import Request
 INPUT_WEIGHT = 1
 OUTPUT_WEIGHT = 2
 MAX_OVERTAKES = 8
-_NEAR_TENANTS = 8  # how far the preference looks
-_NEAR_REQUESTS = 8  # of each of them
+_NEAR_TENANTS = 8  # that are searched for a preferred request
+_NEAR_REQUESTS = 8  # of each of these tenants
 _FORGET_ABOVE = 1024
 _SPARE_PLACES = 64
 
 
 class Backlog(NamedTuple):
-    """What is served before a request, as a fluid: parts of requests and tokens of their prompts."""
+    """What is served before a request, in fractions of requests, and the tokens of their prompts."""
 
     num_requests: float
     num_tokens: float
 
 
 class _Turn(NamedTuple):
-    """Tenants are served in this order; of equal counters the one whose request came first."""
+    """Tenants are served in this order. If counters are equal, the tenant whose request came first is next."""
 
     priority: int
     counter: float
@@ -71,7 +71,7 @@ class _Turn(NamedTuple):
 
 
 def token_weight(adapter_bytes: int, base_bytes: int) -> float:
-    """What a token costs against one of the base: both models' weights that it reads, in the dtype that they run in.
+    """The cost of a token relative to one of the base: the ratio of the bytes of weights that they read.
 
     `adapter_bytes` grows with rank and modules: a rank-64 adapter on q, k, v, o of SmolLM2-135M weighs 1.05.
     """
@@ -79,22 +79,22 @@ def token_weight(adapter_bytes: int, base_bytes: int) -> float:
 
 
 def rank_in_queue(request: Request) -> tuple[int, int]:
-    """The order of a tenant's requests, and of running ones: the last is preempted first."""
+    """The order of a tenant's requests, and of running requests, of which the last is preempted first."""
     return request.priority, request.arrival
 
 
 class FairQueue:
-    """Owns the counters, and the order of those requests that could run now. O(log tenants) for each operation."""
+    """Owns the counters, and the order of the requests that could run now. O(log tenants) for each operation."""
 
     def __init__(self, lead: float = 0) -> None:
-        """`lead`: service by which a preferred request's tenant may be ahead of the one whose turn it is."""
+        """`lead`: service by which a preferred request's tenant may be ahead of the tenant that is next."""
         self._lead = lead
         self._counters: dict[str, float] = {}
         self._queues: dict[str, list[Request]] = {}
         self._order: list[_Turn] = []  # a heap; a tenant's first place in it may be too early, never too late
-        self._joined_at: dict[str, float] = {}  # what the counter of a tenant with a queue was lifted to at least
+        self._joined_at: dict[str, float] = {}  # for tenants with a queue: the counter to which they were raised
         self._num_running: Counter[str] = Counter()
-        self._last = ""  # whose queue ended last
+        self._last = ""  # the tenant whose queue became empty last
         self._forgotten = 0.0  # the largest counter that has been forgotten
         self._forget_at = _FORGET_ABOVE
 
@@ -121,13 +121,13 @@ class FairQueue:
             self._last = request.tenant
 
     def charge(self, request: Request, *, num_input: int = 0, num_output: int = 0) -> None:
-        """Service that `request` gets, in tokens."""
+        """Add the service that `request` receives, in tokens."""
         service = request.token_weight * (INPUT_WEIGHT * num_input + OUTPUT_WEIGHT * num_output)
         self._counters[request.tenant] = self.counter(request.tenant) + service
 
     def refund(self, request: Request, *, num_input: int) -> None:
-        """`request` was charged and served nothing. No credit for idleness comes of it: where its tenant has come to
-        the queue since, the counter falls no lower than to what it was lifted to then.
+        """`request` was charged and has received nothing. If its tenant has joined the queue since, its counter
+        stays at or above the value to which it was raised then, so the refund earns no credit for being idle.
         """
         tenant = request.tenant
         counter = self.counter(tenant) - request.token_weight * INPUT_WEIGHT * num_input
@@ -136,7 +136,7 @@ class FairQueue:
             self._move_up(tenant)
 
     def pick(self, preferred: Callable[[Request], bool]) -> Request | None:
-        """Whose turn it is, or a preferred request that may overtake; it stays in the queue until `take`."""
+        """The next request, or a preferred one that may overtake it; it stays in the queue until `take`."""
         front = self._front()
         if front is None:
             return None
@@ -154,7 +154,7 @@ class FairQueue:
         return head
 
     def take(self, request: Request) -> None:
-        """Remove what `pick` gave, counting those that it overtakes: its own tenant's and the one whose turn it is."""
+        """Remove the request that `pick` gave. It overtakes earlier ones of its tenant and the one that was next."""
         front = self._front()
         assert front is not None
         queue = self._queues[request.tenant]
@@ -166,16 +166,16 @@ class FairQueue:
         self._num_running[request.tenant] += 1
 
     def leave(self, request: Request) -> None:
-        """It was taken and does not run any more."""
+        """`request` was taken and does not run any more."""
         self._num_running[request.tenant] -= 1
         if not self._num_running[request.tenant]:
             del self._num_running[request.tenant]
 
     def ahead_of(self, request: Request, waiting: Iterable[Request], mean_output: float) -> Backlog:
-        """What of `waiting` will be served before `request`, if it comes or stays: all of better priority, the earlier
-        ones of its tenant, and of every other tenant as much as its counter is behind by then. O(waiting).
+        """What of `waiting` will be served before `request`: all requests of better priority, the earlier ones of its
+        tenant, and of every other tenant the share by which its counter is behind by then. O(waiting).
 
-        `mean_output`: how many tokens a request generates.
+        `mean_output`: tokens that a request generates, the mean.
         """
         own = request.tenant
         num_requests = num_tokens = 0.0
@@ -199,7 +199,7 @@ class FairQueue:
             num_tokens += share * tokens
         return Backlog(num_requests, num_tokens)
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- private ------------------------------------------------------------------------------------------------------
 
     def _index(self, queue: list[Request], request: Request) -> int:
         index = bisect_left(queue, rank_in_queue(request), key=rank_in_queue)
@@ -211,14 +211,14 @@ class FairQueue:
         return _Turn(head.priority, self.counter(tenant), head.arrival, tenant)
 
     def _move_up(self, tenant: str) -> None:
-        """Its turn is an earlier one now. The one that it had stays behind, until there are too many of those."""
+        """The tenant's turn is earlier now. Its old entry stays in the heap until there are too many old entries."""
         heapq.heappush(self._order, self._turn(tenant))
         if len(self._order) > 2 * len(self._queues) + _SPARE_PLACES:
             self._order = [self._turn(t) for t in self._queues]
             heapq.heapify(self._order)
 
     def _front(self) -> _Turn | None:
-        """The first turn, after those above it that are out of date have been put right."""
+        """The first turn; outdated entries before it are corrected."""
         while self._order:
             turn = self._order[0]
             if turn.tenant not in self._queues:
@@ -231,7 +231,7 @@ class FairQueue:
         return None
 
     def _near(self, front: _Turn) -> list[str]:
-        """The first tenants that may be preferred to `front`, in order, itself the first of them."""
+        """`front`'s tenant, and the next ones in order that may be preferred to it."""
         turns: dict[str, _Turn] = {}
         turn: _Turn | None = front
         while turn is not None and len(turns) < _NEAR_TENANTS:
@@ -245,7 +245,7 @@ class FairQueue:
         return list(turns)
 
     def _lifted(self, tenant: str) -> float:
-        """A counter as it will be when its tenant, without a request of the best priority, gets one."""
+        """The counter of a tenant after it has been raised for a new request."""
         return max(self.counter(tenant), self._level())
 
     def _level(self) -> float:
@@ -259,7 +259,7 @@ class FairQueue:
         self._counters[tenant] = max(self.counter(tenant), self._joined_at[tenant])
 
     def _forget(self) -> None:
-        """Tenants that have nothing in the engine and would be lifted when they come, whenever that is."""
+        """Forget tenants that have nothing in the engine and whose counters would be raised if they came back."""
         least = min(map(self.counter, self._queues), default=self.counter(self._last))
         busy = self._queues.keys() | self._num_running.keys() | {self._last}
         going = {t: c for t, c in self._counters.items() if c <= least and t not in busy}

@@ -1,8 +1,8 @@
-"""When a request would get its first token, from what steps have taken so far; who is refused for it.
+"""When a request would get its first token, estimated from the measured steps, and which requests are refused for it.
 
-A step of n tokens is taken to last a + b·n seconds: a is reading the weights once, b a token's own work. Both are
-fitted to the steps measured, the older the less. Throughput alone would not do: a single stream's tokens per second
-say nothing about a prompt's.
+The model is that a step of n tokens lasts a + b·n seconds: a for reading the weights once, b for the work of one token.
+Both are fitted to the measured steps; older steps weigh less. A throughput would not do: the tokens per second of one
+decoding request do not predict those of a prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from loray.engine.request import Request
 from loray.errors import Overloaded
 
-_MEMORY_STEPS = 128  # a step's weight in the fit falls to 1/e over as many
+_MEMORY_STEPS = 128  # after that many further steps, a step's weight in the fit has fallen to 1/e
 _MEMORY_REQUESTS = 32
 _MIN_RETRY_S = 1.0
 
@@ -32,8 +32,8 @@ class StepSeconds:
         self._nt = keep * self._nt + num_tokens * seconds
 
     def predict(self, num_steps: float, num_tokens: float) -> float:
-        """Seconds of so many steps with so many tokens in all. 0 before the first was measured: nobody is refused on
-        a guess. While all steps had the same size, the whole of their time is counted as fixed.
+        """Seconds of that many steps with that many tokens in all. 0 before the first step was measured, so that no
+        request is refused on a guess. While all steps had the same size, all of their time is counted as fixed.
         """
         if not self._weight:
             return 0.0
@@ -45,24 +45,25 @@ class StepSeconds:
 
 
 class FirstTokenEstimate:
-    """Seconds until a request that waits behind others has its first token."""
+    """Seconds until the first token of a request that waits behind others."""
 
     def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self._max_num_seqs, self._budget = max_num_seqs, max_num_batched_tokens
         self._steps = StepSeconds()
-        self.mean_output = 0.0  # tokens that a request generates
+        self.mean_output = 0.0  # tokens that a request generates, a running mean
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         self._steps.observe(num_tokens, seconds)
 
     def observe_end(self, num_output: int) -> None:
-        """A request gave up its place in the batch."""
+        """A running request has ended."""
         share = 1 / _MEMORY_REQUESTS if self.mean_output else 1.0
         self.mean_output += share * (num_output - self.mean_output)
 
     def seconds(self, num_tokens: float, *, num_running: int = 0, num_ahead: float = 0) -> float:
-        """`num_tokens`: of prompts, those ahead and its own. Where the batch has no place for it and the `num_ahead`
-        before it, that many requests must end first; of a full batch one ends every mean_output ÷ max_num_seqs steps.
+        """`num_tokens`: of the prompts ahead and its own. If the batch has no place for the request and the `num_ahead`
+        ones before it, that many requests must end first; in a full batch one ends every mean_output ÷ max_num_seqs
+        steps.
         """
         must_end = max(0.0, num_running + num_ahead + 1 - self._max_num_seqs)
         decode_steps = must_end * self.mean_output / self._max_num_seqs
@@ -71,7 +72,7 @@ class FirstTokenEstimate:
 
 
 class FirstTokenTargets:
-    """Refuses early those whose first token would come too late. Once admitted, a request is never refused."""
+    """Refuses requests whose first token would come too late. A request that has been admitted is never refused."""
 
     def __init__(
         self,
@@ -81,15 +82,16 @@ class FirstTokenTargets:
         alone: Callable[[Request], float],
         clock: Callable[[], float],
     ) -> None:
-        """Seconds to the first token of a request that joins the queue now, and of one that were next.
-
-        ttft_slo_s  for requests that do not bring their own
+        """
+        ttft_slo_s  for requests without one of their own
+        estimate    seconds to the first token of a request that joins the queue now
+        alone       the same, of a request that is next
         """
         self._ttft_slo_s, self._estimate, self._alone, self._clock = ttft_slo_s, estimate, alone, clock
         self.num_aborted = 0
 
     def accept(self, request: Request) -> None:
-        """Overloaded if it is expected to wait for longer than its target."""
+        """Overloaded if its first token is expected later than its target."""
         slo = self._slo(request)
         if slo is None:
             return
@@ -103,19 +105,19 @@ class FirstTokenTargets:
         request.start_by = self._clock() + slo - self._alone(request)
 
     def refuse_late(self, waiting: Iterable[Request]) -> list[tuple[Request, Exception]]:
-        """Those that would be too late even if they were next."""
+        """The requests that would be too late even if they were next, each with its error."""
         now = self._clock()
         late = [r for r in waiting if r.start_by < now]
         if not late:
             return []
         self.num_aborted += len(late)
-        expected = self._estimate(late[-1])  # one estimate for all: this one scans the queue
+        expected = self._estimate(late[-1])  # one estimate for all: making it scans the queue
         return [
             (r, Overloaded(f"no first token within {self._slo(r):g} s", self.retry_after_s(r, expected))) for r in late
         ]
 
     def retry_after_s(self, request: Request, expected: float) -> float:
-        """When what is ahead has shrunk to what `request` would put up with."""
+        """Seconds until the expected wait has fallen to the target of `request`."""
         return max(_MIN_RETRY_S, expected - (self._slo(request) or 0))
 
     def _slo(self, request: Request) -> float | None:

@@ -1,9 +1,10 @@
 """What runs in the next step: chunked prefill and decode in one token budget.
 
-Requests are admitted by priority and fairness (`fairness`). One that waits for its adapter is passed over and blocks
-nobody; one that waits for blocks holds back those behind it, so that it cannot starve. A running request never fails
-for want of memory: idle adapters go first, then the running request of the lowest priority, the youngest of these, is
-preempted and computed again later. One that waits and cannot have its first token in time is refused (`overload`).
+Requests are admitted by priority and fairness (`fairness`). A request that waits for its adapter does not block others.
+A request that waits for blocks blocks those behind it, so that it cannot starve. A running request never fails because
+memory is short: idle adapters are evicted first; then the running request of the lowest priority, the youngest of
+several, is preempted and computed again later. A waiting request that cannot have its first token in time is refused
+(`overload`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import math
 import time
 from bisect import insort
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple
 
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.prefix_cache import PrefixCache
 from loray.engine.request import Request, State
 from loray.engine.residency.residency import Residency
-from loray.engine.residency.table import Tier
+from loray.engine.residency.table import P, R, Tier
 from loray.engine.scheduling.blocks import RequestBlocks
 from loray.engine.scheduling.fairness import rank_in_queue
 from loray.engine.scheduling.overload import FirstTokenEstimate, FirstTokenTargets
@@ -40,26 +41,27 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`landed`: an adapter came in, failed or was thrown out, so that planning again may give more."""
+    """`failed` will not run. `residency_changed`: an adapter was loaded, failed or was evicted: plan again at once."""
 
     chunks: list[Chunk]
     failed: list[tuple[Request, Exception]]
-    landed: bool
+    residency_changed: bool
 
 
-class Scheduler:
-    """The one owner of the queues and of which request holds which KV blocks and pins which adapter.
+class Scheduler(Generic[P, R]):
+    """The only owner of the queues, and of which request holds which KV blocks and pins which adapter.
 
-    token_weight  of an admitted request's adapter; see fairness.token_weight
-    ttft_slo_s    for requests that do not bring their own; None: they may wait for ever
-    clock         seconds
+    adapter_blocks  the most blocks that a request's adapter takes; 0: not known
+    token_weight    of an admitted request's adapter; see fairness.token_weight
+    ttft_slo_s      for requests without one of their own; None: they may wait forever
+    clock           seconds
     """
 
     def __init__(
         self,
         *,
         allocator: BlockAllocator,
-        residency: Residency[Any, Any],
+        residency: Residency[P, R],
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_queued: int,
@@ -76,7 +78,7 @@ class Scheduler:
         self._budget = max_num_batched_tokens
         self._max_queued = max_queued
         self._adapter_blocks = adapter_blocks
-        # An idle adapter first, then gaps between rows.
+        # Evict an idle adapter first, then close gaps between rows.
         self._blocks = RequestBlocks(
             allocator,
             lambda num_blocks: residency.evict_one() or compact(num_blocks),
@@ -105,7 +107,7 @@ class Scheduler:
 
     @property
     def prefix_cache_queries(self) -> int:
-        """Prompt tokens looked up in the prefix cache; `prefix_cache_hits`: those found there."""
+        """Prompt tokens that were looked up in the prefix cache; `prefix_cache_hits`: those found there."""
         return self._blocks.num_queries
 
     @property
@@ -118,7 +120,7 @@ class Scheduler:
         return self._targets.num_aborted
 
     def add(self, request: Request) -> None:
-        """Overloaded when too many wait, or for longer than `request` may."""
+        """Queue a request. Overloaded if too many requests wait, or if its first token is expected too late."""
         if len(self.waiting) >= self._max_queued:
             retry_after = self._targets.retry_after_s(request, self._seconds_to_first_token(request))
             raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after)
@@ -126,42 +128,42 @@ class Scheduler:
         self.waiting.add(request)
 
     def remove(self, request: Request) -> None:
-        """Finished, cancelled or failed: everything that the request holds is given back."""
+        """The request is finished, cancelled or failed: release everything that it holds."""
         if request.state is State.RUNNING:
             self.running.remove(request)
             self._charge_output(request)
             self.waiting.fair.leave(request)
             self._estimate.observe_end(len(request.output_ids))
-            self._give_back(request)
+            self._release(request)
         elif request.state is State.WAITING:
             self.waiting.remove(request)
         request.state = State.FINISHED
 
     def first_step_seconds(self, digest: str) -> float:
-        """Of the step that begins on this adapter: it computes one waiting request's prompt at least. 0: not known."""
+        """Estimate for the step that computes the longest waiting prompt of this adapter. 0: not known."""
         num_tokens = max((r.num_pending for r in self.waiting.loading(digest)), default=0)
         return self._estimate.seconds(min(num_tokens, self._budget)) if num_tokens else 0.0
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
-        """What the last plan took."""
+        """The duration of the last step."""
         self._estimate.observe_step(num_tokens, seconds)
 
     def next(self) -> Plan:
         """The chunks of the next step, best priority and oldest first, and the requests that will not run."""
-        landed = self._residency.poll()
+        changed = self._residency.poll()
         chunks: list[Chunk] = []
         budget = self._budget
         failed = self._fail_running()
         for request in self.running:
             self._charge_output(request)
-        decoding = sum(request.num_pending == 1 for request in self.running)  # of those that are still to come
+        decoding = sum(request.num_pending == 1 for request in self.running)  # still to come in this loop
         for request in list(self.running):
             decodes = request.num_pending == 1
-            if request.state is not State.RUNNING:  # preempted by an older one above
+            if request.state is not State.RUNNING:  # preempted for an earlier one
                 continue
             decoding -= decodes
             if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
-                self._preempt(request)  # a step has waited in vain for the rest of its adapter: others take its seat
+                self._preempt(request)  # its adapter is late: a step has waited for the rest in vain
                 continue
             n = min(request.num_pending, budget if decodes else max(0, budget - decoding))
             if n and self._grow(request, request.num_computed + n):
@@ -171,13 +173,13 @@ class Scheduler:
         late = self._targets.refuse_late(self.waiting)
         for request, _ in late:
             self.waiting.refuse(request)
-        failed += late + self.waiting.land() + self._admit(chunks, budget)
-        landed |= self._emptied
-        landed |= self._residency.poll()  # what was evicted and is wanted must fly again before the engine sleeps
-        return Plan(chunks, failed, landed)
+        failed += late + self.waiting.admit_loaded() + self._admit(chunks, budget)
+        changed |= self._emptied
+        changed |= self._residency.poll()  # loads evicted adapters that are wanted again, before the engine sleeps
+        return Plan(chunks, failed, changed)
 
     def _fail_running(self) -> list[tuple[Request, Exception]]:
-        """Those that began on an adapter whose rest never came, or was not what was published."""
+        """Stop the running requests whose partial adapter could not be loaded completely."""
         failed: list[tuple[Request, Exception]] = []
         for request in list(self.running):
             if request.adapter is not None and self._residency.table.tier(request.adapter) is Tier.FAILED:
@@ -185,7 +187,7 @@ class Scheduler:
                 self.waiting.add(request, again=True)
                 self.waiting.refuse(request)
                 self.running.remove(request)
-                self._give_back(request)
+                self._release(request)
                 request.state = State.WAITING
         return failed
 
@@ -206,11 +208,11 @@ class Scheduler:
                 self.waiting.refuse(request)
                 failed.append((request, ContextLengthExceeded(self._too_large(request), "max_tokens")))
             else:
-                break  # it waits for blocks: nobody behind it may take them
+                break  # it waits for blocks: the requests behind it may not take them
         return failed
 
     def _charge_admission(self, request: Request) -> None:
-        """For the part of its prompt that the prefix cache does not know, once: being preempted costs nothing."""
+        """Charge the part of its prompt that is not in the prefix cache, once: a preemption is not charged."""
         request.start_by = math.inf
         if not request.token_weight:
             request.token_weight = self._token_weight(request)
@@ -241,33 +243,33 @@ class Scheduler:
         )
 
     def _start(self, request: Request) -> bool:
-        """The adapter, pinned, then blocks for every token known so far; all or nothing."""
+        """Pin its adapter and allocate blocks for all tokens known so far; all or nothing."""
         ref = request.adapter
-        self._blocks.take_cached(request)  # first, lest it make room for the rest
+        self._blocks.take_cached(request)  # first: making room for the rest could evict these blocks
         if ref is not None:
             while self._residency.acquire(ref) is None:
                 missing = self._adapter_blocks(request) - self._allocator.num_free
                 if self._residency.table.tier(ref) is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
-                    self._blocks.give_back(request)
+                    self._blocks.release(request)
                     return False
         if not self._blocks.extend(request, request.num_tokens):
-            self._blocks.give_back(request)
+            self._blocks.release(request)
             if ref is not None:
                 self._residency.release(ref)
             return False
         self._blocks.count_cached(request)
         request.state = State.RUNNING
         self.waiting.take(request)
-        insort(self.running, request, key=rank_in_queue)  # one that was preempted is no younger for it
+        insort(self.running, request, key=rank_in_queue)  # a preempted request keeps its rank
         return True
 
     def moved(self, moves: Mapping[int, int]) -> None:
-        """KV blocks have been copied from the keys of `moves` to its values, the allocator knows."""
+        """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
         self._blocks.moved((*self.running, *self.waiting), moves)
 
     def _empty_pool(self) -> bool:
-        """With nothing running, throw every adapter out: an own one that fills the gaps of others takes more blocks
-        than it needs, and comes back in one piece. False if there was none: then blocks will never suffice.
+        """With nothing running, evict every adapter: the request's own may be spread over the gaps of others, and takes
+        fewer blocks when it is placed again. False if there was none: then blocks will never suffice.
         """
         self._emptied = self._residency.evict_one()
         while self._residency.evict_one():
@@ -275,7 +277,7 @@ class Scheduler:
         return self._emptied
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
-        """Blocks up to `num_tokens`; False if `request` itself had to be preempted for them."""
+        """Allocate blocks up to `num_tokens`; False if `request` itself had to be preempted for them."""
         self._blocks.share(request)
         while not self._blocks.extend(request, num_tokens):
             last = self.running[-1]
@@ -286,13 +288,13 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._give_back(request)
+        self._release(request)
         request.state = State.WAITING
         self.waiting.add(request, again=True)
         self.num_preemptions += 1
 
-    def _give_back(self, request: Request) -> None:
+    def _release(self, request: Request) -> None:
         self._blocks.share(request)
-        self._blocks.give_back(request)
+        self._blocks.release(request)
         if request.adapter is not None:
             self._residency.release(request.adapter)

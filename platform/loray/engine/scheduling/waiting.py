@@ -1,35 +1,37 @@
-"""The requests that wait: for their adapter, which blocks nobody, or for their turn. Owner of what they want."""
+"""The requests that wait: for their adapter, which does not block others, or for their turn."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from enum import Enum
-from typing import Any
+from typing import Generic
 
 from loray.engine.request import Request
 from loray.engine.residency.residency import Residency
-from loray.engine.residency.table import Tier
+from loray.engine.residency.table import P, R, Tier
 from loray.engine.scheduling.fairness import Backlog, FairQueue
 
 
 class _State(Enum):
     LOADING = "loading"
     READY = "ready"
-    REFUSED = "refused"  # its error is on the way to the caller, who removes it
+    REFUSED = "refused"  # its error has been returned; the caller removes it
 
 
-class WaitingRequests:
-    """A request whose adapter has arrived takes its turn in a FairQueue; until then its tenant waits for a store, and
-    not for service, so that its counter does not fall behind.
+class WaitingRequests(Generic[P, R]):
+    """A request enters a FairQueue when its adapter has been loaded. Before that its tenant waits for the store and not
+    for service, so its counter must not fall behind.
+
+    The only caller of Residency.want and Residency.unwant.
     """
 
-    def __init__(self, residency: Residency[Any, Any], *, lead: float) -> None:
+    def __init__(self, residency: Residency[P, R], *, lead: float) -> None:
         self.fair = FairQueue(lead)
         self._residency = residency
         self._states: dict[Request, _State] = {}
-        self._by_adapter: dict[str, dict[Request, None]] = {}  # those that have not been refused
+        self._by_adapter: dict[str, dict[Request, None]] = {}  # without the refused ones
         self._loading: dict[str, dict[Request, None]] = {}
-        self._entered: dict[str, None] = {}  # adapters of which some have begun to load since the last `land`
+        self._entered: dict[str, None] = {}  # adapters in `_loading` that were added since the last `admit_loaded`
 
     def __len__(self) -> int:
         return len(self._states)
@@ -49,16 +51,16 @@ class WaitingRequests:
     def remove(self, request: Request) -> None:
         """It was cancelled or refused."""
         self._withdraw(request)
-        self._left(request)
+        self._forget(request)
 
     def take(self, request: Request) -> None:
-        """It runs: `request` is what `pick` gave, and its adapter is pinned."""
+        """It runs: `pick` gave `request`, and its adapter is pinned."""
         self.fair.take(request)
-        self._left(request)
+        self._forget(request)
 
     def refuse(self, request: Request) -> None:
-        """It will not run; the engine removes it when its caller has been told. One that has run and has not had a
-        token yet costs its tenant nothing.
+        """It will not run; the engine removes it after it has returned the error. A request that ran but has no token
+        yet is refunded.
         """
         self._withdraw(request)
         if request.num_input_charged and not request.output_ids:
@@ -66,11 +68,11 @@ class WaitingRequests:
         self._discard(self._by_adapter, request)
         self._states[request] = _State.REFUSED
 
-    def land(self) -> list[tuple[Request, Exception]]:
-        """Let those whose adapter has come take their turn; refuse and return those whose adapter failed."""
+    def admit_loaded(self) -> list[tuple[Request, Exception]]:
+        """Queue the requests whose adapter has been loaded; refuse and return those whose adapter failed."""
         failed: list[tuple[Request, Exception]] = []
         entered, self._entered = self._entered, {}
-        for digest in {**entered, **dict.fromkeys(self._residency.take_settled())}:
+        for digest in {**entered, **dict.fromkeys(self._residency.take_changed())}:
             loading = self._loading.get(digest)
             if not loading:
                 continue
@@ -84,11 +86,11 @@ class WaitingRequests:
         return failed
 
     def has_failed(self, request: Request) -> bool:
-        """Its adapter could not be loaded or placed."""
+        """True if its adapter could not be loaded or placed."""
         return self._tier(request) is Tier.FAILED
 
     def fail(self, request: Request) -> list[tuple[Request, Exception]]:
-        """Refuse all that wait for the adapter of `request`, which could not be loaded or placed."""
+        """Refuse all requests that wait for the adapter of `request`, which could not be loaded or placed."""
         ref = request.adapter
         assert ref is not None
         same = list(self._by_adapter[ref.digest])
@@ -97,20 +99,20 @@ class WaitingRequests:
         return [(r, self._residency.table.error(ref)) for r in same]
 
     def pick(self) -> Request | None:
-        """Whose turn it is; it may have failed since it landed. See FairQueue.pick."""
+        """The next request, see FairQueue.pick. Its adapter may have failed since it was loaded."""
         while (request := self.fair.pick(self._is_resident)) is not None and self._tier(request) is Tier.LOADING:
-            self._withdraw(request)  # its adapter was thrown out and flies again
+            self._withdraw(request)  # its adapter was dropped and is loaded again
             self._enter(request)
         return request
 
     def loading(self, digest: str) -> Collection[Request]:
-        """Those that wait for this adapter to come."""
+        """The requests that wait for this adapter to be loaded."""
         return self._loading.get(digest, ())
 
     def ahead_of(self, request: Request, mean_output: float) -> Backlog:
         return self.fair.ahead_of(request, self._states, mean_output)
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- private ------------------------------------------------------------------------------------------------------
 
     def _tier(self, request: Request) -> Tier:
         return Tier.POOL if request.adapter is None else self._residency.table.tier(request.adapter)
@@ -144,7 +146,7 @@ class WaitingRequests:
             if not same:
                 by_adapter.pop(request.adapter.digest, None)
 
-    def _left(self, request: Request) -> None:
+    def _forget(self, request: Request) -> None:
         del self._states[request]
         self._discard(self._by_adapter, request)
         if request.adapter is not None:

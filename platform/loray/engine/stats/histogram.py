@@ -1,4 +1,4 @@
-"""A histogram that costs a fraction of a microsecond for each value: what the engine's thread counts with."""
+"""A histogram for the engine's thread: observing a value costs a fraction of a microsecond."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loray.telemetry import HistogramCounts
 
 
 class Histogram:
-    """Written by one thread. `bounds` ascend, and are upper bounds, included, as Prometheus has them."""
+    """Written by one thread. `bounds` are inclusive upper bounds in ascending order, as in Prometheus."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = tuple(bounds)

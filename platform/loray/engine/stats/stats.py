@@ -1,50 +1,29 @@
-"""What an engine says about itself."""
+"""The figures that an engine reports."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from pydantic import ConfigDict, SkipValidation
 
+from loray.spec import EngineFigures
 from loray.telemetry import HistogramCounts
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A moment's state and totals since the start. Blocks are the pool's, by what they hold.
+class EngineStats(EngineFigures):
+    """`EngineFigures` and what else the metrics show.
 
-    kv                     blocks that requests hold; those that the prefix cache alone holds are `cached`
-    prefix_cache_queries   prompt tokens looked up in the prefix cache, `hits` those found there
+    adapters_in_pool       digests; adapters_on_host: of those that are on the host and not in the pool
+    prefix_cache_queries   prompt tokens looked up in the prefix cache; prefix_cache_hits: those found there
+    queue_seconds          by the adapter's method, or "base"
     """
 
-    num_running: int
-    num_waiting: int
-    num_loading: int
-    blocks: dict[str, int]
-    adapters_in_pool: tuple[str, ...]
-    adapters_on_host: tuple[str, ...]
-    host_bytes: int
-    num_steps: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_finished: int
-    num_preemptions: int
-    num_aborted: int
+    model_config = ConfigDict(extra="forbid")
+
+    adapters_in_pool: SkipValidation[tuple[str, ...]]
+    adapters_on_host: SkipValidation[tuple[str, ...]]
     prefix_cache_queries: int
     prefix_cache_hits: int
-    num_loads: int
-    num_failed_loads: int
-    num_evictions: int
-    num_host_evictions: int
-    num_pool_hits: int
-    num_host_hits: int
-    num_misses: int
-    num_loaded_bytes: int
-    max_adapters_in_step: int
-    step_seconds: HistogramCounts
-    step_tokens: HistogramCounts
-    step_adapters: HistogramCounts
-    load_seconds: HistogramCounts
-    queue_seconds: dict[str, HistogramCounts]  # by the adapter's method, or "base"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    step_seconds: SkipValidation[HistogramCounts]
+    step_tokens: SkipValidation[HistogramCounts]
+    step_adapters: SkipValidation[HistogramCounts]
+    load_seconds: SkipValidation[HistogramCounts]
+    queue_seconds: SkipValidation[dict[str, HistogramCounts]]

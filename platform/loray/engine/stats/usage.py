@@ -1,5 +1,5 @@
-"""What is counted of adapters: hits and loads in total; of each one how often, when last and for how many tokens it
-was used, which is kept for a while after it has gone.
+"""What is counted of adapters: totals of hits and loads; and of each adapter how often, when last and for how many
+tokens it was used. The usage of an adapter is kept for a while after the engine has dropped the adapter.
 """
 
 from __future__ import annotations
@@ -7,11 +7,11 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from loray.spec import AdapterRef
 
-KEPT = 10_000  # adapters that have been let go and are still remembered; some 15 MB
+NUM_KEPT = 10_000  # dropped adapters whose usage is kept; some 15 MB
 
 
 @dataclass(slots=True)
@@ -26,67 +26,64 @@ class AdapterUsage:
 
 @dataclass(slots=True)
 class ResidencyCounts:
-    """Totals. Hits and misses are requests, by where their adapter was when they asked for it; a preempted request
-    asks once. Loads are counted as they start, their bytes (in host memory) as they land.
+    """Totals. Hits and misses are requests, by where their adapter was when they came; a preempted request counts
+    once. A load counts when it starts, its bytes (in host memory) when it is complete.
 
-    evictions       from the pool; most of them stay on the host
-    host_evictions  from the host's memory
+    num_evictions       from the pool; most of these adapters stay on the host
+    num_host_evictions  from host memory
     """
 
-    pool_hits: int = 0
-    host_hits: int = 0
-    misses: int = 0
-    loads: int = 0
-    failed_loads: int = 0
-    loaded_bytes: int = 0
-    evictions: int = 0
-    host_evictions: int = 0
-
-    def stats(self) -> dict[str, int]:
-        """Fields of EngineStats."""
-        return {f"num_{name}": count for name, count in asdict(self).items()}
+    num_pool_hits: int = 0
+    num_host_hits: int = 0
+    num_misses: int = 0
+    num_loads: int = 0
+    num_failed_loads: int = 0
+    num_loaded_bytes: int = 0
+    num_evictions: int = 0
+    num_host_evictions: int = 0
 
 
 class UsageLog:
-    """Adapters that the engine holds, and the last `kept` of those it has let go. One thread."""
+    """Usage of the adapters that the engine holds, and of the last `num_kept` that it has dropped. For one thread."""
 
     def __init__(
         self,
         *,
-        kept: int = KEPT,
+        num_kept: int = NUM_KEPT,
         now: Callable[[], float] = time.time,
-        forgotten: Callable[[str], None] = lambda digest: None,
+        on_forget: Callable[[str], None] = lambda digest: None,
     ) -> None:
-        """`forgotten` is called for each adapter that is not remembered any more."""
-        self._kept, self._now, self._forgotten = kept, now, forgotten
+        """`on_forget` is called with the digest of each adapter whose usage is forgotten."""
+        self._num_kept, self._now, self._on_forget = num_kept, now, on_forget
         self._held: dict[str, AdapterUsage] = {}
-        self._gone: OrderedDict[str, AdapterUsage] = OrderedDict()
+        self._dropped: OrderedDict[str, AdapterUsage] = OrderedDict()
 
-    def asked(self, ref: AdapterRef) -> None:
-        """A request asked for `ref`, which is held from now on."""
+    def request_came(self, ref: AdapterRef) -> None:
+        """A request for `ref` came; the engine holds `ref` from now on."""
         usage = self._held.get(ref.digest)
         if usage is None:
-            usage = self._gone.pop(ref.digest, None) or AdapterUsage(ref, 0.0)
+            usage = self._dropped.pop(ref.digest, None) or AdapterUsage(ref, 0.0)
             self._held[ref.digest] = usage
-        usage.ref = ref  # the same bytes may be published under two names: the one that was asked for last
+        usage.ref = ref  # the same bytes may be published under two names: the last one that was requested
         usage.num_uses += 1
         usage.last_used_at = self._now()
 
-    def ended(self, ref: AdapterRef, num_tokens: int) -> None:
-        """A request that used `ref` ended, well or badly; `ref` is held."""
+    def request_ended(self, ref: AdapterRef, num_tokens: int) -> None:
+        """A request for `ref` ended, with or without an error; the engine holds `ref`."""
         usage = self._held[ref.digest]
         usage.num_tokens += num_tokens
         usage.last_used_at = self._now()
 
-    def let_go(self, ref: AdapterRef) -> None:
-        self._gone[ref.digest] = self._held.pop(ref.digest)
-        if len(self._gone) > self._kept:
-            self._forgotten(self._gone.popitem(last=False)[0])
+    def dropped(self, ref: AdapterRef) -> None:
+        """The engine does not hold `ref` any more."""
+        self._dropped[ref.digest] = self._held.pop(ref.digest)
+        if len(self._dropped) > self._num_kept:
+            self._on_forget(self._dropped.popitem(last=False)[0])
 
     def get(self, digest: str) -> AdapterUsage | None:
-        """None for an adapter never used, or forgotten."""
-        return self._held.get(digest) or self._gone.get(digest)
+        """None for an adapter that was never used, or is forgotten."""
+        return self._held.get(digest) or self._dropped.get(digest)
 
     def all(self) -> list[AdapterUsage]:
-        """Those held first, then those gone, the longest gone first."""
-        return [*self._held.values(), *self._gone.values()]
+        """Held adapters first, then dropped ones, the longest dropped first."""
+        return [*self._held.values(), *self._dropped.values()]

@@ -1,4 +1,5 @@
-"""Prefill on an adapter that still arrives: the same tokens, none sent before all is verified, nobody else hurt."""
+"""Prefill on an adapter that is not complete yet: the same tokens, none sent before the adapter is verified, and other
+requests undisturbed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.pool.loading import Progress
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.request import TokenOutput
-from loray.engine.residency.arrival import Arrival
+from loray.engine.residency.partial import PartialLoad
 from loray.engine.residency.table import Tier
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef, GenerateRequest
@@ -23,7 +24,7 @@ from tests.engine.harness import make_engine, request, run
 PROMPT = tuple(range(30, 60))
 
 
-class Scripted(Arrival):
+class Scripted(PartialLoad):
     """Time that passes while the engine waits: `layer(n)` before it has waited for n layers, `end()` for the rest."""
 
     def __init__(self, layer: Callable[[int], None], end: Callable[[], None]) -> None:
@@ -41,17 +42,17 @@ class Scripted(Arrival):
         return super().wait(0.0)
 
 
-class Flight:
-    """An adapter whose shape alone has come: its numbers are NaN until `bring` gives them, layer by layer."""
+class Load:
+    """An adapter of which only the shapes are known: its values are NaN until `bring` gives them, layer by layer."""
 
     def __init__(self, adapter: TestAdapter, base: BaseModel) -> None:
         self._weights, self._num_layers = adapter.load(base), base.config.num_layers
-        self.arrival = Scripted(self.bring, lambda: self.arrival.land())
+        self.partial = Scripted(self.bring, lambda: self.partial.finish())
         self._packing: Packing | None = None
         self.taken = 0
 
     def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
-        self._packing = Packing(packer, self._weights, self.arrival)
+        self._packing = Packing(packer, self._weights, self.partial)
         for rows in self._packing.packed.layered:
             rows.fill_(torch.nan)
         return self._packing.packed
@@ -60,19 +61,19 @@ class Flight:
         assert self._packing is not None
         self._packing.take(range(self.taken, num_layers))
         self.taken = max(self.taken, num_layers)
-        self.arrival.advance(self.taken)
+        self.partial.advance(self.taken)
 
     def bring_all(self) -> None:
         self.bring(self._num_layers)
-        self.arrival.land()
+        self.partial.finish()
 
 
-class Ground:
-    """An engine whose adapter "r5" comes by a `Flight`, with a request on it, one on "r8" and one on the base."""
+class Scene:
+    """An engine whose adapter "r5" comes by a `Load`, with a request on it, one on "r8" and one on the base."""
 
     def __init__(self, base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
         self.cold, self.warm = adapters["r5"], adapters["r8"]
-        self.flight = Flight(self.cold, base)
+        self.load = Load(self.cold, base)
         self.requests = [
             request("cold", PROMPT, self.cold, max_tokens=4),
             request("warm", PROMPT, self.warm, max_tokens=4),
@@ -82,7 +83,7 @@ class Ground:
         self.engine = make_engine(base, list(adapters.values()))
         run(self.engine, [request("before", PROMPT, self.warm, max_tokens=1)])
         others = self.engine._loads._load
-        self.engine._loads._load = lambda ref: self.flight if ref.digest == self.cold.ref.digest else others(ref)
+        self.engine._loads._load = lambda ref: self.load if ref.digest == self.cold.ref.digest else others(ref)
         self.got: dict[str, list[TokenOutput]] = {}
         for r in self.requests[1:]:
             self.engine.add(r)
@@ -90,10 +91,10 @@ class Ground:
 
     def add_cold(self) -> None:
         self.engine.add(self.requests[0])
-        self.engine._residency.poll()
-        entry = self.engine._residency.table.entries[self.cold.ref.digest]
-        if entry.flight is not None:
-            entry.flight.exception(60)  # it has begun to arrive
+        self.engine.residency.poll()
+        entry = self.engine.residency.table.entries[self.cold.ref.digest]
+        if entry.load is not None:
+            entry.load.exception(60)  # it is usable
 
     def step(self) -> None:
         for out in self.engine.step():
@@ -109,122 +110,122 @@ class Ground:
 
 
 @pytest.fixture
-def ground(base: BaseModel, adapters: dict[str, TestAdapter]) -> Ground:
-    return Ground(base, adapters)
+def scene(base: BaseModel, adapters: dict[str, TestAdapter]) -> Scene:
+    return Scene(base, adapters)
 
 
-def test_layers_that_come_in_time_are_waited_for_one_by_one(ground: Ground) -> None:
-    ground.step()
-    assert ground.flight.arrival.waited == [1, 2]
-    assert len(ground.got["cold"]) == 1
-    ground.finish()
-    assert ground.flight.arrival.waited == [1, 2]  # whole from then on
-    assert ground.tokens(ground.requests) == ground.expected
-    assert ground.engine.stats().load_seconds.num_values == 2
+def test_layers_that_come_in_time_are_waited_for_one_by_one(scene: Scene) -> None:
+    scene.step()
+    assert scene.load.partial.waited == [1, 2]
+    assert len(scene.got["cold"]) == 1
+    scene.finish()
+    assert scene.load.partial.waited == [1, 2]  # complete from then on
+    assert scene.tokens(scene.requests) == scene.expected
+    assert sum(scene.engine.stats().load_seconds.counts) == 2
 
 
 @pytest.mark.parametrize("missing", ["a layer", "the verification"])
-def test_what_comes_late_holds_back_its_own_requests_alone(ground: Ground, missing: str) -> None:
-    arrival = ground.flight.arrival
+def test_what_comes_late_holds_back_its_own_requests_alone(scene: Scene, missing: str) -> None:
+    partial = scene.load.partial
     if missing == "a layer":
-        arrival.layer = lambda num_layers: ground.flight.bring(1) if num_layers == 1 else None
-    arrival.end = lambda: None
+        partial.layer = lambda num_layers: scene.load.bring(1) if num_layers == 1 else None
+    partial.end = lambda: None
     for _ in range(3):
-        ground.step()
-    assert arrival.waited == [1, 2]  # in the first step; later ones leave it out
-    assert "cold" not in ground.got
-    assert [len(ground.got[name]) for name in ("warm", "base")] == [3, 3]
-    assert ground.engine._residency.table.tier(ground.cold.ref) is Tier.LOADING
-    ground.flight.bring_all()
-    ground.finish()
-    assert ground.tokens(ground.requests) == ground.expected
+        scene.step()
+    assert partial.waited == [1, 2]  # in the first step; later ones leave it out
+    assert "cold" not in scene.got
+    assert [len(scene.got[name]) for name in ("warm", "base")] == [3, 3]
+    assert scene.engine.residency.table.tier(scene.cold.ref) is Tier.LOADING
+    scene.load.bring_all()
+    scene.finish()
+    assert scene.tokens(scene.requests) == scene.expected
 
 
 @pytest.mark.parametrize("moment", ["between layers", "at the end", "after a step that did not wait"])
-def test_what_was_not_published_is_never_sent(ground: Ground, moment: str) -> None:
-    arrival = ground.flight.arrival
+def test_what_was_not_published_is_never_sent(scene: Scene, moment: str) -> None:
+    partial = scene.load.partial
 
     def fail() -> None:
-        arrival.fail(IntegrityError("damaged"))
+        partial.fail(IntegrityError("damaged"))
 
-    arrival.end = lambda: None
+    partial.end = lambda: None
     if moment == "between layers":
-        arrival.layer = lambda num_layers: ground.flight.bring(1) if num_layers == 1 else fail()
+        partial.layer = lambda num_layers: scene.load.bring(1) if num_layers == 1 else fail()
     elif moment == "at the end":
-        arrival.end = fail
-    ground.step()
+        partial.end = fail
+    scene.step()
     if moment == "after a step that did not wait":
         fail()
-    assert "cold" not in ground.got
-    ground.finish()
-    (out,) = ground.got["cold"]
+    assert "cold" not in scene.got
+    scene.finish()
+    (out,) = scene.got["cold"]
     assert out.token_id is None
     assert isinstance(out.error, IntegrityError)
-    assert ground.tokens(ground.requests[1:]) == {name: ground.expected[name] for name in ("warm", "base")}
-    assert ground.engine.stats().num_failed_loads == 1
-    ground.flight = Flight(ground.cold, ground.engine.base)  # and may be tried again
-    ground.got.clear()
-    ground.add_cold()
-    ground.finish()
-    assert ground.tokens(ground.requests[:1]) == {"cold": ground.expected["cold"]}
+    assert scene.tokens(scene.requests[1:]) == {name: scene.expected[name] for name in ("warm", "base")}
+    assert scene.engine.stats().num_failed_loads == 1
+    scene.load = Load(scene.cold, scene.engine.base)  # and may be tried again
+    scene.got.clear()
+    scene.add_cold()
+    scene.finish()
+    assert scene.tokens(scene.requests[:1]) == {"cold": scene.expected["cold"]}
 
 
-def test_cancelled_in_the_middle(ground: Ground) -> None:
-    ground.flight.arrival.end = lambda: None
-    ground.step()
-    ground.engine.cancel("cold")
-    ground.finish()
-    ground.flight.bring_all()
-    ground.engine.step()
-    ground.engine.check_integrity()
-    assert ground.engine.stats().adapters_in_pool.count(ground.cold.ref.digest) == 1
+def test_cancelled_in_the_middle(scene: Scene) -> None:
+    scene.load.partial.end = lambda: None
+    scene.step()
+    scene.engine.cancel("cold")
+    scene.finish()
+    scene.load.bring_all()
+    scene.engine.step()
+    scene.engine.check_integrity()
+    assert scene.engine.stats().adapters_in_pool.count(scene.cold.ref.digest) == 1
 
 
-class Weather:
-    """Flights of which each wait may find nothing, or the end, and that land some steps later."""
+class Chances:
+    """Loads in which each wait may find nothing, or an error, and that are complete some steps later."""
 
     def __init__(self, base: BaseModel, adapters: dict[str, TestAdapter], seed: int) -> None:
         self._base, self._rng = base, random.Random(seed)
         self._by_digest = {a.ref.digest: a for a in adapters.values()}
-        self.aloft: list[Flight] = []
+        self.unfinished: list[Load] = []
         self.num_failed = 0
 
-    def load(self, ref: AdapterRef) -> Flight:
-        flight = Flight(self._by_digest[ref.digest], self._base)
-        bring, land = flight.arrival.layer, flight.arrival.end
-        flight.arrival.layer = lambda num_layers: self._perhaps(flight, lambda: bring(num_layers))
-        flight.arrival.end = lambda: self._perhaps(flight, land)
-        self.aloft.append(flight)
-        return flight
+    def load(self, ref: AdapterRef) -> Load:
+        load = Load(self._by_digest[ref.digest], self._base)
+        bring, finish = load.partial.layer, load.partial.end
+        load.partial.layer = lambda num_layers: self._perhaps(load, lambda: bring(num_layers))
+        load.partial.end = lambda: self._perhaps(load, finish)
+        self.unfinished.append(load)
+        return load
 
-    def _perhaps(self, flight: Flight, come: Callable[[], None]) -> None:
+    def _perhaps(self, load: Load, come: Callable[[], None]) -> None:
         chance = self._rng.random()
-        if flight.arrival.done or chance < 0.2:
+        if load.partial.done or chance < 0.2:
             return
         if chance < 0.25:
             self.num_failed += 1
-            flight.arrival.fail(IntegrityError("damaged"))
+            load.partial.fail(IntegrityError("damaged"))
         else:
             come()
 
     def pass_time(self) -> None:
-        for flight in self.aloft:
-            if flight.arrival.waited and not flight.arrival.done and self._rng.random() < 0.3:
-                flight.bring_all()
-        self.aloft = [flight for flight in self.aloft if not flight.arrival.done]
+        for load in self.unfinished:
+            if load.partial.waited and not load.partial.done and self._rng.random() < 0.3:
+                load.bring_all()
+        self.unfinished = [load for load in self.unfinished if not load.partial.done]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_many_at_once_in_any_weather(base: BaseModel, adapters: dict[str, TestAdapter], seed: int) -> None:
-    """Preempted, evicted, late, failed: whoever gets tokens gets the right ones, and all get an answer."""
+def test_many_at_once_with_any_delays(base: BaseModel, adapters: dict[str, TestAdapter], seed: int) -> None:
+    """Preempted, evicted, late, failed: every request gets the right tokens, or an error."""
     models = [None, *adapters.values()]
     requests = [
         request(str(i), PROMPT[: 5 + 7 * i % 25], models[i % len(models)], max_tokens=6) for i in range(5 * len(models))
     ]
     expected = run(make_engine(base, list(adapters.values())), requests)
     engine = make_engine(base, pool_bytes=20 << 13, max_num_batched_tokens=48, host_bytes=1)
-    weather = Weather(base, adapters, seed)
-    engine._loads._load = weather.load
+    chances = Chances(base, adapters, seed)
+    engine._loads._load = chances.load
     got: dict[str, list[int]] = {r.request_id: [] for r in requests}
     failed: set[str] = set()
     waiting, live = list(requests), 0
@@ -242,23 +243,23 @@ def test_many_at_once_in_any_weather(base: BaseModel, adapters: dict[str, TestAd
                 assert out.token_id is not None
                 got[out.request_id].append(out.token_id)
         engine.check_integrity()
-        weather.pass_time()
+        chances.pass_time()
         if engine.idle:
             time.sleep(0.001)  # the threads that load need the interpreter
     assert {name: tokens for name, tokens in got.items() if name not in failed} == {
         name: tokens for name, tokens in expected.items() if name not in failed
     }
-    assert bool(failed) == bool(weather.num_failed)
+    assert bool(failed) == bool(chances.num_failed)
     assert all(r.adapter is not None for r in requests if r.request_id in failed)
 
 
 def test_a_step_waits_no_longer_than_it_may_in_all() -> None:
     """The waits of layers and of the end share one allowance."""
-    from loray.engine.model.landing import Landings
+    from loray.engine.model.partial import PartialAdapters
 
     now, allowed = 0.0, []
 
-    class Slow(Arrival):
+    class Slow(PartialLoad):
         def wait_for_layers(self, num_layers: int, timeout_s: float) -> int:
             nonlocal now
             allowed.append(round(timeout_s, 6))
@@ -279,14 +280,14 @@ def test_a_step_waits_no_longer_than_it_may_in_all() -> None:
     class Adapter:
         num_layers = 0
 
-        class arriving:  # noqa: N801 - as an adapter has it
-            arrival = Slow()
+        class pending:  # noqa: N801 - as an adapter has it
+            partial = Slow()
 
         class ref:  # noqa: N801
             digest = "a"
 
-    landings = Landings(Pool(), [Adapter()], max_wait_s=0.03, clock=lambda: now)  # type: ignore[arg-type, list-item]
+    adapters = PartialAdapters(Pool(), [Adapter()], max_wait_s=0.03, clock=lambda: now)  # type: ignore[arg-type, list-item]
     for layer in range(2):
-        landings.wait_for_layer(layer)
-    assert landings._unsettled() == {"a"}
+        adapters.wait_for_layer(layer)
+    assert adapters._incomplete() == {"a"}
     assert allowed == [0.03, 0.01, 0.0]
