@@ -1,4 +1,4 @@
-"""The Serve application: `serve_apps.app:build`, for `loray up`, `serve run`, `serve deploy` and RayService alike."""
+"""The Serve application `serve_apps.app:build`, for `loray up`, `serve run`, `serve deploy` and RayService."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from serve_apps.scaling.policy import AdapterDemandPolicy, autoscaling_config
 
 __all__ = ["ENGINE", "GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
 
-_SPARE_SLOTS = 64  # beyond what the engine admits, so that it is the engine that refuses, with a time to retry
+_SPARE_SLOTS = 64  # more than the engine admits, so that the engine refuses a request, with a time to retry
 
 
 def build(args: dict[str, Any]) -> Application:
-    """`args` are ServeSpec's fields. Where the catalog and the store are, the environment says (LORAY_*).
+    """Builds the application. `args` are ServeSpec's fields; the environment (LORAY_*) names catalog and store.
 
-    Raises SpecError on a wrong field, BaseNotFound where the base is not on this machine.
+    Raises SpecError on a wrong field, BaseNotFound if the base is not on this machine.
     """
     spec = ServeSpec.parse(args, source="args of serve_apps.app:build")
     routing = RequestRouterConfig(
@@ -37,7 +37,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
-    """`routing`: how requests find their engine."""
+    """The application with a given request router."""
     settings = Settings.from_env()
     get_base(settings.home, spec.base)
     environment = {"env_vars": settings.to_env(secrets=False)}
@@ -69,7 +69,7 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
         max_ongoing_requests=slots * spec.max_replicas,
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         health_check_period_s=5.0,
-        graceful_shutdown_timeout_s=DRAIN_S,  # a stream needs both to its end
+        graceful_shutdown_timeout_s=DRAIN_S,  # a stream needs gateway and engine until it ends
     )
     return gateway.bind(engine.bind(spec))
 

@@ -1,4 +1,4 @@
-"""Ray Serve over its REST API: deploy the applications, read how they are doing, delete them. Needs no driver."""
+"""Ray Serve's REST API: deploys the applications, reads their state, deletes them. Needs no Ray driver."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 
 APPLICATION = "loray"
+ENGINE = "engine"
+GATEWAY = "gateway"
 IMPORT_PATH = "serve_apps.app:build"
 CATALOG_APPLICATION = "catalog"
 CATALOG_PREFIX = "/api/v1"
 CATALOG_IMPORT_PATH = "serve_apps.api.app:build"
-DRAIN_S = 120.0  # that requests under way have to end, where their replica or gateway is to go
+DRAIN_S = 120.0  # time for requests under way to end before their replica or gateway is removed
 _POLL_S = 0.5
 _OUR_ERROR = re.compile(r"^\s*loray\.errors\.\w+: (.+)$", re.MULTILINE)
 _REASON_LINES = 12
 
 
 def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
-    """What `serve deploy` takes (ServeDeploySchema): the engine with its gateway, and the catalog's REST API.
+    """The configuration of `serve deploy` (ServeDeploySchema): the engine with its gateway, and the catalog's REST API.
 
-    Ray's dashboard shows it: the nodes of another cluster have their own LORAY_CATALOG where it holds a password.
+    Ray's dashboard shows it, so passwords are not sent to another cluster: its nodes have their own LORAY_CATALOG.
     """
     runtime_env = {"env_vars": settings.to_remote_env() if settings.is_remote else settings.to_env()}
     return {
@@ -64,7 +66,7 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Of all applications together; `status` is that of the one that is worst off.
+    """The state of all applications together. `status` is the worst one.
 
     `replicas`: deployment → state → count. `deployed_at` changes with every deployment.
     """
@@ -84,9 +86,9 @@ class State:
 
     @property
     def reason(self) -> str:
-        """Why it failed: what loray said where it was loray that said it, else the end of Ray's message."""
-        said = _OUR_ERROR.findall(self.message)
-        return said[-1] if said else "\n".join(self.message.strip().splitlines()[-_REASON_LINES:])
+        """Why it failed: the message of loray's last error, or else the end of Ray's message."""
+        errors = _OUR_ERROR.findall(self.message)
+        return errors[-1] if errors else "\n".join(self.message.strip().splitlines()[-_REASON_LINES:])
 
     def __str__(self) -> str:
         parts = []
@@ -96,7 +98,7 @@ class State:
 
 
 class ServeApi:
-    """Serve on the cluster whose dashboard is at `address`. Raises ClusterError where it does not answer."""
+    """Serve on the cluster whose dashboard is at `address`. Raises ClusterError if it does not answer."""
 
     def __init__(self, address: str) -> None:
         from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # late: importing Ray takes a second
@@ -117,21 +119,21 @@ class ServeApi:
         self._client.delete_applications()
 
     def http(self) -> Address | None:
-        """Where Serve listens; None where it does not run. It keeps its port until it is deleted."""
+        """Where Serve listens; None if it does not run. It keeps its port until it is deleted."""
         options = self._details().get("http_options") or {}
         return Address(options["host"], options["port"]) if options.get("port") else None
 
     def state(self) -> State | None:
-        """Of loray's applications; None where serving is not deployed."""
+        """The state of loray's applications; None if they are not deployed."""
         deployed = self._details().get("applications", {})
         if APPLICATION not in deployed:
             return None
         return combined([deployed[name] for name in (APPLICATION, CATALOG_APPLICATION) if name in deployed])
 
     def watch(self, timeout_s: float) -> Iterator[State]:
-        """States as they change, until one is final: the last one is running or failed.
+        """Yields states as they change, until one is running or failed.
 
-        ClusterError with the last message where that takes longer than `timeout_s`.
+        ClusterError with the last message if that takes longer than `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
         last: State | None = None
@@ -149,7 +151,7 @@ class ServeApi:
         )
 
     def has_running_jobs(self) -> bool:
-        """Training, for instance: a cluster that works for somebody is not to be stopped."""
+        """Whether jobs run on the cluster, which must not be stopped then."""
         from jobs.submission.server import RayJobServer
 
         return RayJobServer(lambda: self.dashboard).has_running_jobs()
@@ -162,7 +164,7 @@ class ServeApi:
 
 
 def combined(applications: Sequence[Mapping[str, Any]]) -> State:
-    """From what Serve says of each application (ApplicationDetails)."""
+    """The state of several applications, from Serve's ApplicationDetails."""
     replicas: dict[str, dict[str, int]] = {}
     messages: list[str] = []
     for application in applications:
@@ -183,12 +185,6 @@ def combined(applications: Sequence[Mapping[str, Any]]) -> State:
 
 
 def _severity(status: str) -> int:
-    """The lower, the worse off."""
+    """The lower, the worse."""
     order = ("DEPLOY_FAILED", "UNHEALTHY", "NOT_STARTED", "DELETING", "DEPLOYING")
     return order.index(status) if status in order else len(order)
-
-
-ENGINE = "engine"
-
-
-GATEWAY = "gateway"

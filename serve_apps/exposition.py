@@ -1,4 +1,4 @@
-"""GET /metrics: the gateway's own counts and every replica's as one exposition."""
+"""Prometheus' exposition of the gateway's metrics and every replica's, for GET /metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def merge(groups: Iterable[Iterable[Family]]) -> list[Family]:
-    """Each family once, with the samples of all groups, but for `_created`: a replica's start says it of them all."""
+    """Each family once, with the samples of all groups. Samples `_created` are dropped: replicas expose their start."""
     merged: dict[str, Family] = {}
     for group in groups:
         for family in group:
@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 
 
 def encode(families: Sequence[Family], accept: str) -> Encoded:
-    """As Prometheus' text, or as OpenMetrics where the Accept header asks for that."""
+    """Prometheus' text format, or OpenMetrics if the Accept header requests it."""
     encoder, content_type = choose_encoder(accept)
     return Encoded(encoder(_Families(families)), content_type)
 
@@ -51,7 +51,7 @@ Labels = tuple[str, ...]
 
 
 def gauge(name: str, values: Mapping[Labels, float]) -> Family:
-    """The metric `name` of the table, by the values of its labels."""
+    """The metric `name` of `loray.telemetry`; `values` maps the values of its labels to its own."""
     family = GaugeMetricFamily(METRICS[name].name, METRICS[name].help, labels=METRICS[name].labels)
     for labels, value in values.items():
         family.add_metric(labels, value)

@@ -1,4 +1,4 @@
-"""What `loray up` and `loray status` print."""
+"""The output of `loray up` and `loray status`."""
 
 from __future__ import annotations
 

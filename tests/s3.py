@@ -1,4 +1,4 @@
-"""The session's S3 server, started by the first test that asks for it: real requests, real keys, 127.0.0.1 only."""
+"""The session's S3 server, with real requests and keys, on 127.0.0.1 only. The first test that uses it starts it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def s3_server() -> Iterator[S3Server]:
     try:
         server = start_local_s3(folder)
         yield S3Server(server)
-        os.kill(server.pid, signal.SIGKILL)  # it would put its data away first, which nobody needs
+        os.kill(server.pid, signal.SIGKILL)  # otherwise it would save its data first
     finally:
         stop_local_s3(folder)
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""loray.client against answers as a server gives them."""
+"""loray.client with a server's responses."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_stream_that_fails_or_is_cut_off() -> None:
         (failing(503), EngineError),
     ],
 )
-def test_errors_come_back_as_they_were_raised(client: LorayClient, expected: type[Exception]) -> None:
+def test_errors_are_raised_as_on_the_server(client: LorayClient, expected: type[Exception]) -> None:
     with client:
         for call in (lambda: client.complete("m", "p"), lambda: next(client.stream_complete("m", "p"))):
             with pytest.raises(expected, match="why") as e:

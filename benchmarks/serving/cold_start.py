@@ -88,7 +88,7 @@ def _measure(base: BaseModel, refs: Sequence[AdapterRef], store_url: str) -> Map
         for i, ref in enumerate(refs):
             times["raw"].append(_read_s(store, ref))
             times["cold"].append(_first_token_s(engine, ref, i))
-            loader.keeper.flush()  # fills the node's cache now, so that it does not slow down what follows
+            loader.cache_writer.flush()  # fills the node's cache now, so that it does not slow down what follows
             times["warm"].append(_first_token_s(engine, ref, i))
             if i >= AGO:
                 times["cached"].append(_first_token_s(engine, refs[i - AGO], i))

@@ -1,4 +1,4 @@
-"""The Serve application `catalog`: `serve_apps.api.app:build`. Its own process: its queries never hold up tokens."""
+"""The Serve application `catalog`: `serve_apps.api.app:build`. It has a process of its own, apart from the gateway."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from pydantic.json_schema import models_json_schema
 from ray import serve
 from ray.serve import Application
 
@@ -24,14 +23,14 @@ from serve_apps.api.routes import jobs as job_routes
 from serve_apps.api.routes import recommend as recommend_routes
 from serve_apps.api.services import Services
 from serve_apps.deployment import APPLICATION, ENGINE
+from serve_apps.http import extend_openapi
 
 API = "api"
-_MAX_ONGOING = 256  # a client that follows a job's log is one of them
-_REFERENCE = "#/components/schemas/{model}"
+_MAX_ONGOING = 256  # including clients that follow a job's log
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Takes no `args`: where the catalog and the store are, the environment says (LORAY_*). Raises SpecError."""
+    """Builds the application. `args` must be empty, else SpecError: the environment (LORAY_*) configures it."""
     if args:
         raise SpecError(f"serve_apps.api.app:build takes no args, but got {', '.join(args)}")
     environment = {"env_vars": Settings.from_env().to_env(secrets=False)}
@@ -56,7 +55,7 @@ def _app() -> FastAPI:
 
 
 def create_app(services: Services) -> FastAPI:
-    """The ASGI application, whose paths start behind the route prefix /api/v1."""
+    """Creates the ASGI application. Its paths are relative to the route prefix /api/v1."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -73,24 +72,10 @@ def create_app(services: Services) -> FastAPI:
     problems.install(app)
     for routes in (adapter_routes, alias_routes, job_routes, recommend_routes):
         app.include_router(routes.create_router(services))
-    _describe(app)
+    # Routes read recipes and write problems themselves, so FastAPI does not know their schemas.
+    extend_openapi(app, [(TrainSpec, "validation"), (Problem, "serialization")])
     return app
 
 
 def _operation_id(route: APIRoute) -> str:
     return route.name
-
-
-def _describe(app: FastAPI) -> None:
-    """Add to the OpenAPI document what FastAPI does not see: recipes are read, and problems written, by hand."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            _, schemas = models_json_schema(
-                [(TrainSpec, "validation"), (Problem, "serialization")], ref_template=_REFERENCE
-            )
-            generate().setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-        return generate()
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Answers as they look, for the OpenAPI document."""
+"""Example responses for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ RECOMMENDATION = {
 def ok(
     example: dict[str, Any], status: int = 200, *, location: bool = False, headers: dict[str, Any] | None = None
 ) -> Responses:
-    """A success, for `responses=` of a route."""
+    """A successful response, for `responses=` of a route."""
     headers = dict(headers or {})
     if location:
         headers["Location"] = {"description": "its URL", "schema": {"type": "string"}}

@@ -1,4 +1,4 @@
-"""Which adapters the engine's replicas hold, asked of all of them."""
+"""Asks every replica of the engine which adapters it holds."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class ServePlacements:
             answers = await self._handle.broadcast("adapters", digests).results_async(
                 timeout_s=_TIMEOUT_S, return_exceptions=True
             )
-        except (RayServeException, TimeoutError):  # there is no such deployment, or it is coming up
+        except (RayServeException, TimeoutError):  # there is no such deployment, or it is starting
             return []
         return [placement for answer in answers if isinstance(answer, list) for placement in answer]

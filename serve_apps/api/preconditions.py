@@ -1,4 +1,4 @@
-"""ETags of aliases, and the preconditions that name them (RFC 9110): If-Match and If-None-Match."""
+"""Preconditions on the ETags of aliases: If-Match and If-None-Match (RFC 9110)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Tags(NamedTuple):
     revisions: frozenset[int]
 
     def match(self, revision: int) -> bool:
-        """0: there is nothing."""
+        """Whether a tag matches `revision`, which is 0 for an alias that is not set."""
         return revision > 0 and (self.any or revision in self.revisions)
 
 
@@ -31,8 +31,8 @@ class Preconditions(NamedTuple):
     def expected_revision(self, current: int, alias: str) -> int | None:
         """The revision that the alias must have when it is written; None without preconditions.
 
-        `current`: the one that it has now, 0 where it is not set. RevisionConflict where that is not what the headers
-        ask for, SpecError where a header is malformed.
+        `current`: the revision now, 0 if the alias is not set. RevisionConflict if it does not satisfy the headers,
+        SpecError if a header is malformed.
         """
         self.check_match(current, alias)
         if self.found_unchanged(current):
@@ -40,12 +40,12 @@ class Preconditions(NamedTuple):
         return None if self.if_match is None and self.if_none_match is None else current
 
     def check_match(self, current: int, alias: str) -> None:
-        """RevisionConflict where the alias has not the revision that If-Match asks for."""
+        """RevisionConflict if If-Match does not match the alias's revision."""
         if self.if_match is not None and not _parse(self.if_match, "If-Match", _STRONG).match(current):
             raise RevisionConflict(f"alias {alias!r} {_describe(current)}, which is not what If-Match asks for")
 
     def found_unchanged(self, revision: int) -> bool:
-        """Whether a GET is answered with 304."""
+        """Whether a GET gets the response 304."""
         return self.if_none_match is not None and _parse(self.if_none_match, "If-None-Match", _WEAK).match(revision)
 
 

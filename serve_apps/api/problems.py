@@ -1,11 +1,11 @@
-"""Which HTTP status each failure becomes, as application/problem+json (RFC 9457)."""
+"""Maps each error to an HTTP status and a body of application/problem+json (RFC 9457)."""
 
 from __future__ import annotations
 
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic_core import ErrorDetails
@@ -29,6 +29,7 @@ from loray.errors import (
     UnsupportedError,
 )
 from loray.telemetry import get_logger
+from serve_apps.http import install_error_handlers, schema_reference
 
 _log = get_logger(__name__)
 
@@ -55,7 +56,7 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
     (SpecError, 422),
     (DataError, 422),
     (UnsupportedError, 422),
-    (SettingsError, 409),  # the server's own settings forbid it; they are not the client's to change
+    (SettingsError, 409),  # the server's settings forbid it, which the client cannot change
     (CatalogError, 503),
     (StoreError, 503),
     (ClusterError, 503),
@@ -65,56 +66,42 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For `responses=` of a route: what can go wrong there. Parameters, size and the database can go wrong anywhere."""
+    """Error responses, for `responses=` of a route. Those for parameters, size and database are always included."""
     described: dict[int | str, dict[str, Any]] = {}
     for status in sorted({*statuses, 400, 413, 422, 500, 503}):
         title = HTTPStatus(status).phrase
         example = {"type": "about:blank", "title": title, "status": status, "detail": "what was wrong and what to do"}
-        content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "example": example}}
+        content = {MEDIA_TYPE: {"schema": schema_reference(Problem.__name__), "example": example}}
         described[status] = {"description": title, "content": content}
     return described
 
 
 def fields_of(errors: list[ErrorDetails] | Any, skip: int = 0) -> tuple[FieldError, ...]:
-    """Pydantic's errors, one per wrong field. `skip`: leading parts of the location, such as `body`."""
+    """Pydantic's errors, one per wrong field. `skip`: number of leading parts of the location, such as `body`."""
     return tuple(
         FieldError(field=".".join(str(part) for part in e["loc"][skip:]) or "(body)", message=e["msg"]) for e in errors
     )
 
 
 def install(app: FastAPI) -> None:
-    """Every error of `app` as a problem: ours, FastAPI's validation, unknown routes and methods, large bodies."""
+    """Gives every error of `app` the form of a problem, and limits the size of request bodies."""
+    install_error_handlers(app, failed=_failed, invalid=_invalid, refused=_response)
+    app.add_middleware(BodyLimit)
 
-    @app.exception_handler(LorayError)
-    async def loray_error(_: Request, error: LorayError) -> Response:
-        status = next(status for cls, status in _STATUSES if isinstance(error, cls))
-        if status == 500:
-            _log.error("request failed: %s: %s", type(error).__name__, error)
-        return _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
 
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> Response:
-        fields = fields_of(error.errors(), skip=1)
-        detail = "the request is not valid: " + "; ".join(f"{f.field}: {f.message}" for f in fields)
-        return _response(422, detail, problem_type(SpecError), fields)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        detail = str(error.detail)
-        if error.status_code == 404:
-            detail = f"unknown URL: {request.method} {request.url.path}"
-        elif error.status_code == 405:
-            detail = f"{request.method} is not allowed for {request.url.path}"
-        response = _response(error.status_code, detail)
-        response.headers.update(error.headers or {})
-        return response
-
-    @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> Response:
+def _failed(error: Exception) -> Response:
+    if not isinstance(error, LorayError):
         _log.error("unexpected error", exc_info=error)
         return _response(500, "internal error; the log of the API server has the details", problem_type(LorayError))
+    status = next(status for cls, status in _STATUSES if isinstance(error, cls))
+    if status == 500:
+        _log.error("request failed: %s: %s", type(error).__name__, error)
+    return _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
 
-    app.add_middleware(BodyLimit)
+
+def _invalid(error: RequestValidationError) -> InvalidFields:
+    fields = fields_of(error.errors(), skip=1)
+    return InvalidFields("the request is not valid: " + "; ".join(f"{f.field}: {f.message}" for f in fields), fields)
 
 
 def _response(
@@ -126,7 +113,7 @@ def _response(
 
 
 class BodyLimit:
-    """Refuses bodies longer than MAX_BODY_BYTES before they are read as a whole, with or without Content-Length."""
+    """Refuses bodies longer than MAX_BODY_BYTES before they are read completely, with or without Content-Length."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -143,7 +130,7 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > MAX_BODY_BYTES:
-                raise HTTPException(413, _TOO_LARGE)  # becomes a problem: the handlers lie further inside
+                raise HTTPException(413, _TOO_LARGE)  # the error handlers, further inside, turn it into a problem
             return message
 
         if length.isdigit() and int(length) > MAX_BODY_BYTES:

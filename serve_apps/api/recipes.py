@@ -1,9 +1,8 @@
-"""A recipe in a request's body: JSON or YAML, with one error per wrong field."""
+"""Reads a recipe from a request's body, as JSON or YAML, and reports one error per wrong field."""
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import yaml
 from fastapi import Depends, Request
@@ -12,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from loray.spec import TrainSpec
 from serve_apps.api.problems import InvalidFields, fields_of
+from serve_apps.http import parse_json
 
 JSON = ("application/json",)
 YAML = ("application/yaml", "application/x-yaml", "text/yaml")
@@ -27,17 +27,13 @@ async def _read(request: Request) -> TrainSpec:
 
 def _parse(raw: bytes, *, is_yaml: bool) -> TrainSpec:
     try:
-        data = yaml.safe_load(raw) if is_yaml else json.loads(raw, parse_constant=_refuse_constant)
+        data = yaml.safe_load(raw) if is_yaml else parse_json(raw)
     except (ValueError, yaml.YAMLError, RecursionError) as e:
         raise InvalidFields(f"the recipe is not valid {'YAML' if is_yaml else 'JSON'}: {e}", ()) from e
     try:
         return TrainSpec.model_validate(data)
     except ValidationError as e:
         raise InvalidFields("the recipe is not valid", fields_of(e.errors(include_url=False))) from e
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 RecipeBody = Annotated[TrainSpec, Depends(_read)]

@@ -1,4 +1,4 @@
-"""What the routes work on: the catalog, the store, Ray's job server, and the engine's replicas."""
+"""The services behind the routes: the catalog, the store, Ray's job server, and the engine's replicas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loray.spec import Alias, Name
 from loray.store import AdapterStore, open_store
 
 ACTOR = "api"
-_RETRY_S = 1.0  # after a catalog that could not be opened; as long as the answer's Retry-After
+_RETRY_S = 1.0  # between two attempts to open the catalog, as in the header Retry-After
 
 NamePath = Annotated[Name, Path(description="Name of an adapter")]
 AliasPath = Annotated[Alias, Path(description="`prod`, `canary`, …")]
@@ -27,11 +27,11 @@ Limit = Annotated[int, Query(ge=1, le=1000, description="items of a page")]
 
 class Placements(Protocol):
     async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
-        """Of each replica that answers, what `EngineReplica.adapters` says of these; nothing where none is served."""
+        """Where these adapters are, from `EngineReplica.adapters` of every replica that answers."""
 
 
 class Services:
-    """Opened at the first use that succeeds, so that the server comes up, and answers 503, without its database."""
+    """Opens each service on first use, so that the server starts without its database, and answers 503."""
 
     def __init__(self, settings: Settings, jobs: JobServer, placements: Placements) -> None:
         self.placements = placements
@@ -44,12 +44,12 @@ class Services:
 
     @property
     def home(self) -> FilePath:
-        """Where this node keeps its bases."""
+        """The folder that contains this node's bases."""
         return self._settings.home
 
     @property
     def catalog(self) -> Catalog:
-        """Raises CatalogError. Of requests that come together one finds out, which may take seconds, for all."""
+        """The catalog. Raises CatalogError. Concurrent requests share one attempt to open it, which may take long."""
         with self._catalog_lock:
             if self._catalog is None:
                 if time.monotonic() - self._failed_at < _RETRY_S:

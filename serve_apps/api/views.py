@@ -1,4 +1,4 @@
-"""From the catalog's entries to the resources of the REST API; pages and their links."""
+"""Builds the REST API's resources from the catalog's entries, and pages with links."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def adapter(entry: AdapterEntry, bases: Mapping[str, str]) -> AdapterResource:
-    """`bases`: fingerprint → name."""
+    """An adapter. `bases`: fingerprint → name."""
     ref = entry.default
     return AdapterResource(
         name=entry.name,
@@ -47,7 +47,7 @@ def adapter(entry: AdapterEntry, bases: Mapping[str, str]) -> AdapterResource:
 
 
 def base(name: str, fingerprint: str, projections: tuple[Projection, ...]) -> BaseResource:
-    """`projections`: all pairs of the base, in order."""
+    """A base. `projections`: all its VeRA pairs, in the catalog's order."""
     first = canonical_digests(projections)
     shown = (ProjectionResource(**p.model_dump(), canonical=p.sha256 in first) for p in projections)
     return BaseResource(name=name, fingerprint=fingerprint, projections=tuple(shown))
@@ -81,7 +81,7 @@ def alias(state: AliasState) -> AliasResource:
 
 
 def placement(found: AdapterPlacement, version: int) -> ReplicaAdapter:
-    """`version`: as this name has it. The same bytes may be published under several."""
+    """An adapter in a replica. `version`: that of the requested name; the same bytes may have other names."""
     last_used_at = datetime.fromtimestamp(found.last_used_at, UTC) if found.last_used_at else None
     shown = found.model_dump(include={"replica", "node", "digest", "nbytes", "tier", "uses"})
     return ReplicaAdapter(version=version, last_used_at=last_used_at, **shown)
@@ -103,7 +103,7 @@ def job(job: Job) -> JobResource:
 
 
 def page(items: tuple[T, ...], cursor: str | None, request: Request, response: Response) -> Page[T]:
-    """With a Link header to the page behind, where there is one."""
+    """A page, with a Link header to the next one if there is one."""
     if cursor is not None:
         query = urlencode(dict(request.query_params) | {"cursor": cursor})
         response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'

@@ -1,4 +1,4 @@
-"""The gateway's ASGI application: its routes, and bodies read as JSON."""
+"""The gateway's ASGI application: its routes, and request bodies as JSON."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from serve_apps.gateway import errors
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.openapi import describe_bodies
+from serve_apps.http import parse_json
 
-_TENANT_HEADER = "x-tenant-id"  # for a proxy that knows who is calling; it overrides what the body says
+_TENANT_HEADER = "x-tenant-id"  # set by a proxy that knows the client; it overrides the body's `user`
 
 
 def create_app(gateway: Gateway) -> FastAPI:
-    """The ASGI application; it follows the catalog while it runs."""
+    """Creates the ASGI application, which follows the catalog while it runs."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -75,13 +76,9 @@ async def _json(request: Request) -> Any:
     raw = await request.body()
     try:
         text = raw.decode(json.detect_encoding(raw))
-        body = json.loads(text, parse_constant=_refuse_constant)
-        if "\\ud" in text.lower():  # half a surrogate pair is JSON, but no text
+        body = parse_json(text)
+        if "\\ud" in text.lower():  # an unpaired surrogate is valid JSON, but not valid text
             json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:
         raise RequestError(f"the request body is not valid JSON: {e}") from e
     return body
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")

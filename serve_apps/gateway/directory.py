@@ -1,4 +1,4 @@
-"""Which model a name means, from a snapshot of the catalog: no database call for a request whose name is known."""
+"""Resolves model names from a snapshot of the catalog, without a database call for a request with a known name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
-REFRESH_S = 0.2  # how long promote and roll back take to be seen
+REFRESH_S = 0.2  # the time after which a promotion or a rollback takes effect
 _DATABASE_TIMEOUT_S = 5.0
 _OWNER = "loray"
 
@@ -24,8 +24,8 @@ _OWNER = "loray"
 class ModelDirectory:
     """The base and the adapters of one deployment. Used from one event loop.
 
-    The catalog is opened by the first refresh that reaches it, and when the database goes away the last snapshot
-    goes on answering.
+    The first refresh that reaches the database opens the catalog. If the database cannot be reached later, the last
+    snapshot is used.
     """
 
     def __init__(self, base: BaseModel, open_catalog: Callable[[], Catalog]) -> None:
@@ -36,10 +36,10 @@ class ModelDirectory:
         self._snapshot: CatalogSnapshot | None = None
         self._created = int(time.time())
         self._refreshing = asyncio.Lock()
-        self._refreshed_at = float("-inf")  # when the last refresh began, well or badly ended
-        self._read_at = float("-inf")  # when the last one that ended well began
+        self._refreshed_at = float("-inf")  # when the last refresh began, whether or not it succeeded
+        self._read_at = float("-inf")  # when the last successful refresh began
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="catalog")
-        self._looking: asyncio.Future[None] | None = None
+        self._reading: asyncio.Future[None] | None = None
 
     @property
     def num_adapters(self) -> int:
@@ -47,7 +47,7 @@ class ModelDirectory:
 
     @property
     def age_s(self) -> float:
-        """Since the catalog was last seen to be as the snapshot says; infinite before the first time."""
+        """Seconds since the snapshot was last known to be current; infinite before the first one."""
         return time.monotonic() - self._read_at
 
     def labels(self) -> dict[str, str]:
@@ -56,21 +56,21 @@ class ModelDirectory:
         return {ref.digest: ref.label for entry in entries for ref in entry.versions.values()}
 
     async def watch(self) -> None:
-        """Follow the catalog until cancelled."""
+        """Refreshes the snapshot until cancelled."""
         while True:
             await self.refresh()
             await asyncio.sleep(REFRESH_S)
 
     async def refresh(self) -> None:
-        """Take a new snapshot if the catalog has changed. Calls that wait for each other share one look at it."""
-        asked_at = time.monotonic()
+        """Takes a new snapshot if the catalog has changed. Concurrent calls share one read of the database."""
+        called_at = time.monotonic()
         async with self._refreshing:
-            if self._refreshed_at >= asked_at:
+            if self._refreshed_at >= called_at:
                 return
             self._refreshed_at = time.monotonic()
             try:
-                await asyncio.wait_for(asyncio.shield(self._look_in_thread()), _DATABASE_TIMEOUT_S)
-            except Exception as e:  # noqa: BLE001 - whatever the database says, the last snapshot goes on answering
+                await asyncio.wait_for(asyncio.shield(self._read_in_thread()), _DATABASE_TIMEOUT_S)
+            except Exception as e:  # noqa: BLE001 - after any error of the database the last snapshot is used
                 if self.failure is None:
                     _log.warning("the catalog cannot be read, serving goes on with what is known of it: %r", e)
                 self.failure = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
@@ -81,7 +81,7 @@ class ModelDirectory:
                 self._read_at = self._refreshed_at
 
     async def resolve(self, model: str) -> AdapterRef | None:
-        """None for the base. A name that is not known yet is looked up once in the database.
+        """The adapter of a name; None for the base. The database is read once for a name that the snapshot lacks.
 
         Raises AdapterNotFound, or BaseMismatch for an adapter of another base.
         """
@@ -100,7 +100,7 @@ class ModelDirectory:
         return ref
 
     def models(self, limit: Callable[[int], int]) -> ModelList:
-        """The base, then adapters by name; `limit` cuts a context length to what is served."""
+        """The base, then adapters by name. `limit` maps a model's context length to the one that is served."""
         base = Model(
             id=self.base.name,
             object="model",
@@ -115,7 +115,7 @@ class ModelDirectory:
         )
 
     async def model(self, model: str, limit: Callable[[int], int]) -> Model:
-        """By any name that `resolve` knows. Raises what it raises."""
+        """One model, by any name that `resolve` accepts. Raises what `resolve` raises."""
         ref = await self.resolve(model)
         if ref is None:
             return self.models(limit).data[0]
@@ -153,13 +153,13 @@ class ModelDirectory:
         except AdapterNotFound as e:
             raise AdapterNotFound(f"the model {model!r} does not exist: {e}") from e
 
-    def _look_in_thread(self) -> asyncio.Future[None]:
-        """One look at a time, even where the database hangs: the next waits for the one that hangs."""
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.get_running_loop().run_in_executor(self._thread, self._look)
-        return self._looking
+    def _read_in_thread(self) -> asyncio.Future[None]:
+        """Reads the database in a thread, once at a time: while a read hangs, the next call waits for it."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.get_running_loop().run_in_executor(self._thread, self._read)
+        return self._reading
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         if self._catalog is None:
             self._catalog = self._open_catalog()
         if self._snapshot is None or self._catalog.change_counter() != self._snapshot.counter:

@@ -1,4 +1,4 @@
-"""Completions that begin with their prompt, as `echo` asks: evaluation harnesses read its tokens' logprobs there."""
+"""`echo`: completions that begin with their prompt, in which evaluation harnesses read the prompt's logprobs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from loray.spec import Delta, TokenLogprob
 async def echoed(
     deltas: AsyncGenerator[Delta, None], prompt: Callable[[], str], request: CompletionRequest
 ) -> AsyncGenerator[Delta, None]:
-    """The same stream, the prompt's text and logprobs in front of its first delta's.
+    """The same stream, with the prompt's text and logprobs prepended to the first delta.
 
-    `prompt` gives the text, and is called once the engine has taken the prompt: it may not be one.
+    `prompt` returns the text. It is called after the engine has accepted the prompt, because token ids may be invalid.
     """
     first = True
     async with aclosing(deltas) as stream:
@@ -24,16 +24,19 @@ async def echoed(
 
 
 def _with_prompt(delta: Delta, prompt: str, request: CompletionRequest) -> Delta:
-    """The engine found as many alternatives as the larger of `logprobs` and `prompt_logprobs`; each gets its own."""
+    """Prepends the prompt, with as many most likely tokens as each of `logprobs` and `prompt_logprobs` requests.
+
+    The engine returns as many as the larger of the two requests.
+    """
     prompt_logprobs = delta.prompt_logprobs or ()
     logprobs = delta.logprobs
     if request.logprobs is not None:
         logprobs = (*_best(prompt_logprobs, request.logprobs), *(logprobs or ()))
-    asked = request.prompt_logprobs
+    num_top = request.prompt_logprobs
     return delta._replace(
         text=prompt + delta.text,
         logprobs=logprobs,
-        prompt_logprobs=None if asked is None else _best(prompt_logprobs, asked),
+        prompt_logprobs=None if num_top is None else _best(prompt_logprobs, num_top),
     )
 
 

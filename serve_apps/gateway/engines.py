@@ -1,4 +1,4 @@
-"""The engine's replicas as the gateway sees them: streams of deltas, sent again while nothing has come."""
+"""The gateway's access to the engine's replicas: streams of deltas, with retries until the first delta arrives."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ _log = get_logger(__name__)
 ATTEMPTS = 3
 _BACKOFF_S = 0.2
 _STATS_TIMEOUT_S = 5.0
-_HEALTH_TIMEOUT_S = 1.0  # as long as Kubernetes' probes wait
-_NO_REPLICA_S = 30.0  # longer than a replica needs to be replaced, as a rule
+_HEALTH_TIMEOUT_S = 1.0  # the timeout of Kubernetes' probes
+_NO_REPLICA_S = 30.0  # usually longer than Serve needs to replace a replica
 _REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 
 
 class Engines(Protocol):
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
-        """Deltas as they come. Closing it cancels the request. Raises LorayError.
+        """Yields deltas as they arrive. Closing the generator cancels the request. Raises LorayError.
 
-        `fit`: max_tokens is an upper bound, lowered to what there is room for.
+        `fit`: max_tokens is an upper bound, which the replica lowers to what fits into its pool.
         """
 
     async def healthy(self) -> bool:
-        """Whether a replica answers, and its engine runs."""
+        """Whether a replica answers and its engine runs."""
 
     async def stats(self) -> list[ReplicaStatus]:
-        """Of the replicas that answer."""
+        """The status of every replica that answers."""
 
     async def autoscaling(self) -> AutoscalingStatus | None:
-        """None where nothing has been decided yet."""
+        """The autoscaler's last decisions; None if there are none."""
 
     async def metrics(self) -> list[list[Family] | None]:
-        """Of each replica, its Prometheus families; None for one that does not answer in time."""
+        """The Prometheus families of every replica; None for one that does not answer in time."""
 
 
 class ServeEngines:
-    """Engines behind a Ray Serve handle."""
+    """The engines behind a Ray Serve handle."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
@@ -61,7 +61,10 @@ class ServeEngines:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="broadcast")
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
-        """A request is sent again only where a replica was lost or had stopped: what an engine says holds for all."""
+        """As `Engines.generate`. A request is retried only if its replica was lost or had stopped.
+
+        Any other error would be the same on every replica.
+        """
         for attempt in range(ATTEMPTS):
             async with aclosing(self._attempt(request, attempt, fit)) as deltas:
                 started = False
@@ -110,47 +113,48 @@ class ServeEngines:
         return await asyncio.get_running_loop().run_in_executor(self._threads, log.read)
 
     async def healthy(self) -> bool:
-        """At the first good answer; Serve's `results` wait for everybody's."""
-        asked: list[asyncio.Future[Any]] = []
+        """Returns at the first replica that is healthy."""
+        checks: list[asyncio.Future[Any]] = []
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                # Private: Serve's public `results` waits for every replica.
                 answers = await self._handle.broadcast("check_health")._fetch_replica_results_async()
-                asked = [asyncio.ensure_future(answer.get_async()) for answer in answers]
-                for answered in asyncio.as_completed(asked):
+                checks = [asyncio.ensure_future(answer.get_async()) for answer in answers]
+                for checked in asyncio.as_completed(checks):
                     with suppress(Exception):
-                        await answered
+                        await checked
                         return True
         except (TimeoutError, DeploymentUnavailableError):
             pass
         finally:
-            for future in asked:
+            for future in checks:
                 future.cancel()
-            await asyncio.gather(*asked, return_exceptions=True)
+            await asyncio.gather(*checks, return_exceptions=True)
         return False
 
     async def stats(self) -> list[ReplicaStatus]:
-        return [a for a in await self._ask_all("stats") if isinstance(a, ReplicaStatus)]
+        return [a for a in await self._broadcast("stats") if isinstance(a, ReplicaStatus)]
 
     async def metrics(self) -> list[list[Family] | None]:
-        return [a if isinstance(a, list) else None for a in await self._ask_all("metrics")]
+        return [a if isinstance(a, list) else None for a in await self._broadcast("metrics")]
 
-    async def _ask_all(self, method: str) -> list[Any]:
-        """Each replica's answer, or the exception that stands for it; none where there are no replicas.
+    async def _broadcast(self, method: str) -> list[Any]:
+        """Calls `method` of every replica. Returns each result or exception; nothing if there are no replicas.
 
-        In a thread, as only Serve's blocking call gives the others' answers when one replica is silent.
+        It runs in a thread: if one replica does not answer, only Serve's blocking call returns the others' results.
         """
-        ask = partial(self._handle.broadcast(method).results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+        call = partial(self._handle.broadcast(method).results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
         try:
-            return list(await asyncio.get_running_loop().run_in_executor(self._threads, ask))
+            return list(await asyncio.get_running_loop().run_in_executor(self._threads, call))
         except (TimeoutError, DeploymentUnavailableError):
             return []
 
 
 async def _accepted(response: DeploymentResponseGenerator[Any]) -> None:
-    """EngineError where no replica takes the request. Serve would wait however long, as its replicas may come back."""
+    """Waits until a replica accepts the request. EngineError after a time, without which Serve would wait for ever."""
     try:
         async with asyncio.timeout(_NO_REPLICA_S):
-            await response._fetch_future_result_async()
+            await response._fetch_future_result_async()  # private: no public call returns when a request is accepted
     except TimeoutError as e:
         raise EngineError("no replica takes requests; `loray status` says why") from e
 
@@ -161,7 +165,7 @@ class ChoiceDelta(NamedTuple):
 
 
 async def merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
-    """All streams' deltas as they come. The first failure is raised; it, and closing, close every stream."""
+    """Yields the deltas of all streams as they arrive. Raises the first error. At the end every stream is closed."""
     queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
 
     async def pump(choice: int, stream: AsyncGenerator[Delta, None]) -> None:
@@ -169,7 +173,7 @@ async def merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerato
             async with aclosing(stream) as deltas:
                 async for delta in deltas:
                     queue.put_nowait(ChoiceDelta(choice, delta))
-        except Exception as e:  # noqa: BLE001 - raised again by the reader
+        except Exception as e:  # noqa: BLE001 - the reader raises it
             queue.put_nowait(e)
         else:
             queue.put_nowait(None)
@@ -192,7 +196,7 @@ async def merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerato
 
 
 def _cause(error: RayTaskError) -> Exception:
-    """What was raised in the replica. Ray wraps it into a class of its own that is an instance of both."""
+    """The error that the replica raised. Ray wraps it into an exception that is an instance of both classes."""
     cause = error.cause
     if isinstance(cause, LorayError):
         return cause

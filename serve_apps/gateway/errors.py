@@ -1,4 +1,4 @@
-"""Which HTTP status and error object each failure becomes; nothing below `serve_apps` knows of HTTP."""
+"""Maps each error to an HTTP status and an error object in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from starlette.exceptions import HTTPException
 
 from loray.api.openai import Error, ErrorBody
 from loray.errors import (
@@ -25,15 +24,17 @@ from loray.errors import (
     UnsupportedError,
 )
 from loray.telemetry import get_logger
+from serve_apps.http import install_error_handlers
 
 _log = get_logger(__name__)
 
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
+_ROUTE_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 
 class Failure(NamedTuple):
-    """What a client is told."""
+    """The response to an error."""
 
     status: int
     error: Error
@@ -68,7 +69,7 @@ _INTERNAL = _Kind(500, _SERVER, "internal_error")
 
 
 def failure_of(error: Exception) -> Failure:
-    """An error that nobody foresaw is logged with its traceback, and the client learns no more than that."""
+    """The response to any error. An unexpected error is logged with its traceback, which the response does not show."""
     kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), None)
     if kind is None:
         _log.error("unexpected error", exc_info=error)
@@ -81,7 +82,7 @@ def failure_of(error: Exception) -> Failure:
 def _failure(kind: _Kind, message: str) -> Failure:
     headers = {}
     if kind.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(kind.retry_after_s)))  # whole seconds, says HTTP
+        headers["Retry-After"] = str(max(1, math.ceil(kind.retry_after_s)))  # HTTP allows whole seconds only
     return Failure(kind.status, Error(message=message, type=kind.type, param=kind.param, code=kind.code), headers)
 
 
@@ -90,28 +91,14 @@ def response_of(failure: Failure) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Every error of `app` in OpenAI's shape: ours, FastAPI's validation, unknown routes and methods."""
+    """Gives every error of `app` OpenAI's form."""
 
-    @app.exception_handler(LorayError)
-    async def loray_error(_: Request, error: LorayError) -> Response:
-        return response_of(failure_of(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> Response:
+    def invalid(error: RequestValidationError) -> RequestError:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:])
-        return response_of(failure_of(RequestError(f"{param}: {first['msg']}", param)))
+        return RequestError(f"{param}: {first['msg']}", param)
 
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        message, code = str(error.detail), None
-        if error.status_code == 404:
-            message, code = f"unknown URL: {request.method} {request.url.path}", "unknown_url"
-        elif error.status_code == 405:
-            message, code = f"{request.method} is not allowed for {request.url.path}", "method_not_allowed"
-        failure = _failure(_Kind(error.status_code, _INVALID, code), message)
-        return response_of(failure._replace(headers=error.headers or {}))
+    def refused(status: int, message: str) -> Response:
+        return response_of(_failure(_Kind(status, _INVALID, _ROUTE_CODES.get(status)), message))
 
-    @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> Response:
-        return response_of(failure_of(error))
+    install_error_handlers(app, failed=lambda error: response_of(failure_of(error)), invalid=invalid, refused=refused)

@@ -1,4 +1,4 @@
-"""Server-sent events: deltas as chunks, and the streams behind them closed with the connection."""
+"""Server-sent events: deltas as chunks. The engine's streams are closed when the connection is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class EventStream(StreamingResponse):
-    """Closes the engine's streams when the client goes away, at once and not when the garbage collector finds them."""
+    """A response that closes the engine's streams as soon as the client disconnects, not at garbage collection."""
 
     def __init__(
         self, events: AsyncGenerator[str, None], deltas: AsyncGenerator[ChoiceDelta, None], **options: Any
@@ -40,7 +40,7 @@ async def stream_events(
     answer: ResponseFormat,
     request: GenerationRequest,
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events. A failure after the first delta is an event, as the status has long been sent."""
+    """Yields server-sent events. An error after the first delta becomes an event: the status has been sent already."""
     opened: set[int] = set()
     try:
         async for index, delta in _chain(first, deltas):
@@ -50,7 +50,7 @@ async def stream_events(
             opened.add(index)
             if delta.text or delta.finish_reason or delta.logprobs:
                 yield _event(answer.chunk(index, delta).to_json())
-    except Exception as e:  # noqa: BLE001 - failure_of logs what nobody foresaw; the stream must end with a reason
+    except Exception as e:  # noqa: BLE001 - failure_of logs unexpected errors; the stream must end with a reason
         yield _event(errors.failure_of(e).body)
         return
     if request.include_usage:

@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's completions, chat completions and models; health, status and metrics."""
+"""The gateway's operations: OpenAI's completions and chat completions; health, status and metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from serve_apps.gateway.prompts import PromptEncoder
 
 
 class Gateway:
-    """Checks and tokenises a request, resolves its model once, and turns deltas into OpenAI's answers."""
+    """Checks and tokenises requests, resolves their models, and builds OpenAI's responses from the engines' deltas."""
 
     def __init__(self, spec: ServeSpec, directory: ModelDirectory, prompts: PromptEncoder, engines: Engines) -> None:
         self.spec, self.directory = spec, directory
@@ -71,7 +71,7 @@ class Gateway:
     ) -> Response:
         config = self.directory.base.config
         limit = self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
-        jobs = [
+        requests = [
             GenerateRequest(
                 request_id=f"{answer.id}-{i * request.n + choice}",
                 prompt_ids=prompt,
@@ -84,16 +84,16 @@ class Gateway:
             for i, prompt in enumerate(prompts)
             for choice in range(request.n)
         ]
-        streams = [self._engines.generate(job, fit=request.asked_max_tokens is None) for job in jobs]
+        streams = [self._engines.generate(r, fit=request.requested_max_tokens is None) for r in requests]
         if isinstance(request, CompletionRequest) and request.echo:
             echoes = [partial(self._prompts.echo, prompt) for prompt in request.prompt for _ in range(request.n)]
             streams = [echoed(stream, echo, request) for stream, echo in zip(streams, echoes, strict=True)]
         deltas = merge(streams)
         headers = {"X-Request-Id": answer.id}
-        choices = [Choice() for _ in jobs]
+        choices = [Choice() for _ in requests]
         if request.stream:
             try:
-                first = await anext(deltas)  # before the status is sent: what goes wrong until here still has its own
+                first = await anext(deltas)  # before the status is sent, so that an error until here has its own status
             except BaseException:
                 await deltas.aclose()
                 raise
@@ -106,13 +106,13 @@ class Gateway:
         return Response(body.to_json(), media_type="application/json", headers=headers)
 
     def limit(self, context_length: int) -> int:
-        """Tokens of prompt and answer that can be served: the model's context, the spec's and the pool's limit.
+        """The largest number of prompt and output tokens: the minimum of the model's, the spec's and the pool's limit.
 
-        An adapter takes its share of the pool too; how much, its replica knows, and has the last word.
+        The adapter takes space in the pool too. Only its replica knows how much, and applies its own limit.
         """
         return max_model_len(self.spec, context_length, self._pool_tokens)
 
-    # -- looking in ---------------------------------------------------------------------------------------------------
+    # -- health, status, metrics --------------------------------------------------------------------------------------
 
     async def health(self) -> Response:
         if not await self._engines.healthy():
@@ -149,11 +149,11 @@ class Gateway:
 
 
 def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, param: str) -> int:
-    """As asked for; else the API's default, or all that there is room for."""
-    asked = request.asked_max_tokens
-    check_length(limit, num_prompt_tokens, 1 if asked is None else asked, param=param)
+    """The requested limit, else the API's default, at most what fits into the context. Raises ContextLengthExceeded."""
+    requested = request.requested_max_tokens
+    check_length(limit, num_prompt_tokens, 1 if requested is None else requested, param=param)
     left = limit - num_prompt_tokens
-    return min(left, request.default_max_tokens or left) if asked is None else asked
+    return min(left, request.default_max_tokens or left) if requested is None else requested
 
 
 def _new_id(prefix: str) -> str:

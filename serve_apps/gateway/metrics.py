@@ -1,4 +1,4 @@
-"""What the gateway counts of its own: answers by route and status, requests under way, routing decisions."""
+"""The gateway's metrics: responses by route and status, requests under way, routing decisions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from serve_apps.exposition import counter, gauge, merge
 from serve_apps.gateway import router
 from serve_apps.gateway.directory import ModelDirectory
 
-_CLIENT_LEFT = 499  # nobody sees it but the metrics; nginx's number
+_CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only the metrics show it
 
 
 class GatewayMetrics:
-    """What this gateway has answered. Used from one event loop."""
+    """The metrics of one gateway. Used from one event loop."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -29,7 +29,7 @@ class GatewayMetrics:
         self._answered.labels(route, str(code)).inc()
 
     def families(self, directory: ModelDirectory, replicas: Sequence[list[Family] | None]) -> list[Family]:
-        """All of the table. `replicas`: None for one that did not answer."""
+        """All families of gateway and replicas. `replicas`: None for one that did not answer."""
         reporting = [families for families in replicas if families is not None]
         own = [
             *self._registry.collect(),
@@ -44,7 +44,7 @@ class GatewayMetrics:
 
 
 class CountRequests:
-    """ASGI middleware: answers by route and status code, and how many requests are under way."""
+    """ASGI middleware that counts responses by route and status code, and requests under way."""
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self._app, self._metrics = app, metrics
@@ -53,9 +53,9 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        code = _CLIENT_LEFT  # until it is given another one
+        code = _CLIENT_LEFT  # unless a response is sent
 
-        async def noting_send(message: Message) -> None:
+        async def counting_send(message: Message) -> None:
             nonlocal code
             if message["type"] == "http.response.start":
                 code = message["status"]
@@ -63,12 +63,12 @@ class CountRequests:
 
         self._metrics.num_in_flight += 1
         try:
-            await self._app(scope, receive, noting_send)
+            await self._app(scope, receive, counting_send)
         except Exception:
             if code == _CLIENT_LEFT:
-                code = 500  # what nobody foresaw becomes an answer outside of here
+                code = 500  # an outer middleware turns an unexpected error into this response
             raise
         finally:
             self._metrics.num_in_flight -= 1
-            # The pattern, not the path: paths are as many as clients care to make up.
+            # The route's pattern, not the path, which would be an unbounded label.
             self._metrics.answered(getattr(scope.get("route"), "path", "unknown"), code)

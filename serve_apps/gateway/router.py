@@ -1,10 +1,9 @@
-"""Ray Serve's request router for the engines: `loray.serving.routing` on what Serve knows of the replicas.
+"""Ray Serve's request router for the engines: applies `loray.serving.routing` to what Serve knows of the replicas.
 
-Serve makes one for each handle, in the process of the handle (here the gateway's), and calls it on a loop of its own.
+Serve creates one router per handle, in the handle's process (the gateway's), and calls it on an event loop of its own.
 
-The adapter is read from the request itself. Carried as Serve's `multiplexed_model_id` it would have side effects:
-without MultiplexMixin Serve keeps every such request for ever, and with it requests wait for a replica that announces
-the model.
+The adapter is read from the request. Serve's `multiplexed_model_id` has side effects: without MultiplexMixin, Serve
+keeps every such request for ever; with it, requests wait for a replica that announces the model.
 """
 
 from __future__ import annotations
@@ -23,22 +22,22 @@ from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
-# By import path, for RequestRouterConfig. Serve pickles by value what the named module defines, which would give every
-# router its own copy of the state below; a class that the module merely imports is pickled by reference.
+# By import path, for RequestRouterConfig. Serve pickles a class by value if the named module defines it, which would
+# give every router its own copy of the state below, and by reference if the module imports it.
 ROUTER_CLASS = "serve_apps.app.AdapterRouter"
 _SUSPECT_S = 10.0  # longer than Serve needs to replace a replica whose engine has stopped
 
 _decisions = dict.fromkeys(REASONS, 0)
-_suspects: dict[str, float] = {}  # read and written by the routers' loop and the gateway's
+_suspects: dict[str, float] = {}  # replica → end of suspicion; used by the routers' event loop and the gateway's
 
 
 def decisions() -> dict[str, int]:
-    """Requests routed by this process, by reason (`loray.serving.routing.Reason`)."""
+    """The number of requests routed by this process, by reason (`loray.serving.routing.Reason`)."""
     return {str(reason): n for reason, n in _decisions.items()}
 
 
 def suspect(replica: str) -> None:
-    """It does not answer, or its engine has stopped: until Serve has replaced it, requests go elsewhere if they can."""
+    """Makes routers avoid a replica that does not answer or whose engine has stopped, until Serve has replaced it."""
     now = time.monotonic()
     for name in [n for n, until in list(_suspects.items()) if until < now]:
         _suspects.pop(name, None)
@@ -46,20 +45,23 @@ def suspect(replica: str) -> None:
 
 
 class AdapterRouter(RequestRouter):  # type: ignore[misc]
-    """Every candidate is a group of its own: within a group Serve takes whoever has the shortest queue."""
+    """Returns every candidate as a group of its own: within a group, Serve chooses the replica with the shortest queue.
+
+    It overrides private methods of Serve's router where Serve has no public hook; each says why.
+    """
 
     def initialize_state(self, **policy: Any) -> None:
         """`policy`: RoutingPolicy's fields."""
         self._routing = Routing(RoutingPolicy(**policy))
         self._reports: dict[str, _Reported] = {}
         self._ongoing: dict[str, int] = {}
-        self._asking: asyncio.Task[Any] | None = None
+        self._probing: asyncio.Task[Any] | None = None
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Called again, with pauses, for as long as nobody takes the request."""
-        self._confirm(candidate_replicas)
+        """Serve calls it again, with pauses, until a replica accepts the request."""
+        self._probe_silent(candidate_replicas)
         now = time.monotonic()
         request = _request(pending_request)
         replicas = {_name(r): r for r in candidate_replicas}
@@ -75,7 +77,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         return [[replicas[c.replica]] for c in ranked]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """A replica has taken it."""
+        """Called when a replica has accepted the request."""
         request = _request(pending_request)
         if request is None:
             return
@@ -87,7 +89,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
             _log.debug("request %s to replica %s: %s", request.request_id, chosen.replica, chosen.reason)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called whenever a replica comes, goes or reports something else than before."""
+        """Called whenever a replica is added, removed, or reports a change."""
         now = time.monotonic()
         names = {_name(r) for r in replicas}
         self._routing.retain(names)
@@ -107,8 +109,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         suspect(replica_id.unique_id)
         super().on_replica_actor_unavailable(replica_id)
 
-    # Serve forgets a queue's length after ten seconds without a request, though requests may run for longer, and then
-    # begins to count at zero. So the lengths are kept here as well, from all that Serve learns of them.
+    # Serve forgets a queue's length after ten seconds without a request, although requests may run for longer, and then
+    # counts from zero. So the lengths are also kept here, from every value that Serve receives.
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
         self._ongoing[replica_id.unique_id] = num_ongoing_requests
@@ -125,30 +127,31 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     async def _probe_queue_lens(
         self, replicas: list[RunningReplica], backoff_index: int
     ) -> list[tuple[RunningReplica, int | None]]:
+        """Private in Serve, which has no public hook for the results of its probes."""
         answers: list[tuple[RunningReplica, int | None]] = await super()._probe_queue_lens(replicas, backoff_index)
         self._ongoing |= {_name(replica): length for replica, length in answers if length is not None}
         return answers
 
-    def _confirm(self, replicas: Sequence[RunningReplica]) -> None:
-        """Ask those of whose requests nothing has been heard for a while.
+    def _probe_silent(self, replicas: Sequence[RunningReplica]) -> None:
+        """Asks busy replicas for the length of their queues if Serve has not received it for a while.
 
-        A request whose caller leaves, or whose replica cannot be reached, before it was accepted is counted as sent and
-        never as ended; and a replica that seems to be busy gets no request which would tell.
+        A request that is cancelled, or whose replica cannot be reached, before it is accepted counts as sent and never
+        as ended. The replica then seems to be busy, and gets no request whose response would correct the number.
         """
         silent = [r for r in replicas if self._ongoing.get(_name(r)) and not self._is_known(r)]
-        if silent and (self._asking is None or self._asking.done()):
-            self._asking = asyncio.get_running_loop().create_task(self._probe_queue_lens(silent, 0))
+        if silent and (self._probing is None or self._probing.done()):
+            self._probing = asyncio.get_running_loop().create_task(self._probe_queue_lens(silent, 0))
 
     def _is_known(self, replica: RunningReplica) -> bool:
         return self.replica_queue_len_cache.get(replica.replica_id) is not None
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
-        """The request whose metadata this is: a replica was chosen for its adapter, so it must not go to another one.
+        """The request with these metadata, for whose adapter a replica was chosen.
 
-        Serve matches by an id which calls made for the same HTTP request share (`n`, several prompts): only the first
-        of them would be found, and the others would wait for ever.
+        Private in Serve, which matches by an id that all calls of one HTTP request share (`n`, several prompts): it
+        would find only the first of them, and the others would wait for ever.
         """
-        for pending in self._pending_requests_to_fulfill:
+        for pending in self._pending_requests_to_fulfill:  # private: Serve's queue of these requests
             if pending.metadata is request_metadata and not pending.future.done():
                 return pending
         return None
@@ -169,7 +172,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
 
 
 class _Reported:
-    """A replica's last report as it came, and when it began to say so."""
+    """A replica's last report, raw and parsed, and the time since which it has not changed."""
 
     def __init__(self, raw: dict[str, Any], report: RoutingReport | None, at: float) -> None:
         self.raw, self.report, self.at = raw, report, at
@@ -180,7 +183,7 @@ def _name(replica: RunningReplica) -> str:
 
 
 def _request(pending: PendingRequest | None) -> GenerateRequest | None:
-    """None for calls that concern no adapter."""
+    """The request of a call of `generate`; None for other calls."""
     first = pending.args[0] if pending is not None and pending.args else None
     return first if isinstance(first, GenerateRequest) else None
 

@@ -1,8 +1,9 @@
-"""Adapters for a replica's engine: from the node's cache, where they lie packed, or from the store, layer by layer.
+"""Loads adapters for a replica's engine: packed from the node's cache, or from the store, layer by layer.
 
-An adapter that the node has not yet comes as ranges of its weights in the order of layers. Each is packed as it comes,
-so that the first layers can be used while the last are on their way; the file's SHA-256 is taken meanwhile, and counts
-before anything that was computed with it is sent (`loray.engine.model.partial`). The cache gets it afterwards.
+An adapter that is not in the cache is read as ranges of its weights, in the order of layers. Each range is packed when
+it arrives, so the engine can use the first layers while the last ones are being read. The file's SHA-256 is computed
+meanwhile and checked before any token computed with the adapter is sent (`loray.engine.model.partial`). Afterwards the
+adapter is written into the cache.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterCache, AdapterStore, open_store
 from loray.telemetry import get_logger
-from serve_apps.replica.keeping import Keeper
+from serve_apps.replica.cache_writer import CacheWriter
 
 if TYPE_CHECKING:
     from loray.adapters.weights import AdapterWeights
@@ -43,34 +44,38 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 _NODE_CACHE_BYTES = 16 << 30  # of disk
-_FIRST_BYTES = 256 << 10  # with the header, and all of a small adapter
+_FIRST_BYTES = 256 << 10  # contains the header, and all of a small adapter
 _RANGE_BYTES = 4 << 20
-_NUM_RANGES = 4  # that travel at once, of all adapters
+_NUM_RANGES = 4  # read at once, of all adapters together
 
 
 class AdapterLoader:
-    """The engine's `load`; its threads call it."""
+    """The engine's `load`, which its loader threads call."""
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self.base = base
         self.store = AdapterStore(open_store(settings.store))
         self.cache = AdapterCache(self.store, settings.home / "cache", _NODE_CACHE_BYTES)
         self.ranges = ThreadPoolExecutor(_NUM_RANGES, thread_name_prefix="adapter-range")
-        self.hashing = ThreadPoolExecutor(1, thread_name_prefix="adapter-hash")  # beside packing, on another core
-        self.keeper = Keeper()
+        self.hashing = ThreadPoolExecutor(1, thread_name_prefix="adapter-hash")  # on another core than packing
+        self.cache_writer = CacheWriter()
 
     def __call__(self, ref: AdapterRef) -> StoredAdapter:
         return StoredAdapter(self, ref)
 
 
 class StoredAdapter:
-    """One adapter of a loader's store."""
+    """One adapter in the loader's store."""
 
     def __init__(self, loader: AdapterLoader, ref: AdapterRef) -> None:
         self._loader, self._ref = loader, ref
 
     def pack(self, packer: Packer, progress: Progress) -> PackedAdapter:
-        """NotFoundError and IntegrityError (store), BaseMismatch, UnsupportedError (what the engine cannot hold)."""
+        """Loads and packs the adapter.
+
+        Raises NotFoundError or IntegrityError from the store, BaseMismatch, and UnsupportedError if the engine does not
+        support the adapter.
+        """
         name = packed_name(packer, self._loader.base.fingerprint)
         with ExitStack() as held:
             entry = held.enter_context(
@@ -97,13 +102,13 @@ class StoredAdapter:
                     if packed.pair is None:
                         save_packed(packed, file)
 
-            self._loader.keeper.keep(self._ref.label, packed, write, held.pop_all(), packer.memory)
+            self._loader.cache_writer.submit(self._ref.label, packed, write, held.pop_all(), packer.memory)
         return packed
 
     def _stream(
         self, folder: Path, packer: Packer, progress: Progress
     ) -> tuple[PackedAdapter, Mapping[str, bytes | memoryview]]:
-        """From the store into host memory; the files as well."""
+        """Reads the adapter from the store and packs it. Returns its files too."""
         digest, store = self._ref.digest, self._loader.store
         manifest = store.manifest(digest)
         config = self._loader.ranges.submit(self._read, manifest, CONFIG_FILE, 0, _FIRST_BYTES)
@@ -119,7 +124,7 @@ class StoredAdapter:
         taken = 0
         with self._coming(manifest, file) as layers:
             for num_layers, remaining_s in layers:
-                if packing is None:  # not before: an own embedding and norms without a layer are read at once
+                if packing is None:  # only now: Packing reads an embedding and norms that belong to no layer at once
                     parsed = parse_adapter(
                         folder, parse_config(folder, config_bytes), tensors, self._loader.base.config
                     )
@@ -145,34 +150,36 @@ class StoredAdapter:
 
     @contextmanager
     def _coming(self, manifest: AdapterManifest, file: ArrivingFile) -> Iterator[Iterator[tuple[int, float | None]]]:
-        """Whenever more layers are whole: how many, and the seconds until the file is here and hashed; None where it
-        is not worth a step to begin now, since the next bytes are here as well and want to be packed.
+        """Reads the file. Yields an iterator over (number of complete layers, seconds until the file is hashed).
+
+        The seconds are None if the next range has arrived too: packing it is better than a step on these layers.
         """
         ranges = file.ranges(_RANGE_BYTES)
-        asked = [self._loader.ranges.submit(self._fill, manifest, file, piece) for piece in ranges]
+        reads = [self._loader.ranges.submit(self._fill, manifest, file, piece) for piece in ranges]
         try:
-            yield self._follow(file, ranges, asked)
+            yield self._follow(file, ranges, reads)
         finally:
-            for future in asked:
+            for future in reads:
                 future.cancel()
-            wait(asked)  # none writes to memory that is somebody else's by now
+            wait(reads)  # so that none writes to memory that has been freed
 
     def _follow(
-        self, file: ArrivingFile, ranges: Sequence[Range], asked: Sequence[Future[None]]
+        self, file: ArrivingFile, ranges: Sequence[Range], reads: Sequence[Future[None]]
     ) -> Iterator[tuple[int, float | None]]:
         num_layers = self._loader.base.config.num_layers
         left = sum(r.stop - r.start for r in ranges)
-        come, began = 0, time.monotonic()
+        arrived, began = 0, time.monotonic()
         self._loader.hashing.submit(file.hash_more)
-        for i, (piece, future) in enumerate(zip(ranges, asked, strict=True)):
+        for i, (piece, future) in enumerate(zip(ranges, reads, strict=True)):
             future.result()
-            come += piece.stop - piece.start
+            arrived += piece.stop - piece.start
             left -= piece.stop - piece.start
             if not left:
                 yield num_layers, file.hash_seconds_left()
             elif piece.num_layers > 0 and ranges[i + 1].num_layers > 0:
-                pace = (time.monotonic() - began) / come
-                yield piece.num_layers, None if asked[i + 1].done() else left * pace + file.hash_seconds_left()
+                seconds_per_byte = (time.monotonic() - began) / arrived
+                remaining_s = left * seconds_per_byte + file.hash_seconds_left()
+                yield piece.num_layers, None if reads[i + 1].done() else remaining_s
         if not ranges:
             yield num_layers, file.hash_seconds_left()
 
@@ -193,7 +200,7 @@ class StoredAdapter:
         return self._loader.store.read_range(self._ref.digest, name, manifest.files[name], start, stop)
 
     def _checked(self, manifest: AdapterManifest, weights: AdapterWeights) -> AdapterWeights:
-        """With what only the manifest knows."""
+        """Checks the base, and adds what only the manifest contains."""
         if manifest.base_fingerprint != self._loader.base.fingerprint:
             raise BaseMismatch(f"adapter {self._ref.label} was trained on another base than {self._loader.base.name!r}")
         return with_manifest(weights, manifest, self._ref.label)

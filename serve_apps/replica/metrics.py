@@ -1,4 +1,4 @@
-"""What a replica counts, as Prometheus families: its requests as they run, and its engine's totals when asked."""
+"""A replica's metrics as Prometheus families: its requests, and its engine's totals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ReplicaMetrics:
-    """Used from the replica's event loop. `clock` gives seconds."""
+    """The metrics of a replica's requests. Used from its event loop. `clock` returns seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -45,7 +45,7 @@ class ReplicaMetrics:
     async def observed(
         self, request: GenerateRequest, deltas: AsyncGenerator[Delta, None]
     ) -> AsyncGenerator[Delta, None]:
-        """The same deltas, one token each, looked at as they pass."""
+        """Passes the deltas on, one token each, and measures them."""
         method = "base" if request.adapter is None else request.adapter.method
         observe_gap = self._between_tokens.labels(method).observe
         began = last = self._clock()
@@ -73,18 +73,18 @@ class ReplicaMetrics:
             ended = True
             raise
         finally:
-            if not ended:  # closed or cancelled: whoever asked has left
+            if not ended:  # closed or cancelled: the client has disconnected
                 self._ended.labels(method, "abort").inc()
 
     def families(self, stats: EngineStats, replica: str) -> list[Family]:
-        """Everything of this replica, labelled with its name; can be pickled."""
+        """All metrics of this replica, labelled with its name. They can be pickled."""
         families = [*self._registry.collect(), *engine_families(stats)]
         families.append(gauge("replica_start_time_seconds", {(): self._started_at}))
         return [_labelled(family, replica) for family in families]
 
 
 def engine_families(stats: EngineStats) -> Iterator[Family]:
-    """`stats` under the names of the table."""
+    """The engine's totals, under the names of `loray.telemetry`."""
     blocks = sum(stats.blocks.values())
     yield gauge("num_requests_running", {(): stats.num_running})
     yield gauge("num_requests_waiting", {(): stats.num_waiting})

@@ -1,4 +1,4 @@
-"""The other ranks of a replica's engine, as actors in the replica's placement group. See `loray.engine.parallel`."""
+"""The ranks of a replica's engine other than 0: actors in the replica's placement group (`loray.engine.parallel`)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 def bundles(spec: ServeSpec) -> list[dict[str, float]]:
-    """Resources of each rank of one replica; the first is the replica's own."""
-    own = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device.startswith("cuda") else {})
-    return [own] * spec.tensor_parallel_size
+    """The resources of each rank of a replica. The first bundle is rank 0's, the replica itself."""
+    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if spec.device.startswith("cuda") else {})
+    return [bundle] * spec.tensor_parallel_size
 
 
 class RankActor:
-    """One rank, with the base that its own node has."""
+    """One rank. It uses the base on its own node."""
 
     def run(self, args: WorkerArgs, host: str) -> None:
-        """Until rank 0, at `host`, is gone."""
+        """Runs until rank 0, at `host`, has ended."""
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         os.environ["OMP_NUM_THREADS"] = str(args.spec.num_threads)  # before torch is imported: it is read once
@@ -40,7 +40,7 @@ class RankActor:
 
 
 class RankActors:
-    """`loray.engine.parallel.workers.Workers`. They end with the replica, which owns them."""
+    """Implements `loray.engine.parallel.workers.Workers`. The actors end with the replica, which owns them."""
 
     def __init__(self, args: Sequence[WorkerArgs], base: BaseModel) -> None:
         group, host = get_current_placement_group(), get_node_ip_address()

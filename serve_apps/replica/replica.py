@@ -1,6 +1,6 @@
-"""One replica: an engine with its base, and adapters by digest from the store through the node's cache.
+"""A replica: an engine with its base. It loads adapters by digest from the store, through the node's cache.
 
-Nothing heavy is imported here: torch must come after the number of threads is set, and the driver that deploys
+This module does not import torch: the number of threads must be set first, and the process that deploys the application
 needs only the class.
 """
 
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-_CALLERS_OWN = (RequestError, NotFoundError, BaseMismatch, Overloaded)
+_CLIENT_ERRORS = (RequestError, NotFoundError, BaseMismatch, Overloaded)
 
 
 class EngineReplica:
-    """Ray Serve deployment. Its methods run on one event loop, the engine in its own thread."""
+    """The Ray Serve deployment. Its methods run on one event loop, the engine in a thread of its own."""
 
     def __init__(self, spec: ServeSpec) -> None:
         settings = Settings.from_env()
@@ -62,10 +62,10 @@ class EngineReplica:
         freeze_garbage()
 
     async def generate(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[Delta, None]:
-        """Deltas as they come; what has come while the last one was sent goes as one. Closing it cancels.
+        """Yields deltas; those that arrive while one is being sent are merged. Closing it cancels the request.
 
-        `fit`: nobody asked for max_tokens, so it is lowered to what this replica has room for. Raises
-        ReplicaUnavailable where the engine had stopped before.
+        `fit`: the client did not set max_tokens, so it is lowered to what fits into this replica's pool. Raises
+        ReplicaUnavailable if the engine had stopped before.
         """
         try:
             self._stream.check_health()
@@ -80,7 +80,7 @@ class EngineReplica:
                 yield delta
 
     def stats(self) -> ReplicaStatus:
-        """Adapters by digest."""
+        """The replica's status; adapters are named by digest."""
         return ReplicaStatus(
             replica=_replica_id(),
             node=socket.gethostname(),
@@ -94,8 +94,8 @@ class EngineReplica:
         return self._metrics.families(self._stream.stats(), _replica_id())
 
     async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlacement]:
-        """Of these adapters, or of all that this replica has had. One that was never asked for here, or long ago, is
-        left out. Raises EngineError where the engine has stopped.
+        """Where these adapters are, or all that this replica has loaded. Adapters that were never used here, or not for
+        long, are left out. Raises EngineError if the engine has stopped.
         """
         replica, node = _replica_id(), socket.gethostname()
         return [
@@ -115,16 +115,19 @@ class EngineReplica:
         ]
 
     def record_routing_stats(self) -> RoutingStats:
-        """Asked for by Serve, every second, and sent to the routers when it differs."""
+        """Serve calls it every second, and sends the report to the routers when it differs from the last one."""
         stats = self._stream.stats()
         return make_report(stats.adapters_in_pool, stats.adapters_on_host, now=time.time())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked for by Serve where it scales, and sent to its controller. On the loop, as the requests that it sums."""
+        """Serve calls it if it scales the deployment, and sends the report to its controller.
+
+        It is async so that it runs on the event loop, as the requests do.
+        """
         return self._demand.stats() if self._demand else {}
 
     def check_health(self) -> None:
-        """Serve replaces a replica whose engine has stopped, or has lost a rank."""
+        """Raises EngineError if the engine has stopped or has lost a rank. Serve then replaces the replica."""
         self._stream.check_health()
 
     def __del__(self) -> None:
@@ -133,14 +136,15 @@ class EngineReplica:
 
 
 def freeze_garbage() -> None:
-    """What is there by now stays: collections that walk through all of torch and transformers hold up steps."""
+    """Excludes all present objects from garbage collection, which would take long in torch and transformers."""
     gc.collect()
     gc.freeze()
 
 
 def set_num_threads(spec: ServeSpec) -> ServeSpec:
-    """`spec` with the threads that each rank uses, before torch is imported: Ray tells its workers to use one thread,
-    and OpenMP reads that once.
+    """Sets the number of threads of each rank, and returns `spec` with it. Must be called before torch is imported.
+
+    Ray sets OMP_NUM_THREADS to 1 for its workers, and OpenMP reads it once.
     """
     cores = len(os.sched_getaffinity(0))
     num_ranks = spec.max_replicas * spec.tensor_parallel_size
@@ -154,7 +158,7 @@ def set_num_threads(spec: ServeSpec) -> ServeSpec:
 
 
 def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> EngineStream:
-    """Load the base, cut the pool, start the engine's thread."""
+    """Loads the base, allocates the pool, and starts the engine's thread."""
     from transformers import AutoTokenizer
 
     from loray.engine.build import build_engine
@@ -172,18 +176,18 @@ def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> Engine
 
 
 def adapter_loader(base: BaseModel, settings: Settings) -> AdapterLoader:
-    """From a reference to an adapter, by the engine's loader threads."""
+    """The `load` of the engine's loader threads: from a reference to an adapter."""
     from serve_apps.replica.loading import AdapterLoader
 
     return AdapterLoader(base, settings)
 
 
 def without_expected_tracebacks(record: logging.LogRecord) -> bool:
-    """Ray Serve logs whatever a request raises with its traceback; of an error raised on purpose one line is enough."""
+    """A log filter. Ray Serve logs every error of a request with its traceback; it shortens expected ones to a line."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, LorayError) and not isinstance(error, EngineError):
         record.exc_info, record.exc_text = None, None
-        level, what = (logging.INFO, "refused") if isinstance(error, _CALLERS_OWN) else (logging.WARNING, "failed")
+        level, what = (logging.INFO, "refused") if isinstance(error, _CLIENT_ERRORS) else (logging.WARNING, "failed")
         record.levelno, record.levelname = level, logging.getLevelName(level)
         record.msg, record.args = "request %s: %s: %s", (what, type(error).__name__, error)
     return True

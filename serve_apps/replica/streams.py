@@ -1,4 +1,4 @@
-"""A request's deltas on their way out of the replica: fitted to the pool, and joined where the reader is slower."""
+"""Streams of a request's deltas: with max_tokens fitted to the pool, and merged if the reader is slower."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def generate(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[D
 async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
     """As `generate`, with max_tokens lowered to the engine's limit for this adapter.
 
-    Until an adapter has been loaded the engine estimates its share of the pool; a request that turns out too long
-    then is sent once more, with the limit that is known by then.
+    Until an adapter has been loaded, the engine estimates its size in the pool. A request that turns out to be too long
+    is submitted once more, with the limit that is known by then.
     """
     estimated = _fit(stream, request)
     started = False
@@ -43,7 +43,7 @@ async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerat
 
 
 def _fit(stream: EngineStream, request: GenerateRequest) -> GenerateRequest:
-    """With max_tokens lowered as far as 1; where even that is too much, it is the engine that says so."""
+    """Lowers max_tokens to the limit, but not below 1. If even 1 is too much, the engine refuses the request."""
     left = max(stream.max_model_len(request.adapter) - len(request.prompt_ids), 1)
     if request.params.max_tokens <= left:
         return request
@@ -51,24 +51,24 @@ def _fit(stream: EngineStream, request: GenerateRequest) -> GenerateRequest:
 
 
 async def coalesced(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
-    """The same stream in fewer pieces when the reader is slower than the engine."""
+    """The same stream in fewer deltas if the reader is slower than the engine."""
     ready: list[Delta] = []
-    bell = asyncio.Event()
+    changed = asyncio.Event()
 
     async def pump() -> None:
         try:
             async with aclosing(deltas) as stream:
                 async for delta in stream:
                     ready.append(delta)
-                    bell.set()
+                    changed.set()
         finally:
-            bell.set()
+            changed.set()
 
     task = asyncio.create_task(pump())
     try:
         while not task.done() or ready:
-            await bell.wait()
-            bell.clear()
+            await changed.wait()
+            changed.clear()
             if ready:
                 batch, ready[:] = ready[:], []
                 yield merge_deltas(batch)
@@ -79,7 +79,7 @@ async def coalesced(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta
 
 
 def merge_deltas(deltas: list[Delta]) -> Delta:
-    """Consecutive deltas of one request as one."""
+    """Merges consecutive deltas of one request into one."""
     last = deltas[-1]
     if len(deltas) == 1:
         return last

@@ -1,7 +1,7 @@
-"""Ray Serve's autoscaling policy for the engines: `loray.serving.scaling` on what the replicas report.
+"""Ray Serve's autoscaling policy for the engines: applies `loray.serving.scaling` to the replicas' reports.
 
-Serve makes one in its controller and calls it ten times a second. What is remembered between decisions goes through
-Serve's policy state; a controller that restarts begins without any, and with it the delays begin again.
+Serve creates the policy in its controller and calls it ten times a second. The state between two decisions is Serve's
+policy state. A controller that restarts begins without one, so the delays begin again.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from serve_apps.scaling.log import ScalingLog
 
 _log = get_logger(__name__)
 
-# By import path. Serve pickles by value what the named module defines, by reference what that merely imports.
+# By import path. Serve pickles a class by value if the named module defines it, and by reference if it imports it.
 POLICY_CLASS = "serve_apps.app.AdapterDemandPolicy"
-_DECIDE_S = 0.25
-_TELL_S = 10.0  # how old the reason that /status shows may be
-_CHANGE_S = 2.0  # between two causes that are told, where the loads are about equal
+_DECIDE_S = 0.25  # between two decisions
+_REPORT_S = 10.0  # the maximum age of the reason that /status shows
+_CHANGE_S = 2.0  # between two reported changes of the cause, if the loads are nearly equal
 _STATE = "loray"
-_HISTORY = 5  # reports of which Serve sends every point each time; it wants more than one, we need the last
-_STALE_REPORTS = 5  # reports that may be missing in a row
+_HISTORY = 5  # reports that Serve keeps and sends each time; it requires more than one, only the last is used
+_STALE_REPORTS = 5  # consecutive reports that may be missing
 
 
 def autoscaling_config(spec: ServeSpec) -> AutoscalingConfig | None:
-    """Serve's, with our policy; None where the number of replicas is fixed.
+    """Serve's configuration with our policy; None if the number of replicas is fixed.
 
-    The delays are the policy's own: Serve's would count from the first wish, whatever size the later ones have.
-    `metrics_interval_s` is deprecated, but Serve's replicas do not read yet what is to replace it (an environment
-    variable of the cluster), and without it they report every ten seconds.
+    The policy has its own delays, because Serve's count from the first change of the demand, whatever its later size.
+    `metrics_interval_s` is deprecated, but Serve's replicas do not read its replacement yet (an environment variable of
+    the cluster), and without it they report every ten seconds.
     """
     scaling = spec.autoscaling
     if scaling is None:
@@ -48,7 +48,7 @@ def autoscaling_config(spec: ServeSpec) -> AutoscalingConfig | None:
         return AutoscalingConfig(
             min_replicas=scaling.min_replicas,
             max_replicas=scaling.max_replicas,
-            # Given to Serve it is the target of every update as well, and would throw away what demand has asked for.
+            # Serve would also use it as the target of every update, and so discard the target that demand requires.
             initial_replicas=_initial(spec.num_replicas, scaling),
             metrics_interval_s=report_s(scaling),
             look_back_period_s=_HISTORY * report_s(scaling),
@@ -68,17 +68,17 @@ class AdapterDemandPolicy:
 
     def __init__(self, **spec: Any) -> None:
         self._spec = AutoscalingSpec.model_validate(spec)
-        self._decided_at = self._told_at = float("-inf")
-        self._told: tuple[int, str] | None = None
-        self._kept: ScalingLog | None = None
-        _into_controllers_log(_log)
+        self._decided_at = self._reported_at = float("-inf")
+        self._reported: tuple[int, str] | None = None
+        self._scaling_log: ScalingLog | None = None
+        _log_with_controller(_log)
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         now, target = float(ctx.current_time), int(ctx.target_num_replicas)
-        if not target or 0 <= now - self._decided_at < _DECIDE_S:  # 0: it is being deleted
+        if not target or 0 <= now - self._decided_at < _DECIDE_S:  # 0: the deployment is being deleted
             return target, ctx.policy_state
         self._decided_at = now
-        # `serve deploy` may lower the bounds for a while (target_capacity).
+        # `serve deploy` can lower the bounds temporarily (target_capacity).
         bounds = {
             "min_replicas": ctx.capacity_adjusted_min_replicas,
             "max_replicas": ctx.capacity_adjusted_max_replicas,
@@ -90,32 +90,32 @@ class AdapterDemandPolicy:
             target=target,
             now=now,
         )
-        self._kept = self._kept or ScalingLog(str(ctx.app_name), ctx.deployment_name)
-        self._tell(decision, self._kept, target, now)
+        self._scaling_log = self._scaling_log or ScalingLog(str(ctx.app_name), ctx.deployment_name)
+        self._report(decision, self._scaling_log, target, now)
         return decision.target, {_STATE: asdict(decision.state)}
 
-    def _tell(self, decision: Decision, log: ScalingLog, target: int, now: float) -> None:
+    def _report(self, decision: Decision, log: ScalingLog, target: int, now: float) -> None:
         change = None
         if decision.target != target:
             change = ScalingDecision(
                 time=now, from_replicas=target, to_replicas=decision.target, reason=decision.reason
             )
             _log.info("replicas %d → %d: %s", target, decision.target, decision.reason)
-        elif self._told != (target, decision.cause) and now - self._told_at >= _CHANGE_S:
+        elif self._reported != (target, decision.cause) and now - self._reported_at >= _CHANGE_S:
             _log.info("%d replicas stay: %s", target, decision.reason)
-        elif now - self._told_at < _TELL_S:
+        elif now - self._reported_at < _REPORT_S:
             return
-        self._told, self._told_at = (decision.target, decision.cause), now
+        self._reported, self._reported_at = (decision.target, decision.cause), now
         log.write(target=decision.target, reason=decision.reason, now=now, decision=change)
 
 
 def observations(
     replicas: Sequence[Any], metrics: Mapping[str, Mapping[Any, Sequence[Any]]], spec: AutoscalingSpec, now: float
 ) -> list[Observation | None]:
-    """One for each replica; None where the last report is missing or too old to be of use.
+    """One observation per replica; None if its last report is missing or too old.
 
-    `metrics`: name → replica → points with `timestamp` and `value`, the newest last. The series of an adapter that is
-    not in the last report any more stays for a while.
+    `metrics`: name → replica → points with `timestamp` and `value`, the newest last. Serve keeps the series of an
+    adapter for a while after the adapter has left the reports.
     """
     max_age_s = spec.window_s + _STALE_REPORTS * report_s(spec)
     reported = metrics.get("age_s", {})
@@ -131,7 +131,7 @@ def observations(
 def _observation(stats: Mapping[str, float] | None) -> Observation | None:
     try:
         return None if stats is None else Observation.from_stats(stats)
-    except KeyError:  # of another version, while replicas are being replaced: the controller must not fail over it
+    except KeyError:  # from a replica of another version during an update, on which the controller must not fail
         return None
 
 
@@ -139,8 +139,8 @@ def _initial(num_replicas: int, scaling: AutoscalingSpec) -> int | None:
     return min(num_replicas, scaling.max_replicas) if num_replicas > scaling.min_replicas else None
 
 
-def _into_controllers_log(logger: logging.Logger) -> None:
-    """Serve's handlers: its controller writes no other logger to its file."""
+def _log_with_controller(logger: logging.Logger) -> None:
+    """Gives the logger Serve's handlers: the controller writes only their records to its file."""
     logger.setLevel(logging.INFO)
     for handler in logging.getLogger("ray.serve").handlers:
         if handler not in logger.handlers:

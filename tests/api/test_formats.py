@@ -1,4 +1,4 @@
-"""Responses and chunks: byte for byte what OpenAI sends, and what its client can read."""
+"""Responses and chunks have exactly OpenAI's fields, and OpenAI's client can read them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_prompt_logprobs_are_vllms(cls: Any) -> None:
     assert "prompt_logprobs" not in (body if cls is ChatFormat else body["choices"][0])
 
 
-def test_completion_chunks_go_on_where_the_last_ended() -> None:
+def test_text_offsets_continue_over_chunks() -> None:
     answer = fmt(CompletionFormat)
     assert answer.opening(0) is None
     bodies = [json.loads(answer.chunk(0, d).to_json()) for d in (Delta("é", (A,)), Delta("bc", (B,), "stop"))]
@@ -166,7 +166,7 @@ def test_a_prompt_counts_once_however_many_choices() -> None:
     assert usage_of(choices, 2) == Usage.of(8, 8)
 
 
-def test_usage_tells_what_was_cached_of_each_prompt_once() -> None:
+def test_usage_counts_cached_tokens_once_per_prompt() -> None:
     choices = [collected(Delta("", None, "stop", 40, 2, cached)) for cached in (32, 39, 16, 0)]
     usage = json.loads(usage_of(choices, 2).to_json())
     assert usage["prompt_tokens_details"] == {"cached_tokens": 48}

@@ -1,4 +1,4 @@
-"""Request bodies: every form, every default, and what is refused by name."""
+"""Request bodies: every form, every default, and fields that are refused by name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_malformed_prompt_names_the_field(prompt: Any) -> None:
 
 def test_defaults_are_openais() -> None:
     request = completion()
-    assert request.asked_max_tokens is None
+    assert request.requested_max_tokens is None
     assert request.default_max_tokens == 16
     params = request.sampling(max_tokens=16, choice=0)
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 1.0, 0, 0.0)
@@ -49,7 +49,7 @@ def test_defaults_are_openais() -> None:
     assert chat().default_max_tokens is None
 
 
-def test_sampling_takes_over_every_field() -> None:
+def test_every_field_reaches_the_sampling_parameters() -> None:
     given = {"temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1}
     given |= {"repetition_penalty": 1.2, "min_tokens": 2, "skip_special_tokens": False, "prompt_logprobs": 4}
     request = completion(
@@ -111,12 +111,12 @@ def test_an_echo_with_logprobs_asks_for_those_of_the_prompt() -> None:
         assert completion(**fields).sampling(max_tokens=0, choice=0).prompt_logprobs == expected
 
 
-def test_values_that_ask_for_nothing_pass() -> None:
+def test_values_without_effect_are_accepted() -> None:
     completion(echo=False, suffix="", best_of=2, n=2, logit_bias={}, repetition_penalty=1)
     chat(tools=[], tool_choice="none", response_format={"type": "text"}, store=False, metadata={}, user="me")
 
 
-def test_what_clients_send_unasked_is_taken() -> None:
+def test_fields_that_clients_send_by_default_are_accepted() -> None:
     options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": False}
     ids = {"prompt_cache_key": "k", "safety_identifier": "s"}
     assert completion(stream=True, stream_options=options, **ids).include_usage
@@ -179,7 +179,7 @@ def test_wrong_values_name_their_field(fields: dict[str, Any], param: str) -> No
     assert param.split(".")[-1] in str(e.value)
 
 
-def test_every_mistake_is_told_at_once() -> None:
+def test_all_mistakes_are_in_one_message() -> None:
     with pytest.raises(RequestError, match=r"temperature: .*; top_p: "):
         completion(temperature=-1, top_p=2)
 
@@ -198,7 +198,7 @@ def test_messages_are_text_or_text_parts() -> None:
     ]
 
 
-def test_an_answer_may_be_sent_back_as_it_came() -> None:
+def test_a_response_message_is_accepted_as_a_request_message() -> None:
     answer = {
         "role": "assistant",
         "content": "x",
@@ -226,7 +226,7 @@ def test_an_answer_may_be_sent_back_as_it_came() -> None:
         ("hi", "messages.0"),
     ],
 )
-def test_messages_that_are_not(message: Any, match: str) -> None:
+def test_invalid_messages(message: Any, match: str) -> None:
     with pytest.raises(RequestError, match=match) as e:
         chat(messages=[message])
     assert (e.value.param or "").startswith("messages.0")
@@ -247,8 +247,8 @@ def test_chat_logprobs() -> None:
 
 
 def test_both_names_of_max_tokens() -> None:
-    assert chat(max_completion_tokens=3).asked_max_tokens == 3
-    assert chat(max_tokens=3).asked_max_tokens == 3
-    assert chat(max_tokens=3, max_completion_tokens=3).asked_max_tokens == 3
+    assert chat(max_completion_tokens=3).requested_max_tokens == 3
+    assert chat(max_tokens=3).requested_max_tokens == 3
+    assert chat(max_tokens=3, max_completion_tokens=3).requested_max_tokens == 3
     with pytest.raises(RequestError, match="differ"):
         chat(max_tokens=3, max_completion_tokens=4)

@@ -1,4 +1,4 @@
-"""A home with a tiny base, and the command line called in it."""
+"""Fixtures: a home with a tiny base, and the command line in that home."""
 
 from __future__ import annotations
 

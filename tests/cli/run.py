@@ -1,4 +1,4 @@
-"""How tests call the command line."""
+"""Types of the fixtures that call the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real folders, real store and catalog, exit codes and messages."""
+"""The command line with real folders, store and catalog: output, exit codes and messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`loray adapters convert` as a user meets it."""
+"""The command `loray adapters convert`."""
 
 from __future__ import annotations
 

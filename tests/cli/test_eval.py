@@ -1,4 +1,4 @@
-"""`loray eval` as a user meets it: bases, published adapters and folders; recorded figures, the gate, the picture."""
+"""The commands of `loray eval`: bases, published adapters and folders; recorded results, the gate, the heat map."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(base: BaseModel, tmp_path: Path) -> Path:
-    """A LongLoRA adapter from 512 to 1,024 tokens, described but not published."""
+    """A LongLoRA adapter that extends 512 to 1,024 tokens, with a manifest but not published."""
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["norm"])
     make_adapter(base, tmp_path / "adapter", config, seed=1, rope=LINEAR, std=0.3)
     describe(tmp_path / "adapter", base=base, rope_parameters=LINEAR, context_length=1024)
@@ -146,7 +146,7 @@ def test_a_published_longlora_adapter_earns_its_alias(
     assert "512 tokens" in shown_text
 
 
-def test_the_gate_can_be_left_out_with_a_reason(loray: Loray, folder: Path) -> None:
+def test_the_gate_can_be_overridden_with_a_reason(loray: Loray, folder: Path) -> None:
     imported = loray("adapters", "import", folder, "--name", "long", "--alias", "canary", "--no-gate", "a quick run")
     assert imported.out == "published long@1\n"
     assert loray("adapters", "promote", "long@1", "--no-gate", "still one").code == 0
@@ -155,7 +155,9 @@ def test_the_gate_can_be_left_out_with_a_reason(loray: Loray, folder: Path) -> N
     assert [m["no_gate"] for m in moves] == ["a quick run", "still one"]
 
 
-def test_a_folder_is_measured_as_what_it_becomes(loray: Loray, folder: Path, data: Path, tmp_path: Path) -> None:
+def test_a_folder_measures_as_the_adapter_published_from_it(
+    loray: Loray, folder: Path, data: Path, tmp_path: Path
+) -> None:
     options = ("--data", data, *EVAL, "--json")
     local = loray("eval", "perplexity", "./adapter", *options).json
     assert (local["digest"], local["recorded"]) == (None, False)
@@ -231,5 +233,5 @@ def test_colours_of_all_models_mean_the_same() -> None:
     root = ET.fromstring(svg)
     texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "a <title> & more" in texts
-    assert texts.count("−10.0") == 3  # the cell, and both legends
+    assert texts.count("−10.0") == 3  # in its cell, and in both legends
     assert texts.count("0.0") == 3

@@ -1,4 +1,4 @@
-"""`loray plan` as a user meets it: tables, JSON, exit codes, and shapes that are not on this machine."""
+"""The command `loray plan`: tables, JSON, exit codes, and bases that are not on this machine."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_tables_of_a_run_that_fits(plan: Plan) -> None:
         "312 TFLOP/s",
     ):
         assert words in out
-    # Less than the paper's group.
+    # The paper's group is a quarter of the context.
     assert "warning: group_size 8192 is less than a quarter of the context of 131072 tokens" in out
 
 
@@ -95,7 +95,7 @@ def test_json_has_the_same_numbers(plan: Plan) -> None:
     assert facts["time"]["tokens_per_s"] > 0
 
 
-def test_what_does_not_fit_exits_with_1_and_says_what_would(plan: Plan) -> None:
+def test_a_plan_that_does_not_fit_exits_with_1_and_says_what_would_fit(plan: Plan) -> None:
     small = RECIPE | {"parallel": {"sequence": 1, "strategy": "ddp"}, "gradient_checkpointing": False}
     code, out, _ = plan(small)
     assert code == 1

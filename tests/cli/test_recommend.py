@@ -1,4 +1,4 @@
-"""`loray recommend` as a user meets it."""
+"""The command `loray recommend`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events as lines, their way out of a file that another process writes, and their picture on a terminal."""
+"""Events as lines of JSON and for people, read from a file that another process writes, and on a terminal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def step(number: int, loss: float = 2.0) -> dict[str, Any]:
     }
 
 
-def test_events_survive_the_line(tmp_path: Path) -> None:
+def test_events_are_encoded_and_decoded(tmp_path: Path) -> None:
     assert decode(encode(step(1))) == step(1)
     assert json.loads(encode(step(1, float("nan"))))["loss"] is None
     for line in ("", "hello", '{"event"', '{"other": 1}', "(pid=1) {}"):
@@ -66,7 +66,7 @@ def test_events_for_people() -> None:
     assert duration(3723) == "1:02:03"
 
 
-def test_a_tail_delivers_everything_once_and_skips_history(tmp_path: Path) -> None:
+def test_a_tail_emits_every_new_event_once(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(encode(step(1)) + "\n")
     seen: list[dict[str, Any]] = []

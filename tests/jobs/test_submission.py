@@ -1,4 +1,4 @@
-"""What goes to Ray's job server, and what is refused before."""
+"""What is submitted to Ray's job server, and what is refused before."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_shipped_recipes_keep_their_paths_here(tmp_path: Path, monkeypatch: pyte
     assert shlex.split(job.entrypoint)[-2:] == ["lora_smollm2", "--events"]
 
 
-def test_what_kubernetes_says_of_services_is_no_setting() -> None:
+def test_kubernetes_service_variables_are_not_settings() -> None:
     services = ("LORAY_SERVICE_HOST", "LORAY_GATEWAY_SERVICE_PORT_HTTP", "LORAY_PORT", "LORAY_PORT_8000_TCP_ADDR")
     assert Settings.from_env(dict.fromkeys(services, "10.0.0.1")) == Settings.from_env({})
     for name in ("LORAY_STOER", "LORAY_PORTS"):
@@ -73,7 +73,7 @@ def test_a_remote_cluster_cannot_reach_this_disk(tmp_path: Path) -> None:
             )
 
 
-def test_remote_jobs_take_the_recipe_and_its_data_along(tmp_path: Path) -> None:
+def test_remote_jobs_upload_the_recipe_and_its_data(tmp_path: Path) -> None:
     recipe = write(tmp_path / "a", data={"train": "data.jsonl", "eval": "s3://bucket/eval.jsonl"})
     (tmp_path / "a" / "large-and-unrelated.bin").touch()
     folder = stage(tmp_path)
@@ -128,23 +128,23 @@ def test_a_recipe_needs_no_file(tmp_path: Path) -> None:
     assert load_recipe(shlex.split(local.entrypoint)[-2]).spec == write(tmp_path).spec
 
 
-def test_a_submitted_recipe_names_data_that_a_node_finds(tmp_path: Path) -> None:
+def test_a_submitted_recipe_must_not_name_relative_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'data\.jsonl' is a relative path"):
         commands.from_spec(write(tmp_path).spec, Settings.from_env({}))
 
 
-def test_a_clusters_own_password_stays_in_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_stays_in_the_environment_of_its_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = write(tmp_path, data={"train": "s3://bucket/train.jsonl"}).spec
     settings = Settings.from_env(REACHABLE | {"LORAY_CATALOG": "postgresql://db/loray?user=loray&password=hush"})
     monkeypatch.setattr(commands, "current_cluster", lambda home: None)
     elsewhere = commands.from_spec(spec, settings)
     assert "hush" not in str(elsewhere)
     assert "LORAY_CATALOG" in elsewhere.entrypoint
-    monkeypatch.setattr(commands, "current_cluster", lambda home: "this home's own, which shows it to nobody else")
+    monkeypatch.setattr(commands, "current_cluster", lambda home: "a cluster of this home, whose dashboard is private")
     assert commands.from_spec(spec, settings).runtime_env == {"env_vars": settings.to_env()}
 
 
-def test_a_path_of_this_machine_means_nothing_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_paths_are_refused_for_remote_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     settings, folder = Settings.from_env(REACHABLE), stage(tmp_path)
     for source in (str(tmp_path / "a" / "data.jsonl"), "~/a/data.jsonl"):

@@ -1,4 +1,4 @@
-"""The driver on a real cluster: publishes from a submitted job, survives a killed worker, leaves nothing half done."""
+"""The driver on a real cluster: a submitted job publishes, a killed worker is replaced, a failed run is discarded."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ def base(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> B
 def submitted(
     ray_cluster: RayCluster, base: BaseModel, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Recipe, str, list[str]]:
-    """The recipe, the job that trained it and the job's log.
+    """The recipe, the job that trained it, and the job's log.
 
-    From a folder with nothing but recipe and data, as `ray job submit --working-dir . -- python -m jobs.train`.
+    It is submitted from a folder with only recipe and data, as by `ray job submit --working-dir . -- python -m
+    jobs.train`.
     """
     from ray.job_submission import JobSubmissionClient
 
@@ -74,11 +75,11 @@ def test_a_submitted_job_trains_and_publishes(
 ) -> None:
     _, job, lines = submitted
     events = [event for line in lines if (event := decode(line))]
-    told = [e["event"] for e in events if e["event"] not in ("step", "checkpoint")]
-    assert told == ["start", *["eval"] * 4, "published"], "\n".join(lines)
+    kinds = [e["event"] for e in events if e["event"] not in ("step", "checkpoint")]
+    assert kinds == ["start", *["eval"] * 4, "published"], "\n".join(lines)
     assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert events[0]["num_threads"] == 1  # as the cluster's environment says
-    # Ray tells of checkpoints when it has them, while the run goes on.
+    # Checkpoints are reported when they are uploaded, while training continues.
     saved = [e for e in events if e["event"] == "checkpoint"]
     assert [(e["step"], e["eval_loss"]) for e in saved] == [
         (e["step"], e["eval_loss"]) for e in events if e["event"] == "eval" and e["step"]
@@ -117,7 +118,7 @@ def follow(client: Any, job: str) -> list[str]:
 def test_a_killed_worker_resumes_and_gives_the_same_adapter(
     ray_cluster: RayCluster, base: BaseModel, tmp_path: Path
 ) -> None:
-    """And a longer recipe goes on behind its end, past checkpoints without an evaluation."""
+    """A longer recipe then resumes the run after its end, past checkpoints without an evaluation."""
     fields = FIELDS | {"max_steps": 40, "evaluation": {"interval_steps": 10}, "checkpoint": {"interval_steps": 5}}
     unbroken = train_here(write(tmp_path, name="unbroken", **fields), ray_cluster.settings, tmp_path)
     killed: list[int] = []
@@ -150,7 +151,7 @@ def test_a_killed_worker_resumes_and_gives_the_same_adapter(
 
 
 def train_here(recipe: Recipe, settings: Settings, workdir: Path) -> list[dict[str, Any]]:
-    """The events of training and publishing in this process, without Ray, in one thread as the cluster's workers."""
+    """Trains and publishes in this process, without Ray, in one thread as the cluster's workers. Returns the events."""
     prepared, threads = prepare(recipe, settings), torch.get_num_threads()
     run = open_runs(settings).new(recipe.spec.name, "here")
     reporter = FolderReporter(Path(run.path))
@@ -223,7 +224,7 @@ def test_the_driver_says_why_in_one_line(
 def test_the_command_follows_a_job_to_its_end(
     ray_cluster: RayCluster, submitted: tuple[Recipe, str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a recipe whose run is published already: the job has nothing left to train."""
+    """The recipe's run is published already, so the job has nothing to train."""
     for name, value in ray_cluster.settings.to_env().items():
         monkeypatch.setenv(name, value)
     arguments = [str(submitted[0].path), "--address", ray_cluster.address, "--resume"]

@@ -40,8 +40,8 @@ def write_state(home: Path, pid: int, started: int, scope: str) -> None:
     (home / "cluster.json").write_text(json.dumps(state))
 
 
-def test_a_pid_of_another_boot_or_container_is_a_strangers(tmp_path: Path) -> None:
-    """Where pids are small, as in containers, even the start time may be the same."""
+def test_a_pid_of_another_boot_or_container_is_another_process(tmp_path: Path) -> None:
+    """In containers pids are small, so even the start time may be the same."""
     stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
         started = start_time(stranger.pid)

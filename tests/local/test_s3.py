@@ -1,4 +1,4 @@
-"""The S3 server of a home: started once, reachable from here alone, its objects outlive it; it becomes the store."""
+"""The S3 server of a home: started once, reachable from this machine only, with durable objects; as a home's store."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def base(home: Path, tmp_path: Path) -> BaseModel:
 
 
 def listening(pid: int) -> list[str]:
-    """Local addresses, as the kernel writes them, that the process listens at."""
-    mine = set()
+    """The local addresses at which the process listens, in the kernel's notation."""
+    sockets = set()
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            mine.add(os.readlink(fd))
+            sockets.add(os.readlink(fd))
         except OSError:
             continue  # closed meanwhile
     rows = [
@@ -62,7 +62,7 @@ def listening(pid: int) -> list[str]:
         for table in ("tcp", "tcp6")
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
     ]
-    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
 
 
 def die(server: LocalS3) -> None:
@@ -74,7 +74,7 @@ def die(server: LocalS3) -> None:
 
 
 def bind(other: socket.socket, port: int) -> None:
-    """The threads of a process that was killed may hold its sockets a moment longer than the process is seen."""
+    """Binds the port, and tries again if needed: threads of a killed process may hold its sockets for a moment."""
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -148,7 +148,7 @@ def test_the_store_of_a_home_moves(
     assert list(LocalStore(home / "store").list()) == published
     assert loray("adapters", "verify", "--all").output == "new@1: ok\nold@1: ok\n"
 
-    LocalStore(home / "store").put_if_absent("blobs/late", b"by somebody who had not heard")
+    LocalStore(home / "store").put_if_absent("blobs/late", b"published into the folder")
     assert move_to_local_s3(settings) == settings
     assert open_store(settings.store).exists("blobs/late")
 
@@ -169,7 +169,7 @@ def test_the_store_of_a_home_moves(
     assert Settings.from_env() == start_home_store(before) == before
 
 
-def test_a_store_that_was_named_stays(loray: Loray, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configured_store_is_not_moved(loray: Loray, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("LORAY_STORE", "file:///elsewhere"), ("LORAY_ADDRESS", "http://127.0.0.1:8265")):
         monkeypatch.setenv(name, value)
         refused = loray("up", "--base", "tiny", "--s3").exception

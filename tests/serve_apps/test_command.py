@@ -1,4 +1,4 @@
-"""`loray up`, `status` and `down`: what needs no cluster, and the rest against the session's."""
+"""The commands `loray up`, `status` and `down`, without a cluster and with the session's."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_missing_base_and_wrong_options(loray: Loray) -> None:
     assert "pool_bytes" in str(wrong)
 
 
-def test_a_taken_port_is_told_before_ray_starts(loray: Loray, listening: int, tmp_path: Path) -> None:
+def test_a_taken_port_is_refused_before_ray_starts(loray: Loray, listening: int, tmp_path: Path) -> None:
     from loray.bases.registry import add_base
 
     add_base(str(write_checkpoint(tmp_path / "checkpoint")), home=tmp_path / "home", name="tiny")
@@ -123,7 +123,7 @@ def test_an_update_keeps_its_port() -> None:
         _settle_port(ServeSpec(port=8001, host="0.0.0.0"), serving, explicit={"host", "port"})
 
 
-def test_a_port_of_the_file_is_a_wish_too(tmp_path: Path) -> None:
+def test_fields_of_the_file_count_as_set(tmp_path: Path) -> None:
     file = tmp_path / "spec.yaml"
     file.write_text("port: 9000\n")
     assert _spec(file, {"base": "tiny"}).model_fields_set == {"port", "base"}
@@ -154,13 +154,13 @@ def test_status_shows_why_the_number_of_replicas_is_what_it_is(capsys: pytest.Ca
 
 
 class Stopping:
-    """As ServeApi, while Serve ends."""
+    """Stands in for ServeApi while Serve ends."""
 
-    def __init__(self, *said: Address | Exception | None) -> None:
-        self.said = list(said)
+    def __init__(self, *answers: Address | Exception | None) -> None:
+        self.answers = list(answers)
 
     def http(self) -> Address | None:
-        answer = self.said.pop(0) if len(self.said) > 1 else self.said[0]
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -171,13 +171,13 @@ def test_the_end_of_requests_under_way_is_waited_for(monkeypatch: pytest.MonkeyP
     address = Address("127.0.0.1", 8000)
     api: Any = Stopping(address, ClusterError("it is ending"), address, None)
     command._wait_until_stopped(api)
-    assert api.said == [None]
+    assert api.answers == [None]
     monkeypatch.setattr(command, "DRAIN_S", -command._QUICK_TIMEOUT_S)
     with pytest.raises(ClusterError, match="loray status"):
         command._wait_until_stopped(Stopping(address))  # type: ignore[arg-type]
 
 
-def test_a_failure_says_what_loray_said() -> None:
+def test_a_failures_reason_is_lorays_message() -> None:
     trace = "File x\nloray.errors.SpecError: pool_bytes=1 holds nothing\nmore\n"
     assert State("DEPLOY_FAILED", trace, 0.0, {}).reason == "pool_bytes=1 holds nothing"
     assert State("DEPLOY_FAILED", "a\nb", 0.0, {}).reason == "a\nb"
@@ -195,7 +195,7 @@ def test_what_up_deploys_is_a_serve_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_up_again_is_an_update_and_status_tells(
+def test_a_second_up_is_an_update_and_status_shows_it(
     ray_cluster: RayCluster, served: Served, monkeypatch: pytest.MonkeyPatch, loray: Loray, tmp_path: Path
 ) -> None:
     for name, value in ray_cluster.settings.to_env().items():

@@ -1,4 +1,4 @@
-"""The policy as Serve calls it, without Serve: what it makes of the reports, and what it hands to Serve."""
+"""The autoscaling policy without Serve: its use of the reports, and its results for Serve."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def kv(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
 
 
 def series(reports: dict[str, list[tuple[float, Observation]]]) -> dict[str, dict[str, list[Point]]]:
-    """As Serve's controller has them: name → replica → points."""
+    """The reports as Serve's controller stores them: name → replica → points."""
     metrics: dict[str, dict[str, list[Point]]] = {}
     for replica, timed in reports.items():
         for at, seen in timed:
@@ -91,7 +91,7 @@ def test_a_report_grows_old() -> None:
     assert observations(["a"], metrics, SPEC, 100 + age + 1) == [None]
 
 
-def test_decisions_are_told_and_can_be_read(kv: dict[bytes, bytes], caplog: pytest.LogCaptureFixture) -> None:
+def test_decisions_are_logged_and_can_be_read(kv: dict[bytes, bytes], caplog: pytest.LogCaptureFixture) -> None:
     policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
     wide = series({"r0": [(999.0, observation(range(20)))]})
     with caplog.at_level("INFO", logger="loray.serve_apps.autoscaler"):
@@ -101,18 +101,16 @@ def test_decisions_are_told_and_can_be_read(kv: dict[bytes, bytes], caplog: pyte
         target, state = policy(context(1001.0, 3, wide, state))
         assert target == 3
     assert "replicas 1 → 3: working set 20.0 MiB of 20 adapters needs 3 replicas" in caplog.text
-    told = ScalingLog("loray", "engine").read()
-    assert told is not None
-    (decision,) = told.decisions
+    status = ScalingLog("loray", "engine").read()
+    assert status is not None
+    (decision,) = status.decisions
     assert (decision.time, decision.from_replicas, decision.to_replicas) == (1000.0, 1, 3)
     assert decision.reason.startswith("working set 20.0 MiB of 20 adapters needs 3 replicas at 8.0 MiB of pool each")
-    assert told.target == 3
+    assert status.target == 3
     assert ScalingLog("other", "engine").read() is None
 
 
-def test_why_the_number_stays_is_told_when_the_cause_changes(
-    kv: dict[bytes, bytes], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_change_of_the_cause_is_reported(kv: dict[bytes, bytes], caplog: pytest.LogCaptureFixture) -> None:
     policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
     state: dict[str, Any] = {}
     few = series({"r0": [(1000.0, observation([1]))]})
@@ -121,35 +119,35 @@ def test_why_the_number_stays_is_told_when_the_cause_changes(
     with caplog.at_level("INFO", logger="loray.serve_apps.autoscaler"):
         for second, metrics in enumerate([{}, few, few, few, busy, busy]):
             _, state = policy(context(1001.0 + 3 * second, 1, metrics, state))
-            told = ScalingLog("loray", "engine").read()
-            assert told is not None
-            reasons.append(told.reason.split(" ")[0])
+            status = ScalingLog("loray", "engine").read()
+            assert status is not None
+            reasons.append(status.reason.split(" ")[0])
     assert reasons == ["no", "working", "working", "working", "tokens", "tokens"]
     assert len(caplog.records) == 3
 
 
-def test_two_causes_in_turn_are_not_told_with_every_decision(kv: dict[bytes, bytes]) -> None:
+def test_alternating_causes_are_not_reported_with_every_decision(kv: dict[bytes, bytes]) -> None:
     policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
     state: dict[str, Any] = {}
     few = series({"r0": [(1000.0, observation([1]))]})
     busy = series({"r0": [(1000.0, observation([1], tokens=60 * 700.0, capacity=1000.0))]})
-    told = []
+    written = []
     for number in range(40):  # ten seconds
         _, state = policy(context(1001.0 + number / 4, 1, (few, busy)[number % 2], state))
-        told.append(kv[b"autoscaling/loray/engine"])
-    assert len(set(told)) == 5
+        written.append(kv[b"autoscaling/loray/engine"])
+    assert len(set(written)) == 5
 
 
 def test_a_deployment_begins_without_the_decisions_of_another_one(kv: dict[bytes, bytes]) -> None:
     wide = series({"r0": [(999.0, observation(range(20)))]})
     for target in (1, 3):
         AdapterDemandPolicy(**SPEC.model_dump(mode="json"))(context(1000.0, target, wide, {}))
-    told = ScalingLog("loray", "engine").read()
-    assert told is not None
-    assert told.decisions == ()
+    status = ScalingLog("loray", "engine").read()
+    assert status is not None
+    assert status.decisions == ()
 
 
-def test_the_bounds_are_serves(kv: dict[bytes, bytes]) -> None:
+def test_the_bounds_come_from_serve(kv: dict[bytes, bytes]) -> None:
     policy = AdapterDemandPolicy(**SPEC.model_dump(mode="json"))
     wide = series({"r0": [(1000.0, observation(range(30)))]})
     assert policy(context(1000.0, 1, wide, {}, most=2))[0] == 2
@@ -163,9 +161,9 @@ def test_only_the_last_decisions_are_kept(kv: dict[bytes, bytes]) -> None:
     ).decisions[0]
     for n in range(KEPT + 5):
         log.write(target=1, reason="r", now=float(n), decision=change.model_copy(update={"time": float(n)}))
-    told = log.read()
-    assert told is not None
-    assert [d.time for d in told.decisions] == [float(n) for n in range(5, KEPT + 5)]
+    status = log.read()
+    assert status is not None
+    assert [d.time for d in status.decisions] == [float(n) for n in range(5, KEPT + 5)]
 
 
 def test_what_serve_is_given() -> None:

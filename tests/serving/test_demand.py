@@ -204,7 +204,7 @@ def test_of_many_adapters_those_are_named_that_every_replica_would_name() -> Non
     assert len(seen.adapters) / seen.sample == pytest.approx(len(refs), rel=0.2)
 
 
-def test_a_report_survives_the_way_through_serve() -> None:
+def test_a_report_passes_through_serve_unchanged() -> None:
     m = Meter()
     m.answer(ref=adapter(1))
     m.now += 3

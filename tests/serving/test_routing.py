@@ -200,7 +200,7 @@ def simulate(num_replicas: int, requests: Sequence[str], *, at_once: int) -> tup
     return routing, served
 
 
-def test_a_hot_adapter_has_as_many_homes_as_it_needs() -> None:
+def test_an_adapter_in_high_demand_is_on_as_many_replicas_as_it_needs() -> None:
     adapter = ADAPTERS[0]
     order = hash_order(adapter, replicas(8))
     homes = {}
@@ -214,7 +214,7 @@ def test_a_hot_adapter_has_as_many_homes_as_it_needs() -> None:
     assert numbers[-1] >= 5
 
 
-def test_a_hot_adapter_leaves_the_others_where_they_are() -> None:
+def test_an_adapter_in_high_demand_does_not_move_the_others() -> None:
     """An adapter whose replica is full of another adapter's requests moves to a second replica, and stays there."""
     hot, cold = ADAPTERS[0], ADAPTERS[1:20]
     traffic = [adapter for i in range(300) for adapter in (hot, hot, hot, cold[i % len(cold)])]
@@ -275,7 +275,7 @@ def test_one_request_more_than_the_bound_goes_to_the_next_and_says_so() -> None:
 
 
 @given(st.frozensets(st.text("0123456789abcdef", min_size=64, max_size=64)), st.frozensets(st.just("f" * 64)))
-def test_a_report_survives_the_way(in_pool: frozenset[str], on_host: frozenset[str]) -> None:
+def test_a_report_is_encoded_and_decoded(in_pool: frozenset[str], on_host: frozenset[str]) -> None:
     raw = make_report(in_pool, on_host, now=5.0)
     assert RoutingReport.from_dict(raw) == RoutingReport(
         frozenset(map(routing_key, in_pool)), frozenset(map(routing_key, on_host))

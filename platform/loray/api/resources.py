@@ -109,7 +109,7 @@ class VersionResource(Resource):
         return f"{self.name}@{self.version}"
 
 
-# Described as any object: a server may know fields of recipes and manifests that the document's reader does not.
+# The document describes recipes and manifests as any object, because a server may know fields that a client does not.
 _ANY_OBJECT = WithJsonSchema({"type": "object", "additionalProperties": True})
 
 
@@ -231,13 +231,13 @@ class Problem(Resource):
     errors: tuple[FieldError, ...] | None = None
 
     def exception(self) -> LorayError:
-        """The error that the server raised."""
+        """The error that the server raised, for the client to raise."""
         kind = _KINDS.get(self.type.removeprefix(_TYPE), LorayError)
         fields = "".join(f"\n  {e.field}: {e.message}" for e in self.errors or ())
         return kind(self.detail + fields)
 
 
 def problem_type(error: type[LorayError]) -> str:
-    """Of the nearest class that has one."""
+    """The URN of the error's class, or of its nearest base class that has one."""
     names = {cls: name for name, cls in _KINDS.items()}
     return _TYPE + next(names[cls] for cls in error.__mro__ if cls in names)

@@ -1,4 +1,4 @@
-"""What GET /status says: each replica's engine at this moment, and their sum."""
+"""The response of GET /status: the state of each replica's engine, and their sum."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ class ReplicaStatus(EngineStatus):
 
 
 class AdapterPlacement(_Status):
-    """An adapter in one replica. `tier`: pool, host, loading, or none where it is not there any more.
+    """An adapter in one replica.
 
+    tier          pool, host, loading, failed, or none if the replica no longer holds it
     nbytes        as published
     last_used_at  seconds since the epoch
-    num_tokens    of prompt and answer, of the requests that have ended
+    num_tokens    prompt and output tokens of the requests that have ended
     """
 
     replica: str
@@ -92,7 +93,7 @@ class Status(_Status):
 
 
 def total(replicas: tuple[ReplicaStatus, ...]) -> EngineStatus:
-    """Sums; of `max_adapters_in_step` the maximum."""
+    """The sums over all replicas; for `max_adapters_in_step`, the maximum."""
     sums = {
         name: sum(getattr(r, name) for r in replicas)
         for name, field in EngineStatus.model_fields.items()

@@ -1,4 +1,4 @@
-"""Adapters, their versions, where they lie in memory, and base models."""
+"""Routes of adapters, their versions, their placement in memory, and base models."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def create_router(services: Services) -> APIRouter:
         404: the store has no adapter of this digest. 409: the name is a base model's, the number is taken, or the gate
         refuses the aliases.
         """
-        asked = registration.model_dump(include={"aliases", "version", "no_gate"})
-        version = register_stored(registration.digest, Destination(name, services.store, services.catalog, **asked))
+        fields = registration.model_dump(include={"aliases", "version", "no_gate"})
+        version = register_stored(registration.digest, Destination(name, services.store, services.catalog, **fields))
         response.headers["Location"] = request.url_for("get_version", name=name, version=version.version).path
         return views.detail(version)
 

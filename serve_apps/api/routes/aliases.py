@@ -1,4 +1,4 @@
-"""Aliases: promote, roll back, delete; each with a strong ETag, so that nobody undoes what they have not seen."""
+"""Routes of aliases: promote, roll back, delete. Strong ETags prevent a client from undoing changes it has not seen."""
 
 from __future__ import annotations
 

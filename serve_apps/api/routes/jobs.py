@@ -1,4 +1,4 @@
-"""Training jobs: submit a recipe, see how it goes, read its log, stop it."""
+"""Routes of training jobs: submit a recipe, read status and log, stop."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from loray.api.resources import JobResource, Page
-from loray.spec import JobId, JobStatus, Name
+from loray.spec import JobId, JobStatus, Name, TrainSpec
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.recipes import JSON, YAML, RecipeBody
 from serve_apps.api.services import Limit, Services
+from serve_apps.http import schema_reference
 
 JobPath = Annotated[JobId, Path(description="Ray's submission id")]
 
-_RECIPE = {"schema": {"$ref": "#/components/schemas/TrainSpec"}, "example": examples.RECIPE}
+_RECIPE = {"schema": schema_reference(TrainSpec.__name__), "example": examples.RECIPE}
 _BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON[0], YAML[0]), _RECIPE)}}
 
 

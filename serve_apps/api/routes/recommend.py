@@ -1,4 +1,4 @@
-"""Which method to train with: `loray recommend` over HTTP."""
+"""The route of recommendations: `loray recommend` over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver's own decisions, without a cluster: what is published from a run, and by whom."""
+"""The driver's decisions, without a cluster: what it publishes from a run, and how the command follows a job."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def trained(recipe: Recipe, settings: Settings, workdir: Path) -> tuple[RunFolder, Any]:
-    """A run and Ray's result of it: every checkpoint, the latest last."""
+    """A run and Ray's result of it, with every checkpoint, the latest last."""
     prepared = prepare(recipe, settings)
     run = open_runs(settings).new(recipe.spec.name, "first")
     reporter = FolderReporter(Path(run.path))
@@ -112,7 +112,7 @@ def test_a_publication_carries_the_job_that_created_the_run(tmp_path: Path, sett
 
 
 def test_publishing_again_from_a_bucket_is_no_second_version(tmp_path: Path, settings: Settings) -> None:
-    """Ray's copies of checkpoints in a bucket have the time of the download."""
+    """A checkpoint that Ray downloads from a bucket has the time of the download."""
     recipe = write(tmp_path, dtype="float32")
     run, made = trained(recipe, settings, tmp_path)
     first = publish_best(made, run, recipe, settings)
@@ -134,7 +134,7 @@ def test_threads_are_those_that_the_nodes_environment_sets() -> None:
         assert threads.preset_threads(environ) == expected
 
 
-def test_what_an_autoscaler_may_add_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_waits_for_what_an_autoscaler_may_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write(tmp_path, num_workers=3)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(driver, "_RAY_UP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
@@ -152,7 +152,7 @@ def test_what_an_autoscaler_may_add_is_waited_for(tmp_path: Path, monkeypatch: p
     assert "waiting for its autoscaler" in warned[0]
 
 
-def test_a_store_that_goes_away_leaves_a_checkpoint_to_publish(
+def test_after_a_store_error_the_checkpoint_can_be_published_later(
     tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write(tmp_path, dtype="float32")
@@ -220,7 +220,7 @@ def test_an_error_on_another_rank_ends_this_one_too(
 
 
 class Flaky:
-    """A job server that sends one more line each time and then loses the connection."""
+    """A job server that sends one more line with each connection and then closes it."""
 
     def __init__(self, num_lines: int, lines_at_once: int) -> None:
         self.num_lines, self.lines_at_once, self.calls = num_lines, lines_at_once, 0
@@ -238,7 +238,7 @@ class Flaky:
         return RayJob("SUCCEEDED", "")
 
 
-def test_a_connection_that_still_brings_lines_is_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_connection_is_opened_again_as_long_as_it_brings_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_RECONNECT_S", 0)
     lines: list[str] = []
     asyncio.run(command._follow(Flaky(12, 1), "job", lines.append))

@@ -1,4 +1,4 @@
-"""Base and adapter measured before publishing: what comes into the manifest, and what the gate makes of it."""
+"""Base and adapter measured before publishing: the manifest's evaluations, and the gate's decisions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONGLORA = {
 
 
 def long_recipe(folder: Path, *, documents: int = 2, length: int = 300, **fields: Any) -> Recipe:
-    """An alphabet over and over, which a few steps teach; `documents` of it to be measured on."""
+    """A recipe on repeated alphabets, which an adapter learns in a few steps; `documents` of them are held out."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, number in (("data.jsonl", 8), ("eval.jsonl", documents)):
         texts = ["".join(chr(97 + (i + t) % 26) for t in range(length)) for i in range(number)]
@@ -62,7 +62,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return Settings.from_env({"LORAY_HOME": str(folder / "home")})
 
 
-def test_figures_come_into_the_manifest_and_grant_the_alias(
+def test_evaluations_are_in_the_manifest_and_grant_the_alias(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retrieval = [{"task": "passkey", "context_lengths": [400], "depths": [0.5], "samples": 1}]
@@ -96,7 +96,10 @@ def test_figures_come_into_the_manifest_and_grant_the_alias(
 
 
 def test_a_refused_alias_leaves_a_version_without_it(settings: Settings, tmp_path: Path) -> None:
-    worse = {"learning_rate": 1e-9, "schedule": "constant"}  # trained to nothing: not below the base under its RoPE
+    worse = {
+        "learning_rate": 1e-9,
+        "schedule": "constant",
+    }  # learns nothing, so its perplexity is not below the base's under its RoPE
     recipe = long_recipe(tmp_path, name="bad", optimizer=worse, max_steps=1)
     run, made = trained(recipe, settings, tmp_path)
     published = publish_best(made, run, recipe, settings)
@@ -114,7 +117,7 @@ def test_a_refused_alias_leaves_a_version_without_it(settings: Settings, tmp_pat
     assert [m.no_gate for m in catalog.adapter("bad").moves] == ["a quick run"]
 
 
-def test_what_a_run_could_not_earn_is_said_before_it(settings: Settings, tmp_path: Path) -> None:
+def test_an_alias_that_the_gate_could_not_grant_is_refused_before_training(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"granted by its perplexity: set evaluation\.perplexity, leave out"):
         prepare(long_recipe(tmp_path, evaluation={}), settings)
     with pytest.raises(SpecError, match=r"on the documents of data\.eval: give that file"):
@@ -128,8 +131,8 @@ def test_what_a_run_could_not_earn_is_said_before_it(settings: Settings, tmp_pat
         assert prepare(long_recipe(tmp_path, evaluation={}, **fields), settings).spec.name == "long"
 
 
-def test_figures_are_taken_with_the_recipe_at_hand(settings: Settings, tmp_path: Path) -> None:
-    """A run that was not to be measured can be, without training again."""
+def test_the_given_recipe_decides_what_is_measured(settings: Settings, tmp_path: Path) -> None:
+    """A run trained without measurements can be measured later, without training again."""
     run, made = trained(long_recipe(tmp_path, name="late", evaluation={}, publish={}), settings, tmp_path)
     later = long_recipe(
         tmp_path, name="late", max_steps=99, evaluation={"perplexity": {"context_lengths": [64, 128, 32]}}

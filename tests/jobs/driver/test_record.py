@@ -1,4 +1,4 @@
-"""What the catalog hears of a job, whatever happens to the job or to the catalog."""
+"""The driver's record in the catalog, whatever happens to the job or to the catalog."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def catalog(tmp_path: Path) -> Catalog:
     return Catalog(f"sqlite:///{tmp_path}/catalog.db")
 
 
-def test_a_job_has_rays_id_or_one_of_its_own(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_has_rays_id_or_a_random_one(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}})
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", config)
     catalog.add_job("raysubmit_1", name=SPEC.name, recipe=SPEC)  # as the API server does before it submits it
@@ -56,7 +56,7 @@ def test_how_a_job_ends(catalog: Catalog, error: BaseException, status: str, mes
     assert (job.status, job.message) == (status, message)
 
 
-def test_a_catalog_that_goes_away_ends_nothing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_catalog_does_not_end_the_run(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object, **__: object) -> None:
         raise CatalogError("connection refused")
 

@@ -1,4 +1,4 @@
-"""Run folders on disk and in a bucket: the same runs, files and locks; and the lease that keeps two drivers apart."""
+"""Run folders on disk and in a bucket: runs, files and locks; and the lease of a run's driver."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_adapters_and_runs_share_a_bucket(settings: Settings, runs: Runs) -> Non
     assert any(key.startswith("runs/arithmetic/") for key in keys) == str(run).startswith("s3://")
 
 
-def test_the_history_grows_from_driver_to_driver(settings: Settings, runs: Runs, tmp_path: Path) -> None:
+def test_every_driver_appends_to_the_history(settings: Settings, runs: Runs, tmp_path: Path) -> None:
     run = runs.new("arithmetic", "job")
     with run.history() as (path, _), path.open("a") as file:
         file.write("first\n")
@@ -83,7 +83,7 @@ def test_the_history_grows_from_driver_to_driver(settings: Settings, runs: Runs,
             assert path.read_text() == "first\nsecond\n"
 
 
-def test_a_history_that_is_not_the_buckets_is_not_kept(s3_server: Any, tmp_path: Path) -> None:
+def test_a_local_history_that_differs_from_the_buckets_is_replaced(s3_server: Any, tmp_path: Path) -> None:
     env = {"LORAY_HOME": str(tmp_path / "home"), "LORAY_STORE": s3_server.url("runs")}
     run = open_runs(Settings.from_env(env)).new("arithmetic", "job")
     with run.history() as (path, _):
@@ -97,7 +97,7 @@ def test_a_history_that_is_not_the_buckets_is_not_kept(s3_server: Any, tmp_path:
         assert path.read_text() == "elsewhere\nand a killed driver of this machine\n"
 
 
-def test_who_has_lost_a_run_leaves_its_history_alone(
+def test_a_driver_that_lost_its_lease_does_not_overwrite_the_history(
     s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "BEAT_S", 0.05)
@@ -115,7 +115,7 @@ def test_who_has_lost_a_run_leaves_its_history_alone(
     assert path.read_text() == "of the slow driver\n"
 
 
-def test_runs_of_the_folder_store_are_not_forgotten_silently(s3_server: Any, tmp_path: Path) -> None:
+def test_the_error_names_runs_of_the_folder_store(s3_server: Any, tmp_path: Path) -> None:
     before = Settings.from_env({"LORAY_HOME": str(tmp_path)})
     open_runs(before).new("arithmetic", "job")
     runs = open_runs(replace(before, store=s3_server.url("runs")))
@@ -146,7 +146,7 @@ def test_a_run_has_one_driver(settings: Settings, runs: Runs, monkeypatch: pytes
         pass
 
 
-def test_a_bucket_that_is_gone_is_a_store_error(s3_server: Any, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_a_store_error(s3_server: Any, tmp_path: Path) -> None:
     url = s3_server.url("runs").replace("s3://runs-", "s3://no-such-bucket-")
     with pytest.raises(StoreError, match="cannot be read or written"):
         open_runs(Settings.from_env({"LORAY_HOME": str(tmp_path), "LORAY_STORE": url})).new("a", "job")
@@ -182,12 +182,12 @@ def test_a_released_lease_is_free_at_once(store: LocalStore, monkeypatch: pytest
         with leased(store, "lock/", job_id=job, lost=no_loss):
             (entry,) = entries(store)
             assert (entry["job"], entry["holder"] is None) == (job, False)
-        (entry,) = entries(store)  # one object stays
+        (entry,) = entries(store)  # one object remains
         assert entry["holder"] is None
 
 
 def test_a_dead_driver_is_replaced_and_a_living_one_is_not(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "BEAT_S", 3600)  # as good as dead
+    monkeypatch.setattr(leases, "BEAT_S", 3600)  # sends no heartbeat
     monkeypatch.setattr(leases, "STALE_S", 0.2)
     lost: list[str] = []
     with leased(store, "lock/", job_id="dead", lost=lost.append):
@@ -202,7 +202,7 @@ def test_a_dead_driver_is_replaced_and_a_living_one_is_not(store: LocalStore, mo
     assert lost == []
 
 
-def test_a_driver_that_was_taken_for_dead_hears_of_it(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_driver_is_informed(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "STALE_S", 0.1)
     monkeypatch.setattr(leases, "BEAT_S", 3.0)
     lost: list[str] = []
@@ -212,7 +212,7 @@ def test_a_driver_that_was_taken_for_dead_hears_of_it(store: LocalStore, monkeyp
         stack.enter_context(leased(store, "lock/", job_id="next", lost=no_loss))
         until(lambda: bool(lost))
         assert "job next" in lost[0]
-    assert [e["job"] for e in entries(store)] == ["next"]  # what the slow one released was not its own any more
+    assert [e["job"] for e in entries(store)] == ["next"]  # the slow driver did not release the next one's lease
 
 
 def test_of_many_drivers_one_wins(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_of_many_drivers_one_wins(store: LocalStore, monkeypatch: pytest.MonkeyP
 
 
 class Flaky(LocalStore):
-    """Carries out what it is asked, and fails to say so while `failures` last."""
+    """Carries out every request, and loses as many responses as `failures` says."""
 
     failures: ClassVar[dict[str, int]] = {}
 
@@ -263,7 +263,7 @@ class Flaky(LocalStore):
 
 
 @pytest.mark.parametrize("what", ["list", "put"])
-def test_a_beat_whose_answer_was_lost_is_the_holders_own(
+def test_the_holder_recognises_its_heartbeat_after_a_lost_response(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     monkeypatch.setattr(leases, "BEAT_S", 0.02)
@@ -284,7 +284,7 @@ def test_a_beat_whose_answer_was_lost_is_the_holders_own(
 
 
 def test_a_number_that_was_removed_is_not_written_again(store: LocalStore) -> None:
-    """A driver that slept since it looked must not take the lease behind the back of those who came later."""
+    """A driver that was suspended after reading the lease must not take it from a driver that came later."""
     sleeper, owner = (leases._Lease(store, "lock/", job) for job in ("sleeper", "owner"))
     owner.acquire()
     seen = owner._number

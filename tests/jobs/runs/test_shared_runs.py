@@ -1,4 +1,4 @@
-"""Runs of a cluster whose machines share a bucket and a database: two workers, killed workers and drivers, stops."""
+"""Runs on machines that share a bucket and a database: with two workers, killed workers and drivers, and stops."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def settings(ray_cluster: RayCluster, s3_server: S3Server, postgres: Postgres) -
 
 
 def recipe_in_bucket(folder: Path, settings: Settings, **fields: Any) -> Recipe:
-    """A recipe whose data lies in the store's bucket."""
+    """A recipe with its data in the store's bucket."""
     recipe = write(folder, **FIELDS | fields)
     files, root = open_filesystem(settings.store)
     bucket = root.split("/")[0]
@@ -72,19 +72,19 @@ def recipe_in_bucket(folder: Path, settings: Settings, **fields: Any) -> Recipe:
 
 
 def objects(settings: Settings, name: str) -> list[str]:
-    """What lies in the run's folder."""
+    """Keys of the objects in the run's folder."""
     prefix = f"runs/{name}/"
     return [key.removeprefix(prefix).partition("/")[2] for key in open_store(settings.store).list(prefix)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(base: BaseModel, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The events of a run that nothing happens to."""
+    """The events of a run without failures."""
     return run(recipe_in_bucket(tmp_path_factory.mktemp("undisturbed"), settings, name="undisturbed"), settings)
 
 
 def losses(events: list[dict[str, Any]]) -> list[float]:
-    """Of each step; of one that was done again, the last time."""
+    """The loss of each step; of a repeated step, the last one."""
     found = {e["step"]: e["loss"] for e in events if e["event"] == "step"}
     return [found[step] for step in sorted(found)]
 
@@ -140,7 +140,7 @@ def test_two_workers_train_into_the_bucket_and_one_may_die(
 
 @contextmanager
 def room_for_one() -> Iterator[Callable[[], None]]:
-    """Another job has asked for all CPUs but one. → what gives them back."""
+    """Another job reserves all CPUs but one. Yields a function that frees them."""
     import ray
     from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import ResourceRequestPriority
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
@@ -166,7 +166,7 @@ def room_for_one() -> Iterator[Callable[[], None]]:
         give_back()
 
 
-def test_a_run_with_another_number_of_workers_after_a_loss_takes_the_same_steps(
+def test_a_run_takes_the_same_steps_after_its_number_of_workers_changes(
     ray_cluster: RayCluster, base: BaseModel, settings: Settings, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     recipe = recipe_in_bucket(tmp_path, settings, name="elastic", min_workers=1)
@@ -181,7 +181,7 @@ def test_a_run_with_another_number_of_workers_after_a_loss_takes_the_same_steps(
     torch.testing.assert_close(*tensors, rtol=1e-3, atol=1e-4)
 
 
-def test_a_killed_drivers_run_goes_on_on_another_machine(
+def test_another_machine_resumes_the_run_of_a_killed_driver(
     ray_cluster: RayCluster, base: BaseModel, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_in_bucket(tmp_path, settings, name="orphan", num_workers=1, max_steps=4000)
@@ -200,7 +200,7 @@ def test_a_killed_drivers_run_goes_on_on_another_machine(
 
     elsewhere = Settings.from_env(settings.to_env() | {"LORAY_HOME": str(tmp_path / "home")})
     add_base(str(base.path), home=elsewhere.home, name=TINY)
-    monkeypatch.setattr(leases, "STALE_S", 2.0)  # the driver is dead, and so is its lease
+    monkeypatch.setattr(leases, "STALE_S", 2.0)  # the driver is dead, so its lease becomes stale
     with open_runs(settings).latest("orphan").result().checkpoint.as_directory() as checkpoint:
         left_at = read_state(Path(checkpoint)).step
     changes = {
@@ -217,7 +217,7 @@ def test_a_killed_drivers_run_goes_on_on_another_machine(
     assert (ended.status, ended.version, orphaned.status) == ("succeeded", 1, "running")
 
 
-def test_a_stopped_job_says_so_and_lets_go_of_its_run(
+def test_a_stopped_job_is_recorded_and_releases_its_run(
     ray_cluster: RayCluster, base: BaseModel, settings: Settings, tmp_path: Path
 ) -> None:
     from ray.job_submission import JobStatus, JobSubmissionClient

@@ -1,6 +1,6 @@
-"""Checkpoints on their way: training goes on meanwhile, one at a time, in order, and none that was written is lost.
+"""Uploads of checkpoints: during training, one at a time, in order, and without losing one that was written.
 
-Ray Train is played by a thread, as its worker does it: reports upload in the order in which they came.
+A thread stands in for Ray Train and uploads reports in order, as Ray's worker does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.test_recipe import RECIPE
 
 
 class Ray:
-    """Of one worker. Uploads wait for `gate`, or fail where `error` is set."""
+    """Ray Train's part of one worker. Uploads wait for `gate`, or fail if `error` is set."""
 
     def __init__(self, folder: Path) -> None:
         self.storage = StorageContext(str(folder), "run", storage_filesystem=pafs.LocalFileSystem())
@@ -108,7 +108,7 @@ def write(folder: Path, step: int, *, whole: bool = True) -> Path:
     return written
 
 
-def test_training_goes_on_while_one_checkpoint_is_under_way(ray: Ray, folder: Path) -> None:
+def test_training_continues_while_one_checkpoint_is_uploaded(ray: Ray, folder: Path) -> None:
     seconds: list[float] = []
     with CheckpointUploads(folder, seconds.append) as uploads:
         uploads.add(10, 0.5, write(folder, 10))
@@ -136,8 +136,8 @@ def test_the_other_ranks_report_as_often_and_upload_nothing(ray: Ray, folder: Pa
     assert ray.known is None
 
 
-def test_what_a_lost_worker_left_is_handed_in_first(ray: Ray, folder: Path) -> None:
-    """Not yet uploaded, or uploaded and not yet known to Ray: it is still there. An unfinished one is not taken."""
+def test_checkpoints_of_a_lost_worker_are_uploaded_first(ray: Ray, folder: Path) -> None:
+    """A checkpoint not yet uploaded, or not known to Ray, is still on the disk. Incomplete checkpoints are not used."""
     uploads = CheckpointUploads(folder, lambda seconds: None).__enter__()
     ray.gate.set()
     uploads.add(10, None, write(folder, 10))
@@ -145,14 +145,14 @@ def test_what_a_lost_worker_left_is_handed_in_first(ray: Ray, folder: Path) -> N
     ray.gate.clear()
     uploads.add(20, 0.5, write(folder, 20))
     write(folder, 30)
-    lost, ray.reported = ray, []  # here it dies: in the middle of an upload, and of writing the next checkpoint
+    lost, ray.reported = ray, []  # the worker dies during an upload, and while it writes the next checkpoint
     ray.gate.set()
     lost.close()
     ray._thread = ThreadPoolExecutor(1)
     ray.known = Checkpoint(ray.storage.build_checkpoint_path_from_name("step_000010"), ray.storage.storage_filesystem)
     ray.reported = []
     assert ray.stored() == ["step_000010", "step_000020"]
-    Path(ray.storage.build_checkpoint_path_from_name("step_000015")).mkdir()  # of another worker, lost before
+    Path(ray.storage.build_checkpoint_path_from_name("step_000015")).mkdir()  # of another worker that was lost earlier
 
     with CheckpointUploads(folder, lambda seconds: None) as successor:
         latest = successor.latest(World())
@@ -168,7 +168,7 @@ def test_what_a_lost_worker_left_is_handed_in_first(ray: Ray, folder: Path) -> N
         assert list(folder.iterdir()) == []
 
 
-def test_a_damaged_one_is_passed_over(ray: Ray, folder: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(ray: Ray, folder: Path) -> None:
     with CheckpointUploads(folder, lambda seconds: None) as uploads:
         write(folder, 10).rename(folder / "step_000010")
         write(folder, 20, whole=False).rename(folder / "step_000020")
@@ -192,7 +192,7 @@ def test_an_upload_that_fails_leaves_its_checkpoint_to_the_next_worker(
     assert [p.name for p in folder.iterdir()] == ["step_000010"]
 
 
-def test_after_an_error_that_brings_another_worker_everything_stays(ray: Ray, folder: Path) -> None:
+def test_checkpoints_stay_after_an_error_that_restarts_workers(ray: Ray, folder: Path) -> None:
     ray.gate.set()
     with suppress(RuntimeError), CheckpointUploads(folder, lambda seconds: None) as uploads:
         uploads.add(10, None, write(folder, 10))

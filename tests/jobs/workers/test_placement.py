@@ -1,4 +1,4 @@
-"""Sequence groups on nodes: whole wherever they can be, and said so where they are not."""
+"""Sequence groups on nodes: on one node each if they fit, and a warning if not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jobs.workers.placement import WholeGroups, place, straddling, straddling_wa
 
 
 def ranks(nodes: list[str]) -> list[str]:
-    """The node of each world rank, as Ray Train numbers workers whose bundles lie on these nodes."""
+    """The node of each world rank, as Ray Train numbers workers on these nodes."""
     workers = [
         Worker(None, ActorMetadata(hostname=node, node_id=node, node_ip=node, pid=i, accelerator_ids={}), {}, i)
         for i, node in enumerate(nodes)
@@ -52,11 +52,11 @@ def test_few_nodes_are_used() -> None:
 
 
 def test_ray_numbers_workers_node_by_node() -> None:
-    """What a group's wholeness rests on."""
+    """The placement of groups relies on it."""
     assert ranks(["a", "b", "a", "c", "b"]) == ["a", "a", "b", "b", "c"]
 
 
-def test_straddling_groups_are_told() -> None:
+def test_straddling_groups_are_reported() -> None:
     assert straddling(["a", "a", "a", "b", "b", "b"], 2) == [1]
     assert straddling(["a", "b"], 1) == []
     assert straddling_warning(["a", "a", "b", "b"], 2) is None
@@ -66,7 +66,7 @@ def test_straddling_groups_are_told() -> None:
 
 
 def test_workers_are_bound_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the workers before them have let go of it."""
+    """After the resources of the workers before them have become free."""
     free = iter([{"a": {"CPU": 1.0}}, {"a": {"CPU": 3.5, "GPU": 3.0}, "b": {"CPU": 9.0, "GPU": 2.0}, "head": {}}])
     monkeypatch.setattr(placement, "available_resources_per_node", lambda: next(free))
     context: Any = SimpleNamespace(

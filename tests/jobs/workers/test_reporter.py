@@ -1,4 +1,4 @@
-"""What a worker's news become: events with MFU and memory, gauges, scalars for TensorBoard."""
+"""A worker's reports: events with MFU and memory, gauges, scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def reporters(sent: list[dict[str, Any]], added: list[Any]) -> list[RayReporter]
     ]
 
 
-def test_only_checkpoints_go_through_ray_and_only_rank_0_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_checkpoints_go_through_ray_and_only_rank_0_sends_events(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     Gauges(monkeypatch)
     sent, added = list[dict[str, Any]](), list[Any]()
     event = step(1) | {"num_tokens": 64}
@@ -63,10 +65,10 @@ def test_only_checkpoints_go_through_ray_and_only_rank_0_tells(monkeypatch: pyte
         reporter.report(event, None)
         reporter.report({"event": "checkpoint", "step": 1, "eval_loss": None}, checkpoint)
     assert added == [(1, None, tmp_path), (1, None, None)]
-    start, told = sent
+    start, step_event = sent
     assert start == START | {"flops_per_token": 2e9, "peak_flops": 4e12, "peak_source": "measured"}
-    assert told["mfu"] == pytest.approx(1234.5 * 2e9 / (2 * 4e12))
-    assert 1 << 20 < told["memory_bytes"] < 1 << 40
+    assert step_event["mfu"] == pytest.approx(1234.5 * 2e9 / (2 * 4e12))
+    assert 1 << 20 < step_event["memory_bytes"] < 1 << 40
 
 
 def test_every_gauge_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +76,7 @@ def test_every_gauge_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = list[dict[str, Any]]()
     first, second = reporters(sent, [])
     first.report(step(7, float("nan")) | {"num_tokens": 64, "lr": 0.25}, None)
-    assert "loray_train_loss" not in table.values  # nan says nothing
+    assert "loray_train_loss" not in table.values  # NaN is not exposed
     first.report(step(8) | {"num_tokens": 128}, None)
     first.report({"event": "eval", "step": 0, "subject": "base", "eval_loss": 9.0}, None)
     first.report({"event": "eval", "step": 8, "subject": "adapter", "eval_loss": 1.5}, None)
@@ -87,7 +89,7 @@ def test_every_gauge_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.tags == {"name": "my-adapter", "run": "20260101-000000", "rank": "1"}
 
 
-def test_a_board_holds_the_run_and_forgets_what_a_restart_repeats(tmp_path: Path) -> None:
+def test_a_board_shows_the_run_without_steps_that_a_restart_repeats(tmp_path: Path) -> None:
     with Board(tmp_path) as board:
         board.write(START | {"pid": 1})
         for number in (1, 2, 3):
@@ -107,7 +109,7 @@ def test_a_board_holds_the_run_and_forgets_what_a_restart_repeats(tmp_path: Path
 
 
 def read(path: Path) -> list[Event]:
-    """Records of length, its checksum, an event, its checksum."""
+    """Reads records of: length, its checksum, an event, its checksum."""
     data, events = path.read_bytes(), []
     while data:
         (size,) = struct.unpack_from("<Q", data)

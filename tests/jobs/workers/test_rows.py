@@ -1,4 +1,4 @@
-"""Rows in the object store: the same ones, wherever they are read, and never many of them at once."""
+"""Rows in the object store: every worker reads the same rows, and holds few chunks at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def steps(rows: Rows) -> list[Batch]:
 def test_a_worker_sees_the_same_batches_and_holds_few_chunks(
     ray_cluster: RayCluster, rows: TokenRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows selected out of order, as those behind a split are, through more than an epoch."""
+    """Rows in random order, as after a split, for more than an epoch."""
     monkeypatch.setattr(shared_rows, "CHUNK_BYTES", 1000)
     some = rows.select(np.random.default_rng(1).permutation(len(rows))[:150])
     shared = share(some)

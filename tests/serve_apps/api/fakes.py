@@ -1,4 +1,4 @@
-"""The catalog's API without Ray: in this process, with a job server and replicas that do as they are told."""
+"""The catalog's API in this process, without Ray: with a scripted job server and scripted replicas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.catalog.test_catalog import manifest
 
 @dataclass
 class FakeJobs:
-    """A job server. `down`: it does not answer."""
+    """A scripted job server. `down`: it does not answer."""
 
     jobs: dict[str, RayJob] = field(default_factory=dict)
     submitted: dict[str, Submission] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class FakePlacements:
 
 
 class Api:
-    """`http` has the paths of the real thing, /api/v1/…"""
+    """The API and its services. `http` is a client of it, with the paths of a deployment, /api/v1/…"""
 
     def __init__(self, home: Path, catalog_url: str) -> None:
         self.settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": catalog_url})
@@ -90,7 +90,7 @@ class Api:
         return self.services.catalog
 
     def store(self, number: int, tmp_path: Path, **fields: Any) -> str:
-        """An adapter in the store alone; its digest."""
+        """Puts an adapter into the store, but not into the catalog. Returns its digest."""
         folder = tmp_path / f"adapter-{number}"
         folder.mkdir()
         data = f"weights {number}".encode()
@@ -106,7 +106,7 @@ class Api:
 
 
 def mounted(app: ASGIApp) -> ASGIApp:
-    """Behind the route prefix, as Serve calls it."""
+    """The application behind its route prefix, as Serve calls it."""
 
     async def prefixed(scope: Scope, receive: Receive, send: Send) -> None:
         await app({**scope, "root_path": "/api/v1"} if scope["type"] == "http" else scope, receive, send)
@@ -115,7 +115,7 @@ def mounted(app: ASGIApp) -> ASGIApp:
 
 
 class InProcess(httpx.BaseTransport):
-    """An ASGI application for httpx's client that is not asynchronous; each request has an event loop of its own."""
+    """A transport from httpx's synchronous client to an ASGI application, with an event loop per request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._asgi = httpx.ASGITransport(app, raise_app_exceptions=False)

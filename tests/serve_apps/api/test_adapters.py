@@ -64,7 +64,7 @@ def test_an_adapter_and_its_versions(api: Api) -> None:
     assert (version["digest"], version["manifest"]["files"]) == (digest(2), {"adapter_model.safetensors": digest(2)})
 
 
-def test_what_there_is_not(api: Api) -> None:
+def test_missing_resources(api: Api) -> None:
     publish(api.catalog, "tone", 1)
     for path, detail in [
         ("/adapters/tune", "did you mean 'tone'"),
@@ -106,7 +106,7 @@ def test_placement(api: Api) -> None:
     ]
     items = api.http.get("/adapters/tone/placement").json()["items"]
     assert [(i["version"], i["tier"], i["uses"], i["replica"]) for i in items] == [
-        (2, "pool", 1, "r2"),  # by this name's numbers, whatever the replica was asked for
+        (2, "pool", 1, "r2"),  # the versions of this name, not of the name that the replica knows
         (1, "host", 3, "r1"),
     ]
     assert items[1]["last_used_at"] == "1970-01-01T00:00:01.500000Z"

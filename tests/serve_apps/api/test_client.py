@@ -62,7 +62,7 @@ def test_pairs_of_a_base(api: Api, client: CatalogClient) -> None:
     assert [(p.key, p.rank, p.canonical) for p in base.projections] == [(0, 256, True), (7, 256, False)]
 
 
-def test_promotion_that_nobody_overtakes(api: Api, client: CatalogClient) -> None:
+def test_promotion_with_preconditions(api: Api, client: CatalogClient) -> None:
     publish(api.catalog, "tone", 1, 2, 3)
     first = client.promote("tone", "prod", 1, create=True)
     second = client.promote("tone", "prod", 2, etag=first.etag)
@@ -126,7 +126,7 @@ def test_jobs(api: Api, client: CatalogClient) -> None:
         client.job("none")
 
 
-def test_what_does_not_answer(tmp_path: Path) -> None:
+def test_servers_that_do_not_answer(tmp_path: Path) -> None:
     api = Api(tmp_path, "postgresql://nobody@127.0.0.1:1/none")
     with CatalogClient(transport=api.transport) as client, pytest.raises(CatalogError, match="cannot be used"):
         client.bases()

@@ -1,4 +1,4 @@
-"""The catalog's API where its database, its store or a request is not as it should be."""
+"""Failures of the catalog's API: without its database or its store, and with invalid requests."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def test_without_its_database(tmp_path: Path) -> None:
     assert api.http.get("/openapi.json").status_code == 200
 
 
-def test_requests_that_come_together_wait_for_the_database_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_requests_share_one_wait_for_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried, everybody_waits = [], Barrier(9)
 
     def unreachable(url: str, **_: object) -> Catalog:
@@ -63,7 +61,7 @@ def test_requests_that_come_together_wait_for_the_database_once(
     api.close()
 
 
-def test_a_store_that_is_away_is_no_error_of_ours(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_503(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(digest: str) -> None:
         raise StoreError("the bucket cannot be reached")
 

@@ -1,4 +1,4 @@
-"""Jobs over HTTP, on both databases, with a job server that says what it is told to."""
+"""Jobs over HTTP, on both databases, with a scripted job server."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_without_ray(api: Api) -> None:
 
 
 def test_a_cluster_that_is_gone(api: Api) -> None:
-    """Where the catalog is one machine's alone a job that Ray has forgotten is dead; others may run elsewhere."""
+    """If only one machine uses the catalog, a job that Ray does not know is dead; otherwise it may run elsewhere."""
     for job_id in ("old", "fresh"):
         submit(api, job_id)
     api.catalog.add_job("by-hand", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))

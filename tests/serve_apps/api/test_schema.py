@@ -1,4 +1,4 @@
-"""The OpenAPI document of the catalog's API, and requests made up from it: every answer is one that it describes."""
+"""The OpenAPI document of the catalog's API: generated requests get only responses that it describes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def document(api: Api) -> Any:
     ],
 )
 def test_every_answer_is_described(api: Api, operation: str, mode: GenerationMode) -> None:
-    """`mode`: requests as the document asks for, of things that there are, or wrong ones, which must be refused."""
+    """`mode`: valid requests for existing resources, or invalid ones, which must be refused."""
     method, path = operation.split()
     schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", api.app)
     cases = schema[path][method].as_strategy(generation_mode=mode)

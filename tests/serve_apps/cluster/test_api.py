@@ -1,4 +1,4 @@
-"""The catalog's API on a real Ray cluster: a recipe over HTTP becomes a version, and the version answers."""
+"""The catalog's API on a real Ray cluster: a posted recipe becomes a version, which is served."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def catalog(served: Served) -> Iterator[CatalogClient]:
 
 @pytest.fixture
 def recipe(served: Served, tmp_path: Path) -> dict[str, Any]:
-    """Of a tiny adapter that is strong enough to change answers."""
+    """The recipe of a tiny adapter that changes the base's output."""
     write(tmp_path)
     data = RECIPE["data"] | {"train": str(tmp_path / "data.jsonl")}
     strong = {"learning_rate": 0.1, "schedule": "constant"}
@@ -87,7 +87,7 @@ def test_from_a_posted_recipe_to_an_answer(served: Served, catalog: CatalogClien
 
 
 def test_a_job_that_is_stopped(ray_cluster: RayCluster, served: Served, catalog: CatalogClient) -> None:
-    """Of a command that takes long; tests/jobs/runs/test_shared_runs.py stops a training."""
+    """Stops a long command; tests/jobs/runs/test_shared_runs.py stops a training."""
     from ray.job_submission import JobSubmissionClient
 
     served.catalog.add_job("to-be-stopped", name="endless", recipe=TrainSpec.parse(RECIPE, source="the test"))
@@ -103,7 +103,7 @@ def test_a_job_that_is_stopped(ray_cluster: RayCluster, served: Served, catalog:
         catalog.job("nobody")
 
 
-def test_a_driver_that_died_without_a_word(ray_cluster: RayCluster, served: Served, catalog: CatalogClient) -> None:
+def test_a_driver_that_died_without_a_record(ray_cluster: RayCluster, served: Served, catalog: CatalogClient) -> None:
     from ray.job_submission import JobSubmissionClient
 
     spec = TrainSpec.parse(RECIPE, source="the test")

@@ -1,4 +1,4 @@
-"""A replica over two ranks on a real Ray cluster: the answers of one rank, and a new replica where a rank is lost."""
+"""A replica of two ranks on a real Ray cluster: the output of one rank, and a new replica after a rank is lost."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_lost_rank_gives_a_new_replica(ray_cluster: RayCluster, served: Served
         before, (pid,) = replica(app), rank_pids()
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 90
-        while True:  # what comes before the loss is seen is refused, what is under way is lost
+        while True:  # requests fail until Serve has noticed the loss
             try:
                 assert {model: answer(app.url, model) for model in expected} == expected
                 break

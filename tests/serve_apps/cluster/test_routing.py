@@ -1,4 +1,4 @@
-"""Two replicas, twenty adapters that one of them alone could not hold: requests find the replica that holds theirs."""
+"""Two replicas and twenty adapters, too many for one of them: requests go to the replica that holds their adapter."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Client:
         return {replica["replica"]: replica for replica in response.json()["replicas"]}
 
     def num_routed(self) -> dict[str, int]:
-        """By reason, since the gateway's start."""
+        """Routed requests by reason, since the gateway's start."""
         pattern = re.compile(r'^loray_routing_decisions_total{reason="(\w+)"} (\d+)', re.MULTILINE)
         return {reason: int(n) for reason, n in pattern.findall(self.metrics())}
 
@@ -87,7 +87,7 @@ def client(app: Served) -> Client:
 
 def test_repeated_requests_find_the_replica_that_holds_their_adapter(client: Client, models: list[str]) -> None:
     answers = dict(zip(models, client.ask_all(models, at_once=1), strict=True))
-    assert len({text for (text,) in answers.values()}) == NUM_ADAPTERS  # strong adapters: a wrong one shows
+    assert len({text for (text,) in answers.values()}) == NUM_ADAPTERS  # every adapter has its own output
     before, order = client.replicas(), random.Random(0)
     traffic = [order.sample(models, len(models)) for _ in range(6)]
     for i, part in enumerate(traffic):
@@ -106,7 +106,7 @@ def test_repeated_requests_find_the_replica_that_holds_their_adapter(client: Cli
 
 
 def test_choices_of_one_request_are_routed_each(client: Client, models: list[str]) -> None:
-    """They share Serve's id of the HTTP request."""
+    """All choices have the same HTTP request's id in Serve."""
     prompts = ["a", "b", "c"]
     texts = client.ask(models[0], prompt=prompts, n=2)
     assert len(texts) == 6

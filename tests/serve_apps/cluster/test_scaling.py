@@ -1,4 +1,4 @@
-"""Adapter demand scales a real deployment: the same request rate, over few adapters, over many, over few again."""
+"""Adapter demand scales a real deployment: one request rate, over few adapters, then many, then few again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 NUM_ADAPTERS = 12
 NUM_FEW = 3
-RATE = 4.0  # requests per second, and MAX_TOKENS each: nothing that a batch or a slow machine is full with
+RATE = 4.0  # requests per second, of MAX_TOKENS each: a low load, even for a slow machine
 MAX_TOKENS = 2
 POOL_BYTES = 1 << 20  # eight adapters of rank 32, at most
 AUTOSCALING = {
@@ -51,7 +51,7 @@ def adapters(served: Served, tmp_path_factory: pytest.TempPathFactory) -> list[s
 
 
 class Traffic:
-    """A short request every 1 / RATE s, whether or not earlier ones are answered, over `models` in turn."""
+    """Sends a short request every 1 / RATE s to `models` in turn, without waiting for earlier ones."""
 
     def __init__(self, url: str, models: Sequence[str]) -> None:
         self.models = models
@@ -91,7 +91,7 @@ def until(what: Callable[[], bool], timeout_s: float, why: Callable[[], object])
         time.sleep(0.1)
 
 
-def test_a_wide_working_set_brings_a_replica_and_a_narrow_one_lets_it_go(
+def test_a_wide_working_set_adds_a_replica_and_a_narrow_one_removes_it(
     ray_cluster: RayCluster, served: Served, adapters: list[str]
 ) -> None:
     fields = {"pool_bytes": POOL_BYTES, "max_num_seqs": 64, "max_queued": 64, "autoscaling": AUTOSCALING}
@@ -107,7 +107,7 @@ def test_a_wide_working_set_brings_a_replica_and_a_narrow_one_lets_it_go(
                 said = status().autoscaling
                 return said is not None and all(word in said.reason for word in words)
 
-            # Few adapters: all their demand is seen, and one replica is enough.
+            # Few adapters: one replica is enough.
             until(lambda: explained(f" MiB of {NUM_FEW} adapters"), 20, status)
             sent = len(traffic.results)
             until(lambda: len(traffic.results) > sent + 2 * AUTOSCALING["window_s"] * RATE, 30, status)
@@ -122,7 +122,7 @@ def test_a_wide_working_set_brings_a_replica_and_a_narrow_one_lets_it_go(
             traffic.models = few
             until(lambda: len(status().replicas) == 1, 60, status)
             sent = len(traffic.results)
-            until(lambda: len(traffic.results) > sent + RATE, 30, status)  # the one that stays answers alone
+            until(lambda: len(traffic.results) > sent + RATE, 30, status)  # the remaining replica serves all requests
             told = status().autoscaling
         statuses = {future.result().status_code for future in traffic.results}
     assert statuses == {200}
@@ -146,7 +146,7 @@ class WorkingSet(NamedTuple):
 
 
 def working_set(reason: str) -> WorkingSet:
-    """What a decision's reason says of it."""
+    """Parses the working set from a decision's reason."""
     said = re.search(
         r"working set ([\d.]+) MiB of (\d+) adapters needs (\d) replicas? at ([\d.]+) MiB of pool each", reason
     )

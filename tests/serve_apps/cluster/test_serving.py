@@ -1,4 +1,4 @@
-"""The whole way on a real Ray cluster: publish, resolve, generate over HTTP, promote, roll back, lose a replica."""
+"""Serving on a real Ray cluster: publish, resolve, generate over HTTP, promote, roll back, lose a replica."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_name_of_a_model(client: openai.OpenAI, served: Served, tone: list
     served.catalog.promote("tone", "canary", 1)
     by_version = {v.version: answer(client, v.label) for v in tone}
     base = answer(client, "tiny")
-    assert len({base, *by_version.values()}) == 4  # strong adapters: a wrong one shows
+    assert len({base, *by_version.values()}) == 4  # every adapter has its own output
     assert answer(client, "tone") == by_version[3]
     assert eventually(lambda: answer(client, "tone@canary") == by_version[1])
     models = [m.id for m in client.models.list()]
@@ -108,7 +108,7 @@ def test_metrics_grow_by_what_is_asked(client: openai.OpenAI, served: Served, to
         return grown("loray_generation_tokens_total", replica=replica["replica"]) >= 3 * GREEDY["max_tokens"]
 
     after = before
-    assert eventually(counted)  # the engine's totals are as of a moment ago
+    assert eventually(counted)  # the engine's totals lag behind a little
     r = replica["replica"]
     assert grown("loray_generation_tokens_total", replica=r) == 3 * GREEDY["max_tokens"]
     assert grown("loray_adapter_requests_total", replica=r, tier="pool") == 2
@@ -151,7 +151,7 @@ def test_streaming(client: openai.OpenAI, tone: list[AdapterVersion]) -> None:
     assert chunks[-1].usage is not None
     assert whole.usage is not None
     streamed = chunks[-1].usage.model_copy(update={"prompt_tokens_details": whole.usage.prompt_tokens_details})
-    assert streamed == whole.usage  # but for what the prefix cache knew
+    assert streamed == whole.usage  # except for the prefix cache's tokens
 
 
 def test_bad_requests(client: openai.OpenAI) -> None:
@@ -165,7 +165,7 @@ def test_bad_requests(client: openai.OpenAI) -> None:
     assert "not valid JSON" in response.json()["error"]["message"]
 
 
-def test_what_a_client_did_wrong_leaves_no_traceback(
+def test_client_errors_are_logged_without_traceback(
     client: openai.OpenAI, served: Served, ray_cluster: RayCluster
 ) -> None:
     (replica,) = status(served)["replicas"]
@@ -214,7 +214,7 @@ def test_overload_is_429_with_a_time_to_retry(served: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_engine(served: Served, stream: bool) -> None:
+def test_a_disconnected_client_frees_the_engine(served: Served, stream: bool) -> None:
     before = status(served)["totals"]
     body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "n": 2, "stream": stream}
     with httpx.Client(base_url=served.url, timeout=httpx.Timeout(30, read=None if stream else 0.3)) as http:

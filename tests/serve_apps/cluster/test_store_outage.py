@@ -1,4 +1,4 @@
-"""A store that is down while an adapter is wanted: that request hears of it, and a later one is served."""
+"""A store that is down when an adapter is loaded: that request fails, and a later one is served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gateway without Ray: on scripted engines, or on a real one in this process."""
+"""A gateway without Ray, on scripted engines or on a real engine in this process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gateway_app(base: BaseModel, catalog_url: str, engines: Engines, **spec: Any
 
 
 def register(catalog: Catalog, name: str, base_fingerprint: str, *, context_length: int = 512) -> AdapterVersion:
-    """A version in the catalog alone: nothing is stored."""
+    """Registers a version in the catalog, without an adapter in the store."""
     num_versions = len(catalog.adapter(name).versions) if any(e.name == name for e in catalog.adapters()) else 0
     manifest = AdapterManifest(
         method="lora",
@@ -58,7 +58,7 @@ def register(catalog: Catalog, name: str, base_fingerprint: str, *, context_leng
 
 
 class ScriptedEngines:
-    """Says what `script` says: deltas, and exceptions to raise; then waits if `hang`."""
+    """Yields the deltas of `script` and raises its exceptions; then waits for ever if `hang`."""
 
     def __init__(self, script: Sequence[Delta | Exception] = (), *, hang: bool = False) -> None:
         self.script, self.hang = script, hang

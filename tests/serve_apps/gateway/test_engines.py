@@ -1,4 +1,4 @@
-"""The gateway's side of a Serve handle, on a stand-in handle: what is sent again, translated and cancelled."""
+"""The gateway's use of a Serve handle, on a stand-in: retries, translated errors, cancellation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REQUEST = GenerateRequest("r", (1, 2), SamplingParams())
 
 
 class Response:
-    """As DeploymentResponseGenerator: an asynchronous iterator that can be cancelled."""
+    """Stands in for DeploymentResponseGenerator: an asynchronous iterator that can be cancelled."""
 
     def __init__(self, script: list[Any]) -> None:
         self.script, self.cancelled = list(script), False
@@ -66,7 +66,7 @@ class Handle:
 
 
 class Broadcasts:
-    """A handle whose replicas answer as scripted, or that fails."""
+    """A handle whose broadcasts return scripted results, or fail."""
 
     def __init__(self, answers: list[Any] | Exception) -> None:
         self.answers, self.asked = answers, list[str]()
@@ -101,12 +101,12 @@ def collect(handle: Handle) -> list[str]:
 
 
 def raised_by(error: Exception) -> Exception:
-    """As Ray hands over what a replica raised."""
+    """An error of a replica, as Ray raises it in the gateway."""
     wrapped = RayTaskError("generate", "traceback", error)
     return wrapped.as_instanceof_cause()  # type: ignore[no-any-return]
 
 
-def test_a_lost_replica_is_tried_again_while_nothing_has_come() -> None:
+def test_a_request_of_a_lost_replica_is_retried_before_its_first_delta() -> None:
     handle = Handle([ActorDiedError()], [raised_by(ReplicaUnavailable("stopped"))], [delta("a"), delta("b", "stop")])
     assert collect(handle) == ["a", "b"]
     assert [r.request_id for r in handle.requests] == ["r", "r-1", "r-2"]
@@ -127,7 +127,7 @@ def test_attempts_are_bounded() -> None:
     assert not handle.scripts
 
 
-def test_what_has_come_is_never_sent_twice() -> None:
+def test_a_request_is_not_retried_after_its_first_delta() -> None:
     handle = Handle([delta("a"), ActorDiedError()], [delta("never")])
     with pytest.raises(EngineError):
         collect(handle)
@@ -143,7 +143,7 @@ def test_what_has_come_is_never_sent_twice() -> None:
         (BackPressureError(5, 5), Overloaded),
     ],
 )
-def test_errors_come_as_they_were_raised(error: Exception, expected: type[Exception]) -> None:
+def test_errors_have_the_class_that_the_replica_raised(error: Exception, expected: type[Exception]) -> None:
     with pytest.raises(expected) as e:
         collect(Handle([error]))
     assert not isinstance(e.value, RayTaskError)
@@ -154,7 +154,7 @@ def test_errors_come_as_they_were_raised(error: Exception, expected: type[Except
 
 
 @pytest.mark.parametrize("error", [EngineError("the engine stopped"), ContextLengthExceeded("too long", "prompt")])
-def test_what_an_engine_says_is_not_asked_again(error: Exception) -> None:
+def test_errors_of_an_engine_are_not_retried(error: Exception) -> None:
     handle = Handle([raised_by(error)])
     with pytest.raises(type(error)):
         collect(handle)
@@ -236,7 +236,7 @@ def test_merged_deltas_keep_logprobs() -> None:
     assert merge_deltas([one, two]) == Delta("ab", (1, 1), ("x", "y"), "stop", 3, 2)  # type: ignore[arg-type]
 
 
-def test_a_silent_replica_takes_nothing_from_what_the_others_say() -> None:
+def test_a_silent_replica_does_not_hide_the_others() -> None:
     status = ReplicaStatus(replica="r1", node="n", pid=1, uptime_s=1.0, num_running=1)
     handle: Any = Broadcasts([[], TimeoutError(), status])
     assert asyncio.run(ServeEngines(handle).metrics()) == [[], None, None]
@@ -245,7 +245,7 @@ def test_a_silent_replica_takes_nothing_from_what_the_others_say() -> None:
 
 
 class Answer:
-    """As Serve's ReplicaResult."""
+    """Stands in for Serve's ReplicaResult."""
 
     def __init__(self, what: Any) -> None:
         self._what = what
@@ -265,7 +265,7 @@ def healthy(*answers: Any) -> bool:
     return good
 
 
-def test_one_replica_that_answers_is_health(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_healthy_replica_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "_HEALTH_TIMEOUT_S", 60.0)
     assert healthy("hang", EngineError("stopped"), None)  # at once
     assert not healthy(EngineError("stopped"))
@@ -274,8 +274,8 @@ def test_one_replica_that_answers_is_health(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("accepted", [False, True])
-def test_no_longer_than_half_a_minute_is_waited_for_a_replica(monkeypatch: pytest.MonkeyPatch, accepted: bool) -> None:
-    """What a replica has accepted may take as long as it takes."""
+def test_waiting_for_a_replica_is_bounded(monkeypatch: pytest.MonkeyPatch, accepted: bool) -> None:
+    """A request that a replica has accepted is waited for without a limit."""
     monkeypatch.setattr(generation, "_NO_REPLICA_S", 0.01)
     handle = Handle(["hang"] if accepted else ["wait"])
 
@@ -289,7 +289,7 @@ def test_no_longer_than_half_a_minute_is_waited_for_a_replica(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("failure", [TimeoutError(), DeploymentUnavailableError(DeploymentID("engine"))])
-def test_without_replicas_nobody_answers(failure: Exception) -> None:
+def test_without_replicas_there_are_no_results(failure: Exception) -> None:
     engines = ServeEngines(Broadcasts(failure))  # type: ignore[arg-type]
     assert asyncio.run(engines.stats()) == asyncio.run(engines.metrics()) == []
     assert not asyncio.run(engines.healthy())

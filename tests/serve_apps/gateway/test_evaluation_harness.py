@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness sends to a completions endpoint, and what it reads in the answers, LoRA or not."""
+"""The requests that lm-evaluation-harness sends to a completions endpoint, and its use of the responses."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def post(client: TestClient, **body: Any) -> dict[str, Any]:
 
 
 def parse_logprobs(body: dict[str, Any], context_lengths: Sequence[int]) -> list[tuple[float, bool]]:
-    """As the harness does: the continuation's log-likelihood, and whether it is what greedy decoding would say."""
+    """The harness's parser: the continuation's log-likelihood, and whether greedy decoding would generate it."""
     out = []
     for choice, start in zip(sorted(body["choices"], key=itemgetter("index")), context_lengths, strict=True):
         logprobs = choice["logprobs"]["token_logprobs"][start:-1]

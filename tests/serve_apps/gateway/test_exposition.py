@@ -1,4 +1,4 @@
-"""GET /metrics: one exposition of a gateway and its replicas, with every name of the table and of the document."""
+"""GET /metrics: one exposition of a gateway and its replicas, with exactly the documented metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 
 @pytest.fixture
 def whole(base: BaseModel) -> list[Family]:
-    """Of a gateway with two replicas that have served one request each, and a third that is silent."""
+    """The families of a gateway with two replicas that have served one request each, and a silent third one."""
     replicas: list[list[Family] | None] = [None]
     for name in ("r1", "r2"):
         asked = Asked(base)
@@ -70,7 +70,7 @@ def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[
             assert set(sample.labels) - {"le"} == expected - {"le"}, sample
 
 
-def test_replicas_stand_side_by_side_in_a_family(whole: list[Family]) -> None:
+def test_a_family_contains_all_replicas(whole: list[Family]) -> None:
     body, content_type = encode(whole, "")
     assert content_type == "text/plain; version=0.0.4; charset=utf-8"
     families = {f.name: f for f in parse(body.decode())}
@@ -85,7 +85,7 @@ def test_replicas_stand_side_by_side_in_a_family(whole: list[Family]) -> None:
     assert [s.labels["replica"] for s in first if s.labels.get("le") == "+Inf"] == ["r1", "r2"]
 
 
-def test_openmetrics_is_given_to_who_asks(whole: list[Family]) -> None:
+def test_openmetrics_on_request(whole: list[Family]) -> None:
     body, content_type = encode(whole, "application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
     assert {f.name for f in parse_openmetrics(body.decode())} == {
@@ -94,7 +94,7 @@ def test_openmetrics_is_given_to_who_asks(whole: list[Family]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool on PATH")
-def test_promtool_finds_nothing_to_say(whole: list[Family]) -> None:
+def test_promtool_accepts_the_exposition(whole: list[Family]) -> None:
     promtool = subprocess.run(["promtool", "check", "metrics"], input=encode(whole, "").body, capture_output=True)
     assert (promtool.returncode, promtool.stdout, promtool.stderr) == (0, b"", b"")
 

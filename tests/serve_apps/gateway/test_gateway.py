@@ -1,4 +1,4 @@
-"""The HTTP API on scripted engines: every way to fail, and what OpenAI's clients rely on."""
+"""The gateway's HTTP API on scripted engines: the behaviour that OpenAI's clients rely on."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_status_says_what_the_autoscaler_decided(client_of: Any) -> None:
     engines.scaling = AutoscalingStatus(target=2, reason="tokens need 2 replicas", time=3.0, decisions=(decision,))
     with client_of(engines, num_replicas=2, autoscaling={"min_replicas": 1, "max_replicas": 2}) as client:
         status = client.get("/status").json()
-    assert status["status"] == "degraded"  # there is one, of two that demand asks for
+    assert status["status"] == "degraded"  # one replica of the two that demand requires
     assert status["autoscaling"]["target"] == 2
     assert status["autoscaling"]["decisions"] == [decision.model_dump()]
     with client_of(engines, num_replicas=1) as client:
@@ -228,9 +228,7 @@ def test_openapi_describes_the_bodies(client_of: Any) -> None:
     assert "ChatMessage" in document["components"]["schemas"]
 
 
-def test_a_tenant_is_named_by_the_header_before_the_body_and_its_wishes_reach_the_engine(
-    client_of: Any, base: BaseModel
-) -> None:
+def test_tenant_priority_and_slo_reach_the_engine(client_of: Any, base: BaseModel) -> None:
     engines = ScriptedEngines(HELLO)
     body = {"model": base.name, "prompt": "a", "user": "body", "priority": -2, "ttft_slo_s": 1.5}
     with client_of(engines) as client:

@@ -37,7 +37,7 @@ def test_invalid_fields(client_of: Any, base: BaseModel) -> None:
             ({"tools": [{}]}, "tools"),
             ({"colour": 1}, "colour"),
             ({"prompt": ""}, "prompt"),
-            ({"repetition_penalty": 1e-40}, "repetition_penalty"),  # of which fp32 makes nothing
+            ({"repetition_penalty": 1e-40}, "repetition_penalty"),  # 0 in fp32
             ({"stop_token_ids": list(range(129))}, "stop_token_ids"),
         ):
             error = error_of(client.post("/v1/completions", json={"model": base.name, "prompt": "a"} | fields), 400)
@@ -62,7 +62,7 @@ def test_prompt_too_long_says_the_limits(client_of: Any, base: BaseModel, catalo
         chat = {"model": base.name, "messages": [{"role": "user", "content": "x" * 600}]}
         assert error_of(client.post("/v1/chat/completions", json=chat), 400)["param"] == "messages"
         assert not engines.requests
-        # LongLoRA's context is the adapter's own; and a default is cut to what is left.
+        # A LongLoRA adapter has its own context; a default is lowered to the rest of the context.
         assert client.post("/v1/completions", json={"model": "long", "prompt": "x" * 600}).status_code == 200
         assert client.post("/v1/completions", json={"model": base.name, "prompt": "x" * 505}).status_code == 200
         assert engines.requests[-1].params.max_tokens == 7

@@ -1,4 +1,4 @@
-"""Which thread encodes: long requests must not hold up the event loop."""
+"""The thread that encodes: long requests must not block the event loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serve's side of routing, on Ray's own RequestRouter with stand-in replicas: no cluster."""
+"""Routing in Serve: Ray's RequestRouter with stand-in replicas, without a cluster."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DIGESTS = [d[::-1] for d in DIGESTS]
 
 
 class Replica:
-    """As RunningReplica, which needs an actor. It says nothing of its queue unless it is asked."""
+    """Stands in for RunningReplica, which needs an actor. It reports the length of its queue only when asked."""
 
     def __init__(self, name: str, *, limit: int = 50) -> None:
         self.replica_id = ReplicaID(name, ENGINE)
@@ -52,7 +52,7 @@ numbers = itertools.count()
 
 
 def pending(digest: str | None, *, http_request: str | None = None) -> PendingRequest:
-    """As Serve makes one for `generate`; calls for one HTTP request share its id."""
+    """A pending call of `generate`, as Serve creates it. Calls of one HTTP request share its id."""
     number = next(numbers)
     adapter = digest and AdapterRef(
         digest=digest, name="a", version=1, method="lora", base_fingerprint="0" * 64, context_length=64, nbytes=1
@@ -74,7 +74,7 @@ def with_router(replicas: list[Replica], scenario: Callable[[AdapterRouter], Cor
 
 
 async def route(router: AdapterRouter, request: PendingRequest) -> str:
-    """As Serve's AsyncioRouter does, with a replica that accepts."""
+    """Routes a request as Serve's AsyncioRouter does, to a replica that accepts it."""
     replica = await router._choose_replica_for_request(request)
     router.on_send_request(replica.replica_id)
     router.on_request_routed(request, replica.replica_id, None)
@@ -87,7 +87,7 @@ def pair() -> list[Replica]:
 
 
 def test_serve_pickles_the_class_by_reference() -> None:
-    """By value, as it pickles classes that a module defines, every router would have counters of its own."""
+    """If it were pickled by value, as classes that the module defines are, every router would have its own counters."""
     config = RequestRouterConfig(request_router_class=ROUTER_CLASS)
     assert cloudpickle.loads(config.get_serialized_request_router_cls()) is AdapterRouter
 
@@ -125,8 +125,8 @@ def test_reports_replace_what_was_said_before(pair: list[Replica]) -> None:
     with_router(pair, scenario)
 
 
-def test_a_request_for_calls_that_share_an_id_goes_each_its_own_way(pair: list[Replica]) -> None:
-    """`n=4`, or several prompts: Serve gives the calls that one HTTP request makes the same internal id."""
+def test_calls_that_share_an_id_are_routed_separately(pair: list[Replica]) -> None:
+    """Serve gives all calls of one HTTP request (`n=4`, several prompts) the same internal id."""
     for replica, digests in zip(pair, (DIGESTS[:4], DIGESTS[4:8]), strict=True):
         replica.report(*digests)
 
@@ -138,7 +138,7 @@ def test_a_request_for_calls_that_share_an_id_goes_each_its_own_way(pair: list[R
 
 
 def test_many_at_once_keep_to_their_replicas(pair: list[Replica]) -> None:
-    """Serve's FIFOMixin would hand a replica that was chosen for one adapter to whoever waits the longest."""
+    """Serve's FIFOMixin would give a replica chosen for one adapter to the request that has waited longest."""
     for replica, digests in zip(pair, (DIGESTS[::2], DIGESTS[1::2]), strict=True):
         replica.report(*digests)
 
@@ -149,7 +149,7 @@ def test_many_at_once_keep_to_their_replicas(pair: list[Replica]) -> None:
     with_router(pair, scenario)
 
 
-def test_a_hot_adapter_overflows(pair: list[Replica]) -> None:
+def test_an_adapter_in_high_demand_overflows(pair: list[Replica]) -> None:
     pair[0].report(DIGESTS[0])
 
     async def scenario(router: AdapterRouter) -> None:
@@ -183,8 +183,8 @@ async def first_choice(router: AdapterRouter, replicas: list[Replica]) -> str:
     return str(first.replica_id.unique_id)
 
 
-def test_a_call_to_all_does_not_hide_what_is_under_way(pair: list[Replica]) -> None:
-    """`/status` is one; where Serve has forgotten the queue's length, it counts from zero and back."""
+def test_a_broadcast_does_not_hide_requests_under_way(pair: list[Replica]) -> None:
+    """`/status` is a broadcast. If Serve has forgotten the length of a queue, it counts the broadcast from 0."""
     pair[0].report(DIGESTS[0])
 
     async def scenario(router: AdapterRouter) -> None:
@@ -201,7 +201,7 @@ def test_a_call_to_all_does_not_hide_what_is_under_way(pair: list[Replica]) -> N
 
 
 def test_requests_that_never_arrived_are_forgotten(pair: list[Replica]) -> None:
-    """Serve says when a request is sent, but not that its caller has left before the replica had accepted it."""
+    """Serve reports that a request is sent, but not that it was cancelled before the replica accepted it."""
     pair[0].report(DIGESTS[0])
 
     async def scenario(router: AdapterRouter) -> None:
@@ -210,14 +210,14 @@ def test_requests_that_never_arrived_are_forgotten(pair: list[Replica]) -> None:
             router.on_send_request(pair[0].replica_id)
         router.replica_queue_len_cache.invalidate_key(pair[0].replica_id)  # as it does after ten seconds
         assert await first_choice(router, pair) == "two"
-        assert router._asking is not None
-        await asyncio.wait_for(router._asking, timeout=10)
+        assert router._probing is not None
+        await asyncio.wait_for(router._probing, timeout=10)
         assert await first_choice(router, pair) == "one"
 
     with_router(pair, scenario)
 
 
-def test_while_nobody_takes_a_request_there_are_pauses(pair: list[Replica]) -> None:
+def test_retries_pause_while_no_replica_accepts(pair: list[Replica]) -> None:
     for replica in pair:
         replica.queue_len = replica.max_ongoing_requests
     pauses: list[int] = []
@@ -237,7 +237,7 @@ def test_while_nobody_takes_a_request_there_are_pauses(pair: list[Replica]) -> N
     assert sum(replica.num_asked for replica in pair) <= 2 * 6
 
 
-def test_a_full_holder_is_not_waited_for(pair: list[Replica]) -> None:
+def test_a_full_replica_is_skipped(pair: list[Replica]) -> None:
     pair[0].report(DIGESTS[0])
     pair[0].queue_len = pair[0].max_ongoing_requests
 

@@ -1,4 +1,4 @@
-"""Demand as it is measured on a real engine, and on one that refuses."""
+"""Demand measured on a real engine, and on one that refuses requests."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_engines_requests_are_demand(replica: Replica, refs: dict[str, Adapte
     replica.answer(request("b", lora, max_tokens=7))
     seen = replica.observe()
     assert seen.tokens == (3 + 5) + (3 + 7)
-    # What it takes in the pool is known now: rank 4 on q (64 → 64) and v (64 → 32) of two layers, in fp32.
+    # Its size in the pool is known now: rank 4 on q (64 → 64) and v (64 → 32) of two layers, in fp32.
     assert seen.adapters == {lora.digest[:16]: 2 * 4 * (64 + 64 + 64 + 32) * 4}
     assert seen.pairs == {}
     replica.answer(request("c", vera, max_tokens=1))
@@ -93,7 +93,7 @@ def test_an_engines_requests_are_demand(replica: Replica, refs: dict[str, Adapte
     assert seen.kv_byte_s == 0
 
 
-def test_a_caller_who_leaves_took_what_had_come(replica: Replica) -> None:
+def test_a_cancelled_request_counts_with_its_received_tokens(replica: Replica) -> None:
     async def leave() -> int:
         async with aclosing(replica.deltas(request("a", max_tokens=400))) as deltas:
             async for delta in deltas:
@@ -106,7 +106,7 @@ def test_a_caller_who_leaves_took_what_had_come(replica: Replica) -> None:
 
 
 @pytest.mark.parametrize(("error", "tokens"), [(Overloaded("full", 1.0), 3), (RequestError("no", "prompt"), 0)])
-def test_what_is_refused_for_want_of_room_is_demand(replica: Replica, error: Exception, tokens: float) -> None:
+def test_a_request_refused_for_overload_is_demand(replica: Replica, error: Exception, tokens: float) -> None:
     async def refuse() -> AsyncGenerator[Delta, None]:
         raise error
         yield

@@ -1,4 +1,4 @@
-"""Adapters from a store and from the node's cache: the same rows either way, each byte verified, refusals by name."""
+"""Adapters loaded from a store and from the node's cache: the same rows, every byte verified, errors by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import AdapterRef
 from loray.store import AdapterStore, open_store
-from serve_apps.replica import keeping as adapter_keeping
+from serve_apps.replica import cache_writer
 from serve_apps.replica import loading as adapter_loading
 from serve_apps.replica.loading import AdapterLoader
 from tests.store.conftest import damage
@@ -32,15 +32,15 @@ from tests.store.conftest import damage
 
 @dataclass
 class Seen:
-    """What the engine is told: layers there, seconds that remain, and whether the whole had landed."""
+    """Calls of `progress`: the number of layers that have arrived, and whether the whole adapter is verified."""
 
-    said: list[tuple[int, bool]] = field(default_factory=list)
+    calls: list[tuple[int, bool]] = field(default_factory=list)
 
     def __call__(self, packed: PackedAdapter, remaining_s: float) -> None:
         assert remaining_s >= 0
         partial = packed.partial
         num_layers = 2 if partial is None else min(2, partial.wait_for_layers(0, 0))
-        self.said.append((num_layers, partial is None or partial.complete))
+        self.calls.append((num_layers, partial is None or partial.complete))
 
 
 class World:
@@ -59,10 +59,10 @@ class World:
         self.seen = Seen()
 
     def load(self, *, loader: AdapterLoader | None = None, ref: AdapterRef | None = None) -> PackedAdapter:
-        self.seen.said.clear()
+        self.seen.calls.clear()
         loader = loader or self.loader
         packed = loader(ref or self.ref).pack(self.packer, self.seen)
-        loader.keeper.flush()
+        loader.cache_writer.flush()
         return packed
 
     @property
@@ -105,8 +105,8 @@ def test_the_same_rows_from_the_store_and_from_the_cache(
     expected = world.packer.pack(read_adapter(world.folder, world.base.config))
     cold = world.load()
     assert same(cold, expected)
-    assert world.seen.said[-1] == (2, True)
-    assert world.seen.said == sorted(world.seen.said)
+    assert world.seen.calls[-1] == (2, True)
+    assert world.seen.calls == sorted(world.seen.calls)
     world.store.objects.delete(f"manifests/{world.ref.digest[:2]}/{world.ref.digest}.json")  # no store any more
     for loader in (world.loader, AdapterLoader(world.base, world.settings)):
         assert same(world.load(loader=loader), expected)
@@ -128,12 +128,12 @@ def test_the_first_layer_can_be_used_before_the_second_has_come(world: World, mo
 
     monkeypatch.setattr(AdapterStore, "read_into", held_back)
     packed = world.loader(world.ref).pack(world.packer, progress)
-    assert (world.seen.said[0], world.seen.said[-1]) == ((1, False), (2, True))
+    assert (world.seen.calls[0], world.seen.calls[-1]) == ((1, False), (2, True))
     assert same(packed, world.packer.pack(read_adapter(world.folder, world.base.config)))
 
 
 @pytest.mark.parametrize("at", [-1, 20])
-def test_bytes_that_were_not_published_never_land(world: World, at: int) -> None:
+def test_damaged_bytes_are_never_accepted(world: World, at: int) -> None:
     blob = world.blob()
     data = bytearray(blob.read_bytes())
     data[at] ^= 1
@@ -141,7 +141,7 @@ def test_bytes_that_were_not_published_never_land(world: World, at: int) -> None
     blob.write_bytes(data)
     with pytest.raises(IntegrityError, match="in the store"):
         world.load()
-    assert not any(landed for _, landed in world.seen.said)
+    assert not any(landed for _, landed in world.seen.calls)
     assert list(world.cached.parent.iterdir()) == []
     blob.unlink()
     with pytest.raises(IntegrityError, match=r"incomplete: adapter_model\.safetensors is missing"):
@@ -177,7 +177,7 @@ def test_an_adapter_of_another_base_is_refused(world: World, tiny_base: Callable
 
 @pytest.mark.parametrize("world", ["vera"], indirect=True)
 def test_a_vera_adapter_keeps_the_pair_it_was_trained_with(world: World) -> None:
-    """As if PyTorch drew other numbers from the same key one day."""
+    """Simulates a PyTorch that draws other numbers from the same key."""
     manifest = read_manifest(world.folder)
     raw = json.loads((world.folder / manifest.FILE).read_text())
     raw["projection"]["sha256"] = "0" * 64
@@ -188,17 +188,17 @@ def test_a_vera_adapter_keeps_the_pair_it_was_trained_with(world: World) -> None
 
 
 def test_the_cache_is_filled_once_a_step_on_the_adapter_is_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_keeping, "_MAX_WAIT_S", 60.0)
+    monkeypatch.setattr(cache_writer, "_MAX_WAIT_S", 60.0)
     packed = world.loader(world.ref).pack(world.packer, world.seen)
     assert packed.partial is not None
     assert packed.partial.complete
     assert not world.cached.exists()
     packed.partial.mark_used()
-    world.loader.keeper.flush()
+    world.loader.cache_writer.flush()
     assert same(open_packed(world.packed_file, verify=True), packed)
 
 
-def test_a_cache_that_cannot_be_written_to_fails_nobody(
+def test_a_cache_that_cannot_be_written_affects_no_request(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(packed: PackedAdapter, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a replica counts, against what a real engine was asked; and the exposition that it goes into."""
+"""A replica's metrics compared with the requests to a real engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def values(families: Sequence[Family]) -> dict[tuple[str, ...], float]:
 
 
 class Asked:
-    """A real engine and a replica's metrics around it."""
+    """A real engine, and a replica's metrics of its requests."""
 
     def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: Any) -> None:
         self.metrics = ReplicaMetrics()
@@ -86,7 +86,7 @@ def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[
 def test_counts_are_what_was_asked(
     base: BaseModel, adapters: list[TestAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pool holds one context and no more, so a request of that length throws every adapter out; the host, one."""
+    """The pool holds one full context, so a request of that length evicts every adapter. The host holds one adapter."""
     monkeypatch.setattr("serve_apps.replica.replica._replica_id", lambda: "r1")
     a, b = adapters
     c = base.config
@@ -97,10 +97,10 @@ def test_counts_are_what_was_asked(
     async def test() -> None:
         await asked.ask(10, a)  # from the store
         await asked.ask(20, a)  # in the pool
-        await asked.ask(500)  # throws it out
+        await asked.ask(500)  # evicts it
         await asked.ask(30, a)  # on the host
         await asked.ask(40, b, max_tokens=1)  # from the store; the host's copy of `a` makes room
-        await asked.ask(500)  # throws both out: `a` is nowhere then
+        await asked.ask(500)  # evicts both; `a` is not on the host either
         await asked.ask(50, b)  # on the host
         await asked.ask(60, a)  # from the store again
         with pytest.raises(ContextLengthExceeded):
@@ -156,13 +156,13 @@ def test_counts_are_what_was_asked(
     go(asked, test)
 
 
-def test_who_leaves_is_an_abort_and_not_an_error(base: BaseModel) -> None:
+def test_a_cancelled_request_is_an_abort_and_not_an_error(base: BaseModel) -> None:
     asked = Asked(base)
 
     async def test() -> None:
         async with aclosing(asked.observed(request("r", [1, 2, 3], max_tokens=400))) as deltas:
             await anext(deltas)
-        await asked.stream.adapters()  # after what was posted before: the first one is gone
+        await asked.stream.adapters()  # returns after the cancellation that was posted before it
         await asked.settled(0)
         stands, go_on = hold(asked.stream._engine)
         waiting = asyncio.create_task(asked.ask(3, max_tokens=400))

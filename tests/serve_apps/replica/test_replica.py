@@ -1,4 +1,4 @@
-"""The replica's parts without Ray: how adapters are read, how defaults are fitted, what is logged."""
+"""Parts of the replica without Ray: fitted defaults, and logs of errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def published(folder: Path, base: BaseModel, settings: Settings) -> AdapterVersi
 
 
 class Limited:
-    """An engine whose limit becomes known as its adapter is loaded."""
+    """An engine whose exact limit is known once its adapter is loaded."""
 
     def __init__(self, estimate: int, exact: int) -> None:
         self._limit, self._exact = estimate, exact
@@ -74,7 +74,7 @@ def test_a_default_fits_what_the_replica_has(estimate: int, exact: int, asked: l
 def test_a_default_leaves_room_for_the_adapter(
     tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], settings: Settings, method: str
 ) -> None:
-    """A real engine whose pool holds less than the model's context. VeRA's pair is not in the published size."""
+    """A real engine with a pool smaller than the model's context. The published size does not contain VeRA's pair."""
     base = tiny_base()
     published(peft_folder(base, method), base, settings)
     ref = Catalog(settings.catalog).resolve("a")

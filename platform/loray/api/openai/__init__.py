@@ -1,8 +1,7 @@
-"""OpenAI's completions and chat completions: requests checked and translated, responses and chunks written.
+"""OpenAI's completions and chat completions: checks and translates requests, builds responses and chunks.
 
-The wire format is OpenAI's; further sampling fields (top_k, min_p, min_tokens, prompt_logprobs and others) are
-named as vLLM names them.
-A field that is not implemented is refused by name, never ignored.
+The wire format is OpenAI's. Further sampling fields (top_k, min_p, min_tokens, prompt_logprobs and others) have vLLM's
+names. A field that is not implemented is refused by name, never ignored.
 """
 
 from __future__ import annotations

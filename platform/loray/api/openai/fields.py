@@ -1,4 +1,4 @@
-"""Fields of request bodies that come in several forms, brought into one. What is none of them is a RequestError."""
+"""Fields of request bodies that have several forms, converted into one. Any other form is a RequestError."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def token_ids(value: object) -> object:
 
 
 def bias(value: object) -> object:
-    """`logit_bias`: JSON's keys are strings."""
+    """`logit_bias`: an object from token ids to numbers. Keys of JSON objects are strings."""
     try:
         return {int(token): added for token, added in value.items()}  # type: ignore[attr-defined]
     except (AttributeError, ValueError) as e:
@@ -50,7 +50,7 @@ def _is_token_ids(values: list[Any]) -> bool:
 
 
 def text(value: object) -> str:
-    """`content`: a string, or text parts, which are joined by newlines."""
+    """`content`: a string, or a list of text parts, which are joined by newlines."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:

@@ -1,4 +1,4 @@
-"""From the engine's deltas to OpenAI's responses and chunks, one format for each endpoint."""
+"""Builds OpenAI's responses and chunks from the engine's deltas; one format per endpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from loray.spec import Delta, FinishReason, TokenLogprob
 
 @dataclass
 class Choice:
-    """One choice as it grows."""
+    """One choice of a response, collected from its deltas."""
 
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
@@ -51,13 +51,13 @@ class Choice:
         self.count(delta)
 
     def count(self, delta: Delta) -> None:
-        """Only the numbers: enough for a stream's usage."""
+        """Takes only the numbers of tokens, which a stream's usage needs."""
         self.num_prompt_tokens, self.num_output_tokens = delta.num_prompt_tokens, delta.num_output_tokens
         self.num_cached_tokens = delta.num_cached_tokens
 
 
 def usage_of(choices: Sequence[Choice], num_per_prompt: int) -> Usage:
-    """A prompt counts once, however many choices it has."""
+    """Usage of all choices; a prompt counts once for its `num_per_prompt` choices."""
     prompts = choices[::num_per_prompt]
     return Usage.of(
         sum(c.num_prompt_tokens for c in prompts),
@@ -67,11 +67,11 @@ def usage_of(choices: Sequence[Choice], num_per_prompt: int) -> Usage:
 
 
 class ResponseFormat(Protocol):
-    """What an endpoint says: one body, or chunks for a stream."""
+    """Builds an endpoint's responses: one body, or the chunks of a stream."""
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Completion | ChatCompletion: ...
     def opening(self, index: int) -> Completion | ChatCompletionChunk | None:
-        """Sent before a choice's first text."""
+        """The chunk that precedes a choice's first text, if the endpoint has one."""
 
     def chunk(self, index: int, delta: Delta) -> Completion | ChatCompletionChunk: ...
     def usage_chunk(self, usage: Usage) -> Completion | ChatCompletionChunk: ...
@@ -195,7 +195,7 @@ B = TypeVar("B", CompletionChoice, ChatCompletion)
 
 
 def _with_prompt_logprobs(body: B, choice: Choice) -> B:
-    """As vLLM sends them, where they were asked for: for each token of the prompt, by token id."""
+    """Adds the prompt's logprobs if they were requested, as vLLM does: for each token of the prompt, by token id."""
     if choice.prompt_logprobs is None:
         return body
     return body.model_copy(update={"prompt_logprobs": [by_token_id(t) for t in choice.prompt_logprobs]})

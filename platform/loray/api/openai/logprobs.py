@@ -44,7 +44,7 @@ def chat_logprobs(tokens: Iterable[TokenLogprob] | None) -> ChatLogprobs | None:
 
 
 def by_token_id(token: TokenLogprob) -> dict[str, PromptLogprob] | None:
-    """As vLLM sends those of prompts: the token itself, then the best ones."""
+    """One token of a prompt, in vLLM's form: the token itself, then the most likely ones."""
     if token.logprob is None:
         return None
     best = ((t, text, logprob, rank) for rank, (t, text, logprob) in enumerate(token.top, 1))
@@ -55,7 +55,7 @@ def by_token_id(token: TokenLogprob) -> dict[str, PromptLogprob] | None:
 
 
 def _by_text(token: TokenLogprob) -> dict[str, float]:
-    """The best alternatives and the token itself; where two read the same, the more likely one."""
+    """The most likely tokens and the token itself. Of two tokens with the same text, the more likely one counts."""
     out: dict[str, float] = {}
     for text, logprob in [*((text, logprob) for _, text, logprob in token.top), (token.token, token.logprob)]:
         out.setdefault(text, _finite(logprob))

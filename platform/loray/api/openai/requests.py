@@ -1,4 +1,4 @@
-"""Request bodies of /v1/completions and /v1/chat/completions, and what they mean to the engine."""
+"""Request bodies of /v1/completions and /v1/chat/completions, and the engine's sampling parameters for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loray.spec import SamplingParams
 
 MAX_CHOICES = 128  # of one request, all prompts together
 MAX_LOGPROBS = 20
-_ONLY_THE_BEST = 1e-9  # top_p: the best token alone has more
+_ONLY_THE_BEST = 1e-9  # a top_p that only the most likely token reaches
 
 
 class _Body(BaseModel):
@@ -41,7 +41,7 @@ class ChatMessage(_Body):
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, value: Any) -> Any:
-        """An assistant's message may come back as it was received, with null and empty fields."""
+        """Clients send an assistant's message back as they received it, with null and empty fields."""
         if not isinstance(value, dict):
             return value
         for field in ("tool_calls", "function_call", "audio"):
@@ -55,7 +55,7 @@ class ChatMessage(_Body):
         }
 
     def for_template(self) -> dict[str, str]:
-        """As chat templates know it; `developer` is OpenAI's newer word for `system`."""
+        """The message as chat templates expect it; `developer` is OpenAI's newer name for `system`."""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": self.content} | ({"name": self.name} if self.name else {})
 
@@ -100,7 +100,7 @@ class GenerationRequest(_Body):
             raise RequestError("best_of is not supported; ask for n choices and choose yourself", "best_of")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs is not supported with stream: true", "prompt_logprobs")
-        limit = self.default_max_tokens if self.asked_max_tokens is None else self.asked_max_tokens
+        limit = self.default_max_tokens if self.requested_max_tokens is None else self.requested_max_tokens
         if limit is not None and self.min_tokens > limit:
             raise RequestError(f"min_tokens is more than max_tokens, {limit}", "min_tokens")
         return self
@@ -115,12 +115,12 @@ class GenerationRequest(_Body):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """How many alternatives the engine is to find for each token of the prompt; None: not even its own."""
+        """Number of most likely tokens to return per token of the prompt; None: no logprobs of the prompt at all."""
         return self.prompt_logprobs
 
     @property
-    def asked_max_tokens(self) -> int | None:
-        """As given by the caller; None: `default_max_tokens`, as far as the context reaches."""
+    def requested_max_tokens(self) -> int | None:
+        """The client's limit; None: `default_max_tokens`, as far as it fits into the context."""
         raise NotImplementedError
 
     @property
@@ -129,7 +129,7 @@ class GenerationRequest(_Body):
         return None
 
     def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
-        """For choice number `choice` of a prompt; where a seed is given, choice i is drawn with seed + i."""
+        """The parameters of choice number `choice` of a prompt. If a seed is given, choice i is drawn with seed + i."""
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -176,11 +176,11 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
-        return max((n for n in asked if n is not None), default=None)
+        requested = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((n for n in requested if n is not None), default=None)
 
     @property
-    def asked_max_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         return self.max_tokens
 
     @property
@@ -213,7 +213,7 @@ class ChatCompletionRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def asked_max_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
 
@@ -221,7 +221,7 @@ R = TypeVar("R", bound=GenerationRequest)
 
 
 def parse(schema: type[R], body: object) -> R:
-    """Check a decoded JSON body. A null field counts as absent. Raises RequestError that names the field."""
+    """Checks a decoded JSON body. A null field counts as absent. Raises RequestError that names the field."""
     if not isinstance(body, dict):
         raise RequestError("the request body must be a JSON object")
     given = {name: value for name, value in body.items() if value is not None}
@@ -233,7 +233,7 @@ def parse(schema: type[R], body: object) -> R:
 
 
 def _request_error(error: ValidationError, schema: type[BaseModel]) -> RequestError:
-    """All that is wrong in one message; `param` is the first field at fault."""
+    """All mistakes in one message; `param` is the first wrong field."""
     lines, params = [], []
     for detail in error.errors(include_url=False):
         param = ".".join(str(part) for part in detail["loc"])

@@ -1,7 +1,7 @@
-"""Response bodies in OpenAI's shape. The gateway writes them, the client reads them.
+"""Response bodies in OpenAI's form. The gateway writes them, the client reads them.
 
-Whoever builds one gives every field that is to appear: they are written with `exclude_unset`, as OpenAI leaves out
-some fields (`usage` of a chunk, `role` of a later delta) and sends others as null.
+They are written with `exclude_unset`, because OpenAI leaves out some fields (`usage` of a chunk, `role` of a later
+delta) and sends others as null. So the gateway sets every field that must appear.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PromptTokensDetails(_Response):
 
 
 class Usage(_Response):
-    """`prompt_tokens_details` is sent, as by vLLM, where part of the prompt was in the prefix cache."""
+    """`prompt_tokens_details` is sent, as by vLLM, if part of the prompt was in the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -44,10 +44,10 @@ class Usage(_Response):
         return usage.model_copy(update={"prompt_tokens_details": PromptTokensDetails(cached_tokens=cached_tokens)})
 
 
-# -- completions: a chunk has the shape of the whole ------------------------------------------------------------------
+# -- completions: a chunk has the form of a complete response ---------------------------------------------------------
 class CompletionLogprobs(_Response):
-    """Aligned by token. `text_offset` counts characters from the start of the completion, or of an echoed prompt, whose
-    first token has no logprob.
+    """One entry per token. `text_offset` counts characters from the start of the completion, or of the echoed prompt,
+    whose first token has no logprob.
     """
 
     text_offset: list[int]
@@ -150,11 +150,12 @@ class ChatCompletionChunk(_Response):
 
 # -- models and errors ------------------------------------------------------------------------------------------------
 class Model(_Response):
-    """A base, or an adapter by any of its names; the fields from `root` on are vLLM's and loray's.
+    """A base, or an adapter by any of its names. The fields from `root` on are vLLM's and loray's.
 
-    root      what the id stands for now: the base's name, or `name@version`
-    parent    the base of an adapter
-    aliases   alias → version; versions are newest first
+    root      what the id resolves to now: the base's name, or `name@version`
+    parent    the adapter's base
+    aliases   alias → version
+    versions  newest first
     """
 
     id: str

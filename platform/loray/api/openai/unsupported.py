@@ -1,4 +1,4 @@
-"""Fields of OpenAI's and vLLM's that are not implemented: refused by name, unless their value asks for nothing."""
+"""Fields of OpenAI's and vLLM's APIs that are not implemented: refused by name, unless their value has no effect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loray.errors import RequestError
 
 
 class _Refusal(NamedTuple):
-    """A field that is not implemented: the values that ask for nothing, and what to say of others."""
+    """A field that is not implemented: its values without effect, and the reason for refusing any other."""
 
     harmless: tuple[Any, ...]
     reason: str
@@ -19,7 +19,7 @@ NO_TOOLS = "tool calling is not supported; describe the tools in the messages"
 NO_AUDIO = "only text is generated"
 _UNSUPPORTED: Mapping[str, _Refusal] = {
     "tools": _Refusal(([],), NO_TOOLS),
-    "tool_choice": _Refusal(("none", "auto"), NO_TOOLS),  # without tools they choose nothing
+    "tool_choice": _Refusal(("none", "auto"), NO_TOOLS),  # without tools they have no effect
     "functions": _Refusal(([],), NO_TOOLS),
     "function_call": _Refusal(("none", "auto"), NO_TOOLS),
     "parallel_tool_calls": _Refusal((True, False), NO_TOOLS),
@@ -44,7 +44,7 @@ _UNSUPPORTED: Mapping[str, _Refusal] = {
 
 
 def without_unsupported(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """`given` without the harmless ones. RequestError names the first that is not; what a schema has is its own."""
+    """Removes unsupported fields whose values have no effect; `known` fields stay. RequestError names any other."""
     out = dict(given)
     for name in [name for name in given if name in _UNSUPPORTED and name not in known]:
         refusal, value = _UNSUPPORTED[name], out.pop(name)

@@ -1,7 +1,6 @@
-"""The node's cache is filled behind the engine's back: once the first step on an adapter is over.
+"""Writes adapters into the node's cache in the background, after the first step on an adapter.
 
-Hashing, packing and computing want the cores until then, and others' first tokens after it; the cache is for those who
-come later.
+Until then hashing, packing and computing need the cores; the cache only helps later loads.
 """
 
 from __future__ import annotations
@@ -21,39 +20,42 @@ from loray_kernels.memory import Recycled
 
 _log = get_logger(__name__)
 
-_MAX_WAIT_S = 0.25  # for an adapter that no step uses
-_MAX_WAITING = 8  # adapters that are still to be kept; while there are more, loaders do it themselves
-_NICENESS = 10  # a tenth of the share of a thread that computes
+_MAX_WAIT_S = 0.25  # for the first step on an adapter
+_MAX_WAITING = 8  # adapters that wait to be written; a loader that has one more writes it itself
+_NICENESS = 10  # a tenth of the CPU share of a thread that computes
 
 
-class Keeper:
-    """One thread of low priority, one adapter after the other. A failure is logged and is no request's."""
+class CacheWriter:
+    """One thread of low priority that writes one adapter at a time. A failure is logged and affects no request."""
 
     def __init__(self) -> None:
-        self._room = threading.BoundedSemaphore(_MAX_WAITING)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-keep", initializer=_yield_the_cores)
+        self._free_slots = threading.BoundedSemaphore(_MAX_WAITING)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-cache", initializer=_lower_priority)
         self._last: Future[None] | None = None
 
-    def keep(
+    def submit(
         self, label: str, packed: PackedAdapter, write: Callable[[], None], held: ExitStack, memory: Recycled
     ) -> None:
-        """`write` it later; `held` is closed when that is done, and then memory touched for the next such load."""
-        if self._room.acquire(blocking=False):
+        """Schedules `write`. After it, `held` is closed and `memory` is prepared for the next load.
+
+        If too many adapters wait already, `write` is called at once.
+        """
+        if self._free_slots.acquire(blocking=False):
             due = time.monotonic() + _MAX_WAIT_S
-            self._last = self._thread.submit(self._run_later, label, packed, write, held, memory, due)
+            self._last = self._thread.submit(self._run_and_release, label, packed, write, held, memory, due)
         else:
             self._run(label, packed, write, held, memory, 0.0)
 
     def flush(self) -> None:
-        """Wait until everything has been kept."""
+        """Waits until everything has been written."""
         if self._last is not None:
             self._last.result()
 
-    def _run_later(self, *args: Any) -> None:
+    def _run_and_release(self, *args: Any) -> None:
         try:
             self._run(*args)
         finally:
-            self._room.release()
+            self._free_slots.release()
 
     def _run(
         self,
@@ -69,11 +71,11 @@ class Keeper:
                 if packed.partial is not None:
                     packed.partial.wait_until_used(max(0.0, due - time.monotonic()))
                 write()
-        except Exception as e:  # noqa: BLE001 - whatever it is, the adapter itself is served
+        except Exception as e:  # noqa: BLE001 - the adapter is served nevertheless
             _log.warning("adapter %s is here, but the node's cache has not kept it: %s", label, e)
         memory.prepare()
 
 
-def _yield_the_cores() -> None:
-    if sys.platform == "linux":  # where a thread has a priority of its own
+def _lower_priority() -> None:
+    if sys.platform == "linux":  # where every thread has a priority
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
