@@ -1,4 +1,4 @@
-"""Strong random adapters, saved by PEFT, and the logits that transformers + PEFT give for them: the engine's oracle."""
+"""Strong random adapters, saved by PEFT, and the logits of transformers + PEFT with them, the engine's reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TestAdapter:
 
 @functools.lru_cache(maxsize=1)
 def hf_model(base: BaseModel) -> Any:
-    """In transformers and fp32, shared: change only what `sharing_weights` makes of it."""
+    """In transformers and fp32. It is shared: change only copies that `sharing_weights` makes."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -44,7 +44,7 @@ def hf_model(base: BaseModel) -> Any:
 
 
 def sharing_weights(model: Any, rope: RopeParameters | None = None) -> Any:
-    """The model's modules again, around the same tensors, for an adapter to be put into; with RoPE of its own."""
+    """A copy of the model's modules with the same tensors, into which an adapter can be put; with other RoPE."""
     again = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     if rope is not None:
         again.config.rope_parameters = rope.to_hf()

@@ -1,4 +1,4 @@
-"""A tiny base and an adapter of each kind for it, made once; tests that need others make their own."""
+"""A tiny base and adapters of each kind for it, made once; tests that need others make them."""
 
 from __future__ import annotations
 

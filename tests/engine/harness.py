@@ -1,4 +1,4 @@
-"""Driving an engine by hand: requests in, tokens and logits out, integrity checked after every step."""
+"""Running an engine step by step: requests in, tokens and logits out; integrity is checked after every step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def request(request_id: str, ids: Sequence[int], adapter: TestAdapter | None = N
 
 
 def submit(engine: Engine, requests: Sequence[GenerateRequest]) -> None:
-    """Add all; their adapters are here when this returns, as far as the host holds them."""
+    """Add all requests. When this returns their adapters have been loaded, as far as the host has room."""
     for r in requests:
         engine.add(r)
     engine.residency.poll()
@@ -41,8 +41,8 @@ def submit(engine: Engine, requests: Sequence[GenerateRequest]) -> None:
 def run(
     engine: Engine, requests: Sequence[GenerateRequest], *, together: bool = False, timeout_s: float = 120
 ) -> dict[str, list[int]]:
-    """Submit all and step until none is left; `together`: not before their adapters are here. Raises the first
-    request's error.
+    """Submit all requests and step until none is left. `together`: wait for their adapters first. Raises the first
+    error of a request.
     """
     out: dict[str, list[int]] = {r.request_id: [] for r in requests}
     if together:
@@ -65,8 +65,8 @@ def run(
 
 
 def hold(engine: Engine) -> tuple[threading.Event, threading.Event]:
-    """After a step that leaves a request running, the engine's thread stands still (first event) until the second is
-    set: whole answers of a tiny model take less time than its next statistics.
+    """After a step that leaves a request running, the engine's thread sets the first event and waits for the second: a
+    tiny model generates whole answers before its next statistics.
     """
     stands, go_on = threading.Event(), threading.Event()
     step = engine.step

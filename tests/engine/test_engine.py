@@ -1,4 +1,4 @@
-"""The engine as a whole: small pools, preemption, cancellation, failing loads, limits; nothing lost, nothing leaked."""
+"""The engine: small pools, preemption, cancellation, failing loads, limits. No request is lost and nothing leaks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def many(adapters: list[TestAdapter], n: int, **params: int) -> list[GenerateReq
 
 
 def outcomes_of(engine: Engine) -> dict[str, object]:
-    """Steps until nothing is left: how each request ended, by its finish reason or its error."""
+    """Step until no request is left; for each its finish reason or its error."""
     outcomes: dict[str, object] = {}
     while engine.has_work:
         for out in engine.step():
@@ -246,8 +246,8 @@ def test_the_smallest_temperature_is_greedy(base: BaseModel) -> None:
         assert run(make_engine(base), [request("r", ids(5), temperature=temperature, seed=0)])["r"] == greedy
 
 
-def test_an_evicted_adapter_whose_host_copy_is_gone_flies_again(base: BaseModel, adapters: list[TestAdapter]) -> None:
-    """An engine that has work and nothing to compute always has something under way that will wake it."""
+def test_an_evicted_adapter_whose_host_copy_is_gone_is_loaded_again(base: BaseModel, adapters: list[TestAdapter]) -> None:
+    """If an engine has work and nothing to compute, a load is always under way that will wake it."""
     engine = make_engine(base, adapters, pool_bytes=9 * BLOCK_BYTES, host_bytes=1)
     for i in range(12):
         engine.add(request(str(i), ids(60, i), adapters[i % 6], max_tokens=20))

@@ -1,6 +1,5 @@
-"""However the engine runs a request, its logits are those of transformers + PEFT, in fp32 and with strong adapters.
-
-Teacher-forced: what the engine has generated so far is given to the reference, position by position.
+"""In whatever way the engine runs a request, its logits are those of transformers + PEFT, in fp32 and with strong
+adapters. Teacher-forced: the reference is given what the engine has generated so far, position by position.
 """
 
 from __future__ import annotations

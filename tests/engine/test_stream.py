@@ -1,4 +1,4 @@
-"""The engine behind asyncio: streams, stop strings, cancellation, failures."""
+"""The engine for asyncio: streams, cancellation, failures."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_who_asks_a_dying_engine_for_its_adapters_hears_of_it(base: BaseModel) -
 
 
 def test_a_stop_is_not_slept_through(base: BaseModel) -> None:
-    """It may come at any moment; here it comes as the thread is about to clear the bell."""
+    """It may come at any moment; here it comes when the thread is about to clear the event."""
 
     class Bell(threading.Event):
         def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""The text of a stream: whole characters, stop strings, special tokens."""
+"""The text of a stream: complete characters, stop strings, special tokens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Random requests in the smallest pool that can run them, with cancels and loads that fail or are corrupt.
-
-None is lost, none is answered wrongly, no row and no block leaks; proven after every step.
+"""Random requests in the smallest pool that can run them, with cancellations and loads that fail or are corrupt. No
+request is lost or answered wrongly, and no row or block leaks; checked after every step.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ BLOCK_BYTES = 2 * 2 * BLOCK_TOKENS * 2 * 16 * 4  # layers, K and V, tokens, head
 
 
 def cases(adapters: dict[str, TestAdapter], max_tokens: int) -> list[GenerateRequest]:
-    """Prompts of one to ten blocks, most of which begin like others, for every adapter and the base."""
+    """Prompts of one to ten blocks, most of which have common prefixes, for every adapter and the base."""
     rng = random.Random(0)
     system = [[rng.randrange(256) for _ in range(24)] for _ in range(2)]
     models = [None, *adapters.values()]
@@ -49,7 +48,7 @@ def smallest_pool(base: BaseModel, adapters: dict[str, TestAdapter], requests: l
 
 
 class Store:
-    """Gives each adapter; now and then it fails, or what it gives is damaged."""
+    """Loads adapters; sometimes it fails, or the adapter is damaged."""
 
     def __init__(self, base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
         self.base, self.rng = base, random.Random(1)

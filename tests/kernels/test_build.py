@@ -1,4 +1,4 @@
-"""Compiling the C++ kernels: once for every process of a machine, from several at once, and without a compiler."""
+"""Compiling the C++ kernels: once for all processes of a machine, from several at once, and without a compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ kernels give a token the same bits whatever stands beside it, however many, and however its prompt is cut.
+"""The C++ kernels give a token the same bits in any batch and for any chunking of its prompt.
 
 Shapes: T tokens, I input width, O output width, R rank.
 """
@@ -49,7 +49,7 @@ def rows(num: int, first: int, segments: int = 2) -> RowTables:
 
 
 def lora(ops: Ops, dtype: torch.dtype, x_TI: Tensor, y_TO: Tensor, ranks: list[int], counts: list[int]) -> Tensor:
-    """Two modules of one input, `counts` tokens for each adapter; what the second adds to y."""
+    """Two modules of one input with `counts` tokens for each adapter; returns what the second adds to y."""
     pool = randn(dtype, 1, 307 * 400)
     start = tuple(sum(counts[:i]) for i in range(len(counts)))
     segments = Segments(start, tuple(a + n for a, n in zip(start, counts, strict=True)))
@@ -144,7 +144,7 @@ def test_vera_of_a_token_is_the_same_alone_and_among_many(ops: Ops, dtype: torch
 
 
 class Sequence:
-    """Keys and values of one sequence in a pool of its own, at shuffled blocks, and its queries."""
+    """Keys and values of one sequence in a pool, in shuffled blocks, and its queries."""
 
     def __init__(self, ops: Ops, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, length: int) -> None:
         self.layout = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=heads[1], head_dim=head_dim)
@@ -230,7 +230,9 @@ def test_one_thread_and_two_agree(ops: Ops, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 64, 100])
 def test_norm_and_rope_of_one_token_match_torchs_rounding(ops: Ops, width: int, dtype: torch.dtype) -> None:
-    """Strided heads of a fused matrix, rows in segments; bf16 may differ in the last bit where sums round apart."""
+    """Strided heads of a fused matrix, rows in segments; bf16 may differ in the last bit where sums are rounded
+    differently.
+    """
     reference = make_ops("reference")
     fused = randn(dtype, 2, 33, 5 * width + 3)
     x_THd = fused[:, width : 4 * width].view(33, 3, width)

@@ -1,6 +1,6 @@
-"""Products with packed weights, and what stands between two, against an fp64 oracle; the same bits in any batch.
+"""Products with packed weights, and the activation of an MLP, against an fp64 reference; the same bits in any batch.
 
-Shapes: T tokens, I input width, O output width, M half of what silu_mul reads.
+Shapes: T tokens, I input width, O output width, M half of the input width of silu_mul.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Large memory is used again once nobody holds it, and never while somebody does."""
+"""Large memory is used again after its last reference is gone, and never before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every backend against a dense fp64 oracle, over popularity × ranks × dtypes × widths, rows scattered in the pool.
+"""Every backend against a dense fp64 reference, over popularity × ranks × dtypes × widths, with rows scattered in the
+pool.
 
 Shapes: T tokens, I input width, O output width, R rank, N adapters.
 """
@@ -37,7 +38,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 
 class Shelf:
-    """A pool in which rows are put at shuffled places, sixteen elements apart."""
+    """A pool in which rows are put at shuffled offsets, sixteen elements apart."""
 
     def __init__(self, size: int, dtype: torch.dtype, seed: int = 0) -> None:
         self.tensor = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -45,7 +46,7 @@ class Shelf:
         random.Random(seed).shuffle(self._free)
 
     def put(self, rows: Tensor, segments: int = 1, layer_offset: int = 0) -> RowTables:
-        """(rows, width), in so many segments of columns; as if they stood in the layer of that offset."""
+        """(rows, width), in so many segments of columns; at the offset of that layer."""
         out = []
         step = rows.shape[1] // segments
         for column in range(0, rows.shape[1], step):

@@ -16,6 +16,8 @@ MAX_HEAD_DIM = 256
 
 
 class Gather:
+    """Each method queues one launch, or two."""
+
     def __init__(self, launch: Launcher) -> None:
         self._launch = launch
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from loray_kernels.layout import row_size
 from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, RowTables, Segments, TokenRows
 
-# The tokens of an adapter that has fewer in the step are gathered, GATHER_TOKENS at a time; others go in tiles.
+# If an adapter has fewer tokens in the step, they are gathered, GATHER_TOKENS at a time; else they form tiles.
 GATHER_BELOW = 16
 GATHER_TOKENS = 4
 TILE_TOKENS = 32

@@ -1,4 +1,4 @@
-"""A generation request, how it is sampled, and what comes back: what crosses from gateway to replica and engine."""
+"""A generation request, its sampling parameters, and its results, as gateway, replica and engine exchange them."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class SamplingParams(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What a caller submits. `adapter` None is the base model.
+    """One request. `adapter` None is the base model.
 
-    tenant      whose share of the engine it takes; all that name none are one tenant's, whatever their adapters
-    priority    smaller is earlier, as in vLLM
-    ttft_slo_s  seconds until its first token, after which it is of no use; None: the deployment's
+    tenant      that is charged for the request; all requests without one belong to the same tenant
+    priority    a smaller number is served earlier, as in vLLM
+    ttft_slo_s  seconds within which the first token is needed; None: the deployment's target
     """
 
     request_id: str
@@ -65,7 +65,7 @@ class TokenLogprob(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What one step added to a request. Counts are totals so far; `prompt_logprobs` come with the first."""
+    """What one step added to a request. Counts are totals so far; `prompt_logprobs` come with the first delta."""
 
     text: str
     token_ids: tuple[int, ...]

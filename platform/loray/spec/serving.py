@@ -1,4 +1,4 @@
-"""A deployment, and what one request may ask of it."""
+"""A deployment: a base model, its replicas, and how their number changes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ServeSpec(Frozen):
 
     @property
     def min_replicas(self) -> int:
-        """How few replicas there may be when all is well."""
+        """The number of replicas below which the deployment is degraded."""
         return self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas
 
     @property

@@ -1,4 +1,4 @@
-"""The allocator: random lives of KV blocks, rows and runs, proven whole after every step."""
+"""The allocator: random allocations of KV blocks, rows and runs; integrity is checked after every step."""
 
 from __future__ import annotations
 

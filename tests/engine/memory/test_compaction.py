@@ -1,4 +1,4 @@
-"""Closing gaps and making room for runs: exactly the blocks that arithmetic promises, and no element is changed."""
+"""Compaction, and making room for runs: as many blocks become free as arithmetic says, and no element changes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Rows:
         return self.allocator.num_free - free
 
     def check(self) -> None:
-        """By the widths of its rows, an adapter's elements are read in the order in which they were written."""
+        """Among rows of one width, an adapter's elements are read in the order in which they were written."""
         self.allocator.check_integrity({}, [e for es in self.extents.values() for e in es], {})
         for name, extents in self.extents.items():
             found = [self.memory[at] for at in elements(extents)]
@@ -54,7 +54,7 @@ def elements(extents: list[Extent]) -> list[tuple[int, int]]:
 
 
 def test_half_empty_blocks_become_whole_ones() -> None:
-    """Eight rows of half a block fill four; without every second one, two blocks are enough for what is left."""
+    """Eight rows of half a block fill four blocks; without every second row, two blocks are enough."""
     rows = Rows()
     for name in range(8):
         rows.place(name, {32: 1})

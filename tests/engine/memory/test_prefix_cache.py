@@ -1,4 +1,4 @@
-"""The prefix cache: a matched block holds exactly the tokens asked for, of that adapter; references add up."""
+"""The prefix cache: a matched block holds exactly the requested tokens, of that adapter; reference counts are right."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GEOMETRY = Geometry(num_blocks=10, num_layers=1, block_tokens=BLOCK_TOKENS, laye
 
 
 class Life(RuleBasedStateMachine):
-    """Requests that match, compute, store and go; `content` is what a block's keys and values stand for."""
+    """Requests that match, compute, store and end; `content` stands for a block's keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def clear_run(self) -> None:
-        """All free blocks side by side: whatever stands among them moves."""
+        """Free all blocks that can be free side by side; the blocks among them move."""
         num_blocks = self.allocator.num_free
         moves = self.allocator.clear_run(num_blocks)
         if moves:
@@ -93,7 +93,7 @@ def allocator() -> BlockAllocator:
 
 
 def known(cache: PrefixCache, allocator: BlockAllocator, digest: str | None, tokens: list[int]) -> list[int]:
-    """What a request of `tokens` that has ended leaves behind."""
+    """Store what a request of `tokens` leaves in the cache when it ends."""
     blocks = cache.match(digest, tokens)
     more = allocator.allocate_kv(len(tokens) // BLOCK_TOKENS - len(blocks))
     assert more is not None

@@ -1,4 +1,4 @@
-"""The row table: counts known from the specification, overlaying groups, segments of rows that are too wide."""
+"""The row table: counts that follow from the specification, groups that overlay each other, rows in segments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor parallel: several ranks give what one gives, send what the formula says, and die together."""
+"""Tensor parallel: several ranks give the same results as one, send what the formula says, and end together."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_ranks_give_what_one_gives(world: World) -> None:
 
 @pytest.mark.parametrize("world", ["TP=2"], indirect=True)
 def test_a_full_pool_is_the_same_on_every_rank(world: World) -> None:
-    """Adapters are thrown out and placed again, requests preempted; `run` compares the ranks' pools after each step."""
+    """Adapters are evicted and placed again, requests are preempted; `run` compares the ranks' pools after each step."""
     ids = prompts(4)
     requests = [request(str(i), ids[i % 4], a, max_tokens=20) for i, a in enumerate(world.adapters)]
     engine, expected = world.engine, run(world.one(), requests)
@@ -146,7 +146,7 @@ def test_ranks_send_what_the_formula_says(world: World) -> None:
 
 
 class KeptInVain:
-    """A source that has the whole adapter, and then fails to keep it: the disk is full."""
+    """A source that has the complete adapter and then cannot store it, because the disk is full."""
 
     def __init__(self, weights: AdapterWeights) -> None:
         self._weights = weights

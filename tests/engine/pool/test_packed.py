@@ -1,4 +1,4 @@
-"""Packed rows: in the pool where the table says, the same from a file, damage found."""
+"""Packed rows: in the pool where the table says, the same after reading a file; damage is found."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def weights(ranks: dict[int, int], *, wide: int = 40, narrow: int = 6, seed: int
 
 @pytest.mark.parametrize("ranks", [{0: 3, 1: 3, 2: 3, 3: 3}, {0: 2, 1: 5, 3: 2}])
 def test_every_row_stands_where_the_table_says(ranks: dict[int, int], adapters: dict[str, TestAdapter]) -> None:
-    """Also in a pool with gaps, where an adapter's rows of one width come in several extents."""
+    """Also in a pool with gaps, where an adapter's rows of one width are in several extents."""
     pool = Pool(LAYOUT, 40, dtype=torch.float32, device=torch.device("cpu"))
     ref = adapters["r2"].ref
     small = [pool.place(ref, packer().pack(weights({0: 1}, wide=w))) for w in (14, 6, 20, 6)]
@@ -55,7 +55,7 @@ def test_every_row_stands_where_the_table_says(ranks: dict[int, int], adapters: 
 
 
 def check_rows(pool: Pool, resident: ResidentAdapter, own: AdapterWeights) -> None:
-    """Every row of its LoRA modules stands in the pool where the table says."""
+    """Every row of its LoRA modules is in the pool where the table says."""
     for key, module in own.modules.items():
         assert isinstance(module, LoraWeights)
         table = resident.table.groups[resident.table.layer_group[key.layer]]

@@ -1,6 +1,6 @@
-"""Rows that are written beside the steps: nothing reads them, and nothing takes their place, before they are there.
+"""Rows that are written while steps run: nothing reads or overwrites them before they are written.
 
-The tests of the pool and of partial adapters, with a writer that puts off every copy until it is waited for.
+The tests of the pool and of partial adapters, with a writer that delays every copy until it is waited for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.engine.pool.test_pool import (  # noqa: F401
 
 
 class LateWriter:
-    """A PageWriter that writes when it must. `num_late`: writes that had to be waited for."""
+    """A PageWriter that writes in `wait`. `num_late`: delayed writes so far."""
 
     def __init__(self, pool: Tensor) -> None:
         self._direct = DirectWriter(pool)
@@ -51,7 +51,7 @@ class LateWriter:
 
 @pytest.fixture(autouse=True)
 def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], PageWriter]]:
-    """Every engine's page writer, and for pools without one."""
+    """The page writer of every engine, and of pools without one."""
     writers: list[LateWriter] = []
 
     def page_writer(pool: Tensor) -> PageWriter:

@@ -1,4 +1,4 @@
-"""The pool as the engine uses it: prefixes shared and dropped, gaps closed, runs cleared; no logit is other for it."""
+"""The pool in the engine: shared and dropped prefixes, compaction, runs; logits stay the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def outputs_of(engine: Engine, *requests: GenerateRequest) -> list[TokenOutput]:
 
 
 def test_a_shared_system_prompt_is_computed_once(base: BaseModel) -> None:
-    """Three blocks of sixteen, and five tokens of each user's own."""
+    """Three blocks of sixteen tokens, and five tokens for each user."""
     system = ids(48)
     engine = make_engine(base)
     cached = [
@@ -162,7 +162,7 @@ def test_prefixes_that_gave_logits_that_are_not_finite_are_forgotten(
 
 
 def generating(engine: Engine, *requests: GenerateRequest) -> None:
-    """Steps until all of them have a token; their adapters are here before the first."""
+    """Step until all requests have a token; their adapters are loaded before the first step."""
     waited = {r.request_id for r in requests}
     submit(engine, requests)
     while waited:
@@ -203,7 +203,7 @@ def test_logits_are_the_same_bits_after_compaction(
 
 
 def test_a_pair_comes_in_though_no_stretch_of_blocks_is_free(base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
-    """Rows and KV of running requests move out of its way, and nobody is preempted."""
+    """Rows and KV of running requests are moved, and no request is preempted."""
     stay = [request(f"kv {i}", ids(17, i), max_tokens=12) for i in range(6)]
     stay.append(request("rows", ids(17, 9), adapters["longlora"], max_tokens=12))
     come = request("pair", ids(17, 10), adapters["vera-c"], max_tokens=12)

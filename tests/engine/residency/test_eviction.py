@@ -1,4 +1,4 @@
-"""Which idle adapter leaves the pool: traces replayed against least recently used, and the cases behind the formula."""
+"""Which idle adapter is evicted: traces compared with least recently used, and the cases behind the formula."""
 
 from __future__ import annotations
 

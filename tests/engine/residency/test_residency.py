@@ -120,7 +120,7 @@ def test_a_load_that_does_not_fit_throws_nothing_out_and_is_not_overtaken() -> N
 
 
 def test_what_is_needed_by_earlier_requests_stays_and_by_later_ones_makes_way() -> None:
-    """The host holds two small adapters; each is always wanted by somebody, and the pool holds one of them."""
+    """The host holds two small adapters, for each of which a request always waits; the pool holds one of them."""
     world = World(slots=1, host_bytes=200)
     residency, a, b, large = world.residency, ref("a"), ref("b"), ref("large", 200)
     for r in (a, b):

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts against transformers + PEFT: chunked, preempted, beside others, never from a cache."""
+"""Log-probabilities of prompts against transformers + PEFT: chunked, preempted, in a batch, never from a cache."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Scores = dict[str, tuple[TokenLogprobs, ...]]
 
 
 def run(engine: Engine, requests: Sequence[GenerateRequest]) -> tuple[Scores, dict[str, list[int]]]:
-    """Each request's prompt_logprobs, which must come once and with its first output, and its tokens."""
+    """The tokens of each request, and its prompt_logprobs, which must come once, with the first output."""
     scores: Scores = {}
     tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
     for r in requests:
@@ -56,7 +56,7 @@ def run(engine: Engine, requests: Sequence[GenerateRequest]) -> tuple[Scores, di
 
 
 def batch(adapter: TestAdapter, **params: int) -> list[GenerateRequest]:
-    """Scored ones with and without an adapter, of many lengths, and others that are not."""
+    """Requests with prompt_logprobs, with and without an adapter, of many lengths; and requests without."""
     models = [None, adapter]
     scored = [
         request(f"scored-{i}", ids(n, i), models[i % 2], prompt_logprobs=i % 4, **params)

@@ -68,7 +68,7 @@ CUTS: list[tuple[dict[str, Any], list[Any]]] = [
 
 @pytest.mark.parametrize("spread", [3.0, 0.3])
 def test_distributions_are_those_of_transformers(spread: float) -> None:
-    """All in one batch: rows that ask for little beside rows that have to be sorted."""
+    """All in one batch: rows that need few candidates and rows that have to be sorted."""
     logits_RV = torch.stack([logits(seed, spread=spread) for seed in range(len(CUTS))])
     got_RV = distributions(logits_RV, [SamplingParams(**params) for params, _ in CUTS])
     for i, (params, warpers) in enumerate(CUTS):
@@ -130,7 +130,7 @@ def test_greedy_goes_by_the_processed_logits() -> None:
 
 
 def mixed_requests() -> list[Request]:
-    """Every kind of cut, of penalty, of seed."""
+    """All kinds of cuts, penalties and seeds."""
     kinds = [params for params, _ in CUTS] + [
         {"temperature": 0.0},
         {"repetition_penalty": 1.2, "top_p": 0.9},
@@ -174,7 +174,7 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("num_columns", [1, 511, 512, 513, 1300])
 def test_a_draw_inverts_the_cumulative_distribution(num_columns: int) -> None:
-    """Even at the very ends, and never a column without weight."""
+    """Also at both ends; a column without weight is never drawn."""
     generator = torch.Generator().manual_seed(num_columns)
     p = torch.rand(num_columns, generator=generator)
     p[torch.rand(num_columns, generator=generator) < 0.5] = 0

@@ -1,4 +1,4 @@
-"""A seed gives the same tokens however the engine comes to run its request."""
+"""A seed gives the same tokens in whatever way the engine runs the request."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A scheduler with its real allocator and residency, adapters whose loads a test ends, and no model: tokens come by
-themselves and a step takes as long as `step_s` and `token_s` say.
+"""A scheduler with a real allocator and residency, adapters whose loads a test ends, and no model: tokens need no
+computation, and a step takes as long as `step_s` and `token_s` say.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def adapter(name: str, num_blocks: int = 1) -> AdapterRef:
 
 
 class Simulation:
-    """`ends`: how many tokens a request generates, if fewer than it may. `loads_at_once`: loads take no time."""
+    """`ends`: the tokens that a request generates, if fewer than max_tokens. `loads_at_once`: loads take no time."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Fair queue: who is next, what it costs, and the bounds that the counters promise, in simulation and exactly."""
+"""The fair queue: which request is next, what it is charged, and the bounds of the counters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def queue_of(*requests: Request, lead: float = 0) -> FairQueue:
 
 
 def drain(queue: FairQueue, *, num_output: int = 0, preferred: frozenset[Request] = frozenset()) -> list[Request]:
-    """Takes all, charging each for its prompt and so many output tokens at once."""
+    """Take all requests; each is charged for its prompt and so many output tokens at once."""
     order = []
     while (request := queue.pick(preferred.__contains__)) is not None:
         queue.take(request)
@@ -132,7 +132,7 @@ def test_tenants_that_have_gone_are_forgotten() -> None:
 
 
 class Twin:
-    """Two queues in which the same happens; one of them forgets whom it can. Takes what the other one picks."""
+    """Two queues with the same requests; one forgets tenants. It takes what the other picks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fairness, "_FORGET_ABOVE", 1 << 30)
@@ -177,7 +177,7 @@ class Twin:
                     queue.refund(request, num_input=request.num_input_charged)
 
     def counters(self) -> list[tuple[float, float]]:
-        """Of those that wait: exact, and of who forgets."""
+        """Of the waiting tenants: exact, and of the queue that forgets."""
         return [(self.exact.counter(r.tenant), self.forgetful.counter(r.tenant)) for r in self.waiting]
 
 
@@ -203,7 +203,7 @@ def test_a_tenant_that_was_forgotten_wins_nothing_by_coming_back(refunds: bool, 
 
 
 def test_nobody_is_forgotten_who_may_be_next_when_a_better_priority_has_gone() -> None:
-    """Its tenant has had much, and is next; one that has had little waits for it to go."""
+    """A tenant with a large counter has the best priority; one with a small counter waits until it has gone."""
     queue = FairQueue()
     for i, (tenant, served) in enumerate({"idle": 150, "rich": 900, "low": 100, "high": 1000}.items()):
         queue.charge(waiting(i, tenant), num_input=served)
@@ -230,7 +230,7 @@ def test_who_was_forgotten_wins_nothing_where_the_smallest_counter_falls() -> No
 
 def test_a_refund_gives_back_the_charge_and_no_credit_for_idleness() -> None:
     def charged(*more: Request) -> tuple[FairQueue, Request]:
-        """A request of "a" has been charged 100 and one of "b" 60; one of "b" waits, and `more`."""
+        """A request of "a" has been charged 100 and one of "b" 60; one of "b" waits, and the requests in `more`."""
         queue = queue_of(first := waiting(0, "a"), waiting(1, "b"), waiting(2, "b"), *more)
         for num_input in (100, 60):
             request = queue.pick(lambda r: False)

@@ -1,4 +1,4 @@
-"""Backlogged tenants are served within the bound that the counters promise."""
+"""Backlogged tenants are served within the bound that the counters guarantee."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.engine.scheduling.simulation import Simulation, adapter
 
 
 class Bound:
-    """Watches counters and service step by step. `lead`: 0 where nothing is preferred."""
+    """Observes counters and service step by step. `lead`: 0 if no request is preferred."""
 
     def __init__(self, sim: Simulation, tenants: list[str], lead: float) -> None:
         self.sim, self.tenants, self.lead = sim, tenants, lead
@@ -33,7 +33,7 @@ class Bound:
         return self.lead + self.longest_prompt + 2 * self.sim.most_output
 
     def check(self) -> None:
-        """Every two tenants, over every stretch of time."""
+        """Every pair of tenants, over every interval."""
         assert self.max_gap <= self.of_counters
         for gaps in self.gaps.values():
             assert max(gaps) - min(gaps) <= 2 * self.of_counters
@@ -42,7 +42,7 @@ class Bound:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_backlogged_tenants_are_served_within_the_bound(data: st.DataObject) -> None:
-    """Whatever they ask for, with preemption, chunked prompts and preferred adapters."""
+    """With any requests, preemption, chunked prompts and preferred adapters."""
     draw = data.draw
     sizes = st.tuples(st.integers(1, 12), st.integers(1, 10), st.integers(1, 10))
     tenants = {name: draw(st.lists(sizes, min_size=1, max_size=4)) for name in "abc"[: draw(st.integers(2, 3))]}
@@ -74,8 +74,8 @@ def test_backlogged_tenants_are_served_within_the_bound(data: st.DataObject) -> 
 
 
 def test_a_flood_does_not_drown_another_tenant() -> None:
-    """1,000 requests at once against 100 that come behind them: half each while both wait, first come first served
-    would be nothing.
+    """1,000 requests at once, and 100 that come later: each tenant gets half while both wait. First come, first served
+    would give the second none.
     """
     sim = Simulation(max_num_seqs=4, max_num_batched_tokens=32)
     sim.check_integrity = lambda: None  # type: ignore[method-assign]
@@ -95,8 +95,8 @@ def test_a_flood_does_not_drown_another_tenant() -> None:
 
 @pytest.mark.parametrize("num_floods", [1, 3])
 def test_who_asks_for_little_waits_for_one_request_of_each_other_tenant(num_floods: int) -> None:
-    """One request at a time beside floods: each starts after at most one of every flood, so its wait is bounded by
-    so many places that become free; without fairness it would be the whole queue.
+    """A tenant with one request at a time beside floods: each starts after at most one request of every flood. Without
+    fairness it would wait for the whole queue.
     """
     sim = Simulation(max_num_seqs=4, max_num_batched_tokens=32, step_s=1.0)
     sim.check_integrity = lambda: None  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ from tests.engine.scheduling.simulation import Simulation, adapter
 
 
 def measured(**options: Any) -> Simulation:
-    """It knows that a step takes 0.1 s and a token 0.01 s more, and that a request generates 10 tokens."""
+    """A simulation that has measured 0.1 s for a step, 0.01 s more for each token, and 10 tokens for a request."""
     sim = Simulation(step_s=0.1, token_s=0.01, enable_prefix_caching=False, **options)
     for i in range(8):
         sim.add(4 + 2 * i, 10)

@@ -1,4 +1,4 @@
-"""What steps are expected to take, and what follows for a first token."""
+"""The predicted duration of steps, and of the time to a first token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scheduler with a real allocator and residency, and no model: order, blocks, priorities, targets, random lives."""
+"""The scheduler with a real allocator and residency, and no model: order, blocks, priorities, random requests."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_an_adapter_that_fails_fails_all_that_wait_for_it_and_at_once() -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_who_began_on_an_adapter_that_then_fails_has_had_no_service(late: bool) -> None:
-    """While its request runs, or once that was put back for the rest of it comes late."""
+    """While its request runs, or after the request was preempted because the adapter is late."""
     sim, ref, partial = Simulation(loads_at_once=False), adapter("x"), PartialLoad()
     request = sim.add(10, 4, ref, tenant="t")
     sim.scheduler.next()
@@ -90,7 +90,7 @@ def test_who_began_on_an_adapter_that_then_fails_has_had_no_service(late: bool) 
 
 
 def test_small_adapters_in_demand_do_not_keep_a_large_one_from_the_host() -> None:
-    """Host and pool hold three small ones or the large one; there are always requests for each small one."""
+    """Host and pool hold three small adapters or the large one; requests for each small one always wait."""
     sim = Simulation(num_blocks=7, host_bytes=6, max_num_seqs=2, enable_prefix_caching=False)
     small = [adapter(f"small {i}", 2) for i in range(4)]
 
@@ -112,7 +112,7 @@ def test_small_adapters_in_demand_do_not_keep_a_large_one_from_the_host() -> Non
 
 @pytest.mark.parametrize("outcome", [None, IntegrityError("damaged")], ids=["load", "fail"])
 def test_many_adapters_at_once_cost_each_as_much_as_few(outcome: Exception | None) -> None:
-    """Calls of functions in the step that takes them in."""
+    """The number of function calls in the step in which their loads end."""
 
     def num_calls(num_adapters: int) -> int:
         sim = Simulation(loads_at_once=False, max_num_seqs=1)
@@ -164,7 +164,7 @@ def test_resident_adapters_are_preferred_and_cold_ones_wait_for_no_more_than_the
 
 
 class Life:
-    """Everything that can happen, in random order, in a pool that barely holds the largest request."""
+    """All events in random order, in a pool that barely holds the largest request."""
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
@@ -228,7 +228,7 @@ class Life:
                     self.sim.step()
 
     def end(self) -> None:
-        """Nobody comes any more: everyone ends, in a number of steps that is bounded by what there is to compute."""
+        """Without further requests, all end in a number of steps that is bounded by what there is to compute."""
         for _ in range(60 * (1 + sum(r not in self.sim.outcomes for r in self.all))):
             if not self.sim.scheduler.has_work:
                 return

@@ -1,4 +1,4 @@
-"""What it means for first tokens whose tenant a request is: the figures of docs/decisions/0014-tenants.md.
+"""How tenants change the time to the first token: the figures of docs/decisions/0014-tenants.md.
 
 `python -m tests.engine.scheduling.test_tenants` prints them.
 """
@@ -29,7 +29,7 @@ def each_adapter(ref: AdapterRef) -> str:
 
 
 class FirstTokens(NamedTuple):
-    """Seconds until the first token: a half, 99 in 100 and all have it by then."""
+    """Seconds until the first token: the median, the 99th percentile and the maximum."""
 
     p50: float
     p99: float
@@ -42,7 +42,7 @@ class FirstTokens(NamedTuple):
 
 
 class Replica:
-    """Of about the pace of the CPU kernels: 30 ms a step and 0.5 ms a token. `at`: when requests came."""
+    """As fast as the CPU kernels: 30 ms for a step and 0.5 ms for a token. `at`: when requests came."""
 
     def __init__(self, tenant: Tenant) -> None:
         kv_blocks = NUM_SEATS * ((NUM_INPUT + NUM_OUTPUT) // BLOCK_TOKENS + 1)

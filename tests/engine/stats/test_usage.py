@@ -1,4 +1,4 @@
-"""What is remembered of adapters, and how values are counted."""
+"""The usage of adapters, and histograms."""
 
 from __future__ import annotations
 

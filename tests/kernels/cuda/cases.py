@@ -1,6 +1,7 @@
-"""What the cuda backend has of its own: several modules in a launch, both paths in a step, splits, padding, pages.
+"""What is particular to the cuda backend: several modules in a launch, both paths in a step, splits, padding, pages.
 
-Collected where a backend is: `interpreted` without a GPU, `test_gpu` with one.
+The tests are collected where there is a backend: by `interpreted` without a GPU, by `test_gpu` with one.
+
 Shapes: T tokens, I input width, O output width, R ranks of an adapter.
 """
 
@@ -60,7 +61,7 @@ def lora(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("odd", [0, 3])
 def test_modules_of_one_input_in_a_mixed_step(ops: Ops, odd: int, dtype: torch.dtype) -> None:
-    """Adapters with one token, a few and many; modules that some lack; rows at odd places."""
+    """Adapters with one token, a few and many; modules that some adapters lack; rows at odd offsets."""
     case = (
         [1, 20, 3, 40, 6],
         {"q": [8, 16, 0, 4, 33], "k": [0, 16, 5, 4, 1], "v": [0, 70, 2, 0, 8]},
@@ -72,7 +73,7 @@ def test_modules_of_one_input_in_a_mixed_step(ops: Ops, odd: int, dtype: torch.d
 
 
 def test_neighbours_change_no_bit(ops: Ops) -> None:
-    """Whatever the second adapter's rank, and wherever its rows stand: the base's rows and the first adapter's."""
+    """The base's rows and the first adapter's do not depend on the second adapter's rank, nor on where its rows are."""
     for count in (3, 20):
         before, after = (
             lora(ops, torch.float32, [count, 4], {"q": [8, other]}, {"q": 160}, odd=odd)[0]

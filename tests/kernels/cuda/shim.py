@@ -1,4 +1,4 @@
-"""A launcher that runs cuda/csrc on the CPU: the same sources, compiled with shim.h in the place of CUDA."""
+"""A launcher that runs cuda/csrc on the CPU: the same sources, compiled with shim.h in place of CUDA."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-w", "-DLORAY_SHIM", "-U_FOR
 
 
 class ShimLauncher:
-    """BackendUnavailable without a compiler; AssertionError when the threads of a block wait for one another."""
+    """BackendUnavailable without a compiler; AssertionError if the threads of a block wait for each other."""
 
     def __init__(self) -> None:
         self._libraries = _libraries()
@@ -36,7 +36,7 @@ class ShimLauncher:
 
 
 def compile_shim(source: Path, library: Path) -> subprocess.Popen[bytes]:
-    """Start the compiler. BackendUnavailable where there is none."""
+    """Start the compiler. BackendUnavailable if there is none."""
     command = [os.environ.get("CXX", "g++"), *_FLAGS, f"-I{_SHIM.parent}", "-x", "c++", str(source), "-o", str(library)]
     try:
         return subprocess.Popen(command)

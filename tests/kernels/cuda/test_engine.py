@@ -1,7 +1,7 @@
-"""The engine on the CUDA C++ kernels, compiled for the CPU: adapters beside the steps, decode steps recorded.
+"""The engine with the CUDA C++ kernels, compiled for the CPU: adapters placed while steps run, recorded decode steps.
 
-What needs a GPU is played: a copy on a stream of its own is one put off until it is waited for, a recorded step is one
-that is computed again from the tensors that it was recorded with.
+What needs a GPU is simulated: a copy on another stream is one that is delayed until it is waited for; a recorded step
+is one that is computed again from the tensors with which it was recorded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The cuda backend on a GPU: the tests of every backend, its own, adapters beside the steps, recorded steps."""
+"""The cuda backend on a GPU: the tests of every backend, those of cuda, adapters placed while steps run, recorded
+steps.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ def moved(value: Any, device: str) -> Any:
 
 
 class OnGpu:
-    """Ops for tensors on the CPU: arguments go over, what an op writes comes back."""
+    """Ops for tensors on the CPU: arguments are copied to the GPU, and what an op writes is copied back."""
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops

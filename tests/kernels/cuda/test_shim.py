@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels, compiled for the CPU, against the reference: everything that goes without Triton.
+"""The CUDA C++ kernels, compiled for the CPU, against the reference: everything that does not need Triton.
 
 Shapes: T tokens, S sequences.
 """
@@ -42,13 +42,13 @@ def launcher() -> ShimLauncher:
 
 @pytest.fixture
 def ops(launcher: ShimLauncher, monkeypatch: pytest.MonkeyPatch) -> Ops:
-    """However many tokens an adapter has, they are gathered."""
+    """The tokens of every adapter are gathered, however many it has."""
     monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
     return CudaOps(Gather(launcher), cast(Any, None))
 
 
 def decoding(dtype: torch.dtype, contexts: list[int], layout: KvLayout) -> tuple[torch.Tensor, AttentionMeta]:
-    """A pool, and a step in which each sequence has one query and its blocks are all over the pool."""
+    """A pool, and a step in which each sequence has one query; its blocks are scattered over the pool."""
     lengths = [-(-context // layout.block_tokens) for context in contexts]
     blocks = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(1)).split(lengths)
     size = layout.block_tokens
@@ -73,7 +73,7 @@ def test_decode(ops: Ops, heads: tuple[int, int, int], dtype: torch.dtype) -> No
 
 
 def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
-    """Padding has no keys and writes none, and what an earlier step left in the tensors is gone."""
+    """Padding has no keys and writes none, and nothing is left of an earlier step in the tensors."""
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
     padded = PaddedStep(4, 20, layout, torch.device("cpu"))
     q_THd, k_TKd = randn(6, torch.float32, 4, 4, 16), randn(7, torch.float32, 4, 2, 16)

@@ -1,6 +1,6 @@
 """The Triton kernels without a GPU: run by its interpreter, and compiled ahead of time.
 
-Each in a process of its own, because Triton is told by the environment, when it is imported, whether to interpret.
+Each in its own process: Triton reads from the environment, when it is imported, whether to interpret.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ VERA_ROWS, VERA_COLUMNS = 16, 64
 
 
 class Tiles:
+    """Each method queues one launch."""
+
     def shrink(self, x_TI: Tensor, pool: Tensor, items: Items, table: Shrink, h_TR: Tensor) -> None:
         rows = table.rows
         block_r = min(SHRINK_ROWS, max(16, _power_of_2(table.max_rows)))

@@ -43,7 +43,7 @@ class Entry(Generic[P, R]):
 
     load    None before the load starts and after its result has been taken
     pins    running requests that use the adapter
-    wants   for each waiting request the time at which it came, by the table's clock; one that leaves takes the first
+    wants   the times, by the table's clock, at which the waiting requests came; a request that leaves removes the first
     """
 
     ref: AdapterRef
