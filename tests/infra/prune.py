@@ -1,4 +1,4 @@
-"""Makes `tests/infra/crds/` from KubeRay's CustomResourceDefinitions: `python -m tests.infra.prune FOLDER`.
+"""Makes `tests/infra/crds/` from KubeRay's CustomResourceDefinitions: `python -m tests.infra.prune FOLDER RELEASE`.
 
 Everything that decides whether an object is valid is kept. Descriptions, status, rules in CEL and volumes of storage
 that Kubernetes has removed are dropped. Equal parts are written once and referred to, since a pod template occurs three

@@ -73,7 +73,7 @@ class _Worker:
         self.pid: int | None = process.pid
         self.start_s = 0.0
 
-    def ask(self, line: str) -> dict[str, Any]:
+    def exchange(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -88,7 +88,7 @@ class _Worker:
         return found
 
     def run(self, requests: Sequence[TimedRequest], at_once: int | None) -> PassResult:
-        answer = self.ask(json.dumps({"requests": list(requests), "at_once": at_once}))
+        answer = self.exchange(json.dumps({"requests": list(requests), "at_once": at_once}))
         work = answer["work"]
         return PassResult([Record(**r) for r in answer["records"]], None if work is None else EngineWork(**work))
 
@@ -98,7 +98,7 @@ def run_worker(name: str, command: list[str], setup: str, setting: Setting) -> I
     with run_process(name, command, setting, pipes=True) as (process, log):
         began = time.perf_counter()
         worker = _Worker(name, process, log)
-        worker.ask(setup)
+        worker.exchange(setup)
         worker.start_s = time.perf_counter() - began
         yield worker
         assert process.stdin is not None
