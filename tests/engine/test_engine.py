@@ -246,7 +246,7 @@ def test_the_smallest_temperature_is_greedy(base: BaseModel) -> None:
         assert run(make_engine(base), [request("r", ids(5), temperature=temperature, seed=0)])["r"] == greedy
 
 
-def test_an_evicted_adapter_whose_host_copy_is_gone_is_loaded_again(base: BaseModel, adapters: list[TestAdapter]) -> None:
+def test_an_evicted_adapter_without_a_host_copy_is_loaded_again(base: BaseModel, adapters: list[TestAdapter]) -> None:
     """If an engine has work and nothing to compute, a load is always under way that will wake it."""
     engine = make_engine(base, adapters, pool_bytes=9 * BLOCK_BYTES, host_bytes=1)
     for i in range(12):

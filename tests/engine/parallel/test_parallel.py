@@ -103,7 +103,7 @@ def test_ranks_give_what_one_gives(world: World) -> None:
 
 @pytest.mark.parametrize("world", ["TP=2"], indirect=True)
 def test_a_full_pool_is_the_same_on_every_rank(world: World) -> None:
-    """Adapters are evicted and placed again, requests are preempted; `run` compares the ranks' pools after each step."""
+    """Adapters are evicted and placed again, requests preempted; `run` compares the ranks' pools after each step."""
     ids = prompts(4)
     requests = [request(str(i), ids[i % 4], a, max_tokens=20) for i, a in enumerate(world.adapters)]
     engine, expected = world.engine, run(world.one(), requests)
