@@ -24,7 +24,7 @@ from loray_kernels.cuda.tiles import lora as lora_kernels
 from loray_kernels.cuda.tiles import rows as row_kernels
 from loray_kernels.ops import KvLayout
 
-# The largest that compile without spilling registers (see `compile`). They have not been timed on a GPU.
+# Chosen so that the kernels compile without spilling registers (see `compile`). No GPU has run or timed them yet.
 SHRINK_ROWS, SHRINK_COLUMNS = 64, 32
 EXPAND_ROWS = 16
 VERA_ROWS, VERA_COLUMNS = 16, 64

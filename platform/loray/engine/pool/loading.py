@@ -1,4 +1,4 @@
-"""Loads: adapters are read from where they are stored and packed, in threads of their own.
+"""Loads: adapters are read from their store and packed, in threads of their own.
 
 A load gives its result before it is complete, as soon as the rest is expected within the time that the first step with
 the adapter takes to compute (`lead_s`): then each layer is there before the step needs it, and the step does not wait.
