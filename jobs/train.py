@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 import ray
@@ -19,8 +18,8 @@ from jobs.driver.prepare import Prepared, prepare
 from jobs.driver.publication import already_published, publish_best
 from jobs.driver.record import Interrupted, Interrupts, JobRecord, recorded
 from jobs.driver.trainer import build_trainer
-from jobs.events import messages
-from jobs.events.messages import EventTail, first_line
+from jobs.events.messages import EventTail, describe, encode, first_line
+from jobs.events.schema import Emit, Event, PublishedEvent
 from jobs.events.sink import start_sink
 from jobs.events.tensorboard import Board
 from jobs.runs.folders import RunFolder, open_runs
@@ -45,8 +44,8 @@ _STOPPED = 143  # the exit code that a shell reports for a process ended by SIGT
 def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -> None:
     """Train the adapter of RECIPE (a YAML file, a shipped recipe's name, or a JSON object) and publish it."""
 
-    def emit(event: dict[str, Any]) -> None:
-        click.echo(messages.encode(event) if as_events else messages.describe(event))
+    def emit(event: Event) -> None:
+        click.echo(encode(event) if as_events else describe(event))
 
     try:
         settings = Settings.from_env()
@@ -69,7 +68,7 @@ def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -
         sys.exit(1)
 
 
-def train(recipe: Recipe, settings: Settings, emit: messages.Emit, *, resume: bool = False) -> None:
+def train(recipe: Recipe, settings: Settings, emit: Emit, *, resume: bool = False) -> None:
     """Trains and publishes, and passes events to `emit`. Runs in the main thread, which SIGTERM interrupts.
 
     If it raises LorayError, nothing is published.
@@ -102,7 +101,7 @@ def train(recipe: Recipe, settings: Settings, emit: messages.Emit, *, resume: bo
     emit(published)
 
 
-def publish_latest(recipe: Recipe, settings: Settings, emit: messages.Emit) -> None:
+def publish_latest(recipe: Recipe, settings: Settings, emit: Emit) -> None:
     """Publishes the best checkpoint of the latest run, finished or not, and records that run's job as succeeded."""
     run = open_runs(settings).latest(recipe.spec.name)
     with Interrupts() as interrupts, run.locked("publication", interrupts.raise_in_main_thread):
@@ -112,7 +111,7 @@ def publish_latest(recipe: Recipe, settings: Settings, emit: messages.Emit) -> N
     emit(published)
 
 
-def _publish(result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: messages.Emit) -> dict[str, Any]:
+def _publish(result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit) -> PublishedEvent:
     try:
         return publish_best(result, run, recipe, settings, emit)
     except (CatalogError, EvaluationError, StoreError) as e:
@@ -124,9 +123,9 @@ def _how_to_publish(recipe: Recipe) -> str:
 
 
 def _fit(
-    prepared: Prepared, run: RunFolder, settings: Settings, emit: messages.Emit, job: JobRecord, interrupts: Interrupts
+    prepared: Prepared, run: RunFolder, settings: Settings, emit: Emit, job: JobRecord, interrupts: Interrupts
 ) -> Result:
-    def write_and_emit(event: dict[str, Any]) -> None:
+    def write_and_emit(event: Event) -> None:
         board.write(event)
         emit(event)
 

@@ -1,1 +1,1 @@
-"""Serving on Ray Serve: the gateway (HTTP), the engine's replicas, and `loray up`, `status` and `down`."""
+"""Serving on Ray Serve: the gateway, the engine's replicas, the catalog's API, and `loray up`, `status` and `down`."""

@@ -17,7 +17,7 @@ from ray.train import Checkpoint
 from transformers import AutoTokenizer
 
 from jobs.driver.data import fetched
-from jobs.events.messages import Emit
+from jobs.events.schema import Emit
 from jobs.runs.folders import RunFolder
 from jobs.workers.threads import num_threads
 from loray.bases.registry import BaseModel, ensure_base

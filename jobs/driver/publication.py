@@ -8,12 +8,12 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray.train import Checkpoint, Result
 
 from jobs.driver.evaluation import measure_checkpoint
-from jobs.events.messages import Emit
+from jobs.events.schema import Emit, PublishedEvent
 from jobs.runs.folders import RunFolder
 from loray.bases.registry import ensure_base
 from loray.catalog import Catalog
@@ -38,7 +38,7 @@ class _Publication(Frozen):
 
 def publish_best(
     result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit = lambda event: None
-) -> dict[str, Any]:
+) -> PublishedEvent:
     """Publishes the run's best checkpoint with the recipe that it was trained with, and returns the event.
 
     The given recipe decides only how the checkpoint is measured and published. If the gate refuses the aliases, the
@@ -49,12 +49,12 @@ def publish_best(
         raise TrainingError(f"the run in {run} ended without a checkpoint; nothing was published")
     keep_best = _state(latest).recipe.evaluation.keep_best
     event = _publish(best(result, by_loss=keep_best), run, recipe, settings, emit)
-    saved = _Publication(recipe=recipe.spec.model_dump(mode="json"), event=event)
+    saved = _Publication(recipe=recipe.spec.model_dump(mode="json"), event=dict(event))
     run.write(_PUBLISHED, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
     return event
 
 
-def already_published(run: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
+def already_published(run: RunFolder, recipe: Recipe) -> PublishedEvent | None:
     """The event of an earlier publication of this run with the same recipe; None if there is none.
 
     Resuming a published run has nothing left to do.
@@ -63,7 +63,7 @@ def already_published(run: RunFolder, recipe: Recipe) -> dict[str, Any] | None:
     if data is None:
         return None
     saved = _Publication.parse(json.loads(data), source=f"{_PUBLISHED} of {run}")
-    return saved.event if saved.recipe == recipe.spec.model_dump(mode="json") else None
+    return cast("PublishedEvent", saved.event) if saved.recipe == recipe.spec.model_dump(mode="json") else None
 
 
 def best(result: Result, *, by_loss: bool) -> Checkpoint:
@@ -81,7 +81,7 @@ def _state(checkpoint: Checkpoint) -> RunState:
         return read_state(Path(path))
 
 
-def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit) -> dict[str, Any]:
+def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit) -> PublishedEvent:
     state = _state(checkpoint)
     check_publishable(state)
     recipe = recipe._replace(spec=_to_publish(state.recipe, recipe.spec))

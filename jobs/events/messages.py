@@ -1,39 +1,36 @@
-"""Events of a run, as one JSON object a line (`--events`) or as lines for people.
-
-{"event": "start" | "step" | "eval" | "checkpoint" | "warning" | "worker_lost" | "measure" | "published" | "error", …}
-"""
+"""Events of a run, as one JSON object a line (`--events`) or as lines for people."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Iterable
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any
+from typing import Any, cast
 
-Emit = Callable[[dict[str, Any]], None]
+from jobs.events.schema import Emit, Event, StepEvent
 
 _POLL_S = 0.2
 
 
-def encode(event: dict[str, Any]) -> str:
+def encode(event: Event) -> str:
     """The event as one line of JSON. NaN and infinity become null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()})
 
 
-def decode(line: str) -> dict[str, Any] | None:
-    """The event in a line of a job's log; None if the line is not an event."""
+def decode(line: str) -> Event | None:
+    """The event in a line of a job's log; None if the line is not an event. Its fields are not checked."""
     if not line.startswith('{"event"'):
         return None
     try:
         event = json.loads(line)
     except ValueError:
         return None
-    return event if isinstance(event, dict) else None
+    return cast("Event", event) if isinstance(event, dict) else None
 
 
-def describe(event: dict[str, Any]) -> str:
+def describe(event: Event) -> str:
     """The event as a line for people."""
     match event["event"]:
         case "start":
@@ -67,7 +64,7 @@ def describe(event: dict[str, Any]) -> str:
             aliases = f" ({', '.join(event['aliases'])})" if event["aliases"] else ""
             line = f"published {event['label']}{aliases}: {event['nbytes']:,} bytes, digest {event['digest'][:12]}"
             return "\n".join(
-                [line, *_perplexities(event.get("evaluations", ())), *filter(None, [event.get("refusal")])]
+                [line, *_perplexities(event.get("evaluations", [])), *filter(None, [event.get("refusal")])]
             )
         case "error":
             return f"error: {event['message']}"
@@ -89,7 +86,7 @@ def number(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
-def speed(step: dict[str, Any]) -> str:
+def speed(step: StepEvent) -> str:
     """Tokens per second of all workers, and model FLOPs utilisation (MFU)."""
     return f"{step['tokens_per_s']:,.0f} tokens/s  MFU {step['mfu']:.1%}"
 
@@ -115,8 +112,8 @@ class EventTail:
 
     def __init__(self, path: Path, emit: Emit) -> None:
         self._path, self._emit = path, emit
-        self._done = Event()
-        self._thread = Thread(target=self._follow, name="loray-events", daemon=True)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="loray-events", daemon=True)
 
     def __enter__(self) -> EventTail:
         self._path.touch()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import ObjectRef
@@ -11,6 +10,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.events.messages import encode
+from jobs.events.schema import Event
 
 
 class _EventSink:
@@ -40,7 +40,7 @@ class EventSender:
         self._sink = sink
         self._sent: ObjectRef | None = None
 
-    def send(self, event: dict[str, Any]) -> None:
+    def send(self, event: Event) -> None:
         self.flush()
         self._sent = self._sink.append.remote(encode(event))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from jobs.events.schema import Event
 
 _STEP = {
     "loss": "train/loss",
@@ -36,7 +39,7 @@ class Board:
         if self._writer is not None:
             self._writer.close()
 
-    def write(self, event: dict[str, Any]) -> None:
+    def write(self, event: Event) -> None:
         match event["event"]:
             case "start":
                 if self._writer is not None:
@@ -48,8 +51,9 @@ class Board:
                     filename_suffix=f".{event['pid']}",
                 )
             case "step":
+                values: Mapping[str, Any] = event
                 for name, tag in _STEP.items():
-                    self._add(tag, event.get(name), event["step"])
+                    self._add(tag, values.get(name), event["step"])
             case "eval":
                 self._add(f"eval/loss_{event['subject']}", event["eval_loss"], event["step"])
 

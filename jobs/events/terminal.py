@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from jobs.events.messages import decode, describe, number, speed
+from jobs.events.schema import ErrorEvent, Event, PublishedEvent, StepEvent
 
 _LOG_LINES = 20
 _LINES_OF_STEPS = 10  # step lines that a run prints without a terminal
@@ -33,8 +33,8 @@ class RunView:
         )
         self._task = self._progress.add_task("starting", total=None, figures="")
         self._eval_loss: float | None = None
-        self.published: dict[str, Any] | None = None
-        self.error: dict[str, Any] | None = None
+        self.published: PublishedEvent | None = None
+        self.error: ErrorEvent | None = None
         self.log: deque[str] = deque(maxlen=_LOG_LINES)
 
     def __enter__(self) -> RunView:
@@ -68,7 +68,7 @@ class RunView:
             case "error":
                 self.error = event
 
-    def _step(self, event: dict[str, Any]) -> None:
+    def _step(self, event: StepEvent) -> None:
         held_out = "" if self._eval_loss is None else f"  held out {number(self._eval_loss)}"
         figures = f"loss {number(event['loss'])}{held_out}  {speed(event)}"
         self._progress.update(self._task, completed=event["step"], figures=figures)
@@ -76,5 +76,5 @@ class RunView:
         if not self._console.is_terminal and event["step"] % every == 0:
             self._print(event)
 
-    def _print(self, event: dict[str, Any]) -> None:
+    def _print(self, event: Event) -> None:
         self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)

@@ -10,8 +10,8 @@ from ray.actor import ActorHandle
 from ray.train import Checkpoint
 
 from jobs.events.messages import first_line
+from jobs.events.schema import CheckpointEvent
 from jobs.events.sink import EventSender
-from jobs.workers.checkpoints import SCORE
 
 
 class EventLog(ray.train.UserCallback):  # type: ignore[misc]
@@ -23,8 +23,13 @@ class EventLog(ray.train.UserCallback):  # type: ignore[misc]
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None:
-            event = {name: value for name, value in metrics[0].items() if name != SCORE}
-            self._events.send(event | {"path": f"{self._run}/{Path(checkpoint.path).name}"})
+            event: CheckpointEvent = {
+                "event": "checkpoint",
+                "step": metrics[0]["step"],
+                "eval_loss": metrics[0]["eval_loss"],
+                "path": f"{self._run}/{Path(checkpoint.path).name}",
+            }
+            self._events.send(event)
             self._events.flush()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

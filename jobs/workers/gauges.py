@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import resource
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from ray.util.metrics import Gauge
 
+from jobs.events.schema import StepEvent
 from loray.telemetry import TRAINING_LABELS, TRAINING_METRICS
 
 
@@ -44,7 +45,7 @@ class TrainingGauges:
             if value is not None and math.isfinite(value):
                 self._gauges[f"train_{key}"].set(value)
 
-    def set_step(self, event: dict[str, Any]) -> None:
+    def set_step(self, event: StepEvent) -> None:
         self.set(
             step=event["step"],
             loss=event["loss"],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from jobs.events.schema import LoopEvent, StartEvent, StepEvent
 from jobs.events.sink import EventSender
 from jobs.workers.checkpoints import CheckpointUploads
 from jobs.workers.gauges import TrainingGauges, Utilisation, peak_memory
@@ -33,21 +34,31 @@ class RayReporter:
         self._world, self._device = world, device
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        if metrics["event"] == "checkpoint":
-            self._uploads.add(metrics["step"], metrics["eval_loss"], checkpoint)
+        event = cast("LoopEvent", metrics)
+        if event["event"] == "checkpoint":
+            self._uploads.add(event["step"], event["eval_loss"], checkpoint)
         elif self._utilisation is not None:
-            self._events.send(self._measured(metrics, self._utilisation))
-        if metrics["event"] == "step":
+            self._events.send(self._measured(event, self._utilisation))
+        if event["event"] == "step":
             self._gauges.set(memory_bytes=peak_memory(self._device))
 
-    def _measured(self, metrics: dict[str, Any], utilisation: Utilisation) -> dict[str, Any]:
-        match metrics["event"]:
+    def _measured(self, event: LoopEvent, utilisation: Utilisation) -> LoopEvent:
+        """The event with MFU and memory, which are also set as gauges."""
+        match event["event"]:
             case "start":
-                return metrics | utilisation._asdict()
+                flops_per_token, peak_flops, peak_source = utilisation
+                start: StartEvent = {
+                    **event,
+                    "flops_per_token": flops_per_token,
+                    "peak_flops": peak_flops,
+                    "peak_source": peak_source,
+                }
+                return start
             case "step":
-                mfu = utilisation.mfu(metrics["tokens_per_s"], self._world.size)
-                metrics = metrics | {"mfu": mfu, "memory_bytes": peak_memory(self._device)}
-                self._gauges.set_step(metrics)
-            case "eval" if metrics["subject"] == "adapter":
-                self._gauges.set(eval_loss=metrics["eval_loss"])
-        return metrics
+                mfu = utilisation.mfu(event["tokens_per_s"], self._world.size)
+                step: StepEvent = {**event, "mfu": mfu, "memory_bytes": peak_memory(self._device)}
+                self._gauges.set_step(step)
+                return step
+            case "eval" if event["subject"] == "adapter":
+                self._gauges.set(eval_loss=event["eval_loss"])
+        return event

@@ -1,1 +1,1 @@
-"""The `loray` command: bases, adapters, and the local Ray cluster; further commands come by entry point."""
+"""The command `loray`: bases, adapters, plans and evaluations; installed packages add commands by entry points."""

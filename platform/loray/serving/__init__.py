@@ -1,1 +1,1 @@
-"""What serving decides and says, as plain Python: neither torch, nor Ray, nor HTTP."""
+"""Decisions and reports of serving in plain Python, without torch, Ray or HTTP: demand, routing, scaling."""

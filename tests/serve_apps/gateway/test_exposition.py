@@ -27,7 +27,7 @@ from serve_apps.gateway.metrics import CountRequests, GatewayMetrics
 from serve_apps.replica.metrics import engine_families
 from tests.engine.harness import make_engine
 from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app, register
-from tests.serve_apps.replica.test_metrics import Asked, go
+from tests.serve_apps.replica.test_metrics import ObservedEngine, go
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "guide" / "serving.md"
 
@@ -42,9 +42,9 @@ def whole(base: BaseModel) -> list[Family]:
     """The families of a gateway with two replicas that have served one request each, and a silent third one."""
     replicas: list[list[Family] | None] = [None]
     for name in ("r1", "r2"):
-        asked = Asked(base)
+        asked = ObservedEngine(base)
 
-        async def test(asked: Asked = asked, name: str = name) -> None:
+        async def test(asked: ObservedEngine = asked, name: str = name) -> None:
             await asked.ask(3)
             families = asked.metrics.families(await asked.settled(1), name)
             replicas.append(pickle.loads(pickle.dumps(families)))

@@ -38,7 +38,7 @@ def values(families: Sequence[Family]) -> dict[tuple[str, ...], float]:
     }
 
 
-class Asked:
+class ObservedEngine:
     """A real engine, and a replica's metrics of its requests."""
 
     def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: Any) -> None:
@@ -64,7 +64,7 @@ class Asked:
         return stats
 
 
-def go(asked: Asked, test: Callable[[], Any]) -> None:
+def go(asked: ObservedEngine, test: Callable[[], Any]) -> None:
     asked.stream.start()
     try:
         asyncio.run(asyncio.wait_for(test(), timeout=120))
@@ -92,7 +92,7 @@ def test_counts_are_what_was_asked(
     c = base.config
     layout = KvLayout(c.num_layers, 16, c.num_kv_heads, c.head_dim)
     pool_bytes = c.max_position_embeddings // 16 * layout.num_layers * layout.layer_share * 4
-    asked = Asked(base, adapters, pool_bytes=pool_bytes, host_bytes=max(a.ref.nbytes, b.ref.nbytes))
+    asked = ObservedEngine(base, adapters, pool_bytes=pool_bytes, host_bytes=max(a.ref.nbytes, b.ref.nbytes))
 
     async def test() -> None:
         await asked.ask(10, a)  # from the store
@@ -157,7 +157,7 @@ def test_counts_are_what_was_asked(
 
 
 def test_a_cancelled_request_is_an_abort_and_not_an_error(base: BaseModel) -> None:
-    asked = Asked(base)
+    asked = ObservedEngine(base)
 
     async def test() -> None:
         async with aclosing(asked.observed(request("r", [1, 2, 3], max_tokens=400))) as deltas:

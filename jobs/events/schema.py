@@ -1,0 +1,106 @@
+"""The events of a run. Each is one JSON object; `event` says which one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NotRequired, TypedDict
+
+from loray.spec import Subject
+
+
+class StartEvent(TypedDict):
+    """Training starts, or resumes after `step`. Rank 0 adds how MFU is computed (`jobs.workers.gauges.Utilisation`)."""
+
+    event: Literal["start"]
+    step: int
+    num_steps: int
+    num_parameters: int
+    num_trainable: int
+    trainable_share: float
+    num_workers: int
+    num_threads: int
+    device: str
+    pid: int
+    data: dict[str, Any]
+    flops_per_token: NotRequired[float]
+    peak_flops: NotRequired[float]
+    peak_source: NotRequired[str]
+
+
+class StepEvent(TypedDict):
+    """One optimizer step. A loss or norm that is not finite is null in JSON. Rank 0 adds MFU and peak memory."""
+
+    event: Literal["step"]
+    step: int
+    num_steps: int
+    epoch: int
+    loss: float | None
+    lr: float
+    grad_norm: float | None
+    tokens_per_s: float
+    num_tokens: int
+    skipped_steps: int
+    eta_s: float
+    mfu: NotRequired[float]
+    memory_bytes: NotRequired[int]
+
+
+class EvalEvent(TypedDict):
+    event: Literal["eval"]
+    step: int
+    subject: Subject
+    eval_loss: float | None
+
+
+class CheckpointEvent(TypedDict):
+    """A checkpoint; `path` is where it was uploaded to."""
+
+    event: Literal["checkpoint"]
+    step: int
+    eval_loss: float | None
+    path: NotRequired[str]
+
+
+class WarningEvent(TypedDict):
+    event: Literal["warning"]
+    message: str
+
+
+class WorkerLostEvent(TypedDict):
+    event: Literal["worker_lost"]
+    message: str
+
+
+class MeasureEvent(TypedDict):
+    """The evaluation before publishing begins."""
+
+    event: Literal["measure"]
+    tasks: list[str]
+
+
+class PublishedEvent(TypedDict):
+    """`refusal`: why the gate refused the aliases, None if it did not. `evaluations`: as in the manifest."""
+
+    event: Literal["published"]
+    name: str
+    version: int
+    label: str
+    digest: str
+    nbytes: int
+    aliases: list[str]
+    refusal: NotRequired[str | None]
+    step: int
+    evaluations: NotRequired[list[dict[str, Any]]]
+
+
+class ErrorEvent(TypedDict):
+    """`kind`: the name of the error's class."""
+
+    event: Literal["error"]
+    kind: str
+    message: str
+
+
+LoopEvent = StartEvent | StepEvent | EvalEvent | CheckpointEvent
+Event = LoopEvent | WarningEvent | WorkerLostEvent | MeasureEvent | PublishedEvent | ErrorEvent
+Emit = Callable[[Event], None]
