@@ -21,7 +21,7 @@ from jobs.driver.trainer import build_trainer
 from jobs.events.messages import EventTail, describe, encode, first_line
 from jobs.events.schema import Emit, Event, PublishedEvent
 from jobs.events.sink import start_sink
-from jobs.events.tensorboard import Board
+from jobs.events.tensorboard import TensorBoardWriter
 from jobs.runs.folders import RunFolder, open_runs
 from loray.catalog import Catalog
 from loray.errors import CatalogError, EvaluationError, LorayError, SpecError, StoreError, TrainingError
@@ -129,7 +129,7 @@ def _fit(
         board.write(event)
         emit(event)
 
-    with run.history() as history, Board(history.board) as board, EventTail(history.events, write_and_emit):
+    with run.history() as history, TensorBoardWriter(history.board) as board, EventTail(history.events, write_and_emit):
         sink = start_sink(history.events)
         try:
             return build_trainer(prepared, run, settings, sink).fit()

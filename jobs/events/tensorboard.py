@@ -22,7 +22,7 @@ _STEP = {
 _FLUSH_S = 5
 
 
-class Board:
+class TensorBoardWriter:
     """Writes event files to `folder` until the `with` block ends. Not thread-safe.
 
     Restarted workers repeat the steps after their checkpoint; TensorBoard drops the earlier values of those steps.
@@ -32,7 +32,7 @@ class Board:
         self._folder = folder
         self._writer: SummaryWriter | None = None
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> TensorBoardWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:

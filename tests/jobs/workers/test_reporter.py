@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
-from jobs.events.tensorboard import Board
+from jobs.events.tensorboard import TensorBoardWriter
 from jobs.workers import gauges as gauges_module
 from jobs.workers.gauges import TrainingGauges, Utilisation
 from jobs.workers.reporter import RayReporter
@@ -90,7 +90,7 @@ def test_every_gauge_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_board_shows_the_run_without_steps_that_a_restart_repeats(tmp_path: Path) -> None:
-    with Board(tmp_path) as board:
+    with TensorBoardWriter(tmp_path) as board:
         board.write(START | {"pid": 1})
         for number in (1, 2, 3):
             board.write(step(number) | {"memory_bytes": 5})
