@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loray.adapters.manifest import digest, read_manifest
+from loray.adapters.manifest import ManifestDetails, digest, read_manifest
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, BaseNotFound, CatalogError, ConflictError, SpecError
@@ -40,9 +40,8 @@ def catalog(catalog_url: str) -> Iterator[Catalog]:
 def test_published(base: BaseModel, peft_folder: PeftFolder, store: AdapterStore, catalog: Catalog) -> None:
     folder = peft_folder(base)
     measured = Evaluation(metric="loss", value=1.5, dataset="held-out")
-    version = publish(
-        folder, base, Destination("tone", store, catalog, aliases=["prod"]), job_id="j1", evaluations=[measured]
-    )
+    to = Destination("tone", store, catalog, aliases=["prod"])
+    version = publish(folder, base, to, ManifestDetails(job_id="j1", evaluations=[measured]))
     assert (version.label, version.aliases) == ("tone@1", ("prod",))
     assert version.manifest == read_manifest(folder) == store.manifest(version.digest)
     assert version.digest == digest(version.manifest) == catalog.resolve("tone").digest

@@ -48,7 +48,7 @@ def main(home: Path, name: str, prompts: list[str], max_tokens: int, folders: li
 
 
 def _reference(folder: Path, base: BaseModel) -> AdapterRef:
-    manifest = describe(folder, base=base)
+    manifest = describe(folder, base)
     return manifest.ref(digest(manifest), folder.name, version=1)
 
 

@@ -5,7 +5,6 @@ Their names say what they hold. The store and the catalog in the benchmark's fol
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,11 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from loray.adapters.manifest import ManifestDetails
+from loray.adapters.peft_format import PREFIX, write_folder
+from loray.adapters.weights import ModuleKey
 from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.local.s3 import start_local_s3, stop_local_s3
-from loray.planning.shapes import count_factors, count_trained, count_vera_pair
+from loray.planning.counts import count_factors, count_trained, count_vera_pair
 from loray.publishing import Destination, publish
 from loray.spec import ATTENTION_MODULES, LINEAR_MODULES, AdapterRef, LoraSpec, VeraSpec
 from loray.store import AdapterStore, open_store
@@ -85,12 +87,8 @@ class AdapterSet:
 
 
 def write_adapter(folder: Path, base: BaseModel, adapters: AdapterSet, index: int) -> None:
-    """Write adapter `index` of the set as PEFT saves it, in bf16. `folder` must not exist."""
-    from safetensors.torch import save_file
-
+    """Write adapter `index` of the set as PEFT saves it, in bf16."""
     tensors, options = (_vera if adapters.method == "vera" else _lora)(base, adapters, index)
-    folder.mkdir(parents=True)
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
@@ -98,7 +96,7 @@ def write_adapter(folder: Path, base: BaseModel, adapters: AdapterSet, index: in
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(options | config, indent=2) + "\n", encoding="utf-8")
+    write_folder(folder, options | config, tensors)
 
 
 def _lora(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -125,11 +123,10 @@ def _vera(base: BaseModel, adapters: AdapterSet, index: int) -> tuple[dict[str, 
 
 def _modules(base: BaseModel, adapters: AdapterSet) -> Iterator[tuple[str, int, int]]:
     """(name in PEFT's file, output width, input width) of every adapted module."""
-    from loray.adapters.weights import ModuleKey  # with torch
 
     for layer in range(base.config.num_layers):
         for module in adapters.modules:
-            yield f"base_model.model.model.{ModuleKey(layer, module).path}", *base.config.module_shape(module)
+            yield f"{PREFIX}model.{ModuleKey(layer, module).path}", *base.config.module_shape(module)
 
 
 class _Noise:
@@ -197,8 +194,8 @@ class Library:
             with tempfile.TemporaryDirectory(prefix="publish-", dir=self.folder) as scratch:
                 folder, name = Path(scratch) / "adapter", adapters.name(index, self.base)
                 write_adapter(folder, self.base, adapters, index)
-                made = publish(folder, self.base, Destination(name, self._store, self._catalog), created_at=_WRITTEN)
-                return made.ref
+                to = Destination(name, self._store, self._catalog)
+                return publish(folder, self.base, to, ManifestDetails(created_at=_WRITTEN)).ref
 
         return publish_one
 

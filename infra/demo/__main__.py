@@ -22,7 +22,7 @@ from rich.console import Console
 
 from loray.bases.registry import get_base
 from loray.client import LorayClient
-from loray.planning.shapes import count_base
+from loray.planning.counts import count_base
 from loray.settings import Settings
 
 HERE = Path(__file__).resolve().parent

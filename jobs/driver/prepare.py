@@ -11,10 +11,9 @@ from jobs.driver.evaluation import check_measurable
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.errors import SpecError
 from loray.recipes.load import Recipe
-from loray.recipes.resolve import resolve
+from loray.recipes.resolve import check_token_budget, resolve
 from loray.settings import Settings
 from loray.spec import TrainSpec
-from loray.train.data.batches import check_budget
 from loray.train.data.dataset import Dataset, load_data
 
 
@@ -45,6 +44,6 @@ def prepare(recipe: Recipe, settings: Settings) -> Prepared:
             whole_windows=spec.adapter.long_context is not None,
             fetched=copies,
         )
-    check_budget(max(data.train.lengths.tolist(), default=0), spec.batch)
+    check_token_budget(spec.batch, max(data.train.lengths.tolist(), default=0))
     resolved = spec.data.model_copy(update={"max_length": max_length})
     return Prepared(spec.model_copy(update={"data": resolved}), base, data)

@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from ray.train import Checkpoint, Result
 from jobs.driver.evaluation import measure_checkpoint
 from jobs.events.schema import Emit, PublishedEvent
 from jobs.runs.folders import RunFolder
+from loray.adapters.manifest import ManifestDetails
 from loray.bases.registry import ensure_base
 from loray.catalog import Catalog
 from loray.errors import GateRefused, TrainingError
@@ -92,10 +92,7 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
     with checkpoint.as_directory() as path, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         shutil.copytree(Path(path) / ADAPTER, folder)  # publishing adds a manifest, which the run must not contain
-        publish_it = partial(
-            publish,
-            folder,
-            base,
+        details = ManifestDetails(
             recipe=spec,
             job_id=run.job_id,
             data_fingerprint=state.data_fingerprint,
@@ -110,10 +107,11 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
         plain = Destination(spec.name, AdapterStore(open_store(settings.store)), catalog)
         aliases, refusal = spec.publish.aliases, None
         try:
-            version = publish_it(to=replace(plain, aliases=aliases, no_gate=spec.publish.no_gate))
+            to = replace(plain, aliases=aliases, no_gate=spec.publish.no_gate)
+            version = publish(folder, base, to, details)
         except GateRefused as e:  # the version can be measured again later, and promoted
             aliases, refusal = (), str(e)
-            version = publish_it(to=plain)
+            version = publish(folder, base, plain, details)
     return {
         "event": "published",
         "name": spec.name,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jobs.events.schema import Emit, Event, StepEvent
+from loray.spec import PERPLEXITY
 
 _POLL_S = 0.2
 
@@ -76,7 +77,7 @@ def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:
     """One line for each context length."""
     by_length: dict[int, list[str]] = {}
     for e in evaluations:
-        if e["metric"] == "perplexity":
+        if e["metric"] == PERPLEXITY:
             figures = by_length.setdefault(e["context_length"], [])
             figures.append(f"{e['subject'].replace('_', ' ')} {e['value']:.4g}")
     return [f"perplexity at {length:,} tokens: {', '.join(figures)}" for length, figures in by_length.items()]

@@ -1,4 +1,4 @@
-"""Every error that a caller of loray can see.
+"""Every error that loray raises on purpose.
 
     LorayError
     ├── SpecError              a recipe or serve spec is wrong (also a ValueError)
@@ -7,26 +7,26 @@
     ├── NotFoundError
     │   ├── BaseNotFound       no such base model on this machine
     │   ├── AdapterNotFound    no such adapter, version or alias in the catalog
-    │   └── JobNotFound        no such training job in the catalog, or Ray does not know it any more
-    │       └── LogsGone       the job is known, its log is not any more
-    ├── ConflictError          the name, version or alias is taken or has moved meanwhile
+    │   └── JobNotFound        no such training job in the catalog or in Ray
+    │       └── LogsGone       the job is known, but Ray no longer has its log
+    ├── ConflictError          the name, version or alias is taken, or another writer has changed it
     │   ├── RevisionConflict   an alias has another revision than the caller expected
-    │   └── GateRefused        a LongLoRA adapter's measured perplexity does not earn it the alias
+    │   └── GateRefused        the evaluations of a LongLoRA adapter do not pass the gate before an alias
     ├── CatalogError           the catalog's database cannot be reached or stays locked
-    ├── StoreError             the adapter store cannot be reached or refuses
-    ├── ClusterError           the local Ray cluster does not come up
+    ├── StoreError             the adapter store cannot be reached or refuses a request
+    ├── ClusterError           the local Ray cluster does not start
     ├── IntegrityError         bytes differ from their digest, or a published folder is incomplete
     ├── UnsupportedError       an architecture, adapter type or option that loray does not implement
     ├── BaseMismatch           the adapter was trained on another base (fingerprints differ)
     ├── RequestError           a generation request that can never be served
     │   └── ContextLengthExceeded
-    ├── Overloaded             the engine takes no more requests now; `retry_after_s` says when
-    ├── EvaluationError        a model's figures cannot be taken (its loss is not finite)
-    ├── EngineError            the engine stopped or a request inside it failed
+    ├── Overloaded             the engine takes no more requests now; retry after `retry_after_s` seconds
+    ├── EvaluationError        a measured value is not finite
+    ├── EngineError            the engine stopped, or a request inside it failed
     │   └── ReplicaUnavailable the request never reached an engine: it may be sent to another replica
     └── TrainingError          a run ended without a usable adapter (for example, too many non-finite steps)
 
-Every message says what was wrong and what to do. HTTP status codes are given to them in `serve_apps` alone.
+Every message says what was wrong and what to do. `serve_apps` maps errors to HTTP status codes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class JobNotFound(NotFoundError):
 
 
 class LogsGone(JobNotFound):
-    """The job is known, but Ray does not have it any more."""
+    """The job is known, but Ray no longer has its log."""
 
 
 class ConflictError(LorayError):
@@ -137,7 +137,7 @@ class EngineError(LorayError):
 
 
 class ReplicaUnavailable(EngineError):
-    """The request never reached an engine: it may be sent to another replica. `replica` is the one that failed it."""
+    """The request never reached an engine: it may be sent to another replica. `replica` is the one that failed."""
 
     def __init__(self, message: str, replica: str | None = None) -> None:
         super().__init__(message, replica)

@@ -1,4 +1,4 @@
-"""Where objects lie: `file://` and `s3://` URLs, read once and checked before anything is opened."""
+"""Locations of objects: `file://` and `s3://` URLs, parsed and checked before anything is opened."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class FileLocation:
 class S3Location:
     """`s3://bucket/prefix?endpoint_url=…&region=…&credentials_file=…&kms_key_id=…`; every option may be left out.
 
-    endpoint_url      of a server other than AWS's, `http://host:port`
-    region            default: the AWS configuration's
+    endpoint_url      `http://host:port` of a server other than AWS's
+    region            default: the region of the AWS configuration
     credentials_file  AWS shared credentials file with static keys in its profile `default`; otherwise the AWS chain:
-                      environment, shared files, the pod's or the machine's role
-    kms_key_id        objects are encrypted with this KMS key (SSE-KMS)
+                      environment, shared files, the role of the pod or the machine
+    kms_key_id        KMS key that encrypts the objects (SSE-KMS)
     """
 
     bucket: str
@@ -50,14 +50,14 @@ class S3Location:
 
     @property
     def url(self) -> str:
-        """What `parse_location` reads."""
+        """The URL that `parse_location` reads."""
         values = {name: getattr(self, name) for name in _OPTIONS}
         query = urlencode({name: value for name, value in values.items() if value is not None}, safe=":/")
         return "/".join(filter(None, (f"s3://{self.bucket}", self.prefix))) + (f"?{query}" if query else "")
 
     @property
     def is_local(self) -> bool:
-        """True where the server listens for this machine alone."""
+        """True where the server listens on loopback."""
         return is_this_machine(self.endpoint_url or "")
 
 
@@ -76,7 +76,7 @@ def http_url(address: str) -> str:
 
 
 def parse_location(url: str) -> Location:
-    """SettingsError says what is wrong with the URL."""
+    """Raises SettingsError, which says what is wrong with the URL."""
     scheme, _, rest = url.partition("://")
     if scheme == "file":
         if not rest.startswith("/"):

@@ -1,4 +1,4 @@
-"""What the environment says: `LORAY_*` variables, checked once, with errors that name the variable."""
+"""Settings from the environment: `LORAY_*` variables, checked once, with errors that name the variable."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _KNOWN = {
     "LORAY_PEAK_TFLOPS",
     "LORAY_GATE_TOLERANCE",
 }
-# Kubernetes describes a Service called loray-… to every pod of its namespace, in variables of these forms.
+# Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
 _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
-# Written by `loray up --s3`: from then on the home's store is the local S3 server's bucket.
+# `loray up --s3` writes this file. While it exists, the default store is the bucket of the local S3 server.
 LOCAL_S3_FOLDER = "s3"
 STORE_URL_FILE = "store_url"
 DEFAULT_GATE_TOLERANCE = 0.10
@@ -33,16 +33,17 @@ _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where a machine keeps what, and where its store and catalog are.
+    """Locations of the home folder, the store, the catalog and the cluster, and options.
 
     home     folder of everything that loray keeps on this machine (`LORAY_HOME`, default `~/.loray`)
-    store    URL of the adapter store (`LORAY_STORE`; default `file://HOME/store`, or what `loray up --s3` started)
+    store    URL of the adapter store (`LORAY_STORE`; default: the server that `loray up --s3` started, else
+             `file://HOME/store`)
     catalog  SQLAlchemy URL of the catalog (`LORAY_CATALOG`, default SQLite in HOME)
     address  Ray dashboard or job-server address (`LORAY_ADDRESS`, default None: a local cluster)
-    peak_tflops  what a training worker's device can do, in 10¹² FLOP/s of the training dtype, for MFU
+    peak_tflops  peak of a training worker's device, in 10¹² FLOP/s of the training dtype, for MFU
              (`LORAY_PEAK_TFLOPS`, default None: measured with a matrix product when training starts)
-    gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed the base's
-        and still be given an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
+    gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed that of the
+             base when it gets an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
     """
 
     home: Path
@@ -71,7 +72,7 @@ class Settings:
             raise SettingsError(f"LORAY_STORE: {e}") from e
         catalog = env.get("LORAY_CATALOG") or f"sqlite:///{home}/catalog.db"
         if not catalog.startswith(("sqlite:", "postgresql")):
-            scheme, separator, _ = catalog.partition("://")  # and no more of it: it may hold a password
+            scheme, separator, _ = catalog.partition("://")  # the rest may hold a password
             found = f"begins with {scheme}://" if separator else "has no scheme"
             raise SettingsError(f"LORAY_CATALOG {found}; it must be a sqlite:/// or postgresql:// URL")
         level = (env.get("LORAY_LOG_LEVEL") or "INFO").upper()
@@ -89,12 +90,12 @@ class Settings:
 
     @property
     def is_local(self) -> bool:
-        """True where store or catalog are this machine's alone, out of a remote cluster's reach."""
+        """True where a remote cluster cannot reach the store or the catalog."""
         return parse_location(self.store).is_local or _is_local_catalog(self.catalog)
 
     @property
     def is_remote(self) -> bool:
-        """True where `address` is of a cluster of other machines."""
+        """True where `address` names another machine."""
         return self.address is not None and not is_this_machine(self.address)
 
     def check_reachable_from(self, address: str) -> None:
@@ -107,9 +108,9 @@ class Settings:
             )
 
     def to_env(self, *, secrets: bool = True) -> dict[str, str]:
-        """The variables that give another process the same settings (`LORAY_ADDRESS` is the caller's own).
+        """The variables that give another process the same settings, without `LORAY_ADDRESS`.
 
-        `secrets=False`: without LORAY_CATALOG where it holds a password, for an environment that others can read.
+        `secrets=False` leaves out a LORAY_CATALOG with a password, for an environment that others can read.
         """
         env = {
             "LORAY_HOME": str(self.home),
@@ -126,7 +127,7 @@ class Settings:
         return env
 
     def to_remote_env(self) -> dict[str, str]:
-        """For the nodes of another cluster: no secrets, and nothing that means something on this machine alone."""
+        """For the nodes of another cluster: without secrets and without paths of this machine."""
         location = parse_location(self.store)
         if isinstance(location, S3Location):
             location = replace(location, credentials_file=None)
@@ -164,7 +165,7 @@ def _share(text: str) -> float:
 
 
 def _is_local_catalog(url: str) -> bool:
-    """SQLite, or PostgreSQL on loopback or behind a socket, which is where a URL without a host leads, too."""
+    """SQLite, or PostgreSQL on loopback or behind a socket. A URL without a host means a socket."""
     parts = urlsplit(url)
     named = [value for name, value in parse_qsl(parts.query) if name in ("host", "hostaddr")]
     hosts = [host for host in (parts.hostname, *",".join(named).split(",")) if host]

@@ -1,21 +1,23 @@
-"""Names shared by every part that logs or measures: loggers, and every metric as data.
+"""Loggers, progress callbacks, and every metric as data.
 
-Metrics follow Prometheus' conventions (base units, `_total`) and vLLM's names where vLLM has one. Who counts what is
-told by its section of the table; all of `METRICS` is in the exposition at the gateway's `/metrics`, and
-`TRAINING_METRICS` in that of Ray's nodes, which puts `ray_` before the names.
+Metrics follow Prometheus' conventions (base units, `_total`) and vLLM's names where vLLM has one. The gateway exposes
+`METRICS` at `/metrics`. Ray's nodes expose `TRAINING_METRICS`, with the prefix `ray_`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 PREFIX = "loray_"
 
+Progress = Callable[[str, float], None]  # (name of the stage, share of it that is done, 0 to 1)
+StageProgress = Callable[[float], None]  # (share that is done, 0 to 1)
+
 
 class Metric(NamedTuple):
-    """`labels` without `replica`, which every metric of a replica has. `buckets`: ascending upper bounds."""
+    """Every metric of a replica also has the label `replica`. `buckets` are ascending upper bounds."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -25,7 +27,10 @@ class Metric(NamedTuple):
 
 
 class HistogramCounts(NamedTuple):
-    """`counts[i]`: values in (bounds[i - 1], bounds[i]]; the last are those above every bound. `sum` of all values."""
+    """`counts[i]` counts values in (bounds[i - 1], bounds[i]]; the last entry counts those above every bound.
+
+    `sum` is the sum of all values.
+    """
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -33,7 +38,7 @@ class HistogramCounts(NamedTuple):
 
 
 def _table(*metrics: Metric) -> Mapping[str, Metric]:
-    """By name, without the prefix."""
+    """Metrics by name. Keys have no prefix."""
     return {m.name: m._replace(name=PREFIX + m.name) for m in metrics}
 
 
@@ -59,7 +64,7 @@ _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _REQUEST_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _STEP_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
-# Of each replica: latencies and requests, by `method` (base, lora, vera, longlora).
+# Each replica counts latencies and requests, by `method` (base, lora, vera, longlora).
 REQUEST_METRICS = _table(
     _histogram(
         "time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN_SECONDS, "method"
@@ -90,7 +95,7 @@ REQUEST_METRICS = _table(
     ),
 )
 
-# Of each replica: its engine.
+# Each replica counts these of its engine.
 ENGINE_METRICS = _table(
     _gauge("num_requests_running", "Requests in the engine's batch."),
     _gauge("num_requests_waiting", "Requests that wait for blocks, a place in the batch or their adapter."),
@@ -126,7 +131,7 @@ ENGINE_METRICS = _table(
     _gauge("replica_start_time_seconds", "When the replica started, in seconds since the epoch."),
 )
 
-# Of the gateway.
+# The gateway counts these.
 GATEWAY_METRICS = _table(
     _counter(
         "http_requests_total",
@@ -144,8 +149,8 @@ GATEWAY_METRICS = _table(
 
 METRICS: Mapping[str, Metric] = {**REQUEST_METRICS, **ENGINE_METRICS, **GATEWAY_METRICS}
 
-# Of training workers: of the first one, but for memory, which each has its own of. `name` is the adapter's, `run` the
-# folder's. Gauges all of them: a run that is resumed goes on where it was, and so do its totals.
+# Rank 0 of a training run reports these; every rank reports its memory. `name` is the adapter's name, `run` the name of
+# the run's folder. All are gauges, since the totals of a resumed run continue from its checkpoint.
 TRAINING_LABELS = ("name", "run", "rank")
 TRAINING_METRICS = _table(
     _gauge("train_step", "Optimizer steps of the run so far.", *TRAINING_LABELS),
@@ -171,11 +176,11 @@ TRAINING_METRICS = _table(
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A logger below `loray`, whatever package asks."""
+    """A logger below `loray`, for any of the packages."""
     return logging.getLogger(name if name.startswith("loray") else f"loray.{name}")
 
 
 def configure_logging(level: str) -> None:
-    """For processes that loray owns (CLI, drivers, replicas). Other libraries are heard from WARNING on."""
+    """For processes that loray starts (CLI, drivers, replicas). Other libraries log from WARNING on."""
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("loray").setLevel(level)

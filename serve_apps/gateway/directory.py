@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from loray.api.openai import Model, ModelList
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
-from loray.errors import AdapterNotFound, BaseMismatch
+from loray.errors import AdapterNotFound
 from loray.spec import AdapterRef
 from loray.telemetry import get_logger
 
@@ -92,11 +92,7 @@ class ModelDirectory:
         except AdapterNotFound:
             await self.refresh()
             ref = self._lookup(model)
-        if ref.base_fingerprint != self.base.fingerprint:
-            raise BaseMismatch(
-                f"adapter {ref.label} was trained on another base than {self.base.name!r}, which is served here "
-                f"(fingerprints {ref.base_fingerprint[:12]} and {self.base.fingerprint[:12]})"
-            )
+        ref.check_base(self.base.name, self.base.fingerprint)
         return ref
 
     def models(self, limit: Callable[[int], int]) -> ModelList:

@@ -25,12 +25,13 @@ from loray.adapters.peft_format import (
     read_adapter,
     without_prefix,
 )
-from loray.adapters.tensor_ranges import ArrivingFile, Range
+from loray.adapters.tensor_ranges import PartialFile, Range
 from loray.bases.registry import BaseModel
+from loray.bases.safetensors import header_end
 from loray.engine.pool.file import open_packed, packed_name, save_packed
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.residency.partial import PartialLoad
-from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
+from loray.errors import IntegrityError, UnsupportedError
 from loray.settings import Settings
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterCache, AdapterStore, open_store
@@ -140,16 +141,16 @@ class StoredAdapter:
         progress(packing.packed, 0.0)
         return packing.packed, {CONFIG_FILE: config_bytes, WEIGHTS_FILE: file.data}
 
-    def _begin(self, manifest: AdapterManifest, packer: Packer) -> ArrivingFile:
+    def _begin(self, manifest: AdapterManifest, packer: Packer) -> PartialFile:
         source = f"adapter {self._ref.digest[:12]}: {WEIGHTS_FILE} in the store"
         beginning = self._read(manifest, WEIGHTS_FILE, 0, _FIRST_BYTES)
-        missing = ArrivingFile.header_end(beginning, source=source) - len(beginning)
+        missing = header_end(beginning, source=source) - len(beginning)
         if missing > 0:
             beginning += self._read(manifest, WEIGHTS_FILE, len(beginning), len(beginning) + missing)
-        return ArrivingFile(beginning, packer.memory.empty, source=source)
+        return PartialFile(beginning, packer.memory.empty, source=source)
 
     @contextmanager
-    def _coming(self, manifest: AdapterManifest, file: ArrivingFile) -> Iterator[Iterator[tuple[int, float | None]]]:
+    def _coming(self, manifest: AdapterManifest, file: PartialFile) -> Iterator[Iterator[tuple[int, float | None]]]:
         """Reads the file. Yields an iterator over (number of complete layers, seconds until the file is hashed).
 
         The seconds are None if the next range has arrived too: packing it is better than a step on these layers.
@@ -164,12 +165,12 @@ class StoredAdapter:
             wait(reads)  # so that none writes to memory that has been freed
 
     def _follow(
-        self, file: ArrivingFile, ranges: Sequence[Range], reads: Sequence[Future[None]]
+        self, file: PartialFile, ranges: Sequence[Range], reads: Sequence[Future[None]]
     ) -> Iterator[tuple[int, float | None]]:
         num_layers = self._loader.base.config.num_layers
         left = sum(r.stop - r.start for r in ranges)
         arrived, began = 0, time.monotonic()
-        self._loader.hashing.submit(file.hash_more)
+        self._loader.hashing.submit(file.update_hash)
         for i, (piece, future) in enumerate(zip(ranges, reads, strict=True)):
             future.result()
             arrived += piece.stop - piece.start
@@ -183,7 +184,7 @@ class StoredAdapter:
         if not ranges:
             yield num_layers, file.hash_seconds_left()
 
-    def _fill(self, manifest: AdapterManifest, file: ArrivingFile, piece: Range) -> None:
+    def _fill(self, manifest: AdapterManifest, file: PartialFile, piece: Range) -> None:
         self._loader.store.read_into(
             self._ref.digest,
             WEIGHTS_FILE,
@@ -191,8 +192,8 @@ class StoredAdapter:
             piece.start,
             file.data[piece.start : piece.stop],
         )
-        file.come(piece.start, piece.stop)
-        self._loader.hashing.submit(file.hash_more)
+        file.mark_received(piece.start, piece.stop)
+        self._loader.hashing.submit(file.update_hash)
 
     def _read(self, manifest: AdapterManifest, name: str, start: int, stop: int) -> bytes:
         if name not in manifest.files:
@@ -201,8 +202,8 @@ class StoredAdapter:
 
     def _checked(self, manifest: AdapterManifest, weights: AdapterWeights) -> AdapterWeights:
         """Checks the base, and adds what only the manifest contains."""
-        if manifest.base_fingerprint != self._loader.base.fingerprint:
-            raise BaseMismatch(f"adapter {self._ref.label} was trained on another base than {self._loader.base.name!r}")
+        ref, base = self._ref, self._loader.base
+        manifest.ref(ref.digest, ref.name, ref.version).check_base(base.name, base.fingerprint)
         return with_manifest(weights, manifest, self._ref.label)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from loray.adapters.convert import save_lora, vera_to_lora
 from loray.adapters.export import save_adapter
+from loray.adapters.manifest import ManifestDetails
 from loray.adapters.merge import merge_adapter
 from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
@@ -108,8 +109,8 @@ def test_a_converted_adapter_keeps_its_context(tiny_base: BaseFactory, tmp_path:
     store = AdapterStore(open_store(f"file://{tmp_path}/store"))
     catalog = Catalog(f"sqlite:///{tmp_path}/catalog.db")
     rope = RopeParameters(**model.config.rope_parameters)
-    fields: dict[str, Any] = {"recipe": spec, "rope_parameters": rope, "context_length": 40}
-    vera = publish(tmp_path / "vera", base, Destination("long", store, catalog), **fields)
+    details = ManifestDetails(recipe=spec, rope_parameters=rope, context_length=40)
+    vera = publish(tmp_path / "vera", base, Destination("long", store, catalog), details)
     lora = convert_to_lora(vera.ref, base, Destination("long-lora", store, catalog))
     catalog.close()
     before, after = vera.manifest, lora.manifest

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from loray.adapters.manifest import canonical_json, describe, digest, read_canonical, read_manifest, verify_folder
+from loray.adapters.manifest import (
+    ManifestDetails,
+    describe,
+    digest,
+    manifest_json,
+    read_canonical,
+    read_manifest,
+    verify_folder,
+)
 from loray.adapters.projections import draw_pair
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, IntegrityError, SpecError, UnsupportedError
@@ -43,7 +51,7 @@ def edit(folder: Path, file: str, **fields: object) -> None:
 
 
 def test_lora_is_described(base: BaseModel, folder: Path) -> None:
-    manifest = describe(folder, base=base)
+    manifest = describe(folder, base)
     assert (manifest.method, manifest.rank) == ("lora", 4)
     assert manifest.target_modules == ("q_proj", "v_proj")
     q, v = base.config.module_shape("q_proj"), base.config.module_shape("v_proj")
@@ -57,7 +65,7 @@ def test_lora_is_described(base: BaseModel, folder: Path) -> None:
 
 
 def test_vera_pins_its_projections(base: BaseModel, peft_folder: PeftFolder) -> None:
-    manifest = describe(peft_folder(base, "vera"), base=base)
+    manifest = describe(peft_folder(base, "vera"), base)
     assert (manifest.method, manifest.rank) == ("vera", 16)
     p = manifest.projection
     assert p is not None
@@ -67,30 +75,32 @@ def test_vera_pins_its_projections(base: BaseModel, peft_folder: PeftFolder) -> 
 
 
 def test_digest_pins_everything(base: BaseModel, folder: Path) -> None:
-    first = describe(folder, base=base)
-    assert digest(describe(folder, base=base)) == digest(first)
-    assert digest(describe(folder, base=base, description="other")) != digest(first)
+    first = describe(folder, base)
+    assert digest(describe(folder, base)) == digest(first)
+    assert digest(describe(folder, base, ManifestDetails(description="other"))) != digest(first)
     (folder / "README.md").write_text("changed")
-    assert digest(describe(folder, base=base)) != digest(first)
+    assert digest(describe(folder, base)) != digest(first)
 
 
 def test_digest_survives_the_file(base: BaseModel, folder: Path) -> None:
     rope = RopeParameters(rope_type="linear", rope_theta=10000, factor=2)
     evaluation = Evaluation(metric="loss", value=1.25, dataset="held-out")
-    manifest = describe(folder, base=base, rope_parameters=rope, context_length=1024, evaluations=[evaluation])
+    manifest = describe(
+        folder, base, ManifestDetails(rope_parameters=rope, context_length=1024, evaluations=[evaluation])
+    )
     assert manifest.method == "longlora"
     assert (manifest.context_length, manifest.rope_parameters) == (1024, rope)
     assert read_manifest(folder) == manifest
-    assert read_canonical(folder) == canonical_json(manifest)
+    assert read_canonical(folder) == manifest_json(manifest)
 
 
 def test_recipe_and_folder_must_agree(base: BaseModel, folder: Path, peft_folder: PeftFolder) -> None:
     recipe = TrainSpec.parse(RECIPE, source="recipe")
     with pytest.raises(SpecError, match="recipe says vera"):
-        describe(folder, base=base, recipe=recipe)
+        describe(folder, base, ManifestDetails(recipe=recipe))
     assert not (folder / "loray.json").exists()
     vera = peft_folder(base, "vera")
-    assert describe(vera, base=base, recipe=recipe, job_id="job-1").recipe == recipe
+    assert describe(vera, base, ManifestDetails(recipe=recipe, job_id="job-1")).recipe == recipe
     assert read_manifest(vera).job_id == "job-1"
 
 
@@ -98,17 +108,17 @@ def test_only_the_adapter_is_published(base: BaseModel, folder: Path) -> None:
     for name in ("optimizer.pt", "training_args.bin", "script.py"):
         (folder / name).write_bytes(b"x")
     (folder / "checkpoint").mkdir()
-    assert describe(folder, base=base).files.keys() <= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert describe(folder, base).files.keys() <= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
 def test_another_base_is_refused(tiny_base: TinyBase, folder: Path) -> None:
     with pytest.raises(BaseMismatch, match="another base"):
-        describe(folder, base=tiny_base(hidden_size=32))
+        describe(folder, tiny_base(hidden_size=32))
     assert not (folder / "loray.json").exists()
 
 
 def test_damage_is_named(base: BaseModel, folder: Path) -> None:
-    describe(folder, base=base)
+    describe(folder, base)
     path = folder / "adapter_model.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
@@ -132,7 +142,7 @@ def test_damage_is_named(base: BaseModel, folder: Path) -> None:
 def test_malformed_manifests(
     base: BaseModel, folder: Path, fields: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    describe(folder, base=base)
+    describe(folder, base)
     edit(folder, "loray.json", **fields)
     with pytest.raises(error, match=message):
         read_manifest(folder)

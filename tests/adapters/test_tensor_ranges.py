@@ -1,4 +1,4 @@
-"""A file in pieces: layers in order, every byte once, nothing true before it has come."""
+"""A file that is read in ranges: layers in order, every byte once, tensors valid once their bytes are received."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loray.adapters.tensor_ranges import ArrivingFile
+from loray.adapters.tensor_ranges import PartialFile
+from loray.bases.safetensors import header_end
 from loray.errors import IntegrityError
 
 
@@ -23,50 +24,50 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def arriving_file(beginning: bytes) -> ArrivingFile:
-    return ArrivingFile(beginning, lambda n, dtype: torch.full((n,), 255, dtype=dtype), source="f")
+def partial_file(beginning: bytes) -> PartialFile:
+    return PartialFile(beginning, lambda n, dtype: torch.full((n,), 255, dtype=dtype), source="f")
 
 
 @pytest.mark.parametrize("max_bytes", [1, 2000, 1 << 20])
 def test_layers_come_in_order_and_every_byte_once(file: Path, max_bytes: int) -> None:
     data, whole = file.read_bytes(), load_file(file)
-    end = ArrivingFile.header_end(data, source="f")
-    arriving = arriving_file(data[: end + 100])
-    for tensor in arriving.tensors.values():
+    end = header_end(data, source="f")
+    partial = partial_file(data[: end + 100])
+    for tensor in partial.tensors.values():
         assert tensor.data_ptr() % tensor.itemsize == 0
-    come, num_layers = end + 100, 0
-    for piece in arriving.ranges(max_bytes):
+    num_received, num_layers = end + 100, 0
+    for piece in partial.ranges(max_bytes):
         assert piece.num_layers >= num_layers
-        arriving.data[piece.start : piece.stop] = data[piece.start : piece.stop]
-        arriving.come(piece.start, piece.stop)
-        arriving.hash_more()
-        come += piece.stop - piece.start
+        partial.data[piece.start : piece.stop] = data[piece.start : piece.stop]
+        partial.mark_received(piece.start, piece.stop)
+        partial.update_hash()
+        num_received += piece.stop - piece.start
         num_layers = piece.num_layers
         for name, tensor in whole.items():
             if ".layers." not in name or int(name.split(".")[2]) < num_layers:
-                assert torch.equal(arriving.tensors[name], tensor), (name, piece)
-    assert (come, num_layers) == (len(data), 12)
-    assert bytes(arriving.data) == data
-    arriving.verify(hashlib.sha256(data).hexdigest())
+                assert torch.equal(partial.tensors[name], tensor), (name, piece)
+    assert (num_received, num_layers) == (len(data), 12)
+    assert bytes(partial.data) == data
+    partial.verify(hashlib.sha256(data).hexdigest())
     with pytest.raises(IntegrityError, match="f is damaged: it differs from its SHA-256"):
-        arriving.verify("0" * 64)
+        partial.verify("0" * 64)
 
 
 def test_neighbours_are_asked_for_together(file: Path) -> None:
     data = file.read_bytes()
-    beginning = data[: ArrivingFile.header_end(data, source="f")]
-    ranges = arriving_file(beginning).ranges(max_bytes=1 << 20)
+    beginning = data[: header_end(data, source="f")]
+    ranges = partial_file(beginning).ranges(max_bytes=1 << 20)
     assert len(ranges) == 1
-    by_layer = arriving_file(beginning).ranges(max_bytes=10_000)
+    by_layer = partial_file(beginning).ranges(max_bytes=10_000)
     assert [r.num_layers for r in by_layer] == [0, 2, 3, 4, 10, 12]
 
 
 def test_what_is_not_the_format_is_named(file: Path) -> None:
     data = file.read_bytes()
-    end = ArrivingFile.header_end(data, source="f")
+    end = header_end(data, source="f")
     header = json.loads(data[8:end])
     header["m.norm.weight"]["data_offsets"][1] += 4
     broken = json.dumps(header).encode()
     for beginning in (b"", b"\xff" * 100, data[:8] + b"x" * (end - 8), len(broken).to_bytes(8, "little") + broken):
         with pytest.raises(IntegrityError, match="f is damaged"):
-            arriving_file(beginning)
+            partial_file(beginning)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from peft import LoraConfig
 
-from loray.adapters.manifest import describe
+from loray.adapters.manifest import ManifestDetails, describe
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.cli.evaluation import heatmap
@@ -81,7 +81,7 @@ def folder(base: BaseModel, tmp_path: Path) -> Path:
     """A LongLoRA adapter that extends 512 to 1,024 tokens, with a manifest but not published."""
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["norm"])
     make_adapter(base, tmp_path / "adapter", config, seed=1, rope=LINEAR, std=0.3)
-    describe(tmp_path / "adapter", base=base, rope_parameters=LINEAR, context_length=1024)
+    describe(tmp_path / "adapter", base, ManifestDetails(rope_parameters=LINEAR, context_length=1024))
     return tmp_path / "adapter"
 
 

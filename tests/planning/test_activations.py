@@ -11,8 +11,8 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.planning import activations
+from loray.planning.counts import count_base, count_trained
 from loray.planning.run import run_of
-from loray.planning.shapes import count_base, count_trained
 from loray.spec import TrainSpec
 from loray.train.model import build_model, count_parameters
 from tests.planning.recipes import recipe

@@ -12,11 +12,11 @@ from loray.errors import SpecError
 from loray.planning.halo import (
     HaloPlan,
     Transfer,
-    closed_form_elements,
     padded_length,
     ring_elements,
     ulysses_elements,
 )
+from tests.planning.closed_form import closed_form_elements
 
 HEADS = [(9, 3), (8, 2), (8, 8), (3, 1), (1, 1), (2, 1), (32, 8)]
 GROUP = 16
@@ -57,7 +57,7 @@ def test_what_one_sends_another_receives(length: int) -> None:
     received = [t for rank in range(4) for t in plan.received(rank)]
     assert sorted(sent, key=key) == sorted(received, key=key)
     assert all(t.span.rank == rank for rank in range(4) for t in plan.sent(rank))
-    assert sum(plan.elements_sent(r, 64) for r in range(4)) == plan.total_elements(64)
+    assert sum(plan.elements_sent(r, 64) for r in range(4)) == sum(plan.elements_received(r, 64) for r in range(4))
 
 
 def key(transfer: Transfer) -> tuple[int, int, str, int]:

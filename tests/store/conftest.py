@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loray.adapters.manifest import describe
+from loray.adapters.manifest import ManifestDetails, describe
 from loray.bases.registry import BaseModel
 from loray.locations import S3Location, parse_location
 from loray.store import AdapterStore, LocalStore, ObjectStore
@@ -60,7 +60,7 @@ def describe_one(tiny_base: Callable[..., BaseModel], peft_folder: Callable[...,
     def make(seed: int = 0) -> Path:
         base = tiny_base()
         folder = peft_folder(base, "lora", seed)
-        describe(folder, base=base, description=f"number {seed}")
+        describe(folder, base, ManifestDetails(description=f"number {seed}"))
         return folder
 
     return make

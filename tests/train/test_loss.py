@@ -23,7 +23,7 @@ def draw(
 @pytest.mark.parametrize("num", [0, 1, 7, 40])
 @pytest.mark.parametrize("chunk_elements", [1, 350, 1 << 20])
 def test_equal_to_torch(num: int, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS_ON_CPU", chunk_elements)
+    monkeypatch.setattr(loss_module, "LOSS_CHUNK_ON_CPU", chunk_elements)
     hidden_ND, weight_VD, labels_N = draw(num)
     total = summed_cross_entropy(hidden_ND, weight_VD, labels_N)
     (grad,) = torch.autograd.grad(total / 3, hidden_ND)

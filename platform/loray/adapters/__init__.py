@@ -1,1 +1,1 @@
-"""LoRA, VeRA and LongLoRA as data and as modules; PEFT's on-disk format both ways; shared projections."""
+"""LoRA, VeRA and LongLoRA adapters as data and as modules; reading and writing PEFT's on-disk format."""

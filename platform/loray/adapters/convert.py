@@ -1,29 +1,26 @@
-"""A VeRA adapter as a LoRA adapter: Λb B Λd A is a product of two matrices of VeRA's rank.
+"""A VeRA adapter as a LoRA adapter: Λb B Λd A is the product of two matrices of VeRA's rank.
 
-For tools that know LoRA alone, or to train on from there. It computes the same and is as large as a LoRA of that rank.
+For tools that know LoRA alone, or to continue training as LoRA. The result computes the same, and is as large as a LoRA
+adapter of that rank.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from loray.adapters.peft_format import PREFIX, write_folder
 from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
 from loray.bases.config import ModelConfig
 from loray.errors import UnsupportedError
 from loray.spec import LINEAR_MODULES
 
-_PREFIX = "base_model.model.model."
-
 
 def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
-    """B' = Λb B[:O] and A' = Λd A[:, :I], in fp32 and with scale 1. UnsupportedError where it is no VeRA adapter."""
+    """B' = Λb B[:O] and A' = Λd A[:, :I], in fp32, with scale 1. Raises UnsupportedError for other adapters."""
     if weights.pair is None:
         raise UnsupportedError("the adapter is not VeRA; only VeRA adapters are converted to LoRA")
     modules = {
@@ -33,7 +30,7 @@ def vera_to_lora(weights: AdapterWeights, base: ModelConfig) -> AdapterWeights:
 
 
 def as_lora(module: LoraWeights | VeraWeights, pair: ProjectionPair | None, width: int) -> LoraWeights:
-    """One module, `width` elements wide at its input; a LoRA module as it is."""
+    """A module with an input of `width` elements as LoRA. A LoRA module is returned unchanged."""
     if isinstance(module, LoraWeights):
         return module
     assert pair is not None
@@ -43,22 +40,23 @@ def as_lora(module: LoraWeights | VeraWeights, pair: ProjectionPair | None, widt
 
 
 def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
-    """Write a LoRA adapter of one rank, scale 1, in PEFT's format; norms and a dense embedding as `modules_to_save`."""
+    """Write a LoRA adapter of one rank and scale 1 in PEFT's format, with norms and embedding as `modules_to_save`."""
+    prefix = f"{PREFIX}model."
     tensors: dict[str, Tensor] = {}
     ranks = set()
     for key, module in weights.modules.items():
         assert isinstance(module, LoraWeights)
         assert module.scale == 1.0
         ranks.add(module.a_RI.shape[0])
-        tensors[f"{_PREFIX}{key.path}.lora_A.weight"] = module.a_RI
-        tensors[f"{_PREFIX}{key.path}.lora_B.weight"] = module.b_OR
+        tensors[f"{prefix}{key.path}.lora_A.weight"] = module.a_RI
+        tensors[f"{prefix}{key.path}.lora_B.weight"] = module.b_OR
     (rank,) = ranks
     whole = {path.rpartition(".")[2] for path in weights.norms}
-    tensors |= {f"{_PREFIX}{path}.weight": norm for path, norm in weights.norms.items()}
+    tensors |= {f"{prefix}{path}.weight": norm for path, norm in weights.norms.items()}
     if weights.embedding is not None:
         assert weights.embedding.token_ids is None, "PEFT's VeRA stores embeddings whole"
         whole.add("embed_tokens")
-        tensors[f"{_PREFIX}embed_tokens.weight"] = weights.embedding.rows_VD
+        tensors[f"{prefix}embed_tokens.weight"] = weights.embedding.rows_VD
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -71,7 +69,4 @@ def save_lora(weights: AdapterWeights, folder: Path, *, base_name: str) -> None:
         "modules_to_save": sorted(whole) or None,
         "inference_mode": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_folder(folder, config, tensors)

@@ -1,4 +1,4 @@
-"""Putting an untrained adapter into a transformers model: LoRA by PEFT, VeRA by ours, LongLoRA's two extras."""
+"""Puts an untrained adapter into a transformers model: PEFT's LoRA, loray's VeRA, LongLoRA's embedding and norms."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from loray.adapters.vera import VeraLinear, inject_vera
 from loray.errors import UnsupportedError
 from loray.spec import AdapterSpec, LongContext, LoraSpec, VeraSpec
 
-ADAPTER = "default"  # PEFT's name of an adapter inside a model
-BASE_ROWS = "base_weight"  # buffer of an untied trained embedding: the base's rows, to see which ones training moved
+ADAPTER = "default"  # PEFT's name of the adapter inside a model
+BASE_ROWS = "base_weight"  # buffer of an untied trained embedding with the base's rows, to find those that changed
 
 
 def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
-    """Change `model` in place so that exactly the adapter's parameters are trained. It still computes what it did.
+    """Change `model` in place so that exactly the adapter's parameters are trained. Its outputs do not change yet.
 
-    The same seed gives the same initial weights; torch's own generator is left as it was. Trained parameters have the
-    dtype of the base: an optimizer must hold fp32 copies of them.
+    The same seed gives the same initial weights; the state of torch's default generator does not change. Trained
+    parameters have the base's dtype: an optimizer must hold fp32 copies of them.
 
-    `spec.long_context` adds norms (all RMSNorms) and the input embedding. Where input and output embeddings are tied,
-    the trained embedding is a copy and the output head stays the base's.
+    With `spec.long_context` all RMSNorms and the input embedding are trained as well. Where input and output embeddings
+    are tied, the trained embedding is a copy, and the output head stays the base's.
 
-    Raises ValueError where `model` has an adapter already, UnsupportedError where it lacks a target module.
+    Raises ValueError where `model` has an adapter already, and UnsupportedError where it lacks a target module.
     """
     if hasattr(model, "peft_config") or any(isinstance(m, VeraLinear) for m in model.modules()):
         raise ValueError("this model has an adapter already; load the base again for another one")
@@ -49,7 +49,7 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 
 
 def peft_config(spec: AdapterSpec, **options: Any) -> PeftConfig:
-    """What PEFT would be told to make the same adapter."""
+    """The configuration with which PEFT makes the same adapter."""
     return _vera_config(spec, **options) if isinstance(spec, VeraSpec) else lora_config(spec, **options)
 
 
@@ -67,7 +67,7 @@ def lora_config(spec: LoraSpec, **options: Any) -> LoraConfig:
 
 def _vera_config(spec: VeraSpec, **options: Any) -> VeraConfig:
     with warnings.catch_warnings():
-        # That the pair is drawn again is what PEFT warns of; the manifest pins its digest.
+        # PEFT warns that the pair is drawn again when the adapter is loaded; the manifest pins its digest.
         warnings.filterwarnings("ignore", message="Specified to not save vera_A and vera_B")
         return VeraConfig(
             r=spec.rank,
@@ -82,7 +82,9 @@ def _vera_config(spec: VeraSpec, **options: Any) -> VeraConfig:
 
 
 def _train_extras(model: Any, long_context: LongContext) -> None:
-    """Without PEFT's wrappers: they would keep a second copy of every norm, and VeRA needs the same."""
+    """Train norms and embedding, without PEFT's wrappers: these keep a second copy of every norm, and do not work with
+    VeRA.
+    """
     if long_context.train_norms:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
@@ -99,6 +101,6 @@ def _train_extras(model: Any, long_context: LongContext) -> None:
 
 
 def trained_norms(model: nn.Module) -> list[str]:
-    """Last names of the trained norms, as PEFT's `modules_to_save` takes them: "input_layernorm", "norm", …"""
+    """Last parts of the trained norms' paths, for PEFT's `modules_to_save`: "input_layernorm", "norm", …"""
     paths = (path for path, p in model.named_parameters() if p.requires_grad and path.endswith("norm.weight"))
     return sorted({path.split(".")[-2] for path in paths})

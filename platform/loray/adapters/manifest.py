@@ -1,7 +1,7 @@
-"""`loray.json`: what a published adapter is, and the digest that names it.
+"""`loray.json`: the manifest of a published adapter, and the digest that identifies it.
 
-The digest is the SHA-256 of the manifest's canonical JSON; the manifest holds the SHA-256 of every file, so one
-digest pins all bytes. Nothing here needs torch except `describe`, which reads the tensors.
+The digest is the SHA-256 of the manifest's canonical JSON. The manifest holds the SHA-256 of every file, so that the
+digest pins all bytes. Only `describe`, which reads the tensors, needs torch.
 """
 
 from __future__ import annotations
@@ -10,93 +10,102 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_config
+from loray.adapters.weights import AdapterWeights, LoraWeights
 from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, UnsupportedError
+from loray.files import canonical_json, file_sha256
 from loray.spec import LINEAR_MODULES, AdapterManifest, Evaluation, Method, Projection, RopeParameters, TrainSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loray.adapters.weights import AdapterWeights
-
-# What an adapter may consist of; anything else in its folder (optimiser states, pickles) is not published.
-PUBLISHED_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "LICENSE*")
+# The files of a published adapter. Others in its folder (optimizer states, pickles) are not published.
+PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "LICENSE*")
 
 _FORMAT = 1
 
 
-def describe(
-    folder: Path,
-    *,
-    base: BaseModel,
-    recipe: TrainSpec | None = None,
-    job_id: str | None = None,
-    data_fingerprint: str | None = None,
-    derived_from: str | None = None,
-    evaluations: Sequence[Evaluation] = (),
-    licence: str | None = None,
-    description: str = "",
-    rope_parameters: RopeParameters | None = None,
-    context_length: int | None = None,
-    original_context_length: int | None = None,
-    created_at: datetime | None = None,
-) -> AdapterManifest:
+@dataclass(frozen=True, slots=True)
+class ManifestDetails:
+    """Fields of a manifest that the adapter's files do not contain.
+
+    derived_from             digest of the adapter that this one was converted from
+    rope_parameters          None: the base's RoPE
+    context_length           None: the base's context
+    original_context_length  None: the context that the recipe extends, else the base's
+    created_at               when the weights were written; None: the time of their file, so that `describe` gives the
+                             same digest again
+    """
+
+    recipe: TrainSpec | None = None
+    job_id: str | None = None
+    data_fingerprint: str | None = None
+    derived_from: str | None = None
+    evaluations: Sequence[Evaluation] = ()
+    licence: str | None = None
+    description: str = ""
+    rope_parameters: RopeParameters | None = None
+    context_length: int | None = None
+    original_context_length: int | None = None
+    created_at: datetime | None = None
+
+
+NO_DETAILS = ManifestDetails()
+
+
+def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAILS) -> AdapterManifest:
     """Check the PEFT adapter in `folder` against `base`, and write its `loray.json`.
 
-    `rope_parameters` None means the base's own RoPE, `context_length` None the base's own window,
-    `original_context_length` None what the recipe extends, else that window. `created_at` is when the weights were
-    written, by default as their file says, so that describing them again gives the same digest.
-
-    Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter cannot be served on `base`, and
-    SpecError where `recipe` is of another method.
+    Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter cannot be served on `base`, and SpecError
+    where the recipe is of another method.
     """
-    from loray.adapters.peft_format import WEIGHTS_FILE, read_adapter, read_config
-
     weights = read_adapter(folder, base.config)
     tensors = _trained_tensors(weights)
-    written = created_at or datetime.fromtimestamp((folder / WEIGHTS_FILE).stat().st_mtime, UTC)
+    created_at = details.created_at or datetime.fromtimestamp((folder / WEIGHTS_FILE).stat().st_mtime, UTC)
+    original_context = None
+    if details.rope_parameters is not None:
+        original_context = details.original_context_length or _original_context(base, details.recipe)
     try:
         manifest = AdapterManifest(
-            method=_method(folder, weights, recipe, rope_parameters),
+            method=_method(folder, weights, details.recipe, details.rope_parameters),
             base=base.name,
             base_fingerprint=base.fingerprint,
             rank=_rank(weights),
             target_modules=tuple(m for m in LINEAR_MODULES if any(key.module == m for key in weights.modules)),
             num_parameters=sum(t.numel() for t in tensors),
             nbytes=sum(t.numel() * t.element_size() for t in tensors),
-            context_length=context_length or base.config.max_position_embeddings,
-            original_context_length=None
-            if rope_parameters is None
-            else original_context_length or _original_context(base, recipe),
-            rope_parameters=rope_parameters,
+            context_length=details.context_length or base.config.max_position_embeddings,
+            original_context_length=original_context,
+            rope_parameters=details.rope_parameters,
             projection=_projection(weights, read_config(folder).get("projection_prng_key", 0)),
             files={path.name: file_sha256(path) for path in published_files(folder)},
-            derived_from=derived_from,
-            recipe=recipe,
-            job_id=job_id,
-            data_fingerprint=data_fingerprint,
-            evaluations=tuple(evaluations),
-            licence=licence,
-            description=description,
-            created_at=written.isoformat(timespec="seconds"),
+            derived_from=details.derived_from,
+            recipe=details.recipe,
+            job_id=details.job_id,
+            data_fingerprint=details.data_fingerprint,
+            evaluations=tuple(details.evaluations),
+            licence=details.licence,
+            description=details.description,
+            created_at=created_at.isoformat(timespec="seconds"),
         )
     except ValidationError as e:
         raise SpecError(f"the manifest of {folder} would not be valid: {e}") from e
-    write_manifest(folder, canonical_json(manifest))
+    write_manifest(folder, manifest_json(manifest))
     return manifest
 
 
 def with_manifest(weights: AdapterWeights, manifest: AdapterManifest, label: str) -> AdapterWeights:
-    """`weights` with what only their manifest knows: RoPE and context.
+    """`weights` with the manifest's RoPE and context, which PEFT's files do not contain.
 
-    IntegrityError where VeRA's pair is not the one that the manifest pins.
+    Raises IntegrityError where VeRA's pair is not the one that the manifest pins.
     """
     trained_with = manifest.projection and manifest.projection.sha256
     if weights.pair is not None and weights.pair.digest != trained_with:
@@ -107,40 +116,43 @@ def with_manifest(weights: AdapterWeights, manifest: AdapterManifest, label: str
     return replace(weights, rope=manifest.rope_parameters, context_length=manifest.context_length)
 
 
-def canonical_json(manifest: AdapterManifest) -> bytes:
-    """Sorted keys, no spaces, no nulls: what the digest is taken of, and what the store keeps."""
-    return _canonical(manifest.model_dump(mode="json", exclude_none=True))
+def manifest_json(manifest: AdapterManifest) -> bytes:
+    """The manifest as canonical JSON without nulls. The digest is its SHA-256, and the store keeps it."""
+    return canonical_json(manifest.model_dump(mode="json", exclude_none=True)).encode()
 
 
 def digest(manifest: AdapterManifest) -> str:
-    """The adapter's identity: SHA-256 of the manifest's canonical JSON, as 64 hex digits."""
-    return hashlib.sha256(canonical_json(manifest)).hexdigest()
+    """The adapter's identity: SHA-256 of `manifest_json`, 64 hex digits."""
+    return hashlib.sha256(manifest_json(manifest)).hexdigest()
 
 
 def write_manifest(folder: Path, canonical: bytes) -> None:
-    """`loray.json`, indented for people; its digest is that of `canonical`."""
+    """Write `canonical` as `loray.json`, indented for people. `read_canonical` reads the same bytes again."""
     text = json.dumps(json.loads(canonical), indent=2, ensure_ascii=False)
     (folder / AdapterManifest.FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> AdapterManifest:
-    """IntegrityError where `folder` has no valid `loray.json`, UnsupportedError where a later loray wrote it."""
+    """The manifest of `folder`.
+
+    Raises IntegrityError where there is no valid `loray.json`, and UnsupportedError where a later loray wrote it.
+    """
     return parse_manifest(read_canonical(folder), source=str(folder / AdapterManifest.FILE))
 
 
 def read_canonical(folder: Path) -> bytes:
-    """The canonical JSON of `folder`'s manifest, whatever its layout on disk."""
+    """The manifest of `folder` as canonical JSON. Raises IntegrityError where there is none or it is not JSON."""
     path = folder / AdapterManifest.FILE
     if not path.is_file():
         raise IntegrityError(f"{folder} has no {AdapterManifest.FILE}: it is not a published adapter")
     try:
-        return _canonical(json.loads(path.read_text(encoding="utf-8")))
+        return canonical_json(json.loads(path.read_text(encoding="utf-8"))).encode()
     except ValueError as e:
         raise IntegrityError(f"{path} is not valid JSON: {e}") from e
 
 
 def parse_manifest(data: bytes, *, source: str) -> AdapterManifest:
-    """`data` as a manifest; errors as in `read_manifest`, naming `source`."""
+    """The manifest in `data`. Raises as `read_manifest` does; errors name `source`."""
     try:
         raw = json.loads(data)
     except ValueError as e:
@@ -159,7 +171,7 @@ def parse_manifest(data: bytes, *, source: str) -> AdapterManifest:
 
 
 def verify_folder(folder: Path) -> AdapterManifest:
-    """Hash every file that the manifest names; IntegrityError names the first that is missing or differs."""
+    """Hash every file of the manifest. Raises IntegrityError, which names the first that is missing or differs."""
     manifest = read_manifest(folder)
     for name, expected in sorted(manifest.files.items()):
         path = folder / name
@@ -179,19 +191,8 @@ def published_files(folder: Path) -> list[Path]:
     ]
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _canonical(data: Any) -> bytes:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
 def _trained_tensors(weights: AdapterWeights) -> list[Tensor]:
-    """All tensors that are the adapter's own; VeRA's shared pair is not."""
-    from loray.adapters.weights import LoraWeights
-
+    """All tensors of the adapter without VeRA's shared pair."""
     tensors: list[Tensor] = []
     for module in weights.modules.values():
         tensors += [module.a_RI, module.b_OR] if isinstance(module, LoraWeights) else [module.d_R, module.b_O]
@@ -203,8 +204,6 @@ def _trained_tensors(weights: AdapterWeights) -> list[Tensor]:
 
 def _rank(weights: AdapterWeights) -> int:
     """The largest rank of any module; 0 where the adapter has no linear modules."""
-    from loray.adapters.weights import LoraWeights
-
     return max(
         (m.a_RI.shape[0] if isinstance(m, LoraWeights) else m.d_R.shape[0] for m in weights.modules.values()), default=0
     )

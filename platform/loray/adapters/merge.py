@@ -1,7 +1,7 @@
-"""An adapter merged into its base: an ordinary checkpoint, which serves without loray and without PEFT.
+"""Merges an adapter into its base: the result is a Hugging Face checkpoint, which needs neither loray nor PEFT.
 
-What a merge must not lose: LongLoRA's RoPE scaling and context go into `config.json`, norms replace the base's, and
-where an own input embedding stood beside a tied output head, the head is written out as the base's.
+LongLoRA's RoPE and context go into `config.json`, and trained norms replace the base's. If the adapter has an input
+embedding and the base's output head is tied, the checkpoint has both the adapter's embedding and the base's head.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loray.adapters.convert import as_lora
 from loray.adapters.weights import AdapterWeights
 from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, read_tensors
 from loray.bases.registry import BaseModel
-from loray.bases.sources import is_taken
+from loray.bases.sources import is_copied
 from loray.errors import ConflictError
 
 _SHARD_BYTES = 4 << 30
@@ -29,16 +29,16 @@ _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two
 
 
 def merge_adapter(base: BaseModel, weights: AdapterWeights, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write base + adapter to `folder`, a Hugging Face checkpoint with the base's tokenizer, in `dtype` or the base's.
+    """Write base + adapter to `folder` with the base's tokenizer, in `dtype` or the base's.
 
-    Sums are in fp32 and rounded once. `weights.rope` and `context_length` replace the base's. ConflictError where
-    `folder` is there and not empty.
+    Sums are computed in fp32 and rounded once. `weights.rope` and `context_length` replace the base's. Raises
+    ConflictError where `folder` exists and is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConflictError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(base.path.iterdir()):
-        if is_taken(path.name) and path.name != "config.json":
+        if is_copied(path.name) and path.name != "config.json":
             shutil.copy2(path, folder / path.name)
     _write_shards(_merged(base, weights, dtype), folder)
     _write_config(base, weights, folder, dtype)
@@ -65,7 +65,7 @@ def _merged(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None)
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """In files of some gigabytes, with an index where there are several, as transformers does."""
+    """Write files of up to `_SHARD_BYTES`, with an index where there are several, as transformers does."""
     shards: list[dict[str, str]] = []
     held: dict[str, Tensor] = {}
     total = size = 0

@@ -1,6 +1,6 @@
-"""Reading PEFT's on-disk format: `adapter_config.json` and `adapter_model.safetensors` → AdapterWeights.
+"""PEFT's on-disk format, `adapter_config.json` and `adapter_model.safetensors`: written, and read as AdapterWeights.
 
-Without importing PEFT. What loray would compute differently from PEFT is refused by name, never ignored.
+Does not import PEFT. An option with which loray would compute something else than PEFT is refused by name, not ignored.
 """
 
 from __future__ import annotations
@@ -8,30 +8,33 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from loray.adapters.projections import draw_pair, pair_digest
 from loray.adapters.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
 from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
 from loray.spec import LINEAR_MODULES
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT puts it before the names of a transformers model's parameters
+PAIR_NAMES = ("base_model.vera_A", "base_model.vera_B")
+ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # after the embedding's path, where only changed rows are stored
 
-_PREFIX = "base_model.model."
 _LINEAR = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<module>" + "|".join(LINEAR_MODULES) + r")\.(?P<part>.+)"
 )
 _NORM = re.compile(
     r"model\.(?P<path>norm|layers\.\d+\.(?:input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm))\.weight"
 )
-# Options that change what PEFT computes, with the values under which they do not.
+# Options that change what PEFT computes, with the values for which they change nothing.
 _INERT: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
@@ -48,12 +51,25 @@ _INERT: Mapping[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "ensure_weight_tying": (False, None),
 }
-# These rewrite the base's weights when PEFT loads the adapter.
+# With these initialisations PEFT changes the base's weights when it loads the adapter.
 _REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write `config` and `tensors` to `folder`, which may exist. Names of tensors are PEFT's, with `PREFIX`.
+
+    Equal arguments give equal bytes.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json`, checked for options that loray does not compute (UnsupportedError)."""
+    """`adapter_config.json`. Raises UnsupportedError for an option that loray does not compute."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UnsupportedError(f"{folder} has no {CONFIG_FILE}: it is not a PEFT adapter")
@@ -61,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def parse_config(folder: Path, data: bytes) -> dict[str, Any]:
-    """As `read_config`, of the file's bytes; `folder` is what errors name."""
+    """As `read_config`, from the file's bytes. Errors name `folder`."""
     path = folder / CONFIG_FILE
     try:
         config = json.loads(data)
@@ -88,7 +104,7 @@ def parse_config(folder: Path, data: bytes) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `adapter_model.safetensors` by their PEFT name, without the `base_model.model.` prefix."""
+    """All tensors of `adapter_model.safetensors` by their PEFT name without `PREFIX`."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         hint = " (adapter_model.bin is a pickle and is never read: convert it)" if list(folder.glob("*.bin")) else ""
@@ -101,16 +117,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By the names that loray knows them by."""
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    """`tensors` by their names without `PREFIX`."""
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:
-    """The adapter in `folder` for a base of this configuration, dtypes as stored.
+    """The adapter in `folder` for a base of this configuration, in the stored dtypes.
 
-    Raises UnsupportedError for what loray does not compute, BaseMismatch where shapes are another model's,
-    IntegrityError where the file is damaged or tensors are missing. RoPE and context length are in the
-    manifest, not in PEFT's files: whoever has it adds them.
+    RoPE and context length are None: the manifest has them, not PEFT's files.
+
+    Raises UnsupportedError for what loray does not compute, BaseMismatch where shapes do not fit the base, and
+    IntegrityError where the file is damaged or tensors are missing.
     """
     return parse_adapter(folder, read_config(folder), read_tensors(folder), base)
 
@@ -118,9 +135,9 @@ def read_adapter(folder: Path, base: ModelConfig) -> AdapterWeights:
 def parse_adapter(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: ModelConfig
 ) -> AdapterWeights:
-    """As `read_adapter`, of what has been read already; `folder` is what errors name.
+    """As `read_adapter`, from configuration and tensors that are in memory. Errors name `folder`.
 
-    Of the numbers only a stored VeRA pair's are looked at, of all else the shapes.
+    Reads the values of a stored VeRA pair; of all other tensors only the shapes.
     """
     norms: dict[str, Tensor] = {}
     embedding: EmbeddingRows | None = None
@@ -136,7 +153,7 @@ def parse_adapter(
             embedding = EmbeddingRows(token_ids=None, rows_VD=tensor)
         elif name.startswith("model.embed_tokens.") and name.endswith("trainable_tokens_delta"):
             embedding = EmbeddingRows(token_ids=_token_indices(folder, config, base), rows_VD=tensor)
-        elif name in ("base_model.vera_A", "base_model.vera_B"):
+        elif name in PAIR_NAMES:
             pair_tensors[name[-1]] = tensor
         else:
             raise UnsupportedError(f"{folder}: tensor {name!r} belongs to nothing that loray adapts")
@@ -157,7 +174,7 @@ def parse_adapter(
 
 
 def check_shapes(weights: AdapterWeights, base: ModelConfig, *, source: str) -> None:
-    """BaseMismatch unless every tensor fits a base of this configuration."""
+    """Raise BaseMismatch unless every tensor fits a base of this configuration."""
     for what, shape, expected in _shapes(weights, base):
         if shape != expected:
             raise BaseMismatch(
@@ -214,8 +231,10 @@ def _vera(folder: Path, key: ModuleKey, parts: Mapping[str, Tensor]) -> VeraWeig
 
 
 def _pair(
-    folder: Path, config: Mapping[str, Any], base: ModelConfig, keys: Any, stored: Mapping[str, Tensor]
+    folder: Path, config: Mapping[str, Any], base: ModelConfig, keys: Iterable[ModuleKey], stored: Mapping[str, Tensor]
 ) -> ProjectionPair:
+    from loray.adapters.projections import draw_pair, pair_digest
+
     shapes = [base.module_shape(key.module) for key in keys]
     max_out, max_in = max(s[0] for s in shapes), max(s[1] for s in shapes)
     if not stored:

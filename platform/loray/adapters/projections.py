@@ -1,4 +1,4 @@
-"""VeRA's shared pair (A, B): drawn from a key, bit-equal to PEFT's in fp32, and named by its SHA-256."""
+"""VeRA's shared pair (A, B): drawn from a key, bit-equal to PEFT's in fp32, and identified by its SHA-256."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from loray.adapters.weights import ProjectionPair
 def draw_pair(key: int, rank: int, max_in: int, max_out: int) -> ProjectionPair:
     """A (rank, max_in) and B (max_out, rank), Kaiming-uniform in fan-in, fp32, from one CPU generator: A first, then B.
 
-    Kopiczko et al., *VeRA* (ICLR 2024), section 3.2; the draw is PEFT's. Two adapters share a pair only when all
-    four arguments agree. The returned tensors are shared: do not write to them.
+    Kopiczko et al., *VeRA* (ICLR 2024), section 3.2; the order of draws is PEFT's. Two adapters share a pair only when
+    all four arguments are equal. Callers get the same tensors: do not write to them.
     """
     generator = torch.Generator(device="cpu").manual_seed(key)
     a_RI = _kaiming_uniform((rank, max_in), generator)
@@ -26,7 +26,7 @@ def draw_pair(key: int, rank: int, max_in: int, max_out: int) -> ProjectionPair:
 
 
 def pair_digest(a_RI: Tensor, b_OR: Tensor) -> str:
-    """SHA-256 over both shapes and their fp32 bytes in row order."""
+    """SHA-256 over both shapes and the fp32 bytes of A and B in row order."""
     digest = hashlib.sha256(f"{tuple(a_RI.shape)}{tuple(b_OR.shape)}".encode())
     for t in (a_RI, b_OR):
         digest.update(t.detach().to(torch.float32).contiguous().numpy().data)
@@ -34,6 +34,6 @@ def pair_digest(a_RI: Tensor, b_OR: Tensor) -> str:
 
 
 def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    # The order of these roundings is PEFT's: gain/√fan first, then √3 times it.
+    # Rounds in PEFT's order: gain/√fan first, then √3 times it.
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
     return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)

@@ -1,105 +1,82 @@
-"""A safetensors file that comes in pieces: its header first, then tensors in the order of layers.
+"""A safetensors file that is read in ranges: its header first, then tensors in the order of layers.
 
-The tensors are views of one buffer from the start; what they hold is true once their range has come. The file's SHA-256
-is taken as its beginning grows together.
+The tensors are views of one buffer. A tensor's values are valid once its bytes have been received. The file's SHA-256
+is computed from its beginning, as far as it is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 import time
 from bisect import insort
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from loray.bases.safetensors import DTYPES, header_end, parse_header
 from loray.errors import IntegrityError
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class Range(NamedTuple):
-    """Bytes [start, stop) of the file. Once it and those before it have come, so have the first `num_layers` layers."""
+    """Bytes [start, stop) of the file. Once it and all ranges before it are received, the first `num_layers` layers
+    are complete.
+    """
 
     start: int
     stop: int
     num_layers: int
 
 
-class ArrivingFile:
-    """`data` is the whole file's bytes, `tensors` lie in it; they are true as far as `data` has been filled.
+class PartialFile:
+    """The bytes of a file, `data`, and views of them, `tensors`; valid as far as `data` has been filled.
 
-    Several threads may fill it and tell with `come`; one hashes.
+    Several threads may fill `data` and call `mark_received`; one thread at a time calls `update_hash` or `verify`.
     """
 
     def __init__(self, beginning: bytes, memory: Callable[[int, torch.dtype], Tensor], *, source: str) -> None:
-        """`beginning`: up to `header_end` at least. IntegrityError where the header is damaged.
+        """`beginning` has at least the bytes up to `header_end`. Raises IntegrityError where the header is damaged.
 
         memory  (elements, dtype) → the tensor that the file is read into
         """
         self._source = source
-        header_end = self.header_end(beginning, source=source)
+        entries = parse_header(beginning, source=source)
+        data_start = header_end(beginning, source=source)
+        self.num_bytes = max((entry.stop for entry in entries.values()), default=data_start)
+        skip = -data_start % 8  # so that the tensors are aligned
         try:
-            header: dict[str, Any] = json.loads(beginning[8:header_end])
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            spans = {
-                name: (header_end + e["data_offsets"][0], header_end + e["data_offsets"][1])
-                for name, e in entries.items()
-            }
-            self.num_bytes = max((stop for _, stop in spans.values()), default=header_end)
-            skip = -header_end % 8  # so that the tensors are aligned
             whole = memory(skip + self.num_bytes, torch.uint8)[skip:]
             self.tensors: dict[str, Tensor] = {
-                name: whole[slice(*spans[name])].view(_DTYPES[e["dtype"]]).view(e["shape"])
+                name: whole[e.start : e.stop].view(getattr(torch, DTYPES[e.dtype])).view(e.shape)
                 for name, e in entries.items()
             }
-        except (ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError) as e:
+        except (KeyError, RuntimeError) as e:
             raise IntegrityError(f"{source} is damaged: its header is not that of a safetensors file ({e})") from e
         self.data = whole.numpy().data
-        self._spans = spans
+        self._entries = entries
         self._sha256 = hashlib.sha256()
         self.num_hashed = 0
         self._hash_s = 0.0
         self._lock = threading.Lock()
-        self._come: list[tuple[int, int]] = []  # disjoint, sorted; neighbours are not joined
+        self._received: list[tuple[int, int]] = []  # disjoint, sorted; neighbours are not joined
         self._beginning_end = min(len(beginning), self.num_bytes)
         self.data[: self._beginning_end] = beginning[: self._beginning_end]
-        self.come(0, self._beginning_end)
-
-    @staticmethod
-    def header_end(beginning: bytes, *, source: str) -> int:
-        """Where the header ends, from the file's first 8 bytes."""
-        length = int.from_bytes(beginning[:8], "little")
-        if len(beginning) < 8 or length > _MAX_HEADER_BYTES:
-            raise IntegrityError(f"{source} is damaged: it is not a safetensors file")
-        return 8 + length
+        self.mark_received(0, self._beginning_end)
 
     def ranges(self, max_bytes: int) -> list[Range]:
-        """What is missing, in the order in which to ask for it: tensors without a layer, then layer by layer, where
-        neighbours in the file are asked for together, up to `max_bytes`; a file that has no more missing comes at once.
+        """The missing ranges in the order in which to read them: tensors without a layer, then layer by layer.
+
+        Neighbours in the file are one range of up to `max_bytes`. If no more than that is missing, it is one range.
         """
         layers: dict[int, list[tuple[int, int]]] = {}
-        for name, (start, stop) in self._spans.items():
+        for name, entry in self._entries.items():
             match = _LAYER.search(name)
-            start = max(start, self._beginning_end)
+            start, stop = max(entry.start, self._beginning_end), entry.stop
             if start < stop:
                 layers.setdefault(int(match[1]) if match else -1, []).append((start, stop))
         if layers and self.num_bytes - self._beginning_end <= max_bytes:
@@ -115,16 +92,16 @@ class ArrivingFile:
                     merged.append(Range(start, stop, num_layers))
         return merged
 
-    def come(self, start: int, stop: int) -> None:
+    def mark_received(self, start: int, stop: int) -> None:
         """`data[start:stop]` has been filled."""
         with self._lock:
-            insort(self._come, (start, stop))
+            insort(self._received, (start, stop))
 
-    def hash_more(self) -> None:
-        """Of the file's beginning, as far as it has come without a gap."""
+    def update_hash(self) -> None:
+        """Hash the bytes from `num_hashed` to the first gap."""
         end = self.num_hashed
         with self._lock:
-            for start, stop in self._come:
+            for start, stop in self._received:
                 if start > end:
                     break
                 end = max(end, stop)
@@ -134,12 +111,12 @@ class ArrivingFile:
         self.num_hashed = end
 
     def hash_seconds_left(self) -> float:
-        """Of hashing what is not hashed yet, at the pace so far."""
+        """Estimated seconds to hash the rest of the file, at the pace so far."""
         return (self.num_bytes - self.num_hashed) * self._hash_s / self.num_hashed if self.num_hashed else 0.0
 
     def verify(self, sha256: str) -> None:
-        """IntegrityError unless the file is the one with this SHA-256."""
-        self.hash_more()
+        """Raise IntegrityError unless the file has this SHA-256."""
+        self.update_hash()
         if self._sha256.hexdigest() != sha256:
             raise IntegrityError(f"{self._source} is damaged: it differs from its SHA-256; publish the adapter again")
 

@@ -1,9 +1,9 @@
 """VeRA (Kopiczko et al., ICLR 2024): h = W0 x + Λb B Λd A x, with one frozen random pair (A, B) for all layers.
 
-Trained are d (width R) and b (width O) of each module, named as PEFT names them. The pair is neither a parameter nor
-in any state dict: it is a function of (key, R, max_in, max_out).
+The vectors d (width R) and b (width O) of each module are trained; they have PEFT's names. The pair is neither a
+parameter nor in a state dict: it is a function of (key, R, max_in, max_out).
 
-Shapes: R rank, I input width, O output width of one module; the pair has the largest of all target modules.
+Shapes: R rank, I input width, O output width of one module. The pair has the largest widths of all target modules.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _INNER = "_vera_inner"
 
 
 class SharedPair:
-    """One pair for a whole model, kept once for each device and dtype in which a module asked for it."""
+    """One pair for a whole model, with a copy for each device and dtype that modules use."""
 
     def __init__(self, pair: ProjectionPair) -> None:
         self.pair = pair
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, B) on the device and in the dtype of `x`. fp32 on the CPU is the drawn pair itself."""
+        """(A, B) on the device and in the dtype of `x`."""
         key = (x.device, x.dtype)
         if key not in self._copies:
             self._copies[key] = (self.pair.a_RI.to(*key), self.pair.b_OR.to(*key))
         return self._copies[key]
 
     def inner(self, x: Tensor) -> Tensor:
-        """A x, (…, R). Modules with the same input (q, k, v; gate, up) share one: it goes with `x` itself."""
+        """A x, (…, R). It is an attribute of `x`, so that modules with the same input (q, k, v; gate, up) share it."""
         known: Tensor | None = getattr(x, _INNER, None)
         if known is None or known.requires_grad != (x.requires_grad and torch.is_grad_enabled()):
             known = F.linear(x, self.like(x)[0][:, : x.shape[-1]])
@@ -43,9 +43,9 @@ class SharedPair:
 
 
 class VeraLinear(nn.Module):
-    """A linear module with its VeRA vectors. In fp32 bit-equal to PEFT's; in bf16 the pair is bf16 too.
+    """A linear module with its VeRA vectors. In fp32 bit-equal to PEFT's; in bf16 the pair is bf16, too.
 
-    d starts at `d_initial` and b at 0, so that an untrained module computes what its base does.
+    d starts at `d_initial` and b at 0, so that an untrained module computes the same as its base.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class VeraLinear(nn.Module):
         super().__init__()
         weight = base_layer.weight
         self.base_layer = base_layer
-        self.shared = shared  # not a module: its tensors stay out of parameters, buffers and state dicts
+        self.shared = shared  # not an nn.Module, so that its tensors are in no state dict
         self.dropout = nn.Dropout(dropout)
         self.vera_lambda_b = nn.Parameter(weight.new_zeros(base_layer.out_features))
         self.vera_lambda_d = nn.Parameter(weight.new_full((rank,), d_initial))
@@ -62,14 +62,14 @@ class VeraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         base: Tensor = self.base_layer(x)
         b_OR = self.shared.like(x)[1]
-        # With dropout every module drops inputs of its own.
+        # With dropout every module has an input of its own.
         inner = self.shared.inner(self.dropout(x) if self.dropout.p else x)
         outer = F.linear(self.vera_lambda_d * inner, b_OR[: self.base_layer.out_features])
         return base + self.vera_lambda_b * outer
 
 
 def inject_vera(model: nn.Module, spec: VeraSpec) -> SharedPair:
-    """Put a VeraLinear in the place of every target module of `model`, whose other parameters are frozen."""
+    """Replace every target module of `model` by a VeraLinear, and freeze all other parameters."""
     targets = {
         path: module
         for path, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""An adapter as data: what a published folder holds, by layer and module. Nothing here computes.
+"""An adapter as data: the tensors of a published folder, by layer and module.
 
 Shapes: R rank, I input width, O output width, V rows of an embedding, D hidden size.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+from loray.spec import MLP_MODULES, RopeParameters
 
-from loray.spec import RopeParameters
-
-_MLP = ("gate_proj", "up_proj", "down_proj")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ModuleKey(NamedTuple):
@@ -24,8 +23,8 @@ class ModuleKey(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Below `model.`: "layers.3.self_attn.q_proj"."""
-        return f"layers.{self.layer}.{'mlp' if self.module in _MLP else 'self_attn'}.{self.module}"
+        """Path below `model.`: "layers.3.self_attn.q_proj"."""
+        return f"layers.{self.layer}.{'mlp' if self.module in MLP_MODULES else 'self_attn'}.{self.module}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +67,10 @@ class EmbeddingRows:
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """Everything the engine needs of one adapter.
+    """All weights of one adapter.
 
     norms  replacement RMSNorm weights by path below `model.`: "layers.3.input_layernorm", "norm"
-    rope   None: the base's own
+    rope   None: the base's RoPE
     """
 
     modules: Mapping[ModuleKey, LoraWeights | VeraWeights]

@@ -1,1 +1,1 @@
-"""Which method to train with: the score card that people know, and beside it what each would cost here."""
+"""Advice on which method to train with: a well-known score card, and estimates of each method's costs."""

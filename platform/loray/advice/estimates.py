@@ -1,8 +1,8 @@
-"""What each method costs on a given base and device: parameters, bytes, a training step, room in the pool, serving.
+"""Costs of each method on a given base and device: parameters, bytes, a training step, pool bytes, serving.
 
-Training is `loray.planning`'s plan of a recipe with the method's defaults and one row a step. The pool's density comes
-from the engine's own allocator. Serving is a floor, as in docs/guide/methods.md: what adapters add to a decode step
-over what the base takes.
+Training costs are the plan (`loray.planning`) of a recipe with the method's defaults and one row per step. The pool's
+density is computed with the engine's allocator. Serving costs are a lower bound, as in docs/guide/methods.md: the time
+that adapters add to a decode step of the base.
 """
 
 from __future__ import annotations
@@ -17,34 +17,47 @@ from loray.engine.memory.limits import pool_geometry
 from loray.engine.memory.rows import AdapterShape, Matrix
 from loray.errors import SpecError, UnsupportedError
 from loray.planning.compute import estimate_time
+from loray.planning.counts import count_base, count_factors, count_trained, count_vera_pair
 from loray.planning.devices import Device
 from loray.planning.memory import plan_memory
 from loray.planning.run import Run, run_of
-from loray.planning.shapes import SAME_INPUT, count_base, count_factors, count_trained, count_vera_pair
 from loray.planning.traffic import plan_traffic
-from loray.spec import AdapterSpec, LongContext, LongLoraSpec, LoraSpec, RopeScaling, ServeSpec, TrainSpec, VeraSpec
+from loray.spec import (
+    DTYPE_BYTES,
+    MODULES_BY_INPUT,
+    AdapterSpec,
+    LongContext,
+    LongLoraSpec,
+    LoraSpec,
+    RopeScaling,
+    ServeSpec,
+    TrainSpec,
+    VeraSpec,
+)
 
 GIB = 1 << 30
-NUM_ROWS = 32  # of a decode step, each on another adapter
+NUM_ROWS = 32  # rows of a decode step, each with another adapter
 NUM_SERVED = 1000
 
-_BF16 = 2  # bytes
-_MAX_BLOCKS = 256  # of the pool that is filled to see how many adapters fit
-_SHARE_FOR_ADAPTERS = 0.5  # of what the weights leave; the rest is KV cache
+_BF16 = DTYPE_BYTES["bfloat16"]
+_MAX_BLOCKS = 256  # of the pool that is filled to count how many adapters fit
+_SHARE_FOR_ADAPTERS = 0.5  # of the memory beside the weights; the rest is KV cache
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one method with its default settings.
+    """Costs of one method with its default settings.
 
-    problem                 why it cannot be trained there; then the figures of training are None
-    trained_parameters      adapter_bytes: as published, in bf16, an own embedding whole
-    training_bytes          peak of one worker, over one row of the asked context; step_s: seconds of that step
-    checkpointing           was needed to fit
-    adapters_per_gib        of pool, beside VeRA's pair, which they share
-    served_pool_bytes       of pool for 1,000 adapters at once; served_devices: how many that takes, where half of what
-                            the base's weights leave is for adapters
-    throughput              of the base's, in decode steps with 32 rows on 32 adapters, at most
+    problem             why it cannot be trained on the device; then step_s and tokens_per_s may be None
+    trained_parameters  number of trained parameters
+    adapter_bytes       bytes of the published adapter in bf16, with the whole embedding where it is trained
+    training_bytes      peak memory of one worker for one row of the requested context; None where the recipe is refused
+    step_s              seconds of that training step
+    checkpointing       whether gradient checkpointing is needed to fit
+    adapters_per_gib    adapters per GiB of pool, not counting VeRA's pair, which they share
+    served_pool_bytes   bytes of pool for 1,000 adapters at once
+    served_devices      devices for these, with half of the memory beside the weights for adapters
+    throughput          upper bound of the decode throughput with 32 rows on 32 adapters, as a share of the base's
     """
 
     method: str
@@ -63,7 +76,7 @@ class Estimate:
 
 
 def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
-    """LoRA, VeRA, LongLoRA, and VeRA with LongLoRA's attention and RoPE where the context asks for it."""
+    """LoRA, VeRA, LongLoRA, and for a context longer than the base's also VeRA with LongLoRA's attention and RoPE."""
     return [
         _estimate(method, adapter, answers.context_length, model, device)
         for method, adapter in candidates(answers.context_length, model)
@@ -71,7 +84,7 @@ def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> li
 
 
 def recipe_of(adapter: AdapterSpec, context_length: int, *, checkpointing: bool = False) -> TrainSpec:
-    """A recipe that trains `adapter` on rows of `context_length`, one a step."""
+    """A recipe that trains `adapter` on one row of `context_length` per step."""
     return TrainSpec.model_validate(
         {
             "name": "estimate",
@@ -86,10 +99,10 @@ def recipe_of(adapter: AdapterSpec, context_length: int, *, checkpointing: bool 
 
 
 def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> int:
-    """How many such adapters an idle engine's pool of bf16 holds, VeRA's pair beside them."""
+    """The number of such adapters that the bf16 pool of an idle engine holds, together with VeRA's pair."""
     geometry = pool_geometry(ServeSpec(pool_bytes=pool_bytes), model)
     allocator = BlockAllocator(geometry)
-    demand = shape_of(adapter, model).demand(geometry)
+    demand = adapter_shape(adapter, model).demand(geometry)
     if (pair := count_vera_pair(model, adapter)) and allocator.allocate_run(geometry.blocks_for_elements(pair)) is None:
         return 0
     number = 0
@@ -98,8 +111,8 @@ def adapters_in(adapter: AdapterSpec, model: ModelConfig, pool_bytes: int) -> in
     return number
 
 
-def shape_of(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
-    """Its rows in the pool. Of an own embedding every row: how many differ from the base's, training decides."""
+def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
+    """The adapter's rows in the pool, with all rows of a trained embedding, since training may change any."""
     own: list[Matrix] = []
     for module in adapter.target_modules:
         out, width = model.module_shape(module)
@@ -119,7 +132,7 @@ def shape_of(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
 
 
 def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, AdapterSpec]]:
-    """(method, with its default settings) of those that are estimated."""
+    """(method, its adapter with default settings) for each estimated method."""
     yield "lora", LoraSpec()
     yield "vera", VeraSpec()
     window = model.max_position_embeddings
@@ -163,7 +176,7 @@ def _estimate(method: str, adapter: AdapterSpec, context_length: int, model: Mod
 
 
 def _fitting(adapter: AdapterSpec, context_length: int, model: ModelConfig, device: Device) -> tuple[Run, int]:
-    """With checkpointing where it does not fit without; and the peak of a worker's memory."""
+    """The run, with checkpointing where it does not fit without, and the peak memory of a worker."""
     run = run_of(recipe_of(adapter, context_length), model)
     if (peak := plan_memory(run, device).peak_bytes) <= device.usable_bytes:
         return run, peak
@@ -181,11 +194,11 @@ def _settings(adapter: AdapterSpec) -> str:
 
 
 def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:
-    """From a pool of some hundred blocks, so that the answer comes at once whatever a block's size."""
+    """Counted in a pool of up to some hundred blocks, so that it is fast for any block size."""
     geometry = pool_geometry(ServeSpec(pool_bytes=GIB), model)
     block_bytes = geometry.block_size * _BF16
     pair = geometry.blocks_for_elements(count_vera_pair(model, adapter)) * block_bytes
-    least = 8 * shape_of(adapter, model).num_blocks(geometry) * block_bytes
+    least = 8 * adapter_shape(adapter, model).num_blocks(geometry) * block_bytes
     room = max(least, min(GIB, _MAX_BLOCKS * block_bytes))
     return float(adapters_in(adapter, model, room + pair) * GIB / room)
 
@@ -201,9 +214,9 @@ def _throughput(adapter: AdapterSpec, model: ModelConfig, device: Device) -> flo
     elements, layers = model.num_matrix_elements, model.num_layers
     base = max(elements * _BF16 / device.bandwidth, 2.0 * NUM_ROWS * elements / rate)
     read = NUM_ROWS * count_trained(model, adapter).adapter
-    if isinstance(adapter, VeraSpec):  # and in every layer the pair, once for modules with one input
-        for same in SAME_INPUT:
-            shapes = [model.module_shape(module) for module in same if module in adapter.target_modules]
+    if isinstance(adapter, VeraSpec):  # every layer also reads the pair, once for modules with the same input
+        for modules in MODULES_BY_INPUT:
+            shapes = [model.module_shape(module) for module in modules if module in adapter.target_modules]
             if shapes:
                 read += layers * adapter.rank * (shapes[0][1] + max(out for out, _ in shapes))
     computing = 2.0 * NUM_ROWS * count_factors(model, adapter) * layers / rate

@@ -1,4 +1,4 @@
-"""The answer to "which method?": the score card, our own estimates, and remarks on both."""
+"""A recommendation: the score card, the estimates, and remarks on both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Recommendation:
     remarks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Bytes, seconds, tokens, shares."""
+        """As a dictionary for JSON, in bytes, seconds, tokens and shares."""
         return asdict(self)
 
 

@@ -1,6 +1,6 @@
-"""The score card: points for each method from four answers, as a widely read article on adapter methods gives them.
+"""The score card of a widely read article on adapter methods: points for each method, from four answers.
 
-It knows neither the base nor the machine; `loray.advice.estimates` does.
+It does not depend on the base or the machine, unlike `loray.advice.estimates`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _SERVED_TASKS = 10
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """
+    """Answers to the four questions.
+
     context_length  tokens of the longest row
-    num_tasks       adapters that there will be
+    num_tasks       number of adapters
     constraint      how scarce memory and money are
     scale           one machine, or a cluster
     """
@@ -46,7 +47,7 @@ class Score:
 
 
 def score_methods(answers: Answers) -> list[Score]:
-    """Best first; of equal ones the more specialised first."""
+    """Scores, the best first; of equal ones the more specialised method first."""
     context, tasks = answers.context_length, answers.num_tasks
     tens = min(tasks / 10, 10)
     found: list[Score] = []

@@ -32,7 +32,7 @@ from loray.spec import (
     JobStatus,
     Method,
     Name,
-    Reason,
+    NoGateReason,
     Sha256,
     TrainSpec,
     has_ended,
@@ -133,7 +133,7 @@ class AliasResource(Resource):
         return f'"{self.revision}"'
 
 
-NoGate = Annotated[Reason | None, Field(description="why the alias is granted where LongLoRA's gate refuses it")]
+NoGate = Annotated[NoGateReason | None, Field(description="why the alias is granted where LongLoRA's gate refuses it")]
 
 
 class AliasTarget(BaseModel):

@@ -1,1 +1,1 @@
-"""Base models: architectures, configuration, RoPE, fingerprints, and the local folder of them."""
+"""Base models: architectures, configuration, RoPE, fingerprints, and the local folder that holds them."""

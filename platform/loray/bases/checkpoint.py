@@ -1,21 +1,24 @@
-"""A Hugging Face checkpoint folder as data: which tensors it has, their bytes, its fingerprint. Safetensors only.
+"""A Hugging Face checkpoint folder: its tensors, their bytes, and its fingerprint. Safetensors only.
 
-Headers are read here, without torch, so that hashing and checking cost one pass over the bytes.
+Nothing but `read_tensors` needs torch. Hashing and checking read the bytes once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loray.bases.config import ModelConfig
+from loray.bases.safetensors import header_end, parse_header
 from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
+from loray.files import canonical_json
+from loray.spec import ATTENTION_MODULES, MLP_MODULES
+from loray.telemetry import StageProgress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +27,8 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 _CHUNK_BYTES = 8 << 20
-_MAX_HEADER_BYTES = 100 << 20
-_ITEM_BYTES: Mapping[str, int] = {"BF16": 2, "F16": 2, "F32": 4}
-# Written by old exporters; a function of the configuration.
+_DTYPES = ("BF16", "F16", "F32")  # of weights that the decoder reads
+# Old exporters store RoPE's frequencies, which are a function of the configuration.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -42,7 +44,7 @@ class TensorInfo(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that `folder` is made of, sorted. UnsupportedError where it has none."""
+    """The safetensors files of the checkpoint, sorted. Raises UnsupportedError where it has none."""
     index = folder / INDEX_FILE
     if index.is_file():
         try:
@@ -67,10 +69,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_infos(folder: Path) -> list[TensorInfo]:
-    """All tensors of the checkpoint, sorted by name. IntegrityError where a header is damaged."""
+    """All tensors of the checkpoint, sorted by name. Raises IntegrityError where a header is damaged."""
     infos: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
-        for info in _header(file):
+        for info in _tensors_in(file):
             if info.name in infos:
                 raise IntegrityError(f"tensor {info.name} is both in {infos[info.name].file.name} and in {file.name}")
             infos[info.name] = info
@@ -78,7 +80,7 @@ def tensor_infos(folder: Path) -> list[TensorInfo]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) over all shards in the order of names, dtypes as stored."""
+    """(name, tensor) over all shards, sorted by name, in the stored dtypes."""
     from safetensors import safe_open
 
     handles: dict[Path, Any] = {file: safe_open(str(file), framework="pt") for file in weight_files(folder)}
@@ -87,17 +89,17 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def canonical_config(config: ModelConfig) -> str:
-    """The configuration as canonical JSON, less `eos_token_ids`, which says when to stop and not what is computed."""
+    """The configuration as canonical JSON, without `eos_token_ids`: they do not change what the model computes."""
     fields = asdict(config)
     del fields["eos_token_ids"]
     fields["rope"] = config.rope.to_hf()
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return canonical_json(fields)
 
 
-def fingerprint(folder: Path, config_json: str, progress: Callable[[float], None] | None = None) -> str:
-    """SHA-256 over `config_json` and the sorted name, dtype, shape and bytes of every tensor.
+def fingerprint(folder: Path, config_json: str, progress: StageProgress | None = None) -> str:
+    """SHA-256 over `config_json` and the name, dtype, shape and bytes of every tensor, sorted by name.
 
-    Independent of how the checkpoint is cut into shards. `progress` gets the share done, 0 to 1.
+    It does not depend on how the checkpoint is cut into shards.
     """
     infos = tensor_infos(folder)
     total = sum(info.stop - info.start for info in infos) or 1
@@ -121,15 +123,15 @@ def fingerprint(folder: Path, config_json: str, progress: Callable[[float], None
 
 
 def check_tensors(folder: Path, config: ModelConfig) -> None:
-    """That the checkpoint holds exactly the tensors that `config` computes with.
+    """Check that the checkpoint holds exactly the tensors of `config`.
 
-    IntegrityError names a missing tensor, BaseMismatch a wrong shape, UnsupportedError one that the decoder
-    has no use for or a dtype that it does not read (quantised checkpoints).
+    Raises IntegrityError for a missing tensor, BaseMismatch for a wrong shape, and UnsupportedError for a tensor that
+    the decoder does not use or a dtype that it does not read (quantised checkpoints).
     """
     expected = expected_shapes(config)
     infos = {info.name: info for info in tensor_infos(folder)}
     if config.tie_word_embeddings:
-        expected.pop("lm_head.weight")  # some exporters write the tied copy, which nobody reads
+        expected.pop("lm_head.weight")  # some exporters write the tied copy, which the decoder does not read
         infos.pop("lm_head.weight", None)
     for name, shape in expected.items():
         info = infos.pop(name, None)
@@ -137,17 +139,15 @@ def check_tensors(folder: Path, config: ModelConfig) -> None:
             raise IntegrityError(f"{folder} is incomplete: tensor {name} is missing")
         if info.shape != shape:
             raise BaseMismatch(f"{folder}: {name} has shape {info.shape}, its config.json says {shape}")
-        if info.dtype not in _ITEM_BYTES:
-            raise UnsupportedError(
-                f"{folder}: {name} is {info.dtype}; only {', '.join(_ITEM_BYTES)} weights are supported"
-            )
+        if info.dtype not in _DTYPES:
+            raise UnsupportedError(f"{folder}: {name} is {info.dtype}; only {', '.join(_DTYPES)} weights are supported")
     rest = [name for name in infos if not _DERIVED.fullmatch(name)]
     if rest:
         raise UnsupportedError(f"{folder}: tensor {rest[0]} is no part of {config.architecture}")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of this configuration by its name in a checkpoint; `lm_head.weight` also where it is tied."""
+    """The shape of every tensor by its name in a checkpoint, with `lm_head.weight` also where it is tied."""
     h = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, h),
@@ -158,11 +158,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (h,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (h,)
-        for module in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        for module in ATTENTION_MODULES:
             shapes[f"{layer}.self_attn.{module}.weight"] = config.module_shape(module)
             if config.qkv_bias and module != "o_proj":
                 shapes[f"{layer}.self_attn.{module}.bias"] = config.module_shape(module)[:1]
-        for module in ("gate_proj", "up_proj", "down_proj"):
+        for module in MLP_MODULES:
             shapes[f"{layer}.mlp.{module}.weight"] = config.module_shape(module)
         if config.qk_norm:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (config.head_dim,)
@@ -170,29 +170,13 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _header(file: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file: 8 bytes of header length, a JSON header, then the bytes."""
+def _tensors_in(file: Path) -> list[TensorInfo]:
     size = file.stat().st_size
     with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise IntegrityError(f"{file} is damaged: its header does not fit in the file")
-        raw = f.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        infos = []
-        for name, entry in header.items():
-            start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
-            infos.append(TensorInfo(name, entry["dtype"], tuple(map(int, entry["shape"])), file, start, stop))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise IntegrityError(f"{file} is damaged: its header cannot be read ({e!r})") from e
-    end = 8 + length
-    for info in sorted(infos, key=lambda info: (info.start, info.stop)):
-        item = _ITEM_BYTES.get(info.dtype)
-        if info.start != end or info.stop < info.start or info.stop > size:
-            raise IntegrityError(f"{file} is damaged: the bytes of tensor {info.name} lie outside of it")
-        if item is not None and math.prod(info.shape) * item != info.stop - info.start:
-            raise IntegrityError(f"{file} is damaged: tensor {info.name} has the wrong number of bytes")
-        end = info.stop
-    return infos
+        beginning = f.read(8)
+        beginning += f.read(header_end(beginning, source=str(file)) - len(beginning))
+    entries = parse_header(beginning, source=str(file))
+    for name, entry in entries.items():
+        if entry.stop > size:
+            raise IntegrityError(f"{file} is damaged: it ends before tensor {name}")
+    return [TensorInfo(name, e.dtype, e.shape, file, e.start, e.stop) for name, e in entries.items()]

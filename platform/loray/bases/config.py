@@ -1,4 +1,7 @@
-"""What the decoder needs to know of a checkpoint, from its `config.json`; other architectures are refused by name."""
+"""The model configuration that the decoder needs, from a checkpoint's `config.json`.
+
+An architecture that the decoder does not cover is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from loray.errors import UnsupportedError
-from loray.spec import RopeParameters
+from loray.spec import LINEAR_MODULES, RopeParameters, RopeType
 
 # transformers' architecture → (QKV biases, RMSNorm on each query and key head)
 ARCHITECTURES: Mapping[str, tuple[bool, bool]] = {
@@ -57,9 +60,8 @@ class ModelConfig:
 
     @property
     def num_matrix_elements(self) -> int:
-        """Of all that a token is multiplied with, the output head included."""
-        modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        layer = sum(out * width for out, width in map(self.module_shape, modules))
+        """Elements of all matrices that a token is multiplied with: linear modules and the output head."""
+        layer = sum(out * width for out, width in map(self.module_shape, LINEAR_MODULES))
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     @classmethod
@@ -119,6 +121,6 @@ def _rope(hf: Mapping[str, Any]) -> RopeParameters:
     known = RopeParameters.model_fields
     unknown = sorted(k for k, v in raw.items() if k not in known and v is not None)
     rope_type = raw.get("rope_type", "default")
-    if unknown or rope_type not in ("default", "linear", "yarn", "llama3"):
+    if unknown or rope_type not in get_args(RopeType):
         raise UnsupportedError(f"RoPE {rope_type!r}{f' with {unknown}' if unknown else ''} is not supported")
     return RopeParameters(**{k: v for k, v in raw.items() if v is not None})

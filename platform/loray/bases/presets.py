@@ -1,4 +1,4 @@
-"""Well-known base models: their shapes, for plans and advice on a base that need not be on this machine."""
+"""Shapes of well-known base models, for plans and advice about a base that this machine does not have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loray.bases import smollm2
 from loray.bases.config import ModelConfig
 from loray.bases.registry import get_base
 from loray.errors import BaseNotFound
@@ -17,8 +18,8 @@ _LLAMA_2: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "rope_theta": 10000.0,
 }
-# As `loray base add meta-llama/NAME` would call them; the published config.json files.
-_PRESETS: Mapping[str, dict[str, Any]] = {
+# Named as `loray base add meta-llama/NAME` names them; values from the published config.json files.
+_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "Llama-2-7b-hf": _LLAMA_2
     | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "Llama-2-13b-hf": _LLAMA_2
@@ -43,19 +44,7 @@ _PRESETS: Mapping[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_theta": 500000.0,
     },
-    "smollm2": {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 8192,
-        "rope_theta": 100000.0,
-        "tie_word_embeddings": True,
-    },
+    smollm2.NAME: smollm2.CONFIG,
 }
 
 
@@ -69,7 +58,7 @@ def preset(name: str) -> ModelConfig | None:
 
 
 def known_shape(base: str, home: Path) -> ModelConfig:
-    """Of the base on this machine, else of the well-known one by that name. BaseNotFound."""
+    """The shape of the base `base` on this machine, else of the well-known base by that name. Raises BaseNotFound."""
     try:
         return get_base(home, base).config
     except BaseNotFound as e:

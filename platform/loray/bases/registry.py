@@ -1,8 +1,10 @@
-"""The base models of this machine: one folder each below `HOME/bases`, fingerprinted, written whole or not at all."""
+"""The base models of this machine: one folder each below `HOME/bases`, with a fingerprint.
+
+A folder appears complete, or not at all.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 import tempfile
@@ -18,10 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from loray.bases import checkpoint, smollm2, sources
 from loray.bases.config import ModelConfig
-from loray.bases.sources import Progress
 from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityError, LorayError, SpecError
+from loray.files import file_lock
 from loray.spec import Frozen, Name, Sha256
-from loray.telemetry import get_logger
+from loray.telemetry import Progress, get_logger
 
 log = get_logger(__name__)
 
@@ -32,10 +34,10 @@ _STALE_S = 24 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A base model on this machine. `path` is an ordinary Hugging Face checkpoint with its tokenizer.
+    """A base model on this machine. `path` is a Hugging Face checkpoint with its tokenizer.
 
-    `config.eos_token_ids` joins those of config.json and generation_config.json: chat checkpoints end their
-    turns with a token that only the latter names.
+    `config.eos_token_ids` has the tokens of both config.json and generation_config.json: in chat checkpoints only the
+    latter names the token that ends a turn.
     """
 
     name: str
@@ -46,7 +48,7 @@ class BaseModel:
 
 
 class _Record(Frozen):
-    """`loray-base.json`, written last."""
+    """`loray-base.json`, which is written last."""
 
     FILE: ClassVar[str] = "loray-base.json"
 
@@ -58,30 +60,29 @@ class _Record(Frozen):
 
 
 def add_base(source: str, *, home: Path, name: str | None = None, progress: Progress | None = None) -> BaseModel:
-    """Make `source` a base model of this machine; adding the same one again changes nothing.
+    """Add `source` to the base models of this machine. Adding the same one again changes nothing.
 
     `source` is "smollm2", a folder with a Hugging Face checkpoint, or a model id of the Hugging Face hub.
-    `progress` gets (what is being done, share done of it).
 
     Raises UnsupportedError (another architecture, pickled or quantised weights) before anything is copied,
-    IntegrityError (incomplete checkpoint), BaseNotFound (no such source), ConflictError (the name is taken by
-    other weights).
+    IntegrityError (incomplete checkpoint), BaseNotFound (no such source), ConflictError (other weights have the name).
     """
-    tell: Progress = progress or (lambda what, share: None)
+    progress = progress or (lambda stage, share: None)
     folder = Path(source).expanduser()
     if source == smollm2.NAME:
-        return _add(name or smollm2.NAME, smollm2.SOURCE, home, tell, smollm2.build, licence=smollm2.LICENCE)
+        return _add(name or smollm2.NAME, smollm2.SOURCE, home, progress, smollm2.build, licence=smollm2.LICENCE)
     if folder.is_dir():
         sources.checked_config(folder)
         fill = partial(sources.fill_from_folder, folder)
-        return _add(name or folder.resolve().name, str(folder.resolve()), home, tell, fill, origin=folder)
+        return _add(name or folder.resolve().name, str(folder.resolve()), home, progress, fill, origin=folder)
     if _HF_ID.fullmatch(source):
-        return _add(name or source.split("/")[1], f"hf:{source}", home, tell, partial(sources.fill_from_hub, source))
+        fill = partial(sources.fill_from_hub, source)
+        return _add(name or source.split("/")[1], f"hf:{source}", home, progress, fill)
     raise BaseNotFound(f"{source!r} is neither {smollm2.NAME!r}, nor a folder, nor a Hugging Face id (OWNER/NAME)")
 
 
 def get_base(home: Path, name: str) -> BaseModel:
-    """The base called `name`. Its bytes are not read: `verify_base` does that."""
+    """The base called `name`. Reads its configuration alone; `verify_base` reads the weights. Raises BaseNotFound."""
     folder = home / "bases" / name
     record = _read_record(folder) if _is_name(name) else None
     if record is None:
@@ -92,13 +93,13 @@ def get_base(home: Path, name: str) -> BaseModel:
 
 
 def ensure_base(home: Path, name: str, *, fingerprint: str | None = None) -> BaseModel:
-    """The base called `name`, on a node that may be new: `smollm2` is made from its package where this node lacks it,
-    once for all processes.
+    """The base called `name`, on a node that may be new. A node without `smollm2` makes it from its package, once for
+    all processes.
 
-    Raises BaseNotFound where it lacks another one, as nothing says where that would come from, and BaseMismatch where
-    the base has not the `fingerprint` that a run or an adapter was trained with.
+    Raises BaseNotFound for any other missing base, whose source is not known, and BaseMismatch where the base has
+    another `fingerprint`.
     """
-    base = _found_or_made(home, name)
+    base = _get_or_build(home, name)
     if fingerprint not in (None, base.fingerprint):
         raise BaseMismatch(
             f"base {name!r} is another model on this machine ({base.fingerprint[:12]}) than the one that the run was "
@@ -107,15 +108,14 @@ def ensure_base(home: Path, name: str, *, fingerprint: str | None = None) -> Bas
     return base
 
 
-def _found_or_made(home: Path, name: str) -> BaseModel:
+def _get_or_build(home: Path, name: str) -> BaseModel:
     try:
         return get_base(home, name)
     except BaseNotFound:
         if name != smollm2.NAME:
             raise
     home.mkdir(parents=True, exist_ok=True)
-    with (home / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(home / f".{name}.lock"):
         try:
             return get_base(home, name)
         except BaseNotFound:
@@ -124,7 +124,7 @@ def _found_or_made(home: Path, name: str) -> BaseModel:
 
 
 def list_bases(home: Path) -> list[BaseModel]:
-    """All bases of this machine, by name."""
+    """All bases of this machine, sorted by name."""
     root = home / "bases"
     if not root.is_dir():
         return []
@@ -133,7 +133,7 @@ def list_bases(home: Path) -> list[BaseModel]:
 
 
 def base_with(home: Path, fingerprint: str, name: str) -> BaseModel:
-    """The base of this machine with that fingerprint; BaseMismatch names `name` where there is none."""
+    """The base of this machine with this fingerprint. Raises BaseMismatch, which names `name`, where there is none."""
     for base in list_bases(home):
         if base.fingerprint == fingerprint:
             return base
@@ -144,11 +144,11 @@ def base_with(home: Path, fingerprint: str, name: str) -> BaseModel:
 
 
 def verify_base(base: BaseModel, progress: Progress | None = None) -> None:
-    """Hash the checkpoint again; IntegrityError where it is not what was added."""
-    share = None if progress is None else lambda done: progress(f"verifying {base.name}", done)
+    """Hash the checkpoint again. Raises IntegrityError where it differs from what was added."""
+    hashing = None if progress is None else partial(progress, f"verifying {base.name}")
     try:
         checkpoint.check_tensors(base.path, base.config)
-        found = checkpoint.fingerprint(base.path, checkpoint.canonical_config(base.config), share)
+        found = checkpoint.fingerprint(base.path, checkpoint.canonical_config(base.config), hashing)
     except LorayError as e:
         raise IntegrityError(f"base model {base.name} is damaged: {e}") from e
     if found != base.fingerprint:
@@ -167,7 +167,7 @@ def _add(
     name: str,
     source: str,
     home: Path,
-    tell: Progress,
+    progress: Progress,
     fill: _Fill,
     *,
     origin: Path | None = None,
@@ -187,14 +187,14 @@ def _add(
         if existing.source != source and origin is None:
             raise _taken(existing, source)
         try:
-            verify_base(existing, tell)
+            verify_base(existing, progress)
         except IntegrityError as e:
             if existing.source != source:
                 raise
             log.warning("%s; adding it again from %s", e, source)
             damaged = True
         else:
-            if origin is not None and _fingerprint(origin, tell) != existing.fingerprint:
+            if origin is not None and _fingerprint(origin, progress) != existing.fingerprint:
                 raise _taken(existing, source)
             return existing
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
@@ -202,12 +202,12 @@ def _add(
         target, scratch = temporary / "base", temporary / "scratch"
         target.mkdir()
         scratch.mkdir()
-        fill(target, scratch, tell)
+        fill(target, scratch, progress)
         config = sources.checked_config(target)
         record = _Record(
             source=source,
             fingerprint=checkpoint.fingerprint(
-                target, checkpoint.canonical_config(config), lambda share: tell("fingerprinting", share)
+                target, checkpoint.canonical_config(config), partial(progress, "fingerprinting")
             ),
             licence=licence,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -222,27 +222,27 @@ def _add(
 
 
 def _move(target: Path, final: Path, record: _Record) -> None:
-    """Rename into place; another process may have added the same base meanwhile."""
+    """Rename into place. Another process may have added the same base in the meantime."""
     try:
         target.rename(final)
     except OSError as e:
-        winner = _read_record(final)
-        if winner is None:
+        existing = _read_record(final)
+        if existing is None:
             raise ConflictError(
                 f"{final} exists and is not a base model of loray: remove it, or choose another name"
             ) from e
-        if winner.fingerprint != record.fingerprint:
+        if existing.fingerprint != record.fingerprint:
             raise ConflictError(
-                f"base model {final.name} was added from {winner.source} meanwhile; choose another name (--name)"
+                f"base model {final.name} was added from {existing.source} meanwhile; choose another name (--name)"
             ) from e
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _fingerprint(folder: Path, tell: Progress) -> str:
+def _fingerprint(folder: Path, progress: Progress) -> str:
     config_json = checkpoint.canonical_config(sources.read_config(folder))
-    return checkpoint.fingerprint(folder, config_json, lambda share: tell("comparing", share))
+    return checkpoint.fingerprint(folder, config_json, partial(progress, "comparing"))
 
 
 def _read_record(folder: Path) -> _Record | None:
@@ -271,7 +271,7 @@ def _is_name(name: str) -> bool:
 
 
 def _remove_stale(root: Path) -> None:
-    """Temporary folders of processes that died: nobody takes a day to add a base."""
+    """Remove the temporary folders of processes that died. Adding a base takes less than a day."""
     for folder in root.glob(f"{_TEMPORARY}*"):
         if time.time() - folder.stat().st_mtime > _STALE_S:
             shutil.rmtree(folder, ignore_errors=True)

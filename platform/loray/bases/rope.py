@@ -1,4 +1,4 @@
-"""RoPE: the parameters of a stretched context, and the frequencies that parameters mean."""
+"""RoPE parameters of an extended context."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from loray.spec import RopeParameters, RopeScaling
 
 
 def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int, head_dim: int) -> RopeParameters:
-    """The base's RoPE stretched by `scaling` from `original_context` tokens.
+    """The RoPE of `base`, scaled by `scaling` from `original_context` tokens.
 
     linear  positions ÷ factor (Chen et al., 2023)
     ntk     theta · factor^(d/(d−2)), frequencies stretched unevenly ("NTK-aware", static)
     yarn    by frequency band, with attention temperature (Peng et al., 2023)
-    A base that is scaled already (llama3, yarn) has no second scaling defined: ValueError.
+    Raises ValueError for a base whose RoPE is scaled already (linear, llama3, yarn).
     """
     if base.rope_type != "default":
         raise ValueError(f"the base's RoPE is {base.rope_type!r} already; scaling it again is not defined")

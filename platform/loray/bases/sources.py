@@ -1,23 +1,21 @@
-"""Where a base model comes from: its configuration checked first, then its files, from a folder or from the hub."""
+"""Sources of a base model: a folder or the Hugging Face hub. The configuration is checked before files are copied."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from loray.bases import checkpoint
 from loray.bases.config import ModelConfig
 from loray.errors import BaseNotFound, UnsupportedError
-
-Progress = Callable[[str, float], None]  # (what is being done, share done of it)
+from loray.telemetry import Progress
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# Data only: neither pickles nor Python files are taken over.
-_TAKEN = (
+# Files that are copied besides the weights. Pickles and Python files are not: they can run code.
+_COPIED = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -35,7 +33,9 @@ _TAKEN = (
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The configuration of a checkpoint. UnsupportedError for what the decoder does not cover, quantised ones too."""
+    """The configuration of a checkpoint. Raises UnsupportedError where the decoder does not cover it or where it is
+    quantised.
+    """
     try:
         config = ModelConfig.from_folder(folder)
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -52,7 +52,10 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def checked_config(folder: Path) -> ModelConfig:
-    """The configuration, after a check that tensors and tokenizer are there and fit it; no tensor is read."""
+    """The configuration of a checkpoint, checked against its tensors and tokenizer. Reads no tensor.
+
+    Raises as `read_config` and `checkpoint.check_tensors` do.
+    """
     config = read_config(folder)
     checkpoint.check_tensors(folder, config)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -60,9 +63,9 @@ def checked_config(folder: Path) -> ModelConfig:
     return config
 
 
-def fill_from_folder(source: Path, target: Path, scratch: Path, tell: Progress) -> None:
-    """Copy weights, configuration and tokenizer; links are followed, everything else is left behind."""
-    files = [p for p in sorted(source.iterdir()) if p.is_file() and is_taken(p.name)]
+def fill_from_folder(source: Path, target: Path, scratch: Path, progress: Progress) -> None:
+    """Copy weights, configuration and tokenizer to `target`, and nothing else. Links are followed."""
+    files = [p for p in sorted(source.iterdir()) if p.is_file() and is_copied(p.name)]
     weights = checkpoint.weight_files(source)
     index = source / checkpoint.INDEX_FILE
     files += [*weights, index] if index.is_file() else weights
@@ -73,18 +76,18 @@ def fill_from_folder(source: Path, target: Path, scratch: Path, tell: Progress) 
             while chunk := src.read(16 << 20):
                 dst.write(chunk)
                 done += len(chunk)
-                tell("copying", done / total)
+                progress("copying", done / total)
 
 
-def fill_from_hub(model_id: str, target: Path, scratch: Path, tell: Progress) -> None:
-    """The configuration first: an unsupported architecture is refused before its weights are fetched."""
+def fill_from_hub(model_id: str, target: Path, scratch: Path, progress: Progress) -> None:
+    """Download to `target`. An unsupported architecture is refused before its weights are downloaded."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    tell(f"downloading {model_id}", 0.0)
+    progress(f"downloading {model_id}", 0.0)
     try:
         read_config(Path(hf_hub_download(model_id, "config.json")).parent)
-        patterns = [*_TAKEN, "model*.safetensors", checkpoint.INDEX_FILE]
+        patterns = [*_COPIED, "model*.safetensors", checkpoint.INDEX_FILE]
         snapshot_download(model_id, allow_patterns=patterns, local_dir=str(target))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0].rstrip(".") if str(e).strip() else type(e).__name__
@@ -93,9 +96,9 @@ def fill_from_hub(model_id: str, target: Path, scratch: Path, tell: Progress) ->
             "and HF_TOKEN, or add a checkpoint that is on disk with `loray base add PATH`"
         ) from e
     shutil.rmtree(target / ".cache", ignore_errors=True)
-    tell(f"downloading {model_id}", 1.0)
+    progress(f"downloading {model_id}", 1.0)
 
 
-def is_taken(name: str) -> bool:
-    """Whether a file of a checkpoint's folder, beside its weights, belongs to a base."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in _TAKEN)
+def is_copied(name: str) -> bool:
+    """Whether a base includes this file of a checkpoint's folder. Weights are not meant."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _COPIED)

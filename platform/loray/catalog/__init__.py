@@ -2,7 +2,6 @@
 
 from loray.catalog.catalog import Catalog
 from loray.catalog.entries import (
-    DEFAULT_ALIAS,
     AdapterDetail,
     AdapterEntry,
     AdapterVersion,
@@ -15,7 +14,6 @@ from loray.catalog.entries import (
 from loray.catalog.jobs import JobPage
 
 __all__ = [
-    "DEFAULT_ALIAS",
     "AdapterDetail",
     "AdapterEntry",
     "AdapterVersion",

@@ -1,4 +1,4 @@
-"""Aliases: moved, rolled back and deleted, each with a revision that tells a caller whether it has moved meanwhile."""
+"""Aliases: moves, rollbacks and deletion. The revision of an alias shows whether another caller has moved it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from loray.catalog import gate
 from loray.catalog.database import Database, reading, writing
-from loray.catalog.entries import DEFAULT_ALIAS, AdapterVersion, AliasState
+from loray.catalog.entries import AdapterVersion, AliasState
 from loray.catalog.queries import (
     alias_is,
     check_alias,
@@ -20,10 +20,11 @@ from loray.catalog.queries import (
 )
 from loray.catalog.schema import alias_moves, aliases, versions
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, RevisionConflict
+from loray.spec import DEFAULT_ALIAS
 
 
 class Aliases(Database):
-    """The catalog's part about aliases."""
+    """The catalog's operations on aliases."""
 
     def promote(
         self,
@@ -35,12 +36,14 @@ class Aliases(Database):
         expected_revision: int | None = None,
         no_gate: str | None = None,
     ) -> AliasState:
-        """Point `alias` at `version`; where it does already, nothing changes.
+        """Point `alias` at `version`. If it points there already, nothing changes.
 
-        With `expected`, only if it points at that version now; with `expected_revision`, only if it has that
-        revision now (either 0: only if it is not set). ConflictError or RevisionConflict where it does not,
-        AdapterNotFound where there is no such name or version, GateRefused where `catalog.gate` has something against
-        it. `no_gate` is a reason to do it all the same, and is recorded where it was needed.
+        `expected` is the version that it must point at now, `expected_revision` the revision that it must have now; 0
+        means that it must not be set. `no_gate` is a reason to override the gate's refusal; it is recorded if the gate
+        refuses.
+
+        Raises ConflictError or RevisionConflict where the alias is not as expected, AdapterNotFound where there is no
+        such name or version, and GateRefused where `catalog.gate` refuses the alias.
         """
         check_alias(alias)
         with writing(self._engine) as c:
@@ -55,10 +58,10 @@ class Aliases(Database):
             return _states(c, adapter_id, name)[alias]
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasState:
-        """Point `alias` back at where it pointed before its last move; again goes one further back.
+        """Point `alias` at its target before the last move. Each further rollback goes one move further back.
 
-        ConflictError where there is nothing to go back to, AdapterNotFound where name or alias do not exist,
-        RevisionConflict as in `promote`.
+        Raises ConflictError where there is no earlier target, AdapterNotFound where name or alias do not exist, and
+        RevisionConflict as `promote` does.
         """
         check_alias(alias)
         with writing(self._engine) as c:
@@ -69,7 +72,7 @@ class Aliases(Database):
             stack = c.execute(
                 sa.select(alias_moves.c.id, alias_moves.c.version_id, versions.c.version)
                 .join(versions, versions.c.id == alias_moves.c.version_id)
-                .where(_standing(adapter_id, alias))
+                .where(_not_undone(adapter_id, alias))
                 .order_by(alias_moves.c.id.desc())
                 .limit(2)
             ).all()
@@ -86,9 +89,9 @@ class Aliases(Database):
             return _states(c, adapter_id, name)[alias]
 
     def delete_alias(self, name: str, alias: str, *, expected_revision: int | None = None) -> None:
-        """Take `alias` away, and its stack of earlier targets with it; its versions stay.
+        """Delete `alias` and its stack of earlier targets. Versions stay.
 
-        AdapterNotFound where name or alias do not exist, RevisionConflict as in `promote`.
+        Raises AdapterNotFound where name or alias do not exist, and RevisionConflict as `promote` does.
         """
         check_alias(alias)
         with writing(self._engine) as c:
@@ -97,18 +100,18 @@ class Aliases(Database):
             _check_revision(c, adapter_id, name, alias, expected_revision)
             version = entry.select(alias).version
             c.execute(aliases.delete().where(alias_is(adapter_id, alias)))
-            c.execute(alias_moves.update().where(_standing(adapter_id, alias)).values(undone=True))
+            c.execute(alias_moves.update().where(_not_undone(adapter_id, alias)).values(undone=True))
             log(c, self._actor, "delete_alias", f"{name}@{alias}", version=version)
             count_change(c)
 
     def aliases(self, name: str) -> tuple[AliasState, ...]:
-        """All aliases of one name, sorted. AdapterNotFound where there is no such name."""
+        """All aliases of one name, sorted. Raises AdapterNotFound where there is no such name."""
         with reading(self._engine) as c:
             adapter_id, _ = load_entry(c, name)
             return tuple(_states(c, adapter_id, name).values())
 
     def alias(self, name: str, alias: str) -> AliasState:
-        """AdapterNotFound where there is no such name or alias."""
+        """Raises AdapterNotFound where there is no such name or alias."""
         states = {state.alias: state for state in self.aliases(name)}
         if alias not in states:
             raise AdapterNotFound(
@@ -119,7 +122,7 @@ class Aliases(Database):
     def _move(
         self, c: sa.Connection, adapter_id: int, name: str, alias: str, version: int, revision: int, no_gate: str | None
     ) -> None:
-        """Within a transaction that has counted a change, whose counter is `revision`. Raises GateRefused."""
+        """Move within a transaction that has set the change counter to `revision`. Raises GateRefused."""
         version_id = version_id_of(c, adapter_id, version)
         current = c.execute(sa.select(aliases.c.version_id).where(alias_is(adapter_id, alias))).scalar()
         if current == version_id:
@@ -136,7 +139,7 @@ class Aliases(Database):
         log(c, self._actor, "promote", f"{name}@{alias}", version=version, **override)
 
     def _check_gate(self, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
-        """What the gate has against it and `no_gate` lets pass. Raises GateRefused."""
+        """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""
         against = gate.failures(version.manifest, version.evaluations, self._gate_tolerance)
         if against and no_gate is None:
             raise GateRefused(
@@ -158,7 +161,7 @@ def _check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, ex
 
 
 def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasState]:
-    """By alias, sorted."""
+    """States by alias, sorted."""
     rows = c.execute(
         sa.select(aliases.c.alias, versions.c.version, versions.c.digest, aliases.c.revision)
         .join(versions, versions.c.id == aliases.c.version_id)
@@ -172,5 +175,5 @@ def _where(name: str, alias: str, version: int) -> str:
     return f"alias {alias!r} of {name!r} " + (f"points at version {version}" if version else "is not set")
 
 
-def _standing(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
+def _not_undone(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
     return sa.and_(alias_moves.c.adapter_id == adapter_id, alias_moves.c.alias == alias, ~alias_moves.c.undone)

@@ -1,4 +1,4 @@
-"""Names of adapters: register, resolve, promote, roll back. Every write is one transaction."""
+"""The catalog: registers versions and resolves names. Every write is one transaction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from loray.adapters.manifest import canonical_json
+from loray.adapters.manifest import manifest_json
 from loray.catalog.aliases import Aliases
 from loray.catalog.database import reading, writing
 from loray.catalog.entries import (
@@ -48,15 +48,15 @@ _MAX_VERSION = 2**31 - 1  # what the column holds
 class Catalog(Aliases, Evaluations, Jobs, Projections):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
-    `actor` is who the audit log says did it; `gate_tolerance` is that of `catalog.gate`.
+    The audit log records `actor` with every write. `gate_tolerance` is the tolerance of `catalog.gate`.
     """
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def add_base(self, name: str, fingerprint: str) -> None:
-        """Reserve `name` for a base model; again with the same fingerprint changes nothing.
+        """Reserve `name` for a base model. Repeating it with the same fingerprint changes nothing.
 
-        ConflictError where an adapter has the name, or the base another fingerprint.
+        Raises ConflictError where an adapter has the name, or the base has another fingerprint.
         """
         check_name(name, "base name")
         with writing(self._engine) as c:
@@ -76,7 +76,7 @@ class Catalog(Aliases, Evaluations, Jobs, Projections):
             count_change(c)
 
     def check_name(self, name: str, aliases: Sequence[str] = ()) -> None:
-        """What `register` would refuse of names, before anything is stored: SpecError or ConflictError."""
+        """Raise SpecError or ConflictError where `register` would refuse a name. Called before anything is stored."""
         check_name(name)
         for alias in aliases:
             check_alias(alias)
@@ -93,13 +93,13 @@ class Catalog(Aliases, Evaluations, Jobs, Projections):
         version: int | None = None,
         no_gate: str | None = None,
     ) -> AdapterVersion:
-        """A new version of `name`, and `aliases` moved to it. A digest that `name` has already keeps its version.
+        """Add a version of `name`, and move `aliases` to it. A digest that `name` has already keeps its version.
 
-        `version` asks for a number of one's own, as a mirror of another catalog does; otherwise the next one is taken.
-        `no_gate` is as for `promote`.
+        `version` is the number of the new version, for a copy of another catalog; None: the next one. `no_gate` is that
+        of `promote`.
 
-        ConflictError where `name` is a base model's, or `version` is taken by another digest or the digest by another
-        version; SpecError where a name or an alias is malformed; GateRefused as in `promote`.
+        Raises ConflictError where `name` is a base model's, or another digest has `version`, or the digest has another
+        version; SpecError where a name or an alias is malformed; GateRefused as `promote` does.
         """
         self.check_name(name, aliases)
         if version is not None and not 0 < version <= _MAX_VERSION:
@@ -124,7 +124,7 @@ class Catalog(Aliases, Evaluations, Jobs, Projections):
                     "base_fingerprint": manifest.base_fingerprint,
                     "context_length": manifest.context_length,
                     "nbytes": manifest.nbytes,
-                    "manifest": canonical_json(manifest).decode(),
+                    "manifest": manifest_json(manifest).decode(),
                     "created_at": now(),
                 }
                 c.execute(versions.insert().values(row))
@@ -148,7 +148,7 @@ class Catalog(Aliases, Evaluations, Jobs, Projections):
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def resolve(self, model: str) -> AdapterRef:
-        """`name` (alias `prod` where set, else the newest), `name@3` or `name@alias`; AdapterNotFound suggests."""
+        """`name`, `name@3` or `name@alias` → the version. Raises AdapterNotFound, which suggests similar names."""
         name, selector = split_model(model)
         with reading(self._engine) as c:
             return load_entry(c, name)[1].select(selector)
@@ -160,14 +160,14 @@ class Catalog(Aliases, Evaluations, Jobs, Projections):
     def names(
         self, *, limit: int, after: str = "", base: str | None = None, method: str | None = None
     ) -> tuple[AdapterEntry, ...]:
-        """At most `limit` names behind `after`, in order; those whose default version is of `base` and `method`."""
+        """At most `limit` names after `after`, in order, whose default version has this `base` and `method`."""
         with reading(self._engine) as c:
             names: list[str] = list(c.scalars(select_names(after, base, method).limit(limit)))
             found = {entry.name: entry for _, entry in load_entries(c, names)}
-            return tuple(found[name] for name in names)  # in the database's order, which depends on its collation
+            return tuple(found[name] for name in names)  # the database's order depends on its collation
 
     def entry(self, name: str) -> AdapterEntry:
-        """One name with the numbers of its versions and its aliases. Raises AdapterNotFound."""
+        """One name with its versions and aliases. Raises AdapterNotFound."""
         with reading(self._engine) as c:
             return load_entry(c, name)[1]
 
@@ -190,7 +190,7 @@ class Catalog(Aliases, Evaluations, Jobs, Projections):
             return {row.name: row.fingerprint for row in c.execute(sa.select(bases).order_by(bases.c.name))}
 
     def adapter(self, name: str) -> AdapterDetail:
-        """Everything known of one name, manifests and alias history too."""
+        """All data of one name, manifests and alias history included. Raises AdapterNotFound."""
         with reading(self._engine) as c:
             adapter_id, entry = load_entry(c, name)
             moves = c.execute(
@@ -206,7 +206,7 @@ class Catalog(Aliases, Evaluations, Jobs, Projections):
             )
 
     def change_counter(self) -> int:
-        """Grows with every write: a snapshot with the same counter is up to date."""
+        """It grows with every write to names: a snapshot with the same counter is up to date."""
         with reading(self._engine) as c:
             return int(c.execute(sa.select(changes.c.counter)).scalar_one())
 

@@ -1,8 +1,7 @@
-"""Opening the catalog's database: SQLite on one machine, PostgreSQL in a cluster; migrated to this version's tables."""
+"""Opens the catalog's database and migrates its tables: SQLite on one machine, PostgreSQL in a cluster."""
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +12,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchM
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
+from loray.files import file_lock
 from loray.settings import DEFAULT_GATE_TOLERANCE
 from loray.telemetry import get_logger
 
@@ -23,11 +23,11 @@ HEAD = "0004"  # the newest revision in migrations/versions
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000
 _CONNECT_TIMEOUT_S = 5
-_MIGRATION_LOCK = 0x6C6F726179  # of PostgreSQL's advisory locks
+_MIGRATION_LOCK = 0x6C6F726179  # key of a PostgreSQL advisory lock
 
 
 class Database:
-    """What every part of the catalog has: the engine, `actor`, who the audit log says did it, and the gate's share."""
+    """The base class of the catalog's parts: engine, `actor` for the audit log, and the gate's tolerance."""
 
     def __init__(self, url: str, *, actor: str = "local", gate_tolerance: float = DEFAULT_GATE_TOLERANCE) -> None:
         self._engine = open_database(url)
@@ -39,10 +39,10 @@ class Database:
 
 
 def open_database(url: str) -> sa.Engine:
-    """An engine whose tables are those of `schema`. Safe when several processes open a new database at once.
+    """An engine for a database with the tables of `schema`. Several processes may open a new database at once.
 
-    SettingsError where the URL is wrong or its driver is missing, CatalogError where the database cannot be
-    reached, UnsupportedError where a later loray has migrated it, IntegrityError where the file is no database.
+    Raises SettingsError where the URL is wrong or its driver is missing, CatalogError where the database cannot be
+    reached, UnsupportedError where a later loray has migrated it, and IntegrityError where the file is no database.
     """
     try:
         engine = _engine(url)
@@ -50,7 +50,7 @@ def open_database(url: str) -> sa.Engine:
         raise SettingsError(f"catalog {_shown(url)}: {e}; PostgreSQL needs `pip install 'psycopg[binary]'`") from e
     except (ArgumentError, NoSuchModuleError) as e:
         raise SettingsError(f"catalog {_shown(url)}: {e}") from e
-    except ValueError as e:  # names the part that it took for a port
+    except ValueError as e:  # its message has the part of the URL that was parsed as a port
         raise SettingsError(f"catalog {_shown(url)}: not a URL; percent-encode user and password") from e
     try:
         with _creation_lock(engine):
@@ -58,7 +58,7 @@ def open_database(url: str) -> sa.Engine:
     except DatabaseError as e:
         engine.dispose()
         reason = str(e.orig).strip()
-        if engine.dialect.name == "postgresql":  # a missing right, for instance
+        if engine.dialect.name == "postgresql":  # for instance a missing privilege
             raise CatalogError(f"catalog {_shown(url)} cannot be migrated: {reason}") from e
         raise IntegrityError(f"catalog {_shown(url)} is damaged: {reason}") from e
     except LorayError:
@@ -69,7 +69,7 @@ def open_database(url: str) -> sa.Engine:
 
 @contextmanager
 def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """One consistent view of all tables."""
+    """A transaction with one consistent view of all tables."""
     with _translate_errors(engine), engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             connection.execution_options(isolation_level="REPEATABLE READ")
@@ -79,7 +79,7 @@ def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 @contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """One transaction, rolled back on any error. On SQLite writers queue from here on."""
+    """A transaction, rolled back on any error. On SQLite it locks the database from its beginning."""
     with _translate_errors(engine), engine.connect() as connection:
         connection.execution_options(**{_WRITES: True})
         with connection.begin():
@@ -105,7 +105,7 @@ def _engine(url: str) -> sa.Engine:
 
 
 def _configure_sqlite(dbapi_connection: Any, _record: Any) -> None:
-    dbapi_connection.isolation_level = None  # transactions begin where _begin_sqlite says
+    dbapi_connection.isolation_level = None  # _begin_sqlite begins transactions
     cursor = dbapi_connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA journal_mode = WAL")
@@ -115,7 +115,7 @@ def _configure_sqlite(dbapi_connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    """Writers take the lock before they read: a transaction that begins as a reader cannot always become a writer."""
+    """Writers lock before they read: a transaction that begins as a reader cannot always become a writer."""
     writes = connection.get_execution_options().get(_WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -154,19 +154,12 @@ def _creation_lock(engine: sa.Engine) -> AbstractContextManager[None]:
     """For SQLite: switching a new file to WAL fails where another process does it at the same moment."""
     if engine.dialect.name != "sqlite" or engine.url.database is None:
         return nullcontext()
-    return _file_lock(Path(engine.url.database + ".lock"))
-
-
-@contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    with path.open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    return file_lock(Path(engine.url.database + ".lock"))
 
 
 @contextmanager
 def _translate_errors(engine: sa.Engine) -> Iterator[None]:
-    """SQLAlchemy's errors hold statements and a link; callers get the database's own line."""
+    """Errors of the database become CatalogError with its own message, without SQLAlchemy's statements and links."""
     try:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as e:
@@ -175,7 +168,7 @@ def _translate_errors(engine: sa.Engine) -> Iterator[None]:
 
 
 def _shown(url: str | sa.URL) -> str:
-    """Without passwords."""
+    """The URL without passwords."""
     try:
         parsed = sa.make_url(url)
     except (ArgumentError, ValueError):

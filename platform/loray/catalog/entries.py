@@ -1,4 +1,4 @@
-"""What the catalog answers with: versions, names with aliases, jobs, and snapshots that resolve without a database."""
+"""Results of catalog queries: versions, names with aliases, jobs, and snapshots, which resolve names in memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from datetime import datetime
 from typing import NamedTuple
 
 from loray.errors import AdapterNotFound
-from loray.spec import AdapterManifest, AdapterRef, Evaluation, JobStatus, TrainSpec, has_ended
-
-DEFAULT_ALIAS = "prod"
+from loray.spec import DEFAULT_ALIAS, AdapterManifest, AdapterRef, Evaluation, JobStatus, TrainSpec, has_ended
 
 
 class ModelName(NamedTuple):
-    """`name`, `name@3` or `name@alias` in its parts."""
+    """The parts of `name`, `name@3` or `name@alias`."""
 
     name: str
     selector: str | None
@@ -28,7 +26,7 @@ def split_model(model: str) -> ModelName:
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One immutable version; `aliases` and `later_evaluations` are as they were when it was read."""
+    """One immutable version, with its `aliases` and `later_evaluations` at the time of the query."""
 
     name: str
     version: int
@@ -40,7 +38,7 @@ class AdapterVersion:
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """All that was measured, the oldest first: what the manifest has, and what was recorded later."""
+        """All evaluations, the oldest first: those of the manifest, and those recorded later."""
         return self.manifest.evaluations + self.later_evaluations
 
     @property
@@ -54,7 +52,9 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class AliasState:
-    """Where an alias points. `revision` grows with every move and rollback; no alias has one twice, deleted or not."""
+    """The version that an alias points at. `revision` grows with every move and rollback, and is never used again, also
+    after the alias is deleted.
+    """
 
     name: str
     alias: str
@@ -65,7 +65,7 @@ class AliasState:
 
 @dataclass(frozen=True, slots=True)
 class AliasMove:
-    """One entry of an alias's history; `undone` by a rollback. `no_gate`: why the gate's refusal did not count."""
+    """One move of an alias; a rollback marks it as `undone`. `no_gate` is the reason to override the gate's refusal."""
 
     alias: str
     version: int
@@ -85,11 +85,11 @@ class AdapterEntry:
 
     @property
     def default(self) -> AdapterRef:
-        """What the bare name means: alias `prod` where it is set, else the newest version."""
+        """The version that a name without a selector means: DEFAULT_ALIAS where it is set, else the newest version."""
         return self.versions[self.aliases.get(DEFAULT_ALIAS, max(self.versions))]
 
     def select(self, selector: str | None) -> AdapterRef:
-        """By version number or alias; AdapterNotFound lists what there is."""
+        """The version of this number or alias. Raises AdapterNotFound, which lists those that exist."""
         if selector is None:
             return self.default
         version = int(selector) if _is_number(selector) else self.aliases.get(selector)
@@ -105,7 +105,7 @@ class AdapterEntry:
 
 @dataclass(frozen=True, slots=True)
 class AdapterDetail:
-    """One name with everything known of it, newest version first; alias moves in order of time."""
+    """One name with all its data: the newest version first, alias moves in order of time."""
 
     entry: AdapterEntry
     versions: tuple[AdapterVersion, ...]
@@ -114,7 +114,7 @@ class AdapterDetail:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One training job. `id` is Ray's submission id, `version` the number that it published `name` under."""
+    """One training job. `id` is Ray's submission id, `version` the version of `name` that it published."""
 
     id: str
     name: str
@@ -141,7 +141,7 @@ class CatalogSnapshot:
     adapters: Mapping[str, AdapterEntry]
 
     def resolve(self, model: str) -> AdapterRef:
-        """`name`, `name@3` or `name@alias` → the version. AdapterNotFound suggests near names."""
+        """`name`, `name@3` or `name@alias` → the version. Raises AdapterNotFound, which suggests similar names."""
         name, selector = split_model(model)
         entry = self.adapters.get(name)
         if entry is None:

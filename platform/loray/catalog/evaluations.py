@@ -1,4 +1,4 @@
-"""What was measured of adapters after they were published; what was known before is in their manifests."""
+"""Evaluations of adapters recorded after they were published. Earlier ones are in their manifests."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from loray.spec import Evaluation
 
 
 class Evaluations(Database):
-    """The catalog's part about evaluations. They do not count as changes: serving does not depend on them."""
+    """The catalog's operations on evaluations. They do not count as changes, since serving does not depend on them."""
 
     def record_evaluations(self, digest: str, measured: Sequence[Evaluation]) -> None:
-        """Add to what is known of the adapter. AdapterNotFound where no version has this digest."""
+        """Record evaluations of the adapter. Raises AdapterNotFound where no version has this digest."""
         with writing(self._engine) as c:
             lock(c)
             if c.execute(sa.select(versions.c.id).where(versions.c.digest == digest)).first() is None:
@@ -28,6 +28,6 @@ class Evaluations(Database):
                 log(c, self._actor, "evaluate", digest, count=len(rows))
 
     def evaluations(self, digest: str) -> tuple[Evaluation, ...]:
-        """Those recorded after publication, the oldest first."""
+        """Evaluations recorded after publication, the oldest first."""
         with reading(self._engine) as c:
             return load_evaluations(c, digest)

@@ -1,7 +1,7 @@
-"""What a LongLoRA adapter must have been measured to do before it may carry an alias. Policy: plain Python.
+"""The gate: the measured perplexity that a LongLoRA adapter needs before it gets an alias. Policy in plain Python.
 
-Its perplexity at its own context must be below that of the base there, with and without the adapter's RoPE, and at the
-context that was extended at most a share (`tolerance`) above the unscaled base's.
+At the adapter's context, its perplexity must be below the base's, both with and without the adapter's RoPE. At the
+context that was extended, it may be at most a share (`tolerance`) above the perplexity of the unscaled base.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ def is_gated(manifest: AdapterManifest) -> bool:
 
 
 def failures(manifest: AdapterManifest, evaluations: Sequence[Evaluation], tolerance: float) -> tuple[str, ...]:
-    """What stands against an alias, one sentence each; none: it is granted.
+    """The objections to an alias, one sentence each; empty where the alias is granted.
 
-    `evaluations` from the oldest to the latest. Figures are compared where they were measured on the same tokens in the
-    same windows; of several such sets the latest counts.
+    `evaluations` are sorted from the oldest to the latest. Values are compared where they were measured on the same
+    tokens in the same windows; of several such sets the latest counts.
     """
     if not is_gated(manifest):
         return ()
@@ -62,12 +62,12 @@ def _at_the_native(evaluations: Sequence[Evaluation], context: int | None, toler
 def _measured(
     evaluations: Sequence[Evaluation], context: int, subjects: tuple[Subject, ...]
 ) -> Mapping[Subject, Evaluation]:
-    """By subject, from the data that was measured last with all `subjects`; empty where none was."""
+    """Evaluations by subject, from the set that was measured last and has all `subjects`; empty where none has."""
     sets: dict[tuple[object, ...], dict[Subject, Evaluation]] = {}
     for e in evaluations:
         if e.metric == PERPLEXITY and e.context_length == context:
             key = (e.dataset, e.data_sha256, e.stride, e.count)
-            sets[key] = sets.pop(key, {}) | {e.subject: e}  # at the end of the order: measured last
+            sets[key] = sets.pop(key, {}) | {e.subject: e}  # moves to the end: measured last
     complete = (found for found in reversed(sets.values()) if found.keys() >= set(subjects))
     return next(complete, {})
 

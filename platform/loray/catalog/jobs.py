@@ -1,7 +1,7 @@
-"""Training jobs: what was asked for, by whom, and how it ended; kept when the Ray cluster is gone.
+"""Training jobs: recipe, actor and outcome, kept when the Ray cluster is gone.
 
-The API server inserts a job before it submits it, and the job's own driver tells that it started and how it ended.
-Where nobody asked through the API it is the driver that inserts it. So each call may come twice, and in any order.
+The API server adds a job before it submits it, and the job's driver records its start and its end. A job that was not
+submitted through the API is added by its driver. So each method may be called twice, and in any order.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from loray.spec import EndStatus, JobStatus, TrainSpec
 
 
 class JobPage(NamedTuple):
-    """`jobs` newest first; `next` is the cursor of the page behind, None at the end."""
+    """`jobs` newest first; `next` is the cursor of the next page, None at the end."""
 
     jobs: tuple[Job, ...]
     next: str | None
 
 
 class Jobs(Database):
-    """The catalog's part about jobs. They do not count as changes: serving does not depend on them."""
+    """The catalog's operations on jobs. They do not count as changes, since serving does not depend on them."""
 
     def add_job(self, job_id: str, *, name: str, recipe: TrainSpec) -> Job:
-        """A pending job; the one that has this id already stays as it is.
+        """Add a pending job. A job that has this id already does not change.
 
-        SpecError where id or name are malformed, ConflictError where the id is that of another adapter's job.
+        Raises SpecError where id or name are malformed, and ConflictError where another adapter's job has the id.
         """
         check_job_id(job_id)
         check_name(name)
@@ -48,7 +48,7 @@ class Jobs(Database):
             return _get(c, job_id)
 
     def start_job(self, job_id: str) -> Job:
-        """From pending to running. One that runs or has ended stays as it is. Raises JobNotFound."""
+        """Change the status from pending to running; other jobs do not change. Raises JobNotFound."""
         with writing(self._engine) as c:
             lock(c)
             if _get(c, job_id).status == "pending":
@@ -56,10 +56,10 @@ class Jobs(Database):
             return _get(c, job_id)
 
     def end_job(self, job_id: str, status: EndStatus, *, message: str = "", version: int | None = None) -> Job:
-        """The end of a job, with the version that it published or the reason why it did not.
+        """Record the end of a job, with the version that it published, or a message that says why it did not.
 
-        One that has ended stays as it is, unless it turns out to have succeeded: what is published is published,
-        whatever was believed of the job when its driver was out of reach. Raises JobNotFound, SpecError.
+        A job that has ended changes only to succeeded: a job that was recorded as failed while its driver could not be
+        reached may have published after all. Raises JobNotFound or SpecError.
         """
         if status not in get_args(EndStatus):
             raise SpecError(f"{status!r} is not how a job ends: {', '.join(get_args(EndStatus))}")
@@ -80,7 +80,7 @@ class Jobs(Database):
     def jobs(
         self, *, limit: int = 100, cursor: str | None = None, status: JobStatus | None = None, name: str | None = None
     ) -> JobPage:
-        """At most `limit` jobs, newest first, from `cursor` (a page's `next`) on. SpecError on a wrong cursor."""
+        """At most `limit` jobs, newest first, after `cursor`, the `next` of a page. Raises SpecError."""
         query = sa.select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1)
         if status is not None:
             query = query.where(jobs.c.status == status)

@@ -1,7 +1,7 @@
-"""VeRA's frozen pairs: which ones the adapters of a base share.
+"""VeRA's frozen pairs that the adapters of a base share.
 
-Replicas hold a pair once, however many adapters have it. Of each shape (rank, max_in, max_out) the first pair that was
-registered for a base is the canonical one; an adapter with another is served as well, at the price of one more.
+A replica holds a pair once for all adapters that use it. For each shape (rank, max_in, max_out), the first pair
+registered for a base is the canonical one. An adapter with another pair is served, too, but costs one more pair.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ import sqlalchemy as sa
 from loray.catalog.database import Database, reading
 from loray.catalog.queries import now
 from loray.catalog.schema import projections
-from loray.spec import Projection
+from loray.spec import DTYPE_BYTES, Projection
 
 _COLUMNS = [projections.c[name] for name in Projection.model_fields]
-_BF16 = 2  # bytes
 
 
 class Projections(Database):
-    """The catalog's part about pairs."""
+    """The catalog's operations on pairs."""
 
     def projections(self, base_fingerprint: str) -> tuple[Projection, ...]:
-        """Of a base's adapters, in the order of their first registration: the first of a shape is canonical."""
+        """The pairs of a base's adapters in the order of first registration. The first of a shape is canonical."""
         with reading(self._engine) as c:
             return _of(c, base_fingerprint)
 
 
 def note_projection(c: sa.Connection, base_fingerprint: str, projection: Projection) -> str | None:
-    """Record the pair of an adapter; a sentence where it is not the canonical one of its shape."""
+    """Record the pair of an adapter. Returns a warning where it is not the canonical one of its shape."""
     known = _of(c, base_fingerprint)
     canonical = next((p for p in known if _shape(p) == _shape(projection)), projection)
     if projection.sha256 not in {p.sha256 for p in known}:
@@ -35,7 +34,7 @@ def note_projection(c: sa.Connection, base_fingerprint: str, projection: Project
         c.execute(projections.insert().values(row))
     if canonical.sha256 == projection.sha256:
         return None
-    size = (projection.max_in + projection.max_out) * projection.rank * _BF16 / 1e6
+    size = (projection.max_in + projection.max_out) * projection.rank * DTYPE_BYTES["bfloat16"] / 1e6
     if canonical.key == projection.key:
         return (
             f"its VeRA pair is not the canonical one of this base, though its key is {canonical.key} too: another "
@@ -48,7 +47,7 @@ def note_projection(c: sa.Connection, base_fingerprint: str, projection: Project
 
 
 def canonical_digests(found: tuple[Projection, ...]) -> frozenset[str]:
-    """The digests of those that are canonical, of all pairs of a base in order."""
+    """The digests of the canonical pairs among `found`, all pairs of a base in order."""
     first: dict[tuple[int, int, int], str] = {}
     for projection in found:
         first.setdefault(_shape(projection), projection.sha256)

@@ -1,4 +1,4 @@
-"""Statements inside a transaction that several of the catalog's operations share."""
+"""SQL statements that several operations of the catalog use, inside their transactions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ import sqlalchemy as sa
 from pydantic import TypeAdapter, ValidationError
 
 from loray.adapters.manifest import parse_manifest
-from loray.catalog.entries import DEFAULT_ALIAS, AdapterEntry, AdapterVersion, unknown_adapter
+from loray.catalog.entries import AdapterEntry, AdapterVersion, unknown_adapter
 from loray.catalog.schema import adapters, aliases, audit_log, bases, changes, evaluations, versions
 from loray.errors import ConflictError, SpecError
-from loray.spec import AdapterRef, Alias, Evaluation, JobId, Name
+from loray.spec import DEFAULT_ALIAS, AdapterRef, Alias, Evaluation, JobId, Name
 
 
 def lock(c: sa.Connection) -> None:
-    """First in every write: on PostgreSQL the row lock makes writers queue, so that what they read stays true."""
+    """The first statement of every write. On PostgreSQL its row lock makes writers wait for each other, so that rows do
+    not change after a writer has read them.
+    """
     c.execute(sa.select(changes.c.counter).with_for_update()).scalar_one()
 
 
 def count_change(c: sa.Connection) -> int:
-    """The counter's new value."""
+    """Increment the change counter; returns its new value."""
     counter = c.execute(changes.update().values(counter=changes.c.counter + 1).returning(changes.c.counter))
     return int(counter.scalar_one())
 
@@ -35,7 +37,7 @@ def log(c: sa.Connection, actor: str, action: str, subject: str, **detail: Any) 
 
 
 def load_entries(c: sa.Connection, names: Collection[str] | None = None) -> list[tuple[int, AdapterEntry]]:
-    """(adapter id, entry) of these names or of all."""
+    """(adapter id, entry) of these names, or of all."""
     where = [] if names is None else [adapters.c.name.in_(names)]
     rows = c.execute(
         sa.select(
@@ -83,11 +85,11 @@ def load_entry(c: sa.Connection, name: str) -> tuple[int, AdapterEntry]:
 
 
 def select_names(after: str, base: str | None, method: str | None) -> sa.Select[Any]:
-    """Names behind `after`, sorted, whose default version is of `base` (a base model's name) and `method`."""
-    prod = sa.select(aliases.c.version_id).where(alias_is(adapters.c.id, DEFAULT_ALIAS)).scalar_subquery()
+    """Names after `after`, sorted, whose default version has this `base` (a base model's name) and `method`."""
+    aliased = sa.select(aliases.c.version_id).where(alias_is(adapters.c.id, DEFAULT_ALIAS)).scalar_subquery()
     newest = sa.select(versions.c.id).where(versions.c.adapter_id == adapters.c.id)
     newest = newest.order_by(versions.c.version.desc()).limit(1).correlate(adapters)
-    default = sa.func.coalesce(prod, newest.scalar_subquery())
+    default = sa.func.coalesce(aliased, newest.scalar_subquery())
     served = versions.alias("served")
     query = sa.select(adapters.c.name).select_from(adapters).join(served, served.c.id == default)
     query = query.where(adapters.c.name > after)
@@ -113,7 +115,7 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
 
 
 def load_evaluations(c: sa.Connection, digest: str) -> tuple[Evaluation, ...]:
-    """Those recorded after publication, the oldest first."""
+    """Evaluations recorded after publication, the oldest first."""
     columns = [evaluations.c[name] for name in Evaluation.model_fields]
     rows = c.execute(sa.select(*columns).where(evaluations.c.digest == digest).order_by(evaluations.c.id))
     return tuple(Evaluation(**row._asdict()) for row in rows)
@@ -144,7 +146,7 @@ def now() -> datetime:
 
 
 def utc(value: datetime) -> datetime:
-    """SQLite stores no time zone; all times here are UTC."""
+    """`value` with its time zone, UTC, which SQLite does not store."""
     return value if value.tzinfo else value.replace(tzinfo=UTC)
 
 

@@ -1,16 +1,16 @@
-"""The catalog's tables. Migrations in `migrations/versions` create them; a test holds both together.
+"""The catalog's tables. Migrations in `migrations/versions` create them; a test compares both.
 
 bases            base models that adapters may belong to
 adapters         names; bases and adapters share one namespace
 versions         immutable: (adapter, version) and (adapter, digest) are unique
-aliases          where each alias points now; its revision is the change counter's value at its last move
-alias_moves      every move of an alias, a stack of those not undone: what rollback goes back over; `no_gate` is the
-                 reason for which one was made that the gate refuses
-evaluations      what was measured of an adapter after it was published, by its digest
+aliases          the version of each alias; its revision is the value of the change counter at its last move
+alias_moves      every move of an alias; rollback undoes the last one that is not undone; `no_gate` is the reason of a
+                 move that the gate refuses
+evaluations      evaluations of an adapter recorded after it was published, by its digest
 projections      VeRA's pairs by base, in the order of their first registration; see `projections`
-changes          one row whose counter grows with every write; writers lock it first, so that they queue
-audit_log        who did what, append-only
-jobs             training jobs by their submission id; they outlive the Ray cluster they ran on
+changes          one row whose counter grows with every write; a writer locks it first, so that writers wait
+audit_log        every write with its actor, append-only
+jobs             training jobs by their submission id; they are kept when the Ray cluster is gone
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-# Written out, so that migrations can name constraints on every database.
+# Constraints have explicit names, so that migrations can change them on every database.
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from loray.bases.registry import base_with, get_base
-from loray.catalog import DEFAULT_ALIAS, AdapterVersion, split_model
+from loray.catalog import AdapterVersion, split_model
 from loray.cli import describe
 from loray.cli.output import Verification, console, emit, json_option, progress_bar, report, table
 from loray.cli.services import open_services
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import Destination, base_of, import_folder
 from loray.publishing.convert import convert_to_lora, merge_into_base
-from loray.spec import format_size
+from loray.spec import DEFAULT_ALIAS, format_size
 
 
 @click.group()

@@ -26,7 +26,7 @@ from loray.api.resources import (
 )
 from loray.client.http import HttpClient, R
 from loray.errors import ClusterError, LorayError
-from loray.spec import TrainSpec
+from loray.spec import DEFAULT_ALIAS, TrainSpec
 
 
 class CatalogClient(HttpClient):
@@ -100,7 +100,7 @@ class CatalogClient(HttpClient):
         body = _given({"version": version, "no_gate": no_gate})
         return self._ask(AliasResource, "PUT", _alias(name, alias), json=body, headers=headers)
 
-    def rollback(self, name: str, alias: str = "prod", *, etag: str | None = None) -> AliasResource:
+    def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, etag: str | None = None) -> AliasResource:
         path = f"{_alias(name, alias)}/rollback"
         return self._ask(AliasResource, "POST", path, headers=_if_match(etag))
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from loray.bases.registry import BaseModel
 from loray.engine.memory.limits import check_length
-from loray.errors import BaseMismatch, RequestError
+from loray.errors import RequestError
 from loray.spec import GenerateRequest
 
 
 def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: int) -> None:
     """Raise for a request that could never run on `base`: RequestError, ContextLengthExceeded, BaseMismatch."""
     adapter, vocab = request.adapter, base.config.vocab_size
-    if adapter is not None and adapter.base_fingerprint != base.fingerprint:
-        raise BaseMismatch(f"adapter {adapter.label} was trained on another base than {base.name!r}")
+    if adapter is not None:
+        adapter.check_base(base.name, base.fingerprint)
     if not request.prompt_ids:
         raise RequestError("the prompt is empty; give at least one token", param="prompt")
     if not all(0 <= t < vocab for t in request.prompt_ids):

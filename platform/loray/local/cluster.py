@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from loray.files import file_lock
 from loray.local.processes import (
     LOOPBACK,
     Server,
     alive,
-    exclusive,
     free_ports,
     identity,
     read_state,
@@ -90,7 +90,7 @@ def start_local_cluster(
     ClusterError shows the end of the log if Ray does not start.
     """
     home.mkdir(parents=True, exist_ok=True)
-    with exclusive(home / _LOCK_FILE):
+    with file_lock(home / _LOCK_FILE):
         running = current_cluster(home)
         if running is not None:
             return running
@@ -140,7 +140,7 @@ def stop_local_cluster(home: Path) -> bool:
     """Stops this home's cluster and all its processes. False if none was running."""
     if not home.is_dir():
         return False
-    with exclusive(home / _LOCK_FILE):
+    with file_lock(home / _LOCK_FILE):
         return _stop(home)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -180,14 +179,6 @@ def is_free(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-@contextmanager
-def exclusive(lock_file: Path) -> Iterator[None]:
-    """Holds the lock of a server, so that only one process at a time starts or stops it."""
-    with lock_file.open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 
 def write_private(path: Path, text: str) -> None:

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 
 from loray.errors import ClusterError, StoreError
+from loray.files import file_lock
 from loray.local.processes import (
     LOOPBACK,
     Server,
     alive,
-    exclusive,
     free_ports,
     identity,
     is_free,
@@ -75,7 +75,7 @@ def start_local_s3(folder: Path, *, timeout_s: float = 60.0) -> LocalS3:
     """
     weed = _find_weed()
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / _LOCK_FILE):
+    with file_lock(folder / _LOCK_FILE):
         known = _read_state(folder)
         if known is not None and known.is_alive:
             return known
@@ -100,7 +100,7 @@ def stop_local_s3(folder: Path) -> bool:
     """Stops the server. False if none was running. Data, keys and ports are kept for the next start."""
     if not folder.is_dir():
         return False
-    with exclusive(folder / _LOCK_FILE):
+    with file_lock(folder / _LOCK_FILE):
         server = _read_state(folder)
         was_alive = alive(server) is not None
         _clear(server)

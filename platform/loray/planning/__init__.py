@@ -1,1 +1,1 @@
-"""Plans: what a run will cost in memory, traffic and time, as plain Python without torch."""
+"""Plans: the memory, traffic and time of a training run, computed in plain Python without torch."""

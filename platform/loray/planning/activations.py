@@ -1,8 +1,8 @@
-"""What autograd keeps of one decoder layer for its backward pass: transformers' modules and PEFT's, tensor by tensor.
+"""The tensors that autograd keeps of one decoder layer for its backward pass, with transformers' and PEFT's modules.
 
-Base weights are frozen, so their linear layers keep no input. Kept are: the fp32 copies that RMSNorms compute with,
-the input that several LoRA modules share, queries, keys, values and output of the attention kernel, and what SiLU and
-the product of gate and up need. Nothing is quadratic in the row's length.
+Base weights are frozen, so their linear layers keep no input. Autograd keeps the fp32 copies that RMSNorms compute
+with, the inputs of LoRA modules (once for modules with the same input), the queries, keys, values and output of the
+attention kernel, and the operands of SiLU and of the product of gate and up. Nothing is quadratic in the row length.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from loray.planning.run import Run
-from loray.spec import VeraSpec
+from loray.spec import DTYPE_BYTES, MODULES_BY_INPUT, VeraSpec
 
-_FP32 = 4
+_FP32 = DTYPE_BYTES["float32"]
 
 
 class Kept(NamedTuple):
-    """Tensors of one layer. Bytes for each token that the worker holds; `block` is the largest tensor's."""
+    """Tensors of one layer: bytes per token that the worker holds. `block` are those of the largest tensor."""
 
     name: str
     nbytes: int
@@ -29,12 +29,12 @@ def of_layer(run: Run) -> tuple[Kept, ...]:
 
 
 def layer_input(run: Run) -> int:
-    """Bytes for each token: all that checkpointing keeps of a layer until its backward pass."""
+    """Bytes per token of a layer's input. Checkpointing keeps nothing else of the layer until its backward pass."""
     return run.element_bytes * run.model.hidden_size
 
 
 def _norms(run: Run) -> Kept:
-    """x in fp32 (of its square and of the product with 1/rms), 1/rms, and what a trained weight multiplies."""
+    """x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight."""
     model, e = run.model, run.element_bytes
     extras = run.adapter.long_context
     trained = e if extras is not None and extras.train_norms else 0
@@ -45,18 +45,18 @@ def _norms(run: Run) -> Kept:
 
 
 def _attention(run: Run) -> Kept:
-    """q, k, v after RoPE, the output, and the logarithm of every softmax's sum in fp32."""
+    """q, k, v after RoPE, the output, and the log-sum-exp of every softmax in fp32."""
     model, e = run.model, run.element_bytes
     q, kv = e * model.num_heads * model.head_dim, e * model.num_kv_heads * model.head_dim
     return Kept("attention", 2 * (q + kv) + _FP32 * model.num_heads, q)
 
 
 def _adapter(run: Run) -> Kept:
-    """LoRA: the input of every A (q, k and v share theirs, gate and up too) and of every B.
+    """LoRA keeps the input of every A, once for modules with the same input, and the input of every B.
 
-    o's input is attention's own output, and a copy of it where a sequence group joins the halves of the heads.
-    Dropout makes an input of its own for every module, and keeps its mask. VeRA: what its two vectors multiply, A x
-    once for modules with one input.
+    The input of o_proj is the output of attention, which is counted there; a sequence group joins the halves of the
+    heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask. VeRA keeps the
+    operands of its two vectors; A x is computed once for modules with the same input.
     """
     model, e, targets = run.model, run.element_bytes, run.adapter.target_modules
     shapes = {module: model.module_shape(module) for module in targets}
@@ -70,14 +70,13 @@ def _adapter(run: Run) -> Kept:
         return Kept("adapter", inner + 2 * sum(inputs), max(inputs))
     shared = {_input_of(module): e * width for module, (_, width) in shapes.items()}
     if run.sequence == 1:
-        shared.pop("attention output", None)
+        shared.pop(_input_of("o_proj"), None)
     return Kept("adapter", inner + sum(shared.values()), max(shared.values(), default=inner))
 
 
-def _input_of(module: str) -> str:
-    if module in ("q_proj", "k_proj", "v_proj"):
-        return "attention input"
-    return {"o_proj": "attention output", "down_proj": "mlp inner"}.get(module, "mlp input")
+def _input_of(module: str) -> tuple[str, ...]:
+    """The modules that have the same input as `module`, itself included."""
+    return next(modules for modules in MODULES_BY_INPUT if module in modules)
 
 
 def _mlp(run: Run) -> Kept:
@@ -87,8 +86,8 @@ def _mlp(run: Run) -> Kept:
 
 
 def layer_gradients(run: Run) -> Kept:
-    """Gradients that are there together in a layer's backward pass, at their most: those of up, silu(gate) and their
-    product, of the residual stream, and of the layer's output.
+    """The most gradients of activations that exist at once in a layer's backward pass: those of up, silu(gate), their
+    product, the residual stream and the layer's output.
     """
     width, hidden = run.element_bytes * run.model.intermediate_size, layer_input(run)
     return Kept("gradients of activations", 3 * width + 2 * hidden, width)

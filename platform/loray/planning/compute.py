@@ -1,7 +1,8 @@
-"""Arithmetic and time of a step: products and attention at shares of the device's peak, the rest at its bandwidth.
+"""FLOPs and time of a step. Matrix products and attention run at a share of the device's peak, the rest at its
+bandwidth.
 
-Base weights are frozen: their backward pass makes gradients of inputs alone, one product instead of two. The loss
-makes the gradient of hidden states while a chunk's logits are there. Checkpointing computes every layer once more.
+Base weights are frozen: their backward pass computes gradients of inputs alone, one product instead of two. The loss
+computes the gradient of hidden states in its forward pass. Checkpointing computes every layer once more.
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from loray.bases.config import ModelConfig
+from loray.planning.counts import count_factors
 from loray.planning.devices import Device
 from loray.planning.run import Run
-from loray.planning.shapes import count_factors
 from loray.planning.traffic import Traffic
 from loray.spec import AdapterSpec, VeraSpec
 
-# Products of attention's backward pass for each of the forward pass: four gradients for two products, and flash
+# Products of attention's backward pass per product of its forward pass: two products have four gradients, and flash
 # attention computes the scores once more.
 ATTENTION_GRADIENTS = 2.0
 ATTENTION_BACKWARD = ATTENTION_GRADIENTS + 0.5
-# Bytes that eager modules read and write. Each operation reads and writes its whole tensor once.
+# Bytes per element that eager modules read and write. Each operation reads and writes its whole tensor once.
 _LOSS_FP32_PASSES = 48  # to fp32, maximum, difference, exponential, sum, softmax in place (twice), scatter, from fp32
-_ADAMW_BYTES = 80  # an element: gradient, master, moments and two temporaries
+_ADAMW_BYTES = 80  # gradient, master, moments and two temporaries
 
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Of one worker in one optimizer step. `forward` and `backward` without the recomputation.
+    """FLOPs of one worker in one optimizer step. `forward` and `backward` exclude the recomputation.
 
-    attention        of the forward pass, as S2-Attn or dense, whichever the run does
-    dense_attention  what dense causal attention over the same rows would take there
+    attention        S2-Attn or dense attention of the run, in the forward pass
+    dense_attention  dense causal attention over the same rows, in the forward pass
     """
 
     forward: float
@@ -48,9 +49,10 @@ class Flops:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Seconds of one optimizer step. Communication is what computation does not hide.
+    """Seconds of one optimizer step.
 
-    mfu  model FLOPs utilisation: forward and backward without recomputation, as a share of the device's peak
+    communication_s  communication that does not overlap with computation
+    mfu              model FLOPs utilisation: forward and backward without recomputation, as a share of the peak
     """
 
     matmul_s: float
@@ -67,7 +69,7 @@ class StepTime:
 
 
 def attention_pairs(num_tokens: int, group_size: int | None, num_heads: int) -> int:
-    """(query, key) pairs of one row over all heads: i ≥ j inside a segment, for every segment."""
+    """(query i, key j) pairs with i ≥ j inside a segment, summed over the segments and heads of one row."""
     if group_size is None:
         return num_heads * _causal(num_tokens)
     plain, middle = num_heads // 2, min(group_size // 2, num_tokens)
@@ -77,7 +79,7 @@ def attention_pairs(num_tokens: int, group_size: int | None, num_heads: int) -> 
 
 
 class _Products(NamedTuple):
-    """FLOPs of the forward pass, by what is multiplied."""
+    """FLOPs of the forward pass by kind of product."""
 
     linears: float
     head: float
@@ -88,7 +90,7 @@ class _Products(NamedTuple):
 def _products(
     model: ModelConfig, adapter: AdapterSpec, *, num_tokens: float, num_targets: float, num_pairs: float
 ) -> _Products:
-    """A matrix of n elements takes 2n a token; a (query, key) pair takes 4 head_dim in each of its layers."""
+    """A matrix of n elements takes 2n FLOPs per token; a (query, key) pair takes 4 · head_dim per layer."""
     head = model.vocab_size * model.hidden_size
     return _Products(
         linears=2.0 * (model.num_matrix_elements - head) * num_tokens,
@@ -99,7 +101,7 @@ def _products(
 
 
 def _adapter_gradients(adapter: AdapterSpec) -> int:
-    """Products of the backward pass for each of the forward pass: LoRA's A and B are trained, VeRA's are frozen."""
+    """Products of the backward pass per product of the forward pass: LoRA trains A and B, VeRA's are frozen."""
     return 1 if isinstance(adapter, VeraSpec) else 2
 
 
@@ -127,11 +129,11 @@ def model_flops_per_token(
     group_size: int | None,
     target_share: float = 1.0,
 ) -> float:
-    """Model FLOPs of forward and backward pass, the mean over rows of these lengths: what MFU is made of.
+    """Model FLOPs per token of forward and backward pass, the mean over rows of these lengths. MFU is computed from it.
 
-    MFU (Chowdhery et al., 2022, PaLM, appendix B) counts what the model's equations ask for, and nothing that is
-    computed again for want of memory. The output head, frozen, sees the `target_share` of tokens that have a label.
-    Pairs are those that causal attention looks at: S2-Attn's with `group_size`, all of the row without.
+    MFU (Chowdhery et al., 2022, PaLM, appendix B) counts the operations of the model's equations, without
+    recomputation. The frozen output head is applied to `target_share` of the tokens, those with a label. Attention
+    covers the causal pairs of S2-Attn with `group_size`, those of the whole row without.
     """
     pairs = sum(k * attention_pairs(n, group_size, model.num_heads) for n, k in Counter(lengths).items())
     num_tokens = float(sum(lengths))
@@ -167,8 +169,8 @@ def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
 
 
 def _eager_bytes(run: Run) -> float:
-    """Everything but products: norms in fp32, RoPE, residuals, the adapter's sum, SiLU, the loss; backward is twice
-    forward.
+    """Bytes of everything but matrix products: norms in fp32, RoPE, residuals, the adapter's sum, SiLU, the loss. The
+    backward pass takes twice the forward pass.
     """
     model, e = run.model, run.element_bytes
     norm = 4 * e + 28  # read, written in fp32, squared, averaged, scaled, written, weighted

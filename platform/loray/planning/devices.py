@@ -1,4 +1,4 @@
-"""Devices as the estimates see them. Peaks are the makers'; shares of them are assumptions, printed with a plan."""
+"""Devices that estimates are for. Peaks are the makers' figures; a plan prints the assumed shares of them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ from loray.spec import Frozen, NumBytes, parse_size
 GB = 10**9
 MIB = 1 << 20
 
+# Elements of fp32 logits that the loss computes at once. On a CPU 16 MiB: a worker that holds a part of a row holds
+# little else per token.
+LOSS_CHUNK = 1 << 24
+LOSS_CHUNK_ON_CPU = 1 << 22
 
 _Share = Annotated[float, Field(gt=0, le=1)]
 _Rate = Annotated[float, Field(gt=0)]
 
 
 class Device(Frozen):
-    """One worker's share of a machine; also a YAML file. Bytes, FLOP/s of dense bf16 products, bytes/s.
+    """One worker's share of a machine; also a YAML file.
 
+    memory_bytes, flops, bandwidth  bytes, FLOP/s of dense bf16 products, bytes/s
     matmul_share, attention_share, dense_attention_share
-                                   of `flops` that linear layers, S2-Attn and dense attention reach
-    link_bandwidth                 between two workers, one way
-    framework_bytes                resident beside the tensors: CUDA's context, libraries, workspaces, NCCL's channels
-    fragmentation                  of the memory that comes and goes in a step: what lies free between its blocks
-    usable_share                   of `memory_bytes`, for everything
-    keeps_freed_below              the allocator neither gives freed blocks of less than this back nor lends them to
-                                   larger ones; 0 where freed memory serves any size
-    loss_chunk                     elements of logits at once: `loray.train.loss`
-    foreach_optimizer              AdamW's temporaries are of all parameters at once, not of one after the other
+                                    shares of `flops` that linear layers, S2-Attn and dense attention reach
+    link_bandwidth                  bytes/s between two workers, one way
+    framework_bytes                 memory beside the tensors: CUDA's context, libraries, workspaces, NCCL's channels
+    fragmentation                   free bytes between blocks, as a share of the memory that a step allocates and frees
+    usable_share                    share of `memory_bytes` that a run may use
+    keeps_freed_below               the allocator keeps freed blocks of fewer bytes, and does not reuse them for larger
+                                    ones; 0 where it reuses freed memory for any size
+    loss_chunk                      elements of logits that the loss computes at once
+    foreach_optimizer               AdamW has temporaries of all parameters at once, else of one at a time
     """
 
     name: str
@@ -44,7 +49,7 @@ class Device(Frozen):
     fragmentation: float = Field(default=0.08, ge=0)
     usable_share: _Share = 0.95
     keeps_freed_below: int = Field(default=0, ge=0)
-    loss_chunk: int = Field(default=1 << 24, gt=0)
+    loss_chunk: int = Field(default=LOSS_CHUNK, gt=0)
     foreach_optimizer: bool = True
 
     @property
@@ -76,13 +81,13 @@ PRESETS = {
 THIS_MACHINE = "this-machine"
 # Measured (docs/guide/planning.md): the peak of the smallest run, less the tensors of its plan.
 _HOST_FRAMEWORK = 100 * MIB
-# Freed memory below glibc's largest mmap threshold stays in the heap, where larger blocks never go.
+# glibc keeps freed blocks below its largest mmap threshold in the heap, and larger blocks outside of it.
 _GLIBC_THRESHOLD = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class HostRates:
-    """What all cores of a machine without GPUs reach together: FLOP/s of bf16 products and of attention, bytes/s."""
+    """Measured rates of all cores of a machine without GPUs: FLOP/s of bf16 products and of attention, bytes/s."""
 
     memory_bytes: int
     flops: float
@@ -92,8 +97,8 @@ class HostRates:
 
 
 def host(rates: HostRates, num_workers: int) -> Device:
-    """A machine without GPUs that `num_workers` workers share. Its peak is the fastest that was seen: one that was busy
-    while it was measured may reach less in products than in attention.
+    """One worker's share of a machine without GPUs, of `num_workers` in all. The peak is the fastest measured rate: on
+    a machine that was busy, matrix products may be slower than attention.
     """
     peak = max(rates.flops, rates.attention_flops, rates.dense_attention_flops)
     return Device(
@@ -108,6 +113,6 @@ def host(rates: HostRates, num_workers: int) -> Device:
         framework_bytes=_HOST_FRAMEWORK,
         usable_share=0.9,
         keeps_freed_below=_GLIBC_THRESHOLD,
-        loss_chunk=1 << 22,
+        loss_chunk=LOSS_CHUNK_ON_CPU,
         foreach_optimizer=False,
     )

@@ -1,13 +1,13 @@
-"""The halo of sequence-parallel S2-Attn: which keys and values a rank needs from earlier ranks, and how much that is.
+"""The halo of sequence-parallel S2-Attn: the keys and values that a rank needs from earlier ranks.
 
-Rank r of P holds the tokens [r·L, (r+1)·L) of a row of N = P·L. Its first queries may belong to a group that starts
-further left: the halo of a head half is [start of the group that holds token r·L, r·L). It moves from left to right,
-keys and values of the KV heads that serve this half; queries and outputs never move. The backward pass returns as many
-gradients from right to left.
+Rank r of P holds the tokens [r·L, (r+1)·L) of a row of N = P·L. Its first queries may belong to a group that starts on
+an earlier rank: the halo of a head half is [start of the group that holds token r·L, r·L). The forward pass sends the
+keys and values of these tokens, for the KV heads that serve this half, to rank r; queries and outputs stay. The
+backward pass sends as many gradients back.
 
-One rule covers every L. Where L is a multiple of G/2, a boundary cuts the groups of one half and splits one group of
-the other in the middle, so that each boundary carries exactly G·d·h elements: 2 (K and V) · G/2 tokens · h KV heads
-of that half · head width d. Elsewhere both halves have a halo, and where it is longer than L it spans several ranks.
+This holds for every L. Where L is a multiple of G/2, a boundary between ranks is a group cut of one half and the middle
+of a group of the other, so that exactly G·d·h elements cross it: 2 (K and V) · G/2 tokens · h KV heads of the latter
+half · head width d. For other L both halves have a halo. A halo that is longer than L comes from several ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loray.spec import DTYPE_BYTES
 class Half(NamedTuple):
     """The plain or the shifted query heads, and the KV heads that serve them.
 
-    Groups are cut at `offset`, `offset` + G, … (and at 0). A KV head that serves query heads of both halves is in both.
+    Groups are cut at 0, `offset`, `offset` + G, …. A KV head that serves query heads of both halves is in both.
     """
 
     name: Literal["plain", "shifted"]
@@ -33,7 +33,7 @@ class Half(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Tokens [start, stop), numbered over the whole row, that `rank` holds."""
+    """Tokens [start, stop) of the whole row, all held by `rank`."""
 
     rank: int
     start: int
@@ -47,7 +47,7 @@ class Span(NamedTuple):
 class Halo(NamedTuple):
     """Tokens [start, stop) that `rank` needs from earlier ranks for the queries of one half; empty where equal.
 
-    spans  what each earlier rank supplies, in the order of tokens
+    spans  the tokens that each earlier rank holds, in order
     """
 
     rank: int
@@ -62,7 +62,7 @@ class Halo(NamedTuple):
 
     @property
     def num_hops(self) -> int:
-        """Distance to the furthest supplier: 1 is the left neighbour alone."""
+        """Distance to the earliest rank that holds a part of it: 1 for the previous rank."""
         return self.rank - self.spans[0].rank if self.spans else 0
 
 
@@ -83,7 +83,7 @@ class HaloPlan:
     """Every halo of one S2-Attn layer over a sequence group.
 
     num_tokens N, a multiple of num_ranks P (pad rows with `padded_length`); group_size G; H query and K KV heads.
-    Raises SpecError, which is a ValueError, for what cannot be.
+    Raises SpecError, which is a ValueError, for values that do not fit together.
     """
 
     num_tokens: int
@@ -121,16 +121,16 @@ class HaloPlan:
     def halo(self, rank: int, half: Half) -> Halo:
         self._check_rank(rank)
         stop = rank * self.tokens_per_rank
-        start = group_start(stop, self.group_size, half.offset) if half.kv_heads else stop  # H = 1 has no plain head
+        start = group_start(stop, self.group_size, half.offset) if half.kv_heads else stop  # no plain head for H = 1
         return Halo(rank, half, start, stop, tuple(self._spans(start, stop)))
 
     def received(self, rank: int) -> tuple[Transfer, ...]:
-        """What `rank` receives in the forward pass; in the backward pass it sends as much in gradients."""
+        """Transfers to `rank` in the forward pass. In the backward pass it sends gradients of the same sizes."""
         halos = (self.halo(rank, half) for half in self.halves)
         return tuple(Transfer(span, rank, halo.half) for halo in halos for span in halo.spans)
 
     def sent(self, rank: int) -> tuple[Transfer, ...]:
-        """What `rank` sends in the forward pass; in the backward pass it receives as much in gradients."""
+        """Transfers from `rank` in the forward pass. In the backward pass it receives gradients of the same sizes."""
         self._check_rank(rank)
         sent: list[Transfer] = []
         for to in range(rank + 1, min(self.num_ranks, rank + 1 + -(-self.group_size // self.tokens_per_rank))):
@@ -139,24 +139,20 @@ class HaloPlan:
 
     @property
     def num_hops(self) -> int:
-        """The most that any halo spans: at most 1 for L ≥ G, L = G/2 and L = 3G/4; 0 where nothing moves."""
+        """The largest `num_hops` of any halo: at most 1 for L ≥ G, L = G/2 and L = 3G/4; 0 without a halo."""
         return max(self.halo(r, half).num_hops for r in range(self.num_ranks) for half in self.halves)
 
     def elements_received(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
-        """Across the boundary between `rank` − 1 and `rank`, one layer, forward."""
+        """Elements that `rank` receives in one layer's forward pass."""
         return sum(t.num_elements(head_dim, num_rows) for t in self.received(rank))
 
     def elements_sent(self, rank: int, head_dim: int, num_rows: int = 1) -> int:
-        """By `rank`, one layer, forward."""
+        """Elements that `rank` sends in one layer's forward pass."""
         return sum(t.num_elements(head_dim, num_rows) for t in self.sent(rank))
 
     def bytes_sent(self, rank: int, head_dim: int, dtype: str, num_rows: int = 1) -> int:
-        """By `rank`, one layer, forward; `dtype` is a name in DTYPE_BYTES."""
+        """Bytes that `rank` sends in one layer's forward pass; `dtype` is a name in DTYPE_BYTES."""
         return self.elements_sent(rank, head_dim, num_rows) * DTYPE_BYTES[dtype]
-
-    def total_elements(self, head_dim: int, num_rows: int = 1) -> int:
-        """Over all boundaries, one layer, forward."""
-        return sum(self.elements_received(r, head_dim, num_rows) for r in range(self.num_ranks))
 
     def _spans(self, start: int, stop: int) -> Iterator[Span]:
         length = self.tokens_per_rank
@@ -172,28 +168,23 @@ class HaloPlan:
 
 
 def check_group_size(group_size: int) -> None:
-    """Raises SpecError."""
+    """Raise SpecError unless `group_size` is even and at least 2."""
     if group_size < 2 or group_size % 2:
         raise SpecError(f"group_size must be even and at least 2, not {group_size}")
 
 
 def group_start(position: int, group_size: int, offset: int) -> int:
-    """First token of the group that holds `position`, where groups are cut at 0 and at offset, offset + G, …"""
+    """First token of the group that holds `position`. Groups are cut at 0, offset, offset + G, …."""
     return max(0, position - (position - offset) % group_size)
 
 
 def padded_length(num_tokens: int, num_ranks: int) -> int:
-    """The shortest row that holds `num_tokens` and divides by `num_ranks`."""
+    """The least multiple of `num_ranks` that is at least `num_tokens`."""
     return -(-num_tokens // num_ranks) * num_ranks
 
 
-def closed_form_elements(group_size: int, num_kv_heads_of_half: int, head_dim: int) -> int:
-    """G·d·h: what each boundary carries where L is a multiple of G/2, forward, one layer and row."""
-    return group_size * head_dim * num_kv_heads_of_half
-
-
 def ulysses_elements(num_tokens: int, num_ranks: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    """Sent by one rank, forward, one layer and row, where attention is dense and all-to-all swaps tokens for heads.
+    """Elements that one rank sends per row in one layer's forward pass of dense attention with Ulysses' all-to-all.
 
     (N/P)(2·h_q + 2·h_kv)·d·(P−1)/P: queries, keys, values and outputs, of which each rank keeps one part in P.
     """
@@ -201,8 +192,8 @@ def ulysses_elements(num_tokens: int, num_ranks: int, num_heads: int, num_kv_hea
 
 
 def ring_elements(num_tokens: int, num_ranks: int, num_kv_heads: int, head_dim: int) -> int:
-    """Sent by one rank, forward, one layer and row, where attention is dense and keys and values go round a ring.
+    """Elements that one rank sends per row in one layer's forward pass of dense ring attention.
 
-    2(P−1)(N/P)·h_kv·d
+    2(P−1)(N/P)·h_kv·d: keys and values pass through all ranks.
     """
     return 2 * (num_ranks - 1) * num_tokens * num_kv_heads * head_dim // num_ranks

@@ -1,7 +1,7 @@
 """A worker's memory, item by item, at the moments of a step at which it can peak.
 
-An item is there at some of the moments; the plan's peak is the moment at which most is there. Weights are counted
-with their replicas and shards (Rajbhandari et al., *ZeRO*, 2020), activations as `activations` derives them.
+Each item is in memory at some of the moments; the peak of the plan is the moment with the largest sum. Weights,
+gradients and optimizer states are replicated or sharded (Rajbhandari et al., *ZeRO*, 2020).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from loray.planning import activations
+from loray.planning.counts import count_vera_pair
 from loray.planning.devices import Device
 from loray.planning.run import Run
-from loray.planning.shapes import count_vera_pair
+from loray.spec import DTYPE_BYTES
 
 Moment = Literal["loss", "backward", "gradients", "update"]
 WHAT: dict[Moment, str] = {
@@ -24,16 +25,17 @@ WHAT: dict[Moment, str] = {
 }
 MOMENTS: tuple[Moment, ...] = tuple(WHAT)
 
-_FP32 = 4
-_BUCKET_BYTES = 25 << 20  # of gradients that are summed or scattered together
+GRADIENT_BUCKET_BYTES = 25 << 20  # fp32 gradients that are reduced together: 25 MiB, as in torch's DDP
+
+_FP32 = DTYPE_BYTES["float32"]
 _DEEPSPEED_LIVE = 1_000_000_000  # elements: stage3_max_live_parameters
 _DEEPSPEED_PREFETCH = 50_000_000  # elements: stage3_prefetch_bucket_size
-_FSDP_LAYERS = 3  # the one computed with, the next one, and the flat buffer that it is gathered in
+_FSDP_LAYERS = 3  # the current layer, the next one, and the flat buffer that the next one is gathered in
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """`block`: bytes of the largest tensor in it."""
+    """`block` are the bytes of the item's largest tensor."""
 
     name: str
     nbytes: int
@@ -70,25 +72,25 @@ def plan_memory(run: Run, device: Device) -> MemoryPlan:
 
 
 def _after_freeing(item: Item, device: Device) -> Item:
-    """A freed block that the allocator keeps is memory at every moment."""
+    """The item counts at every moment where the allocator keeps its freed blocks."""
     return replace(item, moments=MOMENTS) if 0 < item.block < device.keeps_freed_below else item
 
 
 def _fragments(passing: list[Item], device: Device) -> Iterator[Item]:
-    """Free memory between blocks, at its most when most has come."""
+    """Free memory between blocks, as a share of the most that the step's own items take."""
     most = max(sum(item.nbytes for item in passing if moment in item.moments) for moment in MOMENTS)
     yield Item("fragmentation", int(device.fragmentation * most))
 
 
 def _weights(run: Run) -> Iterator[Item]:
-    """Where embeddings are trained, the base's stay beside them: as the output head if it is tied to them, else to see
-    which rows training moved.
+    """Trained embeddings do not replace the base's: a tied output head keeps them, and without one they show which
+    rows training changed.
     """
     e, trained = run.element_bytes, run.trained
     frozen = run.base.total - trained.norms
     rows = 0 if run.model.tie_word_embeddings else trained.embedding
     pair = count_vera_pair(run.model, run.adapter)
-    pair_bytes = pair * (_FP32 if e == _FP32 else _FP32 + e)  # as drawn, and in the base's dtype
+    pair_bytes = pair * (_FP32 if e == _FP32 else _FP32 + e)  # in fp32, and in the base's dtype
     yield Item("base weights", _share(e * (frozen - rows), run.weight_shards))
     yield Item("base's embedding rows, to compare", e * rows)
     yield Item("VeRA's pair", pair_bytes)
@@ -106,7 +108,7 @@ def _optimizer(run: Run, device: Device) -> Iterator[Item]:
 
 
 def _communication(run: Run) -> Iterator[Item]:
-    """Gradients on their way, and weights gathered for use."""
+    """Gradients that are being reduced, and gathered weights."""
     e, base, trained = run.element_bytes, run.base, run.trained
     if run.strategy == "ddp":
         yield Item("largest gradient, to be added", e * trained.largest, ("gradients",), e * trained.largest)
@@ -122,9 +124,9 @@ def _communication(run: Run) -> Iterator[Item]:
         case "zero3":
             live = min(base.total + trained.total, _DEEPSPEED_LIVE + _DEEPSPEED_PREFETCH)
             yield Item("gathered weights", e * (live + min(live, _DEEPSPEED_PREFETCH)))  # shards are copied together
-            yield Item("gradient bucket", _BUCKET_BYTES)
+            yield Item("gradient bucket", GRADIENT_BUCKET_BYTES)
         case _:
-            yield Item("gradient bucket", _BUCKET_BYTES)
+            yield Item("gradient bucket", GRADIENT_BUCKET_BYTES)
 
 
 def _activations(run: Run) -> Iterator[Item]:
@@ -149,9 +151,9 @@ def _activations(run: Run) -> Iterator[Item]:
 
 
 def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
-    """Every layer's halo waits for the backward pass, with checkpointing too, so that recomputation exchanges nothing.
+    """The halo of every layer is kept until the backward pass, also with checkpointing, whose recomputation uses it.
 
-    The kernel gets it in front of the keys of its segment, with as many queries of zeros.
+    The kernel gets the halo in front of the keys of its segment, and as many queries of zeros.
     """
     plan, e, layers = run.halo, run.element_bytes * run.num_rows, run.model.num_layers
     assert plan is not None, "the specification refuses sequence parallelism without S2-Attn"
@@ -168,7 +170,7 @@ def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
 
 def _loss(run: Run, device: Device) -> Iterator[Item]:
     """The final norm's fp32 copy; hidden states, those with a label, and their gradients; one chunk of logits in fp32
-    with the exponentials that its sum takes.
+    and its exponentials.
     """
     tokens, row = run.tokens_per_worker, activations.layer_input(run)
     nbytes = (_FP32 * run.model.hidden_size + 3 * row) * tokens

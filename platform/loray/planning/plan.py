@@ -1,4 +1,4 @@
-"""The plan of a run: memory, traffic, arithmetic and time of one worker, and what speaks against it."""
+"""The plan of a run: memory, traffic, FLOPs and time of one worker, and the problems of the recipe."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
 from loray.planning.remedies import Remedy, smallest_remedy
 from loray.planning.run import Run
 from loray.planning.traffic import Exchange, Traffic, exchanges, group_sizes, plan_traffic
-from loray.recipes.resolve import quarter
+from loray.recipes.resolve import is_small_group, quarter
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A refusal cannot run; a warning can, and costs something."""
+    """With a refusal the run cannot work; with a warning it works, at a cost."""
 
     severity: Literal["refusal", "warning"]
     message: str
@@ -39,11 +39,11 @@ class Plan:
 
     @property
     def exchanges(self) -> list[list[Exchange]]:
-        """What other P and G would cost; empty where attention is dense."""
+        """Halo exchanges for other P and G; empty where attention is dense."""
         return exchanges(self.run, group_sizes(self.run)) if self.run.group_size else []
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Bytes, seconds, FLOPs, tokens."""
+        """As a dictionary for JSON, in bytes, seconds, FLOPs and tokens."""
         run, memory = self.run, self.memory
         return {
             "model": asdict(run.model) | {"rope": run.model.rope.to_hf()},
@@ -85,7 +85,7 @@ class Plan:
 
 
 def make_plan(run: Run, device: Device) -> Plan:
-    """Raises SpecError where sequence groups and rows cannot be laid out at all."""
+    """Raises SpecError where rows cannot be split over the sequence groups."""
     memory, traffic = plan_memory(run, device), plan_traffic(run)
     problems = (*_memory_problems(run, device, memory), *_layout_problems(run, traffic))
     return Plan(run, device, memory, traffic, count_flops(run), estimate_time(run, device, traffic), problems)
@@ -110,7 +110,7 @@ def _advice(remedy: Remedy | None) -> str:
 def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:
     problems = []
     group, exchange = run.group_size, traffic.exchange
-    if group is not None and group < quarter(run.context):
+    if group is not None and is_small_group(group, run.context):
         problems.append(
             Problem(
                 "warning",

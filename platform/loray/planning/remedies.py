@@ -9,26 +9,27 @@ from typing import NamedTuple
 
 from loray.planning.devices import THIS_MACHINE, Device
 from loray.planning.memory import plan_memory
-from loray.planning.run import Run, Strategy
+from loray.planning.run import Run
+from loray.spec import StrategyName
 
-_MOST_WORKERS = 1024
-# By what they shard; fsdp2 needs no further package.
-_STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero2", "fsdp2", "zero3")
+_MAX_WORKERS = 1024
+# In the order of how much they shard. fsdp2 comes before zero3: it needs no further package.
+_STRATEGIES: tuple[StrategyName, ...] = ("ddp", "zero2", "fsdp2", "zero3")
 
 
 class Remedy(NamedTuple):
-    """`changes`: fields of the recipe, as they would be written."""
+    """`changes` are fields of the recipe with their new values, as YAML."""
 
     changes: tuple[str, ...]
     peak_bytes: int
 
 
 def smallest_remedy(run: Run, device: Device) -> Remedy | None:
-    """Fewest changes first, then in the order: checkpointing, shorter micro-batches, strategy, sequence parallel, and
-    only where none of these is enough, more workers. None where nothing helps.
+    """The fewest changes with which the run fits; of equally many, in this order: checkpointing, smaller micro-batches,
+    strategy, sequence parallelism. More workers only where these are not enough. None where nothing helps.
     """
     num_workers = run.num_workers
-    while num_workers <= _MOST_WORKERS:
+    while num_workers <= _MAX_WORKERS:
         for candidate in sorted(_variants(replace(run, num_workers=num_workers)), key=lambda c: len(_changes(run, c))):
             peak = plan_memory(candidate, device).peak_bytes
             if peak <= device.usable_bytes:

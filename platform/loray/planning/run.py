@@ -1,29 +1,26 @@
-"""One training run as numbers: what the estimates take, from a recipe and the shape of its base."""
+"""The numbers of a training run that the estimates need, from a recipe and the shape of its base."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from loray.bases.config import ModelConfig
-from loray.errors import SpecError
+from loray.planning.counts import BaseCounts, TrainedCounts, count_base, count_trained
 from loray.planning.halo import HaloPlan, padded_length
-from loray.planning.shapes import BaseCounts, TrainedCounts, count_base, count_trained
-from loray.recipes.resolve import resolve
-from loray.spec import DTYPE_BYTES, AdapterSpec, TrainSpec
+from loray.recipes.resolve import check_token_budget, resolve
+from loray.spec import DTYPE_BYTES, AdapterSpec, StrategyName, TrainSpec
 
-Strategy = Literal["ddp", "zero2", "zero3", "fsdp2"]
-SHARDS_WEIGHTS: tuple[Strategy, ...] = ("zero3", "fsdp2")
+SHARDS_WEIGHTS: tuple[StrategyName, ...] = ("zero3", "fsdp2")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one worker computes in a step, and how workers share it.
+    """The work of one worker in a step, and how workers share it.
 
-    row_length   N of the longest row, in tokens, as the recipe has it
+    row_length   N of the longest row, in tokens, before padding
     num_rows     rows of a micro-batch
     group_size   S2-Attn's G, None where attention is dense
-    context      tokens that the adapter is trained for
+    context      tokens of the context that the adapter is trained for
     """
 
     model: ModelConfig
@@ -37,7 +34,7 @@ class Run:
     checkpointing: bool
     num_workers: int
     sequence: int
-    strategy: Strategy
+    strategy: StrategyName
 
     @property
     def element_bytes(self) -> int:
@@ -45,17 +42,17 @@ class Run:
 
     @property
     def padded_length(self) -> int:
-        """N as it is trained: a multiple of P."""
+        """N after padding, a multiple of P."""
         return padded_length(self.row_length, self.sequence)
 
     @property
     def tokens_per_worker(self) -> int:
-        """Of a micro-batch: rows · N / P."""
+        """Tokens of a micro-batch that one worker holds: rows · N / P."""
         return self.num_rows * self.padded_length // self.sequence
 
     @property
     def num_data_groups(self) -> int:
-        """Sequence groups, each with rows of its own."""
+        """Number of sequence groups. Each trains on rows of its own."""
         return self.num_workers // self.sequence
 
     @property
@@ -91,11 +88,10 @@ def halo_plan(model: ModelConfig, num_tokens: int, num_ranks: int, group_size: i
 
 
 def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
-    """Raises SpecError or UnsupportedError for a recipe that the driver would refuse before any worker starts."""
+    """The run of a recipe. Raises SpecError or UnsupportedError where the driver would refuse it, too."""
     resolved = resolve(spec, model)
     row_length = resolved.row_length
-    if spec.batch.tokens is not None and spec.batch.tokens < row_length:
-        raise SpecError(f"batch.tokens is {spec.batch.tokens}, less than a row of {row_length} tokens; raise it")
+    check_token_budget(spec.batch, row_length)
     return Run(
         model=model,
         adapter=spec.adapter,

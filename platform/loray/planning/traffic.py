@@ -1,7 +1,7 @@
-"""What workers send each other: the halo of S2-Attn beside what dense attention would take, gradients, gathers.
+"""Bytes that a worker sends to others: the halo of S2-Attn, gradients and gathered weights.
 
-Bytes that one worker sends. Volumes of Ulysses (Jacobs et al., 2023) and ring attention (Liu et al., 2023) are those of
-dense attention over the same rows; `halo` has the formulas.
+For comparison, an exchange also has the volumes of dense attention over the same rows with Ulysses (Jacobs et al.,
+2023) and ring attention (Liu et al., 2023); `halo` has the formulas.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from loray.recipes.resolve import quarter
 class Exchange:
     """One layer's forward pass over one micro-batch of rows of N = `num_tokens`, for P = `sequence`, G = `group_size`.
 
-    halo_bytes  what the rank that sends most sends; the backward pass returns as much
-    num_hops    how far it goes: 1 is the next rank alone
+    halo_bytes  bytes that the rank sends that sends most; the backward pass sends as many back
+    num_hops    distance to the furthest receiver: 1 for the next rank
     """
 
     num_tokens: int
@@ -34,11 +34,13 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Of one worker in one optimizer step. `exchange` is None where rows are not split.
+    """Bytes that one worker sends in one optimizer step. `exchange` is None where rows are not split.
 
-    halo_bytes      all layers and micro-batches: keys and values forward, gradients of those received backward
-    gradient_bytes  their sum over all workers, and where they are sharded the updated parameters on their way back
-    gather_bytes    weights that are gathered for each use
+    halo_bytes      keys and values in the forward pass and gradients in the backward pass, of all layers and
+                    micro-batches
+    gradient_bytes  reduction of gradients over all workers, and where they are sharded the gather of the updated
+                    parameters
+    gather_bytes    weights, which are gathered for each use
     """
 
     exchange: Exchange | None
@@ -48,7 +50,7 @@ class Traffic:
 
 
 def exchange(run: Run, sequence: int, group_size: int) -> Exchange:
-    """Raises SpecError where rows of N tokens do not divide by P = `sequence`."""
+    """The exchange for P = `sequence` and G = `group_size`. Raises SpecError where P does not divide N."""
     plan = halo_plan(run.model, run.padded_length, sequence, group_size)
     model, e = run.model, run.element_bytes * run.num_rows
     shape = (plan.num_tokens, sequence)
@@ -64,7 +66,7 @@ def exchange(run: Run, sequence: int, group_size: int) -> Exchange:
 
 
 def exchanges(run: Run, group_sizes: Sequence[int], largest: int = 32) -> list[list[Exchange]]:
-    """A row for each P = 2, 4, … up to `largest` that divides N, with an exchange for each group size."""
+    """A list for each P = 2, 4, … up to `largest` that divides N, with an exchange for each group size."""
     rows = []
     for power in range(1, largest.bit_length()):
         try:
@@ -75,7 +77,7 @@ def exchanges(run: Run, group_sizes: Sequence[int], largest: int = 32) -> list[l
 
 
 def group_sizes(run: Run) -> list[int]:
-    """G as the recipe has it, a quarter of the row, and one that does not grow with it; without repetition."""
+    """The G of the run, a quarter of the row, and at most 8192; without repetition."""
     fixed = min(8192, quarter(run.row_length))
     return list(dict.fromkeys([run.group_size or fixed, quarter(run.row_length), fixed]))
 
@@ -97,7 +99,7 @@ def plan_traffic(run: Run) -> Traffic:
 
 
 def _both_ways(run: Run) -> int:
-    """Of the rank that sends most, one layer and micro-batch. Recomputation finds the halos in memory."""
+    """Bytes of one layer and micro-batch in both passes, of the rank that sends most. Recomputation uses kept halos."""
     plan, head_dim = run.halo, run.model.head_dim
     assert plan is not None, "there is a halo"
     most = max(plan.elements_sent(r, head_dim) + plan.elements_received(r, head_dim) for r in range(plan.num_ranks))

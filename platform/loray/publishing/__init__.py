@@ -1,4 +1,4 @@
-"""From a folder to a name in the catalog; and published adapters in another form."""
+"""Publishing: from an adapter's folder to a version in the catalog; conversion and merging of published adapters."""
 
 from loray.publishing.publish import Destination, base_of, import_folder, publish, register_stored
 

@@ -1,4 +1,4 @@
-"""A published adapter in another form: VeRA as LoRA, published anew, or merged into its base, as a checkpoint."""
+"""Conversion of a published adapter: from VeRA to LoRA, published as a new adapter, or merged into its base."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loray.adapters.manifest import read_manifest, with_manifest
+from loray.adapters.manifest import ManifestDetails, read_manifest, with_manifest
+from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion
-from loray.errors import BaseMismatch
 from loray.publishing.publish import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterStore
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> AdapterVersion:
-    """Publish the VeRA adapter `ref` anew, as a LoRA of VeRA's rank in fp32.
+    """Publish the VeRA adapter `ref` as a LoRA adapter of VeRA's rank, in fp32.
 
-    RoPE, context and what was measured are the old one's: it computes the same. UnsupportedError where it is not VeRA.
+    It computes the same, so RoPE, context and evaluations are those of `ref`. Raises UnsupportedError where `ref` is
+    not VeRA.
     """
     from loray.adapters.convert import save_lora, vera_to_lora
 
@@ -32,10 +33,7 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
         tempfile.TemporaryDirectory(prefix="loray-convert-") as made,
     ):
         save_lora(vera_to_lora(weights, base.config), Path(made), base_name=base.name)
-        return publish(
-            Path(made),
-            base,
-            to,
+        details = ManifestDetails(
             derived_from=ref.digest,
             rope_parameters=manifest.rope_parameters,
             context_length=manifest.context_length,
@@ -44,12 +42,13 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
             licence=manifest.licence,
             description=manifest.description,
         )
+        return publish(Path(made), base, to, details)
 
 
 def merge_into_base(
     ref: AdapterRef, folder: Path, *, base: BaseModel, store: AdapterStore, dtype: str | None = None
 ) -> None:
-    """Write `ref` merged into `base` to the new `folder`, in `dtype` or the base's: see `adapters.merge`."""
+    """Write `base` with `ref` merged into it to the new `folder`, in `dtype` or the base's: see `adapters.merge`."""
     import torch
 
     from loray.adapters.merge import merge_adapter
@@ -60,11 +59,8 @@ def merge_into_base(
 
 @contextmanager
 def _opened(ref: AdapterRef, base: BaseModel, store: AdapterStore) -> Iterator[tuple[AdapterManifest, AdapterWeights]]:
-    """Verified: the files by their hashes, the base by its fingerprint, VeRA's pair by its digest."""
-    from loray.adapters.peft_format import read_adapter
-
-    if ref.base_fingerprint != base.fingerprint:
-        raise BaseMismatch(f"{ref.label} was trained on another base than {base.name!r}; add that one first")
+    """Manifest and weights, verified: files by their hashes, the base by its fingerprint, VeRA's pair by its digest."""
+    ref.check_base(base.name, base.fingerprint)
     with tempfile.TemporaryDirectory(prefix="loray-convert-") as scratch:
         fetched = Path(scratch) / "adapter"
         store.fetch(ref.digest, fetched)

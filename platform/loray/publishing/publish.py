@@ -1,4 +1,4 @@
-"""From a folder to a name: describe → store → register. What fails on the way leaves no name behind."""
+"""Publishing a folder: describe → store → register. Where one step fails, no version is registered."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from loray.adapters.manifest import (
+    NO_DETAILS,
+    ManifestDetails,
     describe,
     parse_manifest,
     published_files,
@@ -17,6 +18,7 @@ from loray.adapters.manifest import (
     read_manifest,
     verify_folder,
 )
+from loray.adapters.peft_format import read_adapter, read_config
 from loray.bases.registry import BaseModel, base_with, list_bases
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import BaseMismatch, BaseNotFound, DataError
@@ -26,10 +28,10 @@ from loray.store import AdapterStore
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where an adapter is published, and what it is to be called there.
+    """Where an adapter is published, and under which name, aliases and version.
 
-    version  asks for this number instead of the next: ConflictError where another adapter has it
-    no_gate  why a LongLoRA adapter gets its `aliases` where its evaluations do not earn them; without it: GateRefused
+    version  number of the version instead of the next one; ConflictError where another adapter has it
+    no_gate  reason for which a LongLoRA adapter gets its `aliases` although the gate refuses them; GateRefused without
     """
 
     name: str
@@ -40,50 +42,47 @@ class Destination:
     no_gate: str | None = None
 
 
-def publish(folder: Path, base: BaseModel, to: Destination, **manifest_fields: Any) -> AdapterVersion:
+def publish(folder: Path, base: BaseModel, to: Destination, details: ManifestDetails = NO_DETAILS) -> AdapterVersion:
     """Publish the PEFT adapter in `folder`, trained on `base`; writes its `loray.json`.
 
-    `manifest_fields` go to `adapters.manifest.describe`. Everything that can be wrong with names or files is
-    checked before the first byte is stored; the version appears in one transaction at the end. Repeating a
-    publication that was cut off completes it.
+    Names and files are checked before the first byte is stored; the version is registered in one transaction at the
+    end. Repeating a publication that was interrupted completes it. Raises as `describe` and `Catalog.register` do.
     """
     to.catalog.check_name(to.name, to.aliases)
-    describe(folder, base=base, **manifest_fields)
+    describe(folder, base, details)
     return _store(folder, base, to)
 
 
 def import_folder(
     folder: Path, base: BaseModel, to: Destination, *, licence: str | None = None, description: str = ""
 ) -> AdapterVersion:
-    """Publish any PEFT LoRA or VeRA folder; it is not written to. One with a `loray.json` keeps its identity.
+    """Publish a PEFT LoRA or VeRA folder, which is not changed. A folder with a `loray.json` keeps its digest.
 
-    Raises DataError (no such folder), UnsupportedError (another kind of adapter, pickled weights), BaseMismatch,
+    Raises DataError (no such folder), UnsupportedError (another kind of adapter, pickled weights), BaseMismatch or
     IntegrityError; then neither store nor catalog has changed.
     """
-    from loray.adapters.peft_format import read_adapter
-
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     to.catalog.check_name(to.name, to.aliases)
     is_published = (folder / AdapterManifest.FILE).is_file()
     if is_published:
         _check_published(folder, base)
-    read_adapter(folder, base.config)  # here too, so that errors name the user's folder and not the copy
+    read_adapter(folder, base.config)  # so that errors name the user's folder and not the copy
     with tempfile.TemporaryDirectory(prefix="loray-import-") as scratch:
         copy = Path(scratch)
         for path in published_files(folder):
-            shutil.copy2(path, copy / path.name)  # with its time, which is the adapter's created_at
+            shutil.copy2(path, copy / path.name)  # with its time, which becomes the adapter's created_at
         if is_published:
             shutil.copy2(folder / AdapterManifest.FILE, copy / AdapterManifest.FILE)
         else:
-            describe(copy, base=base, licence=licence, description=description)
+            describe(copy, base, ManifestDetails(licence=licence, description=description))
         return _store(copy, base, to)
 
 
 def register_stored(digest: str, to: Destination) -> AdapterVersion:
-    """Give an adapter that the store has already a name and a version. A digest keeps the version it has.
+    """Register an adapter that is in the store. A digest that the name has already keeps its version.
 
-    Raises AdapterNotFound where the store does not have it, ConflictError, GateRefused.
+    Raises NotFoundError where the store does not have it, ConflictError or GateRefused.
     """
     manifest = to.store.manifest(digest)
     to.catalog.check_name(to.name, to.aliases)
@@ -113,14 +112,13 @@ def _register(digest: str, manifest: AdapterManifest, to: Destination) -> Adapte
 def base_of(folder: Path, home: Path) -> BaseModel:
     """The base on this machine that the adapter in `folder` was trained on.
 
-    By fingerprint where it has a `loray.json`, else by the name or path that PEFT wrote down; where it wrote none,
-    the only base there is. BaseNotFound where none of these tells, BaseMismatch where this machine lacks the base.
+    It is found by the fingerprint in `loray.json`; without that file by the name or path that PEFT stores; and where
+    PEFT stored none, it is the only base of this machine. Raises BaseNotFound where none of these finds it, and
+    BaseMismatch where this machine does not have the base of `loray.json`.
     """
     if (folder / AdapterManifest.FILE).is_file():
         manifest = read_manifest(folder)
         return base_with(home, manifest.base_fingerprint, manifest.base)
-    from loray.adapters.peft_format import read_config
-
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     known = list_bases(home)

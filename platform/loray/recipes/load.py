@@ -1,4 +1,4 @@
-"""Recipes: files or JSON, where they are, and what their relative paths mean. Light enough for the command line."""
+"""Recipes from files or JSON, with the folder that their relative paths start at. Quick to import."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from loray.spec import DataSpec, TrainSpec
 
 
 class Recipe(NamedTuple):
-    """`path` None: given as JSON. `folder` is where the relative data paths of `spec` start."""
+    """`path` is None for a recipe given as JSON. The relative data paths of `spec` start at `folder`."""
 
     spec: TrainSpec
     path: Path | None
     folder: Path
 
     def data(self) -> DataSpec:
-        """With paths that hold from any folder."""
+        """The recipe's data with absolute paths."""
         data = self.spec.data
         paths = {"train": self._absolute(data.train), "eval": data.eval and self._absolute(data.eval)}
         return data.model_copy(update=paths)
@@ -34,9 +34,9 @@ def shipped() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe file, or a shipped recipe by its name, or the recipe itself as a JSON object.
+    """A recipe from a file, from the package by its name, or from a JSON object. Raises SpecError.
 
-    Data paths start at the file's folder; those of a shipped recipe and of JSON at the current one.
+    Relative data paths start at the file's folder; those of a shipped recipe and of JSON at the current folder.
     """
     if name.lstrip().startswith("{"):
         return Recipe(_parse(name), None, Path.cwd())

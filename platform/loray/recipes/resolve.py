@@ -1,4 +1,4 @@
-"""What a recipe leaves to its base, decided once: context, RoPE, group and row length. Nothing here loads a model."""
+"""The values of a recipe that depend on its base: context, RoPE, group and row length. Nothing here loads a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loray.bases.config import ModelConfig
 from loray.bases.rope import scaled
 from loray.errors import SpecError, UnsupportedError
-from loray.spec import RopeParameters, TrainSpec
+from loray.spec import BatchSpec, RopeParameters, TrainSpec
 
 _MAX_LENGTH = 1024
 
@@ -16,11 +16,11 @@ _MAX_LENGTH = 1024
 class Resolved:
     """Lengths in tokens.
 
-    context           that the adapter is trained for: original context × factor, or the base's own window
-    original_context  that is extended; the base's own window where nothing is
-    row_length        N of the longest row
+    context           context that the adapter is trained for: original context × factor, or the base's own context
+    original_context  context before it is extended; equal to `context` where it is not
+    row_length        N, length of the longest row
     group_size        S2-Attn's G; None where attention is dense
-    rope              the base's RoPE, stretched: part of the published adapter; None where the adapter keeps the base's
+    rope              scaled RoPE, part of the published adapter; None where the adapter keeps the base's RoPE
     """
 
     context: int
@@ -31,12 +31,12 @@ class Resolved:
 
 
 def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
-    """What `spec` means on `model`, its base.
+    """The values of `spec` on `model`, its base.
 
-    `data.max_length` bounds a row. Where it is not given, a long-context adapter gets rows of its whole context, and
-    another one rows of 1,024 tokens, or of the base's window where that is shorter.
+    `data.max_length` bounds a row. Without it, a row of a long-context adapter has up to the whole context, and a row
+    of another adapter up to 1,024 tokens, or the base's context where that is shorter.
 
-    Raises SpecError where rows would be longer than the context, UnsupportedError where RoPE cannot be scaled.
+    Raises SpecError where rows would be longer than the context, and UnsupportedError where RoPE cannot be scaled.
     """
     window, long_context = model.max_position_embeddings, spec.adapter.long_context
     if long_context is None:
@@ -52,8 +52,22 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
 
 
 def quarter(context: int) -> int:
-    """The group of LongLoRA's paper: a quarter of the context, rounded down to an even number."""
+    """Group size of LongLoRA's paper: a quarter of the context, rounded down to an even number."""
     return max(2, context // 4 // 2 * 2)
+
+
+def is_small_group(group_size: int, context: int) -> bool:
+    """Whether a group is less than a quarter of the context: LongLoRA's paper finds that this raises the loss."""
+    return group_size < quarter(context)
+
+
+def check_token_budget(batch: BatchSpec, row_length: int) -> None:
+    """Raise SpecError where a row of `row_length` tokens does not fit into a micro-batch of `batch.tokens`."""
+    if batch.tokens is not None and row_length > batch.tokens:
+        raise SpecError(
+            f"batch.tokens is {batch.tokens}, less than a row of {row_length} tokens; raise it, or lower "
+            "data.max_length"
+        )
 
 
 def _row_length(spec: TrainSpec, context: int, *, default: int) -> int:

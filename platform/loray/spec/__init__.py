@@ -1,4 +1,4 @@
-"""Everything that crosses a boundary: recipes, manifests, references, sampling parameters, serve specs.
+"""Data that processes and components exchange: recipes, manifests, references, sampling parameters, serve specs.
 
 All models are frozen, and an unknown field is an error. Sizes are bytes, lengths are tokens, times are seconds.
 """
@@ -10,18 +10,24 @@ from loray.spec.adapters import (
     Evaluation,
     Projection,
     RopeParameters,
+    RopeType,
     Subject,
 )
 from loray.spec.evaluation import (
+    EXACT_MATCH,
+    LOG_LIKELIHOOD,
+    LOSS,
     PERPLEXITY,
     ContextLength,
     Depth,
+    NoGateReason,
     PerplexitySpec,
-    Reason,
     RetrievalSpec,
     RetrievalTask,
+    retrieval_metric,
 )
 from loray.spec.fields import (
+    DEFAULT_ALIAS,
     DTYPE_BYTES,
     Alias,
     DType,
@@ -41,6 +47,8 @@ from loray.spec.serving import AutoscalingSpec, ServeSpec
 from loray.spec.training import (
     ATTENTION_MODULES,
     LINEAR_MODULES,
+    MLP_MODULES,
+    MODULES_BY_INPUT,
     AdapterSpec,
     BatchSpec,
     CheckpointSpec,
@@ -54,14 +62,21 @@ from loray.spec.training import (
     ParallelSpec,
     PublishSpec,
     RopeScaling,
+    StrategyName,
     TrainSpec,
     VeraSpec,
 )
 
 __all__ = [
     "ATTENTION_MODULES",
+    "DEFAULT_ALIAS",
     "DTYPE_BYTES",
+    "EXACT_MATCH",
     "LINEAR_MODULES",
+    "LOG_LIKELIHOOD",
+    "LOSS",
+    "MLP_MODULES",
+    "MODULES_BY_INPUT",
     "PERPLEXITY",
     "AdapterBytes",
     "AdapterManifest",
@@ -91,20 +106,22 @@ __all__ = [
     "LoraSpec",
     "Method",
     "Name",
+    "NoGateReason",
     "NumBytes",
     "OptimizerSpec",
     "ParallelSpec",
     "PerplexitySpec",
     "Projection",
     "PublishSpec",
-    "Reason",
     "RetrievalSpec",
     "RetrievalTask",
     "RopeParameters",
     "RopeScaling",
+    "RopeType",
     "SamplingParams",
     "ServeSpec",
     "Sha256",
+    "StrategyName",
     "Subject",
     "TokenLogprob",
     "TrainSpec",
@@ -112,4 +129,5 @@ __all__ = [
     "format_size",
     "has_ended",
     "parse_size",
+    "retrieval_metric",
 ]

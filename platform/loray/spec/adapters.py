@@ -1,4 +1,4 @@
-"""A published adapter: its manifest, and the reference that serving knows it by."""
+"""A published adapter: its manifest, and the reference that serving uses."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from loray.errors import BaseMismatch
 from loray.spec.fields import Frozen, Method, Sha256
 from loray.spec.training import TrainSpec
 
-# base_scaled: the base under the adapter's RoPE.
-Subject = Literal["adapter", "base", "base_scaled"]
+Subject = Literal["adapter", "base", "base_scaled"]  # base_scaled: the base under the adapter's RoPE
+RopeType = Literal["default", "linear", "yarn", "llama3"]
 
 
 class RopeParameters(Frozen):
     """RoPE as transformers names it (`config.rope_parameters`); the part of a checkpoint that LongLoRA changes."""
 
-    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
+    rope_type: RopeType = "default"
     rope_theta: float = Field(gt=0)
     factor: float | None = Field(default=None, ge=1)
     original_max_position_embeddings: int | None = None
@@ -99,7 +100,7 @@ class AdapterManifest(Frozen):
     created_at: str = Field(description="UTC, ISO 8601")
 
     def ref(self, digest: str, name: str, version: int) -> AdapterRef:
-        """As serving knows it; `digest` is this manifest's."""
+        """The reference that serving uses. `digest` is this manifest's."""
         return AdapterRef(
             digest=digest,
             name=name,
@@ -112,7 +113,7 @@ class AdapterManifest(Frozen):
 
 
 class AdapterRef(Frozen):
-    """One immutable version, as serving knows it. `digest` is the manifest's; `name` and `version` are for people."""
+    """A reference to one immutable version. `digest` is the manifest's; `name` and `version` are for people."""
 
     digest: Sha256
     name: str
@@ -126,9 +127,19 @@ class AdapterRef(Frozen):
     def label(self) -> str:
         return f"{self.name}@{self.version}"
 
+    def check_base(self, name: str, fingerprint: str) -> None:
+        """Raise BaseMismatch unless the adapter was trained on the base called `name`, which has this fingerprint."""
+        if self.base_fingerprint != fingerprint:
+            raise BaseMismatch(
+                f"adapter {self.label} was trained on another base than {name!r} "
+                f"(fingerprints {self.base_fingerprint[:12]} and {fingerprint[:12]})"
+            )
+
 
 class AdapterBytes(NamedTuple):
-    """What an adapter takes in a replica's pool: its own rows, and the (digest, bytes) of the pair that it shares."""
+    """Bytes of an adapter in a replica's pool: `own` are those of its rows, `pair` is (digest, bytes) of the VeRA pair
+    that it shares with others.
+    """
 
     own: int
     pair: tuple[str, int] | None = None

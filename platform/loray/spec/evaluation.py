@@ -1,4 +1,4 @@
-"""What is measured of a long-context adapter before it is published, and the reason that may stand in for it."""
+"""Evaluations of a long-context adapter before it is published, and the names of their metrics."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from pydantic import Field, StringConstraints
 
 from loray.spec.fields import Frozen
 
-PERPLEXITY = "perplexity"  # Evaluation.metric
+# Values of `Evaluation.metric`. Those of retrieval carry the task's name in front: see `retrieval_metric`.
+PERPLEXITY, LOSS = "perplexity", "loss"
+EXACT_MATCH, LOG_LIKELIHOOD = "exact_match", "log_likelihood"
+
 RetrievalTask = Literal["passkey", "topics"]
 ContextLength = Annotated[int, Field(gt=1)]
 Depth = Annotated[float, Field(ge=0, le=1)]
-# Why an alias is granted without the gate; it is recorded.
-Reason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
+# Why an alias is set although the gate refuses it. The catalog records the reason.
+NoGateReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
+
+
+def retrieval_metric(task: str, metric: str) -> str:
+    """`passkey`, EXACT_MATCH → "passkey_exact_match"."""
+    return f"{task}_{metric}"
 
 
 class PerplexitySpec(Frozen):

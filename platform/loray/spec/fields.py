@@ -1,4 +1,4 @@
-"""What every spec is made of: names, sizes, and frozen models that refuse unknown fields."""
+"""Field types of specs: names, sizes, and frozen models that refuse unknown fields."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Method = Literal["lora", "vera", "longlora"]
 DType = Literal["bfloat16", "float16", "float32"]
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+DEFAULT_ALIAS = "prod"  # the version that a name without a selector means, where this alias is set
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*$")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -55,7 +56,7 @@ class Frozen(BaseModel):
 
     @classmethod
     def parse(cls, data: Any, *, source: str) -> Self:
-        """Validate `data`; on failure raise SpecError with one line per wrong field, naming `source`."""
+        """`data` as a model. Raises SpecError, which names `source` and has one line per wrong field."""
         try:
             return cls.model_validate(data)
         except ValidationError as e:

@@ -1,4 +1,4 @@
-"""A recipe: what `loray train` takes."""
+"""A recipe: the input of `loray train`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from loray.spec.evaluation import PerplexitySpec, Reason, RetrievalSpec
+from loray.spec.evaluation import NoGateReason, PerplexitySpec, RetrievalSpec
 from loray.spec.fields import Alias, DType, Frozen, Name
 
-LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-
+MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
+LINEAR_MODULES = ATTENTION_MODULES + MLP_MODULES
+# The modules of a layer, those with the same input together.
+MODULES_BY_INPUT: tuple[tuple[LinearModule, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
+StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 
 _LEAST_VERA_RATE = 1e-3
 
@@ -38,11 +46,11 @@ class LongContext(Frozen):
     train_norms: bool = True
 
     def extended_from(self, window: int) -> int:
-        """Tokens of the context that is stretched, on a base whose own is `window` tokens."""
+        """Tokens of the context before it is extended, on a base with a context of `window` tokens."""
         return self.original_context or window
 
     def context_length(self, window: int) -> int:
-        """Tokens trained for, on a base whose own context is `window` tokens."""
+        """Tokens that the adapter is trained for, on a base with a context of `window` tokens."""
         return int(self.extended_from(window) * self.rope_scaling.factor)
 
 
@@ -50,7 +58,6 @@ class _AdapterSpec(Frozen):
     rank: int = Field(gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
-
     long_context: LongContext | None = None
 
 
@@ -154,7 +161,7 @@ class ParallelSpec(Frozen):
     """
 
     sequence: int = Field(default=1, gt=0)
-    strategy: Literal["ddp", "zero2", "zero3", "fsdp2"] = "ddp"
+    strategy: StrategyName = "ddp"
 
 
 class EvaluationSpec(Frozen):
@@ -174,7 +181,9 @@ class CheckpointSpec(Frozen):
 
 class PublishSpec(Frozen):
     aliases: tuple[Alias, ...] = ()
-    no_gate: Reason | None = Field(default=None, description="why LongLoRA's aliases are granted whatever was measured")
+    no_gate: NoGateReason | None = Field(
+        default=None, description="why LongLoRA's aliases are granted whatever was measured"
+    )
     licence: str | None = None
     description: str = ""
 
@@ -206,7 +215,7 @@ class TrainSpec(Frozen):
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Of all workers together: whatever their number is at the time, a step's batch stays the same."""
+        """Micro-batches of all workers in one optimizer step. It does not depend on how many workers are left."""
         return self.batch.accumulation * (self.num_workers // self.parallel.sequence)
 
     @model_validator(mode="after")
@@ -243,7 +252,7 @@ class TrainSpec(Frozen):
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """What can be trained like that, but is probably not meant."""
+        """Warnings about values that are valid but probably a mistake."""
         rate = self.optimizer.learning_rate
         if self.adapter.method == "vera" and rate < _LEAST_VERA_RATE:
             return (

@@ -3,7 +3,7 @@
     blobs/ab/abcd…         the bytes of one file
     manifests/ab/abcd….json  canonical JSON, written after all its blobs
 
-A reader that finds a manifest finds everything; equal files of different adapters are stored once.
+So a reader that finds a manifest also finds its blobs. Equal files of different adapters are stored once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-from loray.adapters.manifest import file_sha256, parse_manifest, read_canonical, verify_folder, write_manifest
+from loray.adapters.manifest import parse_manifest, read_canonical, verify_folder, write_manifest
 from loray.errors import ConflictError, IntegrityError, NotFoundError
+from loray.files import file_sha256
 from loray.spec import AdapterManifest
 from loray.store.objects import ObjectStore
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
-
 
 _MAX_MANIFEST_BYTES = 16 << 20
 
@@ -35,9 +35,9 @@ class AdapterStore:
         self.objects = objects
 
     def put(self, folder: Path) -> str:
-        """Store the described adapter in `folder`; returns its digest. Storing it again changes nothing.
+        """Store the adapter in `folder`, which has a manifest, and return its digest. Storing it again changes nothing.
 
-        IntegrityError where a file is not what its manifest says; nothing is stored then.
+        Raises IntegrityError where a file differs from the manifest; then nothing is stored.
         """
         manifest = verify_folder(folder)
         canonical = read_canonical(folder)
@@ -50,16 +50,16 @@ class AdapterStore:
         return digest
 
     def manifest(self, digest: str) -> AdapterManifest:
-        """NotFoundError where the store has no such adapter, IntegrityError where its manifest is damaged."""
+        """Raises NotFoundError where the store has no such adapter, IntegrityError where its manifest is damaged."""
         return parse_manifest(self._canonical(digest), source=f"the manifest of adapter {digest[:12]}")
 
     def fetch(
         self, digest: str, folder: Path, *, have: Mapping[str, bytes | memoryview] = MappingProxyType({})
     ) -> AdapterManifest:
-        """Write the adapter to `folder`, which must be new or empty, and appears only when it is whole.
+        """Write the adapter to `folder`, which must be new or empty, and appears when it is complete.
 
-        Every file's SHA-256 is checked: IntegrityError names one that differs or is missing. `have`: files that the
-        caller has got by `read_range` and verified.
+        Raises IntegrityError, which names the file, where one is missing or has another SHA-256. `have` are files that
+        the caller has read with `read_range` and verified.
         """
         canonical = self._canonical(digest)
         manifest = parse_manifest(canonical, source=f"the manifest of adapter {digest[:12]}")
@@ -87,22 +87,22 @@ class AdapterStore:
             return self.objects.get(_blob_key(sha256))
 
     def read_range(self, digest: str, name: str, sha256: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of the adapter's file `name`, whose SHA-256 is the caller's to check once it has all.
+        """Bytes [start, stop) of the adapter's file `name`. The caller checks the SHA-256 once it has the whole file.
 
-        IntegrityError where the file is missing.
+        Raises IntegrityError where the file is missing.
         """
         with _named(digest, name):
             return self.objects.get_range(_blob_key(sha256), start, stop)
 
     def read_into(self, digest: str, name: str, sha256: str, start: int, buffer: memoryview) -> None:
-        """As `read_range`, into memory that is there. IntegrityError also where the file ends before."""
+        """As `read_range`, into `buffer`. Raises IntegrityError also where the file is too short to fill it."""
         with _named(digest, name):
-            come = self.objects.read_into(_blob_key(sha256), start, buffer)
-        if come != len(buffer):
+            num_read = self.objects.read_into(_blob_key(sha256), start, buffer)
+        if num_read != len(buffer):
             raise IntegrityError(f"adapter {digest[:12]} is damaged: {name} in the store is cut off; publish it again")
 
     def verify(self, digest: str) -> AdapterManifest:
-        """Read every stored byte of the adapter and hash it; IntegrityError names the file that differs."""
+        """Read and hash every stored byte of the adapter. Raises IntegrityError, which names the file that differs."""
         manifest = self.manifest(digest)
         with tempfile.TemporaryDirectory(prefix="loray-verify-") as scratch:
             for name, sha256 in sorted(manifest.files.items()):
@@ -137,14 +137,15 @@ class AdapterStore:
         return data
 
     def _manifest_bytes(self, digest: str) -> bytes | None:
-        """None where the stored bytes are not those of `digest`."""
-        # In one request, where `get` takes two of S3.
+        """None where the stored bytes do not have this digest."""
+        # One request to S3, where `get` makes two.
         data = self.objects.get_range(_manifest_key(digest), 0, _MAX_MANIFEST_BYTES)
         return data if hashlib.sha256(data).hexdigest() == digest else None
 
 
 @contextmanager
 def _named(digest: str, name: str) -> Iterator[None]:
+    """Missing objects become an IntegrityError that names adapter and file."""
     try:
         yield
     except NotFoundError as e:
@@ -152,7 +153,7 @@ def _named(digest: str, name: str) -> Iterator[None]:
 
 
 def check_digest(digest: str) -> str:
-    """`digest` itself; NotFoundError where it cannot be one (it becomes part of a path)."""
+    """`digest` itself. Raises NotFoundError where it is not 64 hex digits, since it becomes part of a path."""
     if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise NotFoundError(f"{digest!r} is not an adapter digest (64 hex digits)")
     return digest

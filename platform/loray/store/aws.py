@@ -1,4 +1,4 @@
-"""What AWS's own configuration says, and the S3 client that it makes. boto3 is imported when the first one is."""
+"""AWS's configuration, and the S3 client made from it. boto3 is imported with the first client."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from loray.errors import SettingsError
 from loray.locations import S3Location
 
-NUM_CONNECTIONS = 8  # parts of one object that travel at once
+NUM_CONNECTIONS = 8  # parallel transfers of one object's parts
 
 _PROFILE = "default"
-_DEFAULT_REGION = "us-east-1"  # what servers that know no regions take
+_DEFAULT_REGION = "us-east-1"  # for servers without regions
 _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 60
 _QUICK_READ_TIMEOUT_S = 5
@@ -28,7 +28,7 @@ class Keys(NamedTuple):
 
 
 def read_keys(file: Path) -> Keys:
-    """The keys of profile `default` of a shared credentials file; SettingsError where it is missing or holds none."""
+    """The keys of profile `default` in a shared credentials file. Raises SettingsError where there are none."""
     parser = configparser.RawConfigParser()
     try:
         parser.read_string(file.read_text(encoding="utf-8"), source=str(file))
@@ -46,21 +46,21 @@ def read_keys(file: Path) -> Keys:
 
 
 def endpoint_of(location: S3Location) -> str | None:
-    """The URL's own endpoint, else AWS's variables; None means AWS itself."""
+    """The endpoint of the URL, else of AWS's environment variables. None means AWS itself."""
     return location.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def region_of(location: S3Location) -> str | None:
-    """None leaves it to AWS's configuration files."""
+    """The region of the URL, else of AWS's environment variables. None means AWS's configuration files."""
     region = location.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     return region or (_DEFAULT_REGION if endpoint_of(location) else None)
 
 
 def connect(location: S3Location, *, quick: bool = False) -> Any:
-    """A boto3 client, which several threads may use. It retries what may succeed later and checks checksums.
+    """A boto3 client, which several threads may use. It retries requests and verifies checksums. Sends nothing yet.
 
-    `quick`: for small objects, where an error within seconds is better than an answer after minutes.
-    SettingsError where the credentials file is wrong. Nothing is sent yet.
+    `quick` is for small objects: a request fails within seconds instead of minutes. Raises SettingsError where the
+    credentials file is wrong.
     """
     import boto3
     from botocore.config import Config

@@ -1,4 +1,4 @@
-"""A node's copies of adapters: fetched once, verified, bounded in bytes, shared by the processes of the node."""
+"""A node's cache of adapters: fetched once, verified, limited in bytes, shared by the processes of the node."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
-_LOOK_S = 60.0
+_SCAN_INTERVAL_S = 60.0
 _STALE_S = 3600.0
 
-Fetch = Callable[[str, Path], object]  # (digest, a folder that appears only when it is whole)
+Fetch = Callable[[str, Path], object]  # (digest, folder, which appears when it is complete)
 
 
 class CacheEntry(NamedTuple):
-    """Not `present`: `folder` does not exist, and is to appear when it is whole."""
+    """Where it is not `present`, `folder` does not exist, and must appear complete."""
 
     folder: Path
     present: bool
@@ -39,11 +39,11 @@ class _Entry(NamedTuple):
 
 
 class AdapterCache:
-    """Least recently used adapters go first; one that is pinned, by any process of the node, stays.
+    """Evicts the least recently used adapters, but none that a process of the node has pinned.
 
-    One lock file per adapter (`locks/DIGEST`, flock): shared while pinned, exclusive to fetch or evict. So a
-    hundred requests for one cold adapter are one fetch, whether they come from threads or from processes, and a
-    process that dies releases what it held.
+    Each adapter has a lock file (`locks/DIGEST`, flock), shared while the adapter is pinned, exclusive while it is
+    fetched or evicted. So many requests for one adapter, of threads or processes, cause one fetch, and a process that
+    dies releases its locks.
     """
 
     def __init__(self, store: AdapterStore, folder: Path, max_bytes: int) -> None:
@@ -55,17 +55,17 @@ class AdapterCache:
         self._max_bytes = max_bytes
         self._trusted: set[str] = set()  # verified by this process; guarded by _mutex
         self._mutex = threading.Lock()
-        self._added = self._room = 0  # bytes since the last look at all entries, and what was free then
-        self._look_by = 0.0
+        self._added = self._room = 0  # bytes added since the last scan of all entries, and bytes free at that time
+        self._next_scan = 0.0
         self._entries.mkdir(parents=True, exist_ok=True)
         self._locks.mkdir(parents=True, exist_ok=True)
-        for left in self._entries.glob(".*"):  # of fetches and evictions that died
-            with suppress(FileNotFoundError):  # another process's fetch, that ended meanwhile
+        for left in self._entries.glob(".*"):  # of fetches and evictions whose process died
+            with suppress(FileNotFoundError):  # another process's fetch has just ended
                 if time.time() - left.stat().st_mtime > _STALE_S:
                     shutil.rmtree(left, ignore_errors=True)
 
     def get(self, digest: str) -> Path:
-        """The folder of the adapter, fetched where it is not here. It may be evicted later: pin it to read it.
+        """The adapter's folder, fetched where the cache lacks it. It may be evicted at any time unless it is pinned.
 
         Raises NotFoundError and IntegrityError as the store does.
         """
@@ -76,10 +76,10 @@ class AdapterCache:
     def pinned(
         self, digest: str, *, fetch: Fetch | None = None, is_good: Callable[[Path], bool] | None = None
     ) -> Iterator[Path]:
-        """As `get`; the folder stays until the block ends.
+        """As `get`; the folder is not evicted before the block ends.
 
-        `fetch` makes the folder in the store's place, once for all who wait for it. `is_good` says of a folder that an
-        earlier process left whether it is to be trusted, in place of hashing the adapter's files.
+        `fetch` makes the folder instead of the store, once for all callers that wait. `is_good` checks a folder that an
+        earlier process left, instead of hashing its files.
         """
         while True:
             with self.entry(digest, is_good=is_good) as entry:
@@ -90,15 +90,15 @@ class AdapterCache:
 
     @contextmanager
     def entry(self, digest: str, *, is_good: Callable[[Path], bool] | None = None) -> Iterator[CacheEntry]:
-        """The adapter's place until the block ends: pinned where it is present, else the caller's alone, to fill.
+        """The adapter's entry until the block ends: pinned where it is present, else locked for the caller to fill.
 
-        Who fills it has verified what it puts there. The block may end in another thread than it began in.
+        The caller verifies the files before it creates the folder. The block may end in another thread than it began.
         """
         path = self._entries / check_digest(digest)
         while True:
             with self._lock(digest, fcntl.LOCK_SH) as handle:
                 if self._is_good(digest, path, is_good):
-                    used_at = time.time_ns()  # finer than the clock that utime takes by itself
+                    used_at = time.time_ns()  # of a higher resolution than utime's own clock
                     os.utime(handle, ns=(used_at, used_at))
                     yield CacheEntry(path, present=True)
                     return
@@ -113,15 +113,15 @@ class AdapterCache:
                         self._trust(digest)
                         self._evict(keep=digest)
                     else:
-                        (self._locks / digest).unlink(missing_ok=True)  # held: nobody else is at it
+                        (self._locks / digest).unlink(missing_ok=True)  # while this process holds the lock
                 return
 
     def trim(self, keep: str) -> None:
-        """After `keep`, which is pinned, has grown."""
+        """Evict after `keep`, which is pinned, has grown."""
         self._evict(keep=keep)
 
     def _is_good(self, digest: str, path: Path, is_good: Callable[[Path], bool] | None) -> bool:
-        """Present, and hashed once by this process: what an earlier one left may be torn."""
+        """Whether it is present and verified once by this process: a folder of an earlier process may be damaged."""
         if not path.is_dir():
             return False
         with self._mutex:
@@ -141,14 +141,14 @@ class AdapterCache:
             self._trusted.add(digest)
 
     def _evict(self, *, keep: str) -> None:
-        """Remove the least recently used entries until all fit; `keep` and pinned ones stay.
+        """Remove the least recently used entries until the rest fits, but neither `keep` nor pinned ones.
 
-        All are looked at only where they might be too many: what this process has added since the last look is more
-        than half of the room that there was, or the look is old, since others add as well.
+        The entries are scanned only where they may be too many: this process has added more than half of the bytes that
+        were free at the last scan, or that scan is old, since other processes add entries as well.
         """
         with self._mutex:
             self._added += _folder_bytes(self._entries / keep)
-            if 2 * self._added <= self._room and time.monotonic() < self._look_by:
+            if 2 * self._added <= self._room and time.monotonic() < self._next_scan:
                 return
         entries = sorted(self._scan())
         total = sum(entry.nbytes for entry in entries)
@@ -159,7 +159,7 @@ class AdapterCache:
                 total -= entry.nbytes
         with self._mutex:
             self._added, self._room = 0, self._max_bytes - total
-            self._look_by = time.monotonic() + _LOOK_S
+            self._next_scan = time.monotonic() + _SCAN_INTERVAL_S
 
     def _evict_one(self, digest: str) -> bool:
         try:
@@ -179,10 +179,10 @@ class AdapterCache:
             try:
                 yield _Entry((self._locks / path.name).stat().st_mtime_ns, _folder_bytes(path), path.name)
             except FileNotFoundError:
-                continue  # evicted by another process meanwhile
+                continue  # another process has just evicted it
 
     def _remove(self, path: Path) -> None:
-        """Out of sight first, in one step: a process that dies in between leaves no half adapter."""
+        """Rename first, then remove: a process that dies in between leaves no incomplete entry."""
         if path.exists():
             trash = path.with_name(f".evicted-{path.name}-{os.getpid()}-{threading.get_ident()}")
             path.rename(trash)
@@ -190,13 +190,13 @@ class AdapterCache:
 
     @contextmanager
     def _lock(self, digest: str, mode: int) -> Iterator[int]:
-        """flock on the adapter's lock file. Raises BlockingIOError where `mode` has LOCK_NB and others hold it."""
+        """flock on the adapter's lock file. Raises BlockingIOError where `mode` has LOCK_NB and it is locked."""
         path = self._locks / digest
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(handle, mode)
-                # An eviction may have unlinked the file that we waited for: then it locks nothing.
+                # An eviction may have unlinked the file in the meantime: then this lock protects nothing.
                 if _same_file(handle, path):
                     yield handle
                     return

@@ -1,4 +1,4 @@
-"""The same places as pyarrow filesystems, for what reads and writes files by itself: Ray Train, data files."""
+"""Store URLs as pyarrow filesystems, for Ray Train and data files, which use no ObjectStore."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from loray.store.aws import endpoint_of, read_keys, region_of
 def open_filesystem(url: str) -> tuple[Any, str]:
     """(`pyarrow.fs.FileSystem`, the root in it) of a store URL. Buckets are never created.
 
-    SettingsError where the URL or its credentials file is wrong. `kms_key_id` is not pyarrow's to set: give the bucket
-    a default encryption.
+    Raises SettingsError where the URL or its credentials file is wrong. pyarrow cannot set `kms_key_id`: give the
+    bucket a default encryption.
     """
     from pyarrow import fs
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-TEMPORARY = ".tmp"  # the first part of names that a store keeps for itself
+TEMPORARY = ".tmp"  # first part of the names of a store's temporary objects
 
 
 def check_key(key: str) -> str:
-    """`key` itself; ValueError where it would leave the store or meet what the store keeps for itself."""
+    """`key` itself. Raises ValueError where it leads out of the store or to its temporary objects."""
     parts = PurePosixPath(key).parts
     if not parts or key != "/".join(parts) or ".." in parts or parts[0] == TEMPORARY:
         raise ValueError(f"{key!r} is not a valid key")

@@ -1,4 +1,4 @@
-"""Objects by key: written once, whole or not at all. In a folder here, in a bucket in `loray.store.s3`."""
+"""Object stores: objects by key, each written once and atomically. `LocalStore` is a folder, `store.s3` a bucket."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ class ObjectStore(Protocol):
     """Keys are relative POSIX paths. Implementations are safe to use from several threads and processes."""
 
     def put_if_absent(self, key: str, data: bytes | Path) -> bool:
-        """Store bytes, or a file's; of several writers of one key exactly one gets True. Durable on return."""
+        """Store bytes, or those of a file. Exactly one of several writers of a key gets True. Durable on return."""
         ...
 
     def get(self, key: str) -> bytes:
-        """NotFoundError where there is no such key."""
+        """Raises NotFoundError where there is no such key."""
         ...
 
     def get_to(self, key: str, path: Path) -> None:
-        """Write the object to `path`. NotFoundError where there is no such key."""
+        """Write the object to `path`. Raises NotFoundError where there is no such key."""
         ...
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop), fewer where the object ends before. NotFoundError where there is no such key."""
+        """Bytes [start, stop), fewer where the object is shorter. Raises NotFoundError where there is no such key."""
         ...
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> int:
-        """Fill `buffer` with the bytes from `start` on; how many there were. NotFoundError as above."""
+        """Fill `buffer` with the bytes from `start` on, and return their number. Raises NotFoundError as above."""
         ...
 
     def exists(self, key: str) -> bool: ...
@@ -47,16 +47,16 @@ class ObjectStore(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Deleting what is not there is no error."""
+        """Delete the object. A missing key is no error."""
         ...
 
     def check(self) -> None:
-        """StoreError or UnsupportedError where nothing could be stored: asked before long work, not after it."""
+        """Raise StoreError or UnsupportedError where nothing could be stored. Called before long work."""
         ...
 
 
 class LocalStore:
-    """A folder as an ObjectStore. Readers never see a partial object: it is linked into place when it is whole."""
+    """A folder as an ObjectStore. Readers never see a partial object: a complete file is linked into place."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -133,7 +133,7 @@ class LocalStore:
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
-        """A file on the same filesystem, removed afterwards."""
+        """A file on the same filesystem, removed after the block."""
         folder = self.root / TEMPORARY
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder)
@@ -145,9 +145,9 @@ class LocalStore:
 
 
 def open_store(url: str) -> ObjectStore:
-    """`file:///absolute/folder` (created at the first write) or `s3://bucket/prefix?…` (`loray.locations`).
+    """The store at `file:///absolute/folder` (created at the first write) or `s3://bucket/prefix?…`.
 
-    SettingsError where the URL or its credentials file is wrong; a server is asked at the first request only.
+    Raises SettingsError where the URL or its credentials file is wrong. Connects at the first request.
     """
     location = parse_location(url)
     if isinstance(location, FileLocation):

@@ -1,4 +1,4 @@
-"""An object's bytes in parts, which travel to S3 in parallel."""
+"""Multipart uploads to S3: an object's parts are sent in parallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_PARTS = 10_000  # S3's own limit
 
 
 class Source(NamedTuple):
-    """Bytes in memory, or a file that is read by several threads."""
+    """Bytes in memory, or a file. Several threads may read it."""
 
     data: bytes | Path
     num_bytes: int
@@ -38,9 +38,9 @@ class Source(NamedTuple):
 
 
 def upload_parts(client: Any, target: Mapping[str, str], source: Source) -> Sequence[Mapping[str, Any]]:
-    """Send all parts of the multipart upload `target`; what CompleteMultipartUpload wants to know of them.
+    """Send all parts of the multipart upload `target`. Returns the list of parts for CompleteMultipartUpload.
 
-    boto3's errors come through, once no part is on its way any more.
+    Raises boto3's errors, after all transfers have ended.
     """
     part_bytes = max(PART_BYTES, -(-source.num_bytes // _MAX_PARTS))
 

@@ -1,4 +1,4 @@
-"""Objects by key, in a bucket of AWS S3 or of a server that speaks its protocol."""
+"""An ObjectStore in a bucket of AWS S3, or of a server with the same protocol."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
-LARGE_BYTES = 2 * PART_BYTES  # worth a question before, and several connections
+LARGE_BYTES = 2 * PART_BYTES  # from here on, uploads look first whether the object exists, and transfers are parallel
 
 _MAX_PUT_BYTES = 5 << 30  # S3's own limit
 _PROBE = f"{TEMPORARY}/conditional-writes"
-_CONFLICTS = 5  # of writers of one key at one moment, before one gives up
+_MAX_CONFLICTS = 5  # attempts of a write that collides with other writers of the key
 
 
 class S3Store:
-    """A prefix of a bucket as an ObjectStore. The bucket must exist and the server must honour `If-None-Match`.
+    """A prefix of a bucket as an ObjectStore. The bucket must exist, and the server must support `If-None-Match`.
 
-    AWS gets large objects in parallel parts. Other servers get them in one request: two uploads in parts that end at
-    the same moment may both win there (SeaweedFS 4.48 lets them), while of two plain writes one is refused.
+    Large objects are sent to AWS in parallel parts, and to other servers in one request: there, two multipart uploads
+    that complete at the same moment may both succeed (SeaweedFS 4.48), while of two single writes one is refused.
 
-    StoreError where the server cannot be reached or refuses; every request is tried several times before that, with
-    `quick` twice, for 5 s each. Threads may share it; a process that was forked must make its own.
+    Methods raise StoreError where the server cannot be reached or refuses, after several attempts; with `quick` after
+    two of 5 s each. Threads may share it; a forked process must make its own.
     """
 
     def __init__(self, location: S3Location, *, quick: bool = False) -> None:
@@ -43,7 +43,7 @@ class S3Store:
         self._bucket = location.bucket
         self._prefix = f"{location.prefix}/" if location.prefix else ""
         self._parts_from = _MAX_PUT_BYTES if endpoint_of(location) else LARGE_BYTES
-        self._checked: set[str] = set()  # kinds of conditional writes that the server has proved to refuse
+        self._checked: set[str] = set()  # kinds of conditional writes that the server is known to support
         kms = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": location.kms_key_id} if location.kms_key_id else {}
         self._encryption: Mapping[str, str] = kms
 
@@ -53,12 +53,12 @@ class S3Store:
         in_parts = source.num_bytes >= self._parts_from
         with translate_errors(self.location):
             if source.num_bytes >= LARGE_BYTES and self._find(name) is not None:
-                return False  # found out before the bytes travel
+                return False  # before any byte is sent
             self._check_conditional_writes("PutObject", self._put_whole)
             if in_parts:
                 self._check_conditional_writes("CompleteMultipartUpload", self._put_in_parts)
             put = self._put_in_parts if in_parts else self._put_whole
-            for attempt in range(_CONFLICTS):
+            for attempt in range(_MAX_CONFLICTS):
                 won = put(name, source)
                 if won is not None:
                     return won
@@ -72,7 +72,7 @@ class S3Store:
         return buffer.getvalue()
 
     def get_to(self, key: str, path: Path) -> None:
-        """Large objects come in parallel ranges. `path` appears when it is whole."""
+        """Large objects are read in parallel ranges. `path` appears when it is complete."""
         with self._reading(key):
             self._client.download_file(self._bucket, self._name(key), str(path), Config=_transfer())
 
@@ -84,13 +84,13 @@ class S3Store:
     def read_into(self, key: str, start: int, buffer: memoryview) -> int:
         with self._reading(key):
             body = self._open_range(key, start, start + len(buffer))
-            come = 0
-            while body is not None and come < len(buffer) and (n := body.readinto(buffer[come:])):
-                come += n
-            return come
+            num_read = 0
+            while body is not None and num_read < len(buffer) and (n := body.readinto(buffer[num_read:])):
+                num_read += n
+            return num_read
 
     def _open_range(self, key: str, start: int, stop: int) -> Any | None:
-        """The response's body; None where the object ends before."""
+        """The response's body; None where the object ends before `start`."""
         from botocore.exceptions import ClientError
 
         try:
@@ -127,7 +127,7 @@ class S3Store:
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def _put_whole(self, name: str, source: Source) -> bool | None:
-        """Whether the object is this call's; None where another writer was at it at the same moment."""
+        """Whether this call has written the object; None where it collided with another writer."""
         writer = uuid.uuid4().hex
         with self._conditional(name, writer) as outcome, source.open() as body:
             self._client.put_object(
@@ -141,7 +141,7 @@ class S3Store:
         return outcome.won
 
     def _put_in_parts(self, name: str, source: Source) -> bool | None:
-        """As `_put_whole`; whoever completes first wins. Parts of one that failed are removed."""
+        """As `_put_whole`; the writer that completes first wins. The parts of a failed upload are removed."""
         writer = uuid.uuid4().hex
         upload = self._client.create_multipart_upload(
             Bucket=self._bucket,
@@ -166,12 +166,12 @@ class S3Store:
 
         try:
             self._client.abort_multipart_upload(**target)
-        except (BotoCoreError, ClientError) as e:  # what failed before is what matters
+        except (BotoCoreError, ClientError) as e:  # the caller gets the error that came first
             log.warning("parts of %s stay in bucket %s: %s", target["Key"], self._bucket, e)
 
     @contextmanager
     def _conditional(self, name: str, writer: str) -> Iterator[_Outcome]:
-        """Around one conditional request: what its answer says of who wrote the object."""
+        """Wraps one conditional request, and sets `won` of the outcome from its response."""
         from botocore.exceptions import ClientError
 
         outcome = _Outcome()
@@ -183,7 +183,7 @@ class S3Store:
                 return
             if status not in (404, 412) or e.response["Error"].get("Code") == "NoSuchBucket":
                 raise
-            # The answer to an attempt that succeeded may have been lost: then the object carries our mark.
+            # The response to a successful attempt may have been lost: then the object has the mark of this writer.
             if was_retried(e) and self._find(name) == writer:
                 outcome.won = True
             elif status == 412:
@@ -194,7 +194,7 @@ class S3Store:
             outcome.won = True
 
     def _check_conditional_writes(self, kind: str, put: Any) -> None:
-        """Once per store and kind of write: a second write of one key must be refused, not silently carried out."""
+        """Check once per store and kind of write that the server refuses a second write of a key."""
         if kind in self._checked:
             return
         probe = Source(b"A second write of this key must be refused.\n", 44)
@@ -222,7 +222,7 @@ class S3Store:
                 raise NotFoundError(f"bucket {self._bucket!r} has no object {self._name(key)!r}") from e
 
     def _find(self, name: str) -> str | None:
-        """Who wrote the object ("" where it does not say); None where there is none."""
+        """The mark of the object's writer ("" without one); None where there is no object."""
         from botocore.exceptions import ClientError
 
         try:
@@ -233,7 +233,7 @@ class S3Store:
             return None
 
     def _check_bucket(self) -> None:
-        """A missing key and a missing bucket look the same to HEAD. StoreError where it is the bucket."""
+        """Raise StoreError where the bucket does not exist: HEAD answers alike for a missing key and bucket."""
         from botocore.exceptions import ClientError
 
         try:
@@ -247,13 +247,13 @@ class S3Store:
 
 
 class _Outcome:
-    """`won`: True where the object is ours, False where it was there, None where nobody knows: try again."""
+    """`won` is True where this writer wrote the object, False where it existed, None where it must be repeated."""
 
     won: bool | None = None
 
 
 def create_bucket(location: S3Location) -> None:
-    """Where it does not exist. For servers of one's own: on AWS a bucket wants more than a name."""
+    """Create the bucket where it does not exist. For local servers: on AWS a bucket needs more than a name."""
     from botocore.exceptions import ClientError
 
     client = connect(location)

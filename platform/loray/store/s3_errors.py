@@ -1,4 +1,4 @@
-"""What S3 and botocore raise, as errors that say what to do."""
+"""Errors of S3 and botocore as loray's errors, with messages that say what to do."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def status_of(error: Any) -> int:
 
 
 def was_retried(error: Any) -> bool:
-    """Whether an earlier attempt of the same request may have been carried out."""
+    """Whether the request was sent more than once, so that an earlier attempt may have succeeded."""
     return bool(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
 @contextmanager
 def translate_errors(location: S3Location) -> Iterator[None]:
-    """Whatever boto3 raises in the block becomes a StoreError, or UnsupportedError where the server cannot do it."""
+    """Errors of boto3 in the block become StoreError, or UnsupportedError where the server lacks the operation."""
     from boto3.exceptions import RetriesExceededError
     from botocore.exceptions import BotoCoreError, ClientError
     from s3transfer.exceptions import RetriesExceededError as TransferFailed

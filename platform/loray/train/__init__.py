@@ -1,4 +1,4 @@
-"""Training: the loop, data, S2-Attn, checkpoints and held-out evaluation. Plain Python and torch, without Ray."""
+"""Training: the loop, data, S2-Attn, checkpoints and evaluation. Plain Python and torch, without Ray."""
 
 from loray.train.attention.shifted import s2_attention
 

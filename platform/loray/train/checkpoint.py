@@ -1,11 +1,11 @@
-"""A checkpoint: the adapter as it would be published, and what a run needs to go on as if it had never stopped.
+"""A checkpoint: the adapter as it would be published, and the state from which a run can be resumed.
 
     adapter/       PEFT's format
-    optimizer.pt   OptimizerState: fp32 masters of the trained parameters, AdamW's moments, all of them full tensors
+    optimizer.pt   OptimizerState: fp32 masters of the trained parameters and AdamW's moments, as full tensors
     state.json     RunState: step, data cursor, counters, evaluations
 
-Randomness is not saved: every step seeds its generators from (seed, step, rank). The schedule is a function of the
-step. Whatever the strategy and the number of workers that wrote it, any other may go on from it.
+States of random generators are not saved: every step seeds them from (seed, step, rank). The schedule is a function of
+the step. A run with any strategy and number of workers can resume from a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from typing import Any, ClassVar
 import torch
 
 from loray.errors import IntegrityError, SpecError, TrainingError
-from loray.spec import Evaluation, Frozen, Sha256, TrainSpec
+from loray.spec import LOSS, Evaluation, Frozen, Sha256, Subject, TrainSpec
 from loray.train.optimizer import OptimizerState
 
 ADAPTER = "adapter"
 _OPTIMIZER = "optimizer.pt"
-_RESUMABLE = ("base", "adapter", "data", "batch", "dtype", "seed")  # what a resumed run must share with its checkpoint
+_RESUMABLE = ("base", "adapter", "data", "batch", "dtype", "seed")  # must be equal in a resumed run
 
 
 class RunState(Frozen):
-    """After `step` optimizer steps. `eval_loss` is this checkpoint's own, None where it was not evaluated.
+    """The state after `step` optimizer steps.
 
-    `saved_at`: when the checkpoint was written; files that went through a bucket do not say.
+    eval_loss  held-out loss of this checkpoint; None where it was not evaluated
+    saved_at   when the checkpoint was written: the times of files are lost in a bucket
     """
 
     FILE: ClassVar[str] = "state.json"
@@ -48,19 +49,20 @@ class RunState(Frozen):
     saved_at: datetime | None = None
 
     def evaluations(self) -> tuple[Evaluation, ...]:
-        """For the manifest: the baselines, and this checkpoint where it was evaluated."""
+        """The baselines, and this checkpoint where it was evaluated, for the manifest."""
         if self.eval_loss is None:
             return self.baselines
         return (*self.baselines, evaluation(self.eval_loss, "adapter", self.row_length))
 
 
-def evaluation(loss: float, subject: Any, row_length: int) -> Evaluation:
-    return Evaluation(metric="loss", value=loss, dataset="held-out", subject=subject, context_length=row_length)
+def evaluation(loss: float, subject: Subject, row_length: int) -> Evaluation:
+    """A held-out loss as an Evaluation."""
+    return Evaluation(metric=LOSS, value=loss, dataset="held-out", subject=subject, context_length=row_length)
 
 
 def save(folder: Path, model: Any, optimizer: OptimizerState, state: RunState) -> None:
-    """`model` says how the adapter is built; its values are the masters', in the recipe's dtype."""
-    from loray.adapters.export import save_adapter  # and with it PEFT, which those who only read have no need of
+    """Write a checkpoint. `model` has the adapter's modules; the values are the masters', in the recipe's dtype."""
+    from loray.adapters.export import save_adapter  # imports PEFT, which reading does not need
 
     dtype = getattr(torch, state.recipe.dtype)
     trained = {name: master.to(dtype) for name, master in optimizer.masters.items()}
@@ -71,7 +73,7 @@ def save(folder: Path, model: Any, optimizer: OptimizerState, state: RunState) -
 
 
 def read_optimizer(folder: Path) -> OptimizerState:
-    """Tensors stay in the file until they are read: a rank takes no more than its shards of them."""
+    """The optimizer's state, mapped into memory, so that a rank reads its shards alone. Raises IntegrityError."""
     path = folder / _OPTIMIZER
     try:
         return OptimizerState(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
@@ -80,6 +82,7 @@ def read_optimizer(folder: Path) -> OptimizerState:
 
 
 def read_state(folder: Path) -> RunState:
+    """Raises IntegrityError where the checkpoint is not complete."""
     path = folder / RunState.FILE
     try:
         return RunState.model_validate_json(path.read_bytes())
@@ -88,7 +91,7 @@ def read_state(folder: Path) -> RunState:
 
 
 def check_publishable(state: RunState) -> None:
-    """Raise TrainingError where training changed nothing, or nothing says that what it made is sound."""
+    """Raise TrainingError where every step was skipped, or the held-out loss of the checkpoint is not finite."""
     if state.skipped_steps >= state.step:
         raise TrainingError(f"every step up to {state.step} was skipped, so there is no adapter; nothing was published")
     if state.baselines and state.eval_loss is None:  # there are baselines where there is held-out data
@@ -99,8 +102,8 @@ def check_publishable(state: RunState) -> None:
 
 
 def check_resumable(state: RunState, spec: TrainSpec, base_fingerprint: str, data_fingerprint: str) -> None:
-    """Raise SpecError where going on from `state` would not be the same run. Lengths and rates may change, and how
-    workers share the work.
+    """Raise SpecError where a run resumed from `state` would be another run. Its length, learning rates and the way
+    workers share the work may change.
     """
     theirs, ours = _comparable(state.recipe), _comparable(spec)
     changed = [field for field in _RESUMABLE if getattr(theirs, field) != getattr(ours, field)]
@@ -118,6 +121,8 @@ def check_resumable(state: RunState, spec: TrainSpec, base_fingerprint: str, dat
 
 
 def _comparable(spec: TrainSpec) -> TrainSpec:
-    """What data files contain counts, not where they lie; a step's batch, not how workers share it."""
+    """`spec` without the paths of data files, whose fingerprint is compared, and without accumulation, of which the
+    micro-batches per step are compared.
+    """
     data = spec.data.model_copy(update={"train": "", "eval": None})
     return spec.model_copy(update={"data": data, "batch": spec.batch.model_copy(update={"accumulation": 1})})

@@ -1,8 +1,8 @@
-"""S2-Attn inside transformers' models, through its attention and mask interfaces: no model class is touched.
+"""S2-Attn inside transformers' models, through its attention and mask interfaces. Model classes do not change.
 
-`attn_implementation="s2_attn"` selects it, `config.s2_group_size` is G. The mask function sees padding (2D attention
-mask, right-padded) and packing (position ids that restart) and hands each layer the batch's `Cuts` in the mask's place.
-Inside `sequence_parallel` it knows all of that from the sharded batch, and hands over `ShardCuts`.
+`attn_implementation="s2_attn"` selects it; `config.s2_group_size` is G. The mask function finds padding (2D attention
+mask, right-padded) and packing (position ids that restart), and returns the batch's `Cuts`, which each layer gets in
+place of a mask. Inside `sequence_parallel` both are known from the sharded batch, and it returns `ShardCuts`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def s2_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Cuts | ShardCuts:
-    """transformers calls this once a batch. Raises UnsupportedError for a cache or left padding."""
+    """The cuts of a batch, in place of its mask. Raises UnsupportedError for a cache or left padding."""
     if q_length != kv_length or q_offset:
         raise UnsupportedError("S2-Attn is for training on whole rows, without a cache; generate inside dense(model)")
     if (active := active_shard()) is not None:
-        sharded = active.see(batch_size, q_length, attention_mask, config)
+        sharded = active.take(batch_size, q_length, attention_mask, config)
         group_size, keep = config.s2_group_size, active.keep_halos
         return shard_cuts(sharded.document_ids_BN, sharded.group, group_size, keep_halos=keep, device=device)
     return compute_cuts(
@@ -59,7 +59,7 @@ def _document_ids(
     attention_mask: Tensor | None,
     device: torch.device | str,
 ) -> Tensor:
-    """Packing reaches a mask function only inside `mask_function`: a document starts where t may not see t − 1."""
+    """(B, T). Packing is known only from `mask_function`: a document starts where t does not attend to t − 1."""
     rows_B1 = torch.arange(num_rows, device=device)[:, None]
     later_1T = torch.arange(1, num_tokens, device=device)[None]
     joined = mask_function(rows_B1, torch.zeros_like(rows_B1), later_1T, later_1T - 1)
@@ -84,7 +84,7 @@ def s2_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is what `s2_mask` returned."""
+    """query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D). `attention_mask` is the result of `s2_mask`."""
     if not isinstance(attention_mask, Cuts | ShardCuts):
         raise UnsupportedError("S2-Attn takes a 2D attention mask or none; ready-made 4D masks are not supported")
     if dropout:
@@ -97,7 +97,7 @@ def s2_attention_forward(
         raise UnsupportedError(f"S2-Attn does not combine with a sliding window of {window} tokens")
     is_first = getattr(module, "layer_idx", 0) == 0
     if isinstance(attention_mask, ShardCuts):
-        if is_first and (active := active_shard()) is not None:  # none where the backward pass computes layers again
+        if is_first and (active := active_shard()) is not None:  # None in the recomputation of the backward pass
             active.check_positions(kwargs.get("position_ids"))
         layer: Any = module.layer_idx
         return attend_shard(query, key, value, attention_mask, layer=layer, scale=scaling), None
@@ -107,7 +107,7 @@ def s2_attention_forward(
 
 
 def _check_positions(cuts: Cuts, position_ids_BT: Tensor | None) -> None:
-    """transformers looks for packing only where there is no attention mask: given both, it would lose the packing."""
+    """Raise ValueError for packed rows with a mask: transformers looks for packing only where there is no mask."""
     if position_ids_BT is None:
         return
     inside_BT = torch.diff(position_ids_BT, dim=1) == 1

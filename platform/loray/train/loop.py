@@ -1,7 +1,8 @@
-"""The training loop, plain Python: one process, or one of several over torch.distributed.
+"""The training loop in plain Python: one process, or one of several over torch.distributed.
 
-Every rank makes the same calls to its reporter. A step is: its batches → sum of losses over all valid targets →
-gradients, summed over accumulation and ranks → clip → AdamW. How all that lies on the ranks, the strategy knows.
+A step sums the losses of its batches over all valid targets, sums gradients over micro-batches and ranks, clips them
+and updates with AdamW. The strategy decides how parameters, gradients and states are distributed over the ranks. Every
+rank makes the same calls to its reporter.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from loray.bases.registry import BaseModel
 from loray.errors import TrainingError
-from loray.spec import Evaluation, TrainSpec
+from loray.spec import Evaluation, Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
 from loray.train.checkpoint import RunState, evaluation
@@ -47,14 +48,14 @@ def train(
     resume_from: Path | None = None,
     device: torch.device | None = None,
 ) -> RunState:
-    """Train an adapter; the result lies in the checkpoints that `reporter` was given. Returns the last state.
+    """Train an adapter. The result is in the checkpoints that `reporter` gets. Returns the last state.
 
-    `resume_from` is a checkpoint folder: the run goes on as if it had not been interrupted, bit for bit on the same
+    `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
     machine. Temporary files go to `workdir`.
 
-    Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, having reported a checkpoint of the last good
-    state where its held-out loss is finite, and where the run ends without a usable adapter; SpecError where
-    `resume_from` belongs to another recipe.
+    Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, after a checkpoint of the last good state where
+    its held-out loss is finite, and where the run ends without a usable adapter; SpecError where `resume_from` belongs
+    to another recipe.
     """
     run = _Run(spec, base, data, reporter, workdir, resume_from, device or torch.device("cpu"))
     return run.train()
@@ -112,7 +113,7 @@ class _Run:
             size=self.mesh.data_size,
         )
         self.num_steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
-        self.skipped_here = 0  # the limit counts from the start of this process: a resumed run gets a new chance
+        self.skipped_here = 0  # by this process: a resumed run may skip as many steps again
         self.good_steps_unsaved = 0
 
     # -- the run --
@@ -127,7 +128,7 @@ class _Run:
             done = self._step(step)
             before, ended = ended, time.perf_counter()
             mean_s = (ended - started) / (step - first + 1)
-            # From step to step: evaluations and checkpoints in between are part of what a run takes.
+            # From step to step, evaluations and checkpoints included.
             self._report_step(done, seconds=ended - before, eta_s=(self.num_steps - step) * mean_s)
             if self.skipped_here >= self.spec.max_nonfinite_steps:
                 self._stop()
@@ -170,8 +171,8 @@ class _Run:
         return _Step(loss, lr, result, int(num_tokens))
 
     def _stop(self) -> None:
-        """Give up. Bad steps changed nothing, but the last good one may have broken the parameters itself: they are
-        kept only where their held-out loss shows that they are sound. Otherwise earlier checkpoints have to do.
+        """Save the parameters where their held-out loss is finite, and raise TrainingError. Skipped steps change
+        nothing, but the last good step may have made the parameters unusable.
         """
         if self.good_steps_unsaved and len(self.data.evaluation):
             self._evaluate()
@@ -184,7 +185,9 @@ class _Run:
         )
 
     def _check_end(self, evaluated: bool) -> None:
-        """A run that only took bad steps, or ended broken with nothing better behind it, has no result."""
+        """Raise TrainingError where all steps were skipped, or the last held-out loss is not finite and no better
+        checkpoint is kept.
+        """
         if self.state.skipped_steps == self.state.step:
             raise TrainingError("every step had a loss or gradient that is not finite; look at the data and the base")
         best_is_kept = self.spec.evaluation.keep_best and self.state.best_eval_loss is not None
@@ -197,7 +200,7 @@ class _Run:
 
     def _is_checkpoint_due(self, evaluated: bool, improved: bool) -> bool:
         if evaluated and self.state.eval_loss is None:
-            return False  # broken: neither to be published nor to go on from
+            return False  # neither to be published nor to be resumed from
         interval = self.spec.checkpoint.interval_steps
         if self._is_due(interval):
             return True
@@ -210,7 +213,9 @@ class _Run:
         return held_out_loss(self.model, objective, rows, self.spec, device=self.device, mesh=self.mesh)
 
     def _evaluate_baselines(self) -> None:
-        """Every adapter starts as the identity, so the untrained model is the base (under scaled RoPE: base_scaled)."""
+        """Measure the base. An untrained adapter does not change the outputs, so that the model computes as the base
+        does (as base_scaled under scaled RoPE).
+        """
         baselines = []
         if self.spec.adapter.long_context is not None:
             with unscaled(self.model, self.base):
@@ -220,7 +225,7 @@ class _Run:
         for measured in baselines:
             self._report({"event": "eval", "step": 0, "subject": measured.subject, "eval_loss": measured.value})
 
-    def _baseline(self, loss: float, subject: str) -> Evaluation:
+    def _baseline(self, loss: float, subject: Subject) -> Evaluation:
         if not isfinite(loss):
             raise TrainingError(
                 f"the held-out loss of {subject} is {loss} before any training; "
@@ -229,7 +234,7 @@ class _Run:
         return evaluation(loss, subject, self.data.max_length)
 
     def _evaluate(self) -> bool:
-        """Measure and report; True where it is the best so far."""
+        """Measure and report the held-out loss. Returns whether it is the best so far."""
         loss = self._held_out_loss()
         best = self.state.best_eval_loss
         improved = isfinite(loss) and (best is None or loss < best)
@@ -279,7 +284,7 @@ class _Run:
         )
 
     def _save(self) -> None:
-        """Report a checkpoint of the present state; rank 0 alone writes."""
+        """Report a checkpoint of the current state. Only rank 0 writes it."""
         optimizer_state = self.strategy.state()
         metrics = {"event": "checkpoint", "step": self.state.step, "eval_loss": self.state.eval_loss}
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.workdir)) if self.world.rank == 0 else None
@@ -294,5 +299,5 @@ class _Run:
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
-    """Dropout of this step. A function of its arguments, so that a resumed run draws what an unbroken one would."""
+    """Seed dropout from these arguments alone, so that a resumed run draws the same numbers."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))

@@ -1,4 +1,4 @@
-"""Cross-entropy summed over labels, from hidden states, in chunks: no (positions × vocabulary) tensor ever lives.
+"""Cross-entropy summed over labels, computed from hidden states in chunks, without a (positions × vocabulary) tensor.
 
 Shapes: B rows, T positions, N positions with a label, C of them at once, D hidden size, V vocabulary.
 """
@@ -10,25 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loray.planning.devices import LOSS_CHUNK, LOSS_CHUNK_ON_CPU
 from loray.train.data.batches import IGNORED, Batch
-
-# Of fp32 logits at once. On a CPU 16 MiB: a worker that holds a part of a row holds little else for each token.
-_CHUNK_ELEMENTS = 1 << 24
-_CHUNK_ELEMENTS_ON_CPU = 1 << 22
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     """Σ_n −log softmax(h_n Wᵀ)[label_n], logits upcast to fp32; the head W is frozen.
 
-    The gradient for the hidden states, (softmax − onehot) W, is made in the forward pass while a chunk's logits are
-    there: two matrix products a chunk, where recomputation in the backward pass would take three.
+    The forward pass also computes the gradient for the hidden states, (softmax − onehot) W, from the logits of each
+    chunk: two matrix products per chunk, where recomputation in the backward pass would take three.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, with_grad: bool) -> Tensor:
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND) if with_grad else None
-        elements = _CHUNK_ELEMENTS_ON_CPU if hidden_ND.device.type == "cpu" else _CHUNK_ELEMENTS
+        elements = LOSS_CHUNK_ON_CPU if hidden_ND.device.type == "cpu" else LOSS_CHUNK
         rows = max(1, elements // weight_VD.shape[0])
         for start in range(0, hidden_ND.shape[0], rows):
             part = slice(start, start + rows)
@@ -51,7 +48,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Scalar fp32: the sum over N labels, none of them −100. Differentiable in `hidden_ND` only."""
+    """Scalar fp32: the sum over N labels, none of them −100. Differentiable in `hidden_ND` only.
+
+    Raises ValueError where `weight_VD` is trained.
+    """
     if weight_VD.requires_grad and torch.is_grad_enabled():
         raise ValueError("the output head is trained, but this loss holds it frozen")
     with_grad = hidden_ND.requires_grad and torch.is_grad_enabled()
@@ -60,14 +60,14 @@ def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor)
 
 
 class Loss(NamedTuple):
-    """`total` is fp32 and summed over `num_targets` labels: divide by the count of the whole step, once."""
+    """`total` is an fp32 sum over `num_targets` labels. Divide it once, by the number of labels of the whole step."""
 
     total: Tensor
     num_targets: int
 
 
 def batch_loss(model: Any, batch: Batch) -> Loss:
-    """Of a transformers causal language model on one micro-batch; the output head sees positions with a label only."""
+    """Loss of a transformers causal language model on one micro-batch. The head skips positions without a label."""
     device = next(model.parameters()).device
     hidden_BTD = model.base_model(**batch.model_inputs(device), use_cache=False).last_hidden_state
     labels_BT = batch.labels_BT.to(device)
@@ -77,7 +77,7 @@ def batch_loss(model: Any, batch: Batch) -> Loss:
 
 
 class Objective(nn.Module):
-    """Model and loss as one module, for strategies that gather parameters when a module is called."""
+    """Model and loss as one module, for strategies that gather parameters at a module's call."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -88,5 +88,5 @@ class Objective(nn.Module):
         return batch_loss(self.model, batch).total
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """By the name that the model has for them."""
+        """Trained parameters by their names in the model."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -1,7 +1,7 @@
-"""The ranks of a run over torch.distributed, data × sequence; one process alone where it is not initialised.
+"""The ranks of a run over torch.distributed, data × sequence. Without torch.distributed there is one rank.
 
-Neighbouring ranks form a sequence group: they read the same micro-batch, each its own part of the rows. Rank r is
-sequence rank r mod S of data rank r div S. The process groups are torch's, whatever strategy trains over them.
+S neighbouring ranks form a sequence group: they read the same micro-batch, and each computes its part of the rows. Rank
+r is sequence rank r mod S of data rank r div S. All strategies use torch's process groups.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class World:
         return cls()
 
     def sum(self, *values: float, device: torch.device) -> list[float]:
-        """Each value summed over ranks, in double precision (exact for counts)."""
+        """Sum of each value over ranks, in double precision (exact for counts)."""
         if self.size == 1:
             return list(values)
         packed = torch.tensor(values, dtype=torch.float64, device=device)
@@ -41,7 +41,7 @@ class World:
         return [float(v) for v in packed]
 
     def gather(self, value: str | None) -> list[str | None]:
-        """Every rank's value, in the order of ranks."""
+        """The values of all ranks, in their order."""
         if self.size == 1:
             return [value]
         values: list[str | None] = [None] * self.size
@@ -78,7 +78,7 @@ class Mesh:
 
     @contextmanager
     def part(self, batch: Batch) -> Iterator[Batch]:
-        """What this rank computes of its group's micro-batch, and models inside know the rest of the rows."""
+        """This rank's part of its group's micro-batch. Inside the block models attend to the rest of the rows, too."""
         if self.sequence.size == 1:
             yield batch
             return

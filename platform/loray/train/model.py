@@ -1,9 +1,10 @@
-"""The model that a recipe trains: base weights, scaled RoPE, attention, adapter, gradient checkpointing."""
+"""Transformers' models of a base, and the model that a recipe trains: RoPE, attention, adapter, checkpointing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loray.adapters.inject import attach
 from loray.bases.registry import BaseModel
-from loray.recipes.resolve import Resolved, resolve
-from loray.spec import TrainSpec
+from loray.recipes.resolve import is_small_group, resolve
+from loray.spec import DType, RopeParameters, TrainSpec
 from loray.telemetry import get_logger
 from loray.train.hook import ATTENTION
 from loray.train.sequence import SequenceGroup
@@ -24,25 +25,52 @@ log = get_logger(__name__)
 _DENSE = "sdpa"
 
 
-def build_model(base: BaseModel, spec: TrainSpec) -> Any:
-    """A transformers causal language model in `spec.dtype` with the recipe's adapter; only the adapter is trained.
+def load_model(
+    base: BaseModel,
+    *,
+    dtype: DType,
+    rope: RopeParameters | None = None,
+    attention: str = _DENSE,
+    config_fields: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """The base as a transformers causal language model on the CPU, without a KV cache.
 
-    With `long_context`: RoPE scaled to the longer context, and S2-Attn until `dense` says otherwise.
-    Raises UnsupportedError where the base's RoPE is scaled already.
+    rope           None: the base's RoPE
+    attention      name of an implementation that is registered with transformers
+    config_fields  further fields of the model's configuration
     """
     config = AutoConfig.from_pretrained(base.path)
     config.use_cache = False
-    attention = _DENSE
-    resolved = resolve(spec, base.config)
-    if resolved.rope is not None:
-        attention = ATTENTION
-        config.rope_parameters = resolved.rope.to_hf()
-        config.max_position_embeddings = resolved.context
-        config.s2_group_size = _checked_group(resolved)
-    model = AutoModelForCausalLM.from_pretrained(
-        base.path, config=config, dtype=getattr(torch, spec.dtype), attn_implementation=attention
+    if rope is not None:
+        config.rope_parameters = rope.to_hf()
+    for name, value in config_fields.items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_pretrained(
+        base.path, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
     )
-    model.config.name_or_path = base.name  # what an adapter is published under; never a path of this machine
+
+
+def build_model(base: BaseModel, spec: TrainSpec) -> Any:
+    """A transformers causal language model in `spec.dtype` with the recipe's adapter; only the adapter is trained.
+
+    With `long_context` RoPE is scaled to the longer context, and attention is S2-Attn outside of `dense`. Raises
+    UnsupportedError where the base's RoPE is scaled already.
+    """
+    resolved = resolve(spec, base.config)
+    if resolved.rope is None:
+        model = load_model(base, dtype=spec.dtype)
+    else:
+        group_size = resolved.group_size
+        assert group_size is not None
+        if is_small_group(group_size, resolved.context):
+            log.warning(
+                "group_size %d is less than a quarter of the context of %d tokens; LongLoRA's paper finds a worse loss",
+                group_size,
+                resolved.context,
+            )
+        fields = {"max_position_embeddings": resolved.context, "s2_group_size": group_size}
+        model = load_model(base, dtype=spec.dtype, rope=resolved.rope, attention=ATTENTION, config_fields=fields)
+    model.config.name_or_path = base.name  # which goes into a published adapter, unlike a path of this machine
     attach(model, spec.adapter, seed=spec.seed)
     if spec.gradient_checkpointing:
         # After `attach`, which may replace the embedding that gets the hook for input gradients.
@@ -50,24 +78,12 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
     return model
 
 
-def _checked_group(resolved: Resolved) -> int:
-    group_size = resolved.group_size
-    assert group_size is not None
-    if group_size < resolved.context // 4:
-        log.warning(
-            "group_size %d is less than a quarter of the context of %d tokens; LongLoRA's paper finds a worse loss",
-            group_size,
-            resolved.context,
-        )
-    return group_size
-
-
 @contextmanager
 def dense(model: Any, group: SequenceGroup | None = None) -> Iterator[None]:
-    """Full causal attention inside, as in evaluation and serving.
+    """Full causal attention inside the block, as in evaluation and serving.
 
-    Over a sequence group of several ranks it passes keys and values along, in any model; each forward pass then runs
-    inside `sequence_parallel` as well. Otherwise a model without S2-Attn stays as it is.
+    Over a sequence group of several ranks it is ring attention, in any model, and each forward pass must also run
+    inside `sequence_parallel`. Without a group, a model without S2-Attn does not change.
     """
     before = model.config._attn_implementation
     inside = _DENSE if before == ATTENTION else before
@@ -83,8 +99,20 @@ def dense(model: Any, group: SequenceGroup | None = None) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Full causal attention and evaluation mode inside the block; afterwards the model is as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with dense(model):
+            yield
+    finally:
+        model.train(was_training)
+
+
 class ParameterCount(NamedTuple):
-    """Elements; tied parameters count once."""
+    """Numbers of elements. Tied parameters count once."""
 
     total: int
     trainable: int

@@ -1,6 +1,6 @@
-"""AdamW with fp32 master copies, its parameter groups, learning-rate schedules, and steps that are skipped.
+"""AdamW with fp32 master copies, its parameter groups, learning-rate schedules, and skipped steps.
 
-How parameters and gradients lie on the ranks is the business of `loray.train.strategies`.
+`loray.train.strategies` distributes parameters and gradients over the ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW and DeepSpeed call t
 
 
 def learning_rate(step: int, num_steps: int, spec: OptimizerSpec) -> float:
-    """Of step 1 … num_steps. Linear warm-up to the full rate, then constant, or falling to 0 after the last."""
+    """The rate of step 1 … num_steps: linear warm-up to the full rate, then constant, or decaying to 0."""
     by_ratio = spec.warmup_ratio is not None
     warmup = math.ceil((spec.warmup_ratio or 0) * num_steps) if by_ratio else spec.warmup_steps or 0
     if step <= warmup:
@@ -34,17 +34,17 @@ def learning_rate(step: int, num_steps: int, spec: OptimizerSpec) -> float:
 
 
 class StepResult(NamedTuple):
-    """`grad_norm` is the global L2 norm before clipping; where it is not finite, nothing was changed."""
+    """`grad_norm` is the global L2 norm before clipping. Where it is not finite, the step was skipped."""
 
     grad_norm: float
     skipped: bool
 
 
 class OptimizerState(NamedTuple):
-    """With the base, all that a trained model is: full fp32 tensors on the CPU, by parameter name.
+    """Full fp32 tensors on the CPU by parameter name: masters of the trained parameters and AdamW's moments.
 
-    The same for every strategy and any number of ranks. `num_updates` counts the steps that were not skipped: Adam's
-    bias correction depends on it.
+    It is the same for every strategy and any number of ranks. `num_updates` counts the steps that were not skipped,
+    which Adam's bias correction needs.
     """
 
     masters: dict[str, Tensor]
@@ -54,10 +54,10 @@ class OptimizerState(NamedTuple):
 
 
 def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.AdamW:
-    """Over `tensors`, by name of the parameter, in groups that share weight decay and the factor `lr_scale`.
+    """AdamW over `tensors`, by parameter name, in groups with the same weight decay and factor `lr_scale`.
 
-    Embeddings and norms are not decayed. LoRA+ (Hayou et al., 2024): the learning rate of every B is
-    `loraplus_lr_ratio` times that of everything else; VeRA's d learns at `vera_d_lr_ratio` times it.
+    Embeddings and norms have no weight decay. LoRA's B has `loraplus_lr_ratio` times the learning rate (LoRA+, Hayou et
+    al., 2024), VeRA's d `vera_d_lr_ratio` times.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, tensor in tensors.items():
@@ -66,7 +66,7 @@ def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.Ada
         groups.setdefault((decay, scale), []).append(tensor)
     return torch.optim.AdamW(
         [{"params": g, "weight_decay": decay, "lr_scale": scale} for (decay, scale), g in groups.items()],
-        lr=0.0,  # until a step sets it
+        lr=0.0,  # each step sets it
         betas=(spec.beta1, spec.beta2),
         eps=spec.eps,
     )
@@ -84,7 +84,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def start_moments(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor], num_updates: int) -> None:
-    """AdamW's state before its first step, which torch leaves out until then: moments of zero."""
+    """Initialise AdamW's state with moments of zero, which torch does not do before the first step."""
     for tensor in tensors:
         moments = {key: torch.zeros_like(tensor) for key in MOMENTS}
         optimizer.state[tensor] = {"step": torch.tensor(float(num_updates)), **moments}
@@ -99,7 +99,7 @@ def is_decayed(name: str) -> bool:
 
 
 def check_fits(state: OptimizerState, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise ValueError where `state` is of other parameters than these, by name and full shape."""
+    """Raise ValueError where the parameters of `state` have other names or full shapes."""
     if {n: p.shape for n, p in parameters.items()} != {n: m.shape for n, m in state.masters.items()}:
         raise ValueError("the checkpoint trains other parameters than this recipe; start afresh, without --resume")
 
@@ -107,8 +107,8 @@ def check_fits(state: OptimizerState, parameters: Mapping[str, nn.Parameter]) ->
 class MasterAdamW:
     """AdamW over fp32 copies of the trained parameters (Micikevicius et al., 2018), or of this rank's shards of them.
 
-    A bf16 weight of size 1 does not move by less than 0.004: without masters, small steps vanish. Owns the moments;
-    whoever made `masters` copies them back into the model's parameters.
+    A bf16 weight of size 1 cannot change by less than 0.004: without masters, small updates are lost. The caller copies
+    `masters` back into the model's parameters.
     """
 
     def __init__(self, masters: Mapping[str, Tensor], spec: OptimizerSpec) -> None:
@@ -118,7 +118,7 @@ class MasterAdamW:
         start_moments(self._adam, self.masters.values(), 0)
 
     def step(self, gradients: Mapping[str, Tensor], norm: float, lr: float) -> StepResult:
-        """Clip `gradients` in place and update, or change nothing at all. `norm` is that of all ranks' gradients."""
+        """Clip `gradients` in place and update; change nothing where `norm`, over all ranks, is not finite."""
         if not math.isfinite(norm):
             return StepResult(norm, skipped=True)
         if self._spec.max_grad_norm is not None and norm > self._spec.max_grad_norm:
@@ -132,13 +132,13 @@ class MasterAdamW:
 
     @property
     def state(self) -> OptimizerState:
-        """Of what this rank holds; the tensors are those in use."""
+        """The state that this rank holds. The tensors are those in use, not copies."""
         exp_avg, exp_avg_sq = ({n: self._adam.state[m][key] for n, m in self.masters.items()} for key in MOMENTS)
         return OptimizerState(self.masters, exp_avg, exp_avg_sq, num_updates(self._adam))
 
     @torch.no_grad()
     def restore(self, state: OptimizerState, part: Callable[[Tensor], Tensor]) -> None:
-        """`part` is what this rank holds of a full tensor."""
+        """Copy `state`. `part` returns this rank's part of a full tensor."""
         start_moments(self._adam, self.masters.values(), state.num_updates)
         for ours, full in zip(self.state[:3], state[:3], strict=True):
             for name, tensor in ours.items():

@@ -1,7 +1,7 @@
-"""What a device computes and moves, measured: for plans, for MFU, and for the floors of benchmarks.
+"""Measured rates of a device: FLOP/s and bytes/s, for plans, for MFU and for the lower bounds of benchmarks.
 
-`python -m loray.train.rates` prints the rates of this machine's CPU as JSON, in a few seconds, with as many threads as
-torch takes.
+`python -m loray.train.rates` measures this machine's CPU with torch's number of threads, in a few seconds, and prints
+JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def measure_rates() -> HostRates:
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product: the fastest of several. Torch's random state stays as it is."""
+    """FLOP/s of a square matrix product, the fastest of several. Torch's random state does not change."""
     n = _PRODUCT_WIDTH.get(device.type, 4096)
     generator = torch.Generator(device).manual_seed(0)
     x, w = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
@@ -47,13 +47,13 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a sum over a tensor that no cache holds: the fastest of several."""
+    """Bytes/s of a sum over a tensor that is larger than the caches, the fastest of several."""
     source = torch.ones(_READ_BYTES.get(device.type, 512 << 20) // 4, device=device)
     return source.nbytes / _seconds(source.sum, device)
 
 
 def _attention_flops(group_size: int | None) -> float:
-    """Forward and backward."""
+    """FLOP/s of attention, forward and backward."""
 
     def make(num_heads: int) -> Tensor:
         return torch.randn(1, num_heads, _TOKENS, _HEAD_DIM, dtype=torch.bfloat16).requires_grad_()
@@ -72,7 +72,7 @@ def _attention_flops(group_size: int | None) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device, passes: int = 5) -> float:
-    """The shortest pass, after one that is not counted."""
+    """Seconds of the shortest pass, after one warm-up pass."""
 
     def once() -> float:
         began = time.perf_counter()

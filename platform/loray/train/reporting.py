@@ -1,4 +1,4 @@
-"""Where a run's news go. The loop knows this protocol; Ray is one implementation, a folder another."""
+"""The protocol through which the loop reports events and checkpoints, and an implementation that writes to a folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Metrics = dict[str, Any]
 
 class Reporter(Protocol):
     def report(self, metrics: Metrics, checkpoint: Path | None) -> None:
-        """Called equally often on every rank. `metrics["event"]` is start, step, eval or checkpoint.
+        """Every rank makes the same calls. `metrics["event"]` is start, step, eval or checkpoint.
 
-        `checkpoint` is a folder on rank 0 that is deleted when the call returns; move or copy what is to stay.
+        `checkpoint` is a folder on rank 0, which the loop deletes after the call: move or copy its files.
         """
 
 
@@ -24,7 +24,7 @@ class SavedCheckpoint(NamedTuple):
 
 
 class FolderReporter:
-    """Keeps every event in `events` and checkpoints as `folder/step_000010`: the `keep` best, and always the latest."""
+    """Keeps events in `events`, and checkpoints as `folder/step_000010`: the `keep` best, and the latest."""
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self._folder, self._keep = folder, keep
@@ -46,7 +46,9 @@ class FolderReporter:
 
     @property
     def best(self) -> SavedCheckpoint:
-        """Lowest evaluation loss; the latest where none was evaluated. IndexError where there is none."""
+        """The checkpoint with the lowest evaluation loss; the latest where none was evaluated. Raises IndexError where
+        there is none.
+        """
         return self._ranked()[0]
 
     def _ranked(self) -> list[SavedCheckpoint]:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jobs.submission.commands import Submission
 from jobs.submission.tracker import RayJob, RayStatus
-from loray.adapters.manifest import canonical_json, write_manifest
+from loray.adapters.manifest import manifest_json, write_manifest
 from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
 from loray.errors import ClusterError, ConflictError
@@ -97,7 +97,7 @@ class Api:
         (folder / "adapter_model.safetensors").write_bytes(data)
         files = {"adapter_model.safetensors": hashlib.sha256(data).hexdigest()}
         described = manifest(number).model_copy(update={"files": files} | fields)
-        write_manifest(folder, canonical_json(described))
+        write_manifest(folder, manifest_json(described))
         return self.services.store.put(folder)
 
     def close(self) -> None:

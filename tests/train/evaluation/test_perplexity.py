@@ -25,7 +25,7 @@ from loray.train.evaluation import perplexity as module
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray.train.evaluation.measure import measure
 from loray.train.evaluation.perplexity import mean_loss
-from loray.train.evaluation.subjects import Subject, load, subjects
+from loray.train.evaluation.subjects import MeasuredModel, load, subjects
 from loray.train.model import build_model
 from tests.engine.adapters import NORMS, make_adapter
 from tests.tiny import byte_tokenizer
@@ -81,10 +81,10 @@ def test_it_is_the_mean_over_all_windows(
     monkeypatch.setattr(module, "_TOKENS_AT_ONCE", tokens_at_once)
     found = documents(200, 40, 131)
     windows = cut_windows(found, 64, stride=24, max_windows=None)
-    model = load(base, Subject("base", rope), dtype="float32", device=CPU)
+    model = load(base, MeasuredModel("base", rope), dtype="float32", device=CPU)
     expected = naive_loss(base, found.ids_N, 64, 24, rope)
-    assert mean_loss(model, windows.ids_T) == pytest.approx(expected, rel=1e-6)
-    assert len(windows.ids_T) == windows.num_possible == 6 + 0 + 3
+    assert mean_loss(model, windows) == pytest.approx(expected, rel=1e-6)
+    assert len(windows) == 6 + 0 + 3
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_model_in_training_is_measured_dense_and_left_as_it_was(tiny_base: Cal
     spec = recipe(long_context={"original_context": 128, "group_size": 16})
     model = build_model(base, spec).train()
     found = documents(300)
-    loss = mean_loss(model, cut_windows(found, 256, stride=44, max_windows=None).ids_T)
+    loss = mean_loss(model, cut_windows(found, 256, stride=44, max_windows=None))
     assert loss == pytest.approx(naive_loss(base, found.ids_N, 256, 44, LINEAR), rel=1e-6)
     assert model.training
     assert model.config._attn_implementation == "s2_attn"
@@ -145,10 +145,10 @@ def test_what_is_published_is_measured_as_what_was_trained(
         trained.get_input_embeddings().weight[:30] += 0.5
         trained.model.norm.weight.mul_(1.3)
     save_adapter(trained, spec.adapter, tmp_path)
-    windows = cut_windows(documents(200), 64, stride=32, max_windows=None).ids_T
+    windows = cut_windows(documents(200), 64, stride=32, max_windows=None)
     rope = RopeParameters(**trained.config.rope_parameters)
     loaded, plain = (
-        load(base, Subject("adapter", rope, folder), dtype="float32", device=CPU) for folder in (tmp_path, None)
+        load(base, MeasuredModel("adapter", rope, folder), dtype="float32", device=CPU) for folder in (tmp_path, None)
     )
     loss = mean_loss(trained, windows)
     assert mean_loss(loaded, windows) == pytest.approx(loss, rel=1e-6)
@@ -166,24 +166,26 @@ def test_no_mask_and_no_logits_of_all_positions(base: BaseModel, monkeypatch: py
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spied)
     monkeypatch.setattr(module, "summed_cross_entropy", lambda *args: products.append(args[0].shape) or loss(*args))
-    model = load(base, Subject("base"), dtype="bfloat16", device=CPU)
+    model = load(base, MeasuredModel("base"), dtype="bfloat16", device=CPU)
     monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("computed the logits of every position"))
-    mean_loss(model, cut_windows(documents(512), 512, stride=1, max_windows=None).ids_T)
+    mean_loss(model, cut_windows(documents(512), 512, stride=1, max_windows=None))
     assert masks == [(None, True)] * 3
     assert products == [(511, 64)]
 
 
 def test_a_loss_that_is_not_finite_is_an_error(base: BaseModel) -> None:
-    model = load(base, Subject("base"), dtype="float32", device=CPU)
+    model = load(base, MeasuredModel("base"), dtype="float32", device=CPU)
     model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EvaluationError, match="windows of 64 tokens is nan"):
-        mean_loss(model, cut_windows(documents(64), 64, stride=1, max_windows=None).ids_T)
+        mean_loss(model, cut_windows(documents(64), 64, stride=1, max_windows=None))
 
 
 def test_a_loss_beyond_all_numbers_is_an_error(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loray.train.evaluation.measure.mean_loss", lambda *_: 900.0)
     with pytest.raises(EvaluationError, match="base, perplexity at 64 tokens is inf"):
-        measure(base, [Subject("base")], documents=documents(64), perplexity=PerplexitySpec(context_lengths=(64,)))
+        measure(
+            base, [MeasuredModel("base")], documents=documents(64), perplexity=PerplexitySpec(context_lengths=(64,))
+        )
 
 
 def test_an_adapter_of_another_base_is_refused(
@@ -191,7 +193,7 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     folder = peft_folder(tiny_base(hidden_size=32))
     with pytest.raises(BaseMismatch, match="for another base model"):
-        load(base, Subject("adapter", None, folder), dtype="float32", device=CPU)
+        load(base, MeasuredModel("adapter", None, folder), dtype="float32", device=CPU)
 
 
 # -- documents --------------------------------------------------------------------------------------------------------
@@ -201,11 +203,11 @@ def test_windows_are_spread_over_all_documents() -> None:
     found = documents(1000, 50, 300)
     for max_windows, expected in ((None, 13 + 0 + 3), (4, 4), (1, 1), (99, 16)):
         windows = cut_windows(found, 100, stride=75, max_windows=max_windows)
-        assert (len(windows.ids_T), windows.num_possible) == (expected, 16)
-    first, *_, last = cut_windows(found, 100, stride=75, max_windows=4).ids_T
+        assert len(windows) == expected
+    first, *_, last = cut_windows(found, 100, stride=75, max_windows=4)
     np.testing.assert_array_equal(first, found.ids_N[0][:100])
     np.testing.assert_array_equal(last, found.ids_N[2][150:250])
-    whole = cut_windows(found, 300, stride=1 << 20, max_windows=None).ids_T
+    whole = cut_windows(found, 300, stride=1 << 20, max_windows=None)
     assert [len(ids) for ids in whole] == [300, 300]
     with pytest.raises(DataError, match=r"no document of random has 1,001 tokens, the longest has 1,000"):
         cut_windows(found, 1001, stride=1, max_windows=None)

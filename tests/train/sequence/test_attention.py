@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray.planning.halo import HaloPlan, closed_form_elements
+from loray.planning.halo import HaloPlan
 from loray.train import s2_attention
 from loray.train.sequence import SequenceGroup, attention, exchange
 from loray.train.sequence.attention import attend_shard
 from loray.train.sequence.cuts import shard_cuts
 from loray.train.sequence.group import Pending
+from tests.planning.closed_form import closed_form_elements
 from tests.train.attention.test_s2_attention import oracle, oracle_mask, runs
 from tests.train.sequence.cases import HEADS, Case, documents, qkv_of
 from tests.train.sequence.ranks import Ranks

@@ -1,4 +1,4 @@
-"""Run by Alembic. The connection, with its transaction, is the catalog's own: see `loray.catalog.database`."""
+"""Run by Alembic, in the connection and transaction of `loray.catalog.database`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,15 @@ from loray.cli.evaluation.target import Target, opened
 from loray.cli.output import console, emit, progress_bar, table
 from loray.cli.services import open_services
 from loray.errors import SpecError
-from loray.spec import Evaluation, PerplexitySpec, RetrievalSpec, RetrievalTask
+from loray.spec import (
+    EXACT_MATCH,
+    LOG_LIKELIHOOD,
+    Evaluation,
+    PerplexitySpec,
+    RetrievalSpec,
+    RetrievalTask,
+    retrieval_metric,
+)
 
 
 @click.group()
@@ -172,7 +180,7 @@ def _measure(target: Target, options: Options, **what: Any) -> tuple[tuple[Evalu
     started = time.monotonic()
     with progress_bar() as tell:
         chosen = subjects(target.rope, target.adapter, compare=options.compare)
-        measured = measure(target.base, chosen, dtype=options.dtype, device=device, tell=tell, **what)
+        measured = measure(target.base, chosen, dtype=options.dtype, device=device, progress=tell, **what)
     return measured, time.monotonic() - started
 
 
@@ -220,8 +228,8 @@ def _perplexities(measured: Sequence[Evaluation]) -> Table:
 def _cells(task: str, subject: str, measured: Sequence[Evaluation]) -> Table:
     """One row per depth, one column per context length."""
     exact, likelihood = (
-        {(e.depth, e.context_length): e.value for e in measured if e.metric == f"{task}_{metric}"}
-        for metric in ("exact_match", "log_likelihood")
+        {(e.depth, e.context_length): e.value for e in measured if e.metric == retrieval_metric(task, metric)}
+        for metric in (EXACT_MATCH, LOG_LIKELIHOOD)
     )
     depths, lengths = dict.fromkeys(depth for depth, _ in exact), dict.fromkeys(length for _, length in exact)
     columns = [f"{length:,}" for length in lengths if length is not None]

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-from loray.spec import Evaluation
+from loray.spec import EXACT_MATCH, LOG_LIKELIHOOD, Evaluation
 
-_EXACT_MATCH, _LOG_LIKELIHOOD = "exact_match", "log_likelihood"
 _CELL_W, _CELL_H = 76, 38
 _LEFT, _TOP, _GAP, _BOTTOM = 60, 76, 36, 62  # of a panel: depths, titles, between panels, lengths and legend
 _MARGIN = 24
@@ -41,7 +40,7 @@ def draw(title: str, evaluations: Sequence[Evaluation]) -> str:
     subjects = list(dict.fromkeys(e.subject for e in evaluations))
     panel_w, panel_h = max(_MIN_PANEL_W, len(lengths) * _CELL_W), len(depths) * _CELL_H
     # One scale for all models, from 0 (certainty) to the worst cell, and at least to -5, so that noise has no colour.
-    worst = min([-5.0, *(e.value for e in evaluations if e.metric.endswith(_LOG_LIKELIHOOD))])
+    worst = min([-5.0, *(e.value for e in evaluations if e.metric.endswith(LOG_LIKELIHOOD))])
     width = 2 * (_LEFT + panel_w) + _GAP + 2 * _MARGIN
     row_h = _TOP + panel_h + _BOTTOM
     height = _MARGIN + 26 + len(subjects) * row_h + _MARGIN
@@ -63,7 +62,7 @@ def draw(title: str, evaluations: Sequence[Evaluation]) -> str:
 def _panels(name: str, evaluations: Sequence[Evaluation], worst: float) -> list[_Panel]:
     exact, likelihood = (
         {(e.context_length or 0, e.depth or 0.0): e.value for e in evaluations if e.metric.endswith(metric)}
-        for metric in (_EXACT_MATCH, _LOG_LIKELIHOOD)
+        for metric in (EXACT_MATCH, LOG_LIKELIHOOD)
     )
     return [
         _Panel(f"{name}: exact match", exact, 0.0, 1.0, is_share=True),

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loray.bases.safetensors import DTYPE_CODES
 from loray.engine.memory.rows import AdapterShape, LayerGroup, Matrix
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import IntegrityError
@@ -25,7 +26,6 @@ from loray.spec import RopeParameters
 
 _FORMAT = 1
 _PAGE = mmap.PAGESIZE
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # that a pool may have
 
 
 def packed_name(packer: Packer, base_fingerprint: str) -> str:
@@ -89,7 +89,8 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": tuple(tensor.shape), "data_offsets": (begin, end)}
+        dtype = DTYPE_CODES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": tuple(tensor.shape), "data_offsets": (begin, end)}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little") + encoded)

@@ -1,8 +1,8 @@
-"""On a CPU: torch's flash kernel, forward and backward, as one node of the autograd graph.
+"""Attention on a CPU: torch's flash kernel, forward and backward, as one node of the autograd graph.
 
-`scaled_dot_product_attention` reaches the same kernel. But there each run of heads and each stretch of segments is a
-slice to autograd, whose gradient is a tensor of full size, mostly zeros, and the sum of all these. Here every gradient
-is written where it belongs, once.
+`scaled_dot_product_attention` calls the same kernel. But with it, autograd sees a slice for each run of heads and each
+stretch of segments. The gradient of a slice is a tensor of full size, mostly zeros, and autograd adds them all. Here
+every gradient is written once, to its place.
 
 Shapes: B rows, T positions, H query heads, K key-value heads, R query heads of one, D head width.
 """
@@ -44,7 +44,7 @@ class _Attend(torch.autograd.Function):
                 for place, part in zip(block.views(out, run.repeats), block.unfold(folded, len(out)), strict=True):
                     place.copy_(part)
                 lses.append(lse)
-            _give_back(out_BHTD[:, run.q], out, run.segments)
+            _write_back(out_BHTD[:, run.q], out, run.segments)
         out_BTHD = out_BHTD.transpose(1, 2)
         ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD, out_BTHD, *lses)
         ctx.runs, ctx.scale = runs, scale
@@ -71,9 +71,9 @@ class _Attend(torch.autograd.Function):
                     parts = block.unfold(folded.sum(1, keepdim=True), len(x))
                     for place, part in zip(block.views(x, 1), parts, strict=True):
                         place.add_(part)
-            _give_back(dq_BHTD[:, run.q], dq, run.segments)
-            _give_back(dk_BKTD[:, run.kv], dk, run.segments)
-            _give_back(dv_BKTD[:, run.kv], dv, run.segments)
+            _write_back(dq_BHTD[:, run.q], dq, run.segments)
+            _write_back(dk_BKTD[:, run.kv], dk, run.segments)
+            _write_back(dv_BKTD[:, run.kv], dv, run.segments)
         return dq_BHTD, dk_BKTD, dv_BKTD, None, None
 
 
@@ -81,20 +81,20 @@ def _taken(run: Run, *tensors_and_heads: tuple[Tensor, slice]) -> list[Tensor]:
     return [take(x_BhTD[:, heads], run.segments) for x_BhTD, heads in tensors_and_heads]
 
 
-def _give_back(x_BhTD: Tensor, taken: Tensor, segments: Segments) -> None:
-    """Write what `take` copied to where it came from; what it did not copy is there."""
+def _write_back(x_BhTD: Tensor, taken: Tensor, segments: Segments) -> None:
+    """Write the result of `take` to its positions in `x_BhTD`, unless it is a view of them."""
     if segments.order_N is not None:
         x_BThD = x_BhTD.transpose(1, 2)
         x_BThD.view(-1, *x_BThD.shape[2:]).index_copy_(0, segments.order_N, taken[0].transpose(0, 1))
 
 
 def _fold_shared(x_BKTD: Tensor, block: Block, run: Run) -> Tensor:
-    """Keys or values, for R query heads through a stride of 0."""
+    """Keys or values, repeated for R query heads with a stride of 0."""
     return block.fold(x_BKTD, 1).expand(-1, run.repeats, -1, -1)
 
 
 def _for_queries(q_BHTD: Tensor, runs: Sequence[Run]) -> Tensor:
-    """Zeros, unless all of it is written anyway."""
+    """A tensor like the queries: zeros where the segments do not cover all positions, else uninitialised."""
     num_rows, num_heads, num_tokens, width = q_BHTD.shape
     if any(run.segments.order_N is not None or num_covered(run.segments) < num_tokens for run in runs):
         return _zeros(q_BHTD)
@@ -102,6 +102,6 @@ def _for_queries(q_BHTD: Tensor, runs: Sequence[Run]) -> Tensor:
 
 
 def _zeros(x_BhTD: Tensor) -> Tensor:
-    """(B, T, h, D) in memory, as projections and RoPE write it and want their gradients."""
+    """Zeros (B, h, T, D) in the memory layout (B, T, h, D), which projections and RoPE also use for their gradients."""
     num_rows, num_heads, num_tokens, width = x_BhTD.shape
     return x_BhTD.new_zeros(num_rows, num_tokens, num_heads, width).transpose(1, 2)

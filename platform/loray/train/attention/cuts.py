@@ -1,7 +1,7 @@
-"""Where S2-Attn cuts a batch into segments of causal attention; computed once a batch, used by every layer.
+"""S2-Attn's cuts of a batch into segments of causal attention. Computed once per batch, used by every layer.
 
-Chen et al., *LongLoRA* (ICLR 2024), section 3.2, without its wrap-around. The cuts of a row are the group cuts,
-counted from the row's first column, and the document boundaries; padding is left out.
+Chen et al., *LongLoRA* (ICLR 2024), section 3.2, without its wrap-around. A row is cut at the group cuts, counted from
+its first column, and at document boundaries. Segments contain no padding.
 
 Shapes: B rows, T positions of a row, N = B·T positions of the batch in row order, S segments.
 """
@@ -18,7 +18,7 @@ from loray.planning.halo import check_group_size
 
 
 class Bucket(NamedTuple):
-    """`num_segments` neighbouring segments of `length` positions each; they are computed as one batch."""
+    """`num_segments` neighbouring segments of `length` positions each, which are computed as one batch."""
 
     length: int
     num_segments: int
@@ -26,11 +26,11 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
-    """Causal attention inside each segment and nowhere else.
+    """The segments of causal attention.
 
     buckets  in order; they cover the first positions of a row (order_N None), or the entries of order_N
-    order_N  None: every row is cut alike, and segments lie in the row's own order. Otherwise positions of the whole
-             batch, padding left out, sorted so that segments of equal length are neighbours
+    order_N  None: every row has the same segments, in the order of its positions. Otherwise positions of the whole
+             batch without padding, sorted so that segments of equal length are neighbours
     """
 
     buckets: tuple[Bucket, ...]
@@ -39,7 +39,7 @@ class Segments:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cuts:
-    """The segments of the plain and of the shifted query heads. `document_ids_BT` None: one document fills each row."""
+    """The segments of the plain and of the shifted query heads. `document_ids_BT` None: each row is one document."""
 
     plain: Segments
     shifted: Segments
@@ -56,9 +56,9 @@ def compute_cuts(
 ) -> Cuts:
     """Cuts of a batch of `num_rows` rows of `num_tokens` positions.
 
-    A document is a run of equal ids in one row: an id that comes back after another one is a new document. A negative
-    id is padding. Plain heads are cut at 0, G, 2G, …; shifted ones at 0, G/2, 3G/2, …: first and last are shorter.
-    Raises ValueError for an odd group or ids of another shape.
+    A document is a run of equal ids in one row: an id that appears again after another one is a new document. A
+    negative id is padding. Plain heads are cut at 0, G, 2G, …, shifted heads at 0, G/2, 3G/2, …, so that their first
+    and last groups are shorter. Raises ValueError for an odd group or ids of another shape.
     """
     check_group_size(group_size)
     offsets = (0, group_size // 2)
@@ -78,7 +78,7 @@ def compute_cuts(
 
 
 def filled(ids_BT: Tensor) -> int | None:
-    """n, where every row is one document in its first n columns and padding behind; None for any other batch."""
+    """n, if every row is one document in its first n columns and padding after them; None for any other batch."""
     real_BT = ids_BT >= 0
     num_filled = int(real_BT[0].sum())
     one_document = ids_BT[:, :num_filled] == ids_BT[:, :1]
@@ -87,7 +87,7 @@ def filled(ids_BT: Tensor) -> int | None:
 
 
 def uniform(num_tokens: int, group_size: int, offset: int) -> Segments:
-    """Of rows whose first `num_tokens` positions are one document, cut at offset, offset + G, …"""
+    """Segments of rows whose first `num_tokens` positions are one document, cut at offset, offset + G, …"""
     first = min(offset, num_tokens)
     num_groups, last = divmod(num_tokens - first, group_size)
     buckets = (Bucket(first, 1), Bucket(group_size, num_groups), Bucket(last, 1))
@@ -95,7 +95,7 @@ def uniform(num_tokens: int, group_size: int, offset: int) -> Segments:
 
 
 def find_segments(ids_BT: Tensor, group_size: int, offset: int) -> tuple[Tensor, Tensor]:
-    """First position in the batch and length of each segment (S), padding left out."""
+    """First position in the batch and length of each segment (S). Padding is in no segment."""
     num_rows, num_tokens = ids_BT.shape
     starts_BT = ((torch.arange(num_tokens) - offset) % group_size == 0).repeat(num_rows, 1)
     starts_BT[:, 1:] |= ids_BT[:, 1:] != ids_BT[:, :-1]
@@ -107,10 +107,10 @@ def find_segments(ids_BT: Tensor, group_size: int, offset: int) -> tuple[Tensor,
 
 
 def ordered(begin_S: Tensor, length_S: Tensor, device: torch.device | str) -> Segments:
-    """Segments anywhere in the batch, sorted by length."""
+    """Segments at any positions of the batch, sorted by length."""
     by_length_S = length_S.argsort(stable=True)
     begin_S, length_S = begin_S[by_length_S], length_S[by_length_S]
-    # Entry i of a segment lies i behind its begin: a running number, less the number at which its segment starts.
+    # Position = running number + (segment's first position − running number of its first entry).
     shift_S = begin_S - (length_S.cumsum(0) - length_S)
     order_N = torch.arange(int(length_S.sum())) + shift_S.repeat_interleave(length_S)
     lengths, counts = torch.unique_consecutive(length_S, return_counts=True)

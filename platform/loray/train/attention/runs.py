@@ -1,4 +1,4 @@
-"""Which query heads are computed together, and how their segments become one batch of equal ones.
+"""Runs of query heads that are computed together, and batches of segments of equal length.
 
 Shapes: B rows, T positions, h heads, which are K key-value heads with R query heads each (K = h, R = 1 for keys and
 values), S segments of L positions, N positions of all segments, D head width.
@@ -17,7 +17,7 @@ from loray.train.attention.cuts import Segments
 
 
 class Run(NamedTuple):
-    """Neighbouring query heads and their key-value heads, each of which serves equally many of them."""
+    """Neighbouring query heads and their key-value heads. Each of these serves equally many of the query heads."""
 
     q: slice
     kv: slice
@@ -30,9 +30,9 @@ class Run(NamedTuple):
 
 
 def split_runs(start: int, stop: int, repeats: int, segments: Segments) -> Iterator[Run]:
-    """Cover query heads [start, stop), where `repeats` share a key-value head.
+    """Runs that cover the query heads [start, stop). `repeats` query heads share a key-value head.
 
-    A key-value head that also serves others, before `start` or from `stop` on, gives a run of its own.
+    A key-value head that also serves query heads before `start` or from `stop` on is a run of its own.
     """
     while start < stop:
         kv = start // repeats
@@ -46,16 +46,16 @@ def split_runs(start: int, stop: int, repeats: int, segments: Segments) -> Itera
 
 
 def take(x_BhTD: Tensor, segments: Segments) -> Tensor:
-    """Positions in the order of segments: all of them as they are, or (1, h, N, D), copied, where a batch is ragged."""
+    """Positions in the order of segments: `x_BhTD` itself, or a copy (1, h, N, D) where `order_N` is given."""
     if segments.order_N is None:
         return x_BhTD
     return x_BhTD.transpose(1, 2).flatten(0, 1).index_select(0, segments.order_N)[None].transpose(1, 2)
 
 
 def spread(out_BNhD: Tensor, segments: Segments, shape_BhTD: torch.Size) -> Tensor:
-    """What was computed of positions that `take` returned, (1, N, h, D) or the first N of each row → (B, T, h, D).
+    """Results for the positions that `take` returned, (1, N, h, D) or the first N of each row → (B, T, h, D).
 
-    Positions of no segment are 0.
+    Positions outside of all segments are 0.
     """
     num_rows, num_heads, num_tokens, width = shape_BhTD
     if segments.order_N is None:
@@ -65,21 +65,21 @@ def spread(out_BNhD: Tensor, segments: Segments, shape_BhTD: torch.Size) -> Tens
 
 
 def num_covered(segments: Segments) -> int:
-    """How many of the positions that `take` returns belong to a segment: the first ones."""
+    """The number of positions in segments. They are the first ones that `take` returns."""
     return sum(length * num_segments for length, num_segments in segments.buckets)
 
 
 class Block(NamedTuple):
-    """Segments of equal length, which one call of a kernel computes.
+    """Segments of equal length, which one kernel call computes.
 
-    stretches  (position where the first begins, number) of those that are neighbours
+    stretches  (first position, number of segments) of segments that are neighbours
     """
 
     length: int
     stretches: tuple[tuple[int, int], ...]
 
     def views(self, taken_BhTD: Tensor, repeats: int) -> Iterator[Tensor]:
-        """(B, S, K, R, L, D) of each stretch."""
+        """A view (B, S, K, R, L, D) of each stretch."""
         for start, num_segments in self.stretches:
             part = taken_BhTD[:, :, start : start + num_segments * self.length]
             num_rows, num_heads, _, width = part.shape
@@ -87,11 +87,11 @@ class Block(NamedTuple):
             yield part.view(shape).permute(0, 3, 1, 2, 4, 5)
 
     def fold(self, taken_BhTD: Tensor, repeats: int) -> Tensor:
-        """→ (B·ΣS·K, R, L, D), copied: a contiguous matrix a head and segment is what kernels read fastest."""
+        """→ a copy (B·ΣS·K, R, L, D): kernels are fastest on contiguous matrices per head and segment."""
         return torch.cat(list(self.views(taken_BhTD, repeats)), dim=1).flatten(0, 2)
 
     def unfold(self, folded: Tensor, num_rows: int) -> tuple[Tensor, ...]:
-        """The reverse: (B, S, K, R, L, D) of each stretch."""
+        """The inverse of `fold`: (B, S, K, R, L, D) of each stretch."""
         counts = [num_segments for _, num_segments in self.stretches]
         parts = folded.view(num_rows, sum(counts), -1, *folded.shape[1:])
         return torch.split(parts, counts, dim=1)

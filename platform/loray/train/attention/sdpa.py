@@ -1,7 +1,7 @@
-"""torch's scaled_dot_product_attention, differentiated by autograd: any device, any dtype.
+"""Attention with torch's scaled_dot_product_attention, differentiated by autograd, on any device and in any dtype.
 
-Segments and key-value heads are folded into the batch, so that the kernel's own causal mask is the right one and the R
-query heads of a key-value head read it through a stride of 0.
+Segments and key-value heads are folded into the batch, so that the kernel's own causal mask applies. The R query heads
+of a key-value head read it with a stride of 0.
 
 Shapes: B rows, T positions, H query heads, K key-value heads, h query heads of a run, D head width.
 """
@@ -26,7 +26,7 @@ def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[R
 def _attend(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: Run, scale: float | None) -> Tensor:
     """→ (B, T, h, D)"""
     q, k, v = (take(x, run.segments) for x in (q_BhTD, k_BKTD, v_BKTD))
-    outs = {-1: q[:, :, :0].transpose(1, 2)}  # by the position where they begin; without segments, nothing
+    outs = {-1: q[:, :, :0].transpose(1, 2)}  # by first position; this empty one is for a batch without segments
     for block in blocks(run.segments):
         folded_k, folded_v = (block.fold(x, 1).expand(-1, run.repeats, -1, -1) for x in (k, v))
         folded = F.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Causal attention inside segments and nowhere else: one function, in the way that device and dtype allow.
+"""Causal attention inside segments: one function, with an implementation for each device and dtype.
 
 cpu     torch's flash kernel for CPUs, as one node of the autograd graph
 varlen  flash-attn's kernel for rows of any lengths, on a GPU where that package is installed
@@ -18,7 +18,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Sequence[Run], float | None], Tensor]
 
 
 def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None) -> Tensor:
-    """→ (B, T, H, D), 0 where no segment is. The runs name every query head once, in order. `scale` None: 1/√D."""
+    """→ (B, T, H, D), 0 outside of segments. The runs contain every query head once, in order. `scale` None: 1/√D."""
     return select(q_BHTD)(q_BHTD, k_BKTD, v_BKTD, runs, scale)
 
 

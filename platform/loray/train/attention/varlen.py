@@ -1,4 +1,4 @@
-"""flash-attn (Dao, 2023): segments of any lengths in one call, named by where they begin in one long row.
+"""Attention with flash-attn (Dao, 2023): segments of any lengths in one call, given by their first positions.
 
 Shapes: B rows, T positions, H query heads, K key-value heads, h query heads of a run, N positions of all segments, S
 segments, D head width.
@@ -22,9 +22,9 @@ _MAX_WIDTH = 256
 
 
 def fits(q_BHTD: Tensor) -> bool:
-    """Whether the package is there, and takes such tensors."""
-    is_taken = q_BHTD.is_cuda and q_BHTD.dtype in _DTYPES and q_BHTD.shape[-1] <= _MAX_WIDTH
-    return is_taken and find_spec("flash_attn") is not None
+    """Whether flash-attn is installed and supports such tensors."""
+    is_supported = q_BHTD.is_cuda and q_BHTD.dtype in _DTYPES and q_BHTD.shape[-1] <= _MAX_WIDTH
+    return is_supported and find_spec("flash_attn") is not None
 
 
 @cache
@@ -55,6 +55,6 @@ def _attend(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: Run, scale: flo
 
 @lru_cache(maxsize=8)  # the plain and the shifted segments of a batch, for each of its layers
 def _begins(segments: Segments, num_rows: int, device: torch.device) -> Tensor:
-    """cu_seqlens: where each segment begins, and where the last ends. (S + 1) int32."""
+    """cu_seqlens (S + 1), int32: the first position of each segment, and the end of the last."""
     lengths = [length for length, num_segments in segments.buckets for _ in range(num_segments)] * num_rows
     return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)

@@ -1,4 +1,4 @@
-"""Batches: a plan of micro-batches per epoch, a function of (seed, epoch) alone, and a cursor into it.
+"""Batches: each epoch has a plan of micro-batches, a function of (seed, epoch) alone, and a cursor into it.
 
 Shapes: B rows, T positions. Padding is on the right.
 """
@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loray.errors import SpecError
+from loray.recipes.resolve import check_token_budget
 from loray.spec import BatchSpec
 from loray.train.data.examples import Rows
 
 IGNORED = -100
-_GROUP = 50  # micro-batches within which `length_grouped` sorts: lengths match, and the order stays random
+_GROUP = 50  # micro-batches that `length_grouped` sorts by length together: their order stays random
 
-Row = tuple[int, ...]  # the documents of one row; several only where rows are packed
+Row = tuple[int, ...]  # documents of one row; several only where rows are packed
 MicroBatch = tuple[Row, ...]
 
 
 class Cursor(NamedTuple):
-    """`done` micro-batches of `epoch` are behind us, over all ranks together."""
+    """All ranks together have trained on `done` micro-batches of `epoch`."""
 
     epoch: int = 0
     done: int = 0
@@ -37,8 +37,8 @@ _START = Cursor()
 class Batch(NamedTuple):
     """One micro-batch.
 
-    labels_BT is shifted already: labels_BT[b, t] is the token that the hidden state at t is to predict, −100 where
-    nothing is learned, so that no document of a packed row predicts the first token of the next.
+    labels_BT is shifted: labels_BT[b, t] is the token that the hidden state at t predicts, −100 where there is no
+    target. So no document of a packed row predicts the first token of the next.
     attention_mask_BT is 1 on tokens and 0 on padding, None where rows are packed or nothing is padded.
     position_ids_BT restarts at each document of a packed row, and at its padding; None where rows are not packed.
     """
@@ -60,11 +60,11 @@ class Batch(NamedTuple):
 
 
 def plan_epoch(lengths: Sequence[int], spec: BatchSpec, *, max_length: int, seed: int, epoch: int) -> list[MicroBatch]:
-    """Every document once, in this epoch's order. Raises SpecError where a row does not fit the token budget."""
+    """Every document once, in the order of this epoch. Raises SpecError where a row does not fit the token budget."""
     rng = np.random.default_rng([seed, epoch])
     order = [int(i) for i in rng.permutation(len(lengths))]
     rows: list[Row]
-    check_budget(max(lengths, default=0), spec)
+    check_token_budget(spec, max(lengths, default=0))
     if spec.order == "packed":
         rows = first_fit(order, lengths, max_length if spec.tokens is None else min(max_length, spec.tokens))
     else:
@@ -78,7 +78,7 @@ def plan_epoch(lengths: Sequence[int], spec: BatchSpec, *, max_length: int, seed
 
 
 def plan_evaluation(lengths: Sequence[int], spec: BatchSpec) -> list[MicroBatch]:
-    """Every row once, longest first, in micro-batches of the training's size: little padding, the same memory."""
+    """Every row once, the longest first, in micro-batches of the size of training's: little padding, equal memory."""
     rows: list[Row] = [(i,) for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
     if spec.tokens is not None and lengths and max(lengths) > spec.tokens:
         spec = spec.model_copy(update={"tokens": max(lengths)})
@@ -86,9 +86,9 @@ def plan_evaluation(lengths: Sequence[int], spec: BatchSpec) -> list[MicroBatch]
 
 
 def first_fit(order: Sequence[int], lengths: Sequence[int], max_length: int) -> list[Row]:
-    """Documents into rows of `max_length`: each into the first row with room. O(n log n) with a tree of free room."""
+    """Rows of up to `max_length` tokens: each document goes into the first row with room. O(n log n), with a tree."""
     size = 1 << max(0, (len(order) - 1).bit_length())
-    room = [max_length] * (2 * size)  # room[1] is the most that any row has; leaves start at `size`
+    room = [max_length] * (2 * size)  # free tokens; room[1] is the maximum over rows, leaves start at `size`
     rows: list[list[int]] = []
     for document in order:
         length = int(lengths[document])
@@ -122,7 +122,7 @@ def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
             labels_BT[b, at : end - 1] = torch.where(torch.from_numpy(targets[1:].copy()), here[1:], IGNORED)
             position_ids_BT[b, at:end] = torch.arange(len(ids))
             at = end
-        position_ids_BT[b, at:] = torch.arange(shape[1] - at)  # padding of a packed row is a document of its own
+        position_ids_BT[b, at:] = torch.arange(shape[1] - at)  # the padding of a packed row is another document
     attention_mask_BT = None
     if not packed and min(lengths) < shape[1]:
         attention_mask_BT = (torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]).long()
@@ -137,11 +137,11 @@ def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
 
 
 class BatchStream:
-    """The endless sequence of micro-batches over epochs; a step takes `per_step` of them, all data ranks together.
+    """An endless sequence of micro-batches over epochs. A step takes `per_step` of them, over all data ranks.
 
-    All ranks walk the same plan and take every `size`-th micro-batch, so that a step's batch is the same for any
-    number of them. Where they do not share it equally, some add one without a label: strategies want equally many on
-    every rank. Not thread-safe.
+    All ranks follow the same plan, and each takes every `size`-th micro-batch, so that the batch of a step does not
+    depend on the number of ranks. Strategies need equally many micro-batches on every rank: a rank with one less adds
+    one without labels. Not thread-safe.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class BatchStream:
         return self._plan[self.cursor.done - 1]
 
     def num_steps(self, num_epochs: float) -> int:
-        """Optimizer steps that cover `num_epochs`, the last one completed from the epoch that follows."""
+        """Optimizer steps that cover `num_epochs`. The last one may include micro-batches of the next epoch."""
         whole, part = int(num_epochs), num_epochs - int(num_epochs)
         count = float(sum(len(self._plan_of(epoch)) for epoch in range(whole)))
         if part:
@@ -193,16 +193,8 @@ def _without_labels(batch: Batch) -> Batch:
     return batch._replace(labels_BT=torch.full_like(batch.labels_BT, IGNORED), num_tokens=0, num_targets=0)
 
 
-def check_budget(longest: int, spec: BatchSpec) -> None:
-    """Raise SpecError where a row of `longest` tokens does not fit into a micro-batch."""
-    if spec.tokens is not None and longest > spec.tokens:
-        raise SpecError(
-            f"batch.tokens is {spec.tokens}, less than a row of {longest} tokens; raise it, or lower data.max_length"
-        )
-
-
 def _capacity(spec: BatchSpec, longest: int) -> int:
-    """Rows of up to `longest` tokens that fit into one micro-batch."""
+    """Number of rows of up to `longest` tokens that fit into one micro-batch."""
     if spec.rows is not None:
         return spec.rows
     assert spec.tokens is not None

@@ -1,4 +1,4 @@
-"""A run's data: read, tokenised, split into what is trained on and what is held out, counted, and fingerprinted."""
+"""A run's data: read, tokenised, split into training rows and held-out rows, and fingerprinted."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from loray.train.data.files import DataFormat, RowFile, open_rows
 
 Indices = NDArray[np.int64]
 
-_SPLIT_STREAM, _SAMPLE_STREAM = 1, 2  # keep the generators of one seed apart
+_SPLIT_STREAM, _SAMPLE_STREAM = 1, 2  # different generators for one seed
 
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What became of the files. Tokens are those of the training rows; targets are the tokens learned from."""
+    """Statistics of the data. Tokens are those of the training rows; targets are tokens with a label."""
 
     format: DataFormat
     num_documents: int
@@ -39,9 +39,9 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """`fingerprint`: SHA-256 of the training file; where there is an evaluation file, of both files' hex digests.
+    """Training rows, which may be outside of this process's memory, and held-out rows, which are few.
 
-    The training rows may lie outside this process's memory; those that are held out are few.
+    `fingerprint` is the SHA-256 of the training file; with an evaluation file, that of both files' hex digests.
     """
 
     train: Rows
@@ -63,10 +63,10 @@ def load_data(
 ) -> Dataset:
     """Read and tokenise `spec.train` (and `spec.eval`). Raises DataError.
 
-    Without `spec.eval`, `eval_fraction` of the documents is held out, the same ones for the same seed; a single text
-    gives its last windows instead. At most `max_eval_rows` rows are kept for evaluation, drawn by the seed.
-    whole_windows  evaluate on windows of exactly `max_length` tokens where there are any: figures at one context length
-    fetched        copies on this machine of sources that lie elsewhere
+    Without `spec.eval`, `eval_fraction` of the documents is held out, the same ones for the same seed; of a single text
+    its last windows are held out. At most `max_eval_rows` rows are kept for evaluation, drawn by the seed.
+    whole_windows  hold out only windows of exactly `max_length` tokens, where there are any
+    fetched        copies on this machine of remote sources
     """
     file = open_rows(spec.train, spec.format, spec.max_rows, fetched=fetched.get(spec.train))
     examples = _spool(tokenize(file, tokenizer, max_length))
@@ -82,12 +82,11 @@ def load_data(
 
     usable = trained[examples.num_targets[trained] > 0]
     held_out = held_out[eval_examples.num_targets[held_out] > 0]
-    if not len(usable):
-        raise DataError(
-            f"no row of {spec.train} has a token to learn within {max_length} tokens; raise data.max_length"
-        )
-    if spec.eval is not None and not len(held_out):
-        raise DataError(f"no row of {spec.eval} has a token to learn within {max_length} tokens; raise data.max_length")
+    for source, rows in ((spec.train, usable), (spec.eval, held_out)):
+        if source is not None and not len(rows):
+            raise DataError(
+                f"no row of {source} has a token to learn within {max_length} tokens; raise data.max_length"
+            )
     whole = held_out[eval_examples.rows.lengths[held_out] == max_length]
     if whole_windows and len(whole):
         held_out = whole
@@ -110,7 +109,7 @@ def load_data(
 
 
 class _Examples(NamedTuple):
-    """Tokenised rows, and by row: the document that it is of, whether it was cut, its targets."""
+    """Tokenised rows; for each row its document, whether it was truncated, and its number of targets."""
 
     rows: TokenRows
     documents: NDArray[np.int64]
@@ -132,7 +131,7 @@ def _spool(examples: Iterable[Example]) -> _Examples:
 
 
 def _hold_out(file: RowFile, examples: _Examples, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """(training, held out), split by document: windows of a text never lie on both sides, unless it is the only one."""
+    """(training, held out), split by document: windows of one text are on one side, unless it is the only document."""
     if fraction == 0:
         return np.arange(len(examples.rows)), np.empty(0, np.int64)
     units, num_units = examples.documents, int(examples.documents[-1]) + 1  # every document has an example

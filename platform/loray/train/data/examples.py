@@ -1,10 +1,10 @@
-"""From rows to token ids, with the positions that are learned marked exactly.
+"""From rows to token ids with targets, the tokens that the model learns to predict.
 
-chat               assistant turns only, through the checkpoint's own chat template
-prompt_completion  the completion and the end-of-sequence token
-text               everything, cut into consecutive windows of `max_length` tokens
+chat               targets are assistant turns, rendered with the checkpoint's own chat template
+prompt_completion  targets are the completion and the end-of-sequence token
+text               all tokens are targets, cut into consecutive windows of `max_length` tokens
 
-The token ids are those that a server sees: what precedes a target is tokenised apart from it, as a prompt is.
+The token ids are those that serving has: the text before a target is tokenised apart from it, as a prompt is.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from loray.errors import DataError
 from loray.train.data.files import RowFile, problem
 
-_TEXTS_AT_ONCE = 256  # documents handed to the tokenizer together: it is parallel inside
+_TEXTS_AT_ONCE = 256  # documents per call of the tokenizer, which runs threads
 
 
 class Example(NamedTuple):
-    """`targets[i]` says that token i is to be predicted (from the tokens before it). `document` counts input rows."""
+    """`targets[i]` is True if token i is predicted from those before it. `document` is the index of the input row."""
 
     ids: list[int]
     targets: list[bool]
@@ -36,18 +36,18 @@ class Example(NamedTuple):
 
 
 class Rows(Protocol):
-    """Rows of tokens, wherever they lie."""
+    """Rows of tokens."""
 
     @property
     def lengths(self) -> NDArray[np.int64]: ...
 
     def row(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Its token ids, and which of them are to be predicted."""
+        """Token ids of row i, and which of them are targets."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Row i is [starts[i], starts[i] + lengths[i]) of N tokens, which may hold more than the rows."""
+    """Row i is [starts[i], starts[i] + lengths[i]) of N tokens. Some of them may belong to no row."""
 
     ids_N: NDArray[np.int32]
     targets_N: NDArray[np.bool_]
@@ -62,16 +62,16 @@ class TokenRows:
         return self.ids_N[part], self.targets_N[part]
 
     def select(self, indices: NDArray[np.int64]) -> TokenRows:
-        """Those rows of the same tokens; nothing is copied."""
+        """These rows, without a copy of the tokens."""
         return TokenRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
 
     def packed(self) -> TokenRows:
-        """A copy in memory that holds the rows and nothing else, back to back."""
+        """A copy in memory with the tokens of these rows alone."""
         return pack_rows([self.row(i) for i in range(len(self))])
 
 
 def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenRows:
-    """TokenRows of (ids, targets) pairs. The first token of a row has nothing before it, so it is never a target."""
+    """TokenRows of (ids, targets) pairs. The first token of a row is never a target."""
     lengths = np.array([len(ids) for ids, _ in rows], np.int64)
     starts = np.cumsum(lengths) - lengths
     ids_N = np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows]) if rows else np.empty(0, np.int32)
@@ -81,9 +81,9 @@ def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenRows:
 
 
 class RowSpool:
-    """Rows written one after the other to temporary files, five bytes a token, and read from there as TokenRows.
+    """Rows in temporary files, five bytes per token, which are read as memory-mapped TokenRows.
 
-    To be used in a `with` block. The files have no name: they are gone with the last array that is mapped to them.
+    Use it in a `with` block. The files have no name: the system removes them with the last array that maps them.
     """
 
     def __enter__(self) -> RowSpool:
@@ -97,7 +97,7 @@ class RowSpool:
         self._files.close()
 
     def add(self, ids: list[int], targets: list[bool]) -> int:
-        """Number of targets, of which the first token of a row is never one."""
+        """Append a row. Returns its number of targets; the first token is never one."""
         mask = np.array(targets, np.bool_)
         mask[:1] = False
         self._ids.write(np.array(ids, np.int32).tobytes())
@@ -106,7 +106,7 @@ class RowSpool:
         return int(mask.sum())
 
     def rows(self) -> TokenRows:
-        """All of them; they outlive the block."""
+        """All rows. They remain valid after the block."""
         lengths = np.array(self._lengths, np.int64)
         total = int(lengths.sum())
         ids_N, targets_N = _mapped(self._ids, np.int32, total), _mapped(self._targets, np.bool_, total)
@@ -119,9 +119,8 @@ def _mapped(file: IO[bytes], dtype: Any, size: int) -> NDArray[Any]:
 
 
 def tokenize(rows: RowFile, tokenizer: Any, max_length: int) -> Iterator[Example]:
-    """Examples of at most `max_length` tokens, in order, at least one a row. Raises DataError for a bad row."""
-    if tokenizer.eos_token_id is None:
-        raise DataError("the base model's tokenizer has no end-of-sequence token; set one in its tokenizer_config.json")
+    """Examples of at most `max_length` tokens, in order, at least one per row. Raises DataError for a malformed row."""
+    check_tokenizer(tokenizer)
     if rows.format == "chat" and not tokenizer.chat_template:
         raise DataError(f"{rows.source} holds chats, but the base model has no chat template; use prompt/completion")
     for first, records in rows.parts():
@@ -137,6 +136,12 @@ def tokenize(rows: RowFile, tokenizer: Any, max_length: int) -> Iterator[Example
                 examples = _chats(records, tokenizer, max_length, rows, first)
         for example in examples:
             yield example._replace(document=first + example.document)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise DataError where the tokenizer has no end-of-sequence token."""
+    if tokenizer.eos_token_id is None:
+        raise DataError("the base model's tokenizer has no end-of-sequence token; set one in its tokenizer_config.json")
 
 
 def _texts(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> Iterator[Example]:
@@ -171,11 +176,11 @@ def _chats(
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: Any) -> Iterator[list[tuple[list[int], bool]]]:
-    """Segments (ids, is target) of one conversation, cut where each assistant turn starts and ends.
+    """Segments (ids, is target) of one conversation, cut at the start and the end of each assistant turn.
 
-    The cuts are found by rendering the conversation up to each turn and checking that it is a prefix of the whole.
-    A template that rewrites earlier turns (Qwen3 drops their reasoning) has no such prefixes: the conversation then
-    becomes one example per assistant turn, each exactly what a server would have seen at that point.
+    To find the cuts, the conversation is rendered up to each turn; the result must be a prefix of the whole. A template
+    that changes earlier turns (Qwen3 drops their reasoning) has no such prefixes: then every assistant turn becomes an
+    example of its own, with the tokens that a server has at that point.
     """
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
@@ -196,7 +201,7 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> Iterator[list[tuple
         done = 0
         for before, after in conversation:
             answer = after[len(before) :]
-            # The turn is learned up to its end-of-sequence token; what templates put behind is never generated.
+            # The target ends with the end-of-sequence token: text that a template adds after it is never generated.
             upto_eos, eos, _ = answer.rpartition(tokenizer.eos_token)
             learned = upto_eos + eos if eos else answer
             prompt, turn = _ids(tokenizer, [before[done:], learned])
@@ -223,7 +228,7 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def prompt_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """With the tokenizer's beginning-of-sequence token, but not with an end that some tokenizers append."""
+    """Token ids with the beginning-of-sequence token, without an end-of-sequence token that the tokenizer adds."""
     out = []
     for text, ids in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
         appended = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)

@@ -1,7 +1,7 @@
-"""Reading JSONL and Parquet through pyarrow: which format a file has, its rows in parts, and its SHA-256.
+"""Reads JSONL and Parquet with pyarrow: the format of a file, its rows in parts, and its SHA-256.
 
-A source is a path or a URI that pyarrow knows (`file://`, `s3://`), or a file that was fetched from one. Every failure
-is a DataError that names the source, and the line or row at fault.
+A source is a path, or a URI that pyarrow supports (`file://`, `s3://`), or a local copy of one. Every failure is a
+DataError that names the source and the wrong line or row.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,12 +30,12 @@ _SCHEMAS: dict[DataFormat, pa.Schema] = {
     "text": pa.schema([("text", pa.string())]),
 }
 _EXPECTED = "`messages` (chat), `prompt` and `completion`, or `text`"
-_PART_BYTES = 16 << 20  # of a JSONL file at once; more where a single line is longer
-_PART_ROWS = 256  # of a Parquet file at once
+_PART_BYTES = 16 << 20  # of a JSONL file that are read at once; more where a single line is longer
+_PART_ROWS = 256  # of a Parquet file that are read at once
 
 
 class Source(NamedTuple):
-    """`name` is what errors call it, `path` where it is read."""
+    """Errors use `name`; the file is read from `path`."""
 
     name: str
     path: str
@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
 
 class RowFile(NamedTuple):
-    """A file of rows. `sha256` is over the whole file as it lies on disk; `max_rows` None: all of them."""
+    """A file of rows. `sha256` is that of the whole file; `max_rows` None means all rows."""
 
     source: Source
     format: DataFormat
@@ -54,8 +54,8 @@ class RowFile(NamedTuple):
     max_rows: int | None
 
     def parts(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """(number of rows before it, rows with the format's columns only), one part after the other: a file need not
-        fit into memory. Raises DataError.
+        """(number of rows before the part, rows with the columns of the format) for each part of the file, which may be
+        larger than memory. Raises DataError.
         """
         done = 0
         for table in _parquet_parts(self) if self.is_parquet else _jsonl_parts(self):
@@ -72,9 +72,9 @@ class RowFile(NamedTuple):
     def _records(self, table: Any) -> list[dict[str, Any]]:
         try:
             records: list[dict[str, Any]] = table.to_pylist()
-        except UnicodeDecodeError as e:  # pyarrow reads such bytes without a word
+        except UnicodeDecodeError as e:  # pyarrow does not check it when it reads
             if not self.is_parquet:
-                _explain(self.source, self.format)
+                _raise_for_line(self.source, self.format)
             raise DataError(f"{self.source} holds text that is not UTF-8: {e}; write it as UTF-8") from e
         return records
 
@@ -86,7 +86,7 @@ def open_rows(
     *,
     fetched: Path | None = None,
 ) -> RowFile:
-    """The rows of the source called `name`, or the first `max_rows`; from `fetched`, a copy, where there is one.
+    """The rows of the source called `name`, or the first `max_rows`, read from its local copy `fetched` where given.
 
     Raises DataError.
     """
@@ -100,7 +100,7 @@ def open_rows(
 
 
 def read_columns(name: str, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """All rows of a JSONL or Parquet file on this machine, with these columns, of whatever types. Raises DataError."""
+    """These columns, of any types, of all rows of a local JSONL or Parquet file. Raises DataError."""
     source = Source(name, str(path))
     with _open(source) as file:
         is_parquet = file.read(4) == b"PAR1"
@@ -118,8 +118,16 @@ def read_columns(name: str, path: Path, columns: Sequence[str]) -> list[dict[str
     return records
 
 
+def read_text(name: str, path: Path) -> str:
+    """The text of a local file. Raises DataError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{name} is not UTF-8: {e}; write it as UTF-8") from e
+
+
 def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"]) -> DataFormat:
-    """The format that the columns `names` allow; chat before prompt/completion before text where several do."""
+    """The format for the columns `names`. If several fit: chat before prompt/completion before text."""
     fitting: list[DataFormat] = [f for f, schema in _SCHEMAS.items() if set(schema.names) <= set(names)]
     if format == "auto":
         if not fitting:
@@ -134,10 +142,8 @@ def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"
     return format
 
 
-def problem(record: object, format: DataFormat) -> str | None:
+def problem(record: Mapping[str, Any], format: DataFormat) -> str | None:
     """What is wrong with one row, or None."""
-    if not isinstance(record, dict):
-        return f"a row must be an object, not {type(record).__name__}"
     if format != "chat":
         for name in _SCHEMAS[format].names:
             if not isinstance(record.get(name), str):
@@ -153,7 +159,7 @@ def problem(record: object, format: DataFormat) -> str | None:
 
 
 def _open(source: Source) -> Any:
-    """A pyarrow file, to be used in a `with` block."""
+    """A pyarrow file. Use it in a `with` block."""
     try:
         if "://" in source.path:
             filesystem, path = pafs.FileSystem.from_uri(source.path)
@@ -197,22 +203,22 @@ def _parquet_errors(source: Source) -> Iterator[None]:
 
 
 def _jsonl_parts(rows: RowFile) -> Iterator[Any]:
-    """The columns are declared: left to guess, pyarrow makes timestamps of strings that look like dates."""
+    """Tables with declared columns: without a schema, pyarrow converts strings that look like dates to timestamps."""
     options = pajson.ParseOptions(explicit_schema=_SCHEMAS[rows.format], unexpected_field_behavior="ignore")
     for block in _blocks(rows.source):
-        # A row must fit into one block of pyarrow's, and documents can be long: the part is one block.
+        # pyarrow needs each row in one of its blocks, and documents can be long: so the part is one block.
         try:
             table = pajson.read_json(io.BytesIO(block), pajson.ReadOptions(block_size=len(block)), options)
         except pa.ArrowInvalid as e:
-            _explain(rows.source, rows.format)
+            _raise_for_line(rows.source, rows.format)
             raise DataError(f"{rows.source} cannot be read: {e}") from e
         if any(column.null_count for column in table.columns):
-            _explain(rows.source, rows.format)
+            _raise_for_line(rows.source, rows.format)
         yield table
 
 
 def _blocks(source: Source) -> Iterator[bytes]:
-    """Whole lines, `_PART_BYTES` of them or one that is longer."""
+    """Parts of whole lines, each of about `_PART_BYTES`."""
     lines: list[bytes] = []
     size = 0
     for _, line in _lines(source):
@@ -226,7 +232,7 @@ def _blocks(source: Source) -> Iterator[bytes]:
 
 
 def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, counted from one."""
+    """(number from 1, line) of lines that are not blank."""
     with _open(source) as file:
         for number, line in enumerate(io.BufferedReader(file), start=1):
             if line.strip():
@@ -241,15 +247,15 @@ def _first_names(source: Source) -> list[str]:
     raise DataError(f"{source} is empty; give a file with at least one row")
 
 
-def _explain(source: Source, format: DataFormat) -> None:
-    """Raise a DataError for the first bad line, which pyarrow counts by block and not by file."""
+def _raise_for_line(source: Source, format: DataFormat) -> None:
+    """Raise DataError for the first malformed line. pyarrow's errors count lines in a block, not in the file."""
     for number, line in _lines(source):
         if wrong := problem(_record(source, number, line), format):
             raise DataError(f"{source}, line {number}: {wrong}")
 
 
 def _record(source: Source, number: int, line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
-    """`unreadable`: what is said of a line that is not JSON, in whatever encoding."""
+    """The object in a line. `unreadable` replaces the message for a line that is not JSON."""
     try:
         record = json.loads(line.decode("utf-8"))
     except ValueError as e:

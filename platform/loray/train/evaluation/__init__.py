@@ -1,1 +1,1 @@
-"""What a model is worth on long contexts: dense perplexity by window, retrieval by depth and length, compared."""
+"""Evaluation on long contexts: dense perplexity by window, and retrieval by depth and length."""

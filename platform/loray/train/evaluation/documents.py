@@ -1,4 +1,4 @@
-"""Documents to be measured on: read whole, tokenised as training does, and cut into windows that overlap.
+"""Documents for perplexity: read whole, tokenised as in training, and cut into overlapping windows.
 
 Shapes: N tokens of a document, T tokens of a window.
 """
@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.errors import DataError
-from loray.train.data.examples import prompt_ids
-from loray.train.data.files import read_columns
+from loray.train.data.examples import check_tokenizer, prompt_ids
+from loray.train.data.files import read_columns, read_text
 
 _NO_LIMIT = 1 << 62
 _TEXT = "text"
 
 
 class Documents(NamedTuple):
-    """`name` is for people, `sha256` that of all tokens and of where documents end."""
+    """`name` is for people; `sha256` is over the tokens of all documents and their lengths."""
 
     name: str
     ids_N: tuple[NDArray[np.int32], ...]
@@ -38,13 +38,6 @@ class Documents(NamedTuple):
         return max(len(ids) for ids in self.ids_N)
 
 
-class Windows(NamedTuple):
-    """`ids_T`: views into the documents. `num_possible`: how many there are, of which these were taken."""
-
-    ids_T: tuple[NDArray[np.int32], ...]
-    num_possible: int
-
-
 def read_documents(
     source: str,
     tokenizer: Any,
@@ -56,14 +49,13 @@ def read_documents(
     """The documents of `source`: JSONL or Parquet with a column `text`, or a `.txt` file, which is one document.
 
     where       only rows whose columns have these values
-    max_tokens  only the first so many tokens, in the order of documents
-    fetched     a copy of `source` on this machine, to be read instead
+    max_tokens  number of tokens to keep, from the beginning; None: all
+    fetched     local copy of `source` to read instead
     Raises DataError.
     """
     path = Path(source).expanduser() if fetched is None else fetched
     texts = _read(source, path, where)
-    if tokenizer.eos_token_id is None:
-        raise DataError("the base model's tokenizer has no end-of-sequence token; set one in its tokenizer_config.json")
+    check_tokenizer(tokenizer)
     documents, left = [], max_tokens if max_tokens is not None else _NO_LIMIT
     for ids in token_ids(tokenizer, texts):
         documents.append(np.array([*ids, tokenizer.eos_token_id][:left], np.int32))
@@ -75,16 +67,18 @@ def read_documents(
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Of each text, as training and serving have them, without an end-of-sequence token."""
-    for text in texts:  # one at a time: the tokenizer's own record of a long text is many times the text
+    """Token ids of each text, as in training and serving, without an end-of-sequence token."""
+    for text in texts:  # one at a time: the tokenizer's memory for a long text is many times the text
         yield from prompt_ids(tokenizer, [text])
 
 
-def cut_windows(documents: Documents, context_length: int, *, stride: int, max_windows: int | None) -> Windows:
-    """All windows of `context_length` tokens that start at 0, stride, 2 · stride … of a document and end within it,
-    or `max_windows` of them, evenly spread from the first to the last.
+def cut_windows(
+    documents: Documents, context_length: int, *, stride: int, max_windows: int | None
+) -> tuple[NDArray[np.int32], ...]:
+    """Windows of `context_length` tokens that start at 0, stride, 2 · stride … of a document and end within it, as
+    views of the documents. `max_windows` of them are evenly spread from the first to the last; None: all.
 
-    DataError where no document is long enough.
+    Raises DataError where no document is long enough.
     """
     starts = [(ids, start) for ids in documents.ids_N for start in range(0, len(ids) - context_length + 1, stride)]
     if not starts:
@@ -94,19 +88,19 @@ def cut_windows(documents: Documents, context_length: int, *, stride: int, max_w
         )
     count = len(starts) if max_windows is None else min(max_windows, len(starts))
     chosen = [starts[int(i)] for i in np.linspace(0, len(starts) - 1, count).round()]
-    return Windows(tuple(ids[start : start + context_length] for ids, start in chosen), len(starts))
+    return tuple(ids[start : start + context_length] for ids, start in chosen)
 
 
 def _read(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
     if not path.is_file():
         raise DataError(f"{name} is not a file; name one with documents: JSONL, Parquet or .txt")
     if path.suffix == ".txt" and not where:
-        return _present(name, [_decoded(name, path)], where)
+        return _not_empty(name, [read_text(name, path)], where)
     records = read_columns(name, path, [_TEXT, *where])
-    return _present(name, [r[_TEXT] for r in records if all(str(r[c]) == v for c, v in where.items())], where)
+    return _not_empty(name, [r[_TEXT] for r in records if all(str(r[c]) == v for c, v in where.items())], where)
 
 
-def _present(name: str, texts: Sequence[object], where: Mapping[str, str]) -> list[str]:
+def _not_empty(name: str, texts: Sequence[object], where: Mapping[str, str]) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             raise DataError(f"{name}: `text` must be a string in every row, not {type(text).__name__}")
@@ -115,13 +109,6 @@ def _present(name: str, texts: Sequence[object], where: Mapping[str, str]) -> li
         rule = " and ".join(f"{column}={value}" for column, value in where.items())
         raise DataError(f"{name} has no document" + (f" where {rule}" if rule else ""))
     return found
-
-
-def _decoded(name: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{name} is not UTF-8: {e}; write it as UTF-8") from e
 
 
 def _sha256(documents: Sequence[NDArray[np.int32]]) -> str:

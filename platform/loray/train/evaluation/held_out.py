@@ -1,4 +1,4 @@
-"""Held-out loss: mean cross-entropy a target token, with dense attention, whatever attention training uses."""
+"""Held-out loss: mean cross-entropy per target token, with dense attention also where training uses S2-Attn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from loray.bases.registry import BaseModel
 from loray.spec import TrainSpec
@@ -23,10 +22,10 @@ from loray.train.model import dense
 def held_out_loss(
     model: Any, objective: nn.Module, rows: TokenRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
 ) -> float:
-    """Σ loss / Σ targets over all rows and ranks; nan where a logit is not finite. Leaves the model training.
+    """Σ loss / Σ targets over all rows and ranks; nan where a logit is not finite. Leaves the model in training mode.
 
-    `objective` is the strategy's way to compute a batch's loss with `model`. Every rank calls it equally often: one
-    without a batch of its own repeats the last, and does not count it.
+    `objective` is the strategy's module that computes a batch's loss with `model`. Every rank calls it equally often: a
+    rank without a batch repeats the last one, and does not count it.
     """
     batches = plan_evaluation(rows.lengths.tolist(), spec.batch)
     total, num_targets = 0.0, 0
@@ -46,11 +45,11 @@ def held_out_loss(
 
 @contextmanager
 def unscaled(model: Any, base: BaseModel) -> Iterator[None]:
-    """RoPE as `base` has it: before any training, the model is the base inside."""
+    """The base's RoPE inside the block: an untrained model then computes as the base does."""
     inner = model.base_model
     scaled = inner.rotary_emb
     config = copy.deepcopy(model.config)
-    config.rope_parameters = AutoConfig.from_pretrained(base.path).rope_parameters
+    config.rope_parameters = base.config.rope.to_hf()
     inner.rotary_emb = type(scaled)(config).to(scaled.inv_freq.device)
     try:
         yield

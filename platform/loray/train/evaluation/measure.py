@@ -1,68 +1,79 @@
-"""Before and after: the same figures of the base, the base under the adapter's RoPE, and the adapter."""
+"""The same evaluations of the base, the base under the adapter's RoPE, and the adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import exp, inf
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel
-from loray.spec import PERPLEXITY, DType, Evaluation, PerplexitySpec, RetrievalSpec
-from loray.train.evaluation.documents import Documents, Windows, cut_windows
+from loray.spec import (
+    EXACT_MATCH,
+    LOG_LIKELIHOOD,
+    PERPLEXITY,
+    DType,
+    Evaluation,
+    PerplexitySpec,
+    RetrievalSpec,
+    Subject,
+    retrieval_metric,
+)
+from loray.telemetry import Progress
+from loray.train.evaluation.documents import Documents, cut_windows
 from loray.train.evaluation.perplexity import finite, mean_loss
 from loray.train.evaluation.retrieval import Cell, retrieve
-from loray.train.evaluation.subjects import Subject, load
+from loray.train.evaluation.subjects import MeasuredModel, load
 
-_MAX_LOSS = 700.0  # where exp still is a number; a model that knows nothing is at the logarithm of its vocabulary
-
-Tell = Callable[[str, float], None]  # (what is being measured, share done of it)
-
-EXACT_MATCH, LOG_LIKELIHOOD = "exact_match", "log_likelihood"  # behind the task: passkey_exact_match
+_MAX_LOSS = 700.0  # exp of it is still finite; the loss of a uniform guess is the logarithm of the vocabulary's size
 
 
 def measure(
     base: BaseModel,
-    subjects: Sequence[Subject],
+    models: Sequence[MeasuredModel],
     *,
     documents: Documents | None = None,
     perplexity: PerplexitySpec | None = None,
     retrieval: Sequence[RetrievalSpec] = (),
     dtype: DType = "bfloat16",
     device: torch.device | None = None,
-    tell: Tell = lambda what, share: None,
+    progress: Progress = lambda stage, share: None,
 ) -> tuple[Evaluation, ...]:
-    """Perplexity on `documents` and retrieval of every subject, one model in memory after the other.
+    """Perplexity on `documents` and retrieval of every model. One model is in memory at a time.
 
-    DataError where no document is as long as a context, SpecError where a retrieval prompt does not fit into one,
-    EvaluationError where a figure is not finite.
+    Raises DataError where no document is as long as a context, SpecError where a retrieval prompt does not fit into
+    one, and EvaluationError where a value is not finite.
     """
     windows = {} if perplexity is None or documents is None else _windows(documents, perplexity)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     measured: list[Evaluation] = []
-    for subject in subjects:
-        model = load(base, subject, dtype=dtype, device=device or torch.device("cpu"))
+    for measured_model in models:
+        model = load(base, measured_model, dtype=dtype, device=device or torch.device("cpu"))
+        subject = measured_model.subject
+        name = subject.replace("_", " ")
         if perplexity is not None and documents is not None:
-            for context_length, cut in windows.items():
-                what = f"{_name(subject)}, perplexity at {context_length:,} tokens"
-                value = _perplexity(mean_loss(model, cut.ids_T, partial(tell, what)), what)
+            for context_length, windows_T in windows.items():
+                stage = f"{name}, perplexity at {context_length:,} tokens"
+                value = _perplexity(mean_loss(model, windows_T, partial(progress, stage)), stage)
                 measured.append(
                     Evaluation(
                         metric=PERPLEXITY,
                         value=value,
                         dataset=documents.name,
-                        subject=subject.kind,
+                        subject=subject,
                         context_length=context_length,
                         stride=perplexity.stride,
-                        count=len(cut.ids_T),
+                        count=len(windows_T),
                         data_sha256=documents.sha256,
                     )
                 )
         for spec in retrieval:
-            cells = retrieve(model, tokenizer, spec, partial(tell, f"{_name(subject)}, {spec.task}"))
-            measured += [e for cell in cells for e in _figures(cell, spec, subject)]
+            cells = retrieve(model, tokenizer, spec, partial(progress, f"{name}, {spec.task}"))
+            measured += [e for cell in cells for e in _evaluations(cell, spec, subject)]
         del model
     return tuple(measured)
 
@@ -71,29 +82,25 @@ def _perplexity(loss: float, what: str) -> float:
     return finite(exp(loss) if loss < _MAX_LOSS else inf, what)
 
 
-def _windows(documents: Documents, spec: PerplexitySpec) -> dict[int, Windows]:
-    """By context length."""
+def _windows(documents: Documents, spec: PerplexitySpec) -> dict[int, tuple[NDArray[np.int32], ...]]:
+    """Windows by context length."""
     return {
         length: cut_windows(documents, length, stride=spec.stride, max_windows=spec.max_windows)
         for length in spec.context_lengths
     }
 
 
-def _figures(cell: Cell, spec: RetrievalSpec, subject: Subject) -> list[Evaluation]:
+def _evaluations(cell: Cell, spec: RetrievalSpec, subject: Subject) -> list[Evaluation]:
     values = {EXACT_MATCH: cell.exact_match, LOG_LIKELIHOOD: cell.log_likelihood}
     return [
         Evaluation(
-            metric=f"{spec.task}_{metric}",
+            metric=retrieval_metric(spec.task, metric),
             value=value,
             dataset=f"{spec.task}, seed {spec.seed}",
-            subject=subject.kind,
+            subject=subject,
             context_length=cell.context_length,
             depth=cell.depth,
             count=spec.samples,
         )
         for metric, value in values.items()
     ]
-
-
-def _name(subject: Subject) -> str:
-    return subject.kind.replace("_", " ")

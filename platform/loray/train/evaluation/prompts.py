@@ -1,10 +1,10 @@
-"""Prompts in which a key is hidden at a depth of a long text: functions of a seed, filled up to a number of tokens.
+"""Retrieval prompts: a key at some depth of a long text that fills the context. Each is a function of its seed.
 
 passkey  Mohtashami & Jaggi, *Landmark Attention* (2023), appendix: a number between two stretches of filler. LongLoRA
-         counts lengths and depths on it.
-topics   LongChat's LongEval (Li et al., 2023): a record of conversations, and the question for the topic of one, by its
-         number. The conversations are made from sentences of our own, and the answer is begun, so that models that were
-         never taught to chat can be asked too.
+         is evaluated on it by length and depth.
+topics   LongChat's LongEval (Li et al., 2023): a record of conversations, and the question for the topic of the n-th.
+         The sentences of the conversations are loray's. The prompt begins the answer, so that base models that do not
+         chat can complete it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", 
 
 
 class Prompt(NamedTuple):
-    """`text` is to be continued by a space and `answer`; `ids` and `answer_ids` are the two in tokens.
+    """The correct continuation of `text` is a space and `answer`; `ids` and `answer_ids` are their tokens.
 
-    `depth`: where the key lies among the filler, as near to what was asked for as its pieces allow.
+    `depth` is the position of the key in the filler, as near to the requested depth as the pieces of filler allow.
     """
 
     text: str
@@ -50,10 +50,10 @@ class Prompt(NamedTuple):
 def make_prompt(
     task: RetrievalTask, tokenizer: Any, context_length: int, depth: float, *, seed: int = 0, sample: int = 0
 ) -> Prompt:
-    """The longest prompt of at most `context_length` tokens, answer included, whose key lies at `depth` (0 to 1).
+    """The longest prompt of at most `context_length` tokens, answer included, with its key at `depth` (0 to 1).
 
-    The key is drawn from all arguments but the tokenizer. SpecError where not even the question fits, or there are not
-    enough topics to fill the context.
+    The key is drawn from all arguments but the tokenizer. Raises SpecError where the question does not fit, or the
+    topics do not fill the context.
     """
     draw = random.Random(f"{task} {context_length} {depth} {seed} {sample}")
     writer = _passkey(draw) if task == "passkey" else _topics(draw)
@@ -144,7 +144,7 @@ def _ordinal(number: int) -> str:
 
 
 def _token_ids(tokenizer: Any, text: str, answer: str) -> tuple[list[int], list[int]]:
-    """Both tokenised as one text, and cut where the prompt alone ends."""
+    """Tokens of the prompt and of its answer: both are tokenised as one text, and cut at the end of the prompt."""
     alone, whole = token_ids(tokenizer, [text, f"{text} {answer}"])
     cut = _num_equal(alone, whole)
     return whole[:cut], whole[cut:]
@@ -155,7 +155,7 @@ def _num_equal(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest n up to `limit` for which it fits, 0 where 1 does not; what fits n fits n − 1."""
+    """The largest n up to `limit` with `fits(n)`, which is monotone; 0 where 1 does not fit."""
     if not fits(1):
         return 0
     low, high = 1, 2

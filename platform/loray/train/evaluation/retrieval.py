@@ -1,7 +1,7 @@
-"""Whether a model finds a key in a long text, by depth and length: exact match, and the key's log-likelihood.
+"""Retrieval of a key from a long text, by depth and length: exact match, and the key's log-likelihood.
 
-One pass over prompt and key gives both: greedy decoding writes the key exactly where, after every one of its tokens so
-far, the next one is the most likely. Log-likelihood still tells models apart that never get a key right.
+One pass over prompt and key gives both: greedy decoding generates the key if each of its tokens is the most likely one
+after those before it. Log-likelihood also distinguishes models that never generate a key.
 
 Shapes: A tokens of the key, T tokens in all, D hidden size, V vocabulary.
 """
@@ -14,67 +14,62 @@ from typing import Any, NamedTuple
 import torch
 
 from loray.spec import RetrievalSpec
-from loray.train.evaluation.perplexity import Progress, finite
+from loray.telemetry import StageProgress
+from loray.train.evaluation.perplexity import finite
 from loray.train.evaluation.prompts import Prompt, make_prompt
-from loray.train.model import dense
+from loray.train.model import evaluating
 
 
 class Answer(NamedTuple):
-    """`log_likelihood`: log p(key | prompt) in nats, over all tokens of the key."""
+    """`log_likelihood` is log p(key | prompt) in nats, over all tokens of the key."""
 
     exact: bool
     log_likelihood: float
 
 
 class Cell(NamedTuple):
-    """Means over the prompts of one length and depth; `num_tokens` is the longest prompt's, key included."""
+    """Means over the prompts of one length and depth."""
 
     context_length: int
     depth: float
     exact_match: float
     log_likelihood: float
-    num_tokens: int
 
 
 def retrieve(
-    model: Any, tokenizer: Any, spec: RetrievalSpec, progress: Progress = lambda share: None
+    model: Any, tokenizer: Any, spec: RetrievalSpec, progress: StageProgress = lambda share: None
 ) -> tuple[Cell, ...]:
-    """Every length with every depth, in their order. `model` is a transformers causal language model, left as is."""
+    """Cells of every length with every depth, in order. `model` is a transformers causal language model, which does not
+    change.
+    """
     cells = []
     grid = [(length, depth) for length in spec.context_lengths for depth in spec.depths]
     for i, (length, depth) in enumerate(grid):
-        prompts, answers = [], []
+        answers = []
         for sample in range(spec.samples):
-            prompts.append(make_prompt(spec.task, tokenizer, length, depth, seed=spec.seed, sample=sample))
-            answers.append(score(model, tokenizer, prompts[-1]))
+            prompt = make_prompt(spec.task, tokenizer, length, depth, seed=spec.seed, sample=sample)
+            answers.append(score(model, tokenizer, prompt))
             progress((i + (sample + 1) / spec.samples) / len(grid))
-        cells.append(
-            Cell(
-                length,
-                depth,
-                _mean([a.exact for a in answers]),
-                _mean([a.log_likelihood for a in answers]),
-                max(len(p.ids) + len(p.answer_ids) for p in prompts),
-            )
-        )
+        exact, likelihood = _mean([a.exact for a in answers]), _mean([a.log_likelihood for a in answers])
+        cells.append(Cell(length, depth, exact, likelihood))
     return tuple(cells)
 
 
 @torch.no_grad()
 def score(model: Any, tokenizer: Any, prompt: Prompt) -> Answer:
-    """A number is exact only where no further digit would follow it. EvaluationError where a logit is not finite."""
+    """Exact match and log-likelihood of the answer. A number matches only if greedy decoding adds no further digit.
+
+    Raises EvaluationError where a logit is not finite.
+    """
     device = next(model.parameters()).device
     ids_1T = torch.tensor([[*prompt.ids, *prompt.answer_ids]], device=device)
     answer_A = ids_1T[0, len(prompt.ids) :]
-    was_training = model.training
-    model.eval()
-    try:
-        with dense(model):
-            hidden_TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        hidden_TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
     head_VD = model.get_output_embeddings().weight
-    log_probs_V = (hidden_TD[len(prompt.ids) - 1 :] @ head_VD.T).float().log_softmax(-1)  # of the key and one beyond
+    log_probs_V = (
+        (hidden_TD[len(prompt.ids) - 1 :] @ head_VD.T).float().log_softmax(-1)
+    )  # of the key and the next token
     likely = log_probs_V.argmax(-1)
     goes_on = prompt.answer[-1].isdigit() and tokenizer.decode([int(likely[-1])])[:1].isdigit()
     log_likelihood = float(log_probs_V[:-1].gather(1, answer_A[:, None]).double().sum())

@@ -1,4 +1,4 @@
-"""What the conversations of the topic prompts are about, and what is said in each of them."""
+"""Subjects and sentences of the conversations in the topic prompts."""
 
 from __future__ import annotations
 

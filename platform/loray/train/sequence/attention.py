@@ -1,4 +1,4 @@
-"""S2-Attn over a sequence group: the queries, keys and values of this rank, and the keys and values of its halo.
+"""S2-Attn over a sequence group, for this rank's queries, with its keys and values and those of its halo.
 
 Shapes: B rows, H query heads, K key-value heads, L positions of this rank, h of a halo, D head width.
 """
@@ -19,12 +19,12 @@ from loray.train.sequence.exchange import HaloExchange, bind
 def attend_shard(
     q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, cuts: ShardCuts, *, layer: int, scale: float | None = None
 ) -> Tensor:
-    """→ (B, L, H, D), this rank's part of what `loray.train.attention.shifted.attend` computes of whole rows.
+    """→ (B, L, H, D), this rank's part of the result of `loray.train.attention.shifted.attend` for whole rows.
 
-    A collective call of `cuts.group`. `layer` tells the recomputation of a checkpointed layer whose halos it wants.
+    A collective call of `cuts.group`. `layer` is the key of this layer's halos for its recomputation.
 
-    The one segment of a half that a halo belongs to has more keys than queries. Zeros stand for the queries that other
-    ranks hold, so that the same causal kernel fits: for a halo of half a group a third more work, in this segment.
+    In each half, the segment with halo tokens has more keys than queries. Zeros replace the queries of other ranks, so
+    that the causal kernel can be used: for a halo of half a group this is a third more work, in this segment.
     """
     plan = cuts.plan(q_BHLD.shape[1], k_BKLD.shape[1])
     kept = cuts.halos.pop(layer, None)
@@ -70,7 +70,7 @@ def _slice(numbers: range) -> slice:
 
 
 def _join(first_BFHD: Tensor, local_BLHD: Tensor, num_apart: int) -> Tensor:
-    """The first F positions, and those from `num_apart` on. Where both hold a position, one of them is 0."""
+    """The first F positions and those from `num_apart` on. Where both contain a position, one of the values is 0."""
     if num_apart:
         return torch.cat([first_BFHD, local_BLHD], dim=1)
     num_first = first_BFHD.shape[1]

@@ -1,4 +1,4 @@
-"""Where S2-Attn cuts the part of a row that one rank holds, halo included; computed once a batch.
+"""S2-Attn's cuts of the part of a row that one rank holds, halo included. Computed once per batch.
 
 Shapes: B rows, N positions of a whole row, h of a halo, L of this rank, R = h + L of both.
 """
@@ -19,13 +19,13 @@ from loray.train.sequence.group import SequenceGroup
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HalfCuts:
-    """The segments of one head half on one rank: those that hold halo tokens, and those that wait for nobody.
+    """The segments of one head half on one rank: those with halo tokens, and those that need no exchange.
 
     num_halo   h, as in the plan
-    num_first  local positions in front that may share a segment with the halo: up to the first group cut
-    first      over the halo and these positions, side by side; None where no segment holds tokens of both
-    num_apart  local positions in front that `local` leaves out: 0 or num_first
-    local      over local positions from num_apart on
+    num_first  number of first local positions that may share a segment with the halo: those before the first group cut
+    first      segments over the halo and these positions, concatenated; None where no segment has tokens of both
+    num_apart  number of first local positions that `local` does not cover: 0 or num_first
+    local      segments over local positions from num_apart on
     """
 
     num_halo: int
@@ -37,7 +37,7 @@ class HalfCuts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardCuts:
-    """What the attention of every layer knows of a batch. `halos` of each layer wait here for their recomputation."""
+    """The cuts of a batch, for the attention of every layer. `halos` keeps each layer's for its recomputation."""
 
     group: SequenceGroup
     row_length: int
@@ -51,7 +51,7 @@ class ShardCuts:
         return _plan(self.row_length, self.group.size, self.group_size, num_heads, num_kv_heads)
 
 
-_plan = lru_cache(HaloPlan)  # every layer asks for the same one
+_plan = lru_cache(HaloPlan)  # the same for every layer
 
 
 def shard_cuts(
@@ -64,7 +64,7 @@ def shard_cuts(
 ) -> ShardCuts:
     """Cuts on `group.rank`, from the document ids of whole rows (on the CPU; −1 is padding).
 
-    A document is a run of equal ids in a row, wherever ranks meet. Raises ValueError for an odd group.
+    A document is a run of equal ids in a row, and may extend over several ranks. Raises ValueError for an odd group.
     """
     check_group_size(group_size)
     row_length = document_ids_BN.shape[1]
@@ -79,7 +79,7 @@ def shard_cuts(
 
 
 def _half(ids_BR: Tensor, length: int, group_size: int, to_cut: int, device: torch.device | str) -> HalfCuts:
-    """`to_cut` local positions, of `length`, come before the first group cut; 0 where the rank starts with one."""
+    """`to_cut` is the number of local positions, of `length`, before the first group cut."""
     num_halo = ids_BR.shape[1] - length
     num_filled = filled(ids_BR)
     if num_filled is None:

@@ -1,17 +1,17 @@
-"""The halo exchange of one layer: keys and values go right while attention that needs none of them is computed; their
-gradients come back left, and join those of the rank that owns them before RoPE and projections see any.
+"""The halo exchange of one layer. Keys and values are sent to later ranks during the attention that needs no halo.
+Their gradients are sent back and added to those of the rank that owns them, before the backward pass of RoPE.
 
     exchange = HaloExchange(plan, group)
-    k, v, token = exchange.start(k, v)     # posted
-    …                                      # attention that waits for nobody
-    halos = exchange.finish(token)         # waited for
+    k, v, token = exchange.start(k, v)     # posts the messages
+    …                                      # attention that needs no halo
+    halos = exchange.finish(token)         # waits for the messages
     …                                      # attention over halos
     out = bind(out, halos)
 
-Autograd runs this backwards: `bind` leads it into every exchange, `finish` posts the gradients of the halos, and
-`start` waits for those of the keys and values that this rank sent, after the backward pass of what lies in between.
-Local keys and values pass through `start`, and the output through `bind`, so that no rank leaves its part out: neither
-one without a halo, nor one whose halo belongs to another document, nor one that holds padding alone.
+In the backward pass, `bind` makes autograd visit every exchange, `finish` posts the gradients of the halos, and `start`
+waits for the gradients of the keys and values that this rank sent. Attention that needs no halo is between them. Local
+keys and values pass through `start`, and the output through `bind`, so that every rank takes part in the exchange:
+also a rank without a halo, with a halo of another document, or with padding alone.
 
 Shapes: B rows, K key-value heads of the model and K' of a half, L positions of this rank, h of a halo, D head width.
 """
@@ -36,7 +36,7 @@ class KeysValues(NamedTuple):
 
 
 class Halos(NamedTuple):
-    """(B, K', h, D) each: what precedes this rank's own keys and values. h = 0 where a half has no halo."""
+    """Keys and values before those of this rank, (B, K', h, D) each. h = 0 where a half has no halo."""
 
     plain: KeysValues
     shifted: KeysValues
@@ -49,7 +49,7 @@ class Halos(NamedTuple):
 class _Piece(NamedTuple):
     """Part of a message: the keys, then the values, of some heads and tokens of a half, 0 (plain) or 1 (shifted).
 
-    Slices count in a rank's own keys where it sends them, and in its halo of this half where it receives them.
+    Slices index the rank's own keys in a sent message, and the halo of this half in a received one.
     """
 
     half: int
@@ -57,7 +57,7 @@ class _Piece(NamedTuple):
     tokens: slice
 
 
-_Messages = dict[int, list[_Piece]]  # at most one a peer
+_Messages = dict[int, list[_Piece]]  # at most one per peer
 
 
 class _Routes(NamedTuple):
@@ -67,7 +67,7 @@ class _Routes(NamedTuple):
 
 @lru_cache
 def _routes(plan: HaloPlan, rank: int) -> _Routes:
-    """Both ends list the pieces of a message in the same order: plain, then shifted."""
+    """Sender and receiver list the pieces of a message in the same order: plain, then shifted."""
     routes, own = _Routes({}, {}), rank * plan.tokens_per_rank
     for span, to, half in plan.sent(rank):
         heads = slice(half.kv_heads.start, half.kv_heads.stop)
@@ -82,9 +82,10 @@ def _routes(plan: HaloPlan, rank: int) -> _Routes:
 
 
 class HaloExchange:
-    """Of one layer, in one forward pass and in the backward pass that follows.
+    """The exchange of one layer in one forward pass and its backward pass.
 
-    `kept` are the halos of an earlier forward pass of this layer over the same batch: this one then exchanges nothing.
+    `kept` are halos of an earlier forward pass of this layer over the same batch. With them, this forward pass sends
+    nothing.
     """
 
     def __init__(self, plan: HaloPlan, group: SequenceGroup, kept: Halos | None = None) -> None:
@@ -94,7 +95,7 @@ class HaloExchange:
         self._arriving: dict[int, Tensor] = {}
 
     def start(self, k_BKLD: Tensor, v_BKLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """→ keys and values to go on with, and a token for `finish`."""
+        """Post the messages. Returns keys and values for the rest of the layer, and a token for `finish`."""
         k_BKLD, v_BKLD, token = _Start.apply(k_BKLD, v_BKLD, self)  # type: ignore[no-untyped-call]
         return k_BKLD, v_BKLD, token
 
@@ -102,7 +103,7 @@ class HaloExchange:
         k_plain, v_plain, k_shifted, v_shifted = _Finish.apply(token, self)  # type: ignore[no-untyped-call]
         return Halos(KeysValues(k_plain, v_plain), KeysValues(k_shifted, v_shifted))
 
-    # Called by autograd, in this order.
+    # Autograd calls these methods, in this order.
 
     def send_keys_values(self, own: KeysValues) -> None:
         if self._is_kept:
@@ -127,9 +128,9 @@ class HaloExchange:
         self._group.traffic.backward_bytes += self._post(self._routes.received, gradients, self._routes.sent)
 
     def add_gradients(self, own: KeysValues) -> KeysValues:
-        """Gradients of local keys and values, and what later ranks returned for them."""
+        """Gradients of local keys and values: `own`, and those that later ranks sent back."""
         if self._routes.sent:
-            own = KeysValues(*(x.clone() for x in own))  # autograd may use its tensors elsewhere
+            own = KeysValues(*(x.clone() for x in own))  # autograd may use these tensors elsewhere
         for place, part in self._arrived(self._routes.sent, Halos(own, own)):
             place.add_(part)
         return own
@@ -137,7 +138,7 @@ class HaloExchange:
     # Messages.
 
     def _post(self, sent: _Messages, source: Halos, received: _Messages) -> int:
-        """Returns the number of bytes on their way."""
+        """Post the messages. Returns the number of bytes sent."""
         like, (num_rows, _, _, width) = source.plain.k, source.plain.k.shape
         outgoing = {
             peer: torch.cat([x[:, p.heads, p.tokens].reshape(-1) for p in pieces for x in source[p.half]])
@@ -151,7 +152,7 @@ class HaloExchange:
         return sum(x.nbytes for x in outgoing.values())
 
     def _arrived(self, received: _Messages, target: Halos) -> Iterator[tuple[Tensor, Tensor]]:
-        """Wait for all messages; each part of them, beside the place in `target` that it belongs to."""
+        """Wait for all messages. Yields (place in `target`, received values) for each part of them."""
         self._pending.wait()
         for peer, pieces in received.items():
             message = self._arriving.pop(peer)
@@ -167,7 +168,7 @@ def _length(part: slice) -> int:
 
 
 def bind(out: Tensor, halos: Halos) -> Tensor:
-    """`out`, of which autograd takes every halo for a part: no rank's backward pass leaves an exchange out."""
+    """`out`, made dependent on every halo for autograd, so that no rank's backward pass omits an exchange."""
     bound: Tensor = _Bind.apply(out, *halos.plain, *halos.shifted)  # type: ignore[no-untyped-call]
     return bound
 

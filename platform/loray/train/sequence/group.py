@@ -1,4 +1,4 @@
-"""The ranks that hold one row together, and what they send to each other."""
+"""The ranks that share a row, and their messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Traffic:
-    """What one rank has sent, counted at the collective. Recomputation counts as forward."""
+    """Bytes that one rank has sent. Recomputation counts as forward."""
 
     forward_bytes: int = 0
     backward_bytes: int = 0
@@ -18,7 +18,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class SequenceGroup:
-    """`size` ranks; `rank` r holds the tokens [r·L, (r+1)·L) of every row. The default is one process alone."""
+    """`size` ranks; `rank` r holds the tokens [r·L, (r+1)·L) of every row. The default is a single process."""
 
     process_group: dist.ProcessGroup | None = None
     rank: int = 0
@@ -27,13 +27,13 @@ class SequenceGroup:
 
     @classmethod
     def of(cls, process_group: dist.ProcessGroup) -> SequenceGroup:
-        """A collective call: NCCL wants all ranks of a group in its first communication, and a halo may skip some."""
+        """A collective call: NCCL's first communication needs all ranks of a group, and a halo may not involve all."""
         dist.barrier(group=process_group)
         return cls(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
 
 
 class Pending:
-    """Messages under way. Their buffers live as long as this object."""
+    """Messages that are being sent and received. It keeps their buffers until `wait`."""
 
     def __init__(self, works: list[dist.Work], buffers: list[Tensor]) -> None:
         self._works, self._buffers = works, buffers
@@ -45,7 +45,7 @@ class Pending:
 
 
 def post(group: SequenceGroup, sent: dict[int, Tensor], received: dict[int, Tensor]) -> Pending:
-    """Start to send and to receive, at most one contiguous message a peer (a rank of the group) each way."""
+    """Start to send and to receive: at most one contiguous message per peer (a rank of the group) and direction."""
     ops = [dist.P2POp(dist.isend, x, group=group.process_group, group_peer=peer) for peer, x in sent.items()]
     ops += [dist.P2POp(dist.irecv, x, group=group.process_group, group_peer=peer) for peer, x in received.items()]
     if not ops:

@@ -1,11 +1,11 @@
-"""Dense causal attention over a sequence group, for evaluation: keys and values are passed from rank to rank.
+"""Dense causal attention over a sequence group, for evaluation: ring attention (Liu et al., 2023).
 
-Rank r meets those of ranks r, r − 1, …, 0, its own first, and merges what it finds by log-sum-exp (Liu et al., *Ring
-Attention*, 2023; the merge is that of flash attention). Later ranks hold nothing that it may see, so that the ring is
-open: rank r sends r + 1 times, and the last rank never. Any head counts, rows of several documents, padding.
+Rank r attends to the keys and values of ranks r, r − 1, …, 0, its own first, and merges the results by log-sum-exp, as
+flash attention does. It needs none of later ranks, so that the ring is open: rank r sends r + 1 times, and the last
+rank never. Supports any numbers of heads, rows of several documents, and padding.
 
-Shapes: B rows, H query heads, K key-value heads, R = H/K, N positions of a whole row, L of one rank, A of those that
-belong to a document from further left, S keys, D head width.
+Shapes: B rows, H query heads, K key-value heads, R = H/K, N positions of a whole row, L of one rank, A of those in a
+document that begins on an earlier rank, S keys, D head width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RING = "ring"
 
 
 class Continued(NamedTuple):
-    """Rows whose first `length` local positions belong to a document that began on an earlier rank, at `start`."""
+    """Rows whose first `length` local positions are in a document that begins on an earlier rank, at `start`."""
 
     rows: list[int] | slice
     start: int
@@ -36,7 +36,7 @@ class Continued(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RingCuts:
-    """`local` holds the documents that begin on this rank."""
+    """`local` are the documents that begin on this rank, `continued` the others."""
 
     group: SequenceGroup
     row_length: int
@@ -45,7 +45,7 @@ class RingCuts:
 
 
 def ring_cuts(document_ids_BN: Tensor, group: SequenceGroup, *, device: torch.device | str = "cpu") -> RingCuts:
-    """From the document ids of whole rows, on the CPU; −1 is padding."""
+    """Cuts on `group.rank`, from the document ids of whole rows (on the CPU; −1 is padding)."""
     row_length = document_ids_BN.shape[1]
     length = row_length // group.size
     first = group.rank * length
@@ -70,7 +70,7 @@ def ring_cuts(document_ids_BN: Tensor, group: SequenceGroup, *, device: torch.de
 
 
 def _leading(flags_N: Tensor) -> int:
-    """How many are true before the first that is not."""
+    """The number of True values before the first False."""
     return int(flags_N.long().cumprod(0).sum())
 
 
@@ -90,7 +90,7 @@ def ring_attention(
                 q_bHAD, (k_bKSD, v_bKSD) = q_BHLD[part.rows, :, : part.length], held[:, part.rows, :, keys]
                 found = _attend_block(q_bHAD, k_bKSD, v_bKSD, is_own=owner == group.rank, scale=scale)
                 merged[i] = _merge(merged[i], found)
-        if owner == group.rank:  # while the neighbour's keys and values are under way
+        if owner == group.rank:  # while the neighbour's keys and values are being received
             out_BLHD = attend_heads(q_BHLD, k_BKLD, v_BKLD, cuts.local, first=0, repeats=repeats, scale=scale)
         pending.wait()
         held = coming
@@ -101,7 +101,7 @@ def ring_attention(
 
 
 def _pass_on(held: Tensor, owner: int, group: SequenceGroup) -> tuple[Pending, Tensor]:
-    """Start to send what `owner` holds to the right, and to receive from the left what the rank before it holds."""
+    """Start to send `owner`'s keys and values to the next rank, and to receive those of the rank before `owner`."""
     sent = {group.rank + 1: held} if group.rank + 1 < group.size else {}
     coming = torch.empty_like(held)
     group.traffic.forward_bytes += sum(x.nbytes for x in sent.values())
@@ -124,7 +124,9 @@ def _merge(one: _Partial | None, other: _Partial) -> _Partial:
 
 
 def _attend_block(q_BHAD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, is_own: bool, scale: float | None) -> _Partial:
-    """Causal where keys are this rank's own; all of them else, where the R query heads fold into one longer query."""
+    """Causal attention to this rank's own keys; full attention to those of others, for which the R query heads of a
+    key-value head are folded into one longer query.
+    """
     num_rows, num_heads, num_queries, width = q_BHAD.shape
     num_kv_heads = k_BKSD.shape[1]
     q = q_BHAD.reshape(num_rows * num_kv_heads, -1, num_queries, width)
@@ -139,7 +141,7 @@ def _attend_block(q_BHAD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, is_own: boo
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-    """scaled_dot_product_attention, whose public form does not tell the log-sum-exp."""
+    """scaled_dot_product_attention with its log-sum-exp, which the public function does not return."""
     ops = torch.ops.aten
     if q.device.type == "cpu":
         out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
@@ -161,11 +163,11 @@ def ring_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> RingCuts:
-    """transformers calls this once a batch. Raises UnsupportedError outside `sequence_parallel`."""
+    """The cuts of a batch, in place of its mask. Raises UnsupportedError outside of `sequence_parallel`."""
     active = active_shard()
     if active is None or q_length != kv_length:
         raise UnsupportedError("attention over a sequence group needs whole rows inside sequence_parallel, no cache")
-    sharded = active.see(batch_size, q_length, attention_mask, config)
+    sharded = active.take(batch_size, q_length, attention_mask, config)
     return ring_cuts(sharded.document_ids_BN, sharded.group, device=device)
 
 
@@ -181,7 +183,7 @@ def ring_forward(
     position_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, L, D), key and value (B, K, L, D) → (B, L, H, D). `attention_mask` is what `ring_mask` returned."""
+    """query (B, H, L, D), key and value (B, K, L, D) → (B, L, H, D). `attention_mask` is the result of `ring_mask`."""
     if not isinstance(attention_mask, RingCuts):
         raise UnsupportedError("attention over a sequence group takes no ready-made mask")
     if query.requires_grad and torch.is_grad_enabled():

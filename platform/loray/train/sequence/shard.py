@@ -1,4 +1,4 @@
-"""A rank's part of a batch, and how it reaches the attention inside a model.
+"""A rank's part of a batch, and the context through which the attention of a model gets it.
 
 Shapes: B rows, T positions of the whole row as collated, N = P·L of them after padding, L of one rank.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,17 @@ from torch import Tensor
 
 from loray.errors import UnsupportedError
 from loray.planning.halo import padded_length
+from loray.spec import RopeType
 from loray.train.data.batches import IGNORED, Batch
 from loray.train.sequence.group import SequenceGroup
 
 
 class ShardedBatch(NamedTuple):
-    """This rank's part, and what all ranks know of the whole.
+    """This rank's part of a batch, and facts about the whole batch.
 
-    local            inputs and labels of this rank's L positions; no attention mask, positions always. num_targets
-                     counts its labels; num_tokens is an equal share of the whole batch's, so that the sum is exact
-    group            the ranks that hold the rest
+    local            inputs and labels of this rank's L positions, with positions and without an attention mask.
+                     num_targets counts its labels; num_tokens is an equal share of the whole batch's, with an exact sum
+    group            the ranks that share the batch
     row_length       N
     num_targets      labels of the whole batch
     document_ids_BN  on the CPU; equal ids that are neighbours are one document, −1 is padding
@@ -39,10 +40,10 @@ class ShardedBatch(NamedTuple):
 
 
 def shard(batch: Batch, group: SequenceGroup) -> ShardedBatch:
-    """The part of `group.rank`. A pure function: every rank of the group is given the same batch.
+    """The part of `group.rank`. Every rank of the group calls it with the same batch; nothing is communicated.
 
-    Rows are padded on the right to N, the next multiple of the group's size: tokens of their own document, without
-    labels.
+    Rows are padded on the right to N, the next multiple of the group's size, with tokens without labels, which are a
+    document of their own.
     """
     num_rows, num_tokens = batch.input_ids_BT.shape
     row_length = padded_length(num_tokens, group.size)
@@ -70,7 +71,7 @@ def shard(batch: Batch, group: SequenceGroup) -> ShardedBatch:
 
 
 def _document_ids(batch: Batch) -> Tensor:
-    """(B, T): 0, 1, … along a row, −1 on padding. As `loray.train.hook` finds them in a whole batch."""
+    """(B, T): 0, 1, … along a row, −1 on padding, the same as `loray.train.hook` finds in a whole batch."""
     ids_BT = torch.zeros_like(batch.input_ids_BT)
     if batch.position_ids_BT is not None:
         ids_BT[:, 1:] = (torch.diff(batch.position_ids_BT, dim=1) != 1).cumsum(1)
@@ -79,25 +80,25 @@ def _document_ids(batch: Batch) -> Tensor:
     return ids_BT
 
 
-_STATIC_ROPE = {"default", "linear", "yarn", "llama3"}  # frequencies do not depend on the tokens at hand
+_STATIC_ROPE = frozenset(get_args(RopeType))  # the frequencies of these types do not depend on the input
 
 
 def _rope_types(config: Any) -> set[str]:
-    """transformers has one set of RoPE parameters a model, or one for each kind of layer."""
+    """The RoPE types of a model. transformers has one set of RoPE parameters, or one for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [x for x in parameters.values() if isinstance(x, dict)] or [parameters]
     return {x.get("rope_type", "default") for x in nested}
 
 
 class ActiveShard:
-    """The batch that models in this context see a part of. `was_seen` once an attention mask was made from it."""
+    """The sharded batch of the current context. `was_used` is True once a model's attention has taken it."""
 
     def __init__(self, sharded: ShardedBatch, keep_halos: bool) -> None:
-        self.sharded, self.keep_halos, self.was_seen = sharded, keep_halos, False
+        self.sharded, self.keep_halos, self.was_used = sharded, keep_halos, False
 
-    def see(self, num_rows: int, num_tokens: int, attention_mask: Tensor | None, config: Any) -> ShardedBatch:
-        """A model asks for its mask. Raises ValueError or UnsupportedError where its results would not be those of
-        whole rows.
+    def take(self, num_rows: int, num_tokens: int, attention_mask: Tensor | None, config: Any) -> ShardedBatch:
+        """The batch, for the mask function of a model. Raises ValueError or UnsupportedError where the model's results
+        would differ from those for whole rows.
         """
         shape = tuple(self.sharded.local.input_ids_BT.shape)
         if (num_rows, num_tokens) != shape:
@@ -110,11 +111,11 @@ class ActiveShard:
                 f"RoPE of type {', '.join(sorted(unknown))} takes its scale from the tokens that a rank holds, "
                 f"not from whole rows; sequence parallelism needs one of {', '.join(sorted(_STATIC_ROPE))}"
             )
-        self.was_seen = True
+        self.was_used = True
         return self.sharded
 
     def check_positions(self, position_ids_BL: Tensor | None) -> None:
-        """Raises ValueError where a model has not been given them, and counts from 0 on every rank."""
+        """Raise ValueError where the model counts positions from 0 on every rank, since they were not passed to it."""
         expected = self.sharded.local.position_ids_BT
         assert expected is not None
         if position_ids_BL is not None and not bool((position_ids_BL.cpu() == expected).all()):
@@ -130,13 +131,13 @@ def active_shard() -> ActiveShard | None:
 
 @contextmanager
 def sequence_parallel(sharded: ShardedBatch, *, keep_halos: bool = True) -> Iterator[None]:
-    """Forward passes inside see `sharded.local` as this rank's part of longer rows.
+    """Forward passes inside the block treat `sharded.local` as this rank's part of longer rows.
 
-    `keep_halos` matters under activation checkpointing: True keeps every layer's halo until the backward pass, so that
-    recomputation exchanges nothing; False saves that memory and exchanges a second time.
+    `keep_halos` matters with activation checkpointing: True keeps every layer's halo until the backward pass, so that
+    recomputation exchanges nothing; False saves this memory and exchanges a second time.
 
-    Raises UnsupportedError at the end where no attention took notice: a model with other attention has computed
-    something else.
+    Raises UnsupportedError at the end where no attention used the sharded batch: the model's attention is another one,
+    and its results are wrong.
     """
     active = ActiveShard(sharded, keep_halos)
     token = _ACTIVE.set(active)
@@ -144,7 +145,7 @@ def sequence_parallel(sharded: ShardedBatch, *, keep_halos: bool = True) -> Iter
         yield
     finally:
         _ACTIVE.reset(token)
-    if sharded.group.size > 1 and not active.was_seen:
+    if sharded.group.size > 1 and not active.was_used:
         raise UnsupportedError(
             "the model attended within this rank's part alone; "
             "sequence parallelism needs S2-Attn, or dense(model, group) around it"

@@ -1,11 +1,11 @@
-"""How parameters, gradients and optimizer states lie on the ranks; the loop knows `Strategy` alone.
+"""Strategies: how parameters, gradients and optimizer states are distributed over the ranks.
 
-    ddp     everything on every rank; gradients all-reduced in buckets, while the backward pass goes on
-    zero2   DeepSpeed: gradients and optimizer states sharded
-    zero3   DeepSpeed: the parameters too, the frozen base's above all
-    fsdp2   torch's fully_shard: what zero3 shards
+    ddp     everything on every rank; gradients are all-reduced in buckets during the backward pass
+    zero2   DeepSpeed: gradients and optimizer states are sharded
+    zero3   DeepSpeed: parameters are sharded as well, those of the frozen base included
+    fsdp2   torch's fully_shard: shards the same as zero3
 
-All work over the whole world, sequence × data: a rank's loss is its share of the step's, and gradients are summed.
+All work over the whole world, sequence × data: a rank's loss is its share of the step's loss, and gradients are summed.
 """
 
 from loray.train.strategies.base import Strategy

@@ -1,4 +1,4 @@
-"""The protocol that every strategy keeps, and the loss they share."""
+"""The protocol of all strategies, and the weighted loss that they use."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from loray.train.optimizer import OptimizerState, StepResult
 class Strategy(Protocol):
     """Owns the trained parameters and their optimizer. Every method is a collective call.
 
-    A step is `forward_backward` of each micro-batch, then `step`. `objective` computes what training does, without
-    gradients too: every rank must call it equally often.
+    A step is `forward_backward` of each micro-batch, then `step`. `objective` may also be called without gradients;
+    every rank must call it equally often.
     """
 
     objective: nn.Module  # Batch → summed loss
 
     def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
-        """Add the gradient of loss / divisor, summed over ranks; returns the rank's loss. `last`: of the step.
+        """Add the gradient of loss / divisor, summed over ranks, and return this rank's loss.
 
-        A loss that is not finite makes the gradient so.
+        `last` marks the last micro-batch of the step. The gradient of a loss that is not finite is not finite.
         """
 
     def step(self, lr: float) -> StepResult:
-        """Clip by the global norm and update. Where that is not finite no rank changes anything."""
+        """Clip by the global norm and update. Where the norm is not finite, no rank changes anything."""
 
     def state(self) -> OptimizerState | None:
-        """Gathered on rank 0; None on the others."""
+        """The full state on rank 0; None on other ranks."""
 
 
 def weighted(loss: Tensor, weight: float) -> Tensor:
-    """weight × loss, but nan where the loss is not finite: an infinite one may have sound gradients."""
+    """weight × loss, and nan where the loss is not finite: an infinite loss may have finite gradients."""
     return loss * torch.where(loss.detach().isfinite(), weight, torch.nan)

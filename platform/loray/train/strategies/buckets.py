@@ -1,4 +1,4 @@
-"""fp32 sums of gradients in flat buckets, each all-reduced as soon as the last backward pass has filled it."""
+"""fp32 sums of gradients in flat buckets. A bucket is all-reduced as soon as the last backward pass has filled it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from loray.planning.memory import GRADIENT_BUCKET_BYTES
+from loray.spec import DTYPE_BYTES
 from loray.train.mesh import World
 
-BUCKET_ELEMENTS = 25 * (1 << 20) // 4  # 25 MiB, as torch's DDP has it
+BUCKET_ELEMENTS = GRADIENT_BUCKET_BYTES // DTYPE_BYTES["float32"]
 
 
 class GradientBuckets:
-    """Takes every gradient of `parameters` away as the backward pass makes it, and adds it in fp32.
+    """Adds every gradient of `parameters` in fp32 as the backward pass computes it, and frees it.
 
-    Buckets are filled from the last parameter to the first, the order in which gradients come, and are reduced in
-    that order on all ranks, whatever the order in which they come on each.
+    Buckets hold the parameters from the last to the first, the usual order of the backward pass. All ranks reduce them
+    in that order, also where gradients arrive in another.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World) -> None:
@@ -44,11 +46,11 @@ class GradientBuckets:
         self._pending: list[Any] = []
 
     def expect_last(self) -> None:
-        """The next backward pass is the last one of this step: what it fills may be reduced."""
+        """The next backward pass is the last one of this step: buckets that it fills may be reduced."""
         self._is_last = True
 
     def reduce(self) -> float:
-        """Wait for the sums over ranks; returns their global L2 norm."""
+        """Wait for the sums over ranks, and return their global L2 norm."""
         while len(self._pending) < len(self._flat):  # parameters without a gradient on this rank
             self._launch()
         for work in self._pending:

@@ -1,4 +1,4 @@
-"""The strategy that a recipe names, on the ranks' devices."""
+"""Makes the strategy that a recipe names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from loray.train.strategies.ddp import DataParallel
 def prepare(
     objective: Objective, spec: TrainSpec, world: World, device: torch.device, state: OptimizerState | None = None
 ) -> Strategy:
-    """Put `objective`, whose model `build_model` made in this host's memory, on the ranks' devices; from then on it is
-    the strategy's to call. A checkpoint's `state` is restored, bit for bit.
+    """Distribute `objective`, whose model is in this host's memory, over the ranks' devices, and restore a checkpoint's
+    `state`, bit for bit. From then on, call the strategy's `objective` instead.
 
-    Raises UnsupportedError where the strategy cannot run here, ValueError where `state` is of other parameters.
+    Raises UnsupportedError where the strategy cannot run here, and ValueError where `state` has other parameters.
     """
     parameters = objective.trained_parameters()
     if state is not None:
@@ -33,7 +33,7 @@ def prepare(
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise UnsupportedError(f"strategy {strategy} needs torch.distributed's process group, which Ray Train sets up")
     if strategy == "fsdp2":
-        from loray.train.strategies.fsdp2 import FullyShard  # takes a second, which other strategies have no need of
+        from loray.train.strategies.fsdp2 import FullyShard  # takes a second, and other strategies do not need it
 
         return FullyShard(objective, spec, world, device, state)
     from loray.train.strategies.zero import Zero

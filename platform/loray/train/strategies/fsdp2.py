@@ -1,8 +1,8 @@
-"""FSDP2: torch's `fully_shard` over all ranks, by decoder layer; what is left is gathered with the root.
+"""FSDP2: torch's `fully_shard` over all ranks, one group per decoder layer and one for the rest.
 
-fully_shard wants one dtype in a group, so trained parameters have the base's, and their fp32 masters are the
-optimizer's: each rank keeps those of its own shards. Gradients are accumulated and reduced in fp32 and rounded to the
-parameters' dtype once a step, when they reach their shards.
+fully_shard needs one dtype in a group, so that trained parameters have the base's dtype. The optimizer of each rank
+keeps fp32 masters of the rank's shards. Gradients are accumulated and reduced in fp32, and rounded to the parameters'
+dtype once per step, in their shards.
 
 Shapes: a parameter is split along its first dimension as `Tensor.chunk` does; the last ranks may hold nothing of it.
 """
@@ -86,6 +86,6 @@ class FullyShard:
 
 
 def _shard(parameter: Any) -> Tensor:
-    """This rank's part of it, sharing its storage."""
+    """This rank's shard, a view of the parameter."""
     shard: Tensor = parameter.detach().to_local()
     return shard

@@ -1,8 +1,8 @@
 """ZeRO-2 and ZeRO-3 (Rajbhandari et al., 2020) by DeepSpeed, an optional dependency.
 
-DeepSpeed knows one group, all ranks: sequence groups are torch's, since ranks diverge without a word where DeepSpeed
-is given a sequence × data mesh. It averages gradients over ranks, so losses are scaled to make that the sum.
-Optimizer states cross its boundary as full fp32 tensors, by the functions that it offers for that.
+DeepSpeed gets one group of all ranks. Sequence groups are torch's: with a sequence × data mesh in DeepSpeed, ranks
+diverge silently. DeepSpeed averages gradients over ranks, so losses are scaled to get the sum. Optimizer states are
+read and set as full fp32 tensors, with DeepSpeed's functions for that.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Zero:
         self._deepspeed = _import_deepspeed(device)
         config = _config(spec, self._stage)
         self._parameters: dict[str, Any] = dict(objective.trained_parameters())
-        if self._stage == 3:  # parameter by parameter: the whole model need not fit on a device
+        if self._stage == 3:  # parameter by parameter, since the whole model may not fit on a device
             self._deepspeed.zero.Init(module=objective, config_dict_or_path=config)
             head = objective.model.get_output_embeddings()
-            self._deepspeed.zero.register_external_parameter(objective, head.weight)  # the loss reads it there
+            self._deepspeed.zero.register_external_parameter(objective, head.weight)  # the loss reads it
         self._adam = adamw(self._parameters, spec.optimizer)
         self._engine, *_ = self._deepspeed.initialize(
             model=objective, optimizer=self._adam, config=config, dist_init_required=False
@@ -88,7 +88,7 @@ class Zero:
         return full
 
     def _start_moments(self, done: int) -> None:
-        """DeepSpeed keeps one flat tensor a parameter group, and lacks the moments until the first step."""
+        """Initialise the moments, which DeepSpeed does at the first step only, in one flat tensor per group."""
         zero = self._engine.optimizer
         flat = zero.single_partition_of_fp32_groups if self._stage == 2 else zero.fp32_partitioned_groups_flat
         start_moments(self._adam, flat, done)
@@ -96,7 +96,7 @@ class Zero:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _restore(self, state: OptimizerState) -> None:
-        """Masters and moments: the model's parameters have been restored already."""
+        """Restore masters and moments. The model's parameters are restored already."""
         utils = self._deepspeed.utils
         for name, p in self._parameters.items():
             if self._stage == 2:
@@ -121,8 +121,8 @@ def _config(spec: TrainSpec, stage: int) -> dict[str, Any]:
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = _PERSISTENT_ELEMENTS
     return {
-        "train_micro_batch_size_per_gpu": 1,  # not used: losses are divided by their targets
-        "gradient_accumulation_steps": 1,  # `forward_backward` says which micro-batch is the last
+        "train_micro_batch_size_per_gpu": 1,  # not used: losses are divided by the number of targets
+        "gradient_accumulation_steps": 1,  # `forward_backward` marks the last micro-batch
         "gradient_clipping": spec.optimizer.max_grad_norm or 0.0,
         "zero_optimization": zero,
         "bf16": {"enabled": spec.dtype == "bfloat16"},
@@ -136,9 +136,9 @@ def _import_deepspeed(device: torch.device) -> Any:
         raise UnsupportedError(
             "strategies zero2 and zero3 need DeepSpeed: pip install 'loray[deepspeed]', or take fsdp2"
         )
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it takes a GPU that this run does not use
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed prefers a GPU, which this run may not use
     deepspeed = importlib.import_module("deepspeed")
-    if device.type == "cpu":  # a collective for inference, which DeepSpeed would compile for a minute
+    if device.type == "cpu":  # DeepSpeed would compile this collective, which is for inference, for a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

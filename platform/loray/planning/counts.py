@@ -1,19 +1,20 @@
-"""Shapes of base models: of those that need not be on this machine to plan for, and how many elements each has."""
+"""Numbers of elements: parameters of a base, trained parameters of an adapter, and VeRA's shared pair."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from loray.bases.config import ModelConfig
-from loray.spec import AdapterSpec, VeraSpec
-
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+from loray.spec import MODULES_BY_INPUT, AdapterSpec, VeraSpec
 
 
 @dataclass(frozen=True, slots=True)
 class BaseCounts:
-    """Elements of a base's parameters. `head` is 0 where input and output embeddings are tied; `layer` is one layer,
-    `layer_norms` the part of it that RMSNorms hold.
+    """Elements of a base's parameters.
+
+    head         output head; 0 where it is tied to the input embedding
+    layer        one decoder layer, norms included
+    layer_norms  the RMSNorms of one layer
     """
 
     embedding: int
@@ -34,7 +35,12 @@ class BaseCounts:
 
 @dataclass(frozen=True, slots=True)
 class TrainedCounts:
-    """Elements of what an adapter trains: its own vectors and matrices, the input embedding, all norms."""
+    """Elements of the parameters that an adapter trains. `largest` is the largest tensor among them.
+
+    adapter    matrices and vectors of the adapter's modules
+    embedding  the input embedding; 0 where it is not trained
+    norms      all RMSNorms; 0 where they are not trained
+    """
 
     adapter: int
     embedding: int
@@ -50,7 +56,7 @@ def count_base(model: ModelConfig) -> BaseCounts:
     norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
     biases = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim if model.qkv_bias else 0
     embedding = model.vocab_size * model.hidden_size
-    matrices = model.num_matrix_elements - embedding  # the output head's are as many as the input embedding's
+    matrices = model.num_matrix_elements - embedding  # the output head is as large as the input embedding
     return BaseCounts(
         embedding=embedding,
         head=0 if model.tie_word_embeddings else embedding,
@@ -75,20 +81,20 @@ def count_trained(model: ModelConfig, adapter: AdapterSpec) -> TrainedCounts:
 
 
 def count_factors(model: ModelConfig, adapter: AdapterSpec) -> int:
-    """Elements of A and B that a token is multiplied with in one layer. VeRA's A is one for all modules, and its
-    product is computed once for those that have the same input, unless dropout gives each an input of its own.
+    """Elements of A and B that a token is multiplied with in one layer. VeRA computes A x once for the modules with the
+    same input, unless dropout gives every module an input of its own.
     """
     targets = adapter.target_modules
     outs = sum(model.module_shape(module)[0] for module in targets)
     widths = {module: model.module_shape(module)[1] for module in targets}
     if isinstance(adapter, VeraSpec) and not adapter.dropout:
-        first = (next((m for m in same if m in widths), None) for same in SAME_INPUT)
+        first = (next((m for m in modules if m in widths), None) for modules in MODULES_BY_INPUT)
         widths = {module: widths[module] for module in first if module is not None}
     return adapter.rank * (outs + sum(widths.values()))
 
 
 def count_vera_pair(model: ModelConfig, adapter: AdapterSpec) -> int:
-    """Elements of VeRA's frozen pair, which all modules share; 0 for the other methods."""
+    """Elements of VeRA's frozen pair (A, B), which all modules share; 0 for the other methods."""
     if not isinstance(adapter, VeraSpec):
         return 0
     shapes = [model.module_shape(module) for module in adapter.target_modules]
