@@ -1,8 +1,7 @@
 """The training loop in plain Python: one process, or one of several over torch.distributed.
 
-A step sums the losses of its batches over all valid targets, sums gradients over micro-batches and ranks, clips them
-and updates with AdamW. The strategy decides how parameters, gradients and states are distributed over the ranks. Every
-rank makes the same calls to its reporter.
+A step: its batches → sum of losses over all valid targets → gradients, summed over micro-batches and ranks → clip →
+AdamW. The strategy distributes parameters, gradients and states over ranks. All ranks make the same reporter calls.
 """
 
 from __future__ import annotations
@@ -185,9 +184,7 @@ class _Run:
         )
 
     def _check_end(self, evaluated: bool) -> None:
-        """Raise TrainingError where all steps were skipped, or the last held-out loss is not finite and no better
-        checkpoint is kept.
-        """
+        """Raise TrainingError where all steps were skipped, or neither the last nor the best loss is finite."""
         if self.state.skipped_steps == self.state.step:
             raise TrainingError("every step had a loss or gradient that is not finite; look at the data and the base")
         best_is_kept = self.spec.evaluation.keep_best and self.state.best_eval_loss is not None
@@ -213,9 +210,7 @@ class _Run:
         return held_out_loss(self.model, objective, rows, self.spec, device=self.device, mesh=self.mesh)
 
     def _evaluate_baselines(self) -> None:
-        """Measure the base. An untrained adapter does not change the outputs, so that the model computes as the base
-        does (as base_scaled under scaled RoPE).
-        """
+        """Measure the base: an untrained adapter does not change it. Under scaled RoPE it is base_scaled."""
         baselines = []
         if self.spec.adapter.long_context is not None:
             with unscaled(self.model, self.base):
