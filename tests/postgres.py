@@ -19,8 +19,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
-import sqlalchemy as sa
 
 from tests.cluster import free_port
 
@@ -46,10 +46,8 @@ class Postgres:
 
     def execute(self, database: str, statement: str) -> None:
         """Executes a statement as superuser, outside a transaction."""
-        engine = sa.create_engine(self._url(database).replace("postgresql:", "postgresql+psycopg:"))
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(sa.text(statement))
-        engine.dispose()
+        with psycopg.connect(self._url(database), autocommit=True) as connection:
+            connection.execute(statement)
 
     def _url(self, database: str) -> str:
         return f"postgresql://{_SUPERUSER}@127.0.0.1:{self.port}/{database}"
@@ -98,7 +96,7 @@ def _wait(server: Postgres, process: subprocess.Popen[bytes], log: Path) -> None
     while True:
         try:
             return server.execute("postgres", "SELECT 1")
-        except sa.exc.OperationalError as e:
+        except psycopg.OperationalError as e:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"PostgreSQL did not start: {log.read_text()}") from e
             time.sleep(0.05)
