@@ -29,9 +29,7 @@ from loray.spec import Evaluation, EvaluationSpec, Frozen, LongLoraSpec, Perplex
 from loray.telemetry import configure_logging
 from loray.train.checkpoint import ADAPTER
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
-from loray.train.evaluation.measure import measure
 from loray.train.evaluation.prompts import make_prompt
-from loray.train.evaluation.subjects import subjects
 
 _EVALUATIONS = "evaluations.json"
 
@@ -131,6 +129,10 @@ def _measure_on_worker(task: _Task) -> tuple[Evaluation, ...]:
 
 
 def _measure(task: _Task) -> tuple[Evaluation, ...]:
+    # Late: PEFT and models take two seconds to import, which the driver spares itself.
+    from loray.train.evaluation.measure import measure
+    from loray.train.evaluation.subjects import subjects
+
     base = ensure_base(task.home, task.spec.base, fingerprint=task.base_fingerprint)
     with task.checkpoint.as_directory() as folder:
         return measure(

@@ -214,6 +214,7 @@ def test_snapshot_stays_and_counter_moves(catalog: Catalog, url: str) -> None:
     other = Catalog(url)
     publish(other, "tone", 2)
     assert other.change_counter() > before.counter == before.counter
+    other.close()
     assert before.resolve("tone").version == 1
     assert catalog.snapshot().resolve("tone").version == 2
     assert [entry.name for entry in before.models(BASE)] == ["tone"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -33,6 +34,8 @@ class Database:
         self._engine = open_database(url)
         self._actor = actor
         self._gate_tolerance = gate_tolerance
+        # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
+        self._finalizer = weakref.finalize(self, self._engine.dispose)
 
     def close(self) -> None:
         self._engine.dispose()

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from jobs.driver import evaluation
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import publish_best
 from jobs.events.messages import decode, describe
@@ -91,7 +90,7 @@ def test_evaluations_are_in_the_manifest_and_grant_the_alias(
     )
     assert at_64.startswith("perplexity at 64 tokens: base ")
 
-    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("loray.train.evaluation.measure.measure", lambda *_, **__: pytest.fail("measured again"))
     assert publish_best(made, run, recipe, settings)["digest"] == published["digest"]
 
 

@@ -50,8 +50,8 @@ def models(served: Served, tmp_path_factory: pytest.TempPathFactory) -> list[str
 
 
 class Client:
-    def __init__(self, app: Served) -> None:
-        self._http = httpx.Client(base_url=app.url, timeout=60)
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
 
     def ask(self, model: str, **fields: Any) -> list[str]:
         body = {"model": model, "prompt": "What is it?", "temperature": 0, "max_tokens": 8, "ignore_eos": True} | fields
@@ -81,8 +81,9 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def client(app: Served) -> Client:
-    return Client(app)
+def client(app: Served) -> Iterator[Client]:
+    with httpx.Client(base_url=app.url, timeout=60) as http:
+        yield Client(http)
 
 
 def test_repeated_requests_find_the_replica_that_holds_their_adapter(client: Client, models: list[str]) -> None:

@@ -78,12 +78,13 @@ def test_prompts_are_a_function_of_the_seed() -> None:
         assert len({p.answer for p in made}) == 4
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SpecError, match=r"a passkey prompt needs \d+ tokens at least; context length 100 is too short"):
         prompt("passkey", 100, 0.5)
-    with pytest.raises(SpecError, match="more than 900 topics fill"):
-        prompt("topics", 1_300_000, 0.5)
     assert prompt("topics", 30_000, 1.0).text.endswith("ASSISTANT: The 23rd topic we discussed is")
+    monkeypatch.setattr("loray.train.evaluation.prompts.SUBJECTS", ["pottery", "volcanoes"])
+    with pytest.raises(SpecError, match="more than 40 topics fill"):
+        prompt("topics", 100_000, 0.5)
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
