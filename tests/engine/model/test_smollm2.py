@@ -74,7 +74,7 @@ def case(smollm2: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
     case = Case(smollm2, adapters, ids, {}, {})
     engine = make_engine(smollm2, adapters, pool_bytes=1 << 30, max_num_batched_tokens=256)
     spy = Spy(engine)
-    case.mixed.update(run(engine, case.requests(list(range(len(ids))))))
+    case.mixed.update(run(engine, case.requests(list(range(len(ids)))), together=True))
     assert engine.stats().max_adapters_in_step >= 8
     case.logits.update({name: torch.stack(rows) for name, rows in spy.logits.items()})
     return case
@@ -106,6 +106,7 @@ def test_tokens_do_not_depend_on_order_or_company(case: Case) -> None:
     shuffled = run(
         make_engine(case.base, case.adapters, pool_bytes=1 << 30, max_num_batched_tokens=512),
         case.requests([(7 * i + 3) % n for i in range(n)]),
+        together=True,
     )
     alone_engine = make_engine(case.base, case.adapters, pool_bytes=1 << 30)
     alone: dict[str, list[int]] = {}
