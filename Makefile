@@ -2,20 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-rest test-fast check format bench bench-serve bench-train bench-quality clean
+.PHONY: demo test test-cluster test-numeric test-rest test-fast check format bench bench-serve bench-train bench-quality clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# The cluster's tests mostly wait; the others take what they leave of two cores. The output comes when a half has ended.
+# The cluster's tests often wait; the others take what these leave of two cores. The output comes when a part has ended.
 test: .venv/.ready
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-cluster test-rest
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-cluster test-numeric test-rest
 
 test-cluster: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
+NUMERIC := $(addprefix tests/,benchmarks engine kernels train)
+
+test-numeric: .venv/.ready
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster" $(NUMERIC)
+
 test-rest: .venv/.ready
-	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster"
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster" $(addprefix --ignore=,$(NUMERIC))
 
 # The pure parts. Importing torch, transformers, PEFT or Ray is an error there.
 FAST := $(addprefix tests/,advice/test_scorecard.py api engine/memory engine/residency engine/scheduling engine/stats \
