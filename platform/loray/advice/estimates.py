@@ -46,18 +46,16 @@ _SHARE_FOR_ADAPTERS = 0.5  # of the memory beside the weights; the rest is KV ca
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Costs of one method with its default settings.
+    """Of one method with its default settings.
 
-    problem             why it cannot be trained on the device; then step_s and tokens_per_s may be None
-    trained_parameters  number of trained parameters
-    adapter_bytes       bytes of the published adapter in bf16, with the whole embedding where it is trained
-    training_bytes      peak memory of one worker for one row of the requested context; None where the recipe is refused
-    step_s              seconds of that training step
-    checkpointing       whether gradient checkpointing is needed to fit
-    adapters_per_gib    adapters per GiB of pool, not counting VeRA's pair, which they share
-    served_pool_bytes   bytes of pool for 1,000 adapters at once
-    served_devices      devices for these, with half of the memory beside the weights for adapters
-    throughput          upper bound of the decode throughput with 32 rows on 32 adapters, as a share of the base's
+    problem                 why it cannot be trained there; then the figures of training are None
+    trained_parameters      adapter_bytes: as published, in bf16, an own embedding whole
+    training_bytes          peak of one worker, over one row of the asked context; step_s: seconds of that step
+    checkpointing           was needed to fit
+    adapters_per_gib        of pool, beside VeRA's pair, which they share
+    served_pool_bytes       of pool for 1,000 adapters at once; served_devices: how many that takes, where half of what
+                            the base's weights leave is for adapters
+    throughput              of the base's, in decode steps with 32 rows on 32 adapters, at most
     """
 
     method: str
