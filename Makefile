@@ -17,7 +17,7 @@ test-cluster: .venv/.ready
 NUMERIC := $(addprefix tests/,benchmarks engine kernels train)
 
 test-numeric: .venv/.ready
-	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster" $(NUMERIC)
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster" $(NUMERIC)
 
 test-rest: .venv/.ready
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster" $(addprefix --ignore=,$(NUMERIC))
