@@ -80,10 +80,3 @@ def random_tensors(config: ModelConfig, device: torch.device, dtype: torch.dtype
             yield name, weight.fill_(1.0)
         else:
             yield name, weight.normal_(0.0, 0.02, generator=generator)
-
-
-class NoTokenizer:
-    """The tokenizer of a random base; every id decodes to a space."""
-
-    def decode(self, ids: list[int], **options: Any) -> str:
-        return " " * len(ids)

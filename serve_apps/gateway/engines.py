@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.errors import EngineError, LorayError, Overloaded, ReplicaUnavailable
-from loray.spec import Delta, GenerateRequest
+from loray.spec import Delta, GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from serve_apps.gateway.router import suspect
 from serve_apps.scaling.log import ScalingLog
@@ -33,7 +33,7 @@ _REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnav
 
 
 class Engines(Protocol):
-    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
+    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         """Yields deltas as they arrive. Closing the generator cancels the request. Raises LorayError.
 
         `fit`: max_tokens is an upper bound, which the replica lowers to what fits into its pool.
@@ -60,7 +60,7 @@ class ServeEngines:
         self._stream = handle.options(stream=True)
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="broadcast")
 
-    async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         """As `Engines.generate`. A request is retried only if its replica was lost or had stopped.
 
         Any other error would be the same on every replica.
@@ -82,7 +82,7 @@ class ServeEngines:
                     return
             await asyncio.sleep(_BACKOFF_S * 2**attempt)
 
-    async def _attempt(self, request: GenerateRequest, attempt: int, fit: bool) -> AsyncGenerator[Delta, None]:
+    async def _attempt(self, request: GenerateRequest, attempt: int, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         if attempt > 0:
             request = replace(request, request_id=f"{request.request_id}-{attempt}")
         response = self._stream.generate.remote(request, fit)

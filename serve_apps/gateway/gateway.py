@@ -18,6 +18,7 @@ from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import check_length, max_model_len, pool_geometry
 from loray.errors import EngineError
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec
+from loray.text.deltas import texts
 from serve_apps.exposition import encode
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.echo import echoed
@@ -84,7 +85,8 @@ class Gateway:
             for i, prompt in enumerate(prompts)
             for choice in range(request.n)
         ]
-        streams = [self._engines.generate(r, fit=request.requested_max_tokens is None) for r in requests]
+        fit = request.requested_max_tokens is None
+        streams = [texts(self._prompts.tokenizer, r, self._engines.generate(r, fit=fit)) for r in requests]
         if isinstance(request, CompletionRequest) and request.echo:
             echoes = [partial(self._prompts.echo, prompt) for prompt in request.prompt for _ in range(request.n)]
             streams = [echoed(stream, echo, request) for stream, echo in zip(streams, echoes, strict=True)]

@@ -13,7 +13,7 @@ from loray.spec import AutoscalingSpec, ServeSpec
 
 if TYPE_CHECKING:
     from loray.engine.stream import EngineStream
-    from loray.spec import Delta, GenerateRequest
+    from loray.spec import GenerateRequest, TokenDelta
 
 
 class ReplicaDemand:
@@ -30,15 +30,15 @@ class ReplicaDemand:
         )
 
     async def observed(
-        self, request: GenerateRequest, deltas: AsyncGenerator[Delta, None]
-    ) -> AsyncGenerator[Delta, None]:
+        self, request: GenerateRequest, deltas: AsyncGenerator[TokenDelta, None]
+    ) -> AsyncGenerator[TokenDelta, None]:
         """Passes the deltas on and counts their tokens."""
         params = request.params
         tracked = self._meter.arrived(len(request.prompt_ids), params.max_tokens, request.adapter, time.monotonic())
         try:
             async with aclosing(deltas) as stream:
                 async for delta in stream:
-                    tracked.num_output_tokens = delta.num_output_tokens
+                    tracked.num_output_tokens += len(delta.token_ids)
                     yield delta
         except Overloaded:
             self._meter.refused(tracked, time.monotonic())

@@ -16,7 +16,7 @@ from serve_apps.exposition import counter, gauge, histogram
 
 if TYPE_CHECKING:
     from loray.engine.stats.stats import EngineStats
-    from loray.spec import Delta, GenerateRequest
+    from loray.spec import GenerateRequest, TokenDelta
 
 
 class ReplicaMetrics:
@@ -43,13 +43,14 @@ class ReplicaMetrics:
         return Counter(m.name, m.help, m.labels, registry=self._registry)
 
     async def observed(
-        self, request: GenerateRequest, deltas: AsyncGenerator[Delta, None]
-    ) -> AsyncGenerator[Delta, None]:
+        self, request: GenerateRequest, deltas: AsyncGenerator[TokenDelta, None]
+    ) -> AsyncGenerator[TokenDelta, None]:
         """Passes the deltas on, one token each, and measures them."""
         method = "base" if request.adapter is None else request.adapter.method
         observe_gap = self._between_tokens.labels(method).observe
         began = last = self._clock()
         started = ended = False
+        num_output_tokens = 0
         try:
             async with aclosing(deltas) as stream:
                 async for delta in stream:
@@ -60,11 +61,12 @@ class ReplicaMetrics:
                         self._first_token.labels(method).observe(now - began)
                         started = True
                     last = now
+                    num_output_tokens += len(delta.token_ids)
                     if delta.finish_reason is not None:
                         ended = True
                         self._latency.labels(method).observe(now - began)
-                        self._prompt_tokens.labels(method).observe(delta.num_prompt_tokens)
-                        self._output_tokens.labels(method).observe(delta.num_output_tokens)
+                        self._prompt_tokens.labels(method).observe(len(request.prompt_ids))
+                        self._output_tokens.labels(method).observe(num_output_tokens)
                         self._ended.labels(method, delta.finish_reason).inc()
                     yield delta
         except Exception as e:

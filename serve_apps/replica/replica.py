@@ -32,13 +32,13 @@ from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.streams import coalesced, fitted, generate
+from serve_apps.replica.streams import coalesced, fitted
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
     from loray.engine.stream import EngineStream
-    from loray.spec import Delta, GenerateRequest
+    from loray.spec import GenerateRequest, TokenDelta
     from serve_apps.replica.loading import AdapterLoader
 
 _log = get_logger(__name__)
@@ -61,7 +61,7 @@ class EngineReplica:
         self._demand = spec.autoscaling and ReplicaDemand(spec, spec.autoscaling, self._stream)
         freeze_garbage()
 
-    async def generate(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         """Yields deltas; those that arrive while one is being sent are merged. Closing it cancels the request.
 
         `fit`: the client did not set max_tokens, so it is lowered to what fits into this replica's pool. Raises
@@ -71,7 +71,7 @@ class EngineReplica:
             self._stream.check_health()
         except EngineError as e:
             raise ReplicaUnavailable(str(e), _replica_id()) from e
-        deltas = fitted(self._stream, request) if fit else generate(self._stream, request)
+        deltas = fitted(self._stream, request) if fit else self._stream.generate(request)
         deltas = self._metrics.observed(request, deltas)
         if self._demand:
             deltas = self._demand.observed(request, deltas)
@@ -159,17 +159,12 @@ def set_num_threads(spec: ServeSpec) -> ServeSpec:
 
 def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> EngineStream:
     """Loads the base, allocates the pool, and starts the engine's thread."""
-    from transformers import AutoTokenizer
-
     from loray.engine.build import build_engine
     from loray.engine.stream import EngineStream
     from serve_apps.replica.ranks import RankActors
 
     started = time.monotonic()
-    stream = EngineStream(
-        build_engine(spec, base, adapter_loader(base, settings), start_workers=RankActors),
-        AutoTokenizer.from_pretrained(str(base.path)),
-    )
+    stream = EngineStream(build_engine(spec, base, adapter_loader(base, settings), start_workers=RankActors))
     stream.start()
     _log.info("base %s is ready after %.1f s", base.name, time.monotonic() - started)
     return stream

@@ -6,20 +6,16 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from loray.errors import ContextLengthExceeded
 
 if TYPE_CHECKING:
     from loray.engine.stream import EngineStream
-    from loray.spec import Delta, GenerateRequest
+    from loray.spec import GenerateRequest, TokenDelta
 
 
-def generate(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-    return cast("AsyncGenerator[Delta, None]", stream.generate(request))
-
-
-async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
     """As `generate`, with max_tokens lowered to the engine's limit for this adapter.
 
     Until an adapter has been loaded, the engine estimates its size in the pool. A request that turns out to be too long
@@ -28,7 +24,7 @@ async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerat
     estimated = _fit(stream, request)
     started = False
     try:
-        async with aclosing(generate(stream, estimated)) as deltas:
+        async with aclosing(stream.generate(estimated)) as deltas:
             async for delta in deltas:
                 started = True
                 yield delta
@@ -37,7 +33,7 @@ async def fitted(stream: EngineStream, request: GenerateRequest) -> AsyncGenerat
         exact = _fit(stream, request)
         if started or exact.params.max_tokens >= estimated.params.max_tokens:
             raise
-    async with aclosing(generate(stream, exact)) as deltas:
+    async with aclosing(stream.generate(exact)) as deltas:
         async for delta in deltas:
             yield delta
 
@@ -50,9 +46,9 @@ def _fit(stream: EngineStream, request: GenerateRequest) -> GenerateRequest:
     return replace(request, params=request.params.model_copy(update={"max_tokens": left}))
 
 
-async def coalesced(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
+async def coalesced(deltas: AsyncGenerator[TokenDelta, None]) -> AsyncGenerator[TokenDelta, None]:
     """The same stream in fewer deltas if the reader is slower than the engine."""
-    ready: list[Delta] = []
+    ready: list[TokenDelta] = []
     changed = asyncio.Event()
 
     async def pump() -> None:
@@ -78,14 +74,13 @@ async def coalesced(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta
         await asyncio.wait([task])
 
 
-def merge_deltas(deltas: list[Delta]) -> Delta:
+def merge_deltas(deltas: list[TokenDelta]) -> TokenDelta:
     """Merges consecutive deltas of one request into one."""
     last = deltas[-1]
     if len(deltas) == 1:
         return last
     logprobs = None if last.logprobs is None else tuple(lp for d in deltas for lp in d.logprobs or ())
     return last._replace(
-        text="".join(d.text for d in deltas),
         token_ids=tuple(t for d in deltas for t in d.token_ids),
         logprobs=logprobs,
         prompt_logprobs=deltas[0].prompt_logprobs,

@@ -16,21 +16,18 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.serving.models import NoTokenizer, bench_base, random_tensors
+from benchmarks.serving.models import bench_base, random_tensors
 from benchmarks.serving.replay import replay
 from benchmarks.serving.workload import TimedRequest
 from loray.settings import Settings
 from loray.spec import AdapterRef, SamplingParams, ServeSpec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
-
     from loray.bases.registry import BaseModel
     from loray.engine.engine import Engine
     from loray.engine.stream import EngineStream
-    from loray.spec import Delta
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class EngineSession:
         self._engine = build(setup, base)
         ablate(self._engine, setup.ablation, setup.kv_share)
         self._recorder = EngineRecorder(self._engine)
-        self._stream: EngineStream = EngineStream(self._engine, _tokenizer(base))
+        self._stream: EngineStream = EngineStream(self._engine)
         self._stream.start()
         freeze_garbage()
 
@@ -102,7 +99,7 @@ class EngineSession:
         params = SamplingParams(max_tokens=request.max_tokens, temperature=0, ignore_eos=True)
         ref = None if request.adapter is None else self._refs[request.adapter]
         stream = self._stream.generate(GenerateRequest(str(self._num), request.prompt_ids, params, ref))
-        async with aclosing(cast("AsyncGenerator[Delta, None]", stream)) as deltas:
+        async with aclosing(stream) as deltas:
             async for delta in deltas:
                 yield list(delta.token_ids)
 
@@ -121,14 +118,6 @@ def build(setup: Setup, base: BaseModel) -> Engine:
         tensors = random_tensors(base.config, torch.device(spec.device), getattr(torch, spec.dtype))
         return build_engine(spec, base, load, tensors)
     return build_engine(spec, base, load)
-
-
-def _tokenizer(base: BaseModel) -> Any:
-    if base.source == "random":
-        return NoTokenizer()
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(base.path))
 
 
 def _dump(ref: AdapterRef) -> dict[str, Any]:

@@ -14,8 +14,7 @@
     admission    which requests are accepted
     report       the figures at one moment
     request      one request inside the engine
-    detokenizer  from tokens to text
 
-memory, residency, scheduling, stats, request and detokenizer do not import torch. Nothing is imported here, so that
+memory, residency, scheduling, stats and request do not import torch. Nothing is imported here, so that
 they can be used without it.
 """

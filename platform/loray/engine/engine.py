@@ -23,7 +23,7 @@ from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.resident import ResidentAdapter
 from loray.engine.report import report
-from loray.engine.request import Request, TokenLogprobs, TokenOutput
+from loray.engine.request import Request, TokenOutput
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import Placement
 from loray.engine.sampling.logprobs import score
@@ -34,7 +34,7 @@ from loray.engine.stats.counters import Counters
 from loray.engine.stats.stats import EngineStats
 from loray.engine.stats.usage import UsageLog
 from loray.errors import IntegrityError, RequestError
-from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, ServeSpec
+from loray.spec import AdapterBytes, AdapterRef, FinishReason, GenerateRequest, ServeSpec, TokenLogprobs
 
 
 class Engine:

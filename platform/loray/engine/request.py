@@ -7,23 +7,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from loray.spec import AdapterRef, FinishReason, GenerateRequest
+from loray.spec import AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
 
 
 class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-class TokenLogprobs(NamedTuple):
-    """Natural logarithms, of the distribution before temperature and penalties. `top`: (token, logprob), best first;
-    `rank`: 1 for the best token.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    rank: int
 
 
 class TokenOutput(NamedTuple):
@@ -39,6 +29,16 @@ class TokenOutput(NamedTuple):
     error: Exception | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+    @property
+    def delta(self) -> TokenDelta:
+        return TokenDelta(
+            token_ids=() if self.token_id is None else (self.token_id,),
+            finish_reason=self.finish_reason,
+            num_cached_tokens=self.num_cached_tokens,
+            logprobs=None if self.logprobs is None else (self.logprobs,),
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 @dataclass(slots=True, eq=False)

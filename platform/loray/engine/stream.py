@@ -1,4 +1,4 @@
-"""The engine for asyncio: one thread runs its steps, and each request is an asynchronous stream of text."""
+"""The engine for asyncio: one thread runs its steps, and each request is an asynchronous stream of tokens."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from loray.engine.detokenizer import Detokenizer
 from loray.engine.engine import Engine
-from loray.engine.request import TokenLogprobs, TokenOutput
+from loray.engine.request import TokenOutput
 from loray.engine.residency.table import Placement
 from loray.engine.stats.stats import EngineStats
 from loray.errors import EngineError, RequestError
-from loray.spec import AdapterBytes, AdapterRef, Delta, GenerateRequest, TokenLogprob
+from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from loray_kernels import release_threads
 
@@ -38,9 +37,8 @@ class _Subscriber(NamedTuple):
 class EngineStream:
     """Owns the engine's thread. May be called from any event loop."""
 
-    def __init__(self, engine: Engine, tokenizer: Any) -> None:
-        self._engine, self._tokenizer = engine, tokenizer
-        self._texts: dict[int, str] = {}  # of single tokens; at most as many as the vocabulary
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopped = False
@@ -97,8 +95,8 @@ class EngineStream:
         self._post(lambda: self._run_call(result, function))
         return result
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
-        """Deltas of text as they come; the last has a finish reason. Closing the iterator cancels the request.
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        """The tokens as they come; the last delta has a finish reason. Closing the iterator cancels the request.
 
         Raises RequestError, ContextLengthExceeded, BaseMismatch or Overloaded before the first delta, the errors of
         loading the adapter, or EngineError.
@@ -107,60 +105,17 @@ class EngineStream:
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
         self._subscribe(request.request_id, _Subscriber(asyncio.get_running_loop(), queue))
         self._post(lambda: self._add(request))
-        detokenizer = Detokenizer(self._tokenizer, request.params, request.prompt_ids)
-        num_tokens = 0
         finished = False
         try:
             while not finished:
                 out = await queue.get()
+                finished = out.finish_reason is not None or out.error is not None
                 if out.error is not None:
-                    finished = True
                     raise out.error
-                finished = out.finish_reason is not None
-                token_ids = () if out.token_id is None else (out.token_id,)
-                num_tokens += len(token_ids)
-                text, stopped = detokenizer.step(out.token_id, out.finish_reason)
-                yield Delta(
-                    text=text,
-                    token_ids=token_ids,
-                    logprobs=self._logprobs(request, token_ids, out.logprobs),
-                    finish_reason="stop" if stopped else out.finish_reason,
-                    num_prompt_tokens=len(request.prompt_ids),
-                    num_output_tokens=num_tokens,
-                    num_cached_tokens=out.num_cached_tokens,
-                    prompt_logprobs=self._prompt_logprobs(request, out.prompt_logprobs),
-                )
-                if stopped:
-                    return
+                yield out.delta
         finally:
             if not finished:
                 self._post(lambda: self._cancel(request.request_id))
-
-    def _logprobs(
-        self, request: GenerateRequest, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None
-    ) -> tuple[TokenLogprob, ...] | None:
-        if request.params.logprobs is None:
-            return None
-        return tuple(self._logprob(t, logprobs) for t in token_ids if logprobs is not None)
-
-    def _prompt_logprobs(
-        self, request: GenerateRequest, logprobs: Sequence[TokenLogprobs] | None
-    ) -> tuple[TokenLogprob, ...] | None:
-        if logprobs is None:
-            return None
-        first, *rest = request.prompt_ids
-        known = tuple(self._logprob(t, lp) for t, lp in zip(rest, logprobs, strict=True))
-        return (TokenLogprob(first, self._text_of(first), None, (), 0), *known)
-
-    def _logprob(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
-        top = tuple((t, self._text_of(t), lp) for t, lp in logprobs.top)
-        return TokenLogprob(token_id, self._text_of(token_id), logprobs.logprob, top, logprobs.rank)
-
-    def _text_of(self, token_id: int) -> str:
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._texts[token_id] = str(self._tokenizer.decode([token_id]))
-        return text
 
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """See Engine."""

@@ -41,7 +41,15 @@ from loray.spec.fields import (
     parse_size,
 )
 from loray.spec.figures import EngineFigures
-from loray.spec.generation import Delta, FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+from loray.spec.generation import (
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprob,
+    TokenLogprobs,
+)
 from loray.spec.jobs import EndStatus, JobStatus, has_ended
 from loray.spec.serving import AutoscalingSpec, ServeSpec
 from loray.spec.training import (
@@ -123,7 +131,9 @@ __all__ = [
     "Sha256",
     "StrategyName",
     "Subject",
+    "TokenDelta",
     "TokenLogprob",
+    "TokenLogprobs",
     "TrainSpec",
     "VeraSpec",
     "format_size",

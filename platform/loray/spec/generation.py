@@ -54,8 +54,32 @@ class GenerateRequest:
     ttft_slo_s: float | None = None
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms, of the distribution before temperature and penalties. `top`: (token, logprob), best first;
+    `rank`: 1 for the best token.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    rank: int
+
+
+class TokenDelta(NamedTuple):
+    """What one step, or several that were merged, added to a request. The last one has a finish reason.
+
+    logprobs         of `token_ids`, if the request asks for them
+    prompt_logprobs  of the prompt's tokens from the second on; with the first delta, if the request asks for them
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
 class TokenLogprob(NamedTuple):
-    """`top`: (token id, text, logprob), best first; `rank`: 1 for the best. A prompt's first token has no logprob."""
+    """TokenLogprobs with texts. `top`: (token id, text, logprob), best first. A prompt's first token has no logprob."""
 
     token_id: int
     token: str
@@ -65,7 +89,7 @@ class TokenLogprob(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What one step added to a request. Counts are totals so far; `prompt_logprobs` come with the first delta."""
+    """A TokenDelta with its text. Counts are totals so far; `prompt_logprobs` come with the first delta."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -30,7 +30,6 @@ from loray_kernels import KvLayout
 from tests.engine.adapters import NORMS, TestAdapter, make_adapter
 from tests.engine.harness import Spy, make_engine, request, run
 from tests.engine.model.test_parity import ALL, ROPES, prompts
-from tests.tiny import byte_tokenizer
 
 # (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide
 WORLDS = {
@@ -185,7 +184,7 @@ def test_heads_that_do_not_divide_are_refused(tiny_base: Callable[..., BaseModel
 
 def test_a_dead_rank_ends_the_engine(tiny_base: Callable[..., BaseModel]) -> None:
     engine = make_engine(tiny_base(), tensor_parallel_size=2, num_threads=1, dtype="bfloat16")
-    stream = EngineStream(engine, byte_tokenizer())
+    stream = EngineStream(engine)
     stream.start()
 
     async def generate() -> None:

@@ -10,9 +10,8 @@ from peft import LoraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
-from loray.engine.request import TokenLogprobs
 from loray.errors import IntegrityError, RequestError
-from loray.spec import GenerateRequest
+from loray.spec import GenerateRequest, TokenLogprobs
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import make_engine, request
 

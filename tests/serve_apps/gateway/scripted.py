@@ -9,12 +9,13 @@ from typing import Any, cast
 
 from fastapi import FastAPI
 from prometheus_client.core import Metric as Family
+from tokenizers.pre_tokenizers import ByteLevel
 
 from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
 from loray.engine.stream import EngineStream
-from loray.spec import AdapterManifest, Delta, GenerateRequest, ServeSpec
+from loray.spec import AdapterManifest, FinishReason, GenerateRequest, ServeSpec, TokenDelta
 from serve_apps.gateway.app import create_app
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines
@@ -60,7 +61,7 @@ def register(catalog: Catalog, name: str, base_fingerprint: str, *, context_leng
 class ScriptedEngines:
     """Yields the deltas of `script` and raises its exceptions; then waits for ever if `hang`."""
 
-    def __init__(self, script: Sequence[Delta | Exception] = (), *, hang: bool = False) -> None:
+    def __init__(self, script: Sequence[TokenDelta | Exception] = (), *, hang: bool = False) -> None:
         self.script, self.hang = script, hang
         self.requests: list[GenerateRequest] = []
         self.fits: list[bool] = []
@@ -69,7 +70,7 @@ class ScriptedEngines:
         self.families: list[list[Family] | None] = []
         self.scaling: AutoscalingStatus | None = None
 
-    async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
         self.fits.append(fit)
         try:
@@ -102,10 +103,10 @@ class LocalEngines:
         self.stream = stream
         self.replica = ReplicaMetrics()
 
-    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[Delta, None]:
+    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         if fit:
             return fitted(self.stream, request)
-        return cast("AsyncGenerator[Delta, None]", self.stream.generate(request))
+        return cast("AsyncGenerator[TokenDelta, None]", self.stream.generate(request))
 
     async def healthy(self) -> bool:
         return True
@@ -120,8 +121,14 @@ class LocalEngines:
         return [self.replica.families(self.stream.stats(), "r1")]
 
 
-def delta(text: str, finish_reason: Any = None, *, num_output_tokens: int = 1, num_prompt_tokens: int = 3) -> Delta:
-    return Delta(text, (1,), None, finish_reason, num_prompt_tokens, num_output_tokens)
+_BYTES = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}  # the ids of tests.tiny.byte_tokenizer
+_END = 258
+
+
+def delta(text: str, finish_reason: FinishReason | None = None) -> TokenDelta:
+    """A token for each byte of `text`, in the tiny bases' tokenizer, and the one that stops it."""
+    chars = "".join(word for word, _ in ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text))
+    return TokenDelta((*(_BYTES[c] for c in chars), *([_END] if finish_reason == "stop" else [])), finish_reason)
 
 
 def catalog_url(folder: Path) -> str:

@@ -54,7 +54,7 @@ def client(
     version = register(Catalog(url), "tone", base.fingerprint)
     served = replace(adapter, ref=adapter.ref.model_copy(update={"digest": version.digest}))
     engine = make_engine(base, [served], max_num_batched_tokens=16, max_num_seqs=8, num_threads=1)
-    stream = EngineStream(engine, tokenizer)
+    stream = EngineStream(engine)
     stream.start()
     with TestClient(gateway_app(base, url, LocalEngines(stream))) as client:
         yield client

@@ -15,7 +15,7 @@ from loray.catalog import Catalog
 from serve_apps.gateway.directory import REFRESH_S
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
 
-HELLO = (delta("hel"), delta("lo", "stop", num_output_tokens=2))
+HELLO = (delta("hel"), delta("lo", "stop"))
 CHAT = [{"role": "user", "content": "hi"}]
 
 
@@ -45,7 +45,7 @@ def test_completion(client_of: Any, base: BaseModel) -> None:
         )
     body = r.json()
     assert body["choices"] == [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
     assert body["id"].startswith("cmpl-")
     assert body["id"] == r.headers["x-request-id"]
     assert body["model"] == base.name
@@ -76,7 +76,7 @@ def test_streams(client_of: Any, base: BaseModel) -> None:
             {"content": "lo"},
         ]
         assert chat[-1]["choices"][0]["finish_reason"] == "stop"
-        assert usage["usage"]["completion_tokens"] == 2
+        assert usage["usage"]["completion_tokens"] == 6
         assert done == "[DONE]"
         *plain, done = events_of(
             client.post("/v1/completions", json={"model": base.name, "stream": True, "prompt": "abc"})
@@ -92,7 +92,7 @@ def test_prompts_times_n_are_choices_in_order(client_of: Any, base: BaseModel) -
         body = client.post("/v1/completions", json=fields).json()
         events = events_of(client.post("/v1/completions", json=fields | {"stream": True}))
     assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
-    assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 8, "total_tokens": 14}
+    assert body["usage"] == {"prompt_tokens": 6, "completion_tokens": 24, "total_tokens": 30}
     assert sorted(c["choices"][0]["index"] for c in events[:-1]) == [0, 0, 1, 1, 2, 2, 3, 3]
     first = engines.requests[:4]
     assert [r.prompt_ids[0] for r in first] == [1, 1, 4, 4]

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
@@ -35,7 +34,7 @@ def engine(base: BaseModel) -> Iterator[EngineStream]:
     def no_adapters(ref: Any) -> Any:
         raise AssertionError(ref)
 
-    stream = EngineStream(build_engine(spec, base, no_adapters), AutoTokenizer.from_pretrained(str(base.path)))
+    stream = EngineStream(build_engine(spec, base, no_adapters))
     stream.start()
     yield stream
     stream.stop()

@@ -12,6 +12,7 @@ import pytest
 from loray.api.openai import ChatMessage
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError
+from loray.text.tokenizer import Tokenizer
 from serve_apps.gateway.prompts import PromptEncoder
 from tests.tiny import byte_tokenizer
 
@@ -22,6 +23,7 @@ class Watched:
     def __init__(self) -> None:
         self._tokenizer = byte_tokenizer()
         self.chat_template = self._tokenizer.chat_template
+        self.backend_tokenizer = self._tokenizer.backend_tokenizer
         self.threads: set[str] = set()
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -40,7 +42,7 @@ def tokenizer() -> Watched:
 
 @pytest.fixture
 def encoder(tokenizer: Watched, tiny_base: Callable[..., BaseModel]) -> PromptEncoder:
-    encoder = PromptEncoder(tiny_base(), tokenizer)
+    encoder = PromptEncoder(tiny_base(), Tokenizer(tokenizer))
     tokenizer.threads.clear()
     return encoder
 
@@ -65,7 +67,9 @@ def test_long_chats_are_rendered_in_the_thread_too(
     encoder: PromptEncoder, tokenizer: Watched, contents: list[str]
 ) -> None:
     ids = asyncio.run(encoder.chat([message(c) for c in contents]))
-    assert ids == asyncio.run(PromptEncoder(encoder._base, byte_tokenizer()).chat([message(c) for c in contents]))
+    assert ids == asyncio.run(
+        PromptEncoder(encoder._base, Tokenizer(byte_tokenizer())).chat([message(c) for c in contents])
+    )
     assert tokenizer.threads == {"tokenizer_0"}
 
 

@@ -18,11 +18,10 @@ from loray.errors import Overloaded, RequestError
 from loray.publishing import Destination, publish
 from loray.serving.demand import Observation
 from loray.settings import Settings
-from loray.spec import AdapterRef, AutoscalingSpec, Delta, GenerateRequest, SamplingParams, ServeSpec
+from loray.spec import AdapterRef, AutoscalingSpec, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.replica import adapter_loader
-from tests.tiny import byte_tokenizer
 
 SCALING = AutoscalingSpec(window_s=3600)
 
@@ -32,11 +31,11 @@ class Replica:
 
     def __init__(self, base: BaseModel, settings: Settings) -> None:
         self.spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20, autoscaling=SCALING)
-        self.stream = EngineStream(build_engine(self.spec, base, adapter_loader(base, settings)), byte_tokenizer())
+        self.stream = EngineStream(build_engine(self.spec, base, adapter_loader(base, settings)))
         self.demand = ReplicaDemand(self.spec, SCALING, self.stream)
 
-    def deltas(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        return self.demand.observed(request, cast("AsyncGenerator[Delta, None]", self.stream.generate(request)))
+    def deltas(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        return self.demand.observed(request, cast("AsyncGenerator[TokenDelta, None]", self.stream.generate(request)))
 
     def answer(self, request: GenerateRequest) -> None:
         async def run() -> None:
@@ -96,9 +95,11 @@ def test_an_engines_requests_are_demand(replica: Replica, refs: dict[str, Adapte
 def test_a_cancelled_request_counts_with_its_received_tokens(replica: Replica) -> None:
     async def leave() -> int:
         async with aclosing(replica.deltas(request("a", max_tokens=400))) as deltas:
+            num_tokens = 0
             async for delta in deltas:
-                if delta.num_output_tokens == 5:
-                    return delta.num_output_tokens
+                num_tokens += len(delta.token_ids)
+                if num_tokens == 5:
+                    return num_tokens
         raise AssertionError
 
     assert asyncio.run(leave()) == 5
@@ -107,7 +108,7 @@ def test_a_cancelled_request_counts_with_its_received_tokens(replica: Replica) -
 
 @pytest.mark.parametrize(("error", "tokens"), [(Overloaded("full", 1.0), 3), (RequestError("no", "prompt"), 0)])
 def test_a_request_refused_for_overload_is_demand(replica: Replica, error: Exception, tokens: float) -> None:
-    async def refuse() -> AsyncGenerator[Delta, None]:
+    async def refuse() -> AsyncGenerator[TokenDelta, None]:
         raise error
         yield
 

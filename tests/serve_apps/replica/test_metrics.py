@@ -19,14 +19,13 @@ from loray.bases.registry import BaseModel
 from loray.engine.stats.stats import EngineStats
 from loray.engine.stream import EngineStream
 from loray.errors import ContextLengthExceeded, EngineError
-from loray.spec import Delta, GenerateRequest
+from loray.spec import GenerateRequest, TokenDelta
 from loray_kernels import KvLayout
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.replica import EngineReplica
 from tests.engine.adapters import TestAdapter, make_adapter
 from tests.engine.harness import hold, make_engine, request
 from tests.serve_apps.gateway.scripted import delta
-from tests.tiny import byte_tokenizer
 
 
 def values(families: Sequence[Family]) -> dict[tuple[str, ...], float]:
@@ -43,7 +42,7 @@ class ObservedEngine:
 
     def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: Any) -> None:
         self.metrics = ReplicaMetrics()
-        self.stream = EngineStream(make_engine(base, adapters, num_threads=1, **spec), byte_tokenizer())
+        self.stream = EngineStream(make_engine(base, adapters, num_threads=1, **spec))
         self.num_asked = 0
 
     async def ask(self, num_prompt_tokens: int, adapter: TestAdapter | None = None, *, max_tokens: int = 4) -> None:
@@ -53,8 +52,8 @@ class ObservedEngine:
             async for _ in deltas:
                 pass
 
-    def observed(self, r: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        return self.metrics.observed(r, cast("AsyncGenerator[Delta, None]", self.stream.generate(r)))
+    def observed(self, r: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+        return self.metrics.observed(r, cast("AsyncGenerator[TokenDelta, None]", self.stream.generate(r)))
 
     async def settled(self, num_finished: int) -> EngineStats:
         deadline = time.monotonic() + 60
@@ -182,10 +181,10 @@ def test_latencies_are_between_the_moments_of_the_deltas() -> None:
     moments = iter([10.0, 10.5, 10.75, 12.0])
     metrics = ReplicaMetrics(clock=lambda: next(moments))
 
-    async def deltas() -> AsyncGenerator[Delta, None]:
+    async def deltas() -> AsyncGenerator[TokenDelta, None]:
         yield delta("a")
-        yield delta("b", num_output_tokens=2)
-        yield delta("c", "stop", num_output_tokens=3)
+        yield delta("b")
+        yield delta("c", "stop")
 
     async def run() -> None:
         async with aclosing(metrics.observed(request("r", [1, 2, 3]), deltas())) as observed:
@@ -207,7 +206,7 @@ def test_latencies_are_between_the_moments_of_the_deltas() -> None:
 def test_errors_have_the_name_of_their_class(error: Exception, kind: str) -> None:
     metrics = ReplicaMetrics()
 
-    async def deltas() -> AsyncGenerator[Delta, None]:
+    async def deltas() -> AsyncGenerator[TokenDelta, None]:
         raise error
         yield
 

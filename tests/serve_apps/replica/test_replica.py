@@ -17,12 +17,11 @@ from loray.engine.stream import EngineStream
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
 from loray.publishing import Destination, publish
 from loray.settings import Settings
-from loray.spec import AdapterRef, Delta, GenerateRequest, SamplingParams, ServeSpec
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.replica import adapter_loader, without_expected_tracebacks
 from serve_apps.replica.streams import fitted
 from tests.serve_apps.gateway.scripted import delta
-from tests.tiny import byte_tokenizer
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ class Limited:
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         return self._limit
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         self.asked.append(request.params.max_tokens)
         self._limit = self._exact
         if len(request.prompt_ids) + request.params.max_tokens > self._limit:
@@ -62,11 +61,11 @@ class Limited:
 def test_a_default_fits_what_the_replica_has(estimate: int, exact: int, asked: list[int]) -> None:
     engine: Any = Limited(estimate, exact)
 
-    async def run() -> list[str]:
+    async def run() -> list[TokenDelta]:
         request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=100))
-        return [d.text async for d in fitted(engine, request)]
+        return [d async for d in fitted(engine, request)]
 
-    assert asyncio.run(run()) == ["a"]
+    assert asyncio.run(run()) == [delta("a", "length")]
     assert engine.asked == asked
 
 
@@ -79,20 +78,22 @@ def test_a_default_leaves_room_for_the_adapter(
     published(peft_folder(base, method), base, settings)
     ref = Catalog(settings.catalog).resolve("a")
     spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=160 << 10)
-    stream = EngineStream(build_engine(spec, base, adapter_loader(base, settings)), byte_tokenizer())
+    stream = EngineStream(build_engine(spec, base, adapter_loader(base, settings)))
     limit = stream.max_model_len(None)
     assert limit < ref.context_length
     stream.start()
 
-    async def run() -> Delta:
+    async def run() -> list[TokenDelta]:
         params = SamplingParams(max_tokens=limit - 3, ignore_eos=True)
-        return [d async for d in fitted(stream, GenerateRequest("r", (1, 2, 3), params, ref))][-1]
+        return [d async for d in fitted(stream, GenerateRequest("r", (1, 2, 3), params, ref))]
 
     try:
-        last = asyncio.run(run())
-        assert last.finish_reason == "length"
+        deltas = asyncio.run(run())
+        assert deltas[-1].finish_reason == "length"
         left = stream.max_model_len(ref) - 3
-        assert left - 2 * spec.block_tokens <= last.num_output_tokens <= left < limit - 3  # the estimate is cautious
+        assert (
+            left - 2 * spec.block_tokens <= sum(len(d.token_ids) for d in deltas) <= left < limit - 3
+        )  # the estimate is cautious
     finally:
         stream.stop()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loray.engine.model.batch import Scored
-from loray.engine.request import TokenLogprobs
+from loray.spec import TokenLogprobs
 
 _ROWS = 32  # at a time, to bound the memory that is needed beside the logits
 

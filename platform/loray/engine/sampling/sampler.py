@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loray.engine.request import Request, TokenLogprobs
+from loray.engine.request import Request
 from loray.engine.sampling.logits import process
 from loray.engine.sampling.logprobs import token_logprobs
-from loray.spec import SamplingParams
+from loray.spec import SamplingParams, TokenLogprobs
 
 _GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
 _CANDIDATES = (64, 512, 4096)  # numbers of best tokens to try; if top-k or top-p may need more, the row is sorted

@@ -1,4 +1,4 @@
-"""The text of a stream: complete characters, stop strings, special tokens."""
+"""The text of a request's tokens: complete characters, stop strings, special tokens."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from loray.bases.registry import BaseModel
-from loray.engine.detokenizer import Detokenizer
 from loray.spec import SamplingParams
+from loray.text.detokenizer import Detokenizer
+from loray.text.tokenizer import Tokenizer
 
 
 def text_of(base: BaseModel, data: bytes, *stop: str, **params: Any) -> tuple[list[str], bool]:
     """Pieces as they come, and whether a stop string ended them."""
-    detokenizer = Detokenizer(AutoTokenizer.from_pretrained(base.path), SamplingParams(stop=stop, **params))
+    detokenizer = Detokenizer(Tokenizer.load(base.path), SamplingParams(stop=stop, **params))
     byte_ids = AutoTokenizer.from_pretrained(base.path).convert_tokens_to_ids
     from tokenizers import pre_tokenizers
 
@@ -60,7 +61,7 @@ def test_a_token_that_ends_the_request_is_no_text_unless_asked_for(base: BaseMod
         ({"include_stop_str_in_output": True}, eos, "a"),
         ({"include_stop_str_in_output": True, "skip_special_tokens": False}, eos, "a<|im_end|>"),
     ):
-        detokenizer = Detokenizer(tokenizer, SamplingParams(**params))
+        detokenizer = Detokenizer(Tokenizer(tokenizer), SamplingParams(**params))
         assert detokenizer.step(a, None).text + detokenizer.step(token, "stop").text == text
 
 
@@ -73,7 +74,7 @@ def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(base: Ba
 
 def test_bytes_that_never_become_a_character_end_as_replacement(base: BaseModel) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base.path)
-    detokenizer = Detokenizer(tokenizer, SamplingParams())
+    detokenizer = Detokenizer(Tokenizer(tokenizer), SamplingParams())
     first = tokenizer("é")["input_ids"][0]
     assert detokenizer.push(first).text == ""
     assert detokenizer.flush().text == "\ufffd"
@@ -81,13 +82,14 @@ def test_bytes_that_never_become_a_character_end_as_replacement(base: BaseModel)
 
 def test_the_space_before_the_first_word_stays() -> None:
     """SentencePiece tokenizers write ▁word and drop the space where a text begins."""
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(
+    tokenizer = Backend(
         models.WordLevel({"▁The": 0, "▁capital": 1, "▁Paris": 2, "!": 3, "<unk>": 4}, unk_token="<unk>")
     )
     tokenizer.decoder = decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    detokenizer = Detokenizer(fast, SamplingParams(), [0, 1])
+    detokenizer = Detokenizer(Tokenizer(fast), SamplingParams(), [0, 1])
     assert [detokenizer.push(2).text, detokenizer.push(3).text, detokenizer.flush().text] == [" Paris", "!", ""]

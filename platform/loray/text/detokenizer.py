@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from loray.spec import FinishReason, SamplingParams
+from loray.text.tokenizer import Tokenizer
 
 _PROMPT_TAIL = 6  # tokens that decide how the next ones are written
 
@@ -20,15 +21,14 @@ class Text(NamedTuple):
 class Detokenizer:
     """Text that may be the beginning of a stop string, or part of a character, is not returned yet.
 
-    `tokenizer` is transformers'. Decoding starts at the end of the prompt, because SentencePiece tokenizers drop the
+    Decoding starts at the end of the prompt, because SentencePiece tokenizers drop the
     space at the beginning of a text. Each step decodes only the tokens since the last complete character, with the
     tokens before them as context. As in vLLM, a stop string that begins in the first
     `min_tokens` tokens does not count.
     """
 
-    def __init__(self, tokenizer: Any, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer, self._params = tokenizer, params
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._stop: tuple[str, ...] = ()
         self._num_pushed = 0
         self._ids = list(prompt_ids[-_PROMPT_TAIL:])
@@ -63,10 +63,7 @@ class Detokenizer:
         return self._take(now[len(before) :], final=True)
 
     def _decode(self, ids: list[int]) -> str:
-        skip = self._params.skip_special_tokens
-        if self._backend is not None:  # what transformers calls; faster without the code around it
-            return str(self._backend.decode(ids, skip_special_tokens=skip))
-        return str(self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+        return self._tokenizer.decode(ids, skip_special_tokens=self._params.skip_special_tokens)
 
     def _take(self, new: str, *, final: bool) -> Text:
         text = self._held + new

@@ -1,0 +1,71 @@
+"""From tokens to text: merged deltas, stop strings, log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from loray.bases.registry import BaseModel
+from loray.spec import Delta, GenerateRequest, SamplingParams, TokenDelta, TokenLogprobs
+from loray.text.deltas import RequestText, texts
+from loray.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: BaseModel) -> Tokenizer:
+    return Tokenizer.load(base.path)
+
+
+def request(tokenizer: Tokenizer, **params: Any) -> GenerateRequest:
+    return GenerateRequest("r", tokenizer.encode("abc", special=False), SamplingParams(**params))
+
+
+def test_merged_deltas_have_the_same_text_as_single_ones(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("naïve → END of it", special=False)
+    for stop in ((), ("END",)):
+        r = request(tokenizer, stop=stop)
+        one_by_one, merged = RequestText(tokenizer, r), RequestText(tokenizer, r)
+        pieces: list[Delta] = []
+        for i, t in enumerate(ids):
+            pieces.append(one_by_one.push(TokenDelta((t,), "length" if i == len(ids) - 1 else None)))
+            if pieces[-1].finish_reason:
+                break
+        whole = merged.push(TokenDelta(ids, "length"))
+        assert "".join(p.text for p in pieces) == whole.text == ("naïve → " if stop else "naïve → END of it")
+        assert pieces[-1].finish_reason == whole.finish_reason == ("stop" if stop else "length")
+        assert pieces[-1].num_output_tokens == whole.num_output_tokens == sum(len(p.token_ids) for p in pieces)
+        assert whole.num_prompt_tokens == 3
+
+
+def test_a_stop_string_closes_the_engines_stream(tokenizer: Tokenizer) -> None:
+    closed = []
+
+    async def tokens() -> AsyncGenerator[TokenDelta, None]:
+        try:
+            for t in tokenizer.encode("one END two", special=False):
+                yield TokenDelta((t,))
+        finally:
+            closed.append(True)
+
+    async def run() -> list[Delta]:
+        return [d async for d in texts(tokenizer, request(tokenizer, stop=("END",)), tokens())]
+
+    deltas = asyncio.run(run())
+    assert closed == [True]
+    assert ("".join(d.text for d in deltas), deltas[-1].finish_reason) == ("one ", "stop")
+
+
+def test_log_probabilities_get_their_texts(tokenizer: Tokenizer) -> None:
+    a, b = tokenizer.encode("ab", special=False)
+    scores = TokenLogprobs(-0.5, ((b, -0.1), (a, -0.5)), 2)
+    text = RequestText(tokenizer, request(tokenizer, logprobs=2, prompt_logprobs=0))
+    delta = text.push(TokenDelta((a,), logprobs=(scores,), prompt_logprobs=(scores, scores)))
+    assert delta.logprobs is not None
+    (lp,) = delta.logprobs
+    assert (lp.token_id, lp.token, lp.logprob, lp.rank) == (a, "a", -0.5, 2)
+    assert lp.top == ((b, "b", -0.1), (a, "a", -0.5))
+    assert delta.prompt_logprobs is not None
+    assert [(p.token, p.logprob) for p in delta.prompt_logprobs] == [("a", None), ("b", -0.5), ("c", -0.5)]
