@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-rest test-fast check format bench bench-serve bench-train bench-quality clean
+.PHONY: demo test test-cluster test-numeric test-rest test-slow test-fast check format bench bench-serve bench-train bench-quality clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -12,15 +12,19 @@ test: .venv/.ready
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-cluster test-numeric test-rest
 
 test-cluster: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow"
 
 NUMERIC := $(addprefix tests/,benchmarks engine kernels train)
 
 test-numeric: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster" $(NUMERIC)
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
 
 test-rest: .venv/.ready
-	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster" $(addprefix --ignore=,$(NUMERIC))
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC))
+
+# Killed workers and drivers, replicas that come and go, strategies on ranks, whole commands: minutes.
+test-slow: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # The pure parts. Importing torch, transformers, PEFT or Ray is an error there.
 FAST := $(addprefix tests/,advice/test_scorecard.py api engine/memory engine/residency engine/scheduling engine/stats \

@@ -11,7 +11,6 @@ from loray.bases.registry import BaseModel
 from loray.planning.devices import PRESETS
 
 
-@pytest.mark.slow
 def test_estimated_bytes_are_those_of_the_file(smollm2: BaseModel) -> None:
     estimates = estimate_methods(Answers(2048, 1), smollm2.config, PRESETS["a100-80gb"])
     adapters = dict(candidates(2048, smollm2.config))

@@ -37,7 +37,7 @@ from tests.postgres import Postgres
 from tests.s3 import S3Server
 from tests.tiny import write_checkpoint
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = pytest.mark.cluster
 
 FOLDER = "overlays/cpu-dev"
 LAPTOP = {"pool_bytes": "8MiB", "host_bytes": "8MiB", "num_threads": 1}

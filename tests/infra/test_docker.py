@@ -12,7 +12,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 from ray._common.usage import usage_constants
 
 from loray.settings import Settings
@@ -85,7 +84,6 @@ def test_what_is_copied_exists_and_reaches_the_builder() -> None:
     assert copied.words[:2] == ["--from=wheel", "/wheel"]
 
 
-@pytest.mark.slow
 def test_the_wheel_builds_from_what_is_copied(tmp_path: Path) -> None:
     for source in sources():
         target = tmp_path / source

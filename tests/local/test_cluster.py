@@ -70,7 +70,6 @@ def test_failure_shows_the_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
 def test_started_once_and_stopped_whole(tmp_path: Path) -> None:
     cluster = start_local_cluster(tmp_path, num_cpus=2)
     try:

@@ -19,8 +19,6 @@ from loray.spec import RopeParameters
 from tests.engine.adapters import NORMS, Oracle, TestAdapter, make_adapter
 from tests.engine.harness import Spy, make_engine, request, run
 
-pytestmark = pytest.mark.slow
-
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 LINEAR = RopeParameters(rope_type="linear", rope_theta=100000.0, factor=2.0)

@@ -18,7 +18,7 @@ from loray.spec import TrainSpec
 from tests.cluster import RayCluster, Served
 from tests.test_recipe import RECIPE, write
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from loray.publishing import Destination, publish
 from tests.cluster import RayCluster, Served, deployed
 from tests.engine.adapters import make_adapter
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = pytest.mark.cluster
 
 NUM_ADAPTERS = 20
 AT_ONCE = 4

@@ -33,7 +33,12 @@ from tests.train.ranks import run_ranks
 from tests.train.test_loop import ADAPTERS, make_data, recipe
 
 SIZE = 4
-STRATEGIES = ["ddp", "zero2", "zero3", "fsdp2"]
+STRATEGIES = [
+    "ddp",
+    pytest.param("zero2", marks=pytest.mark.slow),
+    "zero3",
+    pytest.param("fsdp2", marks=pytest.mark.slow),
+]
 TRAINING: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "max_grad_norm": 0.5, "loraplus_lr_ratio": 4},
     "batch": {"rows": 1, "accumulation": 2},
@@ -179,7 +184,6 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], rel: float)
         assert error < rel, f"{name}: {error}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mesh", "data", "vera"])
 def test_losses_and_gradients_are_those_of_one_rank(ran: Ran, name: str) -> None:
     for event in ("step", "eval"):
@@ -192,7 +196,6 @@ def test_losses_and_gradients_are_those_of_one_rank(ran: Ran, name: str) -> None
         assert all(norm > 0.5 for _, _, norm, _ in ran.curve(name))  # so that all were clipped
 
 
-@pytest.mark.slow
 def test_ranks_agree_bit_for_bit(ran: Ran) -> None:
     own = ("tokens_per_s", "eta_s", "pid")
     told = [[{k: v for k, v in e.items() if k not in own} for run in rank.values() for e in run] for rank in ran.ranks]
@@ -200,7 +203,6 @@ def test_ranks_agree_bit_for_bit(ran: Ran) -> None:
     assert not (ran.case.folder / ran.strategy / "mesh-1").exists()
 
 
-@pytest.mark.slow
 def test_steps_that_are_not_finite_on_one_rank_are_skipped_on_all(ran: Ran) -> None:
     ours, theirs = ran.curve("skips"), ran.curve("skips", of="alone")
     assert [skipped for *_, skipped in ours] == [skipped for *_, skipped in theirs] == [0, 1, 2, 2]
@@ -211,7 +213,6 @@ def test_steps_that_are_not_finite_on_one_rank_are_skipped_on_all(ran: Ran) -> N
     assert all(torch.equal(m, before.masters[name]) for name, m in state.masters.items())
 
 
-@pytest.mark.slow
 def test_bf16_has_fp32_masters_and_the_same_forward_pass(ran: Ran) -> None:
     """Under gradient checkpointing, with tied embeddings."""
     (ours, *_), (theirs, *_) = ran.curve("bf16"), ran.curve("bf16", of="alone")
@@ -223,7 +224,6 @@ def test_bf16_has_fp32_masters_and_the_same_forward_pass(ran: Ran) -> None:
     assert any(bool((m != m.bfloat16()).any()) for m in state.masters.values())
 
 
-@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(ran: Ran) -> None:
     assert ran.curve("resumed") == ran.curve("mesh")[2:]
     ours, theirs = (ran.case.optimizer(f"{ran.strategy}/{name}", 4) for name in ("resumed", "mesh"))
@@ -232,7 +232,6 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(ran: Ran) -> None:
         assert all(torch.equal(tensor, unbroken[name]) for name, tensor in mine.items())
 
 
-@pytest.mark.slow
 def test_a_checkpoint_moves_between_strategies_and_sizes(ran: Ran) -> None:
     (moved,) = ran.curve("moved")
     assert moved == pytest.approx(ran.curve("mesh", of="alone")[2], rel=1e-4)
@@ -242,7 +241,6 @@ def test_a_checkpoint_moves_between_strategies_and_sizes(ran: Ran) -> None:
     assert losses == pytest.approx([loss for _, loss, *_ in ran.curve("mesh")[2:]], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_the_saved_adapter_is_whole_and_loads_in_peft(ran: Ran) -> None:
     folder, reference = (ran.case.saved(f"{of}/mesh", 4) / checkpoint.ADAPTER for of in (ran.strategy, "alone"))
     tensors, expected = (load_file(path / WEIGHTS_FILE) for path in (folder, reference))
