@@ -20,6 +20,7 @@
     ├── BaseMismatch           the adapter was trained on another base (fingerprints differ)
     ├── RequestError           a generation request that can never be served
     │   └── ContextLengthExceeded
+    ├── DeadlineExceeded       the request took longer than it or the deployment allows
     ├── Overloaded             the engine takes no more requests now; retry after `retry_after_s` seconds
     ├── EvaluationError        a measured value is not finite
     ├── EngineError            the engine stopped, or a request inside it failed
@@ -116,6 +117,10 @@ class RequestError(LorayError, ValueError):
 
 
 class ContextLengthExceeded(RequestError):
+    pass
+
+
+class DeadlineExceeded(LorayError):
     pass
 
 

@@ -16,12 +16,11 @@ from loray.api.openai import ChatCompletionRequest, CompletionRequest
 from loray.api.status import Status
 from loray.errors import RequestError
 from serve_apps.gateway import errors
+from serve_apps.gateway.answers.headers import EchoRequestId, RequestHeaders
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.openapi import describe_bodies
 from serve_apps.http import parse_json
-
-_TENANT_HEADER = "x-tenant-id"  # set by a proxy that knows the client; it overrides the body's `user`
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -37,15 +36,16 @@ def create_app(gateway: Gateway) -> FastAPI:
 
     app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
     errors.install(app)
+    app.add_middleware(EchoRequestId)
     app.add_middleware(CountRequests, metrics=gateway.counted)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await gateway.completions(await _json(request), request.headers.get(_TENANT_HEADER))
+        return await gateway.completions(await _json(request), RequestHeaders.of(request.headers))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await gateway.chat_completions(await _json(request), request.headers.get(_TENANT_HEADER))
+        return await gateway.chat_completions(await _json(request), RequestHeaders.of(request.headers))
 
     @app.get("/v1/models")
     async def models() -> Response:

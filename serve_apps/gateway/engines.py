@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from prometheus_client.core import Metric as Family
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.errors import EngineError, LorayError, Overloaded, ReplicaUnavailable
-from loray.spec import Delta, GenerateRequest, TokenDelta
+from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from serve_apps.gateway.router import suspect
 from serve_apps.scaling.log import ScalingLog
@@ -157,42 +157,6 @@ async def _accepted(response: DeploymentResponseGenerator[Any]) -> None:
             await response._fetch_future_result_async()  # private: no public call returns when a request is accepted
     except TimeoutError as e:
         raise EngineError("no replica takes requests; `loray status` says why") from e
-
-
-class ChoiceDelta(NamedTuple):
-    choice: int
-    delta: Delta
-
-
-async def merge(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
-    """Yields the deltas of all streams as they arrive. Raises the first error. At the end every stream is closed."""
-    queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
-
-    async def pump(choice: int, stream: AsyncGenerator[Delta, None]) -> None:
-        try:
-            async with aclosing(stream) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait(ChoiceDelta(choice, delta))
-        except Exception as e:  # noqa: BLE001 - the reader raises it
-            queue.put_nowait(e)
-        else:
-            queue.put_nowait(None)
-
-    tasks = [asyncio.create_task(pump(i, s)) for i, s in enumerate(streams)]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            match await queue.get():
-                case None:
-                    num_open -= 1
-                case ChoiceDelta() as delta:
-                    yield delta
-                case error:
-                    raise error
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _cause(error: RayTaskError) -> Exception:

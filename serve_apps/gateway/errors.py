@@ -14,6 +14,7 @@ from loray.api.openai import Error, ErrorBody
 from loray.errors import (
     BaseMismatch,
     ContextLengthExceeded,
+    DeadlineExceeded,
     EngineError,
     IntegrityError,
     LorayError,
@@ -59,6 +60,7 @@ _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
     (BaseMismatch, _Kind(404, _INVALID, "base_mismatch", param="model")),
     (NotFoundError, _Kind(404, _INVALID, "model_not_found", param="model")),
     (Overloaded, _Kind(429, "rate_limit_error", "overloaded")),
+    (DeadlineExceeded, _Kind(504, _SERVER, "deadline_exceeded")),
     (IntegrityError, _Kind(500, _SERVER, "adapter_damaged", param="model")),
     (UnsupportedError, _Kind(501, _SERVER, "adapter_unsupported", param="model")),
     (StoreError, _Kind(503, _SERVER, "store_unavailable", retry_after_s=5.0)),
@@ -68,11 +70,12 @@ _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
 _INTERNAL = _Kind(500, _SERVER, "internal_error")
 
 
-def failure_of(error: Exception) -> Failure:
+def failure_of(error: Exception, request_id: str | None = None) -> Failure:
     """The response to any error. An unexpected error is logged with its traceback, which the response does not show."""
     kind = next((kind for cls, kind in _KINDS if isinstance(error, cls)), None)
     if kind is None:
-        _log.error("unexpected error", exc_info=error)
+        of_request = f" of request {request_id}" if request_id else ""
+        _log.error("unexpected error%s", of_request, exc_info=error)
         return _failure(_INTERNAL, "internal error; the gateway's log has the details")
     retry_after = error.retry_after_s if isinstance(error, Overloaded) else kind.retry_after_s
     param = error.param if isinstance(error, RequestError) else kind.param

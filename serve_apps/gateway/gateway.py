@@ -5,25 +5,25 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import aclosing
 from functools import partial
 
 from fastapi.responses import Response
 
 from loray import __version__
 from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest, parse
-from loray.api.openai.formats import Choice, usage_of
 from loray.api.openai.requests import GenerationRequest
 from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import check_length, max_model_len, pool_geometry
 from loray.errors import EngineError
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec
-from loray.text.deltas import texts
+from loray.text.deltas import RequestText
 from serve_apps.exposition import encode
+from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
+from serve_apps.gateway.answers.echo import Echo
+from serve_apps.gateway.answers.headers import RequestHeaders
+from serve_apps.gateway.answers.writers import Writer, writer_of
 from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.echo import echoed
-from serve_apps.gateway.engines import Engines, merge
-from serve_apps.gateway.events import SSE_HEADERS, EventStream, stream_events
+from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.metrics import GatewayMetrics
 from serve_apps.gateway.prompts import PromptEncoder
 
@@ -43,69 +43,84 @@ class Gateway:
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    async def completions(self, body: object, tenant: str | None = None) -> Response:
+    async def completions(self, body: object, headers: RequestHeaders) -> Response:
         request = parse(CompletionRequest, body)
         adapter = await self.directory.resolve(request.model)
         prompts = await self._prompts.texts(request.prompt)
         answer = CompletionFormat(
             _new_id("cmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        return await self._answer(request, adapter, prompts, answer, "prompt", tenant)
+        requests = self._requests(request, adapter, prompts, answer.id, "prompt", headers)
+        writer = writer_of(answer, len(requests), request)
+        texts = [RequestText(self._prompts.tokenizer, r) for r in requests]
+        if not request.echo:
+            return self._answer(request, requests, texts, writer, answer.id, headers)
+        echoes = [partial(self._prompts.echo, prompt) for prompt in request.prompt for _ in range(request.n)]
+        echoing = [Echo(text, echo, request) for text, echo in zip(texts, echoes, strict=True)]
+        return self._answer(request, requests, echoing, writer, answer.id, headers)
 
-    async def chat_completions(self, body: object, tenant: str | None = None) -> Response:
+    async def chat_completions(self, body: object, headers: RequestHeaders) -> Response:
         request = parse(ChatCompletionRequest, body)
         adapter = await self.directory.resolve(request.model)
         prompt = await self._prompts.chat(request.messages)
         answer = ChatFormat(
             _new_id("chatcmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        return await self._answer(request, adapter, [prompt], answer, "messages", tenant)
+        requests = self._requests(request, adapter, [prompt], answer.id, "messages", headers)
+        writer = writer_of(answer, len(requests), request)
+        texts = [RequestText(self._prompts.tokenizer, r) for r in requests]
+        return self._answer(request, requests, texts, writer, answer.id, headers)
 
-    async def _answer(
+    def _requests(
         self,
         request: GenerationRequest,
         adapter: AdapterRef | None,
         prompts: Sequence[tuple[int, ...]],
-        answer: CompletionFormat | ChatFormat,
+        answer_id: str,
         param: str,
-        tenant: str | None,
-    ) -> Response:
+        headers: RequestHeaders,
+    ) -> list[GenerateRequest]:
+        """The engine's requests, one for each choice. Their ids begin with the client's, and are unique."""
         config = self.directory.base.config
         limit = self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
-        requests = [
+        prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
+        return [
             GenerateRequest(
-                request_id=f"{answer.id}-{i * request.n + choice}",
+                request_id=f"{prefix}-{i * request.n + choice}",
                 prompt_ids=prompt,
                 params=request.sampling(max_tokens=_max_tokens(request, len(prompt), limit, param), choice=choice),
                 adapter=adapter,
-                tenant=tenant or request.user or "",
+                tenant=headers.tenant or request.user or "",
                 priority=request.priority,
                 ttft_slo_s=request.ttft_slo_s,
             )
             for i, prompt in enumerate(prompts)
             for choice in range(request.n)
         ]
+
+    def _answer(
+        self,
+        request: GenerationRequest,
+        requests: Sequence[GenerateRequest],
+        texts: Sequence[DeltaText],
+        writer: Writer,
+        answer_id: str,
+        headers: RequestHeaders,
+    ) -> Answer:
         fit = request.requested_max_tokens is None
-        streams = [texts(self._prompts.tokenizer, r, self._engines.generate(r, fit=fit)) for r in requests]
-        if isinstance(request, CompletionRequest) and request.echo:
-            echoes = [partial(self._prompts.echo, prompt) for prompt in request.prompt for _ in range(request.n)]
-            streams = [echoed(stream, echo, request) for stream, echo in zip(streams, echoes, strict=True)]
-        deltas = merge(streams)
-        headers = {"X-Request-Id": answer.id}
-        choices = [Choice() for _ in requests]
-        if request.stream:
-            try:
-                first = await anext(deltas)  # before the status is sent, so that an error until here has its own status
-            except BaseException:
-                await deltas.aclose()
-                raise
-            events = stream_events(first, deltas, choices, answer, request)
-            return EventStream(events, deltas, headers=headers | SSE_HEADERS)
-        async with aclosing(deltas):
-            async for index, delta in deltas:
-                choices[index].add(delta)
-        body = answer.whole(choices, usage_of(choices, request.n))
-        return Response(body.to_json(), media_type="application/json", headers=headers)
+        streams = [self._engines.generate(r, fit=fit) for r in requests]
+        return Answer(
+            [ChoiceStream(stream, text) for stream, text in zip(streams, texts, strict=True)],
+            writer,
+            request_id=headers.request_id or answer_id,
+            deadline=self._deadline(headers),
+            heartbeat_s=self.spec.sse_heartbeat_s or None,
+        )
+
+    def _deadline(self, headers: RequestHeaders) -> Deadline | None:
+        """The earlier one of the request's and the deployment's; None: no deadline."""
+        limits = [s for s in (headers.timeout_s, self.spec.request_timeout_s) if s is not None]
+        return Deadline(headers.received_at + min(limits), min(limits)) if limits else None
 
     def limit(self, context_length: int) -> int:
         """The largest number of prompt and output tokens: the minimum of the model's, the spec's and the pool's limit.

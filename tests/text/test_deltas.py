@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.spec import Delta, GenerateRequest, SamplingParams, TokenDelta, TokenLogprobs
-from loray.text.deltas import RequestText, texts
+from loray.spec import Delta, GenerateRequest, SamplingParams, TokenDelta, TokenLogprobs, ToolCallDelta
+from loray.text.deltas import RequestText
 from loray.text.tokenizer import Tokenizer
 
 
@@ -40,22 +38,25 @@ def test_merged_deltas_have_the_same_text_as_single_ones(tokenizer: Tokenizer) -
         assert whole.num_prompt_tokens == 3
 
 
-def test_a_stop_string_closes_the_engines_stream(tokenizer: Tokenizer) -> None:
-    closed = []
+def test_calls_of_tools_are_told_from_text(tokenizer: Tokenizer) -> None:
+    class Upper:
+        """Takes capital letters for the name of a tool, and gives it at the end."""
 
-    async def tokens() -> AsyncGenerator[TokenDelta, None]:
-        try:
-            for t in tokenizer.encode("one END two", special=False):
-                yield TokenDelta((t,))
-        finally:
-            closed.append(True)
+        def __init__(self) -> None:
+            self.name = ""
 
-    async def run() -> list[Delta]:
-        return [d async for d in texts(tokenizer, request(tokenizer, stop=("END",)), tokens())]
+        def push(self, text: str) -> list[str | ToolCallDelta]:
+            self.name += "".join(c for c in text if c.isupper())
+            return ["".join(c for c in text if not c.isupper())]
 
-    deltas = asyncio.run(run())
-    assert closed == [True]
-    assert ("".join(d.text for d in deltas), deltas[-1].finish_reason) == ("one ", "stop")
+        def finish(self) -> list[str | ToolCallDelta]:
+            return [ToolCallDelta(0, "call-0", self.name, "{}"), "."]
+
+    text = RequestText(tokenizer, request(tokenizer), Upper())
+    ids = tokenizer.encode("aBcD", special=False)
+    assert (text.push(TokenDelta(ids[:2])).text, text.push(TokenDelta(ids[2:3])).text) == ("a", "c")
+    last = text.push(TokenDelta(ids[3:], "length"))
+    assert (last.text, last.tool_calls) == (".", (ToolCallDelta(0, "call-0", "BD", "{}"),))
 
 
 def test_log_probabilities_get_their_texts(tokenizer: Tokenizer) -> None:

@@ -21,11 +21,11 @@ def text_of(base: BaseModel, data: bytes, *stop: str, **params: Any) -> tuple[li
     pieces = []
     for token in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(data.decode()):
         for char in token[0]:
-            text, stopped = detokenizer.push(byte_ids(char))
+            text, _, stopped = detokenizer.push((byte_ids(char),))
             pieces.append(text)
             if stopped:
                 return pieces, True
-    rest = detokenizer.flush()
+    rest = detokenizer.push((), "length")
     return [*pieces, rest.text], rest.stopped
 
 
@@ -62,7 +62,7 @@ def test_a_token_that_ends_the_request_is_no_text_unless_asked_for(base: BaseMod
         ({"include_stop_str_in_output": True, "skip_special_tokens": False}, eos, "a<|im_end|>"),
     ):
         detokenizer = Detokenizer(Tokenizer(tokenizer), SamplingParams(**params))
-        assert detokenizer.step(a, None).text + detokenizer.step(token, "stop").text == text
+        assert detokenizer.push((a,)).text + detokenizer.push((token,), "stop").text == text
 
 
 def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(base: BaseModel) -> None:
@@ -76,8 +76,8 @@ def test_bytes_that_never_become_a_character_end_as_replacement(base: BaseModel)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     detokenizer = Detokenizer(Tokenizer(tokenizer), SamplingParams())
     first = tokenizer("é")["input_ids"][0]
-    assert detokenizer.push(first).text == ""
-    assert detokenizer.flush().text == "\ufffd"
+    assert detokenizer.push((first,)).text == ""
+    assert detokenizer.push((), "length").text == "\ufffd"
 
 
 def test_the_space_before_the_first_word_stays() -> None:
@@ -92,4 +92,4 @@ def test_the_space_before_the_first_word_stays() -> None:
     tokenizer.decoder = decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     detokenizer = Detokenizer(Tokenizer(fast), SamplingParams(), [0, 1])
-    assert [detokenizer.push(2).text, detokenizer.push(3).text, detokenizer.flush().text] == [" Paris", "!", ""]
+    assert [detokenizer.push((2,)).text, detokenizer.push((3,), "length").text] == [" Paris", "!"]

@@ -52,6 +52,7 @@ from loray.spec.generation import (
 )
 from loray.spec.jobs import EndStatus, JobStatus, has_ended
 from loray.spec.serving import AutoscalingSpec, ServeSpec
+from loray.spec.tools import ToolCallDelta
 from loray.spec.training import (
     ATTENTION_MODULES,
     LINEAR_MODULES,
@@ -134,6 +135,7 @@ __all__ = [
     "TokenDelta",
     "TokenLogprob",
     "TokenLogprobs",
+    "ToolCallDelta",
     "TrainSpec",
     "VeraSpec",
     "format_size",

@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints
 
 from loray.spec.adapters import AdapterRef
 from loray.spec.fields import Frozen
+from loray.spec.tools import ToolCallDelta
 
 FinishReason = Literal["stop", "length"]
 
@@ -99,3 +100,4 @@ class Delta(NamedTuple):
     num_output_tokens: int
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()

@@ -49,6 +49,12 @@ class ServeSpec(Frozen):
     ttft_slo_s: float | None = Field(
         default=None, gt=0, description="requests that cannot have their first token in it are refused; None: off"
     )
+    request_timeout_s: float | None = Field(
+        default=None, gt=0, description="after which a request is cancelled; one may ask for less; None: never"
+    )
+    sse_heartbeat_s: float = Field(
+        default=15.0, ge=0, description="silence in a stream after which a comment is sent; 0: none"
+    )
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)

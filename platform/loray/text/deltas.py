@@ -2,59 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
+from typing import Protocol
 
-from loray.spec import Delta, GenerateRequest, TokenDelta, TokenLogprob, TokenLogprobs
+from loray.spec import Delta, GenerateRequest, TokenDelta, TokenLogprob, TokenLogprobs, ToolCallDelta
 from loray.text.detokenizer import Detokenizer
 from loray.text.tokenizer import Tokenizer
+
+
+class ToolParser(Protocol):
+    """Tells a model's calls of tools from its text. One for each request."""
+
+    def push(self, text: str) -> Sequence[str | ToolCallDelta]:
+        """Text and parts of calls that are certain now."""
+
+    def finish(self) -> Sequence[str | ToolCallDelta]:
+        """What was held back, at the end of the text."""
 
 
 class RequestText:
     """The text of one request's tokens, in the order in which they come."""
 
-    def __init__(self, tokenizer: Tokenizer, request: GenerateRequest) -> None:
-        self._tokenizer, self._request = tokenizer, request
+    def __init__(self, tokenizer: Tokenizer, request: GenerateRequest, tools: ToolParser | None = None) -> None:
+        self._tokenizer, self._tools = tokenizer, tools
+        self._prompt_ids = request.prompt_ids
+        self._num_prompt_tokens = len(request.prompt_ids)
+        self._has_logprobs = request.params.logprobs is not None
         self._detokenizer = Detokenizer(tokenizer, request.params, request.prompt_ids)
         self._num_tokens = 0
 
     def push(self, delta: TokenDelta) -> Delta:
         """Adds the text. If a stop string ends it, the finish reason is "stop", and tokens after it do not count."""
-        pieces, reason, num_taken = [], delta.finish_reason, 0
-        last = len(delta.token_ids) - 1
-        for i, token in enumerate(delta.token_ids):
-            text, stopped = self._detokenizer.step(token, delta.finish_reason if i == last else None)
-            pieces.append(text)
-            num_taken = i + 1
-            if stopped:
-                reason = "stop"
-                break
-        if last < 0 and delta.finish_reason is not None:
-            pieces.append(self._detokenizer.step(None, delta.finish_reason).text)
-        self._num_tokens += num_taken
-        token_ids = delta.token_ids[:num_taken]
+        token_ids, reason = delta.token_ids, delta.finish_reason
+        text, num_tokens, stopped = self._detokenizer.push(token_ids, reason)
+        if stopped:
+            reason = "stop"
+            token_ids = token_ids[:num_tokens]
+        self._num_tokens += num_tokens
+        calls: tuple[ToolCallDelta, ...] = ()
+        if self._tools is not None:
+            text, calls = self._without_calls(self._tools, text, ended=reason is not None)
         return Delta(
-            text="".join(pieces),
+            text=text,
             token_ids=token_ids,
-            logprobs=self._logprobs(token_ids, delta.logprobs),
+            logprobs=self._logprobs(token_ids, delta.logprobs) if self._has_logprobs else None,
             finish_reason=reason,
-            num_prompt_tokens=len(self._request.prompt_ids),
+            num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_tokens,
             num_cached_tokens=delta.num_cached_tokens,
-            prompt_logprobs=self._prompt_logprobs(delta.prompt_logprobs),
+            prompt_logprobs=None if delta.prompt_logprobs is None else self._of_prompt(delta.prompt_logprobs),
+            tool_calls=calls,
         )
 
-    def _logprobs(
-        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None
-    ) -> tuple[TokenLogprob, ...] | None:
-        if self._request.params.logprobs is None:
-            return None
+    @staticmethod
+    def _without_calls(tools: ToolParser, text: str, *, ended: bool) -> tuple[str, tuple[ToolCallDelta, ...]]:
+        parts = [*tools.push(text), *(tools.finish() if ended else ())]
+        return (
+            "".join(part for part in parts if isinstance(part, str)),
+            tuple(part for part in parts if isinstance(part, ToolCallDelta)),
+        )
+
+    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> tuple[TokenLogprob, ...]:
         return tuple(self._logprob(t, lp) for t, lp in zip(token_ids, logprobs or (), strict=False))
 
-    def _prompt_logprobs(self, logprobs: Sequence[TokenLogprobs] | None) -> tuple[TokenLogprob, ...] | None:
-        if logprobs is None:
-            return None
-        first, *rest = self._request.prompt_ids
+    def _of_prompt(self, logprobs: Sequence[TokenLogprobs]) -> tuple[TokenLogprob, ...]:
+        first, *rest = self._prompt_ids
         known = tuple(self._logprob(t, lp) for t, lp in zip(rest, logprobs, strict=True))
         return (TokenLogprob(first, self._tokenizer.text_of(first), None, (), 0), *known)
 
@@ -62,16 +74,3 @@ class RequestText:
         text_of = self._tokenizer.text_of
         top = tuple((t, text_of(t), lp) for t, lp in logprobs.top)
         return TokenLogprob(token_id, text_of(token_id), logprobs.logprob, top, logprobs.rank)
-
-
-async def texts(
-    tokenizer: Tokenizer, request: GenerateRequest, deltas: AsyncGenerator[TokenDelta, None]
-) -> AsyncGenerator[Delta, None]:
-    """The deltas with their text. A stop string ends the stream, and closing `deltas` cancels the request."""
-    text = RequestText(tokenizer, request)
-    async with aclosing(deltas) as stream:
-        async for tokens in stream:
-            delta = text.push(tokens)
-            yield delta
-            if delta.finish_reason is not None:
-                return

@@ -8,73 +8,63 @@ from typing import NamedTuple
 from loray.spec import FinishReason, SamplingParams
 from loray.text.tokenizer import Tokenizer
 
-_PROMPT_TAIL = 6  # tokens that decide how the next ones are written
-
 
 class Text(NamedTuple):
-    """New text that is certain. `stopped`: a stop string was found, and no text follows."""
+    """New text that is certain, from the first `num_tokens` of the pushed ones.
+
+    `stopped`: a stop string was found, and neither text nor tokens follow.
+    """
 
     text: str
-    stopped: bool
+    num_tokens: int
+    stopped: bool = False
 
 
 class Detokenizer:
     """Text that may be the beginning of a stop string, or part of a character, is not returned yet.
 
-    Decoding starts at the end of the prompt, because SentencePiece tokenizers drop the
-    space at the beginning of a text. Each step decodes only the tokens since the last complete character, with the
-    tokens before them as context. As in vLLM, a stop string that begins in the first
-    `min_tokens` tokens does not count.
+    As in vLLM, a stop string that begins in the first `min_tokens` tokens does not count.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer, self._params = tokenizer, params
-        self._stop: tuple[str, ...] = ()
-        self._num_pushed = 0
-        self._ids = list(prompt_ids[-_PROMPT_TAIL:])
-        self._context = 0  # index of the token at which decoding starts
-        self._known = len(self._ids)  # the text of the tokens before this index has been taken
+        self._decoder = tokenizer.decoder(prompt_ids, skip_special_tokens=params.skip_special_tokens)
+        self._keeps_stop = params.include_stop_str_in_output
+        self._stop = params.stop
+        self._num_free = params.min_tokens  # tokens from now on in which no stop string counts
         self._held = ""
 
-    def step(self, token_id: int | None, finish_reason: FinishReason | None) -> Text:
-        """The text of a token; with a finish reason also the rest. A token that stops the request has no text."""
-        text = Text("", False)
-        if token_id is not None and (finish_reason != "stop" or self._params.include_stop_str_in_output):
-            text = self.push(token_id)
-        if finish_reason is not None and not text.stopped:
-            rest = self.flush()
-            text = Text(text.text + rest.text, rest.stopped)
-        return text
+    def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None = None) -> Text:
+        """The text of tokens; with a finish reason also the rest. A token that stops the request has no text."""
+        written = token_ids[:-1] if finish_reason == "stop" and not self._keeps_stop else token_ids
+        if not self._stop:
+            text = self._decoder.push(written)
+            if finish_reason is not None:
+                text += self._decoder.flush()
+            return Text(text, len(token_ids))
+        pieces = []
+        for i, token in enumerate(written):
+            text, stopped = self._until_stop(self._decoder.push((token,)), counts=self._num_free <= 0, final=False)
+            self._num_free -= 1
+            pieces.append(text)
+            if stopped:
+                return Text("".join(pieces), i + 1, True)
+        if finish_reason is None:
+            return Text("".join(pieces), len(token_ids))
+        text, stopped = self._until_stop(self._decoder.flush(), counts=self._num_free < 0, final=True)
+        return Text("".join([*pieces, text]), len(token_ids), stopped)
 
-    def push(self, token_id: int) -> Text:
-        self._num_pushed += 1
-        if self._num_pushed > self._params.min_tokens:
-            self._stop = self._params.stop
-        self._ids.append(token_id)
-        before, now = self._decode(self._ids[self._context : self._known]), self._decode(self._ids[self._context :])
-        if len(now) <= len(before) or now.endswith("\ufffd"):
-            return Text("", False)
-        self._context, self._known = self._known, len(self._ids)
-        return self._take(now[len(before) :], final=False)
-
-    def flush(self) -> Text:
-        """The text that was not returned yet; bytes that are no character become U+FFFD."""
-        before, now = self._decode(self._ids[self._context : self._known]), self._decode(self._ids[self._context :])
-        return self._take(now[len(before) :], final=True)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._params.skip_special_tokens)
-
-    def _take(self, new: str, *, final: bool) -> Text:
+    def _until_stop(self, new: str, *, counts: bool, final: bool) -> tuple[str, bool]:
+        """What of the text is certain, and whether a stop string ended it."""
         text = self._held + new
-        found = [(i, i + len(s)) for s in self._stop if (i := text.find(s)) >= 0]
+        stop = self._stop if counts else ()
+        found = [(i, i + len(s)) for s in stop if (i := text.find(s)) >= 0]
         if found:
             self._held = ""
             start, end = min(found)
-            return Text(text[: end if self._params.include_stop_str_in_output else start], True)
-        hold = 0 if final else max((_overlap(text, s) for s in self._stop), default=0)
+            return text[: end if self._keeps_stop else start], True
+        hold = 0 if final else max((_overlap(text, s) for s in stop), default=0)
         self._held = text[len(text) - hold :]
-        return Text(text[: len(text) - hold], False)
+        return text[: len(text) - hold], False
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -17,7 +17,7 @@ from loray.api.status import ReplicaStatus
 from loray.errors import ContextLengthExceeded, EngineError, LorayError, Overloaded, ReplicaUnavailable, RequestError
 from loray.spec import GenerateRequest, SamplingParams, TokenDelta
 from serve_apps.gateway import engines as generation
-from serve_apps.gateway.engines import ATTEMPTS, ServeEngines, merge
+from serve_apps.gateway.engines import ATTEMPTS, ServeEngines
 from serve_apps.replica.streams import coalesced, merge_deltas
 from tests.serve_apps.gateway.scripted import delta
 
@@ -178,12 +178,11 @@ def test_cancelling_the_task_cancels_every_choice() -> None:
     async def run() -> list[bool]:
         handle = Handle(["hang"], ["hang"], ["hang"])
         engines = ServeEngines(handle)  # type: ignore[arg-type]
-        parts = merge([engines.generate(REQUEST, fit=False) for _ in range(3)])
-        task = asyncio.create_task(parts.__anext__())  # type: ignore[arg-type]
+        parts = [engines.generate(REQUEST, fit=False) for _ in range(3)]
+        task = asyncio.gather(*(anext(part) for part in parts))
         await asyncio.sleep(0.01)
         task.cancel()
         await asyncio.wait([task])
-        await asyncio.sleep(0.01)
         return [r.cancelled for r in handle.responses]
 
     assert asyncio.run(run()) == [True] * 3

@@ -77,14 +77,14 @@ class ResponseFormat(Protocol):
     def usage_chunk(self, usage: Usage) -> Completion | ChatCompletionChunk: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class CompletionFormat:
     id: str
     created: int
     model: str
     fingerprint: str
     include_usage: bool = False
-    _offsets: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+    _offsets: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int), init=False, compare=False)
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Completion:
         return self._body(

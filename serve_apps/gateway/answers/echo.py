@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 
 from loray.api.openai import CompletionRequest
-from loray.spec import Delta, TokenLogprob
+from loray.spec import Delta, TokenDelta, TokenLogprob
+from loray.text.deltas import RequestText
 
 
-async def echoed(
-    deltas: AsyncGenerator[Delta, None], prompt: Callable[[], str], request: CompletionRequest
-) -> AsyncGenerator[Delta, None]:
-    """The same stream, with the prompt's text and logprobs prepended to the first delta.
+class Echo:
+    """A request's text, with the prompt's text and logprobs prepended to the first delta.
 
     `prompt` returns the text. It is called after the engine has accepted the prompt, because token ids may be invalid.
     """
-    first = True
-    async with aclosing(deltas) as stream:
-        async for delta in stream:
-            yield _with_prompt(delta, prompt(), request) if first else delta
-            first = False
+
+    def __init__(self, text: RequestText, prompt: Callable[[], str], request: CompletionRequest) -> None:
+        self._text, self._prompt, self._request = text, prompt, request
+        self._is_first = True
+
+    def push(self, tokens: TokenDelta) -> Delta:
+        delta = self._text.push(tokens)
+        if not self._is_first:
+            return delta
+        self._is_first = False
+        return _with_prompt(delta, self._prompt(), self._request)
 
 
 def _with_prompt(delta: Delta, prompt: str, request: CompletionRequest) -> Delta:

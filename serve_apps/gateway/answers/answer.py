@@ -1,0 +1,125 @@
+"""A response that runs the choices of a request: from the engines' tokens to what its writer sends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import NamedTuple, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from loray.errors import DeadlineExceeded
+from loray.spec import Delta, TokenDelta
+from serve_apps.gateway import errors
+from serve_apps.gateway.answers.connection import Connection
+from serve_apps.gateway.answers.writers import Writer
+
+_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class DeltaText(Protocol):
+    """Writes the text of one choice."""
+
+    def push(self, tokens: TokenDelta, /) -> Delta: ...
+
+
+class ChoiceStream(NamedTuple):
+    """One choice: its tokens, and what makes text of them. Closing `tokens` cancels the request in the engine."""
+
+    tokens: AsyncGenerator[TokenDelta, None]
+    text: DeltaText
+
+
+class Deadline(NamedTuple):
+    """`at` is a time of the event loop, `timeout_s` after the request came."""
+
+    at: float
+    timeout_s: float
+
+
+class Answer(Response):
+    """The response to a generation request. An ASGI application, which has no task for each token.
+
+    Nothing is sent before the first event or heart-beat, so that an error until then has its own status; a later one
+    is the last event. The choices end, and their streams are closed at once, if one fails, the client disconnects, or
+    the deadline passes.
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[ChoiceStream],
+        writer: Writer,
+        *,
+        request_id: str,
+        deadline: Deadline | None = None,
+        heartbeat_s: float | None = None,
+    ) -> None:
+        self.status_code, self.media_type, self.background = 200, writer.media_type, None
+        self.init_headers({"X-Request-Id": request_id, **(_SSE_HEADERS if writer.is_stream else {})})
+        self._choices, self._writer = choices, writer
+        self._request_id, self._deadline = request_id, deadline
+        self._heartbeat_s = heartbeat_s if writer.is_stream else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = Connection(send, self.raw_headers, self._heartbeat_s)
+        limit = asyncio.timeout_at(self._deadline and self._deadline.at)
+        left = False
+
+        async def watch() -> None:
+            nonlocal left
+            await connection.until_left(receive)
+            left = True
+            if not limit.expired():
+                limit.reschedule(0)  # ends the block below now
+
+        try:
+            async with limit:
+                watcher = asyncio.create_task(watch())
+                try:
+                    await self._run(connection)
+                    await connection.end(self._writer.end())
+                finally:
+                    watcher.cancel()
+        except Exception as e:  # noqa: BLE001 - failure_of logs unexpected errors; the client gets a reason
+            if left:
+                return
+            error = e
+            if limit.expired():
+                assert self._deadline is not None
+                if connection.is_blocked:
+                    return  # the client does not read; without an end of the response, the server closes
+                error = DeadlineExceeded(f"the request took longer than {self._deadline.timeout_s:g} s, its limit")
+            await self._fail(error, connection, scope, receive, send)
+
+    async def _run(self, connection: Connection) -> None:
+        if len(self._choices) == 1:
+            await self._pump(0, connection)
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in range(len(self._choices)):
+                    group.create_task(self._pump(index, connection))
+        except ExceptionGroup as e:
+            raise e.exceptions[0] from None  # the first error; it ended the others
+
+    async def _pump(self, index: int, connection: Connection) -> None:
+        stream, text = self._choices[index]
+        push = self._writer.push
+        async with aclosing(stream):
+            async for tokens in stream:
+                delta = text.push(tokens)
+                if written := push(index, delta):
+                    await connection.write(written)
+                if delta.finish_reason is not None:
+                    return
+
+    async def _fail(self, error: Exception, connection: Connection, scope: Scope, receive: Receive, send: Send) -> None:
+        failure = errors.failure_of(error, self._request_id)
+        if connection.started:
+            await connection.end(self._writer.failed(failure))
+        else:
+            response = errors.response_of(failure)
+            response.headers["X-Request-Id"] = self._request_id
+            await response(scope, receive, send)
