@@ -42,16 +42,19 @@ class RequestText:
         calls: tuple[ToolCallDelta, ...] = ()
         if self._tools is not None:
             text, calls = self._without_calls(self._tools, text, ended=reason is not None)
+        logprobs = self._logprobs(token_ids, delta.logprobs) if self._has_logprobs else None
+        of_prompt = None if delta.prompt_logprobs is None else self._of_prompt(delta.prompt_logprobs)
+        # By position: with names it takes twice as long, and this is done for each token.
         return Delta(
-            text=text,
-            token_ids=token_ids,
-            logprobs=self._logprobs(token_ids, delta.logprobs) if self._has_logprobs else None,
-            finish_reason=reason,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=self._num_tokens,
-            num_cached_tokens=delta.num_cached_tokens,
-            prompt_logprobs=None if delta.prompt_logprobs is None else self._of_prompt(delta.prompt_logprobs),
-            tool_calls=calls,
+            text,
+            token_ids,
+            logprobs,
+            reason,
+            self._num_prompt_tokens,
+            self._num_tokens,
+            delta.num_cached_tokens,
+            of_prompt,
+            calls,
         )
 
     @staticmethod
