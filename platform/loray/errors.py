@@ -86,7 +86,14 @@ class CatalogError(LorayError):
 
 
 class StoreError(LorayError):
-    pass
+    """`retry_after_s`: when the caller may try again, where that is known."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ClusterError(LorayError):

@@ -77,7 +77,9 @@ def failure_of(error: Exception, request_id: str | None = None) -> Failure:
         of_request = f" of request {request_id}" if request_id else ""
         _log.error("unexpected error%s", of_request, exc_info=error)
         return _failure(_INTERNAL, "internal error; the gateway's log has the details")
-    retry_after = error.retry_after_s if isinstance(error, Overloaded) else kind.retry_after_s
+    retry_after = kind.retry_after_s
+    if isinstance(error, Overloaded | StoreError) and error.retry_after_s is not None:
+        retry_after = error.retry_after_s
     param = error.param if isinstance(error, RequestError) else kind.param
     return _failure(kind._replace(param=param, retry_after_s=retry_after), str(error))
 

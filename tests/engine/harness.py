@@ -35,7 +35,10 @@ def submit(engine: Engine, requests: Sequence[GenerateRequest]) -> None:
     for r in requests:
         engine.add(r)
     engine.residency.poll()
-    wait([entry.load for entry in engine.residency.table.loading.values() if entry.load is not None])
+    started = [(e, e.load) for e in engine.residency.table.loading.values() if e.load is not None]
+    wait([load for _, load in started])
+    while any(entry.load is load for entry, load in started):  # the threads tell after the load has ended
+        engine.residency.poll()
 
 
 def run(

@@ -18,6 +18,7 @@ from loray.errors import IntegrityError
 from loray.spec import AdapterRef, GenerateRequest
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import make_engine, request, run
+from tests.engine.scheduling.simulation import no_backoff
 
 BLOCK_TOKENS = 4
 BLOCK_BYTES = 2 * 2 * BLOCK_TOKENS * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
@@ -138,6 +139,7 @@ def test_none_lost_none_wrong_nothing_leaked(
     )
     store = Store(base, adapters)
     engine._loads._load = store
+    engine.residency._backoff = no_backoff()
     rng = random.Random(2)
     requests = []
     for i in range(num_requests):

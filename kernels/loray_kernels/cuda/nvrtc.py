@@ -46,16 +46,24 @@ def compile_source(name: str, arch: str) -> Compiled:
 
 
 def cubin(name: str, arch: str) -> Path:
-    """The file with a source's machine code in the user's cache folder, compiled unless it is there."""
+    """The file with a source's machine code in the user's cache folder, compiled unless it is there.
+
+    BackendUnavailable as from `compile_source`, or where the folder cannot be written to.
+    """
     digest = hashlib.sha256(f"{version()} {arch} {_OPTIONS}".encode())
     for path in (SOURCES / "device.cuh", SOURCES / name):
         digest.update(path.read_bytes())
     path = cache_folder() / f"{Path(name).stem}-{arch}-{digest.hexdigest()[:16]}.cubin"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(f".{os.getpid()}")
-        whole.write_bytes(compile_source(name, arch).cubin)
-        whole.replace(path)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = path.with_suffix(f".{os.getpid()}")
+            whole.write_bytes(compile_source(name, arch).cubin)
+            whole.replace(path)
+    except OSError as e:
+        raise BackendUnavailable(
+            f"the cuda kernels cannot be kept in {path.parent}: {e}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from e
     return path
 
 

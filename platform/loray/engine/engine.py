@@ -65,6 +65,7 @@ class Engine:
             remove=pool.remove,
             size=pool.size_of,
             usage=UsageLog(on_forget=self._loads.forget),
+            wake=lambda: self.wake(),
         )
         self.scheduler: Scheduler[PackedAdapter, ResidentAdapter] = Scheduler(
             allocator=pool.allocator,

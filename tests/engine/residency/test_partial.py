@@ -74,6 +74,7 @@ def test_a_partial_adapter_that_fails_frees_its_blocks_when_no_request_runs_with
     world.residency.table.check_integrity()
     world.residency.release(ref("a"))
     assert world.placed == []
+    world.now += 61
     world.residency.want(ref("a"))
     world.residency.poll()
     assert world.num_loads == 2

@@ -38,7 +38,7 @@ def test_pinned_adapters_stay_and_the_least_recently_used_idle_one_goes() -> Non
     assert world.residency.table.pins() == {c.digest: 1}
 
 
-def test_a_failed_load_fails_those_who_wait_and_the_next_one_tries_again() -> None:
+def test_a_failed_load_fails_those_who_wait_and_is_tried_again_later() -> None:
     world = World()
     world.residency.want(ref("a"))
     world.residency.poll()
@@ -48,9 +48,49 @@ def test_a_failed_load_fails_those_who_wait_and_the_next_one_tries_again() -> No
     assert isinstance(world.residency.table.error(ref("a")), IntegrityError)
     world.residency.unwant(ref("a"))
     world.residency.want(ref("a"))
+    assert world.residency.table.tier(ref("a")) is Tier.FAILED
+    assert isinstance(world.residency.table.error(ref("a")), IntegrityError)
+    assert ref("a").digest in world.residency.take_changed()
+    world.residency.unwant(ref("a"))
+    world.now += 61
+    world.residency.want(ref("a"))
     assert world.residency.table.tier(ref("a")) is Tier.LOADING
     world.residency.poll()
     assert world.num_loads == 2
+    world.residency.table.check_integrity()
+
+
+def test_a_cancelled_load_has_no_result() -> None:
+    """Its future calls back, and the next load of the same adapter is another one."""
+    world = World()
+    for _ in range(2):
+        world.residency.want(ref("a"))
+        world.residency.poll()
+        world.residency.unwant(ref("a"))
+    world.residency.want(ref("a"))
+    assert not world.residency.poll()
+    world.finish("a")
+    assert world.num_loads == 3
+    assert world.residency.table.tier(ref("a")) is Tier.HOST
+    world.residency.table.check_integrity()
+
+
+def test_a_load_that_lacks_room_is_tried_when_room_may_have_come() -> None:
+    """Two needed copies fill the host; each byte that may go counts, however it becomes free."""
+    world = World(slots=9, host_bytes=200)
+    for name in "ab":
+        world.residency.want(ref(name))
+        world.residency.poll()
+        world.finish(name)
+    world.residency.want(ref("c", 150))
+    world.residency.poll()
+    assert "c" not in world.loads
+    for name, started in (("a", False), ("b", True)):
+        assert world.residency.acquire(ref(name))
+        world.residency.unwant(ref(name))
+        world.residency.poll()
+        assert ("c" in world.loads) is started
+    world.residency.table.check_integrity()
 
 
 def test_the_host_keeps_within_its_bytes() -> None:

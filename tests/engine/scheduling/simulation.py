@@ -4,6 +4,7 @@ computation, and a step takes as long as `step_s` and `token_s` say.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ from typing import Any
 
 from loray.engine.memory.blocks import BlockAllocator, Extent, Geometry, Kind
 from loray.engine.request import Request
+from loray.engine.residency.backoff import Backoff
 from loray.engine.residency.partial import PartialLoad
 from loray.engine.residency.residency import Residency
 from loray.engine.scheduling.scheduler import Plan, Scheduler
@@ -41,8 +43,14 @@ def adapter(name: str, num_blocks: int = 1) -> AdapterRef:
     )
 
 
+def no_backoff() -> Backoff:
+    return Backoff(itertools.count(step=1 << 20).__next__)
+
+
 class Simulation:
-    """`ends`: the tokens that a request generates, if fewer than max_tokens. `loads_at_once`: loads take no time."""
+    """`ends`: the tokens that a request generates, if fewer than max_tokens. `loads_at_once`: loads take no time.
+    `retries_at_once`: a failed load is tried again with the next request.
+    """
 
     def __init__(
         self,
@@ -50,6 +58,7 @@ class Simulation:
         num_blocks: int = 1 << 10,
         host_bytes: int = 1 << 30,
         loads_at_once: bool = True,
+        retries_at_once: bool = False,
         step_s: float = 0.0,
         token_s: float = 0.0,
         **scheduler: Any,
@@ -68,6 +77,7 @@ class Simulation:
             remove=self.allocator.free_rows,
             usage=UsageLog(now=lambda: self.now),
             clock=lambda: self.now,
+            backoff=no_backoff() if retries_at_once else None,
         )
         options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_queued": 1 << 30} | scheduler
         self.scheduler = Scheduler(

@@ -175,6 +175,7 @@ class Life:
             num_blocks=self.num_blocks,
             host_bytes=rng.choice([1, 4, 100]),
             loads_at_once=False,
+            retries_at_once=True,
             max_num_seqs=rng.randint(1, 5),
             max_num_batched_tokens=rng.randint(5, 20),
             enable_prefix_caching=rng.random() < 0.5,

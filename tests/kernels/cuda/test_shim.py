@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from loray_kernels import AttentionMeta, BackendUnavailable, DecodeStep, KvLayout, Ops, Piece, backend
-from loray_kernels.cuda import gather, tables
+from loray_kernels.cuda import gather, nvrtc, tables
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.graphs import PaddedStep
-from loray_kernels.cuda.nvrtc import FILES, SOURCES, compile_source
+from loray_kernels.cuda.nvrtc import FILES, SOURCES, Compiled, compile_source
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.pages import piece_table
 from loray_kernels.pages import DirectWriter
@@ -151,6 +151,21 @@ def test_nvrtc_compiles_every_kernel(arch: str) -> None:
     spills = re.findall(r"(\d+) bytes spill stores", "".join(logs))
     assert len(spills) == 3 * 7  # kernels in three dtypes
     assert max(map(int, spills)) <= 16
+
+
+def test_machine_code_is_kept_and_a_folder_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvrtc, "version", lambda: (12, 8))
+    monkeypatch.setattr(nvrtc, "compile_source", lambda name, arch: Compiled(b"code", ""))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = nvrtc.cubin("rows.cu", "sm_90")
+    assert path.read_bytes() == b"code"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(BackendUnavailable, match="set XDG_CACHE_HOME to a folder that can be written"):
+        nvrtc.cubin("rows.cu", "sm_90")
 
 
 def test_without_a_gpu_the_backend_says_why() -> None:

@@ -9,7 +9,7 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.engine.pool.pool import cut_pool
-from loray.errors import EngineError, IntegrityError, Overloaded, RequestError
+from loray.errors import EngineError, IntegrityError, Overloaded, RequestError, StoreError
 from loray.spec import ServeSpec
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
 from tests.serve_apps.gateway.test_gateway import (
@@ -98,6 +98,8 @@ def test_the_model_is_resolved_before_the_prompt_is_encoded(client_of: Any) -> N
     [
         (Overloaded("full", retry_after_s=2.3), 429, "overloaded", "3"),
         (EngineError("lost"), 503, "engine_unavailable", "1"),
+        (StoreError("no answer"), 503, "store_unavailable", "5"),
+        (StoreError("no answer", retry_after_s=31.5), 503, "store_unavailable", "32"),
         (IntegrityError("damaged file"), 500, "adapter_damaged", None),
         (RequestError("no", "prompt"), 400, None, None),
         (ZeroDivisionError("secret"), 500, "internal_error", None),

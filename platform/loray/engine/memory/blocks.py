@@ -16,19 +16,15 @@ left half empty fill up first. A block is free as soon as its last row is freed.
 from __future__ import annotations
 
 import heapq
-from bisect import insort
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
+from loray.engine.memory.row_blocks import Kind, OpenBlocks, RowBlock
 
-class Kind(Enum):
-    KV = "kv"
-    LAYERED = "layered"
-    FLAT = "flat"
-    RUN = "run"
+__all__ = ["BlockAllocator", "Extent", "Geometry", "Kind", "Occupancy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,48 +77,6 @@ class Occupancy(NamedTuple):
     run: int
 
 
-@dataclass(slots=True)
-class _RowBlock:
-    """The free ranges of one row block, as sorted (start, length)."""
-
-    kind: Kind
-    holes: list[tuple[int, int]]
-    free: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.free = sum(length for _, length in self.holes)
-
-    def take(self, width: int, rows: int) -> list[tuple[int, int]]:
-        """Take up to `rows` rows from the holes, first fit; returns (offset, rows) for each hole."""
-        taken: list[tuple[int, int]] = []
-        holes: list[tuple[int, int]] = []
-        for start, length in self.holes:
-            n = min(length // width, rows)
-            if n:
-                taken.append((start, n))
-                rows -= n
-                self.free -= n * width
-            if length > n * width:
-                holes.append((start + n * width, length - n * width))
-        self.holes = holes
-        return taken
-
-    def give(self, start: int, length: int) -> None:
-        insort(self.holes, (start, length))
-        self.free += length
-        merged: list[tuple[int, int]] = []
-        for hole in self.holes:
-            if merged and merged[-1][0] + merged[-1][1] == hole[0]:
-                merged[-1] = (merged[-1][0], merged[-1][1] + hole[1])
-            else:
-                assert not merged or merged[-1][0] + merged[-1][1] < hole[0], "a row was freed twice"
-                merged.append(hole)
-        self.holes = merged
-
-    def fits(self, width: int) -> int:
-        return sum(length // width for _, length in self.holes)
-
-
 class BlockAllocator:
     """The only owner of the pool's map. Every `allocate_*` either gives all that was asked for, or changes nothing and
     returns None.
@@ -133,7 +87,8 @@ class BlockAllocator:
         # A heap: the lowest blocks are taken first. Runs are searched from the high end.
         self._free = list(range(geometry.num_blocks))
         self._kv: dict[int, int] = {}
-        self._rows: dict[int, _RowBlock] = {}
+        self._rows: dict[int, RowBlock] = {}
+        self._open: defaultdict[Kind, OpenBlocks] = defaultdict(OpenBlocks)
         self._runs: dict[int, int] = {}
 
     @property
@@ -183,29 +138,19 @@ class BlockAllocator:
         for width in sorted(demand, reverse=True):
             assert 0 < width <= self.geometry.capacity(kind), f"a row of {width} does not fit a block"
             remaining = demand[width]
-            for block in self._open_blocks(kind, width):
-                if not remaining:
-                    break
-                if block == emptying:
-                    continue
-                remaining -= self._take(block, kind, width, remaining, extents)
             while remaining:
-                if not self._free or emptying is not None:
-                    self.free_rows(extents)
-                    return None
-                block = heapq.heappop(self._free)
-                self._rows[block] = _RowBlock(kind, [(0, self.geometry.capacity(kind))])
-                remaining -= self._take(block, kind, width, remaining, extents)
+                block = self._open[kind].fullest(width, besides=emptying)
+                if block is None:
+                    if not self._free or emptying is not None:
+                        self.free_rows(extents)
+                        return None
+                    block = heapq.heappop(self._free)
+                    self._rows[block] = RowBlock(kind, self.geometry.capacity(kind))
+                taken = self._rows[block].take(width, remaining)
+                self._open[kind].update(block, self._rows[block])
+                extents.extend(Extent(kind, block, offset, width, n) for offset, n in taken)
+                remaining -= sum(n for _, n in taken)
         return extents
-
-    def _open_blocks(self, kind: Kind, width: int) -> list[int]:
-        fitting = [(b.free, block) for block, b in self._rows.items() if b.kind is kind and b.free >= width]
-        return [block for _, block in sorted(fitting)]
-
-    def _take(self, block: int, kind: Kind, width: int, rows: int, out: list[Extent]) -> int:
-        taken = self._rows[block].take(width, rows)
-        out.extend(Extent(kind, block, offset, width, n) for offset, n in taken)
-        return sum(n for _, n in taken)
 
     def free_rows(self, extents: Iterable[Extent]) -> None:
         for e in extents:
@@ -214,18 +159,26 @@ class BlockAllocator:
             row_block.give(e.offset, e.width * e.rows)
             if row_block.free == self.geometry.capacity(e.kind):
                 del self._rows[e.block]
+                self._open[e.kind].update(e.block, None)
                 heapq.heappush(self._free, e.block)
+            else:
+                self._open[e.kind].update(e.block, row_block)
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def allocate_run(self, num_blocks: int) -> int | None:
-        """The first of `num_blocks` neighbouring blocks, from the high end."""
+        """The first of `num_blocks` neighbouring blocks, from the high end.
+
+        It looks at every free block, so it costs about as much as filling a few blocks; adapters that share a pair
+        share its run.
+        """
+        if num_blocks > len(self._free):
+            return None
         free = sorted(self._free, reverse=True)
         for i in range(len(free) - num_blocks + 1):
             first = free[i + num_blocks - 1]
             if free[i] - first == num_blocks - 1:
-                taken = set(range(first, first + num_blocks))
-                self._free = sorted(b for b in self._free if b not in taken)
+                self._free = sorted([*free[:i], *free[i + num_blocks :]])
                 self._runs[first] = num_blocks
                 return first
         return None
@@ -244,22 +197,22 @@ class BlockAllocator:
         if num_blocks > len(self._free):
             return None
         free, fixed = set(self._free), {b for first, n in self._runs.items() for b in range(first, first + n)}
-        best: tuple[int, list[int]] | None = None
-        for first in reversed(range(self.geometry.num_blocks - num_blocks + 1)):
-            window = range(first, first + num_blocks)
-            if fixed.isdisjoint(window):
-                taken = [b for b in window if b not in free]
-                if best is None or len(taken) < len(best[1]):
-                    best = (first, taken)
-        if best is None:
+        # The sum of the blocks before each one: those to rename count 1, those of a run more than all others together.
+        size = self.geometry.num_blocks
+        before = list(accumulate(((b not in free) + (b in fixed) * size for b in range(size)), initial=0))
+        best = min(reversed(range(size - num_blocks + 1)), key=lambda first: before[first + num_blocks] - before[first])
+        window = range(best, best + num_blocks)
+        if not fixed.isdisjoint(window):
             return None
-        window, taken = range(best[0], best[0] + num_blocks), best[1]
+        taken = [b for b in window if b not in free]
         moves = dict(zip(taken, sorted(free.difference(window)), strict=False))
         for old, new in moves.items():
             if old in self._kv:
                 self._kv[new] = self._kv.pop(old)
             else:
-                self._rows[new] = self._rows.pop(old)
+                row_block = self._rows[new] = self._rows.pop(old)
+                self._open[row_block.kind].update(old, None)
+                self._open[row_block.kind].update(new, row_block)
         self._free = sorted((free | moves.keys()) - set(moves.values()))
         return moves
 
@@ -286,3 +239,5 @@ class BlockAllocator:
                 position += length
             assert position == self.geometry.capacity(row_block.kind)
             assert row_block.free == sum(length for _, length in row_block.holes)
+        for kind, blocks in self._open.items():
+            blocks.check_integrity({block: b for block, b in self._rows.items() if b.kind is kind})

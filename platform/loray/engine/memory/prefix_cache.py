@@ -5,49 +5,76 @@ compared by their tokens, never by a hash of them. A digest covers all that dete
 nothing is shared across adapters or versions, and prefixes stay valid when their adapter leaves the pool.
 
 Only full blocks are shared, and no request writes to a full block, so there is no copy on write. A request that holds a
-block of the tree holds all blocks before it. A block that no request holds is idle. Idle blocks are evicted least
-recently used first, and the end of a prefix before its beginning.
+block of the tree holds all blocks before it. A block that no request holds is idle. Idle blocks are evicted by their
+value, see `worth`, and the end of a prefix before its beginning.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loray.engine.memory.blocks import BlockAllocator
+from loray.engine.memory.priority import PriorityQueue
+from loray.engine.memory.worth import Floor, Reuse
 
 _Key = str | tuple[int, ...] | None
 
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """A block of tokens after those of its parents. The root's children stand for adapters and hold no block."""
+    """A block of tokens after those of its parents. The root's children stand for adapters and hold no block.
+
+    uses  requests that computed it or found it
+    rank  since it is idle: its value; of equal ones what was released first
+    """
 
     key: _Key
     block: int
     parent: _Node | None
     children: dict[_Key, _Node] = field(default_factory=dict)
+    uses: int = 0
+    rank: tuple[float, int] = (0.0, 0)
 
 
 class PrefixCache:
     """Holds one reference to each of its blocks; each request that uses a block holds another one.
 
     A request that has called `store` releases its KV blocks with `release`, not with the allocator.
+
+    floor          of the pool's blocks
+    token_seconds  to compute a token of a prompt again; 0 while that is not known: then a block has no value
     """
 
-    def __init__(self, allocator: BlockAllocator, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        *,
+        enabled: bool = True,
+        floor: Floor | None = None,
+        token_seconds: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._allocator = allocator
         self.enabled = enabled
+        self._floor, self._reuse = floor or Floor(), Reuse()
+        self._token_seconds = token_seconds
         self._block_tokens = allocator.geometry.block_tokens
         self._root = _Node(None, -1, None)
         self._nodes: dict[int, _Node] = {}
-        self._idle: OrderedDict[_Node, None] = OrderedDict()
+        self._idle: set[_Node] = set()
+        self._ends: PriorityQueue[_Node] = PriorityQueue()  # idle blocks after which none is known, by rank
+        self._num_released = 0
 
     @property
     def num_idle(self) -> int:
         """Blocks that `evict` could free."""
         return len(self._idle)
+
+    @property
+    def least_value(self) -> float | None:
+        """Of the block that `evict` would free first; None if none is idle."""
+        least = self._ends.peek()
+        return None if least is None else least[0][0]
 
     def match(self, digest: str | None, tokens: Sequence[int]) -> list[int]:
         """The full blocks of the longest known prefix of `tokens`, retained for the caller."""
@@ -58,6 +85,7 @@ class PrefixCache:
             if node is None:
                 break
             self._retain(node)
+            self._use(node)
             blocks.append(node.block)
         return blocks
 
@@ -74,31 +102,42 @@ class PrefixCache:
             if known is None:
                 known = self._child(node, key, blocks[i])
                 self._nodes[blocks[i]] = known
+                self._use(known)
                 self._allocator.retain_kv((blocks[i],))
             elif known.block != blocks[i]:
                 self._retain(known)
+                self._use(known)
                 self._allocator.release_kv((blocks[i],))
                 blocks[i] = known.block
             node = known
 
     def release(self, blocks: Sequence[int]) -> None:
         """Release a request's references to its blocks, given in the order of its tokens."""
+        block_seconds = self._block_tokens * self._token_seconds()
         for block in reversed(blocks):
             self._allocator.release_kv((block,))
             node = self._nodes.get(block)
             if node is not None and self._allocator.references(block) == 1:
-                self._idle[node] = None
+                self._num_released += 1
+                value = self._floor.value + self._reuse.expected(node.uses) * block_seconds
+                node.rank = (value, self._num_released)
+                self._idle.add(node)
+                if not node.children:
+                    self._ends.set(node, node.rank)
 
     def evict(self, num_blocks: int) -> int:
         """Free up to `num_blocks` idle blocks; returns how many."""
         freed = 0
-        while freed < num_blocks and self._idle:
-            node, _ = self._idle.popitem(last=False)
-            assert node.parent is not None
-            assert not node.children
-            del node.parent.children[node.key]
-            if node.parent.block < 0 and not node.parent.children:
-                del self._root.children[node.parent.key]
+        while freed < num_blocks and (least := self._ends.peek()) is not None:
+            (value, _), node = least
+            parent = node.parent
+            assert parent is not None
+            del parent.children[node.key]
+            if not parent.children and parent.block < 0:
+                del self._root.children[parent.key]
+            elif not parent.children and parent in self._idle:
+                self._ends.set(parent, parent.rank)
+            self._floor.evicted(value)
             self._drop(node)
             freed += 1
         return freed
@@ -107,7 +146,6 @@ class PrefixCache:
         """Drop all prefixes of an adapter, or of the base. Requests that hold blocks of them keep those blocks."""
         adapter = self._root.children.pop(digest, None)
         for node in [] if adapter is None else list(_below(adapter)):
-            self._idle.pop(node, None)
             self._drop(node)
 
     def moved(self, moves: Mapping[int, int]) -> None:
@@ -121,15 +159,16 @@ class PrefixCache:
         return list(self._nodes)
 
     def check_integrity(self) -> None:
-        """AssertionError unless the tree is consistent, and exactly the blocks without a request are idle, in order."""
+        """AssertionError unless the tree is consistent, and exactly the blocks without a request are idle."""
         reached = {node.block: node for adapter in self._root.children.values() for node in _below(adapter)}
         assert reached == self._nodes, "the prefix cache's tree differs from its blocks"
         assert all(adapter.children for adapter in self._root.children.values()), "an adapter without a prefix stays"
         idle = {node for block, node in self._nodes.items() if self._allocator.references(block) == 1}
-        assert idle == set(self._idle), "idle prefixes differ from those that no request holds"
-        order = {node: i for i, node in enumerate(self._idle)}
-        for node, i in order.items():
-            assert all(order.get(child, i) < i for child in node.children.values()), "a prefix would lose its middle"
+        assert idle == self._idle, "idle prefixes differ from those that no request holds"
+        ends = {node for node in idle if not node.children}
+        assert ends == self._ends.items(), "the blocks that can be evicted differ from the ends of idle prefixes"
+        for node in idle:
+            assert idle.issuperset(node.children.values()), "a request holds a block, and not the one before it"
 
     # -- private ------------------------------------------------------------------------------------------------------
 
@@ -146,9 +185,16 @@ class PrefixCache:
 
     def _retain(self, node: _Node) -> None:
         self._allocator.retain_kv((node.block,))
-        self._idle.pop(node, None)
+        self._idle.discard(node)
+        self._ends.discard(node)
+
+    def _use(self, node: _Node) -> None:
+        node.uses += 1
+        self._reuse.used(node.uses)
 
     def _drop(self, node: _Node) -> None:
+        self._idle.discard(node)
+        self._ends.discard(node)
         del self._nodes[node.block]
         self._allocator.release_kv((node.block,))
 

@@ -46,7 +46,7 @@ LoadAdapter = Callable[[AdapterRef], AdapterWeights | AdapterSource]
 
 
 class AdapterLoads:
-    """Runs loads in its threads, which call `wake` whenever the engine should poll."""
+    """Runs loads in its threads, which call `wake` when an adapter that was given before it was complete is done."""
 
     def __init__(self, pool: Pool, packer: Packer, load: LoadAdapter, wake: Callable[[], None]) -> None:
         self._pool, self._packer, self._load, self._wake = pool, packer, load, wake
@@ -59,7 +59,6 @@ class AdapterLoads:
     def start(self, ref: AdapterRef, lead_s: float) -> Future[PackedAdapter]:
         """The result may be partial; it is then complete after about `lead_s` seconds at most."""
         result: Future[PackedAdapter] = Future()
-        result.add_done_callback(lambda _: self._wake())
         self._threads.submit(self._run, result, ref, lead_s)
         return result
 

@@ -1,6 +1,6 @@
 """How adapters move: from the store to host memory, into the pool and back. The only owner of where they are.
 
-    absent → LOADING → HOST ⇄ POOL        a failed load fails the requests that need it and leaves no trace
+    absent → LOADING → HOST ⇄ POOL        a failed load fails the requests that need it; see `backoff`
 
 An adapter may be usable, on the host or in the pool, before it is complete. If a step has waited for the rest of it in
 vain, it is LOADING again until it is complete.
@@ -20,8 +20,11 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from typing import Generic
 
-from loray.engine.residency.eviction import GreedyDual
+from loray.engine.memory.worth import Floor
+from loray.engine.residency.backoff import Backoff
+from loray.engine.residency.eviction import AdapterWorth
 from loray.engine.residency.host import HostMemory
+from loray.engine.residency.loads import StartedLoads
 from loray.engine.residency.table import AdapterTable, Entry, P, R, Tier
 from loray.engine.stats.histogram import Histogram
 from loray.engine.stats.usage import ResidencyCounts, UsageLog
@@ -37,6 +40,7 @@ class Residency(Generic[P, R]):
     place   copies a packed adapter into the pool, or returns None when blocks are short
     remove  frees a resident adapter's blocks
     size    blocks that `remove` would free
+    wake    called in the loader's thread when a load has a result
     clock   seconds, to measure loads: from the start until `poll` finds the adapter complete
     """
 
@@ -49,16 +53,31 @@ class Residency(Generic[P, R]):
         remove: Callable[[R], None],
         size: Callable[[R], float] = lambda resident: 1.0,
         usage: UsageLog | None = None,
+        wake: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        backoff: Backoff | None = None,
     ) -> None:
         self._host: HostMemory[P] = HostMemory(host_bytes)
-        self.table: AdapterTable[P, R] = AdapterTable(self._host, usage or UsageLog())
+        self.table: AdapterTable[P, R] = AdapterTable(self._host, usage or UsageLog(), self._value)
         self.counts = ResidencyCounts()
         self.load_seconds = Histogram(METRICS["adapter_load_seconds"].buckets)
         self._now = clock
-        self._load, self._place, self._remove, self._size = load, place, remove, size
-        self._eviction = GreedyDual()
+        self._place, self._remove, self._size = place, remove, size
+        self._loads: StartedLoads[P, R] = StartedLoads(load, wake, clock)
+        self._worth = AdapterWorth()
+        self._backoff = backoff or Backoff(clock)
         self._changed: dict[str, None] = {}
+
+    @property
+    def floor(self) -> Floor:
+        """Of the pool's blocks. Whatever else competes for them shares it."""
+        return self._worth.floor
+
+    @property
+    def least_value(self) -> float | None:
+        """Of the adapter that `evict_one` would evict; infinite if a request waits for it, None if all are pinned."""
+        least = self.table.idle.peek()
+        return None if least is None else least[0][0]
 
     # -- for requests -------------------------------------------------------------------------------------------------
 
@@ -74,8 +93,10 @@ class Residency(Generic[P, R]):
             self.counts.num_misses += tier not in (Tier.POOL, Tier.HOST)
             self.table.usage.request_came(ref)
         if entry is None:
-            entry = self.table.entries[ref.digest] = Entry(ref, Tier.LOADING)
-            self.table.queued[ref.digest] = entry
+            error = self._backoff.error(ref.digest)
+            entry = self.table.entries[ref.digest] = Entry(ref, Tier.FAILED if error else Tier.LOADING, error=error)
+            if error is None:
+                self.table.queued[ref.digest] = entry
         self.table.touch(entry)
         entry.wants.append(entry.last_used)
         self.table.update(entry)
@@ -88,7 +109,7 @@ class Residency(Generic[P, R]):
             return
         if entry.tier is Tier.FAILED:
             self._forget_failed(entry)
-        elif entry.tier is Tier.LOADING and (entry.load is None or entry.load.cancel()):
+        elif entry.tier is Tier.LOADING and (entry.ref.digest in self.table.queued or self._loads.cancel(entry)):
             # No request waits any more. A load that already runs goes on, and the host keeps its result.
             self.table.queued.pop(ref.digest, None)
             if self.table.loading.pop(ref.digest, None) is not None:
@@ -114,11 +135,11 @@ class Residency(Generic[P, R]):
                 return None
             entry.tier = Tier.POOL
             seconds = None if entry.is_partial else self._now() - began
-            self._eviction.placed(entry.score, seconds, self._size(entry.resident))
+            self._worth.placed(entry.score, seconds, self._size(entry.resident))
         if entry.tier is not Tier.POOL:
             return None
         entry.pins += 1
-        self._eviction.used(entry.score)
+        self._worth.used(entry.score)
         self.table.touch(entry)
         self.table.update(entry)
         return entry.resident
@@ -127,7 +148,7 @@ class Residency(Generic[P, R]):
         entry = self.table.entries[ref.digest]
         assert entry.pins > 0
         entry.pins -= 1
-        self._eviction.released(entry.score)
+        self._worth.released(entry.score)
         self.table.update(entry)
         if entry.tier is Tier.FAILED:
             self._forget_failed(entry)
@@ -138,16 +159,17 @@ class Residency(Generic[P, R]):
         """Take the results of loads, and start queued loads that fit the host, in order; True if there was a result
         or a partial adapter is done.
         """
-        loaded = [entry for entry in self.table.loading.values() if entry.load is not None and entry.load.done()]
-        for entry in loaded:
-            self._take_result(entry)
-        done = [entry for entry in self.table.partial.values() if not entry.is_partial]
-        for entry in done:
+        changed = False
+        for entry, load in self._loads.ended():
+            self._take_result(entry, load)
+            changed = True
+        for entry in [entry for entry in self.table.partial.values() if not entry.is_partial]:
             self._end_load(entry)
+            changed = True
         self._drop(self._host.surplus())
         while self.table.queued:
             entry = next(iter(self.table.queued.values()))
-            victims = self._host.room_for(entry.ref.nbytes, self.table.needed_later(entry))
+            victims = self._host.room_for(entry.ref.digest, entry.ref.nbytes, entry.wants[0])
             if victims is None:
                 break
             self._drop(victims)
@@ -155,9 +177,8 @@ class Residency(Generic[P, R]):
             self.table.loading[entry.ref.digest] = entry
             self._host.reserve(entry.ref.nbytes)
             self.counts.num_loads += 1
-            entry.load_began = self._now()
-            entry.load = self._load(entry.ref)
-        return bool(loaded or done)
+            self._loads.start(entry)
+        return changed
 
     def take_changed(self) -> Collection[str]:
         """Digests of the adapters that have become usable, complete or failed since the last call."""
@@ -169,12 +190,14 @@ class Residency(Generic[P, R]):
 
         Adapters for which requests wait are evicted last.
         """
-        if not self.table.idle:
+        least = self.table.idle.peek()
+        if least is None:
             return False
-        entry = min(self.table.idle.values(), key=lambda e: (bool(e.wants), self._value(e), e.last_used))
+        (value, _), digest = least
+        entry = self.table.entries[digest]
         assert entry.resident is not None
         if not entry.wants:
-            self._eviction.evicted(self._value(entry))
+            self.floor.evicted(value)
         self._remove(entry.resident)
         entry.resident = None
         self.counts.num_evictions += 1
@@ -189,14 +212,12 @@ class Residency(Generic[P, R]):
 
     def _value(self, entry: Entry[P, R]) -> float:
         assert entry.resident is not None
-        return self._eviction.value(entry.score, self._size(entry.resident), on_host=entry.packed is not None)
+        return self._worth.value(entry.score, self._size(entry.resident), on_host=entry.packed is not None)
 
-    def _take_result(self, entry: Entry[P, R]) -> None:
+    def _take_result(self, entry: Entry[P, R], load: Future[P]) -> None:
         """Of a load that has ended: an adapter, perhaps a partial one, or an error."""
-        assert entry.load is not None
         del self.table.loading[entry.ref.digest]
         self._host.end_reservation(entry.ref.nbytes)
-        load, entry.load = entry.load, None
         error = load.exception()
         if error is not None:
             self._fail(entry, error)
@@ -225,20 +246,20 @@ class Residency(Generic[P, R]):
             self.counts.num_loaded_bytes += entry.packed.nbytes
             entry.score.load_seconds = self._now() - entry.load_began
             self.load_seconds.observe(entry.score.load_seconds)
+            self._backoff.succeeded(entry.ref.digest)
             self.table.update(entry)
 
     def _fail(self, entry: Entry[P, R], error: BaseException) -> None:
         self.counts.num_failed_loads += 1
         entry.tier = Tier.FAILED
         entry.error = error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
+        self._backoff.failed(entry.ref.digest, entry.error)
         self._changed[entry.ref.digest] = None
         self.table.update(entry)
         self._forget_failed(entry)
 
     def _forget_failed(self, entry: Entry[P, R]) -> None:
-        """Free its blocks unless a running request uses it, and forget it unless a request waits: then the next request
-        loads it again.
-        """
+        """Free its blocks unless a running request uses it, and forget it unless a request waits."""
         if entry.pins:
             return
         if entry.resident is not None:
@@ -255,6 +276,8 @@ class Residency(Generic[P, R]):
             self.counts.num_host_evictions += 1
             if entry.tier is Tier.HOST:
                 self._requeue_or_forget(entry)
+            else:
+                self.table.update(entry)
 
     def _drop_packed(self, entry: Entry[P, R]) -> None:
         self.table.partial.pop(entry.ref.digest, None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterator
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
+from loray.engine.memory.priority import PriorityQueue
 from loray.engine.residency.eviction import EvictionScore
 from loray.engine.residency.host import HostMemory, Packed
 from loray.engine.stats.usage import UsageLog
@@ -66,17 +68,25 @@ class Entry(Generic[P, R]):
 
 
 class AdapterTable(Generic[P, R]):
-    """Entries by digest, and indexes of those in certain states. Only Residency changes it."""
+    """Entries by digest, and indexes of those in certain states. Only Residency changes it.
 
-    def __init__(self, host: HostMemory[P], usage: UsageLog) -> None:
+    Nothing that is called for a request or a step visits all entries, however many there are.
+    """
+
+    def __init__(
+        self, host: HostMemory[P], usage: UsageLog, value: Callable[[Entry[P, R]], float] = lambda entry: 0.0
+    ) -> None:
+        """`value`: of an idle adapter, see `eviction`; taken when the entry was last changed."""
         self.usage = usage
         self._host = host
+        self._value = value
         self.entries: dict[str, Entry[P, R]] = {}
-        self.queued: dict[str, Entry[P, R]] = {}  # LOADING, the load has not started; in order
+        self.queued: OrderedDict[str, Entry[P, R]] = OrderedDict()  # LOADING, the load has not started; in order
         self.loading: dict[str, Entry[P, R]] = {}  # LOADING, the load has started
         self.partial: dict[str, Entry[P, R]] = {}  # HOST or POOL, and not complete when last looked at
-        self.needed: dict[str, Entry[P, R]] = {}  # HOST, and a request waits
-        self.idle: dict[str, Entry[P, R]] = {}  # POOL, and no running request uses it
+        # POOL, and no running request uses it; the first is evicted first: the lowest value, then what was not used for
+        # longest; those for which requests wait come last.
+        self.idle: PriorityQueue[str] = PriorityQueue()
         self._clock = 0
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -137,10 +147,9 @@ class AdapterTable(Generic[P, R]):
         assert loading == self.queued.keys() | self.loading.keys()
         assert not self.queued.keys() & self.loading.keys()
         assert all(self.entries[digest].packed is not None for digest in self.partial)
-        assert self.idle.keys() == {e.ref.digest for e in entries if e.tier is Tier.POOL and not e.pins}
-        assert self.needed.keys() == {e.ref.digest for e in entries if e.tier is Tier.HOST and e.wants}
-        complete = {e.ref.digest for e in entries if e.packed is not None and e.ref.digest not in self.partial}
-        self._host.check_integrity(sum(e.ref.nbytes for e in self.loading.values()), complete - self.needed.keys())
+        assert self.idle.items() == {e.ref.digest for e in entries if e.tier is Tier.POOL and not e.pins}
+        removable = {e.ref.digest: self._removable(e) for e in entries if e.packed is not None}
+        self._host.check_integrity(sum(e.ref.nbytes for e in self.loading.values()), removable)
 
     # -- keeping the indexes ------------------------------------------------------------------------------------------
 
@@ -150,29 +159,25 @@ class AdapterTable(Generic[P, R]):
         self._host.touch(entry.ref.digest)
 
     def update(self, entry: Entry[P, R]) -> None:
-        """Its tier, its wants or its pins have changed."""
+        """Its tier, its wants, its pins or its copy on the host have changed."""
         digest = entry.ref.digest
-        for entries, belongs in (
-            (self.needed, entry.tier is Tier.HOST and entry.wants),
-            (self.idle, entry.tier is Tier.POOL and not entry.pins),
-        ):
-            if belongs:
-                entries[digest] = entry
-            else:
-                entries.pop(digest, None)
-        if entry.packed is None or digest in self.partial or digest in self.needed:
-            self._host.mark_needed(digest)
+        if entry.tier is Tier.POOL and not entry.pins:
+            value = math.inf if entry.wants else self._value(entry)
+            self.idle.set(digest, (value, entry.last_used))
         else:
-            self._host.mark_evictable(digest)
+            self.idle.discard(digest)
+        self._host.set_removable(digest, self._removable(entry))
 
-    def needed_later(self, first: Entry[P, R]) -> Iterator[str]:
-        """Needed copies for which no request waits that came before those that wait for `first`; the latest first."""
-        later = [e for d, e in self.needed.items() if e.wants[0] > first.wants[0] and d not in self.partial]
-        yield from (e.ref.digest for e in sorted(later, key=lambda e: -e.wants[0]))
+    def _removable(self, entry: Entry[P, R]) -> float | None:
+        """When the first request came that waits for the copy on the host, infinite without one. None: there is no
+        copy, or it is not complete.
+        """
+        if entry.packed is None or entry.ref.digest in self.partial:
+            return None
+        return entry.wants[0] if entry.tier is Tier.HOST and entry.wants else math.inf
 
     def forget(self, entry: Entry[P, R]) -> None:
         """The adapter is neither in the pool nor on the host nor loading."""
         del self.entries[entry.ref.digest]
-        self.needed.pop(entry.ref.digest, None)
-        self.idle.pop(entry.ref.digest, None)
+        self.idle.discard(entry.ref.digest)
         self.usage.dropped(entry.ref)

@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.prefix_cache import PrefixCache
+from loray.engine.memory.worth import Floor
 from loray.engine.request import Request
+
+
+class IdleAdapters(Protocol):
+    """See Residency."""
+
+    @property
+    def floor(self) -> Floor: ...
+
+    @property
+    def least_value(self) -> float | None: ...
+
+    def evict_one(self) -> bool: ...
 
 
 class RequestBlocks:
     """Writes `blocks`, `num_shared_blocks`, `num_computed` and `num_cached_tokens` of requests.
 
-    make_room     tries to free that many blocks outside the prefix cache; False if it frees none
-    num_queries   prompt tokens looked up in the prefix cache; num_hits: those found there, as in vLLM. A preempted
-                  request counts once.
+    compact        tries to free that many blocks by closing gaps between rows; False if it frees none
+    token_seconds  see PrefixCache
+    num_queries    prompt tokens looked up in the prefix cache; num_hits: those found there, as in vLLM. A preempted
+                   request counts once.
     """
 
     def __init__(
-        self, allocator: BlockAllocator, make_room: Callable[[int], bool], *, enable_prefix_caching: bool
+        self,
+        allocator: BlockAllocator,
+        adapters: IdleAdapters,
+        compact: Callable[[int], bool],
+        *,
+        token_seconds: Callable[[], float],
+        enable_prefix_caching: bool,
     ) -> None:
-        self.prefix_cache = PrefixCache(allocator, enabled=enable_prefix_caching)
+        self.prefix_cache = PrefixCache(
+            allocator, enabled=enable_prefix_caching, floor=adapters.floor, token_seconds=token_seconds
+        )
         self.num_queries = self.num_hits = 0
         self._allocator = allocator
-        self._make_room_elsewhere = make_room
+        self._adapters = adapters
+        self._compact = compact
 
     def take_cached(self, request: Request) -> None:
         """Take the blocks of a known prefix. The last token is always computed, because its logits are needed."""
@@ -61,8 +85,17 @@ class RequestBlocks:
         return True
 
     def make_room(self, num_blocks: int) -> bool:
-        """Try to free that many blocks, cached prefixes first; False if none is freed."""
-        return bool(self.prefix_cache.evict(num_blocks)) or self._make_room_elsewhere(num_blocks)
+        """Try to free that many blocks; False if there is nothing to evict.
+
+        Of cached prefixes and idle adapters what is worth least goes first, see `memory.worth`. An adapter may leave
+        gaps that suffice instead of blocks: the caller tries again after each. At last gaps are closed.
+        """
+        for freed in range(num_blocks):
+            prefix, adapter = self.prefix_cache.least_value, self._adapters.least_value
+            if prefix is None or (adapter is not None and adapter < prefix):
+                return self._adapters.evict_one() or freed > 0 or self._compact(num_blocks)
+            self.prefix_cache.evict(1)
+        return True
 
     def release(self, request: Request) -> None:
         """Release all its blocks. What it has computed is lost, except for what the prefix cache keeps."""

@@ -55,6 +55,10 @@ class FirstTokenEstimate:
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         self._steps.observe(num_tokens, seconds)
 
+    def token_seconds(self) -> float:
+        """Of one more token in a step; 0 while all steps had the same size."""
+        return self._steps.predict(0, 1)
+
     def observe_end(self, num_output: int) -> None:
         """A running request has ended."""
         share = 1 / _MEMORY_REQUESTS if self.mean_output else 1.0

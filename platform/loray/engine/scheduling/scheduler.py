@@ -78,14 +78,15 @@ class Scheduler(Generic[P, R]):
         self._budget = max_num_batched_tokens
         self._max_queued = max_queued
         self._adapter_blocks = adapter_blocks
-        # Evict an idle adapter first, then close gaps between rows.
+        self._estimate = FirstTokenEstimate(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self._blocks = RequestBlocks(
             allocator,
-            lambda num_blocks: residency.evict_one() or compact(num_blocks),
+            residency,
+            compact,
+            token_seconds=self._estimate.token_seconds,
             enable_prefix_caching=enable_prefix_caching,
         )
         self._token_weight = token_weight
-        self._estimate = FirstTokenEstimate(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
         self._targets = FirstTokenTargets(
             ttft_slo_s=ttft_slo_s,
             estimate=self._seconds_to_first_token,
