@@ -32,7 +32,8 @@ class Backoff:
         self._clock = clock
         self._failures: OrderedDict[str, _Failure] = OrderedDict()
 
-    def failed(self, digest: str, error: Exception) -> None:
+    def failed(self, digest: str, error: Exception) -> Exception:
+        """The load has failed; returns the error of the requests that wait for it, see `error`."""
         now, last = self._clock(), self._failures.pop(digest, None)
         num_failures = 1 if last is None or now > last.until + _LAST_LASTING_S else last.num_failures + 1
         first, most = (_FIRST_LASTING_S, _LAST_LASTING_S) if isinstance(error, _LASTING) else (_FIRST_S, _LAST_S)
@@ -40,6 +41,7 @@ class Backoff:
         self._failures[digest] = _Failure(error, num_failures, now + seconds)
         if len(self._failures) > _NUM_KEPT:
             self._failures.popitem(last=False)
+        return self.error(digest) or error
 
     def succeeded(self, digest: str) -> None:
         self._failures.pop(digest, None)
@@ -53,5 +55,7 @@ class Backoff:
         if failure is None or left <= 0:
             return None
         if isinstance(failure.error, StoreError):
-            return StoreError(f"{failure.error}; it is tried again in {left:.1f} s", left)
+            error = StoreError(f"{failure.error}; it is tried again in {left:.1f} s", left)
+            error.__cause__ = failure.error
+            return error
         return failure.error

@@ -253,7 +253,7 @@ class Residency(Generic[P, R]):
         self.counts.num_failed_loads += 1
         entry.tier = Tier.FAILED
         entry.error = error if isinstance(error, Exception) else EngineError(f"loading {entry.ref.label}: {error!r}")
-        self._backoff.failed(entry.ref.digest, entry.error)
+        entry.error = self._backoff.failed(entry.ref.digest, entry.error)
         self._changed[entry.ref.digest] = None
         self.table.update(entry)
         self._forget_failed(entry)
