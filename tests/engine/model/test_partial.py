@@ -163,7 +163,8 @@ def test_what_was_not_published_is_never_sent(scene: Scene, moment: str) -> None
     assert isinstance(out.error, IntegrityError)
     assert scene.tokens(scene.requests[1:]) == {name: scene.expected[name] for name in ("warm", "base")}
     assert scene.engine.stats().num_failed_loads == 1
-    scene.load = Load(scene.cold, scene.engine.base)  # and may be tried again
+    scene.engine.residency._backoff.succeeded(scene.cold.ref.digest)
+    scene.load = Load(scene.cold, scene.engine.base)  # and may be tried again later
     scene.got.clear()
     scene.add_cold()
     scene.finish()

@@ -37,8 +37,8 @@ class RequestBlocks:
         allocator: BlockAllocator,
         adapters: IdleAdapters,
         compact: Callable[[int], bool],
-        *,
         token_seconds: Callable[[], float],
+        *,
         enable_prefix_caching: bool,
     ) -> None:
         self.prefix_cache = PrefixCache(

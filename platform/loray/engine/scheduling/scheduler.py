@@ -79,12 +79,9 @@ class Scheduler(Generic[P, R]):
         self._max_queued = max_queued
         self._adapter_blocks = adapter_blocks
         self._estimate = FirstTokenEstimate(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        token_seconds = self._estimate.token_seconds
         self._blocks = RequestBlocks(
-            allocator,
-            residency,
-            compact,
-            token_seconds=self._estimate.token_seconds,
-            enable_prefix_caching=enable_prefix_caching,
+            allocator, residency, compact, token_seconds, enable_prefix_caching=enable_prefix_caching
         )
         self._token_weight = token_weight
         self._targets = FirstTokenTargets(
