@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from loray.bases.registry import BaseModel
 from loray.engine.memory.limits import check_length
 from loray.errors import RequestError
@@ -17,8 +19,14 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
         raise RequestError("the prompt is empty; give at least one token", param="prompt")
     if not all(0 <= t < vocab for t in request.prompt_ids):
         raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
-    for param in ("logit_bias", "stop_token_ids"):
-        if not all(0 <= t < vocab for t in getattr(request.params, param)):
+    params = request.params
+    for param, ids in {
+        "logit_bias": params.logit_bias,
+        "stop_token_ids": params.stop_token_ids,
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words": chain.from_iterable(params.bad_words),
+    }.items():
+        if not all(0 <= t < vocab for t in ids):
             raise RequestError(f"{param}: a token id is outside the vocabulary of {vocab}", param=param)
     num_prompt_tokens = len(request.prompt_ids)
     param = "max_tokens" if num_prompt_tokens < max_model_len else "prompt"

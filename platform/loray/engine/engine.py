@@ -26,6 +26,7 @@ from loray.engine.report import report
 from loray.engine.request import Request, TokenOutput
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import Placement
+from loray.engine.sampling.grammar import Grammars, Masks
 from loray.engine.sampling.logprobs import score
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
@@ -56,6 +57,7 @@ class Engine:
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
         self._sampler = Sampler(base.config.eos_token_ids)
+        self._grammars = Grammars(base, lambda: self.wake())
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, pinned=pool.tensor.is_cuda)
         self._loads = AdapterLoads(pool, packer, load, lambda: self.wake())
         self.residency: Residency[PackedAdapter, ResidentAdapter] = Residency(
@@ -114,7 +116,10 @@ class Engine:
         if spec.request_id in self._requests:
             raise RequestError(f"request id {spec.request_id!r} is in use", param="request_id")
         request = Request(spec, arrival=self._counters.num_requests, queued_at=time.monotonic())
-        self.scheduler.add(request)
+        if spec.params.structured is None:
+            self.scheduler.add(request)
+        else:
+            self._grammars.prepare(request, spec.params.structured)
         self._counters.num_requests += 1
         self._requests[spec.request_id] = request
 
@@ -126,21 +131,19 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._grammars.is_preparing
 
     def step(self) -> list[TokenOutput]:
         """Advance every scheduled request by one chunk; returns the new tokens and errors.
 
         If the list is empty and `has_work`, all requests wait for adapters or are in the middle of their prompt.
         """
+        refused = self._grammars.queue_prepared(self.scheduler.add)
         plan = self.scheduler.next()
-        outputs = []
-        for request, error in plan.failed:
-            outputs.append(TokenOutput(request.request_id, None, error=error))
-            self._remove(request)
+        outputs = [self._fail(request, error) for request, error in refused + plan.failed]
         if plan.chunks:
             outputs += self._run(plan.chunks)
-        self.idle = not (plan.chunks or plan.failed or plan.residency_changed)
+        self.idle = not (plan.chunks or outputs or plan.residency_changed)
         return outputs
 
     def _run(self, chunks: list[Chunk]) -> list[TokenOutput]:
@@ -156,6 +159,7 @@ class Engine:
         partial = PartialAdapters(self.pool, [slot.adapter for slot in batch.adapters.slots])
         if partial:
             batch = replace(batch, wait_for_layer=partial.wait_for_layer)
+        masks = self._grammars.start([chunk.request for chunk in batch.sampled])
         logits_RV = self._model.forward(batch, self.pool)
         num_tokens, num_adapters = sum(chunk.num_tokens for chunk in chunks), len(batch.adapters.slots)
         if partial:
@@ -163,7 +167,7 @@ class Engine:
         for chunk in chunks:
             chunk.request.num_computed += chunk.num_tokens
             self._counters.computed(chunk.request)
-        outputs = self._results(chunks, batch, logits_RV)
+        outputs = self._results(chunks, batch, logits_RV, None if masks is None else masks.result())
         partial.end_step()
         seconds = time.monotonic() - began
         self.scheduler.observe_step(num_tokens, seconds)
@@ -171,10 +175,12 @@ class Engine:
         return outputs
 
     @torch.inference_mode()
-    def _results(self, chunks: list[Chunk], batch: Batch, logits_RV: Tensor) -> list[TokenOutput]:
+    def _results(
+        self, chunks: list[Chunk], batch: Batch, logits_RV: Tensor, masks: Masks | None
+    ) -> list[TokenOutput]:
         """The rows of `logits_RV` are those of the sampled chunks, then those of the scored tokens."""
         requests = [chunk.request for chunk in batch.sampled]
-        drawn = self._sampler(logits_RV[: len(requests)], requests)
+        drawn = self._sampler(logits_RV[: len(requests)], requests, masks)
         broken = {r.request_id: r for r, sampled in zip(requests, drawn, strict=True) if sampled is None}
         for part, logprobs in zip(batch.scored, score(logits_RV[len(requests) :], batch.scored), strict=True):
             if logprobs is None:
@@ -182,7 +188,9 @@ class Engine:
             else:
                 part.request.prompt_logprobs += logprobs
         outputs = [
-            self._postprocess(r, sampled.token, sampled.logprobs)
+            self._fail(r, sampled)
+            if isinstance(sampled, RequestError)
+            else self._postprocess(r, sampled.token, sampled.logprobs)
             for r, sampled in zip(requests, drawn, strict=True)
             if sampled is not None and r.request_id not in broken
         ]
@@ -193,11 +201,14 @@ class Engine:
 
     def _fail_not_finite(self, request: Request) -> TokenOutput:
         model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
-        self._remove(request)
         self.scheduler.prefix_cache.forget(request.adapter_digest)  # its keys and values may not be finite either
         error = IntegrityError(
             f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
         )
+        return self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> TokenOutput:
+        self._remove(request)
         return TokenOutput(request.request_id, None, error=error)
 
     def _postprocess(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
@@ -205,7 +216,7 @@ class Engine:
         self._counters.num_output_tokens += 1
         params = request.spec.params
         reason: FinishReason | None = None
-        ends = token in self.base.config.eos_token_ids and not params.ignore_eos
+        ends = token in self.base.config.eos_token_ids and (not params.ignore_eos or params.structured is not None)
         if ends or token in params.stop_token_ids:
             reason = "stop"
         elif len(request.output_ids) >= params.max_tokens:
@@ -232,7 +243,8 @@ class Engine:
         if request.adapter is not None:
             num_tokens = request.num_prompt_counted + len(request.output_ids)
             self.residency.table.usage.request_ended(request.adapter, num_tokens)
-        self.scheduler.remove(request)
+        if not self._grammars.forget(request):
+            self.scheduler.remove(request)
         del self._requests[request.request_id]
 
     # -- adapters -----------------------------------------------------------------------------------------------------
@@ -284,5 +296,6 @@ class Engine:
 
     def close(self) -> None:
         self._loads.close()
+        self._grammars.close()
         if self._workers is not None:
             self._workers.stop()

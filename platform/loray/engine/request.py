@@ -51,6 +51,7 @@ class Request:
     token_weight        see fairness.token_weight; 0 until it has been admitted
     num_input_charged   tokens of its prompt for which its tenant has been charged; num_output_charged: of `output_ids`
     num_overtaken       how often a later request whose adapter was in the pool went first
+    changes_logits      the sampler writes it and `history`, see sampling.history
     """
 
     spec: GenerateRequest
@@ -69,6 +70,11 @@ class Request:
     num_input_charged: int = 0
     num_output_charged: int = 0
     num_overtaken: int = 0
+    changes_logits: bool = field(init=False)
+    history: object | None = None
+
+    def __post_init__(self) -> None:
+        self.changes_logits = self.spec.params.changes_logits
 
     @property
     def request_id(self) -> str:

@@ -52,6 +52,7 @@ from loray.spec.generation import (
 )
 from loray.spec.jobs import EndStatus, JobStatus, has_ended
 from loray.spec.serving import AutoscalingSpec, ServeSpec
+from loray.spec.structured import Constraint
 from loray.spec.tools import ToolCallDelta
 from loray.spec.training import (
     ATTENTION_MODULES,
@@ -98,6 +99,7 @@ __all__ = [
     "ContextLength",
     "DType",
     "DataSpec",
+    "Constraint",
     "Delta",
     "Depth",
     "EndStatus",

@@ -9,9 +9,11 @@ from pydantic import Field, StringConstraints
 
 from loray.spec.adapters import AdapterRef
 from loray.spec.fields import Frozen
+from loray.spec.structured import Constraint
 from loray.spec.tools import ToolCallDelta
 
 FinishReason = Literal["stop", "length"]
+BadWord = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class SamplingParams(Frozen):
@@ -35,6 +37,22 @@ class SamplingParams(Frozen):
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20, description="top alternatives per token; None: off")
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20, description="the same of the prompt's tokens")
+    structured: Constraint | None = Field(default=None, description="what the answer must match")
+    allowed_token_ids: tuple[int, ...] | None = Field(default=None, min_length=1, description="no other is sampled")
+    bad_words: tuple[BadWord, ...] = Field(default=(), max_length=1024, description="as tokens")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Some tokens' logits are changed before temperature, beside what the constraint forbids."""
+        return bool(
+            self.logit_bias
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1
+            or self.min_tokens
+            or self.allowed_token_ids is not None
+            or self.bad_words
+        )
 
 
 @dataclass(frozen=True, slots=True)

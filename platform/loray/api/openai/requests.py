@@ -8,12 +8,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from loray.api.openai import fields
 from loray.api.openai.fields import Prompt
+from loray.api.openai.structured import StructuredFields
 from loray.api.openai.unsupported import NO_AUDIO, NO_TOOLS, without_unsupported
 from loray.errors import RequestError
 from loray.spec import SamplingParams
 
 MAX_CHOICES = 128  # of one request, all prompts together
 MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 128
 _ONLY_THE_BEST = 1e-9  # a top_p that only the most likely token reaches
 
 
@@ -60,7 +62,7 @@ class ChatMessage(_Body):
         return {"role": role, "content": self.content} | ({"name": self.name} if self.name else {})
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(_Body, StructuredFields):
     """What both endpoints share."""
 
     model: Annotated[str, Field(min_length=1)]
@@ -83,6 +85,8 @@ class GenerationRequest(_Body):
     skip_special_tokens: bool = True
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
+    allowed_token_ids: Annotated[tuple[int, ...], BeforeValidator(fields.token_ids), Field(min_length=1)] | None = None
+    bad_words: Annotated[tuple[str, ...], BeforeValidator(fields.strings), Field(max_length=MAX_BAD_WORDS)] = ()
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -103,6 +107,7 @@ class GenerationRequest(_Body):
         limit = self.default_max_tokens if self.requested_max_tokens is None else self.requested_max_tokens
         if limit is not None and self.min_tokens > limit:
             raise RequestError(f"min_tokens is more than max_tokens, {limit}", "min_tokens")
+        _ = self.constraint  # RequestError where several are given
         return self
 
     @property
@@ -128,8 +133,13 @@ class GenerationRequest(_Body):
         """None: the rest of the context."""
         return None
 
-    def sampling(self, *, max_tokens: int, choice: int) -> SamplingParams:
-        """The parameters of choice number `choice` of a prompt. If a seed is given, choice i is drawn with seed + i."""
+    def sampling(
+        self, *, max_tokens: int, choice: int, bad_words: tuple[tuple[int, ...], ...] = ()
+    ) -> SamplingParams:
+        """The parameters of choice number `choice` of a prompt. If a seed is given, choice i is drawn with seed + i.
+
+        `bad_words` are the tokens of the request's.
+        """
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -149,6 +159,9 @@ class GenerationRequest(_Body):
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
+            structured=None if self.constraint is None else self.constraint.constraint,
+            allowed_token_ids=self.allowed_token_ids,
+            bad_words=bad_words,
         )
 
 

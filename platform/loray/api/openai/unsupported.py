@@ -25,7 +25,6 @@ _UNSUPPORTED: Mapping[str, _Refusal] = {
     "parallel_tool_calls": _Refusal((True, False), NO_TOOLS),
     "echo": _Refusal((False,), "only completions echo their prompt"),
     "suffix": _Refusal(("",), "insertion is not supported"),
-    "response_format": _Refusal(({"type": "text"},), 'only {"type": "text"} is; constrained decoding is not supported'),
     "audio": _Refusal((), NO_AUDIO),
     "modalities": _Refusal((["text"],), NO_AUDIO),
     "prediction": _Refusal((), "predicted outputs are not supported"),
@@ -36,8 +35,6 @@ _UNSUPPORTED: Mapping[str, _Refusal] = {
     "metadata": _Refusal(({},), "completions are not stored"),
     "service_tier": _Refusal(("auto", "default"), "there is one tier"),
     "use_beam_search": _Refusal((False,), "beam search is not supported"),
-    "bad_words": _Refusal(([],), "use logit_bias with -100"),
-    "allowed_token_ids": _Refusal((), "use logit_bias"),
     "length_penalty": _Refusal((1, 1.0), "beam search is not supported"),
     "truncate_prompt_tokens": _Refusal((), "prompts are never cut; shorten it yourself"),
 }

@@ -1,88 +1,118 @@
-"""Changes to logits before a token is chosen, greedily or not. Shapes: S sampled requests, V vocabulary."""
+"""Changes to logits before a token is chosen, greedily or not. Shapes: S sampled requests, V vocabulary, W words of 32
+bits.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from loray.engine.request import Request
+from loray.engine.sampling.grammar import Masks
+from loray.engine.sampling.history import History, Tokens, Values
 
-_Entry = tuple[int, int, float]  # row, token, value
+_Entry = tuple[int, Tokens, Values | float]  # a row, its tokens, a value of each or one of all
 
 
-def process(logits_SV: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int]) -> Tensor:
-    """Apply minimum length, biases and penalties, in vLLM's order. Returns `logits_SV` itself if no request has any."""
-    rows = [(i, r) for i, r in enumerate(requests) if _changes(r)]
-    if not rows:
+def process(
+    logits_SV: Tensor, requests: Sequence[Request], eos_token_ids: Sequence[int], masks: Masks | None = None
+) -> Tensor:
+    """Apply constraints, allowed tokens, bad words, minimum length, biases and penalties, in vLLM's order.
+
+    Returns `logits_SV` itself if no request has any.
+    """
+    changed = [(i, r) for i, r in enumerate(requests) if r.changes_logits]
+    rows = [(i, r, h) for i, r in changed if (h := _history(r, eos_token_ids)) is not None]
+    if not rows and masks is None:
         return logits_SV
     logits_SV = logits_SV.clone()
-    _assign_minus_infinity(logits_SV, [e for i, r in rows for e in _too_early(i, r, eos_token_ids)])
-    _add(logits_SV, [(i, t, bias) for i, r in rows for t, bias in r.spec.params.logit_bias.items()])
-    _scale(logits_SV, [e for i, r in rows for e in _repeated(i, r)])
-    _add(logits_SV, [e for i, r in rows for e in _penalties(i, r)])
+    if masks is not None:
+        _apply(masks, logits_SV, requests)
+    for i, _, history in rows:
+        if history.allowed is not None:
+            _keep(logits_SV[i], history.allowed)
+    ended = masks.ended if masks is not None else ()
+    forbidden = [(i, h.forbidden(r.output_ids, may_end=r in ended), -math.inf) for i, r, h in rows]
+    _assign(logits_SV, forbidden)
+    _add(logits_SV, [(i, *h.bias) for i, _, h in rows])
+    _scale(
+        logits_SV,
+        [(i, h.repeated.tokens, r.spec.params.repetition_penalty) for i, r, h in rows if h.repeated is not None],
+    )
+    _add(logits_SV, [(i, h.produced.tokens, h.produced.values) for i, _, h in rows if h.produced is not None])
     return logits_SV
 
 
-def _changes(request: Request) -> bool:
-    p = request.spec.params
-    return bool(
-        p.logit_bias
-        or p.presence_penalty
-        or p.frequency_penalty
-        or p.repetition_penalty != 1
-        or len(request.output_ids) < p.min_tokens
-    )
+def _history(request: Request, eos_token_ids: Sequence[int]) -> History | None:
+    """The request's, with all tokens of its output; None where it changes nothing any more."""
+    history = request.history
+    if not isinstance(history, History):
+        history = request.history = History(request.spec, eos_token_ids)
+    history.read(request.output_ids)
+    request.changes_logits = not history.is_over
+    return history if request.changes_logits else None
 
 
-def _too_early(row: int, request: Request, eos_token_ids: Sequence[int]) -> Iterable[_Entry]:
-    """Tokens that would end the request before its min_tokens."""
-    params = request.spec.params
-    if len(request.output_ids) < params.min_tokens:
-        ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
-        yield from ((row, token, -math.inf) for token in ends)
+def _apply(masks: Masks, logits_SV: Tensor, requests: Sequence[Request]) -> None:
+    """Tokens that a request's constraint does not allow get −∞."""
+    row_of = {r: i for i, r in enumerate(requests)}
+    pairs = [(m, row_of[r]) for m, r in enumerate(masks.requests) if r in row_of]
+    if not pairs:
+        return
+    vocab = logits_SV.shape[1]
+    if logits_SV.is_cuda:
+        words_MW = torch.from_numpy(masks.words_MW[[m for m, _ in pairs]]).to(logits_SV.device)
+        bits = torch.arange(32, dtype=torch.int32, device=logits_SV.device)
+        denied_MV = ((words_MW.unsqueeze(2) >> bits) & 1 == 0).flatten(1)[:, :vocab]
+        rows = torch.tensor([row for _, row in pairs], device=logits_SV.device)
+        logits_SV[rows] = logits_SV[rows].masked_fill(denied_MV, -math.inf)
+        return
+    denied_MV = np.unpackbits(~masks.words_MW.view(np.uint8), axis=1, count=vocab, bitorder="little")
+    for m, row in pairs:
+        logits_SV[row].masked_fill_(torch.from_numpy(denied_MV[m]).view(torch.bool), -math.inf)
 
 
-def _repeated(row: int, request: Request) -> Iterable[_Entry]:
-    """Keskar et al., 2019 (CTRL), equation 3, over prompt and output."""
-    penalty = request.spec.params.repetition_penalty
-    if penalty != 1:
-        yield from ((row, token, penalty) for token in {*request.spec.prompt_ids, *request.output_ids})
+def _keep(logits_V: Tensor, tokens: Tokens) -> None:
+    """All other tokens get −∞."""
+    at = torch.from_numpy(tokens).to(logits_V.device)
+    kept = logits_V[at]
+    logits_V.fill_(-math.inf)
+    logits_V[at] = kept
 
 
-def _penalties(row: int, request: Request) -> Iterable[_Entry]:
-    """OpenAI's: logit − frequency · count − presence · [count > 0], over the output."""
-    p = request.spec.params
-    if p.presence_penalty or p.frequency_penalty:
-        for token, count in Counter(request.output_ids).items():
-            yield row, token, -(p.frequency_penalty * count + p.presence_penalty)
-
-
-def _index(logits_SV: Tensor, entries: Sequence[_Entry]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    rows, tokens, values = zip(*entries, strict=True)
+def _index(logits_SV: Tensor, entries: Sequence[_Entry]) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
+    """Where the entries are, and their values; None if there are none."""
+    lengths = [len(tokens) for _, tokens, _ in entries]
+    if not any(lengths):
+        return None
+    rows = np.repeat(np.array([row for row, _, _ in entries]), lengths)
+    tokens = np.concatenate([tokens for _, tokens, _ in entries])
+    values = np.concatenate([np.broadcast_to(np.asarray(v, dtype=np.float64), t.shape) for _, t, v in entries])
     device = logits_SV.device
-    at = (torch.tensor(rows, device=device), torch.tensor(tokens, device=device))
-    return at, torch.tensor(values, dtype=logits_SV.dtype, device=device)
+    at = (torch.from_numpy(rows).to(device), torch.from_numpy(tokens).to(device))
+    return at, torch.from_numpy(values).to(device, logits_SV.dtype)
 
 
-def _assign_minus_infinity(logits_SV: Tensor, entries: Sequence[_Entry]) -> None:
-    if entries:
-        at, values = _index(logits_SV, entries)
+def _assign(logits_SV: Tensor, entries: Sequence[_Entry]) -> None:
+    if (found := _index(logits_SV, entries)) is not None:
+        at, values = found
         logits_SV[at] = values
 
 
 def _add(logits_SV: Tensor, entries: Sequence[_Entry]) -> None:
     """No (row, token) may occur twice."""
-    if entries:
-        at, values = _index(logits_SV, entries)
+    if (found := _index(logits_SV, entries)) is not None:
+        at, values = found
         logits_SV[at] += values
 
 
 def _scale(logits_SV: Tensor, entries: Sequence[_Entry]) -> None:
-    if entries:
-        at, values = _index(logits_SV, entries)
+    """Keskar et al., 2019 (CTRL), equation 3: logits that are positive are divided, others multiplied."""
+    if (found := _index(logits_SV, entries)) is not None:
+        at, values = found
         logits = logits_SV[at]
         logits_SV[at] = torch.where(logits > 0, logits / values, logits * values)

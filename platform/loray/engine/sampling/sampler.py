@@ -1,8 +1,9 @@
 """Samples tokens from logits, for the whole batch at once.
 
-The order is vLLM's: minimum length and biases, penalties (`logits.process`), then greedy, or temperature, min-p, top-k,
-top-p and a draw. A draw uses one uniform number, a hash of the request's seed and the token's position. There is no
-generator whose state a batch, a preemption or another replica could change, so a row's token depends only on the row.
+The order is vLLM's: constraints, minimum length and biases, penalties (`logits.process`), then greedy, or temperature,
+min-p, top-k, top-p and a draw. A draw uses one uniform number, a hash of the request's seed and the token's position.
+There is no generator whose state a batch, a preemption or another replica could change, so a row's token depends only on
+the row.
 
 Shapes: S sampled requests, R of them drawn, N rows cut by top-k or top-p, V vocabulary, C candidates, B columns of a
 block.
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from loray.engine.request import Request
+from loray.engine.sampling.grammar import Masks
 from loray.engine.sampling.logits import process
 from loray.engine.sampling.logprobs import token_logprobs
+from loray.errors import RequestError
 from loray.spec import SamplingParams, TokenLogprobs
 
 _GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
@@ -43,14 +46,16 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._salt = os.urandom(16)
 
-    def __call__(self, logits_SV: Tensor, requests: Sequence[Request]) -> list[Sampled | None]:
-        """One token for each row, or None if the row's logits have no finite maximum.
+    def __call__(
+        self, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None = None
+    ) -> list[Sampled | RequestError | None]:
+        """One token for each row; None if its logits have no finite maximum; an error if no token is allowed.
 
         Requested log-probabilities are those of the unchanged logits.
         """
         if not requests:
             return []
-        processed_SV = process(logits_SV, requests, self._eos_token_ids)
+        processed_SV = process(logits_SV, requests, self._eos_token_ids, masks)
         best_S, token_S = processed_SV.max(dim=1)  # max() gives NaN if there is one, so no second pass is needed
         tokens = token_S.tolist()
         finite = [math.isfinite(best) for best in best_S.tolist()]
@@ -61,7 +66,13 @@ class Sampler:
                 tokens[i] = token
         num_top = [r.spec.params.logprobs if ok else None for r, ok in zip(requests, finite, strict=True)]
         logprobs = token_logprobs(logits_SV, tokens, num_top)
-        return [Sampled(t, lp) if ok else None for t, lp, ok in zip(tokens, logprobs, finite, strict=True)]
+        out: list[Sampled | RequestError | None] = [Sampled(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
+        if not all(finite):
+            for i in (i for i, ok in enumerate(finite) if not ok):
+                out[i] = _nothing_allowed() if math.isfinite(logits_SV[i].max()) else None
+        if masks is not None and masks.errors:
+            out = [masks.errors.get(r, sampled) for r, sampled in zip(requests, out, strict=True)]
+        return out
 
     def _draw(self, logits_RV: Tensor, best_R: Tensor, requests: Sequence[Request]) -> list[int]:
         """`logits_RV` is overwritten."""
@@ -80,6 +91,13 @@ class Sampler:
         key, name = (self._salt, request.arrival) if seed is None else (b"", seed)
         digest = blake2b(f"{name}:{len(request.output_ids)}".encode(), digest_size=8, key=key).digest()
         return (int.from_bytes(digest, "little") >> 12) * 2.0**-52
+
+
+def _nothing_allowed() -> RequestError:
+    return RequestError(
+        "no token is left that the answer's constraint, allowed_token_ids, bad_words and min_tokens allow together; "
+        "relax one of them"
+    )
 
 
 class Candidates(NamedTuple):

@@ -1,0 +1,102 @@
+"""Compiles what an answer must match, for the tokens of a base, with llguidance.
+
+A grammar is refused where it exceeds a limit; the limits are chosen so that a refusal takes less than a tenth of a
+second. Nothing of llguidance is imported before the first constraint.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loray.bases.registry import BaseModel
+from loray.errors import RequestError, UnsupportedError
+from loray.spec import Constraint
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_CHARACTERS = 64 << 10  # of a schema, pattern, list of texts or grammar
+MAX_NESTING = 256  # of brackets in a pattern or grammar
+_LIMITS = {
+    "initial_lexer_fuel": 1_000_000,  # about 20 ms
+    "max_grammar_size": 20_000,
+    "step_lexer_fuel": 200_000,  # of one token's mask: about 15 ms
+    "step_max_items": 50_000,  # 3 ms
+    "max_lexer_states": 50_000,  # 50 to 100 MB
+}
+_BRACKETS = re.compile(r"[][(){}]")
+_building = threading.Lock()
+
+
+class GrammarCompiler:
+    """May be used by several threads, which llguidance lets run side by side."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._args = base.path, base.config.vocab_size, tuple(base.config.eos_token_ids)
+
+    def compile(self, constraint: Constraint) -> LLMatcher:
+        """A matcher at the beginning of an answer. RequestError where the constraint is wrong or exceeds a limit."""
+        _check_size(constraint.text)
+        from llguidance import LLMatcher, LLParserLimits
+
+        try:
+            grammar = _lark(constraint).to_llguidance()
+        except (ValueError, RecursionError) as e:
+            raise RequestError(f"the {_NAMES[constraint.kind]} cannot be read: {e}") from e
+        limits = LLParserLimits(**_LIMITS, verbose_errors=False)
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise RequestError(f"the {_NAMES[constraint.kind]} cannot be enforced: {_first_line(matcher.get_error())}")
+        return matcher
+
+    @property
+    def tokenizer(self) -> LLTokenizer:
+        with _building:
+            return _tokenizer(*self._args)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+    """Of the base's tokenizer.json: takes about 0.2 s and 20 MB. The model may have more tokens than the tokenizer."""
+    from llguidance import LLTokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UnsupportedError(f"{folder} has no tokenizer.json, which structured output needs")
+    return LLTokenizer(file.read_text(encoding="utf-8"), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+
+
+_NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice", "grammar": "grammar"}
+
+
+def _check_size(text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise RequestError(
+            f"a constraint on the answer may have {MAX_CHARACTERS} characters, this one has {len(text)}; shorten it"
+        )
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(text):
+        depth += 1 if found[0] in "([{" else -1
+        deepest = max(deepest, depth)
+    if deepest > MAX_NESTING:
+        raise RequestError(f"a constraint on the answer may nest {MAX_NESTING} brackets, this one nests {deepest}")
+
+
+def _lark(constraint: Constraint) -> Constraint:
+    """A grammar in GBNF as Lark."""
+    if constraint.kind != "grammar":
+        return constraint
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+    try:
+        return Constraint.from_grammar(any_to_lark(constraint.text))
+    except GbnfToLarkError as e:
+        raise ValueError(str(e)) from e
+
+
+def _first_line(message: str) -> str:
+    return message.strip().splitlines()[0] if message.strip() else "no reason is known"

@@ -1,0 +1,150 @@
+"""Requests whose answers must match a constraint: their matchers, and the masks of a step's allowed tokens.
+
+A constraint is compiled in a thread, and its request is queued when that is done. Masks are computed in another thread
+while the model runs: it reads the tokens that came since the last mask, then llguidance fills one bit per token of the
+vocabulary. Nothing here costs anything before the first such request.
+
+Shapes: M rows with a mask, W words of 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from loray.bases.grammar import GrammarCompiler
+from loray.bases.registry import BaseModel
+from loray.engine.request import Request
+from loray.errors import LorayError, RequestError
+from loray.spec import Constraint
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+
+_NUM_COMPILING = 2
+_MAX_COMPILED = 64  # constraints, the last used of which are kept
+
+
+class Masks(NamedTuple):
+    """Of one step. Bit t % 32 of word t // 32 is set where token t is allowed.
+
+    requests   those of the rows
+    ended      whose answer is complete: only the end of the text is allowed
+    errors     of those whose constraint cannot be followed any further, which have no row
+    """
+
+    requests: Sequence[Request]
+    words_MW: npt.NDArray[np.int32]
+    ended: frozenset[Request]
+    errors: dict[Request, RequestError]
+
+
+class _Answer:
+    """A matcher, and how many tokens of the output it has read."""
+
+    __slots__ = ("matcher", "num_read")
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self.matcher, self.num_read = matcher, 0
+
+
+class Grammars:
+    """Used by the engine's thread alone. `wake` is called from other threads when a constraint has been compiled."""
+
+    def __init__(self, base: BaseModel, wake: Callable[[], None]) -> None:
+        self._compiler, self._wake = GrammarCompiler(base), wake
+        self._num_words = -(-base.config.vocab_size // 32)
+        self._compiled: OrderedDict[Constraint, Future[LLMatcher]] = OrderedDict()
+        self._preparing: dict[Request, Future[LLMatcher]] = {}
+        self._answers: dict[Request, _Answer] = {}
+
+    @cached_property
+    def _compiling(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_NUM_COMPILING, thread_name_prefix="grammar")
+
+    @cached_property
+    def _masking(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="masks")
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        from llguidance import LLExecutor
+
+        return LLExecutor()
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_preparing(self) -> bool:
+        """Some requests are not queued yet."""
+        return bool(self._preparing)
+
+    def prepare(self, request: Request, constraint: Constraint) -> None:
+        """Compile the constraint, unless it is known. Then `queue_prepared` queues the request."""
+        future = self._compiled.get(constraint)
+        if future is None:
+            future = self._compiled[constraint] = self._compiling.submit(self._compiler.compile, constraint)
+            future.add_done_callback(lambda _: self._wake())
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(constraint)
+        self._preparing[request] = future
+
+    def queue_prepared(self, add: Callable[[Request], None]) -> list[tuple[Request, Exception]]:
+        """Call `add` for the requests whose constraint has been compiled; returns those that are refused, and why."""
+        if not self._preparing:
+            return []
+        refused: list[tuple[Request, Exception]] = []
+        for request, compiled in [(r, f) for r, f in self._preparing.items() if f.done()]:
+            del self._preparing[request]
+            try:
+                answer = _Answer(compiled.result().deep_copy())
+                add(request)
+                self._answers[request] = answer
+            except LorayError as e:
+                refused.append((request, e))
+        return refused
+
+    def forget(self, request: Request) -> bool:
+        """The request has ended. True where it was not queued yet."""
+        self._answers.pop(request, None)
+        return self._preparing.pop(request, None) is not None
+
+    def close(self) -> None:
+        for name in ("_compiling", "_masking"):
+            if name in self.__dict__:
+                getattr(self, name).shutdown(cancel_futures=True)
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def start(self, requests: Sequence[Request]) -> Future[Masks] | None:
+        """Begin to compute the masks of those of `requests` that have a constraint; None if none has."""
+        if not self._answers:
+            return None
+        answers = [(r, a) for r in requests if (a := self._answers.get(r)) is not None]
+        return self._masking.submit(self._masks, answers) if answers else None
+
+    def _masks(self, answers: Sequence[tuple[Request, _Answer]]) -> Masks:
+        """The matchers read what is new of the outputs, which do not change meanwhile."""
+        for request, answer in answers:
+            answer.matcher.consume_tokens(request.output_ids[answer.num_read :])
+            answer.num_read = len(request.output_ids)
+        ended = frozenset(r for r, a in answers if a.matcher.is_stopped())
+        words_MW = np.empty((len(answers), self._num_words), dtype=np.int32)
+        row_bytes = words_MW.strides[0]
+        self._executor.unsafe_compute_mask_ptr(
+            [(a.matcher, row) for row, (_, a) in enumerate(answers)], words_MW.ctypes.data, row_bytes, len(answers)
+        )
+        errors = {r: _too_complex(a.matcher.get_error()) for r, a in answers if a.matcher.is_error()}
+        return Masks([r for r, _ in answers], words_MW, ended - errors.keys(), errors)
+
+
+def _too_complex(reason: str) -> RequestError:
+    first = reason.strip().splitlines()[0] if reason.strip() else "no reason is known"
+    return RequestError(f"the answer cannot be held to its constraint any further: {first}; simplify the constraint")
