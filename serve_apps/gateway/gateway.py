@@ -16,7 +16,9 @@ from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import check_length, max_model_len, pool_geometry
 from loray.errors import EngineError
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec
+from loray.text.bad_words import bad_word_ids
 from loray.text.deltas import RequestText
+from loray.text.grammar import GrammarChecker
 from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.echo import Echo
@@ -34,6 +36,7 @@ class Gateway:
     def __init__(self, spec: ServeSpec, directory: ModelDirectory, prompts: PromptEncoder, engines: Engines) -> None:
         self.spec, self.directory = spec, directory
         self._prompts, self._engines = prompts, engines
+        self._grammars = GrammarChecker(directory.base)
         self._pool_tokens = pool_geometry(spec, directory.base.config).num_tokens
         self.counted = GatewayMetrics()
 
@@ -50,7 +53,7 @@ class Gateway:
         answer = CompletionFormat(
             _new_id("cmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        requests = self._requests(request, adapter, prompts, answer.id, "prompt", headers)
+        requests = await self._requests(request, adapter, prompts, answer.id, "prompt", headers)
         writer = writer_of(answer, len(requests), request)
         texts = [RequestText(self._prompts.tokenizer, r) for r in requests]
         if not request.echo:
@@ -66,12 +69,12 @@ class Gateway:
         answer = ChatFormat(
             _new_id("chatcmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        requests = self._requests(request, adapter, [prompt], answer.id, "messages", headers)
+        requests = await self._requests(request, adapter, [prompt], answer.id, "messages", headers)
         writer = writer_of(answer, len(requests), request)
         texts = [RequestText(self._prompts.tokenizer, r) for r in requests]
         return self._answer(request, requests, texts, writer, answer.id, headers)
 
-    def _requests(
+    async def _requests(
         self,
         request: GenerationRequest,
         adapter: AdapterRef | None,
@@ -81,6 +84,9 @@ class Gateway:
         headers: RequestHeaders,
     ) -> list[GenerateRequest]:
         """The engine's requests, one for each choice. Their ids begin with the client's, and are unique."""
+        if request.constraint is not None:
+            await self._grammars.check(request.constraint.constraint, request.constraint.param)
+        bad_words = bad_word_ids(self._prompts.tokenizer, request.bad_words)
         config = self.directory.base.config
         limit = self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
         prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
@@ -88,7 +94,9 @@ class Gateway:
             GenerateRequest(
                 request_id=f"{prefix}-{i * request.n + choice}",
                 prompt_ids=prompt,
-                params=request.sampling(max_tokens=_max_tokens(request, len(prompt), limit, param), choice=choice),
+                params=request.sampling(
+                    max_tokens=_max_tokens(request, len(prompt), limit, param), choice=choice, bad_words=bad_words
+                ),
                 adapter=adapter,
                 tenant=headers.tenant or request.user or "",
                 priority=request.priority,

@@ -46,8 +46,14 @@ OBJECT = Constraint.from_schema({"type": "object"})
         (response_format(schema=SCHEMA, strict=False), Constraint.from_schema(SCHEMA, lenient=True)),
         ({"structured_outputs": {"json": SCHEMA}}, JSON),
         ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, JSON),
-        ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?"}}, JSON.model_copy(update={"whitespace": " ?"})),
-        ({"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}}, JSON.model_copy(update={"whitespace": ""})),
+        (
+            {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": " ?"}},
+            JSON.model_copy(update={"whitespace": " ?"}),
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}},
+            JSON.model_copy(update={"whitespace": ""}),
+        ),
         ({"structured_outputs": {"json_object": True}}, OBJECT),
         ({"structured_outputs": {"json_object": False}}, None),
         ({"structured_outputs": {"regex": "a+", "disable_fallback": True}}, Constraint.from_regex("a+")),
@@ -87,7 +93,10 @@ def test_structural_tags() -> None:
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
             "choose from structured_outputs.regex, response_format",
         ),
-        ({"structured_outputs": {"json": SCHEMA, "choice": ["a"]}}, "structured_outputs.json, structured_outputs.choice"),
+        (
+            {"structured_outputs": {"json": SCHEMA, "choice": ["a"]}},
+            "structured_outputs.json, structured_outputs.choice",
+        ),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "json_schema belongs to"),
         ({"response_format": {"type": "text", "json_schema": {"name": "n", "schema": {}}}}, "json_schema belongs to"),

@@ -10,7 +10,7 @@ import re
 import threading
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loray.bases.registry import BaseModel
 from loray.errors import RequestError, UnsupportedError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 64 << 10  # of a schema, pattern, list of texts or grammar
 MAX_NESTING = 256  # of brackets in a pattern or grammar
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,  # about 20 ms
     "max_grammar_size": 20_000,
     "step_lexer_fuel": 200_000,  # of one token's mask: about 15 ms

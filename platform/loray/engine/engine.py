@@ -175,9 +175,7 @@ class Engine:
         return outputs
 
     @torch.inference_mode()
-    def _results(
-        self, chunks: list[Chunk], batch: Batch, logits_RV: Tensor, masks: Masks | None
-    ) -> list[TokenOutput]:
+    def _results(self, chunks: list[Chunk], batch: Batch, logits_RV: Tensor, masks: Masks | None) -> list[TokenOutput]:
         """The rows of `logits_RV` are those of the sampled chunks, then those of the scored tokens."""
         requests = [chunk.request for chunk in batch.sampled]
         drawn = self._sampler(logits_RV[: len(requests)], requests, masks)

@@ -13,16 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
-from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.request import Request
 from loray.engine.sampling.grammar import Grammars
-from loray.errors import RequestError
 from loray.spec import Constraint, GenerateRequest, SamplingParams
 from tests.engine.harness import make_engine, request, run
 from tests.engine.sampling.schemas import random_schema
@@ -66,7 +63,10 @@ class Ready:
 
 
 LANGUAGES: dict[str, tuple[Constraint, list[str]]] = {
-    "choice": (Constraint.from_choice(["yes", "no", "nope", "n/a", "größer 😀"]), ["yes", "no", "nope", "n/a", "größer 😀"]),
+    "choice": (
+        Constraint.from_choice(["yes", "no", "nope", "n/a", "größer 😀"]),
+        ["yes", "no", "nope", "n/a", "größer 😀"],
+    ),
     "regex": (
         Constraint.from_regex(r"(ab|abc|b/c\n?)x{0,3}[0-9]"),
         [a + "x" * n + d for a, n, d in itertools.product(("ab", "abc", "b/c", "b/c\n"), range(4), "0123456789")],
@@ -104,7 +104,10 @@ def test_masks_are_those_of_brute_force(worded: BaseModel, name: str) -> None:
             (got,) = ready.allowed(made)
             assert got
             assert got <= expected
-            forced = text not in encoded and len({p[len(text)] for p in prefixes if p[: len(text)] == text and p != text}) == 1
+            forced = (
+                text not in encoded
+                and len({p[len(text)] for p in prefixes if p[: len(text)] == text and p != text}) == 1
+            )
             assert forced or got == expected, text
             token = rng.choice(sorted(got))
             if token == EOS:

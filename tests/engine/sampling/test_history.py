@@ -56,7 +56,8 @@ def requests(seed: int) -> list[Request]:
     rng = random.Random(seed)
     return [
         Request(
-            GenerateRequest(f"r{i}", tuple(rng.choices(range(VOCAB), k=40)), SamplingParams(max_tokens=300, **params)), i
+            GenerateRequest(f"r{i}", tuple(rng.choices(range(VOCAB), k=40)), SamplingParams(max_tokens=300, **params)),
+            i,
         )
         for i, params in enumerate(PARAMS * 2)
     ]

@@ -133,9 +133,7 @@ class GenerationRequest(_Body, StructuredFields):
         """None: the rest of the context."""
         return None
 
-    def sampling(
-        self, *, max_tokens: int, choice: int, bad_words: tuple[tuple[int, ...], ...] = ()
-    ) -> SamplingParams:
+    def sampling(self, *, max_tokens: int, choice: int, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
         """The parameters of choice number `choice` of a prompt. If a seed is given, choice i is drawn with seed + i.
 
         `bad_words` are the tokens of the request's.

@@ -97,18 +97,21 @@ class Grammars:
         self._preparing[request] = future
 
     def queue_prepared(self, add: Callable[[Request], None]) -> list[tuple[Request, Exception]]:
-        """Call `add` for the requests whose constraint has been compiled; returns those that are refused, and why."""
+        """Call `add` for the requests whose constraint has been compiled; returns those that are refused, and why: the
+        caller forgets them.
+        """
         if not self._preparing:
             return []
         refused: list[tuple[Request, Exception]] = []
         for request, compiled in [(r, f) for r, f in self._preparing.items() if f.done()]:
-            del self._preparing[request]
             try:
                 answer = _Answer(compiled.result().deep_copy())
                 add(request)
-                self._answers[request] = answer
             except LorayError as e:
                 refused.append((request, e))
+            else:
+                del self._preparing[request]
+                self._answers[request] = answer
         return refused
 
     def forget(self, request: Request) -> bool:

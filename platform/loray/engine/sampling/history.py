@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from loray.spec import GenerateRequest
 
+N = TypeVar("N", bound=np.generic)
 Tokens = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
 
@@ -23,7 +25,7 @@ class Occurrences:
         self._places = {token: place for place, token in enumerate(counts)}
         self._counts = list(counts.values())
         self._tokens = np.array([*counts], dtype=np.int64)
-        self._values = np.zeros(len(counts))
+        self._values: Values = np.zeros(len(counts))
 
     @property
     def tokens(self) -> Tokens:
@@ -105,5 +107,5 @@ class History:
         return np.array(tokens, dtype=np.int64)
 
 
-def _grown(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def _grown(array: npt.NDArray[N]) -> npt.NDArray[N]:
     return np.concatenate((array, np.zeros(max(64, len(array)), dtype=array.dtype)))

@@ -71,9 +71,9 @@ def _apply(masks: Masks, logits_SV: Tensor, requests: Sequence[Request]) -> None
         rows = torch.tensor([row for _, row in pairs], device=logits_SV.device)
         logits_SV[rows] = logits_SV[rows].masked_fill(denied_MV, -math.inf)
         return
-    denied_MV = np.unpackbits(~masks.words_MW.view(np.uint8), axis=1, count=vocab, bitorder="little")
+    denied = np.unpackbits(~masks.words_MW.view(np.uint8), axis=1, count=vocab, bitorder="little")
     for m, row in pairs:
-        logits_SV[row].masked_fill_(torch.from_numpy(denied_MV[m]).view(torch.bool), -math.inf)
+        logits_SV[row].masked_fill_(torch.from_numpy(denied[m]).view(torch.bool), -math.inf)
 
 
 def _keep(logits_V: Tensor, tokens: Tokens) -> None:

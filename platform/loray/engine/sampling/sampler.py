@@ -2,8 +2,8 @@
 
 The order is vLLM's: constraints, minimum length and biases, penalties (`logits.process`), then greedy, or temperature,
 min-p, top-k, top-p and a draw. A draw uses one uniform number, a hash of the request's seed and the token's position.
-There is no generator whose state a batch, a preemption or another replica could change, so a row's token depends only on
-the row.
+There is no generator whose state a batch, a preemption or another replica could change, so a row's token depends only
+on the row.
 
 Shapes: S sampled requests, R of them drawn, N rows cut by top-k or top-p, V vocabulary, C candidates, B columns of a
 block.
