@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from loray.adapters.manifest import ManifestDetails, digest, read_manifest
+from loray.adapters.manifest import ManifestDetails, describe, digest, read_manifest
 from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
-from loray.errors import BaseMismatch, BaseNotFound, CatalogError, ConflictError, SpecError
-from loray.publishing import Destination, base_of, publish
+from loray.errors import BaseMismatch, BaseNotFound, CatalogError, ConflictError, IntegrityError, SpecError
+from loray.publishing import Destination, base_of, import_folder, publish
 from loray.spec import Evaluation
 from loray.store import AdapterStore, LocalStore
 from tests.tiny import write_checkpoint
@@ -47,6 +47,41 @@ def test_published(base: BaseModel, peft_folder: PeftFolder, store: AdapterStore
     assert version.digest == digest(version.manifest) == catalog.resolve("tone").digest
     assert version.ref == catalog.resolve("tone@1")
     assert catalog.snapshot().bases == {base.name: base.fingerprint}
+
+
+def test_an_adapter_carries_how_it_speaks(
+    base: BaseModel, peft_folder: PeftFolder, store: AdapterStore, catalog: Catalog, tmp_path: Path
+) -> None:
+    folder, template = peft_folder(base), "{{ messages }}\r\n{{ tools }}é"
+    (folder / "chat_template.jinja").write_bytes(template.encode())
+    to = Destination("tone", store, catalog)
+    version = import_folder(folder, base, to, tool_parser="mistral")
+    assert (version.manifest.tool_parser, version.manifest.chat_template) == ("mistral", template)
+    ref = catalog.resolve("tone")
+    assert ref == version.ref
+    snapshot = catalog.snapshot()
+    assert (ref.tool_parser, snapshot.templates) == ("mistral", {ref.chat_template: template})
+    again = import_folder(folder, base, Destination("again", store, catalog))
+    assert again.digest != version.digest
+    assert catalog.snapshot(snapshot).templates is not snapshot.templates
+    assert catalog.snapshot(snapshot).templates == snapshot.templates
+
+    fetched = tmp_path / "fetched"
+    store.fetch(version.digest, fetched)
+    assert (fetched / "chat_template.jinja").read_bytes() == template.encode()
+    changed = json.loads((fetched / "loray.json").read_text()) | {"chat_template": "{{ messages }}"}
+    (fetched / "loray.json").write_text(json.dumps(changed))
+    with pytest.raises(IntegrityError, match=r"chat_template is not the text of chat_template\.jinja"):
+        read_manifest(fetched)
+
+
+def test_the_bases_own_template_is_no_adapters(base: BaseModel, peft_folder: PeftFolder) -> None:
+    folder = peft_folder(base)
+    (folder / "chat_template.jinja").write_bytes((base.path / "chat_template.jinja").read_bytes())
+    manifest = describe(folder, base)
+    assert manifest.chat_template is None
+    assert "chat_template.jinja" in manifest.files
+    assert manifest.ref("0" * 64, "a", 1).chat_template is None
 
 
 def test_refused_before_anything_is_stored(

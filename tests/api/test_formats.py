@@ -31,6 +31,7 @@ class Delta(NamedTuple):
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[Logprob, ...] | None = None
     token_ids: tuple[int, ...] = ()
+    tool_calls: tuple[Any, ...] = ()
 
 
 A = Logprob(1, "é", -0.5, ((1, "é", -0.5), (2, "b", float("-inf"))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,6 +50,28 @@ def test_any_ids_in_any_pieces(name: str, skip: bool, data: Any) -> None:
     text = "".join(texts) + decoder.flush()
     assert text == backend.decode([t for piece in pieces for t in piece], skip_special_tokens=skip)
     assert decoder.flush() == ""
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_special_tokens_that_are_kept(name: str, data: Any) -> None:
+    tokenizer, backend = tokenizer_of(name), TOKENIZERS[name]
+    ids = data.draw(st.lists(st.integers(0, backend.get_vocab_size() - 1), max_size=12))
+    kept = data.draw(st.sets(st.sampled_from(sorted(tokenizer.added_tokens))))
+    skipped = {i for i, t in backend.get_added_tokens_decoder().items() if t.special and t.content not in kept}
+    expected = backend.decode([i for i in ids if i not in skipped], skip_special_tokens=False)
+    bytes_, window = (tokenizer, as_window(tokenizer))
+    for decoding in (bytes_, window):
+        decoder = decoding.decoder(skip_special_tokens=True, kept=frozenset(kept))
+        assert "".join([*(decoder.push((i,)) for i in ids), decoder.flush()]) == expected
+
+
+def as_window(tokenizer: BaseTokenizer) -> BaseTokenizer:
+    """The same tokenizer with the decoder for those that are not made of bytes."""
+    other = copy.copy(tokenizer)
+    other._is_byte_level = False
+    return other
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,9 +7,19 @@ from typing import Any
 import pytest
 
 from loray.bases.registry import BaseModel
-from loray.spec import Delta, GenerateRequest, SamplingParams, TokenDelta, TokenLogprobs, ToolCallDelta
+from loray.spec import (
+    Delta,
+    GenerateRequest,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprobs,
+    Tool,
+    ToolCallDelta,
+    ToolUse,
+)
 from loray.text.deltas import RequestText
 from loray.text.tokenizer import Tokenizer
+from loray.text.tools import parser_for
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +67,18 @@ def test_calls_of_tools_are_told_from_text(tokenizer: Tokenizer) -> None:
     assert (text.push(TokenDelta(ids[:2])).text, text.push(TokenDelta(ids[2:3])).text) == ("a", "c")
     last = text.push(TokenDelta(ids[3:], "length"))
     assert (last.text, last.tool_calls) == (".", (ToolCallDelta(0, "call-0", "BD", "{}"),))
+
+
+def test_a_parser_sees_the_special_tokens_that_it_needs(tokenizer: Tokenizer) -> None:
+    use = ToolUse((Tool("add", {}),))
+    ids = tokenizer.encode('<|im_start|>a<tool_call>{"name": "add", "arguments": {}}<|im_end|>b', special=False)
+    for kept, said in ((frozenset[str](), "ab"), (frozenset(["<|im_start|>"]), "<|im_start|>ab")):
+        text = RequestText(tokenizer, request(tokenizer), parser_for("hermes", use), kept)
+        deltas = [text.push(TokenDelta((t,), "stop" if i == len(ids) else None)) for i, t in enumerate((*ids, 258))]
+        assert "".join(d.text for d in deltas) == said
+        assert "".join(call.arguments for d in deltas for call in d.tool_calls) == "{}"
+        assert deltas[-1].finish_reason == "tool_calls"
+        assert {d.finish_reason for d in deltas[:-1]} == {None}
 
 
 def test_log_probabilities_get_their_texts(tokenizer: Tokenizer) -> None:

@@ -22,13 +22,22 @@ from loray.adapters.weights import AdapterWeights, LoraWeights
 from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, UnsupportedError
 from loray.files import canonical_json, file_sha256
-from loray.spec import LINEAR_MODULES, AdapterManifest, Evaluation, Method, Projection, RopeParameters, TrainSpec
+from loray.spec import (
+    LINEAR_MODULES,
+    AdapterManifest,
+    Evaluation,
+    Method,
+    Projection,
+    RopeParameters,
+    ToolParserName,
+    TrainSpec,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # The files of a published adapter. Others in its folder (optimizer states, pickles) are not published.
-PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md", "LICENSE*")
+PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE, AdapterManifest.TEMPLATE_FILE, "README.md", "LICENSE*")
 
 _FORMAT = 1
 
@@ -55,6 +64,7 @@ class ManifestDetails:
     rope_parameters: RopeParameters | None = None
     context_length: int | None = None
     original_context_length: int | None = None
+    tool_parser: ToolParserName | None = None
     created_at: datetime | None = None
 
 
@@ -94,6 +104,8 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
             evaluations=tuple(details.evaluations),
             licence=details.licence,
             description=details.description,
+            tool_parser=details.tool_parser,
+            chat_template=_own_template(folder, base),
             created_at=created_at.isoformat(timespec="seconds"),
         )
     except ValidationError as e:
@@ -189,6 +201,18 @@ def published_files(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in PUBLISHED_FILES)
     ]
+
+
+def _own_template(folder: Path, base: BaseModel) -> str | None:
+    """The adapter's chat template where it has one that is not the base's."""
+    path, of_base = folder / AdapterManifest.TEMPLATE_FILE, base.path / AdapterManifest.TEMPLATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        template = path.read_bytes().decode()  # as it is: its SHA-256 is that of the file
+    except UnicodeDecodeError as e:
+        raise SpecError(f"{path} is not UTF-8") from e
+    return None if of_base.is_file() and template == of_base.read_bytes().decode() else template
 
 
 def _trained_tensors(weights: AdapterWeights) -> list[Tensor]:

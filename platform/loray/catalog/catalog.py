@@ -26,6 +26,7 @@ from loray.catalog.queries import (
     count_change,
     load_entries,
     load_entry,
+    load_templates,
     load_version,
     lock,
     log,
@@ -125,6 +126,8 @@ class Catalog(Aliases, Evaluations, Jobs, Projections):
                     "context_length": manifest.context_length,
                     "nbytes": manifest.nbytes,
                     "manifest": manifest_json(manifest).decode(),
+                    "tool_parser": manifest.tool_parser,
+                    "chat_template": manifest.ref(digest, name, number).chat_template,
                     "created_at": now(),
                 }
                 c.execute(versions.insert().values(row))
@@ -210,12 +213,14 @@ class Catalog(Aliases, Evaluations, Jobs, Projections):
         with reading(self._engine) as c:
             return int(c.execute(sa.select(changes.c.counter)).scalar_one())
 
-    def snapshot(self) -> CatalogSnapshot:
+    def snapshot(self, before: CatalogSnapshot | None = None) -> CatalogSnapshot:
+        """All names now. Chat templates that the snapshot `before` has are not read again."""
         with reading(self._engine) as c:
             return CatalogSnapshot(
                 counter=c.execute(sa.select(changes.c.counter)).scalar_one(),
                 bases={row.name: row.fingerprint for row in c.execute(sa.select(bases))},
                 adapters={entry.name: entry for _, entry in load_entries(c)},
+                templates=load_templates(c, {} if before is None else before.templates),
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
@@ -134,11 +134,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class CatalogSnapshot:
-    """All names at one moment, immutable. `counter` is the catalog's change counter then."""
+    """All names at one moment, immutable. `counter` is the catalog's change counter then.
+
+    templates  SHA-256 → text of the chat templates that adapters have of their own
+    """
 
     counter: int
     bases: Mapping[str, str]  # name → fingerprint
     adapters: Mapping[str, AdapterEntry]
+    templates: Mapping[str, str] = field(default_factory=dict)
 
     def resolve(self, model: str) -> AdapterRef:
         """`name`, `name@3` or `name@alias` → the version. Raises AdapterNotFound, which suggests similar names."""

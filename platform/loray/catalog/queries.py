@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -48,6 +48,8 @@ def load_entries(c: sa.Connection, names: Collection[str] | None = None) -> list
             versions.c.base_fingerprint,
             versions.c.context_length,
             versions.c.nbytes,
+            versions.c.tool_parser,
+            versions.c.chat_template,
             adapters.c.name,
         )
         .join(adapters, adapters.c.id == versions.c.adapter_id)
@@ -63,6 +65,8 @@ def load_entries(c: sa.Connection, names: Collection[str] | None = None) -> list
             base_fingerprint=r.base_fingerprint,
             context_length=r.context_length,
             nbytes=r.nbytes,
+            tool_parser=r.tool_parser,
+            chat_template=r.chat_template,
         )
     pointers: dict[int, dict[str, int]] = defaultdict(dict)
     query = sa.select(aliases.c.adapter_id, aliases.c.alias, versions.c.version)
@@ -74,6 +78,16 @@ def load_entries(c: sa.Connection, names: Collection[str] | None = None) -> list
         (row.id, AdapterEntry(row.name, utc(row.created_at), refs[row.id], pointers[row.id]))
         for row in c.execute(sa.select(adapters).where(*where))
     ]
+
+
+def load_templates(c: sa.Connection, known: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 → text of all adapters' chat templates. Those in `known` are not read again."""
+    used = c.scalars(sa.select(versions.c.chat_template).where(versions.c.chat_template.is_not(None)).distinct())
+    found = {sha256: known.get(sha256) for sha256 in used}
+    for sha256 in [sha256 for sha256, text in found.items() if text is None]:
+        query = sa.select(versions.c.manifest).where(versions.c.chat_template == sha256).limit(1)
+        found[sha256] = json.loads(c.execute(query).scalar_one())["chat_template"]
+    return {sha256: text for sha256, text in found.items() if text is not None}
 
 
 def load_entry(c: sa.Connection, name: str) -> tuple[int, AdapterEntry]:

@@ -2,7 +2,8 @@
 
 bases            base models that adapters may belong to
 adapters         names; bases and adapters share one namespace
-versions         immutable: (adapter, version) and (adapter, digest) are unique
+versions         immutable: (adapter, version) and (adapter, digest) are unique; `chat_template` is the SHA-256 of the
+                 adapter's own template, whose text is in its manifest
 aliases          the version of each alias; its revision is the value of the change counter at its last move
 alias_moves      every move of an alias; rollback undoes the last one that is not undone; `no_gate` is the reason of a
                  move that the gate refuses
@@ -69,6 +70,8 @@ versions = Table(
     Column("context_length", Integer, nullable=False),
     Column("nbytes", BigInteger, nullable=False),
     Column("manifest", Text, nullable=False),
+    Column("tool_parser", String(16)),
+    Column("chat_template", String(64), index=True),
     Column("created_at", DateTime(timezone=True), nullable=False),
     UniqueConstraint("adapter_id", "version"),
     UniqueConstraint("adapter_id", "digest"),

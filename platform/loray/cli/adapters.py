@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -14,7 +15,8 @@ from loray.cli.services import open_services
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import Destination, base_of, import_folder
 from loray.publishing.convert import convert_to_lora, merge_into_base
-from loray.spec import DEFAULT_ALIAS, format_size
+from loray.spec import DEFAULT_ALIAS, AdapterManifest, ToolParserName, format_size
+from loray.text.templates import ChatTemplate
 
 
 @click.group()
@@ -39,6 +41,9 @@ no_gate_option = click.option(
 @no_gate_option
 @click.option("--licence", help="Its licence, as an SPDX identifier.")
 @click.option("--description", default="", help="One line for people.")
+@click.option(
+    "--tool-parser", type=click.Choice(get_args(ToolParserName)), help="How it writes tool calls (default: its base)."
+)
 @json_option
 def import_(
     folder: Path,
@@ -49,12 +54,16 @@ def import_(
     no_gate: str | None,
     licence: str | None,
     description: str,
+    tool_parser: ToolParserName | None,
     as_json: bool,
 ) -> None:
     """Publish FOLDER, a LoRA or VeRA adapter saved by PEFT (or one published by another loray).
 
-    Checked first: format, options, shapes against the base, file hashes. Only safetensors are read.
+    Checked first: format, options, shapes against the base, file hashes. Only safetensors are read. A
+    chat_template.jinja in FOLDER is published with it.
     """
+    if (template := folder / AdapterManifest.TEMPLATE_FILE).is_file():
+        ChatTemplate(template.read_text(encoding="utf-8"))  # refuses what is not valid
     with open_services() as services:
         home = services.settings.home
         base = get_base(home, base_name) if base_name else base_of(folder, home)
@@ -64,6 +73,7 @@ def import_(
             Destination(name, services.store, services.catalog, aliases=aliases, version=version, no_gate=no_gate),
             licence=licence,
             description=description,
+            tool_parser=tool_parser,
         )
     _print_version(published, as_json, f"published {published.label}")
 

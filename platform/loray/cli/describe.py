@@ -83,6 +83,8 @@ def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
             ("recipe", None if m.recipe is None else m.recipe.name),
             ("job", m.job_id),
             ("data", None if m.data_fingerprint is None else m.data_fingerprint[:12]),
+            ("tool calls", m.tool_parser),
+            ("chat template", None if m.chat_template is None else "its own"),
             ("licence", m.licence),
             ("created", m.created_at),
             ("digest", version.digest),

@@ -33,6 +33,8 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
         tempfile.TemporaryDirectory(prefix="loray-convert-") as made,
     ):
         save_lora(vera_to_lora(weights, base.config), Path(made), base_name=base.name)
+        if manifest.chat_template is not None:
+            (Path(made) / AdapterManifest.TEMPLATE_FILE).write_bytes(manifest.chat_template.encode())
         details = ManifestDetails(
             derived_from=ref.digest,
             rope_parameters=manifest.rope_parameters,
@@ -41,6 +43,7 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
             evaluations=manifest.evaluations,
             licence=manifest.licence,
             description=manifest.description,
+            tool_parser=manifest.tool_parser,
         )
         return publish(Path(made), base, to, details)
 

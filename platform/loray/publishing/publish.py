@@ -22,7 +22,7 @@ from loray.adapters.peft_format import read_adapter, read_config
 from loray.bases.registry import BaseModel, base_with, list_bases
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import BaseMismatch, BaseNotFound, DataError
-from loray.spec import AdapterManifest
+from loray.spec import AdapterManifest, ToolParserName
 from loray.store import AdapterStore
 
 
@@ -54,9 +54,17 @@ def publish(folder: Path, base: BaseModel, to: Destination, details: ManifestDet
 
 
 def import_folder(
-    folder: Path, base: BaseModel, to: Destination, *, licence: str | None = None, description: str = ""
+    folder: Path,
+    base: BaseModel,
+    to: Destination,
+    *,
+    licence: str | None = None,
+    description: str = "",
+    tool_parser: ToolParserName | None = None,
 ) -> AdapterVersion:
     """Publish a PEFT LoRA or VeRA folder, which is not changed. A folder with a `loray.json` keeps its digest.
+
+    A `chat_template.jinja` in it is published too, and serving uses it instead of the base's.
 
     Raises DataError (no such folder), UnsupportedError (another kind of adapter, pickled weights), BaseMismatch or
     IntegrityError; then neither store nor catalog has changed.
@@ -75,7 +83,7 @@ def import_folder(
         if is_published:
             shutil.copy2(folder / AdapterManifest.FILE, copy / AdapterManifest.FILE)
         else:
-            describe(copy, base, ManifestDetails(licence=licence, description=description))
+            describe(copy, base, ManifestDetails(licence=licence, description=description, tool_parser=tool_parser))
         return _store(copy, base, to)
 
 

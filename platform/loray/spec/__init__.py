@@ -53,7 +53,7 @@ from loray.spec.generation import (
 from loray.spec.jobs import EndStatus, JobStatus, has_ended
 from loray.spec.serving import AutoscalingSpec, ServeSpec
 from loray.spec.structured import Constraint
-from loray.spec.tools import ToolCallDelta
+from loray.spec.tools import Tool, ToolCallDelta, ToolParserName, ToolUse
 from loray.spec.training import (
     ATTENTION_MODULES,
     LINEAR_MODULES,
@@ -137,7 +137,10 @@ __all__ = [
     "TokenDelta",
     "TokenLogprob",
     "TokenLogprobs",
+    "Tool",
     "ToolCallDelta",
+    "ToolParserName",
+    "ToolUse",
     "TrainSpec",
     "VeraSpec",
     "format_size",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from loray.errors import BaseMismatch
 from loray.spec.fields import Frozen, Method, Sha256
+from loray.spec.tools import ToolParserName
 from loray.spec.training import TrainSpec
 
 Subject = Literal["adapter", "base", "base_scaled"]  # base_scaled: the base under the adapter's RoPE
@@ -70,10 +72,14 @@ class Projection(Frozen):
     sha256: Sha256
 
 
+MAX_TEMPLATE_CHARACTERS = 128 << 10
+
+
 class AdapterManifest(Frozen):
     """`loray.json` of a published adapter. Its digest is the adapter's identity."""
 
     FILE: ClassVar[str] = "loray.json"
+    TEMPLATE_FILE: ClassVar[str] = "chat_template.jinja"
 
     format: Literal[1] = 1
     method: Method
@@ -97,7 +103,19 @@ class AdapterManifest(Frozen):
     evaluations: tuple[Evaluation, ...] = ()
     licence: str | None = None
     description: str = ""
+    tool_parser: ToolParserName | None = Field(default=None, description="how it writes tool calls; None: as its base")
+    chat_template: str | None = Field(
+        default=None,
+        max_length=MAX_TEMPLATE_CHARACTERS,
+        description="the text of its chat_template.jinja; None: the base's template",
+    )
     created_at: str = Field(description="UTC, ISO 8601")
+
+    @model_validator(mode="after")
+    def _template_is_its_file(self) -> Self:
+        if self.chat_template is not None and self.files.get(self.TEMPLATE_FILE) != text_sha256(self.chat_template):
+            raise ValueError(f"chat_template is not the text of {self.TEMPLATE_FILE}, whose SHA-256 is in files")
+        return self
 
     def ref(self, digest: str, name: str, version: int) -> AdapterRef:
         """The reference that serving uses. `digest` is this manifest's."""
@@ -109,11 +127,20 @@ class AdapterManifest(Frozen):
             base_fingerprint=self.base_fingerprint,
             context_length=self.context_length,
             nbytes=self.nbytes,
+            tool_parser=self.tool_parser,
+            chat_template=None if self.chat_template is None else text_sha256(self.chat_template),
         )
 
 
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class AdapterRef(Frozen):
-    """A reference to one immutable version. `digest` is the manifest's; `name` and `version` are for people."""
+    """A reference to one immutable version. `digest` is the manifest's; `name` and `version` are for people.
+
+    `chat_template` is the SHA-256 of the adapter's own template; the catalog's snapshot has the text.
+    """
 
     digest: Sha256
     name: str
@@ -122,6 +149,8 @@ class AdapterRef(Frozen):
     base_fingerprint: Sha256
     context_length: int
     nbytes: int
+    tool_parser: ToolParserName | None = None
+    chat_template: Sha256 | None = None
 
     @property
     def label(self) -> str:

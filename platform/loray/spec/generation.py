@@ -12,7 +12,7 @@ from loray.spec.fields import Frozen
 from loray.spec.structured import Constraint
 from loray.spec.tools import ToolCallDelta
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]  # tool_calls: a chat's, where a parser found calls
 BadWord = Annotated[tuple[int, ...], Field(min_length=1)]
 
 

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from loray.spec.fields import DType, Frozen, Name, NumBytes
+from loray.spec.tools import ToolParserName
 
 
 class AutoscalingSpec(Frozen):
@@ -54,6 +55,9 @@ class ServeSpec(Frozen):
     )
     sse_heartbeat_s: float = Field(
         default=15.0, ge=0, description="silence in a stream after which a comment is sent; 0: none"
+    )
+    tool_parser: ToolParserName | None = Field(
+        default=None, description="how the base writes tool calls; None: detected from its tokenizer and template"
     )
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -127,3 +127,16 @@ class WindowDecoder:
 
     def _texts(self) -> tuple[str, str]:
         return self._decode(self._ids[self._context : self._known]), self._decode(self._ids[self._context :])
+
+
+class SkippingDecoder:
+    """Another decoder, without some tokens."""
+
+    def __init__(self, decoder: TextDecoder, skipped: Collection[int]) -> None:
+        self._decoder, self._skipped = decoder, skipped
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return self._decoder.push([token for token in token_ids if token not in self._skipped])
+
+    def flush(self) -> str:
+        return self._decoder.flush()

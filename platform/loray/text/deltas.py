@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from loray.spec import Delta, GenerateRequest, TokenDelta, TokenLogprob, TokenLogprobs, ToolCallDelta
 from loray.text.detokenizer import Detokenizer
 from loray.text.tokenizer import Tokenizer
-
-
-class ToolParser(Protocol):
-    """Tells a model's calls of tools from its text. One for each request."""
-
-    def push(self, text: str) -> Sequence[str | ToolCallDelta]:
-        """Text and parts of calls that are certain now."""
-
-    def finish(self) -> Sequence[str | ToolCallDelta]:
-        """What was held back, at the end of the text."""
+from loray.text.tools import ToolParser
 
 
 class RequestText:
     """The text of one request's tokens, in the order in which they come."""
 
-    def __init__(self, tokenizer: Tokenizer, request: GenerateRequest, tools: ToolParser | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: GenerateRequest,
+        tools: ToolParser | None = None,
+        kept: frozenset[str] = frozenset(),
+    ) -> None:
+        """`kept`: special tokens that the parser must see, and so become text."""
         self._tokenizer, self._tools = tokenizer, tools
+        self._has_calls = False
         self._prompt_ids = request.prompt_ids
         self._num_prompt_tokens = len(request.prompt_ids)
         self._has_logprobs = request.params.logprobs is not None
-        self._detokenizer = Detokenizer(tokenizer, request.params, request.prompt_ids)
+        self._detokenizer = Detokenizer(tokenizer, request.params, request.prompt_ids, kept)
         self._num_tokens = 0
 
     def push(self, delta: TokenDelta) -> Delta:
@@ -42,6 +40,9 @@ class RequestText:
         calls: tuple[ToolCallDelta, ...] = ()
         if self._tools is not None:
             text, calls = self._without_calls(self._tools, text, ended=reason is not None)
+            self._has_calls = self._has_calls or bool(calls)
+            if self._has_calls and reason == "stop":
+                reason = "tool_calls"
         logprobs = self._logprobs(token_ids, delta.logprobs) if self._has_logprobs else None
         of_prompt = None if delta.prompt_logprobs is None else self._of_prompt(delta.prompt_logprobs)
         # By position: with names it takes twice as long, and this is done for each token.

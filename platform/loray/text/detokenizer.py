@@ -26,8 +26,15 @@ class Detokenizer:
     As in vLLM, a stop string that begins in the first `min_tokens` tokens does not count.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
-        self._decoder = tokenizer.decoder(prompt_ids, skip_special_tokens=params.skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] = (),
+        kept: frozenset[str] = frozenset(),
+    ) -> None:
+        """`kept`: special tokens that become text although `params` skips special tokens."""
+        self._decoder = tokenizer.decoder(prompt_ids, skip_special_tokens=params.skip_special_tokens, kept=kept)
         self._keeps_stop = params.include_stop_str_in_output
         self._stop = params.stop
         self._num_free = params.min_tokens  # tokens from now on in which no stop string counts

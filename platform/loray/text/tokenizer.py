@@ -8,18 +8,25 @@ from typing import Any
 
 from tokenizers import decoders
 
-from loray.text.decoders import ByteDecoder, ByteTable, TextDecoder, WindowDecoder
+from loray.text.decoders import ByteDecoder, ByteTable, SkippingDecoder, TextDecoder, WindowDecoder
 
 
 class Tokenizer:
-    """Encodes and decodes texts. May be used by several threads."""
+    """Encodes and decodes texts. May be used by several threads.
+
+    added_tokens  text → id of the tokens that are not made of others, special ones and markers of tool calls
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` is transformers', with a backend of the tokenizers library."""
         self.transformers = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._texts: dict[int, str] = {}  # of single tokens; at most as many as the vocabulary
-        self._tables = self._byte_tables()
+        added = self._backend.get_added_tokens_decoder()
+        self.added_tokens = {token.content: token_id for token_id, token in added.items()}
+        self._special = frozenset(token.content for token in added.values() if token.special)
+        self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
+        self._tables: dict[frozenset[str], ByteTable] = {}  # by the tokens that have no text
         # A fast tokenizer changes its state at the first call only (truncation off); then threads may share it.
         self.encode("warm", special=True)
 
@@ -37,11 +44,22 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def decoder(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = False) -> TextDecoder:
-        """A decoder of the tokens that follow `prompt_ids`."""
-        if self._tables is not None:
-            return ByteDecoder(self._tables[skip_special_tokens])
-        return WindowDecoder(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), prompt_ids)
+    def decoder(
+        self,
+        prompt_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = False,
+        kept: frozenset[str] = frozenset(),
+    ) -> TextDecoder:
+        """A decoder of the tokens that follow `prompt_ids`. `kept`: special tokens that are not skipped."""
+        skipped = self._special - kept if skip_special_tokens else frozenset()
+        if self._is_byte_level:
+            if skipped not in self._tables:
+                self._tables[skipped] = ByteTable(self._backend.id_to_token, skipped)
+            return ByteDecoder(self._tables[skipped])
+        if not skip_special_tokens or not kept & self._special:
+            return WindowDecoder(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), prompt_ids)
+        return SkippingDecoder(WindowDecoder(self.decode, prompt_ids), {self.added_tokens[token] for token in skipped})
 
     def text_of(self, token_id: int) -> str:
         """The text of one token by itself."""
@@ -49,11 +67,3 @@ class Tokenizer:
         if text is None:
             text = self._texts[token_id] = self.decode([token_id])
         return text
-
-    def _byte_tables(self) -> tuple[ByteTable, ByteTable] | None:
-        """Tables of all tokens, and without the special ones; None if the tokens are not bytes."""
-        if not isinstance(self._backend.decoder, decoders.ByteLevel):
-            return None
-        added = self._backend.get_added_tokens_decoder().values()
-        special = [token.content for token in added if token.special]
-        return ByteTable(self._backend.id_to_token, ()), ByteTable(self._backend.id_to_token, special)

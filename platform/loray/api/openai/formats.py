@@ -9,7 +9,6 @@ from typing import Protocol, TypeVar
 
 from loray.api.openai.logprobs import by_token_id, chat_logprobs, completion_logprobs
 from loray.api.openai.responses import (
-    AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
@@ -21,7 +20,8 @@ from loray.api.openai.responses import (
     CompletionLogprobs,
     Usage,
 )
-from loray.spec import Delta, FinishReason, TokenLogprob
+from loray.api.openai.tool_calls import assistant_message, chat_delta
+from loray.spec import Delta, FinishReason, TokenLogprob, ToolCallDelta
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Choice:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: Sequence[TokenLogprob] | None = None
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -42,6 +43,7 @@ class Choice:
 
     def add(self, delta: Delta) -> None:
         self.pieces.append(delta.text)
+        self.tool_calls += delta.tool_calls
         if delta.logprobs is not None:
             if self.logprobs is None:
                 self.logprobs = []
@@ -153,7 +155,7 @@ class ChatFormat:
             choices=[
                 ChatChoice(
                     index=i,
-                    message=AssistantMessage(role="assistant", content=c.text, refusal=None),
+                    message=assistant_message(c.text, c.tool_calls),
                     logprobs=chat_logprobs(c.logprobs),
                     finish_reason=c.finish_reason or "stop",
                 )
@@ -167,8 +169,7 @@ class ChatFormat:
         return self._chunk(index, ChatDelta(role="assistant", content=""), None, None)
 
     def chunk(self, index: int, delta: Delta) -> ChatCompletionChunk:
-        content = ChatDelta(content=delta.text) if delta.text or not delta.finish_reason else ChatDelta()
-        return self._chunk(index, content, chat_logprobs(delta.logprobs), delta.finish_reason)
+        return self._chunk(index, chat_delta(delta), chat_logprobs(delta.logprobs), delta.finish_reason)
 
     def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
         return self._body([]).model_copy(update={"usage": usage})

@@ -102,10 +102,26 @@ class ChatLogprobs(_Response):
     refusal: None = None
 
 
+class FunctionCall(_Response):
+    """`arguments` is the JSON that the model wrote, valid only where the request made sure of it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Response):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class AssistantMessage(_Response):
+    """`content` is null where the model only called tools."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(_Response):
@@ -126,9 +142,24 @@ class ChatCompletion(_Response):
     prompt_logprobs: PromptLogprobs | None = None
 
 
+class FunctionCallDelta(_Response):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallChunk(_Response):
+    """Part of call number `index`: id, type and name come first and once."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta
+
+
 class ChatDelta(_Response):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallChunk] | None = None
 
 
 class ChatChunkChoice(_Response):

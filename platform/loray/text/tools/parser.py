@@ -1,0 +1,168 @@
+"""What every parser of tool calls has in common: it reads characters one after the other, and holds back what may be
+the beginning of a call.
+
+A parser is a generator that receives characters and END. So the result cannot depend on how the text was cut.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from loray.spec import ToolCallDelta
+from loray.text.tools.call_object import ArgumentsObject, CallObject, Progress
+
+Piece = str | ToolCallDelta
+Char = str | None  # None: the text has ended
+Reading = Generator[None, Char, Char]  # receives characters; returns the first one that it did not use
+
+
+class ToolParser(Protocol):
+    """Splits generated text into what is said and what is called.
+
+    A call's first delta has its id, its name and no arguments. A call that is malformed before its arguments begin is
+    text; from there on everything up to the call's end marker is arguments, be they valid JSON or not.
+    """
+
+    def push(self, text: str) -> Sequence[Piece]:
+        """What has become certain with `text`."""
+
+    def finish(self) -> Sequence[Piece]:
+        """The rest, when no more text comes."""
+
+
+def new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+class CharacterParser:
+    """Runs `_read`, the family's generator, over the text."""
+
+    def __init__(self, names: Collection[str] | None = None, new_id: Callable[[], str] = new_call_id) -> None:
+        self._names, self._new_id = names, new_id
+        self._num_calls = 0
+        self._out: list[Piece] = []
+        self._reading = self._read()
+        next(self._reading)
+
+    def push(self, text: str) -> Sequence[Piece]:
+        for c in text:
+            self._reading.send(c)
+        return self._taken()
+
+    def finish(self) -> Sequence[Piece]:
+        try:
+            self._reading.send(None)
+        except StopIteration:
+            pass
+        else:
+            raise AssertionError("the parser went on after the end")
+        return self._taken()
+
+    def _read(self) -> Reading:
+        raise NotImplementedError
+
+    # -- output -------------------------------------------------------------------------------------------------------
+
+    def _taken(self) -> Sequence[Piece]:
+        out, self._out = self._out, []
+        return out
+
+    def _text(self, text: str) -> None:
+        if text and self._out and isinstance(self._out[-1], str):
+            self._out[-1] += text
+        elif text:
+            self._out.append(text)
+
+    def _call(self, name: str) -> None:
+        self._out.append(ToolCallDelta(self._num_calls, self._new_id(), name, ""))
+        self._num_calls += 1
+
+    def _arguments(self, text: str) -> None:
+        index, last = self._num_calls - 1, self._out[-1] if self._out else None
+        if text and isinstance(last, ToolCallDelta) and last.id is None:
+            self._out[-1] = replace(last, arguments=last.arguments + text)
+        elif text:
+            self._out.append(ToolCallDelta(index, None, None, text))
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _spaces(self, c: Char) -> Generator[None, Char, tuple[str, Char]]:
+        """Whitespace, and the character after it."""
+        spaces = ""
+        while c is not None and c.isspace():
+            spaces += c
+            c = yield
+        return spaces, c
+
+    def _until(self, begin: str, c: Char, *, after_call: bool, end: str = "") -> Generator[None, Char, str | None]:
+        """Emits text until the marker `begin`. Returns it with the whitespace before it; None where the text ends.
+
+        Directly after a call, whitespace and the call's marker `end` are not text.
+        """
+        pending, markers = "", [m for m in (begin, end) if m]
+        while c is not None:
+            pending = (pending + c).lstrip() if after_call else pending + c
+            if pending.endswith(begin):
+                self._text(pending[: -len(begin)].rstrip())
+                return pending[len(pending[: -len(begin)].rstrip()) :]
+            if after_call and pending == end:
+                pending = ""
+            else:
+                keep = max(_overlap(pending, m) for m in markers)
+                certain = pending[: len(pending) - keep].rstrip()
+                if certain:
+                    self._text(certain)
+                    pending, markers, after_call = pending[len(certain) :], [begin], False
+            c = yield
+        self._text(pending)
+        return None
+
+    def _object(self, call: CallObject | ArgumentsObject, raw: str, c: Char, *, end: str = "") -> Reading:
+        """One call whose object begins with `c`. `raw` came before it, and is text if it turns out to be no call."""
+        begun = False
+        while c is not None:
+            progress = call.feed(c)
+            if not begun and call.name is not None:
+                begun = True
+                self._call(call.name)
+            self._arguments(call.take())
+            if progress is Progress.DONE:
+                return (yield)
+            if progress is Progress.MALFORMED:
+                if begun and not call.complete:
+                    return (yield from self._raw_arguments(c, end))
+                if not begun:
+                    self._text(raw)
+                return c
+            if not begun:
+                raw += c
+            c = yield
+        if not begun:
+            self._text(raw)
+        return None
+
+    def _raw_arguments(self, c: Char, end: str) -> Reading:
+        """Arguments that are not JSON: everything up to the marker `end`, which is taken too."""
+        pending = ""
+        while c is not None:
+            pending += c
+            if end and pending.endswith(end):
+                self._arguments(pending[: -len(end)].rstrip())
+                return (yield)
+            certain = pending[: len(pending) - _overlap(pending, end)].rstrip()
+            self._arguments(certain)
+            pending = pending[len(certain) :]
+            c = yield
+        self._arguments(pending)
+        return None
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `marker`."""
+    for n in range(min(len(text), len(marker) - 1), 0, -1):
+        if text.endswith(marker[:n]):
+            return n
+    return 0

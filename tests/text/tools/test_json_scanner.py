@@ -1,0 +1,71 @@
+"""The scanner of one JSON object against Python's decoder, by prefix: valid ones end where they end, others are BAD."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loray.text.tools.json_scanner import JsonScanner, Part
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+    lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=3), c, max_size=3),
+    max_leaves=8,
+)
+objects = st.dictionaries(st.text(max_size=3), values, max_size=4)
+
+
+def scan(text: str) -> list[Part]:
+    """The part of each character, up to END or BAD."""
+    scanner, parts = JsonScanner(), list[Part]()
+    for c in text:
+        parts.append(scanner.feed(c))
+        if parts[-1] in (Part.END, Part.BAD):
+            break
+    return parts
+
+
+@given(objects, st.sampled_from([None, 1]), st.booleans())
+def test_an_object_ends_at_its_brace_and_its_parts_are_its_keys_and_values(
+    value: dict[str, object], indent: int | None, ascii_only: bool
+) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
+    parts = scan(text + "}")
+    assert len(parts) == len(text)
+    assert parts[-1] is Part.END
+    found = "".join(c if p in (Part.KEY, Part.VALUE) else "\n" for c, p in zip(text, parts, strict=True))
+    written = [json.loads(line) for line in runs(text, parts)]
+    assert written == [x for pair in value.items() for x in pair], found
+
+
+def runs(text: str, parts: list[Part]) -> list[str]:
+    """What belongs together: neighbours of one kind, KEY or VALUE."""
+    out, before = list[str](), Part.BETWEEN
+    for c, part in zip(text, parts, strict=True):
+        if part in (Part.KEY, Part.VALUE):
+            out = [*out[:-1], out[-1] + c] if part is before else [*out, c]
+        before = part
+    return out
+
+
+@given(objects.map(json.dumps), st.integers(0, 60), st.characters() | st.sampled_from('{}[]",:0.e-\\tu'))
+def test_what_is_no_json_is_bad_and_what_is_ends(text: str, at: int, inserted: str) -> None:
+    changed = text[: at % len(text)] + inserted + text[at % len(text) :]
+    parts = scan(changed)
+    try:
+        value, end = json.JSONDecoder().raw_decode(changed)
+    except json.JSONDecodeError:
+        assert parts[-1] is not Part.END
+        return
+    if isinstance(value, dict):
+        assert len(parts) == end
+        assert parts[-1] is Part.END
+
+
+def test_numbers_and_escapes() -> None:
+    for good in ("0", "-1", "1.50", "2e+7", "true", "null", '"\\u00Ff\\/"'):
+        assert scan(f'{{"a": {good} }}')[-1] is Part.END, good
+    for bad in ("01", "1.", ".5", "+1", "1e", "--1", "tru", "nul}", '"\\x"', '"\\u00g0"', '"\n"', "'a'", "NaN"):
+        assert scan(f'{{"a": {bad} }}')[-1] is Part.BAD, bad

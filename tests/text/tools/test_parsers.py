@@ -1,0 +1,162 @@
+"""Parsers of tool calls: what they find, what they leave as text, and that no cut of the text changes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loray.spec import Tool, ToolCallDelta, ToolParserName, ToolUse
+from loray.text.tools import Piece, ToolParser, parser_for
+
+USE = ToolUse((Tool("add", {}), Tool("now", {})))
+A, B = '{"a": [1, {"b": "}]"}], "c": "\\"</tool_call>"}', "{}"
+H1 = f'<tool_call>\n{{"name": "add", "arguments": {A}}}\n</tool_call>'
+H2 = f'<tool_call>{{"arguments": {B}, "name": "now", "id": 3}}</tool_call>'
+L1, L2 = f'{{"name": "add", "parameters": {A}}}', '{"name": "now"}'
+M1, M2 = f'{{"name": "add", "arguments": {A}}}', '{"name": "now", "arguments": null}'
+
+
+class Result(NamedTuple):
+    text: str
+    calls: list[tuple[str, str]]
+
+
+def read(form: ToolParserName, chunks: Iterable[str]) -> Result:
+    parser: ToolParser = parser_for(form, USE)
+    pieces: list[Piece] = [piece for chunk in chunks for piece in parser.push(chunk)] + list(parser.finish())
+    return joined(pieces)
+
+
+def joined(pieces: Sequence[Piece]) -> Result:
+    """As a client joins the deltas of a stream; checks their form on the way."""
+    text, calls, ids = "", list[tuple[str, str]](), set[str]()
+    for piece in pieces:
+        if isinstance(piece, str):
+            assert piece
+            text += piece
+        elif piece.id is not None:
+            assert piece == ToolCallDelta(len(calls), piece.id, piece.name, "")
+            assert piece.id not in ids
+            assert len(piece.id) == len("call_") + 24
+            ids.add(piece.id)
+            calls.append((piece.name or "", ""))
+        else:
+            assert piece.name is None
+            assert piece.index == len(calls) - 1
+            assert piece.arguments
+            calls[-1] = calls[-1][0], calls[-1][1] + piece.arguments
+    return Result(text, calls)
+
+
+BOTH = [("add", A), ("now", B)]
+CASES: dict[str, tuple[ToolParserName, str, Result]] = {
+    "hermes: text, then two calls": ("hermes", f"I add.\n\n{H1}\n{H2}\n", Result("I add.", BOTH)),
+    "hermes: text after a call": ("hermes", f"{H1} so.", Result("so.", BOTH[:1])),
+    "hermes: no end marker": ("hermes", f"{H1.removesuffix('</tool_call>')}{H2}", Result("", BOTH)),
+    "hermes: a brace is missing": ("hermes", H1.replace("}\n</", "\n</") + H2, Result("", BOTH)),
+    "hermes: cut off in the arguments": ("hermes", H1[:60], Result("", [("add", H1[41:60])])),
+    "hermes: cut off before them": ("hermes", H1[:40], Result(H1[:40], [])),
+    "hermes: arguments that are no JSON": (
+        "hermes",
+        '<tool_call>{"name": "add", "arguments": {"a": oh}}</tool_call> and',
+        Result("and", [("add", '{"a": oh}}')]),
+    ),
+    "hermes: no object": ("hermes", "<tool_call>add(1)</tool_call>", Result("<tool_call>add(1)</tool_call>", [])),
+    "hermes: no name": ("hermes", '<tool_call>{"arguments": {}}', Result('<tool_call>{"arguments": {}}', [])),
+    "hermes: arguments that are no object": (
+        "hermes",
+        '<tool_call>{"name": "add", "arguments": "x"}</tool_call>',
+        Result('<tool_call>{"name": "add", "arguments": "x"}</tool_call>', []),
+    ),
+    "hermes: another marker": ("hermes", " <tool_calls> <tool", Result(" <tool_calls> <tool", [])),
+    "hermes: after a malformed call": ("hermes", f"<tool_call> {H1}", Result("<tool_call> ", BOTH[:1])),
+    "llama: one call": ("llama3_json", L1, Result("", BOTH[:1])),
+    "llama: two calls": ("llama3_json", f"\n{L1}; {L2}\n", Result("", BOTH)),
+    "llama: after its tag": ("llama3_json", f"Well.<|python_tag|>{L1}", Result("Well.", BOTH[:1])),
+    "llama: not the name of a tool": (
+        "llama3_json",
+        '{"name": "Ann", "age": 3}',
+        Result('{"name": "Ann", "age": 3}', []),
+    ),
+    "llama: JSON in a text": ("llama3_json", f"so {L1}", Result(f"so {L1}", [])),
+    "llama: code": ("llama3_json", "<|python_tag|>print(1)", Result("<|python_tag|>print(1)", [])),
+    "llama: text after a call": ("llama3_json", f"{L1}; or", Result("; or", BOTH[:1])),
+    "mistral: an array": ("mistral", f"Hm. [TOOL_CALLS] [{M1}, {M2}]\n", Result("Hm.", BOTH)),
+    "mistral: an object": ("mistral", f"[TOOL_CALLS]{M1}", Result("", BOTH[:1])),
+    "mistral: an array cut off": ("mistral", f"[TOOL_CALLS][{M1},", Result("", BOTH[:1])),
+    "mistral: with names": ("mistral", f"[TOOL_CALLS]add[ARGS]{A}[TOOL_CALLS]now[ARGS] {B}", Result("", BOTH)),
+    "mistral: with ids": ("mistral", f"[TOOL_CALLS]add[CALL_ID]a1B[ARGS]{A}", Result("", BOTH[:1])),
+    "mistral: no separator": ("mistral", f"[TOOL_CALLS]add{A}", Result("", BOTH[:1])),
+    "mistral: no arguments": ("mistral", "[TOOL_CALLS]add[ARG] x", Result("[TOOL_CALLS]add[ARG] x", [])),
+    "mistral: brackets": ("mistral", "a [TOOL] [TOOL_CALLS][]", Result("a [TOOL] [TOOL_CALLS][]", [])),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_text_and_what_is_a_call(case: str) -> None:
+    form, text, expected = CASES[case]
+    assert read(form, [text]) == expected
+    assert read(form, text) == expected  # one character after the other
+
+
+# Pieces of which calls are made, in any order: nearly all of them malformed, at every point.
+PARTS = ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "add", *"[]{},;: \n"]
+PARTS += ['"name"', '"arguments"', '"add"', "{}", '{"a": 1}', '"\\u00e9"', "null", "-1.5e3", "<tool"]
+PARTS += [H1, H2, L1, L2, M1, M2, f'{{"name": "add", "arguments": {A}']
+texts = st.one_of(
+    st.lists(st.sampled_from(PARTS), max_size=12).map("".join), st.text('<tool_cal>{}[]" ab:', max_size=20)
+)
+forms = st.sampled_from(["hermes", "llama3_json", "mistral"])
+
+
+@given(form=forms, text=texts, cuts=st.lists(st.integers(0, 200)))
+def test_no_cut_changes_the_result_and_no_text_is_lost(form: ToolParserName, text: str, cuts: list[int]) -> None:
+    bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    chunks = [text[i:j] for i, j in pairwise(bounds)]
+    whole = read(form, [text])
+    assert read(form, chunks) == whole
+    if not whole.calls:
+        assert whole.text == text
+    said = "".join((whole.text, *(name + arguments for name, arguments in whole.calls)))
+    assert is_subsequence(whole.text, text)
+    assert len(said) <= len(text) + 2 * len(whole.calls)  # "{}" where a call has no arguments
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda c: st.lists(c) | st.dictionaries(st.text(), c),
+    )
+)
+def test_any_json_is_passed_on_as_it_was_written(value: object) -> None:
+    arguments = json.dumps({"value": value}, ensure_ascii=False)
+    call = f'{{"name": "add", "arguments": {arguments}}}'
+    for form, text in (
+        ("hermes", f"<tool_call>{call}</tool_call>"),
+        ("llama3_json", call),
+        ("mistral", f"[TOOL_CALLS]add[ARGS]{arguments}"),
+    ):
+        assert read(form, [text]) == Result("", [("add", arguments)])  # type: ignore[arg-type]
+
+
+def test_arguments_come_while_they_are_written_and_plain_text_at_once() -> None:
+    parser = parser_for("hermes", USE)
+    assert list(parser.push("Hello <to")) == ["Hello"]
+    assert list(parser.push("day")) == [" <today"]
+    assert list(parser.push('<tool_call>{"name": "add", "argu')) == []
+    begun, first = parser.push('ments": {"a"')
+    assert isinstance(begun, ToolCallDelta)
+    assert (begun.index, begun.name, begun.arguments) == (0, "add", "")
+    assert first == ToolCallDelta(0, None, None, '{"a"')
+    assert list(parser.push(": 1")) == [ToolCallDelta(0, None, None, ": 1")]
+
+
+def is_subsequence(short: str, long: str) -> bool:
+    rest = iter(long)
+    return all(c in rest for c in short)
