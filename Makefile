@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-rest test-slow test-fast check format bench bench-serve bench-train bench-quality clean
+.PHONY: demo test test-cluster test-numeric test-rest test-slow test-fast check format bench bench-serve bench-front bench-train bench-quality clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -48,6 +48,9 @@ bench: .venv/.ready
 
 bench-serve: .venv/.ready
 	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-front: .venv/.ready
+	$(BIN)/python -m benchmarks.front $(ARGS)
 
 bench-train: .venv/.ready
 	$(BIN)/python -m benchmarks.training $(ARGS)

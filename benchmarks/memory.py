@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.processes import tree
+
 _SAMPLE_S = 0.25
 
 
@@ -32,12 +34,9 @@ def _status(field: str) -> int:
 
 def tree_pss(pid: int) -> int:
     """Bytes of process `pid` and its descendants; shared pages count once (proportional set size)."""
-    total, todo = 0, [pid]
-    while todo:
-        process = todo.pop()
+    total = 0
+    for process in tree(pid):
         try:
-            for children in Path(f"/proc/{process}/task").glob("*/children"):
-                todo += map(int, children.read_text(encoding="utf-8").split())
             rollup = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
         except OSError:
             continue  # it has ended

@@ -1,0 +1,1 @@
+"""The gateway alone: engines that compute nothing yield tokens, a client in another process reads them from sockets."""

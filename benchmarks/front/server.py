@@ -1,0 +1,89 @@
+"""The process under test: a gateway on engines that compute nothing, or the floor.
+
+    python -m benchmarks.front.server '{"kind": "gateway", "base": "smollm2", "home": HOME, "interval_s": 0.0}'
+
+It prints its port when it answers, and ends when its input ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from benchmarks.front.engines import FakeEngines
+from benchmarks.front.floor import FloorProtocol, chunk
+from loray.bases.registry import BaseModel, get_base
+from loray.catalog import Catalog
+from loray.spec import ServeSpec
+from serve_apps.gateway.app import create_app
+from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.gateway import Gateway
+from serve_apps.gateway.prompts import PromptEncoder
+
+_TEXT = (
+    "The engine makes tokens and the gateway writes them as events, each with its text, until the last one has come."
+)
+# An event of the gateway, of the same length.
+_EVENT = (
+    'data: {"id":"cmpl-0123456789abcdef0123456789abcdef","object":"text_completion","created":1790000000,'
+    '"model":"smollm2","system_fingerprint":"loray-0.1.0-0123456789ab","choices":[{"index":0,"text":" tokens",'
+    '"logprobs":null,"finish_reason":null}]}\n\n'
+)
+
+
+def gateway_app(base: BaseModel, home: Path, interval_s: float) -> FastAPI:
+    prompts = PromptEncoder.load(base)
+    token_ids = prompts.tokenizer.encode(_TEXT, special=False)
+    directory = ModelDirectory(base, lambda: Catalog(f"sqlite:///{home}/front.db"))
+    return create_app(Gateway(ServeSpec(base=base.name), directory, prompts, FakeEngines(token_ids, interval_s)))
+
+
+async def _serve_gateway(app: FastAPI, listener: socket.socket, ended: asyncio.Event) -> None:
+    """With uvicorn's settings of `loray serve`."""
+    config = uvicorn.Config(
+        app, loop="uvloop", http="httptools", ws="none", lifespan="on", log_level="warning", access_log=False
+    )
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not task.done():
+        await asyncio.sleep(0.01)
+    _say_port(listener)
+    await ended.wait()
+    server.should_exit = True
+    await task
+
+
+async def _serve_floor(listener: socket.socket, ended: asyncio.Event) -> None:
+    event = chunk(_EVENT)
+    server = await asyncio.get_running_loop().create_server(lambda: FloorProtocol(event), sock=listener)
+    _say_port(listener)
+    await ended.wait()
+    server.close()
+
+
+def _say_port(listener: socket.socket) -> None:
+    sys.stdout.write(f"{listener.getsockname()[1]}\n")
+    sys.stdout.flush()
+
+
+async def serve(setup: dict[str, str | float]) -> None:
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin, ended.set)
+    if setup["kind"] == "floor":
+        await _serve_floor(listener, ended)
+    else:
+        home = Path(str(setup["home"]))
+        app = gateway_app(get_base(home, str(setup["base"])), Path(str(setup["folder"])), float(setup["interval_s"]))
+        await _serve_gateway(app, listener, ended)
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(json.loads(sys.argv[1])))

@@ -1,0 +1,55 @@
+"""Processes of this machine, from /proc: their processor time, titles and descendants."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process and all its threads since its start, in user and system mode; 0 if it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0.0
+    fields = stat[stat.rindex(")") + 2 :].split()  # after the name, which may hold spaces
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    found, todo = [], [pid]
+    while todo:
+        process = todo.pop()
+        found.append(process)
+        try:
+            for children in Path(f"/proc/{process}/task").glob("*/children"):
+                todo += map(int, children.read_text(encoding="utf-8").split())
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def with_variable(name: str, value: str) -> list[int]:
+    """The processes of this user that were started with this environment variable."""
+    wanted = f"{name}={value}".encode()
+    return [pid for pid in _pids() if wanted in _read(pid, "environ").split(b"\0")]
+
+
+def title(pid: int) -> str:
+    """What `ps` shows of its command."""
+    return _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+
+
+def _pids() -> Iterable[int]:
+    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
