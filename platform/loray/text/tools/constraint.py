@@ -1,0 +1,127 @@
+"""The grammar of answers with tool calls: forced calls, and free text in which calls are valid where they occur.
+
+Written for llguidance (docs/syntax.md, "Tool calling"). JSON is written as Python's `json.dumps` and Jinja's `tojson`
+write it, which is what models have seen: a colon or comma and one space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from loray.errors import RequestError
+from loray.spec import Constraint, Tool, ToolParserName, ToolUse
+from loray.text.tools.families import HermesParser, LlamaParser, MistralParser
+
+_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_TEXT = r"TEXT: /(.|\n)*/"
+Symbol = Callable[[str], str]  # a marker as llguidance has it: the token where the tokenizer has one, else its text
+
+
+def calls_constraint(
+    use: ToolUse, form: ToolParserName, token_id: Callable[[str], int | None], answer: Constraint | None = None
+) -> Constraint | None:
+    """What the answer must match; None where the model is free. `answer` is what it must match if it calls nothing.
+
+    Forced calls have arguments that are valid by the function's parameters, as far as its schema can be enforced; those
+    of a strict function always are, or the schema is refused.
+    """
+    if not use.forced and answer is None and use.num_calls is None and not any(t.strict for t in use.callable):
+        return None
+
+    def symbol(marker: str) -> str:
+        token = token_id(marker)
+        return _quoted(marker) if token is None else f"<[{token}]>"
+
+    rules = _Rules(use, symbol)
+    if form == "llama3_json":
+        return Constraint.from_grammar(rules.llama(answer))
+    if form == "hermes":
+        body = rules.hermes_body()
+    else:
+        body = rules.mistral_body(named=token_id(MistralParser.ARGUMENTS) is not None)
+    begin = HermesParser.BEGIN if form == "hermes" else MistralParser.BEGIN
+    return Constraint.from_grammar(rules.marked(begin, body, answer, is_token=token_id(begin) is not None))
+
+
+class _Rules:
+    def __init__(self, use: ToolUse, symbol: Symbol) -> None:
+        self._use, self._symbol = use, symbol
+        self._rules: list[str] = []
+
+    def hermes_body(self) -> str:
+        calls = self._calls(lambda t: f'\n{{"name": {json.dumps(t.name)}, "arguments": ', "}\n")
+        return f"({calls}) {self._symbol(HermesParser.END)}"
+
+    def mistral_body(self, *, named: bool) -> str:
+        if named:
+            return f"({self._named_calls()})"
+        calls = self._calls(lambda t: f'{{"name": {json.dumps(t.name)}, "arguments": ', "}")
+        more = "" if self._use.num_calls == 1 else f' (", " ({calls}))*'
+        return f'" "? "[" ({calls}){more} "]"'
+
+    def marked(self, begin: str, body: str, answer: Constraint | None, *, is_token: bool) -> str:
+        """Calls that begin with a marker, each with its own."""
+        marker, single = self._symbol(begin), self._use.num_calls == 1
+        self._rules.append(f"call: {marker} {body}")
+        calls = "call" if single else 'call ("\\n"? call)*'
+        if self._use.forced:
+            return self._lark(calls)
+        if answer is not None:
+            return self._lark(f"{calls} | answer", f"answer: %json {_answer_schema(answer)}")
+        head = [f"head: TEXT {marker}"] if is_token else [f"head[lazy]: TEXT {marker}"]
+        start = "said | rest" if single else "said* rest"
+        return self._lark(start, *head, f"said: head {body}", "rest: TEXT", _TEXT)
+
+    def llama(self, answer: Constraint | None) -> str:
+        calls = self._calls(lambda t: f'{{"name": {json.dumps(t.name)}, "parameters": ', "}")
+        more = "" if self._use.num_calls == 1 else f' ("; " ({calls}))*'
+        self._rules.append(f"calls: ({calls}){more}")
+        if self._use.forced:
+            return self._lark("calls")
+        tag = self._symbol(LlamaParser.BEGIN)
+        if answer is not None:  # the tag tells calls from an answer: both are objects, and the lexer does not go back
+            return self._lark(f"{tag} calls | answer", f"answer: %json {_answer_schema(answer)}")
+        return self._lark(f"{tag}? calls | rest", "rest: TEXT?", r"TEXT: /[^{\s](.|\n)*/")
+
+    def _calls(self, before: Callable[[Tool], str], after: str) -> str:
+        """One rule for each function, and the choice between them."""
+        for i, tool in enumerate(self._use.callable):
+            self._rules.append(f"f{i}: {_quoted(before(tool))} %json {self._schema(tool)} {_quoted(after)}")
+        return self._any()
+
+    def _named_calls(self) -> str:
+        for i, tool in enumerate(self._use.callable):
+            arguments = self._symbol(MistralParser.ARGUMENTS)
+            self._rules.append(f"f{i}: {_quoted(tool.name)} {arguments} %json {self._schema(tool)}")
+        return self._any()
+
+    def _any(self) -> str:
+        return " | ".join(f"f{i}" for i in range(len(self._use.callable)))
+
+    def _schema(self, tool: Tool) -> str:
+        """Of a function's arguments, always an object. A free answer is held to the schemas of strict functions."""
+        if not (self._use.forced or tool.strict):
+            return _schema({"type": "object"}, lenient=True)
+        return _schema(
+            tool.parameters if "type" in tool.parameters else {"type": "object", **tool.parameters},
+            lenient=not tool.strict,
+        )
+
+    def _lark(self, start: str, *rules: str) -> str:
+        return "\n".join((f"start: {start}", *rules, *self._rules))
+
+
+def _schema(schema: Mapping[str, Any], *, lenient: bool) -> str:
+    return json.dumps({**schema, "x-guidance": {**_JSON, "lenient": lenient}})
+
+
+def _answer_schema(answer: Constraint) -> str:
+    if answer.kind != "json_schema":
+        raise RequestError("tools can be combined with a JSON schema for the answer, not with other grammars", "tools")
+    return _schema(json.loads(answer.text), lenient=answer.lenient)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
