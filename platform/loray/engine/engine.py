@@ -57,7 +57,7 @@ class Engine:
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
         self._sampler = Sampler(base.config.eos_token_ids)
-        self._grammars = Grammars(base, lambda: self.wake())
+        self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, pinned=pool.tensor.is_cuda)
         self._loads = AdapterLoads(pool, packer, load, lambda: self.wake())
         self.residency: Residency[PackedAdapter, ResidentAdapter] = Residency(

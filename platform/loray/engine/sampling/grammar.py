@@ -4,7 +4,7 @@ A constraint is compiled in a thread, and its request is queued when that is don
 while the model runs: it reads the tokens that came since the last mask, then llguidance fills one bit per token of the
 vocabulary. Nothing here costs anything before the first such request.
 
-Shapes: M rows with a mask, W words of 32 bits.
+Shapes: M rows with a mask, W words of 32 bits, V' = 32 W, at least the vocabulary.
 """
 
 from __future__ import annotations
@@ -28,19 +28,24 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
 _NUM_COMPILING = 2
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_BIAS_OF_BYTE = np.where(_BITS == 1, np.float32(0), np.float32(-np.inf))
 _MAX_COMPILED = 64  # constraints, the last used of which are kept
 
 
 class Masks(NamedTuple):
-    """Of one step. Bit t % 32 of word t // 32 is set where token t is allowed.
+    """Of one step. Valid until the next step's are begun.
 
     requests   those of the rows
+    words_MW   bit t % 32 of word t // 32 is set where token t is allowed
+    bias_MV    the same as numbers to add, 0 or −∞ in fp32, of V' columns; None on a GPU, which makes it from the words
     ended      whose answer is complete: only the end of the text is allowed
     errors     of those whose constraint cannot be followed any further, which have no row
     """
 
     requests: Sequence[Request]
     words_MW: npt.NDArray[np.int32]
+    bias_MV: npt.NDArray[np.float32] | None
     ended: frozenset[Request]
     errors: dict[Request, RequestError]
 
@@ -57,9 +62,11 @@ class _Answer:
 class Grammars:
     """Used by the engine's thread alone. `wake` is called from other threads when a constraint has been compiled."""
 
-    def __init__(self, base: BaseModel, wake: Callable[[], None]) -> None:
-        self._compiler, self._wake = GrammarCompiler(base), wake
+    def __init__(self, base: BaseModel, wake: Callable[[], None], *, on_gpu: bool = False) -> None:
+        self._compiler, self._wake, self._on_gpu = GrammarCompiler(base), wake, on_gpu
         self._num_words = -(-base.config.vocab_size // 32)
+        self._words_MW = np.empty((0, self._num_words), dtype=np.int32)
+        self._bias_MV = np.empty((0, 32 * self._num_words), dtype=np.float32)
         self._compiled: OrderedDict[Constraint, Future[LLMatcher]] = OrderedDict()
         self._preparing: dict[Request, Future[LLMatcher]] = {}
         self._answers: dict[Request, _Answer] = {}
@@ -139,13 +146,31 @@ class Grammars:
             answer.matcher.consume_tokens(request.output_ids[answer.num_read :])
             answer.num_read = len(request.output_ids)
         ended = frozenset(r for r, a in answers if a.matcher.is_stopped())
-        words_MW = np.empty((len(answers), self._num_words), dtype=np.int32)
-        row_bytes = words_MW.strides[0]
+        words_MW = self._words(len(answers))
         self._executor.unsafe_compute_mask_ptr(
-            [(a.matcher, row) for row, (_, a) in enumerate(answers)], words_MW.ctypes.data, row_bytes, len(answers)
+            [(a.matcher, row) for row, (_, a) in enumerate(answers)],
+            words_MW.ctypes.data,
+            words_MW.strides[0],
+            len(answers),
         )
         errors = {r: _too_complex(a.matcher.get_error()) for r, a in answers if a.matcher.is_error()}
-        return Masks([r for r, _ in answers], words_MW, ended - errors.keys(), errors)
+        bias_MV = None if self._on_gpu else self._bias(words_MW)
+        return Masks([r for r, _ in answers], words_MW, bias_MV, ended - errors.keys(), errors)
+
+    def _words(self, num_rows: int) -> npt.NDArray[np.int32]:
+        if num_rows > len(self._words_MW):
+            self._words_MW = np.empty((num_rows, self._num_words), dtype=np.int32)
+        return self._words_MW[:num_rows]
+
+    def _bias(self, words_MW: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Eight tokens at a time, from a table. The memory is kept, as fresh pages would cost more than the rest."""
+        num_rows = len(words_MW)
+        if num_rows > len(self._bias_MV):
+            self._bias_MV = np.empty((num_rows, 32 * self._num_words), dtype=np.float32)
+        bias_MV = self._bias_MV[:num_rows]
+        out = bias_MV.reshape(num_rows, 4 * self._num_words, 8)
+        np.take(_BIAS_OF_BYTE, words_MW.view(np.uint8), axis=0, out=out, mode="clip")
+        return bias_MV
 
 
 def _too_complex(reason: str) -> RequestError:

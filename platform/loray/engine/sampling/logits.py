@@ -64,16 +64,16 @@ def _apply(masks: Masks, logits_SV: Tensor, requests: Sequence[Request]) -> None
     if not pairs:
         return
     vocab = logits_SV.shape[1]
-    if logits_SV.is_cuda:
+    if masks.bias_MV is None:
         words_MW = torch.from_numpy(masks.words_MW[[m for m, _ in pairs]]).to(logits_SV.device)
         bits = torch.arange(32, dtype=torch.int32, device=logits_SV.device)
         denied_MV = ((words_MW.unsqueeze(2) >> bits) & 1 == 0).flatten(1)[:, :vocab]
         rows = torch.tensor([row for _, row in pairs], device=logits_SV.device)
         logits_SV[rows] = logits_SV[rows].masked_fill(denied_MV, -math.inf)
         return
-    denied = np.unpackbits(~masks.words_MW.view(np.uint8), axis=1, count=vocab, bitorder="little")
+    bias_MV = torch.from_numpy(masks.bias_MV)[:, :vocab]
     for m, row in pairs:
-        logits_SV[row].masked_fill_(torch.from_numpy(denied[m]).view(torch.bool), -math.inf)
+        logits_SV[row].add_(bias_MV[m])
 
 
 def _keep(logits_V: Tensor, tokens: Tokens) -> None:

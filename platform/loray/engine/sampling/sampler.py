@@ -61,7 +61,9 @@ class Sampler:
         finite = [math.isfinite(best) for best in best_S.tolist()]
         drawn = [i for i, r in enumerate(requests) if finite[i] and r.spec.params.temperature >= _GREEDY_BELOW]
         if drawn:
-            chosen = self._draw(processed_SV[drawn], best_S[drawn], [requests[i] for i in drawn])
+            ours = processed_SV is not logits_SV and len(drawn) == len(requests)  # then it may be overwritten
+            drawn_RV = processed_SV if ours else processed_SV[drawn]
+            chosen = self._draw(drawn_RV, best_S[drawn], [requests[i] for i in drawn])
             for i, token in zip(drawn, chosen, strict=True):
                 tokens[i] = token
         num_top = [r.spec.params.logprobs if ok else None for r, ok in zip(requests, finite, strict=True)]
