@@ -1,8 +1,7 @@
-"""HTTP that the gateway and the catalog's API share: JSON bodies, errors of routes, schemas of the OpenAPI document."""
+"""HTTP that the gateway and the catalog's API share: errors of routes, schemas of the OpenAPI document."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,15 +15,6 @@ from starlette.exceptions import HTTPException
 from loray.errors import LorayError
 
 _REFERENCE = "#/components/schemas/{model}"
-
-
-def parse_json(text: str | bytes) -> Any:
-    """JSON as RFC 8259 defines it: unlike `json.loads`, without NaN and Infinity. Raises ValueError, RecursionError."""
-    return json.loads(text, parse_constant=_refuse_constant)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def install_error_handlers(

@@ -32,6 +32,11 @@ Every message says what was wrong and what to do. `serve_apps` maps errors to HT
 
 from __future__ import annotations
 
+from reprlib import Repr
+
+_SHOWN = Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 120
+
 
 class LorayError(Exception):
     """Base of all errors raised on purpose by loray."""
@@ -161,3 +166,8 @@ class ReplicaUnavailable(EngineError):
 
 class TrainingError(LorayError):
     pass
+
+
+def shown(value: object) -> str:
+    """`repr` of what a caller sent, cut to a length that fits into a message."""
+    return _SHOWN.repr(value)

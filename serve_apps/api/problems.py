@@ -9,8 +9,6 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic_core import ErrorDetails
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.api.resources import FieldError, Problem, problem_type
 from loray.errors import (
@@ -29,12 +27,14 @@ from loray.errors import (
     UnsupportedError,
 )
 from loray.telemetry import get_logger
+from serve_apps.bodies import BodyLimit
 from serve_apps.http import install_error_handlers, schema_reference
 
 _log = get_logger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 MAX_BODY_BYTES = 256 << 10
+_ADVICE = "data belongs into files that it names"
 
 
 class InvalidFields(SpecError):
@@ -86,7 +86,7 @@ def fields_of(errors: list[ErrorDetails] | Any, skip: int = 0) -> tuple[FieldErr
 def install(app: FastAPI) -> None:
     """Gives every error of `app` the form of a problem, and limits the size of request bodies."""
     install_error_handlers(app, failed=_failed, invalid=_invalid, refused=_response)
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_bytes=lambda: MAX_BODY_BYTES, advice=_ADVICE)
 
 
 def _failed(error: Exception) -> Response:
@@ -110,33 +110,3 @@ def _response(
     problem = Problem(type=kind, title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors)
     headers = {"Retry-After": "1"} if status == 503 else None
     return Response(problem.model_dump_json(exclude_none=True), status, headers, media_type=MEDIA_TYPE)
-
-
-class BodyLimit:
-    """Refuses bodies longer than MAX_BODY_BYTES before they are read completely, with or without Content-Length."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES:
-                raise HTTPException(413, _TOO_LARGE)  # the error handlers, further inside, turn it into a problem
-            return message
-
-        if length.isdigit() and int(length) > MAX_BODY_BYTES:
-            await _response(413, _TOO_LARGE)(scope, receive, send)
-        else:
-            await self._app(scope, counted, send)
-
-
-_TOO_LARGE = f"the request's body is larger than {MAX_BODY_BYTES >> 10} KiB; data belongs into files that it names"

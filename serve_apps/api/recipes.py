@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import yaml
@@ -11,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from loray.spec import TrainSpec
 from serve_apps.api.problems import InvalidFields, fields_of
-from serve_apps.http import parse_json
+from serve_apps.bodies import parse_json, read
 
 JSON = ("application/json",)
 YAML = ("application/yaml", "application/x-yaml", "text/yaml")
@@ -21,8 +22,7 @@ async def _read(request: Request) -> TrainSpec:
     media_type = request.headers.get("content-type", JSON[0]).partition(";")[0].strip().lower()
     if media_type not in JSON + YAML:
         raise HTTPException(415, f"a recipe is {JSON[0]} or {YAML[0]}, not {media_type or 'without a type'}")
-    raw = await request.body()
-    return _parse(raw, is_yaml=media_type in YAML)
+    return await read(request, partial(_parse, is_yaml=media_type in YAML))
 
 
 def _parse(raw: bytes, *, is_yaml: bool) -> TrainSpec:

@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from loray.api.openai import Model, ModelList
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
-from loray.errors import AdapterNotFound
+from loray.errors import AdapterNotFound, shown
 from loray.spec import AdapterRef
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
 REFRESH_S = 0.2  # the time after which a promotion or a rollback takes effect
+LOOK_AGAIN_S = 0.05
 _DATABASE_TIMEOUT_S = 5.0
 _OWNER = "loray"
 
@@ -31,11 +32,13 @@ class ModelDirectory:
     def __init__(self, base: BaseModel, open_catalog: Callable[[], Catalog]) -> None:
         self.base = base
         self.failure: str | None = None  # of the last refresh
+        self.longest_context = base.config.max_position_embeddings  # of the base and all its adapters
         self._open_catalog = open_catalog
         self._catalog: Catalog | None = None
         self._snapshot: CatalogSnapshot | None = None
         self._created = int(time.time())
         self._refreshing = asyncio.Lock()
+        self._looking = asyncio.Lock()
         self._refreshed_at = float("-inf")  # when the last refresh began, whether or not it succeeded
         self._read_at = float("-inf")  # when the last successful refresh began
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="catalog")
@@ -80,8 +83,18 @@ class ModelDirectory:
                 self.failure = None
                 self._read_at = self._refreshed_at
 
+    async def _look_again(self) -> None:
+        """Returns after a refresh that began later than this call. Such refreshes are LOOK_AGAIN_S apart at least, so
+        that a flood of unknown names does not become one of reads.
+        """
+        called_at = time.monotonic()
+        async with self._looking:
+            if self._refreshed_at < called_at:
+                await asyncio.sleep(self._refreshed_at + LOOK_AGAIN_S - time.monotonic())
+                await self.refresh()
+
     async def resolve(self, model: str) -> AdapterRef | None:
-        """The adapter of a name; None for the base. The database is read once for a name that the snapshot lacks.
+        """The adapter of a name; None for the base. The database is read again for a name that the snapshot lacks.
 
         Raises AdapterNotFound, or BaseMismatch for an adapter of another base.
         """
@@ -90,7 +103,7 @@ class ModelDirectory:
         try:
             ref = self._lookup(model)
         except AdapterNotFound:
-            await self.refresh()
+            await self._look_again()
             ref = self._lookup(model)
         ref.check_base(self.base.name, self.base.fingerprint)
         return ref
@@ -143,11 +156,11 @@ class ModelDirectory:
 
     def _lookup(self, model: str) -> AdapterRef:
         if self._snapshot is None:
-            raise AdapterNotFound(f"no adapter {model!r}: the catalog could not be read yet ({self.failure})")
+            raise AdapterNotFound(f"no adapter {shown(model)}: the catalog could not be read yet ({self.failure})")
         try:
             return self._snapshot.resolve(model)
         except AdapterNotFound as e:
-            raise AdapterNotFound(f"the model {model!r} does not exist: {e}") from e
+            raise AdapterNotFound(f"the model {shown(model)} does not exist: {e}") from e
 
     def _read_in_thread(self) -> asyncio.Future[None]:
         """Reads the database in a thread, once at a time: while a read hangs, the next call waits for it."""
@@ -160,3 +173,7 @@ class ModelDirectory:
             self._catalog = self._open_catalog()
         if self._snapshot is None or self._catalog.change_counter() != self._snapshot.counter:
             self._snapshot = self._catalog.snapshot()
+            self.longest_context = max(
+                [self.base.config.max_position_embeddings]
+                + [ref.context_length for entry in self._entries() for ref in entry.versions.values()]
+            )

@@ -10,11 +10,11 @@ from functools import partial
 from fastapi.responses import Response
 
 from loray import __version__
-from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest, parse
+from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
 from loray.api.openai.requests import GenerationRequest
 from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import check_length, max_model_len, pool_geometry
-from loray.errors import EngineError
+from loray.errors import EngineError, RequestError
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec
 from loray.text.bad_words import bad_word_ids
 from loray.text.deltas import RequestText
@@ -29,13 +29,16 @@ from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.metrics import GatewayMetrics
 from serve_apps.gateway.prompts import PromptEncoder
 
+_MIN_BODY_BYTES = 1 << 20
+_BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
+
 
 class Gateway:
     """Checks and tokenises requests, resolves their models, and builds OpenAI's responses from the engines' deltas."""
 
     def __init__(self, spec: ServeSpec, directory: ModelDirectory, prompts: PromptEncoder, engines: Engines) -> None:
         self.spec, self.directory = spec, directory
-        self._prompts, self._engines = prompts, engines
+        self.prompts, self._engines = prompts, engines
         self._grammars = GrammarChecker(directory.base)
         self._pool_tokens = pool_geometry(spec, directory.base.config).num_tokens
         self.counted = GatewayMetrics()
@@ -46,38 +49,48 @@ class Gateway:
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
-    async def completions(self, body: object, headers: RequestHeaders) -> Response:
-        request = parse(CompletionRequest, body)
-        adapter = await self.directory.resolve(request.model)
-        prompts = await self._prompts.texts(request.prompt)
+    async def completions(self, request: CompletionRequest, headers: RequestHeaders) -> Response:
+        adapter, limit = await self.model(request.model)
+        prompts = await self.prompts.texts(
+            request.prompt, limit, special=request.add_special_tokens, keep=_num_kept(request, limit)
+        )
         answer = CompletionFormat(
             _new_id("cmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        requests = await self._requests(request, adapter, prompts, answer.id, "prompt", headers)
+        requests = await self._requests(request, adapter, limit, prompts, answer.id, "prompt", headers)
         writer = writer_of(answer, len(requests), request)
-        texts = [RequestText(self._prompts.tokenizer, r) for r in requests]
+        texts = [RequestText(self.prompts.tokenizer, r) for r in requests]
         if not request.echo:
             return self._answer(request, requests, texts, writer, answer.id, headers)
-        echoes = [partial(self._prompts.echo, prompt) for prompt in request.prompt for _ in range(request.n)]
+        given = request.prompt if request.truncate_prompt_tokens is None else prompts
+        echoes = [partial(self.prompts.echo, prompt) for prompt in given for _ in range(request.n)]
         echoing = [Echo(text, echo, request) for text, echo in zip(texts, echoes, strict=True)]
         return self._answer(request, requests, echoing, writer, answer.id, headers)
 
-    async def chat_completions(self, body: object, headers: RequestHeaders) -> Response:
-        request = parse(ChatCompletionRequest, body)
-        adapter = await self.directory.resolve(request.model)
-        prompt = await self._prompts.chat(request.messages)
+    async def chat_completions(self, request: ChatCompletionRequest, headers: RequestHeaders) -> Response:
+        adapter, limit = await self.model(request.model)
+        prompt = await self.prompts.chat(
+            request.messages, limit, special=request.add_special_tokens, keep=_num_kept(request, limit)
+        )
         answer = ChatFormat(
             _new_id("chatcmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
-        requests = await self._requests(request, adapter, [prompt], answer.id, "messages", headers)
+        requests = await self._requests(request, adapter, limit, [prompt], answer.id, "messages", headers)
         writer = writer_of(answer, len(requests), request)
-        texts = [RequestText(self._prompts.tokenizer, r) for r in requests]
+        texts = [RequestText(self.prompts.tokenizer, r) for r in requests]
         return self._answer(request, requests, texts, writer, answer.id, headers)
+
+    async def model(self, name: str) -> tuple[AdapterRef | None, int]:
+        """The adapter, or None for the base, and the largest number of tokens of a request for it."""
+        adapter = await self.directory.resolve(name)
+        config = self.directory.base.config
+        return adapter, self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
 
     async def _requests(
         self,
         request: GenerationRequest,
         adapter: AdapterRef | None,
+        limit: int,
         prompts: Sequence[tuple[int, ...]],
         answer_id: str,
         param: str,
@@ -86,9 +99,7 @@ class Gateway:
         """The engine's requests, one for each choice. Their ids begin with the client's, and are unique."""
         if request.constraint is not None:
             await self._grammars.check(request.constraint.constraint, request.constraint.param)
-        bad_words = bad_word_ids(self._prompts.tokenizer, request.bad_words)
-        config = self.directory.base.config
-        limit = self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
+        bad_words = bad_word_ids(self.prompts.tokenizer, request.bad_words)
         prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
         return [
             GenerateRequest(
@@ -137,6 +148,12 @@ class Gateway:
         """
         return max_model_len(self.spec, context_length, self._pool_tokens)
 
+    def max_body_bytes(self) -> int:
+        """The largest request body: the spec's, else what a prompt as long as the longest context may take."""
+        if self.spec.max_body_bytes is not None:
+            return self.spec.max_body_bytes
+        return max(_MIN_BODY_BYTES, _BYTES_PER_TOKEN * self.limit(self.directory.longest_context))
+
     # -- health, status, metrics --------------------------------------------------------------------------------------
 
     async def health(self) -> Response:
@@ -174,11 +191,25 @@ class Gateway:
 
 
 def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, param: str) -> int:
-    """The requested limit, else the API's default, at most what fits into the context. Raises ContextLengthExceeded."""
+    """The requested limit, else the API's default, at most what fits into the context.
+
+    Raises RequestError for an empty prompt, and ContextLengthExceeded.
+    """
+    if not num_prompt_tokens:
+        raise RequestError("the prompt is empty; give at least one token", param)
     requested = request.requested_max_tokens
     check_length(limit, num_prompt_tokens, 1 if requested is None else requested, param=param)
     left = limit - num_prompt_tokens
     return min(left, request.default_max_tokens or left) if requested is None else requested
+
+
+def _num_kept(request: GenerationRequest, limit: int) -> int | None:
+    """How many tokens of a longer prompt are taken, by `truncate_prompt_tokens`; None: it may not be longer."""
+    given = request.truncate_prompt_tokens
+    if given != -1:
+        return given
+    requested = request.requested_max_tokens
+    return max(1, limit - ((request.default_max_tokens or 1) if requested is None else requested))
 
 
 def _new_id(prefix: str) -> str:

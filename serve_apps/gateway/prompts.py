@@ -5,48 +5,65 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from jinja2 import TemplateError
 
 from loray.api.openai import ChatMessage, Prompt
 from loray.bases.registry import BaseModel
-from loray.errors import RequestError
+from loray.errors import ContextLengthExceeded, RequestError
 from loray.text.tokenizer import Tokenizer
 
 _LONG = 16_384  # characters of one request; they take about 5 ms, for which the event loop may be blocked
+_VERY_LONG = 131_072  # about 50 ms
 _MESSAGE_OVERHEAD = 32  # characters per message, whose rendering takes time too
 T = TypeVar("T")
 
 
 class PromptEncoder:
-    """Encodes long texts in a thread, so that they do not delay the tokens of other requests."""
+    """Encodes texts, the short ones at once, and others in threads, so that they do not delay other requests.
+
+    Very long ones have a thread of their own: however many come, they delay only each other.
+    """
 
     def __init__(self, base: BaseModel, tokenizer: Tokenizer) -> None:
         self._base, self.tokenizer = base, tokenizer
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
+        self._long_texts = ThreadPoolExecutor(1, thread_name_prefix="long-texts")
 
     @classmethod
     def load(cls, base: BaseModel) -> PromptEncoder:
         return cls(base, Tokenizer.load(base.path))
 
-    async def texts(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """Encodes texts, with the tokenizer's special tokens. Token ids are returned unchanged."""
+    async def texts(
+        self, prompts: Sequence[Prompt], limit: int | None, *, special: bool = True, keep: int | None = None
+    ) -> list[tuple[int, ...]]:
+        """Encodes texts, with the tokenizer's special tokens if `special`. Token ids are returned unchanged.
+
+        `limit` is the model's context length: a text that is certainly longer raises ContextLengthExceeded before it is
+        encoded. `keep`: of longer prompts the last so many tokens are taken instead.
+        """
+        if limit is not None:
+            most = limit * self.tokenizer.max_token_characters
+            if keep is not None:
+                prompts = [p[-most:] if isinstance(p, str) else p for p in prompts]
+            _check_characters(max((len(p) for p in prompts if isinstance(p, str)), default=0), most, limit, "prompt")
 
         def encode() -> list[tuple[int, ...]]:
-            return [self.tokenizer.encode(p, special=True) if isinstance(p, str) else p for p in prompts]
+            ids = [self.tokenizer.encode(p, special=special) if isinstance(p, str) else p for p in prompts]
+            return ids if keep is None else [self.tokenizer.cut(i, keep) for i in ids]
 
-        return [
-            _not_empty(ids, "prompt")
-            for ids in await self._run(encode, sum(len(p) for p in prompts if isinstance(p, str)))
-        ]
+        return await self._run(encode, sum(len(p) for p in prompts if isinstance(p, str)))
 
     def echo(self, prompt: Prompt) -> str:
         """The text of a prompt; token ids are decoded."""
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
-    async def chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Encodes messages by the base's chat template, up to the beginning of the assistant's turn."""
+    async def chat(
+        self, messages: Sequence[ChatMessage], limit: int | None, *, special: bool = False, keep: int | None = None
+    ) -> tuple[int, ...]:
+        """Encodes messages by the base's chat template, up to the beginning of the assistant's turn. As `texts`."""
         if not self.tokenizer.transformers.chat_template:
             raise RequestError(
                 f"the base model {self._base.name!r} has no chat template; use /v1/completions", "messages"
@@ -56,23 +73,40 @@ class PromptEncoder:
             prompt = self.tokenizer.transformers.apply_chat_template(
                 [m.for_template() for m in messages], tokenize=False, add_generation_prompt=True
             )
-            return self.tokenizer.encode(prompt, special=False)
+            ids = self.tokenizer.encode(prompt, special=special)
+            return ids if keep is None else self.tokenizer.cut(ids, keep)
 
+        if keep is None and limit is not None:
+            characters = sum(len(m.content) for m in messages)
+            _check_characters(characters, limit * self.tokenizer.max_token_characters, limit, "messages")
         num_characters = sum(len(m.content) + _MESSAGE_OVERHEAD for m in messages)
         try:
-            ids = await self._run(encode, num_characters)
+            return await self._run(encode, num_characters)
         except TemplateError as e:
             raise RequestError(f"the model's chat template refuses these messages: {e}", "messages") from e
-        return _not_empty(ids, "messages")
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included. Raises RequestError for ids outside the vocabulary."""
+        if max(ids, default=0) >= self.tokenizer.num_tokens:
+            raise RequestError(f"a token id is outside the vocabulary of {self.tokenizer.num_tokens}", "tokens")
+        return await self._run(partial(self.tokenizer.decode, ids), len(ids))
+
+    async def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Each token as it stands in the vocabulary."""
+        return await self._run(lambda: list(self.tokenizer.transformers.convert_ids_to_tokens(ids)), len(ids))
 
     async def _run(self, encode: Callable[[], T], num_characters: int) -> T:
-        """Calls `encode` at once, or in the thread if the text is long."""
+        """Calls `encode` at once, or in a thread if the text is long."""
         if num_characters <= _LONG:
             return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._thread, encode)
+        threads = self._threads if num_characters <= _VERY_LONG else self._long_texts
+        return await asyncio.get_running_loop().run_in_executor(threads, encode)
 
 
-def _not_empty(ids: tuple[int, ...], param: str) -> tuple[int, ...]:
-    if not ids:
-        raise RequestError("the prompt is empty; give at least one token", param)
-    return ids
+def _check_characters(num: int, most: int, limit: int, param: str) -> None:
+    if num > most:
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {limit} tokens, which have {most:,} characters at most, but the "
+            f"prompt has {num:,}; shorten it",
+            param,
+        )

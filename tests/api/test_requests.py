@@ -32,7 +32,7 @@ def test_every_form_of_prompt(prompt: Any, expected: Any) -> None:
     assert completion(prompt=prompt).prompt == expected
 
 
-@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [True], [-1], {"a": 1}, 3, [[1], "a"], [1.0]])
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [True], [-1], [1 << 31], {"a": 1}, 3, [[1], "a"], [1.0]])
 def test_malformed_prompt_names_the_field(prompt: Any) -> None:
     with pytest.raises(RequestError, match="prompt: must be a string, a list") as e:
         completion(prompt=prompt)
@@ -77,9 +77,7 @@ def test_null_is_absent() -> None:
         ("functions", [{}]),
         ("audio", {}),
         ("modalities", ["text", "audio"]),
-        ("store", True),
         ("suffix", "x"),
-        ("truncate_prompt_tokens", 5),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(field: str, value: Any) -> None:
@@ -115,9 +113,10 @@ def test_values_without_effect_are_accepted() -> None:
 
 def test_fields_that_clients_send_by_default_are_accepted() -> None:
     options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": False}
-    ids = {"prompt_cache_key": "k", "safety_identifier": "s"}
-    assert completion(stream=True, stream_options=options, **ids).include_usage
-    request = chat(tool_choice="auto", stream=True, stream_options={"include_obfuscation": True}, **ids)
+    hints = {"prompt_cache_key": "k", "safety_identifier": "s", "metadata": {"run": "7"}, "store": True}
+    hints |= {"reasoning_effort": "low", "verbosity": "low", "service_tier": "flex"}
+    assert completion(stream=True, stream_options=options, **hints).include_usage
+    request = chat(tool_choice="auto", stream=True, stream_options={"include_obfuscation": True}, **hints)
     assert not request.include_usage
 
 
@@ -157,9 +156,16 @@ def test_unknown_fields_are_named() -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": "a" * 1025}, "stop"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+        ({"stop_token_ids": [1 << 40]}, "stop_token_ids"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"metadata": "x"}, "metadata"),
         ({"stop": 3}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
@@ -179,6 +185,27 @@ def test_wrong_values_name_their_field(fields: dict[str, Any], param: str) -> No
 def test_all_mistakes_are_in_one_message() -> None:
     with pytest.raises(RequestError, match=r"temperature: .*; top_p: "):
         completion(temperature=-1, top_p=2)
+
+
+def test_the_number_of_prompts_is_checked_before_the_prompts() -> None:
+    with pytest.raises(RequestError, match="has 129 prompts; at most 128"):
+        completion(prompt=["a"] * 128 + [3])
+
+
+def test_one_message_is_short_whatever_was_sent() -> None:
+    for fields in (
+        {"x" * 100_000: 1},
+        {f"x{i}": 1 for i in range(2000)},
+        {"messages": [{"role": "user", "content": [{"type": "x" * 100_000}]}]},
+        {"messages": [{}] * 10_000},
+        {"messages": [{f"x{i}": 1 for i in range(2000)}]},
+        {"stop": ["a"] * 10_000},
+    ):
+        with pytest.raises(RequestError) as e:
+            chat(**fields)
+        assert len(str(e.value)) < 10_000
+    with pytest.raises(RequestError, match=r"and 1,992 more mistakes$"):
+        completion(**{f"x{i}": 1 for i in range(2000)})
 
 
 def test_body_must_be_an_object() -> None:

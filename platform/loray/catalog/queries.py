@@ -94,7 +94,7 @@ def load_entry(c: sa.Connection, name: str) -> tuple[int, AdapterEntry]:
     found = load_entries(c, [name])
     if found:
         return found[0]
-    names = c.execute(sa.select(adapters.c.name)).scalars()
+    names = sorted(c.execute(sa.select(adapters.c.name)).scalars())
     raise unknown_adapter(name, names, c.execute(sa.select(bases.c.name)).scalars().all())
 
 

@@ -47,6 +47,7 @@ class ServeSpec(Frozen):
     max_num_batched_tokens: int = Field(default=512, gt=0, description="tokens of one step")
     enable_prefix_caching: bool = Field(default=True, description="keep KV blocks of prompts for those that share them")
     max_queued: int = Field(default=512, gt=0, description="requests that wait; more are refused with 429")
+    max_body_bytes: NumBytes | None = Field(default=None, description="of a request; None: by the longest context")
     ttft_slo_s: float | None = Field(
         default=None, gt=0, description="requests that cannot have their first token in it are refused; None: off"
     )

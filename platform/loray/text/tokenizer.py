@@ -10,25 +10,37 @@ from tokenizers import decoders
 
 from loray.text.decoders import ByteDecoder, ByteTable, SkippingDecoder, TextDecoder, WindowDecoder
 
+_SHRINKING = 4  # characters that become one
+
 
 class Tokenizer:
-    """Encodes and decodes texts. May be used by several threads.
+    """Encodes and decodes texts. May be used by several threads; they run side by side while they encode.
 
-    added_tokens  text → id of the tokens that are not made of others, special ones and markers of tool calls
+    added_tokens          text → id of the tokens that are not made of others, special ones and markers of tool calls
+    num_tokens            the vocabulary's, with added tokens
+    max_token_characters  of a text, that one token stands for at most
     """
 
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer` is transformers', with a backend of the tokenizers library."""
         self.transformers = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.num_tokens = max(vocabulary.values()) + 1
+        longest = max(map(len, vocabulary))
+        # A normalizer may make a text shorter before it is cut into tokens, as NFC does.
+        self.max_token_characters = longest if self._backend.normalizer is None else _SHRINKING * longest
+        around, text = self.encode("a", special=True), self.encode("a", special=False)
+        starts = (i for i in range(len(around)) if around[i : i + len(text)] == text)
+        self._first = around[: next(starts, 0)]  # the tokens that are put before a text
         self._texts: dict[int, str] = {}  # of single tokens; at most as many as the vocabulary
         added = self._backend.get_added_tokens_decoder()
         self.added_tokens = {token.content: token_id for token_id, token in added.items()}
         self._special = frozenset(token.content for token in added.values() if token.special)
         self._is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         self._tables: dict[frozenset[str], ByteTable] = {}  # by the tokens that have no text
-        # A fast tokenizer changes its state at the first call only (truncation off); then threads may share it.
-        self.encode("warm", special=True)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -39,7 +51,14 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         """`special`: with the tokens that the tokenizer puts around a text."""
-        return tuple(self.transformers(text, add_special_tokens=special, verbose=False)["input_ids"])
+        return tuple(self._backend.encode(text, add_special_tokens=special).ids)
+
+    def cut(self, ids: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+        """The last `num_tokens`; special tokens at the beginning stay there."""
+        if len(ids) <= num_tokens:
+            return ids
+        first = self._first if ids[: len(self._first)] == self._first and len(self._first) < num_tokens else ()
+        return first + ids[len(ids) - num_tokens + len(first) :]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))

@@ -30,6 +30,20 @@ def test_malformed_json(client_of: Any, raw: bytes) -> None:
             assert error["type"] == "invalid_request_error"
 
 
+def test_too_large_bodies(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
+    register(catalog, "long", base.fingerprint, context_length=1 << 15)
+    text = {"model": base.name, "prompt": "x" * (1 << 20)}
+    with client_of(ScriptedEngines(HELLO)) as client:  # 64 bytes for a token of the longest context
+        assert error_of(client.post("/v1/completions", json=text), 400)["code"] == "context_length_exceeded"
+        ids = {"model": base.name, "prompt": [1] * 5_000_000}
+        error = error_of(client.post("/v1/completions", json=ids), 413)
+        assert error["code"] == "request_too_large"
+        assert "2 MiB" in error["message"]
+    with client_of(ScriptedEngines(HELLO), max_body_bytes=1000) as client:
+        error = error_of(client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT * 100}), 413)
+        assert "larger max_body_bytes" in error["message"]
+
+
 def test_invalid_fields(client_of: Any, base: BaseModel) -> None:
     with client_of(ScriptedEngines(HELLO)) as client:
         for fields, param in (

@@ -1,38 +1,37 @@
-"""The thread that encodes: long requests must not block the event loop."""
+"""The threads that encode: long requests must not block the event loop, and very long ones nobody but each other."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from loray.api.openai import ChatMessage
 from loray.bases.registry import BaseModel
-from loray.errors import RequestError
+from loray.errors import ContextLengthExceeded, RequestError
 from loray.text.tokenizer import Tokenizer
 from serve_apps.gateway.prompts import PromptEncoder
 from tests.tiny import byte_tokenizer
 
+LIMIT = 1 << 20
 
-class Watched:
-    """The tiny tokenizer, with the names of the threads that used it."""
+
+class Watched(Tokenizer):
+    """The tiny tokenizer, with the names of the threads that encode. Encoding "wait…" waits for `release`."""
 
     def __init__(self) -> None:
-        self._tokenizer = byte_tokenizer()
-        self.chat_template = self._tokenizer.chat_template
-        self.backend_tokenizer = self._tokenizer.backend_tokenizer
-        self.threads: set[str] = set()
+        self.threads: list[str] = []
+        self.release = threading.Event()
+        super().__init__(byte_tokenizer())
+        self.threads.clear()
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        self.threads.add(threading.current_thread().name)
-        return self._tokenizer(*args, **options)
-
-    def apply_chat_template(self, *args: Any, **options: Any) -> Any:
-        self.threads.add(threading.current_thread().name)
-        return self._tokenizer.apply_chat_template(*args, **options)
+    def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        self.threads.append(threading.current_thread().name)
+        if text.startswith("wait"):
+            self.release.wait(60)
+        return super().encode(text, special=special)
 
 
 @pytest.fixture
@@ -42,9 +41,7 @@ def tokenizer() -> Watched:
 
 @pytest.fixture
 def encoder(tokenizer: Watched, tiny_base: Callable[..., BaseModel]) -> PromptEncoder:
-    encoder = PromptEncoder(tiny_base(), Tokenizer(tokenizer))
-    tokenizer.threads.clear()
-    return encoder
+    return PromptEncoder(tiny_base(), tokenizer)
 
 
 def message(content: str) -> ChatMessage:
@@ -52,30 +49,61 @@ def message(content: str) -> ChatMessage:
 
 
 def test_short_ones_are_encoded_at_once(encoder: PromptEncoder, tokenizer: Watched) -> None:
-    assert asyncio.run(encoder.texts(["ab", (5, 6)])) == [(64, 65), (5, 6)]
-    asyncio.run(encoder.chat([message("hi")]))
-    assert tokenizer.threads == {"MainThread"}
+    assert asyncio.run(encoder.texts(["ab", (5, 6)], LIMIT)) == [(64, 65), (5, 6)]
+    asyncio.run(encoder.chat([message("hi")], LIMIT))
+    assert set(tokenizer.threads) == {"MainThread"}
 
 
 def test_many_short_ones_are_long_together(encoder: PromptEncoder, tokenizer: Watched) -> None:
-    assert len(asyncio.run(encoder.texts(["x" * 4000] * 5))) == 5
-    assert tokenizer.threads == {"tokenizer_0"}
+    assert len(asyncio.run(encoder.texts(["x" * 4000] * 5, LIMIT))) == 5
+    assert set(tokenizer.threads) == {"tokenizer_0"}
 
 
 @pytest.mark.parametrize("contents", [["x" * 20_000], ["x"] * 1000])
-def test_long_chats_are_rendered_in_the_thread_too(
+def test_long_chats_are_rendered_in_a_thread_too(
     encoder: PromptEncoder, tokenizer: Watched, contents: list[str]
 ) -> None:
-    ids = asyncio.run(encoder.chat([message(c) for c in contents]))
-    assert ids == asyncio.run(
-        PromptEncoder(encoder._base, Tokenizer(byte_tokenizer())).chat([message(c) for c in contents])
+    ids = asyncio.run(encoder.chat([message(c) for c in contents], LIMIT))
+    text = byte_tokenizer().apply_chat_template(
+        [{"role": "user", "content": c} for c in contents], tokenize=False, add_generation_prompt=True
     )
-    assert tokenizer.threads == {"tokenizer_0"}
+    assert list(ids) == byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.threads == ["tokenizer_0"]
 
 
-def test_empty_prompts_and_templates_that_refuse(encoder: PromptEncoder, tokenizer: Watched) -> None:
-    with pytest.raises(RequestError, match="prompt is empty"):
-        asyncio.run(encoder.texts(["a", ""]))
-    tokenizer._tokenizer.chat_template = "{{ raise_exception('no users') }}"
+def test_very_long_ones_delay_only_each_other(encoder: PromptEncoder, tokenizer: Watched) -> None:
+    async def run() -> None:
+        very_long = [asyncio.create_task(encoder.texts(["wait" + "x" * 200_000], LIMIT)) for _ in range(8)]
+        await asyncio.sleep(0)
+        await asyncio.gather(encoder.texts(["x"], LIMIT), *(encoder.texts(["x" * 20_000], LIMIT) for _ in range(4)))
+        assert not any(task.done() for task in very_long)
+        tokenizer.release.set()
+        assert [len(ids[0]) for ids in await asyncio.gather(*very_long)] == [200_004] * 8
+
+    asyncio.run(run())
+
+
+def test_what_cannot_fit_is_not_encoded(encoder: PromptEncoder, tokenizer: Watched) -> None:
+    most = 10 * len("<|endoftext|>")  # the longest token
+    for ask in (encoder.texts(["x" * (most + 1)], 10), encoder.chat([message("x" * most), message("x")], 10)):
+        with pytest.raises(ContextLengthExceeded, match=f"10 tokens, which have {most} characters at most"):
+            asyncio.run(ask)
+    assert tokenizer.threads == []
+    assert len(asyncio.run(encoder.texts(["x" * most], 10))[0]) == most
+
+
+def test_of_a_longer_prompt_the_end_is_kept(encoder: PromptEncoder, tokenizer: Watched) -> None:
+    most = 10 * len("<|endoftext|>")
+    assert asyncio.run(encoder.texts(["x" * 10 * most + "abc", (1, 2, 3, 4), (5,)], 10, keep=3)) == [
+        (64, 65, 66),
+        (2, 3, 4),
+        (5,),
+    ]
+    whole = asyncio.run(encoder.chat([message("hi")], 100))
+    assert asyncio.run(encoder.chat([message("hi")], 100, keep=5)) == whole[-5:]
+
+
+def test_a_template_that_refuses(encoder: PromptEncoder, tokenizer: Watched) -> None:
+    tokenizer.transformers.chat_template = "{{ raise_exception('no users') }}"
     with pytest.raises(RequestError, match="refuses these messages: no users"):
-        asyncio.run(encoder.chat([message("x" * 20_000)]))
+        asyncio.run(encoder.chat([message("x" * 20_000)], LIMIT))

@@ -6,6 +6,7 @@ names. A field that is not implemented is refused by name, never ignored.
 
 from __future__ import annotations
 
+from loray.api.openai.body import parse
 from loray.api.openai.fields import Prompt
 from loray.api.openai.formats import ChatFormat, CompletionFormat, ResponseFormat
 from loray.api.openai.requests import (
@@ -13,7 +14,6 @@ from loray.api.openai.requests import (
     ChatMessage,
     CompletionRequest,
     StreamOptions,
-    parse,
 )
 from loray.api.openai.responses import (
     ChatCompletion,

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
-from loray.errors import RequestError
+from loray.errors import RequestError, shown
 
+MAX_CHOICES = 128  # of one request, all prompts together
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024  # of each
+MAX_STOP_TOKENS = 128
+MAX_BAD_WORDS = 128
+MAX_BIASES = 1024
 Prompt = str | tuple[int, ...]
 
 
-def strings(value: object) -> object:
+def stop_strings(value: object) -> object:
     """`stop`: a string or a list of them."""
+    values = _strings(value, MAX_STOP_STRINGS)
+    if any(len(v) > MAX_STOP_CHARACTERS for v in values):
+        raise RequestError(f"each string may have {MAX_STOP_CHARACTERS:,} characters at most")
+    return values
+
+
+def bad_words(value: object) -> object:
+    return _strings(value, MAX_BAD_WORDS)
+
+
+def _strings(value: object, limit: int) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
+    if isinstance(values, list):
+        _check_number(values, limit, "strings")
     if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
         raise RequestError("must be a non-empty string or a list of such strings")
     return tuple(values)
+
+
+def stop_tokens(value: object) -> object:
+    if isinstance(value, list):
+        _check_number(value, MAX_STOP_TOKENS, "token ids")
+    return token_ids(value)
 
 
 def token_ids(value: object) -> object:
@@ -25,10 +51,15 @@ def token_ids(value: object) -> object:
 
 def bias(value: object) -> object:
     """`logit_bias`: an object from token ids to numbers. Keys of JSON objects are strings."""
+    if isinstance(value, dict):
+        _check_number(value, MAX_BIASES, "entries")
     try:
-        return {int(token): added for token, added in value.items()}  # type: ignore[attr-defined]
-    except (AttributeError, ValueError) as e:
-        raise RequestError("must be an object from token ids to numbers") from e
+        biases = {int(token): added for token, added in value.items()}  # type: ignore[attr-defined]
+    except (AttributeError, ValueError):
+        biases = {-1: 0}
+    if not _is_token_ids(list(biases)):
+        raise RequestError("must be an object from token ids to numbers")
+    return biases
 
 
 def prompts(value: object) -> tuple[Prompt, ...]:
@@ -36,17 +67,26 @@ def prompts(value: object) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
-        if all(isinstance(v, str) for v in value):
-            return tuple(value)
         if _is_token_ids(value):
             return (tuple(value),)
+        if isinstance(value[0], str | list):
+            _check_number(value, MAX_CHOICES, "prompts")
+        if all(isinstance(v, str) for v in value):
+            return tuple(value)
         if all(isinstance(v, list) and v and _is_token_ids(v) for v in value):
             return tuple(tuple(v) for v in value)
     raise RequestError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
 
 
 def _is_token_ids(values: list[Any]) -> bool:
-    return all(type(v) is int and v >= 0 for v in values)
+    """Without a loop in Python, since a prompt may have hundreds of thousands. A bool is no id."""
+    return set(map(type, values)) <= {int} and min(values, default=0) >= 0 and max(values, default=0) < 1 << 31
+
+
+def _check_number(values: Sized, limit: int, noun: str) -> None:
+    """Called before the values themselves are looked at."""
+    if len(values) > limit:
+        raise RequestError(f"has {len(values):,} {noun}; at most {limit:,} are allowed")
 
 
 def text(value: object) -> str:
@@ -59,7 +99,7 @@ def text(value: object) -> str:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise RequestError(f"content parts of type {kind!r} are not supported; only text is")
+            raise RequestError(f"content parts of type {shown(kind)} are not supported; only text is")
         if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
             raise RequestError('a text part is {"type": "text", "text": "..."} and nothing else')
         texts.append(part["text"])

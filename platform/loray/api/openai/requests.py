@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from loray.api.openai import fields
-from loray.api.openai.fields import Prompt
+from loray.api.openai.body import Body, Hints
+from loray.api.openai.fields import MAX_BAD_WORDS, MAX_CHOICES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, Prompt
 from loray.api.openai.structured import StructuredFields
-from loray.api.openai.unsupported import NO_AUDIO, NO_TOOLS, without_unsupported
+from loray.api.openai.unsupported import NO_AUDIO, NO_TOOLS
 from loray.errors import RequestError
 from loray.spec import SamplingParams
 
-MAX_CHOICES = 128  # of one request, all prompts together
 MAX_LOGPROBS = 20
-MAX_BAD_WORDS = 128
 _ONLY_THE_BEST = 1e-9  # a top_p that only the most likely token reaches
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = Field(default=False, description="accepted; chunks are never padded")
     continuous_usage_stats: bool = False
@@ -35,7 +30,7 @@ class StreamOptions(_Body):
         return self
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(fields.text)]
     name: str | None = None
@@ -62,7 +57,7 @@ class ChatMessage(_Body):
         return {"role": role, "content": self.content} | ({"name": self.name} if self.name else {})
 
 
-class GenerationRequest(_Body, StructuredFields):
+class GenerationRequest(Hints, StructuredFields):
     """What both endpoints share."""
 
     model: Annotated[str, Field(min_length=1)]
@@ -79,22 +74,25 @@ class GenerationRequest(_Body, StructuredFields):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     best_of: int | None = Field(default=None, description="n, or nothing")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[tuple[str, ...], BeforeValidator(fields.strings), Field(max_length=16)] = ()
-    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(fields.token_ids)] = Field(default=(), max_length=128)
+    stop: Annotated[tuple[str, ...], BeforeValidator(fields.stop_strings), Field(max_length=MAX_STOP_STRINGS)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(fields.stop_tokens)] = Field(
+        default=(), max_length=MAX_STOP_TOKENS
+    )
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
     allowed_token_ids: Annotated[tuple[int, ...], BeforeValidator(fields.token_ids), Field(min_length=1)] | None = None
-    bad_words: Annotated[tuple[str, ...], BeforeValidator(fields.strings), Field(max_length=MAX_BAD_WORDS)] = ()
+    bad_words: Annotated[tuple[str, ...], BeforeValidator(fields.bad_words), Field(max_length=MAX_BAD_WORDS)] = ()
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    truncate_prompt_tokens: int | None = Field(
+        default=None, ge=-1, description="of a longer prompt the last so many; -1: as many as leave room for max_tokens"
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = Field(default=0, description="smaller is earlier")
     ttft_slo_s: float | None = Field(default=None, gt=0, description="refused if its first token cannot come in time")
     user: str | None = Field(default=None, description="whose share it takes, where X-Tenant-Id does not say it")
-    safety_identifier: str | None = Field(default=None, description="accepted, for the caller's own use")
-    prompt_cache_key: str | None = Field(default=None, description="accepted; the prefix cache needs no key")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -104,6 +102,8 @@ class GenerationRequest(_Body, StructuredFields):
             raise RequestError("best_of is not supported; ask for n choices and choose yourself", "best_of")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs is not supported with stream: true", "prompt_logprobs")
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens")
         limit = self.default_max_tokens if self.requested_max_tokens is None else self.requested_max_tokens
         if limit is not None and self.min_tokens > limit:
             raise RequestError(f"min_tokens is more than max_tokens, {limit}", "min_tokens")
@@ -167,6 +167,7 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Annotated[tuple[Prompt, ...], BeforeValidator(fields.prompts)]
+    add_special_tokens: bool = Field(default=True, description="what the tokenizer puts around a text")
     max_tokens: int | None = Field(default=None, ge=0, description="16 unless given; 0: only the prompt")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool = Field(default=False, description="the prompt first, with its own logprobs where they are asked for")
@@ -202,7 +203,8 @@ class CompletionRequest(GenerationRequest):
 class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions. Without a limit, generation may fill the rest of the context."""
 
-    messages: Annotated[tuple[ChatMessage, ...], Field(strict=False)]
+    messages: Annotated[tuple[ChatMessage, ...], Field(strict=False), FailFast()]
+    add_special_tokens: bool = Field(default=False, description="beside those of the chat template")
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
@@ -226,39 +228,3 @@ class ChatCompletionRequest(GenerationRequest):
     @property
     def requested_max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
-
-
-R = TypeVar("R", bound=GenerationRequest)
-
-
-def parse(schema: type[R], body: object) -> R:
-    """Checks a decoded JSON body. A null field counts as absent. Raises RequestError that names the field."""
-    if not isinstance(body, dict):
-        raise RequestError("the request body must be a JSON object")
-    given = {name: value for name, value in body.items() if value is not None}
-    given = without_unsupported(given, schema.model_fields)
-    try:
-        return schema.model_validate(given)
-    except ValidationError as e:
-        raise _request_error(e, schema) from e
-
-
-def _request_error(error: ValidationError, schema: type[BaseModel]) -> RequestError:
-    """All mistakes in one message; `param` is the first wrong field."""
-    lines, params = [], []
-    for detail in error.errors(include_url=False):
-        param = ".".join(str(part) for part in detail["loc"])
-        cause = detail.get("ctx", {}).get("error")
-        if detail["type"] == "extra_forbidden":
-            known = f"; known fields: {', '.join(sorted(schema.model_fields))}" if len(detail["loc"]) == 1 else ""
-            lines.append(f"unknown field {param!r}{known}")
-        elif detail["type"] == "missing":
-            lines.append(f"{param!r} is required")
-        elif isinstance(cause, RequestError):
-            lines.append(f"{param}: {cause}" if param else str(cause))
-            param = param or cause.param or ""
-        else:
-            message = detail["msg"]
-            lines.append(f"{param}: {message[:1].lower()}{message[1:]}" if param else message)
-        params.append(param)
-    return RequestError("; ".join(lines), params[0] or None)

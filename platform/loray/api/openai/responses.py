@@ -13,18 +13,18 @@ from pydantic import BaseModel, ConfigDict
 from loray.spec import FinishReason
 
 
-class _Response(BaseModel):
+class ResponseBody(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     def to_json(self) -> str:
         return self.model_dump_json(exclude_unset=True)
 
 
-class PromptTokensDetails(_Response):
+class PromptTokensDetails(ResponseBody):
     cached_tokens: int
 
 
-class Usage(_Response):
+class Usage(ResponseBody):
     """`prompt_tokens_details` is sent, as by vLLM, if part of the prompt was in the prefix cache."""
 
     prompt_tokens: int
@@ -45,7 +45,7 @@ class Usage(_Response):
 
 
 # -- completions: a chunk has the form of a complete response ---------------------------------------------------------
-class CompletionLogprobs(_Response):
+class CompletionLogprobs(ResponseBody):
     """One entry per token. `text_offset` counts characters from the start of the completion, or of the echoed prompt,
     whose first token has no logprob.
     """
@@ -56,7 +56,7 @@ class CompletionLogprobs(_Response):
     top_logprobs: list[dict[str, float] | None]
 
 
-class PromptLogprob(_Response):
+class PromptLogprob(ResponseBody):
     logprob: float
     rank: int
     decoded_token: str
@@ -65,7 +65,7 @@ class PromptLogprob(_Response):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
-class CompletionChoice(_Response):
+class CompletionChoice(ResponseBody):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -73,7 +73,7 @@ class CompletionChoice(_Response):
     prompt_logprobs: PromptLogprobs | None = None
 
 
-class Completion(_Response):
+class Completion(ResponseBody):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -84,38 +84,38 @@ class Completion(_Response):
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------
-class TopLogprob(_Response):
+class TopLogprob(ResponseBody):
     token: str
     logprob: float
     bytes: list[int] | None
 
 
-class ChatTokenLogprob(_Response):
+class ChatTokenLogprob(ResponseBody):
     token: str
     logprob: float
     bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(_Response):
+class ChatLogprobs(ResponseBody):
     content: list[ChatTokenLogprob]
     refusal: None = None
 
 
-class FunctionCall(_Response):
+class FunctionCall(ResponseBody):
     """`arguments` is the JSON that the model wrote, valid only where the request made sure of it."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Response):
+class ToolCall(ResponseBody):
     id: str
     type: Literal["function"]
     function: FunctionCall
 
 
-class AssistantMessage(_Response):
+class AssistantMessage(ResponseBody):
     """`content` is null where the model only called tools."""
 
     role: Literal["assistant"]
@@ -124,14 +124,14 @@ class AssistantMessage(_Response):
     tool_calls: list[ToolCall] | None = None
 
 
-class ChatChoice(_Response):
+class ChatChoice(ResponseBody):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
 
 
-class ChatCompletion(_Response):
+class ChatCompletion(ResponseBody):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -142,12 +142,12 @@ class ChatCompletion(_Response):
     prompt_logprobs: PromptLogprobs | None = None
 
 
-class FunctionCallDelta(_Response):
+class FunctionCallDelta(ResponseBody):
     name: str | None = None
     arguments: str | None = None
 
 
-class ToolCallChunk(_Response):
+class ToolCallChunk(ResponseBody):
     """Part of call number `index`: id, type and name come first and once."""
 
     index: int
@@ -156,20 +156,20 @@ class ToolCallChunk(_Response):
     function: FunctionCallDelta
 
 
-class ChatDelta(_Response):
+class ChatDelta(ResponseBody):
     role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list[ToolCallChunk] | None = None
 
 
-class ChatChunkChoice(_Response):
+class ChatChunkChoice(ResponseBody):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
-class ChatCompletionChunk(_Response):
+class ChatCompletionChunk(ResponseBody):
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
@@ -180,7 +180,7 @@ class ChatCompletionChunk(_Response):
 
 
 # -- models and errors ------------------------------------------------------------------------------------------------
-class Model(_Response):
+class Model(ResponseBody):
     """A base, or an adapter by any of its names. The fields from `root` on are vLLM's and loray's.
 
     root      what the id resolves to now: the base's name, or `name@version`
@@ -202,17 +202,17 @@ class Model(_Response):
     versions: list[int] | None = None
 
 
-class ModelList(_Response):
+class ModelList(ResponseBody):
     object: Literal["list"]
     data: list[Model]
 
 
-class Error(_Response):
+class Error(ResponseBody):
     message: str
     type: str
     param: str | None = None
     code: str | None = None
 
 
-class ErrorBody(_Response):
+class ErrorBody(ResponseBody):
     error: Error

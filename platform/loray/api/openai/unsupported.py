@@ -29,14 +29,8 @@ _UNSUPPORTED: Mapping[str, _Refusal] = {
     "modalities": _Refusal((["text"],), NO_AUDIO),
     "prediction": _Refusal((), "predicted outputs are not supported"),
     "web_search_options": _Refusal((), "there is no web search"),
-    "reasoning_effort": _Refusal((), "it means nothing to these models"),
-    "verbosity": _Refusal((), "it means nothing to these models"),
-    "store": _Refusal((False,), "completions are not stored"),
-    "metadata": _Refusal(({},), "completions are not stored"),
-    "service_tier": _Refusal(("auto", "default"), "there is one tier"),
     "use_beam_search": _Refusal((False,), "beam search is not supported"),
     "length_penalty": _Refusal((1, 1.0), "beam search is not supported"),
-    "truncate_prompt_tokens": _Refusal((), "prompts are never cut; shorten it yourself"),
 }
 
 

@@ -1,0 +1,60 @@
+"""vLLM's requests and answers of /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from loray.api.openai import fields
+from loray.api.openai.body import Body
+from loray.api.openai.responses import ResponseBody
+from loray.errors import RequestError
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: of a text, or of a chat, whose further fields are those of a chat completion."""
+
+    model: str | None = Field(default=None, min_length=1, description="the base, unless given")
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    add_special_tokens: bool | None = Field(default=None, description="true for a text and false for a chat")
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give prompt or messages, and not both", "prompt")
+        return self
+
+    def chat_body(self, model: str) -> dict[str, Any]:
+        """The body of the chat completion whose prompt is asked for."""
+        names = ("messages", "add_special_tokens", "chat_template_kwargs", "tools")
+        flags = {
+            name: getattr(self, name)
+            for name in ("add_generation_prompt", "continue_final_message")
+            if name in self.model_fields_set
+        }
+        return {"model": model} | {name: getattr(self, name) for name in names} | flags
+
+
+class TokenizeResponse(ResponseBody):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = Field(default=None, min_length=1, description="the base, unless given")
+    tokens: Annotated[tuple[int, ...], BeforeValidator(fields.token_ids)]
+
+
+class DetokenizeResponse(ResponseBody):
+    prompt: str

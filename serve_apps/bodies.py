@@ -1,0 +1,120 @@
+"""Bodies of requests: limited in size while they are read, and in shape before they become Python objects.
+
+Python's JSON parser holds the interpreter's lock from beginning to end, so the limits bound how long a body can delay
+other requests: about 25 ms for the worst one that is taken. Longer bodies are parsed in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MAX_DEPTH = 64
+MAX_MEMBERS = 2048  # of one object
+MAX_ARRAYS_AND_OBJECTS = 1 << 16
+MAX_VALUES = 1 << 19
+INLINE_BYTES = 64 << 10  # bodies up to this size are parsed in the event loop: at most a few milliseconds
+_threads = ThreadPoolExecutor(1, thread_name_prefix="bodies")
+T = TypeVar("T")
+
+
+class BodyLimit:
+    """ASGI middleware: a request whose body is larger than `max_bytes` gets 413 from the error handlers of the app.
+
+    It gets it before its body is read if Content-Length says the size, else as soon as that many bytes have come.
+    `advice` follows the limit in the message.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: Callable[[], int], advice: str) -> None:
+        self._app, self._max_bytes, self._advice = app, max_bytes, advice
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._max_bytes()
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        num_bytes = 0
+        is_too_long = not length.isdigit() or len(length) > 18 or int(length) > limit
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            if not is_too_long:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+            if is_too_long or num_bytes > limit:
+                raise HTTPException(413, f"the request's body is larger than {_size(limit)}; {self._advice}")
+            return message
+
+        await self._app(scope, counted, send)
+
+
+async def read(request: Request, parse: Callable[[bytes], T]) -> T:
+    """`parse` of the body, in a thread if it is long."""
+    raw = await request.body()
+    if len(raw) <= INLINE_BYTES:
+        return parse(raw)
+    return await asyncio.get_running_loop().run_in_executor(_threads, parse, raw)
+
+
+def parse_json(raw: str | bytes) -> Any:
+    """JSON as RFC 8259 defines it: unlike `json.loads`, without NaN, Infinity and halves of surrogate pairs.
+
+    Raises ValueError, also for JSON that is nested deeper or has more parts than the limits of this module.
+    """
+    text = raw if isinstance(raw, str) else raw.decode(json.detect_encoding(raw))
+    check_shape(text)
+    value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+    if "\\ud" in text or "\\uD" in text:  # half a pair is valid JSON, but not valid text
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+# A string, closed or not; then what opens, what closes, and what separates values.
+_PARTS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([\[{])|([\]}])|(,)', re.DOTALL)
+_OPENS, _CLOSES, _SEPARATES = 1, 2, 3
+
+
+def check_shape(text: str) -> None:
+    """Raises ValueError if a JSON text is nested too deep or has too many parts. Takes time linear in its length."""
+    openings = text.count("[") + text.count("{")  # also those in strings, hence more than there are
+    if openings <= MAX_DEPTH and text.count(",") + openings < MAX_VALUES:
+        return
+    depth = containers = values = 0
+    for part in _PARTS.finditer(text):
+        kind = part.lastindex
+        if kind == _OPENS:
+            depth, containers, values = depth + 1, containers + 1, values + 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+            if containers > MAX_ARRAYS_AND_OBJECTS:
+                raise ValueError(f"it has more than {MAX_ARRAYS_AND_OBJECTS:,} arrays and objects")
+        elif kind == _CLOSES:
+            depth -= 1
+        elif kind == _SEPARATES:
+            values += 1
+            if values > MAX_VALUES:
+                raise ValueError(f"it has more than {MAX_VALUES:,} values")
+
+
+def _size(num_bytes: int) -> str:
+    """Limits are powers of two, unlike the sizes that `format_size` shows."""
+    return f"{num_bytes / (1 << 20):g} MiB" if num_bytes >= 1 << 20 else f"{num_bytes / (1 << 10):g} KiB"
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(members) > MAX_MEMBERS:
+        raise ValueError(f"an object has {len(members):,} members; at most {MAX_MEMBERS:,}")
+    return dict(members)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

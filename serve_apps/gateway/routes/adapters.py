@@ -1,0 +1,47 @@
+"""vLLM's routes that load and unload adapters, for deployment tools that call them.
+
+A model is served as soon as the catalog has it, and replicas load and evict adapters by themselves. So these routes say
+whether the name can be requested, and change nothing.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+
+from loray.api.openai.body import Body
+from loray.api.openai.lora import LoadLoraRequest, UnloadLoraRequest
+from loray.errors import RequestError, shown
+from serve_apps.gateway.gateway import Gateway
+from serve_apps.gateway.routes.bodies import body_of
+
+BODIES: dict[str, type[Body]] = {"/v1/load_lora_adapter": LoadLoraRequest, "/v1/unload_lora_adapter": UnloadLoraRequest}
+
+
+def create_router(gateway: Gateway) -> APIRouter:
+    router = APIRouter()
+
+    async def check(name: str) -> None:
+        adapter, _ = await gateway.model(name)
+        if adapter is None:
+            raise RequestError(f"{name!r} is the base model, not an adapter", "lora_name")
+
+    @router.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(request: Request) -> Response:
+        body = await body_of(request, LoadLoraRequest)
+        if body.lora_path not in (None, "", body.lora_name):
+            raise RequestError(
+                f"lora_path {shown(body.lora_path)}: adapters come from the catalog alone; publish the folder with "
+                f"`loray adapters import FOLDER --name {body.lora_name[:96]}`, then request it by that name",
+                "lora_path",
+            )
+        await check(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' can be requested.")
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(request: Request) -> Response:
+        body = await body_of(request, UnloadLoraRequest)
+        await check(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is evicted when its memory is needed.")
+
+    return router

@@ -1,0 +1,30 @@
+"""Routes that generate."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from loray.api.openai import ChatCompletionRequest, CompletionRequest
+from loray.api.openai.body import Body
+from serve_apps.gateway.answers.headers import RequestHeaders
+from serve_apps.gateway.gateway import Gateway
+from serve_apps.gateway.routes.bodies import body_of
+
+BODIES: dict[str, type[Body]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
+
+
+def create_router(gateway: Gateway) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        headers = RequestHeaders.of(request.headers)
+        return await gateway.completions(await body_of(request, CompletionRequest), headers)
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        headers = RequestHeaders.of(request.headers)
+        return await gateway.chat_completions(await body_of(request, ChatCompletionRequest), headers)
+
+    return router

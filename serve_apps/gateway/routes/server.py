@@ -1,0 +1,43 @@
+"""Routes about the server itself, and the models that it serves."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from loray import __version__
+from loray.api.status import Status
+from serve_apps.gateway.gateway import Gateway
+
+
+def create_router(gateway: Gateway) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        return Response(gateway.directory.models(gateway.limit).to_json(), media_type="application/json")
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        card = await gateway.directory.model(model, gateway.limit)
+        return Response(card.to_json(), media_type="application/json")
+
+    @router.get("/health")
+    @router.get("/ping")
+    @router.post("/ping")
+    async def health() -> Response:
+        return await gateway.health()
+
+    @router.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+    @router.get("/status")
+    async def status() -> Status:
+        return await gateway.status()
+
+    @router.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return await gateway.metrics(request.headers.get("accept", ""))
+
+    return router
