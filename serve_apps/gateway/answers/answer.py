@@ -94,8 +94,9 @@ class Answer(Response):
             await self._fail(error, connection, scope, receive, send)
 
     async def _run(self, connection: Connection) -> None:
+        # In tasks, also a single one: a token then wakes the choice alone, and not the routes and middleware around it.
         if len(self._choices) == 1:
-            await self._pump(0, connection)
+            await asyncio.create_task(self._pump(0, connection))
             return
         try:
             async with asyncio.TaskGroup() as group:
