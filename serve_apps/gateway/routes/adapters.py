@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from loray.api.openai.body import Body
-from loray.api.openai.lora import LoadLoraRequest, UnloadLoraRequest
+from loray.api.openai.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
 from loray.errors import RequestError, shown
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of

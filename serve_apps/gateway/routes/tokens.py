@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from loray.api.openai import ChatCompletionRequest, parse
 from loray.api.openai.body import Body
-from loray.api.openai.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from loray.api.openai.vllm.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of
 

@@ -1,0 +1,1 @@
+"""Requests and answers of routes that vLLM has and OpenAI does not."""
