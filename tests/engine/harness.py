@@ -92,9 +92,9 @@ class Spy:
         self.logits: dict[str, list[Tensor]] = {}
         sampler = engine._sampler
 
-        def spying(logits_SV: Tensor, requests: list[Any]) -> Any:
+        def spying(logits_SV: Tensor, requests: list[Any], masks: Any = None) -> Any:
             for row, r in zip(logits_SV, requests, strict=True):
                 self.logits.setdefault(r.request_id, []).append(row.clone())
-            return sampler(logits_SV, requests)
+            return sampler(logits_SV, requests, masks)
 
         engine._sampler = spying  # type: ignore[assignment]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from peft import LoraConfig, VeraConfig
 
 from loray.adapters.weights import AdapterWeights
@@ -25,11 +27,12 @@ from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.engine.pool.pool import Pool
 from loray.engine.stream import EngineStream
 from loray.errors import EngineError, SpecError
-from loray.spec import RopeParameters
+from loray.spec import Constraint, RopeParameters
 from loray_kernels import KvLayout
 from tests.engine.adapters import NORMS, TestAdapter, make_adapter
 from tests.engine.harness import Spy, make_engine, request, run
 from tests.engine.model.test_parity import ALL, ROPES, prompts
+from tests.tiny import byte_tokenizer
 
 # (ranks, architecture, tied): biases of q, k, v; norms of heads, and a vocabulary that the ranks do not divide
 WORLDS = {
@@ -98,6 +101,21 @@ def test_ranks_give_what_one_gives(world: World) -> None:
     assert one.stats().max_adapters_in_step == len(world.adapters)
     for i, logits in alone.logits.items():
         torch.testing.assert_close(torch.stack(together.logits[i]), torch.stack(logits), atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_hold_an_answer_to_its_constraint(world: World) -> None:
+    schema = {"type": "array", "items": {"enum": ["a", 1, None]}, "maxItems": 4}
+    constraint = Constraint.from_schema(schema, whitespace="")
+    params: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 2}
+    requests = [
+        request("held", range(9), world.adapters[0], structured=constraint, **params),
+        request("free", range(9), **params),
+    ]
+    expected = run(world.one(), requests)
+    assert run(world.engine, requests) == expected
+    *answer, end = expected["held"]
+    assert end == 258
+    Draft202012Validator(schema).validate(json.loads(byte_tokenizer().decode(answer)))
 
 
 @pytest.mark.parametrize("world", ["TP=2"], indirect=True)
