@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from loray import __version__
 from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
 from loray.api.openai.requests import GenerationRequest
+from loray.api.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
 from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import check_length, max_model_len, pool_geometry
 from loray.errors import EngineError, RequestError
@@ -23,6 +24,7 @@ from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.echo import Echo
 from serve_apps.gateway.answers.headers import RequestHeaders
+from serve_apps.gateway.answers.responses import response_writer
 from serve_apps.gateway.answers.writers import Writer, writer_of
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines
@@ -67,16 +69,35 @@ class Gateway:
         echoing = [Echo(text, echo, request) for text, echo in zip(texts, echoes, strict=True)]
         return self._answer(request, requests, echoing, writer, answer.id, headers)
 
-    async def chat_completions(self, request: ChatCompletionRequest, headers: RequestHeaders) -> Response:
+    async def responses(
+        self, request: ResponsesRequest, chat: ChatCompletionRequest, headers: RequestHeaders
+    ) -> Response:
+        """`chat` is the chat request that `request` stands for."""
+        builder = ResponseBuilder(request)
+        try:
+            return await self.chat_completions(
+                chat, headers, response_writer(builder, stream=request.stream), builder.id
+            )
+        except RequestError as e:
+            raise renamed(e) from e
+
+    async def chat_completions(
+        self,
+        request: ChatCompletionRequest,
+        headers: RequestHeaders,
+        writer: Writer | None = None,
+        answer_id: str | None = None,
+    ) -> Response:
+        """`writer` None: a chat completion."""
         adapter, limit = await self.model(request.model)
         prompt = await self.prompts.chat(
             request.messages, limit, special=request.add_special_tokens, keep=_num_kept(request, limit)
         )
         answer = ChatFormat(
-            _new_id("chatcmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
+            answer_id or _new_id("chatcmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
         )
         requests = await self._requests(request, adapter, limit, [prompt], answer.id, "messages", headers)
-        writer = writer_of(answer, len(requests), request)
+        writer = writer or writer_of(answer, len(requests), request)
         texts = [RequestText(self.prompts.tokenizer, r) for r in requests]
         return self._answer(request, requests, texts, writer, answer.id, headers)
 

@@ -10,7 +10,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from loray.api.openai import Usage, parse
-from loray.api.openai.responses_api import Answer, ResponsesRequest
+from loray.api.openai.responses_api import ResponseBuilder, ResponsesRequest
 from loray.errors import RequestError
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -135,7 +135,7 @@ def kinds(events: list[dict[str, Any]]) -> list[str]:
 
 
 def test_a_text_streams_in_openais_order() -> None:
-    answer = Answer(request(metadata={"a": "b"}))
+    answer = ResponseBuilder(request(metadata={"a": "b"}))
     logprob = {"token": "b", "logprob": -1.0, "bytes": [98], "top_logprobs": []}
     events = [
         *answer.opening(),
@@ -169,7 +169,7 @@ def test_a_text_streams_in_openais_order() -> None:
 
 
 def test_calls_follow_a_text_as_items_of_their_own() -> None:
-    answer = Answer(request(tools=[TOOL]))
+    answer = ResponseBuilder(request(tools=[TOOL]))
     events = [
         *answer.opening(),
         *answer.text("so: "),
@@ -207,7 +207,7 @@ def test_calls_follow_a_text_as_items_of_their_own() -> None:
 
 
 def test_an_answer_that_reaches_its_limit_is_incomplete() -> None:
-    answer = Answer(request())
+    answer = ResponseBuilder(request())
     events = [*answer.opening(), *answer.text("a"), *answer.finish("length", Usage.of(3, 2))]
     assert kinds(events)[-1] == "incomplete"
     response = events[-1]["response"]
@@ -217,13 +217,13 @@ def test_an_answer_that_reaches_its_limit_is_incomplete() -> None:
 
 
 def test_an_empty_answer_is_an_empty_message() -> None:
-    answer = Answer(request())
+    answer = ResponseBuilder(request())
     *_, last = answer.finish("stop", Usage.of(3, 0))
     assert last["response"]["output"][0]["content"][0]["text"] == ""
 
 
 def test_a_failure_is_the_last_event() -> None:
-    answer = Answer(request())
+    answer = ResponseBuilder(request())
     events = [*answer.opening(), *answer.text("a"), *answer.fail("server_error", "lost")]
     assert kinds(events)[-1] == "failed"
     assert events[-1]["response"]["error"] == {"code": "server_error", "message": "lost"}

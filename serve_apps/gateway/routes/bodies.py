@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -13,16 +14,22 @@ from loray.errors import RequestError
 from serve_apps.bodies import parse_json, read
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 
 
 async def body_of(request: Request, schema: type[B]) -> B:
     """The body of a request. Raises RequestError."""
-    return await read(request, partial(_parsed, schema))
+    return await converted_body(request, partial(parse, schema))
 
 
-def _parsed(schema: type[B], raw: bytes) -> B:
+async def converted_body(request: Request, convert: Callable[[object], T]) -> T:
+    """What `convert` makes of the decoded JSON, in a thread if the body is long."""
+    return await read(request, partial(_converted, convert))
+
+
+def _converted(convert: Callable[[object], T], raw: bytes) -> T:
     try:
         body = parse_json(raw)
     except ValueError as e:
         raise RequestError(f"the request body is not valid JSON: {e}") from e
-    return parse(schema, body)
+    return convert(body)

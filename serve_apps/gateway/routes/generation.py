@@ -5,13 +5,18 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from loray.api.openai import ChatCompletionRequest, CompletionRequest
+from loray.api.openai import ChatCompletionRequest, CompletionRequest, parse
 from loray.api.openai.body import Body
+from loray.api.openai.responses_api import ResponsesRequest, chat_request
 from serve_apps.gateway.answers.headers import RequestHeaders
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.gateway.routes.bodies import body_of
+from serve_apps.gateway.routes.bodies import body_of, converted_body
 
-BODIES: dict[str, type[Body]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatCompletionRequest}
+BODIES: dict[str, type[Body]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/responses": ResponsesRequest,
+}
 
 
 def create_router(gateway: Gateway) -> APIRouter:
@@ -27,4 +32,14 @@ def create_router(gateway: Gateway) -> APIRouter:
         headers = RequestHeaders.of(request.headers)
         return await gateway.chat_completions(await body_of(request, ChatCompletionRequest), headers)
 
+    @router.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        headers = RequestHeaders.of(request.headers)
+        return await gateway.responses(*await converted_body(request, _response_and_chat), headers)
+
     return router
+
+
+def _response_and_chat(body: object) -> tuple[ResponsesRequest, ChatCompletionRequest]:
+    request = parse(ResponsesRequest, body)
+    return request, chat_request(request)

@@ -9,26 +9,28 @@ from loray.api.openai import ChatCompletionRequest, parse
 from loray.api.openai.body import Body
 from loray.api.openai.vllm.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.gateway.routes.bodies import body_of
+from serve_apps.gateway.routes.bodies import body_of, converted_body
 
 BODIES: dict[str, type[Body]] = {"/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
 
 
 def create_router(gateway: Gateway) -> APIRouter:
     router = APIRouter()
-    prompts = gateway.prompts
+    prompts, base = gateway.prompts, gateway.directory.base.name
+
+    def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:
+        body = parse(TokenizeRequest, given)
+        return body, None if body.messages is None else parse(ChatCompletionRequest, body.chat_body(body.model or base))
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        body = await body_of(request, TokenizeRequest)
-        model = body.model or gateway.directory.base.name
-        _, limit = await gateway.model(model)
-        if body.prompt is not None:
-            special = body.add_special_tokens is not False
-            (ids,) = await prompts.texts((body.prompt,), None, special=special)
-        else:
-            chat = parse(ChatCompletionRequest, body.chat_body(model))
+        body, chat = await converted_body(request, tokenize_and_chat)
+        _, limit = await gateway.model(body.model or base)
+        if chat is not None:
             ids = await prompts.chat(chat.messages, None, special=chat.add_special_tokens)
+        else:
+            special = body.add_special_tokens is not False
+            (ids,) = await prompts.texts((body.prompt or "",), None, special=special)
         answer = TokenizeResponse(count=len(ids), max_model_len=limit, tokens=list(ids))
         if body.return_token_strs:
             answer = answer.model_copy(update={"token_strs": await prompts.token_strings(ids)})
@@ -37,7 +39,7 @@ def create_router(gateway: Gateway) -> APIRouter:
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await body_of(request, DetokenizeRequest)
-        await gateway.model(body.model or gateway.directory.base.name)
+        await gateway.model(body.model or base)
         answer = DetokenizeResponse(prompt=await prompts.decode(body.tokens))
         return Response(answer.to_json(), media_type="application/json")
 

@@ -28,6 +28,7 @@ OPERATIONS = [
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "POST /v1/load_lora_adapter",
+    "POST /v1/responses",
     "POST /v1/unload_lora_adapter",
 ]
 

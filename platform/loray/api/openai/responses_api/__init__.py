@@ -4,7 +4,7 @@ translated back. Nothing is stored, so each request brings the whole conversatio
 
 from __future__ import annotations
 
-from loray.api.openai.responses_api.answer import Answer
-from loray.api.openai.responses_api.request import ResponsesRequest
+from loray.api.openai.responses_api.builder import Event, ResponseBuilder
+from loray.api.openai.responses_api.request import ResponsesRequest, chat_request, renamed
 
-__all__ = ["Answer", "ResponsesRequest"]
+__all__ = ["Event", "ResponseBuilder", "ResponsesRequest", "chat_request", "renamed"]

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from loray.api.openai.body import Body, Hints
+from loray.api.openai.body import Body, Hints, parse
+from loray.api.openai.requests import ChatCompletionRequest
 from loray.api.openai.responses_api import items
 from loray.errors import RequestError, shown
 
@@ -25,6 +26,7 @@ _CHAT_ONLY = {  # fields of chat completions that have another name or form here
     "logprobs": 'include: ["message.output_text.logprobs"]',
     "n": "several requests",
 }
+_NAMES = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
 _LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = (_LOGPROBS, "reasoning.encrypted_content")  # the latter of reasoning that there never is
 
@@ -106,6 +108,20 @@ class ResponsesRequest(Hints):
         if self.top_logprobs is None and _LOGPROBS not in self.include:
             return {}
         return {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+
+
+def chat_request(request: ResponsesRequest) -> ChatCompletionRequest:
+    """The chat request that `request` stands for. Raises RequestError."""
+    try:
+        return parse(ChatCompletionRequest, request.chat_body())
+    except RequestError as e:
+        raise renamed(e) from e
+
+
+def renamed(error: RequestError) -> RequestError:
+    """An error of the chat request, whose `param` is a field of the Responses request."""
+    name, dot, rest = (error.param or "").partition(".")
+    return type(error)(str(error), f"{_NAMES[name]}{dot}{rest}") if name in _NAMES else error
 
 
 def _chat_tool(tool: dict[str, Any], at: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from loray.api.openai.responses_api.request import ResponsesRequest
 Event = dict[str, Any]
 
 
-class Answer:
+class ResponseBuilder:
     """Collects one answer. Each method returns the events of its change; `response` is the answer as it is now.
 
     A streamed answer is `opening`, then `text`, `call` and `arguments` in the order of generation, then `finish` or
