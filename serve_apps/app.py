@@ -13,7 +13,7 @@ from loray.bases.registry import get_base
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.deployment import DRAIN_S, ENGINE, GATEWAY
-from serve_apps.gateway.router import ROUTER_CLASS, AdapterRouter
+from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.replica.ranks import bundles
 from serve_apps.replica.replica import EngineReplica
 from serve_apps.scaling.policy import AdapterDemandPolicy, autoscaling_config
@@ -84,9 +84,9 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     from loray.telemetry import configure_logging
     from serve_apps.gateway.app import create_app
     from serve_apps.gateway.directory import ModelDirectory
-    from serve_apps.gateway.engines import ServeEngines
     from serve_apps.gateway.gateway import Gateway
     from serve_apps.gateway.prompts import PromptEncoder
+    from serve_apps.gateway.replicas.engines import ServeEngines
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)

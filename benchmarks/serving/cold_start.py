@@ -38,7 +38,7 @@ from loray.engine.engine import Engine
 from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 from loray.store import AdapterStore, open_store
-from serve_apps.replica.replica import adapter_loader
+from serve_apps.replica.startup import adapter_loader
 
 PROMPT_TOKENS = 64
 AGO = 3

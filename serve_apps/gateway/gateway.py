@@ -206,7 +206,7 @@ class Gateway:
 
     async def metrics(self, accept: str) -> Response:
         replicas = await self._engines.metrics()
-        families = self.counted.families(self.directory, replicas)
+        families = self.counted.families(self.directory, self._engines.routing_decisions(), replicas)
         body, content_type = encode(families, accept)
         return Response(body, media_type=content_type)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import Metric as Family
@@ -10,7 +10,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.telemetry import METRICS
 from serve_apps.exposition import counter, gauge, merge
-from serve_apps.gateway import router
 from serve_apps.gateway.directory import ModelDirectory
 
 _CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only the metrics show it
@@ -28,13 +27,15 @@ class GatewayMetrics:
     def answered(self, route: str, code: int) -> None:
         self._answered.labels(route, str(code)).inc()
 
-    def families(self, directory: ModelDirectory, replicas: Sequence[list[Family] | None]) -> list[Family]:
+    def families(
+        self, directory: ModelDirectory, decisions: Mapping[str, int], replicas: Sequence[list[Family] | None]
+    ) -> list[Family]:
         """All families of gateway and replicas. `replicas`: None for one that did not answer."""
         reporting = [families for families in replicas if families is not None]
         own = [
             *self._registry.collect(),
             gauge("http_requests_in_flight", {(): self.num_in_flight}),
-            counter("routing_decisions_total", {(reason,): n for reason, n in router.decisions().items()}),
+            counter("routing_decisions_total", {(reason,): n for reason, n in decisions.items()}),
             gauge("replicas_reporting", {(): len(reporting)}),
             gauge("replicas_silent", {(): len(replicas) - len(reporting)}),
             gauge("catalog_adapters", {(): directory.num_adapters}),

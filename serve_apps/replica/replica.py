@@ -1,22 +1,19 @@
 """A replica: an engine with its base. It loads adapters by digest from the store, through the node's cache.
 
-This module does not import torch: the number of threads must be set first, and the process that deploys the application
-needs only the class.
+This module does not import torch: the number of threads must be set first (`startup`), and the process that deploys the
+application needs only the class.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
-import socket
 import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from loray.api.status import AdapterPlacement, ReplicaStatus
-from loray.bases.registry import BaseModel, get_base
+from loray.bases.registry import get_base
 from loray.errors import (
     BaseMismatch,
     EngineError,
@@ -32,14 +29,14 @@ from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.report import placements, replica_status
+from serve_apps.replica.startup import freeze_garbage, set_num_threads, start_engine
 from serve_apps.replica.streams import coalesced, fitted
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
-    from loray.engine.stream import EngineStream
     from loray.spec import GenerateRequest, TokenDelta
-    from serve_apps.replica.loading import AdapterLoader
 
 _log = get_logger(__name__)
 
@@ -53,11 +50,12 @@ class EngineReplica:
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         logging.getLogger("ray.serve").addFilter(without_expected_tracebacks)
-        spec = set_num_threads(spec)
-        self._spec = spec
+        self._spec = spec = set_num_threads(spec, _num_nodes())
+        from serve_apps.replica.ranks import RankActors  # late: the process that deploys imports no Ray
+
         self._started_at = time.time()
         self._metrics = ReplicaMetrics()
-        self._stream = start_engine(spec, get_base(settings.home, spec.base), settings)
+        self._stream = start_engine(spec, get_base(settings.home, spec.base), settings, RankActors)
         self._demand = spec.autoscaling and ReplicaDemand(spec, spec.autoscaling, self._stream)
         freeze_garbage()
 
@@ -81,38 +79,15 @@ class EngineReplica:
 
     def stats(self) -> ReplicaStatus:
         """The replica's status; adapters are named by digest."""
-        return ReplicaStatus(
-            replica=_replica_id(),
-            node=socket.gethostname(),
-            pid=os.getpid(),
-            uptime_s=time.time() - self._started_at,
-            **dict(self._stream.stats()),
-        )
+        return replica_status(self._stream, _replica_id(), self._started_at)
 
     def metrics(self) -> list[Family]:
         """Prometheus families for the gateway's exposition, labelled with this replica."""
         return self._metrics.families(self._stream.stats(), _replica_id())
 
     async def adapters(self, digests: Collection[str] | None = None) -> list[AdapterPlacement]:
-        """Where these adapters are, or all that this replica has loaded. Adapters that were never used here, or not for
-        long, are left out. Raises EngineError if the engine has stopped.
-        """
-        replica, node = _replica_id(), socket.gethostname()
-        return [
-            AdapterPlacement(
-                replica=replica,
-                node=node,
-                digest=placement.ref.digest,
-                name=placement.ref.name,
-                version=placement.ref.version,
-                nbytes=placement.ref.nbytes,
-                tier="none" if placement.tier is None else placement.tier.value,
-                uses=placement.num_uses,
-                last_used_at=placement.last_used_at,
-                num_tokens=placement.num_tokens,
-            )
-            for placement in await self._stream.adapters(digests)
-        ]
+        """See `placements`."""
+        return await placements(self._stream, _replica_id(), digests)
 
     def record_routing_stats(self) -> RoutingStats:
         """Serve calls it every second, and sends the report to the routers when it differs from the last one."""
@@ -133,48 +108,6 @@ class EngineReplica:
     def __del__(self) -> None:
         if hasattr(self, "_stream"):
             self._stream.stop()
-
-
-def freeze_garbage() -> None:
-    """Excludes all present objects from garbage collection, which would take long in torch and transformers."""
-    gc.collect()
-    gc.freeze()
-
-
-def set_num_threads(spec: ServeSpec) -> ServeSpec:
-    """Sets the number of threads of each rank, and returns `spec` with it. Must be called before torch is imported.
-
-    Ray sets OMP_NUM_THREADS to 1 for its workers, and OpenMP reads it once.
-    """
-    cores = len(os.sched_getaffinity(0))
-    num_ranks = spec.max_replicas * spec.tensor_parallel_size
-    num_threads = spec.num_threads or max(1, cores * _num_nodes() // max(num_ranks, _num_nodes()))
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    import torch
-
-    torch.set_num_threads(num_threads)
-    _log.info("%d of %d cores", num_threads, cores)
-    return spec.model_copy(update={"num_threads": num_threads})
-
-
-def start_engine(spec: ServeSpec, base: BaseModel, settings: Settings) -> EngineStream:
-    """Loads the base, allocates the pool, and starts the engine's thread."""
-    from loray.engine.build import build_engine
-    from loray.engine.stream import EngineStream
-    from serve_apps.replica.ranks import RankActors
-
-    started = time.monotonic()
-    stream = EngineStream(build_engine(spec, base, adapter_loader(base, settings), start_workers=RankActors))
-    stream.start()
-    _log.info("base %s is ready after %.1f s", base.name, time.monotonic() - started)
-    return stream
-
-
-def adapter_loader(base: BaseModel, settings: Settings) -> AdapterLoader:
-    """The `load` of the engine's loader threads: from a reference to an adapter."""
-    from serve_apps.replica.loading import AdapterLoader
-
-    return AdapterLoader(base, settings)
 
 
 def without_expected_tracebacks(record: logging.LogRecord) -> bool:

@@ -26,7 +26,7 @@ from loray.engine.build import build_engine
 from loray.publishing import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef, GenerateRequest, ServeSpec
 from serve_apps.gateway.directory import REFRESH_S
-from serve_apps.replica.replica import adapter_loader
+from serve_apps.replica.startup import adapter_loader
 from tests.cluster import RayCluster, Served
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import GREEDY, Spy, run

@@ -65,7 +65,7 @@ class EngineSession:
         from benchmarks.serving.ablations import ablate
         from benchmarks.serving.recorder import EngineRecorder
         from loray.engine.stream import EngineStream
-        from serve_apps.replica.replica import freeze_garbage
+        from serve_apps.replica.startup import freeze_garbage
 
         base = bench_base(setup.spec.base, setup.folder)
         self._refs, self._num = setup.refs, 0
@@ -109,7 +109,7 @@ def build(setup: Setup, base: BaseModel) -> Engine:
     import torch
 
     from loray.engine.build import build_engine
-    from serve_apps.replica.replica import adapter_loader
+    from serve_apps.replica.startup import adapter_loader
 
     spec = setup.spec
     settings = Settings(setup.home, setup.store, setup.catalog, address=None, log_level="WARNING")

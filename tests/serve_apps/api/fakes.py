@@ -19,8 +19,8 @@ from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
 from loray.errors import ClusterError, ConflictError
 from loray.settings import Settings
-from serve_apps.api.app import create_app
 from serve_apps.api.services import Services
+from serve_apps.api.site import create_app
 from tests.catalog.test_catalog import manifest
 
 

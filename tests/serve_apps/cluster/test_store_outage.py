@@ -17,7 +17,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 from loray.store.s3 import create_bucket
-from serve_apps.replica.replica import start_engine
+from serve_apps.replica.startup import start_engine
 from tests.serve_apps.gateway.scripted import LocalEngines, gateway_app
 
 

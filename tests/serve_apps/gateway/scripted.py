@@ -95,6 +95,9 @@ class ScriptedEngines:
     async def autoscaling(self) -> AutoscalingStatus | None:
         return self.scaling
 
+    def routing_decisions(self) -> dict[str, int]:
+        return {}
+
 
 class LocalEngines:
     """One real engine in this process."""

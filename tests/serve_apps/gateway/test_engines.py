@@ -16,8 +16,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from loray.api.status import ReplicaStatus
 from loray.errors import ContextLengthExceeded, EngineError, LorayError, Overloaded, ReplicaUnavailable, RequestError
 from loray.spec import GenerateRequest, SamplingParams, TokenDelta
-from serve_apps.gateway import engines as generation
-from serve_apps.gateway.engines import ATTEMPTS, ServeEngines
+from serve_apps.gateway.replicas import engines as generation
+from serve_apps.gateway.replicas import router
+from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngines
 from serve_apps.replica.streams import coalesced, merge_deltas
 from tests.serve_apps.gateway.scripted import delta
 
@@ -114,7 +115,7 @@ def test_a_request_of_a_lost_replica_is_retried_before_its_first_delta() -> None
 
 def test_a_replica_whose_engine_has_stopped_is_avoided(monkeypatch: pytest.MonkeyPatch) -> None:
     avoided: list[str] = []
-    monkeypatch.setattr(generation, "suspect", avoided.append)
+    monkeypatch.setattr(router, "suspect", avoided.append)
     error = pickle.loads(pickle.dumps(ReplicaUnavailable("stopped", "r7")))  # as it comes from the replica's process
     assert collect(Handle([raised_by(error)], [delta("a", "stop")])) == [delta("a", "stop")]
     assert avoided == ["r7"]

@@ -24,6 +24,7 @@ from loray.telemetry import ENGINE_METRICS, METRICS, REQUEST_METRICS
 from serve_apps.exposition import encode, merge
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.metrics import CountRequests, GatewayMetrics
+from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
 from tests.engine.harness import make_engine
 from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app, register
@@ -53,7 +54,7 @@ def whole(base: BaseModel) -> list[Family]:
     gateway = GatewayMetrics()
     gateway.answered("/v1/completions", 200)
     directory: Any = ModelDirectory(base, lambda: cast("Any", None))
-    return gateway.families(directory, replicas)
+    return gateway.families(directory, decisions(), replicas)
 
 
 def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[Family]) -> None:

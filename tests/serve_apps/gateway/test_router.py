@@ -15,8 +15,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID
 
 from loray.serving.routing_report import make_report
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
-from serve_apps.gateway import router as module
-from serve_apps.gateway.router import ROUTER_CLASS, AdapterRouter, decisions, suspect
+from serve_apps.gateway.replicas import router as module
+from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter, decisions, suspect
 
 ENGINE = DeploymentID("engine", "app")
 DIGESTS = [f"{i:064x}" for i in range(1 << 40, (1 << 40) + 20)]

@@ -21,7 +21,7 @@ from loray.settings import Settings
 from loray.spec import AdapterRef, AutoscalingSpec, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.demand import ReplicaDemand
-from serve_apps.replica.replica import adapter_loader
+from serve_apps.replica.startup import adapter_loader
 
 SCALING = AutoscalingSpec(window_s=3600)
 

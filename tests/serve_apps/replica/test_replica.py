@@ -19,7 +19,8 @@ from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store
-from serve_apps.replica.replica import adapter_loader, without_expected_tracebacks
+from serve_apps.replica.replica import without_expected_tracebacks
+from serve_apps.replica.startup import adapter_loader
 from serve_apps.replica.streams import fitted
 from tests.serve_apps.gateway.scripted import delta
 

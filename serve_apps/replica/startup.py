@@ -1,0 +1,72 @@
+"""Starts an engine that loads adapters by digest, in a replica or in `loray serve`: its threads, its base, its garbage.
+
+This module imports neither torch nor Ray: the number of threads must be set before torch is imported.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from typing import TYPE_CHECKING
+
+from loray.bases.registry import BaseModel
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from loray.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from loray.engine.parallel.workers import StartWorkers
+    from loray.engine.stream import EngineStream
+    from serve_apps.replica.loading import AdapterLoader
+
+_log = get_logger(__name__)
+
+
+def freeze_garbage() -> None:
+    """Excludes all present objects from garbage collection, which would take long in torch and transformers."""
+    gc.collect()
+    gc.freeze()
+
+
+def set_num_threads(spec: ServeSpec, num_nodes: int = 1) -> ServeSpec:
+    """Sets the number of threads of each rank, and returns `spec` with it. Must be called before torch is imported.
+
+    The replicas are spread over `num_nodes` machines. Ray sets OMP_NUM_THREADS to 1 for its workers, and OpenMP reads
+    it once.
+    """
+    cores = len(os.sched_getaffinity(0))
+    num_ranks = spec.max_replicas * spec.tensor_parallel_size
+    num_threads = spec.num_threads or max(1, cores * num_nodes // max(num_ranks, num_nodes))
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    import torch
+
+    torch.set_num_threads(num_threads)
+    _log.info("%d of %d cores", num_threads, cores)
+    return spec.model_copy(update={"num_threads": num_threads})
+
+
+def start_engine(
+    spec: ServeSpec, base: BaseModel, settings: Settings, start_workers: StartWorkers | None = None
+) -> EngineStream:
+    """Loads the base, allocates the pool, and starts the engine's thread.
+
+    `start_workers` starts the ranks of tensor parallel other than 0, by default as processes of this machine.
+    """
+    from loray.engine.build import build_engine
+    from loray.engine.parallel.workers import LocalWorkers
+    from loray.engine.stream import EngineStream
+
+    started = time.monotonic()
+    load = adapter_loader(base, settings)
+    stream = EngineStream(build_engine(spec, base, load, start_workers=start_workers or LocalWorkers))
+    stream.start()
+    _log.info("base %s is ready after %.1f s", base.name, time.monotonic() - started)
+    return stream
+
+
+def adapter_loader(base: BaseModel, settings: Settings) -> AdapterLoader:
+    """The `load` of the engine's loader threads: from a reference to an adapter."""
+    from serve_apps.replica.loading import AdapterLoader
+
+    return AdapterLoader(base, settings)
