@@ -80,17 +80,11 @@ def _replicas(spec: ServeSpec) -> dict[str, Any]:
 
 
 def _gateway(spec: ServeSpec) -> FastAPI:
-    from loray.catalog import Catalog
     from loray.telemetry import configure_logging
-    from serve_apps.gateway.app import create_app
-    from serve_apps.gateway.directory import ModelDirectory
-    from serve_apps.gateway.gateway import Gateway
-    from serve_apps.gateway.prompts import PromptEncoder
+    from serve_apps.gateway.app import open_gateway
     from serve_apps.gateway.replicas.engines import ServeEngines
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
-    base = get_base(settings.home, spec.base)
     engines = ServeEngines(serve.get_deployment_handle(ENGINE, serve.get_replica_context().app_name))
-    directory = ModelDirectory(base, lambda: Catalog(settings.catalog))
-    return create_app(Gateway(spec, directory, PromptEncoder.load(base), engines))
+    return open_gateway(spec, settings, engines)

@@ -15,8 +15,7 @@ from rich.markup import escape
 
 from loray.bases.registry import get_base
 from loray.cli.output import emit, json_option
-from loray.client import LorayClient
-from loray.errors import ClusterError, ConflictError, LorayError
+from loray.errors import ClusterError, ConflictError
 from loray.local.cluster import current_cluster, ensure_started, stop_local_cluster
 from loray.local.home import (
     describe_store,
@@ -26,29 +25,25 @@ from loray.local.home import (
     stop_home_store,
 )
 from loray.local.processes import check_port
+from loray.local.standalone import standalone_servers
 from loray.locations import http_url
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.deployment import DRAIN_S, Address, ServeApi, serve_config
-from serve_apps.terminal import show_status, welcome
+from serve_apps.options import cannot_listen, read_spec, spec_options
+from serve_apps.terminal import ask, show_server, show_status, welcome
 
 _TIMEOUT_S = 600.0 + 5 * DRAIN_S  # Serve updates a fifth of the replicas at a time
-_QUICK_TIMEOUT_S = 10.0
+_SHUTDOWN_S = 10.0  # of Serve, beside the requests under way
 _POLL_S = 0.5
+_HINTS = (("loray status", "what runs, and which adapters are in memory"), ("loray down", "stop it"))
 
 
 @click.command()
-@click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="A YAML file with ServeSpec's fields.")
-@click.option("--base", help="The base model (default smollm2).")
-@click.option("--host", help="Address to listen at (default 127.0.0.1).")
-@click.option("--port", type=int, help="Port to listen at (default 8000).")
+@spec_options
 @click.option("--num-replicas", type=int, help="Copies of the engine (default 1).")
 @click.option("--min-replicas", type=int, help="With --max-replicas: as few copies as demand allows (default 1).")
 @click.option("--max-replicas", type=int, help="As many copies as adapter demand needs, up to this number.")
-@click.option("--pool-bytes", help="Memory for KV cache and adapters, for instance 512MiB.")
-@click.option("--host-bytes", help="Memory for adapters that wait outside the pool, for instance 1GiB.")
-@click.option("--max-num-seqs", type=int, help="Requests that run at once.")
-@click.option("--s3", is_flag=True, help="Keep adapters in an S3 server on this machine, from now on.")
 @click.option("--wait/--no-wait", default=True, help="Wait until it answers (default).")
 def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
     """Serve a base model and all adapters published for it.
@@ -57,7 +52,7 @@ def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
     """
     settings = Settings.from_env()
     screen = Console(stderr=True)
-    spec = _spec(spec_file, {name: value for name, value in options.items() if value is not None})
+    spec = read_spec(spec_file, options)
     if settings.address is None:
         get_base(settings.home, spec.base)
         if current_cluster(settings.home) is None:
@@ -77,33 +72,38 @@ def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
         click.echo(f"deploying at {url}; `loray status` says how far it is")
         return
     _wait(api, screen)
-    welcome(url, spec)
+    welcome(url, spec, "", _HINTS)
 
 
 @click.command()
+@click.option("--url", help="A server's URL, of `loray serve` or `loray up`, here or elsewhere.")
 @json_option
-def status(as_json: bool) -> None:
-    """Show what is being served: replicas, adapters in memory, queues."""
+def status(url: str | None, as_json: bool) -> None:
+    """Show what is being served: replicas, adapters in memory, queues.
+
+    Without --url: what `loray up` serves, and otherwise what `loray serve` serves from this LORAY_HOME.
+    """
     settings = Settings.from_env()
+    if url is not None:
+        show_server(url.rstrip("/").removesuffix("/v1"), as_json=as_json)
+        return
     api = _running(settings)
     state = None if api is None else api.state()
     if api is None or state is None:
-        if as_json:
+        servers = [] if settings.address else standalone_servers(settings.home)
+        for server in servers:
+            show_server(server.url, as_json=as_json, store=settings.store)
+        if not servers and as_json:
             emit({"serving": False, "store": settings.store})
-        else:
-            click.echo("nothing is being served; start it with `loray up`")
+        elif not servers:
+            click.echo("nothing is being served; start it with `loray serve` or `loray up`")
             click.echo(f"store: {describe_store(settings)}")
         return
     http = api.http()
     assert http is not None
     url = http._replace(host=urlsplit(api.dashboard).hostname or http.host).url if settings.address else http.url
-    with LorayClient(url, timeout=_QUICK_TIMEOUT_S) as client:
-        try:
-            report, problem = client.status(), None
-        except LorayError as e:
-            report, problem = None, str(e)
+    report, problem = ask(url)
     if as_json:
-        known = None if report is None else report.model_dump(mode="json")
         emit(
             {
                 "serving": True,
@@ -111,7 +111,7 @@ def status(as_json: bool) -> None:
                 "store": settings.store,
                 "state": state.status,
                 "message": state.message,
-                "gateway": known,
+                "gateway": None if report is None else report.model_dump(mode="json"),
             }
         )
         return
@@ -125,8 +125,11 @@ def down(keep_cluster: bool) -> None:
     settings = Settings.from_env()
     api = _running(settings)
     if api is None:
-        stopped = settings.address is None and not keep_cluster and stop_home_store(settings)
-        click.echo("stopped the local S3 server" if stopped else "nothing is running")
+        stopped = settings.address is None and not keep_cluster and _stop_store(settings)
+        if stopped:
+            click.echo("stopped the local S3 server")
+        elif not standalone_servers(settings.home):
+            click.echo("nothing is running")
         return
     with Console(stderr=True).status("stopping") as spinner:
         was_serving = api.http() is not None
@@ -139,7 +142,7 @@ def down(keep_cluster: bool) -> None:
             _wait_until_stopped(api)
         if stop:
             stop_local_cluster(settings.home)
-            stop_home_store(settings)
+            _stop_store(settings)
     click.echo("stopped serving" if was_serving else "nothing was being served")
     if stop:
         click.echo("stopped the local Ray cluster")
@@ -147,9 +150,17 @@ def down(keep_cluster: bool) -> None:
         click.echo("the local Ray cluster stays: a job is running on it (`loray down` again once it has ended)")
 
 
+def _stop_store(settings: Settings) -> bool:
+    """Stops this home's S3 server, unless `loray serve` uses it. Names what goes on."""
+    servers = standalone_servers(settings.home)
+    for server in servers:
+        click.echo(f"`loray serve` goes on at {server.url}, and its store with it; end it where it runs (Ctrl-C)")
+    return not servers and stop_home_store(settings)
+
+
 def _wait_until_stopped(api: ServeApi) -> None:
     """Waits until requests under way have ended. Serve's own deletion returns after half a minute in any case."""
-    deadline = time.monotonic() + DRAIN_S + _QUICK_TIMEOUT_S
+    deadline = time.monotonic() + DRAIN_S + _SHUTDOWN_S
     while time.monotonic() < deadline:
         with suppress(ClusterError):  # Serve's controller may end during the call
             if api.http() is None:
@@ -159,16 +170,6 @@ def _wait_until_stopped(api: ServeApi) -> None:
 
 
 # -- up ---------------------------------------------------------------------------------------------------------------
-
-
-def _spec(file: Path | None, options: dict[str, Any]) -> ServeSpec:
-    """The file's fields, overridden by the command line's."""
-    fields = {} if file is None else ServeSpec.from_yaml(file).model_dump(exclude_unset=True)
-    bounds = {name: options[name] for name in ("min_replicas", "max_replicas") if name in options}
-    fields |= {name: value for name, value in options.items() if name not in bounds}
-    if bounds:
-        fields["autoscaling"] = (fields.get("autoscaling") or {}) | bounds
-    return ServeSpec.parse(fields, source="the command line" if file is None else f"{file} with the command line")
 
 
 def _with_store(settings: Settings, s3: bool, screen: Console) -> Settings:
@@ -190,10 +191,7 @@ def _check_port(spec: ServeSpec) -> None:
     try:
         check_port(spec.host, spec.port)
     except OSError as e:
-        raise ConflictError(
-            f"cannot listen at {spec.host}:{spec.port} ({e.strerror}); choose another port, as in `loray up --port "
-            f"{spec.port + 1}`"
-        ) from e
+        raise cannot_listen(spec, e, "loray up") from e
 
 
 def _settle_port(spec: ServeSpec, serving: Address | None, *, explicit: Set[str]) -> ServeSpec:

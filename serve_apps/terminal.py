@@ -5,33 +5,70 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import datetime
+from typing import NamedTuple
 
 from rich.markup import escape
 
 from loray.api.status import ReplicaStatus, ScalingDecision, Status
-from loray.cli.output import console, pairs, table
+from loray.cli.output import console, emit, pairs, table
 from loray.client import LorayClient
+from loray.errors import LorayError
 from loray.spec import ServeSpec, format_size
 from serve_apps.deployment import State
 
 _DECISIONS_SHOWN = 5
+_TIMEOUT_S = 10.0
 
 
-def welcome(url: str, spec: ServeSpec) -> None:
+def welcome(url: str, spec: ServeSpec, remark: str, hints: Sequence[tuple[str, str]]) -> None:
+    """`hints`: what to do next, as (what to type, what it does)."""
     with LorayClient(url) as client:
         models = client.models()
     body = json.dumps({"model": models[-1].id, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64})
     names = ", ".join(m.id for m in models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
     out = console()
-    out.print(f"[green]serving[/] {spec.base} at [bold]{url}/v1[/]")
+    out.print(f"[green]serving[/] {spec.base} at [bold]{url}/v1[/]{remark and f', {remark}'}")
     out.print(f"models: {escape(names)}")
     out.print(f"try\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
     out.print(f"    -d {shlex.quote(body)}", soft_wrap=True, markup=False)
-    out.print("more\n  loray status    what runs, and which adapters are in memory\n  loray down      stop it")
+    out.print("more")
+    for typed, does in hints:
+        out.print(f"  {typed:<14}  {does}")
 
 
-def show_status(url: str, state: State, report: Status | None, problem: str | None, dashboard: str, store: str) -> None:
+class Answer(NamedTuple):
+    report: Status | None
+    problem: str | None
+
+
+def ask(url: str) -> Answer:
+    """GET /status of the server at `url`. `problem`: why there is no report."""
+    with LorayClient(url, timeout=_TIMEOUT_S) as client:
+        try:
+            return Answer(client.status(), None)
+        except LorayError as e:
+            return Answer(None, str(e))
+
+
+def show_server(url: str, *, as_json: bool, store: str | None = None) -> None:
+    """The status of a server of which only the URL is known. Exits with 1 if it does not answer, or is not well."""
+    report, problem = ask(url)
+    if as_json:
+        known = None if report is None else report.model_dump(mode="json")
+        emit({"serving": report is not None, "url": url, "store": store, "message": problem or "", "gateway": known})
+        return
+    state = "does not answer" if report is None else "running" if report.status == "ok" else report.status
+    show_status(url, state, report, problem, None, store)
+    if report is None:
+        sys.exit(1)
+
+
+def show_status(
+    url: str, state: State | str, report: Status | None, problem: str | None, dashboard: str | None, store: str | None
+) -> None:
+    """Exits with 1 if the report says that something is wrong. `dashboard`: None without Ray."""
     out = console()
     rows: list[tuple[str, object]] = [
         ("state", state),
@@ -44,7 +81,8 @@ def show_status(url: str, state: State, report: Status | None, problem: str | No
         rows += [("base", report.model), ("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
         if report.autoscaling is not None:
             rows.append(("autoscaling", f"{report.autoscaling.target} wanted: {report.autoscaling.reason}"))
-    out.print(pairs([*rows, ("message", state.reason), ("problem", problem)]))
+    message = state.reason if isinstance(state, State) else None
+    out.print(pairs([*rows, ("message", message), ("problem", problem)]))
     if report is not None and report.replicas:
         columns = (
             "replica",

@@ -9,12 +9,19 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from loray import __version__
+from loray.bases.registry import get_base
+from loray.catalog import Catalog
+from loray.settings import Settings
+from loray.spec import ServeSpec
 from serve_apps.bodies import BodyLimit
 from serve_apps.gateway import errors
 from serve_apps.gateway.answers.headers import EchoRequestId
+from serve_apps.gateway.directory import ModelDirectory
+from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.openapi import describe_bodies
+from serve_apps.gateway.prompts import PromptEncoder
 from serve_apps.gateway.routes import adapters, generation, server, tokens
 
 _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger max_body_bytes"
@@ -41,3 +48,10 @@ def create_app(gateway: Gateway) -> FastAPI:
         app.include_router(routes.create_router(gateway))
     describe_bodies(app, generation.BODIES | tokens.BODIES | adapters.BODIES)
     return app
+
+
+def open_gateway(spec: ServeSpec, settings: Settings, engines: Engines) -> FastAPI:
+    """The gateway of a deployment: its base on this machine, and the catalog that `settings` names."""
+    base = get_base(settings.home, spec.base)
+    directory = ModelDirectory(base, lambda: Catalog(settings.catalog))
+    return create_app(Gateway(spec, directory, PromptEncoder.load(base), engines))

@@ -20,8 +20,9 @@ from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsErro
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps import command
-from serve_apps.command import _settle_port, _spec
+from serve_apps.command import _settle_port
 from serve_apps.deployment import Address, State, serve_config
+from serve_apps.options import read_spec
 from serve_apps.terminal import replica_row, show_status
 from tests.cluster import RayCluster, Served, free_port
 from tests.conftest import REPOSITORY
@@ -59,24 +60,24 @@ def test_help_imports_no_ray() -> None:
 def test_options_go_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "spec.yaml"
     file.write_text("base: mine\nport: 9000\npool_bytes: 1MiB\n")
-    spec = _spec(file, {"port": 9001, "pool_bytes": "2MiB"})
+    spec = read_spec(file, {"port": 9001, "pool_bytes": "2MiB"})
     assert (spec.base, spec.port, spec.pool_bytes) == ("mine", 9001, 2 << 20)
     file.write_text("pool: 1\n")
     with pytest.raises(SpecError, match=r"pool: .*known fields: .*pool_bytes"):
-        _spec(file, {})
+        read_spec(file, {})
 
 
 def test_bounds_make_the_number_of_replicas_follow_demand(tmp_path: Path) -> None:
-    assert _spec(None, {"num_replicas": 2}).autoscaling is None
-    spec = _spec(None, {"max_replicas": 3})
+    assert read_spec(None, {"num_replicas": 2}).autoscaling is None
+    spec = read_spec(None, {"max_replicas": 3})
     assert (spec.min_replicas, spec.max_replicas, spec.num_replicas) == (1, 3, 1)
     file = tmp_path / "spec.yaml"
     file.write_text("autoscaling: {min_replicas: 2, max_replicas: 6, window_s: 30}\n")
-    scaling = _spec(file, {"max_replicas": 3}).autoscaling
+    scaling = read_spec(file, {"max_replicas": 3}).autoscaling
     assert scaling is not None
     assert (scaling.min_replicas, scaling.max_replicas, scaling.window_s) == (2, 3, 30)
     with pytest.raises(SpecError, match="max_replicas must be at least min_replicas"):
-        _spec(None, {"min_replicas": 3, "max_replicas": 2})
+        read_spec(None, {"min_replicas": 3, "max_replicas": 2})
 
 
 def test_nothing_runs(loray: Loray, tmp_path: Path) -> None:
@@ -126,8 +127,8 @@ def test_an_update_keeps_its_port() -> None:
 def test_fields_of_the_file_count_as_set(tmp_path: Path) -> None:
     file = tmp_path / "spec.yaml"
     file.write_text("port: 9000\n")
-    assert _spec(file, {"base": "tiny"}).model_fields_set == {"port", "base"}
-    assert _spec(None, {"base": "tiny"}).model_fields_set == {"base"}
+    assert read_spec(file, {"base": "tiny"}).model_fields_set == {"port", "base"}
+    assert read_spec(None, {"base": "tiny"}).model_fields_set == {"base"}
 
 
 def test_a_request_whose_adapter_loads_is_counted_once() -> None:
@@ -172,7 +173,7 @@ def test_the_end_of_requests_under_way_is_waited_for(monkeypatch: pytest.MonkeyP
     api: Any = Stopping(address, ClusterError("it is ending"), address, None)
     command._wait_until_stopped(api)
     assert api.answers == [None]
-    monkeypatch.setattr(command, "DRAIN_S", -command._QUICK_TIMEOUT_S)
+    monkeypatch.setattr(command, "DRAIN_S", -command._SHUTDOWN_S)
     with pytest.raises(ClusterError, match="loray status"):
         command._wait_until_stopped(Stopping(address))  # type: ignore[arg-type]
 

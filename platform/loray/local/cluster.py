@@ -116,7 +116,7 @@ def start_local_cluster(
             env=inherited | _ENVIRONMENT | _auth_env(token_file) | dict(env or {}),
         )
         cluster = LocalCluster(
-            **identity(process),
+            **identity(process.pid),
             address=f"http://{LOOPBACK}:{ports[1]}",
             gcs_address=f"{LOOPBACK}:{ports[0]}",
             temp_dir=str(temp_dir),

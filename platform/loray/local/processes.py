@@ -23,11 +23,11 @@ _POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """A server process that outlives the process that started it. It leads a session of its own.
+class Process:
+    """A process as a file records it.
 
     `started` is the kernel's start time of process `pid`, and `scope` is the boot and the container in which both are
-    valid, so that a reused pid is not mistaken for the server.
+    valid, so that a reused pid is not mistaken for the process.
     """
 
     pid: int
@@ -38,6 +38,11 @@ class Server:
     def is_alive(self) -> bool:
         """Whether the process runs. False in another scope, from which it cannot be seen."""
         return self.scope == pid_scope() and start_time(self.pid) == self.started
+
+
+@dataclass(frozen=True, slots=True)
+class Server(Process):
+    """A server process that outlives the process that started it. It leads a session of its own."""
 
     def end(self) -> None:
         """Ends every process of its session: with SIGTERM, then with SIGKILL.
@@ -56,7 +61,7 @@ class Server:
                 time.sleep(0.05)
 
 
-S = TypeVar("S", bound=Server)
+P = TypeVar("P", bound=Process)
 
 
 def spawn(command: Sequence[str], *, log_file: Path, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -73,9 +78,9 @@ def spawn(command: Sequence[str], *, log_file: Path, cwd: Path, env: Mapping[str
         )
 
 
-def identity(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """The fields of Server."""
-    return {"pid": process.pid, "started": start_time(process.pid) or 0, "scope": pid_scope()}
+def identity(pid: int) -> dict[str, Any]:
+    """The fields of Process."""
+    return {"pid": pid, "started": start_time(pid) or 0, "scope": pid_scope()}
 
 
 @contextmanager
@@ -113,21 +118,21 @@ def wait_until_ready(
     raise ClusterError(f"{name} did not come up within {timeout_s:.0f} s ({reason}){log_tail(log_file)}")
 
 
-def write_state(path: Path, server: Server) -> None:
-    write_private(path, json.dumps(asdict(server), indent=2) + "\n")
+def write_state(path: Path, process: Process) -> None:
+    write_private(path, json.dumps(asdict(process), indent=2) + "\n")
 
 
-def read_state(path: Path, kind: type[S]) -> S | None:
-    """The server that `write_state` wrote; None if there is no file, or one of another version."""
+def read_state(path: Path, kind: type[P]) -> P | None:
+    """The process that `write_state` wrote; None if there is no file, or one of another version."""
     try:
         return kind(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
-def alive(server: S | None) -> S | None:
-    """The server if it runs, else None."""
-    return server if server is not None and server.is_alive else None
+def alive(process: P | None) -> P | None:
+    """The process if it runs, else None."""
+    return process if process is not None and process.is_alive else None
 
 
 def kill(pid: int, number: int) -> None:
@@ -166,11 +171,21 @@ def free_ports(count: int) -> list[int]:
         return [int(s.getsockname()[1]) for s in sockets]
 
 
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that holds this address, and refuses connections until it listens. OSError if the address is taken."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
+
+
 def check_port(host: str, port: int) -> None:
     """OSError if nothing can listen at this address now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind((host, port))
+    bind(host, port).close()
 
 
 def is_free(port: int) -> bool:

@@ -114,7 +114,7 @@ def _start(weed: str, folder: Path, ports: dict[str, int], timeout_s: float) -> 
         cwd=folder,
         env={"PATH": os.defpath, "HOME": str(folder)},  # so that it reads no configuration of another SeaweedFS
     )
-    server = LocalS3(**identity(process), folder=str(folder), ports=ports)
+    server = LocalS3(**identity(process.pid), folder=str(folder), ports=ports)
     with starting(process, partial(_clear, server)):
         probe = partial(_probe, server)
         wait_until_ready(process, probe, name="the S3 server", log_file=server.log_file, timeout_s=timeout_s)

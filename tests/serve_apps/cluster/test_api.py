@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,15 +116,3 @@ def test_a_driver_that_died_without_a_record(ray_cluster: RayCluster, served: Se
     client.delete_job("silent")
     with pytest.raises(JobNotFound, match=r"\(failed\) is gone"):
         catalog.logs("silent")
-
-
-def test_links_and_the_document_have_the_route_prefix(served: Served) -> None:
-    for job_id in ("linked-1", "linked-2"):
-        served.catalog.add_job(job_id, name="linked", recipe=TrainSpec.parse(RECIPE, source="the test"))
-    response = httpx.get(f"{served.url}/api/v1/jobs", params={"limit": 1}, timeout=30)
-    assert response.links["next"]["url"].startswith("/api/v1/jobs?limit=1&cursor=")
-    document = httpx.get(f"{served.url}/api/v1/openapi.json", timeout=30).json()
-    assert document["servers"] == [{"url": "/api/v1"}]
-    missing = httpx.get(f"{served.url}/api/v1/adapters/nobody", timeout=30)
-    assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
-    assert json.loads(missing.text)["type"] == "urn:loray:problem:adapter-not-found"

@@ -18,7 +18,8 @@ from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
 from loray.store.s3 import create_bucket
 from serve_apps.replica.startup import start_engine
-from tests.serve_apps.gateway.scripted import LocalEngines, gateway_app
+from serve_apps.standalone.engines import LocalEngines
+from tests.serve_apps.gateway.scripted import gateway_app
 
 
 def test_a_request_fails_and_a_later_one_is_served(

@@ -1,11 +1,11 @@
-"""A gateway without Ray, on scripted engines or on a real engine in this process."""
+"""A gateway without Ray, on scripted engines or on others."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client.core import Metric as Family
@@ -14,15 +14,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
-from loray.engine.stream import EngineStream
 from loray.spec import AdapterManifest, FinishReason, GenerateRequest, ServeSpec, TokenDelta
 from serve_apps.gateway.app import create_app
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.prompts import PromptEncoder
-from serve_apps.replica.metrics import ReplicaMetrics
-from serve_apps.replica.streams import fitted
 
 REPLICA = ReplicaStatus(
     replica="r1",
@@ -97,31 +94,6 @@ class ScriptedEngines:
 
     def routing_decisions(self) -> dict[str, int]:
         return {}
-
-
-class LocalEngines:
-    """One real engine in this process."""
-
-    def __init__(self, stream: EngineStream) -> None:
-        self.stream = stream
-        self.replica = ReplicaMetrics()
-
-    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        if fit:
-            return fitted(self.stream, request)
-        return cast("AsyncGenerator[TokenDelta, None]", self.stream.generate(request))
-
-    async def healthy(self) -> bool:
-        return True
-
-    async def autoscaling(self) -> AutoscalingStatus | None:
-        return None
-
-    async def stats(self) -> list[ReplicaStatus]:
-        return [ReplicaStatus.model_validate(REPLICA.model_dump() | self.stream.stats().to_dict())]
-
-    async def metrics(self) -> list[list[Family] | None]:
-        return [self.replica.families(self.stream.stats(), "r1")]
 
 
 _BYTES = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}  # the ids of tests.tiny.byte_tokenizer

@@ -17,9 +17,10 @@ from transformers import AutoTokenizer
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.engine.stream import EngineStream
+from serve_apps.standalone.engines import LocalEngines
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import make_engine
-from tests.serve_apps.gateway.scripted import LocalEngines, catalog_url, gateway_app, register
+from tests.serve_apps.gateway.scripted import catalog_url, gateway_app, register
 
 TEXTS = ("Once upon a time there", "The capital of France is Paris", "a b")
 SCORE = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}  # as its local-completions

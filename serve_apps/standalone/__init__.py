@@ -1,0 +1,1 @@
+"""`loray serve`: gateway, engine and catalog API in one process, without Ray."""

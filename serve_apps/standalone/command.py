@@ -1,0 +1,92 @@
+"""The command `loray serve`. Importing this module imports neither torch nor FastAPI."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from loray.bases.registry import get_base
+from loray.errors import LorayError, SpecError
+from loray.local.home import move_to_local_s3, start_home_store
+from loray.local.processes import bind
+from loray.local.standalone import announced
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from loray.telemetry import configure_logging
+from serve_apps.deployment import DRAIN_S, Address
+from serve_apps.options import cannot_listen, read_spec, spec_options
+from serve_apps.terminal import welcome
+
+_HINTS = (("loray status", "what runs, and which adapters are in memory"), ("Ctrl-C", "stop it"))
+
+
+@click.command()
+@click.argument("model", required=False)
+@spec_options
+def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -> None:
+    """Serve the base MODEL (default smollm2) and all adapters published for it, in this process and without Ray.
+
+    Ctrl-C ends it. For replicas, autoscaling and more than one machine there is `loray up`.
+    """
+    began = time.monotonic()
+    settings = Settings.from_env()
+    configure_logging(settings.log_level)
+    if model is not None and options["base"] not in (None, model):
+        raise SpecError(f"MODEL is {model} and --base is {options['base']}; give one of them")
+    spec = one_engine(read_spec(spec_file, options | ({} if model is None else {"base": model})))
+    base = get_base(settings.home, spec.base)
+    screen = Console(stderr=True)
+    with ExitStack() as held:
+        try:
+            listener = held.enter_context(bind(spec.host, spec.port))
+        except OSError as e:
+            raise cannot_listen(spec, e, "loray serve") from e
+        with screen.status("starting the store"):
+            settings = move_to_local_s3(settings) if s3 else start_home_store(settings)
+        spinner = screen.status("loading the base and the engine")
+        spinner.start()
+        held.callback(spinner.stop)
+        url = Address(spec.host, spec.port).url
+
+        def started() -> None:
+            spinner.stop()
+            held.enter_context(announced(settings.home, url))
+            seconds = time.monotonic() - began
+            # In a thread, because it asks this server for its models.
+            threading.Thread(target=_welcome, args=(url, spec, seconds), daemon=True).start()
+
+        def stopping(num_requests: int) -> None:
+            if num_requests:
+                waits = f"waiting up to {DRAIN_S:.0f} s for {num_requests} requests under way"
+                screen.print(f"{waits}; Ctrl-C ends them", highlight=False)
+
+        from serve_apps.standalone.run import run  # late: it imports FastAPI
+
+        run(spec, base, settings, listener, started=started, stopping=stopping)
+    screen.print("stopped serving", highlight=False)
+
+
+def one_engine(spec: ServeSpec) -> ServeSpec:
+    """Raises SpecError for what needs several replicas, and so Ray."""
+    if spec.autoscaling is not None:
+        raise SpecError(
+            "autoscaling needs replicas, and `loray serve` runs one engine; leave it out, or use `loray up`"
+        )
+    if spec.num_replicas > 1:
+        raise SpecError(
+            f"num_replicas is {spec.num_replicas}, and `loray serve` runs one engine; leave it out, or use `loray up`"
+        )
+    return spec
+
+
+def _welcome(url: str, spec: ServeSpec, seconds: float) -> None:
+    try:
+        welcome(url, spec, f"ready after {seconds:.1f} s", _HINTS)
+    except LorayError as e:  # it serves nevertheless
+        Console().print(f"serving {spec.base} at {url}/v1, ready after {seconds:.1f} s ({e})", highlight=False)

@@ -1,0 +1,57 @@
+"""The engine of this process, for the gateway and for the catalog's API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+
+from prometheus_client.core import Metric as Family
+
+from loray.api.status import AdapterPlacement, AutoscalingStatus, ReplicaStatus
+from loray.engine.stream import EngineStream
+from loray.errors import EngineError
+from loray.spec import GenerateRequest, TokenDelta
+from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.report import placements, replica_status
+from serve_apps.replica.streams import fitted
+
+REPLICA = "local"  # the engine's name where replicas have one
+
+
+class LocalEngines:
+    """Implements `serve_apps.gateway.engines.Engines` and `serve_apps.api.services.Placements` with one engine."""
+
+    def __init__(self, stream: EngineStream) -> None:
+        self._stream = stream
+        self._metrics = ReplicaMetrics()
+        self._started_at = time.time()
+
+    def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
+        deltas = fitted(self._stream, request) if fit else self._stream.generate(request)
+        return self._metrics.observed(request, deltas)
+
+    def check_health(self) -> None:
+        """Raises EngineError if the engine has stopped."""
+        self._stream.check_health()
+
+    async def healthy(self) -> bool:
+        with suppress(EngineError):
+            self.check_health()
+            return True
+        return False
+
+    async def stats(self) -> list[ReplicaStatus]:
+        return [replica_status(self._stream, REPLICA, self._started_at)] if await self.healthy() else []
+
+    async def autoscaling(self) -> AutoscalingStatus | None:
+        return None
+
+    async def metrics(self) -> list[list[Family] | None]:
+        return [self._metrics.families(self._stream.stats(), REPLICA)]
+
+    def routing_decisions(self) -> Mapping[str, int]:
+        return {}
+
+    async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
+        return await placements(self._stream, REPLICA, digests)

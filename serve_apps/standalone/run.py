@@ -1,0 +1,43 @@
+"""Runs the engine and the server of `loray serve` in this process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from loray.bases.registry import BaseModel
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from serve_apps.replica.startup import freeze_garbage, set_num_threads, start_engine
+
+
+def run(
+    spec: ServeSpec,
+    base: BaseModel,
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    started: Callable[[], None],
+    stopping: Callable[[int], None],
+) -> None:
+    """Serves at `listener` until a signal ends it. Raises EngineError if the engine stops before.
+
+    started   called once the server answers
+    stopping  called with the number of requests under way when the first signal comes
+    """
+    spec = set_num_threads(spec)
+    from serve_apps.standalone.app import create_site
+    from serve_apps.standalone.engines import LocalEngines
+    from serve_apps.standalone.server import Server
+
+    stream = start_engine(spec, base, settings)
+    try:
+        engines = LocalEngines(stream)
+        site = create_site(spec, settings, engines)
+        freeze_garbage()
+        server = Server(site, check_health=engines.check_health, started=started, stopping=stopping)
+        server.run(sockets=[listener])
+    finally:
+        stream.stop()
+    if server.failure is not None:
+        raise server.failure

@@ -1,0 +1,128 @@
+"""Requests over HTTP: streams, refusals, overload, clients that leave, metrics, and the catalog's API beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from loray.catalog import AdapterVersion
+from loray.spec import TrainSpec
+from tests.cluster import SERVE, Served
+from tests.serve_apps.asking import CHAT, GREEDY, LONG, answer, eventually, status
+from tests.test_recipe import RECIPE
+
+
+def metrics(server: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    text = httpx.get(f"{server.url}/metrics", timeout=30).raise_for_status().text
+    return {
+        (s.name, frozenset(s.labels.items())): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+def test_metrics_grow_by_what_is_asked(client: openai.OpenAI, server: Served, tone: list[AdapterVersion]) -> None:
+    answer(client, tone[0].label)
+    before = metrics(server)
+    for _ in range(2):
+        answer(client, tone[0].label)
+    answer(client, "tiny")
+    (replica,) = status(server)["replicas"]
+
+    def grown(name: str, **labels: str) -> float:
+        key = name, frozenset(labels.items())
+        return after[key] - before.get(key, 0.0)
+
+    def counted() -> bool:
+        nonlocal after
+        after = metrics(server)
+        return grown("loray_generation_tokens_total", replica=replica["replica"]) >= 3 * GREEDY["max_tokens"]
+
+    after = before
+    assert eventually(counted)  # the engine's totals lag behind a little
+    r = replica["replica"]
+    assert grown("loray_generation_tokens_total", replica=r) == 3 * GREEDY["max_tokens"]
+    assert grown("loray_adapter_requests_total", replica=r, tier="pool") == 2
+    assert grown("loray_time_to_first_token_seconds_count", replica=r, method="lora") == 2
+    assert grown("loray_request_success_total", replica=r, method="base", finished_reason="length") == 1
+    assert grown("loray_http_requests_total", route="/v1/completions", code="200") == 3
+    assert after["loray_replicas_reporting", frozenset()] == 1
+
+
+def test_streaming(client: openai.OpenAI, tone: list[AdapterVersion]) -> None:
+    whole = client.chat.completions.create(model="tone@2", messages=CHAT, **GREEDY)
+    stream = client.chat.completions.create(
+        model="tone@2", messages=CHAT, stream=True, stream_options={"include_usage": True}, **GREEDY
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    streamed = chunks[-1].usage.model_copy(update={"prompt_tokens_details": whole.usage.prompt_tokens_details})
+    assert streamed == whole.usage  # except for the prefix cache's tokens
+
+
+def test_bad_requests(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens") as long:
+        client.completions.create(model="tiny", prompt="x" * 600)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        client.chat.completions.create(model="tiny", messages=CHAT, extra_body={"tools": [{"type": "function"}]})
+    response = httpx.post(f"{client.base_url}completions", content=b"{")
+    assert response.status_code == 400
+    assert "not valid JSON" in response.json()["error"]["message"]
+
+
+def test_overload_is_429_with_a_time_to_retry(server: Served) -> None:
+    async def ask(client: openai.AsyncOpenAI) -> Any:
+        try:
+            return await client.completions.create(model="tiny", prompt="a", **LONG)
+        except openai.RateLimitError as e:
+            return e
+
+    async def all_at_once() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(
+                *(ask(client) for _ in range(2 * (SERVE["max_num_seqs"] + SERVE["max_queued"])))
+            )
+
+    results = asyncio.run(all_at_once())
+    refused = [r for r in results if isinstance(r, openai.RateLimitError)]
+    assert 0 < len(refused) < len(results)
+    assert refused[0].code == "overloaded"
+    assert int(refused[0].response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_disconnected_client_frees_the_engine(server: Served, stream: bool) -> None:
+    before = status(server)["totals"]
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "n": 2, "stream": stream}
+    with httpx.Client(base_url=server.url, timeout=httpx.Timeout(30, read=None if stream else 0.3)) as http:
+        if stream:
+            with http.stream("POST", "/v1/completions", json=body) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/completions", json=body)
+    assert eventually(lambda: status(server)["totals"]["num_running"] == 0)
+    after = status(server)["totals"]
+    assert after["num_finished"] == before["num_finished"]  # it was cancelled, it did not run to its end
+    assert after["blocks"]["kv"] == 0
+
+
+def test_the_catalogs_links_and_the_document_have_the_route_prefix(server: Served) -> None:
+    for job_id in ("linked-1", "linked-2"):
+        server.catalog.add_job(job_id, name="linked", recipe=TrainSpec.parse(RECIPE, source="the test"))
+    response = httpx.get(f"{server.url}/api/v1/jobs", params={"limit": 1}, timeout=30)
+    assert response.links["next"]["url"].startswith("/api/v1/jobs?limit=1&cursor=")
+    document = httpx.get(f"{server.url}/api/v1/openapi.json", timeout=30).json()
+    assert document["servers"] == [{"url": "/api/v1"}]
+    missing = httpx.get(f"{server.url}/api/v1/adapters/nobody", timeout=30)
+    assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
+    assert json.loads(missing.text)["type"] == "urn:loray:problem:adapter-not-found"

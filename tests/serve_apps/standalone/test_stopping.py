@@ -1,0 +1,80 @@
+"""The end of `loray serve`: by a signal, by two, and because the engine has stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+
+from loray.errors import EngineError
+from loray.local.processes import bind
+from serve_apps.standalone.server import Server
+from tests.serve_apps.asking import eventually
+from tests.standalone import Standalone, standalone
+
+BODY: dict[str, Any] = {"model": "tiny", "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]:
+    with standalone(tmp_path_factory.mktemp("standalone"), max_queued=512) as server:
+        yield server
+
+
+def refused(server: Standalone) -> bool:
+    try:
+        httpx.get(f"{server.served.url}/health", timeout=30)
+    except httpx.ConnectError:
+        return True
+    return False
+
+
+def test_a_request_under_way_ends_and_ray_was_never_imported(server: Standalone) -> None:
+    url = server.served.url
+    assert httpx.get(f"{url}/api/v1/adapters", timeout=30).json()["items"] == []
+    assert httpx.get(f"{url}/metrics", timeout=30).status_code == 200
+    with httpx.stream("POST", f"{url}/v1/completions", json=BODY | {"prompt": "a"}, timeout=60) as response:
+        lines = response.iter_lines()
+        events = [next(lines)]
+        server.process.terminate()
+        assert eventually(lambda: refused(server))
+        events += list(lines)
+    assert events[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in events if line.startswith("data: {")]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(60) == 0
+    assert "serving tiny at" in server.log
+    assert "waiting up to 120 s for 1 requests under way" in server.log
+    assert "modules of Ray: []" in server.log
+
+
+def test_a_second_signal_ends_requests_too(server: Standalone) -> None:
+    body = BODY | {"prompt": ["a"] * 64, "n": 2}  # takes much longer than the test waits
+    with httpx.stream("POST", f"{server.served.url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.terminate()
+        assert eventually(lambda: refused(server))
+        server.process.terminate()
+        with pytest.raises(httpx.HTTPError):
+            list(lines)
+    assert server.process.wait(30) == 0
+    assert "Traceback" not in server.log
+
+
+def test_it_ends_when_the_engine_has_stopped() -> None:
+    def check_health() -> None:
+        raise EngineError("the engine stopped: out of memory")
+
+    ready: list[str] = []
+    app: Any = Starlette()
+    server = Server(app, check_health=check_health, started=lambda: ready.append("ready"), stopping=lambda _: None)
+    with bind("127.0.0.1", 0) as listener:
+        asyncio.run(server.serve([listener]))
+    assert ready == ["ready"]
+    assert str(server.failure) == "the engine stopped: out of memory"

@@ -1,0 +1,98 @@
+"""`loray serve` in a process of its own, on a tiny random base, for tests of the server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from loray.bases.registry import add_base
+from loray.catalog import Catalog
+from loray.settings import Settings
+from loray.spec import ServeSpec
+from loray.store import AdapterStore, open_store
+from tests.cluster import SERVE, Served, free_port
+
+_MAIN = """
+import sys
+from loray.cli.main import main
+try:
+    main()
+finally:
+    print("modules of Ray:", [m for m in sys.modules if m.split(".")[0] == "ray"], flush=True)
+"""
+_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Standalone:
+    """`log`: what the process has written to stdout and stderr."""
+
+    served: Served
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def end(self) -> int:
+        """Ends it with SIGTERM, and returns its exit code."""
+        self.process.terminate()
+        return self.process.wait(_TIMEOUT_S)
+
+
+@contextmanager
+def standalone(folder: Path, *args: str, **fields: Any) -> Iterator[Standalone]:
+    """Runs `loray serve tiny` with ServeSpec's `fields` and LORAY_HOME in `folder`, and waits until it answers."""
+    from tests.tiny import write_checkpoint
+
+    home = folder / "home"
+    base = add_base(str(write_checkpoint(folder / "checkpoint")), home=home, name="tiny")
+    spec = ServeSpec(base="tiny", dtype="float32", port=free_port(), **SERVE | fields)
+    spec_file = folder / "spec.yaml"
+    spec_file.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_none=True, exclude={"base"})))
+    env = {k: v for k, v in os.environ.items() if not k.startswith("LORAY_")} | {"LORAY_HOME": str(home)}
+    command = [sys.executable, "-W", "error", "-c", _MAIN, "serve", "tiny", "--spec", str(spec_file), *args]
+    log_file = folder / "serve.log"
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=folder)
+    try:
+        url = f"http://{spec.host}:{spec.port}"
+        _wait(process, url, log_file)
+        settings = Settings.from_env({"LORAY_HOME": str(home)})
+        store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
+        yield Standalone(Served(url, base, store, catalog, settings, spec), process, log_file)
+        catalog.close()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log_file: Path) -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        assert process.poll() is None, log_file.read_text()
+        try:
+            assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+            return
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline, log_file.read_text()
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def served_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """As `served`, without Ray."""
+    with standalone(tmp_path_factory.mktemp("standalone")) as server:
+        yield server.served
