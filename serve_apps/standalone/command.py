@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from serve_apps.options import cannot_listen, read_spec, spec_options
 from serve_apps.terminal import welcome
 
 _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("Ctrl-C", "stop it"))
+
+_REPLICAS: Mapping[str, Callable[[ServeSpec], bool]] = {
+    "autoscaling": lambda spec: spec.autoscaling is not None,
+    "num_replicas": lambda spec: spec.num_replicas > 1,
+}
 
 
 @click.command()
@@ -63,8 +69,8 @@ def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -
 
         def stopping(num_requests: int) -> None:
             if num_requests:
-                waits = f"waiting up to {DRAIN_S:.0f} s for {num_requests} requests under way"
-                screen.print(f"{waits}; Ctrl-C ends them", highlight=False)
+                waits = f"requests under way: {num_requests}; waiting up to {DRAIN_S:.0f} s, again Ctrl-C ends them"
+                screen.print(waits, highlight=False)
 
         from serve_apps.standalone.run import run  # late: it imports FastAPI
 
@@ -74,14 +80,9 @@ def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -
 
 def one_engine(spec: ServeSpec) -> ServeSpec:
     """Raises SpecError for what needs several replicas, and so Ray."""
-    if spec.autoscaling is not None:
-        raise SpecError(
-            "autoscaling needs replicas, and `loray serve` runs one engine; leave it out, or use `loray up`"
-        )
-    if spec.num_replicas > 1:
-        raise SpecError(
-            f"num_replicas is {spec.num_replicas}, and `loray serve` runs one engine; leave it out, or use `loray up`"
-        )
+    wanted = [name for name, is_set in _REPLICAS.items() if is_set(spec)]
+    if wanted:
+        raise SpecError(f"`loray serve` runs one engine: leave out {' and '.join(wanted)}, or use `loray up`")
     return spec
 
 

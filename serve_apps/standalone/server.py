@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
         stopping: Callable[[int], None],
     ) -> None:
         config = uvicorn.Config(
-            site,  # type: ignore[arg-type]
+            site,
             loop="uvloop",
             http="httptools",
             ws="none",
@@ -57,6 +57,11 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()  # which uvicorn leaves out after a second signal
 
     async def on_tick(self, counter: int) -> bool:
         if counter % _TICKS_PER_CHECK == 0:

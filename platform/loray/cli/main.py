@@ -37,7 +37,7 @@ _COMMANDS: Mapping[str, _Command] = {
 # Listed here, so that help does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {
     "train": "Train an adapter from a recipe and publish it.",
-    "serve": "Serve a base model and its adapters from one process, without Ray.",
+    "serve": "Serve from one process, without Ray.",
     "up": "Start serving a base model and its adapters.",
     "status": "Show what is being served, and the cluster.",
     "down": "Stop serving.",
