@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standalone]:
 def refused(server: Standalone) -> bool:
     try:
         httpx.get(f"{server.served.url}/health", timeout=30)
-    except httpx.ConnectError:
+    except httpx.TransportError:  # a connection that was made before the port closed is reset
         return True
     return False
 
