@@ -111,3 +111,6 @@ class FakeEngines:
 
     async def metrics(self) -> list[list[Family] | None]:
         return []
+
+    def routing_decisions(self) -> dict[str, int]:
+        return {}

@@ -49,7 +49,7 @@ def test_a_request_under_way_ends_and_ray_was_never_imported(server: Standalone)
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     assert server.process.wait(60) == 0
     assert "serving tiny at" in server.log
-    assert "requests under way: 1; waiting up to 120 s" in server.log
+    assert "; waiting up to 120 s, again Ctrl-C ends them" in server.log
     assert "modules of Ray: []" in server.log
 
 
