@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,11 +79,47 @@ def test_constraints_mean_what_they_say(
     assert [text for text in bad if matches(base, constraint, text)] == []
 
 
+def test_what_is_checked_at_once_is_compiled_once(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a caller that leaves takes nothing from the others."""
+    compiled: list[Constraint] = []
+    go_on = threading.Event()
+
+    def compile_(self: GrammarCompiler, constraint: Constraint) -> Any:
+        compiled.append(constraint)
+        assert go_on.wait(60)
+        return real(self, constraint)
+
+    real = GrammarCompiler.compile
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_)
+
+    async def check() -> None:
+        checker = GrammarChecker(base)
+        tasks = [asyncio.create_task(checker.check(SCHEMA.model_copy())) for _ in range(5)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        go_on.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(r) for r in results] == [asyncio.CancelledError, *[type(None)] * 4]
+        await checker.check(SCHEMA)
+        checker.close()
+
+    asyncio.run(check())
+    assert compiled == [SCHEMA]
+
+
+def test_a_base_without_a_tokenizer_json_says_so(base: BaseModel, tmp_path: Path) -> None:
+    compiler = GrammarCompiler(replace(base, path=tmp_path))
+    compiler.warm()
+    with pytest.raises(RequestError, match="cannot be held to a constraint"):
+        compiler.compile(SCHEMA)
+
+
 BRACKETS = "(" * 50_000
 REFUSED: dict[str, tuple[Constraint, str]] = {
     "unsupported keyword": (Constraint.from_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
     "unsatisfiable": (Constraint.from_schema(False), "JSON schema cannot be enforced"),
     "wrong schema": (Constraint.from_schema({"type": "strin"}), "JSON schema cannot be enforced"),
+    "endless": (Constraint.from_schema({"$ref": "#"}), "no answer can match"),
     "remote reference": (Constraint.from_schema({"$ref": "https://example.com/schema.json"}), "JSON schema cannot be"),
     "no JSON": (Constraint(kind="json_schema", text="{"), "cannot be read"),
     "regex": (Constraint.from_regex("a("), "regular expression cannot be enforced"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
+from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
@@ -34,6 +35,7 @@ def build_engine(
     With several ranks this process is rank 0, `start_workers` starts the others, and all read the checkpoint. Raises
     SpecError if pool_bytes is too small or the ranks do not divide the base; EngineError if a rank does not start.
     """
+    GrammarCompiler(base).warm()  # later it would hold up the steps of others
     if spec.tensor_parallel_size > 1:
         assert tensors is None, "every rank reads the checkpoint"
         spec = spec.model_copy(update={"num_threads": num_threads(spec)})

@@ -16,10 +16,11 @@ _NUM_THREADS = 2
 
 
 class GrammarChecker:
-    """Compiles constraints as engines do. For one event loop; there are no threads before the first constraint."""
+    """Compiles constraints as engines do. For one event loop."""
 
     def __init__(self, base: BaseModel) -> None:
         self._compiler = GrammarCompiler(base)
+        self._compiler.warm()
         self._refusals: OrderedDict[Constraint, Future[str | None]] = OrderedDict()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
 
@@ -42,7 +43,8 @@ class GrammarChecker:
 
     def _refusal(self, constraint: Constraint) -> str | None:
         try:
-            self._compiler.compile(constraint)
+            matcher = self._compiler.compile(constraint)
         except RequestError as e:
             return str(e)
-        return None
+        matcher.compute_bitmask()
+        return "no answer can match the constraint; correct it" if matcher.is_error() else None

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
@@ -20,6 +21,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.request import Request
 from loray.engine.sampling.grammar import Grammars
+from loray.engine.sampling.logits import process
 from loray.spec import Constraint, GenerateRequest, SamplingParams
 from tests.engine.harness import make_engine, request, run
 from tests.engine.sampling.schemas import random_schema
@@ -209,7 +211,37 @@ def test_other_rows_do_not_change(worded: BaseModel) -> None:
         assert tokenizer.decode(ids[:-1]) in texts
 
 
-def test_no_matcher_no_import_no_thread(worded: BaseModel) -> None:
+def test_a_matcher_that_cannot_go_on_ends_its_request_alone(worded: BaseModel) -> None:
+    """Also between others in the batch; their rows are those of a batch without it."""
+    yes = Constraint.from_choice(["yes"])
+    asked = [
+        request("a", PROMPT, structured=yes),
+        request("stuck", PROMPT, structured=Constraint.from_schema({"$ref": "#"})),
+        request("b", PROMPT, structured=yes),
+    ]
+    out = answers(make_engine(worded), asked)
+    assert "cannot be held to its constraint any further" in out["stuck"][1]
+    assert "\n" not in out["stuck"][1]
+    assert out["stuck"][0] == []
+    assert out["a"] == out["b"] == (out["a"][0], "stop")
+
+
+def test_masks_on_a_gpu_are_the_same(worded: BaseModel) -> None:
+    """There the bits are unpacked on the device."""
+    ready = Ready(worded)
+    rows = [ready.start(constraint) for constraint, _ in LANGUAGES.values()]
+    future = ready.grammars.start(rows)
+    assert future is not None
+    masks = future.result()
+    logits_SV = torch.randn(len(rows) + 1, worded.config.vocab_size)
+    requests = [rows[2], Request(GenerateRequest("f", PROMPT, SamplingParams()), 9), *rows[:2], *rows[3:]]
+    here = process(logits_SV, requests, (EOS,), masks)
+    assert torch.equal(process(logits_SV, requests, (EOS,), masks._replace(bias_MV=None)), here)
+    assert torch.equal(here[1], logits_SV[1])
+    assert torch.isinf(here[0]).any()
+
+
+def test_no_matcher_no_thread(worded: BaseModel) -> None:
     engine = make_engine(worded)
     run(engine, [request("a", PROMPT)])
     assert engine._grammars.start([]) is None
