@@ -1,91 +1,18 @@
-"""Constraints: masks against brute force, answers against their schemas, and what else is in the batch."""
+"""The masks of matchers against brute force, and on a GPU."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import random
-import re
-from collections.abc import Sequence
-from concurrent.futures import Future
-from functools import cache
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
 from loray.bases.registry import BaseModel
-from loray.engine.engine import Engine
 from loray.engine.request import Request
-from loray.engine.sampling.grammar import Grammars
 from loray.engine.sampling.logits import process
 from loray.spec import Constraint, GenerateRequest, SamplingParams
-from tests.engine.harness import make_engine, request, run
-from tests.engine.sampling.schemas import random_schema
-
-EOS = 2
-PROMPT = (1, 9690, 198, 2683)
-
-
-@cache
-def token_bytes(path: str) -> dict[int, bytes]:
-    """The bytes of each token that is text. GPT-2's alphabet: printable bytes stand for themselves."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    chars = {chr(b): b for b in own}
-    chars |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in own)}
-    tokenizer = Tokenizer.from_file(path)
-    special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-    return {i: bytes(chars[c] for c in text) for text, i in tokenizer.get_vocab().items() if i not in special}
-
-
-class Ready:
-    """The matchers of requests without an engine."""
-
-    def __init__(self, base: BaseModel) -> None:
-        self.grammars, self.vocab = Grammars(base, lambda: None), base.config.vocab_size
-
-    def start(self, constraint: Constraint, *output_ids: int) -> Request:
-        spec = GenerateRequest("r", PROMPT, SamplingParams(max_tokens=99, structured=constraint))
-        made = Request(spec, 0, output_ids=list(output_ids))
-        self.grammars.prepare(made, constraint)
-        queued: list[Request] = []
-        while not queued:
-            assert not self.grammars.queue_prepared(queued.append)
-        return made
-
-    def allowed(self, *requests: Request) -> list[set[int]]:
-        masks = self.grammars.start(requests)
-        assert isinstance(masks, Future)
-        words_MW = masks.result().words_MW
-        bits = np.unpackbits(words_MW.view(np.uint8), axis=1, bitorder="little")
-        return [set(np.flatnonzero(row).tolist()) for row in bits]
-
-
-LANGUAGES: dict[str, tuple[Constraint, list[str]]] = {
-    "choice": (
-        Constraint.from_choice(["yes", "no", "nope", "n/a", "größer 😀"]),
-        ["yes", "no", "nope", "n/a", "größer 😀"],
-    ),
-    "regex": (
-        Constraint.from_regex(r"(ab|abc|b/c\n?)x{0,3}[0-9]"),
-        [a + "x" * n + d for a, n, d in itertools.product(("ab", "abc", "b/c", "b/c\n"), range(4), "0123456789")],
-    ),
-    "lark": (
-        Constraint.from_grammar('start: item ("," item)~0..2\nitem: "cat" | "dog" "s"?'),
-        [",".join(c) for n in (1, 2, 3) for c in itertools.product(("cat", "dog", "dogs"), repeat=n)],
-    ),
-    "gbnf": (
-        Constraint.from_grammar('root ::= "to" part "!"\npart ::= "day" | "morrow" [0-9]?'),
-        [f"to{p}!" for p in ("day", "morrow", *(f"morrow{i}" for i in range(10)))],
-    ),
-    "json": (
-        Constraint.from_schema({"enum": ["a", {"b": [1, True]}, "ab"]}, whitespace=""),
-        ['"a"', '{"b":[1,true]}', '"ab"'],
-    ),
-}
+from tests.engine.sampling.constraints import EOS, LANGUAGES, PROMPT, Ready, token_bytes
 
 
 @pytest.mark.parametrize("name", LANGUAGES)
@@ -138,94 +65,6 @@ def test_a_request_follows_its_own_output(worded: BaseModel) -> None:
     assert ready.grammars.start([first]) is None
 
 
-def answers(engine: Engine, requests: Sequence[GenerateRequest]) -> dict[str, tuple[list[int], str]]:
-    """The tokens of each request, and how it ended: its finish reason or the name of its error."""
-    out: dict[str, tuple[list[int], str]] = {r.request_id: ([], "") for r in requests}
-    for r in requests:
-        engine.add(r)
-    while engine.has_work:
-        for token in engine.step():
-            ids, _ = out[token.request_id]
-            ids += [] if token.token_id is None else [token.token_id]
-            end = token.finish_reason or (repr(token.error) if token.error else "")
-            out[token.request_id] = (ids, end)
-        engine.check_integrity()
-    return out
-
-
-def check_against_schemas(
-    base: BaseModel, num_schemas: int, prompt: Sequence[int], whitespace: str | None, **spec: Any
-) -> None:
-    schemas = {str(seed): random_schema(seed) for seed in range(num_schemas)}
-    sampled: dict[str, Any] = {"temperature": 1.0, "max_tokens": 300}
-    asked = [
-        request(name, prompt, seed=int(name), structured=Constraint.from_schema(s, whitespace=whitespace), **sampled)
-        for name, s in schemas.items()
-    ]
-    tokenizer, ended = Tokenizer.from_file(str(base.path / "tokenizer.json")), 0
-    for name, (ids, end) in answers(make_engine(base, **spec), asked).items():
-        assert end in ("stop", "length"), (schemas[name], end)
-        if end == "stop":
-            ended += 1
-            assert ids[-1] == EOS
-            Draft202012Validator(schemas[name]).validate(json.loads(tokenizer.decode(ids[:-1])))
-    assert ended > num_schemas * 0.5, f"only {ended} of {num_schemas} ended"
-
-
-def test_answers_validate(worded: BaseModel) -> None:
-    check_against_schemas(worded, 40, PROMPT, "", pool_bytes=32 << 20)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_answers_of_the_real_model_validate(smollm2: BaseModel) -> None:
-    tokenizer = Tokenizer.from_file(str(smollm2.path / "tokenizer.json"))
-    prompt = tokenizer.encode("<|im_start|>user\nGive me an example as JSON.<|im_end|>\n<|im_start|>assistant\n").ids
-    check_against_schemas(smollm2, 1000, prompt, None, dtype="bfloat16", pool_bytes=512 << 20)
-
-
-def free(base: BaseModel, **params: Any) -> list[GenerateRequest]:
-    kinds: list[dict[str, Any]] = [
-        {},
-        {"temperature": 1.0, "top_p": 0.9},
-        {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.1},
-        {"temperature": 1.0, "min_p": 0.02, "frequency_penalty": 0.4, "logprobs": 2},
-    ]
-    return [request(f"free-{i}", (1, 50 + i, 60), seed=i, max_tokens=30, **k) for i, k in enumerate(kinds * 2)]
-
-
-def test_other_rows_do_not_change(worded: BaseModel) -> None:
-    alone = answers(make_engine(worded), free(worded))
-    held = [
-        request(f"held-{i}", PROMPT, temperature=1.0, seed=i, max_tokens=25, structured=constraint)
-        for i, (constraint, _) in enumerate(LANGUAGES.values())
-    ]
-    engine = make_engine(worded)
-    engine_requests = [r for pair in itertools.zip_longest(held, free(worded)) for r in pair if r is not None]
-    together = answers(engine, engine_requests)
-    assert {name: got for name, got in together.items() if name.startswith("free")} == alone
-    tokenizer = Tokenizer.from_file(str(worded.path / "tokenizer.json"))
-    for i, (_, texts) in enumerate(LANGUAGES.values()):
-        ids, end = together[f"held-{i}"]
-        assert end == "stop"
-        assert tokenizer.decode(ids[:-1]) in texts
-
-
-def test_a_matcher_that_cannot_go_on_ends_its_request_alone(worded: BaseModel) -> None:
-    """Also between others in the batch; their rows are those of a batch without it."""
-    yes = Constraint.from_choice(["yes"])
-    asked = [
-        request("a", PROMPT, structured=yes),
-        request("stuck", PROMPT, structured=Constraint.from_schema({"$ref": "#"})),
-        request("b", PROMPT, structured=yes),
-    ]
-    out = answers(make_engine(worded), asked)
-    assert "cannot be held to its constraint any further" in out["stuck"][1]
-    assert "\n" not in out["stuck"][1]
-    assert out["stuck"][0] == []
-    assert out["a"] == out["b"] == (out["a"][0], "stop")
-
-
 def test_masks_on_a_gpu_are_the_same(worded: BaseModel) -> None:
     """There the bits are unpacked on the device."""
     ready = Ready(worded)
@@ -239,78 +78,3 @@ def test_masks_on_a_gpu_are_the_same(worded: BaseModel) -> None:
     assert torch.equal(process(logits_SV, requests, (EOS,), masks._replace(bias_MV=None)), here)
     assert torch.equal(here[1], logits_SV[1])
     assert torch.isinf(here[0]).any()
-
-
-def test_no_matcher_no_thread(worded: BaseModel) -> None:
-    engine = make_engine(worded)
-    run(engine, [request("a", PROMPT)])
-    assert engine._grammars.start([]) is None
-    assert not {"_compiling", "_masking", "_executor"} & vars(engine._grammars).keys()
-
-
-@pytest.mark.parametrize("params", [{"ignore_eos": True}, {"min_tokens": 20}, {"ignore_eos": False}], ids=str)
-def test_a_complete_answer_ends_whatever_is_asked(worded: BaseModel, params: dict[str, Any]) -> None:
-    out = answers(make_engine(worded), [request("a", PROMPT, structured=Constraint.from_choice(["yes"]), **params)])
-    ids, end = out["a"]
-    assert end == "stop"
-    assert ids[-1] == EOS
-    assert token_bytes(str(worded.path / "tokenizer.json"))[ids[0]] in (b"yes", b"y")
-
-
-def test_min_tokens_lengthens_where_the_constraint_can(worded: BaseModel) -> None:
-    engine = make_engine(worded)
-    asked = request("a", PROMPT, structured=Constraint.from_regex("[a-z]{1,99}"), min_tokens=12, max_tokens=12)
-    assert len(answers(engine, [asked])["a"][0]) == 12
-
-
-def test_what_contradicts_ends_its_request_alone(worded: BaseModel) -> None:
-    yes = Tokenizer.from_file(str(worded.path / "tokenizer.json")).encode("yes").ids
-    choice = Constraint.from_choice(["yes"])
-    asked = [
-        request("a", PROMPT, structured=choice, allowed_token_ids=(500, 501)),
-        request("b", PROMPT, structured=choice, bad_words=(tuple(yes),)),
-        request("c", PROMPT, allowed_token_ids=(500,), max_tokens=3),
-        request("d", PROMPT, structured=choice, allowed_token_ids=(*yes, EOS)),
-    ]
-    out = answers(make_engine(worded), asked)
-    assert "no token is left" in out["a"][1]
-    assert "no token is left" in out["b"][1]
-    assert out["c"] == ([500, 500, 500], "length")
-    assert out["d"] == ([*yes, EOS], "stop")
-
-
-def test_preemption_keeps_the_place(worded: BaseModel) -> None:
-    block = 2 * 1 * 16 * 2 * 16 * 4  # K and V, layers, tokens, heads, d, fp32
-    schema = Constraint.from_schema({"type": "array", "items": {"type": "integer"}, "minItems": 20}, whitespace="")
-    asked = [
-        request(str(i), PROMPT * 4, temperature=1.0, seed=i, max_tokens=90, structured=schema if i % 2 else None)
-        for i in range(8)
-    ]
-    calm = answers(make_engine(worded), asked)
-    engine = make_engine(worded, pool_bytes=16 * block, max_model_len=128, max_num_batched_tokens=24, max_num_seqs=8)
-    assert answers(engine, asked) == calm
-    assert engine.stats().num_preemptions > 0
-    for i in range(1, 8, 2):
-        text = Tokenizer.from_file(str(worded.path / "tokenizer.json")).decode(calm[str(i)][0])
-        assert re.match(r"\[-?\d", text)
-
-
-def test_a_request_can_be_cancelled_while_its_constraint_is_compiled(worded: BaseModel) -> None:
-    engine = make_engine(worded)
-    engine.add(request("a", PROMPT, structured=Constraint.from_choice(["yes", "no"])))
-    assert engine.has_work
-    engine.cancel("a")
-    assert not engine.has_work
-    assert answers(engine, [request("a", PROMPT, structured=Constraint.from_choice(["yes"]))])["a"][1] == "stop"
-    engine.close()
-
-
-def test_a_constraint_that_does_not_compile_fails_its_request_alone(worded: BaseModel) -> None:
-    asked = [
-        request("bad", PROMPT, structured=Constraint.from_regex("(")),
-        request("good", PROMPT, structured=Constraint.from_choice(["yes"])),
-        request("free", PROMPT, max_tokens=2),
-    ]
-    out = answers(make_engine(worded), asked)
-    assert "regular expression cannot be enforced" in out["bad"][1]
-    assert [out[name][1] for name in ("good", "free")] == ["stop", "length"]
