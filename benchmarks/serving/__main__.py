@@ -1,7 +1,9 @@
 """The benchmark of serving.
 
-    python -m benchmarks.serving                                     the acceptance list, loray alone
-    python -m benchmarks.serving --peer peft --peer vllm=PYTHON      ... beside its peers
+    python -m benchmarks.serving --peer vllm=PYTHON                  over HTTP: loray serve, loray up, vLLM
+    python -m benchmarks.serving --preset mixed                      a long prompt among short ones
+    python -m benchmarks.serving --preset acceptance                 the engine's list, in process
+    python -m benchmarks.serving --preset quick --peer peft          ... beside its peers
     python -m benchmarks.serving --adapters 500 --alpha 0.3 --rate 4 --cv 2 --requests 200
     python -m benchmarks.serving --preset gpu --device cuda --model llama3-8b-random
 
@@ -24,11 +26,11 @@ from benchmarks.output import machine_line, write_json
 from benchmarks.serving import cases as presets
 from benchmarks.serving.ablations import ABLATIONS
 from benchmarks.serving.adapters import AdapterSet, open_library
-from benchmarks.serving.cases import PRESETS, Case, EngineOptions
-from benchmarks.serving.figures import report
+from benchmarks.serving.cases import OVER_HTTP, PRESETS, Case, EngineOptions
+from benchmarks.serving.figures import report, served
 from benchmarks.serving.figures.floors import ModelSize
 from benchmarks.serving.figures.picture import draw_density
-from benchmarks.serving.figures.results import OURS, Results
+from benchmarks.serving.figures.results import OUR_SYSTEMS, OURS, Results
 from benchmarks.serving.figures.targets import verdicts
 from benchmarks.serving.models import bench_base
 from benchmarks.serving.run import measure_transfer, publish, run
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
     base = bench_base(args.model, folder)
     todo = _cases(args)
     peers = dict(_peer(peer) for peer in args.peer)
+    systems = tuple(args.system) or (OUR_SYSTEMS if args.preset in OVER_HTTP and args.adapters is None else (OURS,))
     described = describe_machine()
     click.echo(machine_line(described))
     with open_library(args.store, folder, base) as library:
@@ -63,15 +66,16 @@ def main(argv: Sequence[str] | None = None) -> Results:
         click.echo(report.header())
         run(
             todo,
-            (OURS, *peers),
+            (*systems, *peers),
             setting,
             results,
             slo_s=args.slo,
             repeat=args.repeat,
+            rounds=args.rounds,
             on_row=lambda row: click.echo(report.line(row)),
         )
     has_targets = (base.name, args.device, args.adapters, args.ablation) == ("smollm2", "cpu", None, [])
-    found = verdicts(results) if has_targets else []
+    found = [*verdicts(results), *served.verdicts(results)] if has_targets else []
     if below := report.summary(results, found):
         click.echo(below)
     if args.plot:
@@ -84,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> Results:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="acceptance")
+    add("--preset", choices=PRESETS, default="http")
     add("--only", help="of the preset, cases whose name contains this")
     add("--ablation", action="append", choices=ABLATIONS, default=[], help="the engine without one of its features")
     add(
@@ -92,9 +96,17 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME[=PYTHON]",
-        help="also peft, peft-bf16, vllm (in their environments), or loray-http: loray behind its HTTP endpoint",
+        help="also peft, peft-bf16 or vllm, in their environments",
+    )
+    add(
+        "--system",
+        action="append",
+        default=[],
+        choices=OUR_SYSTEMS,
+        help="of loray: the engine in process, alone or beside an idle `loray up`; `loray serve`; `loray up`",
     )
     add("--repeat", type=int, help="passes of each case (peers: one)")
+    add("--rounds", type=int, default=1, help="times that every system starts and runs its passes (default 1)")
     add("--slo", type=float, default=6.0, help="seconds to the first token (default %(default)s, the paper's)")
     add("--json", type=Path, help="write everything there too")
     add("--plot", type=Path, help="of --preset density: write the picture there, as SVG")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.serving.adapters import AdapterSet
-from benchmarks.serving.workload import Workload
+from benchmarks.serving.figures.results import BESIDE, OURS, SERVE, UP
+from benchmarks.serving.workload import MixedLoad, Workload
 from loray.bases.config import ModelConfig
 from loray.spec import LINEAR_MODULES
 
 SHORT, LONG = 32, 2048
+SERVED = (BESIDE, SERVE, UP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,7 @@ class EngineOptions:
 
     pool_adapters       adapters of the set's mean size that fit into the pool beside the KV cache, about; None: all
     pool_for_adapters   the same in bytes, instead
+    max_model_len       for a peer that asks for it
     apart               a label that makes otherwise equal engines different, so that they do not share a process
     """
 
@@ -29,6 +33,7 @@ class EngineOptions:
     host_bytes: int = 1 << 30
     max_num_seqs: int = 32
     max_num_batched_tokens: int = LONG
+    max_model_len: int = 4096
     ablation: str | None = None
     apart: str = ""
 
@@ -48,14 +53,24 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`warm_up` passes, then `passes` that count. `peers`: other systems that can run the case, with one pass each."""
+    """`warm_up` passes, then `passes` that count.
+
+    peers        other systems that can run the case
+    peer_passes  of systems that are not loray's
+    in_process   False: only servers can run it
+    """
 
     name: str
     engine: EngineOptions
-    workload: Workload
+    workload: Workload | MixedLoad
     passes: int = 3
     warm_up: int = 1
-    peers: tuple[str, ...] = ("peft", "peft-bf16", "vllm", "loray-http")
+    peers: tuple[str, ...] = ("peft", "peft-bf16", "vllm", *SERVED)
+    peer_passes: int = 1
+    in_process: bool = True
+
+    def runs_on(self, system: str) -> bool:
+        return self.in_process if system == OURS else system in self.peers
 
 
 BASE = EngineOptions()
@@ -80,6 +95,37 @@ QUICK = (
 )
 
 
+def _over_http() -> tuple[Case, ...]:
+    """What a user gets, over HTTP, beside the engine in process. Answers that come whole are requested of servers."""
+
+    def case(name: str, engine: EngineOptions, workload: Workload, **more: Any) -> Case:
+        return Case(name, engine, workload, peers=("vllm", *SERVED), peer_passes=2, passes=2, **more)
+
+    servers: dict[str, Any] = {"in_process": False, "peers": ("vllm", SERVE, UP)}
+    base = case("base", BASE, _WAVE)
+    return (
+        base,
+        replace(base, name="base, whole", workload=replace(_WAVE, streamed=False), **servers),
+        case("one stream", BASE, replace(_ALONE, outputs=(128, 128))),
+        case("n=32", FEW, replace(_WAVE, num_adapters=32)),
+    )
+
+
+HTTP = _over_http()
+
+
+def _mixed() -> tuple[Case, ...]:
+    """A prompt of 8,000 tokens, alone and among others, with the product's own limits of a step."""
+    engine = EngineOptions(kv_tokens=10_240, max_num_batched_tokens=512, max_model_len=8192)
+    alone = MixedLoad(8000, alone=True)
+    beside = MixedLoad(8000, num_short=16, every_s=0.5, stream_tokens=600)
+    peers = ("vllm", SERVE, UP)
+    return (
+        Case("long prompt alone", engine, alone, passes=2, peers=peers),
+        Case("long prompt among others", engine, beside, passes=2, warm_up=0, peers=peers),
+    )
+
+
 def _hundred(name: str, alpha: float | None) -> Case:
     return Case(name, MIXED, replace(_WAVE, num_requests=128, num_adapters=100, alpha=alpha), passes=2)
 
@@ -88,7 +134,7 @@ def _one(name: str, engine: EngineOptions, workload: Workload, rank64: bool = Fa
     """Adapter 3 of a mixed set has rank 64."""
     if rank64:
         workload = replace(workload, num_adapters=1, first_adapter=3)
-    return Case(name, engine, workload, passes=5, peers=("vllm", "loray-http"))
+    return Case(name, engine, workload, passes=5, peers=("vllm", *SERVED))
 
 
 def _isolation(engine: EngineOptions, n: int) -> tuple[Case, ...]:
@@ -102,7 +148,7 @@ def _isolation(engine: EngineOptions, n: int) -> tuple[Case, ...]:
             Workload(16, num_adapters=n, at_once=at_once, outputs=(24, 24), seed=1),
             passes=1,
             warm_up=0,
-            peers=("vllm", "loray-http"),
+            peers=("vllm", *SERVED),
         )
         for how, at_once in both
     )
@@ -225,7 +271,10 @@ def gpu(counts: tuple[int, ...] = (5, 100, 400, 1000, 2000)) -> tuple[Case, ...]
     )
 
 
+OVER_HTTP = ("http", "mixed")  # presets that all of loray's systems run, if none is named
 PRESETS: Mapping[str, tuple[Case, ...]] = {
+    "http": HTTP,
+    "mixed": _mixed(),
     "quick": QUICK,
     "acceptance": ACCEPTANCE,
     "vllm-100": VLLM_100,

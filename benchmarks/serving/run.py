@@ -6,17 +6,20 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from benchmarks.machine import load_average
 from benchmarks.memory import watch_memory
-from benchmarks.serving.cases import Case, EngineOptions
-from benchmarks.serving.figures.results import OURS, Results
-from benchmarks.serving.figures.rows import Row, latencies, median_row
+from benchmarks.serving.cases import Case
+from benchmarks.serving.figures.mixed import MixedFigures, median_of, mixed_figures
+from benchmarks.serving.figures.results import OUR_SYSTEMS, Results
+from benchmarks.serving.figures.rows import EngineWork, Latencies, Row, latencies, median_row
 from benchmarks.serving.replay import Record
 from benchmarks.serving.systems.choice import open_session
 from benchmarks.serving.systems.processes import Session, Setting
-from benchmarks.serving.workload import TimedRequest, generate
+from benchmarks.serving.workload import MixedLoad, TimedRequest, generate
 from loray.spec import AdapterRef
 
 
@@ -28,35 +31,101 @@ def run(
     *,
     slo_s: float,
     repeat: int | None = None,
+    rounds: int = 1,
     on_row: Callable[[Row], None],
 ) -> None:
-    """Fill `results` row by row and call `on_row` with each. `repeat` replaces the cases' numbers of passes."""
+    """Fill `results` row by row and call `on_row` with each. `repeat` replaces the cases' numbers of passes.
+
+    In each of the `rounds` every system starts anew and runs its passes, in every second round in the opposite order:
+    so a machine that becomes slower or faster meanwhile does not favour the first or the last.
+    """
     for options, group in itertools.groupby(cases, key=lambda case: case.engine):
         alike = list(group)
-        for system in systems:
-            todo = [case for case in alike if system == OURS or system in case.peers]
-            if todo:
-                for row, records in _run_group(todo, system, setting, options, results, slo_s, repeat):
-                    results.rows[row.case, row.system] = row
-                    results.records[row.case, row.system] = records
-                    on_row(row)
+        refs = publish(setting, alike)
+        passes: dict[tuple[str, str], Passes] = {}
+        for number in range(rounds):
+            for system in systems[:: -1 if number % 2 else 1]:
+                todo = [case for case in alike if case.runs_on(system)]
+                if not todo:
+                    continue
+                before = load_average()
+                with open_session(system, setting, options, refs) as session:
+                    for case in todo:
+                        found = passes.setdefault((case.name, system), Passes(case, system, before))
+                        found.run(session, setting, slo_s, number, repeat)
+                        if number == rounds - 1:
+                            _add(results, found, setting, refs)
+                            on_row(results.rows[case.name, system])
+                        before = load_average()
 
 
-def _run_group(
-    cases: Sequence[Case],
-    system: str,
-    setting: Setting,
-    options: EngineOptions,
-    results: Results,
-    slo_s: float,
-    repeat: int | None,
-) -> Iterator[tuple[Row, Sequence[Record]]]:
-    refs = publish(setting, cases)
-    before = load_average()
-    with open_session(system, setting, options, refs) as session:
-        for case in cases:
-            yield _run_case(case, system, setting, session, refs, results, slo_s, repeat, before)
-            before = load_average()
+class Passes:
+    """What is measured of a case on a system, over all rounds."""
+
+    def __init__(self, case: Case, system: str, load_before: float) -> None:
+        self.case, self.system, self.load_before = case, system, load_before
+        self.found: list[tuple[Latencies, EngineWork | None]] = []
+        self.mixed: list[MixedFigures] = []
+        self.records: Sequence[Record] = []
+        self.requests: list[TimedRequest] = []
+        self.peak_bytes, self.start_s, self.idle_cores = 0, 0.0, float("nan")
+        self.cpu_s: defaultdict[str, float] = defaultdict(float)
+        self.num_tokens = 0
+
+    def run(self, session: Session, setting: Setting, slo_s: float, number: int, repeat: int | None) -> None:
+        """The passes of one round."""
+        case, w, vocab = self.case, self.case.workload, setting.base.config.vocab_size
+        is_ours = self.system in OUR_SYSTEMS
+        # Each case has other prompts, so that no prefix cache holds them. The cases "alone" and "batched" have equal
+        # requests, in separate engines.
+        label = case.name.removesuffix(" alone").removesuffix(" batched")
+        with watch_memory(session.pid) as peak:
+            for i in range(case.warm_up):
+                requests = generate(w, vocab, pass_=-1 - i - number * case.warm_up, label=label)
+                session.run(requests if is_ours else requests[: w.at_once], w.at_once)
+        num_passes = (repeat or case.passes) if is_ours else case.peer_passes
+        for i in range(num_passes):
+            self.requests = generate(w, vocab, pass_=number * num_passes + i, label=label)
+            before = session.cpu()
+            found, work = session.run(self.requests, w.at_once)
+            self._note_cpu(before, session.cpu(), found)
+            self.records = self.records or found
+            self.found.append((latencies(found, slo_s), work))
+            if isinstance(w, MixedLoad) and (mixed := mixed_figures(self.requests, found)) is not None:
+                self.mixed.append(mixed)
+            peak.sample()  # not during the pass: walking the page tables of a gigabyte blocks the process
+        self.peak_bytes = max(self.peak_bytes, peak.nbytes)
+        self.start_s, self.idle_cores = session.start_s, session.idle_cores
+
+    def _note_cpu(self, before: Mapping[str, float], after: Mapping[str, float], records: Sequence[Record]) -> None:
+        for name, seconds in after.items():
+            self.cpu_s[name] += max(0.0, seconds - before.get(name, 0.0))
+        self.num_tokens += sum(len(record.ids) for record in records)
+
+
+def _add(results: Results, passes: Passes, setting: Setting, refs: Sequence[AdapterRef]) -> None:
+    case, w = passes.case, passes.case.workload
+    row = median_row(
+        case.name,
+        passes.system,
+        passes.found,
+        peak_bytes=passes.peak_bytes,
+        load_before=passes.load_before,
+        start_s=passes.start_s,
+    )
+    cpu_ms = {name: 1e3 * seconds / max(1, passes.num_tokens) for name, seconds in passes.cpu_s.items()}
+    row = replace(row, cpu_ms=cpu_ms, idle_cores=passes.idle_cores)
+    lora_bytes = _step_bytes(passes.requests, refs, min(case.engine.max_num_seqs, w.at_once or math.inf))
+    tokens = [(len(r.prompt_ids), r.max_tokens) for r in passes.requests]
+    at_once = None if w.at_once is None else min(w.at_once, case.engine.max_num_seqs)
+    adapters = case.engine.adapters
+    shared = adapters.shared_weights(setting.base.config) if adapters is not None and w.num_adapters else 0
+    model = results.model.with_shared(shared)
+    key = case.name, passes.system
+    results.rows[key] = row.with_floors(model, results.rates, tokens, at_once, lora_bytes)
+    results.records[key] = passes.records
+    if passes.mixed:
+        results.mixed[key] = median_of(passes.mixed)
 
 
 def publish(setting: Setting, cases: Iterable[Case]) -> list[AdapterRef]:
@@ -67,46 +136,6 @@ def publish(setting: Setting, cases: Iterable[Case]) -> list[AdapterRef]:
         if adapters is not None and w.first_adapter + w.num_adapters > len(found):
             found = setting.library.publish(adapters, w.first_adapter + w.num_adapters)
     return found
-
-
-def _run_case(
-    case: Case,
-    system: str,
-    setting: Setting,
-    session: Session,
-    refs: Sequence[AdapterRef],
-    results: Results,
-    slo_s: float,
-    repeat: int | None,
-    load_before: float,
-) -> tuple[Row, Sequence[Record]]:
-    w, vocab = case.workload, setting.base.config.vocab_size
-    is_ours = system == OURS
-    # Each case has other prompts, so that no prefix cache holds them. The cases "alone" and "batched" have equal
-    # requests, in separate engines.
-    label = case.name.removesuffix(" alone").removesuffix(" batched")
-    with watch_memory(session.pid) as peak:
-        for i in range(case.warm_up):
-            requests = generate(w, vocab, pass_=-1 - i, label=label)
-            session.run(requests if is_ours else requests[: w.at_once], w.at_once)
-    passes = []
-    records: Sequence[Record] = []
-    requests = []
-    for i in range((repeat or case.passes) if is_ours else 1):
-        requests = generate(w, vocab, pass_=i, label=label)
-        found, work = session.run(requests, w.at_once)
-        records = records or found
-        passes.append((latencies(found, slo_s), work))
-        peak.sample()  # not during the pass: walking the page tables of a gigabyte blocks the process
-    row = median_row(
-        case.name, system, passes, peak_bytes=peak.nbytes, load_before=load_before, start_s=session.start_s
-    )
-    lora_bytes = _step_bytes(requests, refs, min(case.engine.max_num_seqs, w.at_once or math.inf))
-    tokens = [(len(r.prompt_ids), r.max_tokens) for r in requests]
-    at_once = None if w.at_once is None else min(w.at_once, case.engine.max_num_seqs)
-    adapters = case.engine.adapters
-    shared = adapters.shared_weights(setting.base.config) if adapters is not None and w.num_adapters else 0
-    return row.with_floors(results.model.with_shared(shared), results.rates, tokens, at_once, lora_bytes), records
 
 
 def _step_bytes(requests: Sequence[TimedRequest], refs: Sequence[AdapterRef], rows: float) -> float:

@@ -1,4 +1,5 @@
-"""Requests with arrival times, adapters and lengths: S-LoRA's generator for open loops, and closed loops.
+"""Requests with arrival times, adapters and lengths: S-LoRA's generator for open loops, closed loops, and a long prompt
+among short ones.
 
 Plain Python: equal workloads and passes give equal requests on every machine.
 """
@@ -13,12 +14,16 @@ _FIRST_TOKEN = 100  # ids below are special tokens in the tokenizers at hand
 
 
 class TimedRequest(NamedTuple):
-    """`at`: seconds after the start of the pass. `adapter`: index in the set, None for the base."""
+    """`at`: seconds after the start of the pass. `adapter`: index in the set, None for the base. `streamed`: if False,
+    a server answers it whole.
+    """
 
     at: float
     adapter: int | None
     prompt_ids: tuple[int, ...]
     max_tokens: int
+    tenant: str = ""
+    streamed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,7 @@ class Workload:
     rate, cv  open loop: inter-arrival times from Gamma(shape 1/cv², scale cv²/rate): mean 1/rate, coefficient of
               variation cv; cv = 1 is a Poisson process.
     inputs, outputs   tokens, uniform in [low, high]; end-of-text tokens do not end an output.
+    streamed  False: over HTTP each answer comes whole
     """
 
     num_requests: int
@@ -44,6 +50,7 @@ class Workload:
     inputs: tuple[int, int] = (64, 64)
     outputs: tuple[int, int] = (32, 32)
     seed: int = 0
+    streamed: bool = True
 
     def __post_init__(self) -> None:
         if (self.at_once is None) == (self.rate is None):
@@ -59,8 +66,38 @@ class Workload:
         return self.inputs[1] + self.outputs[1]
 
 
-def generate(workload: Workload, vocab_size: int, pass_: int = 0, label: str = "") -> list[TimedRequest]:
+@dataclass(frozen=True, slots=True)
+class MixedLoad:
+    """A prompt of `long` tokens of tenant "a", alone or among others, all for the base.
+
+    Among others: a stream of tenant "c" of `stream_tokens` tokens is under way when it comes; every `every_s` seconds
+    after it a prompt of `short` tokens follows, in turn of the same tenant and of "b".
+    """
+
+    long: int
+    short: int = 3
+    num_short: int = 0
+    every_s: float = 0.5
+    stream_tokens: int = 0
+    alone: bool = False
+
+    at_once: None = None
+    num_adapters: int = 0
+    first_adapter: int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        return self.long + _LONG_OUTPUT
+
+
+_LONG_OUTPUT, _SHORT_OUTPUT, _LONG_AT_S = 4, 8, 1.0
+SAME, OTHER, STREAM = "a", "b", "c"  # tenants
+
+
+def generate(workload: Workload | MixedLoad, vocab_size: int, pass_: int = 0, label: str = "") -> list[TimedRequest]:
     """The requests in order of arrival. Each pass and each label gives other draws from the same distributions."""
+    if isinstance(workload, MixedLoad):
+        return _mixed(workload, vocab_size, random.Random(f"{label}/{pass_}"))
     w = workload
 
     def stream(name: str) -> random.Random:  # one for each distribution: changing one leaves the draws of the others
@@ -74,8 +111,23 @@ def generate(workload: Workload, vocab_size: int, pass_: int = 0, label: str = "
             at += arrivals.gammavariate(1 / w.cv**2, w.cv**2 / w.rate)
         num_inputs, num_outputs = lengths.randint(*w.inputs), lengths.randint(*w.outputs)
         prompt_ids = tuple(tokens.randrange(_FIRST_TOKEN, vocab_size) for _ in range(num_inputs))
-        requests.append(TimedRequest(at, _draw(w, i, popularity), prompt_ids, num_outputs))
+        requests.append(TimedRequest(at, _draw(w, i, popularity), prompt_ids, num_outputs, streamed=w.streamed))
     return requests
+
+
+def _mixed(w: MixedLoad, vocab_size: int, rng: random.Random) -> list[TimedRequest]:
+    def request(at: float, num_inputs: int, num_outputs: int, tenant: str) -> TimedRequest:
+        prompt_ids = tuple(rng.randrange(_FIRST_TOKEN, vocab_size) for _ in range(num_inputs))
+        return TimedRequest(at, None, prompt_ids, num_outputs, tenant)
+
+    long = request(0.0 if w.alone else _LONG_AT_S, w.long, _LONG_OUTPUT, SAME)
+    if w.alone:
+        return [long]
+    shorts = [
+        request(_LONG_AT_S + (i + 1) * w.every_s, w.short, _SHORT_OUTPUT, (SAME, OTHER)[i % 2])
+        for i in range(w.num_short)
+    ]
+    return [request(0.0, 64, w.stream_tokens, STREAM), long, *shorts]
 
 
 def share(index: int, num_adapters: int, alpha: float) -> float:

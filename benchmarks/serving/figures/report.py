@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from benchmarks.serving.figures import served
 from benchmarks.serving.figures.results import Results
 from benchmarks.serving.figures.rows import Row
 from benchmarks.serving.figures.targets import Verdict
 
 _COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
     ("case", 26, lambda r: r.case),
-    ("system", 10, lambda r: r.system),
+    ("system", 12, lambda r: r.system),
     ("tok/s", 7, lambda r: _number(r.latencies.throughput, 1)),
     ("min–max", 13, lambda r: f"{r.spread[0]:.1f}–{r.spread[1]:.1f}"),
     ("TTFT p50", 8, lambda r: _number(r.latencies.ttft_p50 * 1e3)),
@@ -57,6 +58,7 @@ def summary(results: Results, verdicts: Sequence[Verdict]) -> str:
     ]
     if not math.isnan(results.transfer_s):
         lines.append(f"raw transfer of an adapter from the store: {results.transfer_s * 1e3:.1f} ms")
+    lines += served.lines(results)
     if verdicts:
         lines += ["", f"{'target':<72} {'':>8} {'reached':>8} {'at floor':>9}"]
     for v in verdicts:

@@ -9,16 +9,20 @@ from typing import Any
 
 from benchmarks.machine import MachineRates
 from benchmarks.serving.figures.floors import ModelSize, decode_step_seconds, prompt_seconds
+from benchmarks.serving.figures.mixed import MixedFigures
 from benchmarks.serving.figures.rows import Row, differing
 from benchmarks.serving.replay import UNKNOWN_ID, Record
 
-OURS = "loray"
+OURS = "loray"  # the engine in process
+BESIDE, SERVE, UP = "loray-beside", "loray-serve", "loray-up"
+OUR_SYSTEMS = (OURS, BESIDE, SERVE, UP)
+PEERS = ("peft", "peft-bf16", "vllm")
 
 
 @dataclass(slots=True)
 class Results:
-    """`records`: those of each row's first pass. `transfer_s`: median seconds to read one adapter's bytes from the
-    store.
+    """`records`: those of each row's first pass. `mixed`: medians over the passes of a case with a long prompt.
+    `transfer_s`: median seconds to read one adapter's bytes from the store.
     """
 
     machine: Mapping[str, str]
@@ -27,6 +31,7 @@ class Results:
     transfer_s: float = float("nan")
     rows: dict[tuple[str, str], Row] = field(default_factory=dict)
     records: dict[tuple[str, str], Sequence[Record]] = field(default_factory=dict)
+    mixed: dict[tuple[str, str], MixedFigures] = field(default_factory=dict)
 
     def get(self, case: str, system: str = OURS) -> Row | None:
         return self.rows.get((case, system))
@@ -55,7 +60,9 @@ class Results:
         return [
             (case, system, sum(a.ids[:1] == b.ids[:1] for a, b in zip(ours, theirs, strict=True)) / len(ours))
             for (case, system), theirs in self.records.items()
-            if system != OURS and (ours := self.records.get((case, OURS))) and theirs[0].ids[:1] != [UNKNOWN_ID]
+            if system != OURS
+            and (ours := self.records.get((case, OURS)))
+            and theirs[0].ids[:1] not in ([UNKNOWN_ID], [])
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +76,7 @@ class Results:
             "bf16_flops": self.rates.flops,
             "transfer_s": self.transfer_s,
             "rows": [asdict(row) for row in self.rows.values()],
+            "mixed": [{"case": c, "system": s} | m._asdict() for (c, s), m in self.mixed.items()],
             "differing": [{"case": c, "system": s, "share": share} for c, s, share in self.isolation()],
             "first_tokens_as_ours": [{"case": c, "system": s, "share": share} for c, s, share in self.agreement()],
         }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from benchmarks.machine import MachineRates
 from benchmarks.serving.figures.floors import ModelSize, decode_step_seconds, most_tokens_per_second
@@ -137,6 +137,8 @@ class Row:
     step_ratio   seconds of a decode step ÷ its floor
     ceiling      throughput ÷ the highest that the floors allow (closed loops)
     bandwidth    share of the memory bandwidth that a decode step uses for weights and adapters
+    cpu_ms       ms of a core for each output token, by what processes do
+    idle_cores   what the system uses of the processor when it has nothing to do
     """
 
     case: str
@@ -150,6 +152,8 @@ class Row:
     step_ratio: float = float("nan")
     ceiling: float = float("nan")
     bandwidth: float = float("nan")
+    cpu_ms: Mapping[str, float] = field(default_factory=dict)
+    idle_cores: float = float("nan")
 
     def with_floors(
         self,

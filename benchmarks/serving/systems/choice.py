@@ -11,15 +11,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from benchmarks.serving.cases import EngineOptions
-from benchmarks.serving.figures.results import OURS
+from benchmarks.serving.figures.results import BESIDE, OUR_SYSTEMS, OURS, PEERS, SERVE, UP
 from benchmarks.serving.systems import peft as peft_worker
 from benchmarks.serving.systems.engine import Setup
 from benchmarks.serving.systems.processes import Session, Setting, run_worker, serve_spec
-from benchmarks.serving.systems.server import serve_ours
+from benchmarks.serving.systems.server import serve_alone, serve_cluster
 from benchmarks.serving.systems.vllm import serve_vllm
 from loray.spec import AdapterRef
 
@@ -32,19 +32,31 @@ def open_session(
     system's log, if it fails.
     """
     if system == OURS:
-        with _engine(setting, options, refs) as session:
-            yield session
+        opened: AbstractContextManager[Session] = _engine(setting, options, refs)
+    elif system == BESIDE:
+        opened = _engine_beside_cluster(setting, options, refs)
+    elif system == SERVE:
+        opened = serve_alone(setting, options, refs)
+    elif system == UP:
+        opened = serve_cluster(setting, options, refs)
     elif system in ("peft", "peft-bf16"):
-        with _peft(system, setting, refs) as session:
-            yield session
-    elif system == "loray-http":
-        with serve_ours(setting, options, refs) as session:
-            yield session
+        opened = _peft(system, setting, refs)
     elif system == "vllm":
-        with serve_vllm(setting, options, refs) as session:
-            yield session
+        opened = serve_vllm(setting, options, refs)
     else:
-        raise SystemExit(f"unknown system {system!r}; known are {OURS}, loray-http, peft, peft-bf16, vllm")
+        raise SystemExit(f"unknown system {system!r}; known are {', '.join((*OUR_SYSTEMS, *PEERS))}")
+    with opened as session:
+        yield session
+
+
+@contextmanager
+def _engine_beside_cluster(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+    """The engine in process, while `loray up` runs and has nothing to do."""
+    with serve_cluster(setting, options, refs) as cluster, _engine(setting, options, refs) as session:
+        own = session.cpu
+        session.cpu = lambda: {**own(), "cluster": sum(cluster.cpu().values())}
+        session.idle_cores = cluster.idle_cores
+        yield session
 
 
 @contextmanager

@@ -98,7 +98,8 @@ class EngineSession:
         self._num += 1
         params = SamplingParams(max_tokens=request.max_tokens, temperature=0, ignore_eos=True)
         ref = None if request.adapter is None else self._refs[request.adapter]
-        stream = self._stream.generate(GenerateRequest(str(self._num), request.prompt_ids, params, ref))
+        spec = GenerateRequest(str(self._num), request.prompt_ids, params, ref, tenant=request.tenant)
+        stream = self._stream.generate(spec)
         async with aclosing(stream) as deltas:
             async for delta in deltas:
                 yield list(delta.token_ids)
@@ -137,7 +138,7 @@ def main() -> None:
     answer({"start_s": time.perf_counter() - began})
     for line in sys.stdin:
         job = json.loads(line)
-        requests = [TimedRequest(at, adapter, tuple(ids), n) for at, adapter, ids, n in job["requests"]]
+        requests = [TimedRequest(at, adapter, tuple(ids), *more) for at, adapter, ids, *more in job["requests"]]
         answer(session.run(requests, job["at_once"]))
     session.close()
 

@@ -2,7 +2,7 @@
 
 The file imports nothing of this project. It reads lines of JSON and answers each with one. The first line is
 {"model": FOLDER, "adapters": [FOLDER, ...], "autocast_adapter_dtype": BOOL}. Each further line is a pass:
-{"requests": [[at, adapter, ids, max_tokens], ...], "at_once": N or null}.
+{"requests": [[at, adapter, ids, max_tokens, ...], ...], "at_once": N or null}.
 
 PEFT has no continuous batching: requests run in order, N at a time, and each batch runs until its longest request is
 done. Prompts are padded on the left.
@@ -35,6 +35,7 @@ class Session:
         self._has_adapters = bool(adapters)
 
     def run(self, requests: list[Any], at_once: int | None) -> dict[str, Any]:
+        requests = [request[:4] for request in requests]
         began = time.perf_counter()
         records: list[dict[str, Any]] = []
         size, free_at = at_once or len(requests), 0.0

@@ -17,6 +17,7 @@ from benchmarks.serving.adapters import Library
 from benchmarks.serving.cases import EngineOptions
 from benchmarks.serving.figures.rows import EngineWork
 from benchmarks.serving.replay import Record
+from benchmarks.serving.systems.cpu import CpuSeconds, of_tree
 from benchmarks.serving.workload import TimedRequest
 from loray.bases.registry import BaseModel
 from loray.spec import ServeSpec
@@ -31,10 +32,18 @@ class PassResult(NamedTuple):
 
 
 class Session(Protocol):
-    """A running system. `pid`: the root of its processes, if they have one. `start_s`: seconds of its start."""
+    """A running system.
+
+    pid         the root of its processes, if they have one
+    start_s     seconds of its start
+    idle_cores  what it uses of the processor when it has nothing to do; NaN if that was not measured
+    cpu         seconds of the processor since its start, by what its processes do
+    """
 
     pid: int | None
     start_s: float
+    idle_cores: float
+    cpu: CpuSeconds
 
     def run(self, requests: Sequence[TimedRequest], at_once: int | None) -> PassResult: ...
 
@@ -71,7 +80,8 @@ class _Worker:
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path) -> None:
         self._name, self._process, self._log = name, process, log
         self.pid: int | None = process.pid
-        self.start_s = 0.0
+        self.start_s, self.idle_cores = 0.0, float("nan")
+        self.cpu = of_tree(name, process.pid)
 
     def exchange(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None

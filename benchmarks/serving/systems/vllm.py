@@ -6,22 +6,19 @@ measured here, and `max_loras` is the number of adapters that can run at once.
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
-
 from benchmarks.serving.cases import EngineOptions
-from benchmarks.serving.systems.processes import Session, Setting, run_process, tail
-from benchmarks.serving.systems.server import OpenAiSession
+from benchmarks.serving.systems.cpu import of_tree
+from benchmarks.serving.systems.processes import Session, Setting, run_process
+from benchmarks.serving.systems.server import OpenAiSession, wait_until_healthy
 from loray.local.processes import free_ports
 from loray.spec import AdapterRef
 
 _OPTIONS = {"return_token_ids": True}
-_START_S = 900.0
 _PRELOADED = ("libtcmalloc*.so*", "libiomp5.so")
 _RANKS = (8, 16, 32, 64, 128, 256)  # values of --max-lora-rank that vLLM takes
 _LIBRARIES = (Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"))
@@ -31,11 +28,12 @@ _LIBRARIES = (Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"))
 def serve_vllm(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
     """The server, ready, with these adapters registered from folders."""
     port = free_ports(1)[0]
-    url, python = f"http://127.0.0.1:{port}", setting.pythons["vllm"]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    command = [setting.pythons["vllm"], "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--model", str(setting.base.path), "--served-model-name", setting.base.name, "--dtype", "bfloat16"]
     command += ["--max-num-seqs", str(options.max_num_seqs), "--no-enable-prefix-caching"]
-    command += ["--max-num-batched-tokens", str(max(4096, options.max_num_batched_tokens)), "--max-model-len", "4096"]
+    command += ["--max-num-batched-tokens", str(max(4096, options.max_num_batched_tokens))]
+    command += ["--max-model-len", str(options.max_model_len)]
     if setting.base.source == "random":
         command += ["--load-format", "dummy", "--skip-tokenizer-init"]
     adapters, names = options.adapters, [ref.name for ref in refs]
@@ -47,8 +45,9 @@ def serve_vllm(setting: Setting, options: EngineOptions, refs: Sequence[AdapterR
         command += ["--lora-modules", *(f"{n}={f}" for n, f in zip(names, folders, strict=True))]
     with run_process("vllm", command, setting, env=_environment(setting)) as (process, log):
         began = time.perf_counter()
-        _wait(url, process, log)
-        yield OpenAiSession(url, setting.base.name, names, process.pid, time.perf_counter() - began, _OPTIONS)
+        wait_until_healthy("vllm", port, process, log)
+        seconds, cpu = time.perf_counter() - began, of_tree("vllm", process.pid)
+        yield OpenAiSession(port, setting.base.name, names, process.pid, seconds, cpu, _OPTIONS)
 
 
 def _environment(setting: Setting) -> Mapping[str, str]:
@@ -68,17 +67,3 @@ def _find(pattern: str, own: Path) -> Path | None:
     """The first match, in the environment before the system's folders."""
     candidates = [*sorted(own.rglob(pattern)), *(p for folder in _LIBRARIES for p in sorted(folder.glob(pattern)))]
     return candidates[0] if candidates else None
-
-
-def _wait(url: str, process: subprocess.Popen[str], log: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise SystemExit(f"vllm ended with code {process.returncode}:\n{tail(log)}")
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    raise SystemExit(f"vllm did not answer within {_START_S:.0f} s:\n{tail(log)}")

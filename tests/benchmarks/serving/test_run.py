@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,18 +12,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine import MachineRates
 from benchmarks.memory import watch_memory
-from benchmarks.serving.adapters import AdapterSet, Library, open_library, write_adapter
+from benchmarks.serving.adapters import AdapterSet, Library, write_adapter
 from benchmarks.serving.cases import ACCEPTANCE, PRESETS, EngineOptions, ablations
-from benchmarks.serving.figures.floors import ModelSize
-from benchmarks.serving.figures.results import Results
-from benchmarks.serving.figures.rows import EngineWork, Row
-from benchmarks.serving.models import bench_base
+from benchmarks.serving.figures.rows import EngineWork
 from benchmarks.serving.replay import Record
-from benchmarks.serving.run import run
 from benchmarks.serving.systems.engine import EngineSession, Setup
-from benchmarks.serving.systems.processes import PassResult, Setting
 from benchmarks.serving.workload import Workload, generate
 from loray.adapters.manifest import read_manifest
 from loray.adapters.peft_format import read_adapter
@@ -35,22 +27,6 @@ from loray.spec import ServeSpec
 from tests.s3 import S3Server
 
 SET = AdapterSet(6, ranks=(4, 8))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bench")
-
-
-@pytest.fixture(scope="module")
-def base(folder: Path) -> BaseModel:
-    return bench_base("tiny-random", folder)
-
-
-@pytest.fixture(scope="module")
-def library(folder: Path, base: BaseModel) -> Iterator[Library]:
-    with open_library("file", folder, base) as library:
-        yield library
 
 
 @contextmanager
@@ -205,37 +181,6 @@ def test_without_prefetch_only_those_in_turn_are_loaded(library: Library) -> Non
         engine.step = watched  # type: ignore[method-assign]
         running.run(requests, 6)
     assert max(seen) == 1
-
-
-def test_cases_share_a_process_and_systems_take_turns(
-    library: Library, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[tuple[str, int]] = []
-
-    class Echo:
-        pid, start_s = os.getpid(), 0.0
-
-        def run(self, requests: Any, at_once: int | None) -> PassResult:
-            return PassResult([Record(0.0, r.adapter, 1, [0.1, 0.2], [1, 2]) for r in requests], None)
-
-    @contextmanager
-    def fake(system: str, setting: Setting, options: EngineOptions, refs: Any) -> Iterator[Echo]:
-        opened.append((system, len(refs)))
-        yield Echo()
-
-    monkeypatch.setattr("benchmarks.serving.run.open_session", fake)
-    case = PRESETS["tiny"][0]
-    cases = [case, replace(case, name="two", workload=replace(case.workload, num_adapters=2))]
-    cases += [replace(case, name="base", engine=EngineOptions(), workload=Workload(2, at_once=1), peers=())]
-    results = Results({}, MachineRates(1e9, 1e9), ModelSize.of(library.base.config))
-    rows: list[Row] = []
-    setting = Setting(library.base, library, folder)
-    run(cases, ("loray", "peft"), setting, results, slo_s=1.0, on_row=rows.append)
-    assert opened == [("loray", 3), ("peft", 3), ("loray", 0)]
-    assert [(r.case, r.system) for r in rows] == [
-        ("n=3", "loray"), ("two", "loray"), ("n=3", "peft"), ("two", "peft"), ("base", "loray")
-    ]  # fmt: skip
-    assert json.loads(json.dumps(results.to_dict(), allow_nan=False))["rows"][2]["system"] == "peft"
 
 
 def test_memory_is_that_of_a_process_and_its_children() -> None:
