@@ -133,6 +133,7 @@ class Gateway:
                 tenant=headers.tenant or request.user or "",
                 priority=request.priority,
                 ttft_slo_s=request.ttft_slo_s,
+                cache_salt=request.cache_salt or "",
             )
             for i, prompt in enumerate(prompts)
             for choice in range(request.n)

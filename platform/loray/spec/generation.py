@@ -62,6 +62,7 @@ class GenerateRequest:
     tenant      that is charged for the request; all requests without one belong to the same tenant
     priority    a smaller number is served earlier, as in vLLM
     ttft_slo_s  seconds within which the first token is needed; None: the deployment's target
+    cache_salt  the prefix cache is shared with requests of the same salt alone
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class GenerateRequest:
     tenant: str = ""
     priority: int = 0
     ttft_slo_s: float | None = None
+    cache_salt: str = ""
 
 
 class TokenLogprobs(NamedTuple):

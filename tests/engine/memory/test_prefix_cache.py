@@ -1,4 +1,6 @@
-"""The prefix cache: a matched block holds exactly the requested tokens, of that adapter; reference counts are right."""
+"""The prefix cache: a matched block holds exactly the requested tokens, of that adapter and salt; reference counts are
+right.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from loray.engine.memory.blocks import BlockAllocator, Geometry
 from loray.engine.memory.prefix_cache import PrefixCache
 
 BLOCK_TOKENS = 2
+Owner = tuple[str | None, str]  # digest and salt
 GEOMETRY = Geometry(num_blocks=10, num_layers=1, block_tokens=BLOCK_TOKENS, layer_share=4)
 
 
@@ -23,14 +26,18 @@ class Life(RuleBasedStateMachine):
         super().__init__()
         self.allocator = BlockAllocator(GEOMETRY)
         self.cache = PrefixCache(self.allocator)
-        self.content: dict[int, tuple[str | None, tuple[int, ...]]] = {}
-        self.requests: list[tuple[str | None, list[int], list[int]]] = []
+        self.content: dict[int, tuple[Owner, tuple[int, ...]]] = {}
+        self.requests: list[tuple[Owner, list[int], list[int]]] = []
 
-    @rule(digest=st.sampled_from([None, "a", "b"]), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9))
-    def start(self, digest: str | None, tokens: list[int]) -> None:
-        blocks = self.cache.match(digest, tokens[:-1])
+    @rule(
+        owner=st.tuples(st.sampled_from([None, "a", "b"]), st.sampled_from(["", "a"])),
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+    )
+    def start(self, owner: Owner, tokens: list[int]) -> None:
+        digest, salt = owner
+        blocks = self.cache.match(digest, tokens[:-1], salt)
         for i, block in enumerate(blocks):
-            assert self.content[block] == (digest, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
+            assert self.content[block] == (owner, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
         missing = GEOMETRY.blocks_for_tokens(len(tokens)) - len(blocks)
         while (more := self.allocator.allocate_kv(missing)) is None:
             idle, free = self.cache.num_idle, self.allocator.num_free
@@ -40,14 +47,14 @@ class Life(RuleBasedStateMachine):
                 self.cache.release(blocks)
                 return
         for i, block in enumerate(more, start=len(blocks)):
-            self.content[block] = (digest, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
-        self.requests.append((digest, tokens, blocks + more))
+            self.content[block] = (owner, tuple(tokens[: (i + 1) * BLOCK_TOKENS]))
+        self.requests.append((owner, tokens, blocks + more))
 
     @rule(data=st.data())
     def store(self, data: st.DataObject) -> None:
         if self.requests:
-            digest, tokens, blocks = data.draw(st.sampled_from(self.requests))
-            self.cache.store(digest, tokens[: data.draw(st.integers(0, len(tokens)))], blocks)
+            (digest, salt), tokens, blocks = data.draw(st.sampled_from(self.requests))
+            self.cache.store(digest, tokens[: data.draw(st.integers(0, len(tokens)))], blocks, salt)
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
@@ -57,7 +64,8 @@ class Life(RuleBasedStateMachine):
     @rule(digest=st.sampled_from([None, "a", "b"]))
     def forget(self, digest: str | None) -> None:
         self.cache.forget(digest)
-        assert self.cache.match(digest, [0] * 8) == self.cache.match(digest, [1] * 8) == []
+        for salt in ("", "a"):
+            assert self.cache.match(digest, [0] * 8, salt) == self.cache.match(digest, [1] * 8, salt) == []
 
     @rule()
     def clear_run(self) -> None:

@@ -228,19 +228,19 @@ def test_openapi_describes_the_bodies(client_of: Any) -> None:
     assert "ChatMessage" in document["components"]["schemas"]
 
 
-def test_tenant_priority_and_slo_reach_the_engine(client_of: Any, base: BaseModel) -> None:
+def test_tenant_priority_slo_and_salt_reach_the_engine(client_of: Any, base: BaseModel) -> None:
     engines = ScriptedEngines(HELLO)
-    body = {"model": base.name, "prompt": "a", "user": "body", "priority": -2, "ttft_slo_s": 1.5}
+    body = {"model": base.name, "prompt": "a", "user": "body", "priority": -2, "ttft_slo_s": 1.5, "cache_salt": "s"}
     with client_of(engines) as client:
         client.post("/v1/completions", json=body, headers={"X-Tenant-Id": "header"})
         client.post("/v1/completions", json=body)
         client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT})
         client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT}, headers={"X-Tenant-Id": "t"})
         wrong = client.post("/v1/completions", json=body | {"ttft_slo_s": 0})
-    assert [(r.tenant, r.priority, r.ttft_slo_s) for r in engines.requests] == [
-        ("header", -2, 1.5),
-        ("body", -2, 1.5),
-        ("", 0, None),
-        ("t", 0, None),
+    assert [(r.tenant, r.priority, r.ttft_slo_s, r.cache_salt) for r in engines.requests] == [
+        ("header", -2, 1.5, "s"),
+        ("body", -2, 1.5, "s"),
+        ("", 0, None, ""),
+        ("t", 0, None, ""),
     ]
     assert error_of(wrong, 400)["param"] == "ttft_slo_s"

@@ -92,6 +92,9 @@ class GenerationRequest(Hints, StructuredFields):
     stream_options: StreamOptions | None = None
     priority: int = Field(default=0, description="smaller is earlier")
     ttft_slo_s: float | None = Field(default=None, gt=0, description="refused if its first token cannot come in time")
+    cache_salt: str | None = Field(
+        default=None, min_length=1, max_length=256, description="cached prefixes are shared with the same salt alone"
+    )
     user: str | None = Field(default=None, description="whose share it takes, where X-Tenant-Id does not say it")
 
     @model_validator(mode="after")

@@ -2,7 +2,8 @@
 
 There is one tree for each adapter's content digest and one for the base; an edge is a full block of tokens. Blocks are
 compared by their tokens, never by a hash of them. A digest covers all that determines an adapter's keys and values: so
-nothing is shared across adapters or versions, and prefixes stay valid when their adapter leaves the pool.
+nothing is shared across adapters or versions, and prefixes stay valid when their adapter leaves the pool. Callers with
+a salt share with those of the same salt alone.
 
 Only full blocks are shared, and no request writes to a full block, so there is no copy on write. A request that holds a
 block of the tree holds all blocks before it. A block that no request holds is idle. Idle blocks are evicted by their
@@ -23,7 +24,8 @@ _Key = str | tuple[int, ...] | None
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """A block of tokens after those of its parents. The root's children stand for adapters and hold no block.
+    """A block of tokens after those of its parents. The root's children stand for adapters, and those of their children
+    that have a text as key for salts; neither holds a block.
 
     uses  requests that computed it or found it
     rank  since it is idle: its value; of equal ones what was released first
@@ -76,9 +78,11 @@ class PrefixCache:
         least = self._ends.peek()
         return None if least is None else least[0][0]
 
-    def match(self, digest: str | None, tokens: Sequence[int]) -> list[int]:
+    def match(self, digest: str | None, tokens: Sequence[int], salt: str = "") -> list[int]:
         """The full blocks of the longest known prefix of `tokens`, retained for the caller."""
         node = self._root.children.get(digest)
+        if salt and node is not None:
+            node = node.children.get(salt)
         blocks: list[int] = []
         for key in self._keys(tokens):
             node = None if node is None else node.children.get(key)
@@ -89,7 +93,7 @@ class PrefixCache:
             blocks.append(node.block)
         return blocks
 
-    def store(self, digest: str | None, tokens: Sequence[int], blocks: list[int]) -> None:
+    def store(self, digest: str | None, tokens: Sequence[int], blocks: list[int], salt: str = "") -> None:
         """Add `blocks`, which hold the keys and values of `tokens`.
 
         If the tree already has a block of the same tokens, that one replaces the request's in `blocks`.
@@ -97,6 +101,8 @@ class PrefixCache:
         if not self.enabled or len(tokens) < self._block_tokens:
             return
         node = self._child(self._root, digest, -1)
+        if salt:
+            node = self._child(node, salt, -1)
         for i, key in enumerate(self._keys(tokens)):
             known = node.children.get(key)
             if known is None:
@@ -133,10 +139,11 @@ class PrefixCache:
             parent = node.parent
             assert parent is not None
             del parent.children[node.key]
-            if not parent.children and parent.block < 0:
-                del self._root.children[parent.key]
-            elif not parent.children and parent in self._idle:
+            if not parent.children and parent in self._idle:
                 self._ends.set(parent, parent.rank)
+            while not parent.children and parent.block < 0 and parent.parent is not None:
+                del parent.parent.children[parent.key]
+                parent = parent.parent
             self._floor.evicted(value)
             self._drop(node)
             freed += 1
@@ -160,9 +167,12 @@ class PrefixCache:
 
     def check_integrity(self) -> None:
         """AssertionError unless the tree is consistent, and exactly the blocks without a request are idle."""
-        reached = {node.block: node for adapter in self._root.children.values() for node in _below(adapter)}
-        assert reached == self._nodes, "the prefix cache's tree differs from its blocks"
-        assert all(adapter.children for adapter in self._root.children.values()), "an adapter without a prefix stays"
+        adapters = self._root.children.values()
+        assert {node.block: node for adapter in adapters for node in _below(adapter)} == self._nodes, (
+            "the prefix cache's tree differs from its blocks"
+        )
+        salts = [node for adapter in adapters for node in adapter.children.values() if node.block < 0]
+        assert all(node.children for node in (*adapters, *salts)), "an adapter or a salt without a prefix stays"
         idle = {node for block, node in self._nodes.items() if self._allocator.references(block) == 1}
         assert idle == self._idle, "idle prefixes differ from those that no request holds"
         ends = {node for node in idle if not node.children}
@@ -200,8 +210,10 @@ class PrefixCache:
 
 
 def _below(node: _Node) -> Iterator[_Node]:
+    """All blocks of an adapter."""
     stack = list(node.children.values())
     while stack:
         node = stack.pop()
-        yield node
+        if node.block >= 0:
+            yield node
         stack.extend(node.children.values())

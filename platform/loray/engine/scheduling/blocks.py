@@ -53,7 +53,8 @@ class RequestBlocks:
         """Take the blocks of a known prefix. The last token is always computed, because its logits are needed."""
         if request.needs_prompt_logits:
             return
-        request.blocks = self.prefix_cache.match(request.adapter_digest, request.tokens(0, request.num_tokens - 1))
+        tokens = request.tokens(0, request.num_tokens - 1)
+        request.blocks = self.prefix_cache.match(request.adapter_digest, tokens, request.spec.cache_salt)
         request.num_shared_blocks = len(request.blocks)
         request.num_computed = len(request.blocks) * self._allocator.geometry.block_tokens
 
@@ -70,7 +71,8 @@ class RequestBlocks:
         block_tokens = self._allocator.geometry.block_tokens
         full = request.num_computed // block_tokens
         if full > request.num_shared_blocks:
-            self.prefix_cache.store(request.adapter_digest, request.tokens(0, full * block_tokens), request.blocks)
+            tokens = request.tokens(0, full * block_tokens)
+            self.prefix_cache.store(request.adapter_digest, tokens, request.blocks, request.spec.cache_salt)
             request.num_shared_blocks = full
 
     def extend(self, request: Request, num_tokens: int) -> bool:
