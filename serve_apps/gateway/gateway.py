@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from loray import __version__
 from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
+from loray.api.openai.extras import NO_EXTRAS, Extras
 from loray.api.openai.requests import GenerationRequest
 from loray.api.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
 from loray.api.status import CatalogStatus, Status, total
@@ -57,11 +58,18 @@ class Gateway:
             request.prompt, limit, special=request.add_special_tokens, keep=_num_kept(request, limit)
         )
         answer = CompletionFormat(
-            _new_id("cmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
+            _new_id("cmpl"),
+            int(time.time()),
+            request.model,
+            self._fingerprint,
+            request.include_usage,
+            _extras(request, prompts),
         )
         requests = await self._requests(request, adapter, limit, prompts, answer.id, "prompt", headers)
         writer = writer_of(answer, len(requests), request)
-        texts = [RequestText(self.prompts.tokenizer, r) for r in requests]
+        texts = [
+            RequestText(self.prompts.tokenizer, r, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests
+        ]
         if not request.echo:
             return self._answer(request, requests, texts, writer, answer.id, headers)
         given = request.prompt if request.truncate_prompt_tokens is None else prompts
@@ -93,13 +101,23 @@ class Gateway:
         prompt = await self.prompts.chat(
             request.messages, limit, special=request.add_special_tokens, keep=_num_kept(request, limit)
         )
-        answer = ChatFormat(
-            answer_id or _new_id("chatcmpl"), int(time.time()), request.model, self._fingerprint, request.include_usage
-        )
+        answer = ChatFormat(answer_id or _new_id("chatcmpl"), *self._about(request, [prompt]))
         requests = await self._requests(request, adapter, limit, [prompt], answer.id, "messages", headers)
         writer = writer or writer_of(answer, len(requests), request)
-        texts = [RequestText(self.prompts.tokenizer, r) for r in requests]
+        texts = [
+            RequestText(self.prompts.tokenizer, r, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests
+        ]
         return self._answer(request, requests, texts, writer, answer.id, headers)
+
+    def _about(
+        self, request: GenerationRequest, prompts: Sequence[tuple[int, ...]]
+    ) -> tuple[int, str, str, bool, Extras]:
+        """What each format begins with, after the id."""
+        extras = _extras(request, prompts)
+        return int(time.time()), request.model, self._fingerprint, request.include_usage, extras
+
+    def _text(self, request: GenerationRequest, generated: GenerateRequest) -> RequestText:
+        return RequestText(self.prompts.tokenizer, generated, tokens_as_ids=request.return_tokens_as_token_ids)
 
     async def model(self, name: str) -> tuple[AdapterRef | None, int]:
         """The adapter, or None for the base, and the largest number of tokens of a request for it."""
@@ -223,6 +241,14 @@ def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, 
     check_length(limit, num_prompt_tokens, 1 if requested is None else requested, param=param)
     left = limit - num_prompt_tokens
     return min(left, request.default_max_tokens or left) if requested is None else requested
+
+
+def _extras(request: GenerationRequest, prompts: Sequence[tuple[int, ...]]) -> Extras:
+    usage = request.stream_options is not None and request.stream_options.continuous_usage_stats
+    if not (usage or request.return_token_ids):
+        return NO_EXTRAS
+    of_choices = [prompt for prompt in prompts for _ in range(request.n)]
+    return Extras(of_choices, request.return_token_ids, usage)
 
 
 def _num_kept(request: GenerationRequest, limit: int) -> int | None:

@@ -32,6 +32,7 @@ class Delta(NamedTuple):
     prompt_logprobs: tuple[Logprob, ...] | None = None
     token_ids: tuple[int, ...] = ()
     tool_calls: tuple[Any, ...] = ()
+    stop_reason: str | int | None = None
 
 
 A = Logprob(1, "é", -0.5, ((1, "é", -0.5), (2, "b", float("-inf"))))

@@ -110,7 +110,10 @@ class TokenLogprob(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """A TokenDelta with its text. Counts are totals so far; `prompt_logprobs` come with the first delta."""
+    """A TokenDelta with its text. Counts are totals so far; `prompt_logprobs` come with the first delta.
+
+    stop_reason  the stop string or the token of `stop_token_ids` that ended the text; None at any other end
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -121,3 +124,4 @@ class Delta(NamedTuple):
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    stop_reason: str | int | None = None

@@ -19,9 +19,16 @@ class RequestText:
         request: GenerateRequest,
         tools: ToolParser | None = None,
         kept: frozenset[str] = frozenset(),
+        *,
+        tokens_as_ids: bool = False,
     ) -> None:
-        """`kept`: special tokens that the parser must see, and so become text."""
-        self._tokenizer, self._tools = tokenizer, tools
+        """`kept`: special tokens that the parser must see, and so become text.
+
+        `tokens_as_ids`: the texts of logprobs are `token_id:5` and so on.
+        """
+        self._text_of = _id_text if tokens_as_ids else tokenizer.text_of
+        self._stop_tokens = request.params.stop_token_ids
+        self._tools = tools
         self._has_calls = False
         self._prompt_ids = request.prompt_ids
         self._num_prompt_tokens = len(request.prompt_ids)
@@ -32,10 +39,13 @@ class RequestText:
     def push(self, delta: TokenDelta) -> Delta:
         """Adds the text. If a stop string ends it, the finish reason is "stop", and tokens after it do not count."""
         token_ids, reason = delta.token_ids, delta.finish_reason
-        text, num_tokens, stopped = self._detokenizer.push(token_ids, reason)
-        if stopped:
+        stop_reason: str | int | None
+        text, num_tokens, stop_reason = self._detokenizer.push(token_ids, reason)
+        if stop_reason is not None:
             reason = "stop"
             token_ids = token_ids[:num_tokens]
+        elif reason == "stop" and token_ids and token_ids[-1] in self._stop_tokens:
+            stop_reason = token_ids[-1]
         self._num_tokens += num_tokens
         calls: tuple[ToolCallDelta, ...] = ()
         if self._tools is not None:
@@ -56,6 +66,7 @@ class RequestText:
             delta.num_cached_tokens,
             of_prompt,
             calls,
+            stop_reason,
         )
 
     @staticmethod
@@ -72,9 +83,14 @@ class RequestText:
     def _of_prompt(self, logprobs: Sequence[TokenLogprobs]) -> tuple[TokenLogprob, ...]:
         first, *rest = self._prompt_ids
         known = tuple(self._logprob(t, lp) for t, lp in zip(rest, logprobs, strict=True))
-        return (TokenLogprob(first, self._tokenizer.text_of(first), None, (), 0), *known)
+        return (TokenLogprob(first, self._text_of(first), None, (), 0), *known)
 
     def _logprob(self, token_id: int, logprobs: TokenLogprobs) -> TokenLogprob:
-        text_of = self._tokenizer.text_of
+        text_of = self._text_of
         top = tuple((t, text_of(t), lp) for t, lp in logprobs.top)
         return TokenLogprob(token_id, text_of(token_id), logprobs.logprob, top, logprobs.rank)
+
+
+def _id_text(token_id: int) -> str:
+    """vLLM's, of `return_tokens_as_token_ids`."""
+    return f"token_id:{token_id}"

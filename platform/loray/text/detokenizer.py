@@ -12,12 +12,16 @@ from loray.text.tokenizer import Tokenizer
 class Text(NamedTuple):
     """New text that is certain, from the first `num_tokens` of the pushed ones.
 
-    `stopped`: a stop string was found, and neither text nor tokens follow.
+    `stop`: a stop string that was found; neither text nor tokens follow.
     """
 
     text: str
     num_tokens: int
-    stopped: bool = False
+    stop: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop is not None
 
 
 class Detokenizer:
@@ -50,28 +54,28 @@ class Detokenizer:
             return Text(text, len(token_ids))
         pieces = []
         for i, token in enumerate(written):
-            text, stopped = self._until_stop(self._decoder.push((token,)), counts=self._num_free <= 0, final=False)
+            text, stop = self._until_stop(self._decoder.push((token,)), counts=self._num_free <= 0, final=False)
             self._num_free -= 1
             pieces.append(text)
-            if stopped:
-                return Text("".join(pieces), i + 1, True)
+            if stop is not None:
+                return Text("".join(pieces), i + 1, stop)
         if finish_reason is None:
             return Text("".join(pieces), len(token_ids))
-        text, stopped = self._until_stop(self._decoder.flush(), counts=self._num_free < 0, final=True)
-        return Text("".join([*pieces, text]), len(token_ids), stopped)
+        text, stop = self._until_stop(self._decoder.flush(), counts=self._num_free < 0, final=True)
+        return Text("".join([*pieces, text]), len(token_ids), stop)
 
-    def _until_stop(self, new: str, *, counts: bool, final: bool) -> tuple[str, bool]:
-        """What of the text is certain, and whether a stop string ended it."""
+    def _until_stop(self, new: str, *, counts: bool, final: bool) -> tuple[str, str | None]:
+        """What of the text is certain, and the stop string that ended it."""
         text = self._held + new
         stop = self._stop if counts else ()
-        found = [(i, i + len(s)) for s in stop if (i := text.find(s)) >= 0]
+        found = [(i, i + len(s), s) for s in stop if (i := text.find(s)) >= 0]
         if found:
             self._held = ""
-            start, end = min(found)
-            return text[: end if self._keeps_stop else start], True
+            start, end, which = min(found)
+            return text[: end if self._keeps_stop else start], which
         hold = 0 if final else max((_overlap(text, s) for s in stop), default=0)
         self._held = text[len(text) - hold :]
-        return text[: len(text) - hold], False
+        return text[: len(text) - hold], None
 
 
 def _overlap(text: str, stop: str) -> int:

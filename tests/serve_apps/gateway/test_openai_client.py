@@ -144,13 +144,18 @@ def test_vllms_sampling_fields(with_client: Any, base: BaseModel) -> None:
         stop = next(c for c in free.text[3:] if c.isascii() and c != free.text[0])
         cut = await complete(stop=stop, include_stop_str_in_output=True)
         assert cut.text == free.text[: free.text.index(stop) + 1]
+        assert cut.stop_reason == stop
         scored = await complete(prompt_logprobs=0)
         assert scored.text == free.text
         assert [len(entry or ()) for entry in scored.prompt_logprobs] == [0, 1, 1]  # the client keeps what it finds
         forced = await complete(logit_bias={"70": 100})
         assert set(forced.text) == {chr(70 + 33)}
         ended = await complete(logit_bias={"70": 100}, stop_token_ids=[70])
-        assert (ended.text, ended.finish_reason) == ("", "stop")
+        assert (ended.text, ended.finish_reason, ended.stop_reason) == ("", "stop", 70)
+        known = await complete(return_token_ids=True, logprobs=1, return_tokens_as_token_ids=True)
+        assert known.prompt_token_ids == [64, 65, 66]
+        assert known.logprobs.tokens == [f"token_id:{t}" for t in known.token_ids]
+        assert (await complete(truncate_prompt_tokens=2, return_token_ids=True)).prompt_token_ids == [65, 66]
         later = await complete(logit_bias={"70": 100}, stop_token_ids=[70], min_tokens=4, logprobs=0)
         assert (len(later.logprobs.tokens), later.finish_reason) == (5, "stop")
         varied = await complete(repetition_penalty=5.0)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import NamedTuple
 
+from loray.api.openai.extras import NO_EXTRAS
 from loray.api.openai.formats import ChatFormat, CompletionFormat
 from loray.spec import Delta, FinishReason
 
@@ -28,12 +29,15 @@ class Template(NamedTuple):
 class Chunks:
     """Writes the chunks of one stream, each between `before` and `after`. They are those of the format, byte for byte.
 
-    Chunks with log-probabilities or calls of tools are rare, and the format itself writes them.
+    Chunks with log-probabilities, calls of tools or extras are rare, and the format itself writes them.
     """
 
     def __init__(self, answer: CompletionFormat | ChatFormat, before: str = "", after: str = "") -> None:
         self._answer, self._before, self._after = answer, before, after
-        self._shape = replace(answer, id=_ID, created=_CREATED, model=_MODEL, fingerprint=_FINGERPRINT)
+        self._shape = replace(
+            answer, id=_ID, created=_CREATED, model=_MODEL, fingerprint=_FINGERPRINT, extras=NO_EXTRAS
+        )
+        self._has_extras = answer.extras.any
         self._plain: dict[int, Template] = {}  # by choice: chunks of text before the last
 
     def push(self, index: int, delta: Delta) -> str:
@@ -44,9 +48,9 @@ class Chunks:
             plain = self._plain[index] = self._template(index, None, True)
             if (first := self._answer.opening(index)) is not None:
                 opening = f"{self._before}{first.to_json()}{self._after}"
-        if not (delta.text or delta.finish_reason or delta.logprobs or delta.tool_calls):
+        if not (delta.text or delta.finish_reason or delta.logprobs or delta.tool_calls or self._has_extras):
             return opening
-        if delta.logprobs is not None or delta.tool_calls:
+        if delta.logprobs is not None or delta.tool_calls or self._has_extras or delta.stop_reason is not None:
             return f"{opening}{self._before}{self._answer.chunk(index, delta).to_json()}{self._after}"
         if delta.finish_reason is not None:
             plain = self._template(index, delta.finish_reason, bool(delta.text))

@@ -9,7 +9,7 @@ from loray.errors import RequestError, shown
 
 MAX_CHOICES = 128  # of one request, all prompts together
 MAX_STOP_STRINGS = 16
-MAX_STOP_CHARACTERS = 1024  # of each
+MAX_STOP_CHARACTERS = 256  # of each
 MAX_STOP_TOKENS = 128
 MAX_BAD_WORDS = 128
 MAX_BIASES = 1024

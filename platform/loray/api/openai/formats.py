@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from loray.api.openai.extras import NO_EXTRAS, Extras
 from loray.api.openai.logprobs import by_token_id, chat_logprobs, completion_logprobs
 from loray.api.openai.responses import (
     ChatChoice,
@@ -14,7 +15,6 @@ from loray.api.openai.responses import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
-    ChatLogprobs,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
@@ -36,6 +36,8 @@ class Choice:
     num_cached_tokens: int = 0
     prompt_logprobs: Sequence[TokenLogprob] | None = None
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    stop_reason: str | int | None = None
 
     @property
     def text(self) -> str:
@@ -44,12 +46,14 @@ class Choice:
     def add(self, delta: Delta) -> None:
         self.pieces.append(delta.text)
         self.tool_calls += delta.tool_calls
+        self.token_ids += delta.token_ids
         if delta.logprobs is not None:
             if self.logprobs is None:
                 self.logprobs = []
             self.logprobs += delta.logprobs
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         self.finish_reason = delta.finish_reason or self.finish_reason
+        self.stop_reason = delta.stop_reason
         self.count(delta)
 
     def count(self, delta: Delta) -> None:
@@ -86,24 +90,26 @@ class CompletionFormat:
     model: str
     fingerprint: str
     include_usage: bool = False
+    extras: Extras = NO_EXTRAS
     _offsets: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int), init=False, compare=False)
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Completion:
-        return self._body(
-            [
-                _with_prompt_logprobs(self._choice(i, c.text, c.logprobs, c.finish_reason), c)
-                for i, c in enumerate(choices)
-            ],
-            usage,
-            True,
-        )
+        written = []
+        for i, c in enumerate(choices):
+            choice = _with_prompt_logprobs(self._choice(i, c.text, c.logprobs, c.finish_reason), c)
+            choice = choice.model_copy(update=self.extras.prompt(i))
+            written.append(self.extras.choice(choice, c.token_ids, c.stop_reason))
+        return self._body(written, usage, True)
 
     def opening(self, index: int) -> None:
         return None
 
     def chunk(self, index: int, delta: Delta) -> Completion:
         choice = self._choice(index, delta.text, delta.logprobs, delta.finish_reason)
-        return self._body([choice], None, self.include_usage)
+        choice = self.extras.choice(choice, delta.token_ids, delta.stop_reason)
+        if delta.num_output_tokens == len(delta.token_ids):
+            choice = choice.model_copy(update=self.extras.prompt(index))
+        return self._body([choice], self.extras.usage_of(index, delta), self.include_usage)
 
     def usage_chunk(self, usage: Usage) -> Completion:
         return self._body([], usage, True)
@@ -144,6 +150,7 @@ class ChatFormat:
     model: str
     fingerprint: str
     include_usage: bool = False
+    extras: Extras = NO_EXTRAS
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> ChatCompletion:
         body = ChatCompletion(
@@ -153,33 +160,44 @@ class ChatFormat:
             model=self.model,
             system_fingerprint=self.fingerprint,
             choices=[
-                ChatChoice(
-                    index=i,
-                    message=assistant_message(c.text, c.tool_calls),
-                    logprobs=chat_logprobs(c.logprobs),
-                    finish_reason=c.finish_reason or "stop",
+                self.extras.choice(
+                    ChatChoice(
+                        index=i,
+                        message=assistant_message(c.text, c.tool_calls),
+                        logprobs=chat_logprobs(c.logprobs),
+                        finish_reason=c.finish_reason or "stop",
+                    ),
+                    c.token_ids,
+                    c.stop_reason,
                 )
                 for i, c in enumerate(choices)
             ],
             usage=usage,
         )
-        return _with_prompt_logprobs(body, choices[0])
+        return _with_prompt_logprobs(body.model_copy(update=self.extras.prompt(0)), choices[0])
 
     def opening(self, index: int) -> ChatCompletionChunk:
-        return self._chunk(index, ChatDelta(role="assistant", content=""), None, None)
+        choice = ChatChunkChoice(
+            index=index, delta=ChatDelta(role="assistant", content=""), logprobs=None, finish_reason=None
+        )
+        return self._chunk(choice, self.extras.usage_of(index, None)).model_copy(update=self.extras.prompt(index))
 
     def chunk(self, index: int, delta: Delta) -> ChatCompletionChunk:
-        return self._chunk(index, chat_delta(delta), chat_logprobs(delta.logprobs), delta.finish_reason)
+        choice = ChatChunkChoice(
+            index=index,
+            delta=chat_delta(delta),
+            logprobs=chat_logprobs(delta.logprobs),
+            finish_reason=delta.finish_reason,
+        )
+        choice = self.extras.choice(choice, delta.token_ids, delta.stop_reason)
+        return self._chunk(choice, self.extras.usage_of(index, delta))
 
     def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
         return self._body([]).model_copy(update={"usage": usage})
 
-    def _chunk(
-        self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, finish_reason: FinishReason | None
-    ) -> ChatCompletionChunk:
-        choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
+    def _chunk(self, choice: ChatChunkChoice, usage: Usage | None) -> ChatCompletionChunk:
         body = self._body([choice])
-        return body.model_copy(update={"usage": None}) if self.include_usage else body
+        return body.model_copy(update={"usage": usage}) if self.include_usage else body
 
     def _body(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
         return ChatCompletionChunk(

@@ -21,13 +21,7 @@ _ONLY_THE_BEST = 1e-9  # a top_p that only the most likely token reaches
 class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = Field(default=False, description="accepted; chunks are never padded")
-    continuous_usage_stats: bool = False
-
-    @model_validator(mode="after")
-    def _usage_at_the_end(self) -> Self:
-        if self.continuous_usage_stats:
-            raise RequestError("continuous_usage_stats is not supported; include_usage gives usage in the last chunk")
-        return self
+    continuous_usage_stats: bool = Field(default=False, description="with include_usage: usage in every chunk")
 
 
 class ChatMessage(Body):
@@ -88,6 +82,8 @@ class GenerationRequest(Hints, StructuredFields):
     truncate_prompt_tokens: int | None = Field(
         default=None, ge=-1, description="of a longer prompt the last so many; -1: as many as leave room for max_tokens"
     )
+    return_token_ids: bool = Field(default=False, description="those of prompt and answer, as in vLLM")
+    return_tokens_as_token_ids: bool = Field(default=False, description="the texts of logprobs are `token_id:5`")
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = Field(default=0, description="smaller is earlier")

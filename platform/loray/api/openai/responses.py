@@ -71,6 +71,9 @@ class CompletionChoice(ResponseBody):
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Completion(ResponseBody):
@@ -129,6 +132,8 @@ class ChatChoice(ResponseBody):
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(ResponseBody):
@@ -140,6 +145,7 @@ class ChatCompletion(ResponseBody):
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class FunctionCallDelta(ResponseBody):
@@ -167,6 +173,8 @@ class ChatChunkChoice(ResponseBody):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletionChunk(ResponseBody):
@@ -177,6 +185,7 @@ class ChatCompletionChunk(ResponseBody):
     system_fingerprint: str | None = None
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 # -- models and errors ------------------------------------------------------------------------------------------------
