@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from jinja2 import TemplateError
-
 from loray.api.openai import ChatMessage, Prompt
 from loray.bases.registry import BaseModel
 from loray.errors import ContextLengthExceeded, RequestError
+from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 
 _LONG = 16_384  # characters of one request; they take about 5 ms, for which the event loop may be blocked
@@ -27,14 +26,14 @@ class PromptEncoder:
     Very long ones have a thread of their own: however many come, they delay only each other.
     """
 
-    def __init__(self, base: BaseModel, tokenizer: Tokenizer) -> None:
-        self._base, self.tokenizer = base, tokenizer
+    def __init__(self, base: BaseModel, tokenizer: Tokenizer, templates: ChatTemplates) -> None:
+        self._base, self.tokenizer, self._templates = base, tokenizer, templates
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
         self._long_texts = ThreadPoolExecutor(1, thread_name_prefix="long-texts")
 
     @classmethod
     def load(cls, base: BaseModel) -> PromptEncoder:
-        return cls(base, Tokenizer.load(base.path))
+        return cls(base, Tokenizer.load(base.path), ChatTemplates.load(base.path))
 
     async def texts(
         self, prompts: Sequence[Prompt], limit: int | None, *, special: bool = True, keep: int | None = None
@@ -64,15 +63,14 @@ class PromptEncoder:
         self, messages: Sequence[ChatMessage], limit: int | None, *, special: bool = False, keep: int | None = None
     ) -> tuple[int, ...]:
         """Encodes messages by the base's chat template, up to the beginning of the assistant's turn. As `texts`."""
-        if not self.tokenizer.transformers.chat_template:
+        template = self._templates.find(with_tools=False)
+        if template is None:
             raise RequestError(
                 f"the base model {self._base.name!r} has no chat template; use /v1/completions", "messages"
             )
 
         def encode() -> tuple[int, ...]:
-            prompt = self.tokenizer.transformers.apply_chat_template(
-                [m.for_template() for m in messages], tokenize=False, add_generation_prompt=True
-            )
+            prompt = template.render([m.for_template() for m in messages])
             ids = self.tokenizer.encode(prompt, special=special)
             return ids if keep is None else self.tokenizer.cut(ids, keep)
 
@@ -80,10 +78,7 @@ class PromptEncoder:
             characters = sum(len(m.content) for m in messages)
             _check_characters(characters, limit * self.tokenizer.max_token_characters, limit, "messages")
         num_characters = sum(len(m.content) + _MESSAGE_OVERHEAD for m in messages)
-        try:
-            return await self._run(encode, num_characters)
-        except TemplateError as e:
-            raise RequestError(f"the model's chat template refuses these messages: {e}", "messages") from e
+        return await self._run(encode, num_characters)
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included. Raises RequestError for ids outside the vocabulary."""
@@ -93,7 +88,7 @@ class PromptEncoder:
 
     async def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token as it stands in the vocabulary."""
-        return await self._run(lambda: list(self.tokenizer.transformers.convert_ids_to_tokens(ids)), len(ids))
+        return await self._run(partial(self.tokenizer.tokens, ids), len(ids))
 
     async def _run(self, encode: Callable[[], T], num_characters: int) -> T:
         """Calls `encode` at once, or in a thread if the text is long."""

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from loray.text.decoders import ByteDecoder, WindowDecoder
 from loray.text.tokenizer import Tokenizer as BaseTokenizer
@@ -88,7 +87,7 @@ def test_characters_are_whole(text: str, size: int) -> None:
 def test_tokenizers_that_are_not_byte_level_are_decoded_in_a_window() -> None:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, vocab={f"<0x{b:02X}>": b for b in range(256)}, merges=[]))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    decoder = BaseTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer)).decoder()
+    decoder = BaseTokenizer(tokenizer).decoder()
     assert isinstance(decoder, WindowDecoder)
     pieces = [decoder.push((byte,)) for byte in "aé→😀".encode()]
     assert [p for p in pieces if p] == ["a", "é", "→", "😀"]
@@ -101,5 +100,5 @@ _KNOWN: dict[str, BaseTokenizer] = {}
 
 def tokenizer_of(name: str) -> BaseTokenizer:
     if name not in _KNOWN:
-        _KNOWN[name] = BaseTokenizer(PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS[name]))
+        _KNOWN[name] = BaseTokenizer(TOKENIZERS[name])
     return _KNOWN[name]

@@ -61,7 +61,7 @@ def test_a_token_that_ends_the_request_is_no_text_unless_asked_for(base: BaseMod
         ({"include_stop_str_in_output": True}, eos, "a"),
         ({"include_stop_str_in_output": True, "skip_special_tokens": False}, eos, "a<|im_end|>"),
     ):
-        detokenizer = Detokenizer(Tokenizer(tokenizer), SamplingParams(**params))
+        detokenizer = Detokenizer(Tokenizer(tokenizer.backend_tokenizer), SamplingParams(**params))
         assert detokenizer.push((a,)).text + detokenizer.push((token,), "stop").text == text
 
 
@@ -74,7 +74,7 @@ def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(base: Ba
 
 def test_bytes_that_never_become_a_character_end_as_replacement(base: BaseModel) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base.path)
-    detokenizer = Detokenizer(Tokenizer(tokenizer), SamplingParams())
+    detokenizer = Detokenizer(Tokenizer(tokenizer.backend_tokenizer), SamplingParams())
     first = tokenizer("é")["input_ids"][0]
     assert detokenizer.push((first,)).text == ""
     assert detokenizer.push((), "length").text == "\ufffd"
@@ -84,12 +84,10 @@ def test_the_space_before_the_first_word_stays() -> None:
     """SentencePiece tokenizers write ▁word and drop the space where a text begins."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Backend(
         models.WordLevel({"▁The": 0, "▁capital": 1, "▁Paris": 2, "!": 3, "<unk>": 4}, unk_token="<unk>")
     )
     tokenizer.decoder = decoders.Metaspace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    detokenizer = Detokenizer(Tokenizer(fast), SamplingParams(), [0, 1])
+    detokenizer = Detokenizer(Tokenizer(tokenizer), SamplingParams(), [0, 1])
     assert [detokenizer.push((2,)).text, detokenizer.push((3,), "length").text] == [" Paris", "!"]

@@ -13,8 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loray.bases import tokenizer
 from loray.bases.registry import BaseModel
-from loray.errors import RequestError
+from loray.errors import RequestError, UnsupportedError
 from loray.spec import Constraint
 
 if TYPE_CHECKING:
@@ -68,14 +69,13 @@ class GrammarCompiler:
 
 @lru_cache(maxsize=8)
 def _tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
-    """Of the base's tokenizer.json, about 30 MB. The model may have more tokens than the tokenizer."""
+    """Of the base's tokenizer, about 30 MB. The model may have more tokens than the tokenizer."""
     from llguidance import LLTokenizer
 
     try:
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        return LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids))
-    except (OSError, ValueError) as e:
-        raise RequestError(f"answers of {folder.name} cannot be held to a constraint: its tokenizer.json: {e}") from e
+        return LLTokenizer(tokenizer.read(folder), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+    except (OSError, ValueError, UnsupportedError) as e:
+        raise RequestError(f"answers of {folder.name} cannot be held to a constraint by its tokenizer: {e}") from e
 
 
 _NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice", "grammar": "grammar"}

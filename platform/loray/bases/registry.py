@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from loray.bases import checkpoint, smollm2, sources
+from loray.bases import checkpoint, smollm2, sources, tokenizer
 from loray.bases.config import ModelConfig
 from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityError, LorayError, SpecError
 from loray.files import file_lock
@@ -196,6 +196,8 @@ def _add(
         else:
             if origin is not None and _fingerprint(origin, progress) != existing.fingerprint:
                 raise _taken(existing, source)
+            if not (existing.path / tokenizer.FILE).is_file():
+                tokenizer.write(existing.path)
             return existing
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=root))
     try:
@@ -204,6 +206,7 @@ def _add(
         scratch.mkdir()
         fill(target, scratch, progress)
         config = sources.checked_config(target)
+        tokenizer.write(target)
         record = _Record(
             source=source,
             fingerprint=checkpoint.fingerprint(

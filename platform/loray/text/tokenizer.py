@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
+from loray.bases import tokenizer
 from loray.text.decoders import ByteDecoder, ByteTable, SkippingDecoder, TextDecoder, WindowDecoder
 
 _SHRINKING = 4  # characters that become one
@@ -21,12 +22,10 @@ class Tokenizer:
     max_token_characters  of a text, that one token stands for at most
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer` is transformers', with a backend of the tokenizers library."""
-        self.transformers = tokenizer
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        backend.no_truncation()
+        backend.no_padding()
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.num_tokens = max(vocabulary.values()) + 1
         longest = max(map(len, vocabulary))
@@ -45,9 +44,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """The tokenizer in a base's folder."""
-        from transformers import AutoTokenizer  # takes seconds
-
-        return cls(AutoTokenizer.from_pretrained(str(folder)))
+        return cls(tokenizer.load(folder))
 
     def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         """`special`: with the tokens that the tokenizer puts around a text."""
@@ -79,6 +76,10 @@ class Tokenizer:
         if not skip_special_tokens or not kept & self._special:
             return WindowDecoder(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), prompt_ids)
         return SkippingDecoder(WindowDecoder(self.decode, prompt_ids), {self.added_tokens[token] for token in skipped})
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """As they stand in the vocabulary, which has other characters than their texts. Ids must be in it."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
 
     def text_of(self, token_id: int) -> str:
         """The text of one token by itself."""

@@ -11,9 +11,10 @@ import pytest
 from loray.api.openai import ChatMessage
 from loray.bases.registry import BaseModel
 from loray.errors import ContextLengthExceeded, RequestError
+from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 from serve_apps.gateway.prompts import PromptEncoder
-from tests.tiny import byte_tokenizer
+from tests.tiny import CHAT_TEMPLATE, byte_tokenizer
 
 LIMIT = 1 << 20
 
@@ -24,7 +25,7 @@ class Watched(Tokenizer):
     def __init__(self) -> None:
         self.threads: list[str] = []
         self.release = threading.Event()
-        super().__init__(byte_tokenizer())
+        super().__init__(byte_tokenizer().backend_tokenizer)
         self.threads.clear()
 
     def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
@@ -41,7 +42,7 @@ def tokenizer() -> Watched:
 
 @pytest.fixture
 def encoder(tokenizer: Watched, tiny_base: Callable[..., BaseModel]) -> PromptEncoder:
-    return PromptEncoder(tiny_base(), tokenizer)
+    return PromptEncoder(tiny_base(), tokenizer, ChatTemplates({"default": CHAT_TEMPLATE}))
 
 
 def message(content: str) -> ChatMessage:
@@ -103,7 +104,8 @@ def test_of_a_longer_prompt_the_end_is_kept(encoder: PromptEncoder, tokenizer: W
     assert asyncio.run(encoder.chat([message("hi")], 100, keep=5)) == whole[-5:]
 
 
-def test_a_template_that_refuses(encoder: PromptEncoder, tokenizer: Watched) -> None:
-    tokenizer.transformers.chat_template = "{{ raise_exception('no users') }}"
+def test_a_template_that_refuses(tokenizer: Watched, tiny_base: Callable[..., BaseModel]) -> None:
+    templates = ChatTemplates({"default": "{{ raise_exception('no users') }}"})
+    encoder = PromptEncoder(tiny_base(), tokenizer, templates)
     with pytest.raises(RequestError, match="refuses these messages: no users"):
         asyncio.run(encoder.chat([message("x" * 20_000)], LIMIT))
