@@ -107,7 +107,7 @@ def test_what_is_checked_at_once_is_compiled_once(base: BaseModel, monkeypatch: 
     assert compiled == [SCHEMA]
 
 
-def test_a_base_without_a_tokenizer_json_says_so(base: BaseModel, tmp_path: Path) -> None:
+def test_a_base_without_a_tokenizer_says_so(base: BaseModel, tmp_path: Path) -> None:
     compiler = GrammarCompiler(replace(base, path=tmp_path))
     compiler.warm()
     with pytest.raises(RequestError, match="cannot be held to a constraint"):
