@@ -192,6 +192,8 @@ class Engine:
             for r, sampled in zip(requests, drawn, strict=True)
             if sampled is not None and r.request_id not in broken
         ]
+        for request, token in self._grammars.forced([r for r in requests if r.request_id not in broken]):
+            outputs.append(self._postprocess(request, token, None))
         for request in (chunk.request for chunk in chunks if not chunk.request.spec.params.max_tokens):
             if not request.num_pending and request.request_id not in broken:
                 outputs.append(self._output(request, None, None, "length"))
@@ -200,10 +202,8 @@ class Engine:
     def _fail_not_finite(self, request: Request) -> TokenOutput:
         model = self.base.name if request.adapter is None else f"adapter {request.adapter.label}"
         self.scheduler.prefix_cache.forget(request.adapter_digest)  # its keys and values may not be finite either
-        error = IntegrityError(
-            f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
-        )
-        return self._fail(request, error)
+        reason = f"{model} gave logits that are not finite in {self.spec.dtype}; its weights are unusable"
+        return self._fail(request, IntegrityError(reason))
 
     def _fail(self, request: Request, error: Exception) -> TokenOutput:
         self._remove(request)

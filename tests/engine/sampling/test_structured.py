@@ -77,6 +77,28 @@ def test_other_rows_do_not_change(worded: BaseModel) -> None:
         assert tokenizer.decode(ids[:-1]) in texts
 
 
+def test_forced_tokens_are_those_that_would_be_sampled(worded: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fewer steps. With log-probabilities, or where a parameter may exclude them, each token has its step."""
+    names = ["first name", "date of birth", "favourite colours"]
+    schema = {"type": "object", "properties": {n: {"enum": ["somewhere else", 12]} for n in names}, "required": names}
+    compact = Constraint.from_schema(schema | {"additionalProperties": False}, whitespace="")
+    kinds: list[dict[str, Any]] = [{}, {"max_tokens": 9}, {"stop_token_ids": (1,)}, {"min_tokens": 30}]
+    sampled: dict[str, Any] = {"temperature": 1.0, "structured": compact, "max_tokens": 80}
+    asked = [request(str(i), PROMPT, seed=i, **sampled | kind) for i, kind in enumerate(kinds)]
+    slow: list[dict[str, Any]] = [{"logprobs": 0}, {"bad_words": ((500, 501),)}]
+    asked += [request(f"slow-{i}", PROMPT, seed=0, **sampled | kind) for i, kind in enumerate(slow)]
+    engine, plain = make_engine(worded), make_engine(worded)
+    monkeypatch.setattr(plain._grammars, "_forced", lambda request: ())
+    expected = answers(plain, asked)
+    assert answers(engine, asked[:4]) == {name: got for name, got in expected.items() if "slow" not in name}
+    assert expected["1"][1] == "length"
+    num_steps, num_tokens = engine.stats().num_steps, len(expected["0"][0])
+    assert num_steps < num_tokens / 2
+    before = num_steps
+    assert answers(engine, asked[4:])["slow-0"] == expected["0"]
+    assert engine.stats().num_steps - before >= num_tokens
+
+
 def test_a_matcher_that_cannot_go_on_ends_its_request_alone(worded: BaseModel) -> None:
     """Also between others in the batch; their rows are those of a batch without it."""
     yes = Constraint.from_choice(["yes"])

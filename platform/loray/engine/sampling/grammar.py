@@ -10,7 +10,7 @@ Shapes: M rows with a mask, W words of 32 bits, V' = 32 W, at least the vocabula
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -57,6 +57,11 @@ class _Answer:
 
     def __init__(self, matcher: LLMatcher) -> None:
         self.matcher, self.num_read = matcher, 0
+
+    def read(self, output_ids: Sequence[int]) -> None:
+        """The tokens that came since the last call."""
+        self.matcher.consume_tokens(list(output_ids[self.num_read :]))
+        self.num_read = len(output_ids)
 
 
 class Grammars:
@@ -143,8 +148,7 @@ class Grammars:
     def _masks(self, answers: Sequence[tuple[Request, _Answer]]) -> Masks:
         """The matchers read what is new of the outputs, which do not change meanwhile."""
         for request, answer in answers:
-            answer.matcher.consume_tokens(request.output_ids[answer.num_read :])
-            answer.num_read = len(request.output_ids)
+            answer.read(request.output_ids)
         ended = frozenset(r for r, a in answers if a.matcher.is_stopped())
         words_MW = self._words(len(answers))
         self._executor.unsafe_compute_mask_ptr(
@@ -156,6 +160,25 @@ class Grammars:
         errors = {r: _too_complex(a.matcher.get_error()) for r, a in answers if a.matcher.is_error()}
         bias_MV = None if self._on_gpu else self._bias(words_MW)
         return Masks([r for r, _ in answers], words_MW, bias_MV, ended - errors.keys(), errors)
+
+    def forced(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
+        """What the requests' constraints leave no choice about, after their last tokens. The next step computes
+        them together. A request may end while they are taken.
+        """
+        for request in requests if self._answers else ():
+            for token in self._forced(request):
+                if request in self._answers:
+                    yield request, token
+
+    def _forced(self, request: Request) -> Sequence[int]:
+        """None where something else may exclude them, where their log-probabilities are wanted, or on a GPU, where a
+        step of single tokens is a recorded graph.
+        """
+        answer, p = self._answers.get(request), request.spec.params
+        if answer is None or self._on_gpu or p.logprobs is not None or p.allowed_token_ids is not None or p.bad_words:
+            return ()
+        answer.read(request.output_ids)
+        return answer.matcher.compute_ff_tokens()
 
     def _words(self, num_rows: int) -> npt.NDArray[np.int32]:
         if num_rows > len(self._words_MW):
