@@ -18,7 +18,8 @@ from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.engine.stream import EngineStream
 from loray.spec import ServeSpec
-from tests.serve_apps.gateway.scripted import LocalEngines, catalog_url, gateway_app
+from serve_apps.standalone.engines import LocalEngines
+from tests.serve_apps.gateway.scripted import catalog_url, gateway_app
 
 CHAT: Any = [{"role": "user", "content": "hi"}]
 # A hot random model leaves a run of spaces, which JSON allows, after a few tokens.
