@@ -83,8 +83,11 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     from loray.telemetry import configure_logging
     from serve_apps.gateway.app import open_gateway
     from serve_apps.gateway.replicas.engines import ServeEngines
+    from serve_apps.replica.startup import freeze_garbage
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
     engines = ServeEngines(serve.get_deployment_handle(ENGINE, serve.get_replica_context().app_name))
-    return open_gateway(spec, settings, engines)
+    gateway = open_gateway(spec, settings, engines)
+    freeze_garbage()
+    return gateway

@@ -14,8 +14,9 @@ from loray.errors import ContextLengthExceeded, RequestError
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 
-_LONG = 16_384  # characters of one request; they take about 5 ms, for which the event loop may be blocked
-_VERY_LONG = 131_072  # about 50 ms
+_LONG = 4096  # characters of one request; they take about 2 ms, for which the event loop may be blocked
+_VERY_LONG = 131_072  # about 60 ms
+_PIECE = 8192  # tokens that are decoded at once; then other threads run
 _MESSAGE_OVERHEAD = 32  # characters per message, whose rendering takes time too
 T = TypeVar("T")
 
@@ -75,6 +76,7 @@ class PromptEncoder:
             return ids if keep is None else self.tokenizer.cut(ids, keep)
 
         if keep is None and limit is not None:
+            _check_number(len(messages), limit)
             characters = sum(len(m.content) for m in messages)
             _check_characters(characters, limit * self.tokenizer.max_token_characters, limit, "messages")
         num_characters = sum(len(m.content) + _MESSAGE_OVERHEAD for m in messages)
@@ -84,7 +86,13 @@ class PromptEncoder:
         """The text of token ids, special tokens included. Raises RequestError for ids outside the vocabulary."""
         if max(ids, default=0) >= self.tokenizer.num_tokens:
             raise RequestError(f"a token id is outside the vocabulary of {self.tokenizer.num_tokens}", "tokens")
-        return await self._run(partial(self.tokenizer.decode, ids), len(ids))
+
+        def decode() -> str:
+            decoder = self.tokenizer.decoder()
+            pieces = [decoder.push(ids[i : i + _PIECE]) for i in range(0, len(ids), _PIECE)]
+            return "".join(pieces) + decoder.flush()
+
+        return await self._run(decode, len(ids))
 
     async def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Each token as it stands in the vocabulary."""
@@ -104,4 +112,14 @@ def _check_characters(num: int, most: int, limit: int, param: str) -> None:
             f"this model's maximum context length is {limit} tokens, which have {most:,} characters at most, but the "
             f"prompt has {num:,}; shorten it",
             param,
+        )
+
+
+def _check_number(num_messages: int, limit: int) -> None:
+    """No template writes a message in less than one token."""
+    if num_messages > limit:
+        raise ContextLengthExceeded(
+            f"this model's maximum context length is {limit} tokens, but the chat has {num_messages:,} messages; send "
+            "fewer",
+            "messages",
         )

@@ -48,7 +48,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         """`special`: with the tokens that the tokenizer puts around a text."""
-        return tuple(self._backend.encode(text, add_special_tokens=special).ids)
+        # As a batch, because only that lets other threads run meanwhile; without offsets, which nobody reads.
+        return tuple(self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
     def cut(self, ids: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
         """The last `num_tokens`; special tokens at the beginning stay there."""

@@ -22,6 +22,9 @@ def test_a_text_and_back(client_of: Any, base: BaseModel) -> None:
         assert (
             client.post("/tokenize", json={"prompt": "x" * 100_000}).json()["count"] == 100_000
         )  # to measure is allowed
+        long = "naïve → " * 3000
+        ids = client.post("/tokenize", json={"prompt": long}).json()["tokens"]
+        assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": long}  # in pieces
         assert client.post("/detokenize", json={"tokens": [258]}).json() == {"prompt": "<|im_end|>"}
 
 

@@ -14,6 +14,7 @@ MAX_STOP_TOKENS = 128
 MAX_BAD_WORDS = 128
 MAX_BIASES = 1024
 Prompt = str | tuple[int, ...]
+PromptForms = str | list[str] | list[int] | list[list[int]]
 
 
 def stop_strings(value: object) -> object:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, FailFast, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
 from loray.api.openai import fields
 from loray.api.openai.body import Body, Hints
-from loray.api.openai.fields import MAX_BAD_WORDS, MAX_CHOICES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, Prompt
+from loray.api.openai.fields import MAX_BAD_WORDS, MAX_CHOICES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, Prompt, PromptForms
 from loray.api.openai.structured import StructuredFields
 from loray.api.openai.unsupported import NO_AUDIO, NO_TOOLS
 from loray.errors import RequestError
@@ -165,7 +165,7 @@ class GenerationRequest(Hints, StructuredFields):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Annotated[tuple[Prompt, ...], BeforeValidator(fields.prompts)]
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(fields.prompts, json_schema_input_type=PromptForms)]
     add_special_tokens: bool = Field(default=True, description="what the tokenizer puts around a text")
     max_tokens: int | None = Field(default=None, ge=0, description="16 unless given; 0: only the prompt")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
