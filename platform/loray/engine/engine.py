@@ -30,7 +30,8 @@ from loray.engine.sampling.grammar import Grammars, Masks
 from loray.engine.sampling.logprobs import score
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
-from loray.engine.scheduling.scheduler import Chunk, Scheduler
+from loray.engine.scheduling.plan import Chunk, Plan
+from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.stats.counters import Counters
 from loray.engine.stats.stats import EngineStats
 from loray.engine.stats.usage import UsageLog
@@ -77,6 +78,7 @@ class Engine:
             max_queued=spec.max_queued,
             adapter_blocks=self._adapter_blocks,
             token_weight=self._token_weight,
+            itl_slo_s=spec.itl_slo_s,
             ttft_slo_s=spec.ttft_slo_s,
             compact=pool.compact,
             enable_prefix_caching=spec.enable_prefix_caching,
@@ -133,6 +135,11 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._grammars.is_preparing
 
+    @property
+    def next_deadline(self) -> float:
+        """When an idle engine must step again although nothing happens, in seconds of `time.monotonic`; may be inf."""
+        return self.scheduler.next_deadline()
+
     def step(self) -> list[TokenOutput]:
         """Advance every scheduled request by one chunk; returns the new tokens and errors.
 
@@ -142,11 +149,12 @@ class Engine:
         plan = self.scheduler.next()
         outputs = [self._fail(request, error) for request, error in refused + plan.failed]
         if plan.chunks:
-            outputs += self._run(plan.chunks)
+            outputs += self._run(plan)
         self.idle = not (plan.chunks or outputs or plan.residency_changed)
         return outputs
 
-    def _run(self, chunks: list[Chunk]) -> list[TokenOutput]:
+    def _run(self, plan: Plan) -> list[TokenOutput]:
+        chunks = plan.chunks
         began = time.monotonic()
         self._counters.scheduled((chunk.request for chunk in chunks), began)
         batch = build_batch(
@@ -170,7 +178,8 @@ class Engine:
         outputs = self._results(chunks, batch, logits_RV, None if masks is None else masks.result())
         partial.end_step()
         seconds = time.monotonic() - began
-        self.scheduler.observe_step(num_tokens, seconds)
+        if not partial:  # such a step waits for loads
+            self.scheduler.observe_step(plan.work, seconds)
         self._counters.stepped(num_tokens, num_adapters, seconds)
         return outputs
 

@@ -49,7 +49,9 @@ class Request:
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
     start_by            seconds of the scheduler's clock; infinite without a target, and after it has been admitted
     token_weight        see fairness.token_weight; 0 until it has been admitted
-    num_input_charged   tokens of its prompt for which its tenant has been charged; num_output_charged: of `output_ids`
+    virtual_finish      see fairness; infinite until it could run for the first time
+    charged_until       tokens of its prompt that have been computed or found in the prefix cache, now or before
+    num_input_charged   those of them for which its tenant has been charged; num_output_charged: of `output_ids`
     num_overtaken       how often a later request whose adapter was in the pool went first
     changes_logits      the sampler writes it and `history`, see sampling.history
     """
@@ -67,6 +69,8 @@ class Request:
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first start
     start_by: float = math.inf
     token_weight: float = 0.0
+    virtual_finish: float = math.inf
+    charged_until: int = 0
     num_input_charged: int = 0
     num_output_charged: int = 0
     num_overtaken: int = 0

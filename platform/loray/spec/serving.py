@@ -44,7 +44,10 @@ class ServeSpec(Frozen):
     block_tokens: int = Field(default=16, gt=0)
     max_model_len: int | None = Field(default=None, gt=1, description="None: each model's own context length")
     max_num_seqs: int = Field(default=32, gt=0, description="requests that run at once")
-    max_num_batched_tokens: int = Field(default=512, gt=0, description="tokens of one step")
+    max_num_batched_tokens: int = Field(default=512, gt=0, description="tokens of one step, at most")
+    itl_slo_ms: float | None = Field(
+        default=None, gt=0, description="target between two tokens of a stream; None: 100 on a CPU, 50 on a GPU"
+    )
     enable_prefix_caching: bool = Field(default=True, description="keep KV blocks of prompts for those that share them")
     max_queued: int = Field(default=512, gt=0, description="requests that wait; more are refused with 429")
     max_body_bytes: NumBytes | None = Field(default=None, description="of a request; None: by the longest context")
@@ -63,6 +66,12 @@ class ServeSpec(Frozen):
     num_threads: int | None = Field(default=None, gt=0, description="None: as many as the machine has cores")
     host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)
+
+    @property
+    def itl_slo_s(self) -> float:
+        """Seconds; the device's default if `itl_slo_ms` is not given."""
+        default = 100.0 if self.device.startswith("cpu") else 50.0
+        return (self.itl_slo_ms or default) / 1000
 
     @property
     def min_replicas(self) -> int:

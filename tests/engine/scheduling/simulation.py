@@ -1,5 +1,5 @@
 """A scheduler with a real allocator and residency, adapters whose loads a test ends, and no model: tokens need no
-computation, and a step takes as long as `step_s` and `token_s` say.
+computation, and a step takes as long as `step_s`, `token_s` and `pair_s` say.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from loray.engine.request import Request
 from loray.engine.residency.backoff import Backoff
 from loray.engine.residency.partial import PartialLoad
 from loray.engine.residency.residency import Residency
-from loray.engine.scheduling.scheduler import Plan, Scheduler
+from loray.engine.scheduling.plan import Plan, Work
+from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.stats.usage import UsageLog
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
@@ -61,10 +62,11 @@ class Simulation:
         retries_at_once: bool = False,
         step_s: float = 0.0,
         token_s: float = 0.0,
+        pair_s: float = 0.0,
         **scheduler: Any,
     ) -> None:
         self.now = 0.0
-        self.step_s, self.token_s = step_s, token_s
+        self.step_s, self.token_s, self.pair_s = step_s, token_s, pair_s
         self.allocator = BlockAllocator(Geometry(num_blocks, 1, BLOCK_TOKENS, SHARE))
         self.loads: dict[str, Future[Packed]] = {}
         self.sizes: dict[str, int] = {}  # in bytes, by digest
@@ -94,13 +96,24 @@ class Simulation:
         self.outcomes: dict[Request, Exception | None] = {}
         self.served: Counter[str] = Counter()  # by tenant, in units of service
         self.most_output = 0  # that the running requests of one tenant could still generate
+        self.most_prompt = 0  # tokens that the running requests of one tenant had still to compute, or of one step
+        self.num_steps = 0
+        self.token_times: dict[Request, list[float]] = {}
+        self._num_computed: Counter[Request] = Counter()  # of the prompt, at most so far
         self._num_requests = 0
 
     def add(
-        self, num_prompt: int = 4, max_tokens: int = 4, adapter: AdapterRef | None = None, *, ends: int = 0, **spec: Any
+        self,
+        num_prompt: int = 4,
+        max_tokens: int = 4,
+        adapter: AdapterRef | None = None,
+        *,
+        ends: int = 0,
+        prompt_logprobs: int | None = None,
+        **spec: Any,
     ) -> Request:
         n = self._num_requests = self._num_requests + 1
-        params = SamplingParams(max_tokens=max_tokens)
+        params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=prompt_logprobs)
         # Every prompt is another one, so that none is in the prefix cache.
         request = Request(
             GenerateRequest(str(n), tuple(range(n << 12, (n << 12) + num_prompt)), params, adapter, **spec), n
@@ -108,6 +121,10 @@ class Simulation:
         self.scheduler.add(request)
         self.ends[request] = ends or max_tokens
         return request
+
+    def fill_up(self) -> None:
+        """From now on admission leaves no room for what running requests generate, so that preemption is frequent."""
+        self.scheduler._admission._lasts = lambda request, running: True  # type: ignore[method-assign]
 
     def remove(self, request: Request, error: Exception | None = None) -> None:
         assert request not in self.outcomes, "it has ended before"
@@ -131,31 +148,42 @@ class Simulation:
             for digest in self.loading:
                 self.finish(digest)
         plan = self.scheduler.next()
-        to_come: Counter[str] = Counter()
+        output: Counter[str] = Counter()
+        prompt: Counter[str] = Counter()
         for r in self.scheduler.running:
-            to_come[r.tenant] += r.spec.params.max_tokens - len(r.output_ids)
-        self.most_output = max([self.most_output, *to_come.values()])
+            output[r.tenant] += r.spec.params.max_tokens - len(r.output_ids)
+            prompt[r.tenant] += max(0, r.num_prompt_tokens - self._num_computed[r])
+        self.most_output = max([self.most_output, *output.values()])
+        self.most_prompt = max([self.most_prompt, *prompt.values()])
         for request, error in plan.failed:
             self.remove(request, error)
-        num_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
-        seconds = self.step_s + self.token_s * num_tokens if num_tokens else self.step_s
+        seconds = self.seconds(plan.work)
         self.now += seconds
+        self.num_steps += 1
         if plan.chunks:
-            self.scheduler.observe_step(num_tokens, seconds)
-        for chunk in plan.chunks:
-            request = chunk.request
+            self.scheduler.observe_step(plan.work, seconds)
+        for request, start, num_tokens in plan.chunks:
+            assert start == request.num_computed
             if request not in self.first_token_at and request not in self.started:
                 self.started.append(request)
-                self.served[request.tenant] += request.num_prompt_tokens - request.num_computed
-            request.num_computed += chunk.num_tokens
+                self._num_computed[request] = start
+            request.num_computed += num_tokens
+            computed = min(request.num_computed, request.num_prompt_tokens)
+            self.served[request.tenant] += max(0, computed - self._num_computed[request])
+            self._num_computed[request] = max(computed, self._num_computed[request])
             if not request.num_pending:
                 request.output_ids.append(1)
                 self.served[request.tenant] += 2
                 self.first_token_at.setdefault(request, self.now)
+                self.token_times.setdefault(request, []).append(self.now)
                 if len(request.output_ids) == self.ends[request]:
                     self.remove(request)
         self.check_integrity()
         return plan
+
+    def seconds(self, work: Work) -> float:
+        num_tokens = work.num_decoded + work.num_prompt
+        return self.step_s + self.token_s * num_tokens + self.pair_s * work.num_pairs
 
     def run(self, until: Callable[[], bool] | None = None, *, max_steps: int = 100_000) -> None:
         for _ in range(max_steps):

@@ -27,23 +27,40 @@ def queue_of(*requests: Request, lead: float = 0) -> FairQueue:
     return queue
 
 
+def take(queue: FairQueue, request: Request) -> None:
+    """Compute the whole prompt of the request that `pick` gave."""
+    queue.serve(request)
+    queue.begin(request)
+    queue.remove(request)
+
+
 def drain(queue: FairQueue, *, num_output: int = 0, preferred: frozenset[Request] = frozenset()) -> list[Request]:
     """Take all requests; each is charged for its prompt and so many output tokens at once."""
     order = []
     while (request := queue.pick(preferred.__contains__)) is not None:
-        queue.take(request)
+        take(queue, request)
         queue.charge(request, num_input=request.num_prompt_tokens, num_output=num_output)
         queue.leave(request)
         order.append(request)
     return order
 
 
-def test_the_tenant_that_has_had_least_is_next_and_the_first_to_come_breaks_ties() -> None:
+def test_the_tenant_that_has_had_least_is_next_and_of_equals_who_asks_for_less() -> None:
     a = [waiting(i, "a", num_prompt=6) for i in range(3)]
     b = [waiting(i, "b", num_prompt=2) for i in range(3, 9)]
     order = drain(queue_of(*a, *b), num_output=1)  # 8 units a request of a, 4 of b
-    assert [r.tenant for r in order] == list("abbabbabb")
+    assert [r.tenant for r in order] == list("babbabbab")
     assert [r for r in order if r.tenant == "b"] == b
+
+
+def test_of_one_tenant_the_shortest_is_next_unless_a_longer_one_has_waited() -> None:
+    long, short = waiting(0, "t", num_prompt=100), waiting(1, "t", num_prompt=10)
+    queue = queue_of(long, short)
+    assert queue.pick(lambda r: False) is short
+    queue.charge(long, num_input=89)  # with 11 units left it is still the longer one
+    queue.push(later := waiting(2, "t", num_prompt=12))
+    assert drain(queue) == [short, long, later]
+    assert long.num_overtaken == later.num_overtaken == 0
 
 
 def test_idleness_is_no_credit() -> None:
@@ -51,7 +68,7 @@ def test_idleness_is_no_credit() -> None:
     for _ in range(5):
         request = queue.pick(lambda r: False)
         assert request is not None
-        queue.take(request)
+        take(queue, request)
         queue.charge(request, num_input=100)
     queue.push(waiting(100, "late"))
     queue.push(waiting(101, "late"))
@@ -67,7 +84,7 @@ def test_a_request_of_a_better_priority_is_next_whoever_asks_and_earns_no_credit
     behind = queue_of(*(waiting(i, "a") for i in range(4)), waiting(4, "b", priority=1))
     first = behind.pick(lambda r: False)
     assert first is not None
-    behind.take(first)
+    take(behind, first)
     behind.charge(first, num_input=50)
     behind.push(waiting(5, "b"))  # it waited behind its own choice of priority, and starts where a is
     assert behind.counter("b") == 50
@@ -127,7 +144,7 @@ def test_tenants_that_have_gone_are_forgotten() -> None:
         queue.push(waiting(i + 1, "standing"))
         first = queue.pick(lambda r: False)
         assert first is not None
-        queue.take(first)
+        take(queue, first)
     assert len(queue._order) < 100
 
 
@@ -157,7 +174,7 @@ class Twin:
             self.running.append(request)
             request.num_input_charged = num_input
             for queue in (self.exact, self.forgetful):
-                queue.take(request)
+                take(queue, request)
                 queue.charge(request, num_input=num_input)
 
     def cancel(self, i: int) -> None:
@@ -218,7 +235,7 @@ def test_nobody_is_forgotten_who_may_be_next_when_a_better_priority_has_gone() -
 
 def test_who_was_forgotten_wins_nothing_where_the_smallest_counter_falls() -> None:
     queue = queue_of(first := waiting(0, "a"), waiting(1, "a"))
-    queue.take(first)
+    take(queue, first)
     queue.charge(first, num_input=100)
     queue.charge(waiting(2, "idle"), num_input=80)
     queue._forget()
@@ -235,7 +252,7 @@ def test_a_refund_gives_back_the_charge_and_no_credit_for_idleness() -> None:
         for num_input in (100, 60):
             request = queue.pick(lambda r: False)
             assert request is not None
-            queue.take(request)
+            take(queue, request)
             queue.charge(request, num_input=num_input)
             queue.leave(request)
         return queue, first
@@ -276,6 +293,7 @@ def test_cached_prompts_and_recomputation_are_free() -> None:
     assert fair.counter("again") == 1 + 4 * 2  # 20 of the 21 tokens fill blocks of four
 
     tight = Simulation(num_blocks=6, max_num_seqs=2, enable_prefix_caching=False)
+    tight.fill_up()
     for _ in range(2):
         tight.add(4, 12, tenant="t")
     tight.run()

@@ -84,7 +84,7 @@ def test_too_late_and_failed_in_the_same_step_is_refused_once() -> None:
     sim = Simulation(loads_at_once=False, step_s=1.0, ttft_slo_s=5.0)
     ref = adapter("x")
     request = sim.add(adapter=ref)
-    sim.run(until=lambda: sim.now > 5)
+    sim.run(until=lambda: sim.now > 4)
     sim.finish(ref.digest, IntegrityError("damaged"))
     plan = sim.step()
     assert [r for r, _ in plan.failed] == [request]

@@ -27,6 +27,7 @@ def test_one_tenant_is_served_in_order_of_priority_and_arrival() -> None:
 
 def test_preemption_takes_the_lowest_priority_and_of_these_the_youngest() -> None:
     sim = Simulation(num_blocks=4, enable_prefix_caching=False)
+    sim.fill_up()
     requests = [sim.add(n, 14, priority=p) for n, p in ((1, 1), (1, 0), (2, 1), (2, 0))]
     sim.run(until=lambda: sim.scheduler.num_preemptions > 0)
     assert [r.state is State.WAITING for r in requests] == [False, False, True, False]
@@ -42,10 +43,11 @@ def test_who_waits_for_an_adapter_blocks_nobody_and_who_waits_for_blocks_everybo
     ref = adapter("cold")
     cold = sim.add(adapter=ref, tenant="t")
     first = sim.add(8, 4, tenant="t")
-    large = sim.add(16, 4, tenant="t")
-    small = sim.add(4, 4, tenant="t")
     sim.step()
-    assert sim.scheduler.running == [first]  # `large` needs four blocks of the three that are left, `small` one
+    large = sim.add(16, 4, tenant="t")
+    small = sim.add(16, 4, tenant="t")
+    sim.step()
+    assert sim.scheduler.running == [first]  # `large` needs four blocks of the three that are left
     sim.finish(ref.digest)
     sim.run()
     assert sim.started == [first, large, small, cold]  # all of whose adapters, or none, are in the pool
@@ -182,6 +184,8 @@ class Life:
             step_s=0.1,
             token_s=0.01,
         )
+        if rng.random() < 0.5:
+            self.sim.fill_up()
         self.cancelled: set[Request] = set()
         self.all: list[Request] = []
 
@@ -276,6 +280,7 @@ def test_random_lives_lose_nobody_and_leak_nothing(seed: int) -> None:
 
 def test_a_long_life_in_a_small_pool() -> None:
     life = Life(2)
+    life.sim.fill_up()
     life.live(10_000)
     life.end()
     life.check()

@@ -93,17 +93,25 @@ class PrefixCache:
             blocks.append(node.block)
         return blocks
 
-    def store(self, digest: str | None, tokens: Sequence[int], blocks: list[int], salt: str = "") -> None:
-        """Add `blocks`, which hold the keys and values of `tokens`.
+    def __contains__(self, block: int) -> bool:
+        return block in self._nodes
+
+    def store(
+        self, digest: str | None, tokens: Sequence[int], blocks: list[int], salt: str = "", num_known: int = 0
+    ) -> None:
+        """Add `blocks`, of which the tree has the first `num_known`; the others hold the keys and values of `tokens`.
 
         If the tree already has a block of the same tokens, that one replaces the request's in `blocks`.
         """
         if not self.enabled or len(tokens) < self._block_tokens:
             return
-        node = self._child(self._root, digest, -1)
-        if salt:
-            node = self._child(node, salt, -1)
-        for i, key in enumerate(self._keys(tokens)):
+        if num_known:
+            node = self._nodes[blocks[num_known - 1]]
+        else:
+            node = self._child(self._root, digest, -1)
+            if salt:
+                node = self._child(node, salt, -1)
+        for i, key in enumerate(self._keys(tokens), num_known):
             known = node.children.get(key)
             if known is None:
                 known = self._child(node, key, blocks[i])

@@ -17,7 +17,7 @@ from torch import Tensor
 from loray.engine.memory.rows import Role
 from loray.engine.pool.resident import ResidentAdapter, ResidentPair
 from loray.engine.request import Request
-from loray.engine.scheduling.scheduler import Chunk
+from loray.engine.scheduling.plan import Chunk
 from loray_kernels import AttentionMeta, DecodeStep, LayerTables, LoraTable, RowTables, Segments, TokenRows, VeraTable
 
 Group = int
@@ -229,11 +229,9 @@ def build_batch(
                 spans.append(Slot(adapter, at, len(tokens)))
             if adapter.token_row:
                 own.extend((at + i, adapter.token_row[t]) for i, t in enumerate(ids) if t in adapter.token_row)
-        if request.needs_prompt_logits:
-            first, end = max(start, len(request.prompt_logprobs)), min(stop, request.num_prompt_tokens - 1)
-            if first < end:  # after a preemption some have been scored already
-                scored.append(Scored(request, first, end))
-                scored_tokens.extend(range(at + first - start, at + end - start))
+        if tokens_to_score := chunk.scored:
+            scored.append(Scored(request, tokens_to_score.start, tokens_to_score.stop))
+            scored_tokens.extend(at + t - start for t in tokens_to_score)
         if chunk.is_last and request.spec.params.max_tokens:
             last.append(len(tokens) - 1)
             sampled.append(chunk)

@@ -19,7 +19,7 @@ from torch import Tensor
 from loray.engine.model.batch import Batch
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.resident import ResidentAdapter
-from loray.engine.scheduling.scheduler import Chunk
+from loray.engine.scheduling.plan import Chunk
 
 T = TypeVar("T")
 

@@ -208,6 +208,16 @@ class Residency(Generic[P, R]):
             self._requeue_or_forget(entry)
         return True
 
+    def idle_size(self, enough: float) -> float:
+        """Blocks that `evict_one` could free by further calls, counted until there are `enough`."""
+        total = 0.0
+        for entry in self.table.idle.values():
+            if total >= enough:
+                break
+            assert entry.resident is not None
+            total += self._size(entry.resident)
+        return total
+
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _value(self, entry: Entry[P, R]) -> float:

@@ -70,9 +70,12 @@ class RequestBlocks:
         """Add the blocks that have become full to the prefix cache."""
         block_tokens = self._allocator.geometry.block_tokens
         full = request.num_computed // block_tokens
-        if full > request.num_shared_blocks:
-            tokens = request.tokens(0, full * block_tokens)
-            self.prefix_cache.store(request.adapter_digest, tokens, request.blocks, request.spec.cache_salt)
+        known = request.num_shared_blocks
+        if full > known:
+            if known and request.blocks[known - 1] not in self.prefix_cache:
+                known = 0  # the adapter's prefixes were forgotten
+            tokens = request.tokens(known * block_tokens, full * block_tokens)
+            self.prefix_cache.store(request.adapter_digest, tokens, request.blocks, request.spec.cache_salt, known)
             request.num_shared_blocks = full
 
     def extend(self, request: Request, num_tokens: int) -> bool:

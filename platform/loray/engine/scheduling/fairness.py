@@ -1,46 +1,56 @@
-"""Which request is next: virtual token counters, one for each tenant, over queues of requests that could run.
+"""Whose prompt is next: virtual token counters, one for each tenant, over the requests that have tokens to compute
+before they decode.
 
 Source: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024 (VTC, algorithm 2). A tenant's counter is
-the service that it has received: `INPUT_WEIGHT` for each prompt token that is computed, charged when the request is
-admitted, and `OUTPUT_WEIGHT` for each token when it is generated, both times the weight of the adapter
-(`token_weight`). The waiting tenant with the smallest counter is next. When a tenant comes back to the queue, its
-counter is raised to that of the tenant that is next, so being idle earns no credit.
+the service that it has received: `INPUT_WEIGHT` for each prompt token when it is computed and `OUTPUT_WEIGHT` for each
+token when it is generated, both times the weight of the adapter (`token_weight`). The queue holds requests that wait
+and requests whose prompt is partly computed; the tenant in it with the smallest counter is next. When a tenant comes
+back to the queue, its counter is raised to that of the tenant that is next, so being idle earns no credit.
 
 Priority comes first, as in vLLM: a smaller number is served earlier, whatever its tenant. Counters decide between
-tenants whose best waiting requests have the same priority. The requests of one tenant are served in the order of
-(priority, arrival).
+tenants whose best requests in the queue have the same priority.
+
+The requests of one tenant are served in the order of (priority, virtual finish, arrival), where the virtual finish is
+the tenant's counter when the request came plus the units of its prompt. For a prompt that is computed alone it stays
+the counter plus what is left, so the shortest remaining one is next; and while others are served the counter rises, so
+it ages: a request of n units is overtaken only by shorter ones that come before its tenant has received n more units.
 
 Requests whose adapter is in the pool are preferred within two bounds: their tenant's counter may exceed the smallest
-by `lead`, and no request is overtaken more than `MAX_OVERTAKES` times.
+by `lead`, and no request is overtaken for that more than `MAX_OVERTAKES` times.
 
-The guarantee for two tenants f and g that both have requests of the best waiting priority throughout [t1, t2)
-(the paper's theorem 4.4 with the preference's lead added; U is exact for any batch and any preemption):
+The guarantee for two tenants f and g that both have requests of the best priority in the queue throughout [t1, t2)
+(the paper's theorem 4.4 for prompts that are computed in parts, with the preference's lead added; U is exact for any
+batch, any chunks and any preemption):
 
     |counter_f − counter_g| ≤ lead + U      at any moment
     |service_f − service_g| ≤ 2 (lead + U)  over [t1, t2)
-    U = INPUT_WEIGHT · L + OUTPUT_WEIGHT · M
+    U = INPUT_WEIGHT · S + OUTPUT_WEIGHT · M
 
-L: tokens of the longest prompt. M: the largest number of tokens that one tenant's running requests may still generate,
-at most max_num_seqs · max_tokens. Both weighted. Proof: a request is admitted only while its tenant's counter is within
-`lead` of the smallest; then the counter grows by the prompt and by what its running requests still generate; and the
-smallest counter never falls, since tenants that come back are raised to it. Only a refund lowers it: the difference may
-then be larger by the refund, until its tenant, which is now first, has caught up.
+S: prompt tokens of one step, at most max_num_batched_tokens, however long a prompt is. M: the largest number of tokens
+that one tenant's running requests may still generate, at most max_num_seqs · max_tokens. Both weighted. Proof: a prompt
+is given tokens only while its tenant's counter is within `lead` of the smallest; then the counter grows by those tokens
+and by what its running requests still generate; and the smallest counter never falls, since tenants that come back are
+raised to it. Two exceptions. If the next request finds no place or no blocks, the prompts that have begun go on, since
+nothing else can: S is then the tokens that one tenant's running requests have still to compute. And a refund lowers a
+counter: the difference may then be larger by the refund, until its tenant, which is now first, has caught up.
 
-If a request's tenant has the smallest counter when the request comes, and nothing else in the engine, at most one
-request of each other tenant is admitted before it, and MAX_OVERTAKES more. Tokens that are computed again after a
-preemption are not charged. If a request fails before its first token, its charge is refunded.
+If a request's tenant has the smallest counter when the request comes, and there is a place for it, its prompt is the
+next to be computed, unless another tenant with that counter asks for less, or preferred ones come first. Tokens that
+are computed again after a preemption are not charged. If a request fails before its first token, its charge is
+refunded.
 
 When there are many tenants, those that have nothing in the engine are forgotten if their counters do not exceed the
-smallest of those that wait. An unknown tenant starts with the largest counter that was forgotten. So coming back gains
-nothing, and costs something only if the smallest counter has fallen since, by a refund.
+smallest of those in the queue. An unknown tenant starts with the largest counter that was forgotten. So coming back
+gains nothing, and costs something only if the smallest counter has fallen since, by a refund.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 from loray.engine.request import Request
@@ -54,18 +64,12 @@ _FORGET_ABOVE = 1024
 _SPARE_PLACES = 64
 
 
-class Backlog(NamedTuple):
-    """What is served before a request, in fractions of requests, and the tokens of their prompts."""
-
-    num_requests: float
-    num_tokens: float
-
-
 class _Turn(NamedTuple):
-    """Tenants are served in this order. If counters are equal, the tenant whose request came first is next."""
+    """Tenants are served in this order. If counters are equal, the tenant that asks for less is next."""
 
     priority: int
     counter: float
+    virtual_finish: float
     arrival: int
     tenant: str
 
@@ -78,13 +82,20 @@ def token_weight(adapter_bytes: int, base_bytes: int) -> float:
     return 1 + adapter_bytes / base_bytes
 
 
-def rank_in_queue(request: Request) -> tuple[int, int]:
-    """The order of a tenant's requests, and of running requests, of which the last is preempted first."""
+def rank_in_queue(request: Request) -> tuple[int, float, int]:
+    """The order of a tenant's requests."""
+    return request.priority, request.virtual_finish, request.arrival
+
+
+def rank_in_batch(request: Request) -> tuple[int, int]:
+    """The order of running requests, of which the last is preempted first."""
     return request.priority, request.arrival
 
 
 class FairQueue:
-    """Owns the counters, and the order of the requests that could run now. O(log tenants) for each operation."""
+    """Owns the counters, and the order of the requests whose prompts could be computed now. O(log tenants) for each
+    operation.
+    """
 
     def __init__(self, lead: float = 0) -> None:
         """`lead`: service by which a preferred request's tenant may be ahead of the tenant that is next."""
@@ -104,9 +115,11 @@ class FairQueue:
     def push(self, request: Request) -> None:
         tenant = request.tenant
         queue = self._queues.get(tenant)
-        first = not queue or rank_in_queue(request) < rank_in_queue(queue[0])
         if not queue or request.priority < queue[0].priority:
             self._lift(tenant)
+        if request.virtual_finish == math.inf:  # a preempted request keeps its own
+            request.virtual_finish = self.counter(tenant) + INPUT_WEIGHT * request.num_pending
+        first = not queue or rank_in_queue(request) < rank_in_queue(queue[0])
         if queue is None:
             queue = self._queues[tenant] = []
         queue.insert(bisect_left(queue, rank_in_queue(request), key=rank_in_queue), request)
@@ -114,6 +127,7 @@ class FairQueue:
             self._move_up(tenant)
 
     def remove(self, request: Request) -> None:
+        """It has been computed up to its newest token, or does not want to be any more."""
         queue = self._queues[request.tenant]
         del queue[self._index(queue, request)]
         if not queue:
@@ -124,6 +138,22 @@ class FairQueue:
         """Add the service that `request` receives, in tokens."""
         service = request.token_weight * (INPUT_WEIGHT * num_input + OUTPUT_WEIGHT * num_output)
         self._counters[request.tenant] = self.counter(request.tenant) + service
+
+    def charge_prompt(self, request: Request, num_computed: int) -> None:
+        """Charge the prompt up to `num_computed`, without what was charged before or found in the prefix cache."""
+        first = max(request.charged_until, request.num_computed)
+        stop = min(num_computed, request.num_prompt_tokens)
+        if stop > first:
+            self.charge(request, num_input=stop - first)
+            request.num_input_charged += stop - first
+            request.charged_until = stop
+
+    def charge_output(self, request: Request) -> None:
+        """Charge the tokens that it has generated since the last call."""
+        num_output = len(request.output_ids) - request.num_output_charged
+        if num_output:
+            self.charge(request, num_output=num_output)
+            request.num_output_charged += num_output
 
     def refund(self, request: Request, *, num_input: int) -> None:
         """`request` was charged and has received nothing. If its tenant has joined the queue since, its counter
@@ -136,7 +166,7 @@ class FairQueue:
             self._move_up(tenant)
 
     def pick(self, preferred: Callable[[Request], bool]) -> Request | None:
-        """The next request, or a preferred one that may overtake it; it stays in the queue until `take`."""
+        """The next request, or a preferred one that may overtake it."""
         front = self._front()
         if front is None:
             return None
@@ -153,8 +183,10 @@ class FairQueue:
                     break
         return head
 
-    def take(self, request: Request) -> None:
-        """Remove the request that `pick` gave. It overtakes earlier ones of its tenant and the one that was next."""
+    def serve(self, request: Request) -> None:
+        """The request that `pick` gave is served next. It overtakes earlier ones of its tenant, and the one that was
+        next.
+        """
         front = self._front()
         assert front is not None
         queue = self._queues[request.tenant]
@@ -162,42 +194,30 @@ class FairQueue:
             overtaken.num_overtaken += 1
         if front.tenant != request.tenant:
             self._queues[front.tenant][0].num_overtaken += 1
-        self.remove(request)
+
+    def begin(self, request: Request) -> None:
+        """`request` runs from now on."""
         self._num_running[request.tenant] += 1
 
     def leave(self, request: Request) -> None:
-        """`request` was taken and does not run any more."""
+        """`request` does not run any more."""
         self._num_running[request.tenant] -= 1
         if not self._num_running[request.tenant]:
             del self._num_running[request.tenant]
 
-    def ahead_of(self, request: Request, waiting: Iterable[Request], mean_output: float) -> Backlog:
-        """What of `waiting` will be served before `request`: all requests of better priority, the earlier ones of its
-        tenant, and of every other tenant the share by which its counter is behind by then. O(waiting).
+    def key(self, request: Request) -> tuple[int, float, float, int]:
+        """The order of requests in the queue, whatever their tenants."""
+        return request.priority, self.counter(request.tenant), request.virtual_finish, request.arrival
 
-        `mean_output`: tokens that a request generates, the mean.
-        """
-        own = request.tenant
-        num_requests = num_tokens = 0.0
-        queued: dict[str, list[float]] = {own: [0, 0]}
-        for other in waiting:
-            if other.priority > request.priority or (other.tenant == own and other.arrival >= request.arrival):
-                continue
-            if other.priority < request.priority:
-                num_requests += 1
-                num_tokens += other.num_pending
-            else:
-                tenants = queued.setdefault(other.tenant, [0, 0])
-                tenants[0] += 1
-                tenants[1] += other.num_pending
-        num, tokens = queued[own]
-        finish = self._lifted(own) + _service(num, tokens, mean_output)
-        for tenant, (num, tokens) in queued.items():
-            behind = finish - self.counter(tenant)
-            share = 1.0 if tenant == own else min(1.0, max(0.0, behind / _service(num, tokens, mean_output)))
-            num_requests += share * num
-            num_tokens += share * tokens
-        return Backlog(num_requests, num_tokens)
+    def lifted(self, tenant: str) -> float:
+        """The counter of a tenant after it has been raised for a new request."""
+        return max(self.counter(tenant), self._level())
+
+    def virtual_finish(self, request: Request) -> float:
+        """Also of a request that is not in the queue yet."""
+        if request.virtual_finish < math.inf:
+            return request.virtual_finish
+        return self.lifted(request.tenant) + INPUT_WEIGHT * request.num_pending
 
     # -- private ------------------------------------------------------------------------------------------------------
 
@@ -208,7 +228,7 @@ class FairQueue:
 
     def _turn(self, tenant: str) -> _Turn:
         head = self._queues[tenant][0]
-        return _Turn(head.priority, self.counter(tenant), head.arrival, tenant)
+        return _Turn(head.priority, self.counter(tenant), head.virtual_finish, head.arrival, tenant)
 
     def _move_up(self, tenant: str) -> None:
         """The tenant's turn is earlier now. Its old entry stays in the heap until there are too many old entries."""
@@ -244,10 +264,6 @@ class FairQueue:
             heapq.heappush(self._order, turn)
         return list(turns)
 
-    def _lifted(self, tenant: str) -> float:
-        """The counter of a tenant after it has been raised for a new request."""
-        return max(self.counter(tenant), self._level())
-
     def _level(self) -> float:
         front = self._front()
         return self.counter(self._last) if front is None else front.counter
@@ -266,7 +282,3 @@ class FairQueue:
         self._counters = {t: c for t, c in self._counters.items() if t not in going}
         self._forgotten = max(self._forgotten, *going.values(), 0.0)
         self._forget_at = 2 * len(self._counters) + _FORGET_ABOVE
-
-
-def _service(num_requests: float, num_tokens: float, mean_output: float) -> float:
-    return INPUT_WEIGHT * num_tokens + OUTPUT_WEIGHT * num_requests * mean_output

@@ -1,78 +1,102 @@
 """When a request would get its first token, estimated from the measured steps, and which requests are refused for it.
 
-The model is that a step of n tokens lasts a + b·n seconds: a for reading the weights once, b for the work of one token.
-Both are fitted to the measured steps; older steps weigh less. A throughput would not do: the tokens per second of one
-decoding request do not predict those of a prompt.
+What a prompt costs comes from `steptime`. A throughput would not do: the tokens per second of one decoding request do
+not predict those of a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import heapq
+import math
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
-from loray.engine.request import Request
+from loray.engine.request import Request, State
+from loray.engine.scheduling.budget import room_for_prompts
+from loray.engine.scheduling.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
+from loray.engine.scheduling.plan import Work
+from loray.engine.scheduling.steptime import StepTime
 from loray.errors import Overloaded
 
-_MEMORY_STEPS = 128  # after that many further steps, a step's weight in the fit has fallen to 1/e
-_MEMORY_REQUESTS = 32
 _MIN_RETRY_S = 1.0
 
 
-class StepSeconds:
-    """Least squares over (tokens, seconds) with exponentially falling weights."""
+class Backlog(NamedTuple):
+    """What is served before a request: fractions of requests that wait, tokens of prompts, and seconds for them."""
 
-    def __init__(self) -> None:
-        self._weight = self._n = self._t = self._nn = self._nt = 0.0
+    num_requests: float = 0
+    num_tokens: float = 0
+    seconds: float = 0
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        keep = 1 - 1 / _MEMORY_STEPS
-        self._weight = keep * self._weight + 1
-        self._n = keep * self._n + num_tokens
-        self._t = keep * self._t + seconds
-        self._nn = keep * self._nn + num_tokens * num_tokens
-        self._nt = keep * self._nt + num_tokens * seconds
+    def plus(self, other: Backlog, share: float = 1.0) -> Backlog:
+        return Backlog(*(a + share * b for a, b in zip(self, other, strict=True)))
 
-    def predict(self, num_steps: float, num_tokens: float) -> float:
-        """Seconds of that many steps with that many tokens in all. 0 before the first step was measured, so that no
-        request is refused on a guess. While all steps had the same size, all of their time is counted as fixed.
-        """
-        if not self._weight:
-            return 0.0
-        n, t = self._n / self._weight, self._t / self._weight
-        variance = self._nn / self._weight - n * n
-        slope = max(0.0, (self._nt / self._weight - n * t) / variance) if variance > 1e-6 * n * n else 0.0
-        slope = min(slope, t / n)
-        return num_steps * (t - slope * n) + num_tokens * slope
+
+def ahead_of(
+    request: Request,
+    others: Iterable[Request],
+    fair: FairQueue,
+    seconds: Callable[[Request], float],
+    mean_output: float,
+) -> Backlog:
+    """What of `others`, whose prompts are not computed, will be served before `request`: all requests of better
+    priority, of its tenant those before it in the queue, and of every other tenant the share by which its counter is
+    behind by then. O(others).
+
+    seconds      to compute what is left of a request's prompt
+    mean_output  tokens that a request generates, the mean
+    """
+    own, rank = request.tenant, (fair.virtual_finish(request), request.arrival)
+    better = Backlog()
+    queued = {own: [Backlog()]}
+    for other in others:
+        if other is request or other.priority > request.priority:
+            continue
+        before = Backlog(other.state is State.WAITING, other.num_pending, seconds(other))
+        if other.priority < request.priority:
+            better = better.plus(before)
+        elif other.tenant != own or (fair.virtual_finish(other), other.arrival) < rank:
+            queued.setdefault(other.tenant, []).append(before)
+    finish = fair.lifted(own) + _service(queued[own], mean_output)
+    for tenant, backlogs in queued.items():
+        share = 1.0
+        if tenant != own:
+            share = min(1.0, max(0.0, (finish - fair.counter(tenant)) / _service(backlogs, mean_output)))
+        for backlog in backlogs:
+            better = better.plus(backlog, share)
+    return better
+
+
+def _service(backlogs: Collection[Backlog], mean_output: float) -> float:
+    return INPUT_WEIGHT * sum(b.num_tokens for b in backlogs) + OUTPUT_WEIGHT * len(backlogs) * mean_output
 
 
 class FirstTokenEstimate:
-    """Seconds until the first token of a request that waits behind others."""
+    """Seconds until the first token of a request that waits behind others. 0 before a step was measured, so that no
+    request is refused on a guess.
+    """
 
-    def __init__(self, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self._max_num_seqs, self._budget = max_num_seqs, max_num_batched_tokens
-        self._steps = StepSeconds()
-        self.mean_output = 0.0  # tokens that a request generates, a running mean
+    def __init__(
+        self, steps: StepTime, *, max_num_seqs: int, max_num_batched_tokens: int, itl_slo_s: float | None = None
+    ) -> None:
+        self._steps, self._itl_slo_s = steps, itl_slo_s
+        self._max_num_seqs, self._max_tokens = max_num_seqs, max_num_batched_tokens
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
-        self._steps.observe(num_tokens, seconds)
+    def prompt_seconds(self, request: Request) -> float:
+        """What is left of its prompt, without the fixed cost of steps."""
+        scored = request.num_pending if request.needs_prompt_logits else 0
+        return self._steps.predict(Work.of(request.num_computed, request.num_pending, scored))
 
-    def token_seconds(self) -> float:
-        """Of one more token in a step; 0 while all steps had the same size."""
-        return self._steps.predict(0, 1)
-
-    def observe_end(self, num_output: int) -> None:
-        """A running request has ended."""
-        share = 1 / _MEMORY_REQUESTS if self.mean_output else 1.0
-        self.mean_output += share * (num_output - self.mean_output)
-
-    def seconds(self, num_tokens: float, *, num_running: int = 0, num_ahead: float = 0) -> float:
-        """`num_tokens`: of the prompts ahead and its own. If the batch has no place for the request and the `num_ahead`
-        ones before it, that many requests must end first; in a full batch one ends every mean_output ÷ max_num_seqs
-        steps.
+    def seconds(self, ahead: Backlog, decoding: Work, num_running: int = 0, mean_output: float = 0) -> float:
+        """`ahead`: the requests before it and itself; `decoding`: a step without prompts. If the batch has no place for
+        all of them, so many requests must end first; in a full batch one ends every mean_output ÷ max_num_seqs steps.
         """
-        must_end = max(0.0, num_running + num_ahead + 1 - self._max_num_seqs)
-        decode_steps = must_end * self.mean_output / self._max_num_seqs
-        num_steps = max(1.0, num_tokens / self._budget, decode_steps)
-        return self._steps.predict(num_steps, num_tokens + decode_steps * self._max_num_seqs)
+        must_end = max(0.0, num_running + ahead.num_requests - self._max_num_seqs)
+        room = room_for_prompts(self._steps, decoding, self._itl_slo_s)
+        num_steps = max(
+            1.0, ahead.num_tokens / self._max_tokens, ahead.seconds / room, must_end * mean_output / self._max_num_seqs
+        )
+        return num_steps * self._steps.predict(decoding) + ahead.seconds
 
 
 class FirstTokenTargets:
@@ -93,6 +117,7 @@ class FirstTokenTargets:
         """
         self._ttft_slo_s, self._estimate, self._alone, self._clock = ttft_slo_s, estimate, alone, clock
         self.num_aborted = 0
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
 
     def accept(self, request: Request) -> None:
         """Overloaded if its first token is expected later than its target."""
@@ -107,11 +132,23 @@ class FirstTokenTargets:
                 self.retry_after_s(request, expected),
             )
         request.start_by = self._clock() + slo - self._alone(request)
+        heapq.heappush(self._deadlines, (request.start_by, request.arrival, request))
 
-    def refuse_late(self, waiting: Iterable[Request]) -> list[tuple[Request, Exception]]:
-        """The requests that would be too late even if they were next, each with its error."""
+    def next_deadline(self) -> float:
+        """Seconds of the clock at which the first waiting request will be too late; infinite if none will."""
+        while self._deadlines:
+            start_by, _, request = self._deadlines[0]
+            if request.state is State.WAITING and request.start_by == start_by:
+                return start_by
+            heapq.heappop(self._deadlines)
+        return math.inf
+
+    def refuse_late(self) -> list[tuple[Request, Exception]]:
+        """The waiting requests that would be too late even if they were next, each with its error, once."""
         now = self._clock()
-        late = [r for r in waiting if r.start_by < now]
+        late: list[Request] = []
+        while self.next_deadline() <= now:
+            late.append(heapq.heappop(self._deadlines)[2])
         if not late:
             return []
         self.num_aborted += len(late)

@@ -1,10 +1,11 @@
-"""What runs in the next step: chunked prefill and decode in one token budget.
+"""What runs in the next step: one token of every request that decodes, and as much of the prompts as fits its time.
 
-Requests are admitted by priority and fairness (`fairness`). A request that waits for its adapter does not block others.
-A request that waits for blocks blocks those behind it, so that it cannot starve. A running request never fails because
-memory is short: idle adapters are evicted first; then the running request of the lowest priority, the youngest of
-several, is preempted and computed again later. A waiting request that cannot have its first token in time is refused
-(`overload`).
+Prompts are computed by priority and fairness (`fairness`), in chunks that `budget` measures out; a request is admitted
+when it is its turn. A request that waits for its adapter does not block others. A request that waits for blocks blocks
+those behind it, so that it cannot starve; the prompts that have begun go on. It is admitted when the pool suffices for
+what is expected to be generated (`growth`). A running request never fails because memory is short: idle adapters are
+evicted first; then the running request of the lowest priority, the youngest of several, is preempted and computed again
+later. A waiting request that cannot have its first token in time is refused (`overload`).
 """
 
 from __future__ import annotations
@@ -13,39 +14,26 @@ import math
 import time
 from bisect import insort
 from collections.abc import Callable, Mapping
-from typing import Generic, NamedTuple
+from itertools import chain
+from typing import Generic
 
 from loray.engine.memory.blocks import BlockAllocator
 from loray.engine.memory.prefix_cache import PrefixCache
 from loray.engine.request import Request, State
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import P, R, Tier
+from loray.engine.scheduling.admission import Admission
 from loray.engine.scheduling.blocks import RequestBlocks
-from loray.engine.scheduling.fairness import rank_in_queue
-from loray.engine.scheduling.overload import FirstTokenEstimate, FirstTokenTargets
+from loray.engine.scheduling.budget import StepBudget
+from loray.engine.scheduling.fairness import rank_in_batch
+from loray.engine.scheduling.growth import OutputLengths
+from loray.engine.scheduling.overload import Backlog, FirstTokenEstimate, FirstTokenTargets, ahead_of
+from loray.engine.scheduling.plan import Chunk, Plan, Work
+from loray.engine.scheduling.steptime import StepTime
 from loray.engine.scheduling.waiting import WaitingRequests
 from loray.errors import ContextLengthExceeded, Overloaded
 
-
-class Chunk(NamedTuple):
-    """Compute tokens [start, start + num_tokens) of `request` in this step."""
-
-    request: Request
-    start: int
-    num_tokens: int
-
-    @property
-    def is_last(self) -> bool:
-        """True where the chunk reaches the request's newest token, so that its logits are sampled."""
-        return self.start + self.num_tokens == self.request.num_tokens
-
-
-class Plan(NamedTuple):
-    """`failed` will not run. `residency_changed`: an adapter was loaded, failed or was evicted: plan again at once."""
-
-    chunks: list[Chunk]
-    failed: list[tuple[Request, Exception]]
-    residency_changed: bool
+Failures = list[tuple[Request, Exception]]
 
 
 class Scheduler(Generic[P, R]):
@@ -53,6 +41,7 @@ class Scheduler(Generic[P, R]):
 
     adapter_blocks  the most blocks that a request's adapter takes; 0: not known
     token_weight    of an admitted request's adapter; see fairness.token_weight
+    itl_slo_s       target for the time between two tokens of a request; None: only max_num_batched_tokens limits a step
     ttft_slo_s      for requests without one of their own; None: they may wait forever
     clock           seconds
     """
@@ -67,27 +56,32 @@ class Scheduler(Generic[P, R]):
         max_queued: int,
         adapter_blocks: Callable[[Request], int],
         token_weight: Callable[[Request], float] = lambda request: 1.0,
+        itl_slo_s: float | None = None,
         ttft_slo_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
         compact: Callable[[int], bool] = lambda num_blocks: False,
         enable_prefix_caching: bool = True,
     ) -> None:
-        self._allocator = allocator
         self._residency = residency
-        self._max_num_seqs = max_num_seqs
-        self._budget = max_num_batched_tokens
-        self._max_queued = max_queued
-        self._adapter_blocks = adapter_blocks
-        self._estimate = FirstTokenEstimate(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-        token_seconds = self._estimate.token_seconds
+        self._max_num_seqs, self._max_tokens, self._max_queued = max_num_seqs, max_num_batched_tokens, max_queued
+        self._itl_slo_s = itl_slo_s
+        self.step_time = StepTime()
         self._blocks = RequestBlocks(
-            allocator, residency, compact, token_seconds, enable_prefix_caching=enable_prefix_caching
+            allocator, residency, compact, self.step_time.token_seconds, enable_prefix_caching=enable_prefix_caching
         )
+        self.output_lengths = OutputLengths()
+        self._admission = Admission(allocator, residency, self._blocks, self.output_lengths, adapter_blocks)
         self._token_weight = token_weight
+        self._estimate = FirstTokenEstimate(
+            self.step_time,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            itl_slo_s=itl_slo_s,
+        )
         self._targets = FirstTokenTargets(
             ttft_slo_s=ttft_slo_s,
             estimate=self._seconds_to_first_token,
-            alone=lambda request: self._estimate.seconds(request.num_tokens),
+            alone=lambda request: self._estimate.seconds(self._backlog(request), Work(num_steps=1)),
             clock=clock,
         )
         self.waiting = WaitingRequests(residency, lead=max_num_batched_tokens)
@@ -129,56 +123,57 @@ class Scheduler(Generic[P, R]):
         """The request is finished, cancelled or failed: release everything that it holds."""
         if request.state is State.RUNNING:
             self.running.remove(request)
-            self._charge_output(request)
-            self.waiting.fair.leave(request)
-            self._estimate.observe_end(len(request.output_ids))
+            self.waiting.fair.charge_output(request)
+            self.waiting.leave(request)
+            self.output_lengths.observe(len(request.output_ids))
             self._release(request)
         elif request.state is State.WAITING:
             self.waiting.remove(request)
         request.state = State.FINISHED
 
-    def first_step_seconds(self, digest: str) -> float:
-        """Estimate for the step that computes the longest waiting prompt of this adapter. 0: not known."""
-        num_tokens = max((r.num_pending for r in self.waiting.loading(digest)), default=0)
-        return self._estimate.seconds(min(num_tokens, self._budget)) if num_tokens else 0.0
+    def next_deadline(self) -> float:
+        """When `next` must be called although nothing happens, in seconds of the clock; infinite: it need not be."""
+        return self._targets.next_deadline()
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
+    def first_step_seconds(self, digest: str) -> float:
+        """Estimate for the first step of the longest waiting prompt of this adapter. 0: not known."""
+        loading = self.waiting.loading(digest)
+        if not loading:
+            return 0.0
+        budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
+        return self.step_time.predict(Work(1).plus(Work.of(0, budget.fit(0, max(r.num_pending for r in loading)))))
+
+    def observe_step(self, work: Work, seconds: float) -> None:
         """The duration of the last step."""
-        self._estimate.observe_step(num_tokens, seconds)
+        self.step_time.observe(work, seconds)
 
     def next(self) -> Plan:
-        """The chunks of the next step, best priority and oldest first, and the requests that will not run."""
+        """The chunks of the next step, and the requests that will not run."""
         changed = self._residency.poll()
-        chunks: list[Chunk] = []
-        budget = self._budget
         failed = self._fail_running()
         for request in self.running:
-            self._charge_output(request)
-        decoding = sum(request.num_pending == 1 for request in self.running)  # still to come in this loop
-        for request in list(self.running):
-            decodes = request.num_pending == 1
-            if request.state is not State.RUNNING:  # preempted for an earlier one
-                continue
-            decoding -= decodes
-            if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
-                self._preempt(request)  # its adapter is late: a step has waited for the rest in vain
-                continue
-            n = min(request.num_pending, budget if decodes else max(0, budget - decoding))
-            if n and self._grow(request, request.num_computed + n):
-                chunks.append(Chunk(request, request.num_computed, n))
-                budget -= n
+            self.waiting.fair.charge_output(request)
+        budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
+        chunks = self._decode(budget)
         self._emptied = False
-        late = self._targets.refuse_late(self.waiting)
+        late = self._targets.refuse_late()
         for request, _ in late:
             self.waiting.refuse(request)
-        failed += late + self.waiting.admit_loaded() + self._admit(chunks, budget)
+        failed += late + self.waiting.admit_loaded()
+        self._compute_prompts(budget, chunks, failed)
         changed |= self._emptied
         changed |= self._residency.poll()  # loads evicted adapters that are wanted again, before the engine sleeps
-        return Plan(chunks, failed, changed)
+        return Plan(chunks, failed, changed, budget.work)
 
-    def _fail_running(self) -> list[tuple[Request, Exception]]:
+    def moved(self, moves: Mapping[int, int]) -> None:
+        """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
+        self._blocks.moved((*self.running, *self.waiting), moves)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _fail_running(self) -> Failures:
         """Stop the running requests whose partial adapter could not be loaded completely."""
-        failed: list[tuple[Request, Exception]] = []
+        failed: Failures = []
         for request in list(self.running):
             if request.adapter is not None and self._residency.table.tier(request.adapter) is Tier.FAILED:
                 failed.append((request, self._residency.table.error(request.adapter)))
@@ -189,95 +184,75 @@ class Scheduler(Generic[P, R]):
                 request.state = State.WAITING
         return failed
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> list[tuple[Request, Exception]]:
-        failed: list[tuple[Request, Exception]] = []
-        while budget and len(self.running) < self._max_num_seqs:
-            request = self.waiting.pick()
-            if request is None:
-                break
-            if not self.waiting.has_failed(request) and self._fits_at_all(request) and self._start(request):
-                self._charge_admission(request)
-                n = min(request.num_pending, budget)
-                chunks.append(Chunk(request, request.num_computed, n))
-                budget -= n
-            elif self.waiting.has_failed(request):
-                failed += self.waiting.fail(request)
-            elif not self._fits_at_all(request) or (not self.running and not self._empty_pool()):
-                self.waiting.refuse(request)
-                failed.append((request, ContextLengthExceeded(self._too_large(request), "max_tokens")))
-            else:
-                break  # it waits for blocks: the requests behind it may not take them
-        return failed
+    def _decode(self, budget: StepBudget) -> list[Chunk]:
+        """One token of each request that decodes, best priority and oldest first."""
+        chunks: list[Chunk] = []
+        for request in list(self.running):
+            if request.state is not State.RUNNING:  # preempted for an earlier one
+                continue
+            if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
+                self._preempt(request)  # its adapter is late: a step has waited for the rest in vain
+            elif request not in self.waiting.begun and self._grow(request):
+                chunks.append(Chunk(request, request.num_computed, 1))
+                budget.decode(request.num_tokens)
+        return chunks
 
-    def _charge_admission(self, request: Request) -> None:
-        """Charge the part of its prompt that is not in the prefix cache, once: a preemption is not charged."""
-        request.start_by = math.inf
-        if not request.token_weight:
-            request.token_weight = self._token_weight(request)
-            request.num_input_charged = request.num_prompt_tokens - request.num_computed
-            self.waiting.fair.charge(request, num_input=request.num_input_charged)
+    def _compute_prompts(self, budget: StepBudget, chunks: list[Chunk], failed: Failures) -> None:
+        """Prompts by turns, until the step is full. Adds to `chunks` and `failed`."""
+        is_blocked = False
+        while (request := self.waiting.pick_begun() if is_blocked else self.waiting.pick()) is not None:
+            if request.state is State.WAITING:
+                if not budget.fit(0, request.num_pending):
+                    return
+                is_blocked = not self._admit(request, failed)
+                if request.state is State.WAITING:
+                    continue
+            n = budget.fit(request.num_computed, request.num_pending, scored=request.needs_prompt_logits)
+            if not n:
+                return
+            if not is_blocked:
+                self.waiting.fair.serve(request)
+            self.waiting.fair.charge_prompt(request, request.num_computed + n)
+            self._blocks.share(request)
+            chunk = Chunk(request, request.num_computed, n)
+            chunks.append(chunk)
+            budget.add(chunk)
+            if not chunk.is_last:
+                return
+            self.waiting.end_prompt(request)
 
-    def _charge_output(self, request: Request) -> None:
-        num_output = len(request.output_ids) - request.num_output_charged
-        if num_output:
-            self.waiting.fair.charge(request, num_output=num_output)
-            request.num_output_charged += num_output
-
-    def _seconds_to_first_token(self, request: Request) -> float:
-        ahead = self.waiting.ahead_of(request, self._estimate.mean_output)
-        num_tokens = ahead.num_tokens + request.num_tokens + sum(r.num_pending for r in self.running)
-        return self._estimate.seconds(num_tokens, num_running=len(self.running), num_ahead=ahead.num_requests)
-
-    def _fits_at_all(self, request: Request) -> bool:
-        needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
-        return needed <= self._allocator.geometry.num_blocks
-
-    def _too_large(self, request: Request) -> str:
-        geometry = self._allocator.geometry
-        return (
-            f"{request.max_tokens} tokens and their adapter need "
-            f"{geometry.blocks_for_tokens(request.max_tokens)} + {self._adapter_blocks(request)} blocks, the pool has "
-            f"{geometry.num_blocks}; ask for fewer tokens or serve with a larger pool_bytes"
-        )
-
-    def _start(self, request: Request) -> bool:
-        """Pin its adapter and allocate blocks for all tokens known so far; all or nothing."""
-        ref = request.adapter
-        self._blocks.take_cached(request)  # first: making room for the rest could evict these blocks
-        if ref is not None:
-            while self._residency.acquire(ref) is None:
-                missing = self._adapter_blocks(request) - self._allocator.num_free
-                if self._residency.table.tier(ref) is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
-                    self._blocks.release(request)
-                    return False
-        if not self._blocks.extend(request, request.num_tokens):
-            self._blocks.release(request)
-            if ref is not None:
-                self._residency.release(ref)
+    def _admit(self, request: Request, failed: Failures) -> bool:
+        """Start `request`; False if it waits for a place or for blocks: the requests behind it may not take them. It
+        may fail instead, perhaps with others.
+        """
+        if len(self.running) >= self._max_num_seqs:
             return False
-        self._blocks.count_cached(request)
-        request.state = State.RUNNING
-        self.waiting.take(request)
-        insort(self.running, request, key=rank_in_queue)  # a preempted request keeps its rank
+        fits = self._admission.fits_at_all(request)
+        if not self.waiting.has_failed(request) and fits and self._admission.start(request, self.running):
+            request.state = State.RUNNING
+            self.waiting.begin(request)
+            insort(self.running, request, key=rank_in_batch)  # a preempted request keeps its rank
+            request.start_by = math.inf
+            if not request.token_weight:
+                request.token_weight = self._token_weight(request)
+                request.charged_until = request.num_computed
+        elif self.waiting.has_failed(request):
+            failed += self.waiting.fail(request)
+        elif not fits or (not self.running and not self._empty_pool()):
+            self.waiting.refuse(request)
+            failed.append((request, ContextLengthExceeded(self._admission.why_not(request), "max_tokens")))
+        else:
+            return False
         return True
 
-    def moved(self, moves: Mapping[int, int]) -> None:
-        """KV blocks have been copied from the keys of `moves` to its values, also in the allocator's books."""
-        self._blocks.moved((*self.running, *self.waiting), moves)
-
     def _empty_pool(self) -> bool:
-        """With nothing running, evict every adapter: the request's own may be spread over the gaps of others, and takes
-        fewer blocks when it is placed again. False if there was none: then blocks will never suffice.
-        """
-        self._emptied = self._residency.evict_one()
-        while self._residency.evict_one():
-            pass
+        self._emptied = self._admission.empty_pool()
         return self._emptied
 
-    def _grow(self, request: Request, num_tokens: int) -> bool:
-        """Allocate blocks up to `num_tokens`; False if `request` itself had to be preempted for them."""
+    def _grow(self, request: Request) -> bool:
+        """Allocate a block for the next token if needed; False if `request` itself had to be preempted for it."""
         self._blocks.share(request)
-        while not self._blocks.extend(request, num_tokens):
+        while not self._blocks.extend(request, request.num_tokens):
             last = self.running[-1]
             self._preempt(last)
             if last is request:
@@ -296,3 +271,18 @@ class Scheduler(Generic[P, R]):
         self._blocks.release(request)
         if request.adapter is not None:
             self._residency.release(request.adapter)
+
+    def _seconds_to_first_token(self, request: Request) -> float:
+        others = chain(self.waiting, self.waiting.begun)
+        seconds, mean_output = self._estimate.prompt_seconds, self.output_lengths.mean
+        ahead = ahead_of(request, others, self.waiting.fair, seconds, mean_output)
+        decoding = [r.num_tokens for r in self.running if r not in self.waiting.begun]
+        return self._estimate.seconds(
+            ahead.plus(self._backlog(request)),
+            Work(1, len(decoding), sum(decoding)),
+            num_running=len(self.running),
+            mean_output=mean_output,
+        )
+
+    def _backlog(self, request: Request) -> Backlog:
+        return Backlog(1, request.num_pending, self._estimate.prompt_seconds(request))

@@ -1,4 +1,6 @@
-"""The requests that wait: for their adapter, which does not block others, or for their turn."""
+"""The requests that wait: for their adapter, which does not block others, or for their turn. And the running ones whose
+prompt is partly computed, since they are served by turns with those that wait.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Generic
 from loray.engine.request import Request
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import P, R, Tier
-from loray.engine.scheduling.fairness import Backlog, FairQueue
+from loray.engine.scheduling.fairness import FairQueue
 
 
 class _State(Enum):
@@ -20,13 +22,14 @@ class _State(Enum):
 
 class WaitingRequests(Generic[P, R]):
     """A request enters a FairQueue when its adapter has been loaded. Before that its tenant waits for the store and not
-    for service, so its counter must not fall behind.
+    for service, so its counter must not fall behind. It stays there, running, until its prompt has been computed.
 
-    The only caller of Residency.want and Residency.unwant.
+    `len` and iteration are of the requests that do not run. The only caller of Residency.want and Residency.unwant.
     """
 
     def __init__(self, residency: Residency[P, R], *, lead: float) -> None:
         self.fair = FairQueue(lead)
+        self.begun: dict[Request, None] = {}  # running, and in the queue
         self._residency = residency
         self._states: dict[Request, _State] = {}
         self._by_adapter: dict[str, dict[Request, None]] = {}  # without the refused ones
@@ -42,7 +45,7 @@ class WaitingRequests(Generic[P, R]):
     def add(self, request: Request, *, again: bool = False) -> None:
         """`again`: it was running before and has been preempted."""
         if again:
-            self.fair.leave(request)
+            self.leave(request)
         if request.adapter is not None:
             self._residency.want(request.adapter, again=again)
             self._by_adapter.setdefault(request.adapter.digest, {})[request] = None
@@ -53,10 +56,22 @@ class WaitingRequests(Generic[P, R]):
         self._withdraw(request)
         self._forget(request)
 
-    def take(self, request: Request) -> None:
-        """It runs: `pick` gave `request`, and its adapter is pinned."""
-        self.fair.take(request)
+    def begin(self, request: Request) -> None:
+        """It runs: `pick` gave `request`, and its adapter is pinned. It stays in the queue until `end_prompt`."""
+        self.fair.begin(request)
+        self.begun[request] = None
         self._forget(request)
+
+    def end_prompt(self, request: Request) -> None:
+        """A running request is computed up to its newest token with the next step, or runs no more."""
+        if request in self.begun:
+            del self.begun[request]
+            self.fair.remove(request)
+
+    def leave(self, request: Request) -> None:
+        """A running request runs no more."""
+        self.end_prompt(request)
+        self.fair.leave(request)
 
     def refuse(self, request: Request) -> None:
         """It will not run; the engine removes it after it has returned the error. A request that ran but has no token
@@ -99,18 +114,21 @@ class WaitingRequests(Generic[P, R]):
         return [(r, self._residency.table.error(ref)) for r in same]
 
     def pick(self) -> Request | None:
-        """The next request, see FairQueue.pick. Its adapter may have failed since it was loaded."""
-        while (request := self.fair.pick(self._is_resident)) is not None and self._tier(request) is Tier.LOADING:
+        """The next request, see FairQueue.pick; it may have begun. Its adapter may have failed since it was loaded."""
+        while (request := self.fair.pick(self._is_resident)) is not None:
+            if request in self.begun or self._tier(request) is not Tier.LOADING:
+                break
             self._withdraw(request)  # its adapter was dropped and is loaded again
             self._enter(request)
         return request
 
+    def pick_begun(self) -> Request | None:
+        """The next one of those that have begun."""
+        return min(self.begun, key=self.fair.key, default=None)
+
     def loading(self, digest: str) -> Collection[Request]:
         """The requests that wait for this adapter to be loaded."""
         return self._loading.get(digest, ())
-
-    def ahead_of(self, request: Request, mean_output: float) -> Backlog:
-        return self.fair.ahead_of(request, self._states, mean_output)
 
     # -- private ------------------------------------------------------------------------------------------------------
 

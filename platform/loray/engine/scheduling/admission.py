@@ -1,0 +1,96 @@
+"""Whether a request may start: its adapter is pinned, and the pool has blocks for its tokens and for what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Generic
+
+from loray.engine.memory.blocks import BlockAllocator
+from loray.engine.request import Request
+from loray.engine.residency.residency import Residency
+from loray.engine.residency.table import P, R, Tier
+from loray.engine.scheduling.blocks import RequestBlocks
+from loray.engine.scheduling.growth import Growth, OutputLengths, blocks_wanted
+
+# Room for all that is expected would end preemption but leave places empty. Three quarters of it are fastest or nearly
+# so in every load that was simulated, see docs/decisions/0017-steps-by-time.md.
+_SHARE = 0.75
+_WATERMARK = 0.01  # of the pool, for outputs that are longer than expected
+
+
+class Admission(Generic[P, R]):
+    """`adapter_blocks`: the most blocks that a request's adapter takes; 0: not known."""
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        residency: Residency[P, R],
+        blocks: RequestBlocks,
+        lengths: OutputLengths,
+        adapter_blocks: Callable[[Request], int],
+    ) -> None:
+        self._allocator, self._residency, self._blocks = allocator, residency, blocks
+        self._lengths, self._adapter_blocks = lengths, adapter_blocks
+
+    def fits_at_all(self, request: Request) -> bool:
+        needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
+        return needed <= self._allocator.geometry.num_blocks
+
+    def why_not(self, request: Request) -> str:
+        """For a request that does not fit at all."""
+        geometry = self._allocator.geometry
+        return (
+            f"{request.max_tokens} tokens and their adapter need "
+            f"{geometry.blocks_for_tokens(request.max_tokens)} + {self._adapter_blocks(request)} blocks, the pool has "
+            f"{geometry.num_blocks}; ask for fewer tokens or serve with a larger pool_bytes"
+        )
+
+    def start(self, request: Request, running: Collection[Request]) -> bool:
+        """Pin its adapter and allocate blocks for all tokens known so far; all or nothing. False if blocks are short,
+        now or, beside those that run, before it can be expected to end.
+        """
+        ref = request.adapter
+        self._blocks.take_cached(request)  # first: making room for the rest could evict these blocks
+        if running and not self._lasts(request, running):
+            self._blocks.release(request)
+            return False
+        if ref is not None:
+            while self._residency.acquire(ref) is None:
+                missing = self._adapter_blocks(request) - self._allocator.num_free
+                if self._residency.table.tier(ref) is not Tier.HOST or not self._blocks.make_room(max(1, missing)):
+                    self._blocks.release(request)
+                    return False
+        if not self._blocks.extend(request, request.num_tokens):
+            self._blocks.release(request)
+            if ref is not None:
+                self._residency.release(ref)
+            return False
+        self._blocks.count_cached(request)
+        return True
+
+    def empty_pool(self) -> bool:
+        """With nothing running, evict every adapter: the request's own may be spread over the gaps of others, and takes
+        fewer blocks when it is placed again. False if there was none: then blocks will never suffice.
+        """
+        emptied = self._residency.evict_one()
+        while self._residency.evict_one():
+            pass
+        return emptied
+
+    def _lasts(self, request: Request, running: Collection[Request]) -> bool:
+        """True if the pool suffices until `request` and those that run have ended."""
+        geometry = self._allocator.geometry
+        growth = [self._growth(r) for r in running]
+        growth.append(self._growth(request, num_shared_blocks=len(request.blocks)))
+        wanted = blocks_wanted(growth, geometry.block_tokens) + int(_WATERMARK * geometry.num_blocks)
+        if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
+            wanted += self._adapter_blocks(request)
+        missing = wanted - self._allocator.num_free - self._blocks.prefix_cache.num_idle
+        return missing <= 0 or self._residency.idle_size(missing) >= missing
+
+    def _growth(self, request: Request, num_shared_blocks: int | None = None) -> Growth:
+        num_output = len(request.output_ids)
+        if num_shared_blocks is None:
+            num_shared_blocks = (request.num_cached_tokens or 0) // self._allocator.geometry.block_tokens
+        remaining = min(request.spec.params.max_tokens - num_output, self._lengths.remaining(num_output))
+        return Growth(request.num_tokens, len(request.blocks), num_shared_blocks, _SHARE * remaining)

@@ -1,0 +1,100 @@
+"""How much of the prompts one step computes.
+
+Requests that decode take what they need. Prompts get the rest of the step's time, at least a quarter of it, and at
+least `MIN_CHUNK` tokens, so that they end whatever decodes beside them. The step's time is the target for the time
+between two tokens while a request decodes, and `ALONE` times that while none does: then nobody waits for a next token,
+and a long prompt pays the fixed cost of fewer steps.
+"""
+
+from __future__ import annotations
+
+import math
+
+from loray.engine.scheduling.plan import Chunk, Work
+from loray.engine.scheduling.steptime import StepTime
+
+ALONE = 2.5
+MIN_CHUNK = 16
+_MIN_SHARE = 0.25
+_GROWTH = 2  # beside requests that decode, a step may have so many times the prompt tokens of any measured one
+
+
+def room_for_prompts(steps: StepTime, decoding: Work, itl_slo_s: float | None) -> float:
+    """Seconds of a step beside `decoding`, which has its fixed cost. Infinite if only tokens count."""
+    if itl_slo_s is None or not steps.is_known:
+        return math.inf
+    target = itl_slo_s if decoding.num_decoded else ALONE * itl_slo_s
+    return max(target - steps.predict(decoding), _MIN_SHARE * target)
+
+
+class StepBudget:
+    """Tokens and time that are left in the step that is planned. `decode` is called before the others."""
+
+    def __init__(self, steps: StepTime, *, max_tokens: int, itl_slo_s: float | None) -> None:
+        """`itl_slo_s`: seconds between two tokens of a request; None: only tokens count."""
+        self._steps, self._itl_slo_s = steps, itl_slo_s
+        self._num_left = max_tokens
+        self._num_decoded = self._num_keys = 0
+        self._prompts = Work()
+
+    @property
+    def work(self) -> Work:
+        """All that was added."""
+        return self._decoding.plus(self._prompts)
+
+    def decode(self, num_keys: int) -> None:
+        """Add a request that decodes, with that many tokens in all."""
+        self._num_decoded += 1
+        self._num_keys += num_keys
+        self._num_left -= 1
+
+    def add(self, chunk: Chunk) -> None:
+        """Add a chunk of a prompt."""
+        self._prompts = self._prompts.plus(chunk.work)
+        self._num_left -= chunk.num_tokens
+
+    def fit(self, start: int, num_pending: int, *, scored: bool = False) -> int:
+        """How many tokens from `start` of a prompt with `num_pending` left may be computed in this step. 0: the step is
+        full. What time cuts off a prompt is a multiple of MIN_CHUNK.
+        """
+        most = min(num_pending, self._num_left)
+        n = int(min(most, self._tokens_in_time(start, scored=scored)))
+        if n == most:
+            return n
+        if n >= MIN_CHUNK:
+            return n - n % MIN_CHUNK
+        return 0 if self._prompts.num_keys else min(most, MIN_CHUNK)
+
+    @property
+    def _decoding(self) -> Work:
+        return Work(num_steps=1, num_decoded=self._num_decoded, num_keys=self._num_keys)
+
+    def _tokens_in_time(self, start: int, *, scored: bool) -> float:
+        """The largest n whose cost, fixed + slope · n + curve · n², is in the time that is left."""
+        seconds = self._seconds_left()
+        if seconds == math.inf:
+            return seconds
+        costs, most = self._steps.costs, self._most_unmeasured(start)
+        fixed = costs.num_keys * start
+        curve = costs.num_pairs / 2
+        slope = costs.num_prompt + costs.num_keys + costs.num_pairs * (start + 0.5) + scored * costs.num_scored
+        left = seconds - fixed
+        if left <= 0:
+            return 0
+        if curve * left > 1e-9 * slope * slope:
+            n = (math.sqrt(slope * slope + 4 * curve * left) - slope) / (2 * curve)
+        else:
+            n = left / slope if slope else math.inf
+        return min(n, most)
+
+    def _seconds_left(self) -> float:
+        return room_for_prompts(self._steps, self._decoding, self._itl_slo_s) - self._steps.predict(self._prompts)
+
+    def _most_unmeasured(self, start: int) -> float:
+        """While a request decodes: tokens up to which the fit may be trusted, see _GROWTH."""
+        if not self._num_decoded:
+            return math.inf
+        largest, prompts = self._steps.largest, self._prompts
+        tokens = max(MIN_CHUNK, _GROWTH * largest.num_prompt) - prompts.num_prompt
+        pairs = max(MIN_CHUNK**2, _GROWTH * largest.num_pairs) - prompts.num_pairs
+        return min(tokens, pairs / (start + 1))

@@ -1,0 +1,99 @@
+"""The fit of a step's time: it finds the costs, forgets, and does not follow exceptions or what it cannot know."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from loray.engine.scheduling.plan import Work
+from loray.engine.scheduling.steptime import StepTime
+
+COSTS = Work(13e-3, 0.7e-3, 0.2e-6, 0.45e-3, 0.26e-6, 0.3e-3)  # about those of a CPU and a model of 135 M parameters
+
+
+def seconds(work: Work, scale: float = 1.0) -> float:
+    return scale * sum(c * q for c, q in zip(COSTS, work, strict=True))
+
+
+def random_work(rng: random.Random, *, prompts: bool) -> Work:
+    num_decoded = rng.randint(0, 32)
+    work = Work(1, num_decoded, num_decoded * rng.randint(1, 3000))
+    if prompts:
+        work = work.plus(Work.of(rng.randint(0, 8000), rng.randint(2, 512), rng.choice([0, 0, 100])))
+    return work
+
+
+def measured(steps: StepTime, num_steps: int, *, scale: float = 1.0, noise: float = 0.0, prompts: bool = True) -> None:
+    rng = random.Random(num_steps)
+    for i in range(num_steps):
+        work = random_work(rng, prompts=prompts and i % 3 == 0)
+        steps.observe(work, seconds(work, scale) * rng.uniform(1 - noise, 1 + noise))
+
+
+def check(steps: StepTime, *, scale: float = 1.0, rel: float) -> None:
+    rng = random.Random(99)
+    for _ in range(50):
+        work = random_work(rng, prompts=True)
+        assert steps.predict(work) == pytest.approx(seconds(work, scale), rel=rel)
+
+
+def test_costs_are_told_apart_and_the_past_is_forgotten() -> None:
+    steps = StepTime()
+    assert steps.predict(Work.of(0, 100)) == 0
+    assert not steps.is_known
+    measured(steps, 600, noise=0.1)
+    check(steps, rel=0.15)
+    measured(steps, 2000, scale=2.0, noise=0.1)
+    check(steps, scale=2.0, rel=0.15)
+
+
+def test_decoding_does_not_wash_out_what_a_prompt_costs() -> None:
+    steps = StepTime()
+    measured(steps, 600)
+    measured(steps, 20_000, noise=0.1, prompts=False)
+    check(steps, rel=0.1)
+
+
+def test_a_single_stream_says_nothing_of_what_a_prompt_costs() -> None:
+    steps = StepTime()
+    for i in range(100):
+        steps.observe(Work(1).plus(Work.of(i, 1)), 0.02)
+    assert steps.predict(Work(1).plus(Work.of(0, 500))) == pytest.approx(0.02, rel=0.01)  # not 500 times as much
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_steps_that_all_last_equally_long_do_not_turn_their_tokens_into_a_fixed_cost(noise: float) -> None:
+    """A long prompt in steps of one time: a fixed cost of that time alone would explain them as well."""
+    steps = StepTime()
+    measured(steps, 60)
+    rng = random.Random(0)
+    start = 0
+    for _ in range(3000):
+        n = max(2, int(0.25 / (COSTS.num_prompt + COSTS.num_pairs * start)))
+        work = Work(1).plus(Work.of(start, n))
+        steps.observe(work, seconds(work) * rng.uniform(1 - noise, 1 + noise))
+        start = (start + n) % 100_000
+    assert steps.costs.num_steps < 0.05
+    for n in (64, 256):
+        work = Work(1).plus(Work.of(4000, n))
+        assert steps.predict(work) == pytest.approx(seconds(work), rel=0.3)
+
+
+def test_exceptions_hardly_count_and_a_slow_start_is_soon_forgotten() -> None:
+    steps = StepTime()
+    work = Work(1, 8, 800)
+    steps.observe(work, 5.0)  # kernels were compiled
+    for _ in range(12):
+        steps.observe(work, 0.02)
+    assert steps.predict(work) == pytest.approx(0.02, rel=0.2)
+    steps.observe(work, 10.0)
+    assert steps.predict(work) < 0.03
+
+
+def test_no_cost_is_negative() -> None:
+    steps = StepTime()
+    steps.observe(Work(1).plus(Work.of(0, 2)), 0.0)
+    steps.observe(Work(1).plus(Work.of(0, 100)), 1.0)
+    assert min(steps.costs) >= 0
+    assert steps.predict(Work(1).plus(Work.of(0, 2))) > 0
