@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from loray.engine.engine import Engine
     from loray.engine.pool.resident import ResidentAdapter
     from loray.engine.request import TokenOutput
-    from loray.engine.scheduling.scheduler import Plan
+    from loray.engine.scheduling.plan import Plan
 
 
 class EngineStep(NamedTuple):

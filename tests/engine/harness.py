@@ -27,6 +27,11 @@ def make_engine(base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: A
     return build_engine(ServeSpec(**fields), base, lambda ref: by_digest[ref.digest].load(base))
 
 
+def fill_up(engine: Engine) -> None:
+    """From now on admission leaves no room for what running requests generate, so that preemption is frequent."""
+    engine.scheduler._admission._lasts = lambda request, running: True  # type: ignore[method-assign]
+
+
 def request(request_id: str, ids: Sequence[int], adapter: TestAdapter | None = None, **params: Any) -> GenerateRequest:
     return GenerateRequest(request_id, tuple(ids), GREEDY.model_copy(update=params), adapter.ref if adapter else None)
 

@@ -21,7 +21,7 @@ from loray.errors import (
 )
 from loray.spec import GenerateRequest
 from tests.engine.adapters import TestAdapter, make_adapter
-from tests.engine.harness import make_engine, request, run
+from tests.engine.harness import fill_up, make_engine, request, run
 
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -63,6 +63,7 @@ def test_a_small_pool_preempts_and_evicts_and_changes_no_token(base: BaseModel, 
     expected = run(roomy, requests)
     assert roomy.stats().num_preemptions == 0
     tight = make_engine(base, adapters, pool_bytes=14 * BLOCK_BYTES, max_num_batched_tokens=64)
+    fill_up(tight)
     assert run(tight, requests) == expected
     assert tight.stats().num_preemptions > 0
     assert tight.stats().num_evictions > 0

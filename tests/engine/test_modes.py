@@ -16,7 +16,7 @@ from loray.bases.registry import BaseModel
 from loray.engine.stats.stats import EngineStats
 from loray.spec import RopeParameters
 from tests.engine.adapters import NORMS, Oracle, TestAdapter, make_adapter
-from tests.engine.harness import Spy, make_engine, request, run
+from tests.engine.harness import Spy, fill_up, make_engine, request, run
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
@@ -69,6 +69,8 @@ def test_logits_are_those_of_peft_in_every_mode(case: Case, mode: str, seed: int
     requests = [request(name, ids, adapter, max_tokens=NUM_TOKENS) for name, (ids, adapter) in jobs.items()]
     rng.shuffle(requests)
     engine = make_engine(base, adapters, max_model_len=128, **spec)
+    if "preempted" in mode:
+        fill_up(engine)
     spy = Spy(engine)
     tokens = run(engine, requests)
     stats = engine.stats()

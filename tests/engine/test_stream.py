@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import LoraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine.stream import EngineStream
-from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
+from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, Overloaded, RequestError
 from loray.spec import GenerateRequest, TokenDelta
 from tests.engine.adapters import make_adapter
 from tests.engine.harness import hold, make_engine, request, run
@@ -111,6 +112,30 @@ def test_a_failing_load_fails_its_own_requests_only(base: BaseModel, tmp_path: P
             stream.check_health()
 
     go(test)
+
+
+def test_a_request_is_refused_in_time_although_nothing_happens(base: BaseModel, tmp_path: Path) -> None:
+    """The load that it waits for ends only after the refusal, and nothing else wakes the engine."""
+    adapter = make_adapter(base, tmp_path / "slow", LoraConfig(r=2, target_modules=["q_proj"]), seed=1)
+    refused = threading.Event()
+
+    async def test() -> None:
+        async with started(base) as stream:
+
+            def load(ref: Any) -> Any:
+                refused.wait(60)
+                return adapter.load(base)
+
+            stream._engine._loads._load = load
+            with pytest.raises(Overloaded, match="no first token within"):
+                await collect(stream, replace(request("late", IDS, adapter), ttft_slo_s=0.2))
+            refused.set()
+            assert stream.failure is None
+
+    try:
+        go(test)
+    finally:
+        refused.set()
 
 
 def test_a_dead_engine_fails_everyone_and_says_so(base: BaseModel) -> None:

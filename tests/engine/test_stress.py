@@ -17,7 +17,7 @@ from loray.engine.engine import Engine
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef, GenerateRequest
 from tests.engine.adapters import TestAdapter
-from tests.engine.harness import make_engine, request, run
+from tests.engine.harness import fill_up, make_engine, request, run
 from tests.engine.scheduling.simulation import no_backoff
 
 BLOCK_TOKENS = 4
@@ -137,6 +137,7 @@ def test_none_lost_none_wrong_nothing_leaked(
         max_num_batched_tokens=32,
         max_num_seqs=16,
     )
+    fill_up(engine)
     store = Store(base, adapters)
     engine._loads._load = store
     engine.residency._backoff = no_backoff()

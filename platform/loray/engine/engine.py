@@ -27,7 +27,7 @@ from loray.engine.request import Request, TokenOutput
 from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import Placement
 from loray.engine.sampling.grammar import Grammars, Masks
-from loray.engine.sampling.logprobs import score
+from loray.engine.sampling.logprobs import PromptScores
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
 from loray.engine.scheduling.plan import Chunk, Plan
@@ -168,15 +168,18 @@ class Engine:
         if partial:
             batch = replace(batch, wait_for_layer=partial.wait_for_layer)
         masks = self._grammars.start([chunk.request for chunk in batch.sampled])
-        logits_RV = self._model.forward(batch, self.pool)
+        scores = PromptScores(batch.scored)
+        logits_SV = self._model.forward(batch, self.pool, scores.add)
         num_tokens, num_adapters = sum(chunk.num_tokens for chunk in chunks), len(batch.adapters.slots)
         if partial:
-            chunks, batch, logits_RV = partial.drop_incomplete(chunks, batch, logits_RV)
+            chunks, batch, logits_SV = partial.drop_incomplete(chunks, batch, logits_SV)
         for chunk in chunks:
             chunk.request.num_computed += chunk.num_tokens
             self._counters.computed(chunk.request)
-        outputs = self._results(chunks, batch, logits_RV, None if masks is None else masks.result())
+        outputs = self._results(chunks, batch, logits_SV, None if masks is None else masks.result(), scores)
         partial.end_step()
+        if self.pool.tensor.is_cuda and not (batch.sampled or batch.scored):
+            torch.cuda.synchronize()  # nothing was read: the step has only been queued
         seconds = time.monotonic() - began
         if not partial:  # such a step waits for loads
             self.scheduler.observe_step(plan.work, seconds)
@@ -184,12 +187,15 @@ class Engine:
         return outputs
 
     @torch.inference_mode()
-    def _results(self, chunks: list[Chunk], batch: Batch, logits_RV: Tensor, masks: Masks | None) -> list[TokenOutput]:
-        """The rows of `logits_RV` are those of the sampled chunks, then those of the scored tokens."""
+    def _results(
+        self, chunks: list[Chunk], batch: Batch, logits_SV: Tensor, masks: Masks | None, scores: PromptScores
+    ) -> list[TokenOutput]:
         requests = [chunk.request for chunk in batch.sampled]
-        drawn = self._sampler(logits_RV[: len(requests)], requests, masks)
+        drawn = self._sampler(logits_SV, requests, masks)
         broken = {r.request_id: r for r, sampled in zip(requests, drawn, strict=True) if sampled is None}
-        for part, logprobs in zip(batch.scored, score(logits_RV[len(requests) :], batch.scored), strict=True):
+        of_parts = scores.of_parts()
+        for part in batch.scored:
+            logprobs = of_parts[part]
             if logprobs is None:
                 broken[part.request.request_id] = part.request
             else:

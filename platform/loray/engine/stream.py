@@ -159,12 +159,17 @@ class EngineStream:
                 if self._engine.idle or now > self._stats_due:
                     self._stats, self._stats_due = self._engine.stats(), now + _STATS_INTERVAL_S
                 if self._engine.idle and not self._inbox:
-                    self._wake.wait()
+                    self._wait()
             self._end(EngineError("the engine is shutting down"))
         except Exception as e:  # noqa: BLE001 - the thread ends: all that wait get the error
             _log.exception("the engine stopped")
             self.failure = e
             self._end(EngineError(f"the engine stopped: {e!r}"))
+
+    def _wait(self) -> None:
+        """Until something comes, or until a waiting request becomes too late for its first token."""
+        seconds = self._engine.next_deadline - time.monotonic()
+        self._wake.wait(None if seconds > threading.TIMEOUT_MAX else max(0.0, seconds))
 
     def _add(self, request: GenerateRequest) -> None:
         if request.request_id not in self._subscribers:

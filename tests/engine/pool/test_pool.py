@@ -14,7 +14,7 @@ from loray.engine.request import TokenOutput
 from loray.errors import IntegrityError
 from loray.spec import AdapterRef, GenerateRequest
 from tests.engine.adapters import TestAdapter
-from tests.engine.harness import Spy, make_engine, request, run, submit
+from tests.engine.harness import Spy, fill_up, make_engine, request, run, submit
 
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
 
@@ -118,6 +118,7 @@ def test_logits_are_the_same_bits_with_and_without(
             max_num_batched_tokens=40,
             enable_prefix_caching=caching,
         )
+        fill_up(engine)
         spy = Spy(engine)
         run(engine, requests[:4])
         run(engine, requests[4:])

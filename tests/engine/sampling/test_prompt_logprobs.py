@@ -10,10 +10,11 @@ from peft import LoraConfig
 
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
+from loray.engine.model import decoder
 from loray.errors import IntegrityError, RequestError
 from loray.spec import GenerateRequest, TokenLogprobs
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
-from tests.engine.harness import make_engine, request
+from tests.engine.harness import fill_up, make_engine, request
 
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
 
@@ -101,9 +102,24 @@ def test_preemption_neither_loses_nor_repeats_a_score(base: BaseModel, adapter: 
     engine = make_engine(
         base, [adapter], pool_bytes=14 * BLOCK_BYTES, max_num_batched_tokens=24, max_num_seqs=8, max_model_len=128
     )
+    fill_up(engine)
     scores, _ = run(engine, requests)
     assert engine.stats().num_preemptions > 0
     check(oracle, adapter, requests, scores)
+
+
+def test_logits_of_a_prompt_are_held_in_bounded_memory(
+    base: BaseModel, adapter: TestAdapter, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows = 7
+    monkeypatch.setattr(decoder, "_SCORED_BYTES", 4 * base.config.vocab_size * num_rows + 1)
+    requests = batch(adapter, max_tokens=3)
+    engine = make_engine(base, [adapter], max_num_batched_tokens=64, max_num_seqs=4)
+    seen, logits = [], engine._model._logits
+    engine._model._logits = lambda x_RD: seen.append(len(x_RD)) or logits(x_RD)  # type: ignore[method-assign,func-returns-value]
+    scores, _ = run(engine, requests)
+    check(oracle, adapter, requests, scores)
+    assert max(seen) == num_rows
 
 
 def test_what_the_prefix_cache_holds_is_computed_for_its_scores(
@@ -125,9 +141,12 @@ def test_a_prompt_whose_scores_are_not_finite_fails_alone(base: BaseModel, adapt
     engine = make_engine(base, [adapter])
     forward = engine._model.forward
 
-    def broken(batch, *rest):  # type: ignore[no-untyped-def]
-        logits = forward(batch, *rest).clone()
-        logits[len(batch.sampled)] = float("nan")  # the first scored token
+    def broken(batch, pool, on_scored):  # type: ignore[no-untyped-def]
+        slices = []
+        logits = forward(batch, pool, slices.append)
+        rows = torch.cat(slices)
+        rows[0] = float("nan")  # the first scored token
+        on_scored(rows)
         return logits
 
     engine._model.forward = broken  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.spec import GenerateRequest
-from tests.engine.harness import make_engine, request, run
+from tests.engine.harness import fill_up, make_engine, request, run
 
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
 KINDS: list[dict[str, Any]] = [
@@ -51,6 +51,7 @@ def test_tokens_do_not_depend_on_the_company(
 ) -> None:
     for seed in range(2):
         engine = make_engine(base, **spec)
+        fill_up(engine)
         requests = seeded()
         random.Random(seed).shuffle(requests)
         assert run(engine, requests) == alone

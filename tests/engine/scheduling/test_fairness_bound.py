@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loray.engine.request import Request, State
 from tests.engine.scheduling.simulation import Simulation, adapter
 
 
@@ -70,6 +71,43 @@ def test_backlogged_tenants_are_served_within_the_bound(data: st.DataObject) -> 
         sim.step()
         bound.watch()
     bound.check()
+
+
+def test_prompts_of_3_and_of_100000_tokens_share_within_the_bound_of_one_step() -> None:
+    """Tenants with long prompts, with short ones and with both wait all the time, beside one of worse priority. While
+    there are places, the length of a prompt is not in the bound.
+    """
+    budget, num_long = 256, 100_000
+    sim = Simulation(
+        num_blocks=1 << 18,
+        max_num_seqs=200,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=False,
+        step_s=0.005,
+        token_s=0.0001,
+        pair_s=1e-9,
+        itl_slo_s=0.05,
+    )
+    sim.check_integrity = lambda: None  # type: ignore[method-assign]
+    kinds = {"long": [num_long], "short": [3], "mixed": [num_long, *[3] * 40, 500]}
+    bound = Bound(sim, list(kinds), lead=0)
+    waiting: dict[str, list[Request]] = {name: [] for name in kinds}
+    low = sim.add(10, 1, tenant="low", priority=1)
+    num_added = 0
+    for _ in range(500):
+        for name, sizes in kinds.items():
+            waiting[name] = [r for r in waiting[name] if r.state is State.WAITING]
+            while len(waiting[name]) < (2 if name == "long" else 60):
+                waiting[name].append(sim.add(sizes[num_added % len(sizes)], 2, tenant=name))
+                num_added += 1
+        sim.step()
+        assert len(sim.scheduler.running) < 200
+        bound.watch()
+    sim.most_prompt = budget
+    bound.check()
+    assert bound.of_counters < 2 * budget + 2 * 200 * 2
+    assert min(sim.served[name] for name in kinds) > 30_000
+    assert low.state is State.WAITING
 
 
 def test_a_flood_does_not_drown_another_tenant() -> None:

@@ -148,9 +148,10 @@ class Batch:
     """All that the model needs for one step. T tokens.
 
     own_rows        tokens that have an embedding row of their adapter's
-    logits_T        tokens whose logits are needed: the last one of each of `sampled`, then those of `scored`
+    logits_T        tokens whose logits are needed: the last one of each of `sampled`
     sampled         the chunks that end at their request's newest token, for which the next token is sampled
     scored          parts of prompts for whose next tokens log-probabilities are requested
+    scored_T        their tokens; None: there are none
     wait_for_layer  called before each layer if an adapter of the batch is partial
     """
 
@@ -162,6 +163,7 @@ class Batch:
     logits_T: Tensor
     sampled: tuple[Chunk, ...]
     scored: tuple[Scored, ...] = ()
+    scored_T: Tensor | None = None
     wait_for_layer: Callable[[int], None] | None = None
 
     @property
@@ -251,9 +253,10 @@ def build_batch(
         attention=AttentionMeta(tuple(query_start), tuple(context), tables, tensor(slots)),
         adapters=AdapterBatch(spans, device=device),
         own_rows=own_rows,
-        logits_T=tensor(last + scored_tokens),
+        logits_T=tensor(last),
         sampled=tuple(sampled),
         scored=tuple(scored),
+        scored_T=tensor(scored_tokens) if scored else None,
     )
 
 

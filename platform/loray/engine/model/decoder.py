@@ -15,6 +15,7 @@ from loray.errors import IntegrityError
 from loray_kernels import DecodeStep, Ops
 
 _EMBEDDING = "model.embed_tokens.weight"
+_SCORED_BYTES = 16 << 20  # of logits at a time
 
 
 class Decoder:
@@ -51,22 +52,24 @@ class Decoder:
         """
 
         def forward(step: DecodeStep) -> Tensor:
-            return self._forward(Batch.of_decode_step(step), pool)
+            return self._forward(Batch.of_decode_step(step), pool, lambda logits_RV: None)
 
         self._recorded = self.ops.recorded(forward, pool.layout, max_blocks, pool.tensor.device)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, pool: Pool) -> Tensor:
+    def forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None) -> Tensor:
         """Logits (batch.logits_T, vocabulary), fp32, valid until the next call. Writes the step's keys and values into
         `pool`.
+
+        `on_scored` is given those of batch.scored_T, 16 MiB at a time, in order.
         """
         pool.wait_for_rows()
         step = None if self._recorded is None else batch.decode_step
         if self._recorded is None or step is None:
-            return self._forward(batch, pool)
+            return self._forward(batch, pool, on_scored)
         return self._recorded(step)
 
-    def _forward(self, batch: Batch, pool: Pool) -> Tensor:
+    def _forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
         ops = self.ops
         cos_Td, sin_Td = self._rope(batch)
         step = Step.of(batch, pool, ops, cos_Td, sin_Td)
@@ -76,7 +79,13 @@ class Decoder:
                 batch.wait_for_layer(i)
             x_TD = layer(x_TD, step)
         x_TD = self._norm(x_TD, step)
-        return ops.logits(x_TD[batch.logits_T], self._head)
+        if batch.scored_T is not None:
+            for rows_R in torch.split(batch.scored_T, max(1, _SCORED_BYTES // (4 * self.config.vocab_size))):
+                on_scored(self._logits(x_TD[rows_R]))
+        return self._logits(x_TD[batch.logits_T])
+
+    def _logits(self, x_RD: Tensor) -> Tensor:
+        return self.ops.logits(x_RD, self._head)
 
 
 def _take(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

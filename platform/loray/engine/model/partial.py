@@ -64,8 +64,6 @@ class PartialAdapters:
         if not incomplete:
             return list(chunks), batch, logits_RV
         rows = [c.request.adapter_digest not in incomplete for c in batch.sampled]
-        for part in batch.scored:
-            rows += [part.request.adapter_digest not in incomplete] * (part.stop - part.start)
         batch = replace(
             batch,
             sampled=tuple(c for c in batch.sampled if c.request.adapter_digest not in incomplete),

@@ -7,12 +7,10 @@ from torch import Tensor
 
 from loray.bases.checkpoint import read_tensors
 from loray.bases.registry import BaseModel
-from loray.engine.model.batch import Batch
 from loray.engine.model.decoder import Decoder
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.linear import parallel_linears
 from loray.engine.parallel.shard import local_config, local_device, local_tensors
-from loray.engine.pool.pool import Pool
 from loray.spec import ServeSpec
 from loray_kernels import backend
 
@@ -30,10 +28,9 @@ class ShardedDecoder(Decoder):
         )
         self._communicator, self._vocab_size = communicator, base.config.vocab_size
 
-    @torch.inference_mode()
-    def forward(self, batch: Batch, pool: Pool) -> Tensor:
+    def _logits(self, x_RD: Tensor) -> Tensor:
         """On rank 0 as Decoder; on other ranks the logits of their part of the vocabulary."""
-        logits_RV = super().forward(batch, pool)
+        logits_RV = super()._logits(x_RD)
         parts_NRV = self._communicator.gather(logits_RV, "logits") if logits_RV.shape[0] else None
         if parts_NRV is None:
             return logits_RV

@@ -5,6 +5,7 @@ themselves.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -44,13 +45,13 @@ class LeadingDecoder(ShardedDecoder):
         super().__init__(spec, base, communicator)
         self._channel = channel
 
-    def forward(self, batch: Batch, pool: Pool) -> Tensor:
+    def forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None) -> Tensor:
         """EngineError if the step fails on a rank."""
         # Only rank 0 samples, so the requests are left out.
         self._channel.broadcast(Forward(replace(batch, sampled=(), scored=())))
         self._channel.flush()
         try:
-            return super().forward(batch, pool)
+            return super().forward(batch, pool, on_scored)
         except RuntimeError as e:
             raise EngineError(f"a step over {self._channel.world_size} ranks failed: {e}") from e
 

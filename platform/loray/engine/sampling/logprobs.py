@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -34,16 +35,27 @@ def token_logprobs(
     return out
 
 
-def score(logits_RV: Tensor, parts: Sequence[Scored]) -> list[list[TokenLogprobs] | None]:
-    """For each part the log-probabilities of the prompt's next tokens; None if its logits are not finite.
+class PromptScores:
+    """The log-probabilities of parts of prompts in one step; their logits come slice by slice."""
 
-    `logits_RV` has the rows of the parts one after the other.
-    """
-    tokens = [t for part in parts for t in part.request.spec.prompt_ids[part.start + 1 : part.stop + 1]]
-    num_top = [part.request.spec.params.prompt_logprobs for part in parts for _ in range(part.start, part.stop)]
-    scores = iter(token_logprobs(logits_RV, tokens, num_top))
-    out: list[list[TokenLogprobs] | None] = []
-    for part in parts:
-        own = [s for _, s in zip(range(part.start, part.stop), scores, strict=False) if s is not None]
-        out.append(own if all(math.isfinite(s.logprob) for s in own) else None)
-    return out
+    def __init__(self, parts: Sequence[Scored]) -> None:
+        self._parts = parts
+        self._tokens = [t for part in parts for t in part.request.spec.prompt_ids[part.start + 1 : part.stop + 1]]
+        self._num_top = [
+            part.request.spec.params.prompt_logprobs for part in parts for _ in range(part.start, part.stop)
+        ]
+        self._scores: list[TokenLogprobs | None] = []
+
+    def add(self, logits_RV: Tensor) -> None:
+        """The rows of the next R tokens of the parts."""
+        rows = slice(len(self._scores), len(self._scores) + len(logits_RV))
+        self._scores += token_logprobs(logits_RV, self._tokens[rows], self._num_top[rows])
+
+    def of_parts(self) -> dict[Scored, list[TokenLogprobs] | None]:
+        """Of each part the log-probabilities of the prompt's next tokens; None if its logits are not finite."""
+        scores = iter(self._scores)
+        out: dict[Scored, list[TokenLogprobs] | None] = {}
+        for part in self._parts:
+            own = [s for s in islice(scores, part.stop - part.start) if s is not None]
+            out[part] = own if all(math.isfinite(s.logprob) for s in own) else None
+        return out

@@ -2,8 +2,8 @@
 
 Requests that decode take what they need. Prompts get the rest of the step's time, at least a quarter of it, and at
 least `MIN_CHUNK` tokens, so that they end whatever decodes beside them. The step's time is the target for the time
-between two tokens while a request decodes, and `ALONE` times that while none does: then nobody waits for a next token,
-and a long prompt pays the fixed cost of fewer steps.
+between two tokens if the step gives anybody a token, a request that decodes or a prompt that ends. Else it is `ALONE`
+times that: nobody waits for the step, and a long prompt pays the fixed cost of fewer steps.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import math
 from loray.engine.scheduling.plan import Chunk, Work
 from loray.engine.scheduling.steptime import StepTime
 
-ALONE = 2.5
+ALONE = 2
 MIN_CHUNK = 16
 _MIN_SHARE = 0.25
 _GROWTH = 2  # beside requests that decode, a step may have so many times the prompt tokens of any measured one
 
 
-def room_for_prompts(steps: StepTime, decoding: Work, itl_slo_s: float | None) -> float:
-    """Seconds of a step beside `decoding`, which has its fixed cost. Infinite if only tokens count."""
+def room_for_prompts(steps: StepTime, decoding: Work, itl_slo_s: float | None, *, alone: bool) -> float:
+    """Seconds of a step beside `decoding`, which has its fixed cost. Infinite if only tokens count. `alone`: the step
+    gives nobody a token.
+    """
     if itl_slo_s is None or not steps.is_known:
         return math.inf
-    target = itl_slo_s if decoding.num_decoded else ALONE * itl_slo_s
+    target = ALONE * itl_slo_s if alone else itl_slo_s
     return max(target - steps.predict(decoding), _MIN_SHARE * target)
 
 
@@ -35,6 +37,7 @@ class StepBudget:
         self._steps, self._itl_slo_s = steps, itl_slo_s
         self._num_left = max_tokens
         self._num_decoded = self._num_keys = 0
+        self._alone = True
         self._prompts = Work()
 
     @property
@@ -44,12 +47,14 @@ class StepBudget:
 
     def decode(self, num_keys: int) -> None:
         """Add a request that decodes, with that many tokens in all."""
+        self._alone = False
         self._num_decoded += 1
         self._num_keys += num_keys
         self._num_left -= 1
 
     def add(self, chunk: Chunk) -> None:
         """Add a chunk of a prompt."""
+        self._alone &= not chunk.is_last
         self._prompts = self._prompts.plus(chunk.work)
         self._num_left -= chunk.num_tokens
 
@@ -88,7 +93,8 @@ class StepBudget:
         return min(n, most)
 
     def _seconds_left(self) -> float:
-        return room_for_prompts(self._steps, self._decoding, self._itl_slo_s) - self._steps.predict(self._prompts)
+        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._alone)
+        return room - self._steps.predict(self._prompts)
 
     def _most_unmeasured(self, start: int) -> float:
         """While a request decodes: tokens up to which the fit may be trusted, see _GROWTH."""

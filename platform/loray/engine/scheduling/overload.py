@@ -92,7 +92,7 @@ class FirstTokenEstimate:
         all of them, so many requests must end first; in a full batch one ends every mean_output ÷ max_num_seqs steps.
         """
         must_end = max(0.0, num_running + ahead.num_requests - self._max_num_seqs)
-        room = room_for_prompts(self._steps, decoding, self._itl_slo_s)
+        room = room_for_prompts(self._steps, decoding, self._itl_slo_s, alone=not decoding.num_decoded)
         num_steps = max(
             1.0, ahead.num_tokens / self._max_tokens, ahead.seconds / room, must_end * mean_output / self._max_num_seqs
         )

@@ -49,7 +49,7 @@ class StepTime:
 
     def predict(self, work: Work) -> float:
         """Seconds."""
-        return sum(map(mul, self.costs, work))
+        return float(sum(map(mul, self.costs, work)))
 
     def token_seconds(self) -> float:
         """Of one more token of a prompt, without its attention."""
