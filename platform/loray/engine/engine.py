@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.engine.admission import check_request
+from loray.engine.integrity import check_integrity
 from loray.engine.memory.limits import max_model_len
 from loray.engine.model.batch import Batch, build_batch
 from loray.engine.model.decoder import Decoder
@@ -193,9 +193,7 @@ class Engine:
         requests = [chunk.request for chunk in batch.sampled]
         drawn = self._sampler(logits_SV, requests, masks)
         broken = {r.request_id: r for r, sampled in zip(requests, drawn, strict=True) if sampled is None}
-        of_parts = scores.of_parts()
-        for part in batch.scored:
-            logprobs = of_parts[part]
+        for part, logprobs in scores.of(batch.scored):
             if logprobs is None:
                 broken[part.request.request_id] = part.request
             else:
@@ -289,18 +287,8 @@ class Engine:
         return self.residency.table.placements(digests)
 
     def check_integrity(self) -> None:
-        """AssertionError unless each block is free or held by running requests, the prefix cache or resident adapters,
-        as their books say.
-        """
-        kv = Counter(block for request in self.scheduler.running for block in request.blocks)
-        kv.update(self.scheduler.prefix_cache.blocks())
-        self.scheduler.prefix_cache.check_integrity()
-        self.pool.check_integrity(kv, self.residency.table.residents())
-        self.residency.table.check_integrity()
-        pins = Counter(r.adapter.digest for r in self.scheduler.running if r.adapter is not None)
-        wants = Counter(r.adapter.digest for r in self.scheduler.waiting if r.adapter is not None)
-        assert pins == Counter(self.residency.table.pins()), "adapter pins differ from the running requests"
-        assert wants == Counter(self.residency.table.wants()), "wanted adapters differ from the waiting requests"
+        """See `integrity`."""
+        check_integrity(self.scheduler, self.residency, self.pool)
 
     def check_health(self) -> None:
         """EngineError if another rank has ended. From any thread."""

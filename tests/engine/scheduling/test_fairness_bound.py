@@ -97,7 +97,7 @@ def test_prompts_of_3_and_of_100000_tokens_share_within_the_bound_of_one_step() 
     for _ in range(500):
         for name, sizes in kinds.items():
             waiting[name] = [r for r in waiting[name] if r.state is State.WAITING]
-            while len(waiting[name]) < (2 if name == "long" else 60):
+            while len(waiting[name]) < (2 if name == "long" else 90):
                 waiting[name].append(sim.add(sizes[num_added % len(sizes)], 2, tenant=name))
                 num_added += 1
         sim.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
@@ -27,6 +27,10 @@ class PriorityQueue(Generic[T]):
 
     def __contains__(self, item: T) -> bool:
         return item in self._valid
+
+    def __iter__(self) -> Iterator[T]:
+        """In no order."""
+        return iter(self._valid)
 
     def items(self) -> set[T]:
         """O(n)."""

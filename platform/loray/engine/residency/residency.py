@@ -62,7 +62,7 @@ class Residency(Generic[P, R]):
         self.counts = ResidencyCounts()
         self.load_seconds = Histogram(METRICS["adapter_load_seconds"].buckets)
         self._now = clock
-        self._place, self._remove, self._size = place, remove, size
+        self._place, self._remove, self.size = place, remove, size
         self._loads: StartedLoads[P, R] = StartedLoads(load, wake, clock)
         self._worth = AdapterWorth()
         self._backoff = backoff or Backoff(clock)
@@ -135,7 +135,7 @@ class Residency(Generic[P, R]):
                 return None
             entry.tier = Tier.POOL
             seconds = None if entry.is_partial else self._now() - began
-            self._worth.placed(entry.score, seconds, self._size(entry.resident))
+            self._worth.placed(entry.score, seconds, self.size(entry.resident))
         if entry.tier is not Tier.POOL:
             return None
         entry.pins += 1
@@ -208,21 +208,11 @@ class Residency(Generic[P, R]):
             self._requeue_or_forget(entry)
         return True
 
-    def idle_size(self, enough: float) -> float:
-        """Blocks that `evict_one` could free by further calls, counted until there are `enough`."""
-        total = 0.0
-        for entry in self.table.idle.values():
-            if total >= enough:
-                break
-            assert entry.resident is not None
-            total += self._size(entry.resident)
-        return total
-
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _value(self, entry: Entry[P, R]) -> float:
         assert entry.resident is not None
-        return self._worth.value(entry.score, self._size(entry.resident), on_host=entry.packed is not None)
+        return self._worth.value(entry.score, self.size(entry.resident), on_host=entry.packed is not None)
 
     def _take_result(self, entry: Entry[P, R], load: Future[P]) -> None:
         """Of a load that has ended: an adapter, perhaps a partial one, or an error."""

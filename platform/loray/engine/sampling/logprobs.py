@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -51,11 +51,10 @@ class PromptScores:
         rows = slice(len(self._scores), len(self._scores) + len(logits_RV))
         self._scores += token_logprobs(logits_RV, self._tokens[rows], self._num_top[rows])
 
-    def of_parts(self) -> dict[Scored, list[TokenLogprobs] | None]:
-        """Of each part the log-probabilities of the prompt's next tokens; None if its logits are not finite."""
+    def of(self, parts: Collection[Scored]) -> Iterator[tuple[Scored, list[TokenLogprobs] | None]]:
+        """Of those of the parts the log-probabilities of the prompt's next tokens; None if they are not finite."""
         scores = iter(self._scores)
-        out: dict[Scored, list[TokenLogprobs] | None] = {}
         for part in self._parts:
             own = [s for s in islice(scores, part.stop - part.start) if s is not None]
-            out[part] = own if all(math.isfinite(s.logprob) for s in own) else None
-        return out
+            if part in parts:
+                yield part, own if all(math.isfinite(s.logprob) for s in own) else None

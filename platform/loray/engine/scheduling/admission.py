@@ -31,6 +31,7 @@ class Admission(Generic[P, R]):
     ) -> None:
         self._allocator, self._residency, self._blocks = allocator, residency, blocks
         self._lengths, self._adapter_blocks = lengths, adapter_blocks
+        self._short: Request | None = None  # for which blocks were short; nothing has been released since
 
     def fits_at_all(self, request: Request) -> bool:
         needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
@@ -49,6 +50,9 @@ class Admission(Generic[P, R]):
         """Pin its adapter and allocate blocks for all tokens known so far; all or nothing. False if blocks are short,
         now or, beside those that run, before it can be expected to end.
         """
+        if running and request is self._short:
+            return False
+        self._short = request
         ref = request.adapter
         self._blocks.take_cached(request)  # first: making room for the rest could evict these blocks
         if running and not self._lasts(request, running):
@@ -66,7 +70,12 @@ class Admission(Generic[P, R]):
                 self._residency.release(ref)
             return False
         self._blocks.count_cached(request)
+        self._short = None
         return True
+
+    def released(self) -> None:
+        """A running request has released its blocks and its adapter."""
+        self._short = None
 
     def empty_pool(self) -> bool:
         """With nothing running, evict every adapter: the request's own may be spread over the gaps of others, and takes
@@ -86,7 +95,15 @@ class Admission(Generic[P, R]):
         if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
             wanted += self._adapter_blocks(request)
         missing = wanted - self._allocator.num_free - self._blocks.prefix_cache.num_idle
-        return missing <= 0 or self._residency.idle_size(missing) >= missing
+        return missing <= 0 or self._idle_adapters_have(missing)
+
+    def _idle_adapters_have(self, num_blocks: float) -> bool:
+        table = self._residency.table
+        for digest in table.idle:
+            num_blocks -= self._residency.size(table.resident(table.entries[digest].ref))
+            if num_blocks <= 0:
+                return True
+        return False
 
     def _growth(self, request: Request, num_shared_blocks: int | None = None) -> Growth:
         num_output = len(request.output_ids)

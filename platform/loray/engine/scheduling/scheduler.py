@@ -271,6 +271,7 @@ class Scheduler(Generic[P, R]):
         self._blocks.release(request)
         if request.adapter is not None:
             self._residency.release(request.adapter)
+        self._admission.released()
 
     def _seconds_to_first_token(self, request: Request) -> float:
         others = chain(self.waiting, self.waiting.begun)
