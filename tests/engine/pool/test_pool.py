@@ -133,6 +133,7 @@ def test_prefixes_go_before_idle_adapters_and_those_before_running_requests(
     base: BaseModel, adapters: dict[str, TestAdapter]
 ) -> None:
     engine = make_engine(base, list(adapters.values()), pool_bytes=12 * BLOCK_BYTES)
+    engine.scheduler.prefix_cache._token_seconds = lambda: 0.0  # else what was measured decides
     run(engine, [request("idle", ids(4), adapters["r8"], max_tokens=1)])  # four blocks of rows
     run(engine, [request("cached", ids(60), max_tokens=1)])  # three full blocks
     assert engine.stats().blocks == {"free": 5, "kv": 0, "cached": 3, "layered": 4, "flat": 0, "run": 0}

@@ -32,6 +32,7 @@ class Admission(Generic[P, R]):
         self._allocator, self._residency, self._blocks = allocator, residency, blocks
         self._lengths, self._adapter_blocks = lengths, adapter_blocks
         self._short: Request | None = None  # for which blocks were short; nothing has been released since
+        self._growing: list[Growth] | None = None  # those that run, in this step
 
     def fits_at_all(self, request: Request) -> bool:
         needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
@@ -71,11 +72,17 @@ class Admission(Generic[P, R]):
             return False
         self._blocks.count_cached(request)
         self._short = None
+        if self._growing is not None:
+            self._growing.append(self._growth(request))
         return True
 
     def released(self) -> None:
         """A running request has released its blocks and its adapter."""
-        self._short = None
+        self._short = self._growing = None
+
+    def stepped(self) -> None:
+        """The running requests have grown."""
+        self._growing = None
 
     def empty_pool(self) -> bool:
         """With nothing running, evict every adapter: the request's own may be spread over the gaps of others, and takes
@@ -89,9 +96,10 @@ class Admission(Generic[P, R]):
     def _lasts(self, request: Request, running: Collection[Request]) -> bool:
         """True if the pool suffices until `request` and those that run have ended."""
         geometry = self._allocator.geometry
-        growth = [self._growth(r) for r in running]
-        growth.append(self._growth(request, num_shared_blocks=len(request.blocks)))
-        wanted = blocks_wanted(growth, geometry.block_tokens) + int(_WATERMARK * geometry.num_blocks)
+        if self._growing is None:
+            self._growing = [self._growth(r) for r in running]
+        growing = [*self._growing, self._growth(request, num_shared_blocks=len(request.blocks))]
+        wanted = blocks_wanted(growing, geometry.block_tokens) + int(_WATERMARK * geometry.num_blocks)
         if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
             wanted += self._adapter_blocks(request)
         missing = wanted - self._allocator.num_free - self._blocks.prefix_cache.num_idle

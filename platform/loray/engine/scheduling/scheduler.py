@@ -156,6 +156,7 @@ class Scheduler(Generic[P, R]):
         budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
         chunks = self._decode(budget)
         self._emptied = False
+        self._admission.stepped()
         late = self._targets.refuse_late()
         for request, _ in late:
             self.waiting.refuse(request)
