@@ -63,14 +63,16 @@ class Growth(NamedTuple):
 
 def blocks_wanted(running: Iterable[Growth], block_tokens: int) -> float:
     """The most blocks beyond those held now that the requests need at once, if each generates `remaining` more tokens,
-    one a step, and then releases the blocks that it does not share. O(n log n).
+    one a step, and then releases the blocks that it does not share; right to half a block for each. O(n log n).
     """
     longest_first = sorted(running, key=lambda g: -g.remaining)
     released = sum([g.num_blocks - g.num_shared_blocks for g in longest_first])
-    most = 0.0
-    num_tokens = num_blocks = 0
+    most = num_tokens = 0.0
+    num_blocks = 0
     for i, g in enumerate(longest_first, 1):  # when g ends, the first i have run until then
-        num_tokens += g.num_tokens + block_tokens - 2  # rounded up to blocks; the last token is not stored
+        num_tokens += (
+            g.num_tokens + block_tokens / 2 - 1
+        )  # half of the last block is empty; the last token is not stored
         num_blocks += g.num_blocks
         released -= g.num_blocks - g.num_shared_blocks
         most = max(most, (num_tokens + i * g.remaining) / block_tokens - num_blocks - released)
