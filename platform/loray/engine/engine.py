@@ -30,7 +30,7 @@ from loray.engine.sampling.grammar import Grammars, Masks
 from loray.engine.sampling.logprobs import PromptScores
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
-from loray.engine.scheduling.plan import Chunk, Plan
+from loray.engine.scheduling.plan import Chunk, Work
 from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.stats.counters import Counters
 from loray.engine.stats.stats import EngineStats
@@ -149,12 +149,11 @@ class Engine:
         plan = self.scheduler.next()
         outputs = [self._fail(request, error) for request, error in refused + plan.failed]
         if plan.chunks:
-            outputs += self._run(plan)
+            outputs += self._run(plan.chunks, plan.work)
         self.idle = not (plan.chunks or outputs or plan.residency_changed)
         return outputs
 
-    def _run(self, plan: Plan) -> list[TokenOutput]:
-        chunks = plan.chunks
+    def _run(self, chunks: list[Chunk], work: Work) -> list[TokenOutput]:
         began = time.monotonic()
         self._counters.scheduled((chunk.request for chunk in chunks), began)
         batch = build_batch(
@@ -167,8 +166,7 @@ class Engine:
         partial = PartialAdapters(self.pool, [slot.adapter for slot in batch.adapters.slots])
         if partial:
             batch = replace(batch, wait_for_layer=partial.wait_for_layer)
-        masks = self._grammars.start([chunk.request for chunk in batch.sampled])
-        scores = PromptScores(batch.scored)
+        masks, scores = self._grammars.start([chunk.request for chunk in batch.sampled]), PromptScores(batch.scored)
         logits_SV = self._model.forward(batch, self.pool, scores.add)
         num_tokens, num_adapters = sum(chunk.num_tokens for chunk in chunks), len(batch.adapters.slots)
         if partial:
@@ -182,7 +180,7 @@ class Engine:
             torch.cuda.synchronize()  # nothing was read: the step has only been queued
         seconds = time.monotonic() - began
         if not partial:  # such a step waits for loads
-            self.scheduler.observe_step(plan.work, seconds)
+            self.scheduler.observe_step(work, seconds)
         self._counters.stepped(num_tokens, num_adapters, seconds)
         return outputs
 

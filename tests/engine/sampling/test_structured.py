@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from loray.bases.registry import BaseModel
 from loray.spec import Constraint, GenerateRequest
-from tests.engine.harness import make_engine, request, run
+from tests.engine.harness import fill_up, make_engine, request, run
 from tests.engine.sampling.constraints import EOS, LANGUAGES, PROMPT, answers, token_bytes
 from tests.engine.sampling.schemas import random_schema
 
@@ -161,6 +161,7 @@ def test_preemption_keeps_the_place(worded: BaseModel) -> None:
     ]
     calm = answers(make_engine(worded), asked)
     engine = make_engine(worded, pool_bytes=16 * block, max_model_len=128, max_num_batched_tokens=24, max_num_seqs=8)
+    fill_up(engine)
     assert answers(engine, asked) == calm
     assert engine.stats().num_preemptions > 0
     for i in range(1, 8, 2):
