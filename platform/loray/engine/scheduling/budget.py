@@ -38,6 +38,7 @@ class StepBudget:
         self._num_left = max_tokens
         self._num_decoded = self._num_keys = 0
         self._alone = True
+        self._forced = Work()
         self._prompts = Work()
 
     @property
@@ -45,12 +46,19 @@ class StepBudget:
         """All that was added."""
         return self._decoding.plus(self._prompts)
 
-    def decode(self, num_keys: int) -> None:
-        """Add a request that decodes, with that many tokens in all."""
+    def decode(self, start: int, num_pending: int, num_others: int) -> int:
+        """Add a request that decodes, and return how many tokens from `start` it is given: one, or up to MIN_CHUNK of
+        those that a constraint has forced, leaving one for each of `num_others` that come after it.
+        """
+        n = min(num_pending, MIN_CHUNK, self._num_left - num_others)
         self._alone = False
-        self._num_decoded += 1
-        self._num_keys += num_keys
-        self._num_left -= 1
+        self._num_left -= n
+        if n == 1:
+            self._num_decoded += 1
+            self._num_keys += start + 1
+        else:
+            self._forced = self._forced.plus(Work.of(start, n))
+        return n
 
     def add(self, chunk: Chunk) -> None:
         """Add a chunk of a prompt."""
@@ -72,7 +80,7 @@ class StepBudget:
 
     @property
     def _decoding(self) -> Work:
-        return Work(num_steps=1, num_decoded=self._num_decoded, num_keys=self._num_keys)
+        return self._forced.plus(Work(num_steps=1, num_decoded=self._num_decoded, num_keys=self._num_keys))
 
     def _tokens_in_time(self, start: int, *, scored: bool) -> float:
         """The largest n whose cost, fixed + slope · n + curve · n², is in the time that is left."""
@@ -98,7 +106,7 @@ class StepBudget:
 
     def _most_unmeasured(self, start: int) -> float:
         """While a request decodes: tokens up to which the fit may be trusted, see _GROWTH."""
-        if not self._num_decoded:
+        if not self._num_decoded and not self._forced.num_prompt:
             return math.inf
         largest, prompts = self._steps.largest, self._prompts
         tokens = max(MIN_CHUNK, _GROWTH * largest.num_prompt) - prompts.num_prompt

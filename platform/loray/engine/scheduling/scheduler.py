@@ -186,16 +186,18 @@ class Scheduler(Generic[P, R]):
         return failed
 
     def _decode(self, budget: StepBudget) -> list[Chunk]:
-        """One token of each request that decodes, best priority and oldest first."""
+        """The next token of each request that decodes, best priority and oldest first."""
         chunks: list[Chunk] = []
+        num_others = len(self.running) - len(self.waiting.begun)
         for request in list(self.running):
             if request.state is not State.RUNNING:  # preempted for an earlier one
                 continue
             if request.adapter is not None and self._residency.table.tier(request.adapter) is not Tier.POOL:
                 self._preempt(request)  # its adapter is late: a step has waited for the rest in vain
             elif request not in self.waiting.begun and self._grow(request):
-                chunks.append(Chunk(request, request.num_computed, 1))
-                budget.decode(request.num_tokens)
+                num_others -= 1
+                n = budget.decode(request.num_computed, request.num_pending, num_others)
+                chunks.append(Chunk(request, request.num_computed, n))
         return chunks
 
     def _compute_prompts(self, budget: StepBudget, chunks: list[Chunk], failed: Failures) -> None:
