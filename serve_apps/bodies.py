@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_DEPTH = 64
 MAX_MEMBERS = 2048  # of one object
-MAX_ARRAYS_AND_OBJECTS = 1 << 16
+MAX_ARRAYS_AND_OBJECTS = 1 << 15
 MAX_VALUES = 1 << 19
 INLINE_BYTES = 64 << 10  # bodies up to this size are parsed in the event loop: at most a few milliseconds
 _threads = ThreadPoolExecutor(1, thread_name_prefix="bodies")
