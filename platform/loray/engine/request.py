@@ -115,7 +115,7 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        """Tokens known but not yet in the KV cache; 1 while decoding."""
+        """Tokens known but not yet in the KV cache; while decoding 1, and those that a constraint has forced."""
         return self.num_tokens - self.num_computed
 
     @property

@@ -140,8 +140,12 @@ class Scheduler(Generic[P, R]):
         loading = self.waiting.loading(digest)
         if not loading:
             return 0.0
-        budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
-        return self.step_time.predict(Work(1).plus(Work.of(0, budget.fit(0, max(r.num_pending for r in loading)))))
+        budget = self._new_budget()
+        for request in self.running:
+            if request not in self.waiting.begun:
+                budget.decode(request.num_computed, 1, 0)
+        chunk = Work.of(0, budget.fit(0, max(r.num_pending for r in loading)))
+        return self.step_time.predict(budget.work.plus(chunk))
 
     def observe_step(self, work: Work, seconds: float) -> None:
         """The duration of the last step."""
@@ -153,7 +157,7 @@ class Scheduler(Generic[P, R]):
         failed = self._fail_running()
         for request in self.running:
             self.waiting.fair.charge_output(request)
-        budget = StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
+        budget = self._new_budget()
         chunks = self._decode(budget)
         self._emptied = False
         self._admission.stepped()
@@ -171,6 +175,9 @@ class Scheduler(Generic[P, R]):
         self._blocks.moved((*self.running, *self.waiting), moves)
 
     # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _new_budget(self) -> StepBudget:
+        return StepBudget(self.step_time, max_tokens=self._max_tokens, itl_slo_s=self._itl_slo_s)
 
     def _fail_running(self) -> Failures:
         """Stop the running requests whose partial adapter could not be loaded completely."""
