@@ -26,12 +26,12 @@ def run(
     stopping  called with the number of requests under way when the first signal comes
     """
     spec = set_num_threads(spec)
-    from serve_apps.standalone.app import create_site
-    from serve_apps.standalone.engines import LocalEngines
-    from serve_apps.standalone.server import Server
-
     stream = start_engine(spec, base, settings)
     try:
+        from serve_apps.standalone.app import create_site
+        from serve_apps.standalone.engines import LocalEngines
+        from serve_apps.standalone.server import Server
+
         engines = LocalEngines(stream)
         site = create_site(spec, settings, engines)
         freeze_garbage()

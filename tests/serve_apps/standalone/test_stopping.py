@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,9 +13,9 @@ import pytest
 from starlette.applications import Starlette
 
 from loray.errors import EngineError
-from loray.local.processes import bind
+from loray.local.processes import bind, start_time
 from serve_apps.standalone.server import Server
-from tests.serve_apps.asking import eventually
+from tests.serve_apps.asking import answer_of, eventually
 from tests.standalone import Standalone, standalone
 
 BODY: dict[str, Any] = {"model": "tiny", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -65,6 +66,20 @@ def test_a_second_signal_ends_requests_too(server: Standalone) -> None:
             list(lines)
     assert server.process.wait(30) == 0
     assert "Traceback" not in server.log
+
+
+@pytest.mark.slow
+def test_ranks_are_processes_that_end_with_it(tmp_path: Path) -> None:
+    with standalone(tmp_path, tensor_parallel_size=2) as server:
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        (rank,) = [int(pid) for pid in children.read_text().split() if "parallel.worker" in command_of(int(pid))]
+        assert answer_of(server.served, "tiny")
+        assert server.end() == 0
+        assert eventually(lambda: start_time(rank) is None)
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def test_it_ends_when_the_engine_has_stopped() -> None:
