@@ -7,11 +7,11 @@ names. A field that is not implemented is refused by name, never ignored.
 from __future__ import annotations
 
 from loray.api.openai.body import parse
+from loray.api.openai.chat.messages import ChatMessage
 from loray.api.openai.fields import Prompt
 from loray.api.openai.formats import ChatFormat, CompletionFormat, ResponseFormat
 from loray.api.openai.requests import (
     ChatCompletionRequest,
-    ChatMessage,
     CompletionRequest,
     StreamOptions,
 )

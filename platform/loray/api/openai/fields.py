@@ -91,17 +91,21 @@ def _check_number(values: Sized, limit: int, noun: str) -> None:
 
 
 def text(value: object) -> str:
-    """`content`: a string, or a list of text parts, which are joined by newlines."""
+    """`content`: a string, or a list of text parts, which are joined by newlines. A part's further keys are hints."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         raise RequestError("must be a string or a list of text parts")
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise RequestError(f"content parts of type {shown(kind)} are not supported; only text is")
-        if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
-            raise RequestError('a text part is {"type": "text", "text": "..."} and nothing else')
-        texts.append(part["text"])
-    return "\n".join(texts)
+    return "\n".join(map(_part, value))
+
+
+def _part(part: object) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "refusal"):
+        raise RequestError(f"content parts of type {shown(kind)} are not supported; only text is")
+    found = part.get(kind) if isinstance(part, dict) else None
+    if not isinstance(found, str):
+        raise RequestError('a text part is {"type": "text", "text": "..."}')
+    return found

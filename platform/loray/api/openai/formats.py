@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from loray.api.openai.chat.tool_calls import assistant_message, chat_delta
 from loray.api.openai.extras import NO_EXTRAS, Extras
 from loray.api.openai.logprobs import by_token_id, chat_logprobs, completion_logprobs
 from loray.api.openai.responses import (
@@ -20,7 +21,6 @@ from loray.api.openai.responses import (
     CompletionLogprobs,
     Usage,
 )
-from loray.api.openai.tool_calls import assistant_message, chat_delta
 from loray.spec import Delta, FinishReason, TokenLogprob, ToolCallDelta
 
 

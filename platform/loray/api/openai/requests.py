@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from functools import cached_property
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
 from loray.api.openai import fields
 from loray.api.openai.body import Body, Hints
+from loray.api.openai.chat.messages import ChatMessage
+from loray.api.openai.chat.tools import MAX_TOOLS, FunctionTool, ToolChoice, choice_of, tool_of, tool_use
 from loray.api.openai.fields import MAX_BAD_WORDS, MAX_CHOICES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, Prompt, PromptForms
 from loray.api.openai.structured import StructuredFields
-from loray.api.openai.unsupported import NO_AUDIO, NO_TOOLS
 from loray.errors import RequestError
-from loray.spec import SamplingParams
+from loray.spec import SamplingParams, ToolUse
 
 MAX_LOGPROBS = 20
+_NO_VARIABLES = {"add_generation_prompt", "chat_template", "continue_final_message", "documents", "messages", "tools"}
 _ONLY_THE_BEST = 1e-9  # a top_p that only the most likely token reaches
 
 
@@ -22,33 +25,6 @@ class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = Field(default=False, description="accepted; chunks are never padded")
     continuous_usage_stats: bool = Field(default=False, description="with include_usage: usage in every chunk")
-
-
-class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(fields.text)]
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, value: Any) -> Any:
-        """Clients send an assistant's message back as they received it, with null and empty fields."""
-        if not isinstance(value, dict):
-            return value
-        for field in ("tool_calls", "function_call", "audio"):
-            if value.get(field):
-                raise RequestError(f"{field} is not supported: {NO_TOOLS if field != 'audio' else NO_AUDIO}")
-        empty = ("tool_calls", "annotations")
-        return {
-            k: v
-            for k, v in value.items()
-            if v is not None and not (k in empty and v == []) and k != "reasoning_content"  # no template reads it
-        }
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates expect it; `developer` is OpenAI's newer name for `system`."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content} | ({"name": self.name} if self.name else {})
 
 
 class GenerationRequest(Hints, StructuredFields):
@@ -203,6 +179,18 @@ class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions. Without a limit, generation may fill the rest of the context."""
 
     messages: Annotated[tuple[ChatMessage, ...], Field(strict=False), FailFast()]
+    tools: Annotated[
+        tuple[Annotated[FunctionTool, BeforeValidator(tool_of)], ...],
+        Field(strict=False, max_length=MAX_TOOLS),
+        FailFast(),
+    ] = ()
+    tool_choice: Annotated[ToolChoice, BeforeValidator(choice_of)] = Field(
+        default="auto", description="required and a named function: the answer is calls, with valid arguments"
+    )
+    parallel_tool_calls: bool = Field(default=True, description="false: at most one call in an answer")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="variables of the chat template")
+    add_generation_prompt: bool | None = Field(default=None, description="true, but with continue_final_message")
+    continue_final_message: bool = Field(default=False, description="the answer continues the last message")
     add_special_tokens: bool = Field(default=False, description="beside those of the chat template")
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -218,7 +206,21 @@ class ChatCompletionRequest(GenerationRequest):
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise RequestError("max_tokens and max_completion_tokens differ; give one", "max_tokens")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError("give either continue_final_message or add_generation_prompt", "continue_final_message")
+        reserved = sorted(_NO_VARIABLES & self.chat_template_kwargs.keys())
+        if reserved:
+            raise RequestError(
+                f"chat_template_kwargs cannot set {', '.join(reserved)}; that is what the request's own fields are for",
+                "chat_template_kwargs",
+            )
+        _ = self.tool_use  # RequestError where the fields contradict
         return self
+
+    @cached_property
+    def tool_use(self) -> ToolUse | None:
+        """What the model may or must call; None: nothing."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def num_logprobs(self) -> int | None:

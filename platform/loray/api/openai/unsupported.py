@@ -15,14 +15,17 @@ class _Refusal(NamedTuple):
     reason: str
 
 
-NO_TOOLS = "tool calling is not supported; describe the tools in the messages"
+NO_TOOLS = "only chat completions have tools"
+NO_FUNCTIONS = "it is OpenAI's older form; use tools and tool_calls"
 NO_AUDIO = "only text is generated"
 _UNSUPPORTED: Mapping[str, _Refusal] = {
     "tools": _Refusal(([],), NO_TOOLS),
     "tool_choice": _Refusal(("none", "auto"), NO_TOOLS),  # without tools they have no effect
-    "functions": _Refusal(([],), NO_TOOLS),
-    "function_call": _Refusal(("none", "auto"), NO_TOOLS),
+    "functions": _Refusal(([],), NO_FUNCTIONS),
+    "function_call": _Refusal(("none", "auto"), NO_FUNCTIONS),
     "parallel_tool_calls": _Refusal((True, False), NO_TOOLS),
+    "chat_template": _Refusal((), "a model, or an adapter, has its own"),
+    "documents": _Refusal(([],), "put them into the messages"),
     "echo": _Refusal((False,), "only completions echo their prompt"),
     "suffix": _Refusal(("",), "insertion is not supported"),
     "audio": _Refusal((), NO_AUDIO),
