@@ -37,6 +37,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         yield
         watcher.cancel()
         gateway.directory.close()
+        gateway.prompts.close()
 
     app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
     errors.install(app)
@@ -54,4 +55,4 @@ def open_gateway(spec: ServeSpec, settings: Settings, engines: Engines) -> FastA
     """The gateway of a deployment: its base on this machine, and the catalog that `settings` names."""
     base = get_base(settings.home, spec.base)
     directory = ModelDirectory(base, lambda: Catalog(settings.catalog))
-    return create_app(Gateway(spec, directory, PromptEncoder.load(base), engines))
+    return create_app(Gateway(spec, directory, PromptEncoder.load(base, spec.tool_parser), engines))

@@ -108,6 +108,13 @@ class ModelDirectory:
         ref.check_base(self.base.name, self.base.fingerprint)
         return ref
 
+    def template(self, adapter: AdapterRef | None) -> str | None:
+        """The chat template of an adapter that has its own; None: the base's is used."""
+        if adapter is None or adapter.chat_template is None:
+            return None
+        assert self._snapshot is not None
+        return self._snapshot.templates[adapter.chat_template]
+
     def models(self, limit: Callable[[int], int]) -> ModelList:
         """The base, then adapters by name. `limit` maps a model's context length to the one that is served."""
         base = Model(
@@ -172,7 +179,7 @@ class ModelDirectory:
         if self._catalog is None:
             self._catalog = self._open_catalog()
         if self._snapshot is None or self._catalog.change_counter() != self._snapshot.counter:
-            self._snapshot = self._catalog.snapshot()
+            self._snapshot = self._catalog.snapshot(self._snapshot)
             self.longest_context = max(
                 [self.base.config.max_position_embeddings]
                 + [ref.context_length for entry in self._entries() for ref in entry.versions.values()]

@@ -14,11 +14,13 @@ from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat
 from loray.api.openai.extras import NO_EXTRAS, Extras
 from loray.api.openai.requests import GenerationRequest
 from loray.api.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
+from loray.api.openai.structured import Given
 from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import check_length, max_model_len, pool_geometry
 from loray.errors import EngineError, RequestError
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec
 from loray.text.bad_words import bad_word_ids
+from loray.text.chat import Dialect
 from loray.text.deltas import RequestText
 from loray.text.grammar import GrammarChecker
 from serve_apps.exposition import encode
@@ -65,15 +67,16 @@ class Gateway:
             request.include_usage,
             _extras(request, prompts),
         )
-        requests = await self._requests(request, adapter, limit, prompts, answer.id, "prompt", headers)
+        given = request.constraint
+        requests = await self._requests(request, adapter, limit, prompts, answer.id, "prompt", headers, given)
         writer = writer_of(answer, len(requests), request)
         texts = [
             RequestText(self.prompts.tokenizer, r, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests
         ]
         if not request.echo:
             return self._answer(request, requests, texts, writer, answer.id, headers)
-        given = request.prompt if request.truncate_prompt_tokens is None else prompts
-        echoes = [partial(self.prompts.echo, prompt) for prompt in given for _ in range(request.n)]
+        echoed = request.prompt if request.truncate_prompt_tokens is None else prompts
+        echoes = [partial(self.prompts.echo, prompt) for prompt in echoed for _ in range(request.n)]
         echoing = [Echo(text, echo, request) for text, echo in zip(texts, echoes, strict=True)]
         return self._answer(request, requests, echoing, writer, answer.id, headers)
 
@@ -98,16 +101,22 @@ class Gateway:
     ) -> Response:
         """`writer` None: a chat completion."""
         adapter, limit = await self.model(request.model)
-        prompt = await self.prompts.chat(
-            request.messages, limit, special=request.add_special_tokens, keep=_num_kept(request, limit)
-        )
+        dialect = await self.dialect(request, adapter)
+        prompt = await self.prompts.chat(request, dialect, limit, keep=_num_kept(request, limit))
+        given, use = request.constraint, request.tool_use
+        constraint = dialect.constraint(use, None if given is None else given.constraint)
+        if use is not None:
+            given = None if constraint is None else Given("tools", constraint)
         answer = ChatFormat(answer_id or _new_id("chatcmpl"), *self._about(request, [prompt]))
-        requests = await self._requests(request, adapter, limit, [prompt], answer.id, "messages", headers)
+        requests = await self._requests(request, adapter, limit, [prompt], answer.id, "messages", headers, given)
         writer = writer or writer_of(answer, len(requests), request)
-        texts = [
-            RequestText(self.prompts.tokenizer, r, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests
-        ]
+        texts = [dialect.text_of(r, use, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
         return self._answer(request, requests, texts, writer, answer.id, headers)
+
+    async def dialect(self, request: ChatCompletionRequest, adapter: AdapterRef | None) -> Dialect:
+        """How the model of a chat is spoken to."""
+        with_tools = request.tool_use is not None
+        return await self.prompts.dialect(adapter, self.directory.template(adapter), with_tools=with_tools)
 
     def _about(
         self, request: GenerationRequest, prompts: Sequence[tuple[int, ...]]
@@ -115,9 +124,6 @@ class Gateway:
         """What each format begins with, after the id."""
         extras = _extras(request, prompts)
         return int(time.time()), request.model, self._fingerprint, request.include_usage, extras
-
-    def _text(self, request: GenerationRequest, generated: GenerateRequest) -> RequestText:
-        return RequestText(self.prompts.tokenizer, generated, tokens_as_ids=request.return_tokens_as_token_ids)
 
     async def model(self, name: str) -> tuple[AdapterRef | None, int]:
         """The adapter, or None for the base, and the largest number of tokens of a request for it."""
@@ -134,10 +140,14 @@ class Gateway:
         answer_id: str,
         param: str,
         headers: RequestHeaders,
+        given: Given | None,
     ) -> list[GenerateRequest]:
-        """The engine's requests, one for each choice. Their ids begin with the client's, and are unique."""
-        if request.constraint is not None:
-            await self._grammars.check(request.constraint.constraint, request.constraint.param)
+        """The engine's requests, one for each choice. Their ids begin with the client's, and are unique.
+
+        `given`: what the answers must match.
+        """
+        if given is not None:
+            await self._grammars.check(given.constraint, given.param)
         bad_words = bad_word_ids(self.prompts.tokenizer, request.bad_words)
         prefix = answer_id if headers.request_id is None else f"{headers.request_id}-{answer_id}"
         return [
@@ -145,7 +155,10 @@ class Gateway:
                 request_id=f"{prefix}-{i * request.n + choice}",
                 prompt_ids=prompt,
                 params=request.sampling(
-                    max_tokens=_max_tokens(request, len(prompt), limit, param), choice=choice, bad_words=bad_words
+                    max_tokens=_max_tokens(request, len(prompt), limit, param),
+                    choice=choice,
+                    bad_words=bad_words,
+                    structured=None if given is None else given.constraint,
                 ),
                 adapter=adapter,
                 tenant=headers.tenant or request.user or "",

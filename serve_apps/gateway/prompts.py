@@ -8,9 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from loray.api.openai import ChatMessage, Prompt
+from loray.api.openai import ChatCompletionRequest, Prompt
+from loray.api.openai.chat.messages import for_template
 from loray.bases.registry import BaseModel
 from loray.errors import ContextLengthExceeded, RequestError
+from loray.spec import AdapterRef, ToolParserName
+from loray.text.chat import Dialect, Dialects
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 
@@ -27,14 +30,21 @@ class PromptEncoder:
     Very long ones have a thread of their own: however many come, they delay only each other.
     """
 
-    def __init__(self, base: BaseModel, tokenizer: Tokenizer, templates: ChatTemplates) -> None:
-        self._base, self.tokenizer, self._templates = base, tokenizer, templates
+    def __init__(
+        self, base: BaseModel, tokenizer: Tokenizer, templates: ChatTemplates, form: ToolParserName | None = None
+    ) -> None:
+        """`form`: how the base writes tool calls; None: detected."""
+        self.tokenizer = tokenizer
+        self._dialects = Dialects(base.name, templates, tokenizer, form)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
         self._long_texts = ThreadPoolExecutor(1, thread_name_prefix="long-texts")
 
     @classmethod
-    def load(cls, base: BaseModel) -> PromptEncoder:
-        return cls(base, Tokenizer.load(base.path), ChatTemplates.load(base.path))
+    def load(cls, base: BaseModel, form: ToolParserName | None = None) -> PromptEncoder:
+        return cls(base, Tokenizer.load(base.path), ChatTemplates.load(base.path), form)
+
+    def close(self) -> None:
+        self._dialects.close()
 
     async def texts(
         self, prompts: Sequence[Prompt], limit: int | None, *, special: bool = True, keep: int | None = None
@@ -60,27 +70,44 @@ class PromptEncoder:
         """The text of a prompt; token ids are decoded."""
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
+    async def dialect(self, adapter: AdapterRef | None, template: str | None, *, with_tools: bool) -> Dialect:
+        """How the model is spoken to; `template` is the adapter's own. Raises RequestError if there is no template."""
+        find = partial(
+            self._dialects.find, None if adapter is None else adapter.tool_parser, template, with_tools=with_tools
+        )
+        return await self._run(find, 0 if template is None else _LONG + 1)
+
     async def chat(
-        self, messages: Sequence[ChatMessage], limit: int | None, *, special: bool = False, keep: int | None = None
+        self, request: ChatCompletionRequest, dialect: Dialect, limit: int | None, *, keep: int | None = None
     ) -> tuple[int, ...]:
-        """Encodes messages by the base's chat template, up to the beginning of the assistant's turn. As `texts`."""
-        template = self._templates.find(with_tools=False)
-        if template is None:
-            raise RequestError(
-                f"the base model {self._base.name!r} has no chat template; use /v1/completions", "messages"
-            )
+        """Encodes the messages by the chat template, up to the beginning of the assistant's turn. As `texts`."""
+        use = request.tool_use
+        begins = (
+            not request.continue_final_message
+            if request.add_generation_prompt is None
+            else (request.add_generation_prompt)
+        )
 
         def encode() -> tuple[int, ...]:
-            prompt = template.render([m.for_template() for m in messages])
-            ids = self.tokenizer.encode(prompt, special=special)
+            prompt = dialect.render(
+                for_template(request.messages),
+                use,
+                add_generation_prompt=begins,
+                continue_final_message=request.continue_final_message,
+                variables=request.chat_template_kwargs,
+            )
+            ids = self.tokenizer.encode(prompt, special=request.add_special_tokens)
             return ids if keep is None else self.tokenizer.cut(ids, keep)
 
+        characters = sum(m.num_characters for m in request.messages)
         if keep is None and limit is not None:
-            _check_number(len(messages), limit)
-            characters = sum(len(m.content) for m in messages)
+            _check_number(len(request.messages), limit)
             _check_characters(characters, limit * self.tokenizer.max_token_characters, limit, "messages")
-        num_characters = sum(len(m.content) + _MESSAGE_OVERHEAD for m in messages)
-        return await self._run(encode, num_characters)
+        characters += _MESSAGE_OVERHEAD * len(request.messages)
+        if use is not None:
+            characters += sum(len(str(tool.parameters)) for tool in use.tools)
+        # A template in another process always has a thread, which waits for it.
+        return await self._run(encode, characters if dialect.own is None else max(characters, _LONG + 1))
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included. Raises RequestError for ids outside the vocabulary."""

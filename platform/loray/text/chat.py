@@ -9,11 +9,12 @@ from functools import lru_cache
 from typing import Any
 
 from loray.errors import RequestError
-from loray.spec import ToolParserName, ToolUse
+from loray.spec import Constraint, GenerateRequest, ToolParserName, ToolUse
+from loray.text.deltas import RequestText
 from loray.text.isolated import IsolatedRenderer
 from loray.text.templates import ChatTemplate, ChatTemplates
 from loray.text.tokenizer import Tokenizer
-from loray.text.tools import detect, with_tools
+from loray.text.tools import MARKERS, calls_constraint, detect, parser_for, with_tools
 
 _MISTRAL_ID_LENGTH = 9  # its templates refuse any other
 
@@ -25,6 +26,7 @@ class Dialect:
     own  the template is an adapter's, and is rendered in isolation
     """
 
+    tokenizer: Tokenizer
     template: ChatTemplate
     form: ToolParserName
     own: IsolatedRenderer | None = None
@@ -54,6 +56,16 @@ class Dialect:
             return self.template.render(messages, **options)
         return self.own.render(self.template, messages, **options)
 
+    def constraint(self, use: ToolUse | None, answer: Constraint | None) -> Constraint | None:
+        """What the answer must match; `answer` is what it must match if it calls nothing."""
+        return answer if use is None else calls_constraint(use, self.form, self.tokenizer.added_tokens.get, answer)
+
+    def text_of(self, request: GenerateRequest, use: ToolUse | None, *, tokens_as_ids: bool = False) -> RequestText:
+        """Reads the answer to `request`. `tokens_as_ids` is RequestText's."""
+        parser = None if use is None else parser_for(self.form, use)
+        kept = frozenset[str]() if use is None else frozenset(MARKERS[self.form])
+        return RequestText(self.tokenizer, request, parser, kept, tokens_as_ids=tokens_as_ids)
+
 
 class Dialects:
     """The dialects of a base and its adapters."""
@@ -71,11 +83,11 @@ class Dialects:
     def find(self, form: ToolParserName | None, template: str | None, *, with_tools: bool) -> Dialect:
         """The dialect of the base, or of an adapter that has a form or template of its own. Raises RequestError."""
         if template is not None:
-            return Dialect(self._own(template), form or self._form, self._isolated)
+            return Dialect(self._tokenizer, self._own(template), form or self._form, self._isolated)
         found = self._templates.find(with_tools=with_tools)
         if found is None:
             raise RequestError(f"the base model {self._name!r} has no chat template; use /v1/completions", "messages")
-        return Dialect(found, form or self._form)
+        return Dialect(self._tokenizer, found, form or self._form)
 
     def close(self) -> None:
         self._isolated.close()

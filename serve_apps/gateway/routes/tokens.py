@@ -25,9 +25,9 @@ def create_router(gateway: Gateway) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body, chat = await converted_body(request, tokenize_and_chat)
-        _, limit = await gateway.model(body.model or base)
+        adapter, limit = await gateway.model(body.model or base)
         if chat is not None:
-            ids = await prompts.chat(chat.messages, None, special=chat.add_special_tokens)
+            ids = await prompts.chat(chat, await gateway.dialect(chat, adapter), None)
         else:
             special = body.add_special_tokens is not False
             (ids,) = await prompts.texts((body.prompt or "",), None, special=special)

@@ -34,7 +34,8 @@ REPLICA = ReplicaStatus(
 
 def gateway_app(base: BaseModel, catalog_url: str, engines: Engines, **spec: Any) -> FastAPI:
     directory = ModelDirectory(base, lambda: Catalog(catalog_url))
-    return create_app(Gateway(ServeSpec(base=base.name, **spec), directory, PromptEncoder.load(base), engines))
+    serve = ServeSpec(base=base.name, **spec)
+    return create_app(Gateway(serve, directory, PromptEncoder.load(base, serve.tool_parser), engines))
 
 
 def register(catalog: Catalog, name: str, base_fingerprint: str, *, context_length: int = 512) -> AdapterVersion:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from loray.api.openai import ChatMessage
+from loray.api.openai import ChatCompletionRequest, parse
 from loray.bases.registry import BaseModel
 from loray.errors import ContextLengthExceeded, RequestError
+from loray.spec import AdapterRef
 from loray.text.templates import ChatTemplates
 from loray.text.tokenizer import Tokenizer
 from serve_apps.gateway.prompts import PromptEncoder
@@ -45,13 +47,16 @@ def encoder(tokenizer: Watched, tiny_base: Callable[..., BaseModel]) -> PromptEn
     return PromptEncoder(tiny_base(), tokenizer, ChatTemplates({"default": CHAT_TEMPLATE}))
 
 
-def message(content: str) -> ChatMessage:
-    return ChatMessage(role="user", content=content)
+async def encoded(encoder: PromptEncoder, *contents: str, limit: int = LIMIT, **options: Any) -> tuple[int, ...]:
+    messages = [{"role": "user", "content": content} for content in contents]
+    request = parse(ChatCompletionRequest, {"model": "m", "messages": messages})
+    dialect = await encoder.dialect(None, None, with_tools=False)
+    return await encoder.chat(request, dialect, limit, **options)
 
 
 def test_short_ones_are_encoded_at_once(encoder: PromptEncoder, tokenizer: Watched) -> None:
     assert asyncio.run(encoder.texts(["ab", (5, 6)], LIMIT)) == [(64, 65), (5, 6)]
-    asyncio.run(encoder.chat([message("hi")], LIMIT))
+    asyncio.run(encoded(encoder, "hi"))
     assert set(tokenizer.threads) == {"MainThread"}
 
 
@@ -64,7 +69,7 @@ def test_many_short_ones_are_long_together(encoder: PromptEncoder, tokenizer: Wa
 def test_long_chats_are_rendered_in_a_thread_too(
     encoder: PromptEncoder, tokenizer: Watched, contents: list[str]
 ) -> None:
-    ids = asyncio.run(encoder.chat([message(c) for c in contents], LIMIT))
+    ids = asyncio.run(encoded(encoder, *contents))
     text = byte_tokenizer().apply_chat_template(
         [{"role": "user", "content": c} for c in contents], tokenize=False, add_generation_prompt=True
     )
@@ -86,7 +91,7 @@ def test_very_long_ones_delay_only_each_other(encoder: PromptEncoder, tokenizer:
 
 def test_what_cannot_fit_is_not_encoded(encoder: PromptEncoder, tokenizer: Watched) -> None:
     most = 10 * len("<|endoftext|>")  # the longest token
-    for ask in (encoder.texts(["x" * (most + 1)], 10), encoder.chat([message("x" * most), message("x")], 10)):
+    for ask in (encoder.texts(["x" * (most + 1)], 10), encoded(encoder, "x" * most, "x", limit=10)):
         with pytest.raises(ContextLengthExceeded, match=f"10 tokens, which have {most} characters at most"):
             asyncio.run(ask)
     with pytest.raises(ContextLengthExceeded, match="11 messages"):
@@ -102,12 +107,40 @@ def test_of_a_longer_prompt_the_end_is_kept(encoder: PromptEncoder, tokenizer: W
         (2, 3, 4),
         (5,),
     ]
-    whole = asyncio.run(encoder.chat([message("hi")], 100))
-    assert asyncio.run(encoder.chat([message("hi")], 100, keep=5)) == whole[-5:]
+    whole = asyncio.run(encoded(encoder, "hi", limit=100))
+    assert asyncio.run(encoded(encoder, "hi", limit=100, keep=5)) == whole[-5:]
 
 
 def test_a_template_that_refuses(tokenizer: Watched, tiny_base: Callable[..., BaseModel]) -> None:
     templates = ChatTemplates({"default": "{{ raise_exception('no users') }}"})
     encoder = PromptEncoder(tiny_base(), tokenizer, templates)
     with pytest.raises(RequestError, match="refuses these messages: no users"):
-        asyncio.run(encoder.chat([message("x" * 20_000)], LIMIT))
+        asyncio.run(encoded(encoder, "x" * 20_000))
+    with pytest.raises(RequestError, match="has no chat template; use /v1/completions"):
+        asyncio.run(encoded(PromptEncoder(tiny_base(), tokenizer, ChatTemplates({})), "x"))
+
+
+def test_an_adapters_template_is_rendered_in_a_thread(tokenizer: Watched, encoder: PromptEncoder) -> None:
+    adapter = AdapterRef(
+        digest="0" * 64,
+        name="a",
+        version=1,
+        method="lora",
+        base_fingerprint="0" * 64,
+        context_length=9,
+        nbytes=1,
+        tool_parser="mistral",
+    )
+
+    async def ask() -> tuple[int, ...]:
+        dialect = await encoder.dialect(adapter, "{{ messages[0].content }}!", with_tools=False)
+        assert dialect.form == "mistral"
+        return await encoder.chat(
+            parse(ChatCompletionRequest, {"model": "m", "messages": [{"role": "user", "content": "ab"}]}),
+            dialect,
+            LIMIT,
+        )
+
+    assert asyncio.run(ask()) == (64, 65, 0)
+    assert set(tokenizer.threads) == {"tokenizer_0"}
+    encoder.close()

@@ -14,7 +14,7 @@ from loray.api.openai.chat.tools import MAX_TOOLS, FunctionTool, ToolChoice, cho
 from loray.api.openai.fields import MAX_BAD_WORDS, MAX_CHOICES, MAX_STOP_STRINGS, MAX_STOP_TOKENS, Prompt, PromptForms
 from loray.api.openai.structured import StructuredFields
 from loray.errors import RequestError
-from loray.spec import SamplingParams, ToolUse
+from loray.spec import Constraint, SamplingParams, ToolUse
 
 MAX_LOGPROBS = 20
 _NO_VARIABLES = {"add_generation_prompt", "chat_template", "continue_final_message", "documents", "messages", "tools"}
@@ -108,10 +108,18 @@ class GenerationRequest(Hints, StructuredFields):
         """None: the rest of the context."""
         return None
 
-    def sampling(self, *, max_tokens: int, choice: int, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
+    def sampling(
+        self,
+        *,
+        max_tokens: int,
+        choice: int,
+        bad_words: tuple[tuple[int, ...], ...] = (),
+        structured: Constraint | None = None,
+    ) -> SamplingParams:
         """The parameters of choice number `choice` of a prompt. If a seed is given, choice i is drawn with seed + i.
 
-        `bad_words` are the tokens of the request's.
+        bad_words   the tokens of the request's
+        structured  what the answer must match, where tools make more of it than `constraint` says
         """
         return SamplingParams(
             max_tokens=max_tokens,
@@ -132,7 +140,7 @@ class GenerationRequest(Hints, StructuredFields):
             ignore_eos=self.ignore_eos,
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
-            structured=None if self.constraint is None else self.constraint.constraint,
+            structured=structured or (None if self.constraint is None else self.constraint.constraint),
             allowed_token_ids=self.allowed_token_ids,
             bad_words=bad_words,
         )

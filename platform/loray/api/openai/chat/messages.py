@@ -75,6 +75,10 @@ class ChatMessage(Body):
             raise RequestError("content is required, but for an assistant's message with tool_calls")
         return self
 
+    @property
+    def num_characters(self) -> int:
+        return len(self.content) + sum(len(call.function.arguments) for call in self.tool_calls)
+
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it; `developer` is OpenAI's newer name for `system`."""
         message: dict[str, Any] = {
