@@ -83,7 +83,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 def test_answers_are_parsed(client: openai.OpenAI, base: BaseModel) -> None:
-    given: Any = {"model": base.name, "messages": ASK, "response_format": Add, "max_tokens": 60}
+    given: Any = {"model": base.name, "messages": ASK, "response_format": Add, "max_tokens": 1500}
     for seed in range(3):
         whole = client.chat.completions.parse(**given, seed=seed).choices[0].message.parsed
         assert isinstance(whole, Add)
@@ -177,9 +177,10 @@ def test_what_cannot_be_enforced_is_refused(client: openai.OpenAI, base: BaseMod
 def chat(url: str, base: BaseModel) -> Any:
     from langchain_openai import ChatOpenAI
 
-    return ChatOpenAI(model=base.name, base_url=url, api_key="none", max_retries=0, max_tokens=200, seed=3)
+    return ChatOpenAI(model=base.name, base_url=url, api_key="none", max_retries=0, max_tokens=1500, seed=3)
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # LangChain on events of OpenAI's client
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
 def test_langchain_gives_structured_output(chat: Any, method: str) -> None:
     if method == "json_mode":
@@ -231,7 +232,7 @@ def complete(url: str, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> Call
     import litellm
 
     def complete(**fields: Any) -> Any:
-        given = {"messages": ASK, "max_tokens": 200, "seed": 2} | fields
+        given = {"messages": ASK, "max_tokens": 1500, "seed": 2} | fields
         return litellm.completion(model=f"openai/{base.name}", api_base=url, api_key="none", num_retries=0, **given)
 
     return complete

@@ -26,8 +26,8 @@ class Watched:
         self.reads.append(time.monotonic())
         return self._catalog.change_counter()
 
-    def snapshot(self) -> Any:
-        return self._catalog.snapshot()
+    def snapshot(self, before: Any = None) -> Any:
+        return self._catalog.snapshot(before)
 
     def close(self) -> None:
         pass

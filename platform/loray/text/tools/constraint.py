@@ -16,6 +16,7 @@ from loray.text.tools.families import HermesParser, LlamaParser, MistralParser
 
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _TEXT = r"TEXT: /(.|\n)*/"
+_COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties", "unevaluatedProperties"}
 Symbol = Callable[[str], str]  # a marker as llguidance has it: the token where the tokenizer has one, else its text
 
 
@@ -104,10 +105,10 @@ class _Rules:
         """Of a function's arguments, always an object. A free answer is held to the schemas of strict functions."""
         if not (self._use.forced or tool.strict):
             return _schema({"type": "object"}, lenient=True)
-        return _schema(
-            tool.parameters if "type" in tool.parameters else {"type": "object", **tool.parameters},
-            lenient=not tool.strict,
-        )
+        defaults: dict[str, Any] = {"type": "object"}
+        if "properties" in tool.parameters and not _COMBINING & tool.parameters.keys():
+            defaults["additionalProperties"] = False  # a function has the parameters that it names
+        return _schema({**defaults, **tool.parameters}, lenient=not tool.strict)
 
     def _lark(self, start: str, *rules: str) -> str:
         return "\n".join((f"start: {start}", *rules, *self._rules))
