@@ -22,8 +22,9 @@ from loray.bases.registry import BaseModel
 from loray.engine.build import build_engine
 from loray.engine.stream import EngineStream
 from loray.spec import ServeSpec
+from serve_apps.standalone.engines import LocalEngines
 from tests.cluster import free_port
-from tests.serve_apps.gateway.scripted import LocalEngines, catalog_url, gateway_app
+from tests.serve_apps.gateway.scripted import catalog_url, gateway_app
 
 ASK: Any = [{"role": "user", "content": "What is 1 + 2?"}]
 Digit = Annotated[int, Field(ge=0, le=9)]

@@ -95,7 +95,7 @@ def test_what_cannot_fit_is_not_encoded(encoder: PromptEncoder, tokenizer: Watch
         with pytest.raises(ContextLengthExceeded, match=f"10 tokens, which have {most} characters at most"):
             asyncio.run(ask)
     with pytest.raises(ContextLengthExceeded, match="11 messages"):
-        asyncio.run(encoder.chat([message("x")] * 11, 10))
+        asyncio.run(encoded(encoder, *["x"] * 11, limit=10))
     assert tokenizer.threads == []
     assert len(asyncio.run(encoder.texts(["x" * most], 10))[0]) == most
 
