@@ -66,7 +66,7 @@ def standalone(folder: Path, *args: str, **fields: Any) -> Iterator[Standalone]:
     command = [sys.executable, "-W", "error", "-c", _MAIN, "serve", "tiny", "--spec", str(spec_file), *args]
     log_file = folder / "serve.log"
     with log_file.open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=folder)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=folder, process_group=0)
     try:
         url = f"http://{spec.host}:{spec.port}"
         _wait(process, url, log_file)

@@ -62,7 +62,10 @@ class IsolatedRenderer:
         """The process's answer to one line. Raises OSError (TimeoutError too) if there is none."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                process_group=0,  # Ctrl-C is for the server, which lets its requests end
             )
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None

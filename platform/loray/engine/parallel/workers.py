@@ -55,6 +55,7 @@ class LocalWorkers:
             [sys.executable, "-m", "loray.engine.parallel.worker"],
             stdin=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": str(arg.spec.num_threads)},
+            process_group=0,  # Ctrl-C is for rank 0, which lets its requests end
         )
         self._processes.append(process)
         assert process.stdin is not None
