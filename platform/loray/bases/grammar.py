@@ -6,6 +6,7 @@ second.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from contextlib import suppress
@@ -42,11 +43,11 @@ class GrammarCompiler:
 
     def compile(self, constraint: Constraint) -> LLMatcher:
         """A matcher at the beginning of an answer. RequestError where the constraint is wrong or exceeds a limit."""
-        _check_size(constraint.text)
+        _check_size(constraint)
         from llguidance import LLMatcher, LLParserLimits
 
         try:
-            grammar = _lark(constraint).to_llguidance()
+            grammar = json.dumps({"grammars": [_grammar(constraint)]})
         except (ValueError, RecursionError) as e:
             raise RequestError(f"the {_NAMES[constraint.kind]} cannot be read: {e}") from e
         limits = LLParserLimits(**_LIMITS, verbose_errors=False)
@@ -81,11 +82,14 @@ def _tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) ->
 _NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice", "grammar": "grammar"}
 
 
-def _check_size(text: str) -> None:
+def _check_size(constraint: Constraint) -> None:
+    text = constraint.text
     if len(text) > MAX_CHARACTERS:
         raise RequestError(
             f"a constraint on the answer may have {MAX_CHARACTERS} characters, this one has {len(text)}; shorten it"
         )
+    if constraint.kind == "choice":
+        return
     depth = deepest = 0
     for found in _BRACKETS.finditer(text):
         depth += 1 if found[0] in "([{" else -1
@@ -94,16 +98,33 @@ def _check_size(text: str) -> None:
         raise RequestError(f"a constraint on the answer may nest {MAX_NESTING} brackets, this one nests {deepest}")
 
 
-def _lark(constraint: Constraint) -> Constraint:
-    """A grammar in GBNF as Lark."""
-    if constraint.kind != "grammar":
-        return constraint
+def _grammar(constraint: Constraint) -> dict[str, Any]:
+    """As llguidance takes it. ValueError where the text is not what it must be."""
+    from llguidance import regex_to_lark
     from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
+    if constraint.kind == "json_schema":
+        return {"json_schema": _schema(constraint)}
+    if constraint.kind == "regex":  # ASCII's classes, so that Python's and JavaScript's expressions agree
+        return {"lark_grammar": f"start: /{regex_to_lark(constraint.text, 'dws')}/"}
+    if constraint.kind == "choice":
+        return {"lark_grammar": f"start: {' | '.join(json.dumps(text) for text in json.loads(constraint.text))}"}
     try:
-        return Constraint.from_grammar(any_to_lark(constraint.text))
+        return {"lark_grammar": any_to_lark(constraint.text)}
     except GbnfToLarkError as e:
         raise ValueError(str(e)) from e
+
+
+def _schema(constraint: Constraint) -> dict[str, Any]:
+    schema = json.loads(constraint.text)
+    if not isinstance(schema, dict):
+        schema = {"allOf": [schema]}  # true or false; anything else is refused as a schema
+    options: dict[str, Any] = {"lenient": True} if constraint.lenient else {}
+    if constraint.whitespace:
+        options["whitespace_pattern"] = constraint.whitespace
+    elif constraint.whitespace is not None:
+        options["whitespace_flexible"] = False
+    return schema | {"x-guidance": options}
 
 
 def _first_line(message: str) -> str:

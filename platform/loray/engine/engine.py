@@ -249,12 +249,13 @@ class Engine:
         )
 
     def _remove(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        if self._grammars.forget(request):
+            return  # it was not queued, and holds nothing
         if request.adapter is not None:
             num_tokens = request.num_prompt_counted + len(request.output_ids)
             self.residency.table.usage.request_ended(request.adapter, num_tokens)
-        if not self._grammars.forget(request):
-            self.scheduler.remove(request)
-        del self._requests[request.request_id]
+        self.scheduler.remove(request)
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 

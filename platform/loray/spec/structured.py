@@ -27,8 +27,9 @@ class Constraint(Frozen):
     """Equal constraints have equal fields, so that what was compiled once can be looked up.
 
     kind        what `text` is
-    text        json_schema: the schema as JSON; regex: in Rust's syntax, for the whole answer; choice: a JSON list of
-                texts; grammar: Lark as in llguidance's docs/syntax.md, or GBNF, which `loray.text.grammar` makes Lark
+    text        json_schema: the schema as JSON; regex: for the whole answer, in the syntax of Rust's regex, but that
+                \\d, \\w and \\s are ASCII's; choice: a JSON list of texts; grammar: Lark as in llguidance's
+                docs/syntax.md, or GBNF
     whitespace  json_schema: a regular expression for the space between two tokens of JSON; "": none; None: any
     lenient     json_schema: keywords that cannot be enforced are ignored, not refused
     """
@@ -73,35 +74,3 @@ class Constraint(Frozen):
             rules.append(f"tag_{i}: head_{i} {' '.join(part for part in parts if part != json.dumps(''))}")
         options = " | ".join(f"tag_{i}" for i in range(len(tags)))
         return cls.from_grammar("\n".join((f"start: ({options})* rest", "rest: TEXT", r"TEXT: /(.|\n)*/", *rules)))
-
-    def to_llguidance(self) -> str:
-        """The grammar in llguidance's JSON form; ValueError where `text` is not the JSON that it must be."""
-        if self.kind == "json_schema":
-            return json.dumps({"grammars": [{"json_schema": self._schema()}]})
-        lark = self.text
-        if self.kind == "regex":
-            lark = f"start: {_terminal(self.text)}"
-        elif self.kind == "choice":
-            lark = f"start: {' | '.join(json.dumps(text) for text in json.loads(self.text))}"
-        return json.dumps({"grammars": [{"lark_grammar": lark}]})
-
-    def _schema(self) -> Mapping[str, Any]:
-        schema = json.loads(self.text)
-        if not isinstance(schema, dict):
-            schema = {"allOf": [schema]}  # true or false; anything else is refused as a schema
-        space: dict[str, Any] = {}
-        if self.whitespace is not None:
-            space = {"whitespace_pattern": self.whitespace} if self.whitespace else {"whitespace_flexible": False}
-        return schema | {"x-guidance": space | ({"lenient": True} if self.lenient else {})}
-
-
-def _terminal(pattern: str) -> str:
-    """A regular expression between slashes, as Lark has them."""
-    out, escaped = [], False
-    for char in pattern:
-        if char == "\n":
-            out.append("n" if escaped else "\\n")
-        else:
-            out.append("\\/" if char == "/" and not escaped else char)
-        escaped = char == "\\" and not escaped
-    return f"/{''.join(out)}/"

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from loray.bases.registry import BaseModel
 from loray.spec import Constraint, GenerateRequest
+from tests.engine.adapters import TestAdapter
 from tests.engine.harness import fill_up, make_engine, request, run
 from tests.engine.sampling.constraints import EOS, LANGUAGES, PROMPT, answers, token_bytes
 from tests.engine.sampling.schemas import random_schema
@@ -176,6 +177,25 @@ def test_a_request_can_be_cancelled_while_its_constraint_is_compiled(worded: Bas
     engine.cancel("a")
     assert not engine.has_work
     assert answers(engine, [request("a", PROMPT, structured=Constraint.from_choice(["yes"]))])["a"][1] == "stop"
+    engine.close()
+
+
+def test_what_is_refused_before_it_is_queued_holds_nothing(base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
+    """Its constraint is wrong, too many others wait, or its client has left; it has an adapter."""
+    engine = make_engine(base, list(adapters.values()), max_queued=2)
+    fields: dict[str, Any] = {"adapter": adapters["r2"], "max_tokens": 4}
+    asked = [request(f"{i}", (1, 2), structured=Constraint.from_choice(["yes"]), **fields) for i in range(4)]
+    asked += [
+        request("bad", (1, 2), structured=Constraint.from_regex("("), **fields),
+        request("gone", (1, 2), **fields),
+    ]
+    engine.add(asked[0])
+    engine.cancel("0")
+    out = answers(engine, asked)
+    assert "regular expression cannot" in out["bad"][1]
+    assert 2 <= sum("Overloaded" in end for _, end in out.values()) <= 3  # at most two of four, ready at once, can wait
+    assert sum(ids[-1:] == [258] for ids, _ in out.values()) >= 1
+    assert not engine.residency.table.wants()
     engine.close()
 
 
