@@ -252,9 +252,8 @@ class Engine:
         del self._requests[request.request_id]
         if self._grammars.forget(request):
             return  # it was not queued, and holds nothing
-        if request.adapter is not None:
-            num_tokens = request.num_prompt_counted + len(request.output_ids)
-            self.residency.table.usage.request_ended(request.adapter, num_tokens)
+        if (ref := request.adapter) is not None:
+            self.residency.table.usage.request_ended(ref, request.num_prompt_counted + len(request.output_ids))
         self.scheduler.remove(request)
 
     # -- adapters -----------------------------------------------------------------------------------------------------
