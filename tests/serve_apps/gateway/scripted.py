@@ -38,9 +38,12 @@ def gateway_app(base: BaseModel, catalog_url: str, engines: Engines, **spec: Any
     return create_app(Gateway(serve, directory, PromptEncoder.load(base, serve.tool_parser), engines))
 
 
-def register(catalog: Catalog, name: str, base_fingerprint: str, *, context_length: int = 512) -> AdapterVersion:
+def register(
+    catalog: Catalog, name: str, base_fingerprint: str, *, context_length: int = 512, **fields: Any
+) -> AdapterVersion:
     """Registers a version in the catalog, without an adapter in the store."""
     num_versions = len(catalog.adapter(name).versions) if any(e.name == name for e in catalog.adapters()) else 0
+    given: dict[str, Any] = {"files": {}} | fields
     manifest = AdapterManifest(
         method="lora",
         base="tiny",
@@ -50,8 +53,8 @@ def register(catalog: Catalog, name: str, base_fingerprint: str, *, context_leng
         num_parameters=10,
         nbytes=40,
         context_length=context_length,
-        files={},
         created_at="2026-01-01T00:00:00+00:00",
+        **given,
     )
     return catalog.register(name, f"{num_versions:064x}", manifest)
 

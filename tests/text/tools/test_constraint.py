@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import jsonschema
 import pytest
+from tokenizers import AddedToken
 
 from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
@@ -35,10 +36,13 @@ FORMS: tuple[ToolParserName, ...] = get_args(ToolParserName)
 class Tokens:
     """A base's tokenizer, whose markers are text, or tokens of their own."""
 
-    def __init__(self, base: BaseModel, folder: Path | None) -> None:
+    def __init__(self, base: BaseModel, folder: Path, kind: str) -> None:
         tokenizer = byte_tokenizer()
-        if folder is not None:
-            tokenizer.add_special_tokens({"additional_special_tokens": [m for ms in MARKERS.values() for m in ms]})
+        if kind != "text":
+            markers = [
+                AddedToken(m, special=kind == "special", normalized=False) for ms in MARKERS.values() for m in ms
+            ]
+            tokenizer.add_tokens(markers, special_tokens=kind == "special")
             tokenizer.save_pretrained(folder)
             base = replace(base, path=folder)
         self.ids: dict[str, int] = tokenizer.get_added_vocab()
@@ -68,9 +72,10 @@ class Tokens:
         return None
 
 
-@pytest.fixture(scope="module", params=["text", "tokens"])
+@pytest.fixture(scope="module", params=["text", "special", "added"])
 def tokens(request: Any, tiny_base: Callable[..., BaseModel], tmp_path_factory: pytest.TempPathFactory) -> Tokens:
-    return Tokens(tiny_base(), tmp_path_factory.mktemp("tokens") if request.param == "tokens" else None)
+    """Markers are special tokens in Mistral's and Llama's tokenizers, and added ones that are not special in Qwen's."""
+    return Tokens(tiny_base(), tmp_path_factory.mktemp("tokens"), request.param)
 
 
 def read(form: ToolParserName, use: ToolUse, text: str) -> tuple[str, list[tuple[str, str]]]:
