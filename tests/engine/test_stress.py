@@ -1,5 +1,6 @@
-"""Random requests in the smallest pool that can run them, with cancellations and loads that fail or are corrupt. No
-request is lost or answered wrongly, and no row or block leaks; checked after every step.
+"""Random requests in the smallest pool that can run them, some of them held to a constraint, with cancellations and
+loads that fail or are corrupt. No request is lost or answered wrongly, and no row or block leaks; checked after every
+step.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from loray.adapters.weights import AdapterWeights, LoraWeights, VeraWeights
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.errors import IntegrityError
-from loray.spec import AdapterRef, GenerateRequest
+from loray.spec import AdapterRef, Constraint, GenerateRequest
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import fill_up, make_engine, request, run
 from tests.engine.scheduling.simulation import no_backoff
 
+# Most of the first one's tokens are forced, and none of the second's.
+COMPACT = {"type": "array", "items": {"enum": ["a long word", {"key": None}]}, "minItems": 1}
+CONSTRAINTS = [None, Constraint.from_schema(COMPACT, whitespace=""), None, Constraint.from_regex("[a-z ]{5,90}"), None]
 BLOCK_TOKENS = 4
 BLOCK_BYTES = 2 * 2 * BLOCK_TOKENS * 2 * 16 * 4  # layers, K and V, tokens, heads, d, fp32
 
@@ -35,6 +39,7 @@ def cases(adapters: dict[str, TestAdapter], max_tokens: int) -> list[GenerateReq
             system[i % 2][: rng.choice([0, 16, 24])] + [rng.randrange(256) for _ in range(rng.randint(1, 15))],
             models[i % len(models)],
             max_tokens=rng.randint(1, max_tokens),
+            structured=CONSTRAINTS[i % len(CONSTRAINTS)],
         )
         for i in range(8 * len(models))
     ]

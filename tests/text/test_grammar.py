@@ -127,6 +127,8 @@ REFUSED: dict[str, tuple[Constraint, str]] = {
     "lark": (Constraint.from_grammar("start: a"), "grammar cannot be enforced"),
     "no start": (Constraint.from_grammar('a: "b"'), "grammar cannot be read"),
     "gbnf": (Constraint.from_grammar('root ::= ("a"'), "grammar cannot be read"),
+    "no rules": (Constraint.from_grammar(""), "grammar cannot be read"),
+    "unknown rule": (Constraint.from_grammar("root ::= other"), "grammar cannot be read"),
     "special token": (Constraint.from_grammar("start: <|no_such_token|>"), "grammar cannot be enforced"),
     "long": (Constraint.from_regex("a" * (MAX_CHARACTERS + 1)), "may have"),
     "deep regex": (Constraint.from_regex(BRACKETS), "nest"),

@@ -101,7 +101,7 @@ def _check_size(constraint: Constraint) -> None:
 def _grammar(constraint: Constraint) -> dict[str, Any]:
     """As llguidance takes it. ValueError where the text is not what it must be."""
     from llguidance import regex_to_lark
-    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+    from llguidance.gbnf_to_lark import any_to_lark
 
     if constraint.kind == "json_schema":
         return {"json_schema": _schema(constraint)}
@@ -111,8 +111,8 @@ def _grammar(constraint: Constraint) -> dict[str, Any]:
         return {"lark_grammar": f"start: {' | '.join(json.dumps(text) for text in json.loads(constraint.text))}"}
     try:
         return {"lark_grammar": any_to_lark(constraint.text)}
-    except GbnfToLarkError as e:
-        raise ValueError(str(e)) from e
+    except Exception as e:
+        raise ValueError(f"it is not Lark, as no rule is called start, and as GBNF it is wrong: {e}") from e
 
 
 def _schema(constraint: Constraint) -> dict[str, Any]:
