@@ -135,6 +135,21 @@ def test_deep_schemas_are_refused() -> None:
             constraint(guided_json=nested(depth))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_json": {"enum": list(range(1_000_000))}},
+        {"guided_json": {"properties": {str(i): {"type": "string"} for i in range(15_000)}}},
+        {"guided_choice": ["x"] * 1_000_000},
+    ],
+    ids=["enum", "properties", "choice"],
+)
+def test_large_ones_are_refused_before_they_are_copied(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "dumps", None)
+    with pytest.raises(RequestError, match="more than 20000 values|at most 10000 items"):
+        constraint(**fields)
+
+
 def test_allowed_tokens_and_bad_words() -> None:
     body = {"model": "m", "prompt": "x", "allowed_token_ids": [1, 2], "bad_words": ["no", "never"]}
     request = parse(CompletionRequest, body)

@@ -54,6 +54,9 @@ class GrammarCompiler:
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise RequestError(f"the {_NAMES[constraint.kind]} cannot be enforced: {_first_line(matcher.get_error())}")
+        matcher.compute_bitmask()  # the first takes milliseconds; copies of the matcher have what it found
+        if matcher.is_error():
+            raise RequestError(f"no answer can match the {_NAMES[constraint.kind]}; correct it")
         return matcher
 
     def warm(self) -> None:

@@ -43,8 +43,7 @@ class GrammarChecker:
 
     def _refusal(self, constraint: Constraint) -> str | None:
         try:
-            matcher = self._compiler.compile(constraint)
+            self._compiler.compile(constraint)
         except RequestError as e:
             return str(e)
-        matcher.compute_bitmask()
-        return "no answer can match the constraint; correct it" if matcher.is_error() else None
+        return None

@@ -15,6 +15,8 @@ from loray.spec import Constraint
 from loray.spec.structured import ANY_OBJECT, Schema, Tag
 
 MAX_SCHEMA_DEPTH = 64
+MAX_SCHEMA_NODES = 20_000
+MAX_CHOICES = 10_000
 _FIELD = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
@@ -37,9 +39,12 @@ def schema(value: object) -> object:
 
 
 def _check_depth(value: object) -> None:
-    level = [value]
+    level, num_nodes = [value], 0
     for _ in range(MAX_SCHEMA_DEPTH):
         level = [child for node in level for child in _children(node)]
+        num_nodes += len(level)
+        if num_nodes > MAX_SCHEMA_NODES:
+            raise RequestError(f"the schema has more than {MAX_SCHEMA_NODES} values; use a smaller one")
         if not level:
             return
     raise RequestError(f"the schema is nested deeper than {MAX_SCHEMA_DEPTH} levels; use $defs and $ref")
@@ -104,7 +109,7 @@ class StructuredOutputs(BaseModel):
 
     json_: JsonSchema | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | None = None
@@ -135,7 +140,7 @@ class StructuredFields(BaseModel):
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonSchema | None = Field(default=None, description="structured_outputs.json, as older vLLM has it")
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
     guided_whitespace_pattern: str | None = None
