@@ -146,7 +146,7 @@ def test_deep_schemas_are_refused() -> None:
 )
 def test_large_ones_are_refused_before_they_are_copied(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json, "dumps", None)
-    with pytest.raises(RequestError, match="more than 20000 values|at most 10000 items"):
+    with pytest.raises(RequestError, match=r"more than 20000 values|at most 10000 items"):
         constraint(**fields)
 
 
