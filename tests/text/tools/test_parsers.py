@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from loray.spec import Tool, ToolCallDelta, ToolParserName, ToolUse
 from loray.text.tools import Piece, ToolParser, parser_for
+from loray.text.tools.parser import CharacterParser
 
 USE = ToolUse((Tool("add", {}), Tool("now", {})))
 A, B = '{"a": [1, {"b": "}]"}], "c": "\\"</tool_call>"}', "{}"
@@ -31,6 +32,15 @@ def read(form: ToolParserName, chunks: Iterable[str]) -> Result:
     parser: ToolParser = parser_for(form, USE)
     pieces: list[Piece] = [piece for chunk in chunks for piece in parser.push(chunk)] + list(parser.finish())
     return joined(pieces)
+
+
+def read_slowly(form: ToolParserName, text: str) -> Result:
+    """Each character through the generator, which `push` leaves out where it can."""
+    parser = parser_for(form, USE)
+    assert isinstance(parser, CharacterParser)
+    for c in text:
+        parser._reading.send(c)
+    return joined(parser.finish())
 
 
 def joined(pieces: Sequence[Piece]) -> Result:
@@ -102,7 +112,7 @@ CASES: dict[str, tuple[ToolParserName, str, Result]] = {
 def test_what_is_text_and_what_is_a_call(case: str) -> None:
     form, text, expected = CASES[case]
     assert read(form, [text]) == expected
-    assert read(form, text) == expected  # one character after the other
+    assert read(form, text) == read_slowly(form, text) == expected  # one character after the other
 
 
 # Pieces of which calls are made, in any order: nearly all of them malformed, at every point.
@@ -119,8 +129,8 @@ forms = st.sampled_from(["hermes", "llama3_json", "mistral"])
 def test_no_cut_changes_the_result_and_no_text_is_lost(form: ToolParserName, text: str, cuts: list[int]) -> None:
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     chunks = [text[i:j] for i, j in pairwise(bounds)]
-    whole = read(form, [text])
-    assert read(form, chunks) == whole
+    whole = read_slowly(form, text)
+    assert read(form, chunks) == read(form, [text]) == whole
     if not whole.calls:
         assert whole.text == text
     said = "".join((whole.text, *(name + arguments for name, arguments in whole.calls)))

@@ -52,6 +52,11 @@ class CallObject:
             return self._end()
         return Progress.MORE
 
+    @property
+    def in_string(self) -> bool:
+        """Whether a string of the arguments goes on, of which `feed` needs not see what neither ends nor escapes."""
+        return self._has_arguments and not self.complete and self.name is not None and self._scanner.in_string
+
     def take(self) -> str:
         """The arguments that have come since the last call; nothing before the call has begun."""
         if self.name is None:
@@ -116,6 +121,10 @@ class ArgumentsObject:
         self._new += c
         self.complete = part is Part.END
         return Progress.DONE if self.complete else Progress.MORE
+
+    @property
+    def in_string(self) -> bool:
+        return self.name is not None and self._scanner.in_string
 
     def take(self) -> str:
         new, self._new = self._new, ""

@@ -47,6 +47,10 @@ class JsonScanner:
         """Objects and arrays that are open."""
         return len(self._open)
 
+    @property
+    def in_string(self) -> bool:
+        return self._state == "string"
+
     def feed(self, c: str) -> Part:
         if not self._open:
             if c != "{":

@@ -6,10 +6,12 @@ A parser is a generator that receives characters and END. So the result cannot d
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 from loray.spec import ToolCallDelta
 from loray.text.tools.call_object import ArgumentsObject, CallObject, Progress
@@ -37,6 +39,22 @@ def new_call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
+class _Shortcut(NamedTuple):
+    """What a text that matches `plain` is, where the generator waits: it needs not read it."""
+
+    plain: re.Pattern[str]
+    emit: Callable[[str], None]
+
+
+_IN_STRING = re.compile(r'[^"\\\x00-\x1f]+')
+
+
+@lru_cache
+def _without(first: str) -> re.Pattern[str]:
+    """Text without `first`, with which markers begin, and without whitespace at its end, which may belong to one."""
+    return re.compile(rf"[^{re.escape(first)}]*[^{re.escape(first)}\s]")
+
+
 class CharacterParser:
     """Runs `_read`, the family's generator, over the text."""
 
@@ -44,12 +62,17 @@ class CharacterParser:
         self._names, self._new_id = names, new_id
         self._num_calls = 0
         self._out: list[Piece] = []
+        self._shortcut: _Shortcut | None = None
         self._reading = self._read()
         next(self._reading)
 
     def push(self, text: str) -> Sequence[Piece]:
-        for c in text:
-            self._reading.send(c)
+        take = self._shortcut
+        if take is not None and take.plain.fullmatch(text):
+            take.emit(text)
+        else:
+            for c in text:
+                self._reading.send(c)
         return self._taken()
 
     def finish(self) -> Sequence[Piece]:
@@ -116,7 +139,10 @@ class CharacterParser:
                 if certain:
                     self._text(certain)
                     pending, markers, after_call = pending[len(certain) :], [begin], False
+            if not pending and not after_call:
+                self._shortcut = _Shortcut(_without(begin[0]), self._text)
             c = yield
+            self._shortcut = None
         self._text(pending)
         return None
 
@@ -139,7 +165,10 @@ class CharacterParser:
                 return c
             if not begun:
                 raw += c
+            if call.in_string:
+                self._shortcut = _Shortcut(_IN_STRING, self._arguments)
             c = yield
+            self._shortcut = None
         if not begun:
             self._text(raw)
         return None
