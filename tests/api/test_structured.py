@@ -112,6 +112,8 @@ def test_structural_tags() -> None:
         ({"structured_outputs": {"structural_tag": '{"type": "text"}'}}, "must be of"),
         ({"response_format": TAGS | {"triggers": ["<g="]}}, "no trigger is the beginning"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"bad_words": ["x" * 257]}, "256 characters"),
+        ({"bad_words": [""]}, "non-empty string"),
     ],
 )
 def test_refusals_name_the_field(fields: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@ from loray.errors import RequestError, shown
 
 MAX_CHOICES = 128  # of one request, all prompts together
 MAX_STOP_STRINGS = 16
-MAX_STOP_CHARACTERS = 256  # of each
+MAX_STOP_CHARACTERS = 256  # of each, also of bad words
 MAX_STOP_TOKENS = 128
 MAX_BAD_WORDS = 128
 MAX_BIASES = 1024
@@ -19,14 +19,17 @@ PromptForms = str | list[str] | list[int] | list[list[int]]
 
 def stop_strings(value: object) -> object:
     """`stop`: a string or a list of them."""
-    values = _strings(value, MAX_STOP_STRINGS)
-    if any(len(v) > MAX_STOP_CHARACTERS for v in values):
-        raise RequestError(f"each string may have {MAX_STOP_CHARACTERS:,} characters at most")
-    return values
+    return _short(_strings(value, MAX_STOP_STRINGS))
 
 
 def bad_words(value: object) -> object:
-    return _strings(value, MAX_BAD_WORDS)
+    return _short(_strings(value, MAX_BAD_WORDS))
+
+
+def _short(values: tuple[str, ...]) -> tuple[str, ...]:
+    if any(len(v) > MAX_STOP_CHARACTERS for v in values):
+        raise RequestError(f"each string may have {MAX_STOP_CHARACTERS:,} characters at most")
+    return values
 
 
 def _strings(value: object, limit: int) -> tuple[str, ...]:
