@@ -34,6 +34,9 @@ def test_what_a_request_asks_for() -> None:
     named = use(tools=[ADD, NOW], tool_choice=NAMED)
     assert named is not None
     assert (named.callable, named.forced, named.num_calls) == (tools[1:], True, 1)
+    allowed = {"mode": "required", "tools": [NAMED]}
+    of_two = use(tools=[ADD, NOW], tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    assert of_two == ToolUse(tools[1:], "required")
     strict = use(tools=[{"type": "function", "function": NOW["function"] | {"strict": True, "parameters": None}}])
     assert strict is not None
     assert strict.tools[0].strict
@@ -46,6 +49,8 @@ def test_what_a_request_asks_for() -> None:
     [
         ({"tool_choice": "required"}, "no tools", "tool_choice"),
         ({"tools": [ADD], "tool_choice": NAMED}, "names 'now'; the tools are add", "tool_choice"),
+        ({"tools": [ADD], "tool_choice": {"type": "any"}}, "must be none, auto, required", "tool_choice"),
+        ({"tools": [ADD], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "must be", "tool_choice"),
         ({"tools": [ADD, ADD]}, "two tools are called 'add'", "tools"),
         ({"tools": [{"type": "web_search"}]}, "tools of type 'web_search'", "tools.0"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "name: ", "tools.0.function.name"),

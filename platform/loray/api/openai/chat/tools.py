@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from loray.api.openai.body import Body
 from loray.api.openai.structured import JsonSchema
@@ -60,23 +61,47 @@ class NamedChoice(Body):
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+class AllowedSet(Body):
+    mode: Literal["auto", "required"]
+    tools: tuple[NamedChoice, ...] = Field(strict=False)
+
+
+class AllowedTools(Body):
+    """Some of the tools, of which the model may (auto) or must (required) call; it is shown no others."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedSet
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tool.function.name for tool in self.allowed_tools.tools)
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedTools
+_CHOICES: dict[str, type[Body]] = {"function": NamedChoice, "allowed_tools": AllowedTools}
 
 
 def choice_of(value: object) -> object:
     """`tool_choice`, with one error for all that it may not be."""
-    match value:
-        case "none" | "auto" | "required":
-            return value
-        case {"type": "function", "function": {"name": str(name)}}:
-            return NamedChoice(function=FunctionName(name=name))
+    if value in ("none", "auto", "required"):
+        return value
+    kind = value.get("type") if isinstance(value, dict) else None
+    with suppress(ValidationError):
+        if isinstance(kind, str) and kind in _CHOICES:
+            return _CHOICES[kind].model_validate(value)
     form = '{"type": "function", "function": {"name": ...}}'
-    raise RequestError(f"must be none, auto, required or {form}")
+    raise RequestError(f"must be none, auto, required, {form}, or allowed_tools with a mode and such tools")
 
 
 def tool_use(tools: Sequence[FunctionTool], choice: ToolChoice, parallel: bool) -> ToolUse | None:
     """What the fields of a request mean; None where nothing is to be called. RequestError where they contradict."""
     names = [tool.function.name for tool in tools]
+    if isinstance(choice, AllowedTools):
+        unknown = [name for name in choice.names if name not in names]
+        if unknown:
+            raise RequestError(f"tool_choice allows {shown(unknown[0])}, which is no tool", "tool_choice")
+        allowed = [tool for tool in tools if tool.function.name in choice.names]
+        return tool_use(allowed, choice.allowed_tools.mode, parallel)
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise RequestError(f"two tools are called {twice!r}", "tools")
