@@ -182,6 +182,18 @@ def test_a_request_can_be_cancelled_while_its_constraint_is_compiled(worded: Bas
     engine.close()
 
 
+def test_a_compiler_that_fails_ends_its_request_alone(worded: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(worded)
+
+    def fail(constraint: Constraint) -> None:
+        raise BaseException("panicked")  # as Rust's panics are in Python
+
+    monkeypatch.setattr(engine._grammars._compiler, "compile", fail)
+    out = answers(engine, [request("bad", PROMPT, structured=Constraint.from_regex("a")), request("free", PROMPT)])
+    assert "panicked" in out["bad"][1]
+    assert out["free"][1] == "length"
+
+
 def test_what_is_refused_before_it_is_queued_holds_nothing(base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
     """Its constraint is wrong, too many others wait, or its client has left; it has an adapter."""
     engine = make_engine(base, list(adapters.values()), max_queued=2)

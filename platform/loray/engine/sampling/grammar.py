@@ -116,14 +116,18 @@ class Grammars:
             return []
         refused: list[tuple[Request, Exception]] = []
         for request, compiled in [(r, f) for r, f in self._preparing.items() if f.done()]:
+            error = compiled.exception()
+            if error is not None:
+                mine = error if isinstance(error, LorayError) else RequestError(f"the constraint fails: {error!r}")
+                refused.append((request, mine))
+                continue
             try:
-                answer = _Answer(compiled.result().deep_copy())
                 add(request)
             except LorayError as e:
                 refused.append((request, e))
             else:
                 del self._preparing[request]
-                self._answers[request] = answer
+                self._answers[request] = _Answer(compiled.result().deep_copy())
         return refused
 
     def forget(self, request: Request) -> bool:
