@@ -156,6 +156,24 @@ def test_an_answer_by_schema_or_a_call(tokens: Tokens, form: ToolParserName) -> 
         tokens.constraint(ToolUse((DRAW,)), form, Constraint.from_regex("a"))
 
 
+def test_words_for_readers_are_not_part_of_the_grammar(tokens: Tokens) -> None:
+    schema: dict[str, Any] = {
+        "title": "((((",
+        "type": "object",
+        "properties": {
+            "title": {"description": "((((" * 1000, "anyOf": [{"const": {"title": 1}}, {"examples": ["(" * 300]}]},
+            "description": {"enum": [{"default": 2}]},
+        },
+        "required": ["title", "description"],
+        "additionalProperties": False,
+    }
+    constraint = tokens.constraint(ToolUse((Tool("f", schema),), "required"), "hermes")
+    assert "(((" not in constraint.text
+    called = write("hermes", "f", tokens)
+    assert tokens.matches(constraint, called('{"title": {"title": 1}, "description": {"default": 2}}'))
+    assert not tokens.matches(constraint, called('{"title": 1, "description": {}}'))
+
+
 def test_the_model_is_free_where_nothing_is_asked(tokens: Tokens) -> None:
     assert calls_constraint(ToolUse((CLEAR, ANY)), "hermes", tokens.ids.get) is None
 

@@ -17,6 +17,9 @@ from loray.text.tools.families import HermesParser, LlamaParser, MistralParser
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _TEXT = r"TEXT: /(.|\n)*/"
 _COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties", "unevaluatedProperties"}
+_BY_NAME = {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}  # name → schema
+_VALUES = {"const", "dependentRequired", "enum", "required"}
+_WORDS = {"$comment", "default", "description", "examples", "title"}
 Symbol = Callable[[str], str]  # a marker as llguidance has it: the token where the tokenizer has one, else its text
 
 
@@ -115,7 +118,24 @@ class _Rules:
 
 
 def _schema(schema: Mapping[str, Any], *, lenient: bool) -> str:
-    return json.dumps({**schema, "x-guidance": {**_JSON, "lenient": lenient}})
+    return json.dumps({**_without_words(schema), "x-guidance": {**_JSON, "lenient": lenient}})
+
+
+def _without_words(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema without what is written for readers: a grammar may have so many characters and brackets."""
+    out: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, dict):
+            out[key] = {name: _part(part) for name, part in value.items()}
+        elif key in _VALUES:
+            out[key] = value
+        elif key not in _WORDS:
+            out[key] = [_part(part) for part in value] if isinstance(value, list) else _part(value)
+    return out
+
+
+def _part(value: Any) -> Any:
+    return _without_words(value) if isinstance(value, dict) else value
 
 
 def _answer_schema(answer: Constraint) -> str:
