@@ -112,6 +112,26 @@ def test_calls_are_parsed_whole_and_streamed(client: openai.OpenAI, base: BaseMo
         ]
 
 
+def test_responses_are_parsed_with_formats_and_calls(client: openai.OpenAI, base: BaseModel) -> None:
+    given: Any = {"model": base.name, "input": ASK, "max_output_tokens": 400, "extra_body": {"seed": 1}}
+    assert isinstance(client.responses.parse(**given, text_format=Add).output_parsed, Add)
+    tools = [{"type": "function", **tool["function"]} for tool in (ADD, PAINT)]
+    given |= {"tools": tools, "tool_choice": {"type": "function", "name": "add"}}
+    (call,) = client.responses.create(**given).output
+    assert call.type == "function_call"
+    assert Add.model_validate_json(call.arguments)
+    with client.responses.stream(**given) as stream:
+        kinds = [event.type.removeprefix("response.") for event in stream]
+        (streamed,) = stream.get_final_response().output
+    assert streamed.type == "function_call"
+    assert (streamed.name, streamed.arguments) == ("add", call.arguments)
+    assert kinds[:3] == ["created", "in_progress", "output_item.added"]
+    assert kinds[-3:] == ["function_call_arguments.done", "output_item.done", "completed"]
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}
+    given |= {"input": [*ASK, call.to_dict(), output], "tool_choice": "none"}
+    assert client.responses.create(**given).output[0].type == "message"
+
+
 def test_an_agents_loop_with_two_tools_ends(client: openai.OpenAI, base: BaseModel) -> None:
     tools: dict[str, Callable[[dict[str, Any]], object]] = {"add": lambda a: a["a"] + a["b"], "paint": lambda a: "done"}
     choices: Iterator[Any] = iter([{"type": "function", "function": {"name": "add"}}, "required", "none"])
