@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loray.engine.request import Request
+from loray.engine.sampling import logits as logits_module
 from loray.engine.sampling.history import BadWords, Occurrences
 from loray.engine.sampling.logits import process
 from loray.spec import GenerateRequest, SamplingParams
@@ -63,9 +64,11 @@ def requests(seed: int) -> list[Request]:
     ]
 
 
+@pytest.mark.parametrize("many", [4096, 60], ids=["looked up", "also whole rows"])
 @pytest.mark.parametrize("batch", [1, 5, 16])
-def test_logits_are_those_of_the_whole_output(batch: int) -> None:
+def test_logits_are_those_of_the_whole_output(batch: int, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows join and leave the batch, as when requests are preempted; the last ones have many distinct tokens."""
+    monkeypatch.setattr(logits_module, "_MANY", many)
     rng, generator = random.Random(1), torch.Generator().manual_seed(0)
     rows = requests(0)
     for _ in range(120):

@@ -18,14 +18,17 @@ Values = npt.NDArray[np.float64]
 class Occurrences:
     """Distinct tokens in the order of their first occurrence, with how often each occurred, and a value of each."""
 
-    def __init__(self, token_ids: Iterable[int] = ()) -> None:
+    def __init__(self, token_ids: Iterable[int] = (), *, value: float = 0.0, others: float = 0.0) -> None:
+        """`value`: of all of `token_ids`; `others`: of tokens that have not occurred."""
         counts: dict[int, int] = {}
         for token in token_ids:
             counts[token] = counts.get(token, 0) + 1
         self._places = {token: place for place, token in enumerate(counts)}
         self._counts = list(counts.values())
         self._tokens = np.array([*counts], dtype=np.int64)
-        self._values: Values = np.zeros(len(counts))
+        self._values: Values = np.full(len(counts), value)
+        self._others = others
+        self._dense: npt.NDArray[np.float32] | None = None
 
     @property
     def tokens(self) -> Tokens:
@@ -34,6 +37,16 @@ class Occurrences:
     @property
     def values(self) -> Values:
         return self._values[: len(self._counts)]
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def dense(self, vocab_size: int) -> npt.NDArray[np.float32]:
+        """A value for each token of the vocabulary. Made at the first call, and kept from then on."""
+        if self._dense is None:
+            self._dense = np.full(vocab_size, self._others, dtype=np.float32)
+            self._dense[self.tokens] = self.values
+        return self._dense
 
     def add(self, token: int) -> int:
         """One more occurrence; returns how many there are now."""
@@ -48,6 +61,8 @@ class Occurrences:
 
     def set_value(self, token: int, value: float) -> None:
         self._values[self._places[token]] = value
+        if self._dense is not None:
+            self._dense[token] = value
 
 
 class BadWords:
@@ -69,7 +84,7 @@ class BadWords:
 class History:
     """Of one request. `read` takes in its tokens; the rest is what they mean for the logits of the next one.
 
-    repeated  tokens of prompt and output, for the repetition penalty
+    repeated  tokens of prompt and output, with their repetition penalty
     produced  tokens of the output, with what frequency and presence penalty add to their logits
     """
 
@@ -80,15 +95,17 @@ class History:
         self._num_read = 0
         self.allowed = None if p.allowed_token_ids is None else np.array(sorted({*p.allowed_token_ids}), dtype=np.int64)
         self.bias = np.array([*p.logit_bias], dtype=np.int64), np.array([*p.logit_bias.values()], dtype=np.float64)
-        self.repeated = Occurrences(spec.prompt_ids) if p.repetition_penalty != 1 else None
+        self.repeated: Occurrences | None = None
+        if (penalty := p.repetition_penalty) != 1:
+            self.repeated = Occurrences(spec.prompt_ids, value=penalty, others=1.0)
         self.produced = Occurrences() if p.presence_penalty or p.frequency_penalty else None
 
     def read(self, output_ids: Sequence[int]) -> None:
         """Take in the tokens that came since the last call."""
         p = self._params
         for token in output_ids[self._num_read :]:
-            if self.repeated is not None:
-                self.repeated.add(token)
+            if self.repeated is not None and self.repeated.add(token) == 1:
+                self.repeated.set_value(token, p.repetition_penalty)
             if self.produced is not None:
                 self.produced.set_value(token, -(p.frequency_penalty * self.produced.add(token) + p.presence_penalty))
         self._num_read = len(output_ids)

@@ -5,7 +5,7 @@ bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from loray.engine.request import Request
 from loray.engine.sampling.grammar import Masks
-from loray.engine.sampling.history import History, Tokens, Values
+from loray.engine.sampling.history import History, Occurrences, Tokens, Values
 
+_MANY = 4096  # tokens of a row
 _Entry = tuple[int, Tokens, Values | float]  # a row, its tokens, a value of each or one of all
 
 
@@ -39,12 +40,22 @@ def process(
     forbidden = [(i, h.forbidden(r.output_ids, may_end=r in ended), -math.inf) for i, r, h in rows]
     _assign(logits_SV, forbidden)
     _add(logits_SV, [(i, *h.bias) for i, _, h in rows])
-    _scale(
-        logits_SV,
-        [(i, h.repeated.tokens, r.spec.params.repetition_penalty) for i, r, h in rows if h.repeated is not None],
-    )
-    _add(logits_SV, [(i, h.produced.tokens, h.produced.values) for i, _, h in rows if h.produced is not None])
+    _penalise(logits_SV, [(i, h.repeated) for i, _, h in rows if h.repeated is not None], _scale, _scaled)
+    _penalise(logits_SV, [(i, h.produced) for i, _, h in rows if h.produced is not None], _add, torch.add)
     return logits_SV
+
+
+def _penalise(
+    logits_SV: Tensor,
+    rows: Sequence[tuple[int, Occurrences]],
+    some: Callable[[Tensor, Sequence[_Entry]], None],
+    whole: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """With `some`, or on a CPU with `whole` rows where that is less work than to look up so many tokens."""
+    most = math.inf if logits_SV.is_cuda else _MANY
+    some(logits_SV, [(i, found.tokens, found.values) for i, found in rows if len(found) <= most])
+    for i, found in ((i, found) for i, found in rows if len(found) > most):
+        logits_SV[i] = whole(logits_SV[i], torch.from_numpy(found.dense(logits_SV.shape[1])))
 
 
 def _history(request: Request, eos_token_ids: Sequence[int]) -> History | None:
@@ -114,5 +125,8 @@ def _scale(logits_SV: Tensor, entries: Sequence[_Entry]) -> None:
     """Keskar et al., 2019 (CTRL), equation 3: logits that are positive are divided, others multiplied."""
     if (found := _index(logits_SV, entries)) is not None:
         at, values = found
-        logits = logits_SV[at]
-        logits_SV[at] = torch.where(logits > 0, logits / values, logits * values)
+        logits_SV[at] = _scaled(logits_SV[at], values)
+
+
+def _scaled(logits: Tensor, values: Tensor) -> Tensor:
+    return torch.where(logits > 0, logits / values, logits * values)
