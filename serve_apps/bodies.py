@@ -1,7 +1,7 @@
 """Bodies of requests: limited in size while they are read, and in shape before they become Python objects.
 
 Python's JSON parser holds the interpreter's lock from beginning to end, so the limits bound how long a body can delay
-other requests: about 25 ms for the worst one that is taken. Longer bodies are parsed in a thread.
+other requests: about 30 ms for the worst one that is taken. Longer bodies are parsed in a thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 MAX_DEPTH = 64
 MAX_MEMBERS = 2048  # of one object
 MAX_ARRAYS_AND_OBJECTS = 1 << 15
-MAX_VALUES = 1 << 19
+MAX_VALUES = 1 << 18
 INLINE_BYTES = 64 << 10  # bodies up to this size are parsed in the event loop: at most a few milliseconds
 _threads = ThreadPoolExecutor(1, thread_name_prefix="bodies")
 T = TypeVar("T")

@@ -11,9 +11,11 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from loray.errors import LorayError
 
+CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only metrics show it
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -35,6 +37,10 @@ def install_error_handlers(
     @app.exception_handler(Exception)
     async def on_error(_: Request, error: Exception) -> Response:
         return failed(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_LEFT)  # which nobody reads
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: Request, error: RequestValidationError) -> Response:

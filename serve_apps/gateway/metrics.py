@@ -11,8 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loray.telemetry import METRICS
 from serve_apps.exposition import counter, gauge, merge
 from serve_apps.gateway.directory import ModelDirectory
-
-_CLIENT_LEFT = 499  # nginx's status for a client that has disconnected; only the metrics show it
+from serve_apps.http import CLIENT_LEFT
 
 
 class GatewayMetrics:
@@ -54,7 +53,7 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        code = _CLIENT_LEFT  # unless a response is sent
+        code = CLIENT_LEFT  # unless a response is sent
 
         async def counting_send(message: Message) -> None:
             nonlocal code
@@ -66,7 +65,7 @@ class CountRequests:
         try:
             await self._app(scope, receive, counting_send)
         except Exception:
-            if code == _CLIENT_LEFT:
+            if code == CLIENT_LEFT:
                 code = 500  # an outer middleware turns an unexpected error into this response
             raise
         finally:

@@ -31,7 +31,8 @@ def create_router(gateway: Gateway) -> APIRouter:
         else:
             special = body.add_special_tokens is not False
             (ids,) = await prompts.texts((body.prompt or "",), None, special=special)
-        answer = TokenizeResponse(count=len(ids), max_model_len=limit, tokens=list(ids))
+        # Without a check of what may be hundreds of thousands of tokens.
+        answer = TokenizeResponse.model_construct(count=len(ids), max_model_len=limit, tokens=list(ids))
         if body.return_token_strs:
             answer = answer.model_copy(update={"token_strs": await prompts.token_strings(ids)})
         return Response(answer.to_json(), media_type="application/json")

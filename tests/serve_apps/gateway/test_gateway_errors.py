@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from loray.catalog import Catalog
 from loray.engine.pool.pool import cut_pool
 from loray.errors import EngineError, IntegrityError, Overloaded, RequestError, StoreError
 from loray.spec import ServeSpec
-from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
+from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app, register
 from tests.serve_apps.gateway.test_gateway import (
     _HALF_A_PAIR,
     CHAT,
@@ -159,3 +161,22 @@ def test_unknown_urls_and_methods(client_of: Any) -> None:
         response = client.get("/v1/completions")
         assert error_of(response, 405)["code"] == "method_not_allowed"
         assert response.headers["allow"] == "POST"
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(
+    base: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    app = gateway_app(base, catalog_url(tmp_path), ScriptedEngines())
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 499
+    assert not caplog.records

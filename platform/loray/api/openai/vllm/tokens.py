@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from loray.api.openai import fields
 from loray.api.openai.body import Body
@@ -53,7 +53,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = Field(default=None, min_length=1, description="the base, unless given")
-    tokens: Annotated[tuple[int, ...], BeforeValidator(fields.token_ids)]
+    tokens: Annotated[tuple[int, ...], PlainValidator(fields.token_ids, json_schema_input_type=list[int])]
 
 
 class DetokenizeResponse(ResponseBody):
