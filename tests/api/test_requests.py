@@ -105,6 +105,7 @@ def test_an_echo_with_logprobs_asks_for_those_of_the_prompt() -> None:
 
 
 def test_values_without_effect_are_accepted() -> None:
+    completion(spaces_between_special_tokens=True, logits_processors=[])
     completion(echo=False, suffix="", best_of=2, n=2, logit_bias={}, repetition_penalty=1)
     chat(tools=[], tool_choice="none", response_format={"type": "text"}, store=False, metadata={}, user="me")
 

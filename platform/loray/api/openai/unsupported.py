@@ -33,6 +33,8 @@ _UNSUPPORTED: Mapping[str, _Refusal] = {
     "prediction": _Refusal((), "predicted outputs are not supported"),
     "web_search_options": _Refusal((), "there is no web search"),
     "use_beam_search": _Refusal((False,), "beam search is not supported"),
+    "spaces_between_special_tokens": _Refusal((True,), "special tokens are written as the tokenizer writes them"),
+    "logits_processors": _Refusal(([],), "no code of callers is run"),
     "length_penalty": _Refusal((1, 1.0), "beam search is not supported"),
 }
 
