@@ -182,6 +182,25 @@ def test_a_stream_has_openais_deltas(client: openai.OpenAI, base: BaseModel) -> 
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+def test_the_responses_api_calls_tools(client: openai.OpenAI, base: BaseModel) -> None:
+    tool: Any = {"type": "function", "name": "paint", "parameters": PAINT["function"]["parameters"], "strict": True}
+    given: Any = {"model": base.name, "input": "Paint.", "tools": [tool], "tool_choice": "required", "temperature": 0}
+    given |= {"parallel_tool_calls": False}
+    (call,) = client.responses.create(**given).output
+    assert call.type == "function_call"
+    assert json.loads(call.arguments)["color"] in ("red", "blue")
+    with client.responses.stream(**given) as stream:
+        arguments = "".join(e.delta for e in stream if e.type == "response.function_call_arguments.delta")
+    assert arguments == call.arguments
+    back: Any = [
+        {"role": "user", "content": "Paint."},
+        call,
+        {"type": "function_call_output", "call_id": call.call_id, "output": "done"},
+    ]
+    last = client.responses.create(**given | {"input": back, "tool_choice": "none", "max_output_tokens": 8})
+    assert last.output[0].type == "message"
+
+
 def test_what_cannot_be_enforced_is_refused(client: openai.OpenAI, base: BaseModel) -> None:
     odd: Any = {"type": "function", "function": {"name": "odd", "strict": True, "parameters": {"not": {}}}}
     with pytest.raises(openai.BadRequestError) as refused:
