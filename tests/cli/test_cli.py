@@ -138,6 +138,15 @@ def test_from_import_to_rollback(loray: Loray, folder: Path, base: BaseModel, pe
     assert "did you mean 'tone'" in loray("adapters", "show", "tnoe").err
 
 
+def test_an_adapter_is_imported_with_how_it_speaks(loray: Loray, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ tools }}")
+    assert loray("adapters", "import", folder, "--name", "tone", "--tool-parser", "mistral").code == 0
+    shown = loray("adapters", "show", "tone").out
+    assert "mistral" in shown
+    assert "its own" in shown
+    assert loray("adapters", "import", folder, "--name", "tone", "--tool-parser", "other").code == 2
+
+
 def test_verify_names_the_damaged_file(loray: Loray, folder: Path, home: Path) -> None:
     published = json.loads(loray("adapters", "import", folder, "--name", "tone", "--json").out)
     assert loray("adapters", "verify", "tone").out == "tone@1: ok\n"
@@ -176,6 +185,9 @@ def pickle_only(folder: Path) -> None:
         (lambda f: (f / "adapter_config.json").unlink(), "is not a PEFT adapter"),
         (cut, "damaged"),
         (pickle_only, "is a pickle and is never read"),
+        (lambda f: (f / "chat_template.jinja").write_text("{% if %}"), "chat template is not valid"),
+        (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja is not UTF-8"),
+        (lambda f: (f / "chat_template.jinja").write_text("x" * 200_000), "has 200,000 characters"),
         (shutil.rmtree, "is not a folder"),
     ],
 )

@@ -24,6 +24,7 @@ from loray.errors import IntegrityError, SpecError, UnsupportedError
 from loray.files import canonical_json, file_sha256
 from loray.spec import (
     LINEAR_MODULES,
+    MAX_TEMPLATE_CHARACTERS,
     AdapterManifest,
     Evaluation,
     Method,
@@ -212,6 +213,8 @@ def _own_template(folder: Path, base: BaseModel) -> str | None:
         template = path.read_bytes().decode()  # as it is: its SHA-256 is that of the file
     except UnicodeDecodeError as e:
         raise SpecError(f"{path} is not UTF-8") from e
+    if len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise SpecError(f"{path} has {len(template):,} characters; a template may have {MAX_TEMPLATE_CHARACTERS:,}")
     return None if of_base.is_file() and template == of_base.read_bytes().decode() else template
 
 

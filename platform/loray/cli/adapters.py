@@ -63,7 +63,7 @@ def import_(
     chat_template.jinja in FOLDER is published with it.
     """
     if (template := folder / AdapterManifest.TEMPLATE_FILE).is_file():
-        ChatTemplate(template.read_text(encoding="utf-8"))  # refuses what is not valid
+        ChatTemplate(template.read_text(encoding="utf-8", errors="replace"))  # refuses what is not valid
     with open_services() as services:
         home = services.settings.home
         base = get_base(home, base_name) if base_name else base_of(folder, home)

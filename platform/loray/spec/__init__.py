@@ -4,6 +4,7 @@ All models are frozen, and an unknown field is an error. Sizes are bytes, length
 """
 
 from loray.spec.adapters import (
+    MAX_TEMPLATE_CHARACTERS,
     AdapterBytes,
     AdapterManifest,
     AdapterRef,
@@ -85,6 +86,7 @@ __all__ = [
     "LINEAR_MODULES",
     "LOG_LIKELIHOOD",
     "LOSS",
+    "MAX_TEMPLATE_CHARACTERS",
     "MLP_MODULES",
     "MODULES_BY_INPUT",
     "PERPLEXITY",
