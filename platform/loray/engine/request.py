@@ -47,6 +47,7 @@ class Request:
     `prompt_logprobs` and `num_computed`; its counters write `num_prompt_counted` and `queued_at`. Nothing else writes.
 
     queued_at           seconds of the engine's clock; None after it has been scheduled for the first time
+    decoding_since      seconds of the scheduler's clock; infinite before its first token
     start_by            seconds of the scheduler's clock; infinite without a target, and after it has been admitted
     token_weight        see fairness.token_weight; 0 until it has been admitted
     virtual_finish      see fairness; infinite until it could run for the first time
@@ -67,6 +68,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     num_shared_blocks: int = 0  # the first of `blocks`, known to the prefix cache
     num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache at the first start
+    decoding_since: float = math.inf
     start_by: float = math.inf
     token_weight: float = 0.0
     virtual_finish: float = math.inf

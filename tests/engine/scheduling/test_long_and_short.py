@@ -129,6 +129,30 @@ def test_many_prompts_advance_by_turns_of_their_tenants() -> None:
     assert len(sim.scheduler.running) == 3
 
 
+def test_a_burst_on_an_idle_engine_is_over_in_few_steps_and_disturbs_no_older_stream() -> None:
+    def burst(sim: Simulation) -> list[float]:
+        """Seconds of the steps until all have a token."""
+        requests = [sim.add(64, 32, tenant=f"t{i}") for i in range(32)]
+        seconds = []
+        while not sim.first_token_at.keys() >= set(requests):
+            began = sim.now
+            sim.step()
+            seconds.append(sim.now - began)
+        return seconds
+
+    warm = used()
+    burst(warm)  # chunks grow step by step until larger ones have been measured
+    warm.run()
+    idle = burst(warm)
+    assert len(idle) <= 5
+    assert max(idle) <= 0.3
+    busy = used()
+    stream = busy.add(5, 2000, tenant="stream")
+    busy.run(until=lambda: len(busy.token_times.get(stream, ())) > 120)
+    assert len(burst(busy)) >= 12
+    assert worst_gap(busy, stream) <= 0.15
+
+
 def test_scored_prompts_are_as_long_a_step_as_others() -> None:
     """Log-probabilities of a prompt cost more than its tokens here."""
     sim = machine()

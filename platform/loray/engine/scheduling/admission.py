@@ -33,6 +33,7 @@ class Admission(Generic[P, R]):
         self._lengths, self._adapter_blocks = lengths, adapter_blocks
         self._short: Request | None = None  # for which blocks were short; nothing has been released since
         self._growing: list[Growth] | None = None  # those that run, in this step
+        self.emptied = False  # the pool, in this step
 
     def fits_at_all(self, request: Request) -> bool:
         needed = self._adapter_blocks(request) + self._allocator.geometry.blocks_for_tokens(request.max_tokens)
@@ -82,16 +83,15 @@ class Admission(Generic[P, R]):
 
     def stepped(self) -> None:
         """The running requests have grown."""
-        self._growing = None
+        self._growing, self.emptied = None, False
 
     def empty_pool(self) -> bool:
         """With nothing running, evict every adapter: the request's own may be spread over the gaps of others, and takes
         fewer blocks when it is placed again. False if there was none: then blocks will never suffice.
         """
-        emptied = self._residency.evict_one()
         while self._residency.evict_one():
-            pass
-        return emptied
+            self.emptied = True
+        return self.emptied
 
     def _lasts(self, request: Request, running: Collection[Request]) -> bool:
         """True if the pool suffices until `request` and those that run have ended."""

@@ -3,17 +3,20 @@
 Requests that decode take what they need. Prompts get the rest of the step's time, at least a quarter of it, and at
 least `MIN_CHUNK` tokens, so that they end whatever decodes beside them. The step's time is the target for the time
 between two tokens if the step gives anybody a token, a request that decodes or a prompt that ends. Else it is `ALONE`
-times that: nobody waits for the step, and a long prompt pays the fixed cost of fewer steps.
+times that: nobody waits for the step, and a long prompt pays the fixed cost of fewer steps. So it is in a `Burst`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import accumulate
 
 from loray.engine.scheduling.plan import Chunk, Work
 from loray.engine.scheduling.steptime import StepTime
 
-ALONE = 2
+ALONE = 2.5
+_BURST_PROMPTS, _BURST_TARGETS = 8, 15
 MIN_CHUNK = 16
 _MIN_SHARE = 0.25
 _GROWTH = 2  # beside requests that decode, a step may have so many times the prompt tokens of any measured one
@@ -29,6 +32,24 @@ def room_for_prompts(steps: StepTime, decoding: Work, itl_slo_s: float | None, *
     return max(target - steps.predict(decoding), _MIN_SHARE * target)
 
 
+class Burst:
+    """Many requests that come at once to an idle engine: at least 8, and more than twice those that decode. It goes on
+    while all that decode began within 15 times the target, and what is left of all prompts takes no longer. Short steps
+    would only put off the last of them.
+    """
+
+    def __init__(self, itl_slo_s: float | None) -> None:
+        self._seconds = 0.0 if itl_slo_s is None else _BURST_TARGETS * itl_slo_s
+        self._goes_on = False
+
+    def goes_on(self, decoding_s: float, num_decoding: int, num_prompts: int, prompts: Iterable[float]) -> bool:
+        """decoding_s: since the first of those that decode began; prompts: seconds for what is left of each."""
+        begins = num_prompts >= max(_BURST_PROMPTS, 2 * num_decoding + 1)
+        self._goes_on = (self._goes_on or begins) and decoding_s < self._seconds
+        self._goes_on = self._goes_on and all(total < self._seconds for total in accumulate(prompts))
+        return self._goes_on
+
+
 class StepBudget:
     """Tokens and time that are left in the step that is planned. `decode` is called before the others."""
 
@@ -38,6 +59,7 @@ class StepBudget:
         self._num_left = max_tokens
         self._num_decoded = self._num_keys = 0
         self._alone = True
+        self.in_burst = False
         self._forced = Work()
         self._prompts = Work()
 
@@ -101,7 +123,7 @@ class StepBudget:
         return min(n, most)
 
     def _seconds_left(self) -> float:
-        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._alone)
+        room = room_for_prompts(self._steps, self._decoding, self._itl_slo_s, alone=self._alone or self.in_burst)
         return room - self._steps.predict(self._prompts)
 
     def _most_unmeasured(self, start: int) -> float:

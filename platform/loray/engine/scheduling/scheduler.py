@@ -24,7 +24,7 @@ from loray.engine.residency.residency import Residency
 from loray.engine.residency.table import P, R, Tier
 from loray.engine.scheduling.admission import Admission
 from loray.engine.scheduling.blocks import RequestBlocks
-from loray.engine.scheduling.budget import StepBudget
+from loray.engine.scheduling.budget import Burst, StepBudget
 from loray.engine.scheduling.fairness import rank_in_batch
 from loray.engine.scheduling.growth import OutputLengths
 from loray.engine.scheduling.overload import Backlog, FirstTokenEstimate, FirstTokenTargets, ahead_of
@@ -64,8 +64,8 @@ class Scheduler(Generic[P, R]):
     ) -> None:
         self._residency = residency
         self._max_num_seqs, self._max_tokens, self._max_queued = max_num_seqs, max_num_batched_tokens, max_queued
-        self._itl_slo_s = itl_slo_s
-        self.step_time = StepTime()
+        self._itl_slo_s, self._clock = itl_slo_s, clock
+        self.step_time, self._burst = StepTime(), Burst(itl_slo_s)
         self._blocks = RequestBlocks(
             allocator, residency, compact, self.step_time.token_seconds, enable_prefix_caching=enable_prefix_caching
         )
@@ -87,7 +87,6 @@ class Scheduler(Generic[P, R]):
         self.waiting = WaitingRequests(residency, lead=max_num_batched_tokens)
         self.running: list[Request] = []
         self.num_preemptions = 0
-        self._emptied = False
 
     @property
     def has_work(self) -> bool:
@@ -159,14 +158,13 @@ class Scheduler(Generic[P, R]):
             self.waiting.fair.charge_output(request)
         budget = self._new_budget()
         chunks = self._decode(budget)
-        self._emptied = False
         self._admission.stepped()
         late = self._targets.refuse_late()
         for request, _ in late:
             self.waiting.refuse(request)
         failed += late + self.waiting.admit_loaded()
         self._compute_prompts(budget, chunks, failed)
-        changed |= self._emptied
+        changed |= self._admission.emptied
         changed |= self._residency.poll()  # loads evicted adapters that are wanted again, before the engine sleeps
         return Plan(chunks, failed, changed, budget.work)
 
@@ -196,6 +194,7 @@ class Scheduler(Generic[P, R]):
         """The next token of each request that decodes, best priority and oldest first."""
         chunks: list[Chunk] = []
         num_others = len(self.running) - len(self.waiting.begun)
+        now = oldest = self._clock()
         for request in list(self.running):
             if request.state is not State.RUNNING:  # preempted for an earlier one
                 continue
@@ -203,8 +202,14 @@ class Scheduler(Generic[P, R]):
                 self._preempt(request)  # its adapter is late: a step has waited for the rest in vain
             elif request not in self.waiting.begun and self._grow(request):
                 num_others -= 1
+                request.decoding_since = min(request.decoding_since, now)
+                oldest = min(oldest, request.decoding_since)
                 n = budget.decode(request.num_computed, request.num_pending, num_others)
                 chunks.append(Chunk(request, request.num_computed, n))
+        prompts = chain(self.waiting.begun, self.waiting)
+        num_prompts = len(self.waiting.begun) + len(self.waiting)
+        seconds = map(self._estimate.prompt_seconds, prompts)
+        budget.in_burst = self._burst.goes_on(now - oldest, len(chunks), num_prompts, seconds)
         return chunks
 
     def _compute_prompts(self, budget: StepBudget, chunks: list[Chunk], failed: Failures) -> None:
@@ -248,16 +253,12 @@ class Scheduler(Generic[P, R]):
                 request.charged_until = request.num_computed
         elif self.waiting.has_failed(request):
             failed += self.waiting.fail(request)
-        elif not fits or (not self.running and not self._empty_pool()):
+        elif not fits or (not self.running and not self._admission.empty_pool()):
             self.waiting.refuse(request)
             failed.append((request, ContextLengthExceeded(self._admission.why_not(request), "max_tokens")))
         else:
             return False
         return True
-
-    def _empty_pool(self) -> bool:
-        self._emptied = self._admission.empty_pool()
-        return self._emptied
 
     def _grow(self, request: Request) -> bool:
         """Allocate a block for the next token if needed; False if `request` itself had to be preempted for it."""
