@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
+import httpx
 import openai
 import pytest
 import uvicorn
@@ -214,10 +215,13 @@ def test_what_cannot_be_enforced_is_refused(client: openai.OpenAI, base: BaseMod
 
 
 @pytest.fixture
-def chat(url: str, base: BaseModel) -> Any:
+def chat(url: str, base: BaseModel) -> Iterator[Any]:
     from langchain_openai import ChatOpenAI
 
-    return ChatOpenAI(model=base.name, base_url=url, api_key="none", max_retries=0, max_tokens=1500, seed=3)
+    with httpx.Client() as http:  # the library's own is kept for ever
+        yield ChatOpenAI(
+            model=base.name, base_url=url, api_key="none", http_client=http, max_retries=0, max_tokens=1500, seed=3
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # LangChain on events of OpenAI's client
@@ -267,13 +271,13 @@ def test_langchain_loops_over_tools(chat: Any) -> None:
 
 
 @pytest.fixture
-def complete(url: str, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def complete(client: openai.OpenAI, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it is fetched
     import litellm
 
     def complete(**fields: Any) -> Any:
         given = {"messages": ASK, "max_tokens": 1500, "seed": 2} | fields
-        return litellm.completion(model=f"openai/{base.name}", api_base=url, api_key="none", num_retries=0, **given)
+        return litellm.completion(model=f"openai/{base.name}", client=client, num_retries=0, **given)
 
     return complete
 
