@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -18,6 +18,11 @@ from serve_apps.replica.ranks import bundles
 from serve_apps.replica.replica import EngineReplica
 from serve_apps.scaling.policy import AdapterDemandPolicy, autoscaling_config
 
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric as Family
+
+    from serve_apps.gateway.gateway import Gateway
+
 __all__ = ["ENGINE", "GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
 
 _SPARE_SLOTS = 64  # more than the engine admits, so that the engine refuses a request, with a time to retry
@@ -31,7 +36,7 @@ def build(args: dict[str, Any]) -> Application:
     spec = ServeSpec.parse(args, source="args of serve_apps.app:build")
     routing = RequestRouterConfig(
         request_router_class=ROUTER_CLASS,
-        request_routing_stats_period_s=1.0,
+        request_routing_stats_period_s=5.0,  # the router remembers what it has sent since
     )
     return application(spec, routing)
 
@@ -64,8 +69,9 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
         graceful_shutdown_timeout_s=DRAIN_S,
     )
     gateway = serve.deployment(
-        serve.ingress(gateway_app)(),
+        serve.ingress(gateway_app)(GatewayReplica),
         name=GATEWAY,
+        num_replicas=spec.num_gateways,
         max_ongoing_requests=slots * spec.max_replicas,
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
         health_check_period_s=5.0,
@@ -74,20 +80,50 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
     return gateway.bind(engine.bind(spec))
 
 
+def _host(spec: ServeSpec) -> str:
+    """Where this gateway takes tokens from other nodes."""
+    import ray
+
+    alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    if alone and spec.host in ("127.0.0.1", "localhost", "::1"):
+        return "127.0.0.1"
+    return str(ray.util.get_node_ip_address())
+
+
+class GatewayReplica:
+    """What a gateway answers other gateways. Serve adds its HTTP application, as `app`."""
+
+    app: FastAPI
+
+    def __init__(self, engine: object) -> None:
+        """`engine`: makes that deployment a part of the application."""
+
+    def metrics(self) -> list[Family]:
+        """Prometheus families of this gateway."""
+        gateway: Gateway = self.app.state.gateway
+        return gateway.own_families()
+
+
 def _replicas(spec: ServeSpec) -> dict[str, Any]:
     scaling = autoscaling_config(spec)
     return {"num_replicas": spec.num_replicas} if scaling is None else {"autoscaling_config": scaling}
 
 
 def _gateway(spec: ServeSpec) -> FastAPI:
+    import ray
+
     from loray.telemetry import configure_logging
     from serve_apps.gateway.app import open_gateway
     from serve_apps.gateway.replicas.engines import ServeEngines
+    from serve_apps.gateway.replicas.gateways import ServeGateways
     from serve_apps.replica.startup import freeze_garbage
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
-    engines = ServeEngines(serve.get_deployment_handle(ENGINE, serve.get_replica_context().app_name))
-    gateway = open_gateway(spec, settings, engines)
+    here = serve.get_replica_context()
+    handle = serve.get_deployment_handle(ENGINE, here.app_name)
+    engines = ServeEngines(handle, ray.get_runtime_context().get_node_id(), _host(spec))
+    gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)
+    gateway = open_gateway(spec, settings, engines, gateways)
     freeze_garbage()
     return gateway

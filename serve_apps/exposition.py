@@ -72,3 +72,11 @@ def histogram(name: str, values: Mapping[Labels, HistogramCounts]) -> Family:
         bounds = [*map(floatToGoString, counts.bounds), "+Inf"]
         family.add_metric(labels, list(zip(bounds, accumulate(counts.counts), strict=True)), counts.sum)
     return family
+
+
+def labelled(families: Iterable[Family], **labels: str) -> list[Family]:
+    """The families, whose samples get these labels too."""
+    found = list(families)
+    for family in found:
+        family.samples = [s._replace(labels={**labels, **s.labels}) for s in family.samples]
+    return found

@@ -17,7 +17,9 @@ StageProgress = Callable[[float], None]  # (share that is done, 0 to 1)
 
 
 class Metric(NamedTuple):
-    """Every metric of a replica also has the label `replica`. `buckets` are ascending upper bounds."""
+    """Every metric of a replica also has the label `replica`, one of a gateway the label `gateway`. `buckets` are
+    ascending upper bounds.
+    """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -131,7 +133,7 @@ ENGINE_METRICS = _table(
     _gauge("replica_start_time_seconds", "When the replica started, in seconds since the epoch."),
 )
 
-# The gateway counts these.
+# Each gateway counts these.
 GATEWAY_METRICS = _table(
     _counter(
         "http_requests_total",
@@ -141,13 +143,19 @@ GATEWAY_METRICS = _table(
     ),
     _gauge("http_requests_in_flight", "HTTP requests under way, this one included."),
     _counter("routing_decisions_total", "Choices of a replica, by reason.", "reason"),
-    _gauge("replicas_reporting", "Replicas whose metrics are in this answer."),
-    _gauge("replicas_silent", "Replicas that did not answer in time."),
     _gauge("catalog_adapters", "Adapters of this base in the catalog's snapshot."),
     _gauge("catalog_age_seconds", "Since the catalog was last read with success."),
 )
 
-METRICS: Mapping[str, Metric] = {**REQUEST_METRICS, **ENGINE_METRICS, **GATEWAY_METRICS}
+# The gateway that answers counts these, for its answer.
+ANSWER_METRICS = _table(
+    _gauge("replicas_reporting", "Replicas whose metrics are in this answer."),
+    _gauge("replicas_silent", "Replicas that did not answer in time."),
+    _gauge("gateways_reporting", "Gateways whose metrics are in this answer."),
+    _gauge("gateways_silent", "Gateways that did not answer in time."),
+)
+
+METRICS: Mapping[str, Metric] = {**REQUEST_METRICS, **ENGINE_METRICS, **GATEWAY_METRICS, **ANSWER_METRICS}
 
 # Rank 0 of a training run reports these; every rank reports its memory. `name` is the adapter's name, `run` the name of
 # the run's folder. All are gauges, since the totals of a resumed run continue from its checkpoint.

@@ -17,7 +17,7 @@ from serve_apps.bodies import BodyLimit
 from serve_apps.gateway import errors
 from serve_apps.gateway.answers.headers import EchoRequestId
 from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.engines import Engines
+from serve_apps.gateway.engines import Engines, Gateways
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.openapi import describe_bodies
@@ -40,6 +40,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         gateway.prompts.close()
 
     app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
+    app.state.gateway = gateway
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=gateway.max_body_bytes, advice=_ADVICE)
     app.add_middleware(EchoRequestId)
@@ -51,8 +52,11 @@ def create_app(gateway: Gateway) -> FastAPI:
     return app
 
 
-def open_gateway(spec: ServeSpec, settings: Settings, engines: Engines) -> FastAPI:
-    """The gateway of a deployment: its base on this machine, and the catalog that `settings` names."""
+def open_gateway(spec: ServeSpec, settings: Settings, engines: Engines, gateways: Gateways | None = None) -> FastAPI:
+    """A gateway of a deployment: its base on this machine, and the catalog that `settings` names.
+
+    `app.state.gateway` is the Gateway.
+    """
     base = get_base(settings.home, spec.base)
     directory = ModelDirectory(base, lambda: Catalog(settings.catalog))
-    return create_app(Gateway(spec, directory, PromptEncoder.load(base, spec.tool_parser), engines))
+    return create_app(Gateway(spec, directory, PromptEncoder.load(base, spec.tool_parser), engines, gateways))

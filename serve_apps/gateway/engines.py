@@ -1,4 +1,4 @@
-"""The gateway's access to the engines: streams of tokens, their health, status and metrics."""
+"""The gateway's access to the engines: streams of tokens, their health, status and metrics. And to other gateways."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from loray.spec import GenerateRequest, TokenDelta
 
 class Engines(Protocol):
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        """Yields deltas as they arrive. Closing the generator cancels the request. Raises LorayError.
+        """Yields deltas as they arrive; those that arrive between two reads are one. Raises LorayError.
 
-        `fit`: max_tokens is an upper bound, which the replica lowers to what fits into its pool.
+        Closing the generator before its last delta ends the request in the engine. `fit`: max_tokens is an upper bound,
+        which the replica lowers to what fits into its pool.
         """
 
     async def healthy(self) -> bool:
@@ -32,3 +33,14 @@ class Engines(Protocol):
 
     def routing_decisions(self) -> Mapping[str, int]:
         """How many requests were routed, by reason (`loray.serving.routing.Reason`). Empty without replicas."""
+
+
+class Gateways(Protocol):
+    """The gateways of a deployment. Each has the HTTP requests that came to it, and no other's."""
+
+    @property
+    def name(self) -> str:
+        """Of the gateway in this process."""
+
+    async def metrics(self) -> list[list[Family] | None]:
+        """The families of every gateway, this one included; None for one that does not answer in time."""

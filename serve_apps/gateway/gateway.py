@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Sequence
 from functools import partial
 
 from fastapi.responses import Response
+from prometheus_client.core import Metric as Family
 
 from loray import __version__
 from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
@@ -30,8 +32,8 @@ from serve_apps.gateway.answers.headers import RequestHeaders
 from serve_apps.gateway.answers.responses import response_writer
 from serve_apps.gateway.answers.writers import Writer, writer_of
 from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.engines import Engines
-from serve_apps.gateway.metrics import GatewayMetrics
+from serve_apps.gateway.engines import Engines, Gateways
+from serve_apps.gateway.metrics import GatewayMetrics, together
 from serve_apps.gateway.prompts import PromptEncoder
 
 _MIN_BODY_BYTES = 1 << 20
@@ -41,12 +43,20 @@ _BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
 class Gateway:
     """Checks and tokenises requests, resolves their models, and builds OpenAI's responses from the engines' deltas."""
 
-    def __init__(self, spec: ServeSpec, directory: ModelDirectory, prompts: PromptEncoder, engines: Engines) -> None:
+    def __init__(
+        self,
+        spec: ServeSpec,
+        directory: ModelDirectory,
+        prompts: PromptEncoder,
+        engines: Engines,
+        gateways: Gateways | None = None,
+    ) -> None:
+        """`gateways` None: this is the only one."""
         self.spec, self.directory = spec, directory
-        self.prompts, self._engines = prompts, engines
+        self.prompts, self._engines, self._gateways = prompts, engines, gateways
         self._grammars = GrammarChecker(directory.base)
         self._pool_tokens = pool_geometry(spec, directory.base.config).num_tokens
-        self.counted = GatewayMetrics()
+        self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
 
     @property
     def _fingerprint(self) -> str:
@@ -237,10 +247,16 @@ class Gateway:
         )
 
     async def metrics(self, accept: str) -> Response:
-        replicas = await self._engines.metrics()
-        families = self.counted.families(self.directory, self._engines.routing_decisions(), replicas)
-        body, content_type = encode(families, accept)
+        replicas, gateways = await asyncio.gather(self._engines.metrics(), self._all_gateways())
+        body, content_type = encode(together(gateways, replicas), accept)
         return Response(body, media_type=content_type)
+
+    async def _all_gateways(self) -> list[list[Family] | None]:
+        return [self.own_families()] if self._gateways is None else await self._gateways.metrics()
+
+    def own_families(self) -> list[Family]:
+        """The metrics of this gateway alone."""
+        return self.counted.families(self.directory, self._engines.routing_decisions())
 
 
 def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, param: str) -> int:

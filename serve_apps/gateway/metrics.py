@@ -9,15 +9,19 @@ from prometheus_client.core import Metric as Family
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.telemetry import METRICS
-from serve_apps.exposition import counter, gauge, merge
+from serve_apps.exposition import counter, gauge, labelled, merge
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.http import CLIENT_LEFT
 
 
-class GatewayMetrics:
-    """The metrics of one gateway. Used from one event loop."""
+Answers = Sequence[list[Family] | None]  # of each process that was asked; None: it did not answer in time
 
-    def __init__(self) -> None:
+
+class GatewayMetrics:
+    """The metrics of one gateway, labelled with its name. Used from one event loop."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._registry = CollectorRegistry()
         m = METRICS["http_requests_total"]
         self._answered = Counter(m.name, m.help, m.labels, registry=self._registry)
@@ -26,21 +30,26 @@ class GatewayMetrics:
     def answered(self, route: str, code: int) -> None:
         self._answered.labels(route, str(code)).inc()
 
-    def families(
-        self, directory: ModelDirectory, decisions: Mapping[str, int], replicas: Sequence[list[Family] | None]
-    ) -> list[Family]:
-        """All families of gateway and replicas. `replicas`: None for one that did not answer."""
-        reporting = [families for families in replicas if families is not None]
-        own = [
+    def families(self, directory: ModelDirectory, decisions: Mapping[str, int]) -> list[Family]:
+        """They can be pickled."""
+        families = [
             *self._registry.collect(),
             gauge("http_requests_in_flight", {(): self.num_in_flight}),
             counter("routing_decisions_total", {(reason,): n for reason, n in decisions.items()}),
-            gauge("replicas_reporting", {(): len(reporting)}),
-            gauge("replicas_silent", {(): len(replicas) - len(reporting)}),
             gauge("catalog_adapters", {(): directory.num_adapters}),
             gauge("catalog_age_seconds", {(): directory.age_s}),
         ]
-        return merge([own, *reporting])
+        return labelled(families, gateway=self._name)
+
+
+def together(gateways: Answers, replicas: Answers) -> list[Family]:
+    """The families of a deployment, and how many of its processes they are from."""
+    counts: list[Family] = []
+    for kind, answers in (("gateways", gateways), ("replicas", replicas)):
+        num_silent = sum(families is None for families in answers)
+        counts.append(gauge(f"{kind}_reporting", {(): len(answers) - num_silent}))
+        counts.append(gauge(f"{kind}_silent", {(): num_silent}))
+    return merge([counts, *(families for families in (*gateways, *replicas) if families is not None)])
 
 
 class CountRequests:

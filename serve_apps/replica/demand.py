@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from loray.errors import LorayError, Overloaded
-from loray.serving.demand import DemandMeter, EngineLoad
+from loray.serving.demand import DemandMeter, EngineLoad, TrackedRequest
 from loray.spec import AutoscalingSpec, ServeSpec
 
 if TYPE_CHECKING:
     from loray.engine.stream import EngineStream
-    from loray.spec import GenerateRequest, TokenDelta
+    from loray.spec import GenerateRequest
 
 
 class ReplicaDemand:
@@ -29,26 +27,18 @@ class ReplicaDemand:
             now=time.monotonic(),
         )
 
-    async def observed(
-        self, request: GenerateRequest, deltas: AsyncGenerator[TokenDelta, None]
-    ) -> AsyncGenerator[TokenDelta, None]:
-        """Passes the deltas on and counts their tokens."""
+    def arrived(self, request: GenerateRequest) -> TrackedRequest:
+        """The caller counts its output tokens as they come."""
         params = request.params
-        tracked = self._meter.arrived(len(request.prompt_ids), params.max_tokens, request.adapter, time.monotonic())
-        try:
-            async with aclosing(deltas) as stream:
-                async for delta in stream:
-                    tracked.num_output_tokens += len(delta.token_ids)
-                    yield delta
-        except Overloaded:
+        return self._meter.arrived(len(request.prompt_ids), params.max_tokens, request.adapter, time.monotonic())
+
+    def ended(self, tracked: TrackedRequest, error: Exception | None) -> None:
+        if isinstance(error, Overloaded):
             self._meter.refused(tracked, time.monotonic())
-            raise
-        except LorayError:
+        elif isinstance(error, LorayError):
             self._meter.rejected(tracked)
-            raise
-        finally:
-            if tracked.counted is None:
-                self._meter.finished(tracked, time.monotonic())
+        else:
+            self._meter.finished(tracked, time.monotonic())
 
     def stats(self) -> dict[str, float]:
         """The report for the autoscaler, which asks for it at its intervals."""

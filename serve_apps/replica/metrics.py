@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric as Family
 
+from loray.engine.stats.histogram import Histogram as CountedHistogram
 from loray.errors import LorayError
 from loray.telemetry import METRICS
-from serve_apps.exposition import counter, gauge, histogram
+from serve_apps.exposition import Labels, counter, gauge, histogram, labelled
 
 if TYPE_CHECKING:
+    from loray.engine.request import TokenOutput
     from loray.engine.stats.stats import EngineStats
-    from loray.spec import GenerateRequest, TokenDelta
+    from loray.spec import GenerateRequest
+    from loray.telemetry import HistogramCounts
+
+
+@dataclass(slots=True, eq=False)
+class RequestTimes:
+    """A request under way. Times in seconds of the metrics' clock. The engine's thread writes all but the first three.
+
+    last      of its last token, or its arrival
+    started   it has a token
+    finished  it has its last one
+    """
+
+    method: str
+    num_prompt_tokens: int
+    arrived: float
+    last: float
+    started: bool = False
+    finished: bool = False
+    num_output_tokens: int = 0
 
 
 class ReplicaMetrics:
-    """The metrics of a replica's requests. Used from its event loop. `clock` returns seconds."""
+    """The metrics of a replica's requests. `clock` returns seconds.
+
+    `stepped` is called in the engine's thread, everything else from one event loop.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._started_at = time.time()
         self._registry = CollectorRegistry()
+        self._between_tokens: dict[str, CountedHistogram] = {}
         self._first_token = self._histogram("time_to_first_token_seconds")
-        self._between_tokens = self._histogram("inter_token_latency_seconds")
         self._latency = self._histogram("e2e_request_latency_seconds")
         self._prompt_tokens = self._histogram("request_prompt_tokens")
         self._output_tokens = self._histogram("request_generation_tokens")
@@ -42,47 +66,53 @@ class ReplicaMetrics:
         m = METRICS[name]
         return Counter(m.name, m.help, m.labels, registry=self._registry)
 
-    async def observed(
-        self, request: GenerateRequest, deltas: AsyncGenerator[TokenDelta, None]
-    ) -> AsyncGenerator[TokenDelta, None]:
-        """Passes the deltas on, one token each, and measures them."""
+    def arrived(self, request: GenerateRequest) -> RequestTimes:
+        now = self._clock()
         method = "base" if request.adapter is None else request.adapter.method
-        observe_gap = self._between_tokens.labels(method).observe
-        began = last = self._clock()
-        started = ended = False
-        num_output_tokens = 0
-        try:
-            async with aclosing(deltas) as stream:
-                async for delta in stream:
-                    now = self._clock()
-                    if started:
-                        observe_gap(now - last)
-                    else:
-                        self._first_token.labels(method).observe(now - began)
-                        started = True
-                    last = now
-                    num_output_tokens += len(delta.token_ids)
-                    if delta.finish_reason is not None:
-                        ended = True
-                        self._latency.labels(method).observe(now - began)
-                        self._prompt_tokens.labels(method).observe(len(request.prompt_ids))
-                        self._output_tokens.labels(method).observe(num_output_tokens)
-                        self._ended.labels(method, delta.finish_reason).inc()
-                    yield delta
-        except Exception as e:
-            kind = type(e).__name__ if isinstance(e, LorayError) else "internal"
-            self._errors.labels(method, kind).inc()
-            ended = True
-            raise
-        finally:
-            if not ended:  # closed or cancelled: the client has disconnected
-                self._ended.labels(method, "abort").inc()
+        if method not in self._between_tokens:
+            buckets = METRICS["inter_token_latency_seconds"].buckets
+            self._between_tokens = {**self._between_tokens, method: CountedHistogram(buckets)}
+        return RequestTimes(method, len(request.prompt_ids), now, now)
+
+    def stepped(self, results: Sequence[tuple[RequestTimes, TokenOutput]]) -> None:
+        """One step's results. Those that had their last token at the same time have the same latency."""
+        now = self._clock()
+        gaps: dict[tuple[str, float], int] = {}
+        for times, out in results:
+            if times.started:
+                key = times.method, times.last
+                gaps[key] = gaps.get(key, 0) + 1
+            else:
+                times.started = True
+                self._first_token.labels(times.method).observe(now - times.arrived)
+            times.last = now
+            if out.token_id is not None:
+                times.num_output_tokens += 1
+            if out.finish_reason is not None:
+                times.finished = True
+        for (method, last), num in gaps.items():
+            self._between_tokens[method].observe(now - last, num)
+
+    def ended(self, times: RequestTimes, how: str | Exception) -> None:
+        """`how`: a finish reason, "abort" if the caller has left, or the request's error."""
+        if isinstance(how, Exception):
+            kind = type(how).__name__ if isinstance(how, LorayError) else "internal"
+            self._errors.labels(times.method, kind).inc()
+            return
+        self._ended.labels(times.method, how).inc()
+        if how != "abort":
+            self._latency.labels(times.method).observe(times.last - times.arrived)
+            self._prompt_tokens.labels(times.method).observe(times.num_prompt_tokens)
+            self._output_tokens.labels(times.method).observe(times.num_output_tokens)
 
     def families(self, stats: EngineStats, replica: str) -> list[Family]:
         """All metrics of this replica, labelled with its name. They can be pickled."""
-        families = [*self._registry.collect(), *engine_families(stats)]
-        families.append(gauge("replica_start_time_seconds", {(): self._started_at}))
-        return [_labelled(family, replica) for family in families]
+        started = gauge("replica_start_time_seconds", {(): self._started_at})
+        return labelled([*self.request_families(), *engine_families(stats), started], replica=replica)
+
+    def request_families(self) -> list[Family]:
+        between: dict[Labels, HistogramCounts] = {(m,): counted.counts() for m, counted in self._between_tokens.items()}
+        return [*self._registry.collect(), histogram("inter_token_latency_seconds", between)]
 
 
 def engine_families(stats: EngineStats) -> Iterator[Family]:
@@ -121,8 +151,3 @@ def engine_families(stats: EngineStats) -> Iterator[Family]:
     yield histogram("engine_step_adapters", {(): stats.step_adapters})
     yield histogram("adapter_load_seconds", {(): stats.load_seconds})
     yield histogram("request_queue_time_seconds", {(method,): counts for method, counts in stats.queue_seconds.items()})
-
-
-def _labelled(family: Family, replica: str) -> Family:
-    family.samples = [s._replace(labels={"replica": replica, **s.labels}) for s in family.samples]
-    return family

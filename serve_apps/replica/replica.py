@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Collection
-from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from loray.api.status import AdapterPlacement, ReplicaStatus
@@ -27,16 +26,18 @@ from loray.serving.routing_report import RoutingStats, make_report
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
+from serve_apps.channel.connection import Connections
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.report import placements, replica_status
+from serve_apps.replica.requests import Requests
 from serve_apps.replica.startup import freeze_garbage, set_num_threads, start_engine
-from serve_apps.replica.streams import coalesced, fitted
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
-    from loray.spec import GenerateRequest, TokenDelta
+    from loray.spec import GenerateRequest
+    from serve_apps.channel.address import Address
 
 _log = get_logger(__name__)
 
@@ -56,26 +57,29 @@ class EngineReplica:
         self._started_at = time.time()
         self._metrics = ReplicaMetrics()
         self._stream = start_engine(spec, get_base(settings.home, spec.base), settings, RankActors)
-        self._demand = spec.autoscaling and ReplicaDemand(spec, spec.autoscaling, self._stream)
+        self._demand = ReplicaDemand(spec, spec.autoscaling, self._stream) if spec.autoscaling else None
+        self._requests = Requests(self._stream, self._metrics, self._demand)
+        self._connections = Connections(_node_id(), _replica_id())
         freeze_garbage()
 
-    async def generate(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        """Yields deltas; those that arrive while one is being sent are merged. Closing it cancels the request.
+    async def generate_to(
+        self, request: GenerateRequest, fit: bool, gateway: Address, stream: int
+    ) -> AsyncGenerator[str, None]:
+        """Runs the request; its tokens go to `gateway` as `stream`, over this replica's connection to it. Yields that
+        connection's name when the request has ended. Closing it cancels the request.
 
         `fit`: the client did not set max_tokens, so it is lowered to what fits into this replica's pool. Raises
-        ReplicaUnavailable if the engine had stopped before.
+        ReplicaUnavailable if the engine had stopped before, or the gateway cannot be reached.
         """
         try:
             self._stream.check_health()
+            connection = await self._connections.to(gateway)
         except EngineError as e:
             raise ReplicaUnavailable(str(e), _replica_id()) from e
-        deltas = fitted(self._stream, request) if fit else self._stream.generate(request)
-        deltas = self._metrics.observed(request, deltas)
-        if self._demand:
-            deltas = self._demand.observed(request, deltas)
-        async with aclosing(coalesced(deltas)) as pieces:
-            async for delta in pieces:
-                yield delta
+        except OSError as e:
+            raise ReplicaUnavailable(f"the replica cannot reach the gateway: {e}", _replica_id()) from e
+        await self._requests.run(request, fit, connection, stream)
+        yield connection.name
 
     def stats(self) -> ReplicaStatus:
         """The replica's status; adapters are named by digest."""
@@ -90,7 +94,7 @@ class EngineReplica:
         return await placements(self._stream, _replica_id(), digests)
 
     def record_routing_stats(self) -> RoutingStats:
-        """Serve calls it every second, and sends the report to the routers when it differs from the last one."""
+        """Serve calls it every few seconds, and sends the report to the routers when it differs from the last one."""
         stats = self._stream.stats()
         return make_report(stats.adapters_in_pool, stats.adapters_on_host, now=time.time())
 
@@ -113,7 +117,7 @@ class EngineReplica:
 def without_expected_tracebacks(record: logging.LogRecord) -> bool:
     """A log filter. Ray Serve logs every error of a request with its traceback; it shortens expected ones to a line."""
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, LorayError) and not isinstance(error, EngineError):
+    if isinstance(error, ReplicaUnavailable) or (isinstance(error, LorayError) and not isinstance(error, EngineError)):
         record.exc_info, record.exc_text = None, None
         level, what = (logging.INFO, "refused") if isinstance(error, _CLIENT_ERRORS) else (logging.WARNING, "failed")
         record.levelno, record.levelname = level, logging.getLevelName(level)
@@ -125,6 +129,12 @@ def _replica_id() -> str:
     from ray import serve
 
     return str(serve.get_replica_context().replica_id.unique_id)
+
+
+def _node_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _num_nodes() -> int:

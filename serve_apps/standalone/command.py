@@ -29,6 +29,7 @@ _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("Ctr
 _REPLICAS: Mapping[str, Callable[[ServeSpec], bool]] = {
     "autoscaling": lambda spec: spec.autoscaling is not None,
     "num_replicas": lambda spec: spec.num_replicas > 1,
+    "num_gateways": lambda spec: spec.num_gateways > 1,
 }
 
 

@@ -12,9 +12,10 @@ from loray.api.status import AdapterPlacement, AutoscalingStatus, ReplicaStatus
 from loray.engine.stream import EngineStream
 from loray.errors import EngineError
 from loray.spec import GenerateRequest, TokenDelta
+from serve_apps.replica.local import LocalStreams
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.report import placements, replica_status
-from serve_apps.replica.streams import fitted
+from serve_apps.replica.requests import Requests
 
 REPLICA = "local"  # the engine's name where replicas have one
 
@@ -25,11 +26,11 @@ class LocalEngines:
     def __init__(self, stream: EngineStream) -> None:
         self._stream = stream
         self._metrics = ReplicaMetrics()
+        self._streams = LocalStreams(Requests(stream, self._metrics))
         self._started_at = time.time()
 
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        deltas = fitted(self._stream, request) if fit else self._stream.generate(request)
-        return self._metrics.observed(request, deltas)
+        return self._streams.generate(request, fit=fit)
 
     def check_health(self) -> None:
         """Raises EngineError if the engine has stopped."""

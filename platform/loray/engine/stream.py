@@ -1,4 +1,4 @@
-"""The engine for asyncio: one thread runs its steps, and each request is an asynchronous stream of tokens."""
+"""The engine's thread. A request's tokens go to a sink, once a step, or to an asynchronous stream of its own."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -29,13 +30,22 @@ _STATS_INTERVAL_S = 0.2
 T = TypeVar("T")
 
 
+class Sink(Protocol):
+    """Takes the results of requests. Sinks that are equal get the results of one step together."""
+
+    def deliver(self, outputs: Sequence[tuple[Any, TokenOutput]]) -> None:
+        """One step's results, each with the `key` of its request. Called in the engine's thread, which waits for it, so
+        it must neither block nor raise. A request's last result has a finish reason or an error.
+        """
+
+
 class _Subscriber(NamedTuple):
-    loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[TokenOutput]
+    sink: Sink
+    key: Any
 
 
 class EngineStream:
-    """Owns the engine's thread. May be called from any event loop."""
+    """Owns the engine's thread. May be called from any thread and any event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -95,16 +105,31 @@ class EngineStream:
         self._post(lambda: self._run_call(result, function))
         return result
 
+    def subscribe(self, request: GenerateRequest, sink: Sink, key: Any) -> None:
+        """Submits the request; `sink` gets its results, with `key`.
+
+        Raises RequestError, ContextLengthExceeded, BaseMismatch or EngineError. The result may be one of those, an
+        Overloaded or an error of loading the adapter.
+        """
+        self._engine.check(request)
+        with self._lock:  # before the request is posted, so that `_end` reaches it whenever the engine stops
+            self._check_not_ended()
+            if request.request_id in self._subscribers:
+                raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+            self._subscribers[request.request_id] = _Subscriber(sink, key)
+        self._post(lambda: self._add(request))
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, if it has not ended, before the next step. Its sink gets nothing more after that step."""
+        self._post(lambda: self._cancel(request_id))
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
         """The tokens as they come; the last delta has a finish reason. Closing the iterator cancels the request.
 
-        Raises RequestError, ContextLengthExceeded, BaseMismatch or Overloaded before the first delta, the errors of
-        loading the adapter, or EngineError.
+        Raises what `subscribe` raises and what its sink would get.
         """
-        self._engine.check(request)
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        self._subscribe(request.request_id, _Subscriber(asyncio.get_running_loop(), queue))
-        self._post(lambda: self._add(request))
+        self.subscribe(request, _Queues(asyncio.get_running_loop()), queue)
         finished = False
         try:
             while not finished:
@@ -115,7 +140,7 @@ class EngineStream:
                 yield out.delta
         finally:
             if not finished:
-                self._post(lambda: self._cancel(request.request_id))
+                self.cancel(request.request_id)
 
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """See Engine."""
@@ -124,14 +149,6 @@ class EngineStream:
     def adapter_bytes(self, adapter: AdapterRef) -> AdapterBytes:
         """See Engine."""
         return self._engine.adapter_bytes(adapter)
-
-    def _subscribe(self, request_id: str, subscriber: _Subscriber) -> None:
-        """Called before the request is posted, so that `_end` reaches every request, whenever the engine stops."""
-        with self._lock:
-            self._check_not_ended()
-            if request_id in self._subscribers:
-                raise RequestError(f"request id {request_id!r} is in use", "request_id")
-            self._subscribers[request_id] = subscriber
 
     def _check_not_ended(self) -> None:
         if self._ended:
@@ -192,16 +209,14 @@ class EngineStream:
         self._engine.cancel(request_id)
 
     def _deliver(self, outputs: Iterable[TokenOutput]) -> None:
-        """Wakes each loop once for all outputs of a step."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[TokenOutput], TokenOutput]]] = {}
+        by_sink: dict[Sink, list[tuple[Any, TokenOutput]]] = {}
         for output in outputs:
             last = output.finish_reason is not None or output.error is not None
             subscriber = (self._subscribers.pop if last else self._subscribers.get)(output.request_id, None)
             if subscriber is not None:
-                by_loop.setdefault(subscriber.loop, []).append((subscriber.queue, output))
-        for loop, items in by_loop.items():
-            with suppress(RuntimeError):  # the caller's loop is closed: the output is not needed
-                loop.call_soon_threadsafe(_put, items)
+                by_sink.setdefault(subscriber.sink, []).append((subscriber.key, output))
+        for sink, items in by_sink.items():
+            sink.deliver(items)
 
     def _end(self, error: Exception) -> None:
         with self._lock:
@@ -212,6 +227,17 @@ class EngineStream:
         self._deliver([TokenOutput(request_id, None, error=error) for request_id in self._subscribers])
 
 
-def _put(items: list[tuple[asyncio.Queue[TokenOutput], TokenOutput]]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Queues:
+    """The sink of all streams of one event loop, which it wakes once a step. Keys are the streams' queues."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def deliver(self, outputs: Sequence[tuple[asyncio.Queue[TokenOutput], TokenOutput]]) -> None:
+        with suppress(RuntimeError):  # the caller's loop is closed: the output is not needed
+            self.loop.call_soon_threadsafe(_put, outputs)
+
+
+def _put(items: Sequence[tuple[asyncio.Queue[TokenOutput], TokenOutput]]) -> None:
     for queue, output in items:
         queue.put_nowait(output)

@@ -33,6 +33,7 @@ from loray.local.processes import (
     write_private,
     write_state,
 )
+from loray.local.proxy import serve_environment
 from loray.settings import Settings
 from loray.telemetry import get_logger
 
@@ -47,6 +48,7 @@ _LOCK_FILE = "cluster.lock"
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_enable_metrics_collection": "0",  # loray has its own; nobody asks this machine's nodes for Ray's
     "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a driver records how it ended, for which Ray's default of 3 s is too short
 }
 # Ray's sockets are below this folder. A socket's path has at most 107 bytes, so TMPDIR could be too long.
@@ -98,6 +100,7 @@ def start_local_cluster(
         ports = free_ports(len(_PORTS))
         token_file = _token_file(home)
         temp_dir = Path(tempfile.mkdtemp(prefix="loray-", dir=_TEMP_ROOT))
+        proxy_dir = Path(f"{temp_dir}-http")
         log_file = home / "logs" / "cluster.log"
         log_file.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
@@ -106,6 +109,7 @@ def start_local_cluster(
         command += [f"--{name}={port}" for name, port in zip(_PORTS, ports, strict=True)]
         if num_cpus is not None:
             command.append(f"--num-cpus={num_cpus}")
+        proxy = serve_environment(home, proxy_dir)
         inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
         # Jobs run `python`, which must be this one, where loray is installed.
         inherited["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
@@ -113,7 +117,7 @@ def start_local_cluster(
             command,
             log_file=log_file,
             cwd=home,
-            env=inherited | _ENVIRONMENT | _auth_env(token_file) | dict(env or {}),
+            env=inherited | _ENVIRONMENT | proxy | _auth_env(token_file) | dict(env or {}),
         )
         cluster = LocalCluster(
             **identity(process.pid),
@@ -166,7 +170,8 @@ def _probe(cluster: LocalCluster, token: str) -> str | None:
 
 def _terminate(cluster: LocalCluster) -> None:
     cluster.end()
-    shutil.rmtree(cluster.temp_dir, ignore_errors=True)
+    for folder in (cluster.temp_dir, f"{cluster.temp_dir}-http"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _auth_env(token_file: Path) -> dict[str, str]:

@@ -39,6 +39,7 @@ class ServeSpec(Frozen):
     tensor_parallel_size: int = Field(default=1, gt=0, description="ranks that share one model, in each replica")
     num_replicas: int = Field(default=1, gt=0, description="fixed; the first number where `autoscaling` is given")
     autoscaling: AutoscalingSpec | None = None
+    num_gateways: int = Field(default=1, gt=0, description="processes that speak HTTP, each on one core at most")
     pool_bytes: NumBytes = 512 << 20
     host_bytes: NumBytes = 1 << 30
     block_tokens: int = Field(default=16, gt=0)

@@ -70,7 +70,7 @@ class Client:
 
     def num_routed(self) -> dict[str, int]:
         """Routed requests by reason, since the gateway's start."""
-        pattern = re.compile(r'^loray_routing_decisions_total{reason="(\w+)"} (\d+)', re.MULTILINE)
+        pattern = re.compile(r'^loray_routing_decisions_total{gateway="\w+",reason="(\w+)"} (\d+)', re.MULTILINE)
         return {reason: int(n) for reason, n in pattern.findall(self.metrics())}
 
     def metrics(self) -> str:

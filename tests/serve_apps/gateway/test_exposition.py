@@ -20,10 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.telemetry import ENGINE_METRICS, METRICS, REQUEST_METRICS
+from loray.telemetry import ENGINE_METRICS, GATEWAY_METRICS, METRICS, REQUEST_METRICS
 from serve_apps.exposition import encode, merge
 from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.metrics import CountRequests, GatewayMetrics
+from serve_apps.gateway.metrics import CountRequests, GatewayMetrics, together
 from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
 from tests.engine.harness import make_engine
@@ -51,10 +51,10 @@ def whole(base: BaseModel) -> list[Family]:
             replicas.append(pickle.loads(pickle.dumps(families)))
 
         go(asked, test)
-    gateway = GatewayMetrics()
+    gateway = GatewayMetrics("g1")
     gateway.answered("/v1/completions", 200)
     directory: Any = ModelDirectory(base, lambda: cast("Any", None))
-    return gateway.families(directory, decisions(), replicas)
+    return together([gateway.families(directory, decisions()), None], replicas)
 
 
 def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[Family]) -> None:
@@ -65,8 +65,11 @@ def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[
     assert helps == {m.name: m.help for m in METRICS.values()}
     by_name = {f"{f.name}_total" if f.type == "counter" else f.name: f for f in whole}
     for metric in METRICS.values():
-        of_replicas = metric in (*REQUEST_METRICS.values(), *ENGINE_METRICS.values())
-        expected = {*metric.labels, *(["replica"] if of_replicas else []), *(["le"] * (metric.kind == "histogram"))}
+        expected = {*metric.labels, *(["le"] * (metric.kind == "histogram"))}
+        if metric in (*REQUEST_METRICS.values(), *ENGINE_METRICS.values()):
+            expected.add("replica")
+        if metric in GATEWAY_METRICS.values():
+            expected.add("gateway")
         for sample in by_name[metric.name].samples:
             assert set(sample.labels) - {"le"} == expected - {"le"}, sample
 
@@ -82,6 +85,9 @@ def test_a_family_contains_all_replicas(whole: list[Family]) -> None:
     ]
     assert families["loray_replicas_reporting"].samples[0].value == 2
     assert families["loray_replicas_silent"].samples[0].value == 1
+    assert (
+        families["loray_gateways_reporting"].samples[0].value == families["loray_gateways_silent"].samples[0].value == 1
+    )
     first = families["loray_time_to_first_token_seconds"].samples
     assert [s.labels["replica"] for s in first if s.labels.get("le") == "+Inf"] == ["r1", "r2"]
 
@@ -115,6 +121,26 @@ def test_the_document_lists_the_table() -> None:
     ]
 
 
+def test_each_gateway_has_its_own_requests(base: BaseModel) -> None:
+    """Whichever gateway answers, the answer is the same."""
+    directory: Any = ModelDirectory(base, lambda: cast("Any", None))
+    gateways: list[list[Family] | None] = []
+    for name, num_requests in (("g1", 3), ("g2", 4)):
+        counted = GatewayMetrics(name)
+        for _ in range(num_requests):
+            counted.answered("/v1/completions", 200)
+        gateways.append(counted.families(directory, {"pool": num_requests}))
+    samples = {
+        (s.name, s.labels.get("gateway")): s.value
+        for f in parse(encode(together(gateways, []), "").body.decode())
+        for s in f.samples
+        if s.labels.get("reason") in (None, "pool")
+    }
+    for name in ("loray_http_requests_total", "loray_routing_decisions_total"):
+        assert (samples[name, "g1"], samples[name, "g2"]) == (3, 4)
+    assert samples["loray_gateways_reporting", None] == 2
+
+
 # -- over HTTP ---------------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +166,11 @@ def test_metrics_are_the_replicas_and_the_gateways_own(base: BaseModel, tmp_path
         client.post("/v1/completions", json=body)
         response = client.get("/metrics")
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    samples = {(s.name, *s.labels.values()): s.value for f in parse(response.text) for s in f.samples}
+    samples = {
+        (s.name, *(value for label, value in s.labels.items() if label != "gateway")): s.value
+        for f in parse(response.text)
+        for s in f.samples
+    }
     answered = {key[1:]: n for key, n in samples.items() if key[0] == "loray_http_requests_total"}
     assert answered == {
         ("200", "/v1/completions"): 3,
@@ -158,7 +188,7 @@ def test_metrics_are_the_replicas_and_the_gateways_own(base: BaseModel, tmp_path
 
 
 def test_a_request_under_way_is_in_flight_until_its_client_has_left() -> None:
-    counted = GatewayMetrics()
+    counted = GatewayMetrics("g1")
     in_flight: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

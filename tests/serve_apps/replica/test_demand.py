@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.engine.build import build_engine
+from loray.engine.request import TokenOutput
 from loray.engine.stream import EngineStream
 from loray.errors import Overloaded, RequestError
 from loray.publishing import Destination, publish
@@ -21,6 +22,9 @@ from loray.settings import Settings
 from loray.spec import AdapterRef, AutoscalingSpec, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store
 from serve_apps.replica.demand import ReplicaDemand
+from serve_apps.replica.local import LocalStreams
+from serve_apps.replica.metrics import ReplicaMetrics
+from serve_apps.replica.requests import Requests
 from serve_apps.replica.startup import adapter_loader
 
 SCALING = AutoscalingSpec(window_s=3600)
@@ -33,9 +37,10 @@ class Replica:
         self.spec = ServeSpec(base=base.name, dtype="float32", pool_bytes=4 << 20, autoscaling=SCALING)
         self.stream = EngineStream(build_engine(self.spec, base, adapter_loader(base, settings)))
         self.demand = ReplicaDemand(self.spec, SCALING, self.stream)
+        self.streams = LocalStreams(Requests(self.stream, ReplicaMetrics(), self.demand))
 
     def deltas(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
-        return self.demand.observed(request, cast("AsyncGenerator[TokenDelta, None]", self.stream.generate(request)))
+        return self.streams.generate(request, fit=False)
 
     def answer(self, request: GenerateRequest) -> None:
         async def run() -> None:
@@ -92,30 +97,33 @@ def test_an_engines_requests_are_demand(replica: Replica, refs: dict[str, Adapte
     assert seen.kv_byte_s == 0
 
 
-def test_a_cancelled_request_counts_with_its_received_tokens(replica: Replica) -> None:
-    async def leave() -> int:
-        async with aclosing(replica.deltas(request("a", max_tokens=400))) as deltas:
-            num_tokens = 0
-            async for delta in deltas:
-                num_tokens += len(delta.token_ids)
-                if num_tokens == 5:
-                    return num_tokens
-        raise AssertionError
+def test_a_cancelled_request_counts_with_its_tokens(replica: Replica) -> None:
+    num_steps, stands, go_on, step = 0, threading.Event(), threading.Event(), replica.stream._engine.step
 
-    assert asyncio.run(leave()) == 5
+    def held() -> list[TokenOutput]:
+        nonlocal num_steps
+        num_steps += bool(outputs := step())
+        if num_steps == 6:  # five have been delivered
+            stands.set()
+            assert go_on.wait(60)
+        return outputs
+
+    replica.stream._engine.step = held  # type: ignore[method-assign]
+
+    async def leave() -> None:
+        deltas = replica.deltas(request("a", max_tokens=400))
+        await anext(deltas)
+        assert await asyncio.to_thread(stands.wait, 60)
+        await deltas.aclose()
+        while replica.streams._left:
+            await asyncio.sleep(0)
+        go_on.set()
+
+    asyncio.run(leave())
     assert replica.observe().tokens == 3 + 5
 
 
 @pytest.mark.parametrize(("error", "tokens"), [(Overloaded("full", 1.0), 3), (RequestError("no", "prompt"), 0)])
 def test_a_request_refused_for_overload_is_demand(replica: Replica, error: Exception, tokens: float) -> None:
-    async def refuse() -> AsyncGenerator[TokenDelta, None]:
-        raise error
-        yield
-
-    async def run() -> None:
-        async for _ in replica.demand.observed(request("a"), refuse()):
-            pass
-
-    with pytest.raises(type(error)):
-        asyncio.run(run())
+    replica.demand.ended(replica.demand.arrived(request("a")), error)
     assert replica.observe().tokens == tokens

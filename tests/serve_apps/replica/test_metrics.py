@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from peft import LoraConfig
@@ -16,16 +16,17 @@ from prometheus_client.core import Metric as Family
 
 from loray.api.status import AdapterPlacement
 from loray.bases.registry import BaseModel
+from loray.engine.request import TokenOutput
 from loray.engine.stats.stats import EngineStats
 from loray.engine.stream import EngineStream
 from loray.errors import ContextLengthExceeded, EngineError
-from loray.spec import GenerateRequest, TokenDelta
 from loray_kernels import KvLayout
+from serve_apps.replica.local import LocalStreams
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.replica import EngineReplica
+from serve_apps.replica.requests import Requests
 from tests.engine.adapters import TestAdapter, make_adapter
 from tests.engine.harness import hold, make_engine, request
-from tests.serve_apps.gateway.scripted import delta
 
 
 def values(families: Sequence[Family]) -> dict[tuple[str, ...], float]:
@@ -43,17 +44,15 @@ class ObservedEngine:
     def __init__(self, base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: Any) -> None:
         self.metrics = ReplicaMetrics()
         self.stream = EngineStream(make_engine(base, adapters, num_threads=1, **spec))
+        self.streams = LocalStreams(Requests(self.stream, self.metrics))
         self.num_asked = 0
 
     async def ask(self, num_prompt_tokens: int, adapter: TestAdapter | None = None, *, max_tokens: int = 4) -> None:
         self.num_asked += 1
         r = request(f"r{self.num_asked}", [7] * num_prompt_tokens, adapter, max_tokens=max_tokens)
-        async with aclosing(self.observed(r)) as deltas:
+        async with aclosing(self.streams.generate(r, fit=False)) as deltas:
             async for _ in deltas:
                 pass
-
-    def observed(self, r: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
-        return self.metrics.observed(r, cast("AsyncGenerator[TokenDelta, None]", self.stream.generate(r)))
 
     async def settled(self, num_finished: int) -> EngineStats:
         deadline = time.monotonic() + 60
@@ -159,7 +158,7 @@ def test_a_cancelled_request_is_an_abort_and_not_an_error(base: BaseModel) -> No
     asked = ObservedEngine(base)
 
     async def test() -> None:
-        async with aclosing(asked.observed(request("r", [1, 2, 3], max_tokens=400))) as deltas:
+        async with aclosing(asked.streams.generate(request("r", [1, 2, 3], max_tokens=400), fit=False)) as deltas:
             await anext(deltas)
         await asked.stream.adapters()  # returns after the cancellation that was posted before it
         await asked.settled(0)
@@ -177,27 +176,41 @@ def test_a_cancelled_request_is_an_abort_and_not_an_error(base: BaseModel) -> No
     go(asked, test)
 
 
-def test_latencies_are_between_the_moments_of_the_deltas() -> None:
-    moments = iter([10.0, 10.5, 10.75, 12.0])
+def test_what_a_stop_string_ends_has_stopped_and_what_nobody_wants_was_aborted(base: BaseModel) -> None:
+    """Stop strings are found by the reader of the tokens, which then closes the stream."""
+    asked = ObservedEngine(base)
+
+    async def test() -> None:
+        for name, stop in (("with", ("x",)), ("without", ())):
+            r = request(name, [1, 2, 3], max_tokens=400, stop=stop)
+            async with aclosing(asked.streams.generate(r, fit=False)) as deltas:
+                await anext(deltas)
+        while asked.streams._left:
+            await asyncio.sleep(0)
+        found = values(asked.metrics.request_families())
+        assert found["loray_request_success_total", "stop", "base"] == 1
+        assert found["loray_request_success_total", "abort", "base"] == 1
+        assert found["loray_e2e_request_latency_seconds_count", "base"] == 1
+
+    go(asked, test)
+
+
+def test_latencies_are_between_the_steps() -> None:
+    moments = iter([10.0, 10.0, 10.5, 10.75, 12.0])
     metrics = ReplicaMetrics(clock=lambda: next(moments))
-
-    async def deltas() -> AsyncGenerator[TokenDelta, None]:
-        yield delta("a")
-        yield delta("b")
-        yield delta("c", "stop")
-
-    async def run() -> None:
-        async with aclosing(metrics.observed(request("r", [1, 2, 3]), deltas())) as observed:
-            async for d in observed:
-                if d.finish_reason:
-                    break  # it has ended all the same
-
-    asyncio.run(run())
-    found = values(list(metrics._registry.collect()))
-    assert found["loray_time_to_first_token_seconds_sum", "base"] == 0.5
-    assert found["loray_inter_token_latency_seconds_sum", "base"] == 1.5
-    assert found["loray_inter_token_latency_seconds_bucket", "0.3", "base"] == 1
-    assert found["loray_e2e_request_latency_seconds_sum", "base"] == 2.0
+    first, second = (metrics.arrived(request(name, [1, 2, 3])) for name in ("a", "b"))
+    metrics.stepped([(first, TokenOutput("a", 7)), (second, TokenOutput("b", 7))])
+    metrics.stepped([(first, TokenOutput("a", 7)), (second, TokenOutput("b", 7, finish_reason="length"))])
+    metrics.stepped([(first, TokenOutput("a", 7, finish_reason="stop"))])
+    metrics.ended(first, "stop")
+    metrics.ended(second, "length")
+    found = values(metrics.request_families())
+    assert found["loray_time_to_first_token_seconds_sum", "base"] == 2 * 0.5
+    assert found["loray_inter_token_latency_seconds_sum", "base"] == 2 * 0.25 + 1.25
+    assert found["loray_inter_token_latency_seconds_bucket", "0.3", "base"] == 2
+    assert found["loray_inter_token_latency_seconds_count", "base"] == 3
+    assert found["loray_e2e_request_latency_seconds_sum", "base"] == 2.0 + 0.75
+    assert found["loray_request_generation_tokens_sum", "base"] == 3 + 2
     assert found["loray_request_success_total", "stop", "base"] == 1
     assert ("loray_request_success_total", "abort", "base") not in found
 
@@ -205,16 +218,7 @@ def test_latencies_are_between_the_moments_of_the_deltas() -> None:
 @pytest.mark.parametrize(("error", "kind"), [(EngineError("x"), "EngineError"), (KeyError("x"), "internal")])
 def test_errors_have_the_name_of_their_class(error: Exception, kind: str) -> None:
     metrics = ReplicaMetrics()
-
-    async def deltas() -> AsyncGenerator[TokenDelta, None]:
-        raise error
-        yield
-
-    async def run() -> None:
-        with pytest.raises(type(error)):
-            await anext(metrics.observed(request("r", [1]), deltas()))
-
-    asyncio.run(run())
-    found = values(list(metrics._registry.collect()))
+    metrics.ended(metrics.arrived(request("r", [1])), error)
+    found = values(metrics.request_families())
     assert found["loray_request_errors_total", kind, "base"] == 1
     assert not [key for key in found if key[0] == "loray_request_success_total"]

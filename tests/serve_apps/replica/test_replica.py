@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
 from loray.engine.build import build_engine
-from loray.engine.stream import EngineStream
+from loray.engine.request import TokenOutput
+from loray.engine.stream import EngineStream, Sink
 from loray.errors import ContextLengthExceeded, EngineError, IntegrityError, RequestError
 from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec, TokenDelta
 from loray.store import AdapterStore, open_store
+from serve_apps.replica.local import LocalStreams
+from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.replica import without_expected_tracebacks
+from serve_apps.replica.requests import Requests
 from serve_apps.replica.startup import adapter_loader
-from serve_apps.replica.streams import fitted
-from tests.serve_apps.gateway.scripted import delta
 
 
 @pytest.fixture
@@ -48,12 +50,18 @@ class Limited:
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         return self._limit
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
+    def subscribe(self, request: GenerateRequest, sink: Sink, key: Any) -> None:
         self.asked.append(request.params.max_tokens)
         self._limit = self._exact
-        if len(request.prompt_ids) + request.params.max_tokens > self._limit:
-            raise ContextLengthExceeded("too long", "prompt")
-        yield delta("a", "length")
+        fits = len(request.prompt_ids) + request.params.max_tokens <= self._limit
+        error = None if fits else ContextLengthExceeded("too long", "prompt")
+        sink.deliver([(key, TokenOutput("r", 7, finish_reason="length", error=error))])
+
+
+async def ask(engine: Any, max_tokens: int, adapter: AdapterRef | None = None) -> list[TokenDelta]:
+    request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=max_tokens, ignore_eos=True), adapter)
+    streams = LocalStreams(Requests(engine, ReplicaMetrics()))
+    return [d async for d in streams.generate(request, fit=True)]
 
 
 @pytest.mark.parametrize(
@@ -62,11 +70,7 @@ class Limited:
 def test_a_default_fits_what_the_replica_has(estimate: int, exact: int, asked: list[int]) -> None:
     engine: Any = Limited(estimate, exact)
 
-    async def run() -> list[TokenDelta]:
-        request = GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=100))
-        return [d async for d in fitted(engine, request)]
-
-    assert asyncio.run(run()) == [delta("a", "length")]
+    assert asyncio.run(ask(engine, 100)) == [TokenDelta((7,), "length")]
     assert engine.asked == asked
 
 
@@ -84,12 +88,8 @@ def test_a_default_leaves_room_for_the_adapter(
     assert limit < ref.context_length
     stream.start()
 
-    async def run() -> list[TokenDelta]:
-        params = SamplingParams(max_tokens=limit - 3, ignore_eos=True)
-        return [d async for d in fitted(stream, GenerateRequest("r", (1, 2, 3), params, ref))]
-
     try:
-        deltas = asyncio.run(run())
+        deltas = asyncio.run(ask(stream, limit - 3, ref))
         assert deltas[-1].finish_reason == "length"
         left = stream.max_model_len(ref) - 3
         assert (
@@ -101,13 +101,8 @@ def test_a_default_leaves_room_for_the_adapter(
 
 def test_a_prompt_that_never_fits_is_refused_once_its_limit_is_known() -> None:
     engine: Any = Limited(2, 2)
-
-    async def run() -> None:
-        async for _ in fitted(engine, GenerateRequest("r", (1, 2, 3), SamplingParams(max_tokens=100))):
-            pass
-
     with pytest.raises(ContextLengthExceeded):
-        asyncio.run(run())
+        asyncio.run(ask(engine, 100))
     assert engine.asked == [1]
 
 

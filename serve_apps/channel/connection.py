@@ -1,0 +1,133 @@
+"""A replica's end of its connection to one gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from itertools import count
+
+from loray.telemetry import get_logger
+from serve_apps.channel.address import Address, dial
+from serve_apps.channel.frames import END, HELLO, WELCOME, FrameError, FrameReader, Output, frame, pack
+from serve_apps.channel.writer import Writer
+
+_log = get_logger(__name__)
+
+_HANDSHAKE_S = 10.0
+_READ_BYTES = 1 << 16
+
+Left = Callable[[str], None]  # called with "stop", "abort" or "lost"
+
+
+class Connection:
+    """Results may be sent from any thread; everything else is called in the event loop.
+
+    When the connection ends, whatever the reason, all its streams are told that they are lost.
+    """
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        self.name = name
+        self.is_open = True
+        self._sock = sock
+        self._writer = Writer(sock, asyncio.get_running_loop(), self._end)
+        self._streams: dict[int, Left] = {}
+        self._reader = asyncio.create_task(self._read())
+
+    def send(self, outputs: Sequence[tuple[int, Output]]) -> None:
+        """One step's results, each with its stream. Never waits."""
+        self._writer.write(pack(outputs))
+
+    def watch(self, stream: int, left: Left) -> None:
+        """`left` is called once the gateway wants no more of this stream, or the connection has ended."""
+        if self.is_open:
+            self._streams[stream] = left
+        else:
+            left("lost")
+
+    def unwatch(self, stream: int) -> None:
+        self._streams.pop(stream, None)
+
+    def close(self) -> None:
+        self._end("closed")
+
+    async def _read(self) -> None:
+        loop, frames = asyncio.get_running_loop(), FrameReader()
+        try:
+            while data := await loop.sock_recv(self._sock, _READ_BYTES):
+                for kind, stream, reason in frames.feed(data):
+                    if kind != END:
+                        raise FrameError(f"kind {kind}")
+                    left = self._streams.pop(stream, None)
+                    if left is not None:
+                        left(str(reason))
+            self._end("the gateway closed it")
+        except (OSError, FrameError, ValueError, TypeError) as e:
+            self._end(str(e))
+
+    def _end(self, reason: str) -> None:
+        if not self.is_open:
+            return
+        self.is_open = False
+        streams, self._streams = self._streams, {}
+        level = _log.warning if streams else _log.info
+        level("connection to a gateway ended with %d streams: %s", len(streams), reason)
+        self._writer.close()
+        self._reader.cancel()
+        self._sock.close()
+        for left in streams.values():
+            left("lost")
+
+
+async def connect(address: Address, node: str, name: str) -> Connection:
+    """From a replica on `node` to the gateway; `name` is the connection's. OSError, also if the gateway is silent."""
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(_HANDSHAKE_S):
+        sock = await dial(address, node)
+        try:
+            await loop.sock_sendall(sock, address.token.encode() + frame(HELLO, name))
+            frames = FrameReader()
+            answer: list[tuple[object, ...]] = []
+            while not answer:
+                data = await loop.sock_recv(sock, _READ_BYTES)
+                if not data:
+                    raise ConnectionError("the gateway refused the connection")
+                answer += frames.feed(data)
+            if answer != [(WELCOME,)]:
+                raise ConnectionError("the gateway answered something else")
+        except FrameError as e:
+            sock.close()
+            raise ConnectionError(str(e)) from e
+        except BaseException:
+            sock.close()
+            raise
+    return Connection(sock, name)
+
+
+class Connections:
+    """A replica's connections, at most one to each gateway. Used from one event loop."""
+
+    def __init__(self, node: str, replica: str) -> None:
+        self._node, self._replica = node, replica
+        self._numbers = count()
+        self._to: dict[Address, asyncio.Task[Connection]] = {}
+
+    async def to(self, address: Address) -> Connection:
+        """The connection that stands, or a new one. Raises OSError if the gateway cannot be reached."""
+        task = self._to.get(address)
+        if task is not None and task.done() and not (task.exception() is None and task.result().is_open):
+            task = None
+        if task is None:
+            for gone in [a for a, t in self._to.items() if t.done() and (t.exception() or not t.result().is_open)]:
+                del self._to[gone]
+            name = f"{self._replica}#{next(self._numbers)}"
+            task = self._to[address] = asyncio.create_task(connect(address, self._node, name))
+        return await asyncio.shield(task)
+
+    def close(self) -> None:
+        for task in self._to.values():
+            if not task.done():
+                task.cancel()
+            elif not task.cancelled() and task.exception() is None:
+                task.result().close()
+        self._to.clear()

@@ -1,0 +1,117 @@
+"""Frames: four bytes of length, then msgpack of a kind and its fields.
+
+    HELLO    replica   the connection's name, REPLICA#NUMBER; after the token
+    WELCOME  gateway   the connection stands
+    TOKENS   replica   [(stream, token, finish reason, cached tokens), …] of one step
+    SCORED   replica   [(stream, token, finish reason, cached tokens, logprobs), …] of one step
+    PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, before the first token
+    END      gateway   stream, "stop" or "abort": no more tokens are wanted
+
+`logprobs` are (logprob, rank, [token, …], [logprob, …]), the latter two of the best tokens. A stream is one attempt of
+one request; the gateway numbers them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+import msgpack
+
+from loray.spec import FinishReason, TokenLogprobs
+
+HELLO, WELCOME, TOKENS, SCORED, PROMPT, END = range(6)
+MAX_FRAME = 1 << 20
+_HEADER = struct.Struct("<I")
+_PER_FRAME = 1024  # items, each of at most 800 bytes
+
+
+class FrameError(Exception):
+    """What came over a connection is no frame."""
+
+
+class Output(Protocol):
+    """One step's result for one request, as the engine gives it."""
+
+    @property
+    def token_id(self) -> int | None: ...
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+    @property
+    def num_cached_tokens(self) -> int: ...
+    @property
+    def logprobs(self) -> TokenLogprobs | None: ...
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs, ...] | None: ...
+
+
+def frame(kind: int, *fields: Any) -> bytes:
+    body: bytes = msgpack.packb((kind, *fields))
+    if len(body) > MAX_FRAME:
+        raise FrameError(f"a frame of {len(body)} bytes")
+    return _HEADER.pack(len(body)) + body
+
+
+def pack(outputs: Iterable[tuple[int, Output]]) -> bytes:
+    """The frames of one step's results, each with its stream."""
+    plain: list[tuple[Any, ...]] = []
+    scored: list[tuple[Any, ...]] = []
+    frames: list[bytes] = []
+    for stream, out in outputs:
+        if out.prompt_logprobs is not None:
+            prompt = iter(out.prompt_logprobs)
+            while part := [_logprobs(lp) for lp in islice(prompt, _PER_FRAME)]:
+                frames.append(frame(PROMPT, stream, part))
+        item = (stream, out.token_id, out.finish_reason, out.num_cached_tokens)
+        if out.logprobs is None:
+            plain.append(item)
+        else:
+            scored.append((*item, _logprobs(out.logprobs)))
+    for kind, items in ((TOKENS, plain), (SCORED, scored)):
+        frames += [frame(kind, items[i : i + _PER_FRAME]) for i in range(0, len(items), _PER_FRAME)]
+    return b"".join(frames)
+
+
+class FrameReader:
+    """Takes a connection's bytes as they come."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[Any, ...]]:
+        """The frames that are complete now: (kind, *fields). FrameError if that is not what came."""
+        self._buffer += data
+        start = 0
+        try:
+            while len(self._buffer) - start >= _HEADER.size:
+                (length,) = _HEADER.unpack_from(self._buffer, start)
+                if length > MAX_FRAME:
+                    raise FrameError(f"a frame of {length} bytes")
+                body = start + _HEADER.size
+                if len(self._buffer) < body + length:
+                    break
+                start = body + length
+                yield _unpacked(bytes(memoryview(self._buffer)[body:start]))
+        finally:
+            del self._buffer[:start]
+
+
+def unpack_logprobs(packed: Sequence[Any]) -> TokenLogprobs:
+    logprob, rank, ids, values = packed
+    return TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)), rank)
+
+
+def _logprobs(logprobs: TokenLogprobs) -> tuple[Any, ...]:
+    return (logprobs.logprob, logprobs.rank, [t for t, _ in logprobs.top], [lp for _, lp in logprobs.top])
+
+
+def _unpacked(body: bytes) -> tuple[Any, ...]:
+    try:
+        fields = msgpack.unpackb(body, use_list=False)
+    except (ValueError, msgpack.UnpackException) as e:
+        raise FrameError("not msgpack") from e
+    if not isinstance(fields, tuple) or not fields:
+        raise FrameError("no kind")
+    return fields

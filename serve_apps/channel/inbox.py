@@ -1,0 +1,87 @@
+"""The tokens of one stream that have arrived and that nobody has taken yet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from loray.spec import FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
+
+
+class Inbox:
+    """What arrives between two calls of `take` is one delta, so a slow reader costs no more than the tokens' ids.
+
+    Used from one event loop.
+    """
+
+    def __init__(self, stream: int = 0) -> None:
+        self.stream = stream
+        self.has_ended = False  # the last token has arrived
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] | None = None
+        self._finish_reason: FinishReason | None = None
+        self._num_cached_tokens = 0
+        self._error: Exception | None = None
+        self._waiting: asyncio.Future[None] | None = None
+
+    def push(
+        self,
+        token: int | None,
+        finish_reason: FinishReason | None,
+        num_cached_tokens: int,
+        logprobs: TokenLogprobs | None = None,
+    ) -> None:
+        """One step's result. `token` is None if there is only a finish reason."""
+        if self.has_ended:
+            return
+        if token is not None:
+            self._token_ids.append(token)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        self._num_cached_tokens = num_cached_tokens
+        self._finish_reason = finish_reason
+        self.has_ended = finish_reason is not None
+        self._wake()
+
+    def push_prompt(self, logprobs: Iterable[TokenLogprobs]) -> None:
+        """A part of the prompt's log-probabilities. They are in the first delta."""
+        self._prompt_logprobs = [*(self._prompt_logprobs or ()), *logprobs]
+
+    def fail(self, error: Exception) -> None:
+        """After what has arrived, `take` raises this, unless the last token has arrived."""
+        if self._error is None and not self.has_ended:
+            self._error = error
+            self._wake()
+
+    async def take(self) -> TokenDelta:
+        """Everything that has arrived, as soon as there is something."""
+        while not self._token_ids and self._finish_reason is None:
+            if self._error is not None:
+                raise self._error
+            self._waiting = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+        delta = TokenDelta(
+            tuple(self._token_ids),
+            self._finish_reason,
+            self._num_cached_tokens,
+            tuple(self._logprobs) if self._logprobs else None,
+            None if self._prompt_logprobs is None else tuple(self._prompt_logprobs),
+        )
+        self._token_ids, self._logprobs, self._prompt_logprobs = [], [], None
+        self._finish_reason = None
+        return delta
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+
+def why_closed(request: GenerateRequest) -> str:
+    """Why a reader has closed the request's stream: "stop" if it found a stop string, "abort" if it is gone itself."""
+    task = asyncio.current_task()
+    is_gone = task is not None and task.cancelling() > 0
+    return "stop" if request.params.stop and not is_gone else "abort"

@@ -1,0 +1,238 @@
+"""A gateway's end: it listens for replicas, and hands what they send to the inboxes of its streams."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import secrets
+import socket
+import struct
+from itertools import count
+from typing import Any, cast
+
+from loray.errors import ReplicaUnavailable
+from loray.telemetry import get_logger
+from serve_apps.channel.address import TOKEN_BYTES, Address, abstract, end_dead_connections
+from serve_apps.channel.frames import (
+    END,
+    HELLO,
+    PROMPT,
+    SCORED,
+    TOKENS,
+    WELCOME,
+    FrameError,
+    FrameReader,
+    frame,
+    unpack_logprobs,
+)
+from serve_apps.channel.inbox import Inbox
+
+_log = get_logger(__name__)
+
+_HANDSHAKE_S = 10.0
+_MAX_STRANGERS = 128  # connections that have not shown the token yet
+_LOST = "the replica that served this request was lost; send it again"
+_LOST_S = 2.0  # after a connection's end, for the call to say what happened
+
+
+class Listener:
+    """Used from one event loop."""
+
+    def __init__(self) -> None:
+        self._ids = count(1)
+        self._inboxes: dict[int, Inbox] = {}
+        self._sources: dict[int, _Peer] = {}  # stream → the connection from which its tokens come
+        self._peers: dict[str, _Peer] = {}  # by the connection's name
+        self._all: set[_Peer] = set()
+        self._servers: list[asyncio.Server] = []
+        self._token = secrets.token_hex(TOKEN_BYTES // 2)
+        self._address: Address | None = None
+
+    @property
+    def address(self) -> Address:
+        assert self._address is not None, "start it first"
+        return self._address
+
+    async def start(self, node: str, host: str) -> None:
+        """Listens on `node` and, for other nodes, at a free port of `host`."""
+        loop = asyncio.get_running_loop()
+        name = f"loray-{secrets.token_hex(16)}"
+        unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        unix.bind(abstract(name))
+        unix.setblocking(False)
+        tcp = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        tcp.bind((host, 0))
+        tcp.setblocking(False)
+        self._address = Address(node, name, host, tcp.getsockname()[1], self._token)
+        self._servers = [
+            await loop.create_unix_server(lambda: _Peer(self), sock=unix),
+            await loop.create_server(lambda: _Peer(self), sock=tcp),
+        ]
+
+    async def close(self) -> None:
+        """Ends all connections; their streams fail."""
+        for server in self._servers:
+            server.close()
+        for peer in list(self._all):
+            peer.abort("the gateway closes")
+        await asyncio.sleep(0)  # for the connections' last callbacks
+
+    def open(self) -> Inbox:
+        """A new stream, for one attempt of one request."""
+        inbox = Inbox(next(self._ids))
+        self._inboxes[inbox.stream] = inbox
+        return inbox
+
+    def forget(self, inbox: Inbox, reason: str) -> bool:
+        """Drops the stream. If its tokens still come, tells their replica to end it, for `reason` "stop" or "abort".
+
+        False if no replica could be told: the call must be cancelled then.
+        """
+        self._inboxes.pop(inbox.stream, None)
+        peer = self._sources.pop(inbox.stream, None)
+        if inbox.has_ended:
+            return True
+        return peer is not None and peer.write(frame(END, inbox.stream, reason))
+
+    def returned(self, inbox: Inbox, connection: str) -> None:
+        """The call has ended without an error: the rest of its tokens is under way on this connection, or lost."""
+        if inbox.has_ended or inbox.stream not in self._inboxes:
+            return
+        peer = self._peers.get(connection)
+        if peer is None:
+            inbox.fail(ReplicaUnavailable(_LOST))
+        else:
+            self._sources[inbox.stream] = peer
+
+    # -- connections --------------------------------------------------------------------------------------------------
+
+    def joined(self, peer: _Peer) -> bool:
+        """A stranger has connected. False: there are too many of them."""
+        self._all.add(peer)
+        return sum(not p.is_known for p in self._all) <= _MAX_STRANGERS
+
+    def accepts(self, token: bytes) -> bool:
+        return hmac.compare_digest(token, self._token.encode())
+
+    def named(self, peer: _Peer, name: str) -> None:
+        self._peers[name] = peer
+
+    def left(self, peer: _Peer) -> None:
+        """A connection has ended. The calls of its streams say why; if they do not, the replica counts as lost."""
+        self._all.discard(peer)
+        if peer.name is not None and self._peers.get(peer.name) is peer:
+            del self._peers[peer.name]
+        lost = [stream for stream, source in self._sources.items() if source is peer]
+        for stream in lost:
+            del self._sources[stream]
+        if lost:
+            inboxes = [self._inboxes[stream] for stream in lost]
+            asyncio.get_running_loop().call_later(_LOST_S, _fail, inboxes, peer.replica)
+
+    def take(self, peer: _Peer, fields: tuple[Any, ...]) -> None:
+        """One frame. ValueError or TypeError if it is none that a replica sends."""
+        kind, *rest = fields
+        if kind in (TOKENS, SCORED):
+            (items,) = rest
+            for stream, token, finish_reason, num_cached_tokens, *scored in items:
+                inbox = self._of(stream, peer)
+                if inbox is not None:
+                    inbox.push(token, finish_reason, num_cached_tokens, *map(unpack_logprobs, scored))
+        elif kind == PROMPT:
+            stream, part = rest
+            inbox = self._of(stream, peer)
+            if inbox is not None:
+                inbox.push_prompt(map(unpack_logprobs, part))
+        else:
+            raise ValueError(f"a frame of kind {kind}")
+
+    def _of(self, stream: int, peer: _Peer) -> Inbox | None:
+        """None for a stream that has been dropped: its tokens were on the way."""
+        inbox = self._inboxes.get(stream)
+        if inbox is not None and stream not in self._sources:
+            self._sources[stream] = peer
+        return inbox
+
+
+class _Peer(asyncio.Protocol):
+    """A connection from a replica. Before it has shown the token, nothing else of it is looked at."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._shown = b""
+        self._frames = FrameReader()
+        self._transport: asyncio.Transport | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self.is_known = False
+        self.name: str | None = None
+
+    @property
+    def replica(self) -> str | None:
+        return None if self.name is None else self.name.partition("#")[0]
+
+    def write(self, data: bytes) -> bool:
+        """Whether the connection stands."""
+        if self._transport is None or self._transport.is_closing():
+            return False
+        self._transport.write(data)
+        return True
+
+    def abort(self, reason: str) -> None:
+        _log.info("connection from replica %s is ended: %s", self.replica, reason)
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._deadline = asyncio.get_running_loop().call_later(_HANDSHAKE_S, self.abort, "it did not show the token")
+        sock = transport.get_extra_info("socket")
+        end_dead_connections(sock)
+        if not self._listener.joined(self):
+            self.abort("too many strangers")
+        elif sock.family == socket.AF_UNIX and _user(sock) != os.getuid():
+            self.abort("it is another user's")
+
+    def data_received(self, data: bytes) -> None:
+        if not self.is_known:
+            self._shown += data
+            if len(self._shown) < TOKEN_BYTES:
+                return
+            if not self._listener.accepts(self._shown[:TOKEN_BYTES]):
+                self.abort("it has not the token")
+                return
+            data, self._shown, self.is_known = self._shown[TOKEN_BYTES:], b"", True
+        try:
+            for fields in self._frames.feed(data):
+                self._take(fields)
+        except (FrameError, ValueError, TypeError) as e:
+            self.abort(f"it sent no frame: {e}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._listener.left(self)
+
+    def _take(self, fields: tuple[Any, ...]) -> None:
+        if self.name is not None:
+            self._listener.take(self, fields)
+            return
+        kind, name = fields
+        if kind != HELLO or not isinstance(name, str):
+            raise ValueError("no greeting")
+        assert self._deadline is not None
+        self._deadline.cancel()
+        self.name = name
+        self._listener.named(self, name)
+        self.write(frame(WELCOME))
+
+
+def _fail(inboxes: list[Inbox], replica: str | None) -> None:
+    for inbox in inboxes:
+        inbox.fail(ReplicaUnavailable(_LOST, replica))
+
+
+def _user(sock: socket.socket) -> int:
+    """The user of the process at the other end of a Unix socket."""
+    _, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(user)

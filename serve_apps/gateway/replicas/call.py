@@ -1,0 +1,88 @@
+"""The call of one attempt: how its replica accepts it, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+from ray.serve.handle import DeploymentResponseGenerator
+
+from loray.errors import EngineError, LorayError, Overloaded, ReplicaUnavailable
+from serve_apps.channel.inbox import Inbox
+from serve_apps.channel.listener import Listener
+
+_NO_REPLICA_S = 30.0  # usually longer than Serve needs to replace a replica
+_REAP_S = 10.0  # for a call whose stream has ended
+_REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
+
+
+class Call:
+    """Follows the call; its error becomes the inbox's. Used from one event loop."""
+
+    def __init__(self, response: DeploymentResponseGenerator[Any], listener: Listener, inbox: Inbox) -> None:
+        self._response, self._listener, self._inbox = response, listener, inbox
+        self._task = asyncio.create_task(self._follow())
+
+    def leave(self, reason: str) -> None:
+        """Nobody reads the stream any more. If tokens are still expected, the request is ended: "stop" or "abort"."""
+        is_told = self._listener.forget(self._inbox, reason)
+        if self._task.done():
+            return
+        if is_told:
+            timer = asyncio.get_running_loop().call_later(_REAP_S, self._cancel)
+            self._task.add_done_callback(lambda _: timer.cancel())
+        else:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        self._response.cancel()
+        self._task.cancel()
+
+    async def _follow(self) -> None:
+        try:
+            await _accepted(self._response)
+            connection = None
+            async for name in self._response:
+                connection = str(name)
+            self._listener.returned(self._inbox, connection or "")
+        except (asyncio.CancelledError, RequestCancelledError):
+            self._inbox.fail(EngineError("the request was cancelled"))
+            raise
+        except Exception as e:  # noqa: BLE001 - the inbox's reader gets it
+            self._inbox.fail(_translated(e))
+
+
+async def _accepted(response: DeploymentResponseGenerator[Any]) -> None:
+    """Waits until a replica accepts the request. EngineError after a time, without which Serve would wait for ever."""
+    try:
+        async with asyncio.timeout(_NO_REPLICA_S):
+            await response._fetch_future_result_async()  # private: no public call returns when a request is accepted
+    except TimeoutError as e:
+        response.cancel()
+        raise EngineError("no replica takes requests; `loray status` says why") from e
+
+
+def _translated(error: Exception) -> Exception:
+    """The error with loray's class. What the replica raised, Ray wraps into an exception of both classes."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, LorayError):
+            return cause
+        return cause if isinstance(cause, Exception) else error
+    translated: Exception = error
+    if isinstance(error, _REPLICA_LOST):
+        translated = ReplicaUnavailable("the replica that served this request was lost; send it again")
+    elif isinstance(error, DeploymentUnavailableError):
+        translated = ReplicaUnavailable("no replica is running; `loray status` says why")
+    elif isinstance(error, BackPressureError):
+        translated = Overloaded("too many requests wait for a replica; try again later", retry_after_s=1.0)
+    if translated is not error:
+        translated.__cause__ = error
+    return translated

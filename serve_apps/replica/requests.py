@@ -1,0 +1,146 @@
+"""The requests of a replica's engine: submitted, measured once a step, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from loray.errors import ContextLengthExceeded, ReplicaUnavailable
+from serve_apps.replica.demand import ReplicaDemand
+from serve_apps.replica.metrics import ReplicaMetrics, RequestTimes
+
+if TYPE_CHECKING:
+    from loray.engine.request import TokenOutput
+    from loray.engine.stream import EngineStream
+    from loray.serving.demand import TrackedRequest
+    from loray.spec import GenerateRequest
+
+
+class Outlet(Protocol):
+    """Where the results of streams go."""
+
+    def send(self, outputs: Sequence[tuple[int, TokenOutput]]) -> None:
+        """One step's results, each with its stream. Called in the engine's thread: it neither blocks nor raises."""
+
+    def watch(self, stream: int, left: Callable[[str], None]) -> None:
+        """`left` is called in the event loop when the reader wants no more: "stop", "abort", or "lost" if it is gone.
+
+        "stop": what it has got ends the text, as a finish reason does.
+        """
+
+    def unwatch(self, stream: int) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Ongoing:
+    """`ended`: the finish reason or what the reader said when it left, or the request's error."""
+
+    stream: int
+    outlet: Outlet
+    times: RequestTimes
+    tracked: TrackedRequest | None
+    ended: asyncio.Future[str]
+
+    def end(self, how: str | Exception) -> None:
+        if self.ended.done():
+            return
+        if isinstance(how, Exception):
+            self.ended.set_exception(how)
+        else:
+            self.ended.set_result(how)
+
+
+class Requests:
+    """`run` is called in one event loop. It is the sink of the engine's results."""
+
+    def __init__(self, engine: EngineStream, metrics: ReplicaMetrics, demand: ReplicaDemand | None = None) -> None:
+        self._engine, self._metrics, self._demand = engine, metrics, demand
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self, request: GenerateRequest, fit: bool, outlet: Outlet, stream: int) -> None:
+        """Returns when the request has ended; its tokens go to `outlet`. Cancelling it cancels the request.
+
+        `fit`: max_tokens is lowered to what fits into the pool. Until an adapter has been loaded, the engine estimates
+        its size there; a request that turns out to be too long is submitted once more, with the limit that is known by
+        then. Raises the errors of `EngineStream.subscribe`, and ReplicaUnavailable if the outlet was lost.
+        """
+        self._loop = asyncio.get_running_loop()
+        tracked = self._demand.arrived(request) if self._demand else None
+        ongoing = _Ongoing(stream, outlet, self._metrics.arrived(request), tracked, self._loop.create_future())
+        outlet.watch(stream, ongoing.end)
+        how: str | Exception = "abort"
+        try:
+            how = await self._attempts(request, fit, ongoing)
+        except Exception as e:
+            how = e
+            raise
+        finally:
+            outlet.unwatch(stream)
+            self._metrics.ended(ongoing.times, "abort" if how == "lost" else how)
+            if self._demand and tracked:
+                self._demand.ended(tracked, how if isinstance(how, Exception) else None)
+        if how == "lost":
+            raise ReplicaUnavailable("the connection to the gateway was lost; send the request again")
+
+    async def _attempts(self, request: GenerateRequest, fit: bool, ongoing: _Ongoing) -> str:
+        asked = self._fitted(request) if fit else request
+        try:
+            return await self._attempt(asked, ongoing)
+        except ContextLengthExceeded:
+            again = self._fitted(request) if fit else asked
+            if ongoing.times.started or again.params.max_tokens >= asked.params.max_tokens:
+                raise
+        assert self._loop is not None
+        ongoing.ended = self._loop.create_future()
+        return await self._attempt(again, ongoing)
+
+    async def _attempt(self, request: GenerateRequest, ongoing: _Ongoing) -> str:
+        finished = False
+        if not ongoing.ended.done():
+            self._engine.subscribe(request, self, ongoing)
+        try:
+            how = await ongoing.ended
+            finished = ongoing.times.finished
+            return how
+        except Exception:
+            finished = True
+            raise
+        finally:
+            if not finished:
+                self._engine.cancel(request.request_id)
+
+    def _fitted(self, request: GenerateRequest) -> GenerateRequest:
+        """Lowers max_tokens to the limit, but not below 1. If even 1 is too much, the engine refuses the request."""
+        left = max(self._engine.max_model_len(request.adapter) - len(request.prompt_ids), 1)
+        if request.params.max_tokens <= left:
+            return request
+        return replace(request, params=request.params.model_copy(update={"max_tokens": left}))
+
+    def deliver(self, outputs: Sequence[tuple[_Ongoing, TokenOutput]]) -> None:
+        """One step's results, in the engine's thread."""
+        self._metrics.stepped([(ongoing.times, out) for ongoing, out in outputs if out.error is None])
+        by_outlet: dict[Outlet, list[tuple[int, TokenOutput]]] = {}
+        ended: list[tuple[_Ongoing, str | Exception]] = []
+        for ongoing, out in outputs:
+            if out.error is not None:
+                ended.append((ongoing, out.error))
+                continue
+            by_outlet.setdefault(ongoing.outlet, []).append((ongoing.stream, out))
+            if ongoing.tracked is not None and out.token_id is not None:
+                ongoing.tracked.num_output_tokens += 1
+            if out.finish_reason is not None:
+                ended.append((ongoing, out.finish_reason))
+        for outlet, items in by_outlet.items():
+            outlet.send(items)
+        if ended:
+            assert self._loop is not None
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(_end, ended)
+
+
+def _end(ended: Sequence[tuple[_Ongoing, str | Exception]]) -> None:
+    for ongoing, how in ended:
+        ongoing.end(how)

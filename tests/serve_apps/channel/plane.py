@@ -1,0 +1,77 @@
+"""A gateway's listener and a replica's connections in one event loop, asyncio's or uvloop's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import uvloop
+
+from loray.spec import FinishReason, TokenLogprobs
+from serve_apps.channel.connection import Connections
+from serve_apps.channel.inbox import Inbox
+from serve_apps.channel.listener import Listener
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+NODE = "node"
+PLACES = pytest.mark.parametrize("node", [NODE, "another"])
+
+
+class Out(NamedTuple):
+    """One step's result for one request, as the channel takes it."""
+
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+class Plane(NamedTuple):
+    gateway: Listener
+    replica: Connections
+
+
+@asynccontextmanager
+async def plane(*, node: str = NODE) -> AsyncIterator[Plane]:
+    """`node`: the replica's; on another one than the gateway it connects over TCP. At the end nothing is left."""
+    before = asyncio.all_tasks()
+    gateway, replica = Listener(), Connections(node, "replica")
+    await gateway.start(NODE, "127.0.0.1")
+    try:
+        yield Plane(gateway, replica)
+    finally:
+        replica.close()
+        await until(lambda: not gateway._all)
+        await gateway.close()
+    assert [*gateway._peers, *gateway._inboxes, *gateway._sources] == []
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+
+
+async def everything(inbox: Inbox) -> list[int]:
+    """All tokens up to the last one."""
+    tokens: list[int] = []
+    while True:
+        delta = await inbox.take()
+        tokens += delta.token_ids
+        if delta.finish_reason is not None:
+            return tokens
+
+
+async def until(what: Callable[[], bool]) -> None:
+    """Waits for another end of a socket in this event loop."""
+    async with asyncio.timeout(60):
+        while not what():
+            await asyncio.sleep(0.001)
+
+
+def go(test: Callable[[], Coroutine[Any, Any, None]], loop: str = "asyncio") -> None:
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(asyncio.wait_for(test(), timeout=120))

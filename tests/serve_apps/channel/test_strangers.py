@@ -1,0 +1,151 @@
+"""Who connects without being a replica, or sends what no replica sends; and connections whose other side is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+
+from serve_apps.channel import connection, listener
+from serve_apps.channel.address import abstract, dial
+from serve_apps.channel.connection import Connections
+from serve_apps.channel.frames import END, HELLO, TOKENS, frame
+from tests.serve_apps.channel.plane import NODE, PLACES, Out, everything, go, plane, until
+
+
+async def ended(sock: socket.socket) -> None:
+    """Reads until the other side has closed the connection, or reset it as it had not read everything."""
+    loop = asyncio.get_running_loop()
+    with suppress(ConnectionError):
+        while await loop.sock_recv(sock, 1000):
+            pass
+    sock.close()
+
+
+def test_without_the_token_nothing_is_read() -> None:
+    async def test() -> None:
+        async with plane() as (gateway, _):
+            inbox = gateway.open()
+            thief = Connections(NODE, "thief")
+            wrong = replace(gateway.address, token="0" * 64)
+            with pytest.raises(ConnectionError):
+                await thief.to(wrong)
+            sock = await dial(wrong, NODE)
+            hello = frame(HELLO, "thief#0") + frame(TOKENS, [(inbox.stream, 1, "stop", 0)])
+            await asyncio.get_running_loop().sock_sendall(sock, b"0" * 64 + hello)
+            await ended(sock)
+            assert not inbox.has_ended
+            gateway.forget(inbox, "abort")
+
+    go(test)
+
+
+@PLACES
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\xff\xff\xff\xff",
+        frame(TOKENS, [(1, 1, None, 0)]),  # before it has said who it is
+        frame(HELLO, 7),
+        frame(HELLO, "r#0") + frame(TOKENS, 5),
+        frame(HELLO, "r#0") + frame(TOKENS, [(1, 2)]),
+        frame(HELLO, "r#0") + frame(END, 1, "stop"),
+        frame(HELLO, "r#0") + frame(99),
+        frame(HELLO, "r#0") + b"\x05\x00\x00\x00garbage",
+    ],
+)
+def test_garbage_ends_its_connection_and_no_other(sent: bytes, node: str) -> None:
+    async def test() -> None:
+        async with plane(node=node) as (gateway, replica):
+            loop = asyncio.get_running_loop()
+            inbox = gateway.open()
+            to = await replica.to(gateway.address)
+            sock = await dial(gateway.address, node)
+            await loop.sock_sendall(sock, gateway.address.token.encode() + sent)
+            await ended(sock)
+            to.send([(inbox.stream, Out(1, "stop"))])
+            assert await everything(inbox) == [1]
+            gateway.forget(inbox, "abort")
+
+    go(test)
+
+
+def test_garbage_from_a_gateway_ends_its_connection() -> None:
+    async def test() -> None:
+        async with plane() as (gateway, replica):
+            left: list[str] = []
+            to = await replica.to(gateway.address)
+            to.watch(1, left.append)
+            (peer,) = gateway._all
+            peer.write(frame(TOKENS, []))
+            await until(lambda: left == ["lost"])
+
+    go(test)
+
+
+def test_who_connects_and_says_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "_HANDSHAKE_S", 0.0)
+
+    async def test() -> None:
+        async with plane(node="another") as (gateway, _):
+            sock = await dial(gateway.address, "another")
+            await ended(sock)
+
+    go(test)
+
+
+def test_strangers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "_MAX_STRANGERS", 2)
+
+    async def test() -> None:
+        async with plane(node="another") as (gateway, replica):
+            strangers = [await dial(gateway.address, "another") for _ in range(5)]
+            await until(lambda: len(gateway._all) == 2)
+            for sock in strangers:
+                sock.close()
+            await until(lambda: not gateway._all)
+            assert (await replica.to(gateway.address)).is_open
+
+    go(test)
+
+
+def test_a_gateway_that_takes_the_connection_and_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_HANDSHAKE_S", 0.05)
+
+    async def test() -> None:
+        async with plane() as (gateway, replica):
+            with socket.socket(socket.AF_UNIX) as silent:
+                silent.bind(abstract("loray-test-silent"))
+                silent.listen()
+                with pytest.raises(TimeoutError):
+                    await replica.to(replace(gateway.address, name="loray-test-silent"))
+
+    go(test)
+
+
+def test_a_half_open_connection_is_noticed_by_the_kernel() -> None:
+    """Both ends of TCP have a bound on unacknowledged data and ask a silent other side whether it is there."""
+
+    async def test() -> None:
+        async with plane(node="another") as (gateway, replica):
+            to = await replica.to(gateway.address)
+            (peer,) = gateway._all
+            assert peer._transport is not None
+            for sock in (to._sock, peer._transport.get_extra_info("socket")):
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    go(test)
+
+
+def test_the_token_is_not_shown() -> None:
+    async def test() -> None:
+        async with plane() as (gateway, _):
+            assert gateway.address.token not in repr(gateway.address)
+            assert len(gateway.address.token) == 64
+
+    go(test)
