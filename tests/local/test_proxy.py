@@ -34,8 +34,12 @@ def test_ray_reads_these_variables(tmp_path: Path) -> None:
 def test_homes_have_ports_of_their_own(tmp_path: Path) -> None:
     def ports(home: str, folder: str) -> range:
         environment = serve_environment(Path("/homes") / home, tmp_path / folder)
-        first, last = (int(environment[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"]) for end in ("MIN", "MAX"))
-        return range(first, last + 1)
+        names = (
+            f"RAY_SERVE_{name}_HTTP_PORT" for name in ("FALLBACK_PROXY", "DIRECT_INGRESS_MIN", "DIRECT_INGRESS_MAX")
+        )
+        fallback, first, last = (int(environment[name]) for name in names)
+        assert fallback == first - 1
+        return range(fallback, last + 1)
 
     one, two = ports("one", "a"), ports("two", "b")
     assert not set(one) & set(two)

@@ -19,6 +19,7 @@ _FLAGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAIN_S),
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a refused request is in the log at once
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Ray's own, of which nobody asks this machine's cluster
     "RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:9",  # the port whose datagrams are thrown away
 }
@@ -49,7 +50,9 @@ def serve_environment(home: Path, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": "8404",  # what the script looks for
         "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, len(os.sched_getaffinity(0)))),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        # Ray's own proxy, to which HAProxy turns when no gateway runs: by default at one port for all clusters.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 1),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS_OF_A_HOME - 1),
     }
 
@@ -66,7 +69,7 @@ def _haproxy() -> str | None:
 
 
 def _free_ports(home: Path) -> int:
-    """The first of the ports for the gateways of this home. Another home begins to look elsewhere."""
+    """The first of this home's ports. Another home begins to look elsewhere."""
     slots = [_PORTS[i] for i in range(0, len(_PORTS) - _PORTS_OF_A_HOME + 1, _PORTS_OF_A_HOME)]
     begin = zlib.crc32(str(home.resolve()).encode()) % len(slots)
     for first in (*slots[begin:], *slots[:begin]):

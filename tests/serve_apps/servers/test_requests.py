@@ -102,7 +102,7 @@ def test_overload_is_429_with_a_time_to_retry(server: Served) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnected_client_frees_the_engine(server: Served, stream: bool) -> None:
     before = status(server)["totals"]
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "n": 2, "stream": stream}
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 500, "ignore_eos": True, "n": 8, "stream": stream}
     with httpx.Client(base_url=server.url, timeout=httpx.Timeout(30, read=None if stream else 0.3)) as http:
         if stream:
             with http.stream("POST", "/v1/completions", json=body) as response:
