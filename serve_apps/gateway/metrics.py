@@ -13,7 +13,6 @@ from serve_apps.exposition import counter, gauge, labelled, merge
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.http import CLIENT_LEFT
 
-
 Answers = Sequence[list[Family] | None]  # of each process that was asked; None: it did not answer in time
 
 
