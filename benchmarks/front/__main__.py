@@ -3,9 +3,9 @@
     python -m benchmarks.front                       tokens/s of a gateway process, µs of core a token, added latency
     python -m benchmarks.front --interval 0.01       each request gets a token every 10 ms, at most
 
-Engines that compute nothing yield one token of every request a step; the gateway, with uvicorn as in `loray serve`,
-checks requests, makes text and events of the tokens and sends them; a client in another process counts them.
-docs/benchmarks/serving.md explains the figures.
+Engines that compute nothing yield one token of every request a step, in the gateway's process or over the channel from
+another one; the gateway, with uvicorn as in `loray serve`, checks requests, makes text and events of the tokens and
+sends them; a client in another process counts them. docs/benchmarks/serving.md explains the figures.
 """
 
 from __future__ import annotations
@@ -69,15 +69,16 @@ def main(argv: Sequence[str] | None = None) -> list[Front]:
     )
     click.echo(_line(_HEADER))
     found = []
-    for kind in ("floor", "gateway"):
+    for kind in ("floor", "gateway", "channel"):
         with _server(kind, args.base, home, args.interval) as (port, pid):
-            for request in (args.request or _BODIES) if kind == "gateway" else ("completions",):
+            for request in ("completions",) if kind == "floor" else (args.request or _BODIES):
                 found.append(_measure(kind, request, args, port, pid))
                 click.echo(_line(_cells(found[-1])))
     floor = found[0]
     for front in found[1:]:
         click.echo(
-            f"{front.request}: {front.us_per_token / floor.us_per_token:.1f} × the floor's time a token; "
+            f"{front.server}, {front.request}: "
+            f"{front.us_per_token / floor.us_per_token:.1f} × the floor's time a token; "
             f"≥ {_TARGETS['tokens_per_s']:,.0f} tokens/s, ≤ {_TARGETS['us_per_token']:g} µs, p50 < "
             f"{_TARGETS['p50_ms']:g} ms: {'met' if front.is_met else 'MISSED'}"
         )

@@ -3,102 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import asdict
 
 from prometheus_client.core import Metric as Family
+from serve_apps.channel.inbox import Inbox
+from serve_apps.channel.listener import Listener
 
+from benchmarks.front.steps import Steps
 from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.spec import GenerateRequest, TokenDelta
 
-
-class Steps:
-    """Gives each of its members a token a step. A step begins `interval_s` after the one before, and not before every
-    token of that one has been taken: so it never runs ahead of who reads.
-    """
-
-    def __init__(self, interval_s: float) -> None:
-        self._interval_s = interval_s
-        self._members: dict[Member, None] = {}
-        self._num_open = 0  # tokens of this step that have not been taken
-        self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    def join(self, member: Member) -> None:
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
-        self._members[member] = None
-        self._changed.set()
-
-    def leave(self, member: Member) -> None:
-        del self._members[member]
-        self.taken(member.clear())
-
-    def taken(self, num_tokens: int = 1) -> None:
-        self._num_open -= num_tokens
-        if not self._num_open:
-            self._changed.set()
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        due = loop.time()
-        while True:
-            while self._num_open or not self._members:
-                self._changed.clear()
-                await self._changed.wait()
-            due = max(due + self._interval_s, loop.time())
-            if (wait_s := due - loop.time()) > 0:
-                await asyncio.sleep(wait_s)
-            self._num_open = len(self._members)
-            for member in self._members:
-                member.put()
-
-
-class Member:
-    """One request: its tokens that have come and have not been taken."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-        self._num_ready = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    def put(self) -> None:
-        self._num_ready += 1
-        while self._waiting:
-            if not (waiting := self._waiting.popleft()).done():
-                waiting.set_result(None)
-
-    def clear(self) -> int:
-        num_ready, self._num_ready = self._num_ready, 0
-        return num_ready
-
-    async def take(self) -> None:
-        while not self._num_ready:
-            self._waiting.append(waiting := asyncio.get_running_loop().create_future())
-            await waiting
-        self._num_ready -= 1
-        self._steps.taken()
+NODE = "front"
 
 
 class FakeEngines:
     """Implements `serve_apps.gateway.engines.Engines`. The tokens are `token_ids`, again and again."""
 
     def __init__(self, token_ids: Sequence[int], interval_s: float) -> None:
-        self._token_ids = token_ids
-        self._steps: Steps | None = None
-        self._interval_s = interval_s
+        self._token_ids, self._interval_s = token_ids, interval_s
+        self._steps: Steps[asyncio.Queue[None]] | None = None
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        if self._steps is None:
-            self._steps = Steps(self._interval_s)
-        member, last = Member(self._steps), request.params.max_tokens - 1
-        self._steps.join(member)
+        steps = self._steps = self._steps or Steps(self._interval_s, _put)
+        queue: asyncio.Queue[None] = asyncio.Queue()
+        last = request.params.max_tokens - 1
+        steps.join(queue)
         try:
             for i in range(last + 1):
-                await member.take()
+                await queue.get()
+                steps.taken(queue)
                 yield TokenDelta((self._token_ids[i % len(self._token_ids)],), "length" if i == last else None)
         finally:
-            self._steps.leave(member)
+            steps.leave(queue)
 
     async def healthy(self) -> bool:
         return True
@@ -112,5 +53,61 @@ class FakeEngines:
     async def metrics(self) -> list[list[Family] | None]:
         return []
 
-    def routing_decisions(self) -> dict[str, int]:
+    def routing_decisions(self) -> Mapping[str, int]:
         return {}
+
+    def close(self) -> None:
+        """Ends what the engines have started."""
+
+
+def _put(queues: list[asyncio.Queue[None]]) -> None:
+    for queue in queues:
+        queue.put_nowait(None)
+
+
+class ChannelEngines(FakeEngines):
+    """The same with an engine in another process, whose tokens come over the channel of `loray up`, one frame a step.
+
+    That process hears of requests and steps over a pipe, in the place of Ray Serve's call.
+    """
+
+    def __init__(self, token_ids: Sequence[int], interval_s: float) -> None:
+        super().__init__(token_ids, interval_s)
+        self._listener = Listener()
+        self._replica: subprocess.Popen[bytes] | None = None
+        self._inbox_steps: Steps[Inbox] = Steps(interval_s, lambda _: self._tell("step"))
+        self._starting: asyncio.Task[None] | None = None
+
+    async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
+        self._starting = self._starting or asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+        inbox = self._listener.open()
+        self._tell(f"{inbox.stream} {request.params.max_tokens}")
+        self._inbox_steps.join(inbox)
+        try:
+            while True:
+                delta = await inbox.take()
+                self._inbox_steps.taken(inbox)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self._inbox_steps.leave(inbox)
+            self._listener.forget(inbox, "abort")
+
+    async def _start(self) -> None:
+        await self._listener.start(NODE, "127.0.0.1")
+        command = [sys.executable, "-m", "benchmarks.front.replica"]
+        self._replica = subprocess.Popen(command, stdin=subprocess.PIPE)
+        self._tell(json.dumps({"address": asdict(self._listener.address), "token_ids": list(self._token_ids)}))
+
+    def _tell(self, line: str) -> None:
+        assert self._replica is not None
+        assert self._replica.stdin is not None
+        os.write(self._replica.stdin.fileno(), f"{line}\n".encode())
+
+    def close(self) -> None:
+        if self._replica is not None:
+            assert self._replica.stdin is not None
+            self._replica.stdin.close()
+            self._replica.wait()

@@ -2,7 +2,8 @@
 
     python -m benchmarks.front.server '{"kind": "gateway", "base": "smollm2", "home": HOME, "interval_s": 0.0}'
 
-It prints its port when it answers, and ends when its input ends.
+`kind`: "gateway", with its engines in process; "channel", with its engines in another process; "floor". It prints its
+port when it answers, and ends when its input ends.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import asyncio
 import json
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from benchmarks.front.engines import FakeEngines
+from benchmarks.front.engines import ChannelEngines, FakeEngines
 from benchmarks.front.floor import FloorProtocol, chunk
 from loray.bases.registry import BaseModel, get_base
 from loray.catalog import Catalog
@@ -38,11 +40,12 @@ _EVENT = (
 )
 
 
-def gateway_app(base: BaseModel, home: Path, interval_s: float) -> FastAPI:
+def gateway_app(base: BaseModel, folder: Path, engines: Callable[[Sequence[int]], FakeEngines]) -> FastAPI:
+    """`engines` makes them of the tokens that they yield."""
     prompts = PromptEncoder.load(base)
+    directory = ModelDirectory(base, lambda: Catalog(f"sqlite:///{folder}/front.db"))
     token_ids = prompts.tokenizer.encode(_TEXT, special=False)
-    directory = ModelDirectory(base, lambda: Catalog(f"sqlite:///{home}/front.db"))
-    return create_app(Gateway(ServeSpec(base=base.name), directory, prompts, FakeEngines(token_ids, interval_s)))
+    return create_app(Gateway(ServeSpec(base=base.name), directory, prompts, engines(token_ids)))
 
 
 async def _serve_gateway(app: FastAPI, listener: socket.socket, ended: asyncio.Event) -> None:
@@ -80,9 +83,17 @@ async def serve(setup: dict[str, str | float]) -> None:
     if setup["kind"] == "floor":
         await _serve_floor(listener, ended)
     else:
-        home = Path(str(setup["home"]))
-        app = gateway_app(get_base(home, str(setup["base"])), Path(str(setup["folder"])), float(setup["interval_s"]))
-        await _serve_gateway(app, listener, ended)
+        made: list[FakeEngines] = []
+
+        def engines(token_ids: Sequence[int]) -> FakeEngines:
+            kind = ChannelEngines if setup["kind"] == "channel" else FakeEngines
+            made.append(kind(token_ids, float(setup["interval_s"])))
+            return made[-1]
+
+        base = get_base(Path(str(setup["home"])), str(setup["base"]))
+        await _serve_gateway(gateway_app(base, Path(str(setup["folder"])), engines), listener, ended)
+        for each in made:
+            each.close()
 
 
 if __name__ == "__main__":
