@@ -11,12 +11,12 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict
 
 from prometheus_client.core import Metric as Family
-from serve_apps.channel.inbox import Inbox
-from serve_apps.channel.listener import Listener
 
 from benchmarks.front.steps import Steps
 from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.spec import GenerateRequest, TokenDelta
+from serve_apps.channel.inbox import Inbox
+from serve_apps.channel.listener import Listener
 
 NODE = "front"
 

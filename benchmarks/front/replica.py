@@ -14,11 +14,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from serve_apps.channel.address import Address
-from serve_apps.channel.connection import Connection, connect
-
 from benchmarks.front.engines import NODE
 from loray.engine.request import TokenOutput
+from serve_apps.channel.address import Address
+from serve_apps.channel.connection import Connection, connect
 
 _READ_BYTES = 1 << 16
 
