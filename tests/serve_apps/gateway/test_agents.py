@@ -178,7 +178,7 @@ def test_a_stream_has_openais_deltas(client: openai.OpenAI, base: BaseModel) -> 
     assert all(d.id is None and d.function is not None and d.function.name is None for d in rest)
     arguments = "".join(d.function.arguments or "" for d in deltas if d.function is not None)
     assert json.loads(arguments)["color"] in ("red", "blue")
-    assert len(rest) > 3  # as they are written
+    assert rest  # as they are written; how many pieces is a matter of the client's speed
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
