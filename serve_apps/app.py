@@ -113,6 +113,7 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     import ray
 
     from loray.telemetry import configure_logging
+    from serve_apps.gateway.answers.headers import WithoutRequestId
     from serve_apps.gateway.app import open_gateway
     from serve_apps.gateway.replicas.engines import ServeEngines
     from serve_apps.gateway.replicas.gateways import ServeGateways
@@ -125,5 +126,6 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     engines = ServeEngines(handle, ray.get_runtime_context().get_node_id(), _host(spec))
     gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)
     gateway = open_gateway(spec, settings, engines, gateways)
+    gateway.add_middleware(WithoutRequestId)
     freeze_garbage()
     return gateway

@@ -67,3 +67,18 @@ class EchoRequestId:
             await send(message)
 
         await self._app(scope, receive, echoing)
+
+
+class WithoutRequestId:
+    """ASGI middleware: the response has no id. Ray Serve gives each request one, and adds it to the response itself."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)[REQUEST_ID]
+            await send(message)
+
+        await self._app(scope, receive, without if scope["type"] == "http" else send)

@@ -120,6 +120,15 @@ def test_a_disconnected_client_frees_the_engine(server: Served, stream: bool) ->
     assert after["blocks"]["kv"] == 0
 
 
+def test_a_response_has_one_request_id(server: Served) -> None:
+    """Its client's, or one that the server makes."""
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+    for given in ({"X-Request-Id": "mine"}, {}):
+        response = httpx.post(f"{server.url}/v1/completions", json=body, headers=given, timeout=30)
+        (request_id,) = response.headers.get_list("x-request-id")
+        assert request_id == given.get("X-Request-Id", request_id)
+
+
 def test_the_catalogs_links_and_the_document_have_the_route_prefix(server: Served) -> None:
     for job_id in ("linked-1", "linked-2"):
         server.catalog.add_job(job_id, name="linked", recipe=TrainSpec.parse(RECIPE, source="the test"))
