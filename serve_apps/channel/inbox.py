@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from loray.spec import FinishReason, GenerateRequest, TokenDelta, TokenLogprobs
 
 
 class Inbox:
     """What arrives between two calls of `take` is one delta, so a slow reader costs no more than the tokens' ids.
+    Iterating takes the deltas up to the one with the finish reason.
 
     Used from one event loop.
     """
@@ -54,9 +56,17 @@ class Inbox:
             self._error = error
             self._wake()
 
+    def __aiter__(self) -> Inbox:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        if self._is_empty and self.has_ended:
+            raise StopAsyncIteration
+        return await self.take()
+
     async def take(self) -> TokenDelta:
         """Everything that has arrived, as soon as there is something."""
-        while not self._token_ids and self._finish_reason is None:
+        while self._is_empty:
             if self._error is not None:
                 raise self._error
             self._waiting = asyncio.get_running_loop().create_future()
@@ -75,12 +85,31 @@ class Inbox:
         self._finish_reason = None
         return delta
 
+    @property
+    def _is_empty(self) -> bool:
+        return not self._token_ids and self._finish_reason is None
+
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
 
-def why_closed(request: GenerateRequest) -> str:
+@contextmanager
+def reading(request: GenerateRequest, left: Callable[[str], None]) -> Iterator[None]:
+    """Around the reading of a request's stream in a generator. At its end, `left` is called with why: "stop" if the
+    generator was closed because a stop string was found, otherwise "abort", which means nothing after the last token.
+    """
+    reason = "abort"
+    try:
+        yield
+    except GeneratorExit:
+        reason = _why_closed(request)
+        raise
+    finally:
+        left(reason)
+
+
+def _why_closed(request: GenerateRequest) -> str:
     """Why a reader has closed the request's stream: "stop" if it found a stop string, "abort" if it is gone itself."""
     task = asyncio.current_task()
     is_gone = task is not None and task.cancelling() > 0

@@ -8,7 +8,7 @@ from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING
 
-from serve_apps.channel.inbox import Inbox, why_closed
+from serve_apps.channel.inbox import Inbox, reading
 from serve_apps.replica.requests import Requests
 
 if TYPE_CHECKING:
@@ -33,23 +33,20 @@ class LocalStreams:
         inbox = self._inboxes[stream] = Inbox(stream)
         call = asyncio.create_task(self._requests.run(request, fit, self, stream))
         call.add_done_callback(lambda done: _pass_on(done, inbox))
-        reason = "abort"
-        try:
-            while True:
-                delta = await inbox.take()
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-        except GeneratorExit:
-            reason = why_closed(request)
-            raise
-        finally:
+
+        def left(reason: str) -> None:
             del self._inboxes[stream]
-            left = self._left.get(stream)
-            if left is not None and not inbox.has_ended:
-                left(reason)
-            elif not inbox.has_ended:
+            if inbox.has_ended:
+                return
+            tell = self._left.get(stream)
+            if tell is not None:
+                tell(reason)
+            else:
                 call.cancel()  # it has not begun, or is over
+
+        with reading(request, left):
+            async for delta in inbox:
+                yield delta
 
     def send(self, outputs: Sequence[tuple[int, TokenOutput]]) -> None:
         assert self._loop is not None

@@ -15,7 +15,7 @@ from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.errors import ReplicaUnavailable
 from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
-from serve_apps.channel.inbox import why_closed
+from serve_apps.channel.inbox import reading
 from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.broadcast import Broadcast
@@ -64,18 +64,9 @@ class ServeEngines:
         listener = await self._listening()
         inbox = listener.open()
         call = Call(self._calls.generate_to.remote(request, fit, listener.address, inbox.stream), listener, inbox)
-        reason = "abort"
-        try:
-            while True:
-                delta = await inbox.take()
+        with reading(request, call.leave):
+            async for delta in inbox:
                 yield delta
-                if delta.finish_reason is not None:
-                    return
-        except GeneratorExit:
-            reason = why_closed(request)
-            raise
-        finally:
-            call.leave(reason)
 
     async def _listening(self) -> Listener:
         if self._listener is None or (self._listener.done() and self._listener.exception() is not None):
