@@ -6,16 +6,14 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 
 from loray.api.status import AutoscalingStatus, CatalogStatus, EngineStatus, ReplicaStatus, ScalingDecision, Status
-from loray.cli.main import cli
 from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsError, SpecError
 from loray.settings import Settings
 from loray.spec import ServeSpec
@@ -26,21 +24,8 @@ from serve_apps.options import read_spec
 from serve_apps.terminal import replica_row, show_status
 from tests.cluster import RayCluster, Served, free_port
 from tests.conftest import REPOSITORY
+from tests.serve_apps.conftest import Loray
 from tests.tiny import write_checkpoint
-
-Loray = Callable[..., Result]
-
-
-@pytest.fixture
-def loray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loray:
-    for name in ("LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
-
-    def run(*args: object) -> Result:
-        return CliRunner().invoke(cli, [str(a) for a in args])
-
-    return run
 
 
 @pytest.fixture

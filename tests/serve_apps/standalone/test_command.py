@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
-from loray.cli.main import cli
 from loray.errors import BaseNotFound, ClusterError, ConflictError, SpecError
 from loray.local.standalone import announced, standalone_servers
 from loray.publishing import Destination, publish
@@ -23,22 +21,9 @@ from serve_apps.standalone.command import one_engine
 from serve_apps.standalone.jobs import HomeJobServer
 from tests.conftest import REPOSITORY
 from tests.serve_apps.asking import answer_of
+from tests.serve_apps.conftest import Loray
 from tests.standalone import standalone
 from tests.tiny import write_checkpoint
-
-Loray = Callable[..., Result]
-
-
-@pytest.fixture
-def loray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loray:
-    for name in ("LORAY_STORE", "LORAY_CATALOG", "LORAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
-
-    def run(*args: object) -> Result:
-        return CliRunner().invoke(cli, [str(a) for a in args])
-
-    return run
 
 
 def test_the_command_is_light() -> None:
