@@ -122,6 +122,7 @@ class Job:
 
     id: str
     name: str
+    tenant: str
     recipe: TrainSpec
     status: JobStatus
     message: str

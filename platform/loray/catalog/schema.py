@@ -1,17 +1,24 @@
 """The catalog's tables. Migrations in `migrations/versions` create them; a test compares both.
 
+tenants          who adapters, keys, jobs and usage belong to; `limits` is spec.Limits as JSON
+keys             API keys: the SHA-256 of each, never the key; `prefix` finds it; scopes, models and limits are JSON
 bases            base models that adapters may belong to
-adapters         names; bases and adapters share one namespace
+adapters         names as `spec.qualified_name` makes them; bases and adapters share one namespace; `changed_at` is the
+                 value of the change counter at the last change of the name, its versions or its aliases;
+                 a name with `deleted_at` does not exist until it is restored
+shares           the tenants that see a name whose visibility is `shared`
 versions         immutable: (adapter, version) and (adapter, digest) are unique; `chat_template` is the SHA-256 of the
-                 adapter's own template, whose text is in its manifest
+                 adapter's own template, whose text is in its manifest; `deleted_at` as of adapters
+tags             key and value of a name, as MLflow's
 aliases          the version of each alias; its revision is the value of the change counter at its last move
 alias_moves      every move of an alias; rollback undoes the last one that is not undone; `no_gate` is the reason of a
                  move that the gate refuses
 evaluations      evaluations of an adapter recorded after it was published, by its digest
 projections      VeRA's pairs by base, in the order of their first registration; see `projections`
 changes          one row whose counter grows with every write; a writer locks it first, so that writers wait
-audit_log        every write with its actor, append-only
+audit_log        every write with its actor and the tenant of its subject, append-only
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone
+usage            what each request used, by its id, which is unique: an event that comes twice is counted once
 """
 
 from __future__ import annotations
@@ -42,6 +49,35 @@ metadata = MetaData(
     }
 )
 
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("blocked", Boolean, nullable=False),
+    Column("limits", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("prefix", String(16), nullable=False, index=True),
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("alias", String(96), nullable=False),
+    Column("tenant", ForeignKey("tenants.name"), nullable=False, index=True),
+    Column("scopes", Text, nullable=False),
+    Column("models", Text),
+    Column("limits", Text, nullable=False),
+    Column("metadata", Text, nullable=False),
+    Column("blocked", Boolean, nullable=False),
+    Column("created_by", String(96), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("expires_at", DateTime(timezone=True)),
+    Column("revoked_at", DateTime(timezone=True)),
+    Column("last_used_at", DateTime(timezone=True)),
+)
+
 bases = Table(
     "bases",
     metadata,
@@ -55,7 +91,26 @@ adapters = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("name", String(96), nullable=False, unique=True),
+    Column("tenant", String(32), nullable=False, server_default="default", index=True),
+    Column("visibility", String(16), nullable=False, server_default="private"),
+    Column("changed_at", BigInteger, nullable=False, server_default="0", index=True),
+    Column("deleted_at", DateTime(timezone=True)),
     Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+shares = Table(
+    "shares",
+    metadata,
+    Column("adapter_id", ForeignKey("adapters.id"), primary_key=True),
+    Column("tenant", String(32), primary_key=True),
+)
+
+tags = Table(
+    "tags",
+    metadata,
+    Column("adapter_id", ForeignKey("adapters.id"), primary_key=True),
+    Column("key", String(96), primary_key=True),
+    Column("value", Text, nullable=False),
 )
 
 versions = Table(
@@ -72,6 +127,7 @@ versions = Table(
     Column("manifest", Text, nullable=False),
     Column("tool_parser", String(16)),
     Column("chat_template", String(64), index=True),
+    Column("deleted_at", DateTime(timezone=True)),
     Column("created_at", DateTime(timezone=True), nullable=False),
     UniqueConstraint("adapter_id", "version"),
     UniqueConstraint("adapter_id", "digest"),
@@ -146,6 +202,7 @@ audit_log = Table(
     Column("action", String(32), nullable=False),
     Column("subject", String(200), nullable=False),
     Column("detail", Text, nullable=False),
+    Column("tenant", String(32), nullable=False, server_default="default", index=True),
     Column("created_at", DateTime(timezone=True), nullable=False),
 )
 
@@ -154,6 +211,7 @@ jobs = Table(
     metadata,
     Column("id", String(128), primary_key=True),
     Column("name", String(96), nullable=False, index=True),
+    Column("tenant", String(32), nullable=False, server_default="default", index=True),
     Column("recipe", Text, nullable=False),
     Column("status", String(16), nullable=False),
     Column("message", Text, nullable=False),
@@ -162,4 +220,22 @@ jobs = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, index=True),
     Column("started_at", DateTime(timezone=True)),
     Column("ended_at", DateTime(timezone=True)),
+)
+
+usage = Table(
+    "usage",
+    metadata,
+    Column("request_id", String(96), primary_key=True),
+    Column("tenant", String(32), nullable=False),
+    Column("key_id", String(32)),
+    Column("model", String(200), nullable=False),
+    Column("digest", String(64)),
+    Column("num_prompt_tokens", Integer, nullable=False),
+    Column("num_cached_tokens", Integer, nullable=False),
+    Column("num_output_tokens", Integer, nullable=False),
+    Column("tier", String(16), nullable=False),
+    Column("seconds", Double, nullable=False),
+    Column("outcome", String(32), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, index=True),
+    Index(None, "tenant", "created_at"),
 )

@@ -3,6 +3,16 @@
 All models are frozen, and an unknown field is an error. Sizes are bytes, lengths are tokens, times are seconds.
 """
 
+from loray.spec.access import (
+    DEFAULT_TENANT,
+    SCOPES,
+    Limits,
+    Principal,
+    Scope,
+    TenantName,
+    Visibility,
+    qualified_name,
+)
 from loray.spec.adapters import (
     MAX_TEMPLATE_CHARACTERS,
     AdapterBytes,
@@ -81,6 +91,7 @@ from loray.spec.training import (
 __all__ = [
     "ATTENTION_MODULES",
     "DEFAULT_ALIAS",
+    "DEFAULT_TENANT",
     "DTYPE_BYTES",
     "EXACT_MATCH",
     "LINEAR_MODULES",
@@ -90,6 +101,7 @@ __all__ = [
     "MLP_MODULES",
     "MODULES_BY_INPUT",
     "PERPLEXITY",
+    "SCOPES",
     "AdapterBytes",
     "AdapterManifest",
     "AdapterRef",
@@ -113,6 +125,7 @@ __all__ = [
     "GenerateRequest",
     "JobId",
     "JobStatus",
+    "Limits",
     "LinearModule",
     "LongContext",
     "LongLoraSpec",
@@ -124,6 +137,7 @@ __all__ = [
     "OptimizerSpec",
     "ParallelSpec",
     "PerplexitySpec",
+    "Principal",
     "Projection",
     "PublishSpec",
     "RetrievalSpec",
@@ -132,10 +146,12 @@ __all__ = [
     "RopeScaling",
     "RopeType",
     "SamplingParams",
+    "Scope",
     "ServeSpec",
     "Sha256",
     "StrategyName",
     "Subject",
+    "TenantName",
     "TokenDelta",
     "TokenLogprob",
     "TokenLogprobs",
@@ -145,8 +161,10 @@ __all__ = [
     "ToolUse",
     "TrainSpec",
     "VeraSpec",
+    "Visibility",
     "format_size",
     "has_ended",
     "parse_size",
+    "qualified_name",
     "retrieval_metric",
 ]

@@ -1,0 +1,103 @@
+"""Tenants, keys, visibility, tags, soft deletion, usage; the value of the change counter at a name's last change."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+branch_labels = None
+depends_on = None
+
+_TIME = sa.DateTime(timezone=True)
+
+
+def upgrade() -> None:
+    op.create_table(
+        "tenants",
+        sa.Column("name", sa.String(32), nullable=False),
+        sa.Column("blocked", sa.Boolean, nullable=False),
+        sa.Column("limits", sa.Text, nullable=False),
+        sa.Column("created_at", _TIME, nullable=False),
+        sa.PrimaryKeyConstraint("name", name="pk_tenants"),
+    )
+    op.execute("INSERT INTO tenants VALUES ('default', FALSE, '{}', CURRENT_TIMESTAMP)")
+    _create_keys()
+    _change_adapters()
+    op.add_column("versions", sa.Column("deleted_at", _TIME))
+    for table in ("audit_log", "jobs"):
+        op.add_column(table, sa.Column("tenant", sa.String(32), nullable=False, server_default="default"))
+        op.create_index(f"ix_{table}_tenant", table, ["tenant"])
+    _create_usage()
+
+
+def _create_keys() -> None:
+    op.create_table(
+        "keys",
+        sa.Column("id", sa.String(32), nullable=False),
+        sa.Column("prefix", sa.String(16), nullable=False),
+        sa.Column("sha256", sa.String(64), nullable=False),
+        sa.Column("alias", sa.String(96), nullable=False),
+        sa.Column("tenant", sa.String(32), nullable=False),
+        sa.Column("scopes", sa.Text, nullable=False),
+        sa.Column("models", sa.Text),
+        sa.Column("limits", sa.Text, nullable=False),
+        sa.Column("metadata", sa.Text, nullable=False),
+        sa.Column("blocked", sa.Boolean, nullable=False),
+        sa.Column("created_by", sa.String(96), nullable=False),
+        sa.Column("created_at", _TIME, nullable=False),
+        sa.Column("expires_at", _TIME),
+        sa.Column("revoked_at", _TIME),
+        sa.Column("last_used_at", _TIME),
+        sa.PrimaryKeyConstraint("id", name="pk_keys"),
+        sa.UniqueConstraint("sha256", name="uq_keys_sha256"),
+        sa.ForeignKeyConstraint(["tenant"], ["tenants.name"], name="fk_keys_tenant"),
+    )
+    op.create_index("ix_keys_prefix", "keys", ["prefix"])
+    op.create_index("ix_keys_tenant", "keys", ["tenant"])
+
+
+def _change_adapters() -> None:
+    op.add_column("adapters", sa.Column("tenant", sa.String(32), nullable=False, server_default="default"))
+    op.add_column("adapters", sa.Column("visibility", sa.String(16), nullable=False, server_default="private"))
+    op.add_column("adapters", sa.Column("changed_at", sa.BigInteger, nullable=False, server_default="0"))
+    op.add_column("adapters", sa.Column("deleted_at", _TIME))
+    op.create_index("ix_adapters_tenant", "adapters", ["tenant"])
+    op.create_index("ix_adapters_changed_at", "adapters", ["changed_at"])
+    op.create_table(
+        "shares",
+        sa.Column("adapter_id", sa.Integer, nullable=False),
+        sa.Column("tenant", sa.String(32), nullable=False),
+        sa.PrimaryKeyConstraint("adapter_id", "tenant", name="pk_shares"),
+        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_shares_adapter_id"),
+    )
+    op.create_table(
+        "tags",
+        sa.Column("adapter_id", sa.Integer, nullable=False),
+        sa.Column("key", sa.String(96), nullable=False),
+        sa.Column("value", sa.Text, nullable=False),
+        sa.PrimaryKeyConstraint("adapter_id", "key", name="pk_tags"),
+        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_tags_adapter_id"),
+    )
+
+
+def _create_usage() -> None:
+    op.create_table(
+        "usage",
+        sa.Column("request_id", sa.String(96), nullable=False),
+        sa.Column("tenant", sa.String(32), nullable=False),
+        sa.Column("key_id", sa.String(32)),
+        sa.Column("model", sa.String(200), nullable=False),
+        sa.Column("digest", sa.String(64)),
+        sa.Column("num_prompt_tokens", sa.Integer, nullable=False),
+        sa.Column("num_cached_tokens", sa.Integer, nullable=False),
+        sa.Column("num_output_tokens", sa.Integer, nullable=False),
+        sa.Column("tier", sa.String(16), nullable=False),
+        sa.Column("seconds", sa.Double, nullable=False),
+        sa.Column("outcome", sa.String(32), nullable=False),
+        sa.Column("created_at", _TIME, nullable=False),
+        sa.PrimaryKeyConstraint("request_id", name="pk_usage"),
+    )
+    op.create_index("ix_usage_created_at", "usage", ["created_at"])
+    op.create_index("ix_usage_tenant_created_at", "usage", ["tenant", "created_at"])
