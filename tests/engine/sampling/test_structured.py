@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from tests.engine.harness import fill_up, make_engine, request, run
 from tests.engine.sampling.constraints import EOS, LANGUAGES, PROMPT, answers, token_bytes
 from tests.engine.sampling.schemas import random_schema
 
+_WAVE = 256  # requests at once; the engine refuses more than 512 that wait
+_NUM_SCHEMAS = int(os.environ.get("LORAY_TEST_SCHEMAS", "200"))  # for the real model
+
 
 def check_against_schemas(
     base: BaseModel, num_schemas: int, prompt: Sequence[int], whitespace: str | None, **spec: Any
@@ -30,7 +34,9 @@ def check_against_schemas(
         for name, s in schemas.items()
     ]
     tokenizer, ended = Tokenizer.from_file(str(base.path / "tokenizer.json")), 0
-    for name, (ids, end) in answers(make_engine(base, **spec), asked).items():
+    engine = make_engine(base, **spec)
+    waves = [asked[first : first + _WAVE] for first in range(0, num_schemas, _WAVE)]
+    for name, (ids, end) in itertools.chain.from_iterable(answers(engine, wave).items() for wave in waves):
         assert end in ("stop", "length"), (schemas[name], end)
         if end == "stop":
             ended += 1
@@ -48,7 +54,7 @@ def test_answers_validate(worded: BaseModel) -> None:
 def test_answers_of_the_real_model_validate(smollm2: BaseModel) -> None:
     tokenizer = Tokenizer.from_file(str(smollm2.path / "tokenizer.json"))
     prompt = tokenizer.encode("<|im_start|>user\nGive me an example as JSON.<|im_end|>\n<|im_start|>assistant\n").ids
-    check_against_schemas(smollm2, 1000, prompt, None, dtype="bfloat16", pool_bytes=512 << 20)
+    check_against_schemas(smollm2, _NUM_SCHEMAS, prompt, None, dtype="bfloat16", pool_bytes=512 << 20)
 
 
 def free(base: BaseModel, **params: Any) -> list[GenerateRequest]:
