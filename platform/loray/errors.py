@@ -22,6 +22,7 @@
     │   └── ContextLengthExceeded
     ├── DeadlineExceeded       the request took longer than it or the deployment allows
     ├── Overloaded             the engine takes no more requests now; retry after `retry_after_s` seconds
+    ├── RateLimited            a key or a tenant has used up a limit; retry after `retry_after_s` seconds
     ├── EvaluationError        a measured value is not finite
     ├── EngineError            the engine stopped, or a request inside it failed
     │   └── ReplicaUnavailable the request never reached an engine: it may be sent to another replica
@@ -32,6 +33,7 @@ Every message says what was wrong and what to do. `serve_apps` maps errors to HT
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from reprlib import Repr
 
 _SHOWN = Repr()
@@ -140,6 +142,17 @@ class Overloaded(LorayError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class RateLimited(LorayError):
+    """`headers`: what OpenAI's headers say of the limits."""
+
+    def __init__(self, message: str, retry_after_s: float, headers: Mapping[str, str]) -> None:
+        super().__init__(message, retry_after_s, headers)
+        self.retry_after_s, self.headers = retry_after_s, headers
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -1,0 +1,78 @@
+"""What limits a principal: one rule for each limit of its key and of its tenant."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+from loray.spec import Limits, Principal
+
+Kind = Literal["requests", "tokens", "parallel", "budget"]
+Owner = Literal["key", "tenant"]
+
+MINUTE_S = 60.0
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"([0-9]+)([smhd])")
+
+
+class Rule(NamedTuple):
+    """One limit. A limit that is changed is another rule, which begins anew.
+
+    requests, tokens  a minute: a bucket of `limit` that refills in `period_s`
+    parallel          requests at once; `period_s` is 0
+    budget            tokens in a period of `period_s`; periods are counted from the epoch, so `1d` begins at 0:00 UTC
+    """
+
+    owner: Owner
+    subject: str  # the key's id, or the tenant's name
+    kind: Kind
+    limit: float
+    period_s: float
+
+    @property
+    def rate(self) -> float:
+        """Units a second that come back."""
+        return self.limit / self.period_s if self.kind in ("requests", "tokens") else 0.0
+
+    def period(self, now: float) -> int:
+        """Which of the budget's periods `now` is in; 0 for all others."""
+        return int(now // self.period_s) if self.kind == "budget" else 0
+
+    @property
+    def words(self) -> str:
+        """For messages: `120 requests a minute of key ab12`."""
+        what = {
+            "requests": "requests a minute",
+            "tokens": "tokens a minute",
+            "parallel": "requests at once",
+            "budget": f"tokens in {duration(self.period_s)}",
+        }
+        return f"{self.limit:g} {what[self.kind]} of the {self.owner} {self.subject}"
+
+
+def rules_of(principal: Principal) -> tuple[Rule, ...]:
+    """The rules of the key, then those of the tenant."""
+    key = () if principal.key_id is None else _rules("key", principal.key_id, principal.limits)
+    return key + _rules("tenant", principal.tenant, principal.tenant_limits)
+
+
+def _rules(owner: Owner, subject: str, limits: Limits) -> tuple[Rule, ...]:
+    found: tuple[tuple[Kind, float | None, float], ...] = (
+        ("requests", limits.rpm_limit, MINUTE_S),
+        ("tokens", limits.tpm_limit, MINUTE_S),
+        ("parallel", limits.max_parallel_requests, 0.0),
+        ("budget", limits.max_budget, seconds(limits.budget_duration)),
+    )
+    return tuple(Rule(owner, subject, kind, limit, period) for kind, limit, period in found if limit is not None)
+
+
+def seconds(duration: str) -> float:
+    """Of a duration as `30d`."""
+    match = _DURATION.fullmatch(duration)
+    assert match is not None, duration  # Limits has checked it
+    return float(int(match[1]) * _UNITS[match[2]])
+
+
+def duration(period_s: float) -> str:
+    unit, size = next((u, n) for u, n in reversed(_UNITS.items()) if period_s % n == 0)
+    return f"{period_s / size:g}{unit}"

@@ -1,0 +1,175 @@
+"""A gateway's share of one rule, and what gateway and owner tell each other about it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from loray.serving.quotas.rules import Rule
+
+_EXCHANGE_S = 1.0  # in which the owner has moved units that others do not use
+NO_DEBT = 1e-6  # a share is used up below this; sums of floats do not reach 0 exactly
+
+
+class Report(NamedTuple):
+    """What a gateway tells the owner of one rule. Its counts are since its last report.
+
+    level    what it holds now, after it has given back what is above its target; at least 0
+    known    what it believes that all gateways have left
+    spent    units taken, less those given back
+    wanted   units asked for, whether admitted or not
+    in_use   parallel requests that run here now
+    """
+
+    rule: Rule
+    level: float
+    known: float
+    spent: float
+    wanted: float
+    in_use: float
+    period: int
+
+
+class Grant(NamedTuple):
+    """The owner's answer for one rule.
+
+    granted  units that the gateway holds in addition
+    known    what all gateways have left
+    target   what it shall hold; it gives back the rest with its next report. None: its part of an unused limit
+    idle     nothing of the limit is used: the gateway may forget it
+    """
+
+    rule: Rule
+    granted: float
+    known: float
+    target: float | None
+    idle: bool = False
+
+
+class Reply(NamedTuple):
+    """`grants` also of rules that the gateway did not report, where another one needs what it holds.
+
+    epoch  of the owner: one that has started anew has another, and is told all
+    """
+
+    epoch: str
+    grants: tuple[Grant, ...]
+
+
+class Share:
+    """What this gateway holds of a rule."""
+
+    __slots__ = (
+        "_moved",
+        "_part",
+        "_rate",
+        "at",
+        "in_use",
+        "is_dirty",
+        "known",
+        "level",
+        "period",
+        "rule",
+        "spent",
+        "target",
+        "wanted",
+    )
+
+    def __init__(self, rule: Rule, num_gateways: int, now: float) -> None:
+        self.rule = rule
+        self._part = rule.limit / num_gateways
+        self._rate = rule.rate / num_gateways
+        self.level, self.known = self._part, float(rule.limit)
+        self.at, self.period = now, rule.period(now)
+        self.spent = self.wanted = self.in_use = self._moved = 0.0
+        self.target: float | None = None
+        self.is_dirty = False
+
+    @property
+    def remaining(self) -> float:
+        """What the limit has left, as far as is known here."""
+        return max(0.0, self.known)
+
+    @property
+    def is_full(self) -> bool:
+        """Nothing is missing: a new share of the rule would be the same."""
+        is_told = not self.is_dirty or self._part == self.rule.limit  # the only gateway tells nobody
+        return is_told and self.known >= self.rule.limit and self.level >= self._part and not self.in_use
+
+    def refresh(self, now: float) -> None:
+        """What has come back until `now`."""
+        elapsed, self.at = max(0.0, now - self.at), max(now, self.at)
+        if self._rate:
+            if self.level < self._part:
+                self.level = min(self._part, self.level + self._rate * elapsed)
+            self.known = min(self.rule.limit, self.known + self.rule.rate * elapsed)
+        elif self.rule.period(self.at) != self.period:
+            self.period = self.rule.period(self.at)
+            self.level, self.known = self._part, self.rule.limit
+            self.spent = 0.0
+            self.target = None
+
+    def has_room(self, cost: float) -> bool:
+        return self.level > NO_DEBT and self.known + NO_DEBT >= cost
+
+    def take(self, cost: float) -> None:
+        """Also more than is left, for a request that turned out to cost more than it had reserved."""
+        self.level -= cost
+        self.known -= cost
+        self.spent += cost
+        self.wanted += cost
+        self.is_dirty = True
+        if self.rule.kind == "parallel":
+            self.in_use += cost
+
+    def give_back(self, units: float, period: int) -> None:
+        """Of an earlier `take` in `period`. What was taken in an earlier period of a budget is gone."""
+        if self.rule.kind == "parallel":
+            self.in_use -= units
+        if period != self.period:
+            return
+        self.level = min(self.rule.limit, self.level + units)
+        self.known = min(self.rule.limit, self.known + units)
+        self.spent -= units
+        self.is_dirty = True
+
+    def refused(self, cost: float) -> None:
+        """It counts as demand, so that the owner moves units here."""
+        self.wanted += min(cost, self.rule.limit)
+        self.is_dirty = True
+
+    def wait_s(self, cost: float) -> float:
+        """After which it may have room."""
+        rule = self.rule
+        if rule.kind == "budget":
+            return (self.period + 1) * rule.period_s - self.at
+        if not rule.rate:
+            return 1.0 if rule.limit else 60.0  # nobody knows when a request ends
+        from_others = min(_EXCHANGE_S, -self.level / self._rate)
+        return max((min(cost, rule.limit) - self.known) / rule.rate, from_others, 0.0)
+
+    # -- with the owner -----------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """Gives back what is above the target. A debt becomes the owner's: it has `spent`."""
+        before = self.level
+        self.level = max(0.0, self.level if self.target is None else min(self.level, self.target))
+        self._moved = before - self.level
+        told = Report(self.rule, self.level, self.known, self.spent, self.wanted, self.in_use, self.period)
+        self.spent = self.wanted = 0.0
+        self.is_dirty = False
+        return told
+
+    def unreport(self, told: Report) -> None:
+        """The report did not arrive: all is as it was before it."""
+        if told.period == self.period:
+            self.level += self._moved
+            self.spent += told.spent
+        self.wanted += told.wanted
+        self.is_dirty = True
+
+    def apply(self, grant: Grant) -> None:
+        self.level = min(self.rule.limit, self.level + grant.granted)
+        self.known = min(self.rule.limit, grant.known - self.spent)  # what was taken since the report
+        self.target = grant.target
+        if self.target is not None and self.level > self.target:
+            self.is_dirty = True

@@ -1,0 +1,160 @@
+"""Limits of one gateway: what is admitted, reserved, given back, and what its headers say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loray.errors import RateLimited
+from loray.serving.quotas import QuotaGate, Reservation, rules_of
+from loray.serving.quotas.gate import span
+from loray.spec import Limits, Principal
+
+DAY = 86400.0
+
+
+def principal(*, tenant_limits: Limits | None = None, key_id: str = "k1", **limits: Any) -> Principal:
+    return Principal(key_id=key_id, limits=Limits(**limits), tenant_limits=tenant_limits or Limits())
+
+
+def admitted(gate: QuotaGate, who: Principal, now: float, tokens: int = 1) -> Reservation | None:
+    try:
+        return gate.admit(who, tokens, now)
+    except RateLimited:
+        return None
+
+
+def test_without_limits_nothing_is_kept() -> None:
+    gate = QuotaGate()
+    first, second = (gate.admit(Principal(), 10**9, now) for now in (0.0, 0.0))
+    assert first is second
+    assert not first.headers
+    first.settle(5, 0.0)
+    assert rules_of(Principal()) == ()
+
+
+def test_requests_a_minute() -> None:
+    gate, who = QuotaGate(), principal(rpm_limit=3)
+    assert all(admitted(gate, who, 0.0) for _ in range(3))
+    with pytest.raises(RateLimited, match="3 requests a minute of the key k1; try again in 20s") as refused:
+        gate.admit(who, 1, 0.0)
+    assert refused.value.retry_after_s == pytest.approx(20)
+    assert refused.value.headers == {
+        "x-ratelimit-limit-requests": "3",
+        "x-ratelimit-remaining-requests": "0",
+        "x-ratelimit-reset-requests": "1m0s",
+    }
+    with pytest.raises(RateLimited):
+        gate.check(who, 19.9)
+    gate.check(who, 20.1)
+    reservation = gate.admit(who, 1, 20.1)
+    assert reservation.headers["x-ratelimit-remaining-requests"] == "0"
+
+
+def test_tokens_are_reserved_and_settled() -> None:
+    gate, who = QuotaGate(), principal(tpm_limit=1000)
+    first = gate.admit(who, 900, 0.0)
+    assert first.headers["x-ratelimit-remaining-tokens"] == "100"
+    assert admitted(gate, who, 0.0, 200) is None
+    for _ in range(2):  # counted once
+        first.settle(100, 0.0)
+    assert gate.admit(who, 900, 0.0).headers["x-ratelimit-remaining-tokens"] == "0"
+    with pytest.raises(RateLimited, match="asks for 1001 tokens"):
+        gate.admit(who, 1001, 0.0)
+
+
+def test_what_was_used_beyond_the_reservation_is_paid_back() -> None:
+    gate, who = QuotaGate(), principal(tpm_limit=600)
+    gate.admit(who, 100, 0.0).settle(1200, 0.0)
+    assert admitted(gate, who, 59.0, 1) is None
+    assert admitted(gate, who, 60.2, 1)
+
+
+def test_parallel_requests() -> None:
+    gate, who = QuotaGate(), principal(max_parallel_requests=2)
+    first, _ = gate.admit(who, 1, 0.0), gate.admit(who, 1, 0.0)
+    assert admitted(gate, who, 0.0) is None
+    first.settle(0, 0.0)
+    assert admitted(gate, who, 0.0)
+    assert admitted(gate, who, 0.0) is None
+
+
+def test_a_budget_begins_anew_with_its_period() -> None:
+    gate, who = QuotaGate(), principal(max_budget=100, budget_duration="1d")
+    late = gate.admit(who, 60, DAY - 10)
+    with pytest.raises(RateLimited, match="100 tokens in 1d of the key k1, of which 60 were asked and 40 are") as full:
+        gate.admit(who, 60, DAY - 10)
+    assert full.value.retry_after_s == pytest.approx(10)
+    assert not full.value.headers
+    assert admitted(gate, who, DAY, 100)
+    late.settle(0, DAY)  # of yesterday
+    assert admitted(gate, who, DAY, 1) is None
+
+
+def test_a_budget_used_by_an_earlier_process() -> None:
+    gate, who = QuotaGate(), principal(max_budget=100)
+    gate.admit(who, 1, 0.0)
+    (rule,) = gate.new_budgets
+    gate.used_before(rule, 95)
+    assert admitted(gate, who, 0.0, 5) is None
+    assert admitted(gate, who, 0.0, 4)
+
+
+def test_key_and_tenant_both_apply_and_a_refusal_takes_nothing() -> None:
+    gate, tenant = QuotaGate(), Limits(rpm_limit=3)
+    mine, theirs = (principal(rpm_limit=2, tenant_limits=tenant, key_id=key) for key in ("a", "b"))
+    assert admitted(gate, mine, 0.0)
+    assert admitted(gate, mine, 0.0)
+    assert admitted(gate, mine, 0.0) is None
+    assert admitted(gate, theirs, 0.0)
+    with pytest.raises(RateLimited, match="3 requests a minute of the tenant default"):
+        gate.admit(theirs, 1, 0.0)
+    assert admitted(gate, principal(rpm_limit=2, key_id="b"), 0.0)  # the refusals took nothing of the key's
+
+
+def test_a_limit_of_nothing_and_a_changed_limit() -> None:
+    gate = QuotaGate()
+    with pytest.raises(RateLimited, match="0 requests a minute"):
+        gate.admit(principal(rpm_limit=0), 1, 0.0)
+    assert admitted(gate, principal(rpm_limit=1), 0.0)
+
+
+def test_full_shares_are_forgotten() -> None:
+    gate = QuotaGate()
+    for i in range(5000):
+        gate.admit(principal(rpm_limit=60, key_id=f"k{i}"), 1, float(i))
+    assert len(gate._shares) < 2100
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0ms"), (0.0121, "13ms"), (1.5, "1.5s"), (59.9999, "60s"), (60, "1m0s"), (93_781, "26h3m1s")],
+)
+def test_spans_as_openai_writes_them(seconds: float, text: str) -> None:
+    assert span(seconds) == text
+
+
+@given(
+    st.integers(1, 50),
+    st.integers(20, 500),
+    st.lists(st.tuples(st.floats(0, 40), st.integers(1, 60), st.floats(0, 1)), min_size=1, max_size=120),
+)
+def test_no_window_admits_more_than_its_bucket(rpm: int, tpm: int, asked: list[tuple[float, int, float]]) -> None:
+    """Of any window: the bucket, and what comes back in it. What is given back may be used again."""
+    gate, who = QuotaGate(), principal(rpm_limit=rpm, tpm_limit=tpm)
+    now, events = 0.0, []
+    for wait, tokens, used in asked:
+        now += wait
+        reservation = admitted(gate, who, now, tokens)
+        if reservation is not None:
+            reservation.settle(int(tokens * used), now)
+            events.append((now, int(tokens * used)))
+    for i, (begin, _) in enumerate(events):
+        count = total = 0
+        for end, tokens in events[i:]:
+            count, total = count + 1, total + tokens
+            assert count <= rpm * (1 + (end - begin) / 60) + 1e-3
+            assert total <= tpm * (1 + (end - begin) / 60) + 1e-3
