@@ -25,6 +25,7 @@ class Deployment:
 
     def __init__(self, num_gateways: int, **limits: Any) -> None:
         self.gates = [QuotaGate(num_gateways) for _ in range(num_gateways)]
+        self.names = [f"g{i}" for i in range(num_gateways)]
         self.owner = QuotaOwner(num_gateways)
         self.who = principal(**limits)
         self.now = 0.0
@@ -47,7 +48,7 @@ class Deployment:
     def reach(self, gateway: int) -> None:
         reports, reply = self.under_way.get(gateway, ((), None))
         if gateway in self.under_way and reply is None:
-            self.under_way[gateway] = reports, self.owner.exchange(f"g{gateway}", reports, self.now)
+            self.under_way[gateway] = reports, self.owner.exchange(self.names[gateway], reports, self.now)
 
     def receive(self, gateway: int) -> None:
         if gateway in self.under_way and self.under_way[gateway][1] is not None:
@@ -148,7 +149,7 @@ def test_parallel_requests_of_a_gateway_that_is_gone_are_free_again() -> None:
     for _ in range(3):
         all_.exchange(0)
         all_.exchange(1)
-    all_.gates[0] = QuotaGate(2)  # killed, and started anew under another name
+    all_.gates[0], all_.names[0] = QuotaGate(2), "another"  # killed, and started anew
     all_.now += 11
     for _ in range(8):
         all_.now += 0.1

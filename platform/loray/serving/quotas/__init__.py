@@ -5,9 +5,9 @@ owner moves what one gateway does not use to another. A decision is made from wh
 so no request waits for another process.
 
 Stated bound. In any window of w seconds all gateways together admit at most `limit · (1 + w/60)` (of a budget or of
-parallel requests: `limit`), and one request more for each gateway: a request is admitted when its gateway's share is not
-used up and the limit, as far as the gateway knows, has room for it. What was admitted beyond a share is paid back first.
-At most 5 % of a limit lies unused in shares of gateways without demand for it.
+parallel requests: `limit`), and one request more for each gateway: a request is admitted when its gateway's share is
+not used up and the limit, as far as the gateway knows, has room for it. What was admitted beyond a share is paid back
+first. At most 5 % of a limit lies unused in shares of gateways without demand for it.
 
 Without the owner each gateway goes on with its share: at most the limit is admitted, and less where requests come to
 some of the gateways alone.

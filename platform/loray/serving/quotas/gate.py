@@ -57,7 +57,7 @@ class QuotaGate:
             self._refuse_without_room([(share, 1.0) for share in shares])
 
     def admit(self, principal: Principal, num_tokens: int, now: float) -> Reservation:
-        """Reserves a request and its tokens in all that limits the principal, or raises RateLimited and reserves none."""
+        """Reserves a request and its tokens in all that limits the principal. RateLimited: nothing is reserved."""
         shares = self._shares_of(principal, now)
         if not shares:
             return self._admitted
@@ -148,7 +148,7 @@ class QuotaGate:
             self._shares[told.rule].unreport(told)
 
     def apply(self, reply: Reply, now: float) -> bool:
-        """Whether the owner should be told more at once: what this gateway gives back, or all if it has started anew."""
+        """Whether the owner should hear more at once: what this gateway gives back, or all if it has started anew."""
         urgent = bool(self._epoch) and reply.epoch != self._epoch
         if urgent:
             for share in self._shares.values():
