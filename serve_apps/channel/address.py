@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 TOKEN_BYTES = 64
-_USER_TIMEOUT_MS = 20_000  # unacknowledged for longer: the other side is gone
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,8 @@ async def dial(address: Address, node: str) -> socket.socket:
         sock.setblocking(False)
         target = abstract(address.name) if local else (address.host, address.port)
         await asyncio.get_running_loop().sock_connect(sock, target)
-        end_dead_connections(sock)
+        if not local:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # tokens are sent at once
     except BaseException:
         sock.close()
         raise
@@ -47,15 +45,3 @@ async def dial(address: Address, node: str) -> socket.socket:
 def abstract(name: str) -> str:
     """The address of a socket in the abstract namespace."""
     return f"\0{name}"
-
-
-def end_dead_connections(sock: socket.socket) -> None:
-    """Makes a TCP connection fail when its other side has vanished. Tokens are sent at once."""
-    if sock.family == socket.AF_UNIX:
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    with suppress(AttributeError):  # Linux only
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
-    for option, value in _KEEPALIVE:
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)

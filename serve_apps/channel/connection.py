@@ -9,7 +9,8 @@ from itertools import count
 
 from loray.telemetry import get_logger
 from serve_apps.channel.address import Address, dial
-from serve_apps.channel.frames import END, HELLO, WELCOME, FrameError, FrameReader, Output, frame, pack
+from serve_apps.channel.frames import ALIVE, END, HELLO, WELCOME, FrameError, FrameReader, Output, frame, pack
+from serve_apps.channel.heartbeat import Heartbeat
 from serve_apps.channel.writer import Writer
 
 _log = get_logger(__name__)
@@ -31,6 +32,7 @@ class Connection:
         self.is_open = True
         self._sock = sock
         self._writer = Writer(sock, asyncio.get_running_loop(), self._end)
+        self._heartbeat = Heartbeat(self._writer.write, self._end)
         self._streams: dict[int, Left] = {}
         self._reader = asyncio.create_task(self._read())
 
@@ -55,15 +57,21 @@ class Connection:
         loop, frames = asyncio.get_running_loop(), FrameReader()
         try:
             while data := await loop.sock_recv(self._sock, _READ_BYTES):
-                for kind, stream, reason in frames.feed(data):
+                self._heartbeat.heard()
+                for kind, *fields in frames.feed(data):
+                    if kind == ALIVE:
+                        continue
                     if kind != END:
                         raise FrameError(f"kind {kind}")
-                    left = self._streams.pop(stream, None)
-                    if left is not None:
-                        left(str(reason))
+                    self._left(*fields)
             self._end("the gateway closed it")
         except (OSError, FrameError, ValueError, TypeError) as e:
             self._end(str(e))
+
+    def _left(self, stream: int, reason: str) -> None:
+        left = self._streams.pop(stream, None)
+        if left is not None:
+            left(reason)
 
     def _end(self, reason: str) -> None:
         if not self.is_open:
@@ -72,6 +80,7 @@ class Connection:
         streams, self._streams = self._streams, {}
         level = _log.warning if streams else _log.info
         level("connection to a gateway ended with %d streams: %s", len(streams), reason)
+        self._heartbeat.stop()
         self._writer.close()
         self._reader.cancel()
         self._sock.close()

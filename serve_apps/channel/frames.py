@@ -6,6 +6,7 @@
     SCORED   replica   [(stream, token, finish reason, cached tokens, logprobs), …] of one step
     PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, before the first token
     END      gateway   stream, "stop" or "abort": no more tokens are wanted
+    ALIVE    both      every few seconds
 
 `logprobs` are (logprob, rank, [token, …], [logprob, …]), the latter two of the best tokens. A stream is one attempt of
 one request; the gateway numbers them.
@@ -22,7 +23,7 @@ import msgpack
 
 from loray.spec import FinishReason, TokenLogprobs
 
-HELLO, WELCOME, TOKENS, SCORED, PROMPT, END = range(6)
+HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE = range(7)
 MAX_FRAME = 1 << 20
 _HEADER = struct.Struct("<I")
 _PER_FRAME = 1024  # items, each of at most 800 bytes

@@ -13,8 +13,9 @@ from typing import Any, cast
 
 from loray.errors import ReplicaUnavailable
 from loray.telemetry import get_logger
-from serve_apps.channel.address import TOKEN_BYTES, Address, abstract, end_dead_connections
+from serve_apps.channel.address import TOKEN_BYTES, Address, abstract
 from serve_apps.channel.frames import (
+    ALIVE,
     END,
     HELLO,
     PROMPT,
@@ -26,6 +27,7 @@ from serve_apps.channel.frames import (
     frame,
     unpack_logprobs,
 )
+from serve_apps.channel.heartbeat import Heartbeat
 from serve_apps.channel.inbox import Inbox
 
 _log = get_logger(__name__)
@@ -164,6 +166,7 @@ class _Peer(asyncio.Protocol):
         self._frames = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
+        self._heartbeat: Heartbeat | None = None
         self.is_known = False
         self.name: str | None = None
 
@@ -187,7 +190,6 @@ class _Peer(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         self._deadline = asyncio.get_running_loop().call_later(_HANDSHAKE_S, self.abort, "it did not show the token")
         sock = transport.get_extra_info("socket")
-        end_dead_connections(sock)
         if not self._listener.joined(self):
             self.abort("too many strangers")
         elif sock.family == socket.AF_UNIX and _user(sock) != os.getuid():
@@ -202,6 +204,8 @@ class _Peer(asyncio.Protocol):
                 self.abort("it has not the token")
                 return
             data, self._shown, self.is_known = self._shown[TOKEN_BYTES:], b"", True
+        if self._heartbeat is not None:
+            self._heartbeat.heard()
         try:
             for fields in self._frames.feed(data):
                 self._take(fields)
@@ -211,11 +215,14 @@ class _Peer(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         self._listener.left(self)
 
     def _take(self, fields: tuple[Any, ...]) -> None:
         if self.name is not None:
-            self._listener.take(self, fields)
+            if fields != (ALIVE,):
+                self._listener.take(self, fields)
             return
         kind, name = fields
         if kind != HELLO or not isinstance(name, str):
@@ -225,6 +232,7 @@ class _Peer(asyncio.Protocol):
         self.name = name
         self._listener.named(self, name)
         self.write(frame(WELCOME))
+        self._heartbeat = Heartbeat(self.write, self.abort)
 
 
 def _fail(inboxes: list[Inbox], replica: str | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from loray.api.openai import ErrorBody
 from loray.local import proxy
 from loray.local.proxy import serve_environment
 
@@ -86,3 +87,8 @@ def test_statistics_and_metrics_listen_where_only_this_user_comes(
         [f"unix@{file.parent}/prom.sock", "mode", "600"],
         [f"unix@{file.parent}/stats.sock", "mode", "600"],
     ]
+    head, _, body = (file.parent / "500.http").read_bytes().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert f"Content-Length: {len(body)}".encode() in head
+    error = ErrorBody.model_validate_json(body).error
+    assert (error.type, error.code) == ("server_error", "engine_unavailable")

@@ -1,6 +1,7 @@
 #!/bin/sh
 # HAProxy as Ray Serve's controller starts it: "$@" has -f CONFIGURATION. Ray's template lets statistics and metrics
-# listen on every interface; here they get sockets beside the configuration, which only this user can reach.
+# listen on every interface; here they get sockets beside the configuration, which only this user can reach. And where a
+# gateway was lost before it answered, or none runs, it says so in words alone; here in OpenAI's form.
 set -e
 previous=
 for argument; do
@@ -12,4 +13,9 @@ sed -i \
     -e "s|^\( *\)bind \*:$RAY_SERVE_HAPROXY_STATS_PORT\$|\1bind unix@$folder/stats.sock mode 600|" \
     -e "s|^\( *\)bind :$RAY_SERVE_HAPROXY_METRICS_PORT\$|\1bind unix@$folder/prom.sock mode 600|" \
     "$configuration"
+error='{"error":{"message":"the gateway of this request was lost, or none runs; send it again","type":"server_error","param":null,"code":"engine_unavailable"}}'
+{
+    printf 'HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: %d\r\n' "${#error}"
+    printf 'Cache-Control: no-cache\r\nRetry-After: 1\r\n\r\n%s' "$error"
+} >"$folder/500.http" # which Ray's template names for 502, 503 and 504
 exec @HAPROXY@ "$@"

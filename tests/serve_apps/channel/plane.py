@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import pytest
@@ -70,6 +71,15 @@ async def until(what: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not what():
             await asyncio.sleep(0.001)
+
+
+async def ended(sock: socket.socket) -> None:
+    """Reads until the other side has closed the connection, or reset it as it had not read everything."""
+    loop = asyncio.get_running_loop()
+    with suppress(ConnectionError):
+        while await loop.sock_recv(sock, 1000):
+            pass
+    sock.close()
 
 
 def go(test: Callable[[], Coroutine[Any, Any, None]], loop: str = "asyncio") -> None:

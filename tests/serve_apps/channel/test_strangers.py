@@ -1,10 +1,9 @@
-"""Who connects without being a replica, or sends what no replica sends; and connections whose other side is gone."""
+"""Who connects without being a replica, or sends what no replica sends."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -13,16 +12,7 @@ from serve_apps.channel import connection, listener
 from serve_apps.channel.address import abstract, dial
 from serve_apps.channel.connection import Connections
 from serve_apps.channel.frames import END, HELLO, TOKENS, frame
-from tests.serve_apps.channel.plane import NODE, PLACES, Out, everything, go, plane, until
-
-
-async def ended(sock: socket.socket) -> None:
-    """Reads until the other side has closed the connection, or reset it as it had not read everything."""
-    loop = asyncio.get_running_loop()
-    with suppress(ConnectionError):
-        while await loop.sock_recv(sock, 1000):
-            pass
-    sock.close()
+from tests.serve_apps.channel.plane import NODE, PLACES, Out, ended, everything, go, plane, until
 
 
 def test_without_the_token_nothing_is_read() -> None:
@@ -122,22 +112,6 @@ def test_a_gateway_that_takes_the_connection_and_is_silent(monkeypatch: pytest.M
                 silent.listen()
                 with pytest.raises(TimeoutError):
                     await replica.to(replace(gateway.address, name="loray-test-silent"))
-
-    go(test)
-
-
-def test_a_half_open_connection_is_noticed_by_the_kernel() -> None:
-    """Both ends of TCP have a bound on unacknowledged data and ask a silent other side whether it is there."""
-
-    async def test() -> None:
-        async with plane(node="another") as (gateway, replica):
-            to = await replica.to(gateway.address)
-            (peer,) = gateway._all
-            assert peer._transport is not None
-            for sock in (to._sock, peer._transport.get_extra_info("socket")):
-                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
-                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
     go(test)
 
