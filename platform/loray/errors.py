@@ -7,8 +7,11 @@
     ├── NotFoundError
     │   ├── BaseNotFound       no such base model on this machine
     │   ├── AdapterNotFound    no such adapter, version or alias in the catalog
+    │   ├── KeyNotFound        no such API key or tenant in the catalog
     │   └── JobNotFound        no such training job in the catalog or in Ray
     │       └── LogsGone       the job is known, but Ray no longer has its log
+    ├── Unauthenticated        no API key, or none that is valid
+    ├── PermissionDenied       the key is valid, but may not do this
     ├── ConflictError          the name, version or alias is taken, or another writer has changed it
     │   ├── RevisionConflict   an alias has another revision than the caller expected
     │   └── GateRefused        the evaluations of a LongLoRA adapter do not pass the gate before an alias
@@ -74,6 +77,18 @@ class JobNotFound(NotFoundError):
 
 class LogsGone(JobNotFound):
     """The job is known, but Ray no longer has its log."""
+
+
+class KeyNotFound(NotFoundError):
+    pass
+
+
+class Unauthenticated(LorayError):
+    pass
+
+
+class PermissionDenied(LorayError):
+    pass
 
 
 class ConflictError(LorayError):

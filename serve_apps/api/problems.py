@@ -20,10 +20,12 @@ from loray.errors import (
     LogsGone,
     LorayError,
     NotFoundError,
+    PermissionDenied,
     RevisionConflict,
     SettingsError,
     SpecError,
     StoreError,
+    Unauthenticated,
     UnsupportedError,
 )
 from loray.telemetry import get_logger
@@ -49,6 +51,8 @@ class InvalidFields(SpecError):
 
 
 _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
+    (Unauthenticated, 401),
+    (PermissionDenied, 403),
     (LogsGone, 410),
     (NotFoundError, 404),
     (RevisionConflict, 412),
@@ -65,10 +69,14 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
 )
 
 
+_ALWAYS = (400, 401, 403, 413, 422, 500, 503)
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
+
+
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Error responses, for `responses=` of a route. Those for parameters, size and database are always included."""
+    """Error responses, for `responses=` of a route. Those of every route are always included."""
     described: dict[int | str, dict[str, Any]] = {}
-    for status in sorted({*statuses, 400, 413, 422, 500, 503}):
+    for status in sorted({*statuses, *_ALWAYS}):
         title = HTTPStatus(status).phrase
         example = {"type": "about:blank", "title": title, "status": status, "detail": "what was wrong and what to do"}
         content = {MEDIA_TYPE: {"schema": schema_reference(Problem.__name__), "example": example}}
@@ -85,11 +93,12 @@ def fields_of(errors: list[ErrorDetails] | Any, skip: int = 0) -> tuple[FieldErr
 
 def install(app: FastAPI) -> None:
     """Gives every error of `app` the form of a problem, and limits the size of request bodies."""
-    install_error_handlers(app, failed=_failed, invalid=_invalid, refused=_response)
+    install_error_handlers(app, failed=failed, invalid=_invalid, refused=_response)
     app.add_middleware(BodyLimit, max_bytes=lambda: MAX_BODY_BYTES, advice=_ADVICE)
 
 
-def _failed(error: Exception) -> Response:
+def failed(error: Exception) -> Response:
+    """The response to any error."""
     if not isinstance(error, LorayError):
         _log.error("unexpected error", exc_info=error)
         return _response(500, "internal error; the log of the API server has the details", problem_type(LorayError))
@@ -108,5 +117,4 @@ def _response(
     status: int, detail: str, kind: str = "about:blank", errors: tuple[FieldError, ...] | None = None
 ) -> Response:
     problem = Problem(type=kind, title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors)
-    headers = {"Retry-After": "1"} if status == 503 else None
-    return Response(problem.model_dump_json(exclude_none=True), status, headers, media_type=MEDIA_TYPE)
+    return Response(problem.model_dump_json(exclude_none=True), status, _HEADERS.get(status), media_type=MEDIA_TYPE)

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from loray.api.openai import Error, ErrorBody
 from loray.errors import (
     BaseMismatch,
+    CatalogError,
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineError,
@@ -20,8 +21,10 @@ from loray.errors import (
     LorayError,
     NotFoundError,
     Overloaded,
+    PermissionDenied,
     RequestError,
     StoreError,
+    Unauthenticated,
     UnsupportedError,
 )
 from loray.telemetry import get_logger
@@ -55,6 +58,8 @@ class _Kind(NamedTuple):
 
 
 _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
+    (Unauthenticated, _Kind(401, _INVALID, "invalid_api_key")),
+    (PermissionDenied, _Kind(403, _INVALID, "permission_denied")),
     (ContextLengthExceeded, _Kind(400, _INVALID, "context_length_exceeded")),
     (RequestError, _Kind(400, _INVALID, None)),
     (BaseMismatch, _Kind(404, _INVALID, "base_mismatch", param="model")),
@@ -63,6 +68,7 @@ _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
     (DeadlineExceeded, _Kind(504, _SERVER, "deadline_exceeded")),
     (IntegrityError, _Kind(500, _SERVER, "adapter_damaged", param="model")),
     (UnsupportedError, _Kind(501, _SERVER, "adapter_unsupported", param="model")),
+    (CatalogError, _Kind(503, _SERVER, "catalog_unavailable", retry_after_s=1.0)),
     (StoreError, _Kind(503, _SERVER, "store_unavailable", retry_after_s=5.0)),
     (EngineError, _Kind(503, _SERVER, "engine_unavailable", retry_after_s=1.0)),
     (LorayError, _Kind(500, _SERVER, None)),
@@ -85,7 +91,7 @@ def failure_of(error: Exception, request_id: str | None = None) -> Failure:
 
 
 def _failure(kind: _Kind, message: str) -> Failure:
-    headers = {}
+    headers = {"WWW-Authenticate": "Bearer"} if kind.status == 401 else {}
     if kind.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(kind.retry_after_s)))  # HTTP allows whole seconds only
     return Failure(kind.status, Error(message=message, type=kind.type, param=kind.param, code=kind.code), headers)

@@ -18,6 +18,7 @@ from loray.catalog.entries import (
     split_model,
 )
 from loray.catalog.evaluations import Evaluations
+from loray.catalog.identity import Audit, Keys, Tenants
 from loray.catalog.jobs import Jobs
 from loray.catalog.projections import Projections, note_projection
 from loray.catalog.queries import (
@@ -46,7 +47,7 @@ _log = get_logger(__name__)
 _MAX_VERSION = 2**31 - 1  # what the column holds
 
 
-class Catalog(Aliases, Evaluations, Jobs, Projections):
+class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
     The audit log records `actor` with every write. `gate_tolerance` is the tolerance of `catalog.gate`.

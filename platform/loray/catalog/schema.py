@@ -1,7 +1,8 @@
 """The catalog's tables. Migrations in `migrations/versions` create them; a test compares both.
 
 tenants          who adapters, keys, jobs and usage belong to; `limits` is spec.Limits as JSON
-keys             API keys: the SHA-256 of each, never the key; `prefix` finds it; scopes, models and limits are JSON
+keys             API keys: the SHA-256 of each, never the key; `prefix` finds it; scopes, models and limits are JSON;
+                 `changed_at` of both as of adapters
 bases            base models that adapters may belong to
 adapters         names as `spec.qualified_name` makes them; bases and adapters share one namespace; `changed_at` is the
                  value of the change counter at the last change of the name, its versions or its aliases;
@@ -55,6 +56,7 @@ tenants = Table(
     Column("name", String(32), primary_key=True),
     Column("blocked", Boolean, nullable=False),
     Column("limits", Text, nullable=False),
+    Column("changed_at", BigInteger, nullable=False, server_default="0", index=True),
     Column("created_at", DateTime(timezone=True), nullable=False),
 )
 
@@ -72,6 +74,7 @@ keys = Table(
     Column("metadata", Text, nullable=False),
     Column("blocked", Boolean, nullable=False),
     Column("created_by", String(96), nullable=False),
+    Column("changed_at", BigInteger, nullable=False, server_default="0", index=True),
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("expires_at", DateTime(timezone=True)),
     Column("revoked_at", DateTime(timezone=True)),

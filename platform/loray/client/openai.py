@@ -18,15 +18,24 @@ from pydantic import ValidationError
 from loray.api.openai import ChatCompletion, ChatCompletionChunk, Completion, Error, ErrorBody, Model, ModelList
 from loray.api.status import Status
 from loray.client.http import HttpClient, R
-from loray.errors import ContextLengthExceeded, EngineError, LorayError, NotFoundError, Overloaded, RequestError
+from loray.errors import (
+    ContextLengthExceeded,
+    EngineError,
+    LorayError,
+    NotFoundError,
+    Overloaded,
+    PermissionDenied,
+    RequestError,
+    Unauthenticated,
+)
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
 class LorayClient(HttpClient):
-    """Raises the errors that the server raised: RequestError, ContextLengthExceeded, NotFoundError, Overloaded with
-    `retry_after_s`, and EngineError if the server fails or does not answer.
+    """Raises the errors that the server raised: Unauthenticated, PermissionDenied, RequestError, ContextLengthExceeded,
+    NotFoundError, Overloaded with `retry_after_s`, and EngineError if the server fails or does not answer.
     """
 
     # -- models and state ---------------------------------------------------------------------------------------------
@@ -95,6 +104,10 @@ class LorayClient(HttpClient):
 def _translate(error: Error, status: int, retry_after: str | None) -> LorayError:
     if error.code == "context_length_exceeded":
         return ContextLengthExceeded(error.message, error.param)
+    if status == 401:
+        return Unauthenticated(error.message)
+    if status == 403:
+        return PermissionDenied(error.message)
     if status == 404:
         return NotFoundError(error.message)
     if status == 429 or error.code == "overloaded":

@@ -5,18 +5,24 @@ Field names are those of LiteLLM's proxy, where it has them; its teams are our t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from datetime import datetime
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, StringConstraints
 
 from loray.spec.fields import Frozen, NumBytes
 
 DEFAULT_TENANT = "default"
+KEY_START = "sk-lr-"  # of every key; then 256 random bits as base64url
+PREFIX_LENGTH = 8
 
 TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")]
 Scope = Literal["infer", "publish", "promote", "train", "admin", "act_for"]
 SCOPES: tuple[Scope, ...] = ("infer", "publish", "promote", "train", "admin", "act_for")
 Visibility = Literal["private", "shared", "public"]
+Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,4}[smhd]$")]
+KeyAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@/-]{0,63}$")]
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Limits(Frozen):
@@ -26,7 +32,7 @@ class Limits(Frozen):
     tpm_limit: int | None = Field(default=None, ge=0, description="tokens a minute, of prompts and answers")
     max_parallel_requests: int | None = Field(default=None, ge=0)
     max_budget: float | None = Field(default=None, ge=0, description="tokens in one `budget_duration`")
-    budget_duration: Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,4}[smhd]$")] = "30d"
+    budget_duration: Duration = "30d"
     max_stored_bytes: NumBytes | None = Field(default=None, description="of a tenant's adapters")
     max_jobs: int | None = Field(default=None, ge=0, description="training jobs of a tenant at once")
     max_workers: int | None = Field(default=None, ge=0, description="training workers of a tenant at once")
@@ -55,6 +61,75 @@ class Principal(Frozen):
     def is_admin(self) -> bool:
         """An administrator sees and does everything, in every tenant."""
         return "admin" in self.scopes
+
+
+class Tenant(Frozen):
+    """Who adapters, keys, jobs and usage belong to. The keys of a blocked tenant are refused."""
+
+    name: TenantName
+    blocked: bool = False
+    limits: Limits = Limits()
+    created_at: datetime
+
+
+class ApiKey(Frozen):
+    """A key without its secret.
+
+    prefix        the 8 characters after `sk-lr-`, by which people recognise it
+    created_by    the actor who made it
+    last_used_at  to the minute
+    """
+
+    id: str
+    prefix: str
+    alias: KeyAlias
+    tenant: TenantName
+    scopes: frozenset[Scope]
+    models: frozenset[str] | None = None
+    limits: Limits = Limits()
+    metadata: dict[str, str] = Field(default_factory=dict)
+    blocked: bool = False
+    created_by: str
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+    def principal(self, tenant: Tenant) -> Principal:
+        """What the key stands for. `tenant` is the key's."""
+        return Principal(
+            tenant=self.tenant,
+            scopes=self.scopes,
+            key_id=self.id,
+            actor=f"{self.alias} ({self.id})",
+            models=self.models,
+            limits=self.limits,
+            tenant_limits=tenant.limits,
+        )
+
+
+class HashedKey(NamedTuple):
+    """What a key is checked against: its SHA-256."""
+
+    sha256: bytes
+    key: ApiKey
+
+
+class KeyChanges(NamedTuple):
+    """Keys and tenants that have changed since some value of the catalog's change counter, those revoked included.
+
+    any_keys  whether a key was ever made, also where all are revoked
+    """
+
+    counter: int
+    keys: tuple[HashedKey, ...]
+    tenants: tuple[Tenant, ...]
+    any_keys: bool
+
+
+def duration_s(duration: Duration) -> int:
+    """`"90m"` → 5400."""
+    return int(duration[:-1]) * _SECONDS[duration[-1]]
 
 
 def qualified_name(tenant: str, name: str) -> str:

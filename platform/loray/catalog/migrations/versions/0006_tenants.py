@@ -19,10 +19,12 @@ def upgrade() -> None:
         sa.Column("name", sa.String(32), nullable=False),
         sa.Column("blocked", sa.Boolean, nullable=False),
         sa.Column("limits", sa.Text, nullable=False),
+        sa.Column("changed_at", sa.BigInteger, nullable=False, server_default="0"),
         sa.Column("created_at", _TIME, nullable=False),
         sa.PrimaryKeyConstraint("name", name="pk_tenants"),
     )
-    op.execute("INSERT INTO tenants VALUES ('default', FALSE, '{}', CURRENT_TIMESTAMP)")
+    op.create_index("ix_tenants_changed_at", "tenants", ["changed_at"])
+    op.execute("INSERT INTO tenants VALUES ('default', FALSE, '{}', 0, CURRENT_TIMESTAMP)")
     _create_keys()
     _change_adapters()
     op.add_column("versions", sa.Column("deleted_at", _TIME))
@@ -46,6 +48,7 @@ def _create_keys() -> None:
         sa.Column("metadata", sa.Text, nullable=False),
         sa.Column("blocked", sa.Boolean, nullable=False),
         sa.Column("created_by", sa.String(96), nullable=False),
+        sa.Column("changed_at", sa.BigInteger, nullable=False, server_default="0"),
         sa.Column("created_at", _TIME, nullable=False),
         sa.Column("expires_at", _TIME),
         sa.Column("revoked_at", _TIME),
@@ -56,6 +59,7 @@ def _create_keys() -> None:
     )
     op.create_index("ix_keys_prefix", "keys", ["prefix"])
     op.create_index("ix_keys_tenant", "keys", ["tenant"])
+    op.create_index("ix_keys_changed_at", "keys", ["changed_at"])
 
 
 def _change_adapters() -> None:

@@ -1,0 +1,85 @@
+"""Who may do what: (principal, action, what it is about) → allowed, or an error that says why not.
+
+Plain rules without HTTP and database. The routes of both APIs have their actions in `serve_apps.access.rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from loray.errors import PermissionDenied, Unauthenticated
+from loray.spec import DEFAULT_TENANT, Principal, Scope, Visibility, qualified_name
+
+Action = Literal["open", "identify", "infer", "read", "publish", "promote", "train", "audit", "observe", "manage"]
+
+# One of these scopes is enough; an administrator does everything. "open" needs no key, "identify" any key.
+SCOPES_OF: Mapping[Action, frozenset[Scope]] = {
+    "infer": frozenset({"infer"}),
+    "read": frozenset({"infer", "publish", "promote", "train"}),
+    "publish": frozenset({"publish"}),
+    "promote": frozenset({"promote"}),
+    "train": frozenset({"train"}),
+    "audit": frozenset({"publish", "promote", "train"}),
+    "observe": frozenset(),
+    "manage": frozenset(),
+}
+_WRITES: frozenset[Action] = frozenset({"publish", "promote", "train", "manage"})
+
+
+class Resource(NamedTuple):
+    """What an action is about: whose it is, and who else sees it."""
+
+    tenant: str
+    visibility: Visibility = "private"
+    shared_with: frozenset[str] = frozenset()
+
+
+def check(principal: Principal | None, action: Action, resource: Resource | None = None) -> None:
+    """Raises Unauthenticated without a principal, PermissionDenied where its scopes do not allow the action, or where
+    it would change what belongs to another tenant. Whether it sees the resource is another question: `sees`.
+    """
+    if action == "open":
+        return
+    if principal is None:
+        raise Unauthenticated(
+            "this needs an API key, in the header `Authorization: Bearer sk-lr-…`; an administrator makes one with "
+            "`loray keys create`"
+        )
+    if principal.is_admin or action == "identify":
+        return
+    allowed = SCOPES_OF[action]
+    if not principal.scopes & allowed:
+        needed = " or ".join(sorted(allowed | {"admin"}))
+        raise PermissionDenied(f"this needs a key with the scope {needed}, and this key has {_listed(principal)}")
+    if resource is not None and action in _WRITES and resource.tenant != principal.tenant:
+        raise PermissionDenied(f"it belongs to another tenant than {principal.tenant}, which may not change it")
+
+
+def sees(principal: Principal, resource: Resource) -> bool:
+    """Whether the resource exists for the principal."""
+    if principal.is_admin or resource.tenant == principal.tenant or resource.visibility == "public":
+        return True
+    return resource.visibility == "shared" and principal.tenant in resource.shared_with
+
+
+def check_model(principal: Principal, model: str) -> None:
+    """Raises PermissionDenied where the key is for other models only. `model` is what the request names, with or
+    without version or alias. It is not looked up, so the refusal does not say whether it exists.
+    """
+    if principal.models is None:
+        return
+    name = model.partition("@")[0].removeprefix(f"{principal.tenant}/")
+    own = qualified_name(principal.tenant, name)
+    if not principal.models & {model, name, own, f"{DEFAULT_TENANT}/{name}" if own == name else own}:
+        raise PermissionDenied("this key is for other models; GET /api/v1/keys/self says for which")
+
+
+def priority_of(principal: Principal, asked: int) -> int:
+    """The priority that a request gets: the one it asks for, but none that is more urgent than its limits allow."""
+    least = (principal.limits.min_priority, principal.tenant_limits.min_priority)
+    return max(asked, *(bound for bound in least if bound is not None), asked)
+
+
+def _listed(principal: Principal) -> str:
+    return ", ".join(sorted(principal.scopes)) or "none"

@@ -1,0 +1,125 @@
+"""API keys in memory: a request's key is checked without the database.
+
+A ring is immutable. `updated` makes the next one of what has changed in the catalog. A revocation holds as soon as a
+server has the ring that knows of it. While the database cannot be read, the catalog's keys go on for a stated time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from loray.errors import CatalogError, PermissionDenied, Unauthenticated
+from loray.spec import KEY_START, PREFIX_LENGTH, ApiKey, HashedKey, KeyChanges, Principal, Tenant
+
+_PREFIX = slice(len(KEY_START), len(KEY_START) + PREFIX_LENGTH)
+_LONGEST_KEY = 512
+_INVALID = "the API key is not valid: it is misspelt, revoked, or of another deployment"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    sha256: bytes
+    key: ApiKey
+    principal: Principal
+    expires_at: float  # seconds since 1970
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRing:
+    """All keys of a deployment at one moment.
+
+    static    SHA-256 of the deployment's own keys, which are an administrator's and need no database
+    counter   the catalog's change counter then; -1: the catalog was never read
+    any_keys  whether the catalog has a key, or has had one
+    read_at   when the catalog was last read, by the monotonic clock
+    max_age_s how long the catalog's keys go on from then
+    """
+
+    static: Mapping[bytes, Principal] = field(default_factory=dict)
+    max_age_s: float = 3600.0
+    counter: int = -1
+    any_keys: bool = False
+    read_at: float = float("-inf")
+    _entries: Mapping[str, tuple[_Entry, ...]] = field(default_factory=dict)  # by prefix
+    _tenants: Mapping[str, Tenant] = field(default_factory=dict)
+
+    @property
+    def was_read(self) -> bool:
+        return self.counter >= 0
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether somebody has made a key, so that requests need one also on loopback."""
+        return self.any_keys or bool(self.static)
+
+    def updated(self, changes: KeyChanges, read_at: float) -> KeyRing:
+        """The ring after these changes, which were read at `read_at`."""
+        ring = replace(self, counter=changes.counter, any_keys=changes.any_keys, read_at=read_at)
+        if not changes.keys and not changes.tenants:
+            return ring
+        tenants = {**self._tenants, **{tenant.name: tenant for tenant in changes.tenants}}
+        renewed = {tenant.name for tenant in changes.tenants} & self._tenants.keys()  # their limits are in principals
+        of_renewed = (e for same in self._entries.values() for e in same if e.key.tenant in renewed)
+        changed = {e.key.id: HashedKey(e.sha256, e.key) for e in of_renewed} if renewed else {}
+        changed |= {stored.key.id: stored for stored in changes.keys}
+        entries = dict(self._entries)
+        for stored in changed.values():
+            key = stored.key
+            others = tuple(e for e in entries.get(key.prefix, ()) if e.key.id != key.id)
+            now = () if key.revoked_at is not None else (_entry(stored, tenants[key.tenant]),)
+            entries[key.prefix] = others + now
+            if not entries[key.prefix]:
+                del entries[key.prefix]
+        return replace(ring, _entries=entries, _tenants=tenants)
+
+    def principal(self, secret: str, *, now: float, monotonic: float) -> Principal:
+        """What a key stands for. `now` is the time since 1970.
+
+        Raises Unauthenticated for a key that is unknown, revoked or expired, PermissionDenied for one that is blocked,
+        or whose tenant is, and CatalogError where the catalog has not been read for too long to say.
+        """
+        if len(secret) > _LONGEST_KEY:
+            raise Unauthenticated(_INVALID)
+        sha256 = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+        for known, principal in self.static.items():
+            if hmac.compare_digest(known, sha256):
+                return principal
+        if monotonic - self.read_at > self.max_age_s:
+            raise CatalogError(
+                "API keys cannot be checked, because the catalog could not be read for too long; try again, or use a "
+                "key of the deployment itself"
+            )
+        found = None
+        for entry in self._entries.get(secret[_PREFIX], ()):
+            if hmac.compare_digest(entry.sha256, sha256):
+                found = entry
+        if found is None:
+            raise Unauthenticated(_INVALID)
+        if now >= found.expires_at:
+            ended = datetime.fromtimestamp(found.expires_at, UTC).isoformat(timespec="seconds")
+            raise Unauthenticated(f"the API key has expired ({ended}); ask an administrator for another one")
+        if found.key.blocked or self._tenants[found.key.tenant].blocked:
+            raise PermissionDenied("the API key, or its tenant, is blocked; ask an administrator")
+        return found.principal
+
+    def acting_for(self, principal: Principal, tenant: str) -> Principal:
+        """The principal that a key with the scope `act_for` stands for, where a request names another tenant: with its
+        own other scopes, but no administrator's, and the tenant's limits. Raises PermissionDenied.
+        """
+        if "act_for" not in principal.scopes:
+            raise PermissionDenied("this key may not name a tenant (X-Tenant-Id): it has no scope act_for")
+        known = self._tenants.get(tenant)
+        if known is None or known.blocked:
+            raise PermissionDenied(f"there is no tenant {tenant[:64]!r} to act for, or it is blocked")
+        scopes = principal.scopes - {"admin", "act_for"}
+        return principal.model_copy(update={"tenant": tenant, "scopes": scopes, "tenant_limits": known.limits})
+
+
+def _entry(stored: HashedKey, tenant: Tenant) -> _Entry:
+    key = stored.key
+    expires_at = float("inf") if key.expires_at is None else key.expires_at.timestamp()
+    return _Entry(stored.sha256, key, key.principal(tenant), expires_at)

@@ -1,0 +1,136 @@
+"""API keys, tenants and the audit log in the catalog's database."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from loray.catalog import Catalog
+from loray.catalog.database import reading
+from loray.errors import ConflictError, KeyNotFound, LorayError, SpecError
+from loray.spec import Limits
+
+
+def test_a_key_is_shown_once_and_its_hash_is_kept(catalog: Catalog) -> None:
+    secret, key = catalog.create_key("ci", scopes=("publish", "infer"), limits=Limits(rpm_limit=60), models={"tone"})
+    assert re.fullmatch(r"sk-lr-[A-Za-z0-9_-]{43}", secret)
+    assert secret.startswith(f"sk-lr-{key.prefix}")
+    assert catalog.key(key.id) == key
+    with reading(catalog._engine) as c:
+        stored = repr([c.execute(sa.text(f"SELECT * FROM {t}")).all() for t in ("keys", "audit_log")])
+    assert secret[len("sk-lr-") + 8 :] not in stored
+    assert secret not in repr(key)
+
+
+def test_keys_of_one_tenant_in_use_have_different_aliases(catalog: Catalog) -> None:
+    catalog.create_tenant("acme")
+    _, first = catalog.create_key("ci")
+    with pytest.raises(ConflictError, match=first.id):
+        catalog.create_key("ci")
+    catalog.create_key("ci", tenant="acme")
+    catalog.revoke_key(first.id)
+    catalog.create_key("ci")
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"tenant": "nobody"}, KeyNotFound),
+        ({"scopes": ()}, SpecError),
+        ({"scopes": ("root",)}, SpecError),
+        ({"alias": "no\nlines"}, SpecError),
+    ],
+)
+def test_a_wrong_key_is_refused(catalog: Catalog, given: dict[str, object], error: type[LorayError]) -> None:
+    fields: dict[str, object] = {"alias": "ci"} | given
+    with pytest.raises(error):
+        catalog.create_key(fields.pop("alias"), **fields)  # type: ignore[arg-type]
+    assert catalog.keys().keys == ()
+
+
+@pytest.mark.parametrize("grace", [timedelta(), timedelta(hours=1)])
+def test_rotation(catalog: Catalog, grace: timedelta) -> None:
+    limits = Limits(tpm_limit=1000)
+    secret, old = catalog.create_key("ci", scopes=("train",), limits=limits, metadata={"team": "a"})
+    other, new = catalog.rotate_key(old.id, grace=grace)
+    assert other != secret
+    same = {"alias", "tenant", "scopes", "limits", "metadata", "models", "expires_at"}
+    assert new.model_dump(include=same) == old.model_dump(include=same)
+    ended = catalog.key(old.id)
+    assert (ended.revoked_at is None) == bool(grace)
+    assert (ended.expires_at is not None) == bool(grace)
+    if not grace:
+        with pytest.raises(ConflictError):
+            catalog.rotate_key(old.id)
+
+
+def test_changes_since_a_counter(catalog: Catalog) -> None:
+    first = catalog.key_changes()
+    assert (first.keys, first.any_keys) == ((), False)
+    assert [t.name for t in first.tenants] == ["default"]
+    _, key = catalog.create_key("ci")
+    made = catalog.key_changes(first.counter)
+    assert ([k.key for k in made.keys], made.tenants, made.any_keys) == ([key], (), True)
+    catalog.note_key_use({key.id: datetime(2026, 1, 1, tzinfo=UTC)})
+    assert catalog.key_changes(made.counter).counter == made.counter
+    assert catalog.key(key.id).last_used_at == datetime(2026, 1, 1, tzinfo=UTC)
+    catalog.update_key(key.id, blocked=True)
+    catalog.update_tenant("default", limits=Limits(max_jobs=2))
+    changed = catalog.key_changes(made.counter)
+    assert [k.key.blocked for k in changed.keys] == [True]
+    assert [t.limits.max_jobs for t in changed.tenants] == [2]
+    catalog.revoke_key(key.id)
+    revoked = catalog.key_changes(changed.counter)
+    assert revoked.keys[0].key.revoked_at is not None
+    assert revoked.any_keys
+
+
+def test_what_changes_nothing_is_no_change(catalog: Catalog) -> None:
+    _, key = catalog.create_key("ci")
+    catalog.revoke_key(key.id)
+    catalog.update_tenant("default", blocked=True)
+    before = catalog.change_counter()
+    catalog.revoke_key(key.id)
+    catalog.update_key(key.id, blocked=False, limits=Limits())
+    catalog.update_tenant("default", blocked=True)
+    assert catalog.change_counter() == before
+
+
+def test_keys_in_pages(catalog: Catalog) -> None:
+    made = [catalog.create_key(f"key {i}").key.id for i in range(5)]
+    found, cursor = [], None
+    while True:
+        page = catalog.keys(limit=2, cursor=cursor)
+        found += [key.id for key in page.keys]
+        if (cursor := page.next) is None:
+            break
+    assert found == made[::-1]
+    assert [k.id for k in catalog.keys(alias="key 3").keys] == [made[3]]
+    with pytest.raises(SpecError):
+        catalog.keys(cursor="key-0")
+
+
+def test_tenants(catalog: Catalog) -> None:
+    catalog.create_tenant("acme", Limits(max_stored_bytes=1 << 30))
+    assert [t.name for t in catalog.tenants()] == ["acme", "default"]
+    for wrong, error in {"acme": ConflictError, "a/b": SpecError, "": SpecError}.items():
+        with pytest.raises(error):
+            catalog.create_tenant(wrong)
+    with pytest.raises(KeyNotFound):
+        catalog.update_tenant("nobody", blocked=True)
+
+
+def test_the_audit_log_in_pages(catalog: Catalog) -> None:
+    _, key = catalog.create_key("ci")
+    catalog.update_key(key.id, blocked=True)
+    catalog.revoke_key(key.id)
+    page = catalog.audit(limit=2)
+    assert [e.action for e in page.entries] == ["revoke_key", "update_key"]
+    assert [e.action for e in catalog.audit(cursor=page.next).entries] == ["create_key"]
+    (entry,) = catalog.audit(action="create_key", subject=key.id, actor="local", tenant="default").entries
+    assert entry.detail["alias"] == "ci"
+    assert catalog.audit(since=datetime.now(UTC) + timedelta(minutes=1)).entries == ()
+    assert catalog.audit(tenant="acme").entries == ()

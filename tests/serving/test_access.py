@@ -1,0 +1,202 @@
+"""Who may do what, and keys in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+from typing import Any, get_args
+
+import pytest
+
+from loray.errors import CatalogError, LorayError, PermissionDenied, Unauthenticated
+from loray.serving.access import Action, Resource, check, check_model, priority_of, sees
+from loray.serving.key_ring import KeyRing
+from loray.spec import SCOPES, ApiKey, HashedKey, KeyChanges, Limits, Principal, Tenant
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+# Which scopes may do what; an administrator may do all of it.
+TABLE: dict[Action, str] = {
+    "open": "infer publish promote train act_for",
+    "identify": "infer publish promote train act_for",
+    "infer": "infer",
+    "read": "infer publish promote train",
+    "publish": "publish",
+    "promote": "promote",
+    "train": "train",
+    "audit": "publish promote train",
+    "observe": "",
+    "manage": "",
+}
+
+
+def principal(*scopes: str, **fields: Any) -> Principal:
+    return Principal(scopes=frozenset(scopes), **fields)  # type: ignore[arg-type]
+
+
+def test_the_table_has_every_action() -> None:
+    assert set(TABLE) == set(get_args(Action))
+
+
+@pytest.mark.parametrize("action", TABLE)
+@pytest.mark.parametrize("scope", [None, *SCOPES])
+def test_scopes(action: Action, scope: str | None) -> None:
+    allowed = action == "open" if scope is None else scope == "admin" or scope in TABLE[action].split()
+    asking = None if scope is None else principal(scope)
+    if allowed:
+        check(asking, action)
+        return
+    with pytest.raises(Unauthenticated if scope is None else PermissionDenied):
+        check(asking, action)
+
+
+def test_what_belongs_to_another_tenant() -> None:
+    theirs = Resource("acme")
+    mine = principal("publish", "infer")
+    assert not sees(mine, theirs)
+    assert sees(mine, theirs._replace(visibility="public"))
+    assert sees(mine, theirs._replace(visibility="shared", shared_with=frozenset({"default"})))
+    assert not sees(mine, theirs._replace(visibility="shared", shared_with=frozenset({"others"})))
+    assert sees(principal("admin"), theirs)
+    check(mine, "publish", Resource("default"))
+    with pytest.raises(PermissionDenied):
+        check(mine, "publish", theirs._replace(visibility="public"))
+    check(principal("admin"), "publish", theirs)
+
+
+@pytest.mark.parametrize(
+    ("tenant", "models", "asked", "allowed"),
+    [
+        ("default", None, "tone", True),
+        ("default", {"tone"}, "tone", True),
+        ("default", {"tone"}, "tone@3", True),
+        ("default", {"tone"}, "default/tone", True),
+        ("default", {"tone@prod"}, "tone@prod", True),
+        ("default", {"tone@prod"}, "tone", False),
+        ("default", {"tone"}, "tones", False),
+        ("default", set(), "tone", False),
+        ("acme", {"tone"}, "acme/tone@1", True),
+        ("acme", {"acme/tone"}, "tone", True),
+        ("acme", {"tone"}, "default/tone", False),
+        ("acme", {"default/tone"}, "default/tone@prod", True),
+    ],
+)
+def test_models_of_a_key(tenant: str, models: set[str] | None, asked: str, allowed: bool) -> None:
+    asking = principal("infer", tenant=tenant, models=None if models is None else frozenset(models))
+    if allowed:
+        check_model(asking, asked)
+        return
+    with pytest.raises(PermissionDenied):
+        check_model(asking, asked)
+
+
+@pytest.mark.parametrize(
+    ("own", "tenants", "asked", "given"),
+    [(None, None, -5, -5), (0, None, -5, 0), (None, 3, -5, 3), (0, 3, -5, 3), (0, 3, 7, 7), (-9, None, -5, -5)],
+)
+def test_priority_is_clamped(own: int | None, tenants: int | None, asked: int, given: int) -> None:
+    asking = principal("infer", limits=Limits(min_priority=own), tenant_limits=Limits(min_priority=tenants))
+    assert priority_of(asking, asked) == given
+
+
+# -- keys in memory ---------------------------------------------------------------------------------------------------
+
+DEFAULT = Tenant(name="default", created_at=NOW)
+ACME = Tenant(name="acme", created_at=NOW, limits=Limits(rpm_limit=7))
+
+
+def hashed(secret: str, **fields: Any) -> HashedKey:
+    given: dict[str, Any] = {"id": f"key-{secret[-4:]}", "prefix": secret[6:14], "alias": "a", "tenant": "default"}
+    given |= {"scopes": {"infer"}, "created_by": "local", "created_at": NOW} | fields
+    return HashedKey(hashlib.sha256(secret.encode()).digest(), ApiKey(**given))
+
+
+def secret(end: str, prefix: str = "AbCdEfGh") -> str:
+    return f"sk-lr-{prefix}{end:0>35}"
+
+
+def ring(*keys: HashedKey, **fields: Any) -> KeyRing:
+    return KeyRing(**fields).updated(KeyChanges(1, keys, (DEFAULT, ACME), any_keys=bool(keys)), read_at=0.0)
+
+
+def ask(ring: KeyRing, secret: str, *, now: datetime = NOW, monotonic: float = 0.0) -> Principal:
+    return ring.principal(secret, now=now.timestamp(), monotonic=monotonic)
+
+
+def test_keys_that_share_a_prefix() -> None:
+    found = ring(
+        hashed(secret("1")), hashed(secret("2"), tenant="acme", scopes={"train"}), hashed(secret("3", "x" * 8))
+    )
+    assert ask(found, secret("1")).tenant == "default"
+    other = ask(found, secret("2"))
+    assert (other.tenant, other.scopes, other.key_id) == ("acme", {"train"}, "key-0002")
+    assert other.tenant_limits.rpm_limit == 7
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "sk-", "Bearer", secret("9"), secret("1")[:-1], secret("1") + "1", "\udcff" * 49, "x" * 100_000]
+)
+def test_a_wrong_key(wrong: str) -> None:
+    with pytest.raises(Unauthenticated):
+        ask(ring(hashed(secret("1"))), wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"expires_at": NOW}, Unauthenticated),
+        ({"revoked_at": NOW}, Unauthenticated),
+        ({"blocked": True}, PermissionDenied),
+    ],
+)
+def test_a_key_that_is_no_longer_good(fields: dict[str, Any], error: type[LorayError]) -> None:
+    good = ring(hashed(secret("1")))
+    assert ask(good, secret("1"))
+    ended = good.updated(KeyChanges(2, (hashed(secret("1"), **fields),), (), any_keys=True), read_at=1.0)
+    with pytest.raises(error):
+        ask(ended, secret("1"))
+    assert ended.needs_key  # so that the last revocation does not open the door
+
+
+def test_a_key_ends_at_its_time() -> None:
+    found = ring(hashed(secret("1"), expires_at=NOW + timedelta(seconds=10)))
+    assert ask(found, secret("1"), now=NOW + timedelta(seconds=9))
+    with pytest.raises(Unauthenticated, match="expired"):
+        ask(found, secret("1"), now=NOW + timedelta(seconds=10))
+
+
+def test_the_keys_of_a_tenant_follow_it() -> None:
+    found = ring(hashed(secret("1"), tenant="acme"))
+    changed = ACME.model_copy(update={"limits": Limits(rpm_limit=9)})
+    limited = found.updated(KeyChanges(2, (), (changed,), any_keys=True), read_at=1.0)
+    assert ask(limited, secret("1")).tenant_limits.rpm_limit == 9
+    blocked = found.updated(KeyChanges(2, (), (ACME.model_copy(update={"blocked": True}),), any_keys=True), read_at=1.0)
+    with pytest.raises(PermissionDenied):
+        ask(blocked, secret("1"))
+
+
+def test_without_the_database_only_the_deployments_own_keys_go_on_for_ever() -> None:
+    own = Principal(actor="deployment")
+    static = {hashlib.sha256(b"own").digest(): own}
+    never = KeyRing(static=static)
+    assert (never.was_read, never.needs_key) == (False, True)
+    assert ask(never, "own", monotonic=1e9) is own
+    with pytest.raises(CatalogError):
+        ask(never, secret("1"))
+    found = ring(hashed(secret("1")), static=static, max_age_s=60.0)
+    assert ask(found, secret("1"), monotonic=60.0)
+    with pytest.raises(CatalogError):
+        ask(found, secret("1"), monotonic=60.1)
+    assert ask(found, "own", monotonic=60.1) is own
+
+
+def test_acting_for_another_tenant() -> None:
+    found = ring()
+    proxy = principal("infer", "admin", "act_for")
+    acting = found.acting_for(proxy, "acme")
+    assert (acting.tenant, acting.scopes, acting.tenant_limits.rpm_limit) == ("acme", {"infer"}, 7)
+    for asking, tenant in ((principal("infer", "admin"), "acme"), (proxy, "nobody")):
+        with pytest.raises(PermissionDenied):
+            found.acting_for(asking, tenant)
+    blocked = found.updated(KeyChanges(2, (), (ACME.model_copy(update={"blocked": True}),), any_keys=True), read_at=1.0)
+    with pytest.raises(PermissionDenied):
+        blocked.acting_for(proxy, "acme")
