@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from loray.errors import ConflictError
-from loray.spec import ServeSpec
+from loray.spec import ServeSpec, ToolParserName
 
 _OPTIONS = (
     click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="A YAML file with ServeSpec's fields."),
@@ -19,6 +19,11 @@ _OPTIONS = (
     click.option("--pool-bytes", help="Memory for KV cache and adapters, for instance 512MiB."),
     click.option("--host-bytes", help="Memory for adapters that wait outside the pool, for instance 1GiB."),
     click.option("--max-num-seqs", type=int, help="Requests that run at once."),
+    click.option(
+        "--tool-parser",
+        type=click.Choice(get_args(ToolParserName)),
+        help="How the base writes tool calls (default: detected from its tokenizer and chat template).",
+    ),
     click.option("--s3", is_flag=True, help="Keep adapters in an S3 server on this machine, from now on."),
 )
 

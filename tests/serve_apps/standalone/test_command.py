@@ -48,6 +48,7 @@ def test_wrong_options(loray: Loray) -> None:
     assert isinstance(loray("serve", "nobody").exception, BaseNotFound)
     assert "give one of them" in str(loray("serve", "one", "--base", "other").exception)
     assert "pool_bytes" in str(loray("serve", "--pool-bytes", "5 parsecs").exception)
+    assert "'hermes', 'llama3_json', 'mistral'" in loray("serve", "--tool-parser", "other").output
 
 
 def test_a_taken_port_is_refused_before_anything_is_loaded(loray: Loray, tmp_path: Path) -> None:
