@@ -90,10 +90,9 @@ def ray_cluster() -> Iterator[RayCluster]:
 @pytest.fixture(scope="session")
 def served(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from serve_apps.deployment import ServeApi, serve_config
-    from tests.tiny import write_checkpoint
 
     settings = ray_cluster.settings
-    base = add_base(str(write_checkpoint(tmp_path_factory.mktemp("checkpoint"))), home=settings.home, name="tiny")
+    base = served_base(tmp_path_factory.mktemp("checkpoint"), settings.home)
     spec = ServeSpec(base=base.name, dtype="float32", port=free_port(), **SERVE)
     api = ServeApi(ray_cluster.address)
     api.deploy(serve_config(spec, settings))
@@ -130,6 +129,15 @@ def deployed(cluster: RayCluster, served: Served, name: str, **fields: Any) -> I
         yield replace(served, url=f"{served.url}/{name}", spec=spec)
     finally:
         serve.delete(name, _blocking=False)  # no test needs to wait until its replicas have ended
+
+
+def served_base(folder: Path, home: Path) -> BaseModel:
+    """The tiny random base of both servers, whose checkpoint is written to `folder`. Prompts with tools fit into its
+    context, although each byte is a token.
+    """
+    from tests.tiny import write_checkpoint
+
+    return add_base(str(write_checkpoint(folder, max_position_embeddings=4096)), home=home, name="tiny")
 
 
 SERVE: dict[str, Any] = {"pool_bytes": 4 << 20, "max_num_seqs": 4, "max_queued": 4, "num_threads": 1}

@@ -16,12 +16,12 @@ import httpx
 import pytest
 import yaml
 
-from loray.bases.registry import add_base
+from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.store import AdapterStore, open_store
-from tests.cluster import SERVE, Served, free_port
+from tests.cluster import SERVE, Served, free_port, served_base
 
 _MAIN = """
 import sys
@@ -53,17 +53,22 @@ class Standalone:
 
 
 @contextmanager
-def standalone(folder: Path, *args: str, **fields: Any) -> Iterator[Standalone]:
-    """Runs `loray serve tiny` with ServeSpec's `fields` and LORAY_HOME in `folder`, and waits until it answers."""
-    from tests.tiny import write_checkpoint
+def standalone(folder: Path, *args: str, base: BaseModel | None = None, **fields: Any) -> Iterator[Standalone]:
+    """Runs `loray serve` with ServeSpec's `fields` and LORAY_HOME in `folder`, and waits until it answers.
 
+    `base`: one of another home; else a tiny one is made.
+    """
     home = folder / "home"
-    base = add_base(str(write_checkpoint(folder / "checkpoint")), home=home, name="tiny")
-    spec = ServeSpec(base="tiny", dtype="float32", port=free_port(), **SERVE | fields)
+    if base is None:
+        base = served_base(folder / "checkpoint", home)
+    else:
+        home.mkdir()
+        (home / "bases").symlink_to(base.path.parent)
+    spec = ServeSpec(base=base.name, port=free_port(), **{"dtype": "float32"} | SERVE | fields)
     spec_file = folder / "spec.yaml"
     spec_file.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_none=True, exclude={"base"})))
     env = {k: v for k, v in os.environ.items() if not k.startswith("LORAY_")} | {"LORAY_HOME": str(home)}
-    command = [sys.executable, "-W", "error", "-c", _MAIN, "serve", "tiny", "--spec", str(spec_file), *args]
+    command = [sys.executable, "-W", "error", "-c", _MAIN, "serve", base.name, "--spec", str(spec_file), *args]
     log_file = folder / "serve.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=folder, process_group=0)

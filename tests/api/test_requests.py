@@ -113,7 +113,7 @@ def test_values_without_effect_are_accepted() -> None:
 def test_fields_that_clients_send_by_default_are_accepted() -> None:
     options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": False}
     hints = {"prompt_cache_key": "k", "safety_identifier": "s", "metadata": {"run": "7"}, "store": True}
-    hints |= {"reasoning_effort": "low", "verbosity": "low", "service_tier": "flex"}
+    hints |= {"reasoning_effort": "low", "verbosity": "low", "service_tier": "flex", "include_reasoning": False}
     assert completion(stream=True, stream_options=options, **hints).include_usage
     request = chat(tool_choice="auto", stream=True, stream_options={"include_obfuscation": True}, **hints)
     assert not request.include_usage

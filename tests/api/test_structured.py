@@ -81,6 +81,7 @@ def test_structural_tags() -> None:
     made = constraint(response_format=TAGS)
     assert made is not None
     assert made == constraint(structured_outputs={"structural_tag": json.dumps(TAGS)})
+    assert made == constraint(structural_tag=json.dumps(TAGS))
     assert made.kind == "grammar"
     assert 'head_0[lazy]: TEXT "<f="' in made.text
 

@@ -60,6 +60,7 @@ SCHEMA = Constraint.from_schema(
             ["a1null2"],
             ["a", "a1nul"],
         ),
+        (Constraint.from_grammar('\n  ?start: x\n  ?x: "a" ("," "a")*'), ["a", "a,a"], ["a,"]),
         (Constraint.from_grammar('root ::= ("a" | "b")+ [0-9]'), ["ab1", "b0"], ["ab"]),
         (Constraint.from_grammar("start: /a+/ <|im_end|>"), [], ["a"]),
         (

@@ -31,6 +31,8 @@ _LIMITS: dict[str, Any] = {
     "step_max_items": 50_000,  # 3 ms
     "max_lexer_states": 50_000,  # 50 to 100 MB
 }
+# A grammar is Lark if it has a rule `start`, perhaps with a modifier, a priority or attributes; GBNF has `root ::=`.
+_LARK = re.compile(r"^\s*(%llguidance\b|[?!]?start(\.\d+)?\s*(\[[^\]\n]*\])?\s*:(?!:=))", re.MULTILINE)
 _BRACKETS = re.compile(r"[][(){}]")
 _building = threading.Lock()
 
@@ -104,7 +106,7 @@ def _check_size(constraint: Constraint) -> None:
 def _grammar(constraint: Constraint) -> dict[str, Any]:
     """As llguidance takes it. ValueError where the text is not what it must be."""
     from llguidance import regex_to_lark
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if constraint.kind == "json_schema":
         return {"json_schema": _schema(constraint)}
@@ -112,8 +114,10 @@ def _grammar(constraint: Constraint) -> dict[str, Any]:
         return {"lark_grammar": f"start: /{regex_to_lark(constraint.text, 'dws')}/"}
     if constraint.kind == "choice":
         return {"lark_grammar": f"start: {' | '.join(json.dumps(text) for text in json.loads(constraint.text))}"}
+    if _LARK.search(constraint.text):
+        return {"lark_grammar": constraint.text}
     try:
-        return {"lark_grammar": any_to_lark(constraint.text)}
+        return {"lark_grammar": gbnf_to_lark(constraint.text)}
     except Exception as e:
         raise ValueError(f"it is not Lark, as no rule is called start, and as GBNF it is wrong: {e}") from e
 

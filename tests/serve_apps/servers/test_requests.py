@@ -71,8 +71,8 @@ def test_streaming(client: openai.OpenAI, tone: list[AdapterVersion]) -> None:
 
 
 def test_bad_requests(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens") as long:
-        client.completions.create(model="tiny", prompt="x" * 600)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 4096 tokens") as long:
+        client.completions.create(model="tiny", prompt="x" * 5000)
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match=r"tools\.0\.function' is required"):
         client.chat.completions.create(model="tiny", messages=CHAT, extra_body={"tools": [{"type": "function"}]})

@@ -23,6 +23,7 @@ class Hints(Body):
     metadata: dict[str, Any] | None = Field(default=None, description="accepted; nothing is stored")
     store: bool | None = Field(default=None, description="accepted; nothing is stored")
     reasoning_effort: str | None = Field(default=None, description=_HINT)
+    include_reasoning: bool | None = Field(default=None, description="accepted; answers have no reasoning of their own")
     verbosity: str | None = Field(default=None, description=_HINT)
     service_tier: str | None = Field(default=None, description=_HINT)
     safety_identifier: str | None = Field(default=None, description="accepted, for the caller's own use")

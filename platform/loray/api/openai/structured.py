@@ -145,6 +145,7 @@ class StructuredFields(BaseModel):
     guided_json_object: bool | None = None
     guided_whitespace_pattern: str | None = None
     guided_decoding_backend: str | None = Field(default=None, description="accepted; there is one")
+    structural_tag: str | None = Field(default=None, description="structured_outputs.structural_tag, as older vLLM")
 
     @cached_property
     def constraint(self) -> Given | None:
@@ -158,6 +159,8 @@ class StructuredFields(BaseModel):
             self.guided_whitespace_pattern,
         )
         given = {f"guided_{name}": c for name, c in found.items()}
+        if self.structural_tag is not None:
+            given["structural_tag"] = _tags_from_json(self.structural_tag, "structural_tag")
         if self.structured_outputs is not None:
             given |= self.structured_outputs.constraints()
         answer = None if self.response_format is None else self.response_format.constraint()
