@@ -29,6 +29,8 @@
     ├── EvaluationError        a measured value is not finite
     ├── EngineError            the engine stopped, or a request inside it failed
     │   └── ReplicaUnavailable the request never reached an engine: it may be sent to another replica
+    │       └── ReplicaLost    the process that had the request died, or its connection broke
+    ├── AdapterQuarantined     a replica died while it loaded this adapter, which is refused for `retry_after_s` seconds
     └── TrainingError          a run ended without a usable adapter (for example, too many non-finite steps)
 
 Every message says what was wrong and what to do. `serve_apps` maps errors to HTTP status codes.
@@ -187,6 +189,19 @@ class ReplicaUnavailable(EngineError):
     def __init__(self, message: str, replica: str | None = None) -> None:
         super().__init__(message, replica)
         self.replica = replica
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ReplicaLost(ReplicaUnavailable):
+    pass
+
+
+class AdapterQuarantined(LorayError):
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -11,7 +11,7 @@ import struct
 from itertools import count
 from typing import Any, cast
 
-from loray.errors import ReplicaUnavailable
+from loray.errors import ReplicaLost
 from loray.telemetry import get_logger
 from serve_apps.channel.address import TOKEN_BYTES, Address, abstract
 from serve_apps.channel.frames import (
@@ -103,7 +103,7 @@ class Listener:
             return
         peer = self._peers.get(connection)
         if peer is None:
-            inbox.fail(ReplicaUnavailable(_LOST))
+            inbox.fail(ReplicaLost(_LOST))
         else:
             self._sources[inbox.stream] = peer
 
@@ -237,7 +237,7 @@ class _Peer(asyncio.Protocol):
 
 def _fail(inboxes: list[Inbox], replica: str | None) -> None:
     for inbox in inboxes:
-        inbox.fail(ReplicaUnavailable(_LOST, replica))
+        inbox.fail(ReplicaLost(_LOST, replica))
 
 
 def _user(sock: socket.socket) -> int:

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 from loray.api.openai import Error, ErrorBody
 from loray.errors import (
+    AdapterQuarantined,
     BaseMismatch,
     CatalogError,
     ContextLengthExceeded,
@@ -69,6 +70,7 @@ _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
     (IntegrityError, _Kind(500, _SERVER, "adapter_damaged", param="model")),
     (UnsupportedError, _Kind(501, _SERVER, "adapter_unsupported", param="model")),
     (CatalogError, _Kind(503, _SERVER, "catalog_unavailable", retry_after_s=1.0)),
+    (AdapterQuarantined, _Kind(503, _SERVER, "adapter_quarantined", param="model")),
     (StoreError, _Kind(503, _SERVER, "store_unavailable", retry_after_s=5.0)),
     (EngineError, _Kind(503, _SERVER, "engine_unavailable", retry_after_s=1.0)),
     (LorayError, _Kind(500, _SERVER, None)),
@@ -84,7 +86,7 @@ def failure_of(error: Exception, request_id: str | None = None) -> Failure:
         _log.error("unexpected error%s", of_request, exc_info=error)
         return _failure(_INTERNAL, "internal error; the gateway's log has the details")
     retry_after = kind.retry_after_s
-    if isinstance(error, Overloaded | StoreError) and error.retry_after_s is not None:
+    if isinstance(error, Overloaded | StoreError | AdapterQuarantined) and error.retry_after_s is not None:
         retry_after = error.retry_after_s
     param = error.param if isinstance(error, RequestError) else kind.param
     return _failure(kind._replace(param=param, retry_after_s=retry_after), str(error))

@@ -16,6 +16,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loray.adapters.checks.files import (
+    MAX_CONFIG_BYTES,
+    check_declared,
+    check_header_length,
+    check_tensors,
+    read_header,
+)
 from loray.adapters.manifest import read_manifest, with_manifest
 from loray.adapters.peft_format import (
     CONFIG_FILE,
@@ -27,7 +34,7 @@ from loray.adapters.peft_format import (
 )
 from loray.adapters.tensor_ranges import PartialFile, Range
 from loray.bases.registry import BaseModel
-from loray.bases.safetensors import header_end
+from loray.bases.safetensors import parse_header
 from loray.engine.pool.file import open_packed, packed_name, save_packed
 from loray.engine.pool.packed import PackedAdapter, Packer, Packing
 from loray.engine.residency.partial import PartialLoad
@@ -87,6 +94,7 @@ class StoredAdapter:
                 return open_packed(file, pinned=packer.pinned)
             if entry.present:
                 manifest = read_manifest(entry.folder)
+                check_declared(read_header(entry.folder / WEIGHTS_FILE), manifest, source=self._ref.label)
                 packed = packer.pack(self._checked(manifest, read_adapter(entry.folder, self._loader.base.config)))
                 progress(packed, 0.0)
                 if packed.pair is not None:
@@ -112,7 +120,7 @@ class StoredAdapter:
         """Reads the adapter from the store and packs it. Returns its files too."""
         digest, store = self._ref.digest, self._loader.store
         manifest = store.manifest(digest)
-        config = self._loader.ranges.submit(self._read, manifest, CONFIG_FILE, 0, _FIRST_BYTES)
+        config = self._loader.ranges.submit(self._read, manifest, CONFIG_FILE, 0, MAX_CONFIG_BYTES)
         file = self._begin(manifest, packer)
         config_bytes = config.result()
         if hashlib.sha256(config_bytes).hexdigest() != manifest.files[CONFIG_FILE]:
@@ -143,11 +151,15 @@ class StoredAdapter:
 
     def _begin(self, manifest: AdapterManifest, packer: Packer) -> PartialFile:
         source = f"adapter {self._ref.digest[:12]}: {WEIGHTS_FILE} in the store"
+        size = self._loader.ranges.submit(self._size, manifest)
         beginning = self._read(manifest, WEIGHTS_FILE, 0, _FIRST_BYTES)
-        missing = header_end(beginning, source=source) - len(beginning)
+        missing = check_header_length(beginning, source=source) - len(beginning)
         if missing > 0:
             beginning += self._read(manifest, WEIGHTS_FILE, len(beginning), len(beginning) + missing)
-        return PartialFile(beginning, packer.memory.empty, source=source)
+        entries = parse_header(beginning, source=source)
+        check_tensors(entries, source=source, file_bytes=size.result())  # before memory is taken by what it says
+        check_declared(entries, manifest, source=source)
+        return PartialFile(beginning, entries, packer.memory.empty, source=source)
 
     @contextmanager
     def _coming(self, manifest: AdapterManifest, file: PartialFile) -> Iterator[Iterator[tuple[int, float | None]]]:
@@ -199,6 +211,11 @@ class StoredAdapter:
         if name not in manifest.files:
             raise UnsupportedError(f"adapter {self._ref.digest[:12]} has no {name}: it is not a PEFT adapter")
         return self._loader.store.read_range(self._ref.digest, name, manifest.files[name], start, stop)
+
+    def _size(self, manifest: AdapterManifest) -> int:
+        if WEIGHTS_FILE not in manifest.files:
+            return 0  # `_read` says so
+        return self._loader.store.file_size(self._ref.digest, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE])
 
     def _checked(self, manifest: AdapterManifest, weights: AdapterWeights) -> AdapterWeights:
         """Checks the base, and adds what only the manifest contains."""

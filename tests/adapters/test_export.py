@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from loray.adapters.checks.files import PAIR_NAMES
 from loray.adapters.export import peft_name, save_adapter
 from loray.adapters.inject import BASE_ROWS
 from loray.adapters.peft_format import (
     CONFIG_FILE,
-    PAIR_NAMES,
     ROWS_SUFFIX,
     WEIGHTS_FILE,
     read_adapter,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loray.adapters.tensor_ranges import PartialFile
-from loray.bases.safetensors import header_end
+from loray.bases.safetensors import header_end, parse_header
 from loray.errors import IntegrityError
 
 
@@ -25,7 +25,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def partial_file(beginning: bytes) -> PartialFile:
-    return PartialFile(beginning, lambda n, dtype: torch.full((n,), 255, dtype=dtype), source="f")
+    return PartialFile(
+        beginning, parse_header(beginning, source="f"), lambda n, dtype: torch.full((n,), 255, dtype=dtype), source="f"
+    )
 
 
 @pytest.mark.parametrize("max_bytes", [1, 2000, 1 << 20])

@@ -13,8 +13,9 @@ from typing import Any
 from peft import PeftConfig
 from torch import Tensor
 
+from loray.adapters.checks.files import PAIR_NAMES
 from loray.adapters.inject import ADAPTER, BASE_ROWS, peft_config, trained_norms
-from loray.adapters.peft_format import PAIR_NAMES, PREFIX, ROWS_SUFFIX, write_folder
+from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, write_folder
 from loray.adapters.vera import VeraLinear
 from loray.spec import AdapterSpec, VeraSpec
 

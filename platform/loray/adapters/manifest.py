@@ -1,7 +1,7 @@
 """`loray.json`: the manifest of a published adapter, and the digest that identifies it.
 
 The digest is the SHA-256 of the manifest's canonical JSON. The manifest holds the SHA-256 of every file, so that the
-digest pins all bytes. Only `describe`, which reads the tensors, needs torch.
+digest pins all bytes. Only `describe` of a VeRA adapter, whose pair it pins too, needs torch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, read_config
+from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from loray.adapters.validate import validate_folder
 from loray.adapters.weights import AdapterWeights, LoraWeights
 from loray.bases.registry import BaseModel
 from loray.errors import IntegrityError, SpecError, UnsupportedError
@@ -33,9 +33,6 @@ from loray.spec import (
     ToolParserName,
     TrainSpec,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # The files of a published adapter. Others in its folder (optimizer states, pickles) are not published.
 PUBLISHED_FILES = (CONFIG_FILE, WEIGHTS_FILE, AdapterManifest.TEMPLATE_FILE, "README.md", "LICENSE*")
@@ -78,8 +75,8 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
     Raises UnsupportedError, BaseMismatch or IntegrityError where the adapter cannot be served on `base`, and SpecError
     where the recipe is of another method.
     """
-    weights = read_adapter(folder, base.config)
-    tensors = _trained_tensors(weights)
+    checked = validate_folder(folder, base.config)
+    weights = checked.weights
     created_at = details.created_at or datetime.fromtimestamp((folder / WEIGHTS_FILE).stat().st_mtime, UTC)
     original_context = None
     if details.rope_parameters is not None:
@@ -91,12 +88,12 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
             base_fingerprint=base.fingerprint,
             rank=_rank(weights),
             target_modules=tuple(m for m in LINEAR_MODULES if any(key.module == m for key in weights.modules)),
-            num_parameters=sum(t.numel() for t in tensors),
-            nbytes=sum(t.numel() * t.element_size() for t in tensors),
+            num_parameters=checked.num_parameters,
+            nbytes=checked.nbytes,
             context_length=details.context_length or base.config.max_position_embeddings,
             original_context_length=original_context,
             rope_parameters=details.rope_parameters,
-            projection=_projection(weights, read_config(folder).get("projection_prng_key", 0)),
+            projection=_projection(weights, checked.prng_key),
             files={path.name: file_sha256(path) for path in published_files(folder)},
             derived_from=details.derived_from,
             recipe=details.recipe,
@@ -216,17 +213,6 @@ def _own_template(folder: Path, base: BaseModel) -> str | None:
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise SpecError(f"{path} has {len(template):,} characters; a template may have {MAX_TEMPLATE_CHARACTERS:,}")
     return None if of_base.is_file() and template == of_base.read_bytes().decode() else template
-
-
-def _trained_tensors(weights: AdapterWeights) -> list[Tensor]:
-    """All tensors of the adapter without VeRA's shared pair."""
-    tensors: list[Tensor] = []
-    for module in weights.modules.values():
-        tensors += [module.a_RI, module.b_OR] if isinstance(module, LoraWeights) else [module.d_R, module.b_O]
-    tensors += weights.norms.values()
-    if weights.embedding is not None:
-        tensors.append(weights.embedding.rows_VD)
-    return tensors
 
 
 def _rank(weights: AdapterWeights) -> int:

@@ -8,24 +8,28 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from loray.adapters.checks.files import MAX_CONFIG_BYTES, PAIR_NAMES, check_config, read_header
+from loray.adapters.checks.patterns import ModulePatterns
+from loray.adapters.checks.shapes import check_shapes
 from loray.adapters.weights import AdapterWeights, EmbeddingRows, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
 from loray.bases.config import ModelConfig
-from loray.errors import BaseMismatch, IntegrityError, UnsupportedError
+from loray.errors import BaseMismatch, IntegrityError, UnsupportedError, shown
 from loray.spec import LINEAR_MODULES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT puts it before the names of a transformers model's parameters
-PAIR_NAMES = ("base_model.vera_A", "base_model.vera_B")
 ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # after the embedding's path, where only changed rows are stored
 
 _LINEAR = re.compile(
@@ -79,25 +83,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 def parse_config(folder: Path, data: bytes) -> dict[str, Any]:
     """As `read_config`, from the file's bytes. Errors name `folder`."""
     path = folder / CONFIG_FILE
+    if len(data) > MAX_CONFIG_BYTES:
+        raise UnsupportedError(f"{path} has {len(data):,} bytes; at most {MAX_CONFIG_BYTES:,} are read")
     try:
         config = json.loads(data)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise IntegrityError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(config, dict):
         raise IntegrityError(f"{path} must hold an object, not {type(config).__name__}")
     kind = config.get("peft_type")
     if kind not in ("LORA", "VERA"):
-        raise UnsupportedError(f"{folder}: peft_type {kind!r} is not supported; LORA and VERA are")
+        raise UnsupportedError(f"{folder}: peft_type {shown(kind)} is not supported; LORA and VERA are")
     for option, inert in _INERT.items():
         if config.get(option) not in inert and option in config:
-            raise UnsupportedError(f"{folder}: {option}={config[option]!r} is not supported")
-    for option in ("r", "lora_alpha") if kind == "LORA" else ("r",):
-        if not isinstance(config.get(option), int | float):
-            raise IntegrityError(f"{path}: {option} is {config.get(option)!r}, not a number")
+            raise UnsupportedError(f"{folder}: {option}={shown(config[option])} is not supported")
+    check_config(config, source=str(path))
     init = str(config.get("init_lora_weights", ""))
     if init.startswith(_REWRITING_INITS):
         raise UnsupportedError(
-            f"{folder}: init_lora_weights={init!r} changes the base's weights; save it as a plain LoRA first "
+            f"{folder}: init_lora_weights={shown(init)} changes the base's weights; save it as a plain LoRA first "
             "(PEFT: path_initial_model_for_weight_conversion)"
         )
     return dict(config)
@@ -105,10 +109,8 @@ def parse_config(folder: Path, data: bytes) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `adapter_model.safetensors` by their PEFT name without `PREFIX`."""
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        hint = " (adapter_model.bin is a pickle and is never read: convert it)" if list(folder.glob("*.bin")) else ""
-        raise UnsupportedError(f"{folder} has no {WEIGHTS_FILE}{hint}")
+    path = weights_path(folder)
+    read_header(path)
     try:
         with safe_open(str(path), framework="pt") as f:
             return without_prefix({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118
@@ -116,7 +118,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise IntegrityError(f"{path} is damaged: {e}") from e
 
 
-def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def weights_path(folder: Path) -> Path:
+    """`adapter_model.safetensors`. Raises UnsupportedError where there is none."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        hint = " (adapter_model.bin is a pickle and is never read: convert it)" if list(folder.glob("*.bin")) else ""
+        raise UnsupportedError(f"{folder} has no {WEIGHTS_FILE}{hint}")
+    return path
+
+
+def without_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
     """`tensors` by their names without `PREFIX`."""
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
@@ -149,6 +160,8 @@ def parse_adapter(
             parts.setdefault(key, {})[match["part"].removesuffix(".weight")] = tensor
         elif match := _NORM.fullmatch(name):
             norms[match["path"]] = tensor
+        elif name.startswith("model.embed_tokens.") and embedding is not None:
+            raise UnsupportedError(f"{folder}: the embedding is stored twice, whole and as rows")
         elif name == "model.embed_tokens.weight":
             embedding = EmbeddingRows(token_ids=None, rows_VD=tensor)
         elif name.startswith("model.embed_tokens.") and name.endswith("trainable_tokens_delta"):
@@ -162,9 +175,11 @@ def parse_adapter(
     pair: ProjectionPair | None = None
     modules: Mapping[ModuleKey, LoraWeights | VeraWeights]
     if config["peft_type"] == "LORA":
-        modules = {key: _lora(folder, config, key, p) for key, p in parts.items()}
+        ranks = ModulePatterns("rank_pattern", config.get("rank_pattern"), source=str(folder))
+        alphas = ModulePatterns("alpha_pattern", config.get("alpha_pattern"), source=str(folder))
+        modules = {key: _lora(folder, config, key, p, ranks, alphas) for key, p in parts.items()}
     else:
-        modules = {key: _vera(folder, key, p) for key, p in parts.items()}
+        modules = {key: _vera(folder, config, key, p) for key, p in parts.items()}
         if not parts:
             raise IntegrityError(f"{folder}: a VeRA adapter without a module")
         pair = _pair(folder, config, base, parts.keys(), pair_tensors)
@@ -173,61 +188,39 @@ def parse_adapter(
     return weights
 
 
-def check_shapes(weights: AdapterWeights, base: ModelConfig, *, source: str) -> None:
-    """Raise BaseMismatch unless every tensor fits a base of this configuration."""
-    for what, shape, expected in _shapes(weights, base):
-        if shape != expected:
-            raise BaseMismatch(
-                f"{source}: {what} has shape {shape}, this base needs {expected}; the adapter is for another base model"
-            )
-
-
-def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    for key, module in w.modules.items():
-        out_width, in_width = base.module_shape(key.module)
-        label = f"layer {key.layer} {key.module}"
-        if key.layer >= base.num_layers:
-            raise BaseMismatch(
-                f"{label}: this base has {base.num_layers} layers; the adapter is for another base model"
-            )
-        if isinstance(module, LoraWeights):
-            rank = module.a_RI.shape[0]
-            yield f"{label} lora_A", tuple(module.a_RI.shape), (rank, in_width)
-            yield f"{label} lora_B", tuple(module.b_OR.shape), (out_width, rank)
-        else:
-            assert w.pair is not None
-            yield f"{label} vera_lambda_d", tuple(module.d_R.shape), (w.pair.a_RI.shape[0],)
-            yield f"{label} vera_lambda_b", tuple(module.b_O.shape), (out_width,)
-    for path, norm in w.norms.items():
-        if path.startswith("layers.") and int(path.split(".")[1]) >= base.num_layers:
-            raise BaseMismatch(f"norm {path}: this base has {base.num_layers} layers; the adapter is for another base")
-        if path.endswith(("q_norm", "k_norm")) and not base.qk_norm:
-            raise BaseMismatch(f"norm {path}: this base has no norm there; the adapter is for another base")
-        width = base.head_dim if path.endswith(("q_norm", "k_norm")) else base.hidden_size
-        yield f"norm {path}", tuple(norm.shape), (width,)
-    if w.embedding is not None:
-        ids = w.embedding.token_ids
-        rows = base.vocab_size if ids is None else len(ids)
-        yield "embed_tokens", tuple(w.embedding.rows_VD.shape), (rows, base.hidden_size)
-
-
-def _lora(folder: Path, config: Mapping[str, Any], key: ModuleKey, parts: Mapping[str, Tensor]) -> LoraWeights:
+def _lora(
+    folder: Path,
+    config: Mapping[str, Any],
+    key: ModuleKey,
+    parts: Mapping[str, Tensor],
+    ranks: ModulePatterns,
+    alphas: ModulePatterns,
+) -> LoraWeights:
     if set(parts) != {"lora_A", "lora_B"}:
         raise UnsupportedError(f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not lora_A and lora_B")
     a_RI, b_OR = parts["lora_A"], parts["lora_B"]
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, key, config["lora_alpha"])
-    rank = a_RI.shape[0]
-    if not rank:
-        raise IntegrityError(f"{folder}: layer {key.layer} {key.module} has rank 0")
+    rank, path = a_RI.shape[0], f"model.{key.path}"
+    _check_rank(folder, key, rank, ranks.value(path, config["r"]))
+    alpha = alphas.value(path, config["lora_alpha"])
     return LoraWeights(a_RI, b_OR, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _vera(folder: Path, key: ModuleKey, parts: Mapping[str, Tensor]) -> VeraWeights:
+def _vera(folder: Path, config: Mapping[str, Any], key: ModuleKey, parts: Mapping[str, Tensor]) -> VeraWeights:
     if set(parts) != {"vera_lambda_b", "vera_lambda_d"}:
         raise UnsupportedError(
             f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not vera_lambda_b and _d"
         )
+    _check_rank(folder, key, parts["vera_lambda_d"].shape[0], config["r"])
     return VeraWeights(d_R=parts["vera_lambda_d"], b_O=parts["vera_lambda_b"])
+
+
+def _check_rank(folder: Path, key: ModuleKey, rank: int, configured: float) -> None:
+    """Before VeRA's pair is drawn with that rank."""
+    if rank != configured:
+        raise IntegrityError(
+            f"{folder}: layer {key.layer} {key.module} has rank {rank}, {CONFIG_FILE} says {configured:g}; "
+            "save the adapter again"
+        )
 
 
 def _pair(
@@ -242,19 +235,13 @@ def _pair(
     if set(stored) != {"A", "B"}:
         raise IntegrityError(f"{folder}: only vera_{next(iter(stored))} is stored; both or neither must be")
     a_RI, b_OR = stored["A"], stored["B"]
+    if len(a_RI.shape) != 2 or len(b_OR.shape) != 2 or a_RI.shape[0] != config["r"]:
+        raise IntegrityError(f"{folder}: the stored pair is not of rank {config['r']}, as {CONFIG_FILE} says")
     if a_RI.shape[1] < max_in or b_OR.shape[0] < max_out or a_RI.shape[0] != b_OR.shape[1]:
         raise BaseMismatch(
             f"{folder}: the stored pair {tuple(a_RI.shape)}, {tuple(b_OR.shape)} is too small for this base"
         )
     return ProjectionPair(a_RI=a_RI, b_OR=b_OR, digest=pair_digest(a_RI, b_OR))
-
-
-def _by_pattern(patterns: Mapping[str, Any], key: ModuleKey, default: float) -> float:
-    """PEFT's rule: the first pattern that matches the module's path, or a dotted suffix of it."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", f"model.{key.path}"):
-            return float(value)
-    return float(default)
 
 
 def _token_indices(folder: Path, config: Mapping[str, Any], base: ModelConfig) -> tuple[int, ...]:
@@ -265,8 +252,10 @@ def _token_indices(folder: Path, config: Mapping[str, Any], base: ModelConfig) -
         )
     raw = config.get("trainable_token_indices")
     ids = next(iter(raw.values())) if isinstance(raw, dict) and len(raw) == 1 else raw
-    if not isinstance(ids, list):
-        raise IntegrityError(f"{folder}: trainable_token_indices is {raw!r}, but embedding rows are stored")
+    if not isinstance(ids, list) or any(type(i) is not int for i in ids) or len(set(ids)) != len(ids):
+        raise IntegrityError(
+            f"{folder}: trainable_token_indices is {shown(raw)}, not a list of different tokens, but rows are stored"
+        )
     if any(not 0 <= i < base.vocab_size for i in ids):
         raise BaseMismatch(f"{folder}: trainable_token_indices go beyond this base's {base.vocab_size} tokens")
     return tuple(ids)

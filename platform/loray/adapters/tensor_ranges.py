@@ -11,13 +11,13 @@ import re
 import threading
 import time
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loray.bases.safetensors import DTYPES, header_end, parse_header
+from loray.bases.safetensors import DTYPES, TensorEntry, header_end
 from loray.errors import IntegrityError
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -39,13 +39,20 @@ class PartialFile:
     Several threads may fill `data` and call `mark_received`; one thread at a time calls `update_hash` or `verify`.
     """
 
-    def __init__(self, beginning: bytes, memory: Callable[[int, torch.dtype], Tensor], *, source: str) -> None:
-        """`beginning` has at least the bytes up to `header_end`. Raises IntegrityError where the header is damaged.
+    def __init__(
+        self,
+        beginning: bytes,
+        entries: Mapping[str, TensorEntry],
+        memory: Callable[[int, torch.dtype], Tensor],
+        *,
+        source: str,
+    ) -> None:
+        """`beginning` has at least the bytes up to `header_end`, and `entries` is its header.
 
-        memory  (elements, dtype) → the tensor that the file is read into
+        memory  (elements, dtype) → the tensor that the file is read into. Raises IntegrityError for a dtype that torch
+                does not have
         """
         self._source = source
-        entries = parse_header(beginning, source=source)
         data_start = header_end(beginning, source=source)
         self.num_bytes = max((entry.stop for entry in entries.values()), default=data_start)
         skip = -data_start % 8  # so that the tensors are aligned

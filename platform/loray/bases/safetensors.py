@@ -61,12 +61,14 @@ def parse_header(beginning: bytes, *, source: str) -> dict[str, TensorEntry]:
         entries = {}
         for name, fields in header.items():
             start, stop = (end + int(offset) for offset in fields["data_offsets"])
-            entries[name] = TensorEntry(fields["dtype"], tuple(map(int, fields["shape"])), start, stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise IntegrityError(f"{source} is damaged: its header cannot be read ({e!r})") from e
+            entries[name] = TensorEntry(str(fields["dtype"]), tuple(map(int, fields["shape"])), start, stop)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        raise IntegrityError(f"{source} is damaged: its header cannot be read ({type(e).__name__})") from e
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end or entry.stop < entry.start:
             raise IntegrityError(f"{source} is damaged: the bytes of tensor {name} are not behind those before it")
+        if min(entry.shape, default=0) < 0:
+            raise IntegrityError(f"{source} is damaged: tensor {name} has a negative size")
         item_bytes = DTYPE_BYTES.get(DTYPES.get(entry.dtype, ""))
         if item_bytes is not None and math.prod(entry.shape) * item_bytes != entry.stop - entry.start:
             raise IntegrityError(f"{source} is damaged: tensor {name} has the wrong number of bytes")

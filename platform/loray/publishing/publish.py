@@ -18,7 +18,8 @@ from loray.adapters.manifest import (
     read_manifest,
     verify_folder,
 )
-from loray.adapters.peft_format import read_adapter, read_config
+from loray.adapters.peft_format import read_config
+from loray.adapters.validate import validate_folder
 from loray.bases.registry import BaseModel, base_with, list_bases
 from loray.catalog import AdapterVersion, Catalog
 from loray.errors import BaseMismatch, BaseNotFound, DataError
@@ -73,9 +74,8 @@ def import_folder(
         raise DataError(f"{folder} is not a folder")
     to.catalog.check_name(to.name, to.aliases)
     is_published = (folder / AdapterManifest.FILE).is_file()
-    if is_published:
-        _check_published(folder, base)
-    read_adapter(folder, base.config)  # so that errors name the user's folder and not the copy
+    manifest = _check_published(folder, base) if is_published else None
+    validate_folder(folder, base.config, manifest)  # so that errors name the user's folder and not the copy
     with tempfile.TemporaryDirectory(prefix="loray-import-") as scratch:
         copy = Path(scratch)
         for path in published_files(folder):
@@ -98,13 +98,14 @@ def register_stored(digest: str, to: Destination) -> AdapterVersion:
     return _register(digest, manifest, to)
 
 
-def _check_published(folder: Path, base: BaseModel) -> None:
+def _check_published(folder: Path, base: BaseModel) -> AdapterManifest:
     manifest = verify_folder(folder)
     if manifest.base_fingerprint != base.fingerprint:
         raise BaseMismatch(
             f"the adapter was trained on {manifest.base} ({manifest.base_fingerprint[:12]}), not on {base.name} "
             f"({base.fingerprint[:12]}); add that base model and import it there"
         )
+    return manifest
 
 
 def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:

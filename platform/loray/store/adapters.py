@@ -94,6 +94,11 @@ class AdapterStore:
         with _named(digest, name):
             return self.objects.get_range(_blob_key(sha256), start, stop)
 
+    def file_size(self, digest: str, name: str, sha256: str) -> int:
+        """Bytes of the adapter's file `name`. IntegrityError where the file is missing."""
+        with _named(digest, name):
+            return self.objects.size(_blob_key(sha256))
+
     def read_into(self, digest: str, name: str, sha256: str, start: int, buffer: memoryview) -> None:
         """As `read_range`, into `buffer`. Raises IntegrityError also where the file is too short to fill it."""
         with _named(digest, name):

@@ -1,10 +1,19 @@
-"""Keys of objects: relative POSIX paths that stay below the store's root."""
+"""Keys of objects, relative POSIX paths that stay below the store's root, and what a listing tells of each object."""
 
 from __future__ import annotations
 
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 TEMPORARY = ".tmp"  # first part of the names of a store's temporary objects
+
+
+class ObjectEntry(NamedTuple):
+    """`written_at` is the time at which the object was written, in seconds since 1970, by the store's clock."""
+
+    key: str
+    num_bytes: int
+    written_at: float
 
 
 def check_key(key: str) -> str:

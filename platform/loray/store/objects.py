@@ -12,7 +12,7 @@ from typing import Protocol
 
 from loray.errors import NotFoundError, StoreError
 from loray.locations import FileLocation, parse_location
-from loray.store.keys import TEMPORARY, check_key
+from loray.store.keys import TEMPORARY, ObjectEntry, check_key
 
 _NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
@@ -42,8 +42,16 @@ class ObjectStore(Protocol):
 
     def exists(self, key: str) -> bool: ...
 
+    def size(self, key: str) -> int:
+        """Bytes of the object. Raises NotFoundError where there is no such key."""
+        ...
+
     def list(self, prefix: str = "") -> Iterator[str]:
         """Keys that start with `prefix`, sorted."""
+        ...
+
+    def entries(self, prefix: str = "") -> Iterator[ObjectEntry]:
+        """As `list`, with size and age, in no order."""
         ...
 
     def delete(self, key: str) -> None:
@@ -113,6 +121,20 @@ class LocalStore:
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
+
+    def size(self, key: str) -> int:
+        try:
+            return self._path(key).stat().st_size
+        except _NO_FILE as e:
+            raise _missing(key, self.root) from e
+
+    def entries(self, prefix: str = "") -> Iterator[ObjectEntry]:
+        for key in self.list(prefix):
+            try:
+                found = self._path(key).stat()
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            yield ObjectEntry(key, found.st_size, found.st_mtime)
 
     def list(self, prefix: str = "") -> Iterator[str]:
         keys = (p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file())

@@ -13,7 +13,7 @@ from typing import Any
 from loray.errors import NotFoundError, StoreError, UnsupportedError
 from loray.locations import S3Location
 from loray.store.aws import NUM_CONNECTIONS, connect, endpoint_of
-from loray.store.keys import TEMPORARY, check_key
+from loray.store.keys import TEMPORARY, ObjectEntry, check_key
 from loray.store.parts import PART_BYTES, Source, upload_parts
 from loray.store.s3_errors import missing_bucket, status_of, translate_errors, was_retried
 from loray.telemetry import get_logger
@@ -108,13 +108,21 @@ class S3Store:
                 self._check_bucket()
             return found
 
+    def size(self, key: str) -> int:
+        with self._reading(key):
+            return int(self._client.head_object(Bucket=self._bucket, Key=self._name(key))["ContentLength"])
+
     def list(self, prefix: str = "") -> Iterator[str]:
-        keys = []
+        yield from sorted(entry.key for entry in self.entries(prefix))
+
+    def entries(self, prefix: str = "") -> Iterator[ObjectEntry]:
         with translate_errors(self.location):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
-                keys += [item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ())]
-        yield from sorted(key for key in keys if not key.startswith(f"{TEMPORARY}/") and not key.endswith("/"))
+                for item in page.get("Contents", ()):
+                    key = item["Key"].removeprefix(self._prefix)
+                    if not key.startswith(f"{TEMPORARY}/") and not key.endswith("/"):
+                        yield ObjectEntry(key, int(item["Size"]), item["LastModified"].timestamp())
 
     def delete(self, key: str) -> None:
         with translate_errors(self.location):

@@ -14,7 +14,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentResponseGenerator
 
-from loray.errors import EngineError, LorayError, Overloaded, ReplicaUnavailable
+from loray.errors import EngineError, LorayError, Overloaded, ReplicaLost, ReplicaUnavailable
 from serve_apps.channel.inbox import Inbox
 from serve_apps.channel.listener import Listener
 
@@ -78,7 +78,7 @@ def _translated(error: Exception) -> Exception:
         return cause if isinstance(cause, Exception) else error
     translated: Exception = error
     if isinstance(error, _REPLICA_LOST):
-        translated = ReplicaUnavailable("the replica that served this request was lost; send it again")
+        translated = ReplicaLost("the replica that served this request was lost; send it again")
     elif isinstance(error, DeploymentUnavailableError):
         translated = ReplicaUnavailable("no replica is running; `loray status` says why")
     elif isinstance(error, BackPressureError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -12,7 +13,8 @@ from prometheus_client.core import Metric as Family
 from ray.serve.handle import DeploymentHandle
 
 from loray.api.status import AutoscalingStatus, ReplicaStatus
-from loray.errors import ReplicaUnavailable
+from loray.errors import ReplicaLost, ReplicaUnavailable
+from loray.serving.quarantine import Quarantine
 from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from serve_apps.channel.inbox import reading
@@ -35,11 +37,13 @@ class ServeEngines:
         self._replicas = Broadcast(handle)
         self._place = node, host
         self._listener: asyncio.Task[Listener] | None = None
+        self._quarantine = Quarantine()
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         """As `Engines.generate`. A request is retried only if its replica was lost or had stopped.
 
-        Any other error would be the same on every replica.
+        Any other error would be the same on every replica. Raises AdapterQuarantined where the adapter seems to kill
+        replicas.
         """
         for attempt in range(ATTEMPTS):
             async with aclosing(self._attempt(request, attempt, fit)) as deltas:
@@ -61,12 +65,27 @@ class ServeEngines:
     async def _attempt(self, request: GenerateRequest, attempt: int, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         if attempt > 0:
             request = replace(request, request_id=f"{request.request_id}-{attempt}")
-        listener = await self._listening()
-        inbox = listener.open()
-        call = Call(self._calls.generate_to.remote(request, fit, listener.address, inbox.stream), listener, inbox)
-        with reading(request, call.leave):
-            async for delta in inbox:
-                yield delta
+        digest = None if request.adapter is None else request.adapter.digest
+        if digest is not None:
+            self._quarantine.enter(request.request_id, digest, time.monotonic())
+        try:
+            listener = await self._listening()
+            inbox = listener.open()
+            call = Call(self._calls.generate_to.remote(request, fit, listener.address, inbox.stream), listener, inbox)
+            with reading(request, call.leave):
+                async for delta in inbox:
+                    if digest is not None:
+                        self._quarantine.answered(digest)
+                        digest = None
+                    yield delta
+        except ReplicaLost as e:
+            replica = e.replica or router.replica_of(request.request_id)
+            if replica is not None:
+                self._quarantine.died(request.request_id, replica, router.replica_of, time.monotonic())
+            raise
+        finally:
+            self._quarantine.leave(request.request_id)
+            router.forget(request.request_id)
 
     async def _listening(self) -> Listener:
         if self._listener is None or (self._listener.done() and self._listener.exception() is not None):

@@ -28,6 +28,8 @@ ROUTER_CLASS = "serve_apps.app.AdapterRouter"
 _SUSPECT_S = 10.0  # longer than Serve needs to replace a replica whose engine has stopped
 
 _decisions = dict.fromkeys(REASONS, 0)
+_MAX_PLACED = 1 << 14
+_placed: dict[str, str] = {}  # request → the replica that has accepted it
 _suspects: dict[str, float] = {}  # replica → end of suspicion; used by the routers' event loop and the gateway's
 
 
@@ -42,6 +44,16 @@ def suspect(replica: str) -> None:
     for name in [n for n, until in list(_suspects.items()) if until < now]:
         _suspects.pop(name, None)
     _suspects[replica] = now + _SUSPECT_S
+
+
+def replica_of(request_id: str) -> str | None:
+    """The replica that has accepted the request, until `forget`."""
+    return _placed.get(request_id)
+
+
+def forget(request_id: str) -> None:
+    """The request has ended."""
+    _placed.pop(request_id, None)
 
 
 class AdapterRouter(RequestRouter):  # type: ignore[misc]
@@ -81,6 +93,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         request = _request(pending_request)
         if request is None:
             return
+        if len(_placed) < _MAX_PLACED:
+            _placed[request.request_id] = str(replica_id.unique_id)
         ranked: Sequence[Candidate] = getattr(pending_request, "ranked", ())
         chosen = next((c for c in ranked if c.replica == replica_id.unique_id), None)
         if chosen is not None:

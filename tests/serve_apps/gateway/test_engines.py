@@ -6,17 +6,27 @@ import asyncio
 import pickle
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from loray.errors import ContextLengthExceeded, EngineError, LorayError, Overloaded, ReplicaUnavailable, RequestError
-from loray.spec import GenerateRequest, SamplingParams
+from loray.errors import (
+    AdapterQuarantined,
+    ContextLengthExceeded,
+    EngineError,
+    LorayError,
+    Overloaded,
+    ReplicaUnavailable,
+    RequestError,
+)
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from serve_apps.channel import listener
 from serve_apps.channel.address import Address
 from serve_apps.channel.connection import Connection, connect
+from serve_apps.gateway.errors import failure_of
 from serve_apps.gateway.replicas import call, router
 from serve_apps.gateway.replicas import engines as generation
 from serve_apps.gateway.replicas.engines import ATTEMPTS, ServeEngines
@@ -145,6 +155,26 @@ def test_attempts_are_bounded() -> None:
     with pytest.raises(EngineError, match="lost; send it again"):
         collect(handle)
     assert not handle.scripts
+
+
+def test_an_adapter_that_kills_a_replica_is_not_sent_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = "d" * 64
+    ref = AdapterRef(
+        digest=digest, name="a", version=1, method="lora", base_fingerprint="0" * 64, context_length=9, nbytes=1
+    )
+    monkeypatch.setattr(router, "replica_of", {"r": "replica#0", "s": "replica#1"}.get)
+    handle = Handle([ActorDiedError()], [LAST], [LAST])
+
+    async def run() -> list[int]:
+        async with engines_of(handle) as engines:
+            for name in ("r", "s"):
+                with pytest.raises(AdapterQuarantined, match="is refused for 60 s") as e:
+                    await tokens(engines, replace(REQUEST, request_id=name, adapter=ref))
+                assert failure_of(e.value).headers == {"Retry-After": "60"}
+            return await tokens(engines, replace(REQUEST, adapter=ref.model_copy(update={"digest": "e" * 64})))
+
+    assert asyncio.run(run()) == [2]
+    assert [r.request_id for r in handle.requests] == ["r", "r"]
 
 
 def test_a_request_is_not_retried_after_its_first_token() -> None:

@@ -20,6 +20,7 @@ from loray.engine.memory.blocks import Geometry
 from loray.engine.pool.file import open_packed
 from loray.engine.pool.packed import PackedAdapter, Packer
 from loray.errors import BaseMismatch, IntegrityError
+from loray.files import file_sha256
 from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import AdapterRef
@@ -156,6 +157,34 @@ def test_a_damaged_packed_file_is_made_again(world: World) -> None:
     damage(world.packed_file)
     damage(world.cached / "adapter_model.safetensors")  # then all comes from the store
     assert same(world.load(loader=AdapterLoader(world.base, world.settings)), packed)
+
+
+@pytest.mark.parametrize("fields", [{"nbytes": 16}, {"nbytes": 1 << 40}])
+def test_memory_is_planned_by_what_the_file_has(world: World, fields: dict[str, int]) -> None:
+    """A manifest that somebody has put into the store himself."""
+    raw = json.loads((world.folder / "loray.json").read_text()) | fields
+    (world.folder / "loray.json").write_text(json.dumps(raw))
+    ref = world.ref.model_copy(update={"digest": world.store.put(world.folder)})
+    with pytest.raises(IntegrityError, match="its manifest says"):
+        world.load(ref=ref)
+    world.loader.cache.get(ref.digest)
+    with pytest.raises(IntegrityError, match="its manifest says"):
+        world.load(ref=ref)
+
+
+def test_a_header_that_promises_more_than_the_store_has(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocated(*_: object) -> None:
+        raise AssertionError("memory was taken")
+
+    monkeypatch.setattr(type(world.packer.memory), "empty", allocated)
+    weights = world.folder / "adapter_model.safetensors"
+    header = b'{"a":{"dtype":"F32","shape":[1024,262144],"data_offsets":[0,1073741824]}}'
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    raw = json.loads((world.folder / "loray.json").read_text()) | {"nbytes": 1 << 30}
+    raw["files"][weights.name] = file_sha256(weights)
+    (world.folder / "loray.json").write_text(json.dumps(raw))
+    with pytest.raises(IntegrityError, match="its header describes 1,073"):
+        world.load(ref=world.ref.model_copy(update={"digest": world.store.put(world.folder)}))
 
 
 def test_another_pool_packs_for_itself(world: World) -> None:
