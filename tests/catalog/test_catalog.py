@@ -163,7 +163,7 @@ def test_one_namespace_for_bases_and_adapters(catalog: Catalog) -> None:
     assert catalog.snapshot().bases == {"smollm2": BASE}
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a@b", "a/b", "-a", "x" * 97])
+@pytest.mark.parametrize("name", ["", "a b", "a@b", "default/a/b", "/a", "-a", "x" * 97])
 def test_bad_names(catalog: Catalog, name: str) -> None:
     with pytest.raises(SpecError, match="not a valid adapter name"):
         publish(catalog, name, 1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from loray.catalog import gate
+from loray.catalog.checks import check_alias
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.entries import AdapterVersion, AliasState
 from loray.catalog.queries import (
     alias_is,
-    check_alias,
     count_change,
     load_entry,
     load_version,
@@ -48,13 +48,14 @@ class Aliases(Database):
         check_alias(alias)
         with writing(self._engine) as c:
             lock(c)
-            adapter_id, entry = load_entry(c, name)
+            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+            name = entry.name
             entry.select(str(version))
             current = entry.aliases.get(alias, 0)
             if expected is not None and current != expected:
                 raise ConflictError(f"{_where(name, alias, current)}, not {expected or 'unset'}: look again")
             _check_revision(c, adapter_id, name, alias, expected_revision)
-            self._move(c, adapter_id, name, alias, version, count_change(c), no_gate)
+            self._move(c, adapter_id, entry.tenant, name, alias, version, count_change(c), no_gate)
             return _states(c, adapter_id, name)[alias]
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasState:
@@ -66,7 +67,8 @@ class Aliases(Database):
         check_alias(alias)
         with writing(self._engine) as c:
             lock(c)
-            adapter_id, entry = load_entry(c, name)
+            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+            name = entry.name
             _check_revision(c, adapter_id, name, alias, expected_revision)
             current = entry.select(alias).version
             stack = c.execute(
@@ -85,7 +87,7 @@ class Aliases(Database):
             c.execute(alias_moves.update().where(alias_moves.c.id == move_id).values(undone=True))
             target = {"version_id": version_id, "revision": count_change(c)}
             c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
-            log(c, self._actor, "rollback", f"{name}@{alias}", version=version, previous=current)
+            log(c, self._actor, "rollback", f"{name}@{alias}", tenant=entry.tenant, version=version, previous=current)
             return _states(c, adapter_id, name)[alias]
 
     def delete_alias(self, name: str, alias: str, *, expected_revision: int | None = None) -> None:
@@ -96,19 +98,20 @@ class Aliases(Database):
         check_alias(alias)
         with writing(self._engine) as c:
             lock(c)
-            adapter_id, entry = load_entry(c, name)
+            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+            name = entry.name
             _check_revision(c, adapter_id, name, alias, expected_revision)
             version = entry.select(alias).version
             c.execute(aliases.delete().where(alias_is(adapter_id, alias)))
             c.execute(alias_moves.update().where(_not_undone(adapter_id, alias)).values(undone=True))
-            log(c, self._actor, "delete_alias", f"{name}@{alias}", version=version)
+            log(c, self._actor, "delete_alias", f"{name}@{alias}", tenant=entry.tenant, version=version)
             count_change(c)
 
     def aliases(self, name: str) -> tuple[AliasState, ...]:
         """All aliases of one name, sorted. Raises AdapterNotFound where there is no such name."""
         with reading(self._engine) as c:
-            adapter_id, _ = load_entry(c, name)
-            return tuple(_states(c, adapter_id, name).values())
+            adapter_id, entry = load_entry(c, self._principal, name)
+            return tuple(_states(c, adapter_id, entry.name).values())
 
     def alias(self, name: str, alias: str) -> AliasState:
         """Raises AdapterNotFound where there is no such name or alias."""
@@ -120,7 +123,15 @@ class Aliases(Database):
         return states[alias]
 
     def _move(
-        self, c: sa.Connection, adapter_id: int, name: str, alias: str, version: int, revision: int, no_gate: str | None
+        self,
+        c: sa.Connection,
+        adapter_id: int,
+        tenant: str,
+        name: str,
+        alias: str,
+        version: int,
+        revision: int,
+        no_gate: str | None,
     ) -> None:
         """Move within a transaction that has set the change counter to `revision`. Raises GateRefused."""
         version_id = version_id_of(c, adapter_id, version)
@@ -136,7 +147,7 @@ class Aliases(Database):
         move = {"adapter_id": adapter_id, "alias": alias, "version_id": version_id, "undone": False}
         c.execute(alias_moves.insert().values(move | {"no_gate": no_gate if against else None, "created_at": now()}))
         override = {"no_gate": no_gate, "against": against} if against else {}
-        log(c, self._actor, "promote", f"{name}@{alias}", version=version, **override)
+        log(c, self._actor, "promote", f"{name}@{alias}", tenant=tenant, version=version, **override)
 
     def _check_gate(self, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
         """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""

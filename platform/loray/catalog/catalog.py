@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from loray.adapters.manifest import manifest_json
 from loray.catalog.aliases import Aliases
+from loray.catalog.checks import check_alias, check_name
 from loray.catalog.database import reading, writing
 from loray.catalog.entries import (
     AdapterDetail,
@@ -18,12 +19,11 @@ from loray.catalog.entries import (
     split_model,
 )
 from loray.catalog.evaluations import Evaluations
-from loray.catalog.identity import Audit, Keys, Tenants
+from loray.catalog.identity import Audit, Keys, Sharing, Tenants
 from loray.catalog.jobs import Jobs
 from loray.catalog.projections import Projections, note_projection
 from loray.catalog.queries import (
-    check_alias,
-    check_name,
+    check_digest,
     count_change,
     load_entries,
     load_entry,
@@ -31,14 +31,14 @@ from loray.catalog.queries import (
     load_version,
     lock,
     log,
+    name_to_register,
     new_id,
     now,
-    refuse_base_name,
     select_names,
     utc,
 )
 from loray.catalog.schema import adapters, alias_moves, bases, changes, versions
-from loray.errors import ConflictError, GateRefused, SpecError
+from loray.errors import ConflictError, GateRefused, PermissionDenied, SpecError
 from loray.spec import AdapterManifest, AdapterRef
 from loray.telemetry import get_logger
 
@@ -47,7 +47,7 @@ _log = get_logger(__name__)
 _MAX_VERSION = 2**31 - 1  # what the column holds
 
 
-class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
+class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Tenants):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
     The audit log records `actor` with every write. `gate_tolerance` is the tolerance of `catalog.gate`.
@@ -58,13 +58,12 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
     def add_base(self, name: str, fingerprint: str) -> None:
         """Reserve `name` for a base model. Repeating it with the same fingerprint changes nothing.
 
-        Raises ConflictError where an adapter has the name, or the base has another fingerprint.
+        Raises ConflictError where an adapter of the default tenant has the name, or the base has another fingerprint.
+        Only an administrator reserves names: PermissionDenied where the catalog has no base with this fingerprint.
         """
         check_name(name, "base name")
         with writing(self._engine) as c:
             lock(c)
-            if c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).first():
-                raise ConflictError(f"{name!r} is an adapter's name already; a base model needs another")
             known = c.execute(sa.select(bases.c.fingerprint).where(bases.c.name == name)).scalar()
             if known is not None:
                 if known != fingerprint:
@@ -73,17 +72,24 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
                         "add these weights under another name"
                     )
                 return
+            if not self._principal.is_admin:
+                if c.execute(sa.select(bases.c.name).where(bases.c.fingerprint == fingerprint)).first() is None:
+                    raise PermissionDenied(
+                        f"no base model {name!r} of fingerprint {fingerprint[:12]}: an administrator adds it first"
+                    )
+                return
+            if c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).first():
+                raise ConflictError(f"{name!r} is an adapter's name already; a base model needs another")
             c.execute(bases.insert().values(name=name, fingerprint=fingerprint, created_at=now()))
             log(c, self._actor, "add_base", name, fingerprint=fingerprint)
             count_change(c)
 
     def check_name(self, name: str, aliases: Sequence[str] = ()) -> None:
-        """Raise SpecError or ConflictError where `register` would refuse a name. Called before anything is stored."""
-        check_name(name)
+        """Raise what `register` would raise of a name. Called before anything is stored."""
         for alias in aliases:
             check_alias(alias)
         with reading(self._engine) as c:
-            refuse_base_name(c, name)
+            name_to_register(c, self._principal, name)
 
     def register(
         self,
@@ -97,21 +103,26 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
     ) -> AdapterVersion:
         """Add a version of `name`, and move `aliases` to it. A digest that `name` has already keeps its version.
 
+        A name that is new belongs to the caller's tenant, and is private. The caller's tenant must have uploaded the
+        digest, or see it under another name; an administrator may register any.
+
         `version` is the number of the new version, for a copy of another catalog; None: the next one. `no_gate` is that
         of `promote`.
 
         Raises ConflictError where `name` is a base model's, or another digest has `version`, or the digest has another
-        version; SpecError where a name or an alias is malformed; GateRefused as `promote` does.
+        version; SpecError where a name or an alias is malformed; NotFoundError for a digest that does not exist for the
+        caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as `promote` does.
         """
         self.check_name(name, aliases)
         if version is not None and not 0 < version <= _MAX_VERSION:
             raise SpecError(f"version {version} is not a version number; they count from 1")
         with writing(self._engine) as c:
             lock(c)
-            refuse_base_name(c, name)
+            name, tenant = name_to_register(c, self._principal, name)
+            check_digest(c, self._principal, digest)
             adapter_id = c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).scalar()
             if adapter_id is None:
-                adapter_id = new_id(c.execute(adapters.insert().values(name=name, created_at=now())))
+                adapter_id = new_id(c.execute(adapters.insert().values(name=name, tenant=tenant, created_at=now())))
             mine = versions.c.adapter_id == adapter_id
             known = c.execute(sa.select(versions.c.version).where(mine, versions.c.digest == digest)).scalar()
             if known is None:
@@ -132,9 +143,9 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
                     "created_at": now(),
                 }
                 c.execute(versions.insert().values(row))
-                log(c, self._actor, "register", f"{name}@{number}", digest=digest)
+                log(c, self._actor, "register", f"{name}@{number}", tenant=tenant, digest=digest)
                 if manifest.projection is not None:
-                    remark = note_projection(c, manifest.base_fingerprint, manifest.projection)
+                    remark = note_projection(c, tenant, manifest.base_fingerprint, manifest.projection)
                     if remark is not None:
                         _log.warning("%s@%d: %s", name, number, remark)
             elif version not in (None, known):
@@ -144,7 +155,7 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
             revision = count_change(c)
             for alias in aliases:
                 try:
-                    self._move(c, adapter_id, name, alias, number, revision, no_gate)
+                    self._move(c, adapter_id, tenant, name, alias, number, revision, no_gate)
                 except GateRefused as e:
                     raise GateRefused(f"{e}; nothing was registered: do that without an alias first") from None
             return load_version(c, name, adapter_id, number)
@@ -155,38 +166,47 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
         """`name`, `name@3` or `name@alias` → the version. Raises AdapterNotFound, which suggests similar names."""
         name, selector = split_model(model)
         with reading(self._engine) as c:
-            return load_entry(c, name)[1].select(selector)
+            return load_entry(c, self._principal, name)[1].select(selector)
 
     def adapters(self) -> tuple[AdapterEntry, ...]:
-        """All names, sorted."""
+        """All names of the caller, sorted."""
         return self.snapshot().models()
 
     def names(
-        self, *, limit: int, after: str = "", base: str | None = None, method: str | None = None
+        self,
+        *,
+        limit: int,
+        after: str = "",
+        tenant: str | None = None,
+        base: str | None = None,
+        method: str | None = None,
     ) -> tuple[AdapterEntry, ...]:
-        """At most `limit` names after `after`, in order, whose default version has this `base` and `method`."""
+        """At most `limit` names after `after`, in order: of `tenant`, whose default version has this `base` and
+        `method`.
+        """
         with reading(self._engine) as c:
-            names: list[str] = list(c.scalars(select_names(after, base, method).limit(limit)))
-            found = {entry.name: entry for _, entry in load_entries(c, names)}
+            query = select_names(self._principal, after, tenant=tenant, base=base, method=method)
+            names: list[str] = list(c.scalars(query.limit(limit)))
+            found = {entry.name: entry for _, entry in load_entries(c, self._principal, names)}
             return tuple(found[name] for name in names)  # the database's order depends on its collation
 
     def entry(self, name: str) -> AdapterEntry:
         """One name with its versions and aliases. Raises AdapterNotFound."""
         with reading(self._engine) as c:
-            return load_entry(c, name)[1]
+            return load_entry(c, self._principal, name)[1]
 
     def versions(self, name: str, *, limit: int, before: int | None = None) -> tuple[AdapterVersion, ...]:
         """At most `limit` versions older than `before` (None: from the newest on). Raises AdapterNotFound."""
         with reading(self._engine) as c:
-            adapter_id, entry = load_entry(c, name)
+            adapter_id, entry = load_entry(c, self._principal, name)
             numbers = sorted((v for v in entry.versions if before is None or v < before), reverse=True)
-            return tuple(load_version(c, name, adapter_id, v) for v in numbers[:limit])
+            return tuple(load_version(c, entry.name, adapter_id, v) for v in numbers[:limit])
 
     def version(self, name: str, version: int) -> AdapterVersion:
         """Raises AdapterNotFound."""
         with reading(self._engine) as c:
-            adapter_id, entry = load_entry(c, name)
-            return load_version(c, name, adapter_id, entry.select(str(version)).version)
+            adapter_id, entry = load_entry(c, self._principal, name)
+            return load_version(c, entry.name, adapter_id, entry.select(str(version)).version)
 
     def bases(self) -> dict[str, str]:
         """Name → fingerprint of the base models, sorted by name."""
@@ -196,16 +216,17 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
     def adapter(self, name: str) -> AdapterDetail:
         """All data of one name, manifests and alias history included. Raises AdapterNotFound."""
         with reading(self._engine) as c:
-            adapter_id, entry = load_entry(c, name)
+            adapter_id, entry = load_entry(c, self._principal, name)
             moves = c.execute(
                 sa.select(alias_moves, versions.c.version)
                 .join(versions, versions.c.id == alias_moves.c.version_id)
                 .where(alias_moves.c.adapter_id == adapter_id)
                 .order_by(alias_moves.c.id)
             ).all()
+            numbers = sorted(entry.versions, reverse=True)
             return AdapterDetail(
                 entry=entry,
-                versions=tuple(load_version(c, name, adapter_id, v) for v in sorted(entry.versions, reverse=True)),
+                versions=tuple(load_version(c, entry.name, adapter_id, v) for v in numbers),
                 moves=tuple(AliasMove(m.alias, m.version, m.undone, utc(m.created_at), m.no_gate) for m in moves),
             )
 
@@ -215,12 +236,12 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Tenants):
             return int(c.execute(sa.select(changes.c.counter)).scalar_one())
 
     def snapshot(self, before: CatalogSnapshot | None = None) -> CatalogSnapshot:
-        """All names now. Chat templates that the snapshot `before` has are not read again."""
+        """All names of the caller now. Chat templates that the snapshot `before` has are not read again."""
         with reading(self._engine) as c:
             return CatalogSnapshot(
                 counter=c.execute(sa.select(changes.c.counter)).scalar_one(),
                 bases={row.name: row.fingerprint for row in c.execute(sa.select(bases))},
-                adapters={entry.name: entry for _, entry in load_entries(c)},
+                adapters={entry.name: entry for _, entry in load_entries(c, self._principal)},
                 templates=load_templates(c, {} if before is None else before.templates),
             )
 

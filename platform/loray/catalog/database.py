@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchModuleError, OperationalError
@@ -15,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
 from loray.files import file_lock
 from loray.settings import DEFAULT_GATE_TOLERANCE
+from loray.spec import Principal
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -28,14 +30,32 @@ _MIGRATION_LOCK = 0x6C6F726179  # key of a PostgreSQL advisory lock
 
 
 class Database:
-    """The base class of the catalog's parts: engine, `actor` for the audit log, and the gate's tolerance."""
+    """The base class of the catalog's parts: engine, the principal that asks, and the gate's tolerance.
+
+    Who opens it acts as the administrator of the default tenant, since the database's password allows more than that.
+    """
 
     def __init__(self, url: str, *, actor: str = "local", gate_tolerance: float = DEFAULT_GATE_TOLERANCE) -> None:
         self._engine = open_database(url)
-        self._actor = actor
+        self._principal = Principal(actor=actor)
         self._gate_tolerance = gate_tolerance
+        self._root: Database = self
         # Its connections also close when it is garbage-collected: short-lived processes and tests open many catalogs.
         self._finalizer = weakref.finalize(self, self._engine.dispose)
+
+    def view(self, principal: Principal) -> Self:
+        """The same database for this principal: what exists for it, what it may change, and who does it.
+
+        Names that it adds belong to its tenant. It costs nothing, and needs no `close`.
+        """
+        view = copy.copy(self)
+        view._principal = principal  # `_root` keeps the engine open
+        return view
+
+    @property
+    def _actor(self) -> str:
+        """For the audit log."""
+        return self._principal.actor
 
     def close(self) -> None:
         self._engine.dispose()

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import bisect
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
 from loray.errors import AdapterNotFound, shown
-from loray.spec import DEFAULT_ALIAS, AdapterManifest, AdapterRef, Evaluation, JobStatus, TrainSpec, has_ended
+from loray.spec import (
+    DEFAULT_ALIAS,
+    DEFAULT_TENANT,
+    OPERATOR,
+    AdapterManifest,
+    AdapterRef,
+    Evaluation,
+    JobStatus,
+    Principal,
+    TrainSpec,
+    Visibility,
+    has_ended,
+    meanings,
+)
 
 _COMPARED = 64
 _LONGEST_COMPARED = 192  # characters; a name has at most 96
@@ -80,12 +94,24 @@ class AliasMove:
 
 @dataclass(frozen=True, slots=True)
 class AdapterEntry:
-    """One name: its versions (never empty) and where its aliases point."""
+    """One name: its versions (never empty), where its aliases point, and who sees it: its tenant and `shared_with`."""
 
     name: str
     created_at: datetime
     versions: Mapping[int, AdapterRef]
     aliases: Mapping[str, int]
+    tenant: str = DEFAULT_TENANT
+    visibility: Visibility = "private"
+    shared_with: frozenset[str] = frozenset()
+
+    def exists_for(self, principal: Principal) -> bool:
+        """What `queries.visible` is in SQL."""
+        return (
+            self.tenant == principal.tenant
+            or self.visibility == "public"
+            or (self.visibility == "shared" and principal.tenant in self.shared_with)
+            or principal.is_admin
+        )
 
     @property
     def default(self) -> AdapterRef:
@@ -154,34 +180,49 @@ class CatalogSnapshot:
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(sorted(self.adapters)))
 
-    def resolve(self, model: str) -> AdapterRef:
+    def resolve(self, model: str, principal: Principal = OPERATOR) -> AdapterRef:
         """`name`, `name@3` or `name@alias` → the version. Raises AdapterNotFound, which suggests similar names."""
         name, selector = split_model(model)
-        entry = self.adapters.get(name)
-        if entry is None:
-            raise unknown_adapter(name, self.names, self.bases)
-        return entry.select(selector)
+        return self.entry(name, principal).select(selector)
 
-    def models(self, base_fingerprint: str | None = None) -> tuple[AdapterEntry, ...]:
-        """The names whose default version belongs to this base (None: all), sorted."""
+    def entry(self, name: str, principal: Principal = OPERATOR) -> AdapterEntry:
+        """What `name` means for this caller. An adapter that does not exist for the caller is as unknown as any."""
+        for meant in meanings(name, principal.tenant):
+            entry = self.adapters.get(meant)
+            if entry is not None and entry.exists_for(principal):
+                return entry
+        raise unknown_adapter(
+            name, self.names, self.bases, principal.tenant, lambda name: self.adapters[name].exists_for(principal)
+        )
+
+    def models(self, base_fingerprint: str | None = None, principal: Principal = OPERATOR) -> tuple[AdapterEntry, ...]:
+        """The names of the caller whose default version belongs to this base (None: all), sorted."""
+        entries = map(self.adapters.__getitem__, self.names)
         return tuple(
-            self.adapters[name]
-            for name in self.names
-            if base_fingerprint in (None, self.adapters[name].default.base_fingerprint)
+            entry
+            for entry in entries
+            if base_fingerprint in (None, entry.default.base_fingerprint) and entry.exists_for(principal)
         )
 
 
-def unknown_adapter(name: str, names: Sequence[str], bases: Collection[str]) -> AdapterNotFound:
-    """`names`: of all adapters, sorted."""
+def unknown_adapter(
+    name: str,
+    names: Sequence[str],
+    bases: Collection[str],
+    tenant: str = DEFAULT_TENANT,
+    exists: Callable[[str], bool] = lambda name: True,
+) -> AdapterNotFound:
+    """`names`: of all adapters, sorted; only those that `exists` says exist for the caller are suggested."""
     if name in bases:
         return AdapterNotFound(f"{name!r} is a base model, not an adapter")
-    near = similar(name, names)
+    found = (similar(meant, names, exists) for meant in meanings(name, tenant))
+    near = list(dict.fromkeys(itertools.chain.from_iterable(found)))[:3]
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "; `loray adapters ls` lists them"
     return AdapterNotFound(f"no adapter {shown(name)}{hint}")
 
 
-def similar(name: str, names: Sequence[str]) -> list[str]:
-    """At most three of the sorted `names` that resemble `name`, the nearest first.
+def similar(name: str, names: Sequence[str], exists: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """At most three of the sorted `names` that exist and resemble `name`, the nearest first.
 
     Of many it compares only those beside it in the order, whose beginnings are alike: about a millisecond at most,
     however many there are, because servers call it for every unknown name.
@@ -192,7 +233,7 @@ def similar(name: str, names: Sequence[str]) -> list[str]:
         middle = bisect.bisect_left(names, name)
         start = min(max(0, middle - _COMPARED // 2), len(names) - _COMPARED)
         names = names[start : start + _COMPARED]
-    return difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return difflib.get_close_matches(name, list(filter(exists, names)), n=3, cutoff=0.6)
 
 
 def _is_number(selector: str) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 
 from loray.catalog.database import Database, reading, writing
-from loray.catalog.queries import load_evaluations, lock, log, now
-from loray.catalog.schema import evaluations, versions
+from loray.catalog.queries import load_evaluations, lock, log, now, owned
+from loray.catalog.schema import adapters, evaluations, versions
 from loray.errors import AdapterNotFound
 from loray.spec import Evaluation
 
@@ -17,17 +17,23 @@ class Evaluations(Database):
     """The catalog's operations on evaluations. They do not count as changes, since serving does not depend on them."""
 
     def record_evaluations(self, digest: str, measured: Sequence[Evaluation]) -> None:
-        """Record evaluations of the adapter. Raises AdapterNotFound where no version has this digest."""
+        """Record evaluations of the adapter, for each tenant that has it and whose adapters the caller may change.
+
+        Raises AdapterNotFound where there is none.
+        """
         with writing(self._engine) as c:
             lock(c)
-            if c.execute(sa.select(versions.c.id).where(versions.c.digest == digest)).first() is None:
+            query = sa.select(adapters.c.tenant).join(versions, versions.c.adapter_id == adapters.c.id)
+            query = query.where(versions.c.digest == digest, owned(self._principal))
+            tenants = c.scalars(query.distinct().order_by(adapters.c.tenant)).all()
+            if not tenants:
                 raise AdapterNotFound(f"no adapter has digest {digest[:12]}; publish it first")
-            rows = [e.model_dump() | {"digest": digest, "actor": self._actor, "created_at": now()} for e in measured]
-            if rows:
-                c.execute(evaluations.insert(), rows)
-                log(c, self._actor, "evaluate", digest, count=len(rows))
+            common = {"digest": digest, "actor": self._actor, "created_at": now()}
+            for tenant in tenants if measured else ():
+                c.execute(evaluations.insert(), [e.model_dump() | common | {"tenant": tenant} for e in measured])
+                log(c, self._actor, "evaluate", digest, tenant=tenant, count=len(measured))
 
     def evaluations(self, digest: str) -> tuple[Evaluation, ...]:
-        """Evaluations recorded after publication, the oldest first."""
+        """Evaluations recorded after publication for the caller's tenant, the oldest first."""
         with reading(self._engine) as c:
-            return load_evaluations(c, digest)
+            return load_evaluations(c, self._principal.tenant, digest)

@@ -2,6 +2,8 @@
 
 The API server adds a job before it submits it, and the job's driver records its start and its end. A job that was not
 submitted through the API is added by its driver. So each method may be called twice, and in any order.
+
+A job belongs to the tenant that added it, and exists for that tenant and administrators alone.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from typing import Any, NamedTuple, get_args
 
 import sqlalchemy as sa
 
+from loray.catalog.checks import check_job_id, check_name, check_qualified
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.entries import Job
-from loray.catalog.queries import check_job_id, check_name, lock, log, now, utc
+from loray.catalog.queries import lock, log, now, utc
 from loray.catalog.schema import jobs
 from loray.errors import ConflictError, IntegrityError, JobNotFound, SpecError
-from loray.spec import EndStatus, JobStatus, TrainSpec
+from loray.spec import EndStatus, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
 
 
 class JobPage(NamedTuple):
@@ -29,31 +32,36 @@ class Jobs(Database):
     """The catalog's operations on jobs. They do not count as changes, since serving does not depend on them."""
 
     def add_job(self, job_id: str, *, name: str, recipe: TrainSpec) -> Job:
-        """Add a pending job. A job that has this id already does not change.
+        """Add a pending job. A job that has this id already does not change; it keeps its tenant.
 
-        Raises SpecError where id or name are malformed, and ConflictError where another adapter's job has the id.
+        Raises SpecError where id or name are malformed, and ConflictError where another job has the id.
         """
         check_job_id(job_id)
         check_name(name)
+        principal, tenant = self._principal, self._principal.tenant
+        check_qualified(qualified_name(tenant, name))
         with writing(self._engine) as c:
             lock(c)
-            known = _find(c, job_id)
+            known = _find(c, principal, job_id)
             if known is not None:
-                if known.name != name:
+                if known.recipe.name != recipe.name:
                     raise ConflictError(f"job {job_id!r} trains {known.name!r}, not {name!r}; choose another id")
                 return known
+            if c.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id)).first() is not None:
+                raise ConflictError(f"the id {job_id!r} is taken; choose another one")
             row = {"id": job_id, "name": name, "recipe": recipe.model_dump_json(), "status": "pending"}
-            c.execute(jobs.insert().values(row | {"message": "", "actor": self._actor, "created_at": now()}))
-            log(c, self._actor, "add_job", job_id, name=name)
-            return _get(c, job_id)
+            row |= {"message": "", "actor": self._actor, "tenant": tenant}
+            c.execute(jobs.insert().values(row | {"created_at": now()}))
+            log(c, self._actor, "add_job", job_id, tenant=tenant, name=name)
+            return _get(c, principal, job_id)
 
     def start_job(self, job_id: str) -> Job:
         """Change the status from pending to running; other jobs do not change. Raises JobNotFound."""
         with writing(self._engine) as c:
             lock(c)
-            if _get(c, job_id).status == "pending":
+            if _get(c, self._principal, job_id).status == "pending":
                 _update(c, job_id, status="running", started_at=now())
-            return _get(c, job_id)
+            return _get(c, self._principal, job_id)
 
     def end_job(self, job_id: str, status: EndStatus, *, message: str = "", version: int | None = None) -> Job:
         """Record the end of a job, with the version that it published, or a message that says why it did not.
@@ -65,30 +73,36 @@ class Jobs(Database):
             raise SpecError(f"{status!r} is not how a job ends: {', '.join(get_args(EndStatus))}")
         with writing(self._engine) as c:
             lock(c)
-            job = _get(c, job_id)
+            job = _get(c, self._principal, job_id)
             if not job.has_ended or (status == "succeeded" and job.version is None):
                 ended = {"status": status, "message": message, "version": version, "ended_at": job.ended_at or now()}
                 _update(c, job_id, **ended)
-                log(c, self._actor, "end_job", job_id, status=status, version=version)
-            return _get(c, job_id)
+                log(c, self._actor, "end_job", job_id, tenant=job.tenant, status=status, version=version)
+            return _get(c, self._principal, job_id)
 
     def job(self, job_id: str) -> Job:
         """Raises JobNotFound."""
         with reading(self._engine) as c:
-            return _get(c, job_id)
+            return _get(c, self._principal, job_id)
 
     def jobs(
         self, *, limit: int = 100, cursor: str | None = None, status: JobStatus | None = None, name: str | None = None
     ) -> JobPage:
-        """At most `limit` jobs, newest first, after `cursor`, the `next` of a page. Raises SpecError."""
-        query = sa.select(jobs).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1)
+        """At most `limit` jobs, newest first, after `cursor`, the `next` of a page. Raises SpecError.
+
+        `name` is an adapter of the own tenant, or `tenant/name`.
+        """
+        mine = _owned(self._principal)
+        query = sa.select(jobs).where(mine).order_by(jobs.c.created_at.desc(), jobs.c.id.desc()).limit(limit + 1)
         if status is not None:
             query = query.where(jobs.c.status == status)
         if name is not None:
-            query = query.where(jobs.c.name == name)
+            tenant, bare = split_qualified(name)
+            owner = self._principal.tenant if tenant is None else tenant
+            query = query.where(jobs.c.name == bare, jobs.c.tenant == owner)
         with reading(self._engine) as c:
             if cursor is not None:
-                last = c.execute(sa.select(jobs.c.created_at, jobs.c.id).where(jobs.c.id == cursor)).first()
+                last = c.execute(sa.select(jobs.c.created_at, jobs.c.id).where(mine, jobs.c.id == cursor)).first()
                 if last is None:
                     raise SpecError(f"{cursor!r} is no cursor; take `next` from the page before")
                 earlier = sa.and_(jobs.c.created_at == last.created_at, jobs.c.id < last.id)
@@ -98,13 +112,18 @@ class Jobs(Database):
         return JobPage(page, page[-1].id if len(found) > limit else None)
 
 
-def _find(c: sa.Connection, job_id: str) -> Job | None:
-    row = c.execute(sa.select(jobs).where(jobs.c.id == job_id)).first()
+def _owned(principal: Principal) -> sa.ColumnElement[bool]:
+    """The jobs that exist for this caller."""
+    return sa.true() if principal.is_admin else jobs.c.tenant == principal.tenant
+
+
+def _find(c: sa.Connection, principal: Principal, job_id: str) -> Job | None:
+    row = c.execute(sa.select(jobs).where(_owned(principal), jobs.c.id == job_id)).first()
     return None if row is None else _job(row)
 
 
-def _get(c: sa.Connection, job_id: str) -> Job:
-    job = _find(c, job_id)
+def _get(c: sa.Connection, principal: Principal, job_id: str) -> Job:
+    job = _find(c, principal, job_id)
     if job is None:
         raise JobNotFound(f"no job {job_id!r} in the catalog; `GET /api/v1/jobs` lists them")
     return job
@@ -121,4 +140,5 @@ def _job(row: sa.Row[Any]) -> Job:
     except ValueError as e:
         raise IntegrityError(f"the recipe of job {row.id} in the catalog cannot be read; a later loray wrote it") from e
     times = {t: fields[t] and utc(fields[t]) for t in ("created_at", "started_at", "ended_at")}
-    return Job(**fields | {"recipe": recipe} | times)
+    name = qualified_name(fields["tenant"], fields["name"])
+    return Job(**fields | {"name": name, "recipe": recipe} | times)

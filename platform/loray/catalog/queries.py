@@ -9,13 +9,33 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
-from pydantic import TypeAdapter, ValidationError
 
 from loray.adapters.manifest import parse_manifest
+from loray.catalog.checks import check_name, check_qualified
 from loray.catalog.entries import AdapterEntry, AdapterVersion, unknown_adapter
-from loray.catalog.schema import adapters, aliases, audit_log, bases, changes, evaluations, versions
-from loray.errors import ConflictError, SpecError
-from loray.spec import DEFAULT_ALIAS, AdapterRef, Alias, Evaluation, JobId, Name
+from loray.catalog.schema import (
+    adapters,
+    aliases,
+    audit_log,
+    bases,
+    changes,
+    evaluations,
+    shares,
+    tenants,
+    uploads,
+    versions,
+)
+from loray.errors import ConflictError, NotFoundError, PermissionDenied, SpecError
+from loray.spec import (
+    DEFAULT_ALIAS,
+    DEFAULT_TENANT,
+    AdapterRef,
+    Evaluation,
+    Principal,
+    meanings,
+    qualified_name,
+    split_qualified,
+)
 
 
 def lock(c: sa.Connection) -> None:
@@ -31,14 +51,42 @@ def count_change(c: sa.Connection) -> int:
     return int(counter.scalar_one())
 
 
-def log(c: sa.Connection, actor: str, action: str, subject: str, **detail: Any) -> None:
+def log(
+    c: sa.Connection, actor: str, action: str, subject: str, *, tenant: str = DEFAULT_TENANT, **detail: Any
+) -> None:
+    """`tenant`: that of the subject."""
     row = {"actor": actor, "action": action, "subject": subject, "detail": json.dumps(detail), "created_at": now()}
-    c.execute(audit_log.insert().values(row))
+    c.execute(audit_log.insert().values(row | {"tenant": tenant}))
 
 
-def load_entries(c: sa.Connection, names: Collection[str] | None = None) -> list[tuple[int, AdapterEntry]]:
-    """(adapter id, entry) of these names, or of all."""
-    where = [] if names is None else [adapters.c.name.in_(names)]
+def visible(principal: Principal) -> sa.ColumnElement[bool]:
+    """The adapters that exist for this caller: every statement that reads names has this condition.
+
+    `AdapterEntry.exists_for` is the same for entries.
+    """
+    if principal.is_admin:
+        return sa.true()
+    shared = sa.select(shares.c.adapter_id).where(shares.c.tenant == principal.tenant)
+    return sa.or_(
+        owned(principal),
+        adapters.c.visibility == "public",
+        sa.and_(adapters.c.visibility == "shared", adapters.c.id.in_(shared)),
+    )
+
+
+def owned(principal: Principal) -> sa.ColumnElement[bool]:
+    """The adapters that this caller may change."""
+    return sa.true() if principal.is_admin else adapters.c.tenant == principal.tenant
+
+
+def load_entries(
+    c: sa.Connection, principal: Principal, names: Collection[str] | None = None
+) -> list[tuple[int, AdapterEntry]]:
+    """(adapter id, entry) of these names, or of all; only those that exist for the caller.
+
+    With whom an adapter is shared is shown to those who may change it.
+    """
+    where = [visible(principal), *([] if names is None else [adapters.c.name.in_(names)])]
     rows = c.execute(
         sa.select(
             versions.c.adapter_id,
@@ -74,8 +122,23 @@ def load_entries(c: sa.Connection, names: Collection[str] | None = None) -> list
     query = query.join(adapters, adapters.c.id == aliases.c.adapter_id)
     for a in c.execute(query.where(*where)):
         pointers[a.adapter_id][a.alias] = a.version
+    shared: dict[int, set[str]] = defaultdict(set)
+    query = sa.select(shares).join(adapters, adapters.c.id == shares.c.adapter_id)
+    for share in c.execute(query.where(*where, owned(principal))):
+        shared[share.adapter_id].add(share.tenant)
     return [
-        (row.id, AdapterEntry(row.name, utc(row.created_at), refs[row.id], pointers[row.id]))
+        (
+            row.id,
+            AdapterEntry(
+                row.name,
+                utc(row.created_at),
+                refs[row.id],
+                pointers[row.id],
+                row.tenant,
+                row.visibility,
+                frozenset(shared[row.id]) if row.id in shared else frozenset(),
+            ),
+        )
         for row in c.execute(sa.select(adapters).where(*where))
     ]
 
@@ -90,23 +153,69 @@ def load_templates(c: sa.Connection, known: Mapping[str, str]) -> dict[str, str]
     return {sha256: text for sha256, text in found.items() if text is not None}
 
 
-def load_entry(c: sa.Connection, name: str) -> tuple[int, AdapterEntry]:
-    found = load_entries(c, [name])
-    if found:
-        return found[0]
-    names = sorted(c.execute(sa.select(adapters.c.name)).scalars())
-    raise unknown_adapter(name, names, c.execute(sa.select(bases.c.name)).scalars().all())
+def load_entry(
+    c: sa.Connection, principal: Principal, name: str, *, to_change: bool = False
+) -> tuple[int, AdapterEntry]:
+    """What `name` means for this caller. Raises AdapterNotFound; PermissionDenied `to_change` another tenant's."""
+    meant = meanings(name, principal.tenant)
+    found = {entry.name: (adapter_id, entry) for adapter_id, entry in load_entries(c, principal, meant)}
+    for stored in meant:
+        if stored in found:
+            adapter_id, entry = found[stored]
+            if to_change and not principal.is_admin and entry.tenant != principal.tenant:
+                raise PermissionDenied(f"adapter {stored!r} belongs to another tenant, which alone may change it")
+            return adapter_id, entry
+    names = sorted(c.execute(sa.select(adapters.c.name).where(visible(principal))).scalars())
+    raise unknown_adapter(name, names, c.execute(sa.select(bases.c.name)).scalars().all(), principal.tenant)
 
 
-def select_names(after: str, base: str | None, method: str | None) -> sa.Select[Any]:
-    """Names after `after`, sorted, whose default version has this `base` (a base model's name) and `method`."""
+def name_to_register(c: sa.Connection, principal: Principal, name: str) -> tuple[str, str]:
+    """(catalog's name, tenant) of an adapter that this caller may add versions to, whether or not it exists yet.
+
+    Raises as `load_entry` does for a name of another tenant, SpecError for a malformed name or an unknown tenant, and
+    ConflictError for a base model's name.
+    """
+    tenant, bare = split_qualified(name)
+    tenant = principal.tenant if tenant is None else tenant
+    stored = qualified_name(tenant, bare)
+    check_qualified(stored)
+    check_name(bare)
+    if c.execute(sa.select(bases.c.name).where(bases.c.name == bare)).first():
+        raise ConflictError(f"{bare!r} is a base model's name; an adapter needs another")
+    if tenant != principal.tenant:
+        if not principal.is_admin:
+            load_entry(c, principal, name, to_change=True)
+        elif c.execute(sa.select(tenants.c.name).where(tenants.c.name == tenant)).first() is None:
+            raise SpecError(f"there is no tenant {tenant!r}; create it before its adapters")
+    return stored, tenant
+
+
+def check_digest(c: sa.Connection, principal: Principal, digest: str) -> None:
+    """Raise NotFoundError unless the caller's tenant has uploaded the digest, or sees it under a name."""
+    if principal.is_admin:
+        return
+    uploaded = sa.select(uploads.c.digest).where(uploads.c.digest == digest, uploads.c.tenant == principal.tenant)
+    seen = sa.select(versions.c.digest).join(adapters, adapters.c.id == versions.c.adapter_id)
+    seen = seen.where(versions.c.digest == digest, visible(principal))
+    if c.execute(sa.union_all(uploaded, seen).limit(1)).first() is None:
+        raise NotFoundError(f"the store has no adapter with digest {digest[:12]}")
+
+
+def select_names(
+    principal: Principal, after: str, *, tenant: str | None, base: str | None, method: str | None
+) -> sa.Select[Any]:
+    """The caller's names after `after`, sorted: those of `tenant`, whose default version has this `base` (a base
+    model's name) and `method`.
+    """
     aliased = sa.select(aliases.c.version_id).where(alias_is(adapters.c.id, DEFAULT_ALIAS)).scalar_subquery()
     newest = sa.select(versions.c.id).where(versions.c.adapter_id == adapters.c.id)
     newest = newest.order_by(versions.c.version.desc()).limit(1).correlate(adapters)
     default = sa.func.coalesce(aliased, newest.scalar_subquery())
     served = versions.alias("served")
     query = sa.select(adapters.c.name).select_from(adapters).join(served, served.c.id == default)
-    query = query.where(adapters.c.name > after)
+    query = query.where(visible(principal), adapters.c.name > after)
+    if tenant is not None:
+        query = query.where(adapters.c.tenant == tenant)
     if base is not None:
         query = query.join(bases, bases.c.fingerprint == served.c.base_fingerprint).where(bases.c.name == base)
     if method is not None:
@@ -115,7 +224,8 @@ def select_names(after: str, base: str | None, method: str | None) -> sa.Select[
 
 
 def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> AdapterVersion:
-    row = c.execute(sa.select(versions).where(versions.c.adapter_id == adapter_id, versions.c.version == version)).one()
+    query = sa.select(versions, adapters.c.tenant).join(adapters, adapters.c.id == versions.c.adapter_id)
+    row = c.execute(query.where(adapters.c.id == adapter_id, versions.c.version == version)).one()
     pointing = c.execute(sa.select(aliases.c.alias).where(aliases.c.version_id == row.id).order_by(aliases.c.alias))
     return AdapterVersion(
         name=name,
@@ -124,25 +234,21 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
         manifest=parse_manifest(row.manifest.encode(), source=f"the manifest of {name}@{version}"),
         created_at=utc(row.created_at),
         aliases=tuple(pointing.scalars()),
-        later_evaluations=load_evaluations(c, row.digest),
+        later_evaluations=load_evaluations(c, row.tenant, row.digest),
     )
 
 
-def load_evaluations(c: sa.Connection, digest: str) -> tuple[Evaluation, ...]:
-    """Evaluations recorded after publication, the oldest first."""
+def load_evaluations(c: sa.Connection, tenant: str, digest: str) -> tuple[Evaluation, ...]:
+    """Evaluations that were recorded after publication for the adapter of this tenant, the oldest first."""
     columns = [evaluations.c[name] for name in Evaluation.model_fields]
-    rows = c.execute(sa.select(*columns).where(evaluations.c.digest == digest).order_by(evaluations.c.id))
+    where = (evaluations.c.digest == digest, evaluations.c.tenant == tenant)
+    rows = c.execute(sa.select(*columns).where(*where).order_by(evaluations.c.id))
     return tuple(Evaluation(**row._asdict()) for row in rows)
 
 
 def version_id_of(c: sa.Connection, adapter_id: int, version: int) -> int:
     where = (versions.c.adapter_id == adapter_id, versions.c.version == version)
     return int(c.execute(sa.select(versions.c.id).where(*where)).scalar_one())
-
-
-def refuse_base_name(c: sa.Connection, name: str) -> None:
-    if c.execute(sa.select(bases.c.name).where(bases.c.name == name)).first():
-        raise ConflictError(f"{name!r} is a base model's name; an adapter needs another")
 
 
 def alias_is(adapter_id: int | sa.Column[int], alias: str) -> sa.ColumnElement[bool]:
@@ -162,22 +268,3 @@ def now() -> datetime:
 def utc(value: datetime) -> datetime:
     """`value` with its time zone, UTC, which SQLite does not store."""
     return value if value.tzinfo else value.replace(tzinfo=UTC)
-
-
-def check_name(name: str, what: str = "adapter name") -> None:
-    _check(Name, name, what, "letters, digits, '.', '_' and '-', at most 96")
-
-
-def check_alias(alias: str) -> None:
-    _check(Alias, alias, "alias", "a letter, then letters, digits, '_', '-'")
-
-
-def check_job_id(job_id: str) -> None:
-    _check(JobId, job_id, "job id", "letters, digits, '.', '_' and '-', at most 128")
-
-
-def _check(kind: Any, value: str, what: str, rule: str) -> None:
-    try:
-        TypeAdapter(kind).validate_python(value)
-    except ValidationError as e:
-        raise SpecError(f"{value!r} is not a valid {what}: {rule}") from e

@@ -14,8 +14,9 @@ tags             key and value of a name, as MLflow's
 aliases          the version of each alias; its revision is the value of the change counter at its last move
 alias_moves      every move of an alias; rollback undoes the last one that is not undone; `no_gate` is the reason of a
                  move that the gate refuses
-evaluations      evaluations of an adapter recorded after it was published, by its digest
-projections      VeRA's pairs by base, in the order of their first registration; see `projections`
+evaluations      evaluations of a tenant's adapter recorded after it was published, by its digest
+uploads          the tenants that have brought the bytes of a digest, which they may register
+projections      VeRA's pairs by base and tenant, in the order of their first registration; see `projections`
 changes          one row whose counter grows with every write; a writer locks it first, so that writers wait
 audit_log        every write with its actor and the tenant of its subject, append-only
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone
@@ -158,6 +159,14 @@ alias_moves = Table(
     Index(None, "adapter_id", "alias"),
 )
 
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("tenant", String(32), primary_key=True),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
 evaluations = Table(
     "evaluations",
     metadata,
@@ -167,6 +176,7 @@ evaluations = Table(
     Column("value", Double, nullable=False),
     Column("dataset", Text, nullable=False),
     Column("subject", String(16), nullable=False),
+    Column("tenant", String(32), nullable=False, server_default="default"),
     Column("context_length", Integer),
     Column("stride", Integer),
     Column("depth", Double),
@@ -181,13 +191,14 @@ projections = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("base_fingerprint", String(64), nullable=False),
+    Column("tenant", String(32), nullable=False, server_default="default"),
     Column("sha256", String(64), nullable=False),
     Column("key", BigInteger, nullable=False),
     Column("rank", Integer, nullable=False),
     Column("max_in", Integer, nullable=False),
     Column("max_out", Integer, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
-    UniqueConstraint("base_fingerprint", "sha256"),
+    UniqueConstraint("base_fingerprint", "tenant", "sha256"),
 )
 
 changes = Table(

@@ -90,8 +90,9 @@ def import_folder(
 def register_stored(digest: str, to: Destination) -> AdapterVersion:
     """Register an adapter that is in the store. A digest that the name has already keeps its version.
 
-    Raises NotFoundError where the store does not have it, ConflictError or GateRefused.
+    Raises NotFoundError where the store does not have it, or not for the catalog's caller; ConflictError, GateRefused.
     """
+    to.catalog.check_digest(digest)
     manifest = to.store.manifest(digest)
     to.catalog.check_name(to.name, to.aliases)
     to.catalog.add_base(manifest.base, manifest.base_fingerprint)
@@ -111,6 +112,7 @@ def _check_published(folder: Path, base: BaseModel) -> AdapterManifest:
 def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
     to.catalog.add_base(base.name, base.fingerprint)  # refuses other weights under a known name
     digest = to.store.put(folder)
+    to.catalog.note_upload(digest)
     return _register(digest, parse_manifest(read_canonical(folder), source=str(folder)), to)
 
 

@@ -17,6 +17,10 @@ KEY_START = "sk-lr-"  # of every key; then 256 random bits as base64url
 PREFIX_LENGTH = 8
 
 TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,31}$")]
+QualifiedName = Annotated[
+    str,
+    StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,31}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", max_length=96),
+]
 Scope = Literal["infer", "publish", "promote", "train", "admin", "act_for"]
 SCOPES: tuple[Scope, ...] = ("infer", "publish", "promote", "train", "admin", "act_for")
 Visibility = Literal["private", "shared", "public"]
@@ -61,6 +65,9 @@ class Principal(Frozen):
     def is_admin(self) -> bool:
         """An administrator sees and does everything, in every tenant."""
         return "admin" in self.scopes
+
+
+OPERATOR = Principal()  # who has the database's password, or needs no key
 
 
 class Tenant(Frozen):
@@ -132,6 +139,28 @@ def duration_s(duration: Duration) -> int:
     return int(duration[:-1]) * _SECONDS[duration[-1]]
 
 
+class TenantAndName(NamedTuple):
+    """The parts of `tenant/name`; `tenant` None: a bare name."""
+
+    tenant: str | None
+    name: str
+
+
 def qualified_name(tenant: str, name: str) -> str:
     """The name under which the catalog keeps an adapter: `tenant/name`, and the bare name in the default tenant."""
     return name if tenant == DEFAULT_TENANT else f"{tenant}/{name}"
+
+
+def split_qualified(name: str) -> TenantAndName:
+    tenant, slash, bare = name.partition("/")
+    return TenantAndName(tenant, bare) if slash else TenantAndName(None, name)
+
+
+def meanings(name: str, tenant: str) -> tuple[str, ...]:
+    """The catalog's names that `name` may stand for when a caller of `tenant` uses it; the first one that exists for
+    the caller is meant. A bare name is the own tenant's, then the default tenant's.
+    """
+    owner, bare = split_qualified(name)
+    if owner is not None:
+        return (name,) if "/" in bare else (qualified_name(owner, bare),)
+    return (name,) if tenant == DEFAULT_TENANT else (qualified_name(tenant, name), name)

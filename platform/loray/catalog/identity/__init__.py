@@ -1,7 +1,8 @@
-"""Who may use a deployment: tenants, their API keys, and the audit log of what they did."""
+"""Who may use a deployment: tenants, their API keys, who sees their adapters, and the audit log of what they did."""
 
 from loray.catalog.identity.audit import Audit, AuditEntry, AuditPage
 from loray.catalog.identity.keys import KeyPage, Keys, NewKey
+from loray.catalog.identity.sharing import Sharing
 from loray.catalog.identity.tenants import Tenants
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "KeyPage",
     "Keys",
     "NewKey",
+    "Sharing",
     "Tenants",
 ]

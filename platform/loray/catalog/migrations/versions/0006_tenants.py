@@ -28,9 +28,22 @@ def upgrade() -> None:
     _create_keys()
     _change_adapters()
     op.add_column("versions", sa.Column("deleted_at", _TIME))
-    for table in ("audit_log", "jobs"):
+    for table in ("audit_log", "jobs", "evaluations", "projections"):
         op.add_column(table, sa.Column("tenant", sa.String(32), nullable=False, server_default="default"))
+    for table in ("audit_log", "jobs"):
         op.create_index(f"ix_{table}_tenant", table, ["tenant"])
+    with op.batch_alter_table("projections") as batch:
+        batch.drop_constraint("uq_projections_base_fingerprint_sha256", type_="unique")
+        batch.create_unique_constraint(
+            "uq_projections_base_fingerprint_tenant_sha256", ["base_fingerprint", "tenant", "sha256"]
+        )
+    op.create_table(
+        "uploads",
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("tenant", sa.String(32), nullable=False),
+        sa.Column("created_at", _TIME, nullable=False),
+        sa.PrimaryKeyConstraint("digest", "tenant", name="pk_uploads"),
+    )
     _create_usage()
 
 

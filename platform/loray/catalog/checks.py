@@ -1,0 +1,37 @@
+"""Names that callers give: each malformed one is refused with the rule that it breaks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from loray.errors import SpecError
+from loray.spec import Alias, JobId, Name, QualifiedName, TenantName
+
+
+def check_name(name: str, what: str = "adapter name") -> None:
+    _check(Name, name, what, "letters, digits, '.', '_' and '-', at most 96")
+
+
+def check_qualified(name: str) -> None:
+    _check(QualifiedName, name, "adapter name", "tenant/name, of letters, digits, '.', '_' and '-', at most 96")
+
+
+def check_tenant(name: str) -> None:
+    _check(TenantName, name, "tenant's name", "letters, digits, '.', '_' and '-', at most 32")
+
+
+def check_alias(alias: str) -> None:
+    _check(Alias, alias, "alias", "a letter, then letters, digits, '_', '-'")
+
+
+def check_job_id(job_id: str) -> None:
+    _check(JobId, job_id, "job id", "letters, digits, '.', '_' and '-', at most 128")
+
+
+def _check(kind: Any, value: str, what: str, rule: str) -> None:
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as e:
+        raise SpecError(f"{value!r} is not a valid {what}: {rule}") from e

@@ -1,0 +1,257 @@
+"""Tenants: whose names exist for whom, who may change them, and who may register which bytes; on both databases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import sqlalchemy as sa
+
+from loray.catalog import Catalog
+from loray.catalog.database import reading, writing
+from loray.catalog.schema import audit_log, tenants
+from loray.errors import (
+    AdapterNotFound,
+    ConflictError,
+    JobNotFound,
+    NotFoundError,
+    PermissionDenied,
+    SpecError,
+)
+from loray.recipes.load import load_recipe
+from loray.spec import SCOPES, Evaluation, Principal, Visibility, meanings
+from tests.catalog.test_catalog import BASE, digest, manifest, publish, vera_manifest
+
+MEMBER = frozenset(SCOPES) - {"admin", "act_for"}
+ACME = Principal(tenant="acme", scopes=MEMBER, actor="ann")
+BETA = Principal(tenant="beta", scopes=MEMBER, actor="bob")
+HOUSE = Principal(scopes=MEMBER, actor="hal")
+RECIPE = load_recipe("lora_smollm2").spec
+MEASURED = Evaluation(metric="perplexity", value=9.5, dataset="docs", context_length=8192)
+
+
+def bring(catalog: Catalog, name: str, number: int, aliases: tuple[str, ...] = ()) -> None:
+    """What publishing does."""
+    catalog.note_upload(digest(number))
+    publish(catalog, name, number, aliases=aliases)
+
+
+@pytest.fixture
+def acme(catalog: Catalog) -> Catalog:
+    """The view of tenant acme, which has `tone`, version 1; the default tenant has a `tone` with two."""
+    with writing(catalog._engine) as c:
+        for name in ("acme", "beta"):
+            c.execute(tenants.insert().values(name=name, blocked=False, limits="{}", created_at=sa.func.now()))
+    publish(catalog, "tone", 2, 3)
+    view = catalog.view(ACME)
+    bring(view, "tone", 1)
+    return view
+
+
+@pytest.mark.parametrize(
+    ("name", "tenant", "expected"),
+    [
+        ("tone", "default", ("tone",)),
+        ("tone", "acme", ("acme/tone", "tone")),
+        ("acme/tone", "default", ("acme/tone",)),
+        ("default/tone", "acme", ("tone",)),
+        ("default/acme/tone", "acme", ("default/acme/tone",)),
+    ],
+)
+def test_what_a_name_may_mean(name: str, tenant: str, expected: tuple[str, ...]) -> None:
+    assert meanings(name, tenant) == expected
+
+
+def test_a_bare_name_is_the_own_tenants(catalog: Catalog, acme: Catalog) -> None:
+    assert acme.resolve("tone").label == acme.resolve("acme/tone").label == "acme/tone@1"
+    assert catalog.resolve("tone").label == "tone@2"
+    assert catalog.resolve("acme/tone@1").digest == digest(1)
+    assert [e.name for e in acme.adapters()] == [e.name for e in acme.names(limit=9)] == ["acme/tone"]
+    assert [e.name for e in catalog.names(limit=9)] == ["acme/tone", "tone"]
+    assert [e.name for e in catalog.names(limit=9, tenant="default")] == ["tone"]
+    publish(catalog, "house", 4)
+    catalog.share("house", "shared", ["acme"])
+    assert acme.resolve("house").label == acme.resolve("default/house").label == "house@1"
+    bring(acme, "house", 5)
+    assert acme.resolve("house").label == "acme/house@1"
+    assert acme.resolve("default/house").digest == digest(4)
+
+
+@pytest.mark.parametrize(
+    ("visibility", "shared_with", "seen_by"),
+    [("private", [], set()), ("shared", ["beta"], {"beta"}), ("public", [], {"beta", "default"})],
+)
+def test_who_sees_an_adapter(
+    catalog: Catalog, acme: Catalog, visibility: Visibility, shared_with: list[str], seen_by: set[str]
+) -> None:
+    bring(acme, "mood", 6, aliases=("prod",))
+    entry = acme.share("mood", visibility, shared_with)
+    assert (entry.visibility, entry.shared_with) == (visibility, frozenset(shared_with))
+    whole = catalog.snapshot()
+    for principal in (ACME, BETA, HOUSE):
+        view = catalog.view(principal)
+        seen = principal.tenant in seen_by | {"acme"}
+        for read in (view.resolve, view.entry, lambda name, p=principal: whole.entry(name, p)):
+            if seen:
+                read("acme/mood")
+            else:
+                with pytest.raises(AdapterNotFound, match=r"^no adapter 'acme/mood'"):
+                    read("acme/mood")
+        own = view.snapshot()
+        assert ("acme/mood" in own.adapters) == seen
+        assert set(own.adapters) == {e.name for e in whole.models(principal=principal)}
+        assert {e.name for e in view.names(limit=9)} == set(own.adapters)
+        shown = own.adapters["acme/mood"].shared_with if seen else frozenset()
+        assert shown == (frozenset(shared_with) if principal is ACME else frozenset())
+
+
+OPERATIONS: dict[str, Callable[[Catalog, str], object]] = {
+    "resolve": lambda c, name: c.resolve(name),
+    "version": lambda c, name: c.resolve(f"{name}@1"),
+    "alias": lambda c, name: c.alias(name, "prod"),
+    "aliases": lambda c, name: c.aliases(name),
+    "versions": lambda c, name: c.versions(name, limit=9),
+    "detail": lambda c, name: c.adapter(name),
+    "one version": lambda c, name: c.version(name, 1),
+    "register": lambda c, name: c.register(name, digest(7), manifest(7)),
+    "check_name": lambda c, name: c.check_name(name),
+    "promote": lambda c, name: c.promote(name, "prod", 1),
+    "rollback": lambda c, name: c.rollback(name),
+    "delete_alias": lambda c, name: c.delete_alias(name, "prod"),
+    "share": lambda c, name: c.share(name, "public"),
+    "snapshot": lambda c, name: c.snapshot().resolve(name, BETA),
+}
+WRITES = ("register", "check_name", "promote", "rollback", "delete_alias", "share")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_anothers_adapter_is_as_unknown_as_any(catalog: Catalog, acme: Catalog, operation: str) -> None:
+    bring(acme, "tone", 8, aliases=("prod",))
+    beta = catalog.view(BETA)
+    beta.note_upload(digest(7))
+    before = catalog.snapshot()
+    said = []
+    for name in ("acme/tone", "acme/nope"):
+        with pytest.raises(AdapterNotFound) as refused:
+            OPERATIONS[operation](beta, name)
+        said.append(str(refused.value).replace(name, "NAME"))
+    assert said[0] == said[1] == "no adapter 'NAME'; `loray adapters ls` lists them"
+    assert catalog.snapshot() == before
+
+
+@pytest.mark.parametrize("operation", WRITES)
+def test_another_tenant_reads_what_it_sees_and_changes_nothing(catalog: Catalog, acme: Catalog, operation: str) -> None:
+    bring(acme, "tone", 8, aliases=("prod",))
+    acme.share("tone", "shared", ["beta"])
+    beta = catalog.view(BETA)
+    before = catalog.snapshot()
+    with pytest.raises(PermissionDenied, match="another tenant"):
+        OPERATIONS[operation](beta, "acme/tone")
+    assert catalog.snapshot() == before
+    assert beta.alias("acme/tone", "prod").version == 2
+
+
+def test_similar_names_are_the_callers(catalog: Catalog, acme: Catalog) -> None:
+    whole = catalog.snapshot()
+    for source in (acme.resolve, lambda model: whole.resolve(model, ACME)):
+        with pytest.raises(AdapterNotFound, match="did you mean 'acme/tone'"):
+            source("tune")
+    for source in (catalog.view(BETA).resolve, lambda model: whole.resolve(model, BETA)):
+        for name in ("tune", "acme/tune", "default/tune"):
+            with pytest.raises(AdapterNotFound, match="lists them"):
+                source(name)
+
+
+def test_a_digest_is_registered_by_those_who_brought_it_or_see_it(catalog: Catalog, acme: Catalog) -> None:
+    beta = catalog.view(BETA)
+    said = set()
+    for number in (1, 2, 99):  # acme's, the default tenant's, nobody's
+        for attempt in (beta.check_digest, lambda d: beta.register("mine", d, manifest(), ["prod"])):
+            with pytest.raises(NotFoundError) as refused:
+                attempt(digest(number))
+            said.add(str(refused.value).replace(digest(number)[:12], "DIGEST"))
+    assert len(said) == 1
+    assert beta.adapters() == ()
+    acme.share("tone", "public")
+    assert beta.register("mine", digest(1), manifest(1)).label == "beta/mine@1"
+    beta.note_upload(digest(2))
+    beta.note_upload(digest(2))
+    assert beta.register("mine", digest(2), manifest(2)).version == 2
+    assert catalog.register("beta/mine", digest(99), manifest(99)).label == "beta/mine@3"  # an administrator
+    with pytest.raises(SpecError, match="no tenant 'gamma'"):
+        catalog.register("gamma/mine", digest(99), manifest(99))
+
+
+def test_a_member_takes_no_base_name(catalog: Catalog, acme: Catalog) -> None:
+    with pytest.raises(PermissionDenied, match="an administrator adds it"):
+        acme.add_base("tone", BASE)
+    catalog.add_base("smollm2", BASE)
+    acme.add_base("smollm2", BASE)
+    acme.add_base("other", BASE)  # its weights are known, and the name stays free
+    assert catalog.bases() == {"smollm2": BASE}
+    with pytest.raises(ConflictError, match="fingerprint"):
+        acme.add_base("smollm2", "0" * 64)
+    for view in (acme, catalog.view(HOUSE)):
+        with pytest.raises(ConflictError, match="base model's name"):
+            view.check_name("smollm2")
+    bring(acme, "mistral", 4)
+    catalog.add_base("mistral", "1" * 64)  # another tenant's adapter is no obstacle
+
+
+def test_evaluations_and_pairs_stay_with_their_tenant(catalog: Catalog, acme: Catalog) -> None:
+    beta = catalog.view(BETA)
+    bring(beta, "copy", 1)
+    acme.record_evaluations(digest(1), [MEASURED])
+    assert acme.evaluations(digest(1)) == acme.version("tone", 1).evaluations == (MEASURED,)
+    assert beta.evaluations(digest(1)) == beta.version("copy", 1).evaluations == ()
+    with pytest.raises(AdapterNotFound):
+        beta.record_evaluations(digest(2), [MEASURED])
+    catalog.record_evaluations(digest(1), [MEASURED])  # an administrator, for whoever has it
+    assert len(acme.evaluations(digest(1))), len(beta.evaluations(digest(1))) == (2, 1)
+    for view, number, key in ((beta, 11, 5), (acme, 12, 6), (acme, 13, 5), (catalog, 14, 0)):
+        view.note_upload(digest(number))
+        view.register("vera", digest(number), vera_manifest(number, key=key))
+    assert [p.key for p in acme.projections(BASE)] == [6, 5, 0]
+    assert [p.key for p in beta.projections(BASE)] == [5, 0]
+    assert [p.key for p in catalog.projections(BASE)] == [5, 6, 0]
+
+
+def test_jobs_are_their_tenants(catalog: Catalog, acme: Catalog) -> None:
+    beta = catalog.view(BETA)
+    job = acme.add_job("job-1", name=RECIPE.name, recipe=RECIPE)
+    assert (job.tenant, job.name, job.actor) == ("acme", f"acme/{RECIPE.name}", "ann")
+    beta.add_job("job-2", name=RECIPE.name, recipe=RECIPE)
+    for attempt in (beta.job, beta.start_job, lambda id: beta.end_job(id, "stopped")):
+        with pytest.raises(JobNotFound):
+            attempt("job-1")
+    assert [j.id for j in beta.jobs().jobs] == ["job-2"]
+    assert [j.id for j in acme.jobs(name=RECIPE.name).jobs] == ["job-1"]
+    assert beta.jobs(name=f"acme/{RECIPE.name}").jobs == ()
+    with pytest.raises(SpecError, match="no cursor"):
+        beta.jobs(cursor="job-1")
+    with pytest.raises(ConflictError, match="taken"):
+        beta.add_job("job-1", name=RECIPE.name, recipe=RECIPE)
+    assert {j.id for j in catalog.jobs().jobs} == {"job-1", "job-2"}
+    assert catalog.add_job("job-1", name=RECIPE.name, recipe=RECIPE).tenant == "acme"  # as its driver does
+    assert catalog.end_job("job-1", "failed").tenant == "acme"
+
+
+def test_the_audit_log_has_the_tenant_and_who(catalog: Catalog, acme: Catalog) -> None:
+    acme.promote("tone", "prod", 1)
+    acme.share("tone", "shared", ["beta"])
+    acme.share("tone", "shared", ["beta", "acme"])  # which changes nothing
+    catalog.delete_alias("acme/tone", "prod")
+    with reading(catalog._engine) as c:
+        rows = c.execute(sa.select(audit_log).where(audit_log.c.tenant == "acme").order_by(audit_log.c.id)).all()
+    assert [(r.actor, r.action, r.subject) for r in rows] == [
+        ("ann", "register", "acme/tone@1"),
+        ("ann", "promote", "acme/tone@prod"),
+        ("ann", "share", "acme/tone"),
+        ("local", "delete_alias", "acme/tone@prod"),
+    ]
+
+
+@pytest.mark.parametrize(("visibility", "shared_with"), [("shared", []), ("public", ["beta"]), ("shared", ["a/b"])])
+def test_bad_shares(acme: Catalog, visibility: Visibility, shared_with: list[str]) -> None:
+    with pytest.raises(SpecError, match=r"shared_with|tenant's name"):
+        acme.share("tone", visibility, shared_with)
