@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> list[Front]:
     click.echo(_line(_HEADER))
     found = []
     for kind in ("floor", "gateway", "channel"):
-        with _server(kind, args.base, home, args.interval) as (port, pid):
+        with serving(kind, args.base, home, args.interval) as (port, pid):
             for request in ("completions",) if kind == "floor" else (args.request or _BODIES):
                 found.append(_measure(kind, request, args, port, pid))
                 click.echo(_line(_cells(found[-1])))
@@ -101,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _server(kind: str, base: str, home: Path, interval_s: float) -> Iterator[tuple[int, int]]:
-    """Its port and process."""
+def serving(kind: str, base: str, home: Path, interval_s: float) -> Iterator[tuple[int, int]]:
+    """A server of engines that compute nothing; its port and process."""
     with tempfile.TemporaryDirectory(prefix="front-") as folder:
         setup = {"kind": kind, "base": base, "home": str(home), "folder": folder, "interval_s": interval_s}
         process = subprocess.Popen(

@@ -4,7 +4,7 @@
     python -m benchmarks.front.client '{"port": 8000, "pid": 1, "body": {…}, "rate": 50, "seconds": 5}'
 
 With `connections` as many requests are under way at any time, and the events of the last `seconds` are counted; with
-`rate` so many requests a second are sent, and each is timed. It prints one JSON object.
+`rate` so many requests a second are sent, from `begin_at` on, and each is timed. It prints one JSON object.
 """
 
 from __future__ import annotations
@@ -94,14 +94,20 @@ def flood(port: int, pid: int, request: bytes, connections: int, seconds: float)
     return found | {"events_per_response": num_whole_events / num_whole}
 
 
-def paced(port: int, request: bytes, rate: float, seconds: float) -> dict[str, list[float]]:
-    """Seconds to the first byte and to the end of each request; a late sending counts as latency."""
+def paced(
+    port: int, request: bytes, rate: float, seconds: float, begin_at: float | None = None
+) -> dict[str, list[float]]:
+    """When each request was due, and seconds to its first byte and to its end; a late sending counts as latency.
+
+    `begin_at`: of `time.perf_counter`; None: at once.
+    """
     selector = selectors.DefaultSelector()
     free: deque[Stream] = deque()
+    began_s: list[float] = []
     first: list[float] = []
     whole: list[float] = []
     num_sent, num_requests = 0, int(rate * seconds)
-    began = time.perf_counter() + 0.1
+    began = time.perf_counter() + 0.1 if begin_at is None else begin_at
     while len(whole) < num_requests:
         due = began + num_sent / rate
         now = time.perf_counter()
@@ -117,10 +123,14 @@ def paced(port: int, request: bytes, rate: float, seconds: float) -> dict[str, l
         for key, _ in selector.select(max(0.0, due - now) if num_sent < num_requests else None):
             stream = key.data
             if stream.receive()[1]:
+                began_s.append(stream.began)
                 first.append(stream.first - stream.began)
                 whole.append(time.perf_counter() - stream.began)
                 free.append(stream)
-    return {"first_s": first, "whole_s": whole}
+    for stream in free:
+        stream.socket.close()
+    selector.close()
+    return {"began_s": began_s, "first_s": first, "whole_s": whole}
 
 
 def main() -> None:
@@ -128,7 +138,7 @@ def main() -> None:
     request = http_request(setup["body"], setup["path"])
     found: dict[str, Any]
     if "rate" in setup:
-        found = dict(paced(setup["port"], request, setup["rate"], setup["seconds"]))
+        found = dict(paced(setup["port"], request, setup["rate"], setup["seconds"], setup.get("begin_at")))
     else:
         found = dict(flood(setup["port"], setup["pid"], request, setup["connections"], setup["seconds"]))
     sys.stdout.write(json.dumps(found) + "\n")

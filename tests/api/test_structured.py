@@ -142,14 +142,15 @@ def test_deep_schemas_are_refused() -> None:
     "fields",
     [
         {"guided_json": {"enum": list(range(1_000_000))}},
-        {"guided_json": {"properties": {str(i): {"type": "string"} for i in range(15_000)}}},
+        {"guided_json": {"properties": {str(i): {"type": "string"} for i in range(1_001)}}},
+        {"guided_json": {"anyOf": [{"properties": {str(i): {"type": "string"} for i in range(900)}}] * 12}},
         {"guided_choice": ["x"] * 1_000_000},
     ],
-    ids=["enum", "properties", "choice"],
+    ids=["enum", "members", "properties", "choice"],
 )
 def test_large_ones_are_refused_before_they_are_copied(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json, "dumps", None)
-    with pytest.raises(RequestError, match=r"more than 20000 values|at most 10000 items"):
+    with pytest.raises(RequestError, match=r"more than 20000 values|more than 1,000 members|at most 10000 items"):
         constraint(**fields)
 
 

@@ -21,7 +21,6 @@ from benchmarks.serving.systems.client import Received, ask, read_body, read_eve
 from benchmarks.serving.systems.cpu import CpuSeconds, idle_cores, of_home, of_tree
 from benchmarks.serving.systems.processes import (
     PassResult,
-    Session,
     Setting,
     environment,
     run_process,
@@ -55,7 +54,7 @@ class OpenAiSession:
     ) -> None:
         self.pid, self.start_s, self.cpu = pid, start_s, cpu
         self.idle_cores = float("nan")
-        self._port, self._model, self._names, self._options = port, model, names, options
+        self.port, self._model, self._names, self._options = port, model, names, options
 
     def run(self, requests: Sequence[TimedRequest], at_once: int | None) -> PassResult:
         return PassResult(asyncio.run(replay_whole(requests, at_once, self._ask, self._read)), None)
@@ -71,7 +70,7 @@ class OpenAiSession:
             **self._options,
         }
         headers = {"X-Tenant-Id": request.tenant} if request.tenant else {}
-        return await ask(self._port, "/v1/completions", body, headers)
+        return await ask(self.port, "/v1/completions", body, headers)
 
     def _read(self, answer: Received, request: TimedRequest) -> Iterator[tuple[float, list[int]]]:
         if not request.streamed:
@@ -117,7 +116,7 @@ def _home(setting: Setting, options: EngineOptions, port: int) -> tuple[Path, Se
 
 
 @contextmanager
-def serve_alone(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+def serve_alone(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[OpenAiSession]:
     """`loray serve`, ready."""
     port = free_ports(1)[0]
     spec, settings = _home(setting, options, port)
@@ -131,7 +130,7 @@ def serve_alone(setting: Setting, options: EngineOptions, refs: Sequence[Adapter
 
 
 @contextmanager
-def serve_cluster(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[Session]:
+def serve_cluster(setting: Setting, options: EngineOptions, refs: Sequence[AdapterRef]) -> Iterator[OpenAiSession]:
     """`loray up`, ready, and its cores when it is idle."""
     port = free_ports(1)[0]
     spec, settings = _home(setting, options, port)

@@ -16,6 +16,7 @@ from loray.spec.structured import ANY_OBJECT, Schema, Tag
 
 MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_NODES = 20_000
+MAX_SCHEMA_MEMBERS = 1_000  # of one object: properties that may be absent take time with their number squared, 0.1 s
 MAX_CHOICES = 10_000
 _FIELD = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -41,6 +42,8 @@ def schema(value: object) -> object:
 def _check_depth(value: object) -> None:
     level, num_nodes = [value], 0
     for _ in range(MAX_SCHEMA_DEPTH):
+        if any(len(node) > MAX_SCHEMA_MEMBERS for node in level if isinstance(node, dict)):
+            raise RequestError(f"an object of the schema has more than {MAX_SCHEMA_MEMBERS:,} members; use fewer")
         level = [child for node in level for child in _children(node)]
         num_nodes += len(level)
         if num_nodes > MAX_SCHEMA_NODES:
