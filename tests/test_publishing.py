@@ -63,8 +63,7 @@ def test_an_adapter_carries_how_it_speaks(
     assert (ref.tool_parser, snapshot.templates) == ("mistral", {ref.chat_template: template})
     again = import_folder(folder, base, Destination("again", store, catalog))
     assert again.digest != version.digest
-    assert catalog.snapshot(snapshot).templates is not snapshot.templates
-    assert catalog.snapshot(snapshot).templates == snapshot.templates
+    assert catalog.snapshot(snapshot).templates == catalog.snapshot().templates == snapshot.templates
 
     fetched = tmp_path / "fetched"
     store.fetch(version.digest, fetched)

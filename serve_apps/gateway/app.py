@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from loray import __version__
 from loray.bases.registry import get_base
 from loray.catalog import Catalog
+from loray.catalog.snapshots.disk import SnapshotFile
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.bodies import BodyLimit
@@ -24,6 +25,7 @@ from serve_apps.gateway.openapi import describe_bodies
 from serve_apps.gateway.prompts import PromptEncoder
 from serve_apps.gateway.routes import adapters, generation, server, tokens
 
+CATALOG_SNAPSHOT = "catalog-snapshot.jsonl"  # in the home folder
 _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger max_body_bytes"
 
 
@@ -58,5 +60,6 @@ def open_gateway(spec: ServeSpec, settings: Settings, engines: Engines, gateways
     `app.state.gateway` is the Gateway.
     """
     base = get_base(settings.home, spec.base)
-    directory = ModelDirectory(base, lambda: Catalog(settings.catalog))
+    kept = SnapshotFile(settings.home / CATALOG_SNAPSHOT, settings.catalog)
+    directory = ModelDirectory(base, lambda: Catalog(settings.catalog), kept)
     return create_app(Gateway(spec, directory, PromptEncoder.load(base, spec.tool_parser), engines, gateways))

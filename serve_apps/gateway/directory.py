@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from loray.api.openai import Model, ModelList
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
-from loray.errors import AdapterNotFound, shown
+from loray.catalog.snapshots import BaseTotals
+from loray.catalog.snapshots.disk import SnapshotFile
+from loray.errors import AdapterNotFound, CatalogError, shown
 from loray.spec import AdapterRef
 from loray.telemetry import get_logger
 
@@ -18,50 +19,68 @@ _log = get_logger(__name__)
 
 REFRESH_S = 0.2  # the time after which a promotion or a rollback takes effect
 LOOK_AGAIN_S = 0.05
+KEEP_S = 60.0  # between two copies of the snapshot on disk
 _DATABASE_TIMEOUT_S = 5.0
-_OWNER = "loray"
 
 
 class ModelDirectory:
     """The base and the adapters of one deployment. Used from one event loop.
 
     The first refresh that reaches the database opens the catalog. If the database cannot be reached later, the last
-    snapshot is used.
+    snapshot is used; if it cannot be reached at first, the snapshot `kept` on disk.
+
+    A thread reads what changed and makes the next snapshot. The event loop sees it by one assignment, complete.
     """
 
-    def __init__(self, base: BaseModel, open_catalog: Callable[[], Catalog]) -> None:
+    def __init__(self, base: BaseModel, open_catalog: Callable[[], Catalog], kept: SnapshotFile | None = None) -> None:
         self.base = base
         self.failure: str | None = None  # of the last refresh
-        self.longest_context = base.config.max_position_embeddings  # of the base and all its adapters
         self._open_catalog = open_catalog
         self._catalog: Catalog | None = None
         self._snapshot: CatalogSnapshot | None = None
-        self._created = int(time.time())
+        self._follows = False  # the snapshot is the database's: nothing failed since it was read
         self._refreshing = asyncio.Lock()
         self._looking = asyncio.Lock()
         self._refreshed_at = float("-inf")  # when the last refresh began, whether or not it succeeded
         self._read_at = float("-inf")  # when the last successful refresh began
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="catalog")
         self._reading: asyncio.Future[None] | None = None
+        self._kept = kept
+        self._keeping: asyncio.Future[None] | None = None
+        self._kept_at, self._kept_counter = float("-inf"), -1
 
     @property
     def num_adapters(self) -> int:
-        return len(self._entries())
+        return self._totals.num_adapters
+
+    @property
+    def longest_context(self) -> int:
+        """Of the base and all its adapters."""
+        return max(self.base.config.max_position_embeddings, self._totals.longest_context)
 
     @property
     def age_s(self) -> float:
         """Seconds since the snapshot was last known to be current; infinite before the first one."""
         return time.monotonic() - self._read_at
 
-    def labels(self) -> dict[str, str]:
-        """Digest → `name@version` of all versions."""
-        entries = () if self._snapshot is None else self._snapshot.models()
-        return {ref.digest: ref.label for entry in entries for ref in entry.versions.values()}
+    @property
+    def _totals(self) -> BaseTotals:
+        totals = {} if self._snapshot is None else self._snapshot.totals
+        return totals.get(self.base.fingerprint, BaseTotals())
+
+    async def labels(self, digests: Collection[str]) -> dict[str, str]:
+        """Digest → `name@version` of those that the catalog has. A thread looks through all versions."""
+        snapshot, wanted = self._snapshot, frozenset(digests)
+        if snapshot is None or not wanted:
+            return {}
+        refs = (ref for entry in snapshot.models() for ref in entry.refs)
+        return await asyncio.to_thread(lambda: {ref.digest: ref.label for ref in refs if ref.digest in wanted})
 
     async def watch(self) -> None:
-        """Refreshes the snapshot until cancelled."""
+        """Refreshes the snapshot until cancelled, and keeps a copy on disk."""
         while True:
             await self.refresh()
+            self._keep()
             await asyncio.sleep(REFRESH_S)
 
     async def refresh(self) -> None:
@@ -96,13 +115,12 @@ class ModelDirectory:
     async def resolve(self, model: str) -> AdapterRef | None:
         """The adapter of a name; None for the base. The database is read again for a name that the snapshot lacks.
 
-        Raises AdapterNotFound, or BaseMismatch for an adapter of another base.
+        Raises AdapterNotFound, BaseMismatch for an adapter of another base, and CatalogError before the first snapshot.
         """
         if model == self.base.name:
             return None
-        try:
-            ref = self._lookup(model)
-        except AdapterNotFound:
+        ref = None if self._snapshot is None else self._snapshot.find(model)
+        if ref is None:
             await self._look_again()
             ref = self._lookup(model)
         ref.check_base(self.base.name, self.base.fingerprint)
@@ -115,55 +133,32 @@ class ModelDirectory:
         assert self._snapshot is not None
         return self._snapshot.templates[adapter.chat_template]
 
-    def models(self, limit: Callable[[int], int]) -> ModelList:
-        """The base, then adapters by name. `limit` maps a model's context length to the one that is served."""
-        base = Model(
-            id=self.base.name,
-            object="model",
-            created=self._created,
-            owned_by=_OWNER,
-            root=self.base.name,
-            parent=None,
-            max_model_len=limit(self.base.config.max_position_embeddings),
-        )
-        return ModelList(
-            object="list", data=[base, *(self._card(e.name, e, e.default, limit) for e in self._entries())]
-        )
+    def entries(self, after: str | None = None) -> Iterator[AdapterEntry]:
+        """The catalog's adapters of this moment by name, those after the name `after`; `serves` says which are served
+        here.
+        """
+        return iter(()) if self._snapshot is None else self._snapshot.models(after)
 
-    async def model(self, model: str, limit: Callable[[int], int]) -> Model:
-        """One model, by any name that `resolve` accepts. Raises what `resolve` raises."""
-        ref = await self.resolve(model)
-        if ref is None:
-            return self.models(limit).data[0]
+    def serves(self, entry: AdapterEntry) -> bool:
+        """Whether what its bare name means belongs to the base."""
+        return entry.default.base_fingerprint == self.base.fingerprint
+
+    def entry(self, ref: AdapterRef) -> AdapterEntry:
+        """The entry of an adapter that `resolve` has just found."""
         assert self._snapshot is not None
-        return self._card(model, self._snapshot.adapters[ref.name], ref, limit)
+        return self._snapshot.adapters[ref.name]
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._catalog is not None:
             self._catalog.close()
 
-    def _card(self, model: str, entry: AdapterEntry, ref: AdapterRef, limit: Callable[[int], int]) -> Model:
-        return Model(
-            id=model,
-            object="model",
-            created=int(entry.created_at.timestamp()),
-            owned_by=_OWNER,
-            root=ref.label,
-            parent=self.base.name,
-            max_model_len=limit(ref.context_length),
-            method=ref.method,
-            digest=ref.digest,
-            aliases=dict(entry.aliases),
-            versions=sorted(entry.versions, reverse=True),
-        )
-
-    def _entries(self) -> tuple[AdapterEntry, ...]:
-        return () if self._snapshot is None else self._snapshot.models(self.base.fingerprint)
-
     def _lookup(self, model: str) -> AdapterRef:
         if self._snapshot is None:
-            raise AdapterNotFound(f"no adapter {shown(model)}: the catalog could not be read yet ({self.failure})")
+            raise CatalogError(
+                f"the model {shown(model)} cannot be looked up: the catalog could not be read yet ({self.failure}); "
+                "try again"
+            )
         try:
             return self._snapshot.resolve(model)
         except AdapterNotFound as e:
@@ -176,11 +171,35 @@ class ModelDirectory:
         return self._reading
 
     def _read(self) -> None:
-        if self._catalog is None:
-            self._catalog = self._open_catalog()
-        if self._snapshot is None or self._catalog.change_counter() != self._snapshot.counter:
-            self._snapshot = self._catalog.snapshot(self._snapshot)
-            self.longest_context = max(
-                [self.base.config.max_position_embeddings]
-                + [ref.context_length for entry in self._entries() for ref in entry.versions.values()]
-            )
+        follows, self._follows = self._follows, False
+        try:
+            if self._catalog is None:
+                self._catalog = self._open_catalog()
+            # After an error all is read: the database that answers now may be another copy of the catalog.
+            before = self._snapshot if follows else None
+            if before is None or self._catalog.change_counter() != before.counter:
+                self._snapshot = self._catalog.snapshot(before)
+        except Exception:
+            if self._snapshot is None and self._kept is not None:
+                self._use(self._kept)
+            raise
+        self._follows = True
+
+    def _use(self, kept: SnapshotFile) -> None:
+        found = kept.read()
+        if found is not None:
+            self._snapshot = found.snapshot
+            self._read_at = time.monotonic() - found.age_s
+            _log.warning("serving with the catalog's names of %.0f s ago, kept on disk", found.age_s)
+
+    def _keep(self) -> None:
+        """Brings the copy on disk up to date, in a thread, if the last one is old enough."""
+        snapshot, now = self._snapshot, time.monotonic()
+        if self._kept is None or snapshot is None or self.failure is not None or now - self._kept_at < KEEP_S:
+            return
+        self._kept_at = now
+        self._keeping = asyncio.get_running_loop().run_in_executor(None, self._write, self._kept, snapshot)
+
+    def _write(self, kept: SnapshotFile, snapshot: CatalogSnapshot) -> None:
+        if snapshot.counter != self._kept_counter or not kept.still_current():
+            self._kept_counter = snapshot.counter if kept.write(snapshot) else -1

@@ -34,6 +34,7 @@ from serve_apps.gateway.answers.writers import Writer, writer_of
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines, Gateways
 from serve_apps.gateway.metrics import GatewayMetrics, together
+from serve_apps.gateway.models import ModelCards
 from serve_apps.gateway.prompts import PromptEncoder
 
 _MIN_BODY_BYTES = 1 << 20
@@ -56,6 +57,7 @@ class Gateway:
         self.prompts, self._engines, self._gateways = prompts, engines, gateways
         self._grammars = GrammarChecker(directory.base)
         self._pool_tokens = pool_geometry(spec, directory.base.config).num_tokens
+        self.models = ModelCards(directory, self.limit)
         self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
 
     @property
@@ -225,9 +227,10 @@ class Gateway:
         return Response('{"status":"ok"}', media_type="application/json")
 
     async def status(self) -> Status:
-        labels = self.directory.labels()
+        found = await self._engines.stats()
+        labels = await self.directory.labels({d for r in found for d in r.adapters_in_pool + r.adapters_on_host})
         replicas = []
-        for replica in await self._engines.stats():
+        for replica in found:
             named = {
                 field: tuple(labels.get(digest, digest[:12]) for digest in getattr(replica, field))
                 for field in ("adapters_in_pool", "adapters_on_host")

@@ -7,14 +7,17 @@ import difflib
 import pytest
 
 from loray.catalog import entries
-from loray.catalog.entries import similar, unknown_adapter
+from loray.catalog.entries import NUM_COMPARED, similar, unknown_adapter
+from loray.catalog.snapshots.blocks import SortedMap
 
 FEW = sorted(["tone", "tome", "dates", "legal-de", "legal-en", "Tone"])
-MANY = sorted([f"customer-{i:05d}" for i in range(20_000)] + FEW)
+MANY = SortedMap((name, 1) for name in [f"customer-{i:05d}" for i in range(20_000)] + FEW)
 
 
 def test_of_few_names_all_are_compared() -> None:
+    few = SortedMap((name, 1) for name in FEW)
     for name in ("tune", "egal-de", "date", "customer"):
+        assert list(few.around(name, NUM_COMPARED)) == FEW
         assert similar(name, FEW) == difflib.get_close_matches(name, FEW, n=3, cutoff=0.6)
 
 
@@ -22,21 +25,14 @@ def test_of_few_names_all_are_compared() -> None:
     ("name", "expected"), [("legal-d", "legal-de"), ("datess", "dates"), ("customer-0777", "customer-0777")]
 )
 def test_of_many_names_those_with_the_same_beginning_are_found(name: str, expected: str) -> None:
-    assert any(found.startswith(expected) for found in similar(name, MANY))
+    assert any(found.startswith(expected) for found in similar(name, MANY.around(name, NUM_COMPARED)))
 
 
 @pytest.mark.parametrize("name", ["", "a", "customer-1", "zzz", "~"])
-def test_of_many_names_few_are_compared(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    compared: list[int] = []
-
-    def close(word: str, names: list[str], **_: object) -> list[str]:
-        compared.append(len(names))
-        return []
-
-    monkeypatch.setattr(difflib, "get_close_matches", close)
-    assert similar(name, MANY) == []
-    assert compared == [entries._COMPARED]
+def test_of_many_names_few_are_compared(name: str) -> None:
+    assert len(MANY.around(name, NUM_COMPARED)) == NUM_COMPARED
 
 
-def test_a_long_name_is_neither_compared_nor_repeated() -> None:
-    assert len(str(unknown_adapter("x" * 1_000_000, MANY, ()))) < 300
+def test_a_long_name_is_neither_compared_nor_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(entries.difflib, "get_close_matches")
+    assert len(str(unknown_adapter("x" * 1_000_000, ["x" * 1_000_000], FEW, ()))) < 300

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +46,7 @@ class Setup:
     def to_json(self) -> str:
         paths = {"home": str(self.home), "folder": str(self.folder)}
         spec = self.spec.model_dump(mode="json")
-        return json.dumps(
-            asdict(replace(self, refs=())) | paths | {"spec": spec, "refs": [_dump(r) for r in self.refs]}
-        )
+        return json.dumps(asdict(self) | paths | {"spec": spec})
 
     @classmethod
     def from_json(cls, line: str) -> Setup:
@@ -119,10 +117,6 @@ def build(setup: Setup, base: BaseModel) -> Engine:
         tensors = random_tensors(base.config, torch.device(spec.device), getattr(torch, spec.dtype))
         return build_engine(spec, base, load, tensors)
     return build_engine(spec, base, load)
-
-
-def _dump(ref: AdapterRef) -> dict[str, Any]:
-    return ref.model_dump(mode="json")
 
 
 def main() -> None:

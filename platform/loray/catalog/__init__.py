@@ -7,11 +7,11 @@ from loray.catalog.entries import (
     AdapterVersion,
     AliasMove,
     AliasState,
-    CatalogSnapshot,
     Job,
     split_model,
 )
 from loray.catalog.jobs import JobPage
+from loray.catalog.snapshots import CatalogSnapshot
 
 __all__ = [
     "AdapterDetail",

@@ -47,7 +47,7 @@ class Aliases(Database):
         """
         check_alias(alias)
         with writing(self._engine) as c:
-            lock(c)
+            counter = lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             name = entry.name
             entry.select(str(version))
@@ -55,7 +55,8 @@ class Aliases(Database):
             if expected is not None and current != expected:
                 raise ConflictError(f"{_where(name, alias, current)}, not {expected or 'unset'}: look again")
             _check_revision(c, adapter_id, name, alias, expected_revision)
-            self._move(c, adapter_id, entry.tenant, name, alias, version, count_change(c), no_gate)
+            if self._move(c, adapter_id, entry.tenant, name, alias, version, counter + 1, no_gate):
+                count_change(c, adapter_id)
             return _states(c, adapter_id, name)[alias]
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasState:
@@ -66,7 +67,7 @@ class Aliases(Database):
         """
         check_alias(alias)
         with writing(self._engine) as c:
-            lock(c)
+            counter = lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             name = entry.name
             _check_revision(c, adapter_id, name, alias, expected_revision)
@@ -85,9 +86,10 @@ class Aliases(Database):
                 )
             (move_id, _, _), (_, version_id, version) = stack
             c.execute(alias_moves.update().where(alias_moves.c.id == move_id).values(undone=True))
-            target = {"version_id": version_id, "revision": count_change(c)}
+            target = {"version_id": version_id, "revision": counter + 1}
             c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
             log(c, self._actor, "rollback", f"{name}@{alias}", tenant=entry.tenant, version=version, previous=current)
+            count_change(c, adapter_id)
             return _states(c, adapter_id, name)[alias]
 
     def delete_alias(self, name: str, alias: str, *, expected_revision: int | None = None) -> None:
@@ -105,7 +107,7 @@ class Aliases(Database):
             c.execute(aliases.delete().where(alias_is(adapter_id, alias)))
             c.execute(alias_moves.update().where(_not_undone(adapter_id, alias)).values(undone=True))
             log(c, self._actor, "delete_alias", f"{name}@{alias}", tenant=entry.tenant, version=version)
-            count_change(c)
+            count_change(c, adapter_id)
 
     def aliases(self, name: str) -> tuple[AliasState, ...]:
         """All aliases of one name, sorted. Raises AdapterNotFound where there is no such name."""
@@ -132,12 +134,15 @@ class Aliases(Database):
         version: int,
         revision: int,
         no_gate: str | None,
-    ) -> None:
-        """Move within a transaction that has set the change counter to `revision`. Raises GateRefused."""
+    ) -> bool:
+        """Move within a transaction that sets the change counter to `revision`; False: it points there already.
+
+        Raises GateRefused.
+        """
         version_id = version_id_of(c, adapter_id, version)
         current = c.execute(sa.select(aliases.c.version_id).where(alias_is(adapter_id, alias))).scalar()
         if current == version_id:
-            return
+            return False
         against = self._check_gate(load_version(c, name, adapter_id, version), alias, no_gate)
         target = {"version_id": version_id, "revision": revision}
         if current is None:
@@ -148,6 +153,7 @@ class Aliases(Database):
         c.execute(alias_moves.insert().values(move | {"no_gate": no_gate if against else None, "created_at": now()}))
         override = {"no_gate": no_gate, "against": against} if against else {}
         log(c, self._actor, "promote", f"{name}@{alias}", tenant=tenant, version=version, **override)
+        return True
 
     def _check_gate(self, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
         """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""

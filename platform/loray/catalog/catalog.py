@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 
@@ -15,7 +15,6 @@ from loray.catalog.entries import (
     AdapterEntry,
     AdapterVersion,
     AliasMove,
-    CatalogSnapshot,
     split_model,
 )
 from loray.catalog.evaluations import Evaluations
@@ -27,17 +26,18 @@ from loray.catalog.queries import (
     count_change,
     load_entries,
     load_entry,
-    load_templates,
     load_version,
     lock,
     log,
     name_to_register,
     new_id,
     now,
-    select_names,
     utc,
 )
-from loray.catalog.schema import adapters, alias_moves, bases, changes, versions
+from loray.catalog.schema import adapters, alias_moves, bases, versions
+from loray.catalog.snapshots.feed import changes_since, read_counter
+from loray.catalog.snapshots.listing import select_names
+from loray.catalog.snapshots.snapshot import CatalogSnapshot
 from loray.errors import ConflictError, GateRefused, PermissionDenied, SpecError
 from loray.spec import AdapterManifest, AdapterRef
 from loray.telemetry import get_logger
@@ -117,7 +117,7 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
         if version is not None and not 0 < version <= _MAX_VERSION:
             raise SpecError(f"version {version} is not a version number; they count from 1")
         with writing(self._engine) as c:
-            lock(c)
+            counter = lock(c)
             name, tenant = name_to_register(c, self._principal, name)
             check_digest(c, self._principal, digest)
             adapter_id = c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).scalar()
@@ -152,12 +152,14 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
                 raise ConflictError(f"{name!r} has this adapter as version {known} already, so it cannot be {version}")
             else:
                 number = known
-            revision = count_change(c)
+            moved = False
             for alias in aliases:
                 try:
-                    self._move(c, adapter_id, tenant, name, alias, number, revision, no_gate)
+                    moved |= self._move(c, adapter_id, tenant, name, alias, number, counter + 1, no_gate)
                 except GateRefused as e:
                     raise GateRefused(f"{e}; nothing was registered: do that without an alias first") from None
+            if known is None or moved:
+                count_change(c, adapter_id)
             return load_version(c, name, adapter_id, number)
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -170,7 +172,7 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
 
     def adapters(self) -> tuple[AdapterEntry, ...]:
         """All names of the caller, sorted."""
-        return self.snapshot().models()
+        return tuple(self.snapshot().models())
 
     def names(
         self,
@@ -180,14 +182,21 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
         tenant: str | None = None,
         base: str | None = None,
         method: str | None = None,
+        search: str | None = None,
+        tags: Mapping[str, str | None] | None = None,
     ) -> tuple[AdapterEntry, ...]:
-        """At most `limit` names after `after`, in order: of `tenant`, whose default version has this `base` and
-        `method`.
+        """At most `limit` names after `after`, in order.
+
+        base, method  of the version that the bare name means; `base` is a base model's name
+        search        part of the name, whatever its case
+        tags          key → value; None: any value
         """
+        query = select_names(
+            self._principal, after, tenant=tenant, base=base, method=method, search=search, tags=tags or {}
+        )
         with reading(self._engine) as c:
-            query = select_names(self._principal, after, tenant=tenant, base=base, method=method)
             names: list[str] = list(c.scalars(query.limit(limit)))
-            found = {entry.name: entry for _, entry in load_entries(c, self._principal, names)}
+            found = {entry.name: entry for _, entry in load_entries(c, self._principal, adapters.c.name.in_(names))}
             return tuple(found[name] for name in names)  # the database's order depends on its collation
 
     def entry(self, name: str) -> AdapterEntry:
@@ -233,17 +242,17 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
     def change_counter(self) -> int:
         """It grows with every write to names: a snapshot with the same counter is up to date."""
         with reading(self._engine) as c:
-            return int(c.execute(sa.select(changes.c.counter)).scalar_one())
+            return read_counter(c)
 
     def snapshot(self, before: CatalogSnapshot | None = None) -> CatalogSnapshot:
-        """All names of the caller now. Chat templates that the snapshot `before` has are not read again."""
+        """All names of the caller now. Only what changed since the snapshot `before` is read; the rest is shared.
+
+        `before` must be the caller's, of this catalog: where the database was restored meanwhile, it may not be.
+        """
         with reading(self._engine) as c:
-            return CatalogSnapshot(
-                counter=c.execute(sa.select(changes.c.counter)).scalar_one(),
-                bases={row.name: row.fingerprint for row in c.execute(sa.select(bases))},
-                adapters={entry.name: entry for _, entry in load_entries(c, self._principal)},
-                templates=load_templates(c, {} if before is None else before.templates),
-            )
+            if before is None or read_counter(c) < before.counter:
+                before = CatalogSnapshot()
+            return before.after(changes_since(c, self._principal, before))
 
 
 def _refuse_taken(c: sa.Connection, name: str, adapter_id: int, version: int) -> None:

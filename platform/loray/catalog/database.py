@@ -70,11 +70,11 @@ def open_database(url: str) -> sa.Engine:
     try:
         engine = _engine(url)
     except ImportError as e:
-        raise SettingsError(f"catalog {_shown(url)}: {e}; PostgreSQL needs `pip install 'psycopg[binary]'`") from e
+        raise SettingsError(f"catalog {shown_url(url)}: {e}; PostgreSQL needs `pip install 'psycopg[binary]'`") from e
     except (ArgumentError, NoSuchModuleError) as e:
-        raise SettingsError(f"catalog {_shown(url)}: {e}") from e
+        raise SettingsError(f"catalog {shown_url(url)}: {e}") from e
     except ValueError as e:  # its message has the part of the URL that was parsed as a port
-        raise SettingsError(f"catalog {_shown(url)}: not a URL; percent-encode user and password") from e
+        raise SettingsError(f"catalog {shown_url(url)}: not a URL; percent-encode user and password") from e
     try:
         with _creation_lock(engine):
             _migrate(engine)
@@ -82,8 +82,8 @@ def open_database(url: str) -> sa.Engine:
         engine.dispose()
         reason = str(e.orig).strip()
         if engine.dialect.name == "postgresql":  # for instance a missing privilege
-            raise CatalogError(f"catalog {_shown(url)} cannot be migrated: {reason}") from e
-        raise IntegrityError(f"catalog {_shown(url)} is damaged: {reason}") from e
+            raise CatalogError(f"catalog {shown_url(url)} cannot be migrated: {reason}") from e
+        raise IntegrityError(f"catalog {shown_url(url)} is damaged: {reason}") from e
     except LorayError:
         engine.dispose()
         raise
@@ -187,11 +187,11 @@ def _translate_errors(engine: sa.Engine) -> Iterator[None]:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as e:
         reason = str(e) if isinstance(e, PoolTimeout) else str(e.orig).strip()
-        raise CatalogError(f"catalog {_shown(engine.url)} cannot be used: {reason}") from e
+        raise CatalogError(f"catalog {shown_url(engine.url)} cannot be used: {reason}") from e
 
 
-def _shown(url: str | sa.URL) -> str:
-    """The URL without passwords."""
+def shown_url(url: str | sa.URL) -> str:
+    """The URL, for messages and to name the catalog."""
     try:
         parsed = sa.make_url(url)
     except (ArgumentError, ValueError):

@@ -1,20 +1,20 @@
-"""Results of catalog queries: versions, names with aliases, jobs, and snapshots, which resolve names in memory."""
+"""Results of catalog queries: versions, names with aliases, jobs."""
 
 from __future__ import annotations
 
 import bisect
 import difflib
-import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
+from functools import lru_cache
+from sys import intern
+from typing import Any, NamedTuple
 
 from loray.errors import AdapterNotFound, shown
 from loray.spec import (
     DEFAULT_ALIAS,
     DEFAULT_TENANT,
-    OPERATOR,
     AdapterManifest,
     AdapterRef,
     Evaluation,
@@ -23,10 +23,9 @@ from loray.spec import (
     TrainSpec,
     Visibility,
     has_ended,
-    meanings,
 )
 
-_COMPARED = 64
+NUM_COMPARED = 64
 _LONGEST_COMPARED = 192  # characters; a name has at most 96
 
 
@@ -94,12 +93,18 @@ class AliasMove:
 
 @dataclass(frozen=True, slots=True)
 class AdapterEntry:
-    """One name: its versions (never empty), where its aliases point, and who sees it: its tenant and `shared_with`."""
+    """One name: its versions (never empty), where its aliases point, and who sees it: its tenant and `shared_with`.
+
+    Servers keep one for each name: tuples take less memory than dictionaries.
+
+    refs      the versions, oldest first
+    pointers  (alias, version), sorted
+    """
 
     name: str
     created_at: datetime
-    versions: Mapping[int, AdapterRef]
-    aliases: Mapping[str, int]
+    refs: tuple[AdapterRef, ...]
+    pointers: tuple[tuple[str, int], ...] = ()
     tenant: str = DEFAULT_TENANT
     visibility: Visibility = "private"
     shared_with: frozenset[str] = frozenset()
@@ -114,23 +119,73 @@ class AdapterEntry:
         )
 
     @property
+    def versions(self) -> dict[int, AdapterRef]:
+        """By number, the oldest first."""
+        return {ref.version: ref for ref in self.refs}
+
+    @property
+    def aliases(self) -> dict[str, int]:
+        """Alias → version."""
+        return dict(self.pointers)
+
+    @property
     def default(self) -> AdapterRef:
         """The version that a name without a selector means: DEFAULT_ALIAS where it is set, else the newest version."""
-        return self.versions[self.aliases.get(DEFAULT_ALIAS, max(self.versions))]
+        return self.find(DEFAULT_ALIAS) or self.refs[-1]
+
+    def find(self, selector: str | None) -> AdapterRef | None:
+        """The version of this number or alias; None where there is none."""
+        if selector is None:
+            return self.default
+        if _is_number(selector):
+            return self._version(int(selector))
+        return next((self._version(version) for alias, version in self.pointers if alias == selector), None)
 
     def select(self, selector: str | None) -> AdapterRef:
         """The version of this number or alias. Raises AdapterNotFound, which lists those that exist."""
-        if selector is None:
-            return self.default
-        version = int(selector) if _is_number(selector) else self.aliases.get(selector)
-        if version is not None and version in self.versions:
-            return self.versions[version]
-        if _is_number(selector):
-            numbers = sorted(self.versions)
-            span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+        ref = self.find(selector)
+        if ref is not None:
+            return ref
+        if _is_number(selector or ""):
+            first, last = self.refs[0].version, self.refs[-1].version
+            span = str(first) if first == last else f"{first} to {last}"
             raise AdapterNotFound(f"adapter {self.name!r} has no version {selector}; it has {span}")
-        known = ", ".join(sorted(self.aliases)) or "none"
-        raise AdapterNotFound(f"adapter {self.name!r} has no alias {shown(selector)}; its aliases: {known}")
+        known = ", ".join(alias for alias, _ in self.pointers) or "none"
+        raise AdapterNotFound(f"adapter {self.name!r} has no alias {shown(selector or '')}; its aliases: {known}")
+
+    def _version(self, version: int) -> AdapterRef | None:
+        at = bisect.bisect_left(self.refs, version, key=lambda ref: ref.version)
+        return self.refs[at] if at < len(self.refs) and self.refs[at].version == version else None
+
+
+def make_ref(name: str, version: int, digest: str, context_length: int, nbytes: int, *words: Any) -> AdapterRef:
+    """A reference; `words` are method, base_fingerprint, tool_parser and chat_template. Equal words are one string."""
+    method, base_fingerprint, tool_parser, chat_template = (_word(word) for word in words)
+    return AdapterRef(
+        digest=digest,
+        name=name,
+        version=version,
+        method=method,
+        base_fingerprint=base_fingerprint,
+        context_length=context_length,
+        nbytes=nbytes,
+        tool_parser=tool_parser,
+        chat_template=chat_template,
+    )
+
+
+def _word(word: Any) -> Any:
+    return word and intern(word)
+
+
+def make_pointers(pointers: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """`AdapterEntry.pointers`. Equal ones are one object, because most adapters have the same few."""
+    return _same(tuple(pointers))
+
+
+@lru_cache(maxsize=4096)
+def _same(pointers: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+    return pointers
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,77 +218,26 @@ class Job:
         return has_ended(self.status)
 
 
-@dataclass(frozen=True, slots=True)
-class CatalogSnapshot:
-    """All names at one moment, immutable. `counter` is the catalog's change counter then.
-
-    names      all, sorted
-    templates  SHA-256 → text of the chat templates that adapters have of their own
-    """
-
-    counter: int
-    bases: Mapping[str, str]  # name → fingerprint
-    adapters: Mapping[str, AdapterEntry]
-    templates: Mapping[str, str] = field(default_factory=dict)
-    names: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(sorted(self.adapters)))
-
-    def resolve(self, model: str, principal: Principal = OPERATOR) -> AdapterRef:
-        """`name`, `name@3` or `name@alias` → the version. Raises AdapterNotFound, which suggests similar names."""
-        name, selector = split_model(model)
-        return self.entry(name, principal).select(selector)
-
-    def entry(self, name: str, principal: Principal = OPERATOR) -> AdapterEntry:
-        """What `name` means for this caller. An adapter that does not exist for the caller is as unknown as any."""
-        for meant in meanings(name, principal.tenant):
-            entry = self.adapters.get(meant)
-            if entry is not None and entry.exists_for(principal):
-                return entry
-        raise unknown_adapter(
-            name, self.names, self.bases, principal.tenant, lambda name: self.adapters[name].exists_for(principal)
-        )
-
-    def models(self, base_fingerprint: str | None = None, principal: Principal = OPERATOR) -> tuple[AdapterEntry, ...]:
-        """The names of the caller whose default version belongs to this base (None: all), sorted."""
-        entries = map(self.adapters.__getitem__, self.names)
-        return tuple(
-            entry
-            for entry in entries
-            if base_fingerprint in (None, entry.default.base_fingerprint) and entry.exists_for(principal)
-        )
-
-
 def unknown_adapter(
-    name: str,
-    names: Sequence[str],
-    bases: Collection[str],
-    tenant: str = DEFAULT_TENANT,
-    exists: Callable[[str], bool] = lambda name: True,
+    name: str, meant: Collection[str], near: Collection[str], bases: Collection[str]
 ) -> AdapterNotFound:
-    """`names`: of all adapters, sorted; only those that `exists` says exist for the caller are suggested."""
+    """The error about a name that is none of an adapter for the caller, who means one of `meant` by it.
+
+    `near`: names that exist for the caller, beside each of `meant` in the order of all names. Their beginnings are
+    alike; NUM_COMPARED are compared in about a millisecond, which servers spend for each unknown name.
+    """
     if name in bases:
         return AdapterNotFound(f"{name!r} is a base model, not an adapter")
-    found = (similar(meant, names, exists) for meant in meanings(name, tenant))
-    near = list(dict.fromkeys(itertools.chain.from_iterable(found)))[:3]
-    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "; `loray adapters ls` lists them"
+    found = list(dict.fromkeys(alike for stored in meant for alike in similar(stored, near)))[:3]
+    hint = f"; did you mean {' or '.join(repr(n) for n in found)}?" if found else "; `loray adapters ls` lists them"
     return AdapterNotFound(f"no adapter {shown(name)}{hint}")
 
 
-def similar(name: str, names: Sequence[str], exists: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """At most three of the sorted `names` that exist and resemble `name`, the nearest first.
-
-    Of many it compares only those beside it in the order, whose beginnings are alike: about a millisecond at most,
-    however many there are, because servers call it for every unknown name.
-    """
+def similar(name: str, names: Collection[str]) -> list[str]:
+    """At most three of `names` that resemble `name`, the nearest first."""
     if len(name) > _LONGEST_COMPARED:
         return []
-    if len(names) > _COMPARED:
-        middle = bisect.bisect_left(names, name)
-        start = min(max(0, middle - _COMPARED // 2), len(names) - _COMPARED)
-        names = names[start : start + _COMPARED]
-    return difflib.get_close_matches(name, list(filter(exists, names)), n=3, cutoff=0.6)
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.6)
 
 
 def _is_number(selector: str) -> bool:

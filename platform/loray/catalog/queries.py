@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
+from sys import intern
 from typing import Any
 
 import sqlalchemy as sa
 
 from loray.adapters.manifest import parse_manifest
 from loray.catalog.checks import check_name, check_qualified
-from loray.catalog.entries import AdapterEntry, AdapterVersion, unknown_adapter
+from loray.catalog.entries import (
+    NUM_COMPARED,
+    AdapterEntry,
+    AdapterVersion,
+    make_pointers,
+    make_ref,
+    unknown_adapter,
+)
 from loray.catalog.schema import (
     adapters,
     aliases,
@@ -38,17 +45,38 @@ from loray.spec import (
 )
 
 
-def lock(c: sa.Connection) -> None:
+def lock(c: sa.Connection) -> int:
     """The first statement of every write. On PostgreSQL its row lock makes writers wait for each other, so that rows do
-    not change after a writer has read them.
+    not change after a writer has read them. Returns the change counter.
     """
-    c.execute(sa.select(changes.c.counter).with_for_update()).scalar_one()
+    return int(c.execute(sa.select(changes.c.counter).with_for_update()).scalar_one())
 
 
-def count_change(c: sa.Connection) -> int:
-    """Increment the change counter; returns its new value."""
+def count_change(c: sa.Connection, *adapter_ids: int) -> int:
+    """Increment the change counter, and return it: for every write that changed something which servers know.
+
+    It is the last statement of a write to adapters. Of those whose name, versions, aliases or visibility changed, it
+    notes the new value, by which snapshots find what changed, and what the bare name means now, by which listings are
+    filtered.
+    """
     counter = c.execute(changes.update().values(counter=changes.c.counter + 1).returning(changes.c.counter))
-    return int(counter.scalar_one())
+    changed_at = int(counter.scalar_one())
+    if adapter_ids:
+        c.execute(
+            adapters.update()
+            .where(adapters.c.id.in_(adapter_ids))
+            .values(changed_at=changed_at, served_method=_served("method"), served_base=_served("base_fingerprint"))
+        )
+    return changed_at
+
+
+def _served(column: str) -> sa.ScalarSelect[Any]:
+    """A column of the version that an adapter's bare name means; null where no version is left."""
+    is_default = sa.and_(alias_is(versions.c.adapter_id, DEFAULT_ALIAS), aliases.c.version_id == versions.c.id)
+    query = sa.select(versions.c[column]).outerjoin(aliases, is_default)
+    query = query.where(versions.c.adapter_id == adapters.c.id, versions.c.deleted_at.is_(None))
+    query = query.order_by(aliases.c.version_id.is_(None), versions.c.version.desc()).limit(1)
+    return query.correlate(adapters).scalar_subquery()
 
 
 def log(
@@ -64,14 +92,16 @@ def visible(principal: Principal) -> sa.ColumnElement[bool]:
 
     `AdapterEntry.exists_for` is the same for entries.
     """
+    exists = adapters.c.deleted_at.is_(None)
     if principal.is_admin:
-        return sa.true()
+        return exists
     shared = sa.select(shares.c.adapter_id).where(shares.c.tenant == principal.tenant)
-    return sa.or_(
+    seen = sa.or_(
         owned(principal),
         adapters.c.visibility == "public",
         sa.and_(adapters.c.visibility == "shared", adapters.c.id.in_(shared)),
     )
+    return sa.and_(exists, seen)
 
 
 def owned(principal: Principal) -> sa.ColumnElement[bool]:
@@ -80,77 +110,61 @@ def owned(principal: Principal) -> sa.ColumnElement[bool]:
 
 
 def load_entries(
-    c: sa.Connection, principal: Principal, names: Collection[str] | None = None
+    c: sa.Connection, principal: Principal, *where: sa.ColumnElement[bool]
 ) -> list[tuple[int, AdapterEntry]]:
-    """(adapter id, entry) of these names, or of all; only those that exist for the caller.
+    """(adapter id, entry) of the adapters that exist for the caller, and for which the conditions on `adapters` hold.
 
     With whom an adapter is shared is shown to those who may change it.
     """
-    where = [visible(principal), *([] if names is None else [adapters.c.name.in_(names)])]
-    rows = c.execute(
-        sa.select(
-            versions.c.adapter_id,
-            versions.c.version,
-            versions.c.digest,
-            versions.c.method,
-            versions.c.base_fingerprint,
-            versions.c.context_length,
-            versions.c.nbytes,
-            versions.c.tool_parser,
-            versions.c.chat_template,
-            adapters.c.name,
-        )
-        .join(adapters, adapters.c.id == versions.c.adapter_id)
-        .where(*where)
-    ).all()
-    refs: dict[int, dict[int, AdapterRef]] = defaultdict(dict)
-    for r in rows:
-        refs[r.adapter_id][r.version] = AdapterRef(
-            digest=r.digest,
-            name=r.name,
-            version=r.version,
-            method=r.method,
-            base_fingerprint=r.base_fingerprint,
-            context_length=r.context_length,
-            nbytes=r.nbytes,
-            tool_parser=r.tool_parser,
-            chat_template=r.chat_template,
-        )
-    pointers: dict[int, dict[str, int]] = defaultdict(dict)
-    query = sa.select(aliases.c.adapter_id, aliases.c.alias, versions.c.version)
-    query = query.join(versions, versions.c.id == aliases.c.version_id)
-    query = query.join(adapters, adapters.c.id == aliases.c.adapter_id)
-    for a in c.execute(query.where(*where)):
-        pointers[a.adapter_id][a.alias] = a.version
-    shared: dict[int, set[str]] = defaultdict(set)
-    query = sa.select(shares).join(adapters, adapters.c.id == shares.c.adapter_id)
-    for share in c.execute(query.where(*where, owned(principal))):
-        shared[share.adapter_id].add(share.tenant)
+    chosen = c.execute(sa.select(*_ENTRY).where(visible(principal), *where)).all()
+    ids = [row.id for row in chosen]
+    names = {row.id: row.name for row in chosen}
+    refs: dict[int, list[AdapterRef]] = defaultdict(list)
+    for adapter_id, *fields in c.execute(_REFS, {"ids": ids}):
+        refs[adapter_id].append(make_ref(names[adapter_id], *fields))
+    pointers: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for adapter_id, alias, version in c.execute(_POINTERS, {"ids": ids}):
+        pointers[adapter_id].append((alias, version))
+    shared_with: dict[int, set[str]] = defaultdict(set)
+    for adapter_id, tenant in c.execute(_SHARES.where(owned(principal)), {"ids": ids}):
+        shared_with[adapter_id].add(intern(tenant))
     return [
         (
             row.id,
             AdapterEntry(
                 row.name,
                 utc(row.created_at),
-                refs[row.id],
-                pointers[row.id],
-                row.tenant,
+                tuple(refs[row.id]),
+                make_pointers(pointers.get(row.id, ())),
+                intern(row.tenant),
                 row.visibility,
-                frozenset(shared[row.id]) if row.id in shared else frozenset(),
+                frozenset(shared_with.get(row.id, ())),
             ),
         )
-        for row in c.execute(sa.select(adapters).where(*where))
+        for row in chosen
+        if row.id in refs
     ]
 
 
-def load_templates(c: sa.Connection, known: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 → text of all adapters' chat templates. Those in `known` are not read again."""
-    used = c.scalars(sa.select(versions.c.chat_template).where(versions.c.chat_template.is_not(None)).distinct())
-    found = {sha256: known.get(sha256) for sha256 in used}
-    for sha256 in [sha256 for sha256, text in found.items() if text is None]:
-        query = sa.select(versions.c.manifest).where(versions.c.chat_template == sha256).limit(1)
-        found[sha256] = json.loads(c.execute(query).scalar_one())["chat_template"]
-    return {sha256: text for sha256, text in found.items() if text is not None}
+_ENTRY = [adapters.c[name] for name in ("id", "name", "created_at", "tenant", "visibility")]
+_IDS: sa.BindParameter[Any] = sa.bindparam("ids", expanding=True)
+_REF = ("version", "digest", "context_length", "nbytes", "method", "base_fingerprint", "tool_parser", "chat_template")
+_REFS = (
+    sa.select(versions.c.adapter_id, *(versions.c[name] for name in _REF))
+    .where(versions.c.adapter_id.in_(_IDS), versions.c.deleted_at.is_(None))
+    .order_by(versions.c.adapter_id, versions.c.version)
+)
+_POINTERS = (
+    sa.select(aliases.c.adapter_id, aliases.c.alias, versions.c.version)
+    .join(versions, versions.c.id == aliases.c.version_id)
+    .where(aliases.c.adapter_id.in_(_IDS), versions.c.deleted_at.is_(None))
+    .order_by(aliases.c.adapter_id, aliases.c.alias)
+)
+_SHARES = (
+    sa.select(shares.c.adapter_id, shares.c.tenant)
+    .join(adapters, adapters.c.id == shares.c.adapter_id)
+    .where(shares.c.adapter_id.in_(_IDS))
+)
 
 
 def load_entry(
@@ -158,15 +172,27 @@ def load_entry(
 ) -> tuple[int, AdapterEntry]:
     """What `name` means for this caller. Raises AdapterNotFound; PermissionDenied `to_change` another tenant's."""
     meant = meanings(name, principal.tenant)
-    found = {entry.name: (adapter_id, entry) for adapter_id, entry in load_entries(c, principal, meant)}
+    found = {
+        entry.name: (adapter_id, entry) for adapter_id, entry in load_entries(c, principal, adapters.c.name.in_(meant))
+    }
     for stored in meant:
         if stored in found:
             adapter_id, entry = found[stored]
             if to_change and not principal.is_admin and entry.tenant != principal.tenant:
                 raise PermissionDenied(f"adapter {stored!r} belongs to another tenant, which alone may change it")
             return adapter_id, entry
-    names = sorted(c.execute(sa.select(adapters.c.name).where(visible(principal))).scalars())
-    raise unknown_adapter(name, names, c.execute(sa.select(bases.c.name)).scalars().all(), principal.tenant)
+    near = {near: None for stored in meant for near in _beside(c, principal, stored)}
+    raise unknown_adapter(name, meant, near, c.execute(sa.select(bases.c.name)).scalars().all())
+
+
+def _beside(c: sa.Connection, principal: Principal, name: str) -> list[str]:
+    """The names beside the place of `name` in the order of all, of which those that exist for the caller."""
+    name_of, each = adapters.c.name, NUM_COMPARED // 2
+    nearest = sa.union_all(
+        sa.select(sa.select(name_of).where(name_of < name).order_by(name_of.desc()).limit(each).subquery().c.name),
+        sa.select(sa.select(name_of).where(name_of > name).order_by(name_of).limit(each).subquery().c.name),
+    )
+    return list(c.scalars(sa.select(name_of).where(name_of.in_(nearest), visible(principal)).order_by(name_of)))
 
 
 def name_to_register(c: sa.Connection, principal: Principal, name: str) -> tuple[str, str]:
@@ -199,28 +225,6 @@ def check_digest(c: sa.Connection, principal: Principal, digest: str) -> None:
     seen = seen.where(versions.c.digest == digest, visible(principal))
     if c.execute(sa.union_all(uploaded, seen).limit(1)).first() is None:
         raise NotFoundError(f"the store has no adapter with digest {digest[:12]}")
-
-
-def select_names(
-    principal: Principal, after: str, *, tenant: str | None, base: str | None, method: str | None
-) -> sa.Select[Any]:
-    """The caller's names after `after`, sorted: those of `tenant`, whose default version has this `base` (a base
-    model's name) and `method`.
-    """
-    aliased = sa.select(aliases.c.version_id).where(alias_is(adapters.c.id, DEFAULT_ALIAS)).scalar_subquery()
-    newest = sa.select(versions.c.id).where(versions.c.adapter_id == adapters.c.id)
-    newest = newest.order_by(versions.c.version.desc()).limit(1).correlate(adapters)
-    default = sa.func.coalesce(aliased, newest.scalar_subquery())
-    served = versions.alias("served")
-    query = sa.select(adapters.c.name).select_from(adapters).join(served, served.c.id == default)
-    query = query.where(visible(principal), adapters.c.name > after)
-    if tenant is not None:
-        query = query.where(adapters.c.tenant == tenant)
-    if base is not None:
-        query = query.join(bases, bases.c.fingerprint == served.c.base_fingerprint).where(bases.c.name == base)
-    if method is not None:
-        query = query.where(served.c.method == method)
-    return query.order_by(adapters.c.name)
 
 
 def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> AdapterVersion:

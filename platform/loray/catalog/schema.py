@@ -6,6 +6,7 @@ keys             API keys: the SHA-256 of each, never the key; `prefix` finds it
 bases            base models that adapters may belong to
 adapters         names as `spec.qualified_name` makes them; bases and adapters share one namespace; `changed_at` is the
                  value of the change counter at the last change of the name, its versions or its aliases;
+                 `served_…` are of the version that the bare name means (`queries.count_change` keeps all three);
                  a name with `deleted_at` does not exist until it is restored
 shares           the tenants that see a name whose visibility is `shared`
 versions         immutable: (adapter, version) and (adapter, digest) are unique; `chat_template` is the SHA-256 of the
@@ -97,9 +98,12 @@ adapters = Table(
     Column("name", String(96), nullable=False, unique=True),
     Column("tenant", String(32), nullable=False, server_default="default", index=True),
     Column("visibility", String(16), nullable=False, server_default="private"),
-    Column("changed_at", BigInteger, nullable=False, server_default="0", index=True),
+    Column("changed_at", BigInteger, nullable=False, server_default="0"),
+    Column("served_method", String(16)),
+    Column("served_base", String(64)),
     Column("deleted_at", DateTime(timezone=True)),
     Column("created_at", DateTime(timezone=True), nullable=False),
+    Index(None, "changed_at", "id"),
 )
 
 shares = Table(

@@ -84,7 +84,7 @@ def ls(as_json: bool) -> None:
     """List all adapters."""
     with open_services() as services:
         snapshot = services.catalog.snapshot()
-    entries = snapshot.models()
+    entries = tuple(snapshot.models())
     bases = {fingerprint: name for name, fingerprint in snapshot.bases.items()}
     if as_json:
         emit([describe.entry_json(entry, bases) for entry in entries])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -136,21 +137,23 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class AdapterRef(Frozen):
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
     """A reference to one immutable version. `digest` is the manifest's; `name` and `version` are for people.
 
-    `chat_template` is the SHA-256 of the adapter's own template; the catalog's snapshot has the text.
+    `chat_template` is the SHA-256 of the adapter's own template; the catalog's snapshot has the text. Gateways keep a
+    reference to each version of the catalog, so it is small.
     """
 
-    digest: Sha256
+    digest: str
     name: str
     version: int
     method: Method
-    base_fingerprint: Sha256
+    base_fingerprint: str
     context_length: int
     nbytes: int
     tool_parser: ToolParserName | None = None
-    chat_template: Sha256 | None = None
+    chat_template: str | None = None
 
     @property
     def label(self) -> str:

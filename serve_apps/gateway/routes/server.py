@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from loray import __version__
 from loray.api.status import Status
@@ -13,13 +15,16 @@ from serve_apps.gateway.gateway import Gateway
 def create_router(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v1/models")
-    async def models() -> Response:
-        return Response(gateway.directory.models(gateway.limit).to_json(), media_type="application/json")
+    @router.get("/v1/models", response_class=JSONResponse)
+    async def models(
+        after: Annotated[str | None, Query(description="only models after this one")] = None,
+        limit: Annotated[int | None, Query(ge=1, description="at most as many models (default: all)")] = None,
+    ) -> Response:
+        return StreamingResponse(gateway.models.page(after, limit), media_type="application/json")
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
-        card = await gateway.directory.model(model, gateway.limit)
+        card = await gateway.models.card(model)
         return Response(card.to_json(), media_type="application/json")
 
     @router.get("/health")

@@ -212,8 +212,13 @@ class Model(ResponseBody):
 
 
 class ModelList(ResponseBody):
+    """`first_id` and `last_id` are of `data`; `has_more`: a page that begins after `last_id` is not empty."""
+
     object: Literal["list"]
     data: list[Model]
+    first_id: str | None = None
+    last_id: str | None = None
+    has_more: bool = False
 
 
 class Error(ResponseBody):

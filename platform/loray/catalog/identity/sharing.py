@@ -39,7 +39,7 @@ class Sharing(Database):
                     c.execute(shares.insert(), [{"adapter_id": adapter_id, "tenant": tenant} for tenant in wanted])
                 detail = {"visibility": visibility, "shared_with": sorted(wanted)}
                 log(c, self._actor, "share", entry.name, tenant=entry.tenant, **detail)
-                count_change(c)
+                count_change(c, adapter_id)
             return load_entry(c, self._principal, entry.name)[1]
 
     def note_upload(self, digest: str) -> None:

@@ -12,6 +12,16 @@ depends_on = None
 
 _TIME = sa.DateTime(timezone=True)
 
+# Of the version of alias prod where it is set, else of the newest.
+_SERVED = """
+UPDATE adapters SET {target} = (
+  SELECT v.{column} FROM versions v
+  LEFT JOIN aliases a ON a.adapter_id = v.adapter_id AND a.alias = 'prod' AND a.version_id = v.id
+  WHERE v.adapter_id = adapters.id
+  ORDER BY a.version_id IS NULL, v.version DESC
+  LIMIT 1)
+"""
+
 
 def upgrade() -> None:
     op.create_table(
@@ -81,7 +91,11 @@ def _change_adapters() -> None:
     op.add_column("adapters", sa.Column("changed_at", sa.BigInteger, nullable=False, server_default="0"))
     op.add_column("adapters", sa.Column("deleted_at", _TIME))
     op.create_index("ix_adapters_tenant", "adapters", ["tenant"])
-    op.create_index("ix_adapters_changed_at", "adapters", ["changed_at"])
+    op.create_index("ix_adapters_changed_at_id", "adapters", ["changed_at", "id"])
+    op.add_column("adapters", sa.Column("served_method", sa.String(16)))
+    op.add_column("adapters", sa.Column("served_base", sa.String(64)))
+    op.execute(_SERVED.format(target="served_method", column="method"))
+    op.execute(_SERVED.format(target="served_base", column="base_fingerprint"))
     op.create_table(
         "shares",
         sa.Column("adapter_id", sa.Integer, nullable=False),

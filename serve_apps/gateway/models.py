@@ -1,0 +1,87 @@
+"""The models that a gateway lists, in OpenAI's form."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from itertools import islice
+
+from loray.api.openai import Model
+from loray.catalog import AdapterEntry
+from loray.spec import AdapterRef
+from serve_apps.gateway.directory import ModelDirectory
+
+_OWNER = "loray"
+_AT_ONCE = 100  # models that are encoded before other requests have their turn: about a millisecond
+
+
+class ModelCards:
+    """Cards of the directory's models. `limit` maps a model's context length to the one that is served."""
+
+    def __init__(self, directory: ModelDirectory, limit: Callable[[int], int]) -> None:
+        self._directory, self._limit = directory, limit
+        self._created = int(time.time())
+
+    async def card(self, model: str) -> Model:
+        """One model, by any name that the directory resolves. Raises what it raises."""
+        ref = await self._directory.resolve(model)
+        return self._base() if ref is None else self._adapter(model, self._directory.entry(ref), ref)
+
+    async def page(self, after: str | None = None, limit: int | None = None) -> AsyncIterator[bytes]:
+        """The parts of a list's body: the base, then adapters by name, as of one moment.
+
+        `after` and `limit` are those of OpenAI's other lists: at most `limit` models after the one called `after`.
+        """
+        first = last = None
+        num, has_more = 0, False
+        yield b'{"object":"list","data":['
+        async for cards in self._found(after):
+            part = cards if limit is None else cards[: limit - num]
+            if part:
+                yield (b"," if num else b"") + ",".join(card.to_json() for card in part).encode()
+                first, last = first or part[0].id, part[-1].id
+                num += len(part)
+            if has_more := len(part) < len(cards):
+                break
+        end = {"first_id": first, "last_id": last, "has_more": has_more}
+        yield f"],{json.dumps(end, separators=(',', ':'))[1:]}".encode()
+
+    async def _found(self, after: str | None) -> AsyncIterator[list[Model]]:
+        """Cards, in parts between which other requests have their turn."""
+        if after is None:
+            yield [self._base()]
+        elif after == self._directory.base.name:
+            after = None
+        entries = self._directory.entries(after)
+        while part := list(islice(entries, _AT_ONCE)):
+            yield [self._adapter(e.name, e, e.default) for e in part if self._directory.serves(e)]
+            await asyncio.sleep(0)
+
+    def _base(self) -> Model:
+        base = self._directory.base
+        return Model(
+            id=base.name,
+            object="model",
+            created=self._created,
+            owned_by=_OWNER,
+            root=base.name,
+            parent=None,
+            max_model_len=self._limit(base.config.max_position_embeddings),
+        )
+
+    def _adapter(self, model: str, entry: AdapterEntry, ref: AdapterRef) -> Model:
+        return Model(
+            id=model,
+            object="model",
+            created=int(entry.created_at.timestamp()),
+            owned_by=_OWNER,
+            root=ref.label,
+            parent=self._directory.base.name,
+            max_model_len=self._limit(ref.context_length),
+            method=ref.method,
+            digest=ref.digest,
+            aliases=entry.aliases,
+            versions=[r.version for r in reversed(entry.refs)],
+        )

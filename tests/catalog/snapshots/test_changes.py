@@ -1,0 +1,170 @@
+"""A snapshot that follows the changes is the snapshot that reads all, on both databases."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import sqlalchemy as sa
+
+from loray.catalog import Catalog, CatalogSnapshot
+from loray.catalog.database import writing
+from loray.catalog.queries import count_change, lock, now
+from loray.catalog.schema import adapters, shares, versions
+from loray.errors import AdapterNotFound, ConflictError
+from loray.spec import AdapterManifest
+from loray.spec.adapters import text_sha256
+from tests.catalog.test_catalog import BASE, digest, manifest, publish
+
+NAMES = [f"{first}{i}" for first in "abz" for i in range(4)]
+
+
+@contextmanager
+def changing(catalog: Catalog, *names: str) -> Iterator[tuple[sa.Connection, list[int]]]:
+    """A counted change of these adapters, by their ids."""
+    with writing(catalog._engine) as c:
+        lock(c)
+        ids = [c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).scalar_one() for name in names]
+        yield c, ids
+        count_change(c, *ids)
+
+
+def set_column(catalog: Catalog, name: str, **values: object) -> None:
+    with changing(catalog, name) as (c, ids):
+        c.execute(adapters.update().where(adapters.c.id.in_(ids)).values(values))
+
+
+def delete_newest(catalog: Catalog, name: str) -> None:
+    with changing(catalog, name) as (c, [adapter_id]):
+        left = sa.and_(versions.c.adapter_id == adapter_id, versions.c.deleted_at.is_(None))
+        newest = sa.select(sa.func.max(versions.c.version)).where(left).scalar_subquery()
+        c.execute(versions.update().where(left, versions.c.version == newest).values(deleted_at=now()))
+
+
+def share(catalog: Catalog, name: str) -> None:
+    with changing(catalog, name) as (c, [adapter_id]):
+        known = c.scalars(sa.select(shares.c.tenant).where(shares.c.adapter_id == adapter_id)).all()
+        c.execute(shares.insert().values(adapter_id=adapter_id, tenant=f"t{len(known)}"))
+
+
+def swap(catalog: Catalog, one: str, other: str) -> None:
+    """Two adapters exchange their names."""
+    with changing(catalog, one, other) as (c, ids):
+        for adapter_id, name in ((ids[0], "between"), (ids[1], one), (ids[0], other)):
+            c.execute(adapters.update().where(adapters.c.id == adapter_id).values(name=name))
+
+
+def register(catalog: Catalog, name: str, draw: random.Random) -> None:
+    number, template = draw.randrange(50), draw.choice([None, None, "{{ messages }}", "{{ messages[0] }}"])
+    of_template = {} if template is None else {AdapterManifest.TEMPLATE_FILE: text_sha256(template)}
+    content = manifest(number).model_copy(
+        update={
+            "base_fingerprint": f"{draw.randrange(2):064x}",
+            "context_length": draw.choice([512, 4096]),
+            "chat_template": template,
+            "files": manifest(number).files | of_template,
+        }
+    )
+    catalog.register(name, digest(number), content, draw.choice([(), ("prod",), ("canary",)]))
+
+
+WRITES: tuple[Callable[[Catalog, str, random.Random], object], ...] = (
+    register,
+    register,
+    register,
+    lambda c, name, draw: c.promote(name, draw.choice(["prod", "beta"]), draw.randrange(1, 4)),
+    lambda c, name, draw: c.rollback(name, "prod"),
+    lambda c, name, draw: c.delete_alias(name, draw.choice(["prod", "canary", "beta"])),
+    lambda c, name, draw: set_column(c, name, visibility=draw.choice(["private", "public"])),
+    lambda c, name, draw: share(c, name),
+    lambda c, name, draw: delete_newest(c, name),
+    lambda c, name, draw: set_column(c, name, deleted_at=draw.choice([None, now()])),
+    lambda c, name, draw: swap(c, name, draw.choice(NAMES)),
+)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_changes_lead_to_the_snapshot_of_all(catalog: Catalog, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loray.catalog.snapshots.feed._PAGE", 3)
+    monkeypatch.setattr("loray.catalog.snapshots.blocks._FULL", 4)
+    draw = random.Random(seed)
+    follower = CatalogSnapshot()
+    for _ in range(25):
+        for _ in range(draw.randrange(1, 5)):
+            try:
+                draw.choice(WRITES)(catalog, draw.choice(NAMES), draw)
+            except (AdapterNotFound, ConflictError, sa.exc.NoResultFound):
+                continue
+        follower, fresh = catalog.snapshot(follower), catalog.snapshot()
+        assert follower == fresh
+        assert list(follower.adapters) == sorted(follower.adapters)
+        listed = {e.name for e in catalog.names(limit=100)}
+        assert listed == set(fresh.adapters)
+        for method in ("lora", "vera"):
+            assert [e.name for e in catalog.names(limit=100, method=method)] == [
+                name for name, e in fresh.adapters.items() if e.default.method == method
+            ]
+        of_bases = [ref.base_fingerprint for e in fresh.models() for ref in [e.default]]
+        assert {base: t.num_adapters for base, t in fresh.totals.items() if t.num_adapters} == {
+            base: of_bases.count(base) for base in of_bases
+        }
+
+
+def test_a_change_is_read_alone_and_the_rest_is_shared(catalog: Catalog) -> None:
+    publish(catalog, "tone", 1)
+    publish(catalog, "dates", 1)
+    before = catalog.snapshot()
+    catalog.promote("tone", "prod", 1)
+    after = catalog.snapshot(before)
+    assert after.adapters["dates"] is before.adapters["dates"]
+    assert after.adapters["tone"] != before.adapters["tone"]
+    assert (after.templates, after.names) == (before.templates, before.names)
+    assert after.names is before.names
+
+
+def test_what_changes_nothing_does_not_count(catalog: Catalog) -> None:
+    first = catalog.register("tone", digest(1), manifest(1), ["prod"])
+    revision, counter = catalog.alias("tone", "prod").revision, catalog.change_counter()
+    for _ in range(2):
+        assert catalog.register("tone", digest(1), manifest(1)) == first
+        assert catalog.register("tone", digest(1), manifest(1), ["prod"]) == first
+        assert catalog.promote("tone", "prod", 1).revision == revision
+        catalog.add_base("smollm2", BASE)
+        counter = counter if catalog.change_counter() == counter else counter + 1  # the base, the first time
+        assert catalog.change_counter() == counter
+    assert revision < counter
+
+
+def test_a_restored_catalog_is_read_again(catalog: Catalog) -> None:
+    publish(catalog, "tone", 1, 2, 3)
+    later = catalog.snapshot()
+    earlier = CatalogSnapshot(counter=later.counter + 5, names=later.names, adapters=later.adapters)
+    assert catalog.snapshot(earlier) == later
+
+
+def test_readers_see_complete_states(catalog: Catalog, url: str) -> None:
+    """Each register moves two aliases together: no snapshot has one of them alone."""
+    publish(catalog, "tone", 0, aliases=("prod", "canary"))
+    done = threading.Event()
+
+    def write() -> None:
+        other = Catalog(url)
+        for number in range(1, 15):
+            publish(other, "tone", number, aliases=("prod", "canary"))
+        other.close()
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    snapshot = CatalogSnapshot()
+    ended = False
+    while not ended:
+        ended = done.is_set()  # before the read: the last one sees all
+        snapshot = catalog.snapshot(snapshot)
+        entry = snapshot.adapters["tone"]
+        assert entry.aliases["prod"] == entry.aliases["canary"] == max(entry.versions)
+    writer.join()
+    assert snapshot.resolve("tone").version == 15
