@@ -15,7 +15,7 @@ import ray
 from ray.train import Result, TrainingFailedError
 
 from jobs.driver.prepare import Prepared, prepare
-from jobs.driver.publication import already_published, publish_best
+from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupted, Interrupts, JobRecord, recorded
 from jobs.driver.trainer import build_trainer
 from jobs.events.messages import EventTail, describe, encode, first_line
@@ -27,6 +27,7 @@ from loray.catalog import Catalog
 from loray.errors import CatalogError, EvaluationError, LorayError, SpecError, StoreError, TrainingError
 from loray.recipes.load import Recipe, load_recipe
 from loray.settings import Settings
+from loray.spec import DEFAULT_TENANT, qualified_name
 from loray.store import open_store
 from loray.telemetry import configure_logging, get_logger
 
@@ -40,8 +41,9 @@ _STOPPED = 143  # the exit code that a shell reports for a process ended by SIGT
 @click.argument("recipe")
 @click.option("--events", "as_events", is_flag=True, help="Say what happens as JSON, one object a line.")
 @click.option("--resume", is_flag=True, help="Go on with the latest run of this recipe, from its last checkpoint.")
+@click.option("--tenant", default=DEFAULT_TENANT, help="Whose the adapter and the run are.")
 @click.option("--publish-checkpoint", is_flag=True, help="Train nothing: publish the latest run's best checkpoint.")
-def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -> None:
+def main(recipe: str, as_events: bool, resume: bool, tenant: str, publish_checkpoint: bool) -> None:
     """Train the adapter of RECIPE (a YAML file, a shipped recipe's name, or a JSON object) and publish it."""
 
     def emit(event: Event) -> None:
@@ -52,9 +54,9 @@ def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -
         configure_logging(settings.log_level)
         loaded = load_recipe(recipe)
         if publish_checkpoint:
-            publish_latest(loaded, settings, emit)
+            publish_latest(loaded, settings, emit, tenant=tenant)
         else:
-            train(loaded, settings, emit, resume=resume)
+            train(loaded, settings, emit, resume=resume, tenant=tenant)
     except LorayError as e:
         emit({"event": "error", "kind": type(e).__name__, "message": str(e)})
         sys.exit(1)
@@ -68,58 +70,66 @@ def main(recipe: str, as_events: bool, resume: bool, publish_checkpoint: bool) -
         sys.exit(1)
 
 
-def train(recipe: Recipe, settings: Settings, emit: Emit, *, resume: bool = False) -> None:
-    """Trains and publishes, and passes events to `emit`. Runs in the main thread, which SIGTERM interrupts.
+def train(
+    recipe: Recipe, settings: Settings, emit: Emit, *, resume: bool = False, tenant: str = DEFAULT_TENANT
+) -> None:
+    """Trains and publishes for `tenant`, passing events to `emit`. Runs in the main thread, which SIGTERM interrupts.
 
     If it raises LorayError, nothing is published.
     """
-    catalog = Catalog(settings.catalog)
+    whole = Catalog(settings.catalog)
+    catalog, name = whole.view(driver_of(tenant)), qualified_name(tenant, recipe.spec.name)
     with Interrupts() as interrupts, recorded(catalog, recipe.spec) as job:
         catalog.check_name(recipe.spec.name, recipe.spec.publish.aliases)
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
         prepared = prepare(recipe, settings)
-        catalog.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
+        whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         runs = open_runs(settings)
-        run = runs.latest(recipe.spec.name) if resume else None
+        run = runs.latest(name) if resume else None
         published = None if run is None else already_published(run, recipe)
         if published is None:
             if not ray.is_initialized():
                 ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
             interrupts.arm()
             _check_resources(recipe)
-            run = run or runs.new(recipe.spec.name, job.job_id)
+            run = run or runs.new(name, job.job_id)
             with run.locked(job.job_id, interrupts.raise_in_main_thread):
                 result = _fit(prepared, run, settings, emit, job, interrupts)
                 if result.return_value is not None:
-                    hint = f", or publish it with {_how_to_publish(recipe)}"
+                    hint = f", or publish it with {_how_to_publish(recipe, tenant)}"
                     raise TrainingError(f"{result.return_value}{hint if result.checkpoint else ''}")
                 try:
-                    published = _publish(result, run, recipe, settings, emit)
+                    published = _publish(result, run, recipe, settings, emit, tenant)
                 except KeyboardInterrupt:  # raised by ray.get while the adapter is measured
                     raise interrupts.interrupted() from None
         job.end("succeeded", version=published["version"])
     emit(published)
 
 
-def publish_latest(recipe: Recipe, settings: Settings, emit: Emit) -> None:
+def publish_latest(recipe: Recipe, settings: Settings, emit: Emit, *, tenant: str = DEFAULT_TENANT) -> None:
     """Publishes the best checkpoint of the latest run, finished or not, and records that run's job as succeeded."""
-    run = open_runs(settings).latest(recipe.spec.name)
+    run = open_runs(settings).latest(qualified_name(tenant, recipe.spec.name))
     with Interrupts() as interrupts, run.locked("publication", interrupts.raise_in_main_thread):
-        published = publish_best(run.result(), run, recipe, settings, emit)
+        published = publish_best(run.result(), run, recipe, settings, emit, tenant=tenant)
     if run.job_id is not None:
-        JobRecord(Catalog(settings.catalog), run.job_id).end("succeeded", version=published["version"])
+        JobRecord(Catalog(settings.catalog).view(driver_of(tenant)), run.job_id).end(
+            "succeeded", version=published["version"]
+        )
     emit(published)
 
 
-def _publish(result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit) -> PublishedEvent:
+def _publish(
+    result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit, tenant: str
+) -> PublishedEvent:
     try:
-        return publish_best(result, run, recipe, settings, emit)
+        return publish_best(result, run, recipe, settings, emit, tenant=tenant)
     except (CatalogError, EvaluationError, StoreError) as e:
-        raise type(e)(f"{e}; training is complete: publish it later, with {_how_to_publish(recipe)}") from e
+        raise type(e)(f"{e}; training is complete: publish it later, with {_how_to_publish(recipe, tenant)}") from e
 
 
-def _how_to_publish(recipe: Recipe) -> str:
-    return f"`python -m jobs.train {recipe.path or 'RECIPE'} --publish-checkpoint`"
+def _how_to_publish(recipe: Recipe, tenant: str) -> str:
+    whose = "" if tenant == DEFAULT_TENANT else f" --tenant {tenant}"
+    return f"`python -m jobs.train {recipe.path or 'RECIPE'} --publish-checkpoint{whose}`"
 
 
 def _fit(

@@ -22,7 +22,7 @@ from loray.publishing import Destination, publish
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import Frozen, TrainSpec
+from loray.spec import DEFAULT_TENANT, Frozen, Principal, TrainSpec
 from loray.store import AdapterStore, open_store
 from loray.train.checkpoint import ADAPTER, RunState, check_publishable, read_state
 
@@ -37,9 +37,15 @@ class _Publication(Frozen):
 
 
 def publish_best(
-    result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit = lambda event: None
+    result: Result,
+    run: RunFolder,
+    recipe: Recipe,
+    settings: Settings,
+    emit: Emit = lambda event: None,
+    *,
+    tenant: str = DEFAULT_TENANT,
 ) -> PublishedEvent:
-    """Publishes the run's best checkpoint with the recipe that it was trained with, and returns the event.
+    """Publishes the run's best checkpoint for `tenant` with the recipe that it was trained with, and returns the event.
 
     The given recipe decides only how the checkpoint is measured and published. If the gate refuses the aliases, the
     checkpoint is published without them, and the event's `refusal` says why. Raises LorayError.
@@ -48,7 +54,7 @@ def publish_best(
     if latest is None:
         raise TrainingError(f"the run in {run} ended without a checkpoint; nothing was published")
     keep_best = _state(latest).recipe.evaluation.keep_best
-    event = _publish(best(result, by_loss=keep_best), run, recipe, settings, emit)
+    event = _publish(best(result, by_loss=keep_best), run, recipe, settings, emit, tenant)
     saved = _Publication(recipe=recipe.spec.model_dump(mode="json"), event=dict(event))
     run.write(_PUBLISHED, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
     return event
@@ -81,7 +87,14 @@ def _state(checkpoint: Checkpoint) -> RunState:
         return read_state(Path(path))
 
 
-def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit) -> PublishedEvent:
+def driver_of(tenant: str) -> Principal:
+    """What a job may do: for its tenant alone."""
+    return Principal(tenant=tenant, scopes=frozenset({"publish", "promote", "train"}))
+
+
+def _publish(
+    checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit, tenant: str
+) -> PublishedEvent:
     state = _state(checkpoint)
     check_publishable(state)
     recipe = recipe._replace(spec=_to_publish(state.recipe, recipe.spec))
@@ -103,7 +116,9 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
             context_length=resolved.context,
             created_at=state.saved_at,
         )
-        catalog = Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance)
+        whole = Catalog(settings.catalog, gate_tolerance=settings.gate_tolerance)
+        whole.add_base(base.name, base.fingerprint)
+        catalog = whole.view(driver_of(tenant))
         plain = Destination(spec.name, AdapterStore(open_store(settings.store)), catalog)
         aliases, refusal = spec.publish.aliases, None
         try:
@@ -114,7 +129,7 @@ def _publish(checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: S
             version = publish(folder, base, plain, details)
     return {
         "event": "published",
-        "name": spec.name,
+        "name": version.name,
         "version": version.version,
         "label": version.label,
         "digest": version.digest,

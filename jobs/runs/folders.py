@@ -1,5 +1,7 @@
 """Run folders: `PREFIX/runs/NAME/TIME` in the bucket of a store on S3, or `LORAY_HOME/runs/NAME/TIME` on this machine.
 
+NAME is `_TENANT/NAME` where the tenant is not the default one; no adapter's name begins with `_`.
+
 step_000100/…     checkpoints; with `checkpoint_manager_snapshot.json` they are Ray Train's
 events.jsonl      every event of the run
 tensorboard/…     the same for TensorBoard
@@ -26,6 +28,7 @@ from jobs.runs.leases import leased
 from loray.errors import ConflictError, SpecError, StoreError, TrainingError
 from loray.locations import FileLocation, parse_location
 from loray.settings import Settings
+from loray.spec import split_qualified
 from loray.store import ObjectStore, open_filesystem
 from loray.store.s3 import S3Store
 from loray.telemetry import get_logger
@@ -177,7 +180,8 @@ class Runs:
     folder: Path
 
     def new(self, name: str, job_id: str) -> RunFolder:
-        run = self.make(f"{name}/{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}")
+        """`name`: of the adapter, as `spec.qualified_name` makes it."""
+        run = self.make(f"{_folder_of(name)}/{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}")
         with _translate_errors(run):
             self.filesystem.create_dir(run.path)
         run.write(_JOB_ID, job_id.encode())
@@ -185,21 +189,28 @@ class Runs:
 
     def latest(self, name: str) -> RunFolder:
         """The last run of this adapter. SpecError if there is none."""
-        folder = pafs.FileSelector(f"{self.root}/{name}", allow_not_found=True)
-        with _translate_errors(self.make(name)):
+        at = _folder_of(name)
+        folder = pafs.FileSelector(f"{self.root}/{at}", allow_not_found=True)
+        with _translate_errors(self.make(at)):
             found = self.filesystem.get_file_info(folder)
         times = sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
         if not times:
             raise SpecError(
-                f"there is no run of {name!r} in {self.make(name)} to go on with; train it without --resume"
+                f"there is no run of {name!r} in {self.make(at)} to go on with; train it without --resume"
                 + self._of_the_folder_store(name)
             )
-        return self.make(f"{name}/{times[-1]}")
+        return self.make(f"{at}/{times[-1]}")
 
     def _of_the_folder_store(self, name: str) -> str:
-        found = any((self.folder / name).glob(f"*/{_JOB_ID}"))  # a run in a bucket has no job_id there
-        hint = f", or set LORAY_STORE to the folder store: its runs in {self.folder / name} are not looked at now"
+        folder = self.folder / _folder_of(name)
+        found = any(folder.glob(f"*/{_JOB_ID}"))  # a run in a bucket has no job_id there
+        hint = f", or set LORAY_STORE to the folder store: its runs in {folder} are not looked at now"
         return hint if found else ""
+
+
+def _folder_of(name: str) -> str:
+    tenant, bare = split_qualified(name)
+    return bare if tenant is None else f"_{tenant}/{bare}"
 
 
 def open_runs(settings: Settings) -> Runs:

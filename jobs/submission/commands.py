@@ -16,7 +16,7 @@ from loray.errors import DataError
 from loray.local.cluster import current_cluster
 from loray.recipes.load import Recipe
 from loray.settings import Settings
-from loray.spec import DataSpec, TrainSpec
+from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
 
 _DRIVER = ("-P", "-m", "jobs.train")  # -P: a module in the recipe's folder must not shadow one of ours
 # The shell exits with the message if the cluster's nodes have no LORAY_CATALOG.
@@ -79,8 +79,9 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
     return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec))
 
 
-def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False) -> Submission:
-    """A job of a recipe without a file, submitted by a process of the cluster (the API server) with its settings.
+def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False, tenant: str = DEFAULT_TENANT) -> Submission:
+    """A job for `tenant` of a recipe without a file, submitted by a process of the cluster (the API server) with its
+    settings.
 
     Raises DataError for a relative data path, which has no folder to start from: data is an s3:// URL, or an absolute
     path on the driver's machine.
@@ -88,11 +89,12 @@ def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False) -> S
     for source in (spec.data.train, spec.data.eval):
         if source is not None and "://" not in source and not Path(source).is_absolute():
             raise DataError(f"data file {source!r} is a relative path; name an s3:// URL or an absolute path")
-    command = _command(sys.executable, _as_json(spec), resume=resume)  # the Python of this image or environment
+    # the Python of this image or environment
+    command = _command(sys.executable, _as_json(spec), resume=resume, tenant=tenant)
     is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
     if not is_private:
         command = _with_own_catalog(f"exec {command}", settings)
-    return Submission(command, {"env_vars": settings.to_env(secrets=is_private)}, _metadata(spec))
+    return Submission(command, {"env_vars": settings.to_env(secrets=is_private)}, _metadata(spec, tenant))
 
 
 def _with_own_catalog(command: str, settings: Settings) -> str:
@@ -100,16 +102,17 @@ def _with_own_catalog(command: str, settings: Settings) -> str:
     return f"{_OWN_CATALOG} && {command}" if settings.catalog_has_password else command
 
 
-def _command(python: str, source: str, *, resume: bool) -> str:
-    return shlex.join([python, *_DRIVER, source, "--events", *(["--resume"] if resume else [])])
+def _command(python: str, source: str, *, resume: bool, tenant: str = DEFAULT_TENANT) -> str:
+    flags = [*(["--resume"] if resume else []), *([] if tenant == DEFAULT_TENANT else ["--tenant", tenant])]
+    return shlex.join([python, *_DRIVER, source, "--events", *flags])
 
 
 def _as_json(spec: TrainSpec) -> str:
     return spec.model_dump_json(exclude_none=True)
 
 
-def _metadata(spec: TrainSpec) -> dict[str, str]:
-    return {"loray_name": spec.name, "loray_method": spec.adapter.method}
+def _metadata(spec: TrainSpec, tenant: str = DEFAULT_TENANT) -> dict[str, str]:
+    return {"loray_name": qualified_name(tenant, spec.name), "loray_method": spec.adapter.method}
 
 
 def _local_files(recipe: Recipe) -> list[Path]:

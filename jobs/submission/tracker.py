@@ -16,6 +16,7 @@ from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
 
+COMMAND_ACTOR = "local"  # of jobs whose driver a command started, without the API
 _SUBMISSION_S = 60.0  # how long a job may be in the catalog before Ray knows it
 
 RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
@@ -62,8 +63,8 @@ class JobTracker:
 
         DataError for relative data paths, ConflictError if name or id are taken, ClusterError without Ray.
         """
-        submission = from_spec(spec, self._settings, resume=resume)
         catalog = self._open()
+        submission = from_spec(spec, self._settings, resume=resume, tenant=catalog.own_tenant)
         catalog.check_name(spec.name, spec.publish.aliases)
         if job_id is not None and (self._is_known(job_id) or self._server.find(job_id) is not None):
             raise ConflictError(f"there is a job {job_id!r} already; choose another id, or leave it out")
@@ -152,7 +153,7 @@ class JobTracker:
 
         False if another cluster with the same catalog may be running it, or if its driver was started by hand.
         """
-        is_ours = job.actor == "api" and self._settings.catalog.startswith("sqlite:")
+        is_ours = job.actor != COMMAND_ACTOR and self._settings.catalog.startswith("sqlite:")
         return is_ours and datetime.now(UTC) - job.created_at > timedelta(seconds=_SUBMISSION_S)
 
     def _is_known(self, job_id: str) -> bool:

@@ -34,6 +34,9 @@ ADAPTER = {
     "nbytes": 1843200,
     "versions": [4, 3, 2, 1],
     "aliases": {"prod": 3, "canary": 4},
+    "tenant": "default",
+    "visibility": "shared",
+    "shared_with": ["acme"],
 }
 VERSION = {
     "name": "tone",
@@ -69,6 +72,7 @@ PLACEMENT = {
 JOB = {
     "id": "train_5f1b2c3d4e5f6a7b",
     "name": "tone",
+    "tenant": "default",
     "status": "succeeded",
     "message": "",
     "version": 3,

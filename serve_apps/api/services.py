@@ -7,22 +7,40 @@ from pathlib import Path as FilePath
 from threading import Lock
 from typing import Annotated, Protocol
 
-from fastapi import Path, Query
+from fastapi import Depends, Path, Query, Request
 
 from jobs.submission.tracker import JobServer, JobTracker
 from loray.api.status import AdapterPlacement
+from loray.bases.registry import list_bases
 from loray.catalog import Catalog
-from loray.errors import CatalogError, LorayError
+from loray.errors import CatalogError, ConflictError, LorayError
 from loray.settings import Settings
-from loray.spec import Alias, Name
+from loray.spec import Alias, Name, Principal, TenantName
 from loray.store import AdapterStore, open_store
+from loray.telemetry import get_logger
+
+_log = get_logger(__name__)
 
 ACTOR = "api"
 _RETRY_S = 1.0  # between two attempts to open the catalog, as in the header Retry-After
 
 NamePath = Annotated[Name, Path(description="Name of an adapter")]
+TenantQuery = Annotated[TenantName | None, Query(description="whose adapter it is, where it is not the own tenant's")]
 AliasPath = Annotated[Alias, Path(description="`prod`, `canary`, …")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="items of a page")]
+
+
+async def _principal(request: Request) -> Principal:
+    principal = getattr(request.state, "principal", None)
+    return principal if isinstance(principal, Principal) else Principal()
+
+
+async def _adapter_name(name: NamePath, tenant: TenantQuery = None) -> str:
+    return name if tenant is None else f"{tenant}/{name}"
+
+
+Asking = Annotated[Principal, Depends(_principal)]
+AdapterName = Annotated[str, Depends(_adapter_name)]
 
 
 class Placements(Protocol):
@@ -35,8 +53,7 @@ class Services:
 
     def __init__(self, settings: Settings, jobs: JobServer, placements: Placements) -> None:
         self.placements = placements
-        self.jobs = JobTracker(lambda: self.catalog, jobs, settings)
-        self._settings = settings
+        self._job_server, self._settings = jobs, settings
         self._catalog_lock, self._store_lock = Lock(), Lock()
         self._catalog: Catalog | None = None
         self._failure, self._failed_at = "", float("-inf")
@@ -49,20 +66,33 @@ class Services:
 
     @property
     def catalog(self) -> Catalog:
-        """The catalog. Raises CatalogError. Concurrent requests share one attempt to open it, which may take long."""
+        """The whole catalog, for what belongs to no tenant. Raises CatalogError.
+
+        Concurrent requests share one attempt to open it, which may take long.
+        """
         with self._catalog_lock:
             if self._catalog is None:
                 if time.monotonic() - self._failed_at < _RETRY_S:
                     raise CatalogError(self._failure)
                 try:
-                    self._catalog = Catalog(
-                        self._settings.catalog, actor=ACTOR, gate_tolerance=self._settings.gate_tolerance
-                    )
+                    catalog = Catalog(self._settings.catalog, actor=ACTOR, gate_tolerance=self._settings.gate_tolerance)
+                    _reserve_bases(catalog, self._settings.home)
+                    self._catalog = catalog
                 except LorayError as e:
                     self._failure = str(e) if isinstance(e, CatalogError) else f"the catalog cannot be opened: {e}"
                     self._failed_at = time.monotonic()
                     raise CatalogError(self._failure) from e
             return self._catalog
+
+    def catalog_of(self, principal: Principal) -> Catalog:
+        """The catalog as this caller sees it, who is logged as the API where no key was needed. Raises CatalogError."""
+        if principal.key_id is None:
+            principal = principal.model_copy(update={"actor": ACTOR})
+        return self.catalog.view(principal)
+
+    def jobs_of(self, principal: Principal) -> JobTracker:
+        """The jobs of this caller's tenant."""
+        return JobTracker(lambda: self.catalog_of(principal), self._job_server, self._settings)
 
     @property
     def store(self) -> AdapterStore:
@@ -74,3 +104,17 @@ class Services:
     def close(self) -> None:
         if self._catalog is not None:
             self._catalog.close()
+
+
+def _reserve_bases(catalog: Catalog, home: FilePath) -> None:
+    """Keep the names of this machine's bases, so that no adapter takes one of a base that has published nothing."""
+    try:
+        bases = list_bases(home)
+    except LorayError as e:
+        _log.warning("the bases of this machine cannot be read: %s", e)
+        return
+    for base in bases:
+        try:
+            catalog.add_base(base.name, base.fingerprint)
+        except ConflictError as e:
+            _log.warning("%s", e)

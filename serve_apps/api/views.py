@@ -43,6 +43,9 @@ def adapter(entry: AdapterEntry, bases: Mapping[str, str]) -> AdapterResource:
         nbytes=ref.nbytes,
         versions=tuple(sorted(entry.versions, reverse=True)),
         aliases=dict(entry.aliases),
+        tenant=entry.tenant,
+        visibility=entry.visibility,
+        shared_with=tuple(sorted(entry.shared_with)),
     )
 
 
@@ -80,17 +83,19 @@ def alias(state: AliasState) -> AliasResource:
     )
 
 
-def placement(found: AdapterPlacement, version: int) -> ReplicaAdapter:
+def placement(found: AdapterPlacement, version: int, *, with_use: bool) -> ReplicaAdapter:
     """An adapter in a replica. `version`: that of the requested name; the same bytes may have other names."""
-    last_used_at = datetime.fromtimestamp(found.last_used_at, UTC) if found.last_used_at else None
-    shown = found.model_dump(include={"replica", "node", "digest", "nbytes", "tier", "uses"})
-    return ReplicaAdapter(version=version, last_used_at=last_used_at, **shown)
+    last_used_at = datetime.fromtimestamp(found.last_used_at, UTC) if with_use and found.last_used_at else None
+    shown = found.model_dump(include={"replica", "node", "digest", "nbytes", "tier"})
+    uses = found.uses if with_use else None
+    return ReplicaAdapter(version=version, uses=uses, last_used_at=last_used_at, **shown)
 
 
 def job(job: Job) -> JobResource:
     return JobResource(
         id=job.id,
         name=job.name,
+        tenant=job.tenant,
         status=job.status,
         message=job.message,
         version=job.version,

@@ -29,15 +29,18 @@ from loray.errors import (
     UnsupportedError,
 )
 from loray.spec import (
+    DEFAULT_TENANT,
     AdapterManifest,
     Alias,
     Evaluation,
     JobStatus,
     Method,
-    Name,
     NoGateReason,
+    QualifiedName,
     Sha256,
+    TenantName,
     TrainSpec,
+    Visibility,
     has_ended,
 )
 
@@ -91,6 +94,18 @@ class AdapterResource(Resource):
     nbytes: int
     versions: tuple[int, ...] = Field(description="newest first")
     aliases: dict[str, int]
+    tenant: str = DEFAULT_TENANT
+    visibility: Visibility = "private"
+    shared_with: tuple[str, ...] = Field(default=(), description="shown to its own tenant")
+
+
+class AdapterChange(BaseModel):
+    """Who sees an adapter beside its tenant. `shared_with` goes with `shared`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    visibility: Visibility
+    shared_with: tuple[TenantName, ...] = Field(default=(), max_length=1000)
 
 
 class VersionResource(Resource):
@@ -166,8 +181,8 @@ class ReplicaAdapter(Resource):
     digest: str
     nbytes: int
     tier: str = Field(description="`pool`: computes with it; `host`: waits in host memory")
-    uses: int = Field(description="requests since the replica loaded it")
-    last_used_at: datetime | None
+    uses: int | None = Field(description="requests since the replica loaded it; shown to administrators")
+    last_used_at: datetime | None = Field(description="shown to administrators")
 
 
 class PlacementResource(Resource):
@@ -179,7 +194,8 @@ class JobResource(Resource):
     """A training job. `id` is Ray's submission id; `version` is what it published."""
 
     id: str
-    name: Name
+    name: QualifiedName
+    tenant: str = DEFAULT_TENANT
     status: JobStatus
     message: str
     version: int | None

@@ -53,6 +53,11 @@ class Database:
         return view
 
     @property
+    def own_tenant(self) -> str:
+        """Whose the names are that this view adds."""
+        return self._principal.tenant
+
+    @property
     def _actor(self) -> str:
         """For the audit log."""
         return self._principal.actor

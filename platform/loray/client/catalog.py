@@ -26,7 +26,7 @@ from loray.api.resources import (
 )
 from loray.client.http import HttpClient, R
 from loray.errors import ClusterError, LorayError
-from loray.spec import DEFAULT_ALIAS, TrainSpec
+from loray.spec import DEFAULT_ALIAS, TrainSpec, Visibility, split_qualified
 
 
 class CatalogClient(HttpClient):
@@ -44,19 +44,26 @@ class CatalogClient(HttpClient):
     def bases(self) -> tuple[BaseResource, ...]:
         return self._ask(Page[BaseResource], "GET", "/bases").items
 
-    def adapters(self, *, base: str | None = None, method: str | None = None) -> Iterator[AdapterResource]:
-        """All adapters, fetched page by page."""
-        return self._pages("/adapters", Page[AdapterResource], {"base": base, "method": method})
+    def adapters(
+        self, *, tenant: str | None = None, base: str | None = None, method: str | None = None
+    ) -> Iterator[AdapterResource]:
+        """All adapters that exist for this key, or those of one tenant, fetched page by page."""
+        return self._pages("/adapters", Page[AdapterResource], {"tenant": tenant, "base": base, "method": method})
 
     def adapter(self, name: str) -> AdapterResource:
-        return self._ask(AdapterResource, "GET", f"/adapters/{name}")
+        return self._ask(AdapterResource, "GET", _path(name))
+
+    def share(self, name: str, visibility: Visibility, shared_with: Sequence[str] = ()) -> AdapterResource:
+        """Sets who sees the adapter beside its tenant: nobody, the tenants of `shared_with`, or everybody."""
+        body = {"visibility": visibility, "shared_with": list(shared_with)}
+        return self._ask(AdapterResource, "PATCH", _path(name), json=body)
 
     def versions(self, name: str) -> Iterator[VersionResource]:
         """All versions, newest first, fetched page by page."""
-        return self._pages(f"/adapters/{name}/versions", Page[VersionResource], {})
+        return self._pages(_path(name, "/versions"), Page[VersionResource], {})
 
     def version(self, name: str, version: int) -> VersionDetail:
-        return self._ask(VersionDetail, "GET", f"/adapters/{name}/versions/{version}")
+        return self._ask(VersionDetail, "GET", _path(name, f"/versions/{version}"))
 
     def register(
         self,
@@ -69,15 +76,15 @@ class CatalogClient(HttpClient):
     ) -> VersionDetail:
         """Registers an adapter that the store has already as a version."""
         body = {"digest": digest, "aliases": list(aliases), "version": version, "no_gate": no_gate}
-        return self._ask(VersionDetail, "POST", f"/adapters/{name}/versions", json=body)
+        return self._ask(VersionDetail, "POST", _path(name, "/versions"), json=body)
 
     def placement(self, name: str) -> PlacementResource:
-        return self._ask(PlacementResource, "GET", f"/adapters/{name}/placement")
+        return self._ask(PlacementResource, "GET", _path(name, "/placement"))
 
     # -- aliases ------------------------------------------------------------------------------------------------------
 
     def aliases(self, name: str) -> tuple[AliasResource, ...]:
-        return self._ask(Page[AliasResource], "GET", f"/adapters/{name}/aliases").items
+        return self._ask(Page[AliasResource], "GET", _path(name, "/aliases")).items
 
     def alias(self, name: str, alias: str) -> AliasResource:
         return self._ask(AliasResource, "GET", _alias(name, alias))
@@ -101,7 +108,7 @@ class CatalogClient(HttpClient):
         return self._ask(AliasResource, "PUT", _alias(name, alias), json=body, headers=headers)
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, etag: str | None = None) -> AliasResource:
-        path = f"{_alias(name, alias)}/rollback"
+        path = _path(name, f"/aliases/{alias}/rollback")
         return self._ask(AliasResource, "POST", path, headers=_if_match(etag))
 
     def delete_alias(self, name: str, alias: str, *, etag: str | None = None) -> None:
@@ -146,8 +153,9 @@ class CatalogClient(HttpClient):
 
     def _pages(self, path: str, schema: type[Page[R]], params: dict[str, Any]) -> Iterator[R]:
         cursor: str | None = None
+        url = httpx.URL(path)  # its own query is kept
         while True:
-            page = self._ask(schema, "GET", path, params=_given(params | {"cursor": cursor}))
+            page = self._ask(schema, "GET", str(url.copy_merge_params(_given(params | {"cursor": cursor}))))
             yield from page.items
             cursor = page.next
             if cursor is None:
@@ -160,8 +168,14 @@ class CatalogClient(HttpClient):
             return ClusterError(f"HTTP {response.status_code}: {response.text[:200]}")
 
 
+def _path(name: str, below: str = "") -> str:
+    """Of `name` or `tenant/name`."""
+    tenant, bare = split_qualified(name)
+    return f"/adapters/{bare}{below}" + ("" if tenant is None else f"?tenant={tenant}")
+
+
 def _alias(name: str, alias: str) -> str:
-    return f"/adapters/{name}/aliases/{alias}"
+    return _path(name, f"/aliases/{alias}")
 
 
 def _if_match(etag: str | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from loray.api.resources import (
+    AdapterChange,
     AdapterResource,
     BaseResource,
     Page,
@@ -17,13 +18,14 @@ from loray.api.resources import (
     VersionNumber,
     VersionResource,
 )
-from loray.catalog import AdapterEntry
+from loray.catalog import AdapterEntry, AdapterVersion, Catalog
 from loray.errors import AdapterNotFound
 from loray.publishing import Destination, register_stored
-from loray.spec import Method, Name
+from loray.serving.access import check
+from loray.spec import Method, Name, QualifiedName, split_qualified
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
-from serve_apps.api.services import Limit, NamePath, Services
+from serve_apps.api.services import AdapterName, Asking, Limit, Services, TenantQuery
 
 
 def create_router(services: Services) -> APIRouter:
@@ -33,82 +35,111 @@ def create_router(services: Services) -> APIRouter:
     def list_adapters(
         request: Request,
         response: Response,
+        asking: Asking,
         limit: Limit = 100,
-        cursor: Annotated[Name | None, Query(description="`next` of the page before")] = None,
+        cursor: Annotated[QualifiedName | None, Query(description="`next` of the page before")] = None,
+        tenant: TenantQuery = None,
         base: Annotated[Name | None, Query(description="only adapters of this base model")] = None,
         method: Annotated[Method | None, Query(description="only adapters of this method")] = None,
     ) -> Page[AdapterResource]:
-        """All adapters, in the order of their names. Filters look at the version that the bare name means."""
-        found = services.catalog.names(limit=limit + 1, after=cursor or "", base=base, method=method)
-        names = {fingerprint: name for name, fingerprint in services.catalog.bases().items()}
+        """All adapters of the own tenant, those shared with it and public ones, in the order of their names.
+
+        Filters look at the version that the bare name means.
+        """
+        catalog = services.catalog_of(asking)
+        found = catalog.names(limit=limit + 1, after=cursor or "", tenant=tenant, base=base, method=method)
+        names = {fingerprint: name for name, fingerprint in catalog.bases().items()}
         items = tuple(views.adapter(entry, names) for entry in found[:limit])
         return views.page(items, items[-1].name if len(found) > limit else None, request, response)
 
     @router.get("/adapters/{name}", responses=responses(404) | examples.ok(examples.ADAPTER))
-    def get_adapter(name: NamePath) -> AdapterResource:
+    def get_adapter(asking: Asking, name: AdapterName) -> AdapterResource:
         """One adapter: what its bare name means, its versions and its aliases."""
-        entry = services.catalog.entry(name)
-        return views.adapter(entry, {fingerprint: base for base, fingerprint in services.catalog.bases().items()})
+        return _adapter(services.catalog_of(asking), name)
+
+    @router.patch("/adapters/{name}", responses=responses(403, 404) | examples.ok(examples.ADAPTER))
+    def change_adapter(asking: Asking, name: AdapterName, change: AdapterChange) -> AdapterResource:
+        """Set which other tenants see and ask an adapter: none, those of `shared_with`, or all."""
+        catalog = services.catalog_of(asking)
+        catalog.share(name, change.visibility, change.shared_with)
+        return _adapter(catalog, name)
 
     @router.get("/adapters/{name}/versions", responses=responses(404) | examples.page(examples.VERSION, "3"))
     def list_versions(
         request: Request,
         response: Response,
-        name: NamePath,
+        asking: Asking,
+        name: AdapterName,
         limit: Limit = 100,
         cursor: Annotated[VersionNumber | None, Query(description="`next` of the page before")] = None,
     ) -> Page[VersionResource]:
         """Versions, newest first."""
-        found = services.catalog.versions(name, limit=limit + 1, before=cursor)
+        found = services.catalog_of(asking).versions(name, limit=limit + 1, before=cursor)
         items = tuple(views.version(v) for v in found[:limit])
         return views.page(items, str(items[-1].version) if len(found) > limit else None, request, response)
 
     @router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
-    def get_version(name: NamePath, version: Annotated[VersionNumber, Path()]) -> VersionDetail:
+    def get_version(asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]) -> VersionDetail:
         """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
-        return views.detail(services.catalog.version(name, version))
+        return views.detail(services.catalog_of(asking).version(name, version))
 
     @router.post(
         "/adapters/{name}/versions",
         status_code=201,
-        responses=responses(404, 409) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
+        responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
     )
     def register_version(
-        request: Request, response: Response, name: NamePath, registration: Registration
+        request: Request, response: Response, asking: Asking, name: AdapterName, registration: Registration
     ) -> VersionDetail:
         """Give an adapter that the store has already a name and a version. A digest keeps the version it has.
 
-        404: the store has no adapter of this digest. 409: the name is a base model's, the number is taken, or the gate
-        refuses the aliases.
+        404: the store has no adapter of this digest, or the own tenant has neither uploaded it nor sees it under a
+        name. 403: the name is another tenant's, or the key may not set aliases. 409: the name is a base model's, the
+        number is taken, or the gate refuses the aliases.
         """
         fields = registration.model_dump(include={"aliases", "version", "no_gate"})
-        version = register_stored(registration.digest, Destination(name, services.store, services.catalog, **fields))
-        response.headers["Location"] = request.url_for("get_version", name=name, version=version.version).path
+        if registration.aliases:
+            check(asking, "promote")
+        to = Destination(name, services.store, services.catalog_of(asking), **fields)
+        version = register_stored(registration.digest, to)
+        response.headers["Location"] = _location(request, version)
         return views.detail(version)
 
     @router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
-    async def get_placement(name: NamePath) -> PlacementResource:
-        """In which replica's memory each version is; nothing where nothing is served."""
-        entry = await run_in_threadpool(lambda: services.catalog.entry(name))
-        return await _placement(services, entry)
+    async def get_placement(asking: Asking, name: AdapterName) -> PlacementResource:
+        """In which replica's memory each version is; nothing where nothing is served.
+
+        How often and when it was used is told to administrators: the same bytes may have names of other tenants.
+        """
+        entry = await run_in_threadpool(lambda: services.catalog_of(asking).entry(name))
+        return await _placement(services, entry, with_use=asking.is_admin)
 
     @router.get("/bases", responses=responses() | examples.page(examples.BASE, None))
-    def list_bases() -> Page[BaseResource]:
+    def list_bases(asking: Asking) -> Page[BaseResource]:
         """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
-        bases = services.catalog.bases()
-        return Page[BaseResource](
-            items=tuple(views.base(n, f, services.catalog.projections(f)) for n, f in bases.items())
-        )
+        catalog = services.catalog_of(asking)
+        items = (views.base(name, f, catalog.projections(f)) for name, f in catalog.bases().items())
+        return Page[BaseResource](items=tuple(items))
 
     return router
 
 
-async def _placement(services: Services, entry: AdapterEntry) -> PlacementResource:
+def _adapter(catalog: Catalog, name: str) -> AdapterResource:
+    return views.adapter(catalog.entry(name), {fingerprint: base for base, fingerprint in catalog.bases().items()})
+
+
+def _location(request: Request, version: AdapterVersion) -> str:
+    tenant, name = split_qualified(version.name)
+    path = request.url_for("get_version", name=name, version=version.version).path
+    return path if tenant is None else f"{path}?tenant={tenant}"
+
+
+async def _placement(services: Services, entry: AdapterEntry, *, with_use: bool) -> PlacementResource:
     versions = {ref.digest: ref.version for ref in entry.versions.values()}
     if not versions:
         raise AdapterNotFound(f"adapter {entry.name!r} has no version")
     found = await services.placements.adapters(list(versions))
-    items = (views.placement(p, versions[p.digest]) for p in found if p.digest in versions)
+    items = (views.placement(p, versions[p.digest], with_use=with_use) for p in found if p.digest in versions)
     return PlacementResource(
         name=entry.name, items=tuple(sorted(items, key=lambda item: (-item.version, item.replica)))
     )

@@ -9,7 +9,7 @@ from loray.catalog import AliasState
 from serve_apps.api import examples, views
 from serve_apps.api.preconditions import Conditional
 from serve_apps.api.problems import responses
-from serve_apps.api.services import AliasPath, NamePath, Services
+from serve_apps.api.services import AdapterName, AliasPath, Asking, Services
 
 _PATH = "/adapters/{name}/aliases/{alias}"
 
@@ -18,26 +18,35 @@ def create_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["aliases"])
 
     @router.get("/adapters/{name}/aliases", responses=responses(404) | examples.page(examples.ALIAS, None))
-    def list_aliases(name: NamePath) -> Page[AliasResource]:
+    def list_aliases(asking: Asking, name: AdapterName) -> Page[AliasResource]:
         """All aliases of an adapter."""
-        return Page[AliasResource](items=tuple(views.alias(state) for state in services.catalog.aliases(name)))
+        return Page[AliasResource](
+            items=tuple(views.alias(state) for state in services.catalog_of(asking).aliases(name))
+        )
 
     @router.get(
         _PATH,
         response_model=AliasResource,
         responses=responses(404, 412) | {304: {"description": "The client has it"}} | _tagged(),
     )
-    def get_alias(response: Response, name: NamePath, alias: AliasPath, conditions: Conditional) -> object:
+    def get_alias(
+        response: Response, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
+    ) -> object:
         """Where an alias points. With If-None-Match, 304 where it has not moved; with If-Match, 412 where it has."""
-        found = _tag(services.catalog.alias(name, alias), response)
+        found = _tag(services.catalog_of(asking).alias(name, alias), response)
         conditions.check_match(found.revision, alias)
         if conditions.found_unchanged(found.revision):
             return Response(status_code=304, headers={"ETag": found.etag})
         return found
 
-    @router.put(_PATH, responses=responses(404, 409, 412) | _tagged() | _tagged(201))
+    @router.put(_PATH, responses=responses(403, 404, 409, 412) | _tagged() | _tagged(201))
     def put_alias(
-        response: Response, name: NamePath, alias: AliasPath, target: AliasTarget, conditions: Conditional
+        response: Response,
+        asking: Asking,
+        name: AdapterName,
+        alias: AliasPath,
+        target: AliasTarget,
+        conditions: Conditional,
     ) -> AliasResource:
         """Point an alias at a version; it is made where it is not set, which is answered with 201.
 
@@ -45,25 +54,28 @@ def create_router(services: Services) -> APIRouter:
         meanwhile. Without either it moves, whoever moved it last. 409: the gate refuses a LongLoRA adapter, by what was
         measured of it; `no_gate` is a reason to move it all the same, and is recorded.
         """
-        current = {state.alias: state.revision for state in services.catalog.aliases(name)}.get(alias, 0)
+        catalog = services.catalog_of(asking)
+        current = {state.alias: state.revision for state in catalog.aliases(name)}.get(alias, 0)
         expected = conditions.expected_revision(current, alias)
-        state = services.catalog.promote(
-            name, alias, target.version, expected_revision=expected, no_gate=target.no_gate
-        )
+        state = catalog.promote(name, alias, target.version, expected_revision=expected, no_gate=target.no_gate)
         response.status_code = 200 if current else 201
         return _tag(state, response)
 
-    @router.delete(_PATH, status_code=204, responses=responses(404, 412))
-    def delete_alias(name: NamePath, alias: AliasPath, conditions: Conditional) -> None:
+    @router.delete(_PATH, status_code=204, responses=responses(403, 404, 412))
+    def delete_alias(asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional) -> None:
         """Take an alias away; versions stay. Preconditions as for PUT."""
-        expected = conditions.expected_revision(services.catalog.alias(name, alias).revision, alias)
-        services.catalog.delete_alias(name, alias, expected_revision=expected)
+        catalog = services.catalog_of(asking)
+        expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
+        catalog.delete_alias(name, alias, expected_revision=expected)
 
-    @router.post(_PATH + "/rollback", responses=responses(404, 409, 412) | _tagged())
-    def roll_back(response: Response, name: NamePath, alias: AliasPath, conditions: Conditional) -> AliasResource:
+    @router.post(_PATH + "/rollback", responses=responses(403, 404, 409, 412) | _tagged())
+    def roll_back(
+        response: Response, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
+    ) -> AliasResource:
         """Point an alias back at where it pointed before its last move. 409: there is nothing to go back to."""
-        expected = conditions.expected_revision(services.catalog.alias(name, alias).revision, alias)
-        return _tag(services.catalog.rollback(name, alias, expected_revision=expected), response)
+        catalog = services.catalog_of(asking)
+        expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
+        return _tag(catalog.rollback(name, alias, expected_revision=expected), response)
 
     return router
 

@@ -9,11 +9,12 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from loray.api.resources import JobResource, Page
-from loray.spec import JobId, JobStatus, Name, TrainSpec
+from loray.serving.access import check
+from loray.spec import JobId, JobStatus, QualifiedName, TrainSpec
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.recipes import JSON, YAML, RecipeBody
-from serve_apps.api.services import Limit, Services
+from serve_apps.api.services import Asking, Limit, Services
 from serve_apps.http import schema_reference
 
 JobPath = Annotated[JobId, Path(description="Ray's submission id")]
@@ -29,17 +30,20 @@ def create_router(services: Services) -> APIRouter:
         "/jobs",
         status_code=201,
         openapi_extra=_BODY,
-        responses=responses(409, 415) | examples.ok(examples.JOB, 201, location=True),
+        responses=responses(403, 409, 415) | examples.ok(examples.JOB, 201, location=True),
     )
     def submit_job(
         request: Request,
         response: Response,
+        asking: Asking,
         recipe: RecipeBody,
         id: Annotated[JobId | None, Query(description="Ray's submission id for it; made up where left out")] = None,
         resume: Annotated[bool, Query(description="go on with the latest run of this recipe")] = False,
     ) -> JobResource:
         """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster."""
-        job = services.jobs.submit(recipe, id, resume=resume)
+        if recipe.publish.aliases:
+            check(asking, "promote")
+        job = services.jobs_of(asking).submit(recipe, id, resume=resume)
         response.headers["Location"] = request.url_for("get_job", id=job.id).path
         return views.job(job)
 
@@ -47,19 +51,20 @@ def create_router(services: Services) -> APIRouter:
     def list_jobs(
         request: Request,
         response: Response,
+        asking: Asking,
         limit: Limit = 100,
         cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
         status: Annotated[JobStatus | None, Query(description="only jobs with this status")] = None,
-        name: Annotated[Name | None, Query(description="only jobs that train this adapter")] = None,
+        name: Annotated[QualifiedName | None, Query(description="only jobs that train this adapter")] = None,
     ) -> Page[JobResource]:
-        """Jobs, newest first."""
-        page = services.jobs.page(limit, cursor, status, name)
+        """Jobs of the own tenant, newest first."""
+        page = services.jobs_of(asking).page(limit, cursor, status, name)
         return views.page(tuple(views.job(job) for job in page.jobs), page.next, request, response)
 
     @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
-    def get_job(id: JobPath) -> JobResource:
+    def get_job(asking: Asking, id: JobPath) -> JobResource:
         """One job, as Ray knows it now."""
-        return views.job(services.jobs.get(id))
+        return views.job(services.jobs_of(asking).get(id))
 
     @router.get(
         "/jobs/{id}/logs",
@@ -67,16 +72,17 @@ def create_router(services: Services) -> APIRouter:
         responses=responses(404, 410) | {200: {"description": "What the driver and its workers wrote"}},
     )
     async def get_logs(
-        id: JobPath, follow: Annotated[bool, Query(description="go on until the job ends")] = False
+        asking: Asking, id: JobPath, follow: Annotated[bool, Query(description="go on until the job ends")] = False
     ) -> Response:
         """The job's log: one JSON object per event, between other lines. 410: Ray does not have it any more."""
+        jobs = services.jobs_of(asking)
         if follow:
-            return StreamingResponse(await run_in_threadpool(services.jobs.follow, id), media_type="text/plain")
-        return PlainTextResponse(await run_in_threadpool(services.jobs.logs, id))
+            return StreamingResponse(await run_in_threadpool(jobs.follow, id), media_type="text/plain")
+        return PlainTextResponse(await run_in_threadpool(jobs.logs, id))
 
     @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
-    def stop_job(id: JobPath) -> JobResource:
+    def stop_job(asking: Asking, id: JobPath) -> JobResource:
         """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
-        return views.job(services.jobs.stop(id))
+        return views.job(services.jobs_of(asking).stop(id))
 
     return router

@@ -40,6 +40,7 @@ OPERATIONS = [
     "GET /jobs/{id}",
     "GET /jobs/{id}/logs",
     "GET /recommend",
+    "PATCH /adapters/{name}",
     "POST /adapters/{name}/aliases/{alias}/rollback",
     "POST /adapters/{name}/versions",
     "POST /jobs",
