@@ -12,6 +12,7 @@ from loray.catalog.entries import (
 )
 from loray.catalog.jobs import JobPage
 from loray.catalog.snapshots import CatalogSnapshot
+from loray.catalog.usage import UsageRow
 
 __all__ = [
     "AdapterDetail",
@@ -23,5 +24,6 @@ __all__ = [
     "CatalogSnapshot",
     "Job",
     "JobPage",
+    "UsageRow",
     "split_model",
 ]

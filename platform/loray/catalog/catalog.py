@@ -38,6 +38,7 @@ from loray.catalog.schema import adapters, alias_moves, bases, versions
 from loray.catalog.snapshots.feed import changes_since, read_counter
 from loray.catalog.snapshots.listing import select_names
 from loray.catalog.snapshots.snapshot import CatalogSnapshot
+from loray.catalog.usage import Usage
 from loray.errors import ConflictError, GateRefused, PermissionDenied, SpecError
 from loray.spec import AdapterManifest, AdapterRef
 from loray.telemetry import get_logger
@@ -47,7 +48,7 @@ _log = get_logger(__name__)
 _MAX_VERSION = 2**31 - 1  # what the column holds
 
 
-class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Tenants):
+class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Tenants, Usage):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
     The audit log records `actor` with every write. `gate_tolerance` is the tolerance of `catalog.gate`.

@@ -100,6 +100,7 @@ from loray.spec.training import (
     TrainSpec,
     VeraSpec,
 )
+from loray.spec.usage import USAGE_GROUPS, UsageEvent, UsageGroup, service_tier
 
 __all__ = [
     "ATTENTION_MODULES",
@@ -118,6 +119,7 @@ __all__ = [
     "PERPLEXITY",
     "PREFIX_LENGTH",
     "SCOPES",
+    "USAGE_GROUPS",
     "AdapterBytes",
     "AdapterManifest",
     "AdapterRef",
@@ -183,6 +185,8 @@ __all__ = [
     "ToolParserName",
     "ToolUse",
     "TrainSpec",
+    "UsageEvent",
+    "UsageGroup",
     "VeraSpec",
     "Visibility",
     "duration_s",
@@ -192,5 +196,6 @@ __all__ = [
     "parse_size",
     "qualified_name",
     "retrieval_metric",
+    "service_tier",
     "split_qualified",
 ]

@@ -1,0 +1,89 @@
+"""Usage in the catalog, on both databases: counted once, summed up, forgotten."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from loray.catalog import Catalog, UsageRow
+from loray.errors import SpecError
+from loray.spec import UsageEvent
+
+MORNING = datetime(2026, 3, 1, 8, tzinfo=UTC)
+
+
+def event(number: int, **fields: Any) -> UsageEvent:
+    given: dict[str, Any] = {
+        "request_id": f"cmpl-{number}",
+        "tenant": "acme",
+        "key_id": "k1",
+        "model": "acme/tone",
+        "digest": "0" * 64,
+        "num_prompt_tokens": 10,
+        "num_cached_tokens": 4,
+        "num_output_tokens": 3,
+        "tier": "default",
+        "seconds": 0.5,
+        "outcome": "ok",
+        "created_at": MORNING,
+    }
+    return UsageEvent(**given | fields)
+
+
+def test_an_event_that_comes_twice_is_counted_once(catalog: Catalog) -> None:
+    events = [event(i) for i in range(5)]
+    before = catalog.change_counter()
+    assert catalog.record_usage(events) == 5
+    assert catalog.record_usage([*events, event(5)]) == 1
+    assert catalog.record_usage([]) == 0
+    assert catalog.usage([]) == (UsageRow(None, None, None, None, 6, 60, 24, 18, 3.0),)
+    assert catalog.change_counter() == before  # serving does not depend on it
+
+
+def test_sums_by_tenant_key_model_and_day(catalog: Catalog) -> None:
+    evening = datetime(2026, 3, 2, 1, tzinfo=UTC) - timedelta(hours=2)
+    zone = MORNING.astimezone(UTC) + timedelta(days=1)
+    catalog.record_usage(
+        [
+            event(1),
+            event(2, created_at=evening),
+            event(3, created_at=zone, model="base", digest=None),
+            event(4, tenant="other", key_id=None),
+        ]
+    )
+    by_day = catalog.usage(["day"])
+    assert [(row.day, row.num_requests) for row in by_day] == [(date(2026, 3, 1), 3), (date(2026, 3, 2), 1)]
+    by_all = catalog.usage(["day", "model", "key", "tenant"], tenant="acme")
+    assert [(row.tenant, row.key_id, row.model, row.num_requests) for row in by_all] == [
+        ("acme", "k1", "acme/tone", 2),
+        ("acme", "k1", "base", 1),
+    ]
+    assert catalog.usage([], since=zone)[0].num_requests == 1
+    assert catalog.usage([], until=zone, key_id="k1", model="acme/tone")[0].num_prompt_tokens == 20
+    assert catalog.usage(["model"], limit=1, offset=1)[0].model == "base"
+    assert catalog.usage([], tenant="nobody")[0] == UsageRow(None, None, None, None, 0, 0, 0, 0, 0.0)
+    with pytest.raises(SpecError, match="not grouped by 'hour'"):
+        catalog.usage(["hour"])  # type: ignore[list-item]
+
+
+def test_what_a_budget_has_left(catalog: Catalog) -> None:
+    catalog.record_usage([event(1), event(2, key_id="k2"), event(3, created_at=MORNING - timedelta(days=2))])
+    since = MORNING - timedelta(days=1)
+    assert catalog.tokens_used(key_id="k1", since=since) == 13
+    assert catalog.tokens_used(tenant="acme", since=since) == 26
+    assert catalog.tokens_used(tenant="other", since=since) == 0
+
+
+def test_old_events_are_forgotten(catalog: Catalog) -> None:
+    catalog.record_usage([event(1), event(2, created_at=MORNING + timedelta(days=1))])
+    assert catalog.forget_usage(MORNING + timedelta(hours=1)) == 1
+    assert [row.day for row in catalog.usage(["day"])] == [date(2026, 3, 2)]
+
+
+def test_events_as_text() -> None:
+    assert UsageEvent.from_json(event(1).to_json()) == event(1)
+    for line in ("{", "[]", "{}", '{"created_at": 3}', '{"created_at": "2026-03-01T08:00:00+00:00"}'):
+        with pytest.raises(ValueError):
+            UsageEvent.from_json(line)
