@@ -113,6 +113,7 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     import ray
 
     from loray.telemetry import configure_logging
+    from serve_apps.accounting.owner import RayExchange
     from serve_apps.gateway.answers.headers import WithoutRequestId
     from serve_apps.gateway.app import open_gateway
     from serve_apps.gateway.replicas.engines import ServeEngines
@@ -125,7 +126,10 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     handle = serve.get_deployment_handle(ENGINE, here.app_name)
     engines = ServeEngines(handle, ray.get_runtime_context().get_node_id(), _host(spec))
     gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)
-    gateway = open_gateway(spec, settings, engines, gateways)
+    exchange = None
+    if spec.num_gateways > 1:
+        exchange = RayExchange(here.app_name, gateways.name, spec.num_gateways, settings)
+    gateway = open_gateway(spec, settings, engines, gateways, exchange)
     gateway.add_middleware(WithoutRequestId)
     freeze_garbage()
     return gateway

@@ -21,6 +21,7 @@ _KNOWN = {
     "LORAY_LOG_LEVEL",
     "LORAY_PEAK_TFLOPS",
     "LORAY_GATE_TOLERANCE",
+    "LORAY_USAGE_DAYS",
 }
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
 _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
@@ -28,6 +29,7 @@ _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
 LOCAL_S3_FOLDER = "s3"
 STORE_URL_FILE = "store_url"
 DEFAULT_GATE_TOLERANCE = 0.10
+DEFAULT_USAGE_DAYS = 400
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -44,6 +46,7 @@ class Settings:
              (`LORAY_PEAK_TFLOPS`, default None: measured with a matrix product when training starts)
     gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed that of the
              base when it gets an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
+    usage_days  days after which what a request used is forgotten (`LORAY_USAGE_DAYS`, default 400; 0: never)
     """
 
     home: Path
@@ -53,6 +56,7 @@ class Settings:
     log_level: str
     peak_tflops: float | None = None
     gate_tolerance: float = DEFAULT_GATE_TOLERANCE
+    usage_days: int = DEFAULT_USAGE_DAYS
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -86,6 +90,7 @@ class Settings:
             log_level=level,
             peak_tflops=_positive(env, "LORAY_PEAK_TFLOPS"),
             gate_tolerance=_share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
+            usage_days=_whole(env, "LORAY_USAGE_DAYS", DEFAULT_USAGE_DAYS),
         )
 
     @property
@@ -122,6 +127,8 @@ class Settings:
             env["LORAY_PEAK_TFLOPS"] = str(self.peak_tflops)
         if self.gate_tolerance != DEFAULT_GATE_TOLERANCE:
             env["LORAY_GATE_TOLERANCE"] = str(self.gate_tolerance)
+        if self.usage_days != DEFAULT_USAGE_DAYS:
+            env["LORAY_USAGE_DAYS"] = str(self.usage_days)
         if self.catalog_has_password and not secrets:
             del env["LORAY_CATALOG"]
         return env
@@ -152,6 +159,15 @@ def _positive(env: Mapping[str, str], name: str) -> float | None:
     if not 0 < number < math.inf:
         raise SettingsError(f"{name}={value!r} must be a positive number")
     return number
+
+
+def _whole(env: Mapping[str, str], name: str, default: int) -> int:
+    value = env.get(name)
+    if not value:
+        return default
+    if not (value.isascii() and value.isdigit()) or len(value) > 9:
+        raise SettingsError(f"{name}={value!r} must be a whole number of at least 0")
+    return int(value)
 
 
 def _share(text: str) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from loray.serving.quotas import OPEN_ENDED_TOKENS, QuotaGate, Reservation
 from loray.spec import Delta, GenerateRequest, Principal, UsageEvent, service_tier
+from serve_apps.accounting.books import Books
 
 Sink = Callable[[UsageEvent], None]
 
@@ -23,7 +26,7 @@ class Account:
 
     answer_id: str
     principal: Principal
-    model: str
+    base: str
     requests: Sequence[GenerateRequest]
     num_choices: int
     received_at: float
@@ -35,10 +38,10 @@ class Account:
     def headers(self) -> Mapping[str, str]:
         return self.reservation.headers
 
-    def close(self, outcome: str, last: Sequence[Delta | None]) -> None:
+    def close(self, outcome: str, last: Sequence[Delta | None]) -> UsageEvent:
         """`last`: the last delta of each choice; None: nothing came."""
         if self.event is not None:
-            return
+            return self.event
         of_prompts = [delta for delta in last[:: self.num_choices] if delta is not None]
         num_prompt = sum(delta.num_prompt_tokens for delta in of_prompts)
         num_output = sum(delta.num_output_tokens for delta in last if delta is not None)
@@ -47,7 +50,7 @@ class Account:
             request_id=self.answer_id,
             tenant=self.principal.tenant,
             key_id=self.principal.key_id,
-            model=self.model if first.adapter is None else first.adapter.name,
+            model=self.base if first.adapter is None else first.adapter.name,
             digest=None if first.adapter is None else first.adapter.digest,
             num_prompt_tokens=num_prompt,
             num_cached_tokens=sum(delta.num_cached_tokens for delta in of_prompts),
@@ -60,18 +63,29 @@ class Account:
         self.reservation.settle(num_prompt + num_output, time.time())
         if self.sink is not None:
             self.sink(self.event)
+        return self.event
 
 
 class Accounts:
-    """Opens the accounts of a gateway's requests. `sink` takes the usage events; None: nobody wants them."""
+    """Opens the accounts of a gateway's requests, and keeps its shares of all limits while it runs."""
 
-    def __init__(self, gate: QuotaGate | None = None, sink: Sink | None = None) -> None:
-        self.gate = gate or QuotaGate()
-        self._sink = sink
+    def __init__(self, gate: QuotaGate | None = None, books: Books | None = None) -> None:
+        """`books` None: what requests use is recorded nowhere, and limits are this process's alone."""
+        self._gate = gate or QuotaGate()
+        self._books = books
+        self._woken = asyncio.Event()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        if self._books is None:
+            yield
+            return
+        async with self._books.opened(self._gate, self._woken):
+            yield
 
     def check(self, principal: Principal) -> None:
         """Before a request is read. Raises RateLimited where none can begin now."""
-        self.gate.check(principal, time.time())
+        self._gate.check(principal, time.time())
 
     def open(
         self,
@@ -79,7 +93,7 @@ class Accounts:
         requests: Sequence[GenerateRequest],
         *,
         answer_id: str,
-        model: str,
+        base: str,
         num_choices: int,
         received_at: float,
         open_ended: bool,
@@ -89,5 +103,8 @@ class Accounts:
         for request in requests:
             most = request.params.max_tokens
             num_tokens += min(most, OPEN_ENDED_TOKENS) if open_ended else most
-        reservation = self.gate.admit(principal, num_tokens, time.time())
-        return Account(answer_id, principal, model, requests, num_choices, received_at, reservation, self._sink)
+        reservation = self._gate.admit(principal, num_tokens, time.time())
+        if self._gate.new_budgets:
+            self._woken.set()
+        sink = None if self._books is None else self._books.add
+        return Account(answer_id, principal, base, requests, num_choices, received_at, reservation, sink)

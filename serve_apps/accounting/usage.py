@@ -112,7 +112,8 @@ class UsageWriter:
     def _send(self, journal: Journal) -> None:
         offset = 0
         while True:
-            events, offset = journal.read(_BATCH, offset)
+            with self._journal_lock:  # never half a line
+                events, offset = journal.read(_BATCH, offset)
             if events:
                 self._known().record_usage(events)
                 continue

@@ -12,8 +12,12 @@ from loray import __version__
 from loray.bases.registry import get_base
 from loray.catalog import Catalog
 from loray.catalog.snapshots.disk import SnapshotFile
+from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import ServeSpec
+from serve_apps.accounting.account import Accounts
+from serve_apps.accounting.books import Books
+from serve_apps.accounting.exchange import Exchange
 from serve_apps.bodies import BodyLimit
 from serve_apps.gateway import errors
 from serve_apps.gateway.answers.headers import EchoRequestId
@@ -36,7 +40,8 @@ def create_app(gateway: Gateway) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await gateway.directory.refresh()
         watcher = asyncio.create_task(gateway.directory.watch())
-        yield
+        async with gateway.accounts.running():
+            yield
         watcher.cancel()
         gateway.directory.close()
         gateway.prompts.close()
@@ -54,12 +59,20 @@ def create_app(gateway: Gateway) -> FastAPI:
     return app
 
 
-def open_gateway(spec: ServeSpec, settings: Settings, engines: Engines, gateways: Gateways | None = None) -> FastAPI:
+def open_gateway(
+    spec: ServeSpec,
+    settings: Settings,
+    engines: Engines,
+    gateways: Gateways | None = None,
+    exchange: Exchange | None = None,
+) -> FastAPI:
     """A gateway of a deployment: its base on this machine, and the catalog that `settings` names.
 
-    `app.state.gateway` is the Gateway.
+    `exchange` None: no other gateway counts the same limits. `app.state.gateway` is the Gateway.
     """
     base = get_base(settings.home, spec.base)
     kept = SnapshotFile(settings.home / CATALOG_SNAPSHOT, settings.catalog)
     directory = ModelDirectory(base, lambda: Catalog(settings.catalog), kept)
-    return create_app(Gateway(spec, directory, PromptEncoder.load(base, spec.tool_parser), engines, gateways))
+    accounts = Accounts(QuotaGate(1 if exchange is None else spec.num_gateways), Books(settings, exchange))
+    prompts = PromptEncoder.load(base, spec.tool_parser)
+    return create_app(Gateway(spec, directory, prompts, engines, gateways, accounts))

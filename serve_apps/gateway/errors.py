@@ -23,6 +23,7 @@ from loray.errors import (
     NotFoundError,
     Overloaded,
     PermissionDenied,
+    RateLimited,
     RequestError,
     StoreError,
     Unauthenticated,
@@ -65,6 +66,7 @@ _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
     (RequestError, _Kind(400, _INVALID, None)),
     (BaseMismatch, _Kind(404, _INVALID, "base_mismatch", param="model")),
     (NotFoundError, _Kind(404, _INVALID, "model_not_found", param="model")),
+    (RateLimited, _Kind(429, "rate_limit_error", "rate_limit_exceeded")),
     (Overloaded, _Kind(429, "rate_limit_error", "overloaded")),
     (DeadlineExceeded, _Kind(504, _SERVER, "deadline_exceeded")),
     (IntegrityError, _Kind(500, _SERVER, "adapter_damaged", param="model")),
@@ -86,10 +88,14 @@ def failure_of(error: Exception, request_id: str | None = None) -> Failure:
         _log.error("unexpected error%s", of_request, exc_info=error)
         return _failure(_INTERNAL, "internal error; the gateway's log has the details")
     retry_after = kind.retry_after_s
-    if isinstance(error, Overloaded | StoreError | AdapterQuarantined) and error.retry_after_s is not None:
+    if (
+        isinstance(error, Overloaded | RateLimited | StoreError | AdapterQuarantined)
+        and error.retry_after_s is not None
+    ):
         retry_after = error.retry_after_s
     param = error.param if isinstance(error, RequestError) else kind.param
-    return _failure(kind._replace(param=param, retry_after_s=retry_after), str(error))
+    failure = _failure(kind._replace(param=param, retry_after_s=retry_after), str(error))
+    return failure._replace(headers={**failure.headers, **error.headers}) if isinstance(error, RateLimited) else failure
 
 
 def _failure(kind: _Kind, message: str) -> Failure:

@@ -13,18 +13,20 @@ from prometheus_client.core import Metric as Family
 
 from loray import __version__
 from loray.api.openai import ChatCompletionRequest, ChatFormat, CompletionFormat, CompletionRequest
-from loray.api.openai.extras import NO_EXTRAS, Extras
+from loray.api.openai.extras import Extras
 from loray.api.openai.requests import GenerationRequest
 from loray.api.openai.responses_api import ResponseBuilder, ResponsesRequest, renamed
 from loray.api.openai.structured import Given
 from loray.api.status import CatalogStatus, Status, total
-from loray.engine.memory.limits import check_length, max_model_len, pool_geometry
+from loray.engine.memory.limits import max_model_len, pool_geometry
 from loray.errors import EngineError, RequestError
+from loray.serving.quotas import allowed_priority
 from loray.spec import AdapterRef, GenerateRequest, ServeSpec
 from loray.text.bad_words import bad_word_ids
 from loray.text.chat import Dialect
 from loray.text.deltas import RequestText
 from loray.text.grammar import GrammarChecker
+from serve_apps.accounting.account import Accounts
 from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.echo import Echo
@@ -33,6 +35,7 @@ from serve_apps.gateway.answers.responses import response_writer
 from serve_apps.gateway.answers.writers import Writer, writer_of
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines, Gateways
+from serve_apps.gateway.lengths import extras, max_tokens, num_kept
 from serve_apps.gateway.metrics import GatewayMetrics, together
 from serve_apps.gateway.models import ModelCards
 from serve_apps.gateway.prompts import PromptEncoder
@@ -51,13 +54,15 @@ class Gateway:
         prompts: PromptEncoder,
         engines: Engines,
         gateways: Gateways | None = None,
+        accounts: Accounts | None = None,
     ) -> None:
-        """`gateways` None: this is the only one."""
+        """`gateways` None: this is the only one. `accounts` None: what requests use is recorded nowhere."""
         self.spec, self.directory = spec, directory
         self.prompts, self._engines, self._gateways = prompts, engines, gateways
         self._grammars = GrammarChecker(directory.base)
         self._pool_tokens = pool_geometry(spec, directory.base.config).num_tokens
         self.models = ModelCards(directory, self.limit)
+        self.accounts = accounts or Accounts()
         self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
 
     @property
@@ -69,7 +74,7 @@ class Gateway:
     async def completions(self, request: CompletionRequest, headers: RequestHeaders) -> Response:
         adapter, limit = await self.model(request.model)
         prompts = await self.prompts.texts(
-            request.prompt, limit, special=request.add_special_tokens, keep=_num_kept(request, limit)
+            request.prompt, limit, special=request.add_special_tokens, keep=num_kept(request, limit)
         )
         answer = CompletionFormat(
             _new_id("cmpl"),
@@ -77,7 +82,7 @@ class Gateway:
             request.model,
             self._fingerprint,
             request.include_usage,
-            _extras(request, prompts),
+            extras(request, prompts),
         )
         given = request.constraint
         requests = await self._requests(request, adapter, limit, prompts, answer.id, "prompt", headers, given)
@@ -114,7 +119,7 @@ class Gateway:
         """`writer` None: a chat completion."""
         adapter, limit = await self.model(request.model)
         dialect = await self.dialect(request, adapter)
-        prompt = await self.prompts.chat(request, dialect, limit, keep=_num_kept(request, limit))
+        prompt = await self.prompts.chat(request, dialect, limit, keep=num_kept(request, limit))
         given, use = request.constraint, request.tool_use
         constraint = dialect.constraint(use, None if given is None else given.constraint)
         if use is not None:
@@ -134,8 +139,7 @@ class Gateway:
         self, request: GenerationRequest, prompts: Sequence[tuple[int, ...]]
     ) -> tuple[int, str, str, bool, Extras]:
         """What each format begins with, after the id."""
-        extras = _extras(request, prompts)
-        return int(time.time()), request.model, self._fingerprint, request.include_usage, extras
+        return int(time.time()), request.model, self._fingerprint, request.include_usage, extras(request, prompts)
 
     async def model(self, name: str) -> tuple[AdapterRef | None, int]:
         """The adapter, or None for the base, and the largest number of tokens of a request for it."""
@@ -167,14 +171,14 @@ class Gateway:
                 request_id=f"{prefix}-{i * request.n + choice}",
                 prompt_ids=prompt,
                 params=request.sampling(
-                    max_tokens=_max_tokens(request, len(prompt), limit, param),
+                    max_tokens=max_tokens(request, len(prompt), limit, param),
                     choice=choice,
                     bad_words=bad_words,
                     structured=None if given is None else given.constraint,
                 ),
                 adapter=adapter,
                 tenant=headers.tenant or request.user or "",
-                priority=request.priority,
+                priority=allowed_priority(headers.principal, request.priority),
                 ttft_slo_s=request.ttft_slo_s,
                 cache_salt=request.cache_salt or "",
             )
@@ -192,11 +196,21 @@ class Gateway:
         headers: RequestHeaders,
     ) -> Answer:
         fit = request.requested_max_tokens is None
+        account = self.accounts.open(
+            headers.principal,
+            requests,
+            answer_id=answer_id,
+            base=self.directory.base.name,
+            num_choices=request.n,
+            received_at=headers.received_at,
+            open_ended=fit,
+        )
         streams = [self._engines.generate(r, fit=fit) for r in requests]
         return Answer(
             [ChoiceStream(stream, text) for stream, text in zip(streams, texts, strict=True)],
             writer,
             request_id=headers.request_id or answer_id,
+            account=account,
             deadline=self._deadline(headers),
             heartbeat_s=self.spec.sse_heartbeat_s or None,
         )
@@ -260,36 +274,6 @@ class Gateway:
     def own_families(self) -> list[Family]:
         """The metrics of this gateway alone."""
         return self.counted.families(self.directory, self._engines.routing_decisions())
-
-
-def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, limit: int, param: str) -> int:
-    """The requested limit, else the API's default, at most what fits into the context.
-
-    Raises RequestError for an empty prompt, and ContextLengthExceeded.
-    """
-    if not num_prompt_tokens:
-        raise RequestError("the prompt is empty; give at least one token", param)
-    requested = request.requested_max_tokens
-    check_length(limit, num_prompt_tokens, 1 if requested is None else requested, param=param)
-    left = limit - num_prompt_tokens
-    return min(left, request.default_max_tokens or left) if requested is None else requested
-
-
-def _extras(request: GenerationRequest, prompts: Sequence[tuple[int, ...]]) -> Extras:
-    usage = request.stream_options is not None and request.stream_options.continuous_usage_stats
-    if not (usage or request.return_token_ids):
-        return NO_EXTRAS
-    of_choices = [prompt for prompt in prompts for _ in range(request.n)]
-    return Extras(of_choices, request.return_token_ids, usage)
-
-
-def _num_kept(request: GenerationRequest, limit: int) -> int | None:
-    """How many tokens of a longer prompt are taken, by `truncate_prompt_tokens`; None: it may not be longer."""
-    given = request.truncate_prompt_tokens
-    if given != -1:
-        return given
-    requested = request.requested_max_tokens
-    return max(1, limit - ((request.default_max_tokens or 1) if requested is None else requested))
 
 
 def _new_id(prefix: str) -> str:

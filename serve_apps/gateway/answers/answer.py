@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from loray.errors import DeadlineExceeded
 from loray.spec import Delta, TokenDelta
+from serve_apps.accounting.account import Account
 from serve_apps.gateway import errors
 from serve_apps.gateway.answers.connection import Connection
 from serve_apps.gateway.answers.writers import Writer
@@ -53,16 +54,28 @@ class Answer(Response):
         writer: Writer,
         *,
         request_id: str,
+        account: Account | None = None,
         deadline: Deadline | None = None,
         heartbeat_s: float | None = None,
     ) -> None:
         self.status_code, self.media_type, self.background = 200, writer.media_type, None
-        self.init_headers({"X-Request-Id": request_id, **(_SSE_HEADERS if writer.is_stream else {})})
-        self._choices, self._writer = choices, writer
+        self._limits = {} if account is None else account.headers
+        self.init_headers({"X-Request-Id": request_id, **self._limits, **(_SSE_HEADERS if writer.is_stream else {})})
+        self._choices, self._writer, self._account = choices, writer, account
+        self._last: list[Delta | None] = [None] * len(choices)
         self._request_id, self._deadline = request_id, deadline
         self._heartbeat_s = heartbeat_s if writer.is_stream else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outcome = "cancelled"
+        try:
+            outcome = await self._answer(scope, receive, send)
+        finally:
+            if self._account is not None:
+                scope.setdefault("state", {})["usage"] = self._account.close(outcome, self._last)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> str:
+        """Returns the outcome, as `UsageEvent` has it."""
         connection = Connection(send, self.raw_headers, self._heartbeat_s)
         limit = asyncio.timeout_at(self._deadline and self._deadline.at)
         left = False
@@ -80,18 +93,20 @@ class Answer(Response):
                 try:
                     await self._run(connection)
                     await connection.end(self._writer.end())
+                    return "ok"
                 finally:
                     watcher.cancel()
         except Exception as e:  # noqa: BLE001 - failure_of logs unexpected errors; the client gets a reason
             if left:
-                return
+                return "disconnected"
             error = e
             if limit.expired():
                 assert self._deadline is not None
                 if connection.is_blocked:
-                    return  # the client does not read; without an end of the response, the server closes
+                    # The client does not read; without an end of the response, the server closes.
+                    return "deadline_exceeded"
                 error = DeadlineExceeded(f"the request took longer than {self._deadline.timeout_s:g} s, its limit")
-            await self._fail(error, connection, scope, receive, send)
+            return await self._fail(error, connection, scope, receive, send)
 
     async def _run(self, connection: Connection) -> None:
         # In tasks, also a single one: a token then wakes the choice alone, and not the routes and middleware around it.
@@ -110,17 +125,18 @@ class Answer(Response):
         push = self._writer.push
         async with aclosing(stream):
             async for tokens in stream:
-                delta = text.push(tokens)
+                self._last[index] = delta = text.push(tokens)
                 if written := push(index, delta):
                     await connection.write(written)
                 if delta.finish_reason is not None:
                     return
 
-    async def _fail(self, error: Exception, connection: Connection, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _fail(self, error: Exception, connection: Connection, scope: Scope, receive: Receive, send: Send) -> str:
         failure = errors.failure_of(error, self._request_id)
         if connection.started:
             await connection.end(self._writer.failed(failure))
         else:
             response = errors.response_of(failure)
-            response.headers["X-Request-Id"] = self._request_id
+            response.headers.update({"X-Request-Id": self._request_id, **self._limits})
             await response(scope, receive, send)
+        return failure.error.code or "error"

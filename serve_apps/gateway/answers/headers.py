@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.errors import RequestError
+from loray.spec import Principal
 
 REQUEST_ID = "X-Request-Id"
 TENANT = "X-Tenant-Id"  # set by a proxy that knows the client; it overrides the body's `user`
@@ -23,13 +24,14 @@ class RequestHeaders(NamedTuple):
     tenant: str | None = None
     request_id: str | None = None
     timeout_s: float | None = None
+    principal: Principal = Principal()
 
     @classmethod
-    def of(cls, headers: Mapping[str, str]) -> RequestHeaders:
+    def of(cls, headers: Mapping[str, str], principal: Principal) -> RequestHeaders:
         """Raises RequestError if the time is not a positive number. An id that is too long or not visible ASCII counts
         as absent."""
         now = asyncio.get_running_loop().time()
-        return cls(now, headers.get(TENANT), _request_id(headers), _timeout(headers.get(TIMEOUT)))
+        return cls(now, headers.get(TENANT), _request_id(headers), _timeout(headers.get(TIMEOUT)), principal)
 
 
 def _request_id(headers: Mapping[str, str]) -> str | None:

@@ -11,6 +11,7 @@ from loray.api.openai.responses_api import ResponsesRequest, chat_request
 from serve_apps.gateway.answers.headers import RequestHeaders
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of, converted_body
+from serve_apps.principal import principal_of
 
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest,
@@ -22,19 +23,24 @@ BODIES: dict[str, type[Body]] = {
 def create_router(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
+    def heard(request: Request) -> RequestHeaders:
+        principal = principal_of(request.scope)
+        gateway.accounts.check(principal)  # before the body is read
+        return RequestHeaders.of(request.headers, principal)
+
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        headers = RequestHeaders.of(request.headers)
+        headers = heard(request)
         return await gateway.completions(await body_of(request, CompletionRequest), headers)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        headers = RequestHeaders.of(request.headers)
+        headers = heard(request)
         return await gateway.chat_completions(await body_of(request, ChatCompletionRequest), headers)
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
-        headers = RequestHeaders.of(request.headers)
+        headers = heard(request)
         return await gateway.responses(*await converted_body(request, _response_and_chat), headers)
 
     return router

@@ -15,7 +15,7 @@ some of the gateways alone.
 
 from loray.serving.quotas.gate import OPEN_ENDED_TOKENS, QuotaGate, Reservation
 from loray.serving.quotas.owner import QuotaOwner
-from loray.serving.quotas.rules import Rule, rules_of
+from loray.serving.quotas.rules import Rule, allowed_priority, rules_of
 from loray.serving.quotas.shares import Grant, Reply, Report
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "Report",
     "Reservation",
     "Rule",
+    "allowed_priority",
     "rules_of",
 ]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal, NamedTuple
 
-from loray.spec import Limits, Principal
+from loray.spec import Limits, Principal, duration_s
 
 Kind = Literal["requests", "tokens", "parallel", "budget"]
 Owner = Literal["key", "tenant"]
 
 MINUTE_S = 60.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_DURATION = re.compile(r"([0-9]+)([smhd])")
 
 
 class Rule(NamedTuple):
@@ -61,16 +59,15 @@ def _rules(owner: Owner, subject: str, limits: Limits) -> tuple[Rule, ...]:
         ("requests", limits.rpm_limit, MINUTE_S),
         ("tokens", limits.tpm_limit, MINUTE_S),
         ("parallel", limits.max_parallel_requests, 0.0),
-        ("budget", limits.max_budget, seconds(limits.budget_duration)),
+        ("budget", limits.max_budget, duration_s(limits.budget_duration)),
     )
     return tuple(Rule(owner, subject, kind, limit, period) for kind, limit, period in found if limit is not None)
 
 
-def seconds(duration: str) -> float:
-    """Of a duration as `30d`."""
-    match = _DURATION.fullmatch(duration)
-    assert match is not None, duration  # Limits has checked it
-    return float(int(match[1]) * _UNITS[match[2]])
+def allowed_priority(principal: Principal, priority: int) -> int:
+    """`priority`, or the most urgent one that key and tenant may ask."""
+    least = (principal.limits.min_priority, principal.tenant_limits.min_priority)
+    return max([priority, *(value for value in least if value is not None)])
 
 
 def duration(period_s: float) -> str:

@@ -1,0 +1,46 @@
+"""Where a gateway's usage events go, and with whom it shares limits, while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from loray.catalog import Catalog
+from loray.serving.quotas import QuotaGate
+from loray.settings import Settings
+from loray.spec import UsageEvent
+from serve_apps.accounting.exchange import Exchange, UsedBefore, follow_owner, follow_usage
+from serve_apps.accounting.usage import UsageWriter
+
+
+class Books:
+    """`exchange` None: the gateway is the only one."""
+
+    def __init__(self, settings: Settings, exchange: Exchange | None = None) -> None:
+        self._settings, self._exchange = settings, exchange
+        self._writer: UsageWriter | None = None
+
+    def _catalog(self) -> Catalog:
+        return Catalog(self._settings.catalog)
+
+    def add(self, event: UsageEvent) -> None:
+        assert self._writer is not None, "requests end before the books are closed"
+        self._writer.add(event)
+
+    @asynccontextmanager
+    async def opened(self, gate: QuotaGate, woken: asyncio.Event) -> AsyncIterator[None]:
+        """`woken` is set when the gate has a new budget."""
+        self._writer = UsageWriter(self._catalog, self._settings.home, self._settings.usage_days)
+        used_before = UsedBefore(self._catalog)
+        if self._exchange is None:
+            task = asyncio.create_task(follow_usage(gate, used_before, woken))
+        else:
+            task = asyncio.create_task(follow_owner(gate, self._exchange))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.to_thread(self._writer.close)
+            used_before.close()

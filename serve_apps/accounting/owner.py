@@ -1,0 +1,72 @@
+"""The owner of a deployment's limits as a Ray actor, which the first gateway to need it makes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from loray.catalog import Catalog
+from loray.errors import LorayError
+from loray.serving.quotas import QuotaOwner, Reply, Report, Rule
+from loray.settings import Settings
+from loray.telemetry import get_logger
+from serve_apps.accounting.exchange import OwnerAway, UsedBefore
+
+_log = get_logger(__name__)
+
+_NAMESPACE = "serve"
+
+
+class OwnerActor:
+    """It ends with the gateway that made it; the next exchange of another one makes a new one."""
+
+    def __init__(self, num_gateways: int) -> None:
+        settings = Settings.from_env()
+        self._used_before = UsedBefore(lambda: Catalog(settings.catalog))
+        self._owner = QuotaOwner(num_gateways, self._used)
+
+    def exchange(self, gateway: str, reports: Sequence[Report]) -> Reply:
+        return self._owner.exchange(gateway, reports, time.time())
+
+    def _used(self, rule: Rule, now: float) -> float:
+        try:
+            return self._used_before(rule, now)
+        except LorayError as e:
+            _log.warning("what was used of %s is not known: %s", rule.words, e)
+            return 0.0
+
+
+class RayExchange:
+    """Implements `serve_apps.accounting.exchange.Exchange` for the gateway `name` of an application."""
+
+    def __init__(self, application: str, name: str, num_gateways: int, settings: Settings) -> None:
+        # Gateways with another number of gateways, while an application is replaced, have another owner.
+        self._owner = f"loray-quotas-{application}-{num_gateways}"
+        self._name, self._num_gateways, self._settings = name, num_gateways, settings
+        self._handle: Any = None
+
+    async def __call__(self, reports: Sequence[Report]) -> Reply:
+        try:
+            if self._handle is None:
+                self._handle = await asyncio.to_thread(self._make)
+            reply = await self._handle.exchange.remote(self._name, reports)
+        except RayError as e:
+            self._handle = None
+            raise OwnerAway(f"their owner is lost: {e}") from e
+        assert isinstance(reply, Reply)
+        return reply
+
+    def _make(self) -> Any:
+        actor = ray.remote(OwnerActor)
+        return actor.options(
+            name=self._owner,
+            namespace=_NAMESPACE,
+            get_if_exists=True,
+            num_cpus=0,
+            runtime_env={"env_vars": self._settings.to_env(secrets=False)},
+        ).remote(self._num_gateways)

@@ -1,0 +1,122 @@
+"""Usage events reach the catalog once: past a database that is away, and a process that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loray.catalog import Catalog
+from loray.errors import CatalogError
+from serve_apps.accounting import usage
+from serve_apps.accounting.journal import FOLDER
+from serve_apps.accounting.usage import UsageWriter
+from tests.catalog.test_usage import event
+from tests.serve_apps.asking import eventually
+
+
+def num_requests(url: str) -> int:
+    catalog = Catalog(url)
+    try:
+        return catalog.usage([])[0].num_requests
+    finally:
+        catalog.close()
+
+
+def journals(home: Path) -> list[Path]:
+    return list((home / FOLDER).glob("*.jsonl"))
+
+
+def test_all_events_are_there_when_the_writer_is_closed(tmp_path: Path, catalog_url: str) -> None:
+    writer = UsageWriter(lambda: Catalog(catalog_url), tmp_path)
+    for i in range(1200):
+        writer.add(event(i % 1100))
+    writer.close()
+    assert num_requests(catalog_url) == 1100
+    assert journals(tmp_path) == []
+
+
+def test_events_wait_for_a_database_that_is_away(
+    tmp_path: Path, catalog_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage, "FLUSH_S", 0.01)
+    is_away = True
+
+    def open_catalog() -> Catalog:
+        if is_away:
+            raise CatalogError("away")
+        return Catalog(catalog_url)
+
+    writer = UsageWriter(open_catalog, tmp_path)
+    writer.add(event(1))
+    assert eventually(lambda: any(path.stat().st_size for path in journals(tmp_path)))
+    writer.close()  # it is still away
+    (left,) = journals(tmp_path)
+    with left.open("a") as f:
+        f.write('{"request_id": "half a li')  # of a process killed while it wrote
+    is_away = False
+    writer = UsageWriter(open_catalog, tmp_path)
+    writer.add(event(1))  # sent before, as far as anybody knows
+    writer.add(event(2))
+    writer.close()
+    assert num_requests(catalog_url) == 2
+    assert journals(tmp_path) == []
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from loray.catalog import Catalog
+from serve_apps.accounting.usage import UsageWriter
+from tests.catalog.test_usage import event
+writer = UsageWriter(lambda: Catalog(sys.argv[1]), Path(sys.argv[2]))
+for i in range(100):
+    writer.add(event(i))
+writer._queue.put(None)
+writer._threads[0].join()  # all are in the journal; some may be in the catalog
+print("written", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_writer_loses_nothing_and_counts_nothing_twice(tmp_path: Path, catalog_url: str) -> None:
+    killed = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, catalog_url, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert killed.stdout is not None
+    assert killed.stdin is not None
+    with killed.stdout, killed.stdin:
+        assert killed.stdout.readline() == "written\n"
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+    for _ in range(2):
+        UsageWriter(lambda: Catalog(catalog_url), tmp_path).close()
+    assert num_requests(catalog_url) == 100
+    assert journals(tmp_path) == []
+
+
+def test_old_events_are_forgotten(tmp_path: Path, catalog_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "FLUSH_S", 0.01)
+    writer = UsageWriter(lambda: Catalog(catalog_url), tmp_path, retention_days=1)
+    writer.add(event(1))  # of another year
+    writer.close()
+    UsageWriter(lambda: Catalog(catalog_url), tmp_path, retention_days=1).close()
+    assert num_requests(catalog_url) == 0
+
+
+def test_a_journal_that_is_full_loses_events_and_says_so(
+    tmp_path: Path, catalog_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("serve_apps.accounting.journal.MAX_BYTES", 0)
+    writer = UsageWriter(lambda: Catalog(catalog_url), tmp_path)
+    writer.add(event(1))
+    writer.close()
+    assert num_requests(catalog_url) == 0
+    assert any("usage events are lost" in record.getMessage() for record in caplog.records)
