@@ -10,9 +10,9 @@ from loray.catalog.entries import (
     Job,
     split_model,
 )
+from loray.catalog.identity import UsageRow
 from loray.catalog.jobs import JobPage
 from loray.catalog.snapshots import CatalogSnapshot
-from loray.catalog.usage import UsageRow
 
 __all__ = [
     "AdapterDetail",

@@ -18,7 +18,7 @@ from loray.catalog.entries import (
     split_model,
 )
 from loray.catalog.evaluations import Evaluations
-from loray.catalog.identity import Audit, Keys, Sharing, Tenants
+from loray.catalog.identity import Audit, Keys, Sharing, Tenants, Usage
 from loray.catalog.jobs import Jobs
 from loray.catalog.projections import Projections, note_projection
 from loray.catalog.queries import (
@@ -38,7 +38,6 @@ from loray.catalog.schema import adapters, alias_moves, bases, versions
 from loray.catalog.snapshots.feed import changes_since, read_counter
 from loray.catalog.snapshots.listing import select_names
 from loray.catalog.snapshots.snapshot import CatalogSnapshot
-from loray.catalog.usage import Usage
 from loray.errors import ConflictError, GateRefused, PermissionDenied, SpecError
 from loray.spec import AdapterManifest, AdapterRef
 from loray.telemetry import get_logger

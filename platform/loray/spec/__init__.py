@@ -9,6 +9,7 @@ from loray.spec.access import (
     OPERATOR,
     PREFIX_LENGTH,
     SCOPES,
+    USAGE_GROUPS,
     ApiKey,
     Duration,
     HashedKey,
@@ -20,10 +21,13 @@ from loray.spec.access import (
     Scope,
     Tenant,
     TenantName,
+    UsageEvent,
+    UsageGroup,
     Visibility,
     duration_s,
     meanings,
     qualified_name,
+    service_tier,
     split_qualified,
 )
 from loray.spec.adapters import (
@@ -100,7 +104,6 @@ from loray.spec.training import (
     TrainSpec,
     VeraSpec,
 )
-from loray.spec.usage import USAGE_GROUPS, UsageEvent, UsageGroup, service_tier
 
 __all__ = [
     "ATTENTION_MODULES",

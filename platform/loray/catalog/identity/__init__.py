@@ -1,9 +1,10 @@
-"""Who may use a deployment: tenants, their API keys, who sees their adapters, and the audit log of what they did."""
+"""Who may use a deployment: tenants, keys, who sees adapters, the audit log, and what requests used."""
 
 from loray.catalog.identity.audit import Audit, AuditEntry, AuditPage
 from loray.catalog.identity.keys import KeyPage, Keys, NewKey
 from loray.catalog.identity.sharing import Sharing
 from loray.catalog.identity.tenants import Tenants
+from loray.catalog.identity.usage import Usage, UsageRow
 
 __all__ = [
     "Audit",
@@ -14,4 +15,6 @@ __all__ = [
     "NewKey",
     "Sharing",
     "Tenants",
+    "Usage",
+    "UsageRow",
 ]
