@@ -16,6 +16,7 @@ from serve_apps.api.routes import adapters as adapter_routes
 from serve_apps.api.routes import aliases as alias_routes
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.api.routes import recommend as recommend_routes
+from serve_apps.api.routes import removal as removal_routes
 from serve_apps.api.services import Services
 from serve_apps.http import extend_openapi
 
@@ -36,7 +37,7 @@ def create_app(services: Services) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     problems.install(app)
-    for routes in (adapter_routes, alias_routes, job_routes, recommend_routes):
+    for routes in (adapter_routes, alias_routes, job_routes, recommend_routes, removal_routes):
         app.include_router(routes.create_router(services))
     # Routes read recipes and write problems themselves, so FastAPI does not know their schemas.
     extend_openapi(app, [(TrainSpec, "validation"), (Problem, "serialization")])

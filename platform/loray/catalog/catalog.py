@@ -34,6 +34,8 @@ from loray.catalog.queries import (
     now,
     utc,
 )
+from loray.catalog.removal.deletion import Deletion, refuse_deleted, restore_version
+from loray.catalog.removal.references import StoreReferences, check_collections
 from loray.catalog.schema import adapters, alias_moves, bases, versions
 from loray.catalog.snapshots.feed import changes_since, read_counter
 from loray.catalog.snapshots.listing import select_names
@@ -47,7 +49,7 @@ _log = get_logger(__name__)
 _MAX_VERSION = 2**31 - 1  # what the column holds
 
 
-class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Tenants, Usage):
+class Catalog(Aliases, Audit, Deletion, Evaluations, Jobs, Keys, Projections, Sharing, StoreReferences, Tenants, Usage):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
     The audit log records `actor` with every write. `gate_tolerance` is the tolerance of `catalog.gate`.
@@ -89,7 +91,7 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
         for alias in aliases:
             check_alias(alias)
         with reading(self._engine) as c:
-            name_to_register(c, self._principal, name)
+            refuse_deleted(c, name_to_register(c, self._principal, name)[0])
 
     def register(
         self,
@@ -100,6 +102,7 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
         *,
         version: int | None = None,
         no_gate: str | None = None,
+        collections: int | None = None,
     ) -> AdapterVersion:
         """Add a version of `name`, and move `aliases` to it. A digest that `name` has already keeps its version.
 
@@ -107,11 +110,12 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
         digest, or see it under another name; an administrator may register any.
 
         `version` is the number of the new version, for a copy of another catalog; None: the next one. `no_gate` is that
-        of `promote`.
+        of `promote`. `collections` is the catalog's before the caller looked at the store: see `removal.references`.
 
-        Raises ConflictError where `name` is a base model's, or another digest has `version`, or the digest has another
-        version; SpecError where a name or an alias is malformed; NotFoundError for a digest that does not exist for the
-        caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as `promote` does.
+        Raises ConflictError where `name` is a base model's or deleted, or another digest has `version`, or the digest
+        has another version; SpecError where a name or an alias is malformed; NotFoundError for a digest that does not
+        exist for the caller; AdapterNotFound or PermissionDenied for another tenant's name; GateRefused as `promote`
+        does; CollectedMeanwhile where the bytes may have been deleted meanwhile.
         """
         self.check_name(name, aliases)
         if version is not None and not 0 < version <= _MAX_VERSION:
@@ -120,6 +124,8 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
             counter = lock(c)
             name, tenant = name_to_register(c, self._principal, name)
             check_digest(c, self._principal, digest)
+            check_collections(c, collections)
+            refuse_deleted(c, name)
             adapter_id = c.execute(sa.select(adapters.c.id).where(adapters.c.name == name)).scalar()
             if adapter_id is None:
                 adapter_id = new_id(c.execute(adapters.insert().values(name=name, tenant=tenant, created_at=now())))
@@ -152,7 +158,7 @@ class Catalog(Aliases, Audit, Evaluations, Jobs, Keys, Projections, Sharing, Ten
                 raise ConflictError(f"{name!r} has this adapter as version {known} already, so it cannot be {version}")
             else:
                 number = known
-            moved = False
+            moved = restore_version(c, adapter_id, number)
             for alias in aliases:
                 try:
                     moved |= self._move(c, adapter_id, tenant, name, alias, number, counter + 1, no_gate)

@@ -18,7 +18,8 @@ alias_moves      every move of an alias; rollback undoes the last one that is no
 evaluations      evaluations of a tenant's adapter recorded after it was published, by its digest
 uploads          the tenants that have brought the bytes of a digest, which they may register
 projections      VeRA's pairs by base and tenant, in the order of their first registration; see `projections`
-changes          one row whose counter grows with every write; a writer locks it first, so that writers wait
+changes          one row whose counter grows with every write; a writer locks it first, so that writers wait;
+                 `collections` counts the batches of objects that were deleted in the store
 audit_log        every write with its actor and the tenant of its subject, append-only
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone
 usage            what each request used, by its id, which is unique: an event that comes twice is counted once
@@ -210,6 +211,7 @@ changes = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("counter", BigInteger, nullable=False),
+    Column("collections", BigInteger, nullable=False, server_default="0"),
 )
 
 audit_log = Table(

@@ -13,7 +13,7 @@ from loray.cli import describe
 from loray.cli.output import Verification, console, emit, json_option, progress_bar, report, table
 from loray.cli.services import open_services
 from loray.errors import IntegrityError, NotFoundError
-from loray.publishing import Destination, base_of, import_folder
+from loray.publishing import Destination, base_of, import_folder, restore
 from loray.publishing.convert import convert_to_lora, merge_into_base
 from loray.spec import DEFAULT_ALIAS, AdapterManifest, ToolParserName, format_size
 from loray.text.templates import ChatTemplate
@@ -208,6 +208,46 @@ def convert(
             ref, base, Destination(name, services.store, services.catalog, aliases=aliases, no_gate=no_gate)
         )
     _print_version(version, as_json, f"published {version.label}, converted from {ref.label}")
+
+
+@adapters.command()
+@click.argument("model")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(model: str, yes: bool) -> None:
+    """Delete MODEL: `name` with all its versions and aliases, or one version, `name@3`.
+
+    It can be restored until `loray store gc` deletes its bytes, 30 days later. A version stays while an
+    alias points at it.
+    """
+    name, version = name_and_version(model)
+    if not yes:
+        click.confirm(f"delete {model}{'' if version else ' with all its versions and aliases'}?", abort=True)
+    with open_services() as services:
+        if version is None:
+            services.catalog.delete_adapter(name)
+        else:
+            services.catalog.delete_version(name, version)
+    click.echo(f"deleted {model}; `loray adapters restore {model}` brings it back")
+
+
+@adapters.command("restore")
+@click.argument("model")
+def restore_(model: str) -> None:
+    """Restore a deleted MODEL, `name` or `name@3`."""
+    name, version = name_and_version(model)
+    with open_services() as services:
+        restore(name, version, services.store, services.catalog)
+    click.echo(f"restored {model}")
+
+
+def name_and_version(model: str) -> tuple[str, int | None]:
+    """The parts of `name` or `name@3`."""
+    name, selector = split_model(model)
+    if selector is None:
+        return name, None
+    if not (selector.isascii() and selector.isdigit()):
+        raise click.UsageError(f"{model!r} must be a name or one version of it, as in {name}@3")
+    return name, int(selector)
 
 
 @adapters.command()

@@ -28,6 +28,7 @@ class _Command(NamedTuple):
 _COMMANDS: Mapping[str, _Command] = {
     "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
     "adapters": _Command("loray.cli.adapters:adapters", "Import, list, show, promote, roll back, convert and verify."),
+    "store": _Command("loray.cli.store:store", "Garbage, verification and statistics of the adapter store."),
     "plan": _Command("loray.cli.planning.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
     "recommend": _Command(
         "loray.cli.planning.recommend:command", "Compare LoRA, VeRA, LongLoRA and S-LoRA for what you need."

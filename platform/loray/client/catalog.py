@@ -78,6 +78,13 @@ class CatalogClient(HttpClient):
         body = {"digest": digest, "aliases": list(aliases), "version": version, "no_gate": no_gate}
         return self._ask(VersionDetail, "POST", _path(name, "/versions"), json=body)
 
+    def delete(self, name: str, version: int | None = None) -> None:
+        """Deletes a name, or one version of it; it can be restored."""
+        self._request("DELETE", _path(name, _version(version)))
+
+    def restore(self, name: str, version: int | None = None) -> None:
+        self._request("POST", _path(name, f"{_version(version)}/restore"))
+
     def placement(self, name: str) -> PlacementResource:
         return self._ask(PlacementResource, "GET", _path(name, "/placement"))
 
@@ -172,6 +179,10 @@ def _path(name: str, below: str = "") -> str:
     """Of `name` or `tenant/name`."""
     tenant, bare = split_qualified(name)
     return f"/adapters/{bare}{below}" + ("" if tenant is None else f"?tenant={tenant}")
+
+
+def _version(version: int | None) -> str:
+    return "" if version is None else f"/versions/{version}"
 
 
 def _alias(name: str, alias: str) -> str:

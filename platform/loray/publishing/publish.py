@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from loray.adapters.manifest import (
     NO_DETAILS,
@@ -22,9 +25,21 @@ from loray.adapters.peft_format import read_config
 from loray.adapters.validate import validate_folder
 from loray.bases.registry import BaseModel, base_with, list_bases
 from loray.catalog import AdapterVersion, Catalog
-from loray.errors import BaseMismatch, BaseNotFound, DataError
+from loray.errors import (
+    BaseMismatch,
+    BaseNotFound,
+    CollectedMeanwhile,
+    ConflictError,
+    DataError,
+    IntegrityError,
+    NotFoundError,
+)
 from loray.spec import AdapterManifest, ToolParserName
 from loray.store import AdapterStore
+
+T = TypeVar("T")
+
+_MAX_COLLECTIONS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +105,34 @@ def import_folder(
 def register_stored(digest: str, to: Destination) -> AdapterVersion:
     """Register an adapter that is in the store. A digest that the name has already keeps its version.
 
-    Raises NotFoundError where the store does not have it, or not for the catalog's caller; ConflictError, GateRefused.
+    Raises NotFoundError where the store does not have it, or not for the catalog's caller; IntegrityError where a file
+    of it is missing; ConflictError, GateRefused.
     """
     to.catalog.check_digest(digest)
-    manifest = to.store.manifest(digest)
+
+    def find() -> AdapterManifest:
+        manifest = to.store.manifest(digest)
+        to.store.check_files(digest, manifest)
+        return manifest
+
+    found = find()
     to.catalog.check_name(to.name, to.aliases)
-    to.catalog.add_base(manifest.base, manifest.base_fingerprint)
-    return _register(digest, manifest, to)
+    to.catalog.add_base(found.base, found.base_fingerprint)
+    return _register(digest, find, to)
+
+
+def restore(name: str, version: int | None, store: AdapterStore, catalog: Catalog) -> None:
+    """Restore a deleted name or version. Raises AdapterNotFound, or ConflictError where its bytes are gone."""
+
+    def attempt(collections: int) -> None:
+        for digest in catalog.deleted_digests(name, version):
+            try:
+                store.check_files(digest, store.manifest(digest))
+            except (IntegrityError, NotFoundError) as e:
+                raise ConflictError(f"the bytes of adapter {digest[:12]} are gone; publish it again") from e
+        catalog.restore(name, version, collections=collections)
+
+    _between_collections(catalog, attempt)
 
 
 def _check_published(folder: Path, base: BaseModel) -> AdapterManifest:
@@ -111,13 +147,32 @@ def _check_published(folder: Path, base: BaseModel) -> AdapterManifest:
 
 def _store(folder: Path, base: BaseModel, to: Destination) -> AdapterVersion:
     to.catalog.add_base(base.name, base.fingerprint)  # refuses other weights under a known name
-    digest = to.store.put(folder)
-    to.catalog.note_upload(digest)
-    return _register(digest, parse_manifest(read_canonical(folder), source=str(folder)), to)
+    canonical = read_canonical(folder)
+    manifest = parse_manifest(canonical, source=str(folder))
+
+    def put() -> AdapterManifest:
+        to.catalog.note_upload(to.store.put(folder))
+        return manifest
+
+    return _register(hashlib.sha256(canonical).hexdigest(), put, to)
 
 
-def _register(digest: str, manifest: AdapterManifest, to: Destination) -> AdapterVersion:
-    return to.catalog.register(to.name, digest, manifest, to.aliases, version=to.version, no_gate=to.no_gate)
+def _register(digest: str, ensure_stored: Callable[[], AdapterManifest], to: Destination) -> AdapterVersion:
+    def attempt(collections: int) -> AdapterVersion:
+        manifest = ensure_stored()
+        return to.catalog.register(
+            to.name, digest, manifest, to.aliases, version=to.version, no_gate=to.no_gate, collections=collections
+        )
+
+    return _between_collections(to.catalog, attempt)
+
+
+def _between_collections(catalog: Catalog, attempt: Callable[[int], T]) -> T:
+    """`attempt` looks at the store and then writes to the catalog; again where garbage was collected in between."""
+    for _ in range(_MAX_COLLECTIONS):
+        with suppress(CollectedMeanwhile):
+            return attempt(catalog.collections())
+    raise ConflictError("the store's garbage collection kept running; try again when it has ended")
 
 
 def base_of(folder: Path, home: Path) -> BaseModel:

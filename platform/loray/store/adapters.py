@@ -2,6 +2,7 @@
 
     blobs/ab/abcd…         the bytes of one file
     manifests/ab/abcd….json  canonical JSON, written after all its blobs
+    uploads/TENANT/ID/…      files that come over HTTP, until they are published
 
 So a reader that finds a manifest also finds its blobs. Equal files of different adapters are stored once.
 """
@@ -25,6 +26,7 @@ from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
+BLOBS, MANIFESTS, UPLOADS = "blobs", "manifests", "uploads"
 _MAX_MANIFEST_BYTES = 16 << 20
 
 
@@ -106,6 +108,12 @@ class AdapterStore:
         if num_read != len(buffer):
             raise IntegrityError(f"adapter {digest[:12]} is damaged: {name} in the store is cut off; publish it again")
 
+    def check_files(self, digest: str, manifest: AdapterManifest) -> None:
+        """Raise IntegrityError, which names the file, where one of the adapter's is missing. Reads no bytes."""
+        for name, sha256 in sorted(manifest.files.items()):
+            if not self.objects.exists(_blob_key(sha256)):
+                raise IntegrityError(f"adapter {digest[:12]} is incomplete: {name} is missing from the store")
+
     def verify(self, digest: str) -> AdapterManifest:
         """Read and hash every stored byte of the adapter. Raises IntegrityError, which names the file that differs."""
         manifest = self.manifest(digest)
@@ -113,6 +121,20 @@ class AdapterStore:
             for name, sha256 in sorted(manifest.files.items()):
                 self._get_blob(digest, name, sha256, Path(scratch) / name)
         return manifest
+
+    def keys_of(self, sha256: str) -> tuple[str, str]:
+        """The keys that a blob and a manifest of this SHA-256 have."""
+        return _blob_key(sha256), _manifest_key(sha256)
+
+    def object_sha256(self, key: str) -> str | None:
+        """Read and hash one object. None where it is gone."""
+        with tempfile.TemporaryDirectory(prefix="loray-verify-") as scratch:
+            path = Path(scratch) / "object"
+            try:
+                self.objects.get_to(key, path)
+            except NotFoundError:
+                return None
+            return file_sha256(path)
 
     def _put_blob(self, sha256: str, path: Path) -> None:
         key = _blob_key(sha256)
@@ -148,6 +170,11 @@ class AdapterStore:
         return data if hashlib.sha256(data).hexdigest() == digest else None
 
 
+def object_name(key: str) -> str:
+    """The SHA-256 that is the name of a blob or a manifest."""
+    return key.rpartition("/")[2].removesuffix(".json")
+
+
 @contextmanager
 def _named(digest: str, name: str) -> Iterator[None]:
     """Missing objects become an IntegrityError that names adapter and file."""
@@ -165,8 +192,8 @@ def check_digest(digest: str) -> str:
 
 
 def _blob_key(sha256: str) -> str:
-    return f"blobs/{sha256[:2]}/{sha256}"
+    return f"{BLOBS}/{sha256[:2]}/{sha256}"
 
 
 def _manifest_key(digest: str) -> str:
-    return f"manifests/{digest[:2]}/{digest}.json"
+    return f"{MANIFESTS}/{digest[:2]}/{digest}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode, checks
 from schemathesis.specs.openapi import checks as openapi_checks
 
+from loray.errors import AdapterNotFound
 from tests.catalog.test_catalog import BASE, publish
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_jobs import submit
@@ -27,7 +29,9 @@ CHECKS: Any = [
 
 KNOWN = {"name": "tone", "alias": "prod", "version": 1, "id": "job-1"}
 OPERATIONS = [
+    "DELETE /adapters/{name}",
     "DELETE /adapters/{name}/aliases/{alias}",
+    "DELETE /adapters/{name}/versions/{version}",
     "GET /adapters",
     "GET /adapters/{name}",
     "GET /adapters/{name}/aliases",
@@ -42,7 +46,9 @@ OPERATIONS = [
     "GET /recommend",
     "PATCH /adapters/{name}",
     "POST /adapters/{name}/aliases/{alias}/rollback",
+    "POST /adapters/{name}/restore",
     "POST /adapters/{name}/versions",
+    "POST /adapters/{name}/versions/{version}/restore",
     "POST /jobs",
     "POST /jobs/{id}/stop",
     "PUT /adapters/{name}/aliases/{alias}",
@@ -85,6 +91,9 @@ def test_every_answer_is_described(api: Api, operation: str, mode: GenerationMod
     @given(case=cases)
     @settings(max_examples=num, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     def ask(case: Any) -> None:
+        for deleted in (None, 1):
+            with suppress(AdapterNotFound):
+                api.catalog.restore("tone", deleted, collections=api.catalog.collections())
         for version in (1, 2):  # an alias that there is, and can be rolled back, whatever came before
             api.catalog.promote("tone", "prod", version)
         if mode == GenerationMode.POSITIVE:

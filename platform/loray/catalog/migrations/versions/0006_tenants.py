@@ -38,6 +38,7 @@ def upgrade() -> None:
     _create_keys()
     _change_adapters()
     op.add_column("versions", sa.Column("deleted_at", _TIME))
+    op.add_column("changes", sa.Column("collections", sa.BigInteger, nullable=False, server_default="0"))
     for table in ("audit_log", "jobs", "evaluations", "projections"):
         op.add_column(table, sa.Column("tenant", sa.String(32), nullable=False, server_default="default"))
     for table in ("audit_log", "jobs"):

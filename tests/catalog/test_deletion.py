@@ -1,0 +1,133 @@
+"""Deleted names and versions do not exist, keep their place, and come back as they were."""
+
+from __future__ import annotations
+
+import pytest
+
+from loray.catalog import Catalog
+from loray.errors import AdapterNotFound, CollectedMeanwhile, ConflictError
+from loray.spec import TrainSpec
+from tests.adapters.test_manifest import RECIPE
+from tests.catalog.test_catalog import digest, manifest, publish
+
+
+def restore(catalog: Catalog, name: str, version: int | None = None) -> None:
+    catalog.restore(name, version, collections=catalog.collections())
+
+
+def test_a_deleted_version_does_not_exist_and_its_number_is_not_used_again(catalog: Catalog) -> None:
+    publish(catalog, "tone", 1, 2, 3)
+    before = catalog.snapshot()
+    catalog.delete_version("tone", 3)
+    for model in ("tone@3", "tone@9"):
+        with pytest.raises(AdapterNotFound):
+            catalog.resolve(model)
+    assert catalog.resolve("tone").version == catalog.snapshot(before).resolve("tone").version == 2
+    assert [v.version for v in catalog.versions("tone", limit=9)] == [2, 1]
+    with pytest.raises(AdapterNotFound, match="no version 3"):
+        catalog.promote("tone", "prod", 3)
+    publish(catalog, "tone", 4)
+    assert catalog.resolve("tone").version == 4
+    restore(catalog, "tone", 3)
+    assert catalog.resolve("tone@3").digest == digest(3)
+    with pytest.raises(AdapterNotFound, match="no deleted version 3"):
+        restore(catalog, "tone", 3)
+
+
+def test_a_version_under_an_alias_stays_until_the_alias_moves(catalog: Catalog) -> None:
+    publish(catalog, "tone", 1, 2, aliases=("prod",))
+    with pytest.raises(ConflictError, match="tone@2 is what prod points at"):
+        catalog.delete_version("tone", 2)
+    catalog.promote("tone", "prod", 1)
+    catalog.delete_version("tone", 2)
+    catalog.rollback("tone")  # past the deleted version, to the target before it
+    assert catalog.resolve("tone").version == 1
+    catalog.delete_alias("tone", "prod")
+    with pytest.raises(ConflictError, match="the only version"):
+        catalog.delete_version("tone", 1)
+    restore(catalog, "tone", 2)
+    assert catalog.resolve("tone@2").digest == digest(2)
+
+
+def test_a_deleted_name_is_nobodys_and_comes_back_with_its_aliases(catalog: Catalog) -> None:
+    publish(catalog, "tone", 1, 2, aliases=("prod",))
+    publish(catalog, "other", 1)
+    catalog.delete_version("tone", 1)
+    before = catalog.snapshot()
+    catalog.delete_adapter("tone")
+    after = catalog.snapshot(before)
+    for resolve in (catalog.resolve, after.resolve, catalog.entry):
+        with pytest.raises(AdapterNotFound):
+            resolve("tone")
+    assert [entry.name for entry in catalog.names(limit=9)] == ["other"]
+    for change in (lambda: publish(catalog, "tone", 3), lambda: catalog.check_name("tone")):
+        with pytest.raises(ConflictError, match=r"'tone' was deleted: restore it \(`loray adapters restore tone`\)"):
+            change()
+    with pytest.raises(AdapterNotFound, match="a deleted name is restored before its versions"):
+        restore(catalog, "tone", 1)
+    with pytest.raises(AdapterNotFound):
+        catalog.delete_adapter("tone")
+    restore(catalog, "tone")
+    assert catalog.snapshot(after).resolve("tone@prod").version == 2
+    assert sorted(catalog.entry("tone").aliases) == ["prod"]
+    with pytest.raises(AdapterNotFound):
+        catalog.resolve("tone@1")  # it was deleted before
+    restore(catalog, "tone", 1)
+
+
+def test_publishing_a_deleted_version_again_restores_it(catalog: Catalog) -> None:
+    publish(catalog, "tone", 1, 2)
+    catalog.delete_version("tone", 1)
+    assert catalog.register("tone", digest(1), manifest(1)).version == 1
+    assert catalog.resolve("tone@1").digest == digest(1)
+
+
+def test_a_name_for_which_a_job_trains_stays(catalog: Catalog) -> None:
+    publish(catalog, "tone", 1)
+    catalog.add_job("j", name="tone", recipe=TrainSpec.parse(RECIPE, source="recipe"))
+    with pytest.raises(ConflictError, match="job j trains 'tone': stop it first"):
+        catalog.delete_adapter("tone")
+
+
+def test_what_is_needed(catalog: Catalog) -> None:
+    publish(catalog, "tone", 1, 2, 3)
+    publish(catalog, "other", 4)
+    catalog.delete_version("tone", 1)
+    catalog.delete_adapter("other")
+    assert catalog.references(keep_deleted_s=60).files.keys() == {digest(n) for n in (1, 2, 3, 4)}
+    found = catalog.references(keep_deleted_s=0)
+    assert found.files == {digest(n): {digest(n)} for n in (2, 3)}
+    with catalog.collecting(found, keep_deleted_s=0) as needed:
+        assert needed == {}
+    restore(catalog, "tone", 1)
+    publish(catalog, "new", 5)
+    with catalog.collecting(found, keep_deleted_s=0) as needed:
+        assert needed.keys() == {digest(n) for n in (1, 2, 3, 5)}
+
+
+def test_a_publication_across_a_collection_is_refused(catalog: Catalog) -> None:
+    looked = catalog.collections()
+    assert catalog.collections() == looked
+    with catalog.collecting(catalog.references(keep_deleted_s=0), keep_deleted_s=0):
+        pass
+    with pytest.raises(CollectedMeanwhile):
+        catalog.register("tone", digest(1), manifest(1), collections=looked)
+    assert catalog.adapters() == ()
+    catalog.register("tone", digest(1), manifest(1), collections=catalog.collections())
+
+
+def test_a_collection_that_was_killed_is_noticed_too(catalog: Catalog) -> None:
+    """Its transaction is rolled back, but what it has deleted is deleted."""
+    looked = catalog.collections()
+    with (
+        pytest.raises(ZeroDivisionError),
+        catalog.collecting(catalog.references(keep_deleted_s=0), keep_deleted_s=0),
+    ):
+        raise ZeroDivisionError
+    for _ in range(2):
+        with pytest.raises(CollectedMeanwhile):
+            catalog.register("tone", digest(1), manifest(1), collections=looked)
+        again = catalog.collections()
+        assert again % 2 == 0
+        assert again > looked
+    catalog.register("tone", digest(1), manifest(1), collections=again)

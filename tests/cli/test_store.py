@@ -1,0 +1,44 @@
+"""`loray store`, `loray adapters rm` and `restore`, with a real folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from loray.bases.registry import BaseModel
+from tests.cli.run import Loray
+from tests.store.conftest import damage
+
+
+def test_a_deleted_version_is_restored_or_collected(
+    loray: Loray, base: BaseModel, peft_folder: Callable[..., Path], home: Path
+) -> None:
+    for seed in (0, 1):
+        assert loray("adapters", "import", peft_folder(base, seed=seed), "--name", "tone").code == 0
+    assert "nobody" not in loray("adapters", "rm", "tone@1", "--yes").out
+    assert loray("adapters", "show", "tone@1").code == 1
+    assert loray("adapters", "restore", "tone@1").out == "restored tone@1\n"
+    assert loray("adapters", "rm", "tone@prod", "--yes").code == 2
+    assert loray("adapters", "rm", "tone", "--yes").code == 0
+    stats = json.loads(loray("store", "stats", "--json").out)
+    assert (stats["versions"][0]["num_versions"], stats["versions"][0]["num_deleted"]) == (2, 2)
+    assert stats["objects"]["manifests"]["objects"] == 2
+    assert "TENANT" in loray("store", "stats").out
+    assert loray("store", "gc", "--grace", "soon").code == 2
+    assert loray("store", "gc").out == "deleted 0 objects, 0 B\n"
+    blob = home / "store" / "blobs" / "ab" / ("ab" * 32)
+    blob.parent.mkdir(exist_ok=True)
+    blob.write_bytes(b"left behind")
+    os.utime(blob, (0, 0))
+    assert "1 objects, 11 B would be deleted; --yes deletes them" in loray("store", "gc").out
+    assert blob.exists()
+    assert json.loads(loray("store", "gc", "--yes", "--json").out)["objects"] == [f"blobs/ab/{'ab' * 32}"]
+    assert not blob.exists()
+    assert loray("store", "verify").out == "the store is whole\n"
+    assert loray("adapters", "restore", "tone").code == 0
+    damage(next((home / "store" / "blobs").rglob("*/*")))
+    verified = loray("store", "verify")
+    assert verified.code == 1
+    assert "differs from its SHA-256; needed by " in verified.err
