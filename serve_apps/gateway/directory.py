@@ -12,7 +12,8 @@ from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
 from loray.catalog.snapshots import BaseTotals
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.errors import AdapterNotFound, CatalogError, shown
-from loray.spec import AdapterRef
+from loray.serving.access import check_model, may_ask
+from loray.spec import AdapterRef, Principal
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -35,6 +36,7 @@ class ModelDirectory:
     def __init__(self, base: BaseModel, open_catalog: Callable[[], Catalog], kept: SnapshotFile | None = None) -> None:
         self.base = base
         self.failure: str | None = None  # of the last refresh
+        self._prefix = f"{base.name}:"
         self._open_catalog = open_catalog
         self._catalog: Catalog | None = None
         self._snapshot: CatalogSnapshot | None = None
@@ -112,17 +114,21 @@ class ModelDirectory:
                 await asyncio.sleep(self._refreshed_at + LOOK_AGAIN_S - time.monotonic())
                 await self.refresh()
 
-    async def resolve(self, model: str) -> AdapterRef | None:
-        """The adapter of a name; None for the base. The database is read again for a name that the snapshot lacks.
+    async def resolve(self, model: str, principal: Principal) -> AdapterRef | None:
+        """The adapter that a name means for this caller; None for the base. `base:name` is accepted as `name`.
 
-        Raises AdapterNotFound, BaseMismatch for an adapter of another base, and CatalogError before the first snapshot.
+        The database is read again for a name that the snapshot lacks, or that does not exist for the caller. Raises
+        AdapterNotFound, PermissionDenied for a model that the caller's key is not for, BaseMismatch for an adapter of
+        another base, and CatalogError before the first snapshot.
         """
+        model = model.removeprefix(self._prefix)
+        check_model(principal, model)
         if model == self.base.name:
             return None
-        ref = None if self._snapshot is None else self._snapshot.find(model)
+        ref = None if self._snapshot is None else self._snapshot.find(model, principal)
         if ref is None:
             await self._look_again()
-            ref = self._lookup(model)
+            ref = self._lookup(model, principal)
         ref.check_base(self.base.name, self.base.fingerprint)
         return ref
 
@@ -133,15 +139,15 @@ class ModelDirectory:
         assert self._snapshot is not None
         return self._snapshot.templates[adapter.chat_template]
 
-    def entries(self, after: str | None = None) -> Iterator[AdapterEntry]:
-        """The catalog's adapters of this moment by name, those after the name `after`; `serves` says which are served
-        here.
+    def entries(self, principal: Principal, after: str | None = None) -> Iterator[AdapterEntry | None]:
+        """The catalog's adapters of this moment by name, those after the name `after`; None for each that is not
+        served here, or not to this caller.
         """
-        return iter(()) if self._snapshot is None else self._snapshot.models(after)
-
-    def serves(self, entry: AdapterEntry) -> bool:
-        """Whether what its bare name means belongs to the base."""
-        return entry.default.base_fingerprint == self.base.fingerprint
+        if self._snapshot is None:
+            return
+        for entry in self._snapshot.adapters.after(after):
+            is_served = entry.default.base_fingerprint == self.base.fingerprint and entry.exists_for(principal)
+            yield entry if is_served and may_ask(principal, entry.name) else None
 
     def entry(self, ref: AdapterRef) -> AdapterEntry:
         """The entry of an adapter that `resolve` has just found."""
@@ -153,14 +159,14 @@ class ModelDirectory:
         if self._catalog is not None:
             self._catalog.close()
 
-    def _lookup(self, model: str) -> AdapterRef:
+    def _lookup(self, model: str, principal: Principal) -> AdapterRef:
         if self._snapshot is None:
             raise CatalogError(
                 f"the model {shown(model)} cannot be looked up: the catalog could not be read yet ({self.failure}); "
                 "try again"
             )
         try:
-            return self._snapshot.resolve(model)
+            return self._snapshot.resolve(model, principal)
         except AdapterNotFound as e:
             raise AdapterNotFound(f"the model {shown(model)} does not exist: {e}") from e
 

@@ -21,7 +21,7 @@ from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import max_model_len, pool_geometry
 from loray.errors import EngineError, RequestError
 from loray.serving.quotas import allowed_priority
-from loray.spec import AdapterRef, GenerateRequest, ServeSpec
+from loray.spec import AdapterRef, GenerateRequest, Principal, ServeSpec, cache_salt
 from loray.text.bad_words import bad_word_ids
 from loray.text.chat import Dialect
 from loray.text.deltas import RequestText
@@ -72,7 +72,7 @@ class Gateway:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     async def completions(self, request: CompletionRequest, headers: RequestHeaders) -> Response:
-        adapter, limit = await self.model(request.model)
+        adapter, limit = await self.model(request.model, headers.principal)
         prompts = await self.prompts.texts(
             request.prompt, limit, special=request.add_special_tokens, keep=num_kept(request, limit)
         )
@@ -117,7 +117,7 @@ class Gateway:
         answer_id: str | None = None,
     ) -> Response:
         """`writer` None: a chat completion."""
-        adapter, limit = await self.model(request.model)
+        adapter, limit = await self.model(request.model, headers.principal)
         dialect = await self.dialect(request, adapter)
         prompt = await self.prompts.chat(request, dialect, limit, keep=num_kept(request, limit))
         given, use = request.constraint, request.tool_use
@@ -141,9 +141,11 @@ class Gateway:
         """What each format begins with, after the id."""
         return int(time.time()), request.model, self._fingerprint, request.include_usage, extras(request, prompts)
 
-    async def model(self, name: str) -> tuple[AdapterRef | None, int]:
-        """The adapter, or None for the base, and the largest number of tokens of a request for it."""
-        adapter = await self.directory.resolve(name)
+    async def model(self, name: str, principal: Principal) -> tuple[AdapterRef | None, int]:
+        """What a name means for this caller: the adapter, or None for the base; and the largest number of tokens of a
+        request for it.
+        """
+        adapter = await self.directory.resolve(name, principal)
         config = self.directory.base.config
         return adapter, self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
 
@@ -180,7 +182,7 @@ class Gateway:
                 tenant=headers.tenant or request.user or "",
                 priority=allowed_priority(headers.principal, request.priority),
                 ttft_slo_s=request.ttft_slo_s,
-                cache_salt=request.cache_salt or "",
+                cache_salt=cache_salt(headers.principal.tenant, request.cache_salt),
             )
             for i, prompt in enumerate(prompts)
             for choice in range(request.n)

@@ -10,7 +10,8 @@ from itertools import islice
 
 from loray.api.openai import Model
 from loray.catalog import AdapterEntry
-from loray.spec import AdapterRef
+from loray.serving.access import may_ask
+from loray.spec import AdapterRef, Principal
 from serve_apps.gateway.directory import ModelDirectory
 
 _OWNER = "loray"
@@ -24,20 +25,22 @@ class ModelCards:
         self._directory, self._limit = directory, limit
         self._created = int(time.time())
 
-    async def card(self, model: str) -> Model:
-        """One model, by any name that the directory resolves. Raises what it raises."""
-        ref = await self._directory.resolve(model)
+    async def card(self, model: str, principal: Principal) -> Model:
+        """One model, by any name that the directory resolves for this caller. Raises what it raises."""
+        ref = await self._directory.resolve(model, principal)
         return self._base() if ref is None else self._adapter(model, self._directory.entry(ref), ref)
 
-    async def page(self, after: str | None = None, limit: int | None = None) -> AsyncIterator[bytes]:
-        """The parts of a list's body: the base, then adapters by name, as of one moment.
+    async def page(
+        self, principal: Principal, after: str | None = None, limit: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """The parts of a list's body: the base, then adapters by name, as of one moment: what the caller may ask.
 
         `after` and `limit` are those of OpenAI's other lists: at most `limit` models after the one called `after`.
         """
         first = last = None
         num, has_more = 0, False
         yield b'{"object":"list","data":['
-        async for cards in self._found(after):
+        async for cards in self._found(principal, after):
             part = cards if limit is None else cards[: limit - num]
             if part:
                 yield (b"," if num else b"") + ",".join(card.to_json() for card in part).encode()
@@ -48,15 +51,15 @@ class ModelCards:
         end = {"first_id": first, "last_id": last, "has_more": has_more}
         yield f"],{json.dumps(end, separators=(',', ':'))[1:]}".encode()
 
-    async def _found(self, after: str | None) -> AsyncIterator[list[Model]]:
+    async def _found(self, principal: Principal, after: str | None) -> AsyncIterator[list[Model]]:
         """Cards, in parts between which other requests have their turn."""
         if after is None:
-            yield [self._base()]
+            yield [self._base()] if may_ask(principal, self._directory.base.name) else []
         elif after == self._directory.base.name:
             after = None
-        entries = self._directory.entries(after)
+        entries = self._directory.entries(principal, after)
         while part := list(islice(entries, _AT_ONCE)):
-            yield [self._adapter(e.name, e, e.default) for e in part if self._directory.serves(e)]
+            yield [self._adapter(e.name, e, e.default) for e in part if e is not None]
             await asyncio.sleep(0)
 
     def _base(self) -> Model:

@@ -247,3 +247,14 @@ def test_the_base_is_found(loray: Loray, folder: Path, tmp_path: Path, base: Bas
     assert "--base: other, tiny" in result.err
     edit_config(folder, base_model_name_or_path=str(base.path))
     assert json.loads(loray("adapters", "import", folder, "--name", "tone", "--json").out)["manifest"]["base"] == "tiny"
+
+
+def test_an_adapter_is_shared(loray: Loray, folder: Path) -> None:
+    loray("adapters", "import", folder, "--name", "tone")
+    assert loray("adapters", "share", "tone", "--with", "acme, beta").out == "tone is seen by default acme beta\n"
+    (shown,) = json.loads(loray("adapters", "ls", "--json").out)
+    assert (shown["tenant"], shown["visibility"], shown["shared_with"]) == ("default", "shared", ["acme", "beta"])
+    assert loray("adapters", "share", "tone", "--public").out == "tone is seen by everybody\n"
+    assert loray("adapters", "share", "tone", "--private").out == "tone is seen by default\n"
+    assert loray("adapters", "share", "tone").code == 2
+    assert "tenant's name" in loray("adapters", "share", "tone", "--with", "a/b").err

@@ -12,6 +12,7 @@ from loray.catalog import AdapterVersion, split_model
 from loray.cli import describe
 from loray.cli.output import Verification, console, emit, json_option, progress_bar, report, table
 from loray.cli.services import open_services
+from loray.cli.share import share
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import Destination, base_of, import_folder, restore
 from loray.publishing.convert import convert_to_lora, merge_into_base
@@ -21,10 +22,14 @@ from loray.text.templates import ChatTemplate
 
 @click.group()
 def adapters() -> None:
-    """Published adapters: import, list, show, promote, roll back, convert and verify them.
+    """Published adapters: import, list, show, promote, roll back, share, convert and verify them.
 
-    MODEL is `name` (its alias prod where it is set, else its newest version), `name@3` or `name@alias`.
+    MODEL is `name` (its alias prod where it is set, else its newest version), `name@3` or `name@alias`; an adapter of
+    another tenant than `default` is `tenant/name`.
     """
+
+
+adapters.add_command(share)
 
 
 no_gate_option = click.option(
@@ -91,7 +96,7 @@ def ls(as_json: bool) -> None:
     elif not entries:
         click.echo("no adapters yet; publish one with `loray train` or `loray adapters import`")
     else:
-        columns = ("NAME", "SERVES", "METHOD", "BASE", "CONTEXT", "SIZE", "ALIASES", "VERSIONS", "DIGEST")
+        columns = ("NAME", "SERVES", "METHOD", "BASE", "CONTEXT", "SIZE", "ALIASES", "VERSIONS", "SEEN BY", "DIGEST")
         rows = [
             (
                 entry.name,
@@ -102,6 +107,7 @@ def ls(as_json: bool) -> None:
                 format_size(entry.default.nbytes),
                 " ".join(f"{alias}→{version}" for alias, version in sorted(entry.aliases.items())),
                 len(entry.versions),
+                describe.seen_by(entry),
                 entry.default.digest[:12],
             )
             for entry in entries

@@ -28,7 +28,17 @@ def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
         "nbytes": ref.nbytes,
         "aliases": dict(entry.aliases),
         "versions": sorted(entry.versions),
+        "tenant": entry.tenant,
+        "visibility": entry.visibility,
+        "shared_with": sorted(entry.shared_with),
     }
+
+
+def seen_by(entry: AdapterEntry) -> str:
+    """The tenants that see it."""
+    if entry.visibility == "public":
+        return "everybody"
+    return " ".join([entry.tenant, *sorted(entry.shared_with)])
 
 
 def version_json(version: AdapterVersion) -> dict[str, Any]:

@@ -67,12 +67,17 @@ def check_model(principal: Principal, model: str) -> None:
     """Raises PermissionDenied where the key is for other models only. `model` is what the request names, with or
     without version or alias. It is not looked up, so the refusal does not say whether it exists.
     """
+    if not may_ask(principal, model):
+        raise PermissionDenied("this key is for other models; GET /api/v1/keys/self says for which")
+
+
+def may_ask(principal: Principal, model: str) -> bool:
+    """Whether the key is for this model, by the name that the request or the list of models has."""
     if principal.models is None:
-        return
+        return True
     name = model.partition("@")[0].removeprefix(f"{principal.tenant}/")
     own = qualified_name(principal.tenant, name)
-    if not principal.models & {model, name, own, f"{DEFAULT_TENANT}/{name}" if own == name else own}:
-        raise PermissionDenied("this key is for other models; GET /api/v1/keys/self says for which")
+    return bool(principal.models & {model, name, own, f"{DEFAULT_TENANT}/{name}" if own == name else own})
 
 
 def priority_of(principal: Principal, asked: int) -> int:

@@ -77,6 +77,7 @@ from loray.spec.generation import (
     TokenDelta,
     TokenLogprob,
     TokenLogprobs,
+    cache_salt,
 )
 from loray.spec.jobs import EndStatus, JobStatus, has_ended
 from loray.spec.serving import AutoscalingSpec, ServeSpec
@@ -192,6 +193,7 @@ __all__ = [
     "UsageGroup",
     "VeraSpec",
     "Visibility",
+    "cache_salt",
     "duration_s",
     "format_size",
     "has_ended",

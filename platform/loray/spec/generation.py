@@ -7,6 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, StringConstraints
 
+from loray.spec.access import DEFAULT_TENANT
 from loray.spec.adapters import AdapterRef
 from loray.spec.fields import Frozen
 from loray.spec.structured import Constraint
@@ -73,6 +74,14 @@ class GenerateRequest:
     priority: int = 0
     ttft_slo_s: float | None = None
     cache_salt: str = ""
+
+
+def cache_salt(tenant: str, given: str | None) -> str:
+    """The salt of a tenant's request that gives one or none. Requests of two tenants never have the same: no tenant's
+    name has a slash.
+    """
+    salt = given or ""
+    return salt if tenant == DEFAULT_TENANT and "/" not in salt else f"{tenant}/{salt}"
 
 
 class TokenLogprobs(NamedTuple):

@@ -12,8 +12,10 @@ from fastapi.responses import PlainTextResponse, Response
 from loray.api.openai.body import Body
 from loray.api.openai.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
 from loray.errors import RequestError, shown
+from loray.serving.access import Resource, check
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of
+from serve_apps.principal import principal_of
 
 BODIES: dict[str, type[Body]] = {"/v1/load_lora_adapter": LoadLoraRequest, "/v1/unload_lora_adapter": UnloadLoraRequest}
 
@@ -21,10 +23,12 @@ BODIES: dict[str, type[Body]] = {"/v1/load_lora_adapter": LoadLoraRequest, "/v1/
 def create_router(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
-    async def check(name: str) -> None:
-        adapter, _ = await gateway.model(name)
+    async def check_own(request: Request, name: str) -> None:
+        principal = principal_of(request.scope)
+        adapter, _ = await gateway.model(name, principal)
         if adapter is None:
             raise RequestError(f"{name!r} is the base model, not an adapter", "lora_name")
+        check(principal, "publish", Resource(gateway.directory.entry(adapter).tenant))
 
     @router.post("/v1/load_lora_adapter")
     async def load_lora_adapter(request: Request) -> Response:
@@ -35,13 +39,13 @@ def create_router(gateway: Gateway) -> APIRouter:
                 f"`loray adapters import FOLDER --name {body.lora_name[:96]}`, then request it by that name",
                 "lora_path",
             )
-        await check(body.lora_name)
+        await check_own(request, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' can be requested.")
 
     @router.post("/v1/unload_lora_adapter")
     async def unload_lora_adapter(request: Request) -> Response:
         body = await body_of(request, UnloadLoraRequest)
-        await check(body.lora_name)
+        await check_own(request, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is evicted when its memory is needed.")
 
     return router

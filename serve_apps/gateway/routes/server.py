@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from loray import __version__
 from loray.api.status import Status
 from serve_apps.gateway.gateway import Gateway
+from serve_apps.principal import principal_of
 
 
 def create_router(gateway: Gateway) -> APIRouter:
@@ -17,14 +18,17 @@ def create_router(gateway: Gateway) -> APIRouter:
 
     @router.get("/v1/models", response_class=JSONResponse)
     async def models(
+        request: Request,
         after: Annotated[str | None, Query(description="only models after this one")] = None,
         limit: Annotated[int | None, Query(ge=1, description="at most as many models (default: all)")] = None,
     ) -> Response:
-        return StreamingResponse(gateway.models.page(after, limit), media_type="application/json")
+        return StreamingResponse(
+            gateway.models.page(principal_of(request.scope), after, limit), media_type="application/json"
+        )
 
     @router.get("/v1/models/{model:path}")
-    async def model(model: str) -> Response:
-        card = await gateway.models.card(model)
+    async def model(request: Request, model: str) -> Response:
+        card = await gateway.models.card(model, principal_of(request.scope))
         return Response(card.to_json(), media_type="application/json")
 
     @router.get("/health")

@@ -11,6 +11,7 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.errors import AdapterNotFound
+from loray.spec import OPERATOR
 from serve_apps.gateway.directory import LOOK_AGAIN_S, ModelDirectory
 from tests.serve_apps.gateway.scripted import register
 
@@ -47,7 +48,8 @@ async def directory_of(base: BaseModel, watched: Watched) -> ModelDirectory:
 def test_concurrent_unknown_names_share_one_read(base: BaseModel, watched: Watched) -> None:
     async def run() -> None:
         directory = await directory_of(base, watched)
-        outcomes = await asyncio.gather(*(directory.resolve(f"x{i}") for i in range(500)), return_exceptions=True)
+        asked = (directory.resolve(f"x{i}", OPERATOR) for i in range(500))
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
         assert {type(o) for o in outcomes} == {AdapterNotFound}
         directory.close()
 
@@ -60,9 +62,9 @@ def test_unknown_names_in_turn_are_read_for_with_pauses(base: BaseModel, watched
         directory = await directory_of(base, watched)
         for i in range(4):
             with pytest.raises(AdapterNotFound):
-                await directory.resolve(f"x{i}")
+                await directory.resolve(f"x{i}", OPERATOR)
         register(catalog, "tone", base.fingerprint)
-        ref = await directory.resolve("tone")  # published a moment ago, and found
+        ref = await directory.resolve("tone", OPERATOR)  # published a moment ago, and found
         assert ref is not None
         directory.close()
 
