@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, Protocol
 
 from jobs.submission.commands import Submission, from_spec
+from jobs.submission.rules import JobLimits, allowed, limits_of
 from loray.catalog import Catalog, Job, JobPage
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError
 from loray.settings import Settings
@@ -17,6 +18,8 @@ from loray.telemetry import get_logger
 _log = get_logger(__name__)
 
 COMMAND_ACTOR = "local"  # of jobs whose driver a command started, without the API
+_ACTIVE: tuple[JobStatus, ...] = ("pending", "running")
+_MOST_ACTIVE = 1000  # jobs of a tenant that are asked for
 _SUBMISSION_S = 60.0  # how long a job may be in the catalog before Ray knows it
 
 RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
@@ -61,15 +64,20 @@ class JobTracker:
     def submit(self, spec: TrainSpec, job_id: str | None, *, resume: bool) -> Job:
         """Inserts a pending job into the catalog, then submits it to Ray. If Ray refuses it, the job has failed.
 
-        DataError for relative data paths, ConflictError if name or id are taken, ClusterError without Ray.
+        DataError for relative data paths, PermissionDenied and RateLimited as `rules` say, ConflictError if name or id
+        are taken, ClusterError without Ray.
         """
         catalog = self._open()
-        submission = from_spec(spec, self._settings, resume=resume, tenant=catalog.own_tenant)
+        with_data = allowed(spec, catalog.principal, self._settings)
+        submission = from_spec(with_data, self._settings, resume=resume, tenant=catalog.own_tenant)
         catalog.check_name(spec.name, spec.publish.aliases)
         if job_id is not None and (self._is_known(job_id) or self._server.find(job_id) is not None):
             raise ConflictError(f"there is a job {job_id!r} already; choose another id, or leave it out")
         job_id = job_id or f"train_{secrets.token_hex(8)}"
-        job = catalog.add_job(job_id, name=spec.name, recipe=spec)
+        limits = limits_of(catalog.principal, self._settings)
+        if limits != JobLimits(None, None):
+            self._settle_active()
+        job = catalog.add_job(job_id, name=spec.name, recipe=spec, max_jobs=limits.jobs, max_workers=limits.workers)
         try:
             self._server.submit(submission, job_id)
         except ConflictError:
@@ -118,6 +126,11 @@ class JobTracker:
         """The job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""
         self._check_logs(job_id)
         return self._server.follow(job_id)
+
+    def _settle_active(self) -> None:
+        """Jobs that have ended without telling the catalog do not count any more."""
+        for status in _ACTIVE:
+            self.page(_MOST_ACTIVE, None, status, None)
 
     def _check_logs(self, job_id: str) -> None:
         job = self._open().job(job_id)

@@ -172,9 +172,10 @@ class Overloaded(LorayError):
 class RateLimited(LorayError):
     """`headers`: what OpenAI's headers say of the limits."""
 
-    def __init__(self, message: str, retry_after_s: float, headers: Mapping[str, str]) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message, retry_after_s, headers)
-        self.retry_after_s, self.headers = retry_after_s, headers
+        self.retry_after_s: float = retry_after_s
+        self.headers: Mapping[str, str] = headers or {}
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -22,6 +22,9 @@ _KNOWN = {
     "LORAY_PEAK_TFLOPS",
     "LORAY_GATE_TOLERANCE",
     "LORAY_USAGE_DAYS",
+    "LORAY_DATA",
+    "LORAY_MAX_JOBS",
+    "LORAY_MAX_WORKERS",
 }
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
 _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
@@ -47,6 +50,10 @@ class Settings:
     gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed that of the
              base when it gets an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
     usage_days  days after which what a request used is forgotten (`LORAY_USAGE_DAYS`, default 400; 0: never)
+    data     s3:// URL below which each tenant's training data lies, in a folder of the tenant's name (`LORAY_DATA`,
+             default None: tenants submit no jobs through the API)
+    max_jobs, max_workers  of a tenant at once, where neither the tenant nor the key has a limit (`LORAY_MAX_JOBS`,
+             `LORAY_MAX_WORKERS`, default None: no limit)
     """
 
     home: Path
@@ -57,6 +64,9 @@ class Settings:
     peak_tflops: float | None = None
     gate_tolerance: float = DEFAULT_GATE_TOLERANCE
     usage_days: int = DEFAULT_USAGE_DAYS
+    data: str | None = None
+    max_jobs: int | None = None
+    max_workers: int | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -90,7 +100,10 @@ class Settings:
             log_level=level,
             peak_tflops=_positive(env, "LORAY_PEAK_TFLOPS"),
             gate_tolerance=_share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
-            usage_days=_whole(env, "LORAY_USAGE_DAYS", DEFAULT_USAGE_DAYS),
+            usage_days=DEFAULT_USAGE_DAYS if (days := _whole(env, "LORAY_USAGE_DAYS")) is None else days,
+            data=_data(env.get("LORAY_DATA"), store),
+            max_jobs=_whole(env, "LORAY_MAX_JOBS"),
+            max_workers=_whole(env, "LORAY_MAX_WORKERS"),
         )
 
     @property
@@ -129,6 +142,12 @@ class Settings:
             env["LORAY_GATE_TOLERANCE"] = str(self.gate_tolerance)
         if self.usage_days != DEFAULT_USAGE_DAYS:
             env["LORAY_USAGE_DAYS"] = str(self.usage_days)
+        optional = {
+            "LORAY_DATA": self.data,
+            "LORAY_MAX_JOBS": self.max_jobs,
+            "LORAY_MAX_WORKERS": self.max_workers,
+        }
+        env |= {name: str(value) for name, value in optional.items() if value is not None}
         if self.catalog_has_password and not secrets:
             del env["LORAY_CATALOG"]
         return env
@@ -140,6 +159,7 @@ class Settings:
             location = replace(location, credentials_file=None)
         env = self.to_env(secrets=False) | {"LORAY_STORE": location.url}
         del env["LORAY_HOME"]
+        env.pop("LORAY_DATA", None)  # of jobs through the API
         return env
 
     @property
@@ -161,13 +181,29 @@ def _positive(env: Mapping[str, str], name: str) -> float | None:
     return number
 
 
-def _whole(env: Mapping[str, str], name: str, default: int) -> int:
+def _whole(env: Mapping[str, str], name: str) -> int | None:
     value = env.get(name)
     if not value:
-        return default
+        return None
     if not (value.isascii() and value.isdigit()) or len(value) > 9:
         raise SettingsError(f"{name}={value!r} must be a whole number of at least 0")
     return int(value)
+
+
+def _data(url: str | None, store: str) -> str | None:
+    if not url:
+        return None
+    try:
+        data, adapters = parse_location(url), parse_location(store)
+    except SettingsError as e:
+        raise SettingsError(f"LORAY_DATA: {e}") from e
+    if not isinstance(data, S3Location):
+        raise SettingsError("LORAY_DATA must be an s3:// URL")
+    if isinstance(adapters, S3Location) and data.bucket == adapters.bucket:
+        inner, outer = sorted((f"{data.prefix}/".lstrip("/"), f"{adapters.prefix}/".lstrip("/")), key=len, reverse=True)
+        if inner.startswith(outer):
+            raise SettingsError("LORAY_DATA and LORAY_STORE must not overlap: training data would lie among adapters")
+    return url
 
 
 def _share(text: str) -> float:

@@ -21,6 +21,7 @@ from loray.errors import (
     LorayError,
     NotFoundError,
     PermissionDenied,
+    RateLimited,
     RevisionConflict,
     SettingsError,
     SpecError,
@@ -53,6 +54,7 @@ class InvalidFields(SpecError):
 _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
     (Unauthenticated, 401),
     (PermissionDenied, 403),
+    (RateLimited, 429),
     (LogsGone, 410),
     (NotFoundError, 404),
     (RevisionConflict, 412),
@@ -70,7 +72,7 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
 
 
 _ALWAYS = (400, 401, 403, 413, 422, 500, 503)
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "60"}, 503: {"Retry-After": "1"}}
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

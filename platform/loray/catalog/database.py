@@ -53,6 +53,11 @@ class Database:
         return view
 
     @property
+    def principal(self) -> Principal:
+        """Who asks."""
+        return self._principal
+
+    @property
     def own_tenant(self) -> str:
         """Whose the names are that this view adds."""
         return self._principal.tenant

@@ -17,8 +17,10 @@ from loray.catalog.database import Database, reading, writing
 from loray.catalog.entries import Job
 from loray.catalog.queries import lock, log, now, utc
 from loray.catalog.schema import jobs
-from loray.errors import ConflictError, IntegrityError, JobNotFound, SpecError
+from loray.errors import ConflictError, IntegrityError, JobNotFound, RateLimited, SpecError
 from loray.spec import EndStatus, JobStatus, Principal, TrainSpec, qualified_name, split_qualified
+
+_RETRY_S = 60.0  # after which a job may have ended
 
 
 class JobPage(NamedTuple):
@@ -31,10 +33,19 @@ class JobPage(NamedTuple):
 class Jobs(Database):
     """The catalog's operations on jobs. They do not count as changes, since serving does not depend on them."""
 
-    def add_job(self, job_id: str, *, name: str, recipe: TrainSpec) -> Job:
+    def add_job(
+        self,
+        job_id: str,
+        *,
+        name: str,
+        recipe: TrainSpec,
+        max_jobs: int | None = None,
+        max_workers: int | None = None,
+    ) -> Job:
         """Add a pending job. A job that has this id already does not change; it keeps its tenant.
 
-        Raises SpecError where id or name are malformed, and ConflictError where another job has the id.
+        Raises SpecError where id or name are malformed, and ConflictError where another job has the id,
+        and RateLimited where the tenant would have more jobs, or workers of jobs, at once than these.
         """
         check_job_id(job_id)
         check_name(name)
@@ -49,6 +60,7 @@ class Jobs(Database):
                 return known
             if c.execute(sa.select(jobs.c.id).where(jobs.c.id == job_id)).first() is not None:
                 raise ConflictError(f"the id {job_id!r} is taken; choose another one")
+            _refuse_more(c, tenant, recipe.num_workers, max_jobs, max_workers)
             row = {"id": job_id, "name": name, "recipe": recipe.model_dump_json(), "status": "pending"}
             row |= {"message": "", "actor": self._actor, "tenant": tenant}
             c.execute(jobs.insert().values(row | {"created_at": now()}))
@@ -115,6 +127,28 @@ class Jobs(Database):
 def _owned(principal: Principal) -> sa.ColumnElement[bool]:
     """The jobs that exist for this caller."""
     return sa.true() if principal.is_admin else jobs.c.tenant == principal.tenant
+
+
+def _refuse_more(
+    c: sa.Connection, tenant: str, num_workers: int, max_jobs: int | None, max_workers: int | None
+) -> None:
+    if max_jobs is None and max_workers is None:
+        return
+    active = sa.select(jobs).where(jobs.c.tenant == tenant, jobs.c.status.in_(("pending", "running")))
+    recipes = [_job(row).recipe for row in c.execute(active)]
+    if max_jobs is not None and len(recipes) >= max_jobs:
+        raise RateLimited(
+            f"tenant {tenant} has {len(recipes)} jobs that have not ended, and at most {max_jobs} are allowed at once: "
+            "wait for one, or stop it",
+            _RETRY_S,
+        )
+    busy = sum(recipe.num_workers for recipe in recipes)
+    if max_workers is not None and busy + num_workers > max_workers:
+        raise RateLimited(
+            f"the job asks for {num_workers} workers; tenant {tenant} has jobs with {busy}, and at most {max_workers} "
+            "are allowed at once: wait for one to end, or ask for fewer",
+            _RETRY_S,
+        )
 
 
 def _find(c: sa.Connection, principal: Principal, job_id: str) -> Job | None:

@@ -1,0 +1,69 @@
+"""What a tenant's job may name as data, and how much it may take: for jobs that come through the API.
+
+An administrator, and everybody where no key is needed, may name any data that the cluster reaches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from loray.errors import PermissionDenied
+from loray.locations import S3Location, parse_location
+from loray.settings import Settings
+from loray.spec import Principal, TrainSpec
+
+
+class JobLimits(NamedTuple):
+    """Of a tenant, at once; None: none."""
+
+    jobs: int | None
+    workers: int | None
+
+
+def limits_of(principal: Principal, settings: Settings) -> JobLimits:
+    """The smaller ones of key and tenant; where neither says anything, the deployment's, which do not bind its
+    administrators.
+    """
+    given = (principal.limits, principal.tenant_limits)
+    jobs = [limits.max_jobs for limits in given if limits.max_jobs is not None]
+    workers = [limits.max_workers for limits in given if limits.max_workers is not None]
+    default = JobLimits(None, None) if principal.is_admin else JobLimits(settings.max_jobs, settings.max_workers)
+    return JobLimits(min(jobs, default=default.jobs), min(workers, default=default.workers))
+
+
+def allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> TrainSpec:
+    """The recipe with data that the driver can open. Raises PermissionDenied.
+
+    A tenant names its own data: s3:// URLs without options below `LORAY_DATA/TENANT`. The driver opens them with the
+    options of LORAY_DATA, and with the cluster's credentials.
+    """
+    if principal.is_admin:
+        return spec
+    limit = limits_of(principal, settings).workers
+    if limit is not None and spec.num_workers > limit:
+        raise PermissionDenied(f"num_workers is {spec.num_workers}, and at most {limit} are allowed")
+    sources = {"train": spec.data.train, "eval": spec.data.eval}
+    opened = {
+        field: _opened(field, source, principal.tenant, settings)
+        for field, source in sources.items()
+        if source is not None
+    }
+    return spec.model_copy(update={"data": spec.data.model_copy(update=opened)})
+
+
+def _opened(field: str, source: str, tenant: str, settings: Settings) -> str:
+    if settings.data is None:
+        raise PermissionDenied(
+            f"data.{field}: this deployment has no place for tenants' data; its operator sets LORAY_DATA to one, as "
+            "s3://bucket/prefix"
+        )
+    place = parse_location(settings.data)
+    assert isinstance(place, S3Location)  # Settings has checked it
+    prefix = "/".join(part for part in (place.prefix, tenant) if part)
+    folder = f"s3://{place.bucket}/{prefix}/"
+    path = source.removeprefix(folder)
+    is_plain = not any(char in source for char in "?#@%\\") and source.isprintable()
+    if path == source or not is_plain or {"", ".", ".."} & set(path.split("/")):
+        raise PermissionDenied(f"data.{field} must be an s3:// URL without options below {folder}")
+    return replace(place, prefix=f"{prefix}/{path}").url

@@ -1,0 +1,156 @@
+"""What tenants may ask of the cluster: data of their own without options, and so many jobs and workers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loray.errors import PermissionDenied, RateLimited
+from loray.settings import Settings
+from loray.spec import DEFAULT_TENANT, Limits, Principal
+from serve_apps.api.examples import RECIPE
+from serve_apps.api.services import Services
+from serve_apps.api.site import create_app
+from tests.serve_apps.api.fakes import Api, InProcess, mounted
+from tests.serve_apps.api.test_adapters import problem
+
+DATA = "s3://training/sets?endpoint_url=http://127.0.0.1:9&credentials_file=/keys"
+MINE = "s3://training/sets/acme/tone.jsonl"
+
+
+def principal(**fields: Any) -> Principal:
+    given: dict[str, Any] = {"tenant": "acme", "scopes": {"train"}, "key_id": "k1", "actor": "key:k1"}
+    return Principal(**given | fields)
+
+
+class Tenants(Api):
+    """The API of a deployment with LORAY_DATA, asked by whom the test says."""
+
+    def __init__(self, home: Path, catalog_url: str) -> None:
+        super().__init__(home, catalog_url)
+        self.settings = replace(self.settings, data=DATA)
+        self.services.close()
+        self.services = Services(self.settings, self.jobs, self.placements)
+
+    def by(self, who: Principal) -> httpx.Client:
+        app: ASGIApp = mounted(create_app(self.services))
+
+        async def asked(scope: Scope, receive: Receive, send: Send) -> None:
+            await app({**scope, "state": {"principal": who}}, receive, send)
+
+        return httpx.Client(transport=InProcess(asked), base_url="http://test/api/v1")
+
+
+@pytest.fixture
+def api(tmp_path: Path, catalog_url: str) -> Iterator[Tenants]:
+    api = Tenants(tmp_path / "home", catalog_url)
+    if "acme" not in {tenant.name for tenant in api.catalog.tenants()}:
+        api.catalog.create_tenant("acme")
+    yield api
+    api.close()
+
+
+def recipe(train: str = MINE, **fields: Any) -> dict[str, Any]:
+    return RECIPE | {"data": {"train": train}} | fields
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "gs://training/sets/acme/tone.jsonl",
+        "hdfs://training/sets/acme/tone.jsonl",
+        f"{MINE}?endpoint_url=http://attacker",
+        f"{MINE}?credentials_file=/root/.aws/credentials",
+        "s3://training/sets/other/tone.jsonl",
+        "s3://training/sets/acme",
+        "s3://training/sets/acme/",
+        "s3://training/sets/acme/../other/tone.jsonl",
+        "s3://training/sets/acme//tone.jsonl",
+        "s3://training/sets/acme/%2e%2e/other/tone.jsonl",
+        "s3://training/sets/acme/tone.jsonl#x",
+        "s3://training/sets/acme/a\\b",
+        "s3://key:secret@training/sets/acme/tone.jsonl",
+        "s3://training/sets/acme2/tone.jsonl",
+        "s3://adapters/blobs/sha256",
+        "S3://training/sets/acme/tone.jsonl",
+    ],
+)
+def test_other_data_than_the_tenants_own_is_refused(api: Tenants, train: str) -> None:
+    for data in ({"train": train}, {"train": MINE, "eval": train}):
+        with api.by(principal()) as http:
+            detail = problem(http.post("/jobs", json=RECIPE | {"data": data}), 403)["detail"]
+        assert "must be an s3:// URL without options below s3://training/sets/acme/" in detail
+    assert not api.jobs.submitted
+
+
+def test_the_driver_opens_data_with_the_deployments_options(api: Tenants) -> None:
+    with api.by(principal()) as http:
+        response = http.post("/jobs", params={"id": "mine"}, json=recipe())
+    assert response.status_code == 201, response.text
+    assert response.json()["recipe"]["data"]["train"] == MINE
+    (given,) = (part for part in shlex.split(api.jobs.submitted["mine"].entrypoint) if part.startswith("{"))
+    assert json.loads(given)["data"]["train"] == f"{MINE}?{DATA.partition('?')[2]}"
+
+
+def test_without_a_place_for_data_tenants_train_nothing(api: Tenants) -> None:
+    api.services = Services(replace(api.settings, data=None), api.jobs, api.placements)
+    with api.by(principal()) as http:
+        assert "LORAY_DATA" in problem(http.post("/jobs", json=recipe()), 403)["detail"]
+    api.services.close()
+
+
+def test_administrators_name_any_data(api: Tenants) -> None:
+    with api.by(principal(tenant=DEFAULT_TENANT, scopes={"admin"})) as http:
+        assert http.post("/jobs", json=recipe("/data/x.jsonl")).status_code == 201
+
+
+def test_so_many_jobs_and_workers_at_once(api: Tenants) -> None:
+    limited = principal(limits=Limits(max_workers=3), tenant_limits=Limits(max_jobs=2, max_workers=4))
+    with api.by(limited) as http:
+        assert "at most 3" in problem(http.post("/jobs", json=recipe(num_workers=4)), 403)["detail"]
+        assert http.post("/jobs", params={"id": "a"}, json=recipe(num_workers=2)).status_code == 201
+        refused = http.post("/jobs", json=recipe(num_workers=2))
+        assert "asks for 2 workers; tenant acme has jobs with 2, and at most 3" in problem(refused, 429)["detail"]
+        assert int(refused.headers["retry-after"]) > 0
+        assert http.post("/jobs", params={"id": "b"}, json=recipe(num_workers=1)).status_code == 201
+        api.jobs.say("a", "RUNNING")
+        assert "2 jobs that have not ended" in problem(http.post("/jobs", json=recipe()), 429)["detail"]
+        api.jobs.say("a", "FAILED")  # which nobody has told the catalog
+        assert http.post("/jobs", json=recipe()).status_code == 201
+    assert api.by(principal(tenant=DEFAULT_TENANT)).post("/jobs", json=recipe()).status_code == 403  # its data
+
+
+def test_the_deployments_limits_bind_tenants_without_limits(api: Tenants) -> None:
+    api.services = Services(replace(api.settings, max_jobs=1), api.jobs, api.placements)
+    with api.by(principal()) as http:
+        assert http.post("/jobs", json=recipe()).status_code == 201
+        problem(http.post("/jobs", json=recipe()), 429)
+    api.services.close()
+
+
+def test_errors_come_back_as_they_were() -> None:
+    from loray.api.resources import Problem, problem_type
+
+    for kind in (RateLimited, PermissionDenied):
+        told = Problem(type=problem_type(kind), title="", status=0, detail="why").exception()
+        assert (type(told), str(told)) == (kind, "why")
+
+
+@pytest.mark.parametrize("data", ["file:///x", "s3://store/a/b", "s3://store", "s3://x?secret=1"])
+def test_where_data_may_not_lie(data: str) -> None:
+    from loray.errors import SettingsError
+
+    with pytest.raises(SettingsError, match="LORAY_DATA"):
+        Settings.from_env({"LORAY_HOME": "/x", "LORAY_STORE": "s3://store/a", "LORAY_DATA": data})
+    kept = Settings.from_env({"LORAY_HOME": "/x", "LORAY_STORE": "s3://store/a", "LORAY_DATA": "s3://store/ab"})
+    assert Settings.from_env(kept.to_env()) == kept
