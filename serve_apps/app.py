@@ -45,7 +45,7 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
     """The application with a given request router."""
     settings = Settings.from_env()
     get_base(settings.home, spec.base)
-    environment = {"env_vars": settings.to_env(secrets=False)}
+    environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
     slots = spec.max_num_seqs + spec.max_queued + _SPARE_SLOTS
 
     def gateway_app() -> FastAPI:  # called in the gateway's process

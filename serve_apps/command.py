@@ -30,7 +30,7 @@ from loray.locations import http_url
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.deployment import DRAIN_S, Address, ServeApi, serve_config
-from serve_apps.options import cannot_listen, read_spec, spec_options
+from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
 from serve_apps.terminal import ask, show_server, show_status, welcome
 
 _TIMEOUT_S = 600.0 + 5 * DRAIN_S  # Serve updates a fifth of the replicas at a time
@@ -53,6 +53,7 @@ def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
     settings = Settings.from_env()
     screen = Console(stderr=True)
     spec = read_spec(spec_file, options)
+    check_keys(spec, settings)
     if settings.address is None:
         get_base(settings.home, spec.base)
         if current_cluster(settings.home) is None:

@@ -31,7 +31,8 @@ def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
 
     Ray's dashboard shows it, so passwords are not sent to another cluster: its nodes have their own LORAY_CATALOG.
     """
-    runtime_env = {"env_vars": settings.to_remote_env() if settings.is_remote else settings.to_env()}
+    env = settings.to_remote_env() if settings.is_remote else settings.to_env()
+    runtime_env = {"env_vars": env | settings.to_serving_env()}
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": spec.host, "port": spec.port},
@@ -48,7 +49,7 @@ def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
                 "name": CATALOG_APPLICATION,
                 "route_prefix": CATALOG_PREFIX,
                 "import_path": CATALOG_IMPORT_PATH,
-                "args": {},
+                "args": {"host": spec.host},
                 "runtime_env": runtime_env,
             },
         ],

@@ -8,7 +8,10 @@ from typing import Any, get_args
 
 import click
 
-from loray.errors import ConflictError
+from loray.catalog import Catalog
+from loray.errors import ConflictError, SettingsError
+from loray.locations import is_this_machine
+from loray.settings import Settings
 from loray.spec import ServeSpec, ToolParserName
 
 _OPTIONS = (
@@ -44,6 +47,22 @@ def read_spec(file: Path | None, options: dict[str, Any]) -> ServeSpec:
     if bounds:
         fields["autoscaling"] = (fields.get("autoscaling") or {}) | bounds
     return ServeSpec.parse(fields, source="the command line" if file is None else f"{file} with the command line")
+
+
+def check_keys(spec: ServeSpec, settings: Settings) -> None:
+    """SettingsError where others than this machine could ask, and nobody has made a key that they would need."""
+    if is_this_machine(f"[{spec.host}]" if ":" in spec.host else spec.host) or settings.static_key_hashes:
+        return
+    catalog = Catalog(settings.catalog)
+    try:
+        has_key = any(stored.key.revoked_at is None for stored in catalog.key_changes().keys)
+    finally:
+        catalog.close()
+    if not has_key:
+        raise SettingsError(
+            f"{spec.host} can be reached from other machines, and there is no API key yet: make the first one with "
+            "`loray keys create --scope admin`, or set LORAY_API_KEY, and start again; or listen at 127.0.0.1"
+        )
 
 
 def cannot_listen(spec: ServeSpec, error: OSError, command: str) -> ConflictError:

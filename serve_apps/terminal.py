@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from rich.markup import escape
 from loray.api.status import ReplicaStatus, ScalingDecision, Status
 from loray.cli.output import console, emit, pairs, table
 from loray.client import LorayClient
-from loray.errors import LorayError
+from loray.errors import LorayError, PermissionDenied, Unauthenticated
 from loray.spec import ServeSpec, format_size
 from serve_apps.deployment import State
 
@@ -24,18 +25,31 @@ _TIMEOUT_S = 10.0
 
 def welcome(url: str, spec: ServeSpec, remark: str, hints: Sequence[tuple[str, str]]) -> None:
     """`hints`: what to do next, as (what to type, what it does)."""
-    with LorayClient(url) as client:
-        models = client.models()
-    body = json.dumps({"model": models[-1].id, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64})
-    names = ", ".join(m.id for m in models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
+    names, model = _models(url)
+    body = json.dumps(
+        {"model": model or spec.base, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}
+    )
     out = console()
     out.print(f"[green]serving[/] {spec.base} at [bold]{url}/v1[/]{remark and f', {remark}'}")
     out.print(f"models: {escape(names)}")
     out.print(f"try\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
+    if model is None or os.environ.get("LORAY_API_KEY"):
+        out.print('    -H "Authorization: Bearer $LORAY_API_KEY" \\', soft_wrap=True)
     out.print(f"    -d {shlex.quote(body)}", soft_wrap=True, markup=False)
     out.print("more")
     for typed, does in hints:
         out.print(f"  {typed:<14}  {does}")
+
+
+def _models(url: str) -> tuple[str, str | None]:
+    """The names of what is served, and one of them; a sentence and None where this needs a key."""
+    try:
+        with LorayClient(url) as client:
+            models = client.models()
+    except (Unauthenticated, PermissionDenied):
+        return "those that your API key sees (set LORAY_API_KEY to be shown them here)", None
+    names = ", ".join(m.id for m in models[:8]) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
+    return names, models[-1].id
 
 
 class Answer(NamedTuple):

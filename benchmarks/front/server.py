@@ -23,7 +23,9 @@ from benchmarks.front.engines import ChannelEngines, FakeEngines
 from benchmarks.front.floor import FloorProtocol, chunk
 from loray.bases.registry import BaseModel, get_base
 from loray.catalog import Catalog
+from loray.settings import Settings
 from loray.spec import ServeSpec
+from serve_apps.access import open_access
 from serve_apps.gateway.app import create_app
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
@@ -45,7 +47,9 @@ def gateway_app(base: BaseModel, folder: Path, engines: Callable[[Sequence[int]]
     prompts = PromptEncoder.load(base)
     directory = ModelDirectory(base, lambda: Catalog(f"sqlite:///{folder}/front.db"))
     token_ids = prompts.tokenizer.encode(_TEXT, special=False)
-    return create_app(Gateway(ServeSpec(base=base.name), directory, prompts, engines(token_ids)))
+    settings = Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": f"sqlite:///{folder}/front.db"})
+    gateway = Gateway(ServeSpec(base=base.name), directory, prompts, engines(token_ids))
+    return create_app(gateway, open_access(settings, "127.0.0.1"))
 
 
 async def _serve_gateway(app: FastAPI, listener: socket.socket, ended: asyncio.Event) -> None:

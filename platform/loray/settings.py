@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -25,6 +26,10 @@ _KNOWN = {
     "LORAY_DATA",
     "LORAY_MAX_JOBS",
     "LORAY_MAX_WORKERS",
+    "LORAY_API_KEY",
+    "LORAY_API_KEYS_SHA256",
+    "LORAY_METRICS_KEYS_SHA256",
+    "LORAY_KEY_MAX_AGE_S",
 }
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
 _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
@@ -33,6 +38,9 @@ LOCAL_S3_FOLDER = "s3"
 STORE_URL_FILE = "store_url"
 DEFAULT_GATE_TOLERANCE = 0.10
 DEFAULT_USAGE_DAYS = 400
+DEFAULT_KEY_MAX_AGE_S = 3600.0
+_SHORTEST_KEY = 32
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -54,6 +62,10 @@ class Settings:
              default None: tenants submit no jobs through the API)
     max_jobs, max_workers  of a tenant at once, where neither the tenant nor the key has a limit (`LORAY_MAX_JOBS`,
              `LORAY_MAX_WORKERS`, default None: no limit)
+    api_key  the key that clients send (`LORAY_API_KEY`); a server started with it takes it as an administrator's
+    key_hashes   SHA-256 of other administrator's keys of the deployment (`LORAY_API_KEYS_SHA256`, comma-separated)
+    metrics_key_hashes  of keys that may read `/metrics` and `/status` alone (`LORAY_METRICS_KEYS_SHA256`)
+    key_max_age_s  how long the catalog's keys go on while it cannot be read (`LORAY_KEY_MAX_AGE_S`, default an hour)
     """
 
     home: Path
@@ -67,6 +79,10 @@ class Settings:
     data: str | None = None
     max_jobs: int | None = None
     max_workers: int | None = None
+    api_key: str | None = field(default=None, repr=False)
+    key_hashes: tuple[str, ...] = ()
+    metrics_key_hashes: tuple[str, ...] = ()
+    key_max_age_s: float = DEFAULT_KEY_MAX_AGE_S
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -104,6 +120,10 @@ class Settings:
             data=_data(env.get("LORAY_DATA"), store),
             max_jobs=_whole(env, "LORAY_MAX_JOBS"),
             max_workers=_whole(env, "LORAY_MAX_WORKERS"),
+            api_key=env.get("LORAY_API_KEY") or None,
+            key_hashes=_hashes(env, "LORAY_API_KEYS_SHA256"),
+            metrics_key_hashes=_hashes(env, "LORAY_METRICS_KEYS_SHA256"),
+            key_max_age_s=_positive(env, "LORAY_KEY_MAX_AGE_S") or DEFAULT_KEY_MAX_AGE_S,
         )
 
     @property
@@ -151,6 +171,27 @@ class Settings:
         if self.catalog_has_password and not secrets:
             del env["LORAY_CATALOG"]
         return env
+
+    @property
+    def static_key_hashes(self) -> tuple[str, ...]:
+        """SHA-256 of the deployment's own keys. SettingsError if LORAY_API_KEY could be guessed from its."""
+        if self.api_key is None:
+            return self.key_hashes
+        if len(self.api_key) < _SHORTEST_KEY:
+            raise SettingsError(
+                f"LORAY_API_KEY has {len(self.api_key)} characters, and a server's key needs {_SHORTEST_KEY} at least; "
+                "`loray keys create --static` makes one"
+            )
+        return (hashlib.sha256(self.api_key.encode()).hexdigest(), *self.key_hashes)
+
+    def to_serving_env(self) -> dict[str, str]:
+        """The variables that give servers of this deployment its own keys: their hashes, never the keys."""
+        env = {
+            "LORAY_API_KEYS_SHA256": ",".join(self.static_key_hashes),
+            "LORAY_METRICS_KEYS_SHA256": ",".join(self.metrics_key_hashes),
+            "LORAY_KEY_MAX_AGE_S": "" if self.key_max_age_s == DEFAULT_KEY_MAX_AGE_S else str(self.key_max_age_s),
+        }
+        return {name: value for name, value in env.items() if value}
 
     def to_remote_env(self) -> dict[str, str]:
         """For the nodes of another cluster: without secrets and without paths of this machine."""
@@ -204,6 +245,13 @@ def _data(url: str | None, store: str) -> str | None:
         if inner.startswith(outer):
             raise SettingsError("LORAY_DATA and LORAY_STORE must not overlap: training data would lie among adapters")
     return url
+
+
+def _hashes(env: Mapping[str, str], name: str) -> tuple[str, ...]:
+    hashes = tuple(part.strip() for part in env.get(name, "").split(",") if part.strip())
+    if not all(_SHA256.fullmatch(part) for part in hashes):  # what is wrong is not shown: it may be a key
+        raise SettingsError(f"{name} must be SHA-256 sums in hexadecimal, with commas between them, and no keys")
+    return hashes
 
 
 def _share(text: str) -> float:

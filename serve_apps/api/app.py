@@ -8,8 +8,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from loray.errors import SpecError
 from loray.settings import Settings
+from loray.spec import Frozen
+from serve_apps.access import open_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.deployment import APPLICATION, ENGINE
@@ -18,13 +19,26 @@ API = "api"
 _MAX_ONGOING = 256  # including clients that follow a job's log
 
 
+class ApiSpec(Frozen):
+    """`host`: where Serve listens. On loopback no key is needed until one is made; elsewhere one always is."""
+
+    host: str = "0.0.0.0"
+
+
 def build(args: dict[str, Any]) -> Application:
-    """Builds the application. `args` must be empty, else SpecError: the environment (LORAY_*) configures it."""
-    if args:
-        raise SpecError(f"serve_apps.api.app:build takes no args, but got {', '.join(args)}")
-    environment = {"env_vars": Settings.from_env().to_env(secrets=False)}
+    """Builds the application. `args` are ApiSpec's fields; the environment (LORAY_*) configures the rest.
+
+    Raises SpecError on a wrong field.
+    """
+    spec = ApiSpec.parse(args, source="args of serve_apps.api.app:build")
+    settings = Settings.from_env()
+    environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
+
+    def app() -> FastAPI:  # called in the API's process
+        return _app(spec)
+
     api = serve.deployment(
-        serve.ingress(_app)(),
+        serve.ingress(app)(),
         name=API,
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={"num_cpus": 0, "runtime_env": environment},
@@ -33,11 +47,12 @@ def build(args: dict[str, Any]) -> Application:
     return api.bind()
 
 
-def _app() -> FastAPI:
+def _app(spec: ApiSpec) -> FastAPI:
     from jobs.submission.server import RayJobServer
     from loray.telemetry import configure_logging
     from serve_apps.api.placement import ServePlacements
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
-    return create_app(Services(settings, RayJobServer(), ServePlacements(ENGINE, APPLICATION)))
+    services = Services(settings, RayJobServer(), ServePlacements(ENGINE, APPLICATION))
+    return create_app(services, open_access(settings, spec.host))

@@ -11,6 +11,8 @@ from fastapi.routing import APIRoute
 from loray import __version__
 from loray.api.resources import Problem
 from loray.spec import TrainSpec
+from serve_apps.access import Access, CheckAccess
+from serve_apps.access.rules import API
 from serve_apps.api import problems
 from serve_apps.api.routes import adapters as adapter_routes
 from serve_apps.api.routes import aliases as alias_routes
@@ -21,12 +23,14 @@ from serve_apps.api.services import Services
 from serve_apps.http import extend_openapi
 
 
-def create_app(services: Services) -> FastAPI:
+def create_app(services: Services, access: Access) -> FastAPI:
     """Creates the ASGI application. Its paths are relative to the route prefix /api/v1."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await access.start()
         yield
+        await access.stop()
         services.close()
 
     app = FastAPI(
@@ -37,6 +41,7 @@ def create_app(services: Services) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     problems.install(app)
+    app.add_middleware(CheckAccess, access=access, rules=API, refused=problems.failed)
     for routes in (adapter_routes, alias_routes, job_routes, recommend_routes, removal_routes):
         app.include_router(routes.create_router(services))
     # Routes read recipes and write problems themselves, so FastAPI does not know their schemas.

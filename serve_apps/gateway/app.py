@@ -15,6 +15,8 @@ from loray.catalog.snapshots.disk import SnapshotFile
 from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
 from loray.spec import ServeSpec
+from serve_apps.access import Access, CheckAccess, open_access
+from serve_apps.access.rules import GATEWAY
 from serve_apps.accounting.account import Accounts
 from serve_apps.accounting.books import Books
 from serve_apps.accounting.exchange import Exchange
@@ -33,11 +35,12 @@ CATALOG_SNAPSHOT = "catalog-snapshot.jsonl"  # in the home folder
 _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger max_body_bytes"
 
 
-def create_app(gateway: Gateway) -> FastAPI:
+def create_app(gateway: Gateway, access: Access) -> FastAPI:
     """Creates the ASGI application, which follows the catalog while it runs."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await access.start()
         await gateway.directory.refresh()
         watcher = asyncio.create_task(gateway.directory.watch())
         async with gateway.accounts.running():
@@ -45,11 +48,15 @@ def create_app(gateway: Gateway) -> FastAPI:
         watcher.cancel()
         gateway.directory.close()
         gateway.prompts.close()
+        await access.stop()
 
     app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
     app.state.gateway = gateway
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=gateway.max_body_bytes, advice=_ADVICE)
+    app.add_middleware(
+        CheckAccess, access=access, rules=GATEWAY, refused=lambda e: errors.response_of(errors.failure_of(e))
+    )
     app.add_middleware(EchoRequestId)
     app.add_middleware(CountRequests, metrics=gateway.counted)
 
@@ -65,14 +72,17 @@ def open_gateway(
     engines: Engines,
     gateways: Gateways | None = None,
     exchange: Exchange | None = None,
+    access: Access | None = None,
 ) -> FastAPI:
     """A gateway of a deployment: its base on this machine, and the catalog that `settings` names.
 
-    `exchange` None: no other gateway counts the same limits. `app.state.gateway` is the Gateway.
+    `exchange` None: no other gateway counts the same limits. `access` None: keys that this application alone reads.
+    `app.state.gateway` is the Gateway.
     """
     base = get_base(settings.home, spec.base)
     kept = SnapshotFile(settings.home / CATALOG_SNAPSHOT, settings.catalog)
     directory = ModelDirectory(base, lambda: Catalog(settings.catalog), kept)
     accounts = Accounts(QuotaGate(1 if exchange is None else spec.num_gateways), Books(settings, exchange))
     prompts = PromptEncoder.load(base, spec.tool_parser)
-    return create_app(Gateway(spec, directory, prompts, engines, gateways, accounts))
+    gateway = Gateway(spec, directory, prompts, engines, gateways, accounts)
+    return create_app(gateway, access or open_access(settings, spec.host))

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from loray.settings import Settings
 from loray.spec import ServeSpec
+from serve_apps.access import open_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as create_api
 from serve_apps.deployment import CATALOG_PREFIX
@@ -47,4 +48,6 @@ class Site:
 
 def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines) -> Site:
     """The application of this home's catalog and store."""
-    return Site(open_gateway(spec, settings, engines), create_api(Services(settings, HomeJobServer(settings), engines)))
+    access = open_access(settings, spec.host)
+    api = create_api(Services(settings, HomeJobServer(settings), engines), access)
+    return Site(open_gateway(spec, settings, engines, access=access), api)

@@ -21,7 +21,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import configure_logging
 from serve_apps.deployment import DRAIN_S, Address
-from serve_apps.options import cannot_listen, read_spec, spec_options
+from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
 from serve_apps.terminal import welcome
 
 _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("Ctrl-C", "stop it"))
@@ -47,6 +47,7 @@ def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -
     if model is not None and options["base"] not in (None, model):
         raise SpecError(f"MODEL is {model} and --base is {options['base']}; give one of them")
     spec = one_engine(read_spec(spec_file, options | ({} if model is None else {"base": model})))
+    check_keys(spec, settings)
     base = get_base(settings.home, spec.base)
     screen = Console(stderr=True)
     with ExitStack() as held:

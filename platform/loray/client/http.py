@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
@@ -15,7 +16,11 @@ R = TypeVar("R", bound=BaseModel)
 
 
 class HttpClient:
-    """The connection of a typed client, closed at the end of a `with` block. `timeout` None: the class's default."""
+    """The connection of a typed client, closed at the end of a `with` block.
+
+    api_key  None: LORAY_API_KEY of the environment, if it is set
+    timeout  None: the class's default
+    """
 
     _prefix = ""
     _timeout = httpx.Timeout(600.0, connect=5.0)
@@ -30,7 +35,8 @@ class HttpClient:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/") + self._prefix
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        api_key = api_key or os.environ.get("LORAY_API_KEY")
+        headers = {} if not api_key else {"Authorization": f"Bearer {api_key}"}
         timeout = self._timeout if timeout is None else timeout
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, transport=transport)
 
@@ -47,6 +53,9 @@ class HttpClient:
         return self._read(schema, self._request(method, path, **options).content)
 
     def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        if method == "POST" and not options.keys() & {"json", "content", "files", "data"}:
+            # What no form of a web page sends.
+            options["headers"] = {"Content-Type": "application/json", **options.get("headers", {})}
         try:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as e:

@@ -24,6 +24,10 @@ SCOPES_OF: Mapping[Action, frozenset[Scope]] = {
     "observe": frozenset(),
     "manage": frozenset(),
 }
+NO_KEY = (
+    "this needs an API key, in the header `Authorization: Bearer sk-lr-…`; an administrator makes one with "
+    "`loray keys create`"
+)
 _WRITES: frozenset[Action] = frozenset({"publish", "promote", "train", "manage"})
 
 
@@ -42,10 +46,7 @@ def check(principal: Principal | None, action: Action, resource: Resource | None
     if action == "open":
         return
     if principal is None:
-        raise Unauthenticated(
-            "this needs an API key, in the header `Authorization: Bearer sk-lr-…`; an administrator makes one with "
-            "`loray keys create`"
-        )
+        raise Unauthenticated(NO_KEY)
     if principal.is_admin or action == "identify":
         return
     allowed = SCOPES_OF[action]

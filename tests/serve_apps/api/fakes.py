@@ -22,6 +22,9 @@ from loray.settings import Settings
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from tests.catalog.test_catalog import manifest
+from tests.serve_apps.keys import access_of
+
+JSON = {"Content-Type": "application/json"}  # else a form could have sent it
 
 
 @dataclass
@@ -81,9 +84,10 @@ class Api:
         self.settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": catalog_url})
         self.jobs, self.placements = FakeJobs(), FakePlacements()
         self.services = Services(self.settings, self.jobs, self.placements)
-        self.app = mounted(create_app(self.services))
+        self.access = access_of(catalog_url)
+        self.app = mounted(create_app(self.services, self.access))
         self.transport = InProcess(self.app)
-        self.http = httpx.Client(transport=self.transport, base_url="http://test/api/v1")
+        self.http = httpx.Client(transport=self.transport, base_url="http://test/api/v1", headers=JSON)
 
     @property
     def catalog(self) -> Catalog:
@@ -102,6 +106,7 @@ class Api:
 
     def close(self) -> None:
         self.http.close()
+        self.access.close()
         self.services.close()
 
 

@@ -20,6 +20,7 @@ from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.prompts import PromptEncoder
+from tests.serve_apps.keys import access_of
 
 REPLICA = ReplicaStatus(
     replica="r1",
@@ -35,7 +36,8 @@ REPLICA = ReplicaStatus(
 def gateway_app(base: BaseModel, catalog_url: str, engines: Engines, **spec: Any) -> FastAPI:
     directory = ModelDirectory(base, lambda: Catalog(catalog_url))
     serve = ServeSpec(base=base.name, **spec)
-    return create_app(Gateway(serve, directory, PromptEncoder.load(base, serve.tool_parser), engines))
+    gateway = Gateway(serve, directory, PromptEncoder.load(base, serve.tool_parser), engines)
+    return create_app(gateway, access_of(catalog_url))
 
 
 def register(

@@ -59,7 +59,9 @@ def test_invalid_fields(client_of: Any, base: BaseModel) -> None:
             error = error_of(client.post("/v1/completions", json={"model": base.name, "prompt": "a"} | fields), 400)
             assert error["param"] == param
             assert param in error["message"]
-        assert error_of(client.post("/v1/completions", content=b"[]"), 400)["message"].endswith("a JSON object")
+        assert error_of(
+            client.post("/v1/completions", content=b"[]", headers={"Content-Type": "application/json"}), 400
+        )["message"].endswith("a JSON object")
 
 
 def test_prompt_too_long_says_the_limits(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
@@ -175,7 +177,8 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    scope["headers"] = [(b"content-type", b"application/json")]
     app = gateway_app(base, catalog_url(tmp_path), ScriptedEngines())
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 499

@@ -12,6 +12,7 @@ import pytest
 from tests.cluster import Served
 
 MIB = 1 << 20
+JSON = {"Content-Type": "application/json"}
 
 
 def chunks(num: int) -> Iterator[bytes]:
@@ -23,7 +24,7 @@ def chunks(num: int) -> Iterator[bytes]:
 def test_a_body_that_is_too_large(server: Served, client: openai.OpenAI, *, says_length: bool) -> None:
     def attack(_: int) -> httpx.Response:
         content = b" " * (8 * MIB) if says_length else chunks(8)
-        return httpx.post(f"{server.url}/v1/completions", content=content, timeout=60)
+        return httpx.post(f"{server.url}/v1/completions", content=content, headers=JSON, timeout=60)
 
     with ThreadPoolExecutor(4) as pool:
         for response in pool.map(attack, range(4)):
@@ -32,7 +33,7 @@ def test_a_body_that_is_too_large(server: Served, client: openai.OpenAI, *, says
 
 
 def test_shapes_that_are_refused(server: Served, client: openai.OpenAI) -> None:
-    deep = httpx.post(f"{server.url}/v1/completions", content=b"[" * 100_000, timeout=60)
+    deep = httpx.post(f"{server.url}/v1/completions", content=b"[" * 100_000, headers=JSON, timeout=60)
     assert (deep.status_code, "nested deeper" in deep.text) == (400, True)
     with pytest.raises(openai.BadRequestError, match="at most 16") as many:
         client.completions.create(model=server.base.name, prompt="a", stop=["x"] * 10_000)

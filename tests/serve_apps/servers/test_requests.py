@@ -76,7 +76,7 @@ def test_bad_requests(client: openai.OpenAI) -> None:
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match=r"tools\.0\.function' is required"):
         client.chat.completions.create(model="tiny", messages=CHAT, extra_body={"tools": [{"type": "function"}]})
-    response = httpx.post(f"{client.base_url}completions", content=b"{")
+    response = httpx.post(f"{client.base_url}completions", content=b"{", headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert "not valid JSON" in response.json()["error"]["message"]
 

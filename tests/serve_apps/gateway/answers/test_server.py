@@ -20,7 +20,8 @@ from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delt
 def test_a_client_that_leaves_cancels_its_requests(base: BaseModel, tmp_path: Path, stream: bool, script: Any) -> None:
     engines = ScriptedEngines(script, hang=True)
     body = json.dumps({"model": base.name, "prompt": "a", "n": 2, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    fields = f"Host: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n".encode()
 
     async def run() -> None:
         listener = socket.create_server(("127.0.0.1", 0))

@@ -1,0 +1,58 @@
+"""The ASGI middleware that puts the principal of a request into its scope, or refuses the request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import Depends, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loray.errors import LorayError, Unauthenticated
+from loray.spec import Principal
+from serve_apps.access.door import Access
+from serve_apps.access.rules import Rules
+
+_PRINCIPAL = "principal"
+_ONCE = frozenset({"authorization", "x-tenant-id", "host", "origin"})  # twice, another server may read the other one
+
+
+class CheckAccess:
+    """ASGI middleware: `scope["state"]["principal"]` is who asks. Nothing behind it looks at keys or tenants' headers.
+
+    refused  the response to an error, in the application's form
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, rules: Rules, refused: Callable[[Exception], Response]) -> None:
+        self._app, self._access, self._rules, self._refused = app, access, rules, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                principal = await self._admit(scope)
+            except LorayError as e:
+                await self._refused(e)(scope, receive, send)
+                return
+            scope.setdefault("state", {})[_PRINCIPAL] = principal
+        await self._app(scope, receive, send)
+
+    async def _admit(self, scope: Scope) -> Principal | None:
+        action = self._rules.action(scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
+        headers: dict[str, str] = {}
+        for raw, value in scope["headers"]:
+            name = raw.decode("latin-1").lower()
+            if name in _ONCE and name in headers:
+                raise Unauthenticated(f"the header {name} comes twice")
+            headers[name] = value.decode("latin-1")
+        return await self._access.admit(scope["method"], action, headers)
+
+
+def principal_of(request: Request) -> Principal:
+    """Who asks. For routes that need a key."""
+    principal = request.state.principal
+    assert isinstance(principal, Principal), "this route is open to all: it has no principal"
+    return principal
+
+
+Asking = Annotated[Principal, Depends(principal_of)]

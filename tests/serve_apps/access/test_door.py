@@ -1,0 +1,171 @@
+"""Keys in front of the gateway and of the catalog's API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from loray.spec import SCOPES, Limits
+from serve_apps.access.door import REFRESH_S
+from serve_apps.access.rules import API, GATEWAY, Rules
+from tests.serve_apps.access.conftest import METRICS, STATIC, Site, bearer
+from tests.serve_apps.asking import eventually
+
+SiteOf = Callable[..., Site]
+OPEN = {"/health", "/ping", "/version"}
+JSON = {"Content-Type": "application/json"}
+
+
+def code_of(response: Any) -> tuple[int, str]:
+    """Status and kind, in the form of either application."""
+    body = response.json()
+    return response.status_code, body["error"]["code"] if "error" in body else body["type"].rpartition(":")[2]
+
+
+def operations(document: Any) -> list[tuple[str, str]]:
+    return [(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
+
+
+def filled(path: str) -> str:
+    return "/".join("x" if part.startswith("{") else part for part in path.split("/"))
+
+
+def test_no_route_passes_without_a_key(site_of: SiteOf) -> None:
+    """From the OpenAPI documents, so that a new route is not forgotten."""
+    site = site_of()
+    for client, kind in ((site.gateway, "invalid_api_key"), (site.api, "unauthenticated")):
+        for method, path in operations(client.get("/openapi.json").json()):
+            for headers in ({}, bearer("sk-lr-" + "x" * 43), {"Authorization": "Basic eDp5"}):
+                response = client.request(method, filled(path), headers=headers | JSON)
+                if path in OPEN:
+                    assert response.status_code == 200
+                else:
+                    assert code_of(response) == (401, kind), (method, path)
+                    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("rules", [GATEWAY, API])
+def test_every_route_has_its_action(site_of: SiteOf, rules: Rules) -> None:
+    """What no row of the table names is an administrator's."""
+    client = site_of().gateway if rules is GATEWAY else site_of().api
+    of_administrators = {"/keys", "/keys/{id}", "/tenants", "/tenants/{name}"}
+    for method, path in operations(client.get("/openapi.json").json()):
+        action = rules.action(method, filled(path))
+        assert (action == "manage") == (path in of_administrators or path.startswith("/keys/{id}/b")), (method, path)
+
+
+@pytest.mark.parametrize("path", ["//v1/models", "/v1/models/", "/V1/models", "/v1/../v1/models", "/nothing"])
+def test_a_path_that_is_no_route(site_of: SiteOf, path: str) -> None:
+    assert site_of().gateway.get(path, follow_redirects=False).status_code in (401, 307)
+
+
+def test_scopes_on_both_applications(site_of: SiteOf) -> None:
+    site = site_of()
+    site.catalog.add_base("smollm2", "b" * 64)
+    passes = {
+        "infer": {"complete", "models", "adapters", "bases"},
+        "publish": {"models", "adapters", "bases"},
+        "promote": {"models", "adapters", "bases"},
+        "train": {"models", "adapters", "bases", "jobs"},
+        "act_for": {"bases"},
+        "admin": {"complete", "models", "adapters", "bases", "jobs", "status", "metrics"},
+    }
+    for scope in SCOPES:
+        key = site.key(scope)
+        answers = {"complete": site.complete(key)}
+        answers |= {path: site.gateway.get(f"/{path}", headers=key) for path in ("status", "metrics")}
+        answers["models"] = site.gateway.get("/v1/models", headers=key)
+        answers |= {path: site.api.get(path, headers=key) for path in ("adapters", "bases", "jobs")}
+        assert {name for name, answer in answers.items() if answer.status_code == 200} == passes[scope], scope
+        refused = [answer for name, answer in answers.items() if name not in passes[scope]]
+        assert {code_of(answer)[0] for answer in refused} <= {403}
+
+
+def test_a_key_that_is_no_longer_good(site_of: SiteOf) -> None:
+    site = site_of()
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    assert code_of(site.complete(site.key("infer", expires_at=past))) == (401, "invalid_api_key")
+    key = site.key("infer")
+    newest = site.catalog.keys().keys[0]
+    site.catalog.update_key(newest.id, blocked=True)
+    site.refresh()
+    assert code_of(site.complete(key)) == (403, "permission_denied")
+    assert code_of(site.api.get("adapters", headers=key)) == (403, "permission-denied")
+    site.catalog.update_key(newest.id, blocked=False)
+    site.catalog.update_tenant("default", blocked=True)
+    site.refresh()
+    assert code_of(site.complete(key)) == (403, "permission_denied")
+
+
+def test_a_revoked_key_is_refused_by_running_servers(site_of: SiteOf) -> None:
+    assert REFRESH_S <= 1  # and the time of one query: two seconds are promised
+    site = site_of()
+    key = site.key("infer")
+    assert site.complete(key).status_code == 200
+    site.catalog.revoke_key(site.catalog.keys().keys[0].id)
+    assert eventually(lambda: site.complete(key).status_code == 401)
+    assert eventually(lambda: site.api.get("adapters", headers=key).status_code == 401)
+
+
+def test_the_deployments_own_keys(site_of: SiteOf) -> None:
+    site = site_of("127.0.0.1", static=True)
+    assert site.complete({}).status_code == 401  # also on loopback
+    for path in ("/metrics", "/status"):
+        assert site.gateway.get(path, headers=bearer(METRICS)).status_code == 200
+        assert site.gateway.get(path, headers=bearer(STATIC)).status_code == 200
+    assert site.complete(bearer(STATIC)).status_code == 200
+    for answer in (site.complete(bearer(METRICS)), site.api.get("bases", headers=bearer(METRICS))):
+        assert answer.status_code == 403
+
+
+def test_loopback_needs_no_key_until_one_is_made(site_of: SiteOf) -> None:
+    site = site_of("127.0.0.1")
+    assert site.complete({}).status_code == 200
+    assert site.complete(bearer("none")).status_code == 200  # OpenAI's client always sends one
+    assert site.api.get("adapters").status_code == 200
+    assert site.gateway.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert site.complete({"Origin": "http://evil.example"}).status_code == 403
+    for path in ("adapters/tone/aliases/prod/rollback", "jobs/job-1/stop"):
+        assert code_of(site.api.post(path)) == (403, "permission-denied")
+        assert site.api.post(path, headers=JSON).status_code == 404
+    key = site.key("infer")
+    site.catalog.revoke_key(site.catalog.keys().keys[0].id)
+    site.refresh()
+    assert site.complete({}).status_code == 401  # the last revocation opens nothing
+    assert site.complete(key).status_code == 401
+    assert site.gateway.get("/v1/models", headers=site.key("infer") | {"Host": "proxy.example"}).status_code == 200
+
+
+def test_tenants_are_named_by_keys_that_may(site_of: SiteOf) -> None:
+    site = site_of()
+    site.catalog.create_tenant("acme", Limits(min_priority=0))
+    proxy, plain = site.key("infer", "act_for"), site.key("infer", tenant="acme")
+    for headers, tenant in ((proxy | {"X-Tenant-Id": "acme"}, "acme"), (proxy, "default"), (plain, "acme")):
+        assert site.complete(headers, user="x", priority=-7).status_code == 200
+        assert site.engines.requests[-1].tenant == tenant
+        assert site.engines.requests[-1].priority == (0 if tenant == "acme" else -7)
+    for refused in (plain | {"X-Tenant-Id": "default"}, proxy | {"X-Tenant-Id": "nobody"}):
+        assert code_of(site.complete(refused)) == (403, "permission_denied")
+
+
+def test_a_header_that_comes_twice(site_of: SiteOf) -> None:
+    site = site_of()
+    key = site.key("infer")["Authorization"]
+    headers = [("Authorization", "Bearer x"), ("Authorization", key)]
+    assert code_of(site.gateway.get("/v1/models", headers=headers)) == (401, "invalid_api_key")
+
+
+def test_the_last_use_is_noted_when_the_server_ends(site_of: SiteOf) -> None:
+    site = site_of()
+    key = site.key("infer")
+    for _ in range(3):
+        assert site.complete(key).status_code == 200
+    assert site.catalog.keys().keys[0].last_used_at is None  # once a minute at most
+    site.gateway.__exit__()
+    used = site.catalog.keys().keys[0].last_used_at
+    assert used is not None
+    assert used.second == 0
+    site.gateway.__enter__()
