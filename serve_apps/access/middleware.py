@@ -55,4 +55,8 @@ def principal_of(request: Request) -> Principal:
     return principal
 
 
-Asking = Annotated[Principal, Depends(principal_of)]
+async def _asking(request: Request) -> Principal:  # FastAPI would call a plain function in a thread
+    return principal_of(request)
+
+
+Asking = Annotated[Principal, Depends(_asking)]

@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 from threading import Lock
 from typing import Annotated, Protocol
 
-from fastapi import Depends, Path, Query, Request
+from fastapi import Depends, Path, Query
 
 from jobs.submission.tracker import JobServer, JobTracker
 from loray.api.status import AdapterPlacement
@@ -18,6 +18,7 @@ from loray.settings import Settings
 from loray.spec import Alias, Name, Principal, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
+from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
 
 _log = get_logger(__name__)
 
@@ -30,16 +31,10 @@ AliasPath = Annotated[Alias, Path(description="`prod`, `canary`, …")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="items of a page")]
 
 
-async def _principal(request: Request) -> Principal:
-    principal = getattr(request.state, "principal", None)
-    return principal if isinstance(principal, Principal) else Principal()
-
-
 async def _adapter_name(name: NamePath, tenant: TenantQuery = None) -> str:
     return name if tenant is None else f"{tenant}/{name}"
 
 
-Asking = Annotated[Principal, Depends(_principal)]
 AdapterName = Annotated[str, Depends(_adapter_name)]
 
 

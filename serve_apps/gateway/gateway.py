@@ -20,6 +20,7 @@ from loray.api.openai.structured import Given
 from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import max_model_len, pool_geometry
 from loray.errors import EngineError, RequestError
+from loray.serving.access import check_model, share_of
 from loray.serving.quotas import allowed_priority
 from loray.spec import AdapterRef, GenerateRequest, Principal, ServeSpec, cache_salt
 from loray.text.bad_words import bad_word_ids
@@ -143,8 +144,9 @@ class Gateway:
 
     async def model(self, name: str, principal: Principal) -> tuple[AdapterRef | None, int]:
         """What a name means for this caller: the adapter, or None for the base; and the largest number of tokens of a
-        request for it.
+        request for it. Raises PermissionDenied where its key is for other models.
         """
+        check_model(principal, name)
         adapter = await self.directory.resolve(name, principal)
         config = self.directory.base.config
         return adapter, self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
@@ -179,7 +181,7 @@ class Gateway:
                     structured=None if given is None else given.constraint,
                 ),
                 adapter=adapter,
-                tenant=headers.tenant or request.user or "",
+                tenant=share_of(headers.principal, request.user),
                 priority=allowed_priority(headers.principal, request.priority),
                 ttft_slo_s=request.ttft_slo_s,
                 cache_salt=cache_salt(headers.principal.tenant, request.cache_salt),

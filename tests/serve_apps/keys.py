@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from loray.catalog import Catalog
+from loray.serving.access import Action
 from loray.serving.key_ring import KeyRing
+from loray.spec import Principal
 from serve_apps.access import Access
 
 
 def access_of(catalog_url: str, *, host: str = "127.0.0.1", ring: KeyRing | None = None) -> Access:
     return Access(ring or KeyRing(), lambda: Catalog(catalog_url), host=host, names=frozenset({"test", "testserver"}))
+
+
+class Given(Access):
+    """Whoever asks is this principal."""
+
+    def __init__(self, principal: Principal) -> None:
+        self._principal = principal
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    async def admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal:
+        return self._principal

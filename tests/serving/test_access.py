@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from loray.errors import CatalogError, LorayError, PermissionDenied, Unauthenticated
-from loray.serving.access import Action, Resource, check, check_model, priority_of, sees
+from loray.serving.access import Action, Resource, check, check_model, sees
 from loray.serving.key_ring import KeyRing
 from loray.spec import SCOPES, ApiKey, HashedKey, KeyChanges, Limits, Principal, Tenant
 
@@ -87,15 +87,6 @@ def test_models_of_a_key(tenant: str, models: set[str] | None, asked: str, allow
         return
     with pytest.raises(PermissionDenied):
         check_model(asking, asked)
-
-
-@pytest.mark.parametrize(
-    ("own", "tenants", "asked", "given"),
-    [(None, None, -5, -5), (0, None, -5, 0), (None, 3, -5, 3), (0, 3, -5, 3), (0, 3, 7, 7), (-9, None, -5, -5)],
-)
-def test_priority_is_clamped(own: int | None, tenants: int | None, asked: int, given: int) -> None:
-    asking = principal("infer", limits=Limits(min_priority=own), tenant_limits=Limits(min_priority=tenants))
-    assert priority_of(asking, asked) == given
 
 
 # -- keys in memory ---------------------------------------------------------------------------------------------------

@@ -81,10 +81,13 @@ def may_ask(principal: Principal, model: str) -> bool:
     return bool(principal.models & {model, name, own, f"{DEFAULT_TENANT}/{name}" if own == name else own})
 
 
-def priority_of(principal: Principal, asked: int) -> int:
-    """The priority that a request gets: the one it asks for, but none that is more urgent than its limits allow."""
-    least = (principal.limits.min_priority, principal.tenant_limits.min_priority)
-    return max(asked, *(bound for bound in least if bound is not None), asked)
+def share_of(principal: Principal, user: str | None) -> str:
+    """Whose share of the engine a request takes, for fairness: its tenant's. Where nobody needs a key and no tenant is
+    named, the body's `user` tells requests apart.
+    """
+    if principal.key_id is None and principal.tenant == DEFAULT_TENANT:
+        return user or ""
+    return principal.tenant
 
 
 def _listed(principal: Principal) -> str:

@@ -1,4 +1,4 @@
-"""What a request's headers say: whose it is, its id, and how long it may take."""
+"""What a request's headers say: its id, how long it may take, and with the keys' middleware whose it is."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.errors import RequestError
 from loray.spec import Principal
+from serve_apps.access import principal_of
 
 REQUEST_ID = "X-Request-Id"
-TENANT = "X-Tenant-Id"  # set by a proxy that knows the client; it overrides the body's `user`
 TIMEOUT = "X-Request-Timeout-S"
 _MAX_ID = 128
 
 
 class RequestHeaders(NamedTuple):
-    received_at: float  # a time of the event loop
-    tenant: str | None = None
+    """`received_at` is a time of the event loop; `principal` is who asks, as the keys' middleware found it."""
+
+    received_at: float
+    principal: Principal = Principal()
     request_id: str | None = None
     timeout_s: float | None = None
-    principal: Principal = Principal()
 
     @classmethod
-    def of(cls, headers: Mapping[str, str], principal: Principal) -> RequestHeaders:
+    def of(cls, request: Request) -> RequestHeaders:
         """Raises RequestError if the time is not a positive number. An id that is too long or not visible ASCII counts
         as absent."""
-        now = asyncio.get_running_loop().time()
-        return cls(now, headers.get(TENANT), _request_id(headers), _timeout(headers.get(TIMEOUT)), principal)
+        now, headers = asyncio.get_running_loop().time(), request.headers
+        return cls(now, principal_of(request), _request_id(headers), _timeout(headers.get(TIMEOUT)))
 
 
 def _request_id(headers: Mapping[str, str]) -> str | None:

@@ -13,9 +13,9 @@ from loray.api.openai.body import Body
 from loray.api.openai.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
 from loray.errors import RequestError, shown
 from loray.serving.access import Resource, check
+from serve_apps.access import principal_of
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of
-from serve_apps.principal import principal_of
 
 BODIES: dict[str, type[Body]] = {"/v1/load_lora_adapter": LoadLoraRequest, "/v1/unload_lora_adapter": UnloadLoraRequest}
 
@@ -24,7 +24,7 @@ def create_router(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
     async def check_own(request: Request, name: str) -> None:
-        principal = principal_of(request.scope)
+        principal = principal_of(request)
         adapter, _ = await gateway.model(name, principal)
         if adapter is None:
             raise RequestError(f"{name!r} is the base model, not an adapter", "lora_name")

@@ -11,7 +11,6 @@ from loray.api.openai.responses_api import ResponsesRequest, chat_request
 from serve_apps.gateway.answers.headers import RequestHeaders
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of, converted_body
-from serve_apps.principal import principal_of
 
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest,
@@ -24,9 +23,9 @@ def create_router(gateway: Gateway) -> APIRouter:
     router = APIRouter()
 
     def heard(request: Request) -> RequestHeaders:
-        principal = principal_of(request.scope)
-        gateway.accounts.check(principal)  # before the body is read
-        return RequestHeaders.of(request.headers, principal)
+        headers = RequestHeaders.of(request)
+        gateway.accounts.check(headers.principal)  # before the body is read
+        return headers
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:

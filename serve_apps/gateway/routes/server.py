@@ -9,8 +9,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from loray import __version__
 from loray.api.status import Status
+from loray.serving.access import check_model
+from serve_apps.access import principal_of
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.principal import principal_of
 
 
 def create_router(gateway: Gateway) -> APIRouter:
@@ -23,12 +24,14 @@ def create_router(gateway: Gateway) -> APIRouter:
         limit: Annotated[int | None, Query(ge=1, description="at most as many models (default: all)")] = None,
     ) -> Response:
         return StreamingResponse(
-            gateway.models.page(principal_of(request.scope), after, limit), media_type="application/json"
+            gateway.models.page(principal_of(request), after, limit), media_type="application/json"
         )
 
     @router.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
-        card = await gateway.models.card(model, principal_of(request.scope))
+        principal = principal_of(request)
+        check_model(principal, model)
+        card = await gateway.models.card(model, principal)
         return Response(card.to_json(), media_type="application/json")
 
     @router.get("/health")

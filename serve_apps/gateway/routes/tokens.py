@@ -8,9 +8,9 @@ from fastapi.responses import Response
 from loray.api.openai import ChatCompletionRequest, parse
 from loray.api.openai.body import Body
 from loray.api.openai.vllm.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from serve_apps.access import principal_of
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of, converted_body
-from serve_apps.principal import principal_of
 
 BODIES: dict[str, type[Body]] = {"/tokenize": TokenizeRequest, "/detokenize": DetokenizeRequest}
 
@@ -26,7 +26,7 @@ def create_router(gateway: Gateway) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body, chat = await converted_body(request, tokenize_and_chat)
-        adapter, limit = await gateway.model(body.model or base, principal_of(request.scope))
+        adapter, limit = await gateway.model(body.model or base, principal_of(request))
         if chat is not None:
             ids = await prompts.chat(chat, await gateway.dialect(chat, adapter), None)
         else:
@@ -41,7 +41,7 @@ def create_router(gateway: Gateway) -> APIRouter:
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await body_of(request, DetokenizeRequest)
-        await gateway.model(body.model or base, principal_of(request.scope))
+        await gateway.model(body.model or base, principal_of(request))
         answer = DetokenizeResponse(prompt=await prompts.decode(body.tokens))
         return Response(answer.to_json(), media_type="application/json")
 

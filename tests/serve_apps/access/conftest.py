@@ -91,7 +91,7 @@ def site_of(tmp_path: Path, base: BaseModel) -> Iterator[Callable[..., Site]]:
                 client = TestClient(app_of(access), raise_server_exceptions=False)
                 client.app_state["access"] = access
                 clients.append(held.enter_context(client))
-            clients[1].base_url = httpx.URL("http://testserver/api/v1/")
+            clients[1].base_url = "http://testserver/api/v1/"
             return Site(clients[0], clients[1], catalog, base.name, engines)
 
         yield make

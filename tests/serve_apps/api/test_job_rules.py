@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loray.errors import PermissionDenied, RateLimited
 from loray.settings import Settings
@@ -21,6 +20,7 @@ from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from tests.serve_apps.api.fakes import Api, InProcess, mounted
 from tests.serve_apps.api.test_adapters import problem
+from tests.serve_apps.keys import Given
 
 DATA = "s3://training/sets?endpoint_url=http://127.0.0.1:9&credentials_file=/keys"
 MINE = "s3://training/sets/acme/tone.jsonl"
@@ -41,12 +41,8 @@ class Tenants(Api):
         self.services = Services(self.settings, self.jobs, self.placements)
 
     def by(self, who: Principal) -> httpx.Client:
-        app: ASGIApp = mounted(create_app(self.services))
-
-        async def asked(scope: Scope, receive: Receive, send: Send) -> None:
-            await app({**scope, "state": {"principal": who}}, receive, send)
-
-        return httpx.Client(transport=InProcess(asked), base_url="http://test/api/v1")
+        app = mounted(create_app(self.services, Given(who)))
+        return httpx.Client(transport=InProcess(app), base_url="http://test/api/v1")
 
 
 @pytest.fixture

@@ -238,9 +238,9 @@ def test_tenant_priority_slo_and_salt_reach_the_engine(client_of: Any, base: Bas
         client.post("/v1/chat/completions", json={"model": base.name, "messages": CHAT}, headers={"X-Tenant-Id": "t"})
         wrong = client.post("/v1/completions", json=body | {"ttft_slo_s": 0})
     assert [(r.tenant, r.priority, r.ttft_slo_s, r.cache_salt) for r in engines.requests] == [
-        ("header", -2, 1.5, "s"),
+        ("header", -2, 1.5, "header/s"),
         ("body", -2, 1.5, "s"),
         ("", 0, None, ""),
-        ("t", 0, None, ""),
+        ("t", 0, None, "t/"),
     ]
     assert error_of(wrong, 400)["param"] == "ttft_slo_s"

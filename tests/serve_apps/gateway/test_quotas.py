@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
@@ -24,6 +23,7 @@ from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.prompts import PromptEncoder
 from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, register
+from tests.serve_apps.keys import Given
 
 PROMPT = {"model": "tiny", "prompt": "abcdef", "max_tokens": 4}
 
@@ -40,15 +40,6 @@ class Kept(Books):
         super().add(event)
 
 
-def asked_by(app: ASGIApp, principal: Principal) -> ASGIApp:
-    """As the middleware in front does."""
-
-    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, "state": {"principal": principal}}, receive, send)
-
-    return asked
-
-
 class Front:
     def __init__(self, base: BaseModel, folder: Path) -> None:
         self.url = catalog_url(folder)
@@ -61,8 +52,10 @@ class Front:
         directory = ModelDirectory(self.base, lambda: Catalog(self.url))
         spec = ServeSpec(base=self.base.name)
         prompts = PromptEncoder.load(self.base, spec.tool_parser)
-        app = create_app(Gateway(spec, directory, prompts, engines, accounts=Accounts(books=self.books)))
-        transport = httpx.ASGITransport(asked_by(app, principal), raise_app_exceptions=False)
+        app = create_app(
+            Gateway(spec, directory, prompts, engines, accounts=Accounts(books=self.books)), Given(principal)
+        )
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://test/v1") as client,
