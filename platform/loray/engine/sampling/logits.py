@@ -30,9 +30,7 @@ def process(
     rows = [(i, r, h) for i, r in changed if (h := _history(r, eos_token_ids)) is not None]
     if not rows and masks is None:
         return logits_SV
-    logits_SV = logits_SV.clone()
-    if masks is not None:
-        _apply(masks, logits_SV, requests)
+    logits_SV = logits_SV.clone() if masks is None else _masked(masks, logits_SV, requests)
     for i, _, history in rows:
         if history.allowed is not None:
             _keep(logits_SV[i], history.allowed)
@@ -68,23 +66,28 @@ def _history(request: Request, eos_token_ids: Sequence[int]) -> History | None:
     return history if request.changes_logits else None
 
 
-def _apply(masks: Masks, logits_SV: Tensor, requests: Sequence[Request]) -> None:
-    """Tokens that a request's constraint does not allow get −∞."""
+def _masked(masks: Masks, logits_SV: Tensor, requests: Sequence[Request]) -> Tensor:
+    """A copy, in which tokens that a request's constraint does not allow have −∞."""
     row_of = {r: i for i, r in enumerate(requests)}
     pairs = [(m, row_of[r]) for m, r in enumerate(masks.requests) if r in row_of]
     if not pairs:
-        return
+        return logits_SV.clone()
     vocab = logits_SV.shape[1]
     if masks.bias_MV is None:
         words_MW = torch.from_numpy(masks.words_MW[[m for m, _ in pairs]]).to(logits_SV.device)
         bits = torch.arange(32, dtype=torch.int32, device=logits_SV.device)
         denied_MV = ((words_MW.unsqueeze(2) >> bits) & 1 == 0).flatten(1)[:, :vocab]
         rows = torch.tensor([row for _, row in pairs], device=logits_SV.device)
-        logits_SV[rows] = logits_SV[rows].masked_fill(denied_MV, -math.inf)
-        return
+        out_SV = logits_SV.clone()
+        out_SV[rows] = out_SV[rows].masked_fill(denied_MV, -math.inf)
+        return out_SV
     bias_MV = torch.from_numpy(masks.bias_MV)[:, :vocab]
+    if pairs == [(i, i) for i in range(len(requests))]:
+        return logits_SV + bias_MV[: len(requests)]  # in one pass over all rows
+    out_SV = logits_SV.clone()
     for m, row in pairs:
-        logits_SV[row].add_(bias_MV[m])
+        out_SV[row].add_(bias_MV[m])
+    return out_SV
 
 
 def _keep(logits_V: Tensor, tokens: Tokens) -> None:
