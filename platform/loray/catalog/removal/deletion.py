@@ -14,7 +14,7 @@ from loray.catalog.queries import count_change, load_entry, lock, log, now, owne
 from loray.catalog.removal.references import check_collections
 from loray.catalog.schema import adapters, alias_moves, jobs, versions
 from loray.errors import AdapterNotFound, ConflictError
-from loray.spec import has_ended, meanings
+from loray.spec import has_ended, meanings, split_qualified
 
 
 class _Deleted(NamedTuple):
@@ -62,7 +62,7 @@ class Deletion(Database):
             lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             name = entry.name
-            running = [row.id for row in c.execute(_jobs_of(name)) if not has_ended(row.status)]
+            running = [row.id for row in c.execute(_jobs_of(entry.tenant, name)) if not has_ended(row.status)]
             if running:
                 raise ConflictError(f"job {running[0]} trains {name!r}: stop it first")
             c.execute(adapters.update().where(adapters.c.id == adapter_id).values(deleted_at=now()))
@@ -126,5 +126,6 @@ def restore_version(c: sa.Connection, adapter_id: int, version: int) -> bool:
     return c.execute(versions.update().where(*row).values(deleted_at=None)).rowcount > 0
 
 
-def _jobs_of(name: str) -> sa.Select[tuple[str, str]]:
-    return sa.select(jobs.c.id, jobs.c.status).where(jobs.c.name == name)
+def _jobs_of(tenant: str, name: str) -> sa.Select[tuple[str, str]]:
+    mine = (jobs.c.tenant == tenant, jobs.c.name == split_qualified(name).name)
+    return sa.select(jobs.c.id, jobs.c.status).where(*mine)
