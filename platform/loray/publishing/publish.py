@@ -108,6 +108,7 @@ def register_stored(digest: str, to: Destination) -> AdapterVersion:
     Raises NotFoundError where the store does not have it, or not for the catalog's caller; IntegrityError where a file
     of it is missing; ConflictError, GateRefused.
     """
+    to.catalog.check_name(to.name, to.aliases)
     to.catalog.check_digest(digest)
 
     def find() -> AdapterManifest:
@@ -116,7 +117,6 @@ def register_stored(digest: str, to: Destination) -> AdapterVersion:
         return manifest
 
     found = find()
-    to.catalog.check_name(to.name, to.aliases)
     to.catalog.add_base(found.base, found.base_fingerprint)
     return _register(digest, find, to)
 

@@ -8,9 +8,10 @@ from fastapi import APIRouter, Path
 
 from loray.api.resources import AdapterResource, VersionDetail, VersionNumber
 from loray.publishing import restore
+from serve_apps.access import Asking
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
-from serve_apps.api.services import AdapterName, Asking, Services
+from serve_apps.api.services import AdapterName, Services
 
 _VERSION = "/adapters/{name}/versions/{version}"
 

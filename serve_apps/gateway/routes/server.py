@@ -9,7 +9,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from loray import __version__
 from loray.api.status import Status
-from loray.serving.access import check_model
 from serve_apps.access import principal_of
 from serve_apps.gateway.gateway import Gateway
 
@@ -29,9 +28,7 @@ def create_router(gateway: Gateway) -> APIRouter:
 
     @router.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
-        principal = principal_of(request)
-        check_model(principal, model)
-        card = await gateway.models.card(model, principal)
+        card = await gateway.models.card(model, principal_of(request))
         return Response(card.to_json(), media_type="application/json")
 
     @router.get("/health")

@@ -85,7 +85,8 @@ class Api:
         self.jobs, self.placements = FakeJobs(), FakePlacements()
         self.services = Services(self.settings, self.jobs, self.placements)
         self.access = access_of(catalog_url)
-        self.app = mounted(create_app(self.services, self.access))
+        self.unmounted = create_app(self.services, self.access)
+        self.app = mounted(self.unmounted)
         self.transport = InProcess(self.app)
         self.http = httpx.Client(transport=self.transport, base_url="http://test/api/v1", headers=JSON)
 

@@ -1,0 +1,148 @@
+"""Both applications on one catalog with two tenants and keys of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+from starlette.routing import Route as PlainRoute
+
+from jobs.submission.tracker import RayJob
+from loray.api.status import AdapterPlacement
+from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
+from loray.recipes.load import load_recipe
+from loray.spec import Principal, Projection
+from tests.catalog.test_catalog import manifest
+from tests.serve_apps.api.fakes import Api
+from tests.serve_apps.gateway.scripted import REPLICA, ScriptedEngines, delta, gateway_app
+from tests.serve_apps.isolation.table import API, GATEWAY, Route, Thing
+
+SCOPES = ("infer", "publish", "promote", "train")
+SECRET = Thing("acme", "vault-9", "hush", "c0ffee" * 10 + "beef", "job-zq7", "key-zq7")
+# Words of acme that no request has.
+UNSAID = ("zq-words", "zq-data", "5a5a5a5a")
+_PAIR = Projection(key=77, rank=8, max_in=8, max_out=8, sha256="5a" * 32)
+
+
+@dataclass
+class Application:
+    app: FastAPI
+    client: TestClient
+    table: dict[str, Route]
+
+    def routes(self) -> set[str]:
+        """All that it answers, in its OpenAPI document or not."""
+        found: set[str] = set()
+        routes = list(self.app.routes)
+        while routes:
+            route = routes.pop()
+            if (included := getattr(route, "original_router", None)) is not None:
+                routes += included.routes
+                continue
+            assert isinstance(route, APIRoute | PlainRoute), f"{route} is of a kind that this test does not walk"
+            found |= {f"{method} {route.path}" for method in route.methods or () if method != "HEAD"}
+        return found
+
+    def ask(self, name: str, thing: Thing, key: str | None) -> httpx.Response:
+        route, (method, path) = self.table[name], name.split(" ")
+        path = path.replace(":path", "").format(
+            name=thing.name, alias=thing.alias, version=1, id=thing.job, model=thing.model
+        )
+        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        options: dict[str, Any] = {"params": route.params(thing), "headers": headers, **route.fields(thing)}
+        return self.client.request(method, path.lstrip("/") if self.table is API else path, **options)
+
+
+@dataclass
+class Site:
+    """`keys`: `tenant scope` → key; also `expired`, `revoked`, `admin`, and `beta`, which has every scope but admin."""
+
+    gateway: Application
+    api: Application
+    catalog: Catalog
+    keys: dict[str, str]
+    engines: ScriptedEngines
+    fakes: Api
+
+    @property
+    def applications(self) -> tuple[Application, Application]:
+        return self.gateway, self.api
+
+
+@contextmanager
+def site(base: BaseModel, home: Path) -> Iterator[Site]:
+    url = f"sqlite:///{home}/catalog.db"
+    fakes = Api(home, url)
+    engines = ScriptedEngines([delta("ok", "stop")])
+    engines.replicas = [REPLICA.model_copy(update={"adapters_in_pool": (SECRET.digest,)})]
+    catalog = Catalog(url)
+    keys = _fill(catalog, base, fakes)
+    gateway = gateway_app(base, url, engines)
+    prefix = {"base_url": "http://test/api/v1/", "root_path": "/api/v1"}
+    with (
+        TestClient(gateway, base_url="http://test", raise_server_exceptions=False) as front,
+        TestClient(fakes.unmounted, **prefix, raise_server_exceptions=False) as back,  # type: ignore[arg-type]
+    ):
+        yield Site(
+            Application(gateway, front, GATEWAY), Application(fakes.unmounted, back, API), catalog, keys, engines, fakes
+        )
+    catalog.close()
+
+
+def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
+    for tenant in ("acme", "beta"):
+        catalog.create_tenant(tenant)
+    catalog.add_base(base.name, base.fingerprint)
+    acme = catalog.view(Principal(tenant="acme", scopes=frozenset(SCOPES), actor="ann"))
+    described = manifest().model_copy(
+        update={
+            "base": base.name,
+            "base_fingerprint": base.fingerprint,
+            "description": "zq-words",
+            "projection": _PAIR,
+        }
+    )
+    acme.note_upload(SECRET.digest)
+    acme.register(SECRET.name, SECRET.digest, described, [SECRET.alias])
+    recipe = load_recipe("lora_smollm2").spec
+    recipe = recipe.model_copy(
+        update={"name": SECRET.name, "data": recipe.data.model_copy(update={"train": "zq-data"})}
+    )
+    acme.add_job(SECRET.job, name=SECRET.name, recipe=recipe)
+    fakes.jobs.jobs[SECRET.job] = RayJob("RUNNING", "zq-words")
+    fakes.placements.found = [
+        AdapterPlacement(
+            replica="r1",
+            node="n",
+            digest=SECRET.digest,
+            name=SECRET.model,
+            version=1,
+            nbytes=4,
+            num_tokens=1,
+            tier="pool",
+            uses=412,
+            last_used_at=1.0,
+        )
+    ]
+    past = datetime.now(UTC) - timedelta(hours=1)
+    made = {
+        f"acme {scope}": catalog.create_key(f"acme {scope}", tenant="acme", scopes=frozenset({scope}))
+        for scope in SCOPES
+    }
+    made["narrow"] = catalog.create_key("narrow", tenant="acme", scopes=["infer"], models=["other"])
+    made["publisher"] = catalog.create_key("publisher", scopes=["publish"])
+    made["beta"] = catalog.create_key("beta", tenant="beta", scopes=frozenset(SCOPES))
+    made["admin"] = catalog.create_key("admin", tenant="default", scopes=frozenset({"admin"}))
+    made["revoked"] = catalog.create_key("revoked", tenant="acme", scopes=frozenset({*SCOPES, "admin"}))
+    catalog.revoke_key(made["revoked"].key.id)
+    made["expired"] = catalog.create_key("expired", tenant="acme", scopes=frozenset({"admin"}), expires_at=past)
+    return {name: key.secret for name, key in made.items()}

@@ -1,0 +1,121 @@
+"""Every route of both applications: who may call it, and a request for something of a tenant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+OPEN = "open"  # without a key
+ANY = frozenset({"infer", "publish", "promote", "train"})  # any key
+NOBODY: frozenset[str] = frozenset()  # administrators alone
+INFER, PUBLISH, PROMOTE, TRAIN = (frozenset({scope}) for scope in ("infer", "publish", "promote", "train"))
+
+
+class Thing(NamedTuple):
+    """What a request is about. The default: nothing that exists."""
+
+    tenant: str = "acme"
+    name: str = "nope-7"
+    alias: str = "none"
+    digest: str = "f" * 64
+    job: str = "job-nope"
+    key: str = "key-nope"
+
+    @property
+    def model(self) -> str:
+        return f"{self.tenant}/{self.name}"
+
+    def hidden_in(self, text: str) -> str:
+        """`text` without the words of this thing: answers about two things of which neither exists are equal then."""
+        for field_name, value in sorted(self._asdict().items(), key=lambda item: -len(item[1])):
+            if field_name != "tenant":
+                text = text.replace(value, f"<{field_name}>")
+        return text.replace(self.digest[:12], "<digest>")
+
+
+@dataclass(frozen=True)
+class Route:
+    """`scopes`: one of them is enough. `body` and `query` have the fields of Thing in braces."""
+
+    scopes: frozenset[str] | str
+    body: dict[str, Any] | None = None
+    query: dict[str, str] = field(default_factory=dict)
+
+    def fields(self, thing: Thing) -> dict[str, Any]:
+        return {} if self.body is None else {"json": _filled(self.body, thing)}
+
+    def params(self, thing: Thing) -> dict[str, str]:
+        filled = _filled(self.query, thing)
+        assert isinstance(filled, dict)
+        return filled
+
+
+def _filled(value: Any, thing: Thing) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(item, thing) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, thing) for item in value]
+    return value.format(**thing._asdict(), model=thing.model) if isinstance(value, str) else value
+
+
+_DOCUMENTS = {f"GET /{page}": Route(OPEN) for page in ("openapi.json", "docs", "docs/oauth2-redirect", "redoc")}
+_MODEL: dict[str, Any] = {"model": "{model}"}
+_SHORT = _MODEL | {"max_tokens": 1}
+_CHAT = _SHORT | {"messages": [{"role": "user", "content": "hi"}]}
+
+GATEWAY: dict[str, Route] = _DOCUMENTS | {
+    "GET /health": Route(OPEN),
+    "GET /ping": Route(OPEN),
+    "POST /ping": Route(OPEN),
+    "GET /version": Route(OPEN),
+    "GET /status": Route(NOBODY),
+    "GET /metrics": Route(NOBODY),
+    "GET /v1/models": Route(ANY),
+    "GET /v1/models/{model:path}": Route(ANY),
+    "POST /v1/completions": Route(INFER, _SHORT | {"prompt": "hi"}),
+    "POST /v1/chat/completions": Route(INFER, _CHAT),
+    "POST /v1/responses": Route(INFER, _MODEL | {"input": "hi"}),
+    "POST /tokenize": Route(INFER, _MODEL | {"prompt": "hi"}),
+    "POST /detokenize": Route(INFER, _MODEL | {"tokens": [1]}),
+    "POST /v1/load_lora_adapter": Route(PUBLISH, {"lora_name": "{model}"}),
+    "POST /v1/unload_lora_adapter": Route(PUBLISH, {"lora_name": "{model}"}),
+}
+
+_OF = {"tenant": "{tenant}"}
+_NAME, _ALIAS = "/adapters/{name}", "/adapters/{name}/aliases/{alias}"
+_VERSION = "/adapters/{name}/versions/{version}"
+_RECIPE = {
+    "name": "{name}",
+    "base": "smollm2",
+    "adapter": {"method": "lora", "rank": 4},
+    "data": {"train": "s3://bucket/data.jsonl"},
+    "batch": {"rows": 1},
+    "optimizer": {"learning_rate": 0.1},
+    "max_steps": 0,  # refused, so that nothing is submitted
+}
+
+API: dict[str, Route] = _DOCUMENTS | {
+    "GET /adapters": Route(ANY, query=_OF),
+    f"GET {_NAME}": Route(ANY, query=_OF),
+    f"PATCH {_NAME}": Route(PUBLISH, {"visibility": "public"}, _OF),
+    f"DELETE {_NAME}": Route(PUBLISH, query=_OF),
+    f"POST {_NAME}/restore": Route(PUBLISH, query=_OF),
+    f"GET {_NAME}/versions": Route(ANY, query=_OF),
+    f"POST {_NAME}/versions": Route(PUBLISH, {"digest": "{digest}"}, _OF),
+    f"GET {_VERSION}": Route(ANY, query=_OF),
+    f"DELETE {_VERSION}": Route(PUBLISH, query=_OF),
+    f"POST {_VERSION}/restore": Route(PUBLISH, query=_OF),
+    f"GET {_NAME}/placement": Route(ANY, query=_OF),
+    f"GET {_NAME}/aliases": Route(ANY, query=_OF),
+    f"GET {_ALIAS}": Route(ANY, query=_OF),
+    f"PUT {_ALIAS}": Route(PROMOTE, {"version": 1}, _OF),
+    f"DELETE {_ALIAS}": Route(PROMOTE, query=_OF),
+    f"POST {_ALIAS}/rollback": Route(PROMOTE, query=_OF),
+    "GET /bases": Route(ANY),
+    "GET /recommend": Route(ANY, query={"context_length": "1024", "num_tasks": "3"}),
+    "POST /jobs": Route(TRAIN, _RECIPE),
+    "GET /jobs": Route(TRAIN, query={"name": "{tenant}/{name}"}),
+    "GET /jobs/{id}": Route(TRAIN),
+    "GET /jobs/{id}/logs": Route(TRAIN),
+    "POST /jobs/{id}/stop": Route(TRAIN),
+}
