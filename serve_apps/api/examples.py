@@ -69,6 +69,17 @@ PLACEMENT = {
         }
     ],
 }
+USAGE = {
+    "tenant": "acme",
+    "key_id": None,
+    "model": "acme/tone",
+    "day": None,
+    "num_requests": 12,
+    "num_prompt_tokens": 3400,
+    "num_cached_tokens": 1200,
+    "num_output_tokens": 960,
+    "seconds": 20.5,
+}
 JOB = {
     "id": "train_5f1b2c3d4e5f6a7b",
     "name": "tone",

@@ -110,6 +110,7 @@ def job(job: Job) -> JobResource:
 def page(items: tuple[T, ...], cursor: str | None, request: Request, response: Response) -> Page[T]:
     """A page, with a Link header to the next one if there is one."""
     if cursor is not None:
-        query = urlencode(dict(request.query_params) | {"cursor": cursor})
+        others = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
+        query = urlencode([*others, ("cursor", cursor)])
         response.headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
     return Page[T](items=items, next=cursor)

@@ -29,6 +29,7 @@ _COMMANDS: Mapping[str, _Command] = {
     "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
     "adapters": _Command("loray.cli.adapters:adapters", "Import, list, show, promote, roll back, convert and verify."),
     "store": _Command("loray.cli.store:store", "Garbage, verification and statistics of the adapter store."),
+    "usage": _Command("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
     "plan": _Command("loray.cli.planning.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
     "recommend": _Command(
         "loray.cli.planning.recommend:command", "Compare LoRA, VeRA, LongLoRA and S-LoRA for what you need."
@@ -102,6 +103,9 @@ def cli() -> None:
       LORAY_CATALOG    catalog, sqlite:////file or postgresql://… (default in LORAY_HOME)
       LORAY_ADDRESS    Ray's address (default: a local cluster)
       LORAY_GATE_TOLERANCE  LongLoRA's alias gate: allowed loss at the native context, as a share (default 0.1)
+      LORAY_USAGE_DAYS  days after which usage is forgotten (default 400; 0: never)
+      LORAY_DATA       s3:// folder of tenants' training data, in folders of their names (default: none)
+      LORAY_MAX_JOBS, LORAY_MAX_WORKERS  of a tenant at once, where it has no limit of its own (default: none)
       LORAY_LOG_LEVEL  DEBUG, INFO, WARNING or ERROR; DEBUG also shows tracebacks
     """
     chosen = Settings.from_env().log_level

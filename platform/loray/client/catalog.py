@@ -24,9 +24,10 @@ from loray.api.resources import (
     VersionDetail,
     VersionResource,
 )
+from loray.api.usage import UsageResource
 from loray.client.http import HttpClient, R
 from loray.errors import ClusterError, LorayError
-from loray.spec import DEFAULT_ALIAS, TrainSpec, Visibility, split_qualified
+from loray.spec import DEFAULT_ALIAS, TrainSpec, UsageGroup, Visibility, split_qualified
 
 
 class CatalogClient(HttpClient):
@@ -155,6 +156,12 @@ class CatalogClient(HttpClient):
     def stop(self, job_id: str) -> JobResource:
         """Asks the job to stop. Its status becomes stopped once its driver has ended."""
         return self._ask(JobResource, "POST", f"/jobs/{job_id}/stop")
+
+    # -- usage --------------------------------------------------------------------------------------------------------
+
+    def usage(self, group_by: Sequence[UsageGroup] = (), **params: Any) -> Iterator[UsageResource]:
+        """What requests used, fetched page by page. `params`: `tenant`, `key_id`, `model`, `since`, `until`."""
+        return self._pages("/usage", Page[UsageResource], {"group_by": list(group_by)} | params)
 
     # -- HTTP ---------------------------------------------------------------------------------------------------------
 

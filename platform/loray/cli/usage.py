@@ -1,0 +1,65 @@
+"""`loray usage`: what requests used."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import cast
+
+import click
+
+from loray.api.usage import UsageResource
+from loray.cli.output import console, emit, json_option, table
+from loray.cli.services import open_services
+from loray.spec import USAGE_GROUPS, UsageGroup
+
+_COUNTS = {
+    "requests": "num_requests",
+    "prompt": "num_prompt_tokens",
+    "cached": "num_cached_tokens",
+    "output": "num_output_tokens",
+}
+
+
+@click.command()
+@click.option(
+    "--by",
+    "groups",
+    multiple=True,
+    type=click.Choice(USAGE_GROUPS),
+    default=("tenant", "model"),
+    show_default=True,
+    help="Sum up by this; may be given several times.",
+)
+@click.option("--tenant", help="Only this tenant's requests.")
+@click.option("--key", "key_id", help="Only requests with the key of this id.")
+@click.option("--model", help="Only requests to this adapter or base.")
+@click.option("--days", type=click.IntRange(min=1), default=30, show_default=True, help="Of so many days until now.")
+@json_option
+def usage(
+    groups: tuple[str, ...], tenant: str | None, key_id: str | None, model: str | None, days: int, as_json: bool
+) -> None:
+    """What requests used: their tokens, by tenant, key, adapter and day (UTC)."""
+    since = datetime.now(UTC) - timedelta(days=days)
+    with open_services() as services:
+        by = cast(tuple[UsageGroup, ...], groups)
+        found = services.catalog.usage(by, tenant=tenant, key_id=key_id, model=model, since=since, limit=100_000)
+    rows = [UsageResource(**row._asdict()) for row in found if row.num_requests]
+    if as_json:
+        emit([row.model_dump(mode="json") for row in rows])
+        return
+    fields = {"tenant": "tenant", "key": "key_id", "model": "model", "day": "day"}
+    shown = [name for name in fields if name in groups]
+    lines = [
+        [
+            *(str(getattr(row, fields[name]) or "–") for name in shown),
+            *(
+                f"{n:,}"
+                for n in (row.num_requests, row.num_prompt_tokens, row.num_cached_tokens, row.num_output_tokens)
+            ),
+        ]
+        for row in rows
+    ]
+    if not lines:
+        click.echo(f"no requests in the last {days} days")
+        return
+    console().print(table([*shown, *_COUNTS], lines, right=list(_COUNTS)))

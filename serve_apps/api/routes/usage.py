@@ -1,0 +1,54 @@
+"""Route of usage: what the requests of a tenant used."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from loray.api.resources import Page
+from loray.api.usage import UsageResource
+from loray.spec import TenantName, UsageGroup
+from serve_apps.api import examples, views
+from serve_apps.api.problems import responses
+from serve_apps.api.services import Asking, Limit, Services
+
+_Groups = Annotated[
+    list[UsageGroup], Query(description="`tenant`, `key`, `model` (an adapter or a base), `day` in UTC; none: one sum")
+]
+_MOST = 10**9
+
+
+def create_router(services: Services) -> APIRouter:
+    router = APIRouter(tags=["usage"])
+
+    @router.get("/usage", responses=responses() | examples.page(examples.USAGE, "100"))
+    def get_usage(
+        request: Request,
+        response: Response,
+        asking: Asking,
+        limit: Limit = 100,
+        cursor: Annotated[int, Query(ge=0, le=_MOST, description="`next` of the page before")] = 0,
+        group_by: _Groups = [],  # noqa: B006 - FastAPI copies it
+        tenant: Annotated[TenantName | None, Query(description="for administrators; others have their own")] = None,
+        key_id: Annotated[str | None, Query(max_length=32, description="only this key's requests")] = None,
+        model: Annotated[str | None, Query(max_length=200, description="only requests to this model")] = None,
+        since: Annotated[datetime | None, Query(description="requests that ended then or later")] = None,
+        until: Annotated[datetime | None, Query(description="requests that ended before")] = None,
+    ) -> Page[UsageResource]:
+        """Requests and their tokens, summed up: of the own tenant, and for administrators of all."""
+        found = services.catalog.usage(
+            group_by,
+            tenant=tenant if asking.is_admin else asking.tenant,
+            key_id=key_id,
+            model=model,
+            since=since,
+            until=until,
+            limit=limit + 1,
+            offset=cursor,
+        )
+        rows = tuple(UsageResource(**row._asdict()) for row in found[:limit])
+        return views.page(rows, str(cursor + limit) if len(found) > limit else None, request, response)
+
+    return router
