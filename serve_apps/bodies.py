@@ -28,20 +28,20 @@ T = TypeVar("T")
 
 
 class BodyLimit:
-    """ASGI middleware: a request whose body is larger than `max_bytes` gets 413 from the error handlers of the app.
+    """ASGI middleware: a request whose body is larger than its `max_bytes` gets 413 from the error handlers of the app.
 
     It gets it before its body is read if Content-Length says the size, else as soon as that many bytes have come.
     `advice` follows the limit in the message.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: Callable[[], int], advice: str) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: Callable[[Scope], int], advice: str) -> None:
         self._app, self._max_bytes, self._advice = app, max_bytes, advice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._max_bytes()
+        limit = self._max_bytes(scope)
         length = dict(scope["headers"]).get(b"content-length", b"0")
         num_bytes = 0
         is_too_long = not length.isdigit() or len(length) > 18 or int(length) > limit

@@ -16,6 +16,7 @@ from loray.locations import S3Location, is_this_machine, parse_location
 
 _KNOWN = {
     "LORAY_HOME",
+    "LORAY_URL",
     "LORAY_STORE",
     "LORAY_CATALOG",
     "LORAY_ADDRESS",
@@ -55,6 +56,7 @@ class Settings:
     address  Ray dashboard or job-server address (`LORAY_ADDRESS`, default None: a local cluster)
     peak_tflops  peak of a training worker's device, in 10¹² FLOP/s of the training dtype, for MFU
              (`LORAY_PEAK_TFLOPS`, default None: measured with a matrix product when training starts)
+    url      of a server (`LORAY_URL`): commands on adapters ask its API then, and need neither database nor store
     gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed that of the
              base when it gets an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
     usage_days  days after which what a request used is forgotten (`LORAY_USAGE_DAYS`, default 400; 0: never)
@@ -83,6 +85,7 @@ class Settings:
     key_hashes: tuple[str, ...] = ()
     metrics_key_hashes: tuple[str, ...] = ()
     key_max_age_s: float = DEFAULT_KEY_MAX_AGE_S
+    url: str | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -93,6 +96,9 @@ class Settings:
             known = ", ".join(sorted(_KNOWN))
             raise SettingsError(f"unknown environment variable {', '.join(unknown)}; known are {known}")
         home = Path(env.get("LORAY_HOME") or "~/.loray").expanduser().absolute()
+        url = env.get("LORAY_URL") or None
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise SettingsError(f"LORAY_URL={url!r} must begin with http:// or https://, as http://127.0.0.1:8000")
         if home.exists() and not home.is_dir():
             raise SettingsError(f"LORAY_HOME={home} is not a folder; point it at one, or at a path that does not exist")
         store = env.get("LORAY_STORE") or _default_store(home)
@@ -110,6 +116,7 @@ class Settings:
             raise SettingsError(f"LORAY_LOG_LEVEL={level!r} must be one of {', '.join(_LOG_LEVELS)}")
         return cls(
             home=home,
+            url=url,
             store=store,
             catalog=catalog,
             address=env.get("LORAY_ADDRESS") or None,

@@ -38,6 +38,8 @@ ADAPTER = {
     "visibility": "shared",
     "shared_with": ["acme"],
 }
+FILE = {"name": "adapter_config.json", "sha256": "3f1c" * 16, "nbytes": 812}
+UPLOAD = {"id": "5f1b" * 8, "files": [FILE]}
 VERSION = {
     "name": "tone",
     "version": 3,

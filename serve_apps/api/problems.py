@@ -9,9 +9,11 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic_core import ErrorDetails
+from starlette.types import Scope
 
 from loray.api.resources import FieldError, Problem, problem_type
 from loray.errors import (
+    BaseMismatch,
     CatalogError,
     ClusterError,
     ConflictError,
@@ -29,6 +31,7 @@ from loray.errors import (
     Unauthenticated,
     UnsupportedError,
 )
+from loray.publishing.uploads import MAX_FILE_BYTES
 from loray.telemetry import get_logger
 from serve_apps.bodies import BodyLimit
 from serve_apps.http import install_error_handlers, schema_reference
@@ -62,6 +65,7 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
     (SpecError, 422),
     (DataError, 422),
     (UnsupportedError, 422),
+    (BaseMismatch, 422),
     (SettingsError, 409),  # the server's settings forbid it, which the client cannot change
     (CatalogError, 503),
     (StoreError, 503),
@@ -96,7 +100,7 @@ def fields_of(errors: list[ErrorDetails] | Any, skip: int = 0) -> tuple[FieldErr
 def install(app: FastAPI) -> None:
     """Gives every error of `app` the form of a problem, and limits the size of request bodies."""
     install_error_handlers(app, failed=failed, invalid=_invalid, refused=_response)
-    app.add_middleware(BodyLimit, max_bytes=lambda: MAX_BODY_BYTES, advice=_ADVICE)
+    app.add_middleware(BodyLimit, max_bytes=_max_body_bytes, advice=_ADVICE)
 
 
 def failed(error: Exception) -> Response:
@@ -108,6 +112,12 @@ def failed(error: Exception) -> Response:
     if status == 500:
         _log.error("request failed: %s: %s", type(error).__name__, error)
     return _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
+
+
+def _max_body_bytes(scope: Scope) -> int:
+    """A file's bytes are no body that is held in memory: its route counts them."""
+    is_file = scope["method"] == "PUT" and "/uploads/" in scope["path"]
+    return MAX_FILE_BYTES if is_file else MAX_BODY_BYTES
 
 
 def _invalid(error: RequestValidationError) -> InvalidFields:

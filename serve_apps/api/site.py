@@ -19,6 +19,7 @@ from serve_apps.api.routes import aliases as alias_routes
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.api.routes import recommend as recommend_routes
 from serve_apps.api.routes import removal as removal_routes
+from serve_apps.api.routes import uploads as upload_routes
 from serve_apps.api.routes import usage as usage_routes
 from serve_apps.api.services import Services
 from serve_apps.http import extend_openapi
@@ -43,7 +44,15 @@ def create_app(services: Services, access: Access) -> FastAPI:
     )
     problems.install(app)
     app.add_middleware(CheckAccess, access=access, rules=API, refused=problems.failed)
-    for routes in (adapter_routes, alias_routes, job_routes, recommend_routes, usage_routes, removal_routes):
+    for routes in (
+        adapter_routes,
+        alias_routes,
+        job_routes,
+        recommend_routes,
+        usage_routes,
+        removal_routes,
+        upload_routes,
+    ):
         app.include_router(routes.create_router(services))
     # Routes read recipes and write problems themselves, so FastAPI does not know their schemas.
     extend_openapi(app, [(TrainSpec, "validation"), (Problem, "serialization")])

@@ -53,7 +53,7 @@ def create_app(gateway: Gateway, access: Access) -> FastAPI:
     app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
     app.state.gateway = gateway
     errors.install(app)
-    app.add_middleware(BodyLimit, max_bytes=gateway.max_body_bytes, advice=_ADVICE)
+    app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
     app.add_middleware(
         CheckAccess, access=access, rules=GATEWAY, refused=lambda e: errors.response_of(errors.failure_of(e))
     )

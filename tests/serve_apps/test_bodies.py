@@ -33,7 +33,7 @@ LIMIT = 4096
 
 def post(content: bytes | AsyncIterator[bytes], **headers: str) -> httpx.Response:
     app = FastAPI()
-    app.add_middleware(BodyLimit, max_bytes=lambda: LIMIT, advice="send less")
+    app.add_middleware(BodyLimit, max_bytes=lambda _: LIMIT, advice="send less")
 
     @app.post("/")
     async def echo(request: Request) -> int:

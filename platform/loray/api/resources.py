@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from loray.errors import (
     AdapterNotFound,
+    BaseMismatch,
     BaseNotFound,
     CatalogError,
     ClusterError,
@@ -32,13 +33,11 @@ from loray.errors import (
 from loray.spec import (
     DEFAULT_TENANT,
     AdapterManifest,
-    Alias,
     Evaluation,
     JobStatus,
     Method,
     NoGateReason,
     QualifiedName,
-    Sha256,
     TenantName,
     TrainSpec,
     Visibility,
@@ -162,17 +161,6 @@ class AliasTarget(BaseModel):
     no_gate: NoGate = None
 
 
-class Registration(BaseModel):
-    """An adapter that the store has already. `version` asks for a number instead of the next one."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    digest: Sha256
-    aliases: tuple[Alias, ...] = ()
-    version: VersionNumber | None = None
-    no_gate: NoGate = None
-
-
 class ReplicaAdapter(Resource):
     """A version of the adapter in one replica's memory."""
 
@@ -217,6 +205,7 @@ _TYPE = "urn:loray:problem:"
 _KINDS: dict[str, type[LorayError]] = {
     "adapter-not-found": AdapterNotFound,
     "base-not-found": BaseNotFound,
+    "base-mismatch": BaseMismatch,
     "job-not-found": JobNotFound,
     "key-not-found": KeyNotFound,
     "not-found": NotFoundError,

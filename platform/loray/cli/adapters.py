@@ -8,15 +8,17 @@ from typing import get_args
 import click
 
 from loray.bases.registry import base_with, get_base
-from loray.catalog import AdapterVersion, split_model
+from loray.catalog import AdapterVersion
 from loray.cli import describe
-from loray.cli.output import Verification, console, emit, json_option, progress_bar, report, table
-from loray.cli.services import open_services
+from loray.cli.lifecycle import no_gate_option, promote, restore, rm, rollback
+from loray.cli.output import Verification, console, emit, json_option, progress_bar, report
+from loray.cli.services import open_remote, open_services
 from loray.cli.share import share
+from loray.cli.transfer import pull, push
 from loray.errors import IntegrityError, NotFoundError
-from loray.publishing import Destination, base_of, import_folder, restore
+from loray.publishing import Destination, base_of, import_folder
 from loray.publishing.convert import convert_to_lora, merge_into_base
-from loray.spec import DEFAULT_ALIAS, AdapterManifest, ToolParserName, format_size
+from loray.spec import AdapterManifest, ToolParserName
 from loray.text.templates import ChatTemplate
 
 
@@ -29,12 +31,8 @@ def adapters() -> None:
     """
 
 
-adapters.add_command(share)
-
-
-no_gate_option = click.option(
-    "--no-gate", metavar="REASON", help="Why a LongLoRA adapter gets the alias whatever was measured; recorded."
-)
+for command in (share, promote, rollback, rm, restore, push, pull):
+    adapters.add_command(command)
 
 
 @adapters.command("import")
@@ -87,32 +85,18 @@ def import_(
 @json_option
 def ls(as_json: bool) -> None:
     """List all adapters."""
-    with open_services() as services:
-        snapshot = services.catalog.snapshot()
-    entries = tuple(snapshot.models())
-    bases = {fingerprint: name for name, fingerprint in snapshot.bases.items()}
+    with open_remote() as client:
+        if client is not None:
+            rows = describe.of_resources(client.adapters())
+        else:
+            with open_services() as services:
+                rows = describe.all_adapters(services.catalog.snapshot())
     if as_json:
-        emit([describe.entry_json(entry, bases) for entry in entries])
-    elif not entries:
-        click.echo("no adapters yet; publish one with `loray train` or `loray adapters import`")
+        emit(rows)
+    elif not rows:
+        click.echo("no adapters yet; publish one with `loray train`, `loray adapters import` or `loray adapters push`")
     else:
-        columns = ("NAME", "SERVES", "METHOD", "BASE", "CONTEXT", "SIZE", "ALIASES", "VERSIONS", "SEEN BY", "DIGEST")
-        rows = [
-            (
-                entry.name,
-                f"@{entry.default.version}",
-                entry.default.method,
-                describe.base_name(entry.default, bases),
-                entry.default.context_length,
-                format_size(entry.default.nbytes),
-                " ".join(f"{alias}→{version}" for alias, version in sorted(entry.aliases.items())),
-                len(entry.versions),
-                describe.seen_by(entry),
-                entry.default.digest[:12],
-            )
-            for entry in entries
-        ]
-        console().print(table(columns, rows, right=("CONTEXT", "SIZE", "VERSIONS")))
+        console().print(describe.adapters(rows))
 
 
 @adapters.command()
@@ -134,39 +118,6 @@ def show(model: str, as_json: bool) -> None:
     out.print(describe.versions(detail))
     if detail.moves:
         out.print(describe.moves(detail))
-
-
-@adapters.command()
-@click.argument("model")
-@click.argument("alias", default=DEFAULT_ALIAS)
-@click.option("--expected", type=int, help="Only if the alias points at this version now (0: only if it is not set).")
-@no_gate_option
-@json_option
-def promote(model: str, alias: str, expected: int | None, no_gate: str | None, as_json: bool) -> None:
-    """Point ALIAS (default prod) at MODEL: `name@3`, `name@canary`, or `name` for the newest version.
-
-    A LongLoRA adapter is given an alias where its perplexity earns it: see `loray eval perplexity --compare`.
-    """
-    name, selector = split_model(model)
-    with open_services() as services:
-        if selector is None:
-            target = max(services.catalog.adapter(name).entry.versions)
-        else:
-            target = services.catalog.resolve(model).version
-        state = services.catalog.promote(name, alias, target, expected=expected, no_gate=no_gate)
-        version = services.catalog.version(name, state.version)
-    _print_version(version, as_json, f"{name}@{alias} is version {version.version} now")
-
-
-@adapters.command()
-@click.argument("name")
-@click.argument("alias", default=DEFAULT_ALIAS)
-@json_option
-def rollback(name: str, alias: str, as_json: bool) -> None:
-    """Point ALIAS (default prod) of NAME back at where it pointed before its last move."""
-    with open_services() as services:
-        version = services.catalog.version(name, services.catalog.rollback(name, alias).version)
-    _print_version(version, as_json, f"{name}@{alias} is version {version.version} again")
 
 
 @adapters.command()
@@ -214,46 +165,6 @@ def convert(
             ref, base, Destination(name, services.store, services.catalog, aliases=aliases, no_gate=no_gate)
         )
     _print_version(version, as_json, f"published {version.label}, converted from {ref.label}")
-
-
-@adapters.command()
-@click.argument("model")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def rm(model: str, yes: bool) -> None:
-    """Delete MODEL: `name` with all its versions and aliases, or one version, `name@3`.
-
-    It can be restored until `loray store gc` deletes its bytes, 30 days later. A version stays while an
-    alias points at it.
-    """
-    name, version = name_and_version(model)
-    if not yes:
-        click.confirm(f"delete {model}{'' if version else ' with all its versions and aliases'}?", abort=True)
-    with open_services() as services:
-        if version is None:
-            services.catalog.delete_adapter(name)
-        else:
-            services.catalog.delete_version(name, version)
-    click.echo(f"deleted {model}; `loray adapters restore {model}` brings it back")
-
-
-@adapters.command("restore")
-@click.argument("model")
-def restore_(model: str) -> None:
-    """Restore a deleted MODEL, `name` or `name@3`."""
-    name, version = name_and_version(model)
-    with open_services() as services:
-        restore(name, version, services.store, services.catalog)
-    click.echo(f"restored {model}")
-
-
-def name_and_version(model: str) -> tuple[str, int | None]:
-    """The parts of `name` or `name@3`."""
-    name, selector = split_model(model)
-    if selector is None:
-        return name, None
-    if not (selector.isascii() and selector.isdigit()):
-        raise click.UsageError(f"{model!r} must be a name or one version of it, as in {name}@3")
-    return name, int(selector)
 
 
 @adapters.command()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from loray.catalog import AdapterDetail, AdapterEntry, AdapterVersion, AliasMove, gate
+from loray.api.resources import AdapterResource
+from loray.catalog import AdapterDetail, AdapterEntry, AdapterVersion, AliasMove, CatalogSnapshot, gate
 from loray.cli.output import count, pairs, table, when
 from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_size
 
@@ -32,6 +33,39 @@ def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
         "visibility": entry.visibility,
         "shared_with": sorted(entry.shared_with),
     }
+
+
+def of_resources(found: Iterable[AdapterResource]) -> list[dict[str, Any]]:
+    """As `entry_json` of each."""
+    fields = {"name", "version", "digest", "method", "base", "context_length", "nbytes", "aliases", "versions"}
+    return [a.model_dump(mode="json", include=fields | {"tenant", "visibility", "shared_with"}) for a in found]
+
+
+def all_adapters(snapshot: CatalogSnapshot) -> list[dict[str, Any]]:
+    """`entry_json` of each."""
+    bases = {fingerprint: name for name, fingerprint in snapshot.bases.items()}
+    return [entry_json(entry, bases) for entry in snapshot.models()]
+
+
+def adapters(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of what `entry_json` makes."""
+    columns = ("NAME", "SERVES", "METHOD", "BASE", "CONTEXT", "SIZE", "ALIASES", "VERSIONS", "SEEN BY", "DIGEST")
+    cells = [
+        (
+            row["name"],
+            f"@{row['version']}",
+            row["method"],
+            row["base"],
+            row["context_length"],
+            format_size(row["nbytes"]),
+            " ".join(f"{alias}→{version}" for alias, version in sorted(row["aliases"].items())),
+            len(row["versions"]),
+            "everybody" if row["visibility"] == "public" else " ".join([row["tenant"], *row["shared_with"]]),
+            row["digest"][:12],
+        )
+        for row in rows
+    ]
+    return table(columns, cells, right=("CONTEXT", "SIZE", "VERSIONS"))
 
 
 def seen_by(entry: AdapterEntry) -> str:

@@ -102,6 +102,7 @@ def cli() -> None:
       LORAY_STORE      adapter store, file:///folder or s3://bucket/prefix?… (default in LORAY_HOME)
       LORAY_CATALOG    catalog, sqlite:////file or postgresql://… (default in LORAY_HOME)
       LORAY_ADDRESS    Ray's address (default: a local cluster)
+      LORAY_URL             a server that commands on adapters ask instead of store and catalog
       LORAY_GATE_TOLERANCE  LongLoRA's alias gate: allowed loss at the native context, as a share (default 0.1)
       LORAY_USAGE_DAYS  days after which usage is forgotten (default 400; 0: never)
       LORAY_DATA       s3:// folder of tenants' training data, in folders of their names (default: none)

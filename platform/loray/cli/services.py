@@ -1,4 +1,4 @@
-"""What commands work on: settings, store and catalog, as the environment names them."""
+"""What commands work on, as the environment names it: settings, store and catalog, or the API of a server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from loray.catalog import Catalog
+from loray.client import CatalogClient
+from loray.errors import SettingsError
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 
@@ -25,3 +27,23 @@ def open_services() -> Iterator[Services]:
         yield Services(settings, AdapterStore(open_store(settings.store)), catalog)
     finally:
         catalog.close()
+
+
+@contextmanager
+def open_remote() -> Iterator[CatalogClient | None]:
+    """A client of the server at LORAY_URL; None where commands work on store and catalog themselves."""
+    settings = Settings.from_env()
+    if settings.url is None:
+        yield None
+        return
+    with CatalogClient(settings.url) as client:
+        yield client
+
+
+@contextmanager
+def needed_remote() -> Iterator[CatalogClient]:
+    """As `open_remote`. Raises SettingsError without LORAY_URL."""
+    with open_remote() as client:
+        if client is None:
+            raise SettingsError("this asks a server: set LORAY_URL to its address, as http://127.0.0.1:8000")
+        yield client

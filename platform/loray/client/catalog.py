@@ -7,8 +7,11 @@ with CatalogClient("http://127.0.0.1:8000") as catalog:
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import httpx
 from pydantic import ValidationError
@@ -24,10 +27,16 @@ from loray.api.resources import (
     VersionDetail,
     VersionResource,
 )
+from loray.api.uploads import FileResource, UploadResource
 from loray.api.usage import UsageResource
 from loray.client.http import HttpClient, R
 from loray.errors import ClusterError, LorayError
 from loray.spec import DEFAULT_ALIAS, TrainSpec, UsageGroup, Visibility, split_qualified
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_LONG = httpx.Timeout(600.0, connect=5.0)
 
 
 class CatalogClient(HttpClient):
@@ -69,15 +78,47 @@ class CatalogClient(HttpClient):
     def register(
         self,
         name: str,
-        digest: str,
+        digest: str | None = None,
         *,
+        upload: str | None = None,
         aliases: Sequence[str] = (),
         version: int | None = None,
         no_gate: str | None = None,
+        **described: str | None,
     ) -> VersionDetail:
-        """Registers an adapter that the store has already as a version."""
-        body = {"digest": digest, "aliases": list(aliases), "version": version, "no_gate": no_gate}
-        return self._ask(VersionDetail, "POST", _path(name, "/versions"), json=body)
+        """Registers an adapter that the store has already, or an upload, as a version.
+
+        `described`: `base`, `licence`, `description`, `tool_parser` of an upload.
+        """
+        body = _given({"digest": digest, "upload": upload, "version": version, "no_gate": no_gate} | described)
+        return self._ask(VersionDetail, "POST", _path(name, "/versions"), json=body | {"aliases": list(aliases)})
+
+    # -- bytes --------------------------------------------------------------------------------------------------------
+
+    def begin_upload(self, idempotency_key: str | None = None) -> UploadResource:
+        """Begins an upload, or continues that of this key."""
+        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+        return self._ask(UploadResource, "POST", "/uploads", headers=headers)
+
+    def upload(self, id: str) -> UploadResource:
+        return self._ask(UploadResource, "GET", f"/uploads/{id}")
+
+    def put_file(self, id: str, path: Path) -> FileResource:
+        """Sends one file, which is read while it is sent."""
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)}
+        with path.open("rb") as f:
+            url = f"/uploads/{id}/files/{path.name}"
+            return self._ask(FileResource, "PUT", url, content=f, headers=headers, timeout=_LONG)
+
+    def delete_upload(self, id: str) -> None:
+        self._request("DELETE", f"/uploads/{id}")
+
+    @contextmanager
+    def download(self, name: str, version: int) -> Iterator[BinaryIO]:
+        """A tar archive of the version's folder, which is read while it arrives."""
+        path = _path(name, f"/versions/{version}/download")
+        with self._streamed("GET", path, timeout=_LONG) as response:
+            yield cast("BinaryIO", io.BufferedReader(_Body(response.iter_bytes())))
 
     def delete(self, name: str, version: int | None = None) -> None:
         """Deletes a name, or one version of it; it can be restored."""
@@ -180,6 +221,27 @@ class CatalogClient(HttpClient):
             return Problem.model_validate_json(response.content).exception()
         except ValidationError:  # from a proxy, for instance
             return ClusterError(f"HTTP {response.status_code}: {response.text[:200]}")
+
+
+class _Body(io.RawIOBase):
+    """The body of a response as a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        while not self._rest:
+            try:
+                self._rest = next(self._chunks)
+            except StopIteration:
+                return 0
+        taken, self._rest = self._rest[: len(view)], self._rest[len(view) :]
+        view[: len(taken)] = taken
+        return len(taken)
 
 
 def _path(name: str, below: str = "") -> str:

@@ -13,11 +13,11 @@ from loray.api.resources import (
     BaseResource,
     Page,
     PlacementResource,
-    Registration,
     VersionDetail,
     VersionNumber,
     VersionResource,
 )
+from loray.api.uploads import Registration
 from loray.catalog import AdapterEntry, AdapterVersion, Catalog
 from loray.errors import AdapterNotFound
 from loray.publishing import Destination, register_stored
@@ -25,6 +25,7 @@ from loray.serving.access import check
 from loray.spec import Method, Name, QualifiedName, split_qualified
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
+from serve_apps.api.publication import publish_upload
 from serve_apps.api.services import AdapterName, Asking, Limit, Services, TenantQuery
 
 
@@ -91,17 +92,22 @@ def create_router(services: Services) -> APIRouter:
     def register_version(
         request: Request, response: Response, asking: Asking, name: AdapterName, registration: Registration
     ) -> VersionDetail:
-        """Give an adapter that the store has already a name and a version. A digest keeps the version it has.
+        """Give an adapter that the store has, or that was uploaded, a name and a version. A digest keeps the version it
+        has.
 
-        404: the store has no adapter of this digest, or the own tenant has neither uploaded it nor sees it under a
-        name. 403: the name is another tenant's, or the key may not set aliases. 409: the name is a base model's, the
-        number is taken, or the gate refuses the aliases.
+        An upload is checked as a whole first: format, shapes, ranks, values, against its base. 404: the store has no
+        adapter of this digest, or the own tenant has neither uploaded it nor sees it under a name. 403: the name is
+        another tenant's, or the key may not set aliases. 409: the name is a base model's, the number is taken, or the
+        gate refuses the aliases.
         """
         fields = registration.model_dump(include={"aliases", "version", "no_gate"})
         if registration.aliases:
             check(asking, "promote")
         to = Destination(name, services.store, services.catalog_of(asking), **fields)
-        version = register_stored(registration.digest, to)
+        if registration.digest is not None:
+            version = register_stored(registration.digest, to)
+        else:
+            version = publish_upload(services, registration, to)
         response.headers["Location"] = _location(request, version)
         return views.detail(version)
 

@@ -1,0 +1,146 @@
+"""`loray adapters promote, rollback, rm, restore`: on store and catalog, or at the server of LORAY_URL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loray.catalog import split_model
+from loray.cli import describe
+from loray.cli.output import emit, json_option
+from loray.cli.services import open_remote, open_services
+from loray.client import CatalogClient
+from loray.errors import ConflictError, NotFoundError
+from loray.publishing import restore as restore_stored
+from loray.spec import DEFAULT_ALIAS
+
+no_gate_option = click.option(
+    "--no-gate", metavar="REASON", help="Why a LongLoRA adapter gets the alias whatever was measured; recorded."
+)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("alias", default=DEFAULT_ALIAS)
+@click.option("--expected", type=int, help="Only if the alias points at this version now (0: only if it is not set).")
+@no_gate_option
+@json_option
+def promote(model: str, alias: str, expected: int | None, no_gate: str | None, as_json: bool) -> None:
+    """Point ALIAS (default prod) at MODEL: `name@3`, `name@canary`, or `name` for the newest version.
+
+    A LongLoRA adapter is given an alias where its perplexity earns it: see `loray eval perplexity --compare`.
+    """
+    name, selector = split_model(model)
+    with open_remote() as client:
+        if client is not None:
+            target = version_of(client, name, selector or "newest")
+            etag, create = _precondition(client, name, alias, expected)
+            moved = client.promote(name, alias, target, etag=etag, create=create, no_gate=no_gate)
+            described: dict[str, Any] = moved.model_dump(mode="json")
+            _say(described if as_json else None, f"{name}@{alias} is version {moved.version} now")
+            return
+    with open_services() as services:
+        if selector is None:
+            target = max(services.catalog.adapter(name).entry.versions)
+        else:
+            target = services.catalog.resolve(model).version
+        state = services.catalog.promote(name, alias, target, expected=expected, no_gate=no_gate)
+        version = services.catalog.version(name, state.version)
+    _say(describe.version_json(version) if as_json else None, f"{name}@{alias} is version {version.version} now")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("alias", default=DEFAULT_ALIAS)
+@json_option
+def rollback(name: str, alias: str, as_json: bool) -> None:
+    """Point ALIAS (default prod) of NAME back at where it pointed before its last move."""
+    with open_remote() as client:
+        if client is not None:
+            moved = client.rollback(name, alias)
+            line = f"{name}@{alias} is version {moved.version} again"
+            _say(moved.model_dump(mode="json") if as_json else None, line)
+            return
+    with open_services() as services:
+        version = services.catalog.version(name, services.catalog.rollback(name, alias).version)
+    _say(describe.version_json(version) if as_json else None, f"{name}@{alias} is version {version.version} again")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(model: str, yes: bool) -> None:
+    """Delete MODEL: `name` with all its versions and aliases, or one version, `name@3`.
+
+    It can be restored until `loray store gc` deletes its bytes, 30 days later. A version stays while an
+    alias points at it.
+    """
+    name, version = _name_and_version(model)
+    if not yes:
+        click.confirm(f"delete {model}{'' if version else ' with all its versions and aliases'}?", abort=True)
+    with open_remote() as client:
+        if client is not None:
+            client.delete(name, version)
+        else:
+            with open_services() as services:
+                if version is None:
+                    services.catalog.delete_adapter(name)
+                else:
+                    services.catalog.delete_version(name, version)
+    click.echo(f"deleted {model}; `loray adapters restore {model}` brings it back")
+
+
+@click.command()
+@click.argument("model")
+def restore(model: str) -> None:
+    """Restore a deleted MODEL, `name` or `name@3`."""
+    name, version = _name_and_version(model)
+    with open_remote() as client:
+        if client is not None:
+            client.restore(name, version)
+        else:
+            with open_services() as services:
+                restore_stored(name, version, services.store, services.catalog)
+    click.echo(f"restored {model}")
+
+
+def version_of(client: CatalogClient, name: str, selector: str | None) -> int:
+    """The version that `name`, `name@3` or `name@alias` means at the server, or the newest."""
+    if selector is None:
+        return client.adapter(name).version
+    if selector == "newest":
+        return max(client.adapter(name).versions)
+    return int(selector) if selector.isascii() and selector.isdigit() else client.alias(name, selector).version
+
+
+def _precondition(client: CatalogClient, name: str, alias: str, expected: int | None) -> tuple[str | None, bool]:
+    """(ETag, whether the alias must not be set) for `--expected`."""
+    if expected is None:
+        return None, False
+    try:
+        state = client.alias(name, alias)
+    except NotFoundError:
+        if expected == 0:
+            return None, True
+        raise
+    if state.version != expected:
+        raise ConflictError(f"alias {alias!r} of {name!r} points at version {state.version}, not {expected or 'unset'}")
+    return state.etag, False
+
+
+def _name_and_version(model: str) -> tuple[str, int | None]:
+    """The parts of `name` or `name@3`."""
+    name, selector = split_model(model)
+    if selector is None:
+        return name, None
+    if not (selector.isascii() and selector.isdigit()):
+        raise click.UsageError(f"{model!r} must be a name or one version of it, as in {name}@3")
+    return name, int(selector)
+
+
+def _say(data: dict[str, Any] | None, line: str) -> None:
+    if data is not None:
+        emit(data)
+    else:
+        click.echo(line)

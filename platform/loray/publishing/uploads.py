@@ -1,0 +1,193 @@
+"""Folders that come file by file, for instance over HTTP: kept in the store until they are published.
+
+    uploads/TENANT/ID/files/NAME/SHA256   one file; a later one of the same name takes its place
+    uploads/TENANT/ID/state/…             `begun`, and `published` with the adapter's digest
+
+A file that has come stays when the client or the server dies, so an upload is continued with what is missing. What is
+not published within the grace time of `loray store gc` is garbage.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from loray.adapters.checks.files import MAX_CONFIG_BYTES
+from loray.adapters.manifest import PUBLISHED_FILES
+from loray.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from loray.bases.registry import get_base
+from loray.catalog import AdapterVersion
+from loray.errors import (
+    BaseMismatch,
+    BaseNotFound,
+    ConflictError,
+    DataError,
+    IntegrityError,
+    NotFoundError,
+    SpecError,
+    UnsupportedError,
+    shown,
+)
+from loray.files import file_sha256
+from loray.publishing.publish import Destination, base_of, import_folder, register_stored
+from loray.spec import MAX_TEMPLATE_CHARACTERS, AdapterManifest, ToolParserName
+from loray.store import AdapterStore
+from loray.store.adapters import UPLOADS
+
+MAX_FILE_BYTES = 4 << 30
+MAX_OPEN = 32  # of one tenant that are not published
+
+_MAX_SMALL_BYTES = 1 << 20
+_MAX_BYTES = {
+    WEIGHTS_FILE: MAX_FILE_BYTES,
+    CONFIG_FILE: MAX_CONFIG_BYTES,
+    AdapterManifest.FILE: 16 << 20,
+    AdapterManifest.TEMPLATE_FILE: 4 * MAX_TEMPLATE_CHARACTERS,
+}
+_MAX_FILES = 8
+
+
+class UploadedFile(NamedTuple):
+    name: str
+    sha256: str
+    num_bytes: int
+
+
+class Uploads:
+    """The uploads of one tenant. Safe from several threads and processes."""
+
+    def __init__(self, store: AdapterStore, tenant: str) -> None:
+        self._store, self._objects = store, store.objects
+        self._prefix = f"{UPLOADS}/{tenant}"
+
+    def begin(self, idempotency_key: str | None = None) -> str:
+        """A new upload's id. Equal keys give the same upload. Raises ConflictError where too many are not published."""
+        upload = secrets.token_hex(16)
+        if idempotency_key is not None:
+            upload = hashlib.sha256(f"{self._prefix}\0{idempotency_key}".encode()).hexdigest()[:32]
+        key = self._state(upload, "begun")
+        if not self._objects.exists(key):
+            states = [k.rpartition("/")[2] for k in self._objects.list(f"{self._prefix}/") if "/state/" in k]
+            if states.count("begun") - states.count("published") >= MAX_OPEN:
+                raise ConflictError(f"{MAX_OPEN} uploads are not published yet: publish or delete one of them first")
+            self._objects.put_if_absent(key, b"")
+        return upload
+
+    def put(self, upload: str, name: str, path: Path) -> UploadedFile:
+        """Keep the file at `path` as `name`, instead of one of that name that has come before."""
+        check_file_name(name)
+        self._check_open(upload)
+        others = [file for file in self.files(upload) if file.name != name]
+        if len(others) >= _MAX_FILES:
+            raise SpecError(f"an adapter has at most {_MAX_FILES} files")
+        put = UploadedFile(name, file_sha256(path), path.stat().st_size)
+        self._objects.put_if_absent(self._file(upload, put), path)
+        for file in self.files(upload):
+            if file.name == name and file.sha256 != put.sha256:
+                self._objects.delete(self._file(upload, file))
+        return put
+
+    def files(self, upload: str) -> tuple[UploadedFile, ...]:
+        """What has come, sorted by name. Raises NotFoundError where there is no such upload."""
+        self._check(upload)
+        found = []
+        for entry in self._objects.entries(f"{self._prefix}/{upload}/files/"):
+            name, _, sha256 = entry.key.removeprefix(f"{self._prefix}/{upload}/files/").partition("/")
+            found.append(UploadedFile(name, sha256, entry.num_bytes))
+        return tuple(sorted(found))
+
+    def is_published(self, upload: str) -> bool:
+        """Whether a version was made of it."""
+        return self._objects.exists(self._state(upload, "published"))
+
+    def delete(self, upload: str) -> None:
+        """Raises NotFoundError."""
+        self._check(upload)
+        for entry in list(self._objects.entries(f"{self._prefix}/{upload}/")):
+            self._objects.delete(entry.key)
+
+    def publish(
+        self,
+        upload: str,
+        to: Destination,
+        *,
+        home: Path,
+        check: Callable[[Path], None] = lambda folder: None,
+        base: str | None = None,
+        licence: str | None = None,
+        description: str = "",
+        tool_parser: ToolParserName | None = None,
+    ) -> AdapterVersion:
+        """Check the uploaded folder as a whole, and publish it; if it is published already, register it as asked.
+
+        `check` is a further check of the folder. Raises NotFoundError for the upload, DataError where it is
+        damaged, and as `import_folder` does.
+        """
+        self._check(upload)
+        with suppress(NotFoundError):
+            return register_stored(self._objects.get(self._state(upload, "published")).decode(), to)
+        to.catalog.check_name(to.name, to.aliases)
+        with self._opened(upload) as folder, _about_the_upload(folder):
+            check(folder)
+            model = get_base(home, base) if base else base_of(folder, home)
+            version = import_folder(
+                folder, model, to, licence=licence, description=description, tool_parser=tool_parser
+            )
+        self._objects.put_if_absent(self._state(upload, "published"), version.digest.encode())
+        for file in self.files(upload):
+            self._objects.delete(self._file(upload, file))
+        return version
+
+    @contextmanager
+    def _opened(self, upload: str) -> Iterator[Path]:
+        files = self.files(upload)
+        missing = {CONFIG_FILE, WEIGHTS_FILE} - {file.name for file in files}
+        if missing:
+            raise SpecError(f"the upload lacks {' and '.join(sorted(missing))}; send it, then publish again")
+        with tempfile.TemporaryDirectory(prefix="loray-upload-") as scratch:
+            for file in files:
+                self._objects.get_to(self._file(upload, file), Path(scratch) / file.name)
+            yield Path(scratch)
+
+    def _check(self, upload: str) -> None:
+        if len(upload) != 32 or not set(upload) <= set("0123456789abcdef"):
+            raise NotFoundError(f"{shown(upload)} is not the id of an upload")
+        if not self._objects.exists(self._state(upload, "begun")):
+            raise NotFoundError(f"there is no upload {upload}; begin one")
+
+    def _check_open(self, upload: str) -> None:
+        self._check(upload)
+        if self.is_published(upload):
+            raise ConflictError(f"upload {upload} is published already; begin another one")
+
+    def _state(self, upload: str, state: str) -> str:
+        return f"{self._prefix}/{upload}/state/{state}"
+
+    def _file(self, upload: str, file: UploadedFile) -> str:
+        return f"{self._prefix}/{upload}/files/{file.name}/{file.sha256}"
+
+
+@contextmanager
+def _about_the_upload(folder: Path) -> Iterator[None]:
+    """Errors name the upload instead of this machine's copy of it; what is wrong with it is the sender's DataError."""
+    try:
+        yield
+    except (BaseMismatch, BaseNotFound, IntegrityError, SpecError, UnsupportedError) as e:
+        kind = DataError if isinstance(e, IntegrityError) else type(e)
+        raise kind(str(e).replace(str(folder), "the upload")) from e
+
+
+def check_file_name(name: str) -> int:
+    """The greatest size of a file of this name. Raises UnsupportedError for what is no file of an adapter."""
+    allowed = (*PUBLISHED_FILES, AdapterManifest.FILE)
+    is_plain = len(name) <= 64 and name.isascii() and name.replace(".", "").replace("-", "").replace("_", "").isalnum()
+    if not is_plain or not any(fnmatch.fnmatchcase(name, pattern) for pattern in allowed):
+        hint = "; pickles are never read" if name.endswith((".bin", ".pt", ".pth", ".pkl")) else ""
+        raise UnsupportedError(f"{shown(name)} is no file of an adapter, which are {', '.join(allowed)}{hint}")
+    return _MAX_BYTES.get(name, _MAX_SMALL_BYTES)

@@ -1,0 +1,128 @@
+"""Routes of uploads and downloads: an adapter's files come one by one, and leave as one archive.
+
+Neither is in memory as a whole: bodies go to a file on disk and from there into the store, and the other way round.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path as FilePath
+from typing import Annotated, BinaryIO, Literal, cast
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from loray.api.resources import VersionNumber
+from loray.api.uploads import FileResource, UploadResource
+from loray.errors import UnsupportedError
+from loray.publishing.archive import folder_as_tar
+from loray.publishing.uploads import UploadedFile, Uploads, check_file_name
+from serve_apps.api import examples
+from serve_apps.api.problems import responses
+from serve_apps.api.services import AdapterName, Asking, Services
+
+_WRITE_BYTES = 1 << 20
+_CHUNK = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_FORMS = {
+    "merged": "merging reads the whole base: on a machine that has it and the store, "
+    "`loray adapters convert {name}@{version} --to merged --folder FOLDER`",
+    "gguf": "download it as peft, then `python convert_lora_to_gguf.py FOLDER` of llama.cpp writes it",
+}
+
+UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$", description="`id` of an upload")]
+FileName = Annotated[str, Path(max_length=64, description="`adapter_config.json`, `adapter_model.safetensors`, …")]
+Form = Literal["peft", "merged", "gguf"]
+IdempotencyKey = Annotated[
+    str | None, Header(max_length=255, description="equal keys of one tenant give the same upload")
+]
+
+
+def create_router(services: Services) -> APIRouter:
+    router = APIRouter(tags=["uploads"])
+
+    @router.post("/uploads", status_code=201, responses=responses(403, 409) | examples.ok(examples.UPLOAD, 201))
+    def begin_upload(asking: Asking, idempotency_key: IdempotencyKey = None) -> UploadResource:
+        """Begin to upload the folder of an adapter. Its files follow; then a version is made of it.
+
+        It is not an adapter until then, and is forgotten after a day. 409: too many are not published yet.
+        """
+        uploads = _uploads(services, asking)
+        return _resource(uploads, uploads.begin(idempotency_key))
+
+    @router.get("/uploads/{id}", responses=responses(404) | examples.ok(examples.UPLOAD))
+    def get_upload(asking: Asking, id: UploadId) -> UploadResource:
+        """Which files have come: an upload that broke off is continued with the others."""
+        return _resource(_uploads(services, asking), id)
+
+    @router.put(
+        "/uploads/{id}/files/{name}",
+        responses=responses(403, 404, 409) | examples.ok(examples.FILE),
+        openapi_extra={"requestBody": {"content": _CHUNK, "required": True}},
+    )
+    async def put_file(request: Request, asking: Asking, id: UploadId, name: FileName) -> FileResource:
+        """Send one file of the folder, as it is. A file of the same name is replaced. 409: it is published already."""
+        limit = check_file_name(name)
+        uploads = await run_in_threadpool(_uploads, services, asking)
+        with tempfile.NamedTemporaryFile(prefix="loray-upload-") as f:
+            await _write(request, cast("BinaryIO", f), limit)
+            return _file(await run_in_threadpool(uploads.put, id, name, FilePath(f.name)))
+
+    @router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))
+    def delete_upload(asking: Asking, id: UploadId) -> None:
+        """Forget an upload and its files. A version that was made of it stays."""
+        _uploads(services, asking).delete(id)
+
+    @router.get(
+        "/adapters/{name}/versions/{version}/download",
+        response_class=Response,
+        responses=responses(404) | {200: {"description": "a tar archive", "content": {"application/x-tar": {}}}},
+    )
+    def download(
+        asking: Asking,
+        name: AdapterName,
+        version: Annotated[VersionNumber, Path()],
+        format: Annotated[Form, Query(description="422 says how `merged` and `gguf` are made")] = "peft",
+    ) -> StreamingResponse:
+        """The folder that PEFT loads, with the manifest, as a tar archive. Every byte is verified before it is sent."""
+        found = services.catalog_of(asking).version(name, version)
+        if format != "peft":
+            raise UnsupportedError(f"{format} is not made here: {_FORMS[format].format(name=name, version=version)}")
+        length, chunks = folder_as_tar(services.store, found.digest, f"{found.name.replace('/', '-')}-{version}")
+        headers = {
+            "Content-Disposition": f'attachment; filename="{found.name.replace("/", "-")}-{version}.tar"',
+            "Content-Length": str(length),
+            "ETag": f'"{found.digest}"',
+        }
+        return StreamingResponse(chunks, headers=headers, media_type="application/x-tar")
+
+    return router
+
+
+def _uploads(services: Services, asking: Asking) -> Uploads:
+    return Uploads(services.store, services.catalog_of(asking).own_tenant)
+
+
+def _resource(uploads: Uploads, id: str) -> UploadResource:
+    files = tuple(_file(file) for file in uploads.files(id))
+    return UploadResource(id=id, files=files, published=uploads.is_published(id))
+
+
+def _file(file: UploadedFile) -> FileResource:
+    return FileResource(name=file.name, sha256=file.sha256, nbytes=file.num_bytes)
+
+
+async def _write(request: Request, f: BinaryIO, limit: int) -> None:
+    """Write the body to the file, in a thread. 413 beyond `limit` bytes."""
+    num_bytes, pending = 0, bytearray()
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > limit:
+            raise HTTPException(413, f"a file of this name has at most {limit:,} bytes")
+        pending += chunk
+        if len(pending) >= _WRITE_BYTES:
+            await run_in_threadpool(f.write, bytes(pending))
+            pending.clear()
+    await run_in_threadpool(f.write, bytes(pending))
+    await run_in_threadpool(f.flush)

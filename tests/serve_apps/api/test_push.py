@@ -1,0 +1,89 @@
+"""The command line at a server: neither database nor store of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from loray.bases.registry import BaseModel
+from loray.cli.main import _run
+from tests.cli.run import Loray, Result
+from tests.serve_apps.api.fakes import Api
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    api = Api(tmp_path / "server", f"sqlite:///{tmp_path}/server/catalog.db")
+    yield api
+    api.close()
+
+
+@pytest.fixture
+def url(api: Api) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(api.app, log_level="warning", lifespan="off"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def loray(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Loray:
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "nothing-here"))
+    monkeypatch.setenv("LORAY_CATALOG", "postgresql://nobody@127.0.0.1:1/nothing")
+    monkeypatch.setenv("LORAY_URL", url)
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
+        code = _run()
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def test_a_data_scientists_day(
+    loray: Loray, api: Api, tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_base()
+    shutil.copytree(base.path, api.settings.home / "bases" / base.name)
+    assert "no adapters yet" in loray("adapters", "ls").out  # after what making the base has printed
+    for seed in (0, 1):
+        pushed = loray("adapters", "push", peft_folder(base, seed=seed), "--name", "tone", "--base", base.name)
+        assert pushed == (0, f"published tone@{seed + 1}\n", "")
+    assert loray("adapters", "promote", "tone@1").out == "tone@prod is version 1 now\n"
+    assert loray("adapters", "promote", "tone", "--expected", "2").code == 1
+    assert loray("adapters", "promote", "tone", "--expected", "1").out == "tone@prod is version 2 now\n"
+    assert loray("adapters", "rollback", "tone").out == "tone@prod is version 1 again\n"
+    (row,) = json.loads(loray("adapters", "ls", "--json").out)
+    assert (row["name"], row["version"], row["aliases"]) == ("tone", 1, {"prod": 1})
+    assert "prod→1" in loray("adapters", "ls").out
+    got = tmp_path / "got"
+    assert loray("adapters", "pull", "tone@prod", got).out == f"downloaded tone@1 to {got}\n"
+    assert (got / "adapter_model.safetensors").is_file()
+    assert loray("adapters", "push", got, "--name", "copy", "--json").code == 0
+    assert loray("adapters", "push", got, "--name", "copy").out == "published copy@1\n"
+    assert loray("adapters", "rm", "tone@1", "--yes").code == 1
+    assert loray("adapters", "rm", "tone@2", "--yes").code == 0
+    assert loray("adapters", "restore", "tone@2").out == "restored tone@2\n"
+    assert loray("adapters", "rm", "tone", "--yes").code == 0
+    assert [row["name"] for row in json.loads(loray("adapters", "ls", "--json").out)] == ["copy"]
+
+
+def test_without_a_server(loray: Loray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = loray("adapters", "push", tmp_path / "missing", "--name", "tone")
+    assert (refused.code, "is not a folder" in refused.err) == (1, True)
+    monkeypatch.setenv("LORAY_URL", "localhost:8000")
+    assert "must begin with http://" in loray("adapters", "ls").err
+    monkeypatch.delenv("LORAY_URL")
+    assert "set LORAY_URL" in loray("adapters", "push", tmp_path, "--name", "tone").err

@@ -1,0 +1,193 @@
+"""Folders over HTTP: file by file, checked as a whole before they have a name, continued, and back as an archive."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from loray.adapters.manifest import describe, read_manifest, verify_folder
+from loray.bases.registry import BaseModel
+from loray.client import CatalogClient
+from loray.errors import (
+    AdapterNotFound,
+    ConflictError,
+    DataError,
+    IntegrityError,
+    LorayError,
+    NotFoundError,
+    UnsupportedError,
+)
+from loray.publishing import uploads as uploading
+from loray.publishing.archive import unpack_tar
+from loray.publishing.uploads import MAX_OPEN
+from tests.serve_apps.api.fakes import Api
+
+
+@pytest.fixture
+def base(api: Api, tiny_base: Callable[..., BaseModel]) -> BaseModel:
+    """A base of the server's own machine."""
+    base = tiny_base()
+    shutil.copytree(base.path, api.settings.home / "bases" / base.name)
+    return base
+
+
+@pytest.fixture
+def folder(base: BaseModel, peft_folder: Callable[..., Path]) -> Path:
+    return peft_folder(base)
+
+
+@pytest.fixture
+def client(api: Api) -> CatalogClient:
+    return CatalogClient("http://test", transport=api.transport)
+
+
+def send(client: CatalogClient, folder: Path, key: str | None = None) -> str:
+    upload = client.begin_upload(key)
+    for path in sorted(folder.iterdir()):
+        client.put_file(upload.id, path)
+    return upload.id
+
+
+def staged(api: Api) -> list[str]:
+    return [key for key in api.services.store.objects.list("uploads/") if "/files/" in key]
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_there_and_back(
+    api: Api, client: CatalogClient, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    folder = peft_folder(base, method)
+    id = send(client, folder)
+    assert {f.name: f.nbytes for f in client.upload(id).files} == {p.name: p.stat().st_size for p in folder.iterdir()}
+    assert api.catalog.adapters() == ()
+    version = client.register("tone", upload=id, aliases=["prod"], base=base.name, description="mine", licence="MIT")
+    assert (version.label, version.aliases, version.manifest.description) == ("tone@1", ("prod",), "mine")
+    assert staged(api) == []
+    api.services.store.verify(version.digest)
+    with client.download("tone", 1) as archive:
+        unpack_tar(archive, tmp_path / "got")
+    assert verify_folder(tmp_path / "got") == read_manifest(tmp_path / "got") == version.manifest
+    for path in folder.iterdir():
+        assert (tmp_path / "got" / path.name).read_bytes() == path.read_bytes()
+    again = client.register("again", upload=send(client, tmp_path / "got"))  # with its manifest: the same digest
+    assert again.digest == version.digest
+
+
+def test_an_upload_is_continued_and_published_once(
+    api: Api, client: CatalogClient, base: BaseModel, folder: Path
+) -> None:
+    id = client.begin_upload("my key").id
+    client.put_file(id, folder / "adapter_config.json")
+    with pytest.raises(LorayError, match=r"the upload lacks adapter_model\.safetensors"):
+        client.register("tone", upload=id, base=base.name)
+    continued = client.begin_upload("my key")
+    assert (continued.id, [f.name for f in continued.files]) == (id, ["adapter_config.json"])
+    client.put_file(id, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text((folder / "adapter_config.json").read_text() + "\n")
+    replaced = client.put_file(id, folder / "adapter_config.json")
+    assert replaced in client.upload(id).files
+    assert len(staged(api)) == 2
+    with pytest.raises(LorayError, match="cannot tell which base model the upload was trained on"):
+        client.register("tone", upload=id)
+    first = client.register("tone", upload=id, base=base.name)
+    assert client.begin_upload("my key").published
+    assert client.register("tone", upload=id) == first  # the first answer was lost
+    assert client.register("other", upload=id).digest == first.digest
+    with pytest.raises(ConflictError, match="is published already"):
+        client.put_file(id, folder / "adapter_config.json")
+    client.delete_upload(id)
+    with pytest.raises(NotFoundError, match="there is no upload"):
+        client.upload(id)
+
+
+def test_what_is_refused_has_no_name(api: Api, client: CatalogClient, base: BaseModel, folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    id = send(client, folder)
+    with pytest.raises(DataError, match=r"^the upload/adapter_model\.safetensors is damaged.*its header describes"):
+        client.register("tone", upload=id, base=base.name)
+    assert api.catalog.adapters() == ()
+    assert [key for key in api.services.store.objects.list() if not key.startswith("uploads/")] == []
+    with pytest.raises(AdapterNotFound):
+        client.adapter("tone")
+
+
+def test_files_that_no_adapter_has(client: CatalogClient, tmp_path: Path) -> None:
+    id = client.begin_upload().id
+    for name, message in [("adapter_model.bin", "pickles are never read"), ("run.py", "no file of an adapter")]:
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UnsupportedError, match=message):
+            client.put_file(id, tmp_path / name)
+    assert client.upload(id).files == ()
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_files_are_limited(api: Api, monkeypatch: pytest.MonkeyPatch, length: bool) -> None:
+    monkeypatch.setitem(uploading._MAX_BYTES, "adapter_model.safetensors", 1000)
+    id = api.http.post("/uploads").json()["id"]
+    body: Any = b"x" * 1001 if length else iter([b"x" * 600, b"x" * 600])
+    answer = api.http.put(f"/uploads/{id}/files/adapter_model.safetensors", content=body)
+    assert (answer.status_code, answer.headers["content-type"]) == (413, "application/problem+json")
+    assert staged(api) == []
+
+
+def test_uploads_in_flight_are_limited(api: Api, client: CatalogClient) -> None:
+    ids = [client.begin_upload().id for _ in range(MAX_OPEN)]
+    with pytest.raises(ConflictError, match="uploads are not published yet"):
+        client.begin_upload()
+    client.delete_upload(ids[0])
+    client.begin_upload()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"digest": "0" * 64, "upload": "0" * 32},
+        {"digest": "0" * 64, "base": "x"},
+        {"upload": "../../x"},
+        {"upload": "0" * 32, "tool_parser": "none of them"},
+    ],
+)
+def test_registrations_that_are_not_valid(api: Api, body: dict[str, object]) -> None:
+    assert api.http.post("/adapters/tone/versions", json=body).status_code == 422
+
+
+def test_other_forms_are_made_elsewhere(api: Api, client: CatalogClient, base: BaseModel, folder: Path) -> None:
+    client.register("tone", upload=send(client, folder), base=base.name)
+    for form, command in [("merged", "loray adapters convert tone@1 --to merged"), ("gguf", "convert_lora_to_gguf.py")]:
+        answer = api.http.get("/adapters/tone/versions/1/download", params={"format": form})
+        assert answer.status_code == 422
+        assert command in answer.json()["detail"]
+    archive = api.http.get("/adapters/tone/versions/1/download")
+    assert int(archive.headers["content-length"]) == len(archive.content)
+    with tarfile.open(fileobj=io.BytesIO(archive.content)) as opened:
+        assert {Path(name).parent.name for name in opened.getnames()} == {"tone-1"}
+
+
+def test_archives_that_are_not_whole(tmp_path: Path, base: BaseModel, folder: Path) -> None:
+    describe(folder, base)
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        archive.add(folder, "a")
+    with pytest.raises(IntegrityError, match="not a plain file"):
+        unpack_tar(io.BytesIO(made.getvalue()), tmp_path / "x")
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        unpack_tar(io.BytesIO(b"nothing"), tmp_path / "x")
+    (tmp_path / "y").mkdir()
+    with pytest.raises(ConflictError, match="exists already"):
+        unpack_tar(io.BytesIO(), tmp_path / "y")
+    assert not (tmp_path / "x").exists()
+
+
+def test_unknown_uploads(api: Api) -> None:
+    for method, path in [("GET", ""), ("DELETE", ""), ("PUT", "/files/README.md")]:
+        answer: httpx.Response = api.http.request(method, f"/uploads/{'0' * 32}{path}")
+        assert answer.status_code == 404
