@@ -24,6 +24,7 @@ _KNOWN = {
     "LORAY_PEAK_TFLOPS",
     "LORAY_GATE_TOLERANCE",
     "LORAY_USAGE_DAYS",
+    "LORAY_ACCESS_LOG",
     "LORAY_DATA",
     "LORAY_MAX_JOBS",
     "LORAY_MAX_WORKERS",
@@ -39,6 +40,7 @@ LOCAL_S3_FOLDER = "s3"
 STORE_URL_FILE = "store_url"
 DEFAULT_GATE_TOLERANCE = 0.10
 DEFAULT_USAGE_DAYS = 400
+STDOUT = "-"  # of LORAY_ACCESS_LOG
 DEFAULT_KEY_MAX_AGE_S = 3600.0
 _SHORTEST_KEY = 32
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -60,6 +62,8 @@ class Settings:
     gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed that of the
              base when it gets an alias (`LORAY_GATE_TOLERANCE`, default 0.1)
     usage_days  days after which what a request used is forgotten (`LORAY_USAGE_DAYS`, default 400; 0: never)
+    access_log  absolute path of a file, or `-` for stdout, that gets a JSON line for each HTTP request
+             (`LORAY_ACCESS_LOG`, default None)
     data     s3:// URL below which each tenant's training data lies, in a folder of the tenant's name (`LORAY_DATA`,
              default None: tenants submit no jobs through the API)
     max_jobs, max_workers  of a tenant at once, where neither the tenant nor the key has a limit (`LORAY_MAX_JOBS`,
@@ -78,6 +82,7 @@ class Settings:
     peak_tflops: float | None = None
     gate_tolerance: float = DEFAULT_GATE_TOLERANCE
     usage_days: int = DEFAULT_USAGE_DAYS
+    access_log: str | None = None
     data: str | None = None
     max_jobs: int | None = None
     max_workers: int | None = None
@@ -124,6 +129,7 @@ class Settings:
             peak_tflops=_positive(env, "LORAY_PEAK_TFLOPS"),
             gate_tolerance=_share(env.get("LORAY_GATE_TOLERANCE") or str(DEFAULT_GATE_TOLERANCE)),
             usage_days=DEFAULT_USAGE_DAYS if (days := _whole(env, "LORAY_USAGE_DAYS")) is None else days,
+            access_log=_log_target(env.get("LORAY_ACCESS_LOG")),
             data=_data(env.get("LORAY_DATA"), store),
             max_jobs=_whole(env, "LORAY_MAX_JOBS"),
             max_workers=_whole(env, "LORAY_MAX_WORKERS"),
@@ -170,6 +176,7 @@ class Settings:
         if self.usage_days != DEFAULT_USAGE_DAYS:
             env["LORAY_USAGE_DAYS"] = str(self.usage_days)
         optional = {
+            "LORAY_ACCESS_LOG": self.access_log,
             "LORAY_DATA": self.data,
             "LORAY_MAX_JOBS": self.max_jobs,
             "LORAY_MAX_WORKERS": self.max_workers,
@@ -207,7 +214,8 @@ class Settings:
             location = replace(location, credentials_file=None)
         env = self.to_env(secrets=False) | {"LORAY_STORE": location.url}
         del env["LORAY_HOME"]
-        env.pop("LORAY_DATA", None)  # of jobs through the API
+        for name in ("LORAY_DATA", "LORAY_ACCESS_LOG"):  # of servers
+            env.pop(name, None)
         return env
 
     @property
@@ -236,6 +244,12 @@ def _whole(env: Mapping[str, str], name: str) -> int | None:
     if not (value.isascii() and value.isdigit()) or len(value) > 9:
         raise SettingsError(f"{name}={value!r} must be a whole number of at least 0")
     return int(value)
+
+
+def _log_target(value: str | None) -> str | None:
+    if value and value != STDOUT and not value.startswith("/"):
+        raise SettingsError(f"LORAY_ACCESS_LOG={value!r} must be the absolute path of a file, or - for stdout")
+    return value or None
 
 
 def _data(url: str | None, store: str) -> str | None:

@@ -11,6 +11,7 @@ from ray.serve import Application
 from loray.settings import Settings
 from loray.spec import Frozen
 from serve_apps.access import open_access
+from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.deployment import APPLICATION, ENGINE
@@ -55,4 +56,4 @@ def _app(spec: ApiSpec) -> FastAPI:
     settings = Settings.from_env()
     configure_logging(settings.log_level)
     services = Services(settings, RayJobServer(), ServePlacements(ENGINE, APPLICATION))
-    return create_app(services, open_access(settings, spec.host))
+    return log_access(create_app(services, open_access(settings, spec.host)), settings.access_log)

@@ -17,6 +17,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.access import Access, CheckAccess, open_access
 from serve_apps.access.rules import GATEWAY
+from serve_apps.accounting.access_log import log_access
 from serve_apps.accounting.account import Accounts
 from serve_apps.accounting.books import Books
 from serve_apps.accounting.exchange import Exchange
@@ -85,4 +86,4 @@ def open_gateway(
     accounts = Accounts(QuotaGate(1 if exchange is None else spec.num_gateways), Books(settings, exchange))
     prompts = PromptEncoder.load(base, spec.tool_parser)
     gateway = Gateway(spec, directory, prompts, engines, gateways, accounts)
-    return create_app(gateway, access or open_access(settings, spec.host))
+    return log_access(create_app(gateway, access or open_access(settings, spec.host)), settings.access_log)

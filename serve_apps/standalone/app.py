@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.access import open_access
+from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as create_api
 from serve_apps.deployment import CATALOG_PREFIX
@@ -49,5 +50,5 @@ class Site:
 def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines) -> Site:
     """The application of this home's catalog and store."""
     access = open_access(settings, spec.host)
-    api = create_api(Services(settings, HomeJobServer(settings), engines), access)
+    api = log_access(create_api(Services(settings, HomeJobServer(settings), engines), access), settings.access_log)
     return Site(open_gateway(spec, settings, engines, access=access), api)

@@ -105,6 +105,7 @@ def cli() -> None:
       LORAY_URL             a server that commands on adapters ask instead of store and catalog
       LORAY_GATE_TOLERANCE  LongLoRA's alias gate: allowed loss at the native context, as a share (default 0.1)
       LORAY_USAGE_DAYS  days after which usage is forgotten (default 400; 0: never)
+      LORAY_ACCESS_LOG  file that gets a JSON line for each HTTP request; - is stdout (default: none)
       LORAY_DATA       s3:// folder of tenants' training data, in folders of their names (default: none)
       LORAY_MAX_JOBS, LORAY_MAX_WORKERS  of a tenant at once, where it has no limit of its own (default: none)
       LORAY_LOG_LEVEL  DEBUG, INFO, WARNING or ERROR; DEBUG also shows tracebacks

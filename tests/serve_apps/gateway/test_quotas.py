@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from loray.catalog import Catalog
 from loray.errors import Overloaded
 from loray.settings import Settings
 from loray.spec import Limits, Principal, ServeSpec, UsageEvent
+from serve_apps.accounting.access_log import AccessLog, LogAccess
 from serve_apps.accounting.account import Accounts
 from serve_apps.accounting.books import Books
 from serve_apps.gateway.app import create_app
@@ -47,7 +49,9 @@ class Front:
         self.base = base
 
     @asynccontextmanager
-    async def asking(self, engines: ScriptedEngines, **limits: Any) -> AsyncIterator[httpx.AsyncClient]:
+    async def asking(
+        self, engines: ScriptedEngines, log: AccessLog | None = None, **limits: Any
+    ) -> AsyncIterator[httpx.AsyncClient]:
         principal = Principal(tenant="acme", key_id="k1", limits=Limits(**limits))
         directory = ModelDirectory(self.base, lambda: Catalog(self.url))
         spec = ServeSpec(base=self.base.name)
@@ -55,6 +59,8 @@ class Front:
         app = create_app(
             Gateway(spec, directory, prompts, engines, accounts=Accounts(books=self.books)), Given(principal)
         )
+        if log is not None:
+            app.add_middleware(LogAccess, log=log)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),
@@ -205,3 +211,23 @@ def test_a_budget_counts_what_was_used_before_the_start(front: Front) -> None:
 
     asyncio.run(run())
     assert len(front.books.events) in (3, 4)  # two of ten tokens; then one or two before the catalog has answered
+
+
+def test_the_access_log_has_refusals_and_no_prompts(front: Front, tmp_path: Path) -> None:
+    target = tmp_path / "access.jsonl"
+    log = AccessLog(str(target))
+
+    async def run() -> None:
+        async with front.asking(ScriptedEngines([delta("secret", "stop")]), log=log, rpm_limit=1) as client:
+            for _ in range(2):
+                headers = {"X-Request-Id": "mine", "Authorization": "Bearer sk-lr-hidden"}
+                await client.post("/completions?x=hidden", json=body(front, prompt="secret"), headers=headers)
+
+    asyncio.run(run())
+    log.close()
+    text = target.read_text()
+    assert not any(word in text for word in ("secret", "hidden"))
+    first, second = (json.loads(line) for line in text.splitlines())
+    assert (first["status"], first["tenant"], first["key_id"], first["request_id"]) == (200, "acme", "k1", "mine")
+    assert (first["num_prompt_tokens"], first["num_output_tokens"], first["outcome"]) == (6, 7, "ok")
+    assert (second["status"], second["path"], "model" in second) == (429, "/v1/completions", False)
