@@ -1,6 +1,6 @@
 """What it costs that answers must match a JSON schema, by the time of a step.
 
-    python -m benchmarks.engine.masks [--rows 32] [--tokens 96] [--repeat 5] [--threads 2] [--json FILE]
+    python -m benchmarks.engine.masks [--rows 32] [--tokens 96] [--repeat 5] [--json FILE]
 
 SmolLM2-135M in bf16; the engine runs in this process and has as many requests as rows, with prompts of 64 tokens each
 and answers of equal length. Each repetition runs in turn, every second one in the opposite order:
@@ -36,7 +36,7 @@ from loray.engine.engine import Engine
 from loray.engine.request import Request
 from loray.errors import RequestError
 from loray.spec import AdapterRef, Constraint, GenerateRequest, SamplingParams, ServeSpec
-from serve_apps.replica.startup import freeze_garbage, set_num_threads
+from serve_apps.replica.startup import freeze_garbage
 
 PROMPT_TOKENS = 64
 FIRST, FREE, SINGLE, SCHEMA = "free, at first", "free", "token by token", "schema"
@@ -99,7 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=96, help="of each answer (default %(default)s)")
     add("--repeat", type=int, default=5, help="passes of each way (default %(default)s)")
     add("--temperature", type=float, default=1.0, help="of all requests (default %(default)s)")
-    add("--threads", type=int, help="of the kernels (default: the machine's cores)")
     add("--json", type=Path, help="write the figures there too")
     return parser
 
@@ -114,13 +113,12 @@ def _engine(base: BaseModel, args: argparse.Namespace) -> Iterator[tuple[Engine,
         max_num_batched_tokens=max(2048, 16 * args.rows),
         itl_slo_ms=1e6,  # all prompts in one step, so that all rows begin together
         enable_prefix_caching=False,
-        num_threads=args.threads,
     )
 
     def no_adapters(ref: AdapterRef) -> Any:
         raise AssertionError(ref)
 
-    engine = build_engine(set_num_threads(spec), base, no_adapters)
+    engine = build_engine(spec, base, no_adapters)
     recorder = EngineRecorder(engine)
     freeze_garbage()
     try:

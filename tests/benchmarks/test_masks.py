@@ -28,7 +28,7 @@ def test_the_whole_benchmark(tiny_base: Callable[..., BaseModel], monkeypatch: p
     base = tiny_base()
     monkeypatch.setenv("LORAY_HOME", str(base.path.parents[1]))
     monkeypatch.setattr("benchmarks.engine.masks.freeze_garbage", lambda: None)  # other tests run in this process
-    passes = main(["--model", base.name, "--rows", "3", "--tokens", "30", "--repeat", "2", "--threads", "1"])
+    passes = main(["--model", base.name, "--rows", "3", "--tokens", "30", "--repeat", "2"])
     assert {way: [p.tokens for p in passes[way]] for way in (FIRST, FREE, SINGLE)} == {
         way: [3.0, 3.0] for way in (FIRST, FREE, SINGLE)
     }
