@@ -10,6 +10,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from loray.spec import UsageEvent
@@ -38,7 +39,9 @@ class Journal:
     def create(cls, home: Path) -> Journal:
         folder = home / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder / f"{os.getpid()}-{secrets.token_hex(4)}.jsonl")
+        while True:
+            with suppress(BlockingIOError):  # another process, which looks for abandoned ones, was faster
+                return cls(folder / f"{os.getpid()}-{secrets.token_hex(4)}.jsonl")
 
     @property
     def num_bytes(self) -> int:
