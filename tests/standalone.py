@@ -53,10 +53,12 @@ class Standalone:
 
 
 @contextmanager
-def standalone(folder: Path, *args: str, base: BaseModel | None = None, **fields: Any) -> Iterator[Standalone]:
+def standalone(
+    folder: Path, *args: str, base: BaseModel | None = None, main: str = _MAIN, **fields: Any
+) -> Iterator[Standalone]:
     """Runs `loray serve` with ServeSpec's `fields` and LORAY_HOME in `folder`, and waits until it answers.
 
-    `base`: one of another home; else a tiny one is made.
+    `base`: one of another home; else a tiny one is made. `main`: the program, which calls the command.
     """
     home = folder / "home"
     if base is None:
@@ -68,7 +70,7 @@ def standalone(folder: Path, *args: str, base: BaseModel | None = None, **fields
     spec_file = folder / "spec.yaml"
     spec_file.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_none=True, exclude={"base"})))
     env = {k: v for k, v in os.environ.items() if not k.startswith("LORAY_")} | {"LORAY_HOME": str(home)}
-    command = [sys.executable, "-W", "error", "-c", _MAIN, "serve", base.name, "--spec", str(spec_file), *args]
+    command = [sys.executable, "-W", "error", "-c", main, "serve", base.name, "--spec", str(spec_file), *args]
     log_file = folder / "serve.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=folder, process_group=0)

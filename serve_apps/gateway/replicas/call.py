@@ -57,6 +57,7 @@ class Call:
             raise
         except Exception as e:  # noqa: BLE001 - the inbox's reader gets it
             self._inbox.fail(_translated(e))
+            self._response.cancel()  # it has more to read, its end, and Serve would keep it until then
 
 
 async def _accepted(response: DeploymentResponseGenerator[Any]) -> None:

@@ -171,7 +171,7 @@ def test_an_adapter_that_kills_a_replica_is_not_sent_to_the_next(monkeypatch: py
                 with pytest.raises(AdapterQuarantined, match="is refused for 60 s") as e:
                     await tokens(engines, replace(REQUEST, request_id=name, adapter=ref))
                 assert failure_of(e.value).headers == {"Retry-After": "60"}
-            return await tokens(engines, replace(REQUEST, adapter=ref.model_copy(update={"digest": "e" * 64})))
+            return await tokens(engines, replace(REQUEST, adapter=replace(ref, digest="e" * 64)))
 
     assert asyncio.run(run()) == [2]
     assert [r.request_id for r in handle.requests] == ["r", "r"]
@@ -208,6 +208,7 @@ def test_errors_of_an_engine_are_not_retried(error: Exception) -> None:
     handle = Handle([raised_by(error)])
     with pytest.raises(type(error)):
         collect(handle)
+    assert handle.responses[0].cancelled  # Serve keeps a call that has not been read to its end
     assert len(handle.requests) == 1
 
 

@@ -1,0 +1,194 @@
+"""A random run: clients of many manners, killed processes, and the verdict on each response."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from tests.serve_apps.chaos.answers import Answer, difference, read
+from tests.serve_apps.chaos.kinds import Kind
+from tests.serve_apps.chaos.places import Place, wait_until_whole
+from tests.serve_apps.chaos.wire import Client, Manner, Reply
+
+NUM_CLIENTS = 12
+_TENANTS = ("", "a", "b", "c")
+_SETTLED_S = 3.0  # after a killed process has been replaced: calls that it had taken have ended
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request: as its kind says, or streamed, by a client of some manner. `timeout_s`: its deadline.
+
+    `is_hopeless`: its first token is wanted sooner than any engine can have it.
+    """
+
+    kind: Kind
+    manner: Manner
+    stream: bool = False
+    usage: bool = False
+    tenant: str = ""
+    timeout_s: float | None = None
+    is_hopeless: bool = False
+
+    @property
+    def body(self) -> bytes:
+        more: dict[str, object] = {"stream": True} if self.stream else {}
+        if self.usage:
+            more["stream_options"] = {"include_usage": True}
+        if self.is_hopeless:
+            more["ttft_slo_s"] = 1e-6
+        return json.dumps(self.kind.body | more).encode()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"X-Tenant-Id": self.tenant} if self.tenant else {}
+        return headers if self.timeout_s is None else headers | {"X-Request-Timeout-S": f"{self.timeout_s:.3f}"}
+
+
+def random_request(kinds: Sequence[Kind], rng: random.Random) -> Asked:
+    kind = rng.choice(kinds)
+    stream = rng.random() < 0.6
+    usage = stream and rng.random() < 0.5
+    match rng.choices(["patient", "breaks off", "leaves", "slow", "stalls"], [78, 2, 12, 6, 2])[0]:
+        case "breaks off":
+            manner = Manner(sends=rng.randrange(1, 400))
+        case "leaves":
+            manner = Manner(leaves_after=rng.choice([0, 0, 1, 300, 3000, 30_000]))
+        case "slow":
+            manner = Manner(pause_s=rng.uniform(0.001, 0.02), read_bytes=rng.choice([512, 4096]))
+        case "stalls":
+            manner = Manner(stall_s=rng.uniform(0.2, 2.0), leaves_after=rng.choice([None, None, 1000]))
+        case _:
+            manner = Manner()
+    timeout_s = rng.choice([0.01, 0.05, 0.3, 1.0]) if rng.random() < 0.1 else None
+    return Asked(kind, manner, stream, usage, rng.choice(_TENANTS), timeout_s, rng.random() < 0.03)
+
+
+@dataclass(slots=True)
+class Kills:
+    """When processes were killed, and when they had been replaced."""
+
+    windows: list[list[float]] = field(default_factory=list)
+    num: int = 0
+
+    def overlap(self, begun: float, ended: float) -> bool:
+        return any(w[0] <= ended and begun <= (w[1] if len(w) > 1 else ended) for w in self.windows)
+
+
+@dataclass
+class Run:
+    """`verdicts`: how requests ended. `wrong`: what no request may end in, in words."""
+
+    place: Place
+    kinds: list[Kind]
+    references: dict[Kind, Answer]
+    verdicts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    kills: Kills = field(default_factory=Kills)
+
+    def judge(self, asked: Asked, reply: Reply, begun: float, ended: float) -> str:
+        """How the request ended. AssertionError if it may not end so."""
+        killed = self.kills.overlap(begun, ended)
+        if reply.status is None:
+            assert reply.end == "left" or killed, "no response"
+            return "left before the response" if reply.end == "left" else "connection lost"
+        content_type = reply.headers.get("content-type", "")
+        if reply.end != "whole" and not content_type.startswith("text/event-stream"):
+            assert reply.end == "left" or killed or self._stalled_too_long(asked), "a body that was cut"
+            return reply.end
+        answer = read(reply.body, content_type, asked.kind)
+        is_part = reply.end != "whole" or answer.error is not None
+        different = difference(answer, self.references[asked.kind], is_part=is_part)
+        assert different is None, different
+        if answer.error is not None:
+            return self._refused(asked, reply, answer.error, killed=killed)
+        if reply.end == "whole":
+            assert answer.is_done, "a stream without its last event"
+            assert reply.status == 200
+            assert answer.usage is not None or (asked.stream and not asked.usage), "no usage"
+            return "whole"
+        assert reply.end == "left" or killed or self._stalled_too_long(asked), "a stream that was cut"
+        return reply.end
+
+    @staticmethod
+    def _stalled_too_long(asked: Asked) -> bool:
+        """The deadline of a client that does not read ends its connection."""
+        return asked.timeout_s is not None and asked.manner.is_slow
+
+    def _refused(self, asked: Asked, reply: Reply, error: dict[str, object], *, killed: bool) -> str:
+        code = str(error["code"])
+        assert error["message"], "an error without a reason"
+        if reply.status != 200:
+            assert (reply.status == 429) == (code == "overloaded")
+            assert reply.status in (429, 503, 504), (reply.status, error)
+            assert reply.status == 504 or int(reply.headers["retry-after"]) >= 1
+        if code == "deadline_exceeded":
+            assert asked.timeout_s is not None
+        elif code == "adapter_quarantined":
+            assert (
+                self.kills.num > 0
+            )  # before this gateway had a token of the adapter; it lasts for a minute and longer
+        elif code != "overloaded":
+            assert (killed, code) == (True, "engine_unavailable"), error
+        return code
+
+    async def clients(self, requests: Iterator[Asked]) -> None:
+        url = urlsplit(self.place.served.url)
+        prefix = url.path
+        client = Client(url.hostname or "", url.port or 0)
+        for asked in requests:
+            begun = time.monotonic()
+            reply = await client.ask(f"{prefix}{asked.kind.path}", asked.headers, asked.body, asked.manner)
+            try:
+                self.verdicts[self.judge(asked, reply, begun, time.monotonic())] += 1
+            except (AssertionError, ValueError, KeyError) as e:
+                self.verdicts["wrong"] += 1
+                self.wrong.append(f"{e!r}: {asked} → {reply.status} {reply.end} {reply.body[-600:]!r}")
+        client.close()
+
+    async def kill_now_and_then(self, every: int, rng: random.Random) -> None:
+        """Ends processes whenever `every` requests have ended since the last ones were replaced."""
+        while True:
+            due = self.verdicts.total() + every
+            while self.verdicts.total() < due:
+                await asyncio.sleep(0.05)
+            window = [time.monotonic()]
+            self.kills.windows.append(window)
+            num = await asyncio.to_thread(self.place.kill, rng)
+            if not num:
+                self.kills.windows.clear()
+                return
+            self.kills.num += num
+            await asyncio.to_thread(wait_until_whole, self.place)
+            window.append(time.monotonic() + _SETTLED_S)
+
+    async def all(self, num: int, kill_every: int, seed: int) -> None:
+        rng = random.Random(seed)
+        requests = (random_request(self.kinds, rng) for _ in range(num))
+        killer = asyncio.create_task(self.kill_now_and_then(kill_every, random.Random(seed + 1)))
+        try:
+            await asyncio.gather(*(self.clients(requests) for _ in range(NUM_CLIENTS)))
+        finally:
+            killer.cancel()
+        if killer.done() and not killer.cancelled():
+            killer.result()
+
+
+async def undisturbed(place: Place, kinds: Sequence[Kind]) -> dict[Kind, Answer]:
+    """The answers to one request after the other."""
+    url = urlsplit(place.served.url)
+    client = Client(url.hostname or "", url.port or 0)
+    found = {}
+    for kind in kinds:
+        asked = Asked(kind, Manner())
+        reply = await client.ask(f"{url.path}{kind.path}", asked.headers, asked.body, asked.manner)
+        assert (reply.status, reply.end) == (200, "whole"), (kind, reply)
+        found[kind] = read(reply.body, reply.headers["content-type"], kind)
+    client.close()
+    return found
