@@ -42,8 +42,19 @@ class Call:
             self._cancel()
 
     def _cancel(self) -> None:
-        self._response.cancel()
+        self._give_back()
         self._task.cancel()
+
+    def _give_back(self) -> None:
+        """Serve keeps a call until its end has been read or it has been cancelled.
+
+        `_replica_result_future` is private: what is accepted in this turn of the loop, Serve's own `cancel` leaves out.
+        """
+        accepted = self._response._replica_result_future
+        if not accepted.done():
+            self._response.cancel()
+        elif not accepted.cancelled() and accepted.exception() is None:
+            accepted.result().cancel()
 
     async def _follow(self) -> None:
         try:
@@ -54,10 +65,11 @@ class Call:
             self._listener.returned(self._inbox, connection or "")
         except (asyncio.CancelledError, RequestCancelledError):
             self._inbox.fail(EngineError("the request was cancelled"))
+            self._give_back()
             raise
         except Exception as e:  # noqa: BLE001 - the inbox's reader gets it
             self._inbox.fail(_translated(e))
-            self._response.cancel()  # it has more to read, its end, and Serve would keep it until then
+            self._give_back()
 
 
 async def _accepted(response: DeploymentResponseGenerator[Any]) -> None:
@@ -66,7 +78,6 @@ async def _accepted(response: DeploymentResponseGenerator[Any]) -> None:
         async with asyncio.timeout(_NO_REPLICA_S):
             await response._fetch_future_result_async()  # private: no public call returns when a request is accepted
     except TimeoutError as e:
-        response.cancel()
         raise EngineError("no replica takes requests; `loray status` says why") from e
 
 

@@ -18,6 +18,7 @@ from tests.serve_apps.chaos.wire import Client, Manner, Reply
 
 NUM_CLIENTS = 12
 _TENANTS = ("", "a", "b", "c")
+_STRIKE_S = 8.0  # from the choice of a victim until clients have seen its end
 _SETTLED_S = 3.0  # after a killed process has been replaced: calls that it had taken have ended
 
 
@@ -78,7 +79,12 @@ class Kills:
     num: int = 0
 
     def overlap(self, begun: float, ended: float) -> bool:
+        """Whether a process was missing while the request ran."""
         return any(w[0] <= ended and begun <= (w[1] if len(w) > 1 else ended) for w in self.windows)
+
+    def struck(self, begun: float, ended: float) -> bool:
+        """Whether a gateway was killed while the request ran, and shortly before the client saw its end."""
+        return any(begun <= w[0] + _STRIKE_S and ended <= w[0] + _STRIKE_S for w in self.windows if w[0] <= ended)
 
 
 @dataclass
@@ -93,14 +99,19 @@ class Run:
     kills: Kills = field(default_factory=Kills)
 
     def judge(self, asked: Asked, reply: Reply, begun: float, ended: float) -> str:
-        """How the request ended. AssertionError if it may not end so."""
-        killed = self.kills.overlap(begun, ended)
+        """How the request ended. AssertionError if it may not end so.
+
+        Without its end comes a response only of a gateway that was killed, or to a client that does not read until its
+        deadline.
+        """
+        killed, struck = self.kills.overlap(begun, ended), self.kills.struck(begun, ended)
+        may_be_cut = reply.end == "left" or struck or (asked.manner.is_slow and (killed or asked.timeout_s is not None))
         if reply.status is None:
-            assert reply.end == "left" or killed, "no response"
+            assert may_be_cut, "no response"
             return "left before the response" if reply.end == "left" else "connection lost"
         content_type = reply.headers.get("content-type", "")
         if reply.end != "whole" and not content_type.startswith("text/event-stream"):
-            assert reply.end == "left" or killed or self._stalled_too_long(asked), "a body that was cut"
+            assert may_be_cut, "a body that was cut"
             return reply.end
         answer = read(reply.body, content_type, asked.kind)
         is_part = reply.end != "whole" or answer.error is not None
@@ -113,13 +124,8 @@ class Run:
             assert reply.status == 200
             assert answer.usage is not None or (asked.stream and not asked.usage), "no usage"
             return "whole"
-        assert reply.end == "left" or killed or self._stalled_too_long(asked), "a stream that was cut"
+        assert may_be_cut, "a stream that was cut"
         return reply.end
-
-    @staticmethod
-    def _stalled_too_long(asked: Asked) -> bool:
-        """The deadline of a client that does not read ends its connection."""
-        return asked.timeout_s is not None and asked.manner.is_slow
 
     def _refused(self, asked: Asked, reply: Reply, error: dict[str, object], *, killed: bool) -> str:
         code = str(error["code"])
@@ -131,9 +137,7 @@ class Run:
         if code == "deadline_exceeded":
             assert asked.timeout_s is not None
         elif code == "adapter_quarantined":
-            assert (
-                self.kills.num > 0
-            )  # before this gateway had a token of the adapter; it lasts for a minute and longer
+            assert self.kills.num > 0, error  # it lasts for a minute or longer
         elif code != "overloaded":
             assert (killed, code) == (True, "engine_unavailable"), error
         return code

@@ -85,7 +85,11 @@ class Client:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL_BUFFER)
             await loop.sock_connect(self._sock, self._place)
             self._http = h11.Connection(our_role=h11.CLIENT)
-        fixed = {"Host": "test", "Content-Type": "application/json", "Content-Length": str(len(body))}
+        fixed = {
+            "Host": ":".join(map(str, self._place)),
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+        }
         head = self._http.send(h11.Request(method="POST", target=path, headers=list((fixed | headers).items())))
         data = self._http.send(h11.Data(data=body))
         end = self._http.send(h11.EndOfMessage())

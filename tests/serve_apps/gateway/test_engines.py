@@ -43,6 +43,7 @@ class Response:
 
     def __init__(self, script: list[Any], gateway: Address, stream: int) -> None:
         self.script, self.cancelled = list(script), False
+        self._replica_result_future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.left: list[str] = []
         self._gateway, self._stream = gateway, stream
         self._to: Connection | None = None
