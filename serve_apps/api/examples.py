@@ -95,6 +95,33 @@ JOB = {
     "ended_at": _TIME,
     "recipe": RECIPE,
 }
+_LIMITS = {"rpm_limit": 600, "tpm_limit": 100000, "max_parallel_requests": 8, "max_budget": None}
+KEY = {
+    "id": "key-5f1b2c3d4e5f6a7b",
+    "key_name": "sk-lr-8QmZ4c0x…",
+    "key_alias": "ci",
+    "tenant": "acme",
+    "scopes": ["infer", "publish"],
+    "models": ["tone"],
+    "metadata": {"team": "support"},
+    "blocked": False,
+    "created_by": "local",
+    "created_at": _TIME,
+    "expires": None,
+    "revoked_at": None,
+    "last_used_at": _TIME,
+} | _LIMITS
+NEW_KEY = KEY | {"key": "sk-lr-8QmZ4c0x" + "…" * 35}
+TENANT = {"name": "acme", "blocked": False, "created_at": _TIME} | _LIMITS
+AUDIT = {
+    "id": 42,
+    "actor": "ci (key-5f1b2c3d4e5f6a7b)",
+    "action": "promote",
+    "subject": "acme/tone@prod",
+    "tenant": "acme",
+    "detail": {"version": 3},
+    "created_at": _TIME,
+}
 RECOMMENDATION = {
     "base": "smollm2",
     "device": "a100-80gb",

@@ -14,6 +14,7 @@ from loray.spec import TrainSpec
 from serve_apps.access import Access, CheckAccess
 from serve_apps.access.rules import API
 from serve_apps.api import problems
+from serve_apps.api.routes import access as access_routes
 from serve_apps.api.routes import adapters as adapter_routes
 from serve_apps.api.routes import aliases as alias_routes
 from serve_apps.api.routes import jobs as job_routes
@@ -45,6 +46,7 @@ def create_app(services: Services, access: Access) -> FastAPI:
     problems.install(app)
     app.add_middleware(CheckAccess, access=access, rules=API, refused=problems.failed)
     for routes in (
+        access_routes,
         adapter_routes,
         alias_routes,
         job_routes,

@@ -30,6 +30,8 @@ _COMMANDS: Mapping[str, _Command] = {
     "adapters": _Command("loray.cli.adapters:adapters", "Import, list, show, promote, roll back, convert and verify."),
     "store": _Command("loray.cli.store:store", "Garbage, verification and statistics of the adapter store."),
     "usage": _Command("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
+    "keys": _Command("loray.cli.access.keys:keys", "Create, list, block, rotate and revoke API keys."),
+    "tenants": _Command("loray.cli.access.tenants:tenants", "Create, list, limit and block tenants."),
     "plan": _Command("loray.cli.planning.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
     "recommend": _Command(
         "loray.cli.planning.recommend:command", "Compare LoRA, VeRA, LongLoRA and S-LoRA for what you need."
@@ -108,6 +110,7 @@ def cli() -> None:
       LORAY_ACCESS_LOG  file that gets a JSON line for each HTTP request; - is stdout (default: none)
       LORAY_DATA       s3:// folder of tenants' training data, in folders of their names (default: none)
       LORAY_MAX_JOBS, LORAY_MAX_WORKERS  of a tenant at once, where it has no limit of its own (default: none)
+      LORAY_API_KEY    the API key that clients send; a server started with it asks for it
       LORAY_LOG_LEVEL  DEBUG, INFO, WARNING or ERROR; DEBUG also shows tracebacks
     """
     chosen = Settings.from_env().log_level

@@ -29,7 +29,8 @@ from loray.api.resources import (
 )
 from loray.api.uploads import FileResource, UploadResource
 from loray.api.usage import UsageResource
-from loray.client.http import HttpClient, R
+from loray.client.access import AccessCalls
+from loray.client.http import given
 from loray.errors import ClusterError, LorayError
 from loray.spec import DEFAULT_ALIAS, TrainSpec, UsageGroup, Visibility, split_qualified
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _LONG = httpx.Timeout(600.0, connect=5.0)
 
 
-class CatalogClient(HttpClient):
+class CatalogClient(AccessCalls):
     """Raises the errors that the server raised: AdapterNotFound, JobNotFound, ConflictError, RevisionConflict,
     GateRefused, SpecError with every wrong field, CatalogError if the server cannot reach its database, and
     ClusterError if the server or Ray does not answer.
@@ -90,7 +91,7 @@ class CatalogClient(HttpClient):
 
         `described`: `base`, `licence`, `description`, `tool_parser` of an upload.
         """
-        body = _given({"digest": digest, "upload": upload, "version": version, "no_gate": no_gate} | described)
+        body = given({"digest": digest, "upload": upload, "version": version, "no_gate": no_gate} | described)
         return self._ask(VersionDetail, "POST", _path(name, "/versions"), json=body | {"aliases": list(aliases)})
 
     # -- bytes --------------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ class CatalogClient(HttpClient):
         `no_gate`: the reason for moving it although LongLoRA's gate refuses.
         """
         headers = _if_match(etag) | ({"If-None-Match": "*"} if create else {})
-        body = _given({"version": version, "no_gate": no_gate})
+        body = given({"version": version, "no_gate": no_gate})
         return self._ask(AliasResource, "PUT", _alias(name, alias), json=body, headers=headers)
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, etag: str | None = None) -> AliasResource:
@@ -173,7 +174,7 @@ class CatalogClient(HttpClient):
             body: dict[str, Any] = {"content": recipe, "headers": {"Content-Type": "application/yaml"}}
         else:
             body = {"json": recipe.model_dump(mode="json") if isinstance(recipe, TrainSpec) else dict(recipe)}
-        params = _given({"id": id, "resume": resume or None})
+        params = given({"id": id, "resume": resume or None})
         return self._ask(JobResource, "POST", "/jobs", params=params, **body)
 
     def jobs(self, *, status: str | None = None, name: str | None = None) -> Iterator[JobResource]:
@@ -205,16 +206,6 @@ class CatalogClient(HttpClient):
         return self._pages("/usage", Page[UsageResource], {"group_by": list(group_by)} | params)
 
     # -- HTTP ---------------------------------------------------------------------------------------------------------
-
-    def _pages(self, path: str, schema: type[Page[R]], params: dict[str, Any]) -> Iterator[R]:
-        cursor: str | None = None
-        url = httpx.URL(path)  # its own query is kept
-        while True:
-            page = self._ask(schema, "GET", str(url.copy_merge_params(_given(params | {"cursor": cursor}))))
-            yield from page.items
-            cursor = page.next
-            if cursor is None:
-                return
 
     def _error_of(self, response: httpx.Response) -> LorayError:
         try:
@@ -260,7 +251,3 @@ def _alias(name: str, alias: str) -> str:
 
 def _if_match(etag: str | None) -> dict[str, str]:
     return {} if etag is None else {"If-Match": etag}
-
-
-def _given(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in params.items() if value is not None}

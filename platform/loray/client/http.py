@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from loray.api.resources import Page
 from loray.errors import EngineError, LorayError
 
 R = TypeVar("R", bound=BaseModel)
@@ -89,3 +90,22 @@ class HttpClient:
     def _error_of(self, response: httpx.Response) -> LorayError:
         """The error that the server raised, from its response."""
         raise NotImplementedError
+
+
+class PagedClient(HttpClient):
+    """A client of an API that lists in pages."""
+
+    def _pages(self, path: str, schema: type[Page[R]], params: dict[str, Any]) -> Iterator[R]:
+        cursor: str | None = None
+        url = httpx.URL(path)  # its own query is kept
+        while True:
+            page = self._ask(schema, "GET", str(url.copy_merge_params(given(params | {"cursor": cursor}))))
+            yield from page.items
+            cursor = page.next
+            if cursor is None:
+                return
+
+
+def given(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are None."""
+    return {name: value for name, value in params.items() if value is not None}

@@ -19,6 +19,7 @@ from loray.api.status import AdapterPlacement
 from loray.catalog import Catalog
 from loray.errors import ClusterError, ConflictError
 from loray.settings import Settings
+from serve_apps.access import Access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from tests.catalog.test_catalog import manifest
@@ -80,11 +81,11 @@ class FakePlacements:
 class Api:
     """The API and its services. `http` is a client of it, with the paths of a deployment, /api/v1/…"""
 
-    def __init__(self, home: Path, catalog_url: str) -> None:
+    def __init__(self, home: Path, catalog_url: str, access: Access | None = None) -> None:
         self.settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": catalog_url})
         self.jobs, self.placements = FakeJobs(), FakePlacements()
         self.services = Services(self.settings, self.jobs, self.placements)
-        self.access = access_of(catalog_url)
+        self.access = access or access_of(catalog_url)
         self.unmounted = create_app(self.services, self.access)
         self.app = mounted(self.unmounted)
         self.transport = InProcess(self.app)

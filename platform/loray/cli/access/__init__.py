@@ -1,0 +1,1 @@
+"""`loray keys` and `loray tenants`: who may use a deployment."""

@@ -1,0 +1,116 @@
+"""Keys, tenants and the audit log over HTTP, with the typed client."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from loray.api.access import KeyChange, KeyCreation, TenantChange
+from loray.client import CatalogClient
+from loray.errors import ConflictError, KeyNotFound, PermissionDenied, SpecError, Unauthenticated
+from loray.serving.key_ring import KeyRing
+from loray.spec import Limits, Principal
+from tests.serve_apps.api.fakes import Api
+from tests.serve_apps.keys import access_of
+
+ADMIN = "a key of the deployment itself, long enough"
+As = Callable[[str], CatalogClient]
+
+
+@pytest.fixture
+def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
+    ring = KeyRing(static={hashlib.sha256(ADMIN.encode()).digest(): Principal(key_id="deployment", actor="root")})
+    api = Api(tmp_path / "home", catalog_url, access_of(catalog_url, host="0.0.0.0", ring=ring))
+    yield api
+    api.close()
+
+
+@pytest.fixture
+def as_(api: Api) -> As:
+    return lambda key: CatalogClient("http://test/", api_key=key, transport=api.transport)
+
+
+def test_the_life_of_a_key(api: Api, as_: As) -> None:
+    admin = as_(ADMIN)
+    admin.create_tenant("acme", Limits(rpm_limit=60))
+    wanted = KeyCreation(key_alias="ci", tenant="acme", scopes=("train",), models=("tone",), duration="1h", tpm_limit=9)
+    made = admin.create_key(wanted)
+    assert (made.tenant, made.scopes, made.models, made.tpm_limit, made.created_by) == (
+        "acme",
+        ("train",),
+        ("tone",),
+        9,
+        "root",
+    )
+    assert made.expires is not None
+    assert timedelta(minutes=59) < made.expires - datetime.now(UTC) <= timedelta(hours=1)
+    holder = as_(made.key)
+    assert holder.key() == admin.key(made.id)
+    assert made.key not in repr(holder.key())
+    with pytest.raises(PermissionDenied):
+        list(holder.keys())
+    with pytest.raises(PermissionDenied):
+        holder.rotate_key("key-of-another")
+    rotated = holder.rotate_key(made.id)
+    with pytest.raises(Unauthenticated):
+        holder.key()
+    assert admin.change_key(rotated.id, KeyChange(blocked=True, limits=Limits())).tpm_limit is None
+    with pytest.raises(PermissionDenied, match="blocked"):
+        as_(rotated.key).key()
+    assert admin.revoke_key(rotated.id).revoked_at is not None
+    assert [key.id for key in admin.keys(tenant="acme", key_alias="ci")] == [rotated.id, made.id]
+    with pytest.raises(KeyNotFound):
+        admin.key()  # the deployment's own keys are not the catalog's
+    with pytest.raises(ConflictError):
+        admin.rotate_key(made.id)
+
+
+def test_tenants(as_: As) -> None:
+    admin = as_(ADMIN)
+    admin.create_tenant("acme")
+    key = admin.create_key(KeyCreation(key_alias="ci", tenant="acme", scopes=("infer", "train"))).key
+    assert [tenant.name for tenant in admin.tenants()] == ["acme", "default"]
+    assert admin.change_tenant("acme", TenantChange(limits=Limits(max_jobs=2), blocked=True)).max_jobs == 2
+    assert admin.tenant("acme").blocked
+    with pytest.raises(PermissionDenied, match="blocked"):
+        as_(key).bases()
+    with pytest.raises(ConflictError):
+        admin.create_tenant("acme")
+    with pytest.raises(KeyNotFound):
+        admin.create_key(KeyCreation(key_alias="ci", tenant="nobody"))
+
+
+def test_the_audit_log_is_of_ones_own_tenant(as_: As) -> None:
+    admin = as_(ADMIN)
+    admin.create_tenant("acme")
+    made = admin.create_key(KeyCreation(key_alias="ci", tenant="acme", scopes=("publish",)))
+    admin.create_key(KeyCreation(key_alias="other", scopes=("publish",)))
+    assert {entry.tenant for entry in admin.audit()} == {"acme", "default"}
+    mine = list(as_(made.key).audit())
+    assert {(entry.tenant, entry.actor) for entry in mine} == {("acme", "root")}
+    assert list(as_(made.key).audit(tenant="default")) == mine
+    assert [e.subject for e in admin.audit(action="create_key", tenant="acme")] == [made.id]
+    assert list(admin.audit(since=datetime.now(UTC) + timedelta(minutes=1))) == []
+
+
+def test_wrong_wishes(api: Api) -> None:
+    with pytest.raises(ValueError, match="not both"):
+        KeyCreation(key_alias="ci", duration="1h", expires=datetime.now(UTC))
+    api.http.headers["Authorization"] = f"Bearer {ADMIN}"
+    for wrong in ({"scopes": []}, {"scopes": ["root"]}, {"expires": "0001-01-01T00:00:00+10:00"}, {"colour": 1}):
+        assert api.http.post("/keys", json={"key_alias": "ci"} | wrong).status_code == 422
+    answer = api.http.post("/keys", json={"key_alias": "ci"})
+    assert (answer.status_code, answer.headers["cache-control"]) == (201, "no-store")
+    assert api.http.get(answer.headers["location"].removeprefix("/api/v1")).json()["key_alias"] == "ci"
+
+
+def test_a_client_takes_its_key_from_the_environment(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAY_API_KEY", ADMIN)
+    with CatalogClient("http://test/", transport=api.transport) as client:
+        assert client.bases() == ()
+    with pytest.raises(SpecError, match="no cursor"):
+        api.catalog.keys(cursor="key-0")
