@@ -36,15 +36,15 @@ USAGE_GROUPS: tuple[UsageGroup, ...] = get_args(UsageGroup)
 class Limits(Frozen):
     """Limits of a key or of a tenant; None: none. Both apply."""
 
-    rpm_limit: int | None = Field(default=None, ge=0, description="requests a minute")
-    tpm_limit: int | None = Field(default=None, ge=0, description="tokens a minute, of prompts and answers")
-    max_parallel_requests: int | None = Field(default=None, ge=0)
-    max_budget: float | None = Field(default=None, ge=0, description="tokens in one `budget_duration`")
+    rpm_limit: int | None = Field(default=None, ge=0, strict=True, description="requests a minute")
+    tpm_limit: int | None = Field(default=None, ge=0, strict=True, description="tokens a minute, in and out")
+    max_parallel_requests: int | None = Field(default=None, ge=0, strict=True)
+    max_budget: float | None = Field(default=None, ge=0, strict=True, description="tokens in one `budget_duration`")
     budget_duration: Duration = "30d"
     max_stored_bytes: NumBytes | None = Field(default=None, description="of a tenant's adapters")
-    max_jobs: int | None = Field(default=None, ge=0, description="training jobs of a tenant at once")
-    max_workers: int | None = Field(default=None, ge=0, description="training workers of a tenant at once")
-    min_priority: int | None = Field(default=None, description="the smallest, thus most urgent, `priority` it may ask")
+    max_jobs: int | None = Field(default=None, ge=0, strict=True, description="training jobs of a tenant at once")
+    max_workers: int | None = Field(default=None, ge=0, strict=True, description="training workers of a tenant at once")
+    min_priority: int | None = Field(default=None, strict=True, description="the most urgent `priority` it may ask")
 
 
 class Principal(Frozen):

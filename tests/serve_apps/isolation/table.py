@@ -118,4 +118,17 @@ API: dict[str, Route] = _DOCUMENTS | {
     "GET /jobs/{id}": Route(TRAIN),
     "GET /jobs/{id}/logs": Route(TRAIN),
     "POST /jobs/{id}/stop": Route(TRAIN),
+    "POST /keys": Route(NOBODY, {"key_alias": "ci"}),
+    "GET /keys": Route(NOBODY, query=_OF),
+    "GET /keys/self": Route(ANY),
+    "GET /keys/{id}": Route(NOBODY),
+    "PATCH /keys/{id}": Route(NOBODY, {"blocked": True}),
+    "DELETE /keys/{id}": Route(NOBODY),
+    "POST /keys/{id}/rotate": Route(NOBODY, {}),  # and the key itself
+    "POST /tenants": Route(NOBODY, {"name": "{tenant}"}),
+    "GET /tenants": Route(NOBODY),
+    "GET /tenants/{name}": Route(NOBODY),
+    "PATCH /tenants/{name}": Route(NOBODY, {"blocked": True}),
+    "GET /audit": Route(PUBLISH | PROMOTE | TRAIN, query=_OF),
+    "GET /usage": Route(ANY, query=_OF),
 }
