@@ -30,7 +30,7 @@ API_ROWS: tuple[Row, ...] = (
     ("GET", r"/usage(/.*)?", "identify"),
     ("GET", r"/recommend|/bases", "identify"),
     ("*", r"/jobs(/.*)?", "train"),
-    ("GET", r"/adapters(/.*)?|/uploads(/.*)?", "read"),
+    ("GET", r"/adapters(/.*)?", "read"),
     ("*", r"/adapters/[^/]+/aliases(/.*)?", "promote"),
     ("*", r"/adapters(/.*)?|/uploads(/.*)?", "publish"),
 )
