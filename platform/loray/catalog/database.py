@@ -26,6 +26,18 @@ HEAD = "0006"  # the newest revision in migrations/versions
 _WRITES = "loray_writes"
 _BUSY_TIMEOUT_MS = 30_000
 _CONNECT_TIMEOUT_S = 5
+_READ_TIMEOUT_MS = 15_000  # of a statement that only reads
+_WRITE_TIMEOUT_MS = 45_000  # of one that writes, which may wait _BUSY_TIMEOUT_MS for another writer
+_IDLE_TIMEOUT_MS = 30_000  # of a writer that stops inside its transaction, for which all others wait
+# libpq's: a connection whose other end is gone fails after about 25 s. A URL may say otherwise.
+_KEEPALIVE = {
+    "connect_timeout": _CONNECT_TIMEOUT_S,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+_POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 15, "pool_timeout": 10.0, "pool_recycle": 1800}
 _MIGRATION_LOCK = 0x6C6F726179  # key of a PostgreSQL advisory lock
 
 
@@ -107,6 +119,7 @@ def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
         if engine.dialect.name == "postgresql":
             connection.execution_options(isolation_level="REPEATABLE READ")
         with connection.begin():
+            _set_limits(connection, statement_timeout=_READ_TIMEOUT_MS)
             yield connection
 
 
@@ -116,9 +129,21 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     with _translate_errors(engine), engine.connect() as connection:
         connection.execution_options(**{_WRITES: True})
         with connection.begin():
-            if engine.dialect.name == "postgresql":
-                connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_BUSY_TIMEOUT_MS}")
+            _set_limits(
+                connection,
+                lock_timeout=_BUSY_TIMEOUT_MS,
+                statement_timeout=_WRITE_TIMEOUT_MS,
+                idle_in_transaction_session_timeout=_IDLE_TIMEOUT_MS,
+            )
             yield connection
+
+
+def _set_limits(connection: sa.Connection, **limits: int) -> None:
+    """PostgreSQL's limits of this transaction, in milliseconds. Limits of the session would outlive it in a proxy that
+    shares connections.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("; ".join(f"SET LOCAL {name} = {value}" for name, value in limits.items()))
 
 
 def _engine(url: str) -> sa.Engine:
@@ -126,8 +151,10 @@ def _engine(url: str) -> sa.Engine:
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() == "postgresql":
-        timeout = {} if "connect_timeout" in parsed.query else {"connect_timeout": _CONNECT_TIMEOUT_S}
-        return sa.create_engine(parsed, pool_pre_ping=True, isolation_level="READ COMMITTED", connect_args=timeout)
+        given = {name: value for name, value in _KEEPALIVE.items() if name not in parsed.query}
+        return sa.create_engine(
+            parsed, pool_pre_ping=True, isolation_level="READ COMMITTED", connect_args=given, **_POOL
+        )
     if not parsed.database or parsed.database == ":memory:":
         raise SettingsError(f"catalog {url!r} must name a file: sqlite:////folder/catalog.db")
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +193,7 @@ def _migrate(engine: sa.Engine) -> None:
     with writing(engine) as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            _set_limits(connection, statement_timeout=0)  # tables may be large
         revision = _revision(connection)
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
         if revision is not None and revision not in known:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -25,7 +25,7 @@ from loray.spec import (
     has_ended,
 )
 
-NUM_COMPARED = 64
+NUM_COMPARED = 32
 _LONGEST_COMPARED = 192  # characters; a name has at most 96
 
 
@@ -218,17 +218,16 @@ class Job:
         return has_ended(self.status)
 
 
-def unknown_adapter(
-    name: str, meant: Collection[str], near: Collection[str], bases: Collection[str]
-) -> AdapterNotFound:
-    """The error about a name that is none of an adapter for the caller, who means one of `meant` by it.
+def unknown_adapter(name: str, near: Mapping[str, Collection[str]], bases: Collection[str]) -> AdapterNotFound:
+    """The error about a name that is none of an adapter for the caller.
 
-    `near`: names that exist for the caller, beside each of `meant` in the order of all names. Their beginnings are
-    alike; NUM_COMPARED are compared in about a millisecond, which servers spend for each unknown name.
+    `near`: catalog's name that the caller may mean → names that exist for the caller, beside it in the order of all
+    names. Their beginnings are alike; NUM_COMPARED are compared in half a millisecond, which servers spend for each
+    unknown name.
     """
     if name in bases:
         return AdapterNotFound(f"{name!r} is a base model, not an adapter")
-    found = list(dict.fromkeys(alike for stored in meant for alike in similar(stored, near)))[:3]
+    found = list(dict.fromkeys(alike for meant, beside in near.items() for alike in similar(meant, beside)))[:3]
     hint = f"; did you mean {' or '.join(repr(n) for n in found)}?" if found else "; `loray adapters ls` lists them"
     return AdapterNotFound(f"no adapter {shown(name)}{hint}")
 

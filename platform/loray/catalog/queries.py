@@ -117,6 +117,8 @@ def load_entries(
     With whom an adapter is shared is shown to those who may change it.
     """
     chosen = c.execute(sa.select(*_ENTRY).where(visible(principal), *where)).all()
+    if not chosen:
+        return []
     ids = [row.id for row in chosen]
     names = {row.id: row.name for row in chosen}
     refs: dict[int, list[AdapterRef]] = defaultdict(list)
@@ -181,8 +183,8 @@ def load_entry(
             if to_change and not principal.is_admin and entry.tenant != principal.tenant:
                 raise PermissionDenied(f"adapter {stored!r} belongs to another tenant, which alone may change it")
             return adapter_id, entry
-    near = {near: None for stored in meant for near in _beside(c, principal, stored)}
-    raise unknown_adapter(name, meant, near, c.execute(sa.select(bases.c.name)).scalars().all())
+    near = {stored: _beside(c, principal, stored) for stored in meant}
+    raise unknown_adapter(name, near, c.execute(sa.select(bases.c.name)).scalars().all())
 
 
 def _beside(c: sa.Connection, principal: Principal, name: str) -> list[str]:

@@ -98,14 +98,16 @@ class CatalogSnapshot:
         found = self._find(name, principal)
         if found is not None:
             return found
-        meant = meanings(name, principal.tenant)
-        beside = dict.fromkeys(near for stored in meant for near in self.adapters.around(stored, NUM_COMPARED))
-        near = [stored for stored in beside if self.adapters[stored].exists_for(principal)]
-        raise unknown_adapter(name, meant, near, self.bases)
+        near = {meant: self._beside(meant, principal) for meant in meanings(name, principal.tenant)}
+        raise unknown_adapter(name, near, self.bases)
 
     def models(self, after: str | None = None, principal: Principal = OPERATOR) -> Iterator[AdapterEntry]:
         """All names of the caller, sorted; those after the name `after`."""
         return (entry for entry in self.adapters.after(after) if entry.exists_for(principal))
+
+    def _beside(self, name: str, principal: Principal) -> list[str]:
+        beside = self.adapters.around(name, NUM_COMPARED)
+        return [near for near in beside if self.adapters[near].exists_for(principal)]
 
     def _find(self, name: str, principal: Principal) -> AdapterEntry | None:
         for stored in meanings(name, principal.tenant):
