@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-rest test-slow test-fast check format bench bench-serve bench-front bench-train bench-quality clean
+.PHONY: demo test test-cluster test-numeric test-rest test-slow test-fast check format bench bench-serve bench-front bench-catalog bench-train bench-quality clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -51,6 +51,9 @@ bench-serve: .venv/.ready
 
 bench-front: .venv/.ready
 	$(BIN)/python -m benchmarks.front $(ARGS)
+
+bench-catalog: .venv/.ready
+	$(BIN)/python -m benchmarks.catalog $(ARGS)
 
 bench-train: .venv/.ready
 	$(BIN)/python -m benchmarks.training $(ARGS)

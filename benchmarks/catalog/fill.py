@@ -47,8 +47,9 @@ def fill(url: str, num_adapters: int, num_tenants: int) -> None:
                 for table in (adapters, versions):
                     last = sa.select(sa.func.max(table.c.id)).scalar_subquery()
                     c.execute(sa.select(sa.func.setval(f"{table.name}_id_seq", last)))
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as c:
-            c.exec_driver_sql("ANALYZE")  # PostgreSQL's autovacuum does it after such a load, within a minute
+        if engine.dialect.name == "postgresql":
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as c:
+                c.exec_driver_sql("ANALYZE")  # autovacuum does it after such a load, within a minute
     finally:
         engine.dispose()
 

@@ -21,7 +21,7 @@ from benchmarks.memory import resident_bytes
 from loray.catalog import Catalog
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.errors import AdapterNotFound
-from loray.spec import Principal
+from loray.spec import OPERATOR, Principal
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.models import ModelCards
 
@@ -90,7 +90,7 @@ async def _changes(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
     async with heartbeat() as holds:
         while line:
             version, committed_at = line.split()
-            while (ref := await directory.resolve(name)) is None or ref.version != int(version):
+            while (ref := await directory.resolve(name, OPERATOR)) is None or ref.version != int(version):
                 await asyncio.sleep(0.002)
             served.append(time.monotonic() - float(committed_at))
             line = await process.stdout.readline()
@@ -105,7 +105,7 @@ async def _names(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
     began, rounds = time.perf_counter(), 0
     while time.perf_counter() - began < 1.0:
         for name in known:
-            await directory.resolve(name)
+            await directory.resolve(name, OPERATOR)
         rounds += 1
     return {"resolve_per_s": rounds * len(known) / (time.perf_counter() - began)}
 
@@ -137,11 +137,11 @@ async def _models(directory: ModelDirectory) -> dict[str, float]:
     async with heartbeat() as holds:
         began = time.perf_counter()
         nbytes = 0
-        async for part in cards.page():
+        async for part in cards.page(OPERATOR):
             nbytes += len(part)
         whole_s = time.perf_counter() - began
     began = time.perf_counter()
-    async for _ in cards.page("support", _PAGE):
+    async for _ in cards.page(OPERATOR, "support", _PAGE):
         pass
     return {
         "models_s": whole_s,

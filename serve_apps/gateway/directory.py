@@ -181,9 +181,10 @@ class ModelDirectory:
         try:
             if self._catalog is None:
                 self._catalog = self._open_catalog()
-            # After an error all is read: the database that answers now may be another copy of the catalog.
-            before = self._snapshot if follows else None
-            if before is None or self._catalog.change_counter() != before.counter:
+            before = self._snapshot
+            if before is None or not follows:  # after an error, the database may be another copy of the catalog
+                self._snapshot = self._catalog.snapshot(before, whole=True)
+            elif self._catalog.change_counter() != before.counter:
                 self._snapshot = self._catalog.snapshot(before)
         except Exception:
             if self._snapshot is None and self._kept is not None:

@@ -13,7 +13,9 @@ import pytest
 
 from loray import __version__
 from loray.bases.registry import BaseModel
+from loray.catalog import Catalog
 from loray.store import AdapterStore, open_store
+from tests.catalog.test_catalog import publish
 from tests.cli.run import Loray, PeftFolder
 from tests.tiny import write_checkpoint
 
@@ -258,3 +260,21 @@ def test_an_adapter_is_shared(loray: Loray, folder: Path) -> None:
     assert loray("adapters", "share", "tone", "--private").out == "tone is seen by default\n"
     assert loray("adapters", "share", "tone").code == 2
     assert "tenant's name" in loray("adapters", "share", "tone", "--with", "a/b").err
+
+
+# -- search -----------------------------------------------------------------------------------------------------------
+
+
+def test_search(loray: Loray, home: Path) -> None:
+    catalog = Catalog(f"sqlite:///{home}/catalog.db")
+    for name in ("tone-de", "tone-en", "dates"):
+        publish(catalog, name, 1)
+    catalog.close()
+    found = json.loads(loray("adapters", "search", "TONE", "--json").out)
+    assert [entry["name"] for entry in found] == ["tone-de", "tone-en"]
+    assert json.loads(loray("adapters", "search", "--method", "vera", "--json").out) == []
+    shown = loray("adapters", "search", "e", "--limit", "2").out
+    assert "dates" in shown
+    assert "the first 2; there are more (--limit)" in shown
+    assert loray("adapters", "search", "nobody").out == "no adapter is like that; `loray adapters ls` lists all\n"
+    assert loray("adapters", "search", "--tag", "=x").code == 1

@@ -250,15 +250,16 @@ class Catalog(Aliases, Audit, Deletion, Evaluations, Jobs, Keys, Projections, Sh
         with reading(self._engine) as c:
             return read_counter(c)
 
-    def snapshot(self, before: CatalogSnapshot | None = None) -> CatalogSnapshot:
+    def snapshot(self, before: CatalogSnapshot | None = None, *, whole: bool = False) -> CatalogSnapshot:
         """All names of the caller now. Only what changed since the snapshot `before` is read; the rest is shared.
 
-        `before` must be the caller's, of this catalog: where the database was restored meanwhile, it may not be.
+        `before` must be the caller's. `whole`: all is read, for it may be of another copy of this catalog: the database
+        may have been restored.
         """
+        before = before or CatalogSnapshot()
         with reading(self._engine) as c:
-            if before is None or read_counter(c) < before.counter:
-                before = CatalogSnapshot()
-            return before.after(changes_since(c, self._principal, before))
+            whole = whole or read_counter(c) < before.counter
+            return before.after(changes_since(c, self._principal, before, whole=whole))
 
 
 def _refuse_taken(c: sa.Connection, name: str, adapter_id: int, version: int) -> None:

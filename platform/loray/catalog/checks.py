@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -28,6 +29,14 @@ def check_alias(alias: str) -> None:
 
 def check_job_id(job_id: str) -> None:
     _check(JobId, job_id, "job id", "letters, digits, '.', '_' and '-', at most 128")
+
+
+def parse_tags(given: Sequence[str]) -> dict[str, str | None]:
+    """`KEY=VALUE` → the value; `KEY` → None, which is any value. Raises SpecError."""
+    tags = {key: value if equals else None for key, equals, value in (tag.partition("=") for tag in given)}
+    if "" in tags:
+        raise SpecError("a tag is KEY or KEY=VALUE, and its key is not empty")
+    return tags
 
 
 def _check(kind: Any, value: str, what: str, rule: str) -> None:

@@ -97,7 +97,7 @@ adapters = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("name", String(96), nullable=False, unique=True),
-    Column("tenant", String(32), nullable=False, server_default="default", index=True),
+    Column("tenant", String(32), nullable=False, server_default="default"),
     Column("visibility", String(16), nullable=False, server_default="private"),
     Column("changed_at", BigInteger, nullable=False, server_default="0"),
     Column("served_method", String(16)),
@@ -105,6 +105,7 @@ adapters = Table(
     Column("deleted_at", DateTime(timezone=True)),
     Column("created_at", DateTime(timezone=True), nullable=False),
     Index(None, "changed_at", "id"),
+    *(Index(None, column, "name") for column in ("tenant", "visibility", "served_method", "served_base")),
 )
 
 shares = Table(
@@ -120,6 +121,7 @@ tags = Table(
     Column("adapter_id", ForeignKey("adapters.id"), primary_key=True),
     Column("key", String(96), primary_key=True),
     Column("value", Text, nullable=False),
+    Index(None, "key", "adapter_id"),
 )
 
 versions = Table(

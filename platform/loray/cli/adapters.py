@@ -12,6 +12,7 @@ from loray.catalog import AdapterVersion
 from loray.cli import describe
 from loray.cli.lifecycle import no_gate_option, promote, restore, rm, rollback
 from loray.cli.output import Verification, console, emit, json_option, progress_bar, report
+from loray.cli.search import search
 from loray.cli.services import open_remote, open_services
 from loray.cli.share import share
 from loray.cli.transfer import pull, push
@@ -24,14 +25,14 @@ from loray.text.templates import ChatTemplate
 
 @click.group()
 def adapters() -> None:
-    """Published adapters: import, list, show, promote, roll back, share, convert and verify them.
+    """Published adapters: import, list, search, show, promote, roll back, share, convert and verify them.
 
     MODEL is `name` (its alias prod where it is set, else its newest version), `name@3` or `name@alias`; an adapter of
     another tenant than `default` is `tenant/name`.
     """
 
 
-for command in (share, promote, rollback, rm, restore, push, pull):
+for command in (search, share, promote, rollback, rm, restore, push, pull):
     adapters.add_command(command)
 
 

@@ -56,10 +56,21 @@ class CatalogClient(AccessCalls):
         return self._ask(Page[BaseResource], "GET", "/bases").items
 
     def adapters(
-        self, *, tenant: str | None = None, base: str | None = None, method: str | None = None
+        self,
+        *,
+        tenant: str | None = None,
+        base: str | None = None,
+        method: str | None = None,
+        search: str | None = None,
+        tags: Mapping[str, str | None] | None = None,
     ) -> Iterator[AdapterResource]:
-        """All adapters that exist for this key, or those of one tenant, fetched page by page."""
-        return self._pages("/adapters", Page[AdapterResource], {"tenant": tenant, "base": base, "method": method})
+        """All adapters that exist for this key, or those of one tenant, fetched page by page.
+
+        `search` is a part of the name, in any case; `tags`: key → value, None for any.
+        """
+        tag = [key if value is None else f"{key}={value}" for key, value in (tags or {}).items()]
+        params = {"tenant": tenant, "base": base, "method": method, "search": search, "tag": tag or None}
+        return self._pages("/adapters", Page[AdapterResource], params)
 
     def adapter(self, name: str) -> AdapterResource:
         return self._ask(AdapterResource, "GET", _path(name))

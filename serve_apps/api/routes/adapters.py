@@ -19,6 +19,7 @@ from loray.api.resources import (
 )
 from loray.api.uploads import Registration
 from loray.catalog import AdapterEntry, AdapterVersion, Catalog
+from loray.catalog.checks import parse_tags
 from loray.errors import AdapterNotFound
 from loray.publishing import Destination, register_stored
 from loray.serving.access import check
@@ -42,13 +43,23 @@ def create_router(services: Services) -> APIRouter:
         tenant: TenantQuery = None,
         base: Annotated[Name | None, Query(description="only adapters of this base model")] = None,
         method: Annotated[Method | None, Query(description="only adapters of this method")] = None,
+        search: Annotated[str | None, Query(max_length=96, description="part of the name, in any case")] = None,
+        tag: Annotated[tuple[str, ...], Query(max_length=8, description="`key=value`, or `key` for any value")] = (),
     ) -> Page[AdapterResource]:
         """All adapters of the own tenant, those shared with it and public ones, in the order of their names.
 
-        Filters look at the version that the bare name means.
+        `base` and `method` look at the version that the bare name means. All filters that are given must hold.
         """
-        catalog = services.catalog_of(asking)
-        found = catalog.names(limit=limit + 1, after=cursor or "", tenant=tenant, base=base, method=method)
+        catalog, tags = services.catalog_of(asking), parse_tags(tag)
+        found = catalog.names(
+            limit=limit + 1,
+            after=cursor or "",
+            tenant=tenant,
+            base=base,
+            method=method,
+            search=search,
+            tags=tags,
+        )
         names = {fingerprint: name for name, fingerprint in catalog.bases().items()}
         items = tuple(views.adapter(entry, names) for entry in found[:limit])
         return views.page(items, items[-1].name if len(found) > limit else None, request, response)

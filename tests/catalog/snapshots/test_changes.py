@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from loray.catalog import Catalog, CatalogSnapshot
 from loray.catalog.database import writing
 from loray.catalog.queries import count_change, lock, now
-from loray.catalog.schema import adapters, shares, versions
+from loray.catalog.schema import adapters, changes, shares, versions
 from loray.errors import AdapterNotFound, ConflictError
 from loray.spec import AdapterManifest
 from loray.spec.adapters import text_sha256
@@ -139,10 +139,21 @@ def test_what_changes_nothing_does_not_count(catalog: Catalog) -> None:
 
 
 def test_a_restored_catalog_is_read_again(catalog: Catalog) -> None:
-    publish(catalog, "tone", 1, 2, 3)
-    later = catalog.snapshot()
-    earlier = CatalogSnapshot(counter=later.counter + 5, names=later.names, adapters=later.adapters)
-    assert catalog.snapshot(earlier) == later
+    for name in ("tone", "dates", "gone"):
+        publish(catalog, name, 1)
+    before = catalog.snapshot()
+    with writing(catalog._engine) as c:  # as if another copy took its place: its counter is no longer this one's
+        gone = adapters.c.name == "gone"
+        c.execute(versions.delete().where(versions.c.adapter_id.in_(sa.select(adapters.c.id).where(gone))))
+        c.execute(adapters.delete().where(gone))
+        c.execute(adapters.update().where(adapters.c.name == "tone").values(visibility="public"))
+    assert catalog.snapshot(before) == before
+    after = catalog.snapshot(before, whole=True)
+    assert after == catalog.snapshot() != before
+    assert after.adapters["dates"] is before.adapters["dates"]
+    with writing(catalog._engine) as c:
+        c.execute(changes.update().values(counter=1))
+    assert catalog.snapshot(before) == catalog.snapshot()
 
 
 def test_readers_see_complete_states(catalog: Catalog, url: str) -> None:

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import sqlalchemy as sa
 
 from loray.api.status import AdapterPlacement
+from loray.catalog.database import writing
+from loray.catalog.schema import adapters, tags
+from loray.client import CatalogClient
 from tests.catalog.test_catalog import BASE, digest, publish
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
 from tests.serve_apps.api.fakes import Api
@@ -47,6 +51,33 @@ def test_pages_of_adapters(api: Api) -> None:
     assert problem(api.http.get("/adapters", params={"limit": 0}), 422)["errors"][0]["field"] == "limit"
     assert problem(api.http.get("/adapters", params={"method": "dora"}), 422)["errors"][0]["field"] == "method"
     assert api.http.get("/bases").json()["items"] == [{"name": "smollm2", "fingerprint": BASE, "projections": []}]
+
+
+def test_search_and_tags(api: Api) -> None:
+    for name in ("tone-de", "tone-en", "Tonic", "dates_de", "datesxde"):
+        publish(api.catalog, name, 1)
+    with writing(api.catalog._engine) as c:
+        ids = {row.name: row.id for row in c.execute(sa.select(adapters))}
+        found = [("tone-de", "lang", "de"), ("dates_de", "lang", "de"), ("tone-en", "lang", "en"), ("tone-de", "x", "")]
+        c.execute(tags.insert(), [{"adapter_id": ids[name], "key": key, "value": value} for name, key, value in found])
+
+    def names(**params: Any) -> list[str]:
+        return [item["name"] for item in api.http.get("/adapters", params=params).json()["items"]]
+
+    assert sorted(names(search="TON")) == ["Tonic", "tone-de", "tone-en"]
+    assert names(search="s_d") == ["dates_de"]  # no pattern of SQL
+    assert names(search="%") == []
+    assert len(names(search="")) == 5
+    assert names(tag="lang=de") == ["dates_de", "tone-de"]
+    assert names(tag="lang") == ["dates_de", "tone-de", "tone-en"]
+    assert names(tag=["lang=de", "x"]) == names(tag=["lang=de", "x="]) == ["tone-de"]
+    assert names(tag="lang=de", search="dates") == ["dates_de"]
+    page = api.http.get("/adapters", params={"tag": ["lang=de", "lang"], "limit": 1})
+    assert page.links["next"]["url"].endswith("?tag=lang%3Dde&tag=lang&limit=1&cursor=dates_de")
+    problem(api.http.get("/adapters", params={"tag": "=de"}), 422)
+    problem(api.http.get("/adapters", params={"search": "x" * 97}), 422)
+    with CatalogClient("http://test", transport=api.http._transport) as client:
+        assert [a.name for a in client.adapters(search="tone", tags={"lang": "de", "x": None})] == ["tone-de"]
 
 
 def test_an_adapter_and_its_versions(api: Api) -> None:

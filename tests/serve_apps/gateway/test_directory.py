@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from loray.errors import AdapterNotFound
+from loray.catalog.snapshots.disk import SnapshotFile
+from loray.errors import AdapterNotFound, CatalogError
 from loray.spec import OPERATOR
 from serve_apps.gateway.directory import LOOK_AGAIN_S, ModelDirectory
+from serve_apps.gateway.errors import failure_of
 from tests.serve_apps.gateway.scripted import register
 
 
@@ -27,8 +30,8 @@ class Watched:
         self.reads.append(time.monotonic())
         return self._catalog.change_counter()
 
-    def snapshot(self, before: Any = None) -> Any:
-        return self._catalog.snapshot(before)
+    def snapshot(self, before: Any = None, *, whole: bool = False) -> Any:
+        return self._catalog.snapshot(before, whole=whole)
 
     def close(self) -> None:
         pass
@@ -72,3 +75,94 @@ def test_unknown_names_in_turn_are_read_for_with_pauses(base: BaseModel, watched
     pauses = [b - a for a, b in zip(watched.reads, watched.reads[1:], strict=False)]
     assert len(pauses) == 4
     assert min(pauses) > 0.8 * LOOK_AGAIN_S  # a read begins a little later than its refresh
+
+
+class Away:
+    """A database that can be away."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self.is_away = True
+        self.reads: list[bool] = []  # whether all was read
+
+    def __call__(self) -> Any:
+        if self.is_away:
+            raise CatalogError("the database is away")
+        return self
+
+    def change_counter(self) -> int:
+        self()
+        return self._catalog.change_counter()
+
+    def snapshot(self, before: Any = None, *, whole: bool = False) -> Any:
+        self.reads.append(whole)
+        return self._catalog.snapshot(before, whole=whole)
+
+    def close(self) -> None:
+        pass
+
+
+def test_before_the_first_snapshot_no_name_is_unknown(base: BaseModel, catalog: Catalog) -> None:
+    register(catalog, "tone", base.fingerprint)
+    away = Away(catalog)
+
+    async def run() -> None:
+        directory = ModelDirectory(base, away)
+        await directory.refresh()
+        assert await directory.resolve(base.name, OPERATOR) is None
+        for name in ("tone", "nobody"):
+            with pytest.raises(CatalogError, match=r"could not be read yet \(CatalogError: the database is away\)"):
+                await directory.resolve(name, OPERATOR)
+        assert (directory.num_adapters, directory.longest_context) == (0, base.config.max_position_embeddings)
+        away.is_away = False
+        assert await directory.resolve("tone", OPERATOR) is not None
+        assert directory.num_adapters == 1
+        directory.close()
+
+    asyncio.run(run())
+    assert failure_of(CatalogError("away")).status == 503
+
+
+def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
+    base: BaseModel, catalog: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    register(catalog, "tone", base.fingerprint, context_length=4096)
+    kept, away = SnapshotFile(tmp_path / "snapshot", "sqlite:///somewhere"), Away(catalog)
+
+    async def first() -> None:
+        away.is_away = False
+        directory = ModelDirectory(base, away, kept)
+        watching = asyncio.create_task(directory.watch())
+        while not kept.path.exists():
+            await asyncio.sleep(0.01)
+        watching.cancel()
+        directory.close()
+
+    async def second() -> None:
+        away.is_away = True
+        directory = ModelDirectory(base, away, kept)
+        await directory.refresh()
+        ref = await directory.resolve("tone", OPERATOR)
+        assert ref is not None
+        assert (ref.label, directory.longest_context, directory.num_adapters) == ("tone@1", 4096, 1)
+        assert directory.failure is not None
+        assert 0 < directory.age_s < 600
+        with pytest.raises(AdapterNotFound, match="nobody"):
+            await directory.resolve("nobody", OPERATOR)
+        register(catalog, "tone", base.fingerprint)
+        away.is_away, away.reads = False, []
+        await directory.refresh()
+        for _ in range(2):
+            await directory.refresh()
+        ref = await directory.resolve("tone", OPERATOR)
+        assert ref is not None
+        assert (ref.label, directory.failure) == ("tone@2", None)
+        assert away.reads == [True]  # what was on disk was compared with all of the database
+        register(catalog, "tone", base.fingerprint)
+        await directory.refresh()
+        assert away.reads == [True, False]
+        directory.close()
+
+    asyncio.run(first())
+    asyncio.run(second())
+    assert "kept on disk" in caplog.text

@@ -17,15 +17,21 @@ _LAST_ID = 2**31 - 1  # what the column holds
 _PAGE = 500  # adapters that are read at once: drivers hold Python's lock while they make the rows of a result
 
 
-def changes_since(c: sa.Connection, principal: Principal, before: CatalogSnapshot) -> Changes:
+def changes_since(c: sa.Connection, principal: Principal, before: CatalogSnapshot, *, whole: bool = False) -> Changes:
     """What changed for the caller since the snapshot was taken; all its names where that is empty.
 
-    A row of `adapters` is deleted only long after it was marked as deleted, so no name leaves unseen.
+    A row of `adapters` is deleted only long after it was marked as deleted, so no name leaves unseen. `whole` compares
+    everything, also with a snapshot of another copy of the catalog.
     """
-    found: dict[int, AdapterEntry | None] = {}
-    for ids in _changed(c, before.counter):
-        found |= dict.fromkeys(ids)
-        found |= dict(load_entries(c, principal, adapters.c.id.in_(ids)))
+    found: dict[int, AdapterEntry | None] = dict.fromkeys(before.names) if whole else {}
+    for ids in _changed(c, -1 if whole else before.counter):
+        entries = dict(load_entries(c, principal, adapters.c.id.in_(ids)))
+        for adapter_id in ids:
+            entry = entries.get(adapter_id)
+            if whole and entry is not None and before.adapter(adapter_id) == entry:
+                del found[adapter_id]
+            else:
+                found[adapter_id] = entry
     return Changes(
         counter=read_counter(c),
         bases={row.name: row.fingerprint for row in c.execute(sa.select(bases))},

@@ -82,6 +82,10 @@ class CatalogSnapshot:
             totals=_totals(self.totals, before, now),
         )
 
+    def adapter(self, adapter_id: int) -> AdapterEntry | None:
+        name = self.names.find(adapter_id)
+        return None if name is None else self.adapters[name]
+
     def find(self, model: str, principal: Principal = OPERATOR) -> AdapterRef | None:
         """`name`, `name@3` or `name@alias` → the version; None where there is none for this caller."""
         name, selector = split_model(model)

@@ -91,10 +91,11 @@ def _change_adapters() -> None:
     op.add_column("adapters", sa.Column("visibility", sa.String(16), nullable=False, server_default="private"))
     op.add_column("adapters", sa.Column("changed_at", sa.BigInteger, nullable=False, server_default="0"))
     op.add_column("adapters", sa.Column("deleted_at", _TIME))
-    op.create_index("ix_adapters_tenant", "adapters", ["tenant"])
     op.create_index("ix_adapters_changed_at_id", "adapters", ["changed_at", "id"])
     op.add_column("adapters", sa.Column("served_method", sa.String(16)))
     op.add_column("adapters", sa.Column("served_base", sa.String(64)))
+    for column in ("tenant", "visibility", "served_method", "served_base"):
+        op.create_index(f"ix_adapters_{column}_name", "adapters", [column, "name"])
     op.execute(_SERVED.format(target="served_method", column="method"))
     op.execute(_SERVED.format(target="served_base", column="base_fingerprint"))
     op.create_table(
@@ -112,6 +113,7 @@ def _change_adapters() -> None:
         sa.PrimaryKeyConstraint("adapter_id", "key", name="pk_tags"),
         sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_tags_adapter_id"),
     )
+    op.create_index("ix_tags_key_adapter_id", "tags", ["key", "adapter_id"])
 
 
 def _create_usage() -> None:
