@@ -10,11 +10,11 @@ import click
 from loray.bases.registry import base_with, get_base
 from loray.catalog import AdapterVersion
 from loray.cli import describe
+from loray.cli.access.share import share
 from loray.cli.lifecycle import no_gate_option, promote, restore, rm, rollback
 from loray.cli.output import Verification, console, emit, json_option, progress_bar, report
 from loray.cli.search import search
 from loray.cli.services import open_remote, open_services
-from loray.cli.share import share
 from loray.cli.transfer import pull, push
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import Destination, base_of, import_folder
