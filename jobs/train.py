@@ -119,7 +119,7 @@ def publish_latest(recipe: Recipe, settings: Settings, emit: Emit, *, tenant: st
 
 
 def _publish(
-    result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit, tenant: str
+    result: Result, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit, tenant: str = DEFAULT_TENANT
 ) -> PublishedEvent:
     try:
         return publish_best(result, run, recipe, settings, emit, tenant=tenant)

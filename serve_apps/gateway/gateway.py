@@ -20,7 +20,7 @@ from loray.api.openai.structured import Given
 from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import max_model_len, pool_geometry
 from loray.errors import EngineError, RequestError
-from loray.serving.access import check_model, share_of
+from loray.serving.access import share_of
 from loray.serving.quotas import allowed_priority
 from loray.spec import AdapterRef, GenerateRequest, Principal, ServeSpec, cache_salt
 from loray.text.bad_words import bad_word_ids
@@ -146,7 +146,6 @@ class Gateway:
         """What a name means for this caller: the adapter, or None for the base; and the largest number of tokens of a
         request for it. Raises PermissionDenied where its key is for other models.
         """
-        check_model(principal, name)
         adapter = await self.directory.resolve(name, principal)
         config = self.directory.base.config
         return adapter, self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)

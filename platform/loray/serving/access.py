@@ -6,10 +6,10 @@ Plain rules without HTTP and database. The routes of both APIs have their action
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from loray.errors import PermissionDenied, Unauthenticated
-from loray.spec import DEFAULT_TENANT, Principal, Scope, Visibility, qualified_name
+from loray.spec import DEFAULT_TENANT, Principal, Scope, qualified_name
 
 Action = Literal["open", "identify", "infer", "read", "publish", "promote", "train", "audit", "observe", "manage"]
 
@@ -31,17 +31,9 @@ NO_KEY = (
 _WRITES: frozenset[Action] = frozenset({"publish", "promote", "train", "manage"})
 
 
-class Resource(NamedTuple):
-    """What an action is about: whose it is, and who else sees it."""
-
-    tenant: str
-    visibility: Visibility = "private"
-    shared_with: frozenset[str] = frozenset()
-
-
-def check(principal: Principal | None, action: Action, resource: Resource | None = None) -> None:
+def check(principal: Principal | None, action: Action, owner: str | None = None) -> None:
     """Raises Unauthenticated without a principal, PermissionDenied where its scopes do not allow the action, or where
-    it would change what belongs to another tenant. Whether it sees the resource is another question: `sees`.
+    it would change what belongs to `owner`, another tenant. What exists for it, `catalog.queries.visible` says.
     """
     if action == "open":
         return
@@ -53,15 +45,8 @@ def check(principal: Principal | None, action: Action, resource: Resource | None
     if not principal.scopes & allowed:
         needed = " or ".join(sorted(allowed | {"admin"}))
         raise PermissionDenied(f"this needs a key with the scope {needed}, and this key has {_listed(principal)}")
-    if resource is not None and action in _WRITES and resource.tenant != principal.tenant:
+    if owner is not None and action in _WRITES and owner != principal.tenant:
         raise PermissionDenied(f"it belongs to another tenant than {principal.tenant}, which may not change it")
-
-
-def sees(principal: Principal, resource: Resource) -> bool:
-    """Whether the resource exists for the principal."""
-    if principal.is_admin or resource.tenant == principal.tenant or resource.visibility == "public":
-        return True
-    return resource.visibility == "shared" and principal.tenant in resource.shared_with
 
 
 def check_model(principal: Principal, model: str) -> None:

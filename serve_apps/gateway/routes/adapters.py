@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse, Response
 from loray.api.openai.body import Body
 from loray.api.openai.vllm.adapters import LoadLoraRequest, UnloadLoraRequest
 from loray.errors import RequestError, shown
-from loray.serving.access import Resource, check
+from loray.serving.access import check
 from serve_apps.access import principal_of
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.routes.bodies import body_of
@@ -28,7 +28,7 @@ def create_router(gateway: Gateway) -> APIRouter:
         adapter, _ = await gateway.model(name, principal)
         if adapter is None:
             raise RequestError(f"{name!r} is the base model, not an adapter", "lora_name")
-        check(principal, "publish", Resource(gateway.directory.entry(adapter).tenant))
+        check(principal, "publish", gateway.directory.entry(adapter).tenant)
 
     @router.post("/v1/load_lora_adapter")
     async def load_lora_adapter(request: Request) -> Response:
