@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from jobs.submission.tracker import RayJob
 from loray.api.status import AdapterPlacement
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.publishing.uploads import Uploads
 from loray.recipes.load import load_recipe
 from loray.spec import Principal, Projection
 from tests.catalog.test_catalog import manifest
@@ -27,7 +29,8 @@ from tests.serve_apps.gateway.scripted import REPLICA, ScriptedEngines, delta, g
 from tests.serve_apps.isolation.table import API, GATEWAY, Route, Thing
 
 SCOPES = ("infer", "publish", "promote", "train")
-SECRET = Thing("acme", "vault-9", "hush", "c0ffee" * 10 + "beef", "job-zq7", "key-zq7")
+_UPLOAD = hashlib.sha256(b"uploads/acme\0zq").hexdigest()[:32]  # as `Uploads.begin` makes it of a key
+SECRET = Thing("acme", "vault-9", "hush", "c0ffee" * 10 + "beef", "job-zq7", "key-zq7", _UPLOAD)
 # Words of acme that no request has.
 UNSAID = ("zq-words", "zq-data", "5a5a5a5a")
 _PAIR = Projection(key=77, rank=8, max_in=8, max_out=8, sha256="5a" * 32)
@@ -54,9 +57,10 @@ class Application:
 
     def ask(self, name: str, thing: Thing, key: str | None) -> httpx.Response:
         route, (method, path) = self.table[name], name.split(" ")
-        path = path.replace(":path", "").format(
-            name=thing.name, alias=thing.alias, version=1, id=thing.job, model=thing.model
-        )
+        words = {"name": thing.name, "alias": thing.alias, "version": 1, "id": thing.job, "model": thing.model}
+        if path.startswith("/uploads"):
+            words |= {"name": "adapter_config.json", "id": thing.upload}
+        path = path.replace(":path", "").format(**words)
         headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         options: dict[str, Any] = {"params": route.params(thing), "headers": headers, **route.fields(thing)}
         return self.client.request(method, path.lstrip("/") if self.table is API else path, **options)
@@ -113,6 +117,7 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
     )
     acme.note_upload(SECRET.digest)
     acme.register(SECRET.name, SECRET.digest, described, [SECRET.alias])
+    assert Uploads(fakes.services.store, "acme").begin("zq") == SECRET.upload
     recipe = load_recipe("lora_smollm2").spec
     recipe = recipe.model_copy(
         update={"name": SECRET.name, "data": recipe.data.model_copy(update={"train": "zq-data"})}

@@ -20,6 +20,7 @@ class Thing(NamedTuple):
     digest: str = "f" * 64
     job: str = "job-nope"
     key: str = "key-nope"
+    upload: str = "0" * 32
 
     @property
     def model(self) -> str:
@@ -105,6 +106,11 @@ API: dict[str, Route] = _DOCUMENTS | {
     f"GET {_VERSION}": Route(ANY, query=_OF),
     f"DELETE {_VERSION}": Route(PUBLISH, query=_OF),
     f"POST {_VERSION}/restore": Route(PUBLISH, query=_OF),
+    f"GET {_VERSION}/download": Route(ANY, query=_OF),
+    "POST /uploads": Route(PUBLISH),
+    "GET /uploads/{id}": Route(PUBLISH),
+    "PUT /uploads/{id}/files/{name}": Route(PUBLISH, {}),
+    "DELETE /uploads/{id}": Route(PUBLISH),
     f"GET {_NAME}/placement": Route(ANY, query=_OF),
     f"GET {_NAME}/aliases": Route(ANY, query=_OF),
     f"GET {_ALIAS}": Route(ANY, query=_OF),
@@ -118,11 +124,6 @@ API: dict[str, Route] = _DOCUMENTS | {
     "GET /jobs/{id}": Route(TRAIN),
     "GET /jobs/{id}/logs": Route(TRAIN),
     "POST /jobs/{id}/stop": Route(TRAIN),
-    f"GET {_VERSION}/download": Route(ANY, query=_OF),
-    "POST /uploads": Route(PUBLISH, {"name": "{name}"}),
-    "GET /uploads/{id}": Route(PUBLISH),
-    "PUT /uploads/{id}/files/{name}": Route(PUBLISH),
-    "DELETE /uploads/{id}": Route(PUBLISH),
     "POST /keys": Route(NOBODY, {"key_alias": "ci"}),
     "GET /keys": Route(NOBODY, query=_OF),
     "GET /keys/self": Route(ANY),
