@@ -32,7 +32,7 @@ from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cl
 from loray.locations import S3Location, parse_location
 from loray.settings import Settings
 from tests.cluster import free_port
-from tests.infra.manifests import cluster_spec, data, environment, the
+from tests.infra.manifests import cluster_spec, data, development_key, environment, the
 from tests.postgres import Postgres
 from tests.s3 import S3Server
 from tests.tiny import write_checkpoint
@@ -137,7 +137,8 @@ def test_the_service_s_config_serves_what_the_job_published(laptop: Laptop, publ
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     laptop.ray("ray.serve.scripts", "deploy", "config.yaml", "--address", laptop.cluster.address, cwd=tmp_path)
 
-    with httpx.Client(base_url=f"http://127.0.0.1:{config['http_options']['port']}", timeout=60) as client:
+    url, key = f"http://127.0.0.1:{config['http_options']['port']}", {"Authorization": f"Bearer {development_key()}"}
+    with httpx.Client(base_url=url, headers=key, timeout=60) as client:
         deadline = time.monotonic() + DEADLINE_S
         while not answers(client):
             state = laptop.ray("ray.serve.scripts", "status", "--address", laptop.cluster.address, cwd=tmp_path)
@@ -150,6 +151,8 @@ def test_the_service_s_config_serves_what_the_job_published(laptop: Laptop, publ
             answer = client.post("/v1/completions", json=body | {"model": model})
             assert answer.status_code == 200, answer.text
             assert answer.json()["usage"]["completion_tokens"] == 4
+        for path in ("/v1/models", "/api/v1/adapters", "/metrics"):
+            assert httpx.get(url + path, timeout=60).status_code == 401
         known = client.get(f"/api/v1/adapters/{published}")
         assert known.status_code == 200, known.text
 

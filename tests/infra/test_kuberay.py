@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 import shlex
@@ -25,6 +26,7 @@ from tests.infra.manifests import (
     Pod,
     cluster_spec,
     data,
+    development_key,
     environment,
     is_our_image,
     pods,
@@ -79,6 +81,7 @@ def test_ray_runs_with_settings_that_loray_accepts(folder: str) -> None:
         (container,) = group["template"]["spec"]["containers"]
         settings = Settings.from_env(environment(container, folder))
         assert not settings.is_local
+        assert settings.key_hashes  # without a key nobody could ask a server that others reach
         assert re.fullmatch(r"postgresql\+psycopg://\w+:[\w-]+@[\w.]+:5432/loray", settings.catalog)
 
 
@@ -272,3 +275,14 @@ def test_the_development_store_is_where_loray_looks() -> None:
         assert [p["port"] for p in services[name]["ports"]] == [int(number)]
         (pod,) = (p for p in pods(folder) if services[name]["selector"].items() <= p.labels.items())
         assert pod.containers[0]["ports"][0]["containerPort"] == int(number)
+
+
+def test_the_development_key_is_what_its_secret_takes() -> None:
+    sha256 = data("Secret", "loray", "overlays/cpu-dev")["LORAY_API_KEYS_SHA256"]
+    assert hashlib.sha256(development_key().encode()).hexdigest() == sha256
+
+
+def test_prometheus_sends_a_key() -> None:
+    documents = yaml.safe_load_all((REPOSITORY / "infra/observability/scrape.yaml").read_text())
+    (scraping,) = (document for document in documents if document["kind"] == "ScrapeConfig")
+    assert scraping["spec"]["authorization"]["credentials"]["name"] == "loray-metrics"
