@@ -110,6 +110,27 @@ def test_tokens_stay_within_the_bound(num_gateways: int, limit: int, kind: str, 
     all_.check(limit, num_gateways * largest, refills=kind == "tpm_limit")
 
 
+@given(st.integers(2, 4), st.integers(1, 12), _STEPS)
+def test_requests_at_once_stay_within_the_bound(num_gateways: int, limit: int, steps: list[tuple[str, int]]) -> None:
+    all_ = Deployment(num_gateways, max_parallel_requests=limit)
+    running: list[Reservation] = []
+    for step, number in steps:
+        if step == "ask":
+            reservation = all_.ask(number % num_gateways)
+            running += [] if reservation is None else [reservation]
+        elif step == "wait" and running:
+            running.pop(number % len(running)).settle(1, all_.now)
+        elif step != "wait":
+            getattr(all_, step)(number % num_gateways)
+        assert len(running) <= limit + num_gateways
+    for reservation in running:
+        reservation.settle(1, all_.now)
+    for _ in range(3):
+        for gateway in range(num_gateways):
+            all_.exchange(gateway)
+    assert sum(all_.ask(gateway) is not None for gateway in range(num_gateways) for _ in range(limit)) >= 1
+
+
 @pytest.mark.parametrize("num_gateways", [2, 8])
 @pytest.mark.parametrize("spread", ["uneven", "one"])
 def test_a_limit_is_used_within_five_per_cent(num_gateways: int, spread: str) -> None:
