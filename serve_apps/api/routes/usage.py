@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from loray.api.resources import Page
 from loray.api.usage import UsageResource
-from loray.spec import TenantName, UsageGroup
+from loray.spec import QualifiedName, TenantName, UsageGroup
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.services import Asking, Limit, Services
@@ -18,6 +18,7 @@ _Groups = Annotated[
     list[UsageGroup], Query(description="`tenant`, `key`, `model` (an adapter or a base), `day` in UTC; none: one sum")
 ]
 _MOST = 10**9
+_KEY_ID = r"^[A-Za-z0-9_-]{1,32}$"
 
 
 def create_router(services: Services) -> APIRouter:
@@ -32,8 +33,8 @@ def create_router(services: Services) -> APIRouter:
         cursor: Annotated[int, Query(ge=0, le=_MOST, description="`next` of the page before")] = 0,
         group_by: _Groups = [],  # noqa: B006 - FastAPI copies it
         tenant: Annotated[TenantName | None, Query(description="for administrators; others have their own")] = None,
-        key_id: Annotated[str | None, Query(max_length=32, description="only this key's requests")] = None,
-        model: Annotated[str | None, Query(max_length=200, description="only requests to this model")] = None,
+        key_id: Annotated[str | None, Query(pattern=_KEY_ID, description="only this key's requests")] = None,
+        model: Annotated[QualifiedName | None, Query(description="only requests to this model")] = None,
         since: Annotated[datetime | None, Query(description="requests that ended then or later")] = None,
         until: Annotated[datetime | None, Query(description="requests that ended before")] = None,
     ) -> Page[UsageResource]:

@@ -43,11 +43,13 @@ def test_an_administrator_sees_all(used: Api) -> None:
     assert rows(used, group_by="tenant") == [("acme", None, 2, 20), ("other", None, 1, 10)]
     assert rows(used, tenant="acme", group_by=["key", "tenant"]) == [("acme", "k1", 1, 10), ("acme", "k2", 1, 10)]
     assert rows(used, since="2999-01-01") == [(None, None, 0, 0)]
+    problem(used.http.get("/usage", params={"since": "0001-01-01T00:00:00+09:00"}), 422)
+    assert rows(used, since="0001-01-01T00:00:00", until="9999-12-31T23:59:59") == [(None, None, 3, 30)]
     first = used.http.get("/usage", params={"group_by": "tenant", "limit": 1})
     second = used.http.get(f"http://test{first.links['next']['url']}").json()
     assert [row["tenant"] for row in second["items"]] == ["other"]
     assert second["next"] is None
-    for wrong in ({"group_by": "hour"}, {"since": "yesterday"}, {"cursor": "-1"}):
+    for wrong in ({"group_by": "hour"}, {"since": "yesterday"}, {"cursor": "-1"}, {"key_id": "a\0"}, {"model": "\0"}):
         problem(used.http.get("/usage", params=wrong), 422)
 
 

@@ -102,8 +102,11 @@ class Usage(Database):
 
 
 def _utc(value: datetime) -> datetime:
-    """SQLite stores times without their zone."""
-    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    """SQLite stores times without their zone. Raises SpecError."""
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError as e:  # in UTC it is before the year 1, or after 9999
+        raise SpecError(f"{value.isoformat()} is out of range") from e
 
 
 def _row(row: Any) -> UsageRow:
