@@ -15,7 +15,7 @@ from alembic.config import Config
 
 import loray.catalog
 from loray.catalog import Catalog
-from loray.catalog.database import HEAD, open_database, writing
+from loray.catalog.database import HEAD, open_database, reading, writing
 from loray.catalog.schema import metadata
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
 from loray.spec import Evaluation
@@ -165,6 +165,30 @@ def test_a_failure_inside_changes_nothing(catalog: Catalog, monkeypatch: pytest.
         with pytest.raises(RuntimeError, match="killed"):
             write()
     assert catalog.snapshot() == before
+
+
+def test_statements_and_connections_of_postgresql_have_limits(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_database(postgres.new_database())
+    with reading(engine) as c:
+        assert c.exec_driver_sql("SHOW statement_timeout").scalar() == "15s"
+        parameters = c.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
+        assert (parameters["keepalives_idle"], parameters["tcp_user_timeout"]) == ("10", "25000")
+    with writing(engine) as c:
+        shown = {name: c.exec_driver_sql(f"SHOW {name}").scalar() for name in ("statement_timeout", "lock_timeout")}
+        assert shown == {"statement_timeout": "45s", "lock_timeout": "30s"}
+    monkeypatch.setattr("loray.catalog.database._READ_TIMEOUT_MS", 20)
+    with pytest.raises(CatalogError, match="statement timeout"), reading(engine) as c:
+        c.exec_driver_sql("SELECT pg_sleep(60)")
+    with engine.connect() as c:  # the session's own limits are as they were
+        assert c.exec_driver_sql("SHOW statement_timeout").scalar() == "0"
+    engine.dispose()
+    url = f"{postgres.new_database()}?tcp_user_timeout=7000"
+    engine = open_database(url)
+    with reading(engine) as c:
+        assert c.connection.driver_connection.info.get_parameters()["tcp_user_timeout"] == "7000"  # type: ignore[union-attr]
+    engine.dispose()
 
 
 def test_a_later_catalog_is_refused(url: str) -> None:

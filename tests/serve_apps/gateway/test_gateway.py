@@ -165,6 +165,30 @@ def test_models(client_of: Any, base: BaseModel, catalog: Catalog) -> None:
         assert error_of(client.get("/v1/models/nobody"), 404)["code"] == "model_not_found"
 
 
+def test_pages_of_models(client_of: Any, base: BaseModel, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_apps.gateway.models._AT_ONCE", 2)
+    names = [base.name, *sorted(f"{first}{i}" for first in "az" for i in range(3))]
+    for name in names[1:]:
+        register(catalog, name, base.fingerprint)
+    register(catalog, "b-other", "f" * 64)
+    with client_of(ScriptedEngines(HELLO)) as client:
+        whole = client.get("/v1/models").json()
+        assert [m["id"] for m in whole["data"]] == names
+        assert (whole["first_id"], whole["last_id"], whole["has_more"]) == (base.name, "z2", False)
+        for limit in (1, 2, 3, 7):
+            found, after, has_more = [], None, True
+            while has_more:
+                params = {"limit": limit} | ({} if after is None else {"after": after})
+                page = client.get("/v1/models", params=params).json()
+                assert len(page["data"]) <= limit
+                found += [m["id"] for m in page["data"]]
+                after, has_more = page["last_id"], page["has_more"]
+            assert found == names
+        beyond = client.get("/v1/models", params={"after": "zz"}).json()
+        assert beyond == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+        assert error_of(client.get("/v1/models", params={"limit": 0}), 400)["param"] == "limit"
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_unknown_model(client_of: Any, base: BaseModel, catalog: Catalog, path: str) -> None:
     register(catalog, "tone", base.fingerprint)

@@ -1,1 +1,1 @@
-"""`loray keys` and `loray tenants`: who may use a deployment."""
+"""`loray keys`, `loray tenants` and `loray adapters share`: who may use a deployment, and what of it."""
