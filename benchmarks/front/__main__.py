@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import click
 
 from benchmarks import workers
+from benchmarks.front.keys import line as key_line
+from benchmarks.front.keys import measure as measure_keys
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving.figures.rows import quantile
@@ -82,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> list[Front]:
             f"≥ {_TARGETS['tokens_per_s']:,.0f} tokens/s, ≤ {_TARGETS['us_per_token']:g} µs, p50 < "
             f"{_TARGETS['p50_ms']:g} ms: {'met' if front.is_met else 'MISSED'}"
         )
-    write_json(args.json, {"machine": dict(described), "rows": [front._asdict() for front in found]})
+    cost = measure_keys()
+    click.echo(key_line(cost))
+    rows = [front._asdict() for front in found]
+    write_json(args.json, {"machine": dict(described), "rows": rows, "keys": cost._asdict()})
     return found
 
 
