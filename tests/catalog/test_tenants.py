@@ -207,7 +207,7 @@ def test_evaluations_and_pairs_stay_with_their_tenant(catalog: Catalog, acme: Ca
     with pytest.raises(AdapterNotFound):
         beta.record_evaluations(digest(2), [MEASURED])
     catalog.record_evaluations(digest(1), [MEASURED])  # an administrator, for whoever has it
-    assert len(acme.evaluations(digest(1))), len(beta.evaluations(digest(1))) == (2, 1)
+    assert (len(acme.evaluations(digest(1))), len(beta.evaluations(digest(1)))) == (2, 1)
     for view, number, key in ((beta, 11, 5), (acme, 12, 6), (acme, 13, 5), (catalog, 14, 0)):
         view.note_upload(digest(number))
         view.register("vera", digest(number), vera_manifest(number, key=key))
