@@ -46,9 +46,13 @@ class AdapterStore:
         for name, sha256 in sorted(manifest.files.items()):
             self._put_blob(sha256, folder / name)
         digest = hashlib.sha256(canonical).hexdigest()
-        if not self.objects.put_if_absent(_manifest_key(digest), canonical) and self._manifest_bytes(digest) is None:
-            self.objects.delete(_manifest_key(digest))
-            self.objects.put_if_absent(_manifest_key(digest), canonical)
+        key = _manifest_key(digest)
+        if not self.objects.put_if_absent(key, canonical):
+            stored = self.object_sha256(key)
+            if stored not in (digest, None):
+                self.objects.delete(key)
+            if stored != digest:
+                self.objects.put_if_absent(key, canonical)
         return digest
 
     def manifest(self, digest: str) -> AdapterManifest:
@@ -140,13 +144,12 @@ class AdapterStore:
         key = _blob_key(sha256)
         if self.objects.put_if_absent(key, path):
             return
-        with tempfile.TemporaryDirectory(prefix="loray-put-") as scratch:
-            stored = Path(scratch) / "blob"
-            self.objects.get_to(key, stored)
-            if file_sha256(stored) == sha256:
-                return
-        log.warning("blob %s in the store was damaged; replacing it by %s", sha256[:12], path.name)
-        self.objects.delete(key)
+        stored = self.object_sha256(key)
+        if stored == sha256:
+            return
+        if stored is not None:  # otherwise it was garbage, and has just been collected
+            log.warning("blob %s in the store was damaged; replacing it by %s", sha256[:12], path.name)
+            self.objects.delete(key)
         self.objects.put_if_absent(key, path)
 
     def _get_blob(self, digest: str, name: str, sha256: str, path: Path) -> None:
