@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,8 +40,8 @@ class Place(Protocol):
     def is_whole(self) -> bool:
         """Whether all processes run, those that were killed replaced."""
 
-    def private_files(self) -> set[str]:
-        """The files and sockets of this server alone."""
+    def private_files(self) -> Counter[str]:
+        """The files and sockets of this server alone, without the numbers in their names."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Alone:
     def is_whole(self) -> bool:
         return True
 
-    def private_files(self) -> set[str]:
+    def private_files(self) -> Counter[str]:
         return _files(self.served.settings.home)
 
 
@@ -111,8 +113,8 @@ class Cluster:
         except (httpx.HTTPError, ValueError):
             return False
 
-    def private_files(self) -> set[str]:
-        return _files(Path(f"{self.ray.local.temp_dir}-http")) | _files(self.ray.home)
+    def private_files(self) -> Counter[str]:
+        return _files(Path(f"{self.ray.local.temp_dir}-http")) + _files(self.ray.home)
 
     def _running(self, kind: str) -> dict[str, int]:
         applications: dict[str, Any] = ServeApi(self.ray.address)._details()["applications"]
@@ -124,13 +126,13 @@ def _held(_: object, *, emptied: bool) -> Held:
     return spy.held(emptied=emptied)
 
 
-def _files(folder: Path) -> set[str]:
+def _files(folder: Path) -> Counter[str]:
     """Logs and what a catalog's database writes beside itself are no leftovers."""
-    return {
-        str(p.relative_to(folder))
+    return Counter(
+        re.sub(r"[0-9a-f]{8,}|[0-9]+", "*", str(p.relative_to(folder)))
         for p in folder.rglob("*")
         if not p.is_dir() and not p.name.endswith((".log", ".err", ".out", "-wal", "-shm", "-journal"))
-    }
+    )
 
 
 def wait_until_whole(place: Place) -> None:
