@@ -131,7 +131,10 @@ class AdapterEntry:
     @property
     def default(self) -> AdapterRef:
         """The version that a name without a selector means: DEFAULT_ALIAS where it is set, else the newest version."""
-        return self.find(DEFAULT_ALIAS) or self.refs[-1]
+        for alias, version in self.pointers:
+            if alias == DEFAULT_ALIAS:
+                return self._version(version) or self.refs[-1]
+        return self.refs[-1]
 
     def find(self, selector: str | None) -> AdapterRef | None:
         """The version of this number or alias; None where there is none."""
@@ -139,7 +142,10 @@ class AdapterEntry:
             return self.default
         if _is_number(selector):
             return self._version(int(selector))
-        return next((self._version(version) for alias, version in self.pointers if alias == selector), None)
+        for alias, version in self.pointers:
+            if alias == selector:
+                return self._version(version)
+        return None
 
     def select(self, selector: str | None) -> AdapterRef:
         """The version of this number or alias. Raises AdapterNotFound, which lists those that exist."""
@@ -154,6 +160,8 @@ class AdapterEntry:
         raise AdapterNotFound(f"adapter {self.name!r} has no alias {shown(selector or '')}; its aliases: {known}")
 
     def _version(self, version: int) -> AdapterRef | None:
+        if self.refs[-1].version == version:
+            return self.refs[-1]
         at = bisect.bisect_left(self.refs, version, key=lambda ref: ref.version)
         return self.refs[at] if at < len(self.refs) and self.refs[at].version == version else None
 

@@ -164,9 +164,9 @@ def meanings(name: str, tenant: str) -> tuple[str, ...]:
     """The catalog's names that `name` may stand for when a caller of `tenant` uses it; the first one that exists for
     the caller is meant. A bare name is the own tenant's, then the default tenant's.
     """
-    owner, bare = split_qualified(name)
-    if owner is not None:
-        return (name,) if "/" in bare else (qualified_name(owner, bare),)
+    owner, slash, bare = name.partition("/")
+    if slash:
+        return (bare,) if owner == DEFAULT_TENANT and "/" not in bare else (name,)
     return (name,) if tenant == DEFAULT_TENANT else (qualified_name(tenant, name), name)
 
 

@@ -88,9 +88,9 @@ class CatalogSnapshot:
 
     def find(self, model: str, principal: Principal = OPERATOR) -> AdapterRef | None:
         """`name`, `name@3` or `name@alias` → the version; None where there is none for this caller."""
-        name, selector = split_model(model)
+        name, at, selector = model.partition("@")
         entry = self._find(name, principal)
-        return None if entry is None else entry.find(selector)
+        return None if entry is None else entry.find(selector if at else None)
 
     def resolve(self, model: str, principal: Principal = OPERATOR) -> AdapterRef:
         """`name`, `name@3` or `name@alias` → the version. Raises AdapterNotFound, which suggests similar names."""
