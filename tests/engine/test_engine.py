@@ -164,7 +164,7 @@ def test_requests_that_can_never_run_are_refused(base: BaseModel, adapters: list
         engine.add(request("a", []))
     with pytest.raises(RequestError, match="vocabulary of 320"):
         engine.add(request("a", [320]))
-    other = replace(adapters[0], ref=adapters[0].ref.model_copy(update={"base_fingerprint": "f" * 64}))
+    other = replace(adapters[0], ref=replace(adapters[0].ref, base_fingerprint="f" * 64))
     with pytest.raises(BaseMismatch, match="another base"):
         engine.add(request("a", ids(4), other))
     engine.add(request("a", ids(4)))

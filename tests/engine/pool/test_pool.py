@@ -77,8 +77,8 @@ def test_those_who_come_together_share_afterwards(base: BaseModel) -> None:
 
 def test_adapters_and_their_versions_share_nothing(base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
     v1 = adapters["r2"]
-    v2 = replace(v1, ref=v1.ref.model_copy(update={"digest": "2" * 64, "version": 2}))
-    renamed = replace(v1, ref=v1.ref.model_copy(update={"name": "another"}))
+    v2 = replace(v1, ref=replace(v1.ref, digest="2" * 64, version=2))
+    renamed = replace(v1, ref=replace(v1.ref, name="another"))
     engine = make_engine(base, [*adapters.values(), v2])
     for i, adapter in enumerate([None, *adapters.values(), v2]):
         outputs_of(engine, request(str(i), ids(40), adapter, max_tokens=2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from loray.engine.stats.histogram import Histogram
@@ -25,7 +27,7 @@ def test_uses_outlive_the_adapter_and_go_on_when_it_comes_back() -> None:
     log.request_ended(a, 30)
     log.dropped(a)
     assert log.get(a.digest) == AdapterUsage(a, last_used_at=2.0, num_uses=1, num_tokens=30)
-    renamed = a.model_copy(update={"name": "b"})
+    renamed = replace(a, name="b")
     log.request_came(renamed)
     log.request_ended(renamed, 5)
     assert log.get(a.digest) == AdapterUsage(renamed, last_used_at=4.0, num_uses=2, num_tokens=35)

@@ -53,7 +53,7 @@ def client(
 ) -> Iterator[TestClient]:
     url = catalog_url(tmp_path_factory.mktemp("catalog"))
     version = register(Catalog(url), "tone", base.fingerprint)
-    served = replace(adapter, ref=adapter.ref.model_copy(update={"digest": version.digest}))
+    served = replace(adapter, ref=replace(adapter.ref, digest=version.digest))
     engine = make_engine(base, [served], max_num_batched_tokens=16, max_num_seqs=8, num_threads=1)
     stream = EngineStream(engine)
     stream.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 
@@ -164,7 +164,7 @@ def test_memory_is_planned_by_what_the_file_has(world: World, fields: dict[str, 
     """A manifest that somebody has put into the store himself."""
     raw = json.loads((world.folder / "loray.json").read_text()) | fields
     (world.folder / "loray.json").write_text(json.dumps(raw))
-    ref = world.ref.model_copy(update={"digest": world.store.put(world.folder)})
+    ref = replace(world.ref, digest=world.store.put(world.folder))
     with pytest.raises(IntegrityError, match="its manifest says"):
         world.load(ref=ref)
     world.loader.cache.get(ref.digest)
@@ -184,7 +184,7 @@ def test_a_header_that_promises_more_than_the_store_has(world: World, monkeypatc
     raw["files"][weights.name] = file_sha256(weights)
     (world.folder / "loray.json").write_text(json.dumps(raw))
     with pytest.raises(IntegrityError, match="its header describes 1,073"):
-        world.load(ref=world.ref.model_copy(update={"digest": world.store.put(world.folder)}))
+        world.load(ref=replace(world.ref, digest=world.store.put(world.folder)))
 
 
 def test_another_pool_packs_for_itself(world: World) -> None:
@@ -213,7 +213,7 @@ def test_a_vera_adapter_keeps_the_pair_it_was_trained_with(world: World) -> None
     (world.folder / manifest.FILE).write_text(json.dumps(raw))
     digest = world.store.put(world.folder)
     with pytest.raises(IntegrityError, match="a@1: its VeRA projection is not the pair it was trained with"):
-        world.load(ref=world.ref.model_copy(update={"digest": digest}))
+        world.load(ref=replace(world.ref, digest=digest))
 
 
 def test_the_cache_is_filled_once_a_step_on_the_adapter_is_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
