@@ -50,7 +50,7 @@ def test_both_are_deployed_with_the_same_settings(tmp_path: Path) -> None:
     assert (serving["route_prefix"], catalog["route_prefix"]) == ("/", "/api/v1")
     assert catalog["import_path"] == f"{build.__module__}:{build.__name__}"
     assert serving["runtime_env"] == catalog["runtime_env"] == {"env_vars": settings.to_env()}
-    with pytest.raises(SpecError, match="takes no args, but got base"):
+    with pytest.raises(SpecError, match="base: Extra inputs are not permitted; known fields: host"):
         build({"base": "x"})
 
 

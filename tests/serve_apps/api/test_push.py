@@ -31,6 +31,7 @@ def url(api: Api) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(api.app, log_level="warning", lifespan="off"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen()  # a client that is quicker than the server waits for it
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
