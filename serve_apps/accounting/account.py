@@ -49,7 +49,7 @@ class Account:
         self.event = UsageEvent(
             request_id=self.answer_id,
             tenant=self.principal.tenant,
-            key_id=self.principal.key_id,
+            key_id=self.principal.account,
             model=self.base if first.adapter is None else first.adapter.name,
             digest=None if first.adapter is None else first.adapter.digest,
             num_prompt_tokens=num_prompt,

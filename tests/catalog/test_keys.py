@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from loray.catalog import Catalog
 from loray.catalog.database import reading
 from loray.errors import ConflictError, KeyNotFound, LorayError, SpecError
-from loray.spec import Limits
+from loray.spec import Limits, account_of
 
 
 def test_a_key_is_shown_once_and_its_hash_is_kept(catalog: Catalog) -> None:
@@ -57,6 +57,8 @@ def test_rotation(catalog: Catalog, grace: timedelta) -> None:
     secret, old = catalog.create_key("ci", scopes=("train",), limits=limits, metadata={"team": "a"})
     other, new = catalog.rotate_key(old.id, grace=grace)
     assert other != secret
+    assert (new.id, account_of(new.id)) == (f"{old.id}_2", old.id)
+    assert catalog.rotate_key(new.id).key.id == f"{old.id}_3"
     same = {"alias", "tenant", "scopes", "limits", "metadata", "models", "expires_at"}
     assert new.model_dump(include=same) == old.model_dump(include=same)
     ended = catalog.key(old.id)

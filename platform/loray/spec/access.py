@@ -70,8 +70,18 @@ class Principal(Frozen):
         """An administrator sees and does everything, in every tenant."""
         return "admin" in self.scopes
 
+    @property
+    def account(self) -> str | None:
+        """What the key's usage and limits are counted on. A rotated key keeps its account."""
+        return None if self.key_id is None else account_of(self.key_id)
+
 
 OPERATOR = Principal()  # who has the database's password, or needs no key
+
+
+def account_of(key_id: str) -> str:
+    """The id of the first key of those that were rotated into `key_id`: of `key-ab12_3` it is `key-ab12`."""
+    return key_id.partition("_")[0]
 
 
 class Tenant(Frozen):

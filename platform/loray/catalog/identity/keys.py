@@ -16,7 +16,17 @@ from loray.catalog.identity.tenants import get_tenant, tenant_of
 from loray.catalog.queries import count_change, lock, log, now, utc
 from loray.catalog.schema import changes, keys, tenants
 from loray.errors import ConflictError, KeyNotFound, SpecError
-from loray.spec import DEFAULT_TENANT, KEY_START, PREFIX_LENGTH, ApiKey, HashedKey, KeyChanges, Limits, Scope
+from loray.spec import (
+    DEFAULT_TENANT,
+    KEY_START,
+    PREFIX_LENGTH,
+    ApiKey,
+    HashedKey,
+    KeyChanges,
+    Limits,
+    Scope,
+    account_of,
+)
 
 _KEY_BYTES = 32
 _INFER: tuple[Scope, ...] = ("infer",)
@@ -86,7 +96,8 @@ class Keys(Database):
         return NewKey(secret, key)
 
     def rotate_key(self, key_id: str, *, grace: timedelta = timedelta()) -> NewKey:
-        """Replace a key by a new one with the same alias, scopes and limits. The old one goes on for `grace`.
+        """Replace a key by a new one with the same alias, scopes and limits, whose usage is counted on with the old
+        one's. The old one goes on for `grace`.
 
         Raises KeyNotFound, and ConflictError where the key is revoked.
         """
@@ -96,7 +107,10 @@ class Keys(Database):
             old = _get(c, key_id)
             if old.revoked_at is not None:
                 raise ConflictError(f"key {key_id!r} is revoked; create another one")
-            fields = {"id": f"key-{secrets.token_hex(8)}", "prefix": secret[len(KEY_START) :][:PREFIX_LENGTH]}
+            account = account_of(key_id)
+            same = sa.or_(keys.c.id == account, keys.c.id.startswith(f"{account}_", autoescape=True))
+            number = c.execute(sa.select(sa.func.count()).select_from(keys).where(same)).scalar_one() + 1
+            fields = {"id": f"{account}_{number}", "prefix": secret[len(KEY_START) :][:PREFIX_LENGTH]}
             made = {"created_by": self._actor, "created_at": now(), "last_used_at": None}
             key = old.model_copy(update=fields | made)
             _insert(c, key, secret)

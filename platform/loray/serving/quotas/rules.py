@@ -22,7 +22,7 @@ class Rule(NamedTuple):
     """
 
     owner: Owner
-    subject: str  # the key's id, or the tenant's name
+    subject: str  # the key's account, or the tenant's name
     kind: Kind
     limit: float
     period_s: float
@@ -50,7 +50,7 @@ class Rule(NamedTuple):
 
 def rules_of(principal: Principal) -> tuple[Rule, ...]:
     """The rules of the key, then those of the tenant."""
-    key = () if principal.key_id is None else _rules("key", principal.key_id, principal.limits)
+    key = () if principal.account is None else _rules("key", principal.account, principal.limits)
     return key + _rules("tenant", principal.tenant, principal.tenant_limits)
 
 
