@@ -1,14 +1,19 @@
-"""Helpers for files and what they hold: SHA-256, canonical JSON, and a lock between processes."""
+"""Helpers for files and what they hold: SHA-256, canonical JSON, private files, and a lock between processes."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import json
+import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from loray.errors import IntegrityError
 
 
 def file_sha256(path: Path) -> str:
@@ -20,6 +25,41 @@ def file_sha256(path: Path) -> str:
 def canonical_json(data: Any) -> str:
     """JSON with sorted keys and without spaces: equal data gives equal text, and so equal digests."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+@contextmanager
+def replacing_private(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces `path` at the end of the block, on disk and readable by this user only. After an error in
+    the block `path` is as before.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # private from the beginning
+    try:
+        with os.fdopen(handle, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file atomically, readable by this user only."""
+    with replacing_private(path) as f:
+        f.write(text.encode())
+
+
+def check_private(f: BinaryIO, max_bytes: int) -> float:
+    """The time of the file's last modification. Raises IntegrityError where another user may have written or can read
+    it, or it is too large.
+    """
+    found = os.fstat(f.fileno())
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise IntegrityError("others may have written or can read it")
+    if found.st_size > max_bytes:
+        raise IntegrityError(f"it has {found.st_size} bytes")
+    return found.st_mtime
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from loray.catalog import Catalog
+from loray.catalog.identity.disk import KeysFile
 from loray.errors import CatalogError, PermissionDenied, Unauthenticated
 from loray.locations import is_this_machine
 from loray.serving.access import NO_KEY, Action, check
@@ -23,6 +24,7 @@ _log = get_logger(__name__)
 
 REFRESH_S = 0.5  # a revoked key is refused after that, and the time of one query
 _DATABASE_TIMEOUT_S = 5.0
+_KEEP_S = 60.0  # between two notes that the keys on disk are current
 _USE_S = 60  # a key's last use is written once in that time
 TENANT = "x-tenant-id"  # a tenant that a proxy acts for
 _BEARER = "bearer "
@@ -35,10 +37,20 @@ class Access:
     """
 
     def __init__(
-        self, ring: KeyRing, open_catalog: Callable[[], Catalog], *, host: str, names: frozenset[str] = frozenset()
+        self,
+        ring: KeyRing,
+        open_catalog: Callable[[], Catalog],
+        *,
+        host: str,
+        names: frozenset[str] = frozenset(),
+        kept: KeysFile | None = None,
     ) -> None:
-        """`host` is where the server listens; `names` are what the header Host may say beside loopback's names."""
-        self.ring = ring
+        """`host` is where the server listens; `names` are what the header Host may say beside loopback's names. `kept`:
+        the file whose keys are used until the catalog can be read for the first time.
+        """
+        self.ring = self._empty = ring
+        self._kept, self._kept_at = kept, float("-inf")
+        self._rereads = False  # after an error: what answers then may be a backup that was restored
         self._is_local = is_this_machine(f"[{host}]" if ":" in host else host)
         self._names = names
         self._open_catalog = open_catalog
@@ -91,6 +103,9 @@ class Access:
             if self._failure is None:
                 _log.warning("the catalog's keys cannot be read, those that are known go on: %r", e)
             self._failure = str(e) or type(e).__name__
+            self._rereads = True
+            if not self.ring.was_read:
+                await asyncio.to_thread(self._read_kept)
         else:
             self._failure = None
 
@@ -98,11 +113,27 @@ class Access:
         if self._catalog is None:
             self._catalog = self._open_catalog()
         read_at = time.monotonic()
-        self.ring = self.ring.updated(self._catalog.key_changes(self.ring.counter), read_at)
+        before = self._empty if self._rereads else self.ring
+        changes = self._catalog.key_changes(before.counter)
+        self.ring, self._rereads = before.updated(changes, read_at), False
+        self._keep(read_at, changed=bool(changes.keys or changes.tenants))
         if self._used and read_at - self._wrote_at >= _USE_S:
             self._wrote_at, used, self._used = read_at, self._used, {}
             with suppress(CatalogError):  # it is not worth a second try
                 self._catalog.note_key_use(used)
+
+    def _keep(self, read_at: float, *, changed: bool) -> None:
+        if self._kept is None or not (changed or read_at - self._kept_at >= _KEEP_S):
+            return
+        self._kept_at = read_at
+        if changed or not self._kept.still_current():
+            self._kept.write(self.ring.state)
+
+    def _read_kept(self) -> None:
+        found = None if self._kept is None else self._kept.read()
+        if found is not None and not self.ring.was_read:
+            _log.warning("requests are checked by the keys of %.0f s ago, kept on disk", found.age_s)
+            self.ring = self._empty.updated(found.all, time.monotonic() - found.age_s)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -158,6 +189,7 @@ class Access:
             self._used[key_id] = datetime.fromtimestamp(period * _USE_S, UTC)
 
 
+CATALOG_KEYS = "catalog-keys.json"  # in the home folder
 STATIC_KEY, METRICS_KEY = "deployment", "metrics"  # ids of keys that the catalog does not have
 STATIC_KEYS = frozenset({STATIC_KEY, METRICS_KEY})
 
@@ -169,4 +201,5 @@ def open_access(settings: Settings, host: str) -> Access:
     static = {bytes.fromhex(sha256): metrics for sha256 in settings.metrics_key_hashes}
     static |= {bytes.fromhex(sha256): admin for sha256 in settings.static_key_hashes}
     ring = KeyRing(static=static, max_age_s=settings.key_max_age_s)
-    return Access(ring, lambda: Catalog(settings.catalog), host=host)
+    kept = KeysFile(settings.home / CATALOG_KEYS, settings.catalog)
+    return Access(ring, lambda: Catalog(settings.catalog), host=host, kept=kept)

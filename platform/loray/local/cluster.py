@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from loray.files import file_lock
+from loray.files import file_lock, write_private
 from loray.local.processes import (
     LOOPBACK,
     Server,
@@ -30,7 +30,6 @@ from loray.local.processes import (
     spawn,
     starting,
     wait_until_ready,
-    write_private,
     write_state,
 )
 from loray.local.proxy import serve_environment

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loray.errors import SettingsError
-from loray.local.processes import write_private
+from loray.files import write_private
 from loray.local.s3 import LocalS3, current_local_s3, start_local_s3, stop_local_s3
 from loray.locations import S3Location, parse_location
 from loray.settings import LOCAL_S3_FOLDER, STORE_URL_FILE, Settings

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loray.errors import ClusterError
+from loray.files import write_private
 
 LOOPBACK = "127.0.0.1"
 
@@ -194,15 +195,6 @@ def is_free(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def write_private(path: Path, text: str) -> None:
-    """Writes a file atomically, readable by this user only."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as f:
-        f.write(text)
-    temporary.replace(path)
 
 
 def log_tail(log_file: str, num_lines: int = 15) -> str:

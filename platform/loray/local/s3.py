@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from loray.errors import ClusterError, StoreError
-from loray.files import file_lock
+from loray.files import file_lock, write_private
 from loray.local.processes import (
     LOOPBACK,
     Server,
@@ -29,7 +29,6 @@ from loray.local.processes import (
     spawn,
     starting,
     wait_until_ready,
-    write_private,
     write_state,
 )
 from loray.locations import S3Location

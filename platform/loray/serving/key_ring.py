@@ -76,6 +76,12 @@ class KeyRing:
                 del entries[key.prefix]
         return replace(ring, _entries=entries, _tenants=tenants)
 
+    @property
+    def state(self) -> KeyChanges:
+        """All that the ring knows of the catalog's keys."""
+        keys = tuple(HashedKey(e.sha256, e.key) for same in self._entries.values() for e in same)
+        return KeyChanges(self.counter, keys, tuple(self._tenants.values()), self.any_keys)
+
     def principal(self, secret: str, *, now: float, monotonic: float) -> Principal:
         """What a key stands for. `now` is the time since 1970.
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from loray.catalog.database import shown_url
 from loray.catalog.entries import AdapterEntry, make_pointers, make_ref
 from loray.catalog.snapshots.snapshot import CatalogSnapshot, Changes
 from loray.errors import IntegrityError
+from loray.files import check_private, replacing_private
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -53,15 +52,8 @@ class SnapshotFile:
         """Replaces the file; False, with a warning, where that is not possible."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Readable only for its owner from the beginning, as mkstemp makes files.
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-            try:
-                with os.fdopen(handle, "wb") as f:
-                    _write(f, self._header(snapshot), snapshot)
-                os.replace(name, self.path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            with replacing_private(self.path) as f:
+                _write(f, self._header(snapshot), snapshot)
         except OSError as e:
             _log.warning("the catalog's snapshot cannot be kept in %s: %s", self.path, e)
             return False
@@ -79,15 +71,14 @@ class SnapshotFile:
         """The snapshot; None where there is none that can be used, with a warning that says why."""
         try:
             with self.path.open("rb") as f:
-                _check_owner(f)
-                return self._read(f)
+                return self._read(f, time.time() - check_private(f, _MAX_BYTES))
         except FileNotFoundError:
             return None
         except (OSError, IntegrityError) as e:
             _log.warning("the catalog's snapshot in %s is not used: %s", self.path, e)
             return None
 
-    def _read(self, f: BinaryIO) -> Kept:
+    def _read(self, f: BinaryIO, age_s: float) -> Kept:
         lines = _checked_lines(f)
         try:
             header = next(lines)
@@ -95,37 +86,29 @@ class SnapshotFile:
                 raise IntegrityError(
                     f"another loray wrote it (format {header.get('format')}, this one reads {_FORMAT})"
                 )
-            if header["catalog"] != self._catalog():
+            if header["catalog"] != name_of(self.catalog_url):
                 raise IntegrityError("it is of another catalog")
-            age_s = max(0.0, time.time() - os.fstat(f.fileno()).st_mtime)
             if age_s > _MAX_AGE_S:
                 raise IntegrityError(f"it is {age_s / 3600:.0f} h old")
             adapters = {i: _entry(fields) for block in lines for i, *fields in block["adapters"]}
         except (AttributeError, KeyError, TypeError, ValueError, StopIteration) as e:
             raise IntegrityError(f"it is damaged: {e!r}") from e
         changes = Changes(header["counter"], header["bases"], adapters, header["templates"])
-        return Kept(CatalogSnapshot().after(changes), age_s)
+        return Kept(CatalogSnapshot().after(changes), max(0.0, age_s))
 
     def _header(self, snapshot: CatalogSnapshot) -> dict[str, Any]:
         return {
             "format": _FORMAT,
-            "catalog": self._catalog(),
+            "catalog": name_of(self.catalog_url),
             "counter": snapshot.counter,
             "bases": snapshot.bases,
             "templates": snapshot.templates,
         }
 
-    def _catalog(self) -> str:
-        """Names the catalog without telling its address or password."""
-        return hashlib.sha256(shown_url(self.catalog_url).encode()).hexdigest()
 
-
-def _check_owner(f: BinaryIO) -> None:
-    found = os.fstat(f.fileno())
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise IntegrityError("others may have written or can read it")
-    if found.st_size > _MAX_BYTES:
-        raise IntegrityError(f"it has {found.st_size} bytes")
+def name_of(catalog_url: str) -> str:
+    """Names a catalog without telling its address or password."""
+    return hashlib.sha256(shown_url(catalog_url).encode()).hexdigest()
 
 
 def _write(f: BinaryIO, header: dict[str, Any], snapshot: CatalogSnapshot) -> None:
@@ -135,8 +118,6 @@ def _write(f: BinaryIO, header: dict[str, Any], snapshot: CatalogSnapshot) -> No
         digest.update(data)
         f.write(data)
     f.write(json.dumps({"sha256": digest.hexdigest()}).encode() + b"\n")
-    f.flush()
-    os.fsync(f.fileno())
 
 
 def _lines(header: dict[str, Any], snapshot: CatalogSnapshot) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,125 @@
+"""Keys on disk: a server that starts while the database is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from loray.catalog import Catalog
+from loray.catalog.identity.disk import KeysFile
+from loray.errors import CatalogError, Unauthenticated
+from loray.serving.key_ring import KeyRing
+from loray.spec import Principal
+from serve_apps.access import Access
+from tests.serve_apps.access.conftest import bearer
+
+
+class World:
+    """A catalog that can be away, and the file of one home."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = f"sqlite:///{folder}/catalog.db"
+        self.file = KeysFile(folder / "keys.json", self.url)
+        self.is_away = False
+
+    def open(self) -> Catalog:
+        if self.is_away:
+            raise CatalogError("the database is away")
+        return Catalog(self.url)
+
+    def server(self, max_age_s: float = 3600.0) -> Access:
+        return Access(KeyRing(max_age_s=max_age_s), self.open, host="0.0.0.0", kept=self.file)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def admitted(access: Access, *secrets: str, refreshes: int = 1) -> list[Principal | Exception]:
+    async def ask() -> list[Principal | Exception]:
+        for _ in range(refreshes):
+            await access.refresh()
+        answers: list[Principal | Exception] = []
+        for secret in secrets:
+            try:
+                principal = await access.admit("POST", "infer", {k.lower(): v for k, v in bearer(secret).items()})
+                assert principal is not None
+                answers.append(principal)
+            except (CatalogError, Unauthenticated) as e:
+                answers.append(e)
+        return answers
+
+    try:
+        return asyncio.run(ask())
+    finally:
+        access.close()
+
+
+def test_a_server_starts_while_the_database_is_away(world: World) -> None:
+    with closing(world.open()) as catalog:
+        catalog.create_tenant("acme")
+        good, key = catalog.create_key("ci", tenant="acme", scopes=("infer",))
+        revoked, other = catalog.create_key("old", scopes=("infer",))
+        catalog.revoke_key(other.id)
+    assert len(admitted(world.server())) == 0  # the first server writes the file
+    assert good not in world.file.path.read_text()
+    assert world.file.path.stat().st_mode & 0o077 == 0
+    world.is_away = True
+    first, second = admitted(world.server(), good, revoked)
+    assert isinstance(first, Principal)
+    assert (first.tenant, first.key_id) == ("acme", key.id)
+    assert isinstance(second, Unauthenticated)
+    (too_old,) = admitted(world.server(max_age_s=0.0), good)
+    assert isinstance(too_old, CatalogError)
+
+
+def test_what_the_database_says_replaces_what_was_kept(world: World) -> None:
+    with closing(world.open()) as catalog:
+        good, key = catalog.create_key("ci", scopes=("infer",))
+    admitted(world.server())
+    with closing(world.open()) as catalog:
+        catalog.revoke_key(key.id)
+    world.is_away = True
+    server = world.server()
+
+    async def ask() -> None:
+        await server.refresh()
+        assert (await server.admit("POST", "infer", {"authorization": f"Bearer {good}"})) is not None
+        world.is_away = False
+        await server.refresh()
+        with pytest.raises(Unauthenticated):
+            await server.admit("POST", "infer", {"authorization": f"Bearer {good}"})
+
+    try:
+        asyncio.run(ask())
+    finally:
+        server.close()
+    kept = world.file.read()
+    assert kept is not None
+    assert [found.key.id for found in kept.all.keys] == []
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_text("{"),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 2')),
+        lambda path: path.write_text(path.read_text().replace('"catalog": "', '"catalog": "0')),
+        lambda path: path.chmod(0o644),
+        lambda path: path.unlink(),
+    ],
+)
+def test_a_file_that_cannot_be_used(world: World, harm: Callable[[Path], object]) -> None:
+    with closing(world.open()) as catalog:
+        good, _ = catalog.create_key("ci", scopes=("infer",))
+    admitted(world.server())
+    harm(world.file.path)
+    world.is_away = True
+    (answer,) = admitted(world.server(), good)
+    assert isinstance(answer, CatalogError)
