@@ -50,6 +50,15 @@ def write_private(path: Path, text: str) -> None:
         f.write(text.encode())
 
 
+def touch(path: Path) -> bool:
+    """Sets the file's time of modification to now; False where there is no such file."""
+    try:
+        os.utime(path)
+    except OSError:
+        return False
+    return True
+
+
 def check_private(f: BinaryIO, max_bytes: int) -> float:
     """The time of the file's last modification. Raises IntegrityError where another user may have written or can read
     it, or it is too large.

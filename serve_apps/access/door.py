@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from loray.catalog import Catalog
 from loray.catalog.identity.disk import KeysFile
 from loray.errors import CatalogError, PermissionDenied, Unauthenticated
+from loray.files import touch
 from loray.locations import is_this_machine
 from loray.serving.access import NO_KEY, Action, check
 from loray.serving.key_ring import KeyRing
@@ -126,7 +127,7 @@ class Access:
         if self._kept is None or not (changed or read_at - self._kept_at >= _KEEP_S):
             return
         self._kept_at = read_at
-        if changed or not self._kept.still_current():
+        if changed or not touch(self._kept.path):
             self._kept.write(self.ring.state)
 
     def _read_kept(self) -> None:

@@ -12,6 +12,7 @@ from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
 from loray.catalog.snapshots import BaseTotals
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.errors import AdapterNotFound, CatalogError, shown
+from loray.files import touch
 from loray.serving.access import check_model, may_ask
 from loray.spec import AdapterRef, Principal
 from loray.telemetry import get_logger
@@ -208,5 +209,5 @@ class ModelDirectory:
         self._keeping = asyncio.get_running_loop().run_in_executor(None, self._write, self._kept, snapshot)
 
     def _write(self, kept: SnapshotFile, snapshot: CatalogSnapshot) -> None:
-        if snapshot.counter != self._kept_counter or not kept.still_current():
+        if snapshot.counter != self._kept_counter or not touch(kept.path):
             self._kept_counter = snapshot.counter if kept.write(snapshot) else -1

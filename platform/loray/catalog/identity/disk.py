@@ -6,7 +6,6 @@ The file's time of modification says when they were last known to be current. On
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +52,6 @@ class KeysFile:
             write_private(self.path, json.dumps(content))
         except OSError as e:
             _log.warning("the keys cannot be kept in %s: %s", self.path, e)
-
-    def still_current(self) -> bool:
-        """Notes that the keys in the file are current now; False where there is no such file."""
-        try:
-            os.utime(self.path)
-        except OSError:
-            return False
-        return True
 
     def read(self) -> KeptKeys | None:
         """None where there is no file that can be used, with a warning that says why."""

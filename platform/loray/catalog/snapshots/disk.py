@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -56,14 +55,6 @@ class SnapshotFile:
                 _write(f, self._header(snapshot), snapshot)
         except OSError as e:
             _log.warning("the catalog's snapshot cannot be kept in %s: %s", self.path, e)
-            return False
-        return True
-
-    def still_current(self) -> bool:
-        """Notes that the snapshot in the file is current now; False where there is no such file."""
-        try:
-            os.utime(self.path)
-        except OSError:
             return False
         return True
 
