@@ -17,10 +17,10 @@ test-cluster: .venv/.ready
 NUMERIC := $(addprefix tests/,benchmarks engine kernels train)
 
 test-numeric: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
 
 test-rest: .venv/.ready
-	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC))
+	OMP_NUM_THREADS=1 nice -n 3 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC))
 
 # Killed workers and drivers, replicas that come and go, strategies on ranks, whole commands: minutes.
 test-slow: .venv/.ready
