@@ -23,7 +23,7 @@ from serve_apps.access.browsers import refuse_strangers
 
 _log = get_logger(__name__)
 
-REFRESH_S = 0.5  # a revoked key is refused after that, and the time of one query
+REFRESH_S = 1.0  # a revoked key is refused after that, and the time of one query
 _DATABASE_TIMEOUT_S = 5.0
 _KEEP_S = 60.0  # between two notes that the keys on disk are current
 _USE_S = 60  # a key's last use is written once in that time
@@ -114,10 +114,15 @@ class Access:
         if self._catalog is None:
             self._catalog = self._open_catalog()
         read_at = time.monotonic()
-        before = self._empty if self._rereads else self.ring
-        changes = self._catalog.key_changes(before.counter)
-        self.ring, self._rereads = before.updated(changes, read_at), False
-        self._keep(read_at, changed=bool(changes.keys or changes.tenants))
+        changed = False
+        if not self._rereads and self._catalog.change_counter() == self.ring.counter:
+            self.ring = self.ring.confirmed(read_at)
+        else:
+            before = self._empty if self._rereads else self.ring
+            changes = self._catalog.key_changes(before.counter)
+            self.ring, self._rereads = before.updated(changes, read_at), False
+            changed = bool(changes.keys or changes.tenants)
+        self._keep(read_at, changed=changed)
         if self._used and read_at - self._wrote_at >= _USE_S:
             self._wrote_at, used, self._used = read_at, self._used, {}
             with suppress(CatalogError):  # it is not worth a second try

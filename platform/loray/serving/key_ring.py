@@ -56,6 +56,10 @@ class KeyRing:
         """Whether somebody has made a key, so that requests need one also on loopback."""
         return self.any_keys or bool(self.static)
 
+    def confirmed(self, read_at: float) -> KeyRing:
+        """The same ring, of which nothing had changed at `read_at`."""
+        return replace(self, read_at=read_at)
+
     def updated(self, changes: KeyChanges, read_at: float) -> KeyRing:
         """The ring after these changes, which were read at `read_at`."""
         ring = replace(self, counter=changes.counter, any_keys=changes.any_keys, read_at=read_at)
