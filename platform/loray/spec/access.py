@@ -24,7 +24,7 @@ QualifiedName = Annotated[
     StringConstraints(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,31}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", max_length=96),
 ]
 Scope = Literal["infer", "publish", "promote", "train", "admin", "act_for"]
-SCOPES: tuple[Scope, ...] = ("infer", "publish", "promote", "train", "admin", "act_for")
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 Visibility = Literal["private", "shared", "public"]
 Duration = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,4}[smhd]$")]
 KeyAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._@/-]{0,63}$")]
@@ -151,6 +151,12 @@ class KeyChanges(NamedTuple):
 def duration_s(duration: Duration) -> int:
     """`"90m"` → 5400."""
     return int(duration[:-1]) * _SECONDS[duration[-1]]
+
+
+def duration_of(seconds: float) -> str:
+    """5400 → `"90m"`, in the largest unit that divides it."""
+    unit, size = next((u, n) for u, n in reversed(_SECONDS.items()) if seconds % n == 0)
+    return f"{seconds / size:g}{unit}"
 
 
 class TenantAndName(NamedTuple):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from loray.spec import Limits, Principal, duration_s
+from loray.spec import Limits, Principal, duration_of, duration_s
 
 Kind = Literal["requests", "tokens", "parallel", "budget"]
 Owner = Literal["key", "tenant"]
 
 MINUTE_S = 60.0
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class Rule(NamedTuple):
@@ -43,7 +42,7 @@ class Rule(NamedTuple):
             "requests": "requests a minute",
             "tokens": "tokens a minute",
             "parallel": "requests at once",
-            "budget": f"tokens in {duration(self.period_s)}",
+            "budget": f"tokens in {duration_of(self.period_s)}",
         }
         return f"{self.limit:g} {what[self.kind]} of the {self.owner} {self.subject}"
 
@@ -68,8 +67,3 @@ def allowed_priority(principal: Principal, priority: int) -> int:
     """`priority`, or the most urgent one that key and tenant may ask."""
     least = (principal.limits.min_priority, principal.tenant_limits.min_priority)
     return max([priority, *(value for value in least if value is not None)])
-
-
-def duration(period_s: float) -> str:
-    unit, size = next((u, n) for u, n in reversed(_UNITS.items()) if period_s % n == 0)
-    return f"{period_s / size:g}{unit}"
