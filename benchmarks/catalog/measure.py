@@ -22,6 +22,7 @@ from loray.catalog import Catalog
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.errors import AdapterNotFound
 from loray.spec import OPERATOR, Principal
+from serve_apps.following import CatalogFollower
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.models import ModelCards
 
@@ -58,12 +59,11 @@ async def _measure(setup: Setup, folder: Path) -> dict[str, float]:
     figures["first_hold_ms"] = 1e3 * holds.longest_s
     gc.collect()
     figures["memory_mb"] = (resident_bytes() - before) / 1e6
-    watching = asyncio.create_task(directory.watch())
+    await directory.start()
     figures |= await _changes(directory, setup)
-    watching.cancel()
+    await directory.stop()
     figures |= await _names(directory, setup)
     figures |= await _models(directory)
-    directory.close()
     catalog = Catalog(setup.url)
     figures |= await _disk(catalog, folder, setup.url)
     figures |= _unknown(catalog, setup)
@@ -75,7 +75,7 @@ async def _measure(setup: Setup, folder: Path) -> dict[str, float]:
 def _directory(url: str) -> ModelDirectory:
     config = SimpleNamespace(max_position_embeddings=8192)
     base = SimpleNamespace(name="smollm2", fingerprint=BASES["smollm2"], config=config)
-    return ModelDirectory(cast("Any", base), lambda: Catalog(url))
+    return ModelDirectory(cast("Any", base), CatalogFollower(lambda: Catalog(url)))
 
 
 async def _changes(directory: ModelDirectory, setup: Setup) -> dict[str, float]:

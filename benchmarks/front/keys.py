@@ -22,6 +22,7 @@ from loray.serving.key_ring import KeyRing
 from loray.spec import DEFAULT_TENANT, KEY_START, PREFIX_LENGTH, ApiKey, HashedKey, KeyChanges, Tenant
 from serve_apps.access import Access, CheckAccess
 from serve_apps.access.rules import GATEWAY
+from serve_apps.following import CatalogFollower
 from serve_apps.gateway.errors import failure_of, response_of
 
 TARGET_US = 50.0
@@ -58,7 +59,7 @@ async def _measure(num_requests: int) -> KeyCost:
     def no_catalog() -> Catalog:
         raise AssertionError("a check needs no database")
 
-    access = _Held(ring, no_catalog, host="0.0.0.0")
+    access = _Held(ring, CatalogFollower(no_catalog), host="0.0.0.0")
     checked = CheckAccess(_nothing, access, GATEWAY, lambda e: response_of(failure_of(e)))
     right, wrong = _scope(secret), _scope(KEY_START + secrets.token_urlsafe(32))
     floor = await _seconds(_nothing, right, num_requests)

@@ -22,7 +22,6 @@ from fastapi import FastAPI
 from benchmarks.front.engines import ChannelEngines, FakeEngines
 from benchmarks.front.floor import FloorProtocol, chunk
 from loray.bases.registry import BaseModel, get_base
-from loray.catalog import Catalog
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.access import open_access
@@ -45,11 +44,12 @@ _EVENT = (
 def gateway_app(base: BaseModel, folder: Path, engines: Callable[[Sequence[int]], FakeEngines]) -> FastAPI:
     """`engines` makes them of the tokens that they yield."""
     prompts = PromptEncoder.load(base)
-    directory = ModelDirectory(base, lambda: Catalog(f"sqlite:///{folder}/front.db"))
     token_ids = prompts.tokenizer.encode(_TEXT, special=False)
     settings = Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": f"sqlite:///{folder}/front.db"})
+    access = open_access(settings, "127.0.0.1")
+    directory = ModelDirectory(base, access.follower)
     gateway = Gateway(ServeSpec(base=base.name), directory, prompts, engines(token_ids))
-    return create_app(gateway, open_access(settings, "127.0.0.1"))
+    return create_app(gateway, access)
 
 
 async def _serve_gateway(app: FastAPI, listener: socket.socket, ended: asyncio.Event) -> None:

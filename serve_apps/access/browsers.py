@@ -15,6 +15,8 @@ from loray.locations import is_this_machine
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _FORMS = frozenset({"application/x-www-form-urlencoded", "multipart/form-data", "text/plain"})
 _NO_FORM_SENDS = frozenset({"authorization", "idempotency-key", "if-match", "x-requested-with"})
+# Those of a request that are read here.
+HEADERS = _NO_FORM_SENDS | {"content-type", "host", "origin", "sec-fetch-site"}
 _MAKE_A_KEY = "or make a key, `loray keys create --scope admin`, and send it"
 
 

@@ -4,43 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from loray.catalog import Catalog
 from loray.catalog.identity.disk import KeysFile
+from loray.catalog.snapshots.kept import Kept
 from loray.errors import CatalogError, PermissionDenied, Unauthenticated
-from loray.files import touch
 from loray.locations import is_this_machine
 from loray.serving.access import NO_KEY, Action, check
 from loray.serving.key_ring import KeyRing
 from loray.settings import Settings
-from loray.spec import SCOPES, Principal
-from loray.telemetry import get_logger
-from serve_apps.access.browsers import refuse_strangers
-
-_log = get_logger(__name__)
+from loray.spec import SCOPES, KeyChanges, Principal
+from serve_apps.access import browsers
+from serve_apps.following import CatalogFollower, Keeper
 
 REFRESH_S = 1.0  # a revoked key is refused after that, and the time of one query
-_DATABASE_TIMEOUT_S = 5.0
-_KEEP_S = 60.0  # between two notes that the keys on disk are current
 _USE_S = 60  # a key's last use is written once in that time
 TENANT = "x-tenant-id"  # a tenant that a proxy acts for
+HEADERS = browsers.HEADERS | {"authorization", TENANT}  # those of a request that are read
 _BEARER = "bearer "
 
 
 class Access:
-    """Who asks. Used from one event loop, and by all applications of a process.
+    """Who asks. Used from one event loop, and by all applications of a process. `follower` reads the catalog's keys.
 
     While nobody has made a key, a server on loopback needs none, and refuses what a web page may send.
+
+    is_limited  is set while a key or a tenant of the catalog has a limit that is counted
     """
+
+    what, look_s = "keys", REFRESH_S
 
     def __init__(
         self,
         ring: KeyRing,
-        open_catalog: Callable[[], Catalog],
+        follower: CatalogFollower,
         *,
         host: str,
         names: frozenset[str] = frozenset(),
@@ -50,107 +49,81 @@ class Access:
         the file whose keys are used until the catalog can be read for the first time.
         """
         self.ring = self._empty = ring
-        self._kept, self._kept_at = kept, float("-inf")
-        self._rereads = False  # after an error: what answers then may be a backup that was restored
+        self.follower = follower
+        self.is_limited = asyncio.Event()
+        self._kept = kept
+        self._keeper: Keeper[KeyChanges] = Keeper(kept, delay_s=0.0)
+        self._num_changes = 0  # of keys and tenants, since the start
         self._is_local = is_this_machine(f"[{host}]" if ":" in host else host)
         self._names = names
-        self._open_catalog = open_catalog
-        self._catalog: Catalog | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="keys")
-        self._reading: asyncio.Future[None] | None = None
-        self._watcher: asyncio.Task[None] | None = None
-        self._users = 0
-        self._failure: str | None = None
+        self._num_users = 0
         self._minutes: dict[str, int] = {}  # key id → the last period in which it was used
         self._used: dict[str, datetime] = {}  # not written yet
         self._wrote_at = time.monotonic()
+        follower.add(self)
 
     # -- the catalog --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Reads the keys, and again from now on. Each application that uses this object calls it, and `stop`."""
-        self._users += 1
-        if self._watcher is None:
-            await self.refresh()
-            self._watcher = asyncio.create_task(self._watch())
+        self._num_users += 1
+        await self.follower.start()
 
     async def stop(self) -> None:
-        self._users -= 1
-        if self._users or self._watcher is None:
-            return
-        self._watcher.cancel()
-        if self._used and self._failure is None:
-            self._wrote_at = float("-inf")
-            await self.refresh()
-        self.close()
+        self._num_users -= 1
+        if not self._num_users and self.follower.failure is None:
+            self._write_uses()
+        await self.follower.stop()
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._catalog is not None:
-            self._catalog.close()
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(REFRESH_S)
-            await self.refresh()
+        self.follower.close()
 
     async def refresh(self) -> None:
         """Takes over what has changed. After an error of the database, the keys that are known go on."""
-        if self._reading is None or self._reading.done():
-            self._reading = asyncio.get_running_loop().run_in_executor(self._thread, self._read)
-        try:
-            await asyncio.wait_for(asyncio.shield(self._reading), _DATABASE_TIMEOUT_S)
-        except Exception as e:  # noqa: BLE001 - after any error of the database the known keys go on, for their time
-            if self._failure is None:
-                _log.warning("the catalog's keys cannot be read, those that are known go on: %r", e)
-            self._failure = str(e) or type(e).__name__
-            self._rereads = True
-            if not self.ring.was_read:
-                await asyncio.to_thread(self._read_kept)
-        else:
-            self._failure = None
+        await self.follower.refresh()
 
-    def _read(self) -> None:
-        if self._catalog is None:
-            self._catalog = self._open_catalog()
-        read_at = time.monotonic()
-        changed = False
-        if not self._rereads and self._catalog.change_counter() == self.ring.counter:
-            self.ring = self.ring.confirmed(read_at)
-        else:
-            before = self._empty if self._rereads else self.ring
-            changes = self._catalog.key_changes(before.counter)
-            self.ring, self._rereads = before.updated(changes, read_at), False
-            changed = bool(changes.keys or changes.tenants)
-        self._keep(read_at, changed=changed)
-        if self._used and read_at - self._wrote_at >= _USE_S:
-            self._wrote_at, used, self._used = read_at, self._used, {}
-            with suppress(CatalogError):  # it is not worth a second try
-                self._catalog.note_key_use(used)
+    @property
+    def counter(self) -> int:
+        return self.ring.counter
 
-    def _keep(self, read_at: float, *, changed: bool) -> None:
-        if self._kept is None or not (changed or read_at - self._kept_at >= _KEEP_S):
-            return
-        self._kept_at = read_at
-        if changed or not touch(self._kept.path):
-            self._kept.write(self.ring.state)
+    def read(self, catalog: Catalog, *, whole: bool) -> KeyRing:
+        before = self._empty if whole else self.ring
+        return before.updated(catalog.key_changes(before.counter), time.monotonic())
 
-    def _read_kept(self) -> None:
+    def read_kept(self) -> Kept[KeyRing] | None:
         found = None if self._kept is None else self._kept.read()
-        if found is not None and not self.ring.was_read:
-            _log.warning("requests are checked by the keys of %.0f s ago, kept on disk", found.age_s)
-            self.ring = self._empty.updated(found.all, time.monotonic() - found.age_s)
+        return found and Kept(self._empty.updated(found.state, float("-inf")), found.age_s)
+
+    def take(self, state: KeyRing, at: float) -> None:
+        if not state.has_same_keys(self.ring):
+            self._num_changes += 1
+        self.ring = state.confirmed(at)
+        if state.has_limits:
+            self.is_limited.set()
+        else:
+            self.is_limited.clear()
+
+    def confirm(self, at: float) -> None:
+        self.ring = ring = self.ring.confirmed(at)
+        self._keeper.keep(lambda: ring.state, self._num_changes)
+        if at - self._wrote_at >= _USE_S:
+            self._write_uses()
+
+    def _write_uses(self) -> None:
+        if self._used:
+            self._wrote_at, used, self._used = time.monotonic(), self._used, {}
+            self.follower.soon(lambda catalog: catalog.note_key_use(used))
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
     async def admit(self, method: str, action: Action, headers: Mapping[str, str]) -> Principal | None:
-        """The principal of a request that may do `action`; None for what needs no key. `headers` has lower-case names.
+        """The principal of a request that may do `action`; None for what needs no key. `headers`: those of HEADERS.
 
         Raises Unauthenticated, PermissionDenied, and CatalogError where it is not known whether a key is good.
         """
         if action == "open":
             return None
-        if self._watcher is None:
+        if not self.follower.is_running:
             await self.refresh()
         if self._is_local and not self.ring.needs_key:
             return self._local(method, headers)
@@ -167,8 +140,10 @@ class Access:
     def _local(self, method: str, headers: Mapping[str, str]) -> Principal:
         """Of a request without keys. It acts for any tenant."""
         if not self.ring.was_read:
-            raise CatalogError(f"the catalog could not be read yet, so it is not known who may ask ({self._failure})")
-        refuse_strangers(method, headers, self._names)
+            raise CatalogError(
+                f"the catalog could not be read yet, so it is not known who may ask ({self.follower.failure})"
+            )
+        browsers.refuse_strangers(method, headers, self._names)
         tenant = headers.get(TENANT)
         if tenant is None:
             return Principal()
@@ -195,7 +170,7 @@ class Access:
             self._used[key_id] = datetime.fromtimestamp(period * _USE_S, UTC)
 
 
-CATALOG_KEYS = "catalog-keys.json"  # in the home folder
+CATALOG_KEYS = "catalog-keys.jsonl"  # in the home folder
 STATIC_KEY, METRICS_KEY = "deployment", "metrics"  # ids of keys that the catalog does not have
 STATIC_KEYS = frozenset({STATIC_KEY, METRICS_KEY})
 
@@ -208,4 +183,4 @@ def open_access(settings: Settings, host: str) -> Access:
     static |= {bytes.fromhex(sha256): admin for sha256 in settings.static_key_hashes}
     ring = KeyRing(static=static, max_age_s=settings.key_max_age_s)
     kept = KeysFile(settings.home / CATALOG_KEYS, settings.catalog)
-    return Access(ring, lambda: Catalog(settings.catalog), host=host, kept=kept)
+    return Access(ring, CatalogFollower(lambda: Catalog(settings.catalog)), host=host, kept=kept)

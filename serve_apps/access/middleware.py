@@ -11,10 +11,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loray.errors import LorayError, Unauthenticated
 from loray.spec import Principal
-from serve_apps.access.door import Access
+from serve_apps.access.door import HEADERS, Access
 from serve_apps.access.rules import Rules
 
 _PRINCIPAL = "principal"
+_NAMES = {name.encode(): name for name in HEADERS}
 _ONCE = frozenset({"authorization", "x-tenant-id", "host", "origin"})  # twice, another server may read the other one
 
 
@@ -41,8 +42,10 @@ class CheckAccess:
         action = self._rules.action(scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
         headers: dict[str, str] = {}
         for raw, value in scope["headers"]:
-            name = raw.decode("latin-1").lower()
-            if name in _ONCE and name in headers:
+            name = _NAMES.get(raw.lower())
+            if name is None:
+                continue
+            if name in headers and name in _ONCE:
                 raise Unauthenticated(f"the header {name} comes twice")
             headers[name] = value.decode("latin-1")
         return await self._access.admit(scope["method"], action, headers)

@@ -15,10 +15,14 @@ from serve_apps.accounting.usage import UsageWriter
 
 
 class Books:
-    """`exchange` None: the gateway is the only one."""
+    """`exchange` None: the gateway is the only one. `is_limited` is set while a key or a tenant has a limit; None: it
+    may always be so.
+    """
 
-    def __init__(self, settings: Settings, exchange: Exchange | None = None) -> None:
-        self._settings, self._exchange = settings, exchange
+    def __init__(
+        self, settings: Settings, exchange: Exchange | None = None, is_limited: asyncio.Event | None = None
+    ) -> None:
+        self._settings, self._exchange, self._is_limited = settings, exchange, is_limited
         self._writer: UsageWriter | None = None
 
     def _catalog(self) -> Catalog:
@@ -36,7 +40,7 @@ class Books:
         if self._exchange is None:
             task = asyncio.create_task(follow_usage(gate, used_before, woken))
         else:
-            task = asyncio.create_task(follow_owner(gate, self._exchange))
+            task = asyncio.create_task(follow_owner(gate, self._exchange, self._is_limited))
         try:
             yield
         finally:

@@ -50,10 +50,16 @@ class UsedBefore:
             self._catalog.close()
 
 
-async def follow_owner(gate: QuotaGate, exchange: Exchange) -> None:
-    """Runs until it is cancelled. While the owner is away, the gateway goes on with its share."""
+async def follow_owner(gate: QuotaGate, exchange: Exchange, is_limited: asyncio.Event | None = None) -> None:
+    """Runs until it is cancelled. While the owner is away, the gateway goes on with its share.
+
+    `is_limited` is set while anybody has a limit; without one there is nothing to share, and the owner is not asked. A
+    gateway asks also where its own requests have none, since others may need what it holds. None: it is always so.
+    """
     is_away = False
     while True:
+        if is_limited is not None:
+            await is_limited.wait()
         gate.new_budgets.clear()  # the owner knows what was used
         reports = gate.reports(time.time())
         try:

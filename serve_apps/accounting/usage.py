@@ -19,6 +19,7 @@ from serve_apps.accounting.journal import Journal, abandoned
 _log = get_logger(__name__)
 
 FLUSH_S = 1.0
+ABANDONED_S = 60.0  # between two looks for journals that other processes have left
 _BATCH = 500
 _MAX_QUEUED = 100_000
 _RETENTION_CHECK_S = 3600.0
@@ -39,6 +40,7 @@ class UsageWriter:
         self._journal = Journal.create(home)
         self._journal_lock = Lock()  # of appending and clearing
         self._stopped = Event()
+        self._is_due = Event()  # there is something to send
         self._is_failing = False
         self._num_lost = 0
         self._threads = [
@@ -60,6 +62,7 @@ class UsageWriter:
         self._queue.put(None)
         self._threads[0].join()
         self._stopped.set()
+        self._is_due.set()
         self._threads[1].join()
         self._journal.close(delete=self._journal.num_bytes == 0)
         if self._catalog is not None:
@@ -82,7 +85,9 @@ class UsageWriter:
                 except OSError as e:
                     _log.error("usage events cannot be written to %s: %s", self._journal.path, e)
                     kept = False
-            if not kept:
+            if kept:
+                self._is_due.set()
+            else:
                 self._lose(len(events))
 
     def _lose(self, number: int) -> None:
@@ -92,11 +97,17 @@ class UsageWriter:
     # -- the catalog's thread -----------------------------------------------------------------------------------------
 
     def _send_all(self) -> None:
-        forgotten_at = -_RETENTION_CHECK_S
+        """Sleeps while no usage arrives, but for looks for what others have left."""
+        looked_at = forgotten_at = float("-inf")
+        self._is_due.set()
         while True:
-            last = self._stopped.wait(FLUSH_S)
+            is_due = self._is_due.wait(ABANDONED_S)
+            self._is_due.clear()
+            last = self._stopped.wait(FLUSH_S if is_due else 0.0)
             try:
-                self._send_abandoned()
+                if last or time.monotonic() - looked_at >= ABANDONED_S:
+                    self._send_abandoned()
+                    looked_at = time.monotonic()
                 self._send(self._journal)
                 if self._retention_days and time.monotonic() - forgotten_at > _RETENTION_CHECK_S:
                     forgotten_at = time.monotonic()
@@ -106,6 +117,7 @@ class UsageWriter:
                 if not self._is_failing:
                     _log.warning("usage events wait in %s until the catalog takes them: %s", self._journal.path, e)
                 self._is_failing = True
+                self._is_due.set()  # once more, after a while
             if last:
                 return
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,7 +9,6 @@ from fastapi import FastAPI
 
 from loray import __version__
 from loray.bases.registry import get_base
-from loray.catalog import Catalog
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
@@ -42,13 +40,11 @@ def create_app(gateway: Gateway, access: Access) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await access.start()
-        await gateway.directory.refresh()
-        watcher = asyncio.create_task(gateway.directory.watch())
+        await gateway.directory.start()
         async with gateway.accounts.running():
             yield
-        watcher.cancel()
-        gateway.directory.close()
         gateway.prompts.close()
+        await gateway.directory.stop()
         await access.stop()
 
     app = FastAPI(title="loray", version=__version__, lifespan=lifespan)
@@ -82,8 +78,10 @@ def open_gateway(
     """
     base = get_base(settings.home, spec.base)
     kept = SnapshotFile(settings.home / CATALOG_SNAPSHOT, settings.catalog)
-    directory = ModelDirectory(base, lambda: Catalog(settings.catalog), kept)
-    accounts = Accounts(QuotaGate(1 if exchange is None else spec.num_gateways), Books(settings, exchange))
+    access = access or open_access(settings, spec.host)
+    directory = ModelDirectory(base, access.follower, kept)
+    books = Books(settings, exchange, access.is_limited)
+    accounts = Accounts(QuotaGate(1 if exchange is None else spec.num_gateways), books)
     prompts = PromptEncoder.load(base, spec.tool_parser)
     gateway = Gateway(spec, directory, prompts, engines, gateways, accounts)
-    return log_access(create_app(gateway, access or open_access(settings, spec.host)), settings.access_log)
+    return log_access(create_app(gateway, access), settings.access_log)

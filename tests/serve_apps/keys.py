@@ -9,10 +9,15 @@ from loray.serving.access import Action
 from loray.serving.key_ring import KeyRing
 from loray.spec import Principal
 from serve_apps.access import Access
+from serve_apps.following import CatalogFollower
+
+
+def following(catalog_url: str) -> CatalogFollower:
+    return CatalogFollower(lambda: Catalog(catalog_url))
 
 
 def access_of(catalog_url: str, *, host: str = "127.0.0.1", ring: KeyRing | None = None) -> Access:
-    return Access(ring or KeyRing(), lambda: Catalog(catalog_url), host=host, names=frozenset({"test", "testserver"}))
+    return Access(ring or KeyRing(), following(catalog_url), host=host, names=frozenset({"test", "testserver"}))
 
 
 class Given(Access):

@@ -174,6 +174,19 @@ def test_without_the_database_only_the_deployments_own_keys_go_on_for_ever() -> 
     assert ask(found, "own", monotonic=60.1) is own
 
 
+def test_whether_anybody_has_a_limit_that_is_counted() -> None:
+    free = KeyRing().updated(KeyChanges(1, (hashed(secret("1")),), (DEFAULT,), any_keys=True), read_at=0.0)
+    assert not free.has_limits
+    for limits, counted in ((Limits(max_jobs=1), False), (Limits(max_budget=0), True), (Limits(), False)):
+        key = hashed(secret("1"), limits=limits)
+        free = free.updated(KeyChanges(2, (key,), (), any_keys=True), read_at=1.0)
+        assert free.has_limits == counted
+    assert free.has_same_keys(free.confirmed(2.0))
+    of_tenant = free.updated(KeyChanges(3, (), (ACME,), any_keys=True), read_at=2.0)
+    assert of_tenant.has_limits
+    assert not of_tenant.has_same_keys(free)
+
+
 def test_acting_for_another_tenant() -> None:
     found = ring()
     proxy = principal("infer", "admin", "act_for")

@@ -11,6 +11,7 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import chain
 
 from loray.errors import CatalogError, PermissionDenied, Unauthenticated
 from loray.spec import KEY_START, PREFIX_LENGTH, ApiKey, HashedKey, KeyChanges, Principal, Tenant
@@ -32,17 +33,19 @@ class _Entry:
 class KeyRing:
     """All keys of a deployment at one moment.
 
-    static    SHA-256 of the deployment's own keys, which are an administrator's and need no database
-    counter   the catalog's change counter then; -1: the catalog was never read
-    any_keys  whether the catalog has a key, or has had one
-    read_at   when the catalog was last read, by the monotonic clock
-    max_age_s how long the catalog's keys go on from then
+    static      SHA-256 of the deployment's own keys, which are an administrator's and need no database
+    counter     the catalog's change counter then; -1: the catalog was never read
+    any_keys    whether the catalog has a key, or has had one
+    has_limits  whether a key or a tenant of the catalog has a limit that is counted
+    read_at     when the catalog was last read, by the monotonic clock
+    max_age_s   how long the catalog's keys go on from then
     """
 
     static: Mapping[bytes, Principal] = field(default_factory=dict)
     max_age_s: float = 3600.0
     counter: int = -1
     any_keys: bool = False
+    has_limits: bool = False
     read_at: float = float("-inf")
     _entries: Mapping[str, tuple[_Entry, ...]] = field(default_factory=dict)  # by prefix
     _tenants: Mapping[str, Tenant] = field(default_factory=dict)
@@ -59,6 +62,10 @@ class KeyRing:
     def confirmed(self, read_at: float) -> KeyRing:
         """The same ring, of which nothing had changed at `read_at`."""
         return replace(self, read_at=read_at)
+
+    def has_same_keys(self, other: KeyRing) -> bool:
+        """Whether one came of the other without a change of keys or tenants."""
+        return self._entries is other._entries and self._tenants is other._tenants
 
     def updated(self, changes: KeyChanges, read_at: float) -> KeyRing:
         """The ring after these changes, which were read at `read_at`."""
@@ -78,7 +85,8 @@ class KeyRing:
             entries[key.prefix] = others + now
             if not entries[key.prefix]:
                 del entries[key.prefix]
-        return replace(ring, _entries=entries, _tenants=tenants)
+        limits = chain((t.limits for t in tenants.values()), (e.key.limits for same in entries.values() for e in same))
+        return replace(ring, has_limits=any(of.are_counted for of in limits), _entries=entries, _tenants=tenants)
 
     @property
     def state(self) -> KeyChanges:

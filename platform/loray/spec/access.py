@@ -46,6 +46,12 @@ class Limits(Frozen):
     max_workers: int | None = Field(default=None, ge=0, strict=True, description="training workers of a tenant at once")
     min_priority: int | None = Field(default=None, strict=True, description="the most urgent `priority` it may ask")
 
+    @property
+    def are_counted(self) -> bool:
+        """Whether requests are counted for them."""
+        counted = (self.rpm_limit, self.tpm_limit, self.max_parallel_requests, self.max_budget)
+        return any(limit is not None for limit in counted)
+
 
 class Principal(Frozen):
     """What a checked key stands for.

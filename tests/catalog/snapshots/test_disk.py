@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from loray.catalog import Catalog, CatalogSnapshot
-from loray.catalog.snapshots import disk
+from loray.catalog.snapshots import kept as frame
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.files import touch
 from loray.spec import AdapterManifest
@@ -37,7 +37,7 @@ def snapshot(tmp_path: Path) -> CatalogSnapshot:
 
 @pytest.fixture
 def kept(tmp_path: Path, snapshot: CatalogSnapshot, monkeypatch: pytest.MonkeyPatch) -> SnapshotFile:
-    monkeypatch.setattr(disk, "_BLOCK", 3)
+    monkeypatch.setattr(frame, "_BLOCK", 3)
     file = SnapshotFile(tmp_path / "home" / "snapshot.jsonl", URL)
     assert file.write(snapshot)
     return file
@@ -46,8 +46,8 @@ def kept(tmp_path: Path, snapshot: CatalogSnapshot, monkeypatch: pytest.MonkeyPa
 def test_what_is_written_is_read(kept: SnapshotFile, snapshot: CatalogSnapshot) -> None:
     found = kept.read()
     assert found is not None
-    assert found.snapshot == snapshot
-    assert found.snapshot.resolve("tone").version == 2
+    assert found.state == snapshot
+    assert found.state.resolve("tone").version == 2
     assert found.age_s < 60
     assert stat.S_IMODE(kept.path.stat().st_mode) == 0o600
     assert [p.name for p in kept.path.parent.iterdir()] == ["snapshot.jsonl"]
@@ -91,7 +91,7 @@ def _append(path: Path) -> None:
         (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: path.write_bytes(b"[]\n"), "damaged"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "damaged"),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b'"format":1', b'"format":0')), "format 0"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"format":2', b'"format":0')), "format 0"),
         (lambda path: path.chmod(0o644), "others may"),
     ],
 )

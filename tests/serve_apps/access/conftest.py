@@ -78,13 +78,14 @@ def site_of(tmp_path: Path, base: BaseModel) -> Iterator[Callable[..., Site]]:
             hashed = {hashlib.sha256(key.encode()).digest(): principal for key, principal in keys.items()}
             ring = KeyRing(static=hashed if static else {})
             spec = ServeSpec(base=base.name)
-            directory = ModelDirectory(base, lambda: Catalog(url))
             made = Api(tmp_path / "home", url)
             held.callback(made.close)
             held.callback(catalog.close)
             clients = []
             for app_of in (
-                lambda access: create_gateway(Gateway(spec, directory, PromptEncoder.load(base), engines), access),
+                lambda access: create_gateway(
+                    Gateway(spec, ModelDirectory(base, access.follower), PromptEncoder.load(base), engines), access
+                ),
                 lambda access: mounted(create_api(made.services, access)),
             ):
                 access = access_of(url, host=host, ring=ring)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 
-from loray.errors import PermissionDenied
+from loray.errors import LorayError, PermissionDenied
+from loray.serving.key_ring import KeyRing
+from loray.spec import OPERATOR
 from serve_apps.access.browsers import refuse_strangers
+from serve_apps.access.door import HEADERS
+from tests.serve_apps.keys import access_of
 
 HOST = {"host": "localhost:8000"}
 JSON = {"content-type": "application/json"}
@@ -54,3 +63,38 @@ def test_what_may_pass(method: str, headers: dict[str, str]) -> None:
 def test_what_is_refused(method: str, headers: dict[str, str]) -> None:
     with pytest.raises(PermissionDenied):
         refuse_strangers(method, headers, frozenset({"ours"}))
+
+
+class Read(Mapping[str, str]):
+    """Headers, with the names of those that were read."""
+
+    def __init__(self, headers: dict[str, str]) -> None:
+        self._headers = headers
+        self.names: set[str] = set()
+
+    def __getitem__(self, name: str) -> str:
+        self.names.add(name)
+        return self._headers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._headers)
+
+    def __len__(self) -> int:
+        return len(self._headers)
+
+
+@pytest.mark.parametrize("headers", [{}, HOST, HOST | JSON, {"authorization": "Bearer x"}, {"x-tenant-id": "acme"}])
+@pytest.mark.parametrize("ring", [KeyRing(), KeyRing(static={b"0" * 32: OPERATOR})])
+def test_the_middleware_keeps_what_is_read(headers: dict[str, str], ring: KeyRing, tmp_path: Path) -> None:
+    given = Read(headers)
+    access = access_of(f"sqlite:///{tmp_path}/catalog.db", ring=ring)
+
+    async def ask() -> None:
+        for method in ("GET", "POST"):
+            with suppress(LorayError):
+                await access.admit(method, "infer", given)
+
+    asyncio.run(ask())
+    access.close()
+    assert given.names
+    assert given.names <= HEADERS

@@ -15,6 +15,7 @@ from loray.errors import CatalogError, Unauthenticated
 from loray.serving.key_ring import KeyRing
 from loray.spec import Principal
 from serve_apps.access import Access
+from serve_apps.following import CatalogFollower
 from tests.serve_apps.access.conftest import bearer
 
 
@@ -23,7 +24,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.url = f"sqlite:///{folder}/catalog.db"
-        self.file = KeysFile(folder / "keys.json", self.url)
+        self.file = KeysFile(folder / "keys.jsonl", self.url)
         self.is_away = False
 
     def open(self) -> Catalog:
@@ -32,7 +33,8 @@ class World:
         return Catalog(self.url)
 
     def server(self, max_age_s: float = 3600.0) -> Access:
-        return Access(KeyRing(max_age_s=max_age_s), self.open, host="0.0.0.0", kept=self.file)
+        follower = CatalogFollower(self.open)
+        return Access(KeyRing(max_age_s=max_age_s), follower, host="0.0.0.0", kept=self.file)
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def test_what_the_database_says_replaces_what_was_kept(world: World) -> None:
         server.close()
     kept = world.file.read()
     assert kept is not None
-    assert [found.key.id for found in kept.all.keys] == []
+    assert [found.key.id for found in kept.state.keys] == []
 
 
 @pytest.mark.parametrize(
@@ -109,8 +111,9 @@ def test_what_the_database_says_replaces_what_was_kept(world: World) -> None:
     [
         lambda path: path.write_text("{"),
         lambda path: path.write_text("[]"),
-        lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 2')),
-        lambda path: path.write_text(path.read_text().replace('"catalog": "', '"catalog": "0')),
+        lambda path: path.write_text(path.read_text().replace('"format":2', '"format":1')),
+        lambda path: path.write_text(path.read_text().replace('"catalog":"', '"catalog":"0')),
+        lambda path: path.write_text(path.read_text().replace('"infer"', '"admin"')),
         lambda path: path.chmod(0o644),
         lambda path: path.unlink(),
     ],

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from loray.catalog import Catalog
 from loray.errors import CatalogError
 from serve_apps.accounting import usage
-from serve_apps.accounting.journal import FOLDER
+from serve_apps.accounting.journal import FOLDER, Journal, abandoned
 from serve_apps.accounting.usage import UsageWriter
 from tests.catalog.test_usage import event
 from tests.serve_apps.asking import eventually
@@ -100,6 +102,33 @@ def test_a_killed_writer_loses_nothing_and_counts_nothing_twice(tmp_path: Path, 
         UsageWriter(lambda: Catalog(catalog_url), tmp_path).close()
     assert num_requests(catalog_url) == 100
     assert journals(tmp_path) == []
+
+
+def test_a_writer_without_events_sleeps(tmp_path: Path, catalog_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for what others have left at its start and at its end, and rarely between."""
+    monkeypatch.setattr(usage, "FLUSH_S", 0.001)
+    looks: list[float] = []
+
+    def looked(home: Path) -> Iterator[Journal]:
+        looks.append(time.monotonic())
+        return abandoned(home)
+
+    monkeypatch.setattr(usage, "abandoned", looked)
+    writer = UsageWriter(lambda: Catalog(catalog_url), tmp_path)
+    assert eventually(lambda: bool(looks))
+    for i in range(3):
+        writer.add(event(i))
+        assert eventually(lambda: num_requests(catalog_url) == i + 1)  # noqa: B023
+    assert len(looks) == 1
+    writer.close()
+    assert len(looks) == 2
+    monkeypatch.setattr(usage, "ABANDONED_S", 0.01)
+    writer = UsageWriter(lambda: Catalog(catalog_url), tmp_path)
+    left = Journal.create(tmp_path)
+    left.append([event(7)])
+    left.close(delete=False)  # its process is gone
+    assert eventually(lambda: num_requests(catalog_url) == 4)
+    writer.close()
 
 
 def test_old_events_are_forgotten(tmp_path: Path, catalog_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

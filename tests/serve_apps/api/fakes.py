@@ -6,7 +6,9 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -122,7 +124,7 @@ def mounted(app: ASGIApp) -> ASGIApp:
 
 
 class InProcess(httpx.BaseTransport):
-    """A transport from httpx's synchronous client to an ASGI application, with an event loop per request."""
+    """A transport from httpx's synchronous client to an ASGI application, in an event loop for all of them."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._asgi = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -134,4 +136,11 @@ class InProcess(httpx.BaseTransport):
             content = await response.aread()
             return httpx.Response(response.status_code, headers=response.headers, content=content)
 
-        return asyncio.run(send())
+        return asyncio.run_coroutine_threadsafe(send(), _loop()).result()
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="asgi", daemon=True).start()
+    return loop

@@ -34,10 +34,11 @@ REPLICA = ReplicaStatus(
 
 
 def gateway_app(base: BaseModel, catalog_url: str, engines: Engines, **spec: Any) -> FastAPI:
-    directory = ModelDirectory(base, lambda: Catalog(catalog_url))
+    access = access_of(catalog_url)
+    directory = ModelDirectory(base, access.follower)
     serve = ServeSpec(base=base.name, **spec)
     gateway = Gateway(serve, directory, PromptEncoder.load(base, serve.tool_parser), engines)
-    return create_app(gateway, access_of(catalog_url))
+    return create_app(gateway, access)
 
 
 def register(

@@ -14,6 +14,7 @@ from loray.catalog import Catalog
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.errors import AdapterNotFound, CatalogError
 from loray.spec import OPERATOR
+from serve_apps.following import CatalogFollower
 from serve_apps.gateway.directory import LOOK_AGAIN_S, ModelDirectory
 from serve_apps.gateway.errors import failure_of
 from tests.serve_apps.gateway.scripted import register
@@ -43,8 +44,9 @@ def watched(catalog: Catalog) -> Watched:
 
 
 async def directory_of(base: BaseModel, watched: Watched) -> ModelDirectory:
-    directory = ModelDirectory(base, lambda: watched)  # type: ignore[arg-type, return-value]
+    directory = ModelDirectory(base, CatalogFollower(lambda: watched))  # type: ignore[arg-type, return-value]
     await directory.refresh()
+    watched.reads.clear()
     return directory
 
 
@@ -107,7 +109,7 @@ def test_before_the_first_snapshot_no_name_is_unknown(base: BaseModel, catalog: 
     away = Away(catalog)
 
     async def run() -> None:
-        directory = ModelDirectory(base, away)
+        directory = ModelDirectory(base, CatalogFollower(away))
         await directory.refresh()
         assert await directory.resolve(base.name, OPERATOR) is None
         for name in ("tone", "nobody"):
@@ -131,16 +133,15 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
 
     async def first() -> None:
         away.is_away = False
-        directory = ModelDirectory(base, away, kept)
-        watching = asyncio.create_task(directory.watch())
+        directory = ModelDirectory(base, CatalogFollower(away), kept)
+        await directory.start()
         while not kept.path.exists():
             await asyncio.sleep(0.01)
-        watching.cancel()
-        directory.close()
+        await directory.stop()
 
     async def second() -> None:
         away.is_away = True
-        directory = ModelDirectory(base, away, kept)
+        directory = ModelDirectory(base, CatalogFollower(away), kept)
         await directory.refresh()
         ref = await directory.resolve("tone", OPERATOR)
         assert ref is not None

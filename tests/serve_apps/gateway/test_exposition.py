@@ -22,6 +22,7 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.telemetry import ENGINE_METRICS, GATEWAY_METRICS, METRICS, REQUEST_METRICS
 from serve_apps.exposition import encode, merge
+from serve_apps.following import CatalogFollower
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.metrics import CountRequests, GatewayMetrics, together
 from serve_apps.gateway.replicas.router import decisions
@@ -53,7 +54,7 @@ def whole(base: BaseModel) -> list[Family]:
         go(asked, test)
     gateway = GatewayMetrics("g1")
     gateway.answered("/v1/completions", 200)
-    directory: Any = ModelDirectory(base, lambda: cast("Any", None))
+    directory: Any = ModelDirectory(base, CatalogFollower(lambda: cast("Any", None)))
     return together([gateway.families(directory, decisions()), None], replicas)
 
 
@@ -123,7 +124,7 @@ def test_the_document_lists_the_table() -> None:
 
 def test_each_gateway_has_its_own_requests(base: BaseModel) -> None:
     """Whichever gateway answers, the answer is the same."""
-    directory: Any = ModelDirectory(base, lambda: cast("Any", None))
+    directory: Any = ModelDirectory(base, CatalogFollower(lambda: cast("Any", None)))
     gateways: list[list[Family] | None] = []
     for name, num_requests in (("g1", 3), ("g2", 4)):
         counted = GatewayMetrics(name)

@@ -25,7 +25,7 @@ from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.prompts import PromptEncoder
 from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, register
-from tests.serve_apps.keys import Given
+from tests.serve_apps.keys import Given, following
 
 PROMPT = {"model": "tiny", "prompt": "abcdef", "max_tokens": 4}
 
@@ -53,7 +53,7 @@ class Front:
         self, engines: ScriptedEngines, log: AccessLog | None = None, **limits: Any
     ) -> AsyncIterator[httpx.AsyncClient]:
         principal = Principal(tenant="acme", key_id="k1", limits=Limits(**limits))
-        directory = ModelDirectory(self.base, lambda: Catalog(self.url))
+        directory = ModelDirectory(self.base, following(self.url))
         spec = ServeSpec(base=self.base.name)
         prompts = PromptEncoder.load(self.base, spec.tool_parser)
         app = create_app(

@@ -1,0 +1,51 @@
+"""When a gateway asks the owner of a deployment's limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+import pytest
+
+from loray.serving.quotas import QuotaGate, QuotaOwner, Reply, Report
+from loray.spec import Limits, Principal
+from serve_apps.accounting import exchange
+from serve_apps.accounting.exchange import follow_owner
+
+
+def test_the_owner_is_asked_only_while_somebody_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "IDLE_S", 0.001)
+    monkeypatch.setattr(exchange, "BUSY_S", 0.001)
+    gate, owner, asked = QuotaGate(2), QuotaOwner(2), list[int]()
+
+    async def ask(reports: Sequence[Report]) -> Reply:
+        asked.append(len(reports))
+        return owner.exchange("g1", reports, 0.0)
+
+    async def until_asked(number: int) -> None:
+        async with asyncio.timeout(30):
+            while len(asked) < number:
+                await asyncio.sleep(0.001)
+
+    async def run() -> None:
+        is_limited = asyncio.Event()
+        task = asyncio.create_task(follow_owner(gate, ask, is_limited))
+        await asyncio.sleep(0.05)
+        assert asked == []
+        gate.admit(Principal(key_id="k1", limits=Limits(rpm_limit=10)), 1, 0.0)
+        is_limited.set()
+        await until_asked(3)  # also without requests of its own: others may need what it holds
+        assert asked[0] == 1
+        is_limited.clear()
+        await asyncio.sleep(0.01)  # the exchange that is under way ends
+        number = len(asked)
+        await asyncio.sleep(0.05)
+        assert len(asked) == number
+        is_limited.set()
+        await until_asked(number + 1)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
