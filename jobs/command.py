@@ -8,9 +8,9 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 from rich.console import Console
@@ -18,9 +18,15 @@ from rich.console import Console
 from jobs.events.messages import describe
 from jobs.events.terminal import RunView
 from jobs.submission import commands
+from jobs.submission.api import ApiJobServer
+from jobs.submission.tracker import RayJob
+from loray.cli.planning.check import check_plan
+from loray.cli.planning.devices import device_option
+from loray.cli.recipes.command import explained
+from loray.cli.recipes.options import RecipeSource, recipe_options
 from loray.errors import ClusterError, LorayError
 from loray.locations import http_url, is_this_machine
-from loray.recipes.load import Recipe, load_recipe
+from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.store import open_store
 from loray.telemetry import get_logger
@@ -35,23 +41,46 @@ _RECONNECT_S = 1.0
 
 
 @click.command()
-@click.argument("recipe")
-@click.option("--address", help="Ray's job server, http://HOST:8265; without it a local cluster is used, or started.")
+@recipe_options
+@click.option(
+    "--address",
+    help="Ray's job server, http://HOST:8265; without it the server at LORAY_URL, or a local cluster that is started.",
+)
+@device_option("For the plan; on this machine without GPUs its memory is known.")
+@click.option("--no-plan", is_flag=True, help="Start even what the plan says cannot fit.")
+@click.option("--explain", is_flag=True, help="Print the recipe with the reason of each value, and start nothing.")
 @click.option("--resume", is_flag=True, help="Go on with the latest run of this recipe, from its last checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print the published adapter as JSON; progress goes to stderr.")
-def train(recipe: str, address: str | None, resume: bool, as_json: bool) -> None:
-    """Train the adapter of RECIPE (a YAML file, a shipped recipe's name, or a JSON object) and publish it."""
+def train(
+    source: RecipeSource,
+    address: str | None,
+    device_name: str | None,
+    no_plan: bool,
+    explain: bool,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Train an adapter and publish it: that of RECIPE (a YAML file, a shipped recipe's name, or a JSON object), with
+    the options on top of it, or that of the options alone. Fields that are left out have defaults for their method.
+    """
     console = Console(stderr=as_json)
     settings = Settings.from_env()
-    loaded = load_recipe(recipe)
+    recipe = source.load(settings.home)
     address = address or settings.address
-    server, job = _submit(loaded, settings, address, resume, console)
+    if explain:
+        click.echo(explained(recipe.spec, settings.home), nl=False)
+        return
+    if not no_plan:
+        where = address or settings.url
+        is_here = where is None or is_this_machine(where)
+        check_plan(recipe.spec, settings.home, device_name=device_name, is_here=is_here, to=console)
+    server, job = _submit(recipe, settings, address, resume, console)
     view = RunView(console)
     try:
         with view:
             asyncio.run(_follow(server, job, view.feed))
     except KeyboardInterrupt:
-        console.print(_how_to_go_on(recipe, server.address, job), highlight=False, soft_wrap=True)
+        console.print(_how_to_go_on(source, server, job), highlight=False, soft_wrap=True)
         sys.exit(130)
     if view.published is None:
         _fail(view, server, job, console)
@@ -61,22 +90,40 @@ def train(recipe: str, address: str | None, resume: bool, as_json: bool) -> None
         console.print(describe(view.published), style="green", highlight=False, soft_wrap=True)
 
 
+class _Jobs(Protocol):
+    """Of Ray's job server, or of a loray server."""
+
+    @property
+    def address(self) -> str: ...
+
+    def find(self, job_id: str) -> RayJob | None: ...
+
+    def follow(self, job_id: str) -> AsyncIterator[str]: ...
+
+
 def _submit(
     recipe: Recipe, settings: Settings, address: str | None, resume: bool, console: Console
-) -> tuple[RayJobServer, str]:
-    """Returns (server, job id). Without an address, the local cluster is used, and started if it does not run."""
-    with tempfile.TemporaryDirectory() as stage:
-        if address is not None and not is_this_machine(address):
-            job = commands.remote(recipe, settings, address=address, resume=resume, stage=Path(stage))
-        else:
-            open_store(settings.store).check()  # refuses a store that the job could not publish to
-            job = commands.local(recipe, settings, resume=resume)
-        if address is None:
-            from loray.local.cluster import ensure_started
+) -> tuple[_Jobs, str]:
+    """Returns (server, job id). Without an address and a server, the local cluster is used, and started if it does not
+    run.
+    """
+    server: RayJobServer | ApiJobServer
+    if address is None and settings.url is not None:
+        spec, server = commands.for_server(recipe, settings.url), ApiJobServer(settings.url)
+        job_id = server.submit(spec, resume=resume)
+    else:
+        with tempfile.TemporaryDirectory() as stage:
+            if address is not None and not is_this_machine(address):
+                job = commands.remote(recipe, settings, address=address, resume=resume, stage=Path(stage))
+            else:
+                open_store(settings.store).check()  # refuses a store that the job could not publish to
+                job = commands.local(recipe, settings, resume=resume)
+            if address is None:
+                from loray.local.cluster import ensure_started
 
-            address = ensure_started(settings).address
-        server = _connect(address)
-        job_id = server.submit(job)
+                address = ensure_started(settings).address
+            server = _connect(address)
+            job_id = server.submit(job)
     console.print(f"training {recipe.spec.name} as job {job_id}", highlight=False)
     return server, job_id
 
@@ -92,7 +139,7 @@ def _connect(address: str) -> RayJobServer:
     return server
 
 
-async def _follow(server: RayJobServer, job: str, feed: Callable[[str], None]) -> None:
+async def _follow(server: _Jobs, job: str, feed: Callable[[str], None]) -> None:
     """Calls `feed` once with every line of the job's log, until the job ends. A lost connection is opened again.
 
     LorayError after five connections in a row that bring no new line.
@@ -119,18 +166,24 @@ async def _follow(server: RayJobServer, job: str, feed: Callable[[str], None]) -
     raise LorayError(f"lost the connection to the job server; job {job} may still be running: ray job status {job}")
 
 
-def _how_to_go_on(recipe: str, address: str, job: str) -> str:
-    token = os.environ.get("RAY_AUTH_TOKEN_PATH")  # the local cluster's
-    ray = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token} ray" if token else "ray"
+def _how_to_go_on(source: RecipeSource, server: _Jobs, job: str) -> str:
+    if isinstance(server, ApiJobServer):
+        logs = f"curl {server.address}/api/v1/jobs/{job}"
+        follow, stop = f"{logs}/logs?follow=true", f"{logs}/stop -X POST"
+    else:
+        token = os.environ.get("RAY_AUTH_TOKEN_PATH")  # the local cluster's
+        ray = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token} ray" if token else "ray"
+        follow = f"{ray} job logs --address {server.address} --follow {job}"
+        stop = f"{ray} job stop --address {server.address} {job}"
     return (
         f"\nno longer following; training goes on as job {job}\n"
-        f"  follow  {ray} job logs --address {address} --follow {job}\n"
-        f"  stop    {ray} job stop --address {address} {job}\n"
-        f"  resume  loray train {shlex.quote(recipe)} --resume   (once stopped, from the last checkpoint)"
+        f"  follow  {follow}\n"
+        f"  stop    {stop}\n"
+        f"  resume  loray train {shlex.join(source.arguments)} --resume   (once stopped, from the last checkpoint)"
     )
 
 
-def _fail(view: RunView, server: RayJobServer, job: str, console: Console) -> None:
+def _fail(view: RunView, server: _Jobs, job: str, console: Console) -> None:
     if view.error is not None:
         console.print(describe(view.error), style="red", highlight=False, markup=False, soft_wrap=True)
     else:

@@ -24,8 +24,9 @@ from jobs.events.sink import start_sink
 from jobs.events.tensorboard import TensorBoardWriter
 from jobs.runs.folders import RunFolder, open_runs
 from loray.catalog import Catalog
+from loray.cli.recipes.options import RecipeSource, recipe_options
 from loray.errors import CatalogError, EvaluationError, LorayError, SpecError, StoreError, TrainingError
-from loray.recipes.load import Recipe, load_recipe
+from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, qualified_name
 from loray.store import open_store
@@ -38,13 +39,15 @@ _STOPPED = 143  # the exit code that a shell reports for a process ended by SIGT
 
 
 @click.command()
-@click.argument("recipe")
+@recipe_options
 @click.option("--events", "as_events", is_flag=True, help="Say what happens as JSON, one object a line.")
 @click.option("--resume", is_flag=True, help="Go on with the latest run of this recipe, from its last checkpoint.")
 @click.option("--tenant", default=DEFAULT_TENANT, help="Whose the adapter and the run are.")
 @click.option("--publish-checkpoint", is_flag=True, help="Train nothing: publish the latest run's best checkpoint.")
-def main(recipe: str, as_events: bool, resume: bool, tenant: str, publish_checkpoint: bool) -> None:
-    """Train the adapter of RECIPE (a YAML file, a shipped recipe's name, or a JSON object) and publish it."""
+def main(source: RecipeSource, as_events: bool, resume: bool, tenant: str, publish_checkpoint: bool) -> None:
+    """Train an adapter and publish it: that of RECIPE (a YAML file, a shipped recipe's name, or a JSON object), with
+    the options on top of it, or that of the options alone.
+    """
 
     def emit(event: Event) -> None:
         click.echo(encode(event) if as_events else describe(event))
@@ -52,7 +55,7 @@ def main(recipe: str, as_events: bool, resume: bool, tenant: str, publish_checkp
     try:
         settings = Settings.from_env()
         configure_logging(settings.log_level)
-        loaded = load_recipe(recipe)
+        loaded = source.load(settings.home)
         if publish_checkpoint:
             publish_latest(loaded, settings, emit, tenant=tenant)
         else:

@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from loray.errors import DataError
 from loray.local.cluster import current_cluster
+from loray.locations import is_this_machine
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
@@ -47,7 +50,8 @@ def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
 
 
 def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, stage: Path) -> Submission:
-    """A job on a cluster that has loray installed. Copies recipe and local data files to `stage`, which Ray uploads.
+    """A job on a cluster that has loray installed. Puts the recipe, with its defaults, and local data files into
+    `stage`, which Ray uploads.
 
     Raises SettingsError if the cluster cannot reach the store or the catalog; DataError for data outside the recipe's
     folder, or named by an absolute path of this machine.
@@ -57,7 +61,7 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
         source = _as_json(recipe.spec)
     else:
         source = recipe.path.name
-        shutil.copyfile(recipe.path, stage / source)
+        (stage / source).write_text(yaml.safe_dump(recipe.spec.model_dump(mode="json"), sort_keys=False))
     absolute = [str(p.resolve()) for p in map(_expanded, _sources(recipe.spec.data)) if p.is_absolute()]
     for path in _local_files(recipe):
         if not path.is_relative_to(recipe.folder):
@@ -77,6 +81,19 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
     command = _command("python", source, resume=resume)
     runtime_env = {"working_dir": str(stage), "env_vars": settings.to_remote_env()}
     return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec))
+
+
+def for_server(recipe: Recipe, url: str) -> TrainSpec:
+    """The recipe for a server at `url`, whose cluster opens the data itself. Raises DataError for data that it cannot
+    open: files of this machine, unless the server is on it.
+    """
+    here = [path for path in _local_files(recipe) if path.exists()]
+    if here and not is_this_machine(url):
+        raise DataError(
+            f"{here[0]} is a file of this machine, and the cluster of {url} cannot read it; put it on object storage "
+            "and name its s3:// URL"
+        )
+    return recipe.spec.model_copy(update={"data": recipe.data()})
 
 
 def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False, tenant: str = DEFAULT_TENANT) -> Submission:
@@ -108,7 +125,7 @@ def _command(python: str, source: str, *, resume: bool, tenant: str = DEFAULT_TE
 
 
 def _as_json(spec: TrainSpec) -> str:
-    return spec.model_dump_json(exclude_none=True)
+    return spec.model_dump_json()  # with what is null: left out, it would be given its default
 
 
 def _metadata(spec: TrainSpec, tenant: str = DEFAULT_TENANT) -> dict[str, str]:

@@ -10,6 +10,10 @@ from fastapi import Depends, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from loray.bases.presets import shapes_in
+from loray.recipes.defaults import complete
+from loray.recipes.load import size_of_base
+from loray.settings import Settings
 from loray.spec import TrainSpec
 from serve_apps.api.problems import InvalidFields, fields_of
 from serve_apps.bodies import parse_json, read
@@ -31,9 +35,16 @@ def _parse(raw: bytes, *, is_yaml: bool) -> TrainSpec:
     except (ValueError, yaml.YAMLError, RecursionError) as e:
         raise InvalidFields(f"the recipe is not valid {'YAML' if is_yaml else 'JSON'}: {e}", ()) from e
     try:
-        return TrainSpec.model_validate(data)
+        return TrainSpec.model_validate(_completed(data))
     except ValidationError as e:
         raise InvalidFields("the recipe is not valid", fields_of(e.errors(include_url=False))) from e
+
+
+def _completed(data: object) -> object:
+    if not isinstance(data, dict):
+        return data
+    base = data.get("base", TrainSpec.model_fields["base"].default)
+    return complete(data, size_of_base(base, shapes_in(Settings.from_env().home)))
 
 
 RecipeBody = Annotated[TrainSpec, Depends(_read)]

@@ -158,3 +158,28 @@ def test_data_elsewhere_is_not_uploaded(tmp_path: Path) -> None:
     recipe = write(tmp_path / "a", data={"train": "../data.jsonl"})
     with pytest.raises(DataError, match="lies outside"):
         commands.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=tmp_path)
+
+
+def test_a_server_gets_the_whole_recipe_and_data_that_it_can_open(tmp_path: Path) -> None:
+    recipe = write(tmp_path)
+    assert commands.for_server(recipe, "http://127.0.0.1:8000").data.train == str(tmp_path / "data.jsonl")
+    with pytest.raises(DataError, match="is a file of this machine, and the cluster of "):
+        commands.for_server(recipe, "http://head.example:8000")
+    far = write(tmp_path, data={"train": "s3://bucket/train.jsonl"})
+    assert commands.for_server(far, "http://head.example:8000") == far.spec
+
+
+def test_values_on_top_of_a_file_are_part_of_the_job(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    path = str(tmp_path / "a" / "recipe.yaml")
+    recipe = load_recipe(path, over={"seed": 7})
+    for job in (
+        commands.local(recipe, Settings.from_env({}), resume=False),
+        commands.remote(recipe, Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=stage(tmp_path)),
+    ):
+        text = next(word for word in shlex.split(job.entrypoint) if word.startswith("{"))
+        assert load_recipe(text).spec == recipe.spec
+    (tmp_path / "b").mkdir()
+    folder = stage(tmp_path / "b")
+    commands.remote(load_recipe(path), Settings.from_env(REACHABLE), address=ADDRESS, resume=False, stage=folder)
+    assert load_recipe(str(folder / "recipe.yaml")).spec == load_recipe(path).spec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +68,15 @@ def known_shape(base: str, home: Path) -> ModelConfig:
             f"no base model {base!r} on this machine, and its shape is not among those known "
             f"({', '.join(preset_names())}): give its configuration with --config, or add it with `loray base add`"
         ) from e
+
+
+def shapes_in(home: Path) -> Callable[[str], ModelConfig | None]:
+    """As `known_shape`, for bases by name; None where a base's shape is not known."""
+
+    def shape(base: str) -> ModelConfig | None:
+        try:
+            return known_shape(base, home)
+        except BaseNotFound:
+            return None
+
+    return shape

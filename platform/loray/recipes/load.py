@@ -1,18 +1,31 @@
-"""Recipes from files or JSON, with the folder that their relative paths start at. Quick to import."""
+"""Recipes from files, JSON and the command line, with the folder that their relative paths start at."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
+from loray.bases.config import ModelConfig
 from loray.errors import SpecError
-from loray.spec import DataSpec, TrainSpec
+from loray.recipes.defaults import BaseSize, complete, method_of, size_of
+from loray.recipes.fields import merge
+from loray.spec import DataSpec, Name, TrainSpec, read_mapping
+
+ShapeOf = Callable[[str], ModelConfig | None]  # of a base by its name; None where it is not known
+_SOURCES = ("train", "eval")
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 class Recipe(NamedTuple):
-    """`path` is None for a recipe given as JSON. The relative data paths of `spec` start at `folder`."""
+    """`path` is None for a recipe that is no file, or not that file alone. The relative data paths of `spec` start at
+    `folder`.
+    """
 
     spec: TrainSpec
     path: Path | None
@@ -33,27 +46,100 @@ def shipped() -> list[str]:
     return sorted(path.name for path in _recipes().glob("*.yaml"))
 
 
-def load_recipe(name: str) -> Recipe:
-    """A recipe from a file, from the package by its name, or from a JSON object. Raises SpecError.
+def purpose(name: str) -> str:
+    """What a shipped recipe is for: the sentences at its beginning."""
+    words = []
+    for line in (_recipes() / name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        if not line.startswith("#  "):  # not a command
+            words.append(line[2:])
+    return " ".join(words)
 
-    Relative data paths start at the file's folder; those of a shipped recipe and of JSON at the current folder.
+
+def load_recipe(
+    name: str | None = None,
+    *,
+    over: Mapping[str, Any] | None = None,
+    shape_of: ShapeOf = lambda base: None,
+    is_example: bool = False,
+) -> Recipe:
+    """A recipe from a file, from the package by its name, or from a JSON object, with `over` on top of it; of `over`
+    alone where `name` is None. What is left out has its default, which may depend on the size of the base. Raises
+    SpecError.
+
+    Relative data paths of a file start at its folder; those of a shipped recipe, of JSON and of `over` at the current
+    folder. An example may lack name and data.
     """
+    fields, path, folder = ({}, None, _folder_of_data(over or {})) if name is None else _read(name)
+    if over:
+        merge(fields, _moved(over, folder, is_alone=name is None))
+        path = None
+    if is_example:
+        fields = merge({"name": f"my-{method_of(fields) or 'adapter'}", "data": {"train": "data/train.jsonl"}}, fields)
+    elif name is None:
+        _check_named(fields)
+    size = size_of_base(fields.get("base", TrainSpec.model_fields["base"].default), shape_of)
+    return Recipe(TrainSpec.parse(complete(fields, size), source=str(path or "the recipe")), path, folder)
+
+
+def size_of_base(base: object, shape_of: ShapeOf) -> BaseSize:
+    """`base` may be anything that a recipe has in that place; what is no name is not looked for."""
+    try:
+        return size_of(shape_of(_NAME.validate_python(base)))
+    except ValidationError:
+        return size_of(None)
+
+
+def _read(name: str) -> tuple[dict[str, Any], Path | None, Path]:
+    """(fields, file, folder of relative paths)."""
     if name.lstrip().startswith("{"):
-        return Recipe(_parse(name), None, Path.cwd())
+        try:
+            fields = json.loads(name)
+        except json.JSONDecodeError as e:
+            raise SpecError(f"the recipe is not valid JSON: {e}") from e
+        return fields, None, Path.cwd()
     path = Path(name).expanduser()
     if path.is_file():
-        return Recipe(TrainSpec.from_yaml(path), path.resolve(), path.resolve().parent)
+        return read_mapping(path), path.resolve(), path.resolve().parent
     ours = _recipes() / f"{name.removesuffix('.yaml')}.yaml"
     if path.name == name and ours.is_file():
-        return Recipe(TrainSpec.from_yaml(ours), ours, Path.cwd())
+        return read_mapping(ours), ours, Path.cwd()
     raise SpecError(f"recipe {name} does not exist; give a YAML file, or one of {', '.join(shipped())}")
 
 
-def _parse(text: str) -> TrainSpec:
-    try:
-        return TrainSpec.parse(json.loads(text), source="the recipe")
-    except json.JSONDecodeError as e:
-        raise SpecError(f"the recipe is not valid JSON: {e}") from e
+def _moved(over: Mapping[str, Any], folder: Path, *, is_alone: bool) -> dict[str, Any]:
+    """`over` with its data paths, which start at the current folder, as paths from `folder`; absolute ones only where
+    `folder` is that of these files.
+    """
+    fields = merge({}, over)
+    for name, path in _data_files(over).items():
+        if is_alone or not Path(fields["data"][name]).expanduser().is_absolute():
+            fields["data"][name] = os.path.relpath(path, folder)
+    return fields
+
+
+def _folder_of_data(over: Mapping[str, Any]) -> Path:
+    """The folder in which all local data files are; without any, the current one."""
+    folders = [path.parent for path in _data_files(over).values()]
+    return Path(os.path.commonpath(folders)) if folders else Path.cwd()
+
+
+def _data_files(fields: Mapping[str, Any]) -> dict[str, Path]:
+    """Absolute paths of the data that lies in files, by field."""
+    data = fields.get("data")
+    named = data if isinstance(data, Mapping) else {}
+    sources = {name: named[name] for name in _SOURCES if isinstance(named.get(name), str)}
+    return {name: Path(source).expanduser().absolute() for name, source in sources.items() if "://" not in source}
+
+
+def _check_named(fields: Mapping[str, Any]) -> None:
+    """Raise SpecError where a recipe without a file has no name or no data: what it cannot do without."""
+    data = fields.get("data")
+    has_data = isinstance(data, Mapping) and data.get("train") is not None
+    missing = [*([] if fields.get("name") else ["--name NAME"]), *([] if has_data else ["--data FILE"])]
+    if missing:
+        raise SpecError(f"without a recipe, {' and '.join(missing)} is needed; `loray recipes ls` has recipes")
 
 
 def _recipes() -> Path:

@@ -69,6 +69,7 @@ from loray.spec.fields import (
     Sha256,
     format_size,
     parse_size,
+    read_mapping,
 )
 from loray.spec.figures import EngineFigures
 from loray.spec.generation import (
@@ -204,6 +205,7 @@ __all__ = [
     "meanings",
     "parse_size",
     "qualified_name",
+    "read_mapping",
     "retrieval_metric",
     "service_tier",
     "split_qualified",

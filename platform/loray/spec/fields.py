@@ -71,14 +71,17 @@ class Frozen(BaseModel):
 
     @classmethod
     def from_yaml(cls, path: Path) -> Self:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as e:
-            raise SpecError(f"cannot read {path}: {e.strerror or e}") from e
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise SpecError(f"{path} is not valid YAML: {e}") from e
-        if not isinstance(data, dict):
-            raise SpecError(f"{path} must hold a mapping of fields, not {type(data).__name__}")
-        return cls.parse(data, source=str(path))
+        return cls.parse(read_mapping(path), source=str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises SpecError."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise SpecError(f"cannot read {path}: {e.strerror or e}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise SpecError(f"{path} is not valid YAML: {e}") from e
+    if not isinstance(data, dict):
+        raise SpecError(f"{path} must hold a mapping of fields, not {type(data).__name__}")
+    return data

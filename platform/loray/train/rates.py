@@ -7,7 +7,6 @@ JSON.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs
-from loray.planning.devices import HostRates
+from loray.planning.devices import HostRates, host_memory
 from loray.train.attention.shifted import s2_attention
 
 _PRODUCT_WIDTH = {"cpu": 2048, "cuda": 8192}
@@ -30,7 +29,7 @@ _TOKENS, _GROUP = 4096, 1024
 def measure_rates() -> HostRates:
     cpu = torch.device("cpu")
     return HostRates(
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=host_memory(),
         flops=product_flops(cpu, torch.bfloat16),
         attention_flops=_attention_flops(_GROUP),
         dense_attention_flops=_attention_flops(None),

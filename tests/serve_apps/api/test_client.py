@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from jobs.submission.api import ApiJobServer
 from loray.client import CatalogClient
 from loray.errors import (
     AdapterNotFound,
@@ -116,14 +117,36 @@ def test_jobs(api: Api, client: CatalogClient) -> None:
     assert client.logs("job-1") == "log of job-1\n"
     assert client.stop("job-1").status == "pending"
     assert api.jobs.stopped == ["job-1"]
-    with pytest.raises(SpecError, match=r"not valid\n  adapter: Field required"):
-        client.submit({key: value for key, value in RECIPE.items() if key != "adapter"})
+    with pytest.raises(SpecError, match=r"not valid\n  data: Field required"):
+        client.submit({key: value for key, value in RECIPE.items() if key != "data"})
     api.jobs.jobs.clear()
     for call in (client.logs, lambda i: list(client.follow(i))):
         with pytest.raises(JobNotFound, match="Ray keeps logs only while"):
             call("job-1")
     with pytest.raises(JobNotFound, match="no job 'none'"):
         client.job("none")
+
+
+def pieces(stream: AsyncIterator[str]) -> Iterator[str]:
+    """Of a stream that awaits nothing: the API in this process runs in an event loop of its own."""
+    while True:
+        try:
+            next(stream.__anext__().__await__())
+        except StopIteration as piece:
+            yield piece.value
+        except StopAsyncIteration:
+            return
+
+
+def test_loray_train_follows_a_job_of_a_server(api: Api, client: CatalogClient) -> None:
+    server = ApiJobServer("http://test", client)
+    job = server.submit(TrainSpec.parse(RECIPE, source="example"), resume=True)
+    assert "--resume" in api.jobs.submitted[job].entrypoint
+    found = server.find(job)
+    assert found is not None
+    assert not found.has_ended
+    assert list(pieces(server.follow(job))) == ["a\n", "b\n", "c\n"]
+    assert server.find("none") is None
 
 
 def test_servers_that_do_not_answer(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 
 from loray.catalog.database import writing
 from loray.catalog.schema import jobs
+from loray.recipes.load import load_recipe
 from loray.spec import TrainSpec
 from serve_apps.api.examples import RECIPE
 from tests.serve_apps.api.fakes import Api
@@ -43,7 +44,7 @@ def test_a_recipe_reaches_the_driver(api: Api) -> None:
     assert job_id == job["id"]
     command = shlex.split(api.jobs.submitted[job_id].entrypoint)
     (recipe,) = (part for part in command if part.startswith("{"))
-    assert TrainSpec.parse(json.loads(recipe), source="entrypoint") == TrainSpec.parse(RECIPE, source="example")
+    assert TrainSpec.parse(json.loads(recipe), source="entrypoint") == load_recipe(json.dumps(RECIPE)).spec
     assert command[command.index("-m") + 1] == "jobs.train"
     assert "--resume" not in command
     env = api.jobs.submitted[job_id].runtime_env["env_vars"]
@@ -58,6 +59,14 @@ def test_yaml(api: Api, media_type: str) -> None:
     response = api.http.post("/jobs", params=params, content=yaml.safe_dump(RECIPE), headers=headers)
     assert (response.status_code, response.json()["id"]) == (201, "mine")
     assert "--resume" in api.jobs.submitted["mine"].entrypoint
+
+
+def test_what_a_recipe_leaves_out_has_its_methods_default(api: Api) -> None:
+    little = {"name": "tone", "adapter": {"method": "vera"}, "data": {"train": "s3://bucket/tone.jsonl"}}
+    response = api.http.post("/jobs", params={"id": "little"}, json=little)
+    assert response.status_code == 201, response.text
+    recipe = response.json()["recipe"]
+    assert (recipe["optimizer"]["learning_rate"], recipe["batch"]["rows"], recipe["num_epochs"]) == (0.01, 8, 1)
 
 
 def test_every_wrong_field_is_named(api: Api) -> None:

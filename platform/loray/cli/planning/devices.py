@@ -19,6 +19,7 @@ from loray.bases.sources import read_config
 from loray.errors import LorayError, SpecError
 from loray.planning.devices import PRESETS, THIS_MACHINE, Device, HostRates, host
 
+ASSUMED_GPU = "a100-80gb"  # where a recipe uses GPUs and nothing says which
 _RATES_FILE = "rates.json"
 
 
@@ -65,16 +66,21 @@ def _read(path: Path) -> ModelConfig:
         raise SpecError(f"{path} is not the config.json of a model: {e!r}") from e
 
 
+def kept_rates(home: Path) -> HostRates | None:
+    """This machine's rates, where they have been measured."""
+    try:
+        return HostRates(**json.loads((home / _RATES_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def _rates(home: Path) -> HostRates:
     """This machine's rates, measured in another process, because torch takes seconds and memory.
 
     They are saved in `home`, unless the machine was busy.
     """
-    path = home / _RATES_FILE
-    try:
-        return HostRates(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        pass
+    if (kept := kept_rates(home)) is not None:
+        return kept
     is_busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 2
     click.echo("measuring this machine" + (", which is busy: it may be faster" if is_busy else ", once"), err=True)
     done = subprocess.run([sys.executable, "-m", "loray.train.rates"], capture_output=True, text=True, check=False)
@@ -82,6 +88,7 @@ def _rates(home: Path) -> HostRates:
         raise LorayError(f"this machine could not be measured; name a --device: {done.stderr.strip()[-500:]}")
     rates = HostRates(**json.loads(done.stdout))
     if not is_busy:
+        path = home / _RATES_FILE
         home.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(asdict(rates)) + "\n", encoding="utf-8")

@@ -7,34 +7,30 @@ from pathlib import Path
 import click
 
 from loray.cli.output import console, emit, json_option
-from loray.cli.planning.devices import config_option, device_of, device_option, shape_of
+from loray.cli.planning.devices import ASSUMED_GPU, config_option, device_of, device_option, shape_of
 from loray.cli.planning.tables import show
+from loray.cli.recipes.options import RecipeSource, recipe_options
 from loray.planning.devices import THIS_MACHINE
 from loray.planning.plan import make_plan
 from loray.planning.run import run_of
-from loray.recipes.load import load_recipe
 from loray.settings import Settings
-from loray.spec import TrainSpec
 
 
 @click.command()
-@click.argument("recipe")
-@click.option("--workers", type=click.IntRange(min=1), help="Instead of the recipe's num_workers.")
+@recipe_options
 @device_option("Default: a100-80gb where the recipe uses GPUs, else this-machine.")
 @config_option
 @json_option
-def plan(recipe: str, workers: int | None, device_name: str | None, config: Path | None, as_json: bool) -> None:
-    """Estimate memory, traffic and time of RECIPE (a YAML file, a shipped recipe's name, or a JSON object).
+def plan(source: RecipeSource, device_name: str | None, config: Path | None, as_json: bool) -> None:
+    """Estimate memory, traffic and time of RECIPE (a YAML file, a shipped recipe's name, or a JSON object), or of the
+    recipe that the options describe.
 
     Exits with 1 where the recipe cannot run as it is; the plan says what would have to change.
     """
     home = Settings.from_env().home
-    spec = load_recipe(recipe).spec
-    if workers is not None:
-        source = f"{spec.name} with {workers} workers"
-        spec = TrainSpec.parse(spec.model_dump() | {"num_workers": workers}, source=source)
+    spec = source.load(home, is_example=True).spec
     run = run_of(spec, shape_of(spec.base, config, home))
-    name = device_name or ("a100-80gb" if spec.use_gpu else THIS_MACHINE)
+    name = device_name or (ASSUMED_GPU if spec.use_gpu else THIS_MACHINE)
     made = make_plan(run, device_of(name, home, spec.num_workers))
     if as_json:
         emit({"recipe": spec.name, "base": spec.base} | made.to_dict())

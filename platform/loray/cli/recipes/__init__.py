@@ -1,0 +1,1 @@
+"""`loray recipes`, and the options from which commands make a recipe."""

@@ -1,0 +1,82 @@
+"""`loray recipes`: the shipped recipes, a recipe with the reasons of its values, and a file to edit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from loray.bases.presets import shapes_in
+from loray.cli.output import console, emit, json_option, table
+from loray.cli.recipes.options import RecipeSource, recipe_options
+from loray.errors import ConflictError
+from loray.recipes.load import Recipe, load_recipe, purpose, shipped, size_of_base
+from loray.recipes.render import to_yaml
+from loray.settings import Settings
+from loray.spec import TrainSpec
+
+
+@click.group()
+def recipes() -> None:
+    """List the shipped recipes, explain one, or write one to edit."""
+
+
+@recipes.command("ls")
+@json_option
+def ls(as_json: bool) -> None:
+    """List the shipped recipes and what they are for."""
+    rows = []
+    for file in shipped():
+        spec = load_recipe(file).spec
+        name = file.removesuffix(".yaml")
+        rows.append({"name": name, "method": spec.adapter.method, "base": spec.base, "purpose": purpose(file)})
+    if as_json:
+        emit(rows)
+        return
+    console().print(table(("NAME", "METHOD", "BASE", "FOR"), [tuple(row.values()) for row in rows]))
+
+
+@recipes.command("show")
+@recipe_options
+@json_option
+def show(source: RecipeSource, as_json: bool) -> None:
+    """Print RECIPE, or that of the options alone, with every default filled in and the reason of each value."""
+    home = Settings.from_env().home
+    spec = source.load(home, is_example=True).spec
+    if as_json:
+        emit(spec.model_dump(mode="json"))
+    else:
+        click.echo(explained(spec, home), nl=False)
+
+
+@recipes.command("init")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@recipe_options
+@click.option("--force", is_flag=True, help="Write over a file that exists.")
+def init(file: Path, source: RecipeSource, force: bool) -> None:
+    """Write a recipe to edit to FILE, as `show` prints it. Data paths are then relative to FILE."""
+    home = Settings.from_env().home
+    if file.exists() and not force:
+        raise ConflictError(f"{file} exists; choose another name, or overwrite it with --force")
+    recipe = source.load(home, is_example=True)
+    file.write_text(explained(_with_data_from(recipe, file.absolute().parent), home), encoding="utf-8")
+    click.echo(f"wrote {file}: edit it, then `loray plan {file}` and `loray train {file}`")
+
+
+def explained(spec: TrainSpec, home: Path) -> str:
+    """The recipe as YAML with the reason of each value."""
+    return to_yaml(spec, size_of_base(spec.base, shapes_in(home)))
+
+
+def _with_data_from(recipe: Recipe, folder: Path) -> TrainSpec:
+    """The recipe for a file in `folder`: paths of data files that exist start there."""
+    data, found = recipe.spec.data, recipe.data()
+    paths = {"train": _path_from(data.train, found.train, folder)}
+    if data.eval is not None and found.eval is not None:
+        paths["eval"] = _path_from(data.eval, found.eval, folder)
+    return recipe.spec.model_copy(update={"data": data.model_copy(update=paths)})
+
+
+def _path_from(source: str, found: str, folder: Path) -> str:
+    return os.path.relpath(found, folder) if Path(found).is_file() else source

@@ -1,0 +1,190 @@
+"""What a recipe's field is where the recipe leaves it out, and why: the one place of defaults.
+
+`complete` fills a recipe in, `loray recipes show` prints the reasons, and docs/guide/recipes.md has them as a table. A
+field without a value here has the specification's own default (`loray.spec.TrainSpec`), or none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from loray.bases.config import ModelConfig
+from loray.spec import Method
+
+BaseSize = Literal["small", "large"]
+BASE_SIZES: tuple[BaseSize, ...] = ("small", "large")
+METHODS: tuple[Method, ...] = ("lora", "vera", "longlora")
+FIRST_METHOD: Method = "lora"
+
+_LARGE_ELEMENTS = 10**9
+# Of the fields of a group a recipe gives one: with it, the others have no default.
+GROUPS = (
+    ("batch.rows", "batch.tokens"),
+    ("optimizer.warmup_steps", "optimizer.warmup_ratio"),
+    ("max_steps", "num_epochs"),
+)
+
+
+class Default(NamedTuple):
+    """`value` None: the specification's own. `large`: on a large base, where that differs."""
+
+    why: str
+    value: object = None
+    large: object = None
+
+    def on(self, size: BaseSize) -> object:
+        return self.large if size == "large" and self.large is not None else self.value
+
+
+_EVERY_METHOD: Mapping[str, Default] = {
+    "name": Default("what requests call it; each publication is its next version"),
+    "base": Default("loray makes it from a package, and it trains on two cores"),
+    "adapter.method": Default("the first to try: it has the fewest surprises", FIRST_METHOD),
+    "adapter.dropout": Default("adapters have few parameters; raise it where the held-out loss rises while loss falls"),
+    "adapter.target_modules": Default("attention alone; the MLP's three more than double adapter and time"),
+    "adapter.long_context": Default("only for rows longer than the base's window"),
+    "adapter.long_context.rope_scaling.type": Default("the paper's position interpolation"),
+    "adapter.long_context.rope_scaling.factor": Default("trained for so many times the original context"),
+    "adapter.long_context.original_context": Default("the base's own window"),
+    "adapter.long_context.group_size": Default("a quarter of the context: smaller groups raise the loss"),
+    "adapter.long_context.train_embeddings": Default("without them long contexts do not recover (the paper)"),
+    "adapter.long_context.train_norms": Default("likewise, for almost no parameters"),
+    "data.train": Default("JSONL or Parquet with `messages`, `prompt` and `completion`, or `text`"),
+    "data.eval": Default("without it, a part of `train` is held out"),
+    "data.eval_fraction": Default("enough rows to tell checkpoints apart, few to lose"),
+    "data.format": Default("the columns say it"),
+    "data.max_length": Default("of one row, in tokens: LongLoRA's context, else 1024 or the base's shorter window"),
+    "data.max_rows": Default("all of them"),
+    "batch.rows": Default("of a worker at once; halve it and double `accumulation` where memory is short", 8),
+    "batch.tokens": Default("instead of `rows`: a budget, padding included, where rows differ much in length"),
+    "batch.accumulation": Default("micro-batches of a step; a larger batch without more memory"),
+    "batch.order": Default("independent batches; length_grouped pads less, packed not at all"),
+    "optimizer.learning_rate": Default("the update is scaled by alpha/rank; large bases want less", 1e-3, 2e-4),
+    "optimizer.weight_decay": Default("an adapter is small: early stopping on held-out loss regularises better"),
+    "optimizer.beta1": Default("Adam's"),
+    "optimizer.beta2": Default("Adam's"),
+    "optimizer.eps": Default("Adam's"),
+    "optimizer.schedule": Default("ends at rate 0, so that the last checkpoint is a good one"),
+    "optimizer.warmup_steps": Default("instead of warmup_ratio, where the length of a run is known"),
+    "optimizer.warmup_ratio": Default("Adam's moments are noise in the first steps", 0.05),
+    "optimizer.max_grad_norm": Default("one bad batch moves the weights no further than another"),
+    "optimizer.loraplus_lr_ratio": Default("LoRA+: B learns at that many times the rate of A; 16 in its paper"),
+    "optimizer.vera_d_lr_ratio": Default("d and b learn at one rate, as in the paper"),
+    "max_steps": Default("instead of num_epochs"),
+    "num_epochs": Default("one pass; a few hundred rows may need three", 1),
+    "evaluation.interval_steps": Default("before and after training; with one, the best checkpoint is published"),
+    "evaluation.max_rows": Default("held-out rows that a measurement takes, so that it stays short"),
+    "evaluation.keep_best": Default("the lowest held-out loss, not the last step, is what to serve"),
+    "evaluation.perplexity": Default("measured before publishing, for the gate of LongLoRA's aliases"),
+    "evaluation.perplexity.context_lengths": Default("the context that was extended, and the adapter's own"),
+    "evaluation.perplexity.stride": Default("the paper's: tokens from one window to the next"),
+    "evaluation.perplexity.max_windows": Default("of each length, evenly spread, so that it ends"),
+    "evaluation.retrieval": Default("likewise: whether a key is found in long text"),
+    "checkpoint.interval_steps": Default("at evaluations and at the end; give one where workers may be lost"),
+    "checkpoint.keep": Default("the last and the best"),
+    "publish.aliases": Default("look at the answers first, then `loray adapters promote`"),
+    "publish.no_gate": Default("the gate holds"),
+    "publish.licence": Default("of the adapter, where it has one"),
+    "publish.description": Default("shown by `loray adapters show`"),
+    "max_nonfinite_steps": Default("so many skipped steps are no accident"),
+    "gradient_checkpointing": Default("a third slower; `loray plan` says where memory needs it"),
+    "dtype": Default("of weights and activations; masters and moments are float32"),
+    "num_workers": Default("one process, or one GPU, for each"),
+    "min_workers": Default("a run waits for all its workers, or goes on with fewer: as many as this"),
+    "parallel.sequence": Default("workers that share a row; for rows that do not fit on one"),
+    "parallel.strategy": Default("an adapter's gradients and moments are small enough to be on each worker"),
+    "use_gpu": Default("one GPU a worker where it is true"),
+    "seed": Default("of initial values, order and dropout: a run can be repeated"),
+}
+
+_LORA: Mapping[str, Default] = {
+    "adapter.rank": Default("capacity; 8 to 64 is usual"),
+    "adapter.alpha": Default("twice the rank: the update is scaled by 2"),
+    "adapter.use_rslora": Default("divides alpha by √rank instead of rank: for ranks above 64"),
+}
+
+_OF_METHOD: Mapping[Method, Mapping[str, Default]] = {
+    "lora": _LORA,
+    "vera": {
+        "adapter.rank": Default("of the frozen pair: costs arithmetic, hardly any parameters"),
+        "adapter.d_initial": Default("the paper's"),
+        "adapter.projection_prng_key": Default("adapters share the pair only where key, rank and modules agree"),
+        "adapter.save_projection": Default("the pair is drawn again from its key, so an adapter is kilobytes"),
+        "optimizer.learning_rate": Default("about ten times LoRA's: two vectors a module learn slowly", 1e-2, 4e-3),
+    },
+    "longlora": {
+        **_LORA,
+        "adapter.rank": Default("the paper's: embeddings and norms carry what more rank does not"),
+        "adapter.long_context.rope_scaling.factor": Default("twice the original context", 2),
+        "batch.rows": Default("a row fills the context", 1),
+        "batch.accumulation": Default("rows of a step on one worker; the paper has 64 over all", 4, 8),
+        "optimizer.learning_rate": Default("high for tens of steps; the paper's 2e-5 on large bases", 1e-3, 2e-5),
+        "optimizer.beta2": Default("the paper's on large bases: few, long steps", 0.999, 0.95),
+        "optimizer.schedule": Default("the paper's: constant after the warm-up", "constant"),
+        "max_steps": Default("a thousand in the paper; a small base shows a gain after tens", 50, 1000),
+        "num_epochs": Default("instead of max_steps"),
+    },
+}
+
+
+def size_of(model: ModelConfig | None) -> BaseSize:
+    """`large` from a billion weights on, and where the base is not known: this machine rarely has a large one."""
+    return "small" if model is not None and model.num_matrix_elements < _LARGE_ELEMENTS else "large"
+
+
+def defaults_of(method: Method) -> dict[str, Default]:
+    """By field, for all fields of a recipe of `method`."""
+    return {**_EVERY_METHOD, **_OF_METHOD[method]}
+
+
+def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
+    """A copy of a recipe's `fields` in which those that it leaves out have their defaults.
+
+    A field that is null is given. What is not as a recipe should be is left for its parser to refuse.
+    """
+    filled = copy.deepcopy(dict(fields))
+    for path, default in _defaults_for(filled).items():
+        value = default.on(size)
+        if value is not None and not any(_has(fields, other) for other in alternatives(path)):
+            _put(filled, path, value)
+    return filled
+
+
+def method_of(fields: Mapping[str, Any]) -> Method | None:
+    """The method that the recipe names, the first one where it names none; None where there is no such method."""
+    adapter = fields.get("adapter", {})
+    named = adapter.get("method", FIRST_METHOD) if isinstance(adapter, Mapping) else None
+    return next((method for method in METHODS if method == named), None)
+
+
+def _defaults_for(fields: Mapping[str, Any]) -> Mapping[str, Default]:
+    method = method_of(fields)
+    return {} if method is None else defaults_of(method)
+
+
+def alternatives(path: str) -> tuple[str, ...]:
+    """The fields with which this one has no default, itself included."""
+    if path == "batch.accumulation":  # who says how large a micro-batch is, says how many there are
+        return (path, "batch.rows", "batch.tokens")
+    return next((group for group in GROUPS if path in group), (path,))
+
+
+def _has(fields: Mapping[str, Any], path: str) -> bool:
+    """Whether the field is given, or something that is no section in its place."""
+    at: Any = fields
+    for name in path.split("."):
+        if not isinstance(at, Mapping):
+            return True
+        if name not in at:
+            return False
+        at = at[name]
+    return True
+
+
+def _put(fields: dict[str, Any], path: str, value: object) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        fields = fields.setdefault(section, {})
+    fields[name] = value

@@ -1,0 +1,105 @@
+"""A recipe as YAML with the reason of each value, and the same reasons as a table for the guide."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+
+import yaml
+from pydantic import BaseModel
+
+from loray.recipes.defaults import BASE_SIZES, METHODS, BaseSize, Default, alternatives, defaults_of
+from loray.recipes.fields import RecipeField, fields_of, value_at
+from loray.spec import Method, TrainSpec
+
+_WIDTH = 110
+_NONE = "–"
+
+
+def to_yaml(spec: TrainSpec, size: BaseSize) -> str:
+    """The recipe as a file from which `load_recipe` makes the same `spec`, on a base of that size.
+
+    A field without a value is a comment, except where it would have a default if it were left out.
+    """
+    method, defaults = spec.adapter.method, defaults_of(spec.adapter.method)
+    lines: list[str] = []
+    at: list[str] = []
+    for path, field in fields_of(method).items():
+        *sections, name = path.split(".")
+        value = value_at(spec, path)
+        if isinstance(value, BaseModel) or (sections and value_at(spec, ".".join(sections)) is None):
+            continue  # a section's fields follow, or it has none
+        shared = next((i for i, pair in enumerate(zip(at, sections, strict=False)) if pair[0] != pair[1]), None)
+        for depth in range(min(len(at), len(sections)) if shared is None else shared, len(sections)):
+            lines.append(f"{'  ' * depth}{sections[depth]}:")
+        at = sections
+        usual = _usual(field, defaults, size)
+        is_another_given = any(value_at(spec, other) is not None for other in alternatives(path))
+        is_left_out = value is None and (usual is None or is_another_given)
+        text = f"# {name}:" if is_left_out else f"{name}: {_scalar(value)}"
+        why = _why(path, method)
+        if not is_left_out and usual is not None and _scalar(value) != _scalar(usual):
+            why = f"default {_scalar(usual)}: {why}"
+        lines += _commented(text, why, "  " * len(sections))
+    return "\n".join(lines) + "\n"
+
+
+def defaults_table() -> str:
+    """Markdown: every field, its default by method, and why. The value on a large base is behind the slash."""
+    fields = {method: fields_of(method) for method in METHODS}
+    rows = [f"| field | {' | '.join(METHODS)} | why |", f"|---|{'---|' * (len(METHODS) + 1)}"]
+    for path in dict.fromkeys(path for known in fields.values() for path in known):
+        having = [method for method in METHODS if path in fields[method]]
+        cells = [_cell(fields[method][path], method) if method in having else "" for method in METHODS]
+        reasons = dict.fromkeys(_why(path, method) for method in having)
+        rows.append(f"| `{path}` | {' | '.join(cells)} | {'; '.join(reasons)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _cell(field: RecipeField, method: Method) -> str:
+    defaults = defaults_of(method)
+    small, large = (_scalar(_usual(field, defaults, size)) for size in BASE_SIZES)
+    return (small if small == large else f"{small} / {large}").replace("null", _NONE)
+
+
+def _usual(field: RecipeField, defaults: dict[str, Default], size: BaseSize) -> object:
+    default = defaults.get(field.path)
+    value = None if default is None else default.on(size)
+    return field.default if value is None else value
+
+
+def _why(path: str, method: Method) -> str:
+    default = defaults_of(method).get(path)
+    return "" if default is None else default.why
+
+
+def _scalar(value: object) -> str:
+    """As YAML in one line, which is JSON but for plain words."""
+    if value is None:
+        return "null"
+    if isinstance(value, BaseModel):
+        return json.dumps(value.model_dump(mode="json"))
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, float):
+        return repr(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, str) and value.replace("_", "").isalnum() and yaml.safe_load(value) == value:
+        return value
+    return json.dumps(value)
+
+
+def _commented(text: str, why: str, indent: str) -> Iterator[str]:
+    line = f"{indent}{text}"
+    if not why:
+        yield line
+    elif len(line) + len(why) + 4 <= _WIDTH:
+        yield f"{line}  # {why}" if not text.startswith("#") else f"{line}  ({why})"
+    else:
+        yield from (f"{indent}# {part}" for part in textwrap.wrap(why, _WIDTH - len(indent) - 2))
+        yield line
+
+
+if __name__ == "__main__":
+    sys.stdout.write(defaults_table())
