@@ -2,7 +2,7 @@
 
 When a process touches memory for the first time, the page fault and the zeroing take longer than most uses of it; on a
 virtual machine there is a fault of the host as well (2 MB: 0.4 to 4.5 ms). `Recycled` keeps memory for the next tensors
-instead of freeing it.
+instead of freeing it, and `keep_freed` makes the C library do so for all others.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
+_MALLOPT = {  # mallopt(3): parameters of <malloc.h>, and their values in bytes
+    -3: 32 << 20,  # M_MMAP_THRESHOLD: larger blocks go back to the system when they are freed; the most that is allowed
+    -1: 256 << 20,  # M_TRIM_THRESHOLD: free memory at the end of the heap, above which it is given back
+    -2: 64 << 20,  # M_TOP_PAD: by how much a heap grows, and what is left of it; a thread's heaps are as large
+}
 
 
 def huge_pages(num_elements: int, dtype: torch.dtype) -> Tensor:
@@ -27,6 +32,19 @@ def huge_pages(num_elements: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(num_elements, dtype=dtype)
     pages = _map(num_bytes)
     return _tensor(memoryview(pages), num_elements, dtype)
+
+
+def keep_freed() -> None:
+    """Keep freed blocks of up to 32 MB in this process, 256 MB of them, for its next allocations in any thread.
+
+    glibc gives large blocks back to the system as soon as they are freed. A step that makes and frees the same few
+    tensors takes their pages again each time: a batch of 32 that samples from 49,152 tokens has 4,576 page faults, a
+    sixth of the step. Does nothing with another C library.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for parameter, value in _MALLOPT.items():
+            library.mallopt(parameter, value)
 
 
 class Recycled:

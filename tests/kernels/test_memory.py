@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from loray_kernels.memory import Recycled
@@ -51,3 +56,41 @@ def test_as_much_is_prepared_as_was_asked_for() -> None:
     assert idle_bytes(memory) == 2 * before
     memory.prepare()
     assert idle_bytes(memory) == 2 * before  # enough lies idle
+
+
+_FAULTS = """
+import resource, threading, torch
+from loray_kernels.memory import keep_freed
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(20):
+        logits = torch.ones(32, 49_152)
+        (logits.softmax(dim=1) + logits).cumsum(dim=1)
+    print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+def run():
+    faults()
+    faults()
+
+torch.set_num_threads(1)
+if {keep}:
+    keep_freed()
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives freed memory back at once")
+def test_freed_memory_is_kept_for_the_next_tensors() -> None:
+    """In any thread. Without it nearly all of the tensors' pages are new each time."""
+
+    def page_faults(keep: bool) -> int:
+        code = _FAULTS.format(keep=keep)
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        return int(done.stdout.split()[1])
+
+    all_new = 20 * 4 * 32 * 49_152 * 4 // 4096
+    assert page_faults(keep=False) > all_new // 2
+    assert page_faults(keep=True) < all_new // 100

@@ -19,6 +19,7 @@ from loray.engine.pool.pool import Pool, cut_pool
 from loray.spec import ServeSpec
 from loray.telemetry import get_logger
 from loray_kernels import backend
+from loray_kernels.memory import keep_freed
 
 _log = get_logger(__name__)
 
@@ -32,9 +33,11 @@ def build_engine(
 ) -> Engine:
     """Load `base`, from `tensors` by name if they are given and else from its checkpoint, and allocate the pool.
 
-    With several ranks this process is rank 0, `start_workers` starts the others, and all read the checkpoint. Raises
-    SpecError if pool_bytes is too small or the ranks do not divide the base; EngineError if a rank does not start.
+    From now on the process keeps freed memory, see `keep_freed`. With several ranks it is rank 0, `start_workers`
+    starts the others, and all read the checkpoint. Raises SpecError if pool_bytes is too small or the ranks do not
+    divide the base; EngineError if a rank does not start.
     """
+    keep_freed()
     GrammarCompiler(base).warm()  # later it would hold up the steps of others
     if spec.tensor_parallel_size > 1:
         assert tensors is None, "every rank reads the checkpoint"

@@ -17,6 +17,7 @@ from loray.engine.parallel.pool import FollowingPool, pool_map
 from loray.engine.parallel.shard import Shard, local_device
 from loray.engine.parallel.workers import WorkerArgs
 from loray.telemetry import configure_logging
+from loray_kernels.memory import keep_freed
 
 
 def joined(rank: int) -> str:
@@ -29,6 +30,7 @@ def run_worker(args: WorkerArgs, base: BaseModel, host: str) -> None:
     spec, rank = args.spec, args.rank
     assert spec.num_threads is not None
     torch.set_num_threads(spec.num_threads)
+    keep_freed()
     store = TCPStore(host, args.port, is_master=False)
     device = local_device(spec, rank)  # may fail, so before `joined`: rank 0 waits for every rank that has joined
     store.set(joined(rank), "")
