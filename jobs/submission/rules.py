@@ -5,7 +5,6 @@ An administrator, and everybody where no key is needed, may name any data that t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from loray.errors import PermissionDenied
@@ -32,27 +31,23 @@ def limits_of(principal: Principal, settings: Settings) -> JobLimits:
     return JobLimits(min(jobs, default=default.jobs), min(workers, default=default.workers))
 
 
-def allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> TrainSpec:
-    """The recipe with data that the driver can open. Raises PermissionDenied.
+def check_allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> None:
+    """Raises PermissionDenied for more workers, or other data, than the caller may have.
 
     A tenant names its own data: s3:// URLs without options below `LORAY_DATA/TENANT`. The driver opens them with the
-    options of LORAY_DATA, and with the cluster's credentials.
+    options of LORAY_DATA (`jobs.driver.data`), which are in no recipe, and with the cluster's credentials.
     """
     if principal.is_admin:
-        return spec
+        return
     limit = limits_of(principal, settings).workers
     if limit is not None and spec.num_workers > limit:
         raise PermissionDenied(f"num_workers is {spec.num_workers}, and at most {limit} are allowed")
-    sources = {"train": spec.data.train, "eval": spec.data.eval}
-    opened = {
-        field: _opened(field, source, principal.tenant, settings)
-        for field, source in sources.items()
-        if source is not None
-    }
-    return spec.model_copy(update={"data": spec.data.model_copy(update=opened)})
+    for field, source in (("train", spec.data.train), ("eval", spec.data.eval)):
+        if source is not None:
+            _check_source(field, source, principal.tenant, settings)
 
 
-def _opened(field: str, source: str, tenant: str, settings: Settings) -> str:
+def _check_source(field: str, source: str, tenant: str, settings: Settings) -> None:
     if settings.data is None:
         raise PermissionDenied(
             f"data.{field}: this deployment has no place for tenants' data; its operator sets LORAY_DATA to one, as "
@@ -66,4 +61,3 @@ def _opened(field: str, source: str, tenant: str, settings: Settings) -> str:
     is_plain = not any(char in source for char in "?#@%\\") and source.isprintable()
     if path == source or not is_plain or {"", ".", ".."} & set(path.split("/")):
         raise PermissionDenied(f"data.{field} must be an s3:// URL without options below {folder}")
-    return replace(place, prefix=f"{prefix}/{path}").url

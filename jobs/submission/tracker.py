@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple, Protocol
 
 from jobs.submission.commands import Submission, from_spec
-from jobs.submission.rules import JobLimits, allowed, limits_of
+from jobs.submission.rules import JobLimits, check_allowed, limits_of
 from loray.catalog import Catalog, Job, JobPage
 from loray.errors import ClusterError, ConflictError, JobNotFound, LogsGone, LorayError
 from loray.settings import Settings
@@ -20,6 +22,7 @@ _log = get_logger(__name__)
 COMMAND_ACTOR = "local"  # of jobs whose driver a command started, without the API
 _ACTIVE: tuple[JobStatus, ...] = ("pending", "running")
 _MOST_ACTIVE = 1000  # jobs of a tenant that are asked for
+NUM_ID_DIGITS = 16  # that follow an id which a client chose, and a dot
 _SUBMISSION_S = 60.0  # how long a job may be in the catalog before Ray knows it
 
 RayStatus = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED"]
@@ -61,19 +64,20 @@ class JobTracker:
     def __init__(self, catalog: Callable[[], Catalog], server: JobServer, settings: Settings) -> None:
         self._open, self._server, self._settings = catalog, server, settings
 
-    def submit(self, spec: TrainSpec, job_id: str | None, *, resume: bool) -> Job:
+    def submit(self, spec: TrainSpec, chosen: str | None, *, resume: bool) -> Job:
         """Inserts a pending job into the catalog, then submits it to Ray. If Ray refuses it, the job has failed.
 
-        DataError for relative data paths, PermissionDenied and RateLimited as `rules` say, ConflictError if name or id
-        are taken, ClusterError without Ray.
+        `chosen` becomes a part of the job's id, and names it in the caller's tenant: see `id_of`. DataError for
+        relative data paths, PermissionDenied and RateLimited as `rules` say, ConflictError if the name is taken or the
+        tenant has a job of the chosen id, ClusterError without Ray.
         """
         catalog = self._open()
-        with_data = allowed(spec, catalog.principal, self._settings)
-        submission = from_spec(with_data, self._settings, resume=resume, tenant=catalog.own_tenant)
+        check_allowed(spec, catalog.principal, self._settings)
+        submission = from_spec(spec, self._settings, resume=resume, tenant=catalog.own_tenant)
         catalog.check_name(spec.name, spec.publish.aliases)
-        if job_id is not None and (self._is_known(job_id) or self._server.find(job_id) is not None):
-            raise ConflictError(f"there is a job {job_id!r} already; choose another id, or leave it out")
-        job_id = job_id or f"train_{secrets.token_hex(8)}"
+        job_id = f"train_{secrets.token_hex(8)}" if chosen is None else id_of(catalog.own_tenant, chosen)
+        if chosen is not None and (self._is_known(chosen) or self._server.find(job_id) is not None):
+            raise ConflictError(f"there is a job {chosen!r} already; choose another id, or leave it out")
         limits = limits_of(catalog.principal, self._settings)
         if limits != JobLimits(None, None):
             self._settle_active()
@@ -88,12 +92,15 @@ class JobTracker:
         return job
 
     def get(self, job_id: str) -> Job:
-        """The job, updated from Ray if it has not ended and Ray answers. Raises JobNotFound."""
-        job = self._open().job(job_id)
+        """The job, updated from Ray if it has not ended and Ray answers. Raises JobNotFound.
+
+        Here and in the methods below, `job_id` may be what the tenant chose.
+        """
+        job = self._find(job_id)
         try:
             return self._settle(job)
         except ClusterError as e:
-            _log.warning("job %s is shown as the catalog has it: %s", job_id, e)
+            _log.warning("job %s is shown as the catalog has it: %s", job.id, e)
             return job
 
     def page(self, limit: int, cursor: str | None, status: JobStatus | None, name: str | None) -> JobPage:
@@ -111,34 +118,34 @@ class JobTracker:
         job = self.get(job_id)
         if job.has_ended:
             return job
-        if self._server.find(job_id) is None:
+        if self._server.find(job.id) is None:
             message = "recorded as stopped: this cluster does not know the job, so there was nothing to stop"
-            return self._open().end_job(job_id, "stopped", message=message)
-        self._server.stop(job_id)
-        return self.get(job_id)
+            return self._open().end_job(job.id, "stopped", message=message)
+        self._server.stop(job.id)
+        return self.get(job.id)
 
     def logs(self, job_id: str) -> str:
         """The job's log so far. Raises JobNotFound, or LogsGone if Ray no longer knows the job."""
-        self._check_logs(job_id)
-        return self._server.logs(job_id)
+        return self._server.logs(self._with_logs(job_id))
 
     def follow(self, job_id: str) -> AsyncIterator[str]:
         """The job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""
-        self._check_logs(job_id)
-        return self._server.follow(job_id)
+        return self._server.follow(self._with_logs(job_id))
 
     def _settle_active(self) -> None:
         """Jobs that have ended without telling the catalog do not count any more."""
         for status in _ACTIVE:
             self.page(_MOST_ACTIVE, None, status, None)
 
-    def _check_logs(self, job_id: str) -> None:
-        job = self._open().job(job_id)
-        if self._server.find(job_id) is None:
+    def _with_logs(self, job_id: str) -> str:
+        """The id of a job whose log Ray has."""
+        job = self._find(job_id)
+        if self._server.find(job.id) is None:
             raise LogsGone(
-                f"the log of job {job_id!r} ({job.status}) is gone: Ray keeps logs only while the cluster that the job "
+                f"the log of job {job.id!r} ({job.status}) is gone: Ray keeps logs only while the cluster that the job "
                 "ran on lives, and this cluster does not know the job"
             )
+        return job.id
 
     def _settle(self, job: Job) -> Job:
         """Updates a job that has not ended, as far as the catalog knows, from what Ray reports."""
@@ -169,9 +176,23 @@ class JobTracker:
         is_ours = job.actor != COMMAND_ACTOR and self._settings.catalog.startswith("sqlite:")
         return is_ours and datetime.now(UTC) - job.created_at > timedelta(seconds=_SUBMISSION_S)
 
+    def _find(self, job_id: str) -> Job:
+        """The caller's job that has this id, or for which the caller's tenant chose it. Raises JobNotFound."""
+        catalog = self._open()
+        with suppress(JobNotFound):
+            return catalog.job(id_of(catalog.own_tenant, job_id))
+        return catalog.job(job_id)
+
     def _is_known(self, job_id: str) -> bool:
-        try:
-            self._open().job(job_id)
-        except JobNotFound:
-            return False
-        return True
+        with suppress(JobNotFound):
+            self._find(job_id)
+            return True
+        return False
+
+
+def id_of(tenant: str, chosen: str) -> str:
+    """Ray's id of the job for which a client of `tenant` chose an id. Ray has one namespace: two tenants that choose
+    the same have different ids, so that neither learns of the other's job, and no id that Ray or loray makes up is
+    like these.
+    """
+    return f"{chosen}.{hashlib.sha256(f'{tenant}/{chosen}'.encode()).hexdigest()[:NUM_ID_DIGITS]}"

@@ -17,7 +17,11 @@ from serve_apps.api.recipes import JSON, YAML, RecipeBody
 from serve_apps.api.services import Asking, Limit, Services
 from serve_apps.http import schema_reference
 
-JobPath = Annotated[JobId, Path(description="Ray's submission id")]
+JobPath = Annotated[JobId, Path(description="Ray's submission id, or what `?id=` chose for it")]
+ChosenId = Annotated[
+    JobId | None,
+    Query(max_length=111, description="begins its id, and names it in the own tenant; made up where left out"),
+]
 
 _RECIPE = {"schema": schema_reference(TrainSpec.__name__), "example": examples.RECIPE}
 _BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON[0], YAML[0]), _RECIPE)}}
@@ -37,7 +41,7 @@ def create_router(services: Services) -> APIRouter:
         response: Response,
         asking: Asking,
         recipe: RecipeBody,
-        id: Annotated[JobId | None, Query(description="Ray's submission id for it; made up where left out")] = None,
+        id: ChosenId = None,
         resume: Annotated[bool, Query(description="go on with the latest run of this recipe")] = False,
     ) -> JobResource:
         """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster."""

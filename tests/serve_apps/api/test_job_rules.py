@@ -12,13 +12,14 @@ from typing import Any
 import httpx
 import pytest
 
+from jobs.submission.tracker import id_of
 from loray.errors import PermissionDenied, RateLimited
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, Limits, Principal
 from serve_apps.api.examples import RECIPE
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
-from tests.serve_apps.api.fakes import Api, InProcess, mounted
+from tests.serve_apps.api.fakes import JSON, Api, InProcess, mounted
 from tests.serve_apps.api.test_adapters import problem
 from tests.serve_apps.keys import Given
 
@@ -89,13 +90,39 @@ def test_other_data_than_the_tenants_own_is_refused(api: Tenants, train: str) ->
     assert not api.jobs.submitted
 
 
-def test_the_driver_opens_data_with_the_deployments_options(api: Tenants) -> None:
+def test_no_recipe_has_the_deployments_options(api: Tenants) -> None:
+    """The driver adds them when it opens the data: tests/jobs/driver/test_data.py."""
     with api.by(principal()) as http:
-        response = http.post("/jobs", params={"id": "mine"}, json=recipe())
+        response = http.post("/jobs", json=recipe())
     assert response.status_code == 201, response.text
-    assert response.json()["recipe"]["data"]["train"] == MINE
-    (given,) = (part for part in shlex.split(api.jobs.submitted["mine"].entrypoint) if part.startswith("{"))
-    assert json.loads(given)["data"]["train"] == f"{MINE}?{DATA.partition('?')[2]}"
+    job = response.json()
+    assert job["recipe"]["data"]["train"] == MINE
+    submission = api.jobs.submitted[job["id"]]
+    (given,) = (part for part in shlex.split(submission.entrypoint) if part.startswith("{"))
+    assert json.loads(given)["data"]["train"] == MINE
+    assert submission.runtime_env["env_vars"]["LORAY_DATA"] == DATA
+
+
+def test_an_id_that_another_tenant_has_chosen_is_free(api: Tenants) -> None:
+    api.catalog.create_tenant("beta")
+    asked = {tenant: principal(tenant=tenant, key_id=tenant, actor=tenant) for tenant in ("acme", "beta")}
+    jobs: dict[str, Any] = {}
+    for tenant, who in asked.items():
+        train = MINE.replace("acme", tenant)
+        with api.by(who) as http:
+            answer = http.post("/jobs", params={"id": "nightly"}, json=recipe(train))
+            assert answer.status_code == 201, answer.text
+            jobs[tenant] = answer.json()
+            assert http.get("/jobs/nightly").json() == jobs[tenant]
+            taken = http.post("/jobs", params={"id": "nightly"}, json=recipe(train))
+            assert "there is a job 'nightly' already" in problem(taken, 409)["detail"]
+    with api.by(asked["beta"]) as http:
+        own, none = jobs["acme"]["id"], "nightly." + "0" * 16
+        for method, path in (("GET", ""), ("GET", "/logs"), ("POST", "/stop")):
+            told = [http.request(method, f"/jobs/{job}{path}", headers=JSON).text for job in (own, none)]
+            assert told[0].replace(own, none) == told[1]
+        assert http.post("/jobs", params={"id": own}, json=recipe(MINE.replace("acme", "beta"))).status_code == 201
+    assert not api.jobs.stopped
 
 
 def test_without_a_place_for_data_tenants_train_nothing(api: Tenants) -> None:
@@ -119,9 +146,9 @@ def test_so_many_jobs_and_workers_at_once(api: Tenants) -> None:
         assert "asks for 2 workers; tenant acme has jobs with 2, and at most 3" in problem(refused, 429)["detail"]
         assert int(refused.headers["retry-after"]) > 0
         assert http.post("/jobs", params={"id": "b"}, json=recipe(num_workers=1)).status_code == 201
-        api.jobs.say("a", "RUNNING")
+        api.jobs.say(id_of("acme", "a"), "RUNNING")
         assert "2 jobs that have not ended" in problem(http.post("/jobs", json=recipe()), 429)["detail"]
-        api.jobs.say("a", "FAILED")  # which nobody has told the catalog
+        api.jobs.say(id_of("acme", "a"), "FAILED")  # which nobody has told the catalog
         assert http.post("/jobs", json=recipe()).status_code == 201
     assert api.by(principal(tenant=DEFAULT_TENANT)).post("/jobs", json=recipe()).status_code == 403  # its data
 

@@ -13,10 +13,11 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
+from jobs.submission.tracker import id_of
 from loray.catalog.database import writing
 from loray.catalog.schema import jobs
 from loray.recipes.load import load_recipe
-from loray.spec import TrainSpec
+from loray.spec import DEFAULT_TENANT, TrainSpec
 from serve_apps.api.examples import RECIPE
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_adapters import problem
@@ -33,6 +34,11 @@ def submit(api: Api, job_id: str, **fields: Any) -> Any:
     response = api.http.post("/jobs", params={"id": job_id}, json=RECIPE | fields)
     assert response.status_code == 201, response.text
     return response.json()
+
+
+def ray(*chosen: str) -> list[str]:
+    """Ray's ids of the jobs for which the default tenant chose these."""
+    return [id_of(DEFAULT_TENANT, one) for one in chosen]
 
 
 def test_a_recipe_reaches_the_driver(api: Api) -> None:
@@ -57,8 +63,11 @@ def test_yaml(api: Api, media_type: str) -> None:
     headers = {"Content-Type": media_type}
     params = {"id": "mine", "resume": True}
     response = api.http.post("/jobs", params=params, content=yaml.safe_dump(RECIPE), headers=headers)
-    assert (response.status_code, response.json()["id"]) == (201, "mine")
-    assert "--resume" in api.jobs.submitted["mine"].entrypoint
+    (mine,) = ray("mine")
+    assert (response.status_code, response.json()["id"]) == (201, mine)
+    assert response.headers["location"] == f"/api/v1/jobs/{mine}"
+    assert api.http.get("/jobs/mine").json() == api.http.get(f"/jobs/{mine}").json() == response.json()
+    assert "--resume" in api.jobs.submitted[mine].entrypoint
 
 
 def test_what_a_recipe_leaves_out_has_its_methods_default(api: Api) -> None:
@@ -94,7 +103,8 @@ def test_every_wrong_field_is_named(api: Api) -> None:
         "application/json or"
         in problem(api.http.post("/jobs", content=b"x", headers={"Content-Type": "a/b"}), 415)["detail"]
     )
-    problem(api.http.post("/jobs", params={"id": "a/b"}, json=RECIPE), 422)
+    for wrong_id in ("a/b", "a" * 112):
+        problem(api.http.post("/jobs", params={"id": wrong_id}, json=RECIPE), 422)
     assert api.jobs.submitted == {}
     assert api.http.get("/jobs").json()["items"] == []
 
@@ -107,29 +117,31 @@ def test_an_infinite_number_is_refused(api: Api) -> None:
 
 
 def test_ids_and_names_that_are_taken(api: Api) -> None:
-    submit(api, "mine")
-    api.jobs.say("somebodys", "RUNNING")
-    assert "already" in problem(api.http.post("/jobs", params={"id": "somebodys"}, json=RECIPE), 409)["detail"]
-    problem(api.http.get("/jobs/somebodys"), 404)  # no row of the job that was not submitted
-    assert "already" in problem(api.http.post("/jobs", params={"id": "mine"}, json=RECIPE), 409)["detail"]
+    mine = submit(api, "mine")["id"]
+    api.jobs.say(*ray("forgotten"), "RUNNING")
+    assert "already" in problem(api.http.post("/jobs", params={"id": "forgotten"}, json=RECIPE), 409)["detail"]
+    problem(api.http.get("/jobs/forgotten"), 404)  # no row of the job that was not submitted
+    for known in ("mine", mine):
+        assert "already" in problem(api.http.post("/jobs", params={"id": known}, json=RECIPE), 409)["detail"]
     api.catalog.add_base("smollm2", "ba5e" * 16)
     problem(api.http.post("/jobs", json=RECIPE | {"name": "smollm2"}), 409)
-    assert list(api.jobs.submitted) == ["mine"]
+    assert list(api.jobs.submitted) == [mine]
 
 
 def test_a_job_follows_ray(api: Api) -> None:
     submit(api, "good")
     submit(api, "silent")
-    api.jobs.say("good", "RUNNING")
+    good, silent = ray("good", "silent")
+    api.jobs.say(good, "RUNNING")
     running = api.http.get("/jobs/good").json()
     assert running["status"] == "running"
     assert running["started_at"] is not None
-    api.catalog.end_job("good", "succeeded", version=3)  # the driver, before Ray has seen it end
+    api.catalog.end_job(good, "succeeded", version=3)  # the driver, before Ray has seen it end
     assert (api.http.get("/jobs/good").json()["status"], api.http.get("/jobs/good").json()["version"]) == (
         "succeeded",
         3,
     )
-    api.jobs.say("silent", "FAILED", "Job entrypoint command failed with exit code 137")
+    api.jobs.say(silent, "FAILED", "Job entrypoint command failed with exit code 137")
     failed = api.http.get("/jobs/silent").json()
     assert (failed["status"], failed["message"]) == ("failed", "Job entrypoint command failed with exit code 137")
     assert failed["ended_at"] is not None
@@ -141,29 +153,30 @@ def test_a_job_follows_ray(api: Api) -> None:
 def test_pages_and_filters(api: Api) -> None:
     for i in range(5):
         submit(api, f"job-{i}", name="tone" if i % 2 else "other")
-    api.jobs.say("job-4", "SUCCEEDED")
+    ids = ray(*(f"job-{i}" for i in range(5)))
+    api.jobs.say(ids[4], "SUCCEEDED")
     first = api.http.get("/jobs", params={"limit": 2})
-    assert [(j["id"], j["status"]) for j in first.json()["items"]] == [("job-4", "succeeded"), ("job-3", "pending")]
+    assert [(j["id"], j["status"]) for j in first.json()["items"]] == [(ids[4], "succeeded"), (ids[3], "pending")]
     second = api.http.get(f"http://test{first.links['next']['url']}").json()
-    assert [j["id"] for j in second["items"]] == ["job-2", "job-1"]
-    assert [j["id"] for j in api.http.get("/jobs", params={"name": "tone"}).json()["items"]] == ["job-3", "job-1"]
-    api.jobs.say("job-3", "STOPPED")
+    assert [j["id"] for j in second["items"]] == [ids[2], ids[1]]
+    assert [j["id"] for j in api.http.get("/jobs", params={"name": "tone"}).json()["items"]] == [ids[3], ids[1]]
+    api.jobs.say(ids[3], "STOPPED")
     pending = api.http.get("/jobs", params={"status": "pending"}).json()["items"]
-    assert [j["id"] for j in pending] == ["job-2", "job-1", "job-0"]  # job-3 turned out to have ended
+    assert [j["id"] for j in pending] == ids[2::-1]  # job-3 turned out to have ended
     problem(api.http.get("/jobs", params={"status": "late"}), 422)
     problem(api.http.get("/jobs", params={"cursor": "nobody"}), 422)
 
 
 def test_stopping(api: Api) -> None:
-    submit(api, "job-1")
-    api.jobs.say("job-1", "RUNNING")
+    job = submit(api, "job-1")["id"]
+    api.jobs.say(job, "RUNNING")
     response = api.http.post("/jobs/job-1/stop")
     assert (response.status_code, response.json()["status"]) == (202, "running")
-    assert api.jobs.stopped == ["job-1"]
-    api.jobs.say("job-1", "STOPPED")
+    assert api.jobs.stopped == [job]
+    api.jobs.say(job, "STOPPED")
     assert api.http.get("/jobs/job-1").json()["status"] == "stopped"
     assert api.http.post("/jobs/job-1/stop").json()["status"] == "stopped"
-    assert api.jobs.stopped == ["job-1"]
+    assert api.jobs.stopped == [job]
     api.catalog.add_job("elsewhere", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
     stopped = api.http.post("/jobs/elsewhere/stop").json()
     assert (stopped["status"], "does not know the job" in stopped["message"]) == ("stopped", True)
@@ -171,12 +184,12 @@ def test_stopping(api: Api) -> None:
 
 
 def test_logs(api: Api) -> None:
-    submit(api, "job-1")
+    job = submit(api, "job-1")["id"]
     whole = api.http.get("/jobs/job-1/logs")
-    assert (whole.text, whole.headers["content-type"]) == ("log of job-1\n", "text/plain; charset=utf-8")
+    assert (whole.text, whole.headers["content-type"]) == (f"log of {job}\n", "text/plain; charset=utf-8")
     followed = api.http.get("/jobs/job-1/logs", params={"follow": True})
     assert (followed.text, followed.headers["content-type"]) == ("a\nb\nc\n", "text/plain; charset=utf-8")
-    api.catalog.end_job("job-1", "succeeded", version=1)
+    api.catalog.end_job(job, "succeeded", version=1)
     api.jobs.jobs.clear()
     for follow in (False, True):
         gone = problem(api.http.get("/jobs/job-1/logs", params={"follow": follow}), 410)
@@ -185,10 +198,10 @@ def test_logs(api: Api) -> None:
 
 
 def test_without_ray(api: Api) -> None:
-    submit(api, "job-1")
+    job = submit(api, "job-1")["id"]
     api.jobs.down = True
     assert api.http.get("/jobs/job-1").json()["status"] == "pending"  # as far as is known
-    assert [j["id"] for j in api.http.get("/jobs").json()["items"]] == ["job-1"]
+    assert [j["id"] for j in api.http.get("/jobs").json()["items"]] == [job]
     for response in (
         api.http.get("/jobs/job-1/logs"),
         api.http.post("/jobs/job-1/stop"),
@@ -199,19 +212,19 @@ def test_without_ray(api: Api) -> None:
     problem(api.http.get("/jobs/job-2"), 404)  # nobody knows whether Ray has a job of that id
     refused, first = api.http.get("/jobs").json()["items"]
     assert (refused["status"], "not submitted" in refused["message"]) == ("failed", True)
-    assert first["id"] == "job-1"
+    assert first["id"] == job
 
 
 def test_a_cluster_that_is_gone(api: Api) -> None:
     """If only one machine uses the catalog, a job that Ray does not know is dead; otherwise it may run elsewhere."""
-    for job_id in ("old", "fresh"):
-        submit(api, job_id)
+    old = submit(api, "old")["id"]
+    submit(api, "fresh")
     api.catalog.add_job("by-hand", name="tone", recipe=TrainSpec.parse(RECIPE, source="example"))
     api.catalog.start_job("by-hand")
     engine = api.catalog._engine
     with writing(engine) as c:
         c.execute(jobs.update().where(jobs.c.id == "by-hand").values(actor="local"))
-        for job_id in ("old", "by-hand"):
+        for job_id in (old, "by-hand"):
             created = c.execute(sa.select(jobs.c.created_at).where(jobs.c.id == job_id)).scalar_one()
             c.execute(jobs.update().where(jobs.c.id == job_id).values(created_at=created - timedelta(hours=1)))
     api.jobs.jobs.clear()
