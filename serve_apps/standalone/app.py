@@ -18,7 +18,7 @@ from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as create_api
 from serve_apps.deployment import CATALOG_PREFIX
 from serve_apps.gateway.app import open_gateway
-from serve_apps.standalone.jobs import HomeJobServer
+from serve_apps.standalone.jobs import LocalJobServer
 
 if TYPE_CHECKING:
     from serve_apps.standalone.engines import LocalEngines
@@ -50,5 +50,5 @@ class Site:
 def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines) -> Site:
     """The application of this home's catalog and store."""
     access = open_access(settings, spec.host)
-    api = log_access(create_api(Services(settings, HomeJobServer(settings), engines), access), settings.access_log)
+    api = log_access(create_api(Services(settings, LocalJobServer(settings), engines), access), settings.access_log)
     return Site(open_gateway(spec, settings, engines, access=access), api)

@@ -18,7 +18,7 @@ from loray.publishing import Destination, publish
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.standalone.command import one_engine
-from serve_apps.standalone.jobs import HomeJobServer
+from serve_apps.standalone.jobs import LocalJobServer
 from tests.conftest import REPOSITORY
 from tests.serve_apps.asking import answer_of
 from tests.serve_apps.conftest import Loray
@@ -79,10 +79,10 @@ def test_a_server_is_known_while_it_runs(tmp_path: Path) -> None:
 
 def test_jobs_need_a_cluster(tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match="`loray train RECIPE` starts one"):
-        HomeJobServer(Settings.from_env({"LORAY_HOME": str(tmp_path)})).find("a")
+        LocalJobServer(Settings.from_env({"LORAY_HOME": str(tmp_path)})).find("a")
     remote = Settings.from_env({"LORAY_HOME": str(tmp_path), "LORAY_ADDRESS": "http://head.example:8265"})
     with pytest.raises(ClusterError, match="sends no jobs to another machine"):
-        HomeJobServer(remote).find("a")
+        LocalJobServer(remote).find("a")
 
 
 def test_a_home_with_an_s3_server(loray: Loray, peft_folder: Callable[..., Path], tmp_path: Path) -> None:
