@@ -101,6 +101,42 @@ def test_what_changes_nothing_is_no_change(catalog: Catalog) -> None:
     assert catalog.change_counter() == before
 
 
+def test_what_of_a_key_changes(catalog: Catalog) -> None:
+    _, key = catalog.create_key("ci", models=["tone"], limits=Limits(rpm_limit=5, tpm_limit=9), metadata={"team": "a"})
+    before, soon = catalog.change_counter(), datetime.now(UTC) + timedelta(days=1)
+    changed = catalog.update_key(key.id, alias="nightly", single_limits={"tpm_limit": None, "max_budget": 7.0})
+    assert (changed.alias, changed.limits, changed.models) == (
+        "nightly",
+        Limits(rpm_limit=5, max_budget=7.0),
+        frozenset({"tone"}),
+    )
+    assert [k.key for k in catalog.key_changes(before).keys] == [changed]
+    changed = catalog.update_key(key.id, models=None, expires_at=soon, metadata={})
+    assert (changed.models, changed.expires_at, changed.metadata, changed.alias) == (None, soon, {}, "nightly")
+    assert catalog.update_key(key.id, expires_at=None).expires_at is None
+    (last, *_) = catalog.audit(action="update_key").entries
+    assert (last.subject, last.detail) == (key.id, {"changed": ["expires_at"]})
+    with pytest.raises(SpecError, match="rpm_limit"):
+        catalog.update_key(key.id, single_limits={"rpm_limit": -1})
+    with pytest.raises(KeyNotFound):
+        catalog.update_key("key-0", alias="x")
+
+
+def test_two_keys_in_use_never_have_one_alias(catalog: Catalog) -> None:
+    _, first = catalog.create_key("ci")
+    _, second = catalog.create_key("nightly")
+    with pytest.raises(ConflictError, match=f"key {first.id} of tenant default has the alias 'ci'"):
+        catalog.update_key(second.id, alias="ci")
+    assert catalog.update_key(first.id, alias="ci").alias == "ci"  # its own
+    _, third = catalog.rotate_key(first.id, grace=timedelta(hours=1))
+    assert catalog.update_key(third.id, expires_at=None).alias == "ci"  # the old one goes on for an hour
+    catalog.update_key(third.id, alias="other")
+    catalog.revoke_key(first.id)
+    assert catalog.update_key(second.id, alias="ci").alias == "ci"
+    with pytest.raises(ConflictError):
+        catalog.update_key(third.id, alias="ci")
+
+
 def test_keys_in_pages(catalog: Catalog) -> None:
     made = [catalog.create_key(f"key {i}").key.id for i in range(5)]
     found, cursor = [], None

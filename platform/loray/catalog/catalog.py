@@ -17,9 +17,9 @@ from loray.catalog.entries import (
     AliasMove,
     split_model,
 )
-from loray.catalog.evaluations import Evaluations
-from loray.catalog.identity import Audit, Keys, Sharing, Tenants, Usage
+from loray.catalog.identity import Audit, Keys, Sharing, Tenants, Transfer, Usage
 from loray.catalog.jobs import Jobs
+from loray.catalog.notes import Evaluations, Tags
 from loray.catalog.projections import Projections, note_projection
 from loray.catalog.queries import (
     check_digest,
@@ -49,7 +49,21 @@ _log = get_logger(__name__)
 _MAX_VERSION = 2**31 - 1  # what the column holds
 
 
-class Catalog(Aliases, Audit, Deletion, Evaluations, Jobs, Keys, Projections, Sharing, StoreReferences, Tenants, Usage):
+class Catalog(
+    Aliases,
+    Audit,
+    Deletion,
+    Evaluations,
+    Jobs,
+    Keys,
+    Projections,
+    Sharing,
+    StoreReferences,
+    Tags,
+    Tenants,
+    Transfer,
+    Usage,
+):
     """The catalog at a SQLAlchemy URL (sqlite or postgresql), migrated when it is opened. Thread-safe.
 
     The audit log records `actor` with every write. `gate_tolerance` is the tolerance of `catalog.gate`.

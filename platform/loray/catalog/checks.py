@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from loray.errors import SpecError
-from loray.spec import Alias, JobId, Name, QualifiedName, TenantName
+from loray.errors import SpecError, shown
+from loray.spec import Alias, JobId, Name, QualifiedName, TagKey, TagValue, TenantName
 
 
 def check_name(name: str, what: str = "adapter name") -> None:
@@ -31,6 +31,11 @@ def check_job_id(job_id: str) -> None:
     _check(JobId, job_id, "job id", "letters, digits, '.', '_' and '-', at most 128")
 
 
+def check_tag(key: str, value: str) -> None:
+    _check(TagKey, key, "tag's key", "letters, digits, '.', '_', '-' and ':', at most 96")
+    _check(TagValue, value, "tag's value", "at most 5000 characters, without control characters")
+
+
 def parse_tags(given: Sequence[str]) -> dict[str, str | None]:
     """`KEY=VALUE` → the value; `KEY` → None, which is any value. Raises SpecError."""
     tags = {key: value if equals else None for key, equals, value in (tag.partition("=") for tag in given)}
@@ -43,4 +48,4 @@ def _check(kind: Any, value: str, what: str, rule: str) -> None:
     try:
         TypeAdapter(kind).validate_python(value)
     except ValidationError as e:
-        raise SpecError(f"{value!r} is not a valid {what}: {rule}") from e
+        raise SpecError(f"{shown(value)} is not a valid {what}: {rule}") from e

@@ -4,6 +4,7 @@ from loray.catalog.identity.audit import Audit, AuditEntry, AuditPage
 from loray.catalog.identity.keys import KeyPage, Keys, NewKey
 from loray.catalog.identity.sharing import Sharing
 from loray.catalog.identity.tenants import Tenants
+from loray.catalog.identity.transfer import Transfer
 from loray.catalog.identity.usage import Usage, UsageRow
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NewKey",
     "Sharing",
     "Tenants",
+    "Transfer",
     "Usage",
     "UsageRow",
 ]

@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -30,7 +31,7 @@ from loray.spec import (
 
 _KEY_BYTES = 32
 _INFER: tuple[Scope, ...] = ("infer",)
-_UNCHANGED = object()
+UNCHANGED = object()  # of what None would change
 
 
 class NewKey(NamedTuple):
@@ -108,8 +109,8 @@ class Keys(Database):
             if old.revoked_at is not None:
                 raise ConflictError(f"key {key_id!r} is revoked; create another one")
             account = account_of(key_id)
-            same = sa.or_(keys.c.id == account, keys.c.id.startswith(f"{account}_", autoescape=True))
-            number = c.execute(sa.select(sa.func.count()).select_from(keys).where(same)).scalar_one() + 1
+            query = sa.select(sa.func.count()).select_from(keys).where(_of_account(account))
+            number = c.execute(query).scalar_one() + 1
             fields = {"id": f"{account}_{number}", "prefix": secret[len(KEY_START) :][:PREFIX_LENGTH]}
             made = {"created_by": self._actor, "created_at": now(), "last_used_at": None}
             key = old.model_copy(update=fields | made)
@@ -136,23 +137,31 @@ class Keys(Database):
         self,
         key_id: str,
         *,
+        alias: str | None = None,
         blocked: bool | None = None,
         limits: Limits | None = None,
+        single_limits: Mapping[str, Any] = MappingProxyType({}),
         metadata: Mapping[str, str] | None = None,
-        models: Collection[str] | object | None = _UNCHANGED,
-        expires_at: datetime | object | None = _UNCHANGED,
+        models: Collection[str] | object | None = UNCHANGED,
+        expires_at: datetime | object | None = UNCHANGED,
     ) -> ApiKey:
-        """Replaces what is given; a blocked key is refused until it is unblocked. Raises KeyNotFound."""
+        """Replaces what is given; of the limits also single ones, by name. A blocked key is refused until it is
+        unblocked. Raises KeyNotFound, and ConflictError where another key in use has the alias.
+        """
         given: dict[str, Any] = {} if blocked is None else {"blocked": blocked}
-        given |= {} if limits is None else {"limits": limits}
+        given |= {} if alias is None else {"alias": alias}
         given |= {} if metadata is None else {"metadata": dict(metadata)}
-        given |= {} if models is _UNCHANGED else {"models": models}
-        given |= {} if expires_at is _UNCHANGED else {"expires_at": expires_at}
+        given |= {} if models is UNCHANGED else {"models": models}
+        given |= {} if expires_at is UNCHANGED else {"expires_at": expires_at}
         with writing(self._engine) as c:
             lock(c)
             before = _get(c, key_id)
+            if limits is not None or single_limits:
+                given["limits"] = (limits or before.limits).model_dump() | dict(single_limits)
             after = ApiKey.parse(before.model_dump() | given, source=f"key {key_id}")
             if after != before:
+                if after.revoked_at is None and given.keys() & {"alias", "expires_at"}:
+                    _refuse_alias(c, after)
                 _update(c, key_id, **{name: value for name, value in _row(after).items() if name in given})
                 log(c, self._actor, "update_key", key_id, tenant=before.tenant, changed=sorted(given))
             return _get(c, key_id)
@@ -205,9 +214,14 @@ class Keys(Database):
 def _refuse_alias(c: sa.Connection, key: ApiKey) -> None:
     in_use = sa.or_(keys.c.expires_at.is_(None), keys.c.expires_at > now())
     same = sa.and_(keys.c.alias == key.alias, keys.c.tenant == key.tenant, keys.c.revoked_at.is_(None), in_use)
-    found = c.execute(sa.select(keys.c.id).where(same)).scalar()
+    found = c.execute(sa.select(keys.c.id).where(same, ~_of_account(account_of(key.id)))).scalar()
     if found is not None:
         raise ConflictError(f"key {found} of tenant {key.tenant} has the alias {key.alias!r}; rotate it, or revoke it")
+
+
+def _of_account(account: str) -> sa.ColumnElement[bool]:
+    """The keys that were rotated into each other, of which the first has the account's id."""
+    return sa.or_(keys.c.id == account, keys.c.id.startswith(f"{account}_", autoescape=True))
 
 
 def _insert(c: sa.Connection, key: ApiKey, secret: str) -> None:

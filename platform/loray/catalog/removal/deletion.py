@@ -62,9 +62,7 @@ class Deletion(Database):
             lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             name = entry.name
-            running = [row.id for row in c.execute(_jobs_of(entry.tenant, name)) if not has_ended(row.status)]
-            if running:
-                raise ConflictError(f"job {running[0]} trains {name!r}: stop it first")
+            refuse_while_trained(c, entry.tenant, name)
             c.execute(adapters.update().where(adapters.c.id == adapter_id).values(deleted_at=now()))
             log(c, self._actor, "delete", name, tenant=entry.tenant)
             count_change(c, adapter_id)
@@ -126,6 +124,9 @@ def restore_version(c: sa.Connection, adapter_id: int, version: int) -> bool:
     return c.execute(versions.update().where(*row).values(deleted_at=None)).rowcount > 0
 
 
-def _jobs_of(tenant: str, name: str) -> sa.Select[tuple[str, str]]:
+def refuse_while_trained(c: sa.Connection, tenant: str, name: str) -> None:
+    """Raise ConflictError where a job trains for the tenant's name."""
     mine = (jobs.c.tenant == tenant, jobs.c.name == split_qualified(name).name)
-    return sa.select(jobs.c.id, jobs.c.status).where(*mine)
+    for row in c.execute(sa.select(jobs.c.id, jobs.c.status).where(*mine)):
+        if not has_ended(row.status):
+            raise ConflictError(f"job {row.id} trains {name!r}: stop it first")
