@@ -1,4 +1,4 @@
-"""Helpers for files and what they hold: SHA-256, canonical JSON, private files, and a lock between processes."""
+"""Helpers for files and what they hold: SHA-256, canonical JSON, private files, archives, a lock between processes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 import stat
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loray.errors import IntegrityError
+from loray.errors import ConflictError, IntegrityError
+
+_CHUNK_BYTES = 1 << 20
 
 
 def file_sha256(path: Path) -> str:
@@ -77,3 +80,43 @@ def file_lock(path: Path) -> Iterator[None]:
     with path.open("w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
+
+
+def unpack_tar(stream: BinaryIO, folder: Path) -> None:
+    """Write the files of an archive to the new `folder`, which appears when it is complete.
+
+    Raises ConflictError where it exists, IntegrityError where the archive is cut off or holds anything but plain files.
+    """
+    with appearing(folder) as made:
+        made.mkdir()
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                for member in archive:
+                    name = Path(member.name).name
+                    source = archive.extractfile(member) if member.isfile() else None
+                    if source is None or not is_plain(name):
+                        raise IntegrityError(f"the archive holds {member.name!r}, which is not a plain file")
+                    with (made / name).open("xb") as f:
+                        while chunk := source.read(_CHUNK_BYTES):
+                            f.write(chunk)
+        except (tarfile.TarError, OSError, EOFError) as e:
+            raise IntegrityError(f"the archive cannot be read ({e}); download it again") from e
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A place beside `path` for a folder or file that the block makes, which becomes `path` at its end. Raises
+    ConflictError where `path` exists.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        raise ConflictError(f"{path} exists already; name a new one")
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=path.parent) as scratch:
+        made = Path(scratch) / "made"
+        yield made
+        made.rename(path)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file of this name lies in its folder, and is shown there."""
+    return bool(name) and name == Path(name).name and not name.startswith(".")

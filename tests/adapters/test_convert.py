@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loray.adapters.convert import save_lora, vera_to_lora
 from loray.adapters.export import save_adapter
+from loray.adapters.forms.convert import save_lora, vera_to_lora
+from loray.adapters.forms.merge import merge_adapter
 from loray.adapters.manifest import ManifestDetails
-from loray.adapters.merge import merge_adapter
 from loray.adapters.peft_format import read_adapter
 from loray.bases import checkpoint
 from loray.bases.registry import BaseModel, add_base
@@ -89,7 +89,7 @@ def test_a_merge_of_changed_rows_alone(tiny_base: BaseFactory, tmp_path: Path) -
 
 
 def test_dtype_and_shards(tiny_base: BaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loray.adapters.merge._SHARD_BYTES", 100_000)
+    monkeypatch.setattr("loray.adapters.forms.merge._SHARD_BYTES", 100_000)
     base, spec = tiny_base(std=0.1), recipe(ADAPTERS["lora"])
     model = trained(base, spec)
     folder = merged(base, model, spec, tmp_path, dtype=torch.bfloat16)

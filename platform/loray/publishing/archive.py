@@ -1,74 +1,57 @@
-"""A stored adapter as a tar archive, which is written while it is read; and an archive as a folder."""
+"""Folders as tar archives, which are written while they are read. `loray.files` unpacks them."""
 
 from __future__ import annotations
 
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-from loray.errors import ConflictError, IntegrityError
 from loray.store import AdapterStore
 
 _CHUNK_BYTES = 1 << 20
 
 
 class Archive(NamedTuple):
+    """Bytes that are read from a folder of this machine while they are taken."""
+
     num_bytes: int
     chunks: Iterator[bytes]
 
 
-def folder_as_tar(store: AdapterStore, digest: str, name: str) -> Archive:
-    """The adapter's files and manifest below the folder `name`. Raises as `AdapterStore.fetch`, before any byte."""
-    scratch = tempfile.TemporaryDirectory(prefix="loray-download-")
-    try:
-        folder = Path(scratch.name) / "adapter"
-        store.fetch(digest, folder)
-        paths = sorted(folder.iterdir())
-        headers = [_header(f"{name}/{path.name}", path.stat().st_size) for path in paths]
-        num_bytes = sum(len(h) + _padded(p.stat().st_size) for h, p in zip(headers, paths, strict=True))
-    except BaseException:
-        scratch.cleanup()
-        raise
+def folder_as_tar(store: AdapterStore, digest: str, name: str, scratch: Path) -> Archive:
+    """The adapter's files and manifest below the folder `name`, fetched into the new folder `scratch`. Raises as
+    `AdapterStore.fetch`, before any byte.
+    """
+    store.fetch(digest, scratch)
+    return as_tar(scratch, name)
+
+
+def as_tar(folder: Path, name: str) -> Archive:
+    """The files of `folder` as an archive, below the folder `name`."""
+    paths = sorted(folder.iterdir())
+    headers = [_header(f"{name}/{path.name}", path.stat().st_size) for path in paths]
+    num_bytes = sum(len(h) + _padded(p.stat().st_size) for h, p in zip(headers, paths, strict=True))
 
     def chunks() -> Iterator[bytes]:
-        with scratch:
-            for header, path in zip(headers, paths, strict=True):
-                yield header
-                with path.open("rb") as f:
-                    while chunk := f.read(_CHUNK_BYTES):
-                        yield chunk
-                yield bytes(_padded(path.stat().st_size) - path.stat().st_size)
-            yield bytes(2 * tarfile.BLOCKSIZE)
+        for header, path in zip(headers, paths, strict=True):
+            yield header
+            yield from as_it_is(path).chunks
+            yield bytes(_padded(path.stat().st_size) - path.stat().st_size)
+        yield bytes(2 * tarfile.BLOCKSIZE)
 
     return Archive(num_bytes + 2 * tarfile.BLOCKSIZE, chunks())
 
 
-def unpack_tar(stream: BinaryIO, folder: Path) -> None:
-    """Write the files of an archive to the new `folder`, which appears when it is complete.
+def as_it_is(path: Path) -> Archive:
+    """One file."""
 
-    Raises ConflictError where it exists, IntegrityError where the archive is cut off or holds anything but plain files.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        raise ConflictError(f"{folder} exists already; name a new folder")
-    with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder.parent) as scratch:
-        made = Path(scratch) / "adapter"
-        made.mkdir()
-        try:
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
-                for member in archive:
-                    name = Path(member.name).name
-                    source = archive.extractfile(member) if member.isfile() else None
-                    if source is None or not name or name.startswith("."):
-                        raise IntegrityError(f"the archive holds {member.name!r}, which is not a plain file")
-                    with (made / name).open("xb") as f:
-                        while chunk := source.read(_CHUNK_BYTES):
-                            f.write(chunk)
-        except (tarfile.TarError, OSError, EOFError) as e:
-            raise IntegrityError(f"the archive cannot be read ({e}); download it again") from e
-        made.rename(folder)
+    def chunks() -> Iterator[bytes]:
+        with path.open("rb") as f:
+            while chunk := f.read(_CHUNK_BYTES):
+                yield chunk
+
+    return Archive(path.stat().st_size, chunks())
 
 
 def _header(name: str, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Conversion of a published adapter: from VeRA to LoRA, published as a new adapter, or merged into its base."""
+"""Conversion of a published adapter: from VeRA to LoRA, published as a new adapter; merged into its base; as GGUF."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from loray.adapters.manifest import ManifestDetails, read_manifest, with_manifes
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion
+from loray.errors import ConflictError
 from loray.publishing.publish import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterStore
@@ -26,7 +27,7 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
     It computes the same, so RoPE, context and evaluations are those of `ref`. Raises UnsupportedError where `ref` is
     not VeRA.
     """
-    from loray.adapters.convert import save_lora, vera_to_lora
+    from loray.adapters.forms.convert import save_lora, vera_to_lora
 
     with (
         _opened(ref, base, to.store) as (manifest, weights),
@@ -51,13 +52,24 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
 def merge_into_base(
     ref: AdapterRef, folder: Path, *, base: BaseModel, store: AdapterStore, dtype: str | None = None
 ) -> None:
-    """Write `base` with `ref` merged into it to the new `folder`, in `dtype` or the base's: see `adapters.merge`."""
+    """Write `base` with `ref` merged into it to the new `folder`, in `dtype` or its own: see `adapters.forms.merge`."""
     import torch
 
-    from loray.adapters.merge import merge_adapter
+    from loray.adapters.forms.merge import merge_adapter
 
     with _opened(ref, base, store) as (_, weights):
         merge_adapter(base, weights, folder, dtype=None if dtype is None else getattr(torch, dtype))
+
+
+def save_as_gguf(ref: AdapterRef, path: Path, *, base: BaseModel, store: AdapterStore) -> None:
+    """Write `ref` as GGUF-LoRA to the new file `path`: see `adapters.forms.gguf`."""
+    from loray.adapters.forms.gguf import write_gguf
+
+    if path.exists():
+        raise ConflictError(f"{path} exists already; name a new file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _opened(ref, base, store) as (_, weights):
+        write_gguf(weights, base.config, path)
 
 
 @contextmanager

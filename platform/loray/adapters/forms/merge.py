@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loray.adapters.convert import as_lora
+from loray.adapters.forms.convert import as_lora
 from loray.adapters.weights import AdapterWeights
 from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, read_tensors
 from loray.bases.registry import BaseModel
 from loray.bases.sources import is_copied
 from loray.errors import ConflictError
 
-_SHARD_BYTES = 4 << 30
+_SHARD_BYTES = 1 << 30  # held in memory twice while a file is written
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two are older checkpoints'
 

@@ -1,0 +1,106 @@
+"""Conversions in a process of their own: `python -m loray.publishing.process FORM DIGEST LABEL TARGET`.
+
+Servers start it, since they do not load torch. It takes `MAX_MEMORY_BYTES` at most beside the base's files, which it
+maps, gives way to other processes, and ends when its standard input does, that is with the server. What went wrong is
+one line of JSON on standard output: the error's class and its message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from loray import errors
+from loray.bases.registry import base_with
+from loray.errors import LorayError, StoreError
+from loray.settings import Settings
+from loray.spec import AdapterRef
+from loray.store import AdapterStore, open_store
+
+Form = Literal["merged", "gguf"]
+MAX_MEMORY_BYTES = 8 << 30
+
+_MODULE = "loray.publishing.process"
+_FAILED = 1
+_NICENESS = 10
+
+
+def command_of(form: Form, ref: AdapterRef, target: Path) -> list[str]:
+    """`target`: the new folder of the checkpoint, or the new GGUF file."""
+    return [sys.executable, "-m", _MODULE, form, ref.digest, ref.label, str(target)]
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """Without the catalog, which a conversion does not need, and without keys."""
+    ours = {"LORAY_HOME": str(settings.home), "LORAY_STORE": settings.store, "LORAY_LOG_LEVEL": settings.log_level}
+    return {name: value for name, value in os.environ.items() if not name.startswith("LORAY_")} | ours
+
+
+def raise_failure(code: int, output: bytes) -> None:
+    """Raise the error of a process that ended with `code`, if it failed."""
+    if code == 0:
+        return
+    try:
+        said: Mapping[str, str] = json.loads(output.splitlines()[-1])
+        kind, message = getattr(errors, said["kind"], None), said["message"]
+    except (IndexError, KeyError, TypeError, ValueError):
+        raise LorayError(f"the conversion ended without an answer (exit code {code})") from None
+    raise (kind if isinstance(kind, type) and issubclass(kind, LorayError) else LorayError)(message)
+
+
+def main(arguments: Sequence[str]) -> int:
+    form, digest, label, path = arguments
+    target = Path(path)
+    if target.exists():
+        raise SystemExit(f"{target} exists already")
+    os.nice(_NICENESS)
+    threading.Thread(target=_end_with_the_server, args=(target,), daemon=True).start()
+    try:
+        _convert(form, digest, label, target)
+    except LorayError as e:
+        kind, message = type(e).__name__, str(e)
+    except (MemoryError, RuntimeError) as e:  # torch's allocator raises RuntimeError
+        reason = str(e).strip().partition("\n")[0] or type(e).__name__
+        kind, message = LorayError.__name__, f"the conversion failed: {reason}"
+    except OSError as e:  # such as a full disk
+        kind, message = StoreError.__name__, f"the conversion failed: {e.strerror or e}"
+    else:
+        return 0
+    sys.stdout.write(json.dumps({"kind": kind, "message": message}) + "\n")
+    return _FAILED
+
+
+def _convert(form: str, digest: str, label: str, target: Path) -> None:
+    from loray.publishing.convert import merge_into_base, save_as_gguf
+
+    settings = Settings.from_env()
+    store = AdapterStore(open_store(settings.store))
+    manifest = store.manifest(digest)
+    name, _, version = label.rpartition("@")
+    ref = manifest.ref(digest, name, int(version))
+    base = base_with(settings.home, manifest.base_fingerprint, manifest.base)
+    limit = MAX_MEMORY_BYTES + sum(path.stat().st_size for path in base.path.iterdir())
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if form == "merged":
+        merge_into_base(ref, target, base=base, store=store)
+    else:
+        save_as_gguf(ref, target, base=base, store=store)
+
+
+def _end_with_the_server(target: Path) -> None:
+    while os.read(0, 1024):  # not sys.stdin, whose lock Python would wait for at its end
+        pass
+    shutil.rmtree(target, ignore_errors=True)
+    target.unlink(missing_ok=True)
+    os._exit(_FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
