@@ -32,6 +32,7 @@ API_ROWS: tuple[Row, ...] = (
     ("*", r"/jobs(/.*)?", "train"),
     ("GET", r"/adapters(/.*)?", "read"),
     ("*", r"/adapters/[^/]+/aliases(/.*)?", "promote"),
+    ("*", r"/adapters/[^/]+/transfer", "manage"),
     ("*", r"/adapters(/.*)?|/uploads(/.*)?", "publish"),
 )
 

@@ -38,7 +38,12 @@ ADAPTER = {
     "visibility": "shared",
     "shared_with": ["acme"],
 }
+TAG = {"key": "team", "value": "support"}
 FILE = {"name": "adapter_config.json", "sha256": "3f1c" * 16, "nbytes": 812}
+DOWNLOAD = {
+    "files": [FILE | {"url": "https://bucket.s3.eu-1.amazonaws.com/blobs/3f/3f1c…?X-Amz-Signature=…"}],
+    "expires_at": _TIME,
+}
 UPLOAD = {"id": "5f1b" * 8, "files": [FILE]}
 VERSION = {
     "name": "tone",

@@ -18,6 +18,7 @@ from loray.errors import (
     ClusterError,
     ConflictError,
     DataError,
+    DeadlineExceeded,
     IntegrityError,
     LogsGone,
     LorayError,
@@ -70,6 +71,7 @@ _STATUSES: tuple[tuple[type[LorayError], int], ...] = (
     (CatalogError, 503),
     (StoreError, 503),
     (ClusterError, 503),
+    (DeadlineExceeded, 504),
     (IntegrityError, 500),
     (LorayError, 500),
 )

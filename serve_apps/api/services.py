@@ -55,6 +55,10 @@ class Services:
         self._store: AdapterStore | None = None
 
     @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    @property
     def home(self) -> FilePath:
         """The folder that contains this node's bases."""
         return self._settings.home

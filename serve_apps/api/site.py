@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 
 from loray import __version__
 from loray.api.resources import Problem
+from loray.api.uploads import DownloadResource
 from loray.spec import TrainSpec
 from serve_apps.access import Access, CheckAccess
 from serve_apps.access.rules import API
@@ -17,9 +18,11 @@ from serve_apps.api import problems
 from serve_apps.api.routes import access as access_routes
 from serve_apps.api.routes import adapters as adapter_routes
 from serve_apps.api.routes import aliases as alias_routes
+from serve_apps.api.routes import downloads as download_routes
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.api.routes import recommend as recommend_routes
 from serve_apps.api.routes import removal as removal_routes
+from serve_apps.api.routes import tags as tag_routes
 from serve_apps.api.routes import uploads as upload_routes
 from serve_apps.api.routes import usage as usage_routes
 from serve_apps.api.services import Services
@@ -49,15 +52,17 @@ def create_app(services: Services, access: Access) -> FastAPI:
         access_routes,
         adapter_routes,
         alias_routes,
+        download_routes,
         job_routes,
         recommend_routes,
         usage_routes,
         removal_routes,
+        tag_routes,
         upload_routes,
     ):
         app.include_router(routes.create_router(services))
-    # Routes read recipes and write problems themselves, so FastAPI does not know their schemas.
-    extend_openapi(app, [(TrainSpec, "validation"), (Problem, "serialization")])
+    # Routes read and write these themselves, so FastAPI does not know their schemas.
+    extend_openapi(app, [(TrainSpec, "validation"), (Problem, "serialization"), (DownloadResource, "serialization")])
     return app
 
 

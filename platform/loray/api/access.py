@@ -103,14 +103,35 @@ class KeyCreation(Limits):
         return limits_of(self)
 
 
-class KeyChange(BaseModel):
-    """What is to change; fields that are left out stay."""
+class KeyChange(Limits):
+    """What is to change; fields that are left out stay. A limit that is null is taken away, `models` null is all, and
+    with `expires` null the key does not end. `duration` counts from now. `limits` replaces all limits at once.
+    """
 
-    model_config = ConfigDict(extra="forbid")
-
+    key_alias: KeyAlias | None = None
+    models: Models = None
+    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
+    duration: Duration | None = None
+    expires: Moment | None = None
     blocked: bool | None = None
     limits: Limits | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> KeyChange:
+        if self.duration is not None and self.expires is not None:
+            raise ValueError("give duration or expires, not both")
+        if self.limits is not None and self.single_limits:
+            raise ValueError("give limits, which replaces all of them, or single ones, not both")
+        return self
+
+    @property
+    def expires_at(self) -> datetime | None:
+        return ends_at(self.duration) if self.duration is not None else self.expires
+
+    @property
+    def single_limits(self) -> dict[str, Any]:
+        """Name → new value of the limits that are given singly; null takes one away."""
+        return self.model_dump(include=set(_FIELDS) & self.model_fields_set)
 
 
 class Rotation(BaseModel):

@@ -15,6 +15,7 @@ from loray.errors import (
     ClusterError,
     ConflictError,
     DataError,
+    DeadlineExceeded,
     GateRefused,
     IntegrityError,
     JobNotFound,
@@ -36,8 +37,10 @@ from loray.spec import (
     Evaluation,
     JobStatus,
     Method,
+    Name,
     NoGateReason,
     QualifiedName,
+    TagValue,
     TenantName,
     TrainSpec,
     Visibility,
@@ -106,6 +109,26 @@ class AdapterChange(BaseModel):
 
     visibility: Visibility
     shared_with: tuple[TenantName, ...] = Field(default=(), max_length=1000)
+
+
+class AdapterTransfer(BaseModel):
+    """The tenant that an adapter is handed to, and its `name` there where that is another one."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: TenantName
+    name: Name | None = None
+
+
+class TagResource(Resource):
+    key: str
+    value: str
+
+
+class TagChange(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    value: TagValue = ""
 
 
 class VersionResource(Resource):
@@ -223,6 +246,7 @@ _KINDS: dict[str, type[LorayError]] = {
     "catalog-unavailable": CatalogError,
     "store-unavailable": StoreError,
     "cluster-unavailable": ClusterError,
+    "deadline-exceeded": DeadlineExceeded,
     "internal": LorayError,
 }
 

@@ -1,7 +1,8 @@
-"""Resources of the catalog's REST API: uploads, and the request that makes a version of one or of stored bytes."""
+"""Resources of the catalog's REST API: uploads, downloads, and the request that makes a version."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -49,6 +50,17 @@ class FileResource(Resource):
     name: str
     sha256: str
     nbytes: int
+
+
+class PresignedFileResource(FileResource):
+    url: str = Field(description="whoever has it reads the file until `expires_at`; send no key with it")
+
+
+class DownloadResource(Resource):
+    """Where a version's files are read, the smallest first. They are checked by their SHA-256."""
+
+    files: tuple[PresignedFileResource, ...]
+    expires_at: datetime
 
 
 class UploadResource(Resource):

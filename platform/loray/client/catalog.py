@@ -7,11 +7,8 @@ with CatalogClient("http://127.0.0.1:8000") as catalog:
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any
 
 import httpx
 from pydantic import ValidationError
@@ -24,23 +21,19 @@ from loray.api.resources import (
     Page,
     PlacementResource,
     Problem,
+    TagResource,
     VersionDetail,
     VersionResource,
 )
-from loray.api.uploads import FileResource, UploadResource
 from loray.api.usage import UsageResource
 from loray.client.access import AccessCalls
+from loray.client.files import FileCalls, path_of
 from loray.client.http import given
 from loray.errors import ClusterError, LorayError
-from loray.spec import DEFAULT_ALIAS, TrainSpec, UsageGroup, Visibility, split_qualified
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
-_LONG = httpx.Timeout(600.0, connect=5.0)
+from loray.spec import DEFAULT_ALIAS, TrainSpec, UsageGroup, Visibility
 
 
-class CatalogClient(AccessCalls):
+class CatalogClient(AccessCalls, FileCalls):
     """Raises the errors that the server raised: AdapterNotFound, JobNotFound, ConflictError, RevisionConflict,
     GateRefused, SpecError with every wrong field, CatalogError if the server cannot reach its database, and
     ClusterError if the server or Ray does not answer.
@@ -73,19 +66,34 @@ class CatalogClient(AccessCalls):
         return self._pages("/adapters", Page[AdapterResource], params)
 
     def adapter(self, name: str) -> AdapterResource:
-        return self._ask(AdapterResource, "GET", _path(name))
+        return self._ask(AdapterResource, "GET", path_of(name))
 
     def share(self, name: str, visibility: Visibility, shared_with: Sequence[str] = ()) -> AdapterResource:
         """Sets who sees the adapter beside its tenant: nobody, the tenants of `shared_with`, or everybody."""
         body = {"visibility": visibility, "shared_with": list(shared_with)}
-        return self._ask(AdapterResource, "PATCH", _path(name), json=body)
+        return self._ask(AdapterResource, "PATCH", path_of(name), json=body)
+
+    def transfer(self, name: str, tenant: str, new_name: str | None = None) -> AdapterResource:
+        """Hands the adapter to another tenant; for administrators."""
+        body = given({"tenant": tenant, "name": new_name})
+        return self._ask(AdapterResource, "POST", path_of(name, "/transfer"), json=body)
+
+    def tags(self, name: str) -> dict[str, str]:
+        page = self._ask(Page[TagResource], "GET", path_of(name, "/tags"))
+        return {tag.key: tag.value for tag in page.items}
+
+    def set_tag(self, name: str, key: str, value: str = "") -> TagResource:
+        return self._ask(TagResource, "PUT", path_of(name, f"/tags/{key}"), json={"value": value})
+
+    def delete_tag(self, name: str, key: str) -> None:
+        self._request("DELETE", path_of(name, f"/tags/{key}"))
 
     def versions(self, name: str) -> Iterator[VersionResource]:
         """All versions, newest first, fetched page by page."""
-        return self._pages(_path(name, "/versions"), Page[VersionResource], {})
+        return self._pages(path_of(name, "/versions"), Page[VersionResource], {})
 
     def version(self, name: str, version: int) -> VersionDetail:
-        return self._ask(VersionDetail, "GET", _path(name, f"/versions/{version}"))
+        return self._ask(VersionDetail, "GET", path_of(name, f"/versions/{version}"))
 
     def register(
         self,
@@ -103,49 +111,22 @@ class CatalogClient(AccessCalls):
         `described`: `base`, `licence`, `description`, `tool_parser` of an upload.
         """
         body = given({"digest": digest, "upload": upload, "version": version, "no_gate": no_gate} | described)
-        return self._ask(VersionDetail, "POST", _path(name, "/versions"), json=body | {"aliases": list(aliases)})
-
-    # -- bytes --------------------------------------------------------------------------------------------------------
-
-    def begin_upload(self, idempotency_key: str | None = None) -> UploadResource:
-        """Begins an upload, or continues that of this key."""
-        headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-        return self._ask(UploadResource, "POST", "/uploads", headers=headers)
-
-    def upload(self, id: str) -> UploadResource:
-        return self._ask(UploadResource, "GET", f"/uploads/{id}")
-
-    def put_file(self, id: str, path: Path) -> FileResource:
-        """Sends one file, which is read while it is sent."""
-        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)}
-        with path.open("rb") as f:
-            url = f"/uploads/{id}/files/{path.name}"
-            return self._ask(FileResource, "PUT", url, content=f, headers=headers, timeout=_LONG)
-
-    def delete_upload(self, id: str) -> None:
-        self._request("DELETE", f"/uploads/{id}")
-
-    @contextmanager
-    def download(self, name: str, version: int) -> Iterator[BinaryIO]:
-        """A tar archive of the version's folder, which is read while it arrives."""
-        path = _path(name, f"/versions/{version}/download")
-        with self._streamed("GET", path, timeout=_LONG) as response:
-            yield cast("BinaryIO", io.BufferedReader(_Body(response.iter_bytes())))
+        return self._ask(VersionDetail, "POST", path_of(name, "/versions"), json=body | {"aliases": list(aliases)})
 
     def delete(self, name: str, version: int | None = None) -> None:
         """Deletes a name, or one version of it; it can be restored."""
-        self._request("DELETE", _path(name, _version(version)))
+        self._request("DELETE", path_of(name, _version(version)))
 
     def restore(self, name: str, version: int | None = None) -> None:
-        self._request("POST", _path(name, f"{_version(version)}/restore"))
+        self._request("POST", path_of(name, f"{_version(version)}/restore"))
 
     def placement(self, name: str) -> PlacementResource:
-        return self._ask(PlacementResource, "GET", _path(name, "/placement"))
+        return self._ask(PlacementResource, "GET", path_of(name, "/placement"))
 
     # -- aliases ------------------------------------------------------------------------------------------------------
 
     def aliases(self, name: str) -> tuple[AliasResource, ...]:
-        return self._ask(Page[AliasResource], "GET", _path(name, "/aliases")).items
+        return self._ask(Page[AliasResource], "GET", path_of(name, "/aliases")).items
 
     def alias(self, name: str, alias: str) -> AliasResource:
         return self._ask(AliasResource, "GET", _alias(name, alias))
@@ -169,7 +150,7 @@ class CatalogClient(AccessCalls):
         return self._ask(AliasResource, "PUT", _alias(name, alias), json=body, headers=headers)
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, etag: str | None = None) -> AliasResource:
-        path = _path(name, f"/aliases/{alias}/rollback")
+        path = path_of(name, f"/aliases/{alias}/rollback")
         return self._ask(AliasResource, "POST", path, headers=_if_match(etag))
 
     def delete_alias(self, name: str, alias: str, *, etag: str | None = None) -> None:
@@ -225,39 +206,12 @@ class CatalogClient(AccessCalls):
             return ClusterError(f"HTTP {response.status_code}: {response.text[:200]}")
 
 
-class _Body(io.RawIOBase):
-    """The body of a response as a file."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._rest = chunks, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        view = memoryview(buffer)
-        while not self._rest:
-            try:
-                self._rest = next(self._chunks)
-            except StopIteration:
-                return 0
-        taken, self._rest = self._rest[: len(view)], self._rest[len(view) :]
-        view[: len(taken)] = taken
-        return len(taken)
-
-
-def _path(name: str, below: str = "") -> str:
-    """Of `name` or `tenant/name`."""
-    tenant, bare = split_qualified(name)
-    return f"/adapters/{bare}{below}" + ("" if tenant is None else f"?tenant={tenant}")
-
-
 def _version(version: int | None) -> str:
     return "" if version is None else f"/versions/{version}"
 
 
 def _alias(name: str, alias: str) -> str:
-    return _path(name, f"/aliases/{alias}")
+    return path_of(name, f"/aliases/{alias}")
 
 
 def _if_match(etag: str | None) -> dict[str, str]:

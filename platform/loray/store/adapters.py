@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from loray.adapters.manifest import parse_manifest, read_canonical, verify_folder, write_manifest
 from loray.errors import ConflictError, IntegrityError, NotFoundError
@@ -28,6 +29,13 @@ log = get_logger(__name__)
 
 BLOBS, MANIFESTS, UPLOADS = "blobs", "manifests", "uploads"
 _MAX_MANIFEST_BYTES = 16 << 20
+
+
+class PresignedFile(NamedTuple):
+    name: str
+    sha256: str
+    num_bytes: int
+    url: str
 
 
 class AdapterStore:
@@ -125,6 +133,22 @@ class AdapterStore:
             for name, sha256 in sorted(manifest.files.items()):
                 self._get_blob(digest, name, sha256, Path(scratch) / name)
         return manifest
+
+    def presigned(self, digest: str, expires_s: int) -> tuple[PresignedFile, ...] | None:
+        """URLs of the adapter's files and its manifest, the smallest first; None where the store has no such URLs.
+
+        Raises NotFoundError, and IntegrityError where a file is missing. The reader checks the bytes by their SHA-256.
+        """
+        key = _manifest_key(check_digest(digest))
+        url = self.objects.presigned(key, expires_s)
+        if url is None:
+            return None
+        found = [PresignedFile(AdapterManifest.FILE, digest, self.objects.size(key), url)]
+        for name, sha256 in self.manifest(digest).files.items():
+            url = self.objects.presigned(_blob_key(sha256), expires_s)
+            assert url is not None
+            found.append(PresignedFile(name, sha256, self.file_size(digest, name, sha256), url))
+        return tuple(sorted(found, key=lambda file: file.num_bytes))
 
     def keys_of(self, sha256: str) -> tuple[str, str]:
         """The keys that a blob and a manifest of this SHA-256 have."""

@@ -58,6 +58,12 @@ class ObjectStore(Protocol):
         """Delete the object. A missing key is no error."""
         ...
 
+    def presigned(self, key: str, expires_s: int) -> str | None:
+        """A URL by which whoever has it may read the object for so long; None where the store has no such URLs. Sends
+        nothing, so the object may be missing.
+        """
+        ...
+
     def check(self) -> None:
         """Raise StoreError or UnsupportedError where nothing could be stored. Called before long work."""
         ...
@@ -142,6 +148,9 @@ class LocalStore:
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
+
+    def presigned(self, key: str, expires_s: int) -> None:
+        return None
 
     def check(self) -> None:
         try:

@@ -128,6 +128,11 @@ class S3Store:
         with translate_errors(self.location):
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
 
+    def presigned(self, key: str, expires_s: int) -> str:
+        target = {"Bucket": self._bucket, "Key": self._name(key)}
+        with translate_errors(self.location):
+            return str(self._client.generate_presigned_url("get_object", Params=target, ExpiresIn=expires_s))
+
     def check(self) -> None:
         with translate_errors(self.location):
             self._check_conditional_writes("PutObject", self._put_whole)

@@ -19,6 +19,7 @@ from loray.api.access import (
     TenantResource,
 )
 from loray.api.resources import Page
+from loray.client.direct import DirectAccess
 from loray.errors import KeyNotFound
 from loray.serving.access import check
 from loray.spec import JobId, KeyAlias, TenantName
@@ -37,22 +38,17 @@ _NO_STORE = {"Cache-Control": "no-store"}
 def create_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["access"])
 
+    def access_of(asking: Asking) -> DirectAccess:
+        return DirectAccess(services.catalog_of(asking))
+
     @router.post(
         "/keys", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201, location=True)
     )
     def create_key(request: Request, response: Response, asking: Asking, wanted: KeyCreation) -> NewKeyResource:
         """Make a key. It is in this answer, and nowhere else: the catalog keeps its SHA-256."""
-        secret, key = services.catalog_of(asking).create_key(
-            wanted.key_alias,
-            tenant=wanted.tenant,
-            scopes=wanted.scopes,
-            models=wanted.models,
-            limits=wanted.limits,
-            metadata=wanted.metadata,
-            expires_at=wanted.expires_at,
-        )
-        response.headers.update(_NO_STORE | {"Location": request.url_for("get_key", id=key.id).path})
-        return NewKeyResource.model_validate(KeyResource.of(key).model_dump() | {"key": secret})
+        made = access_of(asking).create_key(wanted)
+        response.headers.update(_NO_STORE | {"Location": request.url_for("get_key", id=made.id).path})
+        return made
 
     @router.get("/keys", responses=responses() | examples.page(examples.KEY, "key-5f1b"))
     def list_keys(
@@ -77,18 +73,18 @@ def create_router(services: Services) -> APIRouter:
         """One key."""
         return KeyResource.of(services.catalog.key(id))
 
-    @router.patch("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
+    @router.patch("/keys/{id}", responses=responses(404, 409) | examples.ok(examples.KEY))
     def change_key(id: KeyPath, asking: Asking, change: KeyChange) -> KeyResource:
-        """Block a key, let it pass again, or give it other limits."""
-        changed = services.catalog_of(asking).update_key(
-            id, blocked=change.blocked, limits=change.limits, metadata=change.metadata
-        )
-        return KeyResource.of(changed)
+        """Change alias, models, end, limits or metadata of a key, block it, or let it pass again.
+
+        Servers follow within two seconds. 409: another key of the tenant has the alias.
+        """
+        return access_of(asking).change_key(id, change)
 
     @router.delete("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
     def revoke_key(id: KeyPath, asking: Asking) -> KeyResource:
         """Revoke a key for ever: every server refuses it within two seconds."""
-        return KeyResource.of(services.catalog_of(asking).revoke_key(id))
+        return access_of(asking).revoke_key(id)
 
     @router.post(
         "/keys/{id}/rotate", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201)
@@ -97,14 +93,13 @@ def create_router(services: Services) -> APIRouter:
         """Replace a key by one with the same scopes and limits. A key may replace itself."""
         if asking.key_id != id:
             check(asking, "manage")
-        secret, key = services.catalog_of(asking).rotate_key(id, grace=rotation.grace)
         response.headers.update(_NO_STORE)
-        return NewKeyResource.model_validate(KeyResource.of(key).model_dump() | {"key": secret})
+        return access_of(asking).rotate_key(id, grace_period=rotation.grace_period)
 
     @router.post("/tenants", status_code=201, responses=responses(409) | examples.ok(examples.TENANT, 201))
     def create_tenant(asking: Asking, wanted: TenantCreation) -> TenantResource:
         """Make a tenant."""
-        return TenantResource.of(services.catalog_of(asking).create_tenant(wanted.name, wanted.limits))
+        return access_of(asking).create_tenant(wanted.name, wanted.limits)
 
     @router.get("/tenants", responses=responses() | examples.page(examples.TENANT, None))
     def list_tenants() -> Page[TenantResource]:
@@ -119,8 +114,7 @@ def create_router(services: Services) -> APIRouter:
     @router.patch("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
     def change_tenant(name: TenantPath, asking: Asking, change: TenantChange) -> TenantResource:
         """Block a tenant with all its keys, let it pass again, or give it other limits."""
-        catalog = services.catalog_of(asking)
-        return TenantResource.of(catalog.update_tenant(name, limits=change.limits, blocked=change.blocked))
+        return access_of(asking).change_tenant(name, change)
 
     @router.get("/audit", responses=responses() | examples.page(examples.AUDIT, "41"))
     def read_audit(

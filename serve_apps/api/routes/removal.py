@@ -1,4 +1,4 @@
-"""Routes that delete names and versions, and restore them."""
+"""Routes that delete names and versions, restore them, and hand names to other tenants."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from loray.api.resources import AdapterResource, VersionDetail, VersionNumber
+from loray.api.resources import AdapterResource, AdapterTransfer, VersionDetail, VersionNumber
+from loray.catalog import AdapterEntry, Catalog
 from loray.publishing import restore
 from serve_apps.access import Asking
 from serve_apps.api import examples, views
@@ -37,8 +38,7 @@ def create_router(services: Services) -> APIRouter:
         """Restore a deleted name as it was. 409: the store has its bytes no more."""
         catalog = services.catalog_of(asking)
         restore(name, None, services.store, catalog)
-        names = {fingerprint: base for base, fingerprint in catalog.bases().items()}
-        return views.adapter(catalog.entry(name), names)
+        return _shown(catalog.entry(name), catalog)
 
     @router.post(_VERSION + "/restore", responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL))
     def restore_version(asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]) -> VersionDetail:
@@ -47,4 +47,20 @@ def create_router(services: Services) -> APIRouter:
         restore(name, version, services.store, catalog)
         return views.detail(catalog.version(name, version))
 
+    @router.post(
+        "/adapters/{name}/transfer",
+        responses=responses(403, 404, 409) | examples.ok(examples.ADAPTER | {"tenant": "beta"}),
+    )
+    def transfer_adapter(asking: Asking, name: AdapterName, to: AdapterTransfer) -> AdapterResource:
+        """Hand an adapter to another tenant, with versions, aliases, tags and evaluations; for administrators.
+
+        Its old name is free then. 409: the new name is taken, or a job trains for the old one.
+        """
+        catalog = services.catalog_of(asking)
+        return _shown(catalog.transfer(name, to.tenant, to.name), catalog)
+
     return router
+
+
+def _shown(entry: AdapterEntry, catalog: Catalog) -> AdapterResource:
+    return views.adapter(entry, {fingerprint: base for base, fingerprint in catalog.bases().items()})

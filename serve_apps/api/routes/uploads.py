@@ -1,39 +1,26 @@
-"""Routes of uploads and downloads: an adapter's files come one by one, and leave as one archive.
-
-Neither is in memory as a whole: bodies go to a file on disk and from there into the store, and the other way round.
-"""
+"""Routes of uploads: an adapter's files come one by one, through a file on disk into the store."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path as FilePath
-from typing import Annotated, BinaryIO, Literal, cast
+from typing import Annotated, BinaryIO, cast
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Header, Path, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from loray.api.resources import VersionNumber
 from loray.api.uploads import FileResource, UploadResource
-from loray.errors import UnsupportedError
-from loray.publishing.archive import folder_as_tar
 from loray.publishing.uploads import UploadedFile, Uploads, check_file_name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
-from serve_apps.api.services import AdapterName, Asking, Services
+from serve_apps.api.services import Asking, Services
 
 _WRITE_BYTES = 1 << 20
 _CHUNK = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-_FORMS = {
-    "merged": "merging reads the whole base: on a machine that has it and the store, "
-    "`loray adapters convert {name}@{version} --to merged --folder FOLDER`",
-    "gguf": "download it as peft, then `python convert_lora_to_gguf.py FOLDER` of llama.cpp writes it",
-}
 
 UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$", description="`id` of an upload")]
 FileName = Annotated[str, Path(max_length=64, description="`adapter_config.json`, `adapter_model.safetensors`, …")]
-Form = Literal["peft", "merged", "gguf"]
 IdempotencyKey = Annotated[
     str | None, Header(max_length=255, description="equal keys of one tenant give the same upload")
 ]
@@ -73,29 +60,6 @@ def create_router(services: Services) -> APIRouter:
     def delete_upload(asking: Asking, id: UploadId) -> None:
         """Forget an upload and its files. A version that was made of it stays."""
         _uploads(services, asking).delete(id)
-
-    @router.get(
-        "/adapters/{name}/versions/{version}/download",
-        response_class=Response,
-        responses=responses(404) | {200: {"description": "a tar archive", "content": {"application/x-tar": {}}}},
-    )
-    def download(
-        asking: Asking,
-        name: AdapterName,
-        version: Annotated[VersionNumber, Path()],
-        format: Annotated[Form, Query(description="422 says how `merged` and `gguf` are made")] = "peft",
-    ) -> StreamingResponse:
-        """The folder that PEFT loads, with the manifest, as a tar archive. Every byte is verified before it is sent."""
-        found = services.catalog_of(asking).version(name, version)
-        if format != "peft":
-            raise UnsupportedError(f"{format} is not made here: {_FORMS[format].format(name=name, version=version)}")
-        length, chunks = folder_as_tar(services.store, found.digest, f"{found.name.replace('/', '-')}-{version}")
-        headers = {
-            "Content-Disposition": f'attachment; filename="{found.name.replace("/", "-")}-{version}.tar"',
-            "Content-Length": str(length),
-            "ETag": f'"{found.digest}"',
-        }
-        return StreamingResponse(chunks, headers=headers, media_type="application/x-tar")
 
     return router
 

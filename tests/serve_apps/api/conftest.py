@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 
+from loray.cli.main import _run
+from tests.cli.run import Loray, Result
 from tests.serve_apps.api.fakes import Api
 
 
@@ -15,3 +21,32 @@ def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
     api = Api(tmp_path / "home", catalog_url)
     yield api
     api.close()
+
+
+@pytest.fixture
+def url(api: Api) -> Iterator[str]:
+    """Of a server that listens."""
+    server = uvicorn.Server(uvicorn.Config(api.app, log_level="warning", lifespan="off"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()  # a client that is quicker than the server waits for it
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def loray(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Loray:
+    """The command line with LORAY_URL, and neither store nor catalog."""
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "nothing-here"))
+    monkeypatch.setenv("LORAY_CATALOG", "postgresql://nobody@127.0.0.1:1/nothing")
+    monkeypatch.setenv("LORAY_URL", url)
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
+        code = _run()
+        return Result(code, *capsys.readouterr())
+
+    return run

@@ -69,6 +69,35 @@ def test_the_life_of_a_key(api: Api, as_: As) -> None:
         admin.rotate_key(made.id)
 
 
+def test_a_key_is_changed_by_litellms_names(api: Api, as_: As) -> None:
+    admin = as_(ADMIN)
+    made = admin.create_key(KeyCreation(key_alias="ci", models=("tone",), duration="1h", tpm_limit=9, rpm_limit=5))
+    path = f"/keys/{made.id}"
+    api.http.headers["Authorization"] = f"Bearer {ADMIN}"
+    wanted = {"key_alias": "nightly", "models": None, "duration": "2d", "tpm_limit": None, "max_budget": 5.0}
+    changed = api.http.patch(path, json=wanted | {"metadata": {"team": "a"}}).json()
+    kept = ("key_alias", "models", "tpm_limit", "rpm_limit", "max_budget", "metadata", "blocked")
+    assert [changed[name] for name in kept] == ["nightly", None, None, 5, 5.0, {"team": "a"}, False]
+    assert timedelta(hours=47) < datetime.fromisoformat(changed["expires"]) - datetime.now(UTC) <= timedelta(days=2)
+    assert api.http.patch(path, json={"expires": None}).json()["expires"] is None
+    assert api.http.patch(path, json={}).json()["key_alias"] == "nightly"
+    assert admin.change_key(made.id, KeyChange(models=("a", "b"))).models == ("a", "b")
+    assert admin.change_key(made.id, KeyChange(limits=Limits(rpm_limit=1))).max_budget is None
+    for wrong in (
+        {"duration": "1h", "expires": "2030-01-01T00:00:00Z"},
+        {"limits": {"rpm_limit": 1}, "tpm_limit": 2},
+        {"rpm_limit": "many"},
+        {"budget_duration": None},
+        {"scopes": ["admin"]},
+        {"tenant": "acme"},
+    ):
+        assert api.http.patch(path, json=wrong).status_code == 422, wrong
+    admin.create_key(KeyCreation(key_alias="other"))
+    assert api.http.patch(path, json={"key_alias": "other"}).status_code == 409
+    with pytest.raises(PermissionDenied):
+        as_(made.key).change_key(made.id, KeyChange(rpm_limit=10_000))
+
+
 def test_tenants(as_: As) -> None:
     admin = as_(ADMIN)
     admin.create_tenant("acme")

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import sqlalchemy as sa
 
 from loray.api.status import AdapterPlacement
-from loray.catalog.database import writing
-from loray.catalog.schema import adapters, tags
 from loray.client import CatalogClient
 from tests.catalog.test_catalog import BASE, digest, publish
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
@@ -56,10 +53,22 @@ def test_pages_of_adapters(api: Api) -> None:
 def test_search_and_tags(api: Api) -> None:
     for name in ("tone-de", "tone-en", "Tonic", "dates_de", "datesxde"):
         publish(api.catalog, name, 1)
-    with writing(api.catalog._engine) as c:
-        ids = {row.name: row.id for row in c.execute(sa.select(adapters))}
-        found = [("tone-de", "lang", "de"), ("dates_de", "lang", "de"), ("tone-en", "lang", "en"), ("tone-de", "x", "")]
-        c.execute(tags.insert(), [{"adapter_id": ids[name], "key": key, "value": value} for name, key, value in found])
+    for name, key, value in (
+        ("tone-de", "lang", "de"),
+        ("dates_de", "lang", "de"),
+        ("tone-en", "lang", "fr"),
+        ("tone-en", "lang", "en"),
+        ("tone-de", "x", ""),
+        ("Tonic", "lang", "it"),
+    ):
+        answer = api.http.put(f"/adapters/{name}/tags/{key}", json={"value": value})
+        assert (answer.status_code, answer.json()) == (200 if value == "en" else 201, {"key": key, "value": value})
+    assert api.http.delete("/adapters/Tonic/tags/lang").status_code == 204
+    problem(api.http.delete("/adapters/Tonic/tags/lang"), 404)
+    problem(api.http.put("/adapters/Tonic/tags/a=b", json={"value": "x"}), 422)
+    problem(api.http.put("/adapters/nobody/tags/a", json={"value": "x"}), 404)
+    listed = api.http.get("/adapters/tone-de/tags").json()["items"]
+    assert listed == [{"key": "lang", "value": "de"}, {"key": "x", "value": ""}]
 
     def names(**params: Any) -> list[str]:
         return [item["name"] for item in api.http.get("/adapters", params=params).json()["items"]]

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from loray.bases.registry import BaseModel
-from loray.cli.main import _run
-from tests.cli.run import Loray, Result
+from tests.cli.run import Loray
 from tests.serve_apps.api.fakes import Api
 
 
@@ -24,33 +19,6 @@ def api(tmp_path: Path) -> Iterator[Api]:
     api = Api(tmp_path / "server", f"sqlite:///{tmp_path}/server/catalog.db")
     yield api
     api.close()
-
-
-@pytest.fixture
-def url(api: Api) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(api.app, log_level="warning", lifespan="off"))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()  # a client that is quicker than the server waits for it
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture
-def loray(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Loray:
-    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "nothing-here"))
-    monkeypatch.setenv("LORAY_CATALOG", "postgresql://nobody@127.0.0.1:1/nothing")
-    monkeypatch.setenv("LORAY_URL", url)
-
-    def run(*args: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["loray", *map(str, args)])
-        code = _run()
-        return Result(code, *capsys.readouterr())
-
-    return run
 
 
 def test_a_data_scientists_day(

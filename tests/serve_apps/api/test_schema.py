@@ -32,12 +32,13 @@ CHECKS: Any = [
 ]
 
 TAKE_NOTHING = {"GET /bases", "GET /keys/self", "GET /tenants"}  # that could be wrong
-KNOWN = {"name": "tone", "alias": "prod", "version": 1, "id": "job-1"}
+KNOWN = {"name": "tone", "alias": "prod", "version": 1, "id": "job-1", "key": "team"}
 KEY = "a key of the deployment itself, long enough"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 OPERATIONS = [
     "DELETE /adapters/{name}",
     "DELETE /adapters/{name}/aliases/{alias}",
+    "DELETE /adapters/{name}/tags/{key}",
     "DELETE /adapters/{name}/versions/{version}",
     "DELETE /keys/{id}",
     "DELETE /uploads/{id}",
@@ -46,6 +47,7 @@ OPERATIONS = [
     "GET /adapters/{name}/aliases",
     "GET /adapters/{name}/aliases/{alias}",
     "GET /adapters/{name}/placement",
+    "GET /adapters/{name}/tags",
     "GET /adapters/{name}/versions",
     "GET /adapters/{name}/versions/{version}",
     "GET /adapters/{name}/versions/{version}/download",
@@ -67,6 +69,7 @@ OPERATIONS = [
     "PATCH /tenants/{name}",
     "POST /adapters/{name}/aliases/{alias}/rollback",
     "POST /adapters/{name}/restore",
+    "POST /adapters/{name}/transfer",
     "POST /adapters/{name}/versions",
     "POST /adapters/{name}/versions/{version}/restore",
     "POST /jobs",
@@ -76,6 +79,7 @@ OPERATIONS = [
     "POST /tenants",
     "POST /uploads",
     "PUT /adapters/{name}/aliases/{alias}",
+    "PUT /adapters/{name}/tags/{key}",
     "PUT /uploads/{id}/files/{name}",
 ]
 
@@ -89,6 +93,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     api.http.headers.update(HEADERS)
     api.catalog.add_base("smollm2", BASE)
     publish(api.catalog, "tone", 1, 2, aliases=("prod",))
+    api.catalog.set_tag("tone", "team", "support")
     submit(api, "job-1")
     yield api
     api.close()
@@ -151,7 +156,7 @@ def test_the_document(document: Any) -> None:
 
 
 def test_examples_are_what_they_are_examples_of() -> None:
-    from loray.api import access, resources
+    from loray.api import access, resources, uploads
     from loray.spec import TrainSpec
     from serve_apps.api import examples
 
@@ -159,6 +164,8 @@ def test_examples_are_what_they_are_examples_of() -> None:
         (resources.AdapterResource, examples.ADAPTER),
         (resources.VersionResource, examples.VERSION),
         (resources.AliasResource, examples.ALIAS),
+        (resources.TagResource, examples.TAG),
+        (uploads.DownloadResource, examples.DOWNLOAD),
         (resources.BaseResource, examples.BASE),
         (resources.PlacementResource, examples.PLACEMENT),
         (resources.JobResource, examples.JOB),

@@ -24,8 +24,8 @@ from loray.errors import (
     NotFoundError,
     UnsupportedError,
 )
+from loray.files import unpack_tar
 from loray.publishing import uploads as uploading
-from loray.publishing.archive import unpack_tar
 from loray.publishing.uploads import MAX_OPEN
 from tests.serve_apps.api.fakes import Api
 
@@ -160,12 +160,8 @@ def test_registrations_that_are_not_valid(api: Api, body: dict[str, object]) -> 
     assert api.http.post("/adapters/tone/versions", json=body).status_code == 422
 
 
-def test_other_forms_are_made_elsewhere(api: Api, client: CatalogClient, base: BaseModel, folder: Path) -> None:
+def test_an_archive(api: Api, client: CatalogClient, base: BaseModel, folder: Path) -> None:
     client.register("tone", upload=send(client, folder), base=base.name)
-    for form, command in [("merged", "loray adapters convert tone@1 --to merged"), ("gguf", "convert_lora_to_gguf.py")]:
-        answer = api.http.get("/adapters/tone/versions/1/download", params={"format": form})
-        assert answer.status_code == 422
-        assert command in answer.json()["detail"]
     archive = api.http.get("/adapters/tone/versions/1/download")
     assert int(archive.headers["content-length"]) == len(archive.content)
     with tarfile.open(fileobj=io.BytesIO(archive.content)) as opened:

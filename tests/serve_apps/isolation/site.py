@@ -32,7 +32,7 @@ SCOPES = ("infer", "publish", "promote", "train")
 _UPLOAD = hashlib.sha256(b"uploads/acme\0zq").hexdigest()[:32]  # as `Uploads.begin` makes it of a key
 SECRET = Thing("acme", "vault-9", "hush", "c0ffee" * 10 + "beef", "job-zq7", "key-zq7", _UPLOAD)
 # Words of acme that no request has.
-UNSAID = ("zq-words", "zq-data", "5a5a5a5a")
+UNSAID = ("zq-words", "zq-data", "zq-stage", "5a5a5a5a")
 _PAIR = Projection(key=77, rank=8, max_in=8, max_out=8, sha256="5a" * 32)
 
 
@@ -57,7 +57,8 @@ class Application:
 
     def ask(self, name: str, thing: Thing, key: str | None) -> httpx.Response:
         route, (method, path) = self.table[name], name.split(" ")
-        words = {"name": thing.name, "alias": thing.alias, "version": 1, "id": thing.job, "model": thing.model}
+        words = {"name": thing.name, "alias": thing.alias, "version": 1, "id": thing.job, "key": "zq-tag"}
+        words |= {"model": thing.model}
         if path.startswith("/uploads"):
             words |= {"name": "adapter_config.json", "id": thing.upload}
         path = path.replace(":path", "").format(**words)
@@ -117,6 +118,7 @@ def _fill(catalog: Catalog, base: BaseModel, fakes: Api) -> dict[str, str]:
     )
     acme.note_upload(SECRET.digest)
     acme.register(SECRET.name, SECRET.digest, described, [SECRET.alias])
+    acme.set_tag(SECRET.name, "zq-tag", "zq-stage")
     assert Uploads(fakes.services.store, "acme").begin("zq") == SECRET.upload
     recipe = load_recipe("lora_smollm2").spec
     recipe = recipe.model_copy(

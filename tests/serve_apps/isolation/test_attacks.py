@@ -74,6 +74,18 @@ def test_no_spelling_of_a_name_reaches_another_tenant(made: Site, spelled: str) 
         assert answer.status_code == status, (key, answer.text)
 
 
+@pytest.mark.parametrize("params", [{"format": "merged"}, {"format": "gguf"}, {"presigned": "true"}])
+def test_no_form_of_a_download_is_anothers(made: Site, params: dict[str, str]) -> None:
+    headers = {"Authorization": f"Bearer {made.keys['beta']}"}
+    told = []
+    for name in (SECRET.name, "nope-7"):
+        path = f"adapters/{name}/versions/1/download"
+        answer = made.api.client.get(path, params=params | {"tenant": "acme"}, headers=headers)
+        told.append((answer.status_code, answer.text.replace(name, "NAME")))
+    assert told[0] == told[1]
+    assert told[0][0] == 404
+
+
 def test_a_shared_adapter_is_asked_and_not_changed(made: Site) -> None:
     publish, beta = made.keys["acme publish"], made.keys["beta"]
     shared = made.api.client.patch(

@@ -1,0 +1,107 @@
+"""Published adapters in forms that are computed: merged into the base, or as GGUF, each by a process of its own.
+
+The API loads no torch and must go on answering, so a conversion is a bounded process: few at once, one for a tenant,
+with a deadline, and ended when its client leaves. Nothing is kept: a merged checkpoint is as large as its base.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import BoundedSemaphore, Lock
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from loray.bases.registry import base_with
+from loray.errors import DeadlineExceeded, RateLimited
+from loray.publishing.process import Form, command_of, environment_of, raise_failure
+from loray.settings import Settings
+from loray.spec import AdapterManifest, AdapterRef
+
+MAX_AT_ONCE = 2
+DEADLINE_S = 900.0
+_LOOK_S = 0.2  # between two looks whether the client is still there
+_RETRY_S = 60.0
+
+
+class Conversions:
+    """The conversions of one server. Safe from several threads and event loops."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = Lock()
+        self._tenants: set[str] = set()
+        self._processes = BoundedSemaphore(MAX_AT_ONCE)
+
+    @contextmanager
+    def place(self, tenant: str) -> Iterator[None]:
+        """Held until the result has been sent, so that a tenant has one on this machine's disk. Raises RateLimited."""
+        with self._lock:
+            if tenant in self._tenants:
+                raise RateLimited(
+                    "another conversion of this tenant is being made or sent; ask again when it has ended", _RETRY_S
+                )
+            self._tenants.add(tenant)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._tenants.remove(tenant)
+
+    async def make(
+        self, form: Form, ref: AdapterRef, manifest: AdapterManifest, target: Path, *, client: Request
+    ) -> None:
+        """Write the adapter in this form to the new `target`.
+
+        Raises BaseMismatch where this machine does not have the base, RateLimited where others are being made,
+        DeadlineExceeded, and as `publishing.convert` does; ClientDisconnect where the client has left.
+        """
+        await run_in_threadpool(base_with, self._settings.home, manifest.base_fingerprint, manifest.base)
+        if not self._processes.acquire(blocking=False):
+            raise RateLimited(f"{MAX_AT_ONCE} conversions are being made; ask again in a minute", _RETRY_S)
+        try:
+            output = await self._run(command_of(form, ref, target), client)
+        finally:
+            self._processes.release()
+        raise_failure(*output)
+
+    async def _run(self, command: list[str], client: Request) -> tuple[int, bytes]:
+        """(exit code, output)"""
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # it ends with this process
+            stdout=subprocess.PIPE,
+            env=environment_of(self._settings),
+            start_new_session=True,
+        )
+        ended = asyncio.get_running_loop().run_in_executor(None, _output_of, process)
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while not ended.done():
+                    if await client.is_disconnected():
+                        raise ClientDisconnect
+                    await asyncio.wait({ended}, timeout=_LOOK_S)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the conversion took longer than {DEADLINE_S:.0f} s and was ended") from None
+        finally:
+            if not ended.done():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await asyncio.shield(ended)
+        return process.returncode, ended.result()
+
+
+def _output_of(process: subprocess.Popen[bytes]) -> bytes:
+    """What it has written by its end."""
+    with process:  # closes its pipes
+        assert process.stdout is not None
+        output = process.stdout.read()
+        process.wait()
+        return output

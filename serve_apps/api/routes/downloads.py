@@ -1,0 +1,120 @@
+"""The route of downloads: a version as the folder that PEFT loads, merged into its base, or as GGUF.
+
+Nothing is in memory as a whole: files go to a folder of this machine, are verified there, and leave from it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path as FilePath
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
+
+from loray.api.resources import VersionNumber
+from loray.api.uploads import DownloadResource, PresignedFileResource
+from loray.catalog import AdapterVersion
+from loray.publishing.archive import Archive, as_it_is, as_tar, folder_as_tar
+from serve_apps.api import examples
+from serve_apps.api.conversions import Conversions
+from serve_apps.api.problems import responses
+from serve_apps.api.services import AdapterName, Asking, Services
+from serve_apps.http import schema_reference
+
+EXPIRES_S = 300  # of presigned URLs: the time in which a client must have begun to read
+_TAR, _FILE = "application/x-tar", "application/octet-stream"
+
+Form = Literal["peft", "merged", "gguf"]
+FormQuery = Annotated[Form, Query(description="`peft`; `merged`: a checkpoint, base included; `gguf`: GGUF-LoRA")]
+Presigned = Annotated[bool, Query(description="answer with URLs of the files where the store is a bucket")]
+_URLS = {"schema": schema_reference(DownloadResource.__name__), "example": examples.DOWNLOAD}
+_ANSWER: examples.Responses = {
+    200: {"description": "a tar archive, or one file", "content": {_TAR: {}, _FILE: {}, "application/json": _URLS}}
+}
+
+
+def create_router(services: Services) -> APIRouter:
+    router = APIRouter(tags=["downloads"])
+    conversions = Conversions(services.settings)
+
+    @router.get(
+        "/adapters/{name}/versions/{version}/download",
+        response_class=Response,
+        responses=responses(404, 429, 504) | _ANSWER,
+    )
+    async def download(
+        request: Request,
+        asking: Asking,
+        name: AdapterName,
+        version: Annotated[VersionNumber, Path()],
+        format: FormQuery = "peft",
+        presigned: Presigned = False,
+    ) -> Response:
+        """A version's files, of which every byte is verified before it is sent.
+
+        `merged` and `gguf` are computed for each request, and end with it. 422: the adapter has no such form, or this
+        machine does not have its base. 429: others are being made. 504: it takes too long here. `presigned` is for
+        `peft`; where the store is a folder, the archive comes as without it.
+        """
+        found = await run_in_threadpool(lambda: services.catalog_of(asking).version(name, version))
+        if presigned and format == "peft":
+            urls = await run_in_threadpool(_presigned, services, found)
+            if urls is not None:
+                return Response(
+                    urls.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"}
+                )
+        label = f"{found.name.replace('/', '-')}-{version}"
+        held = ExitStack()
+        scratch = FilePath(tempfile.mkdtemp(prefix="loray-download-"))
+        held.callback(shutil.rmtree, scratch, ignore_errors=True)
+        made = scratch / "made"
+        try:
+            if format == "peft":
+                archive = await run_in_threadpool(lambda: folder_as_tar(services.store, found.digest, label, made))
+            else:
+                held.enter_context(conversions.place(asking.tenant))
+                await conversions.make(format, found.ref, found.manifest, made, client=request)
+                archive = as_it_is(made) if format == "gguf" else await run_in_threadpool(as_tar, made, label)
+        except BaseException:
+            held.close()
+            raise
+        return _ArchiveResponse(archive, held, found.digest, label, format)
+
+    return router
+
+
+class _ArchiveResponse(StreamingResponse):
+    """The bytes of an archive. `held` is closed at the end, also where the client leaves."""
+
+    def __init__(self, archive: Archive, held: ExitStack, digest: str, label: str, form: Form) -> None:
+        suffix = {"peft": ".tar", "merged": "-merged.tar", "gguf": ".gguf"}[form]
+        headers = {
+            "Content-Disposition": f'attachment; filename="{label}{suffix}"',
+            "Content-Length": str(archive.num_bytes),
+            "ETag": f'"{digest}"' if form == "peft" else f'"{digest}-{form}"',
+        }
+        super().__init__(archive.chunks, headers=headers, media_type=_FILE if form == "gguf" else _TAR)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._held.close()
+
+
+def _presigned(services: Services, found: AdapterVersion) -> DownloadResource | None:
+    ends = datetime.now(UTC) + timedelta(seconds=EXPIRES_S)
+    files = services.store.presigned(found.digest, EXPIRES_S)
+    if files is None:
+        return None
+    shown = (
+        PresignedFileResource(name=file.name, sha256=file.sha256, nbytes=file.num_bytes, url=file.url) for file in files
+    )
+    return DownloadResource(files=tuple(shown), expires_at=ends)

@@ -1,0 +1,104 @@
+"""Commands of administrators and tenants at a server: keys, tenants, tags, owners, jobs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.submission.command import jobs as jobs_command
+from jobs.submission.tracker import id_of
+from loray.client import CatalogClient
+from serve_apps.api.examples import RECIPE
+from tests.catalog.test_catalog import publish
+from tests.cli.run import Loray
+from tests.serve_apps.api.fakes import Api
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[Api]:
+    api = Api(tmp_path / "server", f"sqlite:///{tmp_path}/server/catalog.db")
+    yield api
+    api.close()
+
+
+def test_an_administrators_day(loray: Loray, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    admin = loray("keys", "create", "root", "--scope", "admin").out.strip()
+    assert "Authorization: Bearer" in loray("keys", "ls").err
+    monkeypatch.setenv("LORAY_API_KEY", admin)
+    assert loray("tenants", "create", "acme", "--jobs", 3).code == 0
+    assert loray("tenants", "set", "acme", "--rpm", 60, "--jobs", "none").out == "acme: 60 requests/min\n"
+    assert "60 requests/min" in loray("tenants", "ls").out
+    key = json.loads(loray("keys", "create", "ci", "--tenant", "acme", "--tpm", 9, "--model", "tone", "--json").out)
+    changed = loray(
+        *("keys", "update", "ci", "--alias", "nightly", "--model", "all", "--expires", "1d", "--rpm", 5),
+        *("--tpm", "none", "--metadata", "team=support", "--json"),
+    )
+    now = json.loads(changed.out)
+    assert (now["id"], now["key_alias"], now["models"], now["rpm_limit"], now["tpm_limit"], now["metadata"]) == (
+        key["id"],
+        "nightly",
+        None,
+        5,
+        None,
+        {"team": "support"},
+    )
+    assert now["expires"] is not None
+    assert loray("keys", "update", "nightly", "--expires", "never").out == f"{key['id']} (nightly) is changed\n"
+    assert api.catalog.key(key["id"]).expires_at is None
+    assert loray("keys", "update", "nightly").code == 2
+    assert loray("keys", "update", "nightly", "--rpm", "many").code == 2
+    assert "KEY=VALUE" in loray("keys", "update", "nightly", "--metadata", "x").err
+    assert loray("keys", "block", "nightly").out.endswith("is blocked\n")
+    assert json.loads(loray("keys", "rotate", "nightly", "--grace", "1h", "--json").out)["id"] == f"{key['id']}_2"
+    assert loray("keys", "revoke", key["id"]).code == 0
+    assert [k["key_alias"] for k in json.loads(loray("keys", "ls", "--tenant", "acme", "--json").out)] == ["nightly"]
+    monkeypatch.setenv("LORAY_API_KEY", key["key"])
+    refused = loray("tenants", "ls")
+    assert (refused.code, refused.out) == (1, "")
+
+
+def test_tags_and_owners(loray: Loray, api: Api) -> None:
+    publish(api.catalog, "tone", 1)
+    assert loray("adapters", "tag", "tone").out == "tone has no tags\n"
+    assert loray("adapters", "tag", "tone", "team=support", "stage=").code == 0
+    assert json.loads(loray("adapters", "tag", "tone", "--unset", "stage", "--json").out) == {"team": "support"}
+    assert "team" in loray("adapters", "tag", "tone").out
+    assert "as gold=VALUE" in loray("adapters", "tag", "tone", "gold").err
+    assert "no tag 'gold'" in loray("adapters", "tag", "tone", "--unset", "gold").err
+    assert [row["name"] for row in json.loads(loray("adapters", "search", "--tag", "team", "--json").out)] == ["tone"]
+    assert loray("tenants", "create", "acme").code == 0
+    assert loray("adapters", "share", "tone", "--with", "acme").out == "tone is seen by default acme\n"
+    assert json.loads(loray("adapters", "share", "tone", "--public", "--json").out)["visibility"] == "public"
+    assert loray("adapters", "transfer", "tone", "--to", "acme", "--yes").out == "tone is acme/tone now\n"
+    again = json.loads(
+        loray("adapters", "transfer", "acme/tone", "--to", "default", "--name", "mood", "--yes", "--json").out
+    )
+    assert (again["name"], again["tenant"], again["base"]) == ("mood", "default", None)
+    publish(api.catalog, "acme/mood", 2)
+    assert "is an adapter already" in loray("adapters", "transfer", "mood", "--to", "acme", "--yes").err
+
+
+def test_jobs(api: Api, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "nothing-here"))
+    monkeypatch.setenv("LORAY_URL", url)
+    call = CliRunner()
+    assert "loray train" in call.invoke(jobs_command, ["ls"]).output
+    with CatalogClient(url) as client:
+        nightly = client.submit(RECIPE, id="nightly")
+        client.submit(RECIPE | {"name": "mood"})
+    assert nightly.id == id_of("default", "nightly")
+    listed = call.invoke(jobs_command, ["ls", "--limit", "1"]).output
+    assert "mood" in listed
+    assert "there are more" in listed
+    (only,) = json.loads(call.invoke(jobs_command, ["ls", "--name", "tone", "--json"]).output)
+    assert (only["id"], only["status"]) == (nightly.id, "pending")
+    assert call.invoke(jobs_command, ["logs", "nightly"]).output == f"log of {nightly.id}\n"
+    assert call.invoke(jobs_command, ["logs", "nightly", "--follow"]).output == "a\nb\nc\n"
+    assert "is asked to stop" in call.invoke(jobs_command, ["stop", "nightly"]).output
+    assert api.jobs.stopped == [nightly.id]
+    api.jobs.say(nightly.id, "STOPPED")
+    assert call.invoke(jobs_command, ["stop", nightly.id]).output == f"{nightly.id} is stopped\n"
