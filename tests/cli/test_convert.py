@@ -45,6 +45,20 @@ def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -
     assert (again.code, again.err) == (1, f"error: {target} is not empty; name a new folder\n")
 
 
+def test_gguf(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "tone.gguf"
+    done = loray("adapters", "convert", vera, "--to", "gguf", "--file", file, "--json")
+    assert (done.code, json.loads(done.out)["file"]) == (0, str(file))
+    assert file.read_bytes()[:4] == b"GGUF"
+    assert "exists already" in loray("adapters", "convert", vera, "--to", "gguf", "--file", file).err
+    for form, target in (("peft", "folder"), ("merged", "checkpoint"), ("gguf", "again.gguf")):
+        done = loray("adapters", "pull", "tone", tmp_path / target, "--format", form)
+        assert done.out == f"downloaded tone@1 to {tmp_path / target}\n", done.err
+    assert (tmp_path / "folder" / WEIGHTS_FILE).is_file()
+    assert (tmp_path / "checkpoint" / "config.json").is_file()
+    assert (tmp_path / "again.gguf").read_bytes() == file.read_bytes()
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -53,6 +67,9 @@ def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -
         ("--to", "merged"),
         ("--to", "merged", "--folder", "y", "--name", "x"),
         ("--to", "gguf"),
+        ("--to", "gguf", "--folder", "y"),
+        ("--to", "gguf", "--file", "x", "--dtype", "float32"),
+        ("--to", "merged", "--folder", "y", "--file", "x"),
     ],
 )
 def test_wrong_usage(loray: Loray, vera: str, args: tuple[str, ...]) -> None:

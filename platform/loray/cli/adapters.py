@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -10,30 +11,38 @@ import click
 from loray.bases.registry import base_with, get_base
 from loray.catalog import AdapterVersion
 from loray.cli import describe
-from loray.cli.access.share import share
+from loray.cli.access.share import share, transfer
 from loray.cli.lifecycle import no_gate_option, promote, restore, rm, rollback
 from loray.cli.output import Verification, console, emit, json_option, progress_bar, report
-from loray.cli.search import search
+from loray.cli.search import search, tag
 from loray.cli.services import open_remote, open_services
 from loray.cli.transfer import pull, push
 from loray.errors import IntegrityError, NotFoundError
 from loray.publishing import Destination, base_of, import_folder
-from loray.publishing.convert import convert_to_lora, merge_into_base
+from loray.publishing.convert import convert_to_lora, merge_into_base, save_as_gguf
 from loray.spec import AdapterManifest, ToolParserName
 from loray.text.templates import ChatTemplate
 
 
 @click.group()
 def adapters() -> None:
-    """Published adapters: import, list, search, show, promote, roll back, share, convert and verify them.
+    """Published adapters: import, list, search, tag, show, promote, roll back, share, convert and verify them.
 
     MODEL is `name` (its alias prod where it is set, else its newest version), `name@3` or `name@alias`; an adapter of
     another tenant than `default` is `tenant/name`.
     """
 
 
-for command in (search, share, promote, rollback, rm, restore, push, pull):
+# Form → the option that it needs, and those that it may have.
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "lora": ("name", "aliases", "no_gate"),
+    "merged": ("folder", "dtype"),
+    "gguf": ("file",),
+}
+
+for command in (search, tag, share, transfer, promote, rollback, rm, restore, push, pull):
     adapters.add_command(command)
+adapters.add_command(pull, "download")
 
 
 @adapters.command("import")
@@ -123,11 +132,12 @@ def show(model: str, as_json: bool) -> None:
 
 @adapters.command()
 @click.argument("model")
-@click.option("--to", "form", type=click.Choice(["lora", "merged"]), required=True, help="What it is to become.")
+@click.option("--to", "form", type=click.Choice(list(_NEEDED)), required=True, help="What it is to become.")
 @click.option("--name", help="lora: publish it as the next version of this adapter.")
 @click.option("--alias", "aliases", multiple=True, help="lora: point this alias at it; may be given several times.")
 @no_gate_option
 @click.option("--folder", type=click.Path(path_type=Path), help="merged: the new folder of the checkpoint.")
+@click.option("--file", type=click.Path(path_type=Path), help="gguf: the new file.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="merged: its tensors' (default the base's).")
 @json_option
 def convert(
@@ -137,6 +147,7 @@ def convert(
     aliases: tuple[str, ...],
     no_gate: str | None,
     folder: Path | None,
+    file: Path | None,
     dtype: str | None,
     as_json: bool,
 ) -> None:
@@ -145,23 +156,29 @@ def convert(
     \b
     lora    a VeRA adapter as a LoRA adapter that computes the same, published under --name
     merged  base and adapter as one checkpoint in --folder: RoPE scaling, norms and embeddings included
+    gguf    GGUF-LoRA in --file, which llama.cpp loads beside the base's GGUF
     """
-    needed, other = ("--name", (folder, dtype)) if form == "lora" else ("--folder", (name, no_gate, *aliases))
-    if (name if form == "lora" else folder) is None or any(other):
-        raise click.UsageError(f"--to {form} needs {needed}, and nothing of the other form")
+    given = {"name": name, "no_gate": no_gate, "aliases": aliases, "folder": folder, "dtype": dtype, "file": file}
+    needed, *may = _NEEDED[form]
+    if given[needed] is None or any(given[option] for option in given.keys() - {needed, *may}):
+        raise click.UsageError(f"--to {form} needs --{needed}, and nothing of the other forms")
     with open_services() as services:
         ref = services.catalog.resolve(model)
         manifest = services.catalog.version(ref.name, ref.version).manifest
         base = base_with(services.settings.home, manifest.base_fingerprint, manifest.base)
-        if form == "merged":
-            assert folder is not None
-            merge_into_base(ref, folder, base=base, store=services.store, dtype=dtype)
-            if as_json:
-                emit({"adapter": ref.label, "digest": ref.digest, "folder": str(folder)})
+        if name is None:
+            if folder is not None:
+                merge_into_base(ref, folder, base=base, store=services.store, dtype=dtype)
+                line = f"merged {ref.label} into {base.name}: {folder}"
             else:
-                click.echo(f"merged {ref.label} into {base.name}: {folder}")
+                assert file is not None
+                save_as_gguf(ref, file, base=base, store=services.store)
+                line = f"wrote {ref.label} as GGUF: {file}"
+            if as_json:
+                emit({"adapter": ref.label, "digest": ref.digest, needed: str(given[needed])})
+            else:
+                click.echo(line)
             return
-        assert name is not None
         version = convert_to_lora(
             ref, base, Destination(name, services.store, services.catalog, aliases=aliases, no_gate=no_gate)
         )

@@ -8,8 +8,9 @@ from typing import Any
 from rich.table import Table
 
 from loray.api.resources import AdapterResource
-from loray.catalog import AdapterDetail, AdapterEntry, AdapterVersion, AliasMove, CatalogSnapshot, gate
+from loray.catalog import AdapterDetail, AdapterEntry, AdapterVersion, AliasMove, Catalog, CatalogSnapshot, gate
 from loray.cli.output import count, pairs, table, when
+from loray.client import CatalogClient
 from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_size
 
 
@@ -41,6 +42,14 @@ def of_resources(found: Iterable[AdapterResource]) -> list[dict[str, Any]]:
     return [a.model_dump(mode="json", include=fields | {"tenant", "visibility", "shared_with"}) for a in found]
 
 
+def one_json(found: AdapterEntry | AdapterResource, catalog: Catalog | CatalogClient) -> dict[str, Any]:
+    """As `entry_json`, of what the catalog or a server has returned."""
+    if isinstance(found, AdapterResource):
+        return of_resources([found])[0]
+    assert isinstance(catalog, Catalog)
+    return entry_json(found, {fingerprint: name for name, fingerprint in catalog.bases().items()})
+
+
 def all_adapters(snapshot: CatalogSnapshot) -> list[dict[str, Any]]:
     """`entry_json` of each."""
     bases = {fingerprint: name for name, fingerprint in snapshot.bases.items()}
@@ -68,7 +77,7 @@ def adapters(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table(columns, cells, right=("CONTEXT", "SIZE", "VERSIONS"))
 
 
-def seen_by(entry: AdapterEntry) -> str:
+def seen_by(entry: AdapterEntry | AdapterResource) -> str:
     """The tenants that see it."""
     if entry.visibility == "public":
         return "everybody"

@@ -27,10 +27,10 @@ class _Command(NamedTuple):
 
 _COMMANDS: Mapping[str, _Command] = {
     "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
-    "adapters": _Command("loray.cli.adapters:adapters", "Import, list, show, promote, roll back, convert and verify."),
+    "adapters": _Command("loray.cli.adapters:adapters", "Import, list, tag, promote, roll back, convert and verify."),
     "store": _Command("loray.cli.store:store", "Garbage, verification and statistics of the adapter store."),
     "usage": _Command("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
-    "keys": _Command("loray.cli.access.keys:keys", "Create, list, block, rotate and revoke API keys."),
+    "keys": _Command("loray.cli.access.keys:keys", "Create, list, change, block, rotate and revoke API keys."),
     "tenants": _Command("loray.cli.access.tenants:tenants", "Create, list, limit and block tenants."),
     "recipes": _Command("loray.cli.recipes.command:recipes", "List, explain and write recipes: what training needs."),
     "plan": _Command("loray.cli.planning.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
@@ -42,6 +42,7 @@ _COMMANDS: Mapping[str, _Command] = {
 # Listed here, so that help does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {
     "train": "Train an adapter and publish it.",
+    "jobs": "List, follow and stop training jobs.",
     "serve": "Serve from one process, without Ray.",
     "up": "Start serving a base model and its adapters.",
     "status": "Show what is being served, and the cluster.",
@@ -105,7 +106,7 @@ def cli() -> None:
       LORAY_STORE      adapter store, file:///folder or s3://bucket/prefix?… (default in LORAY_HOME)
       LORAY_CATALOG    catalog, sqlite:////file or postgresql://… (default in LORAY_HOME)
       LORAY_ADDRESS    Ray's address (default: a local cluster)
-      LORAY_URL             a server that commands on adapters ask instead of store and catalog
+      LORAY_URL             a server that commands on adapters, keys, tenants, jobs ask instead of store and catalog
       LORAY_GATE_TOLERANCE  LongLoRA's alias gate: allowed loss at the native context, as a share (default 0.1)
       LORAY_USAGE_DAYS  days after which usage is forgotten (default 400; 0: never)
       LORAY_ACCESS_LOG  file that gets a JSON line for each HTTP request; - is stdout (default: none)

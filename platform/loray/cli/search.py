@@ -1,4 +1,4 @@
-"""`loray adapters search`: adapters by a part of their names, and by what they are."""
+"""`loray adapters search, tag`: adapters by a part of their names, by what they are, and by tags."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import click
 
 from loray.catalog.checks import parse_tags
 from loray.cli import describe
-from loray.cli.output import console, emit, json_option
-from loray.cli.services import open_remote, open_services
+from loray.cli.output import console, emit, json_option, pairs
+from loray.cli.services import open_catalog, open_remote, open_services
+from loray.errors import SpecError
 from loray.spec import Method
 
 
@@ -49,3 +50,31 @@ def search(
         console().print(describe.adapters(rows[:limit]))
         if len(rows) > limit:
             click.echo(f"the first {limit}; there are more (--limit)")
+
+
+@click.command()
+@click.argument("name")
+@click.argument("tags", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--unset", "unset", multiple=True, metavar="KEY", help="Take this tag away; may be given several times.")
+@json_option
+def tag(name: str, tags: tuple[str, ...], unset: tuple[str, ...], as_json: bool) -> None:
+    """Set tags of NAME, take some away, and show those that it has then.
+
+    Tags are for people and programs that look for adapters: `loray adapters search --tag KEY=VALUE`.
+    """
+    wanted = parse_tags(tags)
+    valueless = [key for key, value in wanted.items() if value is None]
+    if valueless:
+        raise SpecError(f"give {valueless[0]!r} a value, as {valueless[0]}=VALUE")
+    with open_catalog() as catalog:
+        for key, value in wanted.items():
+            catalog.set_tag(name, key, value or "")
+        for key in unset:
+            catalog.delete_tag(name, key)
+        found = dict(catalog.tags(name))
+    if as_json:
+        emit(found)
+    elif not found:
+        click.echo(f"{name} has no tags")
+    else:
+        console().print(pairs(list(found.items())))

@@ -41,6 +41,17 @@ def open_remote() -> Iterator[CatalogClient | None]:
 
 
 @contextmanager
+def open_catalog() -> Iterator[CatalogClient | Catalog]:
+    """A client of the server at LORAY_URL, else the catalog itself: for calls that both have."""
+    with open_remote() as client:
+        if client is not None:
+            yield client
+        else:
+            with open_services() as services:
+                yield services.catalog
+
+
+@contextmanager
 def needed_remote() -> Iterator[CatalogClient]:
     """As `open_remote`. Raises SettingsError without LORAY_URL."""
     with open_remote() as client:

@@ -1,4 +1,4 @@
-"""`loray adapters push, pull`: folders of adapters to and from the server of LORAY_URL."""
+"""`loray adapters push, pull`: folders of adapters to the server of LORAY_URL, and from it or the store."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import get_args
 import click
 
 from loray.adapters.manifest import published_files
+from loray.bases.registry import base_with
 from loray.catalog import split_model
 from loray.cli.lifecycle import no_gate_option, version_of
 from loray.cli.output import emit, json_option, progress_bar
-from loray.cli.services import needed_remote
+from loray.cli.services import Services, needed_remote, open_remote, open_services
+from loray.client.files import Form
 from loray.errors import DataError
-from loray.files import file_sha256
-from loray.publishing.archive import unpack_tar
+from loray.files import appearing, file_sha256
+from loray.publishing.convert import merge_into_base, save_as_gguf
 from loray.spec import AdapterManifest, ToolParserName
 
 
@@ -74,12 +76,37 @@ def push(
 
 @click.command()
 @click.argument("model")
-@click.argument("folder", type=click.Path(path_type=Path))
-def pull(model: str, folder: Path) -> None:
-    """Download MODEL from the server of LORAY_URL into the new FOLDER, which PEFT loads and `push` takes."""
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(get_args(Form)), default="peft", show_default=True)
+def pull(model: str, target: Path, form: Form) -> None:
+    """Write MODEL to the new folder TARGET, from the server of LORAY_URL or from the store.
+
+    \b
+    peft    what PEFT loads, and `push` and `import` take
+    merged  base and adapter as one checkpoint, as `loray adapters convert --to merged` makes it
+    gguf    GGUF-LoRA for llama.cpp: TARGET is the new file
+    """
     name, selector = split_model(model)
-    with needed_remote() as client:
-        version = version_of(client, name, selector)
-        with client.download(name, version) as archive:
-            unpack_tar(archive, folder)
-    click.echo(f"downloaded {name}@{version} to {folder}")
+    with open_remote() as client:
+        if client is not None:
+            version = version_of(client, name, selector)
+            client.fetch(name, version, target, form)
+            label = f"{name}@{version}"
+        else:
+            with open_services() as services:
+                label = _from_store(services, model, target, form)
+    click.echo(f"downloaded {label} to {target}")
+
+
+def _from_store(services: Services, model: str, target: Path, form: Form) -> str:
+    ref = services.catalog.resolve(model)
+    if form == "peft":
+        with appearing(target) as made:
+            services.store.fetch(ref.digest, made)
+        return ref.label
+    base = base_with(services.settings.home, ref.base_fingerprint, "its base")
+    if form == "merged":
+        merge_into_base(ref, target, base=base, store=services.store)
+    else:
+        save_as_gguf(ref, target, base=base, store=services.store)
+    return ref.label

@@ -1,32 +1,31 @@
-"""`loray keys`: API keys."""
+"""`loray keys`: API keys, of the catalog or at the server of LORAY_URL."""
 
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import click
 from pydantic import TypeAdapter, ValidationError
 
-from loray.api.access import KeyResource, ends_at
-from loray.catalog import Catalog
-from loray.catalog.identity import NewKey
+from loray.api.access import KeyChange, KeyCreation, KeyResource, NewKeyResource
 from loray.catalog.identity.keys import new_secret
-from loray.cli.access.options import describe, limit_options, limits_from
+from loray.cli.access.options import describe, given_limits, limit_options
+from loray.cli.access.services import Access, open_access
 from loray.cli.output import console, emit, json_option, table, when
-from loray.cli.services import open_services
 from loray.errors import KeyNotFound, SpecError
-from loray.spec import DEFAULT_TENANT, KEY_START, SCOPES, ApiKey, Duration, Scope, duration_s
+from loray.spec import DEFAULT_TENANT, SCOPES, Duration, Scope
 
-_PAGE = 1000
+_ALL, _NEVER = "all", "never"  # what takes a key's models and its end away
 
 
 @click.group()
 def keys() -> None:
-    """API keys: create, list, block, rotate and revoke them.
+    """API keys: create, list, change, block, rotate and revoke them.
 
-    While there is no key, a server on this machine's loopback needs none. KEY is a key's id or its alias.
+    While there is no key, a server on this machine's loopback needs none. KEY is a key's id or its alias. With
+    LORAY_URL these commands ask a server, with an administrator's LORAY_API_KEY.
     """
 
 
@@ -65,15 +64,12 @@ def create(
             click.echo(f"LORAY_API_KEY={secret}\nLORAY_API_KEYS_SHA256={hashed}")
         return
     scopes = scopes or ("infer",)
-    with open_services() as services:
-        made = services.catalog.create_key(
-            alias or scopes[0],
-            tenant=tenant,
-            scopes=scopes,
-            models=models or None,
-            limits=limits_from(limits),
-            expires_at=None if expires is None else ends_at(_duration(expires)),
-        )
+    fields: dict[str, Any] = {"key_alias": alias or scopes[0], "tenant": tenant, "scopes": scopes}
+    fields |= {"models": models} if models else {}
+    fields |= {} if expires is None else {"duration": _duration(expires)}
+    wanted = KeyCreation.parse(fields | given_limits(limits), source="the command line")
+    with open_access() as access:
+        made = access.create_key(wanted)
     _show_new(made, as_json)
 
 
@@ -83,10 +79,10 @@ def create(
 @json_option
 def ls(tenant: str | None, every: bool, as_json: bool) -> None:
     """List keys, the newest first."""
-    with open_services() as services:
-        found = [key for key in _all(services.catalog, tenant) if every or _state(key) in ("good", "blocked")]
+    with open_access() as access:
+        found = [key for key in access.keys(tenant=tenant) if every or _is_in_use(key)]
     if as_json:
-        emit([KeyResource.of(key).model_dump(mode="json") for key in found])
+        emit([key.model_dump(mode="json") for key in found])
     elif not found:
         click.echo("no keys; make the first one with `loray keys create --scope admin`")
     else:
@@ -94,14 +90,14 @@ def ls(tenant: str | None, every: bool, as_json: bool) -> None:
         rows = [
             (
                 key.id,
-                f"{KEY_START}{key.prefix}…",
-                key.alias,
+                key.key_name,
+                key.key_alias,
                 key.tenant,
-                " ".join(sorted(key.scopes)),
-                "all" if key.models is None else " ".join(sorted(key.models)),
-                describe(key.limits),
+                " ".join(key.scopes),
+                _ALL if key.models is None else " ".join(key.models),
+                describe(key),
                 _state(key),
-                key.expires_at and when(key.expires_at),
+                key.expires and when(key.expires),
                 key.last_used_at and when(key.last_used_at),
             )
             for key in found
@@ -111,11 +107,45 @@ def ls(tenant: str | None, every: bool, as_json: bool) -> None:
 
 @keys.command()
 @click.argument("key")
+@click.option("--alias", "key_alias", help="What people call it.")
+@click.option("--model", "models", multiple=True, help="Only this model; may be given several times. `all`: all.")
+@click.option("--expires", metavar="DURATION", help="When it ends, from now, such as 90d. `never`: it does not.")
+@click.option("--metadata", "pairs", multiple=True, metavar="KEY=VALUE", help="Replaces what is noted; repeatable.")
+@limit_options(takes_away=True)
+@json_option
+def update(
+    key: str,
+    key_alias: str | None,
+    models: tuple[str, ...],
+    expires: str | None,
+    pairs: tuple[str, ...],
+    as_json: bool,
+    **limits: Any,
+) -> None:
+    """Change KEY; what is left out stays, and `none` takes a limit away. Servers follow within two seconds."""
+    fields: dict[str, Any] = {} if key_alias is None else {"key_alias": key_alias}
+    if models:
+        fields["models"] = None if models == (_ALL,) else models
+    if expires is not None:
+        fields |= {"expires": None} if expires == _NEVER else {"duration": _duration(expires)}
+    if pairs:
+        fields["metadata"] = _metadata(pairs)
+    fields |= given_limits(limits)
+    if not fields:
+        raise click.UsageError("say what is to change: `loray keys update --help`")
+    change = KeyChange.parse(fields, source="the command line")
+    with open_access() as access:
+        changed = access.change_key(_find(access, key), change)
+    _show(changed, as_json, "is changed")
+
+
+@keys.command()
+@click.argument("key")
 @json_option
 def revoke(key: str, as_json: bool) -> None:
     """Revoke KEY for ever. Every server refuses it within two seconds."""
-    with open_services() as services:
-        _show(services.catalog.revoke_key(_find(services.catalog, key)), as_json, "revoked")
+    with open_access() as access:
+        _show(access.revoke_key(_find(access, key)), as_json, "revoked")
 
 
 @keys.command()
@@ -124,8 +154,8 @@ def revoke(key: str, as_json: bool) -> None:
 @json_option
 def block(key: str, off: bool, as_json: bool) -> None:
     """Refuse KEY until `loray keys block KEY --off`."""
-    with open_services() as services:
-        changed = services.catalog.update_key(_find(services.catalog, key), blocked=not off)
+    with open_access() as access:
+        changed = access.change_key(_find(access, key), KeyChange(blocked=not off))
     _show(changed, as_json, "passes again" if off else "is blocked")
 
 
@@ -135,17 +165,16 @@ def block(key: str, off: bool, as_json: bool) -> None:
 @json_option
 def rotate(key: str, grace: str | None, as_json: bool) -> None:
     """Replace KEY by a new one with the same alias, scopes and limits."""
-    seconds = 0 if grace is None else duration_s(_duration(grace))
-    with open_services() as services:
-        made = services.catalog.rotate_key(_find(services.catalog, key), grace=timedelta(seconds=seconds))
+    with open_access() as access:
+        made = access.rotate_key(_find(access, key), grace_period=None if grace is None else _duration(grace))
     _show_new(made, as_json)
 
 
-def _find(catalog: Catalog, given: str) -> str:
+def _find(access: Access, given: str) -> str:
     """The id of the key that people name by its id or its alias."""
     if given.startswith("key-"):
         return given
-    found = [key for key in catalog.keys(limit=_PAGE, alias=given).keys if _state(key) in ("good", "blocked")]
+    found = [key for key in access.keys(key_alias=given) if _is_in_use(key)]
     if not found:
         raise KeyNotFound(f"no key {given!r} in use; `loray keys ls` lists them")
     if len(found) > 1:
@@ -155,20 +184,14 @@ def _find(catalog: Catalog, given: str) -> str:
     return found[0].id
 
 
-def _all(catalog: Catalog, tenant: str | None) -> list[ApiKey]:
-    found: list[ApiKey] = []
-    cursor: str | None = None
-    while True:
-        page = catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant)
-        found += page.keys
-        if (cursor := page.next) is None:
-            return found
+def _is_in_use(key: KeyResource) -> bool:
+    return _state(key) in ("good", "blocked")
 
 
-def _state(key: ApiKey) -> str:
+def _state(key: KeyResource) -> str:
     if key.revoked_at is not None:
         return "revoked"
-    if key.expires_at is not None and key.expires_at <= datetime.now(UTC):
+    if key.expires is not None and key.expires <= datetime.now(UTC):
         return "expired"
     return "blocked" if key.blocked else "good"
 
@@ -180,17 +203,24 @@ def _duration(given: str) -> Duration:
         raise SpecError(f"{given!r} is not a duration; write a number with s, m, h or d, such as 90d") from e
 
 
-def _show_new(made: NewKey, as_json: bool) -> None:
+def _metadata(given: tuple[str, ...]) -> dict[str, str]:
+    found = dict(pair.partition("=")[::2] for pair in given)
+    if not all("=" in pair and pair[0] != "=" for pair in given):
+        raise SpecError("--metadata is KEY=VALUE, and its key is not empty")
+    return found
+
+
+def _show_new(made: NewKeyResource, as_json: bool) -> None:
     if as_json:
-        emit(KeyResource.of(made.key).model_dump(mode="json") | {"key": made.secret})
+        emit(made.model_dump(mode="json"))
         return
-    click.echo(made.secret)
-    about = f"{made.key.id}, {made.key.alias}, of tenant {made.key.tenant}, may {', '.join(sorted(made.key.scopes))}"
+    click.echo(made.key)
+    about = f"{made.id}, {made.key_alias}, of tenant {made.tenant}, may {', '.join(made.scopes)}"
     click.echo(f"{about}; it is shown this once: export LORAY_API_KEY=…", err=True)
 
 
-def _show(key: ApiKey, as_json: bool, what: str) -> None:
+def _show(key: KeyResource, as_json: bool, what: str) -> None:
     if as_json:
-        emit(KeyResource.of(key).model_dump(mode="json"))
+        emit(key.model_dump(mode="json"))
     else:
-        click.echo(f"{key.id} ({key.alias}) {what}")
+        click.echo(f"{key.id} ({key.key_alias}) {what}")

@@ -1,4 +1,4 @@
-"""`loray adapters share`: which tenants see an adapter."""
+"""`loray adapters share, transfer`: which tenants see an adapter, and whose it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import click
 
 from loray.cli import describe
 from loray.cli.output import emit, json_option
-from loray.cli.services import open_services
+from loray.cli.services import open_catalog
 from loray.spec import Visibility
 
 
@@ -25,10 +25,32 @@ def share(name: str, tenants: str | None, public: bool, private: bool, as_json: 
         raise click.UsageError("give one of --with, --public and --private")
     shared_with = () if tenants is None else tuple(filter(None, (t.strip() for t in tenants.split(","))))
     visibility: Visibility = "public" if public else "private" if private else "shared"
-    with open_services() as services:
-        entry = services.catalog.share(name, visibility, shared_with)
-        bases = {fingerprint: base for base, fingerprint in services.catalog.bases().items()}
+    with open_catalog() as catalog:
+        changed = catalog.share(name, visibility, shared_with)
+        shown = describe.one_json(changed, catalog)
     if as_json:
-        emit(describe.entry_json(entry, bases))
+        emit(shown)
     else:
-        click.echo(f"{entry.name} is seen by {describe.seen_by(entry)}")
+        click.echo(f"{changed.name} is seen by {describe.seen_by(changed)}")
+
+
+@click.command()
+@click.argument("name")
+@click.option("--to", "tenant", required=True, metavar="TENANT", help="Whose it is to be.")
+@click.option("--name", "new_name", help="What it is called there (default: as it is).")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def transfer(name: str, tenant: str, new_name: str | None, yes: bool, as_json: bool) -> None:
+    """Hand NAME to another tenant, with versions, aliases, tags and evaluations. Its old name is free then.
+
+    For administrators. Refused where the tenant has an adapter of that name, or a job trains for it.
+    """
+    if not yes:
+        click.confirm(f"hand {name} to tenant {tenant}? requests for {name} will not find it any more", abort=True)
+    with open_catalog() as catalog:
+        changed = catalog.transfer(name, tenant, new_name)
+        shown = describe.one_json(changed, catalog)
+    if as_json:
+        emit(shown)
+    else:
+        click.echo(f"{name} is {changed.name} now")
