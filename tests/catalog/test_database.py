@@ -50,7 +50,8 @@ def test_migrations_make_the_tables_of_the_schema(url: str) -> None:
 
     engine = open_database(url)
     with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        options = {"include_name": lambda name, kind, parents: name != "ix_adapters_trigrams"}  # of PostgreSQL alone
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
     engine.dispose()
     assert ScriptDirectory(str(MIGRATIONS)).get_current_head() == HEAD
 

@@ -211,10 +211,10 @@ class Catalog(
         search        part of the name, whatever its case
         tags          key → value; None: any value
         """
-        query = select_names(
-            self._principal, after, tenant=tenant, base=base, method=method, search=search, tags=tags or {}
-        )
         with reading(self._engine) as c:
+            query = select_names(
+                c, self._principal, after, tenant=tenant, base=base, method=method, search=search, tags=tags or {}
+            )
             names: list[str] = list(c.scalars(query.limit(limit)))
             found = {entry.name: entry for _, entry in load_entries(c, self._principal, adapters.c.name.in_(names))}
             return tuple(found[name] for name in names)  # the database's order depends on its collation

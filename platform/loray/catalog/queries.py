@@ -95,11 +95,11 @@ def visible(principal: Principal) -> sa.ColumnElement[bool]:
     exists = adapters.c.deleted_at.is_(None)
     if principal.is_admin:
         return exists
-    shared = sa.select(shares.c.adapter_id).where(shares.c.tenant == principal.tenant)
+    is_shared = sa.exists().where(shares.c.adapter_id == adapters.c.id, shares.c.tenant == principal.tenant)
     seen = sa.or_(
         owned(principal),
         adapters.c.visibility == "public",
-        sa.and_(adapters.c.visibility == "shared", adapters.c.id.in_(shared)),
+        sa.and_(adapters.c.visibility == "shared", is_shared.correlate(adapters)),
     )
     return sa.and_(exists, seen)
 

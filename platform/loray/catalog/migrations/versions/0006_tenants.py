@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -56,6 +58,18 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("digest", "tenant", name="pk_uploads"),
     )
     _create_usage()
+    _index_parts_of_names()
+
+
+def _index_parts_of_names() -> None:
+    """PostgreSQL finds a part of a name by its trigrams. Where it has not the extension, or the role may not create it,
+    a search reads all names.
+    """
+    connection = op.get_bind()
+    if connection.dialect.name == "postgresql":
+        with suppress(sa.exc.DBAPIError), connection.begin_nested():
+            connection.exec_driver_sql("CREATE EXTENSION IF NOT EXISTS pg_trgm")
+            connection.exec_driver_sql("CREATE INDEX ix_adapters_trigrams ON adapters USING gin (name gin_trgm_ops)")
 
 
 def _create_keys() -> None:
@@ -94,8 +108,10 @@ def _change_adapters() -> None:
     op.create_index("ix_adapters_changed_at_id", "adapters", ["changed_at", "id"])
     op.add_column("adapters", sa.Column("served_method", sa.String(16)))
     op.add_column("adapters", sa.Column("served_base", sa.String(64)))
-    for column in ("tenant", "visibility", "served_method", "served_base"):
-        op.create_index(f"ix_adapters_{column}_name", "adapters", [column, "name"])
+    listed = ["name", "tenant", "served_method", "served_base", "visibility", "deleted_at"]
+    op.create_index("ix_adapters_by_name", "adapters", listed)
+    for column in ("tenant", "served_method", "served_base"):
+        op.create_index(f"ix_adapters_by_{column}", "adapters", [column, *(c for c in listed if c != column)])
     op.execute(_SERVED.format(target="served_method", column="method"))
     op.execute(_SERVED.format(target="served_base", column="base_fingerprint"))
     op.create_table(
@@ -110,10 +126,11 @@ def _change_adapters() -> None:
         sa.Column("adapter_id", sa.Integer, nullable=False),
         sa.Column("key", sa.String(96), nullable=False),
         sa.Column("value", sa.Text, nullable=False),
+        sa.Column("value_start", sa.String(64), sa.Computed("substr(value, 1, 64)", persisted=True)),
         sa.PrimaryKeyConstraint("adapter_id", "key", name="pk_tags"),
         sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_tags_adapter_id"),
     )
-    op.create_index("ix_tags_key_adapter_id", "tags", ["key", "adapter_id"])
+    op.create_index("ix_tags_key_value_start_adapter_id", "tags", ["key", "value_start", "adapter_id"])
 
 
 def _create_usage() -> None:
