@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from jobs.submission.api import ApiJobServer
+from jobs.submission.tracker import id_of
 from loray.client import CatalogClient
 from loray.errors import (
     AdapterNotFound,
@@ -20,7 +21,7 @@ from loray.errors import (
     RevisionConflict,
     SpecError,
 )
-from loray.spec import TrainSpec
+from loray.spec import DEFAULT_TENANT, TrainSpec
 from serve_apps.api.examples import RECIPE
 from tests.catalog.test_catalog import BASE, digest, publish, vera_manifest
 from tests.serve_apps.api.fakes import Api
@@ -105,18 +106,19 @@ def test_the_gates_refusal_comes_back_as_one(api: Api, client: CatalogClient, tm
 
 def test_jobs(api: Api, client: CatalogClient) -> None:
     spec = TrainSpec.parse(RECIPE, source="example")
+    ids = [id_of(DEFAULT_TENANT, f"job-{i}") for i in (1, 2, 3)]
     job = client.submit(spec, id="job-1")
-    assert (job.id, job.status, job.recipe, job.has_ended) == ("job-1", "pending", spec, False)
+    assert (job.id, job.status, job.recipe, job.has_ended) == (ids[0], "pending", spec, False)
     client.submit(RECIPE | {"name": "other"}, id="job-2", resume=True)
     client.submit("name: third\nadapter: {method: vera}\ndata: {train: /d}\nbatch: {rows: 1}\n"
                   "optimizer: {learning_rate: 0.1}\nmax_steps: 1\n", id="job-3")  # fmt: skip
-    assert [j.id for j in client.jobs(status="pending")] == ["job-3", "job-2", "job-1"]
-    assert [j.id for j in client.jobs(name="other")] == ["job-2"]
-    assert "--resume" in api.jobs.submitted["job-2"].entrypoint
+    assert [j.id for j in client.jobs(status="pending")] == ids[::-1]
+    assert [j.id for j in client.jobs(name="other")] == [ids[1]]
+    assert "--resume" in api.jobs.submitted[ids[1]].entrypoint
     assert list(client.follow("job-1")) == ["a", "b", "c"]
-    assert client.logs("job-1") == "log of job-1\n"
+    assert client.logs("job-1") == f"log of {ids[0]}\n"
     assert client.stop("job-1").status == "pending"
-    assert api.jobs.stopped == ["job-1"]
+    assert api.jobs.stopped == [ids[0]]
     with pytest.raises(SpecError, match=r"not valid\n  data: Field required"):
         client.submit({key: value for key, value in RECIPE.items() if key != "data"})
     api.jobs.jobs.clear()
