@@ -47,7 +47,7 @@ class RowTables:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """For each of the tokens `tokens_N` of the step a row of the pool, to be used instead of the base's."""
+    """For each of the tokens `tokens_N` of the step a row of the pool: used instead of the base's, or DoRA's scale."""
 
     tokens_N: Tensor
     rows: RowTables
@@ -138,7 +138,7 @@ class AttentionMeta:
 
 
 class DecodeStep(NamedTuple):
-    """A step that computes one token of each of S sequences, without adapters."""
+    """One token of each of S sequences, without adapters."""
 
     token_ids_S: Tensor
     positions_S: Tensor
@@ -152,6 +152,7 @@ class LayerTables:
     lora: Mapping[str, LoraTable]
     vera: Mapping[str, Sequence[VeraTable]]
     norms: Mapping[str, TokenRows]
+    dora: Mapping[str, TokenRows] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
@@ -290,8 +291,9 @@ class Ops(Protocol):
         ...
 
     def vera_expand(self, y_TO: Tensor, z_TR: Tensor, pool: Tensor, table: VeraTable, layer_offset: int) -> None:
-        """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's d and b. Writes `y_TO`.
+        """y[start:stop] += b ⊙ (B[:O] (d ⊙ z)) with each token's d and b, and d ⊙ z in y's dtype. Writes `y_TO`."""
+        ...
 
-        d ⊙ z is rounded to y's dtype, so that the product with B is one of that dtype.
-        """
+    def scale_rows(self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: TokenRows, layer_offset: int) -> None:
+        """DoRA: y += row ⊙ (y − bias) for the tokens of `own`, whose rows are the scale less one. Writes `y_TO`."""
         ...

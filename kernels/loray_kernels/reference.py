@@ -166,6 +166,12 @@ class ReferenceOps:
         delta = scaled_TR @ table.b_OR.data[: y_TO.shape[1]].float().T * b_TO
         y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
 
+    def scale_rows(self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: TokenRows, layer_offset: int) -> None:
+        y_NO = y_TO[own.tokens_N].float()
+        plain_NO = y_NO if bias_O is None else y_NO - bias_O.float()
+        rows_NO = gather_rows(pool, own.rows, layer_offset).float()
+        y_TO[own.tokens_N] = (y_NO + rows_NO * plain_NO).to(y_TO.dtype)
+
 
 def _kv(pool: Tensor, layout: KvLayout) -> Tensor:
     """The pool as (block, layer, K or V, position, KV head, d)."""

@@ -36,6 +36,7 @@ LONG = {"rope_scaling": {"type": "linear", "factor": 2}, "original_context": 20,
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 4, "target_modules": ["q_proj", "o_proj", "down_proj"]},
     "rslora": {"method": "lora", "rank": 9, "alpha": 4.5, "use_rslora": True, "dropout": 0.1},
+    "dora": {"method": "dora", "rank": 4, "alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj"]},
     "longlora": {"method": "longlora", "rank": 4, "long_context": LONG},
     "longlora, yarn": {"method": "longlora", "long_context": LONG | {"rope_scaling": {"type": "yarn", "factor": 4}}},
     "longlora, norms only": {"method": "longlora", "long_context": LONG | {"train_embeddings": False}},

@@ -182,7 +182,7 @@ def pickle_only(folder: Path) -> None:
     ("spoil", "message"),
     [
         (lambda f: edit_config(f, peft_type="IA3"), "peft_type 'IA3' is not supported"),
-        (lambda f: edit_config(f, use_dora=True), "use_dora=True is not supported"),
+        (lambda f: edit_config(f, use_qalora=True), "use_qalora=True is not supported"),
         (lambda f: edit_config(f, bias="all"), "bias='all' is not supported"),
         (lambda f: (f / "adapter_config.json").unlink(), "is not a PEFT adapter"),
         (cut, "damaged"),

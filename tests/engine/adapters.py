@@ -84,12 +84,16 @@ def make_adapter(
                 p.copy_(4 * std * noise)
             elif "embed_tokens" in name and p.dim() == 2 and p.shape[0] == base.config.vocab_size:
                 p[:num_token_rows] += extras_std * noise[:num_token_rows]
+            elif "magnitude" in name:
+                p.mul_(1 + 0.5 * noise.clamp(-1, 1))
             elif "norm" in name:
                 p.add_(extras_std * noise)
             else:
                 p.copy_(std * noise)
     model.save_pretrained(folder)
     method: Method = "longlora" if rope is not None else "vera" if config.peft_type == "VERA" else "lora"
+    if getattr(config, "use_dora", False):
+        method = "dora"
     ref = AdapterRef(
         digest=hashlib.sha256(f"{folder}{seed}".encode()).hexdigest(),
         name=folder.name,

@@ -199,6 +199,24 @@ def test_norm_and_embedding_take_an_adapters_rows(ops: Ops, dtype: torch.dtype) 
         close(ops.rms_norm(x, weight_D, 1e-5, shelf.tensor, None, 0), normal * weight_D.double(), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "num_segments"), [(48, 1), (70, 2)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_rows_scale_outputs(ops: Ops, has_bias: bool, width: int, num_segments: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(9)
+    shelf = Shelf(4096 * 20, dtype)
+    wide_TM = torch.randn(5, width + 8, generator=generator).to(dtype)  # columns of a wider result
+    bias_O = torch.randn(width, generator=generator).to(dtype) if has_bias else None
+    rows_NO = torch.randn(3, width, generator=generator).to(dtype)
+    own = TokenRows(torch.tensor([0, 2, 4]), shelf.put(rows_NO, num_segments, 64))
+    expected = wide_TM.double()
+    plain = expected[[0, 2, 4], 8:] - (0 if bias_O is None else bias_O.double())
+    expected[[0, 2, 4], 8:] += rows_NO.double() * plain
+    ops.scale_rows(wide_TM[:, 8:], bias_O, shelf.tensor, own, 64)
+    close(wide_TM, expected, dtype)
+    assert torch.equal(wide_TM[:, :8].double(), expected[:, :8])
+
+
 def test_rope_turns_pairs_of_halves(ops: Ops) -> None:
     x_THd = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(7))
     angle_Th = torch.rand(3, 4, generator=torch.Generator().manual_seed(8))

@@ -22,7 +22,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 LONG = {"method": "longlora", "long_context": {"original_context": TOKENS // 2, "rope_scaling": {"factor": 2}}}
 
 
-def kept_bytes(base: BaseModel, spec: TrainSpec) -> int:
+def kept_bytes(base: BaseModel, spec: TrainSpec, num_tokens: int = TOKENS) -> int:
     """Of the decoder's forward pass, storages once, parameters not."""
     model = build_model(base, spec).train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -33,7 +33,7 @@ def kept_bytes(base: BaseModel, spec: TrainSpec) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model.base_model(input_ids=torch.randint(0, 256, (1, TOKENS)), use_cache=False)
+        model.base_model(input_ids=torch.randint(0, 256, (1, num_tokens)), use_cache=False)
     return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in parameters)
 
 
@@ -60,7 +60,19 @@ def test_a_layer_keeps_what_is_counted(
     assert (kept[1] - kept[0]) / (2 * TOKENS) == pytest.approx(counted, rel=error, abs=0)
 
 
-@pytest.mark.parametrize("adapter", [{"method": "lora", "target_modules": ALL}, {"method": "vera"}, LONG])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dora_keeps_what_it_scales(tiny_base: Callable[..., BaseModel], dtype: str) -> None:
+    """Per token: what PEFT makes for the norms of a module does not depend on them, and is freed at once."""
+    spec = recipe(adapter={"method": "dora", "rank": 4, "target_modules": ALL}, dtype=dtype)
+    bases = [tiny_base(num_hidden_layers=n) for n in (2, 4)]
+    short, long = ([kept_bytes(base, spec, n) for base in bases] for n in (TOKENS, 2 * TOKENS))
+    counted = sum(part.nbytes for part in activations.of_layer(run_of(spec, bases[0].config)))
+    assert (long[1] - long[0]) - (short[1] - short[0]) == 2 * TOKENS * counted
+
+
+@pytest.mark.parametrize(
+    "adapter", [{"method": "lora", "target_modules": ALL}, {"method": "dora"}, {"method": "vera"}, LONG]
+)
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_exactly(

@@ -27,6 +27,7 @@ from tests.tiny import byte_tokenizer
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 4, "dropout": 0.1},
+    "dora": {"method": "dora", "rank": 4},
     "vera": {"method": "vera", "rank": 16, "dropout": 0.1},
     "longlora": {
         "method": "longlora",
@@ -100,7 +101,12 @@ def test_every_method_learns_and_leaves_an_adapter(
 
 @pytest.mark.parametrize(
     ("method", "dtype", "order"),
-    [("lora", "bfloat16", "packed"), ("vera", "float32", "length_grouped"), ("longlora", "bfloat16", "shuffled")],
+    [
+        ("lora", "bfloat16", "packed"),
+        ("dora", "bfloat16", "shuffled"),
+        ("vera", "float32", "length_grouped"),
+        ("longlora", "bfloat16", "shuffled"),
+    ],
 )
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     method: str, dtype: str, order: str, tiny_base: Callable[..., BaseModel], tmp_path: Path

@@ -32,6 +32,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "vera_expand": (_P, _I, _P, _I, _I, _P, _P, _P, _P, _N),
     "paged_attention": (_P, _I, _P, _I, _P, _P, _I, _P, _F, _N),
     "rms_norm": (_P, _I, _I, _I, _I, _P, _F, _P, _P, _P, _I, _P, _N),
+    "scale_rows": (_P, _I, _I, _P, _P, _P, _I, _P, _N),
     "rope": (_P, _I, _I, _I, _I, _P, _P, _P, _N),
     "write_kv": (_P, _I, _I, _P, _I, _P, _I, _I, _P, _I, _N),
 }
@@ -52,6 +53,7 @@ class Functions(NamedTuple):
     vera_expand: Any
     paged_attention: Any
     rms_norm: Any
+    scale_rows: Any
     rope: Any
     write_kv: Any
 

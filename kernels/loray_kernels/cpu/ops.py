@@ -30,6 +30,7 @@ from loray_kernels.ops import (
     PairMatrix,
     Segments,
     StepInputs,
+    TokenRows,
     VeraTable,
 )
 
@@ -149,6 +150,27 @@ class CpuOps(DenseOps):
             address_at(pool, layer_offset),
             d.address,
             b.address,
+            torch.get_num_threads(),
+        )
+
+    def scale_rows(self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, own: TokenRows, layer_offset: int) -> None:
+        f = self._for(pool, y_TO, *(() if bias_O is None else (bias_O,)))
+        if f is None or y_TO.stride(1) != 1:
+            super().scale_rows(y_TO, bias_O, pool, own, layer_offset)
+            return
+        tokens_N, rows, width = own.tokens_N.contiguous(), pack_rows(own.rows), y_TO.shape[1]
+        assert rows.widths == (width,)
+        assert rows.num == tokens_N.shape[0]
+        assert bias_O is None or (bias_O.is_contiguous() and bias_O.shape == (width,))
+        f.scale_rows(
+            y_TO.data_ptr(),
+            y_TO.stride(0),
+            width,
+            None if bias_O is None else bias_O.data_ptr(),
+            address_at(pool, layer_offset),
+            tokens_N.data_ptr(),
+            tokens_N.shape[0],
+            rows.address,
             torch.get_num_threads(),
         )
 

@@ -146,7 +146,7 @@ def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: Pac
         keep: list[Any] = []
         words = []
         for name in ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm"):
-            words += _own_norm(tables.norms.get(name), keep)
+            words += _own_rows(tables.norms.get(name), keep)
         q_width, kv_width = weights.num_heads * weights.head_dim, weights.num_kv_heads * weights.head_dim
         hidden, middle = weights.o.out_features, weights.down.in_features
         inputs = (
@@ -160,6 +160,7 @@ def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: Pac
             modules = [_Module(*place) for place in zip(widths, widths.values(), columns, strict=False)]
             words += _lora_group(tables, in_features, modules, keep)
             words += _vera_group(tables, in_features, modules, keep, pack_pair)
+            words += _dora_group(tables, modules, keep)
         address, held = _words(words)
         counts = {len(t.scale) for t in tables.lora.values()}
         assert len(counts) <= 1
@@ -167,7 +168,7 @@ def pack_layer_tables(tables: LayerTables, weights: LayerWeights, pack_pair: Pac
     return packed
 
 
-def _own_norm(own: TokenRows | None, keep: list[Any]) -> list[int]:
+def _own_rows(own: TokenRows | None, keep: list[Any]) -> list[int]:
     if own is None:
         return [0, 0, 0]
     tokens_N, rows = own.tokens_N.contiguous(), pack_rows(own.rows)
@@ -197,7 +198,7 @@ def _lora_group(tables: LayerTables, in_features: int, modules: list[_Module], k
 def _vera_group(
     tables: LayerTables, in_features: int, modules: list[_Module], keep: list[Any], pack_pair: PackPair
 ) -> list[int]:
-    """The last words of a Group: its spans of tokens that share a pair, each with its modules."""
+    """The middle words of a Group: its spans of tokens that share a pair, each with its modules."""
     spans: dict[int, list[tuple[VeraTable, int, int]]] = {}
     for module, width, column in modules:
         for table in tables.vera.get(module, ()):
@@ -220,6 +221,18 @@ def _vera_group(
     address, held = _words(words)
     keep.append(held)
     return [len(spans), address]
+
+
+def _dora_group(tables: LayerTables, modules: list[_Module], keep: list[Any]) -> list[int]:
+    """The last words of a Group: the columns that DoRA scales, by module."""
+    words: list[int] = []
+    for module, width, column in modules:
+        if (own := tables.dora.get(module)) is not None:
+            assert pack_rows(own.rows).widths == (width,)
+            words += (*_own_rows(own, keep), column, width)
+    address, held = _words(words)
+    keep.append(held)
+    return [len(words) // 5, address]
 
 
 def pack_step(step: StepInputs) -> Packed:

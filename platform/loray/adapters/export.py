@@ -14,7 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from loray.adapters.checks.files import PAIR_NAMES
-from loray.adapters.inject import ADAPTER, BASE_ROWS, peft_config, trained_norms
+from loray.adapters.inject import ADAPTER, BASE_ROWS, is_magnitude, peft_config, trained_norms
 from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, write_folder
 from loray.adapters.vera import VeraLinear
 from loray.spec import AdapterSpec, VeraSpec
@@ -50,8 +50,11 @@ def save_adapter(model: Any, spec: AdapterSpec, folder: Path, *, trained: Mappin
 
 
 def peft_name(name: str) -> str:
-    """A parameter's name in a checkpoint, where PEFT leaves out the name of the adapter."""
-    return name.replace(f".{ADAPTER}.", ".")
+    """A parameter's name in a checkpoint, where PEFT leaves out the name of the adapter, and what follows it in the
+    names of DoRA's magnitudes.
+    """
+    stored = name.replace(f".{ADAPTER}.", ".")
+    return stored.removesuffix(".weight") if is_magnitude(name) else stored
 
 
 def _replace_embedding_by_rows(model: Any, spec: AdapterSpec, tensors: dict[str, Tensor]) -> list[int] | None:

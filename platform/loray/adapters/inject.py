@@ -12,7 +12,7 @@ from torch import nn
 
 from loray.adapters.vera import VeraLinear, inject_vera
 from loray.errors import UnsupportedError
-from loray.spec import AdapterSpec, LongContext, LoraSpec, VeraSpec
+from loray.spec import AdapterSpec, DoraSpec, LongContext, LoraSpec, VeraSpec
 
 ADAPTER = "default"  # PEFT's name of the adapter inside a model
 BASE_ROWS = "base_weight"  # buffer of an untied trained embedding with the base's rows, to find those that changed
@@ -22,7 +22,8 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
     """Change `model` in place so that exactly the adapter's parameters are trained. Its outputs do not change yet.
 
     The same seed gives the same initial weights; the state of torch's default generator does not change. Trained
-    parameters have the base's dtype: an optimizer must hold fp32 copies of them.
+    parameters have the base's dtype: an optimizer must hold fp32 copies of them. DoRA's magnitudes alone are fp32:
+    they are the norms of the base's rows, of which training changes a small part.
 
     With `spec.long_context` all RMSNorms and the input embedding are trained as well. Where input and output embeddings
     are tied, the trained embedding is a copy, and the output head stays the base's.
@@ -43,9 +44,14 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
             inject_adapter_in_model(lora_config(spec), model, adapter_name=ADAPTER)
     if spec.long_context is not None:
         _train_extras(model, spec.long_context)
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32 if is_magnitude(name) else dtype)
+
+
+def is_magnitude(name: str) -> bool:
+    """Whether a parameter of this name is a vector of DoRA's magnitudes."""
+    return ".lora_magnitude_vector." in name
 
 
 def peft_config(spec: AdapterSpec, **options: Any) -> PeftConfig:
@@ -60,6 +66,7 @@ def lora_config(spec: LoraSpec, **options: Any) -> LoraConfig:
         lora_dropout=spec.dropout,
         target_modules=list(spec.target_modules),
         use_rslora=spec.use_rslora,
+        use_dora=isinstance(spec, DoraSpec),
         task_type="CAUSAL_LM",
         **options,
     )

@@ -226,10 +226,12 @@ def _method(
     folder: Path, weights: AdapterWeights, recipe: TrainSpec | None, rope_parameters: RopeParameters | None
 ) -> Method:
     method: Method = "vera" if weights.pair is not None else "lora"
+    if weights.has_magnitudes:
+        method = "dora"
     if recipe is None:
         return "longlora" if method == "lora" and rope_parameters is not None else method
     declared = recipe.adapter.method
-    if (declared == "vera") != (method == "vera"):
+    if method != declared and {method, declared} != {"lora", "longlora"}:
         raise SpecError(f"{folder} holds a {method} adapter, but its recipe says {declared}")
     return declared
 

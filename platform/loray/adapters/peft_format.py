@@ -42,7 +42,6 @@ _NORM = re.compile(
 _INERT: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
@@ -55,6 +54,7 @@ _INERT: Mapping[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "ensure_weight_tying": (False, None),
 }
+_MAGNITUDE = "lora_magnitude_vector"
 # With these initialisations PEFT changes the base's weights when it loads the adapter.
 _REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -196,13 +196,17 @@ def _lora(
     ranks: ModulePatterns,
     alphas: ModulePatterns,
 ) -> LoraWeights:
-    if set(parts) != {"lora_A", "lora_B"}:
-        raise UnsupportedError(f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not lora_A and lora_B")
+    expected = {"lora_A", "lora_B", *([_MAGNITUDE] if config.get("use_dora") else [])}
+    if set(parts) != expected:
+        raise UnsupportedError(
+            f"{folder}: layer {key.layer} {key.module} has {sorted(parts)}, not {' and '.join(sorted(expected))}"
+        )
     a_RI, b_OR = parts["lora_A"], parts["lora_B"]
     rank, path = a_RI.shape[0], f"model.{key.path}"
     _check_rank(folder, key, rank, ranks.value(path, config["r"]))
     alpha = alphas.value(path, config["lora_alpha"])
-    return LoraWeights(a_RI, b_OR, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LoraWeights(a_RI, b_OR, scale, parts.get(_MAGNITUDE))
 
 
 def _vera(folder: Path, config: Mapping[str, Any], key: ModuleKey, parts: Mapping[str, Tensor]) -> VeraWeights:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_CHUNK_ELEMENTS = 1 << 23  # of W + s B A in fp32 at a time
+
+
 class ModuleKey(NamedTuple):
     """One linear module of the base: `ModuleKey(3, "q_proj")`."""
 
@@ -29,11 +32,26 @@ class ModuleKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """y += scale · B (A x); scale is alpha/r, or alpha/√r for rsLoRA."""
+    """y += scale · B (A x); scale is alpha/r, or alpha/√r for rsLoRA. With DoRA's magnitudes every output is scaled
+    too.
+    """
 
     a_RI: Tensor
     b_OR: Tensor
     scale: float
+    magnitude_O: Tensor | None = None
+
+    def output_scale(self, weight_OI: Tensor) -> Tensor:
+        """DoRA's m / ‖W + s B A‖ (Liu et al., 2024), (O,) in fp32, with the norm over each output's inputs:
+        y = scale ⊙ (W + s B A) x + bias. Not finite where such a row is zero.
+        """
+        import torch  # shapes and headers are read without it
+
+        assert self.magnitude_O is not None
+        a_RI, rows = self.a_RI.float(), max(1, _CHUNK_ELEMENTS // weight_OI.shape[1])
+        chunks = zip(torch.split(weight_OI, rows), torch.split(self.b_OR, rows), strict=True)
+        sums = (torch.addmm(w_OI.float(), b_OR.float(), a_RI, alpha=self.scale) for w_OI, b_OR in chunks)
+        return self.magnitude_O.float() / torch.cat([torch.linalg.vector_norm(sum_OI, dim=1) for sum_OI in sums])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +97,8 @@ class AdapterWeights:
     embedding: EmbeddingRows | None = None
     rope: RopeParameters | None = None
     context_length: int | None = None
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is DoRA."""
+        return any(isinstance(m, LoraWeights) and m.magnitude_O is not None for m in self.modules.values())

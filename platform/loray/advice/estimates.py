@@ -26,6 +26,7 @@ from loray.spec import (
     DTYPE_BYTES,
     MODULES_BY_INPUT,
     AdapterSpec,
+    DoraSpec,
     LongContext,
     LongLoraSpec,
     LoraSpec,
@@ -118,6 +119,7 @@ def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
             own += Matrix(module, "vera_d", 1, adapter.rank), Matrix(module, "vera_b", 1, out)
         else:
             own += Matrix(module, "lora_a", adapter.rank, width), Matrix(module, "lora_b", adapter.rank, out)
+            own += [Matrix(module, "dora", 1, out)] if isinstance(adapter, DoraSpec) else []
     flat: list[Matrix] = []
     extras = adapter.long_context
     if extras is not None and extras.train_norms:

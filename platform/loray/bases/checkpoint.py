@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,6 +87,29 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     handles: dict[Path, Any] = {file: safe_open(str(file), framework="pt") for file in weight_files(folder)}
     for info in tensor_infos(folder):
         yield info.name, handles[info.file].get_tensor(info.name)
+
+
+class CheckpointReader:
+    """Reads tensors of a checkpoint by name, whose files are opened at the first one. Any thread may use it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        return {info.name: info.file for info in tensor_infos(self._folder)}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in its stored dtype, a view of the mapped file. IntegrityError if there is none."""
+        from safetensors import safe_open
+
+        try:
+            file = self._files[name]
+        except KeyError:
+            raise IntegrityError(f"the checkpoint lacks the tensor {name!r}; add the base again") from None
+        with safe_open(str(file), framework="pt") as f:
+            tensor: Tensor = f.get_tensor(name)
+        return tensor
 
 
 def canonical_config(config: ModelConfig) -> str:

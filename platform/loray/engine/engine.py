@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from loray.bases.checkpoint import CheckpointReader
 from loray.bases.registry import BaseModel
 from loray.engine.admission import check_request
 from loray.engine.integrity import check_integrity
@@ -59,7 +60,8 @@ class Engine:
         self._model, self.pool, self._workers = model, pool, workers
         self._sampler = Sampler(base.config.eos_token_ids)
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
-        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, pinned=pool.tensor.is_cuda)
+        checkpoint = CheckpointReader(base.path)
+        packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)
         self._loads = AdapterLoads(pool, packer, load, lambda: self.wake())
         self.residency: Residency[PackedAdapter, ResidentAdapter] = Residency(
             host_bytes=spec.host_bytes,
@@ -127,8 +129,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """End a request and release all that it holds. Unknown and finished requests are ignored."""
-        request = self._requests.get(request_id)
-        if request is not None:
+        if (request := self._requests.get(request_id)) is not None:
             self._remove(request)
 
     @property
@@ -262,8 +263,7 @@ class Engine:
         return self._loads.start(ref, self.scheduler.first_step_seconds(ref.digest))
 
     def _resident(self, chunk: Chunk) -> ResidentAdapter | None:
-        ref = chunk.request.adapter
-        return None if ref is None else self.residency.table.resident(ref)
+        return None if (ref := chunk.request.adapter) is None else self.residency.table.resident(ref)
 
     def _adapter_blocks(self, request: Request) -> int:
         return 0 if request.adapter is None else self._loads.num_blocks(request.adapter.digest) or 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from loray.planning.run import Run
-from loray.spec import DTYPE_BYTES, MODULES_BY_INPUT, VeraSpec
+from loray.spec import DTYPE_BYTES, MODULES_BY_INPUT, DoraSpec, VeraSpec
 
 _FP32 = DTYPE_BYTES["float32"]
 
@@ -55,8 +55,9 @@ def _adapter(run: Run) -> Kept:
     """LoRA keeps the input of every A, once for modules with the same input, and the input of every B.
 
     The input of o_proj is the output of attention, which is counted there; a sequence group joins the halves of the
-    heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask. VeRA keeps the
-    operands of its two vectors; A x is computed once for modules with the same input.
+    heads, which makes a copy. With dropout every module has an input of its own, and keeps the mask. DoRA also keeps
+    what it scales: the outputs of the base and of B. VeRA keeps the operands of its two vectors; A x is computed once
+    for modules with the same input.
     """
     model, e, targets = run.model, run.element_bytes, run.adapter.target_modules
     shapes = {module: model.module_shape(module) for module in targets}
@@ -65,6 +66,8 @@ def _adapter(run: Run) -> Kept:
         products = len(outs) if run.adapter.dropout else len({_input_of(module) for module in shapes})
         return Kept("adapter", e * (sum(outs) + run.adapter.rank * products), e * max(outs))
     inner = e * run.adapter.rank * len(targets)
+    if isinstance(run.adapter, DoraSpec):
+        inner += 2 * e * sum(out for out, _ in shapes.values())
     inputs = [e * width for _, width in shapes.values()]
     if run.adapter.dropout:
         return Kept("adapter", inner + 2 * sum(inputs), max(inputs))

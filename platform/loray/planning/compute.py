@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from loray.bases.config import ModelConfig
-from loray.planning.counts import count_factors
+from loray.planning.counts import count_dora_norms, count_factors
 from loray.planning.devices import Device
 from loray.planning.run import Run
 from loray.planning.traffic import Traffic
@@ -111,7 +111,7 @@ def count_flops(run: Run) -> Flops:
     pairs = rows * attention_pairs(run.padded_length, run.group_size, heads)
     dense = rows * attention_pairs(run.padded_length, None, heads)
     p = _products(run.model, run.adapter, num_tokens=num_tokens, num_targets=num_tokens, num_pairs=pairs)
-    layers = p.linears + p.adapter + p.attention
+    layers = p.linears + p.adapter + p.attention + 2.0 * count_dora_norms(run.model, run.adapter) * run.accumulation
     return Flops(
         forward=layers + 2 * p.head,
         backward=p.linears + _adapter_gradients(run.adapter) * p.adapter + ATTENTION_BACKWARD * p.attention,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loray.bases.config import ModelConfig
-from loray.spec import MODULES_BY_INPUT, AdapterSpec, VeraSpec
+from loray.spec import MODULES_BY_INPUT, AdapterSpec, DoraSpec, VeraSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ def count_trained(model: ModelConfig, adapter: AdapterSpec) -> TrainedCounts:
         tensors = [n for out, _ in shapes for n in (out, adapter.rank)]
     else:
         tensors = [adapter.rank * n for out_in in shapes for n in out_in]
+        tensors += [out for out, _ in shapes if isinstance(adapter, DoraSpec)]
     extras = adapter.long_context
     embedding = base.embedding if extras is not None and extras.train_embeddings else 0
     norms = base.norms if extras is not None and extras.train_norms else 0
@@ -91,6 +92,16 @@ def count_factors(model: ModelConfig, adapter: AdapterSpec) -> int:
         first = (next((m for m in modules if m in widths), None) for modules in MODULES_BY_INPUT)
         widths = {module: widths[module] for module in first if module is not None}
     return adapter.rank * (outs + sum(widths.values()))
+
+
+def count_dora_norms(model: ModelConfig, adapter: AdapterSpec) -> int:
+    """Products that a forward pass takes for DoRA's norms, whatever its tokens: A and B of a unit matrix, as PEFT
+    computes B A in every module; 0 for the other methods.
+    """
+    if not isinstance(adapter, DoraSpec):
+        return 0
+    shapes = [model.module_shape(module) for module in adapter.target_modules]
+    return model.num_layers * sum(width * adapter.rank * (out + width) for out, width in shapes)
 
 
 def count_vera_pair(model: ModelConfig, adapter: AdapterSpec) -> int:

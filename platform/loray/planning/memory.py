@@ -14,7 +14,7 @@ from loray.planning import activations
 from loray.planning.counts import count_vera_pair
 from loray.planning.devices import Device
 from loray.planning.run import Run
-from loray.spec import DTYPE_BYTES
+from loray.spec import DTYPE_BYTES, DoraSpec
 
 Moment = Literal["loss", "backward", "gradients", "update"]
 WHAT: dict[Moment, str] = {
@@ -143,6 +143,10 @@ def _activations(run: Run) -> Iterator[Item]:
     else:
         for part in kept:
             yield Item(f"activations: {part.name}", part.nbytes * tokens * layers, alive, part.block * tokens)
+    if isinstance(run.adapter, DoraSpec):  # B A of a unit matrix, W + s B A, and what comes between
+        shapes = (run.model.module_shape(module) for module in run.adapter.target_modules)
+        largest = run.element_bytes * max(out * width for out, width in shapes)
+        yield Item("W + s B A of a module", 4 * largest, ("backward",) if run.checkpointing else (), largest)
     gradients = activations.layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)

@@ -15,7 +15,7 @@ from loray.spec import Method
 
 BaseSize = Literal["small", "large"]
 BASE_SIZES: tuple[BaseSize, ...] = ("small", "large")
-METHODS: tuple[Method, ...] = ("lora", "vera", "longlora")
+METHODS: tuple[Method, ...] = ("lora", "dora", "vera", "longlora")
 FIRST_METHOD: Method = "lora"
 
 _LARGE_ELEMENTS = 10**9
@@ -107,6 +107,7 @@ _LORA: Mapping[str, Default] = {
 
 _OF_METHOD: Mapping[Method, Mapping[str, Default]] = {
     "lora": _LORA,
+    "dora": _LORA,
     "vera": {
         "adapter.rank": Default("of the frozen pair: costs arithmetic, hardly any parameters"),
         "adapter.d_initial": Default("the paper's"),

@@ -12,9 +12,14 @@ from pydantic import BaseModel
 
 from loray.errors import SpecError
 from loray.recipes.defaults import METHODS
-from loray.spec import LongLoraSpec, LoraSpec, Method, TrainSpec, VeraSpec
+from loray.spec import DoraSpec, LongLoraSpec, LoraSpec, Method, TrainSpec, VeraSpec
 
-_ADAPTERS: Mapping[Method, type[BaseModel]] = {"lora": LoraSpec, "vera": VeraSpec, "longlora": LongLoraSpec}
+_ADAPTERS: Mapping[Method, type[BaseModel]] = {
+    "lora": LoraSpec,
+    "dora": DoraSpec,
+    "vera": VeraSpec,
+    "longlora": LongLoraSpec,
+}
 _MAX_NEAR = 3
 
 

@@ -18,7 +18,7 @@ JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,
 TagKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,95}$")]
 TagValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f]*$", max_length=5000)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Method = Literal["lora", "vera", "longlora"]
+Method = Literal["lora", "dora", "vera", "longlora"]
 DType = Literal["bfloat16", "float16", "float32"]
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 DEFAULT_ALIAS = "prod"  # the version that a name without a selector means, where this alias is set

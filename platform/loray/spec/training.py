@@ -71,9 +71,17 @@ class LoraSpec(_AdapterSpec):
 
     @model_validator(mode="after")
     def _no_long_context(self) -> Self:
-        if self.method == "lora" and self.long_context is not None:
+        if self.method in ("lora", "dora") and self.long_context is not None:
             raise ValueError("long_context makes it LongLoRA: set method: longlora")
         return self
+
+
+class DoraSpec(LoraSpec):
+    """DoRA (Liu et al., 2024): h = m ⊙ (W + (alpha/rank) B A) x / ‖W + (alpha/rank) B A‖, norms over each output's
+    inputs; the magnitudes m are trained in fp32 beside A and B, and begin as the norms of W.
+    """
+
+    method: Literal["dora"] = "dora"  # type: ignore[assignment]
 
 
 class LongLoraSpec(LoraSpec):
@@ -95,7 +103,7 @@ class VeraSpec(_AdapterSpec):
     save_projection: bool = False
 
 
-AdapterSpec = Annotated[LoraSpec | VeraSpec | LongLoraSpec, Field(discriminator="method")]
+AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec, Field(discriminator="method")]
 
 
 class DataSpec(Frozen):
@@ -248,6 +256,12 @@ class TrainSpec(Frozen):
             raise ValueError("optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train")
         if self.optimizer.vera_d_lr_ratio is not None and self.adapter.method != "vera":
             raise ValueError("optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains")
+        return self
+
+    @model_validator(mode="after")
+    def _magnitudes_are_whole(self) -> Self:
+        if isinstance(self.adapter, DoraSpec) and self.parallel.strategy != "ddp":
+            raise ValueError(f"DoRA trains fp32 magnitudes, which {self.parallel.strategy} does not hold: use ddp")
         return self
 
     @property

@@ -56,8 +56,8 @@ class OptimizerState(NamedTuple):
 def adamw(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.AdamW:
     """AdamW over `tensors`, by parameter name, in groups with the same weight decay and factor `lr_scale`.
 
-    Embeddings and norms have no weight decay. LoRA's B has `loraplus_lr_ratio` times the learning rate (LoRA+, Hayou et
-    al., 2024), VeRA's d `vera_d_lr_ratio` times.
+    Embeddings, norms and DoRA's magnitudes have no weight decay. LoRA's B has `loraplus_lr_ratio` times the learning
+    rate (LoRA+, Hayou et al., 2024), VeRA's d `vera_d_lr_ratio` times.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, tensor in tensors.items():
@@ -95,7 +95,7 @@ def num_updates(optimizer: torch.optim.Optimizer) -> int:
 
 
 def is_decayed(name: str) -> bool:
-    return "embed" not in name and "norm" not in name
+    return not any(part in name for part in ("embed", "norm", "lora_magnitude_vector"))
 
 
 def check_fits(state: OptimizerState, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -127,7 +127,7 @@ def test_a_rank_of_vera_is_bounded_whatever_its_tensors_have(base: BaseModel, pe
         ({"rank_pattern": {"q_proj": 9}}, "has rank 4, adapter_config.json says 9"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_alpha": "8"}, "lora_alpha"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "not lora_A and lora_B and lora_magnitude_vector"),
     ],
 )
 def test_configurations(

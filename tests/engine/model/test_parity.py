@@ -24,14 +24,20 @@ ROPES = {
 
 
 def strong_adapters(base: BaseModel, folder: Path) -> list[TestAdapter]:
-    """LoRA of several ranks, module subsets and layers, rsLoRA, VeRA of two pairs, LongLoRA of two RoPEs."""
+    """LoRA of several ranks, module subsets and layers, DoRA, rsLoRA, VeRA of two pairs, LongLoRA of two RoPEs."""
     configs: list[tuple[str, Any, RopeParameters | None]] = [
         ("lora-r4", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), None),
         ("lora-r16", LoraConfig(r=16, lora_alpha=16, target_modules=ALL), None),
+        ("dora", LoraConfig(r=8, lora_alpha=8, use_dora=True, target_modules=ALL), None),
         ("rslora", LoraConfig(r=8, lora_alpha=8, use_rslora=True, target_modules=["o_proj", "down_proj"]), None),
         (
             "patterns",
             LoraConfig(r=4, target_modules=ALL, rank_pattern={"q_proj": 7}, alpha_pattern={"up_proj": 3}),
+            None,
+        ),
+        (
+            "dora-rs",
+            LoraConfig(r=4, use_rslora=True, use_dora=True, target_modules=["v_proj", "o_proj", "up_proj"]),
             None,
         ),
         ("layer-1", LoraConfig(r=8, target_modules=ALL[1:6], layers_to_transform=[1]), None),

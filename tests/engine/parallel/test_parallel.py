@@ -47,6 +47,7 @@ ADAPTERS: dict[str, tuple[Any, RopeParameters | None]] = {
         LoraConfig(r=4, target_modules=ALL[1:6], rank_pattern={"k_proj": 7}, layers_to_transform=[1]),
         None,
     ),
+    "dora": (LoraConfig(r=6, use_dora=True, target_modules=ALL), None),
     "vera": (VeraConfig(r=16, target_modules=ALL, projection_prng_key=5), None),
     "vera-qv": (VeraConfig(r=32, target_modules=["q_proj", "v_proj"]), None),
     "longlora": (LoraConfig(r=8, target_modules=ALL[:4], modules_to_save=["embed_tokens", *NORMS]), ROPES["linear"]),

@@ -61,8 +61,8 @@ struct LayerWeights {
     double eps, scale;
 };
 
-// Tokens whose norm has an adapter's weight; `num` is 0 if there are none.
-struct OwnNorm {
+// Tokens with a row of an adapter: the weight of a norm, or DoRA's scale; `num` is 0 if there are none.
+struct OwnRows {
     i64 num;
     const i64* tokens;
     const Rows* rows;
@@ -84,8 +84,14 @@ struct VeraSpan {
     const VeraModule<T>* modules;
 };
 
+// Columns of the result that DoRA scales.
+struct Scaled {
+    OwnRows own;
+    i64 column, width;
+};
+
 // The adapters of the modules of one input. For LoRA: a table for each module, the column of the result where it is
-// added, and its largest rank. For VeRA: the spans of tokens.
+// added, and its largest rank. For VeRA: the spans of tokens. For DoRA: the scaled columns.
 template <class T>
 struct Group {
     i64 num;
@@ -93,11 +99,13 @@ struct Group {
     const i64 *columns, *max_rank;
     i64 num_spans;
     const VeraSpan<T>* spans;
+    i64 num_scaled;
+    const Scaled* scaled;
 };
 
 template <class T>
 struct LayerTables {
-    OwnNorm attention_norm, q_norm, k_norm, mlp_norm;
+    OwnRows attention_norm, q_norm, k_norm, mlp_norm;
     Group<T> qkv, o, gate_up, down;
 };
 
@@ -123,7 +131,10 @@ void silu_mul(const T* x, i64 x_stride, i64 num_tokens, i64 width, T* y, int thr
 
 template <class T>
 void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps, T* y,
-              const T* pool, const OwnNorm& own, int threads);
+              const T* pool, const OwnRows& own, int threads);
+
+template <class T>
+void scale_rows(T* y, i64 y_stride, i64 width, const T* bias, const T* pool, const OwnRows& own, int threads);
 
 template <class T>
 void rope(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* cos, const T* sin, T* y,

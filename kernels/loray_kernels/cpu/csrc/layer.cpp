@@ -47,11 +47,15 @@ static void add_vera(const T* x, i64 x_stride, T* y, i64 y_stride, const Group<T
     }
 }
 
+// y += LoRA and VeRA of x, then DoRA's scales of y − bias.
 template <class T>
-static void add_adapters(const T* x, i64 x_stride, T* y, i64 y_stride, const Group<T>& group, const StepInputs<T>& step,
-                         const T* pool, int threads) {
-    add_lora(x, x_stride, y, y_stride, group, step, pool, threads);
-    add_vera(x, x_stride, y, y_stride, group, pool, threads);
+static void add_adapters(const T* x, i64 x_stride, T* y, const Matrix<T>& base, const Group<T>& group,
+                         const StepInputs<T>& step, const T* pool, int threads) {
+    add_lora(x, x_stride, y, base.out, group, step, pool, threads);
+    add_vera(x, x_stride, y, base.out, group, pool, threads);
+    for (const Scaled* s = group.scaled; s < group.scaled + group.num_scaled; s++)
+        scale_rows(y + s->column, base.out, s->width, base.bias ? base.bias + s->column : nullptr, pool, s->own,
+                   threads);
 }
 
 template <class T>
@@ -81,7 +85,7 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
 
     rms_norm(x, hidden, n, 1, hidden, w.attention_norm, w.eps, normed, pool, tables.attention_norm, threads);
     linear(normed, hidden, n, w.qkv, wide, threads);
-    add_adapters(normed, hidden, wide, w.qkv.out, tables.qkv, step, pool, threads);
+    add_adapters(normed, hidden, wide, w.qkv, tables.qkv, step, pool, threads);
     T *q = wide, *k = wide + q_width, *const v = wide + q_width + kv_width;
     i64 q_stride = w.qkv.out, k_stride = w.qkv.out;
     if (w.q_norm) {
@@ -99,15 +103,15 @@ static void layer(T* x, const LayerWeights<T>& w, const LayerTables<T>& tables, 
              n, threads);
     paged_attention(turned, q_width, narrow, heads, step.pool, layout, index, *step.meta, w.scale, threads);
     linear(narrow, q_width, n, w.o, normed, threads);
-    add_adapters(narrow, q_width, normed, hidden, tables.o, step, pool, threads);
+    add_adapters(narrow, q_width, normed, w.o, tables.o, step, pool, threads);
     add(x, normed, n * hidden, threads);
 
     rms_norm(x, hidden, n, 1, hidden, w.mlp_norm, w.eps, normed, pool, tables.mlp_norm, threads);
     linear(normed, hidden, n, w.gate_up, wide, threads);
-    add_adapters(normed, hidden, wide, w.gate_up.out, tables.gate_up, step, pool, threads);
+    add_adapters(normed, hidden, wide, w.gate_up, tables.gate_up, step, pool, threads);
     silu_mul(wide, w.gate_up.out, n, middle, turned, threads);
     linear(turned, middle, n, w.down, normed, threads);
-    add_adapters(turned, middle, normed, hidden, tables.down, step, pool, threads);
+    add_adapters(turned, middle, normed, w.down, tables.down, step, pool, threads);
     add(x, normed, n * hidden, threads);
 }
 

@@ -1,4 +1,4 @@
-// Ops on single tokens: norms, with weights of adapters; rotary embedding; writing the KV cache.
+// Ops on single tokens: norms, with weights of adapters; DoRA's scales; rotary embedding; writing the KV cache.
 
 #include "kernels.h"
 
@@ -27,10 +27,23 @@ static inline void normalize(const T* x, const T* weight, float eps, i64 width, 
     });
 }
 
+// Row n, of `width` elements; valid in this thread until the next call.
+template <class T>
+static const T* row_of(const T* pool, const Rows& rows, i64 n, i64 width) {
+    static thread_local Scratch memory;
+    if (rows.num_segments == 1) return pool + rows.segments[0].offsets[n];
+    T* joined = (T*)memory.get(width * sizeof(T));
+    for (i64 s = 0; s < rows.num_segments; s++) {
+        const RowSegment& segment = rows.segments[s];
+        memcpy(joined + segment.column, pool + segment.offsets[n], segment.width * sizeof(T));
+    }
+    return joined;
+}
+
 // The weight of token `own.tokens[n]` is row n of `own.rows`.
 template <class T>
 void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const T* weight, float eps, T* y,
-              const T* pool, const OwnNorm& own, int threads) {
+              const T* pool, const OwnRows& own, int threads) {
     const i64 row = num_heads * width;
 #pragma omp parallel for num_threads(threads) if (num_tokens * row > SERIAL)
     for (i64 t = 0; t < num_tokens; t++)
@@ -38,20 +51,25 @@ void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width
             normalize(x + t * x_stride + h * width, weight, eps, width, y + t * row + h * width);
 #pragma omp parallel for num_threads(threads) if (own.num * row > SERIAL)
     for (i64 n = 0; n < own.num; n++) {
-        static thread_local Scratch memory;
-        const Rows* rows = own.rows;
-        const T* own_weight = pool + rows->segments[0].offsets[n];
-        if (rows->num_segments > 1) {
-            T* joined = (T*)memory.get(width * sizeof(T));
-            for (i64 s = 0; s < rows->num_segments; s++) {
-                const RowSegment& segment = rows->segments[s];
-                memcpy(joined + segment.column, pool + segment.offsets[n], segment.width * sizeof(T));
-            }
-            own_weight = joined;
-        }
+        const T* own_weight = row_of(pool, *own.rows, n, width);
         for (i64 h = 0; h < num_heads; h++)
             normalize(x + own.tokens[n] * x_stride + h * width, own_weight, eps, width,
                       y + own.tokens[n] * row + h * width);
+    }
+}
+
+// y += row ⊙ (y − bias) for token `own.tokens[n]` and row n of `own.rows`; `bias` may be missing.
+template <class T>
+void scale_rows(T* y, i64 y_stride, i64 width, const T* bias, const T* pool, const OwnRows& own, int threads) {
+#pragma omp parallel for num_threads(threads) if (own.num * width > SERIAL)
+    for (i64 n = 0; n < own.num; n++) {
+        const T* row = row_of(pool, *own.rows, n, width);
+        T* at = y + own.tokens[n] * y_stride;
+        vectors(width, [&](i64 i, auto count) {
+            const Vec whole = load_n(at + i, count);
+            const Vec plain = bias ? whole - load_n(bias + i, count) : whole;
+            store_n(at + i, whole + load_n(row + i, count) * plain, count);
+        });
     }
 }
 
@@ -90,7 +108,8 @@ void write_kv(T* pool, i64 block_size, i64 block_tokens, const T* k, i64 k_strid
 }
 
 #define LORAY_INSTANTIATE(T)                                                                                     \
-    template void rms_norm<T>(const T*, i64, i64, i64, i64, const T*, float, T*, const T*, const OwnNorm&, int); \
+    template void rms_norm<T>(const T*, i64, i64, i64, i64, const T*, float, T*, const T*, const OwnRows&, int); \
+    template void scale_rows<T>(T*, i64, i64, const T*, const T*, const OwnRows&, int);                          \
     template void rope<T>(const T*, i64, i64, i64, i64, const T*, const T*, T*, int);                            \
     template void write_kv<T>(T*, i64, i64, const T*, i64, const T*, i64, i64, const i64*, i64, int);
 
@@ -106,6 +125,11 @@ using namespace LORAY_NAMESPACE;
     (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* weight, float eps, type* y, \
      const type* pool, const i64* own, i64 num_own, const Rows* rows, int threads) {                                \
         rms_norm(x, x_stride, num_tokens, num_heads, width, weight, eps, y, pool, {num_own, own, rows}, threads);        \
+    }                                                                                                               \
+    LORAY_ENTRY(scale_rows_##suffix##_)                                                                             \
+    (type * y, i64 y_stride, i64 width, const type* bias, const type* pool, const i64* own, i64 num_own,            \
+     const Rows* rows, int threads) {                                                                               \
+        scale_rows(y, y_stride, width, bias, pool, {num_own, own, rows}, threads);                                  \
     }                                                                                                               \
     LORAY_ENTRY(rope_##suffix##_)                                                                                   \
     (const type* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width, const type* cos, const type* sin,       \

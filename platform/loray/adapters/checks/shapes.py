@@ -30,6 +30,8 @@ def _shapes(w: AdapterWeights, base: ModelConfig) -> Iterator[tuple[str, tuple[i
             rank = module.a_RI.shape[0]
             yield f"{label} lora_A", tuple(module.a_RI.shape), (rank, in_width)
             yield f"{label} lora_B", tuple(module.b_OR.shape), (out_width, rank)
+            if module.magnitude_O is not None:
+                yield f"{label} lora_magnitude_vector", tuple(module.magnitude_O.shape), (out_width,)
         else:
             assert w.pair is not None
             yield f"{label} vera_lambda_d", tuple(module.d_R.shape), (w.pair.a_RI.shape[0],)

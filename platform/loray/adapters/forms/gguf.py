@@ -78,6 +78,7 @@ def _check_linear(weights: AdapterWeights) -> None:
         "norms": bool(weights.norms),
         "the input embedding": weights.embedding is not None,
         "RoPE": weights.rope is not None,
+        "the magnitudes of outputs (DoRA)": weights.has_magnitudes,
     }
     changed = [what for what, is_changed in more.items() if is_changed]
     if changed:

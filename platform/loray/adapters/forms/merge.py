@@ -53,7 +53,10 @@ def _merged(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None)
             continue  # some exporters write the tied copy
         if name in adapted:
             lora = as_lora(weights.modules[adapted[name]], weights.pair, tensor.shape[1])
-            yield name, (tensor.float() + lora.scale * (lora.b_OR.float() @ lora.a_RI.float())).to(kept)
+            merged_OI = tensor.float() + lora.scale * (lora.b_OR.float() @ lora.a_RI.float())
+            if lora.magnitude_O is not None:
+                merged_OI *= lora.output_scale(tensor)[:, None]
+            yield name, merged_OI.to(kept)
         elif name == _EMBEDDING and weights.embedding is not None:
             rows_VD, ids = tensor.to(kept, copy=True), weights.embedding.token_ids
             rows_VD[slice(None) if ids is None else list(ids)] = weights.embedding.rows_VD.to(kept)

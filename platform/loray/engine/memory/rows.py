@@ -1,6 +1,7 @@
 """How an adapter's matrices become rows of the pool, and the table of where the rows are.
 
-A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out). A VeRA vector and a norm weight are one row each.
+A LoRA pair is r rows of A (width in) and r rows of Bᵀ (width out). A VeRA vector, DoRA's scale of a module's outputs
+less one, and a norm weight are one row each.
 A row is at the same offset of every layer's share, so layers that have the same matrices form a group and share one
 table. Groups have different layers, so all groups use the same rows of the pool. A row that is wider than a layer's
 share is cut into segments of columns.
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from loray.engine.memory.blocks import Extent, Geometry, Kind
 
-Role = Literal["lora_a", "lora_b", "vera_d", "vera_b", "norm", "embedding"]
+Role = Literal["lora_a", "lora_b", "dora", "vera_d", "vera_b", "norm", "embedding"]
 
 
 class Matrix(NamedTuple):

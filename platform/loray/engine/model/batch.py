@@ -73,7 +73,8 @@ class AdapterBatch:
         return LayerTables(
             lora={m: self._lora(m, groups) for m in sorted(found.get("lora_a", ()))},
             vera={m: self._vera(m, groups) for m in sorted(found.get("vera_d", ()))},
-            norms={m: self._norm(m, members) for m in sorted(found.get("norm", ()))},
+            norms={m: self._own_rows(m, "norm", members) for m in sorted(found.get("norm", ()))},
+            dora={m: self._own_rows(m, "dora", members) for m in sorted(found.get("dora", ()))},
         )
 
     def _lora(self, module: str, groups: tuple[Group, ...]) -> LoraTable:
@@ -107,8 +108,8 @@ class AdapterBatch:
                 tables.append(VeraTable(pair.a_RI, pair.b_OR, d, b, slots[0][0].start, slots[-1][0].stop))
         return tables
 
-    def _norm(self, module: str, members: Iterable[tuple[Slot, Group]]) -> TokenRows:
-        own = [(s, rows) for s, g in members if (rows := s.adapter.rows.get((g, module, "norm"))) is not None]
+    def _own_rows(self, module: str, role: Role, members: Iterable[tuple[Slot, Group]]) -> TokenRows:
+        own = [(s, rows) for s, g in members if (rows := s.adapter.rows.get((g, module, role))) is not None]
         tokens = [t for s, _ in own for t in range(s.start, s.stop)]
         return TokenRows(torch.tensor(tokens, device=self._device), self._token_rows(own))
 

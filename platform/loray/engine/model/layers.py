@@ -40,7 +40,8 @@ class Step:
 
 
 class Linear:
-    """Base modules that share an input, as one matrix. LoRA and VeRA of each module are added to its columns.
+    """Base modules that share an input, as one matrix. LoRA and VeRA of each module are added to its columns, then DoRA
+    scales them.
 
     Where the module is spread over several ranks, `parallel.linear` overrides the hooks below.
     """
@@ -49,6 +50,7 @@ class Linear:
         self._layer = layer
         self.modules = tuple(weights)
         self._widths = [w.shape[0] for w in weights.values()]
+        self._biases = dict(biases)
         bias_O = torch.cat([biases[m] for m in weights]) if biases else None
         self.weights = ops.pack_linear(torch.cat(list(weights.values())), bias_O)
 
@@ -58,6 +60,7 @@ class Linear:
         outputs = dict(zip(self.modules, torch.split(y_TO, self._widths, dim=1), strict=True))
         self.add_lora(x_TI, outputs, step)
         self.add_vera(x_TI, outputs, step)
+        self.scale_dora(outputs, step)
         return y_TO
 
     def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
@@ -83,6 +86,13 @@ class Linear:
                 z_own_TR, y_TO = z_TR[table.start - span.start : table.stop - span.start], outputs[module]
                 table = self.local_vera_table(table, y_TO.shape[1])
                 step.ops.vera_expand(y_TO, z_own_TR, step.pool.tensor, table, step.offset(self._layer))
+
+    def scale_dora(self, outputs: Mapping[str, Tensor], step: Step) -> None:
+        found = step.batch.adapters.layer(self._layer).dora
+        for module in self.modules if found else ():
+            if (own := found.get(module)) is not None:
+                bias_O = self._biases.get(module)
+                step.ops.scale_rows(outputs[module], bias_O, step.pool.tensor, own, step.offset(self._layer))
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ class RowParallelLinear(_ParallelLinear):
         outputs = {module: y_TO[:, self._communicator.shard.slice(y_TO.shape[1])]}
         self.add_lora(x_TI, outputs, step)
         self.add_vera(x_TI, outputs, step)
+        self.scale_dora({module: y_TO}, step)  # the ranks' parts alike, which scales their sum
         self._communicator.all_reduce(y_TO, "base")
         return y_TO
 

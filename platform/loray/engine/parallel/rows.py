@@ -5,8 +5,9 @@
     row-parallel       the rank's columns, as of the input     the rank's columns
 
 All parts have the same shape, so one allocator's answers fit all ranks. VeRA's vector b is split as the columns of B
-are. Its vector d, norms and embedding rows are complete on every rank, and so is the shared pair, since modules of
-different widths use different parts of it.
+are. DoRA's scale is split as the outputs of the base's module: in row-parallel modules every rank has all of it. VeRA's
+vector d, norms and embedding rows are complete on every rank, and so is the shared pair, since modules of different
+widths use different parts of it.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def _part(packed: PackedAdapter, whole: Geometry, local: Geometry, shard: Shard)
 def _slice(matrix: Matrix, rows_LRW: Tensor, shard: Shard) -> Tensor:
     """The rank's part of a layered matrix's rows, (layers, rows, width)."""
     columns = shard.slice(matrix.width) if matrix.role in ("lora_a", "lora_b", "vera_b") else slice(None)
+    if matrix.role == "dora" and matrix.module in COLUMN_PARALLEL:
+        columns = shard.slice(matrix.width)
     if matrix.module in COLUMN_PARALLEL and matrix.role in ("lora_a", "lora_b"):
         rows_LRW = pad_rank(rows_LRW, shard.world_size)
         if matrix.role == "lora_a":

@@ -16,7 +16,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from loray.adapters.weights import AdapterWeights, LoraWeights, ProjectionPair, VeraWeights
+from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey, ProjectionPair, VeraWeights
+from loray.bases.checkpoint import CheckpointReader
 from loray.engine.memory.blocks import Extent, Geometry, Kind
 from loray.engine.memory.rows import AdapterShape, Matrix, columns, rows_by_width
 from loray.engine.residency.partial import PartialLoad
@@ -114,6 +115,7 @@ class Packer:
     """What packing needs to know of an engine.
 
     embedding_VD  the base's: of an adapter's dense embedding only the rows that differ from it are kept
+    checkpoint    the base's, for the norms that DoRA divides by
     pinned        pack into page-locked memory, which a device can read directly
     memory        that adapters are read and packed into
     """
@@ -121,6 +123,7 @@ class Packer:
     geometry: Geometry
     dtype: torch.dtype
     embedding_VD: Tensor
+    checkpoint: CheckpointReader | None = None
     pinned: bool = False
     memory: Recycled = field(default_factory=lambda: Recycled(_IDLE_BYTES, FIRST_BYTES))
     _pairs: WeakValueDictionary[str, ProjectionPair] = field(default_factory=WeakValueDictionary)
@@ -140,6 +143,14 @@ class Packer:
         """The one copy of the pair on the host, however many adapters have it."""
         return None if pair is None else self._pairs.setdefault(pair.digest, pair)
 
+    def excess_scale(self, key: ModuleKey, module: LoraWeights) -> Tensor:
+        """What DoRA scales the module's outputs by, less one: in the pool's dtype it is then as exact as the outputs.
+        (1, O)
+        """
+        assert self.checkpoint is not None, "DoRA needs the base's weights"
+        weight_OI = self.checkpoint.read(f"model.{key.path}.weight").to(self.dtype)
+        return (module.output_scale(weight_OI) - 1)[None]
+
     def empty(self, *shape: int) -> Tensor:
         if self.pinned:
             return torch.empty(shape, dtype=self.dtype, pin_memory=True)
@@ -154,6 +165,7 @@ class Packing:
     """
 
     def __init__(self, packer: Packer, weights: AdapterWeights, partial: PartialLoad | None = None) -> None:
+        self._packer, self._modules = packer, weights.modules
         self._layers, flat = _layers(weights)
         token_ids, rows_VD = _own_embedding_rows(weights, packer.embedding_VD, packer.dtype)
         if token_ids:
@@ -184,12 +196,25 @@ class Packing:
         for layer in layers:
             if layer in self._place:
                 group, n = self._place[layer]
-                _write(self.packed.layered[group][n], self._layers[layer], self._orders[group])
+                _write(self.packed.layered[group][n], self._rows_of(layer), self._orders[group])
                 taken.setdefault(group, []).append(layer)
         for group, own in taken.items():  # a group's layers are in ascending order
             first = self._place[own[0]][1]
             rows_LE = self.packed.layered[group][first : first + len(own)]
             _check_finite(rows_LE, [f"layer {layer} " for layer in own], self._orders[group])
+
+    def _rows_of(self, layer: int) -> Rows:
+        """The layer's rows, whose values are there now; DoRA's are computed from them."""
+        rows = self._layers[layer]
+        scaled = [matrix for matrix in rows if matrix.role == "dora"]
+        if not scaled:
+            return rows
+        own = {}
+        for matrix in scaled:
+            module = self._modules[key := ModuleKey(layer, matrix.module)]
+            assert isinstance(module, LoraWeights)
+            own[matrix] = self._packer.excess_scale(key, module)
+        return {**rows, **own}
 
 
 def _write(to: Tensor, rows: Rows, order: RowOrder) -> None:
@@ -228,6 +253,8 @@ def _layers(weights: AdapterWeights) -> tuple[dict[int, dict[Matrix, Tensor]], d
             rank = module.a_RI.shape[0]
             own[Matrix(key.module, "lora_a", rank, module.a_RI.shape[1])] = module.a_RI
             own[Matrix(key.module, "lora_b", rank, module.b_OR.shape[0], module.scale)] = module.b_OR.T
+            if module.magnitude_O is not None:  # in the place of the scale, of which it has the shape
+                own[Matrix(key.module, "dora", 1, module.b_OR.shape[0])] = module.magnitude_O[None]
         else:
             assert isinstance(module, VeraWeights)
             own[Matrix(key.module, "vera_d", 1, module.d_R.shape[0])] = module.d_R[None]
