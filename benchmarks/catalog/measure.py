@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 from benchmarks.catalog.fill import BASES, adapter_name, tenant_name
 from benchmarks.catalog.heartbeat import heartbeat
 from benchmarks.memory import resident_bytes
-from loray.catalog import Catalog
+from loray.catalog import Catalog, CatalogSnapshot
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.errors import AdapterNotFound
 from loray.spec import OPERATOR, Principal
@@ -65,7 +65,7 @@ async def _measure(setup: Setup, folder: Path) -> dict[str, float]:
     figures |= await _names(directory, setup)
     figures |= await _models(directory)
     catalog = Catalog(setup.url)
-    figures |= await _disk(catalog, folder, setup.url)
+    figures |= await _disk(directory.read(catalog, whole=False), folder, setup.url)
     figures |= _unknown(catalog, setup)
     figures |= _pages(catalog, setup)
     catalog.close()
@@ -151,8 +151,7 @@ async def _models(directory: ModelDirectory) -> dict[str, float]:
     }
 
 
-async def _disk(catalog: Catalog, folder: Path, url: str) -> dict[str, float]:
-    snapshot = catalog.snapshot()
+async def _disk(snapshot: CatalogSnapshot, folder: Path, url: str) -> dict[str, float]:
     file = SnapshotFile(folder / "snapshot.jsonl", url)
     async with heartbeat() as holds:
         began = time.perf_counter()

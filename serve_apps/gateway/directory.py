@@ -15,9 +15,11 @@ from loray.errors import AdapterNotFound, CatalogError, shown
 from loray.serving.access import check_model, may_ask
 from loray.spec import AdapterRef, Principal
 from serve_apps.following import CatalogFollower, Keeper
+from serve_apps.garbage import collection_paused, exempt_all
 
 REFRESH_S = 0.5  # the time after which a promotion or a rollback takes effect
 LOOK_AGAIN_S = 0.05
+_MANY = 10_000  # adapters, whose objects a collection would look through for more than 20 ms
 
 
 class ModelDirectory:
@@ -153,14 +155,20 @@ class ModelDirectory:
         return -1 if self._snapshot is None else self._snapshot.counter
 
     def read(self, catalog: Catalog, *, whole: bool) -> CatalogSnapshot:
-        return catalog.snapshot(self._snapshot, whole=whole)
+        if self._snapshot is not None:
+            return catalog.snapshot(self._snapshot, whole=whole)
+        with collection_paused():
+            return catalog.snapshot(whole=whole)
 
     def read_kept(self) -> Kept[CatalogSnapshot] | None:
-        return None if self._kept is None else self._kept.read()
+        with collection_paused():
+            return None if self._kept is None else self._kept.read()
 
     def take(self, state: CatalogSnapshot, at: float) -> None:
         """Whoever looks sees the snapshot before or this one, complete."""
-        self._snapshot, self._read_at = state, at
+        is_first, self._snapshot, self._read_at = self._snapshot is None, state, at
+        if is_first and len(state.adapters) >= _MANY:
+            exempt_all()
 
     def confirm(self, at: float) -> None:
         self._read_at = at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,32 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
     asyncio.run(first())
     asyncio.run(second())
     assert "kept on disk" in caplog.text
+
+
+def test_collections_pass_a_large_snapshot_by(
+    base: BaseModel, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None begins while the first one is made, and none looks through it afterwards; each of the next is small."""
+    register(catalog, "tone", base.fingerprint)
+    frozen: list[bool] = []
+    monkeypatch.setattr("serve_apps.gateway.directory.exempt_all", lambda: frozen.append(gc.isenabled()))
+
+    class Collected(Catalog):
+        def snapshot(self, *given: Any, **fields: Any) -> Any:
+            enabled.append(gc.isenabled())
+            return super().snapshot(*given, **fields)
+
+    async def run(many: int) -> None:
+        monkeypatch.setattr("serve_apps.gateway.directory._MANY", many)
+        directory = ModelDirectory(base, CatalogFollower(lambda: Collected(str(catalog._engine.url))))
+        for _ in range(2):
+            await directory.refresh()
+            register(catalog, "tone", base.fingerprint)
+        directory.close()
+
+    for many, times in ((1000, 0), (1, 1)):
+        enabled: list[bool] = []
+        asyncio.run(run(many))
+        assert enabled == [False, True]
+        assert frozen == [True] * times
+        assert gc.isenabled()
