@@ -25,6 +25,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from loray.local.processes import kill, start_time
 from tests.cluster import free_port
 
 _START_S = 60.0
@@ -33,26 +34,61 @@ _SUPERUSER = "loray"
 _FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200", "shared_buffers=32MB")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Postgres:
     """A server on loopback, only for tests."""
 
     port: int
-    _process: subprocess.Popen[bytes]
+    _folder: Path
+    _command: Sequence[str | Path]
+    _run: dict[str, Any]
+    _process: subprocess.Popen[bytes] | None = None
     _numbers: Iterator[int] = field(default_factory=count)
 
     def new_database(self) -> str:
         """URL of an empty database."""
         name = f"test_{next(self._numbers)}"
         self.execute("postgres", f"CREATE DATABASE {name}")
-        return self._url(name)
+        return self.url(name)
 
     def execute(self, database: str, statement: str) -> None:
         """Executes a statement as superuser, outside a transaction."""
-        with psycopg.connect(self._url(database), autocommit=True) as connection:
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
             connection.execute(statement)
 
-    def _url(self, database: str) -> str:
+    def start(self) -> None:
+        """Starts it, for the first time or again, and waits until it answers."""
+        log = self._folder / "log"
+        with log.open("ab") as out:
+            self._process = subprocess.Popen(self._command, stdout=out, stderr=subprocess.STDOUT, **self._run)
+        deadline = time.monotonic() + _START_S
+        while True:
+            try:
+                return self.execute("postgres", "SELECT 1")
+            except psycopg.OperationalError as e:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"PostgreSQL did not start: {log.read_text()}") from e
+                time.sleep(0.05)
+
+    def kill(self) -> None:
+        """Kills all its processes, and waits until they have ended."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)  # so that it starts no others
+        pid = self._process.pid
+        others = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        for each in (*others, pid):  # in this order: while it is there, nobody else gets their numbers
+            kill(each, signal.SIGKILL)
+        self._process.wait()
+        while any(start_time(other) is not None for other in others):
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Without saving data."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait(30)
+
+    def url(self, database: str) -> str:
         return f"postgresql://{_SUPERUSER}@127.0.0.1:{self.port}/{database}"
 
 
@@ -63,7 +99,7 @@ def start_postgres(options: Sequence[str]) -> Iterator[Postgres]:
     user = _unprivileged()
     if user:
         os.chown(folder, user["user"], user["group"])
-    process: subprocess.Popen[bytes] | None = None
+    server: Postgres | None = None
     try:
         programs, port = _programs(folder, user), free_port()
         run: dict[str, Any] = {
@@ -74,15 +110,12 @@ def start_postgres(options: Sequence[str]) -> Iterator[Postgres]:
         subprocess.run(initdb, check=True, capture_output=True, **run)
         command = [programs / "postgres", "-D", folder / "data", "-k", folder, "-h", "127.0.0.1", "-p", str(port)]
         command += [argument for option in options for argument in ("-c", option)]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **run)
-        server = Postgres(port, process)
-        _wait(server, process, folder / "log")
+        server = Postgres(port, folder, command, run)
+        server.start()
         yield server
     finally:
-        if process is not None:
-            process.send_signal(signal.SIGQUIT)  # immediate shutdown, without saving data
-            process.wait(30)
+        if server is not None:
+            server.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -99,17 +132,6 @@ def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/home/catalog.db"
     server: Postgres = request.getfixturevalue("postgres")
     return server.new_database()
-
-
-def _wait(server: Postgres, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while True:
-        try:
-            return server.execute("postgres", "SELECT 1")
-        except psycopg.OperationalError as e:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"PostgreSQL did not start: {log.read_text()}") from e
-            time.sleep(0.05)
 
 
 def _unprivileged() -> dict[str, Any]:

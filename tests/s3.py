@@ -8,12 +8,13 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from loray.local.s3 import LocalS3, start_local_s3, stop_local_s3
+from loray.local.s3 import LocalS3, current_local_s3, start_local_s3, stop_local_s3
 from loray.store.s3 import create_bucket
 
 
@@ -29,13 +30,21 @@ class S3Server:
         return location.url
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
+@contextmanager
+def started_s3() -> Iterator[LocalS3]:
+    """A server with a folder of its own."""
     folder = Path(tempfile.mkdtemp(prefix="loray-s3-"))
     try:
-        server = start_local_s3(folder)
-        yield S3Server(server)
-        os.kill(server.pid, signal.SIGKILL)  # otherwise it would save its data first
+        yield start_local_s3(folder)
     finally:
+        server = current_local_s3(folder)
+        if server is not None:
+            os.kill(server.pid, signal.SIGKILL)  # otherwise it would save its data first
         stop_local_s3(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    with started_s3() as server:
+        yield S3Server(server)

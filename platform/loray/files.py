@@ -1,4 +1,4 @@
-"""Helpers for files and what they hold: SHA-256, canonical JSON, private files, archives, a lock between processes."""
+"""Helpers for files and what they hold: hashes, JSON, private files, archives, scratch, a lock between processes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from loray.errors import ConflictError, IntegrityError
 
 _CHUNK_BYTES = 1 << 20
+_MAX_LINE = 64 << 20
+_SCRATCH = "loray-scratch-"
 
 
 def file_sha256(path: Path) -> str:
@@ -28,6 +32,32 @@ def file_sha256(path: Path) -> str:
 def canonical_json(data: Any) -> str:
     """JSON with sorted keys and without spaces: equal data gives equal text, and so equal digests."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def write_json_lines(f: BinaryIO, lines: Iterable[Any]) -> None:
+    """Writes one JSON value a line, and a last line with the SHA-256 of all before it."""
+    digest = hashlib.sha256()
+    for line in lines:
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        digest.update(data)
+        f.write(data)
+    f.write(json.dumps({"sha256": digest.hexdigest()}).encode() + b"\n")
+
+
+def read_json_lines(f: BinaryIO) -> Iterator[Any]:
+    """The values that `write_json_lines` wrote. Raises IntegrityError at the end where the last line does not confirm
+    them.
+    """
+    digest = hashlib.sha256()
+    while line := f.readline(_MAX_LINE):
+        content = json.loads(line)
+        if isinstance(content, dict) and "sha256" in content:
+            if content["sha256"] != digest.hexdigest() or f.read(1):
+                raise IntegrityError("it is damaged: its bytes differ from its SHA-256")
+            return
+        digest.update(line)
+        yield content
+    raise IntegrityError("it is damaged: its end is missing")
 
 
 @contextmanager
@@ -120,3 +150,35 @@ def appearing(path: Path) -> Iterator[Path]:
 def is_plain(name: str) -> bool:
     """Whether a file of this name lies in its folder, and is shown there."""
     return bool(name) and name == Path(name).name and not name.startswith(".")
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder for the block. Where the process is killed in it, the next process of this user that makes one
+    removes it.
+    """
+    parent = Path(tempfile.gettempdir())
+    _remove_abandoned(parent)
+    made = Path(tempfile.mkdtemp(prefix="loray-new-", dir=parent))
+    handle = os.open(made, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    folder = made.with_name(_SCRATCH + made.name.rpartition("-")[2])  # from here on, others look at its lock
+    made.rename(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+@cache  # once in a process
+def _remove_abandoned(parent: Path) -> None:
+    for folder in parent.glob(f"{_SCRATCH}*"):
+        with suppress(OSError):  # another user's, or one that has just gone
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(handle).st_uid == os.geteuid():
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)

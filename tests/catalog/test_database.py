@@ -239,14 +239,6 @@ def test_what_postgres_refuses_is_told_without_the_password(postgres: Postgres) 
     assert "secret" not in str(e.value)
 
 
-def test_a_connection_that_was_lost_is_made_again(postgres: Postgres) -> None:
-    catalog = Catalog(postgres.new_database())
-    publish(catalog, "tone", 1)
-    postgres.execute("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'test_%'")
-    assert catalog.resolve("tone").version == 1
-    catalog.close()
-
-
 def test_processes_register_one_name_at_once(url: str) -> None:
     """Separate processes, each with connections of its own, as drivers of several jobs are."""
     code = (

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from loray.bases.registry import BaseModel
 from tests.cli.run import Loray
 from tests.store.conftest import damage
@@ -42,3 +44,18 @@ def test_a_deleted_version_is_restored_or_collected(
     verified = loray("store", "verify")
     assert verified.code == 1
     assert "differs from its SHA-256; needed by " in verified.err
+
+
+def test_a_backup_is_restored_into_an_empty_catalog(
+    loray: Loray, base: BaseModel, peft_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (0, 1):
+        loray("adapters", "import", peft_folder(base, seed=seed), "--name", "tone", "--alias", "prod")
+    file = tmp_path / "backup"
+    assert loray("catalog", "backup", file).out.startswith("backed up 1 names and 2 versions, as of ")
+    refused = loray("catalog", "restore", file)
+    assert (refused.code, "the catalog is not empty" in refused.err) == (1, True)
+    monkeypatch.setenv("LORAY_CATALOG", f"sqlite:///{tmp_path}/other.db")
+    assert json.loads(loray("catalog", "restore", file, "--json").out)["versions"] == 2
+    assert "prod→2" in loray("adapters", "ls").out
+    assert loray("store", "verify").out == "the store is whole\n"

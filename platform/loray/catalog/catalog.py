@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from loray.adapters.manifest import manifest_json
 from loray.catalog.aliases import Aliases
+from loray.catalog.backup import Backups
 from loray.catalog.checks import check_alias, check_name
 from loray.catalog.database import reading, writing
 from loray.catalog.entries import (
@@ -52,6 +53,7 @@ _MAX_VERSION = 2**31 - 1  # what the column holds
 class Catalog(
     Aliases,
     Audit,
+    Backups,
     Deletion,
     Evaluations,
     Jobs,

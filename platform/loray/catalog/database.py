@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
-from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    InterfaceError,
+    InternalError,
+    NoSuchModuleError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from loray.errors import CatalogError, IntegrityError, LorayError, SettingsError, UnsupportedError
@@ -39,6 +46,8 @@ _KEEPALIVE = {
 }
 _POOL: dict[str, Any] = {"pool_size": 5, "max_overflow": 15, "pool_timeout": 10.0, "pool_recycle": 1800}
 _MIGRATION_LOCK = 0x6C6F726179  # key of a PostgreSQL advisory lock
+# InternalError: the server was made read-only, or has ended the transaction.
+_UNUSABLE = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 
 
 class Database:
@@ -223,7 +232,7 @@ def _translate_errors(engine: sa.Engine) -> Iterator[None]:
     """Errors of the database become CatalogError with its own message, without SQLAlchemy's statements and links."""
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeout) as e:
+    except _UNUSABLE as e:
         reason = str(e) if isinstance(e, PoolTimeout) else str(e.orig).strip()
         raise CatalogError(f"catalog {shown_url(engine.url)} cannot be used: {reason}") from e
 

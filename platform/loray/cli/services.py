@@ -12,6 +12,8 @@ from loray.errors import SettingsError
 from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 
+_TRANSFER_RETRY_S = 60.0
+
 
 class Services(NamedTuple):
     settings: Settings
@@ -30,13 +32,16 @@ def open_services() -> Iterator[Services]:
 
 
 @contextmanager
-def open_remote() -> Iterator[CatalogClient | None]:
-    """A client of the server at LORAY_URL; None where commands work on store and catalog themselves."""
+def open_remote(*, retry_s: float = 0.0) -> Iterator[CatalogClient | None]:
+    """A client of the server at LORAY_URL; None where commands work on store and catalog themselves.
+
+    `retry_s`: how long it waits for a server that is away.
+    """
     settings = Settings.from_env()
     if settings.url is None:
         yield None
         return
-    with CatalogClient(settings.url) as client:
+    with CatalogClient(settings.url, retry_s=retry_s) as client:
         yield client
 
 
@@ -53,8 +58,8 @@ def open_catalog() -> Iterator[CatalogClient | Catalog]:
 
 @contextmanager
 def needed_remote() -> Iterator[CatalogClient]:
-    """As `open_remote`. Raises SettingsError without LORAY_URL."""
-    with open_remote() as client:
+    """As `open_remote`; transfers go on when the server comes back. Raises SettingsError without LORAY_URL."""
+    with open_remote(retry_s=_TRANSFER_RETRY_S) as client:
         if client is None:
             raise SettingsError("this asks a server: set LORAY_URL to its address, as http://127.0.0.1:8000")
         yield client

@@ -37,10 +37,14 @@ class CatalogClient(AccessCalls, FileCalls):
     """Raises the errors that the server raised: AdapterNotFound, JobNotFound, ConflictError, RevisionConflict,
     GateRefused, SpecError with every wrong field, CatalogError if the server cannot reach its database, and
     ClusterError if the server or Ray does not answer.
+
+    Reading, uploading, registering and promoting without a precondition go on when server, database or store come back
+    within `retry_s`, by default 10 s.
     """
 
     _prefix = "/api/v1"
     _timeout = httpx.Timeout(60.0, connect=5.0)
+    _retry_s = 10.0
     _failure = ClusterError
 
     # -- adapters -----------------------------------------------------------------------------------------------------
@@ -71,7 +75,7 @@ class CatalogClient(AccessCalls, FileCalls):
     def share(self, name: str, visibility: Visibility, shared_with: Sequence[str] = ()) -> AdapterResource:
         """Sets who sees the adapter beside its tenant: nobody, the tenants of `shared_with`, or everybody."""
         body = {"visibility": visibility, "shared_with": list(shared_with)}
-        return self._ask(AdapterResource, "PATCH", path_of(name), json=body)
+        return self._ask(AdapterResource, "PATCH", path_of(name), again=True, json=body)
 
     def transfer(self, name: str, tenant: str, new_name: str | None = None) -> AdapterResource:
         """Hands the adapter to another tenant; for administrators."""
@@ -83,7 +87,7 @@ class CatalogClient(AccessCalls, FileCalls):
         return {tag.key: tag.value for tag in page.items}
 
     def set_tag(self, name: str, key: str, value: str = "") -> TagResource:
-        return self._ask(TagResource, "PUT", path_of(name, f"/tags/{key}"), json={"value": value})
+        return self._ask(TagResource, "PUT", path_of(name, f"/tags/{key}"), again=True, json={"value": value})
 
     def delete_tag(self, name: str, key: str) -> None:
         self._request("DELETE", path_of(name, f"/tags/{key}"))
@@ -111,7 +115,8 @@ class CatalogClient(AccessCalls, FileCalls):
         `described`: `base`, `licence`, `description`, `tool_parser` of an upload.
         """
         body = given({"digest": digest, "upload": upload, "version": version, "no_gate": no_gate} | described)
-        return self._ask(VersionDetail, "POST", path_of(name, "/versions"), json=body | {"aliases": list(aliases)})
+        body |= {"aliases": list(aliases)}
+        return self._ask(VersionDetail, "POST", path_of(name, "/versions"), again=True, json=body)
 
     def delete(self, name: str, version: int | None = None) -> None:
         """Deletes a name, or one version of it; it can be restored."""
@@ -147,7 +152,8 @@ class CatalogClient(AccessCalls, FileCalls):
         """
         headers = _if_match(etag) | ({"If-None-Match": "*"} if create else {})
         body = given({"version": version, "no_gate": no_gate})
-        return self._ask(AliasResource, "PUT", _alias(name, alias), json=body, headers=headers)
+        again = not headers  # else an answer that was lost would look like another caller's move
+        return self._ask(AliasResource, "PUT", _alias(name, alias), again=again, json=body, headers=headers)
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, etag: str | None = None) -> AliasResource:
         path = path_of(name, f"/aliases/{alias}/rollback")

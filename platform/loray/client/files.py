@@ -31,7 +31,7 @@ class FileCalls(HttpClient):
     def begin_upload(self, idempotency_key: str | None = None) -> UploadResource:
         """Begins an upload, or continues that of this key."""
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-        return self._ask(UploadResource, "POST", "/uploads", headers=headers)
+        return self._ask(UploadResource, "POST", "/uploads", again=idempotency_key is not None, headers=headers)
 
     def upload(self, id: str) -> UploadResource:
         return self._ask(UploadResource, "GET", f"/uploads/{id}")
@@ -39,9 +39,8 @@ class FileCalls(HttpClient):
     def put_file(self, id: str, path: Path) -> FileResource:
         """Sends one file, which is read while it is sent."""
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)}
-        with path.open("rb") as f:
-            url = f"/uploads/{id}/files/{path.name}"
-            return self._ask(FileResource, "PUT", url, content=f, headers=headers, timeout=_LONG)
+        url = f"/uploads/{id}/files/{path.name}"
+        return self._ask(FileResource, "PUT", url, again=True, file=path, headers=headers, timeout=_LONG)
 
     def delete_upload(self, id: str) -> None:
         self._request("DELETE", f"/uploads/{id}")

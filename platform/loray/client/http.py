@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
 from loray.api.resources import Page
+from loray.client.retries import BROKEN, NEVER_SENT, PASSING, Patience
 from loray.errors import EngineError, LorayError
+from loray.telemetry import get_logger
 
 R = TypeVar("R", bound=BaseModel)
+
+_log = get_logger(__name__)
 
 
 class HttpClient:
@@ -21,10 +26,13 @@ class HttpClient:
 
     api_key  None: LORAY_API_KEY of the environment, if it is set
     timeout  None: the class's default
+    retry_s  seconds for which a request is sent again while the server cannot be reached; and, if sending it twice does
+             what sending it once does, also where the answer was lost or is 502, 503 or 504. None: the class's default
     """
 
     _prefix = ""
     _timeout = httpx.Timeout(600.0, connect=5.0)
+    _retry_s = 0.0
     _failure: type[LorayError] = EngineError  # raised if the server fails or does not answer
 
     def __init__(
@@ -33,12 +41,15 @@ class HttpClient:
         *,
         api_key: str | None = None,
         timeout: httpx.Timeout | float | None = None,
+        retry_s: float | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/") + self._prefix
         api_key = api_key or os.environ.get("LORAY_API_KEY")
         headers = {} if not api_key else {"Authorization": f"Bearer {api_key}"}
         timeout = self._timeout if timeout is None else timeout
+        if retry_s is not None:
+            self._retry_s = retry_s
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=timeout, transport=transport)
 
     def __enter__(self) -> Self:
@@ -53,29 +64,59 @@ class HttpClient:
     def _ask(self, schema: type[R], method: str, path: str, **options: Any) -> R:
         return self._read(schema, self._request(method, path, **options).content)
 
-    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+    def _request(
+        self, method: str, path: str, *, again: bool = False, file: Path | None = None, **options: Any
+    ) -> httpx.Response:
+        """The response to a request that succeeded.
+
+        again  whether it may be sent twice; those that only read always may
+        file   the body, which is read while it is sent
+        """
         if method == "POST" and not options.keys() & {"json", "content", "files", "data"}:
             # What no form of a web page sends.
             options["headers"] = {"Content-Type": "application/json", **options.get("headers", {})}
-        try:
-            response = self._http.request(method, path, **options)
-        except httpx.HTTPError as e:
-            raise self._unreachable(e) from e
-        if not response.is_success:
-            raise self._error_of(response)
-        return response
+
+        def send() -> httpx.Response:
+            if file is None:
+                return self._http.request(method, path, **options)
+            with file.open("rb") as f:
+                return self._http.request(method, path, content=f, **options)
+
+        return self._attempts(send, again=again or method == "GET")
 
     @contextmanager
     def _streamed(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
         """Yields the response before its body has arrived. Leaving the block ends the request."""
+
+        def send() -> httpx.Response:
+            return self._http.send(self._http.build_request(method, path, **options), stream=True)
+
+        response = self._attempts(send, again=method == "GET")
         try:
-            with self._http.stream(method, path, **options) as response:
-                if not response.is_success:
-                    response.read()
-                    raise self._error_of(response)
-                yield response
+            yield response
         except httpx.HTTPError as e:
             raise self._unreachable(e) from e
+        finally:
+            response.close()
+
+    def _attempts(self, send: Callable[[], httpx.Response], *, again: bool) -> httpx.Response:
+        patience = Patience(self._retry_s)
+        while True:
+            try:
+                response = send()
+                if response.is_success:
+                    return response
+                response.read()
+            except httpx.HTTPError as e:
+                passes = isinstance(e, NEVER_SENT) or (again and isinstance(e, BROKEN))
+                if not (passes and patience.wait()):
+                    raise self._unreachable(e) from e
+                _log.warning("no answer from %s (%r): trying again", self.base_url, e)
+            else:
+                passes = again and response.status_code in PASSING
+                if not (passes and patience.wait(response.headers.get("retry-after"))):
+                    raise self._error_of(response)
+                _log.warning("%s answers %d: trying again", self.base_url, response.status_code)
 
     def _read(self, schema: type[R], data: str | bytes) -> R:
         try:

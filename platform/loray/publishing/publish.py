@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from loray.errors import (
     IntegrityError,
     NotFoundError,
 )
+from loray.files import scratch_folder
 from loray.spec import AdapterManifest, ToolParserName
 from loray.store import AdapterStore
 
@@ -91,8 +91,7 @@ def import_folder(
     is_published = (folder / AdapterManifest.FILE).is_file()
     manifest = _check_published(folder, base) if is_published else None
     validate_folder(folder, base.config, manifest)  # so that errors name the user's folder and not the copy
-    with tempfile.TemporaryDirectory(prefix="loray-import-") as scratch:
-        copy = Path(scratch)
+    with scratch_folder() as copy:
         for path in published_files(folder):
             shutil.copy2(path, copy / path.name)  # with its time, which becomes the adapter's created_at
         if is_published:

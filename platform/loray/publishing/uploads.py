@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
 import secrets
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from loray.errors import (
     UnsupportedError,
     shown,
 )
-from loray.files import file_sha256
+from loray.files import file_sha256, scratch_folder
 from loray.publishing.publish import Destination, base_of, import_folder, register_stored
 from loray.spec import MAX_TEMPLATE_CHARACTERS, AdapterManifest, ToolParserName
 from loray.store import AdapterStore
@@ -130,30 +130,63 @@ class Uploads:
         damaged, and as `import_folder` does.
         """
         self._check(upload)
-        with suppress(NotFoundError):
-            return register_stored(self._objects.get(self._state(upload, "published")).decode(), to)
         to.catalog.check_name(to.name, to.aliases)
-        with self._opened(upload) as folder, _about_the_upload(folder):
-            check(folder)
-            model = get_base(home, base) if base else base_of(folder, home)
-            version = import_folder(
-                folder, model, to, licence=licence, description=description, tool_parser=tool_parser
-            )
+        files = self.files(upload)  # before the look whether it is published, after which they are removed
+        published = self._register_published(upload, to)
+        if published is not None:
+            return published
+        try:
+            with self._opened(upload, files) as folder, _about_the_upload(folder):
+                check(folder)
+                model = get_base(home, base) if base else base_of(folder, home)
+                version = import_folder(
+                    folder, model, to, licence=licence, description=description, tool_parser=tool_parser
+                )
+        except NotFoundError:  # the same request, sent again, may have published it meanwhile
+            published = self._register_published(upload, to)
+            if published is None:
+                raise
+            return published
         self._objects.put_if_absent(self._state(upload, "published"), version.digest.encode())
         for file in self.files(upload):
             self._objects.delete(self._file(upload, file))
         return version
 
     @contextmanager
-    def _opened(self, upload: str) -> Iterator[Path]:
-        files = self.files(upload)
+    def _opened(self, upload: str, files: Sequence[UploadedFile]) -> Iterator[Path]:
         missing = {CONFIG_FILE, WEIGHTS_FILE} - {file.name for file in files}
         if missing:
             raise SpecError(f"the upload lacks {' and '.join(sorted(missing))}; send it, then publish again")
-        with tempfile.TemporaryDirectory(prefix="loray-upload-") as scratch:
+        begun_at = self._begun_at(upload)
+        with scratch_folder() as folder:
             for file in files:
-                self._objects.get_to(self._file(upload, file), Path(scratch) / file.name)
-            yield Path(scratch)
+                path = folder / file.name
+                self._objects.get_to(self._file(upload, file), path)
+                os.utime(path, (begun_at, begun_at))  # becomes the adapter's created_at
+            yield folder
+
+    def _begun_at(self, upload: str) -> float:
+        """The age of what is made of the upload: the same however often that is tried, and so the same digest."""
+        for entry in self._objects.entries(self._state(upload, "begun")):
+            return entry.written_at
+        raise NotFoundError(f"there is no upload {upload}; begin one")
+
+    def _register_published(self, upload: str, to: Destination) -> AdapterVersion | None:
+        """Register what was made of the upload; None where nothing was.
+
+        Where store or catalog do not have it any more, because it was collected or the catalog was restored from a
+        backup, the upload is open again.
+        """
+        key = self._state(upload, "published")
+        try:
+            digest = self._objects.get(key).decode()
+        except NotFoundError:
+            return None
+        try:
+            return register_stored(digest, to)
+        except (IntegrityError, NotFoundError):
+            self._objects.delete(key)
+            return None
 
     def _check(self, upload: str) -> None:
         if len(upload) != 32 or not set(upload) <= set("0123456789abcdef"):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from loray.adapters.manifest import parse_manifest, read_canonical, verify_folder, write_manifest
 from loray.errors import ConflictError, IntegrityError, NotFoundError
-from loray.files import file_sha256
+from loray.files import file_sha256, scratch_folder
 from loray.spec import AdapterManifest
 from loray.store.objects import ObjectStore
 from loray.telemetry import get_logger
@@ -129,9 +129,9 @@ class AdapterStore:
     def verify(self, digest: str) -> AdapterManifest:
         """Read and hash every stored byte of the adapter. Raises IntegrityError, which names the file that differs."""
         manifest = self.manifest(digest)
-        with tempfile.TemporaryDirectory(prefix="loray-verify-") as scratch:
+        with scratch_folder() as scratch:
             for name, sha256 in sorted(manifest.files.items()):
-                self._get_blob(digest, name, sha256, Path(scratch) / name)
+                self._get_blob(digest, name, sha256, scratch / name)
         return manifest
 
     def presigned(self, digest: str, expires_s: int) -> tuple[PresignedFile, ...] | None:
@@ -156,8 +156,8 @@ class AdapterStore:
 
     def object_sha256(self, key: str) -> str | None:
         """Read and hash one object. None where it is gone."""
-        with tempfile.TemporaryDirectory(prefix="loray-verify-") as scratch:
-            path = Path(scratch) / "object"
+        with scratch_folder() as scratch:
+            path = scratch / "object"
             try:
                 self.objects.get_to(key, path)
             except NotFoundError:

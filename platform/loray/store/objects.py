@@ -143,7 +143,8 @@ class LocalStore:
             yield ObjectEntry(key, found.st_size, found.st_mtime)
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        keys = (p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file())
+        below = self.root / prefix.rpartition("/")[0]
+        keys = (p.relative_to(self.root).as_posix() for p in below.rglob("*") if p.is_file())
         yield from sorted(key for key in keys if key.startswith(prefix) and not key.startswith(f"{TEMPORARY}/"))
 
     def delete(self, key: str) -> None:

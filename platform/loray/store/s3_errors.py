@@ -37,6 +37,7 @@ def translate_errors(location: S3Location) -> Iterator[None]:
     """Errors of boto3 in the block become StoreError, or UnsupportedError where the server lacks the operation."""
     from boto3.exceptions import RetriesExceededError
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
     from s3transfer.exceptions import RetriesExceededError as TransferFailed
 
     try:
@@ -45,6 +46,8 @@ def translate_errors(location: S3Location) -> Iterator[None]:
         raise _of_response(e, location) from e
     except (RetriesExceededError, TransferFailed) as e:
         raise _unreachable(e.last_exception, location) from e
+    except ResponseParserError as e:  # an answer that was cut off, or a proxy's
+        raise StoreError(f"{_place(location)} gives an answer that is none of S3 ({e}); try again later") from e
     except BotoCoreError as e:
         raise _of_client(e, location) from e
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path as FilePath
-from typing import Annotated, BinaryIO, cast
+from typing import Annotated, BinaryIO
 
 from fastapi import APIRouter, Header, Path, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from loray.api.uploads import FileResource, UploadResource
+from loray.files import scratch_folder
 from loray.publishing.uploads import UploadedFile, Uploads, check_file_name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
@@ -52,9 +51,11 @@ def create_router(services: Services) -> APIRouter:
         """Send one file of the folder, as it is. A file of the same name is replaced. 409: it is published already."""
         limit = check_file_name(name)
         uploads = await run_in_threadpool(_uploads, services, asking)
-        with tempfile.NamedTemporaryFile(prefix="loray-upload-") as f:
-            await _write(request, cast("BinaryIO", f), limit)
-            return _file(await run_in_threadpool(uploads.put, id, name, FilePath(f.name)))
+        with scratch_folder() as folder:
+            path = folder / name
+            with path.open("wb") as f:
+                await _write(request, f, limit)
+            return _file(await run_in_threadpool(uploads.put, id, name, path))
 
     @router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))
     def delete_upload(asking: Asking, id: UploadId) -> None:
@@ -89,4 +90,3 @@ async def _write(request: Request, f: BinaryIO, limit: int) -> None:
             await run_in_threadpool(f.write, bytes(pending))
             pending.clear()
     await run_in_threadpool(f.write, bytes(pending))
-    await run_in_threadpool(f.flush)

@@ -153,14 +153,18 @@ def test_loray_train_follows_a_job_of_a_server(api: Api, client: CatalogClient) 
 
 def test_servers_that_do_not_answer(tmp_path: Path) -> None:
     api = Api(tmp_path, "postgresql://nobody@127.0.0.1:1/none")
-    with CatalogClient(transport=api.transport) as client, pytest.raises(CatalogError, match="cannot be used"):
+    with (
+        CatalogClient(transport=api.transport, retry_s=0) as client,
+        pytest.raises(CatalogError, match="cannot be used"),
+    ):
         client.bases()
     for answer, match in [
         (httpx.Response(502, text="<html>bad gateway"), "HTTP 502: <html>bad gateway"),
         (httpx.Response(200, text="[]"), "not a AliasResource"),
     ]:
         transport = httpx.MockTransport(lambda _, answer=answer: answer)  # type: ignore[misc]
-        with CatalogClient(transport=transport) as client, pytest.raises(ClusterError, match=match):
+        with CatalogClient(transport=transport, retry_s=0) as client, pytest.raises(ClusterError, match=match):
             client.alias("tone", "prod")
-    with CatalogClient("http://127.0.0.1:1") as client, pytest.raises(ClusterError, match="no answer from"):
+    nobody = CatalogClient("http://127.0.0.1:1", retry_s=0)
+    with nobody as client, pytest.raises(ClusterError, match="no answer from"):
         list(client.follow("job-1"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from loray.errors import (
     IntegrityError,
     LorayError,
     NotFoundError,
+    SpecError,
+    StoreError,
     UnsupportedError,
 )
 from loray.files import unpack_tar
@@ -105,6 +108,67 @@ def test_an_upload_is_continued_and_published_once(
     client.delete_upload(id)
     with pytest.raises(NotFoundError, match="there is no upload"):
         client.upload(id)
+
+
+def test_a_publication_that_was_cut_off_after_its_registration_makes_one_version(
+    api: Api, client: CatalogClient, base: BaseModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the server was killed there; the second attempt comes in another second."""
+    id = send(client, folder, "my key")
+    begun = api.settings.home / "store" / "uploads" / "default" / id / "state" / "begun"
+    os.utime(begun, (1_700_000_000, 1_700_000_000))
+    objects, put = api.services.store.objects, api.services.store.objects.put_if_absent
+
+    def cut_off(key: str, data: bytes | Path) -> bool:
+        if key.endswith("/published"):
+            raise StoreError("the server ends here")
+        return put(key, data)
+
+    monkeypatch.setattr(objects, "put_if_absent", cut_off)
+    with CatalogClient("http://test", transport=api.transport, retry_s=0) as hasty, pytest.raises(StoreError):
+        hasty.register("tone", upload=id, base=base.name)
+    monkeypatch.undo()
+    assert not client.upload(id).published
+    version = client.register("tone", upload=id, base=base.name)
+    assert [v.version for v in client.versions("tone")] == [1]
+    assert version.manifest.created_at == "2023-11-14T22:13:20+00:00"
+
+
+@pytest.mark.parametrize("at", ["files", "get_to"])
+def test_a_publication_that_is_asked_for_twice_at_once_is_made_once(
+    api: Api, client: CatalogClient, base: BaseModel, folder: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """The second request overtakes the first, whose client has sent it again: after it has looked, or read a file."""
+    id = send(client, folder)
+    target: Any = uploading.Uploads if at == "files" else api.services.store.objects
+    step = getattr(target, at)
+    overtaken: list[str] = []
+
+    def overtaking(*args: Any) -> Any:
+        found = step(*args) if at == "files" else None
+        if not overtaken:
+            overtaken.append("now")
+            overtaken.append(client.register("tone", upload=id, base=base.name).digest)
+        return found if at == "files" else step(*args)
+
+    monkeypatch.setattr(target, at, overtaking)
+    assert client.register("tone", upload=id, base=base.name).digest == overtaken[1]
+    assert [v.version for v in client.versions("tone")] == [1]
+    assert client.upload(id).published
+    assert staged(api) == []
+
+
+def test_an_upload_whose_adapter_is_gone_is_open_again(
+    api: Api, client: CatalogClient, base: BaseModel, folder: Path
+) -> None:
+    id = send(client, folder, "my key")
+    digest = client.register("tone", upload=id, base=base.name).digest
+    api.services.store.objects.delete(api.services.store.keys_of(digest)[1])
+    with pytest.raises(SpecError, match="the upload lacks"):
+        client.register("other", upload=id, base=base.name)
+    assert send(client, folder, "my key") == id
+    assert client.register("other", upload=id, base=base.name).digest == digest
+    api.services.store.verify(digest)
 
 
 def test_what_is_refused_has_no_name(api: Api, client: CatalogClient, base: BaseModel, folder: Path) -> None:

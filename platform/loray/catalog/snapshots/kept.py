@@ -7,7 +7,6 @@ modification says when it was last known to be current. Only its owner may read 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar, Generic, NamedTuple, TypeVar
 
 from loray.catalog.database import shown_url
 from loray.errors import IntegrityError, SpecError
-from loray.files import check_private, replacing_private
+from loray.files import check_private, read_json_lines, replacing_private, write_json_lines
 from loray.telemetry import get_logger
 
 _log = get_logger(__name__)
@@ -28,7 +27,6 @@ T = TypeVar("T")
 _FORMAT = 2
 _BLOCK = 200  # items of a line: encoding one holds Python's lock
 _MAX_BYTES = 2 << 30
-_MAX_LINE = 64 << 20
 
 
 class Kept(NamedTuple, Generic[T]):
@@ -70,7 +68,7 @@ class KeptFile(ABC, Generic[T]):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing_private(self.path) as f:
-                _write(f, header, self._items(state))
+                write_json_lines(f, _lines(header, self._items(state)))
         except OSError as e:
             _log.warning("the catalog's %s cannot be kept in %s: %s", self.WHAT, self.path, e)
             return False
@@ -88,7 +86,7 @@ class KeptFile(ABC, Generic[T]):
             return None
 
     def _read(self, f: BinaryIO, age_s: float) -> Kept[T]:
-        lines = _checked_lines(f)
+        lines = read_json_lines(f)
         try:
             header = next(lines)
             if header.get("format") != _FORMAT:
@@ -109,27 +107,7 @@ def _name_of(catalog_url: str) -> str:
     return hashlib.sha256(shown_url(catalog_url).encode()).hexdigest()
 
 
-def _write(f: BinaryIO, header: dict[str, Any], items: Iterator[list[Any]]) -> None:
-    digest = hashlib.sha256()
-    line = header
-    while line:
-        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
-        digest.update(data)
-        f.write(data)
-        block = list(islice(items, _BLOCK))
-        line = {"items": block} if block else {}
-    f.write(json.dumps({"sha256": digest.hexdigest()}).encode() + b"\n")
-
-
-def _checked_lines(f: BinaryIO) -> Iterator[dict[str, Any]]:
-    """The lines but the last. Raises IntegrityError at the end where the last one does not confirm them."""
-    digest = hashlib.sha256()
-    while line := f.readline(_MAX_LINE):
-        content = json.loads(line)
-        if "sha256" in content:
-            if content["sha256"] != digest.hexdigest() or f.read(1):
-                raise IntegrityError("it is damaged: its bytes differ from its SHA-256")
-            return
-        digest.update(line)
-        yield content
-    raise IntegrityError("it is damaged: its end is missing")
+def _lines(header: dict[str, Any], items: Iterator[list[Any]]) -> Iterator[dict[str, Any]]:
+    yield header
+    while block := list(islice(items, _BLOCK)):
+        yield {"items": block}

@@ -1,0 +1,52 @@
+"""`loray catalog`: backups of the catalog's database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loray.catalog.backup import BackupSummary
+from loray.cli.output import emit, json_option, when
+from loray.cli.services import open_services
+
+_file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+
+
+@click.group()
+def catalog() -> None:
+    """The catalog's database: back it up, and restore it."""
+
+
+@catalog.command()
+@_file
+@json_option
+def backup(file: Path, as_json: bool) -> None:
+    """Write all of the catalog to FILE, as it is now: names, versions, aliases, keys, jobs, usage, the audit log.
+
+    Others publish and serve meanwhile. The bytes of the adapters are in the store: copy that after the catalog.
+    """
+    with open_services() as services:
+        made = services.catalog.write_backup(file)
+    _report("backed up", made, as_json)
+
+
+@catalog.command()
+@_file
+@json_option
+def restore(file: Path, as_json: bool) -> None:
+    """Read the backup FILE into the catalog of LORAY_CATALOG, which must be empty. Stop its servers first.
+
+    `loray store verify` says afterwards whether the store has the bytes of every version.
+    """
+    with open_services() as services:
+        restored = services.catalog.read_backup(file)
+    _report("restored", restored, as_json)
+
+
+def _report(done: str, backup: BackupSummary, as_json: bool) -> None:
+    if as_json:
+        emit({"created_at": backup.created_at, "names": backup.num_names, "versions": backup.num_versions})
+    else:
+        what = f"{backup.num_names:,} names and {backup.num_versions:,} versions"
+        click.echo(f"{done} {what}, as of {when(backup.created_at)}")

@@ -1,0 +1,167 @@
+"""Backups: all rows come back, on either kind of database; what is damaged or of another revision is refused whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from loray.catalog import Catalog
+from loray.catalog.backup.lines import Line, table_lines
+from loray.catalog.database import reading, writing
+from loray.catalog.queries import utc
+from loray.catalog.schema import audit_log, changes, metadata
+from loray.errors import ConflictError, DataError, IntegrityError, LorayError, UnsupportedError
+from loray.files import read_json_lines, write_json_lines
+from loray.spec import Evaluation, Limits
+from tests.catalog.test_catalog import BASE, digest, manifest, publish, vera_manifest
+
+Rows = dict[str, list[tuple[object, ...]]]
+
+
+@pytest.fixture
+def filled(catalog_url: str) -> Iterator[Catalog]:
+    """With rows in most of its tables."""
+    catalog = Catalog(catalog_url)
+    catalog.add_base("base", BASE)
+    publish(catalog, "tone", 1, 2, aliases=("prod",))
+    publish(catalog, "gone", 3)
+    catalog.register("vera", digest(4), vera_manifest(4, key=0))
+    catalog.delete_adapter("gone")
+    catalog.rollback("tone")
+    catalog.create_tenant("acme", Limits(rpm_limit=600))
+    catalog.share("tone", "shared", ["acme"])
+    catalog.record_evaluations(digest(1), [Evaluation(metric="loss", value=1.5, dataset="docs")])
+    catalog.note_upload(digest(1))
+    yield catalog
+    catalog.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Catalog]:
+    url = f"sqlite:///{tmp_path}/restored.db"
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres").new_database()
+    catalog = Catalog(url)
+    yield catalog
+    catalog.close()
+
+
+def rows_of(catalog: Catalog) -> Rows:
+    """Of all tables, but those that restoring changes."""
+    with reading(catalog._engine) as c:
+        tables = [table for table in metadata.sorted_tables if table not in (changes, audit_log)]
+        return {
+            table.name: [
+                tuple(utc(v).astimezone(UTC) if isinstance(v, datetime) else v for v in row)
+                for row in c.execute(sa.select(table).order_by(*table.primary_key))
+            ]
+            for table in tables
+        }
+
+
+def test_all_comes_back(filled: Catalog, empty: Catalog, tmp_path: Path) -> None:
+    made = filled.write_backup(tmp_path / "backup")
+    assert (made.num_names, made.num_versions) == (3, 4)
+    assert (tmp_path / "backup").stat().st_mode & 0o077 == 0
+    publish(filled, "later", 9)
+    assert empty.read_backup(tmp_path / "backup") == made
+    assert empty.alias("tone", "prod") == filled.alias("tone", "prod")
+    assert [entry.name for entry in empty.adapters()] == ["tone", "vera"]
+    empty.restore("gone", collections=empty.collections())
+    assert empty.entry("gone").versions.keys() == {1}
+
+
+def test_rows_are_equal_and_others_follow_them(filled: Catalog, empty: Catalog, tmp_path: Path) -> None:
+    filled.write_backup(tmp_path / "backup")
+    empty.read_backup(tmp_path / "backup")
+    assert rows_of(empty) == rows_of(filled)
+    assert all(rows_of(filled)[name] for name in ("versions", "alias_moves", "evaluations", "shares", "uploads"))
+    before = filled.alias("tone", "prod").revision
+    empty.register("tone", digest(7), manifest(7), ["prod"])  # ids and revisions that nobody has had
+    assert empty.entry("tone").versions.keys() == {1, 2, 3}
+    assert empty.alias("tone", "prod").revision > before + 1000
+    with pytest.raises(ConflictError, match="not empty"):
+        empty.read_backup(tmp_path / "backup")
+
+
+def _cut(lines: list[bytes]) -> list[bytes]:
+    return lines[:-1]
+
+
+def _changed(lines: list[bytes]) -> list[bytes]:
+    return [line.replace(b"tone", b"tune") for line in lines]
+
+
+def _none(_: list[bytes]) -> list[bytes]:
+    return []
+
+
+def _no_json(_: list[bytes]) -> list[bytes]:
+    return [b"nothing of ours\n"]
+
+
+@pytest.mark.parametrize("damage", [_cut, _changed, _none, _no_json])
+def test_a_damaged_backup_changes_nothing(
+    filled: Catalog, empty: Catalog, tmp_path: Path, damage: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    file = tmp_path / "backup"
+    filled.write_backup(file)
+    file.write_bytes(b"".join(damage(file.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(IntegrityError, match="nothing was restored"):
+        empty.read_backup(file)
+    filled.write_backup(file)
+    empty.read_backup(file)
+
+
+def test_backups_of_others_are_refused(filled: Catalog, empty: Catalog, tmp_path: Path) -> None:
+    file = tmp_path / "backup"
+    filled.write_backup(file)
+    with file.open("rb") as f:
+        first, *rest = read_json_lines(f)
+    for changed, error in [
+        (first | {"revision": "9999"}, UnsupportedError),
+        (first | {"format": 9}, UnsupportedError),
+        ({"table": "keys", "columns": []}, IntegrityError),
+        (["row"], IntegrityError),
+    ]:
+        with file.open("wb") as f:
+            write_json_lines(f, [changed, *rest])
+        with pytest.raises(error):
+            empty.read_backup(file)
+    for missing in (tmp_path / "missing", tmp_path):
+        with pytest.raises(DataError, match="cannot be read"):
+            empty.read_backup(missing)
+    with pytest.raises((LorayError, OSError)):
+        filled.write_backup(tmp_path / "no folder" / "backup")
+
+
+def test_a_backup_is_of_one_moment(filled: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others write while it is made."""
+    numbers = count(100)
+
+    def interrupted(*args: Any) -> Iterator[Line]:
+        publish(filled, "concurrent", next(numbers))
+        return table_lines(*args)
+
+    monkeypatch.setattr("loray.catalog.backup.backups.table_lines", interrupted)
+    before = rows_of(filled)
+    filled.write_backup(tmp_path / "backup")
+    assert "concurrent" not in (tmp_path / "backup").read_text()
+    monkeypatch.undo()
+    assert len(rows_of(filled)["versions"]) == len(before["versions"]) + len(metadata.sorted_tables)
+
+
+def test_a_row_of_time_is_kept_exactly(filled: Catalog, empty: Catalog, tmp_path: Path) -> None:
+    with writing(filled._engine) as c:
+        moment = datetime(2026, 11, 26, 12, 0, 0, 123456, tzinfo=UTC)
+        c.execute(audit_log.update().values(created_at=moment))
+    filled.write_backup(tmp_path / "backup")
+    empty.read_backup(tmp_path / "backup")
+    with reading(empty._engine) as c:
+        assert {utc(t).astimezone(UTC) for t in c.scalars(sa.select(audit_log.c.created_at).limit(3))} == {moment}
