@@ -187,6 +187,20 @@ def test_whether_anybody_has_a_limit_that_is_counted() -> None:
     assert not of_tenant.has_same_keys(free)
 
 
+def test_a_key_of_the_catalog_is_no_key_of_the_deployment() -> None:
+    """Though a server was started with it in LORAY_API_KEY: it keeps its scopes, and can be revoked."""
+    mine = hashed(secret("1"), tenant="acme")
+    static = {mine.sha256: Principal(actor="deployment")}
+    assert ask(KeyRing(static=static), secret("1")).is_admin  # before the catalog was read
+    known = ring(mine, static=static)
+    assert (ask(known, secret("1")).scopes, ask(known, secret("1")).tenant) == ({"infer"}, "acme")
+    gone = known.updated(KeyChanges(2, (hashed(secret("1"), revoked_at=NOW),), (), any_keys=True), read_at=1.0)
+    kept = KeyRing(static=static).updated(gone.state, read_at=1.0)  # as a server has it from the file of the last one
+    for one in (gone, kept, ring(hashed(secret("1"), revoked_at=NOW), static=static)):
+        with pytest.raises(Unauthenticated):
+            ask(one, secret("1"))
+
+
 def test_acting_for_another_tenant() -> None:
     found = ring()
     proxy = principal("infer", "admin", "act_for")

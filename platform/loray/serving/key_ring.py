@@ -33,7 +33,8 @@ class _Entry:
 class KeyRing:
     """All keys of a deployment at one moment.
 
-    static      SHA-256 of the deployment's own keys, which are an administrator's and need no database
+    static      SHA-256 of the deployment's own keys, which are an administrator's and need no database. A key that the
+                catalog has, or has had, is the catalog's all the same: its scopes, limits and end count
     counter     the catalog's change counter then; -1: the catalog was never read
     any_keys    whether the catalog has a key, or has had one
     has_limits  whether a key or a tenant of the catalog has a limit that is counted
@@ -49,6 +50,7 @@ class KeyRing:
     read_at: float = float("-inf")
     _entries: Mapping[str, tuple[_Entry, ...]] = field(default_factory=dict)  # by prefix
     _tenants: Mapping[str, Tenant] = field(default_factory=dict)
+    _not_static: Mapping[bytes, HashedKey] = field(default_factory=dict)  # the catalog's among `static`
 
     @property
     def was_read(self) -> bool:
@@ -86,13 +88,21 @@ class KeyRing:
             if not entries[key.prefix]:
                 del entries[key.prefix]
         limits = chain((t.limits for t in tenants.values()), (e.key.limits for same in entries.values() for e in same))
-        return replace(ring, has_limits=any(of.are_counted for of in limits), _entries=entries, _tenants=tenants)
+        ours = {stored.sha256: stored for stored in changed.values() if stored.sha256 in self.static}
+        return replace(
+            ring,
+            has_limits=any(of.are_counted for of in limits),
+            _entries=entries,
+            _tenants=tenants,
+            _not_static={**self._not_static, **ours},
+        )
 
     @property
     def state(self) -> KeyChanges:
         """All that the ring knows of the catalog's keys."""
-        keys = tuple(HashedKey(e.sha256, e.key) for same in self._entries.values() for e in same)
-        return KeyChanges(self.counter, keys, tuple(self._tenants.values()), self.any_keys)
+        keys = [HashedKey(e.sha256, e.key) for same in self._entries.values() for e in same]
+        keys += [stored for stored in self._not_static.values() if stored.key.revoked_at is not None]
+        return KeyChanges(self.counter, tuple(keys), tuple(self._tenants.values()), self.any_keys)
 
     def principal(self, secret: str, *, now: float, monotonic: float) -> Principal:
         """What a key stands for. `now` is the time since 1970.
@@ -104,7 +114,7 @@ class KeyRing:
             raise Unauthenticated(_INVALID)
         sha256 = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
         for known, principal in self.static.items():
-            if hmac.compare_digest(known, sha256):
+            if hmac.compare_digest(known, sha256) and known not in self._not_static:
                 return principal
         if monotonic - self.read_at > self.max_age_s:
             raise CatalogError(
