@@ -223,8 +223,9 @@ def check_digest(c: sa.Connection, principal: Principal, digest: str) -> None:
     if principal.is_admin:
         return
     uploaded = sa.select(uploads.c.digest).where(uploads.c.digest == digest, uploads.c.tenant == principal.tenant)
+    exists = sa.or_(versions.c.deleted_at.is_(None), owned(principal))  # a deleted version may come back to its owner
     seen = sa.select(versions.c.digest).join(adapters, adapters.c.id == versions.c.adapter_id)
-    seen = seen.where(versions.c.digest == digest, visible(principal))
+    seen = seen.where(versions.c.digest == digest, visible(principal), exists)
     if c.execute(sa.union_all(uploaded, seen).limit(1)).first() is None:
         raise NotFoundError(f"the store has no adapter with digest {digest[:12]}")
 

@@ -1,0 +1,75 @@
+"""The catalog's API does what its model does, whatever keys ask in whatever order."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from loray.catalog import Catalog
+from loray.serving.key_ring import KeyRing
+from loray.spec import Principal
+from tests.catalog.test_catalog import BASE as FINGERPRINT
+from tests.postgres import Postgres
+from tests.serve_apps.api.fakes import Api
+from tests.serve_apps.api.machine.asking import ROOT
+from tests.serve_apps.api.machine.machine import CatalogMachine
+from tests.serve_apps.api.machine.model import BASE, Bytes, Model
+from tests.serve_apps.keys import access_of
+
+METHODS = ("lora", "lora", "lora", "longlora")  # the gate refuses aliases to the last one
+
+
+def api_at(home: Path, url: str) -> Api:
+    ring = KeyRing(static={hashlib.sha256(ROOT.encode()).digest(): Principal(key_id="deployment")})
+    return Api(home, url, access_of(url, host="0.0.0.0", ring=ring))
+
+
+def check(folder: Path, new_url: Callable[[], str], *, num_runs: int, num_steps: int) -> None:
+    """`new_url`: of a catalog without adapters."""
+    first = api_at(folder / "home", new_url())
+    stored = {
+        first.store(number, folder, method=method): Bytes(method, is_gated=method == "longlora")
+        for number, method in enumerate(METHODS)
+    }
+    first.close()
+
+    def machine() -> CatalogMachine:
+        api = api_at(folder / "home", new_url())
+        api.catalog.add_base(BASE, FINGERPRINT)
+        return CatalogMachine(api, Model(stored))
+
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=num_runs,
+            stateful_step_count=num_steps,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_random_requests(tmp_path: Path) -> None:
+    template, numbers = tmp_path / "template.db", count()
+    Catalog(f"sqlite:///{template}").close()
+
+    def new_url() -> str:
+        copy = tmp_path / f"catalog-{next(numbers)}.db"
+        shutil.copy(template, copy)
+        return f"sqlite:///{copy}"
+
+    check(tmp_path, new_url, num_runs=9, num_steps=100)
+
+
+@pytest.mark.slow
+def test_random_requests_on_postgresql(tmp_path: Path, postgres: Postgres) -> None:
+    check(tmp_path, postgres.new_database, num_runs=20, num_steps=100)
