@@ -26,7 +26,7 @@ from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines, Gateways
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
-from serve_apps.gateway.openapi import describe_bodies
+from serve_apps.gateway.openapi import describe
 from serve_apps.gateway.prompts import PromptEncoder
 from serve_apps.gateway.routes import adapters, generation, server, tokens
 
@@ -59,7 +59,7 @@ def create_app(gateway: Gateway, access: Access) -> FastAPI:
 
     for routes in (generation, tokens, adapters, server):
         app.include_router(routes.create_router(gateway))
-    describe_bodies(app, generation.BODIES | tokens.BODIES | adapters.BODIES)
+    describe(app, generation.BODIES | tokens.BODIES | adapters.BODIES)
     return app
 
 

@@ -23,8 +23,8 @@ from loray.errors import SpecError
         pytest.param(Answers(8192, 100), [("LoRA", 5.0)], id="at the thresholds"),
         pytest.param(Answers(8193, 101), [("VeRA", 7.0), ("LoRA", 5.0), ("LongLoRA", 0.600073242)], id="past them"),
         pytest.param(Answers(1 << 20, 1, "high"), [("VeRA", 10.02), ("LoRA", 5.0), ("LongLoRA", 3.0)], id="capped"),
-        pytest.param(Answers(1, 10, "low", "distributed"), [("LoRA", 5.0)], id="ten tasks are few"),
-        pytest.param(Answers(1, 11, "low", "distributed"), [("S-LoRA", 5.44), ("LoRA", 5.0)], id="eleven are not"),
+        pytest.param(Answers(2, 10, "low", "distributed"), [("LoRA", 5.0)], id="ten tasks are few"),
+        pytest.param(Answers(2, 11, "low", "distributed"), [("S-LoRA", 5.44), ("LoRA", 5.0)], id="eleven are not"),
     ],
 )
 def test_scores(answers: Answers, expected: list[tuple[str, float]]) -> None:

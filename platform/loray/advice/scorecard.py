@@ -34,9 +34,10 @@ class Answers:
     scale: Scale = "single"
 
     def __post_init__(self) -> None:
-        for name, value in (("context length", self.context_length), ("number of tasks", self.num_tasks)):
-            if value < 1:
-                raise SpecError(f"the {name} is {value}; it must be at least 1")
+        # A row of one token has nothing to be trained on.
+        for name, value, least in (("context length", self.context_length, 2), ("number of tasks", self.num_tasks, 1)):
+            if value < least:
+                raise SpecError(f"the {name} is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def create_router(services: Services) -> APIRouter:
 
     @router.get("/recommend", responses=responses(404) | examples.ok(examples.RECOMMENDATION))
     def recommend_methods(
-        context_length: Annotated[int, Query(ge=1, le=1 << 24, description="tokens of the longest row")],
+        context_length: Annotated[int, Query(ge=2, le=1 << 24, description="tokens of the longest row")],
         num_tasks: Annotated[int, Query(ge=1, le=10**9, description="adapters that there will be")],
         resource_constraint: Annotated[Constraint, Query(description="how scarce memory and money are")] = "medium",
         deployment_scale: Annotated[Scale, Query(description="one machine, or a cluster")] = "single",

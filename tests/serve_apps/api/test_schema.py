@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
-from schemathesis import GenerationMode, checks
-from schemathesis.specs.openapi import checks as openapi_checks
+from hypothesis import given
+from schemathesis import GenerationMode
 
 from loray.errors import AdapterNotFound
 from loray.serving.key_ring import KeyRing
@@ -21,15 +20,15 @@ from tests.catalog.test_catalog import BASE, publish
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.test_jobs import submit
 from tests.serve_apps.keys import access_of
-
-CHECKS: Any = [
-    checks.not_a_server_error,
-    openapi_checks.status_code_conformance,
-    openapi_checks.content_type_conformance,
-    openapi_checks.response_headers_conformance,
-    openapi_checks.response_schema_conformance,
-    openapi_checks.negative_data_rejection,
-]
+from tests.serve_apps.schemas import (
+    CHECKS,
+    NEGATIVE_CHECKS,
+    Headers,
+    examples,
+    expected,
+    headers_of_each_kind,
+    without_lifespan,
+)
 
 TAKE_NOTHING = {"GET /bases", "GET /keys/self", "GET /tenants"}  # that could be wrong
 KNOWN = {"name": "tone", "alias": "prod", "version": 1, "id": "job-1", "key": "team"}
@@ -104,34 +103,60 @@ def document(api: Api) -> Any:
     return api.http.get("/openapi.json").json()
 
 
-@pytest.mark.parametrize(
-    ("operation", "mode"),
-    [
-        pytest.param(operation, mode, id=f"{mode.value} {operation}")
-        for operation in OPERATIONS
-        for mode in GenerationMode
-        if mode == GenerationMode.POSITIVE or operation not in TAKE_NOTHING
-    ],
-)
+CASES = [
+    pytest.param(operation, mode, id=f"{mode.value} {operation}")
+    for operation in OPERATIONS
+    for mode in GenerationMode
+    if mode == GenerationMode.POSITIVE or operation not in TAKE_NOTHING
+]
+
+
+@pytest.fixture(scope="module")
+def callers(api: Api) -> dict[str, Headers]:
+    return headers_of_each_kind(api.catalog)
+
+
+def cases_of(api: Api, operation: str, mode: GenerationMode) -> Any:
+    method, path = operation.split()
+    schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", without_lifespan(api.app))
+    return schema[path][method].as_strategy(generation_mode=mode)
+
+
+def prepare(api: Api, case: Any, mode: GenerationMode) -> None:
+    """There is an alias that can be rolled back, whatever came before, and a valid request asks what there is."""
+    for deleted in (None, 1):
+        with suppress(AdapterNotFound):
+            api.catalog.restore("tone", deleted, collections=api.catalog.collections())
+    for version in (1, 2):
+        api.catalog.promote("tone", "prod", version)
+    if mode == GenerationMode.POSITIVE:
+        case.path_parameters |= {name: KNOWN[name] for name in case.path_parameters}
+
+
+@pytest.mark.parametrize(("operation", "mode"), CASES)
 def test_every_answer_is_described(api: Api, operation: str, mode: GenerationMode) -> None:
     """`mode`: valid requests for existing resources, or invalid ones, which must be refused."""
-    method, path = operation.split()
-    schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", api.app)
-    cases = schema[path][method].as_strategy(generation_mode=mode)
 
-    num = 10 if mode == GenerationMode.POSITIVE else 25  # there are more ways to be wrong than to be right
-
-    @given(case=cases)
-    @settings(max_examples=num, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=cases_of(api, operation, mode))
+    @examples(10 if mode == GenerationMode.POSITIVE else 25)  # there are more ways to be wrong than to be right
     def ask(case: Any) -> None:
-        for deleted in (None, 1):
-            with suppress(AdapterNotFound):
-                api.catalog.restore("tone", deleted, collections=api.catalog.collections())
-        for version in (1, 2):  # an alias that there is, and can be rolled back, whatever came before
-            api.catalog.promote("tone", "prod", version)
-        if mode == GenerationMode.POSITIVE:
-            case.path_parameters |= {name: KNOWN[name] for name in case.path_parameters}
-        case.call_and_validate(checks=CHECKS, headers=HEADERS)
+        prepare(api, case, mode)
+        case.call_and_validate(checks=NEGATIVE_CHECKS, headers=HEADERS)
+
+    ask()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_answer_to_a_key_is_described(api: Api, callers: dict[str, Headers], operation: str) -> None:
+    @given(case=cases_of(api, operation, GenerationMode.POSITIVE))
+    @examples(1)
+    def ask(case: Any) -> None:
+        for name, headers in callers.items():
+            if name in ("none", "admin") or (expected(name) is None and not operation.startswith("GET")):
+                prepare(api, case, GenerationMode.POSITIVE)
+            answer = case.call_and_validate(checks=CHECKS, headers=headers)
+            if (status := expected(name)) is not None:
+                assert answer.status_code == status, name
 
     ask()
 

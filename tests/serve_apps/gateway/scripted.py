@@ -15,6 +15,7 @@ from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion, Catalog
 from loray.spec import AdapterManifest, FinishReason, GenerateRequest, ServeSpec, TokenDelta
+from serve_apps.access import Access
 from serve_apps.gateway.app import create_app
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines
@@ -33,8 +34,11 @@ REPLICA = ReplicaStatus(
 )
 
 
-def gateway_app(base: BaseModel, catalog_url: str, engines: Engines, **spec: Any) -> FastAPI:
-    access = access_of(catalog_url)
+def gateway_app(
+    base: BaseModel, catalog_url: str, engines: Engines, *, access: Access | None = None, **spec: Any
+) -> FastAPI:
+    """`access` None: as on loopback."""
+    access = access or access_of(catalog_url)
     directory = ModelDirectory(base, access.follower)
     serve = ServeSpec(base=base.name, **spec)
     gateway = Gateway(serve, directory, PromptEncoder.load(base, serve.tool_parser), engines)

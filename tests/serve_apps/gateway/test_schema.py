@@ -1,18 +1,22 @@
-"""The gateway's OpenAPI document: whatever is generated from it gets an answer that is not 500."""
+"""The gateway's OpenAPI document: generated requests get only answers that it describes, with keys and without."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
-from schemathesis import GenerationMode, checks
+from hypothesis import given
+from schemathesis import GenerationMode
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, gateway_app, register
 from tests.serve_apps.gateway.test_gateway import HELLO
+from tests.serve_apps.keys import access_of
+from tests.serve_apps.schemas import CHECKS, Headers, examples, expected, headers_of_each_kind, without_lifespan
 
 OPERATIONS = [
     "GET /health",
@@ -31,33 +35,99 @@ OPERATIONS = [
     "POST /v1/responses",
     "POST /v1/unload_lora_adapter",
 ]
+OPEN = ("/health", "/ping", "/version")
+TAKE_NOTHING = ("/health", "/ping", "/version", "/status", "/metrics", "/{model}")  # that could be wrong
+CASES = [
+    pytest.param(operation, mode, id=f"{mode.value} {operation}")
+    for operation in OPERATIONS
+    for mode in GenerationMode
+    if mode == GenerationMode.POSITIVE or not operation.endswith(TAKE_NOTHING)
+]
 
 
 @pytest.fixture(scope="module")
 def app(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     url = catalog_url(tmp_path_factory.mktemp("catalog"))
-    register(Catalog(url), "tone", base.fingerprint)
+    with closing(Catalog(url)) as catalog:
+        register(catalog, "tone", base.fingerprint)
     return gateway_app(base, url, ScriptedEngines(HELLO))
+
+
+@pytest.fixture(scope="module")
+def with_keys(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[str, Headers]]]:
+    """An application that others reach, and the headers of its callers."""
+    url = catalog_url(tmp_path_factory.mktemp("catalog"))
+    with closing(Catalog(url)) as catalog:
+        register(catalog, "tone", base.fingerprint)
+        access = access_of(url, host="0.0.0.0")
+        yield gateway_app(base, url, ScriptedEngines(HELLO), access=access), headers_of_each_kind(catalog)
+        access.close()
 
 
 def test_the_document_has_every_route(app: Any) -> None:
     document = app.openapi()
     found = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
     assert sorted(found) == OPERATIONS
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            assert {"200"} < operation["responses"].keys()
+            assert ("401" in operation["responses"]) == (path not in OPEN), path
+            for status, answer in operation["responses"].items():
+                if status != "200":
+                    shown = answer["content"]["application/json"]["schema"]
+                    assert shown == {"$ref": "#/components/schemas/ErrorBody"}, (path, status)
+    assert "x-ratelimit-remaining-tokens" in document["paths"]["/v1/responses"]["post"]["responses"]["429"]["headers"]
 
 
-@pytest.mark.parametrize("mode", GenerationMode)
-@pytest.mark.parametrize("operation", [op for op in OPERATIONS if op.startswith("POST") and op != "POST /ping"])
-def test_no_request_is_a_server_error(app: Any, base: BaseModel, operation: str, mode: GenerationMode) -> None:
+def cases_of(app: Any, operation: str, mode: GenerationMode) -> Any:
     method, path = operation.split()
-    cases = schemathesis.openapi.from_asgi("/openapi.json", app)[path][method].as_strategy(generation_mode=mode)
+    return schemathesis.openapi.from_asgi("/openapi.json", without_lifespan(app))[path][method].as_strategy(
+        generation_mode=mode
+    )
 
-    @given(case=cases)
-    @settings(max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+def known_names(case: Any, base: BaseModel) -> None:
+    """So that the request gets further than to its name."""
+    if isinstance(case.path_parameters, dict) and "model" in case.path_parameters:
+        case.path_parameters["model"] = "tone"
+    for name in ("model", "lora_name"):
+        if isinstance(case.body, dict) and name in case.body:
+            case.body[name] = base.name if name == "model" else "tone"
+
+
+@pytest.mark.parametrize(("operation", "mode"), CASES)
+def test_every_answer_is_described(app: Any, base: BaseModel, operation: str, mode: GenerationMode) -> None:
+    @given(case=cases_of(app, operation, mode))
+    @examples(50 if operation.startswith("POST") and operation != "POST /ping" else 3)
     def ask(case: Any) -> None:
-        for name in ("model", "lora_name"):  # so that the request gets further than to its name
-            if isinstance(case.body, dict) and name in case.body and mode is GenerationMode.POSITIVE:
-                case.body[name] = base.name if name == "model" else "tone"
-        case.call_and_validate(checks=[checks.not_a_server_error])
+        if mode is GenerationMode.POSITIVE:
+            known_names(case, base)
+        case.call_and_validate(checks=CHECKS)
 
     ask()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_answer_to_a_key_is_described(
+    with_keys: tuple[Any, dict[str, Headers]], base: BaseModel, operation: str
+) -> None:
+    app, callers = with_keys
+    is_open = operation.endswith(OPEN)
+    statuses: dict[str, set[int]] = {name: set() for name in callers}
+
+    @given(case=cases_of(app, operation, GenerationMode.POSITIVE))
+    @examples(2)
+    def ask(case: Any) -> None:
+        known_names(case, base)
+        for name, headers in callers.items():
+            answer = case.call_and_validate(checks=CHECKS, headers=headers)
+            statuses[name].add(answer.status_code)
+
+    ask()
+    for name, found in statuses.items():
+        if is_open:
+            assert found == {200}
+        elif (status := expected(name)) is not None:
+            assert found == {status}, name
+    if "completions" in operation or "responses" in operation:
+        assert statuses["limited"] == {429}
