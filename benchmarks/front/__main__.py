@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import click
 
 from benchmarks import workers
-from benchmarks.front.keys import line as key_line
-from benchmarks.front.keys import measure as measure_keys
+from benchmarks.front.keys.check import line as key_line
+from benchmarks.front.keys.check import measure as measure_keys
+from benchmarks.front.server import catalog_url
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving.figures.rows import quantile
@@ -106,9 +107,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def serving(kind: str, base: str, home: Path, interval_s: float) -> Iterator[tuple[int, int]]:
-    """A server of engines that compute nothing; its port and process."""
+def serving(
+    kind: str, base: str, home: Path, interval_s: float, prepare: Callable[[str], None] = lambda url: None
+) -> Iterator[tuple[int, int]]:
+    """A server of engines that compute nothing; its port and process. `prepare` is called with its catalog's URL."""
     with tempfile.TemporaryDirectory(prefix="front-") as folder:
+        prepare(catalog_url(Path(folder)))
         setup = {"kind": kind, "base": base, "home": str(home), "folder": folder, "interval_s": interval_s}
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.front.server", json.dumps(setup)],

@@ -4,7 +4,8 @@
     python -m benchmarks.front.client '{"port": 8000, "pid": 1, "body": {…}, "rate": 50, "seconds": 5}'
 
 With `connections` as many requests are under way at any time, and the events of the last `seconds` are counted; with
-`rate` so many requests a second are sent, from `begin_at` on, and each is timed. It prints one JSON object.
+`rate` so many requests a second are sent, from `begin_at` on, and each is timed. `key`: an API key to send. It prints
+one JSON object.
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ class Stream:
         return num_events, data.endswith(_END)
 
 
-def http_request(body: dict[str, Any], path: str) -> bytes:
+def http_request(body: dict[str, Any], path: str, key: str | None = None) -> bytes:
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: "
-    return f"{head}{len(content)}\r\n\r\n".encode() + content
+    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    if key is not None:
+        head += f"authorization: Bearer {key}\r\n"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
 def flood(port: int, pid: int, request: bytes, connections: int, seconds: float) -> dict[str, float]:
@@ -135,7 +138,7 @@ def paced(
 
 def main() -> None:
     setup = json.loads(sys.argv[1])
-    request = http_request(setup["body"], setup["path"])
+    request = http_request(setup["body"], setup["path"], setup.get("key"))
     found: dict[str, Any]
     if "rate" in setup:
         found = dict(paced(setup["port"], request, setup["rate"], setup["seconds"], setup.get("begin_at")))

@@ -41,11 +41,16 @@ _EVENT = (
 )
 
 
+def catalog_url(folder: Path) -> str:
+    """Of a server's folder."""
+    return f"sqlite:///{folder}/front.db"
+
+
 def gateway_app(base: BaseModel, folder: Path, engines: Callable[[Sequence[int]], FakeEngines]) -> FastAPI:
     """`engines` makes them of the tokens that they yield."""
     prompts = PromptEncoder.load(base)
     token_ids = prompts.tokenizer.encode(_TEXT, special=False)
-    settings = Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": f"sqlite:///{folder}/front.db"})
+    settings = Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": catalog_url(folder)})
     access = open_access(settings, "127.0.0.1")
     directory = ModelDirectory(base, access.follower)
     gateway = Gateway(ServeSpec(base=base.name), directory, prompts, engines(token_ids))

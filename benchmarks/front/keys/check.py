@@ -1,9 +1,4 @@
-"""What the check of an API key costs a request: the middleware before an application that does nothing.
-
-    python -m benchmarks.front.keys            µs for a right and a wrong key, and for right ones among wrong ones
-
-`make bench-front` prints it too.
-"""
+"""What the check of an API key costs a request: the middleware before an application that does nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +9,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import click
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.catalog import Catalog
@@ -129,7 +123,3 @@ def line(cost: KeyCost) -> str:
         f"wrong one, {cost.among_wrong:.1f} µs with a right one among {_WRONG_PER_RIGHT} wrong ones each; ≤ "
         f"{TARGET_US:g} µs: {'met' if cost.is_met else 'MISSED'}"
     )
-
-
-if __name__ == "__main__":
-    click.echo(line(measure()))

@@ -1,0 +1,1 @@
+"""What API keys cost: the check of one, and a flood of wrong ones beside right ones."""
