@@ -52,6 +52,12 @@ def test_options_go_over_the_file(tmp_path: Path) -> None:
         read_spec(file, {})
 
 
+def test_gateways_are_an_option(loray: Loray) -> None:
+    refused = loray("up", "--num-gateways", 0).exception
+    assert isinstance(refused, SpecError)
+    assert "num_gateways" in str(refused)
+
+
 def test_bounds_make_the_number_of_replicas_follow_demand(tmp_path: Path) -> None:
     assert read_spec(None, {"num_replicas": 2}).autoscaling is None
     spec = read_spec(None, {"max_replicas": 3})
