@@ -110,10 +110,13 @@ def served(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @contextmanager
-def deployed(cluster: RayCluster, served: Served, name: str, **fields: Any) -> Iterator[Served]:
+def deployed(
+    cluster: RayCluster, served: Served, name: str, *, settings: Settings | None = None, **fields: Any
+) -> Iterator[Served]:
     """Deploys another application `name` at `/name`, with ServeSpec's `fields`, and deletes it at the end.
 
-    It uses `serve.run`, because a config sent to Serve's REST API would replace the one of `served`.
+    `settings` None: it has the home, catalog and store of `served`. It uses `serve.run`, because a config sent to
+    Serve's REST API would replace the one of `served`.
     """
     from ray import serve
 
@@ -121,7 +124,7 @@ def deployed(cluster: RayCluster, served: Served, name: str, **fields: Any) -> I
 
     spec = ServeSpec.model_validate(served.spec.model_dump() | fields)
     with pytest.MonkeyPatch.context() as environment:
-        for variable, value in cluster.settings.to_env().items():
+        for variable, value in (settings or cluster.settings).to_env().items():
             environment.setenv(variable, value)
         application = build(spec.model_dump(mode="json"))
     try:
