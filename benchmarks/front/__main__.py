@@ -12,12 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +21,12 @@ import click
 from benchmarks import workers
 from benchmarks.front.keys.check import line as key_line
 from benchmarks.front.keys.check import measure as measure_keys
-from benchmarks.front.server import catalog_url
+from benchmarks.front.started import serving
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving.figures.rows import quantile
 from loray.settings import Settings
 
-_END_S = 10.0
 _PROMPT = list(range(100, 164))
 _BODIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "completions": ("/v1/completions", {"prompt": _PROMPT, "ignore_eos": True}),
@@ -104,38 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rate", type=float, default=50.0, help="requests/s whose latency is measured (default %(default)s)")
     add("--json", type=Path, help="write the figures there too")
     return parser
-
-
-@contextmanager
-def serving(
-    kind: str, base: str, home: Path, interval_s: float, prepare: Callable[[str], None] = lambda url: None
-) -> Iterator[tuple[int, int]]:
-    """A server of engines that compute nothing; its port and process. `prepare` is called with its catalog's URL."""
-    with tempfile.TemporaryDirectory(prefix="front-") as folder:
-        prepare(catalog_url(Path(folder)))
-        setup = {"kind": kind, "base": base, "home": str(home), "folder": folder, "interval_s": interval_s}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.front.server", json.dumps(setup)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        try:
-            assert process.stdout is not None
-            if not (port := process.stdout.readline()):
-                raise SystemExit("the server did not start; its error is above")
-            yield int(port), process.pid
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            try:
-                process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
 
 
 def _measure(kind: str, request: str, args: argparse.Namespace, port: int, pid: int) -> Front:

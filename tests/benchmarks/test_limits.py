@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.front.__main__ import serving
 from benchmarks.front.attack import Refusal, attack
 from benchmarks.front.client import http_request, paced
 from benchmarks.front.limits import Probe, limits, quiet
+from benchmarks.front.started import serving
 from loray.bases.registry import BaseModel
 
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import click
 
 from benchmarks import workers
-from benchmarks.front.__main__ import serving
 from benchmarks.front.keys.check import line, measure
+from benchmarks.front.started import serving
 from benchmarks.machine import describe_machine, load_average
 from benchmarks.output import machine_line, write_json
 from benchmarks.serving.figures.rows import quantile
