@@ -158,20 +158,26 @@ class ModelDirectory:
         if self._snapshot is not None:
             return catalog.snapshot(self._snapshot, whole=whole)
         with collection_paused():
-            return catalog.snapshot(whole=whole)
+            return _exempt(catalog.snapshot(whole=whole))
 
     def read_kept(self) -> Kept[CatalogSnapshot] | None:
         with collection_paused():
-            return None if self._kept is None else self._kept.read()
+            found = None if self._kept is None else self._kept.read()
+            return found and Kept(_exempt(found.state), found.age_s)
 
     def take(self, state: CatalogSnapshot, at: float) -> None:
         """Whoever looks sees the snapshot before or this one, complete."""
-        is_first, self._snapshot, self._read_at = self._snapshot is None, state, at
-        if is_first and len(state.adapters) >= _MANY:
-            exempt_all()
+        self._snapshot, self._read_at = state, at
 
     def confirm(self, at: float) -> None:
         self._read_at = at
         snapshot = self._snapshot
         if snapshot is not None:
             self._keeper.keep(lambda: snapshot, snapshot.counter)
+
+
+def _exempt(snapshot: CatalogSnapshot) -> CatalogSnapshot:
+    """Before a collection can begin: it would look through all of a snapshot that is new."""
+    if len(snapshot.adapters) >= _MANY:
+        exempt_all()
+    return snapshot
