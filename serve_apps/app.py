@@ -112,6 +112,7 @@ def _replicas(spec: ServeSpec) -> dict[str, Any]:
 def _gateway(spec: ServeSpec) -> FastAPI:
     import ray
 
+    from loray.catalog import Catalog
     from loray.telemetry import configure_logging
     from serve_apps.accounting.owner import RayExchange
     from serve_apps.gateway.answers.headers import WithoutRequestId
@@ -124,7 +125,8 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     configure_logging(settings.log_level)
     here = serve.get_replica_context()
     handle = serve.get_deployment_handle(ENGINE, here.app_name)
-    engines = ServeEngines(handle, ray.get_runtime_context().get_node_id(), _host(spec))
+    node = ray.get_runtime_context().get_node_id()
+    engines = ServeEngines(handle, node, _host(spec), lambda: Catalog(settings.catalog, actor="gateway"))
     gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)
     exchange = None
     if spec.num_gateways > 1:

@@ -33,6 +33,7 @@ API_ROWS: tuple[Row, ...] = (
     ("GET", r"/adapters(/.*)?", "read"),
     ("*", r"/adapters/[^/]+/aliases(/.*)?", "promote"),
     ("*", r"/adapters/[^/]+/transfer", "manage"),
+    ("DELETE", r"/adapters/[^/]+/versions/[^/]+/quarantine", "manage"),
     ("*", r"/adapters(/.*)?|/uploads(/.*)?", "publish"),
 )
 

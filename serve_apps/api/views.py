@@ -16,6 +16,7 @@ from loray.api.resources import (
     JobResource,
     Page,
     ProjectionResource,
+    QuarantineResource,
     ReplicaAdapter,
     VersionDetail,
     VersionResource,
@@ -73,6 +74,7 @@ def detail(v: AdapterVersion) -> VersionDetail:
         context_length=m.context_length,
         nbytes=m.nbytes,
         evaluations=v.evaluations,
+        quarantine=None if v.quarantine is None else QuarantineResource.model_validate(v.quarantine._asdict()),
         manifest=m,
     )
 

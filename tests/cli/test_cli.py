@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from loray import __version__
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
+from loray.settings import Settings
 from loray.store import AdapterStore, open_store
 from tests.catalog.test_catalog import publish
 from tests.cli.run import Loray, PeftFolder
@@ -111,6 +113,16 @@ def test_unsupported_architecture(loray: Loray, checkpoint: Path, tmp_path: Path
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
+def _check_release(loray: Loray, digest: str) -> None:
+    catalog = Catalog(Settings.from_env().catalog)
+    catalog.note_death(digest, "r1", datetime.now(UTC), lambda deaths: timedelta(minutes=deaths))
+    catalog.close()
+    assert "a replica died on it" in loray("adapters", "show", "tone@2").out
+    assert json.loads(loray("adapters", "show", "tone@2", "--json").out)["quarantine"]["deaths"] == 1
+    assert loray("adapters", "release", "tone@2").out == "released tone@2: the next request tries it\n"
+    assert loray("adapters", "release", "tone@2").code == 1
+
+
 def test_from_import_to_rollback(loray: Loray, folder: Path, base: BaseModel, peft_folder: PeftFolder) -> None:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert loray("adapters", "import", folder, "--name", "tone", "--alias", "prod").out == "published tone@1\n"
@@ -132,6 +144,7 @@ def test_from_import_to_rollback(loray: Loray, folder: Path, base: BaseModel, pe
         assert word in shown
     assert json.loads(loray("adapters", "show", "tone@1", "--json").out)["all_aliases"] == {"prod": 2}
     assert loray("adapters", "promote", "tone@1", "prod", "--expected", "1").code == 1
+    _check_release(loray, second["digest"])
     assert loray("adapters", "rollback", "tone").out == "tone@prod is version 1 again\n"
     assert json.loads(loray("adapters", "promote", "tone@2", "canary", "--json").out)["aliases"] == ["canary"]
     nowhere = loray("adapters", "rollback", "tone", "canary")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 
 from loray.errors import AdapterQuarantined
-from loray.serving.quarantine import FIRST_S, LONGEST_S, Quarantine
+from loray.serving.quarantine import FIRST_S, LONGEST_S, Quarantine, Suspicion
 
 BAD, GOOD = "b" * 64, "a" * 64
 
 
 def kill(q: Quarantine, digest: str, replica: str, now: float, *also: str) -> None:
     """A request for `digest`, and one for each of `also`, on a replica that dies; all of them fail."""
-    requests = {f"{replica}-{d}": d for d in (digest, *also)}
+    requests = {f"{replica}-{i}": d for i, d in enumerate((digest, *also))}
     for request, d in requests.items():
         q.enter(request, d, now)
     for request in requests:
-        q.died(request, replica, lambda r: replica if r in requests else None, now)
+        death = q.died(request, replica, lambda r: replica if r in requests else None)
+        if death is not None:
+            q.count(death, now)
         q.leave(request)
 
 
@@ -31,7 +33,7 @@ def is_refused(q: Quarantine, digest: str, now: float) -> bool:
 
 def test_one_that_was_alone_is_refused_at_once() -> None:
     q = Quarantine()
-    kill(q, BAD, "r1", 0.0)
+    kill(q, BAD, "r1", 0.0, BAD, BAD)
     with pytest.raises(AdapterQuarantined, match="refused for 60 s: a replica died") as e:
         q.enter("next", BAD, 0.0)
     assert e.value.retry_after_s == FIRST_S
@@ -44,13 +46,15 @@ def test_it_is_tried_with_one_request_and_refused_for_longer() -> None:
         kill(q, BAD, f"r{strike}", now)
         longer = min(LONGEST_S, FIRST_S * 2**strike)
         assert is_refused(q, BAD, now + longer - 1)
+        assert not q.is_due(BAD, now + longer - 1)
         now += longer
+        assert q.is_due(BAD, now)
     q.enter("trial", BAD, now)
     with pytest.raises(AdapterQuarantined, match="being tried again"):
         q.enter("another", BAD, now)
-    q.answered(BAD)
+    assert q.answered(BAD)
     q.leave("trial")
-    assert not q.refused_until
+    assert not q.suspects
     kill(q, BAD, "r99", now)  # for instance its node is lost: it has answered before
     assert not is_refused(q, BAD, now)
 
@@ -70,5 +74,26 @@ def test_of_several_the_one_that_kills_again_is_refused() -> None:
 
 def test_many_loads_on_a_lost_node_quarantine_none() -> None:
     q, loading = Quarantine(), [f"{i:064x}" for i in range(50)]
-    kill(q, loading[0], "r1", 0.0, *loading[1:])
-    assert not q.refused_until
+    kill(q, loading[0], "r1", 0.0, *loading[1:], *loading)
+    assert all(known.until is None for known in q.suspects.values())
+    assert not any(is_refused(q, digest, 0.0) for digest in loading)
+
+
+def test_what_others_know_replaces_what_is_known_here() -> None:
+    q = Quarantine()
+    kill(q, BAD, "r1", 0.0)
+    assert q.learn({}) == []  # released
+    assert not is_refused(q, BAD, 0.0)
+    assert q.learn({BAD: Suspicion(1, 60.0)}) == []
+    assert is_refused(q, BAD, 0.0)
+
+
+def test_an_adapter_that_has_answered_here_is_innocent_of_one_death_elsewhere() -> None:
+    q = Quarantine()
+    q.answered(GOOD)
+    assert q.learn({GOOD: Suspicion(1, 60.0)}) == [GOOD]
+    assert q.is_good(GOOD)
+    assert not is_refused(q, GOOD, 0.0)
+    assert q.learn({GOOD: Suspicion(2, 60.0)}) == []
+    assert not q.is_good(GOOD)
+    assert is_refused(q, GOOD, 0.0)

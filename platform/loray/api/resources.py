@@ -131,8 +131,18 @@ class TagChange(BaseModel):
     value: TagValue = ""
 
 
+class QuarantineResource(Resource):
+    """Replicas have died on an adapter before a token of it came. `refused_until` null: it is only suspected."""
+
+    deaths: int
+    died_at: datetime
+    refused_until: datetime | None
+
+
 class VersionResource(Resource):
-    """One immutable version; only `aliases` change, and `evaluations` grow: the manifest's, then later ones."""
+    """One immutable version; only `aliases` and `quarantine` change, and `evaluations` grow: the manifest's, then later
+    ones.
+    """
 
     name: str
     version: int
@@ -144,6 +154,7 @@ class VersionResource(Resource):
     context_length: int
     nbytes: int
     evaluations: tuple[Evaluation, ...]
+    quarantine: QuarantineResource | None = None
 
     @property
     def label(self) -> str:

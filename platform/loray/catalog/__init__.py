@@ -8,6 +8,7 @@ from loray.catalog.entries import (
     AliasMove,
     AliasState,
     Job,
+    Quarantined,
     split_model,
 )
 from loray.catalog.identity import UsageRow
@@ -24,6 +25,7 @@ __all__ = [
     "CatalogSnapshot",
     "Job",
     "JobPage",
+    "Quarantined",
     "UsageRow",
     "split_model",
 ]

@@ -36,6 +36,7 @@ from loray.catalog.queries import (
     utc,
 )
 from loray.catalog.removal.deletion import Deletion, refuse_deleted, restore_version
+from loray.catalog.removal.quarantine import Quarantines
 from loray.catalog.removal.references import StoreReferences, check_collections
 from loray.catalog.schema import adapters, alias_moves, bases, versions
 from loray.catalog.snapshots.feed import changes_since, read_counter
@@ -59,6 +60,7 @@ class Catalog(
     Jobs,
     Keys,
     Projections,
+    Quarantines,
     Sharing,
     StoreReferences,
     Tags,

@@ -41,9 +41,18 @@ def split_model(model: str) -> ModelName:
     return ModelName(name, selector if at else None)
 
 
+class Quarantined(NamedTuple):
+    """An adapter on which replicas died. `refused_until` None: it is suspected, and not refused."""
+
+    deaths: int
+    replica: str
+    died_at: datetime
+    refused_until: datetime | None
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One immutable version, with its `aliases` and `later_evaluations` at the time of the query."""
+    """One immutable version, with its `aliases`, `later_evaluations` and `quarantine` at the time of the query."""
 
     name: str
     version: int
@@ -52,6 +61,7 @@ class AdapterVersion:
     created_at: datetime
     aliases: tuple[str, ...] = ()
     later_evaluations: tuple[Evaluation, ...] = ()
+    quarantine: Quarantined | None = None
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:

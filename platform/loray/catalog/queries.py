@@ -16,6 +16,7 @@ from loray.catalog.entries import (
     NUM_COMPARED,
     AdapterEntry,
     AdapterVersion,
+    Quarantined,
     make_pointers,
     make_ref,
     unknown_adapter,
@@ -27,6 +28,7 @@ from loray.catalog.schema import (
     bases,
     changes,
     evaluations,
+    quarantine,
     shares,
     tenants,
     uploads,
@@ -242,7 +244,18 @@ def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> 
         created_at=utc(row.created_at),
         aliases=tuple(pointing.scalars()),
         later_evaluations=load_evaluations(c, row.tenant, row.digest),
+        quarantine=_quarantine_of(c, row.digest),
     )
+
+
+def _quarantine_of(c: sa.Connection, digest: str) -> Quarantined | None:
+    row = c.execute(sa.select(quarantine).where(quarantine.c.digest == digest)).first()
+    return None if row is None else make_quarantined(row)
+
+
+def make_quarantined(row: sa.Row[Any]) -> Quarantined:
+    until = row.refused_until
+    return Quarantined(row.deaths, row.replica, utc(row.died_at), None if until is None else utc(until))
 
 
 def load_evaluations(c: sa.Connection, tenant: str, digest: str) -> tuple[Evaluation, ...]:

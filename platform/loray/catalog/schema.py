@@ -22,6 +22,8 @@ changes          one row whose counter grows with every write; a writer locks it
                  `collections` counts the batches of objects that were deleted in the store
 audit_log        every write with its actor and the tenant of its subject, append-only
 jobs             training jobs by their submission id; they are kept when the Ray cluster is gone
+quarantine       adapters on which replicas died, by digest; `replica` is the last one, which several gateways may
+                 report; `refused_until` is null where an adapter is only suspected
 usage            what each request used, by its id, which is unique: an event that comes twice is counted once
 """
 
@@ -252,6 +254,16 @@ jobs = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, index=True),
     Column("started_at", DateTime(timezone=True)),
     Column("ended_at", DateTime(timezone=True)),
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("deaths", Integer, nullable=False),
+    Column("replica", String(96), nullable=False),
+    Column("died_at", DateTime(timezone=True), nullable=False),
+    Column("refused_until", DateTime(timezone=True)),
 )
 
 usage = Table(

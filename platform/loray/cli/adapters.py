@@ -12,7 +12,7 @@ from loray.bases.registry import base_with, get_base
 from loray.catalog import AdapterVersion
 from loray.cli import describe
 from loray.cli.access.share import share, transfer
-from loray.cli.lifecycle import no_gate_option, promote, restore, rm, rollback
+from loray.cli.lifecycle import no_gate_option, promote, release, restore, rm, rollback
 from loray.cli.output import Verification, console, emit, json_option, progress_bar, report
 from loray.cli.search import search, tag
 from loray.cli.services import open_remote, open_services
@@ -40,7 +40,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "gguf": ("file",),
 }
 
-for command in (search, tag, share, transfer, promote, rollback, rm, restore, push, pull):
+for command in (search, tag, share, transfer, promote, rollback, rm, restore, release, push, pull):
     adapters.add_command(command)
 adapters.add_command(pull, "download")
 

@@ -8,7 +8,16 @@ from typing import Any
 from rich.table import Table
 
 from loray.api.resources import AdapterResource
-from loray.catalog import AdapterDetail, AdapterEntry, AdapterVersion, AliasMove, Catalog, CatalogSnapshot, gate
+from loray.catalog import (
+    AdapterDetail,
+    AdapterEntry,
+    AdapterVersion,
+    AliasMove,
+    Catalog,
+    CatalogSnapshot,
+    Quarantined,
+    gate,
+)
 from loray.cli.output import count, pairs, table, when
 from loray.client import CatalogClient
 from loray.spec import AdapterManifest, AdapterRef, Evaluation, RopeParameters, format_size
@@ -91,10 +100,28 @@ def version_json(version: AdapterVersion) -> dict[str, Any]:
         "label": version.label,
         "digest": version.digest,
         "aliases": list(version.aliases),
+        "quarantine": None if version.quarantine is None else _quarantine_json(version.quarantine),
         "published_at": version.created_at.isoformat(),
         "evaluations": [e.model_dump(mode="json", exclude_none=True) for e in version.evaluations],
         "manifest": version.manifest.model_dump(mode="json"),
     }
+
+
+def _quarantine_json(known: Quarantined) -> dict[str, Any]:
+    until = known.refused_until
+    return {
+        "deaths": known.deaths,
+        "died_at": known.died_at.isoformat(),
+        "refused_until": None if until is None else until.isoformat(),
+    }
+
+
+def _quarantine(known: Quarantined | None) -> str | None:
+    if known is None:
+        return None
+    until = "only suspected" if known.refused_until is None else f"refused until {when(known.refused_until)}"
+    died = "a replica died on it" if known.deaths == 1 else f"{known.deaths} replicas died on it, one after another"
+    return f"{until}: {died}, at {when(known.died_at)}"
 
 
 def detail_json(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any]:
@@ -125,6 +152,7 @@ def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
         [
             ("adapter", version.label),
             ("aliases", " ".join(version.aliases)),
+            ("quarantine", _quarantine(version.quarantine)),
             ("description", m.description),
             ("method", f"{m.method}, rank {m.rank}, on {' '.join(m.target_modules)}"),
             ("parameters", f"{count(m.num_parameters)} ({format_size(m.nbytes)})"),

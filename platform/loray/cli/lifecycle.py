@@ -1,4 +1,4 @@
-"""`loray adapters promote, rollback, rm, restore`: on store and catalog, or at the server of LORAY_URL."""
+"""`loray adapters promote, rollback, rm, restore, release`: on store and catalog, or at the server of LORAY_URL."""
 
 from __future__ import annotations
 
@@ -103,6 +103,22 @@ def restore(model: str) -> None:
             with open_services() as services:
                 restore_stored(name, version, services.store, services.catalog)
     click.echo(f"restored {model}")
+
+
+@click.command()
+@click.argument("model")
+def release(model: str) -> None:
+    """Serve MODEL again, `name`, `name@3` or `name@canary`, on which replicas have died, before its time is over."""
+    name, selector = split_model(model)
+    with open_remote() as client:
+        if client is not None:
+            version = version_of(client, name, selector)
+            client.release(name, version)
+        else:
+            with open_services() as services:
+                version = services.catalog.resolve(model).version
+                services.catalog.release(name, version)
+    click.echo(f"released {name}@{version}: the next request tries it")
 
 
 def version_of(client: CatalogClient, name: str, selector: str | None) -> int:

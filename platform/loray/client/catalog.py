@@ -125,6 +125,10 @@ class CatalogClient(AccessCalls, FileCalls):
     def restore(self, name: str, version: int | None = None) -> None:
         self._request("POST", path_of(name, f"{_version(version)}/restore"))
 
+    def release(self, name: str, version: int) -> None:
+        """Lifts the quarantine of a version on which replicas have died."""
+        self._request("DELETE", path_of(name, f"{_version(version)}/quarantine"))
+
     def placement(self, name: str) -> PlacementResource:
         return self._ask(PlacementResource, "GET", path_of(name, "/placement"))
 

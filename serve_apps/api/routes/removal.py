@@ -1,4 +1,4 @@
-"""Routes that delete names and versions, restore them, and hand names to other tenants."""
+"""Routes that delete names and versions, restore them, lift their quarantine, and hand names to other tenants."""
 
 from __future__ import annotations
 
@@ -58,6 +58,11 @@ def create_router(services: Services) -> APIRouter:
         """
         catalog = services.catalog_of(asking)
         return _shown(catalog.transfer(name, to.tenant, to.name), catalog)
+
+    @router.delete(_VERSION + "/quarantine", status_code=204, responses=responses(403, 404))
+    def release_version(asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]) -> None:
+        """Serve a version again on which replicas have died, with the next request. 404: it is not in quarantine."""
+        services.catalog_of(asking).release(name, version)
 
     return router
 

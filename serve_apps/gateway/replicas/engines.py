@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,6 @@ from ray.serve.handle import DeploymentHandle
 
 from loray.api.status import AutoscalingStatus, ReplicaStatus
 from loray.errors import ReplicaLost, ReplicaUnavailable
-from loray.serving.quarantine import Quarantine
 from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from serve_apps.channel.inbox import reading
@@ -22,6 +20,7 @@ from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.broadcast import Broadcast
 from serve_apps.gateway.replicas.call import Call
+from serve_apps.gateway.replicas.quarantine import Records, SharedQuarantine
 
 _log = get_logger(__name__)
 
@@ -30,14 +29,18 @@ _BACKOFF_S = 0.2
 
 
 class ServeEngines:
-    """Used from one event loop. `node` and `host`: Ray's id and the address of this process' node."""
+    """Used from one event loop. `node` and `host`: Ray's id and the address of this process' node. `open_records`: see
+    `SharedQuarantine`.
+    """
 
-    def __init__(self, handle: DeploymentHandle[Any], node: str, host: str) -> None:
+    def __init__(
+        self, handle: DeploymentHandle[Any], node: str, host: str, open_records: Callable[[], Records] | None = None
+    ) -> None:
         self._calls = handle.options(stream=True)
         self._replicas = Broadcast(handle)
         self._place = node, host
         self._listener: asyncio.Task[Listener] | None = None
-        self._quarantine = Quarantine()
+        self._quarantine = SharedQuarantine(open_records)
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         """As `Engines.generate`. A request is retried only if its replica was lost or had stopped.
@@ -67,7 +70,7 @@ class ServeEngines:
             request = replace(request, request_id=f"{request.request_id}-{attempt}")
         digest = None if request.adapter is None else request.adapter.digest
         if digest is not None:
-            self._quarantine.enter(request.request_id, digest, time.monotonic())
+            await self._quarantine.enter(request.request_id, digest)
         try:
             listener = await self._listening()
             inbox = listener.open()
@@ -81,7 +84,7 @@ class ServeEngines:
         except ReplicaLost as e:
             replica = e.replica or router.replica_of(request.request_id)
             if replica is not None:
-                self._quarantine.died(request.request_id, replica, router.replica_of, time.monotonic())
+                await self._quarantine.died(request.request_id, replica, router.replica_of)
             raise
         finally:
             self._quarantine.leave(request.request_id)
@@ -96,6 +99,7 @@ class ServeEngines:
         """Ends all streams."""
         if self._listener is not None:
             await (await self._listening()).close()
+        await self._quarantine.close()
 
     async def healthy(self) -> bool:
         return await self._replicas.healthy()

@@ -1,13 +1,14 @@
-"""Deletion and restoration over HTTP, with the typed client."""
+"""Deletion, restoration and release over HTTP, with the typed client."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from loray.client import CatalogClient
-from loray.errors import AdapterNotFound, ConflictError
+from loray.errors import AdapterNotFound, ConflictError, NotFoundError
 from tests.catalog.test_catalog import digest, publish
 from tests.serve_apps.api.fakes import Api
 
@@ -42,3 +43,17 @@ def test_what_the_store_lacks_cannot_be_restored(api: Api, client: CatalogClient
     client.delete("tone")
     with pytest.raises(ConflictError, match=f"the bytes of adapter {digest(1)[:12]} are gone; publish it again"):
         client.restore("tone")
+
+
+def test_a_version_in_quarantine_says_so_and_is_released(api: Api, client: CatalogClient) -> None:
+    publish(api.catalog, "tone", 1, 2)
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    api.catalog.note_death(digest(2), "r1", at, lambda deaths: timedelta(minutes=deaths))
+    assert [v.quarantine and v.quarantine.deaths for v in client.versions("tone")] == [1, None]
+    shown = client.version("tone", 2).quarantine
+    assert shown is not None
+    assert (shown.died_at, shown.refused_until) == (at, at + timedelta(minutes=1))
+    client.release("tone", 2)
+    assert client.version("tone", 2).quarantine is None
+    with pytest.raises(NotFoundError, match="tone@2 is not in quarantine"):
+        client.release("tone", 2)

@@ -107,6 +107,7 @@ API: dict[str, Route] = _DOCUMENTS | {
     f"DELETE {_VERSION}": Route(PUBLISH, query=_OF),
     f"POST {_VERSION}/restore": Route(PUBLISH, query=_OF),
     f"GET {_VERSION}/download": Route(ANY, query=_OF),
+    f"DELETE {_VERSION}/quarantine": Route(NOBODY, query=_OF),
     "POST /uploads": Route(PUBLISH),
     "GET /uploads/{id}": Route(PUBLISH),
     "PUT /uploads/{id}/files/{name}": Route(PUBLISH, {}),
