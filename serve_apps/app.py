@@ -120,6 +120,7 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     from serve_apps.gateway.replicas.engines import ServeEngines
     from serve_apps.gateway.replicas.gateways import ServeGateways
     from serve_apps.replica.startup import freeze_garbage
+    from serve_apps.tracing import open_tracing
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
@@ -131,7 +132,8 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     exchange = None
     if spec.num_gateways > 1:
         exchange = RayExchange(here.app_name, gateways.name, spec.num_gateways, settings)
-    gateway = open_gateway(spec, settings, engines, gateways, exchange)
+    tracing = open_tracing("gateway", gateways.name)
+    gateway = open_gateway(spec, settings, engines, gateways, exchange, tracing=tracing)
     gateway.add_middleware(WithoutRequestId)
     freeze_garbage()
     return gateway

@@ -29,12 +29,14 @@ from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.openapi import describe
 from serve_apps.gateway.prompts import PromptEncoder
 from serve_apps.gateway.routes import adapters, generation, server, tokens
+from serve_apps.tracing import Tracing
+from serve_apps.tracing.middleware import TraceRequests
 
 CATALOG_SNAPSHOT = "catalog-snapshot.jsonl"  # in the home folder
 _ADVICE = "send fewer or shorter prompts in one request, or serve with a larger max_body_bytes"
 
 
-def create_app(gateway: Gateway, access: Access) -> FastAPI:
+def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None) -> FastAPI:
     """Creates the ASGI application, which follows the catalog while it runs."""
 
     @asynccontextmanager
@@ -51,6 +53,8 @@ def create_app(gateway: Gateway, access: Access) -> FastAPI:
     app.state.gateway = gateway
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=lambda _: gateway.max_body_bytes(), advice=_ADVICE)
+    if tracing is not None:
+        app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(
         CheckAccess, access=access, rules=GATEWAY, refused=lambda e: errors.response_of(errors.failure_of(e))
     )
@@ -70,6 +74,7 @@ def open_gateway(
     gateways: Gateways | None = None,
     exchange: Exchange | None = None,
     access: Access | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """A gateway of a deployment: its base on this machine, and the catalog that `settings` names.
 
@@ -84,4 +89,4 @@ def open_gateway(
     accounts = Accounts(QuotaGate(1 if exchange is None else spec.num_gateways), books)
     prompts = PromptEncoder.load(base, spec.tool_parser)
     gateway = Gateway(spec, directory, prompts, engines, gateways, accounts)
-    return log_access(create_app(gateway, access), settings.access_log)
+    return log_access(create_app(gateway, access, tracing), settings.access_log)

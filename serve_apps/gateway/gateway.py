@@ -184,6 +184,7 @@ class Gateway:
                 priority=allowed_priority(headers.principal, request.priority),
                 ttft_slo_s=request.ttft_slo_s,
                 cache_salt=cache_salt(headers.principal.tenant, request.cache_salt),
+                traceparent=None if headers.trace is None else headers.trace.traceparent,
             )
             for i, prompt in enumerate(prompts)
             for choice in range(request.n)
@@ -198,6 +199,8 @@ class Gateway:
         answer_id: str,
         headers: RequestHeaders,
     ) -> Answer:
+        if headers.trace is not None:
+            headers.trace.asked(request, requests, answer_id)
         fit = request.requested_max_tokens is None
         account = self.accounts.open(
             headers.principal,

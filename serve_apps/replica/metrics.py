@@ -27,6 +27,7 @@ class RequestTimes:
     """A request under way. Times in seconds of the metrics' clock. The engine's thread writes all but the first three.
 
     last      of its last token, or its arrival
+    first     of its first token
     started   it has a token
     finished  it has its last one
     """
@@ -35,6 +36,7 @@ class RequestTimes:
     num_prompt_tokens: int
     arrived: float
     last: float
+    first: float | None = None
     started: bool = False
     finished: bool = False
     num_output_tokens: int = 0
@@ -83,7 +85,7 @@ class ReplicaMetrics:
                 key = times.method, times.last
                 gaps[key] = gaps.get(key, 0) + 1
             else:
-                times.started = True
+                times.started, times.first = True, now
                 self._first_token.labels(times.method).observe(now - times.arrived)
             times.last = now
             if out.token_id is not None:

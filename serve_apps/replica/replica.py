@@ -32,6 +32,7 @@ from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.report import placements, replica_status
 from serve_apps.replica.requests import Requests
 from serve_apps.replica.startup import freeze_garbage, set_num_threads, start_engine
+from serve_apps.tracing import open_tracing
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
@@ -58,7 +59,8 @@ class EngineReplica:
         self._metrics = ReplicaMetrics()
         self._stream = start_engine(spec, get_base(settings.home, spec.base), settings, RankActors)
         self._demand = ReplicaDemand(spec, spec.autoscaling, self._stream) if spec.autoscaling else None
-        self._requests = Requests(self._stream, self._metrics, self._demand)
+        tracing = open_tracing("replica", _replica_id())
+        self._requests = Requests(self._stream, self._metrics, self._demand, tracing)
         self._connections = Connections(_node_id(), _replica_id())
         freeze_garbage()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from loray.errors import ContextLengthExceeded, ReplicaUnavailable
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import ReplicaMetrics, RequestTimes
+from serve_apps.tracing import ReplicaTrace, Tracing
 
 if TYPE_CHECKING:
     from loray.engine.request import TokenOutput
@@ -56,9 +57,18 @@ class _Ongoing:
 class Requests:
     """`run` is called in one event loop. It is the sink of the engine's results."""
 
-    def __init__(self, engine: EngineStream, metrics: ReplicaMetrics, demand: ReplicaDemand | None = None) -> None:
-        self._engine, self._metrics, self._demand = engine, metrics, demand
+    def __init__(
+        self,
+        engine: EngineStream,
+        metrics: ReplicaMetrics,
+        demand: ReplicaDemand | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        self._engine, self._metrics, self._demand, self._tracing = engine, metrics, demand, tracing
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._traces: dict[str, ReplicaTrace] = {}  # by request
+        if tracing is not None:
+            engine.on_first_step(self._scheduled)
 
     async def run(self, request: GenerateRequest, fit: bool, outlet: Outlet, stream: int) -> None:
         """Returns when the request has ended; its tokens go to `outlet`. Cancelling it cancels the request.
@@ -69,6 +79,9 @@ class Requests:
         """
         self._loop = asyncio.get_running_loop()
         tracked = self._demand.arrived(request) if self._demand else None
+        trace = None if self._tracing is None else self._tracing.replica(request)
+        if trace is not None:
+            self._traces[request.request_id] = trace
         ongoing = _Ongoing(stream, outlet, self._metrics.arrived(request), tracked, self._loop.create_future())
         outlet.watch(stream, ongoing.end)
         how: str | Exception = "abort"
@@ -82,6 +95,9 @@ class Requests:
             self._metrics.ended(ongoing.times, "abort" if how == "lost" else how)
             if self._demand and tracked:
                 self._demand.ended(tracked, how if isinstance(how, Exception) else None)
+            if trace is not None:
+                del self._traces[request.request_id]
+                trace.end(ongoing.times, how)
         if how == "lost":
             raise ReplicaUnavailable("the connection to the gateway was lost; send the request again")
 
@@ -118,6 +134,12 @@ class Requests:
         if request.params.max_tokens <= left:
             return request
         return replace(request, params=request.params.model_copy(update={"max_tokens": left}))
+
+    def _scheduled(self, request_id: str, at: float) -> None:
+        """In the engine's thread."""
+        trace = self._traces.get(request_id)
+        if trace is not None:
+            trace.scheduled_at = at
 
     def deliver(self, outputs: Sequence[tuple[_Ongoing, TokenOutput]]) -> None:
         """One step's results, in the engine's thread."""

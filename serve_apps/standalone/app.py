@@ -22,6 +22,7 @@ from serve_apps.standalone.jobs import LocalJobServer
 
 if TYPE_CHECKING:
     from serve_apps.standalone.engines import LocalEngines
+    from serve_apps.tracing import Tracing
 
 
 class Site:
@@ -47,8 +48,8 @@ class Site:
             await self._gateway(scope, receive, send)
 
 
-def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines) -> Site:
+def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines, tracing: Tracing | None = None) -> Site:
     """The application of this home's catalog and store."""
     access = open_access(settings, spec.host)
     api = log_access(create_api(Services(settings, LocalJobServer(settings), engines), access), settings.access_log)
-    return Site(open_gateway(spec, settings, engines, access=access), api)
+    return Site(open_gateway(spec, settings, engines, access=access, tracing=tracing), api)

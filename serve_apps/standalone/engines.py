@@ -16,6 +16,7 @@ from serve_apps.replica.local import LocalStreams
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.report import placements, replica_status
 from serve_apps.replica.requests import Requests
+from serve_apps.tracing import Tracing
 
 REPLICA = "local"  # the engine's name where replicas have one
 
@@ -23,10 +24,10 @@ REPLICA = "local"  # the engine's name where replicas have one
 class LocalEngines:
     """Implements `serve_apps.gateway.engines.Engines` and `serve_apps.api.services.Placements` with one engine."""
 
-    def __init__(self, stream: EngineStream) -> None:
+    def __init__(self, stream: EngineStream, tracing: Tracing | None = None) -> None:
         self._stream = stream
         self._metrics = ReplicaMetrics()
-        self._streams = LocalStreams(Requests(stream, self._metrics))
+        self._streams = LocalStreams(Requests(stream, self._metrics, tracing=tracing))
         self._started_at = time.time()
 
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:

@@ -29,11 +29,13 @@ def run(
     stream = start_engine(spec, base, settings)
     try:
         from serve_apps.standalone.app import create_site
-        from serve_apps.standalone.engines import LocalEngines
+        from serve_apps.standalone.engines import REPLICA, LocalEngines
         from serve_apps.standalone.server import Server
+        from serve_apps.tracing import open_tracing
 
-        engines = LocalEngines(stream)
-        site = create_site(spec, settings, engines)
+        tracing = open_tracing("server", REPLICA)
+        engines = LocalEngines(stream, tracing)
+        site = create_site(spec, settings, engines, tracing)
         freeze_garbage()
         server = Server(site, check_health=engines.check_health, started=started, stopping=stopping)
         server.run(sockets=[listener])

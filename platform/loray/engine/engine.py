@@ -87,7 +87,7 @@ class Engine:
         )
         pool.on_kv_moved = self.scheduler.moved
         self._requests: dict[str, Request] = {}
-        self._counters = Counters()
+        self.counters = Counters()
         self.idle = True  # the last step had nothing to compute
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -119,12 +119,12 @@ class Engine:
         self.check(spec)
         if spec.request_id in self._requests:
             raise RequestError(f"request id {spec.request_id!r} is in use", param="request_id")
-        request = Request(spec, arrival=self._counters.num_requests, queued_at=time.monotonic())
+        request = Request(spec, arrival=self.counters.num_requests, queued_at=time.monotonic())
         if spec.params.structured is None:
             self.scheduler.add(request)
         else:
             self._grammars.prepare(request, spec.params.structured)
-        self._counters.num_requests += 1
+        self.counters.num_requests += 1
         self._requests[spec.request_id] = request
 
     def cancel(self, request_id: str) -> None:
@@ -156,7 +156,7 @@ class Engine:
 
     def _run(self, chunks: list[Chunk], work: Work) -> list[TokenOutput]:
         began = time.monotonic()
-        self._counters.scheduled((chunk.request for chunk in chunks), began)
+        self.counters.scheduled((chunk.request for chunk in chunks), began)
         batch = build_batch(
             chunks,
             self._resident,
@@ -174,7 +174,7 @@ class Engine:
             chunks, batch, logits_SV = partial.drop_incomplete(chunks, batch, logits_SV)
         for chunk in chunks:
             chunk.request.num_computed += chunk.num_tokens
-            self._counters.computed(chunk.request)
+            self.counters.computed(chunk.request)
         outputs = self._results(chunks, batch, logits_SV, None if masks is None else masks.result(), scores)
         partial.end_step()
         if self.pool.tensor.is_cuda and not (batch.sampled or batch.scored):
@@ -182,7 +182,7 @@ class Engine:
         seconds = time.monotonic() - began
         if not partial:  # such a step waits for loads
             self.scheduler.observe_step(work, seconds)
-        self._counters.stepped(num_tokens, num_adapters, seconds)
+        self.counters.stepped(num_tokens, num_adapters, seconds)
         return outputs
 
     @torch.inference_mode()
@@ -223,7 +223,7 @@ class Engine:
 
     def _postprocess(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> TokenOutput:
         request.output_ids.append(token)
-        self._counters.num_output_tokens += 1
+        self.counters.num_output_tokens += 1
         params = request.spec.params
         reason: FinishReason | None = None
         ends = token in self.base.config.eos_token_ids and (not params.ignore_eos or params.structured is not None)
@@ -237,7 +237,7 @@ class Engine:
         self, request: Request, token: int | None, logprobs: TokenLogprobs | None, reason: FinishReason | None
     ) -> TokenOutput:
         if reason is not None:
-            self._counters.num_finished += 1
+            self.counters.num_finished += 1
             self._remove(request)
         scored = request.spec.params.prompt_logprobs is not None and len(request.output_ids) <= 1
         return TokenOutput(
@@ -278,7 +278,7 @@ class Engine:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        return report(self._counters, self.scheduler, self.residency, self.pool)
+        return report(self.counters, self.scheduler, self.residency, self.pool)
 
     def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
         """Where these adapters are and how they have been used; without `digests`, of all that are known."""

@@ -142,6 +142,12 @@ class EngineStream:
             if not finished:
                 self.cancel(request.request_id)
 
+    def on_first_step(self, called: Callable[[str, float], None]) -> None:
+        """`called` gets the id of each traced request when its first step begins, and the time of `time.monotonic`. It
+        runs in the engine's thread, so it neither blocks nor raises.
+        """
+        self._engine.counters.first_step = called
+
     def max_model_len(self, adapter: AdapterRef | None) -> int:
         """See Engine."""
         return self._engine.max_model_len(adapter)

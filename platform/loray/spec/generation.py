@@ -64,6 +64,7 @@ class GenerateRequest:
     priority    a smaller number is served earlier, as in vLLM
     ttft_slo_s  seconds within which the first token is needed; None: the deployment's target
     cache_salt  the prefix cache is shared with requests of the same salt alone
+    traceparent  of the trace that the request is a part of, as W3C writes it; None: it is not traced
     """
 
     request_id: str
@@ -74,6 +75,7 @@ class GenerateRequest:
     priority: int = 0
     ttft_slo_s: float | None = None
     cache_salt: str = ""
+    traceparent: str | None = None
 
 
 def cache_salt(tenant: str, given: str | None) -> str:

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loray.errors import RequestError
 from loray.spec import Principal
 from serve_apps.access import principal_of
+from serve_apps.tracing import RequestTrace
 
 REQUEST_ID = "X-Request-Id"
 TIMEOUT = "X-Request-Timeout-S"
@@ -21,19 +22,23 @@ _MAX_ID = 128
 
 
 class RequestHeaders(NamedTuple):
-    """`received_at` is a time of the event loop; `principal` is who asks, as the keys' middleware found it."""
+    """`received_at` is a time of the event loop; `principal` is who asks, as the keys' middleware found it; `trace` the
+    request's span, where traces are exported.
+    """
 
     received_at: float
     principal: Principal = Principal()
     request_id: str | None = None
     timeout_s: float | None = None
+    trace: RequestTrace | None = None
 
     @classmethod
     def of(cls, request: Request) -> RequestHeaders:
         """Raises RequestError if the time is not a positive number. An id that is too long or not visible ASCII counts
         as absent."""
         now, headers = asyncio.get_running_loop().time(), request.headers
-        return cls(now, principal_of(request), _request_id(headers), _timeout(headers.get(TIMEOUT)))
+        trace = request.scope.get("state", {}).get("trace")
+        return cls(now, principal_of(request), _request_id(headers), _timeout(headers.get(TIMEOUT)), trace)
 
 
 def _request_id(headers: Mapping[str, str]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from loray.engine.request import Request
 from loray.engine.stats.histogram import Histogram
@@ -20,6 +20,7 @@ class Counters:
         self.step_tokens = Histogram(METRICS["engine_step_tokens"].buckets)
         self.step_adapters = Histogram(METRICS["engine_step_adapters"].buckets)
         self.queue_seconds: dict[str, Histogram] = {}
+        self.first_step: Callable[[str, float], None] | None = None  # called with a traced request's id and the time
 
     def scheduled(self, requests: Iterable[Request], now: float) -> None:
         """Count the seconds that requests waited for their first step; those that ran before are left out."""
@@ -30,6 +31,8 @@ class Counters:
                     self.queue_seconds[kind] = Histogram(METRICS["request_queue_time_seconds"].buckets)
                 self.queue_seconds[kind].observe(now - request.queued_at)
                 request.queued_at = None
+                if self.first_step is not None and request.spec.traceparent is not None:
+                    self.first_step(request.request_id, now)
 
     def computed(self, request: Request) -> None:
         """`num_computed` of the request has grown."""
