@@ -1,0 +1,57 @@
+"""The commands of the guide's pages, as they stand there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import free_port
+from tests.conftest import REPOSITORY
+from tests.e2e.pages import Block, read_page, shell, with_values
+from tests.tiny import write_checkpoint
+
+COLLEAGUES = REPOSITORY / "docs" / "guide" / "colleagues.md"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["serve", "up"])
+def test_a_server_for_colleagues(variant: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "tiny")  # `loray base add tiny` takes this folder
+    values = {"LORAY_HOME": str(tmp_path / "home"), "BASE": "tiny", "PORT": str(free_port())}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LORAY_", "RAY_"))}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    variables, *blocks = read_page(COLLEAGUES, variant)
+    assert len(blocks) >= 10
+    try:
+        with shell(tmp_path, env) as opened:
+            for block in (with_values(variables, values), *blocks):
+                block.check(*opened.run(block))
+    finally:
+        down = [sys.executable, "-m", "loray.cli.main", "down"]
+        subprocess.run(down, env=env | {"LORAY_HOME": values["LORAY_HOME"]}, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_what_a_block_prints(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A page\n```bash\nexport A=1\n```\n```bash one\necho is $A\n```\n```text\nis …\n```\n"
+        "```bash other\nexit\n```\n"
+        "```python\nno()\n```\n```bash\nfalse\necho so\n```\n```text\nerror: so\n```\n"
+    )
+    variables, first, last = read_page(page, "one")
+    assert (first, last) == (Block("echo is $A\n", "one", "is …\n"), Block("false\necho so\n", None, "error: so\n"))
+    with pytest.raises(AssertionError, match="sets"):
+        with_values(variables, {"B": "2"})
+    with shell(tmp_path, os.environ) as opened:
+        assert opened.run(with_values(variables, {"A": "7"}))[0] == 0
+        status, output = opened.run(first)
+        first.check(status, output)
+        with pytest.raises(AssertionError, match="and not"):
+            Block(first.commands, prints="is 8").check(status, output)
+        assert opened.run(last)[0] == 1
+        with pytest.raises(AssertionError, match="exits with 1"):
+            Block(last.commands, prints="so").check(*opened.run(last))
