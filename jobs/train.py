@@ -23,6 +23,7 @@ from jobs.events.schema import Emit, Event, PublishedEvent
 from jobs.events.sink import start_sink
 from jobs.events.tensorboard import TensorBoardWriter
 from jobs.runs.folders import RunFolder, open_runs
+from jobs.workers.placement import worker_resources
 from loray.catalog import Catalog
 from loray.cli.recipes.options import RecipeSource, recipe_options
 from loray.errors import CatalogError, EvaluationError, LorayError, SpecError, StoreError, TrainingError
@@ -94,7 +95,7 @@ def train(
             if not ray.is_initialized():
                 ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
             interrupts.arm()
-            _check_resources(recipe)
+            _check_resources(recipe, settings)
             run = run or runs.new(name, job.job_id)
             with run.locked(job.job_id, interrupts.raise_in_main_thread):
                 result = _fit(prepared, run, settings, emit, job, interrupts)
@@ -160,29 +161,32 @@ def _fit(
             ray.kill(sink)
 
 
-def _check_resources(recipe: Recipe) -> None:
+def _check_resources(recipe: Recipe, settings: Settings) -> None:
     """Raises SpecError if the cluster has too few resources, for which Ray would wait without end.
 
     With an autoscaler, which may add nodes, it only logs a warning.
     """
     have, spec = ray.cluster_resources(), recipe.spec
     name, needed = ("num_workers", spec.num_workers) if spec.min_workers is None else ("min_workers", spec.min_workers)
-    for resource in ("CPU", "GPU") if spec.use_gpu else ("CPU",):
-        if have.get(resource, 0) >= needed:
+    for resource, each in worker_resources(spec, settings.training_group).items():
+        if have.get(resource, 0) >= needed * each:
             continue
-        lack = f"{name} is {needed}, but the cluster has {have.get(resource, 0):g} {resource}s"
+        unit = f"{resource}s" if resource.isupper() else f"of the resource {resource}"
+        lack = f"{name} is {needed}, but the cluster has {have.get(resource, 0):g} {unit}"
         if not _has_autoscaler():
             raise SpecError(f"{lack}; lower it, or use a larger cluster")
         log.warning("%s: waiting for its autoscaler to add them, as long as that takes", lack)
 
 
 def _has_autoscaler() -> bool:
-    """Whether an autoscaler adds nodes, judged by traces on the head node, where drivers run. Ray has no API for it.
+    """Whether an autoscaler may add nodes, judged by traces on the driver's node. Ray has no API for it.
 
-    KubeRay starts Ray with --no-monitor if it runs the autoscaler itself; `ray up` leaves its configuration file.
+    KubeRay starts the head with --no-monitor if it runs the autoscaler itself, which does not show on other nodes;
+    `ray up` leaves its configuration file.
     """
     command = os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
-    return "--no-monitor" in command or _RAY_UP_CONFIG.expanduser().exists()
+    is_worker = bool(command) and "--head" not in command
+    return is_worker or "--no-monitor" in command or _RAY_UP_CONFIG.expanduser().exists()
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
     get_base(settings.home, spec.base)
     environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
     slots = spec.max_num_seqs + spec.max_queued + _SPARE_SLOTS
+    group = settings.training_group
+    where = {} if group is None else {"label_selector": group.others}  # an engine's CPU keeps it from there anyway
 
     def gateway_app() -> FastAPI:  # called in the gateway's process
         return _gateway(spec)
@@ -73,7 +75,7 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
         name=GATEWAY,
         num_replicas=spec.num_gateways,
         max_ongoing_requests=slots * spec.max_replicas,
-        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
+        ray_actor_options={"num_cpus": 0, "runtime_env": environment, **where},
         health_check_period_s=5.0,
         graceful_shutdown_timeout_s=DRAIN_S,  # a stream needs gateway and engine until it ends
     )

@@ -19,13 +19,23 @@ from transformers import AutoTokenizer
 from jobs.driver.data import fetched
 from jobs.events.schema import Emit
 from jobs.runs.folders import RunFolder
+from jobs.workers.placement import worker_resources
 from jobs.workers.threads import num_threads
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import SpecError
 from loray.recipes.load import Recipe
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
-from loray.spec import Evaluation, EvaluationSpec, Frozen, LongLoraSpec, PerplexitySpec, RopeParameters, TrainSpec
+from loray.spec import (
+    Evaluation,
+    EvaluationSpec,
+    Frozen,
+    LongLoraSpec,
+    PerplexitySpec,
+    RopeParameters,
+    TrainingGroup,
+    TrainSpec,
+)
 from loray.telemetry import configure_logging
 from loray.train.checkpoint import ADAPTER
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
@@ -86,7 +96,8 @@ def measure_checkpoint(
         emit({"event": "measure", "tasks": tasks})
         rope = resolve(spec, base.config).rope
         task = _Task(spec, wanted, checkpoint, documents, rope, base.fingerprint, settings.home, settings.log_level)
-        saved = _Saved(asked=asked, evaluations=tuple(e.model_dump(mode="json") for e in _run(task)))
+        found = _run(task, settings.training_group)
+        saved = _Saved(asked=asked, evaluations=tuple(e.model_dump(mode="json") for e in found))
         run.write(_EVALUATIONS, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
     return tuple(Evaluation.parse(e, source=f"{_EVALUATIONS} of {run}") for e in saved.evaluations)
 
@@ -111,10 +122,14 @@ class _Task(NamedTuple):
     log_level: str
 
 
-def _run(task: _Task) -> tuple[Evaluation, ...]:
+def _run(task: _Task, group: TrainingGroup | None) -> tuple[Evaluation, ...]:
     if not ray.is_initialized():
         return _measure(task)
-    remote: Any = ray.remote(_measure_on_worker).options(num_cpus=1, num_gpus=int(task.spec.use_gpu), max_retries=1)
+    takes = worker_resources(task.spec, group)
+    num_cpus, num_gpus = takes.pop("CPU", 0), takes.pop("GPU", 0)
+    remote: Any = ray.remote(_measure_on_worker).options(
+        num_cpus=num_cpus, num_gpus=num_gpus, resources=takes, max_retries=1
+    )
     try:
         measured: tuple[Evaluation, ...] = ray.get(remote.remote(task))
     except RayTaskError as e:

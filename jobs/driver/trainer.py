@@ -17,7 +17,7 @@ from jobs.workers import worker
 from jobs.workers.checkpoints import SCORE
 from jobs.workers.controller import EventLog
 from jobs.workers.elastic import ElasticTorchTrainer
-from jobs.workers.placement import WholeGroups
+from jobs.workers.placement import WholeGroups, worker_resources
 from jobs.workers.rows import share
 from loray.settings import Settings
 from loray.spec import TrainSpec
@@ -42,7 +42,7 @@ def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: 
             events=sink,
             data=ray.put(replace(prepared.data, train=share(prepared.data.train))),
         ),
-        "scaling_config": _scaling(spec),
+        "scaling_config": _scaling(spec, settings),
         "run_config": RunConfig(
             **run.storage,
             failure_config=FailureConfig(max_failures=_MAX_LOST_WORKERS),
@@ -59,13 +59,13 @@ def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: 
     return ElasticTorchTrainer(worker.run, group_size=spec.parallel.sequence, **arguments)
 
 
-def _scaling(spec: TrainSpec) -> ScalingConfig:
+def _scaling(spec: TrainSpec, settings: Settings) -> ScalingConfig:
     has_groups = spec.parallel.sequence > 1
     return ScalingConfig(
         num_workers=spec.num_workers if spec.min_workers is None else (spec.min_workers, spec.num_workers),
         elastic_resize_monitor_interval_s=_RESIZE_S,
         use_gpu=spec.use_gpu,
-        resources_per_worker={"CPU": 1} | ({"GPU": 1} if spec.use_gpu else {}),
+        resources_per_worker=worker_resources(spec, settings.training_group),
         placement_strategy="PACK",
         label_selector=WholeGroups.label_selectors(spec.num_workers) if has_groups else None,
     )

@@ -32,6 +32,7 @@ class Submission(NamedTuple):
     entrypoint: str
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
+    entrypoint_resources: dict[str, float] | None = None
 
 
 def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
@@ -46,7 +47,7 @@ def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
     else:  # a shipped recipe is passed by name, because its paths are relative to this folder, not to the package's
         source = str(recipe.path) if recipe.path.is_relative_to(recipe.folder) else recipe.path.stem
     entrypoint = f"cd {shlex.quote(str(recipe.folder))} && exec {_command(sys.executable, source, resume=resume)}"
-    return Submission(entrypoint, {"env_vars": settings.to_env()}, _metadata(recipe.spec))
+    return Submission(entrypoint, {"env_vars": settings.to_env()}, _metadata(recipe.spec), _of_driver(settings))
 
 
 def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, stage: Path) -> Submission:
@@ -80,7 +81,7 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
         shutil.copyfile(path, target)
     command = _command("python", source, resume=resume)
     runtime_env = {"working_dir": str(stage), "env_vars": settings.to_remote_env()}
-    return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec))
+    return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec), _of_driver(settings))
 
 
 def for_server(recipe: Recipe, url: str) -> TrainSpec:
@@ -111,7 +112,13 @@ def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False, tena
     is_private = current_cluster(settings.home) is not None  # only this user can read its dashboard
     if not is_private:
         command = _with_own_catalog(f"exec {command}", settings)
-    return Submission(command, {"env_vars": settings.to_env(secrets=is_private)}, _metadata(spec, tenant))
+    environment = {"env_vars": settings.to_env(secrets=is_private)}
+    return Submission(command, environment, _metadata(spec, tenant), _of_driver(settings))
+
+
+def _of_driver(settings: Settings) -> dict[str, float] | None:
+    """What the driver takes of its node. None: nothing, and Ray starts it on the head node."""
+    return None if settings.training_group is None else settings.training_group.driver
 
 
 def _with_own_catalog(command: str, settings: Settings) -> str:

@@ -1,4 +1,6 @@
-"""Places workers on nodes so that sequence groups do not span nodes: a group exchanges keys and values in every layer.
+"""What workers take of a node, and on which nodes they are.
+
+Sequence groups do not span nodes: a group exchanges keys and values in every layer.
 
 Ray Train numbers its workers node by node (within a node by GPU), and neighbouring ranks form a sequence group. A group
 lies on one node if every node runs a multiple of the group's size. Ray itself packs workers on few nodes, with any
@@ -15,12 +17,18 @@ from typing import Any
 from ray._private.state import available_resources_per_node  # private: public APIs give the cluster's sum only
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback  # private: runs before workers start
 
+from loray.spec import TrainingGroup, TrainSpec
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
 
 _NODE_ID = "ray.io/node-id"  # a label of every node
 _SETTLE_S = 5.0  # within which the resources of workers that have ended become free
+
+
+def worker_resources(spec: TrainSpec, group: TrainingGroup | None) -> dict[str, float]:
+    """What one worker takes of its node, beside memory. `group` None: it may be any node."""
+    return ({"CPU": 1.0} if group is None else group.worker) | ({"GPU": 1.0} if spec.use_gpu else {})
 
 
 def place(room: Mapping[str, int], num_workers: int, group_size: int) -> list[str] | None:

@@ -13,26 +13,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 from loray.errors import SettingsError
 from loray.locations import S3Location, is_this_machine, parse_location
+from loray.spec import TrainingGroup
 
-_KNOWN = {
-    "LORAY_HOME",
-    "LORAY_URL",
-    "LORAY_STORE",
-    "LORAY_CATALOG",
-    "LORAY_ADDRESS",
-    "LORAY_LOG_LEVEL",
-    "LORAY_PEAK_TFLOPS",
-    "LORAY_GATE_TOLERANCE",
-    "LORAY_USAGE_DAYS",
-    "LORAY_ACCESS_LOG",
-    "LORAY_DATA",
-    "LORAY_MAX_JOBS",
-    "LORAY_MAX_WORKERS",
-    "LORAY_API_KEY",
-    "LORAY_API_KEYS_SHA256",
-    "LORAY_METRICS_KEYS_SHA256",
-    "LORAY_KEY_MAX_AGE_S",
-}
+_NAMES = (
+    "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE USAGE_DAYS ACCESS_LOG DATA MAX_JOBS "
+    "MAX_WORKERS TRAINING_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
+)
+_KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….
 _SERVICE_VARIABLE = re.compile(r"_SERVICE_(HOST|PORT)(_|$)|_PORT(_|$)")
 # `loray up --s3` writes this file. While it exists, the default store is the bucket of the local S3 server.
@@ -44,6 +31,7 @@ STDOUT = "-"  # of LORAY_ACCESS_LOG
 DEFAULT_KEY_MAX_AGE_S = 3600.0
 _SHORTEST_KEY = 32
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_GROUP = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -68,6 +56,7 @@ class Settings:
              default None: tenants submit no jobs through the API)
     max_jobs, max_workers  of a tenant at once, where neither the tenant nor the key has a limit (`LORAY_MAX_JOBS`,
              `LORAY_MAX_WORKERS`, default None: no limit)
+    training_group  the group of the cluster's nodes that jobs run on (`LORAY_TRAINING_GROUP`, default None: anywhere)
     api_key  the key that clients send (`LORAY_API_KEY`); a server started with it takes it as an administrator's
     key_hashes   SHA-256 of other administrator's keys of the deployment (`LORAY_API_KEYS_SHA256`, comma-separated)
     metrics_key_hashes  of keys that may read `/metrics` and `/status` alone (`LORAY_METRICS_KEYS_SHA256`)
@@ -86,6 +75,7 @@ class Settings:
     data: str | None = None
     max_jobs: int | None = None
     max_workers: int | None = None
+    training_group: TrainingGroup | None = None
     api_key: str | None = field(default=None, repr=False)
     key_hashes: tuple[str, ...] = ()
     metrics_key_hashes: tuple[str, ...] = ()
@@ -133,6 +123,7 @@ class Settings:
             data=_data(env.get("LORAY_DATA"), store),
             max_jobs=_whole(env, "LORAY_MAX_JOBS"),
             max_workers=_whole(env, "LORAY_MAX_WORKERS"),
+            training_group=_group(env.get("LORAY_TRAINING_GROUP")),
             api_key=env.get("LORAY_API_KEY") or None,
             key_hashes=_hashes(env, "LORAY_API_KEYS_SHA256"),
             metrics_key_hashes=_hashes(env, "LORAY_METRICS_KEYS_SHA256"),
@@ -180,6 +171,7 @@ class Settings:
             "LORAY_DATA": self.data,
             "LORAY_MAX_JOBS": self.max_jobs,
             "LORAY_MAX_WORKERS": self.max_workers,
+            "LORAY_TRAINING_GROUP": self.training_group and self.training_group.name,
         }
         env |= {name: str(value) for name, value in optional.items() if value is not None}
         if self.catalog_has_password and not secrets:
@@ -244,6 +236,12 @@ def _whole(env: Mapping[str, str], name: str) -> int | None:
     if not (value.isascii() and value.isdigit()) or len(value) > 9:
         raise SettingsError(f"{name}={value!r} must be a whole number of at least 0")
     return int(value)
+
+
+def _group(name: str | None) -> TrainingGroup | None:
+    if name and not _GROUP.fullmatch(name):
+        raise SettingsError(f"LORAY_TRAINING_GROUP={name!r} must be the name of a worker group, as training")
+    return TrainingGroup(name) if name else None
 
 
 def _log_target(value: str | None) -> str | None:

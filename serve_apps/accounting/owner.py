@@ -62,11 +62,12 @@ class RayExchange:
         return reply
 
     def _make(self) -> Any:
-        actor = ray.remote(OwnerActor)
+        actor, group = ray.remote(OwnerActor), self._settings.training_group
         return actor.options(
             name=self._owner,
             namespace=_NAMESPACE,
             get_if_exists=True,
             num_cpus=0,
+            label_selector=None if group is None else group.others,
             runtime_env={"env_vars": self._settings.to_env(secrets=False)},
         ).remote(self._num_gateways)

@@ -17,6 +17,8 @@ from serve_apps.api.site import create_app
 from serve_apps.deployment import APPLICATION, ENGINE
 
 API = "api"
+# The one server that writes to the store: on a node with no engine, so that its identity can be another one.
+_ON_THE_HEAD = {"node:__internal_head__": 0.001}
 _MAX_ONGOING = 256  # including clients that follow a job's log
 
 
@@ -42,7 +44,7 @@ def build(args: dict[str, Any]) -> Application:
         serve.ingress(app)(),
         name=API,
         max_ongoing_requests=_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0, "runtime_env": environment},
+        ray_actor_options={"num_cpus": 0, "resources": _ON_THE_HEAD, "runtime_env": environment},
         health_check_period_s=5.0,
     )
     return api.bind()

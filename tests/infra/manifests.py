@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import functools
+import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,6 +89,13 @@ def cluster_spec(document: Document) -> Document:
     return spec
 
 
+def offered(group: Document) -> dict[str, float]:
+    """The resources of one's own that a group's nodes offer, as the shell and then Ray read them."""
+    (text,) = shlex.split(group["rayStartParams"].get("resources", "{}"))
+    offered: dict[str, float] = json.loads(text)
+    return offered
+
+
 def data(kind: str, name: str, folder: str) -> dict[str, str]:
     """Values of a ConfigMap or Secret in the folder or in that of the service, which jobs use too. A Secret that is in
     neither has the keys of the example.
@@ -111,12 +120,12 @@ def development_key() -> str:
 
 def environment(container: Document, folder: str) -> dict[str, str]:
     """The container's environment as the kubelet makes it: sources first, then the variables in order, each of which
-    may refer to those before it. A reference that cannot be expanded is an error here.
+    may refer to those before it. A reference that cannot be expanded is an error here; what is optional is not there.
     """
     values: dict[str, str] = {}
     for source in container.get("envFrom", ()):
         for key, kind in (("configMapRef", "ConfigMap"), ("secretRef", "Secret")):
-            if key in source:
+            if key in source and not source[key].get("optional"):
                 values |= data(kind, source[key]["name"], folder)
     for variable in container.get("env", ()):
         name = variable["name"]

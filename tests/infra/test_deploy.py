@@ -1,8 +1,10 @@
-"""The manifests on a cluster of this machine: the RayJob's driver trains and publishes, the RayService's config serves.
+"""The manifests on a cluster of this machine: the RayJob's driver trains and publishes, the RayService's config serves,
+and a job of its API trains on the nodes of the group for training.
 
 The cluster's processes have the environment of the manifests' pods, with a real S3 server and PostgreSQL; the commands
-are those of KubeRay. Only `LAPTOP` and the recipe's data differ from the manifests. No other module uses the cluster,
-because `serve deploy` replaces everything that is deployed.
+are those of KubeRay. Only `LAPTOP` and the recipe's data differ from the manifests. The bucket does what the policy of
+each role allows, and jobs are a database user with the rights of training. No other module uses the cluster, because
+`serve deploy` replaces everything that is deployed.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import httpx
@@ -28,11 +33,12 @@ import yaml
 
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
-from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
+from loray.local.cluster import OBJECT_STORE_BYTES, LocalCluster, start_local_cluster, stop_local_cluster
 from loray.locations import S3Location, parse_location
 from loray.settings import Settings
 from tests.cluster import free_port
-from tests.infra.manifests import cluster_spec, data, development_key, environment, the
+from tests.infra.manifests import cluster_spec, data, development_key, environment, offered, the
+from tests.infra.policy_server import POLICIES, PolicyServer
 from tests.postgres import Postgres
 from tests.s3 import S3Server
 from tests.tiny import write_checkpoint
@@ -40,8 +46,9 @@ from tests.tiny import write_checkpoint
 pytestmark = pytest.mark.cluster
 
 FOLDER = "overlays/cpu-dev"
+DATA = "data/default/train.jsonl"
 LAPTOP = {"pool_bytes": "8MiB", "host_bytes": "8MiB", "num_threads": 1}
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,12 @@ class Laptop:
 
     cluster: LocalCluster
     settings: Settings
-    store: S3Location
+    policies: PolicyServer
     env: dict[str, str]
+
+    @property
+    def store(self) -> S3Location:
+        return self.policies.location
 
     def ray(self, module: str, *words: str, cwd: Path) -> str:
         """Run one of Ray's commands, which must succeed; returns its output."""
@@ -66,15 +77,15 @@ class Laptop:
 @pytest.fixture(scope="module")
 def laptop(s3_server: S3Server, postgres: Postgres) -> Iterator[Laptop]:
     home = Path(tempfile.mkdtemp(prefix="loray-infra-"))
-    location = parse_location(s3_server.url("infra"))
+    location = parse_location(s3_server.url("infra", "adapters"))
     assert isinstance(location, S3Location)
     keys = configparser.ConfigParser()
     keys.read(str(location.credentials_file))
-    store = replace(location, credentials_file=None)  # as in a pod: keys come from the environment
+    policies = PolicyServer(replace(location, credentials_file=None))  # as in a pod: keys come from the environment
     (container,) = cluster_spec(the("RayService", FOLDER))["headGroupSpec"]["template"]["spec"]["containers"]
     env = environment(container, FOLDER) | {
         "LORAY_HOME": str(home),
-        "LORAY_STORE": store.url,
+        "LORAY_STORE": policies.location.url,
         "LORAY_CATALOG": postgres.new_database(),
         "AWS_ACCESS_KEY_ID": keys["default"]["aws_access_key_id"],
         "AWS_SECRET_ACCESS_KEY": keys["default"]["aws_secret_access_key"],
@@ -86,15 +97,45 @@ def laptop(s3_server: S3Server, postgres: Postgres) -> Iterator[Laptop]:
     add_base(str(write_checkpoint(home / "checkpoint")), home=home, name=init["args"][-1])
     try:
         cluster = start_local_cluster(home, num_cpus=2, env=env)
-        yield Laptop(cluster, Settings.from_env(env), store, env | cluster.client_env)
+        with training_node(cluster, home, env | cluster.client_env):
+            yield Laptop(cluster, Settings.from_env(env), policies, env | cluster.client_env)
     finally:
         stop_local_cluster(home)
+        policies.close()
         shutil.rmtree(home, ignore_errors=True)
 
 
+@contextmanager
+def training_node(cluster: LocalCluster, home: Path, env: dict[str, str]) -> Iterator[None]:
+    """A node of the group for training, which Ray labels by this variable of KubeRay's."""
+    *_, group = cluster_spec(the("RayService", FOLDER))["workerGroupSpecs"]
+    options = {f"--{name}={value}" for name, value in group["rayStartParams"].items() if name != "resources"}
+    options |= {f"--resources={json.dumps(offered(group))}", f"--object-store-memory={OBJECT_STORE_BYTES}"}
+    options |= {f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "metrics-export-port")}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={cluster.gcs_address}"]
+    with (home / "training-node.log").open("wb") as log:
+        node = subprocess.Popen(
+            [*command, "--node-ip-address=127.0.0.1", *options],
+            env=os.environ | env | {"RAY_NODE_TYPE_NAME": group["groupName"]},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        os.killpg(node.pid, signal.SIGTERM)
+        node.wait(60)
+
+
 @pytest.fixture(scope="module")
-def published(laptop: Laptop, tmp_path_factory: pytest.TempPathFactory) -> str:
+def published(laptop: Laptop, postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Name of the adapter that the RayJob's entrypoint trains, from data on S3."""
+    Catalog(laptop.settings.catalog).close()  # makes the tables
+    url = urlsplit(laptop.settings.catalog)
+    postgres.execute(url.path[1:], (POLICIES / "training.sql").read_text())
+    postgres.execute(url.path[1:], "CREATE USER trainer IN ROLE loray_training")
+    trainer = url._replace(netloc=f"trainer@{url.hostname}:{url.port}").geturl()
     rows = "".join(json.dumps({"text": "abcdefgh" * (i % 3 + 1)}) + "\n" for i in range(40))
     s3 = boto3.client(
         "s3",
@@ -103,20 +144,23 @@ def published(laptop: Laptop, tmp_path_factory: pytest.TempPathFactory) -> str:
         aws_access_key_id=laptop.env["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=laptop.env["AWS_SECRET_ACCESS_KEY"],
     )
-    s3.put_object(Bucket=laptop.store.bucket, Key="data/train.jsonl", Body=rows.encode())
+    s3.put_object(Bucket=laptop.store.bucket, Key=DATA, Body=rows.encode())
 
     entrypoint, mount = the("RayJob", "train")["spec"]["entrypoint"], "/etc/loray/"
     assert mount in entrypoint
     folder = tmp_path_factory.mktemp("mounted")  # holds what the ConfigMap mounts, and nothing else
     recipe = yaml.safe_load(data("ConfigMap", "loray-recipe", "train")["recipe.yaml"])
-    recipe["data"]["train"] = replace(laptop.store, prefix="data/train.jsonl").url
+    recipe["data"]["train"] = replace(laptop.store, prefix=DATA).url
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = shlex.split(entrypoint.replace(mount, ""))
     address = ("--address", laptop.cluster.address)
-    output = laptop.ray(
-        "ray.scripts.scripts", "job", "submit", *address, "--working-dir", ".", "--", *command, cwd=folder
-    )
+    as_trainer = ("--runtime-env-json", json.dumps({"env_vars": {"LORAY_CATALOG": trainer}}))
+    options = (*address, "--working-dir", ".", *as_trainer)
+    with laptop.policies.role("training") as policy:
+        output = laptop.ray("ray.scripts.scripts", "job", "submit", *options, "--", *command, cwd=folder)
     assert f"published {recipe['name']}@1" in output
+    assert not laptop.policies.refused
+    assert policy.actions == {one.action for one in laptop.policies.asked} | {"s3:AbortMultipartUpload"}
     return str(recipe["name"])
 
 
@@ -138,7 +182,7 @@ def test_the_service_s_config_serves_what_the_job_published(laptop: Laptop, publ
     laptop.ray("ray.serve.scripts", "deploy", "config.yaml", "--address", laptop.cluster.address, cwd=tmp_path)
 
     url, key = f"http://127.0.0.1:{config['http_options']['port']}", {"Authorization": f"Bearer {development_key()}"}
-    with httpx.Client(base_url=url, headers=key, timeout=60) as client:
+    with httpx.Client(base_url=url, headers=key, timeout=60) as client, laptop.policies.role("serving"):
         deadline = time.monotonic() + DEADLINE_S
         while not answers(client):
             state = laptop.ray("ray.serve.scripts", "status", "--address", laptop.cluster.address, cwd=tmp_path)
@@ -155,6 +199,44 @@ def test_the_service_s_config_serves_what_the_job_published(laptop: Laptop, publ
             assert httpx.get(url + path, timeout=60).status_code == 401
         known = client.get(f"/api/v1/adapters/{published}")
         assert known.status_code == 200, known.text
+        assert not laptop.policies.refused
+    with httpx.Client(base_url=url, headers=key, timeout=60) as client, laptop.policies.role("training"):
+        check_places(laptop, job_of_the_api(client, laptop.store), tmp_path)
+        assert not laptop.policies.refused
+
+
+def job_of_the_api(client: httpx.Client, store: S3Location) -> str:
+    """The id of a job that has trained and published."""
+    recipe = yaml.safe_load(data("ConfigMap", "loray-recipe", "train")["recipe.yaml"]) | {"name": "of-the-api"}
+    recipe["data"]["train"] = replace(store, prefix=DATA).url
+    submitted = client.post("/api/v1/jobs", json=recipe)
+    assert submitted.status_code == 201, submitted.text
+    at = submitted.headers["Location"]
+    deadline = time.monotonic() + DEADLINE_S
+    while (job := client.get(at).json())["status"] in ("pending", "running"):
+        assert time.monotonic() < deadline, client.get(f"{at}/logs").text
+        time.sleep(0.5)
+    assert job["status"] == "succeeded", client.get(f"{at}/logs").text
+    return str(job["id"])
+
+
+def check_places(laptop: Laptop, job: str, cwd: Path) -> None:
+    """What belongs to the job ran on the training group's node, and nothing that serves did."""
+
+    def listed(what: str) -> list[dict[str, Any]]:
+        options = ("--format", "json", "--detail", "--limit", "1000")
+        found = laptop.ray("ray.scripts.scripts", "list", what, *options, cwd=cwd)
+        return json.loads(found)  # type: ignore[no-any-return]
+
+    (training,) = (n["node_id"] for n in listed("nodes") if n["labels"].get("ray.io/node-group") == "training")
+    where: dict[str, set[bool]] = {}
+    for actor in listed("actors"):
+        kind = actor["class_name"].partition(":")[0]
+        if kind != "JobSupervisor" or job in actor["name"]:
+            where.setdefault(kind, set()).add(actor["node_id"] == training)
+    assert where["JobSupervisor"] == where["RayTrainWorker"] == {True}
+    for kind in ("ServeReplica", "ServeController"):
+        assert where[kind] == {False}
 
 
 def answers(client: httpx.Client) -> bool:

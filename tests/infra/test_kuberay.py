@@ -29,6 +29,7 @@ from tests.infra.manifests import (
     development_key,
     environment,
     is_our_image,
+    offered,
     pods,
     render,
     the,
@@ -87,8 +88,9 @@ def test_ray_runs_with_settings_that_loray_accepts(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_stopped_driver_has_time_to_say_so(folder: str) -> None:
-    (head,) = groups(folder)[0]["template"]["spec"]["containers"]  # where drivers run
-    assert int(environment(head, folder)["RAY_JOB_STOP_WAIT_TIME_S"]) == 30
+    driving = groups(folder)[-1 if folder in SERVICES else 0]
+    (container,) = driving["template"]["spec"]["containers"]
+    assert int(environment(container, folder)["RAY_JOB_STOP_WAIT_TIME_S"]) == 30
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -105,7 +107,8 @@ def test_mounts_have_volumes_and_volumes_have_sources(folder: str) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_service_accounts_exist(folder: str) -> None:
     names = {d["metadata"]["name"] for d in render("base") if d["kind"] == "ServiceAccount"}
-    assert {p.spec["serviceAccountName"] for p in our_pods(folder) if "serviceAccountName" in p.spec} == names
+    used = {p.spec["serviceAccountName"] for p in our_pods(folder) if "serviceAccountName" in p.spec}
+    assert used == (names if folder in SERVICES else {"loray-training"}) <= names
 
 
 @pytest.mark.parametrize("folder", SERVICES)
@@ -118,7 +121,7 @@ def test_selectors_find_pods(folder: str) -> None:
         wanted = selector.get("matchLabels", selector)
         if wanted:
             found[document["kind"], document["metadata"]["name"]] = sum(wanted.items() <= pod.items() for pod in labels)
-    assert found.pop(("NetworkPolicy", "loray")) == 2  # head and worker, and no other
+    assert found.pop(("NetworkPolicy", "loray")) == 3  # head, workers and training, and no other
     assert found.pop(("PodDisruptionBudget", "loray-workers")) == 1
     budget = the("PodDisruptionBudget", folder)["spec"]
     assert budget.keys() == {"minAvailable", "selector"}  # Kubernetes supports no more for pods of a RayCluster
@@ -128,7 +131,7 @@ def test_selectors_find_pods(folder: str) -> None:
 
 def test_the_network_policy_speaks_of_ports_that_are_there() -> None:
     spec = the("NetworkPolicy", "base")["spec"]
-    head, _ = groups("base")
+    head, *_ = groups("base")
     (container,) = head["template"]["spec"]["containers"]
     metrics = 8080  # KubeRay's own
     assert {p["port"] for rule in spec["ingress"] for p in rule.get("ports", ())} <= {
@@ -200,7 +203,7 @@ def test_the_service_s_config_is_the_file(folder: str) -> None:
 def test_pods_have_what_their_engine_takes(folder: str) -> None:
     config = yaml.safe_load(the("RayService", folder)["spec"]["serveConfigV2"])
     spec = ServeSpec.parse(by_name(config["applications"], "loray")["args"], source=folder)
-    head, workers = groups(folder)
+    head, workers, _ = groups(folder)
     assert head["rayStartParams"]["num-cpus"] == "0"
     assert workers["rayStartParams"]["num-cpus"] == "1"  # an engine requests one, so each pod runs one
     (container,) = workers["template"]["spec"]["containers"]
@@ -211,7 +214,7 @@ def test_pods_have_what_their_engine_takes(folder: str) -> None:
     assert ("nvidia.com/gpu" in limits) == spec.device.startswith("cuda")
     assert spec.autoscaling is not None
     assert workers["minReplicas"] == spec.autoscaling.min_replicas
-    assert workers["maxReplicas"] >= spec.autoscaling.max_replicas + 1  # one for training
+    assert workers["maxReplicas"] >= spec.autoscaling.max_replicas + 1  # while they are replaced
     assert environment(container, folder)["OMP_NUM_THREADS"] == limits["cpu"]
     # The port of KubeRay's probes and Services.
     for group in (head, workers):
@@ -258,7 +261,10 @@ def test_the_job_s_entrypoint_is_a_driver_with_a_recipe_that_is_mounted(folder: 
     (container,) = workers["template"]["spec"]["containers"]
     limits = container["resources"]["limits"]
     assert ("nvidia.com/gpu" in limits) == spec.use_gpu
-    assert [g["rayStartParams"]["num-cpus"] for g in (head, workers)] == ["0", "1"]  # a worker requests one
+    assert [g["rayStartParams"]["num-cpus"] for g in (head, workers)] == ["0", "0"]
+    group = Settings.from_env(environment(container, folder)).training_group
+    assert group is not None
+    assert offered(workers) == group.worker
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == spec.num_workers
     assert environment(container, folder)["OMP_NUM_THREADS"] == limits["cpu"]
 

@@ -84,7 +84,7 @@ from loray.spec.generation import (
     TokenLogprobs,
     cache_salt,
 )
-from loray.spec.jobs import EndStatus, JobStatus, has_ended
+from loray.spec.jobs import EndStatus, JobStatus, TrainingGroup, has_ended
 from loray.spec.serving import AutoscalingSpec, ServeSpec
 from loray.spec.structured import Constraint
 from loray.spec.tools import Tool, ToolCallDelta, ToolParserName, ToolUse
@@ -198,6 +198,7 @@ __all__ = [
     "ToolParserName",
     "ToolUse",
     "TrainSpec",
+    "TrainingGroup",
     "UsageEvent",
     "UsageGroup",
     "VeraSpec",

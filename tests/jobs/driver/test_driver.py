@@ -135,20 +135,25 @@ def test_threads_are_those_that_the_nodes_environment_sets() -> None:
 
 
 def test_the_driver_waits_for_what_an_autoscaler_may_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = write(tmp_path, num_workers=3)
+    recipe, settings = write(tmp_path, num_workers=3), Settings.from_env({})
+    in_a_group = Settings.from_env({"LORAY_TRAINING_GROUP": "training"})
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(driver, "_RAY_UP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --num-cpus=0")
     with pytest.raises(SpecError, match="num_workers is 3, but the cluster has 2 CPUs"):
-        driver._check_resources(recipe)
+        driver._check_resources(recipe, settings)
+    with pytest.raises(SpecError, match="num_workers is 3, but the cluster has 0 of the resource training_worker"):
+        driver._check_resources(recipe, in_a_group)
     warned: list[str] = []
     monkeypatch.setattr(driver.log, "warning", lambda text, *args: warned.append(text % args))
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --no-monitor --num-cpus=0")
-    driver._check_resources(recipe)
+    driver._check_resources(recipe, settings)
+    monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --address=head:6379")  # nobody else adds such nodes
+    driver._check_resources(recipe, in_a_group)
     monkeypatch.delenv("KUBERAY_GEN_RAY_START_CMD")
     (tmp_path / "ray_bootstrap_config.yaml").touch()
-    driver._check_resources(recipe)
-    assert len(warned) == 2
+    driver._check_resources(recipe, settings)
+    assert len(warned) == 3
     assert "waiting for its autoscaler" in warned[0]
 
 
