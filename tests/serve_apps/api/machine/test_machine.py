@@ -72,4 +72,4 @@ def test_random_requests(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_random_requests_on_postgresql(tmp_path: Path, postgres: Postgres) -> None:
-    check(tmp_path, postgres.new_database, num_runs=20, num_steps=100)
+    check(tmp_path, postgres.new_database, num_runs=12, num_steps=100)
