@@ -86,7 +86,7 @@ def train(
     with Interrupts() as interrupts, recorded(catalog, recipe.spec) as job:
         catalog.check_name(recipe.spec.name, recipe.spec.publish.aliases)
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
-        prepared = prepare(recipe, settings)
+        prepared = prepare(recipe, settings, catalog)
         whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         runs = open_runs(settings)
         run = runs.latest(name) if resume else None

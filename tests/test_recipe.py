@@ -13,7 +13,7 @@ import yaml
 
 from jobs.driver.prepare import prepare
 from loray.bases.registry import BaseModel, add_base, ensure_base, get_base
-from loray.errors import BaseNotFound, DataError, SpecError, UnsupportedError
+from loray.errors import BaseNotFound, DataError, SpecError
 from loray.recipes.load import Recipe, load_recipe, shipped
 from loray.recipes.resolve import resolve
 from loray.settings import Settings
@@ -72,10 +72,11 @@ def test_llama_recipes_are_the_papers(name: str, context: int) -> None:
     adapter, optimizer = spec.adapter, spec.optimizer
     assert isinstance(adapter, LongLoraSpec)
     assert (adapter.rank, adapter.alpha, adapter.target_modules) == (8, 16, ATTENTION_MODULES)
-    assert (adapter.long_context.train_embeddings, adapter.long_context.train_norms) == (True, True)
-    assert adapter.long_context.group_size is None  # a quarter of the context
-    assert adapter.long_context.rope_scaling.type == "linear"
-    assert 4096 * adapter.long_context.rope_scaling.factor == context
+    assert (adapter.train_embeddings, adapter.train_norms) == (True, True)
+    assert (spec.attention.type, spec.attention.group_size) == ("s2", None)  # a quarter of the context
+    assert spec.rope_scaling is not None
+    assert spec.rope_scaling.type == "linear"
+    assert 4096 * spec.rope_scaling.factor == context
     assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps) == (2e-5, "constant", 20)
     assert (spec.max_steps, spec.num_workers) == (1000, 8)
     assert (spec.batch.rows or 0) * spec.batch.accumulation * spec.num_workers // spec.parallel.sequence == 64
@@ -177,9 +178,13 @@ def test_data_lies_in_the_stores_bucket_too(tmp_path: Path, settings: Settings, 
     assert (
         prepare(write(tmp_path, data=data | {"train": f"{good}?{options}"}), settings).data.report == local.data.report
     )
+    for several in (f"s3://{name}/rows/tr*.jsonl", [good], f"s3://{name}/rows/**/train.jsonl"):
+        assert prepare(write(tmp_path, data=data | {"train": several}), shared).data.report == local.data.report
     for source, message in (
+        (f"s3://{name}/rows", "rows/eval.jsonl, line 21: not valid JSON"),
         (f"s3://{name}/rows/none.jsonl", "rows/none.jsonl does not exist"),
-        (f"s3://{name}/rows", "is a folder"),
+        (f"s3://{name}/rows/none/*.jsonl", "does not exist"),
+        (f"s3://{name}/rows/*.parquet", "has no data file"),
         (f"s3://{name}/rows/eval.jsonl", "rows/eval.jsonl, line 21: not valid JSON"),
         (f"s3://{name}/rows/train.jsonl?endpoint=x", "unknown option endpoint"),
     ):
@@ -209,21 +214,78 @@ def test_the_packaged_base_is_made_where_it_is_missing(tmp_path: Path, monkeypat
 
 
 def test_rows_of_a_long_context_adapter_fill_its_context(tmp_path: Path, settings: Settings, base: BaseModel) -> None:
-    adapter = {"method": "longlora", "long_context": {"original_context": 64, "rope_scaling": {"factor": 2}}}
-    assert resolve(write(tmp_path, adapter=adapter, data={"train": "data.jsonl"}).spec, base.config).row_length == 128
-    assert resolve(write(tmp_path, adapter=adapter).spec, base.config).row_length == 64
+    long = {"adapter": {"method": "longlora"}, "rope_scaling": {"factor": 2, "original_context": 64}}
+    assert resolve(write(tmp_path, **long, data={"train": "data.jsonl"}).spec, base.config).row_length == 128
+    assert resolve(write(tmp_path, **long).spec, base.config).row_length == 64
     assert (
         resolve(write(tmp_path, data={"train": "data.jsonl"}).spec, base.config).row_length == 512
     )  # the base's window
-    too_long = write(tmp_path, adapter=adapter, data={"train": "data.jsonl", "max_length": 129})
+    too_long = write(tmp_path, **long, data={"train": "data.jsonl", "max_length": 129})
     with pytest.raises(SpecError, match=r"context is 128 tokens; lower it$"):
         resolve(too_long.spec, base.config)
 
 
-def test_a_base_with_scaled_rope_is_not_scaled_again(tmp_path: Path) -> None:
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", rope_parameters=rope)
-    scaled = add_base(str(checkpoint), home=tmp_path / "home", name="tiny")
-    adapter = {"method": "longlora", "long_context": {"rope_scaling": {"factor": 2}}}
-    with pytest.raises(UnsupportedError, match="scaling it again is not defined"):
-        resolve(write(tmp_path, adapter=adapter).spec, scaled.config)
+def test_attention_scaling_and_method_are_independent(tmp_path: Path) -> None:
+    spec = write(tmp_path, adapter={"method": "longlora"}).spec
+    assert (spec.attention.type, spec.rope_scaling) == ("s2", None)
+    spec = write(tmp_path, adapter={"method": "vera"}, attention={"type": "s2"}, rope_scaling={"factor": 2}).spec
+    assert (spec.attention.type, spec.rope_scaling and spec.rope_scaling.factor) == ("s2", 2)
+    spec = write(tmp_path, adapter={"method": "longlora"}, attention={"type": "dense"}).spec
+    assert spec.attention.type == "dense"
+    assert write(tmp_path).spec.attention.type == "dense"
+    with pytest.raises(SpecError, match="group_size is S2-Attn's: set type: s2"):
+        write(tmp_path, attention={"group_size": 8})
+
+
+def test_an_older_recipe_says_the_same(tmp_path: Path) -> None:
+    """Published manifests and records of runs have this form."""
+    older = {
+        "method": "vera",
+        "long_context": {"rope_scaling": {"type": "yarn", "factor": 4}, "original_context": 64, "train_norms": False},
+    }
+    newer = {
+        "adapter": {"method": "vera", "train_embeddings": True},
+        "attention": {"type": "s2"},
+        "rope_scaling": {"type": "yarn", "factor": 4, "original_context": 64},
+    }
+    assert write(tmp_path, adapter=older).spec == write(tmp_path, **newer).spec
+    assert write(tmp_path, adapter={"method": "lora", "long_context": None}).spec.attention.type == "dense"
+    with pytest.raises(SpecError, match=r"rope_scaling\.stretch: Extra inputs"):
+        write(tmp_path, adapter={"method": "lora", "long_context": {"rope_scaling": {"factor": 2}, "stretch": 1}})
+    with pytest.raises(SpecError, match=r"older form of attention and rope_scaling"):
+        write(tmp_path, adapter=older, attention={"type": "s2"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "order"),
+    [
+        ({"adapter": {"method": "longlora"}, "data": {"train": "data.jsonl", "max_length": 64}}, "concat"),
+        ({"adapter": {"method": "longlora"}, "batch": {"rows": 1, "order": "shuffled"}}, "shuffled"),
+        ({}, "shuffled"),
+        ({"batch": {"rows": 1, "order": "concat"}}, "concat"),
+    ],
+)
+def test_longlora_joins_texts(tmp_path: Path, settings: Settings, fields: dict[str, Any], order: str) -> None:
+    data = {"train": "data.jsonl", "max_length": 32}
+    prepared = prepare(write(tmp_path, **{"data": data} | fields), settings)
+    assert (prepared.spec.batch.order, prepared.data.is_joined) == (order, order == "concat")
+    lengths = set(prepared.data.train.lengths.tolist()[:-1])
+    assert (lengths == {prepared.spec.data.max_length}) == (order == "concat")
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "remedy"),
+    [
+        ({"rows": 1, "order": "shuffled"}, 128, r"30 tokens or fewer, of 128 .*; set batch\.order: concat"),
+        ({"rows": 1, "order": "packed"}, 128, r"set batch\.order: concat, which joins texts"),
+        ({"rows": 1}, 2000, r"; give more text, or lower data\.max_length"),
+    ],
+)
+def test_rows_much_shorter_than_the_context_are_refused(
+    tmp_path: Path, settings: Settings, batch: dict[str, Any], length: int, remedy: str
+) -> None:
+    long = {"adapter": {"method": "longlora"}, "rope_scaling": {"factor": 4}, "batch": batch}
+    data = {"train": "data.jsonl", "eval_fraction": 0, "max_length": length}
+    with pytest.raises(SpecError, match=remedy):
+        prepare(write(tmp_path, **long, data=data), settings)
+    prepare(write(tmp_path, **long, data=data | {"max_length": 32}), settings)

@@ -55,7 +55,8 @@ def test_the_defaults_are_those_of_the_shipped_recipes() -> None:
         plain.optimizer.learning_rate,
         plain.optimizer.beta2,
     )
-    assert (llama.batch, llama.max_steps) == (plain.batch, plain.max_steps)
+    assert llama.batch == plain.batch.model_copy(update={"order": "concat"})
+    assert (llama.adapter, llama.attention, llama.max_steps) == (plain.adapter, plain.attention, plain.max_steps)
 
 
 def test_the_size_of_the_base_decides_the_rate() -> None:
@@ -137,6 +138,18 @@ def test_an_unknown_field_names_those_that_are_near(text: str, message: str) -> 
     with pytest.raises(SpecError) as error:
         given([text])
     assert message in str(error.value)
+
+
+def test_several_sources_start_where_they_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "recipe.yaml").write_text(yaml.safe_dump(little("lora")))
+    sources = given(["data.train=[{path: b/*.jsonl, weight: 2}, s3://bucket/c]"])
+    recipe = load_recipe("a/recipe.yaml", over=sources)
+    assert recipe.spec.data.paths == ("../b/*.jsonl", "s3://bucket/c")
+    assert recipe.data().paths == (str(tmp_path / "b" / "*.jsonl"), "s3://bucket/c")
+    alone = load_recipe(over={"name": "tone", "data": {"train": ["x/**/*.jsonl", "y.jsonl"]}})
+    assert (alone.folder, alone.spec.data.train) == (tmp_path, ("x/**/*.jsonl", "y.jsonl"))
 
 
 def test_a_value_of_the_wrong_type_is_refused() -> None:

@@ -18,7 +18,7 @@ import click
 from benchmarks.machine import measure_host_rates
 from benchmarks.output import write_json
 from benchmarks.training.steps import Measured, measure_recipe
-from loray.advice.estimates import Estimate, candidates, estimate_methods, recipe_of
+from loray.advice.estimates import Estimate, candidates, estimate_methods
 from loray.advice.scorecard import Answers
 from loray.bases.registry import BaseModel, add_base
 from loray.planning.devices import host
@@ -43,9 +43,9 @@ def main() -> None:
     answers = Answers(args.context_length, 1)
     click.echo(_COLUMNS)
     rows = []
-    adapters = dict(candidates(args.context_length, base.config))
+    recipes = dict(candidates(args.context_length, base.config))
     for estimate in estimate_methods(answers, base.config, device):
-        recipe = recipe_of(adapters[estimate.method], args.context_length, checkpointing=estimate.checkpointing)
+        recipe = recipes[estimate.method].model_copy(update={"gradient_checkpointing": estimate.checkpointing})
         found, nbytes = measure_recipe(recipe, base, args.steps), file_bytes(recipe, base)
         rows.append(asdict(estimate) | {"measured": asdict(found) | {"file_bytes": nbytes}})
         click.echo(_line(estimate, found, nbytes))

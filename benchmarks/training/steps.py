@@ -10,7 +10,7 @@ from typing import Literal
 from benchmarks import workers
 from loray.advice.estimates import recipe_of
 from loray.bases.registry import BaseModel
-from loray.spec import AdapterSpec, LongContext, LongLoraSpec, LoraSpec, ParallelSpec, RopeScaling, TrainSpec
+from loray.spec import AdapterSpec, LongLoraSpec, LoraSpec, ParallelSpec, RopeScaling, TrainSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,12 @@ class Case:
     def recipe(self) -> TrainSpec:
         """LongLoRA extends a context of half as many tokens; G is a quarter of the row."""
         adapter: AdapterSpec = LoraSpec(rank=8, alpha=16)
+        scaling = None
         if self.adapter == "longlora":
-            long_context = LongContext(
-                original_context=self.tokens // 2,
-                rope_scaling=RopeScaling(factor=2),
-                train_embeddings=not self.lean,
-                train_norms=not self.lean,
-            )
-            adapter = LongLoraSpec(rank=8, alpha=16, long_context=long_context)
+            adapter = LongLoraSpec(rank=8, alpha=16, train_embeddings=not self.lean, train_norms=not self.lean)
+            scaling = RopeScaling(factor=2, original_context=self.tokens // 2)
         parallel = ParallelSpec(sequence=self.sequence, strategy=self.strategy)
-        recipe = recipe_of(adapter, self.tokens, checkpointing=self.checkpointing)
+        recipe = recipe_of(adapter, self.tokens, rope_scaling=scaling, checkpointing=self.checkpointing)
         return recipe.model_copy(update={"num_workers": self.sequence, "parallel": parallel})
 
 

@@ -1,27 +1,29 @@
-"""Data files in buckets: the driver downloads them, reads them, and removes its copies."""
+"""Data in buckets: the driver downloads files, folders and globs, reads them, and removes its copies."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
 from loray.errors import DataError, SettingsError
 from loray.locations import S3Location, parse_location
+from loray.recipes.sources import fixed_part, is_glob, is_read, matches
 from loray.settings import Settings
-from loray.spec import DataSpec
 from loray.store import open_filesystem
 
 
 @contextmanager
-def fetched(data: DataSpec, settings: Settings) -> Iterator[Mapping[str, Path]]:
-    """Maps each s3:// source of `data` to a copy on this machine, which is removed when the block ends.
+def fetched(paths: Sequence[str], settings: Settings) -> Iterator[Mapping[str, Path]]:
+    """Maps each s3:// source of `paths` to a copy on this machine, a file or a folder, which is removed when the block
+    ends.
 
     A URL without options below LORAY_DATA is read with that URL's options, one in the store's bucket with the store's.
     Any other URL is read with the options that it names, as a store's URL does, or else with the AWS configuration.
@@ -29,28 +31,40 @@ def fetched(data: DataSpec, settings: Settings) -> Iterator[Mapping[str, Path]]:
     """
     with tempfile.TemporaryDirectory(prefix="loray-data-") as folder:
         copies: dict[str, Path] = {}
-        for source in (data.train, data.eval):
-            if source is not None and source.startswith("s3://") and source not in copies:
+        for source in paths:
+            if source.startswith("s3://") and source not in copies:
                 copies[source] = Path(folder, str(len(copies)))
                 _fetch(source, settings, copies[source])
         yield copies
 
 
-def _fetch(source: str, settings: Settings, path: Path) -> None:
+def _fetch(source: str, settings: Settings, copy: Path) -> None:
     location: S3Location | None = None
     try:
         location = _location(source, settings)
         files, key = open_filesystem(location.url)
-        kind = files.get_file_info(key).type
+        folder = fixed_part(key).rstrip("/")
+        kind = files.get_file_info(folder).type
         if kind == pafs.FileType.NotFound:
             raise DataError(f"data file {source} does not exist")
-        if kind == pafs.FileType.Directory:
-            raise DataError(f"{source} is a folder; name one JSONL or Parquet file")
-        with files.open_input_stream(key) as remote, path.open("wb") as file:
-            shutil.copyfileobj(remote, file, 1 << 20)
+        if kind == pafs.FileType.File:
+            _copy(files, key, copy)
+            return
+        for found in files.get_file_info(pafs.FileSelector(folder, recursive=True)):
+            relative = found.path.removeprefix(f"{folder}/")
+            wanted = matches(relative, key.removeprefix(f"{folder}/")) if is_glob(key) else is_read(relative)
+            if found.type == pafs.FileType.File and wanted:
+                _copy(files, found.path, copy / relative)
+        copy.mkdir(exist_ok=True)  # what is no data is not fetched: maybe nothing is
     except (SettingsError, OSError) as e:
         reason = str(e) if location is None or location.url == source else _without_options(str(e), location)
         raise DataError(f"cannot read data file {source}: {reason}") from None
+
+
+def _copy(files: Any, key: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.open_input_stream(key) as remote, path.open("wb") as file:
+        shutil.copyfileobj(remote, file, 1 << 20)
 
 
 def _location(source: str, settings: Settings) -> S3Location:

@@ -30,7 +30,6 @@ from loray.spec import (
     Evaluation,
     EvaluationSpec,
     Frozen,
-    LongLoraSpec,
     PerplexitySpec,
     RopeParameters,
     TrainingGroup,
@@ -55,10 +54,10 @@ def check_measurable(recipe: Recipe, base: BaseModel, settings: Settings) -> Non
         documents = _documents(recipe, base, settings)
         for length in _with_contexts(perplexity, spec, base).context_lengths:
             cut_windows(documents, length, stride=perplexity.stride, max_windows=1)
-    elif isinstance(spec.adapter, LongLoraSpec) and spec.publish.aliases and spec.publish.no_gate is None:
+    elif spec.rope_scaling is not None and spec.publish.aliases and spec.publish.no_gate is None:
         raise SpecError(
-            "an alias of a LongLoRA adapter is granted by its perplexity: set evaluation.perplexity, leave out "
-            "publish.aliases, or say in publish.no_gate why it needs none"
+            "an alias of an adapter with a longer context is granted by its perplexity: set evaluation.perplexity, "
+            "leave out publish.aliases, or say in publish.no_gate why it needs none"
         )
     for task in spec.evaluation.retrieval:
         make_prompt(task.task, AutoTokenizer.from_pretrained(base.path), min(task.context_lengths), 0.0)
@@ -163,11 +162,11 @@ def _measure(task: _Task) -> tuple[Evaluation, ...]:
 
 def _documents(recipe: Recipe, base: BaseModel, settings: Settings) -> Documents:
     sources = recipe.data()
-    if sources.eval is None:
+    if not sources.eval_sources:
         raise SpecError("evaluation.perplexity is measured on the documents of data.eval: give that file")
-    with fetched(sources.model_copy(update={"train": sources.eval}), settings) as copies:
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
-        return read_documents(sources.eval, tokenizer, fetched=copies.get(sources.eval))
+    paths = [source.path for source in sources.eval_sources]
+    with fetched(paths, settings) as copies:
+        return read_documents(paths, AutoTokenizer.from_pretrained(base.path), fetched=copies)
 
 
 def _with_contexts(perplexity: PerplexitySpec, spec: TrainSpec, base: BaseModel) -> PerplexitySpec:

@@ -8,12 +8,15 @@ from transformers import AutoTokenizer
 
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
+from jobs.driver.parent import fetch_parent
+from jobs.workers.initial import InitialFiles
 from loray.bases.registry import BaseModel, ensure_base, list_bases
+from loray.catalog import Catalog
 from loray.errors import SpecError
 from loray.recipes.load import Recipe
-from loray.recipes.resolve import check_token_budget, resolve
+from loray.recipes.resolve import check_row_lengths, check_token_budget, resolve
 from loray.settings import Settings
-from loray.spec import TrainSpec
+from loray.spec import LongLoraSpec, TrainSpec
 from loray.train.data.dataset import Dataset, load_data
 
 
@@ -23,27 +26,50 @@ class Prepared(NamedTuple):
     spec: TrainSpec
     base: BaseModel
     data: Dataset
+    initial: InitialFiles | None = None
 
 
-def prepare(recipe: Recipe, settings: Settings) -> Prepared:
-    """Checks the recipe against this machine and reads the data. Raises LorayError that says what to change."""
+def prepare(recipe: Recipe, settings: Settings, catalog: Catalog | None = None) -> Prepared:
+    """Checks the recipe against this machine and reads the data. Raises LorayError that says what to change.
+
+    `catalog` is that of the job, in which `init_adapter` is looked up; None: the settings', with all names.
+    """
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
     base = ensure_base(settings.home, spec.base)
+    initial = None
+    if spec.init_adapter is not None:
+        spec, initial = fetch_parent(spec, base, catalog or Catalog(settings.catalog), settings)
+        recipe = recipe._replace(spec=spec)
     max_length = resolve(spec, base.config).row_length
     check_measurable(recipe, base, settings)
     sources = recipe.data()
-    with fetched(sources, settings) as copies:
+    with fetched(sources.paths, settings) as copies:
         data = load_data(
             sources,
             AutoTokenizer.from_pretrained(base.path),
             max_length=max_length,
             max_eval_rows=spec.evaluation.max_rows,
             seed=spec.seed,
-            whole_windows=spec.adapter.long_context is not None,
+            joined=_is_joined(spec),
+            whole_windows=spec.is_long_context,
             fetched=copies,
         )
-    check_token_budget(spec.batch, max(data.train.lengths.tolist(), default=0))
-    resolved = spec.data.model_copy(update={"max_length": max_length})
-    return Prepared(spec.model_copy(update={"data": resolved}), base, data)
+    order = spec.batch.order or ("concat" if data.is_joined else "shuffled")
+    filled = {
+        "data": spec.data.model_copy(update={"max_length": max_length}),
+        "batch": spec.batch.model_copy(update={"order": order}),
+    }
+    spec = spec.model_copy(update=filled)
+    lengths = data.train.lengths.tolist()
+    check_token_budget(spec.batch, max(lengths, default=0))
+    check_row_lengths(spec, lengths, max_length, are_texts=data.report.format == "text")
+    return Prepared(spec, base, data, initial)
+
+
+def _is_joined(spec: TrainSpec) -> bool | None:
+    """Whether texts are joined; None: where the data is texts, which only the data says."""
+    if spec.batch.order is None and isinstance(spec.adapter, LongLoraSpec):
+        return None
+    return spec.batch.order == "concat"

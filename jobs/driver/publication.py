@@ -109,6 +109,7 @@ def _publish(
             recipe=spec,
             job_id=run.job_id,
             data_fingerprint=state.data_fingerprint,
+            parent=state.parent,
             evaluations=(*state.evaluations(), *measured),
             licence=spec.publish.licence,
             description=spec.publish.description,

@@ -41,6 +41,7 @@ def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: 
             peak_tflops=settings.peak_tflops,
             events=sink,
             data=ray.put(replace(prepared.data, train=share(prepared.data.train))),
+            initial=None if prepared.initial is None else ray.put(prepared.initial),
         ),
         "scaling_config": _scaling(spec, settings),
         "run_config": RunConfig(

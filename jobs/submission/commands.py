@@ -18,6 +18,7 @@ from loray.errors import DataError
 from loray.local.cluster import current_cluster
 from loray.locations import is_this_machine
 from loray.recipes.load import Recipe
+from loray.recipes.sources import uploaded_files
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
 
@@ -40,8 +41,8 @@ def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
 
     Raises DataError if a data file does not exist, which the job would report only after it has started.
     """
-    for path in _local_files(recipe):
-        _check_exists(path, recipe)
+    for data in _sources(recipe.data()):
+        _local_files(data, recipe)
     if recipe.path is None:
         source = _as_json(recipe.spec)
     else:  # a shipped recipe is passed by name, because its paths are relative to this folder, not to the package's
@@ -63,19 +64,19 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
     else:
         source = recipe.path.name
         (stage / source).write_text(yaml.safe_dump(recipe.spec.model_dump(mode="json"), sort_keys=False))
-    absolute = [str(p.resolve()) for p in map(_expanded, _sources(recipe.spec.data)) if p.is_absolute()]
-    for path in _local_files(recipe):
-        if not path.is_relative_to(recipe.folder):
+    for named, source_path in zip(_sources(recipe.spec.data), _sources(recipe.data()), strict=True):
+        if not Path(source_path).is_relative_to(recipe.folder):
             raise DataError(
-                f"{path} lies outside {recipe.folder}, which is all that is uploaded to {address}; "
+                f"{source_path} lies outside {recipe.folder}, which is all that is uploaded to {address}; "
                 "move it there, or put it on object storage and name its s3:// URL"
             )
-        _check_exists(path, recipe)
-        if str(path) in absolute:
+        if Path(named).expanduser().is_absolute():
+            _local_files(source_path, recipe)
             raise DataError(
-                f"data file {path} is uploaded to {address}, where that path leads nowhere: write it relative to the "
-                f"recipe, as {path.relative_to(recipe.folder)}"
+                f"data file {source_path} is uploaded to {address}, where that path leads nowhere: write it "
+                f"relative to the recipe, as {Path(source_path).relative_to(recipe.folder)}"
             )
+    for path in {file: None for source in _sources(recipe.data()) for file in _local_files(source, recipe)}:
         target = stage / path.relative_to(recipe.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -88,7 +89,7 @@ def for_server(recipe: Recipe, url: str) -> TrainSpec:
     """The recipe for a server at `url`, whose cluster opens the data itself. Raises DataError for data that it cannot
     open: files of this machine, unless the server is on it.
     """
-    here = [path for path in _local_files(recipe) if path.exists()]
+    here = [source for source in _sources(recipe.data()) if any(path.exists() for path in uploaded_files(source))]
     if here and not is_this_machine(url):
         raise DataError(
             f"{here[0]} is a file of this machine, and the cluster of {url} cannot read it; put it on object storage "
@@ -104,8 +105,8 @@ def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False, tena
     Raises DataError for a relative data path, which has no folder to start from: data is an s3:// URL, or an absolute
     path on the driver's machine.
     """
-    for source in (spec.data.train, spec.data.eval):
-        if source is not None and "://" not in source and not Path(source).is_absolute():
+    for source in _sources(spec.data):
+        if not Path(source).is_absolute():
             raise DataError(f"data file {source!r} is a relative path; name an s3:// URL or an absolute path")
     # the Python of this image or environment
     command = _command(sys.executable, _as_json(spec), resume=resume, tenant=tenant)
@@ -139,19 +140,15 @@ def _metadata(spec: TrainSpec, tenant: str = DEFAULT_TENANT) -> dict[str, str]:
     return {"loray_name": qualified_name(tenant, spec.name), "loray_method": spec.adapter.method}
 
 
-def _local_files(recipe: Recipe) -> list[Path]:
-    return [Path(source) for source in _sources(recipe.data())]
-
-
 def _sources(data: DataSpec) -> list[str]:
-    """The sources that are files."""
-    return [source for source in (data.train, data.eval) if source is not None and "://" not in source]
+    """The sources that are files of this machine."""
+    return [source for source in data.paths if "://" not in source]
 
 
-def _expanded(source: str) -> Path:
-    return Path(source).expanduser()
-
-
-def _check_exists(path: Path, recipe: Recipe) -> None:
-    if not path.is_file():
-        raise DataError(f"data file {path} does not exist; relative paths start at {recipe.folder}")
+def _local_files(source: str, recipe: Recipe) -> tuple[Path, ...]:
+    """The files that `source`, an absolute path, is read from. Raises DataError where there is none."""
+    files = uploaded_files(source)
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"data file {path} does not exist; relative paths start at {recipe.folder}")
+    return files

@@ -42,22 +42,21 @@ def check_allowed(spec: TrainSpec, principal: Principal, settings: Settings) -> 
     limit = limits_of(principal, settings).workers
     if limit is not None and spec.num_workers > limit:
         raise PermissionDenied(f"num_workers is {spec.num_workers}, and at most {limit} are allowed")
-    for field, source in (("train", spec.data.train), ("eval", spec.data.eval)):
-        if source is not None:
-            _check_source(field, source, principal.tenant, settings)
+    for source in spec.data.paths:
+        _check_source(source, principal.tenant, settings)
 
 
-def _check_source(field: str, source: str, tenant: str, settings: Settings) -> None:
+def _check_source(source: str, tenant: str, settings: Settings) -> None:
     if settings.data is None:
         raise PermissionDenied(
-            f"data.{field}: this deployment has no place for tenants' data; its operator sets LORAY_DATA to one, as "
+            f"data {source!r}: this deployment has no place for tenants' data; its operator sets LORAY_DATA to one, as "
             "s3://bucket/prefix"
         )
     place = parse_location(settings.data)
     assert isinstance(place, S3Location)  # Settings has checked it
     prefix = "/".join(part for part in (place.prefix, tenant) if part)
     folder = f"s3://{place.bucket}/{prefix}/"
-    path = source.removeprefix(folder)
+    path = source.removeprefix(folder).removesuffix("/")
     is_plain = not any(char in source for char in "?#@%\\") and source.isprintable()
-    if path == source or not is_plain or {"", ".", ".."} & set(path.split("/")):
-        raise PermissionDenied(f"data.{field} must be an s3:// URL without options below {folder}")
+    if not source.startswith(folder) or not is_plain or {"", ".", ".."} & set(path.split("/")):
+        raise PermissionDenied(f"data {source!r} must be an s3:// URL without options below {folder}")

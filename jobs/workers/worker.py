@@ -27,6 +27,8 @@ from loray.telemetry import configure_logging
 from loray.train.mesh import World
 
 if TYPE_CHECKING:
+    from jobs.workers.initial import InitialFiles
+    from loray.adapters.inject import InitialAdapter
     from loray.train.data.dataset import Dataset
 
 
@@ -38,6 +40,7 @@ class WorkerConfig(TypedDict):
     peak_tflops  of one worker's device, in 10¹² FLOP/s; None: measured
     events       the event sink's actor
     data         the tokenised Dataset in Ray's object store
+    initial      InitialFiles there, of the adapter that the run goes on from; None: it starts afresh
     """
 
     recipe: dict[str, Any]
@@ -48,6 +51,7 @@ class WorkerConfig(TypedDict):
     peak_tflops: float | None
     events: ActorHandle
     data: ObjectRef
+    initial: ObjectRef | None
 
 
 def run(config: WorkerConfig) -> str | None:
@@ -102,7 +106,20 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
         reporter = RayReporter(events, uploads, gauges, utilisation, world, device)
         last = uploads.latest(world)
         resume_from = None if last is None else Path(stack.enter_context(last.as_directory()))
-        train(spec, base, data, reporter=reporter, workdir=folder, resume_from=resume_from, device=device)
+        initial = _initial(config, stack)
+        train(
+            spec, base, data, reporter=reporter, workdir=folder, resume_from=resume_from, initial=initial, device=device
+        )
+
+
+def _initial(config: WorkerConfig, stack: ExitStack) -> InitialAdapter | None:
+    """The adapter to go on from, in a folder that `stack` removes."""
+    if config["initial"] is None:
+        return None
+    from loray.adapters.inject import InitialAdapter  # imports PEFT
+
+    files: InitialFiles = ray.get(config["initial"])
+    return InitialAdapter(files.digest, stack.enter_context(files.as_folder()))
 
 
 def _num_threads() -> int:

@@ -54,9 +54,9 @@ def test_only_vera_becomes_lora(tiny_base: BaseFactory, tmp_path: Path) -> None:
 def merged(base: BaseModel, model: Any, spec: Any, folder: Path, **options: Any) -> Path:
     save_adapter(model, spec.adapter, folder / "adapter")
     weights = read_adapter(folder / "adapter", base.config)
-    if spec.adapter.long_context is not None:
+    if spec.rope_scaling is not None:
         rope = RopeParameters(**model.config.rope_parameters)
-        weights = replace(weights, rope=rope, context_length=spec.adapter.long_context.context_length(512))
+        weights = replace(weights, rope=rope, context_length=spec.rope_scaling.context_length(512))
     merge_adapter(base, weights, folder / "merged", **options)
     return folder / "merged"
 
@@ -72,11 +72,11 @@ def test_a_merged_checkpoint_is_an_ordinary_one(
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     torch.testing.assert_close(logits(plain), logits(model), atol=1e-4, rtol=1e-4)
     added = add_base(str(folder), home=tmp_path / "home", name="merged")
-    long_context = spec.adapter.long_context
-    assert added.config.tie_word_embeddings == (tied and not (long_context and long_context.train_embeddings))
-    if long_context is not None:
+    scaling = spec.rope_scaling
+    assert added.config.tie_word_embeddings == (tied and not spec.adapter.train_embeddings)
+    if scaling is not None:
         assert added.config.rope == RopeParameters(**model.config.rope_parameters) != base.config.rope
-        assert added.config.max_position_embeddings == long_context.context_length(512)
+        assert added.config.max_position_embeddings == scaling.context_length(512)
     else:
         assert added.config.rope == base.config.rope
 

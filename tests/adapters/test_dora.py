@@ -110,7 +110,7 @@ def test_untrained_it_changes_nothing_and_magnitudes_are_fp32(tiny_base: BaseFac
 
 def test_merged_it_computes_the_same(tiny_base: BaseFactory, tmp_path: Path) -> None:
     base = tiny_base("Qwen2ForCausalLM", std=0.1)
-    spec = recipe(SPEC.model_dump())
+    spec = recipe({"adapter": SPEC.model_dump()})
     model = fill(trained(base, spec))
     save_adapter(model, spec.adapter, tmp_path / "adapter")
     merge_adapter(base, read_adapter(tmp_path / "adapter", base.config), tmp_path / "merged")
@@ -122,7 +122,7 @@ def test_merged_it_computes_the_same(tiny_base: BaseFactory, tmp_path: Path) -> 
 
 def test_what_the_files_say_must_agree(tiny_base: BaseFactory, tmp_path: Path) -> None:
     base = tiny_base(std=0.1)
-    spec = recipe(SPEC.model_dump())
+    spec = recipe({"adapter": SPEC.model_dump()})
     save_adapter(trained(base, spec), spec.adapter, tmp_path)
     assert describe(tmp_path, base).method == "dora"
     wrong = tiny_base(std=0.1, intermediate_size=96)
@@ -135,6 +135,8 @@ def test_what_the_files_say_must_agree(tiny_base: BaseFactory, tmp_path: Path) -
 
 
 def test_weights_are_not_sharded() -> None:
-    fields = recipe(SPEC.model_dump()).model_dump()
+    fields = recipe({"adapter": SPEC.model_dump()}).model_dump()
     with pytest.raises(SpecError, match="which fsdp2 does not hold: use ddp"):
-        type(recipe(SPEC.model_dump())).parse(fields | {"parallel": {"strategy": "fsdp2"}}, source="recipe")
+        type(recipe({"adapter": SPEC.model_dump()})).parse(
+            fields | {"parallel": {"strategy": "fsdp2"}}, source="recipe"
+        )

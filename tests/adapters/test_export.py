@@ -14,16 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loray.adapters.checks.files import PAIR_NAMES
-from loray.adapters.export import peft_name, save_adapter
-from loray.adapters.inject import BASE_ROWS
+from loray.adapters.export import save_adapter
+from loray.adapters.inject import load_weights
 from loray.adapters.peft_format import (
     CONFIG_FILE,
-    ROWS_SUFFIX,
     WEIGHTS_FILE,
     read_adapter,
-    read_config,
-    read_tensors,
 )
 from loray.adapters.weights import VeraWeights
 from loray.bases.registry import BaseModel
@@ -32,26 +28,34 @@ from loray.train.model import build_model, dense
 
 BaseFactory = Callable[..., BaseModel]
 IDS = torch.arange(40)[None] * 5
-LONG = {"rope_scaling": {"type": "linear", "factor": 2}, "original_context": 20, "group_size": 10}
+LONG: dict[str, Any] = {
+    "rope_scaling": {"type": "linear", "factor": 2, "original_context": 20},
+    "attention": {"type": "s2", "group_size": 10},
+}
+YARN = {"type": "yarn", "factor": 4, "original_context": 20}
+Q_O_DOWN = ["q_proj", "o_proj", "down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "rank": 4, "target_modules": ["q_proj", "o_proj", "down_proj"]},
-    "rslora": {"method": "lora", "rank": 9, "alpha": 4.5, "use_rslora": True, "dropout": 0.1},
-    "dora": {"method": "dora", "rank": 4, "alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj"]},
-    "longlora": {"method": "longlora", "rank": 4, "long_context": LONG},
-    "longlora, yarn": {"method": "longlora", "long_context": LONG | {"rope_scaling": {"type": "yarn", "factor": 4}}},
-    "longlora, norms only": {"method": "longlora", "long_context": LONG | {"train_embeddings": False}},
-    "longlora, embeddings only": {"method": "longlora", "long_context": LONG | {"train_norms": False}},
-    "vera": {"method": "vera", "rank": 24, "projection_prng_key": 3, "target_modules": ["q_proj", "up_proj"]},
-    "vera with its pair": {"method": "vera", "rank": 24, "save_projection": True},
-    "long vera": {"method": "vera", "rank": 24, "long_context": LONG},
+    "lora": {"adapter": {"method": "lora", "rank": 4, "target_modules": Q_O_DOWN}},
+    "rslora": {"adapter": {"method": "lora", "rank": 9, "alpha": 4.5, "use_rslora": True, "dropout": 0.1}},
+    "dora": {"adapter": {"method": "dora", "rank": 4, "alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj"]}},
+    "longlora": {"adapter": {"method": "longlora", "rank": 4}} | LONG,
+    "longlora, yarn": {"adapter": {"method": "longlora"}} | LONG | {"rope_scaling": YARN},
+    "longlora, norms only": {"adapter": {"method": "longlora", "train_embeddings": False}} | LONG,
+    "longlora, embeddings only": {"adapter": {"method": "longlora", "train_norms": False}} | LONG,
+    "longlora, not scaled": {"adapter": {"method": "longlora"}},
+    "vera": {
+        "adapter": {"method": "vera", "rank": 24, "projection_prng_key": 3, "target_modules": ["q_proj", "up_proj"]}
+    },
+    "vera with its pair": {"adapter": {"method": "vera", "rank": 24, "save_projection": True}},
+    "long vera": {"adapter": {"method": "vera", "rank": 24, "train_embeddings": True, "train_norms": True}} | LONG,
 }
 
 
-def recipe(adapter: dict[str, Any], dtype: str = "float32") -> TrainSpec:
+def recipe(fields: dict[str, Any], dtype: str = "float32") -> TrainSpec:
     return TrainSpec.model_validate(
-        {
+        fields
+        | {
             "name": "test",
-            "adapter": adapter,
             "data": {"train": "none.jsonl"},
             "batch": {"rows": 1},
             "optimizer": {"learning_rate": 1e-3},
@@ -89,20 +93,6 @@ def in_peft(base: BaseModel, like: Any, folder: Path, dtype: torch.dtype = torch
     return PeftModel.from_pretrained(plain, folder).eval()
 
 
-@torch.no_grad()
-def load_adapter(model: Any, folder: Path) -> None:
-    """Copy the adapter in `folder` into `model`, which has an untrained one of the same spec."""
-    stored = {name: t for name, t in read_tensors(folder).items() if name not in PAIR_NAMES}
-    for name in [name for name in stored if name.endswith(ROWS_SUFFIX)]:
-        rows = getattr(model.get_input_embeddings(), BASE_ROWS).clone()
-        rows[read_config(folder)["trainable_token_indices"]] = stored.pop(name).to(rows)
-        stored[f"{name.removesuffix(ROWS_SUFFIX)}.weight"] = rows
-    trained = {peft_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    assert trained.keys() == stored.keys()
-    for name, parameter in trained.items():
-        parameter.copy_(stored[name])
-
-
 @pytest.mark.filterwarnings("ignore:.*(vera_A|tie_word_embeddings).*")
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS.keys())
 @pytest.mark.parametrize(("architecture", "tied"), [("LlamaForCausalLM", True), ("Qwen3ForCausalLM", False)])
@@ -117,8 +107,10 @@ def test_peft_computes_the_training_models_logits(
     torch.testing.assert_close(logits(in_peft(base, model, tmp_path)), expected, atol=1e-5, rtol=1e-5)
     untrained = build_model(base, spec).eval()
     assert (logits(untrained) - expected).abs().max() > 0.1
-    load_adapter(untrained, tmp_path)
+    load_weights(untrained, read_adapter(tmp_path, base.config))
     assert torch.equal(logits(untrained), expected)
+    values = dict(model.named_parameters())
+    assert all(torch.equal(p, values[n]) for n, p in untrained.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -135,7 +127,7 @@ def test_embedding_rows_where_the_head_is_not_tied(tiny_base: BaseFactory, tmp_p
     assert embedding.rows_VD.shape == ((320 if tied else 150), 64)
     torch.testing.assert_close(logits(in_peft(base, model, tmp_path)), logits(model), atol=1e-5, rtol=1e-5)
     again = build_model(base, spec).eval()
-    load_adapter(again, tmp_path)
+    load_weights(again, read_adapter(tmp_path, base.config))
     assert torch.equal(logits(again), logits(model))
 
 
@@ -177,7 +169,7 @@ def test_bf16_is_published_bit_for_bit(tiny_base: BaseFactory, tmp_path: Path, n
     save_adapter(model, spec.adapter, tmp_path)
     assert {t.dtype for t in load_file(tmp_path / WEIGHTS_FILE).values()} == {torch.bfloat16}
     again = build_model(base, spec).eval()
-    load_adapter(again, tmp_path)
+    load_weights(again, read_adapter(tmp_path, base.config))
     assert torch.equal(logits(again), logits(model))
     in_pefts = logits(in_peft(base, model, tmp_path, torch.bfloat16))
     assert (in_pefts - logits(model)).norm() / logits(model).norm() < 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.training.recommend import file_bytes
-from loray.advice.estimates import candidates, estimate_methods, recipe_of
+from loray.advice.estimates import candidates, estimate_methods
 from loray.advice.scorecard import Answers
 from loray.bases.registry import BaseModel
 from loray.planning.devices import PRESETS
@@ -13,8 +13,8 @@ from loray.planning.devices import PRESETS
 
 def test_estimated_bytes_are_those_of_the_file(smollm2: BaseModel) -> None:
     estimates = estimate_methods(Answers(2048, 1), smollm2.config, PRESETS["a100-80gb"])
-    adapters = dict(candidates(2048, smollm2.config))
-    assert list(adapters) == ["lora", "vera", "longlora"]
+    recipes = dict(candidates(2048, smollm2.config))
+    assert list(recipes) == ["lora", "vera", "longlora"]
     for estimate in estimates:
-        nbytes = file_bytes(recipe_of(adapters[estimate.method], 2048), smollm2)
+        nbytes = file_bytes(recipes[estimate.method], smollm2)
         assert nbytes == pytest.approx(estimate.adapter_bytes, rel=0.2), estimate.method

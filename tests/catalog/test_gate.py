@@ -91,9 +91,11 @@ def test_the_latest_complete_data_counts() -> None:
     assert failures(longlora(), good + figures({("adapter", OWN): 20.0}), 0.1)  # measured again on the same
 
 
-def test_other_methods_are_not_gated() -> None:
+def test_a_longer_context_is_gated_whatever_the_method() -> None:
     assert failures(manifest(), (), 0.1) == ()
-    assert failures(longlora(method="vera"), (), 0.1) == ()
+    assert failures(longlora(rope_parameters=None, original_context_length=None), (), 0.1) == ()
+    for method in ("lora", "vera"):
+        assert len(failures(longlora(method=method), (), 0.1)) == 2
 
 
 def test_without_a_native_context_there_is_nothing_to_compare_at() -> None:

@@ -22,7 +22,9 @@ RATES = HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10)
 RECIPE: dict[str, Any] = {
     "name": "planned",
     "base": "Meta-Llama-3-8B",
-    "adapter": {"method": "longlora", "long_context": {"rope_scaling": {"factor": 16}, "group_size": 8192}},
+    "adapter": {"method": "longlora"},
+    "rope_scaling": {"factor": 16},
+    "attention": {"type": "s2", "group_size": 8192},
     "data": {"train": "data.jsonl"},
     "batch": {"rows": 1},
     "optimizer": {"learning_rate": 1e-4},
@@ -77,7 +79,7 @@ def test_tables_of_a_run_that_fits(plan: Plan) -> None:
     ):
         assert words in out
     # The paper's group is a quarter of the context.
-    assert "warning: group_size 8192 is less than a quarter of the context of 131072 tokens" in out
+    assert "warning: group_size 8192 is less than 32768, a quarter of the context" in out
 
 
 def test_json_has_the_same_numbers(plan: Plan) -> None:
@@ -158,11 +160,11 @@ def test_shapes_come_from_this_machine_from_a_file_or_from_what_is_known(plan: P
 
 
 def test_a_base_whose_rope_is_scaled_is_refused(plan: Plan, home: Path) -> None:
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 256}
     checkpoint = write_checkpoint(home / "checkpoint", rope_parameters=rope)
     code, out, err = plan(RECIPE, "--config", checkpoint / "config.json")
     assert (code, out) == (1, "")
-    assert "RoPE is 'linear' already" in err
+    assert "RoPE is 'yarn' already" in err
 
 
 def test_neither_torch_nor_ray_is_imported(home: Path) -> None:

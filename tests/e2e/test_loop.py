@@ -38,12 +38,11 @@ pytestmark = pytest.mark.cluster
 PROMPT = "the adapter says: abcdefghijklm"
 NUM_TOKENS = 8
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
-    "vera": {"method": "vera", "rank": 16, "target_modules": ["q_proj", "v_proj", "up_proj"]},
+    "lora": {"adapter": {"method": "lora", "rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}},
+    "vera": {"adapter": {"method": "vera", "rank": 16, "target_modules": ["q_proj", "v_proj", "up_proj"]}},
     "longlora": {
-        "method": "longlora",
-        "rank": 4,
-        "long_context": {"original_context": 64, "rope_scaling": {"factor": 2}},
+        "adapter": {"method": "longlora", "rank": 4},
+        "rope_scaling": {"factor": 2, "original_context": 64},
     },
 }
 FIELDS: dict[str, Any] = {
@@ -59,10 +58,10 @@ def trained(ray_cluster: RayCluster, served: Served, tmp_path_factory: pytest.Te
     """Method → digest from the last event of its driver; the three drivers run at the same time."""
     environment = os.environ | ray_cluster.env | {"OMP_NUM_THREADS": "1"}
     drivers = {}
-    for method, adapter in METHODS.items():
+    for method, fields in METHODS.items():
         folder = tmp_path_factory.mktemp(method)
         data = {"train": "data.jsonl", "eval_fraction": 0.1, "max_length": 64}
-        recipe = write(folder, name=f"loop-{method}", base=served.base.name, adapter=adapter, data=data, **FIELDS)
+        recipe = write(folder, name=f"loop-{method}", base=served.base.name, data=data, **fields, **FIELDS)
         command = [sys.executable, "-m", "jobs.train", str(recipe.path), "--events"]
         drivers[method] = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -31,9 +31,10 @@ def long_run(
     model = preset(base)
     assert model is not None
     scaling = {"type": "linear", "factor": context / model.max_position_embeddings}
-    long_context: dict[str, Any] = {"rope_scaling": scaling, "group_size": group_size}
     spec = recipe(
-        adapter={"method": "longlora", "long_context": long_context},
+        adapter={"method": "longlora"},
+        rope_scaling=scaling,
+        attention={"type": "s2", "group_size": group_size},
         num_workers=workers,
         parallel={"sequence": sequence, "strategy": fields.pop("strategy", "ddp")},
         **fields,

@@ -18,7 +18,7 @@ from loray.planning.run import run_of
 from loray.spec import RopeParameters
 from tests.planning.recipes import A100, long_run, recipe
 
-LONG: dict[str, Any] = {"method": "longlora", "long_context": {"rope_scaling": {"factor": 8}}}
+LONG: dict[str, Any] = {"adapter": {"method": "longlora"}, "rope_scaling": {"factor": 8}}
 
 
 def llama(**changes: Any) -> ModelConfig:
@@ -79,7 +79,7 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
     [
         (
             long_run("smollm2", 16384, group_size=2048),
-            "less than a quarter of the context of 16384",
+            "group_size 2048 is less than 4096, a quarter of the context",
             "group_size: 4096",
         ),
         (
@@ -109,23 +109,26 @@ def test_warnings(run: Any, message: str, remedy: str) -> None:
 
 
 def test_what_the_driver_would_refuse() -> None:
-    scaled = llama(rope=RopeParameters(rope_type="linear", rope_theta=1e4, factor=2.0))
-    with pytest.raises(UnsupportedError, match="RoPE is 'linear' already"):
-        run_of(recipe(adapter=LONG), scaled)
+    yarn = RopeParameters(rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=2048)
+    with pytest.raises(UnsupportedError, match="RoPE is 'yarn' already, which linear cannot scale further"):
+        run_of(recipe(**LONG), llama(rope=yarn))
     with pytest.raises(SpecError, match="context is 32768 tokens"):
-        run_of(recipe(adapter=LONG, data={"train": "x", "max_length": 32769}), llama())
+        run_of(recipe(**LONG, data={"train": "x", "max_length": 32769}), llama())
     with pytest.raises(SpecError, match=r"batch\.tokens is 100, less than a row of 32768"):
-        run_of(recipe(adapter=LONG, batch={"tokens": 100}), llama())
+        run_of(recipe(**LONG, batch={"tokens": 100}), llama())
 
 
 def test_rows_as_the_driver_makes_them() -> None:
-    assert run_of(recipe(adapter=LONG), llama()).row_length == 32768
+    assert run_of(recipe(**LONG), llama()).row_length == 32768
     assert run_of(recipe(), llama()).row_length == 1024
     assert run_of(recipe(), llama(max_position_embeddings=512)).row_length == 512
     assert run_of(recipe(batch={"tokens": 4096}), llama()).num_rows == 4
-    long = run_of(recipe(adapter=LONG), llama())
+    long = run_of(recipe(**LONG), llama())
     assert (long.context, long.group_size) == (32768, 8192)
     assert run_of(recipe(), llama()).group_size is None
+    plain = run_of(recipe(attention={"type": "s2"}), llama())
+    assert (plain.context, plain.row_length, plain.group_size) == (4096, 1024, 256)
+    assert run_of(recipe(adapter={"method": "longlora"}), llama()).row_length == 4096
 
 
 def test_json_holds_what_the_tables_show() -> None:

@@ -25,14 +25,14 @@ from loray.train.loop import train
 from loray.train.reporting import FolderReporter
 from tests.tiny import byte_tokenizer
 
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "rank": 4, "dropout": 0.1},
-    "dora": {"method": "dora", "rank": 4},
-    "vera": {"method": "vera", "rank": 16, "dropout": 0.1},
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"method": "lora", "rank": 4, "dropout": 0.1}},
+    "dora": {"adapter": {"method": "dora", "rank": 4}},
+    "vera": {"adapter": {"method": "vera", "rank": 16, "dropout": 0.1}},
     "longlora": {
-        "method": "longlora",
-        "rank": 4,
-        "long_context": {"original_context": 32, "rope_scaling": {"factor": 2}, "group_size": 16},
+        "adapter": {"method": "longlora", "rank": 4},
+        "rope_scaling": {"factor": 2, "original_context": 32},
+        "attention": {"type": "s2", "group_size": 16},
     },
 }
 TINY: dict[str, Any] = {"std": 0.05}
@@ -42,14 +42,13 @@ def recipe(method: str = "lora", **fields: Any) -> TrainSpec:
     data: dict[str, Any] = {
         "name": "test",
         "base": "tiny",
-        "adapter": ADAPTERS[method],
         "data": {"train": "data.jsonl", "eval_fraction": 0.2, "max_length": 64},
         "batch": {"rows": 2, "accumulation": 2},
         "optimizer": {"learning_rate": 2e-2, "warmup_steps": 2},
         "max_steps": 8,
         "dtype": "float32",
     }
-    return TrainSpec.parse(data | fields, source="test")
+    return TrainSpec.parse(data | METHODS[method] | fields, source="test")
 
 
 def make_data(folder: Path, spec: TrainSpec) -> Dataset:
@@ -79,7 +78,7 @@ def masters(reporter: FolderReporter) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("method", list(ADAPTERS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_learns_and_leaves_an_adapter(
     method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
 ) -> None:

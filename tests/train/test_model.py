@@ -25,16 +25,33 @@ ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 T = 40
 
 
-def recipe(method: str = "longlora", **fields: Any) -> TrainSpec:
-    """LongLoRA: 16 tokens doubled to 32, groups of 8."""
-    adapter: dict[str, Any] = {"method": method, "rank": 4}
-    scaling = {"type": fields.pop("rope", "linear"), "factor": fields.pop("factor", 2.0)}
-    long_context = {"rope_scaling": scaling, "original_context": 16, "group_size": 8} | fields.pop("long_context", {})
-    if method == "longlora" or fields.pop("long", False):
-        adapter["long_context"] = long_context
-    rest: dict[str, Any] = {
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+S2: dict[str, Any] = {"type": "s2", "group_size": 8}
+
+
+def recipe(
+    method: str = "longlora",
+    *,
+    rope: str | None = "linear",
+    factor: float = 2.0,
+    original: int | None = 16,
+    group_size: int | None = 8,
+    **fields: Any,
+) -> TrainSpec:
+    """LongLoRA: 16 tokens doubled to 32, groups of 8. Other methods have neither unless `fields` say so."""
+    rest: dict[str, Any] = {"adapter": {"method": method, "rank": 4} | fields.pop("adapter", {})}
+    if method == "longlora":
+        rest["attention"] = S2 | {"group_size": group_size}
+        rest["rope_scaling"] = rope and {"type": rope, "factor": factor, "original_context": original}
+    rest |= {
         "name": "test",
-        "adapter": adapter | fields.pop("adapter", {}),
         "data": {"train": "none.jsonl"},
         "batch": {"rows": 2},
         "optimizer": {"learning_rate": 1e-3},
@@ -98,13 +115,8 @@ def logits_and_gradients(model: Any, inputs: dict[str, Tensor], real_BT: Tensor)
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", ["full", "padded", "packed"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_padding_and_packing_reach_every_layer(
-    tiny_base: BaseFactory, oracle_attention: Callable[[Tensor], None], architecture: str, kind: str
-) -> None:
-    model = strengthen(build_model(tiny_base(architecture), recipe())).double()
-    inputs, ids_BT = batch(kind)
+def check(model: Any, inputs: dict[str, Tensor], ids_BT: Tensor, oracle_attention: Callable[[Tensor], None]) -> None:
+    """Logits and gradients against those under the boolean mask."""
     got, gradients = logits_and_gradients(model, inputs, ids_BT >= 0)
     oracle_attention(oracle_mask(2, 4, T, 8, ids_BT))
     model.set_attn_implementation("s2_oracle")
@@ -113,6 +125,47 @@ def test_padding_and_packing_reach_every_layer(
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-6, rtol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["full", "padded", "packed"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_and_packing_reach_every_layer(
+    tiny_base: BaseFactory, oracle_attention: Callable[[Tensor], None], architecture: str, kind: str
+) -> None:
+    model = strengthen(build_model(tiny_base(architecture), recipe())).double()
+    inputs, ids_BT = batch(kind)
+    check(model, inputs, ids_BT, oracle_attention)
+
+
+@pytest.mark.parametrize(
+    ("method", "scaling", "rope"),
+    [
+        ("lora", None, {}),
+        ("vera", None, {}),
+        ("longlora", None, {}),
+        ("lora", {"factor": 2}, {}),
+        ("vera", {"factor": 2}, {}),
+        ("lora", None, {"rope_parameters": LLAMA3}),
+        ("longlora", None, {"rope_parameters": LLAMA3}),
+        ("longlora", {"type": "ntk", "factor": 2}, {"rope_parameters": LLAMA3}),
+    ],
+)
+def test_s2_is_a_choice_of_its_own(
+    tiny_base: BaseFactory,
+    oracle_attention: Callable[[Tensor], None],
+    method: str,
+    scaling: dict[str, Any] | None,
+    rope: dict[str, Any],
+) -> None:
+    """Any method, positions scaled or not, on a base that is scaled already or not."""
+    base = tiny_base(**rope)
+    spec = recipe(method, attention=S2, rope_scaling=scaling)
+    model = strengthen(build_model(base, spec)).double()
+    resolved = resolve(spec, base.config)
+    assert (resolved.rope is None) == (scaling is None)
+    assert model.config.rope_parameters == (resolved.rope or base.config.rope).to_hf()
+    inputs, ids_BT = batch("packed")
+    check(model, inputs, ids_BT, oracle_attention)
 
 
 def test_packed_documents_are_independent(tiny_base: BaseFactory) -> None:
@@ -153,7 +206,7 @@ def test_dense_is_full_attention_and_only_inside(tiny_base: BaseFactory) -> None
 
 
 def test_dense_leaves_another_model_alone(tiny_base: BaseFactory) -> None:
-    model = build_model(tiny_base(), recipe("lora"))
+    model = build_model(tiny_base(), recipe(attention={"type": "dense"}))
     with dense(model):
         assert model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "sdpa"
@@ -185,7 +238,11 @@ def test_packing_with_an_attention_mask_is_refused(tiny_base: BaseFactory, real:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"long_context": {"train_embeddings": False, "train_norms": False}}, {"method": "vera", "long": True}],
+    [
+        {},
+        {"adapter": {"train_embeddings": False, "train_norms": False}},
+        {"method": "vera", "attention": S2, "adapter": {"train_embeddings": True, "train_norms": True}},
+    ],
     ids=["longlora", "only lora", "vera"],
 )
 def test_gradient_checkpointing_changes_no_gradient(tiny_base: BaseFactory, fields: dict[str, Any]) -> None:
@@ -213,7 +270,7 @@ def test_rope_is_scaled_and_the_context_longer(tiny_base: BaseFactory, rope: str
     assert rotary.attention_scaling == pytest.approx(attention)
 
 
-def test_without_long_context_the_base_stays_as_it_is(tiny_base: BaseFactory) -> None:
+def test_without_scaling_the_base_stays_as_it_is(tiny_base: BaseFactory) -> None:
     base, spec = tiny_base(), recipe("lora")
     model = build_model(base, spec)
     assert resolve(spec, base.config).context == model.config.max_position_embeddings == 512
@@ -221,15 +278,11 @@ def test_without_long_context_the_base_stays_as_it_is(tiny_base: BaseFactory) ->
 
 
 def test_context_defaults_to_the_bases_window_and_groups_to_a_quarter(tiny_base: BaseFactory) -> None:
-    base, spec = tiny_base(), recipe(long_context={"original_context": None, "group_size": None})
+    base, spec = tiny_base(), recipe(original=None, group_size=None)
     assert resolve(spec, base.config).context == 1024
     assert build_model(base, spec).config.s2_group_size == 256
-
-
-def test_a_base_with_scaled_rope_is_refused(tiny_base: BaseFactory) -> None:
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(UnsupportedError, match="already"):
-        build_model(tiny_base(rope_parameters=rope), recipe())
+    short = recipe("lora", attention={"type": "s2"}, data={"train": "none.jsonl", "max_length": 64})
+    assert build_model(base, short).config.s2_group_size == 16  # of the rows, which nothing extends
 
 
 def test_small_groups_are_warned_of(tiny_base: BaseFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +292,8 @@ def test_small_groups_are_warned_of(tiny_base: BaseFactory, monkeypatch: pytest.
     logger = logging.getLogger("loray.train.model")
     logger.addHandler(handler)
     try:
-        build_model(tiny_base(), recipe(long_context={"group_size": 6}))
-        build_model(tiny_base(), recipe(long_context={"group_size": 8}))
+        build_model(tiny_base(), recipe(group_size=6))
+        build_model(tiny_base(), recipe(group_size=8))
     finally:
         logger.removeHandler(handler)
     assert len(warnings) == 1

@@ -1,21 +1,32 @@
-"""Puts an untrained adapter into a transformers model: PEFT's LoRA, loray's VeRA, LongLoRA's embedding and norms."""
+"""Puts an adapter into a transformers model, untrained or with the weights of a published one: PEFT's LoRA, loray's
+VeRA, LongLoRA's embedding and norms.
+"""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, VeraConfig, inject_adapter_in_model
 from torch import nn
 
 from loray.adapters.vera import VeraLinear, inject_vera
+from loray.adapters.weights import AdapterWeights, LoraWeights
 from loray.errors import UnsupportedError
-from loray.spec import AdapterSpec, DoraSpec, LongContext, LoraSpec, VeraSpec
+from loray.spec import AdapterSpec, DoraSpec, LoraSpec, VeraSpec
 
 ADAPTER = "default"  # PEFT's name of the adapter inside a model
 BASE_ROWS = "base_weight"  # buffer of an untied trained embedding with the base's rows, to find those that changed
+
+
+class InitialAdapter(NamedTuple):
+    """`digest` is that of the published adapter, `folder` holds its files."""
+
+    digest: str
+    folder: Path
 
 
 def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
@@ -25,8 +36,8 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
     parameters have the base's dtype: an optimizer must hold fp32 copies of them. DoRA's magnitudes alone are fp32:
     they are the norms of the base's rows, of which training changes a small part.
 
-    With `spec.long_context` all RMSNorms and the input embedding are trained as well. Where input and output embeddings
-    are tied, the trained embedding is a copy, and the output head stays the base's.
+    With `spec.train_norms` all RMSNorms are trained as well, with `spec.train_embeddings` the input embedding. Where
+    input and output embeddings are tied, the trained embedding is a copy, and the output head stays the base's.
 
     Raises ValueError where `model` has an adapter already, and UnsupportedError where it lacks a target module.
     """
@@ -42,8 +53,7 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
             inject_vera(model, spec)
         else:
             inject_adapter_in_model(lora_config(spec), model, adapter_name=ADAPTER)
-    if spec.long_context is not None:
-        _train_extras(model, spec.long_context)
+    _train_extras(model, spec)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32 if is_magnitude(name) else dtype)
@@ -52,6 +62,30 @@ def attach(model: Any, spec: AdapterSpec, *, seed: int) -> None:
 def is_magnitude(name: str) -> bool:
     """Whether a parameter of this name is a vector of DoRA's magnitudes."""
     return ".lora_magnitude_vector." in name
+
+
+@torch.no_grad()
+def load_weights(model: Any, weights: AdapterWeights) -> None:
+    """Copy `weights` into `model`, to which `attach` has added an adapter that `checks.initial` lets go on from them.
+
+    Norms and an embedding that `weights` lack stay the base's.
+    """
+    inner = model.base_model
+    for key, module in weights.modules.items():
+        layer = inner.get_submodule(key.path)
+        if isinstance(module, LoraWeights):
+            layer.lora_A[ADAPTER].weight.copy_(module.a_RI)
+            layer.lora_B[ADAPTER].weight.copy_(module.b_OR)
+            if module.magnitude_O is not None:
+                layer.lora_magnitude_vector[ADAPTER].weight.copy_(module.magnitude_O)
+        else:
+            layer.vera_lambda_d.copy_(module.d_R)
+            layer.vera_lambda_b.copy_(module.b_O)
+    for path, norm in weights.norms.items():
+        inner.get_submodule(path).weight.copy_(norm)
+    if weights.embedding is not None:
+        weight_VD, token_ids = model.get_input_embeddings().weight, weights.embedding.token_ids
+        weight_VD[slice(None) if token_ids is None else list(token_ids)] = weights.embedding.rows_VD.to(weight_VD)
 
 
 def peft_config(spec: AdapterSpec, **options: Any) -> PeftConfig:
@@ -88,15 +122,15 @@ def _vera_config(spec: VeraSpec, **options: Any) -> VeraConfig:
         )
 
 
-def _train_extras(model: Any, long_context: LongContext) -> None:
+def _train_extras(model: Any, spec: AdapterSpec) -> None:
     """Train norms and embedding, without PEFT's wrappers: these keep a second copy of every norm, and do not work with
     VeRA.
     """
-    if long_context.train_norms:
+    if spec.train_norms:
         for module in model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 module.weight.requires_grad_(True)
-    if long_context.train_embeddings:
+    if spec.train_embeddings:
         embedding = model.get_input_embeddings()
         head = model.get_output_embeddings()
         if head is not None and head.weight is embedding.weight:

@@ -45,6 +45,7 @@ class ManifestDetails:
     """Fields of a manifest that the adapter's files do not contain.
 
     derived_from             digest of the adapter that this one was converted from
+    parent                   digest of the adapter whose training this one goes on from
     rope_parameters          None: the base's RoPE
     context_length           None: the base's context
     original_context_length  None: the context that the recipe extends, else the base's
@@ -56,6 +57,7 @@ class ManifestDetails:
     job_id: str | None = None
     data_fingerprint: str | None = None
     derived_from: str | None = None
+    parent: str | None = None
     evaluations: Sequence[Evaluation] = ()
     licence: str | None = None
     description: str = ""
@@ -96,6 +98,7 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
             projection=_projection(weights, checked.prng_key),
             files={path.name: file_sha256(path) for path in published_files(folder)},
             derived_from=details.derived_from,
+            parent=details.parent,
             recipe=details.recipe,
             job_id=details.job_id,
             data_fingerprint=details.data_fingerprint,
@@ -238,8 +241,8 @@ def _method(
 
 def _original_context(base: BaseModel, recipe: TrainSpec | None) -> int:
     window = base.config.max_position_embeddings
-    long_context = None if recipe is None else recipe.adapter.long_context
-    return window if long_context is None else long_context.extended_from(window)
+    scaling = None if recipe is None else recipe.rope_scaling
+    return window if scaling is None else scaling.extended_from(window)
 
 
 def _projection(weights: AdapterWeights, key: int) -> Projection | None:

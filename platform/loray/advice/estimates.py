@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from loray.advice.scorecard import Answers
 from loray.bases.config import ModelConfig
@@ -27,7 +28,6 @@ from loray.spec import (
     MODULES_BY_INPUT,
     AdapterSpec,
     DoraSpec,
-    LongContext,
     LongLoraSpec,
     LoraSpec,
     RopeScaling,
@@ -76,18 +76,24 @@ class Estimate:
 
 def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
     """LoRA, VeRA, LongLoRA, and for a context longer than the base's also VeRA with LongLoRA's attention and RoPE."""
-    return [
-        _estimate(method, adapter, answers.context_length, model, device)
-        for method, adapter in candidates(answers.context_length, model)
-    ]
+    return [_estimate(method, recipe, model, device) for method, recipe in candidates(answers.context_length, model)]
 
 
-def recipe_of(adapter: AdapterSpec, context_length: int, *, checkpointing: bool = False) -> TrainSpec:
-    """A recipe that trains `adapter` on one row of `context_length` per step."""
+def recipe_of(
+    adapter: AdapterSpec,
+    context_length: int,
+    *,
+    rope_scaling: RopeScaling | None = None,
+    attention: Literal["dense", "s2"] | None = None,
+    checkpointing: bool = False,
+) -> TrainSpec:
+    """A recipe that trains `adapter` on one row of `context_length` per step. `attention` None: the method's usual."""
     return TrainSpec.model_validate(
         {
             "name": "estimate",
             "adapter": adapter.model_dump(),
+            "rope_scaling": rope_scaling,
+            **({} if attention is None else {"attention": {"type": attention}}),
             "data": {"train": "unused", "max_length": context_length},
             "batch": {"rows": 1},
             "optimizer": {"learning_rate": 1e-4},
@@ -121,35 +127,33 @@ def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
             own += Matrix(module, "lora_a", adapter.rank, width), Matrix(module, "lora_b", adapter.rank, out)
             own += [Matrix(module, "dora", 1, out)] if isinstance(adapter, DoraSpec) else []
     flat: list[Matrix] = []
-    extras = adapter.long_context
-    if extras is not None and extras.train_norms:
+    if adapter.train_norms:
         norms = ("input_layernorm", "post_attention_layernorm")
         own += (Matrix(name, "norm", 1, model.hidden_size) for name in norms)
         flat.append(Matrix("norm", "norm", 1, model.hidden_size))
-    if extras is not None and extras.train_embeddings:
+    if adapter.train_embeddings:
         flat.append(Matrix("embed_tokens", "embedding", model.vocab_size, model.hidden_size))
     return AdapterShape.of(dict.fromkeys(range(model.num_layers), own), flat)
 
 
-def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, AdapterSpec]]:
-    """(method, its adapter with default settings) for each estimated method."""
-    yield "lora", LoraSpec()
-    yield "vera", VeraSpec()
+def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, TrainSpec]]:
+    """(method, a recipe of it with default settings) for each estimated method."""
+    yield "lora", recipe_of(LoraSpec(), context_length)
+    yield "vera", recipe_of(VeraSpec(), context_length)
     window = model.max_position_embeddings
     original = min(window, max(1, context_length // 2))
-    stretched = LongContext(
-        rope_scaling=RopeScaling(factor=max(1.001, context_length / original)), original_context=original
-    )
-    yield "longlora", LongLoraSpec(long_context=stretched)
+    stretched = RopeScaling(factor=max(1.001, context_length / original), original_context=original)
+    yield "longlora", recipe_of(LongLoraSpec(), context_length, rope_scaling=stretched)
     if context_length > window:
-        plain = stretched.model_copy(update={"train_embeddings": False})
-        yield "vera + longlora", VeraSpec(long_context=plain)
+        both = recipe_of(VeraSpec(train_norms=True), context_length, rope_scaling=stretched, attention="s2")
+        yield "vera + longlora", both
 
 
-def _estimate(method: str, adapter: AdapterSpec, context_length: int, model: ModelConfig, device: Device) -> Estimate:
+def _estimate(method: str, recipe: TrainSpec, model: ModelConfig, device: Device) -> Estimate:
     problem, run, training_bytes, time = None, None, None, None
+    adapter = recipe.adapter
     try:
-        run, training_bytes = _fitting(adapter, context_length, model, device)
+        run, training_bytes = _fitting(recipe, model, device)
         time = estimate_time(run, device, plan_traffic(run))
         if training_bytes > device.usable_bytes:
             problem = "does not fit on one such device; see loray plan for several"
@@ -175,22 +179,19 @@ def _estimate(method: str, adapter: AdapterSpec, context_length: int, model: Mod
     )
 
 
-def _fitting(adapter: AdapterSpec, context_length: int, model: ModelConfig, device: Device) -> tuple[Run, int]:
+def _fitting(recipe: TrainSpec, model: ModelConfig, device: Device) -> tuple[Run, int]:
     """The run, with checkpointing where it does not fit without, and the peak memory of a worker."""
-    run = run_of(recipe_of(adapter, context_length), model)
+    run = run_of(recipe, model)
     if (peak := plan_memory(run, device).peak_bytes) <= device.usable_bytes:
         return run, peak
-    run = run_of(recipe_of(adapter, context_length, checkpointing=True), model)
+    run = run_of(recipe.model_copy(update={"gradient_checkpointing": True}), model)
     return run, plan_memory(run, device).peak_bytes
 
 
 def _settings(adapter: AdapterSpec) -> str:
     modules = ", ".join(module.removesuffix("_proj") for module in adapter.target_modules)
-    extras = adapter.long_context
-    text = f"r{adapter.rank} on {modules}"
-    if extras is not None:
-        text += " + norms" * extras.train_norms + " + embeddings" * extras.train_embeddings
-    return text
+    extras = " + norms" * adapter.train_norms + " + embeddings" * adapter.train_embeddings
+    return f"r{adapter.rank} on {modules}{extras}"
 
 
 def _per_gib(adapter: AdapterSpec, model: ModelConfig) -> float:

@@ -11,20 +11,28 @@ def scaled(base: RopeParameters, scaling: RopeScaling, *, original_context: int,
     linear  positions ÷ factor (Chen et al., 2023)
     ntk     theta · factor^(d/(d−2)), frequencies stretched unevenly ("NTK-aware", static)
     yarn    by frequency band, with attention temperature (Peng et al., 2023)
-    Raises ValueError for a base whose RoPE is scaled already (linear, llama3, yarn).
+    A base that is scaled already is scaled further: factors of linear and of yarn multiply, each on a base of its own
+    type, and ntk stretches theta under any type. Raises ValueError for other combinations, which are no RoPE that
+    transformers computes.
     """
-    if base.rope_type != "default":
-        raise ValueError(f"the base's RoPE is {base.rope_type!r} already; scaling it again is not defined")
-    match scaling.type:
-        case "linear":
-            return RopeParameters(rope_type="linear", rope_theta=base.rope_theta, factor=scaling.factor)
-        case "ntk":
-            theta = base.rope_theta * scaling.factor ** (head_dim / (head_dim - 2))
-            return RopeParameters(rope_theta=theta)
-        case "yarn":
+    match scaling.type, base.rope_type:
+        case "linear", "default" | "linear":
+            factor = scaling.factor * (base.factor or 1.0)
+            return RopeParameters(rope_type="linear", rope_theta=base.rope_theta, factor=factor)
+        case "ntk", _:
+            return base.model_copy(
+                update={"rope_theta": base.rope_theta * scaling.factor ** (head_dim / (head_dim - 2))}
+            )
+        case "yarn", "default":
             return RopeParameters(
                 rope_type="yarn",
                 rope_theta=base.rope_theta,
                 factor=scaling.factor,
                 original_max_position_embeddings=original_context,
             )
+        case "yarn", "yarn":  # the temperature is that of the whole factor
+            return base.model_copy(update={"factor": scaling.factor * (base.factor or 1.0), "attention_factor": None})
+    raise ValueError(
+        f"its RoPE is {base.rope_type!r} already, which {scaling.type} cannot scale further: take type: ntk, or leave "
+        "rope_scaling out"
+    )

@@ -1,4 +1,5 @@
-"""The gate: the measured perplexity that a LongLoRA adapter needs before it gets an alias. Policy in plain Python.
+"""The gate: the measured perplexity that an adapter with a RoPE of its own needs before it gets an alias. Policy in
+plain Python.
 
 At the adapter's context, its perplexity must be below the base's, both with and without the adapter's RoPE. At the
 context that was extended, it may be at most a share (`tolerance`) above the perplexity of the unscaled base.
@@ -14,7 +15,8 @@ _NAMES: Mapping[Subject, str] = {"base": "the base", "base_scaled": "the base un
 
 
 def is_gated(manifest: AdapterManifest) -> bool:
-    return manifest.method == "longlora"
+    """An adapter that extends no context has nothing to show here, whatever attention it was trained with."""
+    return manifest.rope_parameters is not None
 
 
 def failures(manifest: AdapterManifest, evaluations: Sequence[Evaluation], tolerance: float) -> tuple[str, ...]:

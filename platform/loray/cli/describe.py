@@ -161,6 +161,7 @@ def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
             ("RoPE", None if m.rope_parameters is None else _rope(m.rope_parameters)),
             ("base", f"{m.base} ({m.base_fingerprint[:12]})"),
             ("converted from", None if m.derived_from is None else m.derived_from[:12]),
+            ("goes on from", None if m.parent is None else _parent(m)),
             ("recipe", None if m.recipe is None else m.recipe.name),
             ("job", m.job_id),
             ("data", None if m.data_fingerprint is None else m.data_fingerprint[:12]),
@@ -172,6 +173,11 @@ def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
             ("gate", ("no alias: " + "; ".join(failures) if failures else "passed") if gate.is_gated(m) else None),
         ]
     )
+
+
+def _parent(m: AdapterManifest) -> str:
+    label = None if m.recipe is None else m.recipe.init_adapter
+    return f"{label or 'an adapter'} ({(m.parent or '')[:12]})"
 
 
 def evaluations(measured: Sequence[Evaluation]) -> Table:

@@ -36,8 +36,7 @@ def layer_input(run: Run) -> int:
 def _norms(run: Run) -> Kept:
     """x in fp32 (for its square and for the product with 1/rms), 1/rms, and the operand of a trained weight."""
     model, e = run.model, run.element_bytes
-    extras = run.adapter.long_context
-    trained = e if extras is not None and extras.train_norms else 0
+    trained = e if run.adapter.train_norms else 0
     heads = model.num_heads + model.num_kv_heads
     widths = [(1, model.hidden_size)] * 2 + ([(heads, model.head_dim)] if model.qk_norm else [])
     nbytes = sum(count * (_FP32 * (width + 1) + trained * width) for count, width in widths)

@@ -75,9 +75,8 @@ def count_trained(model: ModelConfig, adapter: AdapterSpec) -> TrainedCounts:
     else:
         tensors = [adapter.rank * n for out_in in shapes for n in out_in]
         tensors += [out for out, _ in shapes if isinstance(adapter, DoraSpec)]
-    extras = adapter.long_context
-    embedding = base.embedding if extras is not None and extras.train_embeddings else 0
-    norms = base.norms if extras is not None and extras.train_norms else 0
+    embedding = base.embedding if adapter.train_embeddings else 0
+    norms = base.norms if adapter.train_norms else 0
     return TrainedCounts(model.num_layers * sum(tensors), embedding, norms, max(embedding, *tensors))
 
 

@@ -11,7 +11,7 @@ from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
 from loray.planning.remedies import Remedy, smallest_remedy
 from loray.planning.run import Run
 from loray.planning.traffic import Exchange, Traffic, exchanges, group_sizes, plan_traffic
-from loray.recipes.resolve import is_small_group, quarter
+from loray.recipes.resolve import quarter
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +110,13 @@ def _advice(remedy: Remedy | None) -> str:
 def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:
     problems = []
     group, exchange = run.group_size, traffic.exchange
-    if group is not None and is_small_group(group, run.context):
+    if group is not None and group < run.usual_group:
         problems.append(
             Problem(
                 "warning",
-                f"group_size {group} is less than a quarter of the context of {run.context} tokens, which the paper "
-                "finds to raise the loss",
-                f"group_size: {quarter(run.context)}, or leave it out",
+                f"group_size {group} is less than {run.usual_group}, a quarter of the context, which the paper finds "
+                "to raise the loss",
+                f"group_size: {run.usual_group}, or leave it out",
             )
         )
     if group is not None and group >= run.row_length:

@@ -20,6 +20,7 @@ class Run:
     row_length   N of the longest row, in tokens, before padding
     num_rows     rows of a micro-batch
     group_size   S2-Attn's G, None where attention is dense
+    usual_group  G of LongLoRA's paper
     context      tokens of the context that the adapter is trained for
     """
 
@@ -30,6 +31,7 @@ class Run:
     num_rows: int
     accumulation: int
     group_size: int | None
+    usual_group: int
     context: int
     checkpointing: bool
     num_workers: int
@@ -100,6 +102,7 @@ def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
         num_rows=spec.batch.rows or (spec.batch.tokens or 0) // row_length,
         accumulation=spec.batch.accumulation,
         group_size=resolved.group_size,
+        usual_group=resolved.usual_group,
         context=resolved.context,
         checkpointing=spec.gradient_checkpointing,
         num_workers=spec.num_workers,

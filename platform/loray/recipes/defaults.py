@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from loray.bases.config import ModelConfig
-from loray.spec import Method
+from loray.spec import Method, upgraded
 
 BaseSize = Literal["small", "large"]
 BASE_SIZES: tuple[BaseSize, ...] = ("small", "large")
@@ -44,23 +45,25 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "adapter.method": Default("the first to try: it has the fewest surprises", FIRST_METHOD),
     "adapter.dropout": Default("adapters have few parameters; raise it where the held-out loss rises while loss falls"),
     "adapter.target_modules": Default("attention alone; the MLP's three more than double adapter and time"),
-    "adapter.long_context": Default("only for rows longer than the base's window"),
-    "adapter.long_context.rope_scaling.type": Default("the paper's position interpolation"),
-    "adapter.long_context.rope_scaling.factor": Default("trained for so many times the original context"),
-    "adapter.long_context.original_context": Default("the base's own window"),
-    "adapter.long_context.group_size": Default("a quarter of the context: smaller groups raise the loss"),
-    "adapter.long_context.train_embeddings": Default("without them long contexts do not recover (the paper)"),
-    "adapter.long_context.train_norms": Default("likewise, for almost no parameters"),
-    "data.train": Default("JSONL or Parquet with `messages`, `prompt` and `completion`, or `text`"),
+    "adapter.train_embeddings": Default("without them long contexts do not recover (LongLoRA's paper)"),
+    "adapter.train_norms": Default("likewise, for almost no parameters"),
+    "attention.type": Default("while training; s2 costs less on long rows. Evaluated and served dense"),
+    "attention.group_size": Default("of s2: a quarter of the context; smaller groups raise the loss"),
+    "rope_scaling": Default("only for rows longer than the base's window"),
+    "rope_scaling.type": Default("LongLoRA's position interpolation"),
+    "rope_scaling.factor": Default("trained for so many times the original context"),
+    "rope_scaling.original_context": Default("the base's own window"),
+    "init_adapter": Default("a published adapter to go on from, as NAME@VERSION; its RoPE is taken over"),
+    "data.train": Default("files, folders or globs with `messages`, `prompt` and `completion`, or `text`"),
     "data.eval": Default("without it, a part of `train` is held out"),
     "data.eval_fraction": Default("enough rows to tell checkpoints apart, few to lose"),
     "data.format": Default("the columns say it"),
     "data.max_length": Default("of one row, in tokens: LongLoRA's context, else 1024 or the base's shorter window"),
-    "data.max_rows": Default("all of them"),
+    "data.max_rows": Default("all of them; the first ones of every source"),
     "batch.rows": Default("of a worker at once; halve it and double `accumulation` where memory is short", 8),
     "batch.tokens": Default("instead of `rows`: a budget, padding included, where rows differ much in length"),
     "batch.accumulation": Default("micro-batches of a step; a larger batch without more memory"),
-    "batch.order": Default("independent batches; length_grouped pads less, packed not at all"),
+    "batch.order": Default("shuffled; length_grouped pads less, packed not at all, concat joins texts"),
     "optimizer.learning_rate": Default("the update is scaled by alpha/rank; large bases want less", 1e-3, 2e-4),
     "optimizer.weight_decay": Default("an adapter is small: early stopping on held-out loss regularises better"),
     "optimizer.beta1": Default("Adam's"),
@@ -118,7 +121,8 @@ _OF_METHOD: Mapping[Method, Mapping[str, Default]] = {
     "longlora": {
         **_LORA,
         "adapter.rank": Default("the paper's: embeddings and norms carry what more rank does not"),
-        "adapter.long_context.rope_scaling.factor": Default("twice the original context", 2),
+        "attention.type": Default("while training; evaluated and served dense", "s2"),
+        "batch.order": Default("concat of texts: joined and cut at the context, as in the paper; else shuffled"),
         "batch.rows": Default("a row fills the context", 1),
         "batch.accumulation": Default("rows of a step on one worker; the paper has 64 over all", 4, 8),
         "optimizer.learning_rate": Default("high for tens of steps; the paper's 2e-5 on large bases", 1e-3, 2e-5),
@@ -145,6 +149,8 @@ def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
 
     A field that is null is given. What is not as a recipe should be is left for its parser to refuse.
     """
+    with suppress(ValueError):  # its parser says what is wrong
+        fields = upgraded(fields)
     filled = copy.deepcopy(dict(fields))
     for path, default in _defaults_for(filled).items():
         value = default.on(size)

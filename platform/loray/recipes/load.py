@@ -15,6 +15,7 @@ from loray.bases.config import ModelConfig
 from loray.errors import SpecError
 from loray.recipes.defaults import BaseSize, complete, method_of, size_of
 from loray.recipes.fields import merge
+from loray.recipes.sources import fixed_part
 from loray.spec import DataSpec, Name, TrainSpec, read_mapping
 
 ShapeOf = Callable[[str], ModelConfig | None]  # of a base by its name; None where it is not known
@@ -33,9 +34,7 @@ class Recipe(NamedTuple):
 
     def data(self) -> DataSpec:
         """The recipe's data with absolute paths."""
-        data = self.spec.data
-        paths = {"train": self._absolute(data.train), "eval": data.eval and self._absolute(data.eval)}
-        return data.model_copy(update=paths)
+        return self.spec.data.with_paths(self._absolute)
 
     def _absolute(self, source: str) -> str:
         return source if "://" in source else str((self.folder / Path(source).expanduser()).resolve())
@@ -112,25 +111,47 @@ def _moved(over: Mapping[str, Any], folder: Path, *, is_alone: bool) -> dict[str
     """`over` with its data paths, which start at the current folder, as paths from `folder`; absolute ones only where
     `folder` is that of these files.
     """
+
+    def moved(source: str) -> str:
+        is_kept = "://" in source or (Path(source).expanduser().is_absolute() and not is_alone)
+        return source if is_kept else os.path.relpath(Path(source).expanduser().absolute(), folder)
+
     fields = merge({}, over)
-    for name, path in _data_files(over).items():
-        if is_alone or not Path(fields["data"][name]).expanduser().is_absolute():
-            fields["data"][name] = os.path.relpath(path, folder)
+    for name, sources in _data_of(over).items():
+        fields["data"][name] = _with_paths(sources, moved)
     return fields
 
 
 def _folder_of_data(over: Mapping[str, Any]) -> Path:
-    """The folder in which all local data files are; without any, the current one."""
-    folders = [path.parent for path in _data_files(over).values()]
+    """The folder in which all local data is; without any, the current one."""
+    folders: list[Path] = []
+
+    def found(source: str) -> str:
+        if "://" not in source:
+            folders.append(Path(fixed_part(source)).expanduser().absolute().parent)
+        return source
+
+    for sources in _data_of(over).values():
+        _with_paths(sources, found)
     return Path(os.path.commonpath(folders)) if folders else Path.cwd()
 
 
-def _data_files(fields: Mapping[str, Any]) -> dict[str, Path]:
-    """Absolute paths of the data that lies in files, by field."""
+def _data_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The sources of data that are given, by field."""
     data = fields.get("data")
-    named = data if isinstance(data, Mapping) else {}
-    sources = {name: named[name] for name in _SOURCES if isinstance(named.get(name), str)}
-    return {name: Path(source).expanduser().absolute() for name, source in sources.items() if "://" not in source}
+    return {name: data[name] for name in _SOURCES if name in data} if isinstance(data, Mapping) else {}
+
+
+def _with_paths(sources: Any, change: Callable[[str], str]) -> Any:
+    """`sources`, which no parser has seen, with every path changed."""
+    if isinstance(sources, str):
+        return change(sources)
+    if isinstance(sources, Mapping):
+        return {
+            name: change(value) if name == "path" and isinstance(value, str) else value
+            for name, value in sources.items()
+        }
+    return [_with_paths(source, change) for source in sources] if isinstance(sources, list | tuple) else sources
 
 
 def _check_named(fields: Mapping[str, Any]) -> None:

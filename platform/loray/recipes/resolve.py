@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from loray.bases.config import ModelConfig
 from loray.bases.rope import scaled
@@ -20,6 +22,7 @@ class Resolved:
     original_context  context before it is extended; equal to `context` where it is not
     row_length        N, length of the longest row
     group_size        S2-Attn's G; None where attention is dense
+    usual_group       G of LongLoRA's paper: a quarter of the context, or of N where the context is not extended
     rope              scaled RoPE, part of the published adapter; None where the adapter keeps the base's RoPE
     """
 
@@ -27,38 +30,40 @@ class Resolved:
     original_context: int
     row_length: int
     group_size: int | None
+    usual_group: int
     rope: RopeParameters | None
+
+    @property
+    def is_small_group(self) -> bool:
+        """Whether G is less than a quarter of the context: LongLoRA's paper finds that this raises the loss."""
+        return self.group_size is not None and self.group_size < self.usual_group
 
 
 def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
     """The values of `spec` on `model`, its base.
 
-    `data.max_length` bounds a row. Without it, a row of a long-context adapter has up to the whole context, and a row
-    of another adapter up to 1,024 tokens, or the base's context where that is shorter.
+    `data.max_length` bounds a row. Without it, a row of LongLoRA, or of any method with `rope_scaling`, has up to the
+    whole context, and another row up to 1,024 tokens, or the base's context where that is shorter.
 
     Raises SpecError where rows would be longer than the context, and UnsupportedError where RoPE cannot be scaled.
     """
-    window, long_context = model.max_position_embeddings, spec.adapter.long_context
-    if long_context is None:
-        row_length = _row_length(spec, window, default=min(_MAX_LENGTH, window))
-        return Resolved(window, window, row_length, group_size=None, rope=None)
-    original, context = long_context.extended_from(window), long_context.context_length(window)
-    try:
-        rope = scaled(model.rope, long_context.rope_scaling, original_context=original, head_dim=model.head_dim)
-    except ValueError as e:
-        raise UnsupportedError(f"long_context on the base {spec.base}: {e}") from e
-    row_length = _row_length(spec, context, default=context)
-    return Resolved(context, original, row_length, long_context.group_size or quarter(context), rope)
+    original = context = model.max_position_embeddings
+    scaling, rope = spec.rope_scaling, None
+    if scaling is not None:
+        original, context = scaling.extended_from(original), scaling.context_length(original)
+        try:
+            rope = scaled(model.rope, scaling, original_context=original, head_dim=model.head_dim)
+        except ValueError as e:
+            raise UnsupportedError(f"rope_scaling on the base {spec.base}: {e}") from e
+    row_length = _row_length(spec, context, default=context if spec.is_long_context else min(_MAX_LENGTH, context))
+    usual_group = quarter(row_length if rope is None else context)
+    group_size = None if spec.attention.type == "dense" else spec.attention.group_size or usual_group
+    return Resolved(context, original, row_length, group_size, usual_group, rope)
 
 
 def quarter(context: int) -> int:
     """Group size of LongLoRA's paper: a quarter of the context, rounded down to an even number."""
     return max(2, context // 4 // 2 * 2)
-
-
-def is_small_group(group_size: int, context: int) -> bool:
-    """Whether a group is less than a quarter of the context: LongLoRA's paper finds that this raises the loss."""
-    return group_size < quarter(context)
 
 
 def check_token_budget(batch: BatchSpec, row_length: int) -> None:
@@ -70,11 +75,35 @@ def check_token_budget(batch: BatchSpec, row_length: int) -> None:
         )
 
 
+def check_row_lengths(spec: TrainSpec, lengths: Sequence[int], row_length: int, *, are_texts: bool) -> None:
+    """Raise SpecError where the median row of a long context has less than half of the `row_length` tokens that are
+    planned and paid for: the positions that the run is about would hardly be trained.
+
+    Texts that are packed count by their documents, in which positions start anew. Chats and completions may be packed,
+    and tune an adapter whose positions its parent was trained on.
+    """
+    order = spec.batch.order
+    if not spec.is_long_context or (not are_texts and (order == "packed" or spec.init_adapter is not None)):
+        return
+    if 2 * (typical := median(lengths)) >= row_length:
+        return
+    if order == "concat":
+        remedy = "give more text, or lower data.max_length"
+    elif are_texts:
+        remedy = "set batch.order: concat, which joins texts, or lower data.max_length to what they need"
+    else:
+        remedy = "set batch.order: packed, give longer rows, or lower data.max_length to what they need"
+    raise SpecError(
+        f"half of the rows have {typical:,.0f} tokens or fewer, of {row_length:,} that they may have: positions after "
+        f"that are hardly trained; {remedy}"
+    )
+
+
 def _row_length(spec: TrainSpec, context: int, *, default: int) -> int:
     if (max_length := spec.data.max_length) is None:
         return default
     if max_length > context:
-        hint = "" if spec.adapter.long_context else f", or extend {spec.base} with method longlora"
+        hint = "" if spec.rope_scaling else f", or extend {spec.base} with rope_scaling"
         raise SpecError(
             f"data.max_length is {max_length}, but the adapter's context is {context} tokens; lower it{hint}"
         )

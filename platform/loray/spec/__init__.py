@@ -88,28 +88,29 @@ from loray.spec.jobs import EndStatus, JobStatus, TrainingGroup, has_ended
 from loray.spec.serving import AutoscalingSpec, ServeSpec
 from loray.spec.structured import Constraint
 from loray.spec.tools import Tool, ToolCallDelta, ToolParserName, ToolUse
-from loray.spec.training import (
+from loray.spec.training.context import AttentionSpec, RopeScaling
+from loray.spec.training.data import BatchSpec, DataSource, DataSpec
+from loray.spec.training.methods import (
     ATTENTION_MODULES,
     LINEAR_MODULES,
     MLP_MODULES,
     MODULES_BY_INPUT,
     AdapterSpec,
-    BatchSpec,
-    CheckpointSpec,
-    DataSpec,
     DoraSpec,
-    EvaluationSpec,
     LinearModule,
-    LongContext,
     LongLoraSpec,
     LoraSpec,
+    VeraSpec,
+)
+from loray.spec.training.older import upgraded
+from loray.spec.training.recipe import (
+    CheckpointSpec,
+    EvaluationSpec,
     OptimizerSpec,
     ParallelSpec,
     PublishSpec,
-    RopeScaling,
     StrategyName,
     TrainSpec,
-    VeraSpec,
 )
 
 __all__ = [
@@ -136,12 +137,14 @@ __all__ = [
     "AdapterSpec",
     "Alias",
     "ApiKey",
+    "AttentionSpec",
     "AutoscalingSpec",
     "BatchSpec",
     "CheckpointSpec",
     "Constraint",
     "ContextLength",
     "DType",
+    "DataSource",
     "DataSpec",
     "Delta",
     "Depth",
@@ -161,7 +164,6 @@ __all__ = [
     "KeyChanges",
     "Limits",
     "LinearModule",
-    "LongContext",
     "LongLoraSpec",
     "LoraSpec",
     "Method",
@@ -216,4 +218,5 @@ __all__ = [
     "retrieval_metric",
     "service_tier",
     "split_qualified",
+    "upgraded",
 ]

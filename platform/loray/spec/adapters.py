@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 from loray.errors import BaseMismatch
 from loray.spec.fields import Frozen, Method, Sha256
 from loray.spec.tools import ToolParserName
-from loray.spec.training import TrainSpec
+from loray.spec.training.recipe import TrainSpec
 
-Subject = Literal["adapter", "base", "base_scaled"]  # base_scaled: the base under the adapter's RoPE
+# base_scaled: the base under the adapter's RoPE; parent: the adapter that training went on from
+Subject = Literal["adapter", "base", "base_scaled", "parent"]
 RopeType = Literal["default", "linear", "yarn", "llama3"]
 
 
@@ -98,6 +99,7 @@ class AdapterManifest(Frozen):
     projection: Projection | None = None
     files: dict[str, Sha256]
     derived_from: Sha256 | None = Field(default=None, description="the adapter that this one was converted from")
+    parent: Sha256 | None = Field(default=None, description="the adapter whose training this one goes on from")
     recipe: TrainSpec | None = None
     job_id: str | None = None
     data_fingerprint: Sha256 | None = None

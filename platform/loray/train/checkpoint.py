@@ -22,7 +22,8 @@ from loray.train.optimizer import OptimizerState
 
 ADAPTER = "adapter"
 _OPTIMIZER = "optimizer.pt"
-_RESUMABLE = ("base", "adapter", "data", "batch", "dtype", "seed")  # must be equal in a resumed run
+# must be equal in a resumed run
+_RESUMABLE = ("base", "adapter", "attention", "rope_scaling", "init_adapter", "data", "batch", "dtype", "seed")
 
 
 class RunState(Frozen):
@@ -30,6 +31,7 @@ class RunState(Frozen):
 
     eval_loss  held-out loss of this checkpoint; None where it was not evaluated
     saved_at   when the checkpoint was written: the times of files are lost in a bucket
+    parent     digest of the adapter that the run went on from
     """
 
     FILE: ClassVar[str] = "state.json"
@@ -47,6 +49,7 @@ class RunState(Frozen):
     baselines: tuple[Evaluation, ...] = ()
     row_length: int
     saved_at: datetime | None = None
+    parent: Sha256 | None = None
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         """The baselines, and this checkpoint where it was evaluated, for the manifest."""
@@ -124,5 +127,6 @@ def _comparable(spec: TrainSpec) -> TrainSpec:
     """`spec` without the paths of data files, whose fingerprint is compared, and without accumulation, of which the
     micro-batches per step are compared.
     """
-    data = spec.data.model_copy(update={"train": "", "eval": None})
+    unnamed = tuple(source.model_copy(update={"path": ""}) for source in spec.data.train_sources)
+    data = spec.data.model_copy(update={"train": unnamed, "eval": None})
     return spec.model_copy(update={"data": data, "batch": spec.batch.model_copy(update={"accumulation": 1})})

@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from loray.adapters.inject import InitialAdapter, load_weights
+from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
-from loray.errors import TrainingError
-from loray.spec import Evaluation, Subject, TrainSpec
+from loray.errors import SpecError, TrainingError
+from loray.spec import TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
 from loray.train.checkpoint import RunState, evaluation
 from loray.train.data.batches import BatchStream, Cursor
 from loray.train.data.dataset import Dataset
-from loray.train.evaluation.held_out import held_out_loss, unscaled
+from loray.train.evaluation.held_out import held_out_loss, measure_baselines
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import build_model, count_parameters
@@ -45,9 +47,12 @@ def train(
     reporter: Reporter,
     workdir: Path,
     resume_from: Path | None = None,
+    initial: InitialAdapter | None = None,
     device: torch.device | None = None,
 ) -> RunState:
     """Train an adapter. The result is in the checkpoints that `reporter` gets. Returns the last state.
+
+    `initial` is the recipe's `init_adapter`, from whose weights a new run starts; a resumed one has its own.
 
     `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
     machine. Temporary files go to `workdir`.
@@ -56,7 +61,9 @@ def train(
     its held-out loss is finite, and where the run ends without a usable adapter; SpecError where `resume_from` belongs
     to another recipe.
     """
-    run = _Run(spec, base, data, reporter, workdir, resume_from, device or torch.device("cpu"))
+    if (spec.init_adapter is None) != (initial is None):
+        raise SpecError(f"init_adapter is {spec.init_adapter}: the files of an adapter go with it, and only with it")
+    run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device or torch.device("cpu"))
     return run.train()
 
 
@@ -78,6 +85,7 @@ class _Run:
         reporter: Reporter,
         workdir: Path,
         resume_from: Path | None,
+        initial: InitialAdapter | None,
         device: torch.device,
     ) -> None:
         self.spec, self.base, self.data, self.reporter, self.workdir = spec, base, data, reporter, workdir
@@ -91,12 +99,15 @@ class _Run:
                 base_fingerprint=base.fingerprint,
                 data_fingerprint=data.fingerprint,
                 row_length=data.max_length,
+                parent=initial and initial.digest,
             )
         else:
             saved = checkpoint.read_state(resume_from)
             checkpoint.check_resumable(saved, spec, base.fingerprint, data.fingerprint)
             self.state = saved.model_copy(update={"recipe": spec})
         self.model: Any = build_model(base, spec)
+        if initial is not None and resume_from is None:
+            load_weights(self.model, read_adapter(initial.folder, base.config))
         self.model.train()
         self.num_parameters = count_parameters(self.model)
         optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
@@ -110,6 +121,7 @@ class _Run:
             per_step=spec.micro_batches_per_step,
             rank=self.mesh.data_rank,
             size=self.mesh.data_size,
+            shares=data.shares,
         )
         self.num_steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
         self.skipped_here = 0  # by this process: a resumed run may skip as many steps again
@@ -210,23 +222,12 @@ class _Run:
         return held_out_loss(self.model, objective, rows, self.spec, device=self.device, mesh=self.mesh)
 
     def _evaluate_baselines(self) -> None:
-        """Measure the base: an untrained adapter does not change it. Under scaled RoPE it is base_scaled."""
+        """Measure what the model computes before any training."""
         baselines = []
-        if self.spec.adapter.long_context is not None:
-            with unscaled(self.model, self.base):
-                baselines.append(self._baseline(self._held_out_loss(), "base"))
-        baselines.append(self._baseline(self._held_out_loss(), "base_scaled" if baselines else "base"))
+        for subject, loss in measure_baselines(self.model, self.base, self.spec, self._held_out_loss):
+            baselines.append(evaluation(loss, subject, self.data.max_length))
+            self._report({"event": "eval", "step": 0, "subject": subject, "eval_loss": loss})
         self.state = self.state.model_copy(update={"baselines": tuple(baselines)})
-        for measured in baselines:
-            self._report({"event": "eval", "step": 0, "subject": measured.subject, "eval_loss": measured.value})
-
-    def _baseline(self, loss: float, subject: Subject) -> Evaluation:
-        if not isfinite(loss):
-            raise TrainingError(
-                f"the held-out loss of {subject} is {loss} before any training; "
-                f"check the base model and the data, or train in float32 (dtype is {self.spec.dtype})"
-            )
-        return evaluation(loss, subject, self.data.max_length)
 
     def _evaluate(self) -> bool:
         """Measure and report the held-out loss. Returns whether it is the best so far."""

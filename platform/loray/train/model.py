@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loray.adapters.inject import attach
 from loray.bases.registry import BaseModel
-from loray.recipes.resolve import is_small_group, resolve
+from loray.recipes.resolve import resolve
 from loray.spec import DType, RopeParameters, TrainSpec
 from loray.telemetry import get_logger
 from loray.train.hook import ATTENTION
@@ -53,23 +53,23 @@ def load_model(
 def build_model(base: BaseModel, spec: TrainSpec) -> Any:
     """A transformers causal language model in `spec.dtype` with the recipe's adapter; only the adapter is trained.
 
-    With `long_context` RoPE is scaled to the longer context, and attention is S2-Attn outside of `dense`. Raises
-    UnsupportedError where the base's RoPE is scaled already.
+    With `rope_scaling` RoPE is scaled to the longer context. With `attention.type` s2 attention is S2-Attn outside of
+    `dense`. Raises UnsupportedError where the base's RoPE cannot be scaled so.
     """
     resolved = resolve(spec, base.config)
-    if resolved.rope is None:
-        model = load_model(base, dtype=spec.dtype)
-    else:
-        group_size = resolved.group_size
-        assert group_size is not None
-        if is_small_group(group_size, resolved.context):
-            log.warning(
-                "group_size %d is less than a quarter of the context of %d tokens; LongLoRA's paper finds a worse loss",
-                group_size,
-                resolved.context,
-            )
-        fields = {"max_position_embeddings": resolved.context, "s2_group_size": group_size}
-        model = load_model(base, dtype=spec.dtype, rope=resolved.rope, attention=ATTENTION, config_fields=fields)
+    fields: dict[str, Any] = {}
+    if resolved.rope is not None:
+        fields["max_position_embeddings"] = resolved.context
+    if resolved.group_size is not None:
+        fields["s2_group_size"] = resolved.group_size
+    if resolved.is_small_group:
+        log.warning(
+            "group_size %d is less than %d, a quarter of the context; LongLoRA's paper finds a worse loss",
+            resolved.group_size,
+            resolved.usual_group,
+        )
+    attention = _DENSE if resolved.group_size is None else ATTENTION
+    model = load_model(base, dtype=spec.dtype, rope=resolved.rope, attention=attention, config_fields=fields)
     model.config.name_or_path = base.name  # which goes into a published adapter, unlike a path of this machine
     attach(model, spec.adapter, seed=spec.seed)
     if spec.gradient_checkpointing:

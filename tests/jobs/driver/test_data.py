@@ -11,7 +11,6 @@ from jobs.driver.data import _location, _without_options, fetched
 from loray.errors import DataError
 from loray.locations import S3Location, parse_location
 from loray.settings import Settings
-from loray.spec import DataSpec
 from loray.store.s3 import S3Store
 from tests.s3 import S3Server
 
@@ -40,15 +39,15 @@ def test_a_tenants_data_is_fetched_with_the_options_of_the_deployment(s3_server:
     source = f"{url.partition('?')[0]}/acme/a.jsonl"
     S3Store(s3_of(url)).put_if_absent("acme/a.jsonl", b"{}")
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path), "LORAY_DATA": url})
-    with fetched(DataSpec(train=source), settings) as copies:
+    with fetched([source], settings) as copies:
         assert copies[source].read_bytes() == b"{}"
-    other = DataSpec(train=source.replace("a.jsonl", "b.jsonl"))
+    other = [source.replace("a.jsonl", "b.jsonl")]
     with pytest.raises(DataError, match=r"b\.jsonl does not exist$"), fetched(other, settings):
         pass
     wrong = replace(s3_of(url), credentials_file=tmp_path / "zq-keys").url
     with (
         pytest.raises(DataError, match=rf"data file {source}: .*\(credentials_file\) cannot be read") as error,
-        fetched(DataSpec(train=source), replace(settings, data=wrong)),
+        fetched([source], replace(settings, data=wrong)),
     ):
         pass
     assert "zq-keys" not in str(error.value)

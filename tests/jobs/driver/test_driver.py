@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from jobs.submission import commands
 from jobs.submission.tracker import RayJob
 from jobs.workers import threads, worker
 from jobs.workers.checkpoints import score
+from loray.adapters.inject import InitialAdapter
 from loray.bases.registry import add_base, get_base
 from loray.catalog import Catalog
 from loray.errors import BaseMismatch, ClusterError, ConflictError, LorayError, SpecError, StoreError
@@ -49,7 +51,10 @@ def trained(recipe: Recipe, settings: Settings, workdir: Path) -> tuple[RunFolde
     prepared = prepare(recipe, settings)
     run = open_runs(settings).new(recipe.spec.name, "first")
     reporter = FolderReporter(Path(run.path))
-    train(prepared.spec, prepared.base, prepared.data, reporter=reporter, workdir=workdir)
+    with ExitStack() as stack:
+        files = prepared.initial
+        initial = files and InitialAdapter(files.digest, stack.enter_context(files.as_folder()))
+        train(prepared.spec, prepared.base, prepared.data, reporter=reporter, workdir=workdir, initial=initial)
     return run, result(reporter)
 
 

@@ -25,12 +25,6 @@ from tests.jobs.driver.test_driver import trained
 from tests.test_recipe import write
 from tests.tiny import write_checkpoint
 
-LONGLORA = {
-    "method": "longlora",
-    "rank": 4,
-    "long_context": {"original_context": 64, "rope_scaling": {"type": "linear", "factor": 2}},
-}
-
 
 def long_recipe(folder: Path, *, documents: int = 2, length: int = 300, **fields: Any) -> Recipe:
     """A recipe on repeated alphabets, which an adapter learns in a few steps; `documents` of them are held out."""
@@ -40,7 +34,8 @@ def long_recipe(folder: Path, *, documents: int = 2, length: int = 300, **fields
         (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     ours: dict[str, Any] = {
         "name": "long",
-        "adapter": LONGLORA,
+        "adapter": {"method": "longlora", "rank": 4},
+        "rope_scaling": {"type": "linear", "factor": 2, "original_context": 64},
         "data": {"train": "data.jsonl", "eval": "eval.jsonl", "max_length": 128},
         "evaluation": {"perplexity": {"stride": 32, "max_windows": 4}},
         "optimizer": {"learning_rate": 0.1, "schedule": "constant"},

@@ -83,7 +83,12 @@ def recipe(train: str = MINE, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_other_data_than_the_tenants_own_is_refused(api: Tenants, train: str) -> None:
-    for data in ({"train": train}, {"train": MINE, "eval": train}):
+    mixed = [
+        {"train": [MINE, train]},
+        {"train": MINE, "eval": [MINE, train]},
+        {"train": [{"path": train, "weight": 2}]},
+    ]
+    for data in ({"train": train}, {"train": MINE, "eval": train}, *mixed):
         with api.by(principal()) as http:
             detail = problem(http.post("/jobs", json=RECIPE | {"data": data}), 403)["detail"]
         assert "must be an s3:// URL without options below s3://training/sets/acme/" in detail

@@ -153,7 +153,7 @@ def test_rows_are_views_until_they_are_packed() -> None:
     some = rows.select(np.array([3, 1]))
     assert some.ids_N is rows.ids_N
     assert some.lengths.tolist() == [4, 2]
-    packed = some.packed()
+    packed = pack_rows([some.row(i) for i in range(len(some))])
     assert packed.ids_N.tolist() == [3, 3, 3, 3, 1, 1]
     assert packed.targets_N.tolist() == [False, True, True, True, False, True]
 

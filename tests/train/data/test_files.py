@@ -19,7 +19,7 @@ from tests.train.data.test_data import jsonl, load
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.jsonl does not exist"):
         load(str(tmp_path / "no.jsonl"))
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match=r"has no data file: a folder holds \.jsonl"):
         load(str(tmp_path))
 
 

@@ -124,7 +124,7 @@ def test_every_method_is_what_peft_makes_of_it(
 
 def test_a_model_in_training_is_measured_dense_and_left_as_it_was(tiny_base: Callable[..., BaseModel]) -> None:
     base = tiny_base(std=0.05)
-    spec = recipe(long_context={"original_context": 128, "group_size": 16})
+    spec = recipe(original=128, group_size=16)
     model = build_model(base, spec).train()
     found = documents(300)
     loss = mean_loss(model, cut_windows(found, 256, stride=44, max_windows=None))

@@ -22,7 +22,7 @@ from loray.train.model import build_model, dense
 from loray.train.sequence import SequenceGroup, Traffic, sequence_parallel, shard
 from tests.train.attention.test_s2_attention import runs
 from tests.train.sequence.ranks import Ranks
-from tests.train.test_model import positions, recipe, strengthen, tokens
+from tests.train.test_model import LLAMA3, positions, recipe, strengthen, tokens
 
 BaseFactory = Callable[..., BaseModel]
 GROUP, LAYERS = 16, 2
@@ -33,6 +33,13 @@ HEADS: dict[str, dict[str, int]] = {
     "3/1": {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16},
 }
 LENGTHS = [32, 16, 24, 8, 4, 10]  # 2G, G, 3G/2, G/2, G/4, 5G/8
+RECIPES: dict[str, dict[str, Any]] = {
+    "longlora": {"group_size": GROUP},
+    "lora, not scaled": {"method": "lora", "attention": {"type": "s2", "group_size": GROUP}},
+    "vera, not scaled": {"method": "vera", "attention": {"type": "s2", "group_size": GROUP}},
+    "longlora, not scaled": {"rope": None, "group_size": GROUP},
+    "longlora, ntk": {"rope": "ntk", "group_size": GROUP},
+}
 KINDS = ["full", "padded", "packed", "few targets"]
 
 
@@ -69,8 +76,8 @@ class Result(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def model_of(base: BaseModel, checkpointing: bool) -> Any:
-    spec = recipe(gradient_checkpointing=checkpointing, long_context={"group_size": GROUP})
+def model_of(base: BaseModel, checkpointing: bool, name: str = "longlora") -> Any:
+    spec = recipe(gradient_checkpointing=checkpointing, **RECIPES[name])
     return strengthen(build_model(base, spec)).train()
 
 
@@ -80,14 +87,16 @@ def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def train_alone(base: BaseModel, whole: Batch) -> Result:
-    model = model_of(base, False)
+def train_alone(base: BaseModel, whole: Batch, name: str) -> Result:
+    model = model_of(base, False, name)
     total, num_targets = batch_loss(model, whole)
     return Result(total.item() / num_targets, gradients_of(model, total / num_targets))
 
 
-def train(group: SequenceGroup, base: BaseModel, wholes: list[Batch], mode: str) -> list[Result]:
-    model = model_of(base, mode != "no checkpointing")
+def train(
+    group: SequenceGroup, base: BaseModel, wholes: list[Batch], mode: str, name: str = "longlora"
+) -> list[Result]:
+    model = model_of(base, mode != "no checkpointing", name)
     results = []
     for whole in wholes:
         counted = replace(group, traffic=Traffic())
@@ -100,13 +109,15 @@ def train(group: SequenceGroup, base: BaseModel, wholes: list[Batch], mode: str)
     return results
 
 
-def check(base: BaseModel, whole: Batch, results: Sequence[Result], *, exchanges: int = 1) -> None:
+def check(
+    base: BaseModel, whole: Batch, results: Sequence[Result], *, exchanges: int = 1, name: str = "longlora"
+) -> None:
     """Each rank's result against the whole batch on one rank, and against the plan of its traffic."""
-    alone = train_alone(base, whole)
+    alone = train_alone(base, whole, name)
     assert sum(r.loss for r in results) == pytest.approx(alone.loss, rel=1e-5)
-    for name, expected in alone.gradients.items():
-        got = sum(r.gradients[name] for r in results)
-        assert torch.linalg.vector_norm(got - expected) <= 1e-5 * torch.linalg.vector_norm(expected), name
+    for parameter, expected in alone.gradients.items():
+        got = sum(r.gradients[parameter] for r in results)
+        assert torch.linalg.vector_norm(got - expected) <= 1e-5 * torch.linalg.vector_norm(expected), parameter
     size, config = len(results), base.config
     row_length = padded_length(whole.input_ids_BT.shape[1], size)
     plan = HaloPlan(row_length, size, GROUP, config.num_heads, config.num_kv_heads)
@@ -124,6 +135,22 @@ def test_loss_gradients_and_bytes(ranks: Ranks, tiny_base: BaseFactory, heads: s
         wholes, zip(*ranks(size, train, base, wholes, "no checkpointing"), strict=True), strict=True
     ):
         check(base, whole, results)
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        ("lora, not scaled", {}),
+        ("vera, not scaled", {}),
+        ("longlora, not scaled", {"rope_parameters": LLAMA3}),
+        ("longlora, ntk", {"rope_parameters": LLAMA3}),
+    ],
+)
+def test_any_method_scaled_or_not(ranks: Ranks, tiny_base: BaseFactory, name: str, rope: dict[str, Any]) -> None:
+    base, wholes = tiny_base(**HEADS["9/3"], **rope), [batch(kind, 48) for kind in KINDS]
+    results = zip(*ranks(2, train, base, wholes, "no checkpointing", name), strict=True)
+    for whole, parts in zip(wholes, results, strict=True):
+        check(base, whole, parts, name=name)
 
 
 @pytest.mark.parametrize("mode", ["halos kept", "exchanged again"])

@@ -30,7 +30,7 @@ from loray.train.optimizer import OptimizerState
 from loray.train.reporting import FolderReporter
 from loray.train.strategies import buckets, zero
 from tests.train.ranks import run_ranks
-from tests.train.test_loop import ADAPTERS, make_data, recipe
+from tests.train.test_loop import METHODS, make_data, recipe
 
 SIZE = 4
 STRATEGIES = [
@@ -46,20 +46,19 @@ TRAINING: dict[str, Any] = {
     "max_steps": 4,
     "num_workers": SIZE,
 }
-LONG: dict[str, Any] = ADAPTERS["longlora"]
 RUNS: dict[str, dict[str, Any]] = {
     "mesh": TRAINING | {"batch": {"rows": 1, "accumulation": 4, "order": "packed"}, "sequence": 2},
     "data": TRAINING | {"max_steps": 1, "num_workers": SIZE - 1},  # two ranks have a micro-batch less than the others
     "skips": TRAINING,
     "bf16": TRAINING | {"dtype": "bfloat16", "gradient_checkpointing": True, "max_steps": 1},
     "vera": TRAINING
-    | {"adapter": ADAPTERS["vera"] | {"dropout": 0.0}, "max_steps": 1}
+    | {"adapter": METHODS["vera"]["adapter"] | {"dropout": 0.0}, "max_steps": 1, "sequence": 2}
     | {"optimizer": {"learning_rate": 1e-2, "max_grad_norm": None}},
 }
 
 
 def spec_of(name: str, strategy: str) -> TrainSpec:
-    fields = {"adapter": LONG} | RUNS[name]
+    fields = METHODS["longlora"] | RUNS[name]
     sequence = fields.pop("sequence", 1)
     return recipe(**fields, parallel={"strategy": strategy, "sequence": sequence})
 

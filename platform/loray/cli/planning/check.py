@@ -8,7 +8,8 @@ from rich.console import Console
 
 from loray.bases.presets import shapes_in
 from loray.cli.planning.devices import ASSUMED_GPU, device_of, kept_rates
-from loray.errors import SpecError
+from loray.cli.planning.parents import with_parent
+from loray.errors import NotFoundError, SpecError
 from loray.planning.devices import THIS_MACHINE, Device, HostRates, host, host_memory
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import run_of
@@ -24,6 +25,11 @@ def check_plan(spec: TrainSpec, home: Path, *, device_name: str | None, is_here:
     model = shapes_in(home)(spec.base)
     if model is None:
         to.print(f"no plan: the base {spec.base} is not on this machine", highlight=False, soft_wrap=True)
+        return
+    try:
+        spec = with_parent(spec, model)
+    except NotFoundError as e:
+        to.print(f"no plan: {e}", highlight=False, soft_wrap=True)
         return
     run, device = run_of(spec, model), _device(spec, home, device_name, is_here)
     if device is None:

@@ -8,6 +8,7 @@ import click
 
 from loray.cli.output import console, emit, json_option
 from loray.cli.planning.devices import ASSUMED_GPU, config_option, device_of, device_option, shape_of
+from loray.cli.planning.parents import with_parent
 from loray.cli.planning.tables import show
 from loray.cli.recipes.options import RecipeSource, recipe_options
 from loray.planning.devices import THIS_MACHINE
@@ -29,7 +30,9 @@ def plan(source: RecipeSource, device_name: str | None, config: Path | None, as_
     """
     home = Settings.from_env().home
     spec = source.load(home, is_example=True).spec
-    run = run_of(spec, shape_of(spec.base, config, home))
+    model = shape_of(spec.base, config, home)
+    spec = with_parent(spec, model)
+    run = run_of(spec, model)
     name = device_name or (ASSUMED_GPU if spec.use_gpu else THIS_MACHINE)
     made = make_plan(run, device_of(name, home, spec.num_workers))
     if as_json:

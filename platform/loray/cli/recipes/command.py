@@ -71,12 +71,11 @@ def explained(spec: TrainSpec, home: Path) -> str:
 
 def _with_data_from(recipe: Recipe, folder: Path) -> TrainSpec:
     """The recipe for a file in `folder`: paths of data files that exist start there."""
-    data, found = recipe.spec.data, recipe.data()
-    paths = {"train": _path_from(data.train, found.train, folder)}
-    if data.eval is not None and found.eval is not None:
-        paths["eval"] = _path_from(data.eval, found.eval, folder)
-    return recipe.spec.model_copy(update={"data": data.model_copy(update=paths)})
+    data = recipe.spec.data
+    found = dict(zip(data.paths, recipe.data().paths, strict=True))
+    moved = data.with_paths(lambda source: _path_from(source, found[source], folder))
+    return recipe.spec.model_copy(update={"data": moved})
 
 
 def _path_from(source: str, found: str, folder: Path) -> str:
-    return os.path.relpath(found, folder) if Path(found).is_file() else source
+    return os.path.relpath(found, folder) if Path(found).exists() else source

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loray.recipes.resolve import check_token_budget
@@ -59,10 +60,27 @@ class Batch(NamedTuple):
         return {name: tensor.to(device) for name, tensor in named.items() if tensor is not None}
 
 
-def plan_epoch(lengths: Sequence[int], spec: BatchSpec, *, max_length: int, seed: int, epoch: int) -> list[MicroBatch]:
-    """Every document once, in the order of this epoch. Raises SpecError where a row does not fit the token budget."""
+class Share(NamedTuple):
+    """The next `num_rows` rows, of one source, are `weight` times in an epoch."""
+
+    num_rows: int
+    weight: float
+
+
+def plan_epoch(
+    lengths: Sequence[int],
+    spec: BatchSpec,
+    *,
+    max_length: int,
+    seed: int,
+    epoch: int,
+    shares: Sequence[Share] = (),
+) -> list[MicroBatch]:
+    """Every document, or row of joined texts, once, or as often as `shares` say, in the order of this epoch. Raises
+    SpecError where a row does not fit the token budget.
+    """
     rng = np.random.default_rng([seed, epoch])
-    order = [int(i) for i in rng.permutation(len(lengths))]
+    order = [int(i) for i in rng.permutation(_drawn(shares, rng) if shares else len(lengths))]
     rows: list[Row]
     check_token_budget(spec, max(lengths, default=0))
     if spec.order == "packed":
@@ -75,6 +93,16 @@ def plan_epoch(lengths: Sequence[int], spec: BatchSpec, *, max_length: int, seed
     if spec.order == "length_grouped":
         batches = [batches[i] for i in rng.permutation(len(batches))]
     return batches
+
+
+def _drawn(shares: Sequence[Share], rng: np.random.Generator) -> NDArray[np.int64]:
+    """The rows of an epoch: of each source whole rounds, and another part of it every epoch."""
+    drawn, first = [], 0
+    for num_rows, weight in shares:
+        count = max(1, round(num_rows * weight)) if num_rows else 0
+        drawn.append(np.resize(first + rng.permutation(num_rows), count))
+        first += num_rows
+    return np.concatenate(drawn)
 
 
 def plan_evaluation(lengths: Sequence[int], spec: BatchSpec) -> list[MicroBatch]:
@@ -155,15 +183,23 @@ class BatchStream:
         cursor: Cursor = _START,
         rank: int = 0,
         size: int = 1,
+        shares: Sequence[Share] = (),
     ) -> None:
         self._rows, self._spec, self._max_length, self._seed = rows, spec, max_length, seed
-        self._per_step, self._rank, self._size = per_step, rank, size
+        self._per_step, self._rank, self._size, self._shares = per_step, rank, size, shares
         self._lengths: list[int] = rows.lengths.tolist()
         self.cursor = cursor
         self._plan = self._plan_of(cursor.epoch)
 
     def _plan_of(self, epoch: int) -> list[MicroBatch]:
-        return plan_epoch(self._lengths, self._spec, max_length=self._max_length, seed=self._seed, epoch=epoch)
+        return plan_epoch(
+            self._lengths,
+            self._spec,
+            max_length=self._max_length,
+            seed=self._seed,
+            epoch=epoch,
+            shares=self._shares,
+        )
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step."""

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loray.errors import DataError
+from loray.recipes.sources import find_files
 from loray.spec import DataSpec
-from loray.train.data.examples import Example, Rows, RowSpool, TokenRows, tokenize
+from loray.train.data.batches import Share
+from loray.train.data.examples import Rows, TokenRows, pack_rows
 from loray.train.data.files import DataFormat, RowFile, open_rows
-
-Indices = NDArray[np.int64]
-
-_SPLIT_STREAM, _SAMPLE_STREAM = 1, 2  # different generators for one seed
+from loray.train.data.splits import SAMPLE_STREAM, Files, check_texts, joined_texts, windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,9 @@ class DataReport:
 class Dataset:
     """Training rows, which may be outside of this process's memory, and held-out rows, which are few.
 
-    `fingerprint` is the SHA-256 of the training file; with an evaluation file, that of both files' hex digests.
+    `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
+    digests. `is_joined`: rows are texts joined by the end-of-sequence token. `shares`: of the sources, where they have
+    weights.
     """
 
     train: Rows
@@ -49,6 +48,8 @@ class Dataset:
     max_length: int
     fingerprint: str
     report: DataReport
+    is_joined: bool = False
+    shares: tuple[Share, ...] = ()
 
 
 def load_data(
@@ -58,93 +59,72 @@ def load_data(
     max_length: int,
     max_eval_rows: int,
     seed: int,
+    joined: bool | None = False,
     whole_windows: bool = False,
     fetched: Mapping[str, Path] = MappingProxyType({}),
 ) -> Dataset:
     """Read and tokenise `spec.train` (and `spec.eval`). Raises DataError.
 
     Without `spec.eval`, `eval_fraction` of the documents is held out, the same ones for the same seed; of a single text
-    its last windows are held out. At most `max_eval_rows` rows are kept for evaluation, drawn by the seed.
-    whole_windows  hold out only windows of exactly `max_length` tokens, where there are any
+    its last rows are held out. At most `max_eval_rows` rows are kept for evaluation, drawn by the seed.
+    joined         join texts and cut them at `max_length`, see `loray.train.data.joined`; None: where the data is texts
+    whole_windows  hold out only rows of exactly `max_length` tokens, where there are any
     fetched        copies on this machine of remote sources
     """
-    file = open_rows(spec.train, spec.format, spec.max_rows, fetched=fetched.get(spec.train))
-    examples = _spool(tokenize(file, tokenizer, max_length))
-    fingerprint = file.sha256
-    if spec.eval is not None:
-        eval_file = open_rows(spec.eval, spec.format, fetched=fetched.get(spec.eval))
-        eval_examples = _spool(tokenize(eval_file, tokenizer, max_length))
-        trained, held_out = np.arange(len(examples.rows)), np.arange(len(eval_examples.rows))
-        fingerprint = hashlib.sha256(f"{file.sha256}\n{eval_file.sha256}\n".encode()).hexdigest()
-    else:
-        eval_examples = examples
-        trained, held_out = _hold_out(file, examples, spec.eval_fraction, seed)
+    train_files = [_open(source.path, spec, spec.max_rows, fetched) for source in spec.train_sources]
+    eval_files = [_open(source.path, spec, None, fetched) for source in spec.eval_sources]
+    files = [file for source in (*train_files, *eval_files) for file in source]
+    is_joined = joined if joined is not None else all(file.format == "text" for file in files)
+    if is_joined:
+        check_texts(files)
+    rows_of = joined_texts if is_joined else windows
+    trained, held_out, num_documents = rows_of(train_files, eval_files, tokenizer, max_length, spec.eval_fraction, seed)
 
-    usable = trained[examples.num_targets[trained] > 0]
-    held_out = held_out[eval_examples.num_targets[held_out] > 0]
-    for source, rows in ((spec.train, usable), (spec.eval, held_out)):
-        if source is not None and not len(rows):
-            raise DataError(
-                f"no row of {source} has a token to learn within {max_length} tokens; raise data.max_length"
-            )
-    whole = held_out[eval_examples.rows.lengths[held_out] == max_length]
+    usable = np.flatnonzero(trained.num_targets > 0)
+    measured = np.flatnonzero(held_out.num_targets > 0)
+    for sources, rows in ((spec.train_sources, usable), (spec.eval_sources, measured)):
+        if sources and not len(rows):
+            named = ", ".join(source.path for source in sources)
+            raise DataError(f"no row of {named} has a token to learn within {max_length} tokens; raise data.max_length")
+    whole = measured[held_out.rows.lengths[measured] == max_length]
     if whole_windows and len(whole):
-        held_out = whole
-    if len(held_out) > max_eval_rows:
-        drawn = np.random.default_rng([seed, _SAMPLE_STREAM]).choice(len(held_out), max_eval_rows, replace=False)
-        held_out = held_out[np.sort(drawn)]
+        measured = whole
+    if len(measured) > max_eval_rows:
+        drawn = np.random.default_rng([seed, SAMPLE_STREAM]).choice(len(measured), max_eval_rows, replace=False)
+        measured = measured[np.sort(drawn)]
 
-    train = examples.rows.select(usable)
+    train = trained.rows.select(usable)
     report = DataReport(
-        format=file.format,
-        num_documents=int(examples.documents[-1]) + 1,
+        format=next((file.format for file in files if file.format != "text"), "text"),
+        num_documents=num_documents,
         num_rows=len(train),
-        num_eval_rows=len(held_out),
+        num_eval_rows=len(measured),
         num_tokens=int(train.lengths.sum()),
-        num_targets=int(examples.num_targets[usable].sum()),
-        num_truncated=int(examples.truncated[usable].sum()),
-        num_without_targets=len(trained) - len(usable),
+        num_targets=int(trained.num_targets[usable].sum()),
+        num_truncated=int(trained.truncated[usable].sum()),
+        num_without_targets=len(trained.rows) - len(usable),
     )
-    return Dataset(train, eval_examples.rows.select(held_out).packed(), max_length, fingerprint, report)
+    evaluation = pack_rows([held_out.rows.row(int(i)) for i in measured])  # a copy, of these rows alone
+    weights = [source.weight for source in spec.train_sources]
+    counts = np.bincount(trained.sources[usable], minlength=len(weights)).tolist()
+    shares = tuple(map(Share, counts, weights)) if set(weights) != {1.0} else ()
+    fingerprint = _fingerprint(train_files, eval_files)
+    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, shares)
 
 
-class _Examples(NamedTuple):
-    """Tokenised rows; for each row its document, whether it was truncated, and its number of targets."""
-
-    rows: TokenRows
-    documents: NDArray[np.int64]
-    truncated: NDArray[np.bool_]
-    num_targets: NDArray[np.int64]
-
-
-def _spool(examples: Iterable[Example]) -> _Examples:
-    documents, truncated, num_targets = array("q"), array("b"), array("q")
-    with RowSpool() as spool:
-        for example in examples:
-            num_targets.append(spool.add(example.ids, example.targets))
-            documents.append(example.document)
-            truncated.append(example.truncated)
-        rows = spool.rows()
-    return _Examples(
-        rows, np.array(documents, np.int64), np.array(truncated, np.bool_), np.array(num_targets, np.int64)
-    )
+def _open(path: str, spec: DataSpec, max_rows: int | None, fetched: Mapping[str, Path]) -> tuple[RowFile, ...]:
+    """The files of one source, of which the first rows are read."""
+    files = []
+    for name, local in find_files(path, fetched.get(path)):
+        files.append(open_rows(name, spec.format, max_rows, fetched=None if name == local else Path(local)))
+    return tuple(files)
 
 
-def _hold_out(file: RowFile, examples: _Examples, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """(training, held out), split by document: windows of one text are on one side, unless it is the only document."""
-    if fraction == 0:
-        return np.arange(len(examples.rows)), np.empty(0, np.int64)
-    units, num_units = examples.documents, int(examples.documents[-1]) + 1  # every document has an example
-    if num_units == 1 and file.format == "text":
-        units, num_units = np.arange(len(examples.rows)), len(examples.rows)
-        order = np.arange(num_units)[::-1]  # the end of the text
-    else:
-        order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(num_units)
-    if num_units < 2:
-        raise DataError(
-            f"{file.source} has a single row, so nothing can be held out of it; "
-            "give data.eval, or set data.eval_fraction to 0"
-        )
-    count = min(max(1, round(num_units * fraction)), num_units - 1)
-    is_held_out = np.isin(units, order[:count])
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+def _fingerprint(train_files: Files, eval_files: Files) -> str:
+    """Of a single file its SHA-256, of several that of their SHA-256s."""
+    digests = [_digest([f.sha256 for source in files for f in source]) for files in (train_files, eval_files) if files]
+    return _digest(digests)
+
+
+def _digest(digests: Sequence[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(f"{d}\n" for d in digests).encode()).hexdigest()

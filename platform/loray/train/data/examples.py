@@ -2,7 +2,7 @@
 
 chat               targets are assistant turns, rendered with the checkpoint's own chat template
 prompt_completion  targets are the completion and the end-of-sequence token
-text               all tokens are targets, cut into consecutive windows of `max_length` tokens
+text               all tokens are targets, cut into consecutive windows of `max_length` tokens, or joined: see `joined`
 
 The token ids are those that serving has: the text before a target is tokenised apart from it, as a prompt is.
 """
@@ -65,10 +65,6 @@ class TokenRows:
         """These rows, without a copy of the tokens."""
         return TokenRows(self.ids_N, self.targets_N, self.starts[indices], self.lengths[indices])
 
-    def packed(self) -> TokenRows:
-        """A copy in memory with the tokens of these rows alone."""
-        return pack_rows([self.row(i) for i in range(len(self))])
-
 
 def pack_rows(rows: Sequence[tuple[Any, Any]]) -> TokenRows:
     """TokenRows of (ids, targets) pairs. The first token of a row is never a target."""
@@ -118,8 +114,10 @@ def _mapped(file: IO[bytes], dtype: Any, size: int) -> NDArray[Any]:
     return np.memmap(file, dtype, "r", shape=(size,)).view(np.ndarray) if size else np.empty(0, dtype)
 
 
-def tokenize(rows: RowFile, tokenizer: Any, max_length: int) -> Iterator[Example]:
-    """Examples of at most `max_length` tokens, in order, at least one per row. Raises DataError for a malformed row."""
+def tokenize(rows: RowFile, tokenizer: Any, max_length: int | None) -> Iterator[Example]:
+    """Examples of at most `max_length` tokens, in order, at least one per row. None, for texts: each whole, and without
+    what the tokenizer puts before it. Raises DataError for a malformed row.
+    """
     check_tokenizer(tokenizer)
     if rows.format == "chat" and not tokenizer.chat_template:
         raise DataError(f"{rows.source} holds chats, but the base model has no chat template; use prompt/completion")
@@ -127,13 +125,14 @@ def tokenize(rows: RowFile, tokenizer: Any, max_length: int) -> Iterator[Example
         for number, record in enumerate(records, start=first + 1):
             if wrong := problem(record, rows.format):
                 raise DataError(f"{rows.source}, row {number}: {wrong}")
-        match rows.format:
-            case "text":
-                examples = _texts(records, tokenizer, max_length)
-            case "prompt_completion":
-                examples = _prompts(records, tokenizer, max_length)
-            case "chat":
-                examples = _chats(records, tokenizer, max_length, rows, first)
+        if max_length is None:
+            examples = _whole_texts(records, tokenizer)
+        elif rows.format == "text":
+            examples = _texts(records, tokenizer, max_length)
+        elif rows.format == "prompt_completion":
+            examples = _prompts(records, tokenizer, max_length)
+        else:
+            examples = _chats(records, tokenizer, max_length, rows, first)
         for example in examples:
             yield example._replace(document=first + example.document)
 
@@ -152,6 +151,12 @@ def _texts(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> It
             for at in range(0, len(ids), max_length):
                 window = ids[at : at + max_length]
                 yield Example(window, [True] * len(window), start + i)
+
+
+def _whole_texts(records: list[dict[str, Any]], tokenizer: Any) -> Iterator[Example]:
+    for start in range(0, len(records), _TEXTS_AT_ONCE):
+        for i, ids in enumerate(_ids(tokenizer, [r["text"] for r in records[start : start + _TEXTS_AT_ONCE]])):
+            yield Example([*ids, tokenizer.eos_token_id], [True] * (len(ids) + 1), start + i)
 
 
 def _prompts(records: list[dict[str, Any]], tokenizer: Any, max_length: int) -> Iterator[Example]:

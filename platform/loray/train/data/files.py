@@ -1,4 +1,4 @@
-"""Reads JSONL and Parquet with pyarrow: the format of a file, its rows in parts, and its SHA-256.
+"""Reads JSONL, Parquet and shards of saved data sets with pyarrow: a file's format, its rows in parts, its SHA-256.
 
 A source is a path, or a URI that pyarrow supports (`file://`, `s3://`), or a local copy of one. Every failure is a
 DataError that names the source and the wrong line or row.
@@ -20,7 +20,9 @@ import pyarrow.json as pajson
 import pyarrow.parquet as papq
 
 from loray.errors import DataError
+from loray.recipes.sources import ARROW, Source
 
+FileKind = Literal["jsonl", "parquet", "arrow"]
 DataFormat = Literal["chat", "prompt_completion", "text"]
 
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
@@ -34,23 +36,13 @@ _PART_BYTES = 16 << 20  # of a JSONL file that are read at once; more where a si
 _PART_ROWS = 256  # of a Parquet file that are read at once
 
 
-class Source(NamedTuple):
-    """Errors use `name`; the file is read from `path`."""
-
-    name: str
-    path: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
 class RowFile(NamedTuple):
     """A file of rows. `sha256` is that of the whole file; `max_rows` None means all rows."""
 
     source: Source
     format: DataFormat
     sha256: str
-    is_parquet: bool
+    kind: FileKind
     max_rows: int | None
 
     def parts(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
@@ -58,7 +50,8 @@ class RowFile(NamedTuple):
         larger than memory. Raises DataError.
         """
         done = 0
-        for table in _parquet_parts(self) if self.is_parquet else _jsonl_parts(self):
+        read = {"parquet": _parquet_parts, "arrow": _arrow_parts, "jsonl": _jsonl_parts}[self.kind]
+        for table in read(self):
             if self.max_rows is not None:
                 table = table.slice(0, self.max_rows - done)
             if table.num_rows:
@@ -73,7 +66,7 @@ class RowFile(NamedTuple):
         try:
             records: list[dict[str, Any]] = table.to_pylist()
         except UnicodeDecodeError as e:  # pyarrow does not check it when it reads
-            if not self.is_parquet:
+            if self.kind == "jsonl":
                 _raise_for_line(self.source, self.format)
             raise DataError(f"{self.source} holds text that is not UTF-8: {e}; write it as UTF-8") from e
         return records
@@ -91,25 +84,34 @@ def open_rows(
     Raises DataError.
     """
     source = Source(name, name if fetched is None else str(fetched))
+    kind = _kind(source)
     with _open(source) as file:
-        is_parquet = file.read(4) == b"PAR1"
-        file.seek(0)
         digest = _sha256(file)
-    names = _parquet_names(source) if is_parquet else _first_names(source)
-    return RowFile(source, detect(source, names, format), digest, is_parquet, max_rows)
+    match kind:
+        case "parquet":
+            names = _parquet_names(source)
+        case "arrow":
+            with _arrow(source) as reader:
+                names = reader.schema.names
+        case "jsonl":
+            names = _first_names(source)
+    return RowFile(source, detect(source, names, format), digest, kind, max_rows)
 
 
 def read_columns(name: str, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """These columns, of any types, of all rows of a local JSONL or Parquet file. Raises DataError."""
+    """These columns, of any types, of all rows of a local file. Raises DataError."""
     source = Source(name, str(path))
-    with _open(source) as file:
-        is_parquet = file.read(4) == b"PAR1"
-    if is_parquet:
+    kind = _kind(source)
+    if kind == "parquet":
         with _open(source) as file, _parquet_errors(source):
             table = papq.ParquetFile(file)
             _check_columns(str(source), table.schema_arrow.names, columns)
             records: list[dict[str, Any]] = table.read(columns=list(columns)).to_pylist()
         return records
+    if kind == "arrow":
+        with _arrow(source) as reader:
+            _check_columns(str(source), reader.schema.names, columns)
+            return reader.read_all().select(list(columns)).to_pylist()  # type: ignore[no-any-return]
     records = []
     for number, line in _lines(source):
         record = _record(source, number, line)
@@ -169,10 +171,17 @@ def _open(source: Source) -> Any:
         if kind == pafs.FileType.NotFound:
             raise DataError(f"data file {source} does not exist; relative paths start at the recipe's folder")
         if kind == pafs.FileType.Directory:
-            raise DataError(f"{source} is a folder; name one JSONL or Parquet file")
+            raise DataError(f"{source} is a folder; name a local one, one on s3://, or its files")
         return filesystem.open_input_file(path)
     except (OSError, ValueError, pa.ArrowException) as e:
         raise DataError(f"cannot open data file {source}: {e}") from e
+
+
+def _kind(source: Source) -> FileKind:
+    if source.path.endswith(ARROW):
+        return "arrow"
+    with _open(source) as file:
+        return "parquet" if file.read(4) == b"PAR1" else "jsonl"
 
 
 def _sha256(file: Any) -> str:
@@ -192,6 +201,24 @@ def _parquet_parts(rows: RowFile) -> Iterator[Any]:
     with _open(rows.source) as file, _parquet_errors(rows.source):
         for batch in papq.ParquetFile(file).iter_batches(_PART_ROWS, columns=_SCHEMAS[rows.format].names):
             yield pa.Table.from_batches([batch])
+
+
+def _arrow_parts(rows: RowFile) -> Iterator[Any]:
+    with _arrow(rows.source) as reader:
+        for batch in reader:
+            for start in range(0, batch.num_rows, _PART_ROWS):
+                part = pa.Table.from_batches([batch.slice(start, _PART_ROWS)])
+                yield part.select(_SCHEMAS[rows.format].names)
+
+
+@contextmanager
+def _arrow(source: Source) -> Iterator[Any]:
+    """The stream of batches that `datasets` writes a shard as."""
+    try:
+        with _open(source) as file, pa.ipc.open_stream(file) as reader:
+            yield reader
+    except (OSError, pa.ArrowException) as e:
+        raise DataError(f"{source} is not a readable Arrow file: {e}") from e
 
 
 @contextmanager

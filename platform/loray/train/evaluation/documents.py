@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loray.errors import DataError
+from loray.recipes.sources import find_files, without_options
 from loray.train.data.examples import check_tokenizer, prompt_ids
 from loray.train.data.files import read_columns, read_text
 
@@ -39,22 +40,27 @@ class Documents(NamedTuple):
 
 
 def read_documents(
-    source: str,
+    sources: str | Sequence[str],
     tokenizer: Any,
     *,
     where: Mapping[str, str] = MappingProxyType({}),
     max_tokens: int | None = None,
-    fetched: Path | None = None,
+    fetched: Mapping[str, Path] = MappingProxyType({}),
 ) -> Documents:
-    """The documents of `source`: JSONL or Parquet with a column `text`, or a `.txt` file, which is one document.
+    """The documents of one source or several, as a recipe names them: JSONL, Parquet or saved data sets with a column
+    `text`; a `.txt` file is one document.
 
     where       only rows whose columns have these values
     max_tokens  number of tokens to keep, from the beginning; None: all
-    fetched     local copy of `source` to read instead
+    fetched     local copies of sources to read instead
     Raises DataError.
     """
-    path = Path(source).expanduser() if fetched is None else fetched
-    texts = _read(source, path, where)
+    named = [sources] if isinstance(sources, str) else list(sources)
+    files = [file for source in named for file in find_files(source, fetched.get(source))]
+    texts = [text for file in files for text in _read(file.name, Path(file.path), where)]
+    if not texts:
+        rule = " and ".join(f"{column}={value}" for column, value in where.items())
+        raise DataError(f"{', '.join(named)} has no document" + (f" where {rule}" if rule else ""))
     check_tokenizer(tokenizer)
     documents, left = [], max_tokens if max_tokens is not None else _NO_LIMIT
     for ids in token_ids(tokenizer, texts):
@@ -62,7 +68,8 @@ def read_documents(
         left -= len(documents[-1])
         if left <= 0:
             break
-    name = ", ".join([Path(source).name, *(f"{column}={value}" for column, value in where.items())])
+    names = [PurePosixPath(without_options(source)).name for source in named]
+    name = ", ".join([*names, *(f"{column}={value}" for column, value in where.items())])
     return Documents(name, tuple(documents), _sha256(documents))
 
 
@@ -95,20 +102,13 @@ def _read(name: str, path: Path, where: Mapping[str, str]) -> list[str]:
     if not path.is_file():
         raise DataError(f"{name} is not a file; name one with documents: JSONL, Parquet or .txt")
     if path.suffix == ".txt" and not where:
-        return _not_empty(name, [read_text(name, path)], where)
+        return [text for text in [read_text(name, path)] if text]
     records = read_columns(name, path, [_TEXT, *where])
-    return _not_empty(name, [r[_TEXT] for r in records if all(str(r[c]) == v for c, v in where.items())], where)
-
-
-def _not_empty(name: str, texts: Sequence[object], where: Mapping[str, str]) -> list[str]:
+    texts = [r[_TEXT] for r in records if all(str(r[c]) == v for c, v in where.items())]
     for text in texts:
         if not isinstance(text, str):
             raise DataError(f"{name}: `text` must be a string in every row, not {type(text).__name__}")
-    found = [text for text in texts if isinstance(text, str) and text]
-    if not found:
-        rule = " and ".join(f"{column}={value}" for column, value in where.items())
-        raise DataError(f"{name} has no document" + (f" where {rule}" if rule else ""))
-    return found
+    return [text for text in texts if text]
 
 
 def _sha256(documents: Sequence[NDArray[np.int32]]) -> str:

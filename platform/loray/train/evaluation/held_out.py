@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import nn
 
 from loray.bases.registry import BaseModel
-from loray.spec import TrainSpec
+from loray.errors import TrainingError
+from loray.spec import Subject, TrainSpec
 from loray.train.data.batches import collate, plan_evaluation
 from loray.train.data.examples import TokenRows
 from loray.train.mesh import Mesh
@@ -41,6 +43,34 @@ def held_out_loss(
     objective.train()
     total, count = mesh.world.sum(total, num_targets, device=device)
     return total / count
+
+
+def measure_baselines(
+    model: Any, base: BaseModel, spec: TrainSpec, measure: Callable[[], float]
+) -> Iterator[tuple[Subject, float]]:
+    """What the model is before training, and its held-out loss, which `measure` finds. An untrained adapter does not
+    change the base, which is base_scaled under scaled RoPE; a run that goes on from an adapter starts at its parent.
+
+    Raises TrainingError for a loss that is not finite.
+    """
+    if spec.init_adapter is not None:
+        yield "parent", _finite(measure(), "parent", spec)
+        return
+    if spec.rope_scaling is not None:
+        with unscaled(model, base):
+            loss = measure()
+        yield "base", _finite(loss, "base", spec)
+    subject: Subject = "base" if spec.rope_scaling is None else "base_scaled"
+    yield subject, _finite(measure(), subject, spec)
+
+
+def _finite(loss: float, subject: Subject, spec: TrainSpec) -> float:
+    if not isfinite(loss):
+        raise TrainingError(
+            f"the held-out loss of {subject} is {loss} before any training; "
+            f"check the base model and the data, or train in float32 (dtype is {spec.dtype})"
+        )
+    return loss
 
 
 @contextmanager

@@ -2,136 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from loray.spec.evaluation import NoGateReason, PerplexitySpec, RetrievalSpec
 from loray.spec.fields import Alias, DType, Frozen, Name
+from loray.spec.training.context import AttentionSpec, RopeScaling
+from loray.spec.training.data import BatchSpec, DataSpec
+from loray.spec.training.methods import AdapterSpec, DoraSpec, LongLoraSpec
+from loray.spec.training.older import upgraded
 
-LinearModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ATTENTION_MODULES: tuple[LinearModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_MODULES: tuple[LinearModule, ...] = ("gate_proj", "up_proj", "down_proj")
-LINEAR_MODULES = ATTENTION_MODULES + MLP_MODULES
-# The modules of a layer, those with the same input together.
-MODULES_BY_INPUT: tuple[tuple[LinearModule, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("o_proj",),
-    ("gate_proj", "up_proj"),
-    ("down_proj",),
-)
 StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
+# name, name@alias or name@version, of the tenant itself or as tenant/name
+_ADAPTER = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9_-]{1,48})?$"
 
 _LEAST_VERA_RATE = 1e-3
-
-
-class RopeScaling(Frozen):
-    """Position interpolation by `factor`: positions divided (linear), base stretched (ntk), or by frequency (yarn)."""
-
-    type: Literal["linear", "ntk", "yarn"] = "linear"
-    factor: float = Field(gt=1)
-
-
-class LongContext(Frozen):
-    """What LongLoRA adds to an adapter (Chen et al., ICLR 2024).
-
-    original_context × rope_scaling.factor = the context trained for. `original_context` is the base's own
-    window unless given. `group_size` is S2-Attn's G, a quarter of the context unless given.
-    """
-
-    rope_scaling: RopeScaling
-    original_context: int | None = Field(default=None, gt=0)
-    group_size: int | None = Field(default=None, ge=2, multiple_of=2)
-    train_embeddings: bool = True
-    train_norms: bool = True
-
-    def extended_from(self, window: int) -> int:
-        """Tokens of the context before it is extended, on a base with a context of `window` tokens."""
-        return self.original_context or window
-
-    def context_length(self, window: int) -> int:
-        """Tokens that the adapter is trained for, on a base with a context of `window` tokens."""
-        return int(self.extended_from(window) * self.rope_scaling.factor)
-
-
-class _AdapterSpec(Frozen):
-    rank: int = Field(gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: tuple[LinearModule, ...] = Field(default=ATTENTION_MODULES, min_length=1)
-    long_context: LongContext | None = None
-
-
-class LoraSpec(_AdapterSpec):
-    """LoRA (Hu et al., 2021): h = W x + (alpha/rank) B A x; rsLoRA divides by √rank instead."""
-
-    method: Literal["lora"] = "lora"
-    rank: int = Field(default=16, gt=0)
-    alpha: float = Field(default=32, gt=0)
-    use_rslora: bool = False
-
-    @model_validator(mode="after")
-    def _no_long_context(self) -> Self:
-        if self.method in ("lora", "dora") and self.long_context is not None:
-            raise ValueError("long_context makes it LongLoRA: set method: longlora")
-        return self
-
-
-class DoraSpec(LoraSpec):
-    """DoRA (Liu et al., 2024): h = m ⊙ (W + (alpha/rank) B A) x / ‖W + (alpha/rank) B A‖, norms over each output's
-    inputs; the magnitudes m are trained in fp32 beside A and B, and begin as the norms of W.
-    """
-
-    method: Literal["dora"] = "dora"  # type: ignore[assignment]
-
-
-class LongLoraSpec(LoraSpec):
-    """LongLoRA (Chen et al., 2024): S2-Attn while training, LoRA plus embeddings and norms, scaled RoPE."""
-
-    method: Literal["longlora"] = "longlora"  # type: ignore[assignment]
-    rank: int = Field(default=8, gt=0)
-    alpha: float = Field(default=16, gt=0)
-    long_context: LongContext
-
-
-class VeraSpec(_AdapterSpec):
-    """VeRA (Kopiczko et al., 2024): h = W x + Λb B Λd A x with one frozen random pair (A, B) for all layers."""
-
-    method: Literal["vera"] = "vera"
-    rank: int = Field(default=256, gt=0)
-    d_initial: float = 0.1
-    projection_prng_key: int = Field(default=0, ge=0)
-    save_projection: bool = False
-
-
-AdapterSpec = Annotated[LoraSpec | DoraSpec | VeraSpec | LongLoraSpec, Field(discriminator="method")]
-
-
-class DataSpec(Frozen):
-    """JSONL or Parquet with columns `messages` (chat), `prompt` and `completion`, or `text`; `auto` looks which."""
-
-    train: str
-    eval: str | None = None
-    eval_fraction: float = Field(default=0.05, ge=0, lt=1, description="held out of `train` where `eval` is not given")
-    format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
-    max_length: int | None = Field(
-        default=None, gt=1, description="None: LongLoRA's context; else 1024 tokens, or the base's window if shorter"
-    )
-    max_rows: int | None = Field(default=None, gt=0)
-
-
-class BatchSpec(Frozen):
-    """Exactly one of `rows` and `tokens` (a budget, padding included) says how large a micro-batch is."""
-
-    rows: int | None = Field(default=None, gt=0)
-    tokens: int | None = Field(default=None, gt=0)
-    accumulation: int = Field(default=1, gt=0)
-    order: Literal["shuffled", "length_grouped", "packed"] = "shuffled"
-
-    @model_validator(mode="after")
-    def _one_size(self) -> Self:
-        if (self.rows is None) == (self.tokens is None):
-            raise ValueError("give exactly one of rows and tokens")
-        return self
 
 
 class OptimizerSpec(Frozen):
@@ -190,10 +76,15 @@ class CheckpointSpec(Frozen):
 class PublishSpec(Frozen):
     aliases: tuple[Alias, ...] = ()
     no_gate: NoGateReason | None = Field(
-        default=None, description="why LongLoRA's aliases are granted whatever was measured"
+        default=None, description="why aliases of a longer context are granted whatever was measured"
     )
     licence: str | None = None
     description: str = ""
+
+
+def _usual_attention(fields: dict[str, Any]) -> AttentionSpec:
+    """LongLoRA's is S2-Attn. `fields` are those of the recipe before `attention`; one that is not valid is missing."""
+    return AttentionSpec(type="s2" if isinstance(fields.get("adapter"), LongLoraSpec) else "dense")
 
 
 class TrainSpec(Frozen):
@@ -202,6 +93,13 @@ class TrainSpec(Frozen):
     name: Name
     base: Name = "smollm2"
     adapter: AdapterSpec
+    attention: AttentionSpec = Field(
+        default_factory=_usual_attention, description="while training; S2-Attn for LongLoRA unless given, else dense"
+    )
+    rope_scaling: RopeScaling | None = Field(default=None, description="None: the base's RoPE as it is")
+    init_adapter: str | None = Field(
+        default=None, pattern=_ADAPTER, description="NAME@VERSION: go on from this published adapter, under its RoPE"
+    )
     data: DataSpec
     batch: BatchSpec
     optimizer: OptimizerSpec
@@ -220,6 +118,16 @@ class TrainSpec(Frozen):
     parallel: ParallelSpec = ParallelSpec()
     use_gpu: bool = False
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_records(cls, recipe: Any) -> Any:
+        return upgraded(recipe)
+
+    @property
+    def is_long_context(self) -> bool:
+        """Whether rows are as long as the context unless the recipe says otherwise."""
+        return self.rope_scaling is not None or isinstance(self.adapter, LongLoraSpec)
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -246,8 +154,8 @@ class TrainSpec(Frozen):
                 raise ValueError(f"parallel.sequence is {sequence}, which does not divide {name} ({number})")
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})")
-        if sequence > 1 and self.adapter.long_context is None:
-            raise ValueError("parallel.sequence splits rows for S2-Attn: it needs adapter.long_context")
+        if sequence > 1 and self.attention.type != "s2":
+            raise ValueError("parallel.sequence splits rows for S2-Attn: set attention: {type: s2}")
         return self
 
     @model_validator(mode="after")

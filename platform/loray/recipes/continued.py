@@ -1,0 +1,35 @@
+"""A recipe that goes on from a published adapter: what it takes over from that adapter's manifest."""
+
+from __future__ import annotations
+
+from loray.bases.config import ModelConfig
+from loray.errors import SpecError
+from loray.recipes.resolve import resolve
+from loray.spec import AdapterManifest, TrainSpec
+
+
+def continued(spec: TrainSpec, parent: AdapterManifest, label: str, model: ModelConfig) -> TrainSpec:
+    """`spec` with the version and the RoPE of `parent`, its `init_adapter`, which is called `label`.
+
+    The parent's matrices hold under its own RoPE alone, so the run has the same. A parent with the base's RoPE may be
+    extended. Raises SpecError where `spec` says otherwise.
+    """
+    if parent.method != spec.adapter.method:
+        raise SpecError(
+            f"init_adapter {label} is a {parent.method} adapter, and adapter.method is {spec.adapter.method}: train "
+            "the same method"
+        )
+    scaling = spec.rope_scaling
+    if parent.rope_parameters is not None and scaling is None:
+        scaling = None if parent.recipe is None else parent.recipe.rope_scaling
+        if scaling is None:
+            raise SpecError(
+                f"init_adapter {label} has a RoPE of its own and no recipe that says how it was scaled: give "
+                "rope_scaling"
+            )
+    spec = spec.model_copy(update={"init_adapter": label, "rope_scaling": scaling})
+    if parent.rope_parameters is not None and resolve(spec, model).rope != parent.rope_parameters:
+        raise SpecError(
+            f"rope_scaling gives another RoPE than init_adapter {label} was trained with: leave rope_scaling out"
+        )
+    return spec

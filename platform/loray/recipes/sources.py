@@ -1,0 +1,140 @@
+"""The files of a recipe's data sources. Quick to import: the command that submits a job uses it, too.
+
+A source is a file, a glob, a folder, or a data set that Hugging Face's `datasets` has saved with `save_to_disk`. An
+s3:// source is the same in a bucket; it is read from a copy on this machine.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from loray.errors import DataError
+
+SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # of the files that a folder or a glob of folders stands for
+ARROW = ".arrow"  # a shard of a saved data set
+# What `save_to_disk` writes beside the shards, and above the splits.
+_INFO, _STATE, _SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
+_SPLIT = "train"
+
+
+class Source(NamedTuple):
+    """Errors use `name`; the file is read from `path`."""
+
+    name: str
+    path: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def find_files(source: str, copy: Path | None = None) -> tuple[Source, ...]:
+    """The files of `source`, sorted by path. `copy` is what was fetched of a remote one: a file, or a folder.
+
+    Raises DataError where a folder or a glob has none. That a single file exists is not checked.
+    """
+    if copy is None and "://" in source:
+        return (Source(source, source),)
+    root = Path(source).expanduser() if copy is None else copy
+    if root.is_dir():
+        files, name = list(_in_folder(source, root)), fixed_part(without_options(source)).rstrip("/")
+        found = tuple(Source(f"{name}/{file.relative_to(root).as_posix()}", str(file)) for file in files)
+    elif copy is None and is_glob(source) and not root.is_file():
+        matches = map(Path, sorted(glob.glob(str(root), recursive=True)))
+        found = tuple(Source(str(file), str(file)) for file in matches if file.is_file())
+    else:
+        return (Source(source, str(root)),)
+    if not found:
+        raise DataError(
+            f"{source} has no data file: a folder holds {', '.join(SUFFIXES)} or a data set saved by datasets, a glob "
+            "matches files"
+        )
+    return found
+
+
+def uploaded_files(source: str) -> tuple[Path, ...]:
+    """All local files that `source` is read from: data files, and what describes a saved data set."""
+    files = [Path(found.path) for found in find_files(source)]
+    folders = {folder for file in files if file.suffix == ARROW for folder in (file.parent, file.parent.parent)}
+    notes = (folder / name for folder in folders for name in (_INFO, _STATE, _SPLITS))
+    return tuple(sorted({*files, *(note for note in notes if note.is_file())}))
+
+
+def is_glob(source: str) -> bool:
+    """`?` begins the options of a URL, so it is no wildcard there."""
+    return any(char in source for char in ("*[" if "://" in source else "*?["))
+
+
+def without_options(source: str) -> str:
+    return source.partition("?")[0] if "://" in source else source
+
+
+def fixed_part(source: str) -> str:
+    """The folder above the first wildcard of a glob, with a slash; any other source as it is."""
+    if not is_glob(source):
+        return source
+    parts = source.split("/")
+    first = next(i for i, part in enumerate(parts) if is_glob(part))
+    return "/".join(parts[:first]) + "/"
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a relative path matches a glob, in which `**` is any number of folders. Hidden files match nothing."""
+    return _matches(PurePosixPath(path).parts, PurePosixPath(pattern).parts)
+
+
+def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return _matches(parts, patterns[1:]) or (bool(parts) and _is_shown(parts[0]) and _matches(parts[1:], patterns))
+    return (
+        bool(parts) and _is_shown(parts[0]) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+    )
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith((".", "_"))
+
+
+def is_read(path: str) -> bool:
+    """Whether a file somewhere in a folder can be part of a source: data that is shown, or notes of a data set."""
+    parts = PurePosixPath(path)
+    named = parts.suffix in (*SUFFIXES, ARROW) or parts.name in (_INFO, _STATE, _SPLITS)
+    return named and all(map(_is_shown, parts.parts))
+
+
+def _in_folder(source: str, folder: Path) -> Iterator[Path]:
+    if (folder / _SPLITS).is_file():
+        splits = _read(source, folder / _SPLITS).get("splits")
+        if not (folder / _SPLIT / _STATE).is_file():
+            raise DataError(f"{source} has splits {', '.join(splits or ())} but no {_SPLIT}: name the folder of one")
+        folder = folder / _SPLIT
+    if (folder / _STATE).is_file():
+        state = _read(source, folder / _STATE)
+        if state.get("_indices_data_files"):
+            raise DataError(f"{source} is a selection of rows: save it after flatten_indices()")
+        try:
+            names = [str(shard["filename"]) for shard in state["_data_files"]]
+        except (KeyError, TypeError) as e:
+            raise DataError(f"{source} is no data set that datasets saved: {_STATE} lists no _data_files") from e
+        if outside := [name for name in names if Path(name).name != name]:
+            raise DataError(f"{source}: {_STATE} names {outside[0]!r}, which is no file of that folder")
+        yield from (folder / name for name in names)
+        return
+    for file in sorted(folder.rglob("*")):
+        relative = file.relative_to(folder)
+        if file.suffix in SUFFIXES and all(map(_is_shown, relative.parts)) and file.is_file():
+            yield file
+
+
+def _read(source: str, path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{source}: {path.name} cannot be read: {e}") from e
+    return data if isinstance(data, dict) else {}

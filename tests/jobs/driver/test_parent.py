@@ -1,0 +1,125 @@
+"""`init_adapter`: stage two goes on from a published stage one, or is refused for what differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.driver.prepare import prepare
+from jobs.driver.publication import publish_best
+from loray.bases.registry import add_base
+from loray.catalog import Catalog
+from loray.errors import AdapterNotFound, BaseMismatch, SpecError
+from loray.recipes.load import Recipe
+from loray.settings import Settings
+from tests.jobs.driver.test_driver import trained
+from tests.test_recipe import write
+from tests.tiny import write_checkpoint
+
+TRAINING: dict[str, Any] = {
+    "dtype": "float32",
+    "batch": {"rows": 4},
+    "optimizer": {"learning_rate": 0.05, "schedule": "constant"},
+    "max_steps": 12,
+}
+EXTEND: dict[str, Any] = TRAINING | {
+    "name": "extended",
+    "adapter": {"method": "longlora", "rank": 4},
+    "rope_scaling": {"factor": 2, "original_context": 64},
+    "data": {"train": "texts.jsonl", "eval_fraction": 0.2, "max_length": 128},
+}
+TUNE: dict[str, Any] = TRAINING | {
+    "max_steps": 40,
+    "name": "tuned",
+    "adapter": {"method": "longlora", "rank": 4},
+    "attention": {"type": "dense"},
+    "init_adapter": "extended",
+    "data": {"train": "tasks.jsonl", "eval_fraction": 0.2, "max_length": 32},
+}
+
+
+def recipe(folder: Path, fields: dict[str, Any]) -> Recipe:
+    """Stage one: alphabets. Stage two: a letter, asked for its successors."""
+    made = write(folder, **fields)
+    texts = [{"text": "".join(chr(97 + (i + t) % 26) for t in range(90))} for i in range(12)]
+    tasks = [
+        {"prompt": f"{chr(97 + i)}{chr(97 + (i * j) % 26)}>", "completion": chr(97 + (i + 1) % 26) * 2}
+        for i in range(26)
+        for j in range(2)
+    ]
+    for name, rows in (("texts.jsonl", texts), ("tasks.jsonl", tasks)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """With two bases, and stage one published on the first."""
+    folder = tmp_path_factory.mktemp("home")
+    for name, seed in (("tiny", 0), ("other", 1)):
+        add_base(str(write_checkpoint(folder / name, std=0.05, seed=seed)), home=folder / "home", name=name)
+    settings = Settings.from_env({"LORAY_HOME": str(folder / "home")})
+    extend = recipe(folder, EXTEND)
+    run, result = trained(extend, settings, folder)
+    assert publish_best(result, run, extend, settings)["label"] == "extended@1"
+    return settings
+
+
+def test_stage_two_goes_on_from_stage_one(settings: Settings, tmp_path: Path) -> None:
+    tune = recipe(tmp_path, TUNE)
+    prepared = prepare(tune, settings)
+    parent = Catalog(settings.catalog).version("extended", 1)
+    assert prepared.spec.init_adapter == "extended@1"
+    assert parent.manifest.recipe is not None
+    assert prepared.spec.rope_scaling == parent.manifest.recipe.rope_scaling
+    run, result = trained(tune, settings, tmp_path)
+    published = publish_best(result, run, tune, settings)
+    manifest = Catalog(settings.catalog).version("tuned", 1).manifest
+    assert manifest.parent == parent.digest
+    assert manifest.recipe is not None
+    assert manifest.recipe.init_adapter == "extended@1"
+    assert (manifest.rope_parameters, manifest.context_length) == (parent.manifest.rope_parameters, 128)
+    losses = {e["subject"]: e["value"] for e in published["evaluations"]}
+    assert losses.keys() == {"parent", "adapter"}
+    assert losses["adapter"] < 0.9 * losses["parent"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"init_adapter": "nothing"}, AdapterNotFound, "nothing"),
+        ({"init_adapter": "extended@7"}, AdapterNotFound, "has no version 7"),
+        ({"base": "other"}, BaseMismatch, r"extended@1 was trained on another base than 'other'"),
+        ({"adapter": {"method": "lora", "rank": 4}}, SpecError, "is a longlora adapter, and adapter.method is lora"),
+        ({"adapter": {"method": "longlora", "rank": 8}}, SpecError, "its rank is 4"),
+        ({"adapter": {"method": "longlora", "rank": 4, "alpha": 8}}, SpecError, "its update is scaled by 4 "),
+        (
+            {"adapter": {"method": "longlora", "rank": 4, "target_modules": ["q_proj"]}},
+            SpecError,
+            "its target_modules are k_proj, o_proj, q_proj, v_proj",
+        ),
+        (
+            {"adapter": {"method": "longlora", "rank": 4, "train_norms": False, "train_embeddings": False}},
+            SpecError,
+            r"norms of its own \(train_norms: true\); it has an embedding of its own \(train_embeddings: true\)",
+        ),
+        (
+            {"rope_scaling": {"factor": 4}},
+            SpecError,
+            "another RoPE than init_adapter extended@1 .* leave rope_scaling out",
+        ),
+    ],
+)
+def test_another_adapter_is_refused(
+    settings: Settings, tmp_path: Path, fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        prepare(recipe(tmp_path, TUNE | fields), settings)
+
+
+def test_the_same_rope_may_be_written_out(settings: Settings, tmp_path: Path) -> None:
+    tune = recipe(tmp_path, TUNE | {"rope_scaling": EXTEND["rope_scaling"]})
+    assert prepare(tune, settings).spec == prepare(recipe(tmp_path, TUNE), settings).spec
