@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from loray.local.processes import kill, session_members
+from loray.local.processes import is_free, kill, session_members
 from loray.local.s3 import LocalS3, start_local_s3
 from loray.locations import S3Location, parse_location
 from loray.store.aws import connect
@@ -88,6 +88,8 @@ class Bucket:
             time.sleep(0.01)
 
     def start(self) -> None:
+        while not all(is_free(port) for port in self._server.ports.values()):
+            time.sleep(0.05)  # another process has one for a moment, maybe for a connection
         before, self._server = self._server, start_local_s3(Path(self._server.folder))
         assert self._server.ports == before.ports
 
