@@ -39,6 +39,7 @@ OPERATIONS = [
     "DELETE /adapters/{name}/aliases/{alias}",
     "DELETE /adapters/{name}/tags/{key}",
     "DELETE /adapters/{name}/versions/{version}",
+    "DELETE /adapters/{name}/versions/{version}/quarantine",
     "DELETE /keys/{id}",
     "DELETE /uploads/{id}",
     "GET /adapters",
