@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Benchmark:
     seeds: tuple[int, ...]
     num_questions: int
     threads: int
-    results: list[Result] = field(default_factory=list)
+    methods: tuple[str, ...] = tuple(METHODS)
 
     def run(self, task: Task) -> list[Result]:
         """The base's result, then loray's and PEFT's for each method."""
@@ -52,7 +52,7 @@ class Benchmark:
         _write_rows(folder / "train.jsonl", task.pairs(self.data))
         _write_rows(folder / "eval.jsonl", [(q.prompt, _completion(q)) for q in rest])
         results = [Result(task.name, task.metric, "base", "base", ())]
-        for method in METHODS:
+        for method in self.methods:
             click.echo(f"{task.name}: {method}", err=True)
             ours = self._train(folder, method)
             found = tuple(Run.from_dict(r) for r in ours["runs"])
@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         seeds=tuple(range(args.seeds)),
         num_questions=args.questions,
         threads=args.threads,
+        methods=tuple(args.methods),
     )
     results: list[Result] = []
     for name in args.tasks:
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("data", type=Path, help="folder of the tasks' files")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--steps", type=int, default=24)
     add("--batch-tokens", type=int, default=768, help="of a step, padding included")
     add("--seeds", type=int, default=3)

@@ -142,26 +142,19 @@ def test_the_whole_benchmark(
 ) -> None:
     base = tiny_base()
     args = [str(data), "--tasks", "gsm8k", "--steps", "2", "--batch-tokens", "64", "--seeds", "1", "--questions", "3"]
-    args += [
-        "--base",
-        str(base.path),
-        "--home",
-        str(tmp_path / "home"),
-        "--folder",
-        str(tmp_path / "work"),
-        "--threads",
-        "1",
-    ]
+    args += ["--base", str(base.path), "--home", str(tmp_path / "home"), "--folder", str(tmp_path / "work")]
+    args += ["--threads", "1", "--methods", "VeRA r256"]  # the others: test_both_systems_learn_the_same
     picture, figures = tmp_path / "quality.svg", tmp_path / "quality.json"
     results = quality.main([*args, "--plot", str(picture), "--json", str(figures)])
     assert [(r.method, r.system) for r in results] == [
         ("base", "base"),
-        *((method, system) for method in METHODS for system in ("loray", "peft")),
+        ("VeRA r256", "loray"),
+        ("VeRA r256", "peft"),
     ]
     assert all(len(r.scores) == 1 for r in results)
     assert "exact match" in capsys.readouterr().out
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
-    assert len(json.loads(figures.read_text())["results"]) == 7
+    assert len(json.loads(figures.read_text())["results"]) == 3
     plot(results, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == picture.read_bytes()
     # Finished trainings are not repeated.
