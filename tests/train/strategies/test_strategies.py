@@ -259,7 +259,7 @@ def test_the_saved_adapter_is_whole_and_loads_in_peft(ran: Ran) -> None:
 def test_what_a_strategy_needs_is_said(
     strategy: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = spec_of("vera", strategy)
+    spec = spec_of("vera", strategy).model_copy(update={"parallel": ParallelSpec(strategy=strategy)})
     with pytest.raises(UnsupportedError, match=f"strategy {strategy} needs torch.distributed"):
         case.run("vera", spec, label="refused")
     if strategy != "fsdp2":
