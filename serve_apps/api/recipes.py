@@ -15,6 +15,7 @@ from loray.recipes.defaults import complete
 from loray.recipes.load import size_of_base
 from loray.settings import Settings
 from loray.spec import TrainSpec
+from loray.spec.fields import mistakes
 from serve_apps.api.problems import InvalidFields, fields_of
 from serve_apps.bodies import parse_json, read
 
@@ -37,7 +38,7 @@ def _parse(raw: bytes, *, is_yaml: bool) -> TrainSpec:
     try:
         return TrainSpec.model_validate(_completed(data))
     except ValidationError as e:
-        raise InvalidFields("the recipe is not valid", fields_of(e.errors(include_url=False))) from e
+        raise InvalidFields("the recipe is not valid", fields_of(mistakes(e))) from e
 
 
 def _completed(data: object) -> object:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import ErrorDetails
 
 from loray.errors import SpecError
 
@@ -53,6 +54,11 @@ def format_size(nbytes: float) -> str:
 NumBytes = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
+def mistakes(error: ValidationError) -> list[ErrorDetails]:
+    """Without those fields whose default could not be found because another field is wrong."""
+    return [e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"]
+
+
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -63,7 +69,7 @@ class Frozen(BaseModel):
             return cls.model_validate(data)
         except ValidationError as e:
             lines = []
-            for err in e.errors():
+            for err in mistakes(e):
                 where = ".".join(str(part) for part in err["loc"]) or "(top level)"
                 known = ""
                 if err["type"] == "extra_forbidden" and len(err["loc"]) == 1:

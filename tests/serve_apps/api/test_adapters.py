@@ -10,6 +10,7 @@ import httpx
 
 from loray.api.status import AdapterPlacement
 from loray.client import CatalogClient
+from loray.spec import RopeParameters
 from tests.catalog.test_catalog import BASE, digest, publish
 from tests.catalog.test_gate import GOOD, NATIVE, OWN, figures
 from tests.serve_apps.api.fakes import Api
@@ -46,7 +47,7 @@ def test_pages_of_adapters(api: Api) -> None:
     assert (seen, pages) == (names, 3)
     assert api.http.get("/adapters", params={"method": "vera"}).json() == {"items": [], "next": None}
     assert problem(api.http.get("/adapters", params={"limit": 0}), 422)["errors"][0]["field"] == "limit"
-    assert problem(api.http.get("/adapters", params={"method": "dora"}), 422)["errors"][0]["field"] == "method"
+    assert problem(api.http.get("/adapters", params={"method": "loha"}), 422)["errors"][0]["field"] == "method"
     assert api.http.get("/bases").json()["items"] == [{"name": "smollm2", "fingerprint": BASE, "projections": []}]
 
 
@@ -251,7 +252,8 @@ def test_registering_what_the_store_has(api: Api, tmp_path: Path) -> None:
 
 
 def test_the_gate_and_the_figures_that_pass_it(api: Api, tmp_path: Path) -> None:
-    fields = {"method": "longlora", "context_length": OWN, "original_context_length": NATIVE}
+    rope = RopeParameters(rope_type="linear", rope_theta=1e5, factor=2)
+    fields = {"rope_parameters": rope, "context_length": OWN, "original_context_length": NATIVE}
     stored = api.store(1, tmp_path, **fields, evaluations=figures({("base", OWN): 11.0}))
     body = {"digest": stored, "aliases": ["prod"]}
     refused = problem(api.http.post("/adapters/long/versions", json=body), 409)

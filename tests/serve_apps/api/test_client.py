@@ -21,7 +21,7 @@ from loray.errors import (
     RevisionConflict,
     SpecError,
 )
-from loray.spec import DEFAULT_TENANT, TrainSpec
+from loray.spec import DEFAULT_TENANT, RopeParameters, TrainSpec
 from serve_apps.api.examples import RECIPE
 from tests.catalog.test_catalog import BASE, digest, publish, vera_manifest
 from tests.serve_apps.api.fakes import Api
@@ -95,7 +95,8 @@ def test_registering(api: Api, client: CatalogClient, tmp_path: Path) -> None:
 
 
 def test_the_gates_refusal_comes_back_as_one(api: Api, client: CatalogClient, tmp_path: Path) -> None:
-    stored = api.store(1, tmp_path, method="longlora")
+    rope = RopeParameters(rope_type="linear", rope_theta=1e5, factor=2)
+    stored = api.store(1, tmp_path, method="longlora", rope_parameters=rope)
     with pytest.raises(GateRefused, match="alias 'prod' is refused to long@1"):
         client.register("long", stored, aliases=["prod"])
     client.register("long", stored)

@@ -14,7 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from loray.catalog import Catalog
 from loray.serving.key_ring import KeyRing
-from loray.spec import Principal
+from loray.spec import Principal, RopeParameters
 from tests.catalog.test_catalog import BASE as FINGERPRINT
 from tests.postgres import Postgres
 from tests.serve_apps.api.fakes import Api
@@ -34,8 +34,11 @@ def api_at(home: Path, url: str) -> Api:
 def check(folder: Path, new_url: Callable[[], str], *, num_runs: int, num_steps: int) -> None:
     """`new_url`: of a catalog without adapters."""
     first = api_at(folder / "home", new_url())
+    rope = RopeParameters(rope_type="linear", rope_theta=1e5, factor=2)
     stored = {
-        first.store(number, folder, method=method): Bytes(method, is_gated=method == "longlora")
+        first.store(number, folder, method=method, rope_parameters=rope if method == "longlora" else None): Bytes(
+            method, is_gated=method == "longlora"
+        )
         for number, method in enumerate(METHODS)
     }
     first.close()
