@@ -7,10 +7,9 @@ BIN := .venv/bin
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
 
-# The cluster's tests often wait; the others take what these leave of two cores. When they have ended, the fourth part
-# begins. The output comes when a part has ended.
+# The cluster's tests often wait; the others take what these leave of two cores. The output comes when a part has ended.
 test: .venv/.ready
-	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-cluster test-numeric test-rest test-doors
+	@$(MAKE) --no-print-directory --jobs=4 --output-sync=target test-cluster test-numeric test-rest test-doors
 
 test-cluster: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "cluster and not slow"
@@ -19,13 +18,13 @@ NUMERIC := $(addprefix tests/,benchmarks engine kernels train)
 DOORS := $(addprefix tests/,cli serve_apps)
 
 test-numeric: .venv/.ready
-	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
+	OMP_NUM_THREADS=1 nice -n 3 $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
 
 test-rest: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 3 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(DOORS))
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(DOORS))
 
 test-doors: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cluster and not slow" $(DOORS)
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(DOORS)
 
 # Killed workers and drivers, replicas that come and go, strategies on ranks, whole commands: minutes.
 test-slow: .venv/.ready

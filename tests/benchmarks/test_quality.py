@@ -137,6 +137,7 @@ def test_both_systems_learn_the_same(
     assert [len(texts) for texts in given] == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark(
     tiny_base: BaseFactory, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

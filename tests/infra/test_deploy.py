@@ -173,6 +173,7 @@ def test_the_job_publishes_into_s3_and_postgresql(laptop: Laptop, published: str
     assert version.manifest.recipe.data.train.startswith(f"s3://{laptop.store.bucket}/data/")
 
 
+@pytest.mark.slow
 def test_the_service_s_config_serves_what_the_job_published(laptop: Laptop, published: str, tmp_path: Path) -> None:
     config: dict[str, Any] = yaml.safe_load(the("RayService", FOLDER)["spec"]["serveConfigV2"])
     config["http_options"] = {"host": "127.0.0.1", "port": free_port()}

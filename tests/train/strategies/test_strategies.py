@@ -36,7 +36,7 @@ SIZE = 4
 STRATEGIES = [
     "ddp",
     pytest.param("zero2", marks=pytest.mark.slow),
-    "zero3",
+    pytest.param("zero3", marks=pytest.mark.slow),
     pytest.param("fsdp2", marks=pytest.mark.slow),
 ]
 TRAINING: dict[str, Any] = {
