@@ -15,8 +15,8 @@ from loray.adapters.forms.convert import as_lora
 from loray.adapters.forms.gguf import write_gguf
 from loray.adapters.peft_format import read_adapter
 from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey
+from loray.bases import gguf as gguf_format
 from loray.bases.registry import BaseModel
-from loray.bases.smollm2 import _unpermuted
 from loray.errors import UnsupportedError
 from tests.adapters.test_export import ADAPTERS, recipe, trained
 
@@ -85,7 +85,7 @@ def test_rows_are_those_of_a_gguf_of_llama(tiny_base: BaseFactory, tmp_path: Pat
     module = LoraWeights(torch.eye(2, width), b_OR, scale=1.0)
     write_gguf(AdapterWeights({ModuleKey(0, "q_proj"): module}), base.config, tmp_path / "x.gguf")
     (delta_OI,) = added(tmp_path / "x.gguf").values()
-    torch.testing.assert_close(_unpermuted(delta_OI)[:, :2], b_OR)
+    torch.testing.assert_close(gguf_format.unpermuted(delta_OI, 64)[:, :2], b_OR)
 
 
 def test_several_ranks(tiny_base: BaseFactory, tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loray.bases.gguf import LAYER_NAMES, PERMUTED, unpermuted
 from loray.errors import BaseNotFound, IntegrityError
 from loray.files import file_sha256
 from loray.telemetry import Progress, StageProgress, get_logger
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 log = get_logger(__name__)
 
@@ -50,17 +51,6 @@ _SPECIAL_TOKENS: Mapping[str, int] = {"bos_token_id": 1, "eos_token_id": 2, "pad
 _TOP_NAMES: Mapping[str, str] = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
-}
-_LAYER_NAMES: Mapping[str, str] = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
 }
 
 
@@ -97,8 +87,8 @@ def _dequantise(gguf: Path, target: Path, progress: StageProgress) -> None:
     for i, tensor in enumerate(quantised):
         name = _hf_name(tensor.name)
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = _unpermuted(weight)
+        if name.endswith(tuple(f"{module}.weight" for module in PERMUTED)):
+            weight = unpermuted(weight, CONFIG["head_dim"])
         tensors[name] = weight.to(torch.bfloat16).contiguous()
         progress((i + 1) / len(quantised))
     save_file(tensors, str(target), metadata={"format": "pt"})
@@ -109,14 +99,7 @@ def _hf_name(name: str) -> str:
     block, _, rest = name.removeprefix("blk.").partition(".")
     if not name.startswith("blk."):
         return _TOP_NAMES[name]
-    return f"model.layers.{block}.{_LAYER_NAMES[rest.removesuffix('.weight')]}.weight"
-
-
-def _unpermuted(weight_OI: Tensor) -> Tensor:
-    """Rows in Hugging Face's order: GGUF interleaves the two halves of each head's rotary dimensions."""
-    out, width = weight_OI.shape
-    heads = out // CONFIG["head_dim"]
-    return weight_OI.reshape(heads, CONFIG["head_dim"] // 2, 2, width).transpose(1, 2).reshape(out, width)
+    return f"model.layers.{block}.{LAYER_NAMES[rest.removesuffix('.weight')]}.weight"
 
 
 def _find_gguf(scratch: Path, progress: Progress) -> Path:

@@ -1,6 +1,6 @@
 """An adapter as GGUF-LoRA, which llama.cpp and what is built on it load beside the base's GGUF (`--lora`).
 
-llama.cpp adds alpha / rank · B A x to a linear module. Shapes as in `adapters.weights`; H heads, P half of a head.
+llama.cpp adds alpha / rank · B A x to a linear module. Shapes as in `adapters.weights`.
 """
 
 from __future__ import annotations
@@ -8,29 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from loray.adapters.forms.convert import as_lora
 from loray.adapters.weights import AdapterWeights
 from loray.bases.config import ModelConfig
+from loray.bases.gguf import LAYER_NAMES, PERMUTED, permuted
 from loray.errors import UnsupportedError
 
-_MODULES: Mapping[str, str] = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
+_MODULES = {name.rpartition(".")[2]: called for called, name in LAYER_NAMES.items()}
 _ARCHITECTURES: Mapping[str, str] = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-_INTERLEAVED = "llama"  # of this architecture GGUF has the two halves of each head's rotary dimensions interleaved
+_PERMUTED_IN = "llama"
 
 
 def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
@@ -56,8 +47,8 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     for key, module in sorted(modules.items()):
         b_OR = module.b_OR.float() if is_one else module.scale * module.b_OR.float()
-        if architecture == _INTERLEAVED and key.module in ("q_proj", "k_proj"):
-            b_OR = _interleaved(b_OR, base.head_dim)
+        if architecture == _PERMUTED_IN and key.module in PERMUTED:
+            b_OR = permuted(b_OR, base.head_dim)
         name = f"blk.{key.layer}.{_MODULES[key.module]}.weight"
         for part, tensor in (("lora_a", module.a_RI.float()), ("lora_b", b_OR)):
             writer.add_tensor(f"{name}.{part}", np.ascontiguousarray(tensor.numpy()))
@@ -65,12 +56,6 @@ def write_gguf(weights: AdapterWeights, base: ModelConfig, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _interleaved(b_OR: Tensor, head_dim: int) -> Tensor:
-    """Rows in GGUF's order: (H, 2, P, R) → (H, P, 2, R)."""
-    out, rank = b_OR.shape
-    return b_OR.reshape(out // head_dim, 2, head_dim // 2, rank).transpose(1, 2).reshape(out, rank)
 
 
 def _check_linear(weights: AdapterWeights) -> None:
