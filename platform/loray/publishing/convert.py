@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion
 from loray.errors import ConflictError
+from loray.files import scratch_folder
 from loray.publishing.publish import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef
 from loray.store import AdapterStore
@@ -29,13 +29,10 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
     """
     from loray.adapters.forms.convert import save_lora, vera_to_lora
 
-    with (
-        _opened(ref, base, to.store) as (manifest, weights),
-        tempfile.TemporaryDirectory(prefix="loray-convert-") as made,
-    ):
-        save_lora(vera_to_lora(weights, base.config), Path(made), base_name=base.name)
+    with _opened(ref, base, to.store) as (manifest, weights), scratch_folder() as made:
+        save_lora(vera_to_lora(weights, base.config), made, base_name=base.name)
         if manifest.chat_template is not None:
-            (Path(made) / AdapterManifest.TEMPLATE_FILE).write_bytes(manifest.chat_template.encode())
+            (made / AdapterManifest.TEMPLATE_FILE).write_bytes(manifest.chat_template.encode())
         details = ManifestDetails(
             derived_from=ref.digest,
             rope_parameters=manifest.rope_parameters,
@@ -46,7 +43,7 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
             description=manifest.description,
             tool_parser=manifest.tool_parser,
         )
-        return publish(Path(made), base, to, details)
+        return publish(made, base, to, details)
 
 
 def merge_into_base(
@@ -76,8 +73,8 @@ def save_as_gguf(ref: AdapterRef, path: Path, *, base: BaseModel, store: Adapter
 def _opened(ref: AdapterRef, base: BaseModel, store: AdapterStore) -> Iterator[tuple[AdapterManifest, AdapterWeights]]:
     """Manifest and weights, verified: files by their hashes, the base by its fingerprint, VeRA's pair by its digest."""
     ref.check_base(base.name, base.fingerprint)
-    with tempfile.TemporaryDirectory(prefix="loray-convert-") as scratch:
-        fetched = Path(scratch) / "adapter"
+    with scratch_folder() as scratch:
+        fetched = scratch / "adapter"
         store.fetch(ref.digest, fetched)
         manifest = read_manifest(fetched)
         weights = with_manifest(read_adapter(fetched, base.config), manifest, ref.label)

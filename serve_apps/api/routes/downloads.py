@@ -5,12 +5,9 @@ Nothing is in memory as a whole: files go to a folder of this machine, are verif
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
-from pathlib import Path as FilePath
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -18,8 +15,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from loray.api.resources import VersionNumber
-from loray.api.uploads import DownloadResource, PresignedFileResource
+from loray.api.uploads import DownloadForm, DownloadResource, PresignedFileResource
 from loray.catalog import AdapterVersion
+from loray.files import scratch_folder
 from loray.publishing.archive import Archive, as_it_is, as_tar, folder_as_tar
 from serve_apps.api import examples
 from serve_apps.api.conversions import Conversions
@@ -30,8 +28,9 @@ from serve_apps.http import schema_reference
 EXPIRES_S = 300  # of presigned URLs: the time in which a client must have begun to read
 _TAR, _FILE = "application/x-tar", "application/octet-stream"
 
-Form = Literal["peft", "merged", "gguf"]
-FormQuery = Annotated[Form, Query(description="`peft`; `merged`: a checkpoint, base included; `gguf`: GGUF-LoRA")]
+FormQuery = Annotated[
+    DownloadForm, Query(description="`peft`; `merged`: a checkpoint, base included; `gguf`: GGUF-LoRA")
+]
 Presigned = Annotated[bool, Query(description="answer with URLs of the files where the store is a bucket")]
 _URLS = {"schema": schema_reference(DownloadResource.__name__), "example": examples.DOWNLOAD}
 _ANSWER: examples.Responses = {
@@ -71,9 +70,7 @@ def create_router(services: Services) -> APIRouter:
                 )
         label = f"{found.name.replace('/', '-')}-{version}"
         held = ExitStack()
-        scratch = FilePath(tempfile.mkdtemp(prefix="loray-download-"))
-        held.callback(shutil.rmtree, scratch, ignore_errors=True)
-        made = scratch / "made"
+        made = held.enter_context(scratch_folder()) / "made"
         try:
             if format == "peft":
                 archive = await run_in_threadpool(lambda: folder_as_tar(services.store, found.digest, label, made))
@@ -92,7 +89,7 @@ def create_router(services: Services) -> APIRouter:
 class _ArchiveResponse(StreamingResponse):
     """The bytes of an archive. `held` is closed at the end, also where the client leaves."""
 
-    def __init__(self, archive: Archive, held: ExitStack, digest: str, label: str, form: Form) -> None:
+    def __init__(self, archive: Archive, held: ExitStack, digest: str, label: str, form: DownloadForm) -> None:
         suffix = {"peft": ".tar", "merged": "-merged.tar", "gguf": ".gguf"}[form]
         headers = {
             "Content-Disposition": f'attachment; filename="{label}{suffix}"',
