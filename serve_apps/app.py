@@ -117,11 +117,11 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     from loray.catalog import Catalog
     from loray.telemetry import configure_logging
     from serve_apps.accounting.owner import RayExchange
+    from serve_apps.garbage import freeze_garbage
     from serve_apps.gateway.answers.headers import WithoutRequestId
     from serve_apps.gateway.app import open_gateway
     from serve_apps.gateway.replicas.engines import ServeEngines
     from serve_apps.gateway.replicas.gateways import ServeGateways
-    from serve_apps.replica.startup import freeze_garbage
     from serve_apps.tracing import open_tracing
 
     settings = Settings.from_env()

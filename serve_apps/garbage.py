@@ -34,3 +34,12 @@ def exempt_all() -> None:
     before, unless they refer to each other.
     """
     gc.freeze()
+
+
+def freeze_garbage() -> None:
+    """The same at the end of a start, when nothing waits: what refers to each other and is not needed goes first.
+
+    Otherwise collections would take long in torch and transformers.
+    """
+    gc.collect()
+    exempt_all()

@@ -27,11 +27,12 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.channel.connection import Connections
+from serve_apps.garbage import freeze_garbage
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import ReplicaMetrics
 from serve_apps.replica.report import placements, replica_status
 from serve_apps.replica.requests import Requests
-from serve_apps.replica.startup import freeze_garbage, set_num_threads, start_engine
+from serve_apps.replica.startup import set_num_threads, start_engine
 from serve_apps.tracing import open_tracing
 
 if TYPE_CHECKING:

@@ -1,11 +1,10 @@
-"""Starts an engine that loads adapters by digest, in a replica or in `loray serve`: its threads, its base, its garbage.
+"""Starts an engine that loads adapters by digest, in a replica or in `loray serve`: its threads and its base.
 
 This module imports neither torch nor Ray: the number of threads must be set before torch is imported.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from typing import TYPE_CHECKING
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
     from serve_apps.replica.loading import AdapterLoader
 
 _log = get_logger(__name__)
-
-
-def freeze_garbage() -> None:
-    """Excludes all present objects from garbage collection, which would take long in torch and transformers."""
-    gc.collect()
-    gc.freeze()
 
 
 def set_num_threads(spec: ServeSpec, num_nodes: int = 1) -> ServeSpec:

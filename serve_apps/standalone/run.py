@@ -8,7 +8,8 @@ from collections.abc import Callable
 from loray.bases.registry import BaseModel
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.replica.startup import freeze_garbage, set_num_threads, start_engine
+from serve_apps.garbage import freeze_garbage
+from serve_apps.replica.startup import set_num_threads, start_engine
 
 
 def run(

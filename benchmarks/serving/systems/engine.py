@@ -63,7 +63,7 @@ class EngineSession:
         from benchmarks.serving.ablations import ablate
         from benchmarks.serving.recorder import EngineRecorder
         from loray.engine.stream import EngineStream
-        from serve_apps.replica.startup import freeze_garbage
+        from serve_apps.garbage import freeze_garbage
 
         base = bench_base(setup.spec.base, setup.folder)
         self._refs, self._num = setup.refs, 0

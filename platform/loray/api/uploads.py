@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loray.api.resources import NoGate, Resource, VersionNumber
 from loray.spec import Alias, Name, Sha256, ToolParserName
+
+DownloadForm = Literal["peft", "merged", "gguf"]
 
 _OF_UPLOADS = {"base", "licence", "description", "tool_parser"}
 

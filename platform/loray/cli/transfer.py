@@ -9,12 +9,12 @@ from typing import get_args
 import click
 
 from loray.adapters.manifest import published_files
+from loray.api.uploads import DownloadForm
 from loray.bases.registry import base_with
 from loray.catalog import split_model
 from loray.cli.lifecycle import no_gate_option, version_of
 from loray.cli.output import emit, json_option, progress_bar
 from loray.cli.services import Services, needed_remote, open_remote, open_services
-from loray.client.files import Form
 from loray.errors import DataError
 from loray.files import appearing, file_sha256
 from loray.publishing.convert import merge_into_base, save_as_gguf
@@ -77,8 +77,8 @@ def push(
 @click.command()
 @click.argument("model")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(get_args(Form)), default="peft", show_default=True)
-def pull(model: str, target: Path, form: Form) -> None:
+@click.option("--format", "form", type=click.Choice(get_args(DownloadForm)), default="peft", show_default=True)
+def pull(model: str, target: Path, form: DownloadForm) -> None:
     """Write MODEL to the new folder TARGET, from the server of LORAY_URL or from the store.
 
     \b
@@ -98,7 +98,7 @@ def pull(model: str, target: Path, form: Form) -> None:
     click.echo(f"downloaded {label} to {target}")
 
 
-def _from_store(services: Services, model: str, target: Path, form: Form) -> str:
+def _from_store(services: Services, model: str, target: Path, form: DownloadForm) -> str:
     ref = services.catalog.resolve(model)
     if form == "peft":
         with appearing(target) as made:

@@ -7,11 +7,11 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import httpx
 
-from loray.api.uploads import DownloadResource, FileResource, PresignedFileResource, UploadResource
+from loray.api.uploads import DownloadForm, DownloadResource, FileResource, PresignedFileResource, UploadResource
 from loray.client.http import HttpClient
 from loray.errors import IntegrityError, StoreError
 from loray.files import appearing, is_plain, unpack_tar
@@ -20,7 +20,6 @@ from loray.spec import split_qualified
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-Form = Literal["peft", "merged", "gguf"]
 _LONG = httpx.Timeout(1200.0, connect=5.0)  # merging takes minutes before its first byte
 _CHUNK_BYTES = 1 << 20
 
@@ -46,12 +45,12 @@ class FileCalls(HttpClient):
         self._request("DELETE", f"/uploads/{id}")
 
     @contextmanager
-    def download(self, name: str, version: int, form: Form = "peft") -> Iterator[BinaryIO]:
+    def download(self, name: str, version: int, form: DownloadForm = "peft") -> Iterator[BinaryIO]:
         """A tar archive of the version's folder or merged checkpoint, or its GGUF, which is read while it arrives."""
         with self._streamed("GET", _download(name, version, format=form), timeout=_LONG) as response:
             yield _body_of(response)
 
-    def fetch(self, name: str, version: int, path: Path, form: Form = "peft") -> None:
+    def fetch(self, name: str, version: int, path: Path, form: DownloadForm = "peft") -> None:
         """Writes a version to the new folder `path`; as GGUF, to the new file `path`. It appears when it is complete.
 
         PEFT's files come from the store itself where that is a bucket which this machine reaches, so that their bytes

@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from loray.bases.config import ModelConfig
 from loray.spec import Method, upgraded
 
 BaseSize = Literal["small", "large"]
 BASE_SIZES: tuple[BaseSize, ...] = ("small", "large")
-METHODS: tuple[Method, ...] = ("lora", "dora", "vera", "longlora")
+METHODS: tuple[Method, ...] = get_args(Method)
 FIRST_METHOD: Method = "lora"
 
 _LARGE_ELEMENTS = 10**9

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import uvicorn
 
+from loray.bases.registry import BaseModel
 from loray.cli.main import _run
 from tests.cli.run import Loray, Result
 from tests.serve_apps.api.fakes import Api
@@ -21,6 +23,14 @@ def api(tmp_path: Path, catalog_url: str) -> Iterator[Api]:
     api = Api(tmp_path / "home", catalog_url)
     yield api
     api.close()
+
+
+@pytest.fixture
+def base(api: Api, tiny_base: Callable[..., BaseModel]) -> BaseModel:
+    """A base of the server's own machine."""
+    base = tiny_base()
+    shutil.copytree(base.path, api.settings.home / "bases" / base.name)
+    return base
 
 
 @pytest.fixture

@@ -44,14 +44,6 @@ def api(tmp_path: Path) -> Iterator[Api]:
 
 
 @pytest.fixture
-def base(api: Api, tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    """A base of the server's own machine."""
-    base = tiny_base()
-    shutil.copytree(base.path, api.settings.home / "bases" / base.name)
-    return base
-
-
-@pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where temporary folders are made."""
     folder = tmp_path / "scratch"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,14 +30,6 @@ from loray.files import unpack_tar
 from loray.publishing import uploads as uploading
 from loray.publishing.uploads import MAX_OPEN
 from tests.serve_apps.api.fakes import Api
-
-
-@pytest.fixture
-def base(api: Api, tiny_base: Callable[..., BaseModel]) -> BaseModel:
-    """A base of the server's own machine."""
-    base = tiny_base()
-    shutil.copytree(base.path, api.settings.home / "bases" / base.name)
-    return base
 
 
 @pytest.fixture

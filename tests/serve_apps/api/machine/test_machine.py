@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from loray.catalog import Catalog
@@ -22,6 +22,7 @@ from tests.serve_apps.api.machine.asking import ROOT
 from tests.serve_apps.api.machine.machine import CatalogMachine
 from tests.serve_apps.api.machine.model import BASE, Bytes, Model
 from tests.serve_apps.keys import access_of
+from tests.serve_apps.schemas import examples
 
 METHODS = ("lora", "lora", "lora", "longlora")  # the gate refuses aliases to the last one
 
@@ -50,14 +51,7 @@ def check(folder: Path, new_url: Callable[[], str], *, num_runs: int, num_steps:
 
     run_state_machine_as_test(
         machine,
-        settings=settings(
-            max_examples=num_runs,
-            stateful_step_count=num_steps,
-            derandomize=True,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
+        settings=settings(examples(num_runs), stateful_step_count=num_steps),
     )
 
 
