@@ -34,11 +34,7 @@ def build(args: dict[str, Any]) -> Application:
     Raises SpecError on a wrong field, BaseNotFound if the base is not on this machine.
     """
     spec = ServeSpec.parse(args, source="args of serve_apps.app:build")
-    routing = RequestRouterConfig(
-        request_router_class=ROUTER_CLASS,
-        request_routing_stats_period_s=5.0,  # the router remembers what it has sent since
-    )
-    return application(spec, routing)
+    return application(spec, RequestRouterConfig(request_router_class=ROUTER_CLASS))
 
 
 def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict
 
 from prometheus_client.core import Metric as Family
@@ -40,6 +41,9 @@ class FakeEngines:
                 yield TokenDelta((self._token_ids[i % len(self._token_ids)],), "length" if i == last else None)
         finally:
             steps.leave(queue)
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     async def healthy(self) -> bool:
         return True

@@ -6,11 +6,14 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 from itertools import count
+from typing import Any
 
+from loray.serving.routing_report import Held
 from loray.telemetry import get_logger
 from serve_apps.channel.address import Address, dial
-from serve_apps.channel.frames import ALIVE, END, HELLO, WELCOME, FrameError, FrameReader, Output, frame, pack
+from serve_apps.channel.frames import AGAIN, ALIVE, END, HELLO, WELCOME, FrameError, FrameReader, Output, frame, pack
 from serve_apps.channel.heartbeat import Heartbeat
+from serve_apps.channel.reporting import Reporting
 from serve_apps.channel.writer import Writer
 
 _log = get_logger(__name__)
@@ -27,12 +30,14 @@ class Connection:
     When the connection ends, whatever the reason, all its streams are told that they are lost.
     """
 
-    def __init__(self, sock: socket.socket, name: str) -> None:
+    def __init__(self, sock: socket.socket, name: str, held: Callable[[], Held] = Held) -> None:
+        """`held`: the adapters that the replica holds, which the gateway is told."""
         self.name = name
         self.is_open = True
         self._sock = sock
         self._writer = Writer(sock, asyncio.get_running_loop(), self._end)
         self._heartbeat = Heartbeat(self._writer.write, self._end)
+        self._reporting = Reporting(held, self._writer.write)
         self._streams: dict[int, Left] = {}
         self._reader = asyncio.create_task(self._read())
 
@@ -59,14 +64,18 @@ class Connection:
             while data := await loop.sock_recv(self._sock, _READ_BYTES):
                 self._heartbeat.heard()
                 for kind, *fields in frames.feed(data):
-                    if kind == ALIVE:
-                        continue
-                    if kind != END:
-                        raise FrameError(f"kind {kind}")
-                    self._left(*fields)
+                    self._take(kind, *fields)
             self._end("the gateway closed it")
         except (OSError, FrameError, ValueError, TypeError) as e:
             self._end(str(e))
+
+    def _take(self, kind: object, *fields: Any) -> None:
+        if kind == END:
+            self._left(*fields)
+        elif kind == AGAIN:
+            self._reporting.again()
+        elif kind != ALIVE:
+            raise FrameError(f"kind {kind}")
 
     def _left(self, stream: int, reason: str) -> None:
         left = self._streams.pop(stream, None)
@@ -81,6 +90,7 @@ class Connection:
         level = _log.warning if streams else _log.info
         level("connection to a gateway ended with %d streams: %s", len(streams), reason)
         self._heartbeat.stop()
+        self._reporting.stop()
         self._writer.close()
         self._reader.cancel()
         self._sock.close()
@@ -88,7 +98,7 @@ class Connection:
             left("lost")
 
 
-async def connect(address: Address, node: str, name: str) -> Connection:
+async def connect(address: Address, node: str, name: str, held: Callable[[], Held] = Held) -> Connection:
     """From a replica on `node` to the gateway; `name` is the connection's. OSError, also if the gateway is silent."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(_HANDSHAKE_S):
@@ -110,14 +120,15 @@ async def connect(address: Address, node: str, name: str) -> Connection:
         except BaseException:
             sock.close()
             raise
-    return Connection(sock, name)
+    return Connection(sock, name, held)
 
 
 class Connections:
     """A replica's connections, at most one to each gateway. Used from one event loop."""
 
-    def __init__(self, node: str, replica: str) -> None:
-        self._node, self._replica = node, replica
+    def __init__(self, node: str, replica: str, held: Callable[[], Held] = Held) -> None:
+        """`held`: the adapters that the replica holds, which each gateway is told."""
+        self._node, self._replica, self._held = node, replica, held
         self._numbers = count()
         self._to: dict[Address, asyncio.Task[Connection]] = {}
 
@@ -130,7 +141,7 @@ class Connections:
             for gone in [a for a, t in self._to.items() if t.done() and (t.exception() or not t.result().is_open)]:
                 del self._to[gone]
             name = f"{self._replica}#{next(self._numbers)}"
-            task = self._to[address] = asyncio.create_task(connect(address, self._node, name))
+            task = self._to[address] = asyncio.create_task(connect(address, self._node, name, self._held))
         return await asyncio.shield(task)
 
     def close(self) -> None:

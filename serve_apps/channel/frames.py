@@ -7,9 +7,11 @@
     PROMPT   replica   stream, [logprobs, …]: a part of the prompt's, before the first token
     END      gateway   stream, "stop" or "abort": no more tokens are wanted
     ALIVE    both      every few seconds
+    REPORT   replica   series, number, whether it is the whole, pool, host, gone: the adapters that it holds
+    AGAIN    gateway   a report was missed: the whole, please
 
 `logprobs` are (logprob, rank, [token, …], [logprob, …]), the latter two of the best tokens. A stream is one attempt of
-one request; the gateway numbers them.
+one request; the gateway numbers them. `pool`, `host` and `gone` are the eight bytes of each adapter's routing key.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from typing import Any, Protocol
 
 import msgpack
 
+from loray.serving.routing_report import KEY_DIGITS, RoutingDelta
 from loray.spec import FinishReason, TokenLogprobs
 
-HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE = range(7)
+HELLO, WELCOME, TOKENS, SCORED, PROMPT, END, ALIVE, REPORT, AGAIN = range(9)
 MAX_FRAME = 1 << 20
 _HEADER = struct.Struct("<I")
 _PER_FRAME = 1024  # items, each of at most 800 bytes
@@ -102,6 +105,27 @@ class FrameReader:
 def unpack_logprobs(packed: Sequence[Any]) -> TokenLogprobs:
     logprob, rank, ids, values = packed
     return TokenLogprobs(logprob, tuple(zip(ids, values, strict=True)), rank)
+
+
+def pack_delta(delta: RoutingDelta) -> bytes:
+    keys = (bytes.fromhex("".join(kind)) for kind in (delta.in_pool, delta.on_host, delta.gone))
+    return frame(REPORT, delta.series, delta.number, delta.is_whole, *keys)
+
+
+def unpack_delta(fields: Sequence[Any]) -> RoutingDelta:
+    """ValueError or TypeError if the fields are not a delta's."""
+    series, number, is_whole, *kinds = fields
+    if not isinstance(series, str) or not isinstance(number, int) or not isinstance(is_whole, bool):
+        raise TypeError("a report without its number")
+    in_pool, on_host, gone = map(_keys, kinds)
+    return RoutingDelta(series, number, is_whole, in_pool, on_host, gone)
+
+
+def _keys(packed: bytes) -> tuple[str, ...]:
+    digits = bytes.hex(packed)
+    if len(digits) % KEY_DIGITS:
+        raise ValueError("half a routing key")
+    return tuple(digits[i : i + KEY_DIGITS] for i in range(0, len(digits), KEY_DIGITS))
 
 
 def _logprobs(logprobs: TokenLogprobs) -> tuple[Any, ...]:

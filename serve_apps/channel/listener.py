@@ -8,23 +8,28 @@ import os
 import secrets
 import socket
 import struct
+import time
 from itertools import count
 from typing import Any, cast
 
 from loray.errors import ReplicaLost
+from loray.serving.routing_report import RoutingDelta, RoutingReports
 from loray.telemetry import get_logger
 from serve_apps.channel.address import TOKEN_BYTES, Address, abstract
 from serve_apps.channel.frames import (
+    AGAIN,
     ALIVE,
     END,
     HELLO,
     PROMPT,
+    REPORT,
     SCORED,
     TOKENS,
     WELCOME,
     FrameError,
     FrameReader,
     frame,
+    unpack_delta,
     unpack_logprobs,
 )
 from serve_apps.channel.heartbeat import Heartbeat
@@ -41,11 +46,14 @@ _LOST_S = 2.0  # after a connection's end, for the call to say what happened
 class Listener:
     """Used from one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, reports: RoutingReports | None = None) -> None:
+        """`reports` gets what the replicas report."""
+        self._reports = reports or RoutingReports()
         self._ids = count(1)
         self._inboxes: dict[int, Inbox] = {}
         self._sources: dict[int, _Peer] = {}  # stream → the connection from which its tokens come
         self._peers: dict[str, _Peer] = {}  # by the connection's name
+        self._reporters: dict[str, _Peer] = {}  # replica → its last connection, whose reports count
         self._all: set[_Peer] = set()
         self._servers: list[asyncio.Server] = []
         self._token = secrets.token_hex(TOKEN_BYTES // 2)
@@ -119,12 +127,20 @@ class Listener:
 
     def named(self, peer: _Peer, name: str) -> None:
         self._peers[name] = peer
+        if peer.replica is not None:
+            self._reporters[peer.replica] = peer
+
+    def replicas(self) -> frozenset[str]:
+        """Those that are connected."""
+        return frozenset(self._reporters)
 
     def left(self, peer: _Peer) -> None:
         """A connection has ended. The calls of its streams say why; if they do not, the replica counts as lost."""
         self._all.discard(peer)
         if peer.name is not None and self._peers.get(peer.name) is peer:
             del self._peers[peer.name]
+        if peer.replica is not None and self._reporters.get(peer.replica) is peer:
+            del self._reporters[peer.replica]
         lost = [stream for stream, source in self._sources.items() if source is peer]
         for stream in lost:
             del self._sources[stream]
@@ -146,8 +162,22 @@ class Listener:
             inbox = self._of(stream, peer)
             if inbox is not None:
                 inbox.push_prompt(map(unpack_logprobs, part))
+        elif kind == REPORT:
+            self._reported(peer, unpack_delta(rest))
+        elif fields == (ALIVE,):
+            self._reported(peer, None)
         else:
             raise ValueError(f"a frame of kind {kind}")
+
+    def _reported(self, peer: _Peer, delta: RoutingDelta | None) -> None:
+        """`delta` None: nothing but a sign of life."""
+        replica = peer.replica
+        if replica is None or self._reporters.get(replica) is not peer:
+            return
+        if delta is None:
+            self._reports.alive(replica, time.monotonic())
+        elif not self._reports.take(replica, delta, time.monotonic()):
+            peer.write(frame(AGAIN))
 
     def _of(self, stream: int, peer: _Peer) -> Inbox | None:
         """None for a stream that has been dropped: its tokens were on the way."""
@@ -221,8 +251,7 @@ class _Peer(asyncio.Protocol):
 
     def _take(self, fields: tuple[Any, ...]) -> None:
         if self.name is not None:
-            if fields != (ALIVE,):
-                self._listener.take(self, fields)
+            self._listener.take(self, fields)
             return
         kind, name = fields
         if kind != HELLO or not isinstance(name, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from prometheus_client.core import Metric as Family
@@ -12,6 +13,9 @@ from loray.spec import GenerateRequest, TokenDelta
 
 
 class Engines(Protocol):
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """What they do beside requests, while the gateway runs."""
+
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         """Yields deltas as they arrive; those that arrive between two reads are one. Raises LorayError.
 

@@ -59,7 +59,7 @@ class Gateway:
     ) -> None:
         """`gateways` None: this is the only one. `accounts` None: what requests use is recorded nowhere."""
         self.spec, self.directory = spec, directory
-        self.prompts, self._engines, self._gateways = prompts, engines, gateways
+        self.prompts, self.engines, self._gateways = prompts, engines, gateways
         self._grammars = GrammarChecker(directory.base)
         self._pool_tokens = pool_geometry(spec, directory.base.config).num_tokens
         self.models = ModelCards(directory, self.limit)
@@ -211,7 +211,7 @@ class Gateway:
             received_at=headers.received_at,
             open_ended=fit,
         )
-        streams = [self._engines.generate(r, fit=fit) for r in requests]
+        streams = [self.engines.generate(r, fit=fit) for r in requests]
         return Answer(
             [ChoiceStream(stream, text) for stream, text in zip(streams, texts, strict=True)],
             writer,
@@ -242,12 +242,12 @@ class Gateway:
     # -- health, status, metrics --------------------------------------------------------------------------------------
 
     async def health(self) -> Response:
-        if not await self._engines.healthy():
+        if not await self.engines.healthy():
             raise EngineError("no replica answers; `loray status` says more")
         return Response('{"status":"ok"}', media_type="application/json")
 
     async def status(self) -> Status:
-        found = await self._engines.stats()
+        found = await self.engines.stats()
         labels = await self.directory.labels({d for r in found for d in r.adapters_in_pool + r.adapters_on_host})
         replicas = []
         for replica in found:
@@ -256,7 +256,7 @@ class Gateway:
                 for field in ("adapters_in_pool", "adapters_on_host")
             }
             replicas.append(replica.model_copy(update=named))
-        scaling = None if self.spec.autoscaling is None else await self._engines.autoscaling()
+        scaling = None if self.spec.autoscaling is None else await self.engines.autoscaling()
         wanted = self.spec.min_replicas if scaling is None else scaling.target
         healthy = len(replicas) >= wanted and self.directory.failure is None
         return Status(
@@ -270,7 +270,7 @@ class Gateway:
         )
 
     async def metrics(self, accept: str) -> Response:
-        replicas, gateways = await asyncio.gather(self._engines.metrics(), self._all_gateways())
+        replicas, gateways = await asyncio.gather(self.engines.metrics(), self._all_gateways())
         body, content_type = encode(together(gateways, replicas), accept)
         return Response(body, media_type=content_type)
 
@@ -279,7 +279,7 @@ class Gateway:
 
     def own_families(self) -> list[Family]:
         """The metrics of this gateway alone."""
-        return self.counted.families(self.directory, self._engines.routing_decisions())
+        return self.counted.families(self.directory, self.engines.routing_decisions())
 
 
 def _new_id(prefix: str) -> str:

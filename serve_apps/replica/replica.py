@@ -22,7 +22,7 @@ from loray.errors import (
     ReplicaUnavailable,
     RequestError,
 )
-from loray.serving.routing_report import RoutingStats, make_report
+from loray.serving.routing_report import Held
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
@@ -62,7 +62,7 @@ class EngineReplica:
         self._demand = ReplicaDemand(spec, spec.autoscaling, self._stream) if spec.autoscaling else None
         tracing = open_tracing("replica", _replica_id())
         self._requests = Requests(self._stream, self._metrics, self._demand, tracing)
-        self._connections = Connections(_node_id(), _replica_id())
+        self._connections = Connections(_node_id(), _replica_id(), self._held)
         freeze_garbage()
 
     async def generate_to(
@@ -96,10 +96,13 @@ class EngineReplica:
         """See `placements`."""
         return await placements(self._stream, _replica_id(), digests)
 
-    def record_routing_stats(self) -> RoutingStats:
-        """Serve calls it every few seconds, and sends the report to the routers when it differs from the last one."""
+    async def report_to(self, gateway: Address) -> None:
+        """Tells `gateway` from now on which adapters this replica holds. Raises OSError if it cannot be reached."""
+        await self._connections.to(gateway)
+
+    def _held(self) -> Held:
         stats = self._stream.stats()
-        return make_report(stats.adapters_in_pool, stats.adapters_on_host, now=time.time())
+        return Held(stats.adapters_in_pool, stats.adapters_on_host)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve calls it if it scales the deployment, and sends the report to its controller.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 
 from prometheus_client.core import Metric as Family
 
@@ -32,6 +32,9 @@ class LocalEngines:
 
     def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         return self._streams.generate(request, fit=fit)
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     def check_health(self) -> None:
         """Raises EngineError if the engine has stopped."""

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loray.serving.routing import Candidate, ReplicaView, Routing, RoutingPolicy
-from loray.serving.routing_report import RoutingReport, make_report, routing_key
 
 POLICY = RoutingPolicy(floor=4)
 ADAPTERS = [f"{i:016x}" for i in range(200)]
@@ -269,27 +268,3 @@ def test_one_request_more_than_the_bound_goes_to_the_next_and_says_so() -> None:
     assert best(adapter, among) == (second, "overflow")
     assert best(adapter, [replace(r, load=min(r.load, busy - 1)) for r in among]) == (home, "pool")
     assert best(adapter, [replace(r, in_pool=frozenset()) for r in among]) == (second, "overflow")
-
-
-# -- reports ----------------------------------------------------------------------------------------------------------
-
-
-@given(st.frozensets(st.text("0123456789abcdef", min_size=64, max_size=64)), st.frozensets(st.just("f" * 64)))
-def test_a_report_is_encoded_and_decoded(in_pool: frozenset[str], on_host: frozenset[str]) -> None:
-    raw = make_report(in_pool, on_host, now=5.0)
-    assert RoutingReport.from_dict(raw) == RoutingReport(
-        frozenset(map(routing_key, in_pool)), frozenset(map(routing_key, on_host))
-    )
-
-
-def test_a_report_changes_only_with_what_it_says_and_every_ten_seconds() -> None:
-    digests = ["a" * 64, "b" * 64]
-    report = make_report(digests, [], now=1000.0)
-    assert make_report(digests[::-1], [], now=1009.9) == report  # an equal one is not sent again
-    assert make_report(digests, [], now=1010.0) != report
-    assert make_report(digests[:1], digests[1:], now=1000.0) != report
-
-
-@pytest.mark.parametrize("raw", [{}, {"pool": "a"}, {"pool": ["a"], "host": ""}])
-def test_what_is_not_a_report_is_none(raw: dict[str, object]) -> None:
-    assert RoutingReport.from_dict(raw) is None

@@ -23,12 +23,14 @@ class Broadcast:
         self._handle = handle
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="broadcast")
 
-    async def ask(self, method: str) -> list[Any]:
+    async def ask(self, method: str, *args: Any) -> list[Any]:
         """Calls `method` of every replica. Returns each result or exception; nothing if there are no replicas.
 
         It runs in a thread: if one replica does not answer, only Serve's blocking call returns the others' results.
         """
-        call = partial(self._handle.broadcast(method).results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+        call = partial(
+            self._handle.broadcast(method, *args).results, timeout_s=_STATS_TIMEOUT_S, return_exceptions=True
+        )
         try:
             return list(await asyncio.get_running_loop().run_in_executor(self._threads, call))
         except (TimeoutError, DeploymentUnavailableError):

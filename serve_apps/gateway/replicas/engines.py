@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ _log = get_logger(__name__)
 
 ATTEMPTS = 3
 _BACKOFF_S = 0.2
+_ASK_S = 1.0  # between looks for replicas that do not report yet
 
 
 class ServeEngines:
@@ -41,6 +42,28 @@ class ServeEngines:
         self._place = node, host
         self._listener: asyncio.Task[Listener] | None = None
         self._quarantine = SharedQuarantine(open_records)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Meanwhile the replicas report to this gateway which adapters they hold, also those that it sends nothing."""
+        asking = asyncio.create_task(self._ask_for_reports())
+        try:
+            yield
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    async def _ask_for_reports(self) -> None:
+        is_first = True
+        while True:
+            try:
+                listener = await self._listening()
+                if is_first or router.replicas() - listener.replicas():
+                    is_first = False
+                    await self._replicas.ask("report_to", listener.address)
+            except Exception as e:  # noqa: BLE001 - without reports requests are routed by hash
+                _log.warning("the replicas could not be asked to report: %s", e)
+            await asyncio.sleep(_ASK_S)
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         """As `Engines.generate`. A request is retried only if its replica was lost or had stopped.
@@ -118,6 +141,6 @@ class ServeEngines:
 
 
 async def _started(node: str, host: str) -> Listener:
-    listener = Listener()
+    listener = Listener(router.reports)
     await listener.start(node, host)
     return listener

@@ -1,6 +1,8 @@
-"""Ray Serve's request router for the engines: applies `loray.serving.routing` to what Serve knows of the replicas.
+"""Ray Serve's request router for the engines: applies `loray.serving.routing` to what is known of the replicas.
 
-Serve creates one router per handle, in the handle's process (the gateway's), and calls it on an event loop of its own.
+Serve says which replicas there are and how many requests they have; which adapters they hold, they report to this
+process (`serve_apps.channel`). Serve creates one router per handle, in the handle's process (the gateway's), and calls
+it on an event loop of its own.
 
 The adapter is read from the request. Serve's `multiplexed_model_id` has side effects: without MultiplexMixin, Serve
 keeps every such request for ever; with it, requests wait for a replica that announces the model.
@@ -16,7 +18,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from loray.serving.routing import REASONS, Candidate, ReplicaView, Routing, RoutingPolicy
-from loray.serving.routing_report import RoutingReport, routing_key
+from loray.serving.routing_report import Known, RoutingReport, RoutingReports, routing_key
 from loray.spec import GenerateRequest
 from loray.telemetry import get_logger
 
@@ -25,17 +27,26 @@ _log = get_logger(__name__)
 # By import path, for RequestRouterConfig. Serve pickles a class by value if the named module defines it, which would
 # give every router its own copy of the state below, and by reference if the module imports it.
 ROUTER_CLASS = "serve_apps.app.AdapterRouter"
+_NOTHING = RoutingReport("", -1)  # of a replica that has not reported yet
 _SUSPECT_S = 10.0  # longer than Serve needs to replace a replica whose engine has stopped
 
 _decisions = dict.fromkeys(REASONS, 0)
 _MAX_PLACED = 1 << 14
 _placed: dict[str, str] = {}  # request → the replica that has accepted it
+_replicas: frozenset[str] = frozenset()
 _suspects: dict[str, float] = {}  # replica → end of suspicion; used by the routers' event loop and the gateway's
+
+reports = RoutingReports()  # the gateway's listener writes them, in the gateway's event loop
 
 
 def decisions() -> dict[str, int]:
     """The number of requests routed by this process, by reason (`loray.serving.routing.Reason`)."""
     return {str(reason): n for reason, n in _decisions.items()}
+
+
+def replicas() -> frozenset[str]:
+    """Those that Serve has named last."""
+    return _replicas
 
 
 def suspect(replica: str) -> None:
@@ -65,7 +76,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     def initialize_state(self, **policy: Any) -> None:
         """`policy`: RoutingPolicy's fields."""
         self._routing = Routing(RoutingPolicy(**policy))
-        self._reports: dict[str, _Reported] = {}
+        self._seen: dict[str, RoutingReport] = {}  # the last report of each replica
         self._ongoing: dict[str, int] = {}
         self._probing: asyncio.Task[Any] | None = None
 
@@ -103,20 +114,12 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
             _log.debug("request %s to replica %s: %s", request.request_id, chosen.replica, chosen.reason)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called whenever a replica is added, removed, or reports a change."""
-        now = time.monotonic()
-        names = {_name(r) for r in replicas}
+        """Called whenever a replica is added or removed."""
+        global _replicas
+        _replicas = names = frozenset(map(_name, replicas))
         self._routing.retain(names)
+        self._seen = {name: report for name, report in self._seen.items() if name in names}
         self._ongoing = {name: n for name, n in self._ongoing.items() if name in names}
-        before, self._reports = self._reports, {}
-        for replica in replicas:
-            name, raw = _name(replica), dict(replica.routing_stats)
-            known = before.get(name)
-            if known is None or known.raw != raw:
-                known = _Reported(raw, RoutingReport.from_dict(raw), now)
-                if known.report is not None:
-                    self._routing.reported(name, known.report.in_pool | known.report.on_host)
-            self._reports[name] = known
         super().update_replicas(replicas)
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
@@ -172,24 +175,19 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
 
     def _view(self, replica: RunningReplica, now: float) -> ReplicaView:
         name = _name(replica)
-        reported = self._reports.get(name)
-        report = (reported and reported.report) or RoutingReport()
+        report, at = reports.of(name) or Known(_NOTHING, now)
+        if self._seen.get(name, _NOTHING) is not report:
+            self._seen[name] = report
+            self._routing.reported(name, report.in_pool | report.on_host)
         return ReplicaView(
             id=name,
             load=self._ongoing.get(name, 0),
             limit=replica.max_ongoing_requests,
             in_pool=report.in_pool,
             on_host=report.on_host,
-            age_s=now - reported.at if reported else 0.0,
+            age_s=now - at,
             suspect=_suspects.get(name, now) > now,
         )
-
-
-class _Reported:
-    """A replica's last report, raw and parsed, and the time since which it has not changed."""
-
-    def __init__(self, raw: dict[str, Any], report: RoutingReport | None, at: float) -> None:
-        self.raw, self.report, self.at = raw, report, at
 
 
 def _name(replica: RunningReplica) -> str:

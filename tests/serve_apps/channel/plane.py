@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import uvloop
 
+from loray.serving.routing_report import Held
 from loray.spec import FinishReason, TokenLogprobs
 from serve_apps.channel.connection import Connections
 from serve_apps.channel.inbox import Inbox
@@ -40,10 +41,12 @@ class Plane(NamedTuple):
 
 
 @asynccontextmanager
-async def plane(*, node: str = NODE) -> AsyncIterator[Plane]:
-    """`node`: the replica's; on another one than the gateway it connects over TCP. At the end nothing is left."""
+async def plane(*, node: str = NODE, held: Callable[[], Held] = Held) -> AsyncIterator[Plane]:
+    """`node`: the replica's; on another one than the gateway it connects over TCP. `held`: the adapters that it has. At
+    the end nothing is left.
+    """
     before = asyncio.all_tasks()
-    gateway, replica = Listener(), Connections(node, "replica")
+    gateway, replica = Listener(), Connections(node, "replica", held)
     await gateway.start(NODE, "127.0.0.1")
     try:
         yield Plane(gateway, replica)
@@ -51,7 +54,7 @@ async def plane(*, node: str = NODE) -> AsyncIterator[Plane]:
         replica.close()
         await until(lambda: not gateway._all)
         await gateway.close()
-    assert [*gateway._peers, *gateway._inboxes, *gateway._sources] == []
+    assert [*gateway._peers, *gateway._inboxes, *gateway._sources, *gateway._reporters] == []
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
 

@@ -11,7 +11,7 @@ import pytest
 from serve_apps.channel import connection, listener
 from serve_apps.channel.address import abstract, dial
 from serve_apps.channel.connection import Connections
-from serve_apps.channel.frames import END, HELLO, TOKENS, frame
+from serve_apps.channel.frames import END, HELLO, REPORT, TOKENS, frame
 from tests.serve_apps.channel.plane import NODE, PLACES, Out, ended, everything, go, plane, until
 
 
@@ -44,6 +44,9 @@ def test_without_the_token_nothing_is_read() -> None:
         frame(HELLO, "r#0") + frame(TOKENS, [(1, 2)]),
         frame(HELLO, "r#0") + frame(END, 1, "stop"),
         frame(HELLO, "r#0") + frame(99),
+        frame(HELLO, "r#0") + frame(REPORT, "s", "0", True, b"", b"", b""),
+        frame(HELLO, "r#0") + frame(REPORT, "s", 0, True, b"", b"", bytes(7)),
+        frame(HELLO, "r#0") + frame(REPORT, "s", 0, True, b"", ""),
         frame(HELLO, "r#0") + b"\x05\x00\x00\x00garbage",
     ],
 )

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -104,6 +105,14 @@ def test_repeated_requests_find_the_replica_that_holds_their_adapter(client: Cli
     assert routed["pool"] + routed["host"] + routed["recent"] >= 0.9 * num_requests
     assert sum(routed.values()) == num_requests + NUM_ADAPTERS
     assert min(served.values()) >= num_requests / 4
+
+
+def test_replicas_report_what_they_hold(client: Client, models: list[str]) -> None:
+    """Otherwise the gateway knows of an adapter only what it has sent itself."""
+    before, deadline = client.num_routed()["pool"], time.monotonic() + 60
+    while client.num_routed()["pool"] == before:
+        assert time.monotonic() < deadline
+        client.ask(models[0], max_tokens=1)
 
 
 def test_choices_of_one_request_are_routed_each(client: Client, models: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ class ScriptedEngines:
                 await asyncio.Event().wait()
         finally:
             self.closed.append(request.request_id)
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     async def healthy(self) -> bool:
         return bool(self.replicas)

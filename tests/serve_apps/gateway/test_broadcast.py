@@ -11,10 +11,12 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from loray.api.status import ReplicaStatus
 from loray.errors import EngineError
-from serve_apps.gateway.replicas import broadcast
+from loray.serving.routing_report import Held, RoutingReports
+from serve_apps.channel.connection import Connections
+from serve_apps.gateway.replicas import broadcast, router
+from serve_apps.gateway.replicas import engines as generation
 from serve_apps.gateway.replicas.engines import ServeEngines
-
-NODE = "node"
+from tests.serve_apps.channel.plane import NODE, until
 
 
 class Broadcasts:
@@ -26,8 +28,9 @@ class Broadcasts:
     def options(self, **_: Any) -> Broadcasts:
         return self
 
-    def broadcast(self, method: str) -> Broadcasts:
+    def broadcast(self, method: str, *args: Any) -> Broadcasts:
         self.asked.append(method)
+        self.args = args
         return self
 
     async def _fetch_replica_results_async(self) -> list[Any]:
@@ -46,6 +49,33 @@ def test_a_silent_replica_does_not_hide_the_others() -> None:
     assert asyncio.run(ServeEngines(handle, NODE, "").metrics()) == [[], None, None]
     assert asyncio.run(ServeEngines(handle, NODE, "").stats()) == [status]
     assert handle.asked == ["metrics", "stats"]
+
+
+def test_replicas_are_asked_to_report_at_first_and_whenever_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_ASK_S", 0.001)
+    handle: Any = Broadcasts([OSError("it cannot be reached"), None])
+
+    async def run() -> None:
+        monkeypatch.setattr(router, "_replicas", frozenset())
+        engines = ServeEngines(handle, NODE, "127.0.0.1")
+        async with engines.running():
+            await until(lambda: len(handle.asked) == 1)
+            (address,) = handle.args
+            replica = Connections(NODE, "r1", lambda: Held(["a" * 64]))
+            await replica.to(address)
+            await until(lambda: router.reports.of("r1") is not None)
+            monkeypatch.setattr(router, "_replicas", frozenset({"r1"}))
+            num_asked = len(handle.asked)
+            await asyncio.sleep(0.05)
+            assert len(handle.asked) == num_asked == 1
+            monkeypatch.setattr(router, "_replicas", frozenset({"r1", "r2"}))
+            await until(lambda: len(handle.asked) >= num_asked + 2)  # again and again, until it is connected
+        replica.close()
+        await engines.close()
+
+    monkeypatch.setattr(router, "reports", RoutingReports())
+    asyncio.run(run())
+    assert set(handle.asked) == {"report_to"}
 
 
 class Answer:

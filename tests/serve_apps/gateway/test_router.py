@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Requ
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, ReplicaID
 
-from loray.serving.routing_report import make_report
+from loray.serving.routing_report import Held, RoutingReports, RoutingSeries
 from loray.spec import AdapterRef, GenerateRequest, SamplingParams
 from serve_apps.gateway.replicas import router as module
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter, decisions, suspect
@@ -29,23 +30,26 @@ class Replica:
     def __init__(self, name: str, *, limit: int = 50) -> None:
         self.replica_id = ReplicaID(name, ENGINE)
         self.max_ongoing_requests = limit
-        self.routing_stats: dict[str, Any] = {}
         self.node_id = self.availability_zone = None
         self.multiplexed_model_ids: list[str] = []
         self.queue_len = self.num_asked = 0
+        self._series = RoutingSeries(name)
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
         self.num_asked += 1
         return self.queue_len
 
     def report(self, *in_pool: str, on_host: tuple[str, ...] = ()) -> None:
-        self.routing_stats = make_report(in_pool, on_host, now=0.0)
+        """It holds nothing else now."""
+        for delta in self._series.deltas(Held(in_pool, on_host)):
+            assert module.reports.take(str(self.replica_id.unique_id), delta, time.monotonic())
 
 
 @pytest.fixture(autouse=True)
 def _fresh_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_decisions", dict.fromkeys(decisions(), 0))
     monkeypatch.setattr(module, "_suspects", {})
+    monkeypatch.setattr(module, "reports", RoutingReports())
 
 
 numbers = itertools.count()
@@ -116,11 +120,29 @@ def test_reports_replace_what_was_said_before(pair: list[Replica]) -> None:
         home = await route(router, pending(DIGESTS[0]))
         elsewhere = pair[home == "one"]
         elsewhere.report(DIGESTS[0])
-        router.update_replicas(pair)
         assert await route(router, pending(DIGESTS[0])) == elsewhere.replica_id.unique_id
         elsewhere.report()
-        router.update_replicas(pair)
         assert await route(router, pending(DIGESTS[0])) == home
+        elsewhere.report(DIGESTS[0])
+        module.reports.alive(elsewhere.replica_id.unique_id, time.monotonic() - 60.0)  # then it was silent
+        assert await route(router, pending(DIGESTS[0])) == home
+
+    with_router(pair, scenario)
+
+
+def test_a_report_ends_what_the_router_remembers_of_an_adapter(pair: list[Replica]) -> None:
+    """Once the replica has reported the adapter, only its reports say whether it still holds it."""
+
+    async def scenario(router: AdapterRouter) -> None:
+        home = await route(router, pending(DIGESTS[0]))
+        holder = pair[home == "two"]
+        assert await route(router, pending(DIGESTS[0])) == home
+        holder.report(on_host=(DIGESTS[0],))
+        assert await route(router, pending(DIGESTS[0])) == home
+        holder.report()
+        await route(router, pending(DIGESTS[0]))
+        assert [decisions()[reason] for reason in ("recent", "host")] == [1, 1]
+        assert module.replicas() == {"one", "two"}
 
     with_router(pair, scenario)
 

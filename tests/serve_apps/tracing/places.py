@@ -59,6 +59,12 @@ class _Replica:
     def options(self, **_: Any) -> _Replica:
         return self
 
+    def broadcast(self, method: str, gateway: Address) -> _Replica:
+        return self
+
+    def results(self, **_: Any) -> list[None]:
+        return []
+
     def remote(self, request: GenerateRequest, fit: bool, gateway: Address, stream: int) -> _Call:
         return _Call(self, pickle.loads(pickle.dumps(request)), fit, gateway, stream)
 
