@@ -76,6 +76,8 @@ def test_tables_of_a_run_that_fits(plan: Plan) -> None:
         "469.8 MB",
         "tokens/s",
         "312 TFLOP/s",
+        "Memory of a node (its own, with 8 workers and the driver)",
+        "a tensor of the base, as each worker reads it",
     ):
         assert words in out
     # The paper's group is a quarter of the context.
@@ -95,6 +97,7 @@ def test_json_has_the_same_numbers(plan: Plan) -> None:
     assert facts["is_refused"] is False
     assert facts["memory"]["peak_bytes"] <= facts["device"]["usable_bytes"]
     assert facts["time"]["tokens_per_s"] > 0
+    assert facts["host"]["peak_bytes"] == facts["host"]["moments"][facts["host"]["peak_moment"]]
 
 
 def test_a_plan_that_does_not_fit_exits_with_1_and_says_what_would_fit(plan: Plan) -> None:

@@ -12,6 +12,7 @@ from loray.spec import Frozen, NumBytes, parse_size
 
 GB = 10**9
 MIB = 1 << 20
+THIS_MACHINE = "this-machine"
 
 # Elements of fp32 logits that the loss computes at once. On a CPU 16 MiB: a worker that holds a part of a row holds
 # little else per token.
@@ -36,6 +37,9 @@ class Device(Frozen):
                                     ones; 0 where it reuses freed memory for any size
     loss_chunk                      elements of logits that the loss computes at once
     foreach_optimizer               AdamW has temporaries of all parameters at once, else of one at a time
+    workers_per_node                how many such workers share a node
+    host_memory_bytes               the node's own memory, without that of its GPUs; None: unknown, and not checked
+    process_bytes                   of a process in it beside tensors: interpreter, libraries, CUDA's host part
     """
 
     name: str
@@ -52,13 +56,24 @@ class Device(Frozen):
     keeps_freed_below: int = Field(default=0, ge=0)
     loss_chunk: int = Field(default=LOSS_CHUNK, gt=0)
     foreach_optimizer: bool = True
+    workers_per_node: int = Field(default=8, gt=0)
+    host_memory_bytes: NumBytes | None = None
+    process_bytes: NumBytes = 4 * GB
+
+    @property
+    def is_host(self) -> bool:
+        """Whether workers compute in the host's memory, without GPUs."""
+        return self.name == THIS_MACHINE
 
     @property
     def usable_bytes(self) -> int:
         return int(self.memory_bytes * self.usable_share)
 
 
-def _gpu(name: str, memory_gb: float, tflops: float, tb_per_s: float, link_gb: float, attention: float) -> Device:
+def _gpu(
+    name: str, memory_gb: float, tflops: float, tb_per_s: float, link_gb: float, attention: float, host_tb: float
+) -> Device:
+    """One of the eight in a node with `host_tb` TB of its own memory, as clouds rent them."""
     return Device(
         name=name,
         memory_bytes=int(memory_gb * GB),
@@ -67,19 +82,19 @@ def _gpu(name: str, memory_gb: float, tflops: float, tb_per_s: float, link_gb: f
         link_bandwidth=link_gb * 1e9,
         attention_share=attention,
         dense_attention_share=attention,
+        host_memory_bytes=int(host_tb * 1000 * GB),
     )
 
 
 PRESETS = {
     device.name: device
     for device in (
-        _gpu("a100-40gb", 42.4, 312, 1.555, 300, 0.5),
-        _gpu("a100-80gb", 85.0, 312, 2.039, 300, 0.5),
-        _gpu("h100-80gb", 85.0, 989, 3.35, 450, 0.35),
-        _gpu("h200-141gb", 151.0, 989, 4.8, 450, 0.35),
+        _gpu("a100-40gb", 42.4, 312, 1.555, 300, 0.5, 1.1),
+        _gpu("a100-80gb", 85.0, 312, 2.039, 300, 0.5, 1.1),
+        _gpu("h100-80gb", 85.0, 989, 3.35, 450, 0.35, 2.0),
+        _gpu("h200-141gb", 151.0, 989, 4.8, 450, 0.35, 2.0),
     )
 }
-THIS_MACHINE = "this-machine"
 # Measured (docs/guide/planning.md): the peak of the smallest run, less the tensors of its plan.
 _HOST_FRAMEWORK = 100 * MIB
 # glibc keeps freed blocks below its largest mmap threshold in the heap, and larger blocks outside of it.

@@ -1,4 +1,4 @@
-"""The plan of a run: memory, traffic, FLOPs and time of one worker, and the problems of the recipe."""
+"""The plan of a run: memory, traffic, FLOPs and time of one worker, its node's memory, the problems of the recipe."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from loray.planning.compute import Flops, StepTime, count_flops, estimate_time
 from loray.planning.devices import Device
+from loray.planning.host import HOST_MOMENTS, HostPlan, plan_host
 from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
 from loray.planning.remedies import Remedy, smallest_remedy
 from loray.planning.run import Run
@@ -25,9 +26,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """`host` is the memory of a node beside its GPUs; None where there are none."""
+
     run: Run
     device: Device
     memory: MemoryPlan
+    host: HostPlan | None
     traffic: Traffic
     flops: Flops
     time: StepTime
@@ -75,6 +79,7 @@ class Plan:
                 "peak_bytes": memory.peak_bytes,
                 "dominant": memory.dominant.name,
             },
+            "host": None if self.host is None else _host_facts(self.host),
             "traffic": asdict(self.traffic),
             "exchanges": [[asdict(exchange) for exchange in row] for row in self.exchanges],
             "flops": asdict(self.flops) | {"total": self.flops.total},
@@ -86,14 +91,30 @@ class Plan:
 
 def make_plan(run: Run, device: Device) -> Plan:
     """Raises SpecError where rows cannot be split over the sequence groups."""
-    memory, traffic = plan_memory(run, device), plan_traffic(run)
-    problems = (*_memory_problems(run, device, memory), *_layout_problems(run, traffic))
-    return Plan(run, device, memory, traffic, count_flops(run), estimate_time(run, device, traffic), problems)
+    memory, host, traffic = plan_memory(run, device), plan_host(run, device), plan_traffic(run)
+    problems = (*_memory_problems(run, device, memory, host), *_layout_problems(run, traffic))
+    return Plan(run, device, memory, host, traffic, count_flops(run), estimate_time(run, device, traffic), problems)
 
 
-def _memory_problems(run: Run, device: Device, memory: MemoryPlan) -> list[Problem]:
+def _host_facts(host: HostPlan) -> dict[str, Any]:
+    return asdict(host) | {
+        "moments": {moment: host.at(moment) for moment in HOST_MOMENTS},
+        "peak_moment": host.peak_moment,
+        "peak_bytes": host.peak_bytes,
+        "dominant": host.dominant.name,
+    }
+
+
+def _memory_problems(run: Run, device: Device, memory: MemoryPlan, host: HostPlan | None) -> list[Problem]:
     if memory.peak_bytes <= device.usable_bytes:
-        return []
+        if host is None or host.fits:
+            return []
+        message = (
+            f"needs {_gb(host.peak_bytes)} of a node's own memory while {host.peak_moment}, where a node of "
+            f"{host.num_workers} workers on {device.name} has {_gb(host.usable_bytes or 0)} to use; most of it is "
+            f"{host.dominant.name} ({_gb(host.dominant.nbytes)})"
+        )
+        return [Problem("refusal", message, _host_advice(smallest_remedy(run, device)))]
     message = (
         f"needs {_gb(memory.peak_bytes)} a worker where {device.name} has {_gb(device.usable_bytes)} to use; "
         f"most of it is {memory.dominant.name} ({_gb(memory.dominant.nbytes)})"
@@ -105,6 +126,12 @@ def _advice(remedy: Remedy | None) -> str:
     if remedy is None:
         return "nothing in the recipe makes it fit: shorten data.max_length, or take a larger device"
     return f"{' and '.join(remedy.changes)} would take {_gb(remedy.peak_bytes)}"
+
+
+def _host_advice(remedy: Remedy | None) -> str:
+    if remedy is None or remedy.host_bytes is None:
+        return "nothing in the recipe makes it fit: take nodes with more memory, or fewer workers on each"
+    return f"{' and '.join(remedy.changes)} would take {_gb(remedy.host_bytes)} of a node's memory"
 
 
 def _layout_problems(run: Run, traffic: Traffic) -> list[Problem]:

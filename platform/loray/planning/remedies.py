@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from loray.planning.devices import THIS_MACHINE, Device
+from loray.planning.devices import Device
+from loray.planning.host import plan_host
 from loray.planning.memory import plan_memory
 from loray.planning.run import Run
 from loray.spec import StrategyName
@@ -18,10 +19,11 @@ _STRATEGIES: tuple[StrategyName, ...] = ("ddp", "zero2", "fsdp2", "zero3")
 
 
 class Remedy(NamedTuple):
-    """`changes` are fields of the recipe with their new values, as YAML."""
+    """`changes` are fields of the recipe with their new values, as YAML. `host_bytes` are those of a node beside GPUs."""
 
     changes: tuple[str, ...]
     peak_bytes: int
+    host_bytes: int | None
 
 
 def smallest_remedy(run: Run, device: Device) -> Remedy | None:
@@ -31,10 +33,10 @@ def smallest_remedy(run: Run, device: Device) -> Remedy | None:
     num_workers = run.num_workers
     while num_workers <= _MAX_WORKERS:
         for candidate in sorted(_variants(replace(run, num_workers=num_workers)), key=lambda c: len(_changes(run, c))):
-            peak = plan_memory(candidate, device).peak_bytes
-            if peak <= device.usable_bytes:
-                return Remedy(_changes(run, candidate), peak)
-        if device.name == THIS_MACHINE:  # more workers would share the same memory
+            peak, host = plan_memory(candidate, device).peak_bytes, plan_host(candidate, device)
+            if peak <= device.usable_bytes and (host is None or host.fits):
+                return Remedy(_changes(run, candidate), peak, host and host.peak_bytes)
+        if device.is_host:  # more workers would share the same memory
             return None
         num_workers *= 2
     return None

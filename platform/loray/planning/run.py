@@ -22,6 +22,8 @@ class Run:
     group_size   S2-Attn's G, None where attention is dense
     usual_group  G of LongLoRA's paper
     context      tokens of the context that the adapter is trained for
+    num_steps    None where epochs of unknown data say how long the run is
+    is_measured  whether the adapter is measured beside its base before it is published
     """
 
     model: ModelConfig
@@ -37,6 +39,8 @@ class Run:
     num_workers: int
     sequence: int
     strategy: StrategyName
+    num_steps: int | None
+    is_measured: bool
 
     @property
     def element_bytes(self) -> int:
@@ -108,4 +112,6 @@ def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
         num_workers=spec.num_workers,
         sequence=spec.parallel.sequence,
         strategy=spec.parallel.strategy,
+        num_steps=spec.max_steps,
+        is_measured=bool(spec.evaluation.perplexity or spec.evaluation.retrieval),
     )

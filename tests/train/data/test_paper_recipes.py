@@ -107,3 +107,7 @@ def test_the_plan_is_of_the_same_step_and_fits(name: str) -> None:
     assert plan.problems == ()
     assert plan.run.tokens_per_step == ROWS_A_STEP * RECIPES[name]
     assert plan.memory.peak_bytes <= plan.device.usable_bytes
+    assert plan.host is not None
+    assert plan.host.num_workers == 8
+    assert plan.host.usable_bytes is not None
+    assert plan.host.peak_bytes <= plan.host.usable_bytes

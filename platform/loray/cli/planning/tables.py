@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loray.cli.output import count, pairs, table
+from loray.planning.host import HOST_MOMENTS, HostPlan
 from loray.planning.memory import MOMENTS, WHAT
 from loray.planning.plan import Plan
 from loray.planning.traffic import Exchange
@@ -17,6 +18,9 @@ def show(plan: Plan, spec: TrainSpec, to: Console) -> None:
     to.print(f"\n[bold]Memory of a worker[/bold] ({plan.device.name}: {format_size(plan.device.usable_bytes)} to use)")
     to.print(_memory(plan))
     to.print(_peak(plan))
+    if plan.host is not None:
+        to.print(f"\n[bold]Memory of a node[/bold] (its own, with {plan.host.num_workers} workers and the driver)")
+        to.print(_host(plan.host))
     if rows := plan.exchanges:
         to.print("\n[bold]Sent by a worker for one layer, forward[/bold] (×: under Ulysses; backward: as much again)")
         to.print(_exchanges(rows))
@@ -65,6 +69,16 @@ def _peak(plan: Plan) -> Table:
             ("moments", ", ".join(moments)),
         ]
     )
+
+
+def _host(host: HostPlan) -> Table:
+    usable = "" if host.usable_bytes is None else f" of {format_size(host.usable_bytes)}"
+    fits = "fits" if host.fits else "does not fit"
+    rows = []
+    for item in host.items:
+        when = "throughout" if item.moments == HOST_MOMENTS else ", ".join(item.moments)
+        rows.append((item.name, f"{format_size(item.nbytes)}, {when}"))
+    return pairs([*rows, ("peak", f"{format_size(host.peak_bytes)}{usable}, while {host.peak_moment}: {fits}")])
 
 
 def _exchanges(rows: list[list[Exchange]]) -> Table:

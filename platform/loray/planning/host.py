@@ -1,0 +1,107 @@
+"""Memory of a node beside its GPUs: what the workers on it, and the driver, hold there while a run starts, trains and is
+published.
+
+Where workers have no GPUs, a worker's own memory is the host's, and this adds nothing. Files that are mapped (the base,
+the optimizer's state of a checkpoint) are not counted: the system drops their pages when it needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from loray.planning.devices import Device
+from loray.planning.run import Run
+from loray.spec import DTYPE_BYTES, LINEAR_MODULES
+
+HostMoment = Literal["loading", "training", "publishing"]
+HOST_MOMENTS: tuple[HostMoment, ...] = ("loading", "training", "publishing")
+
+_FP32 = DTYPE_BYTES["float32"]
+_ROW_BYTES = 5  # of a token: its id, and whether it is a target
+_BATCH_BYTES = 4 * 8  # of a token: id, label, position and mask, as 64-bit integers
+_STATE_COPIES = 3  # masters and both moments
+_OBJECT_STORE = 0.3  # Ray's share of a node's memory for shared objects; what does not fit is spilled to disk
+
+
+@dataclass(frozen=True, slots=True)
+class HostItem:
+    name: str
+    nbytes: int
+    moments: tuple[HostMoment, ...] = HOST_MOMENTS
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """`usable_bytes` is None where nothing is known of the node's memory."""
+
+    items: tuple[HostItem, ...]
+    num_workers: int
+    usable_bytes: int | None
+
+    def at(self, moment: HostMoment) -> int:
+        return sum(item.nbytes for item in self.items if moment in item.moments)
+
+    @property
+    def peak_moment(self) -> HostMoment:
+        return max(HOST_MOMENTS, key=self.at)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.at(self.peak_moment)
+
+    @property
+    def dominant(self) -> HostItem:
+        """The largest item at the peak."""
+        return max((i for i in self.items if self.peak_moment in i.moments), key=lambda item: item.nbytes)
+
+    @property
+    def fits(self) -> bool:
+        return self.usable_bytes is None or self.peak_bytes <= self.usable_bytes
+
+
+def plan_host(run: Run, device: Device) -> HostPlan | None:
+    """Of the node with the driver and rank 0, which holds most. None where workers compute in the host's memory."""
+    if device.is_host:
+        return None
+    num_workers = min(run.num_workers, device.workers_per_node)
+    items = (*_processes(num_workers, device), *_base(run, num_workers), *_data(run, num_workers, device), *_state(run))
+    usable = None if device.host_memory_bytes is None else int(device.host_memory_bytes * device.usable_share)
+    return HostPlan(tuple(item for item in items if item.nbytes), num_workers, usable)
+
+
+def _processes(num_workers: int, device: Device) -> Iterator[HostItem]:
+    yield HostItem("processes of workers and driver", (num_workers + 1) * device.process_bytes)
+
+
+def _base(run: Run, num_workers: int) -> Iterator[HostItem]:
+    """Strategies that shard the base read it tensor by tensor, the others build it whole and move it to the device."""
+    e, model = run.element_bytes, run.model
+    if run.weight_shards > 1:
+        shapes = [(model.vocab_size, model.hidden_size), *(model.module_shape(module) for module in LINEAR_MODULES)]
+        largest = max(out * width for out, width in shapes)
+        yield HostItem("a tensor of the base, as each worker reads it", num_workers * e * largest, ("loading",))
+    else:
+        yield HostItem("the base, as each worker reads it", num_workers * e * run.base.total, ("loading",))
+    rows = 0 if model.tie_word_embeddings else run.trained.embedding
+    trained = e * (run.trained.total + rows)
+    yield HostItem("trained parameters, before they move", num_workers * trained, ("loading",))
+    if run.is_measured:
+        yield HostItem("the base, to be measured", e * run.base.total, ("publishing",))
+
+
+def _data(run: Run, num_workers: int, device: Device) -> Iterator[HostItem]:
+    """Rows that the run's steps read, of all workers, as far as Ray's object store holds them."""
+    if run.num_steps is not None:
+        rows = _ROW_BYTES * run.num_steps * run.tokens_per_step
+        room = rows if device.host_memory_bytes is None else int(_OBJECT_STORE * device.host_memory_bytes)
+        yield HostItem("rows, in Ray's object store", min(rows, room))
+    tokens = run.accumulation * run.num_rows * run.padded_length
+    yield HostItem("a step's batches", num_workers * _BATCH_BYTES * tokens, ("training",))
+
+
+def _state(run: Run) -> Iterator[HostItem]:
+    """Rank 0 gathers a checkpoint's tensors: fp32 masters and moments, and the adapter in the base's dtype."""
+    nbytes = (_STATE_COPIES * _FP32 + run.element_bytes) * run.trained.total
+    yield HostItem("a checkpoint, as rank 0 writes it", nbytes, ("training",))
