@@ -30,6 +30,7 @@ from loray.planning.run import run_of
 from loray.spec import TrainSpec
 from loray.train.data.batches import Batch, collate
 from loray.train.data.examples import pack_rows
+from loray.train.deferred import BaseWeights
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import build_model
@@ -49,7 +50,7 @@ def main(
     model = build_model(base, spec).train()
     if is_dense:
         model.set_attn_implementation(dense.ATTENTION)
-    strategy = prepare(Objective(model), spec, mesh.world, device)
+    strategy = prepare(Objective(model), spec, mesh.world, device, BaseWeights(base, spec.dtype))
 
     def step(batch: Batch) -> float:
         began = time.perf_counter()

@@ -31,6 +31,7 @@ from loray.bases.registry import BaseModel, get_base
 from loray.spec import LINEAR_MODULES, VeraSpec
 from loray.train.data.batches import Batch, collate
 from loray.train.data.examples import pack_rows
+from loray.train.deferred import BaseWeights
 from loray.train.loss import Objective, batch_loss
 from loray.train.mesh import Mesh
 from loray.train.model import build_model
@@ -65,7 +66,8 @@ def _ours(base: BaseModel, num_tokens: int, rank: int) -> Step:
     adapter = VeraSpec.model_validate({"rank": rank, "target_modules": LINEAR_MODULES})
     spec = recipe_of(adapter, num_tokens)
     mesh = Mesh.build(1, torch.device("cpu"))
-    strategy = prepare(Objective(build_model(base, spec).train()), spec, mesh.world, torch.device("cpu"))
+    model, weights = build_model(base, spec).train(), BaseWeights(base, spec.dtype)
+    strategy = prepare(Objective(model), spec, mesh.world, torch.device("cpu"), weights)
 
     def step(batch: Batch) -> float:
         loss = strategy.forward_backward(batch, divisor=batch.num_targets, last=True)

@@ -99,17 +99,30 @@ class CheckpointReader:
     def _files(self) -> dict[str, Path]:
         return {info.name: info.file for info in tensor_infos(self._folder)}
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
     def read(self, name: str) -> Tensor:
         """The tensor in its stored dtype, a view of the mapped file. IntegrityError if there is none."""
+        with self._open(name) as f:
+            tensor: Tensor = f.get_tensor(name)
+        return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Its rows from `start` up to `stop`, likewise."""
+        with self._open(name) as f:
+            rows: Tensor = f.get_slice(name)[start:stop]
+        return rows
+
+    def _open(self, name: str) -> Any:
+        """A context manager over the file that has the tensor."""
         from safetensors import safe_open
 
         try:
             file = self._files[name]
         except KeyError:
             raise IntegrityError(f"the checkpoint lacks the tensor {name!r}; add the base again") from None
-        with safe_open(str(file), framework="pt") as f:
-            tensor: Tensor = f.get_tensor(name)
-        return tensor
+        return safe_open(str(file), framework="pt")
 
 
 def canonical_config(config: ModelConfig) -> str:

@@ -28,6 +28,7 @@ from loray.train import checkpoint
 from loray.train.checkpoint import RunState, evaluation
 from loray.train.data.batches import BatchStream, Cursor
 from loray.train.data.dataset import Dataset
+from loray.train.deferred import BaseWeights
 from loray.train.evaluation.held_out import held_out_loss, measure_baselines
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
@@ -111,7 +112,8 @@ class _Run:
         self.model.train()
         self.num_parameters = count_parameters(self.model)
         optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
-        self.strategy = prepare(Objective(self.model), spec, self.world, self.device, optimizer_state)
+        weights = BaseWeights(base, spec.dtype)
+        self.strategy = prepare(Objective(self.model), spec, self.world, self.device, weights, optimizer_state)
         self.stream = BatchStream(
             data.train,
             spec.batch,

@@ -13,9 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loray.adapters.inject import attach
 from loray.bases.registry import BaseModel
+from loray.planning.run import SHARDS_WEIGHTS
 from loray.recipes.resolve import resolve
 from loray.spec import DType, RopeParameters, TrainSpec
 from loray.telemetry import get_logger
+from loray.train.deferred import BaseWeights, stand_ins, without_weights
 from loray.train.hook import ATTENTION
 from loray.train.sequence import SequenceGroup
 from loray.train.sequence.ring import RING
@@ -39,22 +41,30 @@ def load_model(
     attention      name of an implementation that is registered with transformers
     config_fields  further fields of the model's configuration
     """
+    return AutoModelForCausalLM.from_pretrained(
+        base.path,
+        config=_config(base, rope, config_fields),
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+    )
+
+
+def _config(base: BaseModel, rope: RopeParameters | None, fields: Mapping[str, Any]) -> Any:
     config = AutoConfig.from_pretrained(base.path)
     config.use_cache = False
     if rope is not None:
         config.rope_parameters = rope.to_hf()
-    for name, value in config_fields.items():
+    for name, value in fields.items():
         setattr(config, name, value)
-    return AutoModelForCausalLM.from_pretrained(
-        base.path, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
-    )
+    return config
 
 
 def build_model(base: BaseModel, spec: TrainSpec) -> Any:
     """A transformers causal language model in `spec.dtype` with the recipe's adapter; only the adapter is trained.
 
     With `rope_scaling` RoPE is scaled to the longer context. With `attention.type` s2 attention is S2-Attn outside of
-    `dense`. Raises UnsupportedError where the base's RoPE cannot be scaled so.
+    `dense`. Where the strategy shards the base, its frozen parameters are on meta, and `strategies.prepare` reads them.
+    Raises UnsupportedError where the base's RoPE cannot be scaled so.
     """
     resolved = resolve(spec, base.config)
     fields: dict[str, Any] = {}
@@ -69,9 +79,14 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
             resolved.usual_group,
         )
     attention = _DENSE if resolved.group_size is None else ATTENTION
-    model = load_model(base, dtype=spec.dtype, rope=resolved.rope, attention=attention, config_fields=fields)
+    if spec.parallel.strategy in SHARDS_WEIGHTS:
+        model = without_weights(_config(base, resolved.rope, fields), dtype=spec.dtype, attention=attention)
+        with stand_ins(model, BaseWeights(base, spec.dtype)):
+            attach(model, spec.adapter, seed=spec.seed)
+    else:
+        model = load_model(base, dtype=spec.dtype, rope=resolved.rope, attention=attention, config_fields=fields)
+        attach(model, spec.adapter, seed=spec.seed)
     model.config.name_or_path = base.name  # which goes into a published adapter, unlike a path of this machine
-    attach(model, spec.adapter, seed=spec.seed)
     if spec.gradient_checkpointing:
         # After `attach`, which may replace the embedding that gets the hook for input gradients.
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -6,6 +6,7 @@ import torch
 
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
+from loray.train.deferred import BaseWeights
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import OptimizerState, check_fits
@@ -14,10 +15,17 @@ from loray.train.strategies.ddp import DataParallel
 
 
 def prepare(
-    objective: Objective, spec: TrainSpec, world: World, device: torch.device, state: OptimizerState | None = None
+    objective: Objective,
+    spec: TrainSpec,
+    world: World,
+    device: torch.device,
+    weights: BaseWeights,
+    state: OptimizerState | None = None,
 ) -> Strategy:
     """Distribute `objective`, whose model is in this host's memory, over the ranks' devices, and restore a checkpoint's
     `state`, bit for bit. From then on, call the strategy's `objective` instead.
+
+    Parameters on meta are read from `weights`, shard by shard.
 
     Raises UnsupportedError where the strategy cannot run here, and ValueError where `state` has other parameters.
     """
@@ -35,7 +43,7 @@ def prepare(
     if strategy == "fsdp2":
         from loray.train.strategies.fsdp2 import FullyShard  # takes a second, and other strategies do not need it
 
-        return FullyShard(objective, spec, world, device, state)
+        return FullyShard(objective, spec, world, device, weights, state)
     from loray.train.strategies.zero import Zero
 
-    return Zero(objective, spec, world, device, state)
+    return Zero(objective, spec, world, device, weights, state)

@@ -2,7 +2,8 @@
 
 fully_shard needs one dtype in a group, so that trained parameters have the base's dtype. The optimizer of each rank
 keeps fp32 masters of the rank's shards. Gradients are accumulated and reduced in fp32, and rounded to the parameters'
-dtype once per step, in their shards.
+dtype once per step, in their shards. Frozen parameters are on meta when they are sharded; then every rank reads its
+rows of them.
 
 Shapes: a parameter is split along its first dimension as `Tensor.chunk` does; the last ranks may hold nothing of it.
 """
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from loray.spec import TrainSpec
 from loray.train.data.batches import Batch
+from loray.train.deferred import BaseWeights, replace_parameters
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import MasterAdamW, OptimizerState, StepResult
@@ -28,19 +30,37 @@ from loray.train.strategies.base import weighted
 
 class FullyShard:
     def __init__(
-        self, objective: Objective, spec: TrainSpec, world: World, device: torch.device, state: OptimizerState | None
+        self,
+        objective: Objective,
+        spec: TrainSpec,
+        world: World,
+        device: torch.device,
+        weights: BaseWeights,
+        state: OptimizerState | None,
     ) -> None:
-        self._world = world
+        self._world, self._device = world, device
         mesh = init_device_mesh(device.type, (world.size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for layer in objective.model.base_model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         self.objective: Any = fully_shard(objective, mesh=mesh, mp_policy=policy)
+        replace_parameters(objective.model, lambda name, p: self._read_shard(name, p, weights))
         self._parameters: dict[str, Any] = dict(objective.trained_parameters())
         masters = {name: _shard(p).float().clone() for name, p in self._parameters.items()}
         self._adam = MasterAdamW(masters, spec.optimizer)
         if state is not None:
             self._adam.restore(state, self._part)
+
+    def _read_shard(self, name: str, parameter: Any, weights: BaseWeights) -> Tensor | None:
+        """This rank's rows of a parameter that has none yet."""
+        if parameter.device.type != "meta":
+            return None
+        shard = torch.empty_like(parameter.to_local(), device=self._device)
+        if len(shard):
+            start = self._world.rank * -(-len(parameter) // self._world.size)
+            shard.copy_(weights.read_rows(name, start, start + len(shard)))
+        spread = parameter.device_mesh, parameter.placements
+        return DTensor.from_local(shard, *spread, shape=parameter.shape, stride=parameter.stride())
 
     def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
         self.objective.set_requires_gradient_sync(last)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
 from loray.train.data.batches import Batch
+from loray.train.deferred import BaseWeights, replace_parameters
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import (
@@ -37,15 +38,21 @@ _PERSISTENT_ELEMENTS = 100_000  # ZeRO-3 keeps smaller parameters gathered: Deep
 
 class Zero:
     def __init__(
-        self, objective: Objective, spec: TrainSpec, world: World, device: torch.device, state: OptimizerState | None
+        self,
+        objective: Objective,
+        spec: TrainSpec,
+        world: World,
+        device: torch.device,
+        weights: BaseWeights,
+        state: OptimizerState | None,
     ) -> None:
         self._world = world
         self._stage = 2 if spec.parallel.strategy == "zero2" else 3
         self._deepspeed = _import_deepspeed(device)
         config = _config(spec, self._stage)
         self._parameters: dict[str, Any] = dict(objective.trained_parameters())
-        if self._stage == 3:  # parameter by parameter, since the whole model may not fit on a device
-            self._deepspeed.zero.Init(module=objective, config_dict_or_path=config)
+        if self._stage == 3:
+            self._shard(objective, config, weights)
             head = objective.model.get_output_embeddings()
             self._deepspeed.zero.register_external_parameter(objective, head.weight)  # the loss reads it
         self._adam = adamw(self._parameters, spec.optimizer)
@@ -56,6 +63,20 @@ class Zero:
         self._start_moments(0 if state is None else state.num_updates)
         if state is not None:
             self._restore(state)
+
+    def _shard(self, objective: Objective, config: dict[str, Any], weights: BaseWeights) -> None:
+        """Shard parameter by parameter. Rank 0 reads each frozen one, and DeepSpeed sends it to the others."""
+
+        def read(name: str, parameter: nn.Parameter) -> Tensor | None:
+            if not parameter.is_meta:
+                return None
+            return weights.read(name).clone() if self._world.rank == 0 else torch.empty_like(parameter, device="cpu")
+
+        def shard(module: nn.Module) -> None:
+            self._deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+        replace_parameters(objective.model, read, then=lambda parameter: shard(nn.ParameterList([parameter])))
+        shard(objective)  # what is trained
 
     def forward_backward(self, batch: Batch, *, divisor: float, last: bool) -> float:
         self._engine.set_gradient_accumulation_boundary(last)
