@@ -2,7 +2,8 @@
 
 Rank 0 writes a checkpoint to its disk, and Ray Train uploads it from a thread: one at a time, in order; the end of
 training waits for the last. A checkpoint stays on the disk until the next one is written. If rank 0 is lost before an
-upload has finished, the worker that replaces it on the same machine finds the checkpoint there and uploads it first.
+upload has begun or finished, the worker that replaces it on the same machine finds the checkpoint there and uploads it
+first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from loray.errors import IntegrityError, LorayError
 from loray.telemetry import get_logger
 from loray.train.checkpoint import read_state
 from loray.train.mesh import World
+from loray.train.saving import WRITTEN
 
 log = get_logger(__name__)
 
@@ -122,6 +124,8 @@ class CheckpointUploads:
 
     def _left_behind(self, known_step: int) -> Path | None:
         """The last complete checkpoint of a step after `known_step`. Everything else in the folder is removed."""
+        for path in self._folder.glob(f"{WRITTEN}*"):  # not reported before the worker was lost
+            path.rename(self._folder / _name(int(path.name.removeprefix(WRITTEN))))
         for path in sorted(self._folder.glob(f"{_PREFIX}*"), reverse=True):
             if _step(path) > known_step and _is_complete(path):
                 self._remove_all_but(path)

@@ -7,7 +7,7 @@ import pytest
 from loray.bases.presets import preset, preset_names
 from loray.planning.counts import count_base
 from loray.planning.devices import HostRates, host
-from loray.planning.memory import MOMENTS, MemoryPlan, plan_memory
+from loray.planning.memory import CHECKPOINT, MOMENTS, MemoryPlan, plan_memory
 from loray.planning.run import Run
 from tests.planning.recipes import A100, bare, long_run
 
@@ -124,6 +124,16 @@ def test_a_host_keeps_small_blocks_and_gives_back_large_ones() -> None:
     assert "activations: attention" in at(small, "update")  # 19 MB
     assert "activations: attention" not in at(large, "update")
     assert host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=2).memory_bytes == 8 << 30
+
+
+def test_rank_0_copies_a_checkpoint_into_the_memory_that_it_computes_in() -> None:
+    run = long_run("smollm2", 16384)
+    machine = host(HostRates(16 << 30, 4e11, 8e10, 9e10, 4e10), num_workers=1)
+    held = {item.name: item for item in plan_memory(run, machine).items}
+    assert held[CHECKPOINT].nbytes == 14 * run.trained.total
+    assert held[CHECKPOINT].moments == MOMENTS
+    assert long_run("smollm2", 16384, dtype="float32").checkpoint_bytes == 12 * run.trained.total
+    assert CHECKPOINT not in sizes(run)
 
 
 def test_fragmentation_is_of_what_comes_and_goes() -> None:

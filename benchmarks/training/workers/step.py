@@ -30,11 +30,11 @@ from loray.planning.run import run_of
 from loray.spec import TrainSpec
 from loray.train.data.batches import Batch, collate
 from loray.train.data.examples import pack_rows
-from loray.train.deferred import BaseWeights
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import build_model
 from loray.train.strategies import prepare
+from loray.train.weights.deferred import BaseWeights
 
 _SHORT_ROW = 64  # tokens of a rank
 

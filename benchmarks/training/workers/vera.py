@@ -31,11 +31,11 @@ from loray.bases.registry import BaseModel, get_base
 from loray.spec import LINEAR_MODULES, VeraSpec
 from loray.train.data.batches import Batch, collate
 from loray.train.data.examples import pack_rows
-from loray.train.deferred import BaseWeights
 from loray.train.loss import Objective, batch_loss
 from loray.train.mesh import Mesh
 from loray.train.model import build_model
 from loray.train.strategies import prepare
+from loray.train.weights.deferred import BaseWeights
 
 _RATE = 4e-3  # the paper's for instruction tuning
 

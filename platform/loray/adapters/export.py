@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loray.adapters.checks.files import PAIR_NAMES
 from loray.adapters.inject import ADAPTER, BASE_ROWS, is_magnitude, peft_config, trained_norms
-from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, write_folder
+from loray.adapters.peft_format import PREFIX, ROWS_SUFFIX, AdapterFiles, write_folder
 from loray.adapters.vera import VeraLinear
 from loray.spec import AdapterSpec, VeraSpec
 
@@ -25,12 +25,19 @@ _INDEX_NBYTES = 16  # of one token id as a line of the configuration
 def save_adapter(model: Any, spec: AdapterSpec, folder: Path, *, trained: Mapping[str, Tensor] | None = None) -> None:
     """Write the adapter that `attach` put into `model` to `folder`, in PEFT's format.
 
-    `trained` has the full values of the trained parameters by name, for a model that holds only shards of them. The
-    base's name is the last part of `model.config.name_or_path`. An input embedding that is not tied to the output head
-    is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
+    `trained` has the full values of the trained parameters by name, for a model that holds only shards of them.
     """
     if trained is None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    write_folder(folder, *adapter_files(model, spec, trained))
+
+
+def adapter_files(model: Any, spec: AdapterSpec, trained: Mapping[str, Tensor]) -> AdapterFiles:
+    """The same in memory. The tensors are those of `trained`, and VeRA's pair.
+
+    The base's name is the last part of `model.config.name_or_path`. An input embedding that is not tied to the output
+    head is saved as its changed rows (PEFT's `trainable_token_indices`) where that is smaller.
+    """
     tensors = {PREFIX + peft_name(name): t for name, t in trained.items()}
     token_ids = _replace_embedding_by_rows(model, spec, tensors)
     modules_to_save = trained_norms(model)
@@ -46,7 +53,7 @@ def save_adapter(model: Any, spec: AdapterSpec, folder: Path, *, trained: Mappin
     }
     if token_ids is not None:
         options["trainable_token_indices"] = token_ids
-    write_folder(folder, _fields(peft_config(spec, **options)), tensors)
+    return AdapterFiles(_fields(peft_config(spec, **options)), tensors)
 
 
 def peft_name(name: str) -> str:

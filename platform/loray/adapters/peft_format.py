@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -57,6 +57,13 @@ _INERT: Mapping[str, tuple[Any, ...]] = {
 _MAGNITUDE = "lora_magnitude_vector"
 # With these initialisations PEFT changes the base's weights when it loads the adapter.
 _REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class AdapterFiles(NamedTuple):
+    """The contents of a folder in PEFT's format. Names of tensors are PEFT's, with `PREFIX`."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Memory of a node beside its GPUs: what the workers on it, and the driver, hold there while a run starts, trains and is
+"""Memory of a node beside its GPUs: what its workers and the driver hold there while a run starts, trains and is
 published.
 
 Where workers have no GPUs, a worker's own memory is the host's, and this adds nothing. Files that are mapped (the base,
@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loray.planning.devices import Device
+from loray.planning.memory import CHECKPOINT
 from loray.planning.run import Run
-from loray.spec import DTYPE_BYTES, LINEAR_MODULES
+from loray.spec import LINEAR_MODULES
 
 HostMoment = Literal["loading", "training", "publishing"]
 HOST_MOMENTS: tuple[HostMoment, ...] = ("loading", "training", "publishing")
 
-_FP32 = DTYPE_BYTES["float32"]
 _ROW_BYTES = 5  # of a token: its id, and whether it is a target
 _BATCH_BYTES = 4 * 8  # of a token: id, label, position and mask, as 64-bit integers
-_STATE_COPIES = 3  # masters and both moments
 _OBJECT_STORE = 0.3  # Ray's share of a node's memory for shared objects; what does not fit is spilled to disk
 
 
@@ -102,6 +101,4 @@ def _data(run: Run, num_workers: int, device: Device) -> Iterator[HostItem]:
 
 
 def _state(run: Run) -> Iterator[HostItem]:
-    """Rank 0 gathers a checkpoint's tensors: fp32 masters and moments, and the adapter in the base's dtype."""
-    nbytes = (_STATE_COPIES * _FP32 + run.element_bytes) * run.trained.total
-    yield HostItem("a checkpoint, as rank 0 writes it", nbytes, ("training",))
+    yield HostItem(CHECKPOINT, run.checkpoint_bytes, ("training",))

@@ -25,6 +25,7 @@ WHAT: dict[Moment, str] = {
 }
 MOMENTS: tuple[Moment, ...] = tuple(WHAT)
 
+CHECKPOINT = "a checkpoint, as rank 0 writes it"  # in the host's memory, while steps go on
 GRADIENT_BUCKET_BYTES = 25 << 20  # fp32 gradients that are reduced together: 25 MiB, as in torch's DDP
 
 _FP32 = DTYPE_BYTES["float32"]
@@ -105,6 +106,8 @@ def _optimizer(run: Run, device: Device) -> Iterator[Item]:
     yield Item("AdamW moments, fp32", _share(2 * _FP32 * trained.total, shards))
     updated = trained.total if device.foreach_optimizer else 2 * trained.largest
     yield Item("AdamW temporaries", _share(_FP32 * updated, shards), ("update",), _FP32 * trained.largest)
+    if device.is_host:
+        yield Item(CHECKPOINT, run.checkpoint_bytes)
 
 
 def _communication(run: Run) -> Iterator[Item]:

@@ -19,7 +19,7 @@ _STRATEGIES: tuple[StrategyName, ...] = ("ddp", "zero2", "fsdp2", "zero3")
 
 
 class Remedy(NamedTuple):
-    """`changes` are fields of the recipe with their new values, as YAML. `host_bytes` are those of a node beside GPUs."""
+    """`changes` are fields of the recipe with their new values, as YAML. `host_bytes` are a node's, beside its GPUs."""
 
     changes: tuple[str, ...]
     peak_bytes: int
@@ -35,7 +35,7 @@ def smallest_remedy(run: Run, device: Device) -> Remedy | None:
         for candidate in sorted(_variants(replace(run, num_workers=num_workers)), key=lambda c: len(_changes(run, c))):
             peak, host = plan_memory(candidate, device).peak_bytes, plan_host(candidate, device)
             if peak <= device.usable_bytes and (host is None or host.fits):
-                return Remedy(_changes(run, candidate), peak, host and host.peak_bytes)
+                return Remedy(_changes(run, candidate), peak, None if host is None else host.peak_bytes)
         if device.is_host:  # more workers would share the same memory
             return None
         num_workers *= 2

@@ -82,6 +82,12 @@ class Run:
         return count_trained(self.model, self.adapter)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Rank 0's copy of fp32 masters and moments, and of the adapter in the base's dtype, while it is written."""
+        rounded = 0 if self.dtype == "float32" else self.element_bytes
+        return (3 * DTYPE_BYTES["float32"] + rounded) * self.trained.total
+
+    @property
     def halo(self) -> HaloPlan | None:
         """None where attention is dense."""
         if self.group_size is None:

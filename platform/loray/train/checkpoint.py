@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from loray.adapters.peft_format import AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
 from loray.spec import LOSS, Evaluation, Frozen, Sha256, Subject, TrainSpec
 from loray.train.optimizer import OptimizerState
@@ -63,15 +64,28 @@ def evaluation(loss: float, subject: Subject, row_length: int) -> Evaluation:
     return Evaluation(metric=LOSS, value=loss, dataset="held-out", subject=subject, context_length=row_length)
 
 
-def save(folder: Path, model: Any, optimizer: OptimizerState, state: RunState) -> None:
-    """Write a checkpoint. `model` has the adapter's modules; the values are the masters', in the recipe's dtype."""
-    from loray.adapters.export import save_adapter  # imports PEFT, which reading does not need
+class Snapshot(NamedTuple):
+    """A checkpoint to be written, which shares no memory with the model."""
+
+    adapter: AdapterFiles
+    optimizer: OptimizerState
+    state: RunState
+
+
+def snapshot(model: Any, optimizer: OptimizerState, state: RunState) -> Snapshot:
+    """`model` has the adapter's modules; the values are the masters', in the recipe's dtype."""
+    from loray.adapters.export import adapter_files  # imports PEFT, which reading does not need
 
     dtype = getattr(torch, state.recipe.dtype)
     trained = {name: master.to(dtype) for name, master in optimizer.masters.items()}
-    save_adapter(model, state.recipe.adapter, folder / ADAPTER, trained=trained)
-    torch.save(optimizer._asdict(), folder / _OPTIMIZER)
-    saved = state.model_copy(update={"saved_at": datetime.now(UTC)})
+    return Snapshot(adapter_files(model, state.recipe.adapter, trained), optimizer, state)
+
+
+def write(folder: Path, snapshot: Snapshot) -> None:
+    """Write a checkpoint; the state comes last."""
+    write_folder(folder / ADAPTER, *snapshot.adapter)
+    torch.save(snapshot.optimizer._asdict(), folder / _OPTIMIZER)
+    saved = snapshot.state.model_copy(update={"saved_at": datetime.now(UTC)})
     (folder / RunState.FILE).write_text(saved.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 

@@ -7,15 +7,12 @@ AdamW. The strategy distributes parameters, gradients and states over ranks. All
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from loray.adapters.inject import InitialAdapter, load_weights
@@ -28,14 +25,16 @@ from loray.train import checkpoint
 from loray.train.checkpoint import RunState, evaluation
 from loray.train.data.batches import BatchStream, Cursor
 from loray.train.data.dataset import Dataset
-from loray.train.deferred import BaseWeights
+from loray.train.determinism import seed_step
 from loray.train.evaluation.held_out import held_out_loss, measure_baselines
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import build_model, count_parameters
 from loray.train.optimizer import StepResult, learning_rate
 from loray.train.reporting import Reporter
+from loray.train.saving import Checkpoints, Clock
 from loray.train.strategies import prepare
+from loray.train.weights.deferred import BaseWeights
 
 log = get_logger(__name__)
 
@@ -50,13 +49,14 @@ def train(
     resume_from: Path | None = None,
     initial: InitialAdapter | None = None,
     device: torch.device | None = None,
+    clock: Clock = time.monotonic,
 ) -> RunState:
     """Train an adapter. The result is in the checkpoints that `reporter` gets. Returns the last state.
 
     `initial` is the recipe's `init_adapter`, from whose weights a new run starts; a resumed one has its own.
 
     `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
-    machine. Temporary files go to `workdir`.
+    machine. Checkpoints are written to `workdir`, `clock` says in seconds when the next is due.
 
     Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, after a checkpoint of the last good state where
     its held-out loss is finite, and where the run ends without a usable adapter; SpecError where `resume_from` belongs
@@ -64,8 +64,11 @@ def train(
     """
     if (spec.init_adapter is None) != (initial is None):
         raise SpecError(f"init_adapter is {spec.init_adapter}: the files of an adapter go with it, and only with it")
-    run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device or torch.device("cpu"))
-    return run.train()
+    run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device or torch.device("cpu"), clock)
+    try:
+        return run.train()
+    finally:
+        run.checkpoints.close()
 
 
 class _Step(NamedTuple):
@@ -73,6 +76,7 @@ class _Step(NamedTuple):
     lr: float
     result: StepResult
     num_tokens: int
+    is_overdue: bool  # the next checkpoint, by the clock
 
 
 class _Run:
@@ -88,11 +92,12 @@ class _Run:
         resume_from: Path | None,
         initial: InitialAdapter | None,
         device: torch.device,
+        clock: Clock,
     ) -> None:
-        self.spec, self.base, self.data, self.reporter, self.workdir = spec, base, data, reporter, workdir
-        self.device = device
+        self.spec, self.base, self.data, self.reporter, self.device = spec, base, data, reporter, device
         self.mesh = Mesh.build(spec.parallel.sequence, self.device)
         self.world = self.mesh.world
+        self.checkpoints = Checkpoints(spec.checkpoint, reporter, workdir, self.world, self.device, clock)
         self.resumed = resume_from is not None
         if resume_from is None:
             self.state = RunState(
@@ -112,8 +117,8 @@ class _Run:
         self.model.train()
         self.num_parameters = count_parameters(self.model)
         optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
-        weights = BaseWeights(base, spec.dtype)
-        self.strategy = prepare(Objective(self.model), spec, self.world, self.device, weights, optimizer_state)
+        objective, weights = Objective(self.model), BaseWeights(base, spec.dtype)
+        self.strategy = prepare(objective, spec, self.world, self.device, weights, optimizer_state)
         self.stream = BatchStream(
             data.train,
             spec.batch,
@@ -149,12 +154,13 @@ class _Run:
             improved = self._evaluate() if evaluated else False
             if step == self.num_steps:
                 self._check_end(evaluated)
-            if self._is_checkpoint_due(evaluated, improved):
+            if self._is_checkpoint_due(evaluated, improved, overdue=done.is_overdue):
                 self._save()
+        self.checkpoints.finish()
         return self.state
 
     def _step(self, step: int) -> _Step:
-        _seed(self.spec.seed, step, self.world.rank)
+        seed_step(self.spec.seed, step, self.world.rank)
         batches = self.stream.next_step()
         counts = sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)
         num_targets, num_tokens = (n / self.mesh.sequence.size for n in self.world.sum(*counts, device=self.device))
@@ -162,7 +168,8 @@ class _Run:
         for batch in batches:
             with self.mesh.part(batch) as part:
                 mine += self.strategy.forward_backward(part, divisor=num_targets, last=batch is batches[-1])
-        (summed,) = self.world.sum(mine, device=self.device)
+        summed, overdue, written = self.world.sum(mine, *self.checkpoints.signals(), device=self.device)
+        self.checkpoints.take(written)
         loss = summed / num_targets
         lr = learning_rate(step, self.num_steps, self.spec.optimizer)
         result = self.strategy.step(lr)
@@ -181,7 +188,7 @@ class _Run:
                 "eval_loss": None,
             }
         )
-        return _Step(loss, lr, result, int(num_tokens))
+        return _Step(loss, lr, result, int(num_tokens), overdue > 0)
 
     def _stop(self) -> None:
         """Save the parameters where their held-out loss is finite, and raise TrainingError. Skipped steps change
@@ -191,6 +198,7 @@ class _Run:
             self._evaluate()
             if self.state.eval_loss is not None:
                 self._save()
+        self.checkpoints.finish()
         raise TrainingError(
             f"stopped at step {self.state.step}: {self.skipped_here} steps had a loss or gradient that is not finite "
             f"(max_nonfinite_steps is {self.spec.max_nonfinite_steps}); lower the learning rate or look at the data, "
@@ -209,11 +217,11 @@ class _Run:
         step = self.state.step
         return step == self.num_steps or (interval is not None and step % interval == 0)
 
-    def _is_checkpoint_due(self, evaluated: bool, improved: bool) -> bool:
+    def _is_checkpoint_due(self, evaluated: bool, improved: bool, *, overdue: bool) -> bool:
         if evaluated and self.state.eval_loss is None:
             return False  # neither to be published nor to be resumed from
         interval = self.spec.checkpoint.interval_steps
-        if self._is_due(interval):
+        if self._is_due(interval) or overdue:
             return True
         return evaluated and (interval is None or (improved and self.spec.evaluation.keep_best))
 
@@ -282,20 +290,9 @@ class _Run:
         )
 
     def _save(self) -> None:
-        """Report a checkpoint of the current state. Only rank 0 writes it."""
-        optimizer_state = self.strategy.state()
-        metrics = {"event": "checkpoint", "step": self.state.step, "eval_loss": self.state.eval_loss}
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.workdir)) if self.world.rank == 0 else None
-        try:
-            if folder is not None and optimizer_state is not None:
-                checkpoint.save(folder, self.model, optimizer_state, self.state)
-            self.reporter.report(metrics, folder)
-        finally:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+        """Begin a checkpoint of the current state. Only rank 0 writes it."""
+        self.checkpoints.finish()  # before this one's copy is made, so that there is one at a time
+        state = self.strategy.state()
+        taken = None if state is None else checkpoint.snapshot(self.model, state, self.state)
+        self.checkpoints.begin(taken, step=self.state.step, eval_loss=self.state.eval_loss)
         self.good_steps_unsaved = 0
-
-
-def _seed(seed: int, step: int, rank: int) -> None:
-    """Seed dropout from these arguments alone, so that a resumed run draws the same numbers."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))

@@ -17,10 +17,10 @@ from loray.planning.run import SHARDS_WEIGHTS
 from loray.recipes.resolve import resolve
 from loray.spec import DType, RopeParameters, TrainSpec
 from loray.telemetry import get_logger
-from loray.train.deferred import BaseWeights, stand_ins, without_weights
 from loray.train.hook import ATTENTION
 from loray.train.sequence import SequenceGroup
 from loray.train.sequence.ring import RING
+from loray.train.weights.deferred import BaseWeights, stand_ins, without_weights
 
 log = get_logger(__name__)
 

@@ -23,6 +23,7 @@ from loray.errors import TrainingError
 from loray.spec import TrainSpec
 from loray.train.checkpoint import RunState
 from loray.train.mesh import World
+from loray.train.saving import WRITTEN
 from tests.test_recipe import RECIPE
 
 
@@ -166,6 +167,15 @@ def test_checkpoints_of_a_lost_worker_are_uploaded_first(ray: Ray, folder: Path)
         assert again is not None
         assert len(ray.reported) == 1
         assert list(folder.iterdir()) == []
+
+
+def test_a_checkpoint_that_was_written_and_not_reported_is_uploaded(ray: Ray, folder: Path) -> None:
+    ray.gate.set()
+    with CheckpointUploads(folder, lambda seconds: None) as uploads:
+        write(folder, 10).rename(folder / f"{WRITTEN}000010")
+        latest = uploads.latest(World())
+        assert latest is not None
+        assert ray.stored() == [Path(latest.path).name] == ["step_000010"]
 
 
 def test_a_damaged_checkpoint_is_skipped(ray: Ray, folder: Path) -> None:

@@ -69,7 +69,12 @@ class EvaluationSpec(Frozen):
 
 
 class CheckpointSpec(Frozen):
+    """Due by steps or by minutes, whichever comes first, and at the end."""
+
     interval_steps: int | None = Field(default=None, gt=0, description="None: at evaluations and at the end")
+    interval_minutes: float | None = Field(
+        default=15, gt=0, allow_inf_nan=False, description="between checkpoints at most; None: steps alone count"
+    )
     keep: int = Field(default=2, gt=0)
 
 

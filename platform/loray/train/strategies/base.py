@@ -30,7 +30,12 @@ class Strategy(Protocol):
         """Clip by the global norm and update. Where the norm is not finite, no rank changes anything."""
 
     def state(self) -> OptimizerState | None:
-        """The full state on rank 0; None on other ranks."""
+        """The full state on rank 0, in copies; None on other ranks."""
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """On the CPU, and another tensor also where it is there already."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def weighted(loss: Tensor, weight: float) -> Tensor:

@@ -6,12 +6,12 @@ import torch
 
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
-from loray.train.deferred import BaseWeights
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import OptimizerState, check_fits
 from loray.train.strategies.base import Strategy
 from loray.train.strategies.ddp import DataParallel
+from loray.train.weights.deferred import BaseWeights
 
 
 def prepare(

@@ -10,7 +10,7 @@ from loray.train.data.batches import Batch
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import MasterAdamW, OptimizerState, StepResult
-from loray.train.strategies.base import weighted
+from loray.train.strategies.base import copied, weighted
 from loray.train.strategies.buckets import GradientBuckets
 
 
@@ -51,5 +51,5 @@ class DataParallel:
         if self._world.rank:
             return None
         state = self._adam.state
-        masters, exp_avg, exp_avg_sq = ({n: t.detach().cpu() for n, t in tensors.items()} for tensors in state[:3])
+        masters, exp_avg, exp_avg_sq = ({n: copied(t) for n, t in tensors.items()} for tensors in state[:3])
         return OptimizerState(masters, exp_avg, exp_avg_sq, state.num_updates)

@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 
 from loray.spec import TrainSpec
 from loray.train.data.batches import Batch
-from loray.train.deferred import BaseWeights, replace_parameters
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import MasterAdamW, OptimizerState, StepResult
-from loray.train.strategies.base import weighted
+from loray.train.strategies.base import copied, weighted
+from loray.train.weights.deferred import BaseWeights, replace_parameters
 
 
 class FullyShard:
@@ -91,7 +91,7 @@ class FullyShard:
             spread = DTensor.from_local(shard, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
             tensor = spread.full_tensor()
             if self._world.rank == 0:
-                full[name] = tensor.cpu()
+                full[name] = copied(tensor)
         return full
 
     def _part(self, full: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from loray.errors import UnsupportedError
 from loray.spec import TrainSpec
 from loray.train.data.batches import Batch
-from loray.train.deferred import BaseWeights, replace_parameters
 from loray.train.loss import Objective
 from loray.train.mesh import World
 from loray.train.optimizer import (
@@ -30,8 +29,9 @@ from loray.train.optimizer import (
     set_learning_rate,
     start_moments,
 )
-from loray.train.strategies.base import weighted
+from loray.train.strategies.base import copied, weighted
 from loray.train.strategies.buckets import BUCKET_ELEMENTS
+from loray.train.weights.deferred import BaseWeights, replace_parameters
 
 _PERSISTENT_ELEMENTS = 100_000  # ZeRO-3 keeps smaller parameters gathered: DeepSpeed's own default
 
@@ -96,7 +96,7 @@ class Zero:
             for name, p in self._parameters.items():
                 full = self._full(p, key)
                 if self._world.rank == 0:
-                    sets[-1][name] = full.cpu()
+                    sets[-1][name] = copied(full)
         return None if self._world.rank else OptimizerState(sets[0], sets[1], sets[2], num_updates(self._adam))
 
     def _full(self, parameter: Any, key: str | None) -> Tensor:

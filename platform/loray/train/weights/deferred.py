@@ -1,8 +1,8 @@
 """A base that its strategy shards: built without weights, which are then read into the shards.
 
-Frozen parameters are on torch's meta device, shapes without memory, until `replace_parameters` fills them: so no process
-holds the whole base. Adapters and what else is trained are whole on every rank, as in any model: the same seed gives the
-same weights.
+Frozen parameters are on torch's meta device, shapes without memory, until `replace_parameters` fills them, so that no
+process holds the whole base. Adapters and what else is trained are whole on every rank, as in any model: the same seed
+gives the same weights.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The base of a run: whole, or as the shards of its strategy."""
