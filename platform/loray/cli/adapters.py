@@ -9,7 +9,7 @@ from typing import get_args
 import click
 
 from loray.bases.registry import base_with, get_base
-from loray.catalog import AdapterVersion
+from loray.catalog import AdapterVersion, split_model
 from loray.cli import describe
 from loray.cli.access.share import share, transfer
 from loray.cli.lifecycle import no_gate_option, promote, release, restore, rm, rollback
@@ -113,16 +113,30 @@ def ls(as_json: bool) -> None:
 @click.argument("model")
 @json_option
 def show(model: str, as_json: bool) -> None:
-    """Show MODEL: versions, aliases, where it comes from and what was measured."""
-    with open_services() as services:
-        shown = services.catalog.resolve(model)
-        detail = services.catalog.adapter(shown.name)
+    """Show MODEL: versions, aliases, where it comes from and what was measured.
+
+    A server does not tell how aliases moved, nor what its gate would refuse.
+    """
+    name, selector = split_model(model)
+    gate_tolerance: float | None = None
+    with open_remote() as client:
+        if client is not None:
+            detail = describe.detail_of(client, name)
+            shown = detail.entry.select(selector)
+        else:
+            with open_services() as services:
+                shown = services.catalog.resolve(model)
+                detail = services.catalog.adapter(shown.name)
+                gate_tolerance = services.settings.gate_tolerance
     version = next(v for v in detail.versions if v.version == shown.version)
     if as_json:
-        emit(describe.detail_json(detail, version))
+        described = describe.detail_json(detail, version)
+        if client is not None:
+            del described["alias_moves"]
+        emit(described)
         return
     out = console()
-    out.print(describe.lineage(version, services.settings.gate_tolerance))
+    out.print(describe.lineage(version, gate_tolerance))
     if version.evaluations:
         out.print(describe.evaluations(version.evaluations))
     out.print(describe.versions(detail))

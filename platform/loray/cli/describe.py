@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from loray.api.resources import AdapterResource
+from loray.api.resources import AdapterResource, VersionDetail
 from loray.catalog import (
     AdapterDetail,
     AdapterEntry,
@@ -144,10 +144,43 @@ def detail_json(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any
     }
 
 
-def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
-    """The version's properties and origin, and why the gate refuses it an alias."""
+def detail_of(client: CatalogClient, name: str) -> AdapterDetail:
+    """As `Catalog.adapter`, of what a server tells: without the moves of aliases."""
+    found = client.adapter(name)
+    versions = tuple(_version_of(client.version(name, number)) for number in found.versions)
+    entry = AdapterEntry(
+        found.name,
+        found.created_at,
+        tuple(v.ref for v in reversed(versions)),
+        tuple(sorted(found.aliases.items())),
+        found.tenant,
+        found.visibility,
+        frozenset(found.shared_with),
+    )
+    return AdapterDetail(entry, versions, ())
+
+
+def _version_of(found: VersionDetail) -> AdapterVersion:
+    known = found.quarantine
+    return AdapterVersion(
+        found.name,
+        found.version,
+        found.digest,
+        found.manifest,
+        found.created_at,
+        found.aliases,
+        found.evaluations[len(found.manifest.evaluations) :],
+        None if known is None else Quarantined(known.deaths, "", known.died_at, known.refused_until),
+    )
+
+
+def lineage(version: AdapterVersion, gate_tolerance: float | None) -> Table:
+    """The version's properties and origin, and why the gate refuses it an alias; None: its tolerance is not known."""
     m: AdapterManifest = version.manifest
-    failures = gate.failures(m, version.evaluations, gate_tolerance)
+    passes = None
+    if gate_tolerance is not None and gate.is_gated(m):
+        failures = gate.failures(m, version.evaluations, gate_tolerance)
+        passes = "no alias: " + "; ".join(failures) if failures else "passed"
     return pairs(
         [
             ("adapter", version.label),
@@ -170,7 +203,7 @@ def lineage(version: AdapterVersion, gate_tolerance: float) -> Table:
             ("licence", m.licence),
             ("created", m.created_at),
             ("digest", version.digest),
-            ("gate", ("no alias: " + "; ".join(failures) if failures else "passed") if gate.is_gated(m) else None),
+            ("gate", passes),
         ]
     )
 

@@ -1,17 +1,19 @@
-"""`loray usage`: what requests used."""
+"""`loray usage`: what requests used, as the catalog or the server of LORAY_URL says."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import cast
+from itertools import islice
+from typing import Any, cast
 
 import click
 
 from loray.api.usage import UsageResource
 from loray.cli.output import console, emit, json_option, table
-from loray.cli.services import open_services
+from loray.cli.services import open_remote, open_services
 from loray.spec import USAGE_GROUPS, UsageGroup
 
+_MOST = 100_000  # rows
 _COUNTS = {
     "requests": "num_requests",
     "prompt": "num_prompt_tokens",
@@ -38,12 +40,21 @@ _COUNTS = {
 def usage(
     groups: tuple[str, ...], tenant: str | None, key_id: str | None, model: str | None, days: int, as_json: bool
 ) -> None:
-    """What requests used: their tokens, by tenant, key, adapter and day (UTC)."""
+    """What requests used: their tokens, by tenant, key, adapter and day (UTC).
+
+    With LORAY_URL a server is asked, which tells an administrator of all, and others of their own tenant.
+    """
     since = datetime.now(UTC) - timedelta(days=days)
-    with open_services() as services:
-        by = cast(tuple[UsageGroup, ...], groups)
-        found = services.catalog.usage(by, tenant=tenant, key_id=key_id, model=model, since=since, limit=100_000)
-    rows = [UsageResource(**row._asdict()) for row in found if row.num_requests]
+    by = cast(tuple[UsageGroup, ...], groups)
+    wanted: dict[str, Any] = {"tenant": tenant, "key_id": key_id, "model": model}
+    with open_remote() as client:
+        if client is not None:
+            found = list(islice(client.usage(by, **wanted, since=since.isoformat()), _MOST))
+        else:
+            with open_services() as services:
+                sums = services.catalog.usage(by, **wanted, since=since, limit=_MOST)
+            found = [UsageResource(**row._asdict()) for row in sums]
+    rows = [row for row in found if row.num_requests]
     if as_json:
         emit([row.model_dump(mode="json") for row in rows])
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from click.testing import CliRunner
 from jobs.submission.command import jobs as jobs_command
 from jobs.submission.tracker import id_of
 from loray.client import CatalogClient
+from loray.spec import Evaluation
 from serve_apps.api.examples import RECIPE
-from tests.catalog.test_catalog import publish
+from tests.catalog.test_catalog import digest, publish
+from tests.catalog.test_usage import event
 from tests.cli.run import Loray
 from tests.serve_apps.api.fakes import Api
 
@@ -80,6 +83,38 @@ def test_tags_and_owners(loray: Loray, api: Api) -> None:
     assert (again["name"], again["tenant"], again["base"]) == ("mood", "default", None)
     publish(api.catalog, "acme/mood", 2)
     assert "is an adapter already" in loray("adapters", "transfer", "mood", "--to", "acme", "--yes").err
+
+
+def test_adapters_and_usage_are_shown_as_by_the_catalog_itself(
+    loray: Loray, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = datetime.now(UTC)
+    api.catalog.create_tenant("acme")
+    publish(api.catalog, "acme/tone", 1, 2, aliases=("prod",))
+    loss = Evaluation(metric="loss", value=1.5, subject="adapter", dataset="later")
+    api.catalog.record_evaluations(digest(1), [loss])
+    api.catalog.note_death(digest(1), "r1", now, lambda deaths: timedelta(hours=1))
+    api.catalog.record_usage([event(1, created_at=now), event(2, created_at=now, tenant="other", model="acme/tone")])
+    asked: list[tuple[object, ...]] = [
+        ("adapters", "show", "acme/tone@1"),
+        ("adapters", "show", "acme/tone"),
+        ("adapters", "show", "acme/tone@prod"),
+        ("usage",),
+        ("usage", "--by", "model", "--by", "day", "--tenant", "other", "--model", "acme/tone"),
+        ("usage", "--key", "nobody", "--days", 1),
+    ]
+    wrong = [loray("adapters", "show", model).err for model in ("acme/tone@9", "acme/tone@canary", "acme/tnoe")]
+    remote = [(loray(*args).out, json.loads(loray(*args, "--json").out)) for args in asked]
+    monkeypatch.delenv("LORAY_URL")
+    monkeypatch.setenv("LORAY_CATALOG", api.settings.catalog)
+    local = [(loray(*args).out, json.loads(loray(*args, "--json").out)) for args in asked]
+    assert [[move["version"] for move in told.pop("alias_moves")] for _, told in local[:3]] == [[1, 2]] * 3
+    for (shown, told), (here, stored) in zip(remote, local, strict=True):
+        assert told == stored
+        assert here.startswith(shown)  # what follows is how aliases moved
+    assert (remote[0][1]["label"], len(remote[0][1]["evaluations"])) == ("acme/tone@1", 1)
+    for error, part in zip(wrong, ("has no version 9; it has 1 to 2", "has no alias 'canary'", "tnoe"), strict=True):
+        assert part in error
 
 
 def test_jobs(api: Api, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
