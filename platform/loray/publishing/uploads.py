@@ -2,6 +2,7 @@
 
     uploads/TENANT/ID/files/NAME/SHA256   one file; a later one of the same name takes its place
     uploads/TENANT/ID/state/…             `begun`, and `published` with the adapter's digest
+    uploads/TENANT/open/ID                while it is not published: these are counted, and few
 
 A file that has come stays when the client or the server dies, so an upload is continued with what is missing. What is
 not published within the grace time of `loray store gc` is garbage.
@@ -73,9 +74,9 @@ class Uploads:
             upload = hashlib.sha256(f"{self._prefix}\0{idempotency_key}".encode()).hexdigest()[:32]
         key = self._state(upload, "begun")
         if not self._objects.exists(key):
-            states = [k.rpartition("/")[2] for k in self._objects.list(f"{self._prefix}/") if "/state/" in k]
-            if states.count("begun") - states.count("published") >= MAX_OPEN:
+            if len(self._others_open(upload)) >= MAX_OPEN:
                 raise ConflictError(f"{MAX_OPEN} uploads are not published yet: publish or delete one of them first")
+            self._objects.put_if_absent(self._open(upload), b"")
             self._objects.put_if_absent(key, b"")
         return upload
 
@@ -111,6 +112,7 @@ class Uploads:
         self._check(upload)
         for entry in list(self._objects.entries(f"{self._prefix}/{upload}/")):
             self._objects.delete(entry.key)
+        self._objects.delete(self._open(upload))
 
     def publish(
         self,
@@ -150,6 +152,7 @@ class Uploads:
         self._objects.put_if_absent(self._state(upload, "published"), version.digest.encode())
         for file in self.files(upload):
             self._objects.delete(self._file(upload, file))
+        self._objects.delete(self._open(upload))
         return version
 
     @contextmanager
@@ -185,8 +188,20 @@ class Uploads:
         try:
             return register_stored(digest, to)
         except (IntegrityError, NotFoundError):
+            self._objects.put_if_absent(self._open(upload), b"")
             self._objects.delete(key)
             return None
+
+    def _others_open(self, upload: str) -> list[str]:
+        """Uploads other than this one that are not published. Where they are too many, it is seen to that they are."""
+        others = [key.rpartition("/")[2] for key in self._objects.list(self._open(""))]
+        others = [other for other in others if other != upload]
+        if len(others) < MAX_OPEN:
+            return others
+        for other in others:  # a process may have been killed between two of its steps
+            if self.is_published(other) or not self._objects.exists(self._state(other, "begun")):
+                self._objects.delete(self._open(other))
+        return [other for other in others if self._objects.exists(self._open(other))]
 
     def _check(self, upload: str) -> None:
         if len(upload) != 32 or not set(upload) <= set("0123456789abcdef"):
@@ -201,6 +216,9 @@ class Uploads:
 
     def _state(self, upload: str, state: str) -> str:
         return f"{self._prefix}/{upload}/state/{state}"
+
+    def _open(self, upload: str) -> str:
+        return f"{self._prefix}/open/{upload}"
 
     def _file(self, upload: str, file: UploadedFile) -> str:
         return f"{self._prefix}/{upload}/files/{file.name}/{file.sha256}"

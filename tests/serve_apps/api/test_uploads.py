@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,9 @@ def test_an_upload_whose_adapter_is_gone_is_open_again(
     with pytest.raises(SpecError, match="the upload lacks"):
         client.register("other", upload=id, base=base.name)
     assert send(client, folder, "my key") == id
+    assert list(api.services.store.objects.list("uploads/default/open/")) == [f"uploads/default/open/{id}"]
     assert client.register("other", upload=id, base=base.name).digest == digest
+    assert list(api.services.store.objects.list("uploads/default/open/")) == []
     api.services.store.verify(digest)
 
 
@@ -194,11 +196,37 @@ def test_files_are_limited(api: Api, monkeypatch: pytest.MonkeyPatch, length: bo
 
 
 def test_uploads_in_flight_are_limited(api: Api, client: CatalogClient) -> None:
-    ids = [client.begin_upload().id for _ in range(MAX_OPEN)]
+    ids = [client.begin_upload(f"key {i}").id for i in range(MAX_OPEN)]
+    assert client.begin_upload("key 1").id == ids[1]
     with pytest.raises(ConflictError, match="uploads are not published yet"):
         client.begin_upload()
     client.delete_upload(ids[0])
     client.begin_upload()
+    objects, state = api.services.store.objects, f"uploads/default/{ids[1]}/state"
+    objects.delete(f"{state}/begun")  # as if a server was killed before it had written that
+    assert client.begin_upload("key 1").id == ids[1]
+    objects.put_if_absent(f"{state}/published", b"0" * 64)  # and after
+    assert client.begin_upload().id not in ids
+    with pytest.raises(ConflictError, match="uploads are not published yet"):
+        client.begin_upload()
+
+
+def test_an_upload_begins_without_a_look_at_those_that_are_published(
+    api: Api, client: CatalogClient, base: BaseModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = api.services.store.objects
+    for _ in range(3):
+        client.register("tone", upload=send(client, folder), base=base.name)
+    waiting, seen, list_all = client.begin_upload(), list[str](), objects.list
+
+    def listing(prefix: str = "") -> Iterator[str]:
+        for key in list_all(prefix):
+            seen.append(key)
+            yield key
+
+    monkeypatch.setattr(objects, "list", listing)
+    new = client.begin_upload()
+    assert [key for key in seen if new.id not in key] == [f"uploads/default/open/{waiting.id}"]
 
 
 @pytest.mark.parametrize(
