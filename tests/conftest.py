@@ -16,7 +16,7 @@ from loray.bases.registry import BaseModel, add_base
 if TYPE_CHECKING:
     from tests.train.sequence.ranks import Ranks
 
-pytest_plugins = ["tests.cluster", "tests.postgres", "tests.s3", "tests.standalone"]
+pytest_plugins = ["tests.catalogs", "tests.cluster", "tests.postgres", "tests.s3", "tests.standalone"]
 
 # An example may take as long as a busy machine makes it: no test is about time.
 settings.register_profile("loray", deadline=None)

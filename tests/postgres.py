@@ -45,11 +45,16 @@ class Postgres:
     _process: subprocess.Popen[bytes] | None = None
     _numbers: Iterator[int] = field(default_factory=count)
 
-    def new_database(self) -> str:
-        """URL of an empty database."""
+    def new_database(self, template: str | None = None) -> str:
+        """URL of an empty database, or of a copy of another one to which nobody is connected."""
         name = f"test_{next(self._numbers)}"
-        self.execute("postgres", f"CREATE DATABASE {name}")
+        self.execute("postgres", f"CREATE DATABASE {name} TEMPLATE {template or 'DEFAULT'}")
         return self.url(name)
+
+    def has_database(self, name: str) -> bool:
+        with psycopg.connect(self.url("postgres")) as connection:
+            found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name])
+            return found.fetchone() is not None
 
     def execute(self, database: str, statement: str) -> None:
         """Executes a statement as superuser, outside a transaction."""
@@ -123,15 +128,6 @@ def start_postgres(options: Sequence[str]) -> Iterator[Postgres]:
 def postgres() -> Iterator[Postgres]:
     with start_postgres(_FAST) as server:
         yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """URL of a new catalog, on each kind of database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/home/catalog.db"
-    server: Postgres = request.getfixturevalue("postgres")
-    return server.new_database()
 
 
 def _unprivileged() -> dict[str, Any]:

@@ -26,9 +26,10 @@ from tests.postgres import Postgres
 MIGRATIONS = Path(loray.catalog.__file__).parent / "migrations"
 
 
-@pytest.fixture
-def url(catalog_url: str) -> str:
-    return catalog_url
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, sqlite_url: str) -> str:
+    """Of a database that has no tables yet."""
+    return sqlite_url if request.param == "sqlite" else request.getfixturevalue("postgres").new_database()
 
 
 @pytest.fixture

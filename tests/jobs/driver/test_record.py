@@ -14,6 +14,7 @@ from jobs.driver.record import Interrupted, Interrupts, recorded
 from loray.catalog import Catalog
 from loray.errors import CatalogError, TrainingError
 from loray.spec import TrainSpec
+from tests.catalogs import sqlite_catalog
 from tests.test_recipe import RECIPE
 
 SPEC = TrainSpec.model_validate(RECIPE)
@@ -21,7 +22,7 @@ SPEC = TrainSpec.model_validate(RECIPE)
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(f"sqlite:///{tmp_path}/catalog.db")
+    return Catalog(sqlite_catalog(tmp_path))
 
 
 def test_a_job_has_rays_id_or_a_random_one(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

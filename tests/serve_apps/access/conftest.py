@@ -23,6 +23,7 @@ from serve_apps.gateway.app import create_app as create_gateway
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.prompts import PromptEncoder
+from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api, mounted
 from tests.serve_apps.gateway.scripted import ScriptedEngines
 from tests.serve_apps.gateway.test_gateway import HELLO
@@ -72,7 +73,7 @@ def site_of(tmp_path: Path, base: BaseModel) -> Iterator[Callable[..., Site]]:
     with ExitStack() as held:
 
         def make(host: str = "0.0.0.0", *, static: bool = False) -> Site:
-            url = f"sqlite:///{tmp_path}/catalog.db"
+            url = sqlite_catalog(tmp_path)
             catalog, engines = Catalog(url), ScriptedEngines(HELLO)
             keys = {STATIC: Principal(key_id="deployment"), METRICS: Principal(scopes=frozenset(), key_id=METRICS_KEY)}
             hashed = {hashlib.sha256(key.encode()).digest(): principal for key, principal in keys.items()}

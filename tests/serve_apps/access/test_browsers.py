@@ -14,6 +14,7 @@ from loray.serving.key_ring import KeyRing
 from loray.spec import OPERATOR
 from serve_apps.access.browsers import refuse_strangers
 from serve_apps.access.door import HEADERS
+from tests.catalogs import sqlite_catalog
 from tests.serve_apps.keys import access_of
 
 HOST = {"host": "localhost:8000"}
@@ -87,7 +88,7 @@ class Read(Mapping[str, str]):
 @pytest.mark.parametrize("ring", [KeyRing(), KeyRing(static={b"0" * 32: OPERATOR})])
 def test_the_middleware_keeps_what_is_read(headers: dict[str, str], ring: KeyRing, tmp_path: Path) -> None:
     given = Read(headers)
-    access = access_of(f"sqlite:///{tmp_path}/catalog.db", ring=ring)
+    access = access_of(sqlite_catalog(tmp_path), ring=ring)
 
     async def ask() -> None:
         for method in ("GET", "POST"):

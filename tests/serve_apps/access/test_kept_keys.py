@@ -16,6 +16,7 @@ from loray.serving.key_ring import KeyRing
 from loray.spec import Principal
 from serve_apps.access import Access
 from serve_apps.following import CatalogFollower
+from tests.catalogs import sqlite_catalog
 from tests.serve_apps.access.conftest import bearer
 
 
@@ -23,7 +24,7 @@ class World:
     """A catalog that can be away, and the file of one home."""
 
     def __init__(self, folder: Path) -> None:
-        self.url = f"sqlite:///{folder}/catalog.db"
+        self.url = sqlite_catalog(folder)
         self.file = KeysFile(folder / "keys.jsonl", self.url)
         self.is_away = False
 

@@ -24,12 +24,13 @@ from loray.errors import (
 from loray.spec import DEFAULT_TENANT, RopeParameters, TrainSpec
 from serve_apps.api.examples import RECIPE
 from tests.catalog.test_catalog import BASE, digest, publish, vera_manifest
+from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "home", f"sqlite:///{tmp_path}/catalog.db")
+    api = Api(tmp_path / "home", sqlite_catalog(tmp_path))
     yield api
     api.close()
 

@@ -17,13 +17,14 @@ from loray.spec import Evaluation
 from serve_apps.api.examples import RECIPE
 from tests.catalog.test_catalog import digest, publish
 from tests.catalog.test_usage import event
+from tests.catalogs import sqlite_catalog
 from tests.cli.run import Loray
 from tests.serve_apps.api.fakes import Api
 
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "server", f"sqlite:///{tmp_path}/server/catalog.db")
+    api = Api(tmp_path / "server", sqlite_catalog(tmp_path / "server"))
     yield api
     api.close()
 

@@ -29,6 +29,7 @@ from serve_apps.api import conversions
 from serve_apps.api.conversions import Conversions
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
+from tests.catalogs import sqlite_catalog
 from tests.s3 import S3Server
 from tests.serve_apps.api.fakes import Api, InProcess, mounted
 from tests.serve_apps.api.test_adapters import problem
@@ -38,7 +39,7 @@ STILL_THERE = 'import os, sys; open(sys.argv[1], "w").write(str(os.getpid())); s
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "home", f"sqlite:///{tmp_path}/catalog.db")
+    api = Api(tmp_path / "home", sqlite_catalog(tmp_path))
     yield api
     api.close()
 
@@ -219,7 +220,7 @@ class Bucket(Api):
 
 @pytest.fixture
 def bucket(tmp_path: Path, s3_server: S3Server) -> Iterator[Bucket]:
-    api = Bucket(tmp_path / "home", f"sqlite:///{tmp_path}/catalog.db", s3_server.url("downloads", "adapters"))
+    api = Bucket(tmp_path / "home", sqlite_catalog(tmp_path), s3_server.url("downloads", "adapters"))
     yield api
     api.close()
 

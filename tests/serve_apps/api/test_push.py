@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from loray.bases.registry import BaseModel
+from tests.catalogs import sqlite_catalog
 from tests.cli.run import Loray
 from tests.serve_apps.api.fakes import Api
 
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[Api]:
-    api = Api(tmp_path / "server", f"sqlite:///{tmp_path}/server/catalog.db")
+    api = Api(tmp_path / "server", sqlite_catalog(tmp_path / "server"))
     yield api
     api.close()
 

@@ -12,7 +12,8 @@ from fastapi.testclient import TestClient
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, gateway_app
+from tests.catalogs import sqlite_catalog
+from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +23,14 @@ def base(tiny_base: Callable[..., BaseModel]) -> BaseModel:
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
-    return Catalog(catalog_url(tmp_path))
+    return Catalog(sqlite_catalog(tmp_path))
 
 
 @pytest.fixture
 def client_of(base: BaseModel, tmp_path: Path) -> Callable[..., Any]:
     @contextmanager
     def make(engines: ScriptedEngines, **spec: Any) -> Iterator[TestClient]:
-        app = gateway_app(base, catalog_url(tmp_path), engines, **spec)
+        app = gateway_app(base, sqlite_catalog(tmp_path), engines, **spec)
         with TestClient(app, raise_server_exceptions=False) as client:
             yield client
 

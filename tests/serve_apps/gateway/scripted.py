@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -119,7 +118,3 @@ def delta(text: str, finish_reason: FinishReason | None = None) -> TokenDelta:
     """A token for each byte of `text`, in the tiny bases' tokenizer, and the one that stops it."""
     chars = "".join(word for word, _ in ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text))
     return TokenDelta((*(_BYTES[c] for c in chars), *([_END] if finish_reason == "stop" else [])), finish_reason)
-
-
-def catalog_url(folder: Path) -> str:
-    return f"sqlite:///{folder}/catalog.db"

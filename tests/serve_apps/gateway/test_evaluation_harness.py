@@ -18,9 +18,10 @@ from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.engine.stream import EngineStream
 from serve_apps.standalone.engines import LocalEngines
+from tests.catalogs import sqlite_catalog
 from tests.engine.adapters import Oracle, TestAdapter, make_adapter
 from tests.engine.harness import make_engine
-from tests.serve_apps.gateway.scripted import catalog_url, gateway_app, register
+from tests.serve_apps.gateway.scripted import gateway_app, register
 
 TEXTS = ("Once upon a time there", "The capital of France is Paris", "a b")
 SCORE = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}  # as its local-completions
@@ -51,7 +52,7 @@ def tokenizer(base: BaseModel) -> Any:
 def client(
     base: BaseModel, adapter: TestAdapter, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TestClient]:
-    url = catalog_url(tmp_path_factory.mktemp("catalog"))
+    url = sqlite_catalog(tmp_path_factory.mktemp("catalog"))
     version = register(Catalog(url), "tone", base.fingerprint)
     served = replace(adapter, ref=replace(adapter.ref, digest=version.digest))
     engine = make_engine(base, [served], max_num_batched_tokens=16, max_num_seqs=8, num_threads=1)

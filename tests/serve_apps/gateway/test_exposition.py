@@ -27,8 +27,9 @@ from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.metrics import CountRequests, GatewayMetrics, together
 from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
+from tests.catalogs import sqlite_catalog
 from tests.engine.harness import make_engine
-from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app, register
+from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app, register
 from tests.serve_apps.replica.test_metrics import ObservedEngine, go
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "guide" / "serving.md"
@@ -146,7 +147,7 @@ def test_each_gateway_has_its_own_requests(base: BaseModel) -> None:
 
 
 def test_metrics_are_the_replicas_and_the_gateways_own(base: BaseModel, tmp_path: Path) -> None:
-    register(Catalog(catalog_url(tmp_path)), "tone", base.fingerprint)
+    register(Catalog(sqlite_catalog(tmp_path)), "tone", base.fingerprint)
     engines = ScriptedEngines([delta("hello", "stop")])
     for name, num_tokens in (("r1", 3), ("r2", 4)):
         family = CounterMetricFamily("loray_generation_tokens", "Tokens generated.", labels=["replica"])
@@ -154,7 +155,7 @@ def test_metrics_are_the_replicas_and_the_gateways_own(base: BaseModel, tmp_path
         engines.families.append([family])
     engines.families.append(None)
     body = {"model": base.name, "prompt": "abc"}
-    app = gateway_app(base, catalog_url(tmp_path), engines)
+    app = gateway_app(base, sqlite_catalog(tmp_path), engines)
     with TestClient(app, raise_server_exceptions=False) as client:
         for _ in range(2):
             assert client.post("/v1/completions", json=body).status_code == 200

@@ -13,7 +13,8 @@ from loray.catalog import Catalog
 from loray.engine.pool.pool import cut_pool
 from loray.errors import EngineError, IntegrityError, Overloaded, RequestError, StoreError
 from loray.spec import ServeSpec
-from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app, register
+from tests.catalogs import sqlite_catalog
+from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app, register
 from tests.serve_apps.gateway.test_gateway import (
     _HALF_A_PAIR,
     CHAT,
@@ -179,7 +180,7 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
     scope["headers"] = [(b"content-type", b"application/json")]
-    app = gateway_app(base, catalog_url(tmp_path), ScriptedEngines())
+    app = gateway_app(base, sqlite_catalog(tmp_path), ScriptedEngines())
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 499
     assert not caplog.records

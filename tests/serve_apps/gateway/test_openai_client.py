@@ -17,7 +17,8 @@ from loray.engine.build import build_engine
 from loray.engine.stream import EngineStream
 from loray.spec import ServeSpec
 from serve_apps.standalone.engines import LocalEngines
-from tests.serve_apps.gateway.scripted import catalog_url, gateway_app
+from tests.catalogs import sqlite_catalog
+from tests.serve_apps.gateway.scripted import gateway_app
 
 CHAT: Any = [{"role": "user", "content": "hi"}]
 GREEDY: Any = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
@@ -45,7 +46,7 @@ def engine(base: BaseModel) -> Iterator[EngineStream]:
 def with_client(base: BaseModel, engine: EngineStream, tmp_path: Path) -> Callable[..., Any]:
     def run(use: Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]]) -> Any:
         async def main() -> Any:
-            app = gateway_app(base, catalog_url(tmp_path), LocalEngines(engine))
+            app = gateway_app(base, sqlite_catalog(tmp_path), LocalEngines(engine))
             async with app.router.lifespan_context(app), _client(app) as client:
                 return await use(client)
 

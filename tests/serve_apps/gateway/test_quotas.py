@@ -24,7 +24,8 @@ from serve_apps.gateway.app import create_app
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.prompts import PromptEncoder
-from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, register
+from tests.catalogs import sqlite_catalog
+from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
 from tests.serve_apps.keys import Given, following
 
 PROMPT = {"model": "tiny", "prompt": "abcdef", "max_tokens": 4}
@@ -44,7 +45,7 @@ class Kept(Books):
 
 class Front:
     def __init__(self, base: BaseModel, folder: Path) -> None:
-        self.url = catalog_url(folder)
+        self.url = sqlite_catalog(folder)
         self.books = Kept(Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": self.url}))
         self.base = base
 

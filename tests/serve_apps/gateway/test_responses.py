@@ -13,7 +13,8 @@ import pytest
 
 from loray.bases.registry import BaseModel
 from loray.errors import EngineError, Overloaded
-from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app
+from tests.catalogs import sqlite_catalog
+from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app
 from tests.serve_apps.gateway.test_gateway import CHAT, HELLO, error_of
 
 
@@ -21,7 +22,7 @@ from tests.serve_apps.gateway.test_gateway import CHAT, HELLO, error_of
 def with_client(base: BaseModel, tmp_path: Path) -> Callable[..., Any]:
     def run(engines: ScriptedEngines, use: Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, Any]]) -> Any:
         async def main() -> Any:
-            app = gateway_app(base, catalog_url(tmp_path), engines)
+            app = gateway_app(base, sqlite_catalog(tmp_path), engines)
             transport = httpx.ASGITransport(app)
             async with (
                 app.router.lifespan_context(app),

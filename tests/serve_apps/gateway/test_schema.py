@@ -13,7 +13,8 @@ from schemathesis import GenerationMode
 
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
-from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, gateway_app, register
+from tests.catalogs import sqlite_catalog
+from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app, register
 from tests.serve_apps.gateway.test_gateway import HELLO
 from tests.serve_apps.keys import access_of
 from tests.serve_apps.schemas import CHECKS, Headers, examples, expected, headers_of_each_kind, without_lifespan
@@ -47,7 +48,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def app(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    url = catalog_url(tmp_path_factory.mktemp("catalog"))
+    url = sqlite_catalog(tmp_path_factory.mktemp("catalog"))
     with closing(Catalog(url)) as catalog:
         register(catalog, "tone", base.fingerprint)
     return gateway_app(base, url, ScriptedEngines(HELLO))
@@ -56,7 +57,7 @@ def app(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def with_keys(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[str, Headers]]]:
     """An application that others reach, and the headers of its callers."""
-    url = catalog_url(tmp_path_factory.mktemp("catalog"))
+    url = sqlite_catalog(tmp_path_factory.mktemp("catalog"))
     with closing(Catalog(url)) as catalog:
         register(catalog, "tone", base.fingerprint)
         access = access_of(url, host="0.0.0.0")

@@ -24,6 +24,7 @@ from loray.publishing.uploads import Uploads
 from loray.recipes.load import load_recipe
 from loray.spec import Principal, Projection
 from tests.catalog.test_catalog import manifest
+from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.gateway.scripted import REPLICA, ScriptedEngines, delta, gateway_app
 from tests.serve_apps.isolation.table import API, GATEWAY, Route, Thing
@@ -85,7 +86,7 @@ class Site:
 
 @contextmanager
 def site(base: BaseModel, home: Path) -> Iterator[Site]:
-    url = f"sqlite:///{home}/catalog.db"
+    url = sqlite_catalog(home)
     fakes = Api(home, url)
     engines = ScriptedEngines([delta("ok", "stop")])
     engines.replicas = [REPLICA.model_copy(update={"adapters_in_pool": (SECRET.digest,)})]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -12,10 +11,10 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from loray.catalog import Catalog
 from loray.serving.key_ring import KeyRing
 from loray.spec import Principal, RopeParameters
 from tests.catalog.test_catalog import BASE as FINGERPRINT
+from tests.catalogs import new_postgresql, sqlite_catalog
 from tests.postgres import Postgres
 from tests.serve_apps.api.fakes import Api
 from tests.serve_apps.api.machine.asking import ROOT
@@ -56,17 +55,10 @@ def check(folder: Path, new_url: Callable[[], str], *, num_runs: int, num_steps:
 
 
 def test_random_requests(tmp_path: Path) -> None:
-    template, numbers = tmp_path / "template.db", count()
-    Catalog(f"sqlite:///{template}").close()
-
-    def new_url() -> str:
-        copy = tmp_path / f"catalog-{next(numbers)}.db"
-        shutil.copy(template, copy)
-        return f"sqlite:///{copy}"
-
-    check(tmp_path, new_url, num_runs=9, num_steps=100)
+    numbers = count()
+    check(tmp_path, lambda: sqlite_catalog(tmp_path / str(next(numbers))), num_runs=9, num_steps=100)
 
 
 @pytest.mark.slow
 def test_random_requests_on_postgresql(tmp_path: Path, postgres: Postgres) -> None:
-    check(tmp_path, postgres.new_database, num_runs=12, num_steps=100)
+    check(tmp_path, lambda: new_postgresql(postgres), num_runs=12, num_steps=100)

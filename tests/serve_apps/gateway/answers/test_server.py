@@ -12,7 +12,8 @@ import pytest
 import uvicorn
 
 from loray.bases.registry import BaseModel
-from tests.serve_apps.gateway.scripted import ScriptedEngines, catalog_url, delta, gateway_app
+from tests.catalogs import sqlite_catalog
+from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, gateway_app
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -25,7 +26,7 @@ def test_a_client_that_leaves_cancels_its_requests(base: BaseModel, tmp_path: Pa
 
     async def run() -> None:
         listener = socket.create_server(("127.0.0.1", 0))
-        app = gateway_app(base, catalog_url(tmp_path), engines)
+        app = gateway_app(base, sqlite_catalog(tmp_path), engines)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         reader, writer = await asyncio.open_connection(*listener.getsockname())
