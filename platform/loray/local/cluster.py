@@ -48,6 +48,11 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_enable_metrics_collection": "0",  # loray has its own; nobody asks this machine's nodes for Ray's
+    # What Ray looks for 2 to 10 times a second, also in an idle cluster, and nothing here waits for.
+    "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "5",
+    "LOG_NAME_UPDATE_INTERVAL_S": "2",
+    "RAY_DASHBOARD_AGENT_LOOP_MONITOR_INTERVAL_S": "5",
+    "REPORTER_UPDATE_INTERVAL_MS": "15000",
     "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a driver records how it ended, for which Ray's default of 3 s is too short
 }
 # Ray's sockets are below this folder. A socket's path has at most 107 bytes, so TMPDIR could be too long.
