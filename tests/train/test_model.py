@@ -208,8 +208,8 @@ def test_dense_is_full_attention_and_only_inside(tiny_base: BaseFactory) -> None
 def test_dense_leaves_another_model_alone(tiny_base: BaseFactory) -> None:
     model = build_model(tiny_base(), recipe(attention={"type": "dense"}))
     with dense(model):
-        assert model.config._attn_implementation == "sdpa"
-    assert model.config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation == "loray_dense"
+    assert model.config._attn_implementation == "loray_dense"
 
 
 @pytest.mark.parametrize(

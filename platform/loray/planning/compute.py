@@ -148,14 +148,18 @@ def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
     passes = 1 + ATTENTION_BACKWARD + run.checkpointing
     matmul_s = (flops.total - passes * flops.attention) / (device.flops * device.matmul_share)
     share = device.dense_attention_share if run.group_size is None else device.attention_share
-    attention_s = passes * flops.attention / (device.flops * share)
+    shared = run.shared_dense
+    attention_s = passes * flops.attention / (device.flops * share) * (1.0 if shared is None else shared.imbalance)
     memory_s = _eager_bytes(run) / device.bandwidth
     optimizer_s = _ADAMW_BYTES * run.trained.total / run.optimizer_shards / device.bandwidth
     halo_s, gather_s, gradient_s = (
         nbytes / device.link_bandwidth for nbytes in (traffic.halo_bytes, traffic.gather_bytes, traffic.gradient_bytes)
     )
     compute_s = matmul_s + attention_s + memory_s
-    communication_s = max(0.0, halo_s - attention_s) + max(0.0, gather_s - compute_s) + gradient_s
+    dense_s = traffic.dense_bytes / device.link_bandwidth
+    if shared is not None and shared.exchange == "ring":  # during the attention to the keys before
+        dense_s = max(0.0, dense_s - attention_s)
+    communication_s = max(0.0, halo_s - attention_s) + dense_s + max(0.0, gather_s - compute_s) + gradient_s
     step_s = compute_s + optimizer_s + communication_s
     return StepTime(
         matmul_s=matmul_s,

@@ -12,6 +12,7 @@ from typing import Literal
 
 from loray.planning import activations
 from loray.planning.counts import count_vera_pair
+from loray.planning.dense import DensePlan
 from loray.planning.devices import Device
 from loray.planning.run import Run
 from loray.spec import DTYPE_BYTES, DoraSpec
@@ -153,7 +154,9 @@ def _activations(run: Run) -> Iterator[Item]:
     gradients = activations.layer_gradients(run)
     yield Item(gradients.name, gradients.nbytes * tokens, ("backward",), gradients.block * tokens)
     yield Item("RoPE's cosines and sines", rope * tokens, alive, rope * tokens // 2)
-    if run.sequence > 1:
+    if (shared := run.shared_dense) is not None:
+        yield from _shared_dense(run, shared)
+    elif run.sequence > 1:
         yield from _halo(run, alive)
 
 
@@ -163,7 +166,7 @@ def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
     The kernel gets the halo in front of the keys of its segment, and as many queries of zeros.
     """
     plan, e, layers = run.halo, run.element_bytes * run.num_rows, run.model.num_layers
-    assert plan is not None, "the specification refuses sequence parallelism without S2-Attn"
+    assert plan is not None, "dense attention has no halo"
     head_dim, ranks = run.model.head_dim, range(plan.num_ranks)
     halo = e * max(plan.elements_received(rank, head_dim) for rank in ranks)
     queries = (sum(plan.halo(r, half).num_tokens * len(half.query_heads) for half in plan.halves) for r in ranks)
@@ -173,6 +176,36 @@ def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
         yield Item("one layer, recomputed: attention over its halo", halo + padded, ("backward",), padded)
     else:
         yield Item("activations: attention over halos", (halo + padded) * layers, alive, padded)
+
+
+def _shared_dense(run: Run, plan: DensePlan) -> Iterator[Item]:
+    """The buffers of one layer's backward pass. Autograd keeps what it keeps on one worker, and with ulysses the keys
+    and values that several ranks hold.
+
+    ulysses  gradients of q, k and v as they are sent, received and put together
+    ring     keys and values held and received, their gradients sent and received, and fp32 sums of the gradients of
+             keys and values (of one block and of all) and of queries
+    """
+    width = run.tokens_per_worker * run.model.head_dim
+    e, heads, kv_heads = run.element_bytes, plan.num_heads, plan.num_kv_heads
+    if plan.exchange == "ring":
+        kv = 2 * kv_heads * width
+        yield Item("ring: keys, values and gradients", (4 * e + 2 * _FP32) * kv, ("backward",), _FP32 * kv)
+        yield Item("ring: gradients of queries", (_FP32 + e) * heads * width, ("backward",), _FP32 * heads * width)
+        return
+    held = max(len(plan.kv_heads(rank)) for rank in range(plan.num_ranks)) * plan.num_ranks
+    part = e * (heads + 2 * held) * width
+    yield Item("ulysses: gradients of q, k and v", 3 * part, ("backward",), part)
+    more = e * 2 * (held - kv_heads) * width
+    if run.checkpointing:
+        yield Item("one layer, recomputed: key-value heads of several ranks", more, ("backward",), more // 2)
+    else:
+        yield Item(
+            "activations: key-value heads of several ranks",
+            more * run.model.num_layers,
+            ("loss", "backward"),
+            more // 2,
+        )
 
 
 def _loss(run: Run, device: Device) -> Iterator[Item]:

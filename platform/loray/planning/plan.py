@@ -81,6 +81,7 @@ class Plan:
             },
             "host": None if self.host is None else _host_facts(self.host),
             "traffic": asdict(self.traffic),
+            "dense_exchange": run.shared_dense and run.shared_dense.exchange,
             "exchanges": [[asdict(exchange) for exchange in row] for row in self.exchanges],
             "flops": asdict(self.flops) | {"total": self.flops.total},
             "time": asdict(self.time) | {"step_s": self.time.step_s},

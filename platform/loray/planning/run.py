@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from loray.bases.config import ModelConfig
 from loray.planning.counts import BaseCounts, TrainedCounts, count_base, count_trained
+from loray.planning.dense import DensePlan
 from loray.planning.halo import HaloPlan, padded_length
 from loray.recipes.resolve import check_token_budget, resolve
 from loray.spec import DTYPE_BYTES, AdapterSpec, StrategyName, TrainSpec
@@ -93,6 +94,13 @@ class Run:
         if self.group_size is None:
             return None
         return halo_plan(self.model, self.padded_length, self.sequence, self.group_size)
+
+    @property
+    def shared_dense(self) -> DensePlan | None:
+        """None where attention is S2-Attn, or rows are not split."""
+        if self.group_size is not None or self.sequence == 1:
+            return None
+        return DensePlan(self.padded_length, self.sequence, self.model.num_heads, self.model.num_kv_heads)
 
 
 def halo_plan(model: ModelConfig, num_tokens: int, num_ranks: int, group_size: int) -> HaloPlan:

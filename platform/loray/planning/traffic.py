@@ -1,4 +1,5 @@
-"""Bytes that a worker sends to others: the halo of S2-Attn, gradients and gathered weights.
+"""Bytes that a worker sends to others: the halo of S2-Attn, what dense attention exchanges, gradients and gathered
+weights.
 
 For comparison, an exchange also has the volumes of dense attention over the same rows with Ulysses (Jacobs et al.,
 2023) and ring attention (Liu et al., 2023); `halo` has the formulas.
@@ -34,10 +35,12 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes that one worker sends in one optimizer step. `exchange` is None where rows are not split.
+    """Bytes that one worker sends in one optimizer step. `exchange` is None where rows are not split, or attention is
+    dense.
 
     halo_bytes      keys and values in the forward pass and gradients in the backward pass, of all layers and
                     micro-batches
+    dense_bytes     what dense attention exchanges over a sequence group, in both passes and in recomputation
     gradient_bytes  reduction of gradients over all workers, and where they are sharded the gather of the updated
                     parameters
     gather_bytes    weights, which are gathered for each use
@@ -45,6 +48,7 @@ class Traffic:
 
     exchange: Exchange | None
     halo_bytes: int
+    dense_bytes: int
     gradient_bytes: int
     gather_bytes: int
 
@@ -95,7 +99,20 @@ def plan_traffic(run: Run) -> Traffic:
             gradient_bytes = share * (4 + e) * trained
         case _:
             gradient_bytes = share * 4 * trained
-    return Traffic(mine, halo_bytes, int(gradient_bytes), int(2 * share * weights * run.accumulation))
+    gather_bytes = int(2 * share * weights * run.accumulation)
+    return Traffic(mine, halo_bytes, _dense_bytes(run), int(gradient_bytes), gather_bytes)
+
+
+def _dense_bytes(run: Run) -> int:
+    """Of the rank that sends most."""
+    if (plan := run.shared_dense) is None:
+        return 0
+    head_dim, forward_passes = run.model.head_dim, 1 + run.checkpointing
+    most = max(
+        forward_passes * plan.forward_elements(rank, head_dim) + plan.backward_elements(rank, head_dim)
+        for rank in range(plan.num_ranks)
+    )
+    return most * run.element_bytes * run.num_rows * run.model.num_layers * run.accumulation
 
 
 def _both_ways(run: Run) -> int:

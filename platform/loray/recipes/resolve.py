@@ -45,7 +45,8 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
     `data.max_length` bounds a row. Without it, a row of LongLoRA, or of any method with `rope_scaling`, has up to the
     whole context, and another row up to 1,024 tokens, or the base's context where that is shorter.
 
-    Raises SpecError where rows would be longer than the context, and UnsupportedError where RoPE cannot be scaled.
+    Raises SpecError where rows would be longer than the context, or shorter than the workers that share them are many,
+    and UnsupportedError where RoPE cannot be scaled.
     """
     original = context = model.max_position_embeddings
     scaling, rope = spec.rope_scaling, None
@@ -56,6 +57,11 @@ def resolve(spec: TrainSpec, model: ModelConfig) -> Resolved:
         except ValueError as e:
             raise UnsupportedError(f"rope_scaling on the base {spec.base}: {e}") from e
     row_length = _row_length(spec, context, default=context if spec.is_long_context else min(_MAX_LENGTH, context))
+    if spec.parallel.sequence > row_length:
+        raise SpecError(
+            f"parallel.sequence is {spec.parallel.sequence}, more than the {row_length} tokens of a row, of which "
+            "every worker is to hold a part; lower it"
+        )
     usual_group = quarter(row_length if rope is None else context)
     group_size = None if spec.attention.type == "dense" else spec.attention.group_size or usual_group
     return Resolved(context, original, row_length, group_size, usual_group, rope)

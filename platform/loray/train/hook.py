@@ -43,34 +43,41 @@ def s2_mask(
         sharded = active.take(batch_size, q_length, attention_mask, config)
         group_size, keep = config.s2_group_size, active.keep_halos
         return shard_cuts(sharded.document_ids_BN, sharded.group, group_size, keep_halos=keep, device=device)
+    _check_padding(attention_mask)
     return compute_cuts(
         batch_size,
         q_length,
         config.s2_group_size,
-        document_ids_BT=_document_ids(batch_size, q_length, mask_function, attention_mask, device),
+        document_ids_BT=find_documents(batch_size, q_length, mask_function, attention_mask, device),
         device=device,
     )
 
 
-def _document_ids(
+def find_documents(
     num_rows: int,
     num_tokens: int,
     mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     attention_mask: Tensor | None,
     device: torch.device | str,
 ) -> Tensor:
-    """(B, T). Packing is known only from `mask_function`: a document starts where t does not attend to t − 1."""
+    """Document ids (B, T), −1 on padding. Packing is known only from `mask_function`: a document starts where t does
+    not attend to t − 1.
+    """
     rows_B1 = torch.arange(num_rows, device=device)[:, None]
     later_1T = torch.arange(1, num_tokens, device=device)[None]
     joined = mask_function(rows_B1, torch.zeros_like(rows_B1), later_1T, later_1T - 1)
     ids_BT = torch.zeros(num_rows, num_tokens, dtype=torch.long, device=device)
     ids_BT[:, 1:] = (~joined).expand(num_rows, num_tokens - 1).cumsum(1)
-    if attention_mask is None:
-        return ids_BT
-    real_BT = attention_mask.bool()
-    if bool((real_BT[:, 1:] & ~real_BT[:, :-1]).any()):
-        raise UnsupportedError("S2-Attn takes rows padded on the right: its groups are counted from the first column")
-    return ids_BT.masked_fill(~real_BT, -1)
+    return ids_BT if attention_mask is None else ids_BT.masked_fill(~attention_mask.bool(), -1)
+
+
+def _check_padding(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        real_BT = attention_mask.bool()
+        if bool((real_BT[:, 1:] & ~real_BT[:, :-1]).any()):
+            raise UnsupportedError(
+                "S2-Attn takes rows padded on the right: its groups are counted from the first column"
+            )
 
 
 def s2_attention_forward(

@@ -17,14 +17,14 @@ from loray.planning.run import SHARDS_WEIGHTS
 from loray.recipes.resolve import resolve
 from loray.spec import DType, RopeParameters, TrainSpec
 from loray.telemetry import get_logger
+from loray.train.dense import DENSE
 from loray.train.hook import ATTENTION
 from loray.train.sequence import SequenceGroup
-from loray.train.sequence.ring import RING
 from loray.train.weights.deferred import BaseWeights, stand_ins, without_weights
 
 log = get_logger(__name__)
 
-_DENSE = "sdpa"
+_SDPA = "sdpa"
 
 
 def load_model(
@@ -32,7 +32,7 @@ def load_model(
     *,
     dtype: DType,
     rope: RopeParameters | None = None,
-    attention: str = _DENSE,
+    attention: str = _SDPA,
     config_fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """The base as a transformers causal language model on the CPU, without a KV cache.
@@ -63,7 +63,7 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
     """A transformers causal language model in `spec.dtype` with the recipe's adapter; only the adapter is trained.
 
     With `rope_scaling` RoPE is scaled to the longer context. With `attention.type` s2 attention is S2-Attn outside of
-    `dense`. Where the strategy shards the base, its frozen parameters are on meta, and `strategies.prepare` reads them.
+    `dense`, else dense everywhere. Where the strategy shards the base, its frozen parameters are on meta, and `strategies.prepare` reads them.
     Raises UnsupportedError where the base's RoPE cannot be scaled so.
     """
     resolved = resolve(spec, base.config)
@@ -78,7 +78,7 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
             resolved.group_size,
             resolved.usual_group,
         )
-    attention = _DENSE if resolved.group_size is None else ATTENTION
+    attention = DENSE if resolved.group_size is None else ATTENTION
     if spec.parallel.strategy in SHARDS_WEIGHTS:
         model = without_weights(_config(base, resolved.rope, fields), dtype=spec.dtype, attention=attention)
         with stand_ins(model, BaseWeights(base, spec.dtype)):
@@ -97,13 +97,11 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
 def dense(model: Any, group: SequenceGroup | None = None) -> Iterator[None]:
     """Full causal attention inside the block, as in evaluation and serving.
 
-    Over a sequence group of several ranks it is ring attention, in any model, and each forward pass must also run
-    inside `sequence_parallel`. Without a group, a model without S2-Attn does not change.
+    Over a sequence group of several ranks, in any model, each forward pass must also run inside `sequence_parallel`.
+    Without a group, a model without S2-Attn does not change.
     """
     before = model.config._attn_implementation
-    inside = _DENSE if before == ATTENTION else before
-    if group is not None and group.size > 1:
-        inside = RING
+    inside = DENSE if before == ATTENTION or (group is not None and group.size > 1) else before
     if inside == before:
         yield
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -253,14 +252,17 @@ def test_a_backward_pass_reads_what_the_forward_pass_saw() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "width", "installed", "expected"),
+    ("device", "dtype", "width", "installed", "capability", "expected"),
     [
-        ("cuda", torch.bfloat16, 128, True, varlen),
-        ("cuda", torch.float32, 128, True, sdpa),
-        ("cuda", torch.bfloat16, 512, True, sdpa),
-        ("cuda", torch.bfloat16, 128, False, sdpa),
-        ("cpu", torch.bfloat16, 128, True, cpu),
-        ("meta", torch.bfloat16, 128, True, sdpa),
+        ("cuda", torch.bfloat16, 128, True, 9, varlen),
+        ("cuda", torch.float32, 128, True, 9, sdpa),
+        ("cuda", torch.bfloat16, 512, True, 9, sdpa),
+        ("cuda", torch.bfloat16, 128, False, 9, varlen),
+        ("cuda", torch.bfloat16, 12, True, 9, varlen),
+        ("cuda", torch.bfloat16, 12, False, 9, sdpa),
+        ("cuda", torch.bfloat16, 128, True, 7, sdpa),
+        ("cpu", torch.bfloat16, 128, True, 9, cpu),
+        ("meta", torch.bfloat16, 128, True, 9, sdpa),
     ],
 )
 def test_choice_of_a_kernel(
@@ -268,21 +270,11 @@ def test_choice_of_a_kernel(
     dtype: torch.dtype,
     width: int,
     installed: bool,
+    capability: int,
     expected: object,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    @dataclass
-    class Query:
-        """As much of a tensor as the choice looks at: this machine need not have the device."""
-
-        device: torch.device
-        dtype: torch.dtype
-        shape: tuple[int, ...]
-
-        @property
-        def is_cuda(self) -> bool:
-            return self.device.type == "cuda"
-
     monkeypatch.setattr(varlen, "find_spec", lambda name: object() if installed else None)
-    chosen: Callable[..., Tensor] = segment_attention.select(Query(torch.device(device), dtype, (1, 2, 4, width)))  # type: ignore[arg-type]
-    assert chosen is expected.attend_runs  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    choose = segment_attention._choose.__wrapped__  # what an earlier case chose is kept
+    assert choose(torch.device(device), dtype, width) is expected.attend_runs  # type: ignore[attr-defined]

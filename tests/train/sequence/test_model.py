@@ -39,6 +39,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vera, not scaled": {"method": "vera", "attention": {"type": "s2", "group_size": GROUP}},
     "longlora, not scaled": {"rope": None, "group_size": GROUP},
     "longlora, ntk": {"rope": "ntk", "group_size": GROUP},
+    "lora, dense": {"method": "lora"},
+    "lora, dense, scaled": {"method": "lora", "rope_scaling": {"factor": 2, "original_context": 16}},
+    "vera, dense": {"method": "vera"},
+    "dora, dense": {"method": "dora"},
+    "longlora, dense": {"attention": {"type": "dense"}},
 }
 KINDS = ["full", "padded", "packed", "few targets"]
 
@@ -208,8 +213,10 @@ def run(model: Any, inputs: dict[str, Tensor], *, is_dense: bool = False) -> Non
 
 
 def test_attention_that_stays_on_its_rank(tiny_base: BaseFactory, inputs: dict[str, Tensor]) -> None:
+    model = build_model(tiny_base(), recipe("lora"))
+    model.set_attn_implementation("sdpa")
     with pytest.raises(UnsupportedError, match="within this rank's part"):
-        run(build_model(tiny_base(), recipe("lora")), inputs)
+        run(model, inputs)
 
 
 @pytest.mark.parametrize("is_dense", [False, True])
@@ -243,10 +250,7 @@ def test_a_sliding_window_shorter_than_the_whole_row(
         run(model, inputs, is_dense=is_dense)
 
 
-def test_the_ring_is_for_evaluation_inside_sequence_parallel(model: Any, inputs: dict[str, Tensor]) -> None:
-    sharded = shard(batch("full", 40), SequenceGroup(rank=1, size=2))
-    with dense(model, sharded.group):
-        with pytest.raises(UnsupportedError, match="no_grad"), sequence_parallel(sharded):
-            model(**inputs, use_cache=False)
-        with pytest.raises(UnsupportedError, match="inside sequence_parallel"), torch.no_grad():
-            model(**inputs, use_cache=False)
+def test_dropout_on_attention_weights_is_not_for_a_group(model: Any, inputs: dict[str, Tensor]) -> None:
+    model.config.attention_dropout = 0.1
+    with pytest.raises(UnsupportedError, match="attention_dropout"):
+        run(model, inputs, is_dense=True)

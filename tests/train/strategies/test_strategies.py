@@ -53,6 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "bf16": TRAINING | {"dtype": "bfloat16", "gradient_checkpointing": True, "max_steps": 1},
     "vera": TRAINING
     | {"adapter": METHODS["vera"]["adapter"] | {"dropout": 0.0}, "max_steps": 1, "sequence": 2}
+    | {"attention": {"type": "dense"}}
     | {"optimizer": {"learning_rate": 1e-2, "max_grad_norm": None}},
 }
 

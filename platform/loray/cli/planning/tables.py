@@ -36,6 +36,8 @@ def _run(plan: Plan, spec: TrainSpec) -> Table:
     run = plan.run
     share = run.trained.total / run.base.total
     attention = "dense" if run.group_size is None else f"S2-Attn, G = {run.group_size}"
+    if (shared := run.shared_dense) is not None:
+        attention += f", {shared.exchange} over {run.sequence} workers"
     keeps = "layer inputs (checkpointing)" if run.checkpointing else "all activations"
     layout = f"{run.num_workers} workers: {run.num_data_groups} data × {run.sequence} sequence, {run.strategy}"
     return pairs(
@@ -107,6 +109,7 @@ def _step(plan: Plan) -> Table:
     flops, time, traffic, device = plan.flops, plan.time, plan.traffic, plan.device
     sent = [
         (f"{format_size(traffic.halo_bytes)} halo", traffic.halo_bytes),
+        (f"{format_size(traffic.dense_bytes)} of dense attention", traffic.dense_bytes),
         (f"{format_size(traffic.gradient_bytes)} gradients", traffic.gradient_bytes),
         (f"{format_size(traffic.gather_bytes)} gathered weights", traffic.gather_bytes),
     ]

@@ -159,8 +159,6 @@ class TrainSpec(Frozen):
                 raise ValueError(f"parallel.sequence is {sequence}, which does not divide {name} ({number})")
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError(f"min_workers ({self.min_workers}) is more than num_workers ({self.num_workers})")
-        if sequence > 1 and self.attention.type != "s2":
-            raise ValueError("parallel.sequence splits rows for S2-Attn: set attention: {type: s2}")
         return self
 
     @model_validator(mode="after")

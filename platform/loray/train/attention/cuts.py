@@ -1,4 +1,5 @@
-"""S2-Attn's cuts of a batch into segments of causal attention. Computed once per batch, used by every layer.
+"""The cuts of a batch into segments of causal attention, S2-Attn's and dense attention's. Computed once per batch, used
+by every layer.
 
 Chen et al., *LongLoRA* (ICLR 2024), section 3.2, without its wrap-around. A row is cut at the group cuts, counted from
 its first column, and at document boundaries. Segments contain no padding.
@@ -75,6 +76,15 @@ def compute_cuts(
     else:
         plain, shifted = (uniform(num_filled, group_size, offset) for offset in offsets)
     return Cuts(plain, shifted, None if num_filled == num_tokens else document_ids_BT)
+
+
+def document_segments(document_ids_BT: Tensor, *, device: torch.device | str = "cpu") -> Segments:
+    """Each document is one segment, for dense causal attention. Documents and padding are as in `compute_cuts`."""
+    ids_BT = document_ids_BT.detach().cpu()
+    num_filled = filled(ids_BT)
+    if num_filled is None:
+        return ordered(*find_segments(ids_BT, ids_BT.shape[1], 0), device)
+    return uniform(num_filled, ids_BT.shape[1], 0)
 
 
 def filled(ids_BT: Tensor) -> int | None:

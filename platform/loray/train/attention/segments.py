@@ -1,14 +1,16 @@
 """Causal attention inside segments: one function, with an implementation for each device and dtype.
 
 cpu     torch's flash kernel for CPUs, as one node of the autograd graph
-varlen  flash-attn's kernel for rows of any lengths, on a GPU where that package is installed
+varlen  flash-attn's kernel for rows of any lengths, or torch's copy of it, on a GPU
 sdpa    torch's scaled_dot_product_attention: any other device or dtype
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from loray.train.attention import cpu, sdpa, varlen
@@ -23,6 +25,11 @@ def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[R
 
 
 def select(q_BHTD: Tensor) -> Attend:
-    if q_BHTD.device.type == "cpu":
+    return _choose(q_BHTD.device, q_BHTD.dtype, q_BHTD.shape[-1])
+
+
+@cache  # once a run, not once a layer: it looks for packages
+def _choose(device: torch.device, dtype: torch.dtype, width: int) -> Attend:
+    if device.type == "cpu":
         return cpu.attend_runs
-    return varlen.attend_runs if varlen.fits(q_BHTD) else sdpa.attend_runs
+    return varlen.attend_runs if varlen.fits(device, dtype, width) else sdpa.attend_runs

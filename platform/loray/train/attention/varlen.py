@@ -1,4 +1,5 @@
-"""Attention with flash-attn (Dao, 2023): segments of any lengths in one call, given by their first positions.
+"""Attention to segments of any lengths in one call on a GPU, given by their first positions: flash-attn (Dao, 2023),
+or where that package is not installed, torch's copy of its kernel.
 
 Shapes: B rows, T positions, H query heads, K key-value heads, h query heads of a run, N positions of all segments, S
 segments, D head width.
@@ -19,18 +20,54 @@ from loray.train.attention.runs import Run, num_covered, spread, take
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_WIDTH = 256
+_CAPABILITY = (8, 0)  # Ampere, which both kernels need
 
 
-def fits(q_BHTD: Tensor) -> bool:
-    """Whether flash-attn is installed and supports such tensors."""
-    is_supported = q_BHTD.is_cuda and q_BHTD.dtype in _DTYPES and q_BHTD.shape[-1] <= _MAX_WIDTH
-    return is_supported and find_spec("flash_attn") is not None
+def fits(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the kernel supports heads of this width on this device."""
+    if device.type != "cuda" or dtype not in _DTYPES or width > _MAX_WIDTH:
+        return False
+    is_padded = width % 8 == 0 or find_spec("flash_attn") is not None  # flash-attn pads other widths, torch does not
+    return is_padded and torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
 @cache
 def _kernel() -> Callable[..., Tensor]:
-    kernel: Callable[..., Tensor] = import_module("flash_attn").flash_attn_varlen_func
-    return kernel
+    """flash_attn_varlen_func, or torch's with the same arguments."""
+    if find_spec("flash_attn") is not None:
+        kernel: Callable[..., Tensor] = import_module("flash_attn").flash_attn_varlen_func
+        return kernel
+    return _torch_kernel
+
+
+def _torch_kernel(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    begins_S: Tensor,
+    ends_S: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        q_NHD,
+        k_NKD,
+        v_NKD,
+        begins_S,
+        ends_S,
+        longest_q,
+        longest_k,
+        scale=softmax_scale,
+        window_size=(-1, 0 if causal else -1),
+        enable_gqa=True,
+    )
+    assert isinstance(out, Tensor), "no more was asked for"
+    return out
 
 
 def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None) -> Tensor:

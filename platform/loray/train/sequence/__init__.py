@@ -6,9 +6,9 @@
         loss = batch_loss(model, sharded.local)       # or model(**sharded.local.model_inputs(device))
     (loss.total / num_targets).backward()
 
-Training needs a model with S2-Attn (`loray.train.hook`): a rank receives the keys and values of its halo from earlier
-ranks, see `loray.planning.halo`. Evaluation runs inside `dense(model, group)`: full causal attention, for which ranks
-pass keys and values on, without gradients.
+With S2-Attn (`loray.train.hook`) a rank receives the keys and values of its halo from earlier ranks, see
+`loray.planning.halo`. With dense attention (`loray.train.dense`, and evaluation inside `dense(model, group)`) the ranks
+exchange heads for tokens or pass keys and values around, see `loray.planning.dense`.
 
 - `sharded.local` is a `Batch` of L positions per row. Labels are shifted over the whole row before it is cut, positions
   count over the whole row, and `num_targets` and `num_tokens` count those of this rank. Their sums over all ranks,
@@ -19,6 +19,7 @@ pass keys and values on, without gradients.
   over data-parallel ranks.
 - The context is needed around the forward pass only. Recomputation in the backward pass (activation checkpointing,
   `use_reentrant=False`) works outside of it, with halos from memory, or with `keep_halos=False` by another exchange.
+  Dense attention exchanges a second time.
 - `group.traffic` counts the bytes that this rank sent.
 """
 

@@ -1,11 +1,14 @@
-"""Dense causal attention over a sequence group, for evaluation: ring attention (Liu et al., 2023).
+"""Dense causal attention over a sequence group by a ring: Liu et al., *Ring Attention*, 2023.
 
 Rank r attends to the keys and values of ranks r, r − 1, …, 0, its own first, and merges the results by log-sum-exp, as
 flash attention does. It needs none of later ranks, so that the ring is open: rank r sends r + 1 times, and the last
 rank never. Supports any numbers of heads, rows of several documents, and padding.
 
-Shapes: B rows, H query heads, K key-value heads, R = H/K, N positions of a whole row, L of one rank, A of those in a
-document that begins on an earlier rank, S keys, D head width.
+The backward pass passes keys and values on once more. At step s, rank r computes the gradients of the keys and values
+of rank r − s, and sends them straight back to it. Autograd keeps q, k, v, the output and its log-sum-exp of this rank.
+
+Shapes: B rows, H query heads, K key-value heads, N positions of a whole row, L of one rank, A of those in a document
+that begins on an earlier rank, S keys, D head width.
 """
 
 from __future__ import annotations
@@ -14,16 +17,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from loray.errors import UnsupportedError
 from loray.train.attention.cuts import Segments, filled, find_segments, ordered, uniform
 from loray.train.attention.shifted import attend_heads
 from loray.train.sequence.group import Pending, SequenceGroup, post
-from loray.train.sequence.shard import active_shard
-
-RING = "ring"
+from loray.train.sequence.partial import Partial, attend_block, block_gradients, merge
 
 
 class Continued(NamedTuple):
@@ -32,6 +32,11 @@ class Continued(NamedTuple):
     rows: list[int] | slice
     start: int
     length: int
+
+    def keys(self, owner: int, rank: int, length: int) -> slice | None:
+        """The keys among the `length` of `owner` that `rank` attends to; None where there are none."""
+        first, stop = max(0, self.start - owner * length), length if owner < rank else self.length
+        return slice(first, stop) if first < stop else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,123 +82,151 @@ def _leading(flags_N: Tensor) -> int:
 def ring_attention(
     q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, cuts: RingCuts, *, scale: float | None = None
 ) -> Tensor:
-    """→ (B, L, H, D), without gradients. A collective call of `cuts.group`."""
-    group, length = cuts.group, k_BKLD.shape[2]
+    """→ (B, L, H, D). A collective call of `cuts.group`, as is its backward pass."""
     repeats = q_BHLD.shape[1] // k_BKLD.shape[1]
-    held = torch.stack([k_BKLD, v_BKLD])
-    merged: list[_Partial | None] = [None] * len(cuts.continued)
-    for owner in range(group.rank, -1, -1):
-        pending, coming = _pass_on(held, owner, group)
-        for i, part in enumerate(cuts.continued):
-            keys = slice(max(0, part.start - owner * length), length if owner < group.rank else part.length)
-            if keys.start < keys.stop:
-                q_bHAD, (k_bKSD, v_bKSD) = q_BHLD[part.rows, :, : part.length], held[:, part.rows, :, keys]
-                found = _attend_block(q_bHAD, k_bKSD, v_bKSD, is_own=owner == group.rank, scale=scale)
-                merged[i] = _merge(merged[i], found)
-        if owner == group.rank:  # while the neighbour's keys and values are being received
-            out_BLHD = attend_heads(q_BHLD, k_BKLD, v_BKLD, cuts.local, first=0, repeats=repeats, scale=scale)
-        pending.wait()
-        held = coming
-    for part, result in zip(cuts.continued, merged, strict=True):
-        assert result is not None
-        out_BLHD[part.rows, : part.length] = result.out.transpose(1, 2).to(out_BLHD.dtype)
+    first = _pass_on(torch.stack([k_BKLD.detach(), v_BKLD.detach()]), cuts.group.rank, cuts.group)
+    local_BLHD = None
+    if cuts.local.buckets or not cuts.continued:  # while the neighbour's keys and values are being received
+        local_BLHD = attend_heads(q_BHLD, k_BKLD, v_BKLD, cuts.local, first=0, repeats=repeats, scale=scale)
+    out_BLHD: Tensor = _Ring.apply(q_BHLD, k_BKLD, v_BKLD, local_BLHD, cuts, scale, first)  # type: ignore[no-untyped-call]
     return out_BLHD
 
 
-def _pass_on(held: Tensor, owner: int, group: SequenceGroup) -> tuple[Pending, Tensor]:
+class _Passing(NamedTuple):
+    """Keys and values (2, B, K, L, D) that this rank holds, and those that it will hold next."""
+
+    held: Tensor
+    coming: Tensor
+    pending: Pending
+    nbytes: int
+
+
+def _pass_on(held: Tensor, owner: int, group: SequenceGroup) -> _Passing:
     """Start to send `owner`'s keys and values to the next rank, and to receive those of the rank before `owner`."""
     sent = {group.rank + 1: held} if group.rank + 1 < group.size else {}
     coming = torch.empty_like(held)
-    group.traffic.forward_bytes += sum(x.nbytes for x in sent.values())
-    return post(group, sent, {group.rank - 1: coming} if owner else {}), coming
+    received = {group.rank - 1: coming} if owner else {}
+    return _Passing(held, coming, post(group, sent, received), sum(x.nbytes for x in sent.values()))
 
 
-class _Partial(NamedTuple):
-    """Attention over some of the keys: (B, H, A, D) in fp32 or fp64, and log Σ exp(score) over these keys (B, H, A)."""
+class _Ring(torch.autograd.Function):
+    """The documents that begin on earlier ranks, written over `local_BLHD`, the result for those that begin here.
 
-    out: Tensor
-    lse: Tensor
-
-
-def _merge(one: _Partial | None, other: _Partial) -> _Partial:
-    if one is None:
-        return other
-    lse = torch.logaddexp(one.lse, other.lse)
-    weights = ((x.lse - lse).exp_()[..., None] for x in (one, other))
-    return _Partial(one.out * next(weights) + other.out * next(weights), lse)
-
-
-def _attend_block(q_BHAD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, is_own: bool, scale: float | None) -> _Partial:
-    """Causal attention to this rank's own keys; full attention to those of others, for which the R query heads of a
-    key-value head are folded into one longer query.
+    Every rank's output depends on it, and so its backward pass is called on every rank, which the others wait for.
     """
-    num_rows, num_heads, num_queries, width = q_BHAD.shape
-    num_kv_heads = k_BKSD.shape[1]
-    q = q_BHAD.reshape(num_rows * num_kv_heads, -1, num_queries, width)
-    k, v = (x.reshape(num_rows * num_kv_heads, 1, -1, width) for x in (k_BKSD, v_BKSD))
-    if is_own:
-        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    else:
-        q = q.reshape(num_rows * num_kv_heads, 1, -1, width)
-    out, lse = _flash(q, k, v, is_causal=is_own, scale=scale)
-    shape = num_rows, num_heads, num_queries
-    return _Partial(out.reshape(*shape, width).to(lse.dtype), lse.reshape(shape))
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BHLD: Tensor,
+        k_BKLD: Tensor,
+        v_BKLD: Tensor,
+        local_BLHD: Tensor | None,
+        cuts: RingCuts,
+        scale: float | None,
+        first: _Passing,
+    ) -> Tensor:
+        found = _attend(q_BHLD, cuts, scale, first)
+        if local_BLHD is None:
+            out_BLHD = torch.zeros_like(q_BHLD.transpose(1, 2))
+        else:
+            out_BLHD = local_BLHD.clone() if found else local_BLHD.view_as(local_BLHD)
+        for part, result in zip(cuts.continued, found, strict=True):
+            out_BLHD[part.rows, : part.length] = result.out.transpose(1, 2).to(out_BLHD.dtype)
+        ctx.save_for_backward(q_BHLD, k_BKLD, v_BKLD, out_BLHD, *(result.lse for result in found))
+        ctx.cuts, ctx.scale, ctx.has_local = cuts, scale, local_BLHD is not None
+        return out_BLHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dq_BHLD, dkv = _Backward(ctx.cuts, ctx.scale, grads[0], *ctx.saved_tensors).run()
+        dk_BKLD, dv_BKLD = dkv.to(dq_BHLD.dtype)
+        # The local documents' kernel reads the gradient at their own positions alone.
+        return dq_BHLD, dk_BKLD, dv_BKLD, grads[0] if ctx.has_local else None, None, None, None
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
-    """scaled_dot_product_attention with its log-sum-exp, which the public function does not return."""
-    ops = torch.ops.aten
-    if q.device.type == "cpu":
-        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    elif q.dtype in (torch.float16, torch.bfloat16):
-        out, lse, *_ = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)
-    else:
-        out, lse, *_ = ops._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)
-        lse = lse[..., : q.shape[2]]  # padded to the kernel's tiles
-    return out, lse
+def _attend(q_BHLD: Tensor, cuts: RingCuts, scale: float | None, passing: _Passing) -> list[Partial]:
+    """The results for `cuts.continued`."""
+    group, length = cuts.group, q_BHLD.shape[2]
+    merged: list[Partial | None] = [None] * len(cuts.continued)
+    for owner in range(group.rank, -1, -1):
+        is_own = owner == group.rank
+        held = passing.held
+        if not is_own:
+            passing = _pass_on(held, owner, group)
+        group.traffic.forward_bytes += passing.nbytes
+        for i, part in enumerate(cuts.continued):
+            if keys := part.keys(owner, group.rank, length):
+                q_bHAD, (k_bKSD, v_bKSD) = q_BHLD[part.rows, :, : part.length], held[:, part.rows, :, keys]
+                merged[i] = merge(merged[i], attend_block(q_bHAD, k_bKSD, v_bKSD, is_own=is_own, scale=scale))
+        passing.pending.wait()
+        passing = passing._replace(held=passing.coming)
+    return [result for result in merged if result is not None]
 
 
-def ring_mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    attention_mask: Tensor | None = None,
-    config: Any,
-    device: torch.device | str = "cpu",
-    **_: Any,
-) -> RingCuts:
-    """The cuts of a batch, in place of its mask. Raises UnsupportedError outside of `sequence_parallel`."""
-    active = active_shard()
-    if active is None or q_length != kv_length:
-        raise UnsupportedError("attention over a sequence group needs whole rows inside sequence_parallel, no cache")
-    sharded = active.take(batch_size, q_length, attention_mask, config)
-    return ring_cuts(sharded.document_ids_BN, sharded.group, device=device)
+class _Backward:
+    """One backward pass. The sums of gradients are fp32, or fp64 for fp64."""
 
+    def __init__(
+        self,
+        cuts: RingCuts,
+        scale: float | None,
+        dout_BLHD: Tensor,
+        q_BHLD: Tensor,
+        k_BKLD: Tensor,
+        v_BKLD: Tensor,
+        out_BLHD: Tensor,
+        *lses: Tensor,
+    ) -> None:
+        self.cuts, self.group, self.scale, self.lses = cuts, cuts.group, scale, lses
+        self.dout_BLHD, self.q_BHLD, self.out_BLHD = dout_BLHD, q_BHLD, out_BLHD
+        self.kv = torch.stack([k_BKLD, v_BKLD])
+        self.wide = torch.promote_types(q_BHLD.dtype, torch.float32)
+        self.dq_BHLD = torch.zeros_like(q_BHLD, dtype=self.wide)
+        self.dkv = torch.zeros_like(self.kv, dtype=self.wide)
 
-def ring_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: RingCuts | Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    position_ids: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """query (B, H, L, D), key and value (B, K, L, D) → (B, L, H, D). `attention_mask` is the result of `ring_mask`."""
-    if not isinstance(attention_mask, RingCuts):
-        raise UnsupportedError("attention over a sequence group takes no ready-made mask")
-    if query.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError("dense attention over a sequence group is for evaluation; run it under torch.no_grad()")
-    if sliding_window is not None and sliding_window < attention_mask.row_length:
-        raise UnsupportedError(f"dense evaluation does not combine with a sliding window of {sliding_window} tokens")
-    if getattr(module, "layer_idx", 0) == 0 and (active := active_shard()) is not None:
-        active.check_positions(position_ids)
-    return ring_attention(query, key, value, attention_mask, scale=scaling), None
+    def run(self) -> tuple[Tensor, Tensor]:
+        """The gradients of this rank's queries, in their dtype, and of its keys and values, as sums."""
+        group, held = self.group, self.kv
+        arriving, returning = torch.empty_like(held), Pending([], [])
+        for step in range(group.size):
+            owner, coming, pending = group.rank - step, held, Pending([], [])
+            returned = {}
+            if owner >= 0:
+                _, coming, pending, nbytes = _pass_on(held, owner, group)
+                group.traffic.backward_bytes += nbytes
+                block = self._block(held, owner)
+                if step:
+                    returned[owner] = block.to(held.dtype)
+                else:
+                    self.dkv += block
+            self._add(returning, arriving, of_step=step - 1)
+            if step:
+                received = {group.rank + step: arriving} if group.rank + step < group.size else {}
+                group.traffic.backward_bytes += sum(x.nbytes for x in returned.values())
+                returning = post(group, returned, received)
+            pending.wait()
+            held = coming
+        self._add(returning, arriving, of_step=group.size - 1)
+        return self.dq_BHLD.to(self.q_BHLD.dtype), self.dkv
 
+    def _add(self, returning: Pending, arriving: Tensor, *, of_step: int) -> None:
+        """Wait for the gradients of a step, and add those that came from the rank `of_step` further on."""
+        returning.wait()
+        if of_step > 0 and self.group.rank + of_step < self.group.size:
+            self.dkv += arriving
 
-AttentionInterface.register(RING, ring_forward)
-AttentionMaskInterface.register(RING, ring_mask)
+    def _block(self, held: Tensor, owner: int) -> Tensor:
+        """Gradients of `owner`'s keys and values (2, B, K, L, D) by this rank's queries, whose own are added up."""
+        rank, length = self.group.rank, held.shape[3]
+        block = torch.zeros_like(held, dtype=self.wide)
+        for part, lse in zip(self.cuts.continued, self.lses, strict=True):
+            if keys := part.keys(owner, rank, length):
+                k_bKSD, v_bKSD = held[:, part.rows, :, keys]
+                q_bHAD = self.q_BHLD[part.rows, :, : part.length]
+                dout, out = (x[part.rows, : part.length].transpose(1, 2) for x in (self.dout_BLHD, self.out_BLHD))
+                found = block_gradients(dout, q_bHAD, k_bKSD, v_bKSD, out, lse, is_own=owner == rank, scale=self.scale)
+                self.dq_BHLD[part.rows, :, : part.length] += found.q
+                block[:, part.rows, :, keys] += torch.stack([found.k, found.v])
+        return block

@@ -148,5 +148,5 @@ def sequence_parallel(sharded: ShardedBatch, *, keep_halos: bool = True) -> Iter
     if sharded.group.size > 1 and not active.was_used:
         raise UnsupportedError(
             "the model attended within this rank's part alone; "
-            "sequence parallelism needs S2-Attn, or dense(model, group) around it"
+            "sequence parallelism needs a model of build_model, or dense(model, group) around it"
         )
