@@ -13,7 +13,7 @@ from benchmarks.training import steps
 from benchmarks.training.workers.traffic import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS
 from loray.bases.registry import BaseModel
 from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs, count_flops
-from loray.planning.halo import HaloPlan, ring_elements, ulysses_elements
+from loray.planning.exchange.halo import HaloPlan, ring_elements, ulysses_elements
 from loray.planning.run import run_of
 from loray.recipes.resolve import quarter
 

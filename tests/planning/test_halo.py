@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from loray.errors import SpecError
-from loray.planning.halo import (
+from loray.planning.exchange.halo import (
     HaloPlan,
     Transfer,
     padded_length,
@@ -137,5 +137,5 @@ def test_padding_of_a_row() -> None:
 
 
 def test_planning_imports_no_torch() -> None:
-    code = "import sys, loray.planning.halo; assert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
+    code = "import sys, loray.planning.exchange.halo; assert not {'torch', 'transformers', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

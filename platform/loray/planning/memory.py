@@ -12,8 +12,8 @@ from typing import Literal
 
 from loray.planning import activations
 from loray.planning.counts import count_vera_pair
-from loray.planning.dense import DensePlan
 from loray.planning.devices import Device
+from loray.planning.exchange.dense import DensePlan
 from loray.planning.run import Run
 from loray.spec import DTYPE_BYTES, DoraSpec
 

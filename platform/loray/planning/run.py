@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from loray.bases.config import ModelConfig
 from loray.planning.counts import BaseCounts, TrainedCounts, count_base, count_trained
-from loray.planning.dense import DensePlan
-from loray.planning.halo import HaloPlan, padded_length
+from loray.planning.exchange.dense import DensePlan
+from loray.planning.exchange.halo import HaloPlan, padded_length
 from loray.recipes.resolve import check_token_budget, resolve
 from loray.spec import DTYPE_BYTES, AdapterSpec, StrategyName, TrainSpec
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loray.errors import SpecError
-from loray.planning.halo import HaloPlan, ring_elements, ulysses_elements
+from loray.planning.exchange.halo import HaloPlan, ring_elements, ulysses_elements
 from loray.planning.run import Run, halo_plan
 from loray.recipes.resolve import quarter
 

@@ -17,8 +17,8 @@ from loray.planning.run import SHARDS_WEIGHTS
 from loray.recipes.resolve import resolve
 from loray.spec import DType, RopeParameters, TrainSpec
 from loray.telemetry import get_logger
-from loray.train.dense import DENSE
-from loray.train.hook import ATTENTION
+from loray.train.hooks.dense import DENSE
+from loray.train.hooks.s2 import ATTENTION
 from loray.train.sequence import SequenceGroup
 from loray.train.weights.deferred import BaseWeights, stand_ins, without_weights
 
@@ -63,8 +63,8 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
     """A transformers causal language model in `spec.dtype` with the recipe's adapter; only the adapter is trained.
 
     With `rope_scaling` RoPE is scaled to the longer context. With `attention.type` s2 attention is S2-Attn outside of
-    `dense`, else dense everywhere. Where the strategy shards the base, its frozen parameters are on meta, and `strategies.prepare` reads them.
-    Raises UnsupportedError where the base's RoPE cannot be scaled so.
+    `dense`, else dense everywhere. Where the strategy shards the base, its frozen parameters are on meta, and
+    `strategies.prepare` reads them. Raises UnsupportedError where the base's RoPE cannot be scaled so.
     """
     resolved = resolve(spec, base.config)
     fields: dict[str, Any] = {}

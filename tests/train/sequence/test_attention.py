@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray.planning.halo import HaloPlan
+from loray.planning.exchange.halo import HaloPlan
 from loray.train import s2_attention
 from loray.train.sequence import SequenceGroup, attention, exchange
 from loray.train.sequence.attention import attend_shard

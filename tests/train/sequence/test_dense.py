@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray.planning.dense import DenseExchange, DensePlan
+from loray.planning.exchange.dense import DenseExchange, DensePlan
 from loray.train.sequence import SequenceGroup, Traffic
 from loray.train.sequence.partial import flash, flash_gradients
 from loray.train.sequence.ring import ring_attention, ring_cuts

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loray.bases.registry import BaseModel
 from loray.errors import UnsupportedError
-from loray.planning.halo import HaloPlan, padded_length
+from loray.planning.exchange.halo import HaloPlan, padded_length
 from loray.train.data.batches import IGNORED, Batch
 from loray.train.loss import batch_loss
 from loray.train.model import build_model, dense

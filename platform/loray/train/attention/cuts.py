@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loray.planning.halo import check_group_size
+from loray.planning.exchange.halo import check_group_size
 
 
 class Bucket(NamedTuple):

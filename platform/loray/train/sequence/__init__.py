@@ -6,9 +6,10 @@
         loss = batch_loss(model, sharded.local)       # or model(**sharded.local.model_inputs(device))
     (loss.total / num_targets).backward()
 
-With S2-Attn (`loray.train.hook`) a rank receives the keys and values of its halo from earlier ranks, see
-`loray.planning.halo`. With dense attention (`loray.train.dense`, and evaluation inside `dense(model, group)`) the ranks
-exchange heads for tokens or pass keys and values around, see `loray.planning.dense`.
+With S2-Attn (`loray.train.hooks.s2`) a rank receives the keys and values of its halo from earlier ranks, see
+`loray.planning.exchange.halo`. With dense attention (`loray.train.hooks.dense`, and evaluation inside
+`dense(model, group)`) the ranks exchange heads for tokens or pass keys and values around, see
+`loray.planning.exchange.dense`.
 
 - `sharded.local` is a `Batch` of L positions per row. Labels are shifted over the whole row before it is cut, positions
   count over the whole row, and `num_targets` and `num_tokens` count those of this rank. Their sums over all ranks,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray.planning.halo import Half
+from loray.planning.exchange.halo import Half
 from loray.train.attention.cuts import Segments
 from loray.train.attention.shifted import attend_heads
 from loray.train.sequence.cuts import ShardCuts

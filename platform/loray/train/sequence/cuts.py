@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loray.planning.halo import HaloPlan, check_group_size, group_start
+from loray.planning.exchange.halo import HaloPlan, check_group_size, group_start
 from loray.train.attention.cuts import Bucket, Segments, filled, find_segments, ordered, uniform
 from loray.train.sequence.exchange import Halos
 from loray.train.sequence.group import SequenceGroup

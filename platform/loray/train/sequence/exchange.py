@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loray.planning.halo import HaloPlan
+from loray.planning.exchange.halo import HaloPlan
 from loray.train.sequence.group import Pending, SequenceGroup, post
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray.errors import UnsupportedError
-from loray.planning.halo import padded_length
+from loray.planning.exchange.halo import padded_length
 from loray.spec import RopeType
 from loray.train.data.batches import IGNORED, Batch
 from loray.train.sequence.group import SequenceGroup
@@ -71,7 +71,7 @@ def shard(batch: Batch, group: SequenceGroup) -> ShardedBatch:
 
 
 def _document_ids(batch: Batch) -> Tensor:
-    """(B, T): 0, 1, … along a row, −1 on padding, the same as `loray.train.hook` finds in a whole batch."""
+    """(B, T): 0, 1, … along a row, −1 on padding, the same as `loray.train.hooks.s2` finds in a whole batch."""
     ids_BT = torch.zeros_like(batch.input_ids_BT)
     if batch.position_ids_BT is not None:
         ids_BT[:, 1:] = (torch.diff(batch.position_ids_BT, dim=1) != 1).cumsum(1)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loray.planning.dense import DensePlan
+from loray.planning.exchange.dense import DensePlan
 from loray.train.attention.cuts import Segments, document_segments
 from loray.train.attention.shifted import attend_heads
 from loray.train.sequence.group import SequenceGroup

@@ -1,9 +1,9 @@
-"""Dense causal attention inside transformers' models while they train, as `loray.train.hook` is for S2-Attn.
+"""Dense causal attention inside transformers' models while they train, as `loray.train.hooks.s2` is for S2-Attn.
 
 `attn_implementation="loray_dense"` selects it. Rows are cut into their documents without padding, once a batch, and
 each document is a segment of causal attention: no mask of T × T positions exists. Inside `sequence_parallel` the ranks
-of a group share the rows by Ulysses or a ring, as `loray.planning.dense` chooses. A cache, sliding windows and dropout
-on attention weights are left to transformers' own attention.
+of a group share the rows by Ulysses or a ring, as `loray.planning.exchange.dense` chooses. A cache, sliding windows and
+dropout on attention weights are left to transformers' own attention.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from loray.errors import UnsupportedError
-from loray.planning.dense import DensePlan
+from loray.planning.exchange.dense import DensePlan
 from loray.train.attention.cuts import Segments, document_segments
 from loray.train.attention.shifted import attend_heads
-from loray.train.hook import find_documents
+from loray.train.hooks.s2 import find_documents
 from loray.train.sequence.ring import RingCuts, ring_attention, ring_cuts
 from loray.train.sequence.shard import ActiveShard, active_shard
 from loray.train.sequence.ulysses import UlyssesCuts, ulysses_attention, ulysses_cuts

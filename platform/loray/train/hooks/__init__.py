@@ -1,0 +1,1 @@
+"""Attention inside transformers' models, through their attention and mask interfaces: S2-Attn and dense."""
