@@ -86,16 +86,16 @@ def train(
     with Interrupts() as interrupts, recorded(catalog, recipe.spec) as job:
         catalog.check_name(recipe.spec.name, recipe.spec.publish.aliases)
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
-        prepared = prepare(recipe, settings, catalog)
+        try:
+            prepared = prepare(recipe, settings, catalog, lambda: _connect(recipe, settings, interrupts))
+        except KeyboardInterrupt:  # raised by ray.get while data is tokenised
+            raise interrupts.interrupted() from None
         whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
         runs = open_runs(settings)
         run = runs.latest(name) if resume else None
         published = None if run is None else already_published(run, recipe)
         if published is None:
-            if not ray.is_initialized():
-                ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-            interrupts.arm()
-            _check_resources(recipe, settings)
+            _connect(recipe, settings, interrupts)
             run = run or runs.new(name, job.job_id)
             with run.locked(job.job_id, interrupts.raise_in_main_thread):
                 result = _fit(prepared, run, settings, emit, job, interrupts)
@@ -159,6 +159,14 @@ def _fit(
             raise interrupted from None
         finally:
             ray.kill(sink)
+
+
+def _connect(recipe: Recipe, settings: Settings, interrupts: Interrupts) -> None:
+    """To the cluster, or to one on this machine alone. Raises SpecError if it has too few resources."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    interrupts.arm()
+    _check_resources(recipe, settings)
 
 
 def _check_resources(recipe: Recipe, settings: Settings) -> None:

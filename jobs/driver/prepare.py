@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from jobs.driver.parent import fetch_parent
+from jobs.driver.tokenising import RayTasks
 from jobs.workers.initial import InitialFiles
+from jobs.workers.tokens import open_tokens
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
@@ -17,6 +21,7 @@ from loray.recipes.load import Recipe
 from loray.recipes.resolve import check_row_lengths, check_token_budget, resolve
 from loray.settings import Settings
 from loray.spec import LongLoraSpec, TrainSpec
+from loray.train.data.corpus import run_here
 from loray.train.data.dataset import Dataset, load_data
 
 
@@ -29,10 +34,13 @@ class Prepared(NamedTuple):
     initial: InitialFiles | None = None
 
 
-def prepare(recipe: Recipe, settings: Settings, catalog: Catalog | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, settings: Settings, catalog: Catalog | None = None, connect: Callable[[], None] | None = None
+) -> Prepared:
     """Checks the recipe against this machine and reads the data. Raises LorayError that says what to change.
 
     `catalog` is that of the job, in which `init_adapter` is looked up; None: the settings', with all names.
+    `connect` connects to the Ray cluster that tokenises; None: this process tokenises.
     """
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
@@ -55,6 +63,8 @@ def prepare(recipe: Recipe, settings: Settings, catalog: Catalog | None = None) 
             joined=_is_joined(spec),
             whole_windows=spec.is_long_context,
             fetched=copies,
+            cache=open_tokens(settings),
+            run=run_here if connect is None else RayTasks(spec, settings.training_group, connect),
         )
     order = spec.batch.order or ("concat" if data.is_joined else "shuffled")
     filled = {
@@ -62,9 +72,9 @@ def prepare(recipe: Recipe, settings: Settings, catalog: Catalog | None = None) 
         "batch": spec.batch.model_copy(update={"order": order}),
     }
     spec = spec.model_copy(update=filled)
-    lengths = data.train.lengths.tolist()
-    check_token_budget(spec.batch, max(lengths, default=0))
-    check_row_lengths(spec, lengths, max_length, are_texts=data.report.format == "text")
+    lengths = data.train.lengths
+    check_token_budget(spec.batch, int(lengths.max(initial=0)))
+    check_row_lengths(spec, float(np.median(lengths)), max_length, are_texts=data.report.format == "text")
     return Prepared(spec, base, data, initial)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -18,7 +17,6 @@ from jobs.workers.checkpoints import SCORE
 from jobs.workers.controller import EventLog
 from jobs.workers.elastic import ElasticTorchTrainer
 from jobs.workers.placement import WholeGroups, worker_resources
-from jobs.workers.rows import share
 from loray.settings import Settings
 from loray.spec import TrainSpec
 
@@ -40,7 +38,7 @@ def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: 
             log_level=settings.log_level,
             peak_tflops=settings.peak_tflops,
             events=sink,
-            data=ray.put(replace(prepared.data, train=share(prepared.data.train))),
+            data=ray.put(prepared.data),
             initial=None if prepared.initial is None else ray.put(prepared.initial),
         ),
         "scaling_config": _scaling(spec, settings),

@@ -39,7 +39,7 @@ class WorkerConfig(TypedDict):
     run          name of the run's folder
     peak_tflops  of one worker's device, in 10¹² FLOP/s; None: measured
     events       the event sink's actor
-    data         the tokenised Dataset in Ray's object store
+    data         the Dataset in Ray's object store, whose tokens are in the cache
     initial      InitialFiles there, of the adapter that the run goes on from; None: it starts afresh
     """
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from loray.bases.config import ModelConfig
 from loray.bases.rope import scaled
@@ -81,9 +79,9 @@ def check_token_budget(batch: BatchSpec, row_length: int) -> None:
         )
 
 
-def check_row_lengths(spec: TrainSpec, lengths: Sequence[int], row_length: int, *, are_texts: bool) -> None:
-    """Raise SpecError where the median row of a long context has less than half of the `row_length` tokens that are
-    planned and paid for: the positions that the run is about would hardly be trained.
+def check_row_lengths(spec: TrainSpec, typical: float, row_length: int, *, are_texts: bool) -> None:
+    """Raise SpecError where the median row of a long context, which has `typical` tokens, has less than half of the
+    `row_length` that are planned and paid for: the positions that the run is about would hardly be trained.
 
     Texts that are packed count by their documents, in which positions start anew. Chats and completions may be packed,
     and tune an adapter whose positions its parent was trained on.
@@ -91,7 +89,7 @@ def check_row_lengths(spec: TrainSpec, lengths: Sequence[int], row_length: int, 
     order = spec.batch.order
     if not spec.is_long_context or (not are_texts and (order == "packed" or spec.init_adapter is not None)):
         return
-    if 2 * (typical := median(lengths)) >= row_length:
+    if 2 * typical >= row_length:
         return
     if order == "concat":
         remedy = "give more text, or lower data.max_length"

@@ -85,7 +85,10 @@ def test_binary_garbage_and_arrays_are_refused(tmp_path: Path) -> None:
         ([], "at least one message"),
         ([{"role": "user", "content": "a"}], "no assistant turn"),
         ([{"role": "assistant", "content": "a"}], "starts with the assistant"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "both strings"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}],
+            "a string or a list of text parts",
+        ),
     ],
 )
 def test_bad_conversations(tmp_path: Path, messages: list[Any], message: str) -> None:

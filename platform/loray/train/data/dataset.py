@@ -15,9 +15,12 @@ from loray.errors import DataError
 from loray.recipes.sources import find_files
 from loray.spec import DataSpec
 from loray.train.data.batches import Share
+from loray.train.data.corpus import Corpus, Runner, TemporaryCache, load_corpus, run_here
 from loray.train.data.examples import Rows, TokenRows, pack_rows
 from loray.train.data.files import DataFormat, RowFile, open_rows
-from loray.train.data.splits import SAMPLE_STREAM, Files, check_texts, joined_texts, windows
+from loray.train.data.shards import ShardCache
+from loray.train.data.splits import SAMPLE_STREAM, check_texts, joined_texts, windows
+from loray.train.data.tokenising import Tokenisation
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Training rows, which may be outside of this process's memory, and held-out rows, which are few.
+    """Training rows, which are read from the cache of tokens, and held-out rows, which are few.
 
     `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
     digests. `is_joined`: rows are texts joined by the end-of-sequence token. `shares`: of the sources, where they have
@@ -62,6 +65,8 @@ def load_data(
     joined: bool | None = False,
     whole_windows: bool = False,
     fetched: Mapping[str, Path] = MappingProxyType({}),
+    cache: ShardCache | None = None,
+    run: Runner = run_here,
 ) -> Dataset:
     """Read and tokenise `spec.train` (and `spec.eval`). Raises DataError.
 
@@ -70,15 +75,22 @@ def load_data(
     joined         join texts and cut them at `max_length`, see `loray.train.data.joined`; None: where the data is texts
     whole_windows  hold out only rows of exactly `max_length` tokens, where there are any
     fetched        copies on this machine of remote sources
+    cache          where tokens stay for other runs, and are read from; None: until nobody has the result any more
+    run            tokenises what the cache lacks
     """
-    train_files = [_open(source.path, spec, spec.max_rows, fetched) for source in spec.train_sources]
-    eval_files = [_open(source.path, spec, None, fetched) for source in spec.eval_sources]
+    train_files = [_open(source.path, spec, fetched) for source in spec.train_sources]
+    eval_files = [_open(source.path, spec, fetched) for source in spec.eval_sources]
     files = [file for source in (*train_files, *eval_files) for file in source]
     is_joined = joined if joined is not None else all(file.format == "text" for file in files)
     if is_joined:
         check_texts(files)
+    tokenisation, cache = Tokenisation(tokenizer, joined=is_joined), cache or TemporaryCache()
+    train_corpus = load_corpus(train_files, spec.max_rows, tokenisation, cache, run)
+    eval_corpus = load_corpus(eval_files, None, tokenisation, cache, run) if eval_files else None
     rows_of = joined_texts if is_joined else windows
-    trained, held_out, num_documents = rows_of(train_files, eval_files, tokenizer, max_length, spec.eval_fraction, seed)
+    trained, held_out, num_documents = rows_of(
+        train_files, train_corpus, eval_corpus, max_length, spec.eval_fraction, seed
+    )
 
     usable = np.flatnonzero(trained.num_targets > 0)
     measured = np.flatnonzero(held_out.num_targets > 0)
@@ -108,22 +120,21 @@ def load_data(
     weights = [source.weight for source in spec.train_sources]
     counts = np.bincount(trained.sources[usable], minlength=len(weights)).tolist()
     shares = tuple(map(Share, counts, weights)) if set(weights) != {1.0} else ()
-    fingerprint = _fingerprint(train_files, eval_files)
+    fingerprint = _fingerprint(train_corpus, eval_corpus)
     return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, shares)
 
 
-def _open(path: str, spec: DataSpec, max_rows: int | None, fetched: Mapping[str, Path]) -> tuple[RowFile, ...]:
-    """The files of one source, of which the first rows are read."""
+def _open(path: str, spec: DataSpec, fetched: Mapping[str, Path]) -> tuple[RowFile, ...]:
+    """The files of one source."""
     files = []
     for name, local in find_files(path, fetched.get(path)):
-        files.append(open_rows(name, spec.format, max_rows, fetched=None if name == local else Path(local)))
+        files.append(open_rows(name, spec.format, fetched=None if name == local else Path(local)))
     return tuple(files)
 
 
-def _fingerprint(train_files: Files, eval_files: Files) -> str:
+def _fingerprint(train: Corpus, evaluation: Corpus | None) -> str:
     """Of a single file its SHA-256, of several that of their SHA-256s."""
-    digests = [_digest([f.sha256 for source in files for f in source]) for files in (train_files, eval_files) if files]
-    return _digest(digests)
+    return _digest([_digest(corpus.sha256s) for corpus in (train, evaluation) if corpus is not None])
 
 
 def _digest(digests: Sequence[str]) -> str:

@@ -1,0 +1,85 @@
+"""Tokenising on a cluster: a Ray task for each part of the data, a few at a time."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import RayTaskError
+
+from jobs.workers.placement import worker_resources
+from loray.spec import TrainingGroup, TrainSpec
+from loray.telemetry import get_logger
+from loray.train.data.corpus import Task, located, run_here
+from loray.train.data.parts import BadRow, Content, Part
+from loray.train.data.shards import ShardCache
+from loray.train.data.tokenising import Tokenisation
+
+log = get_logger(__name__)
+
+_MOST_AT_ONCE = 64  # parts in the object store: half a gigabyte
+
+
+class RayTasks:
+    """A Runner whose tasks take what a worker of the run takes, but for its GPU.
+
+    A single part is tokenised here, which takes less time than a task needs to start. `connect` connects to Ray, if
+    that has not been done, and is called when there are more.
+    """
+
+    def __init__(self, spec: TrainSpec, group: TrainingGroup | None, connect: Callable[[], None]) -> None:
+        self._spec, self._group, self._connect = spec, group, connect
+
+    def __call__(self, tokenisation: Tokenisation, cache: ShardCache, tasks: Iterator[Task], num_tasks: int) -> None:
+        if num_tasks == 1:
+            run_here(tokenisation, cache, tasks, num_tasks)
+            return
+        self._connect()
+        log.info("tokenising %d parts of the data, which stay in the cache", num_tasks)
+        shared, remote = ray.put((tokenisation, cache)), self._remote()
+        most = min(int(ray.cluster_resources().get("CPU", 1)) + 1, _MOST_AT_ONCE)
+        running: deque[tuple[Part, ObjectRef]] = deque()
+        for task in tasks:
+            if len(running) == most:
+                _finish(*running.popleft())
+            running.append((task.part, remote.remote([shared], task.key, task.content)))
+        while running:
+            _finish(*running.popleft())
+
+    def _remote(self) -> Any:
+        takes = worker_resources(self._spec, self._group)
+        takes.pop("GPU", None)
+        return ray.remote(_tokenise).options(num_cpus=takes.pop("CPU", 0), resources=takes)
+
+
+def _finish(part: Part, reference: ObjectRef) -> None:
+    try:
+        bad: BadRow | None = ray.get(reference)
+    except RayTaskError as e:
+        raise e.cause from None
+    if bad is not None:
+        raise located(bad, part)
+
+
+def _tokenise(shared: list[ObjectRef], key: str, content: Content) -> BadRow | None:
+    """Runs as a task, with one thread. `shared` is a list so that Ray passes the reference, and a process reads the
+    tokenizer once.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenisation, cache = _shared(shared[0])
+    try:
+        cache.put(key, tokenisation.shard(content))
+    except BadRow as e:
+        return e
+    return None
+
+
+@lru_cache(maxsize=1)
+def _shared(reference: ObjectRef) -> tuple[Tokenisation, ShardCache]:
+    found: tuple[Tokenisation, ShardCache] = ray.get(reference)
+    return found

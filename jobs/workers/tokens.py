@@ -1,0 +1,114 @@
+"""Where a deployment keeps the tokens of training data: `LORAY_HOME/tokens`, or `tokens/` in the bucket of the store.
+
+Other recipes, further runs and `--resume` find there what has been tokenised. A worker maps shards into memory: from
+that folder, which machines share as they share `LORAY_HOME`, or from copies on its own disk of those in the bucket.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from loray.errors import StoreError
+from loray.locations import S3Location, parse_location
+from loray.settings import Settings
+from loray.store import open_filesystem
+from loray.train.data.shards import (
+    INDEX,
+    TOKENS,
+    FolderCache,
+    Shard,
+    ShardCache,
+    ShardIndex,
+    Tokens,
+    tokens_bytes,
+)
+
+_FOLDER = "tokens"
+_READERS = 16  # threads that fetch indices
+_MAX_COPIES_BYTES = 64 << 30  # on a machine's disk: those that were used least recently are removed
+
+
+def open_tokens(settings: Settings) -> ShardCache:
+    """The deployment's cache. Connects at the first use."""
+    folder = settings.home / _FOLDER
+    if not isinstance(parse_location(settings.store), S3Location):
+        return FolderCache(folder)
+    filesystem, root = open_filesystem(settings.store)
+    return BucketCache(filesystem, f"{root}/{_FOLDER}", folder)
+
+
+class BucketCache:
+    """Shards in a bucket, with copies on this machine's disk. Methods raise StoreError where the bucket refuses."""
+
+    def __init__(self, filesystem: Any, prefix: str, copies: Path, max_bytes: int = _MAX_COPIES_BYTES) -> None:
+        self._filesystem, self._prefix, self._max_bytes = filesystem, prefix, max_bytes
+        self._copies = FolderCache(copies)
+        self._room = 0  # bytes that may be added before copies are counted again
+
+    def index(self, key: str) -> ShardIndex | None:
+        return self.indices([key])[0]
+
+    def indices(self, keys: Sequence[str]) -> list[ShardIndex | None]:
+        """Each shard has its tokens there, because they are written first."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = list(pool.map(lambda key: self._read(key, INDEX), keys))
+        return [None if data is None else ShardIndex.from_bytes(data) for data in found]
+
+    def tokens(self, key: str) -> Tokens:
+        path = self._copies.path(key, TOKENS)
+        with suppress(OSError, ValueError, EOFError):
+            os.utime(path)
+            return self._copies.tokens(key)
+        data = self._read(key, TOKENS)
+        if data is None:
+            raise StoreError(f"{self._name(key, TOKENS)} was removed while a run reads it; start the run again")
+        self._make_room(len(data))
+        self._copies.write(key, TOKENS, data)
+        return self._copies.tokens(key)
+
+    def put(self, key: str, shard: Shard) -> None:
+        for suffix, data in ((TOKENS, tokens_bytes(shard.tokens_N)), (INDEX, shard.index.to_bytes())):
+            with self._errors(key, suffix), self._filesystem.open_output_stream(self._name(key, suffix)) as file:
+                file.write(data)
+
+    def _read(self, key: str, suffix: str) -> bytes | None:
+        try:
+            with self._errors(key, suffix), self._filesystem.open_input_file(self._name(key, suffix)) as file:
+                return bytes(file.read())
+        except FileNotFoundError:
+            return None
+
+    def _name(self, key: str, suffix: str) -> str:
+        return f"{self._prefix}/{key[:2]}/{key}{suffix}"
+
+    @contextmanager
+    def _errors(self, key: str, suffix: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as e:
+            raise StoreError(f"tokens {self._name(key, suffix)} cannot be read or written: {e}") from e
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Remove the oldest copies. What a process has mapped stays readable."""
+        self._room -= num_bytes
+        if self._room >= 0:
+            return
+        found = []
+        for path in self._copies.folder.glob(f"*/*{TOKENS}"):
+            with suppress(FileNotFoundError):  # another process removes them too
+                stat = path.stat()
+                found.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in found) + num_bytes
+        for _, size, path in sorted(found):
+            if total <= self._max_bytes * 9 // 10:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        self._room = max(0, self._max_bytes - total)

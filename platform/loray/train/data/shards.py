@@ -1,0 +1,156 @@
+"""Shards: the tokens of one part of a file, and their cache.
+
+KEY.npy    N token ids, as small as the vocabulary allows, to be mapped into memory
+KEY.index  lengths of its examples and what of them is a target, without the tokens; it is written last, so that a shard
+           with an index is whole
+
+Keys name what the tokens depend on: rows are cut out of shards later, and any number of recipes shares them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.unsignedinteger[Any]]
+TOKENS, INDEX = ".npy", ".index"
+
+
+class ShardIndex(NamedTuple):
+    """E examples follow each other; targets are R runs of them, whose tokens are counted from the example's first one.
+
+    lengths_E    tokens
+    documents_E  the row of the part that it was made of
+    runs_R2      [start, stop) of tokens that are targets; none where `is_text`
+    num_runs_E   how many of them are of the example
+    is_text      all tokens are targets, and windows may be cut anywhere
+    """
+
+    lengths_E: NDArray[np.int32]
+    documents_E: NDArray[np.int32]
+    runs_R2: NDArray[np.int32]
+    num_runs_E: NDArray[np.int32]
+    is_text: bool
+    num_documents: int
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths_E.sum(dtype=np.int64))
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Which of the shard's tokens are targets."""
+        if self.is_text:
+            return np.ones(self.num_tokens, np.bool_)
+        ends_E = np.cumsum(self.lengths_E, dtype=np.int64)
+        begins_R1 = np.repeat(ends_E - self.lengths_E, self.num_runs_E)[:, None]
+        changes = np.zeros(self.num_tokens + 1, np.int8)
+        np.add.at(changes, (self.runs_R2 + begins_R1)[:, 0], 1)
+        np.add.at(changes, (self.runs_R2 + begins_R1)[:, 1], -1)
+        return np.cumsum(changes[:-1], dtype=np.int8).astype(np.bool_)
+
+    def to_bytes(self) -> bytes:
+        file = io.BytesIO()
+        np.savez_compressed(file, allow_pickle=False, **{n: np.asarray(value) for n, value in self._asdict().items()})
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ShardIndex:
+        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+            return cls(
+                found["lengths_E"],
+                found["documents_E"],
+                found["runs_R2"],
+                found["num_runs_E"],
+                bool(found["is_text"]),
+                int(found["num_documents"]),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    tokens_N: Tokens
+    index: ShardIndex
+
+
+class ShardCache(Protocol):
+    """Shards by key, each written whole or not at all. May be pickled, and written by several processes."""
+
+    def index(self, key: str) -> ShardIndex | None:
+        """None where there is no whole shard."""
+        ...
+
+    def indices(self, keys: Sequence[str]) -> list[ShardIndex | None]:
+        """Of many shards at once."""
+        ...
+
+    def tokens(self, key: str) -> Tokens:
+        """Mapped from a file of this machine."""
+        ...
+
+    def put(self, key: str, shard: Shard) -> None: ...
+
+
+class FolderCache:
+    """A folder of shards, which the processes of a machine share, or several machines."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def index(self, key: str) -> ShardIndex | None:
+        try:
+            found = ShardIndex.from_bytes(self.path(key, INDEX).read_bytes())
+        except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        with suppress(OSError, ValueError, EOFError):
+            return found if len(self.tokens(key)) == found.num_tokens else None
+        return None
+
+    def indices(self, keys: Sequence[str]) -> list[ShardIndex | None]:
+        return [self.index(key) for key in keys]
+
+    def tokens(self, key: str) -> Tokens:
+        return read_tokens(self.path(key, TOKENS))
+
+    def put(self, key: str, shard: Shard) -> None:
+        self.write(key, TOKENS, tokens_bytes(shard.tokens_N))
+        self.write(key, INDEX, shard.index.to_bytes())
+
+    def path(self, key: str, suffix: str) -> Path:
+        return self.folder / key[:2] / f"{key}{suffix}"
+
+    def write(self, key: str, suffix: str, data: bytes) -> None:
+        """Appears when it is complete."""
+        path = self.path(key, suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Mapped, not read."""
+    found: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    return found
+
+
+def tokens_bytes(tokens: Tokens) -> bytes:
+    file = io.BytesIO()
+    np.save(file, tokens, allow_pickle=False)
+    return file.getvalue()

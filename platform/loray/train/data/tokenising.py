@@ -1,0 +1,173 @@
+"""From rows to token ids with targets, the tokens that the model learns to predict.
+
+chat               targets are assistant turns, rendered with the checkpoint's own chat template
+prompt_completion  targets are the completion and the end-of-sequence token
+text               all tokens are targets; an end-of-sequence token is added
+
+A shard has every example whole: rows are cut out of it later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+
+from loray.errors import DataError
+from loray.train.data.chats import Conversation, conversations
+from loray.train.data.files import DataFormat
+from loray.train.data.parts import BadRow, Content, Part, records_of
+from loray.train.data.shards import Shard, ShardIndex
+
+_FORM = 1  # of shards: another one where the same content gives other tokens, or is written in another way
+_TEXTS_AT_ONCE = 256  # documents per call of the tokenizer
+_Records = Sequence[tuple[int, dict[str, Any]]]
+
+
+class _Example(NamedTuple):
+    """`runs` of None: every token is a target. `document` is the number of its row in the part."""
+
+    ids: Sequence[int]
+    document: int
+    runs: Sequence[tuple[int, int]] | None = None
+
+
+class Tokenisation:
+    """How parts become shards. Raises DataError for a tokenizer that cannot do it.
+
+    joined  texts are whole, without what the tokenizer puts before a text
+    """
+
+    def __init__(self, tokenizer: Any, *, joined: bool) -> None:
+        check_tokenizer(tokenizer)
+        self._tokenizer, self._joined = tokenizer, joined
+        self._dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+        self._digest = _digest_of(tokenizer)
+        self.beginning: list[int] = prompt_ids(tokenizer, [""])[0] if joined else []
+
+    def check_format(self, name: object, format: DataFormat) -> None:
+        if format == "chat" and not self._tokenizer.chat_template:
+            raise DataError(f"{name} holds chats, but the base model has no chat template; use prompt/completion")
+
+    def key(self, part: Part) -> str:
+        """The name of the part's shard: of all that its tokens depend on."""
+        named = [_FORM, part.digest, part.file.format, part.file.format == "text" and self._joined, self._digest]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+    def shard(self, content: Content) -> Shard:
+        """Raises BadRow."""
+        records = records_of(content)
+        found = list(self._examples(content.format, records))
+        runs = [example.runs or () for example in found]
+        flat = [run for of_example in runs for run in of_example]
+        index = ShardIndex(
+            lengths_E=np.array([len(example.ids) for example in found], np.int32),
+            documents_E=np.array([example.document for example in found], np.int32),
+            runs_R2=np.array(flat, np.int32).reshape(-1, 2),
+            num_runs_E=np.array([len(of_example) for of_example in runs], np.int32),
+            is_text=content.format == "text",
+            num_documents=len(records),
+        )
+        return Shard(np.concatenate([np.asarray(example.ids, self._dtype) for example in found]), index)
+
+    def _examples(self, format: DataFormat, records: _Records) -> Iterator[_Example]:
+        for start in range(0, len(records), _TEXTS_AT_ONCE):
+            batch = records[start : start + _TEXTS_AT_ONCE]
+            match format:
+                case "text":
+                    yield from self._texts(batch, start)
+                case "prompt_completion":
+                    yield from self._prompts(batch, start)
+                case "chat":
+                    yield from self._chats(batch, start)
+
+    def _texts(self, records: _Records, first: int) -> Iterator[_Example]:
+        texts = [record["text"] for _, record in records]
+        encoded = token_ids(self._tokenizer, texts) if self._joined else prompt_ids(self._tokenizer, texts)
+        for document, ids in enumerate(encoded, start=first):
+            # An array: a part has millions of tokens, and a list takes many times the space.
+            yield _Example(np.array([*ids, self._tokenizer.eos_token_id], self._dtype), document)  # type: ignore[arg-type]
+
+    def _prompts(self, records: _Records, first: int) -> Iterator[_Example]:
+        """The completion as it follows the prompt, where the prompt's tokens are those of the prompt alone."""
+        prompts = prompt_ids(self._tokenizer, [record["prompt"] for _, record in records])
+        wholes = prompt_ids(self._tokenizer, [record["prompt"] + record["completion"] for _, record in records])
+        apart = token_ids(self._tokenizer, [record["completion"] for _, record in records])
+        for document, (prompt, whole, completion) in enumerate(zip(prompts, wholes, apart, strict=True), start=first):
+            ids = whole if whole[: len(prompt)] == prompt else [*prompt, *completion]
+            ids = [*ids, self._tokenizer.eos_token_id]
+            yield _Example(ids, document, [(len(prompt), len(ids))])
+
+    def _chats(self, records: _Records, first: int) -> Iterator[_Example]:
+        found = list[tuple[int, Conversation]]()
+        for document, (index, record) in enumerate(records, start=first):
+            try:
+                found += [(document, conversation) for conversation in conversations(record, self._tokenizer)]
+            except ValueError as e:
+                raise BadRow(index, str(e)) from e
+        texts = [conversation.text for _, conversation in found]
+        encodings = _backend(self._tokenizer).encode_batch(texts, add_special_tokens=False)
+        for (document, conversation), encoding in zip(found, encodings, strict=True):
+            yield _Example(encoding.ids, document, _runs(encoding.offsets, conversation.answers))
+
+
+def _runs(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """[start, stop) of the tokens that have a character of an answer."""
+    starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
+    runs = [
+        (int(np.searchsorted(stops, begin, side="right")), int(np.searchsorted(starts, end, side="left")))
+        for begin, end in answers
+    ]
+    assert all(a[1] <= b[0] for a, b in pairwise(runs))  # the next question is between
+    return [run for run in runs if run[0] < run[1]]
+
+
+# -- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise DataError where the tokenizer has no end-of-sequence token, or is not one that a server could have."""
+    if tokenizer.eos_token_id is None:
+        raise DataError("the base model's tokenizer has no end-of-sequence token; set one in its tokenizer_config.json")
+    if not tokenizer.is_fast:
+        raise DataError("the base model's tokenizer is in Python alone; save it as tokenizer.json, which serving reads")
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the texts alone."""
+    return _encoded(tokenizer, texts, special=False)
+
+
+def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids with the beginning-of-sequence token, without an end-of-sequence token that the tokenizer adds."""
+    out = []
+    for text, ids in zip(texts, _encoded(tokenizer, texts, special=True), strict=True):
+        appended = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+        out.append(ids[:-1] if appended else ids)
+    return out
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    encodings = _backend(tokenizer).encode_batch_fast(list(texts), add_special_tokens=special)
+    return [encoding.ids for encoding in encodings]
+
+
+def _backend(tokenizer: Any) -> Any:
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _digest_of(tokenizer: Any) -> str:
+    """Names all that decides on tokens: the vocabulary and its rules, special tokens, the template, the library."""
+    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {n: v for n, v in backend.items() if n not in ("truncation", "padding")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    named = [rules, special, tokenizer.chat_template, tokenizers.__version__]
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
