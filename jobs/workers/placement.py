@@ -83,7 +83,8 @@ class WholeGroups(WorkerGroupCallback):  # type: ignore[misc]
         if nodes is None:
             log.warning("no set of nodes has place for whole sequence groups of %d workers now", self._group_size)
             return
-        for selector, node in zip(worker_group_context.label_selector, nodes, strict=True):
+        # An elastic run with fewer workers may still have the selectors of the most.
+        for selector, node in zip(worker_group_context.label_selector[: len(nodes)], nodes, strict=True):
             selector[_NODE_ID] = node
 
 

@@ -83,6 +83,7 @@ def run(config: WorkerConfig) -> str | None:
 
 
 def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World) -> None:
+    from loray.train.determinism import deterministic
     from loray.train.loop import train  # takes seconds; driver and controller import this module and do not need it
 
     device = ray.train.torch.get_device() if spec.use_gpu else torch.device("cpu")
@@ -95,6 +96,7 @@ def _train(spec: TrainSpec, base: BaseModel, config: WorkerConfig, world: World)
             events.send({"event": "warning", "message": message})
     gauges = TrainingGauges(spec.name, config["run"], world.rank)
     with ExitStack() as stack:
+        stack.enter_context(deterministic(spec.deterministic))  # before the device is measured
         if world.rank == 0:  # a folder that remains if the worker is killed, for the worker that replaces it
             folder = Path(config["home"], "checkpoints", spec.name, config["run"])
             utilisation = _utilisation(spec, base, data, device, config["peak_tflops"])

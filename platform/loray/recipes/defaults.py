@@ -101,6 +101,7 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "parallel.strategy": Default("an adapter's gradients and moments are small enough to be on each worker"),
     "use_gpu": Default("one GPU a worker where it is true"),
     "seed": Default("of initial values, order and dropout: a run can be repeated"),
+    "deterministic": Default("a GPU's fastest backward passes add in any order; true: a run repeats bit for bit"),
 }
 
 _LORA: Mapping[str, Default] = {

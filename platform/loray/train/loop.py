@@ -25,7 +25,7 @@ from loray.train import checkpoint
 from loray.train.checkpoint import RunState, evaluation
 from loray.train.data.batches import BatchStream, Cursor
 from loray.train.data.dataset import Dataset
-from loray.train.determinism import seed_step
+from loray.train.determinism import deterministic, seed_step
 from loray.train.evaluation.held_out import held_out_loss, measure_baselines
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
@@ -56,7 +56,8 @@ def train(
     `initial` is the recipe's `init_adapter`, from whose weights a new run starts; a resumed one has its own.
 
     `resume_from` is a checkpoint folder: the run continues as if it had not been interrupted, bit for bit on the same
-    machine. Checkpoints are written to `workdir`, `clock` says in seconds when the next is due.
+    machine (on a GPU where `spec.deterministic`). Checkpoints are written to `workdir`; `clock` says in seconds when
+    the next is due.
 
     Raises TrainingError after `spec.max_nonfinite_steps` skipped steps, after a checkpoint of the last good state where
     its held-out loss is finite, and where the run ends without a usable adapter; SpecError where `resume_from` belongs
@@ -64,11 +65,12 @@ def train(
     """
     if (spec.init_adapter is None) != (initial is None):
         raise SpecError(f"init_adapter is {spec.init_adapter}: the files of an adapter go with it, and only with it")
-    run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device or torch.device("cpu"), clock)
-    try:
-        return run.train()
-    finally:
-        run.checkpoints.close()
+    with deterministic(spec.deterministic):
+        run = _Run(spec, base, data, reporter, workdir, resume_from, initial, device or torch.device("cpu"), clock)
+        try:
+            return run.train()
+        finally:
+            run.checkpoints.close()
 
 
 class _Step(NamedTuple):

@@ -76,6 +76,18 @@ def test_workers_are_bound_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert [s["ray.io/node-id"] for s in context.label_selector] == ["a", "a", "b", "b"]
 
 
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_an_elastic_run_that_lost_a_group_starts_with_the_others(monkeypatch: pytest.MonkeyPatch, is_cut: bool) -> None:
+    """Of at most two groups of two workers one is left. Ray cuts the list of selectors to the workers, or does not."""
+    monkeypatch.setattr(placement, "available_resources_per_node", lambda: {"a": {"CPU": 1.0}, "b": {"CPU": 3.0}})
+    config = ScalingConfig(num_workers=(2, 4), label_selector=WholeGroups.label_selectors(4))
+    assert WholeGroupScaling(config, 2)._count_possible_workers({"a": {"CPU": 1.0}, "b": {"CPU": 2.0}}) == 2
+    selectors = config._label_selector_per_worker(2 if is_cut else 4)
+    context: Any = SimpleNamespace(num_workers=2, resources_per_worker={"CPU": 1}, label_selector=selectors)
+    WholeGroups(2).before_worker_group_start(context)
+    assert selectors == [{"ray.io/node-id": "b"}] * 2 + [{}] * (0 if is_cut else 2)
+
+
 def test_where_whole_groups_do_not_fit_ray_packs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "available_resources_per_node", lambda: {"a": {"CPU": 3}, "b": {"CPU": 1}})
     monkeypatch.setattr(placement, "_SETTLE_S", 0)

@@ -27,9 +27,11 @@ def flash_attn_varlen_func(
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
+    deterministic: bool = False,
 ) -> Tensor:
     """flash-attn's function as its documentation has it, computed without its kernel."""
     assert causal
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     assert cu_seqlens_q.dtype == torch.int32
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert max_seqlen_q == max_seqlen_k == int(torch.diff(cu_seqlens_q).max())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loray.errors import SpecError
+from loray.errors import SpecError, UnsupportedError
 from loray.train.mesh import Mesh
+from loray.train.strategies import zero
 from tests.train.test_loop import recipe
 
 
@@ -15,6 +16,18 @@ def test_sequence_groups_cover_the_workers() -> None:
         recipe("longlora", num_workers=4, parallel={"sequence": 3})
     with pytest.raises(SpecError, match="1 workers do not split into sequence groups of 2"):
         Mesh.build(2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_looks_for_gradients_that_are_not_finite_and_keeps_buffers(stage: int) -> None:
+    spec = recipe(dtype="bfloat16", parallel={"strategy": f"zero{stage}"}, num_workers=2)
+    assert zero._config(spec, stage)["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    module = torch.nn.Module()
+    module.register_buffer("inv_freq", torch.ones(2))
+    dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
+    zero._check_buffers(module, dtypes)
+    with pytest.raises(UnsupportedError, match="changes the dtype of inv_freq: pip install --upgrade"):
+        zero._check_buffers(module.bfloat16(), dtypes)
 
 
 def test_loraplus_is_for_lora() -> None:

@@ -123,6 +123,9 @@ class TrainSpec(Frozen):
     parallel: ParallelSpec = ParallelSpec()
     use_gpu: bool = False
     seed: int = Field(default=0, ge=0)
+    deterministic: bool = Field(
+        default=False, description="kernels that give the same bits again on a GPU; on a CPU all do"
+    )
 
     @model_validator(mode="before")
     @classmethod

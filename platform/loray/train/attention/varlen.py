@@ -85,7 +85,10 @@ def _attend(q_BhTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, run: Run, scale: flo
         begins_S = _begins(segments, len(q), q.device)
         longest = max(length for length, _ in segments.buckets)
         packed = (x.flatten(0, 1) for x in (q, k, v))
-        out = _kernel()(*packed, begins_S, begins_S, longest, longest, softmax_scale=scale, causal=True)
+        fixed = torch.are_deterministic_algorithms_enabled()  # the order in which the backward pass adds up
+        out = _kernel()(
+            *packed, begins_S, begins_S, longest, longest, softmax_scale=scale, causal=True, deterministic=fixed
+        )
         q = out.view(len(q), covered, *out.shape[1:])
     return spread(q, segments, q_BhTD.shape)
 

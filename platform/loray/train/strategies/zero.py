@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,9 +57,11 @@ class Zero:
             head = objective.model.get_output_embeddings()
             self._deepspeed.zero.register_external_parameter(objective, head.weight)  # the loss reads it
         self._adam = adamw(self._parameters, spec.optimizer)
+        dtypes = {name: buffer.dtype for name, buffer in objective.named_buffers()}
         self._engine, *_ = self._deepspeed.initialize(
             model=objective, optimizer=self._adam, config=config, dist_init_required=False
         )
+        _check_buffers(objective, dtypes)
         self.objective: nn.Module = self._engine
         self._start_moments(0 if state is None else state.num_updates)
         if state is not None:
@@ -146,10 +149,21 @@ def _config(spec: TrainSpec, stage: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,  # `forward_backward` marks the last micro-batch
         "gradient_clipping": spec.optimizer.max_grad_norm or 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": spec.dtype == "bfloat16"},
+        "bf16": {"enabled": spec.dtype == "bfloat16", "check_grad_overflow": True},  # else nan is applied
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+def _check_buffers(objective: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise UnsupportedError where a buffer is no longer of its dtype: RoPE's frequencies in bf16 are wrong from some
+    ten thousand positions on.
+    """
+    changed = [name for name, buffer in objective.named_buffers() if buffer.dtype != dtypes[name]]
+    if changed:
+        raise UnsupportedError(
+            f"this DeepSpeed changes the dtype of {changed[0]}: pip install --upgrade 'loray[deepspeed]', or take fsdp2"
+        )
 
 
 def _import_deepspeed(device: torch.device) -> Any:
