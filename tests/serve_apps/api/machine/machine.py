@@ -167,9 +167,17 @@ class CatalogMachine(AskingMachine):
 
     @rule(who=WHO, of=OF, name=NAMES, version=VERSIONS, other=WHO, stays=RARELY)
     def delete_version(self, who: Caller, of: str | None, name: str, version: int, other: Caller, stays: bool) -> None:
+        """Of a version at which an alias has pointed, where that may be."""
+        for target in (version, version % 2 + 1):
+            self.put_alias(who, of, name, "canary", target, None, reason=True)
         right = lambda: self.model.delete_version(who, of, name, version)  # noqa: E731
-        self.ask(who, "publish", "DELETE", f"/adapters/{name}/versions/{version}", right, params={"tenant": of})
+        path = f"/adapters/{name}/versions/{version}"
+        deleted = self.ask(who, "publish", "DELETE", path, right, params={"tenant": of})
         self.look(other, of, name)
+        if deleted is not None:  # no alias comes back to it, be it rolled back or pointed there
+            self.roll_back(who, of, name, "canary", None)
+            for alias in ("prod", "canary"):
+                self.put_alias(who, of, name, alias, version, None, reason=True)
         if not stays:
             self.restore(who, of, name, version)
 
