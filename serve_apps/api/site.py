@@ -13,6 +13,7 @@ from loray.api.resources import Problem
 from loray.api.uploads import DownloadResource
 from loray.spec import TrainSpec
 from serve_apps.access import Access, CheckAccess
+from serve_apps.access.documents import describe_keys
 from serve_apps.access.rules import API
 from serve_apps.api import problems
 from serve_apps.api.routes import access as access_routes
@@ -62,7 +63,11 @@ def create_app(services: Services, access: Access) -> FastAPI:
     ):
         app.include_router(routes.create_router(services))
     # Routes read and write these themselves, so FastAPI does not know their schemas.
-    extend_openapi(app, [(TrainSpec, "validation"), (Problem, "serialization"), (DownloadResource, "serialization")])
+    extend_openapi(
+        app,
+        [(TrainSpec, "validation"), (Problem, "serialization"), (DownloadResource, "serialization")],
+        lambda document: describe_keys(document, API),
+    )
     return app
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
@@ -47,6 +48,25 @@ def without_lifespan(app: ASGIApp) -> ASGIApp:
             await send({"type": f"lifespan.{event}.complete"})
 
     return asked
+
+
+def document_of(app: ASGIApp, path: str) -> Any:
+    """Its operations, for Schemathesis. Keys are the test's alone: none are made up."""
+    schema = schemathesis.openapi.from_asgi(path, without_lifespan(app))
+    schema.config.generation.update(with_security_parameters=False)
+    return schema
+
+
+def needing_keys(document: Any) -> set[str]:
+    """The operations that need a key, which is sent as a bearer token."""
+    ((name, scheme),) = document["components"]["securitySchemes"].items()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    return {
+        f"{method.upper()} {path}"
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        if operation.get("security") == [{name: []}]
+    }
 
 
 def headers_of_each_kind(catalog: Catalog) -> dict[str, Headers]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schemathesis
 from hypothesis import given
 from schemathesis import GenerationMode
 
@@ -24,10 +23,11 @@ from tests.serve_apps.schemas import (
     CHECKS,
     NEGATIVE_CHECKS,
     Headers,
+    document_of,
     examples,
     expected,
     headers_of_each_kind,
-    without_lifespan,
+    needing_keys,
 )
 
 TAKE_NOTHING = {"GET /bases", "GET /keys/self", "GET /tenants"}  # that could be wrong
@@ -119,8 +119,7 @@ def callers(api: Api) -> dict[str, Headers]:
 
 def cases_of(api: Api, operation: str, mode: GenerationMode) -> Any:
     method, path = operation.split()
-    schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", without_lifespan(api.app))
-    return schema[path][method].as_strategy(generation_mode=mode)
+    return document_of(api.app, "/api/v1/openapi.json")[path][method].as_strategy(generation_mode=mode)
 
 
 def prepare(api: Api, case: Any, mode: GenerationMode) -> None:
@@ -171,6 +170,7 @@ def test_the_document(document: Any) -> None:
         for method, operation in methods.items()
     }
     assert sorted(operations) == OPERATIONS
+    assert sorted(needing_keys(document)) == OPERATIONS
     assert len({operation["operationId"] for operation in operations.values()}) == len(operations)
     for name, operation in operations.items():
         for status, answer in operation["responses"].items():

@@ -7,7 +7,6 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-import schemathesis
 from hypothesis import given
 from schemathesis import GenerationMode
 
@@ -17,7 +16,15 @@ from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, gateway_app, register
 from tests.serve_apps.gateway.test_gateway import HELLO
 from tests.serve_apps.keys import access_of
-from tests.serve_apps.schemas import CHECKS, Headers, examples, expected, headers_of_each_kind, without_lifespan
+from tests.serve_apps.schemas import (
+    CHECKS,
+    Headers,
+    document_of,
+    examples,
+    expected,
+    headers_of_each_kind,
+    needing_keys,
+)
 
 OPERATIONS = [
     "GET /health",
@@ -69,6 +76,7 @@ def test_the_document_has_every_route(app: Any) -> None:
     document = app.openapi()
     found = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
     assert sorted(found) == OPERATIONS
+    assert needing_keys(document) == {operation for operation in OPERATIONS if not operation.endswith(OPEN)}
     for path, methods in document["paths"].items():
         for operation in methods.values():
             assert {"200"} < operation["responses"].keys()
@@ -82,9 +90,7 @@ def test_the_document_has_every_route(app: Any) -> None:
 
 def cases_of(app: Any, operation: str, mode: GenerationMode) -> Any:
     method, path = operation.split()
-    return schemathesis.openapi.from_asgi("/openapi.json", without_lifespan(app))[path][method].as_strategy(
-        generation_mode=mode
-    )
+    return document_of(app, "/openapi.json")[path][method].as_strategy(generation_mode=mode)
 
 
 def known_names(case: Any, base: BaseModel) -> None:
