@@ -1,4 +1,6 @@
-"""Data in buckets: the driver downloads files, folders and globs, reads them, and removes its copies."""
+"""Data elsewhere: the driver downloads files, folders and globs of buckets, and data sets of the Hugging Face hub,
+reads its copies, and removes them.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,18 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
+from jobs.driver import hub
 from loray.errors import DataError, SettingsError
 from loray.locations import S3Location, parse_location
-from loray.recipes.sources import fixed_part, is_glob, is_read, matches
+from loray.recipes.sources import HUB, fixed_part, is_glob, is_read, matches
 from loray.settings import Settings
 from loray.store import open_filesystem
 
 
 @contextmanager
 def fetched(paths: Sequence[str], settings: Settings) -> Iterator[Mapping[str, Path]]:
-    """Maps each s3:// source of `paths` to a copy on this machine, a file or a folder, which is removed when the block
-    ends.
+    """Maps each s3:// and hf:// source of `paths` to a copy on this machine, a file or a folder, which is removed when
+    the block ends.
 
     A URL without options below LORAY_DATA is read with that URL's options, one in the store's bucket with the store's.
     Any other URL is read with the options that it names, as a store's URL does, or else with the AWS configuration.
@@ -32,8 +35,12 @@ def fetched(paths: Sequence[str], settings: Settings) -> Iterator[Mapping[str, P
     with tempfile.TemporaryDirectory(prefix="loray-data-") as folder:
         copies: dict[str, Path] = {}
         for source in paths:
-            if source.startswith("s3://") and source not in copies:
-                copies[source] = Path(folder, str(len(copies)))
+            if source in copies or not source.startswith(("s3://", HUB)):
+                continue
+            copies[source] = Path(folder, str(len(copies)))
+            if source.startswith(HUB):
+                hub.fetch(source, copies[source])
+            else:
                 _fetch(source, settings, copies[source])
         yield copies
 

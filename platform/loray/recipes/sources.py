@@ -1,7 +1,8 @@
 """The files of a recipe's data sources. Quick to import: the command that submits a job uses it, too.
 
 A source is a file, a glob, a folder, or a data set that Hugging Face's `datasets` has saved with `save_to_disk`. An
-s3:// source is the same in a bucket; it is read from a copy on this machine.
+s3:// source is the same in a bucket, a hf:// source a data set of the Hugging Face hub; both are read from a copy on
+this machine.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from loray.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # of the files that a folder or a glob of folders stands for
+HUB = "hf://"  # of data sets of the Hugging Face hub
 ARROW = ".arrow"  # a shard of a saved data set
 # What `save_to_disk` writes beside the shards, and above the splits.
 _INFO, _STATE, _SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
@@ -65,8 +67,8 @@ def uploaded_files(source: str) -> tuple[Path, ...]:
 
 
 def is_glob(source: str) -> bool:
-    """`?` begins the options of a URL, so it is no wildcard there."""
-    return any(char in source for char in ("*[" if "://" in source else "*?["))
+    """`?` begins the options of a URL, so it is no wildcard there. A split of the hub may have a slice."""
+    return not source.startswith(HUB) and any(char in source for char in ("*[" if "://" in source else "*?["))
 
 
 def without_options(source: str) -> str:

@@ -11,7 +11,8 @@ from loray.spec.fields import Frozen
 
 
 class DataSource(Frozen):
-    """`path`: a file, a glob, a folder, or a data set that Hugging Face's `datasets` saved; here or on s3://.
+    """`path`: a file, a glob, a folder, or a data set that Hugging Face's `datasets` saved; here or on s3://. Or a data
+    set of its hub, hf://org/name[/configuration][@revision][:split].
 
     `weight`: how often an epoch has the rows of this source: 2 has each twice, 0.25 a quarter, another one each epoch.
     """

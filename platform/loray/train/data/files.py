@@ -29,6 +29,7 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "text": ("text",),
 }
 _TOOLS = "tools"  # of a chat, where the file has that column
+READ_COLUMNS = frozenset({column for columns in _COLUMNS.values() for column in columns} | {_TOOLS})
 _EXPECTED = "`messages` (chat), `prompt` and `completion`, or `text`"
 
 
