@@ -78,12 +78,12 @@ def train(
     view = RunView(console)
     try:
         with view:
-            asyncio.run(_follow(server, job, view.feed))
+            asyncio.run(follow(server, job, view.feed))
     except KeyboardInterrupt:
         console.print(_how_to_go_on(source, server, job), highlight=False, soft_wrap=True)
         sys.exit(130)
     if view.published is None:
-        _fail(view, server, job, console)
+        fail(view, server, job, console)
     elif as_json:
         click.echo(json.dumps(view.published | {"job_id": job}, indent=2))
     else:
@@ -122,13 +122,14 @@ def _submit(
                 from loray.local.cluster import ensure_started
 
                 address = ensure_started(settings).address
-            server = _connect(address)
+            server = connect(address)
             job_id = server.submit(job)
     console.print(f"training {recipe.spec.name} as job {job_id}", highlight=False)
     return server, job_id
 
 
-def _connect(address: str) -> RayJobServer:
+def connect(address: str) -> RayJobServer:
+    """Raises LorayError where nothing answers there."""
     from jobs.submission.server import RayJobServer  # late: importing Ray takes longer than the rest of the command
 
     server = RayJobServer(lambda: http_url(address))
@@ -139,7 +140,7 @@ def _connect(address: str) -> RayJobServer:
     return server
 
 
-async def _follow(server: _Jobs, job: str, feed: Callable[[str], None]) -> None:
+async def follow(server: _Jobs, job: str, feed: Callable[[str], None]) -> None:
     """Calls `feed` once with every line of the job's log, until the job ends. A lost connection is opened again.
 
     LorayError after five connections in a row that bring no new line.
@@ -183,7 +184,8 @@ def _how_to_go_on(source: RecipeSource, server: _Jobs, job: str) -> str:
     )
 
 
-def _fail(view: RunView, server: _Jobs, job: str, console: Console) -> None:
+def fail(view: RunView, server: _Jobs, job: str, console: Console) -> None:
+    """Says why a job published nothing, and exits with 1."""
     if view.error is not None:
         console.print(describe(view.error), style="red", highlight=False, markup=False, soft_wrap=True)
     else:

@@ -6,37 +6,27 @@ how the job ended. `jobs.runs.folders` describes where runs are stored.
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
-
 import click
-import ray
-from ray.train import Result, TrainingFailedError
+from ray.train import Result
 
+from jobs.driver.fit import fit
 from jobs.driver.prepare import Prepared, prepare
 from jobs.driver.publication import already_published, driver_of, publish_best
-from jobs.driver.record import Interrupted, Interrupts, JobRecord, recorded
-from jobs.driver.trainer import build_trainer
-from jobs.events.messages import EventTail, describe, encode, first_line
+from jobs.driver.record import Interrupts, JobRecord, recorded, reported
+from jobs.driver.resources import connect
+from jobs.driver.trainer import share_workload
+from jobs.events.messages import describe, encode
 from jobs.events.schema import Emit, Event, PublishedEvent
-from jobs.events.sink import start_sink
-from jobs.events.tensorboard import TensorBoardWriter
 from jobs.runs.folders import RunFolder, open_runs
-from jobs.workers.placement import worker_resources
+from jobs.tracking.trackers import TrackedRun, tracked
 from loray.catalog import Catalog
 from loray.cli.recipes.options import RecipeSource, recipe_options
-from loray.errors import CatalogError, EvaluationError, LorayError, SpecError, StoreError, TrainingError
+from loray.errors import CatalogError, EvaluationError, StoreError, TrainingError
 from loray.recipes.load import Recipe
 from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, qualified_name
 from loray.store import open_store
-from loray.telemetry import configure_logging, get_logger
-
-log = get_logger(__name__)
-
-_RAY_UP_CONFIG = Path("~/ray_bootstrap_config.yaml")  # on the head node of a cluster that `ray up` has started
-_STOPPED = 143  # the exit code that a shell reports for a process ended by SIGTERM
+from loray.telemetry import configure_logging
 
 
 @click.command()
@@ -53,7 +43,7 @@ def main(source: RecipeSource, as_events: bool, resume: bool, tenant: str, publi
     def emit(event: Event) -> None:
         click.echo(encode(event) if as_events else describe(event))
 
-    try:
+    with reported(emit):
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         loaded = source.load(settings.home)
@@ -61,17 +51,6 @@ def main(source: RecipeSource, as_events: bool, resume: bool, tenant: str, publi
             publish_latest(loaded, settings, emit, tenant=tenant)
         else:
             train(loaded, settings, emit, resume=resume, tenant=tenant)
-    except LorayError as e:
-        emit({"event": "error", "kind": type(e).__name__, "message": str(e)})
-        sys.exit(1)
-    except Interrupted as e:
-        emit({"event": "error", "kind": "Interrupted", "message": str(e)})
-        sys.exit(_STOPPED)
-    except Exception as e:
-        log.debug("unexpected error", exc_info=True)
-        message = f"{first_line(e)} (LORAY_LOG_LEVEL=DEBUG shows where)"
-        emit({"event": "error", "kind": type(e).__name__, "message": message})
-        sys.exit(1)
 
 
 def train(
@@ -87,7 +66,7 @@ def train(
         catalog.check_name(recipe.spec.name, recipe.spec.publish.aliases)
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
         try:
-            prepared = prepare(recipe, settings, catalog, lambda: _connect(recipe, settings, interrupts))
+            prepared = prepare(recipe, settings, catalog, lambda: connect(recipe.spec, settings, interrupts))
         except KeyboardInterrupt:  # raised by ray.get while data is tokenised
             raise interrupts.interrupted() from None
         whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name
@@ -95,15 +74,17 @@ def train(
         run = runs.latest(name) if resume else None
         published = None if run is None else already_published(run, recipe)
         if published is None:
-            _connect(recipe, settings, interrupts)
+            connect(recipe.spec, settings, interrupts)
             run = run or runs.new(name, job.job_id)
-            with run.locked(job.job_id, interrupts.raise_in_main_thread):
-                result = _fit(prepared, run, settings, emit, job, interrupts)
+            tracked_run = TrackedRun(name, f"{name}/{run.name}", prepared.spec)
+            with run.locked(job.job_id, interrupts.raise_in_main_thread), tracked(tracked_run, emit) as trackers:
+                result = _fit(prepared, run, settings, trackers.emit, job, interrupts)
                 if result.return_value is not None:
                     hint = f", or publish it with {_how_to_publish(recipe, tenant)}"
                     raise TrainingError(f"{result.return_value}{hint if result.checkpoint else ''}")
                 try:
                     published = _publish(result, run, recipe, settings, emit, tenant)
+                    trackers.tell(published)
                 except KeyboardInterrupt:  # raised by ray.get while the adapter is measured
                     raise interrupts.interrupted() from None
         job.end("succeeded", version=published["version"])
@@ -139,62 +120,12 @@ def _how_to_publish(recipe: Recipe, tenant: str) -> str:
 def _fit(
     prepared: Prepared, run: RunFolder, settings: Settings, emit: Emit, job: JobRecord, interrupts: Interrupts
 ) -> Result:
-    def write_and_emit(event: Event) -> None:
-        board.write(event)
-        emit(event)
+    def stop() -> None:
+        interrupted = interrupts.interrupted()
+        job.end("stopped", message=str(interrupted))  # at once: `ray job stop` kills a driver that ends slowly
+        raise interrupted from None
 
-    with run.history() as history, TensorBoardWriter(history.board) as board, EventTail(history.events, write_and_emit):
-        sink = start_sink(history.events)
-        try:
-            return build_trainer(prepared, run, settings, sink).fit()
-        except TrainingFailedError as e:
-            failures = getattr(e, "worker_failures", None) or {0: e}
-            raise TrainingError(
-                f"training failed: {first_line(next(iter(failures.values())))}; "
-                f"go on from the last checkpoint with --resume, details are in {run}"
-            ) from e
-        except KeyboardInterrupt:
-            interrupted = interrupts.interrupted()
-            job.end("stopped", message=str(interrupted))  # at once: `ray job stop` kills a driver that ends slowly
-            raise interrupted from None
-        finally:
-            ray.kill(sink)
-
-
-def _connect(recipe: Recipe, settings: Settings, interrupts: Interrupts) -> None:
-    """To the cluster, or to one on this machine alone. Raises SpecError if it has too few resources."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    interrupts.arm()
-    _check_resources(recipe, settings)
-
-
-def _check_resources(recipe: Recipe, settings: Settings) -> None:
-    """Raises SpecError if the cluster has too few resources, for which Ray would wait without end.
-
-    With an autoscaler, which may add nodes, it only logs a warning.
-    """
-    have, spec = ray.cluster_resources(), recipe.spec
-    name, needed = ("num_workers", spec.num_workers) if spec.min_workers is None else ("min_workers", spec.min_workers)
-    for resource, each in worker_resources(spec, settings.training_group).items():
-        if have.get(resource, 0) >= needed * each:
-            continue
-        unit = f"{resource}s" if resource.isupper() else f"of the resource {resource}"
-        lack = f"{name} is {needed}, but the cluster has {have.get(resource, 0):g} {unit}"
-        if not _has_autoscaler():
-            raise SpecError(f"{lack}; lower it, or use a larger cluster")
-        log.warning("%s: waiting for its autoscaler to add them, as long as that takes", lack)
-
-
-def _has_autoscaler() -> bool:
-    """Whether an autoscaler may add nodes, judged by traces on the driver's node. Ray has no API for it.
-
-    KubeRay starts the head with --no-monitor if it runs the autoscaler itself, which does not show on other nodes;
-    `ray up` leaves its configuration file.
-    """
-    command = os.environ.get("KUBERAY_GEN_RAY_START_CMD", "")
-    is_worker = bool(command) and "--head" not in command
-    return is_worker or "--no-monitor" in command or _RAY_UP_CONFIG.expanduser().exists()
+    return fit(share_workload(prepared), run, settings, emit, on_interrupt=stop)
 
 
 if __name__ == "__main__":

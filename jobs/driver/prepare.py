@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from jobs.driver.parent import fetch_parent
 from jobs.driver.tokenising import RayTasks
+from jobs.tracking.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
 from loray.bases.registry import BaseModel, ensure_base, list_bases
@@ -35,16 +36,22 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    recipe: Recipe, settings: Settings, catalog: Catalog | None = None, connect: Callable[[], None] | None = None
+    recipe: Recipe,
+    settings: Settings,
+    catalog: Catalog | None = None,
+    connect: Callable[[], None] | None = None,
+    datasets: MutableMapping[object, Dataset] | None = None,
 ) -> Prepared:
     """Checks the recipe against this machine and reads the data. Raises LorayError that says what to change.
 
     `catalog` is that of the job, in which `init_adapter` is looked up; None: the settings', with all names.
-    `connect` connects to the Ray cluster that tokenises; None: this process tokenises.
+    `connect` connects to the Ray cluster that tokenises; None: this process tokenises. `datasets` keeps what was read:
+    a recipe with the same rows takes it from there.
     """
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
+    check_installed(spec.tracking)
     base = ensure_base(settings.home, spec.base)
     initial = None
     if spec.init_adapter is not None:
@@ -52,20 +59,9 @@ def prepare(
         recipe = recipe._replace(spec=spec)
     max_length = resolve(spec, base.config).row_length
     check_measurable(recipe, base, settings)
-    sources = recipe.data()
-    with fetched(sources.paths, settings) as copies:
-        data = load_data(
-            sources,
-            AutoTokenizer.from_pretrained(base.path),
-            max_length=max_length,
-            max_eval_rows=spec.evaluation.max_rows,
-            seed=spec.seed,
-            joined=_is_joined(spec),
-            whole_windows=spec.is_long_context,
-            fetched=copies,
-            cache=open_tokens(settings),
-            run=run_here if connect is None else RayTasks(spec, settings.training_group, connect),
-        )
+    data = _rows(recipe, base, max_length, settings, connect, {} if datasets is None else datasets)
+    if spec.early_stopping is not None and not len(data.evaluation):
+        raise SpecError("early_stopping needs held-out rows: give data.eval, or a data.eval_fraction")
     order = spec.batch.order or ("concat" if data.is_joined else "shuffled")
     filled = {
         "data": spec.data.model_copy(update={"max_length": max_length}),
@@ -76,6 +72,34 @@ def prepare(
     check_token_budget(spec.batch, int(lengths.max(initial=0)))
     check_row_lengths(spec, float(np.median(lengths)), max_length, are_texts=data.report.format == "text")
     return Prepared(spec, base, data, initial)
+
+
+def _rows(
+    recipe: Recipe,
+    base: BaseModel,
+    max_length: int,
+    settings: Settings,
+    connect: Callable[[], None] | None,
+    known: MutableMapping[object, Dataset],
+) -> Dataset:
+    spec, sources = recipe.spec, recipe.data()
+    max_eval_rows, joined = spec.evaluation.max_rows, _is_joined(spec)
+    key = (base.fingerprint, sources, max_length, max_eval_rows, spec.seed, joined, spec.is_long_context)
+    if key not in known:
+        with fetched(sources.paths, settings) as copies:
+            known[key] = load_data(
+                sources,
+                AutoTokenizer.from_pretrained(base.path),
+                max_length=max_length,
+                max_eval_rows=max_eval_rows,
+                seed=spec.seed,
+                joined=joined,
+                whole_windows=spec.is_long_context,
+                fetched=copies,
+                cache=open_tokens(settings),
+                run=run_here if connect is None else RayTasks(spec, settings.training_group, connect),
+            )
+    return known[key]
 
 
 def _is_joined(spec: TrainSpec) -> bool | None:

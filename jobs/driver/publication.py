@@ -44,17 +44,19 @@ def publish_best(
     emit: Emit = lambda event: None,
     *,
     tenant: str = DEFAULT_TENANT,
+    sweep: str | None = None,
 ) -> PublishedEvent:
     """Publishes the run's best checkpoint for `tenant` with the recipe that it was trained with, and returns the event.
 
     The given recipe decides only how the checkpoint is measured and published. If the gate refuses the aliases, the
-    checkpoint is published without them, and the event's `refusal` says why. Raises LorayError.
+    checkpoint is published without them, and the event's `refusal` says why. `sweep`: of which the run is the best
+    trial. Raises LorayError.
     """
     latest = result.checkpoint
     if latest is None:
         raise TrainingError(f"the run in {run} ended without a checkpoint; nothing was published")
     keep_best = _state(latest).recipe.evaluation.keep_best
-    event = _publish(best(result, by_loss=keep_best), run, recipe, settings, emit, tenant)
+    event = _publish(best(result, by_loss=keep_best), run, recipe, settings, emit, tenant, sweep)
     saved = _Publication(recipe=recipe.spec.model_dump(mode="json"), event=dict(event))
     run.write(_PUBLISHED, json.dumps(saved.model_dump(), indent=2).encode() + b"\n")
     return event
@@ -93,7 +95,13 @@ def driver_of(tenant: str) -> Principal:
 
 
 def _publish(
-    checkpoint: Checkpoint, run: RunFolder, recipe: Recipe, settings: Settings, emit: Emit, tenant: str
+    checkpoint: Checkpoint,
+    run: RunFolder,
+    recipe: Recipe,
+    settings: Settings,
+    emit: Emit,
+    tenant: str,
+    sweep: str | None,
 ) -> PublishedEvent:
     state = _state(checkpoint)
     check_publishable(state)
@@ -110,6 +118,7 @@ def _publish(
             job_id=run.job_id,
             data_fingerprint=state.data_fingerprint,
             parent=state.parent,
+            sweep=sweep,
             evaluations=(*state.evaluations(), *measured),
             licence=spec.publish.licence,
             description=spec.publish.description,

@@ -6,17 +6,22 @@ import json
 import os
 import secrets
 import signal
+import sys
 from _thread import interrupt_main
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from jobs.events.messages import first_line
+from jobs.events.schema import Emit
 from loray.catalog import Catalog
 from loray.errors import LorayError
 from loray.spec import EndStatus, TrainSpec
 from loray.telemetry import get_logger
 
 log = get_logger(__name__)
+
+_STOPPED = 143  # the exit code that a shell reports for a process ended by SIGTERM
 
 
 class Interrupted(KeyboardInterrupt):
@@ -56,6 +61,26 @@ class Interrupts:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._reason = self._reason or "stopped by SIGTERM; go on from the last checkpoint with --resume"
         raise self.interrupted()
+
+
+@contextmanager
+def reported(emit: Emit) -> Iterator[None]:
+    """Emits an error that leaves the `with` block as an event, and exits with 1, or with 143 after SIGTERM."""
+    code = 1
+    try:
+        yield
+    except LorayError as e:
+        emit({"event": "error", "kind": type(e).__name__, "message": str(e)})
+    except Interrupted as e:
+        emit({"event": "error", "kind": "Interrupted", "message": str(e)})
+        code = _STOPPED
+    except Exception as e:
+        log.debug("unexpected error", exc_info=True)
+        message = f"{first_line(e)} (LORAY_LOG_LEVEL=DEBUG shows where)"
+        emit({"event": "error", "kind": type(e).__name__, "message": message})
+    else:
+        return
+    sys.exit(code)
 
 
 class JobRecord:

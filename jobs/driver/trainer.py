@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -17,6 +18,7 @@ from jobs.workers.checkpoints import SCORE
 from jobs.workers.controller import EventLog
 from jobs.workers.elastic import ElasticTorchTrainer
 from jobs.workers.placement import WholeGroups, worker_resources
+from loray.bases.registry import BaseModel
 from loray.settings import Settings
 from loray.spec import TrainSpec
 
@@ -25,21 +27,40 @@ _HEALTH_CHECK_S = "0.2"  # Ray's default, 2 s, would delay by as much its knowle
 _RESIZE_S = 60.0  # between two checks whether an elastic run can have more workers
 
 
-def build_trainer(prepared: Prepared, run: RunFolder, settings: Settings, sink: ActorHandle) -> TorchTrainer:
-    spec = prepared.spec
+class Workload(NamedTuple):
+    """What workers are given: the recipe, its base, and in Ray's object store the tokenised data and the adapter that
+    the run goes on from. `is_evaluated`: there are held-out rows.
+    """
+
+    spec: TrainSpec
+    base: BaseModel
+    data: ObjectRef
+    is_evaluated: bool
+    initial: ObjectRef | None
+
+
+def share_workload(prepared: Prepared, data: ObjectRef | None = None) -> Workload:
+    """Puts what workers need into the object store. `data`: the dataset there, where several runs have the same."""
+    initial = None if prepared.initial is None else ray.put(prepared.initial)
+    is_evaluated = len(prepared.data.evaluation) > 0
+    return Workload(prepared.spec, prepared.base, data or ray.put(prepared.data), is_evaluated, initial)
+
+
+def build_trainer(work: Workload, run: RunFolder, settings: Settings, sink: ActorHandle) -> TorchTrainer:
+    spec = work.spec
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)  # Ray passes it to its controller
-    ranked = spec.evaluation.keep_best and len(prepared.data.evaluation) > 0
+    ranked = spec.evaluation.keep_best and work.is_evaluated
     arguments: dict[str, Any] = {
         "train_loop_config": worker.WorkerConfig(
             recipe=spec.model_dump(mode="json"),
             home=str(settings.home),
             run=run.name,
-            base_fingerprint=prepared.base.fingerprint,
+            base_fingerprint=work.base.fingerprint,
             log_level=settings.log_level,
             peak_tflops=settings.peak_tflops,
             events=sink,
-            data=ray.put(prepared.data),
-            initial=None if prepared.initial is None else ray.put(prepared.initial),
+            data=work.data,
+            initial=work.initial,
         ),
         "scaling_config": _scaling(spec, settings),
         "run_config": RunConfig(

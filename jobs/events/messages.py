@@ -53,6 +53,11 @@ def describe(event: Event) -> str:
             )
         case "eval":
             return f"step {event['step']}  held-out loss {number(event['eval_loss'])} ({event['subject']})"
+        case "early_stop":
+            return (
+                f"step {event['step']}  ends early: {event['num_stale']} evaluations in a row were no better than "
+                f"{number(event['best_eval_loss'])}"
+            )
         case "checkpoint":
             return f"step {event['step']}  checkpoint saved"
         case "warning":
@@ -67,6 +72,15 @@ def describe(event: Event) -> str:
             return "\n".join(
                 [line, *_perplexities(event.get("evaluations", [])), *filter(None, [event.get("refusal")])]
             )
+        case "trial":
+            loss = f", held-out loss {number(event['losses'][-1][1])}" if event["losses"] else ""
+            at = f"step {event['losses'][-1][0]:.0f}/{event['num_steps']}" if event["losses"] else "no step"
+            fields = " ".join(f"{path}={value}" for path, value in event["values"].items())
+            reason = f": {event['message']}" if event["message"] else ""
+            return f"trial {event['trial']} of {event['num_trials']} ({fields}) {event['status']}, {at}{loss}{reason}"
+        case "sweep":
+            chosen = "no trial was completed" if event["best"] is None else f"the best is trial {event['best']}"
+            return f"sweep {event['sweep']}: {chosen}; records and {event['picture']} are in {event['folder']}"
         case "error":
             return f"error: {event['message']}"
         case other:

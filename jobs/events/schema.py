@@ -52,6 +52,16 @@ class EvalEvent(TypedDict):
     eval_loss: float | None
 
 
+class EarlyStopEvent(TypedDict):
+    """The run ends here: `num_stale` evaluations in a row were no better than the best one before them."""
+
+    event: Literal["early_stop"]
+    step: int
+    num_steps: int
+    best_eval_loss: float | None
+    num_stale: int
+
+
 class CheckpointEvent(TypedDict):
     """A checkpoint; `path` is where it was uploaded to."""
 
@@ -93,6 +103,29 @@ class PublishedEvent(TypedDict):
     evaluations: NotRequired[list[dict[str, Any]]]
 
 
+class TrialEvent(TypedDict):
+    """A sweep's trial has changed: the fields are those of `jobs.sweeps.trials.TrialRecord`."""
+
+    event: Literal["trial"]
+    num_trials: int
+    trial: int
+    values: dict[str, str]
+    status: str
+    num_steps: int | None
+    losses: list[list[float]]
+    message: str
+
+
+class SweepEvent(TypedDict):
+    """All trials have ended. `folder` holds their records, and `picture` their losses; `best`: None if all failed."""
+
+    event: Literal["sweep"]
+    sweep: str
+    folder: str
+    picture: str
+    best: int | None
+
+
 class ErrorEvent(TypedDict):
     """`kind`: the name of the error's class."""
 
@@ -101,6 +134,8 @@ class ErrorEvent(TypedDict):
     message: str
 
 
-LoopEvent = StartEvent | StepEvent | EvalEvent | CheckpointEvent
-Event = LoopEvent | WarningEvent | WorkerLostEvent | MeasureEvent | PublishedEvent | ErrorEvent
+LoopEvent = StartEvent | StepEvent | EvalEvent | EarlyStopEvent | CheckpointEvent
+Event = (
+    LoopEvent | WarningEvent | WorkerLostEvent | MeasureEvent | PublishedEvent | TrialEvent | SweepEvent | ErrorEvent
+)
 Emit = Callable[[Event], None]

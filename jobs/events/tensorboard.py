@@ -50,14 +50,19 @@ class TensorBoardWriter:
                     flush_secs=_FLUSH_S,
                     filename_suffix=f".{event['pid']}",
                 )
-            case "step":
-                values: Mapping[str, Any] = event
-                for name, tag in _STEP.items():
-                    self._add(tag, values.get(name), event["step"])
-            case "eval":
-                self._add(f"eval/loss_{event['subject']}", event["eval_loss"], event["step"])
+            case _ if self._writer is not None:
+                values, step = scalars(event)
+                for tag, value in values.items():
+                    self._writer.add_scalar(tag, value, step)
 
-    def _add(self, tag: str, value: float | None, step: int) -> None:
-        """`value` is None for a number that was not finite."""
-        if self._writer is not None and value is not None:
-            self._writer.add_scalar(tag, value, step)
+
+def scalars(event: Event) -> tuple[dict[str, float], int]:
+    """(values by tag, step) of an event; no values where it has none. A number that was not finite is left out."""
+    match event["event"]:
+        case "step":
+            values: Mapping[str, Any] = event
+            found = {tag: values.get(name) for name, tag in _STEP.items()}
+            return {tag: value for tag, value in found.items() if value is not None}, event["step"]
+        case "eval" if event["eval_loss"] is not None:
+            return {f"eval/loss_{event['subject']}": event["eval_loss"]}, event["step"]
+    return {}, 0

@@ -61,7 +61,7 @@ class RunView:
             case "eval":
                 self._eval_loss = event["eval_loss"]
                 self._print(event)
-            case "warning" | "worker_lost" | "measure":
+            case "warning" | "worker_lost" | "measure" | "early_stop":
                 self._print(event)
             case "published":
                 self.published = event

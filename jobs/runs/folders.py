@@ -1,4 +1,5 @@
 """Run folders: `PREFIX/runs/NAME/TIME` in the bucket of a store on S3, or `LORAY_HOME/runs/NAME/TIME` on this machine.
+Of sweeps, and of their trials below them, it is `sweeps` instead of `runs`.
 
 NAME is `_TENANT/NAME` where the tenant is not the default one; no adapter's name begins with `_`.
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pyarrow import fs as pafs
 from ray.train import Result
@@ -181,10 +182,15 @@ class Runs:
 
     def new(self, name: str, job_id: str) -> RunFolder:
         """`name`: of the adapter, as `spec.qualified_name` makes it."""
-        run = self.make(f"{_folder_of(name)}/{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}")
-        with _translate_errors(run):
-            self.filesystem.create_dir(run.path)
-        run.write(_JOB_ID, job_id.encode())
+        return self.open(f"{_folder_of(name)}/{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}", job_id)
+
+    def open(self, at: str, job_id: str) -> RunFolder:
+        """The run at `name/time`, or below a sweep's; made for this job if there is none yet."""
+        run = self.make(at)
+        if run.job_id is None:
+            with _translate_errors(run):
+                self.filesystem.create_dir(run.path)
+            run.write(_JOB_ID, job_id.encode())
         return run
 
     def latest(self, name: str) -> RunFolder:
@@ -213,9 +219,9 @@ def _folder_of(name: str) -> str:
     return bare if tenant is None else f"_{tenant}/{bare}"
 
 
-def open_runs(settings: Settings) -> Runs:
+def open_runs(settings: Settings, kind: Literal["runs", "sweeps"] = "runs") -> Runs:
     """Raises SettingsError if the store's URL is wrong. Reads and writes nothing yet."""
-    here = settings.home / "runs"
+    here = settings.home / kind
     location = parse_location(settings.store)
     if isinstance(location, FileLocation):
         disk = pafs.LocalFileSystem()
@@ -224,8 +230,8 @@ def open_runs(settings: Settings) -> Runs:
     objects = S3Store(location, quick=True)
     return Runs(
         bucket,
-        f"{prefix}/runs",
-        lambda run: SharedRunFolder(bucket, f"{prefix}/runs/{run}", objects, f"runs/{run}", here / run),
+        f"{prefix}/{kind}",
+        lambda run: SharedRunFolder(bucket, f"{prefix}/{kind}/{run}", objects, f"{kind}/{run}", here / run),
         here,
     )
 

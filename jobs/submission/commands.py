@@ -6,6 +6,7 @@ own AWS credentials and, if the catalog's URL holds a password, their own LORAY_
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -23,6 +24,9 @@ from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, DataSpec, TrainSpec, qualified_name
 
 _DRIVER = ("-P", "-m", "jobs.train")  # -P: a module in the recipe's folder must not shadow one of ours
+_OF_TRACKERS = ("MLFLOW_", "WANDB_")
+_SWEEP_DRIVER = ("-P", "-m", "jobs.sweeps.driver")
+_PLAN = "plan.json"
 # The shell exits with the message if the cluster's nodes have no LORAY_CATALOG.
 _OWN_CATALOG = ': "${LORAY_CATALOG:?must be set on the nodes of the cluster: URLs with a password are not sent to it}"'
 
@@ -48,7 +52,7 @@ def local(recipe: Recipe, settings: Settings, *, resume: bool) -> Submission:
     else:  # a shipped recipe is passed by name, because its paths are relative to this folder, not to the package's
         source = str(recipe.path) if recipe.path.is_relative_to(recipe.folder) else recipe.path.stem
     entrypoint = f"cd {shlex.quote(str(recipe.folder))} && exec {_command(sys.executable, source, resume=resume)}"
-    return Submission(entrypoint, {"env_vars": settings.to_env()}, _metadata(recipe.spec), _of_driver(settings))
+    return Submission(entrypoint, {"env_vars": _env_here(settings)}, _metadata(recipe.spec), _of_driver(settings))
 
 
 def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, stage: Path) -> Submission:
@@ -64,6 +68,14 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
     else:
         source = recipe.path.name
         (stage / source).write_text(yaml.safe_dump(recipe.spec.model_dump(mode="json"), sort_keys=False))
+    _stage_data(recipe, address, stage)
+    command = _command("python", source, resume=resume)
+    runtime_env = {"working_dir": str(stage), "env_vars": settings.to_remote_env()}
+    return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec), _of_driver(settings))
+
+
+def _stage_data(recipe: Recipe, address: str, stage: Path) -> None:
+    """Copies local data files to where Ray uploads them from. Raises DataError as `remote` does."""
     for named, source_path in zip(_sources(recipe.spec.data), _sources(recipe.data()), strict=True):
         if not Path(source_path).is_relative_to(recipe.folder):
             raise DataError(
@@ -80,9 +92,36 @@ def remote(recipe: Recipe, settings: Settings, *, address: str, resume: bool, st
         target = stage / path.relative_to(recipe.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    command = _command("python", source, resume=resume)
-    runtime_env = {"working_dir": str(stage), "env_vars": settings.to_remote_env()}
-    return Submission(_with_own_catalog(command, settings), runtime_env, _metadata(recipe.spec), _of_driver(settings))
+
+
+def sweep(recipe: Recipe, plan: str, settings: Settings, *, address: str | None, stage: Path) -> Submission:
+    """A job that runs a sweep of `recipe`, whose trials are in `plan`, as JSON. Ray uploads the plan from `stage`, and
+    local data where `address` is another machine's. Raises as `local` and `remote` do.
+    """
+    if address is not None and not is_this_machine(address):
+        settings.check_reachable_from(address)
+        _stage_data(recipe, address, stage)
+    else:
+        for data in _sources(recipe.data()):
+            _local_files(data, recipe)
+    (stage / _PLAN).write_text(plan, encoding="utf-8")
+    job = _sweep([_PLAN], settings, address, _metadata(recipe.spec))
+    return job._replace(runtime_env={"working_dir": str(stage), **job.runtime_env})
+
+
+def resumed_sweep(name: str, settings: Settings, *, address: str | None) -> Submission:
+    """A job that goes on with the latest sweep of the adapter `name`."""
+    return _sweep(["--resume", name], settings, address, {"loray_name": name})
+
+
+def _sweep(arguments: list[str], settings: Settings, address: str | None, metadata: dict[str, str]) -> Submission:
+    is_here = address is None or is_this_machine(address)
+    command = shlex.join([sys.executable if is_here else "python", *_SWEEP_DRIVER, *arguments, "--events"])
+    if not is_here:
+        settings.check_reachable_from(str(address))
+        command = _with_own_catalog(command, settings)
+    env = _env_here(settings) if is_here else settings.to_remote_env()
+    return Submission(command, {"env_vars": env}, metadata, _of_driver(settings))
 
 
 def for_server(recipe: Recipe, url: str) -> TrainSpec:
@@ -115,6 +154,13 @@ def from_spec(spec: TrainSpec, settings: Settings, *, resume: bool = False, tena
         command = _with_own_catalog(f"exec {command}", settings)
     environment = {"env_vars": settings.to_env(secrets=is_private)}
     return Submission(command, environment, _metadata(spec, tenant), _of_driver(settings))
+
+
+def _env_here(settings: Settings) -> dict[str, str]:
+    """With what the libraries of trackers read: on this machine, only its user sees a job's environment."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith(_OF_TRACKERS)}
+    ours.pop("WANDB_SERVICE", None)  # of this process alone
+    return settings.to_env() | ours
 
 
 def _of_driver(settings: Settings) -> dict[str, float] | None:

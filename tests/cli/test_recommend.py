@@ -26,7 +26,7 @@ def test_everything_as_json(loray: Loray) -> None:
     )
     found = json.loads(out)
     assert (found["base"], found["device"]) == ("Meta-Llama-3-8B", "h100-80gb")
-    assert [entry["method"] for entry in found["estimates"]] == ["lora", "vera", "longlora"]
+    assert [entry["method"] for entry in found["estimates"]] == ["lora", "dora", "vera", "longlora"]
     assert found["scores"][0]["method"] == "VeRA"
 
 

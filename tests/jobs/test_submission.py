@@ -27,14 +27,16 @@ def test_which_addresses_are_remote() -> None:
     assert all(map(is_remote, (ADDRESS, "10.0.0.1:8265", "ray://head:10001")))
 
 
-def test_local_jobs_get_absolute_paths_and_no_upload(tmp_path: Path) -> None:
+def test_local_jobs_get_absolute_paths_and_no_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.setenv("WANDB_SERVICE", "of this process")
     job = commands.local(write(tmp_path / "my recipes"), settings, resume=True)
     assert shlex.split(job.entrypoint) == [
         *("cd", str(tmp_path / "my recipes"), "&&", "exec", sys.executable, "-P", "-m", "jobs.train"),
         *(str(tmp_path / "my recipes" / "recipe.yaml"), "--events", "--resume"),
     ]
-    assert job.runtime_env == {"env_vars": settings.to_env()}
+    assert job.runtime_env == {"env_vars": settings.to_env() | {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}}
 
 
 def test_shipped_recipes_keep_their_paths_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +85,21 @@ def test_remote_jobs_upload_the_recipe_and_its_data(tmp_path: Path) -> None:
     assert job.entrypoint == "python -P -m jobs.train recipe.yaml --events"
     assert job.runtime_env["working_dir"] == str(folder)
     assert job.runtime_env["env_vars"] == REACHABLE | {"LORAY_LOG_LEVEL": "INFO"}
+
+
+def test_a_sweep_uploads_its_plan_and_to_another_cluster_its_data(tmp_path: Path) -> None:
+    recipe, folder, here = write(tmp_path / "a"), stage(tmp_path), Settings.from_env({"LORAY_HOME": str(tmp_path)})
+    local = commands.sweep(recipe, "{}", here, address=None, stage=folder)
+    assert [p.name for p in folder.iterdir()] == ["plan.json"]
+    assert shlex.split(local.entrypoint) == [sys.executable, "-P", "-m", "jobs.sweeps.driver", "plan.json", "--events"]
+    assert local.runtime_env["working_dir"] == str(folder)
+    remote = commands.sweep(recipe, "{}", Settings.from_env(REACHABLE), address=ADDRESS, stage=folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["data.jsonl", "plan.json"]
+    assert remote.runtime_env["env_vars"] == REACHABLE | {"LORAY_LOG_LEVEL": "INFO"}
+    resumed = commands.resumed_sweep("arithmetic", Settings.from_env(REACHABLE), address=ADDRESS)
+    assert resumed.entrypoint == "python -P -m jobs.sweeps.driver --resume arithmetic --events"
+    with pytest.raises(SettingsError, match="cannot reach this machine"):
+        commands.resumed_sweep("arithmetic", here, address=ADDRESS)
 
 
 def test_no_secret_of_this_machine_is_sent(tmp_path: Path) -> None:

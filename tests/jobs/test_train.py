@@ -106,11 +106,11 @@ def test_a_submitted_job_trains_and_publishes(
 def follow(client: Any, job: str) -> list[str]:
     import asyncio
 
-    from jobs.command import _follow
+    from jobs.command import follow as follow_job
     from jobs.submission.server import RayJobServer
 
     lines: list[str] = []
-    asyncio.run(_follow(RayJobServer(client.get_address), job, lines.append))
+    asyncio.run(follow_job(RayJobServer(client.get_address), job, lines.append))
     return lines
 
 

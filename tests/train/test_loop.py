@@ -132,6 +132,30 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_base: Callable[..., BaseMode
     assert [e["event"] for e in again.events] == ["start"]
 
 
+@pytest.mark.parametrize(("min_delta", "last"), [(100.0, 3), (0.0, 8)])
+def test_a_run_ends_early_where_the_held_out_loss_stops_falling(
+    min_delta: float, last: int, tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    """No loss falls by 100, and every one falls by more than nothing. A resumed run knows that it had ended."""
+    base = tiny_base(**TINY)
+    spec = recipe(
+        evaluation={"interval_steps": 1},
+        checkpoint={"interval_steps": 8},
+        early_stopping={"patience": 2, "min_delta": min_delta},
+    )
+    state, reporter = run(spec, base, tmp_path)
+    assert (state.step, reporter.checkpoints[-1].step) == (last, last)
+    ends = [e for e in reporter.events if e["event"] == "early_stop"]
+    assert [(e["step"], e["num_steps"], e["num_stale"]) for e in ends] == ([(3, 8, 2)] if last == 3 else [])
+    if ends:
+        assert ends[0]["best_eval_loss"] == state.best_eval_loss
+        _, again = run(spec, base, tmp_path, resume_from=reporter.checkpoints[-1].path, name="again")
+        assert [e["event"] for e in again.events] == ["start"]
+        patient = spec.model_copy(update={"early_stopping": None})
+        longer, _ = run(patient, base, tmp_path, resume_from=reporter.checkpoints[-1].path, name="longer")
+        assert longer.step == 8
+
+
 def test_accumulation_does_not_change_the_gradient(tiny_base: Callable[..., BaseModel], tmp_path: Path) -> None:
     """Micro-batches of unequal numbers of targets: only a division by the step's own count gives this."""
     base = tiny_base(**TINY)

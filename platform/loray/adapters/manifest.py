@@ -46,6 +46,7 @@ class ManifestDetails:
 
     derived_from             digest of the adapter that this one was converted from
     parent                   digest of the adapter whose training this one goes on from
+    sweep                    the sweep whose best trial it was, and the trial
     rope_parameters          None: the base's RoPE
     context_length           None: the base's context
     original_context_length  None: the context that the recipe extends, else the base's
@@ -58,6 +59,7 @@ class ManifestDetails:
     data_fingerprint: str | None = None
     derived_from: str | None = None
     parent: str | None = None
+    sweep: str | None = None
     evaluations: Sequence[Evaluation] = ()
     licence: str | None = None
     description: str = ""
@@ -99,6 +101,7 @@ def describe(folder: Path, base: BaseModel, details: ManifestDetails = NO_DETAIL
             files={path.name: file_sha256(path) for path in published_files(folder)},
             derived_from=details.derived_from,
             parent=details.parent,
+            sweep=details.sweep,
             recipe=details.recipe,
             job_id=details.job_id,
             data_fingerprint=details.data_fingerprint,

@@ -75,7 +75,7 @@ class Estimate:
 
 
 def estimate_methods(answers: Answers, model: ModelConfig, device: Device) -> list[Estimate]:
-    """LoRA, VeRA, LongLoRA, and for a context longer than the base's also VeRA with LongLoRA's attention and RoPE."""
+    """LoRA, DoRA, VeRA, LongLoRA; for a context longer than the base's also VeRA with LongLoRA's attention and RoPE."""
     return [_estimate(method, recipe, model, device) for method, recipe in candidates(answers.context_length, model)]
 
 
@@ -139,6 +139,7 @@ def adapter_shape(adapter: AdapterSpec, model: ModelConfig) -> AdapterShape:
 def candidates(context_length: int, model: ModelConfig) -> Iterator[tuple[str, TrainSpec]]:
     """(method, a recipe of it with default settings) for each estimated method."""
     yield "lora", recipe_of(LoraSpec(), context_length)
+    yield "dora", recipe_of(DoraSpec(), context_length)
     yield "vera", recipe_of(VeraSpec(), context_length)
     window = model.max_position_embeddings
     original = min(window, max(1, context_length // 2))

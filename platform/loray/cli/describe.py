@@ -196,6 +196,7 @@ def lineage(version: AdapterVersion, gate_tolerance: float | None) -> Table:
             ("converted from", None if m.derived_from is None else m.derived_from[:12]),
             ("goes on from", None if m.parent is None else _parent(m)),
             ("recipe", None if m.recipe is None else m.recipe.name),
+            ("best of", m.sweep and f"sweep {m.sweep}"),
             ("job", m.job_id),
             ("data", None if m.data_fingerprint is None else m.data_fingerprint[:12]),
             ("tool calls", m.tool_parser),

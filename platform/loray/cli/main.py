@@ -36,13 +36,14 @@ _COMMANDS: Mapping[str, _Command] = {
     "recipes": _Command("loray.cli.recipes.command:recipes", "List, explain and write recipes: what training needs."),
     "plan": _Command("loray.cli.planning.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
     "recommend": _Command(
-        "loray.cli.planning.recommend:command", "Compare LoRA, VeRA, LongLoRA and S-LoRA for what you need."
+        "loray.cli.planning.recommend:command", "Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what you need."
     ),
     "eval": _Command("loray.cli.evaluation.eval:evaluate", "Measure long-context perplexity and retrieval."),
 }
 # Listed here, so that help does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {
     "train": "Train an adapter and publish it.",
+    "sweep": "Train with several values of a recipe's fields, and publish the best.",
     "jobs": "List, follow and stop training jobs.",
     "serve": "Serve from one process, without Ray.",
     "up": "Start serving a base model and its adapters.",

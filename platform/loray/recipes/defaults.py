@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, Literal, NamedTuple, get_args
 
 from loray.bases.config import ModelConfig
-from loray.spec import Method, upgraded
+from loray.spec import LongLoraSpec, Method, upgraded
 
 BaseSize = Literal["small", "large"]
 BASE_SIZES: tuple[BaseSize, ...] = ("small", "large")
@@ -85,9 +85,13 @@ _EVERY_METHOD: Mapping[str, Default] = {
     "evaluation.perplexity.stride": Default("the paper's: tokens from one window to the next"),
     "evaluation.perplexity.max_windows": Default("of each length, evenly spread, so that it ends"),
     "evaluation.retrieval": Default("likewise: whether a key is found in long text"),
+    "early_stopping": Default("ends a run whose held-out loss has stopped falling; the best checkpoint is published"),
+    "early_stopping.patience": Default("evaluations in a row without a better loss; one alone may be noise"),
+    "early_stopping.min_delta": Default("by how much a loss must be lower than the best to count"),
     "checkpoint.interval_steps": Default("at evaluations and at the end"),
     "checkpoint.interval_minutes": Default("what a lost worker costs at most; writing does not stop the steps"),
     "checkpoint.keep": Default("the last and the best"),
+    "tracking": Default("files in the run's folder; mlflow and wandb are extras, and reached by their own variables"),
     "publish.aliases": Default("look at the answers first, then `loray adapters promote`"),
     "publish.no_gate": Default("the gate holds"),
     "publish.licence": Default("of the adapter, where it has one"),
@@ -123,7 +127,7 @@ _OF_METHOD: Mapping[Method, Mapping[str, Default]] = {
     "longlora": {
         **_LORA,
         "adapter.rank": Default("the paper's: embeddings and norms carry what more rank does not"),
-        "attention.type": Default("while training; evaluated and served dense", "s2"),
+        "attention.type": Default("while training; evaluated and served dense", LongLoraSpec.usual_attention),
         "batch.order": Default("concat of texts: joined and cut at the context, as in the paper; else shuffled"),
         "batch.rows": Default("a row fills the context", 1),
         "batch.accumulation": Default("rows of a step on one worker; the paper has 64 over all", 4, 8),

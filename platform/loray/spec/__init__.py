@@ -105,11 +105,13 @@ from loray.spec.training.methods import (
 from loray.spec.training.older import upgraded
 from loray.spec.training.recipe import (
     CheckpointSpec,
+    EarlyStoppingSpec,
     EvaluationSpec,
     OptimizerSpec,
     ParallelSpec,
     PublishSpec,
     StrategyName,
+    TrackerName,
     TrainSpec,
 )
 
@@ -150,6 +152,7 @@ __all__ = [
     "Depth",
     "DoraSpec",
     "Duration",
+    "EarlyStoppingSpec",
     "EndStatus",
     "EngineFigures",
     "Evaluation",
@@ -199,6 +202,7 @@ __all__ = [
     "ToolCallDelta",
     "ToolParserName",
     "ToolUse",
+    "TrackerName",
     "TrainSpec",
     "TrainingGroup",
     "UsageEvent",

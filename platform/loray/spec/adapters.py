@@ -101,6 +101,7 @@ class AdapterManifest(Frozen):
     derived_from: Sha256 | None = Field(default=None, description="the adapter that this one was converted from")
     parent: Sha256 | None = Field(default=None, description="the adapter whose training this one goes on from")
     recipe: TrainSpec | None = None
+    sweep: str | None = Field(default=None, description="the sweep whose best trial it was, NAME/TIME, and the trial")
     job_id: str | None = None
     data_fingerprint: Sha256 | None = None
     evaluations: tuple[Evaluation, ...] = ()

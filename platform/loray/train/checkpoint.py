@@ -11,6 +11,7 @@ the step. A run with any strategy and number of workers can resume from a checkp
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,6 +32,7 @@ class RunState(Frozen):
     """The state after `step` optimizer steps.
 
     eval_loss  held-out loss of this checkpoint; None where it was not evaluated
+    num_stale  evaluations in a row that were not better than the best one before by `early_stopping.min_delta`
     saved_at   when the checkpoint was written: the times of files are lost in a bucket
     parent     digest of the adapter that the run went on from
     """
@@ -47,10 +49,35 @@ class RunState(Frozen):
     num_tokens: int = 0
     eval_loss: float | None = None
     best_eval_loss: float | None = None
+    num_stale: int = 0
     baselines: tuple[Evaluation, ...] = ()
     row_length: int
     saved_at: datetime | None = None
     parent: Sha256 | None = None
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """What the run reports of itself after each step."""
+        counts = {"num_tokens": self.num_tokens, "skipped_steps": self.skipped_steps}
+        return {"step": self.step, "epoch": self.epoch, **counts}
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the run is to end early."""
+        early = self.recipe.early_stopping
+        return early is not None and self.num_stale >= early.patience
+
+    def evaluated(self, loss: float) -> RunState:
+        """With the held-out loss of its parameters, which may not be finite."""
+        best, early = self.best_eval_loss, self.recipe.early_stopping
+        is_better = isfinite(loss) and (best is None or loss < best)
+        is_stale = not is_better or (best is not None and early is not None and loss > best - early.min_delta)
+        update = {
+            "eval_loss": loss if isfinite(loss) else None,
+            "best_eval_loss": loss if is_better else best,
+            "num_stale": self.num_stale + 1 if is_stale else 0,
+        }
+        return self.model_copy(update=update)
 
     def evaluations(self) -> tuple[Evaluation, ...]:
         """The baselines, and this checkpoint where it was evaluated, for the manifest."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +131,8 @@ class _Run:
             size=self.mesh.data_size,
             shares=data.shares,
         )
-        self.num_steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
+        steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
+        self.num_steps = self.state.step if self.state.is_stale else steps  # stale: it had ended early
         self.skipped_here = 0  # by this process: a resumed run may skip as many steps again
         self.good_steps_unsaved = 0
 
@@ -144,7 +144,7 @@ class _Run:
             self._evaluate_baselines()
         started = ended = time.perf_counter()
         first = self.state.step + 1
-        for step in range(first, self.num_steps + 1):
+        while (step := self.state.step + 1) <= self.num_steps:
             done = self._step(step)
             before, ended = ended, time.perf_counter()
             mean_s = (ended - started) / (step - first + 1)
@@ -154,6 +154,8 @@ class _Run:
                 self._stop()
             evaluated = len(self.data.evaluation) > 0 and self._is_due(self.spec.evaluation.interval_steps)
             improved = self._evaluate() if evaluated else False
+            if evaluated and self.state.is_stale and step < self.num_steps:
+                self._end_early()
             if step == self.num_steps:
                 self._check_end(evaluated)
             if self._is_checkpoint_due(evaluated, improved, overdue=done.is_overdue):
@@ -243,13 +245,16 @@ class _Run:
 
     def _evaluate(self) -> bool:
         """Measure and report the held-out loss. Returns whether it is the best so far."""
-        loss = self._held_out_loss()
-        best = self.state.best_eval_loss
-        improved = isfinite(loss) and (best is None or loss < best)
-        update = {"eval_loss": loss if isfinite(loss) else None, "best_eval_loss": loss if improved else best}
-        self.state = self.state.model_copy(update=update)
+        loss, before = self._held_out_loss(), self.state.best_eval_loss
+        self.state = self.state.evaluated(loss)
         self._report({"event": "eval", "step": self.state.step, "subject": "adapter", "eval_loss": loss})
-        return improved
+        return self.state.best_eval_loss != before
+
+    def _end_early(self) -> None:
+        state = self.state
+        metrics = {"step": state.step, "num_steps": self.num_steps, "best_eval_loss": state.best_eval_loss}
+        self._report({"event": "early_stop", "num_stale": state.num_stale, **metrics})
+        self.num_steps = state.step
 
     # -- reports --
 
@@ -278,15 +283,12 @@ class _Run:
         self._report(
             {
                 "event": "step",
-                "step": self.state.step,
+                **self.state.progress,
                 "num_steps": self.num_steps,
-                "epoch": self.state.epoch,
                 "loss": step.loss,
                 "lr": step.lr,
                 "grad_norm": step.result.grad_norm,
                 "tokens_per_s": step.num_tokens / seconds,
-                "num_tokens": self.state.num_tokens,
-                "skipped_steps": self.state.skipped_steps,
                 "eta_s": eta_s,
             }
         )

@@ -18,8 +18,10 @@ from ray.train import Checkpoint
 
 from jobs import command
 from jobs import train as driver
+from jobs.driver import resources
 from jobs.driver.prepare import prepare
 from jobs.driver.publication import already_published, best, publish_best
+from jobs.driver.resources import check_resources
 from jobs.events.messages import decode
 from jobs.runs.folders import RunFolder, open_runs
 from jobs.submission import commands
@@ -132,21 +134,21 @@ def test_the_driver_waits_for_what_an_autoscaler_may_add(tmp_path: Path, monkeyp
     recipe, settings = write(tmp_path, num_workers=3), Settings.from_env({})
     in_a_group = Settings.from_env({"LORAY_TRAINING_GROUP": "training"})
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(driver, "_RAY_UP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
+    monkeypatch.setattr(resources, "_RAY_UP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --num-cpus=0")
     with pytest.raises(SpecError, match="num_workers is 3, but the cluster has 2 CPUs"):
-        driver._check_resources(recipe, settings)
+        check_resources(recipe.spec, settings)
     with pytest.raises(SpecError, match="num_workers is 3, but the cluster has 0 of the resource training_worker"):
-        driver._check_resources(recipe, in_a_group)
+        check_resources(recipe.spec, in_a_group)
     warned: list[str] = []
-    monkeypatch.setattr(driver.log, "warning", lambda text, *args: warned.append(text % args))
+    monkeypatch.setattr(resources.log, "warning", lambda text, *args: warned.append(text % args))
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --head --no-monitor --num-cpus=0")
-    driver._check_resources(recipe, settings)
+    check_resources(recipe.spec, settings)
     monkeypatch.setenv("KUBERAY_GEN_RAY_START_CMD", "ray start --address=head:6379")  # nobody else adds such nodes
-    driver._check_resources(recipe, in_a_group)
+    check_resources(recipe.spec, in_a_group)
     monkeypatch.delenv("KUBERAY_GEN_RAY_START_CMD")
     (tmp_path / "ray_bootstrap_config.yaml").touch()
-    driver._check_resources(recipe, settings)
+    check_resources(recipe.spec, settings)
     assert len(warned) == 3
     assert "waiting for its autoscaler" in warned[0]
 
@@ -241,11 +243,11 @@ class Flaky:
 def test_a_lost_connection_is_opened_again_as_long_as_it_brings_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_RECONNECT_S", 0)
     lines: list[str] = []
-    asyncio.run(command._follow(Flaky(12, 1), "job", lines.append))
+    asyncio.run(command.follow(Flaky(12, 1), "job", lines.append))
     assert lines == [str(i) for i in range(12)]
     dead = Flaky(12, 0)
     with pytest.raises(LorayError, match="lost the connection"):
-        asyncio.run(command._follow(dead, "job", lines.append))
+        asyncio.run(command.follow(dead, "job", lines.append))
     assert dead.calls == 5
 
 

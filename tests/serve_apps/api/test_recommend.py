@@ -32,7 +32,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 def test_scores_and_estimates(api: Api) -> None:
     found = RecommendationResource.model_validate(api.http.get("/recommend", params=PERSONAL).json())
     assert [(s.method, s.score) for s in found.scores] == [("VeRA", 12.0), ("S-LoRA", 9.0), ("LoRA", 5.0)]
-    assert [e.method for e in found.estimates] == ["lora", "vera", "longlora"]
+    assert [e.method for e in found.estimates] == ["lora", "dora", "vera", "longlora"]
     assert (found.base, found.device) == ("smollm2", "a100-80gb")
 
 

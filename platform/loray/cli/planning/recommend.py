@@ -43,7 +43,7 @@ def command(
     as_json: bool,
     with_estimates: bool,
 ) -> None:
-    """Compare LoRA, VeRA, LongLoRA and S-LoRA for what is to be built.
+    """Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what is to be built.
 
     Two answers stand side by side: a score card that knows neither base nor machine, and an estimate for them.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import click
 
@@ -13,6 +13,7 @@ from loray.bases.presets import shapes_in
 from loray.recipes.defaults import METHODS
 from loray.recipes.fields import given, merge
 from loray.recipes.load import Recipe, load_recipe
+from loray.spec import TrackerName
 
 _FIELDS = {  # option → field
     "name": "name",
@@ -40,7 +41,9 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Passes `command` a RecipeSource as `source`."""
 
     @wraps(command)
-    def with_source(*args: Any, recipe: str | None, assignments: tuple[str, ...], **options: Any) -> Any:
+    def with_source(
+        *args: Any, recipe: str | None, trackers: tuple[str, ...], assignments: tuple[str, ...], **options: Any
+    ) -> Any:
         values = {option: options.pop(option) for option in _FIELDS}
         shown = [] if recipe is None else [recipe]
         pairs = []
@@ -48,6 +51,10 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             if value is not None:
                 pairs.append(f"{_FIELDS[option]}={value}")
                 shown += [f"--{option.replace('_', '-')}", str(value)]
+        if trackers:
+            pairs.append(f"tracking=[{','.join(trackers)}]")
+        for tracker in trackers:
+            shown += ["--track", tracker]
         for assignment in assignments:
             shown += ["--set", assignment]
         over = merge(given(pairs), given(assignments))
@@ -66,6 +73,13 @@ _OPTIONS = (
     click.option("--data", metavar="FILE|URL", help="JSONL or Parquet to train on; needed without RECIPE."),
     click.option("--eval-data", metavar="FILE|URL", help="Held-out data; without it, a part of the data is held out."),
     click.option("--workers", type=click.IntRange(min=1), help="num_workers."),
+    click.option(
+        "--track",
+        "trackers",
+        multiple=True,
+        type=click.Choice(get_args(TrackerName)),
+        help="Where metrics go, instead of the recipe's `tracking`; may be given several times.",
+    ),
     click.option(
         "--set",
         "assignments",

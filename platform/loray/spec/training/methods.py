@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,12 @@ MODULES_BY_INPUT: tuple[tuple[LinearModule, ...], ...] = (
 
 
 class _AdapterSpec(Frozen):
-    """`train_embeddings` (the input embedding) and `train_norms` (all RMSNorms): trained and published as well."""
+    """`train_embeddings` (the input embedding) and `train_norms` (all RMSNorms): trained and published as well.
+
+    usual_attention  while training, where a recipe does not say
+    """
+
+    usual_attention: ClassVar[Literal["dense", "s2"]] = "dense"
 
     rank: int = Field(gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -50,6 +55,8 @@ class DoraSpec(LoraSpec):
 
 class LongLoraSpec(LoraSpec):
     """LongLoRA (Chen et al., 2024): LoRA plus embeddings and norms. S2-Attn is the default of a recipe with it."""
+
+    usual_attention: ClassVar[Literal["dense", "s2"]] = "s2"
 
     method: Literal["longlora"] = "longlora"  # type: ignore[assignment]
     rank: int = Field(default=8, gt=0)

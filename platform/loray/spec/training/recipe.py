@@ -13,6 +13,7 @@ from loray.spec.training.data import BatchSpec, DataSpec
 from loray.spec.training.methods import AdapterSpec, DoraSpec, LongLoraSpec
 from loray.spec.training.older import upgraded
 
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 # name, name@alias or name@version, of the tenant itself or as tenant/name
 _ADAPTER = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9_-]{1,48})?$"
@@ -68,6 +69,13 @@ class EvaluationSpec(Frozen):
     retrieval: tuple[RetrievalSpec, ...] = Field(default=(), description="likewise")
 
 
+class EarlyStoppingSpec(Frozen):
+    """Ends a run after `patience` evaluations in a row whose held-out loss is not `min_delta` below the best before."""
+
+    patience: int = Field(default=3, gt=0)
+    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
 class CheckpointSpec(Frozen):
     """Due by steps or by minutes, whichever comes first, and at the end."""
 
@@ -88,8 +96,8 @@ class PublishSpec(Frozen):
 
 
 def _usual_attention(fields: dict[str, Any]) -> AttentionSpec:
-    """LongLoRA's is S2-Attn. `fields` are those of the recipe before `attention`; one that is not valid is missing."""
-    return AttentionSpec(type="s2" if isinstance(fields.get("adapter"), LongLoraSpec) else "dense")
+    """The method's. `fields` are those of the recipe before `attention`; one that is not valid is missing."""
+    return AttentionSpec(type=getattr(fields.get("adapter"), "usual_attention", "dense"))
 
 
 class TrainSpec(Frozen):
@@ -111,7 +119,11 @@ class TrainSpec(Frozen):
     max_steps: int | None = Field(default=None, gt=0)
     num_epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     evaluation: EvaluationSpec = EvaluationSpec()
+    early_stopping: EarlyStoppingSpec | None = Field(default=None, description="None: train to the end")
     checkpoint: CheckpointSpec = CheckpointSpec()
+    tracking: tuple[TrackerName, ...] = Field(
+        default=("tensorboard",), description="where metrics go beside the events"
+    )
     publish: PublishSpec = PublishSpec()
     max_nonfinite_steps: int = Field(default=10, gt=0, description="skipped steps after which the run stops")
     gradient_checkpointing: bool = False
@@ -146,6 +158,12 @@ class TrainSpec(Frozen):
     def _one_length(self) -> Self:
         if (self.max_steps is None) == (self.num_epochs is None):
             raise ValueError("give exactly one of max_steps and num_epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _early_stopping_is_evaluated(self) -> Self:
+        if self.early_stopping is not None and self.evaluation.interval_steps is None:
+            raise ValueError("early_stopping ends a run by its evaluations: set evaluation.interval_steps")
         return self
 
     @model_validator(mode="after")

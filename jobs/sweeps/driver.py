@@ -1,0 +1,243 @@
+"""The driver of a sweep: `python -m jobs.sweeps.driver PLAN`, as a Ray job or alone.
+
+Checks all recipes and reads the data once, runs the trials (`search`), publishes the best one under the recipe's name
+through the same gate as a run, and draws what was measured. The sweep's folder is `sweeps/NAME/TIME`, beside the runs:
+
+plan.json            the trials (`trials.SweepPlan`)
+trial_0003.json      what became of one
+TIME-0003/…          a run's folder, of trial 3
+trials.svg           held-out losses by step
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import click
+import numpy as np
+import ray
+
+from jobs.driver.prepare import Prepared, prepare
+from jobs.driver.publication import driver_of, publish_best
+from jobs.driver.record import Interrupts, JobRecord, recorded, reported
+from jobs.driver.resources import connect
+from jobs.driver.trainer import share_workload
+from jobs.events.messages import describe, encode
+from jobs.events.schema import Emit, Event, PublishedEvent, TrialEvent
+from jobs.runs.folders import RunFolder, Runs, open_runs
+from jobs.sweeps.picture import draw
+from jobs.sweeps.search import Records, num_at_once, search
+from jobs.sweeps.trial import TrialTask
+from jobs.sweeps.trials import SweepPlan, TrialRecord, best
+from jobs.tracking.trackers import TrackedRun, tracked
+from loray.catalog import Catalog
+from loray.errors import SpecError, TrainingError
+from loray.recipes.load import Recipe
+from loray.settings import Settings
+from loray.spec import DEFAULT_TENANT, qualified_name
+from loray.store import open_store
+from loray.telemetry import configure_logging
+from loray.train.data.dataset import Dataset
+from loray.train.data.examples import TokenRows
+
+PLAN, PICTURE = "plan.json", "trials.svg"
+
+
+@click.command()
+@click.argument("plan", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--resume", "resumed", metavar="NAME", help="Go on with the latest sweep of this adapter.")
+@click.option("--events", "as_events", is_flag=True, help="Say what happens as JSON, one object a line.")
+@click.option("--tenant", default=DEFAULT_TENANT, help="Whose the adapter and the sweep are.")
+def main(plan: Path | None, resumed: str | None, as_events: bool, tenant: str) -> None:
+    """Run the sweep of PLAN, which `loray sweep` writes, and publish its best trial."""
+
+    def emit(event: Event) -> None:
+        click.echo(encode(event) if as_events else describe(event))
+
+    with reported(emit):
+        settings = Settings.from_env()
+        configure_logging(settings.log_level)
+        if plan is not None and resumed is None:
+            sweep(_read(plan.read_bytes(), str(plan)), settings, emit, tenant=tenant)
+        elif plan is None and resumed is not None:
+            sweep(resumed, settings, emit, tenant=tenant)
+        else:
+            raise SpecError("give a sweep's plan, or --resume NAME")
+
+
+def sweep(plan: SweepPlan | str, settings: Settings, emit: Emit, *, tenant: str = DEFAULT_TENANT) -> PublishedEvent:
+    """Runs all trials and publishes the best. A name instead of a plan: goes on with the latest sweep of that name.
+
+    Runs in the main thread, which SIGTERM interrupts. If it raises LorayError, nothing is published.
+    """
+    runs, folder = open_runs(settings, "sweeps"), None
+    if isinstance(plan, str):
+        folder = runs.latest(qualified_name(tenant, plan))
+        plan = _read(folder.read(PLAN) or b"", f"{PLAN} of {folder}")
+    whole = Catalog(settings.catalog)
+    catalog, name = whole.view(driver_of(tenant)), qualified_name(tenant, plan.name)
+    with Interrupts() as interrupts, recorded(catalog, plan.recipe) as job:
+        catalog.check_name(plan.name, plan.recipe.publish.aliases)
+        open_store(settings.store).check()
+        try:
+            prepared = _prepare(plan, settings, catalog, lambda: connect(plan.recipe, settings, interrupts))
+        except KeyboardInterrupt:  # raised by ray.get while data is tokenised
+            raise interrupts.interrupted() from None
+        whole.add_base(prepared[0].base.name, prepared[0].base.fingerprint)
+        for each in prepared:
+            connect(each.spec, settings, interrupts)
+        folder = folder or runs.new(name, job.job_id)
+        with folder.locked(job.job_id, interrupts.raise_in_main_thread):
+            folder.write(PLAN, plan.model_dump_json().encode() + b"\n")
+            published = _Sweep(plan, prepared, runs, folder, settings, emit, tenant).run(job)
+        job.end("succeeded", version=published["version"])
+    emit(published)
+    return published
+
+
+class _Sweep:
+    """One driver's work on a sweep whose folder it has locked."""
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        prepared: list[Prepared],
+        runs: Runs,
+        folder: RunFolder,
+        settings: Settings,
+        emit: Emit,
+        tenant: str,
+    ) -> None:
+        self._plan, self._prepared, self._runs, self._folder = plan, prepared, runs, folder
+        self._settings, self._emit, self._tenant = settings, emit, tenant
+        self._name = qualified_name(tenant, plan.name)
+        self._at = folder.path.removeprefix(f"{runs.root}/")
+        self._records = Records(folder, plan, self._say)
+
+    def run(self, job: JobRecord) -> PublishedEvent:
+        for record in self._records:
+            if record.has_ended:
+                self._say(record)
+        tasks = self._tasks(job)
+        if tasks:
+            specs = [self._prepared[i].spec for i in tasks]
+            at_once = min(len(tasks), self._plan.max_concurrent or num_at_once(specs, self._settings))
+            self._warn_of_late_evaluations()
+            # Trials need no catalog, and no key of the API.
+            search(self._plan, self._records, tasks, replace(self._settings, catalog="", api_key=None), at_once)
+            self._end_stopped(tasks)
+        keep_best = self._plan.recipe.evaluation.keep_best
+        chosen = best(tuple(self._records), keep_best=keep_best)
+        number = None if chosen is None else chosen.trial
+        picture = draw(f"{self._plan.name}: held-out loss", tuple(self._records), number)
+        self._folder.write(PICTURE, picture.encode())
+        self._emit(
+            {
+                "event": "sweep",
+                "sweep": self._at,
+                "folder": str(self._folder),
+                "picture": PICTURE,
+                "best": number,
+            }
+        )
+        if chosen is None:
+            reasons = {record.message for record in self._records if record.message}
+            raise TrainingError(
+                f"no trial was completed with a held-out loss: {'; '.join(sorted(reasons)) or 'see their records'}"
+            )
+        return self._publish(chosen)
+
+    def _tasks(self, job: JobRecord) -> dict[int, TrialTask]:
+        """Of the trials that have not ended. Trials with the same rows share them."""
+        datasets = {id(each.data): each.data for each in self._prepared}
+        shared = {key: ray.put(data) for key, data in datasets.items()}
+        tasks = {}
+        for record in self._records:
+            if not record.has_ended:
+                prepared, at = self._prepared[record.trial], self._run_of(record.trial)
+                self._runs.open(at, job.job_id)
+                work = share_workload(prepared, shared[id(prepared.data)])
+                tasks[record.trial] = TrialTask(work, at, self._tracked(record.trial))
+        return tasks
+
+    def _run_of(self, trial: int) -> str:
+        """Workers keep checkpoints by the last part of a run's path, which no other sweep's trial has."""
+        return f"{self._at}/{self._folder.name}-{trial:04}"
+
+    def _publish(self, chosen: TrialRecord) -> PublishedEvent:
+        run, spec = self._runs.make(self._run_of(chosen.trial)), self._plan.trials[chosen.trial].recipe
+        recipe = Recipe(spec, None, Path(self._plan.folder))
+        sweep = f"{self._at}, trial {chosen.trial} of {len(self._plan.trials)}"
+        with tracked(self._tracked(chosen.trial)) as trackers:
+            published = publish_best(
+                run.result(), run, recipe, self._settings, self._emit, tenant=self._tenant, sweep=sweep
+            )
+            trackers.tell(published)
+        return published
+
+    def _tracked(self, trial: int) -> TrackedRun:
+        return TrackedRun(self._name, self._run_of(trial), self._prepared[trial].spec, sweep=self._at)
+
+    def _say(self, record: TrialRecord) -> None:
+        fields = record.model_dump(mode="json")
+        self._emit(cast("TrialEvent", {"event": "trial", "num_trials": len(self._plan.trials), **fields}))
+
+    def _warn_of_late_evaluations(self) -> None:
+        if self._plan.stops_early and self._plan.recipe.evaluation.interval_steps is None:
+            message = "no trial is stopped early: without evaluation.interval_steps they are evaluated at their end"
+            self._emit({"event": "warning", "message": message})
+
+    def _end_stopped(self, trials: Iterable[int]) -> None:
+        """What nobody ended in the processes of stopped trials: their trackers, and the checkpoints that their workers
+        left on this machine for workers that would have replaced them.
+        """
+        for trial in trials:
+            if self._records[trial].status == "stopped":
+                with tracked(self._tracked(trial)):
+                    pass
+        kept = Path(self._settings.home, "checkpoints", self._plan.name)
+        for path in kept.glob(f"{self._folder.name}-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _prepare(
+    plan: SweepPlan, settings: Settings, catalog: Catalog, connect: Callable[[], None] | None = None
+) -> list[Prepared]:
+    """All trials, checked. What has the same rows is read and tokenised once. Raises LorayError."""
+    datasets: dict[object, Dataset] = {}
+    folder = Path(plan.folder)
+    recipes = [Recipe(trial.recipe, None, folder) for trial in plan.trials]
+    prepared = [prepare(recipe, settings, catalog, connect, datasets) for recipe in recipes]
+    held_out = [data.evaluation for data in datasets.values()]
+    if not len(held_out[0]):
+        raise SpecError("a sweep compares trials by their held-out loss: give data.eval, or a data.eval_fraction")
+    if not all(_are_same(held_out[0], rows) for rows in held_out[1:]):
+        raise SpecError(
+            "the trials would be measured on different rows, and their losses could not be compared: give data.eval "
+            "and data.max_length, and vary no seed or batch.order that changes what is held out"
+        )
+    return prepared
+
+
+def _are_same(a: TokenRows, b: TokenRows) -> bool:
+    return (
+        np.array_equal(a.lengths, b.lengths)
+        and np.array_equal(a.ids_N, b.ids_N)
+        and np.array_equal(a.targets_N, b.targets_N)
+    )
+
+
+def _read(data: bytes, source: str) -> SweepPlan:
+    try:
+        return SweepPlan.parse(json.loads(data), source=source)
+    except ValueError as e:
+        raise SpecError(f"{source} is no sweep's plan: {e}") from e
+
+
+if __name__ == "__main__":
+    main()

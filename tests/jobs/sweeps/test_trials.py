@@ -1,0 +1,162 @@
+"""Trials: their recipes, their records and rank, the picture, and what they are stopped by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner
+from pyarrow import fs
+
+from jobs.runs.folders import RunFolder
+from jobs.sweeps.command import sweep
+from jobs.sweeps.driver import _prepare
+from jobs.sweeps.picture import draw
+from jobs.sweeps.search import Records, _scheduler
+from jobs.sweeps.trial import LOSS, PERCENT
+from jobs.sweeps.trials import SweepPlan, Trial, TrialRecord, best, expand, label, ranked
+from loray.bases.registry import add_base
+from loray.catalog import Catalog
+from loray.errors import LorayError, SpecError
+from loray.recipes.load import load_recipe
+from loray.settings import Settings
+from loray.spec import TrainSpec
+from tests.test_recipe import write
+from tests.tiny import write_checkpoint
+
+
+def record(trial: int, status: Any = "completed", *losses: float) -> TrialRecord:
+    steps = tuple((10 * (i + 1), loss) for i, loss in enumerate(losses))
+    return TrialRecord(trial=trial, values={"adapter.rank": str(trial)}, status=status, num_steps=90, losses=steps)
+
+
+RECORDS = (
+    record(0, "completed", 3.0, 2.5),
+    record(1, "stopped", 1.0),
+    record(2, "completed", 2.0, 2.6),
+    record(3, "failed"),
+)
+
+
+def test_the_best_is_a_completed_trial_by_the_checkpoint_that_is_published() -> None:
+    assert [r.trial for r in ranked(RECORDS, keep_best=True)] == [2, 0, 1, 3]
+    assert [(best(RECORDS, keep_best=keep) or RECORDS[3]).trial for keep in (True, False)] == [2, 0]
+    assert best(RECORDS[1:2], keep_best=True) is None
+    assert best((record(0),), keep_best=True) is None
+
+
+def test_a_resumed_trial_measures_steps_again() -> None:
+    made = record(0, "running", 3.0, 2.5).with_loss(20, 2.25, 90).with_loss(30, 2.0, 90)
+    assert made.losses == ((10, 3.0), (20, 2.25), (30, 2.0))
+
+
+def test_every_trial_is_a_whole_recipe_with_the_defaults_of_its_method(tmp_path: Path) -> None:
+    recipe = write(tmp_path, optimizer={})
+
+    def load(values: dict[str, Any]) -> TrainSpec:
+        return load_recipe(str(recipe.path), over=values).spec
+
+    lora, vera = expand([{"adapter.method": "lora"}, {"adapter.method": "vera", "adapter.rank": "64"}], load)
+    assert (lora.recipe.adapter.rank, vera.recipe.adapter.rank) == (4, 64)
+    assert vera.recipe.optimizer.learning_rate > lora.recipe.optimizer.learning_rate
+    with pytest.raises(SpecError, match=r"trial rank=0: .*"):
+        expand([{"adapter.rank": "8"}, {"adapter.rank": "0"}], load)
+    assert label({"a.rank": "1", "b.rank": "2", "seed": "3"}) == "a.rank=1 b.rank=2 seed=3"
+
+
+def test_the_picture_has_a_line_for_each_trial_that_was_measured() -> None:
+    root = ElementTree.fromstring(draw("tone <1>", RECORDS, 2))
+    lines = [path for path in root.findall(".//{*}path") if path.get("fill") == "none"]
+    titles = [title.text for line in lines for title in line]
+    assert titles == ["1: rank=1", "0: rank=0", "2: rank=2"]  # the best on top
+    assert [bool(line.get("stroke-dasharray")) for line in lines] == [True, False, False]
+    assert draw("none", (record(0, "failed"),), None).count("<svg") == 1
+    assert "and 5 more" in draw("many", [record(i, "completed", 1.0) for i in range(25)], 0)
+
+
+def plan_of(recipe: TrainSpec, num: int, **fields: Any) -> SweepPlan:
+    trials = tuple(Trial(values={"adapter.rank": str(i)}, recipe=recipe) for i in range(num))
+    return SweepPlan(recipe=recipe, folder=".", trials=trials, **fields)
+
+
+def test_records_outlive_the_driver_and_asha_learns_what_was_measured_before(tmp_path: Path) -> None:
+    folder = RunFolder(fs.LocalFileSystem(), str(tmp_path / "sweep"))
+    Path(folder.path).mkdir()
+    plan, changed = plan_of(write(tmp_path).spec, 4), []
+    records = Records(folder, plan, changed.append)
+    for made in (record(0, "completed", 1.0, 0.9), record(1, "completed", 1.1, 0.8), record(2, "running", 2.0)):
+        records.put(made)
+    assert [made.trial for made in changed] == [0, 1, 2]
+    Path(folder.path, "trial_0003.json").write_text('{"trial": 3, "va')  # killed while it wrote
+    again = Records(folder, plan, changed.append)
+    assert list(again) == [*list(records)[:3], TrialRecord(trial=3, values={"adapter.rank": "3"})]
+
+    scheduler, trial = _scheduler(plan, again), SimpleNamespace(trial_id="new")
+    scheduler.on_trial_add(None, trial)
+    decisions = [scheduler.on_trial_result(None, trial, {PERCENT: 12, LOSS: loss}) for loss in (1.5,)]
+    assert decisions == ["STOP"]
+    fifo = _scheduler(plan.model_copy(update={"stops_early": False}), again)
+    assert fifo.on_trial_result(None, trial, {PERCENT: 12, LOSS: 1.5}) == "CONTINUE"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    add_base(str(write_checkpoint(tmp_path / "checkpoint")), home=tmp_path / "home", name="tiny")
+    return Settings.from_env({"LORAY_HOME": str(tmp_path / "home")})
+
+
+def test_data_is_read_once_and_losses_must_be_comparable(tmp_path: Path, settings: Settings) -> None:
+    recipe, catalog = write(tmp_path).spec, Catalog(settings.catalog)
+
+    def prepared(*recipes: TrainSpec) -> Any:
+        trials = tuple(Trial(values={}, recipe=made) for made in recipes)
+        return _prepare(SweepPlan(recipe=recipe, folder=str(tmp_path), trials=trials), settings, catalog)
+
+    first, second = prepared(recipe, recipe.model_copy(update={"max_steps": 9}))
+    assert first.data is second.data
+    with pytest.raises(SpecError, match="measured on different rows"):
+        prepared(recipe, recipe.model_copy(update={"seed": 1}))
+    with pytest.raises(SpecError, match=r"give data\.eval, or a data\.eval_fraction"):
+        prepared(write(tmp_path, data={"train": "data.jsonl", "eval_fraction": 0}).spec)
+
+
+def test_the_command_checks_everything_before_it_starts_anything(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAY_HOME", str(settings.home))
+    write(tmp_path)
+    recipe = str(tmp_path / "recipe.yaml")
+
+    def call(*args: str) -> Any:
+        return CliRunner().invoke(sweep, list(args))
+
+    shown = call(recipe, "--grid", "adapter.rank=2,4", "--grid", "optimizer.learning_rate=1e-3,1e-2", "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    assert "trial 3: rank=4 learning_rate=1e-2" in shown.output
+    assert "plan: " in shown.output
+    alone = call("--name", "tone", "--base", "tiny", "--data", str(tmp_path / "data.jsonl"), "--random", "2")
+    assert "nothing varies" in str(alone.exception)
+    drawn = call(
+        "adapter.rank=randint(2,9)", "--name", "tone", "--base", "tiny", "--data", str(tmp_path / "data.jsonl"),
+        "--random", "3", "--dry-run",
+    )  # fmt: skip
+    assert "trial 0: rank=" in drawn.output
+    for args, message in (
+        ((recipe, "--grid", "adapter.rnk=1,2"), "did you mean adapter.rank"),
+        ((recipe, "--grid", "optimizer.learning_rate=1e-3,fast"), "trial learning_rate=fast"),
+        ((recipe, "--resume", "tone"), "as it was"),
+        ((recipe, "--grid", "data.max_length=32,64"), "cannot vary"),
+    ):
+        assert message in str(call(*args).exception)
+        assert isinstance(call(*args).exception, LorayError)
+    monkeypatch.setenv("LORAY_URL", "http://127.0.0.1:1")
+    assert "give its --address" in str(call(recipe, "--grid", "adapter.rank=2,4").exception)
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    plan = plan_of(write(tmp_path).spec, 2, max_concurrent=3)
+    assert SweepPlan.parse(json.loads(plan.model_dump_json()), source="plan") == plan
