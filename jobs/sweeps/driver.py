@@ -94,7 +94,12 @@ def sweep(plan: SweepPlan | str, settings: Settings, emit: Emit, *, tenant: str 
         folder = folder or runs.new(name, job.job_id)
         with folder.locked(job.job_id, interrupts.raise_in_main_thread):
             folder.write(PLAN, plan.model_dump_json().encode() + b"\n")
-            published = _Sweep(plan, prepared, runs, folder, settings, emit, tenant).run(job)
+            try:
+                published = _Sweep(plan, prepared, runs, folder, settings, emit, tenant).run(job)
+            except KeyboardInterrupt:
+                interrupted = interrupts.interrupted()
+                job.end("stopped", message=str(interrupted))  # at once, as a run's driver does
+                raise interrupted from None
         job.end("succeeded", version=published["version"])
     emit(published)
     return published

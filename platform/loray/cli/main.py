@@ -38,7 +38,9 @@ _COMMANDS: Mapping[str, _Command] = {
     "recommend": _Command(
         "loray.cli.planning.recommend:command", "Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what you need."
     ),
-    "eval": _Command("loray.cli.evaluation.eval:evaluate", "Measure long-context perplexity and retrieval."),
+    "eval": _Command(
+        "loray.cli.evaluation.eval:evaluate", "Measure perplexity and retrieval, or run lm-evaluation-harness."
+    ),
 }
 # Listed here, so that help does not import Ray.
 _PLUGIN_HELP: Mapping[str, str] = {

@@ -67,6 +67,11 @@ class RunState(Frozen):
         early = self.recipe.early_stopping
         return early is not None and self.num_stale >= early.patience
 
+    def early_stop(self, num_steps: int) -> dict[str, Any]:
+        """The event of a run that ends before its `num_steps`."""
+        metrics = {"step": self.step, "num_steps": num_steps, "best_eval_loss": self.best_eval_loss}
+        return {"event": "early_stop", "num_stale": self.num_stale, **metrics}
+
     def evaluated(self, loss: float) -> RunState:
         """With the held-out loss of its parameters, which may not be finite."""
         best, early = self.best_eval_loss, self.recipe.early_stopping

@@ -251,10 +251,8 @@ class _Run:
         return self.state.best_eval_loss != before
 
     def _end_early(self) -> None:
-        state = self.state
-        metrics = {"step": state.step, "num_steps": self.num_steps, "best_eval_loss": state.best_eval_loss}
-        self._report({"event": "early_stop", "num_stale": state.num_stale, **metrics})
-        self.num_steps = state.step
+        self._report(self.state.early_stop(self.num_steps))
+        self.num_steps = self.state.step
 
     # -- reports --
 

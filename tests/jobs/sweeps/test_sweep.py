@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from jobs.events.messages import decode
 from jobs.runs.folders import open_runs
 from jobs.sweeps.axes import grid_axis, points
+from jobs.sweeps.command import sweep as sweep_command
 from jobs.sweeps.trials import SweepPlan, expand
 from loray.bases.registry import add_base
 from loray.catalog import Catalog
@@ -26,7 +29,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 def test_a_killed_sweep_goes_on_and_publishes_the_best_trial(
-    ray_cluster: RayCluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: RayCluster,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from jobs.sweeps.driver import sweep
 
@@ -59,32 +65,37 @@ def test_a_killed_sweep_goes_on_and_publishes_the_best_trial(
     assert seen[-1]["status"] == "completed", "".join(lines)
     first = seen[-1]["trial"]
 
-    events: list[Any] = []
-    published = sweep("swept", ray_cluster.settings, events.append)
-    ended = {e["trial"]: e for e in events if e["event"] == "trial" and e["status"] != "running"}
-    assert sorted(ended) == list(range(6))
-    statuses = [ended[i]["status"] for i in range(6)]
-    assert set(statuses) <= {"completed", "stopped"}
-    assert [list(pair) for pair in ended[first]["losses"]] == seen[-1]["losses"]
+    for name, value in ray_cluster.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    picture = tmp_path / "losses.svg"
+    arguments = ["--resume", "swept", "--address", ray_cluster.address, "--json", "--picture", str(picture)]
+    result = CliRunner().invoke(sweep_command, arguments)
+    assert result.exit_code == 0, result.output
+    published = json.loads(result.stdout[result.stdout.index("{\n") :])  # Ray may warn this process, a driver too
+    ended = published["trials"]
+    assert [trial["trial"] for trial in ended] == list(range(6))
+    assert {trial["status"] for trial in ended} <= {"completed", "stopped"}
+    assert ended[first]["losses"] == seen[-1]["losses"]
 
-    (told,) = (e for e in events if e["event"] == "sweep")
-    runs = open_runs(ray_cluster.settings, "sweeps")
-    folder = runs.latest("swept")
-    assert told["folder"] == str(folder)
-    assert (folder.read("trials.svg") or b"").startswith(b"<svg")
+    folder = open_runs(ray_cluster.settings, "sweeps").latest("swept")
+    assert published["folder"] == str(folder)
+    assert picture.read_bytes() == folder.read("trials.svg")
     finished = folder.read(f"{folder.name}-{first:04}/events.jsonl") or b""
     assert finished.count(b'"event": "start"') == 1  # not trained again
 
-    losses = {i: min(loss for _, loss in ended[i]["losses"]) for i in range(6) if statuses[i] == "completed"}
-    assert told["best"] == min(losses, key=lambda i: losses[i])
-    version = Catalog(ray_cluster.settings.catalog).adapter("swept").versions[-1]
+    losses = {trial["trial"]: trial["loss"] for trial in ended if trial["status"] == "completed"}
+    assert published["best"] == min(losses, key=lambda i: losses[i])
+    catalog = Catalog(ray_cluster.settings.catalog)
+    version = catalog.adapter("swept").versions[-1]
     assert (version.label, version.digest) == (published["label"], published["digest"])
-    assert version.manifest.sweep == f"swept/{folder.name}, trial {told['best']} of 6"
+    assert catalog.job(published["job_id"]).version == version.version
+    assert version.manifest.sweep == f"swept/{folder.name}, trial {published['best']} of 6"
     assert version.manifest.recipe is not None
-    best = trials[told["best"]].recipe
+    best = trials[published["best"]].recipe
     assert version.manifest.recipe.optimizer == best.optimizer
     assert version.manifest.recipe.adapter == best.adapter
-    assert version.manifest.evaluations[-1].value == pytest.approx(losses[told["best"]])
+    assert version.manifest.evaluations[-1].value == pytest.approx(losses[published["best"]])
 
     again: list[Any] = []
-    assert sweep("swept", ray_cluster.settings, again.append) == published  # nothing is left to train
+    assert sweep("swept", ray_cluster.settings, again.append)["digest"] == version.digest  # nothing is left to train
+    assert len(catalog.adapter("swept").versions) == 1

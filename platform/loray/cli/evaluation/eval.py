@@ -13,6 +13,7 @@ from rich.table import Table
 
 from loray.catalog import gate
 from loray.cli.evaluation import heatmap
+from loray.cli.evaluation.harness import tasks
 from loray.cli.evaluation.options import Options, Where, measurement, retrieval_options
 from loray.cli.evaluation.target import Target, opened
 from loray.cli.output import console, emit, progress_bar, table
@@ -31,11 +32,14 @@ from loray.spec import (
 
 @click.group()
 def evaluate() -> None:
-    """Measure long-context perplexity and retrieval.
+    """Measure long-context perplexity and retrieval, and tasks of lm-evaluation-harness.
 
     MODEL is a base model (scaled by --rope), a published adapter (`name`, `name@3`, `name@alias`), or a folder saved by
     PEFT, named by a path (`./folder`). Attention is dense; figures of a published adapter are recorded with it.
     """
+
+
+evaluate.add_command(tasks)
 
 
 @evaluate.command()
