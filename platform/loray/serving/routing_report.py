@@ -82,7 +82,8 @@ class RoutingSeries:
         """`name`: no other series of any replica has it."""
         self._name = name
         self._number = -1
-        self._told: tuple[frozenset[str], frozenset[str]] | None = None
+        self._held = Held()
+        self._told: tuple[frozenset[str], frozenset[str]] | None = None  # of `_held`
 
     def restart(self) -> None:
         """The next deltas tell everything again."""
@@ -90,6 +91,9 @@ class RoutingSeries:
 
     def deltas(self, held: Held) -> list[RoutingDelta]:
         """What is to be sent now, in this order. Nothing if nothing has changed."""
+        if self._told is not None and held == self._held:  # the same digests in the same order: quick to see
+            return []
+        self._held = held
         in_pool = frozenset(map(routing_key, held.in_pool))
         on_host = frozenset(map(routing_key, held.on_host)) - in_pool
         is_whole = self._told is None
