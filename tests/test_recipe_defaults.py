@@ -10,11 +10,11 @@ import yaml
 
 from loray.bases.presets import preset
 from loray.errors import SpecError
-from loray.recipes.defaults import BASE_SIZES, METHODS, complete, defaults_of, size_of
+from loray.recipes.defaults import BASE_SIZES, METHODS, OBJECTIVES, complete, defaults_of, size_of
 from loray.recipes.fields import fields_of, given
 from loray.recipes.load import load_recipe, purpose, shipped, size_of_base
 from loray.recipes.render import defaults_table, to_yaml
-from loray.spec import Method, TrainSpec
+from loray.spec import DpoSpec, Method, ObjectiveType, TrainSpec
 
 GUIDE = Path(__file__).resolve().parent.parent / "docs" / "guide" / "recipes.md"
 LITTLE: dict[str, Any] = {"name": "tone", "data": {"train": "my.jsonl"}}
@@ -27,11 +27,12 @@ def little(method: Method, **fields: Any) -> dict[str, Any]:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_field_has_a_reason_and_no_reason_is_of_another_field(method: Method) -> None:
-    fields = fields_of(method)
-    assert [path for path in fields if path not in defaults_of(method)] == []
-    strangers = set(defaults_of(method)) - {path for other in METHODS for path in fields_of(other)}
+def test_every_field_has_a_reason_and_no_reason_is_of_another_field(method: Method, objective: ObjectiveType) -> None:
+    fields, defaults = fields_of(method, objective), defaults_of(method, objective)
+    assert [path for path in fields if path not in defaults] == []
+    strangers = set(defaults) - {path for other in METHODS for path in fields_of(other, objective)}
     assert strangers == set()
 
 
@@ -40,6 +41,19 @@ def test_every_field_has_a_reason_and_no_reason_is_of_another_field(method: Meth
 def test_a_name_and_data_are_enough(method: Method, size: Any) -> None:
     spec = TrainSpec.parse(complete(little(method), size), source="little")
     assert (spec.adapter.method, spec.base, spec.doubts) == (method, "smollm2", ())
+
+
+def test_an_objective_of_pairs_is_enough_too() -> None:
+    for method in ("lora", "dora", "vera"):
+        spec = load_recipe(over=little(method) | given(["adapter.method=" + method, "objective.type=dpo"])).spec
+        assert spec.is_paired
+        assert (spec.objective.model_dump(), spec.batch.rows) == (DpoSpec().model_dump(), 4)
+        assert (spec.optimizer.learning_rate, spec.doubts) == (5e-5 if method == "vera" else 5e-6, ())
+    ours = load_recipe("dpo_smollm2").spec
+    plain = TrainSpec.parse(complete(LITTLE | {"objective": {"type": "dpo"}}, "small"), source="little")
+    assert (ours.objective, ours.adapter, ours.optimizer) == (plain.objective, plain.adapter, plain.optimizer)
+    with pytest.raises(SpecError, match=r"objective\.sft\.beta"):
+        load_recipe(over=LITTLE | given(["objective.beta=0.2"]))
 
 
 def test_the_defaults_are_those_of_the_shipped_recipes() -> None:
@@ -203,6 +217,8 @@ def test_a_recipe_as_yaml_is_the_same_recipe(tmp_path: Path, size: Any) -> None:
     specs.append(TrainSpec.parse(complete(little("lora", **odd), size), source="odd"))
     words = {"publish": {"description": "null # it's 1", "aliases": ["prod"]}, "name": "2.0"}
     specs.append(TrainSpec.parse(complete(little("vera", **words), size), source="words"))
+    pairs = {"objective": {"type": "dpo", "loss_type": "ipo"}}
+    specs.append(TrainSpec.parse(complete(little("vera", **pairs), size), source="pairs"))
     for spec in specs:
         text = to_yaml(spec, size)
         (tmp_path / "again.yaml").write_text(text)
@@ -224,4 +240,6 @@ def test_shipped_recipes_say_what_they_are_for() -> None:
 
 
 def test_the_guide_has_the_table_of_defaults() -> None:
-    assert defaults_table() in GUIDE.read_text(encoding="utf-8"), "run python -m loray.recipes.render, and paste it"
+    guide = GUIDE.read_text(encoding="utf-8")
+    tables = [defaults_table(objective) for objective in OBJECTIVES]
+    assert all(table in guide for table in tables), "run python -m loray.recipes.render, and paste it"

@@ -81,7 +81,8 @@ def train_peft(spec: TrainSpec, base: BaseModel, data: Dataset, folder: Path) ->
         losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - began)
     inner = wrapped.base_model.model
-    held_out = held_out_loss(inner, Objective(inner), data.evaluation, spec, device=_CPU, mesh=Mesh.build(1, _CPU))
+    objective = Objective(inner)
+    held_out = held_out_loss(objective, objective, data.evaluation, spec, device=_CPU, mesh=Mesh.build(1, _CPU)).loss
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped.save_pretrained(folder)

@@ -68,9 +68,8 @@ def prepare(
         "batch": spec.batch.model_copy(update={"order": order}),
     }
     spec = spec.model_copy(update=filled)
-    lengths = data.train.lengths
-    check_token_budget(spec.batch, int(lengths.max(initial=0)))
-    check_row_lengths(spec, float(np.median(lengths)), max_length, are_texts=data.report.format == "text")
+    check_token_budget(spec.batch, int(data.lengths.max(initial=0)))
+    check_row_lengths(spec, float(np.median(data.train.lengths)), max_length, are_texts=data.report.format == "text")
     return Prepared(spec, base, data, initial)
 
 
@@ -84,7 +83,8 @@ def _rows(
 ) -> Dataset:
     spec, sources = recipe.spec, recipe.data()
     max_eval_rows, joined = spec.evaluation.max_rows, _is_joined(spec)
-    key = (base.fingerprint, sources, max_length, max_eval_rows, spec.seed, joined, spec.is_long_context)
+    kind = (joined, spec.is_long_context, spec.is_paired)
+    key = (base.fingerprint, sources, max_length, max_eval_rows, spec.seed, kind)
     if key not in known:
         with fetched(sources.paths, settings) as copies:
             known[key] = load_data(
@@ -95,6 +95,7 @@ def _rows(
                 seed=spec.seed,
                 joined=joined,
                 whole_windows=spec.is_long_context,
+                paired=spec.is_paired,
                 fetched=copies,
                 cache=open_tokens(settings),
                 run=run_here if connect is None else RayTasks(spec, settings.training_group, connect),
@@ -104,6 +105,6 @@ def _rows(
 
 def _is_joined(spec: TrainSpec) -> bool | None:
     """Whether texts are joined; None: where the data is texts, which only the data says."""
-    if spec.batch.order is None and isinstance(spec.adapter, LongLoraSpec):
+    if spec.batch.order is None and isinstance(spec.adapter, LongLoraSpec) and not spec.is_paired:
         return None
     return spec.batch.order == "concat"

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-from jobs.events.schema import Emit, Event, StepEvent
+from jobs.events.schema import Emit, Event, RewardFigures, StepEvent
 from loray.spec import PERPLEXITY
 
 _POLL_S = 0.2
@@ -36,23 +36,26 @@ def describe(event: Event) -> str:
     match event["event"]:
         case "start":
             data = event["data"]
+            rows = "pairs" if data.get("format") == "preference" else "rows"
             parts = [
                 f"{event['num_trainable']:,} of {event['num_parameters']:,} parameters trained "
                 f"({event['trainable_share']:.2%})",
                 f"{event['num_steps']} steps" + (f" from {event['step']}" if event["step"] else ""),
-                f"{data['num_rows']:,} rows, {data['num_tokens']:,} tokens, {data['num_eval_rows']} rows held out",
+                f"{data['num_rows']:,} {rows}, {data['num_tokens']:,} tokens, {data['num_eval_rows']} {rows} held out",
             ]
             if data["num_truncated"] or data["num_without_targets"]:
-                parts.append(f"{data['num_truncated']} rows truncated, {data['num_without_targets']} dropped")
+                parts.append(f"{data['num_truncated']} {rows} truncated, {data['num_without_targets']} dropped")
             return "; ".join(parts)
         case "step":
             skipped = f"  skipped {event['skipped_steps']}" if event["skipped_steps"] else ""
             return (
-                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}  lr {event['lr']:.2e}  "
-                f"grad norm {number(event['grad_norm'])}  {speed(event)}  ETA {duration(event['eta_s'])}{skipped}"
+                f"step {event['step']}/{event['num_steps']}  loss {number(event['loss'])}{rewards(event)}  "
+                f"lr {event['lr']:.2e}  grad norm {number(event['grad_norm'])}  "
+                f"{speed(event)}  ETA {duration(event['eta_s'])}{skipped}"
             )
         case "eval":
-            return f"step {event['step']}  held-out loss {number(event['eval_loss'])} ({event['subject']})"
+            figures = f"{number(event['eval_loss'])}{rewards(event)}"
+            return f"step {event['step']}  held-out loss {figures} ({event['subject']})"
         case "early_stop":
             return (
                 f"step {event['step']}  ends early: {event['num_stale']} evaluations in a row were no better than "
@@ -99,6 +102,13 @@ def _perplexities(evaluations: Iterable[dict[str, Any]]) -> list[str]:
 
 def number(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def rewards(figures: RewardFigures) -> str:
+    """The share of pairs that are told apart, and the margin; nothing without pairs."""
+    if "rewards/accuracies" not in figures:
+        return ""
+    return f"  accuracy {number(figures['rewards/accuracies'])}  margin {number(figures.get('rewards/margins'))}"
 
 
 def speed(step: StepEvent) -> str:

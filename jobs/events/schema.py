@@ -7,6 +7,17 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from loray.spec import Subject
 
+# Of DPO: means over pairs, by TRL's names.
+RewardFigures = TypedDict(
+    "RewardFigures",
+    {
+        "rewards/chosen": NotRequired[float | None],
+        "rewards/rejected": NotRequired[float | None],
+        "rewards/accuracies": NotRequired[float | None],
+        "rewards/margins": NotRequired[float | None],
+    },
+)
+
 
 class StartEvent(TypedDict):
     """Training starts, or resumes after `step`. Rank 0 adds how MFU is computed (`jobs.workers.gauges.Utilisation`)."""
@@ -27,7 +38,7 @@ class StartEvent(TypedDict):
     peak_source: NotRequired[str]
 
 
-class StepEvent(TypedDict):
+class StepEvent(RewardFigures):
     """One optimizer step. A loss or norm that is not finite is null in JSON. Rank 0 adds MFU and peak memory."""
 
     event: Literal["step"]
@@ -45,7 +56,7 @@ class StepEvent(TypedDict):
     memory_bytes: NotRequired[int]
 
 
-class EvalEvent(TypedDict):
+class EvalEvent(RewardFigures):
     event: Literal["eval"]
     step: int
     subject: Subject

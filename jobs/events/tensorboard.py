@@ -9,9 +9,11 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from jobs.events.schema import Event
+from loray.spec import REWARDS
 
 _STEP = {
     "loss": "train/loss",
+    **{name: f"train/{name}" for name in REWARDS},
     "lr": "train/learning_rate",
     "grad_norm": "train/grad_norm",
     "skipped_steps": "train/skipped_steps",
@@ -64,5 +66,8 @@ def scalars(event: Event) -> tuple[dict[str, float], int]:
             found = {tag: values.get(name) for name, tag in _STEP.items()}
             return {tag: value for tag, value in found.items() if value is not None}, event["step"]
         case "eval" if event["eval_loss"] is not None:
-            return {f"eval/loss_{event['subject']}": event["eval_loss"]}, event["step"]
+            figures: Mapping[str, Any] = event
+            measured = {"loss": event["eval_loss"]} | {name: figures.get(name) for name in REWARDS}
+            tags = {f"eval/{name}_{event['subject']}": value for name, value in measured.items()}
+            return {tag: value for tag, value in tags.items() if value is not None}, event["step"]
     return {}, 0

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from jobs.events.messages import decode, describe, number, speed
+from jobs.events.messages import decode, describe, number, rewards, speed
 from jobs.events.schema import ErrorEvent, Event, PublishedEvent, StepEvent
 
 _LOG_LINES = 20
@@ -70,7 +70,7 @@ class RunView:
 
     def _step(self, event: StepEvent) -> None:
         held_out = "" if self._eval_loss is None else f"  held out {number(self._eval_loss)}"
-        figures = f"loss {number(event['loss'])}{held_out}  {speed(event)}"
+        figures = f"loss {number(event['loss'])}{rewards(event)}{held_out}  {speed(event)}"
         self._progress.update(self._task, completed=event["step"], figures=figures)
         every = max(1, event["num_steps"] // _LINES_OF_STEPS)
         if not self._console.is_terminal and event["step"] % every == 0:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import resource
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from ray.util.metrics import Gauge
 
-from jobs.events.schema import StepEvent
+from jobs.events.schema import RewardFigures, StepEvent
+from loray.spec import REWARDS
 from loray.telemetry import TRAINING_LABELS, TRAINING_METRICS
 
 
@@ -56,6 +58,13 @@ class TrainingGauges:
             tokens=event["num_tokens"],
             skipped_steps=event["skipped_steps"],
         )
+        self.set_rewards(event)
+
+    def set_rewards(self, figures: RewardFigures, *, evaluated: bool = False) -> None:
+        """Sets the gauges of DPO, of training or of the last evaluation; none without pairs."""
+        values: Mapping[str, Any] = figures
+        prefix = "eval_" if evaluated else ""
+        self.set(**{f"{prefix}{name.replace('/', '_')}": values.get(name) for name in REWARDS})
 
 
 def peak_memory(device: torch.device) -> int:

@@ -61,4 +61,5 @@ class RayReporter:
                 return step
             case "eval" if event["subject"] == "adapter":
                 self._gauges.set(eval_loss=event["eval_loss"])
+                self._gauges.set_rewards(event, evaluated=True)
         return event

@@ -33,6 +33,9 @@ PUBLISHED: dict[str, Any] = {
 }
 
 
+FIGURES = {"rewards/chosen": 0.5, "rewards/rejected": -0.25, "rewards/accuracies": 0.875, "rewards/margins": 0.75}
+
+
 def step(number: int, loss: float = 2.0) -> dict[str, Any]:
     return {
         "event": "step",
@@ -64,6 +67,10 @@ def test_events_for_people() -> None:
     assert "loss not finite" in describe(step(3, float("inf")))
     assert describe(PUBLISHED) == "published a@1 (prod): 1,234 bytes, digest 000000000000"
     assert duration(3723) == "1:02:03"
+    assert "loss 2.0000  accuracy 0.8750  margin 0.7500  lr" in describe(step(3) | FIGURES)
+    assert describe(EVAL | FIGURES) == "step 20  held-out loss 1.5000  accuracy 0.8750  margin 0.7500 (adapter)"
+    pairs = START["data"] | {"format": "preference"}
+    assert "5 pairs, 60 tokens, 2 pairs held out; 1 pairs truncated" in describe(START | {"data": pairs})
 
 
 def test_a_tail_emits_every_new_event_once(tmp_path: Path) -> None:

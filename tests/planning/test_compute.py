@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from loray.bases.presets import preset
-from loray.planning.compute import attention_pairs, count_flops, estimate_time
+from loray.errors import SpecError
+from loray.planning.compute import attention_pairs, count_flops, estimate_time, model_flops_per_token
+from loray.planning.memory import plan_memory
 from loray.planning.run import run_of
 from loray.planning.traffic import plan_traffic
 from tests.planning.recipes import A100, long_run, recipe
@@ -41,6 +43,33 @@ def test_frozen_weights_take_one_product_in_the_backward_pass() -> None:
     again = count_flops(replace(run, checkpointing=True))
     assert again.recompute == flops.forward - 2 * head
     assert again.total == flops.total + again.recompute
+
+
+def test_pairs_are_two_rows_and_one_more_forward_pass_of_the_base() -> None:
+    model = preset("Llama-2-7b-hf")
+    assert model is not None
+    data = {"train": "x", "max_length": 1024}
+    sft = run_of(recipe(batch={"rows": 4}, data=data), model)
+    dpo = run_of(recipe(batch={"rows": 2}, data=data, objective={"type": "dpo"}), model)
+    assert (dpo.tokens_per_worker, dpo.tokens_per_step) == (sft.tokens_per_worker, sft.tokens_per_step)
+    assert plan_memory(dpo, A100).peak_bytes == plan_memory(sft, A100).peak_bytes
+    plain, paired = count_flops(sft), count_flops(dpo)
+    assert (paired.forward, paired.backward) == (plain.forward, plain.backward)
+    tokens = 4 * 1024
+    linears = 2 * tokens * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert paired.reference == linears + 2 * tokens * 32000 * 4096 + plain.attention
+    assert paired.total == plain.total + paired.reference
+    slower = estimate_time(dpo, A100, plan_traffic(dpo)), estimate_time(sft, A100, plan_traffic(sft))
+    assert 1.3 < slower[0].step_s / slower[1].step_s < 1.5
+    sharded = replace(dpo, num_workers=4, strategy="fsdp2")
+    fewer = plan_traffic(replace(sft, num_workers=4, strategy="fsdp2")).gather_bytes
+    assert plan_traffic(sharded).gather_bytes == pytest.approx(1.5 * fewer)
+    assert run_of(recipe(batch={"tokens": 4096}, data=data, objective={"type": "dpo"}), model).num_rows == 2
+    with pytest.raises(SpecError, match=r"batch\.tokens is 2000"):
+        run_of(recipe(batch={"tokens": 2000}, data=data, objective={"type": "dpo"}), model)
+    options = {"group_size": None, "target_share": 1.0}
+    per_token = model_flops_per_token(model, dpo.adapter, [1024] * 4, has_reference=True, **options)
+    assert per_token - model_flops_per_token(model, dpo.adapter, [1024] * 4, **options) == paired.reference / tokens
 
 
 def test_s2_attention_takes_about_a_quarter() -> None:

@@ -14,6 +14,7 @@ from loray.bases.registry import BaseModel
 from loray.errors import TrainingError
 from loray.train import checkpoint, loop
 from loray.train import loss as loss_module
+from loray.train.evaluation.held_out import HeldOut
 from loray.train.loop import train
 from loray.train.loss import Loss, batch_loss
 from loray.train.reporting import FolderReporter
@@ -91,7 +92,7 @@ def test_a_run_that_ends_broken_has_no_result_unless_the_best_is_kept(
 ) -> None:
     base = tiny_base(**TINY)
     losses = iter([5.0, 4.0, math.nan] * 2)  # the baseline, step 2, step 4
-    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: HeldOut(next(losses), {}))
     every_2 = {"interval_steps": 2}
     state, reporter = run(recipe(max_steps=4, evaluation=every_2), base, tmp_path)
     assert (state.step, state.eval_loss) == (4, None)
@@ -111,6 +112,6 @@ def test_a_run_of_skipped_steps_alone_has_no_result(
 def test_a_base_that_is_broken_itself_is_not_trained(
     tiny_base: Callable[..., BaseModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: math.inf)
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: HeldOut(math.inf, {}))
     with pytest.raises(TrainingError, match="held-out loss of base is inf before any training"):
         run(recipe(), tiny_base(**TINY), tmp_path)

@@ -45,7 +45,8 @@ class SharedPair:
 class VeraLinear(nn.Module):
     """A linear module with its VeRA vectors. In fp32 bit-equal to PEFT's; in bf16 the pair is bf16, too.
 
-    d starts at `d_initial` and b at 0, so that an untrained module computes the same as its base.
+    d starts at `d_initial` and b at 0, so that an untrained module computes the same as its base, as one does that is
+    off.
     """
 
     def __init__(
@@ -56,11 +57,14 @@ class VeraLinear(nn.Module):
         self.base_layer = base_layer
         self.shared = shared  # not an nn.Module, so that its tensors are in no state dict
         self.dropout = nn.Dropout(dropout)
+        self.is_off = False
         self.vera_lambda_b = nn.Parameter(weight.new_zeros(base_layer.out_features))
         self.vera_lambda_d = nn.Parameter(weight.new_full((rank,), d_initial))
 
     def forward(self, x: Tensor) -> Tensor:
         base: Tensor = self.base_layer(x)
+        if self.is_off:
+            return base
         b_OR = self.shared.like(x)[1]
         # With dropout every module has an input of its own.
         inner = self.shared.inner(self.dropout(x) if self.dropout.p else x)

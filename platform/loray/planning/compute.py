@@ -30,7 +30,9 @@ _ADAMW_BYTES = 80  # gradient, master, moments and two temporaries
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """FLOPs of one worker in one optimizer step. `forward` and `backward` exclude the recomputation.
+    """FLOPs of one worker in one optimizer step. `forward` and `backward` exclude the recomputation and the reference.
+
+    reference        forward pass of the base alone, which DPO compares with
 
     attention        S2-Attn or dense attention of the run, in the forward pass
     dense_attention  dense causal attention over the same rows, in the forward pass
@@ -41,10 +43,11 @@ class Flops:
     recompute: float
     attention: float
     dense_attention: float
+    reference: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward + self.recompute
+        return self.forward + self.backward + self.recompute + self.reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class StepTime:
     """Seconds of one optimizer step.
 
     communication_s  communication that does not overlap with computation
-    mfu              model FLOPs utilisation: forward and backward without recomputation, as a share of the peak
+    mfu              model FLOPs utilisation: forward, backward and reference, no recomputation, as a share of the peak
     """
 
     matmul_s: float
@@ -107,7 +110,7 @@ def _adapter_gradients(adapter: AdapterSpec) -> int:
 
 def count_flops(run: Run) -> Flops:
     num_tokens = run.tokens_per_worker * run.accumulation
-    rows, heads = run.num_rows * run.accumulation / run.sequence, run.model.num_heads
+    rows, heads = run.num_sequences * run.accumulation / run.sequence, run.model.num_heads
     pairs = rows * attention_pairs(run.padded_length, run.group_size, heads)
     dense = rows * attention_pairs(run.padded_length, None, heads)
     p = _products(run.model, run.adapter, num_tokens=num_tokens, num_targets=num_tokens, num_pairs=pairs)
@@ -118,6 +121,7 @@ def count_flops(run: Run) -> Flops:
         recompute=layers if run.checkpointing else 0.0,
         attention=p.attention,
         dense_attention=4.0 * run.model.head_dim * run.model.num_layers * dense,
+        reference=p.linears + p.attention + p.head if run.has_reference else 0.0,
     )
 
 
@@ -128,8 +132,10 @@ def model_flops_per_token(
     *,
     group_size: int | None,
     target_share: float = 1.0,
+    has_reference: bool = False,
 ) -> float:
     """Model FLOPs per token of forward and backward pass, the mean over rows of these lengths. MFU is computed from it.
+    With a reference its forward pass counts too.
 
     MFU (Chowdhery et al., 2022, PaLM, appendix B) counts the operations of the model's equations, without
     recomputation. The frozen output head is applied to `target_share` of the tokens, those with a label. Attention
@@ -140,12 +146,13 @@ def model_flops_per_token(
     p = _products(model, adapter, num_tokens=num_tokens, num_targets=target_share * num_tokens, num_pairs=pairs)
     total = 2 * (p.linears + p.head)
     total += (1 + _adapter_gradients(adapter)) * p.adapter + (1 + ATTENTION_GRADIENTS) * p.attention
+    total += (p.linears + p.head + p.attention) * has_reference
     return total / num_tokens
 
 
 def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
     flops = count_flops(run)
-    passes = 1 + ATTENTION_BACKWARD + run.checkpointing
+    passes = 1 + ATTENTION_BACKWARD + run.checkpointing + run.has_reference
     matmul_s = (flops.total - passes * flops.attention) / (device.flops * device.matmul_share)
     share = device.dense_attention_share if run.group_size is None else device.attention_share
     shared = run.shared_dense
@@ -168,7 +175,7 @@ def estimate_time(run: Run, device: Device, traffic: Traffic) -> StepTime:
         optimizer_s=optimizer_s,
         communication_s=communication_s,
         tokens_per_s=run.tokens_per_step / step_s,
-        mfu=(flops.forward + flops.backward) / (step_s * device.flops),
+        mfu=(flops.forward + flops.backward + flops.reference) / (step_s * device.flops),
     )
 
 
@@ -182,8 +189,8 @@ def _eager_bytes(run: Run) -> float:
     width += 10 * e * (model.num_heads + model.num_kv_heads) * model.head_dim
     width += 5 * e * sum(model.module_shape(module)[0] for module in run.adapter.target_modules)
     width += 5 * e * model.intermediate_size
-    layers = width * model.num_layers * (3 + run.checkpointing)
-    loss = (_LOSS_FP32_PASSES + 3 * e) * model.vocab_size
+    layers = width * model.num_layers * (3 + run.checkpointing + run.has_reference)
+    loss = (_LOSS_FP32_PASSES + 3 * e) * model.vocab_size * (1 + run.has_reference / 2)  # the reference has no gradient
     return float((layers + loss) * run.tokens_per_worker * run.accumulation)
 
 

@@ -96,7 +96,7 @@ def _data(run: Run, num_workers: int, device: Device) -> Iterator[HostItem]:
         rows = _ROW_BYTES * run.num_steps * run.tokens_per_step
         room = rows if device.host_memory_bytes is None else int(_OBJECT_STORE * device.host_memory_bytes)
         yield HostItem("rows, in Ray's object store", min(rows, room))
-    tokens = run.accumulation * run.num_rows * run.padded_length
+    tokens = run.accumulation * run.num_sequences * run.padded_length
     yield HostItem("a step's batches", num_workers * _BATCH_BYTES * tokens, ("training",))
 
 

@@ -165,7 +165,7 @@ def _halo(run: Run, alive: tuple[Moment, ...]) -> Iterator[Item]:
 
     The kernel gets the halo in front of the keys of its segment, and as many queries of zeros.
     """
-    plan, e, layers = run.halo, run.element_bytes * run.num_rows, run.model.num_layers
+    plan, e, layers = run.halo, run.element_bytes * run.num_sequences, run.model.num_layers
     assert plan is not None, "dense attention has no halo"
     head_dim, ranks = run.model.head_dim, range(plan.num_ranks)
     halo = e * max(plan.elements_received(rank, head_dim) for rank in ranks)

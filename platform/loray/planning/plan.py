@@ -59,6 +59,7 @@ class Plan:
                     "row_length",
                     "padded_length",
                     "num_rows",
+                    "row_size",
                     "accumulation",
                     "group_size",
                     "context",

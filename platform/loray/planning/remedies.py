@@ -45,7 +45,7 @@ def smallest_remedy(run: Run, device: Device) -> Remedy | None:
 def _variants(run: Run) -> Iterator[Run]:
     strategies = _STRATEGIES[_STRATEGIES.index(run.strategy) :] if run.num_workers > 1 else (run.strategy,)
     sequences = [run.sequence]
-    while run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
+    while not run.has_reference and run.num_workers % (2 * sequences[-1]) == 0 and 2 * sequences[-1] <= run.row_length:
         sequences.append(2 * sequences[-1])
     for sequence, strategy, num_rows, checkpointing in itertools.product(
         sequences, strategies, sorted({run.num_rows, 1}, reverse=True), sorted({run.checkpointing, True})

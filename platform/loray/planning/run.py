@@ -20,6 +20,7 @@ class Run:
 
     row_length   N of the longest row, in tokens, before padding
     num_rows     rows of a micro-batch
+    row_size     sequences of a row: two where it is a pair, which also goes through the reference
     group_size   S2-Attn's G, None where attention is dense
     usual_group  G of LongLoRA's paper
     context      tokens of the context that the adapter is trained for
@@ -42,6 +43,17 @@ class Run:
     strategy: StrategyName
     num_steps: int | None
     is_measured: bool
+    row_size: int = 1
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a step has one more forward pass, of the base alone."""
+        return self.row_size > 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of a micro-batch."""
+        return self.num_rows * self.row_size
 
     @property
     def element_bytes(self) -> int:
@@ -55,7 +67,7 @@ class Run:
     @property
     def tokens_per_worker(self) -> int:
         """Tokens of a micro-batch that one worker holds: rows · N / P."""
-        return self.num_rows * self.padded_length // self.sequence
+        return self.num_sequences * self.padded_length // self.sequence
 
     @property
     def num_data_groups(self) -> int:
@@ -64,7 +76,7 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.num_rows * self.row_length * self.accumulation * self.num_data_groups
+        return self.num_sequences * self.row_length * self.accumulation * self.num_data_groups
 
     @property
     def weight_shards(self) -> int:
@@ -110,14 +122,14 @@ def halo_plan(model: ModelConfig, num_tokens: int, num_ranks: int, group_size: i
 def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
     """The run of a recipe. Raises SpecError or UnsupportedError where the driver would refuse it, too."""
     resolved = resolve(spec, model)
-    row_length = resolved.row_length
-    check_token_budget(spec.batch, row_length)
+    row_length, row_size = resolved.row_length, 2 if spec.is_paired else 1
+    check_token_budget(spec.batch, row_length * row_size)
     return Run(
         model=model,
         adapter=spec.adapter,
         dtype=spec.dtype,
         row_length=row_length,
-        num_rows=spec.batch.rows or (spec.batch.tokens or 0) // row_length,
+        num_rows=spec.batch.rows or (spec.batch.tokens or 0) // (row_length * row_size),
         accumulation=spec.batch.accumulation,
         group_size=resolved.group_size,
         usual_group=resolved.usual_group,
@@ -128,4 +140,5 @@ def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
         strategy=spec.parallel.strategy,
         num_steps=spec.max_steps,
         is_measured=bool(spec.evaluation.perplexity or spec.evaluation.retrieval),
+        row_size=row_size,
     )

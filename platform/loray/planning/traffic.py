@@ -56,7 +56,7 @@ class Traffic:
 def exchange(run: Run, sequence: int, group_size: int) -> Exchange:
     """The exchange for P = `sequence` and G = `group_size`. Raises SpecError where P does not divide N."""
     plan = halo_plan(run.model, run.padded_length, sequence, group_size)
-    model, e = run.model, run.element_bytes * run.num_rows
+    model, e = run.model, run.element_bytes * run.num_sequences
     shape = (plan.num_tokens, sequence)
     return Exchange(
         num_tokens=plan.num_tokens,
@@ -99,7 +99,7 @@ def plan_traffic(run: Run) -> Traffic:
             gradient_bytes = share * (4 + e) * trained
         case _:
             gradient_bytes = share * 4 * trained
-    gather_bytes = int(2 * share * weights * run.accumulation)
+    gather_bytes = int((2 + run.has_reference) * share * weights * run.accumulation)
     return Traffic(mine, halo_bytes, _dense_bytes(run), int(gradient_bytes), gather_bytes)
 
 
@@ -112,7 +112,7 @@ def _dense_bytes(run: Run) -> int:
         forward_passes * plan.forward_elements(rank, head_dim) + plan.backward_elements(rank, head_dim)
         for rank in range(plan.num_ranks)
     )
-    return most * run.element_bytes * run.num_rows * run.model.num_layers * run.accumulation
+    return most * run.element_bytes * run.num_sequences * run.model.num_layers * run.accumulation
 
 
 def _both_ways(run: Run) -> int:
@@ -120,7 +120,7 @@ def _both_ways(run: Run) -> int:
     plan, head_dim = run.halo, run.model.head_dim
     assert plan is not None, "there is a halo"
     most = max(plan.elements_sent(r, head_dim) + plan.elements_received(r, head_dim) for r in range(plan.num_ranks))
-    return most * run.element_bytes * run.num_rows
+    return most * run.element_bytes * run.num_sequences
 
 
 def _most_sent(plan: HaloPlan, head_dim: int) -> int:

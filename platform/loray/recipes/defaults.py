@@ -12,12 +12,14 @@ from contextlib import suppress
 from typing import Any, Literal, NamedTuple, get_args
 
 from loray.bases.config import ModelConfig
-from loray.spec import LongLoraSpec, Method, upgraded
+from loray.spec import LongLoraSpec, Method, ObjectiveType, upgraded
 
 BaseSize = Literal["small", "large"]
 BASE_SIZES: tuple[BaseSize, ...] = ("small", "large")
 METHODS: tuple[Method, ...] = get_args(Method)
 FIRST_METHOD: Method = "lora"
+OBJECTIVES: tuple[ObjectiveType, ...] = get_args(ObjectiveType)
+FIRST_OBJECTIVE: ObjectiveType = "sft"
 
 _LARGE_ELEMENTS = 10**9
 # Of the fields of a group a recipe gives one: with it, the others have no default.
@@ -42,6 +44,7 @@ class Default(NamedTuple):
 _EVERY_METHOD: Mapping[str, Default] = {
     "name": Default("what requests call it; each publication is its next version"),
     "base": Default("loray makes it from a package, and it trains on two cores"),
+    "objective.type": Default("learns completions; dpo learns which of two answers is better", FIRST_OBJECTIVE),
     "adapter.method": Default("the first to try: it has the fewest surprises", FIRST_METHOD),
     "adapter.dropout": Default("adapters have few parameters; raise it where the held-out loss rises while loss falls"),
     "adapter.target_modules": Default("attention alone; the MLP's three more than double adapter and time"),
@@ -139,15 +142,32 @@ _OF_METHOD: Mapping[Method, Mapping[str, Default]] = {
     },
 }
 
+_DPO: Mapping[str, Default] = {
+    "objective.type": Default("pairs against the base, with the adapter off", "dpo"),
+    "objective.beta": Default("the paper's; higher stays nearer to the base"),
+    "objective.label_smoothing": Default("of robust: the share of pairs that are labelled the wrong way round"),
+    "objective.loss_type": Default("the paper's; robust where labels are noisy, ipo where sigmoid overfits, hinge"),
+    "data.train": Default("files, folders or globs with `prompt`, `chosen` and `rejected`"),
+    "data.max_length": Default("of prompt and answer, in tokens: 1024 or the base's shorter window; cut at the end"),
+    "batch.rows": Default("pairs of a worker at once, two sequences each; halve it where memory is short", 4),
+    "batch.order": Default("shuffled; length_grouped pads less"),
+}
+_DPO_RATE = Default("low: pairs are soon told apart, and then at the expense of both answers", 5e-5, 5e-6)
+_DPO_RATE_OF_VERA = Default("ten times LoRA's, as without pairs", 5e-4, 5e-5)
+
 
 def size_of(model: ModelConfig | None) -> BaseSize:
     """`large` from a billion weights on, and where the base is not known: this machine rarely has a large one."""
     return "small" if model is not None and model.num_matrix_elements < _LARGE_ELEMENTS else "large"
 
 
-def defaults_of(method: Method) -> dict[str, Default]:
-    """By field, for all fields of a recipe of `method`."""
-    return {**_EVERY_METHOD, **_OF_METHOD[method]}
+def defaults_of(method: Method, objective: ObjectiveType = FIRST_OBJECTIVE) -> dict[str, Default]:
+    """By field, for all fields of a recipe of `method` with that objective."""
+    plain = {**_EVERY_METHOD, **_OF_METHOD[method]}
+    if objective == "sft":
+        return plain
+    rate = _DPO_RATE_OF_VERA if method == "vera" else _DPO_RATE
+    return {**plain, **_DPO, "optimizer.learning_rate": rate}
 
 
 def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
@@ -167,14 +187,23 @@ def complete(fields: Mapping[str, Any], size: BaseSize) -> dict[str, Any]:
 
 def method_of(fields: Mapping[str, Any]) -> Method | None:
     """The method that the recipe names, the first one where it names none; None where there is no such method."""
-    adapter = fields.get("adapter", {})
-    named = adapter.get("method", FIRST_METHOD) if isinstance(adapter, Mapping) else None
+    named = _kind(fields, "adapter", "method", FIRST_METHOD)
     return next((method for method in METHODS if method == named), None)
 
 
+def _objective_of(fields: Mapping[str, Any]) -> ObjectiveType | None:
+    named = _kind(fields, "objective", "type", FIRST_OBJECTIVE)
+    return next((objective for objective in OBJECTIVES if objective == named), None)
+
+
+def _kind(fields: Mapping[str, Any], section: str, name: str, first: str) -> object:
+    given = fields.get(section, {})
+    return given.get(name, first) if isinstance(given, Mapping) else None
+
+
 def _defaults_for(fields: Mapping[str, Any]) -> Mapping[str, Default]:
-    method = method_of(fields)
-    return {} if method is None else defaults_of(method)
+    method, objective = method_of(fields), _objective_of(fields)
+    return {} if method is None or objective is None else defaults_of(method, objective)
 
 
 def alternatives(path: str) -> tuple[str, ...]:

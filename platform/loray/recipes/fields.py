@@ -11,8 +11,18 @@ import yaml
 from pydantic import BaseModel
 
 from loray.errors import SpecError
-from loray.recipes.defaults import METHODS
-from loray.spec import DoraSpec, LongLoraSpec, LoraSpec, Method, TrainSpec, VeraSpec
+from loray.recipes.defaults import FIRST_OBJECTIVE, METHODS, OBJECTIVES
+from loray.spec import (
+    DoraSpec,
+    DpoSpec,
+    LongLoraSpec,
+    LoraSpec,
+    Method,
+    ObjectiveType,
+    SftSpec,
+    TrainSpec,
+    VeraSpec,
+)
 
 _ADAPTERS: Mapping[Method, type[BaseModel]] = {
     "lora": LoraSpec,
@@ -20,6 +30,7 @@ _ADAPTERS: Mapping[Method, type[BaseModel]] = {
     "vera": VeraSpec,
     "longlora": LongLoraSpec,
 }
+_OBJECTIVES: Mapping[ObjectiveType, type[BaseModel]] = {"sft": SftSpec, "dpo": DpoSpec}
 _MAX_NEAR = 3
 
 
@@ -31,9 +42,10 @@ class RecipeField(NamedTuple):
     is_list: bool
 
 
-def fields_of(method: Method) -> dict[str, RecipeField]:
-    """All fields of a recipe of `method` that are no sections, in their order."""
-    return {field.path: field for field in _walk(TrainSpec, "", _ADAPTERS[method])}
+def fields_of(method: Method, objective: ObjectiveType = FIRST_OBJECTIVE) -> dict[str, RecipeField]:
+    """All fields of a recipe of `method` with that objective that are no sections, in their order."""
+    chosen = {"adapter": _ADAPTERS[method], "objective": _OBJECTIVES[objective]}
+    return {field.path: field for field in _walk(TrainSpec, "", chosen)}
 
 
 def given(pairs: Sequence[str]) -> dict[str, Any]:
@@ -41,7 +53,8 @@ def given(pairs: Sequence[str]) -> dict[str, Any]:
 
     A list is `[a, b]` or `a,b`; `null` is no value. Raises SpecError for an unknown field, naming those that are near.
     """
-    known = {path: field for method in METHODS for path, field in fields_of(method).items()}
+    kinds = [(method, objective) for method in METHODS for objective in OBJECTIVES]
+    known = {path: field for kind in kinds for path, field in fields_of(*kind).items()}
     nested: dict[str, Any] = {}
     for pair in pairs:
         path, separator, text = (part.strip() for part in pair.partition("="))
@@ -108,14 +121,15 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _walk(model: type[BaseModel], prefix: str, adapter: type[BaseModel]) -> Iterator[RecipeField]:
+def _walk(model: type[BaseModel], prefix: str, chosen: Mapping[str, type[BaseModel]]) -> Iterator[RecipeField]:
+    """`chosen`: the section of each field that may be one of several."""
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "method"):  # an adapter's first
         path = f"{prefix}{name}"
-        section = adapter if path == "adapter" else _section(field.annotation)
+        section = chosen.get(path) or _section(field.annotation)
         if section is not None and field.default is None:  # an optional section: as a whole, and by its fields
             yield RecipeField(path, None, is_list=False)
         if section is not None:
-            yield from _walk(section, f"{path}.", adapter)
+            yield from _walk(section, f"{path}.", chosen)
             continue
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         yield RecipeField(path, default, is_list=_is_list(field.annotation))

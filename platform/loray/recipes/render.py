@@ -10,9 +10,18 @@ from collections.abc import Iterator
 import yaml
 from pydantic import BaseModel
 
-from loray.recipes.defaults import BASE_SIZES, METHODS, BaseSize, Default, alternatives, defaults_of
+from loray.recipes.defaults import (
+    BASE_SIZES,
+    FIRST_OBJECTIVE,
+    METHODS,
+    OBJECTIVES,
+    BaseSize,
+    Default,
+    alternatives,
+    defaults_of,
+)
 from loray.recipes.fields import RecipeField, fields_of, value_at
-from loray.spec import Method, TrainSpec
+from loray.spec import Method, ObjectiveType, TrainSpec
 
 _WIDTH = 110
 _NONE = "–"
@@ -23,10 +32,11 @@ def to_yaml(spec: TrainSpec, size: BaseSize) -> str:
 
     A field without a value is a comment, except where it would have a default if it were left out.
     """
-    method, defaults = spec.adapter.method, defaults_of(spec.adapter.method)
+    kind = spec.adapter.method, spec.objective.type
+    defaults = defaults_of(*kind)
     lines: list[str] = []
     at: list[str] = []
-    for path, field in fields_of(method).items():
+    for path, field in fields_of(*kind).items():
         *sections, name = path.split(".")
         value = value_at(spec, path)
         if isinstance(value, BaseModel) or (sections and value_at(spec, ".".join(sections)) is None):
@@ -39,27 +49,35 @@ def to_yaml(spec: TrainSpec, size: BaseSize) -> str:
         is_another_given = any(value_at(spec, other) is not None for other in alternatives(path))
         is_left_out = value is None and (usual is None or is_another_given)
         text = f"# {name}:" if is_left_out else f"{name}: {_scalar(value)}"
-        why = _why(path, method)
+        why = _why(path, *kind)
         if not is_left_out and usual is not None and _scalar(value) != _scalar(usual):
             why = f"default {_scalar(usual)}: {why}"
         lines += _commented(text, why, "  " * len(sections))
     return "\n".join(lines) + "\n"
 
 
-def defaults_table() -> str:
-    """Markdown: every field, its default by method, and why. The value on a large base is behind the slash."""
-    fields = {method: fields_of(method) for method in METHODS}
+def defaults_table(objective: ObjectiveType = FIRST_OBJECTIVE) -> str:
+    """Markdown: every field, its default by method, and why. The value on a large base is behind the slash. Of another
+    objective than the first, the fields that differ from the first one's.
+    """
+    fields = {method: fields_of(method, objective) for method in METHODS}
     rows = [f"| field | {' | '.join(METHODS)} | why |", f"|---|{'---|' * (len(METHODS) + 1)}"]
     for path in dict.fromkeys(path for known in fields.values() for path in known):
         having = [method for method in METHODS if path in fields[method]]
-        cells = [_cell(fields[method][path], method) if method in having else "" for method in METHODS]
-        reasons = dict.fromkeys(_why(path, method) for method in having)
+        if objective != FIRST_OBJECTIVE and not any(_differs(path, method, objective) for method in having):
+            continue
+        cells = [_cell(fields[method][path], method, objective) if method in having else "" for method in METHODS]
+        reasons = dict.fromkeys(_why(path, method, objective) for method in having)
         rows.append(f"| `{path}` | {' | '.join(cells)} | {'; '.join(reasons)} |")
     return "\n".join(rows) + "\n"
 
 
-def _cell(field: RecipeField, method: Method) -> str:
-    defaults = defaults_of(method)
+def _differs(path: str, method: Method, objective: ObjectiveType) -> bool:
+    return defaults_of(method, objective).get(path) != defaults_of(method).get(path)
+
+
+def _cell(field: RecipeField, method: Method, objective: ObjectiveType) -> str:
+    defaults = defaults_of(method, objective)
     small, large = (_scalar(_usual(field, defaults, size)) for size in BASE_SIZES)
     return (small if small == large else f"{small} / {large}").replace("null", _NONE)
 
@@ -70,8 +88,8 @@ def _usual(field: RecipeField, defaults: dict[str, Default], size: BaseSize) -> 
     return field.default if value is None else value
 
 
-def _why(path: str, method: Method) -> str:
-    default = defaults_of(method).get(path)
+def _why(path: str, method: Method, objective: ObjectiveType) -> str:
+    default = defaults_of(method, objective).get(path)
     return "" if default is None else default.why
 
 
@@ -102,4 +120,4 @@ def _commented(text: str, why: str, indent: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(defaults_table())
+    sys.stdout.write("\n".join(defaults_table(objective) for objective in OBJECTIVES))

@@ -48,6 +48,7 @@ from loray.spec.evaluation import (
     LOG_LIKELIHOOD,
     LOSS,
     PERPLEXITY,
+    REWARDS,
     ContextLength,
     Depth,
     NoGateReason,
@@ -102,6 +103,7 @@ from loray.spec.training.methods import (
     LoraSpec,
     VeraSpec,
 )
+from loray.spec.training.objective import DpoSpec, ObjectiveSpec, ObjectiveType, SftSpec
 from loray.spec.training.older import upgraded
 from loray.spec.training.recipe import (
     CheckpointSpec,
@@ -131,6 +133,7 @@ __all__ = [
     "OPERATOR",
     "PERPLEXITY",
     "PREFIX_LENGTH",
+    "REWARDS",
     "SCOPES",
     "USAGE_GROUPS",
     "AdapterBytes",
@@ -151,6 +154,7 @@ __all__ = [
     "Delta",
     "Depth",
     "DoraSpec",
+    "DpoSpec",
     "Duration",
     "EarlyStoppingSpec",
     "EndStatus",
@@ -173,6 +177,8 @@ __all__ = [
     "Name",
     "NoGateReason",
     "NumBytes",
+    "ObjectiveSpec",
+    "ObjectiveType",
     "OptimizerSpec",
     "ParallelSpec",
     "PerplexitySpec",
@@ -188,6 +194,7 @@ __all__ = [
     "SamplingParams",
     "Scope",
     "ServeSpec",
+    "SftSpec",
     "Sha256",
     "StrategyName",
     "Subject",

@@ -12,6 +12,9 @@ from loray.spec.fields import Frozen
 PERPLEXITY, LOSS = "perplexity", "loss"
 EXACT_MATCH, LOG_LIKELIHOOD = "exact_match", "log_likelihood"
 
+# Of pairs, by TRL's names: means of the answers' rewards, the share told apart, the mean difference.
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+
 RetrievalTask = Literal["passkey", "topics"]
 ContextLength = Annotated[int, Field(gt=1)]
 Depth = Annotated[float, Field(ge=0, le=1)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from pydantic import Field
 
 from loray.adapters.peft_format import AdapterFiles, write_folder
 from loray.errors import IntegrityError, SpecError, TrainingError
@@ -25,13 +26,25 @@ from loray.train.optimizer import OptimizerState
 ADAPTER = "adapter"
 _OPTIMIZER = "optimizer.pt"
 # must be equal in a resumed run
-_RESUMABLE = ("base", "adapter", "attention", "rope_scaling", "init_adapter", "data", "batch", "dtype", "seed")
+_RESUMABLE = (
+    "base",
+    "objective",
+    "adapter",
+    "attention",
+    "rope_scaling",
+    "init_adapter",
+    "data",
+    "batch",
+    "dtype",
+    "seed",
+)
 
 
 class RunState(Frozen):
     """The state after `step` optimizer steps.
 
     eval_loss  held-out loss of this checkpoint; None where it was not evaluated
+    eval_metrics  the objective's further figures at the same evaluation
     num_stale  evaluations in a row that were not better than the best one before by `early_stopping.min_delta`
     saved_at   when the checkpoint was written: the times of files are lost in a bucket
     parent     digest of the adapter that the run went on from
@@ -48,6 +61,7 @@ class RunState(Frozen):
     skipped_steps: int = 0
     num_tokens: int = 0
     eval_loss: float | None = None
+    eval_metrics: dict[str, float] = Field(default_factory=dict)
     best_eval_loss: float | None = None
     num_stale: int = 0
     baselines: tuple[Evaluation, ...] = ()
@@ -72,13 +86,14 @@ class RunState(Frozen):
         metrics = {"step": self.step, "num_steps": num_steps, "best_eval_loss": self.best_eval_loss}
         return {"event": "early_stop", "num_stale": self.num_stale, **metrics}
 
-    def evaluated(self, loss: float) -> RunState:
-        """With the held-out loss of its parameters, which may not be finite."""
+    def evaluated(self, loss: float, metrics: dict[str, float]) -> RunState:
+        """With the held-out loss of its parameters, which may not be finite, and the objective's further figures."""
         best, early = self.best_eval_loss, self.recipe.early_stopping
         is_better = isfinite(loss) and (best is None or loss < best)
         is_stale = not is_better or (best is not None and early is not None and loss > best - early.min_delta)
         update = {
             "eval_loss": loss if isfinite(loss) else None,
+            "eval_metrics": metrics if isfinite(loss) else {},
             "best_eval_loss": loss if is_better else best,
             "num_stale": self.num_stale + 1 if is_stale else 0,
         }
@@ -88,12 +103,13 @@ class RunState(Frozen):
         """The baselines, and this checkpoint where it was evaluated, for the manifest."""
         if self.eval_loss is None:
             return self.baselines
-        return (*self.baselines, evaluation(self.eval_loss, "adapter", self.row_length))
+        measured = {LOSS: self.eval_loss} | self.eval_metrics
+        return (*self.baselines, *(evaluation(v, "adapter", self.row_length, m) for m, v in measured.items()))
 
 
-def evaluation(loss: float, subject: Subject, row_length: int) -> Evaluation:
-    """A held-out loss as an Evaluation."""
-    return Evaluation(metric=LOSS, value=loss, dataset="held-out", subject=subject, context_length=row_length)
+def evaluation(value: float, subject: Subject, row_length: int, metric: str = LOSS) -> Evaluation:
+    """A held-out loss, or another figure of held-out rows, as an Evaluation."""
+    return Evaluation(metric=metric, value=value, dataset="held-out", subject=subject, context_length=row_length)
 
 
 class Snapshot(NamedTuple):

@@ -1,12 +1,11 @@
 """The training loop in plain Python: one process, or one of several over torch.distributed.
 
-A step: its batches → sum of losses over all valid targets → gradients, summed over micro-batches and ranks → clip →
+A step: its batches → sum of losses over all targets or pairs → gradients, summed over micro-batches and ranks → clip →
 AdamW. The strategy distributes parameters, gradients and states over ranks. All ranks make the same reporter calls.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,19 +17,19 @@ from loray.adapters.inject import InitialAdapter, load_weights
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError, TrainingError
-from loray.spec import TrainSpec
+from loray.spec import Subject, TrainSpec
 from loray.telemetry import get_logger
 from loray.train import checkpoint
 from loray.train.checkpoint import RunState, evaluation
 from loray.train.data.batches import BatchStream, Cursor
 from loray.train.data.dataset import Dataset
 from loray.train.determinism import deterministic, seed_step
-from loray.train.evaluation.held_out import held_out_loss, measure_baselines
-from loray.train.loss import Objective
+from loray.train.evaluation.held_out import HeldOut, held_out_loss, measure_baselines
 from loray.train.mesh import Mesh
 from loray.train.model import build_model, count_parameters
+from loray.train.objectives.choice import objective_of
 from loray.train.optimizer import StepResult, learning_rate
-from loray.train.reporting import Reporter
+from loray.train.reporting import Reporter, start_event
 from loray.train.saving import Checkpoints, Clock
 from loray.train.strategies import prepare
 from loray.train.weights.deferred import BaseWeights
@@ -78,6 +77,7 @@ class _Step(NamedTuple):
     result: StepResult
     num_tokens: int
     is_overdue: bool  # the next checkpoint, by the clock
+    metrics: dict[str, float]
 
 
 class _Run:
@@ -118,8 +118,8 @@ class _Run:
         self.model.train()
         self.num_parameters = count_parameters(self.model)
         optimizer_state = None if resume_from is None else checkpoint.read_optimizer(resume_from)
-        objective, weights = Objective(self.model), BaseWeights(base, spec.dtype)
-        self.strategy = prepare(objective, spec, self.world, self.device, weights, optimizer_state)
+        self.objective, weights = objective_of(self.model, spec), BaseWeights(base, spec.dtype)
+        self.strategy = prepare(self.objective, spec, self.world, self.device, weights, optimizer_state)
         self.stream = BatchStream(
             data.train,
             spec.batch,
@@ -130,6 +130,7 @@ class _Run:
             rank=self.mesh.data_rank,
             size=self.mesh.data_size,
             shares=data.shares,
+            paired=data.is_paired,
         )
         steps = spec.max_steps or self.stream.num_steps(spec.num_epochs or 1.0)
         self.num_steps = self.state.step if self.state.is_stale else steps  # stale: it had ended early
@@ -166,15 +167,17 @@ class _Run:
     def _step(self, step: int) -> _Step:
         seed_step(self.spec.seed, step, self.world.rank)
         batches = self.stream.next_step()
-        counts = sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)
-        num_targets, num_tokens = (n / self.mesh.sequence.size for n in self.world.sum(*counts, device=self.device))
+        counts = sum(b.num_terms for b in batches), sum(b.num_tokens for b in batches)
+        num_terms, num_tokens = (n / self.mesh.sequence.size for n in self.world.sum(*counts, device=self.device))
         mine = 0.0
         for batch in batches:
             with self.mesh.part(batch) as part:
-                mine += self.strategy.forward_backward(part, divisor=num_targets, last=batch is batches[-1])
-        summed, overdue, written = self.world.sum(mine, *self.checkpoints.signals(), device=self.device)
+                mine += self.strategy.forward_backward(part, divisor=num_terms, last=batch is batches[-1])
+        signals, sums = self.checkpoints.signals(), self.objective.take()
+        loss, overdue, written, *totals = self.world.sum(mine, *signals, *sums, device=self.device)
         self.checkpoints.take(written)
-        loss = summed / num_targets
+        loss /= num_terms
+        metrics = {name: total / num_terms for name, total in zip(self.objective.METRICS, totals, strict=True)}
         lr = learning_rate(step, self.num_steps, self.spec.optimizer)
         result = self.strategy.step(lr)
         if result.skipped:
@@ -190,9 +193,10 @@ class _Run:
                 "skipped_steps": self.state.skipped_steps + result.skipped,
                 "num_tokens": self.state.num_tokens + int(num_tokens),
                 "eval_loss": None,
+                "eval_metrics": {},
             }
         )
-        return _Step(loss, lr, result, int(num_tokens), overdue > 0)
+        return _Step(loss, lr, result, int(num_tokens), overdue > 0, metrics)
 
     def _stop(self) -> None:
         """Save the parameters where their held-out loss is finite, and raise TrainingError. Skipped steps change
@@ -231,23 +235,23 @@ class _Run:
 
     # -- evaluation --
 
-    def _held_out_loss(self) -> float:
-        rows, objective = self.data.evaluation, self.strategy.objective
-        return held_out_loss(self.model, objective, rows, self.spec, device=self.device, mesh=self.mesh)
+    def _held_out_loss(self) -> HeldOut:
+        rows, compute = self.data.evaluation, self.strategy.objective
+        return held_out_loss(self.objective, compute, rows, self.spec, device=self.device, mesh=self.mesh)
 
     def _evaluate_baselines(self) -> None:
         """Measure what the model computes before any training."""
         baselines = []
-        for subject, loss in measure_baselines(self.model, self.base, self.spec, self._held_out_loss):
-            baselines.append(evaluation(loss, subject, self.data.max_length))
-            self._report({"event": "eval", "step": 0, "subject": subject, "eval_loss": loss})
+        for subject, measured in measure_baselines(self.model, self.base, self.spec, self._held_out_loss):
+            baselines.append(evaluation(measured.loss, subject, self.data.max_length))
+            self._report_eval(subject, measured)
         self.state = self.state.model_copy(update={"baselines": tuple(baselines)})
 
     def _evaluate(self) -> bool:
         """Measure and report the held-out loss. Returns whether it is the best so far."""
-        loss, before = self._held_out_loss(), self.state.best_eval_loss
-        self.state = self.state.evaluated(loss)
-        self._report({"event": "eval", "step": self.state.step, "subject": "adapter", "eval_loss": loss})
+        measured, before = self._held_out_loss(), self.state.best_eval_loss
+        self.state = self.state.evaluated(measured.loss, measured.metrics)
+        self._report_eval("adapter", measured)
         return self.state.best_eval_loss != before
 
     def _end_early(self) -> None:
@@ -260,22 +264,14 @@ class _Run:
         self.reporter.report(metrics, None)
 
     def _report_start(self) -> None:
-        count = self.num_parameters
-        self._report(
-            {
-                "event": "start",
-                "step": self.state.step,
-                "num_steps": self.num_steps,
-                "num_parameters": count.total,
-                "num_trainable": count.trainable,
-                "trainable_share": count.trainable / count.total,
-                "num_workers": self.world.size,
-                "num_threads": torch.get_num_threads(),
-                "device": str(self.device),
-                "pid": os.getpid(),
-                "data": asdict(self.data.report),
-            }
-        )
+        counts = self.num_parameters.total, self.num_parameters.trainable
+        where = {"num_workers": self.world.size, "device": str(self.device)}
+        progress = {"step": self.state.step, "num_steps": self.num_steps}
+        self._report(start_event(*counts, asdict(self.data.report)) | progress | where)
+
+    def _report_eval(self, subject: Subject, measured: HeldOut) -> None:
+        figures = {"eval_loss": measured.loss, **measured.metrics}
+        self._report({"event": "eval", "step": self.state.step, "subject": subject, **figures})
 
     def _report_step(self, step: _Step, *, seconds: float, eta_s: float) -> None:
         self._report(
@@ -284,6 +280,7 @@ class _Run:
                 **self.state.progress,
                 "num_steps": self.num_steps,
                 "loss": step.loss,
+                **step.metrics,
                 "lr": step.lr,
                 "grad_norm": step.result.grad_norm,
                 "tokens_per_s": step.num_tokens / seconds,

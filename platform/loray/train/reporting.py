@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+import torch
 
 Metrics = dict[str, Any]
 
@@ -15,6 +18,19 @@ class Reporter(Protocol):
 
         `checkpoint` is a folder on rank 0, which the loop deletes after the call: move or copy its files.
         """
+
+
+def start_event(num_parameters: int, num_trainable: int, data: dict[str, Any]) -> Metrics:
+    """What this process trains, and with what. `data` is the data set's report."""
+    return {
+        "event": "start",
+        "num_parameters": num_parameters,
+        "num_trainable": num_trainable,
+        "trainable_share": num_trainable / num_parameters,
+        "num_threads": torch.get_num_threads(),
+        "pid": os.getpid(),
+        "data": data,
+    }
 
 
 class SavedCheckpoint(NamedTuple):

@@ -17,7 +17,7 @@ from jobs.workers.gauges import TrainingGauges, Utilisation
 from jobs.workers.reporter import RayReporter
 from loray.telemetry import TRAINING_METRICS
 from loray.train.mesh import World
-from tests.jobs.test_events import START, step
+from tests.jobs.test_events import FIGURES, START, step
 
 
 class Gauges:
@@ -80,8 +80,14 @@ def test_every_gauge_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     first.report(step(8) | {"num_tokens": 128}, None)
     first.report({"event": "eval", "step": 0, "subject": "base", "eval_loss": 9.0}, None)
     first.report({"event": "eval", "step": 8, "subject": "adapter", "eval_loss": 1.5}, None)
+    assert not [name for name in table.values if "rewards" in name]  # without pairs
+    first.report(step(8) | FIGURES | {"num_tokens": 128}, None)
+    first.report({"event": "eval", "step": 8, "subject": "adapter", "eval_loss": 1.5} | FIGURES, None)
     first._gauges.set(checkpoint_seconds=0.5)
     assert sorted(table.values) == sorted(m.name for m in TRAINING_METRICS.values())
+    assert (
+        table.values["loray_train_rewards_accuracies"] == table.values["loray_train_eval_rewards_accuracies"] == 0.875
+    )
     assert (table.values["loray_train_step"], table.values["loray_train_eval_loss"]) == (8, 1.5)
     table.values.clear()
     second.report(step(9) | {"num_tokens": 128}, None)
@@ -97,7 +103,7 @@ def test_a_board_shows_the_run_without_steps_that_a_restart_repeats(tmp_path: Pa
         board.write({"event": "worker_lost", "message": "rank 1"})
         board.write(START | {"step": 2, "pid": 2})
         board.write(step(3) | {"memory_bytes": 6, "loss": None})
-        board.write({"event": "eval", "step": 3, "subject": "adapter", "eval_loss": 1.5})
+        board.write({"event": "eval", "step": 3, "subject": "adapter", "eval_loss": 1.5} | FIGURES)
     first, second = (read(path) for path in sorted(tmp_path.iterdir(), key=lambda p: p.suffix))
     assert [e.step for e in first if e.HasField("session_log")] == [1]
     assert [e.step for e in second if e.HasField("session_log")] == [3]
@@ -106,6 +112,7 @@ def test_a_board_shows_the_run_without_steps_that_a_restart_repeats(tmp_path: Pa
     assert scalars(second, "train/loss") == {}
     assert scalars(second, "memory/peak_bytes") == {3: 6.0}
     assert scalars(second, "eval/loss_adapter") == {3: 1.5}
+    assert scalars(second, "eval/rewards/accuracies_adapter") == {3: 0.875}
 
 
 def read(path: Path) -> list[Event]:

@@ -35,6 +35,7 @@ def show(plan: Plan, spec: TrainSpec, to: Console) -> None:
 def _run(plan: Plan, spec: TrainSpec) -> Table:
     run = plan.run
     share = run.trained.total / run.base.total
+    rows = f"{run.num_rows} pairs × 2" if run.has_reference else f"{run.num_rows}"
     attention = "dense" if run.group_size is None else f"S2-Attn, G = {run.group_size}"
     if (shared := run.shared_dense) is not None:
         attention += f", {shared.exchange} over {run.sequence} workers"
@@ -44,7 +45,7 @@ def _run(plan: Plan, spec: TrainSpec) -> Table:
         [
             ("recipe", f"{spec.name}: {spec.adapter.method} on {spec.base}"),
             ("parameters", f"{count(run.base.total)}, {count(run.trained.total)} trained ({share:.2%}), {run.dtype}"),
-            ("rows", f"{run.num_rows} × {run.padded_length} tokens × {run.accumulation} micro-batches; {attention}"),
+            ("rows", f"{rows} × {run.padded_length} tokens × {run.accumulation} micro-batches; {attention}"),
             ("workers", f"{layout}; {run.tokens_per_worker} tokens each; keep {keeps}"),
         ]
     )
@@ -117,7 +118,8 @@ def _step(plan: Plan) -> Table:
         [
             (
                 "FLOPs",
-                f"{flops.forward:.3g} forward, {flops.backward:.3g} backward, {flops.recompute:.3g} recomputed; "
+                f"{flops.forward:.3g} forward, {flops.backward:.3g} backward, {flops.recompute:.3g} recomputed, "
+                f"{flops.reference:.3g} reference; "
                 f"attention forward {flops.attention:.2g}, dense {flops.dense_attention:.2g}",
             ),
             ("sends", ", ".join(text for text, nbytes in sent if nbytes) or "nothing"),

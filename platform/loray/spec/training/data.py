@@ -27,14 +27,15 @@ Mixture = Annotated[tuple[SourcePath | DataSource, ...], Field(min_length=1)]
 
 
 class DataSpec(Frozen):
-    """JSONL, Parquet or saved data sets with columns `messages` (chat), `prompt` and `completion`, or `text`; `auto`
-    looks which. `train` and `eval` are one source (see DataSource) or several.
+    """JSONL, Parquet or saved data sets with columns `messages` (chat), `prompt` and `completion`, or `text`, and for
+    DPO `prompt`, `chosen` and `rejected` (preference); `auto` looks which. `train` and `eval` are one source (see
+    DataSource) or several.
     """
 
     train: SourcePath | Mixture
     eval: SourcePath | Paths | None = None
     eval_fraction: float = Field(default=0.05, ge=0, lt=1, description="held out of `train` where `eval` is not given")
-    format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
+    format: Literal["auto", "chat", "prompt_completion", "text", "preference"] = "auto"
     max_length: int | None = Field(
         default=None, gt=1, description="None: LongLoRA's context; else 1024 tokens, or the base's window if shorter"
     )
@@ -80,7 +81,8 @@ def _changed(
 
 
 class BatchSpec(Frozen):
-    """Exactly one of `rows` and `tokens` (a budget, padding included) says how large a micro-batch is.
+    """Exactly one of `rows` and `tokens` (a budget, padding included) says how large a micro-batch is. A row of DPO is
+    a pair: two sequences.
 
     order  shuffled, length_grouped: a document or a window of it is a row. packed: whole documents fill a row, each
            with positions and attention of its own. concat, of texts: they are joined by the end-of-sequence token and

@@ -11,6 +11,7 @@ from loray.spec.fields import Alias, DType, Frozen, Name
 from loray.spec.training.context import AttentionSpec, RopeScaling
 from loray.spec.training.data import BatchSpec, DataSpec
 from loray.spec.training.methods import AdapterSpec, DoraSpec, LongLoraSpec
+from loray.spec.training.objective import DpoSpec, ObjectiveSpec, SftSpec
 from loray.spec.training.older import upgraded
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb"]
@@ -18,7 +19,7 @@ StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 # name, name@alias or name@version, of the tenant itself or as tenant/name
 _ADAPTER = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9_-]{1,48})?$"
 
-_LEAST_VERA_RATE = 1e-3
+_LEAST_VERA_RATE, _LEAST_VERA_DPO_RATE = 1e-3, 5e-5
 
 
 class OptimizerSpec(Frozen):
@@ -105,6 +106,7 @@ class TrainSpec(Frozen):
 
     name: Name
     base: Name = "smollm2"
+    objective: ObjectiveSpec = SftSpec()
     adapter: AdapterSpec
     attention: AttentionSpec = Field(
         default_factory=_usual_attention, description="while training; S2-Attn for LongLoRA unless given, else dense"
@@ -148,6 +150,11 @@ class TrainSpec(Frozen):
     def is_long_context(self) -> bool:
         """Whether rows are as long as the context unless the recipe says otherwise."""
         return self.rope_scaling is not None or isinstance(self.adapter, LongLoraSpec)
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a row is a pair of answers, of which a batch has two sequences."""
+        return isinstance(self.objective, DpoSpec)
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -196,11 +203,36 @@ class TrainSpec(Frozen):
             raise ValueError(f"DoRA trains fp32 magnitudes, which {self.parallel.strategy} does not hold: use ddp")
         return self
 
+    @model_validator(mode="after")
+    def _pairs_are_whole(self) -> Self:
+        has_pairs = self.data.format == "preference"
+        if not self.is_paired:
+            if has_pairs:
+                raise ValueError("data.format preference is for pairs: set objective: {type: dpo}")
+            return self
+        if self.data.format != "auto" and not has_pairs:
+            raise ValueError(f"data.format {self.data.format} has no pairs, which DPO learns from: leave it out")
+        if self.batch.order in ("packed", "concat"):
+            raise ValueError(f"batch.order {self.batch.order} joins rows, and DPO compares whole answers: leave it out")
+        if self.parallel.sequence > 1:
+            raise ValueError("DPO compares whole answers, which parallel.sequence splits: set it to 1")
+        if self.adapter.train_embeddings or self.adapter.train_norms:
+            raise ValueError(
+                "DPO's reference is the base with the adapter off, and trained embeddings and norms stay on: set "
+                "adapter.train_embeddings and adapter.train_norms to false"
+            )
+        if self.init_adapter is not None:
+            raise ValueError(
+                "DPO's reference is the base, and init_adapter starts elsewhere: merge that adapter into a base "
+                "(loray adapters pull --format), add it with loray base add, and train on it"
+            )
+        return self
+
     @property
     def doubts(self) -> tuple[str, ...]:
         """Warnings about values that are valid but probably a mistake."""
         rate = self.optimizer.learning_rate
-        if self.adapter.method == "vera" and rate < _LEAST_VERA_RATE:
+        if self.adapter.method == "vera" and rate < (_LEAST_VERA_DPO_RATE if self.is_paired else _LEAST_VERA_RATE):
             return (
                 f"optimizer.learning_rate is {rate:g}, as for LoRA; VeRA's two vectors a module want about ten times "
                 "that (the paper: 4e-3 to 2e-2)",

@@ -50,6 +50,12 @@ class Batch(NamedTuple):
     position_ids_BT: Tensor | None
     num_tokens: int
     num_targets: int
+    num_pairs: int | None = None  # of answers: first the rows of all chosen ones, then those of the rejected ones
+
+    @property
+    def num_terms(self) -> int:
+        """Terms of the loss, of which a step takes the mean: labels, or pairs."""
+        return self.num_targets if self.num_pairs is None else self.num_pairs
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         named = {
@@ -164,12 +170,26 @@ def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
     )
 
 
+def pair_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens of each pair, padded to the longer answer. Rows 2i and 2i + 1 are a pair."""
+    padded: NDArray[np.int64] = 2 * lengths.reshape(-1, 2).max(1)
+    return padded
+
+
+def collate_pairs(rows: Rows, batch: MicroBatch) -> Batch:
+    """The pairs of `batch`, each a row of a plan, as a batch of twice as many rows."""
+    pairs = [pair for (pair,) in batch]
+    return collate(rows, tuple((2 * pair + side,) for side in (0, 1) for pair in pairs), packed=False)._replace(
+        num_pairs=len(pairs)
+    )
+
+
 class BatchStream:
     """An endless sequence of micro-batches over epochs. A step takes `per_step` of them, over all data ranks.
 
     All ranks follow the same plan, and each takes every `size`-th micro-batch, so that the batch of a step does not
     depend on the number of ranks. Strategies need equally many micro-batches on every rank: a rank with one less adds
-    one without labels. Not thread-safe.
+    one without labels. `paired`: rows 2i and 2i + 1 are a pair, which the plan has as one row. Not thread-safe.
     """
 
     def __init__(
@@ -184,10 +204,12 @@ class BatchStream:
         rank: int = 0,
         size: int = 1,
         shares: Sequence[Share] = (),
+        paired: bool = False,
     ) -> None:
+        self._paired = paired
         self._rows, self._spec, self._max_length, self._seed = rows, spec, max_length, seed
         self._per_step, self._rank, self._size, self._shares = per_step, rank, size, shares
-        self._lengths: list[int] = rows.lengths.tolist()
+        self._lengths: list[int] = (pair_lengths(rows.lengths) if paired else rows.lengths).tolist()
         self.cursor = cursor
         self._plan = self._plan_of(cursor.epoch)
 
@@ -204,10 +226,15 @@ class BatchStream:
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step."""
         planned = [self._next() for _ in range(self._per_step)]
-        mine = [collate(self._rows, b, packed=self._spec.order == "packed") for b in planned[self._rank :: self._size]]
+        mine = [self._collate(batch) for batch in planned[self._rank :: self._size]]
         if len(mine) < math.ceil(self._per_step / self._size):
-            mine.append(_without_labels(collate(self._rows, planned[-1], packed=self._spec.order == "packed")))
+            mine.append(_without_labels(self._collate(planned[-1])))
         return mine
+
+    def _collate(self, batch: MicroBatch) -> Batch:
+        if self._paired:
+            return collate_pairs(self._rows, batch)
+        return collate(self._rows, batch, packed=self._spec.order == "packed")
 
     def _next(self) -> MicroBatch:
         if self.cursor.done == len(self._plan):
@@ -226,7 +253,9 @@ class BatchStream:
 
 
 def _without_labels(batch: Batch) -> Batch:
-    return batch._replace(labels_BT=torch.full_like(batch.labels_BT, IGNORED), num_tokens=0, num_targets=0)
+    num_pairs = None if batch.num_pairs is None else 0
+    labels_BT = torch.full_like(batch.labels_BT, IGNORED)
+    return batch._replace(labels_BT=labels_BT, num_tokens=0, num_targets=0, num_pairs=num_pairs)
 
 
 def _capacity(spec: BatchSpec, longest: int) -> int:

@@ -55,6 +55,20 @@ def conversations(record: Mapping[str, Any], tokenizer: Any) -> list[Conversatio
     return [Conversation(turn.text[: span[1]], (span,)) for turn, span in zip(found, spans, strict=True)]
 
 
+def answered(record: Mapping[str, Any], answer: str, tokenizer: Any) -> Conversation:
+    """The messages of `prompt` and the one of the column `answer`, of which only that is learned. Raises ValueError."""
+    prompt, turns = _messages(record.get("prompt"), "prompt"), _messages(record.get(answer), answer)
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError("`prompt` must end before the answer, not with an assistant message")
+    if [message["role"] for message in turns] != ["assistant"]:
+        raise ValueError(f"`{answer}` must be one assistant message: put the turns before it into `prompt`")
+    template = _Template(tokenizer, _tools(record.get("tools")))
+    template.check([*prompt, *turns])
+    turn = template.turn([*prompt, *turns])
+    end = _end(turn, tokenizer.eos_token)
+    return Conversation(turn.text[:end], ((turn.start, end),))
+
+
 def _end(turn: _Turn, eos: str) -> int:
     """An answer ends with the end-of-sequence token: text that a template adds after it is never generated."""
     at = turn.text.rfind(eos, turn.start)
@@ -109,9 +123,9 @@ class _Template:
 # -- messages ---------------------------------------------------------------------------------------------------------
 
 
-def _messages(given: Any) -> list[dict[str, Any]]:
+def _messages(given: Any, name: str = "messages") -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
-        raise ValueError("`messages` must be a list of at least one message")
+        raise ValueError(f"`{name}` must be a list of at least one message")
     return [_message(message) for message in given]
 
 

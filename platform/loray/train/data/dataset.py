@@ -10,22 +10,25 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.recipes.sources import find_files
 from loray.spec import DataSpec
-from loray.train.data.batches import Share
+from loray.train.data.batches import Share, pair_lengths
 from loray.train.data.corpus import Corpus, Runner, TemporaryCache, load_corpus, run_here
 from loray.train.data.examples import Rows, TokenRows, pack_rows
 from loray.train.data.files import DataFormat, RowFile, open_rows
 from loray.train.data.shards import ShardCache
-from loray.train.data.splits import SAMPLE_STREAM, check_texts, joined_texts, windows
+from loray.train.data.splits import SAMPLE_STREAM, Part, check_texts, joined_texts, windows
 from loray.train.data.tokenising import Tokenisation
 
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """Statistics of the data. Tokens are those of the training rows; targets are tokens with a label."""
+    """Statistics of the data. A row of preferences is a pair. Tokens are those of the training rows; targets are tokens
+    with a label.
+    """
 
     format: DataFormat
     num_documents: int
@@ -42,8 +45,8 @@ class Dataset:
     """Training rows, which are read from the cache of tokens, and held-out rows, which are few.
 
     `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
-    digests. `is_joined`: rows are texts joined by the end-of-sequence token. `shares`: of the sources, where they have
-    weights.
+    digests. `is_joined`: rows are texts joined by the end-of-sequence token. `is_paired`: rows 2i and 2i + 1 are a
+    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights.
     """
 
     train: Rows
@@ -52,7 +55,13 @@ class Dataset:
     fingerprint: str
     report: DataReport
     is_joined: bool = False
+    is_paired: bool = False
     shares: tuple[Share, ...] = ()
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each training row; of a pair those of both answers, padded to the longer one."""
+        return pair_lengths(self.train.lengths) if self.is_paired else self.train.lengths
 
 
 def load_data(
@@ -64,6 +73,7 @@ def load_data(
     seed: int,
     joined: bool | None = False,
     whole_windows: bool = False,
+    paired: bool = False,
     fetched: Mapping[str, Path] = MappingProxyType({}),
     cache: ShardCache | None = None,
     run: Runner = run_here,
@@ -74,12 +84,13 @@ def load_data(
     its last rows are held out. At most `max_eval_rows` rows are kept for evaluation, drawn by the seed.
     joined         join texts and cut them at `max_length`, see `loray.train.data.joined`; None: where the data is texts
     whole_windows  hold out only rows of exactly `max_length` tokens, where there are any
+    paired         rows are preference pairs; one is left out where an answer is cut away, or where both are equal
     fetched        copies on this machine of remote sources
     cache          where tokens stay for other runs, and are read from; None: until nobody has the result any more
     run            tokenises what the cache lacks
     """
-    train_files = [_open(source.path, spec, fetched) for source in spec.train_sources]
-    eval_files = [_open(source.path, spec, fetched) for source in spec.eval_sources]
+    train_files = [_open(source.path, spec, fetched, paired) for source in spec.train_sources]
+    eval_files = [_open(source.path, spec, fetched, paired) for source in spec.eval_sources]
     files = [file for source in (*train_files, *eval_files) for file in source]
     is_joined = joined if joined is not None else all(file.format == "text" for file in files)
     if is_joined:
@@ -92,43 +103,58 @@ def load_data(
         train_files, train_corpus, eval_corpus, max_length, spec.eval_fraction, seed
     )
 
-    usable = np.flatnonzero(trained.num_targets > 0)
-    measured = np.flatnonzero(held_out.num_targets > 0)
+    each = 2 if paired else 1  # sequences of a row
+    usable, measured = (_usable_pairs(p) if paired else np.flatnonzero(p.num_targets > 0) for p in (trained, held_out))
     for sources, rows in ((spec.train_sources, usable), (spec.eval_sources, measured)):
         if sources and not len(rows):
             named = ", ".join(source.path for source in sources)
             raise DataError(f"no row of {named} has a token to learn within {max_length} tokens; raise data.max_length")
-    whole = measured[held_out.rows.lengths[measured] == max_length]
-    if whole_windows and len(whole):
-        measured = whole
+    if whole_windows and not paired:
+        whole = measured[held_out.rows.lengths[measured] == max_length]
+        measured = whole if len(whole) else measured
     if len(measured) > max_eval_rows:
         drawn = np.random.default_rng([seed, SAMPLE_STREAM]).choice(len(measured), max_eval_rows, replace=False)
         measured = measured[np.sort(drawn)]
 
-    train = trained.rows.select(usable)
+    kept = _sequences(usable, each)
+    train = trained.rows.select(kept)
     report = DataReport(
         format=next((file.format for file in files if file.format != "text"), "text"),
         num_documents=num_documents,
-        num_rows=len(train),
+        num_rows=len(usable),
         num_eval_rows=len(measured),
         num_tokens=int(train.lengths.sum()),
-        num_targets=int(trained.num_targets[usable].sum()),
-        num_truncated=int(trained.truncated[usable].sum()),
-        num_without_targets=len(trained.rows) - len(usable),
+        num_targets=int(trained.num_targets[kept].sum()),
+        num_truncated=int(trained.truncated[kept].reshape(-1, each).any(1).sum()),
+        num_without_targets=len(trained.rows) // each - len(usable),
     )
-    evaluation = pack_rows([held_out.rows.row(int(i)) for i in measured])  # a copy, of these rows alone
+    # A copy, of these rows alone.
+    evaluation = pack_rows([held_out.rows.row(int(i)) for i in _sequences(measured, each)])
     weights = [source.weight for source in spec.train_sources]
-    counts = np.bincount(trained.sources[usable], minlength=len(weights)).tolist()
+    counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
     shares = tuple(map(Share, counts, weights)) if set(weights) != {1.0} else ()
     fingerprint = _fingerprint(train_corpus, eval_corpus)
-    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, shares)
+    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares)
 
 
-def _open(path: str, spec: DataSpec, fetched: Mapping[str, Path]) -> tuple[RowFile, ...]:
+def _usable_pairs(part: Part) -> NDArray[np.int64]:
+    """Pairs of which both answers have a target, and which differ as far as they go."""
+    usable = np.flatnonzero((part.num_targets.reshape(-1, 2) > 0).all(1))
+    both_cut = np.flatnonzero(part.truncated.reshape(-1, 2).all(1))
+    equal = [i for i in both_cut.tolist() if np.array_equal(part.rows.row(2 * i)[0], part.rows.row(2 * i + 1)[0])]
+    return np.setdiff1d(usable, np.array(equal, np.int64))
+
+
+def _sequences(rows: NDArray[np.int64], each: int) -> NDArray[np.int64]:
+    return (each * rows[:, None] + np.arange(each)).ravel()
+
+
+def _open(path: str, spec: DataSpec, fetched: Mapping[str, Path], paired: bool) -> tuple[RowFile, ...]:
     """The files of one source."""
     files = []
     for name, local in find_files(path, fetched.get(path)):
-        files.append(open_rows(name, spec.format, fetched=None if name == local else Path(local)))
+        copy = None if name == local else Path(local)
+        files.append(open_rows(name, spec.format, fetched=copy, paired=paired))
     return tuple(files)
 
 

@@ -21,16 +21,21 @@ from loray.errors import DataError
 from loray.recipes.sources import ARROW, Source
 
 FileKind = Literal["jsonl", "parquet", "arrow"]
-DataFormat = Literal["chat", "prompt_completion", "text"]
+DataFormat = Literal["chat", "prompt_completion", "text", "preference"]
 
 _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     "chat": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected"),
 }
-_TOOLS = "tools"  # of a chat, where the file has that column
+_TOOLS = "tools"  # of chats, where the file has that column
+_WITH_CHATS: tuple[DataFormat, ...] = ("chat", "preference")
 READ_COLUMNS = frozenset({column for columns in _COLUMNS.values() for column in columns} | {_TOOLS})
-_EXPECTED = "`messages` (chat), `prompt` and `completion`, or `text`"
+_EXPECTED = {
+    False: "loray reads `messages` (chat), `prompt` and `completion`, or `text`",
+    True: "DPO reads `prompt`, `chosen` and `rejected`, all texts or all lists of messages",
+}
 
 
 class RowFile(NamedTuple):
@@ -42,8 +47,12 @@ class RowFile(NamedTuple):
     columns: tuple[str, ...]
 
 
-def open_rows(name: str, format: DataFormat | Literal["auto"] = "auto", *, fetched: Path | None = None) -> RowFile:
-    """The rows of the source called `name`, read from its local copy `fetched` where given. Raises DataError."""
+def open_rows(
+    name: str, format: DataFormat | Literal["auto"] = "auto", *, fetched: Path | None = None, paired: bool = False
+) -> RowFile:
+    """The rows of the source called `name`, read from its local copy `fetched` where given. `paired`: they must be
+    preference pairs. Raises DataError.
+    """
     source = Source(name, name if fetched is None else str(fetched))
     kind = _kind(source)
     match kind:
@@ -55,8 +64,8 @@ def open_rows(name: str, format: DataFormat | Literal["auto"] = "auto", *, fetch
                 names = reader.schema.names
         case "jsonl":
             names = _first_names(source)
-    found = detect(source, names, format)
-    tools = (_TOOLS,) if found == "chat" and _TOOLS in names else ()
+    found = detect(source, names, format, paired=paired)
+    tools = (_TOOLS,) if found in _WITH_CHATS and _TOOLS in names else ()
     return RowFile(source, found, kind, _COLUMNS[found] + tools)
 
 
@@ -89,12 +98,16 @@ def read_text(name: str, path: Path) -> str:
         raise DataError(f"{name} is not UTF-8: {e}; write it as UTF-8") from e
 
 
-def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"]) -> DataFormat:
-    """The format for the columns `names`. If several fit: chat before prompt/completion before text."""
-    fitting: list[DataFormat] = [f for f, columns in _COLUMNS.items() if set(columns) <= set(names)]
+def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"], *, paired: bool) -> DataFormat:
+    """The format for the columns `names`. If several fit: chat before prompt/completion before text. Pairs are read
+    where `paired` says so, and only there.
+    """
+    known: list[DataFormat] = [f for f, columns in _COLUMNS.items() if set(columns) <= set(names)]
+    fitting = [f for f in known if (f == "preference") == paired]
     if format == "auto":
         if not fitting:
-            raise DataError(f"{source} has columns {', '.join(names) or '(none)'}; loray reads {_EXPECTED}")
+            hint = "; pairs are for objective: {type: dpo}" if known and not paired else ""
+            raise DataError(f"{source} has columns {', '.join(names) or '(none)'}; {_EXPECTED[paired]}{hint}")
         return fitting[0]
     if format not in fitting:
         wanted = " and ".join(f"`{n}`" for n in _COLUMNS[format])
@@ -107,11 +120,12 @@ def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"
 
 def problem(record: Mapping[str, Any], format: DataFormat) -> str | None:
     """What is wrong with one row, or None. What a chat holds is checked where it is read: `loray.train.data.chats`."""
-    if format == "chat":
+    if format == "chat" or (format == "preference" and all(isinstance(record.get(n), list) for n in _COLUMNS[format])):
         return None
     for name in _COLUMNS[format]:
         if not isinstance(text := record.get(name), str):
-            return f"`{name}` must be a string, not {type(text).__name__}"
+            others = ", or all three lists of messages" if format == "preference" else ""
+            return f"`{name}` must be a string{others}, not {type(text).__name__}"
         try:
             text.encode()
         except UnicodeEncodeError:

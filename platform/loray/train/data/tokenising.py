@@ -3,6 +3,7 @@
 chat               targets are assistant turns, rendered with the checkpoint's own chat template
 prompt_completion  targets are the completion and the end-of-sequence token
 text               all tokens are targets; an end-of-sequence token is added
+preference         two examples a row, with the chosen answer and with the rejected one: completions, or chats
 
 A shard has every example whole: rows are cut out of it later.
 """
@@ -19,13 +20,14 @@ import numpy as np
 import tokenizers
 
 from loray.errors import DataError
-from loray.train.data.chats import Conversation, conversations
+from loray.train.data.chats import Conversation, answered, conversations
 from loray.train.data.files import DataFormat
 from loray.train.data.parts import BadRow, Content, Part, records_of
 from loray.train.data.shards import Shard, ShardIndex
 
 _FORM = 1  # of shards: another one where the same content gives other tokens, or is written in another way
 _TEXTS_AT_ONCE = 256  # documents per call of the tokenizer
+_ANSWERS = ("chosen", "rejected")
 _Records = Sequence[tuple[int, dict[str, Any]]]
 
 
@@ -85,6 +87,8 @@ class Tokenisation:
                     yield from self._prompts(batch, start)
                 case "chat":
                     yield from self._chats(batch, start)
+                case "preference":
+                    yield from self._pairs(batch, start)
 
     def _texts(self, records: _Records, first: int) -> Iterator[_Example]:
         texts = [record["text"] for _, record in records]
@@ -93,13 +97,13 @@ class Tokenisation:
             # An array: a part has millions of tokens, and a list takes many times the space.
             yield _Example(np.array([*ids, self._tokenizer.eos_token_id], self._dtype), document)  # type: ignore[arg-type]
 
-    def _prompts(self, records: _Records, first: int) -> Iterator[_Example]:
+    def _prompts(self, records: _Records, first: int, completion: str = "completion") -> Iterator[_Example]:
         """The completion as it follows the prompt, where the prompt's tokens are those of the prompt alone."""
         prompts = prompt_ids(self._tokenizer, [record["prompt"] for _, record in records])
-        wholes = prompt_ids(self._tokenizer, [record["prompt"] + record["completion"] for _, record in records])
-        apart = token_ids(self._tokenizer, [record["completion"] for _, record in records])
-        for document, (prompt, whole, completion) in enumerate(zip(prompts, wholes, apart, strict=True), start=first):
-            ids = whole if whole[: len(prompt)] == prompt else [*prompt, *completion]
+        wholes = prompt_ids(self._tokenizer, [record["prompt"] + record[completion] for _, record in records])
+        apart = token_ids(self._tokenizer, [record[completion] for _, record in records])
+        for document, (prompt, whole, rest) in enumerate(zip(prompts, wholes, apart, strict=True), start=first):
+            ids = whole if whole[: len(prompt)] == prompt else [*prompt, *rest]
             ids = [*ids, self._tokenizer.eos_token_id]
             yield _Example(ids, document, [(len(prompt), len(ids))])
 
@@ -110,6 +114,33 @@ class Tokenisation:
                 found += [(document, conversation) for conversation in conversations(record, self._tokenizer)]
             except ValueError as e:
                 raise BadRow(index, str(e)) from e
+        yield from self._encoded(found)
+
+    def _pairs(self, records: _Records, first: int) -> Iterator[_Example]:
+        """Both answers of each row, without targets where they are equal."""
+        sides = [self._answers(records, first, name) for name in _ANSWERS]
+        for chosen, rejected in zip(*sides, strict=True):
+            is_equal = list(chosen.ids) == list(rejected.ids)
+            yield from (example._replace(runs=()) if is_equal else example for example in (chosen, rejected))
+
+    def _answers(self, records: _Records, first: int, name: str) -> Iterator[_Example]:
+        """One example a row, in order: rows of texts and rows of messages may follow each other."""
+        numbered = list(enumerate(records, start=first))
+        chats, texts = (
+            [r for r in numbered if isinstance(r[1][1]["prompt"], list) == is_list] for is_list in (True, False)
+        )
+        found = list[tuple[int, Conversation]]()
+        for document, (index, record) in chats:
+            try:
+                found.append((document, answered(record, name, self._tokenizer)))
+            except ValueError as e:
+                raise BadRow(index, str(e)) from e
+        examples = {example.document: example for example in self._encoded(found)}
+        for (document, _), example in zip(texts, self._prompts([r for _, r in texts], 0, name), strict=True):
+            examples[document] = example._replace(document=document)
+        return (examples[document] for document, _ in numbered)
+
+    def _encoded(self, found: Sequence[tuple[int, Conversation]]) -> Iterator[_Example]:
         texts = [conversation.text for _, conversation in found]
         encodings = _backend(self._tokenizer).encode_batch(texts, add_special_tokens=False)
         for (document, conversation), encoding in zip(found, encodings, strict=True):

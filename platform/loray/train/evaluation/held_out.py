@@ -1,4 +1,4 @@
-"""Held-out loss: mean cross-entropy per target token, with dense attention also where training uses S2-Attn."""
+"""Held-out loss: the objective on rows not trained on, with dense attention also where training uses S2-Attn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,40 +14,56 @@ from torch import nn
 from loray.bases.registry import BaseModel
 from loray.errors import TrainingError
 from loray.spec import Subject, TrainSpec
-from loray.train.data.batches import collate, plan_evaluation
+from loray.train.data.batches import collate, collate_pairs, pair_lengths, plan_evaluation
 from loray.train.data.examples import TokenRows
+from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import dense
 
 
+class HeldOut(NamedTuple):
+    """`loss` is the mean over terms (targets, or pairs), nan where a logit is not finite; `metrics` are the
+    objective's further figures.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+
+
 @torch.no_grad()
 def held_out_loss(
-    model: Any, objective: nn.Module, rows: TokenRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
-) -> float:
-    """Σ loss / Σ targets over all rows and ranks; nan where a logit is not finite. Leaves the model in training mode.
+    objective: Objective, compute: nn.Module, rows: TokenRows, spec: TrainSpec, *, device: torch.device, mesh: Mesh
+) -> HeldOut:
+    """The mean loss over all rows and ranks. Leaves the model in training mode.
 
-    `objective` is the strategy's module that computes a batch's loss with `model`. Every rank calls it equally often: a
+    `compute` is the strategy's module that computes a batch's loss by `objective`. Every rank calls it equally often: a
     rank without a batch repeats the last one, and does not count it.
     """
-    batches = plan_evaluation(rows.lengths.tolist(), spec.batch)
-    total, num_targets = 0.0, 0
-    objective.eval()
-    with dense(model, mesh.sequence):
+    lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
+    batches = plan_evaluation(lengths.tolist(), spec.batch)
+    total, num_terms = 0.0, 0
+    sums = [0.0] * len(objective.METRICS)
+    compute.eval()
+    with dense(objective.model, mesh.sequence):
         for first in range(0, len(batches), mesh.data_size):
             mine = first + mesh.data_rank
-            with mesh.part(collate(rows, batches[min(mine, len(batches) - 1)], packed=False)) as part:
-                loss = float(objective(part))
+            planned = batches[min(mine, len(batches) - 1)]
+            whole = collate_pairs(rows, planned) if spec.is_paired else collate(rows, planned, packed=False)
+            with mesh.part(whole) as part:
+                loss = float(compute(part))
+            taken = objective.take()
             if mine < len(batches):
                 total += loss
-                num_targets += part.num_targets
-    objective.train()
-    total, count = mesh.world.sum(total, num_targets, device=device)
-    return total / count
+                num_terms += part.num_terms
+                sums = [a + b for a, b in zip(sums, taken, strict=True)]
+    compute.train()
+    total, count, *sums = mesh.world.sum(total, num_terms, *sums, device=device)
+    return HeldOut(total / count, {name: s / count for name, s in zip(objective.METRICS, sums, strict=True)})
 
 
 def measure_baselines(
-    model: Any, base: BaseModel, spec: TrainSpec, measure: Callable[[], float]
-) -> Iterator[tuple[Subject, float]]:
+    model: Any, base: BaseModel, spec: TrainSpec, measure: Callable[[], HeldOut]
+) -> Iterator[tuple[Subject, HeldOut]]:
     """What the model is before training, and its held-out loss, which `measure` finds. An untrained adapter does not
     change the base, which is base_scaled under scaled RoPE; a run that goes on from an adapter starts at its parent.
 
@@ -58,19 +74,19 @@ def measure_baselines(
         return
     if spec.rope_scaling is not None:
         with unscaled(model, base):
-            loss = measure()
-        yield "base", _finite(loss, "base", spec)
+            measured = measure()
+        yield "base", _finite(measured, "base", spec)
     subject: Subject = "base" if spec.rope_scaling is None else "base_scaled"
     yield subject, _finite(measure(), subject, spec)
 
 
-def _finite(loss: float, subject: Subject, spec: TrainSpec) -> float:
-    if not isfinite(loss):
+def _finite(measured: HeldOut, subject: Subject, spec: TrainSpec) -> HeldOut:
+    if not isfinite(measured.loss):
         raise TrainingError(
-            f"the held-out loss of {subject} is {loss} before any training; "
+            f"the held-out loss of {subject} is {measured.loss} before any training; "
             f"check the base model and the data, or train in float32 (dtype is {spec.dtype})"
         )
-    return loss
+    return measured
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""What runs minimise, beside the cross-entropy of `loray.train.loss`."""
