@@ -54,6 +54,11 @@ _ANSWERS: Mapping[str, _Answers] = {
     "/status": _Answers({_JSON: Status}, _WITH_KEY),
     "/metrics": _Answers({_TEXT: None, "application/openmetrics-text": None}, _WITH_KEY),
 }
+_EVENT = {  # of a stream of server-sent events
+    "type": "object",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
 _HEADERS = {
     401: {"WWW-Authenticate": "`Bearer`"},
     429: {"Retry-After": "seconds until it is worth while to ask again"},
@@ -97,7 +102,7 @@ def _written() -> list[tuple[type[BaseModel], JsonSchemaMode]]:
 
 def _responses(answers: _Answers) -> dict[str, Any]:
     """Of one operation, by status."""
-    content = {kind: {"schema": _schema(kind, model)} for kind, model in answers.content.items()}
+    content = {kind: _media_type(kind, model) for kind, model in answers.content.items()}
     described = {"200": _response(HTTPStatus.OK, content, _OF_LIMITS if answers.limited else {})}
     error = {_JSON: {"schema": schema_reference(ErrorBody.__name__)}}
     for status in sorted(answers.errors):
@@ -106,10 +111,12 @@ def _responses(answers: _Answers) -> dict[str, Any]:
     return described
 
 
-def _schema(kind: str, model: type[BaseModel] | None) -> dict[str, Any]:
+def _media_type(kind: str, model: type[BaseModel] | None) -> dict[str, Any]:
     if model is not None:
-        return schema_reference(model.__name__)
-    return {"type": "object"} if kind == _JSON else {"type": "string"}
+        return {"schema": schema_reference(model.__name__)}
+    if kind == _EVENTS:
+        return {"itemSchema": _EVENT}  # of OpenAPI 3.2, in documents of 3.1 as FastAPI has it
+    return {"schema": {"type": "object" if kind == _JSON else "string"}}
 
 
 def _response(status: HTTPStatus, content: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:

@@ -88,10 +88,10 @@ def test_other_data_than_the_tenants_own_is_refused(api: Tenants, train: str) ->
         {"train": MINE, "eval": [MINE, train]},
         {"train": [{"path": train, "weight": 2}]},
     ]
-    for data in ({"train": train}, {"train": MINE, "eval": train}, *mixed):
-        with api.by(principal()) as http:
+    with api.by(principal()) as http:
+        for data in ({"train": train}, {"train": MINE, "eval": train}, *mixed):
             detail = problem(http.post("/jobs", json=RECIPE | {"data": data}), 403)["detail"]
-        assert "must be an s3:// URL without options below s3://training/sets/acme/" in detail
+            assert "must be an s3:// URL without options below s3://training/sets/acme/" in detail
     assert not api.jobs.submitted
 
 
