@@ -128,13 +128,16 @@ class TrialEvent(TypedDict):
 
 
 class SweepEvent(TypedDict):
-    """All trials have ended. `folder` holds their records, and `picture` their losses; `best`: None if all failed."""
+    """All trials have ended. `folder` holds their records, and `picture` their losses; `best`: None if all failed.
+    `keep_best`: trials rank by their lowest loss and not by their last one, as the recipe says.
+    """
 
     event: Literal["sweep"]
     sweep: str
     folder: str
     picture: str
     best: int | None
+    keep_best: bool
 
 
 class ErrorEvent(TypedDict):

@@ -100,7 +100,9 @@ def sweep(
         fail(view, view.server, view.job, console)
         return
     if picture is not None:
-        picture.write_text(draw(f"{name}: held-out loss", view.records, view.best), encoding="utf-8")
+        picture.write_text(
+            draw(f"{name}: held-out loss", view.records, view.best, keep_best=view.keep_best), encoding="utf-8"
+        )
     if as_json:
         click.echo(json.dumps(_as_json(view), indent=2))
     else:
@@ -188,7 +190,7 @@ def _run(job: Submission, settings: Settings, address: str | None, console: Cons
 
 def _as_json(view: SweepView) -> dict[str, Any]:
     trials = [
-        record.model_dump(mode="json") | {"step": record.step, "loss": record.loss(keep_best=True)}
+        record.model_dump(mode="json") | {"step": record.step, "loss": record.loss(keep_best=view.keep_best)}
         for record in view.records
     ]
     assert view.ended is not None

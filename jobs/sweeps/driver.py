@@ -139,7 +139,7 @@ class _Sweep:
         keep_best = self._plan.recipe.evaluation.keep_best
         chosen = best(tuple(self._records), keep_best=keep_best)
         number = None if chosen is None else chosen.trial
-        picture = draw(f"{self._plan.name}: held-out loss", tuple(self._records), number)
+        picture = draw(f"{self._plan.name}: held-out loss", tuple(self._records), number, keep_best=keep_best)
         self._folder.write(PICTURE, picture.encode())
         self._emit(
             {
@@ -148,6 +148,7 @@ class _Sweep:
                 "folder": str(self._folder),
                 "picture": PICTURE,
                 "best": number,
+                "keep_best": keep_best,
             }
         )
         if chosen is None:

@@ -14,9 +14,9 @@ _BEST, _OTHER, _GREY, _INK = "#c44870", "#5b7db1", "#999", "#111"
 _NUM_TICKS = 5
 
 
-def draw(title: str, records: Sequence[TrialRecord], best: int | None) -> str:
-    """SVG. `best`: the trial to emphasise, None if there is none."""
-    order = ranked(records, keep_best=True)
+def draw(title: str, records: Sequence[TrialRecord], best: int | None, *, keep_best: bool = True) -> str:
+    """SVG. `best`: the trial to emphasise, None if there is none. `keep_best`: as of the recipe."""
+    order = ranked(records, keep_best=keep_best)
     named = order[:_MAX_NAMED]
     top, bottom = _TOP, _TOP + _PLOT_H
     height = bottom + 56 + _LINE_H * (len(named) + (len(order) > len(named))) + _MARGIN
@@ -36,7 +36,7 @@ def draw(title: str, records: Sequence[TrialRecord], best: int | None) -> str:
             parts += _line(record, scale, is_best=True)
     y = bottom + 56
     for record in named:
-        parts += _legend(record, y, is_best=record.trial == best)
+        parts += _legend(record, record.loss(keep_best=keep_best), y, is_best=record.trial == best)
         y += _LINE_H
     if len(order) > len(named):
         parts.append(_text(_LEFT, y + 4, f"and {len(order) - len(named)} more", size=13, fill=_GREY))
@@ -87,8 +87,7 @@ def _line(record: TrialRecord, scale: _Scale, *, is_best: bool) -> list[str]:
     ]
 
 
-def _legend(record: TrialRecord, y: float, *, is_best: bool) -> list[str]:
-    loss = record.loss(keep_best=True)
+def _legend(record: TrialRecord, loss: float | None, y: float, *, is_best: bool) -> list[str]:
     figure = "–" if loss is None else f"{loss:.4f}"
     return [
         f"<rect x='{_LEFT}' y='{y - 6}' width='14' height='8' fill='{_BEST if is_best else _OTHER}'/>",

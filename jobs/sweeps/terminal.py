@@ -34,6 +34,10 @@ class SweepView(RunView):
     def best(self) -> int | None:
         return None if self.ended is None else self.ended["best"]
 
+    @property
+    def keep_best(self) -> bool:
+        return self.ended is None or self.ended["keep_best"]
+
     def feed(self, line: str) -> None:
         event = decode(line)
         if event is None:
@@ -48,7 +52,7 @@ class SweepView(RunView):
 
     def table(self) -> Table:
         """All trials, the best first."""
-        records = ranked(self.records, keep_best=True)
+        records = ranked(self.records, keep_best=self.keep_best)
         paths = list(records[0].values) if records else []
         rows = [
             (
@@ -56,7 +60,7 @@ class SweepView(RunView):
                 *(record.values[path] for path in paths),
                 record.status,
                 f"{record.step}/{record.num_steps or '?'}",
-                number(record.loss(keep_best=True)) if record.losses else "–",
+                number(record.loss(keep_best=self.keep_best)) if record.losses else "–",
             )
             for record in records
         ]
