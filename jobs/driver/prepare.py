@@ -15,6 +15,7 @@ from jobs.driver.tokenising import RayTasks
 from jobs.tracking.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
+from loray.adapters import quantised
 from loray.bases.registry import BaseModel, ensure_base, list_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
@@ -57,6 +58,8 @@ def prepare(
     if spec.init_adapter is not None:
         spec, initial = fetch_parent(spec, base, catalog or Catalog(settings.catalog), settings)
         recipe = recipe._replace(spec=spec)
+    if spec.quantization is not None:
+        quantised.check_installed()  # here rather than on every worker
     max_length = resolve(spec, base.config).row_length
     check_measurable(recipe, base, settings)
     data = _rows(recipe, base, max_length, settings, connect, {} if datasets is None else datasets)

@@ -43,6 +43,8 @@ def test_merged_is_a_base(loray: Loray, home: Path, vera: str, tmp_path: Path) -
     assert add_base(str(target), home=tmp_path / "other", name="merged").config.hidden_size == 64
     again = loray("adapters", "convert", vera, "--to", "merged", "--folder", target)
     assert (again.code, again.err) == (1, f"error: {target} is not empty; name a new folder\n")
+    whole = loray("adapters", "convert", vera, "--to", "merged", "--folder", tmp_path / "new", "--as-trained")
+    assert (whole.code, "was not trained on a quantised base" in whole.err) == (1, True)
 
 
 def test_gguf(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:
@@ -69,6 +71,7 @@ def test_gguf(loray: Loray, home: Path, vera: str, tmp_path: Path) -> None:
         ("--to", "gguf"),
         ("--to", "gguf", "--folder", "y"),
         ("--to", "gguf", "--file", "x", "--dtype", "float32"),
+        ("--to", "gguf", "--file", "x", "--as-trained"),
         ("--to", "merged", "--folder", "y", "--file", "x"),
     ],
 )

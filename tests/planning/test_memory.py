@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from loray.bases.presets import preset, preset_names
+from loray.planning.compute import estimate_time
 from loray.planning.counts import count_base
 from loray.planning.devices import HostRates, host
 from loray.planning.memory import CHECKPOINT, MOMENTS, MemoryPlan, plan_memory
 from loray.planning.run import Run
+from loray.planning.traffic import plan_traffic
 from tests.planning.recipes import A100, bare, long_run
 
 TOTALS = {
@@ -80,6 +82,17 @@ def test_what_is_gathered_for_use() -> None:
     )  # what DeepSpeed lets live, and prefetches, that in two copies
     assert fsdp2["gradients of earlier micro-batches, fp32"] == 4 * TRAINED
     assert "gradients of earlier micro-batches, fp32" not in zero3
+
+
+@pytest.mark.parametrize(("double", "bits"), [(True, 4 + 8.125 / 64), (False, 4.5)])
+def test_a_quantised_base_has_its_layers_in_four_bits(double: bool, bits: float) -> None:
+    run = long_run("Llama-2-7b-hf", 32768, quantization={"bnb_4bit_use_double_quant": double})
+    held, layers = sizes(run), 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    rest = TOTALS["Llama-2-7b-hf"] - layers - NORMS - EMBEDDING
+    assert held["base weights"] == pytest.approx(layers * bits / 8 + 2 * rest, abs=1)
+    assert held["a matrix, dequantised"] == 2 * 4096 * 11008
+    plain = long_run("Llama-2-7b-hf", 32768)
+    assert estimate_time(run, A100, plan_traffic(run)).step_s > estimate_time(plain, A100, plan_traffic(plain)).step_s
 
 
 def test_a_tied_head_stays_the_bases() -> None:

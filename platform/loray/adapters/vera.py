@@ -8,11 +8,14 @@ Shapes: R rank, I input width, O output width of one module. The pair has the la
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loray.adapters.projections import draw_pair
+from loray.adapters.quantised import is_quantised
 from loray.adapters.weights import ProjectionPair
 from loray.spec import VeraSpec
 
@@ -53,13 +56,15 @@ class VeraLinear(nn.Module):
         self, base_layer: nn.Linear, shared: SharedPair, *, rank: int, d_initial: float, dropout: float
     ) -> None:
         super().__init__()
-        weight = base_layer.weight
+        weight: Any = base_layer.weight
+        dtype = base_layer.compute_dtype if is_quantised(weight) else weight.dtype
         self.base_layer = base_layer
         self.shared = shared  # not an nn.Module, so that its tensors are in no state dict
         self.dropout = nn.Dropout(dropout)
         self.is_off = False
-        self.vera_lambda_b = nn.Parameter(weight.new_zeros(base_layer.out_features))
-        self.vera_lambda_d = nn.Parameter(weight.new_full((rank,), d_initial))
+        like: Any = {"dtype": dtype, "device": weight.device}
+        self.vera_lambda_b = nn.Parameter(torch.zeros(base_layer.out_features, **like))
+        self.vera_lambda_d = nn.Parameter(torch.full((rank,), d_initial, **like))
 
     def forward(self, x: Tensor) -> Tensor:
         base: Tensor = self.base_layer(x)

@@ -36,7 +36,7 @@ def adapters() -> None:
 # Form → the option that it needs, and those that it may have.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "lora": ("name", "aliases", "no_gate"),
-    "merged": ("folder", "dtype"),
+    "merged": ("folder", "dtype", "as_trained"),
     "gguf": ("file",),
 }
 
@@ -153,6 +153,7 @@ def show(model: str, as_json: bool) -> None:
 @click.option("--folder", type=click.Path(path_type=Path), help="merged: the new folder of the checkpoint.")
 @click.option("--file", type=click.Path(path_type=Path), help="gguf: the new file.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="merged: its tensors' (default the base's).")
+@click.option("--as-trained", is_flag=True, default=None, help="merged: into the base as it was quantised in training.")
 @json_option
 def convert(
     model: str,
@@ -163,6 +164,7 @@ def convert(
     folder: Path | None,
     file: Path | None,
     dtype: str | None,
+    as_trained: bool | None,
     as_json: bool,
 ) -> None:
     """Make MODEL something that other tools know.
@@ -172,7 +174,8 @@ def convert(
     merged  base and adapter as one checkpoint in --folder: RoPE scaling, norms and embeddings included
     gguf    GGUF-LoRA in --file, which llama.cpp loads beside the base's GGUF
     """
-    given = {"name": name, "no_gate": no_gate, "aliases": aliases, "folder": folder, "dtype": dtype, "file": file}
+    given: dict[str, object] = {"name": name, "no_gate": no_gate, "aliases": aliases, "file": file}
+    given |= {"folder": folder, "dtype": dtype, "as_trained": as_trained}
     needed, *may = _NEEDED[form]
     if given[needed] is None or any(given[option] for option in given.keys() - {needed, *may}):
         raise click.UsageError(f"--to {form} needs --{needed}, and nothing of the other forms")
@@ -182,7 +185,7 @@ def convert(
         base = base_with(services.settings.home, manifest.base_fingerprint, manifest.base)
         if name is None:
             if folder is not None:
-                merge_into_base(ref, folder, base=base, store=services.store, dtype=dtype)
+                merge_into_base(ref, folder, base=base, store=services.store, dtype=dtype, as_trained=bool(as_trained))
                 line = f"merged {ref.label} into {base.name}: {folder}"
             else:
                 assert file is not None

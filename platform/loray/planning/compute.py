@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from loray.bases.config import ModelConfig
-from loray.planning.counts import count_dora_norms, count_factors
+from loray.planning.counts import count_dora_norms, count_factors, count_quantised
 from loray.planning.devices import Device
 from loray.planning.run import Run
 from loray.planning.traffic import Traffic
@@ -191,7 +191,15 @@ def _eager_bytes(run: Run) -> float:
     width += 5 * e * model.intermediate_size
     layers = width * model.num_layers * (3 + run.checkpointing + run.has_reference)
     loss = (_LOSS_FP32_PASSES + 3 * e) * model.vocab_size * (1 + run.has_reference / 2)  # the reference has no gradient
-    return float((layers + loss) * run.tokens_per_worker * run.accumulation)
+    return float((layers + loss) * run.tokens_per_worker + _dequantised_bytes(run)) * run.accumulation
+
+
+def _dequantised_bytes(run: Run) -> float:
+    """Every pass over a quantised layer reads its weight and writes it in the base's dtype, whatever the tokens."""
+    if run.quantization is None:
+        return 0.0
+    once = run.quantization.bytes_per_element + run.element_bytes
+    return once * count_quantised(run.model) * (2 + run.checkpointing + run.has_reference)
 
 
 def _causal(length: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loray.bases.config import ModelConfig
-from loray.spec import MODULES_BY_INPUT, AdapterSpec, DoraSpec, VeraSpec
+from loray.spec import LINEAR_MODULES, MODULES_BY_INPUT, AdapterSpec, DoraSpec, VeraSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,12 @@ def count_base(model: ModelConfig) -> BaseCounts:
         final_norm=model.hidden_size,
         num_layers=model.num_layers,
     )
+
+
+def count_quantised(model: ModelConfig) -> int:
+    """Elements of the decoder's linear layers, which a quantised base has in 4 bits."""
+    shapes = (model.module_shape(module) for module in LINEAR_MODULES)
+    return model.num_layers * sum(out * width for out, width in shapes)
 
 
 def count_trained(model: ModelConfig, adapter: AdapterSpec) -> TrainedCounts:

@@ -2,7 +2,7 @@
 published.
 
 Where workers have no GPUs, a worker's own memory is the host's, and this adds nothing. Files that are mapped (the base,
-the optimizer's state of a checkpoint) are not counted: the system drops their pages when it needs them.
+tokens, the optimizer's state of a checkpoint) are not counted: the system drops their pages when it needs them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from loray.spec import LINEAR_MODULES
 HostMoment = Literal["loading", "training", "publishing"]
 HOST_MOMENTS: tuple[HostMoment, ...] = ("loading", "training", "publishing")
 
-_ROW_BYTES = 5  # of a token: its id, and whether it is a target
+_TOKENISED_BYTES = 64 * (8 << 20)  # parts of data files that the driver has given to tasks
 _BATCH_BYTES = 4 * 8  # of a token: id, label, position and mask, as 64-bit integers
-_OBJECT_STORE = 0.3  # Ray's share of a node's memory for shared objects; what does not fit is spilled to disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ def plan_host(run: Run, device: Device) -> HostPlan | None:
     if device.is_host:
         return None
     num_workers = min(run.num_workers, device.workers_per_node)
-    items = (*_processes(num_workers, device), *_base(run, num_workers), *_data(run, num_workers, device), *_state(run))
+    items = (*_processes(num_workers, device), *_base(run, num_workers), *_data(run, num_workers), *_state(run))
     usable = None if device.host_memory_bytes is None else int(device.host_memory_bytes * device.usable_share)
     return HostPlan(tuple(item for item in items if item.nbytes), num_workers, usable)
 
@@ -75,14 +74,16 @@ def _processes(num_workers: int, device: Device) -> Iterator[HostItem]:
 
 
 def _base(run: Run, num_workers: int) -> Iterator[HostItem]:
-    """Strategies that shard the base read it tensor by tensor, the others build it whole and move it to the device."""
+    """Strategies that shard the base read it tensor by tensor, and so does one that is quantised; the others build it
+    whole. What is whole then moves to the device.
+    """
     e, model = run.element_bytes, run.model
-    if run.weight_shards > 1:
+    if run.weight_shards > 1 or run.quantization is not None:
         shapes = [(model.vocab_size, model.hidden_size), *(model.module_shape(module) for module in LINEAR_MODULES)]
         largest = max(out * width for out, width in shapes)
         yield HostItem("a tensor of the base, as each worker reads it", num_workers * e * largest, ("loading",))
-    else:
-        yield HostItem("the base, as each worker reads it", num_workers * e * run.base.total, ("loading",))
+    if run.weight_shards == 1:
+        yield HostItem("the base, as each worker reads it", num_workers * run.base_bytes, ("loading",))
     rows = 0 if model.tie_word_embeddings else run.trained.embedding
     trained = e * (run.trained.total + rows)
     yield HostItem("trained parameters, before they move", num_workers * trained, ("loading",))
@@ -90,12 +91,9 @@ def _base(run: Run, num_workers: int) -> Iterator[HostItem]:
         yield HostItem("the base, to be measured", e * run.base.total, ("publishing",))
 
 
-def _data(run: Run, num_workers: int, device: Device) -> Iterator[HostItem]:
-    """Rows that the run's steps read, of all workers, as far as Ray's object store holds them."""
-    if run.num_steps is not None:
-        rows = _ROW_BYTES * run.num_steps * run.tokens_per_step
-        room = rows if device.host_memory_bytes is None else int(_OBJECT_STORE * device.host_memory_bytes)
-        yield HostItem("rows, in Ray's object store", min(rows, room))
+def _data(run: Run, num_workers: int) -> Iterator[HostItem]:
+    """The tokens of training data are mapped files."""
+    yield HostItem("parts of the data, while they are tokenised", _TOKENISED_BYTES, ("loading",))
     tokens = run.accumulation * run.num_sequences * run.padded_length
     yield HostItem("a step's batches", num_workers * _BATCH_BYTES * tokens, ("training",))
 

@@ -15,7 +15,7 @@ from loray.planning.counts import count_vera_pair
 from loray.planning.devices import Device
 from loray.planning.exchange.dense import DensePlan
 from loray.planning.run import Run
-from loray.spec import DTYPE_BYTES, DoraSpec
+from loray.spec import DTYPE_BYTES, LINEAR_MODULES, DoraSpec
 
 Moment = Literal["loss", "backward", "gradients", "update"]
 WHAT: dict[Moment, str] = {
@@ -89,11 +89,10 @@ def _weights(run: Run) -> Iterator[Item]:
     rows training changed.
     """
     e, trained = run.element_bytes, run.trained
-    frozen = run.base.total - trained.norms
     rows = 0 if run.model.tie_word_embeddings else trained.embedding
     pair = count_vera_pair(run.model, run.adapter)
     pair_bytes = pair * (_FP32 if e == _FP32 else _FP32 + e)  # in fp32, and in the base's dtype
-    yield Item("base weights", _share(e * (frozen - rows), run.weight_shards))
+    yield Item("base weights", _share(run.base_bytes - e * (trained.norms + rows), run.weight_shards))
     yield Item("base's embedding rows, to compare", e * rows)
     yield Item("VeRA's pair", pair_bytes)
     yield Item("trained parameters", _share(e * trained.total, run.weight_shards))
@@ -147,6 +146,10 @@ def _activations(run: Run) -> Iterator[Item]:
     else:
         for part in kept:
             yield Item(f"activations: {part.name}", part.nbytes * tokens * layers, alive, part.block * tokens)
+    if run.quantization is not None:
+        shapes = (run.model.module_shape(module) for module in LINEAR_MODULES)
+        matrix = run.element_bytes * max(out * width for out, width in shapes)
+        yield Item("a matrix, dequantised", matrix, ("backward",), matrix)
     if isinstance(run.adapter, DoraSpec):  # B A of a unit matrix, W + s B A, and what comes between
         shapes = (run.model.module_shape(module) for module in run.adapter.target_modules)
         largest = run.element_bytes * max(out * width for out, width in shapes)

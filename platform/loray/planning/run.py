@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loray.bases.config import ModelConfig
-from loray.planning.counts import BaseCounts, TrainedCounts, count_base, count_trained
+from loray.planning.counts import BaseCounts, TrainedCounts, count_base, count_quantised, count_trained
 from loray.planning.exchange.dense import DensePlan
 from loray.planning.exchange.halo import HaloPlan, padded_length
 from loray.recipes.resolve import check_token_budget, resolve
-from loray.spec import DTYPE_BYTES, AdapterSpec, StrategyName, TrainSpec
+from loray.spec import DTYPE_BYTES, AdapterSpec, QuantizationSpec, StrategyName, TrainSpec
 
 SHARDS_WEIGHTS: tuple[StrategyName, ...] = ("zero3", "fsdp2")
 
@@ -24,7 +24,7 @@ class Run:
     group_size   S2-Attn's G, None where attention is dense
     usual_group  G of LongLoRA's paper
     context      tokens of the context that the adapter is trained for
-    num_steps    None where epochs of unknown data say how long the run is
+    quantization of the base, None where it stays in `dtype`
     is_measured  whether the adapter is measured beside its base before it is published
     """
 
@@ -41,7 +41,7 @@ class Run:
     num_workers: int
     sequence: int
     strategy: StrategyName
-    num_steps: int | None
+    quantization: QuantizationSpec | None
     is_measured: bool
     row_size: int = 1
 
@@ -95,6 +95,15 @@ class Run:
         return count_trained(self.model, self.adapter)
 
     @property
+    def base_bytes(self) -> int:
+        """Of all of the base's parameters, as a worker that holds them whole does."""
+        if self.quantization is None:
+            return self.element_bytes * self.base.total
+        quantised = count_quantised(self.model)
+        rest = self.element_bytes * (self.base.total - quantised)
+        return rest + int(self.quantization.bytes_per_element * quantised)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Rank 0's copy of fp32 masters and moments, and of the adapter in the base's dtype, while it is written."""
         rounded = 0 if self.dtype == "float32" else self.element_bytes
@@ -138,7 +147,7 @@ def run_of(spec: TrainSpec, model: ModelConfig) -> Run:
         num_workers=spec.num_workers,
         sequence=spec.parallel.sequence,
         strategy=spec.parallel.strategy,
-        num_steps=spec.max_steps,
+        quantization=spec.quantization,
         is_measured=bool(spec.evaluation.perplexity or spec.evaluation.retrieval),
         row_size=row_size,
     )

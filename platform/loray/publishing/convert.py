@@ -11,7 +11,7 @@ from loray.adapters.manifest import ManifestDetails, read_manifest, with_manifes
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterVersion
-from loray.errors import ConflictError
+from loray.errors import ConflictError, SpecError
 from loray.files import scratch_folder
 from loray.publishing.publish import Destination, publish
 from loray.spec import AdapterManifest, AdapterRef
@@ -47,15 +47,30 @@ def convert_to_lora(ref: AdapterRef, base: BaseModel, to: Destination) -> Adapte
 
 
 def merge_into_base(
-    ref: AdapterRef, folder: Path, *, base: BaseModel, store: AdapterStore, dtype: str | None = None
+    ref: AdapterRef,
+    folder: Path,
+    *,
+    base: BaseModel,
+    store: AdapterStore,
+    dtype: str | None = None,
+    as_trained: bool = False,
 ) -> None:
-    """Write `base` with `ref` merged into it to the new `folder`, in `dtype` or its own: see `adapters.forms.merge`."""
+    """Write `base` with `ref` merged into it to the new `folder`, in `dtype` or its own: see `adapters.forms.merge`.
+
+    `as_trained`: into the base as it was quantised while `ref` was trained. Raises SpecError where it was not.
+    """
     import torch
 
-    from loray.adapters.forms.merge import merge_adapter
+    from loray.adapters.forms.merge import RoundedBase, merge_adapter
 
-    with _opened(ref, base, store) as (_, weights):
-        merge_adapter(base, weights, folder, dtype=None if dtype is None else getattr(torch, dtype))
+    with _opened(ref, base, store) as (manifest, weights):
+        recipe, trained_on = manifest.recipe, None
+        if as_trained:
+            if recipe is None or recipe.quantization is None:
+                raise SpecError(f"{ref.label} was not trained on a quantised base: leave out --as-trained")
+            trained_on = RoundedBase(recipe.quantization, getattr(torch, recipe.dtype))
+        kept = None if dtype is None else getattr(torch, dtype)
+        merge_adapter(base, weights, folder, dtype=kept, trained_on=trained_on)
 
 
 def save_as_gguf(ref: AdapterRef, path: Path, *, base: BaseModel, store: AdapterStore) -> None:

@@ -105,6 +105,7 @@ from loray.spec.training.methods import (
 )
 from loray.spec.training.objective import DpoSpec, ObjectiveSpec, ObjectiveType, SftSpec
 from loray.spec.training.older import upgraded
+from loray.spec.training.quantization import QuantizationSpec
 from loray.spec.training.recipe import (
     CheckpointSpec,
     EarlyStoppingSpec,
@@ -186,6 +187,7 @@ __all__ = [
     "Projection",
     "PublishSpec",
     "QualifiedName",
+    "QuantizationSpec",
     "RetrievalSpec",
     "RetrievalTask",
     "RopeParameters",

@@ -27,16 +27,8 @@ ADAPTER = "adapter"
 _OPTIMIZER = "optimizer.pt"
 # must be equal in a resumed run
 _RESUMABLE = (
-    "base",
-    "objective",
-    "adapter",
-    "attention",
-    "rope_scaling",
-    "init_adapter",
-    "data",
-    "batch",
-    "dtype",
-    "seed",
+    *("base", "objective", "quantization", "adapter", "attention", "rope_scaling", "init_adapter"),
+    *("data", "batch", "dtype", "seed"),
 )
 
 

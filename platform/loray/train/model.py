@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loray.adapters.inject import attach
+from loray.adapters.quantised import numel
 from loray.bases.registry import BaseModel
 from loray.planning.run import SHARDS_WEIGHTS
 from loray.recipes.resolve import resolve
@@ -21,6 +22,7 @@ from loray.train.hooks.dense import DENSE
 from loray.train.hooks.s2 import ATTENTION
 from loray.train.sequence import SequenceGroup
 from loray.train.weights.deferred import BaseWeights, stand_ins, without_weights
+from loray.train.weights.quantised import read_quantised
 
 log = get_logger(__name__)
 
@@ -83,6 +85,10 @@ def build_model(base: BaseModel, spec: TrainSpec) -> Any:
         model = without_weights(_config(base, resolved.rope, fields), dtype=spec.dtype, attention=attention)
         with stand_ins(model, BaseWeights(base, spec.dtype)):
             attach(model, spec.adapter, seed=spec.seed)
+    elif spec.quantization is not None:
+        model = without_weights(_config(base, resolved.rope, fields), dtype=spec.dtype, attention=attention)
+        read_quantised(model, BaseWeights(base, spec.dtype), spec.quantization)
+        attach(model, spec.adapter, seed=spec.seed)
     else:
         model = load_model(base, dtype=spec.dtype, rope=resolved.rope, attention=attention, config_fields=fields)
         attach(model, spec.adapter, seed=spec.seed)
@@ -132,5 +138,5 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(numel(p) for p in model.parameters())
     return ParameterCount(total, sum(p.numel() for p in model.parameters() if p.requires_grad))

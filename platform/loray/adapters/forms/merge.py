@@ -10,29 +10,47 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loray.adapters.forms.convert import as_lora
+from loray.adapters.quantised import rounded
 from loray.adapters.weights import AdapterWeights
 from loray.bases.checkpoint import INDEX_FILE, SINGLE_FILE, read_tensors
 from loray.bases.registry import BaseModel
 from loray.bases.sources import is_copied
 from loray.errors import ConflictError
+from loray.spec import LINEAR_MODULES, QuantizationSpec
 
 _SHARD_BYTES = 1 << 30  # held in memory twice while a file is written
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LINEAR = tuple(f".{module}.weight" for module in LINEAR_MODULES)
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two are older checkpoints'
 
 
-def merge_adapter(base: BaseModel, weights: AdapterWeights, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+class RoundedBase(NamedTuple):
+    """How the base was quantised, and in which dtype it computed."""
+
+    quantization: QuantizationSpec
+    dtype: torch.dtype
+
+
+def merge_adapter(
+    base: BaseModel,
+    weights: AdapterWeights,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trained_on: RoundedBase | None = None,
+) -> None:
     """Write base + adapter to `folder` with the base's tokenizer, in `dtype` or the base's.
 
-    Sums are computed in fp32 and rounded once. `weights.rope` and `context_length` replace the base's. Raises
-    ConflictError where `folder` exists and is not empty.
+    With `trained_on` the base's linear layers have the values that they had, quantised, while the adapter was trained;
+    else they are the base's own, as where the adapter is served. Sums are computed in fp32 and rounded once.
+    `weights.rope` and `context_length` replace the base's. Raises ConflictError where `folder` exists and is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConflictError(f"{folder} is not empty; name a new folder")
@@ -40,17 +58,21 @@ def merge_adapter(base: BaseModel, weights: AdapterWeights, folder: Path, *, dty
     for path in sorted(base.path.iterdir()):
         if is_copied(path.name) and path.name != "config.json":
             shutil.copy2(path, folder / path.name)
-    _write_shards(_merged(base, weights, dtype), folder)
+    _write_shards(_merged(base, weights, dtype, trained_on), folder)
     _write_config(base, weights, folder, dtype)
 
 
-def _merged(base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _merged(
+    base: BaseModel, weights: AdapterWeights, dtype: torch.dtype | None, trained_on: RoundedBase | None
+) -> Iterator[tuple[str, Tensor]]:
     norms = {f"model.{path}.weight": norm for path, norm in weights.norms.items()}
     adapted = {f"model.{key.path}.weight": key for key in weights.modules}
-    for name, tensor in read_tensors(base.path):
-        kept = dtype or tensor.dtype
+    for name, stored in read_tensors(base.path):
+        tensor, kept = stored, dtype or stored.dtype
         if name == _HEAD and base.config.tie_word_embeddings:
             continue  # some exporters write the tied copy
+        if trained_on is not None and name.endswith(_LINEAR):
+            tensor = rounded(tensor.to(trained_on.dtype), trained_on.quantization)
         if name in adapted:
             lora = as_lora(weights.modules[adapted[name]], weights.pair, tensor.shape[1])
             merged_OI = tensor.float() + lora.scale * (lora.b_OR.float() @ lora.a_RI.float())

@@ -13,6 +13,7 @@ from loray.spec.training.data import BatchSpec, DataSpec
 from loray.spec.training.methods import AdapterSpec, DoraSpec, LongLoraSpec
 from loray.spec.training.objective import DpoSpec, ObjectiveSpec, SftSpec
 from loray.spec.training.older import upgraded
+from loray.spec.training.quantization import QuantizationSpec
 
 TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
@@ -107,6 +108,9 @@ class TrainSpec(Frozen):
     name: Name
     base: Name = "smollm2"
     objective: ObjectiveSpec = SftSpec()
+    quantization: QuantizationSpec | None = Field(
+        default=None, description="of the base while training (QLoRA); None: it stays in `dtype`"
+    )
     adapter: AdapterSpec
     attention: AttentionSpec = Field(
         default_factory=_usual_attention, description="while training; S2-Attn for LongLoRA unless given, else dense"
@@ -195,6 +199,14 @@ class TrainSpec(Frozen):
             raise ValueError("optimizer.loraplus_lr_ratio is for LoRA's B, which VeRA does not train")
         if self.optimizer.vera_d_lr_ratio is not None and self.adapter.method != "vera":
             raise ValueError("optimizer.vera_d_lr_ratio is for VeRA's d, which no other method trains")
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_is_whole(self) -> Self:
+        if self.quantization is not None and self.parallel.strategy != "ddp":
+            raise ValueError(
+                f"a quantised base is whole on every worker, and {self.parallel.strategy} takes it apart: use ddp"
+            )
         return self
 
     @model_validator(mode="after")
