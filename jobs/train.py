@@ -6,6 +6,8 @@ how the job ended. `jobs.runs.folders` describes where runs are stored.
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 from ray.train import Result
 
@@ -14,6 +16,7 @@ from jobs.driver.prepare import Prepared, prepare
 from jobs.driver.publication import already_published, driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
 from jobs.driver.resources import connect
+from jobs.driver.tokenising import RayTasks
 from jobs.driver.trainer import share_workload
 from jobs.events.messages import describe, encode
 from jobs.events.schema import Emit, Event, PublishedEvent
@@ -66,7 +69,8 @@ def train(
         catalog.check_name(recipe.spec.name, recipe.spec.publish.aliases)
         open_store(settings.store).check()  # publishing needs it: fail before training if it is wrong
         try:
-            prepared = prepare(recipe, settings, catalog, lambda: connect(recipe.spec, settings, interrupts))
+            connected = partial(connect, recipe.spec, settings, interrupts)
+            prepared = prepare(recipe, settings, catalog, RayTasks(recipe.spec, settings.training_group, connected))
         except KeyboardInterrupt:  # raised by ray.get while data is tokenised
             raise interrupts.interrupted() from None
         whole.add_base(prepared.base.name, prepared.base.fingerprint)  # refuses other weights under a known name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 from jobs.driver.data import fetched
 from jobs.driver.evaluation import check_measurable
 from jobs.driver.parent import fetch_parent
-from jobs.driver.tokenising import RayTasks
 from jobs.tracking.trackers import check_installed
 from jobs.workers.initial import InitialFiles
 from jobs.workers.tokens import open_tokens
@@ -23,7 +22,7 @@ from loray.recipes.load import Recipe
 from loray.recipes.resolve import check_row_lengths, check_token_budget, resolve
 from loray.settings import Settings
 from loray.spec import LongLoraSpec, TrainSpec
-from loray.train.data.corpus import run_here
+from loray.train.data.corpus import Runner, run_here
 from loray.train.data.dataset import Dataset, load_data
 
 
@@ -40,14 +39,14 @@ def prepare(
     recipe: Recipe,
     settings: Settings,
     catalog: Catalog | None = None,
-    connect: Callable[[], None] | None = None,
+    run: Runner = run_here,
     datasets: MutableMapping[object, Dataset] | None = None,
 ) -> Prepared:
     """Checks the recipe against this machine and reads the data. Raises LorayError that says what to change.
 
     `catalog` is that of the job, in which `init_adapter` is looked up; None: the settings', with all names.
-    `connect` connects to the Ray cluster that tokenises; None: this process tokenises. `datasets` keeps what was read:
-    a recipe with the same rows takes it from there.
+    `run` tokenises what no earlier run has. `datasets` keeps what was read: a recipe with the same rows takes it from
+    there.
     """
     spec = recipe.spec
     if spec.name in {base.name for base in list_bases(settings.home)}:
@@ -62,7 +61,7 @@ def prepare(
         quantised.check_installed()  # here rather than on every worker
     max_length = resolve(spec, base.config).row_length
     check_measurable(recipe, base, settings)
-    data = _rows(recipe, base, max_length, settings, connect, {} if datasets is None else datasets)
+    data = _rows(recipe, base, max_length, settings, run, {} if datasets is None else datasets)
     if spec.early_stopping is not None and not len(data.evaluation):
         raise SpecError("early_stopping needs held-out rows: give data.eval, or a data.eval_fraction")
     order = spec.batch.order or ("concat" if data.is_joined else "shuffled")
@@ -81,7 +80,7 @@ def _rows(
     base: BaseModel,
     max_length: int,
     settings: Settings,
-    connect: Callable[[], None] | None,
+    run: Runner,
     known: MutableMapping[object, Dataset],
 ) -> Dataset:
     spec, sources = recipe.spec, recipe.data()
@@ -101,7 +100,7 @@ def _rows(
                 paired=spec.is_paired,
                 fetched=copies,
                 cache=open_tokens(settings),
-                run=run_here if connect is None else RayTasks(spec, settings.training_group, connect),
+                run=run,
             )
     return known[key]
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +27,7 @@ from jobs.driver.prepare import Prepared, prepare
 from jobs.driver.publication import driver_of, publish_best
 from jobs.driver.record import Interrupts, JobRecord, recorded, reported
 from jobs.driver.resources import connect
+from jobs.driver.tokenising import RayTasks
 from jobs.driver.trainer import share_workload
 from jobs.events.messages import describe, encode
 from jobs.events.schema import Emit, Event, PublishedEvent, TrialEvent
@@ -42,6 +44,7 @@ from loray.settings import Settings
 from loray.spec import DEFAULT_TENANT, qualified_name
 from loray.store import open_store
 from loray.telemetry import configure_logging
+from loray.train.data.corpus import Runner, run_here
 from loray.train.data.dataset import Dataset
 from loray.train.data.examples import TokenRows
 
@@ -85,7 +88,9 @@ def sweep(plan: SweepPlan | str, settings: Settings, emit: Emit, *, tenant: str 
         catalog.check_name(plan.name, plan.recipe.publish.aliases)
         open_store(settings.store).check()
         try:
-            prepared = _prepare(plan, settings, catalog, lambda: connect(plan.recipe, settings, interrupts))
+            connected = partial(connect, plan.recipe, settings, interrupts)
+            run = RayTasks(plan.recipe, settings.training_group, connected)
+            prepared = _prepare(plan, settings, catalog, run)
         except KeyboardInterrupt:  # raised by ray.get while data is tokenised
             raise interrupts.interrupted() from None
         whole.add_base(prepared[0].base.name, prepared[0].base.fingerprint)
@@ -212,13 +217,13 @@ class _Sweep:
 
 
 def _prepare(
-    plan: SweepPlan, settings: Settings, catalog: Catalog, connect: Callable[[], None] | None = None
+    plan: SweepPlan, settings: Settings, catalog: Catalog, run: Runner = run_here
 ) -> list[Prepared]:
     """All trials, checked. What has the same rows is read and tokenised once. Raises LorayError."""
     datasets: dict[object, Dataset] = {}
     folder = Path(plan.folder)
     recipes = [Recipe(trial.recipe, None, folder) for trial in plan.trials]
-    prepared = [prepare(recipe, settings, catalog, connect, datasets) for recipe in recipes]
+    prepared = [prepare(recipe, settings, catalog, run, datasets) for recipe in recipes]
     held_out = [data.evaluation for data in datasets.values()]
     if not len(held_out[0]):
         raise SpecError("a sweep compares trials by their held-out loss: give data.eval, or a data.eval_fraction")
