@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loray.errors import DataError
-from loray.train.data.files import READ_COLUMNS
+from loray.train.data.reading.files import READ_COLUMNS
 
 _INSTEAD = "save the data set elsewhere with its save_to_disk, and name that folder"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"

@@ -216,9 +216,7 @@ class _Sweep:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _prepare(
-    plan: SweepPlan, settings: Settings, catalog: Catalog, run: Runner = run_here
-) -> list[Prepared]:
+def _prepare(plan: SweepPlan, settings: Settings, catalog: Catalog, run: Runner = run_here) -> list[Prepared]:
     """All trials, checked. What has the same rows is read and tokenised once. Raises LorayError."""
     datasets: dict[object, Dataset] = {}
     folder = Path(plan.folder)

@@ -16,9 +16,9 @@ from loray.errors import DataError, StoreError
 from loray.settings import Settings
 from loray.spec import BatchSpec, DataSpec
 from loray.store import open_filesystem
-from loray.train.data import parts
 from loray.train.data.batches import Batch, BatchStream
 from loray.train.data.dataset import Dataset, load_data
+from loray.train.data.reading import parts
 from loray.train.data.shards import FolderCache, Shard, ShardIndex
 from tests.cluster import RayCluster
 from tests.s3 import S3Server

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from loray.errors import SpecError
 from loray.spec import BatchSpec
-from loray.train.data.batches import IGNORED, Batch, BatchStream, Cursor, MicroBatch, collate, first_fit, plan_epoch
+from loray.train.data.batches import IGNORED, Batch, BatchStream, Cursor, collate
 from loray.train.data.examples import TokenRows, pack_rows
+from loray.train.data.plans import MicroBatch, first_fit, plan_epoch
 
 MAX_LENGTH = 64
 ORDERS = ["shuffled", "length_grouped", "packed"]
@@ -26,7 +27,7 @@ def make_rows(lengths: list[int]) -> TokenRows:
 
 
 def plan(lengths: list[int], seed: int = 0, epoch: int = 0, **spec: Any) -> list[MicroBatch]:
-    return plan_epoch(lengths, BatchSpec(**spec), max_length=MAX_LENGTH, seed=seed, epoch=epoch)
+    return list(plan_epoch(lengths, BatchSpec(**spec), max_length=MAX_LENGTH, seed=seed, epoch=epoch))
 
 
 def stream(
@@ -91,7 +92,7 @@ def test_first_fit_is_first_fit(lengths: list[int]) -> None:
                 break
         else:
             rows.append([i])
-    assert first_fit(range(len(lengths)), lengths, MAX_LENGTH) == [tuple(r) for r in rows]
+    assert first_fit(range(len(lengths)), lengths, MAX_LENGTH) == rows
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------

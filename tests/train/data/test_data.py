@@ -14,9 +14,9 @@ import pytest
 
 from loray.errors import DataError
 from loray.spec import DataSpec
-from loray.train.data import parts
 from loray.train.data.dataset import Dataset, load_data
 from loray.train.data.examples import Rows, pack_rows
+from loray.train.data.reading import parts
 from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -12,8 +12,9 @@ import pytest
 
 from loray.errors import DataError
 from loray.spec import DataSpec
-from loray.train.data.batches import IGNORED, collate_pairs, plan_epoch
+from loray.train.data.batches import IGNORED, collate_pairs
 from loray.train.data.dataset import Dataset, load_data
+from loray.train.data.plans import plan_epoch
 from tests.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl, learned, whole
 from tests.train.test_loop import recipe
@@ -87,7 +88,7 @@ def test_pairs_stay_together_in_splits_and_batches(tmp_path: Path) -> None:
     assert all(a[:2] == b[:2] and "+" in a and "-" in b for a, b in zip(held_out[::2], held_out[1::2], strict=True))
     assert [share.num_rows for share in data.shares] == [14]
     batch = recipe(batch={"tokens": 2 * 3 * 7, "order": "length_grouped"}).batch
-    plan = plan_epoch(data.lengths.tolist(), batch, max_length=512, seed=0, epoch=0, shares=data.shares)
+    plan = plan_epoch(data.lengths, batch, max_length=512, seed=0, epoch=0, shares=data.shares)
     drawn = [pair for micro_batch in plan for (pair,) in micro_batch]
     assert np.bincount(drawn).tolist() == [2] * 14
     made = collate_pairs(data.train, plan[0])

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from loray.errors import DataError
 from loray.spec import BatchSpec, DataSpec
-from loray.train.data import parts
 from loray.train.data.batches import BatchStream
 from loray.train.data.corpus import Task, run_here
 from loray.train.data.dataset import Dataset, load_data
 from loray.train.data.examples import Rows, pack_rows
+from loray.train.data.reading import parts
+from loray.train.data.reading.tokenising import Tokenisation
 from loray.train.data.shards import FolderCache, ShardCache, ShardIndex
-from loray.train.data.tokenising import Tokenisation
 from tests.tiny import byte_tokenizer
 from tests.train.data import in_memory
 from tests.train.data.test_joined import tokenizer as beginning_tokenizer

@@ -14,8 +14,9 @@ import pytest
 from loray.errors import DataError
 from loray.recipes.sources import matches, uploaded_files
 from loray.spec import BatchSpec, DataSpec
-from loray.train.data.batches import BatchStream, Share, plan_epoch
+from loray.train.data.batches import BatchStream
 from loray.train.data.dataset import Dataset, load_data
+from loray.train.data.plans import Share, plan_epoch
 from tests.tiny import byte_tokenizer
 from tests.train.data.test_data import jsonl
 
@@ -164,11 +165,11 @@ def test_weights_are_times_an_epoch(folder: Path) -> None:
     spec = BatchSpec(rows=1)
     seen: Counter[int] = Counter()
     for epoch in range(60):
-        plan = plan_epoch([8] * 9, spec, max_length=64, seed=0, epoch=epoch, shares=data.shares)
+        plan = list(plan_epoch([8] * 9, spec, max_length=64, seed=0, epoch=epoch, shares=data.shares))
         rows = [document for batch in plan for row in batch for document in row]
         assert Counter(row // 3 for row in rows) == {0: 6, 1: 1, 2: 3}
         assert Counter(rows)[0] == Counter(rows)[2] == 2
-        assert plan == plan_epoch([8] * 9, spec, max_length=64, seed=0, epoch=epoch, shares=data.shares)
+        assert plan == list(plan_epoch([8] * 9, spec, max_length=64, seed=0, epoch=epoch, shares=data.shares))
         seen.update(rows)
     assert min(seen[row] for row in (3, 4, 5)) > 10  # another part each epoch
     stream = BatchStream(data.train, spec, max_length=64, seed=0, per_step=1, shares=data.shares)

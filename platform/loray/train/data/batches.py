@@ -1,4 +1,4 @@
-"""Batches: each epoch has a plan of micro-batches, a function of (seed, epoch) alone, and a cursor into it.
+"""Batches: the micro-batches of an epoch's plan as tensors, and a cursor into the plan.
 
 Shapes: B rows, T positions. Padding is on the right.
 """
@@ -14,15 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loray.recipes.resolve import check_token_budget
 from loray.spec import BatchSpec
 from loray.train.data.examples import Rows
+from loray.train.data.plans import MicroBatch, Plan, Share, plan_epoch
 
 IGNORED = -100
-_GROUP = 50  # micro-batches that `length_grouped` sorts by length together: their order stays random
-
-Row = tuple[int, ...]  # documents of one row; several only where rows are packed
-MicroBatch = tuple[Row, ...]
 
 
 class Cursor(NamedTuple):
@@ -64,80 +60,6 @@ class Batch(NamedTuple):
             "position_ids": self.position_ids_BT,
         }
         return {name: tensor.to(device) for name, tensor in named.items() if tensor is not None}
-
-
-class Share(NamedTuple):
-    """The next `num_rows` rows, of one source, are `weight` times in an epoch."""
-
-    num_rows: int
-    weight: float
-
-
-def plan_epoch(
-    lengths: Sequence[int],
-    spec: BatchSpec,
-    *,
-    max_length: int,
-    seed: int,
-    epoch: int,
-    shares: Sequence[Share] = (),
-) -> list[MicroBatch]:
-    """Every document, or row of joined texts, once, or as often as `shares` say, in the order of this epoch. Raises
-    SpecError where a row does not fit the token budget.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = [int(i) for i in rng.permutation(_drawn(shares, rng) if shares else len(lengths))]
-    rows: list[Row]
-    check_token_budget(spec, max(lengths, default=0))
-    if spec.order == "packed":
-        rows = first_fit(order, lengths, max_length if spec.tokens is None else min(max_length, spec.tokens))
-    else:
-        rows = [(i,) for i in order]
-        if spec.order == "length_grouped":
-            rows = _sorted_in_groups(rows, lengths, spec)
-    batches = _fill(rows, lengths, spec)
-    if spec.order == "length_grouped":
-        batches = [batches[i] for i in rng.permutation(len(batches))]
-    return batches
-
-
-def _drawn(shares: Sequence[Share], rng: np.random.Generator) -> NDArray[np.int64]:
-    """The rows of an epoch: of each source whole rounds, and another part of it every epoch."""
-    drawn, first = [], 0
-    for num_rows, weight in shares:
-        count = max(1, round(num_rows * weight)) if num_rows else 0
-        drawn.append(np.resize(first + rng.permutation(num_rows), count))
-        first += num_rows
-    return np.concatenate(drawn)
-
-
-def plan_evaluation(lengths: Sequence[int], spec: BatchSpec) -> list[MicroBatch]:
-    """Every row once, the longest first, in micro-batches of the size of training's: little padding, equal memory."""
-    rows: list[Row] = [(i,) for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
-    if spec.tokens is not None and lengths and max(lengths) > spec.tokens:
-        spec = spec.model_copy(update={"tokens": max(lengths)})
-    return _fill(rows, lengths, spec)
-
-
-def first_fit(order: Sequence[int], lengths: Sequence[int], max_length: int) -> list[Row]:
-    """Rows of up to `max_length` tokens: each document goes into the first row with room. O(n log n), with a tree."""
-    size = 1 << max(0, (len(order) - 1).bit_length())
-    room = [max_length] * (2 * size)  # free tokens; room[1] is the maximum over rows, leaves start at `size`
-    rows: list[list[int]] = []
-    for document in order:
-        length = int(lengths[document])
-        node = 1
-        while node < size:
-            node = 2 * node if room[2 * node] >= length else 2 * node + 1
-        slot = node - size
-        if slot == len(rows):
-            rows.append([])
-        rows[slot].append(document)
-        room[node] -= length
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
-    return [tuple(row) for row in rows]
 
 
 def collate(rows: Rows, batch: MicroBatch, *, packed: bool) -> Batch:
@@ -209,11 +131,11 @@ class BatchStream:
         self._paired = paired
         self._rows, self._spec, self._max_length, self._seed = rows, spec, max_length, seed
         self._per_step, self._rank, self._size, self._shares = per_step, rank, size, shares
-        self._lengths: list[int] = (pair_lengths(rows.lengths) if paired else rows.lengths).tolist()
+        self._lengths = pair_lengths(rows.lengths) if paired else rows.lengths
         self.cursor = cursor
         self._plan = self._plan_of(cursor.epoch)
 
-    def _plan_of(self, epoch: int) -> list[MicroBatch]:
+    def _plan_of(self, epoch: int) -> Plan:
         return plan_epoch(
             self._lengths,
             self._spec,
@@ -246,45 +168,16 @@ class BatchStream:
     def num_steps(self, num_epochs: float) -> int:
         """Optimizer steps that cover `num_epochs`. The last one may include micro-batches of the next epoch."""
         whole, part = int(num_epochs), num_epochs - int(num_epochs)
-        count = float(sum(len(self._plan_of(epoch)) for epoch in range(whole)))
+        count = float(sum(self._size_of(epoch) for epoch in range(whole)))
         if part:
-            count += part * len(self._plan_of(whole))
+            count += part * self._size_of(whole)
         return max(1, math.ceil(count / self._per_step - 1e-9))
+
+    def _size_of(self, epoch: int) -> int:
+        return len(self._plan if epoch == self.cursor.epoch else self._plan_of(epoch))
 
 
 def _without_labels(batch: Batch) -> Batch:
     num_pairs = None if batch.num_pairs is None else 0
     labels_BT = torch.full_like(batch.labels_BT, IGNORED)
     return batch._replace(labels_BT=labels_BT, num_tokens=0, num_targets=0, num_pairs=num_pairs)
-
-
-def _capacity(spec: BatchSpec, longest: int) -> int:
-    """Number of rows of up to `longest` tokens that fit into one micro-batch."""
-    if spec.rows is not None:
-        return spec.rows
-    assert spec.tokens is not None
-    return spec.tokens // longest
-
-
-def _sorted_in_groups(rows: list[Row], lengths: Sequence[int], spec: BatchSpec) -> list[Row]:
-    group = _GROUP * max(1, _capacity(spec, max(lengths)))
-    out: list[Row] = []
-    for start in range(0, len(rows), group):
-        out += sorted(rows[start : start + group], key=lambda row: lengths[row[0]], reverse=True)
-    return out
-
-
-def _fill(rows: list[Row], lengths: Sequence[int], spec: BatchSpec) -> list[MicroBatch]:
-    batches: list[MicroBatch] = []
-    current: list[Row] = []
-    longest = 0
-    for row in rows:
-        length = sum(lengths[i] for i in row)
-        longest = max(longest, length)
-        if current and len(current) + 1 > _capacity(spec, longest):
-            batches.append(tuple(current))
-            current, longest = [], length
-        current.append(row)
-    if current:
-        batches.append(tuple(current))
-    return batches

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from loray.errors import DataError
 from loray.recipes.sources import find_files
 from loray.spec import DataSpec
-from loray.train.data.batches import Share, pair_lengths
+from loray.train.data.batches import pair_lengths
 from loray.train.data.corpus import Corpus, Runner, TemporaryCache, load_corpus, run_here
 from loray.train.data.examples import Rows, TokenRows, pack_rows
-from loray.train.data.files import DataFormat, RowFile, open_rows
+from loray.train.data.plans import Share
+from loray.train.data.reading.files import DataFormat, RowFile, open_rows
+from loray.train.data.reading.tokenising import Tokenisation
 from loray.train.data.shards import ShardCache
 from loray.train.data.splits import SAMPLE_STREAM, Part, check_texts, joined_texts, windows
-from loray.train.data.tokenising import Tokenisation
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.train.data.corpus import Corpus, Files, Indices, SliceRows
-from loray.train.data.files import RowFile
 from loray.train.data.joined import JoinedRows, join
+from loray.train.data.reading.files import RowFile
 
 SPLIT_STREAM, SAMPLE_STREAM = 1, 2  # different generators for one seed
 

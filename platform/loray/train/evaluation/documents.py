@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.recipes.sources import find_files, without_options
-from loray.train.data.files import read_columns, read_text
-from loray.train.data.tokenising import check_tokenizer, prompt_ids
+from loray.train.data.reading.files import read_columns, read_text
+from loray.train.data.reading.tokenising import check_tokenizer, prompt_ids
 
 _NO_LIMIT = 1 << 62
 _TEXT = "text"

@@ -14,8 +14,9 @@ from torch import nn
 from loray.bases.registry import BaseModel
 from loray.errors import TrainingError
 from loray.spec import Subject, TrainSpec
-from loray.train.data.batches import collate, collate_pairs, pair_lengths, plan_evaluation
+from loray.train.data.batches import collate, collate_pairs, pair_lengths
 from loray.train.data.examples import TokenRows
+from loray.train.data.plans import plan_evaluation
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import dense
@@ -40,7 +41,7 @@ def held_out_loss(
     rank without a batch repeats the last one, and does not count it.
     """
     lengths = pair_lengths(rows.lengths) if spec.is_paired else rows.lengths
-    batches = plan_evaluation(lengths.tolist(), spec.batch)
+    batches = plan_evaluation(lengths, spec.batch)
     total, num_terms = 0.0, 0
     sums = [0.0] * len(objective.METRICS)
     compute.eval()

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from loray.errors import DataError
-from loray.train.data.files import DataFormat, RowFile, open_arrow, open_parquet, open_source, problem, record_of
+from loray.train.data.reading.files import (
+    DataFormat,
+    RowFile,
+    open_arrow,
+    open_parquet,
+    open_source,
+    problem,
+    record_of,
+)
 
 PART_BYTES = 8 << 20  # more where a single row is longer
 _BATCH_ROWS = 256  # of a Parquet file that are decoded at once

@@ -20,9 +20,9 @@ import numpy as np
 import tokenizers
 
 from loray.errors import DataError
-from loray.train.data.chats import Conversation, answered, conversations
-from loray.train.data.files import DataFormat
-from loray.train.data.parts import BadRow, Content, Part, records_of
+from loray.train.data.reading.chats import Conversation, answered, conversations
+from loray.train.data.reading.files import DataFormat
+from loray.train.data.reading.parts import BadRow, Content, Part, records_of
 from loray.train.data.shards import Shard, ShardIndex
 
 _FORM = 1  # of shards: another one where the same content gives other tokens, or is written in another way

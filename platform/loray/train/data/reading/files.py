@@ -119,7 +119,7 @@ def detect(source: Source, names: list[str], format: DataFormat | Literal["auto"
 
 
 def problem(record: Mapping[str, Any], format: DataFormat) -> str | None:
-    """What is wrong with one row, or None. What a chat holds is checked where it is read: `loray.train.data.chats`."""
+    """What is wrong with one row, or None. What a chat holds is checked where it is read, in `chats`."""
     if format == "chat" or (format == "preference" and all(isinstance(record.get(n), list) for n in _COLUMNS[format])):
         return None
     for name in _COLUMNS[format]:
