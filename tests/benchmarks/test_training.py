@@ -18,7 +18,6 @@ from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from benchmarks.training import __main__ as train
 from benchmarks.training import cases, dense
 from benchmarks.training.cases import PRESETS, Activations, Attention, Memory, Setting, Step, Target, Traffic
-from benchmarks.training.peers import ring, ulysses
 from benchmarks.training.steps import Case, Measured
 from benchmarks.training.workers.attention import main as time_attention
 from benchmarks.training.workers.traffic import main as count_traffic
@@ -28,7 +27,6 @@ from loray.train.data.batches import Batch
 from loray.train.loss import batch_loss
 from loray.train.model import build_model
 from loray.train.model import dense as dense_model
-from loray.train.sequence import SequenceGroup
 from tests.train.sequence.ranks import Ranks
 
 
@@ -72,22 +70,6 @@ def test_the_fastest_dense_variant_takes_turns_with_s2_attention() -> None:
         name: 3 if name == found["fastest"] else 1 for name in dense.VARIANTS
     }
     assert min(times, key=lambda name: times[name][0]) == found["fastest"]
-
-
-def peer(group: SequenceGroup, name: str) -> tuple[Tensor, int]:
-    length = 32 // group.size
-    mine = slice(group.rank * length, (group.rank + 1) * length)
-    found = {"ring": ring, "ulysses": ulysses}[name](*(x[:, :, mine] for x in qkv(32)), group)
-    return found.out, found.sent_bytes
-
-
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["ring", "ulysses"])
-def test_peers_compute_dense_attention_over_ranks(ranks: Ranks, name: str, size: int) -> None:
-    outs, sent = zip(*ranks(size, peer, name), strict=True)
-    torch.testing.assert_close(torch.cat(outs, dim=2), exact(*qkv(32)))
-    per_token = {"ring": 2 * (size - 1) * 4, "ulysses": (2 * 8 + 2 * 4) * (size - 1) / size}[name]
-    assert set(sent) == {32 // size * per_token * 16 * 8}
 
 
 @pytest.mark.parametrize("size", [2, 4])

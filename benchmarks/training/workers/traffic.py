@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from benchmarks.training.peers import ring, ulysses
-from loray.train.sequence import SequenceGroup
+from loray.train.sequence import SequenceGroup, Traffic
 from loray.train.sequence.attention import attend_shard
 from loray.train.sequence.cuts import shard_cuts
+from loray.train.sequence.ring import ring_attention, ring_cuts
+from loray.train.sequence.ulysses import ulysses_attention, ulysses_cuts
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 4, 64
 
@@ -28,12 +32,17 @@ def main(group: SequenceGroup, num_tokens: int, group_size: int) -> dict[str, in
         torch.randn(1, heads, length, HEAD_DIM, dtype=torch.bfloat16)
         for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
     )
-    cuts = shard_cuts(torch.zeros(1, num_tokens, dtype=torch.long), group, group_size)
-    attend_shard(q, k, v, cuts, layer=0)
+    ids_BN = torch.zeros(1, num_tokens, dtype=torch.long)
+
+    def sent(attend: Callable[[SequenceGroup], Tensor]) -> int:
+        counted = replace(group, traffic=Traffic())
+        attend(counted)
+        return counted.traffic.forward_bytes
+
     return {
-        "halo": group.traffic.forward_bytes,
-        "ulysses": ulysses(q, k, v, group).sent_bytes,
-        "ring": ring(q, k, v, group).sent_bytes,
+        "halo": sent(lambda counted: attend_shard(q, k, v, shard_cuts(ids_BN, counted, group_size), layer=0)),
+        "ulysses": sent(lambda counted: ulysses_attention(q, k, v, ulysses_cuts(ids_BN, counted))),
+        "ring": sent(lambda counted: ring_attention(q, k, v, ring_cuts(ids_BN, counted))),
     }
 
 
