@@ -18,7 +18,7 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ _MEDIAN, _SPREAD = 600, 1.1  # of the words of a document, which a log-normal la
 _ROWS = {"concat": 8192, "packed": 8192, "shuffled": 2048}  # tokens of the longest row
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Returns the rows as they are written to --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=20e6)
     parser.add_argument("--order", choices=list(_ROWS), default="concat")
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=Path(".cache/loray-home"), help="of the base model")
     parser.add_argument("--folder", type=Path, help="for data and tokens, 8 bytes a token (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     base = add_base("smollm2", home=args.home.absolute())
     click.echo(machine_line(describe_machine(), load=f"{load_average():.1f}"))
     folder = Path(tempfile.mkdtemp(prefix="loray-data-benchmark-", dir=args.folder))
@@ -64,6 +65,7 @@ def main() -> None:
             rows.append(_prepared(name, folder, args))
             click.echo(_line(rows[-1]))
         write_json(args.json, {"machine": describe_machine(), "num_bytes": num_bytes, "rows": rows})
+        return rows
     finally:
         shutil.rmtree(folder)
 
