@@ -18,7 +18,7 @@ NUMERIC := $(addprefix tests/,benchmarks engine kernels train)
 DOORS := $(addprefix tests/,cli serve_apps)
 
 test-numeric: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 3 $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(NUMERIC)
 
 test-rest: .venv/.ready
 	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(DOORS))
