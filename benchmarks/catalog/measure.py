@@ -90,7 +90,7 @@ async def _changes(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
     async with heartbeat() as holds:
         while line:
             version, committed_at = line.split()
-            while (ref := await directory.resolve(name, OPERATOR)) is None or ref.version != int(version):
+            while (ref := await directory.resolve(name, OPERATOR)) is None or ref.version < int(version):
                 await asyncio.sleep(0.002)
             served.append(time.monotonic() - float(committed_at))
             line = await process.stdout.readline()
