@@ -82,7 +82,9 @@ async def _changes(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
     """Seconds from a commit in another process until the gateway resolves to it, and how long its loop was held."""
     name = adapter_name(1, setup.num_tenants)
     command = [sys.executable, "-m", "benchmarks.catalog.writer", setup.url, name, str(_CHANGES), str(_PAUSE_S)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+    assert process.stdin is not None
     assert process.stdout is not None
     served: list[float] = []
     async with heartbeat() as idle:
@@ -90,9 +92,10 @@ async def _changes(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
     async with heartbeat() as holds:
         while line:
             version, committed_at = line.split()
-            while (ref := await directory.resolve(name, OPERATOR)) is None or ref.version < int(version):
+            while (ref := await directory.resolve(name, OPERATOR)) is None or ref.version != int(version):
                 await asyncio.sleep(0.002)
             served.append(time.monotonic() - float(committed_at))
+            process.stdin.write(b"\n")
             line = await process.stdout.readline()
     await process.wait()
     return {"change_s": max(served), "change_hold_ms": 1e3 * holds.longest_s, "idle_hold_ms": 1e3 * idle.longest_s}
