@@ -20,7 +20,7 @@ from jobs.driver.data import fetched
 from jobs.events.schema import Emit
 from jobs.runs.folders import RunFolder
 from jobs.workers.placement import worker_resources
-from jobs.workers.threads import give_way, num_threads
+from jobs.workers.threads import num_threads
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import SpecError
 from loray.recipes.load import Recipe
@@ -138,7 +138,6 @@ def _run(task: _Task, group: TrainingGroup | None) -> tuple[Evaluation, ...]:
 
 def _measure_on_worker(task: _Task) -> tuple[Evaluation, ...]:
     configure_logging(task.log_level)
-    give_way()
     torch.set_num_threads(num_threads(1))
     return _measure(task)
 

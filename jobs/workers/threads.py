@@ -1,4 +1,4 @@
-"""How many threads a process on a node computes with, and who comes first there."""
+"""How many threads a process on a node computes with."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 
 import ray
-
-_NICENESS = 15
 
 
 def num_threads(num_workers: int) -> int:
@@ -22,11 +20,6 @@ def num_threads(num_workers: int) -> int:
     node = next(n for n in ray.nodes() if n["NodeID"] == ray.get_runtime_context().get_node_id())
     cores = min(int(node["Resources"].get("CPU", 1)), len(os.sched_getaffinity(0)))
     return max(1, cores // num_workers)
-
-
-def give_way() -> None:
-    """Lowers the priority of this thread and of those that it will start: replicas on the same node come first."""
-    os.setpriority(os.PRIO_PROCESS, 0, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def preset_threads(environ: bytes) -> int | None:

@@ -18,7 +18,7 @@ from jobs.workers.checkpoints import CheckpointUploads
 from jobs.workers.gauges import TrainingGauges, Utilisation
 from jobs.workers.placement import straddling_warning
 from jobs.workers.reporter import RayReporter
-from jobs.workers.threads import give_way, num_threads
+from jobs.workers.threads import num_threads
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
 from loray.recipes.resolve import resolve
@@ -60,7 +60,6 @@ def run(config: WorkerConfig) -> str | None:
     An error that a restart cannot fix is returned, because Ray Train restarts the workers after an exception.
     """
     configure_logging(config["log_level"])
-    give_way()
     torch.set_num_threads(_num_threads())
     spec = TrainSpec.parse(config["recipe"], source="the recipe")
     try:

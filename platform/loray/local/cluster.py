@@ -48,8 +48,6 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_enable_metrics_collection": "0",  # loray has its own; nobody asks this machine's nodes for Ray's
-    # Ray's default is 15: engine and gateways would wait for whatever else runs on the machine. Training gives way.
-    "RAY_worker_niceness": "0",
     # What Ray looks for 2 to 10 times a second, also in an idle cluster, and nothing here waits for.
     "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "5",
     "LOG_NAME_UPDATE_INTERVAL_S": "2",

@@ -26,7 +26,7 @@ from jobs.events.messages import decode
 from jobs.runs.folders import RunFolder, open_runs
 from jobs.submission import commands
 from jobs.submission.tracker import RayJob
-from jobs.workers import worker
+from jobs.workers import threads, worker
 from jobs.workers.checkpoints import score
 from loray.adapters.inject import InitialAdapter
 from loray.bases.registry import add_base, get_base
@@ -130,6 +130,17 @@ def test_publishing_again_from_a_bucket_is_no_second_version(tmp_path: Path, set
     assert datetime.now(UTC) - datetime.fromisoformat(version.manifest.created_at) < timedelta(hours=1)
 
 
+def test_threads_are_those_that_the_nodes_environment_sets() -> None:
+    for environ, expected in (
+        (b"A=1\0OMP_NUM_THREADS=4\0B=2\0", 4),
+        (b"OMP_NUM_THREADS=3,2\0", 3),
+        (b"MY_OMP_NUM_THREADS=4\0", None),
+        (b"OMP_NUM_THREADS=\0", None),
+        (b"", None),
+    ):
+        assert threads.preset_threads(environ) == expected
+
+
 def test_the_driver_waits_for_what_an_autoscaler_may_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, settings = write(tmp_path, num_workers=3), Settings.from_env({})
     in_a_group = Settings.from_env({"LORAY_TRAINING_GROUP": "training"})
@@ -201,7 +212,6 @@ def test_an_error_on_another_rank_ends_this_one_too(
     world = SimpleNamespace(rank=0, gather=lambda problem: [problem, "rank 1 has no such base"])
     monkeypatch.setattr(worker, "World", SimpleNamespace(current=lambda: world))
     monkeypatch.setattr(worker, "_num_threads", lambda: 1)
-    monkeypatch.setattr(worker, "give_way", lambda: None)
     monkeypatch.setattr(worker, "_train", lambda *_: pytest.fail("trained"))
     config = worker.WorkerConfig(
         recipe=write(tmp_path).spec.model_dump(mode="json"),
