@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
 from jobs.sweeps.trials import TrialRecord, label, ranked
+from loray.cli.svg import MARGIN, document, text
 
-_WIDTH, _PLOT_H, _MARGIN, _LEFT, _TOP = 860, 320, 24, 70, 64
+_WIDTH, _PLOT_H, _LEFT, _TOP = 860, 320, 70, 64
 _LINE_H, _MAX_NAMED = 20, 20  # trials in the legend
-_FONT = "font-family='system-ui, Helvetica, Arial, sans-serif'"
-_BEST, _OTHER, _GREY, _INK = "#c44870", "#5b7db1", "#999", "#111"
+_BEST, _OTHER, _GREY = "#c44870", "#5b7db1", "#999"
 _NUM_TICKS = 5
 
 
@@ -19,13 +19,10 @@ def draw(title: str, records: Sequence[TrialRecord], best: int | None, *, keep_b
     order = ranked(records, keep_best=keep_best)
     named = order[:_MAX_NAMED]
     top, bottom = _TOP, _TOP + _PLOT_H
-    height = bottom + 56 + _LINE_H * (len(named) + (len(order) > len(named))) + _MARGIN
+    height = bottom + 56 + _LINE_H * (len(named) + (len(order) > len(named))) + MARGIN
     scale = _Scale(records, top, bottom)
     parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='{_WIDTH}' height='{height}' "
-        f"viewBox='0 0 {_WIDTH} {height}' {_FONT}>",
-        f"<rect width='{_WIDTH}' height='{height}' fill='white'/>",
-        _text(_MARGIN, _MARGIN + 14, title, size=18, weight=600),
+        text(MARGIN, MARGIN + 14, title, size=18, weight=600),
         *scale.grid(),
     ]
     for record in reversed(order):  # the best on top
@@ -39,8 +36,8 @@ def draw(title: str, records: Sequence[TrialRecord], best: int | None, *, keep_b
         parts += _legend(record, record.loss(keep_best=keep_best), y, is_best=record.trial == best)
         y += _LINE_H
     if len(order) > len(named):
-        parts.append(_text(_LEFT, y + 4, f"and {len(order) - len(named)} more", size=13, fill=_GREY))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        parts.append(text(_LEFT, y + 4, f"and {len(order) - len(named)} more", size=13, fill=_GREY))
+    return document(_WIDTH, height, parts)
 
 
 class _Scale:
@@ -55,7 +52,7 @@ class _Scale:
         self._top, self._bottom = top, bottom
 
     def x(self, step: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _MARGIN) * step / self.steps
+        return _LEFT + (_WIDTH - _LEFT - MARGIN) * step / self.steps
 
     def y(self, loss: float) -> float:
         return self._bottom - (self._bottom - self._top) * (loss - self.low) / (self.high - self.low)
@@ -66,10 +63,10 @@ class _Scale:
             share = i / (_NUM_TICKS - 1)
             loss, step = self.low + share * (self.high - self.low), round(share * self.steps)
             y = self.y(loss)
-            parts.append(f"<path d='M{_LEFT} {y:.1f}H{_WIDTH - _MARGIN}' stroke='#ddd'/>")
-            parts.append(_text(_LEFT - 8, y + 4, f"{loss:.4g}", size=12, anchor="end"))
-            parts.append(_text(self.x(step), self._bottom + 18, f"{step:,}", size=12, anchor="middle"))
-        parts.append(_text(self.x(self.steps), self._bottom + 36, "step", size=12, anchor="end", fill=_GREY))
+            parts.append(f"<path d='M{_LEFT} {y:.1f}H{_WIDTH - MARGIN}' stroke='#ddd'/>")
+            parts.append(text(_LEFT - 8, y + 4, f"{loss:.4g}", size=12, anchor="end"))
+            parts.append(text(self.x(step), self._bottom + 18, f"{step:,}", size=12, anchor="middle"))
+        parts.append(text(self.x(self.steps), self._bottom + 36, "step", size=12, anchor="end", fill=_GREY))
         return parts
 
 
@@ -91,9 +88,9 @@ def _legend(record: TrialRecord, loss: float | None, y: float, *, is_best: bool)
     figure = "–" if loss is None else f"{loss:.4f}"
     return [
         f"<rect x='{_LEFT}' y='{y - 6}' width='14' height='8' fill='{_BEST if is_best else _OTHER}'/>",
-        _text(_LEFT + 22, y + 4, _name(record), size=13, weight=600 if is_best else 400),
-        _text(
-            _WIDTH - _MARGIN,
+        text(_LEFT + 22, y + 4, _name(record), size=13, weight=600 if is_best else 400),
+        text(
+            _WIDTH - MARGIN,
             y + 4,
             figure if record.status == "completed" else f"{record.status}, {figure}",
             size=13,
@@ -104,12 +101,3 @@ def _legend(record: TrialRecord, loss: float | None, y: float, *, is_best: bool)
 
 def _name(record: TrialRecord) -> str:
     return f"{record.trial}: {label(record.values)}"
-
-
-def _text(
-    x: float, y: float, text: str, *, size: int, weight: int = 400, anchor: str = "start", fill: str = _INK
-) -> str:
-    return (
-        f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' font-weight='{weight}' text-anchor='{anchor}' "
-        f"fill='{fill}'>{escape(text)}</text>"
-    )

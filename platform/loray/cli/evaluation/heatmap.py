@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-from xml.sax.saxutils import escape
 
+from loray.cli.svg import MARGIN, document, text
 from loray.spec import EXACT_MATCH, LOG_LIKELIHOOD, Evaluation
 
 _CELL_W, _CELL_H = 76, 38
 _LEFT, _TOP, _GAP, _BOTTOM = 60, 76, 36, 62  # of a panel: depths, titles, between panels, lengths and legend
-_MARGIN = 24
 _MIN_PANEL_W = 290  # for its title
-_FONT = "font-family='system-ui, Helvetica, Arial, sans-serif'"
 # From bad to good; light enough for black text at one end, dark enough for white text at the other.
 _COLOURS = ((247, 242, 228), (250, 206, 140), (238, 138, 92), (196, 72, 108), (110, 40, 120), (44, 22, 84))
 
@@ -41,22 +39,19 @@ def draw(title: str, evaluations: Sequence[Evaluation]) -> str:
     panel_w, panel_h = max(_MIN_PANEL_W, len(lengths) * _CELL_W), len(depths) * _CELL_H
     # One scale for all models, from 0 (certainty) to the worst cell, and at least to -5, so that noise has no colour.
     worst = min([-5.0, *(e.value for e in evaluations if e.metric.endswith(LOG_LIKELIHOOD))])
-    width = 2 * (_LEFT + panel_w) + _GAP + 2 * _MARGIN
+    width = 2 * (_LEFT + panel_w) + _GAP + 2 * MARGIN
     row_h = _TOP + panel_h + _BOTTOM
-    height = _MARGIN + 26 + len(subjects) * row_h + _MARGIN
+    height = MARGIN + 26 + len(subjects) * row_h + MARGIN
     parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' "
-        f"viewBox='0 0 {width} {height}' {_FONT}>",
-        f"<rect width='{width}' height='{height}' fill='white'/>",
-        _text(_MARGIN, _MARGIN + 16, title, size=19, weight=600, anchor="start"),
+        text(MARGIN, MARGIN + 16, title, size=19, weight=600),
     ]
     for row, subject in enumerate(subjects):
-        y = _MARGIN + 26 + row * row_h
+        y = MARGIN + 26 + row * row_h
         name = subject.replace("_", " ")
         for column, panel in enumerate(_panels(name, [e for e in evaluations if e.subject == subject], worst)):
-            x = _MARGIN + column * (_LEFT + panel_w + _GAP)
+            x = MARGIN + column * (_LEFT + panel_w + _GAP)
             parts += _panel(panel, lengths, depths, x, y)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return document(width, height, parts)
 
 
 def _panels(name: str, evaluations: Sequence[Evaluation], worst: float) -> list[_Panel]:
@@ -74,18 +69,18 @@ def _panel(panel: _Panel, lengths: Sequence[int], depths: Sequence[float], x: fl
     left, top = x + _LEFT, y + _TOP
     right, bottom = left + len(lengths) * _CELL_W, top + len(depths) * _CELL_H
     parts = [
-        _text(left, y + 44, panel.title, size=15, weight=600, anchor="start"),
-        _text(left, y + 64, "depth of the key ↓, tokens →", size=12, anchor="start", fill="#555"),
+        text(left, y + 44, panel.title, size=15, weight=600),
+        text(left, y + 64, "depth of the key ↓, tokens →", size=12, fill="#555"),
     ]
     for i, depth in enumerate(depths):
         middle = top + (i + 0.5) * _CELL_H
-        parts.append(_text(left - 10, middle + 5, f"{depth:.0%}", size=13, anchor="end"))
+        parts.append(text(left - 10, middle + 5, f"{depth:.0%}", size=13, anchor="end"))
         for j, length in enumerate(lengths):
             value = panel.values.get((length, depth))
             if value is not None:
                 parts += _cell(panel, value, left + j * _CELL_W, top + i * _CELL_H)
     for j, length in enumerate(lengths):
-        parts.append(_text(left + (j + 0.5) * _CELL_W, bottom + 18, f"{length:,}", size=13))
+        parts.append(text(left + (j + 0.5) * _CELL_W, bottom + 18, f"{length:,}", size=13, anchor="middle"))
     return parts + _legend(panel, left, bottom + 32, min(160.0, right - left))
 
 
@@ -93,8 +88,13 @@ def _cell(panel: _Panel, value: float, x: float, y: float) -> list[str]:
     share = (value - panel.low) / (panel.high - panel.low)
     return [
         f"<rect x='{x}' y='{y}' width='{_CELL_W}' height='{_CELL_H}' fill='{_colour(share)}' stroke='white'/>",
-        _text(
-            x + _CELL_W / 2, y + _CELL_H / 2 + 5, panel.text(value), size=14, fill="white" if share > 0.45 else "#111"
+        text(
+            x + _CELL_W / 2,
+            y + _CELL_H / 2 + 5,
+            panel.text(value),
+            size=14,
+            fill="white" if share > 0.45 else "#111",
+            anchor="middle",
         ),
     ]
 
@@ -109,8 +109,8 @@ def _legend(panel: _Panel, x: float, y: float, width: float) -> list[str]:
     low, high = panel.text(panel.low), panel.text(panel.high)
     return [
         *bars,
-        _text(x, y + 22, low, size=11, anchor="start"),
-        _text(x + width, y + 22, high, size=11, anchor="end"),
+        text(x, y + 22, low, size=11),
+        text(x + width, y + 22, high, size=11, anchor="end"),
     ]
 
 
@@ -119,12 +119,3 @@ def _colour(share: float) -> str:
     i = min(int(at), len(_COLOURS) - 2)
     mixed = (round(a + (at - i) * (b - a)) for a, b in zip(_COLOURS[i], _COLOURS[i + 1], strict=True))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
-
-
-def _text(
-    x: float, y: float, text: str, *, size: int, weight: int = 400, anchor: str = "middle", fill: str = "#111"
-) -> str:
-    return (
-        f"<text x='{x}' y='{y}' font-size='{size}' font-weight='{weight}' text-anchor='{anchor}' fill='{fill}'>"
-        f"{escape(text)}</text>"
-    )

@@ -133,16 +133,14 @@ def problem(record: Mapping[str, Any], format: DataFormat) -> str | None:
     return None
 
 
-def record_of(line: bytes, *, unreadable: str = "not valid JSON") -> dict[str, Any]:
+def record_of(line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
     """The object in a line of JSONL. Raises ValueError; `unreadable` begins its message for what is not JSON."""
     try:
         record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        if unreadable == "not valid JSON":
-            raise ValueError(f"not UTF-8: {e}; write the file as UTF-8") from e
-        raise ValueError(f"{unreadable}: {e}") from e
     except ValueError as e:
-        raise ValueError(f"{unreadable}: {e}") from e
+        if unreadable is None and isinstance(e, UnicodeDecodeError):
+            raise ValueError(f"not UTF-8: {e}; write the file as UTF-8") from e
+        raise ValueError(f"{unreadable or 'not valid JSON'}: {e}") from e
     if not isinstance(record, dict):
         raise ValueError(f"a row must be an object, not {type(record).__name__}")
     return record
@@ -208,7 +206,7 @@ def _first_names(source: Source) -> list[str]:
     raise DataError(f"{source} is empty; give a file with at least one row")
 
 
-def _record(source: Source, number: int, line: bytes, *, unreadable: str = "not valid JSON") -> dict[str, Any]:
+def _record(source: Source, number: int, line: bytes, *, unreadable: str | None = None) -> dict[str, Any]:
     try:
         return record_of(line, unreadable=unreadable)
     except ValueError as e:
