@@ -47,7 +47,7 @@ class ServeSpec(Frozen):
     max_num_seqs: int = Field(default=32, gt=0, description="requests that run at once")
     max_num_batched_tokens: int = Field(default=512, gt=0, description="tokens of one step, at most")
     itl_slo_ms: float | None = Field(
-        default=None, gt=0, description="target between two tokens of a stream; None: 100 on a CPU, 50 on a GPU"
+        default=None, gt=0, description="target between two tokens of a stream; None: 60 on a CPU, 50 on a GPU"
     )
     enable_prefix_caching: bool = Field(default=True, description="keep KV blocks of prompts for those that share them")
     max_queued: int = Field(default=512, gt=0, description="requests that wait; more are refused with 429")
@@ -71,7 +71,7 @@ class ServeSpec(Frozen):
     @property
     def itl_slo_s(self) -> float:
         """Seconds; the device's default if `itl_slo_ms` is not given."""
-        default = 100.0 if self.device.startswith("cpu") else 50.0
+        default = 60.0 if self.device.startswith("cpu") else 50.0
         return (self.itl_slo_ms or default) / 1000
 
     @property

@@ -64,7 +64,7 @@ def test_a_chunk_is_the_largest_that_its_time_allows(
 
 def test_a_step_that_gives_a_token_keeps_to_the_target() -> None:
     budget = StepBudget(known(0, 0, 0, 1e-3, 0, 0), max_tokens=MAX_TOKENS, itl_slo_s=TARGET)
-    assert budget.fit(0, 1000) == 240  # of 250 tokens in ALONE times the target
+    assert budget.fit(0, 1000) == 400  # tokens in ALONE times the target
     short = prompt(3)
     budget.add(Chunk(short, 0, 3))
     assert budget.fit(0, 1000) == 96

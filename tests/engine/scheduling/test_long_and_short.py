@@ -13,7 +13,7 @@ from tests.engine.scheduling.simulation import Simulation
 LONG = 8000
 
 
-def machine(itl_slo_s: float | None = 0.1, **options: Any) -> Simulation:
+def machine(itl_slo_s: float | None = 0.06, **options: Any) -> Simulation:
     """About 135 M parameters on two cores: a chunk of 512 tokens takes 0.3 s at the start of a prompt and 1.3 s after
     8,000 tokens.
     """
@@ -31,7 +31,7 @@ def machine(itl_slo_s: float | None = 0.1, **options: Any) -> Simulation:
     return sim
 
 
-def used(itl_slo_s: float | None = 0.1, **options: Any) -> Simulation:
+def used(itl_slo_s: float | None = 0.06, **options: Any) -> Simulation:
     """A machine that has served a request before."""
     sim = machine(itl_slo_s, **options)
     sim.add(20, 10)
@@ -78,7 +78,7 @@ def test_a_short_prompt_behind_a_long_one_is_answered_at_once(tenant: str, after
 
 def test_a_long_prompt_alone_pays_little_for_shorter_steps() -> None:
     seconds = []
-    for itl_slo_s in (None, 0.1):
+    for itl_slo_s in (None, 0.06):
         sim = used(itl_slo_s)
         began, long = sim.now, sim.add(LONG, 1)
         sim.run()
