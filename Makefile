@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast check format bench bench-serve bench-front bench-catalog bench-train bench-quality clean
+.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast check format docs bench bench-serve bench-front bench-catalog bench-train bench-quality clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -47,6 +47,11 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Without the network, once its tools are installed. To read it: python3 -m http.server --directory build/site
+docs: .venv/.docs-ready
+	$(BIN)/python -m mkdocs build
+	@echo "build/site/index.html is the documentation"
+
 bench: .venv/.ready
 	$(BIN)/python -m benchmarks.serving --preset quick --peer peft
 
@@ -76,4 +81,8 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --progress-bar on --editable ".[dev]"
+	@touch $@
+
+.venv/.docs-ready: .venv/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	@touch $@

@@ -110,10 +110,15 @@ def failed(error: Exception) -> Response:
     if not isinstance(error, LorayError):
         _log.error("unexpected error", exc_info=error)
         return _response(500, "internal error; the log of the API server has the details", problem_type(LorayError))
-    status = next(status for cls, status in _STATUSES if isinstance(error, cls))
+    status = status_of(type(error))
     if status == 500:
         _log.error("request failed: %s: %s", type(error).__name__, error)
     return _response(status, str(error), problem_type(type(error)), getattr(error, "errors", None))
+
+
+def status_of(error: type[LorayError]) -> int:
+    """The HTTP status of an error of this class."""
+    return next(status for cls, status in _STATUSES if issubclass(error, cls))
 
 
 def _max_body_bytes(scope: Scope) -> int:

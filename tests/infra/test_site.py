@@ -1,0 +1,86 @@
+"""The documentation's site: reference from the code, links that lead somewhere, a navigation that has every page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from infra.docs.markdown import for_site, links, site_path, table
+from infra.docs.pages import all_pages, problems, written
+from loray import errors
+from loray.cli.main import cli
+from loray.recipes.defaults import METHODS, OBJECTIVES
+from loray.recipes.fields import fields_of
+from loray.spec import ServeSpec
+from loray.telemetry import METRICS, TRAINING_METRICS
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, str]:
+    return all_pages(REPOSITORY)
+
+
+def test_the_reference_has_everything(made: dict[str, str]) -> None:
+    commands = made["reference/cli.md"]
+    assert all(f"\n## loray {name}\n" in commands for name in (*cli.list_commands(click.Context(cli)), "adapters push"))
+    assert "| `--data` | `FILE\\|URL` |  | JSONL or Parquet to train on;" in commands
+    assert "\n## POST /v1/chat/completions\n" in made["reference/openai-api.md"]
+    assert "\n## PUT /api/v1/adapters/{name}/aliases/{alias}\n" in made["reference/catalog-api.md"]
+    assert (
+        "Needs a [key](../guide/access.md#who-may-do-what) with the scope `admin`." in made["reference/catalog-api.md"]
+    )
+    fields = {path for method in METHODS for objective in OBJECTIVES for path in fields_of(method, objective)}
+    assert not [path for path in fields if f"| `{path}` |" not in made["reference/recipes.md"]]
+    assert not [name for name in ServeSpec.model_fields if f"| `{name}` |" not in made["reference/serve-spec.md"]]
+    for metric in (*METRICS.values(), *TRAINING_METRICS.values()):
+        assert f"| `{metric.name}` | {metric.kind} |" in made["reference/metrics.md"]
+    for name, error in vars(errors).items():
+        if isinstance(error, type) and issubclass(error, errors.LorayError):
+            assert re.search(rf"^\| `{name}` \|.* \| [45]\d\d[^|]* \| [45]\d\d \|$", made["reference/errors.md"], re.M)
+
+
+def test_references_inside_of_a_page_exist(made: dict[str, str]) -> None:
+    for name in ("openai-api", "catalog-api", "recipes", "serve-spec"):
+        page = made[f"reference/{name}.md"]
+        headings = {line.lstrip("# ").lower() for line in page.splitlines() if line.startswith("#")}
+        assert {target[1:] for target in links(page) if target.startswith("#")} <= headings, name
+
+
+def test_links_lead_somewhere() -> None:
+    assert not problems(REPOSITORY)
+
+
+def test_the_navigation_has_every_page(made: dict[str, str]) -> None:
+    site = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
+    shown = list(_pages(site["nav"]))
+    assert len(shown) == len(set(shown))
+    hidden = re.compile("source/|decisions/0")
+    assert set(shown) == {path for path in {*made, *map(site_path, written(REPOSITORY))} if not hidden.match(path)}
+
+
+def _pages(nav: Any) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for below in nav.values() if isinstance(nav, dict) else nav:
+            yield from _pages(below)
+
+
+def test_a_page_as_the_site_has_it() -> None:
+    page = (
+        "Text:\n- one [link](../../README.md#measured), [two](../decisions/), [three](../../infra/demo/data.py)\n"
+        "- [here](#there), [there](https://example.com)\n\n```bash up\n- [no](link.md)\n```\n"
+    )
+    assert for_site(page, "docs/guide/page.md") == (
+        "Text:\n\n- one [link](../index.md#measured), [two](../decisions/index.md), "
+        "[three](../source/infra/demo/data.py.md)\n"
+        "- [here](#there), [there](https://example.com)\n\n```bash\n- [no](link.md)\n```\n"
+    )
+    assert links(page) == ["../../README.md#measured", "../decisions/", "../../infra/demo/data.py", "#there"]
+    assert table(("a", "b"), [("x|y", "two\nlines")]) == "| a | b |\n| --- | --- |\n| x\\|y | two lines |\n"
