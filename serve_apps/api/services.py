@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 from threading import Lock
 from typing import Annotated, Protocol
 
-from fastapi import Depends, Path, Query
+from fastapi import Depends, Path, Query, Request
 
 from jobs.submission.tracker import JobServer, JobTracker
 from loray.api.status import AdapterPlacement
@@ -19,6 +19,7 @@ from loray.spec import Alias, Name, Principal, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
+from serve_apps.api.conversions import Conversions
 
 _log = get_logger(__name__)
 
@@ -48,6 +49,7 @@ class Services:
 
     def __init__(self, settings: Settings, jobs: JobServer, placements: Placements) -> None:
         self.placements = placements
+        self.conversions = Conversions(settings)
         self._job_server, self._settings = jobs, settings
         self._catalog_lock, self._store_lock = Lock(), Lock()
         self._catalog: Catalog | None = None
@@ -103,6 +105,15 @@ class Services:
     def close(self) -> None:
         if self._catalog is not None:
             self._catalog.close()
+
+
+async def _services(request: Request) -> Services:  # FastAPI would call a plain function in a thread
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
 
 
 def _reserve_bases(catalog: Catalog, home: FilePath) -> None:

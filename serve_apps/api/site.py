@@ -31,7 +31,10 @@ from serve_apps.http import extend_openapi
 
 
 def create_app(services: Services, access: Access) -> FastAPI:
-    """Creates the ASGI application. Its paths are relative to the route prefix /api/v1."""
+    """Creates the ASGI application. Its paths are relative to the route prefix /api/v1.
+
+    The routes are those of the process; what they use is in `app.state.services`.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -47,6 +50,7 @@ def create_app(services: Services, access: Access) -> FastAPI:
         lifespan=lifespan,
         generate_unique_id_function=_operation_id,
     )
+    app.state.services = services
     problems.install(app)
     app.add_middleware(CheckAccess, access=access, rules=API, refused=problems.failed)
     for routes in (
@@ -61,7 +65,7 @@ def create_app(services: Services, access: Access) -> FastAPI:
         tag_routes,
         upload_routes,
     ):
-        app.include_router(routes.create_router(services))
+        app.include_router(routes.router)
     # Routes read and write these themselves, so FastAPI does not know their schemas.
     extend_openapi(
         app,

@@ -26,7 +26,9 @@ from loray.spec import JobId, KeyAlias, TenantName
 from serve_apps.access import Asking
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
-from serve_apps.api.services import Limit, Services
+from serve_apps.api.services import Limit, Services, ServicesDep
+
+router = APIRouter(tags=["access"])
 
 KeyPath = Annotated[JobId, Path(description="the id of a key, `key-…`, which is no secret")]
 TenantPath = Annotated[TenantName, Path(description="name of a tenant")]
@@ -35,109 +37,120 @@ TEXT = r"^[^\x00-\x1f]*$"  # PostgreSQL has no zero byte
 _NO_STORE = {"Cache-Control": "no-store"}
 
 
-def create_router(services: Services) -> APIRouter:
-    router = APIRouter(tags=["access"])
+def _access_of(services: Services, asking: Asking) -> DirectAccess:
+    return DirectAccess(services.catalog_of(asking))
 
-    def access_of(asking: Asking) -> DirectAccess:
-        return DirectAccess(services.catalog_of(asking))
 
-    @router.post(
-        "/keys", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201, location=True)
+@router.post(
+    "/keys", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201, location=True)
+)
+def create_key(
+    services: ServicesDep, request: Request, response: Response, asking: Asking, wanted: KeyCreation
+) -> NewKeyResource:
+    """Make a key. It is in this answer, and nowhere else: the catalog keeps its SHA-256."""
+    made = _access_of(services, asking).create_key(wanted)
+    response.headers.update(_NO_STORE | {"Location": request.url_for("get_key", id=made.id).path})
+    return made
+
+
+@router.get("/keys", responses=responses() | examples.page(examples.KEY, "key-5f1b"))
+def list_keys(
+    services: ServicesDep,
+    request: Request,
+    response: Response,
+    limit: Limit = 100,
+    cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
+    tenant: Annotated[TenantName | None, Query(description="only keys of this tenant")] = None,
+    key_alias: Annotated[KeyAlias | None, Query(description="only keys with this alias")] = None,
+) -> Page[KeyResource]:
+    """Keys, newest first, those revoked included."""
+    page = services.catalog.keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
+    return views.page(tuple(KeyResource.of(key) for key in page.keys), page.next, request, response)
+
+
+@router.get("/keys/self", responses=responses(404) | examples.ok(examples.KEY))
+def get_own_key(services: ServicesDep, asking: Asking) -> KeyResource:
+    """The key of this request. 404: it has none, or one of the deployment itself."""
+    return KeyResource.of(services.catalog.key(_own(asking.key_id)))
+
+
+@router.get("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
+def get_key(services: ServicesDep, id: KeyPath) -> KeyResource:
+    """One key."""
+    return KeyResource.of(services.catalog.key(id))
+
+
+@router.patch("/keys/{id}", responses=responses(404, 409) | examples.ok(examples.KEY))
+def change_key(services: ServicesDep, id: KeyPath, asking: Asking, change: KeyChange) -> KeyResource:
+    """Change alias, models, end, limits or metadata of a key, block it, or let it pass again.
+
+    Servers follow within two seconds. 409: another key of the tenant has the alias.
+    """
+    return _access_of(services, asking).change_key(id, change)
+
+
+@router.delete("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
+def revoke_key(services: ServicesDep, id: KeyPath, asking: Asking) -> KeyResource:
+    """Revoke a key for ever: every server refuses it within two seconds."""
+    return _access_of(services, asking).revoke_key(id)
+
+
+@router.post("/keys/{id}/rotate", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201))
+def rotate_key(
+    services: ServicesDep, response: Response, id: KeyPath, asking: Asking, rotation: Rotation
+) -> NewKeyResource:
+    """Replace a key by one with the same scopes and limits. A key may replace itself."""
+    if asking.key_id != id:
+        check(asking, "manage")
+    response.headers.update(_NO_STORE)
+    return _access_of(services, asking).rotate_key(id, grace_period=rotation.grace_period)
+
+
+@router.post("/tenants", status_code=201, responses=responses(409) | examples.ok(examples.TENANT, 201))
+def create_tenant(services: ServicesDep, asking: Asking, wanted: TenantCreation) -> TenantResource:
+    """Make a tenant."""
+    return _access_of(services, asking).create_tenant(wanted.name, wanted.limits)
+
+
+@router.get("/tenants", responses=responses() | examples.page(examples.TENANT, None))
+def list_tenants(services: ServicesDep) -> Page[TenantResource]:
+    """All tenants, by name."""
+    return Page[TenantResource](items=tuple(TenantResource.of(tenant) for tenant in services.catalog.tenants()))
+
+
+@router.get("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
+def get_tenant(services: ServicesDep, name: TenantPath) -> TenantResource:
+    """One tenant."""
+    return TenantResource.of(services.catalog.tenant(name))
+
+
+@router.patch("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
+def change_tenant(services: ServicesDep, name: TenantPath, asking: Asking, change: TenantChange) -> TenantResource:
+    """Block a tenant with all its keys, let it pass again, or give it other limits."""
+    return _access_of(services, asking).change_tenant(name, change)
+
+
+@router.get("/audit", responses=responses() | examples.page(examples.AUDIT, "41"))
+def read_audit(
+    services: ServicesDep,
+    request: Request,
+    response: Response,
+    asking: Asking,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+    tenant: Annotated[TenantName | None, Query(description="only of this tenant; for administrators")] = None,
+    actor: Annotated[str | None, Query(max_length=96, pattern=TEXT)] = None,
+    action: Annotated[str | None, Query(max_length=32, pattern=TEXT, description="such as `promote`")] = None,
+    subject: Annotated[str | None, Query(max_length=200, pattern=TEXT, description="what was written")] = None,
+    since: Annotated[Moment | None, Query(description="only entries of that time and later")] = None,
+) -> Page[AuditResource]:
+    """What was written, newest first: of the key's own tenant, and for administrators of all."""
+    of = tenant if asking.is_admin else asking.tenant
+    found = services.catalog.audit(
+        limit=limit, cursor=cursor, tenant=of, actor=actor, action=action, subject=subject, since=since
     )
-    def create_key(request: Request, response: Response, asking: Asking, wanted: KeyCreation) -> NewKeyResource:
-        """Make a key. It is in this answer, and nowhere else: the catalog keeps its SHA-256."""
-        made = access_of(asking).create_key(wanted)
-        response.headers.update(_NO_STORE | {"Location": request.url_for("get_key", id=made.id).path})
-        return made
-
-    @router.get("/keys", responses=responses() | examples.page(examples.KEY, "key-5f1b"))
-    def list_keys(
-        request: Request,
-        response: Response,
-        limit: Limit = 100,
-        cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
-        tenant: Annotated[TenantName | None, Query(description="only keys of this tenant")] = None,
-        key_alias: Annotated[KeyAlias | None, Query(description="only keys with this alias")] = None,
-    ) -> Page[KeyResource]:
-        """Keys, newest first, those revoked included."""
-        page = services.catalog.keys(limit=limit, cursor=cursor, tenant=tenant, alias=key_alias)
-        return views.page(tuple(KeyResource.of(key) for key in page.keys), page.next, request, response)
-
-    @router.get("/keys/self", responses=responses(404) | examples.ok(examples.KEY))
-    def get_own_key(asking: Asking) -> KeyResource:
-        """The key of this request. 404: it has none, or one of the deployment itself."""
-        return KeyResource.of(services.catalog.key(_own(asking.key_id)))
-
-    @router.get("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
-    def get_key(id: KeyPath) -> KeyResource:
-        """One key."""
-        return KeyResource.of(services.catalog.key(id))
-
-    @router.patch("/keys/{id}", responses=responses(404, 409) | examples.ok(examples.KEY))
-    def change_key(id: KeyPath, asking: Asking, change: KeyChange) -> KeyResource:
-        """Change alias, models, end, limits or metadata of a key, block it, or let it pass again.
-
-        Servers follow within two seconds. 409: another key of the tenant has the alias.
-        """
-        return access_of(asking).change_key(id, change)
-
-    @router.delete("/keys/{id}", responses=responses(404) | examples.ok(examples.KEY))
-    def revoke_key(id: KeyPath, asking: Asking) -> KeyResource:
-        """Revoke a key for ever: every server refuses it within two seconds."""
-        return access_of(asking).revoke_key(id)
-
-    @router.post(
-        "/keys/{id}/rotate", status_code=201, responses=responses(404, 409) | examples.ok(examples.NEW_KEY, 201)
-    )
-    def rotate_key(response: Response, id: KeyPath, asking: Asking, rotation: Rotation) -> NewKeyResource:
-        """Replace a key by one with the same scopes and limits. A key may replace itself."""
-        if asking.key_id != id:
-            check(asking, "manage")
-        response.headers.update(_NO_STORE)
-        return access_of(asking).rotate_key(id, grace_period=rotation.grace_period)
-
-    @router.post("/tenants", status_code=201, responses=responses(409) | examples.ok(examples.TENANT, 201))
-    def create_tenant(asking: Asking, wanted: TenantCreation) -> TenantResource:
-        """Make a tenant."""
-        return access_of(asking).create_tenant(wanted.name, wanted.limits)
-
-    @router.get("/tenants", responses=responses() | examples.page(examples.TENANT, None))
-    def list_tenants() -> Page[TenantResource]:
-        """All tenants, by name."""
-        return Page[TenantResource](items=tuple(TenantResource.of(tenant) for tenant in services.catalog.tenants()))
-
-    @router.get("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
-    def get_tenant(name: TenantPath) -> TenantResource:
-        """One tenant."""
-        return TenantResource.of(services.catalog.tenant(name))
-
-    @router.patch("/tenants/{name}", responses=responses(404) | examples.ok(examples.TENANT))
-    def change_tenant(name: TenantPath, asking: Asking, change: TenantChange) -> TenantResource:
-        """Block a tenant with all its keys, let it pass again, or give it other limits."""
-        return access_of(asking).change_tenant(name, change)
-
-    @router.get("/audit", responses=responses() | examples.page(examples.AUDIT, "41"))
-    def read_audit(
-        request: Request,
-        response: Response,
-        asking: Asking,
-        limit: Limit = 100,
-        cursor: Cursor = None,
-        tenant: Annotated[TenantName | None, Query(description="only of this tenant; for administrators")] = None,
-        actor: Annotated[str | None, Query(max_length=96, pattern=TEXT)] = None,
-        action: Annotated[str | None, Query(max_length=32, pattern=TEXT, description="such as `promote`")] = None,
-        subject: Annotated[str | None, Query(max_length=200, pattern=TEXT, description="what was written")] = None,
-        since: Annotated[Moment | None, Query(description="only entries of that time and later")] = None,
-    ) -> Page[AuditResource]:
-        """What was written, newest first: of the key's own tenant, and for administrators of all."""
-        of = tenant if asking.is_admin else asking.tenant
-        found = services.catalog.audit(
-            limit=limit, cursor=cursor, tenant=of, actor=actor, action=action, subject=subject, since=since
-        )
-        items = tuple(AuditResource.model_validate(entry, from_attributes=True) for entry in found.entries)
-        return views.page(items, None if found.next is None else str(found.next), request, response)
-
-    return router
+    items = tuple(AuditResource.model_validate(entry, from_attributes=True) for entry in found.entries)
+    return views.page(items, None if found.next is None else str(found.next), request, response)
 
 
 def _own(key_id: str | None) -> str:

@@ -27,118 +27,131 @@ from loray.spec import Method, Name, QualifiedName, split_qualified
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.publication import publish_upload
-from serve_apps.api.services import AdapterName, Asking, Limit, Services, TenantQuery
+from serve_apps.api.services import AdapterName, Asking, Limit, Services, ServicesDep, TenantQuery
+
+router = APIRouter(tags=["adapters"])
 
 
-def create_router(services: Services) -> APIRouter:
-    router = APIRouter(tags=["adapters"])
+@router.get("/adapters", responses=responses() | examples.page(examples.ADAPTER, "tone"))
+def list_adapters(
+    services: ServicesDep,
+    request: Request,
+    response: Response,
+    asking: Asking,
+    limit: Limit = 100,
+    cursor: Annotated[QualifiedName | None, Query(description="`next` of the page before")] = None,
+    tenant: TenantQuery = None,
+    base: Annotated[Name | None, Query(description="only adapters of this base model")] = None,
+    method: Annotated[Method | None, Query(description="only adapters of this method")] = None,
+    search: Annotated[str | None, Query(max_length=96, description="part of the name, in any case")] = None,
+    tag: Annotated[tuple[str, ...], Query(max_length=8, description="`key=value`, or `key` for any value")] = (),
+) -> Page[AdapterResource]:
+    """All adapters of the own tenant, those shared with it and public ones, in the order of their names.
 
-    @router.get("/adapters", responses=responses() | examples.page(examples.ADAPTER, "tone"))
-    def list_adapters(
-        request: Request,
-        response: Response,
-        asking: Asking,
-        limit: Limit = 100,
-        cursor: Annotated[QualifiedName | None, Query(description="`next` of the page before")] = None,
-        tenant: TenantQuery = None,
-        base: Annotated[Name | None, Query(description="only adapters of this base model")] = None,
-        method: Annotated[Method | None, Query(description="only adapters of this method")] = None,
-        search: Annotated[str | None, Query(max_length=96, description="part of the name, in any case")] = None,
-        tag: Annotated[tuple[str, ...], Query(max_length=8, description="`key=value`, or `key` for any value")] = (),
-    ) -> Page[AdapterResource]:
-        """All adapters of the own tenant, those shared with it and public ones, in the order of their names.
-
-        `base` and `method` look at the version that the bare name means. All filters that are given must hold.
-        """
-        catalog, tags = services.catalog_of(asking), parse_tags(tag)
-        found = catalog.names(
-            limit=limit + 1,
-            after=cursor or "",
-            tenant=tenant,
-            base=base,
-            method=method,
-            search=search,
-            tags=tags,
-        )
-        names = {fingerprint: name for name, fingerprint in catalog.bases().items()}
-        items = tuple(views.adapter(entry, names) for entry in found[:limit])
-        return views.page(items, items[-1].name if len(found) > limit else None, request, response)
-
-    @router.get("/adapters/{name}", responses=responses(404) | examples.ok(examples.ADAPTER))
-    def get_adapter(asking: Asking, name: AdapterName) -> AdapterResource:
-        """One adapter: what its bare name means, its versions and its aliases."""
-        return _adapter(services.catalog_of(asking), name)
-
-    @router.patch("/adapters/{name}", responses=responses(403, 404) | examples.ok(examples.ADAPTER))
-    def change_adapter(asking: Asking, name: AdapterName, change: AdapterChange) -> AdapterResource:
-        """Set which other tenants see and ask an adapter: none, those of `shared_with`, or all."""
-        catalog = services.catalog_of(asking)
-        catalog.share(name, change.visibility, change.shared_with)
-        return _adapter(catalog, name)
-
-    @router.get("/adapters/{name}/versions", responses=responses(404) | examples.page(examples.VERSION, "3"))
-    def list_versions(
-        request: Request,
-        response: Response,
-        asking: Asking,
-        name: AdapterName,
-        limit: Limit = 100,
-        cursor: Annotated[VersionNumber | None, Query(description="`next` of the page before")] = None,
-    ) -> Page[VersionResource]:
-        """Versions, newest first."""
-        found = services.catalog_of(asking).versions(name, limit=limit + 1, before=cursor)
-        items = tuple(views.version(v) for v in found[:limit])
-        return views.page(items, str(items[-1].version) if len(found) > limit else None, request, response)
-
-    @router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
-    def get_version(asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]) -> VersionDetail:
-        """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
-        return views.detail(services.catalog_of(asking).version(name, version))
-
-    @router.post(
-        "/adapters/{name}/versions",
-        status_code=201,
-        responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
+    `base` and `method` look at the version that the bare name means. All filters that are given must hold.
+    """
+    catalog, tags = services.catalog_of(asking), parse_tags(tag)
+    found = catalog.names(
+        limit=limit + 1,
+        after=cursor or "",
+        tenant=tenant,
+        base=base,
+        method=method,
+        search=search,
+        tags=tags,
     )
-    def register_version(
-        request: Request, response: Response, asking: Asking, name: AdapterName, registration: Registration
-    ) -> VersionDetail:
-        """Give an adapter that the store has, or that was uploaded, a name and a version. A digest keeps the version it
-        has.
+    names = {fingerprint: name for name, fingerprint in catalog.bases().items()}
+    items = tuple(views.adapter(entry, names) for entry in found[:limit])
+    return views.page(items, items[-1].name if len(found) > limit else None, request, response)
 
-        An upload is checked as a whole first: format, shapes, ranks, values, against its base. 404: the store has no
-        adapter of this digest, or the own tenant has neither uploaded it nor sees it under a name. 403: the name is
-        another tenant's, or the key may not set aliases. 409: the name is a base model's, the number is taken, or the
-        gate refuses the aliases.
-        """
-        fields = registration.model_dump(include={"aliases", "version", "no_gate"})
-        if registration.aliases:
-            check(asking, "promote")
-        to = Destination(name, services.store, services.catalog_of(asking), **fields)
-        if registration.digest is not None:
-            version = register_stored(registration.digest, to)
-        else:
-            version = publish_upload(services, registration, to)
-        response.headers["Location"] = _location(request, version)
-        return views.detail(version)
 
-    @router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
-    async def get_placement(asking: Asking, name: AdapterName) -> PlacementResource:
-        """In which replica's memory each version is; nothing where nothing is served.
+@router.get("/adapters/{name}", responses=responses(404) | examples.ok(examples.ADAPTER))
+def get_adapter(services: ServicesDep, asking: Asking, name: AdapterName) -> AdapterResource:
+    """One adapter: what its bare name means, its versions and its aliases."""
+    return _adapter(services.catalog_of(asking), name)
 
-        How often and when it was used is told to administrators: the same bytes may have names of other tenants.
-        """
-        entry = await run_in_threadpool(lambda: services.catalog_of(asking).entry(name))
-        return await _placement(services, entry, with_use=asking.is_admin)
 
-    @router.get("/bases", responses=responses() | examples.page(examples.BASE, None))
-    def list_bases(asking: Asking) -> Page[BaseResource]:
-        """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
-        catalog = services.catalog_of(asking)
-        items = (views.base(name, f, catalog.projections(f)) for name, f in catalog.bases().items())
-        return Page[BaseResource](items=tuple(items))
+@router.patch("/adapters/{name}", responses=responses(403, 404) | examples.ok(examples.ADAPTER))
+def change_adapter(services: ServicesDep, asking: Asking, name: AdapterName, change: AdapterChange) -> AdapterResource:
+    """Set which other tenants see and ask an adapter: none, those of `shared_with`, or all."""
+    catalog = services.catalog_of(asking)
+    catalog.share(name, change.visibility, change.shared_with)
+    return _adapter(catalog, name)
 
-    return router
+
+@router.get("/adapters/{name}/versions", responses=responses(404) | examples.page(examples.VERSION, "3"))
+def list_versions(
+    services: ServicesDep,
+    request: Request,
+    response: Response,
+    asking: Asking,
+    name: AdapterName,
+    limit: Limit = 100,
+    cursor: Annotated[VersionNumber | None, Query(description="`next` of the page before")] = None,
+) -> Page[VersionResource]:
+    """Versions, newest first."""
+    found = services.catalog_of(asking).versions(name, limit=limit + 1, before=cursor)
+    items = tuple(views.version(v) for v in found[:limit])
+    return views.page(items, str(items[-1].version) if len(found) > limit else None, request, response)
+
+
+@router.get("/adapters/{name}/versions/{version}", responses=responses(404) | examples.ok(examples.VERSION_DETAIL))
+def get_version(
+    services: ServicesDep, asking: Asking, name: AdapterName, version: Annotated[VersionNumber, Path()]
+) -> VersionDetail:
+    """One version with its manifest: files, recipe, lineage; and all that was measured of it."""
+    return views.detail(services.catalog_of(asking).version(name, version))
+
+
+@router.post(
+    "/adapters/{name}/versions",
+    status_code=201,
+    responses=responses(403, 404, 409) | examples.ok(examples.VERSION_DETAIL, 201, location=True),
+)
+def register_version(
+    services: ServicesDep,
+    request: Request,
+    response: Response,
+    asking: Asking,
+    name: AdapterName,
+    registration: Registration,
+) -> VersionDetail:
+    """Give an adapter that the store has, or that was uploaded, a name and a version. A digest keeps the version it
+    has.
+
+    An upload is checked as a whole first: format, shapes, ranks, values, against its base. 404: the store has no
+    adapter of this digest, or the own tenant has neither uploaded it nor sees it under a name. 403: the name is
+    another tenant's, or the key may not set aliases. 409: the name is a base model's, the number is taken, or the
+    gate refuses the aliases.
+    """
+    fields = registration.model_dump(include={"aliases", "version", "no_gate"})
+    if registration.aliases:
+        check(asking, "promote")
+    to = Destination(name, services.store, services.catalog_of(asking), **fields)
+    if registration.digest is not None:
+        version = register_stored(registration.digest, to)
+    else:
+        version = publish_upload(services, registration, to)
+    response.headers["Location"] = _location(request, version)
+    return views.detail(version)
+
+
+@router.get("/adapters/{name}/placement", responses=responses(404) | examples.ok(examples.PLACEMENT))
+async def get_placement(services: ServicesDep, asking: Asking, name: AdapterName) -> PlacementResource:
+    """In which replica's memory each version is; nothing where nothing is served.
+
+    How often and when it was used is told to administrators: the same bytes may have names of other tenants.
+    """
+    entry = await run_in_threadpool(lambda: services.catalog_of(asking).entry(name))
+    return await _placement(services, entry, with_use=asking.is_admin)
+
+
+@router.get("/bases", responses=responses() | examples.page(examples.BASE, None))
+def list_bases(services: ServicesDep, asking: Asking) -> Page[BaseResource]:
+    """Base models that the catalog knows, and the VeRA pairs that their adapters share."""
+    catalog = services.catalog_of(asking)
+    items = (views.base(name, f, catalog.projections(f)) for name, f in catalog.bases().items())
+    return Page[BaseResource](items=tuple(items))
 
 
 def _adapter(catalog: Catalog, name: str) -> AdapterResource:

@@ -9,83 +9,95 @@ from loray.catalog import AliasState
 from serve_apps.api import examples, views
 from serve_apps.api.preconditions import Conditional
 from serve_apps.api.problems import responses
-from serve_apps.api.services import AdapterName, AliasPath, Asking, Services
+from serve_apps.api.services import AdapterName, AliasPath, Asking, ServicesDep
+
+router = APIRouter(tags=["aliases"])
 
 _PATH = "/adapters/{name}/aliases/{alias}"
 
 
-def create_router(services: Services) -> APIRouter:
-    router = APIRouter(tags=["aliases"])
+def _tagged(status: int = 200) -> examples.Responses:
+    header = {"ETag": {"description": "the revision in quotes", "schema": {"type": "string"}}}
+    return examples.ok(examples.ALIAS, status, headers=header)
 
-    @router.get("/adapters/{name}/aliases", responses=responses(404) | examples.page(examples.ALIAS, None))
-    def list_aliases(asking: Asking, name: AdapterName) -> Page[AliasResource]:
-        """All aliases of an adapter."""
-        return Page[AliasResource](
-            items=tuple(views.alias(state) for state in services.catalog_of(asking).aliases(name))
-        )
 
-    @router.get(
-        _PATH,
-        response_model=AliasResource,
-        responses=responses(404, 412) | {304: {"description": "The client has it"}} | _tagged(),
-    )
-    def get_alias(
-        response: Response, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
-    ) -> object:
-        """Where an alias points. With If-None-Match, 304 where it has not moved; with If-Match, 412 where it has."""
-        found = _tag(services.catalog_of(asking).alias(name, alias), response)
-        conditions.check_match(found.revision, alias)
-        if conditions.found_unchanged(found.revision):
-            return Response(status_code=304, headers={"ETag": found.etag})
-        return found
+@router.get("/adapters/{name}/aliases", responses=responses(404) | examples.page(examples.ALIAS, None))
+def list_aliases(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[AliasResource]:
+    """All aliases of an adapter."""
+    return Page[AliasResource](items=tuple(views.alias(state) for state in services.catalog_of(asking).aliases(name)))
 
-    @router.put(_PATH, responses=responses(403, 404, 409, 412) | _tagged() | _tagged(201))
-    def put_alias(
-        response: Response,
-        asking: Asking,
-        name: AdapterName,
-        alias: AliasPath,
-        target: AliasTarget,
-        conditions: Conditional,
-    ) -> AliasResource:
-        """Point an alias at a version; it is made where it is not set, which is answered with 201.
 
-        With If-Match only if it has that ETag, with `If-None-Match: *` only if it is not set: 412 where it has moved
-        meanwhile. Without either it moves, whoever moved it last. 409: the gate refuses a LongLoRA adapter, by what was
-        measured of it; `no_gate` is a reason to move it all the same, and is recorded.
-        """
-        catalog = services.catalog_of(asking)
-        current = {state.alias: state.revision for state in catalog.aliases(name)}.get(alias, 0)
-        expected = conditions.expected_revision(current, alias)
-        state = catalog.promote(name, alias, target.version, expected_revision=expected, no_gate=target.no_gate)
-        response.status_code = 200 if current else 201
-        return _tag(state, response)
+@router.get(
+    _PATH,
+    response_model=AliasResource,
+    responses=responses(404, 412) | {304: {"description": "The client has it"}} | _tagged(),
+)
+def get_alias(
+    services: ServicesDep,
+    response: Response,
+    asking: Asking,
+    name: AdapterName,
+    alias: AliasPath,
+    conditions: Conditional,
+) -> object:
+    """Where an alias points. With If-None-Match, 304 where it has not moved; with If-Match, 412 where it has."""
+    found = _tag(services.catalog_of(asking).alias(name, alias), response)
+    conditions.check_match(found.revision, alias)
+    if conditions.found_unchanged(found.revision):
+        return Response(status_code=304, headers={"ETag": found.etag})
+    return found
 
-    @router.delete(_PATH, status_code=204, responses=responses(403, 404, 412))
-    def delete_alias(asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional) -> None:
-        """Take an alias away; versions stay. Preconditions as for PUT."""
-        catalog = services.catalog_of(asking)
-        expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
-        catalog.delete_alias(name, alias, expected_revision=expected)
 
-    @router.post(_PATH + "/rollback", responses=responses(403, 404, 409, 412) | _tagged())
-    def roll_back(
-        response: Response, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
-    ) -> AliasResource:
-        """Point an alias back at where it pointed before its last move. 409: there is nothing to go back to."""
-        catalog = services.catalog_of(asking)
-        expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
-        return _tag(catalog.rollback(name, alias, expected_revision=expected), response)
+@router.put(_PATH, responses=responses(403, 404, 409, 412) | _tagged() | _tagged(201))
+def put_alias(
+    services: ServicesDep,
+    response: Response,
+    asking: Asking,
+    name: AdapterName,
+    alias: AliasPath,
+    target: AliasTarget,
+    conditions: Conditional,
+) -> AliasResource:
+    """Point an alias at a version; it is made where it is not set, which is answered with 201.
 
-    return router
+    With If-Match only if it has that ETag, with `If-None-Match: *` only if it is not set: 412 where it has moved
+    meanwhile. Without either it moves, whoever moved it last. 409: the gate refuses a LongLoRA adapter, by what was
+    measured of it; `no_gate` is a reason to move it all the same, and is recorded.
+    """
+    catalog = services.catalog_of(asking)
+    current = {state.alias: state.revision for state in catalog.aliases(name)}.get(alias, 0)
+    expected = conditions.expected_revision(current, alias)
+    state = catalog.promote(name, alias, target.version, expected_revision=expected, no_gate=target.no_gate)
+    response.status_code = 200 if current else 201
+    return _tag(state, response)
+
+
+@router.delete(_PATH, status_code=204, responses=responses(403, 404, 412))
+def delete_alias(
+    services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath, conditions: Conditional
+) -> None:
+    """Take an alias away; versions stay. Preconditions as for PUT."""
+    catalog = services.catalog_of(asking)
+    expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
+    catalog.delete_alias(name, alias, expected_revision=expected)
+
+
+@router.post(_PATH + "/rollback", responses=responses(403, 404, 409, 412) | _tagged())
+def roll_back(
+    services: ServicesDep,
+    response: Response,
+    asking: Asking,
+    name: AdapterName,
+    alias: AliasPath,
+    conditions: Conditional,
+) -> AliasResource:
+    """Point an alias back at where it pointed before its last move. 409: there is nothing to go back to."""
+    catalog = services.catalog_of(asking)
+    expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
+    return _tag(catalog.rollback(name, alias, expected_revision=expected), response)
 
 
 def _tag(state: AliasState, response: Response) -> AliasResource:
     found = views.alias(state)
     response.headers["ETag"] = found.etag
     return found
-
-
-def _tagged(status: int = 200) -> examples.Responses:
-    header = {"ETag": {"description": "the revision in quotes", "schema": {"type": "string"}}}
-    return examples.ok(examples.ALIAS, status, headers=header)

@@ -20,10 +20,11 @@ from loray.catalog import AdapterVersion
 from loray.files import scratch_folder
 from loray.publishing.archive import Archive, as_it_is, as_tar, folder_as_tar
 from serve_apps.api import examples
-from serve_apps.api.conversions import Conversions
 from serve_apps.api.problems import responses
-from serve_apps.api.services import AdapterName, Asking, Services
+from serve_apps.api.services import AdapterName, Asking, Services, ServicesDep
 from serve_apps.http import schema_reference
+
+router = APIRouter(tags=["downloads"])
 
 EXPIRES_S = 300  # of presigned URLs: the time in which a client must have begun to read
 _TAR, _FILE = "application/x-tar", "application/octet-stream"
@@ -38,52 +39,47 @@ _ANSWER: examples.Responses = {
 }
 
 
-def create_router(services: Services) -> APIRouter:
-    router = APIRouter(tags=["downloads"])
-    conversions = Conversions(services.settings)
+@router.get(
+    "/adapters/{name}/versions/{version}/download",
+    response_class=Response,
+    responses=responses(404, 429, 504) | _ANSWER,
+)
+async def download(
+    services: ServicesDep,
+    request: Request,
+    asking: Asking,
+    name: AdapterName,
+    version: Annotated[VersionNumber, Path()],
+    format: FormQuery = "peft",
+    presigned: Presigned = False,
+) -> Response:
+    """A version's files, of which every byte is verified before it is sent.
 
-    @router.get(
-        "/adapters/{name}/versions/{version}/download",
-        response_class=Response,
-        responses=responses(404, 429, 504) | _ANSWER,
-    )
-    async def download(
-        request: Request,
-        asking: Asking,
-        name: AdapterName,
-        version: Annotated[VersionNumber, Path()],
-        format: FormQuery = "peft",
-        presigned: Presigned = False,
-    ) -> Response:
-        """A version's files, of which every byte is verified before it is sent.
-
-        `merged` and `gguf` are computed for each request, and end with it. 422: the adapter has no such form, or this
-        machine does not have its base. 429: others are being made. 504: it takes too long here. `presigned` is for
-        `peft`; where the store is a folder, the archive comes as without it.
-        """
-        found = await run_in_threadpool(lambda: services.catalog_of(asking).version(name, version))
-        if presigned and format == "peft":
-            urls = await run_in_threadpool(_presigned, services, found)
-            if urls is not None:
-                return Response(
-                    urls.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"}
-                )
-        label = f"{found.name.replace('/', '-')}-{version}"
-        held = ExitStack()
-        made = held.enter_context(scratch_folder()) / "made"
-        try:
-            if format == "peft":
-                archive = await run_in_threadpool(lambda: folder_as_tar(services.store, found.digest, label, made))
-            else:
-                held.enter_context(conversions.place(asking.tenant))
-                await conversions.make(format, found.ref, found.manifest, made, client=request)
-                archive = as_it_is(made) if format == "gguf" else await run_in_threadpool(as_tar, made, label)
-        except BaseException:
-            held.close()
-            raise
-        return _ArchiveResponse(archive, held, found.digest, label, format)
-
-    return router
+    `merged` and `gguf` are computed for each request, and end with it. 422: the adapter has no such form, or this
+    machine does not have its base. 429: others are being made. 504: it takes too long here. `presigned` is for
+    `peft`; where the store is a folder, the archive comes as without it.
+    """
+    found = await run_in_threadpool(lambda: services.catalog_of(asking).version(name, version))
+    if presigned and format == "peft":
+        urls = await run_in_threadpool(_presigned, services, found)
+        if urls is not None:
+            return Response(
+                urls.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"}
+            )
+    label = f"{found.name.replace('/', '-')}-{version}"
+    held = ExitStack()
+    made = held.enter_context(scratch_folder()) / "made"
+    try:
+        if format == "peft":
+            archive = await run_in_threadpool(lambda: folder_as_tar(services.store, found.digest, label, made))
+        else:
+            held.enter_context(services.conversions.place(asking.tenant))
+            await services.conversions.make(format, found.ref, found.manifest, made, client=request)
+            archive = as_it_is(made) if format == "gguf" else await run_in_threadpool(as_tar, made, label)
+    except BaseException:
+        held.close()
+        raise
+    return _ArchiveResponse(archive, held, found.digest, label, format)
 
 
 class _ArchiveResponse(StreamingResponse):

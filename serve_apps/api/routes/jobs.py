@@ -14,8 +14,10 @@ from loray.spec import JobId, JobStatus, QualifiedName, TrainSpec
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.recipes import JSON, YAML, RecipeBody
-from serve_apps.api.services import Asking, Limit, Services
+from serve_apps.api.services import Asking, Limit, ServicesDep
 from serve_apps.http import schema_reference
+
+router = APIRouter(tags=["jobs"])
 
 JobPath = Annotated[JobId, Path(description="Ray's submission id, or what `?id=` chose for it")]
 ChosenId = Annotated[
@@ -27,66 +29,70 @@ _RECIPE = {"schema": schema_reference(TrainSpec.__name__), "example": examples.R
 _BODY = {"requestBody": {"required": True, "content": dict.fromkeys((JSON[0], YAML[0]), _RECIPE)}}
 
 
-def create_router(services: Services) -> APIRouter:
-    router = APIRouter(tags=["jobs"])
+@router.post(
+    "/jobs",
+    status_code=201,
+    openapi_extra=_BODY,
+    responses=responses(403, 409, 415) | examples.ok(examples.JOB, 201, location=True),
+)
+def submit_job(
+    services: ServicesDep,
+    request: Request,
+    response: Response,
+    asking: Asking,
+    recipe: RecipeBody,
+    id: ChosenId = None,
+    resume: Annotated[bool, Query(description="go on with the latest run of this recipe")] = False,
+) -> JobResource:
+    """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster."""
+    if recipe.publish.aliases:
+        check(asking, "promote")
+    job = services.jobs_of(asking).submit(recipe, id, resume=resume)
+    response.headers["Location"] = request.url_for("get_job", id=job.id).path
+    return views.job(job)
 
-    @router.post(
-        "/jobs",
-        status_code=201,
-        openapi_extra=_BODY,
-        responses=responses(403, 409, 415) | examples.ok(examples.JOB, 201, location=True),
-    )
-    def submit_job(
-        request: Request,
-        response: Response,
-        asking: Asking,
-        recipe: RecipeBody,
-        id: ChosenId = None,
-        resume: Annotated[bool, Query(description="go on with the latest run of this recipe")] = False,
-    ) -> JobResource:
-        """Train the adapter of a recipe and publish it. `data` names s3:// URLs, or absolute paths on the cluster."""
-        if recipe.publish.aliases:
-            check(asking, "promote")
-        job = services.jobs_of(asking).submit(recipe, id, resume=resume)
-        response.headers["Location"] = request.url_for("get_job", id=job.id).path
-        return views.job(job)
 
-    @router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
-    def list_jobs(
-        request: Request,
-        response: Response,
-        asking: Asking,
-        limit: Limit = 100,
-        cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
-        status: Annotated[JobStatus | None, Query(description="only jobs with this status")] = None,
-        name: Annotated[QualifiedName | None, Query(description="only jobs that train this adapter")] = None,
-    ) -> Page[JobResource]:
-        """Jobs of the own tenant, newest first."""
-        page = services.jobs_of(asking).page(limit, cursor, status, name)
-        return views.page(tuple(views.job(job) for job in page.jobs), page.next, request, response)
+@router.get("/jobs", responses=responses() | examples.page(examples.JOB, "train_5f1b"))
+def list_jobs(
+    services: ServicesDep,
+    request: Request,
+    response: Response,
+    asking: Asking,
+    limit: Limit = 100,
+    cursor: Annotated[JobId | None, Query(description="`next` of the page before")] = None,
+    status: Annotated[JobStatus | None, Query(description="only jobs with this status")] = None,
+    name: Annotated[QualifiedName | None, Query(description="only jobs that train this adapter")] = None,
+) -> Page[JobResource]:
+    """Jobs of the own tenant, newest first."""
+    page = services.jobs_of(asking).page(limit, cursor, status, name)
+    return views.page(tuple(views.job(job) for job in page.jobs), page.next, request, response)
 
-    @router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
-    def get_job(asking: Asking, id: JobPath) -> JobResource:
-        """One job, as Ray knows it now."""
-        return views.job(services.jobs_of(asking).get(id))
 
-    @router.get(
-        "/jobs/{id}/logs",
-        response_class=PlainTextResponse,
-        responses=responses(404, 410) | {200: {"description": "What the driver and its workers wrote"}},
-    )
-    async def get_logs(
-        asking: Asking, id: JobPath, follow: Annotated[bool, Query(description="go on until the job ends")] = False
-    ) -> Response:
-        """The job's log: one JSON object per event, between other lines. 410: Ray does not have it any more."""
-        jobs = services.jobs_of(asking)
-        if follow:
-            return StreamingResponse(await run_in_threadpool(jobs.follow, id), media_type="text/plain")
-        return PlainTextResponse(await run_in_threadpool(jobs.logs, id))
+@router.get("/jobs/{id}", responses=responses(404) | examples.ok(examples.JOB))
+def get_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
+    """One job, as Ray knows it now."""
+    return views.job(services.jobs_of(asking).get(id))
 
-    @router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
-    def stop_job(asking: Asking, id: JobPath) -> JobResource:
-        """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
-        return views.job(services.jobs_of(asking).stop(id))
 
-    return router
+@router.get(
+    "/jobs/{id}/logs",
+    response_class=PlainTextResponse,
+    responses=responses(404, 410) | {200: {"description": "What the driver and its workers wrote"}},
+)
+async def get_logs(
+    services: ServicesDep,
+    asking: Asking,
+    id: JobPath,
+    follow: Annotated[bool, Query(description="go on until the job ends")] = False,
+) -> Response:
+    """The job's log: one JSON object per event, between other lines. 410: Ray does not have it any more."""
+    jobs = services.jobs_of(asking)
+    if follow:
+        return StreamingResponse(await run_in_threadpool(jobs.follow, id), media_type="text/plain")
+    return PlainTextResponse(await run_in_threadpool(jobs.logs, id))
+
+
+@router.post("/jobs/{id}/stop", status_code=202, responses=responses(404) | examples.ok(examples.JOB, 202))
+def stop_job(services: ServicesDep, asking: Asking, id: JobPath) -> JobResource:
+    """Stop a job; it is shown as stopped once its driver has ended. One that has ended stays as it is."""
+    return views.job(services.jobs_of(asking).stop(id))

@@ -15,7 +15,9 @@ from loray.planning.devices import PRESETS
 from loray.spec import Name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
-from serve_apps.api.services import Services
+from serve_apps.api.services import ServicesDep
+
+router = APIRouter(tags=["methods"])
 
 DeviceName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
 
@@ -30,21 +32,17 @@ class RecommendationResource(Resource):
     remarks: tuple[str, ...]
 
 
-def create_router(services: Services) -> APIRouter:
-    router = APIRouter(tags=["methods"])
-
-    @router.get("/recommend", responses=responses(404) | examples.ok(examples.RECOMMENDATION))
-    def recommend_methods(
-        context_length: Annotated[int, Query(ge=2, le=1 << 24, description="tokens of the longest row")],
-        num_tasks: Annotated[int, Query(ge=1, le=10**9, description="adapters that there will be")],
-        resource_constraint: Annotated[Constraint, Query(description="how scarce memory and money are")] = "medium",
-        deployment_scale: Annotated[Scale, Query(description="one machine, or a cluster")] = "single",
-        base: Annotated[Name, Query(description="a base of this node, or a well-known one")] = "smollm2",
-        device: Annotated[DeviceName, Query(description="what each worker and each replica has")] = "a100-80gb",
-    ) -> RecommendationResource:
-        """LoRA, VeRA, LongLoRA and S-LoRA by the score card, and what each would cost on this base and device."""
-        answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
-        found = recommend(answers, base, known_shape(base, services.home), PRESETS[device])
-        return RecommendationResource.model_validate(found.to_dict())
-
-    return router
+@router.get("/recommend", responses=responses(404) | examples.ok(examples.RECOMMENDATION))
+def recommend_methods(
+    services: ServicesDep,
+    context_length: Annotated[int, Query(ge=2, le=1 << 24, description="tokens of the longest row")],
+    num_tasks: Annotated[int, Query(ge=1, le=10**9, description="adapters that there will be")],
+    resource_constraint: Annotated[Constraint, Query(description="how scarce memory and money are")] = "medium",
+    deployment_scale: Annotated[Scale, Query(description="one machine, or a cluster")] = "single",
+    base: Annotated[Name, Query(description="a base of this node, or a well-known one")] = "smollm2",
+    device: Annotated[DeviceName, Query(description="what each worker and each replica has")] = "a100-80gb",
+) -> RecommendationResource:
+    """LoRA, VeRA, LongLoRA and S-LoRA by the score card, and what each would cost on this base and device."""
+    answers = Answers(context_length, num_tasks, resource_constraint, deployment_scale)
+    found = recommend(answers, base, known_shape(base, services.home), PRESETS[device])
+    return RecommendationResource.model_validate(found.to_dict())

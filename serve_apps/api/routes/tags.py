@@ -12,31 +12,32 @@ from loray.spec import TagKey
 from serve_apps.access import Asking
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
-from serve_apps.api.services import AdapterName, Services
+from serve_apps.api.services import AdapterName, ServicesDep
+
+router = APIRouter(tags=["tags"])
 
 KeyPath = Annotated[TagKey, Path(description="`team`, `stage`, …")]
 _TAG = "/adapters/{name}/tags/{key}"
 
 
-def create_router(services: Services) -> APIRouter:
-    router = APIRouter(tags=["tags"])
+@router.get("/adapters/{name}/tags", responses=responses(404) | examples.page(examples.TAG, None))
+def list_tags(services: ServicesDep, asking: Asking, name: AdapterName) -> Page[TagResource]:
+    """All tags of an adapter, by key."""
+    found: Mapping[str, str] = services.catalog_of(asking).tags(name)
+    return Page[TagResource](items=tuple(TagResource(key=key, value=value) for key, value in found.items()))
 
-    @router.get("/adapters/{name}/tags", responses=responses(404) | examples.page(examples.TAG, None))
-    def list_tags(asking: Asking, name: AdapterName) -> Page[TagResource]:
-        """All tags of an adapter, by key."""
-        found: Mapping[str, str] = services.catalog_of(asking).tags(name)
-        return Page[TagResource](items=tuple(TagResource(key=key, value=value) for key, value in found.items()))
 
-    @router.put(_TAG, responses=responses(403, 404, 409) | examples.ok(examples.TAG) | examples.ok(examples.TAG, 201))
-    def set_tag(response: Response, asking: Asking, name: AdapterName, key: KeyPath, change: TagChange) -> TagResource:
-        """Set a tag, or give it another value; 201 where the adapter did not have it. 409: it has 100 tags."""
-        made = services.catalog_of(asking).set_tag(name, key, change.value)
-        response.status_code = 201 if made else 200
-        return TagResource(key=key, value=change.value)
+@router.put(_TAG, responses=responses(403, 404, 409) | examples.ok(examples.TAG) | examples.ok(examples.TAG, 201))
+def set_tag(
+    services: ServicesDep, response: Response, asking: Asking, name: AdapterName, key: KeyPath, change: TagChange
+) -> TagResource:
+    """Set a tag, or give it another value; 201 where the adapter did not have it. 409: it has 100 tags."""
+    made = services.catalog_of(asking).set_tag(name, key, change.value)
+    response.status_code = 201 if made else 200
+    return TagResource(key=key, value=change.value)
 
-    @router.delete(_TAG, status_code=204, responses=responses(403, 404))
-    def delete_tag(asking: Asking, name: AdapterName, key: KeyPath) -> None:
-        """Take a tag away."""
-        services.catalog_of(asking).delete_tag(name, key)
 
-    return router
+@router.delete(_TAG, status_code=204, responses=responses(403, 404))
+def delete_tag(services: ServicesDep, asking: Asking, name: AdapterName, key: KeyPath) -> None:
+    """Take a tag away."""
+    services.catalog_of(asking).delete_tag(name, key)

@@ -13,7 +13,9 @@ from loray.files import scratch_folder
 from loray.publishing.uploads import UploadedFile, Uploads, check_file_name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
-from serve_apps.api.services import Asking, Services
+from serve_apps.api.services import Asking, Services, ServicesDep
+
+router = APIRouter(tags=["uploads"])
 
 _WRITE_BYTES = 1 << 20
 _CHUNK = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
@@ -25,44 +27,44 @@ IdempotencyKey = Annotated[
 ]
 
 
-def create_router(services: Services) -> APIRouter:
-    router = APIRouter(tags=["uploads"])
+@router.post("/uploads", status_code=201, responses=responses(403, 409) | examples.ok(examples.UPLOAD, 201))
+def begin_upload(services: ServicesDep, asking: Asking, idempotency_key: IdempotencyKey = None) -> UploadResource:
+    """Begin to upload the folder of an adapter. Its files follow; then a version is made of it.
 
-    @router.post("/uploads", status_code=201, responses=responses(403, 409) | examples.ok(examples.UPLOAD, 201))
-    def begin_upload(asking: Asking, idempotency_key: IdempotencyKey = None) -> UploadResource:
-        """Begin to upload the folder of an adapter. Its files follow; then a version is made of it.
+    It is not an adapter until then, and is forgotten after a day. 409: too many are not published yet.
+    """
+    uploads = _uploads(services, asking)
+    return _resource(uploads, uploads.begin(idempotency_key))
 
-        It is not an adapter until then, and is forgotten after a day. 409: too many are not published yet.
-        """
-        uploads = _uploads(services, asking)
-        return _resource(uploads, uploads.begin(idempotency_key))
 
-    @router.get("/uploads/{id}", responses=responses(404) | examples.ok(examples.UPLOAD))
-    def get_upload(asking: Asking, id: UploadId) -> UploadResource:
-        """Which files have come: an upload that broke off is continued with the others."""
-        return _resource(_uploads(services, asking), id)
+@router.get("/uploads/{id}", responses=responses(404) | examples.ok(examples.UPLOAD))
+def get_upload(services: ServicesDep, asking: Asking, id: UploadId) -> UploadResource:
+    """Which files have come: an upload that broke off is continued with the others."""
+    return _resource(_uploads(services, asking), id)
 
-    @router.put(
-        "/uploads/{id}/files/{name}",
-        responses=responses(403, 404, 409) | examples.ok(examples.FILE),
-        openapi_extra={"requestBody": {"content": _CHUNK, "required": True}},
-    )
-    async def put_file(request: Request, asking: Asking, id: UploadId, name: FileName) -> FileResource:
-        """Send one file of the folder, as it is. A file of the same name is replaced. 409: it is published already."""
-        limit = check_file_name(name)
-        uploads = await run_in_threadpool(_uploads, services, asking)
-        with scratch_folder() as folder:
-            path = folder / name
-            with path.open("wb") as f:
-                await _write(request, f, limit)
-            return _file(await run_in_threadpool(uploads.put, id, name, path))
 
-    @router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))
-    def delete_upload(asking: Asking, id: UploadId) -> None:
-        """Forget an upload and its files. A version that was made of it stays."""
-        _uploads(services, asking).delete(id)
+@router.put(
+    "/uploads/{id}/files/{name}",
+    responses=responses(403, 404, 409) | examples.ok(examples.FILE),
+    openapi_extra={"requestBody": {"content": _CHUNK, "required": True}},
+)
+async def put_file(
+    services: ServicesDep, request: Request, asking: Asking, id: UploadId, name: FileName
+) -> FileResource:
+    """Send one file of the folder, as it is. A file of the same name is replaced. 409: it is published already."""
+    limit = check_file_name(name)
+    uploads = await run_in_threadpool(_uploads, services, asking)
+    with scratch_folder() as folder:
+        path = folder / name
+        with path.open("wb") as f:
+            await _write(request, f, limit)
+        return _file(await run_in_threadpool(uploads.put, id, name, path))
 
-    return router
+
+@router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))
+def delete_upload(services: ServicesDep, asking: Asking, id: UploadId) -> None:
+    """Forget an upload and its files. A version that was made of it stays."""
+    _uploads(services, asking).delete(id)
 
 
 def _uploads(services: Services, asking: Asking) -> Uploads:
