@@ -22,7 +22,7 @@ import torch
 from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cpu.native import release_threads
 from loray_kernels.cpu.ops import CpuOps
-from loray_kernels.cuda import cuda_ops
+from loray_kernels.cuda import cuda_ops, use_device
 from loray_kernels.ops import (
     AttentionMeta,
     DecodeStep,
@@ -63,6 +63,7 @@ __all__ = [
     "available",
     "backend",
     "release_threads",
+    "use_device",
 ]
 
 _log = logging.getLogger("loray.kernels")

@@ -20,13 +20,27 @@ from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.ops import Ops
 
 
+def use_device(device: torch.device) -> torch.device:
+    """`device` with its index, and from now on the current device of this thread: each thread has its own.
+
+    Devices other than CUDA's are returned as they are.
+    """
+    if device.type != "cuda":
+        return device
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return device
+
+
 def cuda_ops(device: torch.device) -> Ops:
-    """Makes `device` torch's current device, on which kernels are launched.
+    """Kernels are launched on `device`, which becomes this thread's current device.
 
     BackendUnavailable says what is missing: a GPU that is new enough, Triton, CuPy or NVRTC.
     """
     if not torch.cuda.is_available():
         raise BackendUnavailable("the cuda kernels need an NVIDIA GPU and a torch that is built for CUDA")
+    device = use_device(device)
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise BackendUnavailable(f"the cuda kernels need compute capability 8.0; {device} has less")
     if importlib.util.find_spec("triton") is None:
@@ -36,5 +50,4 @@ def cuda_ops(device: torch.device) -> Ops:
     from loray_kernels.cuda.ops import CudaOps
     from loray_kernels.cuda.tiles.launch import Tiles
 
-    torch.cuda.set_device(device)
     return CudaOps(Gather(CupyLauncher(device)), Tiles())

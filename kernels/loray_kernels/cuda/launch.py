@@ -29,7 +29,7 @@ class _Stream(NamedTuple):
 
 
 class CupyLauncher:
-    """BackendUnavailable without CuPy or NVRTC."""
+    """BackendUnavailable without CuPy or NVRTC, or with a driver that is too old for CuPy."""
 
     def __init__(self, device: torch.device) -> None:
         try:
@@ -39,8 +39,12 @@ class CupyLauncher:
         self._device = torch.cuda.current_device() if device.index is None else device.index
         major, minor = torch.cuda.get_device_capability(self._device)
         self._kernels: dict[str, Any] = {}
-        with cupy.cuda.Device(self._device):
-            self._modules = {name: cupy.RawModule(path=str(cubin(name, f"sm_{major}{minor}"))) for name in FILES}
+        cubins = {name: str(cubin(name, f"sm_{major}{minor}")) for name in FILES}
+        try:
+            with cupy.cuda.Device(self._device):
+                self._modules = {name: cupy.RawModule(path=path) for name, path in cubins.items()}
+        except RuntimeError as e:  # of CUDA's runtime or driver
+            raise BackendUnavailable(f"CuPy cannot use the driver, which may be too old for it; update it: {e}") from e
 
     def __call__(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
         function = self._kernels.get(kernel)

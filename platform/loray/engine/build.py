@@ -18,7 +18,7 @@ from loray.engine.pool.loading import LoadAdapter
 from loray.engine.pool.pool import Pool, cut_pool
 from loray.spec import ServeSpec
 from loray.telemetry import get_logger
-from loray_kernels import backend
+from loray_kernels import backend, use_device
 from loray_kernels.memory import keep_freed
 
 _log = get_logger(__name__)
@@ -43,7 +43,7 @@ def build_engine(
         assert tensors is None, "every rank reads the checkpoint"
         spec = spec.model_copy(update={"num_threads": num_threads(spec)})
         return Engine(spec, base, *start_ranks(spec, base, load, start_workers))
-    dtype, device = getattr(torch, spec.dtype), torch.device(spec.device)
+    dtype, device = getattr(torch, spec.dtype), use_device(torch.device(spec.device))
     layout, num_blocks = cut_pool(spec, base.config)
     tensors = read_tensors(base.path) if tensors is None else tensors
     model = Decoder(base.config, tensors, backend("auto", device), dtype=dtype, device=device)

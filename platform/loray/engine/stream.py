@@ -21,7 +21,7 @@ from loray.engine.stats.stats import EngineStats
 from loray.errors import EngineError, RequestError
 from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
-from loray_kernels import release_threads
+from loray_kernels import release_threads, use_device
 
 _log = get_logger(__name__)
 
@@ -167,6 +167,7 @@ class EngineStream:
         self._wake.set()
 
     def _run(self) -> None:
+        use_device(self._engine.pool.tensor.device)  # the thread that built the engine has a current device of its own
         if self._engine.spec.num_threads is not None:
             torch.set_num_threads(self._engine.spec.num_threads)
         torch.get_num_threads()  # fixes the number: else this thread would use one that a loader thread sets for itself

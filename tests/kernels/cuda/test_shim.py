@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from loray_kernels import AttentionMeta, BackendUnavailable, DecodeStep, KvLayout, Ops, Piece, backend
+from loray_kernels import AttentionMeta, BackendUnavailable, DecodeStep, KvLayout, Ops, Piece, backend, use_device
 from loray_kernels.cuda import gather, nvrtc, tables
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.graphs import PaddedStep
@@ -176,3 +176,14 @@ def test_without_a_gpu_the_backend_says_why() -> None:
     with pytest.raises(ValueError, match="on a GPU, not on cpu"):
         backend("cuda")
     assert type(backend("auto", "cuda")).__name__ == "ReferenceOps"
+
+
+def test_a_device_without_an_index_is_the_threads_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    assert use_device(torch.device("cuda")) == torch.device("cuda", 3)
+    assert use_device(torch.device("cuda:1")) == torch.device("cuda", 1)
+    assert made_current == [torch.device("cuda", 3), torch.device("cuda", 1)]
+    assert use_device(torch.device("cpu")) == torch.device("cpu")
+    assert len(made_current) == 2

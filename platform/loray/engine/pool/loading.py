@@ -19,6 +19,7 @@ from loray.engine.pool.pool import Pool
 from loray.errors import EngineError
 from loray.spec import AdapterBytes, AdapterRef
 from loray.telemetry import get_logger
+from loray_kernels import use_device
 
 _log = get_logger(__name__)
 
@@ -50,7 +51,9 @@ class AdapterLoads:
 
     def __init__(self, pool: Pool, packer: Packer, load: LoadAdapter, wake: Callable[[], None]) -> None:
         self._pool, self._packer, self._load, self._wake = pool, packer, load, wake
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="adapter-load", initializer=_use_one_thread)
+        self._threads = ThreadPoolExecutor(
+            _NUM_THREADS, thread_name_prefix="adapter-load", initializer=_prepare_thread, initargs=(pool.tensor.device,)
+        )
         if pool.tensor.nbytes >= sum(FIRST_BYTES):  # a smaller pool holds no such adapters
             packer.memory.prepare()
         self._num_blocks: dict[str, int] = {}
@@ -116,6 +119,7 @@ class AdapterLoads:
         self._bytes[ref.digest] = AdapterBytes(packed.nbytes, pair)
 
 
-def _use_one_thread() -> None:
+def _prepare_thread(device: torch.device) -> None:
+    use_device(device)  # memory is pinned for the thread's current device
     # Two teams of OpenMP threads on the same cores slow each other down. Loading needs only one thread.
     torch.set_num_threads(1)

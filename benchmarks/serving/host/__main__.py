@@ -1,0 +1,189 @@
+"""The host's time for one decode step on a GPU, without a GPU.
+
+    python -m benchmarks.serving.host --layers 32 --heads 32 --kv-heads 8 --rows 32 --adapters 32 [--json FILE]
+
+The real engine runs a model of the given depth and heads whose widths are small, on the cuda backend with kernels that
+do nothing (see `stand_in` for what is replaced). Row i uses adapter i modulo their number, LoRA of `--rank` on q, k, v
+and o; without adapters all rows use the base. A step of all rows is timed `--steps` times, then one is counted. A card
+adds what launches, copies and waiting cost there. The figure to compare it with is the time that the card needs for the
+same step: if the host takes longer, the card waits for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import hashlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import click
+import torch
+
+from benchmarks.machine import describe_machine, load_average
+from benchmarks.serving.host.stand_in import StandInOps, counting, python_cost
+from benchmarks.serving.models import RANDOM, random_tensors
+from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey
+from loray.bases.config import ModelConfig
+from loray.bases.registry import BaseModel
+from loray.engine import build
+from loray.engine.engine import Engine
+from loray.spec import ATTENTION_MODULES, AdapterRef, GenerateRequest, SamplingParams, ServeSpec
+
+_WARM = 8  # steps of all rows before the first that counts
+_STEP_TOKENS = 16384  # of prompts
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = _parser().parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder, _engine(args, Path(folder)) as (engine, ops):
+        for request in _requests(args, engine.base):
+            engine.add(request)
+        _start(engine, args.rows)
+        for _ in range(_WARM):
+            engine.step()
+        gc.collect()
+        gc.freeze()  # as a replica does, see serve_apps.garbage
+        seconds = []
+        for _ in range(args.steps):
+            began = time.perf_counter()
+            outputs = engine.step()
+            seconds.append(time.perf_counter() - began)
+            if len(outputs) != args.rows:
+                raise SystemExit(f"a step gave {len(outputs)} tokens, not {args.rows}")
+        with counting(ops) as counts:
+            engine.step()
+        python_cost(counts, engine.step, engine.step)
+        gc.unfreeze()
+    figures = {
+        "rows": args.rows,
+        "adapters": args.adapters,
+        "context": args.context,
+        "host_ms": round(1e3 * statistics.median(seconds), 3),
+        "host_ms_lowest": round(1e3 * min(seconds), 3),
+        "host_ms_highest": round(1e3 * max(seconds), 3),
+        **vars(counts),
+    }
+    machine = {**describe_machine(), "load": f"{load_average():.2f}"}
+    click.echo(json.dumps(figures) if args.json else "\n".join(f"{name:<20}{value}" for name, value in figures.items()))
+    if args.json not in (None, "-"):
+        Path(args.json).write_text(json.dumps({"machine": machine, **figures}, indent=2) + "\n", encoding="utf-8")
+    return figures
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--layers", type=int, default=32, help="of the model (default %(default)s)")
+    add("--heads", type=int, default=32, help="for queries (default %(default)s)")
+    add("--kv-heads", type=int, default=8, help="for keys and values (default %(default)s)")
+    add("--rows", type=int, default=32, help="requests that decode (default %(default)s)")
+    add("--adapters", type=int, default=32, help="of the rows; 0: all rows use the base (default %(default)s)")
+    add("--rank", type=int, default=16, help="of the adapters (default %(default)s)")
+    add("--context", type=int, default=128, help="tokens of each prompt (default %(default)s)")
+    add("--temperature", type=float, default=0.0, help="of all requests (default %(default)s, greedy)")
+    add("--steps", type=int, default=50, help="that are timed (default %(default)s)")
+    add("--json", nargs="?", const="-", help="print the figures as JSON; with a file, write them there too")
+    return parser
+
+
+@contextmanager
+def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, StandInOps]]:
+    config = dataclasses.replace(
+        RANDOM["tiny-random"],
+        num_layers=args.layers,
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+        head_dim=8,
+        max_position_embeddings=1 << 17,
+    )
+    base = BaseModel("host", folder, hashlib.sha256(repr(config).encode()).hexdigest(), config, source="random")
+    tokens = args.context + _max_tokens(args)
+    kv_bytes = 4 * config.num_layers * config.num_kv_heads * config.head_dim * args.rows * (tokens + 32)
+    weights = _adapter(config, args.rank)
+    spec = ServeSpec(
+        base=base.name,
+        pool_bytes=kv_bytes + 2 * args.adapters * weights_bytes(weights) + (8 << 20),
+        host_bytes=2 << 30,
+        max_model_len=tokens + 16,
+        max_num_seqs=args.rows,
+        max_num_batched_tokens=max(_STEP_TOKENS, args.rows),
+        itl_slo_ms=1e6,  # steps are limited by tokens alone
+        enable_prefix_caching=False,
+    )
+    ops = StandInOps()
+    with patch.object(build, "backend", lambda name, device: ops):
+        engine = build.build_engine(
+            spec, base, lambda ref: weights, random_tensors(config, torch.device("cpu"), torch.bfloat16)
+        )
+    try:
+        yield engine, ops
+    finally:
+        engine.close()
+
+
+def _adapter(config: ModelConfig, rank: int) -> AdapterWeights:
+    """The same for all: kernels that do nothing read no weights."""
+    modules: dict[ModuleKey, Any] = {}
+    for module in ATTENTION_MODULES:
+        out, width = config.module_shape(module)
+        pair = LoraWeights(torch.zeros(rank, width), torch.zeros(out, rank), 1.0)
+        modules |= {ModuleKey(layer, module): pair for layer in range(config.num_layers)}
+    return AdapterWeights(modules)
+
+
+def weights_bytes(weights: AdapterWeights) -> int:
+    """In bf16."""
+    return sum(2 * (w.a_RI.numel() + w.b_OR.numel()) for w in weights.modules.values() if isinstance(w, LoraWeights))
+
+
+def _max_tokens(args: argparse.Namespace) -> int:
+    """So many that no row ends: the first have decoded while other prompts were computed."""
+    return int(args.steps + _WARM + 32 + 2 * args.rows * args.context // _STEP_TOKENS)
+
+
+def _requests(args: argparse.Namespace, base: BaseModel) -> Iterator[GenerateRequest]:
+    params = SamplingParams(
+        max_tokens=_max_tokens(args), temperature=args.temperature, seed=1, ignore_eos=True, min_tokens=0
+    )
+    refs = [
+        AdapterRef(
+            digest=hashlib.sha256(str(i).encode()).hexdigest(),
+            name=f"adapter-{i}",
+            version=1,
+            method="lora",
+            base_fingerprint=base.fingerprint,
+            context_length=base.config.max_position_embeddings,
+            nbytes=1 << 16,
+        )
+        for i in range(args.adapters)
+    ]
+    for row in range(args.rows):
+        prompt = tuple((31 * k + 7 * row) % 400 + 100 for k in range(args.context))
+        yield GenerateRequest(str(row), prompt, params, refs[row % len(refs)] if refs else None)
+
+
+def _start(engine: Engine, rows: int) -> None:
+    """Until every row decodes. All adapters are loaded first, so that prompts are computed together."""
+    while engine.residency.poll() or engine.residency.table.queued or engine.residency.table.loading:
+        time.sleep(0.001)
+    while True:
+        outputs = engine.step()
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        if len(outputs) == rows and len(engine.scheduler.running) == rows:
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
