@@ -127,11 +127,11 @@ def python_cost(counts: Counts, run: Callable[[], object], again: Callable[[], o
         tracemalloc.stop()
 
 
-class _Dispatched(TorchDispatchMode):
+class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Torch's operations: those that would be launches, and copies of tensors that Python's numbers became."""
 
     def __init__(self, counts: Counts) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._counts = counts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
