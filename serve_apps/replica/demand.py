@@ -28,9 +28,11 @@ class ReplicaDemand:
         )
 
     def arrived(self, request: GenerateRequest) -> TrackedRequest:
-        """The caller counts its output tokens as they come."""
-        params = request.params
-        return self._meter.arrived(len(request.prompt_ids), params.max_tokens, request.adapter, time.monotonic())
+        """The caller counts its output tokens as they come. What another replica has generated is prompt here."""
+        prompt, left = len(request.prompt_ids), request.params.max_tokens
+        if request.output_ids:
+            prompt, left = prompt + len(request.output_ids), left - len(request.output_ids)
+        return self._meter.arrived(prompt, left, request.adapter, time.monotonic())
 
     def ended(self, tracked: TrackedRequest, error: Exception | None) -> None:
         if isinstance(error, Overloaded):

@@ -30,6 +30,7 @@ class RequestTimes:
     first     of its first token
     started   it has a token
     finished  it has its last one
+    resumed   its first tokens are another replica's; `num_output_tokens` counts them too
     """
 
     method: str
@@ -40,6 +41,7 @@ class RequestTimes:
     started: bool = False
     finished: bool = False
     num_output_tokens: int = 0
+    resumed: bool = False
 
 
 class ReplicaMetrics:
@@ -74,7 +76,8 @@ class ReplicaMetrics:
         if method not in self._between_tokens:
             buckets = METRICS["inter_token_latency_seconds"].buckets
             self._between_tokens = {**self._between_tokens, method: CountedHistogram(buckets)}
-        return RequestTimes(method, len(request.prompt_ids), now, now)
+        num_output, prompt = len(request.output_ids), len(request.prompt_ids)
+        return RequestTimes(method, prompt, now, now, num_output_tokens=num_output, resumed=num_output > 0)
 
     def stepped(self, results: Sequence[tuple[RequestTimes, TokenOutput]]) -> None:
         """One step's results. Those that had their last token at the same time have the same latency."""
@@ -86,7 +89,8 @@ class ReplicaMetrics:
                 gaps[key] = gaps.get(key, 0) + 1
             else:
                 times.started, times.first = True, now
-                self._first_token.labels(times.method).observe(now - times.arrived)
+                if not times.resumed:
+                    self._first_token.labels(times.method).observe(now - times.arrived)
             times.last = now
             if out.token_id is not None:
                 times.num_output_tokens += 1

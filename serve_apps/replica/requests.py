@@ -129,8 +129,10 @@ class Requests:
                 self._engine.cancel(request.request_id)
 
     def _fitted(self, request: GenerateRequest) -> GenerateRequest:
-        """Lowers max_tokens to the limit, but not below 1. If even 1 is too much, the engine refuses the request."""
-        left = max(self._engine.max_model_len(request.adapter) - len(request.prompt_ids), 1)
+        """Lowers max_tokens to the limit, but not below one more than there are already. If even that is too much, the
+        engine refuses the request.
+        """
+        left = max(self._engine.max_model_len(request.adapter) - len(request.prompt_ids), len(request.output_ids) + 1)
         if request.params.max_tokens <= left:
             return request
         return replace(request, params=request.params.model_copy(update={"max_tokens": left}))

@@ -20,6 +20,14 @@ def check_request(request: GenerateRequest, base: BaseModel, *, max_model_len: i
     if not all(0 <= t < vocab for t in request.prompt_ids):
         raise RequestError(f"a token id is outside the vocabulary of {vocab}", param="prompt")
     params = request.params
+    if not all(0 <= t < vocab for t in request.output_ids):
+        raise RequestError(f"output_ids: a token id is outside the vocabulary of {vocab}", param="output_ids")
+    if request.output_ids and len(request.output_ids) >= params.max_tokens:
+        raise RequestError(
+            f"the answer has {len(request.output_ids)} tokens and max_tokens is {params.max_tokens}; there is nothing "
+            "to go on with",
+            param="output_ids",
+        )
     for param, ids in {
         "logit_bias": params.logit_bias,
         "stop_token_ids": params.stop_token_ids,

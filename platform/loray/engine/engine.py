@@ -254,7 +254,7 @@ class Engine:
         if self._grammars.forget(request):
             return  # it was not queued, and holds nothing
         if (ref := request.adapter) is not None:
-            self.residency.table.usage.request_ended(ref, request.num_prompt_counted + len(request.output_ids))
+            self.residency.table.usage.request_ended(ref, request.num_prompt_counted + request.num_generated)
         self.scheduler.remove(request)
 
     # -- adapters -----------------------------------------------------------------------------------------------------

@@ -74,13 +74,15 @@ class Request:
     virtual_finish: float = math.inf
     charged_until: int = 0
     num_input_charged: int = 0
-    num_output_charged: int = 0
+    num_output_charged: int = field(init=False)
     num_overtaken: int = 0
     changes_logits: bool = field(init=False)
     history: object | None = None
 
     def __post_init__(self) -> None:
         self.changes_logits = self.spec.params.changes_logits
+        self.output_ids = [*self.spec.output_ids, *self.output_ids]
+        self.num_output_charged = len(self.spec.output_ids)
 
     @property
     def request_id(self) -> str:
@@ -97,7 +99,18 @@ class Request:
     @property
     def needs_prompt_logits(self) -> bool:
         """If so, every token of the prompt is computed, and the prefix cache is not used."""
-        return self.spec.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+        wanted = self.spec.params.prompt_logprobs is not None and not self.is_continued
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+
+    @property
+    def is_continued(self) -> bool:
+        """Its first tokens, and its prompt's log-probabilities, are another engine's."""
+        return bool(self.spec.output_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of its output that this engine has generated."""
+        return len(self.output_ids) - len(self.spec.output_ids)
 
     @property
     def tenant(self) -> str:

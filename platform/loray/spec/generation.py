@@ -65,6 +65,7 @@ class GenerateRequest:
     ttft_slo_s  seconds within which the first token is needed; None: the deployment's target
     cache_salt  the prefix cache is shared with requests of the same salt alone
     traceparent  of the trace that the request is a part of, as W3C writes it; None: it is not traced
+    output_ids   of the answer so far, where another engine has begun it: the results are those after them
     """
 
     request_id: str
@@ -76,6 +77,7 @@ class GenerateRequest:
     ttft_slo_s: float | None = None
     cache_salt: str = ""
     traceparent: str | None = None
+    output_ids: tuple[int, ...] = ()
 
 
 def cache_salt(tenant: str, given: str | None) -> str:

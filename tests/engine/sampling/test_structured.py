@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -228,3 +229,23 @@ def test_a_constraint_that_does_not_compile_fails_its_request_alone(worded: Base
     out = answers(make_engine(worded), asked)
     assert "regular expression cannot be enforced" in out["bad"][1]
     assert [out[name][1] for name in ("good", "free")] == ["stop", "length"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_that_another_engine_has_begun(worded: BaseModel, temperature: float) -> None:
+    """After any step of the first one, also where that took several tokens that the schema leaves no choice about."""
+    schema = {"type": "object", "properties": {"a long name": {"enum": ["yes", "perhaps not"]}, "n": {"type": "null"}}}
+    schema |= {"required": ["a long name", "n"], "additionalProperties": False}
+    constraint = Constraint.from_schema(schema, whitespace="")
+    asked = request("r", PROMPT, structured=constraint, temperature=temperature, seed=1, max_tokens=60)
+    engine, steps = make_engine(worded), list[list[int]]()
+    engine.add(asked)
+    while engine.has_work:
+        steps.append([o.token_id for o in engine.step() if o.token_id is not None])
+    whole = [token for step in steps for token in step]
+    assert max(map(len, steps)) > 1
+    for n in range(1, len(steps)):
+        so_far = sum(map(len, steps[:n]))
+        if 0 < so_far < len(whole):
+            again = replace(asked, request_id=str(n), output_ids=tuple(whole[:so_far]))
+            assert answers(engine, [again])[str(n)] == (whole[so_far:], "stop")

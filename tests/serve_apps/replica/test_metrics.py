@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,6 +214,18 @@ def test_latencies_are_between_the_steps() -> None:
     assert found["loray_request_generation_tokens_sum", "base"] == 3 + 2
     assert found["loray_request_success_total", "stop", "base"] == 1
     assert ("loray_request_success_total", "abort", "base") not in found
+
+
+def test_what_another_replica_has_begun_has_no_first_token_here() -> None:
+    metrics = ReplicaMetrics()
+    times = metrics.arrived(replace(request("a", [1, 2, 3]), output_ids=(7, 7)))
+    metrics.stepped([(times, TokenOutput("a", 7))])
+    metrics.stepped([(times, TokenOutput("a", 7, finish_reason="length"))])
+    metrics.ended(times, "length")
+    found = values(metrics.request_families())
+    assert ("loray_time_to_first_token_seconds_count", "base") not in found
+    assert found["loray_inter_token_latency_seconds_count", "base"] == 1
+    assert found["loray_request_generation_tokens_sum", "base"] == 4
 
 
 @pytest.mark.parametrize(("error", "kind"), [(EngineError("x"), "EngineError"), (KeyError("x"), "internal")])

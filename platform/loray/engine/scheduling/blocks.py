@@ -61,7 +61,7 @@ class RequestBlocks:
     def count_cached(self, request: Request) -> None:
         """Count its cached tokens, once, when it starts for the first time."""
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = request.num_computed
+            request.num_cached_tokens = min(request.num_computed, request.num_prompt_tokens)
             if self.prefix_cache.enabled and not request.needs_prompt_logits:
                 self.num_queries += request.num_prompt_tokens
             self.num_hits += request.num_cached_tokens

@@ -162,4 +162,7 @@ class FirstTokenTargets:
         return max(_MIN_RETRY_S, expected - (self._slo(request) or 0))
 
     def _slo(self, request: Request) -> float | None:
+        """None: the request has no target, or its first token is an earlier engine's."""
+        if request.is_continued:
+            return None
         return self._ttft_slo_s if request.spec.ttft_slo_s is None else request.spec.ttft_slo_s

@@ -78,7 +78,7 @@ class WaitingRequests(Generic[P, R]):
         yet is refunded.
         """
         self._withdraw(request)
-        if request.num_input_charged and not request.output_ids:
+        if request.num_input_charged and not request.num_generated:
             self.fair.refund(request, num_input=request.num_input_charged)
         self._discard(self._by_adapter, request)
         self._states[request] = _State.REFUSED
