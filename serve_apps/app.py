@@ -125,7 +125,14 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     here = serve.get_replica_context()
     handle = serve.get_deployment_handle(ENGINE, here.app_name)
     node = ray.get_runtime_context().get_node_id()
-    engines = ServeEngines(handle, node, _host(spec), lambda: Catalog(settings.catalog, actor="gateway"))
+    engines = ServeEngines(
+        handle,
+        node,
+        _host(spec),
+        lambda: Catalog(settings.catalog, actor="gateway"),
+        max_resumes=spec.max_resumes,
+        drain_grace_s=spec.drain_grace_s,
+    )
     gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)
     exchange = None
     if spec.num_gateways > 1:

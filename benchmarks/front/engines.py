@@ -60,6 +60,9 @@ class FakeEngines:
     def routing_decisions(self) -> Mapping[str, int]:
         return {}
 
+    def resumes(self) -> Mapping[str, int]:
+        return {}
+
     def close(self) -> None:
         """Ends what the engines have started."""
 

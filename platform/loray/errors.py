@@ -30,7 +30,8 @@
     ├── EvaluationError        a measured value is not finite
     ├── EngineError            the engine stopped, or a request inside it failed
     │   └── ReplicaUnavailable the request never reached an engine: it may be sent to another replica
-    │       └── ReplicaLost    the process that had the request died, or its connection broke
+    │       ├── ReplicaLost    the process that had the request died, or its connection broke
+    │       └── ReplicaLeaving the replica was removed, and has had its time for the request
     ├── AdapterQuarantined     a replica died while it loaded this adapter, which is refused for `retry_after_s` seconds
     └── TrainingError          a run ended without a usable adapter (for example, too many non-finite steps)
 
@@ -201,6 +202,10 @@ class ReplicaUnavailable(EngineError):
 
 
 class ReplicaLost(ReplicaUnavailable):
+    pass
+
+
+class ReplicaLeaving(ReplicaUnavailable):
     pass
 
 

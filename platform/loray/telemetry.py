@@ -143,6 +143,11 @@ GATEWAY_METRICS = _table(
     ),
     _gauge("http_requests_in_flight", "HTTP requests under way, this one included."),
     _counter("routing_decisions_total", "Choices of a replica, by reason.", "reason"),
+    _counter(
+        "resumes_total",
+        "Begun answers that went on at another replica, by reason: the first was lost, or removed (moved).",
+        "reason",
+    ),
     _gauge("catalog_adapters", "Adapters of this base in the catalog's snapshot."),
     _gauge("catalog_age_seconds", "Since the catalog was last read with success."),
 )

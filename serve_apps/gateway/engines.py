@@ -38,6 +38,9 @@ class Engines(Protocol):
     def routing_decisions(self) -> Mapping[str, int]:
         """How many requests were routed, by reason (`loray.serving.routing.Reason`). Empty without replicas."""
 
+    def resumes(self) -> Mapping[str, int]:
+        """How many begun answers went on at another replica: "lost" ones and "moved" ones. Empty without replicas."""
+
 
 class Gateways(Protocol):
     """The gateways of a deployment. Each has the HTTP requests that came to it, and no other's."""

@@ -279,7 +279,7 @@ class Gateway:
 
     def own_families(self) -> list[Family]:
         """The metrics of this gateway alone."""
-        return self.counted.families(self.directory, self.engines.routing_decisions())
+        return self.counted.families(self.directory, self.engines.routing_decisions(), self.engines.resumes())
 
 
 def _new_id(prefix: str) -> str:

@@ -29,12 +29,15 @@ class GatewayMetrics:
     def answered(self, route: str, code: int) -> None:
         self._answered.labels(route, str(code)).inc()
 
-    def families(self, directory: ModelDirectory, decisions: Mapping[str, int]) -> list[Family]:
+    def families(
+        self, directory: ModelDirectory, decisions: Mapping[str, int], resumes: Mapping[str, int]
+    ) -> list[Family]:
         """They can be pickled."""
         families = [
             *self._registry.collect(),
             gauge("http_requests_in_flight", {(): self.num_in_flight}),
             counter("routing_decisions_total", {(reason,): n for reason, n in decisions.items()}),
+            counter("resumes_total", {(reason,): n for reason, n in resumes.items()}),
             gauge("catalog_adapters", {(): directory.num_adapters}),
             gauge("catalog_age_seconds", {(): directory.age_s}),
         ]

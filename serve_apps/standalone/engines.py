@@ -58,5 +58,8 @@ class LocalEngines:
     def routing_decisions(self) -> Mapping[str, int]:
         return {}
 
+    def resumes(self) -> Mapping[str, int]:
+        return {}
+
     async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
         return await placements(self._stream, REPLICA, digests)

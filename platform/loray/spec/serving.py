@@ -58,6 +58,12 @@ class ServeSpec(Frozen):
     request_timeout_s: float | None = Field(
         default=None, gt=0, description="after which a request is cancelled; one may ask for less; None: never"
     )
+    max_resumes: int = Field(
+        default=1, ge=0, description="lost replicas after which a begun answer goes on at another one; 0: it fails"
+    )
+    drain_grace_s: float = Field(
+        default=10.0, ge=0, description="for a removed replica's requests to end; then they go on at another one"
+    )
     sse_heartbeat_s: float = Field(
         default=15.0, ge=0, description="silence in a stream after which a comment is sent; 0: none"
     )

@@ -3,55 +3,71 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 from prometheus_client.core import Metric as Family
 from ray.serve.handle import DeploymentHandle
 
 from loray.api.status import AutoscalingStatus, ReplicaStatus
-from loray.errors import ReplicaLost, ReplicaUnavailable
+from loray.errors import ReplicaLeaving, ReplicaLost, ReplicaUnavailable
 from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
-from serve_apps.channel.inbox import reading
+from serve_apps.channel.inbox import Inbox, reading
 from serve_apps.channel.listener import Listener
 from serve_apps.gateway.replicas import router
 from serve_apps.gateway.replicas.broadcast import Broadcast
 from serve_apps.gateway.replicas.call import Call
+from serve_apps.gateway.replicas.departures import Departures
+from serve_apps.gateway.replicas.progress import Progress
 from serve_apps.gateway.replicas.quarantine import Records, SharedQuarantine
 
 _log = get_logger(__name__)
 
-ATTEMPTS = 3
 _BACKOFF_S = 0.2
 _ASK_S = 1.0  # between looks for replicas that do not report yet
+_LOOK_S = 0.5  # between looks for replicas that are leaving
 
 
 class ServeEngines:
     """Used from one event loop. `node` and `host`: Ray's id and the address of this process' node. `open_records`: see
-    `SharedQuarantine`.
+    `SharedQuarantine`. `max_resumes` and `drain_grace_s`: see ServeSpec.
     """
 
     def __init__(
-        self, handle: DeploymentHandle[Any], node: str, host: str, open_records: Callable[[], Records] | None = None
+        self,
+        handle: DeploymentHandle[Any],
+        node: str,
+        host: str,
+        open_records: Callable[[], Records] | None = None,
+        *,
+        max_resumes: int = 1,
+        drain_grace_s: float = 10.0,
     ) -> None:
         self._calls = handle.options(stream=True)
         self._replicas = Broadcast(handle)
         self._place = node, host
         self._listener: asyncio.Task[Listener] | None = None
         self._quarantine = SharedQuarantine(open_records)
+        self._max_resumes = max_resumes
+        self._departures = Departures(drain_grace_s)
+        self._reading: dict[str, Inbox] = {}  # by request
+        self._resumes = {"lost": 0, "moved": 0}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Meanwhile the replicas report to this gateway which adapters they hold, also those that it sends nothing."""
-        asking = asyncio.create_task(self._ask_for_reports())
+        """Meanwhile the replicas report to this gateway which adapters they hold, also those that it sends nothing, and
+        the requests of replicas that are leaving go elsewhere.
+        """
+        tasks = [asyncio.create_task(self._ask_for_reports()), asyncio.create_task(self._look_for_departures())]
         try:
             yield
         finally:
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask_for_reports(self) -> None:
         is_first = True
@@ -65,38 +81,56 @@ class ServeEngines:
                 _log.warning("the replicas could not be asked to report: %s", e)
             await asyncio.sleep(_ASK_S)
 
+    async def _look_for_departures(self) -> None:
+        while True:
+            self._move_streams(time.monotonic())
+            await asyncio.sleep(_LOOK_S)
+
+    def _move_streams(self, now: float) -> None:
+        """Ends the streams of replicas that are leaving; `generate` goes on elsewhere."""
+        places = {name: router.replica_of(name) for name in self._reading}
+        due = self._departures.due(places.values(), router.replicas(), now)
+        for name, replica in places.items():
+            if replica in due:
+                self._reading[name].fail(ReplicaLeaving("the replica is leaving; send the request again", replica))
+
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        """As `Engines.generate`. A request is retried only if its replica was lost or had stopped.
+        """As `Engines.generate`. If its replica is lost or is leaving, another one goes on after the tokens that have
+        come, see `Progress`.
 
         Any other error would be the same on every replica. Raises AdapterQuarantined where the adapter seems to kill
         replicas.
         """
-        for attempt in range(ATTEMPTS):
-            async with aclosing(self._attempt(request, attempt, fit)) as deltas:
-                started = False
-                try:
+        progress = Progress(request, self._max_resumes)
+        while True:
+            attempt = progress.attempt()
+            try:
+                async with aclosing(self._attempt(attempt, fit)) as deltas:
                     async for delta in deltas:
-                        started = True
-                        yield delta
-                except ReplicaUnavailable as e:
-                    if e.replica is not None:
-                        router.suspect(e.replica)
-                    if started or attempt == ATTEMPTS - 1:
-                        raise
-                    _log.warning("request %s is sent again: %s", request.request_id, e)
-                else:
-                    return
-            await asyncio.sleep(_BACKOFF_S * 2**attempt)
+                        yield progress.took(delta)
+                return
+            except ReplicaUnavailable as e:
+                self._failed(progress, attempt, e)
+                if not isinstance(e, ReplicaLeaving):
+                    await asyncio.sleep(_BACKOFF_S * 2 ** max(0, progress.num_failed - 1))
 
-    async def _attempt(self, request: GenerateRequest, attempt: int, fit: bool) -> AsyncGenerator[TokenDelta, None]:
-        if attempt > 0:
-            request = replace(request, request_id=f"{request.request_id}-{attempt}")
+    def _failed(self, progress: Progress, attempt: GenerateRequest, error: ReplicaUnavailable) -> None:
+        """Raises `error` unless another attempt follows."""
+        if error.replica is not None:
+            router.suspect(error.replica)
+        progress.failed(error, error.replica)
+        if progress.num_tokens > len(attempt.output_ids):
+            self._resumes["moved" if isinstance(error, ReplicaLeaving) else "lost"] += 1
+        request_id, so_far = attempt.request_id, progress.num_tokens
+        _log.warning("request %s goes on elsewhere after %d tokens: %s", request_id, so_far, error)
+
+    async def _attempt(self, request: GenerateRequest, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         digest = None if request.adapter is None else request.adapter.digest
         if digest is not None:
             await self._quarantine.enter(request.request_id, digest)
         try:
             listener = await self._listening()
-            inbox = listener.open()
+            inbox = self._reading[request.request_id] = listener.open()
             call = Call(self._calls.generate_to.remote(request, fit, listener.address, inbox.stream), listener, inbox)
             with reading(request, call.leave):
                 async for delta in inbox:
@@ -105,11 +139,12 @@ class ServeEngines:
                         digest = None
                     yield delta
         except ReplicaLost as e:
-            replica = e.replica or router.replica_of(request.request_id)
-            if replica is not None:
-                await self._quarantine.died(request.request_id, replica, router.replica_of)
+            e.replica = e.replica or router.replica_of(request.request_id)
+            if e.replica is not None:
+                await self._quarantine.died(request.request_id, e.replica, router.replica_of)
             raise
         finally:
+            self._reading.pop(request.request_id, None)
             self._quarantine.leave(request.request_id)
             router.forget(request.request_id)
 
@@ -138,6 +173,9 @@ class ServeEngines:
 
     def routing_decisions(self) -> Mapping[str, int]:
         return router.decisions()
+
+    def resumes(self) -> Mapping[str, int]:
+        return self._resumes
 
 
 async def _started(node: str, host: str) -> Listener:

@@ -109,6 +109,9 @@ class ScriptedEngines:
     def routing_decisions(self) -> dict[str, int]:
         return {}
 
+    def resumes(self) -> dict[str, int]:
+        return {}
+
 
 _BYTES = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}  # the ids of tests.tiny.byte_tokenizer
 _END = 258

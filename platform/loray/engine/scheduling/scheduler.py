@@ -111,7 +111,7 @@ class Scheduler(Generic[P, R]):
         return self._targets.num_aborted
 
     def add(self, request: Request) -> None:
-        """Queue a request. Overloaded, unless it is continued, if too many wait or its first token would be too late."""
+        """Queue a request. Overloaded, unless it is continued, if too many wait or its first token will be too late."""
         if len(self.waiting) >= self._max_queued and not request.is_continued:
             retry_after = self._targets.retry_after_s(request, self._seconds_to_first_token(request))
             raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after)
