@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 _LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 _FENCE = re.compile(r"^\s*(`{3,}|~{3,})(\w*)")
 _LIST = re.compile(r"^(?:[-*+]|\d+\.) ")
+FOLDER_PAGES = {"docs/decisions": "decisions/index.md", "examples": "examples.md"}
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
 
 
@@ -47,8 +48,8 @@ def site_path(path: str) -> str:
     """Where the site has the repository's file or folder `path`: a page for each file of text outside of docs/."""
     if path in ROOT_PAGES:
         return ROOT_PAGES[path]
-    if path == "docs/decisions":
-        return "decisions/index.md"
+    if path in FOLDER_PAGES:
+        return FOLDER_PAGES[path]
     return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}.md"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from infra.docs.markdown import ROOT_PAGES, for_site, links, repository_path, site_path
+from infra.docs.markdown import FOLDER_PAGES, ROOT_PAGES, for_site, links, repository_path, site_path
 from infra.docs.reference import reference
 
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".sh": "bash", ".json": "json", ".toml": "toml"}
@@ -31,11 +31,17 @@ def all_pages(repository: Path) -> dict[str, str]:
     """Path in the site → Markdown, of every page that is no file of docs/."""
     made = {site_path(page): _read(repository, page) for page in ROOT_PAGES}
     made["decisions/index.md"] = _decisions(repository)
+    made["examples.md"] = _examples(repository)
     made |= {f"reference/{name}.md": text for name, text in reference().items()}
     for page in written(repository):
         for target in links((repository / page).read_text(encoding="utf-8")):
             path = repository_path(page, target)
-            if path.startswith("docs/") or path in ROOT_PAGES or not (repository / path).exists():
+            if (
+                path.startswith("docs/")
+                or path in ROOT_PAGES
+                or path in FOLDER_PAGES
+                or not (repository / path).exists()
+            ):
                 continue
             made[site_path(path)] = _source(repository, path)
     return made
@@ -53,6 +59,16 @@ def _source(repository: Path, path: str) -> str:
         return f"# {path}/\n\n" + "".join(f"- `{name}`\n" for name in names)
     text = found.read_text(encoding="utf-8")
     return f"# {path}\n\n````{_LANGUAGES.get(found.suffix, '')}\n{text}````\n"
+
+
+def _examples(repository: Path) -> str:
+    """All of them as they are."""
+    parts = ["# Examples\n", "Programs that use the public APIs. A test runs each as it stands.\n"]
+    for path in sorted((repository / "examples").iterdir()):
+        if path.suffix in _LANGUAGES:
+            text = path.read_text(encoding="utf-8")
+            parts.append(f"## {path.name}\n\n````{_LANGUAGES[path.suffix]}\n{text}````\n")
+    return "\n".join(parts)
 
 
 def _decisions(repository: Path) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_FENCED = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^(<!-- not run: .*-->\n)?```(\w+)?(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _END = "end of the block"
 
 
@@ -27,6 +27,14 @@ class Block:
     def fails(self) -> bool:
         return self.prints is not None and "error:" in self.prints
 
+    def changed(self, others: Mapping[str, str]) -> Block:
+        """The same with other texts instead of some."""
+        commands, prints = self.commands, self.prints
+        for text, other in others.items():
+            commands = commands.replace(text, other)
+            prints = None if prints is None else prints.replace(text, other)
+        return Block(commands, self.variant, prints)
+
     def check(self, status: int, output: str) -> None:
         """Raises AssertionError. Line breaks and spaces do not count, and `…` stands for anything."""
         told = f"{self.commands}\nexits with {status} and prints:\n{output}"
@@ -41,10 +49,10 @@ def _words(text: str) -> str:
 
 
 def read_page(path: Path, variant: str) -> list[Block]:
-    """The blocks of a page, without those of other variants."""
+    """The blocks of a page, without those of other variants and those that say why they are not run."""
     blocks: list[Block] = []
-    for language, only, content in _FENCED.findall(path.read_text(encoding="utf-8")):
-        if language == "bash":
+    for mark, language, only, content in _FENCED.findall(path.read_text(encoding="utf-8")):
+        if language == "bash" and not mark:
             blocks.append(Block(content, only or None))
         elif language == "text":
             assert blocks, f"{path.name} shows what is printed before any command"

@@ -15,6 +15,7 @@ from tests.e2e.pages import Block, read_page, shell, with_values
 from tests.tiny import write_checkpoint
 
 COLLEAGUES = REPOSITORY / "docs" / "guide" / "colleagues.md"
+TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
 
 
 @pytest.mark.slow
@@ -22,17 +23,35 @@ COLLEAGUES = REPOSITORY / "docs" / "guide" / "colleagues.md"
 def test_a_server_for_colleagues(variant: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny")  # `loray base add tiny` takes this folder
     values = {"LORAY_HOME": str(tmp_path / "home"), "BASE": "tiny", "PORT": str(free_port())}
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("LORAY_", "RAY_"))}
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     variables, *blocks = read_page(COLLEAGUES, variant)
     assert len(blocks) >= 10
+    _run([with_values(variables, values), *blocks], tmp_path, values["LORAY_HOME"])
+
+
+@pytest.mark.slow
+def test_the_tutorial(tmp_path: Path) -> None:
+    """On a tiny base of the same name, at a free port."""
+    write_checkpoint(tmp_path / "tiny")
+    home, port = str(tmp_path / "home"), str(free_port())
+    variables, *blocks = read_page(TUTORIAL, "")
+    assert len(blocks) >= 10
+    others = {"loray base add smollm2": "loray base add tiny --name smollm2", "8000": port}
+    changed = [block.changed(others) for block in blocks]
+    assert sum(block != other for block, other in zip(blocks, changed, strict=True)) >= 4
+    _run([with_values(variables, {"LORAY_HOME": home}), *changed], tmp_path, home)
+
+
+def _run(blocks: list[Block], folder: Path, home: str) -> None:
+    """One after the other, in one shell; at the end nothing of `home` is left running."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LORAY_", "RAY_"))}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     try:
-        with shell(tmp_path, env) as opened:
-            for block in (with_values(variables, values), *blocks):
+        with shell(folder, env) as opened:
+            for block in blocks:
                 block.check(*opened.run(block))
     finally:
         down = [sys.executable, "-m", "loray.cli.main", "down"]
-        subprocess.run(down, env=env | {"LORAY_HOME": values["LORAY_HOME"]}, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(down, env=env | {"LORAY_HOME": home}, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_what_a_block_prints(tmp_path: Path) -> None:
