@@ -16,7 +16,7 @@ from rich.markup import escape
 from loray.bases.registry import get_base
 from loray.cli.output import emit, json_option
 from loray.errors import ClusterError, ConflictError
-from loray.local.cluster import current_cluster, ensure_started, stop_local_cluster
+from loray.local.cluster import current_cluster, dead_cluster, ensure_started, stop_local_cluster
 from loray.local.home import (
     describe_store,
     has_local_s3,
@@ -25,11 +25,12 @@ from loray.local.home import (
     stop_home_store,
 )
 from loray.local.processes import check_port
+from loray.local.serving import Address
 from loray.local.standalone import standalone_servers
 from loray.locations import http_url
 from loray.settings import Settings
 from loray.spec import ServeSpec
-from serve_apps.deployment import DRAIN_S, Address, ServeApi, serve_config
+from serve_apps.deployment import DRAIN_S, ServeApi, serve_config
 from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
 from serve_apps.terminal import ask, show_server, show_status, welcome
 
@@ -127,10 +128,11 @@ def down(keep_cluster: bool) -> None:
     settings = Settings.from_env()
     api = _running(settings)
     if api is None:
+        cleared = settings.address is None and not keep_cluster and _clear_dead(settings.home)
         stopped = settings.address is None and not keep_cluster and _stop_store(settings)
         if stopped:
             click.echo("stopped the local S3 server")
-        elif not standalone_servers(settings.home):
+        elif not cleared and not standalone_servers(settings.home):
             click.echo("nothing is running")
         return
     with Console(stderr=True).status("stopping") as spinner:
@@ -150,6 +152,15 @@ def down(keep_cluster: bool) -> None:
         click.echo("stopped the local Ray cluster")
     elif busy and not keep_cluster:
         click.echo("the local Ray cluster stays: a job is running on it (`loray down` again once it has ended)")
+
+
+def _clear_dead(home: Path) -> bool:
+    """Removes what is left of a cluster that died, its processes included. Whether there was one."""
+    dead = dead_cluster(home)
+    if dead is not None:
+        stop_local_cluster(home)
+        click.echo(f"removed what was left of a Ray cluster that had died (process {dead.pid})")
+    return dead is not None
 
 
 def _stop_store(settings: Settings) -> bool:

@@ -6,9 +6,10 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from loray.errors import ClusterError
+from loray.local.serving import Address
 from loray.locations import http_url
 from loray.settings import Settings
 from loray.spec import ServeSpec
@@ -54,16 +55,6 @@ def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
             },
         ],
     }
-
-
-class Address(NamedTuple):
-    host: str
-    port: int
-
-    @property
-    def url(self) -> str:
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)

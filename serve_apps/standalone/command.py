@@ -16,11 +16,12 @@ from loray.bases.registry import get_base
 from loray.errors import LorayError, SpecError
 from loray.local.home import move_to_local_s3, start_home_store
 from loray.local.processes import bind
+from loray.local.serving import Address
 from loray.local.standalone import announced
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import configure_logging
-from serve_apps.deployment import DRAIN_S, Address
+from serve_apps.deployment import DRAIN_S
 from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
 from serve_apps.terminal import welcome
 

@@ -15,11 +15,12 @@ import yaml
 
 from loray.api.status import AutoscalingStatus, CatalogStatus, EngineStatus, ReplicaStatus, ScalingDecision, Status
 from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsError, SpecError
+from loray.local.serving import Address
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps import command
 from serve_apps.command import _settle_port
-from serve_apps.deployment import Address, State, serve_config
+from serve_apps.deployment import State, serve_config
 from serve_apps.options import read_spec
 from serve_apps.terminal import replica_row, show_status
 from tests.cluster import RayCluster, Served, free_port

@@ -98,14 +98,7 @@ def open_database(url: str) -> sa.Engine:
     Raises SettingsError where the URL is wrong or its driver is missing, CatalogError where the database cannot be
     reached, UnsupportedError where a later loray has migrated it, and IntegrityError where the file is no database.
     """
-    try:
-        engine = _engine(url)
-    except ImportError as e:
-        raise SettingsError(f"catalog {shown_url(url)}: {e}; PostgreSQL needs `pip install 'psycopg[binary]'`") from e
-    except (ArgumentError, NoSuchModuleError) as e:
-        raise SettingsError(f"catalog {shown_url(url)}: {e}") from e
-    except ValueError as e:  # its message has the part of the URL that was parsed as a port
-        raise SettingsError(f"catalog {shown_url(url)}: not a URL; percent-encode user and password") from e
+    engine = _checked_engine(url)
     try:
         with _creation_lock(engine):
             _migrate(engine)
@@ -119,6 +112,34 @@ def open_database(url: str) -> sa.Engine:
         engine.dispose()
         raise
     return engine
+
+
+def revision_of(url: str) -> str | None:
+    """The revision of the tables of a database, which is not migrated; None where there are none yet.
+
+    Raises SettingsError, CatalogError and IntegrityError as `open_database`.
+    """
+    if url.startswith("sqlite:") and (file := sa.make_url(url).database) and not Path(file).exists():
+        return None
+    engine = _checked_engine(url)
+    try:
+        with reading(engine) as connection:
+            return _revision(connection)
+    except DatabaseError as e:
+        raise IntegrityError(f"catalog {shown_url(url)} is damaged: {str(e.orig).strip()}") from e
+    finally:
+        engine.dispose()
+
+
+def _checked_engine(url: str) -> sa.Engine:
+    try:
+        return _engine(url)
+    except ImportError as e:
+        raise SettingsError(f"catalog {shown_url(url)}: {e}; PostgreSQL needs `pip install 'psycopg[binary]'`") from e
+    except (ArgumentError, NoSuchModuleError) as e:
+        raise SettingsError(f"catalog {shown_url(url)}: {e}") from e
+    except ValueError as e:  # its message has the part of the URL that was parsed as a port
+        raise SettingsError(f"catalog {shown_url(url)}: not a URL; percent-encode user and password") from e
 
 
 @contextmanager

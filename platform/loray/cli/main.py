@@ -26,6 +26,7 @@ class _Command(NamedTuple):
 
 
 _COMMANDS: Mapping[str, _Command] = {
+    "doctor": _Command("loray.cli.doctor.command:doctor", "Find what is wrong with this machine, and what mends it."),
     "base": _Command("loray.cli.base:base", "Add, list and verify base models."),
     "adapters": _Command("loray.cli.adapters:adapters", "Import, list, tag, promote, roll back, convert and verify."),
     "store": _Command("loray.cli.storage.store:store", "Garbage, verification and statistics of the adapter store."),

@@ -144,6 +144,12 @@ def current_cluster(home: Path) -> LocalCluster | None:
     return alive(_read_state(home))
 
 
+def dead_cluster(home: Path) -> LocalCluster | None:
+    """The cluster that a file of this home records and that does not run any more; None if there is none."""
+    cluster = _read_state(home)
+    return None if alive(cluster) is not None else cluster
+
+
 def stop_local_cluster(home: Path) -> bool:
     """Stops this home's cluster and all its processes. False if none was running."""
     if not home.is_dir():

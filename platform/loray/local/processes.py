@@ -40,6 +40,11 @@ class Process:
         """Whether the process runs. False in another scope, from which it cannot be seen."""
         return self.scope == pid_scope() and start_time(self.pid) == self.started
 
+    @property
+    def is_of_this_boot(self) -> bool:
+        """Whether its pid means anything here: it was started in this boot and this container."""
+        return self.scope == pid_scope()
+
 
 @dataclass(frozen=True, slots=True)
 class Server(Process):

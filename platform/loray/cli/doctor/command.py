@@ -1,0 +1,84 @@
+"""`loray doctor`: runs all checks and tells what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+from rich.markup import escape
+
+from loray.cli.doctor import home, kernels, machine, serving, stores
+from loray.cli.doctor.facts import Facts
+from loray.cli.doctor.finding import Check, Finding, Situation, error
+from loray.cli.output import console, emit, json_option
+from loray.errors import LorayError
+from loray.settings import Settings
+from loray.spec import ServeSpec
+
+CHECKS: Sequence[Check] = (
+    Check("python", machine.python, serves=False),
+    Check("packages", machine.packages, serves=False),
+    Check("server", serving.server, serves=False),
+    Check("home", home.writable),
+    Check("disk", machine.disk),
+    Check("memory", machine.memory),
+    Check("shm", machine.shared_memory),
+    Check("files", machine.open_files),
+    Check("compiler", kernels.compiler),
+    Check("kernels", kernels.library),
+    Check("base", home.base),
+    Check("catalog", stores.catalog),
+    Check("store", stores.store),
+    Check("clock", stores.clock),
+    Check("cluster", home.cluster),
+    Check("port", serving.port),
+)
+_STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
+
+
+@click.command()
+@click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="The deployment, a ServeSpec in YAML.")
+@click.option("--base", "base_name", help="The base model that is to be served (default smollm2).")
+@click.option("--port", type=int, help="The port that is to be served at (default 8000).")
+@click.option("--deep", is_flag=True, help="Hash the whole base model.")
+@click.option("--here", is_flag=True, help="Also what serving on this machine needs, where LORAY_URL names a server.")
+@json_option
+def doctor(
+    spec_file: Path | None, base_name: str | None, port: int | None, deep: bool, here: bool, as_json: bool
+) -> None:
+    """Find what is wrong with this machine and the deployment, and say what mends it.
+
+    Changes nothing, apart from compiling kernels. Exits with 1 where there is an error; warnings alone are no error.
+    """
+    settings = Settings.from_env()
+    given = {"base": base_name, "port": port}
+    fields = {} if spec_file is None else ServeSpec.from_yaml(spec_file).model_dump(exclude_unset=True)
+    spec = ServeSpec.parse(fields | {k: v for k, v in given.items() if v is not None}, source="the command line")
+    situation = Situation(settings, spec, Facts.read(settings.home), deep)
+    chosen = [check for check in CHECKS if here or settings.url is None or not check.serves]
+    results: list[tuple[str, Finding]] = []
+    out = console()
+    for name, finding in examined(chosen, situation):
+        results.append((name, finding))
+        if not as_json:
+            style = _STYLES[finding.severity]
+            out.print(f"[{style}]{finding.severity:<8}[/] {name:<9} {escape(finding.message)}", soft_wrap=True)
+            if finding.mend is not None:
+                out.print(f"{'':<18} → [bold]{escape(finding.mend)}[/]", soft_wrap=True)
+    errors = sum(finding.severity == "error" for _, finding in results)
+    if as_json:
+        emit({"ok": not errors, "checks": [{"name": name, **finding._asdict()} for name, finding in results]})
+    elif errors:
+        click.echo(f"{errors} of {len(results)} checks found an error")
+    if errors:
+        raise click.exceptions.Exit(1)
+
+
+def examined(checks: Sequence[Check], situation: Situation) -> Iterator[tuple[str, Finding]]:
+    """Each check's finding as it comes. A check that fails itself is an error too, and the others go on."""
+    for check in checks:
+        try:
+            yield check.name, check.run(situation)
+        except (LorayError, OSError) as e:
+            yield check.name, error(str(e), "LORAY_LOG_LEVEL=DEBUG loray doctor")

@@ -1,0 +1,123 @@
+"""Checks of the machine: Python, packages, memory, disk, open files. All but the base's size is in the facts."""
+
+from __future__ import annotations
+
+import shlex
+from importlib.metadata import PackageNotFoundError, metadata
+
+from loray.bases.checkpoint import tensor_infos
+from loray.bases.registry import get_base
+from loray.cli.doctor.facts import needed
+from loray.cli.doctor.finding import Finding, Situation, error, ok, warning
+from loray.errors import LorayError
+from loray.local.cluster import OBJECT_STORE_BYTES, current_cluster
+from loray.local.standalone import standalone_servers
+from loray.spec import format_size
+
+OLDEST_PYTHON = ">=3.11"  # where loray is not installed; else its metadata says it
+_LEAST_DISK = 1 << 30
+_LOW_DISK = 0.05  # share of the disk
+_OTHER_FILES = 256  # libraries, adapters, logs, connections between processes
+
+
+def python(s: Situation) -> Finding:
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        wanted = metadata("loray")["Requires-Python"]
+    except PackageNotFoundError:
+        wanted = OLDEST_PYTHON
+    if SpecifierSet(wanted).contains(s.facts.python, prereleases=True):
+        return ok(f"Python {s.facts.python}")
+    return error(
+        f"Python {s.facts.python} does not run loray, which needs {wanted}",
+        "python3.12 -m venv .venv && .venv/bin/pip install loray",
+    )
+
+
+def packages(s: Situation) -> Finding:
+    from packaging.specifiers import SpecifierSet
+
+    if s.facts.requirements is None:
+        return error("loray is not installed, so train, serve and up are missing", "pip install -e .")
+    wrong, install = [], []
+    for name, specifier in needed(s.facts.requirements):
+        found = s.facts.installed.get(name)
+        if found is None:
+            wrong.append(f"{name} is missing")
+        elif not SpecifierSet(specifier).contains(found, prereleases=True):
+            wrong.append(f"{name} {found} is not {specifier}")
+        else:
+            continue
+        install.append(name + specifier)
+    if wrong:
+        return error("; ".join(wrong), f"pip install {shlex.join(install)}")
+    return ok(f"{len(s.facts.installed)} packages have versions that fit")
+
+
+def memory(s: Situation) -> Finding:
+    spec, home = s.spec, s.settings.home
+    if not spec.device.startswith("cpu"):
+        return ok(f"weights and pool are on {spec.device}")
+    if standalone_servers(home) or current_cluster(home):
+        return ok("what is served has its memory")
+    weights = _weights(s)
+    least = spec.min_replicas * (weights + spec.pool_bytes)
+    most = spec.min_replicas * (weights + spec.pool_bytes + spec.host_bytes)
+    told = f"{format_size(s.facts.available)} of memory are available"
+    what = f"{spec.min_replicas} × (weights {format_size(weights)} + pool {format_size(spec.pool_bytes)}"
+    mend = f"loray up --base {spec.base} --pool-bytes {_fitting(s, weights)}"
+    if s.facts.available < least:
+        return error(f"{told}, and {format_size(least)} are needed: {what})", mend)
+    if s.facts.available < most:
+        return warning(
+            f"{told}; with --host-bytes {format_size(spec.host_bytes)} full, {format_size(most)} are needed",
+            f"loray up --base {spec.base} --host-bytes {max(0, s.facts.available - least) >> 21}MiB",
+        )
+    return ok(f"{told}, {format_size(most)} needed at most")
+
+
+def shared_memory(s: Situation) -> Finding:
+    if s.facts.shm is not None and (s.facts.shm >= OBJECT_STORE_BYTES or current_cluster(s.settings.home)):
+        return ok(f"/dev/shm has {format_size(s.facts.shm)} free")
+    free = "is missing" if s.facts.shm is None else f"has {format_size(s.facts.shm)} free"
+    return warning(
+        f"/dev/shm {free}, and Ray's object store takes {format_size(OBJECT_STORE_BYTES)}: it will be on disk, slower",
+        "mount -o remount,size=1G /dev/shm  (in a container: docker run --shm-size=1g)",
+    )
+
+
+def disk(s: Situation) -> Finding:
+    free, total = s.facts.disk_free, s.facts.disk_total
+    told = f"the disk of {s.settings.home} has {format_size(free)} of {format_size(total)} free"
+    mend = "loray store gc --yes  (or point LORAY_HOME at a larger disk)"
+    if free < _LEAST_DISK:
+        return error(told, mend)
+    return warning(told, mend) if free < _LOW_DISK * total else ok(told)
+
+
+def open_files(s: Situation) -> Finding:
+    """A request has a connection to its client, and a queued one too."""
+    least = s.spec.max_queued + s.spec.max_num_seqs * s.spec.max_replicas + _OTHER_FILES
+    limit = s.facts.max_open_files
+    if limit >= least:
+        return ok(f"{limit:,} open files are allowed")
+    if s.facts.hard_open_files >= least:
+        mend = f"ulimit -n {least}"
+    else:
+        mend = f"echo '* - nofile {least}' | sudo tee -a /etc/security/limits.conf  (and log in again)"
+    return error(f"{limit:,} open files are allowed, and {least:,} may be needed: a connection for each request", mend)
+
+
+def _weights(s: Situation) -> int:
+    """Bytes of the base; 0 where it is missing, which another check says."""
+    try:
+        base = get_base(s.settings.home, s.spec.base)
+        return sum(info.stop - info.start for info in tensor_infos(base.path))
+    except (LorayError, OSError, ValueError):
+        return 0
+
+
+def _fitting(s: Situation, weights: int) -> str:
+    left = s.facts.available // s.spec.min_replicas - weights
+    return f"{max(16, left // 2 >> 20)}MiB"

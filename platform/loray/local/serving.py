@@ -1,0 +1,68 @@
+"""Where `loray serve` and `loray up` answer, found without importing Ray."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from loray.errors import ClusterError
+from loray.local.cluster import LocalCluster, current_cluster
+from loray.local.standalone import standalone_servers
+from loray.locations import http_url
+from loray.settings import Settings
+
+_TIMEOUT_S = 10.0
+
+
+class Address(NamedTuple):
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def serving_urls(settings: Settings) -> list[str]:
+    """What is served from this home, or by the cluster at LORAY_ADDRESS: `loray up` first, then every `loray serve`."""
+    urls = []
+    if settings.address is not None:
+        address = _http(serve_details(http_url(settings.address)))
+        if address is not None:
+            urls.append(address._replace(host=urlsplit(http_url(settings.address)).hostname or address.host).url)
+        return urls
+    cluster = current_cluster(settings.home)
+    if cluster is not None and (address := _http(serve_details(cluster))) is not None:
+        urls.append(address.url)
+    return urls + [server.url for server in standalone_servers(settings.home)]
+
+
+def serve_details(cluster: LocalCluster | str) -> dict[str, Any]:
+    """Ray Serve's ServeInstanceDetails of a cluster of this machine, or of the dashboard at a URL.
+
+    ClusterError if the dashboard does not answer.
+    """
+    address, headers = (cluster, {}) if isinstance(cluster, str) else (cluster.address, _token(cluster))
+    request = urllib.request.Request(f"{address}/api/serve/applications/", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+            return dict(json.load(response))
+    except (urllib.error.URLError, OSError, ValueError) as e:
+        raise ClusterError(
+            f"Ray Serve's state cannot be read at {address}: {e}; `loray down` ends a cluster that hangs"
+        ) from e
+
+
+def _token(cluster: LocalCluster) -> dict[str, str]:
+    return {"Authorization": f"Bearer {Path(cluster.token_file).read_text(encoding='utf-8').strip()}"}
+
+
+def _http(details: dict[str, Any]) -> Address | None:
+    options = details.get("http_options") or {}
+    is_served = bool(details.get("applications")) and options.get("port")
+    return Address(options["host"], options["port"]) if is_served else None

@@ -1,0 +1,91 @@
+"""Checks of the machine, each with what is wrong planted in the facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loray.cli.doctor import machine
+from loray.cli.doctor.facts import Facts, _left_in_container, existing
+from loray.cli.doctor.finding import Finding, Situation
+from loray.local.standalone import announced
+from tests.cli.doctor.conftest import GIB, Situations
+
+ALL = (machine.python, machine.packages, machine.memory, machine.shared_memory, machine.disk, machine.open_files)
+
+
+@pytest.mark.parametrize("check", ALL)
+def test_all_is_well(check: Callable[[Situation], Finding], situation: Situations) -> None:
+    finding = check(situation())
+    assert (finding.severity, finding.mend) == ("ok", None), finding
+
+
+@pytest.mark.parametrize(
+    ("check", "planted", "severity", "message", "mend"),
+    [
+        (machine.python, {"python": "3.10.4"}, "error", "Python 3.10.4", "-m venv"),
+        (machine.packages, {"installed": {"torch": "2.9"}}, "error", "numpy is missing", "pip install 'numpy>=1.26'"),
+        (
+            machine.packages,
+            {"installed": {"numpy": "2.0", "torch": "2.5.0"}},
+            "error",
+            "torch 2.5.0 is not <3,>=2.6",
+            "pip install 'torch<3,>=2.6'",
+        ),
+        (machine.packages, {"requirements": None}, "error", "not installed", "pip install -e ."),
+        (machine.memory, {"available": GIB // 4}, "error", "536.9 MB are needed", "--pool-bytes 128MiB"),
+        (machine.memory, {"available": GIB}, "warning", "--host-bytes", "--host-bytes 256MiB"),
+        (machine.shared_memory, {"shm": 64 << 20}, "warning", "67.1 MB free", "--shm-size"),
+        (machine.shared_memory, {"shm": None}, "warning", "is missing", "/dev/shm"),
+        (machine.disk, {"disk_free": GIB // 2}, "error", "536.9 MB of", "loray store gc --yes"),
+        (machine.disk, {"disk_free": 5 * GIB}, "warning", "free", "loray store gc --yes"),
+        (machine.open_files, {"max_open_files": 256}, "error", "256 open files", "ulimit -n 800"),
+        (
+            machine.open_files,
+            {"max_open_files": 256, "hard_open_files": 256},
+            "error",
+            "256 open files",
+            "limits.conf",
+        ),
+    ],
+)
+def test_what_is_wrong_is_found(
+    check: Callable[[Situation], Finding],
+    planted: dict[str, Any],
+    severity: str,
+    message: str,
+    mend: str,
+    situation: Situations,
+) -> None:
+    finding = check(situation(**planted))
+    assert finding.severity == severity
+    assert message in finding.message
+    assert mend in (finding.mend or "")
+
+
+def test_what_is_served_has_its_memory(situation: Situations) -> None:
+    s = situation(available=0)
+    with announced(s.settings.home, "http://127.0.0.1:1"):
+        assert machine.memory(s).severity == "ok"
+    assert machine.memory(situation(available=0, spec={"device": "cuda"})).severity == "ok"
+
+
+def test_facts_of_this_machine(tmp_path: Path) -> None:
+    facts = Facts.read(tmp_path / "not" / "there")
+    assert facts.available > 0
+    assert facts.disk_total >= facts.disk_free > 0
+    assert facts.installed["click"] is not None
+    assert "mlflow-skinny" not in facts.installed  # of an extra
+    assert existing(tmp_path / "not" / "there") == tmp_path
+
+
+def test_a_containers_limit(tmp_path: Path) -> None:
+    assert _left_in_container(tmp_path) is None
+    (tmp_path / "memory.current").write_text("30\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _left_in_container(tmp_path) is None
+    (tmp_path / "memory.max").write_text("100\n")
+    assert _left_in_container(tmp_path) == 70
