@@ -38,6 +38,12 @@ def links(text: str) -> list[str]:
     return [target for target in _LINK.findall(prose) if not re.match(r"[a-z]+:", target)]
 
 
+def headings(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub and Python-Markdown make them."""
+    titles = [line.lstrip("#") for line, outside in prose_lines(text) if outside and line.startswith("#")]
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", title.strip().lower())) for title in titles}
+
+
 def repository_path(page: str, target: str) -> str:
     """The path in the repository that the link `target` of the file `page` names; its anchor is left out."""
     path = target.partition("#")[0]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from infra.docs.markdown import FOLDER_PAGES, ROOT_PAGES, for_site, links, repository_path, site_path
+from infra.docs.markdown import FOLDER_PAGES, ROOT_PAGES, for_site, headings, links, repository_path, site_path
 from infra.docs.reference import reference
 
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".sh": "bash", ".json": "json", ".toml": "toml"}
@@ -18,23 +17,26 @@ def written(repository: Path) -> list[str]:
 
 
 def problems(repository: Path) -> list[str]:
-    """Links that lead nowhere."""
-    return [
-        f"{page} links to {target}, which does not exist"
-        for page in written(repository)
-        for target in links((repository / page).read_text(encoding="utf-8"))
-        if not (repository / repository_path(page, target)).exists()
-    ]
+    """Links that lead nowhere: to no file, or to no heading of a page."""
+    found = []
+    for page in written(repository):
+        for target in links(_text(repository, page)):
+            path, anchor = repository_path(page, target), target.partition("#")[2]
+            if not (repository / path).exists():
+                found.append(f"{page} links to {target}, which does not exist")
+            elif anchor and path.endswith(".md") and anchor not in headings(_text(repository, path)):
+                found.append(f"{page} links to {target}, and {path} has no such heading")
+    return found
 
 
 def all_pages(repository: Path) -> dict[str, str]:
     """Path in the site → Markdown, of every page that is no file of docs/."""
-    made = {site_path(page): _read(repository, page) for page in ROOT_PAGES}
+    made = {site_path(page): for_site(_text(repository, page), page) for page in ROOT_PAGES}
     made["decisions/index.md"] = _decisions(repository)
     made["examples.md"] = _examples(repository)
     made |= {f"reference/{name}.md": text for name, text in reference().items()}
     for page in written(repository):
-        for target in links((repository / page).read_text(encoding="utf-8")):
+        for target in links(_text(repository, page)):
             path = repository_path(page, target)
             if (
                 path.startswith("docs/")
@@ -47,8 +49,8 @@ def all_pages(repository: Path) -> dict[str, str]:
     return made
 
 
-def _read(repository: Path, page: str) -> str:
-    return for_site((repository / page).read_text(encoding="utf-8"), page)
+def _text(repository: Path, page: str) -> str:
+    return (repository / page).read_text(encoding="utf-8")
 
 
 def _source(repository: Path, path: str) -> str:
@@ -74,6 +76,6 @@ def _examples(repository: Path) -> str:
 def _decisions(repository: Path) -> str:
     lines = ["# Decisions", "", "One page for each decision that a reader would ask about.", ""]
     for path in sorted((repository / "docs" / "decisions").glob("[0-9]*.md")):
-        title = re.sub(r"^# ", "", path.read_text(encoding="utf-8").splitlines()[0])
+        title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         lines.append(f"- [{title}]({path.name})")
     return "\n".join(lines) + "\n"

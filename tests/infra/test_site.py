@@ -10,7 +10,7 @@ import click
 import pytest
 import yaml
 
-from infra.docs.markdown import for_site, links, site_path, table
+from infra.docs.markdown import for_site, headings, links, site_path, table
 from infra.docs.pages import all_pages, problems, written
 from loray import errors
 from loray.cli.main import cli
@@ -48,8 +48,7 @@ def test_the_reference_has_everything(made: dict[str, str]) -> None:
 def test_references_inside_of_a_page_exist(made: dict[str, str]) -> None:
     for name in ("openai-api", "catalog-api", "recipes", "serve-spec"):
         page = made[f"reference/{name}.md"]
-        headings = {line.lstrip("# ").lower() for line in page.splitlines() if line.startswith("#")}
-        assert {target[1:] for target in links(page) if target.startswith("#")} <= headings, name
+        assert {target[1:] for target in links(page) if target.startswith("#")} <= headings(page), name
 
 
 def test_links_lead_somewhere() -> None:
@@ -82,5 +81,6 @@ def test_a_page_as_the_site_has_it() -> None:
         "[three](../source/infra/demo/data.py.md)\n"
         "- [here](#there), [there](https://example.com)\n\n```bash\n- [no](link.md)\n```\n"
     )
+    assert headings("# What, and *how*?\n```\n# no\n```\n## `loray up`: two\n") == {"what-and-how", "loray-up-two"}
     assert links(page) == ["../../README.md#measured", "../decisions/", "../../infra/demo/data.py", "#there"]
     assert table(("a", "b"), [("x|y", "two\nlines")]) == "| a | b |\n| --- | --- |\n| x\\|y | two lines |\n"
