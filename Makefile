@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast check format docs bench bench-serve bench-front bench-catalog bench-train bench-quality clean
+.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-catalog bench-train bench-quality clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -24,11 +24,15 @@ test-rest: .venv/.ready
 	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(addprefix --ignore=,$(NUMERIC) $(DOORS))
 
 test-doors: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow" $(DOORS)
+	OMP_NUM_THREADS=1 nice -n 5 $(BIN)/python -m pytest -m "not cluster and not slow and not browser" $(DOORS)
 
 # Killed workers and drivers, replicas that come and go, strategies on ranks, whole commands: minutes.
 test-slow: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# The console in Chromium, where the system has one.
+test-browser: .venv/.ready
+	$(BIN)/python -m pytest -m browser -rs tests/serve_apps/console
 
 # The pure parts. Importing torch, transformers, PEFT or Ray is an error there.
 FAST := $(addprefix tests/,advice/test_scorecard.py api engine/memory engine/residency engine/scheduling engine/stats \

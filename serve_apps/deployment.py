@@ -50,7 +50,7 @@ def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
                 "name": CATALOG_APPLICATION,
                 "route_prefix": CATALOG_PREFIX,
                 "import_path": CATALOG_IMPORT_PATH,
-                "args": {"host": spec.host},
+                "args": {"host": spec.host, "port": spec.port},
                 "runtime_env": runtime_env,
             },
         ],

@@ -30,11 +30,7 @@ def refuse_strangers(method: str, headers: Mapping[str, str], names: frozenset[s
         )
     if method in _READS:
         return
-    origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
-        raise PermissionDenied(f"a page of another site ({shown(origin)}) may not do this")
-    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        raise PermissionDenied("a page of another site may not do this")
+    refuse_other_sites(headers)
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     is_form = (media_type in _FORMS or not media_type) and not _NO_FORM_SENDS & headers.keys()
     if method == "POST" and is_form:
@@ -42,6 +38,15 @@ def refuse_strangers(method: str, headers: Mapping[str, str], names: frozenset[s
             f"a form of any web page may send {media_type or 'a request without a type'}: send the header "
             f"Content-Type: application/json, {_MAKE_A_KEY}"
         )
+
+
+def refuse_other_sites(headers: Mapping[str, str]) -> None:
+    """Raises PermissionDenied where a browser says that a page of another site sends this."""
+    origin = headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        raise PermissionDenied(f"a page of another site ({shown(origin)}) may not do this")
+    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        raise PermissionDenied("a page of another site may not do this")
 
 
 def _is_ours(host: str, names: frozenset[str]) -> bool:

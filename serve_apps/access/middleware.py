@@ -33,13 +33,19 @@ class CheckAccess:
             try:
                 principal = await self._admit(scope)
             except LorayError as e:
-                await self._refused(e)(scope, receive, send)
+                await self._refusal(scope, e)(scope, receive, send)
                 return
             scope.setdefault("state", {})[_PRINCIPAL] = principal
         await self._app(scope, receive, send)
 
     async def _admit(self, scope: Scope) -> Principal | None:
         action = self._rules.action(scope["method"], scope["path"].removeprefix(scope.get("root_path", "")))
+        return await self._access.admit(scope["method"], action, self._headers(scope))
+
+    def _refusal(self, scope: Scope, error: Exception) -> Response:
+        return self._refused(error)
+
+    def _headers(self, scope: Scope) -> dict[str, str]:
         headers: dict[str, str] = {}
         for raw, value in scope["headers"]:
             name = _NAMES.get(raw.lower())
@@ -48,7 +54,7 @@ class CheckAccess:
             if name in headers and name in _ONCE:
                 raise Unauthenticated(f"the header {name} comes twice")
             headers[name] = value.decode("latin-1")
-        return await self._access.admit(scope["method"], action, headers)
+        return headers
 
 
 def principal_of(request: Request) -> Principal:

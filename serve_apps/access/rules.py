@@ -20,9 +20,20 @@ GATEWAY_ROWS: tuple[Row, ...] = (
     ("GET", r"/v1/models(/.+)?", "read"),
     ("POST", r"/v1/(un)?load_lora_adapter", "publish"),
     ("GET", r"/metrics|/status", "observe"),
+    ("GET", r"/console", "open"),  # leads to the catalog's
+)
+# The console, whose session stands for a key. Pages show what their key may see.
+_PAGES: tuple[Row, ...] = (
+    ("GET POST", r"/console/login", "open"),
+    ("GET", r"/console/static/[^/]+", "open"),
+    ("POST", r"/console/logout", "identify"),
+    ("GET", r"/console(/|/live)?", "identify"),
+    ("POST", r"/console/adapters/[^/]+/aliases(/.*)?", "promote"),
+    ("GET", r"/console/adapters(/.*)?", "read"),
 )
 API_ROWS: tuple[Row, ...] = (
     *_DOCUMENTS,
+    *_PAGES,
     ("GET", r"/keys/self", "identify"),
     ("POST", r"/keys/[^/]+/rotate", "identify"),  # its route lets a key rotate itself
     ("*", r"/keys(/.*)?|/tenants(/.*)?", "manage"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
@@ -14,7 +15,8 @@ from serve_apps.access import open_access
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
-from serve_apps.deployment import APPLICATION, ENGINE
+from serve_apps.console import Gateway
+from serve_apps.deployment import APPLICATION, ENGINE, Address
 
 API = "api"
 # The one server that writes to the store: on a node with no engine, so that its identity can be another one.
@@ -23,9 +25,10 @@ _MAX_ONGOING = 256  # including clients that follow a job's log
 
 
 class ApiSpec(Frozen):
-    """`host`: where Serve listens. On loopback no key is needed until one is made; elsewhere one always is."""
+    """`host`, `port`: where Serve listens. On loopback no key is needed until one is made; elsewhere one always is."""
 
     host: str = "0.0.0.0"
+    port: int = Field(default=8000, gt=0, lt=65536)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -57,5 +60,6 @@ def _app(spec: ApiSpec) -> FastAPI:
 
     settings = Settings.from_env()
     configure_logging(settings.log_level)
-    services = Services(settings, RayJobServer(), ServePlacements(ENGINE, APPLICATION))
+    gateway = Gateway(Address(spec.host, spec.port).url)
+    services = Services(settings, RayJobServer(), ServePlacements(ENGINE, APPLICATION), gateway)
     return log_access(create_app(services, open_access(settings, spec.host)), settings.access_log)

@@ -15,11 +15,13 @@ from loray.bases.registry import list_bases
 from loray.catalog import Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
 from loray.settings import Settings
-from loray.spec import Alias, Name, Principal, TenantName
+from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
 from serve_apps.api.conversions import Conversions
+from serve_apps.console import Gateway
+from serve_apps.deployment import Address
 
 _log = get_logger(__name__)
 
@@ -47,9 +49,13 @@ class Placements(Protocol):
 class Services:
     """Opens each service on first use, so that the server starts without its database, and answers 503."""
 
-    def __init__(self, settings: Settings, jobs: JobServer, placements: Placements) -> None:
+    def __init__(
+        self, settings: Settings, jobs: JobServer, placements: Placements, gateway: Gateway | None = None
+    ) -> None:
+        """`gateway`: the deployment's, which pages ask; the default listens at the usual port of this machine."""
         self.placements = placements
         self.conversions = Conversions(settings)
+        self.gateway = gateway or Gateway(Address("127.0.0.1", ServeSpec().port).url)
         self._job_server, self._settings = jobs, settings
         self._catalog_lock, self._store_lock = Lock(), Lock()
         self._catalog: Catalog | None = None

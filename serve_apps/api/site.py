@@ -1,4 +1,4 @@
-"""The ASGI application of the catalog's REST API. It does not import Ray."""
+"""The ASGI application of the catalog's REST API and of the console. It does not import Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loray import __version__
 from loray.api.resources import Problem
 from loray.api.uploads import DownloadResource
 from loray.spec import TrainSpec
-from serve_apps.access import Access, CheckAccess
+from serve_apps.access import Access
 from serve_apps.access.documents import describe_keys
 from serve_apps.access.rules import API
 from serve_apps.api import problems
@@ -27,6 +27,8 @@ from serve_apps.api.routes import tags as tag_routes
 from serve_apps.api.routes import uploads as upload_routes
 from serve_apps.api.routes import usage as usage_routes
 from serve_apps.api.services import Services
+from serve_apps.console import CheckConsole, Renderer, Sessions
+from serve_apps.console import create_router as create_console
 from serve_apps.http import extend_openapi
 
 
@@ -41,6 +43,7 @@ def create_app(services: Services, access: Access) -> FastAPI:
         await access.start()
         yield
         await access.stop()
+        await services.gateway.close()
         services.close()
 
     app = FastAPI(
@@ -52,7 +55,11 @@ def create_app(services: Services, access: Access) -> FastAPI:
     )
     app.state.services = services
     problems.install(app)
-    app.add_middleware(CheckAccess, access=access, rules=API, refused=problems.failed)
+    sessions, renderer = Sessions(), Renderer(problems.failed)
+    app.add_middleware(
+        CheckConsole, access=access, rules=API, refused=problems.failed, sessions=sessions, renderer=renderer
+    )
+    app.include_router(create_console(services, access, sessions, renderer))
     for routes in (
         access_routes,
         adapter_routes,

@@ -16,7 +16,8 @@ from serve_apps.access import open_access
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as create_api
-from serve_apps.deployment import CATALOG_PREFIX
+from serve_apps.console import Gateway
+from serve_apps.deployment import CATALOG_PREFIX, Address
 from serve_apps.gateway.app import open_gateway
 from serve_apps.standalone.jobs import LocalJobServer
 
@@ -51,5 +52,6 @@ class Site:
 def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines, tracing: Tracing | None = None) -> Site:
     """The application of this home's catalog and store."""
     access = open_access(settings, spec.host)
-    api = log_access(create_api(Services(settings, LocalJobServer(settings), engines), access), settings.access_log)
+    services = Services(settings, LocalJobServer(settings), engines, Gateway(Address(spec.host, spec.port).url))
+    api = log_access(create_api(services, access), settings.access_log)
     return Site(open_gateway(spec, settings, engines, access=access, tracing=tracing), api)

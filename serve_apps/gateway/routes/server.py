@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from loray import __version__
 from loray.api.status import Status
 from serve_apps.access import principal_of
+from serve_apps.deployment import CATALOG_PREFIX
 from serve_apps.gateway.gateway import Gateway
 
 
@@ -36,6 +37,10 @@ def create_router(gateway: Gateway) -> APIRouter:
     @router.post("/ping")
     async def health() -> Response:
         return await gateway.health()
+
+    @router.get("/console", include_in_schema=False)
+    async def console() -> Response:
+        return RedirectResponse(f"{CATALOG_PREFIX}/console")
 
     @router.get("/version")
     async def version() -> Response:

@@ -61,7 +61,7 @@ def test_servers_are_given_hashes_and_never_keys(tmp_path: Path) -> None:
         assert Settings.from_env(env).key_hashes == given.static_key_hashes
         assert Settings.from_env(env).metrics_key_hashes == ("1" * 64,)
         assert Settings.from_env(env).key_max_age_s == 60
-    assert config["applications"][1]["args"] == {"host": "0.0.0.0"}
+    assert config["applications"][1]["args"] == {"host": "0.0.0.0", "port": 8000}
 
 
 @pytest.mark.parametrize(

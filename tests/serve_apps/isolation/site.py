@@ -62,9 +62,16 @@ class Application:
         words |= {"model": thing.model}
         if path.startswith("/uploads"):
             words |= {"name": "adapter_config.json", "id": thing.upload}
+        if path.startswith("/console/static"):
+            words["name"] = "console.css"
         path = path.replace(":path", "").format(**words)
         headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-        options: dict[str, Any] = {"params": route.params(thing), "headers": headers, **route.fields(thing)}
+        options: dict[str, Any] = {
+            "params": route.params(thing),
+            "headers": headers,
+            "follow_redirects": False,
+            **route.fields(thing),
+        }
         return self.client.request(method, path.lstrip("/") if self.table is API else path, **options)
 
 

@@ -36,11 +36,14 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Route:
-    """`scopes`: one of them is enough. `body` and `query` have the fields of Thing in braces."""
+    """`scopes`: one of them is enough. `body` and `query` have the fields of Thing in braces. `status`: what an open
+    route answers.
+    """
 
     scopes: frozenset[str] | str
     body: dict[str, Any] | None = None
     query: dict[str, str] = field(default_factory=dict)
+    status: int = 200
 
     def fields(self, thing: Thing) -> dict[str, Any]:
         return {} if self.body is None else {"json": _filled(self.body, thing)}
@@ -69,6 +72,7 @@ GATEWAY: dict[str, Route] = _DOCUMENTS | {
     "GET /ping": Route(OPEN),
     "POST /ping": Route(OPEN),
     "GET /version": Route(OPEN),
+    "GET /console": Route(OPEN, status=307),  # leads to the catalog's
     "GET /status": Route(NOBODY),
     "GET /metrics": Route(NOBODY),
     "GET /v1/models": Route(ANY),
@@ -96,6 +100,19 @@ _RECIPE = {
 }
 
 API: dict[str, Route] = _DOCUMENTS | {
+    "GET /console": Route(ANY),
+    "GET /console/live": Route(ANY),
+    "GET /console/login": Route(OPEN),
+    "POST /console/login": Route(OPEN, {"key": "{key}"}, status=401),
+    "POST /console/logout": Route(ANY),
+    "GET /console/static/{name}": Route(OPEN),
+    "GET /console/adapters": Route(ANY, query=_OF),
+    f"GET /console{_NAME}": Route(ANY, query=_OF),
+    f"GET /console{_VERSION}": Route(ANY, query=_OF),
+    f"GET /console{_VERSION}/download": Route(ANY, query=_OF),
+    f"GET /console{_NAME}/diff": Route(ANY, query=_OF | {"old": "1", "new": "1"}),
+    f"POST /console{_ALIAS}": Route(PROMOTE, query=_OF | {"version": "1"}),
+    f"POST /console{_ALIAS}/rollback": Route(PROMOTE, query=_OF),
     "GET /adapters": Route(ANY, query=_OF),
     f"GET {_NAME}": Route(ANY, query=_OF),
     f"PATCH {_NAME}": Route(PUBLISH, {"visibility": "public"}, _OF),

@@ -1,0 +1,38 @@
+"""The fields of a form that a page sends."""
+
+from __future__ import annotations
+
+import json
+from urllib.parse import parse_qs
+
+from fastapi import Request
+
+from loray.errors import SpecError
+
+_MOST_FIELDS = 200
+
+
+class Form:
+    def __init__(self, fields: dict[str, list[str]]) -> None:
+        self._fields = fields
+
+    def get(self, name: str) -> str:
+        """The field's text without spaces around it; empty where it is not there."""
+        return self._fields.get(name, [""])[-1].strip()
+
+    def all(self, name: str) -> tuple[str, ...]:
+        return tuple(value.strip() for value in self._fields.get(name, []) if value.strip())
+
+
+async def read_form(request: Request) -> Form:
+    """Raises SpecError for what is neither a form nor an object of JSON."""
+    body = await request.body()
+    try:
+        if request.headers.get("content-type", "").startswith("application/json"):
+            given = json.loads(body or b"{}")
+            if not isinstance(given, dict):
+                raise SpecError("the body is no object")
+            return Form({k: [str(x) for x in v] if isinstance(v, list) else [str(v)] for k, v in given.items()})
+        return Form(parse_qs(body.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS))
+    except ValueError as e:
+        raise SpecError(f"the form cannot be read: {e}") from e

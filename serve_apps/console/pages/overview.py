@@ -1,0 +1,77 @@
+"""The first page: what is served, how fast, why so many replicas, and what was published last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+
+from loray.api.status import Status
+from loray.catalog.identity.audit import AuditEntry
+from loray.errors import ClusterError, PermissionDenied
+from loray.spec import Principal
+from serve_apps.access import Asking
+from serve_apps.console.backend import Backend
+from serve_apps.console.rendering import PREFIX, Renderer, may
+
+_NUM_NEWEST = 8
+
+
+def create_router(backend: Backend, renderer: Renderer) -> APIRouter:
+    router = APIRouter(prefix=PREFIX, route_class=renderer.route_class())
+
+    @router.get("")
+    async def show_overview(request: Request, asking: Asking) -> Response:
+        return renderer.page(request, "overview.html", **await _state(request, asking))
+
+    @router.get("/live")
+    async def show_live(request: Request, asking: Asking) -> Response:
+        """The part of the page that is asked for again and again."""
+        return renderer.page(request, "parts/live.html", **await _state(request, asking))
+
+    async def _state(request: Request, asking: Principal) -> dict[str, Any]:
+        served = await _served(backend, request.state.authorization)
+        recent = await run_in_threadpool(_recent, backend, asking)
+        return served | recent
+
+    return router
+
+
+async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]:
+    """`problem` says why there is no status; whether the caller may see it, the gateway decides."""
+    seen: dict[str, Any] = {"status": None, "problem": "", "is_hidden": False, "first_token": None, "pace": None}
+    try:
+        status = await backend.gateway.status(authorization)
+        seen |= {"status": status, "tiers": _tiers(status), "target": _target(status)}
+        seen["first_token"] = await backend.gateway.first_token(authorization)
+        seen["pace"] = backend.gateway.tokens_per_s()
+    except PermissionDenied as e:
+        seen |= {"problem": str(e), "is_hidden": True}
+    except ClusterError as e:
+        seen["problem"] = str(e)
+    return seen
+
+
+def _tiers(status: Status) -> dict[str, int]:
+    """Adapters by where they are: in how many places of pools and of host memory, and all in the store."""
+    return {
+        "pool": sum(len(replica.adapters_in_pool) for replica in status.replicas),
+        "host": sum(len(replica.adapters_on_host) for replica in status.replicas),
+        "store": status.catalog.num_adapters,
+    }
+
+
+def _target(status: Status) -> int:
+    return status.spec.num_replicas if status.autoscaling is None else status.autoscaling.target
+
+
+def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:
+    catalog = backend.catalog_of(asking)
+    newest: tuple[AuditEntry, ...] = ()
+    if may(asking, "audit"):
+        of = None if asking.is_admin else asking.tenant
+        newest = catalog.audit(limit=_NUM_NEWEST, action="register", tenant=of).entries
+    jobs = catalog.jobs(limit=_NUM_NEWEST, status="running").jobs if may(asking, "train") else ()
+    return {"newest": newest, "jobs": jobs}

@@ -1,0 +1,157 @@
+"""From a template to a page: what every page shows, its headers, and how errors look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, Response
+from fastapi.routing import APIRoute
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from loray import __version__
+from loray.errors import LorayError, PermissionDenied, SpecError, Unauthenticated
+from loray.serving.access import Action, check
+from loray.spec import Principal
+
+PREFIX = "/console"
+CSRF_HEADER = "x-csrf-token"
+_HERE = Path(__file__).parent
+# Pictures in tabler's style sheet are data: URLs. Nothing inline runs, and nothing is asked of another host.
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class Section(NamedTuple):
+    """An entry of the navigation. Who may not do `action` does not see it."""
+
+    path: str
+    label: str
+    action: Action
+
+
+SECTIONS = (
+    Section("", "Overview", "identify"),
+    Section("/adapters", "Adapters", "read"),
+)
+
+
+class Renderer:
+    """`failed`: the REST API's response to an error, whose status and words pages take over."""
+
+    def __init__(self, failed: Callable[[Exception], Response]) -> None:
+        self._failed = failed
+        self._templates = Environment(
+            loader=FileSystemLoader(_HERE / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters |= {"size": size, "ago": ago, "number": number, "day": day}
+        self._templates.globals |= {"version": __version__}
+
+    def page(self, request: Request, template: str, status: int = 200, /, **context: Any) -> HTMLResponse:
+        state = request.scope.get("state", {})
+        principal: Principal | None = state.get("principal")
+        session = state.get("session")
+        root = request.scope.get("root_path", "") + PREFIX
+        path = request.url.path.removeprefix(root).rstrip("/")
+        shared = {
+            "root": root,
+            "path": path,
+            "principal": principal,
+            "has_session": session is not None and session.key is not None,
+            "csrf": "" if session is None else session.csrf,
+            "sections": [s for s in SECTIONS if principal is not None and may(principal, s.action)],
+            "may": lambda action, owner=None: principal is not None and may(principal, action, owner),
+        }
+        html = self._templates.get_template(template).render(shared | context)
+        return HTMLResponse(html, status, headers=_HEADERS)
+
+    def refusal(self, request: Request, error: Exception) -> Response:
+        """The page of an error, or for a part of a page its message alone. Without a key, the login."""
+        answer = self._failed(error)
+        status = answer.status_code
+        is_told = isinstance(error, LorayError) and status != 500
+        message = str(error) if is_told else "internal error; the server's log has the details"
+        if request.headers.get("hx-request"):
+            return self.page(request, "parts/message.html", status, message=message)
+        if isinstance(error, Unauthenticated):
+            given = request.scope.get("state", {}).get("authorization") is not None
+            return self.page(request, "login.html", 401, message=message if given else "")
+        return self.page(request, "error.html", status, message=message)
+
+    def route_class(self) -> type[APIRoute]:
+        """Routes whose errors are pages."""
+        refusal = self.refusal
+
+        class PageRoute(APIRoute):
+            def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+                handle = super().get_route_handler()
+
+                async def handled(request: Request) -> Response:
+                    try:
+                        return await handle(request)
+                    except LorayError as e:
+                        return refusal(request, e)
+                    except RequestValidationError as e:
+                        return refusal(request, SpecError(_first(e)))
+
+                return handled
+
+        return PageRoute
+
+
+def _first(error: RequestValidationError) -> str:
+    wrong = error.errors()[0]
+    return f"{'.'.join(str(part) for part in wrong['loc'][1:])}: {wrong['msg']}"
+
+
+def may(principal: Principal, action: Action, owner: str | None = None) -> bool:
+    """Whether a page shows what leads to this action, which its own route checks again."""
+    try:
+        check(principal, action, owner)
+    except PermissionDenied:
+        return False
+    return True
+
+
+def size(num_bytes: float) -> str:
+    """12.3 MiB"""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def number(value: float) -> str:
+    """12,345"""
+    return f"{value:,.0f}"
+
+
+def day(moment: datetime | float | None) -> str:
+    """2026-01-31 12:00 UTC"""
+    if isinstance(moment, int | float):
+        moment = datetime.fromtimestamp(moment, UTC)
+    return "–" if moment is None else f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+def ago(seconds: float) -> str:
+    """How long, in its largest unit: 3 h"""
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

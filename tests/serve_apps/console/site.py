@@ -1,0 +1,129 @@
+"""The console in this process: a catalog with adapters of two tenants, and a scripted gateway beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+from loray.api.status import AutoscalingStatus, CatalogStatus, ReplicaStatus, Status, total
+from loray.spec import DEFAULT_TENANT, Principal, ServeSpec
+from serve_apps.console import Gateway
+from tests.catalog.test_catalog import BASE, digest, manifest
+from tests.serve_apps.api.fakes import Api
+
+ROOT = "/api/v1/console"
+URL = f"http://test{ROOT}"
+HTMX = {"HX-Request": "true", "X-Requested-With": "htmx", "Content-Type": "application/x-www-form-urlencoded"}
+METRICS = """
+# TYPE loray_time_to_first_token_seconds histogram
+loray_time_to_first_token_seconds_bucket{method="base",le="0.1"} 50
+loray_time_to_first_token_seconds_bucket{method="base",le="0.2"} 99
+loray_time_to_first_token_seconds_bucket{method="base",le="+Inf"} 100
+loray_time_to_first_token_seconds_count{method="base"} 100
+loray_time_to_first_token_seconds_sum{method="base"} 9
+"""
+
+
+class ScriptedGateway:
+    """`num_tokens` were generated so far. `keys`: those that may see the state; None: everybody. `down`: 500."""
+
+    def __init__(self) -> None:
+        self.num_tokens, self.down = 1000, False
+        self.keys: set[str] | None = None
+        self.asked: list[tuple[str | None, dict[str, object]]] = []
+
+    @property
+    def app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.get("/status")
+        def status(request: Request) -> Response:
+            return self._refused(request) or JSONResponse(self.status().model_dump(mode="json"))
+
+        @app.get("/metrics")
+        def metrics(request: Request) -> Response:
+            return self._refused(request) or PlainTextResponse(METRICS)
+
+        @app.post("/v1/chat/completions")
+        async def chat(request: Request) -> Response:
+            self.asked.append((request.headers.get("authorization"), await request.json()))
+
+            async def events() -> AsyncIterator[str]:
+                for word in ("Good ", "day"):
+                    yield f"data: {json.dumps({'choices': [{'delta': {'content': word}}]})}\n\n"
+                yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': 2}})}\n\ndata: [DONE]\n\n"
+
+            return StreamingResponse(events(), media_type="text/event-stream")
+
+        return app
+
+    def _refused(self, request: Request) -> Response | None:
+        if self.down:
+            return Response(status_code=500)
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        return None if self.keys is None or given in self.keys else Response(status_code=403)
+
+    def status(self) -> Status:
+        replicas = tuple(
+            ReplicaStatus(
+                replica=f"r{number}",
+                node=f"n{number}",
+                pid=number,
+                uptime_s=7200,
+                num_running=3,
+                num_waiting=number,
+                num_output_tokens=self.num_tokens // 2,
+                num_pool_hits=90,
+                num_host_hits=8,
+                num_misses=2,
+                blocks={"free": 60, "kv": 30, "flat": 10},
+                adapters_in_pool=("tone@2", f"legal@{number}"),
+                adapters_on_host=("dates@1",),
+            )
+            for number in (1, 2)
+        )
+        return Status(
+            status="ok",
+            model="smollm2",
+            spec=ServeSpec(base="smollm2"),
+            catalog=CatalogStatus(num_adapters=3),
+            replicas=replicas,
+            totals=total(replicas),
+            autoscaling=AutoscalingStatus(target=3, reason="the working set outgrows two pools", time=1.0),
+        )
+
+
+class ConsoleSite(Api):
+    """An `Api` with a scripted gateway and these adapters: `tone` of two versions, `legal`, and acme's `vault`."""
+
+    def __init__(self, home: Path, catalog_url: str) -> None:
+        super().__init__(home, catalog_url)
+        self.engines = ScriptedGateway()
+        self.services.gateway = Gateway("http://gateway", httpx.ASGITransport(self.engines.app))
+        catalog = self.catalog
+        catalog.add_base("smollm2", BASE)
+        trained = manifest(2).model_copy(update={"job_id": "train_5f1b", "data_fingerprint": "da7a" * 16, "rank": 16})
+        catalog.register("tone", digest(1), manifest(1), ["prod"])
+        catalog.register("tone", digest(2), trained)
+        catalog.register("legal", digest(3), manifest(3))
+        catalog.create_tenant("acme")
+        catalog.view(Principal(tenant="acme")).register("vault", digest(4), manifest(4), ["prod"])
+
+    def key(self, *scopes: str, tenant: str = DEFAULT_TENANT) -> str:
+        return self.catalog.create_key("-".join((tenant, *scopes)), tenant=tenant, scopes=scopes).secret
+
+    def log_in(self, key: str) -> httpx.Response:
+        return self.http.post(f"{URL}/login", data={"key": key}, headers={"Content-Type": HTMX["Content-Type"]})
+
+    def get(self, path: str = "", **params: object) -> httpx.Response:
+        return self.http.get(URL + path, params=params)  # type: ignore[arg-type]
+
+    def post(self, path: str, data: dict[str, object] | None = None, **headers: str) -> httpx.Response:
+        """As htmx sends it, with the token of the page."""
+        token = self.get().text.partition('"X-CSRF-Token": "')[2].partition('"')[0]
+        return self.http.post(URL + path, data=data, headers=HTMX | {"X-CSRF-Token": token} | headers)

@@ -1,0 +1,95 @@
+"""Pages of adapters: lists of bounded length, versions and lineage, promotion, differences, downloads."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from pathlib import Path
+
+from tests.catalog.test_catalog import digest, manifest
+from tests.serve_apps.console.site import ConsoleSite
+
+
+def test_the_list_comes_in_pages(console: ConsoleSite) -> None:
+    for number in range(60):
+        console.catalog.register(f"many-{number:02}", digest(100 + number), manifest(100 + number))
+    page, names = console.get("/adapters", search="many"), []
+    while True:
+        names += re.findall(r">(many-\d+)<", page.text)
+        more = re.search(r'rel="next" href="([^"]+)"', page.text)
+        if more is None:
+            break
+        page = console.http.get("http://test" + more.group(1).replace("&amp;", "&"))
+    assert names == [f"many-{number:02}" for number in range(60)]
+    assert "First page" in page.text
+
+
+def test_filters(console: ConsoleSite) -> None:
+    console.catalog.set_tag("legal", "stage", "gold")
+    for query, shown in (
+        ({"search": "ton"}, {"tone"}),
+        ({"tag": "stage=gold"}, {"legal"}),
+        ({"method": "lora", "base": "smollm2", "tenant": "acme"}, {"acme/vault"}),
+        ({"method": "vera"}, set()),
+    ):
+        page = console.get("/adapters", **query)
+        assert set(re.findall(r'tenant=\w+">([^<]+)</a></td>', page.text)) == shown, query
+    assert "No adapter is like this" in console.get("/adapters", search="zzz").text
+    assert console.get("/adapters", method="magic").status_code in (200, 422)
+
+
+def test_one_adapter(console: ConsoleSite) -> None:
+    page = console.get("/adapters/tone").text
+    for shown in ("da7adada7ada"[:4], "train_5f1b", "version 2", "prod", "Roll back", "Promote", "Compare"):
+        assert shown in page, shown
+    assert page.count("<title>Version: ") == 2
+    version = console.get("/adapters/tone/versions/2").text
+    assert "rank: 16" in version
+    assert "was not trained here" in version
+
+
+def test_promote_and_roll_back(console: ConsoleSite) -> None:
+    moved = console.post("/adapters/tone/aliases/prod?version=2")
+    assert moved.headers["hx-redirect"] == "/api/v1/console/adapters/tone?done=promoted"
+    assert console.catalog.alias("tone", "prod").version == 2
+    assert "points at the version now" in console.get("/adapters/tone", done="promoted").text
+    assert console.post("/adapters/tone/aliases/prod/rollback").status_code == 204
+    assert console.catalog.alias("tone", "prod").version == 1
+    again = console.post("/adapters/tone/aliases/prod/rollback")
+    assert (again.status_code, "alert-danger" in again.text) == (409, True)
+    assert console.post("/adapters/tone/aliases/prod?version=9").status_code == 404
+
+
+def test_differences(console: ConsoleSite) -> None:
+    page = console.get("/adapters/tone/diff", old=1, new=2).text
+    assert "-rank: 8" in page
+    assert "+rank: 16" in page
+    assert "are equal" in console.get("/adapters/tone/diff", old=1, new=1).text
+
+
+def test_a_download(console: ConsoleSite, tmp_path: Path) -> None:
+    stored = console.store(9, tmp_path)
+    console.catalog.register("real", stored, manifest(9))
+    answer = console.get("/adapters/real/versions/1/download")
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+        assert "real-1/adapter_model.safetensors" in tar.getnames()
+
+
+def test_what_is_anothers_does_not_exist(console: ConsoleSite) -> None:
+    console.log_in(console.key("infer", "promote", tenant="acme"))
+    for path in ("/adapters/tone", "/adapters/tone/versions/1", "/adapters/tone/versions/1/download"):
+        answers = [console.get(path.replace("tone", name), tenant="default") for name in ("tone", "nope")]
+        assert [answer.status_code for answer in answers] == [404, 404]
+        assert answers[0].text.replace("tone", "nope") == answers[1].text
+    assert "vault" in console.get("/adapters").text
+    assert "tone" not in console.get("/adapters").text
+    assert console.post("/adapters/tone/aliases/prod?version=2&tenant=default").status_code == 404
+
+
+def test_who_may_not_promote_sees_no_button(console: ConsoleSite) -> None:
+    console.log_in(console.key("infer"))
+    page = console.get("/adapters/tone").text
+    assert 'aria-label="Roll back' not in page
+    assert "data-promote" not in page
+    assert console.post("/adapters/tone/aliases/prod?version=2").status_code == 403

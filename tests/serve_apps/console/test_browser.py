@@ -1,0 +1,112 @@
+"""The console in Chromium: login, promotion, keys; no error in the browser's console, no request to another host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from tests.serve_apps.console.site import ROOT, ConsoleSite
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SCREENS = os.environ.get("LORAY_TEST_SCREENSHOTS")  # a folder for pictures of all pages
+WIDTHS = {"wide": (1440, 900), "phone": (390, 844)}
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+]
+
+
+@dataclass
+class Seen:
+    """`page` is playwright's. `problems`: errors of its console, and requests elsewhere."""
+
+    page: Any
+    url: str
+    problems: list[str] = field(default_factory=list)
+
+    def open(self, path: str) -> None:
+        self.page.goto(self.url + path)
+        self.page.wait_for_load_state("networkidle")
+
+    def picture(self, name: str) -> None:
+        if SCREENS is not None:
+            for width, (x, y) in WIDTHS.items():
+                self.page.set_viewport_size({"width": x, "height": y})
+                self.page.screenshot(path=f"{SCREENS}/{name}-{width}.png", full_page=True)
+            self.page.set_viewport_size({"width": 1440, "height": 900})
+
+
+@pytest.fixture
+def server(console: ConsoleSite) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(console.app, log_level="warning", lifespan="off"))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def seen(server: str, tmp_path: Path) -> Iterator[Seen]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'loray[browser]'")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        seen = Seen(page, server + ROOT)
+        page.on("console", lambda message: seen.problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: seen.problems.append(str(error)))
+        page.on("request", lambda r: seen.problems.append(r.url) if not r.url.startswith((server, "data:")) else None)
+        page.on("dialog", lambda dialog: dialog.accept())
+        yield seen
+        browser.close()
+
+
+def test_a_visit(console: ConsoleSite, seen: Seen) -> None:
+    page, key = seen.page, console.key("admin")
+    seen.open("/login")
+    seen.picture("login")
+    page.fill("#key", "sk-lr-" + "A" * 43)
+    page.click("text=Log in >> nth=-1")
+    page.wait_for_selector("text=the API key is not valid")
+    seen.problems.clear()  # the browser names the 401
+    page.fill("#key", key)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=Healthy")
+    seen.picture("overview")
+    page.click("nav >> text=Adapters")
+    page.fill("#search", "ton")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**search=ton**")
+    seen.picture("adapters")
+    page.click("td >> text=tone")
+    page.wait_for_selector("#lineage")
+    seen.picture("adapter")
+    page.select_option("#version", "2")
+    page.click("button:text-is('Promote')")
+    page.wait_for_url("**done=promoted")
+    assert console.catalog.alias("tone", "prod").version == 2
+    page.click("button:text-is('Roll back')")
+    page.wait_for_url("**done=rolled-back")
+    assert console.catalog.alias("tone", "prod").version == 1
+    page.click("button:text-is('Compare')")
+    page.wait_for_selector("text=+rank: 16")
+    seen.picture("difference")
+    page.click("#theme")
+    seen.open("")
+    seen.picture("dark")
+    page.click("button:text-is('Log out')")
+    page.wait_for_url("**/login")
+    assert seen.problems == []

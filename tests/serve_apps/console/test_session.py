@@ -1,0 +1,112 @@
+"""Login and logout, what a session may do, and what a page of another site cannot."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from serve_apps.console.sessions import IDLE_S, MOST, Sessions
+from tests.serve_apps.console.site import HTMX, ROOT, URL, ConsoleSite
+
+
+def test_without_keys_no_login_is_needed(console: ConsoleSite) -> None:
+    page = console.get()
+    assert page.status_code == 200
+    assert "Log out" not in page.text
+    assert console.get("/").status_code in (200, 307)
+
+
+def test_a_key_opens_a_session_until_logout(console: ConsoleSite) -> None:
+    key = console.key("admin")
+    asked = console.get()
+    assert (asked.status_code, 'name="key"' in asked.text, "smollm2" in asked.text) == (401, True, False)
+    answer = console.log_in(key)
+    assert (answer.status_code, answer.headers["location"]) == (303, ROOT)
+    cookie = answer.headers["set-cookie"]
+    assert all(word in cookie for word in ("HttpOnly", "SameSite=strict", f"Path={ROOT}"))
+    assert key not in cookie
+    page = console.get()
+    assert (page.status_code, "Log out" in page.text, key in page.text) == (200, True, False)
+    assert console.post("/logout").headers["hx-redirect"] == f"{ROOT}/login"
+    assert console.get().status_code == 401
+
+
+@pytest.mark.parametrize("key", ["", "sk-lr-" + "A" * 43, "\x00", "<script>"])
+def test_a_wrong_key_is_refused(console: ConsoleSite, key: str) -> None:
+    console.key("admin")
+    answer = console.log_in(key)
+    assert (answer.status_code, "set-cookie" in answer.headers) == (401, False)
+    assert "the API key is not valid" in answer.text
+
+
+def test_a_revoked_key_ends_its_session(console: ConsoleSite) -> None:
+    console.log_in(console.key("admin"))
+    assert console.get().status_code == 200
+    console.catalog.revoke_key(console.catalog.keys(limit=1).keys[0].id)
+    assert console.get().status_code == 401
+
+
+def test_changes_repeat_the_token_of_their_session(console: ConsoleSite) -> None:
+    console.log_in(console.key("admin"))
+    path = "/adapters/tone/aliases/prod?version=2"
+    for wrong in ({"X-CSRF-Token": ""}, {"X-CSRF-Token": "A" * 43}):
+        assert console.post(path, **wrong).status_code == 403
+    assert console.http.post(URL + path, headers=HTMX).status_code == 403
+    assert console.catalog.alias("tone", "prod").version == 1
+    assert console.post(path).status_code == 204
+    assert console.catalog.alias("tone", "prod").version == 2
+
+
+def test_without_keys_another_site_changes_nothing(console: ConsoleSite) -> None:
+    for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://evil.example"}, {"X-CSRF-Token": "no"}):
+        assert console.post("/adapters/tone/aliases/prod?version=2", **headers).status_code == 403, headers
+    rebound = console.http.get(URL, headers={"Host": "evil.example"})
+    assert (rebound.status_code, "tone" in rebound.text) == (403, False)
+
+
+def test_another_site_logs_nobody_in(console: ConsoleSite) -> None:
+    key = console.key("admin")
+    for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "http://evil.example"}):
+        answer = console.http.post(f"{URL}/login", data={"key": key}, headers=headers)
+        assert (answer.status_code, "set-cookie" in answer.headers) == (403, False)
+
+
+def test_the_cookie_opens_pages_alone(console: ConsoleSite) -> None:
+    value = console.log_in(console.key("admin")).cookies["loray_session"]
+    answer = console.http.get("http://test/api/v1/adapters", headers={"Cookie": f"loray_session={value}"})
+    assert answer.status_code == 401
+
+
+def test_pages_run_nothing_inline_and_ask_nobody_else(console: ConsoleSite) -> None:
+    for path in ("", "/login", "/adapters", "/adapters/tone", "/adapters/tone/versions/1"):
+        page = console.get(path)
+        assert page.headers["content-security-policy"].startswith("default-src 'self'; ")
+        assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son[a-z]+=", page.text), path
+        for address in re.findall(r'(?:src|href|action)="([^"]+)"', page.text):
+            assert address.startswith(("/api/v1/console", "#")), address
+        for name in re.findall(r"/static/([^\"]+)", page.text):
+            assert console.get(f"/static/{name}").status_code == 200
+
+
+def test_errors_are_pages_and_messages(console: ConsoleSite) -> None:
+    page = console.get("/adapters/nothing")
+    assert (page.status_code, "<main" in page.text) == (404, True)
+    assert "no adapter &#39;nothing&#39;" in page.text
+    part = console.http.get(f"{URL}/adapters/nothing", headers={"HX-Request": "true"})
+    assert (part.status_code, "<main" in part.text, "no adapter" in part.text) == (404, False, True)
+    assert console.get("/adapters/tone", before="x").status_code == 422
+    assert console.get("/static/..%2fsite.py").status_code in (403, 404)
+
+
+def test_sessions_end_by_time_and_number() -> None:
+    now = 0.0
+    sessions = Sessions(lambda: now)
+    first = sessions.begin("a")
+    now = IDLE_S - 1
+    assert sessions.find(first) is not None
+    now += IDLE_S + 1
+    assert sessions.find(first) is None
+    kept = [sessions.begin(str(number)) for number in range(MOST + 1)]
+    assert (sessions.find(kept[0]), sessions.find(None)) == (None, None)
+    assert sessions.find(kept[-1]) is not None
