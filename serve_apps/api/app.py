@@ -9,6 +9,7 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
+from loray.local.serving import Address
 from loray.settings import Settings
 from loray.spec import Frozen
 from serve_apps.access import open_access
@@ -16,7 +17,7 @@ from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.console import Gateway
-from serve_apps.deployment import APPLICATION, ENGINE, Address
+from serve_apps.deployment import APPLICATION, ENGINE
 
 API = "api"
 # The one server that writes to the store: on a node with no engine, so that its identity can be another one.

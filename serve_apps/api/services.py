@@ -14,6 +14,7 @@ from loray.api.status import AdapterPlacement
 from loray.bases.registry import list_bases
 from loray.catalog import Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
+from loray.local.serving import Address
 from loray.settings import Settings
 from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
@@ -21,7 +22,6 @@ from loray.telemetry import get_logger
 from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
 from serve_apps.api.conversions import Conversions
 from serve_apps.console import Gateway
-from serve_apps.deployment import Address
 
 _log = get_logger(__name__)
 

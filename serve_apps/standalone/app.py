@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
 
+from loray.local.serving import Address
 from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.access import open_access
@@ -17,7 +18,7 @@ from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app as create_api
 from serve_apps.console import Gateway
-from serve_apps.deployment import CATALOG_PREFIX, Address
+from serve_apps.deployment import CATALOG_PREFIX
 from serve_apps.gateway.app import open_gateway
 from serve_apps.standalone.jobs import LocalJobServer
 
