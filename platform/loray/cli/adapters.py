@@ -12,6 +12,7 @@ from loray.bases.registry import base_with, get_base
 from loray.catalog import AdapterVersion, split_model
 from loray.cli import describe
 from loray.cli.access.share import share, transfer
+from loray.cli.interactive.completing import complete_models
 from loray.cli.lifecycle import no_gate_option, promote, release, restore, rm, rollback
 from loray.cli.output import Verification, console, emit, json_option, progress_bar, report
 from loray.cli.search import search, tag
@@ -110,7 +111,7 @@ def ls(as_json: bool) -> None:
 
 
 @adapters.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @json_option
 def show(model: str, as_json: bool) -> None:
     """Show MODEL: versions, aliases, where it comes from and what was measured.
@@ -145,7 +146,7 @@ def show(model: str, as_json: bool) -> None:
 
 
 @adapters.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--to", "form", type=click.Choice(list(_NEEDED)), required=True, help="What it is to become.")
 @click.option("--name", help="lora: publish it as the next version of this adapter.")
 @click.option("--alias", "aliases", multiple=True, help="lora: point this alias at it; may be given several times.")
@@ -203,7 +204,7 @@ def convert(
 
 
 @adapters.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete_models)
 @click.option("--all", "every", is_flag=True, help="Verify every version of every adapter.")
 @json_option
 def verify(model: str | None, every: bool, as_json: bool) -> None:

@@ -8,6 +8,7 @@ import click
 
 from loray.catalog import split_model
 from loray.cli import describe
+from loray.cli.interactive.completing import complete_models
 from loray.cli.output import emit, json_option
 from loray.cli.services import open_remote, open_services
 from loray.client import CatalogClient
@@ -21,7 +22,7 @@ no_gate_option = click.option(
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("alias", default=DEFAULT_ALIAS)
 @click.option("--expected", type=int, help="Only if the alias points at this version now (0: only if it is not set).")
 @no_gate_option
@@ -51,7 +52,7 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_models)
 @click.argument("alias", default=DEFAULT_ALIAS)
 @json_option
 def rollback(name: str, alias: str, as_json: bool) -> None:
@@ -68,7 +69,7 @@ def rollback(name: str, alias: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(model: str, yes: bool) -> None:
     """Delete MODEL: `name` with all its versions and aliases, or one version, `name@3`.
@@ -92,7 +93,7 @@ def rm(model: str, yes: bool) -> None:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 def restore(model: str) -> None:
     """Restore a deleted MODEL, `name` or `name@3`."""
     name, version = _name_and_version(model)
@@ -106,7 +107,7 @@ def restore(model: str) -> None:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 def release(model: str) -> None:
     """Serve MODEL again, `name`, `name@3` or `name@canary`, on which replicas have died, before its time is over."""
     name, selector = split_model(model)

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -16,6 +16,9 @@ from loray import __version__
 from loray.errors import LorayError
 from loray.settings import Settings
 from loray.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 ENTRY_POINTS = "loray.commands"
 
@@ -34,6 +37,11 @@ _COMMANDS: Mapping[str, _Command] = {
     "usage": _Command("loray.cli.usage:usage", "Show what requests used, by tenant, key, model and day."),
     "keys": _Command("loray.cli.access.keys:keys", "Create, list, change, block, rotate and revoke API keys."),
     "tenants": _Command("loray.cli.access.tenants:tenants", "Create, list, limit and block tenants."),
+    "chat": _Command("loray.cli.interactive.chat:chat", "Talk to a model, or to several side by side."),
+    "top": _Command("loray.cli.interactive.top:top", "Watch replicas, gateways and adapters."),
+    "logs": _Command("loray.cli.interactive.logs:logs", "Print the logs of what is served here, and of jobs."),
+    "open": _Command("loray.cli.interactive.opening:open_page", "Open the server's console, metrics or documentation."),
+    "completion": _Command("loray.cli.interactive.completion:completion", "Print a shell's completion script."),
     "recipes": _Command("loray.cli.recipes.command:recipes", "List, explain and write recipes: what training needs."),
     "plan": _Command("loray.cli.planning.plan:plan", "Estimate memory, traffic and time of a recipe before it runs."),
     "recommend": _Command(
@@ -73,6 +81,15 @@ class LazyGroup(click.Group):
             return None
         assert isinstance(loaded, click.Command), f"{cmd_name} is {type(loaded).__name__}, not a click command"
         return loaded
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names and help lines without importing the commands."""
+        from click.shell_completion import CompletionItem
+
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        helps = {name: command.help for name, command in _COMMANDS.items()} | dict(_PLUGIN_HELP)
+        found = [CompletionItem(name, help=helps.get(name)) for name in names]
+        return found + (click.Command.shell_complete(self, ctx, incomplete) if incomplete.startswith("-") else [])
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []

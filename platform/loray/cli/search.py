@@ -9,6 +9,7 @@ import click
 
 from loray.catalog.checks import parse_tags
 from loray.cli import describe
+from loray.cli.interactive.completing import complete_models
 from loray.cli.output import console, emit, json_option, pairs
 from loray.cli.services import open_catalog, open_remote, open_services
 from loray.errors import SpecError
@@ -53,7 +54,7 @@ def search(
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_models)
 @click.argument("tags", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--unset", "unset", multiple=True, metavar="KEY", help="Take this tag away; may be given several times.")
 @json_option

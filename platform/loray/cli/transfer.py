@@ -12,6 +12,7 @@ from loray.adapters.manifest import published_files
 from loray.api.uploads import DownloadForm
 from loray.bases.registry import base_with
 from loray.catalog import split_model
+from loray.cli.interactive.completing import complete_models
 from loray.cli.lifecycle import no_gate_option, version_of
 from loray.cli.output import emit, json_option, progress_bar
 from loray.cli.services import Services, needed_remote, open_remote, open_services
@@ -75,7 +76,7 @@ def push(
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--format", "form", type=click.Choice(get_args(DownloadForm)), default="peft", show_default=True)
 def pull(model: str, target: Path, form: DownloadForm) -> None:

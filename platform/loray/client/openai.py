@@ -51,6 +51,10 @@ class LorayClient(HttpClient):
     def status(self) -> Status:
         return self._ask(Status, "GET", "/status")
 
+    def metrics(self) -> str:
+        """GET /metrics, in Prometheus' text format."""
+        return self._request("GET", "/metrics").text
+
     def is_healthy(self) -> bool:
         """Whether the server and at least one replica answer."""
         try:

@@ -1,0 +1,1 @@
+"""What people use at a terminal: chat, top, logs, open, completion."""

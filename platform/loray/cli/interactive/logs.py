@@ -1,0 +1,144 @@
+"""`loray logs`: what the processes of a local deployment have written."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from loray.errors import ClusterError, NotFoundError
+from loray.local.cluster import LocalCluster, current_cluster
+from loray.local.serving import serve_details
+from loray.local.standalone import StandaloneServer, standalone_servers
+from loray.settings import Settings
+
+PARTS = ("replica", "gateway", "controller", "cluster")
+_DEPLOYMENTS = {"replica": "engine", "gateway": "gateway"}
+_POLL_S = 0.2
+
+
+@click.command()
+@click.argument("part", default="replica", metavar="[replica|gateway|controller|cluster|job]")
+@click.argument("job", required=False)
+@click.option("--follow", "-f", is_flag=True, help="Go on with what is written from now on.")
+@click.option(
+    "--lines", "-n", "num_lines", type=click.IntRange(0), default=100, show_default=True, help="Of each file."
+)
+@click.pass_context
+def logs(context: click.Context, part: str, job: str | None, follow: bool, num_lines: int) -> None:
+    """Print the logs of what is served from this LORAY_HOME.
+
+    \b
+    replica     the engines (default)
+    gateway     the processes that speak HTTP
+    controller  Ray Serve's controller
+    cluster     Ray's own start, and why it did not come up
+    job ID      a training job, as `loray jobs logs` does
+
+    `loray serve` is one process: its log is the file that its output goes to.
+    """
+    if part == "job":
+        if job is None:
+            raise click.UsageError("give the job's id, as in `loray logs job ID`; `loray jobs ls` lists them")
+        group = cast("click.Group", context.find_root().command).get_command(context, "jobs")
+        command = group.get_command(context, "logs") if isinstance(group, click.Group) else None
+        if command is None:
+            raise ClusterError("`loray jobs` is not installed: pip install loray")
+        context.invoke(command, job=job, follow=follow)
+        return
+    if part not in PARTS or job is not None:
+        raise click.UsageError(f"no logs of {part!r}; there are {', '.join(PARTS)}, and `job ID`")
+    files = _files(Settings.from_env(), part)
+    for line in last_lines(files, num_lines):
+        click.echo(line)
+    if follow:
+        for line in following(files):
+            click.echo(line)
+
+
+def _files(settings: Settings, part: str) -> list[Path]:
+    """The logs of a part. ClusterError where nothing runs here, NotFoundError where it has no file."""
+    if settings.address is not None:
+        raise ClusterError(f"the logs are on the machines of {settings.address}: `ray logs` there, or its dashboard")
+    cluster = current_cluster(settings.home)
+    if cluster is not None:
+        found = [Path(cluster.log_file)] if part == "cluster" else ray_files(cluster, serve_details(cluster), part)
+    elif part == "cluster":
+        found = [settings.home / "logs" / "cluster.log"]
+    elif servers := standalone_servers(settings.home):
+        found = [output_of(server) for server in servers]
+    else:
+        raise ClusterError("nothing is being served from this LORAY_HOME; `loray logs cluster` shows how Ray ended")
+    there = [file for file in found if file.is_file()]
+    if not there:
+        raise NotFoundError(f"the {part} has no log yet")
+    return there
+
+
+def ray_files(cluster: LocalCluster, details: dict[str, Any], part: str) -> list[Path]:
+    """The files of Serve's ServeInstanceDetails: its own log of each process, and what the process wrote to stderr."""
+    folder = Path(cluster.temp_dir) / "session_latest" / "logs"
+    if part == "controller":
+        actors: Sequence[dict[str, Any]] = [details.get("controller_info") or {}]
+    else:
+        deployments = [d for a in details.get("applications", {}).values() for d in [a.get("deployments", {})]]
+        name = _DEPLOYMENTS[part]
+        actors = [replica for d in deployments for replica in d.get(name, {}).get("replicas", ())]
+    files = []
+    for actor in actors:
+        if path := actor.get("log_file_path"):
+            files.append(folder / path.lstrip("/"))
+        if worker := actor.get("worker_id"):
+            files += sorted(folder.glob(f"worker-{worker}-*.err"))
+    return files
+
+
+def output_of(server: StandaloneServer) -> Path:
+    """The file that its stderr goes to. NotFoundError for a terminal or a pipe."""
+    try:
+        target = os.readlink(f"/proc/{server.pid}/fd/2")
+    except OSError as e:
+        raise NotFoundError(f"the output of process {server.pid} cannot be seen: {e.strerror}") from e
+    if not Path(target).is_file():
+        raise NotFoundError(
+            f"`loray serve` at {server.url} (process {server.pid}) writes to {target}; for a file: "
+            "`loray serve 2> serve.log`"
+        )
+    return Path(target)
+
+
+def last_lines(files: Sequence[Path], number: int) -> Iterator[str]:
+    """The end of each file, under its name where there are several."""
+    for file in files:
+        if len(files) > 1:
+            yield f"==> {file.name}"
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        yield from lines[len(lines) - number :] if number < len(lines) else lines
+
+
+def following(files: Sequence[Path], poll_s: float = _POLL_S) -> Iterator[str]:
+    """Lines that are written from now on, under the file's name where it changes. Ends with Ctrl-C alone."""
+    handles = [(file, file.open(encoding="utf-8", errors="replace")) for file in files]
+    partial: dict[Path, str] = dict.fromkeys(files, "")
+    for _, handle in handles:
+        handle.seek(0, os.SEEK_END)
+    last: Path | None = None
+    try:
+        while True:
+            quiet = True
+            for file, handle in handles:
+                *lines, partial[file] = (partial[file] + handle.read()).split("\n")
+                if lines and len(handles) > 1 and file != last:
+                    yield f"==> {file.name}"
+                last = file if lines else last
+                quiet = quiet and not lines
+                yield from lines
+            if quiet:
+                time.sleep(poll_s)
+    finally:
+        for _, handle in handles:
+            handle.close()
