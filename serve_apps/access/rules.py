@@ -30,6 +30,11 @@ _PAGES: tuple[Row, ...] = (
     ("GET", r"/console(/|/live)?", "identify"),
     ("POST", r"/console/adapters/[^/]+/aliases(/.*)?", "promote"),
     ("GET", r"/console/adapters(/.*)?", "read"),
+    ("*", r"/console/playground(/.*)?", "infer"),
+    ("*", r"/console/jobs(/.*)?", "train"),
+    ("GET", r"/console/serving(/live)?", "observe"),
+    ("GET", r"/console/usage", "identify"),
+    ("*", r"/console/(keys|tenants)(/.*)?", "manage"),
 )
 API_ROWS: tuple[Row, ...] = (
     *_DOCUMENTS,

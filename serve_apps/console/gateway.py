@@ -18,6 +18,7 @@ from loray.errors import ClusterError, LorayError, PermissionDenied, Unauthentic
 _TIMEOUT = httpx.Timeout(5.0)
 _STREAM_TIMEOUT = httpx.Timeout(5.0, read=300.0)
 _TTFT = "loray_time_to_first_token_seconds"
+_ROUTED = "loray_routing_decisions_total"
 _WINDOW_S = 60.0
 
 
@@ -58,6 +59,11 @@ class Gateway:
         """From GET /metrics. Raises as `status` does."""
         response = await self._get("/metrics", authorization)
         return _quantiles(response.text)
+
+    async def routing(self, authorization: str | None) -> dict[str, int]:
+        """Reason → choices of a replica since the start, the most frequent first. Raises as `status` does."""
+        response = await self._get("/metrics", authorization)
+        return _routing(response.text)
 
     def tokens_per_s(self) -> float | None:
         """Output tokens a second over the last minute in which somebody looked; None before the second look."""
@@ -135,6 +141,16 @@ def _quantiles(text: str) -> FirstToken:
                     counts[bound] = counts.get(bound, 0.0) + sample.value
     buckets = sorted(counts.items())
     return FirstToken(_quantile(buckets, 0.5), _quantile(buckets, 0.99))
+
+
+def _routing(text: str) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == _ROUTED:
+                reason = sample.labels["reason"]
+                counts[reason] = counts.get(reason, 0) + int(sample.value)
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _quantile(buckets: list[tuple[float, float]], share: float) -> float | None:

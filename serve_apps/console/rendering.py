@@ -44,6 +44,11 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("", "Overview", "identify"),
     Section("/adapters", "Adapters", "read"),
+    Section("/playground", "Playground", "infer"),
+    Section("/jobs", "Training", "train"),
+    Section("/serving", "Serving", "observe"),
+    Section("/usage", "Usage", "identify"),
+    Section("/keys", "Keys", "manage"),
 )
 
 

@@ -31,3 +31,20 @@ document.addEventListener("submit", (event) => {
   const address = form.dataset.promote.replace("ALIAS", encodeURIComponent(alias)).replace("VERSION", version);
   htmx.ajax("POST", address, { source: form, swap: "none" });
 });
+
+// Curves: the first list is x, the others are drawn over it.
+for (const place of document.querySelectorAll("[data-curve]")) {
+  const labels = JSON.parse(place.dataset.labels);
+  const ink = getComputedStyle(document.body).color;
+  const colours = [null, "#4299e1", "#f76707"];
+  const axis = { stroke: ink, grid: { stroke: "rgba(128, 128, 128, .25)" } };
+  const options = {
+    width: place.clientWidth,
+    height: 256,
+    scales: { x: { time: false } },
+    axes: [axis, axis],
+    series: labels.map((label, n) => (n ? { label, stroke: colours[n], width: 2, spanGaps: true } : { label })),
+  };
+  const plot = new uPlot(options, JSON.parse(place.dataset.curve), place);
+  window.addEventListener("resize", () => plot.setSize({ width: place.clientWidth, height: 256 }));
+}

@@ -24,6 +24,7 @@ from loray.settings import Settings
 from serve_apps.access import Access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
+from serve_apps.console import Gateway
 from tests.catalog.test_catalog import manifest
 from tests.serve_apps.keys import access_of
 
@@ -86,7 +87,7 @@ class Api:
     def __init__(self, home: Path, catalog_url: str, access: Access | None = None) -> None:
         self.settings = Settings.from_env({"LORAY_HOME": str(home), "LORAY_CATALOG": catalog_url})
         self.jobs, self.placements = FakeJobs(), FakePlacements()
-        self.services = Services(self.settings, self.jobs, self.placements)
+        self.services = Services(self.settings, self.jobs, self.placements, Gateway("http://127.0.0.1:9"))
         self.access = access or access_of(catalog_url)
         self.unmounted = create_app(self.services, self.access)
         self.app = mounted(self.unmounted)

@@ -26,6 +26,9 @@ loray_time_to_first_token_seconds_bucket{method="base",le="0.2"} 99
 loray_time_to_first_token_seconds_bucket{method="base",le="+Inf"} 100
 loray_time_to_first_token_seconds_count{method="base"} 100
 loray_time_to_first_token_seconds_sum{method="base"} 9
+# TYPE loray_routing_decisions_total counter
+loray_routing_decisions_total{reason="held by the pool"} 30
+loray_routing_decisions_total{reason="spread"} 10
 """
 
 

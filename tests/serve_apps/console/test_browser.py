@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import uvicorn
 
+from jobs.submission.tracker import RayJob
+from loray.recipes.load import load_recipe
 from tests.serve_apps.console.site import ROOT, ConsoleSite
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -104,9 +107,53 @@ def test_a_visit(console: ConsoleSite, seen: Seen) -> None:
     page.click("button:text-is('Compare')")
     page.wait_for_selector("text=+rank: 16")
     seen.picture("difference")
+    visit_keys(console, seen)
+    ask_the_playground(console, seen)
+    for name in ("serving", "usage", "jobs"):
+        seen.open(f"/{name}")
+        seen.picture(name)
+    show_a_job(console, seen)
+    seen.open("")
     page.click("#theme")
     seen.open("")
     seen.picture("dark")
     page.click("button:text-is('Log out')")
     page.wait_for_url("**/login")
     assert seen.problems == []
+
+
+def visit_keys(console: ConsoleSite, seen: Seen) -> None:
+    page = seen.page
+    seen.open("/keys")
+    page.fill("#key_alias", "ci")
+    page.click("button:text-is('Make the key')")
+    page.wait_for_selector("#made input")
+    assert page.input_value("#made input").startswith("sk-lr-")
+    seen.picture("keys")
+    seen.open("/keys")
+    page.click("[aria-label='Revoke ci']")
+    page.wait_for_selector("td:has-text('revoked')")
+    assert [key.alias for key in console.catalog.keys().keys if key.revoked_at is not None] == ["ci"]
+
+
+def ask_the_playground(console: ConsoleSite, seen: Seen) -> None:
+    page = seen.page
+    seen.open("/playground?model=smollm2&model=tone")
+    page.fill("#prompt", "What's a good greeting?")
+    page.click("button:text-is('Ask all')")
+    page.wait_for_selector(".answer:nth-child(1) .figures-line:has-text('tokens')")
+    page.wait_for_selector(".answer:nth-child(2) .figures-line:has-text('tokens')")
+    assert page.locator(".said").all_inner_texts() == ["Good day", "Good day"]
+    assert sorted(body["model"] for _, body in console.engines.asked) == ["smollm2", "tone"]
+    seen.picture("playground")
+
+
+def show_a_job(console: ConsoleSite, seen: Seen) -> None:
+    recipe = load_recipe("lora_smollm2").spec
+    console.catalog.add_job("train_1", name="tone", recipe=recipe)
+    console.jobs.jobs["train_1"] = RayJob("RUNNING", "")
+    events = ({"event": "step", "step": n, "loss": 2.0 + 2.0 / (1 + n)} for n in range(1, 60))
+    console.jobs.logs = lambda _: "\n".join(map(json.dumps, events))  # type: ignore[method-assign]
+    seen.open("/jobs/train_1")
+    seen.page.wait_for_selector(".curve canvas")
+    seen.picture("job")

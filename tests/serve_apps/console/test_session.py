@@ -79,7 +79,8 @@ def test_the_cookie_opens_pages_alone(console: ConsoleSite) -> None:
 
 
 def test_pages_run_nothing_inline_and_ask_nobody_else(console: ConsoleSite) -> None:
-    for path in ("", "/login", "/adapters", "/adapters/tone", "/adapters/tone/versions/1"):
+    sections = ("", "/adapters", "/keys", "/usage", "/jobs", "/playground", "/serving")
+    for path in (*sections, "/login", "/adapters/tone", "/adapters/tone/versions/1"):
         page = console.get(path)
         assert page.headers["content-security-policy"].startswith("default-src 'self'; ")
         assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son[a-z]+=", page.text), path

@@ -1,0 +1,87 @@
+"""Pages of keys, tenants and usage."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, date, datetime
+
+import pytest
+
+from loray.catalog.identity.usage import UsageRow
+from loray.spec import UsageEvent
+from serve_apps.console.pages.usage import bars_of
+from tests.serve_apps.console.site import ConsoleSite
+
+
+def test_a_key_is_shown_once_and_revoked(console: ConsoleSite) -> None:
+    console.log_in(console.key("admin"))
+    wanted: dict[str, object] = {"key_alias": "ci", "tenant": "acme", "duration": "9d"}
+    made = console.post("/keys", wanted | {"scopes": ["infer", "publish"]})
+    secret = re.search(r"sk-lr-[\w-]+", made.text)
+    assert (made.status_code, secret is not None, made.headers["cache-control"]) == (201, True, "no-store")
+    assert secret is not None
+    page = console.get("/keys", tenant="acme").text
+    assert "infer, publish" in page
+    assert secret.group() not in page
+    (key,) = (key for key in console.catalog.keys().keys if key.alias == "ci")
+    assert console.post(f"/keys/{key.id}/revoke").headers["hx-redirect"].endswith("/console/keys")
+    assert console.catalog.key(key.id).revoked_at is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"key_alias": "a", "scopes": "everything"}, "scopes"),
+        ({"key_alias": "a", "scopes": "infer", "rpm_limit": "many"}, "whole number"),
+        ({"key_alias": "a", "scopes": "infer", "duration": "soon"}, "duration"),
+        ({"scopes": "infer"}, "key_alias"),
+        ({"key_alias": "a"}, "scopes"),
+    ],
+)
+def test_a_wrong_form_says_what_is_wrong(console: ConsoleSite, fields: dict[str, object], said: str) -> None:
+    answer = console.post("/keys", fields)
+    assert (answer.status_code, said in answer.text, "<main" in answer.text) == (422, True, False)
+    assert console.catalog.keys().keys == ()
+
+
+def test_tenants(console: ConsoleSite) -> None:
+    assert console.post("/tenants", {"name": "beta"}).status_code == 204
+    assert console.post("/tenants", {"name": "beta"}).status_code == 409
+    assert console.post("/tenants/beta/block").status_code == 204
+    assert console.catalog.tenant("beta").blocked
+    assert "Let pass" in console.get("/keys").text
+
+
+def test_usage_is_summed_up(console: ConsoleSite) -> None:
+    now = datetime.now(UTC)
+    events = [
+        UsageEvent(
+            request_id=f"r{number}",
+            tenant=tenant,
+            key_id=None,
+            model=model,
+            digest=None,
+            num_prompt_tokens=10,
+            num_cached_tokens=0,
+            num_output_tokens=700 + number,
+            tier="default",
+            outcome="ok",
+            seconds=1.0,
+            created_at=now,
+        )
+        for number, (tenant, model) in enumerate((("default", "tone"), ("acme", "acme/vault")))
+    ]
+    console.catalog.record_usage(events)
+    page = console.get("/usage").text
+    assert "700" in page
+    assert "1,401" in page  # the day's
+    console.log_in(console.key("infer", tenant="acme"))
+    page = console.get("/usage", by="model").text
+    assert ("701" in page, "700" in page, "tone" in page) == (True, False, False)
+
+
+def test_every_day_has_a_bar() -> None:
+    rows = [UsageRow(None, None, None, date(2026, 1, 2), 1, 1, 0, 50, 1.0)]
+    bars = bars_of(rows, date(2026, 1, 1), 3)
+    assert [(bar.day.day, bar.num_tokens, bar.height) for bar in bars] == [(1, 0, 0), (2, 50, 120), (3, 0, 0)]
+    assert len(bars_of([], date(2026, 1, 1), 3)) == 3

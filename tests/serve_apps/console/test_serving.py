@@ -1,0 +1,66 @@
+"""Pages of serving, of training jobs, and the playground."""
+
+from __future__ import annotations
+
+import json
+
+from loray.recipes.load import load_recipe
+from serve_apps.console.pages.jobs import losses_of
+from serve_apps.console.pages.serving import heat_map
+from tests.serve_apps.console.site import URL, ConsoleSite, ScriptedGateway
+
+
+def test_replicas_adapters_and_reasons(console: ConsoleSite) -> None:
+    page = console.get("/serving").text
+    for shown in ("r1", "n2", "40 %", "90 %", "tone@2", "legal@1", "held by the pool", "75.0 %"):
+        assert shown in page, shown
+    console.engines.down = True
+    assert "Not seen" in console.get("/serving/live").text
+
+
+def test_what_more_replicas_hold_comes_first() -> None:
+    rows = heat_map(ScriptedGateway().status().replicas)
+    assert [row.adapter for row in rows] == ["dates@1", "tone@2", "legal@1", "legal@2"]
+    assert rows[0].tiers == ("host", "host")
+    assert rows[3].tiers == ("", "pool")
+
+
+def test_the_playground_asks_with_the_key_of_its_session(console: ConsoleSite) -> None:
+    key = console.key("infer")
+    console.log_in(key)
+    assert 'value="tone"' in console.get("/playground", model="tone").text
+    assert 'value="legal"' in console.get("/playground/models", search="leg").text
+    body = {"model": "tone", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    token = console.get().text.partition('"X-CSRF-Token": "')[2].partition('"')[0]
+    headers = {"X-CSRF-Token": token, "Content-Type": "application/json"}
+    answer = console.http.post(f"{URL}/playground/chat", json=body, headers=headers)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert console.engines.asked == [(f"Bearer {key}", body)]
+    assert console.http.post(f"{URL}/playground/chat", json=body).status_code == 403
+
+
+def test_jobs(console: ConsoleSite) -> None:
+    assert "No job was submitted yet" in console.get("/jobs").text
+    recipe = load_recipe("lora_smollm2").spec
+    job = console.services.jobs_of(console.services.catalog.principal).submit(
+        recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": "s3://b/d.jsonl", "eval": None})}),
+        None,
+        resume=False,
+    )
+    assert job.id in console.get("/jobs", status="pending").text
+    page = console.get(f"/jobs/{job.id}").text
+    assert f"log of {job.id}" in page
+    assert "s3://b/d.jsonl" in page
+    assert console.post(f"/jobs/{job.id}/stop").status_code == 204
+    assert console.jobs.stopped == [job.id]
+    assert console.get("/jobs/nothing").status_code == 404
+
+
+def test_losses_come_from_the_logs_events() -> None:
+    events = [{"event": "step", "step": n, "loss": 1.0 / n} for n in range(1, 5001)]
+    lines = [json.dumps(event) for event in events] + ["not an event", '{"event": "eval", "step": 7, "eval_loss": 2.5}']
+    steps, training, held_out = json.loads(losses_of("\n".join(lines)))
+    assert len(steps) == len(training) == len(held_out) <= 1002
+    assert held_out[steps.index(7)] == 2.5
+    assert training[steps.index(7)] == 1 / 7
