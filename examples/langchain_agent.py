@@ -33,9 +33,8 @@ with httpx.Client(timeout=120) as http:
         max_completion_tokens=100,
     )
     messages: list[BaseMessage] = [HumanMessage("What is 1 + 2?")]
-    answer = model.bind_tools([add], tool_choice="add", parallel_tool_calls=False).invoke(messages)
-    messages.append(answer)
+    messages += [answer := model.bind_tools([add], tool_choice="add", parallel_tool_calls=False).invoke(messages)]
     for call in answer.tool_calls:
         print(f"the model calls {call['name']}: {call['args']}")
-        messages.append(add.invoke(call))
+        messages += [add.invoke(call)]
     print("answer:", model.bind_tools([add], tool_choice="none").invoke(messages).content)

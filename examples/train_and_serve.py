@@ -23,7 +23,6 @@ with CatalogClient(URL) as catalog, LorayClient(URL) as models:
         {
             "name": NAME,
             "base": os.environ.get("MODEL", "smollm2"),
-            "adapter": {"method": "lora"},
             "data": {"train": str(DATA)},
             "num_epochs": 10,
         }

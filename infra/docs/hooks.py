@@ -15,6 +15,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _log = logging.getLogger("mkdocs.hooks.loray")  # what it warns of ends a strict build
 
 
+def on_config(config: Any) -> Any:
+    config.nav = pages.navigation(config.nav, REPOSITORY)
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Adds README and the like, the reference, and the repository's files that pages link to."""
     for uri, text in pages.all_pages(REPOSITORY).items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from infra.docs.markdown import FOLDER_PAGES, ROOT_PAGES, for_site, headings, links, repository_path, site_path
 from infra.docs.reference import reference
 
+_SECTIONS = {"guide": "Explanations", "howto": "How-to guides", "benchmarks": "Benchmarks"}
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".sh": "bash", ".json": "json", ".toml": "toml"}
 
 
@@ -14,6 +17,27 @@ def written(repository: Path) -> list[str]:
     """Paths of the pages that people have written: docs/ and the files at the root."""
     docs = (path for path in (repository / "docs").rglob("*.md"))
     return [*ROOT_PAGES, *sorted(str(path.relative_to(repository)) for path in docs)]
+
+
+def placed(nav: Any) -> Iterator[str]:
+    """Paths of the pages in a navigation, as mkdocs.yml has it."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for below in nav.values() if isinstance(nav, dict) else nav:
+            yield from placed(below)
+
+
+def navigation(nav: list[dict[str, Any]], repository: Path) -> list[dict[str, Any]]:
+    """`nav`, and the pages of docs/ that it does not place, each last in its folder's section."""
+    known = set(placed(nav))
+    others = [path for path in map(site_path, written(repository)) if path not in known]
+    sections = {title: list(below) for entry in nav for title, below in entry.items() if isinstance(below, list)}
+    for path in others:
+        section = _SECTIONS.get(path.partition("/")[0])
+        if section is not None:
+            sections[section].append(path)
+    return [{title: sections.get(title, below) for title, below in entry.items()} for entry in nav]
 
 
 def problems(repository: Path) -> list[str]:

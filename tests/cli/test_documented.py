@@ -32,6 +32,19 @@ def test_blocks_that_are_not_run_say_why(page: Path) -> None:
     )
 
 
+# Blocks of the README, which has no marks, by how they begin.
+README_BLOCKS = {
+    "make demo": "takes minutes; continuous integration runs the tests",
+    "loray base add smollm2": "the tutorial, which is run, has its steps",
+}
+
+
+def test_blocks_of_the_readme_are_accounted_for() -> None:
+    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    shown = [block.text for block in blocks(page) if not block.language and block.text[0].isalpha()]
+    assert not [text for text in shown if not text.startswith(tuple(README_BLOCKS))]
+
+
 def test_pages_that_are_run_exist() -> None:
     for page in RUN:
         found = [block for block in blocks(page.read_text(encoding="utf-8")) if block.language == "bash"]

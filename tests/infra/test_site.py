@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import click
 import pytest
 import yaml
 
 from infra.docs.markdown import for_site, headings, links, site_path, table
-from infra.docs.pages import all_pages, problems, written
+from infra.docs.pages import all_pages, navigation, placed, problems, written
 from loray import errors
 from loray.cli.main import cli
 from loray.recipes.defaults import METHODS, OBJECTIVES
@@ -56,19 +55,22 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_navigation_has_every_page(made: dict[str, str]) -> None:
-    site = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
-    shown = list(_pages(site["nav"]))
+    nav = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    shown = list(placed(navigation(nav, REPOSITORY)))
     assert len(shown) == len(set(shown))
     hidden = re.compile("source/|decisions/0")
     assert set(shown) == {path for path in {*made, *map(site_path, written(REPOSITORY))} if not hidden.match(path)}
 
 
-def _pages(nav: Any) -> Iterator[str]:
-    if isinstance(nav, str):
-        yield nav
-    else:
-        for below in nav.values() if isinstance(nav, dict) else nav:
-            yield from _pages(below)
+def test_a_page_that_is_not_placed_comes_last_in_its_section(tmp_path: Path) -> None:
+    (tmp_path / "docs" / "howto").mkdir(parents=True)
+    for name in ("old", "new"):
+        (tmp_path / "docs" / "howto" / f"{name}.md").touch()
+    nav = [{"Home": "index.md"}, {"How-to guides": [{"Old": "howto/old.md"}]}]
+    assert navigation(nav, tmp_path) == [
+        {"Home": "index.md"},
+        {"How-to guides": [{"Old": "howto/old.md"}, "howto/new.md"]},
+    ]
 
 
 def test_a_page_as_the_site_has_it() -> None:

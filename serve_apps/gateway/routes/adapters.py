@@ -32,6 +32,7 @@ def create_router(gateway: Gateway) -> APIRouter:
 
     @router.post("/v1/load_lora_adapter")
     async def load_lora_adapter(request: Request) -> Response:
+        """vLLM's, for deployment tools: 200 where the catalog has the adapter; a path is refused."""
         body = await body_of(request, LoadLoraRequest)
         if body.lora_path not in (None, "", body.lora_name):
             raise RequestError(
@@ -44,6 +45,7 @@ def create_router(gateway: Gateway) -> APIRouter:
 
     @router.post("/v1/unload_lora_adapter")
     async def unload_lora_adapter(request: Request) -> Response:
+        """vLLM's, for deployment tools: 200 where the catalog has the adapter, which stays."""
         body = await body_of(request, UnloadLoraRequest)
         await check_own(request, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is evicted when its memory is needed.")

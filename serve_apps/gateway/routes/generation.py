@@ -29,16 +29,19 @@ def create_router(gateway: Gateway) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
+        """OpenAI's completions of texts or token ids, with vLLM's further fields; streamed as server-sent events."""
         headers = heard(request)
         return await gateway.completions(await body_of(request, CompletionRequest), headers)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
+        """OpenAI's chat completions with tools and structured output; streamed as server-sent events."""
         headers = heard(request)
         return await gateway.chat_completions(await body_of(request, ChatCompletionRequest), headers)
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
+        """OpenAI's Responses API, as another form of a chat completion; nothing is stored."""
         headers = heard(request)
         return await gateway.responses(*await converted_body(request, _response_and_chat), headers)
 

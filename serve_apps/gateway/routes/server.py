@@ -23,12 +23,14 @@ def create_router(gateway: Gateway) -> APIRouter:
         after: Annotated[str | None, Query(description="only models after this one")] = None,
         limit: Annotated[int | None, Query(ge=1, description="at most as many models (default: all)")] = None,
     ) -> Response:
+        """The base and the adapters that the caller sees, in pages."""
         return StreamingResponse(
             gateway.models.page(principal_of(request), after, limit), media_type="application/json"
         )
 
     @router.get("/v1/models/{model:path}")
     async def model(request: Request, model: str) -> Response:
+        """One model, by `name`, `name@alias` or `name@version`."""
         card = await gateway.models.card(model, principal_of(request))
         return Response(card.to_json(), media_type="application/json")
 
@@ -36,6 +38,7 @@ def create_router(gateway: Gateway) -> APIRouter:
     @router.get("/ping")
     @router.post("/ping")
     async def health() -> Response:
+        """200 if a replica answers that its engine runs."""
         return await gateway.health()
 
     @router.get("/console", include_in_schema=False)
@@ -44,14 +47,17 @@ def create_router(gateway: Gateway) -> APIRouter:
 
     @router.get("/version")
     async def version() -> Response:
+        """The server's version."""
         return JSONResponse({"version": __version__})
 
     @router.get("/status")
     async def status() -> Status:
+        """What is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot."""
         return await gateway.status()
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:
+        """Metrics of all gateways and replicas, for Prometheus."""
         return await gateway.metrics(request.headers.get("accept", ""))
 
     return router

@@ -25,6 +25,7 @@ def create_router(gateway: Gateway) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
+        """vLLM's: a text or a chat as token ids."""
         body, chat = await converted_body(request, tokenize_and_chat)
         adapter, limit = await gateway.model(body.model or base, principal_of(request))
         if chat is not None:
@@ -40,6 +41,7 @@ def create_router(gateway: Gateway) -> APIRouter:
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
+        """vLLM's: token ids as a text."""
         body = await body_of(request, DetokenizeRequest)
         await gateway.model(body.model or base, principal_of(request))
         answer = DetokenizeResponse(prompt=await prompts.decode(body.tokens))
