@@ -4,6 +4,9 @@
 
     ops        the ops' equations and arguments
     pages      writing adapters' rows into the pool
+    kv         how blocks hold keys and values
+    decoding   steps that a backend records and replays
+    records    where an adapter's LoRA rows are, in the device's memory
     reference  torch; every other backend is tested against it
     cpu/       C++ (cpu/csrc), compiled at first use
     cuda/      CUDA C++ (cuda/csrc) and Triton (cuda/tiles), for NVIDIA GPUs
@@ -23,10 +26,9 @@ from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cpu.native import release_threads
 from loray_kernels.cpu.ops import CpuOps
 from loray_kernels.cuda import cuda_ops, use_device
+from loray_kernels.decoding import DecodeStep, Decoding, RecordedDecoding, RecordedStep
+from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
-    AttentionMeta,
-    DecodeStep,
-    KvLayout,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -40,28 +42,39 @@ from loray_kernels.ops import (
     VeraTable,
 )
 from loray_kernels.pages import PageWriter, Piece
+from loray_kernels.records import INPUTS, RECORD_TOKENS, Directory, InputShape, LoraRows, StepRecords, record_words
 from loray_kernels.reference import ReferenceOps
 
 __all__ = [
+    "INPUTS",
+    "RECORD_TOKENS",
     "AttentionMeta",
     "BackendUnavailable",
     "DecodeStep",
+    "Decoding",
+    "Directory",
+    "InputShape",
     "KvLayout",
     "LayerTables",
     "LayerWeights",
     "LinearWeights",
+    "LoraRows",
     "LoraTable",
     "Ops",
     "PageWriter",
     "PairMatrix",
     "Piece",
+    "RecordedDecoding",
+    "RecordedStep",
     "RowTables",
     "Segments",
     "StepInputs",
+    "StepRecords",
     "TokenRows",
     "VeraTable",
     "available",
     "backend",
+    "record_words",
     "release_threads",
     "use_device",
 ]

@@ -16,25 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep
+from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.pages import PageWriter
-
-
-class KvLayout(NamedTuple):
-    """A block holds, for each layer, K then V, each (block_tokens, num_kv_heads, head_dim)."""
-
-    num_layers: int
-    block_tokens: int
-    num_kv_heads: int
-    head_dim: int
-
-    @property
-    def layer_share(self) -> int:
-        return 2 * self.block_tokens * self.num_kv_heads * self.head_dim
+from loray_kernels.records import StepRecords
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,31 +110,6 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMeta:
-    """The sequences of a step.
-
-    query_start  S+1 offsets into the step's tokens
-    context_len  tokens of each sequence in the cache after this step's have been written
-    block_table  blocks of each sequence, in order
-    slots_T      block × block_tokens + position in it, of each token of the step
-    """
-
-    query_start: tuple[int, ...]
-    context_len: tuple[int, ...]
-    block_table: tuple[Tensor, ...]
-    slots_T: Tensor
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-
-class DecodeStep(NamedTuple):
-    """One token of each of S sequences, without adapters."""
-
-    token_ids_S: Tensor
-    positions_S: Tensor
-    attention: AttentionMeta
-
-
-@dataclass(frozen=True, slots=True)
 class LayerTables:
     """The adapters of a batch in one layer, or, in the flat tables, outside of the layers; by module."""
 
@@ -209,14 +173,9 @@ class Ops(Protocol):
         """Writes adapters from host memory into `pool`."""
         ...
 
-    def recorded(
-        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
-    ) -> Callable[[DecodeStep], Tensor] | None:
-        """`forward` with its launches recorded once and replayed; the next call overwrites its result. None if this
-        backend does not record.
-
-        forward     returns a row for each sequence; its launches must not depend on a step's values
-        max_blocks  the most of a sequence
+    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
+        """`forward`, whose launches must not depend on a step's values, recorded once and replayed. It gives a row for
+        each sequence. None if this backend does not record.
         """
         ...
 
@@ -284,6 +243,20 @@ class Ops(Protocol):
         layer_offset: int,
     ) -> None:
         """y += scale · B h for each (y, h, table), accumulated in fp32, in one launch. Writes `outputs`."""
+        ...
+
+    def lora_of_records(
+        self,
+        x_TI: Tensor,
+        outputs: tuple[Tensor, ...],
+        pool: Tensor,
+        records: StepRecords,
+        field: int,
+        layer_offset: int,
+    ) -> None:
+        """`lora_shrink` and `lora_expand` with the rows that the records have at `field`, which is layer × inputs + the
+        input. Writes `outputs`.
+        """
         ...
 
     def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:

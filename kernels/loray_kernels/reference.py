@@ -4,17 +4,16 @@ tested against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep
+from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
-    AttentionMeta,
-    DecodeStep,
-    KvLayout,
     LayerTables,
     LayerWeights,
     LinearWeights,
@@ -27,6 +26,7 @@ from loray_kernels.ops import (
     VeraTable,
 )
 from loray_kernels.pages import DirectWriter, PageWriter
+from loray_kernels.records import INPUTS, Columns, StepRecords, read_block
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -45,9 +45,7 @@ class ReferenceOps:
     def page_writer(self, pool: Tensor) -> PageWriter:
         return DirectWriter(pool)
 
-    def recorded(
-        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
-    ) -> Callable[[DecodeStep], Tensor] | None:
+    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
         return None
 
     def decoder_layer(
@@ -155,6 +153,25 @@ class ReferenceOps:
                     delta = (h_TR[rows, : last - first] @ b_RO) * table.scale[n]
                     y_TO[rows] = (y_TO[rows].float() + delta).to(y_TO.dtype)
 
+    def lora_of_records(
+        self,
+        x_TI: Tensor,
+        outputs: tuple[Tensor, ...],
+        pool: Tensor,
+        records: StepRecords,
+        field: int,
+        layer_offset: int,
+    ) -> None:
+        shape = records.records.inputs[field % len(INPUTS)]
+        for start, first, num in records.items_S3.tolist():
+            own = slice(first, first + num)
+            found = read_block(records.records.words, start, field, shape) if num else ()
+            for y_TO, rows, columns in zip(outputs, found, shape.b, strict=False):
+                if rows is not None:
+                    a_RI = gather_rows(pool, _row_tables(shape.a, rows.a), layer_offset).float()
+                    b_RO = gather_rows(pool, _row_tables(columns, rows.b), layer_offset).float()
+                    y_TO[own] = (y_TO[own].float() + rows.scale * (x_TI[own].float() @ a_RI.T @ b_RO)).to(y_TO.dtype)
+
     def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
         return x_TI.float() @ a_RI.data[:, : x_TI.shape[1]].float().T
 
@@ -176,3 +193,7 @@ class ReferenceOps:
 def _kv(pool: Tensor, layout: KvLayout) -> Tensor:
     """The pool as (block, layer, K or V, position, KV head, d)."""
     return pool.view(-1, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
+
+
+def _row_tables(columns: Columns, offsets: Sequence[Sequence[int]]) -> RowTables:
+    return RowTables(tuple((c, w, torch.tensor(own)) for (c, w), own in zip(columns, offsets, strict=True)))

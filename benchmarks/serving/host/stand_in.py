@@ -13,14 +13,15 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loray_kernels import DecodeStep, KvLayout, LinearWeights, PageWriter
+from loray_kernels import Decoding, LinearWeights, PageWriter, RecordedDecoding, RecordedStep
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.graphs import DecodeGraphs, Recording
+from loray_kernels.cuda.graphs import DecodeGraphs, Recording, StepWords
 from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.pages import DirectWriter
@@ -63,10 +64,8 @@ class StandInOps(CudaOps):
         self.counts.launches += 1
         return x_TD.new_zeros(x_TD.shape[0], weights.out_features, dtype=torch.float32)
 
-    def recorded(
-        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
-    ) -> Callable[[DecodeStep], Tensor] | None:
-        return DecodeGraphs(forward, layout, max_blocks, device, self._record)
+    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding:
+        return DecodeGraphs(forward, decoding, self._record)
 
     def _record(self, run: Callable[[], Tensor]) -> Recording:
         def replay() -> None:
@@ -92,15 +91,20 @@ class _NoTiles:
 def counting(ops: StandInOps) -> Iterator[Counts]:
     """Counts of what runs inside, which takes several times as long as otherwise."""
     counts = ops.counts = Counts()
-    read = Tensor.tolist
+    read, send = Tensor.tolist, StepWords.send
 
     def tolist(tensor: Tensor) -> Any:
         counts.reads += 1
         return read(tensor)
 
+    def sent(words: StepWords, staged: Tensor) -> None:
+        send(words, staged)
+        counts.launches -= 1  # the copy that has just been counted as one of torch's operations
+        counts.copied(staged)
+
     Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
     try:
-        with _Dispatched(counts):
+        with patch.object(StepWords, "send", sent), _Dispatched(counts):
             yield counts
     finally:
         Tensor.tolist = read  # type: ignore[method-assign]

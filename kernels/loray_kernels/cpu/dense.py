@@ -14,9 +14,10 @@ from torch import Tensor
 
 from loray_kernels.cpu.native import Functions, functions, packed_size, supported
 from loray_kernels.cpu.tables import pack_layout, pack_matrix, pack_meta, pack_rows
+from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import token_rows
 from loray_kernels.memory import huge_pages
-from loray_kernels.ops import AttentionMeta, KvLayout, LinearWeights, TokenRows
+from loray_kernels.ops import LinearWeights, TokenRows
 from loray_kernels.reference import ReferenceOps
 
 

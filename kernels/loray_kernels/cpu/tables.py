@@ -12,10 +12,9 @@ from itertools import accumulate
 from struct import pack, unpack
 from typing import Any, NamedTuple
 
+from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import row_size
 from loray_kernels.ops import (
-    AttentionMeta,
-    KvLayout,
     LayerTables,
     LayerWeights,
     LinearWeights,

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.launch import SUFFIX, Launcher
-from loray_kernels.cuda.tables import Attention, Expand, Items, Rows, Shrink, three_outputs
-from loray_kernels.ops import KvLayout
+from loray_kernels.cuda.tables import Attention, Expand, Items, OfInput, Rows, Shrink, three_outputs
+from loray_kernels.kv import KvLayout
+from loray_kernels.records import StepRecords
 
 _SHRINK_WARPS, _EXPAND_THREADS, _THREADS = 4, 64, 128  # as in cuda/csrc
 _GROUP = 8
+_ROW_TURNS = 12  # blocks of warps for a recorded item: 48 rows at once, such as rank 16 of q, k and v
 MAX_HEAD_DIM = 256
 
 
@@ -62,6 +64,53 @@ class Gather:
                 expand.num_adapters,
                 expand.scale_MN.data_ptr(),
                 expand.h_column_M.data_ptr(),
+            ),
+        )
+
+    def recorded_shrink(
+        self, x_TI: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput, h_TR: Tensor
+    ) -> None:
+        words = step.records.words
+        self._launch(
+            f"lora_recorded_shrink_{SUFFIX[pool.dtype]}",
+            (step.items_S3.shape[0], _ROW_TURNS, 1),
+            32 * _SHRINK_WARPS,
+            (
+                x_TI.data_ptr(),
+                x_TI.stride(0),
+                pool.data_ptr(),
+                step.items_S3.data_ptr(),
+                words.data_ptr(),
+                field,
+                tables.num_modules,
+                tables.segments.data_ptr(),
+                tables.num_segments,
+                h_TR.data_ptr(),
+                h_TR.stride(0),
+            ),
+        )
+
+    def recorded_expand(
+        self, outputs: tuple[Tensor, ...], h_TR: Tensor, pool: Tensor, step: StepRecords, field: int, tables: OfInput
+    ) -> None:
+        y = three_outputs(outputs)
+        self._launch(
+            f"lora_recorded_expand_{SUFFIX[pool.dtype]}",
+            (step.items_S3.shape[0], tables.num_tiles, 1),
+            _EXPAND_THREADS,
+            (
+                *(t.data_ptr() for t in y),
+                *(t.stride(0) for t in y),
+                h_TR.data_ptr(),
+                h_TR.stride(0),
+                pool.data_ptr(),
+                step.items_S3.data_ptr(),
+                tables.tiles.data_ptr(),
+                step.records.words.data_ptr(),
+                field,
+                tables.num_modules,
+                tables.num_segments,
+                tables.module_segments.data_ptr(),
             ),
         )
 

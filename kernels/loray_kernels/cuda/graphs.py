@@ -1,57 +1,107 @@
-"""Decode steps of base-model requests as CUDA graphs: a step's launches are recorded once and replayed by one call.
+"""Decode steps as CUDA graphs: a step's launches are recorded once and replayed by one call.
 
-A graph contains addresses, so whatever changes from step to step is copied into tensors that stay in place. A step is
-padded to the next size that has a graph: padding sequences have no context, and their keys and values are not written.
-Steps with adapters are not recorded, because the length of their tables changes from step to step.
+A graph contains addresses, so whatever changes from step to step stands in tensors that stay in place. What a step is
+made of goes up in one copy: its numbers, and the blocks that are new in the tables, which stay on the device. A step is
+padded to the next size that has a graph: padding has no context, and its keys and values are not written. Steps with
+and without adapters have graphs of their own, so that the base does not pay for adapters, and so have contexts of
+different magnitude, for which attention has more splits.
 
 Recording has not run on a GPU yet. All else is tested on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.tables import SPLIT, Attention, Items
-from loray_kernels.ops import AttentionMeta, DecodeStep, KvLayout
+from loray_kernels.cuda.tables import SPLIT, Attention, Items, upload
+from loray_kernels.decoding import DecodeStep, Decoding, RecordedStep
+from loray_kernels.kv import AttentionMeta
+from loray_kernels.records import Directory, Records, StepRecords
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SPLITS = (1, 4, 16, 64, 256, 1024, 4096)  # of attention
+_NEW_BLOCKS = 1024  # that go up with a step; more are a copy of their own
+
+
+class StepWords:
+    """The numbers of a step on the device: token ids, positions, seats, items of adapters; then new blocks, places
+    first.
+
+    They go up from two pinned copies by turns: what was computed from one has been read before it is written again.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._size, self._num = size, 6 * size
+        words = self._num + 2 * _NEW_BLOCKS
+        self.words = torch.zeros(words, dtype=torch.int64, device=device)
+        self.words[size : 2 * size] = -1  # the run before a recording writes no keys
+        pinned = device.type == "cuda"
+        self._staged = [torch.zeros(words, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._views = [staged.numpy() for staged in self._staged]
+        self._turn = 0
+
+    def fill(self, step: DecodeStep, blocks: Tensor) -> None:
+        """At most `size` sequences; the rest is padding. Writes `blocks`, the tables of all seats."""
+        size, num, new = self._size, len(step.token_ids), len(step.places)
+        self._turn ^= 1
+        view = self._views[self._turn]
+        view[:num] = step.token_ids
+        view[size : size + num] = step.positions
+        view[size + num : 2 * size] = -1
+        view[2 * size : 2 * size + num] = step.seats
+        view[3 * size : 3 * size + len(step.items)] = step.items
+        view[3 * size + len(step.items) : self._num] = 0
+        if new > _NEW_BLOCKS:
+            blocks.index_copy_(0, *upload(blocks.device, step.places, step.blocks))
+            new = 0
+        elif new:
+            view[self._num : self._num + new] = step.places
+            view[self._num + new : self._num + 2 * new] = step.blocks
+        used = self._num + 2 * new
+        self.send(self._staged[self._turn][:used])
+        if new:
+            blocks.index_copy_(0, self.words[self._num : self._num + new], self.words[self._num + new : used])
+
+    def send(self, staged: Tensor) -> None:
+        """The one copy to the device of a step. It waits for nothing."""
+        self.words[: staged.shape[0]].copy_(staged, non_blocking=True)
 
 
 class PaddedStep:
-    """A step of `size` sequences with up to `max_blocks` blocks each, in tensors that stay in place."""
+    """A step of `size` sequences, computed on the device from its words and the seats' block tables."""
 
-    def __init__(self, size: int, max_blocks: int, layout: KvLayout, device: torch.device) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.int64, device=device)
+    def __init__(self, size: int, splits: int, blocks: Tensor, records: Records | None, decoding: Decoding) -> None:
+        device = blocks.device
+        self.words = StepWords(size, device)
+        self._size, self._splits, self._blocks, self._records, self._decoding = size, splits, blocks, records, decoding
+        self._numbers = torch.arange(size + 1, device=device)
+        self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
+        self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
 
-        numbers = torch.arange(size + 1, device=device)
-        self._context_S, self._blocks_SB = zeros(size), zeros(size, max_blocks)
-        slots_S = torch.full((size,), -1, dtype=torch.int64, device=device)
-        meta = AttentionMeta(tuple(range(size + 1)), (0,) * size, tuple(self._blocks_SB), slots_S)
+    def step(self) -> RecordedStep:
+        size, block_tokens = self._size, self._decoding.layout.block_tokens
+        token_ids_S, positions_S, seats_S = self.words.words[: 3 * size].view(3, size)
+        at_S, start_S = positions_S.clamp(min=0), seats_S * self._decoding.max_blocks
+        block_S = self._blocks[start_S + at_S // block_tokens]
+        slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)
+        meta = AttentionMeta(tuple(range(size + 1)), (0,) * size, (), slots_S)
         meta.memo["cuda"] = Attention(
-            query_start=numbers,
-            context_len=self._context_S,
-            table_start=numbers[:size] * max_blocks,
-            blocks=self._blocks_SB.view(-1),
-            decoded=Items(numbers[:size].repeat_interleave(2).contiguous(), size),
-            prefilled=Items(zeros(0), 0),
-            max_splits=-(-max_blocks * layout.block_tokens // SPLIT),
+            query_start=self._numbers,
+            context_len=positions_S + 1,
+            table_start=start_S,
+            blocks=self._blocks,
+            decoded=self._decoded,
+            prefilled=self._prefilled,
+            max_splits=self._splits,
         )
-        self.step = DecodeStep(zeros(size), zeros(size), meta)
-
-    def fill(self, step: DecodeStep) -> None:
-        """Copy a step of at most `size` sequences; the rest is padding. Writes this step's tensors."""
-        num, meta = step.token_ids_S.shape[0], step.attention
-        blocks = torch.nn.utils.rnn.pad_sequence(list(meta.block_table), batch_first=True)
-        self.step.token_ids_S[:num] = step.token_ids_S
-        self.step.positions_S[:num] = step.positions_S
-        self.step.attention.slots_T.fill_(-1)[:num] = meta.slots_T
-        self._blocks_SB[:num, : blocks.shape[1]] = blocks
-        self._context_S.zero_()[:num] = torch.tensor(meta.context_len).to(self._context_S.device)
+        records = None
+        if self._records is not None:
+            records = StepRecords(self._records, self.words.words[3 * size : 6 * size].view(size, 3))
+        return RecordedStep(token_ids_S, at_S, meta, records)
 
 
 class Recording(NamedTuple):
@@ -65,33 +115,32 @@ Record = Callable[[Callable[[], Tensor]], Recording]
 
 
 class DecodeGraphs:
-    """See `Ops.recorded`. A size is recorded when it is first needed. `record` makes a CUDA graph by default."""
+    """A RecordedDecoding. A graph is recorded when it is first needed, by `record`."""
 
-    def __init__(
-        self,
-        forward: Callable[[DecodeStep], Tensor],
-        layout: KvLayout,
-        max_blocks: int,
-        device: torch.device,
-        record: Record | None = None,
-    ) -> None:
-        self._forward, self._layout, self._max_blocks, self._device = forward, layout, max_blocks, device
-        self._record = record or GraphRecorder(device)
-        self._recorded: dict[int, tuple[PaddedStep, Recording]] = {}
+    def __init__(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding, record: Record) -> None:
+        self._forward, self._decoding, self._record = forward, decoding, record
+        self._blocks = torch.zeros(decoding.num_seats * decoding.max_blocks, dtype=torch.int64, device=decoding.device)
+        self._recorded: dict[tuple[int, int, bool], tuple[PaddedStep, Recording]] = {}
+        self.directory = Directory(decoding.inputs, decoding.device)
+        self.max_rows = SIZES[-1]
 
     def __call__(self, step: DecodeStep) -> Tensor:
-        """A step with more sequences than the largest size is not replayed."""
-        num = step.token_ids_S.shape[0]
-        size = next((s for s in SIZES if s >= num), None)
-        if size is None:
-            return self._forward(step)
-        if size not in self._recorded:
-            padded = PaddedStep(size, self._max_blocks, self._layout, self._device)
-            self._recorded[size] = padded, self._record(lambda: self._forward(padded.step))
-        padded, recording = self._recorded[size]
-        padded.fill(step)
+        num, splits = len(step.token_ids), -(-(int(step.positions.max()) + 1) // SPLIT)
+        key = _least(SIZES, num), _least(_SPLITS, splits), len(step.items) > 0
+        found = self._recorded.get(key)
+        if found is None:
+            size, splits, with_adapters = key
+            records = self.directory.records if with_adapters else None
+            padded = PaddedStep(size, splits, self._blocks, records, self._decoding)
+            found = self._recorded[key] = padded, self._record(lambda: self._forward(padded.step()))
+        padded, recording = found
+        padded.words.fill(step, self._blocks)
         recording.replay()
         return recording.out[:num]
+
+
+def _least(sizes: Sequence[int], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)
 
 
 class GraphRecorder:

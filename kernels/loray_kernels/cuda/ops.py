@@ -19,23 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather
-from loray_kernels.cuda.graphs import DecodeGraphs
+from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
 from loray_kernels.cuda.launch import SUFFIX
 from loray_kernels.cuda.pages import PageUploader
 from loray_kernels.cuda.tables import (
     MAX_MODULES,
     pack_attention,
     pack_expand,
+    pack_input,
     pack_rows,
     pack_shrink,
     pack_spans,
     pack_token_rows,
 )
+from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep
+from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import token_rows
 from loray_kernels.ops import (
-    AttentionMeta,
-    DecodeStep,
-    KvLayout,
     LoraTable,
     PairMatrix,
     Segments,
@@ -43,6 +43,7 @@ from loray_kernels.ops import (
     VeraTable,
 )
 from loray_kernels.pages import PageWriter
+from loray_kernels.records import INPUTS, MAX_ROWS, StepRecords
 from loray_kernels.reference import ReferenceOps
 
 if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
@@ -58,13 +59,11 @@ class CudaOps(ReferenceOps):
     def page_writer(self, pool: Tensor) -> PageWriter:
         return PageUploader(self._gather, pool) if pool.is_cuda else super().page_writer(pool)
 
-    def recorded(
-        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
-    ) -> Callable[[DecodeStep], Tensor] | None:
+    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
         """None without a GPU, and if attention goes to the reference, whose launches depend on a step's values."""
-        if device.type != "cuda" or not _attends(layout.head_dim):
+        if decoding.device.type != "cuda" or not _attends(decoding.layout.head_dim):
             return None
-        return DecodeGraphs(forward, layout, max_blocks, device)
+        return DecodeGraphs(forward, decoding, GraphRecorder(decoding.device))
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:
@@ -173,6 +172,23 @@ class CudaOps(ReferenceOps):
                 self._gather.expand(outputs, h_TR, layer, spans.gathered, packed)
             if spans.tiled.num:
                 self._tiles.expand(outputs, h_TR, layer, spans.tiled, packed)
+
+    def lora_of_records(
+        self,
+        x_TI: Tensor,
+        outputs: tuple[Tensor, ...],
+        pool: Tensor,
+        records: StepRecords,
+        field: int,
+        layer_offset: int,
+    ) -> None:
+        assert _one_dtype(pool, x_TI, *outputs)
+        assert all(y.stride(1) == 1 for y in outputs)
+        x_TI, layer = token_rows(x_TI), pool[layer_offset:]
+        tables = pack_input(records.records, field % len(INPUTS))
+        h_TR = torch.empty(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
+        self._gather.recorded_shrink(x_TI, layer, records, field, tables, h_TR)
+        self._gather.recorded_expand(outputs, h_TR, layer, records, field, tables)
 
     def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
         if not _one_dtype(a_RI.data, x_TI) or a_RI.data.stride(1) != 1:

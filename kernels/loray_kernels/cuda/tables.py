@@ -13,8 +13,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import row_size
-from loray_kernels.ops import AttentionMeta, KvLayout, LoraTable, RowTables, Segments, TokenRows
+from loray_kernels.ops import LoraTable, RowTables, Segments, TokenRows
+from loray_kernels.records import Records
 
 # If an adapter has fewer tokens in the step, they are gathered, GATHER_TOKENS at a time; else they form tiles.
 GATHER_BELOW = 16
@@ -81,6 +83,17 @@ class Expand(NamedTuple):
     widths: tuple[int, ...]
     ranks: tuple[int, ...]
     multiple_of_8: bool
+
+
+class OfInput(NamedTuple):
+    """What recorded launches need of one input, equal for all adapters; see lora.cu."""
+
+    segments: Tensor
+    tiles: Tensor
+    module_segments: Tensor
+    num_segments: int
+    num_tiles: int
+    num_modules: int
 
 
 class Attention(NamedTuple):
@@ -224,6 +237,21 @@ def _expand(tables: tuple[LoraTable, ...]) -> Expand:
         ranks,
         even,
     )
+
+
+def pack_input(records: Records, number: int) -> OfInput:
+    packed: OfInput | None = records.memo.get(number)
+    if packed is None:
+        a, b = records.inputs[number]
+        tiles: list[int] = []
+        for m, columns in enumerate(b):
+            for s, (column, width) in enumerate(columns):
+                for first in range(0, width, TILE_COLUMNS):
+                    tiles += (m, s, first, column + first, min(TILE_COLUMNS, width - first))
+        lists = [v for pair in a for v in pair], tiles, [len(s) for s in b]
+        segments, tiles_C5, module_segments = upload(records.words.device, *lists)
+        packed = records.memo[number] = OfInput(segments, tiles_C5, module_segments, len(a), len(tiles) // 5, len(b))
+    return packed
 
 
 def pack_attention(meta: AttentionMeta, layout: KvLayout) -> Attention:

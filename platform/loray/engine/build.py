@@ -50,5 +50,6 @@ def build_engine(
     pool = Pool(layout, num_blocks, dtype=dtype, device=device, page_writer=model.ops.page_writer)
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
     engine = Engine(spec, base, model, pool, load)
-    model.record(pool, pool.geometry.blocks_for_tokens(engine.max_model_len(None)))
+    max_blocks = pool.geometry.blocks_for_tokens(engine.max_model_len(None))
+    model.record(pool, num_seats=spec.max_num_seqs, max_blocks=max_blocks)
     return engine

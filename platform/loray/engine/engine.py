@@ -15,8 +15,9 @@ from loray.bases.registry import BaseModel
 from loray.engine.admission import check_request
 from loray.engine.integrity import check_integrity
 from loray.engine.memory.limits import max_model_len
-from loray.engine.model.batch import Batch, build_batch
+from loray.engine.model.batch import Batch
 from loray.engine.model.decoder import Decoder
+from loray.engine.model.decoding import DecodeBatch
 from loray.engine.model.partial import PartialAdapters
 from loray.engine.parallel.workers import Workers
 from loray.engine.pool.loading import AdapterLoads, LoadAdapter
@@ -157,20 +158,14 @@ class Engine:
     def _run(self, chunks: list[Chunk], work: Work) -> list[TokenOutput]:
         began = time.monotonic()
         self.counters.scheduled((chunk.request for chunk in chunks), began)
-        batch = build_batch(
-            chunks,
-            self._resident,
-            block_tokens=self.pool.geometry.block_tokens,
-            hidden_size=self.base.config.hidden_size,
-            device=self.pool.tensor.device,
-        )
-        partial = PartialAdapters(self.pool, [slot.adapter for slot in batch.adapters.slots])
-        if partial:
+        batch = self._model.batch(chunks, self._resident, self.pool)
+        partial = PartialAdapters(self.pool, batch.residents)
+        if partial and isinstance(batch, Batch):
             batch = replace(batch, wait_for_layer=partial.wait_for_layer)
         masks, scores = self._grammars.start([chunk.request for chunk in batch.sampled]), PromptScores(batch.scored)
         logits_SV = self._model.forward(batch, self.pool, scores.add)
-        num_tokens, num_adapters = sum(chunk.num_tokens for chunk in chunks), len(batch.adapters.slots)
-        if partial:
+        num_tokens, num_adapters = sum(chunk.num_tokens for chunk in chunks), len(batch.residents)
+        if partial and isinstance(batch, Batch):
             chunks, batch, logits_SV = partial.drop_incomplete(chunks, batch, logits_SV)
         for chunk in chunks:
             chunk.request.num_computed += chunk.num_tokens
@@ -187,7 +182,12 @@ class Engine:
 
     @torch.inference_mode()
     def _results(
-        self, chunks: list[Chunk], batch: Batch, logits_SV: Tensor, masks: Masks | None, scores: PromptScores
+        self,
+        chunks: list[Chunk],
+        batch: Batch | DecodeBatch,
+        logits_SV: Tensor,
+        masks: Masks | None,
+        scores: PromptScores,
     ) -> list[TokenOutput]:
         requests = [chunk.request for chunk in batch.sampled]
         drawn = self._sampler(logits_SV, requests, masks)

@@ -16,7 +16,17 @@ from torch import Tensor
 from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.engine import Engine
-from loray_kernels import AttentionMeta, BackendUnavailable, DecodeStep, KvLayout, PageWriter, Piece
+from loray.spec import GenerateRequest, RopeParameters
+from loray_kernels import (
+    AttentionMeta,
+    BackendUnavailable,
+    Decoding,
+    KvLayout,
+    PageWriter,
+    Piece,
+    RecordedDecoding,
+    RecordedStep,
+)
 from loray_kernels.cuda import graphs, tables
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.graphs import DecodeGraphs, Recording
@@ -26,7 +36,7 @@ from loray_kernels.cuda.tables import pack_attention
 from loray_kernels.pages import DirectWriter
 from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
-from tests.engine.harness import Spy, make_engine, request, run
+from tests.engine.harness import Spy, make_engine, request, run, submit
 from tests.kernels.cuda.shim import ShimLauncher
 
 
@@ -58,6 +68,7 @@ class ShimOps(CudaOps):
     def __init__(self, gather: Gather) -> None:
         super().__init__(gather, cast(Any, None))
         self.uploaders: list[LateUploader] = []
+        self.records_steps = True
         self.num_recorded = 0
         self.replayed: list[int] = []
 
@@ -65,10 +76,8 @@ class ShimOps(CudaOps):
         self.uploaders.append(LateUploader(self._gather, pool))
         return self.uploaders[-1]
 
-    def recorded(
-        self, forward: Callable[[DecodeStep], Tensor], layout: KvLayout, max_blocks: int, device: torch.device
-    ) -> Callable[[DecodeStep], Tensor] | None:
-        return DecodeGraphs(forward, layout, max_blocks, device, self._record)
+    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
+        return DecodeGraphs(forward, decoding, self._record) if self.records_steps else None
 
     def _record(self, compute: Callable[[], Tensor]) -> Recording:
         self.num_recorded += 1
@@ -121,15 +130,16 @@ def logits_of(engine: Engine, *requests: Any) -> dict[str, Tensor]:
     return {name: torch.stack(rows) for name, rows in spy.logits.items()}
 
 
-@pytest.mark.parametrize(("sizes", "replayed"), [((1, 2, 4, 8), [8, 8, 4, 4, 2, 1]), ((1, 2, 4), [4, 4, 2, 1])])
+@pytest.mark.parametrize(("sizes", "replayed"), [((1, 2, 4, 8), [8, 8, 4, 4, 2, 1]), ((2, 16), [16, 16, 16, 16, 2, 2])])
 def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_given(
     base: BaseModel, ops: ShimOps, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], replayed: list[int]
 ) -> None:
     """Five requests that end one after the other, with contexts on both sides of a block's end."""
     monkeypatch.setattr(graphs, "SIZES", sizes)
     requests = [request(str(i), range(3, 9 + 7 * i), max_tokens=3 + i) for i in range(5)]
-    eager, recorded = make_engine(base), make_engine(base)
-    eager._model._recorded = None
+    recorded = make_engine(base)
+    ops.records_steps = False
+    eager = make_engine(base)
     expected, got = logits_of(eager, *requests), logits_of(recorded, *requests)
     for name, want in expected.items():
         torch.testing.assert_close(got[name], want, atol=1e-5, rtol=1e-5)
@@ -137,10 +147,9 @@ def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_giv
     assert ops.num_recorded == len(set(replayed))
 
 
-def test_steps_with_a_prompt_or_an_adapter_are_not(base: BaseModel, adapters: list[TestAdapter], ops: ShimOps) -> None:
+def test_steps_with_a_prompt_are_not(base: BaseModel, adapters: list[TestAdapter], ops: ShimOps) -> None:
     engine = make_engine(base, adapters, max_num_batched_tokens=32)
     run(engine, [request("warm", range(3, 9), adapters[0], max_tokens=1)])
-    run(engine, [request("base", range(3, 9), max_tokens=3), request("own", range(3, 9), adapters[0], max_tokens=5)])
     run(engine, [request("short", range(9, 15), max_tokens=3), request("long", range(9, 69), max_tokens=1)])
     assert ops.replayed == []
     assert ops.uploaders[0].num_late > 0
@@ -156,3 +165,66 @@ def test_rows_that_the_kernel_scatters_stand_where_copies_would_have_put_them(
     expected = logits_of(make_engine(base, adapters), *requests)
     for name, want in expected.items():  # which of them share a step depends on when they have loaded
         torch.testing.assert_close(got[name], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="session")
+def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestAdapter]:
+    """LoRA of several ranks, on different modules and layers; and what has no record: VeRA, and a RoPE of its own."""
+    from peft import LoraConfig, VeraConfig
+
+    from tests.engine.adapters import make_adapter
+
+    folder, attention = tmp_path_factory.mktemp("mixed"), ["q_proj", "k_proj", "v_proj", "o_proj"]
+    configs = {
+        "r2": LoraConfig(r=2, target_modules=attention),
+        "r7": LoraConfig(r=7, target_modules=[*attention, "gate_proj", "up_proj", "down_proj"]),
+        "r70": LoraConfig(r=70, target_modules=["k_proj", "down_proj"]),
+        "pattern": LoraConfig(r=3, target_modules=["q_proj", "o_proj"], rank_pattern={"layers.1.self_attn.q_proj": 5}),
+        "one layer": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
+        "vera": VeraConfig(r=24, target_modules=["q_proj", "v_proj"], save_projection=False),
+        "rope": LoraConfig(r=3, target_modules=["q_proj"]),
+    }
+    rope = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)
+    return {
+        name: make_adapter(
+            base, folder / name.replace(" ", "-"), config, seed=i, std=0.12, rope=rope if name == "rope" else None
+        )
+        for i, (name, config) in enumerate(configs.items())
+    }
+
+
+def served(engine: Engine, requests: Sequence[GenerateRequest], joins: int) -> dict[str, list[int]]:
+    """Tokens by request. They come `joins` at a time, each time when a few steps have been made."""
+    out: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    waiting = list(requests)
+    while waiting or engine.has_work:
+        submit(engine, waiting[:joins])
+        del waiting[:joins]
+        for _ in range(4 if waiting else 1):
+            for token in engine.step():
+                assert token.error is None
+                assert token.token_id is not None
+                out[token.request_id].append(token.token_id)
+            engine.check_integrity()
+    return out
+
+
+@pytest.mark.parametrize("names", [["r2", "r7", "r70", "pattern", "one layer"], ["r2", "vera", "r7", "rope", "r70"]])
+def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
+    base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    """Requests join and leave; several share an adapter or use none. The pool is so small that adapters and requests
+    are evicted and rows are moved.
+    """
+    own = [*(mixed[name] for name in names), None]
+    requests = [
+        request(str(i), range(3 + i, 12 + i + 5 * (i % 7)), own[i % len(own)], max_tokens=4 + 3 * (i % 5))
+        for i in range(20)
+    ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=9) for i in range(6)]
+    fields: dict[str, Any] = {"max_num_seqs": 12, "pool_bytes": 300 << 10}
+    got = served(make_engine(base, list(mixed.values()), **fields), requests, joins=5)
+    num_replayed = len(ops.replayed)
+    reference = ReferenceOps()
+    monkeypatch.setattr(build, "backend", lambda name, device: reference)
+    assert got == served(make_engine(base, list(mixed.values()), **fields), requests, joins=5)
+    assert num_replayed > (20 if "vera" not in names else 3)

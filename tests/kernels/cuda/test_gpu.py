@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,16 +17,19 @@ from loray.spec import GenerateRequest
 from loray_kernels import (
     AttentionMeta,
     DecodeStep,
+    Decoding,
     KvLayout,
     LoraTable,
     Ops,
     PairMatrix,
     Piece,
+    RecordedStep,
     RowTables,
     Segments,
     TokenRows,
     VeraTable,
     backend,
+    use_device,
 )
 from loray_kernels.cuda.graphs import DecodeGraphs
 from tests.engine.adapters import TestAdapter
@@ -116,41 +120,53 @@ def test_pages_arrive_before_the_step_that_waits_for_them() -> None:
 
 
 def test_a_recorded_step_gives_what_the_step_gives() -> None:
-    device, ops = torch.device("cuda"), backend("cuda", "cuda")
+    device, ops = use_device(torch.device("cuda")), backend("cuda", "cuda")
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=64)
     pool = randn(2, torch.bfloat16, 64 * layout.layer_share).cuda()
     table_VD = randn(3, torch.bfloat16, 100, 256).cuda()
 
-    def forward(step: DecodeStep) -> Tensor:
+    def forward(step: RecordedStep) -> Tensor:
         q_THd = torch.nn.functional.embedding(step.token_ids_S, table_VD).view(-1, 4, 64)
         ops.write_kv(pool, layout, 0, q_THd[:, :2], q_THd[:, 2:], step.attention)
         return ops.paged_attention(q_THd, pool, layout, 0, step.attention, 0.125)
 
-    graphs = DecodeGraphs(forward, layout, 32, device)
+    graphs = ops.recorded(forward, Decoding(layout, 3, 32, (), device))
+    assert isinstance(graphs, DecodeGraphs)
     for contexts in ([40, 300, 7], [500], [3, 17, 90]):
-        blocks = torch.randperm(64)[: 32 * len(contexts)].view(len(contexts), -1)[:, :32].cuda()
+        num, blocks = len(contexts), torch.randperm(64)[: 21 * len(contexts)].view(len(contexts), -1)
+        blocks = blocks if num > 1 else torch.randperm(64)[None, :32]
         slots = [int(b[(c - 1) // 16]) * 16 + (c - 1) % 16 for b, c in zip(blocks, contexts, strict=True)]
-        starts = tuple(range(len(contexts) + 1))
-        meta = AttentionMeta(starts, tuple(contexts), tuple(blocks), torch.tensor(slots).cuda())
-        step = DecodeStep(torch.arange(len(contexts)).cuda(), torch.tensor(contexts).cuda() - 1, meta)
-        near(graphs(step).cpu(), forward(step).cpu(), torch.bfloat16)
+        meta = AttentionMeta(tuple(range(num + 1)), tuple(contexts), tuple(blocks.cuda()), torch.tensor(slots).cuda())
+        token_ids_S, positions_S = np.arange(num), np.array(contexts) - 1
+        places = [32 * seat + i for seat in range(num) for i in range(blocks.shape[1])]
+        none = np.array([], dtype=np.int64)
+        step = DecodeStep(token_ids_S, positions_S, np.arange(num), none, places, blocks.flatten().tolist())
+        tensors = (torch.from_numpy(a).cuda() for a in (token_ids_S, positions_S))
+        near(graphs(step).cpu(), forward(RecordedStep(*tensors, meta, None)).cpu(), torch.bfloat16)
 
 
 def logits_of(engine: Engine, requests: list[GenerateRequest]) -> dict[str, Tensor]:
     spy = Spy(engine)
-    run(engine, requests)
+    run(engine, requests, together=True)
     return {name: torch.stack(rows).cpu() for name, rows in spy.logits.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_engine_replays_decode_steps_of_the_base(base: BaseModel, dtype: str) -> None:  # noqa: F811
-    requests = [request(str(i), range(3, 9 + 7 * i), max_tokens=3 + i) for i in range(5)]
-    recorded, eager = (make_engine(base, device="cuda", dtype=dtype) for _ in range(2))
-    eager._model._recorded = None
+@pytest.mark.parametrize("names", [(None,), ("r2", "r5", None, "r8", "r2")])
+def test_the_engine_replays_decode_steps(
+    base: BaseModel,  # noqa: F811
+    adapters: dict[str, TestAdapter],  # noqa: F811
+    dtype: str,
+    names: tuple[str | None, ...],
+) -> None:
+    own = [None if name is None else adapters[name] for name in names]
+    requests = [request(str(i), range(3, 9 + 7 * i), own[i % len(own)], max_tokens=3 + i) for i in range(5)]
+    recorded, eager = (make_engine(base, list(adapters.values()), device="cuda", dtype=dtype) for _ in range(2))
+    eager._model._steps = None
     expected, got = logits_of(eager, requests), logits_of(recorded, requests)
     graphs = recorded._model._recorded
     assert isinstance(graphs, DecodeGraphs)
-    assert set(graphs._recorded) == {8, 4, 2, 1}
+    assert {with_adapters for _, _, with_adapters in graphs._recorded} >= {names != (None,)}
     for name, want in expected.items():
         near(got[name], want, getattr(torch, dtype))
 

@@ -22,7 +22,7 @@ from loray_kernels.cuda.tables import (
 from loray_kernels.cuda.tiles import attention as attention_kernels
 from loray_kernels.cuda.tiles import lora as lora_kernels
 from loray_kernels.cuda.tiles import rows as row_kernels
-from loray_kernels.ops import KvLayout
+from loray_kernels.kv import KvLayout
 
 # Chosen so that the kernels compile without spilling registers (see `compile`). No GPU has run or timed them yet.
 SHRINK_ROWS, SHRINK_COLUMNS = 64, 32

@@ -18,7 +18,17 @@ from loray.engine.memory.rows import Role
 from loray.engine.pool.resident import ResidentAdapter, ResidentPair
 from loray.engine.request import Request
 from loray.engine.scheduling.plan import Chunk
-from loray_kernels import AttentionMeta, DecodeStep, LayerTables, LoraTable, RowTables, Segments, TokenRows, VeraTable
+from loray_kernels import (
+    AttentionMeta,
+    LayerTables,
+    LoraTable,
+    RecordedStep,
+    RowTables,
+    Segments,
+    StepRecords,
+    TokenRows,
+    VeraTable,
+)
 
 Group = int
 
@@ -154,6 +164,7 @@ class Batch:
     scored          parts of prompts for whose next tokens log-probabilities are requested
     scored_T        their tokens; None: there are none
     wait_for_layer  called before each layer if an adapter of the batch is partial
+    records         of a recorded step: its adapters, instead of `adapters`
     """
 
     token_ids_T: Tensor
@@ -166,17 +177,15 @@ class Batch:
     scored: tuple[Scored, ...] = ()
     scored_T: Tensor | None = None
     wait_for_layer: Callable[[int], None] | None = None
+    records: StepRecords | None = None
 
     @property
-    def decode_step(self) -> DecodeStep | None:
-        """The step, if every request is for the base, computes one token and is sampled; else None."""
-        others = self.adapters.slots or self.own_rows is not None or self.scored
-        if others or len(self.sampled) != self.token_ids_T.shape[0]:
-            return None
-        return DecodeStep(self.token_ids_T, self.positions_T, self.attention)
+    def residents(self) -> Sequence[ResidentAdapter]:
+        """The adapters of the batch, each once."""
+        return [slot.adapter for slot in self.adapters.slots]
 
     @classmethod
-    def of_decode_step(cls, step: DecodeStep) -> Batch:
+    def of_recorded(cls, step: RecordedStep) -> Batch:
         """A batch without requests to sample for."""
         device = step.token_ids_S.device
         return cls(
@@ -187,6 +196,7 @@ class Batch:
             own_rows=None,
             logits_T=torch.arange(step.token_ids_S.shape[0], device=device),
             sampled=(),
+            records=step.records,
         )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from loray.bases.config import ModelConfig
-from loray.engine.model.batch import Batch
+from loray.engine.model.batch import Batch, build_batch
+from loray.engine.model.decoding import DecodeBatch, DecodeSteps, Resident
 from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Rope, Step
 from loray.engine.pool.pool import Pool
+from loray.engine.pool.records import AdapterRecords, input_shapes
+from loray.engine.scheduling.plan import Chunk
 from loray.errors import IntegrityError
-from loray_kernels import DecodeStep, Ops
+from loray_kernels import Decoding, Ops, RecordedDecoding, RecordedStep
 
 _EMBEDDING = "model.embed_tokens.weight"
 _SCORED_BYTES = 16 << 20  # of logits at a time
@@ -34,7 +37,8 @@ class Decoder:
         loaded = {name: _take(name, t, dtype, device) for name, t in tensors}
         self.config = config
         self.ops = ops
-        self._recorded: Callable[[DecodeStep], Tensor] | None = None
+        self._recorded: RecordedDecoding | None = None
+        self._steps: DecodeSteps | None = None
         self._rope = Rope(config, dtype=dtype, device=device)
         try:
             self.embedding_VD = loaded[_EMBEDDING]
@@ -45,29 +49,49 @@ class Decoder:
         except KeyError as e:
             raise IntegrityError(f"the checkpoint lacks the tensor {e.args[0]!r}; add the base again") from e
 
-    def record(self, pool: Pool, max_blocks: int) -> None:
-        """From now on record decode steps of base-model requests over `pool`, if the backend supports it.
+    def record(self, pool: Pool, *, num_seats: int, max_blocks: int) -> None:
+        """From now on record decode steps over `pool`, if the backend supports it. Before adapters are placed.
 
+        num_seats   requests that run at once
         max_blocks  the most that a request for the base may have
         """
 
-        def forward(step: DecodeStep) -> Tensor:
-            return self._forward(Batch.of_decode_step(step), pool, lambda logits_RV: None)
+        def forward(step: RecordedStep) -> Tensor:
+            return self._forward(Batch.of_recorded(step), pool, lambda logits_RV: None)
 
-        self._recorded = self.ops.recorded(forward, pool.layout, max_blocks, pool.tensor.device)
+        inputs = input_shapes(self.config, pool.layout.layer_share)
+        self._recorded = self.ops.recorded(
+            forward, Decoding(pool.layout, num_seats, max_blocks, inputs, pool.tensor.device)
+        )
+        if self._recorded is not None:
+            pool.records = AdapterRecords(self._recorded.directory)
+            self._steps = DecodeSteps(num_seats=num_seats, max_blocks=max_blocks, max_rows=self._recorded.max_rows)
+
+    def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch:
+        """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned."""
+        recorded = None if self._steps is None else self._steps.batch(chunks, resident)
+        return recorded or build_batch(
+            chunks,
+            resident,
+            block_tokens=pool.geometry.block_tokens,
+            hidden_size=self.config.hidden_size,
+            device=pool.tensor.device,
+        )
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None) -> Tensor:
+    def forward(
+        self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
+    ) -> Tensor:
         """Logits (batch.logits_T, vocabulary), fp32, valid until the next call. Writes the step's keys and values into
         `pool`.
 
         `on_scored` is given those of batch.scored_T, 16 MiB at a time, in order.
         """
         pool.wait_for_rows()
-        step = None if self._recorded is None else batch.decode_step
-        if self._recorded is None or step is None:
+        if isinstance(batch, Batch):
             return self._forward(batch, pool, on_scored)
-        return self._recorded(step)
+        assert self._recorded is not None
+        return self._recorded(batch.step)
 
     def _forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None]) -> Tensor:
         ops = self.ops

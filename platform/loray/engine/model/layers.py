@@ -18,7 +18,7 @@ from loray.engine.model.rope import Frequencies, frequencies
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.resident import ResidentPair
 from loray.spec import RopeParameters
-from loray_kernels import LayerWeights, LoraTable, Ops, Segments, StepInputs, VeraTable
+from loray_kernels import INPUTS, LayerWeights, LoraTable, Ops, Segments, StepInputs, VeraTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Linear:
     def __init__(self, layer: int, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], ops: Ops) -> None:
         self._layer = layer
         self.modules = tuple(weights)
+        self._field = layer * len(INPUTS) + INPUTS.index(self.modules)
         self._widths = [w.shape[0] for w in weights.values()]
         self._biases = dict(biases)
         bias_O = torch.cat([biases[m] for m in weights]) if biases else None
@@ -57,7 +58,12 @@ class Linear:
     def __call__(self, x_TI: Tensor, step: Step) -> Tensor:
         """(T, O), the modules side by side."""
         y_TO = step.ops.linear(x_TI, self.weights)
-        outputs = dict(zip(self.modules, torch.split(y_TO, self._widths, dim=1), strict=True))
+        parts = torch.split(y_TO, self._widths, dim=1)
+        records = step.batch.records
+        if records is not None:
+            step.ops.lora_of_records(x_TI, parts, step.pool.tensor, records, self._field, step.offset(self._layer))
+            return y_TO
+        outputs = dict(zip(self.modules, parts, strict=True))
         self.add_lora(x_TI, outputs, step)
         self.add_vera(x_TI, outputs, step)
         self.scale_dora(outputs, step)

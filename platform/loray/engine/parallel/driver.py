@@ -15,6 +15,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from loray.bases.registry import BaseModel
 from loray.engine.memory.blocks import Geometry
 from loray.engine.model.batch import Batch
+from loray.engine.model.decoding import DecodeBatch
 from loray.engine.parallel.channel import Channel, Forward, GetPoolMap
 from loray.engine.parallel.communicator import Communicator
 from loray.engine.parallel.decoder import ShardedDecoder
@@ -45,8 +46,11 @@ class LeadingDecoder(ShardedDecoder):
         super().__init__(spec, base, communicator)
         self._channel = channel
 
-    def forward(self, batch: Batch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None) -> Tensor:
+    def forward(
+        self, batch: Batch | DecodeBatch, pool: Pool, on_scored: Callable[[Tensor], None] = lambda logits_RV: None
+    ) -> Tensor:
         """EngineError if the step fails on a rank."""
+        assert isinstance(batch, Batch), "steps over several ranks are not recorded"
         # Only rank 0 samples, so the requests are left out.
         self._channel.broadcast(Forward(replace(batch, sampled=(), scored=())))
         self._channel.flush()

@@ -19,6 +19,7 @@ from loray.engine.memory.compaction import close_gaps
 from loray.engine.memory.limits import pool_geometry
 from loray.engine.memory.rows import Matrix, Role, RowTable, place
 from loray.engine.pool.packed import PackedAdapter, row_order
+from loray.engine.pool.records import AdapterRecords
 from loray.engine.pool.resident import ResidentAdapter, ResidentPair
 from loray.spec import AdapterRef, ServeSpec
 from loray_kernels import KvLayout, PageWriter, PairMatrix, Piece, RowTables
@@ -58,6 +59,7 @@ class Pool:
         self._pairs: dict[str, ResidentPair] = {}
         self._residents: dict[ResidentAdapter, None] = {}
         self._compact = False  # True: nothing to compact until adapters are placed or removed
+        self.records: AdapterRecords | None = None  # where decode steps are recorded
         self.on_kv_moved: Callable[[Mapping[int, int]], None] = lambda moves: None
 
     @property
@@ -122,6 +124,8 @@ class Pool:
         self._take(resident, min(num_layers, self.geometry.num_layers))
         if complete:
             resident.pending = None
+        if self.records is not None:
+            self.records.placed(resident)
         self._residents[resident] = None
         self._compact = False
         return resident
@@ -148,6 +152,8 @@ class Pool:
     def remove(self, adapter: ResidentAdapter) -> None:
         del self._residents[adapter]
         self._compact = False
+        if self.records is not None:
+            self.records.removed(adapter)
         self.allocator.free_rows(adapter.extents)
         self._release_pair(adapter.pair)
 
@@ -255,6 +261,8 @@ class Pool:
                 adapter.table = place(adapter.shape, extents, self.geometry)
                 adapter.rows = self._row_tensors(adapter.table)
                 adapter.token_row = _token_row(tuple(adapter.token_row), adapter.table)
+                if self.records is not None:
+                    self.records.moved(adapter)
 
     def check_integrity(self, kv_references: Mapping[int, int], residents: list[ResidentAdapter]) -> None:
         """AssertionError unless the pool holds exactly these KV blocks and adapters, and their pairs."""

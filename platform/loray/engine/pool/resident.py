@@ -19,6 +19,7 @@ class ResidentAdapter:
     rows       the table as tensors, by (group, module, role); group -1 holds rows without a layer
     scales     LoRA's alpha/r by (group, module)
     token_row  {token: offset of the adapter's embedding row for it}
+    record     (start, words) of its record on the device; None without one, see `records`
     pending    the rows on the host while only those of the first `num_layers` layers are in the pool; else None
     """
 
@@ -33,6 +34,7 @@ class ResidentAdapter:
     pair: ResidentPair | None
     pending: PackedAdapter | None = None
     num_layers: int = 0
+    record: tuple[int, int] | None = None
 
 
 @dataclass(slots=True, eq=False)

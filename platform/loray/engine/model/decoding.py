@@ -1,0 +1,137 @@
+"""Steps in which every request computes one token and is sampled, for a backend that records them.
+
+The block tables of running requests stay on the device, one row for each seat, and so do the records of adapters. A
+step sends what has changed: tokens, positions, new blocks. Its order, its seats and its adapters are arranged again
+only when other requests run than in the step before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import is_
+
+import numpy as np
+import numpy.typing as npt
+
+from loray.engine.pool.resident import ResidentAdapter
+from loray.engine.request import Request, State
+from loray.engine.scheduling.plan import Chunk
+from loray_kernels import RECORD_TOKENS, DecodeStep
+
+Resident = Callable[[Chunk], ResidentAdapter | None]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """`sampled` in the order of the step's rows; `residents` are distinct."""
+
+    step: DecodeStep
+    sampled: tuple[Chunk, ...]
+    residents: tuple[ResidentAdapter, ...]
+    scored: tuple[()] = ()
+
+
+@dataclass(slots=True)
+class _Arranged:
+    """Of the last step. By row: `order` has its chunk's place, `seats` its seat, `prompts` its tokens of prompt."""
+
+    requests: list[Request]
+    blocks: list[list[int]]
+    order: list[int]
+    seats: list[int]
+    seats_S: npt.NDArray[np.int64]
+    prompts_S: npt.NDArray[np.int64]
+    items: npt.NDArray[np.int64]
+    residents: tuple[ResidentAdapter, ...]
+
+
+class DecodeSteps:
+    """Makes the batches of one backend's recorded steps, and knows what its block tables hold."""
+
+    def __init__(self, *, num_seats: int, max_blocks: int, max_rows: int) -> None:
+        self._max_blocks, self._max_rows = max_blocks, max_rows
+        self._free = list(range(num_seats))[::-1]
+        self._seat_of: dict[Request, int] = {}
+        self._blocks: list[list[int]] = [[]] * num_seats  # by seat: the request's own list, and
+        self._lengths = [0] * num_seats  # how many of it are in the table
+        self._last: _Arranged | None = None
+
+    def batch(self, chunks: Sequence[Chunk], resident: Resident) -> DecodeBatch | None:
+        """None if the step is of another kind, or has an adapter without a record."""
+        arranged = self._arranged(chunks, resident)
+        if arranged is None:
+            return None
+        in_order = tuple([chunks[i] for i in arranged.order])
+        requests = [chunk.request for chunk in in_order]
+        positions_S = np.array([chunk.start for chunk in in_order], dtype=np.int64)
+        num_outputs_S = np.array([len(r.output_ids) for r in requests], dtype=np.int64)
+        # Of requests whose tokens are all known: a constraint may have forced some, or a preempted one starts again.
+        if not (num_outputs_S.all() and (positions_S + 1 == arranged.prompts_S + num_outputs_S).all()):
+            self._last = None
+            return None
+        places: list[int] = []
+        blocks: list[int] = []
+        for request, seat in zip(requests, arranged.seats, strict=True):
+            own, known = request.blocks, self._lengths[seat]
+            if own is not self._blocks[seat]:  # a new list: the request has come, or its blocks have been moved
+                self._blocks[seat], known = own, 0
+            if len(own) != known:
+                if len(own) > self._max_blocks:
+                    self._last = None
+                    return None
+                self._lengths[seat] = len(own)
+                places += range(seat * self._max_blocks + known, seat * self._max_blocks + len(own))
+                blocks += own[known:]
+        token_ids_S = np.array([r.output_ids[-1] for r in requests], dtype=np.int64)
+        step = DecodeStep(token_ids_S, positions_S, arranged.seats_S, arranged.items, places, blocks)
+        return DecodeBatch(step, in_order, arranged.residents)
+
+    def _arranged(self, chunks: Sequence[Chunk], resident: Resident) -> _Arranged | None:
+        if len(chunks) > self._max_rows or any(chunk.num_tokens != 1 for chunk in chunks):
+            self._last = None
+            return None
+        requests = [chunk.request for chunk in chunks]
+        last = self._last
+        # A request that was preempted and came back has a new list of blocks, and perhaps its adapter a new place.
+        if last is None or last.requests != requests or not all(map(is_, last.blocks, [r.blocks for r in requests])):
+            last = self._last = self._arrange(chunks, requests, resident)
+        return last
+
+    def _arrange(self, chunks: Sequence[Chunk], requests: list[Request], resident: Resident) -> _Arranged | None:
+        adapters = [resident(chunk) for chunk in chunks]
+        if any(a is not None and (a.record is None or a.pending is not None) for a in adapters):
+            return None
+        starts = [-1 if a is None or a.record is None else a.record[0] for a in adapters]
+        order = sorted(range(len(chunks)), key=starts.__getitem__)
+        items: list[int] = []
+        row = 0
+        for start, stretch in groupby(order, key=starts.__getitem__):
+            num = len(list(stretch))
+            for first in range(row, row + num, RECORD_TOKENS) if start >= 0 else ():
+                items += (start, first, min(RECORD_TOKENS, row + num - first))
+            row += num
+        seats = self._seated(requests)
+        in_order = [seats[i] for i in order]
+        return _Arranged(
+            requests,
+            [request.blocks for request in requests],
+            order,
+            in_order,
+            np.array(in_order, dtype=np.int64),
+            np.array([requests[i].num_prompt_tokens for i in order], dtype=np.int64),
+            np.array(items, dtype=np.int64),
+            tuple({id(a): a for a in adapters if a is not None}.values()),
+        )
+
+    def _seated(self, requests: Sequence[Request]) -> list[int]:
+        """The seats of requests; those that run no more give theirs back."""
+        for request in [r for r in self._seat_of if r.state is not State.RUNNING]:
+            seat = self._seat_of.pop(request)
+            self._blocks[seat], self._lengths[seat] = [], 0
+            self._free.append(seat)
+        for request in requests:
+            if request not in self._seat_of:
+                self._seat_of[request] = self._free.pop()
+        return [self._seat_of[request] for request in requests]

@@ -1,0 +1,116 @@
+"""What a decode step sends to the device: the block tables there are kept up to date by changes alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from loray.engine.model.decoding import DecodeBatch, DecodeSteps
+from loray.engine.request import Request, State
+from loray.engine.scheduling.plan import Chunk
+from loray.spec import GenerateRequest, SamplingParams
+
+MAX_BLOCKS = 4
+
+
+class Device:
+    """Block tables as the steps fill them."""
+
+    def __init__(self, num_seats: int = 3) -> None:
+        self.steps = DecodeSteps(num_seats=num_seats, max_blocks=MAX_BLOCKS, max_rows=8)
+        self.tables = np.full(num_seats * MAX_BLOCKS, -1)
+        self.adapters: dict[Request, Any] = {}
+
+    def step(self, *requests: Request) -> DecodeBatch | None:
+        """The tables then hold the blocks of all rows."""
+        chunks = [Chunk(r, r.num_computed, 1) for r in requests]
+        batch = self.steps.batch(chunks, lambda chunk: self.adapters.get(chunk.request))
+        if batch is None:
+            return None
+        self.tables[list(batch.step.places)] = batch.step.blocks
+        for chunk, seat in zip(batch.sampled, batch.step.seats, strict=True):
+            own = chunk.request.blocks
+            assert self.tables[seat * MAX_BLOCKS :][: len(own)].tolist() == own
+        assert batch.step.positions.tolist() == [c.start for c in batch.sampled]
+        assert batch.step.token_ids.tolist() == [c.request.output_ids[-1] for c in batch.sampled]
+        return batch
+
+
+def running(name: str, blocks: list[int], num_outputs: int = 1) -> Request:
+    request = Request(GenerateRequest(name, (5, 6, 7), SamplingParams(max_tokens=99)), 0, State.RUNNING)
+    request.output_ids = list(range(10, 10 + num_outputs))
+    request.num_computed, request.blocks = 2 + num_outputs, blocks
+    return request
+
+
+def advance(request: Request) -> None:
+    request.output_ids.append(request.num_computed)
+    request.num_computed += 1
+
+
+def adapter(start: int | None, pending: object = None) -> Any:
+    return SimpleNamespace(record=None if start is None else (start, 9), pending=pending)
+
+
+def test_only_new_blocks_are_sent() -> None:
+    device, a, b = Device(), running("a", [7, 8]), running("b", [3])
+    first = device.step(a, b)
+    assert first is not None
+    assert sorted(first.step.blocks) == [3, 7, 8]
+    advance(a)
+    advance(b)
+    a.blocks.append(9)
+    second = device.step(a, b)
+    assert second is not None
+    assert second.step.blocks == [9]
+    assert second.step.seats is first.step.seats  # nothing is arranged again
+    a.blocks = [1, 2, 9]  # moved, or preempted and back
+    third = device.step(a, b)
+    assert third is not None
+    assert third.step.blocks == [1, 2, 9]
+
+
+def test_seats_of_requests_that_have_left_are_given_again() -> None:
+    device = Device(num_seats=2)
+    a, b, c = running("a", [7]), running("b", [8]), running("c", [9, 10])
+    assert device.step(a, b)
+    a.state, a.blocks = State.FINISHED, []
+    assert device.step(b, c)
+    advance(c)
+    assert device.step(c)
+    advance(b)
+    batch = device.step(b, c)
+    assert batch is not None
+    assert batch.step.blocks == []
+
+
+def test_rows_of_one_adapter_are_neighbours_four_at_a_time() -> None:
+    device = Device(num_seats=8)
+    rows = [running(str(i), [i]) for i in range(8)]
+    one, other = adapter(50), adapter(0)
+    device.adapters = {r: one for r in rows if r.request_id not in "03"} | {rows[3]: other}
+    batch = device.step(*rows)
+    assert batch is not None
+    assert [c.request.request_id for c in batch.sampled] == ["0", "3", "1", "2", "4", "5", "6", "7"]
+    assert batch.step.items.tolist() == [0, 1, 1, 50, 2, 4, 50, 6, 2]
+    assert batch.residents == (one, other) or batch.residents == (other, one)
+
+
+@pytest.mark.parametrize("own", [adapter(None), adapter(0, pending=object())])
+def test_adapters_without_a_record_or_not_complete_are_not_recorded(own: Any) -> None:
+    device, a = Device(), running("a", [1])
+    device.adapters = {a: cast(Any, own)}
+    assert device.step(a) is None
+
+
+def test_other_steps_are_not_recorded() -> None:
+    device, forced, prompt = Device(), running("forced", [1]), running("prompt", [1], num_outputs=0)
+    forced.output_ids.append(11)  # one of two tokens
+    assert device.step(forced) is None
+    assert device.step(prompt) is None
+    long = running("long", [1, 2, 3, 4, 5])
+    assert device.step(long) is None
+    assert device.steps.batch([Chunk(forced, 3, 2)], lambda chunk: None) is None
