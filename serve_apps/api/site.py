@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 
 from loray import __version__
 from loray.api.resources import Problem
@@ -31,6 +30,24 @@ from serve_apps.console import CheckConsole, Renderer, Sessions
 from serve_apps.console import create_router as create_console
 from serve_apps.http import extend_openapi
 
+# Given as they are: FastAPI makes the routes of a router that is included anew for each application.
+_ROUTES = [
+    route
+    for module in (
+        access_routes,
+        adapter_routes,
+        alias_routes,
+        download_routes,
+        job_routes,
+        recommend_routes,
+        usage_routes,
+        removal_routes,
+        tag_routes,
+        upload_routes,
+    )
+    for route in module.router.routes
+]
+
 
 def create_app(services: Services, access: Access) -> FastAPI:
     """Creates the ASGI application. Its paths are relative to the route prefix /api/v1.
@@ -51,7 +68,7 @@ def create_app(services: Services, access: Access) -> FastAPI:
         version=__version__,
         description="Adapters, versions, aliases and training jobs. Errors are application/problem+json (RFC 9457).",
         lifespan=lifespan,
-        generate_unique_id_function=_operation_id,
+        routes=_ROUTES,
     )
     app.state.services = services
     problems.install(app)
@@ -60,19 +77,6 @@ def create_app(services: Services, access: Access) -> FastAPI:
         CheckConsole, access=access, rules=API, refused=problems.failed, sessions=sessions, renderer=renderer
     )
     app.include_router(create_console(services, access, sessions, renderer))
-    for routes in (
-        access_routes,
-        adapter_routes,
-        alias_routes,
-        download_routes,
-        job_routes,
-        recommend_routes,
-        usage_routes,
-        removal_routes,
-        tag_routes,
-        upload_routes,
-    ):
-        app.include_router(routes.router)
     # Routes read and write these themselves, so FastAPI does not know their schemas.
     extend_openapi(
         app,
@@ -80,7 +84,3 @@ def create_app(services: Services, access: Access) -> FastAPI:
         lambda document: describe_keys(document, API),
     )
     return app
-
-
-def _operation_id(route: APIRoute) -> str:
-    return route.name

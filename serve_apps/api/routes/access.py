@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import Path, Query, Request, Response
 
 from loray.api.access import (
     AuditResource,
@@ -26,9 +26,10 @@ from loray.spec import JobId, KeyAlias, TenantName
 from serve_apps.access import Asking
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import Limit, Services, ServicesDep
 
-router = APIRouter(tags=["access"])
+router = router_of("access")
 
 KeyPath = Annotated[JobId, Path(description="the id of a key, `key-…`, which is no secret")]
 TenantPath = Annotated[TenantName, Path(description="name of a tenant")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from loray.api.resources import (
@@ -27,9 +27,10 @@ from loray.spec import Method, Name, QualifiedName, split_qualified
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.publication import publish_upload
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, Asking, Limit, Services, ServicesDep, TenantQuery
 
-router = APIRouter(tags=["adapters"])
+router = router_of("adapters")
 
 
 @router.get("/adapters", responses=responses() | examples.page(examples.ADAPTER, "tone"))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from loray.api.resources import AliasResource, AliasTarget, Page
 from loray.catalog import AliasState
 from serve_apps.api import examples, views
 from serve_apps.api.preconditions import Conditional
 from serve_apps.api.problems import responses
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, AliasPath, Asking, ServicesDep
 
-router = APIRouter(tags=["aliases"])
+router = router_of("aliases")
 
 _PATH = "/adapters/{name}/aliases/{alias}"
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
@@ -21,10 +21,11 @@ from loray.files import scratch_folder
 from loray.publishing.archive import Archive, as_it_is, as_tar, folder_as_tar
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, Asking, Services, ServicesDep
 from serve_apps.http import schema_reference
 
-router = APIRouter(tags=["downloads"])
+router = router_of("downloads")
 
 EXPIRES_S = 300  # of presigned URLs: the time in which a client must have begun to read
 _TAR, _FILE = "application/x-tar", "application/octet-stream"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
@@ -14,10 +14,11 @@ from loray.spec import JobId, JobStatus, QualifiedName, TrainSpec
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
 from serve_apps.api.recipes import JSON, YAML, RecipeBody
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import Asking, Limit, ServicesDep
 from serve_apps.http import schema_reference
 
-router = APIRouter(tags=["jobs"])
+router = router_of("jobs")
 
 JobPath = Annotated[JobId, Path(description="Ray's submission id, or what `?id=` chose for it")]
 ChosenId = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 
 from loray.advice.estimates import Estimate
 from loray.advice.recommendation import recommend
@@ -15,9 +15,10 @@ from loray.planning.devices import PRESETS
 from loray.spec import Name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import ServicesDep
 
-router = APIRouter(tags=["methods"])
+router = router_of("methods")
 
 DeviceName = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import Path
 
 from loray.api.resources import AdapterResource, AdapterTransfer, VersionDetail, VersionNumber
 from loray.catalog import AdapterEntry, Catalog
@@ -12,9 +12,10 @@ from loray.publishing import restore
 from serve_apps.access import Asking
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, ServicesDep
 
-router = APIRouter(tags=["adapters"])
+router = router_of("adapters")
 
 _VERSION = "/adapters/{name}/versions/{version}"
 

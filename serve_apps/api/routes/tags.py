@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Response
+from fastapi import Path, Response
 
 from loray.api.resources import Page, TagChange, TagResource
 from loray.spec import TagKey
 from serve_apps.access import Asking
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, ServicesDep
 
-router = APIRouter(tags=["tags"])
+router = router_of("tags")
 
 KeyPath = Annotated[TagKey, Path(description="`team`, `stage`, …")]
 _TAG = "/adapters/{name}/tags/{key}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, BinaryIO
 
-from fastapi import APIRouter, Header, Path, Request
+from fastapi import Header, Path, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -13,9 +13,10 @@ from loray.files import scratch_folder
 from loray.publishing.uploads import UploadedFile, Uploads, check_file_name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import Asking, Services, ServicesDep
 
-router = APIRouter(tags=["uploads"])
+router = router_of("uploads")
 
 _WRITE_BYTES = 1 << 20
 _CHUNK = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}

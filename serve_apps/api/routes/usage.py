@@ -5,16 +5,17 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 
 from loray.api.resources import Page
 from loray.api.usage import UsageResource
 from loray.spec import QualifiedName, TenantName, UsageGroup
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
+from serve_apps.api.routes import router_of
 from serve_apps.api.services import Asking, Limit, ServicesDep
 
-router = APIRouter(tags=["usage"])
+router = router_of("usage")
 
 _Groups = Annotated[
     list[UsageGroup], Query(description="`tenant`, `key`, `model` (an adapter or a base), `day` in UTC; none: one sum")
