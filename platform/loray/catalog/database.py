@@ -143,13 +143,17 @@ def _checked_engine(url: str) -> sa.Engine:
 
 
 @contextmanager
-def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A transaction with one consistent view of all tables."""
+def reading(engine: sa.Engine, *, plan_with_values: bool = False) -> Iterator[sa.Connection]:
+    """A transaction with one consistent view of all tables.
+
+    plan_with_values  PostgreSQL plans each statement for its values, where it would have one plan for all of them
+    """
+    plans = {"plan_cache_mode": "force_custom_plan"} if plan_with_values else {}
     with _translate_errors(engine), engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             connection.execution_options(isolation_level="REPEATABLE READ")
         with connection.begin():
-            _set_limits(connection, statement_timeout=_READ_TIMEOUT_MS)
+            _set(connection, statement_timeout=_READ_TIMEOUT_MS, **plans)
             yield connection
 
 
@@ -159,7 +163,7 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     with _translate_errors(engine), engine.connect() as connection:
         connection.execution_options(**{_WRITES: True})
         with connection.begin():
-            _set_limits(
+            _set(
                 connection,
                 lock_timeout=_BUSY_TIMEOUT_MS,
                 statement_timeout=_WRITE_TIMEOUT_MS,
@@ -168,12 +172,12 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
             yield connection
 
 
-def _set_limits(connection: sa.Connection, **limits: int) -> None:
-    """PostgreSQL's limits of this transaction, in milliseconds. Limits of the session would outlive it in a proxy that
-    shares connections.
+def _set(connection: sa.Connection, **settings: int | str) -> None:
+    """PostgreSQL's settings of this transaction; times are in milliseconds. Those of the session would outlive it in a
+    proxy that shares connections.
     """
     if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("; ".join(f"SET LOCAL {name} = {value}" for name, value in limits.items()))
+        connection.exec_driver_sql("; ".join(f"SET LOCAL {name} = {value}" for name, value in settings.items()))
 
 
 def _engine(url: str) -> sa.Engine:
@@ -223,7 +227,7 @@ def _migrate(engine: sa.Engine) -> None:
     with writing(engine) as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            _set_limits(connection, statement_timeout=0)  # tables may be large
+            _set(connection, statement_timeout=0)  # tables may be large
         revision = _revision(connection)
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
         if revision is not None and revision not in known:
