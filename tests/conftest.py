@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +24,14 @@ settings.register_profile("loray", deadline=None)
 settings.load_profile("loray")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Without this the collector looks through all that was imported each time it has grown by a quarter.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

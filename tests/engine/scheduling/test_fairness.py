@@ -103,15 +103,7 @@ def test_preference_stays_within_its_lead_and_overtakes_nobody_for_ever() -> Non
 
     own = [waiting(i, "one") for i in range(12)]
     within = queue_of(*own)
-    assert drain(within, preferred=frozenset(own[3:])) == [
-        own[3],
-        own[4],
-        own[5],
-        own[6],
-        *own[7:11],
-        *own[:3],
-        own[11],
-    ]
+    assert drain(within, preferred=frozenset(own[3:])) == [*own[3:11], *own[:3], own[11]]
     assert max(r.num_overtaken for r in own) == MAX_OVERTAKES
 
     cold, tired, last = waiting(0, "a"), waiting(1, "b"), waiting(2, "b")
@@ -197,23 +189,29 @@ class Twin:
         return [(self.exact.counter(r.tenant), self.forgetful.counter(r.tenant)) for r in self.waiting]
 
 
+ACTS = st.sampled_from(["push", "push", "take", "end", "cancel"])
+NUMBERS = st.integers(1, 60)
+TENANTS = st.sampled_from("abcdefgh")
+PRIORITIES = st.sampled_from([0, 0, 1])
+
+
 @pytest.mark.parametrize("refunds", [False, True])
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_tenant_that_was_forgotten_wins_nothing_by_coming_back(refunds: bool, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         twin = Twin(monkeypatch)
-        draw, number = data.draw, st.integers(1, 60)
-        for _ in range(draw(st.integers(1, 60))):
-            match draw(st.sampled_from(["push", "push", "take", "end", "cancel"])):
+        draw = data.draw
+        for _ in range(draw(NUMBERS)):
+            match draw(ACTS):
                 case "push":
-                    twin.push(draw(st.sampled_from("abcdefgh")), draw(st.sampled_from([0, 0, 1])))
+                    twin.push(draw(TENANTS), draw(PRIORITIES))
                 case "take":
-                    twin.take(draw(number))
+                    twin.take(draw(NUMBERS))
                 case "end":
-                    twin.end(draw(number), draw(number), fails=refunds and draw(st.booleans()))
+                    twin.end(draw(NUMBERS), draw(NUMBERS), fails=refunds and draw(st.booleans()))
                 case "cancel":
-                    twin.cancel(draw(number))
+                    twin.cancel(draw(NUMBERS))
             for exact, forgetful in twin.counters():
                 assert forgetful >= exact if refunds else forgetful == exact
 
