@@ -1,0 +1,47 @@
+"""What all commands have in common: JSON for programs, no colours where nobody sees them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import click
+import pytest
+
+from loray.cli.doctor import kernels
+from loray.cli.main import cli
+from tests.cli.run import Loray
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
+LISTING = {"ls", "show", "search", "verify", "status", "usage", "top", "doctor"}
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_what_lists_something_has_json() -> None:
+    found = {path: {o for p in command.params for o in p.opts} for path, command in commands(cli)}
+    listing = {path for path in found if path[-1] in LISTING}
+    assert {path[-1] for path in listing} == LISTING
+    assert not {path for path in listing if "--json" not in found[path]}
+
+
+def test_colours(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None where the output is no terminal; on a terminal, for which FORCE_COLOR stands, none with NO_COLOR."""
+    monkeypatch.setattr(kernels, "problem", lambda: None)
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "\x1b" not in loray("doctor").out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert COLOUR.search(loray("doctor").out)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not COLOUR.search(loray("doctor").out)
