@@ -143,7 +143,13 @@ def served_base(folder: Path, home: Path) -> BaseModel:
     return add_base(str(write_checkpoint(folder, max_position_embeddings=4096)), home=home, name="tiny")
 
 
-SERVE: dict[str, Any] = {"pool_bytes": 4 << 20, "max_num_seqs": 4, "max_queued": 4, "num_threads": 1}
+SERVE: dict[str, Any] = {
+    "pool_bytes": 4 << 20,
+    "max_num_seqs": 4,
+    "max_queued": 4,
+    "num_threads": 1,
+    "drain_grace_s": 0.5,
+}
 
 
 def free_port() -> int:

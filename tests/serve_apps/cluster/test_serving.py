@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+from serve_apps.deployment import ENGINE, ServeApi, serve_config
 from tests.cluster import RayCluster, Served
 from tests.serve_apps.asking import CHAT, answer, eventually, status
 
@@ -53,15 +55,45 @@ def test_a_replica_killed_in_the_middle_of_a_stream(client: openai.OpenAI, serve
     assert fresh["replica"] != replica["replica"]
     assert fresh["num_output_tokens"] < num_tokens
     undisturbed = client.chat.completions.create(**asked)
-    tokens = [token for chunk in chunks if chunk.choices for token in chunk.choices[0].model_extra["token_ids"] or ()]
-    assert tokens == undisturbed.choices[0].model_extra["token_ids"]
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == undisturbed.choices[0].message.content
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    tokens = [token for choice in choices for token in (choice.model_extra or {}).get("token_ids") or ()]
+    assert tokens == (undisturbed.choices[0].model_extra or {})["token_ids"]
+    assert "".join(choice.delta.content or "" for choice in choices) == undisturbed.choices[0].message.content
     assert chunks[-1].usage is not None
     assert undisturbed.usage is not None
     used, usage = chunks[-1].usage, undisturbed.usage
     assert (used.prompt_tokens, used.completion_tokens) == (usage.prompt_tokens, usage.completion_tokens)
     assert counted(served, "loray_resumes_total", 'reason="lost"') == 1
+
+
+@pytest.mark.slow
+def test_a_replica_that_is_removed_hands_its_streams_over(
+    ray_cluster: RayCluster, client: openai.OpenAI, served: Served
+) -> None:
+    api, config = ServeApi(ray_cluster.address), serve_config(served.spec, served.settings)
+    asked: Any = {"model": "tiny", "messages": CHAT, "max_tokens": 3500, "seed": 1, "extra_body": {"ignore_eos": True}}
+
+    def scale(num_replicas: int) -> None:
+        config["applications"][0]["deployments"] = [{"name": ENGINE, "num_replicas": num_replicas}]
+        api.deploy(config)
+
+    def num_replicas() -> int:
+        return len(status(served)["replicas"])
+
+    scale(2)
+    assert eventually(lambda: num_replicas() == 2, 60)
+    undisturbed = client.chat.completions.create(**asked).choices[0].message.content
+    before = counted(served, "loray_resumes_total", 'reason="moved"')
+    streams = [client.chat.completions.create(stream=True, **asked) for _ in range(4)]
+    firsts = [[next(stream), next(stream)] for stream in streams]
+    with ThreadPoolExecutor(4) as pool:
+        rests = [pool.submit(list, stream) for stream in streams]
+        scale(1)
+        for first, rest in zip(firsts, rests, strict=True):
+            chunks = [*first, *rest.result()]
+            assert "".join(c.choices[0].delta.content or "" for c in chunks) == undisturbed
+    assert counted(served, "loray_resumes_total", 'reason="moved"') > before
+    assert eventually(lambda: num_replicas() == 1, 30)
 
 
 def counted(served: Served, name: str, label: str = "") -> float:
