@@ -148,7 +148,7 @@ SERVE: dict[str, Any] = {
     "max_num_seqs": 4,
     "max_queued": 4,
     "num_threads": 1,
-    "drain_grace_s": 0.5,
+    "drain_grace_s": 0.0,
 }
 
 
