@@ -7,8 +7,9 @@ the second choice for an adapter is as stable as the first.
 
     D. Thaler, C. Ravishankar: Using name-based mappings to increase hit rates. IEEE/ACM Trans. Networking 6(1), 1998
 
-Two loads of a replica are bounded, each by c times the mean. A replica with too many requests is skipped, so an adapter
-in high demand spreads over as many replicas as it needs, and over fewer afterwards. A replica with too many adapters
+Two loads of a replica are bounded, each by c times the mean, and the requests by one more than their mean. A replica
+with too many requests is skipped, so an adapter in high demand spreads over as many replicas as it needs, and over
+fewer afterwards. A replica with too many adapters
 gets no new ones and loses those that do not fit into its pool, so a new replica takes its share of them.
 
     V. Mirrokni, M. Thorup, M. Zadimoghaddam: Consistent hashing with bounded loads. SODA 2018, arXiv:1608.01350
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from math import ceil
 from typing import Literal, NamedTuple, get_args
@@ -30,6 +32,7 @@ Reason = Literal["pool", "host", "recent", "hash", "overflow", "base"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 _TIERS: tuple[Reason, ...] = ("pool", "host", "recent")
 _NOT_HELD = len(_TIERS)
+_BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +67,25 @@ class RoutingPolicy:
     floor      number of requests that a replica may have in any case. A second request on a replica costs less than
                loading its adapter on another one; with a higher floor, few concurrent requests would all wait for one
                replica while others are idle
+    excess     number of requests that a replica may have above the mean. Where queues are long, a quarter of the mean
+               is many requests, and waiting for them takes longer than loading the adapter elsewhere
     max_age_s  reports that are older are ignored
     recent_s   how long the router remembers which adapter it sent to a replica
     """
 
     factor: float = 1.25
     floor: int = 2
+    excess: int = 1
     max_age_s: float = 30.0
     recent_s: float = 30.0
 
-    def bound(self, loads: Collection[int], floor: int = 0) -> int:
-        """The upper bound of each of n loads with sum m once one more is added: ⌈c (m + 1) / n⌉, at least `floor`."""
-        return max(ceil(self.factor * (sum(loads) + 1) / len(loads)), floor)
+    def bound(self, total: int, number: int) -> int:
+        """The upper bound of each of n loads with sum m once one more is added: ⌈c (m + 1) / n⌉."""
+        return ceil(self.factor * (total + 1) / number)
+
+    def max_load(self, total: int, number: int) -> int:
+        """The same for requests: at most `excess` above their mean, at least `floor`."""
+        return max(min(self.bound(total, number), ceil((total + 1) / number) + self.excess), self.floor)
 
 
 class Routing:
@@ -101,10 +111,10 @@ class Routing:
         if not free:
             return [Candidate(r.id, "overflow") for r in last_resort]
 
-        max_load = self.policy.bound([r.load for r in free], self.policy.floor)
+        max_load = self.policy.max_load(sum(r.load for r in free), len(free))
         tiers = {r.id: self._tier(r, adapter) for r in free}
         held = {r.id: self._num_adapters(r) for r in free}
-        max_held = self.policy.bound(held.values())
+        max_held = self.policy.bound(sum(held.values()), len(held))
         within = sorted(
             (r for r in free if r.load < max_load),
             key=lambda r: (_preference(tiers[r.id], held[r.id] >= max_held), ranks[r.id]),
@@ -166,4 +176,17 @@ def _preference(tier: int, crowded: bool) -> int:
 
 def _weight(key: str, replica: str) -> int:
     """The rendezvous hash. Unlike `hash`, it is the same in every process."""
-    return int.from_bytes(blake2b(f"{key}\0{replica}".encode(), digest_size=8).digest(), "big")
+    return mixed(hashed(key) ^ hashed(replica))
+
+
+@lru_cache(maxsize=1 << 16)
+def hashed(name: str) -> int:
+    """64 bits of a name, of an adapter or a replica."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def mixed(bits: int) -> int:
+    """A permutation of 64 bits whose every output bit depends on all input bits (splitmix64's last part)."""
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _BITS
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _BITS
+    return bits ^ bits >> 31
