@@ -17,7 +17,7 @@ from loray.spec import TrainingGroup
 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE USAGE_DAYS ACCESS_LOG DATA MAX_JOBS "
-    "MAX_WORKERS TRAINING_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
+    "MAX_WORKERS TRACES TRAINING_GROUP API_KEY API_KEYS_SHA256 METRICS_KEYS_SHA256 KEY_MAX_AGE_S"
 )
 _KNOWN = {f"LORAY_{name}" for name in _NAMES.split()}
 # Kubernetes sets variables of these forms in every pod of a namespace that has a Service called loray-….

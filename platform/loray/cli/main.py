@@ -47,6 +47,10 @@ _COMMANDS: Mapping[str, _Command] = {
     "recommend": _Command(
         "loray.cli.planning.recommend:command", "Compare LoRA, DoRA, VeRA, LongLoRA and S-LoRA for what you need."
     ),
+    "simulate": _Command(
+        "loray.cli.simulation.command:simulate",
+        "Simulate replicas, routing and scaling under a trace, before they run.",
+    ),
     "eval": _Command(
         "loray.cli.evaluation.eval:evaluate", "Measure perplexity and retrieval, or run lm-evaluation-harness."
     ),
@@ -132,6 +136,7 @@ def cli() -> None:
       LORAY_GATE_TOLERANCE  LongLoRA's alias gate: allowed loss at the native context, as a share (default 0.1)
       LORAY_USAGE_DAYS  days after which usage is forgotten (default 400; 0: never)
       LORAY_ACCESS_LOG  file that gets a JSON line for each HTTP request; - is stdout (default: none)
+      LORAY_TRACES     folder of traces that `loray simulate --trace azure` and mooncake look in (default: none)
       LORAY_DATA       s3:// folder of tenants' training data, in folders of their names (default: none)
       LORAY_MAX_JOBS, LORAY_MAX_WORKERS  of a tenant at once, where it has no limit of its own (default: none)
       LORAY_API_KEY    the API key that clients send; a server started with it asks for it

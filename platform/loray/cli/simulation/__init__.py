@@ -1,0 +1,1 @@
+"""`loray simulate` and its picture."""

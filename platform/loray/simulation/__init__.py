@@ -1,0 +1,1 @@
+"""A deployment simulated: the policies of serving over traces, for thousands of replicas, without models."""

@@ -1,0 +1,1 @@
+"""What chooses replicas, and their number: of loray, and of others that it is compared with."""

@@ -1,0 +1,134 @@
+"""One run: a deployment, its requests, and the policies that are compared on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from loray.errors import SpecError
+from loray.simulation.policies.placement import ProportionalPlacement
+from loray.simulation.policies.routers import AdapterRouter, LeastWork, RandomRouter, TwoChoices
+from loray.simulation.policies.scalers import AdapterDemand, Fixed, Foreseen, OngoingRequests, Scaler
+from loray.simulation.profile import Profile
+from loray.simulation.simulator import Outcome, Policy, Simulator, adapter_sizes
+from loray.simulation.workload import synthetic
+from loray.simulation.workload.requests import Requests, at_rate, with_adapters
+from loray.spec import AutoscalingSpec
+
+_RAY_ONGOING = 2.0  # Ray Serve's default target of requests under way on a replica
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A deployment of at most `replicas` under a trace.
+
+    trace        None: synthetic
+    utilization  mean work that the requests bring, as a share of what all replicas can do
+    alpha        popularity of the k-th adapter ∝ k^-alpha
+    fixed        all replicas run all the time, so that routing alone is compared
+    """
+
+    profile: Profile
+    replicas: int
+    adapters: int
+    minutes: float
+    trace: Requests | None = None
+    utilization: float = 0.5
+    alpha: float = 1.0
+    seed: int = 0
+    fixed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or self.adapters < 1 or self.minutes <= 0 or self.utilization <= 0:
+            raise SpecError("replicas, adapters, minutes and utilisation must be positive")
+
+    @property
+    def seconds(self) -> float:
+        return 60.0 * self.minutes
+
+    @property
+    def initial(self) -> int:
+        """Replicas at the start: what the mean needs, for every policy but the one that knows the future."""
+        spec = self.autoscaling
+        return (
+            self.replicas
+            if self.fixed
+            else min(ceil(self.utilization * self.replicas / spec.target_utilization), self.replicas)
+        )
+
+    @property
+    def autoscaling(self) -> AutoscalingSpec:
+        return AutoscalingSpec(max_replicas=self.replicas)
+
+    def requests(self) -> Requests:
+        """Equal for equal scenarios."""
+        rng = np.random.default_rng(self.seed)
+        context = self.profile.context_length
+        capacity = self.utilization * self.replicas
+        if self.trace is None:
+            rate = capacity / self.profile.work_seconds(*synthetic.mean_tokens())
+            made = synthetic.generate(
+                rate=rate, seconds=self.seconds, num_adapters=self.adapters, alpha=self.alpha, seed=self.seed
+            )
+            return _checked(made.cut(context))
+        trace = self.trace.cut(context)
+        rate = capacity * len(trace) / trace.work(self.profile)
+        return _checked(
+            with_adapters(at_rate(trace, rate=rate, seconds=self.seconds, rng=rng), self.adapters, self.alpha, rng)
+        )
+
+
+def _checked(requests: Requests) -> Requests:
+    if not len(requests):
+        raise SpecError("the run has no requests: ask for more minutes, more replicas or a higher utilisation")
+    return requests
+
+
+def _loray(s: Scenario, requests: Requests, size: int) -> Policy:
+    return Policy("loray", AdapterRouter(size, s.adapters, s.profile), _demand(s))
+
+
+def _ray(s: Scenario, requests: Requests, size: int) -> Policy:
+    scaler = Fixed(s.replicas) if s.fixed else OngoingRequests(s.initial, s.replicas, _RAY_ONGOING)
+    return Policy("ray", TwoChoices(size, s.seed), scaler)
+
+
+def _random(s: Scenario, requests: Requests, size: int) -> Policy:
+    return Policy("random", RandomRouter(size, s.seed), _demand(s))
+
+
+def _dynamo(s: Scenario, requests: Requests, size: int) -> Policy:
+    sizes = s.profile.adapter_bytes
+    slots = max(1, int(0.5 * s.profile.pool_bytes / (sum(sizes) / len(sizes))))
+    return Policy("dynamo", ProportionalPlacement(size, s.adapters, slots, s.seed), _demand(s))
+
+
+def _oracle(s: Scenario, requests: Requests, size: int) -> Policy:
+    foreseen = Foreseen(requests, s.profile, s.autoscaling.target_utilization, s.replicas)
+    scaler = Fixed(s.replicas) if s.fixed else foreseen
+    return Policy("oracle", LeastWork(size, s.profile), scaler, foresees=True)
+
+
+def _demand(s: Scenario) -> Scaler:
+    if s.fixed:
+        return Fixed(s.replicas)
+    return AdapterDemand(s.autoscaling, s.initial, s.profile, adapter_sizes(s.profile, s.adapters))
+
+
+POLICIES: dict[str, Callable[[Scenario, Requests, int], Policy]] = {
+    "loray": _loray,
+    "ray": _ray,
+    "random": _random,
+    "dynamo": _dynamo,
+    "oracle": _oracle,
+}
+
+
+def simulate(scenario: Scenario, requests: Requests, names: tuple[str, ...] = tuple(POLICIES)) -> Iterator[Outcome]:
+    """Each policy over the same requests."""
+    for name in names:
+        policy = POLICIES[name](scenario, requests, 2 * scenario.replicas)
+        yield Simulator(requests, scenario.profile, policy, initial=scenario.initial, size=scenario.replicas).run()

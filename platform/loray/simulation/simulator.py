@@ -1,0 +1,186 @@
+"""The events of one policy over one run's requests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Any
+
+import numpy as np
+
+from loray.simulation.cluster import Cluster, Member, Router
+from loray.simulation.policies.scalers import Scaler
+from loray.simulation.profile import Profile
+from loray.simulation.replica import Ended, Job
+from loray.simulation.workload.requests import Floats, Ints, Requests
+
+_DECIDE_S = 5.0  # between two looks at the number of replicas
+_REPLICA, _LOADED, _READY, _DECIDE = range(4)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`foresees`: adapters are on the host before their request comes, and replicas start in advance."""
+
+    name: str
+    router: Router
+    scaler: Scaler
+    foresees: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of R requests under one policy.
+
+    ttft_R         seconds from arrival to first token; end_R from arrival to last
+    slot_R         the replica's slot
+    cold_loads     loads from the store for which requests waited
+    evictions      of adapters from pools
+    replica_hours  from the decision to start each replica until it had ended, up to the last arrival
+    replicas       (seconds, replicas that take requests, start or end) at each decision
+    loads          (seconds, cold loads so far) at each decision
+    """
+
+    policy: str
+    ttft_R: Floats
+    end_R: Floats
+    slot_R: Ints
+    cold_loads: int
+    evictions: int
+    replica_hours: float
+    replicas: list[tuple[float, int]]
+    loads: list[tuple[float, int]]
+
+
+class Simulator:
+    """Runs once. Events of equal times come in the order in which they were made."""
+
+    def __init__(self, requests: Requests, profile: Profile, policy: Policy, *, initial: int, size: int) -> None:
+        self._requests, self._profile, self._policy = requests, profile, policy
+        num_adapters = int(requests.adapter_R.max()) + 1 if len(requests) else 0
+        self._sizes = adapter_sizes(profile, num_adapters)
+        self.cluster = Cluster(profile, self._sizes, policy.router, size)
+        self._events: list[tuple[float, int, int, Any, int]] = []
+        self._num_events = 0
+        self._waiting: dict[tuple[Member, int], list[Job]] = {}  # for the load of an adapter
+        self._ttft_R = np.full(len(requests), np.nan)
+        self._end_R = np.full(len(requests), np.nan)
+        self._slot_R = np.zeros(len(requests), np.int64)
+        self._replicas: list[tuple[float, int]] = []
+        self._loads: list[tuple[float, int]] = []
+        for _ in range(initial):
+            member = self.cluster.start(0.0)
+            assert member is not None
+            self.cluster.admit(member)
+
+    def run(self) -> Outcome:
+        requests = self._requests
+        columns = (requests.at_R, requests.prompt_R, requests.output_R, requests.adapter_R)
+        hours = totals = None
+        self._push(0.0, _DECIDE)
+        for index, (at, prompt, output, adapter) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            while self._events and self._events[0][0] <= at:
+                self._next_event()
+            self._arrive(Job(index, prompt, output, adapter), at)
+        end = requests.seconds
+        hours, totals = self.cluster.hours(end), self.cluster.totals()
+        while self._events:
+            self._next_event(ending=True)
+        return Outcome(
+            self._policy.name, self._ttft_R, self._end_R, self._slot_R, *totals, hours, self._replicas, self._loads
+        )
+
+    # -- private ------------------------------------------------------------------------------------------------------
+
+    def _push(self, at: float, kind: int, what: Any = None, adapter: int = -1) -> None:
+        self._num_events += 1
+        heappush(self._events, (at, self._num_events, kind, what, adapter))
+
+    def _next_event(self, *, ending: bool = False) -> None:
+        now, _, kind, what, adapter = heappop(self._events)
+        if kind == _REPLICA:
+            if what.replica.next_event == now:
+                self._took(what, what.replica.advance(now))
+        elif kind == _LOADED:
+            self._end_load(what, adapter, now)
+        elif kind == _READY:
+            self.cluster.admit(what)
+        elif not ending:
+            self._decide(now)
+            self._push(now + _DECIDE_S, _DECIDE)
+
+    def _arrive(self, job: Job, now: float) -> None:
+        slot = self._policy.router.choose(job, now)
+        member = self.cluster.members[slot]
+        replica = member.replica
+        replica.num_jobs += 1
+        self._slot_R[job.index] = slot
+        self._policy.router.load_changed(slot, replica.num_jobs)
+        self._policy.scaler.arrived(member, job, now)
+        if self._policy.foresees:
+            replica.adapters.prefetch(job.adapter)
+        is_ready, loads = replica.adapters.want(job.adapter)
+        if is_ready:
+            self._begin(member, [job], now)
+            return
+        self._waiting.setdefault((member, job.adapter), []).append(job)
+        if loads:
+            self._load(member, job.adapter, now)
+
+    def _load(self, member: Member, adapter: int, now: float) -> None:
+        self._push(now + self._profile.load_seconds(self._sizes[adapter]), _LOADED, member, adapter)
+
+    def _end_load(self, member: Member, adapter: int, now: float) -> None:
+        following = member.replica.adapters.loaded(adapter)
+        if following is not None:
+            self._load(member, following, now)
+        self._begin(member, self._waiting.pop((member, adapter), []), now)
+
+    def _begin(self, member: Member, jobs: list[Job], now: float) -> None:
+        replica = member.replica
+        ended = replica.advance(now)
+        for job in jobs:
+            replica.ready(job)
+        self._took(member, ended)
+
+    def _took(self, member: Member, ended: Ended) -> None:
+        """The replica has been advanced."""
+        replica, now = member.replica, member.replica.now
+        for job in ended.first_tokens:
+            self._ttft_R[job.index] = job.first_token_at - self._requests.at_R[job.index]
+        for job in ended.finished:
+            assert math.isnan(self._end_R[job.index]), "it has ended before"
+            self._end_R[job.index] = max(now, job.first_token_at) - self._requests.at_R[job.index]
+            self._policy.scaler.finished(member, job, now)
+        if ended.finished:
+            if member in self.cluster.ending:
+                self.cluster.end_if_idle(member, now)
+            else:
+                self._policy.router.load_changed(member.slot, replica.num_jobs)
+        if replica.next_event < math.inf:
+            self._push(max(now, replica.next_event), _REPLICA, member)
+
+    def _decide(self, now: float) -> None:
+        cluster = self.cluster
+        target = self._policy.scaler.target(cluster, now)
+        num = len(cluster.members) + len(cluster.starting)
+        for _ in range(num, min(target, cluster.size)):
+            lead = self._profile.start_s if self._policy.foresees else 0.0
+            member = cluster.start(now - lead)
+            if member is None:
+                break
+            if self._policy.foresees:
+                cluster.admit(member)
+            else:
+                self._push(now + self._profile.start_s, _READY, member)
+        for _ in range(max(1, target), num):
+            if len(cluster.members) > 1 or cluster.starting:
+                cluster.stop_one(now)
+        self._replicas.append((now, cluster.num_paid))
+        self._loads.append((now, cluster.totals()[0]))
+
+
+def adapter_sizes(profile: Profile, num_adapters: int) -> list[int]:
+    """Bytes of each adapter: the profile's sizes in turn."""
+    return [profile.adapter_bytes[a % len(profile.adapter_bytes)] for a in range(num_adapters)]

@@ -1,0 +1,78 @@
+"""What is reported of an outcome: quantiles, costs, and their course over the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loray.simulation.simulator import Outcome
+from loray.simulation.workload.requests import Floats, Requests
+
+
+class Summary(NamedTuple):
+    """Of one policy over one run or several. Times in seconds; means over the runs where they are quantiles."""
+
+    p50_ttft_s: float
+    p99_ttft_s: float
+    mean_ttft_s: float
+    mean_latency_s: float
+    cold_loads: float
+    cold_share: float
+    evictions: float
+    replica_hours: float
+    max_replicas: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: round(value, 4) for name, value in self._asdict().items()}
+
+
+def summary(outcome: Outcome) -> Summary:
+    p50, p99 = np.quantile(outcome.ttft_R, (0.5, 0.99))
+    return Summary(
+        p50_ttft_s=float(p50),
+        p99_ttft_s=float(p99),
+        mean_ttft_s=float(outcome.ttft_R.mean()),
+        mean_latency_s=float(outcome.end_R.mean()),
+        cold_loads=outcome.cold_loads,
+        cold_share=outcome.cold_loads / len(outcome.ttft_R),
+        evictions=outcome.evictions,
+        replica_hours=outcome.replica_hours,
+        max_replicas=max((number for _, number in outcome.replicas), default=0),
+    )
+
+
+def mean(summaries: Sequence[Summary]) -> Summary:
+    return Summary(*(sum(column) / len(summaries) for column in zip(*summaries, strict=True)))
+
+
+class Course(NamedTuple):
+    """Of one policy, by time: `at_B` are the ends of B equal parts of the run, in seconds.
+
+    p50_B, p99_B   seconds to the first token, of the requests that came in the part; NaN without one
+    loads_B        cold loads in the part
+    replicas_B     replicas at its end
+    """
+
+    policy: str
+    at_B: Floats
+    p50_B: Floats
+    p99_B: Floats
+    loads_B: Floats
+    replicas_B: Floats
+
+
+def course(outcome: Outcome, requests: Requests, num_parts: int = 60) -> Course:
+    edges = np.linspace(0.0, requests.seconds, num_parts + 1)
+    part_R = np.clip(np.searchsorted(edges, requests.at_R, side="right") - 1, 0, num_parts - 1)
+    starts = np.searchsorted(part_R, np.arange(num_parts + 1))
+    quantiles = np.full((2, num_parts), np.nan)
+    for part in range(num_parts):
+        ttft = outcome.ttft_R[starts[part] : starts[part + 1]]
+        if len(ttft):
+            quantiles[:, part] = np.quantile(ttft, (0.5, 0.99))
+    times, replicas = np.array(outcome.replicas).T
+    loads = np.interp(edges, *np.array(outcome.loads, float).T)
+    at = np.clip(np.searchsorted(times, edges[1:], side="right") - 1, 0, None)
+    return Course(outcome.policy, edges[1:], quantiles[0], quantiles[1], np.diff(loads), replicas[at])

@@ -1,0 +1,1 @@
+"""Requests of a run: from traces of production, or made up."""

@@ -1,0 +1,80 @@
+"""The index makes the choices of `serving.routing`, which looks at every replica."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from loray.serving.routing import ReplicaView, Routing, RoutingPolicy, hashed
+from loray.simulation.policies.index import RoutingIndex
+
+NUM_SLOTS, NUM_ADAPTERS, LIMIT = 9, 12, 12
+KEYS = [f"{a:016x}" for a in range(NUM_ADAPTERS)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_first_choice_is_that_of_rank(seed: int) -> None:
+    """Replicas join and leave, adapters move between tiers and away, loads change up to the limit."""
+    rng = random.Random(seed)
+    policy = RoutingPolicy(floor=rng.choice([1, 2, 4]), excess=rng.choice([0, 1, 3]))
+    index = RoutingIndex(NUM_SLOTS, np.array([hashed(k) for k in KEYS], np.uint64), LIMIT, policy)
+    routing = Routing(policy)
+    names: dict[int, str] = {}
+    loads: dict[int, int] = {}
+    tiers: dict[int, dict[int, int]] = {}  # reported
+    for step in range(300):
+        now = 0.05 * step
+        action = rng.random()
+        if not names or (action < 0.06 and len(names) < NUM_SLOTS):
+            slot = next(s for s in range(NUM_SLOTS) if s not in names)
+            names[slot], loads[slot], tiers[slot] = f"{slot}-{step}", 0, {}
+            index.add(slot, names[slot])
+        elif action < 0.09 and len(names) > 1:
+            slot = rng.choice(list(names))
+            del names[slot], loads[slot], tiers[slot]
+            index.remove(slot)
+            routing.retain(list(names.values()))
+        elif action < 0.4:
+            slot = rng.choice(list(names))
+            loads[slot] = rng.choice([0, 0, 1, 2, 3, 5, 8, LIMIT])
+            index.set_load(slot, loads[slot])
+        elif action < 0.65:
+            slot, adapter, tier = rng.choice(list(names)), rng.randrange(NUM_ADAPTERS), rng.choice([0, 1, 1, 2])
+            if tier == 2 and adapter not in tiers[slot]:
+                continue  # gone is only what was there
+            index.placed(slot, adapter, tier)
+            tiers[slot].pop(adapter, None)
+            if tier < 2:
+                tiers[slot][adapter] = tier
+                routing.reported(names[slot], [KEYS[adapter]])
+        views = [
+            ReplicaView(
+                names[slot],
+                loads[slot],
+                LIMIT,
+                frozenset(KEYS[a] for a, t in tiers[slot].items() if t == 0),
+                frozenset(KEYS[a] for a, t in tiers[slot].items() if t == 1),
+            )
+            for slot in names
+        ]
+        adapter = rng.randrange(NUM_ADAPTERS)
+        ranked = routing.rank(views, KEYS[adapter], now=now)[0]
+        chosen = index.best(adapter, now)
+        assert names[chosen] == ranked.replica
+        # With no replica below its limit, `sent` counts an adapter that the chosen one holds a second time.
+        if rng.random() < 0.5 and min(loads.values()) < LIMIT:
+            routing.sent(ranked, KEYS[adapter], now=now)
+            index.sent(chosen, adapter, now)
+
+
+def test_what_was_sent_and_never_reported_is_forgotten() -> None:
+    index = RoutingIndex(4, np.array([hashed(k) for k in KEYS], np.uint64), LIMIT, RoutingPolicy(recent_s=10.0))
+    for slot in range(4):
+        index.add(slot, f"r{slot}")
+    home = index.best(0, 0.0)
+    other = (home + 1) % 4
+    index.sent(other, 0, 0.0)
+    assert index.best(0, 9.0) == other
+    assert index.best(0, 11.0) == home
