@@ -53,7 +53,7 @@ format: .venv/.ready
 
 # Without the network, once its tools are installed. To read it: python3 -m http.server --directory build/site
 docs: .venv/.docs-ready
-	$(BIN)/python -m mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "build/site/index.html is the documentation"
 
 bench: .venv/.ready

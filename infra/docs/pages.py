@@ -9,7 +9,7 @@ from typing import Any
 from infra.docs.markdown import FOLDER_PAGES, ROOT_PAGES, for_site, headings, links, repository_path, site_path
 from infra.docs.reference import reference
 
-_SECTIONS = {"guide": "Explanations", "howto": "How-to guides", "benchmarks": "Benchmarks"}
+_SECTIONS = {"howto": "How-to guides", "benchmarks": "Benchmarks"}  # of pages of other folders: Explanations
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".sh": "bash", ".json": "json", ".toml": "toml"}
 
 
@@ -34,9 +34,8 @@ def navigation(nav: list[dict[str, Any]], repository: Path) -> list[dict[str, An
     others = [path for path in map(site_path, written(repository)) if path not in known]
     sections = {title: list(below) for entry in nav for title, below in entry.items() if isinstance(below, list)}
     for path in others:
-        section = _SECTIONS.get(path.partition("/")[0])
-        if section is not None:
-            sections[section].append(path)
+        if not path.startswith("decisions/"):  # which have a list of their own
+            sections[_SECTIONS.get(path.partition("/")[0], "Explanations")].append(path)
     return [{title: sections.get(title, below) for title, below in entry.items()} for entry in nav]
 
 
