@@ -66,10 +66,12 @@ def test_a_page_that_is_not_placed_comes_last_in_its_section(tmp_path: Path) -> 
     (tmp_path / "docs" / "howto").mkdir(parents=True)
     for name in ("old", "new"):
         (tmp_path / "docs" / "howto" / f"{name}.md").touch()
-    nav = [{"Home": "index.md"}, {"How-to guides": [{"Old": "howto/old.md"}]}]
-    assert navigation(nav, tmp_path) == [
-        {"Home": "index.md"},
+    (tmp_path / "docs" / "other.md").touch()
+    home, known = {"Home": "index.md"}, ["changes.md", "contributing.md"]
+    assert navigation([home, {"How-to guides": [{"Old": "howto/old.md"}]}, {"Explanations": known}], tmp_path) == [
+        home,
         {"How-to guides": [{"Old": "howto/old.md"}, "howto/new.md"]},
+        {"Explanations": [*known, "other.md"]},
     ]
 
 
