@@ -176,7 +176,7 @@ def test_an_adapter_in_high_demand_overflows(pair: list[Replica]) -> None:
 
     async def scenario(router: AdapterRouter) -> None:
         routed = [await route(router, pending(DIGESTS[0])) for _ in range(20)]
-        assert 7 <= routed.count("two") <= 8
+        assert routed.count("two") == 9  # one request more than the mean stays with the holder
         assert decisions()["overflow"] >= 1
 
     with_router(pair, scenario)
