@@ -42,7 +42,7 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
     settings = Settings.from_env()
     get_base(settings.home, spec.base)
     environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
-    slots = spec.max_num_seqs + spec.max_queued + _SPARE_SLOTS
+    slots = spec.max_num_seqs + spec.max_queued + spec.max_loading + _SPARE_SLOTS
     group = settings.training_group
     where = {} if group is None else {"label_selector": group.others}  # an engine's CPU keeps it from there anyway
 

@@ -32,6 +32,7 @@ from loray.engine.sampling.grammar import Grammars, Masks
 from loray.engine.sampling.logprobs import PromptScores
 from loray.engine.sampling.sampler import Sampler
 from loray.engine.scheduling.fairness import token_weight
+from loray.engine.scheduling.limits import WaitLimits
 from loray.engine.scheduling.plan import Chunk, Work
 from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.stats.counters import Counters
@@ -78,7 +79,7 @@ class Engine:
             residency=self.residency,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
-            max_queued=spec.max_queued,
+            wait_limits=WaitLimits(spec.max_queued, spec.max_loading, spec.load_timeout_s),
             adapter_blocks=self._adapter_blocks,
             token_weight=self._token_weight,
             itl_slo_s=spec.itl_slo_s,
@@ -269,9 +270,7 @@ class Engine:
         return 0 if request.adapter is None else self._loads.num_blocks(request.adapter.digest) or 0
 
     def _token_weight(self, request: Request) -> float:
-        if request.adapter is None:
-            return 1.0
-        own, pair = self.adapter_bytes(request.adapter)
+        own, pair = (0, None) if request.adapter is None else self.adapter_bytes(request.adapter)
         base_bytes = self.base.config.num_matrix_elements * self.pool.tensor.itemsize
         return token_weight(own + (pair[1] if pair else 0), base_bytes)
 

@@ -50,7 +50,13 @@ class ServeSpec(Frozen):
         default=None, gt=0, description="target between two tokens of a stream; None: 60 on a CPU, 50 on a GPU"
     )
     enable_prefix_caching: bool = Field(default=True, description="keep KV blocks of prompts for those that share them")
-    max_queued: int = Field(default=512, gt=0, description="requests that wait; more are refused with 429")
+    max_queued: int = Field(default=512, gt=0, description="other requests that wait; more are refused with 429")
+    max_loading: int = Field(
+        default=256, gt=0, description="requests that wait for their adapters to be loaded; more are refused with 429"
+    )
+    load_timeout_s: float = Field(
+        default=30.0, gt=0, description="for which a request waits for its adapter to be loaded; then it fails (503)"
+    )
     max_body_bytes: NumBytes | None = Field(default=None, description="of a request; None: by the longest context")
     ttft_slo_s: float | None = Field(
         default=None, gt=0, description="requests that cannot have their first token in it are refused; None: off"

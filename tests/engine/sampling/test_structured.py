@@ -203,7 +203,7 @@ def test_a_compiler_that_fails_ends_its_request_alone(worded: BaseModel, monkeyp
 
 def test_what_is_refused_before_it_is_queued_holds_nothing(base: BaseModel, adapters: dict[str, TestAdapter]) -> None:
     """Its constraint is wrong, too many others wait, or its client has left; it has an adapter."""
-    engine = make_engine(base, list(adapters.values()), max_queued=2)
+    engine = make_engine(base, list(adapters.values()), max_queued=2, max_loading=2)
     fields: dict[str, Any] = {"adapter": adapters["r2"], "max_tokens": 4}
     asked = [request(f"{i}", (1, 2), structured=Constraint.from_choice(["yes"]), **fields) for i in range(4)]
     asked += [

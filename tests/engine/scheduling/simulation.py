@@ -16,6 +16,7 @@ from loray.engine.request import Request
 from loray.engine.residency.backoff import Backoff
 from loray.engine.residency.partial import PartialLoad
 from loray.engine.residency.residency import Residency
+from loray.engine.scheduling.limits import WaitLimits
 from loray.engine.scheduling.plan import Plan, Work
 from loray.engine.scheduling.scheduler import Scheduler
 from loray.engine.stats.usage import UsageLog
@@ -81,12 +82,14 @@ class Simulation:
             clock=lambda: self.now,
             backoff=no_backoff() if retries_at_once else None,
         )
-        options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_queued": 1 << 30} | scheduler
+        options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 64} | scheduler
+        limits = {name: options.pop(name) for name in WaitLimits._fields if name in options}
         self.scheduler = Scheduler(
             allocator=self.allocator,
             residency=self.residency,
             adapter_blocks=lambda r: r.adapter.nbytes if r.adapter is not None else 0,
             clock=lambda: self.now,
+            wait_limits=WaitLimits(**limits),
             **options,
         )
         self.max_num_seqs: int = options["max_num_seqs"]

@@ -161,6 +161,10 @@ class FirstTokenTargets:
         """Seconds until the expected wait has fallen to the target of `request`."""
         return max(_MIN_RETRY_S, expected - (self._slo(request) or 0))
 
+    def expected_retry_s(self, request: Request) -> float:
+        """The same of a request that would join the queue now."""
+        return self.retry_after_s(request, self._estimate(request))
+
     def _slo(self, request: Request) -> float | None:
         """None: the request has no target, or its first token is an earlier engine's."""
         if request.is_continued:

@@ -27,11 +27,12 @@ from loray.engine.scheduling.blocks import RequestBlocks
 from loray.engine.scheduling.budget import Burst, StepBudget
 from loray.engine.scheduling.fairness import rank_in_batch
 from loray.engine.scheduling.growth import OutputLengths
+from loray.engine.scheduling.limits import QueueLimits, WaitLimits
 from loray.engine.scheduling.overload import Backlog, FirstTokenEstimate, FirstTokenTargets, ahead_of
 from loray.engine.scheduling.plan import Chunk, Plan, Work
 from loray.engine.scheduling.steptime import StepTime
 from loray.engine.scheduling.waiting import WaitingRequests
-from loray.errors import ContextLengthExceeded, Overloaded
+from loray.errors import ContextLengthExceeded
 
 Failures = list[tuple[Request, Exception]]
 
@@ -53,7 +54,7 @@ class Scheduler(Generic[P, R]):
         residency: Residency[P, R],
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_queued: int,
+        wait_limits: WaitLimits,
         adapter_blocks: Callable[[Request], int],
         token_weight: Callable[[Request], float] = lambda request: 1.0,
         itl_slo_s: float | None = None,
@@ -62,9 +63,8 @@ class Scheduler(Generic[P, R]):
         compact: Callable[[int], bool] = lambda num_blocks: False,
         enable_prefix_caching: bool = True,
     ) -> None:
-        self._residency = residency
-        self._max_num_seqs, self._max_tokens, self._max_queued = max_num_seqs, max_num_batched_tokens, max_queued
-        self._itl_slo_s, self._clock = itl_slo_s, clock
+        self._residency, self._itl_slo_s = residency, itl_slo_s
+        self._max_num_seqs, self._max_tokens, self._clock = max_num_seqs, max_num_batched_tokens, clock
         self.step_time, self._burst = StepTime(), Burst(itl_slo_s)
         self._blocks = RequestBlocks(
             allocator, residency, compact, self.step_time.token_seconds, enable_prefix_caching=enable_prefix_caching
@@ -85,6 +85,7 @@ class Scheduler(Generic[P, R]):
             clock=clock,
         )
         self.waiting = WaitingRequests(residency, lead=max_num_batched_tokens)
+        self._limits = QueueLimits(self.waiting, residency, wait_limits, self._targets.expected_retry_s, clock)
         self.running: list[Request] = []
         self.num_preemptions = 0
 
@@ -111,10 +112,8 @@ class Scheduler(Generic[P, R]):
         return self._targets.num_aborted
 
     def add(self, request: Request) -> None:
-        """Queue a request. Overloaded, unless it is continued, if too many wait or its first token will be too late."""
-        if len(self.waiting) >= self._max_queued and not request.is_continued:
-            retry_after = self._targets.retry_after_s(request, self._seconds_to_first_token(request))
-            raise Overloaded(f"{len(self.waiting)} requests are waiting already", retry_after)
+        """Queue a request. Raises what `QueueLimits.accept` and `FirstTokenTargets.accept` raise."""
+        self._limits.accept(request)
         self._targets.accept(request)
         self.waiting.add(request)
 
@@ -132,7 +131,7 @@ class Scheduler(Generic[P, R]):
 
     def next_deadline(self) -> float:
         """When `next` must be called although nothing happens, in seconds of the clock; infinite: it need not be."""
-        return self._targets.next_deadline()
+        return min(self._targets.next_deadline(), self._limits.next_deadline())
 
     def first_step_seconds(self, digest: str) -> float:
         """Estimate for the first step of the longest waiting prompt of this adapter. 0: not known."""
@@ -159,10 +158,11 @@ class Scheduler(Generic[P, R]):
         budget = self._new_budget()
         chunks = self._decode(budget)
         self._admission.stepped()
-        late = self._targets.refuse_late()
-        for request, _ in late:
-            self.waiting.refuse(request)
-        failed += late + self.waiting.admit_loaded()
+        for too_late in (self._targets.refuse_late, self._limits.overdue):
+            for request, error in too_late():
+                self.waiting.refuse(request)
+                failed.append((request, error))
+        failed += self.waiting.admit_loaded()
         self._compute_prompts(budget, chunks, failed)
         changed |= self._admission.emptied
         changed |= self._residency.poll()  # loads evicted adapters that are wanted again, before the engine sleeps

@@ -126,6 +126,14 @@ class WaitingRequests(Generic[P, R]):
         """The next one of those that have begun."""
         return min(self.begun, key=self.fair.key, default=None)
 
+    @property
+    def num_loading(self) -> int:
+        """Requests that wait for an adapter to be loaded."""
+        return sum(map(len, self._loading.values()))
+
+    def is_loading(self, request: Request) -> bool:
+        return self._states.get(request) is _State.LOADING
+
     def loading(self, digest: str) -> Collection[Request]:
         """The requests that wait for this adapter to be loaded."""
         return self._loading.get(digest, ())
