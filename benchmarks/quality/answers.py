@@ -32,7 +32,12 @@ def main(home: Path, name: str, prompts: list[str], max_tokens: int, folders: li
     weights = {ref.digest: folder for ref, folder in zip(refs[1:], folders, strict=True) if ref is not None}
     num_requests = len(refs) * len(prompts)
     spec = ServeSpec(
-        base=name, pool_bytes=1 << 30, max_num_seqs=_AT_ONCE, max_queued=num_requests, enable_prefix_caching=False
+        base=name,
+        pool_bytes=1 << 30,
+        max_num_seqs=_AT_ONCE,
+        max_queued=num_requests,
+        max_loading=num_requests,
+        enable_prefix_caching=False,
     )
     engine = build_engine(spec, base, lambda ref: read_adapter(Path(weights[ref.digest]), base.config))
     params = SamplingParams(max_tokens=max_tokens, temperature=0)

@@ -52,7 +52,7 @@ class ServeSpec(Frozen):
     enable_prefix_caching: bool = Field(default=True, description="keep KV blocks of prompts for those that share them")
     max_queued: int = Field(default=512, gt=0, description="other requests that wait; more are refused with 429")
     max_loading: int = Field(
-        default=256, gt=0, description="requests that wait for their adapters to be loaded; more are refused with 429"
+        default=512, gt=0, description="requests that wait for their adapters to be loaded; more are refused with 429"
     )
     load_timeout_s: float = Field(
         default=30.0, gt=0, description="for which a request waits for its adapter to be loaded; then it fails (503)"

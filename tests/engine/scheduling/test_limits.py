@@ -69,6 +69,7 @@ def test_a_load_that_takes_too_long_fails_its_requests_alone() -> None:
         assert isinstance(error, StoreError)
         assert "was not loaded within 30 s" in str(error)
     assert not sim.scheduler.has_work
+    sim.add(adapter=cold(3))  # the store is not stuck: another load has ended meanwhile
 
 
 def test_a_store_that_is_stuck_is_tried_by_one_request_at_a_time() -> None:

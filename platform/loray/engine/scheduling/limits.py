@@ -2,8 +2,9 @@
 it.
 
 Requests whose adapter is being loaded have places of their own, so that they do not fill the queue of the others. One
-that has waited for its adapter for too long is refused. From then on the store counts as stuck: requests that need it
-are refused as they come, but for one that tries after a time, which doubles, until a load has ended well.
+that has waited for its adapter for too long is refused. If no load has ended well meanwhile, the store counts as stuck:
+requests that need it are refused as they come, but for one that tries after a time, which doubles, until a load ends
+well.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class QueueLimits(Generic[P, R]):
         self._waiting, self._residency = waiting, residency
         self._max_queued, self._max_loading, self._timeout_s = limits
         self._retry_after_s, self._clock = retry_after_s, clock
-        self._deadlines: deque[tuple[float, Request]] = deque()
+        self._deadlines: deque[tuple[float, Request, int]] = deque()  # with the bytes loaded until the request came
         self._num_stuck = 0  # times that the store was found to be stuck, in a row
         self._stuck_until = -math.inf
         self._loaded_bytes = 0  # in all, when it was found last
@@ -66,7 +67,7 @@ class QueueLimits(Generic[P, R]):
         self._try_store()
         if num_loading >= self._max_loading and not request.is_continued:
             raise Overloaded(f"{num_loading} requests wait for their adapters already", self._retry_after_s(request))
-        self._deadlines.append((self._clock() + self._timeout_s, request))
+        self._deadlines.append((self._clock() + self._timeout_s, request, self._residency.counts.num_loaded_bytes))
 
     def next_deadline(self) -> float:
         """When the first request has waited for its adapter for too long, in seconds of the clock; may be infinite."""
@@ -78,12 +79,14 @@ class QueueLimits(Generic[P, R]):
         """The requests that have waited for their adapters for too long, each with its error, once."""
         now = self._clock()
         found: list[tuple[Request, Exception]] = []
+        is_stuck = False
         while self.next_deadline() <= now:
-            request = self._deadlines.popleft()[1]
+            _, request, loaded_bytes = self._deadlines.popleft()
+            is_stuck |= loaded_bytes == self._residency.counts.num_loaded_bytes
             assert request.adapter is not None
             reason = f"adapter {request.adapter.label} was not loaded within {self._timeout_s:g} s: the store is slow"
             found.append((request, StoreError(f"{reason} or away; send the request again")))
-        if found:
+        if is_stuck:
             self._num_stuck = 1 if self._has_loaded() else self._num_stuck + 1
             self._loaded_bytes = self._residency.counts.num_loaded_bytes
             self._stuck_until = now + min(_LAST_S, _FIRST_S * 2.0 ** (self._num_stuck - 1))
