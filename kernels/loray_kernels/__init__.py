@@ -7,6 +7,7 @@
     kv         how blocks hold keys and values
     decoding   steps that a backend records and replays
     records    where an adapter's LoRA rows are, in the device's memory
+    sampling   a token for each row of logits
     reference  torch; every other backend is tested against it
     cpu/       C++ (cpu/csrc), compiled at first use
     cuda/      CUDA C++ (cuda/csrc) and Triton (cuda/tiles), for NVIDIA GPUs
@@ -44,6 +45,7 @@ from loray_kernels.ops import (
 from loray_kernels.pages import PageWriter, Piece
 from loray_kernels.records import INPUTS, RECORD_TOKENS, Directory, InputShape, LoraRows, StepRecords, record_words
 from loray_kernels.reference import ReferenceOps
+from loray_kernels.sampling import Draws
 
 __all__ = [
     "INPUTS",
@@ -53,6 +55,7 @@ __all__ = [
     "DecodeStep",
     "Decoding",
     "Directory",
+    "Draws",
     "InputShape",
     "KvLayout",
     "LayerTables",

@@ -5,10 +5,8 @@ d head dimension, R adapter rows (ranks) of a batch, N adapters of a batch, B bl
 
 The pool is one flat tensor. A row is given by the offset of its first element for layer 0; `layer_offset`
 (layer × layer share) is added for other layers, and is 0 for rows without a layer. A row wider than a layer's share is
-cut into several segments of columns.
-
-Every layer of a step passes the same tables, so each table has a `memo`: a backend keeps there, under its name, what it
-makes of the table once.
+cut into several segments of columns. Every layer of a step passes the same tables, so each table has a `memo`: a
+backend keeps there, under its name, what it makes of the table once.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.pages import PageWriter
 from loray_kernels.records import StepRecords
+from loray_kernels.sampling import Draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +131,8 @@ class LinearWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
-    """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up.
-
-    q_norm_d and k_norm_d are both given or both None; `scale` is attention's.
+    """A decoder layer of the Llama family. q, k and v are one matrix, side by side, and so are gate and up. Both of
+    q_norm_d and k_norm_d are given or neither is; `scale` is attention's.
     """
 
     attention_norm_D: Tensor
@@ -195,6 +193,10 @@ class Ops(Protocol):
 
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
         """The results of `linear`, which are rounded to x's dtype, in fp32."""
+        ...
+
+    def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
+        """A token for each of the draws' rows, and the row's largest allowed logit; see `sampling.sample`."""
         ...
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from loray_kernels.ops import (
 )
 from loray_kernels.pages import DirectWriter, PageWriter
 from loray_kernels.records import INPUTS, Columns, StepRecords, read_block
+from loray_kernels.sampling import Draws, sample
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -61,6 +62,9 @@ class ReferenceOps:
 
     def logits(self, x_TD: Tensor, weights: LinearWeights) -> Tensor:
         return self.linear(x_TD, weights).float()
+
+    def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
+        return sample(logits_SV, draws)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)

@@ -35,7 +35,7 @@ def library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> Pat
     """
     compiler = _compiler()
     folder = cache_folder()
-    texts = [p.read_bytes() for p in sorted(SOURCES.iterdir()) if p.is_file()]
+    texts = [p.read_bytes() for p in sorted(SOURCES.rglob("*")) if p.is_file()]
     stem = f"{name}-{_hash(*texts, *sources, *_FLAGS, *flags)}"
     if compiler is None:
         for found in sorted(folder.glob(f"{stem}-*.so")):

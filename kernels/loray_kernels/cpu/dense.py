@@ -7,18 +7,23 @@ reference.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from loray_kernels.cpu.native import Functions, functions, packed_size, supported
+from loray_kernels.cpu.native import Functions, functions, packed_size, sample_function, supported
 from loray_kernels.cpu.tables import pack_layout, pack_matrix, pack_meta, pack_rows
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import token_rows
 from loray_kernels.memory import huge_pages
 from loray_kernels.ops import LinearWeights, TokenRows
 from loray_kernels.reference import ReferenceOps
+from loray_kernels.sampling import Draws
+
+_CHOICE = np.dtype([("row", "i8"), ("mask", "i8"), ("temperature", "f8"), ("log_min_p", "f8"), ("uniform", "f8")])
 
 
 class DenseOps(ReferenceOps):
@@ -71,6 +76,32 @@ class DenseOps(ReferenceOps):
         matrix = (ctypes.c_int64 * 4)(*pack_matrix(weights))
         function(x_TI.data_ptr(), x_TI.stride(0), num_tokens, matrix, y_TO.data_ptr(), torch.get_num_threads())
         return y_TO
+
+    def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
+        if logits_SV.dtype is not torch.float32 or logits_SV.stride(1) != 1:
+            return super().sample(logits_SV, draws)
+        num, words_MW = len(draws.rows), draws.words_MW
+        choices = np.empty(num, dtype=_CHOICE)
+        choices["row"], choices["mask"] = draws.rows, draws.masks
+        choices["temperature"], choices["uniform"] = draws.temperature, draws.uniform
+        choices["log_min_p"] = [math.log(p) if p else -math.inf for p in draws.min_p]
+        assert max(draws.rows) < len(logits_SV)
+        assert max(draws.masks) < (0 if words_MW is None else len(words_MW))
+        assert words_MW is None or (32 * words_MW.shape[1] >= logits_SV.shape[1] and words_MW.stride(1) == 1)
+        tokens, best = np.empty(num, dtype=np.int64), np.empty(num, dtype=np.float32)
+        sample_function(self.isa)(
+            logits_SV.data_ptr(),
+            logits_SV.stride(0),
+            logits_SV.shape[1],
+            choices.ctypes.data,
+            num,
+            None if words_MW is None else words_MW.data_ptr(),
+            0 if words_MW is None else words_MW.stride(0),
+            tokens.ctypes.data,
+            best.ctypes.data,
+            torch.get_num_threads(),
+        )
+        return tokens.tolist(), best.tolist()
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         f = self._for(gate_up_TM)

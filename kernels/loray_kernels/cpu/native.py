@@ -17,7 +17,7 @@ from loray_kernels.cpu.build import library
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
 ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
-_SOURCES = ("attention.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "vera.cpp")
+_SOURCES = ("attention.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp", "vera.cpp")
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -112,6 +112,14 @@ def _load(name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> ctypes
         return ctypes.PyDLL(str(path))
     except OSError as e:
         raise BackendUnavailable(f"the cpu kernels do not load: {e}; delete {path} to have it made anew") from e
+
+
+@cache
+def sample_function(isa: str) -> Any:
+    """csrc/sample.cpp; its logits are fp32 whatever the model's dtype is."""
+    function = _library(isa)[f"sample_{isa}"]
+    function.argtypes, function.restype = (_P, _I, _I, _P, _I, _P, _I, _P, _P, _N), None
+    return function
 
 
 @cache

@@ -60,7 +60,7 @@ class Engine:
         self.spec, self.base = spec, base
         self.wake: Callable[[], None] = lambda: None
         self._model, self.pool, self._workers = model, pool, workers
-        self._sampler = Sampler(base.config.eos_token_ids)
+        self._sampler = Sampler(model.ops, base.config.eos_token_ids)
         self._grammars = Grammars(base, lambda: self.wake(), on_gpu=pool.tensor.is_cuda)
         checkpoint = CheckpointReader(base.path)
         packer = Packer(pool.geometry, pool.tensor.dtype, model.embedding_VD, checkpoint, pinned=pool.tensor.is_cuda)

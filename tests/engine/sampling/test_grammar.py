@@ -65,8 +65,7 @@ def test_a_request_follows_its_own_output(worded: BaseModel) -> None:
     assert ready.grammars.start([first]) is None
 
 
-def test_masks_on_a_gpu_are_the_same(worded: BaseModel) -> None:
-    """There the bits are unpacked on the device."""
+def test_masks_apply_to_the_rows_of_their_requests(worded: BaseModel) -> None:
     ready = Ready(worded)
     rows = [ready.start(constraint) for constraint, _ in LANGUAGES.values()]
     future = ready.grammars.start(rows)
@@ -75,6 +74,10 @@ def test_masks_on_a_gpu_are_the_same(worded: BaseModel) -> None:
     logits_SV = torch.randn(len(rows) + 1, worded.config.vocab_size)
     requests = [rows[2], Request(GenerateRequest("f", PROMPT, SamplingParams()), 9), *rows[:2], *rows[3:]]
     here = process(logits_SV, requests, (EOS,), masks)
-    assert torch.equal(process(logits_SV, requests, (EOS,), masks._replace(bias_MV=None)), here)
+    for i in (0, *range(2, len(requests))):
+        (allowed,) = ready.allowed(requests[i])
+        finite = set(here[i].isfinite().nonzero().flatten().tolist())
+        assert finite == {t for t in allowed if t < worded.config.vocab_size}
+        assert torch.equal(here[i][list(finite)], logits_SV[i][list(finite)])
     assert torch.equal(here[1], logits_SV[1])
     assert torch.isinf(here[0]).any()

@@ -22,11 +22,14 @@ from transformers import (
 
 from loray.engine.request import Request
 from loray.engine.sampling.logits import process
-from loray.engine.sampling.sampler import Sampler, _best, candidates, draw
+from loray.engine.sampling.sampler import Sampler, _best, candidates
 from loray.spec import GenerateRequest, SamplingParams
+from loray_kernels import backend
+from loray_kernels.sampling import draw
 
 VOCAB = 8192  # more than the candidates that are looked at before a row is sorted, and many groups of them
 EOS = 2
+OPS = backend("auto")
 
 
 def logits(seed: int = 0, vocab: int = VOCAB, spread: float = 3.0) -> Tensor:
@@ -40,8 +43,8 @@ def make(arrival: int = 0, output_ids: Sequence[int] = (), prompt_ids: Sequence[
 
 def distributions(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     out_RV = torch.zeros_like(logits_RV)
-    for rows, p_NC, ids_NC in candidates(logits_RV.clone(), logits_RV.amax(dim=1), params):
-        out_RV[rows] = p_NC if ids_NC is None else torch.zeros_like(out_RV[rows]).scatter(1, ids_NC, p_NC)
+    for rows, p_NC, ids_NC in candidates(logits_RV.clone(), params):
+        out_RV[rows] = torch.zeros_like(out_RV[rows]).scatter(1, ids_NC, p_NC)
     return out_RV / out_RV.sum(dim=1, keepdim=True)
 
 
@@ -118,7 +121,7 @@ def test_processors_are_those_of_transformers_and_openai() -> None:
 
 
 def tokens_of(logits_SV: Tensor, requests: Sequence[Request]) -> list[int]:
-    out = Sampler((EOS,))(logits_SV, requests)
+    out = Sampler(OPS, (EOS,))(logits_SV, requests)
     return [sampled.token for sampled in out if sampled is not None]
 
 
@@ -151,7 +154,7 @@ def test_a_rows_token_does_not_depend_on_the_batch() -> None:
 
 def draws(n: int, seed: int | None, **params: Any) -> list[int]:
     """The same logits at n positions, as if the request had drawn before."""
-    sampler = Sampler()
+    sampler = Sampler(OPS)
     requests = [make(0, output_ids=[0] * i, seed=seed, **params) for i in range(n)]
     return [s.token for s in sampler(logits(vocab=50, spread=1.0).repeat(n, 1), requests) if s is not None]
 
@@ -160,7 +163,7 @@ def test_seeds() -> None:
     assert draws(30, 5) == draws(30, 5)
     assert draws(30, 5) != draws(30, 6)
     assert draws(30, None) != draws(30, None)
-    sampler = Sampler()
+    sampler = Sampler(OPS)
     rows = [make(i, seed=None) for i in range(30)]
     assert len({s.token for s in sampler(logits().repeat(30, 1), rows) if s is not None}) > 5
 
@@ -193,7 +196,7 @@ def test_a_draw_inverts_the_cumulative_distribution(num_columns: int) -> None:
 def test_logprobs_are_of_the_unchanged_distribution() -> None:
     requests = [make(i, temperature=0, logit_bias={7: 50.0}, logprobs=n) for i, n in enumerate((3, None, 0, 20))]
     logits_SV = torch.stack([logits(i) for i in range(4)])
-    out = [s for s in Sampler()(logits_SV, requests) if s is not None]
+    out = [s for s in Sampler(OPS)(logits_SV, requests) if s is not None]
     for i, sampled in enumerate(out):
         expected = logits_SV[i].log_softmax(-1)
         asked = requests[i].spec.params.logprobs
@@ -223,7 +226,7 @@ def test_candidates_are_the_best(vocab: int) -> None:
 def test_a_row_that_is_not_finite_has_no_token_and_leaves_the_others_alone(broken: float) -> None:
     requests = [make(i, seed=i, logprobs=1, temperature=i % 2) for i in range(4)]
     logits_SV = torch.stack([logits(i) for i in range(4)])
-    expected = Sampler()(logits_SV, requests)
+    expected = Sampler(OPS)(logits_SV, requests)
     logits_SV[:2, 17] = broken
-    assert Sampler()(logits_SV, requests) == [None, None, *expected[2:]]
-    assert Sampler()(logits_SV[:0], []) == []
+    assert Sampler(OPS)(logits_SV, requests) == [None, None, *expected[2:]]
+    assert Sampler(OPS)(logits_SV[:0], []) == []

@@ -5,7 +5,7 @@
 // its prompt, and for any number of threads: decoding divides a long context among threads.
 
 #include "kernels.h"
-#include "tiles.h"
+#include "simd/tiles.h"
 
 namespace LORAY_NAMESPACE {
 

@@ -1,7 +1,7 @@
 // The structs that Python packs for the kernels, and the signatures of the kernels, which layer.cpp calls.
 #pragma once
 
-#include "simd.h"
+#include "simd/simd.h"
 
 namespace LORAY_NAMESPACE {
 

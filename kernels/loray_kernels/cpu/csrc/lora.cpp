@@ -3,7 +3,7 @@
 // A work item is a tile of one adapter's rows (shrink) or columns (expand) with a tile of its tokens. If an adapter has
 // one or two tokens that is a gather from the pool; if it has many it is a product whose rows stay in the cache.
 
-#include "dots.h"
+#include "simd/dots.h"
 #include "kernels.h"
 
 namespace LORAY_NAMESPACE {

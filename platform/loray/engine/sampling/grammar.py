@@ -4,7 +4,7 @@ A constraint is compiled in a thread, and its request is queued when that is don
 while the model runs: it reads the tokens that came since the last mask, then llguidance fills one bit per token of the
 vocabulary. Nothing here costs anything before the first such request.
 
-Shapes: M rows with a mask, W words of 32 bits, V' = 32 W, at least the vocabulary.
+Shapes: M rows with a mask, W words of 32 bits, which are at least the vocabulary.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
 _NUM_COMPILING = 2
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_BIAS_OF_BYTE = np.where(_BITS == 1, np.float32(0), np.float32(-np.inf))
 _MAX_COMPILED = 64  # constraints, the last used of which are kept
 
 
@@ -38,14 +36,12 @@ class Masks(NamedTuple):
 
     requests   those of the rows
     words_MW   bit t % 32 of word t // 32 is set where token t is allowed
-    bias_MV    the same as numbers to add, 0 or −∞ in fp32, of V' columns; None on a GPU, which makes it from the words
     ended      whose answer is complete: only the end of the text is allowed
     errors     of those whose constraint cannot be followed any further, which have no row
     """
 
     requests: Sequence[Request]
     words_MW: npt.NDArray[np.int32]
-    bias_MV: npt.NDArray[np.float32] | None
     ended: frozenset[Request]
     errors: dict[Request, RequestError]
 
@@ -71,7 +67,6 @@ class Grammars:
         self._compiler, self._wake, self._on_gpu = GrammarCompiler(base), wake, on_gpu
         self._num_words = -(-base.config.vocab_size // 32)
         self._words_MW = np.empty((0, self._num_words), dtype=np.int32)
-        self._bias_MV = np.empty((0, 32 * self._num_words), dtype=np.float32)
         self._compiled: OrderedDict[Constraint, Future[LLMatcher]] = OrderedDict()
         self._preparing: dict[Request, Future[LLMatcher]] = {}
         self._answers: dict[Request, _Answer] = {}
@@ -162,8 +157,7 @@ class Grammars:
             len(answers),
         )
         errors = {r: _too_complex(a.matcher.get_error()) for r, a in answers if a.matcher.is_error()}
-        bias_MV = None if self._on_gpu else self._bias(words_MW)
-        return Masks([r for r, _ in answers], words_MW, bias_MV, ended - errors.keys(), errors)
+        return Masks([r for r, _ in answers], words_MW, ended - errors.keys(), errors)
 
     def forced(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
         """What the requests' constraints leave no choice about, after their last tokens. The next step computes
@@ -188,16 +182,6 @@ class Grammars:
         if num_rows > len(self._words_MW):
             self._words_MW = np.empty((num_rows, self._num_words), dtype=np.int32)
         return self._words_MW[:num_rows]
-
-    def _bias(self, words_MW: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Eight tokens at a time, from a table. The memory is kept, as fresh pages would cost more than the rest."""
-        num_rows = len(words_MW)
-        if num_rows > len(self._bias_MV):
-            self._bias_MV = np.empty((num_rows, 32 * self._num_words), dtype=np.float32)
-        bias_MV = self._bias_MV[:num_rows]
-        out = bias_MV.reshape(num_rows, 4 * self._num_words, 8)
-        np.take(_BIAS_OF_BYTE, words_MW.view(np.uint8), axis=0, out=out, mode="clip")
-        return bias_MV
 
 
 def _too_complex(reason: str) -> RequestError:

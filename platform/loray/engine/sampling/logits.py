@@ -14,6 +14,7 @@ from torch import Tensor
 from loray.engine.request import Request
 from loray.engine.sampling.grammar import Masks
 from loray.engine.sampling.history import History, Occurrences, Tokens, Values
+from loray_kernels.sampling import allowed
 
 _MANY = 4096  # tokens of a row
 _Entry = tuple[int, Tokens, Values | float]  # a row, its tokens, a value of each or one of all
@@ -68,26 +69,8 @@ def _history(request: Request, eos_token_ids: Sequence[int]) -> History | None:
 
 def _masked(masks: Masks, logits_SV: Tensor, requests: Sequence[Request]) -> Tensor:
     """A copy, in which tokens that a request's constraint does not allow have −∞."""
-    row_of = {r: i for i, r in enumerate(requests)}
-    pairs = [(m, row_of[r]) for m, r in enumerate(masks.requests) if r in row_of]
-    if not pairs:
-        return logits_SV.clone()
-    vocab = logits_SV.shape[1]
-    if masks.bias_MV is None:
-        words_MW = torch.from_numpy(masks.words_MW[[m for m, _ in pairs]]).to(logits_SV.device)
-        bits = torch.arange(32, dtype=torch.int32, device=logits_SV.device)
-        denied_MV = ((words_MW.unsqueeze(2) >> bits) & 1 == 0).flatten(1)[:, :vocab]
-        rows = torch.tensor([row for _, row in pairs], device=logits_SV.device)
-        out_SV = logits_SV.clone()
-        out_SV[rows] = out_SV[rows].masked_fill(denied_MV, -math.inf)
-        return out_SV
-    bias_MV = torch.from_numpy(masks.bias_MV)[:, :vocab]
-    if pairs == [(i, i) for i in range(len(requests))]:
-        return logits_SV + bias_MV[: len(requests)]  # in one pass over all rows
-    out_SV = logits_SV.clone()
-    for m, row in pairs:
-        out_SV[row].add_(bias_MV[m])
-    return out_SV
+    mask_of = {r: m for m, r in enumerate(masks.requests)}
+    return allowed(logits_SV.clone(), [mask_of.get(r, -1) for r in requests], torch.from_numpy(masks.words_MW))
 
 
 def _keep(logits_V: Tensor, tokens: Tokens) -> None:

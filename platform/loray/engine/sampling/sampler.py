@@ -5,8 +5,10 @@ min-p, top-k, top-p and a draw. A draw uses one uniform number, a hash of the re
 There is no generator whose state a batch, a preemption or another replica could change, so a row's token depends only
 on the row.
 
-Shapes: S sampled requests, R of them drawn, N rows cut by top-k or top-p, V vocabulary, C candidates, B columns of a
-block.
+Rows without top-k and top-p are the kernels' (`Ops.sample`), constraints included; so most batches are one call that
+writes nothing as large as the vocabulary.
+
+Shapes: S sampled requests, P of them with processed logits, N rows cut by top-k or top-p, V vocabulary, C candidates.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from loray.engine.sampling.logits import process
 from loray.engine.sampling.logprobs import token_logprobs
 from loray.errors import RequestError
 from loray.spec import SamplingParams, TokenLogprobs
+from loray_kernels import Draws, Ops
+from loray_kernels.sampling import draw
 
 _GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
 _CANDIDATES = (64, 512, 4096)  # numbers of best tokens to try; if top-k or top-p may need more, the row is sorted
 _GROUP = 32
-_BLOCK = 512
-_BELOW_ONE = 1 - 2**-52
+
+
+_Choice = tuple[int, float]  # a token, and a number that is finite if the row's best logit is
 
 
 class Sampled(NamedTuple):
@@ -42,8 +47,8 @@ class Sampled(NamedTuple):
 class Sampler:
     """`eos_token_ids` are not sampled before a request's min_tokens."""
 
-    def __init__(self, eos_token_ids: Collection[int] = ()) -> None:
-        self._eos_token_ids = tuple(eos_token_ids)
+    def __init__(self, ops: Ops, eos_token_ids: Collection[int] = ()) -> None:
+        self._ops, self._eos_token_ids = ops, tuple(eos_token_ids)
         self._salt = os.urandom(16)
 
     def __call__(
@@ -55,17 +60,13 @@ class Sampler:
         """
         if not requests:
             return []
-        processed_SV = process(logits_SV, requests, self._eos_token_ids, masks)
-        best_S, token_S = processed_SV.max(dim=1)  # max() gives NaN if there is one, so no second pass is needed
-        tokens = token_S.tolist()
-        finite = [math.isfinite(best) for best in best_S.tolist()]
-        drawn = [i for i, r in enumerate(requests) if finite[i] and r.spec.params.temperature >= _GREEDY_BELOW]
-        if drawn:
-            ours = processed_SV is not logits_SV and len(drawn) == len(requests)  # then it may be overwritten
-            drawn_RV = processed_SV if ours else processed_SV[drawn]
-            chosen = self._draw(drawn_RV, best_S[drawn], [requests[i] for i in drawn])
-            for i, token in zip(drawn, chosen, strict=True):
-                tokens[i] = token
+        vocab = logits_SV.shape[1]
+        other = [i for i, r in enumerate(requests) if r.changes_logits or _cuts(r.spec.params, vocab)]
+        chosen = self._whole(logits_SV, requests, sorted(set(range(len(requests))) - set(other)), masks)
+        if other:
+            chosen |= self._processed(logits_SV, requests, other, masks)
+        tokens = [chosen[i][0] for i in range(len(requests))]
+        finite = [math.isfinite(chosen[i][1]) for i in range(len(requests))]
         num_top = [r.spec.params.logprobs if ok else None for r, ok in zip(requests, finite, strict=True)]
         logprobs = token_logprobs(logits_SV, tokens, num_top)
         out: list[Sampled | RequestError | None] = [Sampled(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
@@ -76,13 +77,46 @@ class Sampler:
             out = [masks.errors.get(r, sampled) for r, sampled in zip(requests, out, strict=True)]
         return out
 
-    def _draw(self, logits_RV: Tensor, best_R: Tensor, requests: Sequence[Request]) -> list[int]:
-        """`logits_RV` is overwritten."""
-        uniform_R = torch.tensor([self._uniform(r) for r in requests], dtype=torch.float64, device=logits_RV.device)
+    def _whole(
+        self, logits_SV: Tensor, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None
+    ) -> dict[int, _Choice]:
+        """Of rows from which any token may be drawn that `masks` allow."""
+        if not rows:
+            return {}
+        params = [requests[i].spec.params for i in rows]
+        temperature = [p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params]
+        mask_of = {} if masks is None else {r: m for m, r in enumerate(masks.requests)}
+        draws = Draws(
+            rows,
+            temperature,
+            [p.min_p for p in params],
+            [self._uniform(requests[i]) if t else 0.0 for i, t in zip(rows, temperature, strict=True)],
+            [mask_of.get(requests[i], -1) for i in rows],
+            None if masks is None else torch.from_numpy(masks.words_MW),
+        )
+        return dict(zip(rows, zip(*self._ops.sample(logits_SV, draws), strict=True), strict=True))
+
+    def _processed(
+        self, logits_SV: Tensor, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None
+    ) -> dict[int, _Choice]:
+        """Of rows whose logits change, or whose candidates are cut."""
+        own = [requests[i] for i in rows]
+        logits_PV = process(logits_SV[list(rows)], own, self._eos_token_ids, masks)
+        cut = [n for n, r in enumerate(own) if _cuts(r.spec.params, logits_PV.shape[1])]
+        found = self._whole(logits_PV, own, sorted(set(range(len(own))) - set(cut)), None)
+        if cut:
+            best_N = logits_PV[cut].amax(dim=1)
+            finite = [n for n, best in zip(cut, best_N.tolist(), strict=True) if math.isfinite(best)]
+            tokens = self._draw(logits_PV[finite], [own[n] for n in finite]) if finite else []
+            found |= dict.fromkeys(cut, (0, math.nan)) | {n: (t, 0.0) for n, t in zip(finite, tokens, strict=True)}
+        return {rows[n]: choice for n, choice in found.items()}
+
+    def _draw(self, logits_NV: Tensor, requests: Sequence[Request]) -> list[int]:
+        """`logits_NV` is overwritten."""
+        uniform_N = torch.tensor([self._uniform(r) for r in requests], dtype=torch.float64, device=logits_NV.device)
         tokens = [0] * len(requests)
-        for rows, p_NC, ids_NC in candidates(logits_RV, best_R, [r.spec.params for r in requests]):
-            column_N1 = draw(p_NC, uniform_R[rows])[:, None]
-            token_N1 = column_N1 if ids_NC is None else ids_NC.gather(1, column_N1)
+        for rows, p_NC, ids_NC in candidates(logits_NV, [r.spec.params for r in requests]):
+            token_N1 = ids_NC.gather(1, draw(p_NC, uniform_N[rows])[:, None])
             for row, token in zip(rows, token_N1.flatten().tolist(), strict=True):
                 tokens[row] = token
         return tokens
@@ -102,40 +136,44 @@ def _nothing_allowed() -> RequestError:
     )
 
 
+def _cuts(params: SamplingParams, vocab: int) -> bool:
+    """Top-k or top-p may take something away."""
+    return params.temperature >= _GREEDY_BELOW and (0 < params.top_k < vocab or params.top_p < 1)
+
+
 class Candidates(NamedTuple):
-    """Weights of the tokens that may be drawn, for these rows; they need not sum to 1. `ids_NC` None: C is V."""
+    """Weights of the tokens that may be drawn, for these rows; they need not sum to 1."""
 
     rows: list[int]
     p_NC: Tensor
-    ids_NC: Tensor | None
+    ids_NC: Tensor
 
 
-def candidates(logits_RV: Tensor, best_R: Tensor, params: Sequence[SamplingParams]) -> list[Candidates]:
+def candidates(logits_NV: Tensor, params: Sequence[SamplingParams]) -> list[Candidates]:
     """After temperature, min-p (Nguyen et al., 2024), top-k, top-p (Holtzman et al., 2020), each renormalised.
 
-    `best_R` is each row's maximum; `logits_RV` is overwritten.
+    `logits_NV` is overwritten.
     """
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=logits_RV.dtype, device=logits_RV.device).unsqueeze(1)
+        return torch.tensor(values, dtype=logits_NV.dtype, device=logits_NV.device).unsqueeze(1)
 
-    logits_RV -= best_R.unsqueeze(1)
+    logits_NV -= logits_NV.amax(dim=1, keepdim=True)
     if any(p.temperature != 1 for p in params):
-        logits_RV /= column([p.temperature for p in params])
+        logits_NV /= column([p.temperature for p in params])
     if any(p.min_p for p in params):
-        floor_R1 = column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
-        logits_RV.masked_fill_(logits_RV < floor_R1, -math.inf)
-    p_RV = logits_RV.softmax(dim=1)
-    vocab = p_RV.shape[1]
-    cut = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1]
-    whole = sorted(set(range(len(params))) - set(cut))
-    out = [Candidates(whole, p_RV[whole] if cut else p_RV, None)] if whole else []
+        floor_N1 = column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
+        logits_NV.masked_fill_(logits_NV < floor_N1, -math.inf)
+    p_NV = logits_NV.softmax(dim=1)
+    vocab = p_NV.shape[1]
+    left = list(range(len(params)))
+    out = []
     for width in (*(n for n in _CANDIDATES if n < vocab), vocab):
-        if cut:
-            p_NC, ids_NC, complete = _cut(p_RV[cut], [params[i] for i in cut], width)
+        if left:
+            p_NC, ids_NC, complete = _cut(p_NV[left], [params[i] for i in left], width)
             done = [i for i, ok in enumerate(complete) if ok]
-            out.append(Candidates([cut[i] for i in done], p_NC[done], ids_NC[done]))
-            cut = [row for row, ok in zip(cut, complete, strict=True) if not ok]
+            out.append(Candidates([left[i] for i in done], p_NC[done], ids_NC[done]))
+            left = [row for row, ok in zip(left, complete, strict=True) if not ok]
     return out
 
 
@@ -166,26 +204,3 @@ def _best(p_NV: Tensor, width: int) -> tuple[Tensor, Tensor]:
     ids_NC = (group_NC.unsqueeze(1) + members).flatten(1)
     best = p_NV.gather(1, ids_NC).topk(width)
     return best.values, ids_NC.gather(1, best.indices)
-
-
-def draw(p_NC: Tensor, uniform_N: Tensor) -> Tensor:
-    """Columns (N), by inverting the cumulative distribution: first over blocks of columns, then in one block."""
-    num_columns = p_NC.shape[1]
-    num_whole = num_columns // _BLOCK
-    rest = p_NC[:, num_whole * _BLOCK :].sum(dim=1, keepdim=True, dtype=torch.float64)
-    blocks = p_NC[:, : num_whole * _BLOCK].view(len(p_NC), num_whole, _BLOCK).sum(dim=2)
-    block_N1, within_N1 = _invert(torch.cat((blocks, rest), dim=1), uniform_N.unsqueeze(1))
-    column_NB = block_N1 * _BLOCK + torch.arange(_BLOCK, device=p_NC.device)
-    p_NB = p_NC.gather(1, column_NB.clamp(max=num_columns - 1)).masked_fill(column_NB >= num_columns, 0)
-    offset_N1, _ = _invert(p_NB, within_N1)
-    return (block_N1 * _BLOCK + offset_N1).squeeze(1)
-
-
-def _invert(weight_NM: Tensor, uniform_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """The column in which the cumulative weight passes the uniform share of its total, and how far into it, [0, 1)."""
-    mass_NM = weight_NM.cumsum(dim=1, dtype=torch.float64)
-    target_N1 = uniform_N1 * mass_NM[:, -1:]
-    found_N1 = torch.searchsorted(mass_NM, target_N1, right=True)  # never finds a column without weight
-    weight_N1 = weight_NM.gather(1, found_N1).double()
-    before_N1 = mass_NM.gather(1, found_N1) - weight_N1
-    return found_N1, ((target_N1 - before_N1) / weight_N1).clamp(0, _BELOW_ONE)
