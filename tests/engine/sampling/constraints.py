@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import Future
 from functools import cache
 
 import numpy as np
@@ -48,7 +47,7 @@ class Ready:
 
     def allowed(self, *requests: Request) -> list[set[int]]:
         masks = self.grammars.start(requests)
-        assert isinstance(masks, Future)
+        assert masks is not None
         _, words_MW, *_ = masks.result()
         bits = np.unpackbits(words_MW.view(np.uint8), axis=1, bitorder="little")
         return [set(np.flatnonzero(row).tolist()) for row in bits]

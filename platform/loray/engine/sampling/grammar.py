@@ -1,8 +1,8 @@
 """Requests whose answers must match a constraint: their matchers, and the masks of a step's allowed tokens.
 
-A constraint is compiled in a thread, and its request is queued when that is done. Masks are computed in another thread
-while the model runs: it reads the tokens that came since the last mask, then llguidance fills one bit per token of the
-vocabulary. Nothing here costs anything before the first such request.
+A constraint is compiled in a thread, and its request is queued when that is done. Each step the matchers read the tokens
+that came since the last one; then llguidance fills one bit per token of the vocabulary in another thread, while the
+model runs. Nothing here costs anything before the first such request.
 
 Shapes: M rows with a mask, W words of 32 bits, which are at least the vocabulary.
 """
@@ -58,6 +58,25 @@ class _Answer:
         """The tokens that came since the last call."""
         self.matcher.consume_tokens(list(output_ids[self.num_read :]))
         self.num_read = len(output_ids)
+
+
+class PendingMasks:
+    """Masks that a thread computes."""
+
+    def __init__(
+        self,
+        answers: Sequence[tuple[Request, _Answer]],
+        words_MW: npt.NDArray[np.int32],
+        computing: Future[None],
+    ) -> None:
+        self._answers, self._words_MW, self._computing = answers, words_MW, computing
+
+    def result(self) -> Masks:
+        """Waits for the thread."""
+        self._computing.result()
+        errors = {r: _too_complex(a.matcher.get_error()) for r, a in self._answers if a.matcher.is_error()}
+        ended = frozenset(r for r, a in self._answers if a.matcher.is_stopped())
+        return Masks([r for r, _ in self._answers], self._words_MW, ended - errors.keys(), errors)
 
 
 class Grammars:
@@ -137,27 +156,28 @@ class Grammars:
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def start(self, requests: Sequence[Request]) -> Future[Masks] | None:
-        """Begin to compute the masks of those of `requests` that have a constraint; None if none has."""
+    def start(self, requests: Sequence[Request]) -> PendingMasks | None:
+        """Begin to compute the masks of those of `requests` that have a constraint; None if none has.
+
+        The matchers read here what is new of the outputs. The thread makes a single call that does not need Python's
+        lock: whatever it ran in Python would stop the model's kernels, between which the lock changes hands.
+        """
         if not self._answers:
             return None
         answers = [(r, a) for r in requests if (a := self._answers.get(r)) is not None]
-        return self._masking.submit(self._masks, answers) if answers else None
-
-    def _masks(self, answers: Sequence[tuple[Request, _Answer]]) -> Masks:
-        """The matchers read what is new of the outputs, which do not change meanwhile."""
+        if not answers:
+            return None
         for request, answer in answers:
             answer.read(request.output_ids)
-        ended = frozenset(r for r, a in answers if a.matcher.is_stopped())
         words_MW = self._words(len(answers))
-        self._executor.unsafe_compute_mask_ptr(
-            [(a.matcher, row) for row, (_, a) in enumerate(answers)],
+        computing = self._masking.submit(
+            self._executor.unsafe_compute_mask_ptr,
+            [(answer.matcher, row) for row, (_, answer) in enumerate(answers)],
             words_MW.ctypes.data,
             words_MW.strides[0],
             len(answers),
         )
-        errors = {r: _too_complex(a.matcher.get_error()) for r, a in answers if a.matcher.is_error()}
-        return Masks([r for r, _ in answers], words_MW, ended - errors.keys(), errors)
+        return PendingMasks(answers, words_MW, computing)
 
     def forced(self, requests: Sequence[Request]) -> Iterator[tuple[Request, int]]:
         """What the requests' constraints leave no choice about, after their last tokens. The next step computes
