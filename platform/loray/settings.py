@@ -9,11 +9,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 from loray.errors import SettingsError
 from loray.locations import S3Location, is_this_machine, parse_location
-from loray.spec import TrainingGroup
+
+if TYPE_CHECKING:  # its models take 0.1 s to import, and `loray --help` needs none
+    from loray.spec import TrainingGroup
 
 _NAMES = (
     "HOME URL STORE CATALOG ADDRESS LOG_LEVEL PEAK_TFLOPS GATE_TOLERANCE USAGE_DAYS ACCESS_LOG DATA MAX_JOBS "
@@ -239,9 +242,13 @@ def _whole(env: Mapping[str, str], name: str) -> int | None:
 
 
 def _group(name: str | None) -> TrainingGroup | None:
-    if name and not _GROUP.fullmatch(name):
+    if not name:
+        return None
+    if not _GROUP.fullmatch(name):
         raise SettingsError(f"LORAY_TRAINING_GROUP={name!r} must be the name of a worker group, as training")
-    return TrainingGroup(name) if name else None
+    from loray.spec import TrainingGroup
+
+    return TrainingGroup(name)
 
 
 def _log_target(value: str | None) -> str | None:

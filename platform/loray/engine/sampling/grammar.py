@@ -1,8 +1,8 @@
 """Requests whose answers must match a constraint: their matchers, and the masks of a step's allowed tokens.
 
-A constraint is compiled in a thread, and its request is queued when that is done. Each step the matchers read the tokens
-that came since the last one; then llguidance fills one bit per token of the vocabulary in another thread, while the
-model runs. Nothing here costs anything before the first such request.
+A constraint is compiled in a thread, and its request is queued when that is done. In each step the matchers read the
+tokens that came since the last one; then llguidance fills one bit per token of the vocabulary in another thread, while
+the model runs. Nothing here costs anything before the first such request.
 
 Shapes: M rows with a mask, W words of 32 bits, which are at least the vocabulary.
 """
