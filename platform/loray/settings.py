@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 from loray.errors import SettingsError
 from loray.locations import S3Location, is_this_machine, parse_location
 
-if TYPE_CHECKING:  # its models take 0.1 s to import, and `loray --help` needs none
+if TYPE_CHECKING:  # importing it takes 0.1 s, and `loray --help` needs nothing of it
     from loray.spec import TrainingGroup
 
 _NAMES = (
@@ -57,8 +57,7 @@ class Settings:
              (`LORAY_ACCESS_LOG`, default None)
     data     s3:// URL below which each tenant's training data lies, in a folder of the tenant's name (`LORAY_DATA`,
              default None: tenants submit no jobs through the API)
-    max_jobs, max_workers  of a tenant at once, where neither the tenant nor the key has a limit (`LORAY_MAX_JOBS`,
-             `LORAY_MAX_WORKERS`, default None: no limit)
+    max_jobs, max_workers  of a tenant at once, if neither it nor the key has a limit (`LORAY_MAX_JOBS`, `_WORKERS`)
     training_group  the group of the cluster's nodes that jobs run on (`LORAY_TRAINING_GROUP`, default None: anywhere)
     api_key  the key that clients send (`LORAY_API_KEY`); a server started with it takes it as an administrator's
     key_hashes   SHA-256 of other administrator's keys of the deployment (`LORAY_API_KEYS_SHA256`, comma-separated)
@@ -126,7 +125,7 @@ class Settings:
             data=_data(env.get("LORAY_DATA"), store),
             max_jobs=_whole(env, "LORAY_MAX_JOBS"),
             max_workers=_whole(env, "LORAY_MAX_WORKERS"),
-            training_group=_group(env.get("LORAY_TRAINING_GROUP")),
+            training_group=_group(group) if (group := env.get("LORAY_TRAINING_GROUP")) else None,
             api_key=env.get("LORAY_API_KEY") or None,
             key_hashes=_hashes(env, "LORAY_API_KEYS_SHA256"),
             metrics_key_hashes=_hashes(env, "LORAY_METRICS_KEYS_SHA256"),
@@ -241,13 +240,11 @@ def _whole(env: Mapping[str, str], name: str) -> int | None:
     return int(value)
 
 
-def _group(name: str | None) -> TrainingGroup | None:
-    if not name:
-        return None
-    if not _GROUP.fullmatch(name):
-        raise SettingsError(f"LORAY_TRAINING_GROUP={name!r} must be the name of a worker group, as training")
+def _group(name: str) -> TrainingGroup:
     from loray.spec import TrainingGroup
 
+    if not _GROUP.fullmatch(name):
+        raise SettingsError(f"LORAY_TRAINING_GROUP={name!r} must be the name of a worker group, as training")
     return TrainingGroup(name)
 
 

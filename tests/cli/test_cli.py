@@ -52,17 +52,6 @@ def test_listing_imports_no_torch(home: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_imports_no_models_of_pydantic(home: Path) -> None:
-    """They take most of the 0.15 s that `loray --help` may."""
-    code = (
-        "import sys; sys.argv = ['loray', '--help']\n"
-        "from loray.cli.main import _run\n"
-        "assert _run() == 0; print(sorted({'pydantic', 'loray.spec', 'torch', 'ray'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
 def test_wrong_usage(loray: Loray) -> None:
     for line in ("nothing", "base add", "base verify", "adapters import x", "base ls --bad"):
         result = loray(*line.split())

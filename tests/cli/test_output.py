@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -45,3 +48,14 @@ def test_colours(loray: Loray, monkeypatch: pytest.MonkeyPatch) -> None:
     assert COLOUR.search(loray("doctor").out)
     monkeypatch.setenv("NO_COLOR", "1")
     assert not COLOUR.search(loray("doctor").out)
+
+
+def test_help_imports_no_models_of_pydantic(home: Path) -> None:
+    """They take most of the 0.15 s that `loray --help` may."""
+    code = (
+        "import sys; sys.argv = ['loray', '--help']\n"
+        "from loray.cli.main import _run\n"
+        "assert _run() == 0; print(sorted({'pydantic', 'loray.spec', 'torch', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
