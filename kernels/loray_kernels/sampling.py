@@ -40,7 +40,10 @@ class Draws:
 
 def sample(logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
     """The tokens, and the largest of each row's allowed logits; where that is not finite the token has no meaning."""
-    x_RV = allowed(logits_SV[list(draws.rows)], draws.masks, draws.words_MW)
+    rows = list(draws.rows)
+    x_RV = logits_SV if rows == list(range(len(logits_SV))) else logits_SV[rows]
+    if any(m >= 0 for m in draws.masks):
+        x_RV = allowed(x_RV.clone() if x_RV is logits_SV else x_RV, draws.masks, draws.words_MW)
     best_R, token_R = x_RV.max(dim=1)  # max() gives NaN if there is one, so no second pass is needed
     tokens, best = token_R.tolist(), best_R.tolist()
     drawn = [i for i, t in enumerate(draws.temperature) if t and math.isfinite(best[i])]

@@ -56,7 +56,7 @@ def whole(base: BaseModel) -> list[Family]:
     gateway = GatewayMetrics("g1")
     gateway.answered("/v1/completions", 200)
     directory: Any = ModelDirectory(base, CatalogFollower(lambda: cast("Any", None)))
-    return together([gateway.families(directory, decisions()), None], replicas)
+    return together([gateway.families(directory, decisions(), {"lost": 0, "moved": 0}), None], replicas)
 
 
 def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[Family]) -> None:
@@ -131,7 +131,7 @@ def test_each_gateway_has_its_own_requests(base: BaseModel) -> None:
         counted = GatewayMetrics(name)
         for _ in range(num_requests):
             counted.answered("/v1/completions", 200)
-        gateways.append(counted.families(directory, {"pool": num_requests}))
+        gateways.append(counted.families(directory, {"pool": num_requests}, {}))
     samples = {
         (s.name, s.labels.get("gateway")): s.value
         for f in parse(encode(together(gateways, []), "").body.decode())
