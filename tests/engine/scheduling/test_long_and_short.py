@@ -148,7 +148,7 @@ def test_a_burst_on_an_idle_engine_is_over_in_few_steps_and_disturbs_no_older_st
     assert max(idle) <= 0.3
     busy = used()
     stream = busy.add(5, 2000, tenant="stream")
-    busy.run(until=lambda: len(busy.token_times.get(stream, ())) > 120)
+    busy.run(until=lambda: len(busy.token_times.get(stream, ())) > 250)
     assert len(burst(busy)) >= 12
     assert worst_gap(busy, stream) <= 0.15
 

@@ -16,7 +16,7 @@ from loray.engine.scheduling.plan import Chunk, Work
 from loray.engine.scheduling.steptime import StepTime
 
 ALONE = 4.0
-_BURST_PROMPTS, _BURST_TARGETS = 8, 25
+_BURST_PROMPTS, _BURST_TARGETS = 8, 40
 MIN_CHUNK = 16
 _MIN_SHARE = 0.25
 _GROWTH = 2  # beside requests that decode, a step may have so many times the prompt tokens of any measured one
@@ -34,7 +34,7 @@ def room_for_prompts(steps: StepTime, decoding: Work, itl_slo_s: float | None, *
 
 class Burst:
     """Many requests that come at once to an idle engine: at least 8, and more than twice those that decode. It goes on
-    while all that decode began within 25 times the target, and what is left of all prompts takes no longer. Short steps
+    while all that decode began within 40 times the target, and what is left of all prompts takes no longer. Short steps
     would only put off the last of them.
     """
 
