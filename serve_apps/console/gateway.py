@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from loray.api.status import Status
+from loray.client.metrics import ROUTED, TTFT, Metrics, percentile, together
 from loray.errors import ClusterError, LorayError, PermissionDenied, Unauthenticated
 
 _TIMEOUT = httpx.Timeout(5.0)
 _STREAM_TIMEOUT = httpx.Timeout(5.0, read=300.0)
-_TTFT = "loray_time_to_first_token_seconds"
-_ROUTED = "loray_routing_decisions_total"
 _WINDOW_S = 60.0
 
 
@@ -58,12 +55,14 @@ class Gateway:
     async def first_token(self, authorization: str | None) -> FirstToken:
         """From GET /metrics. Raises as `status` does."""
         response = await self._get("/metrics", authorization)
-        return _quantiles(response.text)
+        buckets = together(Metrics(response.text).buckets(TTFT, "replica"))
+        return FirstToken(percentile(buckets, 0.5), percentile(buckets, 0.99))
 
     async def routing(self, authorization: str | None) -> dict[str, int]:
         """Reason → choices of a replica since the start, the most frequent first. Raises as `status` does."""
         response = await self._get("/metrics", authorization)
-        return _routing(response.text)
+        counts = Metrics(response.text).sums(ROUTED, "reason")
+        return {reason: int(n) for reason, n in sorted(counts.items(), key=lambda item: -item[1])}
 
     def tokens_per_s(self) -> float | None:
         """Output tokens a second over the last minute in which somebody looked; None before the second look."""
@@ -129,37 +128,3 @@ class Gateway:
 
 def _authorized(authorization: str | None) -> dict[str, str]:
     return {} if authorization is None else {"Authorization": authorization}
-
-
-def _quantiles(text: str) -> FirstToken:
-    counts: dict[float, float] = {}
-    for family in text_string_to_metric_families(text):
-        if family.name == _TTFT:
-            for sample in family.samples:
-                if sample.name == f"{_TTFT}_bucket":
-                    bound = float(sample.labels["le"])
-                    counts[bound] = counts.get(bound, 0.0) + sample.value
-    buckets = sorted(counts.items())
-    return FirstToken(_quantile(buckets, 0.5), _quantile(buckets, 0.99))
-
-
-def _routing(text: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == _ROUTED:
-                reason = sample.labels["reason"]
-                counts[reason] = counts.get(reason, 0) + int(sample.value)
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
-
-
-def _quantile(buckets: list[tuple[float, float]], share: float) -> float | None:
-    """As Prometheus' histogram_quantile. `buckets`: (upper bound, cumulative count), sorted."""
-    if not buckets or not buckets[-1][1]:
-        return None
-    wanted, below, lower = share * buckets[-1][1], 0.0, 0.0
-    for bound, count in buckets:
-        if count >= wanted:
-            return lower if math.isinf(bound) else lower + (bound - lower) * (wanted - below) / (count - below)
-        below, lower = count, bound
-    return lower

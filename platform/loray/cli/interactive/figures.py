@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,11 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loray.api.status import ReplicaStatus, Status
-
-_TTFT = "loray_time_to_first_token_seconds_bucket"
-_REQUESTS, _UNDER_WAY = "loray_http_requests_total", "loray_http_requests_in_flight"
-
-Buckets = Mapping[float, float]  # upper bound → requests up to it
+from loray.client.metrics import REQUESTS, TTFT, UNDER_WAY, Buckets, Metrics, percentile
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,39 +25,9 @@ class Moment:
     @classmethod
     def of(cls, status: Status, metrics: str | None) -> Moment:
         """`metrics`: Prometheus' text; None where the server gives none."""
-        from prometheus_client.parser import text_string_to_metric_families
-
-        ttft: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
-        requests: dict[str, float] = defaultdict(float)
-        under_way: dict[str, float] = defaultdict(float)
-        for family in text_string_to_metric_families(metrics or ""):
-            for sample in family.samples:
-                if sample.name == _TTFT:
-                    ttft[sample.labels.get("replica", "")][float(sample.labels["le"])] += sample.value
-                elif sample.name == _REQUESTS:
-                    requests[sample.labels.get("gateway", "")] += sample.value
-                elif sample.name == _UNDER_WAY:
-                    under_way[sample.labels.get("gateway", "")] += sample.value
-        return cls(time.monotonic(), status, ttft, requests, under_way)
-
-
-def percentile(buckets: Buckets, share: float) -> float | None:
-    """The value below which `share` of them are, linear within a bucket as Prometheus' histogram_quantile; None where
-    there are none. The last finite bound for what is above it.
-    """
-    bounds = sorted(buckets)
-    total = buckets[bounds[-1]] if bounds else 0.0
-    if total <= 0:
-        return None
-    below, before = 0.0, 0.0
-    for bound in bounds:
-        if buckets[bound] >= share * total:
-            if math.isinf(bound):
-                return below
-            inside = buckets[bound] - before
-            return below + (bound - below) * ((share * total - before) / inside if inside else 1.0)
-        below, before = bound, buckets[bound]
-    return below
+        read = Metrics(metrics or "")
+        ttft, requests = read.buckets(TTFT, "replica"), read.sums(REQUESTS, "gateway")
+        return cls(time.monotonic(), status, ttft, requests, read.sums(UNDER_WAY, "gateway"))
 
 
 def since(now: Buckets, earlier: Buckets | None) -> Buckets:
