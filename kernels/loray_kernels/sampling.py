@@ -40,18 +40,15 @@ class Draws:
 
 def sample(logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
     """The tokens, and the largest of each row's allowed logits; where that is not finite the token has no meaning."""
-    rows = list(draws.rows)
-    x_RV = logits_SV if rows == list(range(len(logits_SV))) else logits_SV[rows]
+    x_RV = rows_of(logits_SV, draws.rows)
     if any(m >= 0 for m in draws.masks):
         x_RV = allowed(x_RV.clone() if x_RV is logits_SV else x_RV, draws.masks, draws.words_MW)
     best_R, token_R = x_RV.max(dim=1)  # max() gives NaN if there is one, so no second pass is needed
     tokens, best = token_R.tolist(), best_R.tolist()
     drawn = [i for i, t in enumerate(draws.temperature) if t and math.isfinite(best[i])]
     if drawn:
-        x_DV = x_RV[drawn] - best_R[drawn].unsqueeze(1)
-        x_DV /= _column([draws.temperature[i] for i in drawn], x_DV)
-        if any(draws.min_p[i] for i in drawn):
-            x_DV.masked_fill_(x_DV < _column([_log(draws.min_p[i]) for i in drawn], x_DV), -math.inf)
+        temperature, min_p = [draws.temperature[i] for i in drawn], [draws.min_p[i] for i in drawn]
+        x_DV = scaled(rows_of(x_RV, drawn), best_R[drawn], temperature, min_p)
         uniform_D = torch.tensor([draws.uniform[i] for i in drawn], dtype=torch.float64, device=x_DV.device)
         for i, token in zip(drawn, draw(x_DV.exp_(), uniform_D).tolist(), strict=True):
             tokens[i] = token
@@ -71,12 +68,28 @@ def allowed(x_RV: Tensor, masks: Sequence[int], words_MW: Tensor | None) -> Tens
     return x_RV
 
 
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+def rows_of(x_SV: Tensor, rows: Sequence[int]) -> Tensor:
+    """These rows; `x_SV` itself, without a copy, if they are all of them in order."""
+    return x_SV if list(rows) == list(range(len(x_SV))) else x_SV[list(rows)]
 
 
-def _log(share: float) -> float:
-    return math.log(share) if share else -math.inf
+def scaled(x_NV: Tensor, best_N: Tensor, temperature: Sequence[float], min_p: Sequence[float]) -> Tensor:
+    """New logits, 0 for the best of each row: after the temperature, and −∞ below min-p."""
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=x_NV.dtype, device=x_NV.device).unsqueeze(1)
+
+    out_NV = x_NV - best_N.unsqueeze(1)
+    if any(t != 1 for t in temperature):
+        out_NV /= column(temperature)
+    if any(min_p):
+        out_NV.masked_fill_(out_NV < column([log_share(p) for p in min_p]), -math.inf)
+    return out_NV
+
+
+def log_share(min_p: float) -> float:
+    """−∞ for 0."""
+    return math.log(min_p) if min_p else -math.inf
 
 
 def draw(p_NC: Tensor, uniform_N: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ reference.
 from __future__ import annotations
 
 import ctypes
-import math
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from loray_kernels.layout import token_rows
 from loray_kernels.memory import huge_pages
 from loray_kernels.ops import LinearWeights, TokenRows
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.sampling import Draws
+from loray_kernels.sampling import Draws, log_share
 
 _CHOICE = np.dtype([("row", "i8"), ("mask", "i8"), ("temperature", "f8"), ("log_min_p", "f8"), ("uniform", "f8")])
 
@@ -84,7 +83,7 @@ class DenseOps(ReferenceOps):
         choices = np.empty(num, dtype=_CHOICE)
         choices["row"], choices["mask"] = draws.rows, draws.masks
         choices["temperature"], choices["uniform"] = draws.temperature, draws.uniform
-        choices["log_min_p"] = [math.log(p) if p else -math.inf for p in draws.min_p]
+        choices["log_min_p"] = [log_share(p) for p in draws.min_p]
         assert max(draws.rows) < len(logits_SV)
         assert max(draws.masks) < (0 if words_MW is None else len(words_MW))
         assert words_MW is None or (32 * words_MW.shape[1] >= logits_SV.shape[1] and words_MW.stride(1) == 1)

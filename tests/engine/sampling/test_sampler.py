@@ -43,7 +43,7 @@ def make(arrival: int = 0, output_ids: Sequence[int] = (), prompt_ids: Sequence[
 
 def distributions(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     out_RV = torch.zeros_like(logits_RV)
-    for rows, p_NC, ids_NC in candidates(logits_RV.clone(), params):
+    for rows, p_NC, ids_NC in candidates(logits_RV, logits_RV.amax(dim=1), params):
         out_RV[rows] = torch.zeros_like(out_RV[rows]).scatter(1, ids_NC, p_NC)
     return out_RV / out_RV.sum(dim=1, keepdim=True)
 

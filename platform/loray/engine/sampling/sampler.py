@@ -29,7 +29,7 @@ from loray.engine.sampling.logprobs import token_logprobs
 from loray.errors import RequestError
 from loray.spec import SamplingParams, TokenLogprobs
 from loray_kernels import Draws, Ops
-from loray_kernels.sampling import draw
+from loray_kernels.sampling import draw, rows_of, scaled
 
 _GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
 _CANDIDATES = (64, 512, 4096)  # numbers of best tokens to try; if top-k or top-p may need more, the row is sorted
@@ -101,21 +101,21 @@ class Sampler:
     ) -> dict[int, _Choice]:
         """Of rows whose logits change, or whose candidates are cut."""
         own = [requests[i] for i in rows]
-        logits_PV = process(logits_SV[list(rows)], own, self._eos_token_ids, masks)
+        logits_PV = process(rows_of(logits_SV, rows), own, self._eos_token_ids, masks)
         cut = [n for n, r in enumerate(own) if _cuts(r.spec.params, logits_PV.shape[1])]
         found = self._whole(logits_PV, own, sorted(set(range(len(own))) - set(cut)), None)
         if cut:
-            best_N = logits_PV[cut].amax(dim=1)
-            finite = [n for n, best in zip(cut, best_N.tolist(), strict=True) if math.isfinite(best)]
-            tokens = self._draw(logits_PV[finite], [own[n] for n in finite]) if finite else []
+            best_P = logits_PV.amax(dim=1)
+            best = best_P.tolist()
+            finite = [n for n in cut if math.isfinite(best[n])]
+            tokens = self._draw(rows_of(logits_PV, finite), best_P[finite], [own[n] for n in finite]) if finite else []
             found |= dict.fromkeys(cut, (0, math.nan)) | {n: (t, 0.0) for n, t in zip(finite, tokens, strict=True)}
         return {rows[n]: choice for n, choice in found.items()}
 
-    def _draw(self, logits_NV: Tensor, requests: Sequence[Request]) -> list[int]:
-        """`logits_NV` is overwritten."""
+    def _draw(self, logits_NV: Tensor, best_N: Tensor, requests: Sequence[Request]) -> list[int]:
         uniform_N = torch.tensor([self._uniform(r) for r in requests], dtype=torch.float64, device=logits_NV.device)
         tokens = [0] * len(requests)
-        for rows, p_NC, ids_NC in candidates(logits_NV, [r.spec.params for r in requests]):
+        for rows, p_NC, ids_NC in candidates(logits_NV, best_N, [r.spec.params for r in requests]):
             token_N1 = ids_NC.gather(1, draw(p_NC, uniform_N[rows])[:, None])
             for row, token in zip(rows, token_N1.flatten().tolist(), strict=True):
                 tokens[row] = token
@@ -149,22 +149,12 @@ class Candidates(NamedTuple):
     ids_NC: Tensor
 
 
-def candidates(logits_NV: Tensor, params: Sequence[SamplingParams]) -> list[Candidates]:
+def candidates(logits_NV: Tensor, best_N: Tensor, params: Sequence[SamplingParams]) -> list[Candidates]:
     """After temperature, min-p (Nguyen et al., 2024), top-k, top-p (Holtzman et al., 2020), each renormalised.
 
-    `logits_NV` is overwritten.
+    `best_N` is each row's maximum.
     """
-
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=logits_NV.dtype, device=logits_NV.device).unsqueeze(1)
-
-    logits_NV -= logits_NV.amax(dim=1, keepdim=True)
-    if any(p.temperature != 1 for p in params):
-        logits_NV /= column([p.temperature for p in params])
-    if any(p.min_p for p in params):
-        floor_N1 = column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
-        logits_NV.masked_fill_(logits_NV < floor_N1, -math.inf)
-    p_NV = logits_NV.softmax(dim=1)
+    p_NV = scaled(logits_NV, best_N, [p.temperature for p in params], [p.min_p for p in params]).softmax(dim=1)
     vocab = p_NV.shape[1]
     left = list(range(len(params)))
     out = []
