@@ -17,7 +17,7 @@ from loray_kernels.cpu.build import library
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = tuple(f"-mavx512{f}" for f in ("f", "bw", "vl", "dq", "bf16"))
 ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": (*_AVX2, *_AVX512, "-mprefer-vector-width=512")}
-_SOURCES = ("attention.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp", "vera.cpp")
+_SOURCES = ("attention.cpp", "causal.cpp", "layer.cpp", "linear.cpp", "lora.cpp", "rows.cpp", "sample.cpp", "vera.cpp")
 
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -120,6 +120,17 @@ def sample_function(isa: str) -> Any:
     function = _library(isa)[f"sample_{isa}"]
     function.argtypes, function.restype = (_P, _I, _I, _P, _I, _P, _I, _P, _P, _N), None
     return function
+
+
+@cache
+def causal_functions(isa: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """csrc/causal.cpp: forward and backward. They release Python's lock: with a long context each takes seconds."""
+    library = ctypes.CDLL(_library(isa)._name)
+    forward, backward = (library[f"causal_{way}_{_SUFFIX[dtype]}_{isa}"] for way in ("forward", "backward"))
+    shape = (_I, _I, _I, _I, _F, _N)
+    forward.argtypes, forward.restype = (*[_P] * 5, *shape), None
+    backward.argtypes, backward.restype = (*[_P] * 10, *shape), None
+    return forward, backward
 
 
 @cache

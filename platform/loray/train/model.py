@@ -26,15 +26,13 @@ from loray.train.weights.quantised import read_quantised
 
 log = get_logger(__name__)
 
-_SDPA = "sdpa"
-
 
 def load_model(
     base: BaseModel,
     *,
     dtype: DType,
     rope: RopeParameters | None = None,
-    attention: str = _SDPA,
+    attention: str = DENSE,
     config_fields: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """The base as a transformers causal language model on the CPU, without a KV cache.

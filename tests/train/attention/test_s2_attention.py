@@ -235,8 +235,8 @@ def test_one_call_computes_all_segments_of_a_length(monkeypatch: pytest.MonkeyPa
         calls.append(tuple(q.shape))
         return forward(q, *rest, **options)
 
-    forward = cpu._forward
-    monkeypatch.setattr(cpu, "_forward", counted)
+    forward = cpu.causal_forward
+    monkeypatch.setattr(cpu, "causal_forward", counted)
     q, k, v = qkv(2, 9, 3, 32)
     s2_attention(q, k, v, group_size=8)
     plain, shifted = {(8, 3, 8, 8), (8, 1, 8, 8)}, {(4, 2, 4, 8), (6, 2, 8, 8), (4, 3, 4, 8), (6, 3, 8, 8)}

@@ -15,12 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, VeraConfig
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loray.adapters.export import save_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import BaseMismatch, DataError, EvaluationError
 from loray.spec import PerplexitySpec, RopeParameters
+from loray.train.attention import cpu
 from loray.train.evaluation import perplexity as module
 from loray.train.evaluation.documents import Documents, cut_windows, read_documents
 from loray.train.evaluation.measure import measure
@@ -157,19 +159,20 @@ def test_what_is_published_is_measured_as_what_was_trained(
 
 def test_no_mask_and_no_logits_of_all_positions(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long window must not cost memory in its square, nor positions times vocabulary."""
-    masks, products = [], []
-    attention, loss = F.scaled_dot_product_attention, module.summed_cross_entropy
+    rows, products = [], []
+    attention, loss = cpu.causal_forward, module.summed_cross_entropy
 
-    def spied(*args: Any, attn_mask: Any = None, is_causal: bool = False, **kwargs: Any) -> Any:
-        masks.append((attn_mask, is_causal))
-        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+    def spied(q_FRLD: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        rows.append(q_FRLD.shape[2])
+        return attention(q_FRLD, *others)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spied)
+    monkeypatch.setattr(cpu, "causal_forward", spied)  # which has no mask
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("attention with a mask"))
     monkeypatch.setattr(module, "summed_cross_entropy", lambda *args: products.append(args[0].shape) or loss(*args))
     model = load(base, MeasuredModel("base"), dtype="bfloat16", device=CPU)
     monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("computed the logits of every position"))
     mean_loss(model, cut_windows(documents(512), 512, stride=1, max_windows=None))
-    assert masks == [(None, True)] * 3
+    assert rows == [512] * 3
     assert products == [(511, 64)]
 
 

@@ -5,7 +5,7 @@
 // its prompt, and for any number of threads: decoding divides a long context among threads.
 
 #include "kernels.h"
-#include "simd/tiles.h"
+#include "simd/softmax.h"
 
 namespace LORAY_NAMESPACE {
 
@@ -18,17 +18,11 @@ struct Item {
     i64 part;  // where a decode item writes its rows; -1 for an item that covers its whole context
 };
 
-static inline void start(const Softmax& s, float* lanes, i64 rows, i64 d) {
-    memset(s.sums, 0, rows * d * sizeof(float));
-    memset(lanes, 0, rows * W * sizeof(float));
-    for (i64 r = 0; r < rows; r++) s.top[r] = -__builtin_inff();
-}
-
 // The memory of an item. Units of packed operands and floats are both four bytes.
 template <class P>
-struct Workspace {
-    typename P::Unit *queries, *keys, *values, *weights;
-    float *scores, *lanes;
+struct Workspace : KeyBlock<P> {
+    typename P::Unit* queries;
+    float* lanes;
     Softmax total, part;
     Workspace(Scratch& scratch, i64 rows, i64 d) {
         const i64 sizes[] = {rows * d / P::PER_UNIT, d / P::PER_UNIT * KEYS, KEYS / P::PER_UNIT * d, QUERIES * KEYS,
@@ -36,8 +30,8 @@ struct Workspace {
         i64 bytes = 0;
         for (i64 n : sizes) bytes += ceil_div(n * 4, 64) * 64;
         char* at = (char*)scratch.get(bytes);
-        void** fields[] = {(void**)&queries, (void**)&keys, (void**)&values, (void**)&weights, (void**)&scores,
-                           (void**)&lanes, (void**)&total.sums, (void**)&total.top, (void**)&total.weight,
+        void** fields[] = {(void**)&queries, (void**)&this->keys, (void**)&this->values, (void**)&this->weights,
+                           (void**)&this->scores, (void**)&lanes, (void**)&total.sums, (void**)&total.top, (void**)&total.weight,
                            (void**)&part.sums, (void**)&part.top, (void**)&part.weight};
         for (size_t i = 0; i < sizeof(sizes) / sizeof(i64); i++) {
             *fields[i] = at;
@@ -47,50 +41,6 @@ struct Workspace {
 };
 
 static thread_local Scratch work_memory, item_memory, part_memory;
-
-// Adds one block of `num_keys` keys to the softmax of `rows` rows. Row r sees the first `limit + r / group` keys of the
-// block; other scores are set to −∞.
-template <class P>
-static inline void attend(const Workspace<P>& w, const typename P::Unit* queries, const Softmax& part, float* lanes,
-                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale) {
-    constexpr int NV = KEYS / W;
-    float iota[W];
-    for (int i = 0; i < W; i++) iota[i] = float(i);
-    const Vec lane = load(iota), hidden = set1(-__builtin_inff());
-    const i64 units = d / P::PER_UNIT, width = padded(num_keys);
-    for (i64 first = 0; first < rows; first += QUERIES) {
-        const i64 num = min_(QUERIES, rows - first);
-        if (limit + (first + num - 1) / group <= 0) continue;
-        product<P>(queries + first * units, units, w.keys, KEYS, units, w.scores, KEYS, num, width, false);
-        for (i64 q = 0; q < num; q++) {
-            const i64 r = first + q, visible = limit + r / group;
-            Vec s[NV];
-            for (int v = 0; v < NV; v++) s[v] = load(w.scores + q * KEYS + v * W) * set1(scale);
-            if (visible < KEYS)
-                for (int v = 0; v < NV; v++) s[v] = lane < set1(float(visible - v * W)) ? s[v] : hidden;
-            Vec high = s[0];
-            for (int v = 1; v < NV; v++) high = max(high, s[v]);
-            float before = part.top[r], top = largest(high);
-            if (top > before) {
-                const Vec keep = exp(set1(before - top));
-                for (i64 i = 0; i < d; i += W) store(part.sums + r * d + i, load(part.sums + r * d + i) * keep);
-                store(lanes + r * W, load(lanes + r * W) * keep);
-                part.top[r] = top;
-            } else {
-                top = before == -__builtin_inff() ? 0.0f : before;
-            }
-            Vec sum = load(lanes + r * W);
-            for (int v = 0; v < NV; v++) {
-                s[v] = exp(s[v] - set1(top));
-                sum = sum + s[v];
-            }
-            store(lanes + r * W, sum);
-            P::pack_weights(w.weights + q * (KEYS / P::PER_UNIT), s);
-        }
-        product<P>(w.weights, KEYS / P::PER_UNIT, w.values, d, width / P::PER_UNIT, part.sums + first * d, d, num, d,
-                   true);
-    }
-}
 
 template <class P, class T>
 struct Attention {

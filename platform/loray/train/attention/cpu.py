@@ -1,8 +1,8 @@
-"""Attention on a CPU: torch's flash kernel, forward and backward, as one node of the autograd graph.
+"""Attention on a CPU, forward and backward, as one node of the autograd graph.
 
-`scaled_dot_product_attention` calls the same kernel. But with it, autograd sees a slice for each run of heads and each
-stretch of segments. The gradient of a slice is a tensor of full size, mostly zeros, and autograd adds them all. Here
-every gradient is written once, to its place.
+With `scaled_dot_product_attention`, autograd sees a slice for each run of heads and each stretch of segments. The
+gradient of a slice is a tensor of full size, mostly zeros, and autograd adds them all. Here every gradient is written
+once, to its place.
 
 Shapes: B rows, T positions, H query heads, K key-value heads, R query heads of one, D head width.
 """
@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loray.train.attention.cuts import Segments
-from loray.train.attention.runs import Block, Run, blocks, num_covered, take
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from loray.train.attention.runs import Run, blocks, num_covered, take
+from loray_kernels.cpu.causal import causal_backward, causal_forward
 
 
 def attend_runs(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, runs: Sequence[Run], scale: float | None) -> Tensor:
@@ -39,8 +37,8 @@ class _Attend(torch.autograd.Function):
             q, k, v, out = _taken(run, (q_BHTD, run.q), (k_BKTD, run.kv), (v_BKTD, run.kv), (out_BHTD, run.q))
             for block in blocks(run.segments):
                 folded_q = block.fold(q, run.repeats)
-                folded_k, folded_v = (_fold_shared(x, block, run) for x in (k, v))
-                folded, lse = _forward(folded_q, folded_k, folded_v, 0.0, True, scale=scale)
+                folded_k, folded_v = (block.fold(x, 1)[:, 0] for x in (k, v))
+                folded, lse = causal_forward(folded_q, folded_k, folded_v, scale)
                 for place, part in zip(block.views(out, run.repeats), block.unfold(folded, len(out)), strict=True):
                     place.copy_(part)
                 lses.append(lse)
@@ -61,14 +59,14 @@ class _Attend(torch.autograd.Function):
             k, v, dk, dv = _taken(run, *((x, run.kv) for x in (k_BKTD, v_BKTD, dk_BKTD, dv_BKTD)))
             for block in blocks(run.segments):
                 folded_dout, folded_q, folded_out = (block.fold(x, run.repeats) for x in (dout, q, out))
-                folded_k, folded_v = (_fold_shared(x, block, run) for x in (k, v))
-                folded_dq, *folded_dkv = _backward(
-                    folded_dout, folded_q, folded_k, folded_v, folded_out, lses.pop(0), 0.0, True, scale=ctx.scale
+                folded_k, folded_v = (block.fold(x, 1)[:, 0] for x in (k, v))
+                folded_dq, *folded_dkv = causal_backward(
+                    folded_dout, folded_q, folded_k, folded_v, folded_out, lses.pop(0), ctx.scale
                 )
                 for place, part in zip(block.views(dq, run.repeats), block.unfold(folded_dq, len(dq)), strict=True):
                     place.copy_(part)
                 for x, folded in zip((dk, dv), folded_dkv, strict=True):
-                    parts = block.unfold(folded.sum(1, keepdim=True), len(x))
+                    parts = block.unfold(folded[:, None], len(x))
                     for place, part in zip(block.views(x, 1), parts, strict=True):
                         place.add_(part)
             _write_back(dq_BHTD[:, run.q], dq, run.segments)
@@ -86,11 +84,6 @@ def _write_back(x_BhTD: Tensor, taken: Tensor, segments: Segments) -> None:
     if segments.order_N is not None:
         x_BThD = x_BhTD.transpose(1, 2)
         x_BThD.view(-1, *x_BThD.shape[2:]).index_copy_(0, segments.order_N, taken[0].transpose(0, 1))
-
-
-def _fold_shared(x_BKTD: Tensor, block: Block, run: Run) -> Tensor:
-    """Keys or values, repeated for R query heads with a stride of 0."""
-    return block.fold(x_BKTD, 1).expand(-1, run.repeats, -1, -1)
 
 
 def _for_queries(q_BHTD: Tensor, runs: Sequence[Run]) -> Tensor:

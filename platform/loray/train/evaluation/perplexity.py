@@ -1,7 +1,7 @@
 """Dense perplexity as in the evaluation of LongLoRA (Chen et al., ICLR 2024): exp of the mean loss over whole windows.
 
 Every window is computed alone, from its first token on, so that its early tokens have little context. All values
-follow this rule, and are comparable. A window takes one pass without a KV cache: attention is SDPA's causal kernel,
+follow this rule, and are comparable. A window takes one pass without a KV cache: attention is dense and causal,
 without a T × T mask, and the output head computes a chunk of positions at a time.
 
 Shapes: T tokens of a window, B windows at once, D hidden size.

@@ -1,5 +1,4 @@
-// Parts of attention: packing of keys and values, products of packed operands in register-blocked tiles, and the running
-// softmax.
+// Parts of attention: packing of keys and values, and products of packed operands in register-blocked tiles.
 //
 // Packed operands are units of four bytes: two bf16 neighbours of the summed dimension if the CPU can multiply these
 // (AVX512-BF16), else one fp32. Each sum has one accumulator over the summed dimension in order.
@@ -59,6 +58,14 @@ struct Singles {
     }
     static inline void pack_weights(Unit* out, const Vec* p) {
         for (int v = 0; v < KEYS / W; v++) store(out + v * W, p[v]);
+    }
+    // two rows that are summed over, KEYS columns in vectors
+    static inline void pack_two(Unit* out, const Vec* even, const Vec* odd) {
+        for (int v = 0; v < KEYS / W; v++) store(out + v * W, even[v]), store(out + KEYS + v * W, odd[v]);
+    }
+    template <class T>
+    static inline void place(Unit* out, i64 element, T x) {
+        out[element] = to_float(x);
     }
 };
 
@@ -135,6 +142,16 @@ struct Pairs {
         for (int v = 0; v < KEYS / W; v += 2)
             _mm512_storeu_si512(out + v * W / 2, (__m512i)_mm512_cvtne2ps_pbh(p[v + 1], p[v]));
     }
+
+    static inline void pack_two(Unit* out, const Vec* even, const Vec* odd) {
+        for (int v = 0; v < KEYS / W; v++) {
+            const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even[v]));
+            const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd[v]));
+            _mm512_storeu_si512(out + v * W, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+    }
+
+    static inline void place(Unit* out, i64 element, bf16 x) { ((bf16*)out)[element] = x; }
 };
 
 #endif
@@ -174,36 +191,6 @@ static inline void product(const typename P::Unit* a, i64 a_stride, const typena
     for (; i + VECTORS * W <= columns; i += VECTORS * W)
         tile_rows<P, VECTORS>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
     for (; i < columns; i += W) tile_rows<P, 1>(a, a_stride, b + i, b_stride, num, c + i, c_stride, rows, add);
-}
-
-// Running softmax of queries: for each row the weighted sums (d), the maximum and the sum of weights.
-struct Softmax {
-    float *sums, *top, *weight;
-};
-
-static inline float exp1(float x) {
-    float lanes[W];
-    store(lanes, exp(set1(x)));
-    return lanes[0];
-}
-
-// Merges `part` into `total`, for one row. An empty part changes nothing.
-static inline void merge(const Softmax& total, const Softmax& part, i64 d) {
-    float top = *total.top > *part.top ? *total.top : *part.top;
-    if (top == -__builtin_inff()) return;
-    float keep = exp1(*total.top - top), take = exp1(*part.top - top);
-    *total.top = top;
-    *total.weight = *total.weight * keep + *part.weight * take;
-    for (i64 i = 0; i < d; i += W)
-        store(total.sums + i, fma(load(part.sums + i), set1(take), load(total.sums + i) * set1(keep)));
-}
-
-static inline Softmax row(const Softmax& s, i64 r, i64 d) { return {s.sums + r * d, s.top + r, s.weight + r}; }
-
-static inline void copy(const Softmax& to, const Softmax& from, i64 rows, i64 d) {
-    memcpy(to.sums, from.sums, rows * d * sizeof(float));
-    memcpy(to.top, from.top, rows * sizeof(float));
-    memcpy(to.weight, from.weight, rows * sizeof(float));
 }
 
 }  // namespace LORAY_NAMESPACE

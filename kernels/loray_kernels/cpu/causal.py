@@ -1,0 +1,81 @@
+"""Causal attention of whole segments on a CPU, forward and backward: what training and dense evaluation need.
+
+bf16 on CPUs with AVX512-BF16 goes to csrc/causal.cpp, everything else to torch's flash kernel for CPUs.
+
+Shapes: F segments with their key-value heads, R query heads of each, L positions, D head width.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from loray_kernels.compiled import BackendUnavailable
+from loray_kernels.cpu.native import causal_functions, supported
+
+_torch_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_torch_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def causal_forward(q_FRLD: Tensor, k_FLD: Tensor, v_FLD: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Attention of each query to its own and earlier positions → (F, R, L, D), and log Σ exp(score) (F, R, L).
+
+    The logarithm is fp64 for fp64, else fp32. `scale` defaults to 1/√D.
+    """
+    if (isa := _isa_for(q_FRLD)) is None:
+        shared_k, shared_v = (x[:, None].expand(-1, q_FRLD.shape[1], -1, -1) for x in (k_FLD, v_FLD))
+        out, lse = _torch_forward(q_FRLD, shared_k, shared_v, 0.0, True, scale=scale)
+        return out, lse
+    q, k, v = (x.contiguous() for x in (q_FRLD, k_FLD, v_FLD))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    forward, _ = causal_functions(isa, q.dtype)
+    forward(*(x.data_ptr() for x in (q, k, v, out, lse)), *_shape(q), _scale(q, scale), torch.get_num_threads())
+    return out, lse
+
+
+def causal_backward(
+    dout_FRLD: Tensor,
+    q_FRLD: Tensor,
+    k_FLD: Tensor,
+    v_FLD: Tensor,
+    out_FRLD: Tensor,
+    lse_FRL: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `causal_forward`'s inputs, from its results: (F, R, L, D), (F, L, D), (F, L, D)."""
+    if (isa := _isa_for(q_FRLD)) is None:
+        shared_k, shared_v = (x[:, None].expand(-1, q_FRLD.shape[1], -1, -1) for x in (k_FLD, v_FLD))
+        dq, dk, dv = _torch_backward(dout_FRLD, q_FRLD, shared_k, shared_v, out_FRLD, lse_FRL, 0.0, True, scale=scale)
+        return dq, dk.sum(1), dv.sum(1)
+    inputs = [x.contiguous() for x in (dout_FRLD, q_FRLD, k_FLD, v_FLD, out_FRLD, lse_FRL)]
+    _, q, k, v, *_ = inputs
+    grads = dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    sums = q.new_empty(2, *q.shape, dtype=torch.float32)
+    _, backward = causal_functions(isa, q.dtype)
+    pointers = (x.data_ptr() for x in (*inputs, *grads, sums))
+    backward(*pointers, *_shape(q), _scale(q, scale), torch.get_num_threads())
+    return dq, dk, dv
+
+
+def _shape(q_FRLD: Tensor) -> tuple[int, int, int, int]:
+    num, repeats, length, width = q_FRLD.shape
+    return num, repeats, length, width
+
+
+def _scale(q_FRLD: Tensor, scale: float | None) -> float:
+    return float(q_FRLD.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _isa_for(q_FRLD: Tensor) -> str | None:
+    """The instruction set of our kernel for these tensors; None for torch's."""
+    return _fast_isa() if q_FRLD.dtype == torch.bfloat16 and q_FRLD.shape[-1] % 16 == 0 else None
+
+
+@cache
+def _fast_isa() -> str | None:
+    try:
+        return "avx512" if "avx512" in supported() else None
+    except BackendUnavailable:
+        return None

@@ -1,0 +1,95 @@
+// The running softmax of attention, one block of keys at a time (Dao, FlashAttention-2).
+#pragma once
+
+#include "tiles.h"
+
+namespace LORAY_NAMESPACE {
+
+// Running softmax of queries: for each row the weighted sums (d), the maximum and the sum of weights.
+struct Softmax {
+    float *sums, *top, *weight;
+};
+
+static inline float exp1(float x) {
+    float lanes[W];
+    store(lanes, exp(set1(x)));
+    return lanes[0];
+}
+
+// Merges `part` into `total`, for one row. An empty part changes nothing.
+static inline void merge(const Softmax& total, const Softmax& part, i64 d) {
+    float top = *total.top > *part.top ? *total.top : *part.top;
+    if (top == -__builtin_inff()) return;
+    float keep = exp1(*total.top - top), take = exp1(*part.top - top);
+    *total.top = top;
+    *total.weight = *total.weight * keep + *part.weight * take;
+    for (i64 i = 0; i < d; i += W)
+        store(total.sums + i, fma(load(part.sums + i), set1(take), load(total.sums + i) * set1(keep)));
+}
+
+static inline Softmax row(const Softmax& s, i64 r, i64 d) { return {s.sums + r * d, s.top + r, s.weight + r}; }
+
+static inline void copy(const Softmax& to, const Softmax& from, i64 rows, i64 d) {
+    memcpy(to.sums, from.sums, rows * d * sizeof(float));
+    memcpy(to.top, from.top, rows * sizeof(float));
+    memcpy(to.weight, from.weight, rows * sizeof(float));
+}
+
+static inline void start(const Softmax& s, float* lanes, i64 rows, i64 d) {
+    memset(s.sums, 0, rows * d * sizeof(float));
+    memset(lanes, 0, rows * W * sizeof(float));
+    for (i64 r = 0; r < rows; r++) s.top[r] = -__builtin_inff();
+}
+
+// A block of packed keys and values, and the memory for the scores and weights of a tile of queries.
+template <class P>
+struct KeyBlock {
+    typename P::Unit *keys, *values, *weights;
+    float* scores;
+};
+
+// Adds one block of `num_keys` keys to the softmax of `rows` rows. Row r sees the first `limit + r / group` keys of the
+// block; other scores are set to −∞.
+template <class P>
+static inline void attend(const KeyBlock<P>& w, const typename P::Unit* queries, const Softmax& part, float* lanes,
+                          i64 rows, i64 num_keys, i64 group, i64 limit, i64 d, float scale) {
+    constexpr int NV = KEYS / W;
+    float iota[W];
+    for (int i = 0; i < W; i++) iota[i] = float(i);
+    const Vec lane = load(iota), hidden = set1(-__builtin_inff());
+    const i64 units = d / P::PER_UNIT, width = padded(num_keys);
+    for (i64 first = 0; first < rows; first += QUERIES) {
+        const i64 num = min_(QUERIES, rows - first);
+        if (limit + (first + num - 1) / group <= 0) continue;
+        product<P>(queries + first * units, units, w.keys, KEYS, units, w.scores, KEYS, num, width, false);
+        for (i64 q = 0; q < num; q++) {
+            const i64 r = first + q, visible = limit + r / group;
+            Vec s[NV];
+            for (int v = 0; v < NV; v++) s[v] = load(w.scores + q * KEYS + v * W) * set1(scale);
+            if (visible < KEYS)
+                for (int v = 0; v < NV; v++) s[v] = lane < set1(float(visible - v * W)) ? s[v] : hidden;
+            Vec high = s[0];
+            for (int v = 1; v < NV; v++) high = max(high, s[v]);
+            float before = part.top[r], top = largest(high);
+            if (top > before) {
+                const Vec keep = exp(set1(before - top));
+                for (i64 i = 0; i < d; i += W) store(part.sums + r * d + i, load(part.sums + r * d + i) * keep);
+                store(lanes + r * W, load(lanes + r * W) * keep);
+                part.top[r] = top;
+            } else {
+                top = before == -__builtin_inff() ? 0.0f : before;
+            }
+            Vec sum = load(lanes + r * W);
+            for (int v = 0; v < NV; v++) {
+                s[v] = exp(s[v] - set1(top));
+                sum = sum + s[v];
+            }
+            store(lanes + r * W, sum);
+            P::pack_weights(w.weights + q * (KEYS / P::PER_UNIT), s);
+        }
+        product<P>(w.weights, KEYS / P::PER_UNIT, w.values, d, width / P::PER_UNIT, part.sums + first * d, d, num, d,
+                   true);
+    }
+}
+
+}  // namespace LORAY_NAMESPACE
