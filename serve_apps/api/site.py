@@ -26,8 +26,8 @@ from serve_apps.api.routes import tags as tag_routes
 from serve_apps.api.routes import uploads as upload_routes
 from serve_apps.api.routes import usage as usage_routes
 from serve_apps.api.services import Services
-from serve_apps.console import CheckConsole, Renderer, Sessions
-from serve_apps.console import create_router as create_console
+from serve_apps.console import ROUTES as CONSOLE_ROUTES
+from serve_apps.console import CheckConsole, Console, Renderer, Sessions
 from serve_apps.http import extend_openapi
 
 # Given as they are: FastAPI makes the routes of a router that is included anew for each application.
@@ -52,7 +52,7 @@ _ROUTES = [
 def create_app(services: Services, access: Access) -> FastAPI:
     """Creates the ASGI application. Its paths are relative to the route prefix /api/v1.
 
-    The routes are those of the process; what they use is in `app.state.services`.
+    The routes are those of the process; what they use is in `app.state.services` and `app.state.console`.
     """
 
     @asynccontextmanager
@@ -68,15 +68,15 @@ def create_app(services: Services, access: Access) -> FastAPI:
         version=__version__,
         description="Adapters, versions, aliases and training jobs. Errors are application/problem+json (RFC 9457).",
         lifespan=lifespan,
-        routes=_ROUTES,
+        routes=[*_ROUTES, *CONSOLE_ROUTES],
     )
-    app.state.services = services
-    problems.install(app)
     sessions, renderer = Sessions(), Renderer(problems.failed)
+    app.state.services = services
+    app.state.console = Console(services, access, sessions, renderer)
+    problems.install(app)
     app.add_middleware(
         CheckConsole, access=access, rules=API, refused=problems.failed, sessions=sessions, renderer=renderer
     )
-    app.include_router(create_console(services, access, sessions, renderer))
     # Routes read and write these themselves, so FastAPI does not know their schemas.
     extend_openapi(
         app,

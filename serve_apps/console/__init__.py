@@ -1,10 +1,10 @@
 """The web console at /console: pages of the catalog's application, for people with a browser."""
 
-from serve_apps.console.backend import Backend
+from serve_apps.console.backend import Backend, Console
 from serve_apps.console.door import CheckConsole
 from serve_apps.console.gateway import Gateway
 from serve_apps.console.rendering import Renderer
 from serve_apps.console.sessions import Sessions
-from serve_apps.console.site import create_router
+from serve_apps.console.site import ROUTES
 
-__all__ = ["Backend", "CheckConsole", "Gateway", "Renderer", "Sessions", "create_router"]
+__all__ = ["ROUTES", "Backend", "CheckConsole", "Console", "Gateway", "Renderer", "Sessions"]

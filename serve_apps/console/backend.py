@@ -1,15 +1,20 @@
-"""What the console's pages need of the application that serves them."""
+"""What the console's pages need of the application that serves them, and how they get it."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Annotated, NamedTuple, Protocol
+
+from fastapi import Depends, Request
 
 from jobs.submission.tracker import JobTracker
 from loray.catalog import Catalog
 from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
+from serve_apps.access import Access
 from serve_apps.console.gateway import Gateway
+from serve_apps.console.rendering import Renderer
+from serve_apps.console.sessions import Sessions
 
 
 class Backend(Protocol):
@@ -26,3 +31,21 @@ class Backend(Protocol):
     def catalog_of(self, principal: Principal) -> Catalog: ...
 
     def jobs_of(self, principal: Principal) -> JobTracker: ...
+
+
+class Console(NamedTuple):
+    """The console of one application, whose `app.state.console` it is. `access` admits who logs in."""
+
+    backend: Backend
+    access: Access
+    sessions: Sessions
+    renderer: Renderer
+
+
+async def _console(request: Request) -> Console:  # FastAPI would call a plain function in a thread
+    console = request.app.state.console
+    assert isinstance(console, Console)
+    return console
+
+
+ConsoleDep = Annotated[Console, Depends(_console)]

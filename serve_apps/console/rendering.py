@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
-from fastapi.routing import APIRoute
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from loray import __version__
-from loray.errors import LorayError, PermissionDenied, SpecError, Unauthenticated
+from loray.errors import LorayError, PermissionDenied, Unauthenticated
 from loray.serving.access import Action, check
 from loray.spec import Principal
 
@@ -57,21 +56,12 @@ class Renderer:
 
     def __init__(self, failed: Callable[[Exception], Response]) -> None:
         self._failed = failed
-        self._templates = Environment(
-            loader=FileSystemLoader(_HERE / "templates"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._templates.filters |= {"size": size, "ago": ago, "number": number, "day": day}
-        self._templates.globals |= {"version": __version__}
 
     def page(self, request: Request, template: str, status: int = 200, /, **context: Any) -> HTMLResponse:
         state = request.scope.get("state", {})
         principal: Principal | None = state.get("principal")
         session = state.get("session")
-        root = request.scope.get("root_path", "") + PREFIX
+        root = root_of(request)
         path = request.url.path.removeprefix(root).rstrip("/")
         shared = {
             "root": root,
@@ -82,7 +72,7 @@ class Renderer:
             "sections": [s for s in SECTIONS if principal is not None and may(principal, s.action)],
             "may": lambda action, owner=None: principal is not None and may(principal, action, owner),
         }
-        html = self._templates.get_template(template).render(shared | context)
+        html = _templates().get_template(template).render(shared | context)
         return HTMLResponse(html, status, headers=_HEADERS)
 
     def refusal(self, request: Request, error: Exception) -> Response:
@@ -98,30 +88,31 @@ class Renderer:
             return self.page(request, "login.html", 401, message=message if given else "")
         return self.page(request, "error.html", status, message=message)
 
-    def route_class(self) -> type[APIRoute]:
-        """Routes whose errors are pages."""
-        refusal = self.refusal
 
-        class PageRoute(APIRoute):
-            def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-                handle = super().get_route_handler()
-
-                async def handled(request: Request) -> Response:
-                    try:
-                        return await handle(request)
-                    except LorayError as e:
-                        return refusal(request, e)
-                    except RequestValidationError as e:
-                        return refusal(request, SpecError(_first(e)))
-
-                return handled
-
-        return PageRoute
+def root_of(request: Request) -> str:
+    """The console's path, behind the application's prefix."""
+    root: str = request.scope.get("root_path", "")
+    return root + PREFIX
 
 
-def _first(error: RequestValidationError) -> str:
-    wrong = error.errors()[0]
-    return f"{'.'.join(str(part) for part in wrong['loc'][1:])}: {wrong['msg']}"
+def led_to(request: Request, path: str) -> Response:
+    """The answer to a change, after which htmx goes to the page at `path`."""
+    return Response(status_code=204, headers={"HX-Redirect": root_of(request) + path})
+
+
+@cache
+def _templates() -> Environment:
+    """The templates of this process, each compiled at its first use."""
+    templates = Environment(
+        loader=FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"size": size, "ago": ago, "number": number, "day": day}
+    templates.globals |= {"version": __version__}
+    return templates
 
 
 def may(principal: Principal, action: Action, owner: str | None = None) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 from urllib.parse import urlencode
 
 import yaml
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import Depends, Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.background import BackgroundTask
 
@@ -19,9 +19,10 @@ from loray.files import scratch_folder
 from loray.publishing.archive import folder_as_tar
 from loray.spec import Alias, Method, Name, QualifiedName, TenantName, split_qualified
 from serve_apps.access import Asking
-from serve_apps.console.backend import Backend
+from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.pages.lineage import lineage_of
-from serve_apps.console.rendering import PREFIX, Renderer
+from serve_apps.console.rendering import led_to
+from serve_apps.console.routing import router_of
 
 _PAGE = 50
 _VERSIONS = 20
@@ -37,130 +38,146 @@ async def _adapter_name(name: Annotated[Name, Path()], tenant: TenantQuery = Non
 AdapterName = Annotated[str, Depends(_adapter_name)]
 VersionPath = Annotated[VersionNumber, Path()]
 
+router = router_of("/adapters")
 
-def create_router(backend: Backend, renderer: Renderer) -> APIRouter:
-    router = APIRouter(prefix=f"{PREFIX}/adapters", route_class=renderer.route_class())
 
-    @router.get("")
-    def list_adapters(
-        request: Request,
-        asking: Asking,
-        search: Annotated[str, Query(max_length=96)] = "",
-        base: Annotated[str, Query(max_length=96)] = "",
-        method: Annotated[str, Query(max_length=16)] = "",
-        tag: Annotated[str, Query(max_length=200)] = "",
-        tenant: Annotated[str, Query(max_length=96)] = "",
-        after: QualifiedName | None = None,
-    ) -> Response:
-        catalog = backend.catalog_of(asking)
-        bases = catalog.bases()
-        found = catalog.names(
-            limit=_PAGE + 1,
-            after=after or "",
-            tenant=tenant or None,
-            base=base if base in bases else None,
-            method=method or None,
-            search=search or None,
-            tags=parse_tags((tag,) if tag else ()),
+@router.get("")
+def list_adapters(
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    search: Annotated[str, Query(max_length=96)] = "",
+    base: Annotated[str, Query(max_length=96)] = "",
+    method: Annotated[str, Query(max_length=16)] = "",
+    tag: Annotated[str, Query(max_length=200)] = "",
+    tenant: Annotated[str, Query(max_length=96)] = "",
+    after: QualifiedName | None = None,
+) -> Response:
+    catalog = console.backend.catalog_of(asking)
+    bases = catalog.bases()
+    found = catalog.names(
+        limit=_PAGE + 1,
+        after=after or "",
+        tenant=tenant or None,
+        base=base if base in bases else None,
+        method=method or None,
+        search=search or None,
+        tags=parse_tags((tag,) if tag else ()),
+    )
+    asked = {"search": search, "base": base, "method": method, "tag": tag, "tenant": tenant}
+    given = {name: value for name, value in asked.items() if value}
+    more = urlencode(given | {"after": found[_PAGE - 1].name}) if len(found) > _PAGE else ""
+    return console.renderer.page(
+        request,
+        "adapters.html",
+        entries=found[:_PAGE],
+        asked=asked,
+        is_filtered=bool(given),
+        first="" if after is None else "?" + urlencode(given),
+        more=more,
+        bases={fingerprint: name for name, fingerprint in bases.items()},
+        methods=get_args(Method),
+    )
+
+
+@router.get("/{name}")
+def show_adapter(
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    name: AdapterName,
+    before: VersionNumber | None = None,
+    done: Annotated[str, Query(max_length=16)] = "",
+) -> Response:
+    catalog = console.backend.catalog_of(asking)
+    entry = catalog.entry(name)
+    versions = catalog.versions(name, limit=_VERSIONS + 1, before=before)
+    shown = versions[:_VERSIONS]
+    return console.renderer.page(
+        request,
+        "adapter.html",
+        **_names(entry.name, entry.tenant),
+        entry=entry,
+        versions=shown,
+        older=shown[-1].version if len(versions) > _VERSIONS else None,
+        aliases=catalog.aliases(name),
+        tags=catalog.tags(name),
+        lineage=lineage_of(shown[:_DRAWN]),
+        done=_DONE.get(done, ""),
+    )
+
+
+@router.get("/{name}/versions/{version}")
+def show_version(
+    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, version: VersionPath
+) -> Response:
+    catalog = console.backend.catalog_of(asking)
+    found, entry = catalog.version(name, version), catalog.entry(name)
+    recipe = found.manifest.recipe
+    return console.renderer.page(
+        request,
+        "version.html",
+        **_names(entry.name, entry.tenant),
+        entry=entry,
+        version=found,
+        manifest=_manifest_text(found),
+        recipe="" if recipe is None else _as_yaml(recipe.model_dump(mode="json", exclude_defaults=True)),
+    )
+
+
+@router.get("/{name}/versions/{version}/download")
+def download(console: ConsoleDep, asking: Asking, name: AdapterName, version: VersionPath) -> Response:
+    """The files as a tar archive, verified before the first byte."""
+    found = console.backend.catalog_of(asking).version(name, version)
+    label = f"{found.name.replace('/', '-')}-{version}"
+    with ExitStack() as held:
+        archive = folder_as_tar(
+            console.backend.store, found.digest, label, held.enter_context(scratch_folder()) / "made"
         )
-        asked = {"search": search, "base": base, "method": method, "tag": tag, "tenant": tenant}
-        given = {name: value for name, value in asked.items() if value}
-        more = urlencode(given | {"after": found[_PAGE - 1].name}) if len(found) > _PAGE else ""
-        return renderer.page(
-            request,
-            "adapters.html",
-            entries=found[:_PAGE],
-            asked=asked,
-            is_filtered=bool(given),
-            first="" if after is None else "?" + urlencode(given),
-            more=more,
-            bases={fingerprint: name for name, fingerprint in bases.items()},
-            methods=get_args(Method),
-        )
+        kept = held.pop_all()
+    headers = {
+        "Content-Disposition": f'attachment; filename="{label}.tar"',
+        "Content-Length": str(archive.num_bytes),
+    }
+    return StreamingResponse(
+        archive.chunks, headers=headers, media_type="application/x-tar", background=BackgroundTask(kept.close)
+    )
 
-    @router.get("/{name}")
-    def show_adapter(
-        request: Request,
-        asking: Asking,
-        name: AdapterName,
-        before: VersionNumber | None = None,
-        done: Annotated[str, Query(max_length=16)] = "",
-    ) -> Response:
-        catalog = backend.catalog_of(asking)
-        entry = catalog.entry(name)
-        versions = catalog.versions(name, limit=_VERSIONS + 1, before=before)
-        shown = versions[:_VERSIONS]
-        return renderer.page(
-            request,
-            "adapter.html",
-            **_names(entry.name, entry.tenant),
-            entry=entry,
-            versions=shown,
-            older=shown[-1].version if len(versions) > _VERSIONS else None,
-            aliases=catalog.aliases(name),
-            tags=catalog.tags(name),
-            lineage=lineage_of(shown[:_DRAWN]),
-            done=_DONE.get(done, ""),
-        )
 
-    @router.get("/{name}/versions/{version}")
-    def show_version(request: Request, asking: Asking, name: AdapterName, version: VersionPath) -> Response:
-        catalog = backend.catalog_of(asking)
-        found, entry = catalog.version(name, version), catalog.entry(name)
-        recipe = found.manifest.recipe
-        return renderer.page(
-            request,
-            "version.html",
-            **_names(entry.name, entry.tenant),
-            entry=entry,
-            version=found,
-            manifest=_manifest_text(found),
-            recipe="" if recipe is None else _as_yaml(recipe.model_dump(mode="json", exclude_defaults=True)),
-        )
+@router.get("/{name}/diff")
+def show_difference(
+    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, old: VersionNumber, new: VersionNumber
+) -> Response:
+    catalog = console.backend.catalog_of(asking)
+    entry = catalog.entry(name)
+    before, after = (_manifest_text(catalog.version(name, number)).splitlines() for number in (old, new))
+    lines = list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]
+    return console.renderer.page(
+        request, "difference.html", **_names(entry.name, entry.tenant), old=old, new=new, lines=lines
+    )
 
-    @router.get("/{name}/versions/{version}/download")
-    def download(asking: Asking, name: AdapterName, version: VersionPath) -> Response:
-        """The files as a tar archive, verified before the first byte."""
-        found = backend.catalog_of(asking).version(name, version)
-        label = f"{found.name.replace('/', '-')}-{version}"
-        with ExitStack() as held:
-            archive = folder_as_tar(backend.store, found.digest, label, held.enter_context(scratch_folder()) / "made")
-            kept = held.pop_all()
-        headers = {
-            "Content-Disposition": f'attachment; filename="{label}.tar"',
-            "Content-Length": str(archive.num_bytes),
-        }
-        return StreamingResponse(
-            archive.chunks, headers=headers, media_type="application/x-tar", background=BackgroundTask(kept.close)
-        )
 
-    @router.get("/{name}/diff")
-    def show_difference(
-        request: Request, asking: Asking, name: AdapterName, old: VersionNumber, new: VersionNumber
-    ) -> Response:
-        catalog = backend.catalog_of(asking)
-        entry = catalog.entry(name)
-        before, after = (_manifest_text(catalog.version(name, number)).splitlines() for number in (old, new))
-        lines = list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]
-        return renderer.page(
-            request, "difference.html", **_names(entry.name, entry.tenant), old=old, new=new, lines=lines
-        )
+@router.post("/{name}/aliases/{alias}")
+def promote(
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    name: AdapterName,
+    alias: Annotated[Alias, Path()],
+    version: VersionNumber,
+) -> Response:
+    """Point the alias at the version; the gate may refuse it."""
+    console.backend.catalog_of(asking).promote(name, alias, version)
+    return _again(request, name, "promoted")
 
-    @router.post("/{name}/aliases/{alias}")
-    def promote(
-        request: Request, asking: Asking, name: AdapterName, alias: Annotated[Alias, Path()], version: VersionNumber
-    ) -> Response:
-        """Point the alias at the version; the gate may refuse it."""
-        backend.catalog_of(asking).promote(name, alias, version)
-        return _again(request, name, "promoted")
 
-    @router.post("/{name}/aliases/{alias}/rollback")
-    def roll_back(request: Request, asking: Asking, name: AdapterName, alias: Annotated[Alias, Path()]) -> Response:
-        """Point the alias back at where it pointed before its last move."""
-        backend.catalog_of(asking).rollback(name, alias)
-        return _again(request, name, "rolled-back")
-
-    return router
+@router.post("/{name}/aliases/{alias}/rollback")
+def roll_back(
+    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, alias: Annotated[Alias, Path()]
+) -> Response:
+    """Point the alias back at where it pointed before its last move."""
+    console.backend.catalog_of(asking).rollback(name, alias)
+    return _again(request, name, "rolled-back")
 
 
 _DONE = {"promoted": "The alias points at the version now.", "rolled-back": "The alias points where it pointed before."}
@@ -175,8 +192,7 @@ def _names(name: str, tenant: str) -> dict[str, str]:
 def _again(request: Request, name: str, done: str) -> Response:
     tenant, bare = split_qualified(name)
     query = ({} if tenant is None else {"tenant": tenant}) | {"done": done}
-    root = request.scope.get("root_path", "") + PREFIX
-    return Response(status_code=204, headers={"HX-Redirect": f"{root}/adapters/{bare}?{urlencode(query)}"})
+    return led_to(request, f"/adapters/{bare}?{urlencode(query)}")
 
 
 def _manifest_text(version: AdapterVersion) -> str:

@@ -6,7 +6,7 @@ import json
 from typing import Annotated, get_args
 
 import yaml
-from fastapi import APIRouter, Path, Request
+from fastapi import Path, Request
 from fastapi.responses import Response
 
 from jobs.events.messages import decode
@@ -14,54 +14,53 @@ from loray.catalog import Job
 from loray.errors import ClusterError, LogsGone
 from loray.spec import JobId, JobStatus
 from serve_apps.access import Asking
-from serve_apps.console.backend import Backend
-from serve_apps.console.rendering import PREFIX, Renderer
+from serve_apps.console.backend import ConsoleDep
+from serve_apps.console.rendering import led_to
+from serve_apps.console.routing import router_of
 
 _PAGE = 50
 _LOG_LINES = 200
 _MOST_POINTS = 1000
 JobPath = Annotated[JobId, Path()]
 
+router = router_of("/jobs")
 
-def create_router(backend: Backend, renderer: Renderer) -> APIRouter:
-    router = APIRouter(prefix=f"{PREFIX}/jobs", route_class=renderer.route_class())
 
-    @router.get("")
-    def list_jobs(
-        request: Request, asking: Asking, cursor: JobId | None = None, status: JobStatus | None = None
-    ) -> Response:
-        """Jobs of the own tenant, newest first."""
-        page = backend.jobs_of(asking).page(_PAGE, cursor, status, None)
-        return renderer.page(
-            request, "jobs.html", jobs=page.jobs, more=page.next, chosen=status, statuses=get_args(JobStatus)
-        )
+@router.get("")
+def list_jobs(
+    console: ConsoleDep, request: Request, asking: Asking, cursor: JobId | None = None, status: JobStatus | None = None
+) -> Response:
+    """Jobs of the own tenant, newest first."""
+    page = console.backend.jobs_of(asking).page(_PAGE, cursor, status, None)
+    return console.renderer.page(
+        request, "jobs.html", jobs=page.jobs, more=page.next, chosen=status, statuses=get_args(JobStatus)
+    )
 
-    @router.get("/{id}")
-    def show_job(request: Request, asking: Asking, id: JobPath) -> Response:
-        jobs = backend.jobs_of(asking)
-        job = jobs.get(id)
-        log, problem = "", ""
-        try:
-            log = jobs.logs(job.id)
-        except (LogsGone, ClusterError) as e:
-            problem = str(e)
-        return renderer.page(
-            request,
-            "job.html",
-            job=job,
-            log="\n".join(log.splitlines()[-_LOG_LINES:]),
-            problem=problem,
-            losses=losses_of(log),
-            recipe=_recipe(job),
-        )
 
-    @router.post("/{id}/stop")
-    def stop_job(request: Request, asking: Asking, id: JobPath) -> Response:
-        job = backend.jobs_of(asking).stop(id)
-        root = request.scope.get("root_path", "") + PREFIX
-        return Response(status_code=204, headers={"HX-Redirect": f"{root}/jobs/{job.id}"})
+@router.get("/{id}")
+def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
+    jobs = console.backend.jobs_of(asking)
+    job = jobs.get(id)
+    log, problem = "", ""
+    try:
+        log = jobs.logs(job.id)
+    except (LogsGone, ClusterError) as e:
+        problem = str(e)
+    return console.renderer.page(
+        request,
+        "job.html",
+        job=job,
+        log="\n".join(log.splitlines()[-_LOG_LINES:]),
+        problem=problem,
+        losses=losses_of(log),
+        recipe=_recipe(job),
+    )
 
-    return router
+
+@router.post("/{id}/stop")
+def stop_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
+    job = console.backend.jobs_of(asking).stop(id)
+    return led_to(request, f"/jobs/{job.id}")
 
 
 def losses_of(log: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import Path, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -14,68 +14,74 @@ from loray.client.direct import DirectAccess
 from loray.errors import SpecError
 from loray.spec import SCOPES, JobId, Principal, TenantName
 from serve_apps.access import Asking
-from serve_apps.console.backend import Backend
+from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.forms import Form, read_form
-from serve_apps.console.rendering import PREFIX, Renderer
+from serve_apps.console.rendering import led_to
+from serve_apps.console.routing import router_of
 
 _PAGE = 50
 T = TypeVar("T", bound=BaseModel)
 KeyPath = Annotated[JobId, Path()]
 
+router = router_of("")
 
-def create_router(backend: Backend, renderer: Renderer) -> APIRouter:
-    router = APIRouter(prefix=PREFIX, route_class=renderer.route_class())
 
-    def access_of(asking: Principal) -> DirectAccess:
-        return DirectAccess(backend.catalog_of(asking))
+def _access_of(console: Console, asking: Principal) -> DirectAccess:
+    return DirectAccess(console.backend.catalog_of(asking))
 
-    @router.get("/keys")
-    def list_keys(
-        request: Request,
-        asking: Asking,
-        cursor: JobId | None = None,
-        tenant: Annotated[str, Query(max_length=96)] = "",
-    ) -> Response:
-        """Newest first, those revoked included."""
-        catalog = backend.catalog_of(asking)
-        page = catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant or None)
-        return renderer.page(
-            request,
-            "keys.html",
-            keys=[KeyResource.of(key) for key in page.keys],
-            more=page.next,
-            tenants=catalog.tenants(),
-            tenant=tenant,
-            scopes=SCOPES,
-        )
 
-    @router.post("/keys")
-    async def create_key(request: Request, asking: Asking) -> Response:
-        """The key itself is in this answer, and nowhere else."""
-        wanted = _key(await read_form(request))
-        made = await run_in_threadpool(lambda: access_of(asking).create_key(wanted))
-        return renderer.page(request, "parts/new_key.html", 201, made=made)
+@router.get("/keys")
+def list_keys(
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    cursor: JobId | None = None,
+    tenant: Annotated[str, Query(max_length=96)] = "",
+) -> Response:
+    """Newest first, those revoked included."""
+    catalog = console.backend.catalog_of(asking)
+    page = catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant or None)
+    return console.renderer.page(
+        request,
+        "keys.html",
+        keys=[KeyResource.of(key) for key in page.keys],
+        more=page.next,
+        tenants=catalog.tenants(),
+        tenant=tenant,
+        scopes=SCOPES,
+    )
 
-    @router.post("/keys/{id}/revoke")
-    def revoke_key(request: Request, asking: Asking, id: KeyPath) -> Response:
-        """For ever: every server refuses it within two seconds."""
-        access_of(asking).revoke_key(id)
-        return _again(request, "keys")
 
-    @router.post("/tenants")
-    async def create_tenant(request: Request, asking: Asking) -> Response:
-        wanted = _checked(TenantCreation, {"name": (await read_form(request)).get("name")})
-        await run_in_threadpool(lambda: access_of(asking).create_tenant(wanted.name))
-        return _again(request, "keys")
+@router.post("/keys")
+async def create_key(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    """The key itself is in this answer, and nowhere else."""
+    wanted = _key(await read_form(request))
+    made = await run_in_threadpool(lambda: _access_of(console, asking).create_key(wanted))
+    return console.renderer.page(request, "parts/new_key.html", 201, made=made)
 
-    @router.post("/tenants/{name}/block")
-    def block_tenant(request: Request, asking: Asking, name: Annotated[TenantName, Path()]) -> Response:
-        """Block a tenant with all its keys, or let it pass again."""
-        catalog = backend.catalog_of(asking)
-        catalog.update_tenant(name, blocked=not catalog.tenant(name).blocked)
-        return _again(request, "keys")
 
-    return router
+@router.post("/keys/{id}/revoke")
+def revoke_key(console: ConsoleDep, request: Request, asking: Asking, id: KeyPath) -> Response:
+    """For ever: every server refuses it within two seconds."""
+    _access_of(console, asking).revoke_key(id)
+    return led_to(request, "/keys")
+
+
+@router.post("/tenants")
+async def create_tenant(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    wanted = _checked(TenantCreation, {"name": (await read_form(request)).get("name")})
+    await run_in_threadpool(lambda: _access_of(console, asking).create_tenant(wanted.name))
+    return led_to(request, "/keys")
+
+
+@router.post("/tenants/{name}/block")
+def block_tenant(
+    console: ConsoleDep, request: Request, asking: Asking, name: Annotated[TenantName, Path()]
+) -> Response:
+    """Block a tenant with all its keys, or let it pass again."""
+    catalog = console.backend.catalog_of(asking)
+    catalog.update_tenant(name, blocked=not catalog.tenant(name).blocked)
+    return led_to(request, "/keys")
 
 
 def _key(form: Form) -> KeyCreation:
@@ -95,8 +101,3 @@ def _checked(model: type[T], given: dict[str, Any]) -> T:
     except ValidationError as e:
         wrong = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
         raise SpecError(wrong) from e
-
-
-def _again(request: Request, page: str) -> Response:
-    root = request.scope.get("root_path", "") + PREFIX
-    return Response(status_code=204, headers={"HX-Redirect": f"{root}/{page}"})

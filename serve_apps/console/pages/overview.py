@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
@@ -13,30 +13,30 @@ from loray.catalog.identity.audit import AuditEntry
 from loray.errors import ClusterError, PermissionDenied
 from loray.spec import Principal
 from serve_apps.access import Asking
-from serve_apps.console.backend import Backend
-from serve_apps.console.rendering import PREFIX, Renderer, may
+from serve_apps.console.backend import Backend, ConsoleDep
+from serve_apps.console.rendering import may
+from serve_apps.console.routing import router_of
 
 _NUM_NEWEST = 8
 
+router = router_of("")
 
-def create_router(backend: Backend, renderer: Renderer) -> APIRouter:
-    router = APIRouter(prefix=PREFIX, route_class=renderer.route_class())
 
-    @router.get("")
-    async def show_overview(request: Request, asking: Asking) -> Response:
-        return renderer.page(request, "overview.html", **await _state(request, asking))
+@router.get("")
+async def show_overview(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    return console.renderer.page(request, "overview.html", **await _state(console.backend, request, asking))
 
-    @router.get("/live")
-    async def show_live(request: Request, asking: Asking) -> Response:
-        """The part of the page that is asked for again and again."""
-        return renderer.page(request, "parts/live.html", **await _state(request, asking))
 
-    async def _state(request: Request, asking: Principal) -> dict[str, Any]:
-        served = await _served(backend, request.state.authorization)
-        recent = await run_in_threadpool(_recent, backend, asking)
-        return served | recent
+@router.get("/live")
+async def show_live(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    """The part of the page that is asked for again and again."""
+    return console.renderer.page(request, "parts/live.html", **await _state(console.backend, request, asking))
 
-    return router
+
+async def _state(backend: Backend, request: Request, asking: Principal) -> dict[str, Any]:
+    served = await _served(backend, request.state.authorization)
+    recent = await run_in_threadpool(_recent, backend, asking)
+    return served | recent
 
 
 async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]:

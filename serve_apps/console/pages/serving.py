@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import Response
 
 from loray.api.status import ReplicaStatus
 from loray.errors import ClusterError, PermissionDenied
-from serve_apps.console.backend import Backend
-from serve_apps.console.rendering import PREFIX, Renderer
+from serve_apps.console.backend import Console, ConsoleDep
+from serve_apps.console.routing import router_of
 
 _ROWS = 100
 
@@ -23,36 +23,36 @@ class Row(NamedTuple):
     tiers: tuple[str, ...]
 
 
-def create_router(backend: Backend, renderer: Renderer) -> APIRouter:
-    router = APIRouter(prefix=f"{PREFIX}/serving", route_class=renderer.route_class())
+router = router_of("/serving")
 
-    @router.get("")
-    async def show_serving(request: Request) -> Response:
-        return await _page(request, "serving.html")
 
-    @router.get("/live")
-    async def show_live(request: Request) -> Response:
-        return await _page(request, "parts/serving.html")
+@router.get("")
+async def show_serving(console: ConsoleDep, request: Request) -> Response:
+    return await _page(console, request, "serving.html")
 
-    async def _page(request: Request, template: str) -> Response:
-        try:
-            status = await backend.gateway.status(request.state.authorization)
-            routed = await backend.gateway.routing(request.state.authorization)
-        except (ClusterError, PermissionDenied) as e:
-            return renderer.page(request, template, problem=str(e), status=None)
-        rows = heat_map(status.replicas)
-        return renderer.page(
-            request,
-            template,
-            problem="",
-            status=status,
-            rows=rows[:_ROWS],
-            num_rows=len(rows),
-            routed=routed,
-            num_routed=sum(routed.values()) or 1,
-        )
 
-    return router
+@router.get("/live")
+async def show_live(console: ConsoleDep, request: Request) -> Response:
+    return await _page(console, request, "parts/serving.html")
+
+
+async def _page(console: Console, request: Request, template: str) -> Response:
+    try:
+        status = await console.backend.gateway.status(request.state.authorization)
+        routed = await console.backend.gateway.routing(request.state.authorization)
+    except (ClusterError, PermissionDenied) as e:
+        return console.renderer.page(request, template, problem=str(e), status=None)
+    rows = heat_map(status.replicas)
+    return console.renderer.page(
+        request,
+        template,
+        problem="",
+        status=status,
+        rows=rows[:_ROWS],
+        num_rows=len(rows),
+        routed=routed,
+        num_routed=sum(routed.values()) or 1,
+    )
 
 
 def heat_map(replicas: Sequence[ReplicaStatus]) -> list[Row]:

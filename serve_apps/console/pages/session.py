@@ -5,61 +5,61 @@ from __future__ import annotations
 from pathlib import Path as FilePath
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import Path, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from loray.errors import LorayError, NotFoundError
-from serve_apps.access import Access
 from serve_apps.access.browsers import refuse_other_sites
+from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.forms import read_form
-from serve_apps.console.rendering import PREFIX, Renderer
-from serve_apps.console.sessions import COOKIE, Sessions
+from serve_apps.console.rendering import led_to, root_of
+from serve_apps.console.routing import router_of
+from serve_apps.console.sessions import COOKIE
 
 _STATIC = FilePath(__file__).parent.parent / "static"
 _FILES = {path.name: path for folder in (_STATIC, _STATIC / "vendor") for path in folder.iterdir() if path.is_file()}
 _A_DAY = {"Cache-Control": "public, max-age=86400"}
 
+router = router_of("")
 
-def create_router(access: Access, sessions: Sessions, renderer: Renderer) -> APIRouter:
-    router = APIRouter(prefix=PREFIX, route_class=renderer.route_class())
 
-    @router.get("/login")
-    def show_login(request: Request) -> Response:
-        return renderer.page(request, "login.html", message="")
+@router.get("/login")
+def show_login(console: ConsoleDep, request: Request) -> Response:
+    return console.renderer.page(request, "login.html", message="")
 
-    @router.post("/login")
-    async def log_in(request: Request) -> Response:
-        refuse_other_sites(request.headers)
-        key = (await read_form(request)).get("key")
-        try:
-            await access.admit("GET", "identify", {"authorization": f"Bearer {key}"})
-        except LorayError as e:
-            answer = renderer.refusal(request, e)
-            return renderer.page(request, "login.html", answer.status_code, message=str(e))
-        sessions.end(request.cookies.get(COOKIE))
-        root = request.scope.get("root_path", "") + PREFIX
-        response = RedirectResponse(root, 303)
-        response.set_cookie(
-            COOKIE, sessions.begin(key), path=root, httponly=True, samesite="strict", secure=_is_https(request)
-        )
-        return response
 
-    @router.post("/logout")
-    async def log_out(request: Request) -> Response:
-        sessions.end(request.cookies.get(COOKIE))
-        root = request.scope.get("root_path", "") + PREFIX
-        response = Response(status_code=204, headers={"HX-Redirect": f"{root}/login"})
-        response.delete_cookie(COOKIE, path=root, httponly=True, samesite="strict", secure=_is_https(request))
-        return response
+@router.post("/login")
+async def log_in(console: ConsoleDep, request: Request) -> Response:
+    refuse_other_sites(request.headers)
+    key = (await read_form(request)).get("key")
+    try:
+        await console.access.admit("GET", "identify", {"authorization": f"Bearer {key}"})
+    except LorayError as e:
+        answer = console.renderer.refusal(request, e)
+        return console.renderer.page(request, "login.html", answer.status_code, message=str(e))
+    console.sessions.end(request.cookies.get(COOKIE))
+    root = root_of(request)
+    response = RedirectResponse(root, 303)
+    response.set_cookie(
+        COOKIE, console.sessions.begin(key), path=root, httponly=True, samesite="strict", secure=_is_https(request)
+    )
+    return response
 
-    @router.get("/static/{name}")
-    def get_static(name: Annotated[str, Path(max_length=64)]) -> Response:
-        path = _FILES.get(name)
-        if path is None:
-            raise NotFoundError(f"there is no file {name!r}")
-        return FileResponse(path, headers=_A_DAY)
 
-    return router
+@router.post("/logout")
+async def log_out(console: ConsoleDep, request: Request) -> Response:
+    console.sessions.end(request.cookies.get(COOKIE))
+    response = led_to(request, "/login")
+    response.delete_cookie(COOKIE, path=root_of(request), httponly=True, samesite="strict", secure=_is_https(request))
+    return response
+
+
+@router.get("/static/{name}")
+def get_static(name: Annotated[str, Path(max_length=64)]) -> Response:
+    path = _FILES.get(name)
+    if path is None:
+        raise NotFoundError(f"there is no file {name!r}")
+    return FileResponse(path, headers=_A_DAY)
 
 
 def _is_https(request: Request) -> bool:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, NamedTuple
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import Response
 
 from loray.catalog.identity.usage import UsageRow
 from loray.spec import UsageGroup
 from serve_apps.access import Asking
-from serve_apps.console.backend import Backend
-from serve_apps.console.rendering import PREFIX, Renderer
+from serve_apps.console.backend import ConsoleDep
+from serve_apps.console.routing import router_of
 
 _ROWS = 200
 _BAR, _HEIGHT = 16, 120  # units of the picture
@@ -28,33 +28,35 @@ class Bar(NamedTuple):
     num_tokens: int
 
 
-def create_router(backend: Backend, renderer: Renderer) -> APIRouter:
-    router = APIRouter(prefix=PREFIX, route_class=renderer.route_class())
+router = router_of("")
 
-    @router.get("/usage")
-    def show_usage(
-        request: Request, asking: Asking, by: UsageGroup = "model", days: Annotated[int, Query(ge=1, le=90)] = 30
-    ) -> Response:
-        """Of the own tenant, and for administrators of all."""
-        catalog, tenant = backend.catalog_of(asking), None if asking.is_admin else asking.tenant
-        today = datetime.now(UTC).date()
-        first = today - timedelta(days=days - 1)
-        since = datetime(first.year, first.month, first.day, tzinfo=UTC)
-        rows = catalog.usage([by], tenant=tenant, since=since, limit=_ROWS + 1)
-        daily = catalog.usage(["day"], tenant=tenant, since=since, limit=days + 1)
-        return renderer.page(
-            request,
-            "usage.html",
-            by=by,
-            days=days,
-            rows=rows[:_ROWS],
-            is_cut=len(rows) > _ROWS,
-            bars=bars_of(daily, first, days),
-            bar=_BAR,
-            height=_HEIGHT,
-        )
 
-    return router
+@router.get("/usage")
+def show_usage(
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    by: UsageGroup = "model",
+    days: Annotated[int, Query(ge=1, le=90)] = 30,
+) -> Response:
+    """Of the own tenant, and for administrators of all."""
+    catalog, tenant = console.backend.catalog_of(asking), None if asking.is_admin else asking.tenant
+    today = datetime.now(UTC).date()
+    first = today - timedelta(days=days - 1)
+    since = datetime(first.year, first.month, first.day, tzinfo=UTC)
+    rows = catalog.usage([by], tenant=tenant, since=since, limit=_ROWS + 1)
+    daily = catalog.usage(["day"], tenant=tenant, since=since, limit=days + 1)
+    return console.renderer.page(
+        request,
+        "usage.html",
+        by=by,
+        days=days,
+        rows=rows[:_ROWS],
+        is_cut=len(rows) > _ROWS,
+        bars=bars_of(daily, first, days),
+        bar=_BAR,
+        height=_HEIGHT,
+    )
 
 
 def bars_of(rows: Sequence[UsageRow], first: date, days: int) -> list[Bar]:
