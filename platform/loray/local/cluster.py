@@ -53,6 +53,7 @@ _ENVIRONMENT = {
     "LOG_NAME_UPDATE_INTERVAL_S": "2",
     "RAY_DASHBOARD_AGENT_LOOP_MONITOR_INTERVAL_S": "5",
     "REPORTER_UPDATE_INTERVAL_MS": "15000",
+    "METRICS_RECORD_INTERVAL_S": "60",  # the memory of each of the dashboard's processes
     "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a driver records how it ended, for which Ray's default of 3 s is too short
 }
 # Ray's sockets are below this folder. A socket's path has at most 107 bytes, so TMPDIR could be too long.
