@@ -111,7 +111,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {"size": size, "ago": ago, "number": number, "day": day}
-    templates.globals |= {"version": __version__}
+    templates.globals |= {"loray_version": __version__}
     return templates
 
 

@@ -21,6 +21,7 @@ from loray.spec import Alias, Method, Name, QualifiedName, TenantName, split_qua
 from serve_apps.access import Asking
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.pages.lineage import lineage_of
+from serve_apps.console.recipes import recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
@@ -121,7 +122,7 @@ def show_version(
         entry=entry,
         version=found,
         manifest=_manifest_text(found),
-        recipe="" if recipe is None else _as_yaml(recipe.model_dump(mode="json", exclude_defaults=True)),
+        recipe="" if recipe is None else recipe_text(recipe, console.backend.settings.home),
     )
 
 

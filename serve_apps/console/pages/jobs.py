@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, get_args
 
-import yaml
 from fastapi import Path, Request
 from fastapi.responses import Response
 
 from jobs.events.messages import decode
-from loray.catalog import Job
 from loray.errors import ClusterError, LogsGone
 from loray.spec import JobId, JobStatus
 from serve_apps.access import Asking
 from serve_apps.console.backend import ConsoleDep
+from serve_apps.console.recipes import recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
@@ -53,7 +52,7 @@ def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath)
         log="\n".join(log.splitlines()[-_LOG_LINES:]),
         problem=problem,
         losses=losses_of(log),
-        recipe=_recipe(job),
+        recipe=recipe_text(job.recipe, console.backend.settings.home),
     )
 
 
@@ -78,7 +77,3 @@ def losses_of(log: str) -> str:
     steps = sorted(training.keys() | held_out.keys())
     thinned = [step for n, step in enumerate(steps) if step in held_out or n % (1 + len(steps) // _MOST_POINTS) == 0]
     return json.dumps([thinned, [training.get(s) for s in thinned], [held_out.get(s) for s in thinned]])
-
-
-def _recipe(job: Job) -> str:
-    return yaml.safe_dump(job.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False)

@@ -20,6 +20,7 @@ from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
 _PAGE = 50
+_TENANTS = 200
 T = TypeVar("T", bound=BaseModel)
 KeyPath = Annotated[JobId, Path()]
 
@@ -40,13 +41,15 @@ def list_keys(
 ) -> Response:
     """Newest first, those revoked included."""
     catalog = console.backend.catalog_of(asking)
+    tenants = catalog.tenants(limit=_TENANTS + 1)
     page = catalog.keys(limit=_PAGE, cursor=cursor, tenant=tenant or None)
     return console.renderer.page(
         request,
         "keys.html",
         keys=[KeyResource.of(key) for key in page.keys],
         more=page.next,
-        tenants=catalog.tenants(),
+        tenants=tenants[:_TENANTS],
+        is_cut=len(tenants) > _TENANTS,
         tenant=tenant,
         scopes=SCOPES,
     )

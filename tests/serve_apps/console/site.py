@@ -27,8 +27,9 @@ loray_time_to_first_token_seconds_bucket{method="base",le="+Inf"} 100
 loray_time_to_first_token_seconds_count{method="base"} 100
 loray_time_to_first_token_seconds_sum{method="base"} 9
 # TYPE loray_routing_decisions_total counter
-loray_routing_decisions_total{reason="held by the pool"} 30
-loray_routing_decisions_total{reason="spread"} 10
+loray_routing_decisions_total{reason="pool"} 30
+loray_routing_decisions_total{reason="hash"} 10
+loray_routing_decisions_total{reason="overflow"} 0
 """
 
 
@@ -37,6 +38,7 @@ class ScriptedGateway:
 
     def __init__(self) -> None:
         self.num_tokens, self.down = 1000, False
+        self.replicas: tuple[ReplicaStatus, ...] | None = None  # instead of two
         self.keys: set[str] | None = None
         self.asked: list[tuple[str | None, dict[str, object]]] = []
 
@@ -72,7 +74,7 @@ class ScriptedGateway:
         return None if self.keys is None or given in self.keys else Response(status_code=403)
 
     def status(self) -> Status:
-        replicas = tuple(
+        replicas = self.replicas or tuple(
             ReplicaStatus(
                 replica=f"r{number}",
                 node=f"n{number}",

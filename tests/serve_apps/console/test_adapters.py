@@ -47,6 +47,7 @@ def test_one_adapter(console: ConsoleSite) -> None:
     version = console.get("/adapters/tone/versions/2").text
     assert "rank: 16" in version
     assert "was not trained here" in version
+    assert re.search(r"<footer[^>]*>loray \d+\.\d+\.\d+</footer>", version)
 
 
 def test_promote_and_roll_back(console: ConsoleSite) -> None:

@@ -52,6 +52,14 @@ def test_tenants(console: ConsoleSite) -> None:
     assert "Let pass" in console.get("/keys").text
 
 
+def test_the_list_of_tenants_ends(console: ConsoleSite) -> None:
+    for number in range(201):
+        console.catalog.create_tenant(f"t{number}")
+    page = console.get("/keys").text
+    assert "These are the first 200" in page
+    assert page.count("/block") == 200
+
+
 def test_usage_is_summed_up(console: ConsoleSite) -> None:
     now = datetime.now(UTC)
     events = [

@@ -23,7 +23,7 @@ def test_jobs_that_run(console: ConsoleSite) -> None:
     recipe = load_recipe("lora_smollm2").spec
     console.catalog.add_job("train_1", name=recipe.name, recipe=recipe)
     console.catalog.start_job("train_1")
-    assert "train_1" in console.get("/live").text
+    assert '/jobs/train_1"' in console.get("/live").text
 
 
 def test_nothing_answers(console: ConsoleSite) -> None:

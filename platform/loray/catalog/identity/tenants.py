@@ -42,10 +42,11 @@ class Tenants(Database):
             log(c, self._actor, "update_tenant", name, tenant=name, **given)
             return get_tenant(c, name)
 
-    def tenants(self) -> tuple[Tenant, ...]:
-        """All, sorted by name."""
+    def tenants(self, *, limit: int | None = None) -> tuple[Tenant, ...]:
+        """The first `limit`, or all, sorted by name."""
         with reading(self._engine) as c:
-            return tuple(tenant_of(row) for row in c.execute(sa.select(tenants).order_by(tenants.c.name)))
+            query = sa.select(tenants).order_by(tenants.c.name).limit(limit)
+            return tuple(tenant_of(row) for row in c.execute(query))
 
     def tenant(self, name: str) -> Tenant:
         """Raises KeyNotFound."""
