@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from loray.planning.run import run_of
 from loray.spec import QuantizationSpec, TrainSpec
 from loray.train import checkpoint
 from loray.train.model import build_model, count_parameters
+from tests.train import pairs
 from tests.train.test_loop import METHODS, TINY, curve, recipe, run
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -92,6 +94,20 @@ def test_a_run_learns_and_is_resumed_bit_for_bit(
     other = spec.model_copy(update={"quantization": None})
     with pytest.raises(SpecError, match="quantization changed"):
         run(other, base, tmp_path, resume_from=unbroken.checkpoints[0].path, name="other")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_preferences_are_learned_against_the_rounded_base(
+    method: str, tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    """The reference of DPO is what the adapter is trained on: before the first step nothing tells both apart."""
+    reporter = pairs.run(pairs.paired(method, quantization={}, max_steps=24), tiny_base(**TINY), tmp_path)
+    before, after = (e for e in reporter.events if e["event"] == "eval")
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert before["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert after["rewards/accuracies"] > 0.8
+    assert after["eval_loss"] < 0.6
 
 
 @needs_bitsandbytes
