@@ -7,6 +7,7 @@
     kv         how blocks hold keys and values
     decoding   steps that a backend records and replays
     records    where an adapter's LoRA rows are, in the device's memory
+    vectors    the same for what it brings beside LoRA
     sampling   a token for each row of logits
     reference  torch; every other backend is tested against it
     cpu/       C++ (cpu/csrc), compiled at first use
@@ -27,7 +28,7 @@ from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cpu.native import release_threads
 from loray_kernels.cpu.ops import CpuOps
 from loray_kernels.cuda import cuda_ops, use_device
-from loray_kernels.decoding import DecodeStep, Decoding, RecordedDecoding, RecordedStep
+from loray_kernels.decoding import DecodeStep, Decoding, Parts, RecordedDecoding, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
     LayerTables,
@@ -36,19 +37,19 @@ from loray_kernels.ops import (
     LoraTable,
     Ops,
     PairMatrix,
-    RowTables,
     Segments,
     StepInputs,
-    TokenRows,
     VeraTable,
 )
 from loray_kernels.pages import PageWriter, Piece
-from loray_kernels.records import INPUTS, RECORD_TOKENS, Directory, InputShape, LoraRows, StepRecords, record_words
+from loray_kernels.records import INPUTS, RECORD_TOKENS, Directory, InputShape, LoraRows, RowTables, record_words
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling import Draws
+from loray_kernels.vectors import MAX_PAIR_RANK, Pair, StepVectors, TokenRows, VectorShape, vector_words
 
 __all__ = [
     "INPUTS",
+    "MAX_PAIR_RANK",
     "RECORD_TOKENS",
     "AttentionMeta",
     "BackendUnavailable",
@@ -65,7 +66,9 @@ __all__ = [
     "LoraTable",
     "Ops",
     "PageWriter",
+    "Pair",
     "PairMatrix",
+    "Parts",
     "Piece",
     "RecordedDecoding",
     "RecordedStep",
@@ -73,13 +76,16 @@ __all__ = [
     "Segments",
     "StepInputs",
     "StepRecords",
+    "StepVectors",
     "TokenRows",
+    "VectorShape",
     "VeraTable",
     "available",
     "backend",
     "record_words",
     "release_threads",
     "use_device",
+    "vector_words",
 ]
 
 _log = logging.getLogger("loray.kernels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntFlag
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,15 +12,45 @@ import torch
 from torch import Tensor
 
 from loray_kernels.kv import AttentionMeta, KvLayout
-from loray_kernels.records import Directory, InputShape, StepRecords
+from loray_kernels.records import Directory, InputShape, Records
+from loray_kernels.vectors import StepVectors, TokenRows, VectorShape
+
+_NONE = np.array([], dtype=np.int64)
+
+
+class Parts(IntFlag):
+    """What the adapters of a step have. OWN: norms, embedding rows, a RoPE."""
+
+    NONE = 0
+    LORA = 1
+    VERA = 2
+    DORA = 4
+    OWN = 8
+
+
+class StepRecords(NamedTuple):
+    """Of a decode step. items_S3: (start of an adapter's record, first token, tokens); without tokens it is padding.
+
+    vectors  given if `parts` is more than LoRA
+    """
+
+    records: Records
+    items_S3: Tensor
+    parts: Parts = Parts.LORA
+    vectors: StepVectors | None = None
 
 
 class DecodeStep(NamedTuple):
     """One token of each of S sequences, as numbers on the host. A sequence has a seat: a row of the block tables that
     stay on the device.
 
-    items   flat: (start of a record, first token, tokens up to RECORD_TOKENS) for each; tokens of the base have none
-    places  in the block tables, (seats, max_blocks) flat, whose `blocks` are new
+    items    flat: (start of a LoRA record, first token, tokens up to RECORD_TOKENS) for each; tokens without LoRA have
+             none
+    places   in the block tables, (seats, max_blocks) flat, whose `blocks` are new
+    parts    with LoRA alone, what follows is empty
+    vectors  where each sequence's record of vectors begins; 0: none
+    pairs    as `items`, of sequences that share a VeRA pair: (where its words are, first token, tokens)
+    own_rows offset of the embedding row that a sequence's adapter has for its token; −1: none. Empty: all have none
     """
 
     token_ids: npt.NDArray[np.int64]
@@ -28,15 +59,22 @@ class DecodeStep(NamedTuple):
     items: npt.NDArray[np.int64]
     places: Sequence[int] = ()
     blocks: Sequence[int] = ()
+    parts: Parts = Parts.NONE
+    vectors: npt.NDArray[np.int64] = _NONE
+    pairs: npt.NDArray[np.int64] = _NONE
+    own_rows: npt.NDArray[np.int64] = _NONE
 
 
 class RecordedStep(NamedTuple):
-    """A decode step as the device's tensors. `records` None: all tokens are the base's."""
+    """A decode step as the device's tensors. `records` None: all tokens are the base's. `own_rows`: of embeddings; None
+    without the part OWN.
+    """
 
     token_ids_S: Tensor
     positions_S: Tensor
     attention: AttentionMeta
     records: StepRecords | None
+    own_rows: TokenRows | None = None
 
 
 class Decoding(NamedTuple):
@@ -50,9 +88,12 @@ class Decoding(NamedTuple):
 
 
 class RecordedDecoding(Protocol):
-    """`directory` has the records of adapters that steps may name. Steps have at most `max_rows` sequences."""
+    """`directory` has the records of adapters that steps may name, and `vectors` is their shape. Steps have at most
+    `max_rows` sequences.
+    """
 
     directory: Directory
+    vectors: VectorShape
     max_rows: int
 
     def __call__(self, step: DecodeStep) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loray_kernels.ops import RowTables
+from loray_kernels.records import RowTables
 
 
 def token_rows(x: Tensor) -> Tensor:

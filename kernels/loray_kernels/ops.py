@@ -18,27 +18,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep
+from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.pages import PageWriter
-from loray_kernels.records import StepRecords
+from loray_kernels.records import RowTables
 from loray_kernels.sampling import Draws
-
-
-@dataclass(frozen=True, slots=True)
-class RowTables:
-    """Rows of equal width: (column, width, int64 offsets of each row) for each segment."""
-
-    segments: tuple[tuple[int, int, Tensor], ...]
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRows:
-    """For each of the tokens `tokens_N` of the step a row of the pool: used instead of the base's, or DoRA's scale."""
-
-    tokens_N: Tensor
-    rows: RowTables
+from loray_kernels.vectors import TokenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,13 +189,15 @@ class Ops(Protocol):
         ...
 
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
-        """x_TD: rows of `table_VD`; for the tokens of `own` their rows."""
+        """x_TD: rows of `table_VD`; for the tokens of `own` their rows, where offsets are not negative."""
         ...
 
     def rms_norm(
         self, x_TD: Tensor, weight_D: Tensor, eps: float, pool: Tensor, own: TokenRows | None, layer_offset: int
     ) -> Tensor:
-        """x / rms(x) · weight, rms in fp32; the weight of the tokens of `own` is their row. Also for (T, heads, d)."""
+        """x / rms(x) · weight, rms in fp32; the weight of the tokens of `own` is their row, where offsets are not
+        negative. Also for (T, heads, d).
+        """
         ...
 
     def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
@@ -259,6 +246,20 @@ class Ops(Protocol):
         """`lora_shrink` and `lora_expand` with the rows that the records have at `field`, which is layer × inputs + the
         input. Writes `outputs`.
         """
+        ...
+
+    def vera_of_records(
+        self, x_TI: Tensor, y_TO: Tensor, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+    ) -> None:
+        """`vera_shrink` and `vera_expand` with the vectors that the records have for `field`'s layer and input, whose
+        modules `y_TO` has side by side. Writes it.
+        """
+        ...
+
+    def scale_of_records(
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+    ) -> None:
+        """`scale_rows` in the same way, for all modules of the input."""
         ...
 
     def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:

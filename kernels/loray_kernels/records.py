@@ -1,4 +1,4 @@
-"""Records: where an adapter's LoRA rows are, as words that kernels read in place.
+"""Records: where an adapter's LoRA rows are, as words that kernels read in place. `vectors` has what else it brings.
 
 A record is written when its adapter is placed or moved and not step by step, and a decode step names records only. So
 the step's launches do not depend on which adapters it has, and can be recorded.
@@ -27,6 +27,14 @@ _WORDS = 1 << 20  # of a directory: 8 MB, the records of 3,000 adapters of Llama
 Columns = tuple[tuple[int, int], ...]  # (first column, columns) of each segment of a row
 
 
+@dataclass(frozen=True, slots=True)
+class RowTables:
+    """Rows of equal width: (column, width, int64 offsets of each row) for each segment."""
+
+    segments: tuple[tuple[int, int, Tensor], ...]
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+
 class LoraRows(NamedTuple):
     """Of one module: for each segment of A's rows, and of B's, the offsets of all of them; alpha/r."""
 
@@ -48,22 +56,17 @@ class Records:
 
     words: Tensor
     inputs: tuple[InputShape, ...]
-    memo: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
-
-
-class StepRecords(NamedTuple):
-    """Of a decode step. items_S3: (start of an adapter's record, first token, tokens); without tokens it is padding."""
-
-    records: Records
-    items_S3: Tensor
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 class Directory:
-    """Gives records their places and writes them. For the engine's thread."""
+    """Gives records their places and writes them. For the engine's thread. The first `reserved` words stay zero."""
 
-    def __init__(self, inputs: Sequence[InputShape], device: torch.device, num_words: int = _WORDS) -> None:
+    def __init__(
+        self, inputs: Sequence[InputShape], device: torch.device, num_words: int = _WORDS, *, reserved: int = 0
+    ) -> None:
         self.records = Records(torch.zeros(num_words, dtype=torch.int64, device=device), tuple(inputs))
-        self._free = [(0, num_words)]  # (start, words), by start
+        self._free = [(reserved, num_words - reserved)]  # (start, words), by start
 
     def add(self, words: npt.NDArray[np.int64]) -> int | None:
         """The start of a new record; None if there is no place for it."""

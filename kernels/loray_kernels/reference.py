@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep
+from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
     LayerTables,
@@ -19,24 +19,23 @@ from loray_kernels.ops import (
     LinearWeights,
     LoraTable,
     PairMatrix,
-    RowTables,
     Segments,
     StepInputs,
-    TokenRows,
     VeraTable,
 )
 from loray_kernels.pages import DirectWriter, PageWriter
-from loray_kernels.records import INPUTS, Columns, StepRecords, read_block
+from loray_kernels.records import INPUTS, Columns, RowTables, read_block
 from loray_kernels.sampling import Draws, sample
+from loray_kernels.vectors import Pair, TokenRows
 
 
 def gather_rows(pool: Tensor, rows: RowTables, layer_offset: int, start: int = 0, stop: int | None = None) -> Tensor:
-    """Rows start:stop as a dense (rows, width) tensor in the pool's dtype."""
+    """Rows start:stop as a dense (rows, width) tensor in the pool's dtype; any values where offsets are negative."""
     parts = []
     for _, width, offsets_R in rows.segments:
         # Row i of this view is the `width` elements from i on: rows overlap, and a row's index is its offset.
         view = pool.as_strided((pool.numel() - width + 1, width), (1, 1))
-        parts.append(view.index_select(0, offsets_R[start:stop] + layer_offset))
+        parts.append(view.index_select(0, (offsets_R[start:stop] + layer_offset).clamp_(min=0)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -73,7 +72,8 @@ class ReferenceOps:
     def embed(self, table_VD: Tensor, token_ids_T: Tensor, pool: Tensor, own: TokenRows | None) -> Tensor:
         x_TD = F.embedding(token_ids_T, table_VD)
         if own is not None:
-            x_TD[own.tokens_N] = gather_rows(pool, own.rows, 0).to(x_TD.dtype)
+            own_ND = gather_rows(pool, own.rows, 0).to(x_TD.dtype)
+            x_TD[own.tokens_N] = torch.where(_has_row(own), own_ND, x_TD[own.tokens_N])
         return x_TD
 
     def rms_norm(
@@ -86,7 +86,9 @@ class ReferenceOps:
             weight_ND = gather_rows(pool, own.rows, layer_offset)
             if x_TD.dim() == 3:  # one weight for every head of a token
                 weight_ND = weight_ND.unsqueeze(1)
-            y_TD[own.tokens_N] = weight_ND.to(x_TD.dtype) * normal_TD[own.tokens_N]
+            own_ND = weight_ND.to(x_TD.dtype) * normal_TD[own.tokens_N]
+            has_N1 = _has_row(own).view(-1, *[1] * (x_TD.dim() - 1))
+            y_TD[own.tokens_N] = torch.where(has_N1, own_ND, y_TD[own.tokens_N])
         return y_TD
 
     def rope(self, x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
@@ -176,6 +178,38 @@ class ReferenceOps:
                     b_RO = gather_rows(pool, _row_tables(columns, rows.b), layer_offset).float()
                     y_TO[own] = (y_TO[own].float() + rows.scale * (x_TI[own].float() @ a_RI.T @ b_RO)).to(y_TO.dtype)
 
+    def vera_of_records(
+        self, x_TI: Tensor, y_TO: Tensor, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+    ) -> None:
+        vectors = records.vectors
+        assert vectors is not None
+        for words, first, num in vectors.items_S3.tolist():
+            pair = Pair(*vectors.words[words : words + len(Pair._fields)].tolist())
+            a_RI = pool[pair.a : pair.a + pair.rank * pair.width].view(pair.rank, pair.width)
+            for token in range(first, first + num):
+                z_1R = ReferenceOps.vera_shrink(self, x_TI[token : token + 1], PairMatrix(a_RI))
+                for module, layer, columns in vectors.modules(field):
+                    d, b = (
+                        [(c, w, offsets_S[token : token + 1]) for c, w, offsets_S in own.rows.segments]
+                        for own in (vectors.token_rows(layer, module, role) for role in ("vera_d", "vera_b"))
+                    )
+                    if int(d[0][2]) >= 0:
+                        y_1O = y_TO[token : token + 1, columns]
+                        b_OR = pool[pair.b : pair.b + y_1O.shape[1] * pair.rank].view(-1, pair.rank)
+                        own_d = RowTables(((0, pair.rank, d[0][2]),))
+                        table = VeraTable(PairMatrix(a_RI), PairMatrix(b_OR), own_d, RowTables(tuple(b)), 0, 1)
+                        ReferenceOps.vera_expand(self, y_1O, z_1R, pool, table, layer_offset)
+
+    def scale_of_records(
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+    ) -> None:
+        assert records.vectors is not None
+        for module, layer, columns in records.vectors.modules(field):
+            own, bias = records.vectors.token_rows(layer, module, "dora"), None if bias_O is None else bias_O[columns]
+            plain, y_TO_own = y_TO[:, columns].clone(), y_TO[:, columns]
+            self.scale_rows(y_TO_own, bias, pool, own, layer_offset)
+            y_TO_own.copy_(torch.where(_has_row(own), y_TO_own, plain))
+
     def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
         return x_TI.float() @ a_RI.data[:, : x_TI.shape[1]].float().T
 
@@ -192,6 +226,11 @@ class ReferenceOps:
         plain_NO = y_NO if bias_O is None else y_NO - bias_O.float()
         rows_NO = gather_rows(pool, own.rows, layer_offset).float()
         y_TO[own.tokens_N] = (y_NO + rows_NO * plain_NO).to(y_TO.dtype)
+
+
+def _has_row(own: TokenRows) -> Tensor:
+    """(N, 1)"""
+    return own.rows.segments[0][2].unsqueeze(1) >= 0
 
 
 def _kv(pool: Tensor, layout: KvLayout) -> Tensor:

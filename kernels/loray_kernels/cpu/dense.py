@@ -18,9 +18,10 @@ from loray_kernels.cpu.tables import pack_layout, pack_matrix, pack_meta, pack_r
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import token_rows
 from loray_kernels.memory import huge_pages
-from loray_kernels.ops import LinearWeights, TokenRows
+from loray_kernels.ops import LinearWeights
 from loray_kernels.reference import ReferenceOps
 from loray_kernels.sampling import Draws, log_share
+from loray_kernels.vectors import TokenRows
 
 _CHOICE = np.dtype([("row", "i8"), ("mask", "i8"), ("temperature", "f8"), ("log_min_p", "f8"), ("uniform", "f8")])
 

@@ -30,9 +30,9 @@ from loray_kernels.ops import (
     PairMatrix,
     Segments,
     StepInputs,
-    TokenRows,
     VeraTable,
 )
+from loray_kernels.vectors import TokenRows
 
 
 class CpuOps(DenseOps):

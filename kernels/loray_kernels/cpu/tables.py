@@ -20,12 +20,12 @@ from loray_kernels.ops import (
     LinearWeights,
     LoraTable,
     PairMatrix,
-    RowTables,
     Segments,
     StepInputs,
-    TokenRows,
     VeraTable,
 )
+from loray_kernels.records import RowTables
+from loray_kernels.vectors import TokenRows
 
 
 class Packed(NamedTuple):

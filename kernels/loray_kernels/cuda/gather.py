@@ -8,12 +8,15 @@ from torch import Tensor
 
 from loray_kernels.cuda.launch import SUFFIX, Launcher
 from loray_kernels.cuda.tables import Attention, Expand, Items, OfInput, Rows, Shrink, three_outputs
+from loray_kernels.cuda.vectors import OfInput as VectorsOfInput
+from loray_kernels.decoding import StepRecords
 from loray_kernels.kv import KvLayout
-from loray_kernels.records import StepRecords
+from loray_kernels.vectors import StepVectors
 
 _SHRINK_WARPS, _EXPAND_THREADS, _THREADS = 4, 64, 128  # as in cuda/csrc
 _GROUP = 8
 _ROW_TURNS = 12  # blocks of warps for a recorded item: 48 rows at once, such as rank 16 of q, k and v
+_PAIR_TURNS = 32  # the same for a pair: 128 rows at once
 MAX_HEAD_DIM = 256
 
 
@@ -114,6 +117,80 @@ class Gather:
             ),
         )
 
+    def vera_recorded_shrink(
+        self, x_TI: Tensor, pool: Tensor, step: StepVectors, layer: int, tables: VectorsOfInput, z_TR: Tensor
+    ) -> None:
+        """`pool` is the whole pool, where the pair is."""
+        rows_WS = step.rows_LWS[layer]
+        self._launch(
+            f"vera_recorded_shrink_{SUFFIX[pool.dtype]}",
+            (step.items_S3.shape[0], _PAIR_TURNS, 1),
+            32 * _SHRINK_WARPS,
+            (
+                x_TI.data_ptr(),
+                x_TI.stride(0),
+                x_TI.shape[1],
+                pool.data_ptr(),
+                step.items_S3.data_ptr(),
+                step.words.data_ptr(),
+                rows_WS.data_ptr(),
+                rows_WS.shape[1],
+                tables.words_M.data_ptr(),
+                tables.words_M.shape[0],
+                z_TR.data_ptr(),
+                z_TR.stride(0),
+            ),
+        )
+
+    def vera_recorded_expand(
+        self,
+        y_TO: Tensor,
+        z_TR: Tensor,
+        pool: Tensor,
+        layer_offset: int,
+        step: StepVectors,
+        layer: int,
+        tables: VectorsOfInput,
+    ) -> None:
+        rows_WS = step.rows_LWS[layer]
+        self._launch(
+            f"vera_recorded_expand_{SUFFIX[pool.dtype]}",
+            (step.items_S3.shape[0], tables.num_tiles, 1),
+            _THREADS,
+            (
+                y_TO.data_ptr(),
+                y_TO.stride(0),
+                z_TR.data_ptr(),
+                z_TR.stride(0),
+                pool.data_ptr(),
+                pool[layer_offset:].data_ptr(),
+                step.items_S3.data_ptr(),
+                step.words.data_ptr(),
+                rows_WS.data_ptr(),
+                rows_WS.shape[1],
+                tables.tiles.data_ptr(),
+            ),
+        )
+
+    def scale_recorded(
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, rows_WS: Tensor, tables: VectorsOfInput
+    ) -> None:
+        """`pool` begins at the layer's share."""
+        self._launch(
+            f"scale_recorded_{SUFFIX[pool.dtype]}",
+            (y_TO.shape[0], tables.num_scale_tiles, 1),
+            _THREADS,
+            (
+                y_TO.data_ptr(),
+                y_TO.stride(0),
+                0 if bias_O is None else bias_O.data_ptr(),
+                pool.data_ptr(),
+                rows_WS.data_ptr(),
+                rows_WS.shape[1],
+                tables.scale_tiles.data_ptr(),
+            ),
+        )
+
     def attention(
         self, q_THd: Tensor, out_THd: Tensor, pool: Tensor, layout: KvLayout, tables: Attention, scale: float
     ) -> None:
@@ -179,7 +256,7 @@ class Gather:
         )
 
     def take_rows(self, y_TD: Tensor, tokens_N: Tensor, pool: Tensor, rows: Rows) -> None:
-        """y[tokens[n]] = row n."""
+        """y[tokens[n]] = row n, unless its offset is negative."""
         self._launch(
             f"take_rows_{SUFFIX[pool.dtype]}",
             (rows.num, rows.num_segments, 1),

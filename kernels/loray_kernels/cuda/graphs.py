@@ -2,9 +2,9 @@
 
 A graph contains addresses, so whatever changes from step to step stands in tensors that stay in place. What a step is
 made of goes up in one copy: its numbers, and the blocks that are new in the tables, which stay on the device. A step is
-padded to the next size that has a graph: padding has no context, and its keys and values are not written. Steps with
-and without adapters have graphs of their own, so that the base does not pay for adapters, and so have contexts of
-different magnitude, for which attention has more splits.
+padded to the next size that has a graph: padding has no context, and its keys and values are not written. Steps of the
+base, steps with LoRA alone and steps with other parts of adapters have graphs of their own, so that nobody pays for
+what others bring, and so have contexts of different magnitude, for which attention has more splits.
 
 Recording has not run on a GPU yet. All else is tested on a CPU.
 """
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from loray_kernels.cuda.tables import SPLIT, Attention, Items, upload
-from loray_kernels.decoding import DecodeStep, Decoding, RecordedStep
+from loray_kernels.cuda.vectors import RecordedVectors
+from loray_kernels.decoding import DecodeStep, Decoding, Parts, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta
-from loray_kernels.records import Directory, Records, StepRecords
+from loray_kernels.records import Directory, Records
+from loray_kernels.vectors import VectorShape
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SPLITS = (1, 4, 16, 64, 256, 1024, 4096)  # of attention
@@ -28,14 +30,14 @@ _NEW_BLOCKS = 1024  # that go up with a step; more are a copy of their own
 
 
 class StepWords:
-    """The numbers of a step on the device: token ids, positions, seats, items of adapters; then new blocks, places
-    first.
+    """The numbers of a step on the device: token ids, positions, seats, items of adapters; with `vectors` their starts,
+    pairs and own embedding rows; then new blocks, places first.
 
     They go up from two pinned copies by turns: what was computed from one has been read before it is written again.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._size, self._num = size, 6 * size
+    def __init__(self, size: int, device: torch.device, *, vectors: bool = False) -> None:
+        self._size, self._vectors, self._num = size, vectors, (11 if vectors else 6) * size
         words = self._num + 2 * _NEW_BLOCKS
         self.words = torch.zeros(words, dtype=torch.int64, device=device)
         self.words[size : 2 * size] = -1  # the run before a recording writes no keys
@@ -55,6 +57,12 @@ class StepWords:
         view[2 * size : 2 * size + num] = step.seats
         view[3 * size : 3 * size + len(step.items)] = step.items
         view[3 * size + len(step.items) : self._num] = 0
+        if self._vectors:
+            view[6 * size : 10 * size] = 0
+            view[6 * size : 6 * size + len(step.vectors)] = step.vectors
+            view[7 * size : 7 * size + len(step.pairs)] = step.pairs
+            view[10 * size : 10 * size + len(step.own_rows)] = step.own_rows
+            view[10 * size + len(step.own_rows) : self._num] = -1
         if new > _NEW_BLOCKS:
             blocks.index_copy_(0, *upload(blocks.device, step.places, step.blocks))
             new = 0
@@ -74,9 +82,20 @@ class StepWords:
 class PaddedStep:
     """A step of `size` sequences, computed on the device from its words and the seats' block tables."""
 
-    def __init__(self, size: int, splits: int, blocks: Tensor, records: Records | None, decoding: Decoding) -> None:
+    def __init__(
+        self,
+        size: int,
+        splits: int,
+        blocks: Tensor,
+        decoding: Decoding,
+        parts: Parts = Parts.NONE,
+        records: Records | None = None,
+        shape: VectorShape | None = None,
+    ) -> None:
         device = blocks.device
-        self.words = StepWords(size, device)
+        self._parts, self._shape = parts, shape
+        self._has_vectors = bool(parts & ~Parts.LORA)
+        self.words = StepWords(size, device, vectors=self._has_vectors)
         self._size, self._splits, self._blocks, self._records, self._decoding = size, splits, blocks, records, decoding
         self._numbers = torch.arange(size + 1, device=device)
         self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
@@ -84,7 +103,8 @@ class PaddedStep:
 
     def step(self) -> RecordedStep:
         size, block_tokens = self._size, self._decoding.layout.block_tokens
-        token_ids_S, positions_S, seats_S = self.words.words[: 3 * size].view(3, size)
+        words = self.words.words
+        token_ids_S, positions_S, seats_S = words[: 3 * size].view(3, size)
         at_S, start_S = positions_S.clamp(min=0), seats_S * self._decoding.max_blocks
         block_S = self._blocks[start_S + at_S // block_tokens]
         slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)
@@ -98,10 +118,17 @@ class PaddedStep:
             prefilled=self._prefilled,
             max_splits=self._splits,
         )
-        records = None
-        if self._records is not None:
-            records = StepRecords(self._records, self.words.words[3 * size : 6 * size].view(size, 3))
-        return RecordedStep(token_ids_S, at_S, meta, records)
+        if not self._parts or self._records is None:
+            return RecordedStep(token_ids_S, at_S, meta, None)
+        items_S3, vectors = words[3 * size : 6 * size].view(size, 3), None
+        if self._has_vectors and self._shape is not None:
+            pairs_S3 = words[7 * size : 10 * size].view(size, 3)
+            vectors = RecordedVectors(self._records, self._shape, words[6 * size : 7 * size], pairs_S3)
+        records = StepRecords(self._records, items_S3, self._parts, vectors)
+        own_rows = None
+        if vectors is not None and Parts.OWN in self._parts:
+            own_rows = vectors.embedding_rows(words[10 * size : 11 * size])
+        return RecordedStep(token_ids_S, at_S, meta, records, own_rows)
 
 
 class Recording(NamedTuple):
@@ -120,23 +147,29 @@ class DecodeGraphs:
     def __init__(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding, record: Record) -> None:
         self._forward, self._decoding, self._record = forward, decoding, record
         self._blocks = torch.zeros(decoding.num_seats * decoding.max_blocks, dtype=torch.int64, device=decoding.device)
-        self._recorded: dict[tuple[int, int, bool], tuple[PaddedStep, Recording]] = {}
-        self.directory = Directory(decoding.inputs, decoding.device)
+        self._recorded: dict[tuple[int, int, Parts], tuple[PaddedStep, Recording]] = {}
+        self.vectors = VectorShape.of(decoding.inputs, decoding.layout.num_layers, decoding.layout.head_dim)
+        self.directory = Directory(decoding.inputs, decoding.device, reserved=self.vectors.head)
         self.max_rows = SIZES[-1]
 
     def __call__(self, step: DecodeStep) -> Tensor:
         num, splits = len(step.token_ids), -(-(int(step.positions.max()) + 1) // SPLIT)
-        key = _least(SIZES, num), _least(_SPLITS, splits), len(step.items) > 0
-        found = self._recorded.get(key)
-        if found is None:
-            size, splits, with_adapters = key
-            records = self.directory.records if with_adapters else None
-            padded = PaddedStep(size, splits, self._blocks, records, self._decoding)
-            found = self._recorded[key] = padded, self._record(lambda: self._forward(padded.step()))
-        padded, recording = found
+        padded, recording = self._found(_least(SIZES, num), _least(_SPLITS, splits), step.parts)
         padded.words.fill(step, self._blocks)
         recording.replay()
         return recording.out[:num]
+
+    def _found(self, size: int, splits: int, parts: Parts) -> tuple[PaddedStep, Recording]:
+        """The recording for these parts. Beyond LoRA one with more parts serves as well, so that there are few."""
+        found = self._recorded.get((size, splits, parts))
+        if found is None and parts & ~Parts.LORA:
+            known = (p for s, n, p in self._recorded if (s, n) == (size, splits) and parts in p)
+            if (more := min(known, key=int.bit_count, default=None)) is not None:
+                found = self._recorded[size, splits, more]
+        if found is None:
+            padded = PaddedStep(size, splits, self._blocks, self._decoding, parts, self.directory.records, self.vectors)
+            found = self._recorded[size, splits, parts] = padded, self._record(lambda: self._forward(padded.step()))
+        return found
 
 
 def _least(sizes: Sequence[int], needed: int) -> int:

@@ -32,19 +32,20 @@ from loray_kernels.cuda.tables import (
     pack_spans,
     pack_token_rows,
 )
-from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep
+from loray_kernels.cuda.vectors import pack_vectors
+from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, StepRecords
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import token_rows
 from loray_kernels.ops import (
     LoraTable,
     PairMatrix,
     Segments,
-    TokenRows,
     VeraTable,
 )
 from loray_kernels.pages import PageWriter
-from loray_kernels.records import INPUTS, MAX_ROWS, StepRecords
+from loray_kernels.records import INPUTS, MAX_ROWS
 from loray_kernels.reference import ReferenceOps
+from loray_kernels.vectors import MAX_PAIR_RANK, TokenRows
 
 if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
     from loray_kernels.cuda.tiles.launch import Tiles
@@ -189,6 +190,28 @@ class CudaOps(ReferenceOps):
         h_TR = torch.empty(x_TI.shape[0], MAX_ROWS, device=x_TI.device)
         self._gather.recorded_shrink(x_TI, layer, records, field, tables, h_TR)
         self._gather.recorded_expand(outputs, h_TR, layer, records, field, tables)
+
+    def vera_of_records(
+        self, x_TI: Tensor, y_TO: Tensor, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+    ) -> None:
+        vectors, (layer, number) = records.vectors, divmod(field, len(INPUTS))
+        assert vectors is not None
+        assert _one_dtype(pool, x_TI, y_TO)
+        assert y_TO.stride(1) == 1
+        x_TI, tables = token_rows(x_TI), pack_vectors(records.records, vectors.shape, number)
+        z_TR = torch.empty(x_TI.shape[0], MAX_PAIR_RANK, device=x_TI.device)
+        self._gather.vera_recorded_shrink(x_TI, pool, vectors, layer, tables, z_TR)
+        self._gather.vera_recorded_expand(y_TO, z_TR, pool, layer_offset, vectors, layer, tables)
+
+    def scale_of_records(
+        self, y_TO: Tensor, bias_O: Tensor | None, pool: Tensor, records: StepRecords, field: int, layer_offset: int
+    ) -> None:
+        vectors, (layer, number) = records.vectors, divmod(field, len(INPUTS))
+        assert vectors is not None
+        assert _one_dtype(pool, y_TO, *(() if bias_O is None else (bias_O,)))
+        assert y_TO.stride(1) == 1
+        tables = pack_vectors(records.records, vectors.shape, number)
+        self._gather.scale_recorded(y_TO, bias_O, pool[layer_offset:], vectors.rows_LWS[layer], tables)
 
     def vera_shrink(self, x_TI: Tensor, a_RI: PairMatrix) -> Tensor:
         if not _one_dtype(a_RI.data, x_TI) or a_RI.data.stride(1) != 1:

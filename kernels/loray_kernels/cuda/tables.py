@@ -15,8 +15,9 @@ from torch import Tensor
 
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.layout import row_size
-from loray_kernels.ops import LoraTable, RowTables, Segments, TokenRows
-from loray_kernels.records import Records
+from loray_kernels.ops import LoraTable, Segments
+from loray_kernels.records import Records, RowTables
+from loray_kernels.vectors import TokenRows
 
 # If an adapter has fewer tokens in the step, they are gathered, GATHER_TOKENS at a time; else they form tiles.
 GATHER_BELOW = 16
@@ -127,12 +128,13 @@ def pack_rows(rows: RowTables) -> Rows:
 
 
 def pack_token_rows(own: TokenRows, num_tokens: int) -> Tensor:
-    """For each token of the step its row in `own.rows`, or −1."""
+    """For each token of the step its row in `own.rows`; −1: it has none."""
     index_T: Tensor | None = own.rows.memo.get("cuda tokens")
     if index_T is None:
         num = own.tokens_N.shape[0]
         index_T = torch.full((num_tokens,), -1, dtype=torch.int64, device=own.tokens_N.device)
-        index_T[own.tokens_N] = torch.arange(num, device=index_T.device)
+        numbers_N = torch.arange(num, device=index_T.device)
+        index_T[own.tokens_N] = numbers_N.masked_fill(own.rows.segments[0][2] < 0, -1)
         own.rows.memo["cuda tokens"] = index_T
     assert index_T.shape[0] == num_tokens
     return index_T

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from loray.engine.model.decoding import DecodeBatch, DecodeSteps
+from loray.engine.pool.resident import Record
 from loray.engine.request import Request, State
 from loray.engine.scheduling.plan import Chunk
 from loray.spec import GenerateRequest, SamplingParams
+from loray_kernels import Parts
 
 MAX_BLOCKS = 4
 
@@ -51,8 +53,15 @@ def advance(request: Request) -> None:
     request.num_computed += 1
 
 
-def adapter(start: int | None, pending: object = None) -> Any:
-    return SimpleNamespace(record=None if start is None else (start, 9), pending=pending)
+def adapter(start: int | None, pending: object = None, pair: int | None = None, **fields: Any) -> Any:
+    """With a record of nine words from `start` on; with a VeRA pair in a run of blocks from `pair` on."""
+    record = None
+    if start is not None and pair is None:
+        record = Record(start, 9, Parts.LORA, start, 0, None)
+    elif start is not None:
+        record = Record(start, 9, Parts.VERA, None, start, start + 5)
+    run = None if pair is None else SimpleNamespace(first_block=pair)
+    return SimpleNamespace(**{"record": record, "pending": pending, "pair": run, "token_row": {}} | fields)
 
 
 def test_only_new_blocks_are_sent() -> None:
@@ -97,6 +106,36 @@ def test_rows_of_one_adapter_are_neighbours_four_at_a_time() -> None:
     assert [c.request.request_id for c in batch.sampled] == ["0", "3", "1", "2", "4", "5", "6", "7"]
     assert batch.step.items.tolist() == [0, 1, 1, 50, 2, 4, 50, 6, 2]
     assert batch.residents == (one, other) or batch.residents == (other, one)
+
+
+def test_rows_that_share_a_pair_are_neighbours_and_name_their_vectors() -> None:
+    device = Device(num_seats=8)
+    rows = [running(str(i), [i]) for i in range(8)]
+    one, two, other, lora = adapter(70, pair=3), adapter(20, pair=3), adapter(40, pair=9), adapter(60)
+    device.adapters = {rows[0]: one, rows[1]: other, rows[2]: two, rows[4]: lora} | {rows[i]: one for i in (5, 6, 7)}
+    batch = device.step(*rows)
+    assert batch is not None
+    assert [c.request.request_id for c in batch.sampled] == ["3", "4", "2", "0", "5", "6", "7", "1"]
+    assert batch.step.items.tolist() == [60, 1, 1]
+    assert batch.step.pairs.tolist() == [25, 2, 4, 25, 6, 1, 45, 7, 1]
+    assert batch.step.vectors.tolist() == [0, 0, 20, 70, 70, 70, 70, 40]
+    assert batch.step.parts == Parts.LORA | Parts.VERA
+    assert batch.step.own_rows.size == 0
+
+
+def test_embedding_rows_are_found_for_each_token() -> None:
+    device, a, b = Device(), running("a", [1]), running("b", [2])
+    own = adapter(30, token_row={3: 500}, record=Record(30, 9, Parts.OWN, None, 30, None))
+    device.adapters = {a: own}
+    first = device.step(a, b)
+    assert first is not None
+    assert first.step.own_rows.tolist() == [-1, -1]
+    assert first.step.parts == Parts.OWN
+    advance(a)  # to token 3
+    own.token_row = {3: 700}  # its rows are moved between steps
+    second = device.step(a, b)
+    assert second is not None
+    assert dict(zip((c.request for c in second.sampled), second.step.own_rows.tolist(), strict=True)) == {a: 700, b: -1}
 
 
 @pytest.mark.parametrize("own", [adapter(None), adapter(0, pending=object())])

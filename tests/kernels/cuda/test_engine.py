@@ -1,7 +1,7 @@
 """The engine with the CUDA C++ kernels, compiled for the CPU: adapters placed while steps run, recorded decode steps.
 
-What needs a GPU is simulated: a copy on another stream is one that is delayed until it is waited for; a recorded step
-is one that is computed again from the tensors with which it was recorded.
+What needs a GPU is simulated: a copy on another stream is one that is delayed until it is waited for; a graph is a tape
+of launches, see `tape`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.engine import Engine
+from loray.engine.scheduling.plan import Chunk
 from loray.spec import GenerateRequest, RopeParameters
 from loray_kernels import (
     AttentionMeta,
@@ -38,6 +39,7 @@ from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, make_engine, request, run, submit
 from tests.kernels.cuda.shim import ShimLauncher
+from tests.kernels.cuda.tape import Tape, TapeLauncher
 
 
 class LateUploader:
@@ -65,8 +67,9 @@ class ShimOps(CudaOps):
     rms_norm, rope, silu_mul = ReferenceOps.rms_norm, ReferenceOps.rope, ReferenceOps.silu_mul
     vera_shrink, vera_expand = ReferenceOps.vera_shrink, ReferenceOps.vera_expand
 
-    def __init__(self, gather: Gather) -> None:
-        super().__init__(gather, cast(Any, None))
+    def __init__(self, launcher: TapeLauncher) -> None:
+        super().__init__(Gather(launcher), cast(Any, None))
+        self._launcher = launcher
         self.uploaders: list[LateUploader] = []
         self.records_steps = True
         self.num_recorded = 0
@@ -81,11 +84,14 @@ class ShimOps(CudaOps):
 
     def _record(self, compute: Callable[[], Tensor]) -> Recording:
         self.num_recorded += 1
-        out = compute().clone().fill_(torch.nan)  # recording computes nothing
+        compute()  # as GraphRecorder does
+        tape = self._launcher.tape = Tape()
+        out = tape.record(compute)
+        out.fill_(torch.nan)  # recording computes nothing
 
         def replay() -> None:
             self.replayed.append(out.shape[0])
-            out.copy_(compute())
+            tape.replay()
 
         return Recording(replay, out)
 
@@ -100,7 +106,7 @@ class ShimOps(CudaOps):
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
     try:
-        ops = ShimOps(Gather(ShimLauncher()))
+        ops = ShimOps(TapeLauncher(ShimLauncher()))
     except BackendUnavailable as e:
         pytest.skip(str(e))
     monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
@@ -169,10 +175,10 @@ def test_rows_that_the_kernel_scatters_stand_where_copies_would_have_put_them(
 
 @pytest.fixture(scope="session")
 def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestAdapter]:
-    """LoRA of several ranks, on different modules and layers; and what has no record: VeRA, and a RoPE of its own."""
+    """LoRA of several ranks, on different modules and layers; DoRA, VeRA of two pairs, LongLoRA."""
     from peft import LoraConfig, VeraConfig
 
-    from tests.engine.adapters import make_adapter
+    from tests.engine.adapters import NORMS, make_adapter
 
     folder, attention = tmp_path_factory.mktemp("mixed"), ["q_proj", "k_proj", "v_proj", "o_proj"]
     configs = {
@@ -181,13 +187,25 @@ def mixed(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "r70": LoraConfig(r=70, target_modules=["k_proj", "down_proj"]),
         "pattern": LoraConfig(r=3, target_modules=["q_proj", "o_proj"], rank_pattern={"layers.1.self_attn.q_proj": 5}),
         "one layer": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
+        "dora": LoraConfig(r=4, target_modules=[*attention, "up_proj", "down_proj"], use_dora=True),
         "vera": VeraConfig(r=24, target_modules=["q_proj", "v_proj"], save_projection=False),
+        "vera too": VeraConfig(r=24, target_modules=["q_proj", "v_proj"], save_projection=False),
+        "vera of one layer": VeraConfig(
+            r=21, target_modules=["q_proj"], layers_to_transform=[1], save_projection=False, projection_prng_key=3
+        ),
         "rope": LoraConfig(r=3, target_modules=["q_proj"]),
+        "longlora": LoraConfig(r=3, target_modules=attention, modules_to_save=["embed_tokens", *NORMS, "q_norm"]),
     }
     rope = RopeParameters(rope_type="linear", rope_theta=10000.0, factor=2.0)
     return {
         name: make_adapter(
-            base, folder / name.replace(" ", "-"), config, seed=i, std=0.12, rope=rope if name == "rope" else None
+            base,
+            folder / name.replace(" ", "-"),
+            config,
+            seed=i,
+            std=0.12,
+            rope=rope if name in ("rope", "longlora") else None,
+            num_token_rows=80,
         )
         for i, (name, config) in enumerate(configs.items())
     }
@@ -209,7 +227,13 @@ def served(engine: Engine, requests: Sequence[GenerateRequest], joins: int) -> d
     return out
 
 
-@pytest.mark.parametrize("names", [["r2", "r7", "r70", "pattern", "one layer"], ["r2", "vera", "r7", "rope", "r70"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["r2", "r7", "r70", "pattern", "one layer"],
+        ["vera", "r2", "longlora", "vera too", "dora", "vera of one layer", "rope"],
+    ],
+)
 def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
     base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch, names: list[str]
 ) -> None:
@@ -222,17 +246,26 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
         for i in range(18)
     ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=6) for i in range(6)]
     fields: dict[str, Any] = {"max_num_seqs": 12, "pool_bytes": 300 << 10}
-    got = served(make_engine(base, list(mixed.values()), **fields), requests, joins=5)
-    num_replayed = len(ops.replayed)
+    engine = make_engine(base, list(mixed.values()), **fields)
+    batch, decode_steps = engine._model.batch, []
+
+    def batched(chunks: list[Chunk], *arguments: Any) -> Any:
+        made = batch(chunks, *arguments)
+        if all(c.num_tokens == 1 and c.request.output_ids and c.is_last for c in chunks):
+            decode_steps.append(made)
+        return made
+
+    monkeypatch.setattr(engine._model, "batch", batched)
+    got = served(engine, requests, joins=5)
+    assert len(ops.replayed) == len(decode_steps) > 12
     reference = ReferenceOps()
     monkeypatch.setattr(build, "backend", lambda name, device: reference)
     assert got == served(make_engine(base, list(mixed.values()), **fields), requests, joins=5)
-    assert num_replayed > (20 if "vera" not in names else 1)
 
 
 def test_records_follow_rows_that_are_moved(base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps) -> None:
     engine = make_engine(base, list(mixed.values()))
-    names = ["r70", "r7", "r2", "pattern", "one layer"]
+    names = ["r70", "r7", "r2", "pattern", "one layer", "longlora", "dora"]
     for name in names:
         run(engine, [request(name, range(3, 9), mixed[name], max_tokens=1)])
     gone = next(a for a in engine.pool.residents if a.ref == mixed["r70"].ref)
@@ -244,6 +277,6 @@ def test_records_follow_rows_that_are_moved(base: BaseModel, mixed: dict[str, Te
     assert records is not None
     for adapter in engine.pool.residents:
         assert adapter.record is not None
-        start, length = adapter.record
-        written = records._directory.records.words[start : start + length]
-        assert written.tolist() == cast(Any, records._words(adapter)).tolist()
+        start, size = adapter.record.start, adapter.record.size
+        written = records._directory.records.words[start : start + size]
+        assert written.tolist() == [word for part in cast(Any, records._words(adapter)) for word in part]

@@ -22,6 +22,7 @@ from loray_kernels import (
     LoraTable,
     Ops,
     PairMatrix,
+    Parts,
     Piece,
     RecordedStep,
     RowTables,
@@ -166,7 +167,7 @@ def test_the_engine_replays_decode_steps(
     expected, got = logits_of(eager, requests), logits_of(recorded, requests)
     graphs = recorded._model._recorded
     assert isinstance(graphs, DecodeGraphs)
-    assert {with_adapters for _, _, with_adapters in graphs._recorded} >= {names != (None,)}
+    assert {parts for _, _, parts in graphs._recorded} >= {Parts.NONE if names == (None,) else Parts.LORA}
     for name, want in expected.items():
         near(got[name], want, getattr(torch, dtype))
 

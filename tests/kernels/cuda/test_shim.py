@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from loray_kernels import (
+    MAX_PAIR_RANK,
     RECORD_TOKENS,
     AttentionMeta,
     BackendUnavailable,
@@ -89,7 +90,7 @@ def test_a_padded_step_gives_what_the_step_gives(ops: Ops) -> None:
     layout = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=2, head_dim=16)
     max_blocks = 20
     blocks = torch.zeros(6 * max_blocks, dtype=torch.int64)
-    padded = PaddedStep(4, 2, blocks, None, Decoding(layout, 6, max_blocks, (), torch.device("cpu")))
+    padded = PaddedStep(4, 2, blocks, Decoding(layout, 6, max_blocks, (), torch.device("cpu")))
     q_THd, k_TKd = randn(6, torch.float32, 4, 4, 16), randn(7, torch.float32, 4, 2, 16)
     for contexts in ([300, 20, 16, 5], [7, 290]):
         pool, meta = decoding(torch.float32, contexts, layout)
@@ -149,13 +150,14 @@ def test_launches_and_kernels_agree() -> None:
         (value,) = re.findall(rf"constexpr int {name} = (\d+);", sources[file])
         return int(value)
 
-    assert constant("lora.cu", "TOKENS") == tables.GATHER_TOKENS == RECORD_TOKENS
-    assert constant("lora.cu", "WARPS") == gather._SHRINK_WARPS
+    assert constant("lora.cu", "TOKENS") == constant("vera.cu", "TOKENS") == tables.GATHER_TOKENS == RECORD_TOKENS
+    assert constant("lora.cu", "WARPS") == constant("vera.cu", "WARPS") == gather._SHRINK_WARPS
+    assert constant("vera.cu", "RANK") == MAX_PAIR_RANK
     assert 2 * constant("lora.cu", "THREADS") == 2 * gather._EXPAND_THREADS == tables.TILE_COLUMNS
     assert constant("attention.cu", "SPLIT") == tables.SPLIT
     assert constant("attention.cu", "GROUP") == gather._GROUP
     assert constant("attention.cu", "HEAD") == gather.MAX_HEAD_DIM
-    assert {constant(f, "THREADS") for f in ("attention.cu", "rows.cu")} == {gather._THREADS}
+    assert {constant(f, "THREADS") for f in ("attention.cu", "rows.cu", "vera.cu")} == {gather._THREADS}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -168,7 +170,7 @@ def test_nvrtc_compiles_every_kernel(arch: str) -> None:
             pytest.skip(str(e))
         raise
     spills = re.findall(r"(\d+) bytes spill stores", "".join(logs))
-    assert len(spills) == 3 * 9  # kernels in three dtypes
+    assert len(spills) == 3 * 12  # kernels in three dtypes
     assert max(map(int, spills)) <= 16
 
 

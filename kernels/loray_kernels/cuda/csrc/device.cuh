@@ -81,6 +81,25 @@ template <int N, class T> __device__ inline void load(const T *p, i64 valid, boo
   }
 }
 
+// sum[t] += Σ_k a[k] · x[t · x_stride + k] over the elements that a lane of a warp has, for the first `count` tokens.
+template <int TOKENS, class T>
+__device__ inline void add_products(const T *a, const T *x, i64 x_stride, i64 width, int count, float (&sum)[TOKENS]) {
+  const bool wide_a = aligned(a, 16), wide_x = aligned(x, 16) && x_stride * sizeof(T) % 16 == 0;
+  for (i64 k = threadIdx.x % 32 * 8; k < width; k += 256) {
+    float weight[8];
+    load(a + k, width - k, wide_a, weight);
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+      if (t < count) {
+        float value[8];
+        load(x + t * x_stride + k, width - k, wide_x, value);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[t] += value[i] * weight[i];
+      }
+    }
+  }
+}
+
 __device__ inline float warp_sum(float v) {
 #pragma unroll
   for (int lane = 16; lane; lane >>= 1) v += __shfl_xor_sync(0xffffffffu, v, lane);

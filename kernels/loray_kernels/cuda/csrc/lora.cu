@@ -16,23 +16,8 @@ __device__ void shrink_row(const T *x, i64 x_stride, const T *pool, const i64 *i
   const int lane = threadIdx.x % 32, count = static_cast<int>(item[2]);
   float sum[TOKENS] = {};
   for (i64 s = 0; s < num_segments; s++) {
-    const i64 width = segments[2 * s + 1];
-    const T *a = pool + offsets[s * num_rows + row];
     const T *from = x + item[1] * x_stride + segments[2 * s];
-    const bool wide_a = aligned(a, 16), wide_x = aligned(from, 16) && x_stride * sizeof(T) % 16 == 0;
-    for (i64 k = lane * 8; k < width; k += 256) {
-      float weight[8];
-      load(a + k, width - k, wide_a, weight);
-#pragma unroll
-      for (int t = 0; t < TOKENS; t++) {
-        if (t < count) {
-          float value[8];
-          load(from + t * x_stride + k, width - k, wide_x, value);
-#pragma unroll
-          for (int i = 0; i < 8; i++) sum[t] += value[i] * weight[i];
-        }
-      }
-    }
+    add_products(pool + offsets[s * num_rows + row], from, x_stride, segments[2 * s + 1], count, sum);
   }
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {

@@ -1,4 +1,4 @@
-// Copies of rows: new keys and values into the cache, embedding rows of adapters, host pages into blocks.
+// Rows: new keys and values into the cache, embedding rows of adapters, host pages into blocks, DoRA's scales.
 #include "device.cuh"
 
 constexpr int THREADS = 128;
@@ -16,11 +16,13 @@ __device__ void write_kv(T *pool, i64 block_stride, i64 block_tokens, i64 width,
   }
 }
 
-// y[tokens[n]] = row n of the pool. Grid (rows, segments), THREADS threads.
+// y[tokens[n]] = row n of the pool; a negative offset is skipped. Grid (rows, segments), THREADS threads.
 template <class T>
 __device__ void take_rows(T *y, i64 y_stride, const i64 *tokens, const T *pool, const i64 *offsets, i64 num_rows,
                           const i64 *segments) {
-  const T *from = pool + offsets[blockIdx.y * num_rows + blockIdx.x];
+  const i64 at = offsets[blockIdx.y * num_rows + blockIdx.x];
+  if (at < 0) return;
+  const T *from = pool + at;
   T *to = y + tokens[blockIdx.x] * y_stride + segments[2 * blockIdx.y];
   for (i64 i = threadIdx.x; i < segments[2 * blockIdx.y + 1]; i += THREADS) to[i] = from[i];
 }
@@ -35,6 +37,20 @@ template <class T> __device__ void place_pages(T *pool, const T *pages, const i6
   for (i64 i = threadIdx.x; i < whole; i += THREADS)
     reinterpret_cast<uint4 *>(to)[i] = reinterpret_cast<const uint4 *>(from)[i];
   for (i64 i = whole * 16 / sizeof(T) + threadIdx.x; i < piece[2]; i += THREADS) to[i] = from[i];
+}
+
+// y[t, o] += row[o] · (y[t, o] − bias[o]) in recorded steps. `rows` as in vera.cu; `bias` may be null. A tile is (word,
+// first column in the row's segment, first column in y, columns). Grid (tokens, tiles), THREADS threads.
+template <class T>
+__device__ void scale_recorded(T *y, i64 y_stride, const T *bias, const T *pool, const i64 *rows, i64 num_tokens,
+                               const i64 *tiles) {
+  const i64 token = blockIdx.x, *tile = tiles + 4 * blockIdx.y, at = rows[tile[0] * num_tokens + token];
+  if (at < 0) return;
+  for (i64 c = threadIdx.x; c < tile[3]; c += THREADS) {
+    T *to = y + token * y_stride + tile[2] + c;
+    const float value = to_float(*to), plain = bias ? value - to_float(bias[tile[2] + c]) : value;
+    store(to, value + to_float(pool[at + tile[1] + c]) * plain);
+  }
 }
 
 #define LORAY_DEFINE(suffix, T)                                                                                        \
@@ -52,9 +68,15 @@ template <class T> __device__ void place_pages(T *pool, const T *pages, const i6
       place_pages_##suffix(T *pool, const T *pages, const i64 *pieces) {                                               \
     place_pages<T>(pool, pages, pieces);                                                                               \
   }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      scale_recorded_##suffix(T *y, i64 y_stride, const T *bias, const T *pool, const i64 *rows, i64 num_tokens,       \
+                              const i64 *tiles) {                                                                      \
+    scale_recorded<T>(y, y_stride, bias, pool, rows, num_tokens, tiles);                                               \
+  }                                                                                                                    \
   LORAY_EXPORT(write_kv_##suffix)                                                                                      \
   LORAY_EXPORT(take_rows_##suffix)                                                                                     \
-  LORAY_EXPORT(place_pages_##suffix)
+  LORAY_EXPORT(place_pages_##suffix)                                                                                   \
+  LORAY_EXPORT(scale_recorded_##suffix)
 
 LORAY_DEFINE(bf16, bf16)
 LORAY_DEFINE(fp16, fp16)

@@ -22,10 +22,12 @@ from loray_kernels import (
     AttentionMeta,
     LayerTables,
     LoraTable,
+    Parts,
     RecordedStep,
     RowTables,
     Segments,
     StepRecords,
+    StepVectors,
     TokenRows,
     VeraTable,
 )
@@ -184,6 +186,11 @@ class Batch:
         """The adapters of the batch, each once."""
         return [slot.adapter for slot in self.adapters.slots]
 
+    @property
+    def own_vectors(self) -> StepVectors | None:
+        """Of a recorded step in which adapters have norms, embedding rows or a RoPE."""
+        return self.records.vectors if self.records is not None and Parts.OWN in self.records.parts else None
+
     @classmethod
     def of_recorded(cls, step: RecordedStep) -> Batch:
         """A batch without requests to sample for."""
@@ -193,7 +200,7 @@ class Batch:
             positions_T=step.positions_S,
             attention=step.attention,
             adapters=AdapterBatch((), device=device),
-            own_rows=None,
+            own_rows=step.own_rows,
             logits_T=torch.arange(step.token_ids_S.shape[0], device=device),
             sampled=(),
             records=step.records,

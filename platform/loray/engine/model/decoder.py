@@ -10,7 +10,8 @@ from torch import Tensor
 from loray.bases.config import ModelConfig
 from loray.engine.model.batch import Batch, build_batch
 from loray.engine.model.decoding import DecodeBatch, DecodeSteps, Resident
-from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Rope, Step
+from loray.engine.model.layers import LOCAL, Layer, Linears, RMSNorm, Step
+from loray.engine.model.rope import Rope
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.records import AdapterRecords, input_shapes
 from loray.engine.scheduling.plan import Chunk
@@ -64,7 +65,12 @@ class Decoder:
             forward, Decoding(pool.layout, num_seats, max_blocks, inputs, pool.tensor.device)
         )
         if self._recorded is not None:
-            pool.records = AdapterRecords(self._recorded.directory)
+            pool.records = AdapterRecords(
+                self._recorded.directory,
+                self._recorded.vectors,
+                block_size=pool.geometry.block_size,
+                rope=self._rope.numbers,
+            )
             self._steps = DecodeSteps(num_seats=num_seats, max_blocks=max_blocks, max_rows=self._recorded.max_rows)
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch:

@@ -18,7 +18,9 @@ import numpy.typing as npt
 from loray.engine.pool.resident import ResidentAdapter
 from loray.engine.request import Request, State
 from loray.engine.scheduling.plan import Chunk
-from loray_kernels import RECORD_TOKENS, DecodeStep
+from loray_kernels import RECORD_TOKENS, DecodeStep, Parts
+
+_NONE = np.array([], dtype=np.int64)
 
 Resident = Callable[[Chunk], ResidentAdapter | None]
 
@@ -35,7 +37,9 @@ class DecodeBatch:
 
 @dataclass(slots=True)
 class _Arranged:
-    """Of the last step. By row: `order` has its chunk's place, `seats` its seat, `prompts` its tokens of prompt."""
+    """Of the last step. By row: `order` has its chunk's place, `seats` its seat, `prompts_S` its tokens of prompt,
+    `embeddings` its adapter if that has embedding rows; empty: none has.
+    """
 
     requests: list[Request]
     blocks: list[list[int]]
@@ -45,6 +49,10 @@ class _Arranged:
     prompts_S: npt.NDArray[np.int64]
     items: npt.NDArray[np.int64]
     residents: tuple[ResidentAdapter, ...]
+    parts: Parts
+    vectors_S: npt.NDArray[np.int64]
+    pairs: npt.NDArray[np.int64]
+    embeddings: list[ResidentAdapter | None]
 
 
 class DecodeSteps:
@@ -85,7 +93,22 @@ class DecodeSteps:
                 places += range(seat * self._max_blocks + known, seat * self._max_blocks + len(own))
                 blocks += own[known:]
         token_ids_S = np.array([r.output_ids[-1] for r in requests], dtype=np.int64)
-        step = DecodeStep(token_ids_S, positions_S, arranged.seats_S, arranged.items, places, blocks)
+        own_rows_S = _NONE
+        if arranged.embeddings:
+            tokens = zip(arranged.embeddings, token_ids_S.tolist(), strict=True)
+            own_rows_S = np.array([-1 if a is None else a.token_row.get(t, -1) for a, t in tokens], dtype=np.int64)
+        step = DecodeStep(
+            token_ids_S,
+            positions_S,
+            arranged.seats_S,
+            arranged.items,
+            places,
+            blocks,
+            arranged.parts,
+            arranged.vectors_S,
+            arranged.pairs,
+            own_rows_S,
+        )
         return DecodeBatch(step, in_order, arranged.residents)
 
     def _arranged(self, chunks: Sequence[Chunk], resident: Resident) -> _Arranged | None:
@@ -103,26 +126,31 @@ class DecodeSteps:
         adapters = [resident(chunk) for chunk in chunks]
         if any(a is not None and (a.record is None or a.pending is not None) for a in adapters):
             return None
-        starts = [-1 if a is None or a.record is None else a.record[0] for a in adapters]
-        order = sorted(range(len(chunks)), key=starts.__getitem__)
-        items: list[int] = []
-        row = 0
-        for start, stretch in groupby(order, key=starts.__getitem__):
-            num = len(list(stretch))
-            for first in range(row, row + num, RECORD_TOKENS) if start >= 0 else ():
-                items += (start, first, min(RECORD_TOKENS, row + num - first))
-            row += num
+        places = [_place(a) for a in adapters]
+        order = sorted(range(len(chunks)), key=places.__getitem__)
+        in_order = [adapters[i] for i in order]
+        records = [None if a is None else a.record for a in in_order]
+        parts = Parts.NONE
+        for record in {*records} - {None}:
+            assert record is not None
+            parts |= record.parts
+        has_vectors = bool(parts & ~Parts.LORA)
+        has_rows = [a if a is not None and a.token_row else None for a in in_order]
         seats = self._seated(requests)
-        in_order = [seats[i] for i in order]
+        seats = [seats[i] for i in order]
         return _Arranged(
             requests,
             [request.blocks for request in requests],
             order,
-            in_order,
-            np.array(in_order, dtype=np.int64),
+            seats,
+            np.array(seats, dtype=np.int64),
             np.array([requests[i].num_prompt_tokens for i in order], dtype=np.int64),
-            np.array(items, dtype=np.int64),
+            _items([None if r is None else r.lora for r in records], [places[i] for i in order]),
             tuple({id(a): a for a in adapters if a is not None}.values()),
+            parts,
+            np.array([0 if r is None else r.vectors for r in records], dtype=np.int64) if has_vectors else _NONE,
+            _items([None if r is None else r.pair for r in records], [places[i][0] for i in order]),
+            has_rows if any(a is not None for a in has_rows) else [],
         )
 
     def _seated(self, requests: Sequence[Request]) -> list[int]:
@@ -135,3 +163,25 @@ class DecodeSteps:
             if request not in self._seat_of:
                 self._seat_of[request] = self._free.pop()
         return [self._seat_of[request] for request in requests]
+
+
+def _place(adapter: ResidentAdapter | None) -> tuple[int, int]:
+    """By which rows are ordered: those of a pair are neighbours, and in it those of an adapter."""
+    if adapter is None or adapter.record is None:
+        return -1, -1
+    return -1 if adapter.pair is None else adapter.pair.first_block, adapter.record.start
+
+
+def _items(starts: Sequence[int | None], owners: Sequence[object]) -> npt.NDArray[np.int64]:
+    """(start, first row, rows up to RECORD_TOKENS) for rows that follow each other and have one owner; `starts` by row,
+    None: it has no item.
+    """
+    items: list[int] = []
+    row = 0
+    for _, stretch in groupby(owners):
+        num, start = len(list(stretch)), starts[row]
+        if start is not None:
+            for first in range(row, row + num, RECORD_TOKENS):
+                items += (start, first, min(RECORD_TOKENS, row + num - first))
+        row += num
+    return np.array(items, dtype=np.int64)

@@ -14,11 +14,19 @@ from torch import Tensor
 
 from loray.bases.config import ModelConfig
 from loray.engine.model.batch import Batch
-from loray.engine.model.rope import Frequencies, frequencies
 from loray.engine.pool.pool import Pool
 from loray.engine.pool.resident import ResidentPair
-from loray.spec import RopeParameters
-from loray_kernels import INPUTS, LayerWeights, LoraTable, Ops, Segments, StepInputs, VeraTable
+from loray_kernels import (
+    INPUTS,
+    LayerWeights,
+    LoraTable,
+    Ops,
+    Parts,
+    Segments,
+    StepInputs,
+    StepRecords,
+    VeraTable,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +67,25 @@ class Linear:
         """(T, O), the modules side by side."""
         y_TO = step.ops.linear(x_TI, self.weights)
         parts = torch.split(y_TO, self._widths, dim=1)
-        records = step.batch.records
-        if records is not None:
-            step.ops.lora_of_records(x_TI, parts, step.pool.tensor, records, self._field, step.offset(self._layer))
+        if step.batch.records is not None:
+            self._add_recorded(x_TI, y_TO, parts, step.batch.records, step)
             return y_TO
         outputs = dict(zip(self.modules, parts, strict=True))
         self.add_lora(x_TI, outputs, step)
         self.add_vera(x_TI, outputs, step)
         self.scale_dora(outputs, step)
         return y_TO
+
+    def _add_recorded(
+        self, x_TI: Tensor, y_TO: Tensor, parts: tuple[Tensor, ...], records: StepRecords, step: Step
+    ) -> None:
+        pool, offset = step.pool.tensor, step.offset(self._layer)
+        if Parts.LORA in records.parts:
+            step.ops.lora_of_records(x_TI, parts, pool, records, self._field, offset)
+        if Parts.VERA in records.parts:
+            step.ops.vera_of_records(x_TI, y_TO, pool, records, self._field, offset)
+        if Parts.DORA in records.parts:
+            step.ops.scale_of_records(y_TO, self.weights.bias_O, pool, records, self._field, offset)
 
     def add_lora(self, x_TI: Tensor, outputs: Mapping[str, Tensor], step: Step) -> None:
         found = step.batch.adapters.layer(self._layer).lora
@@ -135,38 +153,13 @@ class RMSNorm:
         self.weight_D, self._eps = weight_D, eps
 
     def __call__(self, x_TD: Tensor, step: Step) -> Tensor:
-        adapters = step.batch.adapters
-        tables = adapters.flat() if self._layer is None else adapters.layer(self._layer)
+        adapters, vectors = step.batch.adapters, step.batch.own_vectors
         offset = 0 if self._layer is None else step.offset(self._layer)
+        tables = adapters.flat() if self._layer is None else adapters.layer(self._layer)
         own = tables.norms.get(self._name)
+        if vectors is not None:
+            own = vectors.token_rows(self._layer, self._name, "norm")
         return step.ops.rms_norm(x_TD, self.weight_D, self._eps, step.pool.tensor, own, offset)
-
-
-class Rope:
-    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's."""
-
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._config = config
-        self._dtype, self._device = dtype, device
-        self._known: dict[RopeParameters, Frequencies] = {}
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        positions_T = batch.positions_T.float()
-        angles_Th, factor_T = self._angles(positions_T, self._config.rope)
-        for slot in batch.adapters.slots:
-            if slot.adapter.rope is not None:
-                own = slice(slot.start, slot.stop)
-                angles_Th[own], factor_T[own] = self._angles(positions_T[own], slot.adapter.rope)
-        angles_Td = torch.cat((angles_Th, angles_Th), dim=-1)
-        factor_T1 = factor_T.unsqueeze(1)
-        return (angles_Td.cos() * factor_T1).to(self._dtype), (angles_Td.sin() * factor_T1).to(self._dtype)
-
-    def _angles(self, positions_T: Tensor, rope: RopeParameters) -> tuple[Tensor, Tensor]:
-        found = self._known.get(rope)
-        if found is None:
-            inverse_d, factor = frequencies(rope, self._config.head_dim)
-            found = self._known[rope] = Frequencies(inverse_d.to(self._device), factor)
-        return torch.outer(positions_T, found.inverse_d), torch.full_like(positions_T, found.attention_factor)
 
 
 class Attention:

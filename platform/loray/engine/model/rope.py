@@ -1,12 +1,16 @@
-"""RoPE's inverse frequencies, as transformers computes them."""
+"""RoPE: the inverse frequencies, as transformers computes them, and cos and sin of a step's tokens."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loray.bases.config import ModelConfig
+from loray.engine.model.batch import Batch
 from loray.spec import RopeParameters
 
 
@@ -37,3 +41,43 @@ def frequencies(rope: RopeParameters, head_dim: int) -> Frequencies:
     )
     inverse_d, attention_factor = ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))
     return Frequencies(inverse_d, float(attention_factor))
+
+
+class Rope:
+    """cos and sin of each token with the parameters of its model: the base's, or its LongLoRA adapter's."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._config = config
+        self._dtype, self._device = dtype, device
+        self._known: dict[RopeParameters, Frequencies] = {}
+
+    def numbers(self, rope: RopeParameters) -> npt.NDArray[np.float32]:
+        """Inverse frequencies and the factor of cos and sin, (head_dim/2 + 1,), for an adapter's record."""
+        inverse_d, factor = self._frequencies(rope)
+        return np.append(inverse_d.float().cpu().numpy(), np.float32(factor))
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        positions_T = batch.positions_T.float()
+        if (vectors := batch.own_vectors) is None:
+            angles_Th, factor_T = self._angles(positions_T, self._config.rope)
+        else:
+            inverse_Th, factor_T = vectors.rope(*self._frequencies(self._config.rope))
+            angles_Th = positions_T.unsqueeze(1) * inverse_Th
+        for slot in batch.adapters.slots:
+            if slot.adapter.rope is not None:
+                own = slice(slot.start, slot.stop)
+                angles_Th[own], factor_T[own] = self._angles(positions_T[own], slot.adapter.rope)
+        angles_Td = torch.cat((angles_Th, angles_Th), dim=-1)
+        factor_T1 = factor_T.unsqueeze(1)
+        return (angles_Td.cos() * factor_T1).to(self._dtype), (angles_Td.sin() * factor_T1).to(self._dtype)
+
+    def _angles(self, positions_T: Tensor, rope: RopeParameters) -> tuple[Tensor, Tensor]:
+        inverse_d, factor = self._frequencies(rope)
+        return torch.outer(positions_T, inverse_d), torch.full_like(positions_T, factor)
+
+    def _frequencies(self, rope: RopeParameters) -> Frequencies:
+        found = self._known.get(rope)
+        if found is None:
+            inverse_d, factor = frequencies(rope, self._config.head_dim)
+            found = self._known[rope] = Frequencies(inverse_d.to(self._device), factor)
+        return found

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loray.engine.memory.blocks import Extent
 from loray.engine.memory.rows import AdapterShape, Role, RowTable
 from loray.engine.pool.packed import PackedAdapter
 from loray.spec import AdapterRef, RopeParameters
-from loray_kernels import PairMatrix, RowTables
+from loray_kernels import PairMatrix, Parts, RowTables
+
+
+class Record(NamedTuple):
+    """An adapter's words on the device, [start, start + size), and in them where its LoRA rows, its vectors and the
+    words of its pair begin; None, or 0 for vectors: it has none.
+    """
+
+    start: int
+    size: int
+    parts: Parts
+    lora: int | None
+    vectors: int
+    pair: int | None
 
 
 @dataclass(slots=True, eq=False)
@@ -19,7 +33,7 @@ class ResidentAdapter:
     rows       the table as tensors, by (group, module, role); group -1 holds rows without a layer
     scales     LoRA's alpha/r by (group, module)
     token_row  {token: offset of the adapter's embedding row for it}
-    record     (start, words) of its record on the device; None without one, see `records`
+    record     on the device; None without one, see `records`
     pending    the rows on the host while only those of the first `num_layers` layers are in the pool; else None
     """
 
@@ -34,7 +48,7 @@ class ResidentAdapter:
     pair: ResidentPair | None
     pending: PackedAdapter | None = None
     num_layers: int = 0
-    record: tuple[int, int] | None = None
+    record: Record | None = None
 
 
 @dataclass(slots=True, eq=False)
