@@ -3,8 +3,8 @@
     python -m benchmarks.serving.host --layers 32 --heads 32 --kv-heads 8 --rows 32 --adapters 32 [--json FILE]
 
 The real engine runs a model of the given depth and heads whose widths are small, on the cuda backend with kernels that
-do nothing (see `stand_in` for what is replaced). Row i uses adapter i modulo their number, LoRA of `--rank` on q, k, v
-and o; without adapters all rows use the base. A step of all rows is timed `--steps` times, then one is counted. A card
+do nothing (see `stand_in` for what is replaced). Row i uses adapter i modulo their number, of `--method` on q, k, v and
+o; without adapters all rows use the base. A step of all rows is timed `--steps` times, then one is counted. A card
 adds what launches, copies and waiting cost there. The figure to compare it with is the time that the card needs for the
 same step: if the host takes longer, the card waits for it.
 """
@@ -30,14 +30,13 @@ import click
 import torch
 
 from benchmarks.machine import describe_machine, load_average
+from benchmarks.serving.host.adapters import METHODS, make_adapters, weights_bytes
 from benchmarks.serving.host.stand_in import StandInOps, counting, python_cost
 from benchmarks.serving.models import RANDOM, random_tensors
-from loray.adapters.weights import AdapterWeights, LoraWeights, ModuleKey
-from loray.bases.config import ModelConfig
 from loray.bases.registry import BaseModel
 from loray.engine import build
 from loray.engine.engine import Engine
-from loray.spec import ATTENTION_MODULES, AdapterRef, GenerateRequest, SamplingParams, ServeSpec
+from loray.spec import AdapterRef, GenerateRequest, SamplingParams, ServeSpec
 
 _WARM = 8  # steps of all rows before the first that counts
 _STEP_TOKENS = 16384  # of prompts
@@ -67,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     figures = {
         "rows": args.rows,
         "adapters": args.adapters,
+        "method": args.method,
         "context": args.context,
         "host_ms": round(1e3 * statistics.median(seconds), 3),
         "host_ms_lowest": round(1e3 * min(seconds), 3),
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-heads", type=int, default=8, help="for keys and values (default %(default)s)")
     add("--rows", type=int, default=32, help="requests that decode (default %(default)s)")
     add("--adapters", type=int, default=32, help="of the rows; 0: all rows use the base (default %(default)s)")
+    add("--method", choices=(*METHODS, "mixed"), default="lora", help="of the adapters; mixed: by turns (%(default)s)")
     add("--rank", type=int, default=16, help="of the adapters (default %(default)s)")
     add("--context", type=int, default=128, help="tokens of each prompt (default %(default)s)")
     add("--temperature", type=float, default=0.0, help="of all requests (default %(default)s, greedy)")
@@ -109,10 +110,12 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
     base = BaseModel("host", folder, hashlib.sha256(repr(config).encode()).hexdigest(), config, source="random")
     tokens = args.context + _max_tokens(args)
     kv_bytes = 4 * config.num_layers * config.num_kv_heads * config.head_dim * args.rows * (tokens + 32)
-    weights = _adapter(config, args.rank)
+    methods = METHODS if args.method == "mixed" else (args.method,)
+    adapters = make_adapters(config, args.rank, methods, args.adapters)
+    of_digest = {ref.digest: weights for ref, weights in zip(_refs(args, base), adapters, strict=True)}
     spec = ServeSpec(
         base=base.name,
-        pool_bytes=kv_bytes + 2 * args.adapters * weights_bytes(weights) + (8 << 20),
+        pool_bytes=kv_bytes + 2 * sum(map(weights_bytes, adapters)) + (8 << 20),
         host_bytes=2 << 30,
         max_model_len=tokens + 16,
         max_num_seqs=args.rows,
@@ -123,27 +126,12 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
     ops = StandInOps()
     with patch.object(build, "backend", lambda name, device: ops):
         engine = build.build_engine(
-            spec, base, lambda ref: weights, random_tensors(config, torch.device("cpu"), torch.bfloat16)
+            spec, base, lambda ref: of_digest[ref.digest], random_tensors(config, torch.device("cpu"), torch.bfloat16)
         )
     try:
         yield engine, ops
     finally:
         engine.close()
-
-
-def _adapter(config: ModelConfig, rank: int) -> AdapterWeights:
-    """The same for all: kernels that do nothing read no weights."""
-    modules: dict[ModuleKey, Any] = {}
-    for module in ATTENTION_MODULES:
-        out, width = config.module_shape(module)
-        pair = LoraWeights(torch.zeros(rank, width), torch.zeros(out, rank), 1.0)
-        modules |= {ModuleKey(layer, module): pair for layer in range(config.num_layers)}
-    return AdapterWeights(modules)
-
-
-def weights_bytes(weights: AdapterWeights) -> int:
-    """In bf16."""
-    return sum(2 * (w.a_RI.numel() + w.b_OR.numel()) for w in weights.modules.values() if isinstance(w, LoraWeights))
 
 
 def _max_tokens(args: argparse.Namespace) -> int:
@@ -155,7 +143,14 @@ def _requests(args: argparse.Namespace, base: BaseModel) -> Iterator[GenerateReq
     params = SamplingParams(
         max_tokens=_max_tokens(args), temperature=args.temperature, seed=1, ignore_eos=True, min_tokens=0
     )
-    refs = [
+    refs = _refs(args, base)
+    for row in range(args.rows):
+        prompt = tuple((31 * k + 7 * row) % 400 + 100 for k in range(args.context))
+        yield GenerateRequest(str(row), prompt, params, refs[row % len(refs)] if refs else None)
+
+
+def _refs(args: argparse.Namespace, base: BaseModel) -> list[AdapterRef]:
+    return [
         AdapterRef(
             digest=hashlib.sha256(str(i).encode()).hexdigest(),
             name=f"adapter-{i}",
@@ -167,9 +162,6 @@ def _requests(args: argparse.Namespace, base: BaseModel) -> Iterator[GenerateReq
         )
         for i in range(args.adapters)
     ]
-    for row in range(args.rows):
-        prompt = tuple((31 * k + 7 * row) % 400 + 100 for k in range(args.context))
-        yield GenerateRequest(str(row), prompt, params, refs[row % len(refs)] if refs else None)
 
 
 def _start(engine: Engine, rows: int) -> None:
