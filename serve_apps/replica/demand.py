@@ -53,4 +53,5 @@ class ReplicaDemand:
             kv_bytes=self._pool_bytes * engine.blocks["kv"] / sum(engine.blocks.values()),
         )
         self._meter.sample(load, now)
-        return self._meter.observe(now).to_stats()
+        loaded = frozenset((*engine.adapters_in_pool, *engine.adapters_on_host))
+        return self._meter.observe(now, loaded).to_stats()

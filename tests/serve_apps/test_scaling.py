@@ -8,8 +8,8 @@ import pytest
 from ray.serve.config import AutoscalingContext
 
 from loray.api.status import AutoscalingStatus
-from loray.serving.demand import Observation
-from loray.spec import AutoscalingSpec, ServeSpec
+from loray.serving.demand import DemandMeter, EngineLoad, Observation
+from loray.spec import AdapterBytes, AutoscalingSpec, ServeSpec
 from serve_apps.scaling import log as scaling_log
 from serve_apps.scaling.log import KEPT, ScalingLog
 from serve_apps.scaling.policy import POLICY_CLASS, AdapterDemandPolicy, autoscaling_config, observations, report_s
@@ -145,6 +145,26 @@ def test_a_deployment_begins_without_the_decisions_of_another_one(kv: dict[bytes
     status = ScalingLog("loray", "engine").read()
     assert status is not None
     assert status.decisions == ()
+
+
+def test_a_replicas_queue_reaches_the_decision(kv: dict[bytes, bytes]) -> None:
+    """From the meter over Serve's series of numbers to the decision and its reason, without a delay."""
+    meter = DemandMeter(
+        window_s=60, max_num_seqs=32, pool_bytes=1e9, adapter_bytes=lambda ref: AdapterBytes(ref.nbytes), now=0.0
+    )
+    for number in range(50):
+        meter.arrived(2000, 1, adapter(1), 100.0 + number / 50)
+    for second in range(3):
+        load = EngineLoad(num_running=1, num_waiting=49, num_loading=0, num_tokens=1000 * second, kv_bytes=0.0)
+        meter.sample(load, 101.0 + second)
+    seen = meter.observe(103.0, {adapter(1).digest})
+    assert (seen.capacity, seen.backlog) == (1000.0, 49 * 2000)
+    policy = AdapterDemandPolicy(**SPEC.model_copy(update={"upscale_delay_s": 1000.0}).model_dump(mode="json"))
+    assert policy(context(103.5, 1, series({"r0": [(103.0, seen)]}), {}))[0] == 4
+    status = ScalingLog("loray", "engine").read()
+    assert status is not None
+    (decision,) = status.decisions
+    assert decision.reason.startswith("backlog of 98000 tokens needs")
 
 
 def test_the_bounds_come_from_serve(kv: dict[bytes, bytes]) -> None:

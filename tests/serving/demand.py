@@ -34,6 +34,7 @@ def observation(numbers: Iterable[int] = (), **fields: Any) -> Observation:
         "occupied_s": 0.0,
         "kv_byte_s": 0.0,
         "pool_bytes": 10.0 * MIB,
+        "backlog": 0.0,
         "adapters": {routing_key(adapter(n).digest): float(MIB) for n in numbers},
     }
     return Observation(**known | fields)

@@ -152,6 +152,40 @@ def test_capacity_follows_another_mix_of_requests() -> None:
         assert m.meter.capacity == pytest.approx(rate, rel=0.05)
 
 
+def test_a_replica_that_computed_nothing_while_saturated_has_no_capacity() -> None:
+    """A rate of 0 would divide the demand by zero."""
+    m = Meter()
+    for _ in range(5):
+        m.meter.sample(IDLE._replace(num_running=1, num_waiting=3), m.now)
+        m.now += 1
+    assert m.meter.capacity is None
+    assert m.observe().capacity is None
+
+
+def test_the_backlog_is_what_waits_for_its_turn() -> None:
+    m = Meter()
+    m.answer(10, 20)
+    computed, *waiting = [m.ask(prompt, 100) for prompt in (100, 40, 50)]
+    assert m.observe().backlog == 0  # the engine has not been looked at
+    m.meter.sample(IDLE._replace(num_running=1, num_waiting=2), m.now)
+    assert m.observe().backlog == (40 + 20) + (50 + 20)
+    computed.num_output_tokens = waiting[0].num_output_tokens = 1
+    assert m.observe().backlog == 50 + 20
+    m.meter.finished(waiting[1], m.now)
+    assert m.observe().backlog == 0
+
+
+def test_a_request_that_waits_for_its_adapters_load_is_no_backlog() -> None:
+    """Another replica would have to load it as well, and from the same store."""
+    m = Meter()
+    held, cold = adapter(1), adapter(2)
+    m.ask(10, 100, held)
+    m.ask(20, 100, cold)
+    m.ask(40, 100)
+    m.meter.sample(IDLE._replace(num_waiting=3, num_loading=1), m.now)
+    assert m.meter.observe(m.now, {held.digest}).backlog == 10 + 40
+
+
 def test_requests_under_way_and_kv_cache_are_means_over_the_window() -> None:
     m = Meter(max_num_seqs=4)
     for _ in range(21):

@@ -276,3 +276,17 @@ def test_one_request_more_than_the_bound_goes_to_the_next_and_says_so() -> None:
     assert best(adapter, among) == (second, "overflow")
     assert best(adapter, [replace(r, load=min(r.load, busy - 1)) for r in among]) == (home, "pool")
     assert best(adapter, [replace(r, in_pool=frozenset()) for r in among]) == (second, "overflow")
+
+
+def test_an_adapter_that_is_held_and_was_just_sent_counts_once() -> None:
+    """The request went to a holder as overflow, or while the report was on its way: no report removes it then."""
+    routing = Routing(POLICY)
+    adapter, others = ADAPTERS[0], ADAPTERS[1:5]
+    held = frozenset({adapter, *others[:2]})
+    among = [ReplicaView("full", 0, 10, in_pool=held), ReplicaView("other", 0, 10, in_pool=frozenset(others[2:]))]
+    routing.rank(among, adapter, now=0.0)
+    before = routing._num_adapters(among[0])
+    routing.sent(Candidate("full", "overflow"), adapter, now=0.0)
+    assert routing._num_adapters(among[0]) == before == 3
+    routing.sent(Candidate("full", "overflow"), ADAPTERS[9], now=0.0)
+    assert routing._num_adapters(among[0]) == 4

@@ -101,6 +101,8 @@ def test_a_young_deployment_is_measured_over_its_own_age() -> None:
 @given(
     tokens=st.floats(0, 1e6),
     more_tokens=st.floats(0, 1e6),
+    backlog=st.floats(0, 1e6),
+    more_backlog=st.floats(0, 1e6),
     occupied=st.floats(0, 1e4),
     kv=st.floats(0, 1e9),
     capacity=st.none() | st.floats(1, 1e5),
@@ -119,6 +121,8 @@ def test_a_young_deployment_is_measured_over_its_own_age() -> None:
 def test_more_demand_never_means_fewer_replicas_and_the_bounds_hold(
     tokens: float,
     more_tokens: float,
+    backlog: float,
+    more_backlog: float,
     occupied: float,
     kv: float,
     capacity: float | None,
@@ -128,14 +132,14 @@ def test_more_demand_never_means_fewer_replicas_and_the_bounds_hold(
     num_silent: int,
     state: ScalingState,
 ) -> None:
-    def decided(tokens: float, num_adapters: int) -> int:
-        seen = observation(
-            range(num_adapters), tokens=tokens, occupied_s=occupied, kv_byte_s=kv, capacity=capacity, pool_bytes=1e7
-        )
+    fields = {"occupied_s": occupied, "kv_byte_s": kv, "capacity": capacity, "pool_bytes": 1e7}
+
+    def decided(tokens: float, backlog: float, num_adapters: int) -> int:
+        seen = observation(range(num_adapters), tokens=tokens, backlog=backlog, **fields)
         return decide([seen] + [None] * num_silent, SPEC, state, target=target, now=NOW).target
 
-    few = decided(tokens, num_adapters)
-    assert few <= decided(tokens + more_tokens, num_adapters + more_adapters)
+    few = decided(tokens, backlog, num_adapters)
+    assert few <= decided(tokens + more_tokens, backlog + more_backlog, num_adapters + more_adapters)
     assert SPEC.min_replicas <= few <= SPEC.max_replicas
 
 

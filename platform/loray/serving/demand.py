@@ -12,9 +12,10 @@ and sent again counts once.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import nsmallest
+from itertools import islice
 from typing import NamedTuple
 
 from loray.serving.routing_report import routing_key
@@ -34,6 +35,8 @@ class Observation:
     capacity    tokens per second while saturated; None until the replica was saturated for a second
     occupied_s  integral of requests under way over time, in batches of max_num_seqs
     kv_byte_s   integral of the KV cache's bytes over time
+    backlog     tokens of the requests that wait for their turn, prompts and expected outputs. Without those that wait
+                for their adapters to be loaded, which a replica that is added would have to load as well
     adapters    routing key → bytes in the pool, of the adapters in demand whose `adapter_rank` is below `sample`; with
                 a `sample` of 1, of all adapters in demand
     pairs       key → bytes, of all VeRA pairs that adapters in demand share
@@ -45,6 +48,7 @@ class Observation:
     occupied_s: float
     kv_byte_s: float
     pool_bytes: float
+    backlog: float
     adapters: Mapping[str, float]
     sample: float = 1.0
     pairs: Mapping[str, float] = field(default_factory=dict)
@@ -58,6 +62,7 @@ class Observation:
             "occupied_s": self.occupied_s,
             "kv_byte_s": self.kv_byte_s,
             "pool_bytes": self.pool_bytes,
+            "backlog": self.backlog,
             "sample": self.sample,
             **{_ADAPTER + key: nbytes for key, nbytes in self.adapters.items()},
             **{_PAIR + key: nbytes for key, nbytes in self.pairs.items()},
@@ -73,6 +78,7 @@ class Observation:
             occupied_s=stats["occupied_s"],
             kv_byte_s=stats["kv_byte_s"],
             pool_bytes=stats["pool_bytes"],
+            backlog=stats["backlog"],
             adapters={k.removeprefix(_ADAPTER): v for k, v in stats.items() if k.startswith(_ADAPTER)},
             sample=stats["sample"],
             pairs={k.removeprefix(_PAIR): v for k, v in stats.items() if k.startswith(_PAIR)},
@@ -138,7 +144,7 @@ class DemandMeter:
         self._window: deque[TrackedRequest] = deque()
         self._counted = 0.0  # tokens of the ended requests in the window
         self._refused: deque[_Refused] = deque()
-        self._open: set[TrackedRequest] = set()
+        self._open: dict[TrackedRequest, None] = {}  # in the order in which they came
         self._mean_output: float | None = None
         self._adapters: OrderedDict[str, tuple[float, AdapterRef]] = OrderedDict()  # with the last use, oldest first
         self._last: tuple[float, EngineLoad] | None = None
@@ -152,7 +158,7 @@ class DemandMeter:
     ) -> TrackedRequest:
         request = TrackedRequest(now, num_prompt_tokens, max_tokens, adapter)
         self._window.append(request)
-        self._open.add(request)
+        self._open[request] = None
         self._mark_in_demand(adapter, now)
         self._expire(now)
         return request
@@ -182,7 +188,7 @@ class DemandMeter:
         self._close(request, request.num_output_tokens)
 
     def _close(self, request: TrackedRequest, num_tokens: float) -> None:
-        self._open.discard(request)
+        self._open.pop(request, None)
         request.counted = num_tokens
         if request.in_window:
             self._counted += num_tokens
@@ -217,12 +223,17 @@ class DemandMeter:
 
     @property
     def capacity(self) -> float | None:
-        """Prompt and output tokens per second while saturated; None until that was measured for a second."""
-        return self._saturated_tokens / self._saturated_s if self._saturated_s >= _MIN_SATURATED_S else None
+        """Prompt and output tokens per second while saturated; None until that was measured for a second. A replica
+        that computed nothing meanwhile says nothing about the rate either.
+        """
+        if self._saturated_s < _MIN_SATURATED_S or self._saturated_tokens <= 0:
+            return None
+        return self._saturated_tokens / self._saturated_s
 
     # -- report -------------------------------------------------------------------------------------------------------
 
-    def observe(self, now: float) -> Observation:
+    def observe(self, now: float, loaded: Container[str] | None = None) -> Observation:
+        """`loaded`: digests of the adapters that need no load from the store; None: all."""
         self._expire(now)
         for request in self._open:
             self._mark_in_demand(request.adapter, now)
@@ -239,10 +250,22 @@ class DemandMeter:
             / self._max_num_seqs,
             kv_byte_s=sum(s.duration_s * s.load.kv_bytes for s in self._samples),
             pool_bytes=self._pool_bytes,
+            backlog=sum(r.num_prompt_tokens + self._expected_output(r) for r in self._waiting(loaded)),
             adapters={routing_key(digest): sizes[digest].own for digest in digests},
             sample=sample,
             pairs={routing_key(size.pair[0]): size.pair[1] for size in sizes.values() if size.pair},
         )
+
+    def _waiting(self, loaded: Container[str] | None) -> Iterable[TrackedRequest]:
+        """As many as the engine's last sample had waiting: of those without a first token, the last to come. The others
+        are being computed.
+        """
+        unanswered = (
+            r
+            for r in reversed(self._open)
+            if not r.num_output_tokens and (loaded is None or r.adapter is None or r.adapter.digest in loaded)
+        )
+        return islice(unanswered, self._last[1].num_waiting if self._last else 0)
 
     def _open_tokens(self, request: TrackedRequest) -> float:
         """Tokens of a request under way; if it arrived before the window, only those not yet computed."""

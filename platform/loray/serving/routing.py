@@ -157,9 +157,12 @@ class Routing:
         return 2 if adapter in self._recent.get(replica.id, ()) else _NOT_HELD
 
     def _num_adapters(self, replica: ReplicaView) -> int:
-        fresh = replica.age_s <= self.policy.max_age_s
-        reported = len(replica.in_pool) + len(replica.on_host) if fresh else 0
-        return reported + len(self._recent.get(replica.id, ()))
+        recent = self._recent.get(replica.id, ())
+        if replica.age_s > self.policy.max_age_s:
+            return len(recent)
+        # A request may have been sent to a holder as overflow, or while the report was on its way.
+        unreported = sum(a not in replica.in_pool and a not in replica.on_host for a in recent)
+        return len(replica.in_pool) + len(replica.on_host) + unreported
 
     def _expire(self, now: float) -> None:
         for recent in self._recent.values():

@@ -1,9 +1,15 @@
 """Autoscaling: the number of replicas that adapter demand needs, by tokens and by bytes of the adapters in demand.
 
-There are two loads, each in fully used replicas; the larger one decides:
+There are three loads, each in fully used replicas; the largest one decides:
 
     tokens       tokens asked for per second / tokens per second of a saturated replica
     working set  (bytes of the union of the adapters in demand + bytes of KV cache in use) / bytes of a pool
+    backlog      tokens + what the running replicas leave of the queue / `drain_s`
+
+The backlog is the work of the requests that wait for their first token, in seconds of one replica. A replica that is
+added now takes requests after `startup_s`. By then the running ones have worked off what they can do beyond the demand;
+only what is left counts, and is to be worked off within `drain_s`. A burst shorter than the window, which is diluted in
+the demand, is seen in its queue. Such a load has no delay; all loads ask for fewer replicas after the same delay.
 
 Until a replica has been saturated, its capacity is unknown; then the number of requests under way, divided by the size
 of a batch, takes the place of the first load. The working set is a union, not a sum: an adapter in demand on three
@@ -21,7 +27,7 @@ from typing import Literal, NamedTuple
 from loray.serving.demand import Observation, adapter_rank
 from loray.spec import AutoscalingSpec
 
-Cause = Literal["working set", "tokens", "requests", "bounds", "no statistics"]
+Cause = Literal["working set", "tokens", "requests", "backlog", "bounds", "no statistics"]
 Direction = Literal["up", "down", "none"]
 
 _MARGIN = 0.1  # by which the utilization of the remaining replicas must stay below the target
@@ -57,8 +63,12 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The load of all replicas together. `tokens` is per second; `capacity` and `pool_bytes` are one replica's."""
+    """The load of all replicas together, `num_replicas` that have reported. `tokens` is per second; `capacity` and
+    `pool_bytes` are one replica's; `backlog` is in tokens.
+    """
 
+    num_replicas: int
+    backlog: float
     tokens: float
     capacity: float | None
     occupied: float
@@ -77,8 +87,22 @@ class Load:
         """Number of pools that adapters and KV cache fill."""
         return (self.adapter_bytes + self.kv_bytes) / self.pool_bytes
 
-    def replicas(self, utilization: float) -> int:
-        return max(_ceil(self.by_demand / utilization), _ceil(self.by_bytes / utilization))
+    def left(self, seconds: float) -> float:
+        """Of the backlog, after so many seconds: seconds of one replica's work. 0 while the capacity is unknown."""
+        if self.capacity is None:
+            return 0.0
+        spare = max(0.0, self.num_replicas - self.by_demand)
+        return max(0.0, self.backlog / self.capacity - spare * seconds)
+
+    def by_backlog(self, spec: AutoscalingSpec) -> float:
+        """Replicas that the demand and what is left of the backlog need; 0 if nothing is left."""
+        left = self.left(spec.startup_s)
+        return self.by_demand + left / spec.drain_s if left else 0.0
+
+    def replicas(self, spec: AutoscalingSpec, utilization: float) -> int:
+        """The bounded number that all loads need."""
+        largest = max(self.by_demand / utilization, self.by_bytes / utilization, self.by_backlog(spec))
+        return _bounded(_ceil(largest), spec)
 
 
 def decide(
@@ -103,13 +127,14 @@ def decide(
     num_silent = len(observations) - len(known)
     if num_silent:
         reason += f"; {num_silent} of {len(observations)} replicas are silent, so none goes"
-    more = _bounded(load.replicas(spec.target_utilization), spec)
+    more = load.replicas(spec, spec.target_utilization)
     if more > target:
         state = _with_direction(state, "up", more, now)
-        if now - state.since + _EPS >= spec.upscale_delay_s:
+        at_once = _bounded(_ceil(load.by_backlog(spec)), spec) > target
+        if at_once or now - state.since + _EPS >= spec.upscale_delay_s:
             return Decision(more, cause, reason, ScalingState(changed_at=now))
         return Decision(target, cause, reason, state)
-    fewer = _bounded(load.replicas(spec.target_utilization * (1 - _MARGIN)), spec)
+    fewer = load.replicas(spec, spec.target_utilization * (1 - _MARGIN))
     if fewer < target and not num_silent and _is_settled(known, spec, state, now):
         state = _with_direction(state, "down", fewer, now)
         if now - state.since + _EPS >= spec.downscale_delay_s:
@@ -134,6 +159,8 @@ def total(known: Sequence[Observation], window_s: float) -> Load:
             if adapter_rank(key) < sample:
                 union[key] = max(nbytes, union.get(key, 0.0))
     return Load(
+        num_replicas=len(known),
+        backlog=sum(o.backlog for o in known),
         tokens=sum(o.tokens for o in known) / seconds,
         capacity=sum(capacities) / len(capacities) if capacities else None,
         occupied=sum(o.occupied_s for o in known) / seconds,
@@ -145,7 +172,7 @@ def total(known: Sequence[Observation], window_s: float) -> Load:
 
 
 def explain(load: Load, spec: AutoscalingSpec) -> tuple[Cause, str]:
-    """The load that decides, and a sentence about both loads that begins with it."""
+    """The load that decides, and a sentence about the loads that begins with it; about the backlog if any is left."""
     n = max(1, _ceil(load.by_bytes / spec.target_utilization))
     kv = load.kv_bytes / n
     room = spec.target_utilization * load.pool_bytes - kv
@@ -160,12 +187,23 @@ def explain(load: Load, spec: AutoscalingSpec) -> tuple[Cause, str]:
     else:
         by_demand = f"tokens need {_replicas(m)} ({load.tokens:.0f} of {load.capacity:.0f} tokens/s each)"
     by_bytes_first = load.by_bytes >= load.by_demand
-    reason = f"{by_bytes}; {by_demand}" if by_bytes_first else f"{by_demand}; {by_bytes}"
-    if max(n, m) > spec.max_replicas:
+    cause: Cause = "working set" if by_bytes_first else demand
+    said = [by_bytes, by_demand] if by_bytes_first else [by_demand, by_bytes]
+    k = _ceil(load.by_backlog(spec))
+    if k:
+        by_backlog = (
+            f"backlog of {load.backlog:.0f} tokens needs {_replicas(k)} ({load.left(spec.startup_s):.0f} s of one "
+            f"replica's work are left when another has started, to be done in {spec.drain_s:g} s)"
+        )
+        first = k > max(n, m)
+        cause = "backlog" if first else cause
+        said.insert(0 if first else len(said), by_backlog)
+    reason = "; ".join(said)
+    if max(n, m, k) > spec.max_replicas:
         reason += f"; {_replicas(spec.max_replicas)} are the most allowed"
-    elif max(n, m) < spec.min_replicas:
+    elif max(n, m, k) < spec.min_replicas:
         reason += f"; {_replicas(spec.min_replicas)} are the fewest allowed"
-    return ("working set" if by_bytes_first else demand), reason
+    return cause, reason
 
 
 def _is_settled(known: Sequence[Observation], spec: AutoscalingSpec, state: ScalingState, now: float) -> bool:

@@ -14,6 +14,7 @@ import math
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from loray.serving.demand import TrackedRequest
 from loray.simulation.profile import Profile
 from loray.simulation.residency import ReplicaAdapters
 
@@ -36,7 +37,7 @@ class Job:
         self.index, self.num_prompt, self.num_output, self.adapter = index, num_prompt, num_output, adapter
         self.rest = self.kv_bytes = self.token_rate = 0.0
         self.first_token_at = math.inf
-        self.tracked: object = None
+        self.tracked: TrackedRequest | None = None
 
 
 class Ended(NamedTuple):

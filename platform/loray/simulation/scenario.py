@@ -18,6 +18,7 @@ from loray.simulation.workload import synthetic
 from loray.simulation.workload.requests import Requests, at_rate, with_adapters
 from loray.spec import AutoscalingSpec
 
+_TARGET = float(AutoscalingSpec.model_fields["target_utilization"].default)
 _RAY_ONGOING = 2.0  # Ray Serve's default target of requests under way on a replica
 
 
@@ -29,6 +30,7 @@ class Scenario:
     utilization  mean work that the requests bring, as a share of what all replicas can do
     alpha        popularity of the k-th adapter ∝ k^-alpha
     fixed        all replicas run all the time, so that routing alone is compared
+    target_utilization   of loray's scaling, and so of random, dynamo and the oracle; the first number is without it
     """
 
     profile: Profile
@@ -40,6 +42,7 @@ class Scenario:
     alpha: float = 1.0
     seed: int = 0
     fixed: bool = False
+    target_utilization: float = _TARGET
 
     def __post_init__(self) -> None:
         if self.replicas < 1 or self.adapters < 1 or self.minutes <= 0 or self.utilization <= 0:
@@ -52,16 +55,13 @@ class Scenario:
     @property
     def initial(self) -> int:
         """Replicas at the start: what the mean needs, for every policy but the one that knows the future."""
-        spec = self.autoscaling
-        return (
-            self.replicas
-            if self.fixed
-            else min(ceil(self.utilization * self.replicas / spec.target_utilization), self.replicas)
-        )
+        return self.replicas if self.fixed else min(ceil(self.utilization * self.replicas / _TARGET), self.replicas)
 
     @property
     def autoscaling(self) -> AutoscalingSpec:
-        return AutoscalingSpec(max_replicas=self.replicas)
+        return AutoscalingSpec(
+            max_replicas=self.replicas, target_utilization=self.target_utilization, startup_s=self.profile.start_s
+        )
 
     def requests(self) -> Requests:
         """Equal for equal scenarios."""

@@ -15,7 +15,7 @@ from loray.simulation.profile import Profile
 from loray.simulation.replica import Ended, Job
 from loray.simulation.workload.requests import Floats, Ints, Requests
 
-_DECIDE_S = 5.0  # between two looks at the number of replicas
+_DECIDE_S = 2.0  # between two looks at the number of replicas: as often as they report
 _REPLICA, _LOADED, _READY, _DECIDE = range(4)
 
 
@@ -149,6 +149,7 @@ class Simulator:
         replica, now = member.replica, member.replica.now
         for job in ended.first_tokens:
             self._ttft_R[job.index] = job.first_token_at - self._requests.at_R[job.index]
+            self._policy.scaler.answered(member, job, now)
         for job in ended.finished:
             assert math.isnan(self._end_R[job.index]), "it has ended before"
             self._end_R[job.index] = max(now, job.first_token_at) - self._requests.at_R[job.index]

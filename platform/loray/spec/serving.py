@@ -22,6 +22,12 @@ class AutoscalingSpec(Frozen):
     window_s: float = Field(default=60.0, gt=0, description="over which demand is measured")
     upscale_delay_s: float = Field(default=10.0, ge=0)
     downscale_delay_s: float = Field(default=120.0, ge=0)
+    startup_s: float = Field(
+        default=20.0, ge=0, description="from the decision to add a replica until it takes requests, about"
+    )
+    drain_s: float = Field(
+        default=10.0, gt=0, description="in which a queue that the running replicas leave by then is worked off"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -45,6 +45,13 @@ _COLUMNS = (
 @click.option("--policy", "names", multiple=True, type=click.Choice(list(POLICIES)), help="Repeatable. Default: all.")
 @click.option("--fixed", is_flag=True, help="All replicas run all the time: compares routing alone.")
 @click.option(
+    "--target-utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.8,
+    show_default=True,
+    help="Of loray's autoscaling, and so of the oracle, random and dynamo.",
+)
+@click.option(
     "--profile",
     "profile_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -64,6 +71,7 @@ def simulate(
     seeds: int,
     names: tuple[str, ...],
     fixed: bool,
+    target_utilization: float,
     profile_file: Path | None,
     plot: Path | None,
     as_json: bool,
@@ -81,7 +89,9 @@ def simulate(
     seconds = dict.fromkeys(names, 0.0)
     courses, num_requests = [], 0
     for number in range(seed, seed + seeds):
-        scenario = Scenario(profile, replicas, adapters, minutes, loaded, utilization, alpha, number, fixed)
+        scenario = Scenario(
+            profile, replicas, adapters, minutes, loaded, utilization, alpha, number, fixed, target_utilization
+        )
         requests = scenario.requests()
         num_requests += len(requests)
         for name in names:

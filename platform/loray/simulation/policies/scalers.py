@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from math import ceil
 from typing import Protocol
 
 import numpy as np
 
-from loray.serving.demand import DemandMeter, EngineLoad
+from loray.serving.demand import DemandMeter, EngineLoad, Observation
 from loray.serving.scaling import ScalingState, decide
 from loray.simulation.cluster import Cluster, Member
 from loray.simulation.profile import Profile
 from loray.simulation.replica import Job
+from loray.simulation.residency import NOWHERE, ReplicaAdapters
 from loray.simulation.workload.requests import Requests, digest
 from loray.spec import AdapterBytes, AdapterRef, AutoscalingSpec
 
@@ -23,6 +23,7 @@ class Scaler(Protocol):
 
     def target(self, cluster: Cluster, now: float) -> int: ...
     def arrived(self, member: Member, job: Job, now: float) -> None: ...
+    def answered(self, member: Member, job: Job, now: float) -> None: ...  # its first token has come
     def finished(self, member: Member, job: Job, now: float) -> None: ...
 
 
@@ -38,6 +39,9 @@ class Fixed:
     def arrived(self, member: Member, job: Job, now: float) -> None:
         pass
 
+    def answered(self, member: Member, job: Job, now: float) -> None:
+        pass
+
     def finished(self, member: Member, job: Job, now: float) -> None:
         pass
 
@@ -49,13 +53,14 @@ class AdapterDemand:
         self._spec, self._number, self._profile = spec, number, profile
         self._state = ScalingState()
         self._refs = [_ref(adapter, size) for adapter, size in enumerate(sizes)]
+        self._numbers = {ref.digest: adapter for adapter, ref in enumerate(self._refs)}
         self._meters: dict[Member, DemandMeter] = {}
         self.reasons: list[tuple[float, int, str]] = []  # of each change
 
     def target(self, cluster: Cluster, now: float) -> int:
         members = list(cluster.members.values())
         self._meters = {m: self._meter(m) for m in members}
-        observations = []
+        observations: list[Observation | None] = []
         for member in members:
             meter, replica = self._meters[member], member.replica
             loading = sum(replica.adapters.waiting.values())
@@ -63,8 +68,7 @@ class AdapterDemand:
             meter.sample(
                 EngineLoad(replica.num_running, waiting, loading, int(replica.num_tokens(now)), replica.kv_bytes), now
             )
-            seen = meter.observe(now)
-            observations.append(seen if seen.capacity != 0 else replace(seen, capacity=None))  # as `from_stats` has it
+            observations.append(meter.observe(now, _Loaded(replica.adapters, self._numbers)))
         decision = decide(observations, self._spec, self._state, target=self._number, now=now)
         if decision.target != self._number:
             self.reasons.append((now, decision.target, decision.reason))
@@ -76,12 +80,16 @@ class AdapterDemand:
         # Clients ask for more tokens than they get.
         job.tracked = meter.arrived(job.num_prompt, 2 * job.num_output, self._refs[job.adapter], now)
 
+    def answered(self, member: Member, job: Job, now: float) -> None:
+        if job.tracked is not None:
+            job.tracked.num_output_tokens = 1
+
     def finished(self, member: Member, job: Job, now: float) -> None:
         tracked = job.tracked
         meter = self._meters.get(member)
         if meter is not None and tracked is not None:
-            tracked.num_output_tokens = job.num_output  # type: ignore[attr-defined]
-            meter.finished(tracked, now)  # type: ignore[arg-type]
+            tracked.num_output_tokens = job.num_output
+            meter.finished(tracked, now)
 
     def _meter(self, member: Member) -> DemandMeter:
         meter = self._meters.get(member)
@@ -92,6 +100,16 @@ class AdapterDemand:
             adapter_bytes=lambda ref: AdapterBytes(ref.nbytes),
             now=member.started_at,
         )
+
+
+class _Loaded:
+    """The adapters that are on a replica, by digest."""
+
+    def __init__(self, adapters: ReplicaAdapters, numbers: dict[str, int]) -> None:
+        self._adapters, self._numbers = adapters, numbers
+
+    def __contains__(self, digest: object) -> bool:
+        return isinstance(digest, str) and self._adapters.tier(self._numbers[digest]) != NOWHERE
 
 
 def _ref(adapter: int, nbytes: int) -> AdapterRef:

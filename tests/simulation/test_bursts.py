@@ -1,0 +1,27 @@
+"""Bursts that are shorter than the window of demand, as the autoscaler sees them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from loray.simulation.policies.routers import AdapterRouter
+from loray.simulation.policies.scalers import AdapterDemand
+from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
+from loray.simulation.simulator import Policy, Simulator, adapter_sizes
+from loray.spec import AutoscalingSpec
+from tests.simulation.test_simulation import requests
+
+
+def test_bursts_are_seen_in_their_queue_and_do_not_make_the_number_flap() -> None:
+    """Ten minutes with 20 s of seven times the rate in every 150: the demand's window dilutes them."""
+    rows = [(0.4 * i, 300, 60, i % 20) for i in range(1500)]
+    rows += [(150.0 * k + 60 + 0.05 * i, 300, 60, i % 20) for k in range(4) for i in range(400)]
+    scaler = AdapterDemand(AutoscalingSpec(max_replicas=8), 2, PROFILE, adapter_sizes(PROFILE, 20))
+    policy = Policy("loray", AdapterRouter(16, 20, PROFILE), scaler)
+    Simulator(requests(*sorted(rows)), PROFILE, policy, initial=2, size=8).run()
+    first = next(reason for reason in scaler.reasons if reason[1] > 2)
+    assert 60 < first[0] < 75
+    assert first[2].startswith("backlog of")
+    downs = [b[0] - a[0] for a, b in pairwise(scaler.reasons) if b[1] < a[1]]
+    assert all(seconds >= 180 for seconds in downs)  # the window and the delay
+    assert len(downs) <= 2
