@@ -158,7 +158,7 @@ def test_a_replicas_queue_reaches_the_decision(kv: dict[bytes, bytes]) -> None:
         load = EngineLoad(num_running=1, num_waiting=49, num_loading=0, num_tokens=1000 * second, kv_bytes=0.0)
         meter.sample(load, 101.0 + second)
     seen = meter.observe(103.0, {adapter(1).digest})
-    assert (seen.capacity, seen.backlog) == (1000.0, 49 * 2000)
+    assert (seen.capacity, seen.backlog) == (pytest.approx(1000), 49 * 2000)
     policy = AdapterDemandPolicy(**SPEC.model_copy(update={"upscale_delay_s": 1000.0}).model_dump(mode="json"))
     assert policy(context(103.5, 1, series({"r0": [(103.0, seen)]}), {}))[0] == 4
     status = ScalingLog("loray", "engine").read()

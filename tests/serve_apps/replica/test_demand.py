@@ -127,3 +127,17 @@ def test_a_cancelled_request_counts_with_its_tokens(replica: Replica) -> None:
 def test_a_request_refused_for_overload_is_demand(replica: Replica, error: Exception, tokens: float) -> None:
     replica.demand.ended(replica.demand.arrived(request("a")), error)
     assert replica.observe().tokens == tokens
+
+
+def test_requests_that_wait_for_their_turn_are_backlog(
+    replica: Replica, refs: dict[str, AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three tokens each; the second waits for its adapter instead."""
+    engine = replica.stream.stats().model_copy(update={"num_waiting": 2})
+    monkeypatch.setattr(replica.stream, "stats", lambda: engine)
+    for name, ref in (("a", None), ("b", refs["lora"])):
+        replica.demand.arrived(request(name, ref))
+    assert replica.observe().backlog == 3
+    held = engine.model_copy(update={"adapters_on_host": (refs["lora"].digest,)})
+    monkeypatch.setattr(replica.stream, "stats", lambda: held)
+    assert replica.observe().backlog == 6
