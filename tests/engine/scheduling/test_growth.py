@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loray.engine.request import Request
 from loray.engine.scheduling.admission import Admission
 from loray.engine.scheduling.growth import Growth, OutputLengths, blocks_wanted
 from tests.engine.scheduling.simulation import BLOCK_TOKENS, Simulation
@@ -90,3 +92,21 @@ def test_admission_that_looks_ahead_ends_the_thrash(
     print(f"seconds {full.now:.0f} -> {ahead.now:.0f}")
     assert ahead.scheduler.num_preemptions <= share * full.scheduler.num_preemptions
     assert ahead.now <= full.now
+
+
+def test_without_a_prefix_cache_a_full_block_costs_nothing_for_the_tokens_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[int] = []
+    tokens = Request.tokens
+
+    def reading(self: Request, start: int, stop: int) -> Sequence[int]:
+        read.append(stop - start)
+        return tokens(self, start, stop)
+
+    sim = Simulation(enable_prefix_caching=False, max_num_batched_tokens=512)
+    sim.add(num_prompt=400, max_tokens=60)
+    sim.step()
+    monkeypatch.setattr(Request, "tokens", reading)
+    sim.run()
+    assert max(read, default=0) <= BLOCK_TOKENS

@@ -67,7 +67,9 @@ class RequestBlocks:
             self.num_hits += request.num_cached_tokens
 
     def share(self, request: Request) -> None:
-        """Add the blocks that have become full to the prefix cache."""
+        """Add the blocks that have become full to the prefix cache, if it is enabled."""
+        if not self.prefix_cache.enabled:
+            return  # it forgets what it is given, and would be given the whole context with each block
         block_tokens = self._allocator.geometry.block_tokens
         full = request.num_computed // block_tokens
         known = request.num_shared_blocks
