@@ -10,19 +10,24 @@ import asyncio
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loray.files import scratch_folder
 
 MAX_DEPTH = 64
 MAX_MEMBERS = 2048  # of one object
 MAX_ARRAYS_AND_OBJECTS = 1 << 15
 MAX_VALUES = 1 << 18
 INLINE_BYTES = 64 << 10  # bodies up to this size are parsed in the event loop: at most a few milliseconds
+_WRITE_BYTES = 1 << 20
 _threads = ThreadPoolExecutor(1, thread_name_prefix="bodies")
 T = TypeVar("T")
 
@@ -64,6 +69,28 @@ async def read(request: Request, parse: Callable[[bytes], T]) -> T:
     if len(raw) <= INLINE_BYTES:
         return parse(raw)
     return await asyncio.get_running_loop().run_in_executor(_threads, parse, raw)
+
+
+async def receive_file(request: Request, name: str, limit: int, keep: Callable[[Path], T]) -> T:
+    """`keep` of the body as a file of this name, which is gone afterwards. 413 beyond `limit` bytes."""
+    with scratch_folder() as folder:
+        path = folder / name
+        with path.open("wb") as f:
+            await _write(request, f, limit)
+        return await run_in_threadpool(keep, path)
+
+
+async def _write(request: Request, f: BinaryIO, limit: int) -> None:
+    num_bytes, pending = 0, bytearray()
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > limit:
+            raise HTTPException(413, f"a file of this name has at most {limit:,} bytes")
+        pending += chunk
+        if len(pending) >= _WRITE_BYTES:
+            await run_in_threadpool(f.write, bytes(pending))
+            pending.clear()
+    await run_in_threadpool(f.write, bytes(pending))
 
 
 def parse_json(raw: str | bytes) -> Any:

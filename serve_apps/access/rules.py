@@ -31,6 +31,7 @@ _PAGES: tuple[Row, ...] = (
     ("POST", r"/console/adapters/[^/]+/aliases(/.*)?", "promote"),
     ("GET", r"/console/adapters(/.*)?", "read"),
     ("*", r"/console/playground(/.*)?", "infer"),
+    ("*", r"/console/uploads(/.*)?", "publish"),
     ("*", r"/console/jobs(/.*)?", "train"),
     ("GET", r"/console/serving(/live)?", "observe"),
     ("GET", r"/console/usage", "identify"),

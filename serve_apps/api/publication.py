@@ -12,19 +12,18 @@ from loray.publishing import Destination
 from loray.publishing.uploads import Uploads
 from loray.spec import AdapterManifest
 from loray.text.templates import ChatTemplate
-from serve_apps.api.services import Services
 
 _at_once = BoundedSemaphore(4)  # folders on this disk
 
 
-def publish_upload(services: Services, asked: Registration, to: Destination) -> AdapterVersion:
-    """Check and publish the upload of `asked`. Raises as `Uploads.publish` does."""
+def publish_upload(home: Path, asked: Registration, to: Destination) -> AdapterVersion:
+    """Check and publish the upload of `asked`; `home` has the bases. Raises as `Uploads.publish` does."""
     assert asked.upload is not None
     with _at_once:
-        return Uploads(services.store, to.catalog.own_tenant).publish(
+        return Uploads(to.store, to.catalog.own_tenant).publish(
             asked.upload,
             to,
-            home=services.home,
+            home=home,
             check=_check_template,
             base=asked.base,
             licence=asked.licence,

@@ -11,16 +11,19 @@ from fastapi import Depends, Path, Query, Request
 
 from jobs.submission.tracker import JobServer, JobTracker
 from loray.api.status import AdapterPlacement
+from loray.api.uploads import Registration
 from loray.bases.registry import list_bases
-from loray.catalog import Catalog
+from loray.catalog import AdapterVersion, Catalog
 from loray.errors import CatalogError, ConflictError, LorayError
 from loray.local.serving import Address
+from loray.publishing import Destination
 from loray.settings import Settings
 from loray.spec import Alias, Name, Principal, ServeSpec, TenantName
 from loray.store import AdapterStore, open_store
 from loray.telemetry import get_logger
 from serve_apps.access import Asking as Asking  # which routes take from here, with the other parameters
 from serve_apps.api.conversions import Conversions
+from serve_apps.api.publication import publish_upload
 from serve_apps.console import Gateway
 
 _log = get_logger(__name__)
@@ -107,6 +110,10 @@ class Services:
             if self._store is None:
                 self._store = AdapterStore(open_store(self._settings.store))
             return self._store
+
+    def publish_upload(self, asked: Registration, to: Destination) -> AdapterVersion:
+        """As `publication.publish_upload`, with the bases of this node."""
+        return publish_upload(self.home, asked, to)
 
     def close(self) -> None:
         if self._catalog is not None:

@@ -7,7 +7,9 @@ from typing import Annotated, NamedTuple, Protocol
 from fastapi import Depends, Request
 
 from jobs.submission.tracker import JobTracker
-from loray.catalog import Catalog
+from loray.api.uploads import Registration
+from loray.catalog import AdapterVersion, Catalog
+from loray.publishing import Destination
 from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
@@ -31,6 +33,8 @@ class Backend(Protocol):
     def catalog_of(self, principal: Principal) -> Catalog: ...
 
     def jobs_of(self, principal: Principal) -> JobTracker: ...
+
+    def publish_upload(self, asked: Registration, to: Destination) -> AdapterVersion: ...
 
 
 class Console(NamedTuple):

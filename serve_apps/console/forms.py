@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 
 from loray.errors import SpecError
 
 _MOST_FIELDS = 200
+T = TypeVar("T", bound=BaseModel)
 
 
 class Form:
@@ -36,3 +39,12 @@ async def read_form(request: Request) -> Form:
         return Form(parse_qs(body.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS))
     except ValueError as e:
         raise SpecError(f"the form cannot be read: {e}") from e
+
+
+def checked(model: type[T], given: dict[str, Any]) -> T:
+    """Raises SpecError that names each wrong field."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as e:
+        wrong = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
+        raise SpecError(wrong) from e

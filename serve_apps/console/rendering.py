@@ -81,12 +81,15 @@ class Renderer:
         status = answer.status_code
         is_told = isinstance(error, LorayError) and status != 500
         message = str(error) if is_told else "internal error; the server's log has the details"
-        if request.headers.get("hx-request"):
-            return self.page(request, "parts/message.html", status, message=message)
-        if isinstance(error, Unauthenticated):
+        if isinstance(error, Unauthenticated) and not request.headers.get("hx-request"):
             given = request.scope.get("state", {}).get("authorization") is not None
             return self.page(request, "login.html", 401, message=message if given else "")
-        return self.page(request, "error.html", status, message=message)
+        return self.told(request, status, message)
+
+    def told(self, request: Request, status: int, message: str) -> Response:
+        """A page with this message, or where a part of a page was asked for, the message alone."""
+        template = "parts/message.html" if request.headers.get("hx-request") else "error.html"
+        return self.page(request, template, status, message=message)
 
 
 def root_of(request: Request) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
@@ -27,8 +27,9 @@ class PageRoute(APIRoute):
                 error = e
             except RequestValidationError as e:
                 error = SpecError(_first(e))
-            renderer: Renderer = request.app.state.console.renderer
-            return renderer.refusal(request, error)
+            except HTTPException as e:  # the body is too long
+                return _renderer(request).told(request, e.status_code, e.detail)
+            return _renderer(request).refusal(request, error)
 
         return handled
 
@@ -36,6 +37,11 @@ class PageRoute(APIRoute):
 def router_of(path: str) -> APIRouter:
     """A new router of pages below the console's `path`."""
     return APIRouter(prefix=PREFIX + path, route_class=PageRoute, include_in_schema=False)
+
+
+def _renderer(request: Request) -> Renderer:
+    renderer: Renderer = request.app.state.console.renderer
+    return renderer
 
 
 def _first(error: RequestValidationError) -> str:

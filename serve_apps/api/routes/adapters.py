@@ -26,7 +26,6 @@ from loray.serving.access import check
 from loray.spec import Method, Name, QualifiedName, split_qualified
 from serve_apps.api import examples, views
 from serve_apps.api.problems import responses
-from serve_apps.api.publication import publish_upload
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import AdapterName, Asking, Limit, Services, ServicesDep, TenantQuery
 
@@ -132,7 +131,7 @@ def register_version(
     if registration.digest is not None:
         version = register_stored(registration.digest, to)
     else:
-        version = publish_upload(services, registration, to)
+        version = services.publish_upload(registration, to)
     response.headers["Location"] = _location(request, version)
     return views.detail(version)
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, BinaryIO
+from functools import partial
+from typing import Annotated
 
 from fastapi import Header, Path, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 from loray.api.uploads import FileResource, UploadResource
-from loray.files import scratch_folder
 from loray.publishing.uploads import UploadedFile, Uploads, check_file_name
 from serve_apps.api import examples
 from serve_apps.api.problems import responses
 from serve_apps.api.routes import router_of
 from serve_apps.api.services import Asking, Services, ServicesDep
+from serve_apps.bodies import receive_file
 
 router = router_of("uploads")
 
-_WRITE_BYTES = 1 << 20
 _CHUNK = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$", description="`id` of an upload")]
@@ -55,11 +54,7 @@ async def put_file(
     """Send one file of the folder, as it is. A file of the same name is replaced. 409: it is published already."""
     limit = check_file_name(name)
     uploads = await run_in_threadpool(_uploads, services, asking)
-    with scratch_folder() as folder:
-        path = folder / name
-        with path.open("wb") as f:
-            await _write(request, f, limit)
-        return _file(await run_in_threadpool(uploads.put, id, name, path))
+    return _file(await receive_file(request, name, limit, partial(uploads.put, id, name)))
 
 
 @router.delete("/uploads/{id}", status_code=204, responses=responses(403, 404))
@@ -79,17 +74,3 @@ def _resource(uploads: Uploads, id: str) -> UploadResource:
 
 def _file(file: UploadedFile) -> FileResource:
     return FileResource(name=file.name, sha256=file.sha256, nbytes=file.num_bytes)
-
-
-async def _write(request: Request, f: BinaryIO, limit: int) -> None:
-    """Write the body to the file, in a thread. 413 beyond `limit` bytes."""
-    num_bytes, pending = 0, bytearray()
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > limit:
-            raise HTTPException(413, f"a file of this name has at most {limit:,} bytes")
-        pending += chunk
-        if len(pending) >= _WRITE_BYTES:
-            await run_in_threadpool(f.write, bytes(pending))
-            pending.clear()
-    await run_in_threadpool(f.write, bytes(pending))

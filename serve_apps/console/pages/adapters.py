@@ -181,7 +181,11 @@ def roll_back(
     return _again(request, name, "rolled-back")
 
 
-_DONE = {"promoted": "The alias points at the version now.", "rolled-back": "The alias points where it pointed before."}
+_DONE = {
+    "published": "The upload is published.",
+    "promoted": "The alias points at the version now.",
+    "rolled-back": "The alias points where it pointed before.",
+}
 
 
 def _names(name: str, tenant: str) -> dict[str, str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import Path, Query, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from loray.api.access import KeyCreation, KeyResource, TenantCreation
@@ -15,13 +14,12 @@ from loray.errors import SpecError
 from loray.spec import SCOPES, JobId, Principal, TenantName
 from serve_apps.access import Asking
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.forms import Form, read_form
+from serve_apps.console.forms import Form, checked, read_form
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
 _PAGE = 50
 _TENANTS = 200
-T = TypeVar("T", bound=BaseModel)
 KeyPath = Annotated[JobId, Path()]
 
 router = router_of("")
@@ -72,7 +70,7 @@ def revoke_key(console: ConsoleDep, request: Request, asking: Asking, id: KeyPat
 
 @router.post("/tenants")
 async def create_tenant(console: ConsoleDep, request: Request, asking: Asking) -> Response:
-    wanted = _checked(TenantCreation, {"name": (await read_form(request)).get("name")})
+    wanted = checked(TenantCreation, {"name": (await read_form(request)).get("name")})
     await run_in_threadpool(lambda: _access_of(console, asking).create_tenant(wanted.name))
     return led_to(request, "/keys")
 
@@ -95,12 +93,4 @@ def _key(form: Form) -> KeyCreation:
         if not limit.isdecimal():
             raise SpecError("requests a minute must be a whole number")
         given["rpm_limit"] = int(limit)
-    return _checked(KeyCreation, given | {"scopes": form.all("scopes")})
-
-
-def _checked(model: type[T], given: dict[str, Any]) -> T:
-    try:
-        return model.model_validate(given)
-    except ValidationError as e:
-        wrong = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
-        raise SpecError(wrong) from e
+    return checked(KeyCreation, given | {"scopes": form.all("scopes")})

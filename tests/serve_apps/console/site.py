@@ -130,5 +130,12 @@ class ConsoleSite(Api):
 
     def post(self, path: str, data: dict[str, object] | None = None, **headers: str) -> httpx.Response:
         """As htmx sends it, with the token of the page."""
-        token = self.get().text.partition('"X-CSRF-Token": "')[2].partition('"')[0]
-        return self.http.post(URL + path, data=data, headers=HTMX | {"X-CSRF-Token": token} | headers)
+        return self.http.post(URL + path, data=data, headers=HTMX | self._token() | headers)
+
+    def send(self, method: str, path: str, body: bytes) -> httpx.Response:
+        """As the upload's script sends a file."""
+        headers = HTMX | self._token() | {"Content-Type": "application/octet-stream"}
+        return self.http.request(method, URL + path, content=body, headers=headers)
+
+    def _token(self) -> dict[str, str]:
+        return {"X-CSRF-Token": self.get().text.partition('"X-CSRF-Token": "')[2].partition('"')[0]}

@@ -60,7 +60,7 @@ class Application:
         route, (method, path) = self.table[name], name.split(" ")
         words = {"name": thing.name, "alias": thing.alias, "version": 1, "id": thing.job, "key": "zq-tag"}
         words |= {"model": thing.model}
-        if path.startswith("/uploads"):
+        if "/uploads" in path:
             words |= {"name": "adapter_config.json", "id": thing.upload}
         if path.startswith("/console/static"):
             words["name"] = "console.css"
