@@ -1,15 +1,115 @@
-"""A recipe as its pages show it."""
+"""Recipes on pages: as text, as the fields of a form, from a form, and what a run of one takes."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
 
 from loray.bases.presets import shapes_in
+from loray.catalog import Catalog
+from loray.cli.planning.devices import ASSUMED_GPU, kept_rates
+from loray.errors import NotFoundError, SpecError
+from loray.planning.devices import PRESETS, Device, HostRates, host, host_memory
+from loray.planning.plan import Plan, make_plan
+from loray.planning.run import run_of
+from loray.recipes.continued import continued
+from loray.recipes.defaults import FIRST_METHOD, complete, defaults_of
+from loray.recipes.fields import fields_of, given, merge
 from loray.recipes.load import size_of_base
 from loray.recipes.render import to_yaml
 from loray.spec import TrainSpec
+from serve_apps.console.forms import Form
+
+# What people set; whatever else a recipe has is written as YAML.
+_PATHS = (
+    "name",
+    "base",
+    "data.train",
+    "data.eval",
+    "adapter.method",
+    "adapter.rank",
+    "data.max_length",
+    "optimizer.learning_rate",
+    "num_epochs",
+    "max_steps",
+    "num_workers",
+    "publish.aliases",
+)
+_REQUIRED = ("name", "data.train")
+
+
+class Field(NamedTuple):
+    """`default`: on a small base, as text; empty where there is none."""
+
+    path: str
+    why: str
+    default: str
+    is_required: bool
+
+
+class Estimate(NamedTuple):
+    """`is_timed`: the rates of the device are known, and not its memory alone. `is_assumed`: nobody said which GPU."""
+
+    plan: Plan
+    is_timed: bool
+    is_assumed: bool
 
 
 def recipe_text(spec: TrainSpec, home: Path) -> str:
     """YAML with the reason of each value, from which the same recipe is made again. `home` has this node's bases."""
     return to_yaml(spec, size_of_base(spec.base, shapes_in(home)))
+
+
+def form_fields() -> list[Field]:
+    """The fields of the form, with the reasons and defaults of the first method's recipe."""
+    fields, defaults = fields_of(FIRST_METHOD), defaults_of(FIRST_METHOD)
+    shown = []
+    for path in _PATHS:
+        default = defaults[path].on("small")
+        value = fields[path].default if default is None else default
+        text = "" if value is None or value == () else str(value)
+        shown.append(Field(path, defaults[path].why, text, path in _REQUIRED))
+    return shown
+
+
+def recipe_of(form: Form, home: Path) -> TrainSpec:
+    """The recipe of a form: its YAML, its fields on top of that, and defaults. Raises SpecError."""
+    fields = merge(_rest(form.get("rest")), given([f"{path}={form.get(path)}" for path in _PATHS if form.get(path)]))
+    base = fields.get("base", TrainSpec.model_fields["base"].default)
+    return TrainSpec.parse(complete(fields, size_of_base(base, shapes_in(home))), source="the recipe")
+
+
+def plan_of(spec: TrainSpec, catalog: Catalog, home: Path) -> Estimate:
+    """What `loray plan` says of it, on this machine or the GPU that is assumed. Nothing is measured.
+
+    Raises SpecError where the driver would refuse it, and NotFoundError for a base of unknown shape.
+    """
+    model = shapes_in(home)(spec.base)
+    if model is None:
+        raise NotFoundError(f"the base {spec.base} is not on this machine, so there is no estimate")
+    if spec.init_adapter is not None:
+        ref = catalog.resolve(spec.init_adapter)
+        spec = continued(spec, catalog.version(ref.name, ref.version).manifest, ref.label, model)
+    rates = kept_rates(home)
+    return Estimate(
+        make_plan(run_of(spec, model), _device(spec, rates)), spec.use_gpu or rates is not None, bool(spec.use_gpu)
+    )
+
+
+def _device(spec: TrainSpec, rates: HostRates | None) -> Device:
+    if spec.use_gpu:
+        return PRESETS[ASSUMED_GPU]
+    memory = HostRates(host_memory(), flops=1, attention_flops=1, dense_attention_flops=1, bandwidth=1)
+    return host(rates or memory, spec.num_workers)
+
+
+def _rest(text: str) -> dict[str, Any]:
+    try:
+        rest = yaml.safe_load(text or "{}")
+    except (ValueError, yaml.YAMLError, RecursionError) as e:
+        raise SpecError(f"the rest of the recipe is not valid YAML: {e}") from e
+    if not isinstance(rest, dict):
+        raise SpecError("the rest of the recipe is a YAML mapping, such as `batch: {rows: 4}`")
+    return rest

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from fastapi import Path, Request
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
-from jobs.events.messages import decode
-from loray.errors import ClusterError, LogsGone
-from loray.spec import JobId, JobStatus
+from jobs.events.messages import decode, describe
+from jobs.runs.history import read_events
+from loray.catalog import Job
+from loray.errors import ClusterError, LogsGone, LorayError, StoreError
+from loray.serving.access import check
+from loray.spec import JobId, JobStatus, Method, Principal, qualified_name, split_qualified
 from serve_apps.access import Asking
-from serve_apps.console.backend import ConsoleDep
-from serve_apps.console.recipes import recipe_text
+from serve_apps.console.backend import Backend, ConsoleDep
+from serve_apps.console.forms import read_form
+from serve_apps.console.losses import losses_of
+from serve_apps.console.recipes import form_fields, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
 _PAGE = 50
 _LOG_LINES = 200
-_MOST_POINTS = 1000
 JobPath = Annotated[JobId, Path()]
 
 router = router_of("/jobs")
@@ -36,44 +40,84 @@ def list_jobs(
     )
 
 
+@router.get("/new")
+def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    """The form of a recipe."""
+    bases = console.backend.catalog_of(asking).bases()
+    return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
+
+
+@router.post("/plan")
+async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    """What `loray plan` says of the form; of one that is no recipe yet, why."""
+    form, home = await read_form(request), console.backend.settings.home
+    try:
+        plan = await run_in_threadpool(lambda: plan_of(recipe_of(form, home), console.backend.catalog_of(asking), home))
+    except LorayError as e:
+        return console.renderer.page(request, "parts/plan.html", plan=None, problem=str(e))
+    return console.renderer.page(request, "parts/plan.html", plan=plan, problem="")
+
+
+@router.post("")
+async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> Response:
+    """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does."""
+    recipe = recipe_of(await read_form(request), console.backend.settings.home)
+    if recipe.publish.aliases:
+        check(asking, "promote")
+    job = await run_in_threadpool(lambda: console.backend.jobs_of(asking).submit(recipe, None, resume=False))
+    return led_to(request, f"/jobs/{job.id}")
+
+
 @router.get("/{id}")
 def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
-    jobs = console.backend.jobs_of(asking)
-    job = jobs.get(id)
-    log, problem = "", ""
+    job = console.backend.jobs_of(asking).get(id)
+    recipe = recipe_text(job.recipe, console.backend.settings.home)
+    return console.renderer.page(request, "job.html", recipe=recipe, **_state(console.backend, asking, job))
+
+
+@router.get("/{id}/live")
+def show_live(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
+    """The part of the page that is asked for again and again until the job has ended."""
+    job = console.backend.jobs_of(asking).get(id)
+    return console.renderer.page(request, "parts/job.html", **_state(console.backend, asking, job))
+
+
+def _state(backend: Backend, asking: Principal, job: Job) -> dict[str, Any]:
+    """Losses and lines of the run's own events, which outlive Ray's cluster. Of a run that has none yet, of a job that
+    failed or was stopped, and where its events are elsewhere, the lines are those of Ray's log.
+    """
+    events: list[str] = []
+    log: list[str] = []
+    problem = ""
+    name = qualified_name(job.tenant, split_qualified(job.name).name)
     try:
-        log = jobs.logs(job.id)
-    except (LogsGone, ClusterError) as e:
+        events = read_events(backend.settings, name, job.id, job.created_at)
+    except StoreError as e:
         problem = str(e)
-    return console.renderer.page(
-        request,
-        "job.html",
-        job=job,
-        log="\n".join(log.splitlines()[-_LOG_LINES:]),
-        problem=problem,
-        losses=losses_of(log),
-        recipe=recipe_text(job.recipe, console.backend.settings.home),
-    )
+    if not events or job.status in ("failed", "stopped"):
+        try:
+            log = backend.jobs_of(asking).logs(job.id).splitlines()
+        except (LogsGone, ClusterError) as e:
+            problem = problem or str(e)
+    lines = log or [_described(line) for line in events[-_LOG_LINES:]]
+    return {
+        "job": job,
+        "log": "\n".join(lines[-_LOG_LINES:]),
+        "problem": problem,
+        "losses": losses_of(events or log),
+    }
+
+
+def _described(line: str) -> str:
+    """An event of another version as it is."""
+    event = decode(line)
+    try:
+        return line if event is None else describe(event)
+    except (KeyError, TypeError, ValueError):
+        return line
 
 
 @router.post("/{id}/stop")
 def stop_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).stop(id)
     return led_to(request, f"/jobs/{job.id}")
-
-
-def losses_of(log: str) -> str:
-    """JSON of [steps, losses, held-out losses] from a log's events, evenly thinned to what a picture needs."""
-    training: dict[int, float | None] = {}
-    held_out: dict[int, float | None] = {}
-    for line in log.splitlines():
-        event = decode(line)
-        if event is None or not isinstance(step := event.get("step"), int):
-            continue
-        if isinstance(loss := event.get("loss"), float):
-            training[step] = loss
-        if isinstance(loss := event.get("eval_loss"), float):
-            held_out[step] = loss
-    steps = sorted(training.keys() | held_out.keys())
-    thinned = [step for n, step in enumerate(steps) if step in held_out or n % (1 + len(steps) // _MOST_POINTS) == 0]
-    return json.dumps([thinned, [training.get(s) for s in thinned], [held_out.get(s) for s in thinned]])

@@ -1,3 +1,27 @@
+// Curves: the first list is x, the others are drawn over it.
+function drawCurves(part) {
+  for (const place of part.querySelectorAll("[data-curve]")) {
+    const labels = JSON.parse(place.dataset.labels);
+    const ink = getComputedStyle(document.body).color;
+    const colours = [null, "#4299e1", "#f76707"];
+    const axis = { stroke: ink, grid: { stroke: "rgba(128, 128, 128, .25)" } };
+    const options = {
+      width: place.clientWidth,
+      height: 256,
+      scales: { x: { time: false } },
+      axes: [axis, axis],
+      series: labels.map((label, n) => (n ? { label, stroke: colours[n], width: 2, spanGaps: true } : { label })),
+    };
+    place.plot = new uPlot(options, JSON.parse(place.dataset.curve), place);
+  }
+}
+window.addEventListener("resize", () => {
+  for (const place of document.querySelectorAll("[data-curve]")) {
+    place.plot?.setSize({ width: place.clientWidth, height: 256 });
+  }
+});
+drawCurves(document);
+
 // Parts of a page that are asked for again: every 3 s, after a failure after twice the time, up to a minute.
 for (const part of document.querySelectorAll("[data-live]")) {
   const shortest = 3000;
@@ -11,6 +35,8 @@ for (const part of document.querySelectorAll("[data-live]")) {
         if (!answer.ok) throw new Error(answer.status);
         part.innerHTML = await answer.text();
         htmx.process(part);
+        drawCurves(part);
+        if (part.querySelector("[data-ended]")) return;
         wait = shortest;
       } catch {
         wait = Math.min(2 * wait, longest);
@@ -31,20 +57,3 @@ document.addEventListener("submit", (event) => {
   const address = form.dataset.promote.replace("ALIAS", encodeURIComponent(alias)).replace("VERSION", version);
   htmx.ajax("POST", address, { source: form, swap: "none" });
 });
-
-// Curves: the first list is x, the others are drawn over it.
-for (const place of document.querySelectorAll("[data-curve]")) {
-  const labels = JSON.parse(place.dataset.labels);
-  const ink = getComputedStyle(document.body).color;
-  const colours = [null, "#4299e1", "#f76707"];
-  const axis = { stroke: ink, grid: { stroke: "rgba(128, 128, 128, .25)" } };
-  const options = {
-    width: place.clientWidth,
-    height: 256,
-    scales: { x: { time: false } },
-    axes: [axis, axis],
-    series: labels.map((label, n) => (n ? { label, stroke: colours[n], width: 2, spanGaps: true } : { label })),
-  };
-  const plot = new uPlot(options, JSON.parse(place.dataset.curve), place);
-  window.addEventListener("resize", () => plot.setSize({ width: place.clientWidth, height: 256 }));
-}

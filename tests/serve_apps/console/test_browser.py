@@ -7,7 +7,8 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import uvicorn
 
 from jobs.submission.tracker import RayJob
+from loray.bases.registry import BaseModel
 from loray.recipes.load import load_recipe
 from tests.serve_apps.console.site import ROOT, ConsoleSite
 
@@ -157,3 +159,59 @@ def show_a_job(console: ConsoleSite, seen: Seen) -> None:
     seen.open("/jobs/train_1")
     seen.page.wait_for_selector(".curve canvas")
     seen.picture("job")
+
+
+def test_an_upload_by_drag_and_drop_and_by_a_field(
+    console: ConsoleSite, seen: Seen, tiny_base: Callable[..., BaseModel], peft_folder: Callable[..., Path]
+) -> None:
+    base = tiny_base()
+    shutil.copytree(base.path, console.settings.home / "bases" / base.name)
+    folder, page = peft_folder(base), seen.page
+    files = [str(path) for path in folder.iterdir()]
+    seen.open("/uploads")
+    page.set_input_files("#files", files)
+    page.wait_for_selector("#chosen li:has-text('adapter_model.safetensors')")
+    seen.picture("upload")
+    page.fill("#name", "dropped")
+    page.click("button:text-is('Publish')")  # the folder names a path, which is no base of the server
+    page.wait_for_selector("#message .alert-danger, h1:text-is('dropped')")
+    seen.problems.clear()  # the browser names the 4xx
+    seen.open("/uploads")
+    drop = """async (files) => {
+        const data = new DataTransfer();
+        for (const [name, text] of files) {
+            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+            data.items.add(new File([bytes], name));
+        }
+        document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true }));
+    }"""
+    page.evaluate(drop, [[path.name, b64encode(path.read_bytes()).decode()] for path in folder.iterdir()])
+    page.wait_for_selector("#chosen li:has-text('adapter_config.json')")
+    page.fill("#name", "second")
+    page.select_option("#base", base.name)
+    page.click("button:text-is('Publish')")
+    page.wait_for_url("**/adapters/second**done=published")
+    assert console.catalog.version("second", 1).manifest.method == "lora"
+    assert seen.problems == []
+
+
+def test_a_recipe_is_planned_and_submitted(console: ConsoleSite, seen: Seen) -> None:
+    page = seen.page
+    seen.open("/jobs/new")
+    page.wait_for_selector("text=name")
+    page.fill("[name='name']", "new")
+    page.fill("[name='data.train']", "s3://b/d.jsonl")
+    page.wait_for_selector("dt:text-is('Memory of a worker')")
+    seen.picture("new-job")
+    page.click("button:text-is('Train')")
+    page.wait_for_url("**/jobs/train_*")
+    (job,) = console.catalog.jobs().jobs
+    assert job.recipe.name == "new"
+    folder = console.settings.home / "runs" / "new" / f"{job.created_at:%Y%m%d-%H%M%S}-000000"
+    folder.mkdir(parents=True)
+    (folder / "job_id").write_text(job.id)
+    events = ({"event": "step", "step": n, "loss": 2.0 + 2.0 / (1 + n)} for n in range(1, 60))
+    (folder / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    page.wait_for_selector(".curve canvas", timeout=15000)  # without a reload
+    seen.picture("job-live")
+    assert seen.problems == []

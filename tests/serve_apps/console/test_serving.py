@@ -1,11 +1,7 @@
-"""Pages of serving, of training jobs, and the playground."""
+"""Pages of serving, and the playground."""
 
 from __future__ import annotations
 
-import json
-
-from loray.recipes.load import load_recipe
-from serve_apps.console.pages.jobs import losses_of
 from serve_apps.console.pages.serving import heat_map
 from tests.serve_apps.console.site import URL, ConsoleSite, ScriptedGateway
 
@@ -55,30 +51,3 @@ def test_the_playground_asks_with_the_key_of_its_session(console: ConsoleSite) -
     assert answer.text.endswith("data: [DONE]\n\n")
     assert console.engines.asked == [(f"Bearer {key}", body)]
     assert console.http.post(f"{URL}/playground/chat", json=body).status_code == 403
-
-
-def test_jobs(console: ConsoleSite) -> None:
-    assert "No job was submitted yet" in console.get("/jobs").text
-    recipe = load_recipe("lora_smollm2").spec
-    job = console.services.jobs_of(console.services.catalog.principal).submit(
-        recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": "s3://b/d.jsonl", "eval": None})}),
-        None,
-        resume=False,
-    )
-    assert job.id in console.get("/jobs", status="pending").text
-    page = console.get(f"/jobs/{job.id}").text
-    assert f"log of {job.id}" in page
-    assert "s3://b/d.jsonl" in page
-    assert "method: lora" in page
-    assert console.post(f"/jobs/{job.id}/stop").status_code == 204
-    assert console.jobs.stopped == [job.id]
-    assert console.get("/jobs/nothing").status_code == 404
-
-
-def test_losses_come_from_the_logs_events() -> None:
-    events = [{"event": "step", "step": n, "loss": 1.0 / n} for n in range(1, 5001)]
-    lines = [json.dumps(event) for event in events] + ["not an event", '{"event": "eval", "step": 7, "eval_loss": 2.5}']
-    steps, training, held_out = json.loads(losses_of("\n".join(lines)))
-    assert len(steps) == len(training) == len(held_out) <= 1002
-    assert held_out[steps.index(7)] == 2.5
-    assert training[steps.index(7)] == 1 / 7

@@ -79,7 +79,7 @@ def test_the_cookie_opens_pages_alone(console: ConsoleSite) -> None:
 
 
 def test_pages_run_nothing_inline_and_ask_nobody_else(console: ConsoleSite) -> None:
-    sections = ("", "/adapters", "/keys", "/usage", "/jobs", "/playground", "/serving", "/uploads")
+    sections = ("", "/adapters", "/keys", "/usage", "/jobs", "/playground", "/serving", "/uploads", "/jobs/new")
     for path in (*sections, "/login", "/adapters/tone", "/adapters/tone/versions/1"):
         page = console.get(path)
         assert page.headers["content-security-policy"].startswith("default-src 'self'; ")

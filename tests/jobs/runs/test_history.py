@@ -1,0 +1,51 @@
+"""Events of a run are found by its job and read in bounded parts."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from jobs.runs import history
+from jobs.runs.history import read_events
+from loray.settings import Settings
+
+BEGAN = datetime(2026, 1, 2, 12, tzinfo=UTC)
+
+
+def write_run(settings: Settings, place: str, job_id: str, num_steps: int) -> None:
+    folder = settings.home / "runs" / place
+    folder.mkdir(parents=True)
+    (folder / "job_id").write_text(job_id)
+    lines = [json.dumps({"event": "step", "step": step, "loss": 1.0 / step}) for step in range(1, num_steps + 1)]
+    (folder / "events.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings.from_env({"LORAY_HOME": str(tmp_path)})
+
+
+def test_a_job_has_the_run_that_it_began(settings: Settings) -> None:
+    write_run(settings, "tone/20260101-120000-000000", "train_1", 1)
+    write_run(settings, "tone/20260102-120001-000000", "train_1", 2)
+    write_run(settings, "tone/20260102-120002-000000", "train_2", 3)
+    write_run(settings, "_acme/tone/20260102-120003-000000", "train_3", 4)
+    assert len(read_events(settings, "tone", "train_1", BEGAN)) == 2
+    assert len(read_events(settings, "tone", "train_2", BEGAN)) == 3
+    assert len(read_events(settings, "acme/tone", "train_3", BEGAN)) == 4
+    for name, job_id in (("tone", "train_3"), ("nothing", "train_1")):
+        assert read_events(settings, name, job_id, BEGAN) == []
+
+
+def test_a_long_history_is_read_in_parts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(settings, "tone/20260102-120001-000000", "train_1", 5000)
+    monkeypatch.setattr(history, "MAX_BYTES", 32_000)
+    lines = read_events(settings, "tone", "train_1", BEGAN)
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == (1, 5000)
+    assert sum(map(len, lines)) < 32_000
+    assert len([step for step in steps if 2000 < step < 3000]) > 50

@@ -1,0 +1,125 @@
+"""Pages of training jobs: the form of a recipe with its estimate, and a job whose losses outlive Ray's log."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+
+import pytest
+
+from loray.recipes.load import load_recipe
+from loray.spec import TrainSpec
+from serve_apps.console.losses import losses_of
+from tests.serve_apps.console.site import ConsoleSite
+
+FORM: dict[str, object] = {
+    "name": "new",
+    "data.train": "s3://b/d.jsonl",
+    "adapter.method": "vera",
+    "adapter.rank": "64",
+    "optimizer.learning_rate": "",
+    "rest": "batch: {rows: 2}\nmax_steps: 7",
+}
+
+
+def recipe() -> TrainSpec:
+    spec = load_recipe("lora_smollm2").spec
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"train": "s3://b/d.jsonl", "eval": None})})
+
+
+def test_the_form_has_fields_with_reasons_and_defaults(console: ConsoleSite) -> None:
+    page = console.get("/jobs/new").text
+    for shown in ('name="optimizer.learning_rate" placeholder="0.001"', "what requests call it", "<option>longlora<"):
+        assert shown in page, shown
+    assert re.search(r'name="data.train" placeholder="" required', page)
+    assert re.search(r'hx-post="[^"]*/jobs/plan"[^>]* hx-swap="innerHTML"', page)  # the form around it swaps nothing
+    assert "/jobs/new" in console.get("/jobs").text
+
+
+def test_a_form_has_an_estimate(console: ConsoleSite) -> None:
+    part = console.post("/jobs/plan", FORM)
+    assert part.status_code == 200
+    for shown in ("Memory of a worker", "this-machine", "Trained parameters", "not known"):
+        assert shown in part.text, shown
+    assert "<main" not in part.text
+    huge = console.post("/jobs/plan", FORM | {"base": "Llama-2-70b-hf", "rest": "use_gpu: true"}).text
+    assert "a100-80gb, which is assumed" in huge
+    assert "alert-danger" in huge
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": ""}, "name"),
+        ({"adapter.rank": "many"}, "adapter"),
+        ({"rest": "batch: ["}, "not valid YAML"),
+        ({"rest": "- 1"}, "a YAML mapping"),
+        ({"rest": "learning_rate: 1"}, "learning_rate"),
+        ({"rest": "init_adapter: nothing@1"}, "nothing"),
+        ({"base": "unknown"}, "not on this machine"),
+    ],
+)
+def test_a_form_that_cannot_be_planned_says_why(console: ConsoleSite, fields: dict[str, object], said: str) -> None:
+    part = console.post("/jobs/plan", FORM | fields)
+    assert (part.status_code, said in part.text) == (200, True), part.text
+
+
+def test_a_form_becomes_a_job(console: ConsoleSite) -> None:
+    wrong = console.post("/jobs", FORM | {"adapter.rank": "0"})
+    assert (wrong.status_code, "adapter" in wrong.text, "<main" in wrong.text) == (422, True, False)
+    answer = console.post("/jobs", FORM)
+    (job,) = console.catalog.jobs().jobs
+    assert answer.headers["hx-redirect"].endswith(f"/console/jobs/{job.id}")
+    assert list(console.jobs.submitted) == [job.id]
+    got = job.recipe
+    assert (got.name, got.adapter.method, got.adapter.rank, got.batch.rows, got.max_steps) == ("new", "vera", 64, 2, 7)
+    assert got.optimizer.learning_rate == 1e-2  # VeRA's default
+    console.log_in(console.key("train"))
+    assert console.post("/jobs", FORM | {"name": "other", "publish.aliases": "prod"}).status_code == 403
+
+
+def test_jobs(console: ConsoleSite) -> None:
+    assert "No job was submitted yet" in console.get("/jobs").text
+    job = console.services.jobs_of(console.services.catalog.principal).submit(recipe(), None, resume=False)
+    assert job.id in console.get("/jobs", status="pending").text
+    page = console.get(f"/jobs/{job.id}").text
+    assert f"log of {job.id}" in page
+    assert "s3://b/d.jsonl" in page
+    assert "method: lora" in page
+    assert console.post(f"/jobs/{job.id}/stop").status_code == 204
+    assert console.jobs.stopped == [job.id]
+    assert console.get("/jobs/nothing").status_code == 404
+
+
+def test_a_jobs_losses_outlive_rays_log(console: ConsoleSite) -> None:
+    job = console.services.jobs_of(console.services.catalog.principal).submit(recipe(), None, resume=False)
+    page = console.get(f"/jobs/{job.id}").text
+    assert f'data-live="/api/v1/console/jobs/{job.id}/live"' in page
+    assert f"log of {job.id}" in page
+    assert "data-curve" not in page
+    folder = console.settings.home / "runs" / recipe().name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-000000"
+    folder.mkdir(parents=True)
+    (folder / "job_id").write_text(job.id)
+    events = [{"event": "step", "step": step, "loss": 1.0 / step} for step in (1, 2)]
+    events += [{"event": "eval", "step": 2, "eval_loss": 0.25, "subject": "adapter"}]
+    (folder / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    live = console.get(f"/jobs/{job.id}/live").text
+    assert "[[1, 2], [1.0, 0.5], [null, 0.25]]" in live.replace("&#34;", '"')
+    assert "held-out loss 0.2500" in live
+    console.jobs.say(job.id, "SUCCEEDED")
+    assert "data-ended" in console.get(f"/jobs/{job.id}/live").text
+    console.jobs.jobs.clear()  # another cluster, which does not know the job
+    page = console.get(f"/jobs/{job.id}").text
+    assert "data-live" not in page
+    assert "[null, 0.25]" in page
+
+
+def test_losses_are_thinned() -> None:
+    events = [{"event": "step", "step": n, "loss": 1.0 / n} for n in range(1, 5001)]
+    events += [{"event": "eval", "step": n, "eval_loss": 2.5} for n in range(1, 5001)]
+    lines = [*map(json.dumps, events), "not an event"]
+    steps, training, held_out = json.loads(losses_of(lines))
+    assert len(steps) == len(training) == len(held_out) <= 1000
+    assert (training[0], held_out[0]) == (1.0, 2.5)
+    assert losses_of(["not an event"]) == ""
