@@ -3,6 +3,7 @@
     python -m benchmarks.training                      attention at 8k and 16k, a step at 16k, memory at 32k: 15 minutes
     python -m benchmarks.training --preset sequence    activations and traffic over sequence groups: five minutes
     python -m benchmarks.training --preset vera        steps of VeRA against PEFT's: two minutes
+    python -m benchmarks.training --preset trainer     steps of three methods against PEFT in transformers' Trainer
     python -m benchmarks.training --preset long        a step at 100k: about an hour
     python -m benchmarks.training --only attention
 
@@ -21,7 +22,8 @@ import click
 
 from benchmarks.machine import Disturbance, describe_machine, watch
 from benchmarks.output import machine_line, write_json
-from benchmarks.training.cases import PRESETS, Case, Row, Setting
+from benchmarks.training.cases import PRESETS
+from benchmarks.training.rows import Case, Row, Setting
 from loray.bases.registry import add_base
 from loray.settings import Settings
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from benchmarks import workers
 from benchmarks.training import steps
+from benchmarks.training.peers import Trainer, Vera
+from benchmarks.training.rows import Case, Row, Setting, Target
 from benchmarks.training.workers.traffic import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS
-from loray.bases.registry import BaseModel
 from loray.planning.compute import ATTENTION_BACKWARD, attention_pairs, count_flops
 from loray.planning.exchange.halo import HaloPlan, ring_elements, ulysses_elements
 from loray.planning.run import run_of
@@ -20,51 +21,7 @@ from loray.recipes.resolve import quarter
 _BF16 = 2  # bytes
 
 
-@dataclass(slots=True)
-class Setting:
-    """`activations`: bytes that earlier rows measured, by (tokens, P)."""
-
-    base: BaseModel
-    num_threads: int
-    repeats: int = 3
-    num_steps: int = 1
-    activations: dict[tuple[int, int], int] = field(default_factory=dict)
-
-
-class Target(NamedTuple):
-    sign: str
-    value: float
-
-    def __str__(self) -> str:
-        return f"{self.sign} {self.value:g}"
-
-    def is_met(self, reached: float) -> bool:
-        return reached >= self.value if self.sign == "≥" else reached <= self.value
-
-
 _EXACT = Target("≤", 0.0)
-
-
-class Row(NamedTuple):
-    """`cells` and `note` are printed, `figures` are written as JSON, and `reached` is compared with the target."""
-
-    cells: tuple[str, ...]
-    figures: Mapping[str, Any]
-    reached: float
-    note: str = ""
-
-
-class Case(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def columns(self) -> tuple[str, ...]: ...
-
-    @property
-    def target(self) -> Target | None: ...
-
-    def run(self, setting: Setting) -> Row: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,38 +135,6 @@ class Activations:
 
 
 @dataclass(frozen=True, slots=True)
-class Vera:
-    """Training steps of VeRA on all linear modules, in turn with PEFT's VeRA in fp32, its default, and in bf16."""
-
-    tokens: int
-    rank: int
-    target: Target | None = None
-    columns: ClassVar = ("ours s", "PEFT s", "PEFT/ours", "PEFT bf16 s", "bf16/ours", "loss apart")
-
-    @property
-    def name(self) -> str:
-        return f"VeRA r{self.rank}, {self.tokens}"
-
-    def run(self, setting: Setting) -> Row:
-        home = setting.base.path.parent.parent
-        numbers = [str(x) for x in (self.tokens, self.rank, 3 * setting.repeats)]
-        command = ["benchmarks.training.workers.vera", str(home), setting.base.name, *numbers]
-        (found,) = workers.run([command], setting.num_threads)
-        ours, peft, bf16 = (statistics.median(found["seconds"][name]) for name in ("ours", "peft", "peft-bf16"))
-        own, *others = found["losses"].values()
-        apart = max(abs(a - b) for other in others for a, b in zip(own, other, strict=True))
-        cells = (
-            f"{ours:.3f}",
-            f"{peft:.3f}",
-            f"{peft / ours:.2f}",
-            f"{bf16:.3f}",
-            f"{bf16 / ours:.2f}",
-            f"{apart:.3f}",
-        )
-        return Row(cells, found | {"ratio": peft / ours, "bf16_ratio": bf16 / ours, "apart": apart}, peft / ours)
-
-
-@dataclass(frozen=True, slots=True)
 class Traffic:
     """Bytes that a rank of a sequence group sends in the forward pass of one layer with 8 query and 4 KV heads, counted
     at the collective, beside the formulas. The figures are those of the rank that sends most; `reached` is the largest
@@ -282,6 +207,11 @@ PRESETS: Mapping[str, tuple[Case, ...]] = {
         *_traffic(),
     ),
     "vera": (Vera(512, 256, Target("≥", 1.3)),),
+    "trainer": (
+        Trainer("lora", 4, 512, Target("≥", 1.2)),
+        Trainer("vera", 4, 512, Target("≥", 1.2)),
+        Trainer("longlora", 1, 4096, Target("≥", 1.2)),
+    ),
     "long": (Memory(100_000, Target("≤", 14)),),
 }
 

@@ -17,10 +17,12 @@ from benchmarks.machine import watch
 from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
 from benchmarks.training import __main__ as train
 from benchmarks.training import cases, dense
-from benchmarks.training.cases import PRESETS, Activations, Attention, Memory, Setting, Step, Target, Traffic
+from benchmarks.training.cases import PRESETS, Activations, Attention, Memory, Step, Traffic
+from benchmarks.training.rows import Setting, Target
 from benchmarks.training.steps import Case, Measured
 from benchmarks.training.workers.attention import main as time_attention
 from benchmarks.training.workers.traffic import main as count_traffic
+from benchmarks.training.workers.trainer import main as time_beside_trainer
 from benchmarks.training.workers.vera import main as time_vera
 from loray.bases.registry import BaseModel
 from loray.train.data.batches import Batch
@@ -142,6 +144,15 @@ def test_the_sides_of_a_vera_step_train_the_same(tiny_base: Callable[..., BaseMo
     assert ours == pytest.approx(peft, abs=0.02)
     assert ours == pytest.approx(bf16, abs=0.02)
     assert len(set(ours)) == 4
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about their own ways
+def test_the_sides_of_a_step_beside_trainer_train_the_same(tiny_base: Callable[..., BaseModel]) -> None:
+    base = tiny_base(std=0.1)
+    found = time_beside_trainer(base.path.parent.parent, base.name, "lora", 2, 32, 3)
+    assert {name: len(seconds) for name, seconds in found["seconds"].items()} == dict.fromkeys(found["losses"], 3)
+    assert found["losses"]["ours"] == pytest.approx(found["losses"]["trainer"], abs=0.03)
+    assert len(set(found["losses"]["ours"])) == 4
 
 
 def test_memory_of_a_process() -> None:
