@@ -1,6 +1,5 @@
-"""Dense causal attention, which S2-Attn is compared with: four ways to call torch's kernel with grouped queries.
-
-The fastest of them is registered for transformers' models, whose default (`enable_gqa`) is the slowest here.
+"""Dense causal attention, which S2-Attn is compared with: loray's own, and four ways to call torch's kernel with
+grouped queries.
 
 Shapes: B rows, T positions, H query heads, K key-value heads, R = H/K, D head width.
 """
@@ -8,13 +7,16 @@ Shapes: B rows, T positions, H query heads, K key-value heads, R = H/K, D head w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
 
-ATTENTION = "bench_dense"
+from loray.train import s2_attention
+
+
+def ours(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    """Groups of twice the row: what a model trains with where its attention is dense."""
+    return s2_attention(q_BHTD, k_BKTD, v_BKTD, group_size=2 * q_BHTD.shape[2])
 
 
 def with_gqa(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
@@ -42,23 +44,9 @@ def folded(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
 
 
 VARIANTS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "ours": ours,
     "repeated": repeated,
     "contiguous": contiguous,
     "folded": folded,
     "enable_gqa": with_gqa,
 }
-
-
-def _forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **_: Any
-) -> tuple[Tensor, None]:
-    return repeated(query, key, value).transpose(1, 2), None
-
-
-def _no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
-    if attention_mask is not None:
-        raise ValueError("the benchmark's rows are neither padded nor packed")
-
-
-AttentionInterface.register(ATTENTION, _forward)
-AttentionMaskInterface.register(ATTENTION, _no_mask)

@@ -41,7 +41,7 @@ Plan = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAY_HOME", str(tmp_path))
-    (tmp_path / "rates.json").write_text(json.dumps(asdict(RATES)))
+    (tmp_path / "rates.json").write_text(json.dumps({"version": 2, "rates": asdict(RATES)}))
     return tmp_path
 
 

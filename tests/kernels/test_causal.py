@@ -86,3 +86,13 @@ def test_bf16_takes_the_fast_kernel_where_there_is_one() -> None:
     assert causal._isa_for(q) == ("avx512" if has_bf16 else None)
     assert causal._isa_for(q.float()) is None
     assert causal._isa_for(q[..., :12]) is None
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    q, k, v, dout = inputs(torch.bfloat16, (2, 3, 8, 16))
+    for keys, values in [(k.float(), v), (k, v[:, :4]), (k[:1], v)]:
+        with pytest.raises(ValueError, match="does not fit queries"):
+            causal.causal_forward(q, keys, values, None)
+    out, lse = causal.causal_forward(q, k, v, None)
+    with pytest.raises(ValueError, match="does not fit queries"):
+        causal.causal_backward(dout.float(), q, k, v, out, lse, None)

@@ -23,7 +23,7 @@ def make_adapters(config: ModelConfig, rank: int, methods: tuple[str, ...], num:
 
 
 def weights_bytes(weights: AdapterWeights) -> int:
-    """In bf16; at least a block's worth of rows."""
+    """In bf16, without VeRA's pair."""
     tensors = [t for m in weights.modules.values() for t in _tensors(m)] + [*weights.norms.values()]
     if weights.embedding is not None:
         tensors.append(weights.embedding.rows_VD)

@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import peak_bytes, reset_peak, resident_bytes
-from benchmarks.training import dense
 from loray.bases.registry import get_base
 from loray.planning.run import run_of
 from loray.spec import TrainSpec
 from loray.train.data.batches import Batch, collate
 from loray.train.data.examples import pack_rows
+from loray.train.hooks.dense import DENSE
 from loray.train.loss import Objective
 from loray.train.mesh import Mesh
 from loray.train.model import build_model
@@ -49,7 +49,7 @@ def main(
     before = resident_bytes()
     model = build_model(base, spec).train()
     if is_dense:
-        model.set_attn_implementation(dense.ATTENTION)
+        model.set_attn_implementation(DENSE)
     strategy = prepare(Objective(model), spec, mesh.world, device, BaseWeights(base, spec.dtype))
 
     def step(batch: Batch) -> float:

@@ -1,12 +1,14 @@
 """Causal attention of whole segments on a CPU, forward and backward: what training and dense evaluation need.
 
-bf16 on CPUs with AVX512-BF16 goes to csrc/causal.cpp, everything else to torch's flash kernel for CPUs.
+bf16 on CPUs with AVX512-BF16, of a width that 16 divides, goes to csrc/causal.cpp, everything else to torch's flash
+kernel for CPUs.
 
 Shapes: F segments with their key-value heads, R query heads of each, L positions, D head width.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import torch
@@ -22,8 +24,10 @@ _torch_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def causal_forward(q_FRLD: Tensor, k_FLD: Tensor, v_FLD: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     """Attention of each query to its own and earlier positions → (F, R, L, D), and log Σ exp(score) (F, R, L).
 
-    The logarithm is fp64 for fp64, else fp32. `scale` defaults to 1/√D.
+    The logarithm is fp64 for fp64, else fp32. `scale` defaults to 1/√D. Raises ValueError where shapes or dtypes do not
+    fit together.
     """
+    _check(q_FRLD, k_FLD, v_FLD)
     if (isa := _isa_for(q_FRLD)) is None:
         shared_k, shared_v = (x[:, None].expand(-1, q_FRLD.shape[1], -1, -1) for x in (k_FLD, v_FLD))
         out, lse = _torch_forward(q_FRLD, shared_k, shared_v, 0.0, True, scale=scale)
@@ -44,7 +48,11 @@ def causal_backward(
     lse_FRL: Tensor,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `causal_forward`'s inputs, from its results: (F, R, L, D), (F, L, D), (F, L, D)."""
+    """The gradients of `causal_forward`'s inputs, from its results: (F, R, L, D), (F, L, D), (F, L, D).
+
+    Raises ValueError where shapes or dtypes do not fit together.
+    """
+    _check(q_FRLD, k_FLD, v_FLD, dout_FRLD, out_FRLD)
     if (isa := _isa_for(q_FRLD)) is None:
         shared_k, shared_v = (x[:, None].expand(-1, q_FRLD.shape[1], -1, -1) for x in (k_FLD, v_FLD))
         dq, dk, dv = _torch_backward(dout_FRLD, q_FRLD, shared_k, shared_v, out_FRLD, lse_FRL, 0.0, True, scale=scale)
@@ -57,6 +65,15 @@ def causal_backward(
     pointers = (x.data_ptr() for x in (*inputs, *grads, sums))
     backward(*pointers, *_shape(q), _scale(q, scale), torch.get_num_threads())
     return dq, dk, dv
+
+
+def _check(q_FRLD: Tensor, k_FLD: Tensor, v_FLD: Tensor, *like_q: Tensor) -> None:
+    num, _, length, width = q_FRLD.shape
+    shapes = [(k_FLD, (num, length, width)), (v_FLD, (num, length, width)), *((x, q_FRLD.shape) for x in like_q)]
+    for tensor, shape in shapes:
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != q_FRLD.dtype:
+            found = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise ValueError(f"{found} does not fit queries {tuple(q_FRLD.shape)} of {q_FRLD.dtype}")
 
 
 def _shape(q_FRLD: Tensor) -> tuple[int, int, int, int]:
@@ -76,6 +93,10 @@ def _isa_for(q_FRLD: Tensor) -> str | None:
 @cache
 def _fast_isa() -> str | None:
     try:
-        return "avx512" if "avx512" in supported() else None
-    except BackendUnavailable:
+        if "avx512" not in supported():
+            return None
+        causal_functions("avx512", torch.bfloat16)
+    except BackendUnavailable as e:
+        warnings.warn(f"attention by torch's slower kernel: {e}", RuntimeWarning, stacklevel=2)
         return None
+    return "avx512"

@@ -165,7 +165,7 @@ class DecodeGraphs:
         if found is None and parts & ~Parts.LORA:
             known = (p for s, n, p in self._recorded if (s, n) == (size, splits) and parts in p)
             if (more := min(known, key=int.bit_count, default=None)) is not None:
-                found = self._recorded[size, splits, more]
+                found = self._recorded[size, splits, parts] = self._recorded[size, splits, more]
         if found is None:
             padded = PaddedStep(size, splits, self._blocks, self._decoding, parts, self.directory.records, self.vectors)
             found = self._recorded[size, splits, parts] = padded, self._record(lambda: self._forward(padded.step()))

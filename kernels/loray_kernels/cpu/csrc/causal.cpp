@@ -79,6 +79,7 @@ struct Parts {
 };
 
 static thread_local Scratch memory;
+constexpr i64 KEPT = 4 << 20;  // bytes that a thread keeps for the next call
 
 template <class P, class T>
 struct Forward {
@@ -131,6 +132,8 @@ struct Forward {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (num > 1)
         for (i64 i = 0; i < num; i++)  // the last queries have most keys, so they come first
             run(i % (num / strips), (strips - 1 - i / (num / strips)) * STRIP);
+#pragma omp parallel num_threads(threads) if (num > 1)
+        memory.keep(KEPT);
     }
 };
 
@@ -243,6 +246,8 @@ struct Backward {
         const i64 num = num_heads(), size = shape.head();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (num > 1)
         for (i64 h = 0; h < num; h++) run(h);
+#pragma omp parallel num_threads(threads) if (num > 1)
+        memory.keep(KEPT);
 #pragma omp parallel for num_threads(threads)
         for (i64 t = 0; t < shape.num * shape.length; t++)
             for (i64 i = 0; i < shape.width; i += W) {

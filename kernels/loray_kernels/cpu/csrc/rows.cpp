@@ -51,6 +51,7 @@ void rms_norm(const T* x, i64 x_stride, i64 num_tokens, i64 num_heads, i64 width
             normalize(x + t * x_stride + h * width, weight, eps, width, y + t * row + h * width);
 #pragma omp parallel for num_threads(threads) if (own.num * row > SERIAL)
     for (i64 n = 0; n < own.num; n++) {
+        if (own.rows->segments[0].offsets[n] < 0) continue;  // no weight of its own
         const T* own_weight = row_of(pool, *own.rows, n, width);
         for (i64 h = 0; h < num_heads; h++)
             normalize(x + own.tokens[n] * x_stride + h * width, own_weight, eps, width,

@@ -21,6 +21,7 @@ from loray.planning.devices import PRESETS, THIS_MACHINE, Device, HostRates, hos
 
 ASSUMED_GPU = "a100-80gb"  # where a recipe uses GPUs and nothing says which
 _RATES_FILE = "rates.json"
+_VERSION = 2  # of what is measured: those of another one are measured again
 
 
 def device_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -69,8 +70,9 @@ def _read(path: Path) -> ModelConfig:
 def kept_rates(home: Path) -> HostRates | None:
     """This machine's rates, where they have been measured."""
     try:
-        return HostRates(**json.loads((home / _RATES_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = json.loads((home / _RATES_FILE).read_text(encoding="utf-8"))
+        return HostRates(**found["rates"]) if found["version"] == _VERSION else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -91,6 +93,6 @@ def _rates(home: Path) -> HostRates:
         path = home / _RATES_FILE
         home.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(rates)) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"version": _VERSION, "rates": asdict(rates)}) + "\n", encoding="utf-8")
         temporary.replace(path)
     return rates

@@ -1,6 +1,6 @@
 """Causal attention inside segments: one function, with an implementation for each device and dtype.
 
-cpu     our kernel for bf16, else torch's flash kernel for CPUs, as one node of the autograd graph
+cpu     loray_kernels.cpu.causal, as one node of the autograd graph
 varlen  flash-attn's kernel for rows of any lengths, or torch's copy of it, on a GPU
 sdpa    torch's scaled_dot_product_attention: any other device or dtype
 """

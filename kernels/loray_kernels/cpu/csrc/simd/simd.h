@@ -252,6 +252,12 @@ struct Scratch {
         }
         return memory;
     }
+    void keep(size_t bytes) {
+        if (size <= bytes) return;
+        free(memory);
+        memory = nullptr;
+        size = 0;
+    }
 };
 
 // Rows of the pool, packed by Python.

@@ -151,7 +151,7 @@ struct Pairs {
         }
     }
 
-    static inline void place(Unit* out, i64 element, bf16 x) { ((bf16*)out)[element] = x; }
+    static inline void place(Unit* out, i64 element, bf16 x) { memcpy((char*)out + 2 * element, &x, 2); }
 };
 
 #endif
