@@ -39,3 +39,33 @@ def test_a_queue_that_the_running_replicas_leave_keeps_them() -> None:
     decision = decide(seen, AT_ONCE, ScalingState(), target=4, now=NOW)  # 108 s of work, less 20 s of 3.6 replicas
     assert decision.target == 4
     assert decision.reason.startswith("backlog of 108000 tokens needs 4 replicas (36 s of one replica's work are left")
+
+
+def test_a_queue_lifts_the_delay_of_its_own_number_only() -> None:
+    """The working set needs eight replicas; the queue four, at once. The eight come when their delay has passed."""
+    spec = SPEC.model_copy(update={"upscale_delay_s": 10.0})
+    seen = [observation(range(60), capacity=1000.0, backlog=60_000.0)]  # 40 s of work are left: 4 replicas
+    first = decide(seen, spec, ScalingState(), target=1, now=NOW)
+    assert first[:2] == (4, "backlog")
+    assert first.reason.startswith("backlog of 60000 tokens needs 4 replicas")
+    assert "working set 60.0 MiB of 60 adapters needs 8 replicas" in first.reason
+    second = decide(seen, spec, first.state, target=4, now=NOW + 9)
+    assert second.target == 4
+    third = decide(seen, spec, second.state, target=4, now=NOW + 10)
+    assert third[:2] == (8, "working set")
+
+
+def test_a_queue_from_before_the_window_counts_once() -> None:
+    """Two replicas do 30 s of work in the 20 s of a start if half a replica's requests come meanwhile. The rest of the
+    tokens, those of the queue itself, come no more.
+    """
+
+    def decided(old: float) -> Decision:
+        seen = observation(tokens=60 * 500.0 + 42_000.0, capacity=1000.0, backlog=42_000.0, old_backlog=old)
+        idle = observation(capacity=1000.0)
+        return decide([seen, idle], SPEC, ScalingState(), target=2, now=NOW)
+
+    assert "(26 s of one replica's work" in decided(0.0).reason
+    assert decided(0.0).target == 4
+    assert "(12 s of one replica's work" in decided(42_000.0).reason
+    assert decided(42_000.0).target == 2

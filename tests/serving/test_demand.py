@@ -186,6 +186,33 @@ def test_a_request_that_waits_for_its_adapters_load_is_no_backlog() -> None:
     assert m.meter.observe(m.now, {held.digest}).backlog == 10 + 40
 
 
+def test_what_is_computed_is_no_backlog_while_others_wait_for_their_loads() -> None:
+    """The engine's waiting requests include those that wait for a load."""
+    m = Meter()
+    held, cold = adapter(1), adapter(2)
+    m.ask(10, 100, held)
+    m.ask(20, 100, cold)
+    m.meter.sample(IDLE._replace(num_running=1, num_waiting=1, num_loading=1), m.now)
+    assert m.meter.observe(m.now, {held.digest}).backlog == 0
+    m.ask(40, 100, held)
+    m.meter.sample(IDLE._replace(num_running=1, num_waiting=2, num_loading=1), m.now)
+    assert m.meter.observe(m.now, {held.digest}).backlog == 40
+    m.meter.sample(IDLE, m.now)  # before the engine has them
+    assert m.meter.observe(m.now, {held.digest}).backlog == 0
+
+
+def test_a_backlog_from_before_the_window_is_told_apart() -> None:
+    m = Meter()
+    m.ask(100, 100).num_output_tokens = 1
+    m.ask(10, 100)
+    m.now += WINDOW_S + 1
+    m.ask(40, 100)
+    m.meter.sample(IDLE._replace(num_running=1, num_waiting=2), m.now)
+    seen = m.observe()
+    assert (seen.tokens, seen.backlog, seen.old_backlog) == (10 + 40, 10 + 40, 10)
+    assert Observation.from_stats(seen.to_stats()) == seen
+
+
 def test_requests_under_way_and_kv_cache_are_means_over_the_window() -> None:
     m = Meter(max_num_seqs=4)
     for _ in range(21):

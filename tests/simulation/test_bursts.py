@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from loray.simulation.cluster import Cluster
 from loray.simulation.policies.routers import AdapterRouter
 from loray.simulation.policies.scalers import AdapterDemand
 from loray.simulation.profile import SMOLLM2_TWO_CORES as PROFILE
+from loray.simulation.replica import Job
 from loray.simulation.simulator import Policy, Simulator, adapter_sizes
 from loray.spec import AutoscalingSpec
 from tests.simulation.test_simulation import requests
@@ -25,3 +27,22 @@ def test_bursts_are_seen_in_their_queue_and_do_not_make_the_number_flap() -> Non
     downs = [b[0] - a[0] for a, b in pairwise(scaler.reasons) if b[1] < a[1]]
     assert all(seconds >= 180 for seconds in downs)  # the window and the delay
     assert len(downs) <= 2
+
+
+def test_what_is_computed_is_no_backlog_while_another_request_waits_for_its_load() -> None:
+    sizes = adapter_sizes(PROFILE, 2)
+    cluster = Cluster(PROFILE, sizes, AdapterRouter(2, 2, PROFILE), 1)
+    member = cluster.start(0.0)
+    assert member is not None
+    cluster.admit(member)
+    scaler, replica = AdapterDemand(AutoscalingSpec(), 1, PROFILE, sizes), member.replica
+    replica.adapters.prefetch(0)
+    for index in range(2):
+        job = Job(index, 300, 60, index)
+        replica.num_jobs += 1
+        scaler.arrived(member, job, 0.0)
+        if replica.adapters.want(job.adapter)[0]:
+            replica.ready(job)
+    assert (replica.num_jobs, replica.num_running) == (2, 1)
+    seen = scaler.observe(member, 0.1)
+    assert (seen.tokens, seen.backlog) == (600, 0)

@@ -12,10 +12,9 @@ and sent again counts once.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from itertools import islice
 from typing import NamedTuple
 
 from loray.serving.routing_report import routing_key
@@ -37,6 +36,7 @@ class Observation:
     kv_byte_s   integral of the KV cache's bytes over time
     backlog     tokens of the requests that wait for their turn, prompts and expected outputs. Without those that wait
                 for their adapters to be loaded, which a replica that is added would have to load as well
+    old_backlog of the backlog, what came before the window: `tokens` has it as well
     adapters    routing key → bytes in the pool, of the adapters in demand whose `adapter_rank` is below `sample`; with
                 a `sample` of 1, of all adapters in demand
     pairs       key → bytes, of all VeRA pairs that adapters in demand share
@@ -50,6 +50,7 @@ class Observation:
     pool_bytes: float
     backlog: float
     adapters: Mapping[str, float]
+    old_backlog: float = 0.0
     sample: float = 1.0
     pairs: Mapping[str, float] = field(default_factory=dict)
 
@@ -63,6 +64,7 @@ class Observation:
             "kv_byte_s": self.kv_byte_s,
             "pool_bytes": self.pool_bytes,
             "backlog": self.backlog,
+            "old_backlog": self.old_backlog,
             "sample": self.sample,
             **{_ADAPTER + key: nbytes for key, nbytes in self.adapters.items()},
             **{_PAIR + key: nbytes for key, nbytes in self.pairs.items()},
@@ -79,6 +81,7 @@ class Observation:
             kv_byte_s=stats["kv_byte_s"],
             pool_bytes=stats["pool_bytes"],
             backlog=stats["backlog"],
+            old_backlog=stats["old_backlog"],
             adapters={k.removeprefix(_ADAPTER): v for k, v in stats.items() if k.startswith(_ADAPTER)},
             sample=stats["sample"],
             pairs={k.removeprefix(_PAIR): v for k, v in stats.items() if k.startswith(_PAIR)},
@@ -238,6 +241,7 @@ class DemandMeter:
         for request in self._open:
             self._mark_in_demand(request.adapter, now)
         sizes = {digest: self._adapter_bytes(ref) for digest, (_, ref) in self._adapters.items()}
+        waiting = self._waiting(loaded)
         digests = nsmallest(MAX_KEYS + 1, sizes)
         sample = 1.0 if len(digests) <= MAX_KEYS else adapter_rank(digests.pop())
         return Observation(
@@ -250,22 +254,21 @@ class DemandMeter:
             / self._max_num_seqs,
             kv_byte_s=sum(s.duration_s * s.load.kv_bytes for s in self._samples),
             pool_bytes=self._pool_bytes,
-            backlog=sum(r.num_prompt_tokens + self._expected_output(r) for r in self._waiting(loaded)),
+            backlog=sum(map(self._open_tokens, waiting)),
+            old_backlog=sum(self._open_tokens(r) for r in waiting if not r.in_window),
             adapters={routing_key(digest): sizes[digest].own for digest in digests},
             sample=sample,
             pairs={routing_key(size.pair[0]): size.pair[1] for size in sizes.values() if size.pair},
         )
 
-    def _waiting(self, loaded: Container[str] | None) -> Iterable[TrackedRequest]:
-        """As many as the engine's last sample had waiting: of those without a first token, the last to come. The others
-        are being computed.
+    def _waiting(self, loaded: Container[str] | None) -> list[TrackedRequest]:
+        """As many as the engine's last sample had waiting, less those that wait for a load: of the others without a
+        first token, the last to come. The rest is being computed.
         """
-        unanswered = (
-            r
-            for r in reversed(self._open)
-            if not r.num_output_tokens and (loaded is None or r.adapter is None or r.adapter.digest in loaded)
-        )
-        return islice(unanswered, self._last[1].num_waiting if self._last else 0)
+        unanswered = [r for r in reversed(self._open) if not r.num_output_tokens]
+        ready = [r for r in unanswered if loaded is None or r.adapter is None or r.adapter.digest in loaded]
+        num_waiting = self._last[1].num_waiting if self._last else 0
+        return ready[: max(0, num_waiting - (len(unanswered) - len(ready)))]
 
     def _open_tokens(self, request: TrackedRequest) -> float:
         """Tokens of a request under way; if it arrived before the window, only those not yet computed."""

@@ -9,7 +9,9 @@ There are three loads, each in fully used replicas; the largest one decides:
 The backlog is the work of the requests that wait for their first token, in seconds of one replica. A replica that is
 added now takes requests after `startup_s`. By then the running ones have worked off what they can do beyond the demand;
 only what is left counts, and is to be worked off within `drain_s`. A burst shorter than the window, which is diluted in
-the demand, is seen in its queue. Such a load has no delay; all loads ask for fewer replicas after the same delay.
+the demand, is seen in its queue. The number that the backlog needs has no delay; the other loads have theirs meanwhile,
+and all ask for fewer replicas after the same delay. Requests that have waited since before the window are work that is
+left and say nothing of what will come: the demand beside the backlog is without them.
 
 Until a replica has been saturated, its capacity is unknown; then the number of requests under way, divided by the size
 of a batch, takes the place of the first load. The working set is a union, not a sum: an adapter in demand on three
@@ -64,12 +66,14 @@ class Decision(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Load:
     """The load of all replicas together, `num_replicas` that have reported. `tokens` is per second; `capacity` and
-    `pool_bytes` are one replica's; `backlog` is in tokens.
+    `pool_bytes` are one replica's; `backlog` is in tokens. `old_tokens` is the part of `tokens` that is in the backlog
+    because it came before the window.
     """
 
     num_replicas: int
     backlog: float
     tokens: float
+    old_tokens: float
     capacity: float | None
     occupied: float
     kv_bytes: float
@@ -91,13 +95,18 @@ class Load:
         """Of the backlog, after so many seconds: seconds of one replica's work. 0 while the capacity is unknown."""
         if self.capacity is None:
             return 0.0
-        spare = max(0.0, self.num_replicas - self.by_demand)
+        spare = max(0.0, self.num_replicas - self._by_new_demand)
         return max(0.0, self.backlog / self.capacity - spare * seconds)
 
     def by_backlog(self, spec: AutoscalingSpec) -> float:
         """Replicas that the demand and what is left of the backlog need; 0 if nothing is left."""
         left = self.left(spec.startup_s)
-        return self.by_demand + left / spec.drain_s if left else 0.0
+        return self._by_new_demand + left / spec.drain_s if left else 0.0
+
+    @property
+    def _by_new_demand(self) -> float:
+        """`by_demand` without what is in the backlog as well. The capacity is known."""
+        return max(0.0, self.tokens - self.old_tokens) / self.capacity if self.capacity else 0.0
 
     def replicas(self, spec: AutoscalingSpec, utilization: float) -> int:
         """The bounded number that all loads need."""
@@ -123,16 +132,21 @@ def decide(
         reason = f"no replica has reported; {_replicas(target)} stay"
         return Decision(target, "no statistics", reason, _without_direction(state))
     load = total(known, spec.window_s)
-    cause, reason = explain(load, spec)
     num_silent = len(observations) - len(known)
-    if num_silent:
-        reason += f"; {num_silent} of {len(observations)} replicas are silent, so none goes"
+    silent = f"; {num_silent} of {len(observations)} replicas are silent, so none goes" if num_silent else ""
+    cause, reason = explain(load, spec)
+    reason += silent
     more = load.replicas(spec, spec.target_utilization)
     if more > target:
         state = _with_direction(state, "up", more, now)
-        at_once = _bounded(_ceil(load.by_backlog(spec)), spec) > target
-        if at_once or now - state.since + _EPS >= spec.upscale_delay_s:
+        if now - state.since + _EPS >= spec.upscale_delay_s:
             return Decision(more, cause, reason, ScalingState(changed_at=now))
+        at_once = _bounded(_ceil(load.by_backlog(spec)), spec)
+        if at_once > target:
+            # The other loads' delay goes on where they ask for more.
+            state = replace(state, changed_at=now) if more > at_once else ScalingState(changed_at=now)
+            cause, reason = explain(load, spec, backlog_alone=True)
+            return Decision(at_once, cause, reason + silent, state)
         return Decision(target, cause, reason, state)
     fewer = load.replicas(spec, spec.target_utilization * (1 - _MARGIN))
     if fewer < target and not num_silent and _is_settled(known, spec, state, now):
@@ -162,6 +176,7 @@ def total(known: Sequence[Observation], window_s: float) -> Load:
         num_replicas=len(known),
         backlog=sum(o.backlog for o in known),
         tokens=sum(o.tokens for o in known) / seconds,
+        old_tokens=sum(o.old_backlog for o in known) / seconds,
         capacity=sum(capacities) / len(capacities) if capacities else None,
         occupied=sum(o.occupied_s for o in known) / seconds,
         kv_bytes=sum(o.kv_byte_s for o in known) / seconds,
@@ -171,8 +186,11 @@ def total(known: Sequence[Observation], window_s: float) -> Load:
     )
 
 
-def explain(load: Load, spec: AutoscalingSpec) -> tuple[Cause, str]:
-    """The load that decides, and a sentence about the loads that begins with it; about the backlog if any is left."""
+def explain(load: Load, spec: AutoscalingSpec, *, backlog_alone: bool = False) -> tuple[Cause, str]:
+    """The load that decides, and a sentence about the loads that begins with it; about the backlog if any is left.
+
+    `backlog_alone`: the backlog decides, though another load may be larger.
+    """
     n = max(1, _ceil(load.by_bytes / spec.target_utilization))
     kv = load.kv_bytes / n
     room = spec.target_utilization * load.pool_bytes - kv
@@ -195,13 +213,14 @@ def explain(load: Load, spec: AutoscalingSpec) -> tuple[Cause, str]:
             f"backlog of {load.backlog:.0f} tokens needs {_replicas(k)} ({load.left(spec.startup_s):.0f} s of one "
             f"replica's work are left when another has started, to be done in {spec.drain_s:g} s)"
         )
-        first = k > max(n, m)
+        first = backlog_alone or k > max(n, m)
         cause = "backlog" if first else cause
         said.insert(0 if first else len(said), by_backlog)
     reason = "; ".join(said)
-    if max(n, m, k) > spec.max_replicas:
+    number = k if backlog_alone else max(n, m, k)
+    if number > spec.max_replicas:
         reason += f"; {_replicas(spec.max_replicas)} are the most allowed"
-    elif max(n, m, k) < spec.min_replicas:
+    elif number < spec.min_replicas:
         reason += f"; {_replicas(spec.min_replicas)} are the fewest allowed"
     return cause, reason
 

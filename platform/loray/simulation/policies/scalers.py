@@ -60,20 +60,22 @@ class AdapterDemand:
     def target(self, cluster: Cluster, now: float) -> int:
         members = list(cluster.members.values())
         self._meters = {m: self._meter(m) for m in members}
-        observations: list[Observation | None] = []
-        for member in members:
-            meter, replica = self._meters[member], member.replica
-            loading = sum(replica.adapters.waiting.values())
-            waiting = replica.num_jobs - replica.num_running
-            meter.sample(
-                EngineLoad(replica.num_running, waiting, loading, int(replica.num_tokens(now)), replica.kv_bytes), now
-            )
-            observations.append(meter.observe(now, _Loaded(replica.adapters, self._numbers)))
+        observations = [self.observe(member, now) for member in members]
         decision = decide(observations, self._spec, self._state, target=self._number, now=now)
         if decision.target != self._number:
             self.reasons.append((now, decision.target, decision.reason))
         self._number, self._state = decision.target, decision.state
         return self._number
+
+    def observe(self, member: Member, now: float) -> Observation:
+        """As a replica reports. Its waiting requests include those that wait for a load, as the engine's do."""
+        meter, replica = self._meters[member], member.replica
+        loading = sum(replica.adapters.waiting.values())
+        waiting = replica.num_jobs - replica.num_running
+        meter.sample(
+            EngineLoad(replica.num_running, waiting, loading, int(replica.num_tokens(now)), replica.kv_bytes), now
+        )
+        return meter.observe(now, _Loaded(replica.adapters, self._numbers))
 
     def arrived(self, member: Member, job: Job, now: float) -> None:
         meter = self._meters[member] = self._meter(member)
