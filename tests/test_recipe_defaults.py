@@ -146,6 +146,8 @@ def test_values_get_their_fields_types(text: str, fields: dict[str, Any]) -> Non
         ("colour=blue", "`loray recipes show` has them all"),
         ("seed", "gives a field no value"),
         ("evaluation.perplexity={stride", "is not valid YAML"),
+        ("base=[2026-13-45]", "is not valid YAML"),
+        ("base=" + "[" * 5000, "is not valid YAML"),
     ],
 )
 def test_an_unknown_field_names_those_that_are_near(text: str, message: str) -> None:

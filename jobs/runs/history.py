@@ -23,7 +23,8 @@ def read_events(settings: Settings, name: str, job_id: str, began_at: datetime) 
     """Lines of `events.jsonl` of the run that this job began, in their order; none where no run is found.
 
     `name` is the adapter's, and `began_at` when the job was submitted. At most `MAX_BYTES` are read. While a driver
-    works on a run in a bucket, its events are in the driver's LORAY_HOME. Raises StoreError.
+    works on a run in a bucket, its events are in the driver's LORAY_HOME; where both places have some, the longer
+    file is read, since a driver may have gone on elsewhere. Raises StoreError.
     """
     tenant, bare = split_qualified(name)
     place = f"runs/{bare}" if tenant is None else f"runs/_{tenant}/{bare}"
@@ -35,12 +36,12 @@ def read_events(settings: Settings, name: str, job_id: str, began_at: datetime) 
         run = _run_of(filesystem, f"{root}/{place}", job_id, began_at)
         if run is None:
             return []
-        for where, path in ((here, f"{settings.home}/{place}/{run}"), (filesystem, f"{root}/{place}/{run}")):
-            if where.get_file_info(f"{path}/events.jsonl").is_file:
-                return _lines(where, f"{path}/events.jsonl")
+        places = ((here, str(settings.home)), (filesystem, root))
+        found = [(where, where.get_file_info(f"{at}/{place}/{run}/events.jsonl")) for where, at in places]
+        where, longest = max(found, key=lambda item: item[1].size or 0)
+        return _lines(where, longest.path) if longest.is_file else []
     except OSError as e:
         raise StoreError(f"the runs of {name!r} cannot be read: {e}") from e
-    return []
 
 
 def _run_of(filesystem: Any, folder: str, job_id: str, began_at: datetime) -> str | None:

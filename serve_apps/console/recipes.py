@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from jobs.submission.rules import limits_of
 from loray.bases.presets import shapes_in
 from loray.catalog import Catalog
 from loray.cli.planning.devices import ASSUMED_GPU, kept_rates
-from loray.errors import NotFoundError, SpecError
+from loray.errors import NotFoundError, PermissionDenied, SpecError
 from loray.planning.devices import PRESETS, Device, HostRates, host, host_memory
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import run_of
@@ -19,6 +20,7 @@ from loray.recipes.defaults import FIRST_METHOD, complete, defaults_of
 from loray.recipes.fields import fields_of, given, merge
 from loray.recipes.load import size_of_base
 from loray.recipes.render import to_yaml
+from loray.settings import Settings
 from loray.spec import TrainSpec
 from serve_apps.console.forms import Form
 
@@ -38,6 +40,8 @@ _PATHS = (
     "publish.aliases",
 )
 _REQUIRED = ("name", "data.train")
+_MOST_WORKERS = 1024  # an estimate goes through the ranks one by one
+_MOST_SEQUENCE = 32
 
 
 class Field(NamedTuple):
@@ -81,11 +85,14 @@ def recipe_of(form: Form, home: Path) -> TrainSpec:
     return TrainSpec.parse(complete(fields, size_of_base(base, shapes_in(home))), source="the recipe")
 
 
-def plan_of(spec: TrainSpec, catalog: Catalog, home: Path) -> Estimate:
+def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings) -> Estimate:
     """What `loray plan` says of it, on this machine or the GPU that is assumed. Nothing is measured.
 
-    Raises SpecError where the driver would refuse it, and NotFoundError for a base of unknown shape.
+    Raises SpecError where the driver would refuse it and where the estimate would take long, PermissionDenied for more
+    workers than the caller may have, and NotFoundError for a base of unknown shape.
     """
+    _check_size(spec, catalog, settings)
+    home = settings.home
     model = shapes_in(home)(spec.base)
     if model is None:
         raise NotFoundError(f"the base {spec.base} is not on this machine, so there is no estimate")
@@ -96,6 +103,17 @@ def plan_of(spec: TrainSpec, catalog: Catalog, home: Path) -> Estimate:
     return Estimate(
         make_plan(run_of(spec, model), _device(spec, rates)), spec.use_gpu or rates is not None, bool(spec.use_gpu)
     )
+
+
+def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:
+    limit = limits_of(catalog.principal, settings).workers
+    if limit is not None and spec.num_workers > limit:
+        raise PermissionDenied(f"num_workers is {spec.num_workers}, and at most {limit} are allowed")
+    if spec.num_workers > _MOST_WORKERS or spec.parallel.sequence > _MOST_SEQUENCE:
+        raise SpecError(
+            f"the console estimates at most {_MOST_WORKERS} workers (num_workers: {spec.num_workers}) in sequence "
+            f"groups of at most {_MOST_SEQUENCE} (parallel.sequence: {spec.parallel.sequence}); ask `loray plan`"
+        )
 
 
 def _device(spec: TrainSpec, rates: HostRates | None) -> Device:

@@ -109,7 +109,7 @@ def _value(text: str, *, is_list: bool) -> Any:
     if text[:1] in ("[", "{") or text in ("null", "~", ""):
         try:
             return yaml.safe_load(text)
-        except yaml.YAMLError as e:
+        except (ValueError, yaml.YAMLError, RecursionError) as e:
             raise SpecError(f"{text!r} is not valid YAML: {e}") from e
     return text
 

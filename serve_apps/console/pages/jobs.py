@@ -18,7 +18,7 @@ from serve_apps.access import Asking
 from serve_apps.console.backend import Backend, ConsoleDep
 from serve_apps.console.forms import read_form
 from serve_apps.console.losses import losses_of
-from serve_apps.console.recipes import form_fields, plan_of, recipe_of, recipe_text
+from serve_apps.console.recipes import Estimate, form_fields, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
@@ -50,9 +50,13 @@ def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response
 @router.post("/plan")
 async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """What `loray plan` says of the form; of one that is no recipe yet, why."""
-    form, home = await read_form(request), console.backend.settings.home
+    form, settings = await read_form(request), console.backend.settings
+
+    def estimate() -> Estimate:
+        return plan_of(recipe_of(form, settings.home), console.backend.catalog_of(asking), settings)
+
     try:
-        plan = await run_in_threadpool(lambda: plan_of(recipe_of(form, home), console.backend.catalog_of(asking), home))
+        plan = await run_in_threadpool(estimate)
     except LorayError as e:
         return console.renderer.page(request, "parts/plan.html", plan=None, problem=str(e))
     return console.renderer.page(request, "parts/plan.html", plan=plan, problem="")
@@ -61,7 +65,7 @@ async def show_plan(console: ConsoleDep, request: Request, asking: Asking) -> Re
 @router.post("")
 async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """Train the recipe of the form and publish it, as `POST /api/v1/jobs` does."""
-    recipe = recipe_of(await read_form(request), console.backend.settings.home)
+    recipe = await run_in_threadpool(recipe_of, await read_form(request), console.backend.settings.home)
     if recipe.publish.aliases:
         check(asking, "promote")
     job = await run_in_threadpool(lambda: console.backend.jobs_of(asking).submit(recipe, None, resume=False))

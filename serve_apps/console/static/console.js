@@ -33,7 +33,9 @@ for (const part of document.querySelectorAll("[data-live]")) {
         const answer = await fetch(part.dataset.live, { headers: { "HX-Request": "true" } });
         if (answer.status === 401) return location.reload();
         if (!answer.ok) throw new Error(answer.status);
-        part.innerHTML = await answer.text();
+        const text = await answer.text();
+        for (const place of part.querySelectorAll("[data-curve]")) place.plot?.destroy();
+        part.innerHTML = text;
         htmx.process(part);
         drawCurves(part);
         if (part.querySelector("[data-ended]")) return;

@@ -1,4 +1,5 @@
-// Sends the chosen files of an adapter one by one, then asks for a version. An upload that cannot be published is deleted.
+// Sends the chosen files of an adapter one by one, then asks for a version. An upload that is refused is
+// deleted; one whose answer did not come is continued when it is sent again, since the server may have published it.
 {
   const form = document.getElementById("upload");
   const drop = document.getElementById("drop");
@@ -10,9 +11,11 @@
     (glob) => new RegExp(`^${glob.replaceAll(".", "\\.").replaceAll("*", ".*")}$`),
   );
   let chosen = new Map(); // name → file
+  let upload = null; // begun, neither published nor refused: its id, and the names of its files that have come
 
   const choose = (files) => {
     const taken = files.filter((file) => patterns.some((pattern) => pattern.test(file.name)));
+    upload = null;
     chosen = new Map(taken.map((file) => [file.name, file]));
     const line = (text) => Object.assign(document.createElement("li"), { textContent: text });
     const left = files.length - taken.length;
@@ -54,7 +57,7 @@
   const send = async (method, path, body, type) => {
     const more = type ? { "Content-Type": type } : {};
     const answer = await fetch(form.dataset.uploads + path, { method, body, headers: { ...headers, ...more } });
-    if (!answer.ok) throw new Error(await answer.text());
+    if (!answer.ok) throw Object.assign(new Error(await answer.text()), { status: answer.status });
     return answer;
   };
 
@@ -70,23 +73,31 @@
     const button = form.querySelector("button");
     message.replaceChildren();
     button.disabled = true;
-    let id = null;
+    let current = upload;
     try {
-      ({ id } = await (await send("POST", "")).json());
+      if (current === null) {
+        const { id } = await (await send("POST", "")).json();
+        upload = current = { id, sent: new Set() };
+      }
+      const { id, sent } = current;
       let number = 0;
       for (const [name, file] of chosen) {
         progress.textContent = `${name}, ${++number} of ${chosen.size}`;
+        if (sent.has(name)) continue;
         await send("PUT", `/${id}/files/${encodeURIComponent(name)}`, file, "application/octet-stream");
+        sent.add(name);
       }
       progress.textContent = "The server checks the folder";
       const fields = new URLSearchParams(new FormData(form));
       const answer = await send("POST", `/${id}/publish`, fields, "application/x-www-form-urlencoded");
       location.assign(answer.headers.get("HX-Redirect"));
     } catch (error) {
-      progress.textContent = "";
+      const isRefused = error.status >= 400 && error.status < 500;
+      if (isRefused && upload === current) upload = null;
+      progress.textContent = upload === null ? "" : "Not finished: Publish continues this upload.";
       button.disabled = false;
       tell(error.message);
-      if (id !== null) await send("DELETE", `/${id}`).catch(() => null);
+      if (isRefused && current !== null) await send("DELETE", `/${current.id}`).catch(() => null);
     }
   });
 }

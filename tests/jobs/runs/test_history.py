@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from pyarrow import fs as pafs
 
 from jobs.runs import history
 from jobs.runs.history import read_events
@@ -38,6 +39,21 @@ def test_a_job_has_the_run_that_it_began(settings: Settings) -> None:
     assert len(read_events(settings, "acme/tone", "train_3", BEGAN)) == 4
     for name, job_id in (("tone", "train_3"), ("nothing", "train_1")):
         assert read_events(settings, name, job_id, BEGAN) == []
+
+
+def test_the_longer_file_of_a_run_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that went on elsewhere left a part of its events here."""
+    monkeypatch.setattr(history, "open_filesystem", lambda _: (pafs.LocalFileSystem(), str(tmp_path / "bucket")))
+    env = {"LORAY_STORE": "s3://bucket", "LORAY_HOME": str(tmp_path / "home")}
+    settings, bucket = Settings.from_env(env), Settings.from_env({"LORAY_HOME": str(tmp_path / "bucket")})
+    run = "tone/20260102-120001-000000"
+    write_run(bucket, run, "train_1", 3)
+    assert len(read_events(settings, "tone", "train_1", BEGAN)) == 3
+    write_run(settings, run, "train_1", 2)
+    assert len(read_events(settings, "tone", "train_1", BEGAN)) == 3
+    with (settings.home / "runs" / run / "events.jsonl").open("a") as file:
+        file.write("{}\n" * 100)
+    assert len(read_events(settings, "tone", "train_1", BEGAN)) == 102
 
 
 def test_a_long_history_is_read_in_parts(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,8 +189,22 @@ def test_an_upload_by_drag_and_drop_and_by_a_field(
     page.wait_for_selector("#chosen li:has-text('adapter_config.json')")
     page.fill("#name", "second")
     page.select_option("#base", base.name)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.method) if "/uploads" in request.url else None)
+
+    def lose_the_answer(route: Any) -> None:
+        route.fetch()
+        route.abort()
+
+    page.route("**/publish", lose_the_answer, times=1)
+    page.click("button:text-is('Publish')")
+    page.wait_for_selector("#progress:has-text('continues this upload')")
+    assert (sent.count("DELETE"), sent.count("PUT")) == (0, len(files))
+    seen.problems.clear()  # the browser names the lost answer
     page.click("button:text-is('Publish')")
     page.wait_for_url("**/adapters/second**done=published")
+    assert (sent.count("POST"), sent.count("PUT")) == (3, len(files))  # begun once, asked for twice
+    assert len(console.catalog.versions("second", limit=9)) == 1
     assert console.catalog.version("second", 1).manifest.method == "lora"
     assert seen.problems == []
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from loray.recipes.load import load_recipe
-from loray.spec import TrainSpec
+from loray.spec import Limits, TrainSpec
 from serve_apps.console.losses import losses_of
 from tests.serve_apps.console.site import ConsoleSite
 
@@ -58,11 +58,22 @@ def test_a_form_has_an_estimate(console: ConsoleSite) -> None:
         ({"rest": "learning_rate: 1"}, "learning_rate"),
         ({"rest": "init_adapter: nothing@1"}, "nothing"),
         ({"base": "unknown"}, "not on this machine"),
+        ({"base": "[2026-13-45]"}, "not valid YAML"),
+        ({"rest": "rope_scaling: {factor: 1e+308}"}, "rope_scaling.factor"),
+        ({"num_workers": "1000000"}, "at most 1024 workers"),
+        ({"num_workers": "64", "rest": "parallel: {sequence: 64}"}, "groups of at most 32"),
     ],
 )
 def test_a_form_that_cannot_be_planned_says_why(console: ConsoleSite, fields: dict[str, object], said: str) -> None:
     part = console.post("/jobs/plan", FORM | fields)
     assert (part.status_code, said in part.text) == (200, True), part.text
+
+
+def test_an_estimate_is_of_no_more_workers_than_a_tenant_may_have(console: ConsoleSite) -> None:
+    console.catalog.update_tenant("acme", limits=Limits(max_workers=2))
+    console.log_in(console.key("train", tenant="acme"))
+    assert "Memory of a worker" in console.post("/jobs/plan", FORM | {"num_workers": "2"}).text
+    assert "at most 2 are allowed" in console.post("/jobs/plan", FORM | {"num_workers": "3"}).text
 
 
 def test_a_form_becomes_a_job(console: ConsoleSite) -> None:

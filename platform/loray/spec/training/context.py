@@ -35,8 +35,8 @@ class RopeScaling(Frozen):
     """
 
     type: Literal["linear", "ntk", "yarn"] = "linear"
-    factor: float = Field(gt=1)
-    original_context: int | None = Field(default=None, gt=0)
+    factor: float = Field(gt=1, le=4096)
+    original_context: int | None = Field(default=None, gt=0, le=1 << 32)
 
     def extended_from(self, window: int) -> int:
         """Tokens of the context before it is extended, on a base with a context of `window` tokens."""
