@@ -10,9 +10,9 @@ import yaml
 from jobs.submission.rules import limits_of
 from loray.bases.presets import shapes_in
 from loray.catalog import Catalog
-from loray.cli.planning.devices import ASSUMED_GPU, kept_rates
+from loray.cli.planning.devices import kept_rates
 from loray.errors import NotFoundError, PermissionDenied, SpecError
-from loray.planning.devices import PRESETS, Device, HostRates, host, host_memory
+from loray.planning.devices import ASSUMED_GPU, PRESETS, host
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import run_of
 from loray.recipes.continued import continued
@@ -100,9 +100,8 @@ def plan_of(spec: TrainSpec, catalog: Catalog, settings: Settings) -> Estimate:
         ref = catalog.resolve(spec.init_adapter)
         spec = continued(spec, catalog.version(ref.name, ref.version).manifest, ref.label, model)
     rates = kept_rates(home)
-    return Estimate(
-        make_plan(run_of(spec, model), _device(spec, rates)), spec.use_gpu or rates is not None, bool(spec.use_gpu)
-    )
+    device = PRESETS[ASSUMED_GPU] if spec.use_gpu else host(rates, spec.num_workers)
+    return Estimate(make_plan(run_of(spec, model), device), spec.use_gpu or rates is not None, bool(spec.use_gpu))
 
 
 def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:
@@ -114,13 +113,6 @@ def _check_size(spec: TrainSpec, catalog: Catalog, settings: Settings) -> None:
             f"the console estimates at most {_MOST_WORKERS} workers (num_workers: {spec.num_workers}) in sequence "
             f"groups of at most {_MOST_SEQUENCE} (parallel.sequence: {spec.parallel.sequence}); ask `loray plan`"
         )
-
-
-def _device(spec: TrainSpec, rates: HostRates | None) -> Device:
-    if spec.use_gpu:
-        return PRESETS[ASSUMED_GPU]
-    memory = HostRates(host_memory(), flops=1, attention_flops=1, dense_attention_flops=1, bandwidth=1)
-    return host(rates or memory, spec.num_workers)
 
 
 def _rest(text: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def causal_forward(q_FRLD: Tensor, k_FLD: Tensor, v_FLD: Tensor, scale: float | 
     """
     _check(q_FRLD, k_FLD, v_FLD)
     if (isa := _isa_for(q_FRLD)) is None:
-        shared_k, shared_v = (x[:, None].expand(-1, q_FRLD.shape[1], -1, -1) for x in (k_FLD, v_FLD))
+        shared_k, shared_v = _repeated(q_FRLD, k_FLD, v_FLD)
         out, lse = _torch_forward(q_FRLD, shared_k, shared_v, 0.0, True, scale=scale)
         return out, lse
     q, k, v = (x.contiguous() for x in (q_FRLD, k_FLD, v_FLD))
@@ -54,7 +54,7 @@ def causal_backward(
     """
     _check(q_FRLD, k_FLD, v_FLD, dout_FRLD, out_FRLD)
     if (isa := _isa_for(q_FRLD)) is None:
-        shared_k, shared_v = (x[:, None].expand(-1, q_FRLD.shape[1], -1, -1) for x in (k_FLD, v_FLD))
+        shared_k, shared_v = _repeated(q_FRLD, k_FLD, v_FLD)
         dq, dk, dv = _torch_backward(dout_FRLD, q_FRLD, shared_k, shared_v, out_FRLD, lse_FRL, 0.0, True, scale=scale)
         return dq, dk.sum(1), dv.sum(1)
     inputs = [x.contiguous() for x in (dout_FRLD, q_FRLD, k_FLD, v_FLD, out_FRLD, lse_FRL)]
@@ -65,6 +65,11 @@ def causal_backward(
     pointers = (x.data_ptr() for x in (*inputs, *grads, sums))
     backward(*pointers, *_shape(q), _scale(q, scale), torch.get_num_threads())
     return dq, dk, dv
+
+
+def _repeated(q_FRLD: Tensor, *shared_FLD: Tensor) -> list[Tensor]:
+    """Keys or values for each of the R query heads, (F, R, L, D), with a stride of 0."""
+    return [x[:, None].expand(-1, q_FRLD.shape[1], -1, -1) for x in shared_FLD]
 
 
 def _check(q_FRLD: Tensor, k_FLD: Tensor, v_FLD: Tensor, *like_q: Tensor) -> None:

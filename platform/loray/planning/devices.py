@@ -95,6 +95,7 @@ PRESETS = {
         _gpu("h200-141gb", 151.0, 989, 4.8, 450, 0.35, 2.0),
     )
 }
+ASSUMED_GPU = "a100-80gb"  # where a recipe uses GPUs and nothing says which
 # Measured (docs/guide/planning.md): the peak of the smallest run, less the tensors of its plan.
 _HOST_FRAMEWORK = 100 * MIB
 # glibc keeps freed blocks below its largest mmap threshold in the heap, and larger blocks outside of it.
@@ -117,10 +118,14 @@ def host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def host(rates: HostRates, num_workers: int) -> Device:
+def host(rates: HostRates | None, num_workers: int) -> Device:
     """One worker's share of a machine without GPUs, of `num_workers` in all. The peak is the fastest measured rate: on
     a machine that was busy, matrix products may be slower than attention.
+
+    `rates` None: those of this machine were not measured. Then only its memory counts, and no time does.
     """
+    if rates is None:
+        rates = HostRates(host_memory(), flops=1, attention_flops=1, dense_attention_flops=1, bandwidth=1)
     peak = max(rates.flops, rates.attention_flops, rates.dense_attention_flops)
     return Device(
         name=THIS_MACHINE,

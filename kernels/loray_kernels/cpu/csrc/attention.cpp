@@ -198,17 +198,6 @@ struct Attention {
 };
 
 template <class T>
-struct Packing {
-    using P = Singles;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Packing<bf16> {
-    using P = Pairs;
-};
-#endif
-
-template <class T>
 void paged_attention(const T* q, i64 q_stride, T* out, i64 num_heads, const T* pool, const Layout& layout, i64 layer,
                      const Meta& meta, float scale, int threads) {
     Attention<typename Packing<T>::P, T>{q, q_stride, out, num_heads, layer, pool, layout, meta, scale}(threads);

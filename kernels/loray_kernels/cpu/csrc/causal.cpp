@@ -263,17 +263,6 @@ struct Backward {
     }
 };
 
-template <class T>
-struct Packing {
-    using P = Singles;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Packing<bf16> {
-    using P = Pairs;
-};
-#endif
-
 }  // namespace LORAY_NAMESPACE
 
 using namespace LORAY_NAMESPACE;

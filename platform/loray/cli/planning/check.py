@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from loray.bases.presets import shapes_in
-from loray.cli.planning.devices import ASSUMED_GPU, device_of, kept_rates
+from loray.cli.planning.devices import device_of, kept_rates
 from loray.cli.planning.parents import with_parent
 from loray.errors import NotFoundError, SpecError
-from loray.planning.devices import THIS_MACHINE, Device, HostRates, host, host_memory
+from loray.planning.devices import ASSUMED_GPU, THIS_MACHINE, Device, host
 from loray.planning.plan import Plan, make_plan
 from loray.planning.run import run_of
 from loray.spec import TrainSpec, format_size
@@ -57,8 +57,7 @@ def _device(spec: TrainSpec, home: Path, device_name: str | None, is_here: bool)
         return device_of(ASSUMED_GPU, home, spec.num_workers)
     if not is_here:
         return None
-    memory = HostRates(host_memory(), flops=1, attention_flops=1, dense_attention_flops=1, bandwidth=1)
-    return host(kept_rates(home) or memory, spec.num_workers)
+    return host(kept_rates(home), spec.num_workers)
 
 
 def _line(plan: Plan, *, is_timed: bool) -> str:

@@ -19,7 +19,6 @@ from loray.bases.sources import read_config
 from loray.errors import LorayError, SpecError
 from loray.planning.devices import PRESETS, THIS_MACHINE, Device, HostRates, host
 
-ASSUMED_GPU = "a100-80gb"  # where a recipe uses GPUs and nothing says which
 _RATES_FILE = "rates.json"
 _VERSION = 2  # of what is measured: those of another one are measured again
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from loray.cli.output import console, emit, json_option
-from loray.cli.planning.devices import ASSUMED_GPU, config_option, device_of, device_option, shape_of
+from loray.cli.planning.devices import config_option, device_of, device_option, shape_of
 from loray.cli.planning.parents import with_parent
 from loray.cli.planning.tables import show
 from loray.cli.recipes.options import RecipeSource, recipe_options
-from loray.planning.devices import THIS_MACHINE
+from loray.planning.devices import ASSUMED_GPU, THIS_MACHINE
 from loray.planning.plan import make_plan
 from loray.planning.run import run_of
 from loray.settings import Settings

@@ -156,6 +156,18 @@ struct Pairs {
 
 #endif
 
+// The packing of operands of type T.
+template <class T>
+struct Packing {
+    using P = Singles;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Packing<bf16> {
+    using P = Pairs;
+};
+#endif
+
 // c[q][·] (+)= Σₖ a[q][k] · b[k][·] for NQ rows and NV vectors.
 template <class P, int NQ, int NV>
 static inline void tile(const typename P::Unit* a, i64 a_stride, const typename P::Unit* b, i64 b_stride, i64 num,
