@@ -51,6 +51,10 @@ _ENVIRONMENT = {
     # What Ray looks for 2 to 10 times a second, also in an idle cluster, and nothing here waits for.
     "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "5",
     "LOG_NAME_UPDATE_INTERVAL_S": "2",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # below it the interval above does not count: ten times a second
+    "RAY_event_stats": "0",  # how long each handler of each process took, for Ray's own debugging
+    "RAY_task_events_report_interval_ms": "5000",
+    "RAY_raylet_check_gc_period_milliseconds": "1000",
     "RAY_DASHBOARD_AGENT_LOOP_MONITOR_INTERVAL_S": "5",
     "REPORTER_UPDATE_INTERVAL_MS": "15000",
     "METRICS_RECORD_INTERVAL_S": "60",  # the memory of each of the dashboard's processes
