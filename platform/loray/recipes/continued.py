@@ -5,14 +5,15 @@ from __future__ import annotations
 from loray.bases.config import ModelConfig
 from loray.errors import SpecError
 from loray.recipes.resolve import resolve
-from loray.spec import AdapterManifest, TrainSpec
+from loray.spec import AdapterManifest, RopeScaling, TrainSpec
 
 
 def continued(spec: TrainSpec, parent: AdapterManifest, label: str, model: ModelConfig) -> TrainSpec:
     """`spec` with the version and the RoPE of `parent`, its `init_adapter`, which is called `label`.
 
-    The parent's matrices hold under its own RoPE alone, so the run has the same. A parent with the base's RoPE may be
-    extended. Raises SpecError where `spec` says otherwise.
+    The parent's matrices hold under its own RoPE, so the run has the same. A parent with the base's RoPE may be
+    extended, and one that is extended may be extended further: by the same type from the same context, with a larger
+    factor. Raises SpecError where `spec` says otherwise.
     """
     if parent.method != spec.adapter.method:
         raise SpecError(
@@ -28,8 +29,18 @@ def continued(spec: TrainSpec, parent: AdapterManifest, label: str, model: Model
                 "rope_scaling"
             )
     spec = spec.model_copy(update={"init_adapter": label, "rope_scaling": scaling})
-    if parent.rope_parameters is not None and resolve(spec, model).rope != parent.rope_parameters:
+    if parent.rope_parameters is None or resolve(spec, model).rope == parent.rope_parameters:
+        return spec
+    if not _extends_further(scaling, parent.recipe):
         raise SpecError(
-            f"rope_scaling gives another RoPE than init_adapter {label} was trained with: leave rope_scaling out"
+            f"rope_scaling gives another RoPE than init_adapter {label} was trained with: leave it out, or "
+            "extend it further (its type and original_context, a larger factor)"
         )
     return spec
+
+
+def _extends_further(scaling: RopeScaling | None, parent: TrainSpec | None) -> bool:
+    before = None if parent is None else parent.rope_scaling
+    if scaling is None or before is None:
+        return False
+    return scaling.factor > before.factor and scaling == before.model_copy(update={"factor": scaling.factor})

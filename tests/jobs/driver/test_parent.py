@@ -106,10 +106,13 @@ def test_stage_two_goes_on_from_stage_one(settings: Settings, tmp_path: Path) ->
             SpecError,
             r"norms of its own \(train_norms: true\); it has an embedding of its own \(train_embeddings: true\)",
         ),
-        (
-            {"rope_scaling": {"factor": 4}},
-            SpecError,
-            "another RoPE than init_adapter extended@1 .* leave rope_scaling out",
+        *(
+            ({"rope_scaling": scaling}, SpecError, "another RoPE than init_adapter extended@1 .* leave it out")
+            for scaling in (
+                {"factor": 4},
+                {"factor": 1.5, "original_context": 64},
+                {"factor": 4, "original_context": 64, "type": "yarn"},
+            )
         ),
     ],
 )
@@ -123,3 +126,14 @@ def test_another_adapter_is_refused(
 def test_the_same_rope_may_be_written_out(settings: Settings, tmp_path: Path) -> None:
     tune = recipe(tmp_path, TUNE | {"rope_scaling": EXTEND["rope_scaling"]})
     assert prepare(tune, settings).spec == prepare(recipe(tmp_path, TUNE), settings).spec
+
+
+def test_a_context_is_extended_in_two_steps(settings: Settings, tmp_path: Path) -> None:
+    fields = {"name": "further", "init_adapter": "extended", "rope_scaling": {"factor": 4, "original_context": 64}}
+    further = recipe(tmp_path, EXTEND | fields | {"data": EXTEND["data"] | {"max_length": 256}})
+    run, result = trained(further, settings, tmp_path)
+    publish_best(result, run, further, settings)
+    manifest = Catalog(settings.catalog).version("further", 1).manifest
+    parent = Catalog(settings.catalog).version("extended", 1)
+    assert (manifest.parent, manifest.context_length) == (parent.digest, 256)
+    assert manifest.rope_parameters != parent.manifest.rope_parameters
