@@ -10,10 +10,10 @@ import yaml
 from jobs.submission.rules import limits_of
 from loray.bases.presets import shapes_in
 from loray.catalog import Catalog
-from loray.cli.planning.devices import kept_rates
 from loray.errors import NotFoundError, PermissionDenied, SpecError
 from loray.planning.devices import ASSUMED_GPU, PRESETS, host
 from loray.planning.plan import Plan, make_plan
+from loray.planning.rates import kept_rates
 from loray.planning.run import run_of
 from loray.recipes.continued import continued
 from loray.recipes.defaults import FIRST_METHOD, complete, defaults_of

@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from loray.bases.presets import shapes_in
-from loray.cli.planning.devices import device_of, kept_rates
+from loray.cli.planning.devices import device_of
 from loray.cli.planning.parents import with_parent
 from loray.errors import NotFoundError, SpecError
 from loray.planning.devices import ASSUMED_GPU, THIS_MACHINE, Device, host
 from loray.planning.plan import Plan, make_plan
+from loray.planning.rates import kept_rates
 from loray.planning.run import run_of
 from loray.spec import TrainSpec, format_size
 

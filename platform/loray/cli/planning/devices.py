@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,7 @@ from loray.bases.presets import known_shape
 from loray.bases.sources import read_config
 from loray.errors import LorayError, SpecError
 from loray.planning.devices import PRESETS, THIS_MACHINE, Device, HostRates, host
-
-_RATES_FILE = "rates.json"
-_VERSION = 2  # of what is measured: those of another one are measured again
+from loray.planning.rates import keep_rates, kept_rates
 
 
 def device_option(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -66,15 +63,6 @@ def _read(path: Path) -> ModelConfig:
         raise SpecError(f"{path} is not the config.json of a model: {e!r}") from e
 
 
-def kept_rates(home: Path) -> HostRates | None:
-    """This machine's rates, where they have been measured."""
-    try:
-        found = json.loads((home / _RATES_FILE).read_text(encoding="utf-8"))
-        return HostRates(**found["rates"]) if found["version"] == _VERSION else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
 def _rates(home: Path) -> HostRates:
     """This machine's rates, measured in another process, because torch takes seconds and memory.
 
@@ -89,9 +77,5 @@ def _rates(home: Path) -> HostRates:
         raise LorayError(f"this machine could not be measured; name a --device: {done.stderr.strip()[-500:]}")
     rates = HostRates(**json.loads(done.stdout))
     if not is_busy:
-        path = home / _RATES_FILE
-        home.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"version": _VERSION, "rates": asdict(rates)}) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        keep_rates(home, rates)
     return rates
