@@ -94,7 +94,7 @@ def test_logs_of_rays_session(loray: Loray, home: Path, tmp_path: Path, monkeypa
     folder = tmp_path / "session_latest" / "logs"
     (folder / "serve").mkdir(parents=True)
     (folder / "serve" / "replica.log").write_text("serve says\n")
-    (folder / "worker-w1-01-7.err").write_text("one\ntwo\nthree\n")
+    (folder / "worker-w1-01-7.err").write_text(":job_id:01\none\n:actor_name:E\ntwo\n:task_name:f\nthree\n")
     (folder / "serve" / "controller.log").write_text("scaled\n")
     (tmp_path / "cluster.log").write_text("started\n")
     replica = {"log_file_path": "/serve/replica.log", "worker_id": "w1"}
@@ -149,7 +149,7 @@ def test_ends_of_files_and_what_follows(tmp_path: Path) -> None:
         file.flush()
 
         def write() -> None:
-            file.write("d\nhal")
+            file.write("d\n:task_name:f\nhal")
             file.flush()
             file.write("f\n")
             file.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,8 @@ from loray.settings import Settings
 PARTS = ("replica", "gateway", "controller", "cluster")
 _DEPLOYMENTS = {"replica": "engine", "gateway": "gateway"}
 _POLL_S = 0.2
+# Lines that Ray writes into a worker's output for itself, to know whose output follows.
+_MARKERS = (":job_id:", ":actor_name:", ":task_name:")
 
 
 @click.command()
@@ -112,12 +115,12 @@ def output_of(server: StandaloneServer) -> Path:
 
 
 def last_lines(files: Sequence[Path], number: int) -> Iterator[str]:
-    """The end of each file, under its name where there are several."""
+    """The end of each file without Ray's own marks, under its name where there are several. No file is held whole."""
     for file in files:
         if len(files) > 1:
             yield f"==> {file.name}"
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-        yield from lines[len(lines) - number :] if number < len(lines) else lines
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            yield from deque((line.rstrip("\n") for line in lines if not line.startswith(_MARKERS)), maxlen=number)
 
 
 def following(files: Sequence[Path], poll_s: float = _POLL_S) -> Iterator[str]:
@@ -131,11 +134,12 @@ def following(files: Sequence[Path], poll_s: float = _POLL_S) -> Iterator[str]:
         while True:
             quiet = True
             for file, handle in handles:
-                *lines, partial[file] = (partial[file] + handle.read()).split("\n")
+                *written, partial[file] = (partial[file] + handle.read()).split("\n")
+                lines = [line for line in written if not line.startswith(_MARKERS)]
                 if lines and len(handles) > 1 and file != last:
                     yield f"==> {file.name}"
                 last = file if lines else last
-                quiet = quiet and not lines
+                quiet = quiet and not written
                 yield from lines
             if quiet:
                 time.sleep(poll_s)
