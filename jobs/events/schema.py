@@ -20,7 +20,7 @@ RewardFigures = TypedDict(
 
 
 class StartEvent(TypedDict):
-    """Training starts, or resumes after `step`. Rank 0 adds how MFU is computed (`jobs.workers.gauges.Utilisation`)."""
+    """Training starts, or resumes after `step`. Rank 0 adds how MFU is computed (`jobs.workers.utilisation`)."""
 
     event: Literal["start"]
     step: int
@@ -39,7 +39,9 @@ class StartEvent(TypedDict):
 
 
 class StepEvent(RewardFigures):
-    """One optimizer step. A loss or norm that is not finite is null in JSON. Rank 0 adds MFU and peak memory."""
+    """One optimizer step. A loss or norm that is not finite is null in JSON. Rank 0 adds MFU, the peak FLOP/s of
+    a worker that it is a share of, and peak memory.
+    """
 
     event: Literal["step"]
     step: int
@@ -53,6 +55,7 @@ class StepEvent(RewardFigures):
     skipped_steps: int
     eta_s: float
     mfu: NotRequired[float]
+    peak_flops: NotRequired[float]
     memory_bytes: NotRequired[int]
 
 

@@ -1,11 +1,11 @@
-"""A worker's measurements while it trains: model FLOPs utilisation, memory, and Ray's gauges for Prometheus."""
+"""A worker's measurements while it trains: memory, and Ray's gauges for Prometheus."""
 
 from __future__ import annotations
 
 import math
 import resource
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from ray.util.metrics import Gauge
@@ -13,22 +13,6 @@ from ray.util.metrics import Gauge
 from jobs.events.schema import RewardFigures, StepEvent
 from loray.spec import REWARDS
 from loray.telemetry import TRAINING_LABELS, TRAINING_METRICS
-
-
-class Utilisation(NamedTuple):
-    """Model FLOPs utilisation (MFU): the model's FLOP/s divided by the devices' peak.
-
-    flops_per_token  of forward and backward pass, without recomputation
-    peak_flops       of one worker, in FLOP/s
-    peak_source      "measured" with a matrix product on this device, or the "setting" LORAY_PEAK_TFLOPS
-    """
-
-    flops_per_token: float
-    peak_flops: float
-    peak_source: str
-
-    def mfu(self, tokens_per_s: float, num_workers: int) -> float:
-        return tokens_per_s * self.flops_per_token / (self.peak_flops * num_workers)
 
 
 class TrainingGauges:

@@ -10,7 +10,8 @@ import torch
 from jobs.events.schema import LoopEvent, StartEvent, StepEvent
 from jobs.events.sink import EventSender
 from jobs.workers.checkpoints import CheckpointUploads
-from jobs.workers.gauges import TrainingGauges, Utilisation, peak_memory
+from jobs.workers.gauges import TrainingGauges, peak_memory
+from jobs.workers.utilisation import Utilisation
 from loray.train.mesh import World
 
 
@@ -46,17 +47,21 @@ class RayReporter:
         """The event with MFU and memory, which are also set as gauges."""
         match event["event"]:
             case "start":
-                flops_per_token, peak_flops, peak_source = utilisation
                 start: StartEvent = {
                     **event,
-                    "flops_per_token": flops_per_token,
-                    "peak_flops": peak_flops,
-                    "peak_source": peak_source,
+                    "flops_per_token": utilisation.flops_per_token,
+                    "peak_flops": utilisation.peak.flops,
+                    "peak_source": utilisation.peak.source,
                 }
                 return start
             case "step":
                 mfu = utilisation.mfu(event["tokens_per_s"], self._world.size)
-                step: StepEvent = {**event, "mfu": mfu, "memory_bytes": peak_memory(self._device)}
+                step: StepEvent = {
+                    **event,
+                    "mfu": mfu,
+                    "peak_flops": utilisation.peak.flops,
+                    "memory_bytes": peak_memory(self._device),
+                }
                 self._gauges.set_step(step)
                 return step
             case "eval" if event["subject"] == "adapter":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -15,10 +16,11 @@ from ray.actor import ActorHandle
 
 from jobs.events.sink import EventSender
 from jobs.workers.checkpoints import CheckpointUploads
-from jobs.workers.gauges import TrainingGauges, Utilisation
+from jobs.workers.gauges import TrainingGauges
 from jobs.workers.placement import straddling_warning
 from jobs.workers.reporter import RayReporter
 from jobs.workers.threads import num_threads
+from jobs.workers.utilisation import GivenPeak, MeasuredPeak, Utilisation
 from loray.bases.registry import BaseModel, ensure_base
 from loray.errors import LorayError, SpecError, TrainingError, UnsupportedError
 from loray.recipes.resolve import resolve
@@ -37,7 +39,7 @@ class WorkerConfig(TypedDict):
 
     recipe       a TrainSpec as JSON
     run          name of the run's folder
-    peak_tflops  of one worker's device, in 10¹² FLOP/s; None: measured
+    peak_tflops  of one worker's device, in 10¹² FLOP/s; None: measured, again while training
     events       the event sink's actor
     data         the Dataset in Ray's object store, whose tokens are in the cache
     initial      InitialFiles there, of the adapter that the run goes on from; None: it starts afresh
@@ -143,5 +145,8 @@ def _utilisation(
         has_reference=spec.is_paired,
     )
     if peak_tflops is not None:
-        return Utilisation(per_token, peak_tflops * 1e12, "setting")
-    return Utilisation(per_token, product_flops(device, getattr(torch, spec.dtype)), "measured")
+        return Utilisation(per_token, GivenPeak(peak_tflops * 1e12))
+    sample = partial(product_flops, device, getattr(torch, spec.dtype))
+    # A GPU is the worker's alone, and its memory may be full while it trains.
+    again = None if device.type == "cuda" else partial(sample, passes=1)
+    return Utilisation(per_token, MeasuredPeak(sample, again))

@@ -48,7 +48,7 @@ class Settings:
     catalog  SQLAlchemy URL of the catalog (`LORAY_CATALOG`, default SQLite in HOME)
     address  Ray dashboard or job-server address (`LORAY_ADDRESS`, default None: a local cluster)
     peak_tflops  peak of a training worker's device, in 10¹² FLOP/s of the training dtype, for MFU
-             (`LORAY_PEAK_TFLOPS`, default None: measured with a matrix product when training starts)
+             (`LORAY_PEAK_TFLOPS`, default None: measured with matrix products)
     url      of a server (`LORAY_URL`): commands on adapters ask its API then, and need neither database nor store
     gate_tolerance  share by which a LongLoRA adapter's perplexity at the base's native context may exceed that of the
              base when it gets an alias (`LORAY_GATE_TOLERANCE`, default 0.1)

@@ -37,12 +37,12 @@ def measure_rates() -> HostRates:
     )
 
 
-def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+def product_flops(device: torch.device, dtype: torch.dtype, passes: int = 5) -> float:
     """FLOP/s of a square matrix product, the fastest of several. Torch's random state does not change."""
     n = _PRODUCT_WIDTH.get(device.type, 4096)
     generator = torch.Generator(device).manual_seed(0)
     x, w = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
-    return 2.0 * n**3 / _seconds(lambda: F.linear(x, w), device)
+    return 2.0 * n**3 / _seconds(lambda: F.linear(x, w), device, passes)
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -13,8 +13,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jobs.events.tensorboard import TensorBoardWriter
 from jobs.workers import gauges as gauges_module
-from jobs.workers.gauges import TrainingGauges, Utilisation
+from jobs.workers.gauges import TrainingGauges
 from jobs.workers.reporter import RayReporter
+from jobs.workers.utilisation import GivenPeak, Utilisation
 from loray.telemetry import TRAINING_METRICS
 from loray.train.mesh import World
 from tests.jobs.test_events import FIGURES, START, step
@@ -46,7 +47,7 @@ def reporters(sent: list[dict[str, Any]], added: list[Any]) -> list[RayReporter]
             events,
             uploads,
             TrainingGauges("my-adapter", "20260101-000000", rank),
-            Utilisation(flops_per_token=2e9, peak_flops=4e12, peak_source="measured") if rank == 0 else None,
+            Utilisation(2e9, GivenPeak(4e12)) if rank == 0 else None,
             World(rank, 2),
             torch.device("cpu"),
         )
@@ -66,8 +67,9 @@ def test_only_checkpoints_go_through_ray_and_only_rank_0_sends_events(
         reporter.report({"event": "checkpoint", "step": 1, "eval_loss": None}, checkpoint)
     assert added == [(1, None, tmp_path), (1, None, None)]
     start, step_event = sent
-    assert start == START | {"flops_per_token": 2e9, "peak_flops": 4e12, "peak_source": "measured"}
+    assert start == START | {"flops_per_token": 2e9, "peak_flops": 4e12, "peak_source": "setting"}
     assert step_event["mfu"] == pytest.approx(1234.5 * 2e9 / (2 * 4e12))
+    assert step_event["peak_flops"] == 4e12
     assert 1 << 20 < step_event["memory_bytes"] < 1 << 40
 
 
