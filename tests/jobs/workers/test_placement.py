@@ -13,7 +13,7 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata, Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
-from jobs.workers import placement
+from jobs.workers import elastic, placement
 from jobs.workers.elastic import WholeGroupScaling
 from jobs.workers.placement import WholeGroups, place, straddling, straddling_warning
 
@@ -76,10 +76,16 @@ def test_workers_are_bound_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert [s["ray.io/node-id"] for s in context.label_selector] == ["a", "a", "b", "b"]
 
 
+def with_nodes(monkeypatch: pytest.MonkeyPatch, **alive: bool) -> None:
+    found = [{"NodeID": name, "Alive": is_alive} for name, is_alive in alive.items()]
+    monkeypatch.setattr(elastic.ray, "nodes", lambda: found)
+
+
 @pytest.mark.parametrize("is_cut", [True, False])
 def test_an_elastic_run_that_lost_a_group_starts_with_the_others(monkeypatch: pytest.MonkeyPatch, is_cut: bool) -> None:
     """Of at most two groups of two workers one is left. Ray cuts the list of selectors to the workers, or does not."""
     monkeypatch.setattr(placement, "available_resources_per_node", lambda: {"a": {"CPU": 1.0}, "b": {"CPU": 3.0}})
+    with_nodes(monkeypatch, a=True, b=True)
     config = ScalingConfig(num_workers=(2, 4), label_selector=WholeGroups.label_selectors(4))
     assert WholeGroupScaling(config, 2)._count_possible_workers({"a": {"CPU": 1.0}, "b": {"CPU": 2.0}}) == 2
     selectors = config._label_selector_per_worker(2 if is_cut else 4)
@@ -98,7 +104,18 @@ def test_where_whole_groups_do_not_fit_ray_packs_them(monkeypatch: pytest.Monkey
     assert context.label_selector == [{}] * 4
 
 
-def test_elastic_runs_have_whole_groups() -> None:
+def test_elastic_runs_have_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_nodes(monkeypatch, a=True, b=True)
     policy = WholeGroupScaling(ScalingConfig(num_workers=(2, 6)), group_size=2)
     counts = [policy._count_possible_workers({"a": {"CPU": float(n)}, "b": {"CPU": 1.0}}) for n in range(8)]
     assert counts == [0, 2, 2, 4, 4, 6, 6, 6]
+
+
+def test_a_node_that_was_just_lost_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's coordinator still counts its resources."""
+    policy = WholeGroupScaling(ScalingConfig(num_workers=(2, 6)), group_size=2)
+    reserved = {"a": {"CPU": 3.0}, "b": {"CPU": 3.0}}
+    with_nodes(monkeypatch, a=True, b=True)
+    assert policy._count_possible_workers(reserved) == 6
+    with_nodes(monkeypatch, a=True, b=False)
+    assert policy._count_possible_workers(reserved) == 2

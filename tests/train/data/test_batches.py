@@ -154,6 +154,25 @@ def test_ranks_share_what_one_would_have_done(size: int) -> None:
         assert {s.cursor for s in ranks} == {alone.cursor}
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), per_step=st.integers(1, 6), steps=st.integers(1, 4))
+def test_a_number_of_ranks_that_changes_changes_no_step(
+    order: str, sizes: list[int], per_step: int, steps: int
+) -> None:
+    """Each number of ranks takes up the others' cursor, within an epoch or at its end: every row counts as often."""
+    lengths = np.random.default_rng(2).integers(2, MAX_LENGTH, 19).tolist()
+    alone = stream(lengths, rows=2, per_step=per_step, order=order)
+    cursor = Cursor()
+    for size in sizes:
+        ranks = [stream(lengths, cursor, r, size, rows=2, per_step=per_step, order=order) for r in range(size)]
+        for _ in range(steps):
+            shares = [rank.next_step() for rank in ranks]
+            counted = [batch for round_ in zip(*shares, strict=True) for batch in round_ if batch.num_targets]
+            assert ids(counted) == ids(alone.next_step())
+        (cursor,) = {rank.cursor for rank in ranks}
+        assert cursor == alone.cursor
+
+
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.5, 2), (0.01, 1)])
 def test_steps_of_epochs(epochs: float, steps: int) -> None:
     assert stream([4] * 10, rows=2, per_step=2).num_steps(epochs) == steps  # 5 micro-batches an epoch
