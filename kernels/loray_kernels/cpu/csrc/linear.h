@@ -5,7 +5,10 @@
 // batch. While one panel is multiplied the next is prefetched, a few cache lines at a time.
 #pragma once
 
+#include <omp.h>
+
 #include "kernels.h"
+#include "shares.h"
 
 namespace LORAY_NAMESPACE {
 
@@ -163,20 +166,30 @@ struct Linear {
 
     i64 work(i64 num_tokens) const { return num_tokens * w.in * w.out; }
 
-    // Inside a parallel region. Blocks of tokens that fit the second-level cache go through all panels; there are more
-    // blocks if there are too few panels for the threads. Each thread has a range of panels, or of blocks.
-    void share(i64 num_tokens, int threads) const {
-        const i64 panels = ceil_div(w.out, COLUMNS);
-        const i64 few = min_(ceil_div(num_tokens, 8 * TOKENS), ceil_div(4 * threads, panels));
-        const i64 blocks = max_(1, max_(few, num_tokens / BLOCK)), size = ceil_div(num_tokens, blocks);
-#pragma omp for schedule(static)
-        for (i64 i = 0; i < panels * blocks; i++)
-            panel(i % panels, i / panels * size, min_(num_tokens, (i / panels + 1) * size));
+    i64 panels() const { return ceil_div(w.out, COLUMNS); }
+
+    // Blocks of tokens that fit the second-level cache go through all panels; there are more blocks if there are too few
+    // panels for the threads.
+    i64 blocks(i64 num_tokens, int threads) const {
+        const i64 few = min_(ceil_div(num_tokens, 8 * TOKENS), ceil_div(4 * threads, panels()));
+        return max_(1, max_(few, num_tokens / BLOCK));
+    }
+
+    Shares shares(i64 num_tokens, int threads) const { return {panels() * blocks(num_tokens, threads), threads}; }
+
+    // Inside a parallel region, whose end waits for all panels.
+    void multiply(Shares& shares, i64 num_tokens, int threads) const {
+        const i64 size = ceil_div(num_tokens, blocks(num_tokens, threads));
+        shares.each(omp_get_thread_num(), [&](i64 i) {
+            const i64 block = i / panels();
+            panel(i % panels(), block * size, min_(num_tokens, (block + 1) * size));
+        });
     }
 
     void operator()(i64 num_tokens, int threads) const {
+        Shares all = shares(num_tokens, threads);
 #pragma omp parallel num_threads(threads) if (work(num_tokens) > FEW_PRODUCTS)
-        share(num_tokens, threads);
+        multiply(all, num_tokens, threads);
     }
 };
 

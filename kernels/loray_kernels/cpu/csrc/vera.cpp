@@ -47,6 +47,7 @@ static void expand_chunk(T* y, i64 y_stride, const float* z, i64 z_stride, i64 f
         T* to = y + t * y_stride + column;
         store_n(to, load_n(to, n) + sums * load_n(b_rows[t] + column, n), n);
     });
+    Shares panels = expand.shares(num_tokens, threads);
 #pragma omp parallel num_threads(threads) if (expand.work(num_tokens) > FEW_PRODUCTS)
     {
 #pragma omp for schedule(static)
@@ -54,7 +55,7 @@ static void expand_chunk(T* y, i64 y_stride, const float* z, i64 z_stride, i64 f
             vectors(rank, [&](i64 i, auto n) {
                 store_n(scaled + t * rank + i, load_n(z + t * z_stride + i, n) * load_n(d_rows[t] + i, n), n);
             });
-        expand.share(num_tokens, threads);
+        expand.multiply(panels, num_tokens, threads);
     }
 }
 
