@@ -1,9 +1,10 @@
-"""What a run wrote of itself, read without Ray: its events, a bounded part of them where there are many."""
+"""What a run wrote of itself, read without Ray: its events, each once, a bounded part of them where there are many."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from pyarrow import fs as pafs
 
@@ -13,61 +14,110 @@ from loray.settings import Settings
 from loray.spec import split_qualified
 from loray.store import open_filesystem
 
-MAX_BYTES = 4 << 20
-_PARTS = 16  # of a longer file, evenly spread: its beginning and its end are among them
+MAX_BYTES = 4 << 20  # of one read
+_PARTS = 16  # of what is longer, evenly spread: its beginning and its end are among them
 _MOST_RUNS = 16  # of one adapter that are looked at for one job
 _SKEW = timedelta(minutes=5)  # between the clocks of the catalog and of the driver
+_MARK_BYTES = 64
 
 
-def read_events(settings: Settings, name: str, job_id: str, began_at: datetime) -> list[str]:
-    """Lines of `events.jsonl` of the run that this job began, in their order; none where no run is found.
+class Appended(NamedTuple):
+    """Whole lines of `events.jsonl`, in their order. `is_anew`: they begin the file, and earlier ones count no more."""
 
-    `name` is the adapter's, and `began_at` when the job was submitted. At most `MAX_BYTES` are read. While a driver
-    works on a run in a bucket, its events are in the driver's LORAY_HOME; where both places have some, the longer
-    file is read, since a driver may have gone on elsewhere. Raises StoreError.
+    lines: list[str]
+    is_anew: bool
+
+
+class RunEvents:
+    """The events of the run that one job began; each `read` returns those that were appended since the one before.
+
+    `name` is the adapter's, and `began_at` when the job was submitted. While a driver works on a run in a bucket, its
+    events are in the driver's LORAY_HOME; where both places have some, the longer file is read, since a driver may
+    have gone on elsewhere. Not thread-safe.
     """
-    tenant, bare = split_qualified(name)
-    place = f"runs/{bare}" if tenant is None else f"runs/_{tenant}/{bare}"
-    here: Any = pafs.LocalFileSystem()
-    filesystem, root = here, str(settings.home)
-    if not isinstance(parse_location(settings.store), FileLocation):
-        filesystem, root = open_filesystem(settings.store)
-    try:
-        run = _run_of(filesystem, f"{root}/{place}", job_id, began_at)
-        if run is None:
-            return []
-        places = ((here, str(settings.home)), (filesystem, root))
-        found = [(where, where.get_file_info(f"{at}/{place}/{run}/events.jsonl")) for where, at in places]
-        where, longest = max(found, key=lambda item: item[1].size or 0)
-        return _lines(where, longest.path) if longest.is_file else []
-    except OSError as e:
-        raise StoreError(f"the runs of {name!r} cannot be read: {e}") from e
 
+    def __init__(self, settings: Settings, name: str, job_id: str, began_at: datetime) -> None:
+        self._settings, self._name, self._job_id = settings, name, job_id
+        self._earliest = (began_at.astimezone(UTC) - _SKEW).strftime("%Y%m%d-%H%M%S")
+        self._run: str | None = None
+        self._others: set[str] = set()  # runs of other jobs
+        self._path, self._size = "", -1  # of the file that was read last
+        self._offset, self._mark = 0, b""  # where the next line begins, and the bytes before it
 
-def _run_of(filesystem: Any, folder: str, job_id: str, began_at: datetime) -> str | None:
-    """The name of the run's folder, which is the time at which it began."""
-    earliest = (began_at.astimezone(UTC) - _SKEW).strftime("%Y%m%d-%H%M%S")
-    found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-    later = sorted(info.base_name for info in found if info.base_name >= earliest)
-    for run in later[:_MOST_RUNS]:
-        path = f"{folder}/{run}/job_id"
-        if filesystem.get_file_info(path).is_file:
+    def read(self) -> Appended:
+        """At most `MAX_BYTES`. No lines where no run is found yet. Raises StoreError."""
+        try:
+            self._run = self._run or self._find_run()
+            if self._run is None:
+                return Appended([], is_anew=False)
+            return self._read(f"{self._folder}/{self._run}/events.jsonl")
+        except OSError as e:
+            raise StoreError(f"the runs of {self._name!r} cannot be read: {e}") from e
+
+    @property
+    def _folder(self) -> str:
+        tenant, bare = split_qualified(self._name)
+        return f"runs/{bare}" if tenant is None else f"runs/_{tenant}/{bare}"
+
+    @cached_property
+    def _places(self) -> list[tuple[Any, str]]:
+        """Filesystems and their roots: this machine's, then the bucket's where there is one."""
+        places: list[tuple[Any, str]] = [(pafs.LocalFileSystem(), str(self._settings.home))]
+        if not isinstance(parse_location(self._settings.store), FileLocation):
+            places.append(open_filesystem(self._settings.store))
+        return places
+
+    def _find_run(self) -> str | None:
+        """The name of the run's folder, which is the time at which it began."""
+        filesystem, root = self._places[-1]
+        folder = f"{root}/{self._folder}"
+        found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+        later = sorted(info.base_name for info in found if info.base_name >= self._earliest)
+        for run in later[:_MOST_RUNS]:
+            path = f"{folder}/{run}/job_id"
+            if run in self._others or not filesystem.get_file_info(path).is_file:
+                continue
             with filesystem.open_input_stream(path) as file:
-                if file.read(256).decode(errors="replace") == job_id:
-                    return str(run)
-    return None
+                job_id = file.read(256).decode(errors="replace")
+            if job_id == self._job_id:
+                return str(run)
+            if job_id:
+                self._others.add(run)
+        return None
 
+    def _read(self, name: str) -> Appended:
+        found = [(where, where.get_file_info(f"{root}/{name}")) for where, root in self._places]
+        filesystem, longest = max(found, key=lambda item: item[1].size or 0)
+        if not longest.is_file or (longest.path, longest.size) == (self._path, self._size):
+            return Appended([], is_anew=False)
+        with filesystem.open_input_file(longest.path) as file:
+            size = file.size()
+            is_anew = longest.path != self._path or size < self._offset or not self._goes_on(file)
+            if is_anew:
+                self._offset, self._mark = 0, b""
+            self._path, self._size = longest.path, size
+            return Appended(self._lines(file, size), is_anew)
 
-def _lines(filesystem: Any, path: str) -> list[str]:
-    """All lines; of a file longer than MAX_BYTES, the whole lines in parts of it."""
-    with filesystem.open_input_file(path) as file:
-        size = file.size()
-        if size <= MAX_BYTES:
-            return bytes(file.read()).decode(errors="replace").splitlines()
+    def _goes_on(self, file: Any) -> bool:
+        """Whether the bytes before the next line are those that were read."""
+        return bytes(file.read_at(len(self._mark), self._offset - len(self._mark))) == self._mark
+
+    def _lines(self, file: Any, size: int) -> list[str]:
+        """The whole lines from the offset on; of more than MAX_BYTES, those in parts of it. Moves the offset."""
+        num_bytes = size - self._offset
+        if num_bytes <= MAX_BYTES:
+            return self._take(file, self._offset, num_bytes)
         lines: list[str] = []
-        length = MAX_BYTES // _PARTS
+        begin, length = self._offset, MAX_BYTES // _PARTS
         for part in range(_PARTS):
-            begin = part * (size - length) // (_PARTS - 1)
-            whole = bytes(file.read_at(length, begin)).decode(errors="replace").splitlines()
-            lines += whole[1 if part else 0 : -1 if part < _PARTS - 1 else None]
+            whole = self._take(file, begin + part * (num_bytes - length) // (_PARTS - 1), length)
+            lines += whole[1:] if part else whole
         return lines
+
+    def _take(self, file: Any, at: int, num_bytes: int) -> list[str]:
+        """The lines in these bytes, without what comes after the last of them."""
+        data = bytes(file.read_at(num_bytes, at))
+        end = data.rfind(b"\n") + 1
+        if end:
+            self._offset, self._mark = at + end, data[max(0, end - _MARK_BYTES) : end]
+        return data[:end].decode(errors="replace").splitlines()

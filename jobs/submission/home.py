@@ -36,6 +36,9 @@ class HomeJobServer:
     def logs(self, job_id: str) -> str:
         return self._server().logs(job_id)
 
+    def tail(self, job_id: str, num_lines: int) -> str:
+        return self._server().tail(job_id, num_lines)
+
     def follow(self, job_id: str) -> AsyncIterator[str]:
         return self._server().follow(job_id)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+import httpx
 import ray
 from ray.job_submission import JobSubmissionClient
 
 from jobs.submission.commands import Submission
 from jobs.submission.tracker import RayJob
 from loray.errors import ClusterError, ConflictError
+
+TAIL_BYTES = 1 << 20  # of a log's end, whatever lines are asked for
+_MOST_BYTES = 32 << 20  # that are read for it: Ray counts lines, and a line may be long
+_TAIL_TIMEOUT = httpx.Timeout(10.0, read=30.0)
 
 
 class RayJobServer:
@@ -52,6 +57,19 @@ class RayJobServer:
         with _translate_errors():
             return str(self._client.get_job_logs(job_id))
 
+    def tail(self, job_id: str, num_lines: int) -> str:
+        """By Ray's API of log files, which reads the file from its end. Empty until the driver has begun."""
+        with _translate_errors():
+            node_id = self._client.get_job_info(job_id).driver_node_id
+            if node_id is None:
+                return ""
+            asked = {"node_id": node_id, "submission_id": job_id, "lines": num_lines}
+            url, headers = f"{self._client.get_address()}/api/v0/logs/file", self._client._headers
+            with httpx.stream("GET", url, params=asked, headers=headers, timeout=_TAIL_TIMEOUT) as answer:
+                if answer.status_code != 200:
+                    raise RuntimeError(f"status code {answer.status_code}: {answer.read().decode(errors='replace')}")
+                return end_of(answer.iter_bytes()).decode(errors="replace")
+
     async def follow(self, job_id: str) -> AsyncIterator[str]:
         async for lines in self._client.tail_job_logs(job_id):
             yield lines
@@ -60,6 +78,18 @@ class RayJobServer:
     def _client(self) -> Any:
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it logs every closed socket
         return JobSubmissionClient(self._address())
+
+
+def end_of(chunks: Iterable[bytes]) -> bytes:
+    """The last `TAIL_BYTES`, from the beginning of a line on. Raises ClusterError for too many in all."""
+    kept, num_bytes = bytearray(), 0
+    for chunk in chunks:
+        num_bytes += len(chunk)
+        if num_bytes > _MOST_BYTES:
+            raise ClusterError(f"the last lines of the log have more than {_MOST_BYTES >> 20} MiB; `loray jobs logs`")
+        kept += chunk
+        del kept[: max(0, len(kept) - TAIL_BYTES)]
+    return bytes(kept if num_bytes <= TAIL_BYTES else kept[kept.find(b"\n") + 1 :])
 
 
 class _NoSuchJob(ClusterError):
@@ -78,5 +108,5 @@ def _translate_errors() -> Iterator[None]:
         if "already exists" in reason:
             raise ConflictError("Ray has a job of this id already; choose another id, or leave it out") from e
         raise ClusterError(f"Ray's job server refused: {reason.strip().splitlines()[-1]}") from e
-    except OSError as e:  # requests' errors are OSErrors
+    except (OSError, httpx.HTTPError) as e:  # requests' errors are OSErrors
         raise ClusterError(f"Ray's job server cannot be reached: {e}") from e

@@ -54,6 +54,9 @@ class JobServer(Protocol):
     def logs(self, job_id: str) -> str:
         """The log so far of a job that Ray knows."""
 
+    def tail(self, job_id: str, num_lines: int) -> str:
+        """The last lines of the log of a job that Ray knows; of many bytes the last."""
+
     def follow(self, job_id: str) -> AsyncIterator[str]:
         """The log of a job that Ray knows, in pieces, until the job ends."""
 
@@ -127,6 +130,10 @@ class JobTracker:
     def logs(self, job_id: str) -> str:
         """The job's log so far. Raises JobNotFound, or LogsGone if Ray no longer knows the job."""
         return self._server.logs(self._with_logs(job_id))
+
+    def tail(self, job_id: str, num_lines: int) -> str:
+        """The last lines of the job's log so far. Raises as `logs` does."""
+        return self._server.tail(self._with_logs(job_id), num_lines)
 
     def follow(self, job_id: str) -> AsyncIterator[str]:
         """The job's log in pieces, until the job ends. Raises as `logs` does, before the first piece."""

@@ -27,7 +27,7 @@ from serve_apps.api.routes import uploads as upload_routes
 from serve_apps.api.routes import usage as usage_routes
 from serve_apps.api.services import Services
 from serve_apps.console import ROUTES as CONSOLE_ROUTES
-from serve_apps.console import CheckConsole, Console, Renderer, Sessions
+from serve_apps.console import CheckConsole, Console, Histories, Renderer, Sessions
 from serve_apps.http import extend_openapi
 
 # Given as they are: FastAPI makes the routes of a router that is included anew for each application.
@@ -72,7 +72,7 @@ def create_app(services: Services, access: Access) -> FastAPI:
     )
     sessions, renderer = Sessions(), Renderer(problems.failed)
     app.state.services = services
-    app.state.console = Console(services, access, sessions, renderer)
+    app.state.console = Console(services, access, sessions, renderer, Histories())
     problems.install(app)
     app.add_middleware(
         CheckConsole, access=access, rules=API, refused=problems.failed, sessions=sessions, renderer=renderer

@@ -2,9 +2,10 @@
 
 from serve_apps.console.backend import Backend, Console
 from serve_apps.console.door import CheckConsole
-from serve_apps.console.gateway import Gateway
+from serve_apps.console.live.gateway import Gateway
+from serve_apps.console.live.histories import Histories
 from serve_apps.console.rendering import Renderer
 from serve_apps.console.sessions import Sessions
 from serve_apps.console.site import ROUTES
 
-__all__ = ["ROUTES", "Backend", "CheckConsole", "Console", "Gateway", "Renderer", "Sessions"]
+__all__ = ["ROUTES", "Backend", "CheckConsole", "Console", "Gateway", "Histories", "Renderer", "Sessions"]

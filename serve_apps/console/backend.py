@@ -14,7 +14,8 @@ from loray.settings import Settings
 from loray.spec import Principal
 from loray.store import AdapterStore
 from serve_apps.access import Access
-from serve_apps.console.gateway import Gateway
+from serve_apps.console.live.gateway import Gateway
+from serve_apps.console.live.histories import Histories
 from serve_apps.console.rendering import Renderer
 from serve_apps.console.sessions import Sessions
 
@@ -38,12 +39,17 @@ class Backend(Protocol):
 
 
 class Console(NamedTuple):
-    """The console of one application, whose `app.state.console` it is. `access` admits who logs in."""
+    """The console of one application, whose `app.state.console` it is.
+
+    access     admits who logs in
+    histories  what was read of jobs
+    """
 
     backend: Backend
     access: Access
     sessions: Sessions
     renderer: Renderer
+    histories: Histories
 
 
 async def _console(request: Request) -> Console:  # FastAPI would call a plain function in a thread

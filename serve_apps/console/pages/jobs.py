@@ -8,22 +8,18 @@ from fastapi import Path, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
-from jobs.events.messages import decode, describe
-from jobs.runs.history import read_events
 from loray.catalog import Job
-from loray.errors import ClusterError, LogsGone, LorayError, StoreError
+from loray.errors import LorayError
 from loray.serving.access import check
-from loray.spec import JobId, JobStatus, Method, Principal, qualified_name, split_qualified
+from loray.spec import JobId, JobStatus, Method, Principal
 from serve_apps.access import Asking
-from serve_apps.console.backend import Backend, ConsoleDep
+from serve_apps.console.backend import Console, ConsoleDep
 from serve_apps.console.forms import read_form
-from serve_apps.console.losses import losses_of
 from serve_apps.console.recipes import Estimate, form_fields, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
 _PAGE = 50
-_LOG_LINES = 200
 JobPath = Annotated[JobId, Path()]
 
 router = router_of("/jobs")
@@ -76,49 +72,19 @@ async def submit_job(console: ConsoleDep, request: Request, asking: Asking) -> R
 def show_job(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
     job = console.backend.jobs_of(asking).get(id)
     recipe = recipe_text(job.recipe, console.backend.settings.home)
-    return console.renderer.page(request, "job.html", recipe=recipe, **_state(console.backend, asking, job))
+    return console.renderer.page(request, "job.html", recipe=recipe, **_state(console, asking, job))
 
 
 @router.get("/{id}/live")
 def show_live(console: ConsoleDep, request: Request, asking: Asking, id: JobPath) -> Response:
     """The part of the page that is asked for again and again until the job has ended."""
     job = console.backend.jobs_of(asking).get(id)
-    return console.renderer.page(request, "parts/job.html", **_state(console.backend, asking, job))
+    return console.renderer.page(request, "parts/job.html", **_state(console, asking, job))
 
 
-def _state(backend: Backend, asking: Principal, job: Job) -> dict[str, Any]:
-    """Losses and lines of the run's own events, which outlive Ray's cluster. Of a run that has none yet, of a job that
-    failed or was stopped, and where its events are elsewhere, the lines are those of Ray's log.
-    """
-    events: list[str] = []
-    log: list[str] = []
-    problem = ""
-    name = qualified_name(job.tenant, split_qualified(job.name).name)
-    try:
-        events = read_events(backend.settings, name, job.id, job.created_at)
-    except StoreError as e:
-        problem = str(e)
-    if not events or job.status in ("failed", "stopped"):
-        try:
-            log = backend.jobs_of(asking).logs(job.id).splitlines()
-        except (LogsGone, ClusterError) as e:
-            problem = problem or str(e)
-    lines = log or [_described(line) for line in events[-_LOG_LINES:]]
-    return {
-        "job": job,
-        "log": "\n".join(lines[-_LOG_LINES:]),
-        "problem": problem,
-        "losses": losses_of(events or log),
-    }
-
-
-def _described(line: str) -> str:
-    """An event of another version as it is."""
-    event = decode(line)
-    try:
-        return line if event is None else describe(event)
-    except (KeyError, TypeError, ValueError):
-        return line
+def _state(console: Console, asking: Principal, job: Job) -> dict[str, Any]:
+    history = console.histories.of(job, console.backend.settings)
+    return {"job": job} | history.look(job, console.backend.jobs_of(asking).tail)._asdict()
 
 
 @router.post("/{id}/stop")

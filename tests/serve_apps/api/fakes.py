@@ -61,6 +61,9 @@ class FakeJobs:
         self._check()
         return f"log of {job_id}\n"
 
+    def tail(self, job_id: str, num_lines: int) -> str:
+        return "".join(self.logs(job_id).splitlines(keepends=True)[-num_lines:])
+
     async def follow(self, job_id: str) -> AsyncIterator[str]:
         for piece in ("a\n", "b", "\nc\n"):
             yield piece

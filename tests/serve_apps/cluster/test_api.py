@@ -105,14 +105,19 @@ def test_a_job_that_is_stopped(ray_cluster: RayCluster, served: Served, catalog:
 def test_a_driver_that_died_without_a_record(ray_cluster: RayCluster, served: Served, catalog: CatalogClient) -> None:
     from ray.job_submission import JobSubmissionClient
 
+    from jobs.submission.server import TAIL_BYTES, RayJobServer
+
     spec = TrainSpec.parse(RECIPE, source="the test")
     served.catalog.add_job("silent", name="silent", recipe=spec)
-    client = JobSubmissionClient(ray_cluster.address)
-    client.submit_job(submission_id="silent", entrypoint="echo working && exit 3")
+    client, server = JobSubmissionClient(ray_cluster.address), RayJobServer(lambda: ray_cluster.address)
+    client.submit_job(submission_id="silent", entrypoint="seq 400000 && echo working && exit 3")
     until(lambda: catalog.job("silent").has_ended)
     assert catalog.job("silent").status == "failed"
     assert "exit code 3" in catalog.job("silent").message
     assert "working" in catalog.logs("silent").splitlines()
+    assert server.tail("silent", 2) == "400000\nworking\n"
+    end = server.tail("silent", 400_001)  # of 2.7 MB
+    assert (len(end) <= TAIL_BYTES, end.endswith("\nworking\n"), end[:7].strip().isdigit()) == (True, True, True)
     client.delete_job("silent")
     with pytest.raises(JobNotFound, match=r"\(failed\) is gone"):
         catalog.logs("silent")

@@ -10,7 +10,6 @@ import pytest
 
 from loray.recipes.load import load_recipe
 from loray.spec import Limits, TrainSpec
-from serve_apps.console.losses import losses_of
 from tests.serve_apps.console.site import ConsoleSite
 
 FORM: dict[str, object] = {
@@ -124,13 +123,3 @@ def test_a_jobs_losses_outlive_rays_log(console: ConsoleSite) -> None:
     page = console.get(f"/jobs/{job.id}").text
     assert "data-live" not in page
     assert "[null, 0.25]" in page
-
-
-def test_losses_are_thinned() -> None:
-    events = [{"event": "step", "step": n, "loss": 1.0 / n} for n in range(1, 5001)]
-    events += [{"event": "eval", "step": n, "eval_loss": 2.5} for n in range(1, 5001)]
-    lines = [*map(json.dumps, events), "not an event"]
-    steps, training, held_out = json.loads(losses_of(lines))
-    assert len(steps) == len(training) == len(held_out) <= 1000
-    assert (training[0], held_out[0]) == (1.0, 2.5)
-    assert losses_of(["not an event"]) == ""
