@@ -33,7 +33,7 @@ _PAGES: tuple[Row, ...] = (
     ("*", r"/console/playground(/.*)?", "infer"),
     ("*", r"/console/uploads(/.*)?", "publish"),
     ("*", r"/console/jobs(/.*)?", "train"),
-    ("GET", r"/console/serving(/live)?", "observe"),
+    ("GET", r"/console/serving(/live|/replicas/[^/]+(/live)?)?", "observe"),
     ("GET", r"/console/usage", "identify"),
     ("*", r"/console/(keys|tenants)(/.*)?", "manage"),
 )

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from serve_apps.console.pages import adapters, jobs, keys, overview, playground, serving, session, uploads, usage
+from serve_apps.console.pages import (
+    adapters,
+    jobs,
+    keys,
+    overview,
+    playground,
+    replicas,
+    serving,
+    session,
+    uploads,
+    usage,
+)
 
 ROUTES = [
     route
-    for module in (overview, adapters, uploads, playground, jobs, serving, keys, usage, session)
+    for module in (overview, adapters, uploads, playground, jobs, serving, replicas, keys, usage, session)
     for route in module.router.routes
 ]

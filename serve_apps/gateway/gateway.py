@@ -248,12 +248,12 @@ class Gateway:
 
     async def status(self) -> Status:
         found = await self.engines.stats()
-        labels = await self.directory.labels({d for r in found for d in r.adapters_in_pool + r.adapters_on_host})
+        fields = ("adapters_in_pool", "adapters_on_host", "adapters_loading")
+        labels = await self.directory.labels({d for r in found for field in fields for d in getattr(r, field)})
         replicas = []
         for replica in found:
             named = {
-                field: tuple(labels.get(digest, digest[:12]) for digest in getattr(replica, field))
-                for field in ("adapters_in_pool", "adapters_on_host")
+                field: tuple(labels.get(digest, digest[:12]) for digest in getattr(replica, field)) for field in fields
             }
             replicas.append(replica.model_copy(update=named))
         scaling = None if self.spec.autoscaling is None else await self.engines.autoscaling()

@@ -34,6 +34,7 @@ class ReplicaStatus(EngineStatus):
     uptime_s: float
     adapters_in_pool: tuple[str, ...] = ()
     adapters_on_host: tuple[str, ...] = ()
+    adapters_loading: tuple[str, ...] = ()
 
 
 class AdapterPlacement(_Status):

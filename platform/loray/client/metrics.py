@@ -11,17 +11,23 @@ if TYPE_CHECKING:
     from prometheus_client.samples import Sample
 
 TTFT, ROUTED = "loray_time_to_first_token_seconds", "loray_routing_decisions_total"
+STEPS = "loray_engine_step_seconds"
 REQUESTS, UNDER_WAY = "loray_http_requests_total", "loray_http_requests_in_flight"
 
 Buckets = Mapping[float, float]  # of a histogram: upper bound → observations up to it
 
 
 class Metrics:
-    """The samples of `text`, parsed once. Sums are over all labels but `by`; a sample that lacks it counts as ""."""
+    """The samples of `text`, parsed once; of the metrics `names` where they are given, which is faster.
 
-    def __init__(self, text: str) -> None:
+    Sums are over all labels but `by`; a sample that lacks it counts as "".
+    """
+
+    def __init__(self, text: str, names: tuple[str, ...] = ()) -> None:
         from prometheus_client.parser import text_string_to_metric_families
 
+        if names:
+            text = "".join(line for line in text.splitlines(keepends=True) if line.startswith(names))
         self._samples: dict[str, list[Sample]] = defaultdict(list)
         for family in text_string_to_metric_families(text):
             for sample in family.samples:

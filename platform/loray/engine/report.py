@@ -44,6 +44,7 @@ def report(
         max_adapters_in_step=counters.max_adapters_in_step,
         adapters_in_pool=tuple(ref.digest for ref in tiers[Tier.POOL]),
         adapters_on_host=tuple(ref.digest for ref in tiers[Tier.HOST]),
+        adapters_loading=tuple(ref.digest for ref in tiers[Tier.LOADING]),
         prefix_cache_queries=scheduler.prefix_cache_queries,
         prefix_cache_hits=scheduler.prefix_cache_hits,
         step_seconds=counters.step_seconds.counts(),

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from loray.api.status import Status
 from loray.catalog.identity.audit import AuditEntry
+from loray.client.metrics import TTFT, percentile, together
 from loray.errors import ClusterError, PermissionDenied
 from loray.spec import Principal
 from serve_apps.access import Asking
@@ -45,8 +46,9 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
     try:
         status = await backend.gateway.status(authorization)
         seen |= {"status": status, "tiers": _tiers(status), "target": _target(status)}
-        seen["first_token"] = await backend.gateway.first_token(authorization)
-        seen["pace"] = backend.gateway.tokens_per_s()
+        first = together((await backend.gateway.metrics(authorization)).buckets(TTFT, "replica"))
+        seen["first_token"] = {"p50": percentile(first, 0.5), "p99": percentile(first, 0.99)}
+        seen["pace"] = backend.gateway.demand.tokens_per_s()
     except PermissionDenied as e:
         seen |= {"problem": str(e), "is_hidden": True}
     except ClusterError as e:

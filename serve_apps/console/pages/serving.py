@@ -1,20 +1,22 @@
-"""Serving: each replica's state, which adapters it holds, and why requests went where they went."""
+"""Serving: each replica's state, which adapters it holds, demand, and why requests went where they went."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
-from loray.api.status import ReplicaStatus
+from loray.api.status import Status
+from loray.client.metrics import ROUTED, STEPS, Metrics, percentile
 from loray.errors import ClusterError, PermissionDenied
 from serve_apps.console.backend import Console, ConsoleDep
+from serve_apps.console.live.places import KINDS, heat_map, parts_of
 from serve_apps.console.routing import router_of
 
-_ROWS, _COLUMNS = 100, 32
+_ROWS, _COLUMNS = 50, 50
+_MOMENTS = 20
 _WHY: dict[str, str] = {
     "pool": "its pool has the adapter",
     "host": "its host memory has the adapter",
@@ -23,14 +25,6 @@ _WHY: dict[str, str] = {
     "overflow": "a bound on load was reached, or no replica was free",
     "base": "for the base: the replica with the least load",
 }
-
-
-class Row(NamedTuple):
-    """Where an adapter is: `tiers` has pool, host or nothing for each replica."""
-
-    adapter: str
-    tiers: tuple[str, ...]
-
 
 router = router_of("/serving")
 
@@ -46,33 +40,33 @@ async def show_live(console: ConsoleDep, request: Request) -> Response:
 
 
 async def _page(console: Console, request: Request, template: str) -> Response:
+    gateway = console.backend.gateway
     try:
-        status = await console.backend.gateway.status(request.state.authorization)
-        routed = await console.backend.gateway.routing(request.state.authorization)
+        status = await gateway.status(request.state.authorization)
+        metrics = await gateway.metrics(request.state.authorization)
     except (ClusterError, PermissionDenied) as e:
         return console.renderer.page(request, template, problem=str(e), status=None)
-    shown = status.replicas[:_COLUMNS]
-    rows, num_rows = heat_map(shown, _ROWS)
-    return console.renderer.page(
-        request,
-        template,
-        problem="",
-        status=status,
-        shown=shown,
-        rows=rows,
-        num_rows=num_rows,
-        routed=[(_WHY.get(reason, reason), count) for reason, count in routed.items() if count],
-        num_routed=sum(routed.values()) or 1,
-    )
+    shown = await run_in_threadpool(_shown, status, metrics)
+    demand = {"curve": gateway.demand.curve(), "moments": gateway.demand.rows(_MOMENTS)}
+    return console.renderer.page(request, template, problem="", status=status, **shown, **demand)
 
 
-def heat_map(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[Row], int]:
-    """The `num_rows` adapters that most replicas hold, then by name, and how many adapters are held at all."""
-    tiers: dict[str, dict[int, str]] = {}
-    for at, replica in enumerate(replicas):
-        for tier, names in (("host", replica.adapters_on_host), ("pool", replica.adapters_in_pool)):
-            for name in names:
-                tiers.setdefault(name, {})[at] = tier
-    most = heapq.nsmallest(num_rows, tiers.items(), key=lambda item: (-len(item[1]), item[0]))
-    columns = range(len(replicas))
-    return [Row(name, tuple(held.get(at, "") for at in columns)) for name, held in most], len(tiers)
+def _shown(status: Status, metrics: Metrics) -> dict[str, Any]:
+    """Of the first replicas, whatever their number; nothing grows with the number of adapters."""
+    replicas = status.replicas[:_COLUMNS]
+    rows, num_rows = heat_map(replicas, _ROWS)
+    steps, routed = metrics.buckets(STEPS, "replica"), metrics.sums(ROUTED, "reason")
+    most = sorted(routed.items(), key=lambda item: -item[1])
+    return {
+        "shown": replicas,
+        "rows": rows,
+        "num_rows": num_rows,
+        "kinds": KINDS,
+        "parts": {replica.replica: parts_of(replica.blocks) for replica in replicas},
+        "step_times": {
+            replica.replica: [percentile(steps.get(replica.replica, {}), share) for share in (0.5, 0.99)]
+            for replica in replicas
+        },
+        "routed": [(_WHY.get(reason, reason), int(count)) for reason, count in most if count],
+        "num_routed": sum(routed.values()) or 1,
+    }

@@ -22,6 +22,20 @@ window.addEventListener("resize", () => {
 });
 drawCurves(document);
 
+// What replaces a part of a page has its scrolling and its focus, where it has as many places for them.
+function replacePart(part, text) {
+  const scrolling = () => [...part.querySelectorAll(".table-responsive, pre.text")];
+  const focusable = () => [...part.querySelectorAll("a, button, [tabindex]")];
+  const scrolled = scrolling().map((place) => [place.scrollLeft, place.scrollTop]);
+  const focused = focusable().indexOf(document.activeElement);
+  const count = focusable().length;
+  part.innerHTML = text;
+  if (scrolling().length === scrolled.length) {
+    scrolling().forEach((place, n) => ([place.scrollLeft, place.scrollTop] = scrolled[n]));
+  }
+  if (focused >= 0 && focusable().length === count) focusable()[focused].focus({ preventScroll: true });
+}
+
 // Parts of a page that are asked for again: every 3 s, after a failure after twice the time, up to a minute.
 for (const part of document.querySelectorAll("[data-live]")) {
   const shortest = 3000;
@@ -35,7 +49,7 @@ for (const part of document.querySelectorAll("[data-live]")) {
         if (!answer.ok) throw new Error(answer.status);
         const text = await answer.text();
         for (const place of part.querySelectorAll("[data-curve]")) place.plot?.destroy();
-        part.innerHTML = text;
+        replacePart(part, text);
         htmx.process(part);
         drawCurves(part);
         if (part.querySelector("[data-ended]")) return;

@@ -30,14 +30,20 @@ loray_time_to_first_token_seconds_sum{method="base"} 9
 loray_routing_decisions_total{reason="pool"} 30
 loray_routing_decisions_total{reason="hash"} 10
 loray_routing_decisions_total{reason="overflow"} 0
+# TYPE loray_engine_step_seconds histogram
+loray_engine_step_seconds_bucket{replica="r1",le="0.01"} 60
+loray_engine_step_seconds_bucket{replica="r1",le="0.02"} 100
+loray_engine_step_seconds_bucket{replica="r1",le="+Inf"} 100
 """
 
 
 class ScriptedGateway:
-    """`num_tokens` were generated so far. `keys`: those that may see the state; None: everybody. `down`: 500."""
+    """`num_tokens` were generated so far. `keys`: those that may see the state; None: everybody. `down`: 500.
+    `metrics`: Prometheus' text.
+    """
 
     def __init__(self) -> None:
-        self.num_tokens, self.down = 1000, False
+        self.num_tokens, self.down, self.metrics = 1000, False, METRICS
         self.replicas: tuple[ReplicaStatus, ...] | None = None  # instead of two
         self.keys: set[str] | None = None
         self.asked: list[tuple[str | None, dict[str, object]]] = []
@@ -52,7 +58,7 @@ class ScriptedGateway:
 
         @app.get("/metrics")
         def metrics(request: Request) -> Response:
-            return self._refused(request) or PlainTextResponse(METRICS)
+            return self._refused(request) or PlainTextResponse(self.metrics)
 
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Response:
@@ -82,6 +88,7 @@ class ScriptedGateway:
                 uptime_s=7200,
                 num_running=3,
                 num_waiting=number,
+                num_loading=number - 1,
                 num_output_tokens=self.num_tokens // 2,
                 num_pool_hits=90,
                 num_host_hits=8,
@@ -89,6 +96,7 @@ class ScriptedGateway:
                 blocks={"free": 60, "kv": 30, "flat": 10},
                 adapters_in_pool=("tone@2", f"legal@{number}"),
                 adapters_on_host=("dates@1",),
+                adapters_loading=("cold@1",)[: number - 1],
             )
             for number in (1, 2)
         )
@@ -108,8 +116,9 @@ class ConsoleSite(Api):
 
     def __init__(self, home: Path, catalog_url: str) -> None:
         super().__init__(home, catalog_url)
-        self.engines = ScriptedGateway()
-        self.services.gateway = Gateway("http://gateway", httpx.ASGITransport(self.engines.app))
+        self.engines, self.now = ScriptedGateway(), 100.0  # the clock of the pages of serving
+        transport = httpx.ASGITransport(self.engines.app)
+        self.services.gateway = Gateway("http://gateway", transport, clock=lambda: self.now)
         catalog = self.catalog
         catalog.add_base("smollm2", BASE)
         trained = manifest(2).model_copy(update={"job_id": "train_5f1b", "data_fingerprint": "da7a" * 16, "rank": 16})

@@ -20,6 +20,7 @@ from jobs.submission.tracker import RayJob
 from loray.bases.registry import BaseModel
 from loray.recipes.load import load_recipe
 from tests.serve_apps.console.site import ROOT, ConsoleSite
+from tests.serve_apps.console.test_accessibility import PAGES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENS = os.environ.get("LORAY_TEST_SCREENSHOTS")  # a folder for pictures of all pages
@@ -111,9 +112,9 @@ def test_a_visit(console: ConsoleSite, seen: Seen) -> None:
     seen.picture("difference")
     visit_keys(console, seen)
     ask_the_playground(console, seen)
-    for name in ("serving", "usage", "jobs"):
+    for name in ("serving", "serving/replicas/r1", "usage", "jobs"):
         seen.open(f"/{name}")
-        seen.picture(name)
+        seen.picture(name.replace("/", "-"))
     show_a_job(console, seen)
     seen.open("")
     page.click("#theme")
@@ -159,6 +160,28 @@ def show_a_job(console: ConsoleSite, seen: Seen) -> None:
     seen.open("/jobs/train_1")
     seen.page.wait_for_selector(".curve canvas")
     seen.picture("job")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(console: ConsoleSite, seen: Seen, scheme: str) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install axe-playwright-python")
+    page, key = seen.page, console.key("admin")
+    page.emulate_media(color_scheme=scheme)
+    console.catalog.add_job("train_1", name="tone", recipe=load_recipe("lora_smollm2").spec)
+    seen.open("/login")
+    found = {"/login": axe.Axe().run(page).response["violations"]}
+    page.fill("#key", key)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=Healthy")
+    for path in (*PAGES, "/serving"):  # which has demand over time at the second look
+        console.now += 5
+        seen.open(path)
+        found[path] = axe.Axe().run(page).response["violations"]
+    assert not {
+        path: [(v["id"], [node["html"][:200] for node in v["nodes"]]) for v in violations]
+        for path, violations in found.items()
+        if violations
+    }
 
 
 def test_an_upload_by_drag_and_drop_and_by_a_field(

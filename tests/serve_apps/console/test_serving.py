@@ -2,40 +2,91 @@
 
 from __future__ import annotations
 
-from serve_apps.console.pages.serving import heat_map
-from tests.serve_apps.console.site import URL, ConsoleSite, ScriptedGateway
+import re
+
+from tests.serve_apps.console.site import METRICS, URL, ConsoleSite
 
 
 def test_replicas_adapters_and_reasons(console: ConsoleSite) -> None:
     page = console.get("/serving").text
-    for shown in ("r1", "n2", "40 %", "90 %", "tone@2", "legal@1", "its pool has the adapter", "75.0 %"):
+    for shown in ("r1", "n2", "90 %", "tone@2", "legal@1", "its pool has the adapter", "75.0 %"):
         assert shown in page, shown
     assert "a bound on load" not in page  # no request went elsewhere
     console.engines.down = True
     assert "Not seen" in console.get("/serving/live").text
 
 
-def test_what_more_replicas_hold_comes_first() -> None:
-    rows, num_held = heat_map(ScriptedGateway().status().replicas, 4)
-    assert num_held == 4
-    assert [row.adapter for row in rows] == ["dates@1", "tone@2", "legal@1", "legal@2"]
-    assert rows[0].tiers == ("host", "host")
-    assert rows[3].tiers == ("", "pool")
+def test_pages_follow_the_load(console: ConsoleSite) -> None:
+    """What a look shows is the state at that look: tiers, blocks, steps, reasons and demand."""
+    (one, two), before = console.engines.status().replicas, console.get("/serving/live").text
+    assert _tiers(before, "cold@1") == ["", "loading"]
+    assert _tiers(before, "legal@1") == ["pool", ""]
+    assert _blocks(before, "r1") == [30, 0, 0, 10, 0, 60]
+    assert "data-curve" not in before  # there was one look
+    console.engines.replicas = (
+        one.model_copy(update={"blocks": {"free": 5, "kv": 55, "layered": 40}, "num_running": 17}),
+        two.model_copy(update={"adapters_in_pool": ("cold@1",), "adapters_loading": (), "num_output_tokens": 1700}),
+    )
+    console.engines.metrics = (
+        METRICS.replace('{reason="overflow"} 0', '{reason="overflow"} 40')
+        .replace('le="0.01"} 60', 'le="0.01"} 0')
+        .replace('le="0.02"} 100', 'le="0.02"} 0')
+    )
+    console.now += 4
+    after = console.get("/serving/live").text
+    assert _tiers(after, "cold@1") == ["", "pool"]
+    assert _tiers(after, "legal@2") == []
+    assert _blocks(after, "r1") == [55, 0, 40, 0, 0, 5]
+    assert 'class="blocks-layered" x="550.0" width="400.0"' in after
+    assert "a bound on load was reached" in after
+    assert (before.count("8.33 ms"), after.count("20 ms")) == (1, 2)
+    assert "[[-4.0, 0.0], [6, 20], [3, 3]]" in after
+    assert "<td>4 s</td><td>6</td><td>3</td>" in after
+    assert "<td>300</td></tr>" in after  # 1,200 tokens more in 4 s
+
+
+def test_one_replica(console: ConsoleSite) -> None:
+    page = console.get("/serving/replicas/r1").text
+    assert 'data-live="/api/v1/console/serving/replicas/r1/live"' in page
+    assert 'href="/api/v1/console/serving/replicas/r1"' in console.get("/serving").text
+    for shown in ("3 running, 1 waiting", "30.0 %", "90 times in the pool", "≤ 20 ms</th><td>40<", "legal@1"):
+        assert shown in page, shown
+    cells = re.findall(r'class="blocks-(\w+)" x="\d+" y', page)
+    assert (len(cells), cells.count("kv"), cells.count("flat"), cells.count("free")) == (200, 60, 20, 120)
+    console.engines.replicas = (console.engines.status().replicas[0].model_copy(update={"blocks": {"free": 100}}),)
+    part = console.get("/serving/replicas/r1/live").text
+    assert (part.count("blocks-kv"), part.count("blocks-free"), "<main" in part) == (1, 201, False)
+    gone = console.get("/serving/replicas/r2")
+    assert (gone.status_code, "it may have ended" in gone.text) == (404, True)
+    console.engines.down = True
+    assert "Not seen" in console.get("/serving/replicas/r1").text
 
 
 def test_many_replicas_with_many_adapters_are_a_bounded_page(console: ConsoleSite) -> None:
     (replica, _) = console.engines.status().replicas
-    replicas = [
+    console.engines.replicas = tuple(
         replica.model_copy(update={"replica": f"r{n}", "adapters_in_pool": tuple(f"a-{n + m}@1" for m in range(1000))})
-        for n in range(40)
-    ]
-    rows, num_held = heat_map(replicas, 100)
-    assert (len(rows), num_held, len(rows[0].tiers)) == (100, 1040, 40)
-    console.engines.replicas = tuple(replicas)
+        for n in range(60)
+    )
     page = console.get("/serving").text
-    assert "of 1,032" in page
-    assert "Of the first 32 replicas" in page
-    assert page.count("<tr>") < 150
+    assert "The 50 that most replicas hold, of 1,050" in page
+    assert "The first 50 of 60 replicas" in page
+    assert page.count("<tr>") < 210
+    one = console.get("/serving/replicas/r59").text
+    assert "These are the first 50 of 1,001" in one
+
+
+def _tiers(page: str, adapter: str) -> list[str]:
+    """The adapter's row of the heat map."""
+    row = re.search(rf'<th scope="row">{adapter}</th>(.*?)</tr>', page)
+    return [] if row is None else re.findall(r"<td[^>]*>(\w*)</td>", row[1])
+
+
+def _blocks(page: str, replica: str) -> list[int]:
+    """The replica's row of the table of blocks."""
+    row = re.search(rf'<th scope="row">{replica}</th><td>.*?</svg>(.*?)</tr>', page, re.DOTALL)
+    assert row is not None
+    return [int(count) for count in re.findall(r"<td>(\d+)</td>", row[1])]
 
 
 def test_the_playground_asks_with_the_key_of_its_session(console: ConsoleSite) -> None:

@@ -130,6 +130,8 @@ API: dict[str, Route] = _DOCUMENTS | {
     "POST /console/jobs/{id}/stop": Route(TRAIN),
     "GET /console/serving": Route(NOBODY),
     "GET /console/serving/live": Route(NOBODY),
+    "GET /console/serving/replicas/{name}": Route(NOBODY),
+    "GET /console/serving/replicas/{name}/live": Route(NOBODY),
     "GET /console/usage": Route(ANY),
     "GET /console/keys": Route(NOBODY, query=_OF),
     "POST /console/keys": Route(NOBODY, {"key_alias": "ci", "scopes": "infer"}),

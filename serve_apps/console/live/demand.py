@@ -1,0 +1,115 @@
+"""Demand over time: what the server's state was whenever somebody looked."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from typing import NamedTuple
+
+from loray.api.status import Status
+
+_BETWEEN_S = 1.0
+_WINDOW_S = 60.0
+_KEPT_S = 1800.0
+MOST_POINTS = 400
+
+
+class Moment(NamedTuple):
+    """`at`: seconds of a monotonic clock. Requests, adapters and replicas at that moment; tokens since the start."""
+
+    at: float
+    num_running: int
+    num_waiting: int
+    num_loading: int
+    num_replicas: int
+    num_output_tokens: int
+
+
+class Row(NamedTuple):
+    """A line of the table: `ago_s` before the last look; tokens a second since the row before, None where unknown."""
+
+    ago_s: float
+    num_running: int
+    num_waiting: int
+    num_loading: int
+    num_replicas: int
+    tokens_per_s: float | None
+
+
+class Demand:
+    """The moments of half an hour in which somebody looked, at most one a second. Used from one event loop."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._moments: deque[Moment] = deque()
+
+    def note(self, status: Status) -> None:
+        now, totals = self._clock(), status.totals
+        moment = Moment(
+            now,
+            totals.num_running,
+            totals.num_waiting,
+            totals.num_loading,
+            len(status.replicas),
+            sum(replica.num_output_tokens for replica in status.replicas),
+        )
+        if self._moments and now - self._moments[-1].at < _BETWEEN_S:
+            return
+        self._moments.append(moment)
+        while now - self._moments[0].at > _KEPT_S:
+            self._moments.popleft()
+
+    def tokens_per_s(self) -> float | None:
+        """Output tokens a second over the last minute in which somebody looked; None before the second look."""
+        if not self._moments:
+            return None
+        first = last = self._moments[-1]
+        for earlier in islice(reversed(self._moments), 1, None):
+            is_old = last.at - earlier.at > _WINDOW_S and first is not last
+            if is_old or earlier.num_output_tokens > first.num_output_tokens:  # a replica has gone, with its count
+                break
+            first = earlier
+        return _pace(first, last)
+
+    def curve(self) -> str:
+        """JSON of [seconds before the last look, as negative numbers, running, waiting]. Empty before two looks."""
+        shown = self._thinned(MOST_POINTS)
+        if len(shown) < 2:
+            return ""
+        end = shown[-1].at
+        return json.dumps(
+            [
+                [round(moment.at - end, 1) for moment in shown],
+                [moment.num_running for moment in shown],
+                [moment.num_waiting for moment in shown],
+            ]
+        )
+
+    def rows(self, most: int) -> list[Row]:
+        """At most so many of the same moments, evenly spread, the last one first."""
+        shown = self._thinned(most)
+        before = [None, *shown[:-1]] if shown else []
+        return [
+            Row(
+                shown[-1].at - moment.at,
+                moment.num_running,
+                moment.num_waiting,
+                moment.num_loading,
+                moment.num_replicas,
+                None if earlier is None else _pace(earlier, moment),
+            )
+            for earlier, moment in zip(reversed(before), reversed(shown), strict=True)
+        ]
+
+    def _thinned(self, most: int) -> list[Moment]:
+        moments = list(self._moments)
+        stride = -(-len(moments) // most) or 1
+        return moments[::-1][::stride][::-1]
+
+
+def _pace(earlier: Moment, later: Moment) -> float | None:
+    """Tokens a second; None where a replica has gone in between, with what it counted."""
+    num_tokens = later.num_output_tokens - earlier.num_output_tokens
+    return None if num_tokens < 0 or later.at <= earlier.at else num_tokens / (later.at - earlier.at)

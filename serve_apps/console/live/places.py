@@ -1,0 +1,72 @@
+"""Where adapters and blocks are, as tables and pictures of bounded size."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from loray.api.status import ReplicaStatus
+
+# What a pool's block holds, in the order of the pictures.
+KINDS: Mapping[str, str] = {
+    "kv": "KV cache of requests",
+    "cached": "prefixes that no request holds",
+    "layered": "rows of adapters in layers",
+    "flat": "other rows of adapters",
+    "run": "VeRA pairs",
+    "free": "free",
+}
+_TIERS = (("host", "adapters_on_host"), ("loading", "adapters_loading"), ("pool", "adapters_in_pool"))
+
+
+class Row(NamedTuple):
+    """Where an adapter is: `tiers` has pool, loading, host or nothing for each replica."""
+
+    adapter: str
+    tiers: tuple[str, ...]
+
+
+class Part(NamedTuple):
+    """The blocks of one kind: `begin` and `share` are of all blocks, from 0 to 1."""
+
+    kind: str
+    num_blocks: int
+    begin: float
+    share: float
+
+
+def heat_map(replicas: Sequence[ReplicaStatus], num_rows: int) -> tuple[list[Row], int]:
+    """The `num_rows` adapters that most replicas hold, then by name, and how many adapters are held at all."""
+    tiers: dict[str, dict[int, str]] = {}
+    for at, replica in enumerate(replicas):
+        for tier, field in _TIERS:
+            for name in getattr(replica, field):
+                tiers.setdefault(name, {})[at] = tier
+    most = heapq.nsmallest(num_rows, tiers.items(), key=lambda item: (-len(item[1]), item[0]))
+    columns = range(len(replicas))
+    return [Row(name, tuple(held.get(at, "") for at in columns)) for name, held in most], len(tiers)
+
+
+def parts_of(blocks: Mapping[str, int]) -> list[Part]:
+    """The pool of one replica by what its blocks hold; all kinds, in the order of `KINDS`."""
+    num_blocks = sum(blocks.values()) or 1
+    parts, begin = [], 0
+    for kind in KINDS:
+        count = blocks.get(kind, 0)
+        parts.append(Part(kind, count, begin / num_blocks, count / num_blocks))
+        begin += count
+    return parts
+
+
+def cells_of(parts: Sequence[Part], num_cells: int) -> list[str]:
+    """The kind of each of `num_cells` equal shares of a pool; of a share of several kinds, the one in its middle."""
+    if not any(part.num_blocks for part in parts):
+        return []
+    kinds, at = [], 0
+    for cell in range(num_cells):
+        middle = (cell + 0.5) / num_cells
+        while middle >= parts[at].begin + parts[at].share and at < len(parts) - 1:
+            at += 1
+        kinds.append(parts[at].kind)
+    return kinds
