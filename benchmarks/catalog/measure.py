@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
+from benchmarks.catalog.console import console_pages
 from benchmarks.catalog.fill import BASES, adapter_name, tenant_name
 from benchmarks.catalog.heartbeat import heartbeat
 from benchmarks.memory import resident_bytes
@@ -69,7 +70,8 @@ async def _measure(setup: Setup, folder: Path) -> dict[str, float]:
     figures |= _unknown(catalog, setup)
     figures |= _pages(catalog, setup)
     catalog.close()
-    return figures
+    pages = partial(console_pages, setup.url, folder, setup.num_adapters, setup.num_tenants, _median_s)
+    return figures | await asyncio.to_thread(pages)
 
 
 def _directory(url: str) -> ModelDirectory:

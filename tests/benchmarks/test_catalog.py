@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks.catalog.__main__ import _ROWS, _table
+from benchmarks.catalog.console import console_pages
 from benchmarks.catalog.fill import adapter_name, fill
 from benchmarks.catalog.heartbeat import heartbeat
 from benchmarks.catalog.measure import Setup, _pages
@@ -35,6 +37,13 @@ def test_what_it_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.catalog.measure._REPEATS", 1)
     assert _pages(catalog, Setup(url, _NUM, _NUM_TENANTS)).keys() <= {row.name for row in _ROWS}
     catalog.close()
+    asked = console_pages(url, tmp_path / "home", _NUM, _NUM_TENANTS, _once)
+    assert {"console_ms", "pools_ms"} < asked.keys()
+
+
+def _once(ask: Callable[[], object]) -> float:
+    ask()
+    return 0.0
 
 
 def test_the_table_marks_what_is_not_reached() -> None:

@@ -123,13 +123,15 @@ def _get_or_build(home: Path, name: str) -> BaseModel:
             return add_base(name, home=home)
 
 
+def base_names(home: Path) -> list[str]:
+    """The names of all bases of this machine, sorted."""
+    found = (home / "bases").glob(f"*/{_Record.FILE}")
+    return sorted(path.parent.name for path in found if not path.parent.name.startswith("."))
+
+
 def list_bases(home: Path) -> list[BaseModel]:
     """All bases of this machine, sorted by name."""
-    root = home / "bases"
-    if not root.is_dir():
-        return []
-    names = sorted(p.parent.name for p in root.glob(f"*/{_Record.FILE}") if not p.parent.name.startswith("."))
-    return [get_base(home, name) for name in names]
+    return [get_base(home, name) for name in base_names(home)]
 
 
 def base_with(home: Path, fingerprint: str, name: str) -> BaseModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from contextlib import ExitStack
+from itertools import islice
 from typing import Annotated, Any, get_args
 from urllib.parse import urlencode
 
@@ -28,6 +29,7 @@ from serve_apps.console.routing import router_of
 _PAGE = 50
 _VERSIONS = 20
 _DRAWN = 8
+_BASES = 200  # that are offered as filters
 
 TenantQuery = Annotated[TenantName | None, Query()]
 
@@ -77,6 +79,7 @@ def list_adapters(
         first="" if after is None else "?" + urlencode(given),
         more=more,
         bases={fingerprint: name for name, fingerprint in bases.items()},
+        choices=sorted({*islice(bases, _BASES), *({base} & bases.keys())}),
         methods=get_args(Method),
     )
 

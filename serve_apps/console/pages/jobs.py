@@ -20,6 +20,7 @@ from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
 _PAGE = 50
+_BASES = 200  # that are suggested
 JobPath = Annotated[JobId, Path()]
 
 router = router_of("/jobs")
@@ -39,7 +40,7 @@ def list_jobs(
 @router.get("/new")
 def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """The form of a recipe."""
-    bases = console.backend.catalog_of(asking).bases()
+    bases = list(console.backend.catalog_of(asking).bases())[:_BASES]
     return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
 
 

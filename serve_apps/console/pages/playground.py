@@ -27,7 +27,7 @@ def show_playground(
 ) -> Response:
     catalog = console.backend.catalog_of(asking)
     adapters = [entry.name for entry in catalog.names(limit=_SUGGESTED)]
-    bases = list(catalog.bases())
+    bases = list(catalog.bases())[:_SUGGESTED]
     return console.renderer.page(
         request,
         "playground.html",

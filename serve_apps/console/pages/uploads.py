@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from loray.adapters.manifest import PUBLISHED_FILES
 from loray.api.uploads import Registration
-from loray.bases.registry import list_bases
+from loray.bases.registry import base_names
 from loray.catalog import AdapterVersion
 from loray.errors import SpecError
 from loray.publishing import Destination
@@ -26,6 +26,8 @@ from serve_apps.console.forms import Form, checked, read_form
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
+_BASES = 200
+
 router = router_of("/uploads")
 
 UploadId = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$")]
@@ -37,7 +39,7 @@ def show_upload(console: ConsoleDep, request: Request) -> Response:
     return console.renderer.page(
         request,
         "upload.html",
-        bases=[base.name for base in list_bases(console.backend.settings.home)],
+        bases=base_names(console.backend.settings.home)[:_BASES],
         files=(*PUBLISHED_FILES, AdapterManifest.FILE),
     )
 
