@@ -34,6 +34,7 @@ ADAPTER = {
     "nbytes": 1843200,
     "versions": [4, 3, 2, 1],
     "aliases": {"prod": 3, "canary": 4},
+    "weights": {"prod": {"3": 90, "4": 10}},
     "tenant": "default",
     "visibility": "shared",
     "shared_with": ["acme"],
@@ -60,7 +61,29 @@ VERSION = {
 VERSION_DETAIL = VERSION | {
     "manifest": {"format": 1, "method": "lora", "base": "smollm2", "rank": 16, "files": {}, "recipe": RECIPE}
 }
-ALIAS = {"name": "tone", "alias": "prod", "version": 3, "digest": _DIGEST, "revision": 17}
+ALIAS = {
+    "name": "tone",
+    "alias": "prod",
+    "version": 3,
+    "digest": _DIGEST,
+    "revision": 17,
+    "weights": {"3": 90, "4": 10},
+}
+CANARY = {
+    "alias": "prod",
+    "stable": 3,
+    "version": 4,
+    "percent": 10,
+    "bounds": {"max_error_rate": 0.05, "max_ttft_ratio": 2.0, "max_itl_ratio": 2.0, "min_requests": 50},
+    "counts": {
+        "stable": {"num_requests": 1804, "num_errors": 2, "ttft_s": 0.11, "itl_s": 0.021},
+        "canary": {"num_requests": 196, "num_errors": 0, "ttft_s": 0.12, "itl_s": 0.021},
+    },
+    "created_at": _TIME,
+    "ended_at": None,
+    "outcome": None,
+    "reason": None,
+}
 PLACEMENT = {
     "name": "tone",
     "items": [

@@ -18,6 +18,7 @@ from serve_apps.api import problems
 from serve_apps.api.routes import access as access_routes
 from serve_apps.api.routes import adapters as adapter_routes
 from serve_apps.api.routes import aliases as alias_routes
+from serve_apps.api.routes import canaries as canary_routes
 from serve_apps.api.routes import downloads as download_routes
 from serve_apps.api.routes import jobs as job_routes
 from serve_apps.api.routes import recommend as recommend_routes
@@ -37,6 +38,7 @@ _ROUTES = [
         access_routes,
         adapter_routes,
         alias_routes,
+        canary_routes,
         download_routes,
         job_routes,
         recommend_routes,

@@ -44,6 +44,7 @@ def adapter(entry: AdapterEntry, bases: Mapping[str, str]) -> AdapterResource:
         nbytes=ref.nbytes,
         versions=tuple(sorted(entry.versions, reverse=True)),
         aliases=dict(entry.aliases),
+        weights=entry.weights,
         tenant=entry.tenant,
         visibility=entry.visibility,
         shared_with=tuple(sorted(entry.shared_with)),
@@ -81,7 +82,12 @@ def detail(v: AdapterVersion) -> VersionDetail:
 
 def alias(state: AliasState) -> AliasResource:
     return AliasResource(
-        name=state.name, alias=state.alias, version=state.version, digest=state.digest, revision=state.revision
+        name=state.name,
+        alias=state.alias,
+        version=state.version,
+        digest=state.digest,
+        revision=state.revision,
+        weights=state.weights,
     )
 
 

@@ -118,10 +118,13 @@ OPERATIONS: dict[str, Callable[[Catalog, str], object]] = {
     "promote": lambda c, name: c.promote(name, "prod", 1),
     "rollback": lambda c, name: c.rollback(name),
     "delete_alias": lambda c, name: c.delete_alias(name, "prod"),
+    "canary": lambda c, name: c.canary(name),
+    "set_canary": lambda c, name: c.set_canary(name, "prod", 1, 10),
+    "end_canary": lambda c, name: c.end_canary(name),
     "share": lambda c, name: c.share(name, "public"),
     "snapshot": lambda c, name: c.snapshot().resolve(name, BETA),
 }
-WRITES = ("register", "check_name", "promote", "rollback", "delete_alias", "share")
+WRITES = ("register", "check_name", "promote", "rollback", "delete_alias", "set_canary", "end_canary", "share")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -97,6 +97,7 @@ class AdapterResource(Resource):
     nbytes: int
     versions: tuple[int, ...] = Field(description="newest first")
     aliases: dict[str, int]
+    weights: dict[str, dict[int, int]] = Field(default={}, description="percent by version, of aliases with a canary")
     tenant: str = DEFAULT_TENANT
     visibility: Visibility = "private"
     shared_with: tuple[str, ...] = Field(default=(), description="shown to its own tenant")
@@ -179,6 +180,7 @@ class AliasResource(Resource):
     version: int
     digest: str
     revision: int
+    weights: dict[int, int] = Field(default={}, description="percent of requests by version: more than one in a canary")
 
     @property
     def etag(self) -> str:

@@ -11,6 +11,7 @@ from loray.catalog.entries import AdapterVersion, AliasState
 from loray.catalog.queries import (
     alias_is,
     count_change,
+    load_canaries,
     load_entry,
     load_version,
     lock,
@@ -19,6 +20,7 @@ from loray.catalog.queries import (
     version_id_of,
 )
 from loray.catalog.schema import alias_moves, aliases, versions
+from loray.catalog.traffic.rows import end_running
 from loray.errors import AdapterNotFound, ConflictError, GateRefused, RevisionConflict
 from loray.spec import DEFAULT_ALIAS
 
@@ -36,7 +38,7 @@ class Aliases(Database):
         expected_revision: int | None = None,
         no_gate: str | None = None,
     ) -> AliasState:
-        """Point `alias` at `version`. If it points there already, nothing changes.
+        """Point `alias` at `version`, and end its canary. If it points there already, it does not move.
 
         `expected` is the version that it must point at now, `expected_revision` the revision that it must have now; 0
         means that it must not be set. `no_gate` is a reason to override the gate's refusal; it is recorded if the gate
@@ -54,13 +56,15 @@ class Aliases(Database):
             current = entry.aliases.get(alias, 0)
             if expected is not None and current != expected:
                 raise ConflictError(f"{_where(name, alias, current)}, not {expected or 'unset'}: look again")
-            _check_revision(c, adapter_id, name, alias, expected_revision)
-            if self._move(c, adapter_id, entry.tenant, name, alias, version, counter + 1, no_gate):
+            check_revision(c, adapter_id, name, alias, expected_revision)
+            where = (c, adapter_id, entry.tenant, name, alias)
+            if self._move(*where, version, counter + 1, no_gate) or self._end(*where, counter + 1):
                 count_change(c, adapter_id)
             return _states(c, adapter_id, name)[alias]
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, expected_revision: int | None = None) -> AliasState:
-        """Point `alias` at its target before the last move. Each further rollback goes one move further back.
+        """Point `alias` at its target before the last move; where it has a canary, end that instead. Each further
+        rollback goes one move further back.
 
         Raises ConflictError where there is no earlier target, AdapterNotFound where name or alias do not exist, and
         RevisionConflict as `promote` does.
@@ -70,8 +74,11 @@ class Aliases(Database):
             counter = lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             name = entry.name
-            _check_revision(c, adapter_id, name, alias, expected_revision)
+            check_revision(c, adapter_id, name, alias, expected_revision)
             current = entry.select(alias).version
+            if self._end(c, adapter_id, entry.tenant, name, alias, counter + 1):
+                count_change(c, adapter_id)
+                return _states(c, adapter_id, name)[alias]
             stack = c.execute(
                 sa.select(alias_moves.c.id, alias_moves.c.version_id, versions.c.version)
                 .join(versions, versions.c.id == alias_moves.c.version_id)
@@ -99,11 +106,12 @@ class Aliases(Database):
         """
         check_alias(alias)
         with writing(self._engine) as c:
-            lock(c)
+            counter = lock(c)
             adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
             name = entry.name
-            _check_revision(c, adapter_id, name, alias, expected_revision)
+            check_revision(c, adapter_id, name, alias, expected_revision)
             version = entry.select(alias).version
+            self._end(c, adapter_id, entry.tenant, name, alias, counter + 1)
             c.execute(aliases.delete().where(alias_is(adapter_id, alias)))
             c.execute(alias_moves.update().where(_not_undone(adapter_id, alias)).values(undone=True))
             log(c, self._actor, "delete_alias", f"{name}@{alias}", tenant=entry.tenant, version=version)
@@ -144,6 +152,7 @@ class Aliases(Database):
         if current == version_id:
             return False
         against = self._check_gate(load_version(c, name, adapter_id, version), alias, no_gate)
+        canary = end_running(c, adapter_id, alias, revision, "moved", target=version)
         target = {"version_id": version_id, "revision": revision}
         if current is None:
             c.execute(aliases.insert().values(adapter_id=adapter_id, alias=alias, **target))
@@ -151,9 +160,25 @@ class Aliases(Database):
             c.execute(aliases.update().where(alias_is(adapter_id, alias)).values(target))
         move = {"adapter_id": adapter_id, "alias": alias, "version_id": version_id, "undone": False}
         c.execute(alias_moves.insert().values(move | {"no_gate": no_gate if against else None, "created_at": now()}))
-        override = {"no_gate": no_gate, "against": against} if against else {}
-        log(c, self._actor, "promote", f"{name}@{alias}", tenant=tenant, version=version, **override)
+        detail = {"no_gate": no_gate, "against": against} if against else {}
+        ended = {} if canary is None else {"canary": canary.version}
+        log(c, self._actor, "promote", f"{name}@{alias}", tenant=tenant, version=version, **detail, **ended)
         return True
+
+    def _end(
+        self,
+        c: sa.Connection,
+        adapter_id: int,
+        tenant: str,
+        name: str,
+        alias: str,
+        revision: int,
+    ) -> bool:
+        """End the alias's canary, as `_move` moves; False: it has none."""
+        canary = end_running(c, adapter_id, alias, revision, "ended")
+        if canary is not None:
+            log(c, self._actor, "end_canary", f"{name}@{alias}", tenant=tenant, version=canary.version)
+        return canary is not None
 
     def _check_gate(self, version: AdapterVersion, alias: str, no_gate: str | None) -> tuple[str, ...]:
         """The gate's objections that `no_gate` overrides. Raises GateRefused where there are some and no reason."""
@@ -167,7 +192,7 @@ class Aliases(Database):
         return against
 
 
-def _check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, expected: int | None) -> None:
+def check_revision(c: sa.Connection, adapter_id: int, name: str, alias: str, expected: int | None) -> None:
     if expected is None:
         return
     state = _states(c, adapter_id, name).get(alias)
@@ -185,7 +210,9 @@ def _states(c: sa.Connection, adapter_id: int, name: str) -> dict[str, AliasStat
         .where(aliases.c.adapter_id == adapter_id)
         .order_by(aliases.c.alias)
     )
-    return {row.alias: AliasState(name, *row) for row in rows}
+    running = load_canaries(c, adapter_id).get(adapter_id, ())
+    by_alias = {canary.alias: canary for canary in running}
+    return {row.alias: AliasState(name, *row, by_alias.get(row.alias)) for row in rows}
 
 
 def _where(name: str, alias: str, version: int) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import sqlalchemy as sa
 
 from loray.adapters.manifest import manifest_json
-from loray.catalog.aliases import Aliases
 from loray.catalog.backup import Backups
+from loray.catalog.canaries import Canaries
 from loray.catalog.checks import check_alias, check_name
 from loray.catalog.database import reading, writing
 from loray.catalog.entries import (
@@ -19,11 +19,11 @@ from loray.catalog.entries import (
     split_model,
 )
 from loray.catalog.identity import Audit, Keys, Sharing, Tenants, Transfer, Usage
+from loray.catalog.identity.sharing import check_digest
 from loray.catalog.jobs import Jobs
 from loray.catalog.notes import Evaluations, Tags
 from loray.catalog.projections import Projections, note_projection
 from loray.catalog.queries import (
-    check_digest,
     count_change,
     load_entries,
     load_entry,
@@ -38,10 +38,11 @@ from loray.catalog.queries import (
 from loray.catalog.removal.deletion import Deletion, refuse_deleted, restore_version
 from loray.catalog.removal.quarantine import Quarantines
 from loray.catalog.removal.references import StoreReferences, check_collections
-from loray.catalog.schema import adapters, alias_moves, bases, versions
+from loray.catalog.schema import adapters, alias_moves, bases, canaries, versions
 from loray.catalog.snapshots.feed import changes_since, read_counter
 from loray.catalog.snapshots.listing import select_names
 from loray.catalog.snapshots.snapshot import CatalogSnapshot
+from loray.catalog.traffic.rows import load_states
 from loray.errors import ConflictError, GateRefused, PermissionDenied, SpecError
 from loray.spec import AdapterManifest, AdapterRef
 from loray.telemetry import get_logger
@@ -52,9 +53,9 @@ _MAX_VERSION = 2**31 - 1  # what the column holds
 
 
 class Catalog(
-    Aliases,
     Audit,
     Backups,
+    Canaries,
     Deletion,
     Evaluations,
     Jobs,
@@ -261,6 +262,7 @@ class Catalog(
                 entry=entry,
                 versions=tuple(load_version(c, entry.name, adapter_id, v) for v in numbers),
                 moves=tuple(AliasMove(m.alias, m.version, m.undone, utc(m.created_at), m.no_gate) for m in moves),
+                canaries=tuple(load_states(c, canaries.c.adapter_id == adapter_id)),
             )
 
     def change_counter(self) -> int:

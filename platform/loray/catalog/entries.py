@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -17,6 +16,7 @@ from loray.spec import (
     DEFAULT_TENANT,
     AdapterManifest,
     AdapterRef,
+    CanaryState,
     Evaluation,
     JobStatus,
     Principal,
@@ -24,9 +24,6 @@ from loray.spec import (
     Visibility,
     has_ended,
 )
-
-NUM_COMPARED = 32
-_LONGEST_COMPARED = 192  # characters; a name has at most 96
 
 
 class ModelName(NamedTuple):
@@ -48,6 +45,15 @@ class Quarantined(NamedTuple):
     replica: str
     died_at: datetime
     refused_until: datetime | None
+
+
+class Canary(NamedTuple):
+    """A version that gets `percent` of an alias's requests now, instead of the one that the alias points at."""
+
+    alias: str
+    version: int
+    percent: int
+    id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,8 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class AliasState:
-    """The version that an alias points at. `revision` grows with every move and rollback, and is never used again, also
-    after the alias is deleted.
+    """The version that an alias points at, and its running canary. `revision` grows with every change of them, and is
+    never used again, also after the alias is deleted.
     """
 
     name: str
@@ -88,6 +94,16 @@ class AliasState:
     version: int
     digest: str
     revision: int
+    canary: Canary | None = None
+
+    @property
+    def weights(self) -> dict[int, int]:
+        """Version → percent of the alias's requests."""
+        return weights_of(self.version, self.canary)
+
+
+def weights_of(stable: int, canary: Canary | None) -> dict[int, int]:
+    return {stable: 100} if canary is None else {stable: 100 - canary.percent, canary.version: canary.percent}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +125,7 @@ class AdapterEntry:
 
     refs      the versions, oldest first
     pointers  (alias, version), sorted
+    canaries  those that run, by alias
     """
 
     name: str
@@ -118,6 +135,7 @@ class AdapterEntry:
     tenant: str = DEFAULT_TENANT
     visibility: Visibility = "private"
     shared_with: frozenset[str] = frozenset()
+    canaries: tuple[Canary, ...] = ()
 
     def exists_for(self, principal: Principal) -> bool:
         """What `queries.visible` is in SQL."""
@@ -137,6 +155,16 @@ class AdapterEntry:
     def aliases(self) -> dict[str, int]:
         """Alias → version."""
         return dict(self.pointers)
+
+    @property
+    def weights(self) -> dict[str, dict[int, int]]:
+        """Alias → version → percent of its requests, of the aliases that have a canary."""
+        return {canary.alias: weights_of(self.aliases[canary.alias], canary) for canary in self.canaries}
+
+    def canary(self, selector: str | None) -> Canary | None:
+        """The canary of the alias that the selector names, None for DEFAULT_ALIAS; None where none runs."""
+        alias = DEFAULT_ALIAS if selector is None else selector
+        return next((canary for canary in self.canaries if canary.alias == alias), None)
 
     @property
     def default(self) -> AdapterRef:
@@ -208,11 +236,12 @@ def _same(pointers: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
 
 @dataclass(frozen=True, slots=True)
 class AdapterDetail:
-    """One name with all its data: the newest version first, alias moves in order of time."""
+    """One name with all its data: the newest version and canary first, alias moves in order of time."""
 
     entry: AdapterEntry
     versions: tuple[AdapterVersion, ...]
     moves: tuple[AliasMove, ...]
+    canaries: tuple[CanaryState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,27 +263,6 @@ class Job:
     @property
     def has_ended(self) -> bool:
         return has_ended(self.status)
-
-
-def unknown_adapter(name: str, near: Mapping[str, Collection[str]], bases: Collection[str]) -> AdapterNotFound:
-    """The error about a name that is none of an adapter for the caller.
-
-    `near`: catalog's name that the caller may mean → names that exist for the caller, beside it in the order of all
-    names. Their beginnings are alike; NUM_COMPARED are compared in half a millisecond, which servers spend for each
-    unknown name.
-    """
-    if name in bases:
-        return AdapterNotFound(f"{name!r} is a base model, not an adapter")
-    found = list(dict.fromkeys(alike for meant, beside in near.items() for alike in similar(meant, beside)))[:3]
-    hint = f"; did you mean {' or '.join(repr(n) for n in found)}?" if found else "; `loray adapters ls` lists them"
-    return AdapterNotFound(f"no adapter {shown(name)}{hint}")
-
-
-def similar(name: str, names: Collection[str]) -> list[str]:
-    """At most three of `names` that resemble `name`, the nearest first."""
-    if len(name) > _LONGEST_COMPARED:
-        return []
-    return difflib.get_close_matches(name, names, n=3, cutoff=0.6)
 
 
 def _is_number(selector: str) -> bool:

@@ -11,30 +11,29 @@ from typing import Any
 import sqlalchemy as sa
 
 from loray.adapters.manifest import parse_manifest
-from loray.catalog.checks import check_name, check_qualified
+from loray.catalog.checks import NUM_COMPARED, check_name, check_qualified, unknown_adapter
 from loray.catalog.entries import (
-    NUM_COMPARED,
     AdapterEntry,
     AdapterVersion,
+    Canary,
     Quarantined,
     make_pointers,
     make_ref,
-    unknown_adapter,
 )
 from loray.catalog.schema import (
     adapters,
     aliases,
     audit_log,
     bases,
+    canaries,
     changes,
     evaluations,
     quarantine,
     shares,
     tenants,
-    uploads,
     versions,
 )
-from loray.errors import ConflictError, NotFoundError, PermissionDenied, SpecError
+from loray.errors import ConflictError, PermissionDenied, SpecError
 from loray.spec import (
     DEFAULT_ALIAS,
     DEFAULT_TENANT,
@@ -129,6 +128,7 @@ def load_entries(
     pointers: dict[int, list[tuple[str, int]]] = defaultdict(list)
     for adapter_id, alias, version in c.execute(_POINTERS, {"ids": ids}):
         pointers[adapter_id].append((alias, version))
+    running = load_canaries(c, *ids)
     shared_with: dict[int, set[str]] = defaultdict(set)
     for adapter_id, tenant in c.execute(_SHARES.where(owned(principal)), {"ids": ids}):
         shared_with[adapter_id].add(intern(tenant))
@@ -143,6 +143,7 @@ def load_entries(
                 intern(row.tenant),
                 row.visibility,
                 frozenset(shared_with.get(row.id, ())),
+                tuple(running.get(row.id, ())),
             ),
         )
         for row in chosen
@@ -164,11 +165,25 @@ _POINTERS = (
     .where(aliases.c.adapter_id.in_(_IDS), versions.c.deleted_at.is_(None))
     .order_by(aliases.c.adapter_id, aliases.c.alias)
 )
+_CANARIES = (
+    sa.select(canaries.c.adapter_id, canaries.c.alias, versions.c.version, canaries.c.percent, canaries.c.id)
+    .join(versions, versions.c.id == canaries.c.version_id)
+    .where(canaries.c.adapter_id.in_(_IDS), canaries.c.ended_at.is_(None))
+    .order_by(canaries.c.adapter_id, canaries.c.alias)
+)
 _SHARES = (
     sa.select(shares.c.adapter_id, shares.c.tenant)
     .join(adapters, adapters.c.id == shares.c.adapter_id)
     .where(shares.c.adapter_id.in_(_IDS))
 )
+
+
+def load_canaries(c: sa.Connection, *adapter_ids: int) -> dict[int, list[Canary]]:
+    """Adapter id → its running canaries, sorted by alias."""
+    found: dict[int, list[Canary]] = defaultdict(list)
+    for adapter_id, *fields in c.execute(_CANARIES, {"ids": adapter_ids}):
+        found[adapter_id].append(Canary(*fields))
+    return found
 
 
 def load_entry(
@@ -218,18 +233,6 @@ def name_to_register(c: sa.Connection, principal: Principal, name: str) -> tuple
         elif c.execute(sa.select(tenants.c.name).where(tenants.c.name == tenant)).first() is None:
             raise SpecError(f"there is no tenant {tenant!r}; create it before its adapters")
     return stored, tenant
-
-
-def check_digest(c: sa.Connection, principal: Principal, digest: str) -> None:
-    """Raise NotFoundError unless the caller's tenant has uploaded the digest, or sees it under a name."""
-    if principal.is_admin:
-        return
-    uploaded = sa.select(uploads.c.digest).where(uploads.c.digest == digest, uploads.c.tenant == principal.tenant)
-    exists = sa.or_(versions.c.deleted_at.is_(None), owned(principal))  # a deleted version may come back to its owner
-    seen = sa.select(versions.c.digest).join(adapters, adapters.c.id == versions.c.adapter_id)
-    seen = seen.where(versions.c.digest == digest, visible(principal), exists)
-    if c.execute(sa.union_all(uploaded, seen).limit(1)).first() is None:
-        raise NotFoundError(f"the store has no adapter with digest {digest[:12]}")
 
 
 def load_version(c: sa.Connection, name: str, adapter_id: int, version: int) -> AdapterVersion:

@@ -15,6 +15,8 @@ tags             key and value of a name, as MLflow's; `value_start` is its begi
 aliases          the version of each alias; its revision is the value of the change counter at its last move
 alias_moves      every move of an alias; rollback undoes the last one that is not undone; `no_gate` is the reason of a
                  move that the gate refuses
+canaries         versions that get, or until `ended_at` got, a share of an alias's requests; `id` is the change counter
+                 at the start, `bounds` spec.CanaryBounds as JSON, `reports` what each gateway has counted so far
 evaluations      evaluations of a tenant's adapter recorded after it was published, by its digest
 uploads          the tenants that have brought the bytes of a digest, which they may register
 projections      VeRA's pairs by base and tenant, in the order of their first registration; see `projections`
@@ -178,6 +180,21 @@ alias_moves = Table(
     Index(None, "adapter_id", "alias"),
 )
 
+canaries = Table(
+    "canaries",
+    metadata,
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    Column("adapter_id", ForeignKey("adapters.id"), nullable=False, index=True),
+    Column("alias", String(48), nullable=False),
+    *(Column(name, ForeignKey("versions.id"), nullable=False) for name in ("stable_id", "version_id")),
+    Column("percent", Integer, nullable=False),
+    *(Column(name, Text, nullable=False) for name in ("bounds", "reports")),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("ended_at", DateTime(timezone=True)),
+    Column("outcome", String(16)),
+    Column("reason", Text),
+)
+
 uploads = Table(
     "uploads",
     metadata,
@@ -274,9 +291,7 @@ usage = Table(
     Column("key_id", String(32)),
     Column("model", String(200), nullable=False),
     Column("digest", String(64)),
-    Column("num_prompt_tokens", Integer, nullable=False),
-    Column("num_cached_tokens", Integer, nullable=False),
-    Column("num_output_tokens", Integer, nullable=False),
+    *(Column(f"num_{kind}_tokens", Integer, nullable=False) for kind in ("prompt", "cached", "output")),
     Column("tier", String(16), nullable=False),
     Column("seconds", Double, nullable=False),
     Column("outcome", String(32), nullable=False),

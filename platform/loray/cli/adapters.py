@@ -8,12 +8,13 @@ from typing import get_args
 
 import click
 
+from loray.api.canaries import CanaryResource
 from loray.bases.registry import base_with, get_base
 from loray.catalog import AdapterVersion, split_model
 from loray.cli import describe
 from loray.cli.access.share import share, transfer
 from loray.cli.interactive.completing import complete_models
-from loray.cli.lifecycle import no_gate_option, promote, release, restore, rm, rollback
+from loray.cli.lifecycle import canary, no_gate_option, promote, release, restore, rm, rollback
 from loray.cli.output import Verification, console, emit, json_option, progress_bar, report
 from loray.cli.search import search, tag
 from loray.cli.services import open_remote, open_services
@@ -41,7 +42,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "gguf": ("file",),
 }
 
-for command in (search, tag, share, transfer, promote, rollback, rm, restore, release, push, pull):
+for command in (search, tag, share, transfer, promote, canary, rollback, rm, restore, release, push, pull):
     adapters.add_command(command)
 adapters.add_command(pull, "download")
 
@@ -143,6 +144,8 @@ def show(model: str, as_json: bool) -> None:
     out.print(describe.versions(detail))
     if detail.moves:
         out.print(describe.moves(detail))
+    if detail.canaries:
+        out.print(describe.canaries(map(CanaryResource.of, detail.canaries)))
 
 
 @adapters.command()

@@ -7,12 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
+from loray.api.canaries import CanaryResource
 from loray.api.resources import AdapterResource, VersionDetail
 from loray.catalog import (
     AdapterDetail,
     AdapterEntry,
     AdapterVersion,
     AliasMove,
+    Canary,
     Catalog,
     CatalogSnapshot,
     Quarantined,
@@ -38,6 +40,7 @@ def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
         "context_length": ref.context_length,
         "nbytes": ref.nbytes,
         "aliases": dict(entry.aliases),
+        "weights": entry.weights,
         "versions": sorted(entry.versions),
         "tenant": entry.tenant,
         "visibility": entry.visibility,
@@ -48,7 +51,8 @@ def entry_json(entry: AdapterEntry, bases: dict[str, str]) -> dict[str, Any]:
 def of_resources(found: Iterable[AdapterResource]) -> list[dict[str, Any]]:
     """As `entry_json` of each."""
     fields = {"name", "version", "digest", "method", "base", "context_length", "nbytes", "aliases", "versions"}
-    return [a.model_dump(mode="json", include=fields | {"tenant", "visibility", "shared_with"}) for a in found]
+    fields |= {"weights", "tenant", "visibility", "shared_with"}
+    return [a.model_dump(mode="json", include=fields) for a in found]
 
 
 def one_json(found: AdapterEntry | AdapterResource, catalog: Catalog | CatalogClient) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def adapters(rows: Sequence[Mapping[str, Any]]) -> Table:
             row["base"],
             row["context_length"],
             format_size(row["nbytes"]),
-            " ".join(f"{alias}→{version}" for alias, version in sorted(row["aliases"].items())),
+            " ".join(f"{alias}→{_target(row, alias)}" for alias in sorted(row["aliases"])),
             len(row["versions"]),
             "everybody" if row["visibility"] == "public" else " ".join([row["tenant"], *row["shared_with"]]),
             row["digest"][:12],
@@ -84,6 +88,12 @@ def adapters(rows: Sequence[Mapping[str, Any]]) -> Table:
         for row in rows
     ]
     return table(columns, cells, right=("CONTEXT", "SIZE", "VERSIONS"))
+
+
+def _target(row: Mapping[str, Any], alias: str) -> str:
+    """`3`, or with a canary `3:90%,4:10%`."""
+    weights = row["weights"].get(alias)
+    return ",".join(f"{v}:{percent}%" for v, percent in weights.items()) if weights else str(row["aliases"][alias])
 
 
 def seen_by(entry: AdapterEntry | AdapterResource) -> str:
@@ -130,6 +140,7 @@ def detail_json(detail: AdapterDetail, version: AdapterVersion) -> dict[str, Any
         "name": detail.entry.name,
         "default_version": detail.entry.default.version,
         "all_aliases": dict(detail.entry.aliases),
+        "weights": detail.entry.weights,
         "versions": [version_json(v) for v in detail.versions],
         "alias_moves": [
             {
@@ -148,6 +159,8 @@ def detail_of(client: CatalogClient, name: str) -> AdapterDetail:
     """As `Catalog.adapter`, of what a server tells: without the moves of aliases."""
     found = client.adapter(name)
     versions = tuple(_version_of(client.version(name, number)) for number in found.versions)
+    shares = ((alias, v, share) for alias, weights in found.weights.items() for v, share in weights.items())
+    canaries = tuple(Canary(alias, v, share, 0) for alias, v, share in shares if v != found.aliases[alias])
     entry = AdapterEntry(
         found.name,
         found.created_at,
@@ -156,6 +169,7 @@ def detail_of(client: CatalogClient, name: str) -> AdapterDetail:
         found.tenant,
         found.visibility,
         frozenset(found.shared_with),
+        canaries,
     )
     return AdapterDetail(entry, versions, ())
 
@@ -232,11 +246,40 @@ def evaluations(measured: Sequence[Evaluation]) -> Table:
 
 
 def versions(detail: AdapterDetail) -> Table:
-    columns = ("VERSION", "ALIASES", "METHOD", "PUBLISHED", "DIGEST")
+    shares: dict[int, list[str]] = {}
+    for alias, weights in detail.entry.weights.items():
+        for number, percent in weights.items():
+            shares.setdefault(number, []).append(f"{alias} {percent} %")
+    columns = ("VERSION", "ALIASES", "SHARE", "METHOD", "PUBLISHED", "DIGEST")
     rows = [
-        (v.version, " ".join(v.aliases), v.manifest.method, when(v.created_at), v.digest[:12]) for v in detail.versions
+        (
+            v.version,
+            " ".join(v.aliases),
+            ", ".join(shares.get(v.version, ())),
+            v.manifest.method,
+            when(v.created_at),
+            v.digest[:12],
+        )
+        for v in detail.versions
     ]
     return table(columns, rows, right=("VERSION",))
+
+
+def canaries(found: Iterable[CanaryResource]) -> Table:
+    """Canaries with what was counted of them, beside the stable version's figures in brackets."""
+    rows = []
+    for c in found:
+        new, old = c.counts["canary"], c.counts["stable"]
+        times = [f"{_ms(a)} ({_ms(b)})" for a, b in ((new.ttft_s, old.ttft_s), (new.itl_s, old.itl_s))]
+        counted = (f"{new.num_requests} ({old.num_requests})", f"{new.num_errors} ({old.num_errors})", *times)
+        end = "runs" if c.outcome is None else c.outcome.replace("_", " ") + (f": {c.reason}" if c.reason else "")
+        rows.append((when(c.created_at), f"{c.alias} {c.stable}→{c.version}", f"{c.percent} %", *counted, end))
+    columns = ("SINCE", "CANARY", "SHARE", "REQUESTS", "ERRORS", "TTFT ms", "ITL ms", "")
+    return table(columns, rows, right=("SHARE", "REQUESTS", "ERRORS", "TTFT ms", "ITL ms"))
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1000:.1f}"
 
 
 def moves(detail: AdapterDetail) -> Table:

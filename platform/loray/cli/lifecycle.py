@@ -1,20 +1,22 @@
-"""`loray adapters promote, rollback, rm, restore, release`: on store and catalog, or at the server of LORAY_URL."""
+"""`loray adapters promote, canary, rollback, rm, restore, release`: on store and catalog, or at LORAY_URL's server."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from loray.catalog import split_model
+from loray.api.canaries import CanaryResource
+from loray.catalog import Catalog, split_model
 from loray.cli import describe
 from loray.cli.interactive.completing import complete_models
-from loray.cli.output import emit, json_option
-from loray.cli.services import open_remote, open_services
+from loray.cli.output import console, emit, json_option
+from loray.cli.services import open_catalog, open_remote, open_services
 from loray.client import CatalogClient
 from loray.errors import ConflictError, NotFoundError
 from loray.publishing import restore as restore_stored
-from loray.spec import DEFAULT_ALIAS
+from loray.spec import DEFAULT_ALIAS, CanaryBounds
 
 no_gate_option = click.option(
     "--no-gate", metavar="REASON", help="Why a LongLoRA adapter gets the alias whatever was measured; recorded."
@@ -53,10 +55,55 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
 
 @click.command()
 @click.argument("name", shell_complete=complete_models)
+@click.option("--version", type=click.IntRange(1), help="The version that gets a share of the alias's requests.")
+@click.option("--percent", type=click.IntRange(1, 99), help="How many of 100 requests it gets.")
+@click.option("--alias", default=DEFAULT_ALIAS, show_default=True, help="Whose requests are divided.")
+@click.option("--end", is_flag=True, help="Give all requests to the alias's version again.")
+@click.option("--max-error-rate", type=click.FloatRange(0, 1, max_open=True), help="Ends it: of its requests, 0.05.")
+@click.option("--max-ttft-ratio", type=click.FloatRange(0, min_open=True), help="Ends it: of the stable version's, 2.")
+@click.option("--max-itl-ratio", type=click.FloatRange(0, min_open=True), help="Ends it: of the stable version's, 2.")
+@click.option("--min-requests", type=click.IntRange(1, 1_000_000), help="Before which nothing is judged, 50.")
+@no_gate_option
+@json_option
+def canary(
+    name: str,
+    version: int | None,
+    percent: int | None,
+    alias: str,
+    end: bool,
+    no_gate: str | None,
+    as_json: bool,
+    **limits: float | None,
+) -> None:
+    """Give a version of NAME a share of an alias's requests; without options, show the canary.
+
+    It is ended by itself where it leaves a bound. Repeat it with another --percent to change the share. `promote` gives
+    it all requests; --end or `rollback` gives it none.
+    """
+    wanted = {field: value for field, value in limits.items() if value is not None}
+    if (version is None) != (percent is None) or (end and version is not None) or (wanted and version is None):
+        raise click.UsageError("give --version and --percent, or --end, or neither to see the canary")
+    with open_catalog() as catalog:
+        if end:
+            found = catalog.end_canary(name, alias)
+        elif version is None or percent is None:
+            found = catalog.canary(name, alias)
+        else:
+            bounds = _bounds(catalog, name, alias, version, wanted) if wanted else None
+            found = catalog.set_canary(name, alias, version, percent, bounds=bounds, no_gate=no_gate)
+    shown = found if isinstance(found, CanaryResource) else CanaryResource.of(found)
+    if as_json:
+        emit(shown.model_dump(mode="json"))
+    else:
+        console().print(describe.canaries([shown]))
+
+
+@click.command()
+@click.argument("name", shell_complete=complete_models)
 @click.argument("alias", default=DEFAULT_ALIAS)
 @json_option
 def rollback(name: str, alias: str, as_json: bool) -> None:
-    """Point ALIAS (default prod) of NAME back at where it pointed before its last move."""
+    """Point ALIAS (default prod) of NAME back at where it pointed before its last move, or end its canary."""
     with open_remote() as client:
         if client is not None:
             moved = client.rollback(name, alias)
@@ -120,6 +167,18 @@ def release(model: str) -> None:
                 version = services.catalog.resolve(model).version
                 services.catalog.release(name, version)
     click.echo(f"released {name}@{version}: the next request tries it")
+
+
+def _bounds(
+    catalog: CatalogClient | Catalog, name: str, alias: str, version: int, wanted: Mapping[str, float]
+) -> CanaryBounds:
+    """Those of the version's running canary, else the defaults, with what is wanted instead."""
+    try:
+        known = catalog.canary(name, alias)
+    except NotFoundError:
+        return CanaryBounds.model_validate(wanted)
+    runs = known.outcome is None and known.version == version
+    return CanaryBounds.model_validate((known.bounds if runs else CanaryBounds()).model_dump() | dict(wanted))
 
 
 def version_of(client: CatalogClient, name: str, selector: str | None) -> int:

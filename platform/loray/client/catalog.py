@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
+from loray.api.canaries import CanaryResource
 from loray.api.resources import (
     AdapterResource,
     AliasResource,
@@ -30,7 +31,7 @@ from loray.client.access import AccessCalls
 from loray.client.files import FileCalls, path_of
 from loray.client.http import given
 from loray.errors import ClusterError, LorayError
-from loray.spec import DEFAULT_ALIAS, TrainSpec, UsageGroup, Visibility
+from loray.spec import DEFAULT_ALIAS, CanaryBounds, TrainSpec, UsageGroup, Visibility
 
 
 class CatalogClient(AccessCalls, FileCalls):
@@ -162,6 +163,29 @@ class CatalogClient(AccessCalls, FileCalls):
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS, *, etag: str | None = None) -> AliasResource:
         path = path_of(name, f"/aliases/{alias}/rollback")
         return self._ask(AliasResource, "POST", path, headers=_if_match(etag))
+
+    def canary(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryResource:
+        """The canary of an alias that runs, else the last one."""
+        return self._ask(CanaryResource, "GET", f"{_alias(name, alias)}/canary")
+
+    def set_canary(
+        self,
+        name: str,
+        alias: str,
+        version: int,
+        percent: int,
+        *,
+        bounds: CanaryBounds | None = None,
+        no_gate: str | None = None,
+    ) -> CanaryResource:
+        """Gives a version a share of the alias's requests. `bounds` None: those that its canary has, else defaults."""
+        body = given({"version": version, "percent": percent, "no_gate": no_gate})
+        if bounds is not None:
+            body["bounds"] = bounds.model_dump()
+        return self._ask(CanaryResource, "PUT", f"{_alias(name, alias)}/canary", again=True, json=body)
+
+    def end_canary(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryResource:
+        return self._ask(CanaryResource, "DELETE", f"{_alias(name, alias)}/canary")
 
     def delete_alias(self, name: str, alias: str, *, etag: str | None = None) -> None:
         self._request("DELETE", _alias(name, alias), headers=_if_match(etag))

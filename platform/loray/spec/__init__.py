@@ -43,6 +43,7 @@ from loray.spec.adapters import (
     RopeType,
     Subject,
 )
+from loray.spec.canary import CanaryBounds, CanaryCounts, CanaryOutcome, CanaryState, LogMoments, Percent, VersionCounts
 from loray.spec.evaluation import (
     EXACT_MATCH,
     LOG_LIKELIHOOD,
@@ -146,6 +147,10 @@ __all__ = [
     "AttentionSpec",
     "AutoscalingSpec",
     "BatchSpec",
+    "CanaryBounds",
+    "CanaryCounts",
+    "CanaryOutcome",
+    "CanaryState",
     "CheckpointSpec",
     "Constraint",
     "ContextLength",
@@ -172,6 +177,7 @@ __all__ = [
     "KeyChanges",
     "Limits",
     "LinearModule",
+    "LogMoments",
     "LongLoraSpec",
     "LoraSpec",
     "Method",
@@ -182,6 +188,7 @@ __all__ = [
     "ObjectiveType",
     "OptimizerSpec",
     "ParallelSpec",
+    "Percent",
     "PerplexitySpec",
     "Principal",
     "Projection",
@@ -217,6 +224,7 @@ __all__ = [
     "UsageEvent",
     "UsageGroup",
     "VeraSpec",
+    "VersionCounts",
     "Visibility",
     "account_of",
     "cache_salt",

@@ -91,7 +91,7 @@ def _append(path: Path) -> None:
         (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: path.write_bytes(b"[]\n"), "damaged"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "damaged"),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b'"format":2', b'"format":0')), "format 0"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"format":3', b'"format":0')), "format 0"),
         (lambda path: path.chmod(0o644), "others may"),
     ],
 )

@@ -37,6 +37,7 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 OPERATIONS = [
     "DELETE /adapters/{name}",
     "DELETE /adapters/{name}/aliases/{alias}",
+    "DELETE /adapters/{name}/aliases/{alias}/canary",
     "DELETE /adapters/{name}/tags/{key}",
     "DELETE /adapters/{name}/versions/{version}",
     "DELETE /adapters/{name}/versions/{version}/quarantine",
@@ -46,6 +47,7 @@ OPERATIONS = [
     "GET /adapters/{name}",
     "GET /adapters/{name}/aliases",
     "GET /adapters/{name}/aliases/{alias}",
+    "GET /adapters/{name}/aliases/{alias}/canary",
     "GET /adapters/{name}/placement",
     "GET /adapters/{name}/tags",
     "GET /adapters/{name}/versions",
@@ -79,6 +81,7 @@ OPERATIONS = [
     "POST /tenants",
     "POST /uploads",
     "PUT /adapters/{name}/aliases/{alias}",
+    "PUT /adapters/{name}/aliases/{alias}/canary",
     "PUT /adapters/{name}/tags/{key}",
     "PUT /uploads/{id}/files/{name}",
 ]

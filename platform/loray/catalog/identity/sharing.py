@@ -9,10 +9,10 @@ import sqlalchemy as sa
 from loray.catalog.checks import check_tenant
 from loray.catalog.database import Database, reading, writing
 from loray.catalog.entries import AdapterEntry
-from loray.catalog.queries import check_digest, count_change, load_entry, lock, log, now
-from loray.catalog.schema import adapters, shares, uploads
-from loray.errors import SpecError
-from loray.spec import Visibility
+from loray.catalog.queries import count_change, load_entry, lock, log, now, owned, visible
+from loray.catalog.schema import adapters, shares, uploads, versions
+from loray.errors import NotFoundError, SpecError
+from loray.spec import Principal, Visibility
 
 
 class Sharing(Database):
@@ -58,3 +58,15 @@ class Sharing(Database):
         """Raise NotFoundError where `register` would not accept the digest from this caller."""
         with reading(self._engine) as c:
             check_digest(c, self._principal, digest)
+
+
+def check_digest(c: sa.Connection, principal: Principal, digest: str) -> None:
+    """Raise NotFoundError unless the caller's tenant has uploaded the digest, or sees it under a name."""
+    if principal.is_admin:
+        return
+    uploaded = sa.select(uploads.c.digest).where(uploads.c.digest == digest, uploads.c.tenant == principal.tenant)
+    exists = sa.or_(versions.c.deleted_at.is_(None), owned(principal))  # a deleted version may come back to its owner
+    seen = sa.select(versions.c.digest).join(adapters, adapters.c.id == versions.c.adapter_id)
+    seen = seen.where(versions.c.digest == digest, visible(principal), exists)
+    if c.execute(sa.union_all(uploaded, seen).limit(1)).first() is None:
+        raise NotFoundError(f"the store has no adapter with digest {digest[:12]}")

@@ -32,7 +32,7 @@ class Deletion(Database):
     def delete_version(self, name: str, version: int) -> None:
         """Delete one version. The last version of a name goes with the name alone.
 
-        Raises AdapterNotFound, and ConflictError where an alias points at it or it is the last one.
+        Raises AdapterNotFound, and ConflictError where an alias points at it, or it is a canary or the last one.
         """
         with writing(self._engine) as c:
             lock(c)
@@ -44,6 +44,8 @@ class Deletion(Database):
                 raise ConflictError(
                     f"{name}@{version} is what {', '.join(pointing)} points at: move or delete the alias first"
                 )
+            if any(canary.version == version for canary in entry.canaries):
+                raise ConflictError(f"{name}@{version} is a canary: end it first")
             if len(entry.versions) == 1:
                 raise ConflictError(f"{name}@{version} is the only version of {name!r}: delete the name instead")
             row = sa.and_(versions.c.adapter_id == adapter_id, versions.c.version == version)

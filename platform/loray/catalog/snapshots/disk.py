@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
-from loray.catalog.entries import AdapterEntry, make_pointers, make_ref
+from loray.catalog.entries import AdapterEntry, Canary, make_pointers, make_ref
 from loray.catalog.snapshots.kept import KeptFile
 from loray.catalog.snapshots.snapshot import CatalogSnapshot, Changes
 
@@ -35,11 +35,11 @@ def _fields(adapter_id: int, entry: AdapterEntry) -> list[Any]:
         for r in entry.refs
     ]
     who = [entry.tenant, entry.visibility, sorted(entry.shared_with)]
-    return [adapter_id, entry.name, entry.created_at.isoformat(), refs, entry.pointers, *who]
+    return [adapter_id, entry.name, entry.created_at.isoformat(), refs, entry.pointers, *who, entry.canaries]
 
 
 def _entry(fields: list[Any]) -> AdapterEntry:
-    name, created_at, refs, pointers, tenant, visibility, shared_with = fields
+    name, created_at, refs, pointers, tenant, visibility, shared_with, canaries = fields
     return AdapterEntry(
         name=name,
         created_at=datetime.fromisoformat(created_at),
@@ -48,4 +48,5 @@ def _entry(fields: list[Any]) -> AdapterEntry:
         tenant=sys.intern(tenant),
         visibility=visibility,
         shared_with=frozenset(sys.intern(tenant) for tenant in shared_with),
+        canaries=tuple(Canary(*canary) for canary in canaries),
     )

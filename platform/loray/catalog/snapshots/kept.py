@@ -24,7 +24,7 @@ _log = get_logger(__name__)
 
 T = TypeVar("T")
 
-_FORMAT = 2
+_FORMAT = 3
 _BLOCK = 200  # items of a line: encoding one holds Python's lock
 _MAX_BYTES = 2 << 30
 

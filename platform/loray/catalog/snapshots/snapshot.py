@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from loray.catalog.entries import NUM_COMPARED, AdapterEntry, split_model, unknown_adapter
+from loray.catalog.checks import NUM_COMPARED, unknown_adapter
+from loray.catalog.entries import AdapterEntry, split_model
 from loray.catalog.snapshots.blocks import SortedMap
 from loray.spec import OPERATOR, AdapterRef, Principal, meanings
 

@@ -1,0 +1,1 @@
+"""Canaries: their rows, and when what was counted of one is outside its bounds."""

@@ -1,0 +1,54 @@
+"""When a canary is ended. Policy in plain Python, over what all gateways have counted."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from loray.spec import CanaryBounds, CanaryCounts, LogMoments
+
+Bound = Literal["error_rate", "ttft", "itl"]
+
+_DEVIATIONS = 2.0  # standard errors by which a ratio of times must lie above its bound
+
+
+class Breach(NamedTuple):
+    """The bound that a canary has left, and a sentence that says how."""
+
+    bound: Bound
+    reason: str
+
+
+def breach(bounds: CanaryBounds, counts: CanaryCounts) -> Breach | None:
+    """The first bound that the canary has left; None: it is inside of all.
+
+    Errors count against `min_requests` until there are as many requests: a version that fails always is not served so
+    long. Times are compared once each version has been measured `min_requests` times. Their ratio must lie above its
+    bound by more than chance would explain.
+    """
+    canary, stable = counts.canary, counts.stable
+    if bounds.max_error_rate is not None:
+        allowed = bounds.max_error_rate * max(canary.num_requests, bounds.min_requests)
+        if canary.num_errors > allowed:
+            return Breach(
+                "error_rate",
+                f"{canary.num_errors} of {canary.num_requests} requests failed; of {bounds.min_requests} or more "
+                f"{bounds.max_error_rate:.1%} may ({stable.num_errors} of {stable.num_requests} of the stable version)",
+            )
+    times: tuple[tuple[Bound, str, float | None, LogMoments, LogMoments], ...] = (
+        ("ttft", "time to first token", bounds.max_ttft_ratio, canary.ttft, stable.ttft),
+        ("itl", "time between tokens", bounds.max_itl_ratio, canary.itl, stable.itl),
+    )
+    for bound, what, most, new, old in times:
+        if most is not None and min(new.num, old.num) >= bounds.min_requests and _is_above(most, new, old):
+            return Breach(
+                bound,
+                f"its {what} is {new.mean / old.mean:.2f} times the stable version's ({new.mean * 1000:.0f} and "
+                f"{old.mean * 1000:.0f} ms, of {new.num} and {old.num} requests); {most:g} times is allowed",
+            )
+    return None
+
+
+def _is_above(most: float, new: LogMoments, old: LogMoments) -> bool:
+    log_ratio = new.total / new.num - old.total / old.num
+    return log_ratio - _DEVIATIONS * math.sqrt(new.variance + old.variance) > math.log(most)
