@@ -13,12 +13,13 @@ from fastapi import Depends, Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.background import BackgroundTask
 
+from loray.api.canaries import CanaryResource
 from loray.api.resources import VersionNumber
 from loray.catalog import AdapterVersion
 from loray.catalog.checks import parse_tags
 from loray.files import scratch_folder
 from loray.publishing.archive import folder_as_tar
-from loray.spec import Alias, Method, Name, QualifiedName, TenantName, split_qualified
+from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
 from serve_apps.access import Asking
 from serve_apps.console.backend import ConsoleDep
 from serve_apps.console.pages.lineage import lineage_of
@@ -105,6 +106,7 @@ def show_adapter(
         versions=shown,
         older=shown[-1].version if len(versions) > _VERSIONS else None,
         aliases=catalog.aliases(name),
+        canaries=[CanaryResource.of(state) for state in catalog.canaries(name)[:_DRAWN]],
         tags=catalog.tags(name),
         lineage=lineage_of(shown[:_DRAWN]),
         done=_DONE.get(done, ""),
@@ -184,10 +186,36 @@ def roll_back(
     return _again(request, name, "rolled-back")
 
 
+@router.post("/{name}/aliases/{alias}/canary")
+def set_canary(
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    name: AdapterName,
+    alias: Annotated[Alias, Path()],
+    version: VersionNumber,
+    percent: Percent,
+) -> Response:
+    """Give the version a share of the alias's requests, or change the share of its canary."""
+    console.backend.catalog_of(asking).set_canary(name, alias, version, percent)
+    return _again(request, name, "divided")
+
+
+@router.post("/{name}/aliases/{alias}/canary/end")
+def end_canary(
+    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, alias: Annotated[Alias, Path()]
+) -> Response:
+    """Give all requests to the version that the alias points at."""
+    console.backend.catalog_of(asking).end_canary(name, alias)
+    return _again(request, name, "ended")
+
+
 _DONE = {
     "published": "The upload is published.",
     "promoted": "The alias points at the version now.",
-    "rolled-back": "The alias points where it pointed before.",
+    "rolled-back": "The alias points where it pointed before, and has no canary.",
+    "divided": "The version gets its share of the alias's requests.",
+    "ended": "The canary has ended.",
 }
 
 

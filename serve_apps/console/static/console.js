@@ -63,13 +63,13 @@ for (const part of document.querySelectorAll("[data-live]")) {
   setTimeout(look, wait);
 }
 
-// Promotion: the form's fields make the address, after a question.
+// Promotion and canaries: the form's fields make the address, after a question.
 document.addEventListener("submit", (event) => {
   const form = event.target.closest("[data-promote]");
   if (!form) return;
   event.preventDefault();
-  const { alias, version } = Object.fromEntries(new FormData(form));
-  if (!window.confirm(`Point ${alias} at version ${version}?`)) return;
-  const address = form.dataset.promote.replace("ALIAS", encodeURIComponent(alias)).replace("VERSION", version);
-  htmx.ajax("POST", address, { source: form, swap: "none" });
+  const fields = Object.fromEntries(new FormData(form));
+  const filled = (text, encode) => text.replace(/\{(\w+)\}/g, (_, field) => encode(fields[field]));
+  if (!window.confirm(filled(form.dataset.question, String))) return;
+  htmx.ajax("POST", filled(form.dataset.promote, encodeURIComponent), { source: form, swap: "none" });
 });

@@ -62,6 +62,21 @@ def test_promote_and_roll_back(console: ConsoleSite) -> None:
     assert console.post("/adapters/tone/aliases/prod?version=9").status_code == 404
 
 
+def test_canaries(console: ConsoleSite) -> None:
+    console.post("/adapters/tone/aliases/prod?version=1")
+    started = console.post("/adapters/tone/aliases/prod/canary?version=2&percent=10")
+    assert started.headers["hx-redirect"] == "/api/v1/console/adapters/tone?done=divided"
+    assert console.post("/adapters/tone/aliases/prod/canary?version=2&percent=20").status_code == 204
+    page = console.get("/adapters/tone", done="divided").text
+    for shown in ("gets its share", "<td>1 (80 %), 2 (20 %)</td>", "<td>20 %</td>", ">End it</button>"):
+        assert shown in page, shown
+    assert console.post("/adapters/tone/aliases/prod/canary?version=2&percent=100").status_code == 422
+    assert console.post("/adapters/tone/aliases/prod/canary/end").status_code == 204
+    assert console.catalog.alias("tone", "prod").weights == {1: 100}
+    assert "<td>ended</td>" in console.get("/adapters/tone").text
+    assert console.post("/adapters/tone/aliases/prod/canary/end").status_code == 404
+
+
 def test_differences(console: ConsoleSite) -> None:
     page = console.get("/adapters/tone/diff", old=1, new=2).text
     assert "-rank: 8" in page
