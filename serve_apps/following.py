@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 KEEP_S = 60.0  # between two notes that a copy on disk is current
 _DATABASE_TIMEOUT_S = 5.0
-_NUM_THREADS = 4  # for a look, two readers, and what one of them has to write
+_NUM_THREADS = 5  # for a look, two readers, what one of them has to write, and a question
 
 
 class Reader(Protocol[S]):
@@ -132,6 +132,10 @@ class CatalogFollower:
         await self._settle()  # what is being read may have begun before
         await self._look(since)
         await self._settle()
+
+    async def ask(self, question: Callable[[Catalog], T]) -> T:
+        """What the catalog answers, in a thread. Raises what it raises."""
+        return await self._in_thread(question)
 
     def soon(self, work: Callable[[Catalog], object]) -> None:
         """Does it in a thread. It is not worth a second try: errors of the catalog are forgotten."""

@@ -148,6 +148,13 @@ GATEWAY_METRICS = _table(
         "Begun answers that went on at another replica, by reason: the first was lost, or removed (moved).",
         "reason",
     ),
+    _counter(
+        "canary_requests_total",
+        "Requests for aliases that have a canary, by version (stable or canary) and outcome (ok or error).",
+        "version",
+        "outcome",
+    ),
+    _counter("canary_rollbacks_total", "Canaries that left a bound and were ended: error_rate, ttft or itl.", "bound"),
     _gauge("catalog_adapters", "Adapters of this base in the catalog's snapshot."),
     _gauge("catalog_age_seconds", "Since the catalog was last read with success."),
 )

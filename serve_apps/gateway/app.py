@@ -43,7 +43,7 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await access.start()
         await gateway.directory.start()
-        async with gateway.accounts.running(), gateway.engines.running():
+        async with gateway.canaries.running(), gateway.accounts.running(), gateway.engines.running():
             yield
         gateway.prompts.close()
         await gateway.directory.stop()

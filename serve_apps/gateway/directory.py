@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterator
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
 
 from loray.bases.registry import BaseModel
-from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot
+from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot, split_model
 from loray.catalog.snapshots import BaseTotals
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.catalog.snapshots.kept import Kept
 from loray.errors import AdapterNotFound, CatalogError, shown
 from loray.serving.access import check_model, may_ask
+from loray.serving.canary import Arm, is_taken
 from loray.spec import AdapterRef, Principal
 from serve_apps.following import CatalogFollower, Keeper
 from serve_apps.garbage import collection_paused, exempt_all
+
+T = TypeVar("T")
 
 REFRESH_S = 0.5  # the time after which a promotion or a rollback takes effect
 LOOK_AGAIN_S = 0.05
@@ -114,6 +119,26 @@ class ModelDirectory:
             ref = self._lookup(model, principal)
         ref.check_base(self.base.name, self.base.fingerprint)
         return ref
+
+    async def choose(
+        self, model: str, principal: Principal, session: str | None
+    ) -> tuple[AdapterRef | None, Arm | None]:
+        """The adapter that a name means for a request of this session, and which of an alias's two versions it is if
+        the alias has a canary. Without a session it is drawn. Raises what `resolve` raises.
+        """
+        ref = await self.resolve(model, principal)
+        if ref is None or not (entry := self.entry(ref)).canaries:
+            return ref, None
+        canary = entry.canary(split_model(model.removeprefix(self._prefix)).selector)
+        if canary is None:
+            return ref, None
+        session = session or uuid.uuid4().hex
+        arm = Arm(canary.id, is_taken(f"{entry.name}@{canary.alias}@{canary.version}", session, canary.percent))
+        return (entry.select(str(canary.version)) if arm.is_canary else ref), arm
+
+    async def ask(self, question: Callable[[Catalog], T]) -> T:
+        """What the catalog answers, in a thread. Raises what it raises."""
+        return await self._follower.ask(question)
 
     def template(self, adapter: AdapterRef | None) -> str | None:
         """The chat template of an adapter that has its own; None: the base's is used."""

@@ -21,6 +21,7 @@ from loray.api.status import CatalogStatus, Status, total
 from loray.engine.memory.limits import max_model_len, pool_geometry
 from loray.errors import EngineError, RequestError
 from loray.serving.access import share_of
+from loray.serving.canary import session_of
 from loray.serving.quotas import allowed_priority
 from loray.spec import AdapterRef, GenerateRequest, Principal, ServeSpec, cache_salt
 from loray.text.bad_words import bad_word_ids
@@ -31,9 +32,10 @@ from serve_apps.accounting.account import Accounts
 from serve_apps.exposition import encode
 from serve_apps.gateway.answers.answer import Answer, ChoiceStream, Deadline, DeltaText
 from serve_apps.gateway.answers.echo import Echo
-from serve_apps.gateway.answers.headers import RequestHeaders
+from serve_apps.gateway.answers.headers import ADAPTER, RequestHeaders
 from serve_apps.gateway.answers.responses import response_writer
 from serve_apps.gateway.answers.writers import Writer, writer_of
+from serve_apps.gateway.canaries import Canaries, Meter
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines, Gateways
 from serve_apps.gateway.lengths import extras, max_tokens, num_kept
@@ -65,6 +67,7 @@ class Gateway:
         self.models = ModelCards(directory, self.limit)
         self.accounts = accounts or Accounts()
         self.counted = GatewayMetrics("local" if gateways is None else gateways.name)
+        self.canaries = Canaries(directory.ask, self.counted)
 
     @property
     def _fingerprint(self) -> str:
@@ -73,7 +76,7 @@ class Gateway:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     async def completions(self, request: CompletionRequest, headers: RequestHeaders) -> Response:
-        adapter, limit = await self.model(request.model, headers.principal)
+        adapter, limit, meter = await self._chosen(request, headers)
         prompts = await self.prompts.texts(
             request.prompt, limit, special=request.add_special_tokens, keep=num_kept(request, limit)
         )
@@ -92,11 +95,11 @@ class Gateway:
             RequestText(self.prompts.tokenizer, r, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests
         ]
         if not request.echo:
-            return self._answer(request, requests, texts, writer, answer.id, headers)
+            return self._answer(request, requests, texts, writer, answer.id, headers, meter)
         echoed = request.prompt if request.truncate_prompt_tokens is None else prompts
         echoes = [partial(self.prompts.echo, prompt) for prompt in echoed for _ in range(request.n)]
         echoing = [Echo(text, echo, request) for text, echo in zip(texts, echoes, strict=True)]
-        return self._answer(request, requests, echoing, writer, answer.id, headers)
+        return self._answer(request, requests, echoing, writer, answer.id, headers, meter)
 
     async def responses(
         self, request: ResponsesRequest, chat: ChatCompletionRequest, headers: RequestHeaders
@@ -118,7 +121,7 @@ class Gateway:
         answer_id: str | None = None,
     ) -> Response:
         """`writer` None: a chat completion."""
-        adapter, limit = await self.model(request.model, headers.principal)
+        adapter, limit, meter = await self._chosen(request, headers)
         dialect = await self.dialect(request, adapter)
         prompt = await self.prompts.chat(request, dialect, limit, keep=num_kept(request, limit))
         given, use = request.constraint, request.tool_use
@@ -129,7 +132,7 @@ class Gateway:
         requests = await self._requests(request, adapter, limit, [prompt], answer.id, "messages", headers, given)
         writer = writer or writer_of(answer, len(requests), request)
         texts = [dialect.text_of(r, use, tokens_as_ids=request.return_tokens_as_token_ids) for r in requests]
-        return self._answer(request, requests, texts, writer, answer.id, headers)
+        return self._answer(request, requests, texts, writer, answer.id, headers, meter)
 
     async def dialect(self, request: ChatCompletionRequest, adapter: AdapterRef | None) -> Dialect:
         """How the model of a chat is spoken to."""
@@ -147,8 +150,20 @@ class Gateway:
         request for it. Raises PermissionDenied where its key is for other models.
         """
         adapter = await self.directory.resolve(name, principal)
+        return adapter, self._limit_of(adapter)
+
+    def _limit_of(self, adapter: AdapterRef | None) -> int:
         config = self.directory.base.config
-        return adapter, self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
+        return self.limit(config.max_position_embeddings if adapter is None else adapter.context_length)
+
+    async def _chosen(
+        self, request: GenerationRequest, headers: RequestHeaders
+    ) -> tuple[AdapterRef | None, int, Meter | None]:
+        """As `model`, with what measures the request if its alias has a canary."""
+        session = session_of(headers.principal, headers.session_id, request.user)
+        adapter, arm = await self.directory.choose(request.model, headers.principal, session)
+        meter = self.canaries.meter(arm, headers.received_at, has_timeout=headers.timeout_s is not None)
+        return adapter, self._limit_of(adapter), meter
 
     async def _requests(
         self,
@@ -198,6 +213,7 @@ class Gateway:
         writer: Writer,
         answer_id: str,
         headers: RequestHeaders,
+        meter: Meter | None,
     ) -> Answer:
         if headers.trace is not None:
             headers.trace.asked(request, requests, answer_id)
@@ -217,14 +233,11 @@ class Gateway:
             writer,
             request_id=headers.request_id or answer_id,
             account=account,
-            deadline=self._deadline(headers),
+            deadline=Deadline.earliest(headers.received_at, headers.timeout_s, self.spec.request_timeout_s),
             heartbeat_s=self.spec.sse_heartbeat_s or None,
+            headers=None if (adapter := requests[0].adapter) is None else {ADAPTER: adapter.label},
+            meter=meter,
         )
-
-    def _deadline(self, headers: RequestHeaders) -> Deadline | None:
-        """The earlier one of the request's and the deployment's; None: no deadline."""
-        limits = [s for s in (headers.timeout_s, self.spec.request_timeout_s) if s is not None]
-        return Deadline(headers.received_at + min(limits), min(limits)) if limits else None
 
     def limit(self, context_length: int) -> int:
         """The largest number of prompt and output tokens: the minimum of the model's, the spec's and the pool's limit.

@@ -22,12 +22,20 @@ class GatewayMetrics:
     def __init__(self, name: str) -> None:
         self._name = name
         self._registry = CollectorRegistry()
-        m = METRICS["http_requests_total"]
-        self._answered = Counter(m.name, m.help, m.labels, registry=self._registry)
+        self._answered, self._canary_requests, self._canary_rollbacks = (
+            Counter(m.name, m.help, m.labels, registry=self._registry)
+            for m in (METRICS[f"{what}_total"] for what in ("http_requests", "canary_requests", "canary_rollbacks"))
+        )
         self.num_in_flight = 0
 
     def answered(self, route: str, code: int) -> None:
         self._answered.labels(route, str(code)).inc()
+
+    def canary_request(self, version: str, outcome: str) -> None:
+        self._canary_requests.labels(version, outcome).inc()
+
+    def canary_rolled_back(self, bound: str) -> None:
+        self._canary_rollbacks.labels(bound).inc()
 
     def families(
         self, directory: ModelDirectory, decisions: Mapping[str, int], resumes: Mapping[str, int]

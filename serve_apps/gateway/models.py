@@ -87,4 +87,5 @@ class ModelCards:
             digest=ref.digest,
             aliases=entry.aliases,
             versions=[r.version for r in reversed(entry.refs)],
+            **({"weights": entry.weights} if entry.canaries else {}),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import NamedTuple, Protocol
 
@@ -26,6 +26,18 @@ class DeltaText(Protocol):
     def push(self, tokens: TokenDelta, /) -> Delta: ...
 
 
+class Meter(Protocol):
+    """Measures a request whose version is compared with another one."""
+
+    def came(self) -> None:
+        """Tokens of the first choice have come."""
+
+    def failed(self, error: Exception, status: int, /) -> None: ...
+
+    def end(self, outcome: str, last: Delta | None, /) -> None:
+        """`last`: the first choice's last delta."""
+
+
 class ChoiceStream(NamedTuple):
     """One choice: its tokens, and what makes text of them. Closing `tokens` cancels the request in the engine."""
 
@@ -38,6 +50,12 @@ class Deadline(NamedTuple):
 
     at: float
     timeout_s: float
+
+    @classmethod
+    def earliest(cls, received_at: float, *timeouts_s: float | None) -> Deadline | None:
+        """After the shortest of these; None: no deadline."""
+        limits = [s for s in timeouts_s if s is not None]
+        return cls(received_at + min(limits), min(limits)) if limits else None
 
 
 class Answer(Response):
@@ -57,13 +75,16 @@ class Answer(Response):
         account: Account | None = None,
         deadline: Deadline | None = None,
         heartbeat_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.status_code, self.media_type, self.background = 200, writer.media_type, None
         self._limits = {} if account is None else account.headers
-        self.init_headers({"X-Request-Id": request_id, **self._limits, **(_SSE_HEADERS if writer.is_stream else {})})
+        self._own = {"X-Request-Id": request_id, **self._limits, **(headers or {})}
+        self.init_headers({**self._own, **(_SSE_HEADERS if writer.is_stream else {})})
         self._choices, self._writer, self._account = choices, writer, account
         self._last: list[Delta | None] = [None] * len(choices)
-        self._request_id, self._deadline = request_id, deadline
+        self._request_id, self._deadline, self._meter = request_id, deadline, meter
         self._heartbeat_s = heartbeat_s if writer.is_stream else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +92,8 @@ class Answer(Response):
         try:
             outcome = await self._answer(scope, receive, send)
         finally:
+            if self._meter is not None:
+                self._meter.end(outcome, self._last[0])
             if self._account is not None:
                 scope.setdefault("state", {})["usage"] = self._account.close(outcome, self._last)
 
@@ -123,8 +146,11 @@ class Answer(Response):
     async def _pump(self, index: int, connection: Connection) -> None:
         stream, text = self._choices[index]
         push = self._writer.push
+        meter = self._meter if index == 0 else None
         async with aclosing(stream):
             async for tokens in stream:
+                if meter is not None:
+                    meter.came()
                 self._last[index] = delta = text.push(tokens)
                 if written := push(index, delta):
                     await connection.write(written)
@@ -133,10 +159,12 @@ class Answer(Response):
 
     async def _fail(self, error: Exception, connection: Connection, scope: Scope, receive: Receive, send: Send) -> str:
         failure = errors.failure_of(error, self._request_id)
+        if self._meter is not None:
+            self._meter.failed(error, failure.status)
         if connection.started:
             await connection.end(self._writer.failed(failure))
         else:
             response = errors.response_of(failure)
-            response.headers.update({"X-Request-Id": self._request_id, **self._limits})
+            response.headers.update(self._own)
             await response(scope, receive, send)
         return failure.error.code or "error"

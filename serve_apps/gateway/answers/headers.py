@@ -18,12 +18,14 @@ from serve_apps.tracing import RequestTrace
 
 REQUEST_ID = "X-Request-Id"
 TIMEOUT = "X-Request-Timeout-S"
+SESSION_ID = "X-Session-ID"
+ADAPTER = "X-Adapter-Version"  # of the response: which version has answered, as `name@version`
 _MAX_ID = 128
 
 
 class RequestHeaders(NamedTuple):
     """`received_at` is a time of the event loop; `principal` is who asks, as the keys' middleware found it; `trace` the
-    request's span, where traces are exported.
+    request's span, where traces are exported; `session_id` what the client calls the session.
     """
 
     received_at: float
@@ -31,6 +33,7 @@ class RequestHeaders(NamedTuple):
     request_id: str | None = None
     timeout_s: float | None = None
     trace: RequestTrace | None = None
+    session_id: str | None = None
 
     @classmethod
     def of(cls, request: Request) -> RequestHeaders:
@@ -38,7 +41,8 @@ class RequestHeaders(NamedTuple):
         as absent."""
         now, headers = asyncio.get_running_loop().time(), request.headers
         trace = request.scope.get("state", {}).get("trace")
-        return cls(now, principal_of(request), _request_id(headers), _timeout(headers.get(TIMEOUT)), trace)
+        timeout_s, session_id = _timeout(headers.get(TIMEOUT)), headers.get(SESSION_ID)
+        return cls(now, principal_of(request), _request_id(headers), timeout_s, trace, session_id)
 
 
 def _request_id(headers: Mapping[str, str]) -> str | None:

@@ -195,6 +195,7 @@ class Model(ResponseBody):
     root      what the id resolves to now: the base's name, or `name@version`
     parent    the adapter's base
     aliases   alias → version
+    weights   alias → version → percent of its requests, where an alias has a canary
     versions  newest first
     """
 
@@ -208,6 +209,7 @@ class Model(ResponseBody):
     method: str | None = None
     digest: str | None = None
     aliases: dict[str, int] | None = None
+    weights: dict[str, dict[int, int]] | None = None
     versions: list[int] | None = None
 
 
