@@ -28,7 +28,16 @@ from loray_kernels.compiled import BackendUnavailable
 from loray_kernels.cpu.native import release_threads
 from loray_kernels.cpu.ops import CpuOps
 from loray_kernels.cuda import cuda_ops, use_device
-from loray_kernels.decoding import DecodeStep, Decoding, Parts, RecordedDecoding, RecordedStep, StepRecords
+from loray_kernels.decoding import (
+    DecodeStep,
+    Decoding,
+    Parts,
+    Recorded,
+    RecordedDecoding,
+    RecordedStep,
+    RecordLimits,
+    StepRecords,
+)
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.ops import (
     LayerTables,
@@ -70,6 +79,8 @@ __all__ = [
     "PairMatrix",
     "Parts",
     "Piece",
+    "RecordLimits",
+    "Recorded",
     "RecordedDecoding",
     "RecordedStep",
     "RowTables",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntFlag
 from typing import NamedTuple, Protocol
 
@@ -87,6 +87,22 @@ class Decoding(NamedTuple):
     device: torch.device
 
 
+class RecordLimits(NamedTuple):
+    """Seconds after which no further recording begins; bytes of the device that all of them may take."""
+
+    seconds: float
+    num_bytes: int
+
+
+class Recorded(NamedTuple):
+    """How far recording has come."""
+
+    num_recorded: int
+    num_wanted: int
+    seconds: float
+    num_bytes: int
+
+
 class RecordedDecoding(Protocol):
     """`directory` has the records of adapters that steps may name, and `vectors` is their shape. Steps have at most
     `max_rows` sequences.
@@ -96,6 +112,12 @@ class RecordedDecoding(Protocol):
     vectors: VectorShape
     max_rows: int
 
+    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
+        """Record steps, within `limits`. Only before the first step."""
+        ...
+
     def __call__(self, step: DecodeStep) -> Tensor:
-        """The result for each sequence, which the next call overwrites."""
+        """The result for each sequence, which the next call overwrites. Never records: a step for which no recording
+        serves is computed launch by launch.
+        """
         ...

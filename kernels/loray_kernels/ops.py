@@ -157,8 +157,8 @@ class Ops(Protocol):
         ...
 
     def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
-        """`forward`, whose launches must not depend on a step's values, recorded once and replayed. It gives a row for
-        each sequence. None if this backend does not record.
+        """Records `forward`, whose launches must not depend on a step's values, when it is told to, and replays it. It
+        gives a row for each sequence. None if this backend does not record.
         """
         ...
 

@@ -23,7 +23,8 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 def make_engine(base: BaseModel, adapters: Sequence[TestAdapter] = (), **spec: Any) -> Engine:
     by_digest = {a.ref.digest: a for a in adapters}
     # Steps are limited by tokens, so that they do not depend on how fast the machine is.
-    fields: dict[str, Any] = {"base": base.name, "dtype": "float32", "pool_bytes": 8 << 20, "itl_slo_ms": 1e9} | spec
+    fields: dict[str, Any] = {"base": base.name, "dtype": "float32", "pool_bytes": 8 << 20, "itl_slo_ms": 1e9}
+    fields |= {"graph_record_s": 1e9} | spec
     return build_engine(ServeSpec(**fields), base, lambda ref: by_digest[ref.digest].load(base))
 
 

@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "host_ms": round(1e3 * statistics.median(seconds), 3),
         "host_ms_lowest": round(1e3 * min(seconds), 3),
         "host_ms_highest": round(1e3 * max(seconds), 3),
+        "recorded_steps": ops.recorder.num_recorded,
+        "recording_s": round(ops.recorder.seconds, 2),
         **vars(counts),
     }
     machine = {**describe_machine(), "load": f"{load_average():.2f}"}
@@ -121,6 +123,7 @@ def _engine(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Engine, St
         max_num_seqs=args.rows,
         max_num_batched_tokens=max(_STEP_TOKENS, args.rows),
         itl_slo_ms=1e6,  # steps are limited by tokens alone
+        graph_record_s=1e6,  # all steps are recorded before the start
         enable_prefix_caching=False,
     )
     ops = StandInOps()

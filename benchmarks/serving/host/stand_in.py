@@ -9,6 +9,7 @@ CPU here. Their cost is a launch's without CUDA's own 3 to 5 µs.
 from __future__ import annotations
 
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loray_kernels import Decoding, LinearWeights, PageWriter, RecordedDecoding, RecordedStep
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.graphs import DecodeGraphs, Recording, StepWords
+from loray_kernels.cuda.graphs import DecodeGraphs, Recording
 from loray_kernels.cuda.launch import Argument
 from loray_kernels.cuda.ops import CudaOps
+from loray_kernels.cuda.padded import StepWords
 from loray_kernels.pages import DirectWriter
 
 _SYNCHRONISES = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
@@ -45,9 +47,32 @@ class Counts:
         self.copied_bytes += tensor.nbytes
 
 
+class StandInRecorder:
+    """Runs a step twice, as a recording does, and keeps nothing of it. `seconds` of all of them."""
+
+    def __init__(self, ops: StandInOps) -> None:
+        self._ops = ops
+        self.num_recorded, self.seconds = 0, 0.0
+
+    def __call__(self, run: Callable[[], Tensor]) -> Recording:
+        began = time.perf_counter()
+        run()
+        out = run()
+        self.num_recorded += 1
+        self.seconds += time.perf_counter() - began
+
+        def replay() -> None:
+            self._ops.counts.launches += 1
+
+        return Recording(replay, out)
+
+    def num_bytes(self) -> int:
+        return 0
+
+
 class StandInOps(CudaOps):
     def __init__(self) -> None:
-        self.counts = Counts()
+        self.counts, self.recorder = Counts(), StandInRecorder(self)
         super().__init__(Gather(self._launch), cast(Any, _NoTiles(self)))
 
     def _launch(self, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument]) -> None:
@@ -65,13 +90,7 @@ class StandInOps(CudaOps):
         return x_TD.new_zeros(x_TD.shape[0], weights.out_features, dtype=torch.float32)
 
     def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding:
-        return DecodeGraphs(forward, decoding, self._record)
-
-    def _record(self, run: Callable[[], Tensor]) -> Recording:
-        def replay() -> None:
-            self.counts.launches += 1
-
-        return Recording(replay, run().clone())
+        return DecodeGraphs(forward, decoding, self.recorder)
 
 
 class _NoTiles:

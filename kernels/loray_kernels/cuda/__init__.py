@@ -6,7 +6,7 @@ tiles/         the Triton kernels and their launches: prompts, and rows of activ
 tables         a step's tables as device tensors
 nvrtc, launch  compile and launch the CUDA C++ kernels
 pages          copies adapters from pinned host memory into blocks while steps run
-graphs         decode steps as CUDA graphs
+padded, graphs decode steps of padded sizes, and their CUDA graphs
 compile        compiles every kernel ahead of time, without a GPU
 """
 

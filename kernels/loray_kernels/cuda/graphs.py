@@ -1,134 +1,33 @@
-"""Decode steps as CUDA graphs: a step's launches are recorded once and replayed by one call.
+"""Decode steps as CUDA graphs: a step's launches are recorded once, before the first request, and replayed by one call.
 
-A graph contains addresses, so whatever changes from step to step stands in tensors that stay in place. What a step is
-made of goes up in one copy: its numbers, and the blocks that are new in the tables, which stay on the device. A step is
-padded to the next size that has a graph: padding has no context, and its keys and values are not written. Steps of the
-base, steps with LoRA alone and steps with other parts of adapters have graphs of their own, so that nobody pays for
-what others bring, and so have contexts of different magnitude, for which attention has more splits.
+Steps of the base, with LoRA alone and with other parts of adapters have graphs of their own, so that nobody pays for
+what others bring; so have sizes, and contexts of different magnitude, for which attention has more splits. A step is
+padded to the next of each that has been recorded. Where nothing serves it, it is computed launch by launch: no request
+waits for a recording.
 
 Recording has not run on a GPU yet. All else is tested on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from loray_kernels.cuda.tables import SPLIT, Attention, Items, upload
-from loray_kernels.cuda.vectors import RecordedVectors
-from loray_kernels.decoding import DecodeStep, Decoding, Parts, RecordedStep, StepRecords
-from loray_kernels.kv import AttentionMeta
-from loray_kernels.records import Directory, Records
+from loray_kernels.cuda.padded import PaddedStep
+from loray_kernels.cuda.tables import SPLIT
+from loray_kernels.decoding import DecodeStep, Decoding, Parts, Recorded, RecordedStep, RecordLimits
+from loray_kernels.records import Directory
 from loray_kernels.vectors import VectorShape
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_SPLITS = (1, 4, 16, 64, 256, 1024, 4096)  # of attention
-_NEW_BLOCKS = 1024  # that go up with a step; more are a copy of their own
-
-
-class StepWords:
-    """The numbers of a step on the device: token ids, positions, seats, items of adapters; with `vectors` their starts,
-    pairs and own embedding rows; then new blocks, places first.
-
-    They go up from two pinned copies by turns: what was computed from one has been read before it is written again.
-    """
-
-    def __init__(self, size: int, device: torch.device, *, vectors: bool = False) -> None:
-        self._size, self._vectors, self._num = size, vectors, (11 if vectors else 6) * size
-        words = self._num + 2 * _NEW_BLOCKS
-        self.words = torch.zeros(words, dtype=torch.int64, device=device)
-        self.words[size : 2 * size] = -1  # the run before a recording writes no keys
-        pinned = device.type == "cuda"
-        self._staged = [torch.zeros(words, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
-        self._views = [staged.numpy() for staged in self._staged]
-        self._turn = 0
-
-    def fill(self, step: DecodeStep, blocks: Tensor) -> None:
-        """At most `size` sequences; the rest is padding. Writes `blocks`, the tables of all seats."""
-        size, num, new = self._size, len(step.token_ids), len(step.places)
-        self._turn ^= 1
-        view = self._views[self._turn]
-        view[:num] = step.token_ids
-        view[size : size + num] = step.positions
-        view[size + num : 2 * size] = -1
-        view[2 * size : 2 * size + num] = step.seats
-        view[3 * size : 3 * size + len(step.items)] = step.items
-        view[3 * size + len(step.items) : self._num] = 0
-        if self._vectors:
-            view[6 * size : 10 * size] = 0
-            view[6 * size : 6 * size + len(step.vectors)] = step.vectors
-            view[7 * size : 7 * size + len(step.pairs)] = step.pairs
-            view[10 * size : 10 * size + len(step.own_rows)] = step.own_rows
-            view[10 * size + len(step.own_rows) : self._num] = -1
-        if new > _NEW_BLOCKS:
-            blocks.index_copy_(0, *upload(blocks.device, step.places, step.blocks))
-            new = 0
-        elif new:
-            view[self._num : self._num + new] = step.places
-            view[self._num + new : self._num + 2 * new] = step.blocks
-        used = self._num + 2 * new
-        self.send(self._staged[self._turn][:used])
-        if new:
-            blocks.index_copy_(0, self.words[self._num : self._num + new], self.words[self._num + new : used])
-
-    def send(self, staged: Tensor) -> None:
-        """The one copy to the device of a step. It waits for nothing."""
-        self.words[: staged.shape[0]].copy_(staged, non_blocking=True)
-
-
-class PaddedStep:
-    """A step of `size` sequences, computed on the device from its words and the seats' block tables."""
-
-    def __init__(
-        self,
-        size: int,
-        splits: int,
-        blocks: Tensor,
-        decoding: Decoding,
-        parts: Parts = Parts.NONE,
-        records: Records | None = None,
-        shape: VectorShape | None = None,
-    ) -> None:
-        device = blocks.device
-        self._parts, self._shape = parts, shape
-        self._has_vectors = bool(parts & ~Parts.LORA)
-        self.words = StepWords(size, device, vectors=self._has_vectors)
-        self._size, self._splits, self._blocks, self._records, self._decoding = size, splits, blocks, records, decoding
-        self._numbers = torch.arange(size + 1, device=device)
-        self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
-        self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
-
-    def step(self) -> RecordedStep:
-        size, block_tokens = self._size, self._decoding.layout.block_tokens
-        words = self.words.words
-        token_ids_S, positions_S, seats_S = words[: 3 * size].view(3, size)
-        at_S, start_S = positions_S.clamp(min=0), seats_S * self._decoding.max_blocks
-        block_S = self._blocks[start_S + at_S // block_tokens]
-        slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)
-        meta = AttentionMeta(tuple(range(size + 1)), (0,) * size, (), slots_S)
-        meta.memo["cuda"] = Attention(
-            query_start=self._numbers,
-            context_len=positions_S + 1,
-            table_start=start_S,
-            blocks=self._blocks,
-            decoded=self._decoded,
-            prefilled=self._prefilled,
-            max_splits=self._splits,
-        )
-        if not self._parts or self._records is None:
-            return RecordedStep(token_ids_S, at_S, meta, None)
-        items_S3, vectors = words[3 * size : 6 * size].view(size, 3), None
-        if self._has_vectors and self._shape is not None:
-            pairs_S3 = words[7 * size : 10 * size].view(size, 3)
-            vectors = RecordedVectors(self._records, self._shape, words[6 * size : 7 * size], pairs_S3)
-        records = StepRecords(self._records, items_S3, self._parts, vectors)
-        own_rows = None
-        if vectors is not None and Parts.OWN in self._parts:
-            own_rows = vectors.embedding_rows(words[10 * size : 11 * size])
-        return RecordedStep(token_ids_S, at_S, meta, records, own_rows)
+SPLITS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # of attention; up to four million positions
+_ALL = Parts.LORA | Parts.VERA | Parts.DORA | Parts.OWN
+KINDS = (Parts.NONE, Parts.LORA, Parts.VERA, Parts.LORA | Parts.DORA, Parts.LORA | Parts.OWN, _ALL)
 
 
 class Recording(NamedTuple):
@@ -138,38 +37,101 @@ class Recording(NamedTuple):
     out: Tensor
 
 
-Record = Callable[[Callable[[], Tensor]], Recording]
+class Recorder(Protocol):
+    def __call__(self, run: Callable[[], Tensor]) -> Recording: ...
+
+    def num_bytes(self) -> int:
+        """Memory of the device that all recordings take."""
+        ...
+
+
+class Form(NamedTuple):
+    """What a step is padded to. `kind`: parts that its adapters may have."""
+
+    size: int
+    kind: Parts
+    splits: int
 
 
 class DecodeGraphs:
-    """A RecordedDecoding. A graph is recorded when it is first needed, by `record`."""
+    """A RecordedDecoding."""
 
-    def __init__(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding, record: Record) -> None:
-        self._forward, self._decoding, self._record = forward, decoding, record
+    def __init__(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding, recorder: Recorder) -> None:
+        self._forward, self._decoding, self._recorder = forward, decoding, recorder
         self._blocks = torch.zeros(decoding.num_seats * decoding.max_blocks, dtype=torch.int64, device=decoding.device)
-        self._recorded: dict[tuple[int, int, Parts], tuple[PaddedStep, Recording]] = {}
+        self._steps: dict[Form, PaddedStep] = {}
+        self._recorded: dict[Form, Recording] = {}
+        self._serving: dict[Form, Form | None] = {}  # by needed form: the recorded one that serves it
+        self._out_SV: Tensor | None = None  # of all recordings
         self.vectors = VectorShape.of(decoding.inputs, decoding.layout.num_layers, decoding.layout.head_dim)
         self.directory = Directory(decoding.inputs, decoding.device, reserved=self.vectors.head)
         self.max_rows = SIZES[-1]
 
     def __call__(self, step: DecodeStep) -> Tensor:
-        num, splits = len(step.token_ids), -(-(int(step.positions.max()) + 1) // SPLIT)
-        padded, recording = self._found(_least(SIZES, num), _least(_SPLITS, splits), step.parts)
+        num, splits = len(step.token_ids), _num_splits(int(step.positions.max()) + 1)
+        needed = Form(_least(SIZES, num), next(k for k in KINDS if step.parts in k), _least(SPLITS, splits))
+        form = self._serving_of(needed)
+        padded = self._step(form or needed)
         padded.words.fill(step, self._blocks)
+        if form is None:
+            return self._forward(padded.step())[:num]
+        recording = self._recorded[form]
         recording.replay()
         return recording.out[:num]
 
-    def _found(self, size: int, splits: int, parts: Parts) -> tuple[PaddedStep, Recording]:
-        """The recording for these parts. Beyond LoRA one with more parts serves as well, so that there are few."""
-        found = self._recorded.get((size, splits, parts))
-        if found is None and parts & ~Parts.LORA:
-            known = (p for s, n, p in self._recorded if (s, n) == (size, splits) and parts in p)
-            if (more := min(known, key=int.bit_count, default=None)) is not None:
-                found = self._recorded[size, splits, parts] = self._recorded[size, splits, more]
-        if found is None:
-            padded = PaddedStep(size, splits, self._blocks, self._decoding, parts, self.directory.records, self.vectors)
-            found = self._recorded[size, splits, parts] = padded, self._record(lambda: self._forward(padded.step()))
-        return found
+    def forms(self) -> Iterator[Form]:
+        """All that steps may need. Large sizes come first: their graphs serve smaller steps, and smaller graphs reuse
+        their memory.
+        """
+        size = _least(SIZES, min(self._decoding.num_seats, SIZES[-1]))
+        splits = _least(SPLITS, _num_splits(self._decoding.max_blocks * self._decoding.layout.block_tokens))
+        for s in (s for s in reversed(SIZES) if s <= size):
+            for kind in KINDS:
+                yield from (Form(s, kind, n) for n in reversed(SPLITS) if n <= splits)
+
+    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded:
+        forms = list(self.forms())
+        began, taken, last = time.monotonic(), self._recorder.num_bytes(), 0
+        progress = Recorded(0, len(forms), 0.0, 0)
+        for form in forms:
+            if progress.seconds >= limits.seconds or progress.num_bytes + last > limits.num_bytes:
+                break
+            try:
+                self._recorded[form] = self._recorder(partial(self._compute, form))
+            except torch.OutOfMemoryError:
+                break
+            num_bytes = self._recorder.num_bytes() - taken
+            last = max(0, num_bytes - progress.num_bytes)
+            progress = Recorded(len(self._recorded), len(forms), time.monotonic() - began, num_bytes)
+            on_progress(progress)
+        self._serving.clear()
+        return progress
+
+    def _compute(self, form: Form) -> Tensor:
+        """All recordings write their results into one tensor, since each has size × vocabulary × 4 bytes."""
+        logits_SV = self._forward(self._step(form).step())
+        if self._out_SV is None or self._out_SV.shape[0] < form.size:
+            self._out_SV = torch.empty_like(logits_SV)
+        return self._out_SV[: form.size].copy_(logits_SV)
+
+    def _step(self, form: Form) -> PaddedStep:
+        if form not in self._steps:
+            self._steps[form] = PaddedStep(
+                form.size, form.splits, self._blocks, self._decoding, form.kind, self.directory.records, self.vectors
+            )
+        return self._steps[form]
+
+    def _serving_of(self, needed: Form) -> Form | None:
+        """The smallest recorded form of its kind that holds it."""
+        if needed not in self._serving:
+            size, kind, splits = needed
+            found = (f for f in self._recorded if f.size >= size and f.kind == kind and f.splits >= splits)
+            self._serving[needed] = min(found, default=None)
+        return self._serving[needed]
+
+
+def _num_splits(context: int) -> int:
+    return -(-context // SPLIT)
 
 
 def _least(sizes: Sequence[int], needed: int) -> int:
@@ -193,3 +155,8 @@ class GraphRecorder:
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             out = run()
         return Recording(graph.replay, out)
+
+    def num_bytes(self) -> int:
+        """What the whole device has in use: graphs take memory of the driver too."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free

@@ -12,6 +12,7 @@ from loray.bases.grammar import GrammarCompiler
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.engine.model.decoder import Decoder
+from loray.engine.model.warmup import warm_up
 from loray.engine.parallel.driver import start_ranks
 from loray.engine.parallel.workers import LocalWorkers, StartWorkers, num_threads
 from loray.engine.pool.loading import LoadAdapter
@@ -31,7 +32,8 @@ def build_engine(
     tensors: Iterable[tuple[str, Tensor]] | None = None,
     start_workers: StartWorkers = LocalWorkers,
 ) -> Engine:
-    """Load `base`, from `tensors` by name if they are given and else from its checkpoint, and allocate the pool.
+    """Load `base`, from `tensors` by name if they are given and else from its checkpoint, allocate the pool, and
+    record decode steps where the backend does.
 
     From now on the process keeps freed memory, see `keep_freed`. With several ranks it is rank 0, `start_workers`
     starts the others, and all read the checkpoint. Raises SpecError if pool_bytes is too small or the ranks do not
@@ -51,5 +53,6 @@ def build_engine(
     _log.info("pool of %d blocks, %d tokens, %d bytes", num_blocks, num_blocks * spec.block_tokens, pool.tensor.nbytes)
     engine = Engine(spec, base, model, pool, load)
     max_blocks = pool.geometry.blocks_for_tokens(engine.max_model_len(None))
-    model.record(pool, num_seats=spec.max_num_seqs, max_blocks=max_blocks)
+    model.use_recordings(pool, num_seats=spec.max_num_seqs, max_blocks=max_blocks)
+    warm_up(model, pool, spec)
     return engine

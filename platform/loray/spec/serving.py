@@ -55,6 +55,10 @@ class ServeSpec(Frozen):
     itl_slo_ms: float | None = Field(
         default=None, gt=0, description="target between two tokens of a stream; None: 60 on a CPU, 50 on a GPU"
     )
+    graph_record_s: float | None = Field(
+        default=None, ge=0, description="for recording decode steps before the start; None: 60 on a GPU; CPUs have none"
+    )
+    graph_bytes: NumBytes = Field(default=1 << 30, description="of a GPU's memory that recorded steps may take")
     enable_prefix_caching: bool = Field(default=True, description="keep KV blocks of prompts for those that share them")
     max_queued: int = Field(default=512, gt=0, description="other requests that wait; more are refused with 429")
     max_loading: int = Field(
@@ -91,6 +95,12 @@ class ServeSpec(Frozen):
         """Seconds; the device's default if `itl_slo_ms` is not given."""
         default = 60.0 if self.device.startswith("cpu") else 50.0
         return (self.itl_slo_ms or default) / 1000
+
+    @property
+    def graph_seconds(self) -> float:
+        """For recording decode steps; the device's default if `graph_record_s` is not given."""
+        default = 0.0 if self.device.startswith("cpu") else 60.0
+        return default if self.graph_record_s is None else self.graph_record_s
 
     @property
     def min_replicas(self) -> int:

@@ -18,6 +18,7 @@ def test_a_step_is_one_copy_and_one_replay_beside_the_sampler(adapters: int, met
     figures = main([*SMALL, "--adapters", str(adapters), "--method", method, "--json", str(file)])
     assert json.loads(file.read_text())["host_ms"] == figures["host_ms"] > 0
     assert (figures["rows"], figures["adapters"]) == (3, adapters)
+    assert figures["recorded_steps"] == 3 * 6  # sizes up to four rows, kinds; contexts are short
     assert figures["launches"] <= 6
     assert figures["copies"] == 1
     words = 4 * (6 if method == "lora" else 11)  # of a step that is padded to four rows

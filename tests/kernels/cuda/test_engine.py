@@ -18,100 +18,22 @@ from loray.engine import build
 from loray.engine.engine import Engine
 from loray.engine.scheduling.plan import Chunk
 from loray.spec import GenerateRequest, RopeParameters
-from loray_kernels import (
-    AttentionMeta,
-    BackendUnavailable,
-    Decoding,
-    KvLayout,
-    PageWriter,
-    Piece,
-    RecordedDecoding,
-    RecordedStep,
-)
-from loray_kernels.cuda import graphs, tables
-from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.graphs import DecodeGraphs, Recording
-from loray_kernels.cuda.ops import CudaOps
-from loray_kernels.cuda.pages import piece_table
-from loray_kernels.cuda.tables import pack_attention
+from loray_kernels import Parts
+from loray_kernels.cuda import graphs
 from loray_kernels.pages import DirectWriter
 from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, make_engine, request, run, submit
-from tests.kernels.cuda.shim import ShimLauncher
-from tests.kernels.cuda.tape import Tape, TapeLauncher
-
-
-class LateUploader:
-    """PageUploader's table and kernel, launched when they are waited for."""
-
-    def __init__(self, gather: Gather, pool: Tensor) -> None:
-        self._gather, self._pool = gather, pool
-        self._late: list[Callable[[], None]] = []
-        self.num_late = 0
-
-    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
-        table_P3 = piece_table(rows_LE.shape[1], layer_offsets, pieces)
-        if table_P3.shape[0]:
-            self._late.append(lambda: self._gather.place_pages(self._pool, rows_LE, table_P3))
-
-    def wait(self) -> None:
-        self.num_late += len(self._late)
-        while self._late:
-            self._late.pop(0)()
-
-
-class ShimOps(CudaOps):
-    """Gathers in CUDA C++, everything that is Triton's from the reference. `replayed`: sizes of replayed steps."""
-
-    rms_norm, rope, silu_mul = ReferenceOps.rms_norm, ReferenceOps.rope, ReferenceOps.silu_mul
-    vera_shrink, vera_expand = ReferenceOps.vera_shrink, ReferenceOps.vera_expand
-
-    def __init__(self, launcher: TapeLauncher) -> None:
-        super().__init__(Gather(launcher), cast(Any, None))
-        self._launcher = launcher
-        self.uploaders: list[LateUploader] = []
-        self.records_steps = True
-        self.num_recorded = 0
-        self.replayed: list[int] = []
-
-    def page_writer(self, pool: Tensor) -> PageWriter:
-        self.uploaders.append(LateUploader(self._gather, pool))
-        return self.uploaders[-1]
-
-    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
-        return DecodeGraphs(forward, decoding, self._record) if self.records_steps else None
-
-    def _record(self, compute: Callable[[], Tensor]) -> Recording:
-        self.num_recorded += 1
-        compute()  # as GraphRecorder does
-        tape = self._launcher.tape = Tape()
-        out = tape.record(compute)
-        out.fill_(torch.nan)  # recording computes nothing
-
-        def replay() -> None:
-            self.replayed.append(out.shape[0])
-            tape.replay()
-
-        return Recording(replay, out)
-
-    def paged_attention(
-        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
-    ) -> Tensor:
-        prompts = pack_attention(meta, layout).prefilled.num
-        attention = ReferenceOps.paged_attention if prompts else CudaOps.paged_attention
-        return attention(self, q_THd, pool, layout, layer, meta, scale)
+from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
 
 
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
-    try:
-        ops = ShimOps(TapeLauncher(ShimLauncher()))
-    except BackendUnavailable as e:
-        pytest.skip(str(e))
-    monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
-    monkeypatch.setattr(build, "backend", lambda name, device: ops)
-    return ops
+    """Few steps are recorded before the start: each takes a tenth of a second."""
+    monkeypatch.setattr(graphs, "SIZES", (16,))
+    monkeypatch.setattr(graphs, "SPLITS", (4,))
+    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE, Parts.LORA, graphs.KINDS[-1]))
+    return use_shim_ops(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -142,6 +64,7 @@ def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_giv
 ) -> None:
     """Five requests that end one after the other, with contexts on both sides of a block's end."""
     monkeypatch.setattr(graphs, "SIZES", sizes)
+    monkeypatch.setattr(graphs, "KINDS", (Parts.NONE,))
     requests = [request(str(i), range(3, 9 + 7 * i), max_tokens=3 + i) for i in range(5)]
     recorded = make_engine(base)
     ops.records_steps = False
@@ -150,7 +73,6 @@ def test_decode_steps_of_the_base_are_replayed_and_give_what_they_would_have_giv
     for name, want in expected.items():
         torch.testing.assert_close(got[name], want, atol=1e-5, rtol=1e-5)
     assert ops.replayed == replayed
-    assert ops.num_recorded == len(set(replayed))
 
 
 def test_steps_with_a_prompt_are_not(base: BaseModel, adapters: list[TestAdapter], ops: ShimOps) -> None:
@@ -165,10 +87,10 @@ def test_rows_that_the_kernel_scatters_stand_where_copies_would_have_put_them(
     base: BaseModel, adapters: list[TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [request(str(i), range(3, 9), adapter, max_tokens=4) for i, adapter in enumerate(adapters)]
-    scattered = make_engine(base, adapters)
+    scattered = make_engine(base, adapters, graph_record_s=0)
     got = logits_of(scattered, *requests)
     monkeypatch.setattr(ops, "page_writer", DirectWriter)
-    expected = logits_of(make_engine(base, adapters), *requests)
+    expected = logits_of(make_engine(base, adapters, graph_record_s=0), *requests)
     for name, want in expected.items():  # which of them share a step depends on when they have loaded
         torch.testing.assert_close(got[name], want, rtol=1e-5, atol=1e-5)
 
@@ -264,7 +186,7 @@ def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
 
 
 def test_records_follow_rows_that_are_moved(base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps) -> None:
-    engine = make_engine(base, list(mixed.values()))
+    engine = make_engine(base, list(mixed.values()), graph_record_s=0)
     names = ["r70", "r7", "r2", "pattern", "one layer", "longlora", "dora"]
     for name in names:
         run(engine, [request(name, range(3, 9), mixed[name], max_tokens=1)])

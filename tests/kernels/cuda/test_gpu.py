@@ -25,6 +25,7 @@ from loray_kernels import (
     Parts,
     Piece,
     RecordedStep,
+    RecordLimits,
     RowTables,
     Segments,
     TokenRows,
@@ -133,6 +134,8 @@ def test_a_recorded_step_gives_what_the_step_gives() -> None:
 
     graphs = ops.recorded(forward, Decoding(layout, 3, 32, (), device))
     assert isinstance(graphs, DecodeGraphs)
+    done = graphs.record(RecordLimits(600.0, 1 << 30), lambda progress: None)
+    assert done.num_recorded == done.num_wanted == 3 * 6 * 2  # sizes, kinds, contexts of up to 512
     for contexts in ([40, 300, 7], [500], [3, 17, 90]):
         num, blocks = len(contexts), torch.randperm(64)[: 21 * len(contexts)].view(len(contexts), -1)
         blocks = blocks if num > 1 else torch.randperm(64)[None, :32]
@@ -164,10 +167,13 @@ def test_the_engine_replays_decode_steps(
     requests = [request(str(i), range(3, 9 + 7 * i), own[i % len(own)], max_tokens=3 + i) for i in range(5)]
     recorded, eager = (make_engine(base, list(adapters.values()), device="cuda", dtype=dtype) for _ in range(2))
     eager._model._steps = None
-    expected, got = logits_of(eager, requests), logits_of(recorded, requests)
     graphs = recorded._model._recorded
     assert isinstance(graphs, DecodeGraphs)
-    assert {parts for _, _, parts in graphs._recorded} >= {Parts.NONE if names == (None,) else Parts.LORA}
+    known = len(graphs._recorded)
+    assert known > 0
+    expected, got = logits_of(eager, requests), logits_of(recorded, requests)
+    assert {form.kind for form in graphs._serving} >= {Parts.NONE if names == (None,) else Parts.LORA}
+    assert len(graphs._recorded) == known  # requests record nothing
     for name, want in expected.items():
         near(got[name], want, getattr(torch, dtype))
 

@@ -29,9 +29,9 @@ from loray_kernels import (
 )
 from loray_kernels.cuda import gather, nvrtc, tables
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.cuda.graphs import PaddedStep
 from loray_kernels.cuda.nvrtc import FILES, SOURCES, Compiled, compile_source
 from loray_kernels.cuda.ops import CudaOps
+from loray_kernels.cuda.padded import PaddedStep
 from loray_kernels.cuda.pages import piece_table
 from loray_kernels.pages import DirectWriter
 from tests.kernels.cuda.cases import (  # noqa: F401

@@ -16,7 +16,7 @@ from loray.engine.pool.pool import Pool
 from loray.engine.pool.records import AdapterRecords, input_shapes
 from loray.engine.scheduling.plan import Chunk
 from loray.errors import IntegrityError
-from loray_kernels import Decoding, Ops, RecordedDecoding, RecordedStep
+from loray_kernels import Decoding, Ops, Recorded, RecordedDecoding, RecordedStep, RecordLimits
 
 _EMBEDDING = "model.embed_tokens.weight"
 _SCORED_BYTES = 16 << 20  # of logits at a time
@@ -50,8 +50,14 @@ class Decoder:
         except KeyError as e:
             raise IntegrityError(f"the checkpoint lacks the tensor {e.args[0]!r}; add the base again") from e
 
-    def record(self, pool: Pool, *, num_seats: int, max_blocks: int) -> None:
-        """From now on record decode steps over `pool`, if the backend supports it. Before adapters are placed.
+    @property
+    def records(self) -> bool:
+        """Decode steps can be recorded."""
+        return self._recorded is not None
+
+    def use_recordings(self, pool: Pool, *, num_seats: int, max_blocks: int) -> None:
+        """From now on decode steps over `pool` are those that can be recorded, if the backend supports it. Before
+        adapters are placed.
 
         num_seats   requests that run at once
         max_blocks  the most that a request for the base may have
@@ -72,6 +78,11 @@ class Decoder:
                 rope=self._rope.numbers,
             )
             self._steps = DecodeSteps(num_seats=num_seats, max_blocks=max_blocks, max_rows=self._recorded.max_rows)
+
+    @torch.inference_mode()
+    def record(self, limits: RecordLimits, on_progress: Callable[[Recorded], None]) -> Recorded | None:
+        """Record decode steps; None if there is nothing to record. Before the first step."""
+        return None if self._recorded is None else self._recorded.record(limits, on_progress)
 
     def batch(self, chunks: Sequence[Chunk], resident: Resident, pool: Pool) -> Batch | DecodeBatch:
         """The batch of `chunks` for one pass. `resident` gives the adapter of a chunk's request, which is pinned."""

@@ -22,6 +22,7 @@ _MEMORY_STEPS = 128  # after that many further steps of its kind, a step's weigh
 _SWEEPS = 4  # for each measured step
 _KEEP = 1 - 1 / _MEMORY_STEPS
 _OUTLIER = 4.0
+_CHANGED = 3  # so many exceptions of a kind, without another step of it between them, are what steps take now
 _SURE = 16  # measured steps of a kind, after which the fit is believed
 _RISE = 1 + 1 / 2048  # of the shortest time, with each step that does not confirm it
 _SIZE = len(Work._fields)
@@ -41,6 +42,7 @@ class StepTime:
         # Of steps without and with prompts: Σ w · x xᵀ and, as its last row, Σ w · x · seconds.
         self._sums = [[[0.0] * _SIZE for _ in range(_SIZE + 1)] for _ in range(2)]
         self._num_steps = [0, 0]
+        self._exceptions = [0, 0]  # of each kind, since its last other step
 
     @property
     def is_known(self) -> bool:
@@ -59,14 +61,21 @@ class StepTime:
         """A step with that work took that long.
 
         A step may be slow for reasons of its own (a kernel is compiled, another process takes the cores), never fast.
-        So a step of a known size that took more than 4 times as long as predicted counts as 4 times; one that took less
-        than a quarter shows that the past was the exception, and the past's weight is halved.
+        So a step of a known size that took more than 4 times as long as predicted does not count; from the third in a
+        row on it counts as 4 times. One that took less than a quarter shows that the past was the exception, and the
+        past's weight is halved.
         """
         kind = int(work.num_prompt > 0)
         predicted = self.predict(work)
+        is_known = self._num_steps[kind] >= _SURE and all(map(le, work, self.largest))
+        if is_known and seconds > _OUTLIER * predicted:
+            self._exceptions[kind] += 1
+            if self._exceptions[kind] < _CHANGED:
+                return
+            self._shortest = seconds = _OUTLIER * predicted
+        else:
+            self._exceptions[kind] = 0
         self._shortest = min(seconds, _RISE * self._shortest)
-        if self._num_steps[kind] >= _SURE and all(map(le, work, self.largest)):
-            seconds = min(seconds, _OUTLIER * predicted)
         if seconds * _OUTLIER < predicted:
             self._sums = [[[0.5 * s for s in row] for row in sums] for sums in self._sums]
         self._num_steps[kind] += 1

@@ -1,0 +1,121 @@
+"""A decode step of a padded size: what goes up for it in one copy, and the step that the device makes of that.
+
+Whatever changes from step to step stands in tensors that stay in place, since a recorded step contains their addresses.
+Padding has no context, and its keys and values are not written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loray_kernels.cuda.tables import Attention, Items, upload
+from loray_kernels.cuda.vectors import RecordedVectors
+from loray_kernels.decoding import DecodeStep, Decoding, Parts, RecordedStep, StepRecords
+from loray_kernels.kv import AttentionMeta
+from loray_kernels.records import Records
+from loray_kernels.vectors import VectorShape
+
+_NEW_BLOCKS = 1024  # that go up with a step; more are a copy of their own
+
+
+class StepWords:
+    """The numbers of a step on the device: token ids, positions, seats, items of adapters; with `vectors` their starts,
+    pairs and own embedding rows; then new blocks, places first.
+
+    They go up from two pinned copies by turns: what was computed from one has been read before it is written again.
+    """
+
+    def __init__(self, size: int, device: torch.device, *, vectors: bool = False) -> None:
+        self._size, self._vectors, self._num = size, vectors, (11 if vectors else 6) * size
+        words = self._num + 2 * _NEW_BLOCKS
+        self.words = torch.zeros(words, dtype=torch.int64, device=device)
+        self.words[size : 2 * size] = -1  # the run before a recording writes no keys
+        pinned = device.type == "cuda"
+        self._staged = [torch.zeros(words, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._views = [staged.numpy() for staged in self._staged]
+        self._turn = 0
+
+    def fill(self, step: DecodeStep, blocks: Tensor) -> None:
+        """At most `size` sequences; the rest is padding. Writes `blocks`, the tables of all seats."""
+        size, num, new = self._size, len(step.token_ids), len(step.places)
+        self._turn ^= 1
+        view = self._views[self._turn]
+        view[:num] = step.token_ids
+        view[size : size + num] = step.positions
+        view[size + num : 2 * size] = -1
+        view[2 * size : 2 * size + num] = step.seats
+        view[3 * size : 3 * size + len(step.items)] = step.items
+        view[3 * size + len(step.items) : self._num] = 0
+        if self._vectors:
+            view[6 * size : 10 * size] = 0
+            view[6 * size : 6 * size + len(step.vectors)] = step.vectors
+            view[7 * size : 7 * size + len(step.pairs)] = step.pairs
+            view[10 * size : 10 * size + len(step.own_rows)] = step.own_rows
+            view[10 * size + len(step.own_rows) : self._num] = -1
+        if new > _NEW_BLOCKS:
+            blocks.index_copy_(0, *upload(blocks.device, step.places, step.blocks))
+            new = 0
+        elif new:
+            view[self._num : self._num + new] = step.places
+            view[self._num + new : self._num + 2 * new] = step.blocks
+        used = self._num + 2 * new
+        self.send(self._staged[self._turn][:used])
+        if new:
+            blocks.index_copy_(0, self.words[self._num : self._num + new], self.words[self._num + new : used])
+
+    def send(self, staged: Tensor) -> None:
+        """The one copy to the device of a step. It waits for nothing."""
+        self.words[: staged.shape[0]].copy_(staged, non_blocking=True)
+
+
+class PaddedStep:
+    """A step of `size` sequences, computed on the device from its words and the seats' block tables."""
+
+    def __init__(
+        self,
+        size: int,
+        splits: int,
+        blocks: Tensor,
+        decoding: Decoding,
+        parts: Parts = Parts.NONE,
+        records: Records | None = None,
+        shape: VectorShape | None = None,
+    ) -> None:
+        device = blocks.device
+        self._parts, self._shape = parts, shape
+        self._has_vectors = bool(parts & ~Parts.LORA)
+        self.words = StepWords(size, device, vectors=self._has_vectors)
+        self._size, self._splits, self._blocks, self._records, self._decoding = size, splits, blocks, records, decoding
+        self._numbers = torch.arange(size + 1, device=device)
+        self._decoded = Items(self._numbers[:size].repeat_interleave(2).contiguous(), size)
+        self._prefilled = Items(torch.zeros(0, dtype=torch.int64, device=device), 0)
+
+    def step(self) -> RecordedStep:
+        size, block_tokens = self._size, self._decoding.layout.block_tokens
+        words = self.words.words
+        token_ids_S, positions_S, seats_S = words[: 3 * size].view(3, size)
+        at_S, start_S = positions_S.clamp(min=0), seats_S * self._decoding.max_blocks
+        block_S = self._blocks[start_S + at_S // block_tokens]
+        slots_S = torch.where(positions_S < 0, -1, block_S * block_tokens + at_S % block_tokens)
+        meta = AttentionMeta(tuple(range(size + 1)), (0,) * size, (), slots_S)
+        meta.memo["cuda"] = Attention(
+            query_start=self._numbers,
+            context_len=positions_S + 1,
+            table_start=start_S,
+            blocks=self._blocks,
+            decoded=self._decoded,
+            prefilled=self._prefilled,
+            max_splits=self._splits,
+        )
+        if not self._parts or self._records is None:
+            return RecordedStep(token_ids_S, at_S, meta, None)
+        items_S3, vectors = words[3 * size : 6 * size].view(size, 3), None
+        if self._has_vectors and self._shape is not None:
+            pairs_S3 = words[7 * size : 10 * size].view(size, 3)
+            vectors = RecordedVectors(self._records, self._shape, words[6 * size : 7 * size], pairs_S3)
+        records = StepRecords(self._records, items_S3, self._parts, vectors)
+        own_rows = None
+        if vectors is not None and Parts.OWN in self._parts:
+            own_rows = vectors.embedding_rows(words[10 * size : 11 * size])
+        return RecordedStep(token_ids_S, at_S, meta, records, own_rows)

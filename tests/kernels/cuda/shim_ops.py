@@ -1,0 +1,113 @@
+"""CudaOps on a CPU: the CUDA C++ kernels compiled for it, recorded steps on tapes, copies that are late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from loray.engine import build
+from loray_kernels import (
+    AttentionMeta,
+    BackendUnavailable,
+    Decoding,
+    KvLayout,
+    PageWriter,
+    Piece,
+    RecordedDecoding,
+    RecordedStep,
+)
+from loray_kernels.cuda import tables
+from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.graphs import DecodeGraphs, Recording
+from loray_kernels.cuda.ops import CudaOps
+from loray_kernels.cuda.pages import piece_table
+from loray_kernels.cuda.tables import pack_attention
+from loray_kernels.reference import ReferenceOps
+from tests.kernels.cuda.shim import ShimLauncher
+from tests.kernels.cuda.tape import Tape, TapeLauncher
+
+
+class LateUploader:
+    """PageUploader's table and kernel, launched when they are waited for."""
+
+    def __init__(self, gather: Gather, pool: Tensor) -> None:
+        self._gather, self._pool = gather, pool
+        self._late: list[Callable[[], None]] = []
+        self.num_late = 0
+
+    def write(self, rows_LE: Tensor, layer_offsets: Sequence[int], pieces: Sequence[Piece]) -> None:
+        table_P3 = piece_table(rows_LE.shape[1], layer_offsets, pieces)
+        if table_P3.shape[0]:
+            self._late.append(lambda: self._gather.place_pages(self._pool, rows_LE, table_P3))
+
+    def wait(self) -> None:
+        self.num_late += len(self._late)
+        while self._late:
+            self._late.pop(0)()
+
+
+class Tapes:
+    """A Recorder. Every recording takes one byte."""
+
+    def __init__(self, ops: ShimOps) -> None:
+        self._ops, self._num_bytes = ops, 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> Recording:
+        assert self._ops.may_record
+        self._num_bytes += 1
+        run()  # as GraphRecorder does
+        tape = self._ops.launcher.tape = Tape()
+        out = tape.record(run)
+        out.fill_(torch.nan)  # recording computes nothing
+
+        def replay() -> None:
+            self._ops.replayed.append(out.shape[0])
+            tape.replay()
+
+        return Recording(replay, out)
+
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+
+class ShimOps(CudaOps):
+    """Gathers in CUDA C++, everything that is Triton's from the reference. `replayed`: sizes of replayed steps."""
+
+    rms_norm, rope, silu_mul = ReferenceOps.rms_norm, ReferenceOps.rope, ReferenceOps.silu_mul
+    vera_shrink, vera_expand = ReferenceOps.vera_shrink, ReferenceOps.vera_expand
+
+    def __init__(self, launcher: TapeLauncher) -> None:
+        super().__init__(Gather(launcher), cast(Any, None))
+        self.launcher = launcher
+        self.uploaders: list[LateUploader] = []
+        self.records_steps = self.may_record = True
+        self.replayed: list[int] = []
+
+    def page_writer(self, pool: Tensor) -> PageWriter:
+        self.uploaders.append(LateUploader(self._gather, pool))
+        return self.uploaders[-1]
+
+    def recorded(self, forward: Callable[[RecordedStep], Tensor], decoding: Decoding) -> RecordedDecoding | None:
+        return DecodeGraphs(forward, decoding, Tapes(self)) if self.records_steps else None
+
+    def paged_attention(
+        self, q_THd: Tensor, pool: Tensor, layout: KvLayout, layer: int, meta: AttentionMeta, scale: float
+    ) -> Tensor:
+        prompts = pack_attention(meta, layout).prefilled.num
+        attention = ReferenceOps.paged_attention if prompts else CudaOps.paged_attention
+        return attention(self, q_THd, pool, layout, layer, meta, scale)
+
+
+def use_shim_ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
+    """Engines that are built from now on use the result. Skips the test without a compiler."""
+    try:
+        ops = ShimOps(TapeLauncher(ShimLauncher()))
+    except BackendUnavailable as e:
+        pytest.skip(str(e))
+    monkeypatch.setattr(tables, "GATHER_BELOW", 1 << 30)
+    monkeypatch.setattr(build, "backend", lambda name, device: ops)
+    return ops
