@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-catalog bench-train bench-quality clean
+.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-catalog bench-train bench-quality gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -74,6 +74,10 @@ bench-train: .venv/.ready
 bench-quality: .venv/.ready
 	@test -n "$(DATA)" || { echo "name the folder of the tasks' files: make bench-quality DATA=folder"; exit 1; }
 	$(BIN)/python -m benchmarks.quality $(DATA) $(ARGS)
+
+# With the Python that has torch, Triton and CuPy; nothing is installed. Without a card it lists what it would run.
+gpu:
+	PYTHONPATH=platform:kernels:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf .venv .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

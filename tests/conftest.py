@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -17,7 +17,14 @@ from loray.bases.registry import BaseModel, add_base
 if TYPE_CHECKING:
     from tests.train.sequence.ranks import Ranks
 
-pytest_plugins = ["tests.catalogs", "tests.cluster", "tests.postgres", "tests.s3", "tests.standalone"]
+pytest_plugins = [
+    "tests.tiny_bases",
+    "tests.catalogs",
+    "tests.cluster",
+    "tests.postgres",
+    "tests.s3",
+    "tests.standalone",
+]
 
 # An example may take as long as a busy machine makes it: no test is about time.
 settings.register_profile("loray", deadline=None)
@@ -46,24 +53,6 @@ def smollm2_home() -> Path:
 def smollm2(smollm2_home: Path) -> BaseModel:
     """SmolLM2-135M-Instruct, made at the first run and verified at later ones."""
     return add_base("smollm2", home=smollm2_home)
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseModel]:
-    """`tiny_base("Qwen3ForCausalLM", num_hidden_layers=3)`: a random base, made once per set of arguments."""
-    pytest.importorskip("torch", reason="weights are torch's", exc_type=ImportError)
-    from tests.tiny import write_checkpoint
-
-    made: dict[str, BaseModel] = {}
-
-    def make(architecture: str = "LlamaForCausalLM", **config: Any) -> BaseModel:
-        key = repr((architecture, sorted(config.items())))
-        if key not in made:
-            folder = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **config)
-            made[key] = add_base(str(folder), home=tmp_path_factory.mktemp("home"), name=f"tiny-{len(made)}")
-        return made[key]
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""The cuda backend on a GPU: the tests of every backend, those of cuda, adapters placed while steps run, recorded
-steps.
+"""The cuda backend on a GPU: the tests of every backend, those of cuda, adapters placed while steps run, a recorded
+step. Needs nothing but torch, Triton, CuPy and pytest.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from loray.bases.registry import BaseModel
-from loray.engine.engine import Engine
-from loray.spec import GenerateRequest
 from loray_kernels import (
     AttentionMeta,
     DecodeStep,
@@ -22,7 +19,6 @@ from loray_kernels import (
     LoraTable,
     Ops,
     PairMatrix,
-    Parts,
     Piece,
     RecordedStep,
     RecordLimits,
@@ -34,9 +30,6 @@ from loray_kernels import (
     use_device,
 )
 from loray_kernels.cuda.graphs import DecodeGraphs
-from tests.engine.adapters import TestAdapter
-from tests.engine.conftest import adapters, base  # noqa: F401
-from tests.engine.harness import Spy, make_engine, request, run
 from tests.kernels.cuda.cases import *  # noqa: F403
 from tests.kernels.cuda.cases import near, randn
 from tests.kernels.test_ops import *  # noqa: F403
@@ -147,53 +140,3 @@ def test_a_recorded_step_gives_what_the_step_gives() -> None:
         step = DecodeStep(token_ids_S, positions_S, np.arange(num), none, places, blocks.flatten().tolist())
         tensors = (torch.from_numpy(a).cuda() for a in (token_ids_S, positions_S))
         near(graphs(step).cpu(), forward(RecordedStep(*tensors, meta, None)).cpu(), torch.bfloat16)
-
-
-def logits_of(engine: Engine, requests: list[GenerateRequest]) -> dict[str, Tensor]:
-    spy = Spy(engine)
-    run(engine, requests, together=True)
-    return {name: torch.stack(rows).cpu() for name, rows in spy.logits.items()}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("names", [(None,), ("r2", "r5", None, "r8", "r2")])
-def test_the_engine_replays_decode_steps(
-    base: BaseModel,  # noqa: F811
-    adapters: dict[str, TestAdapter],  # noqa: F811
-    dtype: str,
-    names: tuple[str | None, ...],
-) -> None:
-    own = [None if name is None else adapters[name] for name in names]
-    requests = [request(str(i), range(3, 9 + 7 * i), own[i % len(own)], max_tokens=3 + i) for i in range(5)]
-    recorded, eager = (make_engine(base, list(adapters.values()), device="cuda", dtype=dtype) for _ in range(2))
-    eager._model._steps = None
-    graphs = recorded._model._recorded
-    assert isinstance(graphs, DecodeGraphs)
-    known = len(graphs._recorded)
-    assert known > 0
-    expected, got = logits_of(eager, requests), logits_of(recorded, requests)
-    assert {form.kind for form in graphs._serving} >= {Parts.NONE if names == (None,) else Parts.LORA}
-    assert len(graphs._recorded) == known  # requests record nothing
-    for name, want in expected.items():
-        near(got[name], want, getattr(torch, dtype))
-
-
-def test_the_engine_places_the_rows_that_the_cpu_places(
-    base: BaseModel,  # noqa: F811
-    adapters: dict[str, TestAdapter],  # noqa: F811
-) -> None:
-    """The same allocator gives the same places, so what adapters have in both pools is the same."""
-    requests = [request(name, range(3, 20), adapter, max_tokens=3) for name, adapter in adapters.items()]
-    engines = [make_engine(base, list(adapters.values()), device=device) for device in ("cuda", "cpu")]
-    logits = []
-    for engine in engines:
-        logits.append({})
-        for r in requests:  # one after the other, in an order that is always the same
-            logits[-1] |= logits_of(engine, [r])
-    for name, want in logits[1].items():
-        near(logits[0][name], want, torch.float32)
-    pools = [engine.pool for engine in engines]
-    for there, here in zip(*(pool._residents for pool in pools), strict=True):
-        assert there.extents == here.extents
-        for extent in here.extents:
-            assert torch.equal(pools[0]._rows_of(extent).cpu(), pools[1]._rows_of(extent))
