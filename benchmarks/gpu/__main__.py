@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,8 @@ def card_name() -> str | None:
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return "?"
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True)
     return found.stdout.strip() or "?"
 

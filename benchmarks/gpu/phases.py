@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 LIMIT_S = 480.0
 _KERNELS = ("torch", "triton", "cupy", "numpy")
-_ENGINE = (*_KERNELS, "pydantic", "safetensors", "transformers")
+_ENGINE = (*_KERNELS, "pydantic", "yaml", "safetensors", "transformers")
 _TESTS = ("pytest", "pytest_timeout")
 
 
@@ -60,7 +60,7 @@ PHASES = (
         "training",
         "training's tests for a GPU",
         "tests/train/sequence/test_dense.py",
-        ("torch", "numpy", "pydantic", "transformers", "peft"),
+        ("torch", "numpy", "pydantic", "yaml", "transformers", "peft"),
     ),
     Phase(
         "kernels",

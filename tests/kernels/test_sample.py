@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from loray_kernels import Draws
-from tests.kernels.backends import BACKENDS, make_ops
+from loray_kernels import BackendUnavailable, Draws, Ops
+from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.ops import CudaOps
+from tests.kernels.backends import BACKENDS as NATIVE
+from tests.kernels.backends import make_ops as make_native
+from tests.kernels.cuda.shim import ShimLauncher
 
 VOCABS = [7, 512, 1000, 49152]
+BACKENDS = [*NATIVE, "cuda shim"]
+
+
+def make_ops(name: str) -> Ops:
+    if name != "cuda shim":
+        return make_native(name)
+    try:
+        return CudaOps(Gather(ShimLauncher()), cast(Any, None))
+    except BackendUnavailable as e:
+        pytest.skip(str(e))
 
 
 def words_of(allowed_MV: Tensor) -> Tensor:
@@ -96,3 +111,16 @@ def test_a_row_without_a_finite_maximum_is_told(name: str, temperature: float) -
     draws = Draws(range(5), [temperature] * 5, [0.0] * 5, [0.5] * 5, [-1, -1, -1, -1, 0], words_of(nothing))
     _, best = ops.sample(logits_SV, draws)
     assert [math.isfinite(b) for b in best] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_tokens_are_those_of_the_reference(name: str) -> None:
+    """But where a uniform number falls on the edge of a token, to rounding."""
+    generator, num, vocab = torch.Generator().manual_seed(3), 64, 3000
+    logits_SV = 3 * torch.randn(num, vocab, generator=generator)
+    uniform = torch.rand(num, generator=generator, dtype=torch.float64).tolist()
+    draws = Draws(range(num), [(0.0, 0.7, 1.3)[i % 3] for i in range(num)], [0.01] * num, uniform, [-1] * num)
+    got, best = make_ops(name).sample(logits_SV, draws)
+    want, largest = make_ops("reference").sample(logits_SV, draws)
+    assert best == largest
+    assert sum(a != b for a, b in zip(got, want, strict=True)) <= 1

@@ -13,7 +13,7 @@ from loray_kernels.decoding import StepRecords
 from loray_kernels.kv import KvLayout
 from loray_kernels.vectors import StepVectors
 
-_SHRINK_WARPS, _EXPAND_THREADS, _THREADS = 4, 64, 128  # as in cuda/csrc
+_SHRINK_WARPS, _EXPAND_THREADS, _THREADS, _SAMPLING = 4, 64, 128, 512  # as in cuda/csrc
 _GROUP = 8
 _ROW_TURNS = 12  # blocks of warps for a recorded item: 48 rows at once, such as rank 16 of q, k and v
 _PAIR_TURNS = 32  # the same for a pair: 128 rows at once
@@ -280,3 +280,8 @@ class Gather:
             _THREADS,
             (pool.data_ptr(), pages.data_ptr(), pieces_P3.data_ptr()),
         )
+
+    def sample(self, logits_SV: Tensor, choices: tuple[Tensor, ...], words_MW: Tensor | None, out_R2: Tensor) -> None:
+        words, stride = (0, 0) if words_MW is None else (words_MW.data_ptr(), words_MW.stride(0))
+        there = (logits_SV.data_ptr(), logits_SV.stride(0), logits_SV.shape[1], *(t.data_ptr() for t in choices))
+        self._launch("sample_fp32", (out_R2.shape[0], 1, 1), _SAMPLING, (*there, words, stride, out_R2.data_ptr()))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from loray_kernels.compiled import BackendUnavailable, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
-FILES = ("attention.cu", "lora.cu", "rows.cu", "vera.cu")
+FILES = ("attention.cu", "lora.cu", "rows.cu", "sample.cu", "vera.cu")
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v", f"--include-path={SOURCES}")
 
 

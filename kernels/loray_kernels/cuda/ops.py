@@ -22,6 +22,7 @@ from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather
 from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
 from loray_kernels.cuda.launch import SUFFIX
 from loray_kernels.cuda.pages import PageUploader
+from loray_kernels.cuda.sampling import MAX_VOCAB, Sampling
 from loray_kernels.cuda.tables import (
     MAX_MODULES,
     pack_attention,
@@ -45,6 +46,7 @@ from loray_kernels.ops import (
 from loray_kernels.pages import PageWriter
 from loray_kernels.records import INPUTS, MAX_ROWS
 from loray_kernels.reference import ReferenceOps
+from loray_kernels.sampling import Draws
 from loray_kernels.vectors import MAX_PAIR_RANK, TokenRows
 
 if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
@@ -56,6 +58,7 @@ class CudaOps(ReferenceOps):
 
     def __init__(self, gather: Gather, tiles: Tiles) -> None:
         self._gather, self._tiles = gather, tiles
+        self._sampling: Sampling | None = None
 
     def page_writer(self, pool: Tensor) -> PageWriter:
         return PageUploader(self._gather, pool) if pool.is_cuda else super().page_writer(pool)
@@ -65,6 +68,13 @@ class CudaOps(ReferenceOps):
         if decoding.device.type != "cuda" or not _attends(decoding.layout.head_dim):
             return None
         return DecodeGraphs(forward, decoding, GraphRecorder(decoding.device))
+
+    def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
+        if logits_SV.dtype != torch.float32 or logits_SV.stride(1) != 1 or logits_SV.shape[1] > MAX_VOCAB:
+            return super().sample(logits_SV, draws)
+        if self._sampling is None:
+            self._sampling = Sampling(self._gather, logits_SV.device)
+        return self._sampling(logits_SV, draws)
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:

@@ -27,7 +27,8 @@ from loray_kernels import (
     backend,
     use_device,
 )
-from loray_kernels.cuda import gather, nvrtc, tables
+from loray_kernels import sampling as reference_sampling
+from loray_kernels.cuda import gather, nvrtc, sampling, tables
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.nvrtc import FILES, SOURCES, Compiled, compile_source
 from loray_kernels.cuda.ops import CudaOps
@@ -157,6 +158,9 @@ def test_launches_and_kernels_agree() -> None:
     assert constant("attention.cu", "SPLIT") == tables.SPLIT
     assert constant("attention.cu", "GROUP") == gather._GROUP
     assert constant("attention.cu", "HEAD") == gather.MAX_HEAD_DIM
+    assert constant("sample.cu", "THREADS") == constant("sample.cu", "BLOCK") == gather._SAMPLING
+    assert constant("sample.cu", "BLOCK") == reference_sampling._BLOCK
+    assert constant("sample.cu", "BLOCK") * constant("sample.cu", "MAX_BLOCKS") == sampling.MAX_VOCAB
     assert {constant(f, "THREADS") for f in ("attention.cu", "rows.cu", "vera.cu")} == {gather._THREADS}
 
 
@@ -170,7 +174,7 @@ def test_nvrtc_compiles_every_kernel(arch: str) -> None:
             pytest.skip(str(e))
         raise
     spills = re.findall(r"(\d+) bytes spill stores", "".join(logs))
-    assert len(spills) == 3 * 12  # kernels in three dtypes
+    assert len(spills) == 3 * 12 + 1  # kernels in three dtypes, and sampling
     assert max(map(int, spills)) <= 16
 
 

@@ -1,0 +1,71 @@
+"""A token for each row of logits in one launch and one read; see sample.cu and `sampling.sample`.
+
+Shapes: S rows of logits, R of them sampled, M masks, V vocabulary, W words of 32 bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loray_kernels.cuda.gather import Gather
+from loray_kernels.sampling import Draws, log_share
+
+MAX_VOCAB = 1024 * 512  # of sample.cu
+
+
+class Choices(NamedTuple):
+    """On the device. rows_R, masks_R: int64; numbers: fp64, temperatures, then logs of min-p, then uniform numbers."""
+
+    rows_R: Tensor
+    masks_R: Tensor
+    numbers: Tensor
+
+
+class Sampling:
+    """Owns what comes back, and what greedy rows need, for as many rows as a step has had. For one thread."""
+
+    def __init__(self, gather: Gather, device: torch.device) -> None:
+        self._gather, self._device = gather, device
+        self._grow(1)
+
+    def __call__(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
+        num, words_MW = len(draws.rows), draws.words_MW
+        assert max(draws.rows) < len(logits_SV)
+        assert max(draws.masks) < (0 if words_MW is None else len(words_MW))
+        if num > self._out.shape[0]:
+            self._grow(max(num, 2 * self._out.shape[0]))
+        words = None
+        if words_MW is not None and max(draws.masks) >= 0:
+            assert 32 * words_MW.shape[1] >= logits_SV.shape[1]
+            words = self._up(words_MW.contiguous())
+        is_greedy = words is None and not any(draws.temperature) and list(draws.rows) == list(range(num))
+        out_R2 = self._out[:num]
+        self._gather.sample(logits_SV, self._greedy if is_greedy else self._choices(draws), words, out_R2)
+        found = out_R2.tolist()
+        bits = np.array([b for _, b in found], dtype=np.uint32)
+        return [token for token, _ in found], bits.view(np.float32).tolist()
+
+    def _choices(self, draws: Draws) -> Choices:
+        """One copy for all."""
+        num = len(draws.rows)
+        packed = np.empty(5 * num, dtype=np.int64)
+        packed[:num], packed[num : 2 * num] = draws.rows, draws.masks
+        shares = [log_share(p) for p in draws.min_p]
+        packed[2 * num :].view(np.float64)[:] = [*draws.temperature, *shares, *draws.uniform]
+        there = self._up(torch.from_numpy(packed))
+        return Choices(there[:num], there[num : 2 * num], there[2 * num :].view(torch.float64))
+
+    def _up(self, tensor: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _grow(self, num: int) -> None:
+        self._out = torch.zeros(num, 2, dtype=torch.int64, device=self._device)
+        rows_R = torch.arange(num, device=self._device)
+        numbers = torch.zeros(3 * num, dtype=torch.float64, device=self._device)
+        self._greedy = Choices(rows_R, torch.full_like(rows_R, -1), numbers)
