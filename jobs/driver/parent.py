@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from jobs.workers.initial import InitialFiles
 from loray.adapters.manifest import read_manifest, with_manifest
@@ -15,10 +16,16 @@ from loray.spec import TrainSpec
 from loray.store import AdapterStore, open_store
 
 
-def fetch_parent(
-    spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: Settings
-) -> tuple[TrainSpec, InitialFiles]:
-    """The recipe with what it takes over from its `init_adapter`, and that adapter's files.
+class Parent(NamedTuple):
+    """`spec` is the recipe with what it takes over; `context` is what the adapter was trained for, in tokens."""
+
+    spec: TrainSpec
+    files: InitialFiles
+    context: int
+
+
+def fetch_parent(spec: TrainSpec, base: BaseModel, catalog: Catalog, settings: Settings) -> Parent:
+    """The adapter that `spec` goes on from, its `init_adapter`.
 
     Raises NotFoundError, BaseMismatch for an adapter of another base, and SpecError where the recipe trains another
     adapter.
@@ -37,4 +44,4 @@ def fetch_parent(
         weights = with_manifest(read_adapter(folder, base.config), manifest, ref.label)
         check_initial(spec.adapter, weights, base.config, ref.label)
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return spec, InitialFiles(ref.digest, files)
+    return Parent(spec, InitialFiles(ref.digest, files), manifest.context_length)

@@ -53,9 +53,10 @@ def prepare(
         raise SpecError(f"name {spec.name!r} is a base model's; adapters and bases share their names: choose another")
     check_installed(spec.tracking)
     base = ensure_base(settings.home, spec.base)
-    initial = None
+    parent = None
     if spec.init_adapter is not None:
-        spec, initial = fetch_parent(spec, base, catalog or Catalog(settings.catalog), settings)
+        parent = fetch_parent(spec, base, catalog or Catalog(settings.catalog), settings)
+        spec = parent.spec
         recipe = recipe._replace(spec=spec)
     if spec.quantization is not None:
         quantised.check_installed()  # here rather than on every worker
@@ -71,8 +72,14 @@ def prepare(
     }
     spec = spec.model_copy(update=filled)
     check_token_budget(spec.batch, int(data.lengths.max(initial=0)))
-    check_row_lengths(spec, float(np.median(data.train.lengths)), max_length, are_texts=data.report.format == "text")
-    return Prepared(spec, base, data, initial)
+    check_row_lengths(
+        spec,
+        float(np.median(data.train.lengths)),
+        max_length,
+        are_texts=data.report.format == "text",
+        trained_context=None if parent is None else parent.context,
+    )
+    return Prepared(spec, base, data, None if parent is None else parent.files)
 
 
 def _rows(

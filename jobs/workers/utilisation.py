@@ -36,9 +36,10 @@ class GivenPeak(NamedTuple):
 class MeasuredPeak:
     """The most that was measured so far.
 
-    What else runs on the machine makes a sample too low and never too high, so the peak only rises: to what a step
-    attains, and to further samples. One is due as soon as all of them together take `_SAMPLING_SHARE` of the time, and
-    at once where a step attains more than the peak, which shows that this is too low.
+    What else runs on the machine makes a sample too low and never too high, so the peak only rises, by further samples.
+    One is due as soon as all of them together take `_SAMPLING_SHARE` of the time, and ten times as often while steps
+    attain more than the peak. Such a step is its own peak and no other's: the operations of short rows are
+    overestimated.
     """
 
     source = "measured"
@@ -49,7 +50,7 @@ class MeasuredPeak:
         again: Callable[[], float] | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`first` measures before training and `again` between steps, in FLOP/s. `again` None: steps alone raise it."""
+        """`first` measures before training and `again` between steps, in FLOP/s. `again` None: it stays."""
         self._again, self._clock = again, clock
         self._began = clock()
         self.flops = first()
@@ -57,16 +58,16 @@ class MeasuredPeak:
         self._spent = 0.0
 
     def compare(self, attained: float) -> float:
-        if self._again is not None and (attained > self.flops or self._is_due()):
+        share = _SAMPLING_SHARE * (10 if attained > self.flops else 1)
+        if self._again is not None and self._is_due(share):
             before = self._clock()
             self.flops = max(self.flops, self._again())
             self._cost = self._clock() - before
             self._spent += self._cost
-        self.flops = max(self.flops, attained)
-        return self.flops
+        return max(self.flops, attained)
 
-    def _is_due(self) -> bool:
-        return self._spent + self._cost <= _SAMPLING_SHARE * (self._clock() - self._began)
+    def _is_due(self, share: float) -> bool:
+        return self._spent + self._cost <= share * (self._clock() - self._began)
 
 
 class Utilisation(NamedTuple):

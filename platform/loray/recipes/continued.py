@@ -31,7 +31,7 @@ def continued(spec: TrainSpec, parent: AdapterManifest, label: str, model: Model
     spec = spec.model_copy(update={"init_adapter": label, "rope_scaling": scaling})
     if parent.rope_parameters is None or resolve(spec, model).rope == parent.rope_parameters:
         return spec
-    if not _extends_further(scaling, parent.recipe):
+    if not _extends_further(scaling, parent.recipe, model.max_position_embeddings):
         raise SpecError(
             f"rope_scaling gives another RoPE than init_adapter {label} was trained with: leave it out, or "
             "extend it further (its type and original_context, a larger factor)"
@@ -39,8 +39,9 @@ def continued(spec: TrainSpec, parent: AdapterManifest, label: str, model: Model
     return spec
 
 
-def _extends_further(scaling: RopeScaling | None, parent: TrainSpec | None) -> bool:
+def _extends_further(scaling: RopeScaling | None, parent: TrainSpec | None, window: int) -> bool:
     before = None if parent is None else parent.rope_scaling
     if scaling is None or before is None:
         return False
-    return scaling.factor > before.factor and scaling == before.model_copy(update={"factor": scaling.factor})
+    is_same = scaling.type == before.type and scaling.extended_from(window) == before.extended_from(window)
+    return is_same and scaling.factor > before.factor

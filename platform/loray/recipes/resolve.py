@@ -79,15 +79,18 @@ def check_token_budget(batch: BatchSpec, row_length: int) -> None:
         )
 
 
-def check_row_lengths(spec: TrainSpec, typical: float, row_length: int, *, are_texts: bool) -> None:
+def check_row_lengths(
+    spec: TrainSpec, typical: float, row_length: int, *, are_texts: bool, trained_context: int | None = None
+) -> None:
     """Raise SpecError where the median row of a long context, which has `typical` tokens, has less than half of the
     `row_length` that are planned and paid for: the positions that the run is about would hardly be trained.
 
     Texts that are packed count by their documents, in which positions start anew. Chats and completions may be packed,
-    and tune an adapter whose positions its parent was trained on.
+    and tune an adapter whose positions its parent was trained on: `trained_context` of them.
     """
     order = spec.batch.order
-    if not spec.is_long_context or (not are_texts and (order == "packed" or spec.init_adapter is not None)):
+    is_trained = trained_context is not None and trained_context >= row_length
+    if not spec.is_long_context or (not are_texts and (order == "packed" or is_trained)):
         return
     if 2 * typical >= row_length:
         return

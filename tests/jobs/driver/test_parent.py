@@ -137,3 +137,12 @@ def test_a_context_is_extended_in_two_steps(settings: Settings, tmp_path: Path) 
     parent = Catalog(settings.catalog).version("extended", 1)
     assert (manifest.parent, manifest.context_length) == (parent.digest, 256)
     assert manifest.rope_parameters != parent.manifest.rope_parameters
+
+
+def test_answers_do_not_train_the_positions_of_a_larger_factor(settings: Settings, tmp_path: Path) -> None:
+    """Chats and completions may be short where the parent was trained on the whole context, and only there."""
+    scaling = {"rope_scaling": {"factor": 4, "original_context": 64}, "data": TUNE["data"] | {"max_length": 256}}
+    with pytest.raises(
+        SpecError, match="half of the rows have .* of 256 .* are hardly trained; set batch.order: packed"
+    ):
+        prepare(recipe(tmp_path, TUNE | scaling), settings)

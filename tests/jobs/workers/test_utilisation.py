@@ -34,6 +34,8 @@ def test_a_peak_that_was_measured_on_a_busy_machine_is_measured_again() -> None:
     machine = Machine([30.0, 100.0])
     use = Utilisation(flops_per_token=2.0, peak=machine.peak())
     assert use.mfu(tokens_per_s=20.0, num_workers=2) == pytest.approx(20 / 30)
+    assert use.mfu(tokens_per_s=60.0, num_workers=2) == 1.0  # too soon after the first sample
+    machine.now += 20
     assert use.mfu(tokens_per_s=60.0, num_workers=2) == pytest.approx(0.6)  # 60 is more than 30
     assert use.mfu(tokens_per_s=50.0, num_workers=2) == pytest.approx(0.5)
     assert machine.taken == 2

@@ -1,4 +1,4 @@
-// Divides a loop among threads so that none waits for one that the system has stopped.
+// Divides a loop among threads so that what a thread has left, while the system has stopped it, is done by the others.
 //
 // Each thread has an equal range of its own, in order, so that what it prefetches is what it needs next. When it is done
 // with it, it takes what is left of the others' ranges. Iterations must be independent of each other.
