@@ -143,6 +143,6 @@ def test_answers_do_not_train_the_positions_of_a_larger_factor(settings: Setting
     """Chats and completions may be short where the parent was trained on the whole context, and only there."""
     scaling = {"rope_scaling": {"factor": 4, "original_context": 64}, "data": TUNE["data"] | {"max_length": 256}}
     with pytest.raises(
-        SpecError, match="half of the rows have .* of 256 .* are hardly trained; set batch.order: packed"
+        SpecError, match=r"half of the rows have .* of 256 .* are hardly trained; set batch.order: packed"
     ):
         prepare(recipe(tmp_path, TUNE | scaling), settings)
