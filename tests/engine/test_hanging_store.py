@@ -35,12 +35,14 @@ def test_a_load_that_hangs_fails_its_requests_alone(base: BaseModel, adapters: d
         warm = adapters["r8"]
         undisturbed = await tokens(request("warm", [1, 2], warm))
         cold = asyncio.create_task(tokens(request("cold", [1, 2], adapters["r2"])))
-        num_served = 0
+        num_served, loading = 0, set[str]()
         while not cold.done():
             assert await tokens(request(f"warm-{num_served}", [1, 2], warm)) == undisturbed
             assert len(await tokens(request(f"base-{num_served}", [1, 2]))) == len(undisturbed)
+            loading.update(stream.stats().adapters_loading)
             num_served += 1
         assert num_served > 0
+        assert loading == {adapters["r2"].ref.digest}
         with pytest.raises(StoreError, match=r"was not loaded within 0\.3 s"):
             await cold
         with pytest.raises(StoreError, match="is tried again in") as refused:
