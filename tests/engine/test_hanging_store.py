@@ -42,7 +42,7 @@ def test_a_load_that_hangs_fails_its_requests_alone(base: BaseModel, adapters: d
             loading.update(stream.stats().adapters_loading)
             num_served += 1
         assert num_served > 0
-        assert loading == {adapters["r2"].ref.digest}
+        assert adapters["r2"].ref.digest in loading
         with pytest.raises(StoreError, match=r"was not loaded within 0\.3 s"):
             await cold
         with pytest.raises(StoreError, match="is tried again in") as refused:
