@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from loray.settings import Settings
 from loray.spec import LongLoraSpec, TrainSpec
 from loray.train.data.corpus import Runner, run_here
 from loray.train.data.dataset import Dataset, load_data
+from loray.train.data.kept_plans import plan_ahead
 
 
 class Prepared(NamedTuple):
@@ -78,6 +80,15 @@ def prepare(
         max_length,
         are_texts=data.report.format == "text",
         trained_context=None if parent is None else parent.context,
+    )
+    plan_ahead(
+        data.train.lengths,
+        spec.batch,
+        max_length=data.max_length,
+        seed=spec.seed,
+        num_epochs=math.ceil(spec.num_epochs or 1),
+        shares=data.shares,
+        cache=data.cache,
     )
     return Prepared(spec, base, data, None if parent is None else parent.files)
 

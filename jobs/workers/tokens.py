@@ -17,8 +17,10 @@ from loray.errors import StoreError
 from loray.locations import S3Location, parse_location
 from loray.settings import Settings
 from loray.store import open_filesystem
+from loray.telemetry import get_logger
 from loray.train.data.shards import (
     INDEX,
+    NOTE,
     TOKENS,
     FolderCache,
     Shard,
@@ -27,6 +29,8 @@ from loray.train.data.shards import (
     Tokens,
     tokens_bytes,
 )
+
+log = get_logger(__name__)
 
 _FOLDER = "tokens"
 _READERS = 16  # threads that fetch indices
@@ -73,8 +77,25 @@ class BucketCache:
 
     def put(self, key: str, shard: Shard) -> None:
         for suffix, data in ((TOKENS, tokens_bytes(shard.tokens_N)), (INDEX, shard.index.to_bytes())):
-            with self._errors(key, suffix), self._filesystem.open_output_stream(self._name(key, suffix)) as file:
-                file.write(data)
+            self._write(key, suffix, data)
+
+    def note(self, key: str, *, here: bool = False) -> bytes | None:
+        with suppress(StoreError):
+            return self._copies.note(key) if here else self._read(key, NOTE)
+        return None
+
+    def keep(self, key: str, data: bytes, *, here: bool = False) -> None:
+        if here:
+            self._copies.keep(key, data)
+            return
+        try:
+            self._write(key, NOTE, data)
+        except StoreError as e:
+            log.warning("the next run starts more slowly: %s", e)
+
+    def _write(self, key: str, suffix: str, data: bytes) -> None:
+        with self._errors(key, suffix), self._filesystem.open_output_stream(self._name(key, suffix)) as file:
+            file.write(data)
 
     def _read(self, key: str, suffix: str) -> bytes | None:
         try:

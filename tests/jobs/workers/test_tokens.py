@@ -54,6 +54,19 @@ def test_shards_in_a_bucket(s3_server: S3Server, tmp_path: Path) -> None:
     assert again.tokens("aa")[:3].tolist() == [5, 6, 7]
 
 
+def test_notes_are_in_the_bucket_or_on_this_machine(s3_server: S3Server, tmp_path: Path) -> None:
+    filesystem, root = open_filesystem(s3_server.url("tokens"))
+    cache, elsewhere = (BucketCache(filesystem, f"{root}/tokens", tmp_path / node) for node in ("a", "b"))
+    cache.keep("aa", b"everywhere")
+    cache.keep("bb", b"here", here=True)
+    assert [c.note("aa") for c in (cache, elsewhere)] == [b"everywhere"] * 2
+    assert [c.note("bb", here=True) for c in (cache, elsewhere)] == [b"here", None]
+    assert cache.note("cc") is None
+    nowhere = BucketCache(filesystem, "no-such-bucket/tokens", tmp_path / "c")
+    nowhere.keep("aa", b"lost")
+    assert nowhere.note("aa") is None
+
+
 def test_a_node_keeps_the_copies_that_it_used_last(s3_server: S3Server, tmp_path: Path) -> None:
     cache = in_bucket(s3_server, tmp_path, max_bytes=1500)  # four copies, of which three are kept when one is added
     for number in range(6):

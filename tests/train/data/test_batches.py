@@ -92,7 +92,8 @@ def test_first_fit_is_first_fit(lengths: list[int]) -> None:
                 break
         else:
             rows.append([i])
-    assert first_fit(range(len(lengths)), lengths, MAX_LENGTH) == rows
+    found = first_fit(np.array(lengths), MAX_LENGTH)
+    assert [np.flatnonzero(found == row).tolist() for row in range(len(rows))] == rows
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from loray.spec import BatchSpec
 from loray.train.data.examples import Rows
-from loray.train.data.plans import MicroBatch, Plan, Share, plan_epoch
+from loray.train.data.kept_plans import kept_plan
+from loray.train.data.plans import MicroBatch, Plan, Share
+from loray.train.data.shards import ShardCache
 
 IGNORED = -100
 
@@ -111,7 +113,8 @@ class BatchStream:
 
     All ranks follow the same plan, and each takes every `size`-th micro-batch, so that the batch of a step does not
     depend on the number of ranks. Strategies need equally many micro-batches on every rank: a rank with one less adds
-    one without labels. `paired`: rows 2i and 2i + 1 are a pair, which the plan has as one row. Not thread-safe.
+    one without labels. `paired`: rows 2i and 2i + 1 are a pair, which the plan has as one row. `cache` keeps plans that
+    take long. Not thread-safe.
     """
 
     def __init__(
@@ -127,22 +130,24 @@ class BatchStream:
         size: int = 1,
         shares: Sequence[Share] = (),
         paired: bool = False,
+        cache: ShardCache | None = None,
     ) -> None:
         self._paired = paired
         self._rows, self._spec, self._max_length, self._seed = rows, spec, max_length, seed
-        self._per_step, self._rank, self._size, self._shares = per_step, rank, size, shares
+        self._per_step, self._rank, self._size, self._shares, self._cache = per_step, rank, size, shares, cache
         self._lengths = pair_lengths(rows.lengths) if paired else rows.lengths
         self.cursor = cursor
         self._plan = self._plan_of(cursor.epoch)
 
     def _plan_of(self, epoch: int) -> Plan:
-        return plan_epoch(
+        return kept_plan(
             self._lengths,
             self._spec,
             max_length=self._max_length,
             seed=self._seed,
             epoch=epoch,
             shares=self._shares,
+            cache=self._cache,
         )
 
     def next_step(self) -> list[Batch]:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from loray.errors import DataError
 from loray.train.data.reading.files import RowFile
-from loray.train.data.reading.parts import BadRow, Content, Part, cut, place, read_parts
+from loray.train.data.reading.known import cut_known
+from loray.train.data.reading.parts import BadRow, Content, Part, place, read_parts
 from loray.train.data.reading.tokenising import Tokenisation
 from loray.train.data.shards import FolderCache, ShardCache, ShardIndex, Tokens
 
@@ -164,7 +165,7 @@ def load_corpus(
         left = max_rows
         for file in source:
             tokenisation.check_format(file.source, file.format)
-            found = cut(file, left)
+            found = cut_known(file, left, cache)
             sha256s.append(found.sha256)
             parts_of[-1] += found.parts
             if left is not None:

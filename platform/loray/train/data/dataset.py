@@ -47,7 +47,8 @@ class Dataset:
 
     `fingerprint` is the SHA-256 of the training file; of several files, and with evaluation files, that of their hex
     digests. `is_joined`: rows are texts joined by the end-of-sequence token. `is_paired`: rows 2i and 2i + 1 are a
-    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights.
+    pair, the chosen answer before the rejected one. `shares`: of the sources, where they have weights. `cache` has the
+    tokens of training rows.
     """
 
     train: Rows
@@ -58,6 +59,7 @@ class Dataset:
     is_joined: bool = False
     is_paired: bool = False
     shares: tuple[Share, ...] = ()
+    cache: ShardCache | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -135,7 +137,7 @@ def load_data(
     counts = np.bincount(trained.sources[each * usable], minlength=len(weights)).tolist()
     shares = tuple(map(Share, counts, weights)) if set(weights) != {1.0} else ()
     fingerprint = _fingerprint(train_corpus, eval_corpus)
-    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares)
+    return Dataset(train, evaluation, max_length, fingerprint, report, is_joined, paired, shares, cache)
 
 
 def _usable_pairs(part: Part) -> NDArray[np.int64]:

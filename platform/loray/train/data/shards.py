@@ -3,6 +3,7 @@
 KEY.npy    N token ids, as small as the vocabulary allows, to be mapped into memory
 KEY.index  lengths of its examples and what of them is a target, without the tokens; it is written last, so that a shard
            with an index is whole
+KEY.note   what was found out about data and would take long again
 
 Keys name what the tokens depend on: rows are cut out of shards later, and any number of recipes shares them.
 """
@@ -22,8 +23,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from loray.telemetry import get_logger
+
+log = get_logger(__name__)
+
 Tokens = NDArray[np.unsignedinteger[Any]]
-TOKENS, INDEX = ".npy", ".index"
+TOKENS, INDEX, NOTE = ".npy", ".index", ".note"
 
 
 class ShardIndex(NamedTuple):
@@ -99,6 +104,14 @@ class ShardCache(Protocol):
 
     def put(self, key: str, shard: Shard) -> None: ...
 
+    def note(self, key: str, *, here: bool = False) -> bytes | None:
+        """What `keep` was given, None where there is none. `here`: on this machine."""
+        ...
+
+    def keep(self, key: str, data: bytes, *, here: bool = False) -> None:
+        """Where that fails, there is no note."""
+        ...
+
 
 class FolderCache:
     """A folder of shards, which the processes of a machine share, or several machines."""
@@ -124,6 +137,17 @@ class FolderCache:
     def put(self, key: str, shard: Shard) -> None:
         self.write(key, TOKENS, tokens_bytes(shard.tokens_N))
         self.write(key, INDEX, shard.index.to_bytes())
+
+    def note(self, key: str, *, here: bool = False) -> bytes | None:
+        with suppress(OSError):
+            return self.path(key, NOTE).read_bytes()
+        return None
+
+    def keep(self, key: str, data: bytes, *, here: bool = False) -> None:
+        try:
+            self.write(key, NOTE, data)
+        except OSError as e:
+            log.warning("%s cannot be written, so the next run starts more slowly: %s", self.path(key, NOTE), e)
 
     def path(self, key: str, suffix: str) -> Path:
         return self.folder / key[:2] / f"{key}{suffix}"
