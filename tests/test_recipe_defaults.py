@@ -90,6 +90,17 @@ def test_the_size_of_the_base_decides_the_rate() -> None:
     assert size_of_base(None, preset) == "large"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_goes_on_from_an_adapter_has_the_rate_of_a_new_one_and_says_why(method: Method) -> None:
+    on = {"init_adapter": "tone@1"}
+    assert complete(little(method, **on), "small") == complete(little(method), "small") | on
+    text = to_yaml(TrainSpec.parse(complete(little(method, **on), "small"), source="on"), "small")
+    assert "as for a new adapter" in text
+    assert "as for a new adapter" not in to_yaml(
+        TrainSpec.parse(complete(little(method), "small"), source="new"), "small"
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "path", "value"),
     [
@@ -219,6 +230,7 @@ def test_a_recipe_as_yaml_is_the_same_recipe(tmp_path: Path, size: Any) -> None:
     specs.append(TrainSpec.parse(complete(little("lora", **odd), size), source="odd"))
     words = {"publish": {"description": "null # it's 1", "aliases": ["prod"]}, "name": "2.0"}
     specs.append(TrainSpec.parse(complete(little("vera", **words), size), source="words"))
+    specs.append(TrainSpec.parse(complete(little("lora", init_adapter="tone@1"), size), source="on"))
     pairs = {"objective": {"type": "dpo", "loss_type": "ipo"}}
     specs.append(TrainSpec.parse(complete(little("vera", **pairs), size), source="pairs"))
     for spec in specs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from loray.adapters.inject import InitialAdapter
 from loray.adapters.peft_format import read_adapter
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError
+from loray.recipes.defaults import defaults_of
+from loray.spec import Method
 from loray.train.checkpoint import ADAPTER
+from loray.train.data.dataset import load_data
 from loray.train.loop import train
 from loray.train.reporting import FolderReporter
 from tests.adapters.test_export import ADAPTERS, in_peft, trained
 from tests.adapters.test_export import recipe as adapter_recipe
+from tests.tiny import byte_tokenizer
 from tests.train.test_loop import METHODS, TINY, curve, make_data, masters, recipe, run
 
 
@@ -47,6 +52,32 @@ def test_it_starts_where_the_other_ended(method: str, tiny_base: Callable[..., B
     assert all(torch.equal(t, masters(reporter)[n]) for n, t in masters(again).items())
     with pytest.raises(SpecError, match="init_adapter is first@1: the files of an adapter go with it"):
         train(spec, base, data, reporter=again, workdir=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "longlora"])
+def test_at_the_default_rate_stage_two_beats_stage_one_on_its_own_rows(
+    method: Method, tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    """Alphabets forward, then backward: the loss of the parent on backward ones is that of stage one."""
+    base = tiny_base(**TINY)
+    new, on = (
+        recipe(method, max_steps=20, optimizer={"learning_rate": default.value, "warmup_ratio": 0.05}, **fields)
+        for default, fields in (
+            (defaults_of(method)["optimizer.learning_rate"], {}),
+            (defaults_of(method, is_continued=True)["optimizer.learning_rate"], {"init_adapter": "first@1"}),
+        )
+    )
+    _, first = run(new, base, tmp_path, name="first")
+    texts = ["".join(chr(122 - (i + t) % 26) for t in range(20 + i)) for i in range(40)]
+    (tmp_path / "back.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = on.data.model_copy(update={"train": str(tmp_path / "back.jsonl")})
+    data = load_data(source, byte_tokenizer(), max_length=64, max_eval_rows=8, seed=0)
+    initial = InitialAdapter("0" * 64, first.checkpoints[-1].path / ADAPTER)
+    reporter = FolderReporter(tmp_path / "second")
+    state = train(on, base, data, reporter=reporter, workdir=tmp_path, initial=initial)
+    (parent,) = state.baselines
+    assert state.eval_loss is not None
+    assert state.eval_loss < 0.99 * parent.value
 
 
 def _loss(base: BaseModel, config: Any, folder: Path, rows: Any) -> float:

@@ -158,17 +158,24 @@ _DPO: Mapping[str, Default] = {
 _DPO_RATE = Default("low: pairs are soon told apart, and then at the expense of both answers", 5e-5, 5e-6)
 _DPO_RATE_OF_VERA = Default("ten times LoRA's, as without pairs", 5e-4, 5e-5)
 
+_CONTINUED_RATE = "as for a new adapter: at half of it a second stage learnt a quarter less in as many steps"
+
 
 def size_of(model: ModelConfig | None) -> BaseSize:
     """`large` from a billion weights on, and where the base is not known: this machine rarely has a large one."""
     return "small" if model is not None and model.num_matrix_elements < _LARGE_ELEMENTS else "large"
 
 
-def defaults_of(method: Method, objective: ObjectiveType = FIRST_OBJECTIVE) -> dict[str, Default]:
-    """By field, for all fields of a recipe of `method` with that objective."""
+def defaults_of(
+    method: Method, objective: ObjectiveType = FIRST_OBJECTIVE, *, is_continued: bool = False
+) -> dict[str, Default]:
+    """By field, for all fields of a recipe of `method` with that objective. `is_continued`: it has an `init_adapter`
+    (pairs have none), which changes a reason and no value.
+    """
     plain = {**_EVERY_METHOD, **_OF_METHOD[method]}
     if objective == "sft":
-        return plain
+        rate = plain["optimizer.learning_rate"]
+        return {**plain, "optimizer.learning_rate": rate._replace(why=_CONTINUED_RATE)} if is_continued else plain
     rate = _DPO_RATE_OF_VERA if method == "vera" else _DPO_RATE
     return {**plain, **_DPO, "optimizer.learning_rate": rate}
 

@@ -33,7 +33,7 @@ def to_yaml(spec: TrainSpec, size: BaseSize) -> str:
     A field without a value is a comment, except where it would have a default if it were left out.
     """
     kind = spec.adapter.method, spec.objective.type
-    defaults = defaults_of(*kind)
+    defaults = defaults_of(*kind, is_continued=spec.init_adapter is not None)
     lines: list[str] = []
     at: list[str] = []
     for path, field in fields_of(*kind).items():
@@ -49,7 +49,7 @@ def to_yaml(spec: TrainSpec, size: BaseSize) -> str:
         is_another_given = any(value_at(spec, other) is not None for other in alternatives(path))
         is_left_out = value is None and (usual is None or is_another_given)
         text = f"# {name}:" if is_left_out else f"{name}: {_scalar(value)}"
-        why = _why(path, *kind)
+        why = _why(path, defaults)
         if not is_left_out and usual is not None and _scalar(value) != _scalar(usual):
             why = f"default {_scalar(usual)}: {why}"
         lines += _commented(text, why, "  " * len(sections))
@@ -67,7 +67,7 @@ def defaults_table(objective: ObjectiveType = FIRST_OBJECTIVE) -> str:
         if objective != FIRST_OBJECTIVE and not any(_differs(path, method, objective) for method in having):
             continue
         cells = [_cell(fields[method][path], method, objective) if method in having else "" for method in METHODS]
-        reasons = dict.fromkeys(_why(path, method, objective) for method in having)
+        reasons = dict.fromkeys(_why(path, defaults_of(method, objective)) for method in having)
         rows.append(f"| `{path}` | {' | '.join(cells)} | {'; '.join(reasons)} |")
     return "\n".join(rows) + "\n"
 
@@ -88,8 +88,8 @@ def _usual(field: RecipeField, defaults: dict[str, Default], size: BaseSize) -> 
     return field.default if value is None else value
 
 
-def _why(path: str, method: Method, objective: ObjectiveType) -> str:
-    default = defaults_of(method, objective).get(path)
+def _why(path: str, defaults: dict[str, Default]) -> str:
+    default = defaults.get(path)
     return "" if default is None else default.why
 
 
