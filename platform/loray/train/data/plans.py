@@ -5,7 +5,6 @@ A plan is three arrays, whatever the number of documents; only what is trained n
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
@@ -108,12 +107,10 @@ def plan_evaluation(lengths: Sequence[int] | Indices, spec: BatchSpec) -> Plan:
 
 def first_fit(lengths_D: Indices, max_length: int) -> Indices:
     """The row of each document, of rows of up to `max_length` tokens: the first one with room. O(D log D), with a tree
-    of 16 bytes a document.
+    of some 20 bytes a document.
     """
     size = 1 << max(0, (len(lengths_D) - 1).bit_length())
-    room = array("q", [max_length]) * (
-        2 * size
-    )  # free tokens; room[1] is the maximum over rows, leaves start at `size`
+    room = [max_length] * (2 * size)  # free tokens; room[1] is the maximum over rows, leaves start at `size`
     rows_D = np.empty(len(lengths_D), np.int64)
     rows = rows_D.data
     for document, length in enumerate(np.ascontiguousarray(lengths_D, np.int64).data):
