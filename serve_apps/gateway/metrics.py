@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import Metric as Family
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loray.catalog.traffic.verdict import Bound
 from loray.telemetry import METRICS
 from serve_apps.exposition import counter, gauge, labelled, merge
 from serve_apps.gateway.directory import ModelDirectory
@@ -26,6 +28,8 @@ class GatewayMetrics:
             Counter(m.name, m.help, m.labels, registry=self._registry)
             for m in (METRICS[f"{what}_total"] for what in ("http_requests", "canary_requests", "canary_rollbacks"))
         )
+        for bound in get_args(Bound):  # from 0 on: a series that begins with 1 has no increase for the alert
+            self._canary_rollbacks.labels(bound)
         self.num_in_flight = 0
 
     def answered(self, route: str, code: int) -> None:

@@ -179,10 +179,15 @@ def promote(
 
 @router.post("/{name}/aliases/{alias}/rollback")
 def roll_back(
-    console: ConsoleDep, request: Request, asking: Asking, name: AdapterName, alias: Annotated[Alias, Path()]
+    console: ConsoleDep,
+    request: Request,
+    asking: Asking,
+    name: AdapterName,
+    alias: Annotated[Alias, Path()],
+    revision: Annotated[int | None, Query(ge=0)] = None,
 ) -> Response:
-    """Point the alias back at where it pointed before its last move."""
-    console.backend.catalog_of(asking).rollback(name, alias)
+    """Point the alias back at where it pointed before its last move, if it has this revision still."""
+    console.backend.catalog_of(asking).rollback(name, alias, expected_revision=revision)
     return _again(request, name, "rolled-back")
 
 

@@ -70,11 +70,26 @@ def test_canaries(console: ConsoleSite) -> None:
     page = console.get("/adapters/tone", done="divided").text
     for shown in ("gets its share", "<td>1 (80 %), 2 (20 %)</td>", "<td>20 %</td>", ">End it</button>"):
         assert shown in page, shown
+    button = re.search(r'hx-post="/api/v1/console([^"]+)"[^>]*aria-label="Roll back prod"', page)
+    assert button is not None
+    assert button.group(1).startswith("/adapters/tone/aliases/prod/canary/end?")  # 404 where it has ended meanwhile
     assert console.post("/adapters/tone/aliases/prod/canary?version=2&percent=100").status_code == 422
     assert console.post("/adapters/tone/aliases/prod/canary/end").status_code == 204
     assert console.catalog.alias("tone", "prod").weights == {1: 100}
     assert "<td>ended</td>" in console.get("/adapters/tone").text
     assert console.post("/adapters/tone/aliases/prod/canary/end").status_code == 404
+
+
+def test_a_rollback_is_of_the_state_that_was_shown(console: ConsoleSite) -> None:
+    console.post("/adapters/tone/aliases/prod?version=2")
+    page = console.get("/adapters/tone").text
+    button = re.search(r'hx-post="/api/v1/console([^"]+)"[^>]*aria-label="Roll back prod"', page)
+    assert button is not None
+    path = button.group(1).replace("&amp;", "&")
+    console.catalog.set_canary("tone", "prod", 1, 10)
+    console.catalog.end_canary("tone")
+    assert console.post(path).status_code == 412
+    assert console.catalog.alias("tone", "prod").version == 2
 
 
 def test_differences(console: ConsoleSite) -> None:

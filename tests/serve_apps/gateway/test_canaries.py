@@ -88,6 +88,7 @@ def test_a_canary_that_fails_is_ended(
         assert {version_of(client, f"s{i}") for i in range(20)} == {"tone@2"}
         metrics = client.get("/metrics").text
     assert 'loray_canary_rollbacks_total{bound="error_rate",gateway="local"} 1.0' in metrics
+    assert 'loray_canary_rollbacks_total{bound="ttft",gateway="local"} 0.0' in metrics  # so that an increase is seen
     assert 'loray_canary_requests_total{gateway="local",outcome="error",version="canary"}' in metrics
     assert [r.message for r in caplog.records if "no canary of" in r.message] == [
         f"tone@3 is no canary of tone@prod any more: {known.reason}"
