@@ -93,31 +93,33 @@ class RunEvents:
         with filesystem.open_input_file(longest.path) as file:
             size = file.size()
             is_anew = longest.path != self._path or size < self._offset or not self._goes_on(file)
-            if is_anew:
-                self._offset, self._mark = 0, b""
-            self._path, self._size = longest.path, size
-            return Appended(self._lines(file, size), is_anew)
+            begin, mark = (0, b"") if is_anew else (self._offset, self._mark)
+            lines, end, mark = self._lines(file, begin, size, mark)
+        self._path, self._size, self._offset, self._mark = longest.path, size, end, mark  # not where a read failed
+        return Appended(lines, is_anew)
 
     def _goes_on(self, file: Any) -> bool:
         """Whether the bytes before the next line are those that were read."""
         return bytes(file.read_at(len(self._mark), self._offset - len(self._mark))) == self._mark
 
-    def _lines(self, file: Any, size: int) -> list[str]:
-        """The whole lines from the offset on; of more than MAX_BYTES, those in parts of it. Moves the offset."""
-        num_bytes = size - self._offset
-        if num_bytes <= MAX_BYTES:
-            return self._take(file, self._offset, num_bytes)
+    def _lines(self, file: Any, begin: int, size: int, mark: bytes) -> tuple[list[str], int, bytes]:
+        """The whole lines from `begin` on; of more than MAX_BYTES, those in parts of it. With where the next line
+        begins, and the bytes before it: `begin` and `mark` where there is no whole line.
+        """
+        num_bytes, length = size - begin, MAX_BYTES // _PARTS
+        parts = [(begin, num_bytes)]
+        if num_bytes > MAX_BYTES:
+            parts = [(begin + part * (num_bytes - length) // (_PARTS - 1), length) for part in range(_PARTS)]
         lines: list[str] = []
-        begin, length = self._offset, MAX_BYTES // _PARTS
-        for part in range(_PARTS):
-            whole = self._take(file, begin + part * (num_bytes - length) // (_PARTS - 1), length)
-            lines += whole[1:] if part else whole
-        return lines
+        end = begin
+        for number, (at, part_bytes) in enumerate(parts):
+            whole = self._take(file, at, part_bytes)
+            if whole:
+                end, mark = at + len(whole), whole[-_MARK_BYTES:]
+            lines += whole.decode(errors="replace").splitlines()[1 if number else 0 :]
+        return lines, end, mark
 
-    def _take(self, file: Any, at: int, num_bytes: int) -> list[str]:
-        """The lines in these bytes, without what comes after the last of them."""
+    def _take(self, file: Any, at: int, num_bytes: int) -> bytes:
+        """These bytes, without what comes after the last end of a line."""
         data = bytes(file.read_at(num_bytes, at))
-        end = data.rfind(b"\n") + 1
-        if end:
-            self._offset, self._mark = at + end, data[max(0, end - _MARK_BYTES) : end]
-        return data[:end].decode(errors="replace").splitlines()
+        return data[: data.rfind(b"\n") + 1]

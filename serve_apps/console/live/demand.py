@@ -17,7 +17,7 @@ MOST_POINTS = 400
 
 
 class Moment(NamedTuple):
-    """`at`: seconds of a monotonic clock. Requests, adapters and replicas at that moment; tokens since the start."""
+    """`at`: seconds of a monotonic clock. Requests, adapters and replicas then; tokens generated until then."""
 
     at: float
     num_running: int
@@ -28,7 +28,7 @@ class Moment(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the table: `ago_s` before the last look; tokens a second since the row before, None where unknown."""
+    """A line of the table: `ago_s` before the last look; tokens a second since the row before, None in the first."""
 
     ago_s: float
     num_running: int
@@ -39,24 +39,36 @@ class Row(NamedTuple):
 
 
 class Demand:
-    """The moments of half an hour in which somebody looked, at most one a second. Used from one event loop."""
+    """The moments of half an hour in which somebody looked, at most one a second. Used from one event loop.
+
+    Tokens are the sum of what each replica generated from one look to the next, a new one from its start on: the sum
+    never falls when replicas go.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._moments: deque[Moment] = deque()
+        self._num_tokens = 0
+        self._counted: dict[tuple[str, int], tuple[float, int]] = {}  # by name and pid: when, and what it said then
 
     def note(self, status: Status) -> None:
         now, totals = self._clock(), status.totals
+        if self._moments and now - self._moments[-1].at < _BETWEEN_S:
+            return
+        for replica in status.replicas:
+            key, num_tokens = (replica.replica, replica.pid), replica.num_output_tokens
+            _, before = self._counted.get(key, (now, 0))
+            self._num_tokens += num_tokens - before if num_tokens >= before else num_tokens
+            self._counted[key] = (now, num_tokens)
+        self._counted = {key: known for key, known in self._counted.items() if now - known[0] <= _KEPT_S}
         moment = Moment(
             now,
             totals.num_running,
             totals.num_waiting,
             totals.num_loading,
             len(status.replicas),
-            sum(replica.num_output_tokens for replica in status.replicas),
+            self._num_tokens,
         )
-        if self._moments and now - self._moments[-1].at < _BETWEEN_S:
-            return
         self._moments.append(moment)
         while now - self._moments[0].at > _KEPT_S:
             self._moments.popleft()
@@ -67,11 +79,10 @@ class Demand:
             return None
         first = last = self._moments[-1]
         for earlier in islice(reversed(self._moments), 1, None):
-            is_old = last.at - earlier.at > _WINDOW_S and first is not last
-            if is_old or earlier.num_output_tokens > first.num_output_tokens:  # a replica has gone, with its count
+            if last.at - earlier.at > _WINDOW_S and first is not last:
                 break
             first = earlier
-        return _pace(first, last)
+        return None if first is last else _pace(first, last)
 
     def curve(self) -> str:
         """JSON of [seconds before the last look, as negative numbers, running, waiting]. Empty before two looks."""
@@ -109,7 +120,6 @@ class Demand:
         return moments[::-1][::stride][::-1]
 
 
-def _pace(earlier: Moment, later: Moment) -> float | None:
-    """Tokens a second; None where a replica has gone in between, with what it counted."""
-    num_tokens = later.num_output_tokens - earlier.num_output_tokens
-    return None if num_tokens < 0 or later.at <= earlier.at else num_tokens / (later.at - earlier.at)
+def _pace(earlier: Moment, later: Moment) -> float:
+    """Tokens a second."""
+    return (later.num_output_tokens - earlier.num_output_tokens) / (later.at - earlier.at)

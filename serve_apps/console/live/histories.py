@@ -44,17 +44,17 @@ class History:
     def look(self, job: Job, tail: Callable[[str, int], str]) -> Seen:
         """`tail`: the last lines of the log that Ray has of the job of this id."""
         with self._lock:
-            problem = self._read_events()
-            lines = list(self._lines)
-            if not self._has_events or job.status in ("failed", "stopped"):
-                try:
-                    log = tail(job.id, LOG_LINES if self._has_events else CURVE_LINES).splitlines()
-                except (LogsGone, ClusterError) as e:
-                    problem = problem or str(e)
-                else:
-                    lines = log[-LOG_LINES:] or lines
-                    if not self._has_events:
-                        self._losses.take(log)
+            problem, has_events = self._read_events(), self._has_events
+        log: list[str] = []
+        if not has_events or job.status in ("failed", "stopped"):
+            try:  # Ray may be slow to answer: others look meanwhile
+                log = tail(job.id, LOG_LINES if has_events else CURVE_LINES).splitlines()
+            except (LogsGone, ClusterError) as e:
+                problem = problem or str(e)
+        with self._lock:
+            lines = log[-LOG_LINES:] or list(self._lines)
+            if not self._has_events:
+                self._losses.take(log)
             return Seen(self._losses.as_json(), "\n".join(lines), problem)
 
     def _read_events(self) -> str:

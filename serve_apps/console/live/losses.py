@@ -17,14 +17,17 @@ class Losses:
         self._training, self._held_out = _Series(), _Series()
 
     def take(self, lines: Iterable[str]) -> None:
-        """Lines that are no events are passed over. A step that comes again begins the rest of its series anew."""
+        """Lines that are no events are passed over. A step before the last one begins the rest of its series anew.
+
+        Held-out losses are those of evaluations: the event of a checkpoint repeats one, and may come late.
+        """
         for line in lines:
             event = decode(line)
             if event is None or not isinstance(step := event.get("step"), int):
                 continue
             if isinstance(loss := event.get("loss"), float):
                 self._training.add(step, loss)
-            if isinstance(loss := event.get("eval_loss"), float):
+            if event.get("event") == "eval" and isinstance(loss := event.get("eval_loss"), float):
                 self._held_out.add(step, loss)
 
     def as_json(self) -> str:
@@ -45,7 +48,11 @@ class _Series:
         self._num_seen, self._stride = 0, 1
 
     def add(self, step: int, value: float) -> None:
-        if self._last is not None and step <= self._last[0]:
+        if self._last is not None and step == self._last[0]:
+            self._last = (step, value)
+            self._kept |= {step: value} if step in self._kept else {}
+            return
+        if self._last is not None and step < self._last[0]:
             self._kept = {earlier: loss for earlier, loss in self._kept.items() if earlier < step}
         self._last = (step, value)
         if self._num_seen % self._stride == 0:

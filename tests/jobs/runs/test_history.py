@@ -11,6 +11,7 @@ from pyarrow import fs as pafs
 
 from jobs.runs import history
 from jobs.runs.history import RunEvents
+from loray.errors import StoreError
 from loray.settings import Settings
 
 BEGAN = datetime(2026, 1, 2, 12, tzinfo=UTC)
@@ -79,7 +80,7 @@ def test_a_look_reads_only_what_was_appended(settings: Settings, monkeypatch: py
     read: list[int] = []
     take = RunEvents._take
 
-    def counted(self: RunEvents, opened: object, at: int, num_bytes: int) -> list[str]:
+    def counted(self: RunEvents, opened: object, at: int, num_bytes: int) -> bytes:
         read.append(num_bytes)
         return take(self, opened, at, num_bytes)
 
@@ -95,6 +96,29 @@ def test_a_look_reads_only_what_was_appended(settings: Settings, monkeypatch: py
     assert events.read() == (['{"event": 3}'], True)
     file.write_text('{"event": 4}\n{"event": 5}\n')
     assert events.read() == (['{"event": 4}', '{"event": 5}'], True)
+
+
+def test_a_read_that_fails_is_made_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(settings, "tone/20260102-120001-000000", "train_1", 3)
+    file = settings.home / "runs/tone/20260102-120001-000000/events.jsonl"
+    events, take, failures = RunEvents(settings, "tone", "train_1", BEGAN), RunEvents._take, [1, 1]
+
+    def once(self: RunEvents, opened: object, at: int, num_bytes: int) -> bytes:
+        if failures:
+            failures.pop()
+            raise OSError("the store does not answer")
+        return take(self, opened, at, num_bytes)
+
+    monkeypatch.setattr(RunEvents, "_take", once)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="does not answer"):
+            events.read()
+    assert (len(events.read().lines), events.read()) == (3, ([], False))
+    file.write_text('{"event": 3}\n')  # a driver that began the run anew
+    failures.append(1)
+    with pytest.raises(StoreError):
+        events.read()
+    assert events.read() == (['{"event": 3}'], True)
 
 
 def test_the_run_is_looked_for_among_new_folders_alone(settings: Settings) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from serve_apps.console.live.demand import MOST_POINTS, Demand
 from tests.serve_apps.console.site import ScriptedGateway
 
@@ -23,12 +25,19 @@ def test_half_an_hour_in_few_points() -> None:
     assert (len(rows), rows[0].ago_s, rows[0].tokens_per_s, rows[-1].tokens_per_s) == (20, 0, 100, None)
 
 
-def test_a_replica_that_has_gone_takes_its_count_along() -> None:
+def test_tokens_of_replicas_that_come_and_go() -> None:
     now, engines = 0.0, ScriptedGateway()
     demand = Demand(lambda: now)
-    for num_tokens, pace in ((1000, None), (1200, 100), (200, None), (300, 50), (500, 75)):
-        engines.num_tokens = num_tokens
+    (one, two) = engines.status().replicas
+    for counts, pace in (
+        ([(one, 1000), (two, 9000)], None),
+        ([(one, 1100), (two, 9100)], 100),
+        ([(one, 1300)], 100),  # the second has gone
+        ([(one, 1400), (two, 9300)], 700 / 6),  # it had only not answered
+        ([(one, 1500), (two.model_copy(update={"pid": 9}), 100)], 112.5),  # it began anew
+    ):
+        engines.replicas = tuple(replica.model_copy(update={"num_output_tokens": num}) for replica, num in counts)
         demand.note(engines.status())
-        assert demand.tokens_per_s() == pace
+        assert demand.tokens_per_s() == (None if pace is None else pytest.approx(pace))
         now += 2
-    assert [row.tokens_per_s for row in demand.rows(9)] == [100, 50, None, 100, None]
+    assert [row.tokens_per_s for row in demand.rows(9)] == [100, 150, 100, 100, None]

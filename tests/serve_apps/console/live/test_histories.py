@@ -50,7 +50,7 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     num_bytes: list[int] = []
     take = RunEvents._take
 
-    def counted(events: RunEvents, opened: object, at: int, length: int) -> list[str]:
+    def counted(events: RunEvents, opened: object, at: int, length: int) -> bytes:
         num_bytes.append(length)
         return take(events, opened, at, length)
 

@@ -36,6 +36,20 @@ def test_few_losses_are_all_there() -> None:
     assert json.loads(losses.as_json()) == [[1, 2], [1.0, 0.5], [None, 0.25]]
 
 
+def test_checkpoints_take_no_held_out_loss_away() -> None:
+    """Their events repeat a loss, and come when the upload is done: here after two later evaluations."""
+    losses = Losses()
+    for n in range(1, 3001):
+        losses.take([held_out(n, 1.0), held_out(n, 1.0 / n)])
+        if n > 2:
+            losses.take([json.dumps({"event": "checkpoint", "step": n - 2, "eval_loss": 9.0})])
+    steps, _, held = json.loads(losses.as_json())
+    assert 250 <= len(steps) <= MOST_POINTS
+    assert held == [1.0 / n for n in steps]
+    assert (steps[0], steps[-1]) == (1, 3000)
+    assert len({after - before for before, after in pairwise(steps[:-1])}) == 1
+
+
 def test_a_step_that_comes_again_replaces_what_followed() -> None:
     losses = Losses()
     losses.take(step(n, 1.0) for n in range(1, 10))
