@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from loray.errors import SpecError
 
+MOST_SUGGESTED = 200  # bases beside a field, which takes the names of others too
 _MOST_FIELDS = 200
 T = TypeVar("T", bound=BaseModel)
 

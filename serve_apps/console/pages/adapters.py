@@ -22,6 +22,7 @@ from loray.publishing.archive import folder_as_tar
 from loray.spec import Alias, Method, Name, Percent, QualifiedName, TenantName, split_qualified
 from serve_apps.access import Asking
 from serve_apps.console.backend import ConsoleDep
+from serve_apps.console.forms import MOST_SUGGESTED
 from serve_apps.console.pages.lineage import lineage_of
 from serve_apps.console.recipes import recipe_text
 from serve_apps.console.rendering import led_to
@@ -30,7 +31,6 @@ from serve_apps.console.routing import router_of
 _PAGE = 50
 _VERSIONS = 20
 _DRAWN = 8
-_BASES = 200  # that are offered as filters
 
 TenantQuery = Annotated[TenantName | None, Query()]
 
@@ -63,7 +63,7 @@ def list_adapters(
         limit=_PAGE + 1,
         after=after or "",
         tenant=tenant or None,
-        base=base if base in bases else None,
+        base=base or None,
         method=method or None,
         search=search or None,
         tags=parse_tags((tag,) if tag else ()),
@@ -80,7 +80,7 @@ def list_adapters(
         first="" if after is None else "?" + urlencode(given),
         more=more,
         bases={fingerprint: name for name, fingerprint in bases.items()},
-        choices=sorted({*islice(bases, _BASES), *({base} & bases.keys())}),
+        choices=list(islice(bases, MOST_SUGGESTED)),
         methods=get_args(Method),
     )
 

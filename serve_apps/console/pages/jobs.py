@@ -14,13 +14,12 @@ from loray.serving.access import check
 from loray.spec import JobId, JobStatus, Method, Principal
 from serve_apps.access import Asking
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.forms import read_form
+from serve_apps.console.forms import MOST_SUGGESTED, read_form
 from serve_apps.console.recipes import Estimate, form_fields, plan_of, recipe_of, recipe_text
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
 
 _PAGE = 50
-_BASES = 200  # that are suggested
 JobPath = Annotated[JobId, Path()]
 
 router = router_of("/jobs")
@@ -40,7 +39,7 @@ def list_jobs(
 @router.get("/new")
 def show_form(console: ConsoleDep, request: Request, asking: Asking) -> Response:
     """The form of a recipe."""
-    bases = list(console.backend.catalog_of(asking).bases())[:_BASES]
+    bases = list(console.backend.catalog_of(asking).bases())[:MOST_SUGGESTED]
     return console.renderer.page(request, "new_job.html", fields=form_fields(), bases=bases, methods=get_args(Method))
 
 

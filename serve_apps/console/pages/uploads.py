@@ -22,11 +22,9 @@ from loray.spec import AdapterManifest, Name, Principal
 from serve_apps.access import Asking
 from serve_apps.bodies import receive_file
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.forms import Form, checked, read_form
+from serve_apps.console.forms import MOST_SUGGESTED, Form, checked, read_form
 from serve_apps.console.rendering import led_to
 from serve_apps.console.routing import router_of
-
-_BASES = 200
 
 router = router_of("/uploads")
 
@@ -39,7 +37,7 @@ def show_upload(console: ConsoleDep, request: Request) -> Response:
     return console.renderer.page(
         request,
         "upload.html",
-        bases=base_names(console.backend.settings.home)[:_BASES],
+        bases=base_names(console.backend.settings.home)[:MOST_SUGGESTED],
         files=(*PUBLISHED_FILES, AdapterManifest.FILE),
     )
 

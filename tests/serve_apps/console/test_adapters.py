@@ -7,6 +7,7 @@ import re
 import tarfile
 from pathlib import Path
 
+from serve_apps.console.forms import MOST_SUGGESTED
 from tests.catalog.test_catalog import digest, manifest
 from tests.serve_apps.console.site import ConsoleSite
 
@@ -32,11 +33,22 @@ def test_filters(console: ConsoleSite) -> None:
         ({"tag": "stage=gold"}, {"legal"}),
         ({"method": "lora", "base": "smollm2", "tenant": "acme"}, {"acme/vault"}),
         ({"method": "vera"}, set()),
+        ({"base": "no-base"}, set()),
     ):
         page = console.get("/adapters", **query)
         assert set(re.findall(r'tenant=\w+">([^<]+)</a></td>', page.text)) == shown, query
     assert "No adapter is like this" in console.get("/adapters", search="zzz").text
     assert console.get("/adapters", method="magic").status_code in (200, 422)
+
+
+def test_a_base_that_is_not_suggested_can_be_asked_for(console: ConsoleSite) -> None:
+    for number in range(MOST_SUGGESTED):
+        console.catalog.add_base(f"base-{number:03}", f"{number:064x}")
+    page = console.get("/adapters", base="smollm2").text
+    assert page.count('<option value="base-') == MOST_SUGGESTED
+    assert '<option value="smollm2">' not in page
+    assert 'value="smollm2"' in page
+    assert ">tone</a>" in page
 
 
 def test_one_adapter(console: ConsoleSite) -> None:

@@ -43,7 +43,7 @@ def published(console: ConsoleSite, id: str, **fields: object) -> httpx.Response
 
 def test_an_upload_becomes_a_version(console: ConsoleSite, base: BaseModel, folder: Path) -> None:
     page = console.get("/uploads").text
-    for shown in (f"<option>{base.name}</option>", "adapter_model.safetensors", 'name="aliases"', "webkitdirectory"):
+    for shown in (f'<option value="{base.name}">', "adapter_model.safetensors", 'name="aliases"', "webkitdirectory"):
         assert shown in page, shown
     id = begin(console, folder)
     answer = published(console, id, name="new", aliases="prod, canary", base=base.name, licence="MIT", description="")
