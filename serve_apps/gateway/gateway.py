@@ -162,7 +162,8 @@ class Gateway:
         """As `model`, with what measures the request if its alias has a canary."""
         session = session_of(headers.principal, headers.session_id, request.user)
         adapter, arm = await self.directory.choose(request.model, headers.principal, session)
-        meter = self.canaries.meter(arm, headers.received_at, has_timeout=headers.timeout_s is not None)
+        own = headers.timeout_s is not None and headers.timeout_s <= (self.spec.request_timeout_s or headers.timeout_s)
+        meter = self.canaries.meter(arm, headers.received_at, has_timeout=own)
         return adapter, self._limit_of(adapter), meter
 
     async def _requests(

@@ -96,6 +96,9 @@ def test_the_gate_of_aliases_asks_the_same_of_a_canary(tone: Catalog) -> None:
         tone.set_canary("tone", "prod", 5, 10)
     tone.set_canary("tone", "prod", 5, 10, no_gate="a trial")
     assert tone.audit(limit=1).entries[0].detail["no_gate"] == "a trial"
+    assert tone.set_canary("tone", "prod", 5, 5).percent == 5  # less of it needs no reason
+    with pytest.raises(GateRefused, match="have not been measured"):
+        tone.set_canary("tone", "prod", 5, 20)
 
 
 # -- who ends it ------------------------------------------------------------------------------------------------------

@@ -154,6 +154,19 @@ def test_another_tenant_reads_what_it_sees_and_changes_nothing(catalog: Catalog,
     assert beta.alias("acme/tone", "prod").version == 2
 
 
+def test_what_a_canary_counts_is_its_tenants(catalog: Catalog, acme: Catalog) -> None:
+    bring(acme, "tone", 8, aliases=("prod",))
+    acme.share("tone", "public")
+    started = acme.set_canary("tone", "prod", 1, 10)
+    beta = catalog.view(BETA)
+    with pytest.raises(PermissionDenied, match="another tenant"):
+        beta.canary("acme/tone")
+    assert beta.canaries("acme/tone") == beta.adapter("acme/tone").canaries == ()
+    assert beta.alias("acme/tone", "prod").weights == {2: 90, 1: 10}
+    for view in (acme, catalog):
+        assert view.canaries("acme/tone") == view.adapter("acme/tone").canaries == (started,)
+
+
 def test_similar_names_are_the_callers(catalog: Catalog, acme: Catalog) -> None:
     whole = catalog.snapshot()
     for source in (acme.resolve, lambda model: whole.resolve(model, ACME)):

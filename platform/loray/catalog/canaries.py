@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from loray.catalog.aliases import Aliases, check_revision
 from loray.catalog.checks import check_alias
 from loray.catalog.database import reading, writing
+from loray.catalog.entries import AdapterEntry
 from loray.catalog.queries import (
     alias_is,
     count_change,
@@ -65,7 +66,8 @@ class Canaries(Aliases):
     ) -> CanaryState:
         """Give `percent` of the requests of `alias` to `version`, or change share or bounds of the canary that runs.
 
-        `bounds` None: those that it has, else the defaults. `expected_revision` and `no_gate` are those of `promote`.
+        `bounds` None: those that it has, else the defaults. `expected_revision` and `no_gate` are those of `promote`;
+        the gate is asked when a canary starts or its share grows.
 
         Raises AdapterNotFound where name, alias or version do not exist, SpecError for a share outside of 1 to 99,
         ConflictError where the alias points at the version, has another canary, or the version is of another base than
@@ -89,8 +91,10 @@ class Canaries(Aliases):
                 raise ConflictError(
                     f"version {found[0].version} is the canary of {name}@{alias}: promote or end it before another"
                 )
-            against = self._check_gate(load_version(c, name, adapter_id, version), alias, no_gate)
             before = found[0] if found else None
+            grows = before is None or percent > before.percent
+            new_version = load_version(c, name, adapter_id, version)
+            against = self._check_gate(new_version, alias, no_gate) if grows else ()
             bounds = bounds or (before.bounds if before else CanaryBounds())
             if before is not None and (before.percent, before.bounds) == (percent, bounds):
                 return before
@@ -126,17 +130,29 @@ class Canaries(Aliases):
             return load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)[0]
 
     def canary(self, name: str, alias: str = DEFAULT_ALIAS) -> CanaryState:
-        """The canary of an alias that runs, else the last one. Raises AdapterNotFound, and NotFoundError."""
-        found = [state for state in self.canaries(name) if state.alias == alias]
+        """The canary of an alias that runs, else the last one. Raises AdapterNotFound, NotFoundError, and
+        PermissionDenied for another tenant's adapter: what was counted speaks of that tenant's requests.
+        """
+        with reading(self._engine) as c:
+            adapter_id, entry = load_entry(c, self._principal, name, to_change=True)
+            found = load_states(c, canaries.c.adapter_id == adapter_id, canaries.c.alias == alias, limit=1)
         if not found:
-            raise _no_canary(name, alias)
+            raise _no_canary(entry.name, alias)
         return found[0]
 
     def canaries(self, name: str) -> tuple[CanaryState, ...]:
-        """The latest canaries of all aliases of a name, newest first. Raises AdapterNotFound."""
+        """Canaries of all aliases of a name, the running ones and then the newest first; none of another tenant's.
+
+        Raises AdapterNotFound.
+        """
         with reading(self._engine) as c:
-            adapter_id, _ = load_entry(c, self._principal, name)
-            return tuple(load_states(c, canaries.c.adapter_id == adapter_id, limit=_MAX_KNOWN))
+            adapter_id, entry = load_entry(c, self._principal, name)
+            return self._known(c, adapter_id, entry)
+
+    def _known(self, c: sa.Connection, adapter_id: int, entry: AdapterEntry) -> tuple[CanaryState, ...]:
+        if not self._principal.is_admin and entry.tenant != self._principal.tenant:
+            return ()
+        return tuple(load_states(c, canaries.c.adapter_id == adapter_id, limit=_MAX_KNOWN))
 
     def report_canaries(self, gateway: str, counted: Mapping[int, CanaryCounts]) -> ReportAnswer:
         """What a gateway has counted of each canary since it began, by the canary's id. It replaces its last report, so

@@ -38,11 +38,10 @@ from loray.catalog.queries import (
 from loray.catalog.removal.deletion import Deletion, refuse_deleted, restore_version
 from loray.catalog.removal.quarantine import Quarantines
 from loray.catalog.removal.references import StoreReferences, check_collections
-from loray.catalog.schema import adapters, alias_moves, bases, canaries, versions
+from loray.catalog.schema import adapters, alias_moves, bases, versions
 from loray.catalog.snapshots.feed import changes_since, read_counter
 from loray.catalog.snapshots.listing import select_names
 from loray.catalog.snapshots.snapshot import CatalogSnapshot
-from loray.catalog.traffic.rows import load_states
 from loray.errors import ConflictError, GateRefused, PermissionDenied, SpecError
 from loray.spec import AdapterManifest, AdapterRef
 from loray.telemetry import get_logger
@@ -262,7 +261,7 @@ class Catalog(
                 entry=entry,
                 versions=tuple(load_version(c, entry.name, adapter_id, v) for v in numbers),
                 moves=tuple(AliasMove(m.alias, m.version, m.undone, utc(m.created_at), m.no_gate) for m in moves),
-                canaries=tuple(load_states(c, canaries.c.adapter_id == adapter_id)),
+                canaries=self._known(c, adapter_id, entry),
             )
 
     def change_counter(self) -> int:

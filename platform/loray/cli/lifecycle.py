@@ -122,7 +122,7 @@ def rm(model: str, yes: bool) -> None:
     """Delete MODEL: `name` with all its versions and aliases, or one version, `name@3`.
 
     It can be restored until `loray store gc` deletes its bytes, 30 days later. A version stays while an
-    alias points at it.
+    alias points at it, or it is a canary.
     """
     name, version = _name_and_version(model)
     if not yes:

@@ -23,7 +23,12 @@ class CanaryBounds(Frozen):
     max_error_rate: float | None = Field(default=0.05, ge=0, lt=1, description="failed requests ÷ requests; null: any")
     max_ttft_ratio: float | None = Field(default=2.0, gt=0, description="time to first token ÷ the stable version's")
     max_itl_ratio: float | None = Field(default=2.0, gt=0, description="time between tokens ÷ the stable version's")
-    min_requests: int = Field(default=50, ge=1, le=1_000_000, description="requests before which nothing is judged")
+    min_requests: int = Field(
+        default=50,
+        ge=1,
+        le=1_000_000,
+        description="requests before which times are not compared; the error rate is of so many at least",
+    )
 
 
 class LogMoments(NamedTuple):

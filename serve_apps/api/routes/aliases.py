@@ -59,7 +59,7 @@ def put_alias(
     target: AliasTarget,
     conditions: Conditional,
 ) -> AliasResource:
-    """Point an alias at a version; it is made where it is not set, which is answered with 201.
+    """Point an alias at a version; it is made where it is not set, which is answered with 201. Its canary ends.
 
     With If-Match only if it has that ETag, with `If-None-Match: *` only if it is not set: 412 where it has moved
     meanwhile. Without either it moves, whoever moved it last. 409: the gate refuses a LongLoRA adapter, by what was
@@ -92,7 +92,7 @@ def roll_back(
     alias: AliasPath,
     conditions: Conditional,
 ) -> AliasResource:
-    """Point an alias back at where it pointed before its last move. 409: there is nothing to go back to."""
+    """Point an alias back at where it pointed before its last move, or end its canary. 409: nothing to go back to."""
     catalog = services.catalog_of(asking)
     expected = conditions.expected_revision(catalog.alias(name, alias).revision, alias)
     return _tag(catalog.rollback(name, alias, expected_revision=expected), response)

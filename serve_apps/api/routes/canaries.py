@@ -14,9 +14,12 @@ router = router_of("aliases")
 _PATH = "/adapters/{name}/aliases/{alias}/canary"
 
 
-@router.get(_PATH, responses=responses(404) | examples.ok(examples.CANARY))
+@router.get(_PATH, responses=responses(403, 404) | examples.ok(examples.CANARY))
 def get_canary(services: ServicesDep, asking: Asking, name: AdapterName, alias: AliasPath) -> CanaryResource:
-    """The alias's canary, with what its gateways have counted; where none runs, the last one and how it ended."""
+    """The alias's canary, with what its gateways have counted; where none runs, the last one and how it ended.
+
+    403: the adapter is another tenant's.
+    """
     return CanaryResource.of(services.catalog_of(asking).canary(name, alias))
 
 

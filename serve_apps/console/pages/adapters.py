@@ -106,7 +106,9 @@ def show_adapter(
         versions=shown,
         older=shown[-1].version if len(versions) > _VERSIONS else None,
         aliases=catalog.aliases(name),
-        canaries=[CanaryResource.of(state) for state in catalog.canaries(name)[:_DRAWN]],
+        canaries=[
+            CanaryResource.of(s) for i, s in enumerate(catalog.canaries(name)) if i < _DRAWN or s.outcome is None
+        ],
         tags=catalog.tags(name),
         lineage=lineage_of(shown[:_DRAWN]),
         done=_DONE.get(done, ""),

@@ -17,12 +17,12 @@ _STATES = (
     sa.select(canaries, _stable.c.version.label("stable"), _new.c.version)
     .join(_stable, _stable.c.id == canaries.c.stable_id)
     .join(_new, _new.c.id == canaries.c.version_id)
-    .order_by(canaries.c.id.desc())
+    .order_by(canaries.c.ended_at.is_not(None), canaries.c.id.desc())
 )
 
 
 def load_states(c: sa.Connection, *where: sa.ColumnElement[bool], limit: int | None = None) -> list[CanaryState]:
-    """Canaries for which the conditions hold, newest first."""
+    """Canaries for which the conditions hold: those that run, then the newest first."""
     return [_state(row) for row in c.execute(_STATES.where(*where).limit(limit))]
 
 
