@@ -62,7 +62,7 @@ def promote(model: str, alias: str, expected: int | None, no_gate: str | None, a
 @click.option("--max-error-rate", type=click.FloatRange(0, 1, max_open=True), help="Ends it: of its requests, 0.05.")
 @click.option("--max-ttft-ratio", type=click.FloatRange(0, min_open=True), help="Ends it: of the stable version's, 2.")
 @click.option("--max-itl-ratio", type=click.FloatRange(0, min_open=True), help="Ends it: of the stable version's, 2.")
-@click.option("--min-requests", type=click.IntRange(1, 1_000_000), help="Before which nothing is judged, 50.")
+@click.option("--min-requests", type=click.IntRange(1, 1_000_000), help="Before which times are not compared, 50.")
 @no_gate_option
 @json_option
 def canary(
