@@ -112,7 +112,7 @@ def test_what_the_database_says_replaces_what_was_kept(world: World) -> None:
     [
         lambda path: path.write_text("{"),
         lambda path: path.write_text("[]"),
-        lambda path: path.write_text(path.read_text().replace('"format":2', '"format":1')),
+        lambda path: path.write_text(path.read_text().replace('"format":3', '"format":2')),
         lambda path: path.write_text(path.read_text().replace('"catalog":"', '"catalog":"0')),
         lambda path: path.write_text(path.read_text().replace('"infer"', '"admin"')),
         lambda path: path.chmod(0o644),

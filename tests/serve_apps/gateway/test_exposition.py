@@ -210,5 +210,6 @@ def test_a_request_under_way_is_in_flight_until_its_client_has_left() -> None:
 
     asyncio.run(run())
     assert (in_flight, counted.num_in_flight) == ([1, 1], 0)
-    codes = {s.labels["code"]: s.value for f in counted._registry.collect() for s in f.samples if "_total" in s.name}
+    samples = [s for f in counted._registry.collect() for s in f.samples if s.name == "loray_http_requests_total"]
+    codes = {s.labels["code"]: s.value for s in samples}
     assert codes == {"200": 1, "499": 1}
