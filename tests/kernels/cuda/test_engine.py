@@ -152,7 +152,7 @@ def served(engine: Engine, requests: Sequence[GenerateRequest], joins: int) -> d
 @pytest.mark.parametrize(
     "names",
     [
-        ["r2", "r7", "r70", "pattern", "one layer"],
+        pytest.param(["r2", "r7", "r70", "pattern", "one layer"], marks=pytest.mark.slow),
         ["vera", "r2", "longlora", "vera too", "dora", "vera of one layer", "rope"],
     ],
 )

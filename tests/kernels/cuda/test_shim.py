@@ -164,7 +164,7 @@ def test_launches_and_kernels_agree() -> None:
     assert {constant(f, "THREADS") for f in ("attention.cu", "rows.cu", "vera.cu")} == {gather._THREADS}
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 def test_nvrtc_compiles_every_kernel(arch: str) -> None:
     """Without toolkit headers; no kernel spills registers."""
     try:
