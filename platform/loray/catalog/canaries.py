@@ -26,7 +26,7 @@ from loray.catalog.queries import (
     version_id_of,
 )
 from loray.catalog.schema import adapters, aliases, canaries
-from loray.catalog.traffic.rows import end_running, load_states, read_reports, running, total, write_reports
+from loray.catalog.traffic.rows import end_running, load_states, read_reports, running, write_reports
 from loray.catalog.traffic.verdict import Bound, breach
 from loray.errors import ConflictError, NotFoundError, SpecError
 from loray.spec import DEFAULT_ALIAS, CanaryBounds, CanaryCounts, CanaryState
@@ -175,7 +175,7 @@ class Canaries(Aliases):
                 this = canaries.c.id == canary_id
                 c.execute(canaries.update().where(this).values(reports=write_reports(reports)))
                 state = load_states(c, this)[0]
-                left = breach(state.bounds, total(reports))
+                left = breach(state.bounds, state.counts)
                 if left is not None:
                     end_running(c, row.id, state.alias, counter + 1, "rolled_back", left.reason)
                     model, label = f"{row.name}@{state.alias}", f"{row.name}@{state.version}"
