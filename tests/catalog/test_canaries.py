@@ -152,6 +152,9 @@ def test_a_canary_that_an_older_loray_left_behind_divides_nothing(tone: Catalog)
         target = sa.select(versions.c.id).where(versions.c.version == 2).scalar_subquery()
         c.execute(aliases.update().where(aliases.c.alias == "prod").values(version_id=target))
     assert (tone.alias("tone", "prod").weights, tone.entry("tone").canary("prod")) == ({2: 100}, None)
+    assert tone.set_canary("tone", "prod", 4, 10).stable == 2
+    assert tone.alias("tone", "prod").weights == {2: 90, 4: 10}
+    assert [state.outcome for state in tone.canaries("tone")] == [None, "ended"]
     with writing(tone._engine) as c:
         c.execute(aliases.delete())
     assert [entry.name for entry in tone.adapters()] == ["tone"]

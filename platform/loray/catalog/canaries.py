@@ -87,6 +87,9 @@ class Canaries(Aliases):
             if stable.base_fingerprint != new.base_fingerprint:
                 raise ConflictError(f"{new.label} and {stable.label} are of different bases: no server has both")
             found = load_states(c, running(adapter_id, alias))
+            if found and found[0].stable != stable.version:  # an older loray moved the alias and left it
+                self._end(c, adapter_id, entry.tenant, name, alias, counter + 1)
+                found = []
             if found and found[0].version != version:
                 raise ConflictError(
                     f"version {found[0].version} is the canary of {name}@{alias}: promote or end it before another"
