@@ -9,52 +9,66 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
-from loray.bases.registry import get_base
+from loray.bases.registry import get_bases
 from loray.settings import Settings
-from loray.spec import ServeSpec
-from serve_apps.deployment import DRAIN_S, ENGINE, GATEWAY
+from loray.spec import FleetSpec, ServeSpec
+from serve_apps.deployment import DRAIN_S, GATEWAY, engine_of
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.replica.ranks import bundles
 from serve_apps.replica.replica import EngineReplica
 from serve_apps.scaling.policy import AdapterDemandPolicy, autoscaling_config
+from serve_apps.versions import versioned
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
     from serve_apps.gateway.gateway import Gateway
 
-__all__ = ["ENGINE", "GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
+__all__ = ["GATEWAY", "AdapterDemandPolicy", "AdapterRouter", "application", "build"]
 
 _SPARE_SLOTS = 64  # more than the engine admits, so that the engine refuses a request, with a time to retry
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Builds the application. `args` are ServeSpec's fields; the environment (LORAY_*) names catalog and store.
+    """Builds the application. `args` are FleetSpec's fields; the environment (LORAY_*) names catalog and store.
 
-    Raises SpecError on a wrong field, BaseNotFound if the base is not on this machine.
+    Raises SpecError on a wrong field, BaseNotFound if a base is not on this machine.
     """
-    spec = ServeSpec.parse(args, source="args of serve_apps.app:build")
-    return application(spec, RequestRouterConfig(request_router_class=ROUTER_CLASS))
+    fleet = FleetSpec.parse(args, source="args of serve_apps.app:build")
+    return application(fleet, RequestRouterConfig(request_router_class=ROUTER_CLASS))
 
 
-def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
+def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
     """The application with a given request router."""
     settings = Settings.from_env()
-    get_base(settings.home, spec.base)
+    get_bases(settings.home, fleet.names)
     environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
-    slots = spec.max_num_seqs + spec.max_queued + spec.max_loading + _SPARE_SLOTS
     group = settings.training_group
     where = {} if group is None else {"label_selector": group.others}  # an engine's CPU keeps it from there anyway
 
     def gateway_app() -> FastAPI:  # called in the gateway's process
-        return _gateway(spec)
+        return _gateway(fleet)
 
+    gateway = serve.deployment(
+        serve.ingress(gateway_app)(GatewayReplica),
+        name=GATEWAY,
+        num_replicas=fleet.num_gateways,
+        max_ongoing_requests=sum(_slots(spec) * spec.max_replicas for spec in fleet.bases),
+        ray_actor_options={"num_cpus": 0, "runtime_env": environment, **where},
+        health_check_period_s=5.0,
+        graceful_shutdown_timeout_s=DRAIN_S,  # a stream needs gateway and engine until it ends
+    )
+    return gateway.bind(*(_engine(spec.for_replicas, routing, environment) for spec in fleet.bases))
+
+
+def _engine(spec: ServeSpec, routing: RequestRouterConfig, environment: dict[str, Any]) -> Application:
+    """The replicas of one base. Nothing here depends on another one, whose change leaves these replicas alone."""
     engine = serve.deployment(
         EngineReplica,
-        name=ENGINE,
+        name=engine_of(spec.base),
         **_replicas(spec),
-        max_ongoing_requests=slots,
-        max_queued_requests=slots,
+        max_ongoing_requests=_slots(spec),
+        max_queued_requests=_slots(spec),
         request_router_config=routing,
         ray_actor_options={
             "num_cpus": 1,
@@ -66,24 +80,20 @@ def application(spec: ServeSpec, routing: RequestRouterConfig) -> Application:
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=DRAIN_S,
     )
-    gateway = serve.deployment(
-        serve.ingress(gateway_app)(GatewayReplica),
-        name=GATEWAY,
-        num_replicas=spec.num_gateways,
-        max_ongoing_requests=slots * spec.max_replicas,
-        ray_actor_options={"num_cpus": 0, "runtime_env": environment, **where},
-        health_check_period_s=5.0,
-        graceful_shutdown_timeout_s=DRAIN_S,  # a stream needs gateway and engine until it ends
-    )
-    return gateway.bind(engine.bind(spec))
+    return versioned(engine, spec.model_dump(mode="json")).bind(spec)
 
 
-def _host(spec: ServeSpec) -> str:
+def _slots(spec: ServeSpec) -> int:
+    """The requests that a replica is given at most."""
+    return spec.max_num_seqs + spec.max_queued + spec.max_loading + _SPARE_SLOTS
+
+
+def _host(fleet: FleetSpec) -> str:
     """Where this gateway takes tokens from other nodes."""
     import ray
 
     alone = sum(node["Alive"] for node in ray.nodes()) == 1
-    if alone and spec.host in ("127.0.0.1", "localhost", "::1"):
+    if alone and fleet.host in ("127.0.0.1", "localhost", "::1"):
         return "127.0.0.1"
     return str(ray.util.get_node_ip_address())
 
@@ -93,8 +103,8 @@ class GatewayReplica:
 
     app: FastAPI
 
-    def __init__(self, engine: object) -> None:
-        """`engine`: makes that deployment a part of the application."""
+    def __init__(self, *engines: object) -> None:
+        """`engines`: makes those deployments a part of the application."""
 
     def metrics(self) -> list[Family]:
         """Prometheus families of this gateway."""
@@ -107,7 +117,7 @@ def _replicas(spec: ServeSpec) -> dict[str, Any]:
     return {"num_replicas": spec.num_replicas} if scaling is None else {"autoscaling_config": scaling}
 
 
-def _gateway(spec: ServeSpec) -> FastAPI:
+def _gateway(fleet: FleetSpec) -> FastAPI:
     import ray
 
     from loray.catalog import Catalog
@@ -123,22 +133,26 @@ def _gateway(spec: ServeSpec) -> FastAPI:
     settings = Settings.from_env()
     configure_logging(settings.log_level)
     here = serve.get_replica_context()
-    handle = serve.get_deployment_handle(ENGINE, here.app_name)
-    node = ray.get_runtime_context().get_node_id()
-    engines = ServeEngines(
-        handle,
-        node,
-        _host(spec),
-        lambda: Catalog(settings.catalog, actor="gateway"),
-        max_resumes=spec.max_resumes,
-        drain_grace_s=spec.drain_grace_s,
-    )
+    node, host = ray.get_runtime_context().get_node_id(), _host(fleet)
+
+    def engines(spec: ServeSpec) -> ServeEngines:
+        name = engine_of(spec.base)
+        return ServeEngines(
+            serve.get_deployment_handle(name, here.app_name),
+            name,
+            node,
+            host,
+            lambda: Catalog(settings.catalog, actor="gateway"),
+            max_resumes=spec.max_resumes,
+            drain_grace_s=spec.drain_grace_s,
+        )
+
     gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)
     exchange = None
-    if spec.num_gateways > 1:
-        exchange = RayExchange(here.app_name, gateways.name, spec.num_gateways, settings)
+    if fleet.num_gateways > 1:
+        exchange = RayExchange(here.app_name, gateways.name, fleet.num_gateways, settings)
     tracing = open_tracing("gateway", gateways.name)
-    gateway = open_gateway(spec, settings, engines, gateways, exchange, tracing=tracing)
+    gateway = open_gateway(fleet, settings, engines, gateways, exchange, tracing=tracing)
     gateway.add_middleware(WithoutRequestId)
     freeze_garbage()
     return gateway

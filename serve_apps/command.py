@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from loray.bases.registry import get_base
+from loray.bases.registry import get_bases
 from loray.cli.output import emit, json_option
 from loray.errors import ClusterError, ConflictError
 from loray.local.cluster import current_cluster, dead_cluster, ensure_started, stop_local_cluster
@@ -29,7 +28,7 @@ from loray.local.serving import Address
 from loray.local.standalone import standalone_servers
 from loray.locations import http_url
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec
 from serve_apps.deployment import DRAIN_S, ServeApi, serve_config
 from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
 from serve_apps.terminal import ask, show_server, show_status, welcome
@@ -48,18 +47,18 @@ _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("lor
 @click.option("--max-replicas", type=int, help="As many copies as adapter demand needs, up to this number.")
 @click.option("--wait/--no-wait", default=True, help="Wait until it answers (default).")
 def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
-    """Serve a base model and all adapters published for it.
+    """Serve a base model and all adapters published for it, or several bases from a --spec.
 
     Serving goes on when this command ends; again with other options, it is updated in place.
     """
     settings = Settings.from_env()
     screen = Console(stderr=True)
-    spec = read_spec(spec_file, options)
-    check_keys(spec, settings)
+    fleet = read_spec(spec_file, options)
+    check_keys(fleet.host, settings)
     if settings.address is None:
-        get_base(settings.home, spec.base)
+        get_bases(settings.home, fleet.names)
         if current_cluster(settings.home) is None:
-            _check_port(spec)
+            _check_port(fleet)
     settings = _with_store(settings, s3, screen)
     if settings.address is None:
         with screen.status("starting Ray on this machine"):
@@ -68,14 +67,14 @@ def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:
         address = _remote(settings)
     with screen.status("deploying"):
         api = ServeApi(address)
-        spec = _settle_port(spec, api.http(), explicit=spec.model_fields_set)
-        api.deploy(serve_config(spec, settings))
-    url = Address(_hostname(spec, settings), spec.port).url
+        fleet = _settle_port(fleet, api.http())
+        api.deploy(serve_config(fleet, settings))
+    url = Address(_hostname(fleet, settings), fleet.port).url
     if not wait:
         click.echo(f"deploying at {url}; `loray status` says how far it is")
         return
     _wait(api, screen)
-    welcome(url, spec, "", _HINTS)
+    welcome(url, fleet, "", _HINTS)
 
 
 @click.command()
@@ -200,29 +199,28 @@ def _with_store(settings: Settings, s3: bool, screen: Console) -> Settings:
         return move_to_local_s3(settings)
 
 
-def _check_port(spec: ServeSpec) -> None:
+def _check_port(fleet: FleetSpec) -> None:
     try:
-        check_port(spec.host, spec.port)
+        check_port(fleet.host, fleet.port)
     except OSError as e:
-        raise cannot_listen(spec, e, "loray up") from e
+        raise cannot_listen(fleet.host, fleet.port, e, "loray up") from e
 
 
-def _settle_port(spec: ServeSpec, serving: Address | None, *, explicit: Set[str]) -> ServeSpec:
-    """Serve cannot change its address while it runs: an update keeps it, and ConflictError refuses another one.
-
-    `explicit`: the fields that the command line or the file sets.
+def _settle_port(fleet: FleetSpec, serving: Address | None) -> FleetSpec:
+    """Serve cannot change its address while it runs: an update keeps it, and ConflictError refuses another one that
+    the command line or the file names.
     """
     if serving is None:
-        _check_port(spec)
-        return spec
-    moved = {"host": serving.host != spec.host, "port": serving.port != spec.port}
+        _check_port(fleet)
+        return fleet
+    moved = {"host": serving.host != fleet.host, "port": serving.port != fleet.port}
     for name in ("host", "port"):
-        if name in explicit and moved[name]:
+        if name in fleet.fields_set and moved[name]:
             raise ConflictError(
-                f"serving runs at {name} {getattr(serving, name)} and cannot move to {getattr(spec, name)} meanwhile; "
+                f"serving runs at {name} {getattr(serving, name)} and cannot move to {getattr(fleet, name)} meanwhile; "
                 f"leave {name} out of the command line and the file, or `loray down` first"
             )
-    return spec.model_copy(update={"host": serving.host, "port": serving.port})
+    return fleet.at(serving.host, serving.port)
 
 
 def _remote(settings: Settings) -> str:
@@ -233,8 +231,8 @@ def _remote(settings: Settings) -> str:
     return address
 
 
-def _hostname(spec: ServeSpec, settings: Settings) -> str:
-    return spec.host if settings.address is None else urlsplit(_remote(settings)).hostname or spec.host
+def _hostname(fleet: FleetSpec, settings: Settings) -> str:
+    return fleet.host if settings.address is None else urlsplit(_remote(settings)).hostname or fleet.host
 
 
 def _wait(api: ServeApi, screen: Console) -> None:

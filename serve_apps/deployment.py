@@ -12,23 +12,33 @@ from loray.errors import ClusterError
 from loray.local.serving import Address
 from loray.locations import http_url
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec
 
 APPLICATION = "loray"
-ENGINE = "engine"
 GATEWAY = "gateway"
 IMPORT_PATH = "serve_apps.app:build"
 CATALOG_APPLICATION = "catalog"
 CATALOG_PREFIX = "/api/v1"
 CATALOG_IMPORT_PATH = "serve_apps.api.app:build"
 DRAIN_S = 120.0  # time for requests under way to end before their replica or gateway is removed
+_ENGINE = "engine-"
 _POLL_S = 0.5
 _OUR_ERROR = re.compile(r"^\s*loray\.errors\.\w+: (.+)$", re.MULTILINE)
 _REASON_LINES = 12
 
 
-def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
-    """The configuration of `serve deploy` (ServeDeploySchema): the engine with its gateway, and the catalog's REST API.
+def engine_of(base: str) -> str:
+    """The name of a base's deployment, which has its replicas."""
+    return f"{_ENGINE}{base}"
+
+
+def is_engine(deployment: str) -> bool:
+    return deployment.startswith(_ENGINE)
+
+
+def serve_config(fleet: FleetSpec, settings: Settings) -> dict[str, Any]:
+    """The configuration of `serve deploy` (ServeDeploySchema): the engines with their gateways, and the catalog's REST
+    API.
 
     Ray's dashboard shows it, so passwords are not sent to another cluster: its nodes have their own LORAY_CATALOG.
     """
@@ -36,21 +46,21 @@ def serve_config(spec: ServeSpec, settings: Settings) -> dict[str, Any]:
     runtime_env = {"env_vars": env | settings.to_serving_env()}
     return {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": spec.host, "port": spec.port},
+        "http_options": {"host": fleet.host, "port": fleet.port},
         "logging_config": {"enable_access_log": False},
         "applications": [
             {
                 "name": APPLICATION,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "args": spec.model_dump(mode="json"),
+                "args": fleet.to_args(),
                 "runtime_env": runtime_env,
             },
             {
                 "name": CATALOG_APPLICATION,
                 "route_prefix": CATALOG_PREFIX,
                 "import_path": CATALOG_IMPORT_PATH,
-                "args": {"host": spec.host, "port": spec.port},
+                "args": {"host": fleet.host, "port": fleet.port},
                 "runtime_env": runtime_env,
             },
         ],

@@ -9,13 +9,18 @@ from typing import Any, get_args
 import click
 
 from loray.catalog import Catalog
-from loray.errors import ConflictError, SettingsError
+from loray.errors import ConflictError, SettingsError, SpecError
 from loray.locations import is_this_machine
 from loray.settings import Settings
-from loray.spec import ServeSpec, ToolParserName
+from loray.spec import FleetSpec, ToolParserName, read_mapping
 
 _OPTIONS = (
-    click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="A YAML file with ServeSpec's fields."),
+    click.option(
+        "--spec",
+        "spec_file",
+        type=click.Path(path_type=Path),
+        help="A YAML file with ServeSpec's fields, or with several bases.",
+    ),
     click.option("--base", help="The base model (default smollm2)."),
     click.option("--host", help="Address to listen at (default 127.0.0.1)."),
     click.option("--port", type=int, help="Port to listen at (default 8000)."),
@@ -38,20 +43,28 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def read_spec(file: Path | None, options: dict[str, Any]) -> ServeSpec:
-    """The file's fields, overridden by the command line's. `options`: None where an option was left out."""
+def read_spec(file: Path | None, options: dict[str, Any]) -> FleetSpec:
+    """The file's fields, overridden by the command line's. `options`: None where an option was left out.
+
+    Raises SpecError, also for options that would be one base's where the file has several.
+    """
     given = {name: value for name, value in options.items() if value is not None}
-    fields = {} if file is None else ServeSpec.from_yaml(file).model_dump(exclude_unset=True)
+    fields = {} if file is None else read_mapping(file)
+    if file is not None:
+        FleetSpec.parse(fields, source=str(file))  # its own mistakes, before those of the command line
+    if "bases" in fields and (others := sorted(given.keys() - {"num_gateways", "host", "port"})):
+        options_given = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise SpecError(f"{file} has `bases`, so their fields are set there; leave out {options_given}")
     bounds = {name: given.pop(name) for name in ("min_replicas", "max_replicas") if name in given}
     fields |= given
     if bounds:
         fields["autoscaling"] = (fields.get("autoscaling") or {}) | bounds
-    return ServeSpec.parse(fields, source="the command line" if file is None else f"{file} with the command line")
+    return FleetSpec.parse(fields, source="the command line" if file is None else f"{file} with the command line")
 
 
-def check_keys(spec: ServeSpec, settings: Settings) -> None:
+def check_keys(host: str, settings: Settings) -> None:
     """SettingsError where others than this machine could ask, and nobody has made a key that they would need."""
-    if is_this_machine(f"[{spec.host}]" if ":" in spec.host else spec.host) or settings.static_key_hashes:
+    if is_this_machine(f"[{host}]" if ":" in host else host) or settings.static_key_hashes:
         return
     catalog = Catalog(settings.catalog)
     try:
@@ -60,13 +73,12 @@ def check_keys(spec: ServeSpec, settings: Settings) -> None:
         catalog.close()
     if not has_key:
         raise SettingsError(
-            f"{spec.host} can be reached from other machines, and there is no API key yet: make the first one with "
+            f"{host} can be reached from other machines, and there is no API key yet: make the first one with "
             "`loray keys create --scope admin`, or set LORAY_API_KEY, and start again; or listen at 127.0.0.1"
         )
 
 
-def cannot_listen(spec: ServeSpec, error: OSError, command: str) -> ConflictError:
+def cannot_listen(host: str, port: int, error: OSError, command: str) -> ConflictError:
     return ConflictError(
-        f"cannot listen at {spec.host}:{spec.port} ({error.strerror}); choose another port, as in `{command} --port "
-        f"{spec.port + 1}`"
+        f"cannot listen at {host}:{port} ({error.strerror}); choose another port, as in `{command} --port {port + 1}`"
     )

@@ -12,25 +12,26 @@ from typing import NamedTuple
 
 from rich.markup import escape
 
-from loray.api.status import ReplicaStatus, ScalingDecision, Status
+from loray.api.status import BaseStatus, ReplicaStatus, ScalingDecision, Status
 from loray.cli.output import console, emit, pairs, table
 from loray.client import LorayClient
 from loray.errors import LorayError, PermissionDenied, Unauthenticated
-from loray.spec import ServeSpec, format_size
+from loray.spec import FleetSpec, format_size
 from serve_apps.deployment import State
 
 _DECISIONS_SHOWN = 5
 _TIMEOUT_S = 10.0
 
 
-def welcome(url: str, spec: ServeSpec, remark: str, hints: Sequence[tuple[str, str]]) -> None:
+def welcome(url: str, fleet: FleetSpec, remark: str, hints: Sequence[tuple[str, str]]) -> None:
     """`hints`: what to do next, as (what to type, what it does)."""
     names, model = _models(url)
+    bases = ", ".join(fleet.names)
     body = json.dumps(
-        {"model": model or spec.base, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}
+        {"model": model or fleet.names[0], "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}
     )
     out = console()
-    out.print(f"[green]serving[/] {spec.base} at [bold]{url}/v1[/]{remark and f', {remark}'}")
+    out.print(f"[green]serving[/] {bases} at [bold]{url}/v1[/]{remark and f', {remark}'}")
     out.print(f"models: {escape(names)}")
     out.print(f"try\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
     if model is None or os.environ.get("LORAY_API_KEY"):
@@ -92,14 +93,17 @@ def show_status(
     ]
     if report is not None:
         catalog = report.catalog
-        rows += [("base", report.model), ("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
-        if report.autoscaling is not None:
-            rows.append(("autoscaling", f"{report.autoscaling.target} wanted: {report.autoscaling.reason}"))
+        rows += [(_of(report, b, "base"), _base_row(report, b)) for b in report.bases]
+        rows += [("adapters", catalog.num_adapters), ("catalog", catalog.failure)]
+        for b in report.bases:
+            if (scaling := b.autoscaling) is not None:
+                rows.append((_of(report, b, "autoscaling"), f"{scaling.target} wanted: {scaling.reason}"))
     message = state.reason if isinstance(state, State) else None
     out.print(pairs([*rows, ("message", message), ("problem", problem)]))
     if report is not None and report.replicas:
         columns = (
             "replica",
+            "base",
             "pid",
             "up",
             "running",
@@ -110,12 +114,25 @@ def show_status(
             "output tokens",
             "adapters in pool",
         )
-        out.print(table(columns, [replica_row(r) for r in report.replicas], right=columns[1:9]))
-    if report is not None and report.autoscaling is not None and report.autoscaling.decisions:
-        changes = report.autoscaling.decisions[-_DECISIONS_SHOWN:]
-        out.print(table(("scaled at", "from", "to", "because"), [_change(d) for d in changes], right=("from", "to")))
+        out.print(table(columns, [replica_row(r) for r in report.replicas], right=columns[2:10]))
+    for b in () if report is None else report.bases:
+        if b.autoscaling is not None and b.autoscaling.decisions:
+            changes = b.autoscaling.decisions[-_DECISIONS_SHOWN:]
+            head = (f"{b.base} scaled at", "from", "to", "because")
+            out.print(table(head, [_change(d) for d in changes], right=("from", "to")))
     if report is not None and report.status != "ok":
         sys.exit(1)
+
+
+def _of(report: Status, base: BaseStatus, what: str) -> str:
+    """The name of a row about one base."""
+    return what if len(report.bases) == 1 or what == "base" else f"{what} of {base.base}"
+
+
+def _base_row(report: Status, b: BaseStatus) -> str:
+    if len(report.bases) == 1:
+        return b.base
+    return f"{b.base}: {b.num_replicas} of {b.target} replicas, adapters: {b.num_adapters}"
 
 
 def _change(d: ScalingDecision) -> tuple[object, ...]:
@@ -130,4 +147,4 @@ def replica_row(r: ReplicaStatus) -> tuple[object, ...]:
     names = ", ".join(r.adapters_in_pool[:6]) + (" …" if len(r.adapters_in_pool) > 6 else "")
     up, num_tokens = f"{r.uptime_s:,.0f} s", f"{r.num_output_tokens:,}"
     counts = (r.num_running, r.num_waiting, used, hit_rate, format_size(r.host_bytes), num_tokens)
-    return (r.replica, r.pid, up, *counts, names)
+    return (r.replica, r.base, r.pid, up, *counts, names)

@@ -18,7 +18,7 @@ from loray.bases.registry import BaseModel, add_base
 from loray.catalog import Catalog
 from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec
 from loray.store import AdapterStore, open_store
 
 NUM_CPUS = 4
@@ -95,7 +95,7 @@ def served(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) ->
     base = served_base(tmp_path_factory.mktemp("checkpoint"), settings.home)
     spec = ServeSpec(base=base.name, dtype="float32", port=free_port(), **SERVE)
     api = ServeApi(ray_cluster.address)
-    api.deploy(serve_config(spec, settings))
+    api.deploy(serve_config(FleetSpec.of(spec), settings))
     *_, state = api.watch(timeout_s=120)
     assert state.is_running, state.message
     yield Served(

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.catalog.fill import adapter_name
-from loray.api.status import CatalogStatus, ReplicaStatus, Status, total
+from loray.api.status import BaseStatus, CatalogStatus, ReplicaStatus, Status, total
 from loray.catalog import Catalog
 from loray.spec import DEFAULT_TENANT, Scope, ServeSpec, split_qualified
 from serve_apps.console import Gateway
@@ -77,8 +77,16 @@ def _state(names: list[str]) -> str:
     )
     return Status(
         status="ok",
-        model="smollm2",
-        spec=ServeSpec(base="smollm2"),
+        bases=(
+            BaseStatus(
+                base="smollm2",
+                status="ok",
+                num_replicas=len(replicas),
+                target=len(replicas),
+                num_adapters=len(names),
+                spec=ServeSpec(base="smollm2"),
+            ),
+        ),
         catalog=CatalogStatus(num_adapters=len(names)),
         replicas=replicas,
         totals=total(replicas),

@@ -77,7 +77,7 @@ async def _measure(setup: Setup, folder: Path) -> dict[str, float]:
 def _directory(url: str) -> ModelDirectory:
     config = SimpleNamespace(max_position_embeddings=8192)
     base = SimpleNamespace(name="smollm2", fingerprint=BASES["smollm2"], config=config)
-    return ModelDirectory(cast("Any", base), CatalogFollower(lambda: Catalog(url)))
+    return ModelDirectory([cast("Any", base)], CatalogFollower(lambda: Catalog(url)))
 
 
 async def _changes(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
@@ -94,7 +94,7 @@ async def _changes(directory: ModelDirectory, setup: Setup) -> dict[str, float]:
     async with heartbeat() as holds:
         while line:
             version, committed_at = line.split()
-            while (ref := await directory.resolve(name, OPERATOR)) is None or ref.version != int(version):
+            while (ref := (await directory.resolve(name, OPERATOR)).adapter) is None or ref.version != int(version):
                 await asyncio.sleep(0.002)
             served.append(time.monotonic() - float(committed_at))
             process.stdin.write(b"\n")
@@ -138,7 +138,7 @@ def _refusal_s(resolve: Callable[[], object]) -> float:
 
 async def _models(directory: ModelDirectory) -> dict[str, float]:
     """`/v1/models` of all adapters, whole and a page of it."""
-    cards = ModelCards(directory, lambda length: length)
+    cards = ModelCards(directory, lambda _, length: length)
     async with heartbeat() as holds:
         began = time.perf_counter()
         nbytes = 0

@@ -26,6 +26,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from serve_apps.access import open_access
 from serve_apps.gateway.app import create_app
+from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.prompts import PromptEncoder
@@ -52,9 +53,8 @@ def gateway_app(base: BaseModel, folder: Path, engines: Callable[[Sequence[int]]
     token_ids = prompts.tokenizer.encode(_TEXT, special=False)
     settings = Settings.from_env({"LORAY_HOME": str(folder), "LORAY_CATALOG": catalog_url(folder)})
     access = open_access(settings, "127.0.0.1")
-    directory = ModelDirectory(base, access.follower)
-    gateway = Gateway(ServeSpec(base=base.name), directory, prompts, engines(token_ids))
-    return create_app(gateway, access)
+    served = ServedBase(ServeSpec(base=base.name), base, prompts, engines(token_ids))
+    return create_app(Gateway([served], ModelDirectory([base], access.follower)), access)
 
 
 async def _serve_gateway(app: FastAPI, listener: socket.socket, ended: asyncio.Event) -> None:

@@ -34,7 +34,7 @@ from loray.local.cluster import start_local_cluster, stop_local_cluster
 from loray.local.processes import free_ports
 from loray.publishing import Destination, publish
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec
 from loray.store import AdapterStore, open_store
 
 PROMPT, NEW_TOKENS = "word " * 32, 8
@@ -86,7 +86,7 @@ def _compare(gcs_address: str, models: list[tuple[str, int]], args: argparse.Nam
     spec = ServeSpec(num_replicas=args.replicas, pool_bytes=held + KV_BYTES, host_bytes=held, num_threads=1)
     systems: dict[str, Callable[[], Any]] = {
         "loray": lambda: app.build(spec.model_dump(mode="json")),
-        "Ray's default": lambda: app.application(spec, RequestRouterConfig()),
+        "Ray's default": lambda: app.application(FleetSpec.of(spec), RequestRouterConfig()),
     }
     machine = describe_machine()
     click.echo(machine_line(machine, ray=ray.__version__))

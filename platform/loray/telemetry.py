@@ -17,8 +17,8 @@ StageProgress = Callable[[float], None]  # (share that is done, 0 to 1)
 
 
 class Metric(NamedTuple):
-    """Every metric of a replica also has the label `replica`, one of a gateway the label `gateway`. `buckets` are
-    ascending upper bounds.
+    """Every metric of a replica also has the labels `replica` and `base`, one of a gateway the label `gateway`.
+    `buckets` are ascending upper bounds.
     """
 
     name: str
@@ -142,10 +142,11 @@ GATEWAY_METRICS = _table(
         "code",
     ),
     _gauge("http_requests_in_flight", "HTTP requests under way, this one included."),
-    _counter("routing_decisions_total", "Choices of a replica, by reason.", "reason"),
+    _counter("routing_decisions_total", "Choices of a replica, by reason.", "base", "reason"),
     _counter(
         "resumes_total",
         "Begun answers that went on at another replica, by reason: the first was lost, or removed (moved).",
+        "base",
         "reason",
     ),
     _counter(
@@ -155,14 +156,14 @@ GATEWAY_METRICS = _table(
         "outcome",
     ),
     _counter("canary_rollbacks_total", "Canaries that left a bound and were ended: error_rate, ttft or itl.", "bound"),
-    _gauge("catalog_adapters", "Adapters of this base in the catalog's snapshot."),
+    _gauge("catalog_adapters", "Adapters of this base in the catalog's snapshot.", "base"),
     _gauge("catalog_age_seconds", "Since the catalog was last read with success."),
 )
 
 # The gateway that answers counts these, for its answer.
 ANSWER_METRICS = _table(
-    _gauge("replicas_reporting", "Replicas whose metrics are in this answer."),
-    _gauge("replicas_silent", "Replicas that did not answer in time."),
+    _gauge("replicas_reporting", "Replicas of this base whose metrics are in this answer.", "base"),
+    _gauge("replicas_silent", "Replicas of this base that did not answer in time.", "base"),
     _gauge("gateways_reporting", "Gateways whose metrics are in this answer."),
     _gauge("gateways_silent", "Gateways that did not answer in time."),
 )

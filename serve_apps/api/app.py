@@ -17,7 +17,7 @@ from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
 from serve_apps.api.site import create_app
 from serve_apps.console import Gateway
-from serve_apps.deployment import APPLICATION, ENGINE
+from serve_apps.deployment import APPLICATION
 
 API = "api"
 # The one server that writes to the store: on a node with no engine, so that its identity can be another one.
@@ -62,5 +62,5 @@ def _app(spec: ApiSpec) -> FastAPI:
     settings = Settings.from_env()
     configure_logging(settings.log_level)
     gateway = Gateway(Address(spec.host, spec.port).url)
-    services = Services(settings, RayJobServer(), ServePlacements(ENGINE, APPLICATION), gateway)
+    services = Services(settings, RayJobServer(), ServePlacements(APPLICATION), gateway)
     return log_access(create_app(services, open_access(settings, spec.host)), settings.access_log)

@@ -1,7 +1,8 @@
-"""Asks every replica of the engine which adapters it holds."""
+"""Asks every replica of every base which adapters it holds."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from ray import serve
@@ -9,22 +10,39 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from loray.api.status import AdapterPlacement
+from serve_apps.deployment import is_engine
 
 _TIMEOUT_S = 5.0
 
 
 class ServePlacements:
-    def __init__(self, deployment: str, application: str) -> None:
-        self._names = deployment, application
-        self._handle: DeploymentHandle[Any] | None = None
+    """`application`: the one whose deployments are asked. Which bases it has may change meanwhile."""
+
+    def __init__(self, application: str) -> None:
+        self._application = application
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
 
     async def adapters(self, digests: list[str]) -> list[AdapterPlacement]:
+        names = await asyncio.to_thread(self._engines)
+        answers = await asyncio.gather(*(self._ask(name, digests) for name in names))
+        return [placement for answer in answers for placement in answer]
+
+    def _engines(self) -> list[str]:
         try:
-            if self._handle is None:
-                self._handle = serve.get_deployment_handle(*self._names)
-            answers = await self._handle.broadcast("adapters", digests).results_async(
-                timeout_s=_TIMEOUT_S, return_exceptions=True
+            application = serve.status().applications.get(self._application)
+        except RayServeException:
+            return []
+        return [] if application is None else sorted(filter(is_engine, application.deployments))
+
+    async def _ask(self, deployment: str, digests: list[str]) -> list[AdapterPlacement]:
+        try:
+            if deployment not in self._handles:
+                self._handles[deployment] = serve.get_deployment_handle(deployment, self._application)
+            answers = (
+                await self._handles[deployment]
+                .broadcast("adapters", digests)
+                .results_async(timeout_s=_TIMEOUT_S, return_exceptions=True)
             )
-        except (RayServeException, TimeoutError):  # there is no such deployment, or it is starting
+        except (RayServeException, TimeoutError):  # it has just been removed, or it is starting
             return []
         return [placement for answer in answers if isinstance(answer, list) for placement in answer]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
 from loray import __version__
-from loray.bases.registry import get_base
+from loray.bases.registry import get_bases
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.serving.quotas import QuotaGate
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec
 from serve_apps.access import Access, CheckAccess, open_access
 from serve_apps.access.rules import GATEWAY
 from serve_apps.accounting.access_log import log_access
@@ -22,12 +22,12 @@ from serve_apps.accounting.exchange import Exchange
 from serve_apps.bodies import BodyLimit
 from serve_apps.gateway import errors
 from serve_apps.gateway.answers.headers import EchoRequestId
+from serve_apps.gateway.bases import OpenEngines, ServedBase
 from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.engines import Engines, Gateways
+from serve_apps.gateway.engines import Gateways
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
 from serve_apps.gateway.openapi import describe
-from serve_apps.gateway.prompts import PromptEncoder
 from serve_apps.gateway.routes import adapters, generation, server, tokens
 from serve_apps.tracing import Tracing
 from serve_apps.tracing.middleware import TraceRequests
@@ -43,9 +43,12 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await access.start()
         await gateway.directory.start()
-        async with gateway.canaries.running(), gateway.accounts.running(), gateway.engines.running():
+        async with gateway.canaries.running(), gateway.accounts.running(), AsyncExitStack() as running:
+            for base in gateway.bases.values():
+                await running.enter_async_context(base.engines.running())
             yield
-        gateway.prompts.close()
+        for base in gateway.bases.values():
+            base.prompts.close()
         await gateway.directory.stop()
         await access.stop()
 
@@ -68,25 +71,25 @@ def create_app(gateway: Gateway, access: Access, tracing: Tracing | None = None)
 
 
 def open_gateway(
-    spec: ServeSpec,
+    fleet: FleetSpec,
     settings: Settings,
-    engines: Engines,
+    engines: OpenEngines,
     gateways: Gateways | None = None,
     exchange: Exchange | None = None,
     access: Access | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
-    """A gateway of a deployment: its base on this machine, and the catalog that `settings` names.
+    """A gateway of a deployment: its bases on this machine, and the catalog that `settings` names.
 
-    `exchange` None: no other gateway counts the same limits. `access` None: keys that this application alone reads.
-    `app.state.gateway` is the Gateway.
+    `engines` opens those of a base. `exchange` None: no other gateway counts the same limits. `access` None: keys that
+    this application alone reads. `app.state.gateway` is the Gateway.
     """
-    base = get_base(settings.home, spec.base)
+    bases = get_bases(settings.home, fleet.names)
     kept = SnapshotFile(settings.home / CATALOG_SNAPSHOT, settings.catalog)
-    access = access or open_access(settings, spec.host)
-    directory = ModelDirectory(base, access.follower, kept)
+    access = access or open_access(settings, fleet.host)
+    directory = ModelDirectory(bases, access.follower, kept)
     books = Books(settings, exchange, access.is_limited)
-    accounts = Accounts(QuotaGate(1 if exchange is None else spec.num_gateways), books)
-    prompts = PromptEncoder.load(base, spec.tool_parser)
-    gateway = Gateway(spec, directory, prompts, engines, gateways, accounts)
+    accounts = Accounts(QuotaGate(1 if exchange is None else fleet.num_gateways), books)
+    served = [ServedBase.open(s, base, engines(s)) for s, base in zip(fleet.bases, bases, strict=True)]
+    gateway = Gateway(served, directory, gateways, accounts)
     return log_access(create_app(gateway, access, tracing), settings.access_log)

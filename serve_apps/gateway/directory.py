@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry, Catalog, CatalogSnapshot, split_model
 from loray.catalog.snapshots import BaseTotals
 from loray.catalog.snapshots.disk import SnapshotFile
 from loray.catalog.snapshots.kept import Kept
-from loray.errors import AdapterNotFound, CatalogError, shown
+from loray.errors import AdapterNotFound, BaseMismatch, CatalogError, shown
 from loray.serving.access import check_model, may_ask
 from loray.serving.canary import Arm, is_taken
 from loray.spec import AdapterRef, Principal
@@ -27,8 +27,15 @@ LOOK_AGAIN_S = 0.05
 _MANY = 10_000  # adapters, whose objects a collection would look through for more than 20 ms
 
 
+class Found(NamedTuple):
+    """What a name means. `adapter`: None for the base itself."""
+
+    base: BaseModel
+    adapter: AdapterRef | None = None
+
+
 class ModelDirectory:
-    """The base and the adapters of one deployment, as `follower` reads them. Used from one event loop.
+    """The bases and the adapters of one deployment, as `follower` reads them. Used from one event loop.
 
     If the database cannot be reached, the last snapshot is used; if it cannot be reached at first, the snapshot `kept`
     on disk.
@@ -36,9 +43,10 @@ class ModelDirectory:
 
     what, look_s = "names", REFRESH_S
 
-    def __init__(self, base: BaseModel, follower: CatalogFollower, kept: SnapshotFile | None = None) -> None:
-        self.base = base
-        self._prefix = f"{base.name}:"
+    def __init__(self, bases: Sequence[BaseModel], follower: CatalogFollower, kept: SnapshotFile | None = None) -> None:
+        """`bases`: different models, at least one."""
+        self.bases = {base.name: base for base in bases}
+        self._by_fingerprint = {base.fingerprint: base for base in bases}
         self._follower = follower
         self._snapshot: CatalogSnapshot | None = None
         self._looking = asyncio.Lock()
@@ -48,22 +56,24 @@ class ModelDirectory:
 
     @property
     def num_adapters(self) -> int:
-        return self._totals.num_adapters
+        """Of all bases together."""
+        return sum(self.num_adapters_of(base) for base in self.bases.values())
 
-    @property
-    def longest_context(self) -> int:
-        """Of the base and all its adapters."""
-        return max(self.base.config.max_position_embeddings, self._totals.longest_context)
+    def num_adapters_of(self, base: BaseModel) -> int:
+        return self._totals(base).num_adapters
+
+    def longest_context(self, base: BaseModel) -> int:
+        """Of a base and all its adapters."""
+        return max(base.config.max_position_embeddings, self._totals(base).longest_context)
 
     @property
     def age_s(self) -> float:
         """Seconds since the snapshot was last known to be current; infinite before the first one."""
         return time.monotonic() - self._read_at
 
-    @property
-    def _totals(self) -> BaseTotals:
+    def _totals(self, base: BaseModel) -> BaseTotals:
         totals = {} if self._snapshot is None else self._snapshot.totals
-        return totals.get(self.base.fingerprint, BaseTotals())
+        return totals.get(base.fingerprint, BaseTotals())
 
     async def labels(self, digests: Collection[str]) -> dict[str, str]:
         """Digest → `name@version` of those that the catalog has. A thread looks through all versions."""
@@ -102,39 +112,62 @@ class ModelDirectory:
                 await asyncio.sleep(self._follower.looked_at + LOOK_AGAIN_S - time.monotonic())
             await self._follower.refresh(called_at)
 
-    async def resolve(self, model: str, principal: Principal) -> AdapterRef | None:
-        """The adapter that a name means for this caller; None for the base. `base:name` is accepted as `name`.
+    async def resolve(self, model: str, principal: Principal) -> Found:
+        """What a name means for this caller. `base:name` is accepted as `name`.
 
         The database is read again for a name that the snapshot lacks, or that does not exist for the caller. Raises
         AdapterNotFound, PermissionDenied for a model that the caller's key is not for, BaseMismatch for an adapter of
         another base, and CatalogError before the first snapshot.
         """
-        model = model.removeprefix(self._prefix)
+        base, model = self._split(model)
         check_model(principal, model)
-        if model == self.base.name:
-            return None
+        if model in self.bases and base in (None, self.bases[model]):
+            return Found(self.bases[model])
         ref = None if self._snapshot is None else self._snapshot.find(model, principal)
         if ref is None:
             await self._look_again()
             ref = self._lookup(model, principal)
-        ref.check_base(self.base.name, self.base.fingerprint)
-        return ref
+        return Found(self._base_of(ref, base), ref)
 
-    async def choose(
-        self, model: str, principal: Principal, session: str | None
-    ) -> tuple[AdapterRef | None, Arm | None]:
-        """The adapter that a name means for a request of this session, and which of an alias's two versions it is if
-        the alias has a canary. Without a session it is drawn. Raises what `resolve` raises.
+    def _split(self, model: str) -> tuple[BaseModel | None, str]:
+        """The base and the name of `base:name`; None where it is a name alone."""
+        prefix, colon, name = model.partition(":")
+        return (self.bases[prefix], name) if colon and prefix in self.bases else (None, model)
+
+    def _base_of(self, ref: AdapterRef, wanted: BaseModel | None) -> BaseModel:
+        """The base of an adapter. Raises BaseMismatch where it is not served, or is not the one that was asked for."""
+        if wanted is not None:
+            ref.check_base(wanted.name, wanted.fingerprint)
+        base = self._by_fingerprint.get(ref.base_fingerprint)
+        if base is None:
+            raise BaseMismatch(
+                f"adapter {ref.label} was trained on another base (fingerprint {ref.base_fingerprint[:12]}) than "
+                f"{self.base_names()}, which this deployment serves"
+            )
+        return base
+
+    def base_names(self) -> str:
+        """For messages: `a`, `a and b`, `a, b and c`."""
+        *others, last = self.bases
+        return f"{', '.join(others)} and {last}" if others else last
+
+    async def choose(self, model: str, principal: Principal, session: str | None) -> tuple[Found, Arm | None]:
+        """What a name means for a request of this session, and which of an alias's two versions it is if the alias has
+        a canary. Without a session it is drawn. Raises what `resolve` raises.
         """
-        ref = await self.resolve(model, principal)
+        found = await self.resolve(model, principal)
+        ref = found.adapter
         if ref is None or not (entry := self.entry(ref)).canaries:
-            return ref, None
-        canary = entry.canary(split_model(model.removeprefix(self._prefix)).selector)
+            return found, None
+        canary = entry.canary(split_model(self._split(model)[1]).selector)
         if canary is None:
-            return ref, None
+            return found, None
         session = session or uuid.uuid4().hex
         arm = Arm(canary.id, is_taken(f"{entry.name}@{canary.alias}@{canary.version}", session, canary.percent))
-        return (entry.select(str(canary.version)) if arm.is_canary else ref), arm
+        if not arm.is_canary:
+            return found, arm
+        ref = entry.select(str(canary.version))
+        return Found(self._base_of(ref, None), ref), arm
 
     async def ask(self, question: Callable[[Catalog], T]) -> T:
         """What the catalog answers, in a thread. Raises what it raises."""
@@ -154,8 +187,12 @@ class ModelDirectory:
         if self._snapshot is None:
             return
         for entry in self._snapshot.adapters.after(after):
-            is_served = entry.default.base_fingerprint == self.base.fingerprint and entry.exists_for(principal)
+            is_served = entry.default.base_fingerprint in self._by_fingerprint and entry.exists_for(principal)
             yield entry if is_served and may_ask(principal, entry.name) else None
+
+    def base_of(self, ref: AdapterRef) -> BaseModel:
+        """The base of an adapter that `entries` yields."""
+        return self._by_fingerprint[ref.base_fingerprint]
 
     def entry(self, ref: AdapterRef) -> AdapterEntry:
         """The entry of an adapter that `resolve` has just found."""

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loray.catalog.traffic.verdict import Bound
 from loray.telemetry import METRICS
-from serve_apps.exposition import counter, gauge, labelled, merge
+from serve_apps.exposition import Labels, counter, gauge, labelled, merge
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.http import CLIENT_LEFT
 
@@ -42,28 +42,42 @@ class GatewayMetrics:
         self._canary_rollbacks.labels(bound).inc()
 
     def families(
-        self, directory: ModelDirectory, decisions: Mapping[str, int], resumes: Mapping[str, int]
+        self,
+        directory: ModelDirectory,
+        decisions: Mapping[str, Mapping[str, int]],
+        resumes: Mapping[str, Mapping[str, int]],
     ) -> list[Family]:
-        """They can be pickled."""
+        """They can be pickled. `decisions` and `resumes`: by base, and by reason."""
         families = [
             *self._registry.collect(),
             gauge("http_requests_in_flight", {(): self.num_in_flight}),
-            counter("routing_decisions_total", {(reason,): n for reason, n in decisions.items()}),
-            counter("resumes_total", {(reason,): n for reason, n in resumes.items()}),
-            gauge("catalog_adapters", {(): directory.num_adapters}),
+            counter("routing_decisions_total", _by_base(decisions)),
+            counter("resumes_total", _by_base(resumes)),
+            gauge("catalog_adapters", {(b.name,): directory.num_adapters_of(b) for b in directory.bases.values()}),
             gauge("catalog_age_seconds", {(): directory.age_s}),
         ]
         return labelled(families, gateway=self._name)
 
 
-def together(gateways: Answers, replicas: Answers) -> list[Family]:
-    """The families of a deployment, and how many of its processes they are from."""
-    counts: list[Family] = []
-    for kind, answers in (("gateways", gateways), ("replicas", replicas)):
-        num_silent = sum(families is None for families in answers)
-        counts.append(gauge(f"{kind}_reporting", {(): len(answers) - num_silent}))
-        counts.append(gauge(f"{kind}_silent", {(): num_silent}))
-    return merge([counts, *(families for families in (*gateways, *replicas) if families is not None)])
+def _by_base(counts: Mapping[str, Mapping[str, int]]) -> dict[Labels, float]:
+    return {(base, reason): n for base, of_base in counts.items() for reason, n in of_base.items()}
+
+
+def together(gateways: Answers, replicas: Mapping[str, Answers]) -> list[Family]:
+    """The families of a deployment, and how many of its processes they are from. `replicas`: of each base."""
+    silent: dict[Labels, float] = {(base,): sum(f is None for f in answers) for base, answers in replicas.items()}
+    reporting: dict[Labels, float] = {(base,): len(a) - silent[base,] for base, a in replicas.items()}
+    num_gateways = sum(families is not None for families in gateways)
+    counts = [
+        gauge("gateways_reporting", {(): num_gateways}),
+        gauge("gateways_silent", {(): len(gateways) - num_gateways}),
+        gauge("replicas_reporting", reporting),
+        gauge("replicas_silent", silent),
+    ]
+    of_replicas = [
+        labelled(families, base=base) for base, of in replicas.items() for families in of if families is not None
+    ]
+    return merge([counts, *(families for families in gateways if families is not None), *of_replicas])
 
 
 class CountRequests:

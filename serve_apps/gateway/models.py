@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from itertools import islice
 
 from loray.api.openai import Model
+from loray.bases.registry import BaseModel
 from loray.catalog import AdapterEntry
 from loray.serving.access import may_ask
 from loray.spec import AdapterRef, Principal
@@ -19,21 +20,23 @@ _AT_ONCE = 100  # models that are encoded before other requests have their turn:
 
 
 class ModelCards:
-    """Cards of the directory's models. `limit` maps a model's context length to the one that is served."""
+    """Cards of the directory's models. `limit` maps a base and the context length of one of its models to the one that
+    is served.
+    """
 
-    def __init__(self, directory: ModelDirectory, limit: Callable[[int], int]) -> None:
+    def __init__(self, directory: ModelDirectory, limit: Callable[[BaseModel, int], int]) -> None:
         self._directory, self._limit = directory, limit
         self._created = int(time.time())
 
     async def card(self, model: str, principal: Principal) -> Model:
         """One model, by any name that the directory resolves for this caller. Raises what it raises."""
-        ref = await self._directory.resolve(model, principal)
-        return self._base() if ref is None else self._adapter(model, self._directory.entry(ref), ref)
+        base, ref = await self._directory.resolve(model, principal)
+        return self._base(base) if ref is None else self._adapter(model, self._directory.entry(ref), ref)
 
     async def page(
         self, principal: Principal, after: str | None = None, limit: int | None = None
     ) -> AsyncIterator[bytes]:
-        """The parts of a list's body: the base, then adapters by name, as of one moment: what the caller may ask.
+        """The parts of a list's body: the bases, then adapters by name, as of one moment: what the caller may ask.
 
         `after` and `limit` are those of OpenAI's other lists: at most `limit` models after the one called `after`.
         """
@@ -53,17 +56,17 @@ class ModelCards:
 
     async def _found(self, principal: Principal, after: str | None) -> AsyncIterator[list[Model]]:
         """Cards, in parts between which other requests have their turn."""
-        if after is None:
-            yield [self._base()] if may_ask(principal, self._directory.base.name) else []
-        elif after == self._directory.base.name:
+        bases = list(self._directory.bases.values())
+        if after is None or after in self._directory.bases:
+            first = 0 if after is None else 1 + [base.name for base in bases].index(after)
+            yield [self._base(base) for base in bases[first:] if may_ask(principal, base.name)]
             after = None
         entries = self._directory.entries(principal, after)
         while part := list(islice(entries, _AT_ONCE)):
             yield [self._adapter(e.name, e, e.default) for e in part if e is not None]
             await asyncio.sleep(0)
 
-    def _base(self) -> Model:
-        base = self._directory.base
+    def _base(self, base: BaseModel) -> Model:
         return Model(
             id=base.name,
             object="model",
@@ -71,18 +74,19 @@ class ModelCards:
             owned_by=_OWNER,
             root=base.name,
             parent=None,
-            max_model_len=self._limit(base.config.max_position_embeddings),
+            max_model_len=self._limit(base, base.config.max_position_embeddings),
         )
 
     def _adapter(self, model: str, entry: AdapterEntry, ref: AdapterRef) -> Model:
+        base = self._directory.base_of(ref)
         return Model(
             id=model,
             object="model",
             created=int(entry.created_at.timestamp()),
             owned_by=_OWNER,
             root=ref.label,
-            parent=self._directory.base.name,
-            max_model_len=self._limit(ref.context_length),
+            parent=base.name,
+            max_model_len=self._limit(base, ref.context_length),
             method=ref.method,
             digest=ref.digest,
             aliases=entry.aliases,

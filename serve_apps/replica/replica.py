@@ -27,6 +27,7 @@ from loray.settings import Settings
 from loray.spec import ServeSpec
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.channel.connection import Connections
+from serve_apps.deployment import is_engine
 from serve_apps.garbage import freeze_garbage
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import ReplicaMetrics
@@ -53,7 +54,7 @@ class EngineReplica:
         settings = Settings.from_env()
         configure_logging(settings.log_level)
         logging.getLogger("ray.serve").addFilter(without_expected_tracebacks)
-        self._spec = spec = set_num_threads(spec, _num_nodes())
+        self._spec = spec = set_num_threads(spec, _num_nodes(), 1 if spec.num_threads else _num_bases())
         from serve_apps.replica.ranks import RankActors  # late: the process that deploys imports no Ray
 
         self._started_at = time.time()
@@ -141,6 +142,14 @@ def _node_id() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
+
+
+def _num_bases() -> int:
+    """How many the deployment has now. It is no argument of the replica's, which would be replaced where it changes."""
+    from ray import serve
+
+    application = serve.status().applications[serve.get_replica_context().app_name]
+    return max(1, sum(map(is_engine, application.deployments)))
 
 
 def _num_nodes() -> int:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 
 
-def set_num_threads(spec: ServeSpec, num_nodes: int = 1) -> ServeSpec:
+def set_num_threads(spec: ServeSpec, num_nodes: int = 1, num_bases: int = 1) -> ServeSpec:
     """Sets the number of threads of each rank, and returns `spec` with it. Must be called before torch is imported.
 
-    The replicas are spread over `num_nodes` machines. Ray sets OMP_NUM_THREADS to 1 for its workers, and OpenMP reads
-    it once.
+    The replicas are spread over `num_nodes` machines, which `num_bases` bases share equally. Ray sets OMP_NUM_THREADS
+    to 1 for its workers, and OpenMP reads it once.
     """
     cores = len(os.sched_getaffinity(0))
-    num_ranks = spec.max_replicas * spec.tensor_parallel_size
+    num_ranks = num_bases * spec.max_replicas * spec.tensor_parallel_size
     num_threads = spec.num_threads or max(1, cores * num_nodes // max(num_ranks, num_nodes))
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     import torch

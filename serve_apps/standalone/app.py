@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from loray.local.serving import Address
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec
 from serve_apps.access import open_access
 from serve_apps.accounting.access_log import log_access
 from serve_apps.api.services import Services
@@ -55,4 +55,5 @@ def create_site(spec: ServeSpec, settings: Settings, engines: LocalEngines, trac
     access = open_access(settings, spec.host)
     services = Services(settings, LocalJobServer(settings), engines, Gateway(Address(spec.host, spec.port).url))
     api = log_access(create_api(services, access), settings.access_log)
-    return Site(open_gateway(spec, settings, engines, access=access, tracing=tracing), api)
+    gateway = open_gateway(FleetSpec.of(spec), settings, lambda _: engines, access=access, tracing=tracing)
+    return Site(gateway, api)

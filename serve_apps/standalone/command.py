@@ -19,7 +19,7 @@ from loray.local.processes import bind
 from loray.local.serving import Address
 from loray.local.standalone import announced
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec
 from loray.telemetry import configure_logging
 from serve_apps.deployment import DRAIN_S
 from serve_apps.options import cannot_listen, check_keys, read_spec, spec_options
@@ -48,14 +48,14 @@ def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -
     if model is not None and options["base"] not in (None, model):
         raise SpecError(f"MODEL is {model} and --base is {options['base']}; give one of them")
     spec = one_engine(read_spec(spec_file, options | ({} if model is None else {"base": model})))
-    check_keys(spec, settings)
+    check_keys(spec.host, settings)
     base = get_base(settings.home, spec.base)
     screen = Console(stderr=True)
     with ExitStack() as held:
         try:
             listener = held.enter_context(bind(spec.host, spec.port))
         except OSError as e:
-            raise cannot_listen(spec, e, "loray serve") from e
+            raise cannot_listen(spec.host, spec.port, e, "loray serve") from e
         with screen.status("starting the store"):
             settings = move_to_local_s3(settings) if s3 else start_home_store(settings)
         spinner = screen.status("loading the base and the engine")
@@ -81,8 +81,13 @@ def serve(model: str | None, spec_file: Path | None, s3: bool, **options: Any) -
     screen.print("stopped serving", highlight=False)
 
 
-def one_engine(spec: ServeSpec) -> ServeSpec:
-    """Raises SpecError for what needs several replicas, and so Ray."""
+def one_engine(fleet: FleetSpec) -> ServeSpec:
+    """Raises SpecError for what needs several engines, and so Ray."""
+    spec, *others = fleet.bases
+    if others:
+        raise SpecError(
+            f"`loray serve` runs one engine and so one base: of {', '.join(fleet.names)} give one, or use `loray up`"
+        )
     wanted = [name for name, is_set in _REPLICAS.items() if is_set(spec)]
     if wanted:
         raise SpecError(f"`loray serve` runs one engine: leave out {' and '.join(wanted)}, or use `loray up`")
@@ -91,6 +96,6 @@ def one_engine(spec: ServeSpec) -> ServeSpec:
 
 def _welcome(url: str, spec: ServeSpec, seconds: float) -> None:
     try:
-        welcome(url, spec, f"ready after {seconds:.1f} s", _HINTS)
+        welcome(url, FleetSpec.of(spec), f"ready after {seconds:.1f} s", _HINTS)
     except LorayError as e:  # it serves nevertheless
         Console().print(f"serving {spec.base} at {url}/v1, ready after {seconds:.1f} s ({e})", highlight=False)

@@ -73,15 +73,17 @@ from loray.spec import ServeSpec
 from serve_apps.access import Access
 from serve_apps.following import CatalogFollower
 from serve_apps.gateway.app import create_app
+from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.prompts import PromptEncoder
 base = get_base(Path({str(base.path.parent.parent)!r}), {base.name!r})
 prompts = PromptEncoder.load(base)
 follower = CatalogFollower(lambda: Catalog("sqlite://"))
-directory = ModelDirectory(base, follower)
+directory = ModelDirectory([base], follower)
 access = Access(KeyRing(), follower, host="127.0.0.1")
-create_app(Gateway(ServeSpec(base=base.name), directory, prompts, None), access)
+served = ServedBase(ServeSpec(base=base.name), base, prompts, None)
+create_app(Gateway([served], directory), access)
 assert prompts.tokenizer.encode("hi", special=True)
 print([m for m in ("torch", "transformers", "peft") if m in sys.modules])
 """

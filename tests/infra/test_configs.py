@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec
 from serve_apps.deployment import serve_config
 from tests.conftest import REPOSITORY
 
@@ -44,7 +44,7 @@ def test_configs_are_serves_and_ours(file: Path) -> None:
 
 def test_local_is_what_up_deploys(tmp_path: Path) -> None:
     assert comparable(load("local.yaml")) == comparable(
-        serve_config(ServeSpec(), Settings.from_env({"LORAY_HOME": str(tmp_path)}))
+        serve_config(FleetSpec.of(ServeSpec()), Settings.from_env({"LORAY_HOME": str(tmp_path)}))
     )
 
 

@@ -13,11 +13,19 @@ from typing import Any
 import pytest
 import yaml
 
-from loray.api.status import AutoscalingStatus, CatalogStatus, EngineStatus, ReplicaStatus, ScalingDecision, Status
+from loray.api.status import (
+    AutoscalingStatus,
+    BaseStatus,
+    CatalogStatus,
+    EngineStatus,
+    ReplicaStatus,
+    ScalingDecision,
+    Status,
+)
 from loray.errors import BaseNotFound, ClusterError, ConflictError, SettingsError, SpecError
 from loray.local.serving import Address
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec
 from serve_apps import command
 from serve_apps.command import _settle_port
 from serve_apps.deployment import State, serve_config
@@ -46,10 +54,23 @@ def test_help_imports_no_ray() -> None:
 def test_options_go_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "spec.yaml"
     file.write_text("base: mine\nport: 9000\npool_bytes: 1MiB\n")
-    spec = read_spec(file, {"port": 9001, "pool_bytes": "2MiB"})
+    (spec,) = read_spec(file, {"port": 9001, "pool_bytes": "2MiB"}).bases
     assert (spec.base, spec.port, spec.pool_bytes) == ("mine", 9001, 2 << 20)
     file.write_text("pool: 1\n")
     with pytest.raises(SpecError, match=r"pool: .*known fields: .*pool_bytes"):
+        read_spec(file, {})
+
+
+def test_options_of_one_base_are_refused_beside_several(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text("port: 9000\nbases: [{base: a}, {base: b, max_num_seqs: 3}]\n")
+    fleet = read_spec(file, {"port": 9001, "num_gateways": 2, "base": None})
+    assert (fleet.names, fleet.port, fleet.num_gateways) == (("a", "b"), 9001, 2)
+    assert [spec.max_num_seqs for spec in fleet.bases] == [32, 3]
+    with pytest.raises(SpecError, match="leave out --max-replicas, --pool-bytes"):
+        read_spec(file, {"pool_bytes": "1MiB", "max_replicas": 2})
+    file.write_text("bases: [{base: a}, {base: a}]\n")
+    with pytest.raises(SpecError, match="the same base twice: a"):
         read_spec(file, {})
 
 
@@ -60,12 +81,12 @@ def test_gateways_are_an_option(loray: Loray) -> None:
 
 
 def test_bounds_make_the_number_of_replicas_follow_demand(tmp_path: Path) -> None:
-    assert read_spec(None, {"num_replicas": 2}).autoscaling is None
-    spec = read_spec(None, {"max_replicas": 3})
+    assert read_spec(None, {"num_replicas": 2}).bases[0].autoscaling is None
+    (spec,) = read_spec(None, {"max_replicas": 3}).bases
     assert (spec.min_replicas, spec.max_replicas, spec.num_replicas) == (1, 3, 1)
     file = tmp_path / "spec.yaml"
     file.write_text("autoscaling: {min_replicas: 2, max_replicas: 6, window_s: 30}\n")
-    scaling = read_spec(file, {"max_replicas": 3}).autoscaling
+    scaling = read_spec(file, {"max_replicas": 3}).bases[0].autoscaling
     assert scaling is not None
     assert (scaling.min_replicas, scaling.max_replicas, scaling.window_s) == (2, 3, 30)
     with pytest.raises(SpecError, match="max_replicas must be at least min_replicas"):
@@ -107,37 +128,47 @@ def test_a_remote_cluster_cannot_reach_local_files(loray: Loray, monkeypatch: py
 
 
 def test_an_update_keeps_its_port() -> None:
-    spec, serving = ServeSpec(port=free_port()), Address("127.0.0.1", 8001)
-    assert _settle_port(spec, serving, explicit={"base"}).port == 8001
-    assert _settle_port(spec, None, explicit={"port"}) == spec
+    serving, moved = Address("127.0.0.1", 8001), FleetSpec.of(ServeSpec(port=free_port()))
+    assert _settle_port(FleetSpec.of(ServeSpec(base="tiny")), serving).port == 8001
+    assert _settle_port(moved, None) == moved
     with pytest.raises(ConflictError, match=r"runs at port 8001 and cannot move to \d+"):
-        _settle_port(spec, serving, explicit={"port"})
+        _settle_port(moved, serving)
     with pytest.raises(ConflictError, match=r"runs at host 127\.0\.0\.1 and cannot move to 0\.0\.0\.0"):
-        _settle_port(ServeSpec(port=8001, host="0.0.0.0"), serving, explicit={"host", "port"})
+        _settle_port(FleetSpec.of(ServeSpec(port=8001, host="0.0.0.0")), serving)
 
 
 def test_fields_of_the_file_count_as_set(tmp_path: Path) -> None:
     file = tmp_path / "spec.yaml"
     file.write_text("port: 9000\n")
-    assert read_spec(file, {"base": "tiny"}).model_fields_set == {"port", "base"}
-    assert read_spec(None, {"base": "tiny"}).model_fields_set == {"base"}
+    assert read_spec(file, {"base": "tiny"}).fields_set == {"port"}
+    assert read_spec(None, {"base": "tiny"}).fields_set == set()
 
 
 def test_a_request_whose_adapter_loads_is_counted_once() -> None:
     replica = ReplicaStatus(replica="r", node="n", pid=1, uptime_s=1.0, num_running=2, num_waiting=3, num_loading=1)
-    assert replica_row(replica)[3:5] == (2, 3)
+    assert replica_row(replica)[4:6] == (2, 3)
 
 
 def test_status_shows_why_the_number_of_replicas_is_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     decision = ScalingDecision(time=0.0, from_replicas=1, to_replicas=2, reason="working set 12.0 MiB of 12 adapters")
     report = Status(
         status="ok",
-        model="tiny",
-        spec=ServeSpec(),
+        bases=(
+            BaseStatus(
+                base="tiny",
+                status="ok",
+                num_replicas=2,
+                target=2,
+                num_adapters=12,
+                spec=ServeSpec(base="tiny"),
+                autoscaling=AutoscalingStatus(
+                    target=2, reason="tokens need 2 replicas", time=9.0, decisions=(decision,)
+                ),
+            ),
+        ),
         catalog=CatalogStatus(num_adapters=12),
         replicas=(),
         totals=EngineStatus(),
-        autoscaling=AutoscalingStatus(target=2, reason="tokens need 2 replicas", time=9.0, decisions=(decision,)),
     )
     show_status("http://u", State("RUNNING", "", 0.0, {}), report, None, "http://d", "file:///s")
     shown = capsys.readouterr().out
@@ -174,14 +205,14 @@ def test_a_failures_reason_is_lorays_message() -> None:
     trace = "File x\nloray.errors.SpecError: pool_bytes=1 holds nothing\nmore\n"
     assert State("DEPLOY_FAILED", trace, 0.0, {}).reason == "pool_bytes=1 holds nothing"
     assert State("DEPLOY_FAILED", "a\nb", 0.0, {}).reason == "a\nb"
-    state = State("DEPLOYING", "", 0.0, {"engine": {"STARTING": 1}, "gateway": {}})
-    assert str(state) == "deploying: engine 1 starting; gateway …"
+    state = State("DEPLOYING", "", 0.0, {"engine-tiny": {"STARTING": 1}, "gateway": {}})
+    assert str(state) == "deploying: engine-tiny 1 starting; gateway …"
 
 
 def test_what_up_deploys_is_a_serve_config(tmp_path: Path) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    config = serve_config(ServeSpec(port=1234), Settings.from_env({"LORAY_HOME": str(tmp_path)}))
+    config = serve_config(FleetSpec.of(ServeSpec(port=1234)), Settings.from_env({"LORAY_HOME": str(tmp_path)}))
     schema = ServeDeploySchema.model_validate(config)
     assert schema.http_options.port == 1234
     ServeSpec.parse(schema.applications[0].args, source="args")
@@ -202,7 +233,11 @@ def test_a_second_up_is_an_update_and_status_shows_it(
     moved = loray("up", "--spec", file, "--port", free_port()).exception
     assert isinstance(moved, ConflictError)
     status: Any = json.loads(loray("status", "--json").output)
-    assert (status["serving"], status["url"], status["gateway"]["model"]) == (True, served.url, "tiny")
+    assert (status["serving"], status["url"], status["gateway"]["bases"][0]["base"]) == (
+        True,
+        served.url,
+        "tiny",
+    )
     table = loray("status").output
     assert "running" in table
     assert "hit rate" in table

@@ -11,7 +11,7 @@ import pytest
 from loray.bases.registry import BaseModel
 from loray.errors import SpecError
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec
 from serve_apps.deployment import DRAIN_S, combined, serve_config
 
 
@@ -46,7 +46,7 @@ def test_both_are_deployed_with_the_same_settings(tmp_path: Path) -> None:
     from serve_apps.api.app import build
 
     settings = Settings.from_env({"LORAY_HOME": str(tmp_path)})
-    serving, catalog = serve_config(ServeSpec(), settings)["applications"]
+    serving, catalog = serve_config(FleetSpec.of(ServeSpec()), settings)["applications"]
     assert (serving["route_prefix"], catalog["route_prefix"]) == ("/", "/api/v1")
     assert catalog["import_path"] == f"{build.__module__}:{build.__name__}"
     assert serving["runtime_env"] == catalog["runtime_env"] == {"env_vars": settings.to_env()}
@@ -57,7 +57,7 @@ def test_both_are_deployed_with_the_same_settings(tmp_path: Path) -> None:
 def test_no_secret_is_shown_on_another_clusters_dashboard() -> None:
     catalog = "postgresql://loray:hush@db.example/loray"
     elsewhere = {"LORAY_ADDRESS": "http://head.example:8265", "LORAY_STORE": "s3://bucket/loray?credentials_file=/k"}
-    shown = serve_config(ServeSpec(), Settings.from_env(elsewhere | {"LORAY_CATALOG": catalog}))
+    shown = serve_config(FleetSpec.of(ServeSpec()), Settings.from_env(elsewhere | {"LORAY_CATALOG": catalog}))
     assert "hush" not in str(shown)
     for application in shown["applications"]:
         assert application["runtime_env"]["env_vars"] == {"LORAY_STORE": "s3://bucket/loray", "LORAY_LOG_LEVEL": "INFO"}

@@ -204,14 +204,14 @@ def test_a_gateway_follows_its_names_and_keys_together(tmp_path: Path, tiny_base
     async def test() -> None:
         follower = CatalogFollower(open_catalog)
         access = Access(KeyRing(), follower, host="0.0.0.0")
-        directory = ModelDirectory(base, follower)
+        directory = ModelDirectory([base], follower)
         await access.start()
         await directory.start()
         assert not access.is_limited.is_set()
         register(catalog, "tone", base.fingerprint)
         secret, key = catalog.create_key("ci", limits=Limits(rpm_limit=5))
         headers = {"authorization": f"Bearer {secret}"}
-        assert await directory.resolve("tone", OPERATOR) is not None
+        assert (await directory.resolve("tone", OPERATOR)).adapter is not None
         assert (await access.admit("POST", "infer", headers)) is not None  # the look for the name brought the key too
         assert access.is_limited.is_set()
         catalog.update_key(key.id, limits=Limits(max_jobs=1))

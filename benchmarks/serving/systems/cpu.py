@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
 from benchmarks.processes import cpu_seconds, title, tree, with_variable
-from serve_apps.deployment import APPLICATION, ENGINE, GATEWAY
+from serve_apps.deployment import APPLICATION, GATEWAY, engine_of
 
 # Parts of the titles of Ray's processes, the first that is found.
 _ROLES = (
     (f"ServeReplica:{APPLICATION}:{GATEWAY}", "gateway"),
-    (f"ServeReplica:{APPLICATION}:{ENGINE}", "engine"),
+    (f"ServeReplica:{APPLICATION}:{engine_of('')}", "engine"),
     ("ServeReplica", "catalog"),
     ("ProxyActor", "proxy"),
     ("haproxy", "proxy"),

@@ -35,7 +35,12 @@ def recipes_page() -> str:
 def serve_page() -> str:
     """Fields of a serve spec."""
     schema = ServeSpec.model_json_schema()
-    parts = ["# Serve spec\n", "What `loray serve --spec` and `loray up --spec` read, as YAML.\n", _fields(schema)]
+    parts = [
+        "# Serve spec\n",
+        "What `loray serve --spec` and `loray up --spec` read, as YAML. `loray up` also reads [several of them]"
+        "(../howto/several-bases.md).\n",
+        _fields(schema),
+    ]
     for name, section in schema["$defs"].items():
         parts += [f"## {name}\n\n{sentences(section.get('description', ''))}\n", _fields(section)]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""The response of GET /status: the state of each replica's engine, and their sum."""
+"""The response of GET /status: the state of each base and of each replica's engine, and their sum."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class ReplicaStatus(EngineStatus):
     """The adapters by `name@version`, or by digest where the catalog does not know them any more."""
 
     replica: str
+    base: str = ""
     node: str
     pid: int
     uptime_s: float
@@ -81,16 +82,34 @@ class AutoscalingStatus(_Status):
     decisions: tuple[ScalingDecision, ...] = ()
 
 
-class Status(_Status):
-    """`degraded`: fewer replicas than asked for, or the catalog cannot be read."""
+Health = Literal["ok", "degraded"]
 
-    status: Literal["ok", "degraded"]
-    model: str
+
+class BaseStatus(_Status):
+    """`degraded`: fewer replicas answer than `target`, which the spec or the autoscaler wants."""
+
+    base: str
+    status: Health
+    num_replicas: int
+    target: int
+    num_adapters: int
     spec: ServeSpec
+    autoscaling: AutoscalingStatus | None = None
+
+
+class Status(_Status):
+    """`degraded`: a base is, or the catalog cannot be read. `replicas` and `totals` are of all bases."""
+
+    status: Health
+    bases: tuple[BaseStatus, ...]
     catalog: CatalogStatus
     replicas: tuple[ReplicaStatus, ...]
     totals: EngineStatus
-    autoscaling: AutoscalingStatus | None = None
+
+    @property
+    def base_names(self) -> str:
+        """For people."""
+        return ", ".join(base.base for base in self.bases)
 
 
 def total(replicas: tuple[ReplicaStatus, ...]) -> EngineStatus:

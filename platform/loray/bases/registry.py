@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -90,6 +90,18 @@ def get_base(home: Path, name: str) -> BaseModel:
         hint = f"this machine has {known}" if known else "this machine has none"
         raise BaseNotFound(f"no base model {name!r} ({hint}); add it with `loray base add {name}`")
     return BaseModel(name, folder, record.fingerprint, sources.read_config(folder), record.source)
+
+
+def get_bases(home: Path, names: Sequence[str]) -> list[BaseModel]:
+    """Bases that are served side by side. Raises BaseNotFound, and SpecError where two are the same model: an adapter
+    of it would be of both.
+    """
+    found: dict[str, BaseModel] = {}
+    for base in (get_base(home, name) for name in names):
+        same = found.setdefault(base.fingerprint, base)
+        if same is not base:
+            raise SpecError(f"the bases {same.name} and {base.name} are the same model; serve it once")
+    return list(found.values())
 
 
 def ensure_base(home: Path, name: str, *, fingerprint: str | None = None) -> BaseModel:

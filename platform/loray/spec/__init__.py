@@ -87,7 +87,7 @@ from loray.spec.generation import (
     cache_salt,
 )
 from loray.spec.jobs import EndStatus, JobStatus, TrainingGroup, has_ended
-from loray.spec.serving import AutoscalingSpec, ServeSpec
+from loray.spec.serving import AutoscalingSpec, FleetSpec, ServeSpec
 from loray.spec.structured import Constraint
 from loray.spec.tools import Tool, ToolCallDelta, ToolParserName, ToolUse
 from loray.spec.training.context import AttentionSpec, RopeScaling
@@ -168,6 +168,7 @@ __all__ = [
     "Evaluation",
     "EvaluationSpec",
     "FinishReason",
+    "FleetSpec",
     "Frozen",
     "GenerateRequest",
     "HashedKey",

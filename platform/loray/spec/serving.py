@@ -1,12 +1,15 @@
-"""A deployment: a base model, its replicas, and how their number changes."""
+"""A deployment: its base models, their replicas, and how the number of these changes."""
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from loray.spec.fields import DType, Frozen, Name, NumBytes
+from loray.errors import SpecError
+from loray.spec.fields import DType, Frozen, Name, NumBytes, read_mapping
 from loray.spec.tools import ToolParserName
 
 
@@ -36,8 +39,11 @@ class AutoscalingSpec(Frozen):
         return self
 
 
+_SHARED = ("num_gateways", "host", "port")  # fields of ServeSpec that are the whole deployment's
+
+
 class ServeSpec(Frozen):
-    """One deployment: a base model, its replicas, and what each may use."""
+    """A base model, its replicas, and what each may use. It is a deployment by itself, or one base of a FleetSpec."""
 
     base: Name = "smollm2"
     dtype: DType = "bfloat16"
@@ -111,8 +117,104 @@ class ServeSpec(Frozen):
     def max_replicas(self) -> int:
         return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
+    @property
+    def for_replicas(self) -> ServeSpec:
+        """Without what is the whole deployment's: a replica does not depend on it, nor on other bases."""
+        return self.model_copy(update={name: ServeSpec.model_fields[name].default for name in _SHARED})
+
     @model_validator(mode="after")
     def _every_sequence_advances(self) -> Self:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs: a running request takes one a step")
         return self
+
+
+class FleetSpec(Frozen):
+    """One deployment: its bases, each with replicas of its own, behind the same gateways.
+
+    A mapping with `bases` has for each of them a mapping of ServeSpec's fields. The other fields beside `bases` hold
+    for all of them, except where a base has its own; `num_gateways`, `host` and `port` are allowed only there. A
+    mapping without `bases` is a ServeSpec: a deployment of one base.
+    """
+
+    bases: tuple[ServeSpec, ...] = Field(min_length=1)
+
+    @classmethod
+    def of(cls, *bases: ServeSpec) -> Self:
+        return cls(bases=bases)
+
+    @classmethod
+    def parse(cls, data: Any, *, source: str) -> Self:
+        """As `Frozen.parse`. Errors of a base name it."""
+        if not isinstance(data, Mapping) or "bases" not in data:
+            return cls.of(ServeSpec.parse(data, source=source))
+        shared = {name: value for name, value in data.items() if name != "bases"}
+        unknown = sorted(str(name) for name in shared.keys() - ServeSpec.model_fields.keys())
+        if unknown:
+            known = ", ".join(name for name in ServeSpec.model_fields if name != "base")
+            raise SpecError(f"{source} has unknown fields beside `bases`: {', '.join(unknown)}; known fields: {known}")
+        if "base" in shared:
+            raise SpecError(f"{source} has both `base` and `bases`; move the base into `bases`")
+        entries = data["bases"]
+        if not isinstance(entries, list | tuple) or not entries:
+            raise SpecError(f"{source}: `bases` must be a list of at least one mapping with the field `base`")
+        return super().parse({"bases": [_base(shared, e, i, source) for i, e in enumerate(entries)]}, source=source)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        return cls.parse(read_mapping(path), source=str(path))
+
+    def to_args(self) -> dict[str, Any]:
+        """JSON that `parse` reads."""
+        if len(self.bases) == 1:
+            return self.bases[0].model_dump(mode="json")
+        shared = {name: getattr(self, name) for name in _SHARED}
+        return shared | {"bases": [spec.model_dump(mode="json", exclude=set(_SHARED)) for spec in self.bases]}
+
+    def at(self, host: str, port: int) -> Self:
+        """The same deployment at another address."""
+        return self.of(*(spec.model_copy(update={"host": host, "port": port}) for spec in self.bases))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(spec.base for spec in self.bases)
+
+    @property
+    def fields_set(self) -> set[str]:
+        """The fields of the whole deployment that were given."""
+        return self.bases[0].model_fields_set & set(_SHARED)
+
+    @property
+    def num_gateways(self) -> int:
+        return self.bases[0].num_gateways
+
+    @property
+    def host(self) -> str:
+        return self.bases[0].host
+
+    @property
+    def port(self) -> int:
+        return self.bases[0].port
+
+    @model_validator(mode="after")
+    def _one_deployment(self) -> Self:
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the same base twice: {', '.join(twice)}; give each base once")
+        if len({(spec.num_gateways, spec.host, spec.port) for spec in self.bases}) > 1:
+            raise ValueError(f"{', '.join(_SHARED)} must be the same for all bases")
+        return self
+
+
+def _base(shared: Mapping[str, Any], entry: Any, index: int, source: str) -> ServeSpec:
+    """One of `bases`: its own fields over the shared ones. Sections are merged by field."""
+    if not isinstance(entry, Mapping) or "base" not in entry:
+        raise SpecError(f"{source}: bases.{index} must be a mapping with the field `base`, the name of a base model")
+    where = f"{source}: the base {entry['base']}"
+    if misplaced := [name for name in _SHARED if name in entry]:
+        raise SpecError(f"{where} has {', '.join(misplaced)}, which all bases share; give them beside `bases`")
+    fields = dict(shared)
+    for name, value in entry.items():
+        default = fields.get(name)
+        fields[name] = {**default, **value} if isinstance(default, Mapping) and isinstance(value, Mapping) else value
+    return ServeSpec.parse(fields, source=where)

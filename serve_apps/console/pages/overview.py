@@ -66,7 +66,7 @@ def _tiers(status: Status) -> dict[str, int]:
 
 
 def _target(status: Status) -> int:
-    return status.spec.num_replicas if status.autoscaling is None else status.autoscaling.target
+    return sum(base.target for base in status.bases)
 
 
 def _recent(backend: Backend, asking: Principal) -> dict[str, Any]:

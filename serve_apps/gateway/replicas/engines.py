@@ -32,13 +32,18 @@ _LOOK_S = 0.5  # between looks for replicas that are leaving
 
 
 class ServeEngines:
-    """Used from one event loop. `node` and `host`: Ray's id and the address of this process' node. `open_records`: see
-    `SharedQuarantine`. `max_resumes` and `drain_grace_s`: see ServeSpec.
+    """The replicas of one base. Used from one event loop.
+
+    handle          of the deployment called `deployment`
+    node, host      Ray's id and the address of this process' node
+    open_records    see `SharedQuarantine`
+    max_resumes, drain_grace_s  see ServeSpec
     """
 
     def __init__(
         self,
         handle: DeploymentHandle[Any],
+        deployment: str,
         node: str,
         host: str,
         open_records: Callable[[], Records] | None = None,
@@ -48,7 +53,7 @@ class ServeEngines:
     ) -> None:
         self._calls = handle.options(stream=True)
         self._replicas = Broadcast(handle)
-        self._place = node, host
+        self._deployment, self._place = deployment, (node, host)
         self._listener: asyncio.Task[Listener] | None = None
         self._quarantine = SharedQuarantine(open_records)
         self._max_resumes = max_resumes
@@ -74,7 +79,7 @@ class ServeEngines:
         while True:
             try:
                 listener = await self._listening()
-                if is_first or router.replicas() - listener.replicas():
+                if is_first or router.replicas(self._deployment) - listener.replicas():
                     is_first = False
                     await self._replicas.ask("report_to", listener.address)
             except Exception as e:  # noqa: BLE001 - without reports requests are routed by hash
@@ -89,7 +94,7 @@ class ServeEngines:
     def _move_streams(self, now: float) -> None:
         """Ends the streams of replicas that are leaving; `generate` goes on elsewhere."""
         places = {name: router.replica_of(name) for name in self._reading}
-        due = self._departures.due(places.values(), router.replicas(), now)
+        due = self._departures.due(places.values(), router.replicas(self._deployment), now)
         for name, replica in places.items():
             if replica in due:
                 self._reading[name].fail(ReplicaLeaving("the replica is leaving; send the request again", replica))
@@ -172,7 +177,7 @@ class ServeEngines:
         return await self._replicas.autoscaling()
 
     def routing_decisions(self) -> Mapping[str, int]:
-        return router.decisions()
+        return router.decisions(self._deployment)
 
     def resumes(self) -> Mapping[str, int]:
         return self._resumes

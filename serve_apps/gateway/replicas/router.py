@@ -17,7 +17,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from loray.serving.routing import REASONS, Candidate, ReplicaView, Routing, RoutingPolicy
+from loray.serving.routing import REASONS, Candidate, Reason, ReplicaView, Routing, RoutingPolicy
 from loray.serving.routing_report import Known, RoutingReport, RoutingReports, routing_key
 from loray.spec import GenerateRequest
 from loray.telemetry import get_logger
@@ -30,23 +30,23 @@ ROUTER_CLASS = "serve_apps.app.AdapterRouter"
 _NOTHING = RoutingReport("", -1)  # of a replica that has not reported yet
 _SUSPECT_S = 10.0  # longer than Serve needs to replace a replica whose engine has stopped
 
-_decisions = dict.fromkeys(REASONS, 0)
+_decisions: dict[str, dict[Reason, int]] = {}  # by deployment: there is one for each base
 _MAX_PLACED = 1 << 14
 _placed: dict[str, str] = {}  # request → the replica that has accepted it
-_replicas: frozenset[str] = frozenset()
+_replicas: dict[str, frozenset[str]] = {}  # by deployment
 _suspects: dict[str, float] = {}  # replica → end of suspicion; used by the routers' event loop and the gateway's
 
 reports = RoutingReports()  # the gateway's listener writes them, in the gateway's event loop
 
 
-def decisions() -> dict[str, int]:
-    """The number of requests routed by this process, by reason (`loray.serving.routing.Reason`)."""
-    return {str(reason): n for reason, n in _decisions.items()}
+def decisions(deployment: str) -> dict[str, int]:
+    """The number of requests routed to a deployment by this process, by reason (`loray.serving.routing.Reason`)."""
+    return {str(reason): n for reason, n in _decisions.get(deployment, dict.fromkeys(REASONS, 0)).items()}
 
 
-def replicas() -> frozenset[str]:
-    """Those that Serve has named last."""
-    return _replicas
+def replicas(deployment: str) -> frozenset[str]:
+    """Those of a deployment that Serve has named last."""
+    return _replicas.get(deployment, frozenset())
 
 
 def suspect(replica: str) -> None:
@@ -79,6 +79,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         self._seen: dict[str, RoutingReport] = {}  # the last report of each replica
         self._ongoing: dict[str, int] = {}
         self._probing: asyncio.Task[Any] | None = None
+        self._deployment = str(self._deployment_id.name)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -110,13 +111,12 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         chosen = next((c for c in ranked if c.replica == replica_id.unique_id), None)
         if chosen is not None:
             self._routing.sent(chosen, _adapter(request), now=time.monotonic())
-            _decisions[chosen.reason] += 1
+            _decisions.setdefault(self._deployment, dict.fromkeys(REASONS, 0))[chosen.reason] += 1
             _log.debug("request %s to replica %s: %s", request.request_id, chosen.replica, chosen.reason)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called whenever a replica is added or removed."""
-        global _replicas
-        _replicas = names = frozenset(map(_name, replicas))
+        _replicas[self._deployment] = names = frozenset(map(_name, replicas))
         self._routing.retain(names)
         self._seen = {name: report for name, report in self._seen.items() if name in names}
         self._ongoing = {name: n for name, n in self._ongoing.items() if name in names}

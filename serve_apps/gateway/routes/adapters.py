@@ -25,9 +25,9 @@ def create_router(gateway: Gateway) -> APIRouter:
 
     async def check_own(request: Request, name: str) -> None:
         principal = principal_of(request)
-        adapter, _ = await gateway.model(name, principal)
+        adapter = (await gateway.model(name, principal)).adapter
         if adapter is None:
-            raise RequestError(f"{name!r} is the base model, not an adapter", "lora_name")
+            raise RequestError(f"{name!r} is a base model, not an adapter", "lora_name")
         check(principal, "publish", gateway.directory.entry(adapter).tenant)
 
     @router.post("/v1/load_lora_adapter")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from loray.api.openai import ChatCompletionRequest, CompletionRequest, parse
 from loray.api.openai.body import Body
 from loray.api.openai.responses_api import ResponsesRequest, chat_request
+from loray.errors import RequestError
 from serve_apps.gateway.answers.headers import RequestHeaders
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.gateway.routes.bodies import body_of, converted_body
+from serve_apps.gateway.routes.bodies import converted_body
+
+T = TypeVar("T")
 
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest,
@@ -27,23 +34,32 @@ def create_router(gateway: Gateway) -> APIRouter:
         gateway.accounts.check(headers.principal)  # before the body is read
         return headers
 
+    async def parsed(request: Request, convert: Callable[[object], T]) -> T:
+        try:
+            return await converted_body(request, convert)
+        except RequestError as e:
+            if e.param != "model":
+                raise
+            names = gateway.directory.base_names()
+            raise RequestError(f"{e}: {names}, or an adapter; GET /v1/models lists them", "model") from e
+
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """OpenAI's completions of texts or token ids, with vLLM's further fields; streamed as server-sent events."""
         headers = heard(request)
-        return await gateway.completions(await body_of(request, CompletionRequest), headers)
+        return await gateway.completions(await parsed(request, partial(parse, CompletionRequest)), headers)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """OpenAI's chat completions with tools and structured output; streamed as server-sent events."""
         headers = heard(request)
-        return await gateway.chat_completions(await body_of(request, ChatCompletionRequest), headers)
+        return await gateway.chat_completions(await parsed(request, partial(parse, ChatCompletionRequest)), headers)
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
         """OpenAI's Responses API, as another form of a chat completion; nothing is stored."""
         headers = heard(request)
-        return await gateway.responses(*await converted_body(request, _response_and_chat), headers)
+        return await gateway.responses(*await parsed(request, _response_and_chat), headers)
 
     return router
 

@@ -17,24 +17,25 @@ BODIES: dict[str, type[Body]] = {"/tokenize": TokenizeRequest, "/detokenize": De
 
 def create_router(gateway: Gateway) -> APIRouter:
     router = APIRouter()
-    prompts, base = gateway.prompts, gateway.directory.base.name
 
     def tokenize_and_chat(given: object) -> tuple[TokenizeRequest, ChatCompletionRequest | None]:
         body = parse(TokenizeRequest, given)
-        return body, None if body.messages is None else parse(ChatCompletionRequest, body.chat_body(body.model or base))
+        model = body.model or next(iter(gateway.bases))
+        return body, None if body.messages is None else parse(ChatCompletionRequest, body.chat_body(model))
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """vLLM's: a text or a chat as token ids."""
         body, chat = await converted_body(request, tokenize_and_chat)
-        adapter, limit = await gateway.model(body.model or base, principal_of(request))
+        target = await gateway.model(body.model, principal_of(request))
+        prompts = target.base.prompts
         if chat is not None:
-            ids = await prompts.chat(chat, await gateway.dialect(chat, adapter), None)
+            ids = await prompts.chat(chat, await gateway.dialect(chat, target), None)
         else:
             special = body.add_special_tokens is not False
             (ids,) = await prompts.texts((body.prompt or "",), None, special=special)
         # Without a check of what may be hundreds of thousands of tokens.
-        answer = TokenizeResponse.model_construct(count=len(ids), max_model_len=limit, tokens=list(ids))
+        answer = TokenizeResponse.model_construct(count=len(ids), max_model_len=target.limit, tokens=list(ids))
         if body.return_token_strs:
             answer = answer.model_copy(update={"token_strs": await prompts.token_strings(ids)})
         return Response(answer.to_json(), media_type="application/json")
@@ -43,8 +44,8 @@ def create_router(gateway: Gateway) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         """vLLM's: token ids as a text."""
         body = await body_of(request, DetokenizeRequest)
-        await gateway.model(body.model or base, principal_of(request))
-        answer = DetokenizeResponse(prompt=await prompts.decode(body.tokens))
+        target = await gateway.model(body.model, principal_of(request))
+        answer = DetokenizeResponse(prompt=await target.base.prompts.decode(body.tokens))
         return Response(answer.to_json(), media_type="application/json")
 
     return router

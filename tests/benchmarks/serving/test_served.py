@@ -135,8 +135,8 @@ def test_processes_have_roles() -> None:
     found = by_role(
         [
             ("ray::ServeReplica:loray:gateway", 1.0),
-            ("ray::ServeReplica:loray:engine.generate_to", 5.0),
-            ("ray::ServeReplica:loray:engine", 5.0),
+            ("ray::ServeReplica:loray:engine-smollm2.generate_to", 5.0),
+            ("ray::ServeReplica:loray:engine-smollm2", 5.0),
             ("ray::ServeController.listen_for_change", 2.0),
             ("/x/haproxy -f y", 3.0),
             ("/x/raylet/raylet --a", 4.0),

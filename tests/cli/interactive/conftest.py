@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from loray.api.openai import ChatFormat, Error, ErrorBody, Usage
-from loray.api.status import CatalogStatus, EngineStatus, ReplicaStatus, Status
+from loray.api.status import BaseStatus, CatalogStatus, EngineStatus, ReplicaStatus, Status
 from loray.client import LorayClient
 from loray.spec import ServeSpec
 from tests.api.test_formats import Delta, fmt
@@ -75,9 +75,10 @@ class Server:
             for name, in_pool in (("r1", ("tone@1",)), ("r2", ("tone@1", "dates@2")))
         )
         catalog = CatalogStatus(num_adapters=2)
-        return Status(
-            status="ok", model="tiny", spec=ServeSpec(), catalog=catalog, replicas=replicas, totals=EngineStatus()
+        tiny = BaseStatus(
+            base="tiny", status="ok", num_replicas=2, target=2, num_adapters=2, spec=ServeSpec(base="tiny")
         )
+        return Status(status="ok", bases=(tiny,), catalog=catalog, replicas=replicas, totals=EngineStatus())
 
     def _metrics(self) -> str:
         name = "loray_time_to_first_token_seconds"

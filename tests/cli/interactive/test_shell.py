@@ -100,7 +100,9 @@ def test_logs_of_rays_session(loray: Loray, home: Path, tmp_path: Path, monkeypa
     replica = {"log_file_path": "/serve/replica.log", "worker_id": "w1"}
     details: dict[str, Any] = {
         "controller_info": {"log_file_path": "/serve/controller.log", "worker_id": None},
-        "applications": {"loray": {"deployments": {"engine": {"replicas": [replica]}, "gateway": {"replicas": []}}}},
+        "applications": {
+            "loray": {"deployments": {"engine-tiny": {"replicas": [replica]}, "gateway": {"replicas": []}}}
+        },
     }
     cluster = cluster_of(tmp_path)
     assert [f.name for f in ray_files(cluster, details, "replica")] == ["replica.log", "worker-w1-01-7.err"]

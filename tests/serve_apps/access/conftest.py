@@ -20,9 +20,9 @@ from loray.spec import Principal, Scope, ServeSpec
 from serve_apps.access.door import METRICS_KEY
 from serve_apps.api.site import create_app as create_api
 from serve_apps.gateway.app import create_app as create_gateway
+from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.gateway.prompts import PromptEncoder
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.api.fakes import Api, mounted
 from tests.serve_apps.gateway.scripted import ScriptedEngines
@@ -78,15 +78,13 @@ def site_of(tmp_path: Path, base: BaseModel) -> Iterator[Callable[..., Site]]:
             keys = {STATIC: Principal(key_id="deployment"), METRICS: Principal(scopes=frozenset(), key_id=METRICS_KEY)}
             hashed = {hashlib.sha256(key.encode()).digest(): principal for key, principal in keys.items()}
             ring = KeyRing(static=hashed if static else {})
-            spec = ServeSpec(base=base.name)
+            served = ServedBase.open(ServeSpec(base=base.name), base, engines)
             made = Api(tmp_path / "home", url)
             held.callback(made.close)
             held.callback(catalog.close)
             clients = []
             for app_of in (
-                lambda access: create_gateway(
-                    Gateway(spec, ModelDirectory(base, access.follower), PromptEncoder.load(base), engines), access
-                ),
+                lambda access: create_gateway(Gateway([served], ModelDirectory([base], access.follower)), access),
                 lambda access: mounted(create_api(made.services, access)),
             ):
                 access = access_of(url, host=host, ring=ring)

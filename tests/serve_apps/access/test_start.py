@@ -11,7 +11,7 @@ from loray.catalog import Catalog
 from loray.cli.main import cli
 from loray.errors import SettingsError
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec
 from serve_apps.deployment import serve_config
 from serve_apps.options import check_keys
 
@@ -37,7 +37,7 @@ def test_it_says_how_the_first_key_is_made(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_loopback_needs_none(host: str, tmp_path: Path) -> None:
-    check_keys(ServeSpec(host=host), settings(tmp_path))
+    check_keys(host, settings(tmp_path))
 
 
 def test_a_key_of_the_catalog_or_of_the_deployment_is_enough(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_key_of_the_catalog_or_of_the_deployment_is_enough(tmp_path: Path) -> 
 
 def test_servers_are_given_hashes_and_never_keys(tmp_path: Path) -> None:
     given = settings(tmp_path, LORAY_API_KEY=KEY, LORAY_METRICS_KEYS_SHA256="1" * 64, LORAY_KEY_MAX_AGE_S="60")
-    config = serve_config(ServeSpec(host="0.0.0.0"), given)
+    config = serve_config(FleetSpec.of(ServeSpec(host="0.0.0.0")), given)
     assert KEY not in repr(config) + repr(given)
     for application in config["applications"]:
         env = application["runtime_env"]["env_vars"]
@@ -74,5 +74,5 @@ def test_servers_are_given_hashes_and_never_keys(tmp_path: Path) -> None:
 )
 def test_wrong_keys_of_a_deployment(tmp_path: Path, variables: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError, match=said) as refused:
-        check_keys(ServeSpec(host="0.0.0.0"), settings(tmp_path, **variables))
+        check_keys("0.0.0.0", settings(tmp_path, **variables))
     assert KEY not in str(refused.value)

@@ -16,13 +16,14 @@ from typing import Any, Protocol
 
 import httpx
 
-from serve_apps.deployment import ENGINE, GATEWAY, ServeApi
+from serve_apps.deployment import GATEWAY, ServeApi, engine_of
 from tests.cluster import RayCluster, Served
 from tests.serve_apps.asking import eventually
 from tests.serve_apps.chaos import spy
 
 Held = dict[str, int]
 _REPLACED_S = 120.0
+ENGINE = engine_of("tiny")
 
 
 class Place(Protocol):

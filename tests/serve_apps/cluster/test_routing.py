@@ -71,7 +71,9 @@ class Client:
 
     def num_routed(self) -> dict[str, int]:
         """Routed requests by reason, since the gateway's start."""
-        pattern = re.compile(r'^loray_routing_decisions_total{gateway="\w+",reason="(\w+)"} (\d+)', re.MULTILINE)
+        pattern = re.compile(
+            r'^loray_routing_decisions_total{base="tiny",gateway="\w+",reason="(\w+)"} (\d+)', re.MULTILINE
+        )
         return {reason: int(n) for reason, n in pattern.findall(self.metrics())}
 
     def metrics(self) -> str:
@@ -138,9 +140,11 @@ def test_a_replica_that_does_not_answer_is_missing_from_the_metrics_and_counted(
         text = client.metrics()
     finally:
         os.kill(silent["pid"], signal.SIGCONT)
-    assert f'loray_engine_steps_total{{replica="{other["replica"]}"}}' in text
+    assert f'loray_engine_steps_total{{base="tiny",replica="{other["replica"]}"}}' in text
     assert silent["replica"] not in text
-    assert "\nloray_replicas_reporting 1.0\nloray_replicas_silent 1.0\n" in re.sub("# .*\n", "", text)
+    assert '\nloray_replicas_reporting{base="tiny"} 1.0\nloray_replicas_silent{base="tiny"} 1.0\n' in re.sub(
+        "# .*\n", "", text
+    )
 
 
 def test_what_a_dead_replica_held_the_other_serves(client: Client, models: list[str]) -> None:

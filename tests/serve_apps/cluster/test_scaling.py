@@ -104,7 +104,7 @@ def test_a_wide_working_set_adds_a_replica_and_a_narrow_one_removes_it(
                 return client.status()
 
             def explained(*words: str) -> bool:
-                said = status().autoscaling
+                said = status().bases[0].autoscaling
                 return said is not None and all(word in said.reason for word in words)
 
             # Few adapters: one replica is enough.
@@ -123,7 +123,7 @@ def test_a_wide_working_set_adds_a_replica_and_a_narrow_one_removes_it(
             until(lambda: len(status().replicas) == 1, 60, status)
             sent = len(traffic.results)
             until(lambda: len(traffic.results) > sent + RATE, 30, status)  # the remaining replica serves all requests
-            told = status().autoscaling
+            told = status().bases[0].autoscaling
         statuses = {future.result().status_code for future in traffic.results}
     assert statuses == {200}
     assert told is not None

@@ -16,7 +16,8 @@ import httpx
 import openai
 import pytest
 
-from serve_apps.deployment import ENGINE, ServeApi, serve_config
+from loray.spec import FleetSpec
+from serve_apps.deployment import ServeApi, engine_of, serve_config
 from tests.cluster import RayCluster, Served
 from tests.serve_apps.asking import CHAT, answer, eventually, status
 
@@ -70,11 +71,11 @@ def test_a_replica_killed_in_the_middle_of_a_stream(client: openai.OpenAI, serve
 def test_a_replica_that_is_removed_hands_its_streams_over(
     ray_cluster: RayCluster, client: openai.OpenAI, served: Served
 ) -> None:
-    api, config = ServeApi(ray_cluster.address), serve_config(served.spec, served.settings)
+    api, config = ServeApi(ray_cluster.address), serve_config(FleetSpec.of(served.spec), served.settings)
     asked: Any = {"model": "tiny", "messages": CHAT, "max_tokens": 3500, "seed": 1, "extra_body": {"ignore_eos": True}}
 
     def scale(num_replicas: int) -> None:
-        config["applications"][0]["deployments"] = [{"name": ENGINE, "num_replicas": num_replicas}]
+        config["applications"][0]["deployments"] = [{"name": engine_of(served.base.name), "num_replicas": num_replicas}]
         api.deploy(config)
 
     def num_replicas() -> int:

@@ -10,7 +10,7 @@ import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from loray.api.status import AutoscalingStatus, CatalogStatus, ReplicaStatus, Status, total
+from loray.api.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
 from loray.spec import DEFAULT_TENANT, Principal, ServeSpec
 from serve_apps.console import Gateway
 from tests.catalog.test_catalog import BASE, digest, manifest
@@ -102,12 +102,20 @@ class ScriptedGateway:
         )
         return Status(
             status="ok",
-            model="smollm2",
-            spec=ServeSpec(base="smollm2"),
+            bases=(
+                BaseStatus(
+                    base="smollm2",
+                    status="ok",
+                    num_replicas=2,
+                    target=3,
+                    num_adapters=3,
+                    spec=ServeSpec(base="smollm2"),
+                    autoscaling=AutoscalingStatus(target=3, reason="the working set outgrows two pools", time=1.0),
+                ),
+            ),
             catalog=CatalogStatus(num_adapters=3),
             replicas=replicas,
             totals=total(replicas),
-            autoscaling=AutoscalingStatus(target=3, reason="the working set outgrows two pools", time=1.0),
         )
 
 

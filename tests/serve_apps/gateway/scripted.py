@@ -17,10 +17,10 @@ from loray.catalog import AdapterVersion, Catalog
 from loray.spec import AdapterManifest, FinishReason, GenerateRequest, ServeSpec, TokenDelta
 from serve_apps.access import Access
 from serve_apps.gateway.app import create_app
+from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Engines
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.gateway.prompts import PromptEncoder
 from tests.serve_apps.keys import access_of
 
 REPLICA = ReplicaStatus(
@@ -38,11 +38,13 @@ def gateway_app(
     base: BaseModel, catalog_url: str, engines: Engines, *, access: Access | None = None, **spec: Any
 ) -> FastAPI:
     """`access` None: as on loopback."""
+    return fleet_app([ServedBase.open(ServeSpec(base=base.name, **spec), base, engines)], catalog_url, access)
+
+
+def fleet_app(bases: Sequence[ServedBase], catalog_url: str, access: Access | None = None) -> FastAPI:
+    """As `gateway_app`, of several bases."""
     access = access or access_of(catalog_url)
-    directory = ModelDirectory(base, access.follower)
-    serve = ServeSpec(base=base.name, **spec)
-    gateway = Gateway(serve, directory, PromptEncoder.load(base, serve.tool_parser), engines)
-    return create_app(gateway, access)
+    return create_app(Gateway(bases, ModelDirectory([b.base for b in bases], access.follower)), access)
 
 
 def register(

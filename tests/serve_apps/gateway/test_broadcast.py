@@ -46,8 +46,8 @@ class Broadcasts:
 def test_a_silent_replica_does_not_hide_the_others() -> None:
     status = ReplicaStatus(replica="r1", node="n", pid=1, uptime_s=1.0, num_running=1)
     handle: Any = Broadcasts([[], TimeoutError(), status])
-    assert asyncio.run(ServeEngines(handle, NODE, "").metrics()) == [[], None, None]
-    assert asyncio.run(ServeEngines(handle, NODE, "").stats()) == [status]
+    assert asyncio.run(ServeEngines(handle, "engine-tiny", NODE, "").metrics()) == [[], None, None]
+    assert asyncio.run(ServeEngines(handle, "engine-tiny", NODE, "").stats()) == [status]
     assert handle.asked == ["metrics", "stats"]
 
 
@@ -56,19 +56,19 @@ def test_replicas_are_asked_to_report_at_first_and_whenever_one_does_not(monkeyp
     handle: Any = Broadcasts([OSError("it cannot be reached"), None])
 
     async def run() -> None:
-        monkeypatch.setattr(router, "_replicas", frozenset())
-        engines = ServeEngines(handle, NODE, "127.0.0.1")
+        monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset()})
+        engines = ServeEngines(handle, "engine-tiny", NODE, "127.0.0.1")
         async with engines.running():
             await until(lambda: len(handle.asked) == 1)
             (address,) = handle.args
             replica = Connections(NODE, "r1", lambda: Held(["a" * 64]))
             await replica.to(address)
             await until(lambda: router.reports.of("r1") is not None)
-            monkeypatch.setattr(router, "_replicas", frozenset({"r1"}))
+            monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset({"r1"})})
             num_asked = len(handle.asked)
             await asyncio.sleep(0.05)
             assert len(handle.asked) == num_asked == 1
-            monkeypatch.setattr(router, "_replicas", frozenset({"r1", "r2"}))
+            monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset({"r1", "r2"})})
             await until(lambda: len(handle.asked) >= num_asked + 2)  # again and again, until it is connected
         replica.close()
         await engines.close()
@@ -94,7 +94,7 @@ class Answer:
 
 def healthy(*answers: Any) -> bool:
     handle: Any = Broadcasts([Answer(what) for what in answers])
-    good = asyncio.run(ServeEngines(handle, NODE, "").healthy())
+    good = asyncio.run(ServeEngines(handle, "engine-tiny", NODE, "").healthy())
     assert handle.asked == ["check_health"]
     return good
 
@@ -110,6 +110,6 @@ def test_one_healthy_replica_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("failure", [TimeoutError(), DeploymentUnavailableError(DeploymentID("engine"))])
 def test_without_replicas_there_are_no_results(failure: Exception) -> None:
     handle: Any = Broadcasts(failure)
-    engines = ServeEngines(handle, NODE, "")
+    engines = ServeEngines(handle, "engine-tiny", NODE, "")
     assert asyncio.run(engines.stats()) == asyncio.run(engines.metrics()) == []
     assert not asyncio.run(engines.healthy())

@@ -16,7 +16,7 @@ from loray.catalog.snapshots.disk import SnapshotFile
 from loray.errors import AdapterNotFound, CatalogError
 from loray.spec import OPERATOR
 from serve_apps.following import CatalogFollower
-from serve_apps.gateway.directory import LOOK_AGAIN_S, ModelDirectory
+from serve_apps.gateway.directory import LOOK_AGAIN_S, Found, ModelDirectory
 from serve_apps.gateway.errors import failure_of
 from tests.serve_apps.gateway.scripted import register
 
@@ -45,7 +45,7 @@ def watched(catalog: Catalog) -> Watched:
 
 
 async def directory_of(base: BaseModel, watched: Watched) -> ModelDirectory:
-    directory = ModelDirectory(base, CatalogFollower(lambda: watched))  # type: ignore[arg-type, return-value]
+    directory = ModelDirectory([base], CatalogFollower(lambda: watched))  # type: ignore[arg-type, return-value]
     await directory.refresh()
     watched.reads.clear()
     return directory
@@ -70,7 +70,7 @@ def test_unknown_names_in_turn_are_read_for_with_pauses(base: BaseModel, watched
             with pytest.raises(AdapterNotFound):
                 await directory.resolve(f"x{i}", OPERATOR)
         register(catalog, "tone", base.fingerprint)
-        ref = await directory.resolve("tone", OPERATOR)  # published a moment ago, and found
+        _, ref = await directory.resolve("tone", OPERATOR)  # published a moment ago, and found
         assert ref is not None
         directory.close()
 
@@ -110,15 +110,15 @@ def test_before_the_first_snapshot_no_name_is_unknown(base: BaseModel, catalog: 
     away = Away(catalog)
 
     async def run() -> None:
-        directory = ModelDirectory(base, CatalogFollower(away))
+        directory = ModelDirectory([base], CatalogFollower(away))
         await directory.refresh()
-        assert await directory.resolve(base.name, OPERATOR) is None
+        assert await directory.resolve(base.name, OPERATOR) == Found(base)
         for name in ("tone", "nobody"):
             with pytest.raises(CatalogError, match=r"could not be read yet \(CatalogError: the database is away\)"):
                 await directory.resolve(name, OPERATOR)
-        assert (directory.num_adapters, directory.longest_context) == (0, base.config.max_position_embeddings)
+        assert (directory.num_adapters, directory.longest_context(base)) == (0, base.config.max_position_embeddings)
         away.is_away = False
-        assert await directory.resolve("tone", OPERATOR) is not None
+        assert (await directory.resolve("tone", OPERATOR)).adapter is not None
         assert directory.num_adapters == 1
         directory.close()
 
@@ -134,7 +134,7 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
 
     async def first() -> None:
         away.is_away = False
-        directory = ModelDirectory(base, CatalogFollower(away), kept)
+        directory = ModelDirectory([base], CatalogFollower(away), kept)
         await directory.start()
         while not kept.path.exists():
             await asyncio.sleep(0.01)
@@ -142,11 +142,11 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
 
     async def second() -> None:
         away.is_away = True
-        directory = ModelDirectory(base, CatalogFollower(away), kept)
+        directory = ModelDirectory([base], CatalogFollower(away), kept)
         await directory.refresh()
-        ref = await directory.resolve("tone", OPERATOR)
+        _, ref = await directory.resolve("tone", OPERATOR)
         assert ref is not None
-        assert (ref.label, directory.longest_context, directory.num_adapters) == ("tone@1", 4096, 1)
+        assert (ref.label, directory.longest_context(base), directory.num_adapters) == ("tone@1", 4096, 1)
         assert directory.failure is not None
         assert 0 < directory.age_s < 600
         with pytest.raises(AdapterNotFound, match="nobody"):
@@ -156,7 +156,7 @@ def test_a_gateway_that_starts_without_database_serves_what_is_on_disk(
         await directory.refresh()
         for _ in range(2):
             await directory.refresh()
-        ref = await directory.resolve("tone", OPERATOR)
+        _, ref = await directory.resolve("tone", OPERATOR)
         assert ref is not None
         assert (ref.label, directory.failure) == ("tone@2", None)
         assert away.reads == [True]  # what was on disk was compared with all of the database
@@ -185,7 +185,7 @@ def test_collections_pass_a_large_snapshot_by(
 
     async def run(many: int) -> None:
         monkeypatch.setattr("serve_apps.gateway.directory._MANY", many)
-        directory = ModelDirectory(base, CatalogFollower(lambda: Collected(str(catalog._engine.url))))
+        directory = ModelDirectory([base], CatalogFollower(lambda: Collected(str(catalog._engine.url))))
         for _ in range(2):
             await directory.refresh()
             register(catalog, "tone", base.fingerprint)

@@ -107,7 +107,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def engines_of(handle: Any, **spec: Any) -> AsyncIterator[ServeEngines]:
     """At the end nothing is left of them: no connection, stream or task."""
-    engines = ServeEngines(handle, NODE, "127.0.0.1", **spec)
+    engines = ServeEngines(handle, "engine-tiny", NODE, "127.0.0.1", **spec)
     try:
         yield engines
     finally:

@@ -55,8 +55,9 @@ def whole(base: BaseModel) -> list[Family]:
         go(asked, test)
     gateway = GatewayMetrics("g1")
     gateway.answered("/v1/completions", 200)
-    directory: Any = ModelDirectory(base, CatalogFollower(lambda: cast("Any", None)))
-    return together([gateway.families(directory, decisions(), {"lost": 0, "moved": 0}), None], replicas)
+    directory: Any = ModelDirectory([base], CatalogFollower(lambda: cast("Any", None)))
+    routed, resumes = {base.name: decisions("engine-tiny")}, {base.name: {"lost": 0, "moved": 0}}
+    return together([gateway.families(directory, routed, resumes), None], {base.name: replicas})
 
 
 def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[Family]) -> None:
@@ -69,7 +70,7 @@ def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[
     for metric in METRICS.values():
         expected = {*metric.labels, *(["le"] * (metric.kind == "histogram"))}
         if metric in (*REQUEST_METRICS.values(), *ENGINE_METRICS.values()):
-            expected.add("replica")
+            expected |= {"replica", "base"}
         if metric in GATEWAY_METRICS.values():
             expected.add("gateway")
         for sample in by_name[metric.name].samples:
@@ -82,8 +83,8 @@ def test_a_family_contains_all_replicas(whole: list[Family]) -> None:
     families = {f.name: f for f in parse(body.decode())}
     tokens = families["loray_generation_tokens"].samples
     assert [(s.name, s.labels, s.value) for s in tokens] == [
-        ("loray_generation_tokens_total", {"replica": "r1"}, 4),
-        ("loray_generation_tokens_total", {"replica": "r2"}, 4),
+        ("loray_generation_tokens_total", {"base": "tiny", "replica": "r1"}, 4),
+        ("loray_generation_tokens_total", {"base": "tiny", "replica": "r2"}, 4),
     ]
     assert families["loray_replicas_reporting"].samples[0].value == 2
     assert families["loray_replicas_silent"].samples[0].value == 1
@@ -125,16 +126,16 @@ def test_the_document_lists_the_table() -> None:
 
 def test_each_gateway_has_its_own_requests(base: BaseModel) -> None:
     """Whichever gateway answers, the answer is the same."""
-    directory: Any = ModelDirectory(base, CatalogFollower(lambda: cast("Any", None)))
+    directory: Any = ModelDirectory([base], CatalogFollower(lambda: cast("Any", None)))
     gateways: list[list[Family] | None] = []
     for name, num_requests in (("g1", 3), ("g2", 4)):
         counted = GatewayMetrics(name)
         for _ in range(num_requests):
             counted.answered("/v1/completions", 200)
-        gateways.append(counted.families(directory, {"pool": num_requests}, {}))
+        gateways.append(counted.families(directory, {base.name: {"pool": num_requests}}, {}))
     samples = {
         (s.name, s.labels.get("gateway")): s.value
-        for f in parse(encode(together(gateways, []), "").body.decode())
+        for f in parse(encode(together(gateways, {}), "").body.decode())
         for s in f.samples
         if s.labels.get("reason") in (None, "pool")
     }
@@ -169,7 +170,7 @@ def test_metrics_are_the_replicas_and_the_gateways_own(base: BaseModel, tmp_path
         response = client.get("/metrics")
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     samples = {
-        (s.name, *(value for label, value in s.labels.items() if label != "gateway")): s.value
+        (s.name, *(value for label, value in s.labels.items() if label not in ("gateway", "base"))): s.value
         for f in parse(response.text)
         for s in f.samples
     }

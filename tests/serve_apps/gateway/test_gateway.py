@@ -223,7 +223,9 @@ def test_health_and_status(client_of: Any, base: BaseModel) -> None:
     with client_of(engines, num_replicas=1) as client:
         assert client.get("/health").json() == {"status": "ok"}
         status = client.get("/status").json()
-        assert (status["status"], status["model"], status["totals"]["num_running"]) == ("ok", base.name, 1)
+        assert (status["status"], status["totals"]["num_running"]) == ("ok", 1)
+        (served,) = status["bases"]
+        assert (served["base"], served["status"], served["num_replicas"], served["target"]) == (base.name, "ok", 1, 1)
         assert status["replicas"][0]["adapters_in_pool"] == ["0" * 12]
         engines.replicas = []
         assert error_of(client.get("/health"), 503)["code"] == "engine_unavailable"
@@ -237,10 +239,11 @@ def test_status_says_what_the_autoscaler_decided(client_of: Any) -> None:
     with client_of(engines, num_replicas=2, autoscaling={"min_replicas": 1, "max_replicas": 2}) as client:
         status = client.get("/status").json()
     assert status["status"] == "degraded"  # one replica of the two that demand requires
-    assert status["autoscaling"]["target"] == 2
-    assert status["autoscaling"]["decisions"] == [decision.model_dump()]
+    (served,) = status["bases"]
+    assert served["target"] == served["autoscaling"]["target"] == 2
+    assert served["autoscaling"]["decisions"] == [decision.model_dump()]
     with client_of(engines, num_replicas=1) as client:
-        assert client.get("/status").json()["autoscaling"] is None
+        assert client.get("/status").json()["bases"][0]["autoscaling"] is None
 
 
 def test_openapi_describes_the_bodies(client_of: Any) -> None:

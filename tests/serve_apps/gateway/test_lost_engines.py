@@ -133,7 +133,7 @@ def replicas(base: BaseModel) -> Iterator[Replicas]:
 
 @pytest.fixture(scope="module")
 def client(base: BaseModel, replicas: Replicas, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    engines = Engines(cast(Any, replicas), NODE, "127.0.0.1")
+    engines = Engines(cast(Any, replicas), "engine-tiny", NODE, "127.0.0.1")
     with TestClient(gateway_app(base, sqlite_catalog(tmp_path_factory.mktemp("catalog")), engines)) as client:
         yield client
 

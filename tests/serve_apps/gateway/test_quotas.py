@@ -21,9 +21,9 @@ from serve_apps.accounting.access_log import AccessLog, LogAccess
 from serve_apps.accounting.account import Accounts
 from serve_apps.accounting.books import Books
 from serve_apps.gateway.app import create_app
+from serve_apps.gateway.bases import ServedBase
 from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.gateway import Gateway
-from serve_apps.gateway.prompts import PromptEncoder
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, register
 from tests.serve_apps.keys import Given, following
@@ -54,12 +54,9 @@ class Front:
         self, engines: ScriptedEngines, log: AccessLog | None = None, **limits: Any
     ) -> AsyncIterator[httpx.AsyncClient]:
         principal = Principal(tenant="acme", key_id="k1", limits=Limits(**limits))
-        directory = ModelDirectory(self.base, following(self.url))
-        spec = ServeSpec(base=self.base.name)
-        prompts = PromptEncoder.load(self.base, spec.tool_parser)
-        app = create_app(
-            Gateway(spec, directory, prompts, engines, accounts=Accounts(books=self.books)), Given(principal)
-        )
+        directory = ModelDirectory([self.base], following(self.url))
+        served = ServedBase.open(ServeSpec(base=self.base.name), self.base, engines)
+        app = create_app(Gateway([served], directory, accounts=Accounts(books=self.books)), Given(principal))
         if log is not None:
             app.add_middleware(LogAccess, log=log)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -128,11 +128,11 @@ def test_a_replica_that_leaves_hands_its_streams_over(monkeypatch: pytest.Monkey
             while begun and not engines._listener.result()._sources:  # type: ignore[union-attr]
                 await asyncio.sleep(0)
             for at, running in ((0, {"r0", "r1"}), (1, {"r1"}), (10.9, {"r1"}), (20, set())):
-                monkeypatch.setattr(router, "_replicas", frozenset(running))
+                monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset(running)})
                 engines._move_streams(at)
                 await asyncio.sleep(0)
                 assert len(handle.requests) == 1
-            monkeypatch.setattr(router, "_replicas", frozenset({"r1"}))
+            monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset({"r1"})})
             engines._move_streams(20)
             assert tuple(await collecting) == IDS
             (first, _) = handle.responses

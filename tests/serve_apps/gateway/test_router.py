@@ -47,7 +47,7 @@ class Replica:
 
 @pytest.fixture(autouse=True)
 def _fresh_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_decisions", dict.fromkeys(decisions(), 0))
+    monkeypatch.setattr(module, "_decisions", {})
     monkeypatch.setattr(module, "_suspects", {})
     monkeypatch.setattr(module, "reports", RoutingReports())
 
@@ -108,7 +108,7 @@ def test_a_holder_is_found_and_the_reasons_are_counted(pair: list[Replica]) -> N
         await route(router, PendingRequest([], {}, RequestMetadata("c", "c", call_method="capacity")))
 
     with_router(pair, scenario)
-    counts = decisions()
+    counts = decisions("engine")
     assert counts["pool"] == 2
     assert counts["host"] == counts["base"] == counts["recent"] == 1
     assert counts["hash"] + counts["overflow"] == 1
@@ -141,8 +141,8 @@ def test_a_report_ends_what_the_router_remembers_of_an_adapter(pair: list[Replic
         assert await route(router, pending(DIGESTS[0])) == home
         holder.report()
         await route(router, pending(DIGESTS[0]))
-        assert [decisions()[reason] for reason in ("recent", "host")] == [1, 1]
-        assert module.replicas() == {"one", "two"}
+        assert [decisions("engine")[reason] for reason in ("recent", "host")] == [1, 1]
+        assert module.replicas("engine") == {"one", "two"}
 
     with_router(pair, scenario)
 
@@ -177,7 +177,7 @@ def test_an_adapter_in_high_demand_overflows(pair: list[Replica]) -> None:
     async def scenario(router: AdapterRouter) -> None:
         routed = [await route(router, pending(DIGESTS[0])) for _ in range(20)]
         assert routed.count("two") == 9  # one request more than the mean stays with the holder
-        assert decisions()["overflow"] >= 1
+        assert decisions("engine")["overflow"] >= 1
 
     with_router(pair, scenario)
 

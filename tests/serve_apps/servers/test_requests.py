@@ -23,7 +23,10 @@ from tests.test_recipe import RECIPE
 def metrics(server: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     text = httpx.get(f"{server.url}/metrics", timeout=30).raise_for_status().text
     return {
-        (s.name, frozenset((label, value) for label, value in s.labels.items() if label != "gateway")): s.value
+        (
+            s.name,
+            frozenset((label, value) for label, value in s.labels.items() if label not in ("gateway", "base")),
+        ): s.value
         for family in text_string_to_metric_families(text)
         for s in family.samples
     }

@@ -16,7 +16,7 @@ from loray.errors import BaseNotFound, ClusterError, ConflictError, SpecError
 from loray.local.standalone import announced, standalone_servers
 from loray.publishing import Destination, publish
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec
 from serve_apps.standalone.command import one_engine
 from serve_apps.standalone.jobs import LocalJobServer
 from tests.conftest import REPOSITORY
@@ -36,11 +36,15 @@ def test_the_command_is_light() -> None:
 
 
 def test_replicas_need_ray() -> None:
-    assert one_engine(ServeSpec(tensor_parallel_size=2)).tensor_parallel_size == 2  # its ranks are processes
+    assert (
+        one_engine(FleetSpec.of(ServeSpec(tensor_parallel_size=2))).tensor_parallel_size == 2
+    )  # its ranks are processes
     with pytest.raises(SpecError, match=r"runs one engine: leave out num_replicas, or use `loray up`"):
-        one_engine(ServeSpec(num_replicas=2))
+        one_engine(FleetSpec.of(ServeSpec(num_replicas=2)))
     with pytest.raises(SpecError, match="leave out autoscaling and num_replicas"):
-        one_engine(ServeSpec.parse({"num_replicas": 2, "autoscaling": {}}, source="the test"))
+        one_engine(FleetSpec.parse({"num_replicas": 2, "autoscaling": {}}, source="the test"))
+    with pytest.raises(SpecError, match="runs one engine and so one base: of a, b give one"):
+        one_engine(FleetSpec.of(ServeSpec(base="a"), ServeSpec(base="b")))
 
 
 def test_wrong_options(loray: Loray) -> None:

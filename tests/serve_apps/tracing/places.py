@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from loray.engine.stream import EngineStream
 from loray.settings import Settings
-from loray.spec import GenerateRequest, ServeSpec
+from loray.spec import FleetSpec, GenerateRequest, ServeSpec
 from serve_apps.channel.address import Address
 from serve_apps.channel.connection import Connections
 from serve_apps.gateway.app import open_gateway
@@ -102,8 +102,8 @@ async def serve(deployed: Deployed) -> AsyncIterator[httpx.AsyncClient]:
 async def data_plane(deployed: Deployed) -> AsyncIterator[httpx.AsyncClient]:
     """A gateway of `loray up` and one replica."""
     replica = _Replica(Requests(deployed.stream, ReplicaMetrics(), tracing=deployed.tracing))
-    engines = ServeEngines(replica, NODE, "127.0.0.1")  # type: ignore[arg-type]
-    app = open_gateway(deployed.spec, deployed.settings, engines, tracing=deployed.tracing)
+    engines = ServeEngines(replica, "engine-tiny", NODE, "127.0.0.1")  # type: ignore[arg-type]
+    app = open_gateway(FleetSpec.of(deployed.spec), deployed.settings, lambda _: engines, tracing=deployed.tracing)
     async with AsyncExitStack() as held:
         held.push_async_callback(engines.close)
         held.callback(replica.connections.close)

@@ -12,9 +12,9 @@ from loray.cli.doctor import home, kernels, machine, serving, stores
 from loray.cli.doctor.facts import Facts
 from loray.cli.doctor.finding import Check, Finding, Situation, error
 from loray.cli.output import console, emit, json_option
-from loray.errors import LorayError
+from loray.errors import LorayError, SpecError
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import FleetSpec, ServeSpec, read_mapping
 
 CHECKS: Sequence[Check] = (
     Check("python", machine.python, serves=False),
@@ -38,7 +38,9 @@ _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 @click.command()
-@click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="The deployment, a ServeSpec in YAML.")
+@click.option(
+    "--spec", "spec_file", type=click.Path(path_type=Path), help="The deployment, a YAML file as of `loray up`."
+)
 @click.option("--base", "base_name", help="The base model that is to be served (default smollm2).")
 @click.option("--port", type=int, help="The port that is to be served at (default 8000).")
 @click.option("--deep", is_flag=True, help="Hash the whole base model.")
@@ -52,10 +54,7 @@ def doctor(
     Changes nothing, apart from compiling kernels. Exits with 1 where there is an error; warnings alone are no error.
     """
     settings = Settings.from_env()
-    given = {"base": base_name, "port": port}
-    fields = {} if spec_file is None else ServeSpec.from_yaml(spec_file).model_dump(exclude_unset=True)
-    spec = ServeSpec.parse(fields | {k: v for k, v in given.items() if v is not None}, source="the command line")
-    situation = Situation(settings, spec, Facts.read(settings.home), deep)
+    situation = Situation(settings, _spec(spec_file, base_name, port), Facts.read(settings.home), deep)
     chosen = [check for check in CHECKS if here or settings.url is None or not check.serves]
     results: list[tuple[str, Finding]] = []
     out = console()
@@ -73,6 +72,21 @@ def doctor(
         click.echo(f"{errors} of {len(results)} checks found an error")
     if errors:
         raise click.exceptions.Exit(1)
+
+
+def _spec(file: Path | None, base: str | None, port: int | None) -> ServeSpec:
+    """The base that is examined. SpecError where the file has several and `base` is none of them."""
+    fields = {} if file is None else read_mapping(file)
+    given = {name: value for name, value in (("base", base), ("port", port)) if value is not None}
+    fleet = FleetSpec.parse(fields, source=str(file))
+    if len(fleet.bases) == 1:
+        chosen = fleet.bases[0].model_dump(exclude_unset=True) | given
+        return ServeSpec.parse(chosen, source="the command line")
+    for spec in fleet.bases:
+        if spec.base == base:
+            return spec if port is None else spec.model_copy(update={"port": port})
+    names = ", ".join(fleet.names)
+    raise SpecError(f"{file} has several bases ({names}); say which one to examine, as in --base {fleet.names[0]}")
 
 
 def examined(checks: Sequence[Check], situation: Situation) -> Iterator[tuple[str, Finding]]:

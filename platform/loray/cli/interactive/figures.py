@@ -48,6 +48,7 @@ def report(now: Moment, earlier: Moment | None) -> dict[str, Any]:
         replicas.append(
             {
                 "replica": r.replica,
+                "base": r.base,
                 "running": r.num_running,
                 "waiting": r.num_waiting,
                 "tokens_per_s": _rate(r, old.get(r.replica), seconds),
@@ -73,7 +74,7 @@ def report(now: Moment, earlier: Moment | None) -> dict[str, Any]:
     ]
     return {
         "status": now.status.status,
-        "base": now.status.model,
+        "base": now.status.base_names,
         "adapters": now.status.catalog.num_adapters,
         "replicas": replicas,
         "gateways": gateways,

@@ -18,7 +18,7 @@ from loray.local.standalone import StandaloneServer, standalone_servers
 from loray.settings import Settings
 
 PARTS = ("replica", "gateway", "controller", "cluster")
-_DEPLOYMENTS = {"replica": "engine", "gateway": "gateway"}
+_DEPLOYMENTS = {"replica": "engine-", "gateway": "gateway"}  # how their names begin: each base has its own engines
 _POLL_S = 0.2
 # Lines that Ray writes into a worker's output for itself, to know whose output follows.
 _MARKERS = (":job_id:", ":actor_name:", ":task_name:")
@@ -89,8 +89,9 @@ def ray_files(cluster: LocalCluster, details: dict[str, Any], part: str) -> list
         actors: Sequence[dict[str, Any]] = [details.get("controller_info") or {}]
     else:
         deployments = [d for a in details.get("applications", {}).values() for d in [a.get("deployments", {})]]
-        name = _DEPLOYMENTS[part]
-        actors = [replica for d in deployments for replica in d.get(name, {}).get("replicas", ())]
+        start = _DEPLOYMENTS[part]
+        found = [d for of in deployments for name, d in of.items() if name.startswith(start)]
+        actors = [replica for deployment in found for replica in deployment.get("replicas", ())]
     files = []
     for actor in actors:
         if path := actor.get("log_file_path"):

@@ -15,7 +15,9 @@ from loray.errors import RequestError
 class TokenizeRequest(Body):
     """POST /tokenize: of a text, or of a chat, whose further fields are those of a chat completion."""
 
-    model: str | None = Field(default=None, min_length=1, description="the base, unless given")
+    model: str | None = Field(
+        default=None, min_length=1, description="the base, unless given; required where several are served"
+    )
     prompt: str | None = None
     messages: list[Any] | None = None
     add_special_tokens: bool | None = Field(default=None, description="true for a text and false for a chat")
@@ -52,7 +54,9 @@ class TokenizeResponse(ResponseBody):
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    model: str | None = Field(default=None, min_length=1, description="the base, unless given")
+    model: str | None = Field(
+        default=None, min_length=1, description="the base, unless given; required where several are served"
+    )
     tokens: Annotated[tuple[int, ...], PlainValidator(fields.token_ids, json_schema_input_type=list[int])]
 
 

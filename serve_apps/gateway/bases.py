@@ -1,0 +1,88 @@
+"""What a gateway has of each base that it serves: its prompts, its limits and its engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from loray import __version__
+from loray.api.status import AutoscalingStatus, BaseStatus, ReplicaStatus
+from loray.bases.registry import BaseModel
+from loray.engine.memory.limits import max_model_len, pool_geometry
+from loray.spec import AdapterRef, ServeSpec
+from loray.text.grammar import GrammarChecker
+from serve_apps.gateway.engines import Engines
+from serve_apps.gateway.prompts import PromptEncoder
+
+_MIN_BODY_BYTES = 1 << 20
+_BYTES_PER_TOKEN = 64  # of a body; JSON takes 12 bytes for a character at most
+
+OpenEngines = Callable[[ServeSpec], Engines]
+
+
+class ServedBase:
+    """One base of a deployment. `spec` is its own, `engines` have its replicas."""
+
+    def __init__(self, spec: ServeSpec, base: BaseModel, prompts: PromptEncoder, engines: Engines) -> None:
+        self.spec, self.base = spec, base
+        self.prompts, self.engines = prompts, engines
+        self.grammars = GrammarChecker(base)
+        self.system_fingerprint = f"loray-{__version__}-{base.fingerprint[:12]}"
+        self._pool_tokens = pool_geometry(spec, base.config).num_tokens
+
+    @classmethod
+    def open(cls, spec: ServeSpec, base: BaseModel, engines: Engines) -> ServedBase:
+        """Reads the base's tokenizer and templates."""
+        return cls(spec, base, PromptEncoder.load(base, spec.tool_parser), engines)
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    def limit(self, context_length: int) -> int:
+        """The largest number of prompt and output tokens: the minimum of the model's, the spec's and the pool's limit.
+
+        The adapter takes space in the pool too. Only its replica knows how much, and applies its own limit.
+        """
+        return max_model_len(self.spec, context_length, self._pool_tokens)
+
+    def limit_of(self, adapter: AdapterRef | None) -> int:
+        """As `limit`, of an adapter, or of the base itself."""
+        return self.limit(self.base.config.max_position_embeddings if adapter is None else adapter.context_length)
+
+    def max_body_bytes(self, longest_context: int) -> int:
+        """Of a request: the spec's, else what a prompt as long as the longest context may take."""
+        if self.spec.max_body_bytes is not None:
+            return self.spec.max_body_bytes
+        return max(_MIN_BODY_BYTES, _BYTES_PER_TOKEN * self.limit(longest_context))
+
+    async def status(self, num_adapters: int) -> BaseReport:
+        """Asks its replicas. `num_adapters`: of it in the catalog."""
+        replicas = [r.model_copy(update={"base": self.name}) for r in await self.engines.stats()]
+        scaling: AutoscalingStatus | None = None
+        if self.spec.autoscaling is not None:
+            scaling = await self.engines.autoscaling()
+        target = self.spec.min_replicas if scaling is None else scaling.target
+        status = BaseStatus(
+            base=self.name,
+            status="ok" if len(replicas) >= target else "degraded",
+            num_replicas=len(replicas),
+            target=target,
+            num_adapters=num_adapters,
+            spec=self.spec,
+            autoscaling=scaling,
+        )
+        return BaseReport(status, replicas)
+
+
+class BaseReport(NamedTuple):
+    status: BaseStatus
+    replicas: list[ReplicaStatus]
+
+
+class Target(NamedTuple):
+    """What a request's model means. `adapter`: None for the base itself. `limit`: the largest number of tokens."""
+
+    base: ServedBase
+    adapter: AdapterRef | None
+    limit: int
