@@ -77,14 +77,14 @@ def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[
             assert set(sample.labels) - {"le"} == expected - {"le"}, sample
 
 
-def test_a_family_contains_all_replicas(whole: list[Family]) -> None:
+def test_a_family_contains_all_replicas(whole: list[Family], base: BaseModel) -> None:
     body, content_type = encode(whole, "")
     assert content_type == "text/plain; version=0.0.4; charset=utf-8"
     families = {f.name: f for f in parse(body.decode())}
     tokens = families["loray_generation_tokens"].samples
     assert [(s.name, s.labels, s.value) for s in tokens] == [
-        ("loray_generation_tokens_total", {"base": "tiny", "replica": "r1"}, 4),
-        ("loray_generation_tokens_total", {"base": "tiny", "replica": "r2"}, 4),
+        ("loray_generation_tokens_total", {"base": base.name, "replica": "r1"}, 4),
+        ("loray_generation_tokens_total", {"base": base.name, "replica": "r2"}, 4),
     ]
     assert families["loray_replicas_reporting"].samples[0].value == 2
     assert families["loray_replicas_silent"].samples[0].value == 1

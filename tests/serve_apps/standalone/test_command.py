@@ -98,7 +98,7 @@ def test_a_home_with_an_s3_server(loray: Loray, peft_folder: Callable[..., Path]
         assert answer_of(served, "kept")
         for args in ([], ["--url", f"{served.url}/v1"]):
             shown: Any = json.loads(loray("status", "--json", *args).output)
-            assert (shown["serving"], shown["url"], shown["gateway"]["model"]) == (True, served.url, "tiny")
+            assert (shown["serving"], shown["url"], shown["gateway"]["bases"][0]["base"]) == (True, served.url, "tiny")
         assert "kept@1" in loray("status").output
         assert f"`loray serve` goes on at {served.url}" in loray("down").output
         publish(peft_folder(served.base, seed=1), served.base, Destination("later", served.store, served.catalog))
