@@ -11,8 +11,8 @@ from ray.serve.config import RequestRouterConfig
 
 from loray.bases.registry import get_bases
 from loray.settings import Settings
-from loray.spec import FleetSpec, ServeSpec
-from serve_apps.deployment import DRAIN_S, GATEWAY, engine_of
+from loray.spec import FleetSpec, ServeSpec, engine_of
+from serve_apps.deployment import DRAIN_S, GATEWAY
 from serve_apps.gateway.replicas.router import ROUTER_CLASS, AdapterRouter
 from serve_apps.replica.ranks import bundles
 from serve_apps.replica.replica import EngineReplica

@@ -21,19 +21,9 @@ CATALOG_APPLICATION = "catalog"
 CATALOG_PREFIX = "/api/v1"
 CATALOG_IMPORT_PATH = "serve_apps.api.app:build"
 DRAIN_S = 120.0  # time for requests under way to end before their replica or gateway is removed
-_ENGINE = "engine-"
 _POLL_S = 0.5
 _OUR_ERROR = re.compile(r"^\s*loray\.errors\.\w+: (.+)$", re.MULTILINE)
 _REASON_LINES = 12
-
-
-def engine_of(base: str) -> str:
-    """The name of a base's deployment, which has its replicas."""
-    return f"{_ENGINE}{base}"
-
-
-def is_engine(deployment: str) -> bool:
-    return deployment.startswith(_ENGINE)
 
 
 def serve_config(fleet: FleetSpec, settings: Settings) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from loray.api.status import AdapterPlacement
-from serve_apps.deployment import is_engine
+from loray.spec import is_engine
 
 _TIMEOUT_S = 5.0
 

@@ -27,8 +27,8 @@ from serve_apps.gateway.directory import ModelDirectory
 from serve_apps.gateway.engines import Gateways
 from serve_apps.gateway.gateway import Gateway
 from serve_apps.gateway.metrics import CountRequests
-from serve_apps.gateway.openapi import describe
 from serve_apps.gateway.routes import adapters, generation, server, tokens
+from serve_apps.gateway.routes.openapi import describe
 from serve_apps.tracing import Tracing
 from serve_apps.tracing.middleware import TraceRequests
 

@@ -24,10 +24,9 @@ from loray.errors import (
 )
 from loray.serving.routing_report import Held
 from loray.settings import Settings
-from loray.spec import ServeSpec
+from loray.spec import ServeSpec, is_engine
 from loray.telemetry import configure_logging, get_logger
 from serve_apps.channel.connection import Connections
-from serve_apps.deployment import is_engine
 from serve_apps.garbage import freeze_garbage
 from serve_apps.replica.demand import ReplicaDemand
 from serve_apps.replica.metrics import ReplicaMetrics

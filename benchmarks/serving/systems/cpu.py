@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 
 from benchmarks.processes import cpu_seconds, title, tree, with_variable
-from serve_apps.deployment import APPLICATION, GATEWAY, engine_of
+from loray.spec import engine_of
+from serve_apps.deployment import APPLICATION, GATEWAY
 
 # Parts of the titles of Ray's processes, the first that is found.
 _ROLES = (

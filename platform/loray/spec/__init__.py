@@ -87,7 +87,7 @@ from loray.spec.generation import (
     cache_salt,
 )
 from loray.spec.jobs import EndStatus, JobStatus, TrainingGroup, has_ended
-from loray.spec.serving import AutoscalingSpec, FleetSpec, ServeSpec
+from loray.spec.serving import AutoscalingSpec, FleetSpec, ServeSpec, engine_of, is_engine
 from loray.spec.structured import Constraint
 from loray.spec.tools import Tool, ToolCallDelta, ToolParserName, ToolUse
 from loray.spec.training.context import AttentionSpec, RopeScaling
@@ -231,8 +231,10 @@ __all__ = [
     "cache_salt",
     "duration_of",
     "duration_s",
+    "engine_of",
     "format_size",
     "has_ended",
+    "is_engine",
     "meanings",
     "parse_size",
     "qualified_name",

@@ -39,6 +39,7 @@ class AutoscalingSpec(Frozen):
         return self
 
 
+_ENGINE = "engine-"
 _SHARED = ("num_gateways", "host", "port")  # fields of ServeSpec that are the whole deployment's
 
 
@@ -127,6 +128,16 @@ class ServeSpec(Frozen):
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs: a running request takes one a step")
         return self
+
+
+def engine_of(base: str) -> str:
+    """The name of a base's deployment on Ray Serve, which has its replicas."""
+    return f"{_ENGINE}{base}"
+
+
+def is_engine(deployment: str) -> bool:
+    """Whether it is some base's."""
+    return deployment.startswith(_ENGINE)
 
 
 class FleetSpec(Frozen):

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import httpx
 
-from serve_apps.deployment import GATEWAY, ServeApi, engine_of
+from loray.spec import engine_of
+from serve_apps.deployment import GATEWAY, ServeApi
 from tests.cluster import RayCluster, Served
 from tests.serve_apps.asking import eventually
 from tests.serve_apps.chaos import spy

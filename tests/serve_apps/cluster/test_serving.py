@@ -16,8 +16,8 @@ import httpx
 import openai
 import pytest
 
-from loray.spec import FleetSpec
-from serve_apps.deployment import ServeApi, engine_of, serve_config
+from loray.spec import FleetSpec, engine_of
+from serve_apps.deployment import ServeApi, serve_config
 from tests.cluster import RayCluster, Served
 from tests.serve_apps.asking import CHAT, answer, eventually, status
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,10 @@ from loray.local.cluster import LocalCluster, current_cluster
 from loray.local.serving import serve_details
 from loray.local.standalone import StandaloneServer, standalone_servers
 from loray.settings import Settings
+from loray.spec import is_engine
 
 PARTS = ("replica", "gateway", "controller", "cluster")
-_DEPLOYMENTS = {"replica": "engine-", "gateway": "gateway"}  # how their names begin: each base has its own engines
+_IS_OF: Mapping[str, Callable[[str], bool]] = {"replica": is_engine, "gateway": lambda name: name == "gateway"}
 _POLL_S = 0.2
 # Lines that Ray writes into a worker's output for itself, to know whose output follows.
 _MARKERS = (":job_id:", ":actor_name:", ":task_name:")
@@ -89,8 +90,7 @@ def ray_files(cluster: LocalCluster, details: dict[str, Any], part: str) -> list
         actors: Sequence[dict[str, Any]] = [details.get("controller_info") or {}]
     else:
         deployments = [d for a in details.get("applications", {}).values() for d in [a.get("deployments", {})]]
-        start = _DEPLOYMENTS[part]
-        found = [d for of in deployments for name, d in of.items() if name.startswith(start)]
+        found = [d for of in deployments for name, d in of.items() if _IS_OF[part](name)]
         actors = [replica for deployment in found for replica in deployment.get("replicas", ())]
     files = []
     for actor in actors:
