@@ -50,7 +50,7 @@ PHASES = (
     ),
     _tests(
         "engine-parity",
-        "recorded decode steps against eager ones, rows in the pool against a CPU's",
+        "recorded decode steps against eager ones, rows in the pool and tokens against a CPU's",
         "tests/kernels/cuda/test_gpu_engine.py",
         (*_ENGINE, "peft"),
         "-p",

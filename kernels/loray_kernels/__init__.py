@@ -8,7 +8,7 @@
     decoding   steps that a backend records and replays
     records    where an adapter's LoRA rows are, in the device's memory
     vectors    the same for what it brings beside LoRA
-    sampling   a token for each row of logits
+    sampling/  a token for each row of logits
     reference  torch; every other backend is tested against it
     cpu/       C++ (cpu/csrc), compiled at first use
     cuda/      CUDA C++ (cuda/csrc) and Triton (cuda/tiles), for NVIDIA GPUs
@@ -53,7 +53,8 @@ from loray_kernels.ops import (
 from loray_kernels.pages import PageWriter, Piece
 from loray_kernels.records import INPUTS, RECORD_TOKENS, Directory, InputShape, LoraRows, RowTables, record_words
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.sampling import Draws
+from loray_kernels.sampling.choosing import Change, Chooser, Chosen, TokenEdits, TokenSet
+from loray_kernels.sampling.draws import Draws
 from loray_kernels.vectors import MAX_PAIR_RANK, Pair, StepVectors, TokenRows, VectorShape, vector_words
 
 __all__ = [
@@ -62,6 +63,9 @@ __all__ = [
     "RECORD_TOKENS",
     "AttentionMeta",
     "BackendUnavailable",
+    "Change",
+    "Chooser",
+    "Chosen",
     "DecodeStep",
     "Decoding",
     "Directory",
@@ -88,7 +92,9 @@ __all__ = [
     "StepInputs",
     "StepRecords",
     "StepVectors",
+    "TokenEdits",
     "TokenRows",
+    "TokenSet",
     "VectorShape",
     "VeraTable",
     "available",

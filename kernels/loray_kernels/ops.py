@@ -22,7 +22,8 @@ from loray_kernels.decoding import Decoding, RecordedDecoding, RecordedStep, Ste
 from loray_kernels.kv import AttentionMeta, KvLayout
 from loray_kernels.pages import PageWriter
 from loray_kernels.records import RowTables
-from loray_kernels.sampling import Draws
+from loray_kernels.sampling.choosing import Chooser
+from loray_kernels.sampling.draws import Draws
 from loray_kernels.vectors import TokenRows
 
 
@@ -181,7 +182,11 @@ class Ops(Protocol):
         ...
 
     def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
-        """A token for each of the draws' rows, and the row's largest allowed logit; see `sampling.sample`."""
+        """A token for each of the draws' rows, and the row's largest allowed logit; see `sampling.draws`."""
+        ...
+
+    def chooser(self, logits_SV: Tensor) -> Chooser | None:
+        """For logits like these: chooses tokens of all rows, whatever requests change. None if the backend has none."""
         ...
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from loray_kernels.ops import (
 )
 from loray_kernels.pages import DirectWriter, PageWriter
 from loray_kernels.records import INPUTS, Columns, RowTables, read_block
-from loray_kernels.sampling import Draws, sample
+from loray_kernels.sampling.choosing import Chooser
+from loray_kernels.sampling.draws import Draws, sample
 from loray_kernels.vectors import Pair, TokenRows
 
 
@@ -64,6 +65,9 @@ class ReferenceOps:
 
     def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
         return sample(logits_SV, draws)
+
+    def chooser(self, logits_SV: Tensor) -> Chooser | None:
+        return None
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         gate_TM, up_TM = gate_up_TM.chunk(2, dim=-1)

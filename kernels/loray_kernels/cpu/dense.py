@@ -20,7 +20,7 @@ from loray_kernels.layout import token_rows
 from loray_kernels.memory import huge_pages
 from loray_kernels.ops import LinearWeights
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.sampling import Draws, log_share
+from loray_kernels.sampling.draws import Draws, log_share
 from loray_kernels.vectors import TokenRows
 
 _CHOICE = np.dtype([("row", "i8"), ("mask", "i8"), ("temperature", "f8"), ("log_min_p", "f8"), ("uniform", "f8")])

@@ -5,7 +5,7 @@ gather         launches the CUDA C++ kernels (csrc): decode, and copies of rows
 tiles/         the Triton kernels and their launches: prompts, and rows of activations
 tables         a step's tables as device tensors
 nvrtc, launch  compile and launch the CUDA C++ kernels
-sampling       a token for each row of logits
+sampling/      a token for each row of logits: plain rows, and those with more (choosing)
 pages          copies adapters from pinned host memory into blocks while steps run
 padded, graphs decode steps of padded sizes, and their CUDA graphs
 compile        compiles every kernel ahead of time, without a GPU

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -285,3 +287,11 @@ class Gather:
         words, stride = (0, 0) if words_MW is None else (words_MW.data_ptr(), words_MW.stride(0))
         there = (logits_SV.data_ptr(), logits_SV.stride(0), logits_SV.shape[1], *(t.data_ptr() for t in choices))
         self._launch("sample_fp32", (out_R2.shape[0], 1, 1), _SAMPLING, (*there, words, stride, out_R2.data_ptr()))
+
+    def choose(
+        self, logits_SV: Tensor, num: int, addresses: Sequence[int], words_MW: Tensor | None, out: Tensor
+    ) -> None:
+        """`addresses`: of the choices, the new edits and the forbidden tokens."""
+        words, stride = (0, 0) if words_MW is None else (words_MW.data_ptr(), words_MW.stride(0))
+        there = (logits_SV.data_ptr(), logits_SV.stride(0), logits_SV.shape[1], *addresses)
+        self._launch("choose_fp32", (num, 1, 1), _SAMPLING, (*there, words, stride, out.data_ptr()))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from loray_kernels.compiled import BackendUnavailable, cache_folder
 
 SOURCES = Path(__file__).parent / "csrc"
-FILES = ("attention.cu", "lora.cu", "rows.cu", "sample.cu", "vera.cu")
+FILES = ("attention.cu", "choose.cu", "lora.cu", "rows.cu", "sample.cu", "vera.cu")
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v", f"--include-path={SOURCES}")
 
 
@@ -51,7 +51,7 @@ def cubin(name: str, arch: str) -> Path:
     BackendUnavailable as from `compile_source`, or where the folder cannot be written to.
     """
     digest = hashlib.sha256(f"{version()} {arch} {_OPTIONS}".encode())
-    for path in (SOURCES / "device.cuh", SOURCES / name):
+    for path in (*sorted(SOURCES.glob("*.cuh")), SOURCES / name):
         digest.update(path.read_bytes())
     path = cache_folder() / f"{Path(name).stem}-{arch}-{digest.hexdigest()[:16]}.cubin"
     try:

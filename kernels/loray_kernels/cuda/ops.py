@@ -22,7 +22,8 @@ from loray_kernels.cuda.gather import MAX_HEAD_DIM, Gather
 from loray_kernels.cuda.graphs import DecodeGraphs, GraphRecorder
 from loray_kernels.cuda.launch import SUFFIX
 from loray_kernels.cuda.pages import PageUploader
-from loray_kernels.cuda.sampling import MAX_VOCAB, Sampling
+from loray_kernels.cuda.sampling.choosing import Choosing
+from loray_kernels.cuda.sampling.plain import MAX_VOCAB, Sampling
 from loray_kernels.cuda.tables import (
     MAX_MODULES,
     pack_attention,
@@ -46,7 +47,8 @@ from loray_kernels.ops import (
 from loray_kernels.pages import PageWriter
 from loray_kernels.records import INPUTS, MAX_ROWS
 from loray_kernels.reference import ReferenceOps
-from loray_kernels.sampling import Draws
+from loray_kernels.sampling.choosing import Chooser
+from loray_kernels.sampling.draws import Draws
 from loray_kernels.vectors import MAX_PAIR_RANK, TokenRows
 
 if TYPE_CHECKING:  # it imports Triton, which tests of the gathers do not need
@@ -70,11 +72,14 @@ class CudaOps(ReferenceOps):
         return DecodeGraphs(forward, decoding, GraphRecorder(decoding.device))
 
     def sample(self, logits_SV: Tensor, draws: Draws) -> tuple[list[int], list[float]]:
-        if logits_SV.dtype != torch.float32 or logits_SV.stride(1) != 1 or logits_SV.shape[1] > MAX_VOCAB:
+        if not _samples(logits_SV):
             return super().sample(logits_SV, draws)
         if self._sampling is None:
             self._sampling = Sampling(self._gather, logits_SV.device)
         return self._sampling(logits_SV, draws)
+
+    def chooser(self, logits_SV: Tensor) -> Chooser | None:
+        return Choosing(self._gather, logits_SV.device) if _samples(logits_SV) else None
 
     def silu_mul(self, gate_up_TM: Tensor) -> Tensor:
         if gate_up_TM.dtype not in SUFFIX or gate_up_TM.stride(-1) != 1:
@@ -241,6 +246,10 @@ class CudaOps(ReferenceOps):
         assert d.num == b.num == z_TR.shape[0] == table.stop - table.start
         y_TO = y_TO[table.start : table.stop]
         self._tiles.vera_expand(y_TO, token_rows(z_TR), b_OR, pool[layer_offset:], d, b)
+
+
+def _samples(logits_SV: Tensor) -> bool:
+    return logits_SV.dtype == torch.float32 and logits_SV.stride(1) == 1 and logits_SV.shape[1] <= MAX_VOCAB
 
 
 def _attends(head_dim: int) -> bool:

@@ -26,6 +26,13 @@ from tests.engine.adapters import TestAdapter
 from tests.engine.harness import Spy, make_engine, request, run, submit
 from tests.kernels.cuda.shim_ops import ShimOps, use_shim_ops
 
+SAMPLING: list[dict[str, Any]] = [  # all but the first are for the chooser
+    {},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logprobs": 2},
+    {"temperature": 1.0, "seed": 5, "top_k": 20, "top_p": 0.9},
+    {"min_tokens": 3, "logit_bias": {7: 2.0}, "bad_words": ((8,),)},
+]
+
 
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> ShimOps:
@@ -159,12 +166,14 @@ def served(engine: Engine, requests: Sequence[GenerateRequest], joins: int) -> d
 def test_steps_with_adapters_are_replayed_and_give_the_tokens_of_the_reference(
     base: BaseModel, mixed: dict[str, TestAdapter], ops: ShimOps, monkeypatch: pytest.MonkeyPatch, names: list[str]
 ) -> None:
-    """Requests join and leave; several share an adapter or use none. The pool is so small that adapters and requests
-    are evicted and rows are moved.
+    """Requests join and leave; several share an adapter or use none, some have penalties. The pool is so small that
+    adapters and requests are evicted and rows are moved.
     """
     own = [*(mixed[name] for name in names), None]
     requests = [
-        request(str(i), range(3 + i, 12 + i + 5 * (i % 7)), own[i % len(own)], max_tokens=3 + 2 * (i % 5))
+        request(
+            str(i), range(3 + i, 12 + i + 5 * (i % 7)), own[i % len(own)], max_tokens=3 + 2 * (i % 5), **SAMPLING[i % 4]
+        )
         for i in range(18)
     ] + [request(f"more {i}", range(3 + i, 12 + i), mixed["r7"], max_tokens=6) for i in range(6)]
     fields: dict[str, Any] = {"max_num_seqs": 12, "pool_bytes": 300 << 10}

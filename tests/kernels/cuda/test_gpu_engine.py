@@ -1,4 +1,4 @@
-"""The engine on a GPU: recorded decode steps, and the rows that are placed."""
+"""The engine on a GPU: recorded decode steps, the rows that are placed, the tokens that are chosen."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from torch import Tensor
 from loray.bases.registry import BaseModel
 from loray.engine.engine import Engine
 from loray.spec import GenerateRequest
-from loray_kernels import Parts
+from loray_kernels import Parts, backend
 from loray_kernels.cuda.graphs import DecodeGraphs
+from loray_kernels.reference import ReferenceOps
 from tests.engine.adapters import TestAdapter
 from tests.engine.conftest import adapters, base  # noqa: F401
 from tests.engine.harness import Spy, make_engine, request, run
+from tests.engine.sampling.mixes import check
 from tests.kernels.cuda.cases import near
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["", "many equal logits"])
+@pytest.mark.parametrize(("vocab", "spread"), [(1000, 3.0), (128_256, 3.0), (128_256, 0.2)])
+def test_tokens_are_the_references(vocab: int, spread: float, rounded: bool) -> None:
+    ops = backend("cuda", "cuda")
+    check(ops, ReferenceOps(), vocab=vocab, spread=spread, num=60, num_steps=4, rounded=rounded, device="cuda")
 
 
 def logits_of(engine: Engine, requests: list[GenerateRequest]) -> dict[str, Tensor]:

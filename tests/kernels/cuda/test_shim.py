@@ -27,14 +27,16 @@ from loray_kernels import (
     backend,
     use_device,
 )
-from loray_kernels import sampling as reference_sampling
-from loray_kernels.cuda import gather, nvrtc, sampling, tables
+from loray_kernels.cuda import gather, nvrtc, tables
 from loray_kernels.cuda.gather import Gather
 from loray_kernels.cuda.nvrtc import FILES, SOURCES, Compiled, compile_source
 from loray_kernels.cuda.ops import CudaOps
 from loray_kernels.cuda.padded import PaddedStep
 from loray_kernels.cuda.pages import piece_table
+from loray_kernels.cuda.sampling import plain
 from loray_kernels.pages import DirectWriter
+from loray_kernels.sampling import draws
+from loray_kernels.sampling.choosing import MAX_TOP
 from tests.kernels.cuda.cases import (  # noqa: F401
     REFERENCE,
     near,
@@ -145,7 +147,7 @@ def test_the_shim_reports_a_barrier_that_is_not_reached(launcher: ShimLauncher, 
 
 
 def test_launches_and_kernels_agree() -> None:
-    sources = {name: (SOURCES / name).read_text() for name in FILES}
+    sources = {path.name: path.read_text() for path in SOURCES.iterdir()}
 
     def constant(file: str, name: str) -> int:
         (value,) = re.findall(rf"constexpr int {name} = (\d+);", sources[file])
@@ -158,9 +160,10 @@ def test_launches_and_kernels_agree() -> None:
     assert constant("attention.cu", "SPLIT") == tables.SPLIT
     assert constant("attention.cu", "GROUP") == gather._GROUP
     assert constant("attention.cu", "HEAD") == gather.MAX_HEAD_DIM
-    assert constant("sample.cu", "THREADS") == constant("sample.cu", "BLOCK") == gather._SAMPLING
-    assert constant("sample.cu", "BLOCK") == reference_sampling._BLOCK
-    assert constant("sample.cu", "BLOCK") * constant("sample.cu", "MAX_BLOCKS") == sampling.MAX_VOCAB
+    assert constant("draw.cuh", "THREADS") == constant("draw.cuh", "BLOCK") == gather._SAMPLING
+    assert constant("draw.cuh", "BLOCK") == draws._BLOCK
+    assert constant("draw.cuh", "BLOCK") * constant("draw.cuh", "MAX_BLOCKS") == plain.MAX_VOCAB <= 1 << 20
+    assert constant("choose.cu", "MAX_TOP") == MAX_TOP
     assert {constant(f, "THREADS") for f in ("attention.cu", "rows.cu", "vera.cu")} == {gather._THREADS}
 
 
@@ -174,7 +177,7 @@ def test_nvrtc_compiles_every_kernel(arch: str) -> None:
             pytest.skip(str(e))
         raise
     spills = re.findall(r"(\d+) bytes spill stores", "".join(logs))
-    assert len(spills) == 3 * 12 + 1  # kernels in three dtypes, and sampling
+    assert len(spills) == 3 * 12 + 2  # kernels in three dtypes, and those that choose tokens
     assert max(map(int, spills)) <= 16
 
 

@@ -8,7 +8,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from loray.engine.request import Request
 from loray.spec import GenerateRequest
+from loray_kernels import TokenEdits, TokenSet
 
 N = TypeVar("N", bound=np.generic)
 Tokens = npt.NDArray[np.int64]
@@ -99,16 +101,41 @@ class History:
         if (penalty := p.repetition_penalty) != 1:
             self.repeated = Occurrences(spec.prompt_ids, value=penalty, others=1.0)
         self.produced = Occurrences() if p.presence_penalty or p.frequency_penalty else None
+        self._edits: TokenEdits | None = None
+        self._allowed_set: TokenSet | None = None
 
     def read(self, output_ids: Sequence[int]) -> None:
         """Take in the tokens that came since the last call."""
         p = self._params
         for token in output_ids[self._num_read :]:
+            factor = added = None
             if self.repeated is not None and self.repeated.add(token) == 1:
-                self.repeated.set_value(token, p.repetition_penalty)
+                factor = p.repetition_penalty
+                self.repeated.set_value(token, factor)
             if self.produced is not None:
-                self.produced.set_value(token, -(p.frequency_penalty * self.produced.add(token) + p.presence_penalty))
+                added = -(p.frequency_penalty * self.produced.add(token) + p.presence_penalty)
+                self.produced.set_value(token, added)
+            if self._edits is not None and (factor is not None or added is not None):
+                self._edits.set(token, factor, added)
         self._num_read = len(output_ids)
+
+    @property
+    def edits(self) -> TokenEdits | None:
+        """Biases and penalties, for a device: made at the first call, and followed by `read` from then on."""
+        has_none = self.repeated is None and self.produced is None and not self._params.logit_bias
+        if self._edits is None and not has_none:
+            edits = self._edits = TokenEdits()
+            edits.set_all("bias", *self.bias)
+            for name, found in (("factor", self.repeated), ("added", self.produced)):
+                if found is not None:
+                    edits.set_all(name, found.tokens, found.values)
+        return self._edits
+
+    def allowed_set(self, vocab_size: int) -> TokenSet | None:
+        """`allowed`, for a device."""
+        if self._allowed_set is None and self.allowed is not None:
+            self._allowed_set = TokenSet(self.allowed, vocab_size)
+        return self._allowed_set
 
     @property
     def is_over(self) -> bool:
@@ -122,6 +149,16 @@ class History:
         if len(output_ids) < self._params.min_tokens and not may_end:
             tokens.extend(self._ends)
         return np.array(tokens, dtype=np.int64)
+
+
+def history_of(request: Request, eos_token_ids: Sequence[int]) -> History | None:
+    """The request's, with all tokens of its output; None where it changes nothing any more."""
+    history = request.history
+    if not isinstance(history, History):
+        history = request.history = History(request.spec, eos_token_ids)
+    history.read(request.output_ids)
+    request.changes_logits = not history.is_over
+    return history if request.changes_logits else None
 
 
 def _grown(array: npt.NDArray[N]) -> npt.NDArray[N]:

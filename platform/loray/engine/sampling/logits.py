@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loray.engine.request import Request
 from loray.engine.sampling.grammar import Masks
-from loray.engine.sampling.history import History, Occurrences, Tokens, Values
-from loray_kernels.sampling import allowed
+from loray.engine.sampling.history import Occurrences, Tokens, Values, history_of
+from loray_kernels.sampling.draws import allowed
 
 _MANY = 4096  # tokens of a row
 _Entry = tuple[int, Tokens, Values | float]  # a row, its tokens, a value of each or one of all
@@ -28,7 +28,7 @@ def process(
     Returns `logits_SV` itself if no request has any.
     """
     changed = [(i, r) for i, r in enumerate(requests) if r.changes_logits]
-    rows = [(i, r, h) for i, r in changed if (h := _history(r, eos_token_ids)) is not None]
+    rows = [(i, r, h) for i, r in changed if (h := history_of(r, eos_token_ids)) is not None]
     if not rows and masks is None:
         return logits_SV
     logits_SV = logits_SV.clone() if masks is None else _masked(masks, logits_SV, requests)
@@ -55,16 +55,6 @@ def _penalise(
     some(logits_SV, [(i, found.tokens, found.values) for i, found in rows if len(found) <= most])
     for i, found in ((i, found) for i, found in rows if len(found) > most):
         logits_SV[i] = whole(logits_SV[i], torch.from_numpy(found.dense(logits_SV.shape[1])))
-
-
-def _history(request: Request, eos_token_ids: Sequence[int]) -> History | None:
-    """The request's, with all tokens of its output; None where it changes nothing any more."""
-    history = request.history
-    if not isinstance(history, History):
-        history = request.history = History(request.spec, eos_token_ids)
-    history.read(request.output_ids)
-    request.changes_logits = not history.is_over
-    return history if request.changes_logits else None
 
 
 def _masked(masks: Masks, logits_SV: Tensor, requests: Sequence[Request]) -> Tensor:

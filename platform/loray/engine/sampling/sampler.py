@@ -6,7 +6,8 @@ There is no generator whose state a batch, a preemption or another replica could
 on the row.
 
 Rows without top-k and top-p are the kernels' (`Ops.sample`), constraints included; so most batches are one call that
-writes nothing as large as the vocabulary.
+writes nothing as large as the vocabulary. Where the backend has a chooser, all else is its as well (`Ops.chooser`):
+nothing is read but tokens and log-probabilities.
 
 Shapes: S sampled requests, P of them with processed logits, N rows cut by top-k or top-p, V vocabulary, C candidates.
 """
@@ -24,15 +25,16 @@ from torch import Tensor
 
 from loray.engine.request import Request
 from loray.engine.sampling.grammar import Masks
+from loray.engine.sampling.history import history_of
 from loray.engine.sampling.logits import process
 from loray.engine.sampling.logprobs import token_logprobs
 from loray.errors import RequestError
 from loray.spec import SamplingParams, TokenLogprobs
-from loray_kernels import Draws, Ops
-from loray_kernels.sampling import draw, rows_of, scaled
+from loray_kernels import Change, Chooser, Draws, Ops
+from loray_kernels.sampling.draws import draw, rows_of, scaled
 
 _GREEDY_BELOW = 1e-5  # temperature: such a softmax is an argmax, and dividing by less overflows
-_CANDIDATES = (64, 512, 4096)  # numbers of best tokens to try; if top-k or top-p may need more, the row is sorted
+_CANDIDATES = (72, 512, 4096)  # numbers of best tokens to try; if top-k or top-p may need more, the row is sorted
 _GROUP = 32
 
 
@@ -50,6 +52,7 @@ class Sampler:
     def __init__(self, ops: Ops, eos_token_ids: Collection[int] = ()) -> None:
         self._ops, self._eos_token_ids = ops, tuple(eos_token_ids)
         self._salt = os.urandom(16)
+        self._chooser: Chooser | None = None
 
     def __call__(
         self, logits_SV: Tensor, requests: Sequence[Request], masks: Masks | None = None
@@ -60,22 +63,58 @@ class Sampler:
         """
         if not requests:
             return []
-        vocab = logits_SV.shape[1]
-        other = [i for i, r in enumerate(requests) if r.changes_logits or _cuts(r.spec.params, vocab)]
-        chosen = self._whole(logits_SV, requests, sorted(set(range(len(requests))) - set(other)), masks)
-        if other:
-            chosen |= self._processed(logits_SV, requests, other, masks)
-        tokens = [chosen[i][0] for i in range(len(requests))]
-        finite = [math.isfinite(chosen[i][1]) for i in range(len(requests))]
-        num_top = [r.spec.params.logprobs if ok else None for r, ok in zip(requests, finite, strict=True)]
-        logprobs = token_logprobs(logits_SV, tokens, num_top)
-        out: list[Sampled | RequestError | None] = [Sampled(t, lp) for t, lp in zip(tokens, logprobs, strict=True)]
-        if not all(finite):
-            for i in (i for i, ok in enumerate(finite) if not ok):
-                out[i] = _nothing_allowed() if math.isfinite(logits_SV[i].max()) else None
+        other = [i for i, r in enumerate(requests) if r.changes_logits or _cuts(r.spec.params, logits_SV.shape[1])]
+        scored = [i for i, r in enumerate(requests) if r.spec.params.logprobs is not None]
+        if (other or scored) and self._chooser is None:
+            self._chooser = self._ops.chooser(logits_SV)
+        plain = sorted(set(range(len(requests))) - set(other))
+        if self._chooser is not None and (other or scored):
+            own = sorted({*other, *scored})
+            plain = sorted(set(plain) - set(own))
+            chosen, logprobs = self._choose(self._chooser, logits_SV, requests, plain, own, masks)
+        else:
+            chosen = self._whole(logits_SV, requests, plain, masks)
+            if other:
+                chosen |= self._processed(logits_SV, requests, other, masks)
+            tokens = [chosen[i][0] for i in range(len(requests))]
+            asked = [r.spec.params.logprobs if math.isfinite(chosen[i][1]) else None for i, r in enumerate(requests)]
+            logprobs = token_logprobs(logits_SV, tokens, asked)
+        out: list[Sampled | RequestError | None] = [Sampled(chosen[i][0], lp) for i, lp in enumerate(logprobs)]
+        for i in (i for i in range(len(requests)) if not math.isfinite(chosen[i][1])):
+            out[i] = _nothing_allowed() if math.isfinite(logits_SV[i].max()) else None
         if masks is not None and masks.errors:
             out = [masks.errors.get(r, sampled) for r, sampled in zip(requests, out, strict=True)]
         return out
+
+    def _choose(
+        self,
+        choose: Chooser,
+        logits_SV: Tensor,
+        requests: Sequence[Request],
+        plain: Sequence[int],
+        own: Sequence[int],
+        masks: Masks | None,
+    ) -> tuple[dict[int, _Choice], list[TokenLogprobs | None]]:
+        """Of all rows, those of `own` with changes, where the logits are."""
+        ended, vocab = masks.ended if masks is not None else (), logits_SV.shape[1]
+        changes = [self._change(requests[i], vocab, may_end=requests[i] in ended) for i in own]
+        plain_draws, own_draws = (self._draws(requests, rows, masks) for rows in (plain, own))
+        found = choose(logits_SV, plain_draws, own_draws, changes)
+        rows = [*plain, *own]
+        logprobs: list[TokenLogprobs | None] = [None] * len(requests)
+        for i, best, s in zip(rows, found.best, found.scores, strict=True):
+            if s is not None and math.isfinite(best):
+                logprobs[i] = TokenLogprobs(s.logprob, tuple(zip(s.tokens, s.logprobs, strict=True)), s.rank)
+        return dict(zip(rows, zip(found.tokens, found.best, strict=True), strict=True)), logprobs
+
+    def _change(self, request: Request, vocab: int, *, may_end: bool) -> Change:
+        p = request.spec.params
+        cut = (p.top_k, p.top_p) if _cuts(p, vocab) else (0, 1.0)
+        history = history_of(request, self._eos_token_ids) if request.changes_logits else None
+        if history is None:
+            return Change(None, (), None, *cut, p.logprobs)
+        forbidden = dict.fromkeys(history.forbidden(request.output_ids, may_end=may_end).tolist())
+        return Change(history.edits, [*forbidden], history.allowed_set(vocab), *cut, p.logprobs)
 
     def _whole(
         self, logits_SV: Tensor, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None
@@ -83,10 +122,14 @@ class Sampler:
         """Of rows from which any token may be drawn that `masks` allow."""
         if not rows:
             return {}
+        draws = self._draws(requests, rows, masks)
+        return dict(zip(rows, zip(*self._ops.sample(logits_SV, draws), strict=True), strict=True))
+
+    def _draws(self, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None) -> Draws:
         params = [requests[i].spec.params for i in rows]
         temperature = [p.temperature if p.temperature >= _GREEDY_BELOW else 0.0 for p in params]
         mask_of = {} if masks is None else {r: m for m, r in enumerate(masks.requests)}
-        draws = Draws(
+        return Draws(
             rows,
             temperature,
             [p.min_p for p in params],
@@ -94,7 +137,6 @@ class Sampler:
             [mask_of.get(requests[i], -1) for i in rows],
             None if masks is None else torch.from_numpy(masks.words_MW),
         )
-        return dict(zip(rows, zip(*self._ops.sample(logits_SV, draws), strict=True), strict=True))
 
     def _processed(
         self, logits_SV: Tensor, requests: Sequence[Request], rows: Sequence[int], masks: Masks | None
@@ -168,11 +210,11 @@ def candidates(logits_NV: Tensor, best_N: Tensor, params: Sequence[SamplingParam
 
 
 def _cut(p_NV: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Tensor, Tensor, list[bool]]:
-    """The weights and ids of each row's `width` best tokens, 0 beyond top-k and top-p; and for each row whether the
-    tokens beyond `width` would all be cut.
+    """The weights and ids of each row's `width` best tokens, equals by their ids, 0 beyond top-k and top-p; and for
+    each row whether the tokens beyond `width` would all be cut.
     """
-    p_NC, ids_NC = _best(p_NV, width)
-    vocab = p_NV.shape[1]
+    p_NC, ids_NC = _by_token(*_best(p_NV, width))
+    vocab, last_N1 = p_NV.shape[1], p_NC[:, -1:]
     k_N1 = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=p_NV.device).unsqueeze(1)
     top_p_N1 = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=p_NV.device).unsqueeze(1)
     p_NC = p_NC.masked_fill(torch.arange(width, device=p_NV.device) >= k_N1, 0)
@@ -180,7 +222,16 @@ def _cut(p_NV: Tensor, params: Sequence[SamplingParams], width: int) -> tuple[Te
     wanted_N1 = torch.where(k_N1 <= width, top_p_N1 * mass_NC[:, -1:], top_p_N1)
     complete_N1 = (k_N1 <= width) | ((k_N1 == vocab) & (mass_NC[:, -1:] >= wanted_N1))
     p_NC = p_NC.masked_fill(mass_NC - p_NC >= wanted_N1, 0)  # the mass before this token has reached top_p
+    if width < vocab:  # equals of the last token, some of which are not among the candidates, are taken by their ids
+        complete_N1 &= p_NC.where(p_NC > 0, math.inf).amin(dim=1, keepdim=True) > last_N1
     return p_NC, ids_NC, complete_N1.flatten().tolist()
+
+
+def _by_token(p_NC: Tensor, ids_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """The best first, equals by their ids."""
+    ids_NC, order_NC = ids_NC.sort(dim=1)
+    p_NC, order_NC = p_NC.gather(1, order_NC).sort(dim=1, descending=True, stable=True)
+    return p_NC, ids_NC.gather(1, order_NC)
 
 
 def _best(p_NV: Tensor, width: int) -> tuple[Tensor, Tensor]:

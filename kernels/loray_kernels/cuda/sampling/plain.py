@@ -1,4 +1,4 @@
-"""A token for each row of logits in one launch and one read; see sample.cu and `sampling.sample`.
+"""A token for each row of logits in one launch and one read; see sample.cu and `sampling.draws`.
 
 Shapes: S rows of logits, R of them sampled, M masks, V vocabulary, W words of 32 bits.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from loray_kernels.cuda.gather import Gather
-from loray_kernels.sampling import Draws, log_share
+from loray_kernels.sampling.draws import Draws, log_share
 
-MAX_VOCAB = 1024 * 512  # of sample.cu
+MAX_VOCAB = 1024 * 512  # of draw.cuh
 
 
 class Choices(NamedTuple):
@@ -23,6 +24,11 @@ class Choices(NamedTuple):
     rows_R: Tensor
     masks_R: Tensor
     numbers: Tensor
+
+    @classmethod
+    def of(cls, words: Tensor, num: int) -> Choices:
+        """`packed` on the device."""
+        return cls(words[:num], words[num : 2 * num], words[2 * num :].view(torch.float64))
 
 
 class Sampling:
@@ -41,7 +47,7 @@ class Sampling:
         words = None
         if words_MW is not None and max(draws.masks) >= 0:
             assert 32 * words_MW.shape[1] >= logits_SV.shape[1]
-            words = self._up(words_MW.contiguous())
+            words = upload(words_MW.contiguous(), self._device)
         is_greedy = words is None and not any(draws.temperature) and list(draws.rows) == list(range(num))
         out_R2 = self._out[:num]
         self._gather.sample(logits_SV, self._greedy if is_greedy else self._choices(draws), words, out_R2)
@@ -51,21 +57,27 @@ class Sampling:
 
     def _choices(self, draws: Draws) -> Choices:
         """One copy for all."""
-        num = len(draws.rows)
-        packed = np.empty(5 * num, dtype=np.int64)
-        packed[:num], packed[num : 2 * num] = draws.rows, draws.masks
-        shares = [log_share(p) for p in draws.min_p]
-        packed[2 * num :].view(np.float64)[:] = [*draws.temperature, *shares, *draws.uniform]
-        there = self._up(torch.from_numpy(packed))
-        return Choices(there[:num], there[num : 2 * num], there[2 * num :].view(torch.float64))
-
-    def _up(self, tensor: Tensor) -> Tensor:
-        if self._device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return Choices.of(upload(torch.from_numpy(packed(draws)), self._device), len(draws.rows))
 
     def _grow(self, num: int) -> None:
         self._out = torch.zeros(num, 2, dtype=torch.int64, device=self._device)
         rows_R = torch.arange(num, device=self._device)
         numbers = torch.zeros(3 * num, dtype=torch.float64, device=self._device)
         self._greedy = Choices(rows_R, torch.full_like(rows_R, -1), numbers)
+
+
+def packed(draws: Draws) -> npt.NDArray[np.int64]:
+    """All of `Choices`, in 64-bit words."""
+    num = len(draws.rows)
+    out = np.empty(5 * num, dtype=np.int64)
+    out[:num], out[num : 2 * num] = draws.rows, draws.masks
+    shares = [log_share(p) for p in draws.min_p]
+    out[2 * num :].view(np.float64)[:] = [*draws.temperature, *shares, *draws.uniform]
+    return out
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that is queued; the tensor itself on a CPU."""
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,131 @@
+"""Rows with changed logits, top-k, top-p or log-probabilities, in one launch beside that of the others; see choose.cu.
+
+A step has one copy to the device (two with masks of grammars), two launches and one read. A request's edits stay on the
+device with the request; the copy has those that are new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loray_kernels.cuda.gather import Gather
+from loray_kernels.cuda.sampling.plain import Choices, packed, upload
+from loray_kernels.sampling.choosing import MAX_TOP, NEW_EDIT, Change, Chosen, Scores, TokenEdits
+from loray_kernels.sampling.draws import Draws, log_share
+
+_RESULT = 4 + 2 * MAX_TOP  # 64-bit words of a row
+_EDIT_WORDS = 5  # 32 bits each, of an entry on the device
+_INTEGERS = (
+    *("row", "mask", "own_words", "edits", "num_edits", "first_new", "num_new", "first_forbidden", "num_forbidden"),
+    *("top_k", "num_top"),
+)
+_NUMBERS = ("temperature", "log_min_p", "uniform", "top_p")
+_CHOICE = np.dtype([*((name, "<i8") for name in _INTEGERS), *((name, "<f8") for name in _NUMBERS)])
+_FORBIDDEN = np.dtype([("token", "<i4"), ("logit", "<f4")])
+
+
+class Choosing:
+    """A Chooser. Owns what comes back, for as many rows as a step has had."""
+
+    def __init__(self, gather: Gather, device: torch.device) -> None:
+        self._gather, self._device = gather, device
+        self._out = torch.zeros(_RESULT, dtype=torch.int64, device=device)
+
+    def __call__(self, logits_SV: Tensor, plain: Draws, changed: Draws, changes: Sequence[Change]) -> Chosen:
+        num_plain, num, vocab = len(plain.rows), len(changes), logits_SV.shape[1]
+        assert max((*plain.rows, *changed.rows)) < len(logits_SV)
+        words = self._words((*plain.masks, *changed.masks), changed.words_MW, vocab)
+        new, forbidden = self._edits(changes), [np.asarray(c.forbidden, dtype=np.int32) for c in changes]
+        parts: list[npt.NDArray[np.generic]] = [
+            packed(plain),
+            _choices(changed, changes, vocab, [len(n) for n in new]),
+            np.concatenate(new),
+            _forbidden(np.concatenate(forbidden)),
+        ]
+        there = upload(torch.from_numpy(np.concatenate([part.view(np.uint8) for part in parts])), self._device)
+        starts = np.cumsum([0, *(part.nbytes for part in parts)]).tolist()
+        out = self._results(2 * num_plain + _RESULT * num)
+        if num_plain:
+            choices = Choices.of(there[: starts[1]].view(torch.int64), num_plain)
+            self._gather.sample(logits_SV, choices, words, out[: 2 * num_plain].view(-1, 2))
+        addresses = [there.data_ptr() + start for start in starts[1:4]]
+        self._gather.choose(logits_SV, num, addresses, words, out[2 * num_plain :])
+        return _read(out.cpu().numpy(), num_plain, changes, vocab)
+
+    def _results(self, num_words: int) -> Tensor:
+        if num_words > len(self._out):
+            self._out = torch.zeros(2 * num_words, dtype=torch.int64, device=self._device)
+        return self._out[:num_words]
+
+    def _words(self, masks: Sequence[int], words_MW: Tensor | None, vocab: int) -> Tensor | None:
+        if words_MW is None or max(masks) < 0:
+            return None
+        assert max(masks) < len(words_MW)
+        assert 32 * words_MW.shape[1] >= vocab
+        return upload(words_MW.contiguous(), self._device)
+
+    def _edits(self, changes: Sequence[Change]) -> list[npt.NDArray[np.void]]:
+        """What is new of each row's; and room for them, and for the tokens that are allowed, on the device."""
+        for allowed in (c.allowed for c in changes if c.allowed is not None):
+            if allowed.there is None:
+                allowed.there = upload(allowed.words_W, self._device)
+        return [np.empty(0, NEW_EDIT) if c.edits is None else self._new(c.edits) for c in changes]
+
+    def _new(self, edits: TokenEdits) -> npt.NDArray[np.void]:
+        has_room = edits.there is not None and len(edits.there) == edits.capacity
+        if not has_room:
+            edits.there = torch.empty(edits.capacity, _EDIT_WORDS, dtype=torch.int32, device=self._device)
+        return edits.take_new(everything=not has_room)
+
+
+def _choices(draws: Draws, changes: Sequence[Change], vocab: int, num_new: Sequence[int]) -> npt.NDArray[np.void]:
+    out = np.zeros(len(changes), dtype=_CHOICE)
+    out["row"], out["mask"] = draws.rows, draws.masks
+    out["temperature"], out["uniform"] = draws.temperature, draws.uniform
+    out["log_min_p"] = [log_share(p) for p in draws.min_p]
+    out["own_words"] = [0 if c.allowed is None else _address(c.allowed.there) for c in changes]
+    out["edits"] = [0 if c.edits is None else _address(c.edits.there) for c in changes]
+    out["num_edits"] = [0 if c.edits is None else len(c.edits) for c in changes]
+    out["num_new"], out["first_new"] = num_new, np.cumsum(num_new) - num_new
+    out["num_forbidden"] = [len(c.forbidden) for c in changes]
+    out["first_forbidden"] = np.cumsum(out["num_forbidden"]) - out["num_forbidden"]
+    out["top_k"] = [c.top_k if c.top_k < vocab else 0 for c in changes]
+    out["top_p"] = [c.top_p for c in changes]
+    out["num_top"] = [-1 if c.num_top is None else c.num_top for c in changes]
+    return out
+
+
+def _address(tensor: Tensor | None) -> int:
+    assert tensor is not None
+    return tensor.data_ptr()
+
+
+def _forbidden(tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.void]:
+    out = np.zeros(len(tokens), dtype=_FORBIDDEN)
+    out["token"] = tokens
+    return out
+
+
+def _read(words: npt.NDArray[np.int64], num_plain: int, changes: Sequence[Change], vocab: int) -> Chosen:
+    plain, others = words[: 2 * num_plain].reshape(-1, 2), words[2 * num_plain :].reshape(-1, _RESULT)
+    found = np.concatenate((plain, others[:, :2]))
+    scores: list[Scores | None] = [None] * num_plain
+    for row, change in zip(others, changes, strict=True):
+        if change.num_top is None:
+            scores.append(None)
+            continue
+        top = row[4 : 4 + 2 * min(change.num_top, vocab)]
+        numbers = _numbers(row)
+        scores.append(Scores(numbers[2], int(row[3]), top[::2].tolist(), numbers[5 : 4 + len(top) : 2]))
+    return Chosen(found[:, 0].tolist(), _numbers(found[:, 1]), scores)
+
+
+def _numbers(words: npt.NDArray[np.int64]) -> list[float]:
+    """fp32, from bits."""
+    out: list[float] = words.astype(np.uint32).view(np.float32).tolist()
+    return out
