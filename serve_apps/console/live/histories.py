@@ -13,7 +13,7 @@ from loray.catalog import Job
 from loray.errors import ClusterError, LogsGone, StoreError
 from loray.settings import Settings
 from loray.spec import qualified_name, split_qualified
-from serve_apps.console.live.losses import Losses
+from serve_apps.console.live.losses import Curve, Losses
 
 MOST_JOBS = 64  # the one that nobody looked at for longest is read from its beginning again
 LOG_LINES = 200
@@ -21,9 +21,11 @@ CURVE_LINES = 2000  # of Ray's log, where a curve is made of it
 
 
 class Seen(NamedTuple):
-    """`losses`: as `Losses.as_json`. `log`: its last lines. `problem`: why something is not there; may be empty."""
+    """`curve`: of its losses; None without any. `log`: its last lines. `problem`: why something is not there; may be
+    empty.
+    """
 
-    losses: str
+    curve: Curve | None
     log: str
     problem: str
 
@@ -55,7 +57,7 @@ class History:
             lines = log[-LOG_LINES:] or list(self._lines)
             if not self._has_events:
                 self._losses.take(log)
-            return Seen(self._losses.as_json(), "\n".join(lines), problem)
+            return Seen(self._losses.curve(), "\n".join(lines), problem)
 
     def _read_events(self) -> str:
         """Returns why they cannot be read; empty where they can."""

@@ -1,16 +1,18 @@
-// Curves: the first list is x, the others are drawn over it.
+// Curves: the first list is x, the others are drawn over it; from the third on they are what the first two are compared with.
 function drawCurves(part) {
   for (const place of part.querySelectorAll("[data-curve]")) {
     const labels = JSON.parse(place.dataset.labels);
     const ink = getComputedStyle(document.body).color;
-    const colours = [null, "#4299e1", "#f76707"];
+    const colours = [null, "#4299e1", "#f76707", "#2fb344", "#ae3ec9", "#868e96"];
     const axis = { stroke: ink, grid: { stroke: "rgba(128, 128, 128, .25)" } };
     const options = {
       width: place.clientWidth,
       height: 256,
       scales: { x: { time: false } },
       axes: [axis, axis],
-      series: labels.map((label, n) => (n ? { label, stroke: colours[n], width: 2, spanGaps: true } : { label })),
+      series: labels.map((label, n) =>
+        n ? { label, stroke: colours[n], width: 2, dash: n > 2 ? [6, 4] : [], spanGaps: true } : { label },
+      ),
     };
     place.plot = new uPlot(options, JSON.parse(place.dataset.curve), place);
   }

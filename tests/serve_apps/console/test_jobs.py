@@ -111,15 +111,17 @@ def test_a_jobs_losses_outlive_rays_log(console: ConsoleSite) -> None:
     folder = console.settings.home / "runs" / recipe().name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-000000"
     folder.mkdir(parents=True)
     (folder / "job_id").write_text(job.id)
-    events = [{"event": "step", "step": step, "loss": 1.0 / step} for step in (1, 2)]
+    events: list[dict[str, object]] = [{"event": "eval", "step": 0, "eval_loss": 4.0, "subject": "base"}]
+    events += [{"event": "step", "step": step, "loss": 1.0 / step} for step in (1, 2)]
     events += [{"event": "eval", "step": 2, "eval_loss": 0.25, "subject": "adapter"}]
     (folder / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
-    live = console.get(f"/jobs/{job.id}/live").text
-    assert "[[1, 2], [1.0, 0.5], [null, 0.25]]" in live.replace("&#34;", '"')
+    live = console.get(f"/jobs/{job.id}/live").text.replace("&#34;", '"')
+    assert "[[0, 1, 2], [null, 1.0, 0.5], [null, null, 0.25], [4.0, null, 4.0]]" in live
+    assert '["step", "training", "held out, adapter", "held out, base"]' in live
     assert "held-out loss 0.2500" in live
     console.jobs.say(job.id, "SUCCEEDED")
     assert "data-ended" in console.get(f"/jobs/{job.id}/live").text
     console.jobs.jobs.clear()  # another cluster, which does not know the job
     page = console.get(f"/jobs/{job.id}").text
     assert "data-live" not in page
-    assert "[null, 0.25]" in page
+    assert "[null, null, 0.25]" in page

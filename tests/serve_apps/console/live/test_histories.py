@@ -13,12 +13,16 @@ from loray.catalog import Catalog
 from loray.errors import LogsGone
 from loray.recipes.load import load_recipe
 from loray.settings import Settings
-from serve_apps.console.live.histories import CURVE_LINES, LOG_LINES, MOST_JOBS, Histories
+from serve_apps.console.live.histories import CURVE_LINES, LOG_LINES, MOST_JOBS, Histories, Seen
 from tests.catalogs import sqlite_catalog
 
 
 def held_out(step: int, loss: float) -> str:
     return json.dumps({"event": "eval", "step": step, "eval_loss": loss, "subject": "adapter"}) + "\n"
+
+
+def has_loss(seen: Seen, loss: str) -> bool:
+    return seen.curve is not None and loss in seen.curve.points
 
 
 def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +40,9 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     job, histories = catalog.add_job("train_1", name="tone", recipe=recipe), Histories()
     history = histories.of(job, settings)
     seen = history.look(job, gone)
-    assert seen == ("", "", "the log is gone")
+    assert seen == (None, "", "the log is gone")
     seen = history.look(job, tail)
-    assert (asked, len(seen.log.splitlines()), "1.0" in seen.losses) == ([CURVE_LINES], LOG_LINES, True)
+    assert (asked, len(seen.log.splitlines()), has_loss(seen, "1.0")) == ([CURVE_LINES], LOG_LINES, True)
 
     folder = settings.home / "runs" / "tone" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-000000"
     folder.mkdir(parents=True)
@@ -46,7 +50,7 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
     file = folder / "events.jsonl"
     file.write_text("".join(held_out(n, 2.0) for n in range(300)))
     seen = history.look(job, tail)
-    assert (asked, len(seen.log.splitlines()), "1.0" in seen.losses) == ([CURVE_LINES], LOG_LINES, False)
+    assert (asked, len(seen.log.splitlines()), has_loss(seen, "1.0")) == ([CURVE_LINES], LOG_LINES, False)
     num_bytes: list[int] = []
     take = RunEvents._take
 
@@ -55,18 +59,18 @@ def test_looks_at_a_job_from_its_beginning_to_its_end(tmp_path: Path, monkeypatc
         return take(events, opened, at, length)
 
     monkeypatch.setattr(RunEvents, "_take", counted)
-    assert history.look(job, tail).losses == seen.losses
+    assert history.look(job, tail).curve == seen.curve
     assert num_bytes == []
     with file.open("a") as events:
         events.write(held_out(300, 2.5))
-    assert "2.5" in history.look(job, tail).losses
+    assert has_loss(history.look(job, tail), "2.5")
     assert num_bytes == [len(held_out(300, 2.5))]
     assert asked == [CURVE_LINES]
 
     catalog.start_job(job.id)
     failed = catalog.end_job(job.id, "failed", message="out of memory")
     seen = histories.of(failed, settings).look(failed, tail)
-    assert (asked, len(seen.log.splitlines()), "2.5" in seen.losses) == ([CURVE_LINES, LOG_LINES], LOG_LINES, True)
+    assert (asked, len(seen.log.splitlines()), has_loss(seen, "2.5")) == ([CURVE_LINES, LOG_LINES], LOG_LINES, True)
     assert "held-out loss" not in seen.log
     assert "held-out loss" in history.look(failed, gone).log
     catalog.close()
