@@ -56,9 +56,9 @@ class ServedBase:
             return self.spec.max_body_bytes
         return max(_MIN_BODY_BYTES, _BYTES_PER_TOKEN * self.limit(longest_context))
 
-    async def status(self, num_adapters: int) -> BaseReport:
+    async def status(self, num_adapters: int, layout: bool) -> BaseReport:
         """Asks its replicas. `num_adapters`: of it in the catalog."""
-        replicas = [r.model_copy(update={"base": self.name}) for r in await self.engines.stats()]
+        replicas = [r.model_copy(update={"base": self.name}) for r in await self.engines.stats(layout)]
         scaling: AutoscalingStatus | None = None
         if self.spec.autoscaling is not None:
             scaling = await self.engines.autoscaling()

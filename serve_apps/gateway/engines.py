@@ -26,8 +26,8 @@ class Engines(Protocol):
     async def healthy(self) -> bool:
         """Whether a replica answers and its engine runs."""
 
-    async def stats(self) -> list[ReplicaStatus]:
-        """The status of every replica that answers."""
+    async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
+        """The status of every replica that answers; with `layout` also what its pool's blocks hold by position."""
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         """The autoscaler's last decisions; None if there are none."""

@@ -229,8 +229,9 @@ class Gateway:
         found = {"status": "degraded", "unavailable": silent} if silent else {"status": "ok"}
         return Response(json.dumps(found, separators=(",", ":")), media_type="application/json")
 
-    async def status(self) -> Status:
-        reports = await asyncio.gather(*(b.status(self.directory.num_adapters_of(b.base)) for b in self.bases.values()))
+    async def status(self, layout: bool = False) -> Status:
+        counts = self.directory.num_adapters_of
+        reports = await asyncio.gather(*(b.status(counts(b.base), layout) for b in self.bases.values()))
         found = [replica for report in reports for replica in report.replicas]
         fields = ("adapters_in_pool", "adapters_on_host", "adapters_loading")
         labels = await self.directory.labels({d for r in found for field in fields for d in getattr(r, field)})

@@ -84,9 +84,9 @@ class EngineReplica:
         await self._requests.run(request, fit, connection, stream)
         yield connection.name
 
-    def stats(self) -> ReplicaStatus:
-        """The replica's status; adapters are named by digest."""
-        return replica_status(self._stream, _replica_id(), self._started_at)
+    async def stats(self, layout: bool) -> ReplicaStatus:
+        """See `replica_status`."""
+        return await replica_status(self._stream, _replica_id(), self._started_at, layout)
 
     def metrics(self) -> list[Family]:
         """Prometheus families for the gateway's exposition, labelled with this replica."""

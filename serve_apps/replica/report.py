@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from loray.api.status import AdapterPlacement, ReplicaStatus
+from loray.errors import EngineError
+from loray.spec import Stretch
 
 if TYPE_CHECKING:
     from loray.engine.stream import EngineStream
 
 
-def replica_status(stream: EngineStream, replica: str, started_at: float) -> ReplicaStatus:
-    """The replica's status; adapters are named by digest. `started_at`: seconds since the epoch."""
+_LAYOUT_TIMEOUT_S = 1.0
+
+
+async def replica_status(stream: EngineStream, replica: str, started_at: float, layout: bool) -> ReplicaStatus:
+    """The replica's status; adapters are named by digest. `started_at`: seconds since the epoch. `layout`: with what
+    the pool's blocks hold by position, where the engine says it within a second.
+    """
+    stretches: tuple[Stretch, ...] = ()
+    if layout:
+        with suppress(EngineError, TimeoutError):
+            stretches = await asyncio.wait_for(stream.layout(), _LAYOUT_TIMEOUT_S)
     return ReplicaStatus(
         replica=replica,
         node=socket.gethostname(),
         pid=os.getpid(),
         uptime_s=time.time() - started_at,
+        layout=stretches,
         **dict(stream.stats()),
     )
 

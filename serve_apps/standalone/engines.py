@@ -46,8 +46,10 @@ class LocalEngines:
             return True
         return False
 
-    async def stats(self) -> list[ReplicaStatus]:
-        return [replica_status(self._stream, REPLICA, self._started_at)] if await self.healthy() else []
+    async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
+        if not await self.healthy():
+            return []
+        return [await replica_status(self._stream, REPLICA, self._started_at, layout)]
 
     async def autoscaling(self) -> AutoscalingStatus | None:
         return None

@@ -89,6 +89,22 @@ def test_closing_a_stream_cancels_its_request(base: BaseModel) -> None:
     go(test)
 
 
+def test_a_pools_blocks_by_position_are_told_between_steps(base: BaseModel) -> None:
+    async def test() -> None:
+        async with started(base) as stream:
+            (empty,) = await stream.layout()
+            async with aclosing(stream.generate(request("r", IDS, max_tokens=400))) as deltas:
+                await anext(deltas)
+                used, *rest = await stream.layout()
+            assert empty.holds == "free"
+            assert (used.holds, [stretch.holds for stretch in rest]) == ("kv", ["free"])
+            assert used.num_blocks + rest[0].num_blocks == empty.num_blocks
+        with pytest.raises(EngineError):
+            await stream.layout()
+
+    go(test)
+
+
 def test_a_request_too_long_is_refused_before_the_first_delta(base: BaseModel) -> None:
     async def test() -> None:
         async with started(base) as stream:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from loray.spec import EngineFigures, ServeSpec
+from loray.spec import EngineFigures, ServeSpec, Stretch
 
 
 class _Status(BaseModel):
@@ -26,7 +26,11 @@ class EngineStatus(EngineFigures):
 
 
 class ReplicaStatus(EngineStatus):
-    """The adapters by `name@version`, or by digest where the catalog does not know them any more."""
+    """The adapters by `name@version`, or by digest where the catalog does not know them any more.
+
+    layout  what the pool's blocks hold by position, from the first block to the last in at most 200 stretches; empty
+            where it was not asked for, or the engine did not say in time
+    """
 
     replica: str
     base: str = ""
@@ -36,6 +40,7 @@ class ReplicaStatus(EngineStatus):
     adapters_in_pool: tuple[str, ...] = ()
     adapters_on_host: tuple[str, ...] = ()
     adapters_loading: tuple[str, ...] = ()
+    layout: tuple[Stretch, ...] = ()
 
 
 class AdapterPlacement(_Status):

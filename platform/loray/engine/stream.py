@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from loray.engine.engine import Engine
+from loray.engine.memory.layout import layout
 from loray.engine.request import TokenOutput
 from loray.engine.residency.table import Placement
 from loray.engine.stats.stats import EngineStats
 from loray.errors import EngineError, RequestError
-from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, TokenDelta
+from loray.spec import AdapterBytes, AdapterRef, GenerateRequest, Stretch, TokenDelta
 from loray.telemetry import get_logger
 from loray_kernels import release_threads, use_device
 
@@ -92,6 +93,11 @@ class EngineStream:
     async def adapters(self, digests: Collection[str] | None = None) -> list[Placement]:
         """See Engine. EngineError if the engine has stopped."""
         return await asyncio.wrap_future(self.call(lambda: self._engine.adapters(digests)))
+
+    async def layout(self) -> tuple[Stretch, ...]:
+        """What the pool's blocks hold by position, see `memory.layout`. EngineError if the engine has stopped."""
+        pool, cache = self._engine.pool.allocator, self._engine.scheduler.prefix_cache
+        return await asyncio.wrap_future(self.call(lambda: layout(pool, cache)))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` in the engine's thread after its current step; the future has its result or error.

@@ -75,7 +75,7 @@ from loray.spec.fields import (
     parse_size,
     read_mapping,
 )
-from loray.spec.figures import EngineFigures
+from loray.spec.figures import EngineFigures, Stretch
 from loray.spec.generation import (
     Delta,
     FinishReason,
@@ -207,6 +207,7 @@ __all__ = [
     "SftSpec",
     "Sha256",
     "StrategyName",
+    "Stretch",
     "Subject",
     "TagKey",
     "TagValue",

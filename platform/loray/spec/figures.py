@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from pydantic import BaseModel, ConfigDict
+
+
+class Stretch(NamedTuple):
+    """Neighbouring blocks of the pool, and what they hold, or most of them: free, kv, cached, layered, flat or run."""
+
+    holds: str
+    num_blocks: int
 
 
 class EngineFigures(BaseModel):

@@ -35,9 +35,11 @@ class Gateway:
         self._transport = transport
         self._client: httpx.AsyncClient | None = None
 
-    async def status(self, authorization: str | None) -> Status:
-        """GET /status. Raises PermissionDenied where the key may not see it, and ClusterError where nothing answers."""
-        response = await self._get("/status", authorization)
+    async def status(self, authorization: str | None, *, layout: bool = False) -> Status:
+        """GET /status; with `layout` also what pools hold by position. Raises PermissionDenied where the key may not
+        see it, and ClusterError where nothing answers.
+        """
+        response = await self._get("/status?layout=true" if layout else "/status", authorization)
         try:  # of many replicas it is long
             status = await run_in_threadpool(Status.model_validate_json, response.content)
         except ValidationError as e:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from loray.api.status import ReplicaStatus
+from loray.spec import Stretch
 
 # What a pool's block holds, in the order of the pictures.
 KINDS: Mapping[str, str] = {
@@ -28,7 +30,7 @@ class Row(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The blocks of one kind: `begin` and `share` are of all blocks, from 0 to 1."""
+    """Blocks of one kind: `begin` and `share` are of all blocks, from 0 to 1."""
 
     kind: str
     num_blocks: int
@@ -59,14 +61,17 @@ def parts_of(blocks: Mapping[str, int]) -> list[Part]:
     return parts
 
 
-def cells_of(parts: Sequence[Part], num_cells: int) -> list[str]:
-    """The kind of each of `num_cells` equal shares of a pool; of a share of several kinds, the one in its middle."""
-    if not any(part.num_blocks for part in parts):
-        return []
-    kinds, at = [], 0
-    for cell in range(num_cells):
-        middle = (cell + 0.5) / num_cells
-        while middle >= parts[at].begin + parts[at].share and at < len(parts) - 1:
-            at += 1
-        kinds.append(parts[at].kind)
-    return kinds
+def stretches_of(layout: Sequence[Stretch]) -> list[Part]:
+    """The pool of one replica by position: its stretches from the first block to the last."""
+    num_blocks = sum(stretch.num_blocks for stretch in layout) or 1
+    begins = accumulate((stretch.num_blocks for stretch in layout), initial=0)
+    return [
+        Part(kind, count, begin / num_blocks, count / num_blocks)
+        for (kind, count), begin in zip(layout, begins, strict=False)
+    ]
+
+
+def rows_of(layout: Sequence[Stretch]) -> list[tuple[int, int, str]]:
+    """The same as a table: the first block and the last one of each stretch, and its kind."""
+    ends = list(accumulate(stretch.num_blocks for stretch in layout))
+    return [(end - count, end - 1, kind) for (kind, count), end in zip(layout, ends, strict=True)]

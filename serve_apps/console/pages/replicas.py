@@ -14,11 +14,10 @@ from loray.api.status import ReplicaStatus
 from loray.client.metrics import STEPS, Buckets, percentile
 from loray.errors import ClusterError, NotFoundError, PermissionDenied
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.live.places import KINDS, cells_of, parts_of
+from serve_apps.console.live.places import KINDS, parts_of, rows_of, stretches_of
 from serve_apps.console.routing import router_of
 
 _ADAPTERS = 50
-_CELLS = 200
 _HEIGHT = 120  # units of the picture
 
 router = router_of("/serving/replicas")
@@ -48,7 +47,7 @@ async def _page(console: Console, request: Request, name: str, template: str) ->
     """404 where no replica of this name answers: it has ended, or never was."""
     gateway = console.backend.gateway
     try:
-        status = await gateway.status(request.state.authorization)
+        status = await gateway.status(request.state.authorization, layout=True)
         metrics = await gateway.metrics(request.state.authorization)
     except (ClusterError, PermissionDenied) as e:
         return console.renderer.page(request, template, name=name, problem=str(e), replica=None)
@@ -61,7 +60,6 @@ async def _page(console: Console, request: Request, name: str, template: str) ->
 
 
 def _shown(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]:
-    parts = parts_of(replica.blocks)
     held = (
         (name, tier)
         for tier, names in (
@@ -74,8 +72,9 @@ def _shown(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]:
     num_held = len(replica.adapters_loading) + len(replica.adapters_in_pool) + len(replica.adapters_on_host)
     return {
         "kinds": KINDS,
-        "parts": parts,
-        "cells": cells_of(parts, _CELLS),
+        "parts": parts_of(replica.blocks),
+        "stretches": stretches_of(replica.layout),
+        "rows": rows_of(replica.layout),
         "steps": steps_of(buckets),
         "step_times": [percentile(buckets, share) for share in (0.5, 0.99)],
         "adapters": list(islice(held, _ADAPTERS)),

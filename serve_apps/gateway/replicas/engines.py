@@ -167,8 +167,8 @@ class ServeEngines:
     async def healthy(self) -> bool:
         return await self._replicas.healthy()
 
-    async def stats(self) -> list[ReplicaStatus]:
-        return [a for a in await self._replicas.ask("stats") if isinstance(a, ReplicaStatus)]
+    async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
+        return [a for a in await self._replicas.ask("stats", layout) if isinstance(a, ReplicaStatus)]
 
     async def metrics(self) -> list[list[Family] | None]:
         return [a if isinstance(a, list) else None for a in await self._replicas.ask("metrics")]

@@ -51,7 +51,7 @@ _ANSWERS: Mapping[str, _Answers] = {
     "/health": _HEALTH,
     "/ping": _HEALTH,
     "/version": _Answers({_JSON: None}, (500,)),
-    "/status": _Answers({_JSON: Status}, _WITH_KEY),
+    "/status": _Answers({_JSON: Status}, (400, *_WITH_KEY)),
     "/metrics": _Answers({_TEXT: None, "application/openmetrics-text": None}, _WITH_KEY),
 }
 _EVENT = {  # of a stream of server-sent events

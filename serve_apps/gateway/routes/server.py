@@ -51,9 +51,12 @@ def create_router(gateway: Gateway) -> APIRouter:
         return JSONResponse({"version": __version__})
 
     @router.get("/status")
-    async def status() -> Status:
-        """What is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot."""
-        return await gateway.status()
+    async def status(layout: bool = False) -> Status:
+        """What is served: replicas, adapters in memory, queues, autoscaling, the catalog's snapshot.
+
+        With `layout=true` each engine also says what its pool's blocks hold by position, after its current step.
+        """
+        return await gateway.status(layout)
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from loray.api.status import AutoscalingStatus, BaseStatus, CatalogStatus, ReplicaStatus, Status, total
-from loray.spec import DEFAULT_TENANT, Principal, ServeSpec
+from loray.spec import DEFAULT_TENANT, Principal, ServeSpec, Stretch
 from serve_apps.console import Gateway
 from tests.catalog.test_catalog import BASE, digest, manifest
 from tests.serve_apps.api.fakes import Api
@@ -53,8 +53,11 @@ class ScriptedGateway:
         app = FastAPI()
 
         @app.get("/status")
-        def status(request: Request) -> Response:
-            return self._refused(request) or JSONResponse(self.status().model_dump(mode="json"))
+        def status(request: Request, layout: bool = False) -> Response:
+            found = self.status().model_dump(
+                mode="json", exclude=None if layout else {"replicas": {"__all__": {"layout"}}}
+            )
+            return self._refused(request) or JSONResponse(found)
 
         @app.get("/metrics")
         def metrics(request: Request) -> Response:
@@ -94,6 +97,7 @@ class ScriptedGateway:
                 num_host_hits=8,
                 num_misses=2,
                 blocks={"free": 60, "kv": 30, "flat": 10},
+                layout=(Stretch("kv", 20), Stretch("free", 60), Stretch("kv", 10), Stretch("flat", 10)),
                 adapters_in_pool=("tone@2", f"legal@{number}"),
                 adapters_on_host=("dates@1",),
                 adapters_loading=("cold@1",)[: number - 1],

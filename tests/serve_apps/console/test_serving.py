@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+from loray.spec import Stretch
 from tests.serve_apps.console.site import METRICS, URL, ConsoleSite
+
+LATER = (Stretch("kv", 55), Stretch("layered", 40), Stretch("free", 5))
 
 
 def test_replicas_adapters_and_reasons(console: ConsoleSite) -> None:
@@ -24,7 +27,7 @@ def test_pages_follow_the_load(console: ConsoleSite) -> None:
     assert _blocks(before, "r1") == [30, 0, 0, 10, 0, 60]
     assert "data-curve" not in before  # there was one look
     console.engines.replicas = (
-        one.model_copy(update={"blocks": {"free": 5, "kv": 55, "layered": 40}, "num_running": 17}),
+        one.model_copy(update={"blocks": {"free": 5, "kv": 55, "layered": 40}, "layout": LATER, "num_running": 17}),
         two.model_copy(update={"adapters_in_pool": ("cold@1",), "adapters_loading": (), "num_output_tokens": 1700}),
     )
     console.engines.metrics = (
@@ -37,7 +40,8 @@ def test_pages_follow_the_load(console: ConsoleSite) -> None:
     assert _tiers(after, "cold@1") == ["", "pool"]
     assert _tiers(after, "legal@2") == []
     assert _blocks(after, "r1") == [55, 0, 40, 0, 0, 5]
-    assert 'class="blocks-layered" x="550.0" width="400.0"' in after
+    assert 'class="blocks-kv" d="M0.0 0h200.0v10h-200.0zM800.0 0h100.0v10h-100.0z"' in before
+    assert 'class="blocks-layered" d="M550.0 0h400.0v10h-400.0z"' in after
     assert "a bound on load was reached" in after
     assert (before.count("8.33 ms"), after.count("20 ms")) == (1, 2)
     assert "[[-4.0, 0.0], [6, 20], [3, 3]]" in after
@@ -51,11 +55,15 @@ def test_one_replica(console: ConsoleSite) -> None:
     assert 'href="/api/v1/console/serving/replicas/r1"' in console.get("/serving").text
     for shown in ("3 running, 1 waiting", "30.0 %", "90 times in the pool", "≤ 20 ms</th><td>40<", "legal@1"):
         assert shown in page, shown
-    cells = re.findall(r'class="blocks-(\w+)" x="\d+" y', page)
-    assert (len(cells), cells.count("kv"), cells.count("flat"), cells.count("free")) == (200, 60, 20, 120)
-    console.engines.replicas = (console.engines.status().replicas[0].model_copy(update={"blocks": {"free": 100}}),)
+    assert _rows(page) == [("0 to 19", "kv"), ("20 to 79", "free"), ("80 to 89", "kv"), ("90 to 99", "flat")]
+    assert re.search(r'class="strip".*<path class="blocks-free" d="M200.0 0h600.0v10h-600.0z"', page, re.DOTALL)
+    changed = {"blocks": {"free": 95, "kv": 5}, "layout": (Stretch("free", 95), Stretch("kv", 5))}
+    console.engines.replicas = (console.engines.status().replicas[0].model_copy(update=changed),)
     part = console.get("/serving/replicas/r1/live").text
-    assert (part.count("blocks-kv"), part.count("blocks-free"), "<main" in part) == (1, 201, False)
+    assert (_rows(part), "<main" in part) == ([("0 to 94", "free"), ("95 to 99", "kv")], False)
+    console.engines.replicas = (console.engines.replicas[0].model_copy(update={"layout": ()}),)
+    part = console.get("/serving/replicas/r1/live").text
+    assert ("the engine did not say in time" in part, "strip" in part) == (True, False)
     gone = console.get("/serving/replicas/r2")
     assert (gone.status_code, "it may have ended" in gone.text) == (404, True)
     console.engines.down = True
@@ -80,6 +88,11 @@ def _tiers(page: str, adapter: str) -> list[str]:
     """The adapter's row of the heat map."""
     row = re.search(rf'<th scope="row">{adapter}</th>(.*?)</tr>', page)
     return [] if row is None else re.findall(r"<td[^>]*>(\w*)</td>", row[1])
+
+
+def _rows(page: str) -> list[tuple[str, str]]:
+    """The replica's blocks by position."""
+    return re.findall(r'<th scope="row">([\d to]+)</th><td><svg[^>]*><rect class="blocks-(\w+)"', page)
 
 
 def _blocks(page: str, replica: str) -> list[int]:

@@ -99,8 +99,8 @@ class ScriptedEngines:
     async def healthy(self) -> bool:
         return bool(self.replicas)
 
-    async def stats(self) -> list[ReplicaStatus]:
-        return self.replicas
+    async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
+        return [r if layout else r.model_copy(update={"layout": ()}) for r in self.replicas]
 
     async def metrics(self) -> list[list[Family] | None]:
         return self.families

@@ -44,7 +44,7 @@ OPERATIONS = [
     "POST /v1/unload_lora_adapter",
 ]
 OPEN = ("/health", "/ping", "/version")
-TAKE_NOTHING = ("/health", "/ping", "/version", "/status", "/metrics", "/{model}")  # that could be wrong
+TAKE_NOTHING = ("/health", "/ping", "/version", "/metrics", "/{model}")  # that could be wrong
 CASES = [
     pytest.param(operation, mode, id=f"{mode.value} {operation}")
     for operation in OPERATIONS

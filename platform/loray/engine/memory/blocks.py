@@ -101,6 +101,14 @@ class BlockAllocator:
             len(self._free), len(self._kv), kinds[Kind.LAYERED], kinds[Kind.FLAT], sum(self._runs.values())
         )
 
+    def positions(self) -> dict[str, list[int]]:
+        """The blocks of each state but `free`."""
+        rows: dict[Kind, list[int]] = {Kind.LAYERED: [], Kind.FLAT: []}
+        for block, row_block in self._rows.items():
+            rows[row_block.kind].append(block)
+        runs = [block for first, n in self._runs.items() for block in range(first, first + n)]
+        return {"kv": list(self._kv), "layered": rows[Kind.LAYERED], "flat": rows[Kind.FLAT], "run": runs}
+
     # -- KV -----------------------------------------------------------------------------------------------------------
 
     def allocate_kv(self, num_blocks: int) -> list[int] | None:

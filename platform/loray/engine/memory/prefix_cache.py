@@ -72,6 +72,10 @@ class PrefixCache:
         """Blocks that `evict` could free."""
         return len(self._idle)
 
+    def idle_blocks(self) -> Iterator[int]:
+        """Those blocks."""
+        return (node.block for node in self._idle)
+
     @property
     def least_value(self) -> float | None:
         """Of the block that `evict` would free first; None if none is idle."""

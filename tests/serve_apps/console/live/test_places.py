@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serve_apps.console.live.places import KINDS, cells_of, heat_map, parts_of
+from loray.spec import Stretch
+from serve_apps.console.live.places import KINDS, heat_map, parts_of, rows_of, stretches_of
 from tests.serve_apps.console.site import ScriptedGateway
 
 
@@ -27,16 +28,21 @@ def test_rows_are_bounded() -> None:
 
 
 @pytest.mark.parametrize("blocks", [{"free": 60, "kv": 30, "flat": 10}, {"free": 7}, {"run": 1, "kv": 10_000}])
-def test_parts_and_cells_are_the_whole_pool(blocks: dict[str, int]) -> None:
+def test_parts_are_the_whole_pool(blocks: dict[str, int]) -> None:
     parts = parts_of(blocks)
     assert [part.kind for part in parts] == list(KINDS)
     assert {part.kind: part.num_blocks for part in parts if part.num_blocks} == blocks
     assert parts[-1].begin + parts[-1].share == pytest.approx(1)
-    cells = cells_of(parts, 200)
-    assert len(cells) == 200
-    for part in parts:
-        assert abs(cells.count(part.kind) - 200 * part.share) <= 1
 
 
-def test_a_pool_without_blocks_has_no_cells() -> None:
-    assert cells_of(parts_of({}), 200) == []
+def test_stretches_are_where_their_blocks_are() -> None:
+    layout = (Stretch("kv", 20), Stretch("free", 55), Stretch("kv", 1), Stretch("run", 4))
+    assert [(part.kind, part.begin) for part in stretches_of(layout)] == [
+        ("kv", 0),
+        ("free", 0.25),
+        ("kv", 0.9375),
+        ("run", 0.95),
+    ]
+    assert sum(part.share for part in stretches_of(layout)) == pytest.approx(1)
+    assert rows_of(layout) == [(0, 19, "kv"), (20, 74, "free"), (75, 75, "kv"), (76, 79, "run")]
+    assert (stretches_of(()), rows_of(())) == ([], [])
