@@ -139,6 +139,8 @@ def _names(page: Element) -> Iterator[str]:
             yield f"{element} is a region without a name"
         elif element.attributes.get("role") in ("img", "group", "region", "search") and not named:
             yield f"{element} has a role and no name"
+        elif "table-responsive" in element.attributes.get("class", "") and "tabindex" not in element.attributes:
+            yield f"{element} scrolls on a phone, and not by the keyboard"
         elif element.tag == "fieldset" and not any(legend.text for legend in element.all("legend")):
             yield f"{element} has no legend"
 

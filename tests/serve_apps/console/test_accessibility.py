@@ -69,7 +69,7 @@ def test_every_picture_is_also_a_table(console: ConsoleSite) -> None:
 def test_what_is_wrong_with_a_page_is_found() -> None:
     wrong = """<html><title>t</title><body><a href="/x"></a><header></header><nav></nav><main><h1>a</h1><h3>b</h3>
         <input id="a"><label for="b">c</label><img src="x"><svg></svg><section></section><p id="d"></p><p id="d"></p>
-        <table><tr><th>x</th></tr></table></main><footer></footer></body></html>"""
+        <div class="table-responsive"><table><tr><th>x</th></tr></table></div></main><footer></footer></body></html>"""
     problems = "; ".join(problems_of(parse(wrong)))
     for said in (
         "no language",
@@ -84,6 +84,7 @@ def test_what_is_wrong_with_a_page_is_found() -> None:
         "refers to 'b'",
         "past the navigation",
         "navs are called ''",
+        "not by the keyboard",
     ):
         assert said in problems, said
 
