@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +17,11 @@ import uvicorn
 from jobs.submission.tracker import RayJob
 from loray.bases.registry import BaseModel
 from loray.recipes.load import load_recipe
+from tests.serve_apps.console.browser import MARKS, WIDTHS, Seen, watched
 from tests.serve_apps.console.site import ROOT, ConsoleSite
 from tests.serve_apps.console.test_accessibility import PAGES
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SCREENS = os.environ.get("LORAY_TEST_SCREENSHOTS")  # a folder for pictures of all pages
-WIDTHS = {"wide": (1440, 900), "phone": (390, 844)}
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
-]
-
-
-@dataclass
-class Seen:
-    """`page` is playwright's. `problems`: errors of its console, and requests elsewhere."""
-
-    page: Any
-    url: str
-    problems: list[str] = field(default_factory=list)
-
-    def open(self, path: str) -> None:
-        self.page.goto(self.url + path)
-        self.page.wait_for_load_state("networkidle")
-
-    def picture(self, name: str) -> None:
-        if SCREENS is not None:
-            for width, (x, y) in WIDTHS.items():
-                self.page.set_viewport_size({"width": x, "height": y})
-                self.page.screenshot(path=f"{SCREENS}/{name}-{width}.png", full_page=True)
-            self.page.set_viewport_size({"width": 1440, "height": 900})
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -66,18 +38,9 @@ def server(console: ConsoleSite) -> Iterator[str]:
 
 
 @pytest.fixture
-def seen(server: str, tmp_path: Path) -> Iterator[Seen]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'loray[browser]'")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        seen = Seen(page, server + ROOT)
-        page.on("console", lambda message: seen.problems.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: seen.problems.append(str(error)))
-        page.on("request", lambda r: seen.problems.append(r.url) if not r.url.startswith((server, "data:")) else None)
-        page.on("dialog", lambda dialog: dialog.accept())
+def seen(server: str) -> Iterator[Seen]:
+    with watched(server, ROOT) as seen:
         yield seen
-        browser.close()
 
 
 def test_a_visit(console: ConsoleSite, seen: Seen) -> None:
