@@ -145,6 +145,7 @@ def _gateway(fleet: FleetSpec) -> FastAPI:
             lambda: Catalog(settings.catalog, actor="gateway"),
             max_resumes=spec.max_resumes,
             drain_grace_s=spec.drain_grace_s,
+            cold_start_timeout_s=None if spec.min_replicas else spec.cold_start_timeout_s,
         )
 
     gateways = ServeGateways(serve.get_deployment_handle(GATEWAY, here.app_name), here.replica_id.unique_id)

@@ -43,7 +43,11 @@ _HINTS = (("loray status", "what runs, and which adapters are in memory"), ("lor
 @spec_options
 @click.option("--num-replicas", type=int, help="Copies of the engine (default 1).")
 @click.option("--num-gateways", type=int, help="Processes that speak HTTP (default 1).")
-@click.option("--min-replicas", type=int, help="With --max-replicas: as few copies as demand allows (default 1).")
+@click.option(
+    "--min-replicas",
+    type=int,
+    help="With --max-replicas: as few copies as demand allows (default 1; 0: none while nobody asks).",
+)
 @click.option("--max-replicas", type=int, help="As many copies as adapter demand needs, up to this number.")
 @click.option("--wait/--no-wait", default=True, help="Wait until it answers (default).")
 def up(spec_file: Path | None, s3: bool, wait: bool, **options: Any) -> None:

@@ -131,8 +131,9 @@ def _of(report: Status, base: BaseStatus, what: str) -> str:
 
 def _base_row(report: Status, b: BaseStatus) -> str:
     if len(report.bases) == 1:
-        return b.base
-    return f"{b.base}: {b.num_replicas} of {b.target} replicas, adapters: {b.num_adapters}"
+        return b.base if b.status != "asleep" else f"{b.base}, asleep"
+    replicas = "asleep" if b.status == "asleep" else f"{b.num_replicas} of {b.target} replicas"
+    return f"{b.base}: {replicas}, adapters: {b.num_adapters}"
 
 
 def _change(d: ScalingDecision) -> tuple[object, ...]:

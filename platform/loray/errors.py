@@ -190,6 +190,17 @@ class EngineError(LorayError):
     pass
 
 
+class BaseStarting(EngineError):
+    """The base had no replica, and the one that was started is not ready yet."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class ReplicaUnavailable(EngineError):
     """The request never reached an engine: it may be sent to another replica. `replica` is the one that failed."""
 

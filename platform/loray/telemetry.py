@@ -164,6 +164,7 @@ GATEWAY_METRICS = _table(
 ANSWER_METRICS = _table(
     _gauge("replicas_reporting", "Replicas of this base whose metrics are in this answer.", "base"),
     _gauge("replicas_silent", "Replicas of this base that did not answer in time.", "base"),
+    _gauge("replicas_wanted", "Replicas of this base that the spec or the autoscaler wants; 0: it is asleep.", "base"),
     _gauge("gateways_reporting", "Gateways whose metrics are in this answer."),
     _gauge("gateways_silent", "Gateways that did not answer in time."),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from loray.engine.memory.limits import max_model_len, pool_geometry
 from loray.spec import AdapterRef, ServeSpec
 from loray.text.grammar import GrammarChecker
 from serve_apps.gateway.engines import Engines
+from serve_apps.gateway.metrics import OfBase
 from serve_apps.gateway.prompts import PromptEncoder
 
 _MIN_BODY_BYTES = 1 << 20
@@ -56,16 +58,32 @@ class ServedBase:
             return self.spec.max_body_bytes
         return max(_MIN_BODY_BYTES, _BYTES_PER_TOKEN * self.limit(longest_context))
 
+    async def healthy(self) -> bool:
+        """Whether it can be asked: a replica answers, or the next request starts one."""
+        return await self.engines.healthy() or (self.spec.min_replicas == 0 and await self.num_wanted() == 0)
+
+    async def metrics(self) -> OfBase:
+        num_wanted, replicas = await asyncio.gather(self.num_wanted(), self.engines.metrics())
+        return OfBase(num_wanted, replicas)
+
+    async def num_wanted(self) -> int:
+        """The replicas that the spec or the autoscaler wants."""
+        return self._target(await self._scaling())
+
+    async def _scaling(self) -> AutoscalingStatus | None:
+        return None if self.spec.autoscaling is None else await self.engines.autoscaling()
+
+    def _target(self, scaling: AutoscalingStatus | None) -> int:
+        return self.spec.min_replicas if scaling is None else scaling.target
+
     async def status(self, num_adapters: int, layout: bool) -> BaseReport:
         """Asks its replicas. `num_adapters`: of it in the catalog."""
         replicas = [r.model_copy(update={"base": self.name}) for r in await self.engines.stats(layout)]
-        scaling: AutoscalingStatus | None = None
-        if self.spec.autoscaling is not None:
-            scaling = await self.engines.autoscaling()
-        target = self.spec.min_replicas if scaling is None else scaling.target
+        scaling = await self._scaling()
+        target = self._target(scaling)
         status = BaseStatus(
             base=self.name,
-            status="ok" if len(replicas) >= target else "degraded",
+            status="degraded" if len(replicas) < target else "ok" if target or replicas else "asleep",
             num_replicas=len(replicas),
             target=target,
             num_adapters=num_adapters,

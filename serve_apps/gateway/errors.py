@@ -14,6 +14,7 @@ from loray.api.openai import Error, ErrorBody
 from loray.errors import (
     AdapterQuarantined,
     BaseMismatch,
+    BaseStarting,
     CatalogError,
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -74,6 +75,7 @@ _KINDS: tuple[tuple[type[Exception], _Kind], ...] = (
     (CatalogError, _Kind(503, _SERVER, "catalog_unavailable", retry_after_s=1.0)),
     (AdapterQuarantined, _Kind(503, _SERVER, "adapter_quarantined", param="model")),
     (StoreError, _Kind(503, _SERVER, "store_unavailable", retry_after_s=5.0)),
+    (BaseStarting, _Kind(503, _SERVER, "base_starting", param="model")),
     (EngineError, _Kind(503, _SERVER, "engine_unavailable", retry_after_s=1.0)),
     (LorayError, _Kind(500, _SERVER, None)),
 )
@@ -89,7 +91,7 @@ def failure_of(error: Exception, request_id: str | None = None) -> Failure:
         return _failure(_INTERNAL, "internal error; the gateway's log has the details")
     retry_after = kind.retry_after_s
     if (
-        isinstance(error, Overloaded | RateLimited | StoreError | AdapterQuarantined)
+        isinstance(error, Overloaded | RateLimited | StoreError | AdapterQuarantined | BaseStarting)
         and error.retry_after_s is not None
     ):
         retry_after = error.retry_after_s

@@ -38,7 +38,7 @@ from serve_apps.gateway.canaries import Canaries, Meter
 from serve_apps.gateway.directory import Found, ModelDirectory
 from serve_apps.gateway.engines import Gateways
 from serve_apps.gateway.lengths import extras, max_tokens, num_kept
-from serve_apps.gateway.metrics import GatewayMetrics, together
+from serve_apps.gateway.metrics import GatewayMetrics, OfBase, together
 from serve_apps.gateway.models import ModelCards
 
 
@@ -222,7 +222,7 @@ class Gateway:
 
     async def health(self) -> Response:
         """200 while any base can be asked. Raises EngineError."""
-        answers = await asyncio.gather(*(base.engines.healthy() for base in self.bases.values()))
+        answers = await asyncio.gather(*(base.healthy() for base in self.bases.values()))
         silent = [name for name, is_healthy in zip(self.bases, answers, strict=True) if not is_healthy]
         if len(silent) == len(self.bases):
             raise EngineError("no replica answers; `loray status` says more")
@@ -241,7 +241,7 @@ class Gateway:
                 field: tuple(labels.get(digest, digest[:12]) for digest in getattr(replica, field)) for field in fields
             }
             replicas.append(replica.model_copy(update=named))
-        healthy = all(r.status.status == "ok" for r in reports) and self.directory.failure is None
+        healthy = all(r.status.status != "degraded" for r in reports) and self.directory.failure is None
         return Status(
             status="ok" if healthy else "degraded",
             bases=tuple(report.status for report in reports),
@@ -251,10 +251,12 @@ class Gateway:
         )
 
     async def metrics(self, accept: str) -> Response:
-        asked = asyncio.gather(*(base.engines.metrics() for base in self.bases.values()))
-        replicas, gateways = await asyncio.gather(asked, self._all_gateways())
-        body, content_type = encode(together(gateways, dict(zip(self.bases, replicas, strict=True))), accept)
+        reports, gateways = await asyncio.gather(self._metrics_of_bases(), self._all_gateways())
+        body, content_type = encode(together(gateways, dict(zip(self.bases, reports, strict=True))), accept)
         return Response(body, media_type=content_type)
+
+    async def _metrics_of_bases(self) -> list[OfBase]:
+        return await asyncio.gather(*(base.metrics() for base in self.bases.values()))
 
     async def _all_gateways(self) -> list[list[Family] | None]:
         return [self.own_families()] if self._gateways is None else await self._gateways.metrics()

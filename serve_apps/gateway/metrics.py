@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import Metric as Family
@@ -63,19 +63,30 @@ def _by_base(counts: Mapping[str, Mapping[str, int]]) -> dict[Labels, float]:
     return {(base, reason): n for base, of_base in counts.items() for reason, n in of_base.items()}
 
 
-def together(gateways: Answers, replicas: Mapping[str, Answers]) -> list[Family]:
-    """The families of a deployment, and how many of its processes they are from. `replicas`: of each base."""
-    silent: dict[Labels, float] = {(base,): sum(f is None for f in answers) for base, answers in replicas.items()}
-    reporting: dict[Labels, float] = {(base,): len(a) - silent[base,] for base, a in replicas.items()}
+class OfBase(NamedTuple):
+    """What a base's replicas have answered, and how many of them are wanted."""
+
+    num_wanted: int
+    replicas: Answers
+
+
+def together(gateways: Answers, bases: Mapping[str, OfBase]) -> list[Family]:
+    """The families of a deployment, and how many of its processes they are from."""
+    silent: dict[Labels, float] = {(name,): sum(f is None for f in base.replicas) for name, base in bases.items()}
+    reporting: dict[Labels, float] = {(name,): len(base.replicas) - silent[name,] for name, base in bases.items()}
     num_gateways = sum(families is not None for families in gateways)
     counts = [
         gauge("gateways_reporting", {(): num_gateways}),
         gauge("gateways_silent", {(): len(gateways) - num_gateways}),
         gauge("replicas_reporting", reporting),
         gauge("replicas_silent", silent),
+        gauge("replicas_wanted", {(name,): base.num_wanted for name, base in bases.items()}),
     ]
     of_replicas = [
-        labelled(families, base=base) for base, of in replicas.items() for families in of if families is not None
+        labelled(families, base=name)
+        for name, base in bases.items()
+        for families in base.replicas
+        if families is not None
     ]
     return merge([counts, *(families for families in gateways if families is not None), *of_replicas])
 

@@ -16,7 +16,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 
 from loray.api.status import ScalingDecision
 from loray.serving.demand import Observation
-from loray.serving.scaling import Decision, ScalingState, decide
+from loray.serving.idle import IdleState, PolicyState, decide_from_zero
+from loray.serving.scaling import Decision, ScalingState
 from loray.spec import AutoscalingSpec, ServeSpec
 from loray.telemetry import get_logger
 from serve_apps.scaling.log import ScalingLog
@@ -75,7 +76,8 @@ class AdapterDemandPolicy:
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         now, target = float(ctx.current_time), int(ctx.target_num_replicas)
-        if not target or 0 <= now - self._decided_at < _DECIDE_S:  # 0: the deployment is being deleted
+        is_deleted = not target and self._spec.min_replicas > 0
+        if is_deleted or 0 <= now - self._decided_at < _DECIDE_S:
             return target, ctx.policy_state
         self._decided_at = now
         # `serve deploy` can lower the bounds temporarily (target_capacity).
@@ -83,16 +85,17 @@ class AdapterDemandPolicy:
             "min_replicas": ctx.capacity_adjusted_min_replicas,
             "max_replicas": ctx.capacity_adjusted_max_replicas,
         }
-        decision = decide(
+        decision, state = decide_from_zero(
             observations(ctx.running_replicas, ctx.raw_metrics, self._spec, now),
             self._spec.model_copy(update=bounds),
-            ScalingState(**ctx.policy_state.get(_STATE, {})),
+            _state_of(ctx.policy_state.get(_STATE)),
             target=target,
+            num_queued=0.0 if self._spec.min_replicas else ctx.total_queued_requests or 0.0,
             now=now,
         )
         self._scaling_log = self._scaling_log or ScalingLog(str(ctx.app_name), ctx.deployment_name)
         self._report(decision, self._scaling_log, target, now)
-        return decision.target, {_STATE: asdict(decision.state)}
+        return decision.target, {_STATE: asdict(state)}
 
     def _report(self, decision: Decision, log: ScalingLog, target: int, now: float) -> None:
         change = None
@@ -107,6 +110,13 @@ class AdapterDemandPolicy:
             return
         self._reported, self._reported_at = (decision.target, decision.cause), now
         log.write(target=decision.target, reason=decision.reason, now=now, decision=change)
+
+
+def _state_of(kept: Mapping[str, Any] | None) -> PolicyState:
+    """Inverse of `asdict`. Serve copies its policy state as plain data."""
+    if kept is None:
+        return PolicyState()
+    return PolicyState(ScalingState(**kept["scaling"]), IdleState(**kept["idle"]))
 
 
 def observations(

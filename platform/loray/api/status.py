@@ -91,10 +91,12 @@ Health = Literal["ok", "degraded"]
 
 
 class BaseStatus(_Status):
-    """`degraded`: fewer replicas answer than `target`, which the spec or the autoscaler wants."""
+    """`degraded`: fewer replicas answer than `target`, which the spec or the autoscaler wants. `asleep`: it wants none,
+    since nobody asks; the next request starts one.
+    """
 
     base: str
-    status: Health
+    status: Literal["ok", "degraded", "asleep"]
     num_replicas: int
     target: int
     num_adapters: int
@@ -103,7 +105,7 @@ class BaseStatus(_Status):
 
 
 class Status(_Status):
-    """`degraded`: a base is, or the catalog cannot be read. `replicas` and `totals` are of all bases."""
+    """`degraded`: one of the bases is, or the catalog cannot be read. `replicas` and `totals` are of all bases."""
 
     status: Health
     bases: tuple[BaseStatus, ...]

@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 from loray.serving.demand import Observation, adapter_rank
 from loray.spec import AutoscalingSpec
 
-Cause = Literal["working set", "tokens", "requests", "backlog", "bounds", "no statistics"]
+Cause = Literal["working set", "tokens", "requests", "backlog", "bounds", "no statistics", "idle", "woken"]
 Direction = Literal["up", "down", "none"]
 
 _MARGIN = 0.1  # by which the utilization of the remaining replicas must stay below the target
@@ -117,14 +117,15 @@ class Load:
 def decide(
     observations: Sequence[Observation | None], spec: AutoscalingSpec, state: ScalingState, *, target: int, now: float
 ) -> Decision:
-    """The target that follows `target`. `observations`: one per running replica, None if nothing is known of it.
+    """The target that follows `target`, which is at least one; `loray.serving.idle` says when it is none.
+    `observations`: one per running replica, None if nothing is known of it.
 
     While a replica is silent, no replica is removed, and none is added on its account. The mean of the others says
     nothing about it: requests are routed by adapter, so one replica may have all the load and another none, and the
     requests that moved to a new replica are still in the windows of the others.
     """
-    if not spec.min_replicas <= target <= spec.max_replicas:
-        to = _bounded(target, spec)
+    to = _bounded(target, spec)
+    if to != target:
         reason = f"from {spec.min_replicas} to {spec.max_replicas} replicas are allowed"
         return Decision(to, "bounds", reason, ScalingState(changed_at=now))
     known = [o for o in observations if o is not None]
@@ -245,7 +246,7 @@ def _without_direction(state: ScalingState) -> ScalingState:
 
 
 def _bounded(number: int, spec: AutoscalingSpec) -> int:
-    return min(max(number, spec.min_replicas), spec.max_replicas)
+    return min(max(number, spec.min_replicas, 1), spec.max_replicas)
 
 
 def _ceil(load: float) -> int:

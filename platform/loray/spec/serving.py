@@ -19,12 +19,15 @@ class AutoscalingSpec(Frozen):
     Names that Ray Serve's own AutoscalingConfig has mean what they mean there.
     """
 
-    min_replicas: int = Field(default=1, gt=0)
+    min_replicas: int = Field(default=1, ge=0, description="0: none while nobody asks")
     max_replicas: int = Field(default=4, gt=0)
     target_utilization: float = Field(default=0.8, gt=0, le=1, description="of token capacity and of pool bytes")
     window_s: float = Field(default=60.0, gt=0, description="over which demand is measured")
     upscale_delay_s: float = Field(default=10.0, ge=0)
     downscale_delay_s: float = Field(default=120.0, ge=0)
+    downscale_to_zero_delay_s: float = Field(
+        default=600.0, gt=0, description="without a request, after which there is no replica; with a min_replicas of 0"
+    )
     startup_s: float = Field(
         default=20.0, ge=0, description="from the decision to add a replica until it takes requests, about"
     )
@@ -77,6 +80,9 @@ class ServeSpec(Frozen):
     max_body_bytes: NumBytes | None = Field(default=None, description="of a request; None: by the longest context")
     ttft_slo_s: float | None = Field(
         default=None, gt=0, description="requests that cannot have their first token in it are refused; None: off"
+    )
+    cold_start_timeout_s: float = Field(
+        default=120.0, gt=0, description="for which a request waits for a replica where there is none; then 503"
     )
     request_timeout_s: float | None = Field(
         default=None, gt=0, description="after which a request is cancelled; one may ask for less; None: never"

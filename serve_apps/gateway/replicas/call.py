@@ -14,20 +14,31 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentResponseGenerator
 
-from loray.errors import EngineError, LorayError, Overloaded, ReplicaLost, ReplicaUnavailable
+from loray.errors import BaseStarting, EngineError, LorayError, Overloaded, ReplicaLost, ReplicaUnavailable
 from serve_apps.channel.inbox import Inbox
 from serve_apps.channel.listener import Listener
 
 _NO_REPLICA_S = 30.0  # usually longer than Serve needs to replace a replica
+_STARTING_S = 10.0  # after which a client tries again while a replica starts
 _REAP_S = 10.0  # for a call whose stream has ended
 _REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnavailableError)
 
 
 class Call:
-    """Follows the call; its error becomes the inbox's. Used from one event loop."""
+    """Follows the call; its error becomes the inbox's. Used from one event loop.
 
-    def __init__(self, response: DeploymentResponseGenerator[Any], listener: Listener, inbox: Inbox) -> None:
+    `cold_start_s`: for which it waits for a replica to be started; None: replicas run, and one will take it soon.
+    """
+
+    def __init__(
+        self,
+        response: DeploymentResponseGenerator[Any],
+        listener: Listener,
+        inbox: Inbox,
+        cold_start_s: float | None = None,
+    ) -> None:
         self._response, self._listener, self._inbox = response, listener, inbox
+        self._cold_start_s = cold_start_s
         self._task = asyncio.create_task(self._follow())
 
     def leave(self, reason: str) -> None:
@@ -58,7 +69,7 @@ class Call:
 
     async def _follow(self) -> None:
         try:
-            await _accepted(self._response)
+            await _accepted(self._response, self._cold_start_s)
             connection = None
             async for name in self._response:
                 connection = str(name)
@@ -72,12 +83,18 @@ class Call:
             self._give_back()
 
 
-async def _accepted(response: DeploymentResponseGenerator[Any]) -> None:
+async def _accepted(response: DeploymentResponseGenerator[Any], cold_start_s: float | None) -> None:
     """Waits until a replica accepts the request. EngineError after a time, without which Serve would wait for ever."""
     try:
-        async with asyncio.timeout(_NO_REPLICA_S):
+        async with asyncio.timeout(_NO_REPLICA_S if cold_start_s is None else cold_start_s):
             await response._fetch_future_result_async()  # private: no public call returns when a request is accepted
     except TimeoutError as e:
+        if cold_start_s is not None:
+            raise BaseStarting(
+                f"the base had no replica, and the one that is being started was not ready after {cold_start_s:g} s; "
+                "send the request again",
+                retry_after_s=_STARTING_S,
+            ) from e
         raise EngineError("no replica takes requests; `loray status` says why") from e
 
 

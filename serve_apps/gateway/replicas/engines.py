@@ -38,6 +38,7 @@ class ServeEngines:
     node, host      Ray's id and the address of this process' node
     open_records    see `SharedQuarantine`
     max_resumes, drain_grace_s  see ServeSpec
+    cold_start_timeout_s        the same; None: there is always a replica, or Serve is about to start one
     """
 
     def __init__(
@@ -50,13 +51,14 @@ class ServeEngines:
         *,
         max_resumes: int = 1,
         drain_grace_s: float = 10.0,
+        cold_start_timeout_s: float | None = None,
     ) -> None:
         self._calls = handle.options(stream=True)
         self._replicas = Broadcast(handle)
         self._deployment, self._place = deployment, (node, host)
         self._listener: asyncio.Task[Listener] | None = None
         self._quarantine = SharedQuarantine(open_records)
-        self._max_resumes = max_resumes
+        self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
         self._departures = Departures(drain_grace_s)
         self._reading: dict[str, Inbox] = {}  # by request
         self._resumes = {"lost": 0, "moved": 0}
@@ -136,7 +138,9 @@ class ServeEngines:
         try:
             listener = await self._listening()
             inbox = self._reading[request.request_id] = listener.open()
-            call = Call(self._calls.generate_to.remote(request, fit, listener.address, inbox.stream), listener, inbox)
+            cold_start_s = None if router.replicas(self._deployment) else self._cold_start_timeout_s
+            response = self._calls.generate_to.remote(request, fit, listener.address, inbox.stream)
+            call = Call(response, listener, inbox, cold_start_s)
             with reading(request, call.leave):
                 async for delta in inbox:
                     if digest is not None:

@@ -10,10 +10,11 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.core import CounterMetricFamily
 
+from loray.api.status import AutoscalingStatus
 from loray.bases.registry import BaseModel, get_bases
 from loray.catalog import Catalog
 from loray.errors import SpecError
-from loray.spec import ServeSpec
+from loray.spec import AutoscalingSpec, ServeSpec
 from serve_apps.gateway.bases import ServedBase
 from tests.catalogs import sqlite_catalog
 from tests.serve_apps.gateway.scripted import ScriptedEngines, delta, fleet_app, register
@@ -127,6 +128,23 @@ def test_health_and_status_say_which_base(fleet: Fleet) -> None:
     assert fleet.said(one) == one
     fleet.engines[one].replicas = []
     assert error_of(fleet.client.get("/health"), 503)["code"] == "engine_unavailable"
+
+
+def test_a_base_that_is_asleep_is_well(fleet: Fleet) -> None:
+    one, two = fleet.one.name, fleet.two.name
+    served = fleet.served[1]
+    asleep = AutoscalingSpec(min_replicas=0)
+    served.spec = served.spec.model_copy(update={"autoscaling": asleep})
+    fleet.engines[two].replicas = []
+    fleet.engines[two].scaling = AutoscalingStatus(target=0, reason="no request", time=1.0)
+    assert fleet.client.get("/health").json() == {"status": "ok"}
+    status = fleet.client.get("/status").json()
+    assert (status["status"], [b["status"] for b in status["bases"]]) == ("ok", ["ok", "asleep"])
+    text = fleet.client.get("/metrics").text
+    assert [f'loray_replicas_wanted{{base="{name}"}} {n}.0' in text for name, n in ((one, 1), (two, 0))] == [True] * 2
+    fleet.engines[two].scaling = AutoscalingStatus(target=1, reason="a request waits", time=2.0)
+    assert fleet.client.get("/health").json()["unavailable"] == [two]
+    assert fleet.client.get("/status").json()["bases"][1]["status"] == "degraded"
 
 
 def test_metrics_say_which_base(fleet: Fleet) -> None:

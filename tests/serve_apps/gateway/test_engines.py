@@ -277,6 +277,29 @@ def test_a_task_that_is_cancelled_before_the_first_token_cancels_the_call(script
     assert asyncio.run(run()) == [True]
 
 
+@pytest.mark.parametrize(("running", "seconds"), [((), 0.02), (("r1",), 0.01)])
+def test_a_base_without_replicas_is_waited_for_longer(
+    monkeypatch: pytest.MonkeyPatch, running: tuple[str, ...], seconds: float
+) -> None:
+    """While one runs, and takes no requests, the wait is the usual one."""
+    monkeypatch.setattr(call, "_NO_REPLICA_S", 0.01)
+    monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset(running)})
+    handle = Handle(["wait"])
+
+    async def run() -> None:
+        async with engines_of(handle, cold_start_timeout_s=0.02) as engines:
+            await asyncio.wait_for(anext(engines.generate(REQUEST, fit=True)), 20)
+
+    with pytest.raises(EngineError) as raised:
+        asyncio.run(run())
+    failure = failure_of(raised.value)
+    if running:
+        assert (failure.status, failure.error.code) == (503, "engine_unavailable")
+        return
+    assert (failure.status, failure.error.code, failure.headers["Retry-After"]) == (503, "base_starting", "10")
+    assert "was not ready after 0.02 s; send the request again" in failure.error.message
+
+
 @pytest.mark.parametrize("accepted", [False, True])
 def test_waiting_for_a_replica_is_bounded(monkeypatch: pytest.MonkeyPatch, accepted: bool) -> None:
     """A request that a replica has accepted is waited for without a limit."""

@@ -24,7 +24,7 @@ from loray.telemetry import ENGINE_METRICS, GATEWAY_METRICS, METRICS, REQUEST_ME
 from serve_apps.exposition import encode, merge
 from serve_apps.following import CatalogFollower
 from serve_apps.gateway.directory import ModelDirectory
-from serve_apps.gateway.metrics import CountRequests, GatewayMetrics, together
+from serve_apps.gateway.metrics import CountRequests, GatewayMetrics, OfBase, together
 from serve_apps.gateway.replicas.router import decisions
 from serve_apps.replica.metrics import engine_families
 from tests.catalogs import sqlite_catalog
@@ -57,7 +57,7 @@ def whole(base: BaseModel) -> list[Family]:
     gateway.answered("/v1/completions", 200)
     directory: Any = ModelDirectory([base], CatalogFollower(lambda: cast("Any", None)))
     routed, resumes = {base.name: decisions("engine-tiny")}, {base.name: {"lost": 0, "moved": 0}}
-    return together([gateway.families(directory, routed, resumes), None], {base.name: replicas})
+    return together([gateway.families(directory, routed, resumes), None], {base.name: OfBase(3, replicas)})
 
 
 def test_every_metric_of_the_table_is_exposed_once_and_nothing_else(whole: list[Family]) -> None:

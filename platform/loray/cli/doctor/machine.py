@@ -62,10 +62,11 @@ def memory(s: Situation) -> Finding:
     if standalone_servers(home) or current_cluster(home):
         return ok("what is served has its memory")
     weights = _weights(s)
-    least = spec.min_replicas * (weights + spec.pool_bytes)
-    most = spec.min_replicas * (weights + spec.pool_bytes + spec.host_bytes)
+    num_replicas = max(1, spec.min_replicas)
+    least = num_replicas * (weights + spec.pool_bytes)
+    most = num_replicas * (weights + spec.pool_bytes + spec.host_bytes)
     told = f"{format_size(s.facts.available)} of memory are available"
-    what = f"{spec.min_replicas} × (weights {format_size(weights)} + pool {format_size(spec.pool_bytes)}"
+    what = f"{num_replicas} × (weights {format_size(weights)} + pool {format_size(spec.pool_bytes)}"
     mend = f"loray up --base {spec.base} --pool-bytes {_fitting(s, weights)}"
     if s.facts.available < least:
         return error(f"{told}, and {format_size(least)} are needed: {what})", mend)
@@ -119,5 +120,5 @@ def _weights(s: Situation) -> int:
 
 
 def _fitting(s: Situation, weights: int) -> str:
-    left = s.facts.available // s.spec.min_replicas - weights
+    left = s.facts.available // max(1, s.spec.min_replicas) - weights
     return f"{max(16, left // 2 >> 20)}MiB"

@@ -1,0 +1,48 @@
+"""A base without requests has no replica on a real cluster; the next request starts one, and is answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster import RayCluster, Served, deployed
+from tests.serve_apps.asking import answer_of, eventually, status
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+AUTOSCALING = {
+    "min_replicas": 0,
+    "max_replicas": 1,
+    "window_s": 1.0,
+    "downscale_delay_s": 0.5,
+    "downscale_to_zero_delay_s": 2.0,
+}
+
+
+def base_of(app: Served) -> dict[str, Any]:
+    (base,) = status(app)["bases"]
+    return dict(base)
+
+
+def test_a_base_sleeps_and_a_stream_wakes_it(ray_cluster: RayCluster, served: Served) -> None:
+    with deployed(ray_cluster, served, "sleepy", autoscaling=AUTOSCALING, sse_heartbeat_s=0.2) as app:
+        before = answer_of(app, "tiny")
+        assert eventually(lambda: base_of(app)["status"] == "asleep" and base_of(app)["num_replicas"] == 0, 60)
+        assert httpx.get(f"{app.url}/health", timeout=30).json() == {"status": "ok"}
+        assert "no request" in base_of(app)["autoscaling"]["reason"]
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{app.url}/v1/completions", json=body, timeout=90) as stream:
+            lines = [line for line in stream.iter_lines() if line]
+        assert stream.status_code == 200
+        assert lines[0] == ": waiting"  # while the replica starts
+        assert (len([line for line in lines if line.startswith("data: {")]), lines[-1]) == (3, "data: [DONE]")
+        causes = [d["reason"] for d in base_of(app)["autoscaling"]["decisions"]]
+        assert [
+            words in reason for words, reason in zip(("no request for", "a request waits"), causes, strict=False)
+        ] == [
+            True,
+            True,
+        ]
+        assert answer_of(app, "tiny") == before
