@@ -63,6 +63,6 @@ def errors_page() -> str:
 
 def _made(error: type[errors.LorayError]) -> errors.LorayError:
     """One of its kind; some have the seconds after which to try again."""
-    if error in (errors.Overloaded, errors.AdapterQuarantined):
+    if error in (errors.Overloaded, errors.AdapterQuarantined, errors.BaseStarting):
         return error("", 1.0)
     return error("")
