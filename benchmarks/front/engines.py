@@ -57,6 +57,9 @@ class FakeEngines:
     async def metrics(self) -> list[list[Family] | None]:
         return []
 
+    def is_cold(self) -> bool:
+        return False
+
     def routing_decisions(self) -> Mapping[str, int]:
         return {}
 

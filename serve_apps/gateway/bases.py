@@ -60,7 +60,7 @@ class ServedBase:
 
     async def healthy(self) -> bool:
         """Whether it can be asked: a replica answers, or the next request starts one."""
-        return await self.engines.healthy() or (self.spec.min_replicas == 0 and await self.num_wanted() == 0)
+        return self.engines.is_cold() or await self.engines.healthy()
 
     async def metrics(self) -> OfBase:
         num_wanted, replicas = await asyncio.gather(self.num_wanted(), self.engines.metrics())

@@ -26,6 +26,9 @@ class Engines(Protocol):
     async def healthy(self) -> bool:
         """Whether a replica answers and its engine runs."""
 
+    def is_cold(self) -> bool:
+        """Whether no replica runs, and the next request starts one."""
+
     async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
         """The status of every replica that answers; with `layout` also what its pool's blocks hold by position."""
 

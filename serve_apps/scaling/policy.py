@@ -30,6 +30,7 @@ _DECIDE_S = 0.25  # between two decisions
 _REPORT_S = 10.0  # the maximum age of the reason that /status shows
 _CHANGE_S = 2.0  # between two reported changes of the cause, if the loads are nearly equal
 _STATE = "loray"
+_WOKEN = "a request waited and no replica ran"
 _HISTORY = 5  # reports that Serve keeps and sends each time; it requires more than one, only the last is used
 _STALE_REPORTS = 5  # consecutive reports that may be missing
 
@@ -71,6 +72,7 @@ class AdapterDemandPolicy:
         self._spec = AutoscalingSpec.model_validate(spec)
         self._decided_at = self._reported_at = float("-inf")
         self._reported: tuple[int, str] | None = None
+        self._target: int | None = None  # of the last decision
         self._scaling_log: ScalingLog | None = None
         _log_with_controller(_log)
 
@@ -95,11 +97,15 @@ class AdapterDemandPolicy:
         )
         self._scaling_log = self._scaling_log or ScalingLog(str(ctx.app_name), ctx.deployment_name)
         self._report(decision, self._scaling_log, target, now)
+        self._target = decision.target
         return decision.target, {_STATE: asdict(state)}
 
     def _report(self, decision: Decision, log: ScalingLog, target: int, now: float) -> None:
         change = None
-        if decision.target != target:
+        if self._target == 0 < target:  # Serve has started it before it asked
+            change = ScalingDecision(time=now, from_replicas=0, to_replicas=target, reason=_WOKEN)
+            _log.info("replicas 0 → %d: %s", target, _WOKEN)
+        elif decision.target != target:
             change = ScalingDecision(
                 time=now, from_replicas=target, to_replicas=decision.target, reason=decision.reason
             )

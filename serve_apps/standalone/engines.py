@@ -46,6 +46,9 @@ class LocalEngines:
             return True
         return False
 
+    def is_cold(self) -> bool:
+        return False
+
     async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
         if not await self.healthy():
             return []

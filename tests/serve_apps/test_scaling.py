@@ -174,17 +174,13 @@ def test_the_bounds_come_from_serve(kv: dict[bytes, bytes]) -> None:
     assert policy(context(2000.0, 0, wide, {}))[0] == 0  # the application is being deleted
 
 
-def test_requests_that_wait_at_gateways_start_a_replica_where_there_is_none(kv: dict[bytes, bytes]) -> None:
+def test_the_log_has_that_a_base_went_to_zero_and_that_serve_started_it_again(kv: dict[bytes, bytes]) -> None:
     spec = SPEC.model_copy(update={"min_replicas": 0, "downscale_to_zero_delay_s": 100.0})
     policy = AdapterDemandPolicy(**spec.model_dump(mode="json"))
     target, state = policy(context(1000.0, 0, {}, {}, least=0))
     assert target == 0
-    woken = context(1001.0, 0, {}, state, least=0)
-    woken._total_queued_requests_value = 0.1  # the mean over Serve's last reports
-    target, state = policy(woken)
-    assert target == 1
     seen = observation(age_s=50.0)
-    for now in (1051.0, 1100.0):
+    for now in (1051.0, 1100.0):  # Serve has started one by itself: it does not ask while a request waits for it
         target, state = policy(context(now, 1, series({"r0": [(now, seen)]}), state, least=0))
         assert target == 1
     target, state = policy(context(1151.0, 1, series({"r0": [(1151.0, seen)]}), state, least=0))

@@ -37,7 +37,9 @@ class Replica:
 
 
 class Deployment:
-    """Requests go to the first replica that is ready; until one is, they wait at the gateway."""
+    """Requests go to the first replica that is ready; until one is, they wait at the gateway. Where one waits and no
+    replica runs, one is started, as Ray Serve does before it asks the policy.
+    """
 
     def __init__(self, requests: Sequence[Request], spec: AutoscalingSpec = SPEC) -> None:
         self._requests, self._spec = list(requests), spec
@@ -50,6 +52,9 @@ class Deployment:
         now, target = 0.0, 1
         while now < until_s:
             self._serve(now)
+            if target == 0 and self._queue:
+                target, self._replicas = 1, [_replica(now + START_S)]
+                self.changes.append((now, 1, "woken"))
             decision = self._decide(now, target)
             if decision.target != target:
                 self.changes.append((now, decision.target, decision.cause))
@@ -122,9 +127,7 @@ def test_a_long_request_is_not_idleness() -> None:
 
 
 def test_a_client_that_leaves_during_the_start_leaves_a_replica_that_goes_again() -> None:
-    asked = observation(age_s=1.0)
-    woken, state = decide_from_zero([], SPEC, PolicyState(), target=0, num_queued=1, now=0.0)
-    assert (woken.target, woken.cause) == (1, "woken")
+    asked, state = observation(age_s=1.0), PolicyState()
     for now in (5.0, 10.0):  # it starts, and nobody waits any more
         decision, state = decide_from_zero([None], SPEC, state, target=1, num_queued=0, now=now)
         assert (decision.target, decision.cause) == (1, "no statistics")
@@ -148,20 +151,18 @@ def test_a_request_that_waits_at_a_gateway_keeps_it() -> None:
     assert decide_from_zero([observation()], SPEC, state, target=1, num_queued=0.2, now=10_000.0)[0].target == 1
 
 
-def test_several_replicas_go_at_once_where_nobody_asks() -> None:
+def test_several_replicas_go_where_nobody_asks_the_last_one_after_the_others() -> None:
+    """Ray Serve goes to zero from one replica alone."""
     spec = SPEC.model_copy(update={"downscale_delay_s": 10_000.0})
-    state = PolicyState(idle=IdleState(since=0.0))
-    decision, after = decide_from_zero([observation()] * 3, spec, state, target=3, num_queued=0, now=400.0)
-    assert (decision.target, after.idle) == (0, IdleState())
+    state, target, targets = PolicyState(idle=IdleState(since=0.0)), 3, []
+    for now in (400.0, 401.0, 402.0):
+        decision, state = decide_from_zero([observation()] * target, spec, state, target=target, num_queued=0, now=now)
+        target = decision.target
+        targets.append(target)
+    assert targets == [1, 0, 0]
 
 
 def test_a_least_number_of_one_is_never_left() -> None:
     spec = SPEC.model_copy(update={"min_replicas": 1})
     state = PolicyState(idle=IdleState(since=0.0))
     assert decide_from_zero([observation()], spec, state, target=1, num_queued=0, now=10_000.0)[0].target == 1
-
-
-def test_a_target_capacity_of_zero_wakes_nothing() -> None:
-    """`serve deploy` can lower both bounds for a while."""
-    spec = SPEC.model_copy(update={"max_replicas": 0})
-    assert decide_from_zero([], spec, PolicyState(), target=0, num_queued=1, now=0.0)[0].target == 0

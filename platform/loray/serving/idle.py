@@ -1,8 +1,8 @@
-"""Scale to zero: when a base that nobody asks has no replica any more, and when it has one again.
+"""Scale to zero: when a base that nobody asks has no replica any more.
 
-Beside `scaling`, which says how many replicas the demand needs while there is one: it never says none. The number goes
-to zero when no request has come and none has been under way for `downscale_to_zero_delay_s`, and to one as soon as a
-request waits at a gateway.
+Beside `scaling`, which says how many replicas the demand needs while there is one: it never says none. The last replica
+goes when no request has come and none has been under way for `downscale_to_zero_delay_s`. Ray Serve itself starts one
+where a request waits and none runs, before it asks a policy.
 """
 
 from __future__ import annotations
@@ -39,28 +39,20 @@ def decide_from_zero(
     num_queued: float,
     now: float,
 ) -> tuple[Decision, PolicyState]:
-    """As `scaling.decide`, of a deployment that may have no replica.
+    """As `scaling.decide`, of a deployment that may have no replica. To zero it goes from one replica alone.
 
     `num_queued`: requests that wait at gateways for a replica. While a replica is silent the number does not go to
     zero, since nothing is known of its requests.
     """
     if target == 0:
-        decision = _at_zero(spec, num_queued, now)
-        return decision, PolicyState(decision.state)
+        return Decision(0, "idle", "no request; the next one starts a replica", ScalingState()), PolicyState()
     idle = _idle(observations, spec, state.idle, num_queued, now)
     if spec.min_replicas == 0 and idle.since is not None and now - idle.since >= spec.downscale_to_zero_delay_s:
         reason = f"no request for {now - idle.since:.0f} s; the next one starts a replica"
-        return Decision(0, "idle", reason, ScalingState(changed_at=now)), PolicyState()
+        after = ScalingState(changed_at=now)
+        return Decision(min(1, target - 1), "idle", reason, after), PolicyState(after, idle)
     decision = decide(observations, spec, state.scaling, target=target, now=now)
     return decision, PolicyState(decision.state, idle)
-
-
-def _at_zero(spec: AutoscalingSpec, num_queued: float, now: float) -> Decision:
-    if spec.min_replicas > 0:
-        return Decision(0, "bounds", "the deployment is being deleted", ScalingState())
-    if num_queued > 0 and spec.max_replicas > 0:
-        return Decision(1, "woken", "a request waits and no replica runs", ScalingState(changed_at=now))
-    return Decision(0, "idle", "no request; the next one starts a replica", ScalingState())
 
 
 def _idle(

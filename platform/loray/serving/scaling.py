@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 from loray.serving.demand import Observation, adapter_rank
 from loray.spec import AutoscalingSpec
 
-Cause = Literal["working set", "tokens", "requests", "backlog", "bounds", "no statistics", "idle", "woken"]
+Cause = Literal["working set", "tokens", "requests", "backlog", "bounds", "no statistics", "idle"]
 Direction = Literal["up", "down", "none"]
 
 _MARGIN = 0.1  # by which the utilization of the remaining replicas must stay below the target

@@ -61,6 +61,7 @@ class ServeEngines:
         self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
         self._departures = Departures(drain_grace_s)
         self._reading: dict[str, Inbox] = {}  # by request
+        self._cold: set[str] = set()  # requests that have come while no replica ran
         self._resumes = {"lost": 0, "moved": 0}
 
     @asynccontextmanager
@@ -138,7 +139,9 @@ class ServeEngines:
         try:
             listener = await self._listening()
             inbox = self._reading[request.request_id] = listener.open()
-            cold_start_s = None if router.replicas(self._deployment) else self._cold_start_timeout_s
+            cold_start_s = self._cold_start_timeout_s if self.is_cold() else None
+            if cold_start_s is not None:
+                self._cold.add(request.request_id)
             response = self._calls.generate_to.remote(request, fit, listener.address, inbox.stream)
             call = Call(response, listener, inbox, cold_start_s)
             with reading(request, call.leave):
@@ -154,6 +157,7 @@ class ServeEngines:
             raise
         finally:
             self._reading.pop(request.request_id, None)
+            self._cold.discard(request.request_id)
             self._quarantine.leave(request.request_id)
             router.forget(request.request_id)
 
@@ -171,6 +175,9 @@ class ServeEngines:
     async def healthy(self) -> bool:
         return await self._replicas.healthy()
 
+    def is_cold(self) -> bool:
+        return self._cold_start_timeout_s is not None and not router.replicas(self._deployment)
+
     async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
         return [a for a in await self._replicas.ask("stats", layout) if isinstance(a, ReplicaStatus)]
 
@@ -178,7 +185,11 @@ class ServeEngines:
         return [a if isinstance(a, list) else None for a in await self._replicas.ask("metrics")]
 
     async def autoscaling(self) -> AutoscalingStatus | None:
-        return await self._replicas.autoscaling()
+        found = await self._replicas.autoscaling()
+        if found is None or found.target or not (self._cold and self.is_cold()):
+            return found
+        # Serve starts a replica by itself, and asks its policy again when it runs.
+        return found.model_copy(update={"target": 1, "reason": "a request waits and a replica starts"})
 
     def routing_decisions(self) -> Mapping[str, int]:
         return router.decisions(self._deployment)

@@ -79,6 +79,7 @@ class ScriptedEngines:
         self.replicas: list[ReplicaStatus] = [REPLICA]
         self.families: list[list[Family] | None] = []
         self.scaling: AutoscalingStatus | None = None
+        self.cold = False
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
@@ -98,6 +99,9 @@ class ScriptedEngines:
 
     async def healthy(self) -> bool:
         return bool(self.replicas)
+
+    def is_cold(self) -> bool:
+        return self.cold
 
     async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
         return [r if layout else r.model_copy(update={"layout": ()}) for r in self.replicas]

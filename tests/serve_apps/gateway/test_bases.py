@@ -135,15 +135,16 @@ def test_a_base_that_is_asleep_is_well(fleet: Fleet) -> None:
     served = fleet.served[1]
     asleep = AutoscalingSpec(min_replicas=0)
     served.spec = served.spec.model_copy(update={"autoscaling": asleep})
-    fleet.engines[two].replicas = []
-    fleet.engines[two].scaling = AutoscalingStatus(target=0, reason="no request", time=1.0)
+    engines = fleet.engines[two]
+    engines.replicas, engines.cold = [], True
+    engines.scaling = AutoscalingStatus(target=0, reason="no request", time=1.0)
     assert fleet.client.get("/health").json() == {"status": "ok"}
     status = fleet.client.get("/status").json()
     assert (status["status"], [b["status"] for b in status["bases"]]) == ("ok", ["ok", "asleep"])
     text = fleet.client.get("/metrics").text
     assert [f'loray_replicas_wanted{{base="{name}"}} {n}.0' in text for name, n in ((one, 1), (two, 0))] == [True] * 2
-    fleet.engines[two].scaling = AutoscalingStatus(target=1, reason="a request waits", time=2.0)
-    assert fleet.client.get("/health").json()["unavailable"] == [two]
+    engines.scaling = AutoscalingStatus(target=1, reason="a request waits", time=2.0)
+    assert fleet.client.get("/health").json() == {"status": "ok"}  # the next request waits with it
     assert fleet.client.get("/status").json()["bases"][1]["status"] == "degraded"
 
 
