@@ -29,6 +29,7 @@
     ├── RateLimited            a key or a tenant has used up a limit; retry after `retry_after_s` seconds
     ├── EvaluationError        a measured value is not finite
     ├── EngineError            the engine stopped, or a request inside it failed
+    │   ├── BaseStarting       no replica ran, and the one that is being started is not ready; retry after a while
     │   └── ReplicaUnavailable the request never reached an engine: it may be sent to another replica
     │       ├── ReplicaLost    the process that had the request died, or its connection broke
     │       └── ReplicaLeaving the replica was removed, and has had its time for the request
