@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -32,12 +33,14 @@ def test_a_base_sleeps_and_a_stream_wakes_it(ray_cluster: RayCluster, served: Se
         assert eventually(lambda: base_of(app)["status"] == "asleep" and base_of(app)["num_replicas"] == 0, 60)
         assert httpx.get(f"{app.url}/health", timeout=30).json() == {"status": "ok"}
         assert "no request" in base_of(app)["autoscaling"]["reason"]
-        body = {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True, "stream": True}
+        body: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 3, "ignore_eos": True, "stream": True}
+        body["stream_options"] = {"include_usage": True}
         with httpx.stream("POST", f"{app.url}/v1/completions", json=body, timeout=90) as stream:
             lines = [line for line in stream.iter_lines() if line]
         assert stream.status_code == 200
         assert lines[0] == ": waiting"  # while the replica starts
-        assert (len([line for line in lines if line.startswith("data: {")]), lines[-1]) == (3, "data: [DONE]")
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 3
         causes = [d["reason"] for d in base_of(app)["autoscaling"]["decisions"]]
         assert causes[0].startswith("no request for ")
         assert eventually(lambda: "a request waited" in str(base_of(app)["autoscaling"]["decisions"]))
