@@ -1,26 +1,30 @@
 """Compiles every kernel ahead of time, without a GPU, and prints its registers, shared memory and spills.
 
-    python -m loray_kernels.cuda.compile [--arch sm_80 --arch sm_90] [--dtype bf16 --dtype fp16 --dtype fp32] [--json]
+    python -m loray_kernels.cuda.compile [--arch sm_80 ...] [--dtype bf16 ...] [--format text | markdown | json]
 
-NVRTC compiles CUDA C++; Triton compiles its kernels, for Llama-3-8B's shapes, with the ptxas of its own wheel.
+NVRTC compiles CUDA C++; Triton compiles its kernels, for Llama-3-8B's shapes, with the ptxas of its own wheel. What is
+not installed is left out, and said. The exit status is 1 where a kernel spills registers in bf16.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loray_kernels.compiled import BackendUnavailable
-from loray_kernels.cuda.nvrtc import FILES, compile_source
+from loray_kernels.cuda.nvrtc import FILES, compile_source, version
 
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = ("bf16", "fp16", "fp32")
+_CHOOSING = ("choose_", "sample_")
 
 # Arguments that are pointers, by name and element type; the others are 32-bit integers or fp32 numbers.
 _POINTERS = {
@@ -34,7 +38,9 @@ _POINTERS = {
 
 
 class Usage(NamedTuple):
-    """`shared` (declared by the kernel or planned by Triton) and `spills` are in bytes."""
+    """`shared` (declared by the kernel or planned by Triton) and `spills` are in bytes. The kernels that choose tokens
+    have no dtype but fp32 and belong to every model.
+    """
 
     kernel: str
     arch: str
@@ -42,12 +48,20 @@ class Usage(NamedTuple):
     shared: int
     spills: int
 
+    @property
+    def dtype(self) -> str | None:
+        if self.kernel.startswith(_CHOOSING):
+            return None
+        return next(dtype for dtype in DTYPES if f"_{dtype}" in self.kernel or f"[{dtype}," in self.kernel)
 
-def compile_cuda(arch: str) -> Iterator[Usage]:
+
+def compile_cuda(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]:
     """Every kernel of cuda/csrc. BackendUnavailable without NVRTC, or if a source does not compile."""
     for name in FILES:
-        for kernel, usage in _ptxas_report(compile_source(name, arch).log):
-            yield Usage(kernel, arch, *usage)
+        for kernel, usage in ptxas_report(compile_source(name, arch).log):
+            found = Usage(kernel, arch, *usage)
+            if found.dtype is None or found.dtype in dtypes:
+                yield found
 
 
 def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]:
@@ -68,15 +82,13 @@ def compile_triton(arch: str, dtypes: Sequence[str] = DTYPES) -> Iterator[Usage]
                 types = {a: _type(name, a, dtype) for a in kernel.arg_names if a not in constants}
                 signature = {a: types.get(a, "constexpr") for a in kernel.arg_names}
                 aligned = {
-                    (i,): [["tt.divisibility", 16]]
-                    for i, a in enumerate(kernel.arg_names)
-                    if signature[a].startswith("*") or a.endswith(("stride", "stride0", "stride1", "stride2"))
+                    (i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if _is_aligned(p, signature)
                 }
                 source = ASTSource(kernel, signature, constants, aligned)
                 target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
                 made = triton.compile(source, target=target, options={"num_stages": 1 if dtype == "fp32" else 3})
                 label = f"{name}[{dtype}, {', '.join(f'{k}={v}' for k, v in constants.items())}]"
-                ((_, (registers, _, spills)),) = _ptxas_report(_ptxas(made.asm["ptx"]))
+                ((_, (registers, _, spills)),) = ptxas_report(_ptxas(made.asm["ptx"]))
                 yield Usage(label, arch, registers, made.metadata.shared, spills)
 
 
@@ -103,6 +115,14 @@ def _constants() -> dict[str, list[dict[str, int | bool]]]:
     }
 
 
+def _is_aligned(parameter: Any, signature: dict[str, str]) -> bool:
+    """Of what is compiled for multiples of 16: all pointers and strides that the kernel does not exclude."""
+    if signature[parameter.name].startswith("*"):
+        return not parameter.do_not_specialize_on_alignment
+    is_stride = parameter.name.endswith(("stride", "stride0", "stride1", "stride2"))
+    return is_stride and not parameter.do_not_specialize
+
+
 def _type(kernel: str, argument: str, dtype: str) -> str:
     if argument == "eps" or (kernel, argument) == ("attention_prefill", "scale"):
         return "fp32"
@@ -127,7 +147,7 @@ def _ptxas(ptx: str) -> str:
     return done.stderr
 
 
-def _ptxas_report(log: str) -> list[tuple[str, tuple[int, int, int]]]:
+def ptxas_report(log: str) -> list[tuple[str, tuple[int, int, int]]]:
     """(kernel, (registers, shared, spills)) from `ptxas -v`."""
     found = []
     for part in re.split(r"Compiling entry function '", log)[1:]:
@@ -138,21 +158,57 @@ def _ptxas_report(log: str) -> list[tuple[str, tuple[int, int, int]]]:
     return found  # type: ignore[return-value]
 
 
+def missing() -> dict[str, str]:
+    """Why kernels are left out: NVRTC or Triton is not installed."""
+    out = {}
+    try:
+        version()
+    except BackendUnavailable as e:
+        out["NVRTC"] = str(e)
+    if importlib.util.find_spec("triton") is None:
+        out["Triton"] = "the tiled kernels need Triton: pip install 'loray[cuda]'"
+    return out
+
+
+def markdown(usages: Sequence[Usage]) -> list[str]:
+    """A table with a row for each kernel and a column for each architecture."""
+    archs = list(dict.fromkeys(u.arch for u in usages))
+    cells = {(u.kernel, u.arch): f"{u.registers} · {u.shared:,} · {u.spills}" for u in usages}
+    lines = [f"| kernel | {' | '.join(archs)} |", f"|---|{'---:|' * len(archs)}"]
+    for kernel in dict.fromkeys(u.kernel for u in usages):
+        lines.append(f"| `{kernel}` | {' | '.join(cells.get((kernel, arch), '') for arch in archs)} |")
+    return lines
+
+
+def _versions(left_out: dict[str, str]) -> str:
+    known = [] if "NVRTC" in left_out else [f"NVRTC {'.'.join(map(str, version()))}"]
+    known += [] if "Triton" in left_out else [f"Triton {importlib.metadata.version('triton')}"]
+    return ", ".join(known)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", action="append", help="default: sm_80 and sm_90")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the Triton kernels; default: all")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--arch", action="append", help=f"default: {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all")
+    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
     args = parser.parse_args()
-    usages = []
+    left_out, usages, dtypes = missing(), list[Usage](), args.dtype or DTYPES
     for arch in args.arch or ARCHITECTURES:
-        usages += [*compile_cuda(arch), *compile_triton(arch, args.dtype or DTYPES)]
-    if args.json:
+        usages += () if "NVRTC" in left_out else compile_cuda(arch, dtypes)
+        usages += () if "Triton" in left_out else compile_triton(arch, dtypes)
+    if args.format == "json":
         lines = [json.dumps([usage._asdict() for usage in usages])]
+    elif args.format == "markdown":
+        lines = [f"Compiled by {_versions(left_out)}: registers · bytes of shared memory · bytes spilled.", ""]
+        lines += markdown(usages)
     else:
         lines = [f"{'kernel':<100}{'arch':>7}{'registers':>11}{'shared':>8}{'spills':>8}"]
         lines += [f"{u.kernel:<100}{u.arch:>7}{u.registers:>11}{u.shared:>8}{u.spills:>8}" for u in usages]
     sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stderr.writelines(f"left out: {reason}\n" for reason in left_out.values())
+    spilled = [f"{u.kernel} for {u.arch}" for u in usages if u.spills and u.dtype in (None, "bf16")]
+    if spilled:
+        sys.exit(f"registers are spilled in {', '.join(spilled)}")
 
 
 if __name__ == "__main__":

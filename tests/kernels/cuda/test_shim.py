@@ -167,7 +167,7 @@ def test_launches_and_kernels_agree() -> None:
     assert {constant(f, "THREADS") for f in ("attention.cu", "rows.cu", "vera.cu")} == {gather._THREADS}
 
 
-@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
+@pytest.mark.parametrize("arch", [*(pytest.param(a, marks=pytest.mark.slow) for a in ("sm_80", "sm_100")), "sm_90"])
 def test_nvrtc_compiles_every_kernel(arch: str) -> None:
     """Without toolkit headers; no kernel spills registers."""
     try:
@@ -178,7 +178,7 @@ def test_nvrtc_compiles_every_kernel(arch: str) -> None:
         raise
     spills = re.findall(r"(\d+) bytes spill stores", "".join(logs))
     assert len(spills) == 3 * 12 + 2  # kernels in three dtypes, and those that choose tokens
-    assert max(map(int, spills)) <= 16
+    assert set(spills) == {"0"}
 
 
 def test_machine_code_is_kept_and_a_folder_that_cannot_be_written_to_is_named(

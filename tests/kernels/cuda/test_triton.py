@@ -45,8 +45,8 @@ def test_the_engine_when_interpreted() -> None:
 
 @pytest.mark.slow
 def test_every_kernel_compiles_ahead_of_time() -> None:
-    out = run("loray_kernels.cuda.compile", "--json", "--dtype", "bf16", TRITON_INTERPRET="0")
+    out = run("loray_kernels.cuda.compile", "--format", "json", "--dtype", "bf16", TRITON_INTERPRET="0")
     usages = json.loads(out)
-    assert {u["arch"] for u in usages} == {"sm_80", "sm_90"}
+    assert {u["arch"] for u in usages} == {"sm_80", "sm_90", "sm_100"}
     assert max(u["shared"] for u in usages) <= 160 << 10  # a block of sm_80 has 163 KiB
-    assert max(u["spills"] for u in usages) <= 16
+    assert max(u["spills"] for u in usages) == 0

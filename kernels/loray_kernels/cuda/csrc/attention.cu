@@ -10,6 +10,7 @@ constexpr int SPLIT = 256;
 constexpr int GROUP = 8;
 constexpr int HEAD = 256; // largest head dimension; multiples of 8
 constexpr int LANES = 8;  // that share a key
+constexpr int DECODE_BLOCKS = 5; // on a multiprocessor, at least: up to 96 registers, of which none is spilled
 
 struct Cache {
   i64 block_stride, block_tokens, num_kv_heads, head_dim;
@@ -143,7 +144,7 @@ __device__ void combine(T *out, const float *partial, i64 max_splits, i64 head_d
 }
 
 #define LORAY_DEFINE(suffix, T)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(THREADS) attention_decode_##suffix(                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS, DECODE_BLOCKS) attention_decode_##suffix(                      \
       const T *q, i64 q_stride, T *out, const T *pool, i64 block_stride, i64 block_tokens, i64 num_kv_heads,           \
       i64 head_dim, i64 group, const i64 *items, const i64 *context_len, const i64 *table_start, const i64 *blocks,    \
       float scale, float *partial) {                                                                                   \

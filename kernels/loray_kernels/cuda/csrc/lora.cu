@@ -8,6 +8,8 @@ constexpr int TOKENS = 4;   // of one adapter, which share the reading of its ro
 constexpr int WARPS = 4;    // shrink: one row of A for each
 constexpr int THREADS = 64; // expand: two columns for each
 constexpr int RANKS = 64;   // expand: rows whose h is in shared memory at once
+// On a multiprocessor, at least: up to 64 registers, of which none is spilled. Without them the compiler takes fewer.
+constexpr int SHRINK_BLOCKS = 8, EXPAND_BLOCKS = 16;
 
 // h[t, column] = sum_k x[t, k] · A[row, k], by one warp.
 template <class T>
@@ -152,24 +154,24 @@ __device__ void recorded_expand(Outputs<T> y, const float *h, i64 h_stride, cons
 }
 
 #define LORAY_DEFINE(suffix, T)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32) lora_shrink_##suffix(                                       \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32, SHRINK_BLOCKS) lora_shrink_##suffix(                        \
       const T *x, i64 x_stride, const T *pool, const i64 *items, const i64 *row_start, const i64 *offsets,             \
       i64 num_rows, const i64 *segments, i64 num_segments, const i64 *column, float *h, i64 h_stride) {                \
     shrink<T>(x, x_stride, pool, items, row_start, offsets, num_rows, segments, num_segments, column, h, h_stride);    \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(THREADS) lora_expand_##suffix(                                          \
+  extern "C" __global__ void __launch_bounds__(THREADS, EXPAND_BLOCKS) lora_expand_##suffix(                           \
       T *y0, T *y1, T *y2, i64 stride0, i64 stride1, i64 stride2, const float *h, i64 h_stride, const T *pool,         \
       const i64 *items, const i64 *tiles, const i64 *offsets, const i64 *rank_start, i64 num_adapters,                 \
       const float *scale, const i64 *h_column) {                                                                       \
     expand<T>({y0, y1, y2, stride0, stride1, stride2}, h, h_stride, pool, items, tiles, offsets, rank_start,           \
               num_adapters, scale, h_column);                                                                          \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32) lora_recorded_shrink_##suffix(                              \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32, SHRINK_BLOCKS) lora_recorded_shrink_##suffix(               \
       const T *x, i64 x_stride, const T *pool, const i64 *items, const i64 *directory, i64 field, i64 num_modules,     \
       const i64 *segments, i64 num_segments, float *h, i64 h_stride) {                                                 \
     recorded_shrink<T>(x, x_stride, pool, items, directory, field, num_modules, segments, num_segments, h, h_stride);  \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(THREADS) lora_recorded_expand_##suffix(                                 \
+  extern "C" __global__ void __launch_bounds__(THREADS, EXPAND_BLOCKS) lora_recorded_expand_##suffix(                  \
       T *y0, T *y1, T *y2, i64 stride0, i64 stride1, i64 stride2, const float *h, i64 h_stride, const T *pool,         \
       const i64 *items, const i64 *tiles, const i64 *directory, i64 field, i64 num_modules, i64 num_segments,          \
       const i64 *module_segments) {                                                                                    \

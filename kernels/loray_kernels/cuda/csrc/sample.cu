@@ -5,7 +5,7 @@
 // Grid (rows to sample). `numbers`: temperature (0: the best token, the first of equals), log of min-p and the uniform
 // number of all rows. `out`: (token, bits of the largest allowed logit) of each; a token has no meaning where that is
 // not finite.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     sample_fp32(const float *logits, i64 stride, i64 vocab, const i64 *rows, const i64 *masks, const double *numbers,
                 const int *words, i64 words_stride, i64 *out) {
   __shared__ DrawMemory memory;

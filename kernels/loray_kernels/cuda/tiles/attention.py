@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["items", "query_start", "context_len", "table_start", "blocks"])
 def attention_prefill(
     q,
     q_stride,

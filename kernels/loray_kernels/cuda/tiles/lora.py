@@ -7,6 +7,9 @@ A product with an fp32 factor is three TF32 products of its parts (tf32x3), abou
 exact in TF32. Loads along a row are vectors if the offsets of all rows of the tile are multiples of 8 elements, else
 single elements; the sums are the same.
 
+Numbers that vary with a step's adapters are not specialised on, nor is where its tables begin: each variant would be
+compiled while a request waits.
+
 Shapes: T tokens, I input width, O output width, R rows of A and B.
 """
 
@@ -38,7 +41,10 @@ def _shrink_segment(
     return total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "num_segments", "h_stride"],
+    do_not_specialize_on_alignment=["items", "row_start", "offsets", "segments", "h_column"],
+)
 def lora_shrink(
     x,
     x_stride,
@@ -81,7 +87,10 @@ def lora_shrink(
         tl.store(h + token[:, None] * h_stride + to[None, :], total, mask=token_mask[:, None] & row_mask[None, :])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_adapters", "h_stride"],
+    do_not_specialize_on_alignment=["h", "items", "tiles", "offsets", "rank_start", "scale", "h_column"],
+)
 def lora_expand(
     y0,
     y1,
@@ -154,7 +163,10 @@ def lora_expand(
         tl.store(to, after.to(y0.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_d_segments", "num_b_segments"],
+    do_not_specialize_on_alignment=["d_offsets", "d_segments", "b_offsets", "b_segments"],
+)
 def vera_expand(
     y,
     y_stride,

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "num_segments"],
+    do_not_specialize_on_alignment=["own_row", "offsets", "segments"],
+)
 def rms_norm(
     x,
     x_stride,
