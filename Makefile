@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-catalog bench-train bench-quality gpu clean
+.PHONY: demo test test-cluster test-numeric test-doors test-rest test-slow test-fast test-browser check format docs bench bench-serve bench-front bench-catalog bench-train bench-quality chaos gpu clean
 
 demo: .venv/.ready
 	$(BIN)/python infra/demo $(if $(KEEP),--keep) $(if $(PORT),--port $(PORT))
@@ -67,6 +67,9 @@ bench-front: .venv/.ready
 
 bench-catalog: .venv/.ready
 	$(BIN)/python -m benchmarks.catalog $(ARGS)
+
+chaos: .venv/.ready
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 bench-train: .venv/.ready
 	$(BIN)/python -m benchmarks.training $(ARGS)

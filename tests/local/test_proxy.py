@@ -80,7 +80,7 @@ def test_statistics_and_metrics_listen_where_only_this_user_comes(
     file.write_text(template)
     command = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(file), "-dR"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == command[1:]
+    assert done.stdout.split() == ["-dS", *command[1:]]
     bound = [line.split()[1:] for line in file.read_text().splitlines() if line.split()[:1] == ["bind"]]
     assert sorted(b for b in bound if "grpc" not in b[0] and b[0] != "{{") == [
         ["127.0.0.1:8000"],

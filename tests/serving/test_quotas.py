@@ -54,6 +54,16 @@ def test_requests_a_minute() -> None:
     assert reservation.headers["x-ratelimit-remaining-requests"] == "0"
 
 
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_clock_that_jumps_neither_stops_a_limit_nor_its_refilling(jump: float) -> None:
+    gate, who = QuotaGate(), principal(rpm_limit=3)
+    assert all(admitted(gate, who, 4000.0) for _ in range(3))
+    later = 4000.0 + jump
+    assert len([n for n in range(4) if admitted(gate, who, later)]) == (0 if jump < 0 else 3)
+    assert not admitted(gate, who, later)
+    assert admitted(gate, who, later + 20.1)
+
+
 def test_tokens_are_reserved_and_settled() -> None:
     gate, who = QuotaGate(), principal(tpm_limit=1000)
     first = gate.admit(who, 900, 0.0)

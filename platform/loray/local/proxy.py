@@ -18,6 +18,7 @@ _DRAIN_S = 2  # the proxy has heard of a change long before
 _FLAGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # nobody is served between the end of HAProxy and the third look
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",  # of Ray's own, ten times a second in each process by default
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DRAIN_S),
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # a refused request is in the log at once

@@ -39,13 +39,13 @@ class _Meter:
         self.short_until = -math.inf
 
     def refresh(self, now: float, part: float, rate: float) -> None:
-        elapsed, self.at = max(0.0, now - self.at), max(now, self.at)
+        elapsed, self.at = max(0.0, now - self.at), now
         self.left = min(self.rule.limit, self.left + self.rule.rate * elapsed)
         if self.rule.period(self.at) != self.period:
             self.period, self.left = self.rule.period(self.at), self.rule.limit
             self.holders.clear()
         for holder in self.holders.values():
-            since, holder.at = max(0.0, now - holder.at), max(now, holder.at)
+            since, holder.at = max(0.0, now - holder.at), now
             holder.demand *= math.exp(-since / _DEMAND_S)
             if holder.level < part:
                 holder.level = min(part, holder.level + rate * since)

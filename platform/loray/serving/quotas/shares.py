@@ -96,8 +96,8 @@ class Share:
         return is_told and self.known >= self.rule.limit and self.level >= self._part and not self.in_use
 
     def refresh(self, now: float) -> None:
-        """What has come back until `now`."""
-        elapsed, self.at = max(0.0, now - self.at), max(now, self.at)
+        """What has come back until `now`. A clock that goes back costs the time until it is noticed, and no more."""
+        elapsed, self.at = max(0.0, now - self.at), now
         if self._rate:
             if self.level < self._part:
                 self.level = min(self._part, self.level + self._rate * elapsed)

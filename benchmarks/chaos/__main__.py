@@ -1,0 +1,185 @@
+"""Faults under load, one after the other, and what clients see of them.
+
+    python -m benchmarks.chaos                      ten minutes, a fault every 20 s
+    python -m benchmarks.chaos --only S3 --minutes 1
+    python -m benchmarks.chaos --list
+
+A cluster of two nodes with three replicas of a tiny model, one of two ranks, two gateways behind HAProxy, 200 adapters
+in S3, the catalog in PostgreSQL, the cluster's tables in Redis. Every answer has one right text, which is learned
+before the first fault. docs/benchmarks/chaos.md explains the table. The exit code is 1 where a client saw what it may
+not see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+
+from benchmarks.chaos.clients import Load
+from benchmarks.chaos.faults import Fault, is_whole, matrix, missing, struck
+from benchmarks.chaos.verdicts import CONTINUED, Window, continued, divide, table
+from benchmarks.chaos.world import PARALLEL, World, started, until
+from benchmarks.machine import describe_machine
+from benchmarks.output import machine_line, write_json
+from loray.local.processes import log_tail
+from loray.local.serving import serve_details
+from tests.serve_apps.chaos.kinds import Kind, make_kinds
+
+_WHOLE_S = 180.0
+_RESUMES = "loray_resumes_total"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that all servers are ended
+    machine = describe_machine()
+    click.echo(machine_line(machine))
+    with started(args.adapters, args.seed, click.echo) as world:
+        faults = [f for f in matrix(world) if not args.only or any(part in f.name for part in args.only)]
+        if args.list or not faults:
+            click.echo("\n".join(fault.name for fault in matrix(world)))
+            return 0 if args.list else 2
+        if not world.has_own_disk:
+            click.echo("left out: a full disk (this user may not mount a file system)")
+        windows, left = _run(world, faults, args)
+    share = continued(windows)
+    failures = [f for window in windows for f in (*filter(None, [window.missing]), *window.failures())]
+    failures += [f"left behind: {line}" for line in left]
+    if share is not None and share < CONTINUED:
+        failures.append(f"{share:.1%} of the streams that lost their replica went on, of {CONTINUED:.0%}")
+    click.echo("\n".join(table(windows)))
+    said = "none lost its replica" if share is None else f"{share:.1%} of those that lost their replica went on"
+    num_seen = sum(len(w.seen) for w in windows)
+    click.echo(
+        f"{num_seen} requests, {len(windows)} faults; begun answers: {said}; " + ("FAILED" if failures else "passed")
+    )
+    click.echo("\n".join(failures[:40]))
+    rows = [window.row for window in windows]
+    write_json(args.json, {"machine": machine, "rows": rows, "continued": share, "failures": failures})
+    return 1 if failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--minutes", type=float, default=10.0, help="of faults (default %(default)g)")
+    add("--every", type=float, default=20.0, help="seconds from one fault to the next, at least (default %(default)g)")
+    add("--rate", type=float, default=4.0, help="requests a second (default %(default)g)")
+    add("--adapters", type=int, default=200, help="(default %(default)d)")
+    add("--only", action="append", help="faults whose name has this in it; may be repeated")
+    add("--list", action="store_true", help="the names of all faults")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="write the table there too")
+    return parser
+
+
+def _run(world: World, faults: Sequence[Fault], args: argparse.Namespace) -> tuple[list[Window], list[str]]:
+    """The windows, and what was left behind."""
+    chance = random.Random(args.seed)
+    kinds = make_kinds(world.names, len(world.names) + 40, chance)
+    chance.shuffle(kinds)
+    prefixes: dict[Kind, str] = {kind: f"/{PARALLEL}" if i % 6 == 5 else "" for i, kind in enumerate(kinds)}
+    load = Load(world.url, world.key, prefixes)
+    click.echo(f"{len(kinds)} answers are learned")
+    asyncio.run(load.learn())
+    before = world.in_cluster("held")
+    windows = asyncio.run(_under_load(world, load, faults, args))
+    divide(load.seen, windows)
+    until(lambda: is_whole(world), "all processes run", _WHOLE_S)
+    asyncio.run(load.learn())  # all gateways and replicas have met again
+    return windows, _left(before, world)
+
+
+async def _under_load(world: World, load: Load, faults: Sequence[Fault], args: argparse.Namespace) -> list[Window]:
+    is_over = False
+    clients = asyncio.create_task(load.run(args.rate, args.seed, lambda: is_over))
+    windows: list[Window] = []
+    order = list(faults)
+    random.Random(args.seed).shuffle(order)
+    end = time.monotonic() + 60 * args.minutes
+    await asyncio.sleep(5)
+    try:
+        while time.monotonic() < end:
+            fault = order[len(windows) % len(order)]
+            windows.append(Window(fault, time.monotonic()))
+            await _strike(world, load, windows[-1])
+            await asyncio.sleep(max(0.0, windows[-1].begun + args.every - time.monotonic()))
+    finally:
+        is_over = True
+        await clients
+    return windows
+
+
+async def _strike(world: World, load: Load, window: Window) -> None:
+    before = await _resumes(load)
+    with struck(window.fault, world) as mend:
+        await asyncio.sleep(window.fault.hold_s)
+        await asyncio.to_thread(mend)
+    window.mended = time.monotonic()
+    name = f"all processes run after: {window.fault.name}"
+    try:
+        await asyncio.to_thread(until, lambda: is_whole(world), name, _WHOLE_S, lambda: _state(world))
+    except AssertionError as e:
+        window.missing = str(e)
+    window.whole = time.monotonic()
+    after = await _resumes(load)
+    window.resumed = after - before if after >= before else after
+    whole = f"mended after {window.mended - window.begun:.1f} s, whole after {window.whole - window.begun:.1f} s"
+    click.echo(f"{window.fault.name}: {whole}; {load.num_running} requests are under way")
+
+
+def _state(world: World) -> str:
+    details = serve_details(world.local)
+    deployments = (d for a in details["applications"].values() for d in a["deployments"].values())
+    told = [f"{d['name']}: {d['status']} {d['message']} {[r['state'] for r in d['replicas']]}" for d in deployments]
+    return "\n".join([missing(world), *told, log_tail(str(world.folder / "node.log"))])
+
+
+async def _resumes(load: Load) -> int:
+    """Of both applications. A gateway that was replaced counts from 0 again."""
+    found = 0.0
+    async with httpx.AsyncClient(timeout=20, headers={"Authorization": f"Bearer {load.key}"}) as client:
+        for prefix in ("", f"/{PARALLEL}"):
+            try:
+                text = (await client.get(f"{load.url}{prefix}/metrics")).text
+            except httpx.HTTPError:
+                continue
+            lines = [line for line in text.splitlines() if line.startswith(_RESUMES)]
+            found += sum(float(line.rpartition(" ")[2]) for line in lines)
+    return int(found)
+
+
+def _left(before: dict[str, Any], world: World) -> list[str]:
+    """What processes hold of requests, and what the cluster has more than before the first fault."""
+    found = []
+    cluster_before = before.pop("cluster")
+    held = world.in_cluster("held", "emptied")
+    cluster = held.pop("cluster")
+    found += [
+        f"{n - cluster_before.get(name, 0)} × {name}" for name, n in cluster.items() if n > cluster_before.get(name, 0)
+    ]
+    usual: dict[str, dict[str, int]] = {}
+    for process, figures in before.items():
+        most = usual.setdefault(process.rpartition(" ")[0], {})
+        most |= {name: max(n, most.get(name, 0)) for name, n in figures.items()}
+    for process, figures in held.items():
+        kind = process.rpartition(" ")[0]
+        for name, n in figures.items():
+            allowed = 0 if name in ("requests", "blocks") else usual.get(kind, {}).get(name, 0)
+            if n > allowed:
+                found.append(f"{process}: {n} {name} of {allowed}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

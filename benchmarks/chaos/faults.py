@@ -1,0 +1,227 @@
+"""The faults, each with its end, and what a client may see of it at most."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from benchmarks.chaos.world import LOAD_TIMEOUT_S, NUM_GATEWAYS, NUM_REPLICAS, PARALLEL, World, is_running, until
+from loray.local.processes import kill
+
+_TRIES_S = 30.0  # for which a gateway looks for another replica, or waits for a new one
+_SILENT_S = 25.0  # after which a connection on which nothing comes is given up
+_START_S = 90.0  # of a replaced process, beside all others on a small machine
+_SLOW_S = 0.3
+_FULL_BYTES = 1 << 20
+
+
+class Fault(NamedTuple):
+    """`strike` returns what mends it, after `hold_s`.
+
+    limit_s  no client waits longer for a token, or for a refusal
+    cuts     connections of clients may end, because their gateway does
+    """
+
+    name: str
+    strike: Callable[[World], Callable[[], None]]
+    hold_s: float
+    limit_s: float
+    cuts: bool = False
+
+
+def _killed(which: Callable[[World], list[int]]) -> Callable[[World], Callable[[], None]]:
+    """A process that the cluster replaces."""
+
+    def strike(world: World) -> Callable[[], None]:
+        before = which(world)
+        victim = world.chance.choice(before)
+        os.kill(victim, signal.SIGKILL)
+
+        def replaced() -> bool:
+            return not is_running(victim) and len(which(world)) >= len(before)
+
+        def mend() -> None:
+            until(replaced, "a killed process is replaced", _START_S)
+
+        return mend
+
+    return strike
+
+
+def _stopped(which: Callable[[World], list[int]]) -> Callable[[World], Callable[[], None]]:
+    """SIGSTOP to the process and its children, and SIGCONT in the end."""
+
+    def strike(world: World) -> Callable[[], None]:
+        victim = world.chance.choice(which(world))
+        family = [victim, *(child.pid for child in psutil.Process(victim).children(recursive=True))]
+        world.stopped += family
+        for pid in family:
+            os.kill(pid, signal.SIGSTOP)
+
+        def mend() -> None:
+            for pid in family:
+                kill(pid, signal.SIGCONT)
+
+        return mend
+
+    return strike
+
+
+def _slow(wire: str) -> Callable[[World], Callable[[], None]]:
+    def strike(world: World) -> Callable[[], None]:
+        world.wires[wire].delay_s = _SLOW_S
+        return lambda: setattr(world.wires[wire], "delay_s", 0.0)
+
+    return strike
+
+
+def _ranks(world: World) -> list[int]:
+    return world.pids("ray::RankActor")
+
+
+def _controller(world: World) -> list[int]:
+    return world.pids("ray::ServeController")
+
+
+def _proxies(world: World) -> list[int]:
+    """HAProxy's own processes: children of the one that its script has started."""
+    return [pid for pid in world.pids("") if _executable(pid) == "haproxy"]
+
+
+def _executable(pid: int) -> str:
+    with suppress(OSError):
+        return Path(os.readlink(f"/proc/{pid}/exe")).name
+    return ""
+
+
+def _database(world: World) -> list[int]:
+    return [world.postgres.pid]
+
+
+def _store(world: World) -> list[int]:
+    return [world.s3.pid]
+
+
+def _kill_database(world: World) -> Callable[[], None]:
+    world.postgres.kill()
+    return world.postgres.start
+
+
+def _kill_store(world: World) -> Callable[[], None]:
+    for process in (*psutil.Process(world.s3.pid).children(recursive=True), psutil.Process(world.s3.pid)):
+        process.kill()
+    until(lambda: not is_running(world.s3.pid), "the S3 server has ended", 10)
+    return world.restart_s3
+
+
+def _lose_node(world: World) -> Callable[[], None]:
+    world.node.kill()
+    return world.node.start
+
+
+def _lose_gcs(world: World) -> Callable[[], None]:
+    """The cluster's tables are in Redis; what supervises a head starts its server again with the same arguments."""
+    (pid,) = [p for p in world.pids("") if _executable(p) == "gcs_server"]
+    process = psutil.Process(pid)
+    command, env, folder = process.cmdline(), process.environ(), process.cwd()
+    os.kill(world.local.pid, signal.SIGSTOP)  # `ray start --block` would end the head's other processes
+    world.stopped.append(world.local.pid)
+    process.kill()
+    with suppress(psutil.TimeoutExpired):
+        process.wait(10)
+
+    def start() -> None:
+        with (world.folder / "gcs.log").open("ab") as log:
+            started = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        world.extra.append(started)
+
+    return start
+
+
+def _fill_disk(world: World) -> Callable[[], None]:
+    """The home, up to the last byte."""
+    file = world.settings.home / "full"
+    with file.open("wb") as out, suppress(OSError):
+        while True:
+            out.write(bytes(_FULL_BYTES))
+            out.flush()
+    assert shutil.disk_usage(world.settings.home).free < 1 << 16
+    return lambda: file.unlink()
+
+
+def _jump(seconds: float) -> Callable[[World], Callable[[], None]]:
+    def strike(world: World) -> Callable[[], None]:
+        world.in_cluster("jump", str(seconds))
+
+        def back() -> None:
+            world.in_cluster("jump", "0")
+
+        return back
+
+    return strike
+
+
+def matrix(world: World) -> list[Fault]:
+    found = [
+        Fault("replica, kill -9", _killed(World.replicas), 0, _TRIES_S),
+        Fault("replica, stopped for 10 s", _stopped(World.replicas), 10, 10 + _TRIES_S),
+        Fault("rank of two, kill -9", _killed(_ranks), 0, _START_S),
+        Fault("gateway, kill -9", _killed(World.gateways), 0, _TRIES_S, cuts=True),
+        Fault("gateway, stopped for 10 s", _stopped(World.gateways), 10, 10 + _TRIES_S),
+        Fault("HAProxy, kill -9", _killed(_proxies), 0, _TRIES_S, cuts=True),
+        Fault("Serve's controller, kill -9", _killed(_controller), 0, _TRIES_S),
+        Fault("Serve's controller, stopped for 10 s", _stopped(_controller), 10, _TRIES_S),
+        Fault("a node with a replica, kill -9", _lose_node, 5, _SILENT_S + _TRIES_S, cuts=True),
+        Fault("Ray's GCS, kill -9, back after 5 s", _lose_gcs, 5, _TRIES_S),
+        Fault("database, kill -9, back after 8 s", _kill_database, 8, _TRIES_S),
+        Fault("database, stopped for 10 s", _stopped(_database), 10, _TRIES_S),
+        Fault(f"database, {_SLOW_S:g} s a packet", _slow("database"), 10, _TRIES_S),
+        Fault("S3, kill -9, back after 8 s", _kill_store, 8, LOAD_TIMEOUT_S + _TRIES_S),
+        Fault("S3, stopped for 10 s", _stopped(_store), 10, LOAD_TIMEOUT_S + _TRIES_S),
+        Fault(f"S3, {_SLOW_S:g} s a packet", _slow("store"), 10, LOAD_TIMEOUT_S + _TRIES_S),
+        Fault("the clock goes forward an hour", _jump(3600), 5, _TRIES_S),
+        Fault("the clock goes back an hour", _jump(-3600), 5, _TRIES_S),
+    ]
+    if world.has_own_disk:
+        found.append(Fault("a full disk", _fill_disk, 10, _TRIES_S))
+    return found
+
+
+@contextmanager
+def struck(fault: Fault, world: World) -> Iterator[Callable[[], None]]:
+    """Strikes; yields what mends it, which is called in any case."""
+    mends = [fault.strike(world)]
+
+    def mend() -> None:
+        while mends:
+            mends.pop()()
+
+    try:
+        yield mend
+    finally:
+        mend()
+
+
+def missing(world: World) -> str:
+    """Which processes do not run that ran before the first fault, in words; empty: none."""
+    world.node.keep()
+    found = {
+        "replicas": (len(world.replicas()), NUM_REPLICAS),
+        "gateways": (len(world.gateways()), NUM_GATEWAYS),
+        "ranks": (len(_ranks(world)), 1),
+        PARALLEL: (len(world.pids(f"ray::ServeReplica:{PARALLEL}")), 2),
+        "controllers": (len(_controller(world)), 1),
+    }
+    return ", ".join(f"{n} of {wanted} {name}" for name, (n, wanted) in found.items() if n != wanted)
+
+
+def is_whole(world: World) -> bool:
+    return not missing(world)

