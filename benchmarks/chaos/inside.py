@@ -18,8 +18,8 @@ import click
 import ray
 from ray.util import placement_group_table
 
-from benchmarks.chaos.world import PARALLEL
-from serve_apps.deployment import APPLICATION, ENGINE, GATEWAY
+from benchmarks.chaos.world import ENGINE, PARALLEL
+from serve_apps.deployment import APPLICATION, GATEWAY
 from tests.serve_apps.chaos import spy
 
 _ASK_S = 60
@@ -54,7 +54,7 @@ def _each(ask: Any) -> dict[str, Any]:
 
 
 def _held(_: object, *, emptied: bool, kind: str) -> dict[str, int]:
-    return spy.held(emptied=emptied and kind == "engine")
+    return spy.held(emptied=emptied and kind.startswith("engine"))
 
 
 def _jump(_: object, *, seconds: float, kind: str) -> int:

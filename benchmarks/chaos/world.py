@@ -29,16 +29,17 @@ from loray.local.s3 import LocalS3, start_local_s3
 from loray.locations import parse_location
 from loray.publishing import Destination, publish
 from loray.settings import Settings
-from loray.spec import Limits, ServeSpec
+from loray.spec import FleetSpec, Limits, ServeSpec, engine_of
 from loray.store import AdapterStore, open_store
 from loray.store.s3 import create_bucket
-from serve_apps.deployment import APPLICATION, ENGINE, GATEWAY, IMPORT_PATH, serve_config
+from serve_apps.deployment import APPLICATION, GATEWAY, IMPORT_PATH, serve_config
 from tests.nodes import Node
 from tests.postgres import Postgres, start_postgres
 from tests.s3 import started_s3
 from tests.store.publisher import write_adapter
 
 BASE = "tiny"
+ENGINE = engine_of(BASE)
 PARALLEL = "parallel"  # the second application, whose replicas have two ranks
 NUM_REPLICAS, NUM_GATEWAYS = 3, 2
 LOAD_TIMEOUT_S = 10.0
@@ -203,7 +204,7 @@ def _deploy(local: LocalCluster, settings: Settings) -> str:
 
     (port,) = free_ports(1)
     spec = ServeSpec(**_SERVE, port=port, num_replicas=NUM_REPLICAS, num_gateways=NUM_GATEWAYS)
-    config = serve_config(spec, settings)
+    config = serve_config(FleetSpec.of(spec), settings)
     (application,) = (a for a in config["applications"] if a["name"] == APPLICATION)
     parallel = spec.model_copy(update={"num_replicas": 1, "num_gateways": 1, "tensor_parallel_size": 2})
     config["applications"].append(
