@@ -28,8 +28,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(480)]
 
 TINY = "tiny-elastic"
 GROUP = "elastic"  # of nodes, on which nothing else runs
-STEPS = 400
-FIELDS: dict[str, Any] = {"base": TINY, "dtype": "float32", "max_steps": STEPS, "evaluation": {"interval_steps": 10}}
+STEPS = 200
+FIELDS: dict[str, Any] = {
+    "base": TINY,
+    "dtype": "float32",
+    "max_steps": STEPS,
+    "evaluation": {"interval_steps": 10},
+    "optimizer": {"learning_rate": 1e-3},
+}
 
 
 @pytest.fixture(scope="module")
