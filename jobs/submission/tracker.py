@@ -164,7 +164,7 @@ class JobTracker:
                 return catalog.end_job(
                     job.id, "failed", message="the Ray cluster that it ran on is gone, or has forgotten it"
                 )
-            case "RUNNING":
+            case "RUNNING" if job.status == "pending":
                 return catalog.start_job(job.id)
             case "SUCCEEDED":
                 return catalog.end_job(job.id, "succeeded")

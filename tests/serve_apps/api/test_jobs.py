@@ -14,6 +14,7 @@ import sqlalchemy as sa
 import yaml
 
 from jobs.submission.tracker import id_of
+from loray.catalog import Catalog
 from loray.catalog.database import writing
 from loray.catalog.schema import jobs
 from loray.recipes.load import load_recipe
@@ -165,6 +166,17 @@ def test_pages_and_filters(api: Api) -> None:
     assert [j["id"] for j in pending] == ids[2::-1]  # job-3 turned out to have ended
     problem(api.http.get("/jobs", params={"status": "late"}), 422)
     problem(api.http.get("/jobs", params={"cursor": "nobody"}), 422)
+
+
+def test_a_look_at_running_jobs_does_not_wait_for_the_catalogs_writers(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(api, "job-1")["id"]
+    api.jobs.say(job, "RUNNING")
+    assert api.http.get("/jobs").json()["items"][0]["status"] == "running"
+    monkeypatch.setattr(Catalog, "start_job", None)  # it is written once
+    for path in ("/jobs", f"/jobs/{job}"):
+        assert api.http.get(path).status_code == 200
 
 
 def test_stopping(api: Api) -> None:
