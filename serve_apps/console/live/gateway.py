@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from loray.api.status import Status
-from loray.client.metrics import ROUTED, STEPS, TTFT, Metrics
+from loray.client.metrics import Metrics
 from loray.errors import ClusterError, LorayError, PermissionDenied, Unauthenticated
 from serve_apps.console.live.demand import Demand
 
@@ -47,10 +47,10 @@ class Gateway:
         self.demand.note(status)
         return status
 
-    async def metrics(self, authorization: str | None) -> Metrics:
-        """What pages show of GET /metrics. Raises as `status` does."""
+    async def metrics(self, authorization: str | None, *names: str) -> Metrics:
+        """These metrics of GET /metrics. Raises as `status` does."""
         response = await self._get("/metrics", authorization)
-        return await run_in_threadpool(Metrics, response.text, (TTFT, ROUTED, STEPS))
+        return await run_in_threadpool(Metrics, response.text, names)
 
     async def stream(self, path: str, body: bytes, authorization: str | None) -> tuple[int, AsyncIterator[bytes]]:
         """POST, and the answer's status and bytes as they come. Raises ClusterError where nothing answers."""

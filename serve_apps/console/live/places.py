@@ -61,17 +61,18 @@ def parts_of(blocks: Mapping[str, int]) -> list[Part]:
     return parts
 
 
-def stretches_of(layout: Sequence[Stretch]) -> list[Part]:
-    """The pool of one replica by position: its stretches from the first block to the last."""
-    num_blocks = sum(stretch.num_blocks for stretch in layout) or 1
-    begins = accumulate((stretch.num_blocks for stretch in layout), initial=0)
-    return [
-        Part(kind, count, begin / num_blocks, count / num_blocks)
-        for (kind, count), begin in zip(layout, begins, strict=False)
-    ]
+def strip_of(layout: Sequence[Stretch]) -> list[tuple[str, str]]:
+    """The pool of one replica by position, 1000 × 10 units in size: each kind with the path of its stretches."""
+    num_blocks, at = sum(stretch.num_blocks for stretch in layout) or 1, 0
+    paths: dict[str, list[str]] = {}
+    for kind, count in layout:
+        width = f"{1000 * count / num_blocks:.1f}"
+        paths.setdefault(kind, []).append(f"M{1000 * at / num_blocks:.1f} 0h{width}v10h-{width}z")
+        at += count
+    return [(kind, "".join(parts)) for kind, parts in paths.items()]
 
 
 def rows_of(layout: Sequence[Stretch]) -> list[tuple[int, int, str]]:
-    """The same as a table: the first block and the last one of each stretch, and its kind."""
+    """The pool as a table: the first block and the last one of each stretch, and its kind."""
     ends = list(accumulate(stretch.num_blocks for stretch in layout))
     return [(end - count, end - 1, kind) for (kind, count), end in zip(layout, ends, strict=True)]

@@ -46,7 +46,7 @@ async def _served(backend: Backend, authorization: str | None) -> dict[str, Any]
     try:
         status = await backend.gateway.status(authorization)
         seen |= {"status": status, "tiers": _tiers(status), "target": _target(status)}
-        first = together((await backend.gateway.metrics(authorization)).buckets(TTFT, "replica"))
+        first = together((await backend.gateway.metrics(authorization, TTFT)).buckets(TTFT, "replica"))
         seen["first_token"] = {"p50": percentile(first, 0.5), "p99": percentile(first, 0.99)}
         seen["pace"] = backend.gateway.demand.tokens_per_s()
     except PermissionDenied as e:

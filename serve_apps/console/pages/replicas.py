@@ -14,7 +14,7 @@ from loray.api.status import ReplicaStatus
 from loray.client.metrics import STEPS, Buckets, percentile
 from loray.errors import ClusterError, NotFoundError, PermissionDenied
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.live.places import KINDS, parts_of, rows_of, stretches_of
+from serve_apps.console.live.places import KINDS, parts_of, rows_of, strip_of
 from serve_apps.console.routing import router_of
 
 _ADAPTERS = 50
@@ -48,7 +48,7 @@ async def _page(console: Console, request: Request, name: str, template: str) ->
     gateway = console.backend.gateway
     try:
         status = await gateway.status(request.state.authorization, layout=True)
-        metrics = await gateway.metrics(request.state.authorization)
+        metrics = await gateway.metrics(request.state.authorization, STEPS)
     except (ClusterError, PermissionDenied) as e:
         return console.renderer.page(request, template, name=name, problem=str(e), replica=None)
     found = next((replica for replica in status.replicas if replica.replica == name), None)
@@ -73,7 +73,7 @@ def _shown(replica: ReplicaStatus, buckets: Buckets) -> dict[str, Any]:
     return {
         "kinds": KINDS,
         "parts": parts_of(replica.blocks),
-        "stretches": stretches_of(replica.layout),
+        "drawn": strip_of(replica.layout),
         "rows": rows_of(replica.layout),
         "steps": steps_of(buckets),
         "step_times": [percentile(buckets, share) for share in (0.5, 0.99)],

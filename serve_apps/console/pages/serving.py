@@ -12,7 +12,7 @@ from loray.api.status import Status
 from loray.client.metrics import ROUTED, STEPS, Metrics, percentile
 from loray.errors import ClusterError, PermissionDenied
 from serve_apps.console.backend import Console, ConsoleDep
-from serve_apps.console.live.places import KINDS, heat_map, parts_of, stretches_of
+from serve_apps.console.live.places import KINDS, heat_map, parts_of, strip_of
 from serve_apps.console.routing import router_of
 
 _ROWS, _COLUMNS = 50, 50
@@ -43,7 +43,7 @@ async def _page(console: Console, request: Request, template: str) -> Response:
     gateway = console.backend.gateway
     try:
         status = await gateway.status(request.state.authorization, layout=True)
-        metrics = await gateway.metrics(request.state.authorization)
+        metrics = await gateway.metrics(request.state.authorization, ROUTED, STEPS)
     except (ClusterError, PermissionDenied) as e:
         return console.renderer.page(request, template, problem=str(e), status=None)
     shown = await run_in_threadpool(_shown, status, metrics)
@@ -63,7 +63,7 @@ def _shown(status: Status, metrics: Metrics) -> dict[str, Any]:
         "num_rows": num_rows,
         "kinds": KINDS,
         "parts": {replica.replica: parts_of(replica.blocks) for replica in replicas},
-        "stretches": {replica.replica: stretches_of(replica.layout) for replica in replicas},
+        "strips": {replica.replica: strip_of(replica.layout) for replica in replicas},
         "step_times": {
             replica.replica: [percentile(steps.get(replica.replica, {}), share) for share in (0.5, 0.99)]
             for replica in replicas

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loray.spec import Stretch
-from serve_apps.console.live.places import KINDS, heat_map, parts_of, rows_of, stretches_of
+from serve_apps.console.live.places import KINDS, heat_map, parts_of, rows_of, strip_of
 from tests.serve_apps.console.site import ScriptedGateway
 
 
@@ -37,12 +37,10 @@ def test_parts_are_the_whole_pool(blocks: dict[str, int]) -> None:
 
 def test_stretches_are_where_their_blocks_are() -> None:
     layout = (Stretch("kv", 20), Stretch("free", 55), Stretch("kv", 1), Stretch("run", 4))
-    assert [(part.kind, part.begin) for part in stretches_of(layout)] == [
-        ("kv", 0),
-        ("free", 0.25),
-        ("kv", 0.9375),
-        ("run", 0.95),
+    assert strip_of(layout) == [
+        ("kv", "M0.0 0h250.0v10h-250.0zM937.5 0h12.5v10h-12.5z"),
+        ("free", "M250.0 0h687.5v10h-687.5z"),
+        ("run", "M950.0 0h50.0v10h-50.0z"),
     ]
-    assert sum(part.share for part in stretches_of(layout)) == pytest.approx(1)
     assert rows_of(layout) == [(0, 19, "kv"), (20, 74, "free"), (75, 75, "kv"), (76, 79, "run")]
-    assert (stretches_of(()), rows_of(())) == ([], [])
+    assert (strip_of(()), rows_of(())) == ([], [])
