@@ -2,51 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import httpx
 
 from benchmarks.catalog.fill import adapter_name
-from loray.api.status import BaseStatus, CatalogStatus, ReplicaStatus, Status, total
+from benchmarks.catalog.history import fill_history, write_events
+from benchmarks.catalog.state import metrics_text, status_json
+from jobs.submission.tracker import RayJob
 from loray.catalog import Catalog
-from loray.spec import DEFAULT_TENANT, Scope, ServeSpec, split_qualified
+from loray.spec import DEFAULT_TENANT, Scope, split_qualified
 from serve_apps.console import Gateway
 from tests.serve_apps.api.fakes import Api
 
 _PREFIX = "http://test/api/v1/console"
-_NUM_REPLICAS = 50
 _FORM = {"name": "new", "data.train": "s3://b/d.jsonl"}
+_NUM_JOBS = 20  # that have events
 
 Measure = Callable[[Callable[[], object]], float]  # seconds of a call
 
 
 def console_pages(url: str, home: Path, num_adapters: int, num_tenants: int, measure: Measure) -> dict[str, float]:
-    """Milliseconds of the slowest page, and of each. `pools_ms`: the page of serving where 50 replicas hold all
-    adapters among them, with the reading of what the gateway says of that. The catalog has two keys afterwards.
+    """Milliseconds of the slowest page, and of each.
+
+    Of serving, 50 replicas hold all adapters among them, and `serving_page_ms` has the reading of what the gateway
+    says of that. `job_first_page_ms` is the first look at a job of 20,000 steps. The catalog has jobs, usage, an audit
+    log and two keys afterwards.
     """
     names = [adapter_name(i, num_tenants) for i in range(1, num_adapters + 1)]
     tenant, name = split_qualified(names[num_adapters // 2])
-    pages = {
-        "adapters": f"/adapters?search={name[:4]}",
-        "adapter": f"/adapters/{name}?tenant={tenant or DEFAULT_TENANT}",
-        "upload": "/uploads",
-        "new_job": "/jobs/new",
-        "jobs": "/jobs",
-        "playground": "/playground",
-        "suggestions": "/playground/models?search=00042",
-    }
-    site, keys = Api(home, url), _keys(url, tenant or DEFAULT_TENANT)
-    site.services.gateway = Gateway("http://gateway", httpx.MockTransport(partial(_answer, _state(names))))
+    owner = tenant or DEFAULT_TENANT
+    running, looked_at = fill_history(url, num_adapters, num_tenants), write_events(url, home, owner, _NUM_JOBS)
+    site, keys = Api(home, url), _keys(url, owner)
+    site.jobs.jobs = {id: RayJob("RUNNING", "") for id in running}
+    site.services.gateway = Gateway("http://gateway", httpx.MockTransport(partial(_answer, _answers(names))))
     try:
-        asked = {page: [partial(_ask, site, key, "GET", path) for key in keys] for page, path in pages.items()}
-        asked["plan"] = [partial(_ask, site, key, "POST", "/jobs/plan") for key in keys]
-        found = {f"{page}_page_ms": 1e3 * max(map(measure, calls)) for page, calls in asked.items()}
-        pools_ms = 1e3 * measure(partial(_ask, site, keys[0], "GET", "/serving"))
+        pages = {page: [partial(_ask, site, key, "GET", path) for key in keys] for page, path in _PAGES.items()}
+        for page, path in _of_adapter(name, owner).items():
+            pages[page] = [partial(_ask, site, key, "GET", path) for key in keys]
+        pages |= {page: [partial(_ask, site, keys[0], "GET", path)] for page, path in _OF_ADMINISTRATORS.items()}
+        pages["plan"] = [partial(_ask, site, key, "POST", "/jobs/plan") for key in keys]
+        pages["job_first"] = [partial(_ask_in_turn, site, keys[0], cycle(looked_at).__next__)]
+        pages["job"] = [partial(_ask, site, key, "GET", f"/jobs/{looked_at[0]}") for key in keys]
+        found = {f"{page}_page_ms": 1e3 * max(map(measure, calls)) for page, calls in pages.items()}
     finally:
         site.close()
-    return {"console_ms": max(found.values()), "pools_ms": pools_ms} | found
+    return {"console_ms": max(found.values())} | found
+
+
+_PAGES: Mapping[str, str] = {
+    "overview": "",
+    "adapters": "/adapters",
+    "upload": "/uploads",
+    "new_job": "/jobs/new",
+    "jobs": "/jobs",
+    "jobs_running": "/jobs?status=running",
+    "jobs_pending": "/jobs?status=pending",  # there is none
+    "playground": "/playground",
+    "suggestions": "/playground/models?search=00042",
+    "usage_by_model": "/usage",
+    "usage_by_key": "/usage?by=key",
+}
+_OF_ADMINISTRATORS: Mapping[str, str] = {"serving": "/serving", "replica": "/serving/replicas/r7", "keys": "/keys"}
+
+
+def _of_adapter(name: str, owner: str) -> dict[str, str]:
+    return {
+        "search": f"/adapters?search={name[:4]}",
+        "adapter": f"/adapters/{name}?tenant={owner}",
+        "version": f"/adapters/{name}/versions/1?tenant={owner}",
+        "difference": f"/adapters/{name}/diff?old=1&new=2&tenant={owner}",
+    }
 
 
 def _keys(url: str, tenant: str) -> tuple[str, str]:
@@ -60,43 +89,18 @@ def _keys(url: str, tenant: str) -> tuple[str, str]:
         catalog.close()
 
 
-def _state(names: list[str]) -> str:
-    """What /status says: each replica's pool holds its part of the adapters, and its host the next one's."""
-    parts = [tuple(f"{name}@1" for name in names[n::_NUM_REPLICAS]) for n in range(_NUM_REPLICAS)]
-    replicas = tuple(
-        ReplicaStatus(
-            replica=f"r{n}",
-            node="n",
-            pid=n,
-            uptime_s=1,
-            blocks={"free": 100, "kv": 900},
-            adapters_in_pool=part,
-            adapters_on_host=parts[n - 1][:100],
-        )
-        for n, part in enumerate(parts)
-    )
-    return Status(
-        status="ok",
-        bases=(
-            BaseStatus(
-                base="smollm2",
-                status="ok",
-                num_replicas=len(replicas),
-                target=len(replicas),
-                num_adapters=len(names),
-                spec=ServeSpec(base="smollm2"),
-            ),
-        ),
-        catalog=CatalogStatus(num_adapters=len(names)),
-        replicas=replicas,
-        totals=total(replicas),
-    ).model_dump_json()
+def _answers(names: Sequence[str]) -> Mapping[str, str]:
+    return {"/status": status_json(names), "/metrics": metrics_text()}
 
 
-def _answer(state: str, request: httpx.Request) -> httpx.Response:
-    return httpx.Response(200, text=state if request.url.path == "/status" else "")
+def _answer(answers: Mapping[str, str], request: httpx.Request) -> httpx.Response:
+    return httpx.Response(200, text=answers[request.url.path])
 
 
 def _ask(site: Api, key: str, method: str, path: str) -> None:
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     site.http.request(method, _PREFIX + path, headers=headers, json=_FORM).raise_for_status()
+
+
+def _ask_in_turn(site: Api, key: str, next_job: Callable[[], str]) -> None:
+    _ask(site, key, "GET", f"/jobs/{next_job()}")

@@ -41,7 +41,7 @@ def fill(url: str, num_adapters: int, num_tenants: int) -> None:
             if num_tenants > 1:
                 c.execute(tenants.insert(), [{"name": tenant_name(i), **common} for i in range(1, num_tenants)])
             for table, rows in _rows(num_adapters, num_tenants, created_at):
-                _insert(c, table, rows)
+                insert(c, table, rows)
             c.execute(changes.update().values(counter=num_adapters))
             if engine.dialect.name == "postgresql":
                 for table in (adapters, versions):
@@ -67,7 +67,8 @@ def _rows(num: int, num_tenants: int, created_at: datetime) -> Iterator[tuple[sa
     yield tags, ({"adapter_id": i, "key": "stage", "value": "gold"} for i in ids if i % 1000 == 0)
 
 
-def _insert(c: sa.Connection, table: sa.Table, rows: Iterable[dict[str, Any]]) -> None:
+def insert(c: sa.Connection, table: sa.Table, rows: Iterable[dict[str, Any]]) -> None:
+    """Many rows, some at once."""
     rest = iter(rows)
     while part := list(islice(rest, _AT_ONCE)):
         c.execute(table.insert(), part)
