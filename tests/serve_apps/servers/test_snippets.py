@@ -1,0 +1,68 @@
+"""The Python in README and docs/, as it stands there, on a server with the tiny base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel, Field
+
+from loray.publishing import Destination, publish
+from tests.cli.documented import blocks
+from tests.cluster import Served
+from tests.conftest import REPOSITORY
+
+# The pages with Python, and which of the names below their blocks use.
+PAGES = ("README.md", "docs/guide/api.md", "docs/guide/structured.md", "docs/guide/tools.md", "docs/howto/canary.md")
+NAMES = ("support-tone", "dates")
+# The base is random: without these it may go on to the end of its context.
+SHORTER = {
+    "messages=messages, t": "max_tokens=8, messages=messages, t",
+    '@prod", messages=': '@prod", max_tokens=8, messages=',
+    "instructions=": "max_output_tokens=8, instructions=",
+}
+
+
+class Meeting(BaseModel):
+    day: date
+    is_over: bool
+
+
+@pytest.fixture(scope="module")
+def names(served_alone: Served, peft_folder: Callable[..., Path]) -> None:
+    base, catalog = served_alone.base, served_alone.catalog
+    for name in NAMES:
+        publish(peft_folder(base), base, Destination(name, served_alone.store, catalog))
+        catalog.promote(name, "prod", 1)
+
+
+@pytest.mark.usefixtures("names")
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page(page: str, served_alone: Served) -> None:
+    code = "".join(_python(REPOSITORY / page))
+    for text, other in (SHORTER | {"http://127.0.0.1:8000": served_alone.url}).items():
+        code = code.replace(text, other)
+    with openai.OpenAI(base_url=f"{served_alone.url}/v1", api_key="none", max_retries=0, timeout=90) as client:
+        given: dict[str, Any] = {"client": client, "BaseModel": BaseModel, "Field": Field, "date": date}
+        given |= {"Meeting": Meeting, "conversation_id": "c1", "run": lambda call: call.function.arguments}
+        given["messages"] = [{"role": "user", "content": "When was Ada born?"}]
+        exec(compile(code, page, "exec", dont_inherit=True), given)
+        if given["client"] is not client:
+            given["client"].close()
+    if "answer" in given and "Person" in given:
+        assert isinstance(given["answer"].choices[0].message.parsed, given["Person"])
+
+
+def test_every_page_with_python_is_run() -> None:
+    pages = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]
+    assert {str(page.relative_to(REPOSITORY)) for page in pages if _python(page)} == set(PAGES)
+    assert not [text for text in SHORTER if not any(text in code for page in pages for code in _python(page))]
+
+
+def _python(page: Path) -> list[str]:
+    found = blocks(page.read_text(encoding="utf-8"))
+    return [block.text for block in found if block.language == "python"]
