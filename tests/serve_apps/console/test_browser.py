@@ -135,6 +135,7 @@ def test_axe_finds_nothing(console: ConsoleSite, seen: Seen) -> None:
     def look(path: str) -> None:
         for width, (x, y) in WIDTHS.items():
             page.set_viewport_size({"width": x, "height": y})
+            page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
             if (wide := page.evaluate("document.documentElement.scrollWidth")) > x:
                 found.setdefault(f"{path}, {width}", []).append(f"{wide} wide")
             for scheme, rules in (("light", None), ("dark", ["color-contrast"])):
