@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from loray.bases.checkpoint import canonical_config, expected_shapes, fingerprint, read_tensors
 from loray.bases.config import ARCHITECTURES
 from loray.bases.registry import BaseModel, add_base, get_base, list_bases, verify_base
+from loray.bases.sources import read_config
 from loray.errors import BaseMismatch, BaseNotFound, ConflictError, IntegrityError, SpecError, UnsupportedError
 from tests.tiny import write_checkpoint
 
@@ -78,6 +79,16 @@ def test_fingerprint_is_of_the_content(checkpoint: Path, tmp_path: Path) -> None
     assert same.config.eos_token_ids == (7, 8, 258)  # generation_config.json still names 258
     edit_config(checkpoint, rms_norm_eps=1e-3)
     assert add_base(str(checkpoint), home=tmp_path / "d").fingerprint != base.fingerprint
+
+
+def test_end_tokens_outside_the_vocabulary_are_left_out(checkpoint: Path) -> None:
+    edit_config(checkpoint, eos_token_id=[-1, 7])
+    vocab = read_config(checkpoint).vocab_size
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [vocab, vocab - 1]}))
+    assert read_config(checkpoint).eos_token_ids == (7, vocab - 1)
+    edit_config(checkpoint, eos_token_id="</s>")
+    with pytest.raises(UnsupportedError, match="cannot be read"):
+        read_config(checkpoint)
 
 
 def test_fingerprint_covers_every_byte_and_name(checkpoint: Path, tmp_path: Path) -> None:

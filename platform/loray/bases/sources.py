@@ -35,20 +35,24 @@ _COPIED = (
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of a checkpoint. Raises UnsupportedError where the decoder does not cover it or where it is
     quantised.
+
+    End tokens outside the vocabulary are left out, for example -1, which some checkpoints have for "none": no token is
+    ever one of them, as with transformers, and a device that forbids them would write outside of its logits.
     """
     try:
         config = ModelConfig.from_folder(folder)
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         generation = folder / "generation_config.json"
         eos = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.is_file() else None
+        more = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        ends = tuple(t for t in dict.fromkeys((*config.eos_token_ids, *more)) if 0 <= t < config.vocab_size)
     except KeyError as e:
         raise UnsupportedError(f"{folder}/config.json lacks {e.args[0]!r}") from e
     except (ValueError, TypeError, AttributeError) as e:
         raise UnsupportedError(f"the configuration in {folder} cannot be read: {e}") from e
     if raw.get("quantization_config"):
         raise UnsupportedError(f"{folder} is a quantised checkpoint; add the bf16, fp16 or fp32 one")
-    more = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
+    return replace(config, eos_token_ids=ends)
 
 
 def checked_config(folder: Path) -> ModelConfig:
