@@ -118,7 +118,8 @@ class Change:
 
 class Scores(NamedTuple):
     """Natural logarithms of probabilities, of the unchanged logits without temperature. `rank`: 1 for the best token;
-    `tokens` and `logprobs`: of the best ones.
+    `tokens` and `logprobs`: of the best ones. Where the best of these logits is not finite, `logprob` is NaN, and
+    `tokens` and `logprobs` may be empty.
     """
 
     logprob: float

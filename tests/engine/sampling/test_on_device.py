@@ -94,6 +94,21 @@ def test_rows_without_a_token_are_told_and_leave_the_others_alone(ops: Ops, temp
         assert mine.token == theirs.token
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_no_scores_of_an_earlier_step_are_left(ops: Ops, broken: float) -> None:
+    """A token that is not allowed has a logit that is not finite; the row has a token, and no log-probabilities."""
+    logits_SV = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(ops)
+    sampler(logits_SV, [make(0, logprobs=3)])
+    logits_SV[0, 7] = broken
+    for own in (sampler, Sampler(REFERENCE)):
+        (sampled,) = own(logits_SV, [make(1, logprobs=3, allowed_token_ids=(4,))])
+        assert isinstance(sampled, Sampled)
+        assert sampled.token == 4
+        assert sampled.logprobs is not None
+        assert all(math.isnan(x) for x in (sampled.logprobs.logprob, *(x for _, x in sampled.logprobs.top)))
+
+
 def test_all_tokens_alike(ops: Ops) -> None:
     """They are taken by their ids: the share of the mass is the share of the ids."""
     vocab, logits_SV = 5000, torch.zeros(3, 5000)

@@ -6,6 +6,7 @@ device with the request; the copy has those that are new.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -121,6 +122,9 @@ def _read(words: npt.NDArray[np.int64], num_plain: int, changes: Sequence[Change
             continue
         top = row[4 : 4 + 2 * min(change.num_top, vocab)]
         numbers = _numbers(row)
+        if not math.isfinite(numbers[2]):  # the kernel has written no best tokens: what is there is an earlier step's
+            scores.append(Scores(math.nan, 1, [], []))
+            continue
         scores.append(Scores(numbers[2], int(row[3]), top[::2].tolist(), numbers[5 : 4 + len(top) : 2]))
     return Chosen(found[:, 0].tolist(), _numbers(found[:, 1]), scores)
 
