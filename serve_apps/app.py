@@ -41,7 +41,7 @@ def build(args: dict[str, Any]) -> Application:
 def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
     """The application with a given request router."""
     settings = Settings.from_env()
-    get_bases(settings.home, fleet.names)
+    fingerprints = {base.name: base.fingerprint for base in get_bases(settings.home, fleet.names)}
     environment = {"env_vars": settings.to_env(secrets=False) | settings.to_serving_env()}
     group = settings.training_group
     where = {} if group is None else {"label_selector": group.others}  # an engine's CPU keeps it from there anyway
@@ -58,11 +58,17 @@ def application(fleet: FleetSpec, routing: RequestRouterConfig) -> Application:
         health_check_period_s=5.0,
         graceful_shutdown_timeout_s=DRAIN_S,  # a stream needs gateway and engine until it ends
     )
-    return gateway.bind(*(_engine(spec.for_replicas, routing, environment) for spec in fleet.bases))
+    engines = (_engine(spec.for_replicas, fingerprints[spec.base], routing, environment) for spec in fleet.bases)
+    return gateway.bind(*engines)
 
 
-def _engine(spec: ServeSpec, routing: RequestRouterConfig, environment: dict[str, Any]) -> Application:
-    """The replicas of one base. Nothing here depends on another one, whose change leaves these replicas alone."""
+def _engine(
+    spec: ServeSpec, fingerprint: str, routing: RequestRouterConfig, environment: dict[str, Any]
+) -> Application:
+    """The replicas of one base. Nothing here depends on another one, whose change leaves these replicas alone.
+
+    `fingerprint`: of the base that its name stands for here. Replicas of another one are replaced.
+    """
     engine = serve.deployment(
         EngineReplica,
         name=engine_of(spec.base),
@@ -80,7 +86,7 @@ def _engine(spec: ServeSpec, routing: RequestRouterConfig, environment: dict[str
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=DRAIN_S,
     )
-    return versioned(engine, spec.model_dump(mode="json")).bind(spec)
+    return versioned(engine, spec.model_dump(mode="json"), fingerprint).bind(spec)
 
 
 def _slots(spec: ServeSpec) -> int:

@@ -48,5 +48,18 @@ def test_a_change_of_one_base_leaves_the_other_alone() -> None:
 
 
 @pytest.mark.usefixtures("bases")
+def test_another_model_under_the_same_name_replaces_its_replicas(
+    tiny_base: Callable[..., BaseModel], tmp_path: Path
+) -> None:
+    fleet = {"bases": [{"base": "a"}, {"base": "b"}]}
+    before = versions(fleet)
+    (tmp_path / "bases" / "b").unlink()
+    (tmp_path / "bases" / "b").symlink_to(tiny_base(max_position_embeddings=128).path)
+    changed = versions(fleet)
+    assert changed["engine-a"] == before["engine-a"]
+    assert changed["engine-b"][0] != before["engine-b"][0]
+
+
+@pytest.mark.usefixtures("bases")
 def test_the_gateway_has_the_application_s_version() -> None:
     assert versions({"base": "a"})["gateway"][0] == "the application's"
