@@ -60,6 +60,9 @@ class FakeEngines:
     def is_cold(self) -> bool:
         return False
 
+    def start_failed(self) -> bool:
+        return False
+
     def routing_decisions(self) -> Mapping[str, int]:
         return {}
 

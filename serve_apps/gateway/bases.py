@@ -59,8 +59,12 @@ class ServedBase:
         return max(_MIN_BODY_BYTES, _BYTES_PER_TOKEN * self.limit(longest_context))
 
     async def healthy(self) -> bool:
-        """Whether it can be asked: a replica answers, or the next request starts one."""
-        return self.engines.is_cold() or await self.engines.healthy()
+        """Whether it can be asked: a replica answers, or the next request starts one. Not where a replica is wanted and
+        the last one did not become ready.
+        """
+        if not self.engines.is_cold():
+            return await self.engines.healthy()
+        return not (self.engines.start_failed() and await self.num_wanted())
 
     async def metrics(self) -> OfBase:
         num_wanted, replicas = await asyncio.gather(self.num_wanted(), self.engines.metrics())

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from loray.catalog.canaries import ReportAnswer
-from loray.errors import CatalogError, DeadlineExceeded
+from loray.errors import BaseStarting, CatalogError, DeadlineExceeded
 from loray.serving.canary import Arm
 from loray.spec import CanaryCounts, Delta, VersionCounts
 from loray.telemetry import get_logger
@@ -53,7 +53,8 @@ class Meter:
             self._first_at = self._last_at
 
     def failed(self, error: Exception, status: int) -> None:
-        self._is_error = status >= 500 and not (self._has_timeout and isinstance(error, DeadlineExceeded))
+        is_no_fault = isinstance(error, BaseStarting) or (self._has_timeout and isinstance(error, DeadlineExceeded))
+        self._is_error = status >= 500 and not is_no_fault
 
     def end(self, outcome: str, last: Delta | None) -> None:
         """`outcome` as of `UsageEvent`; `last`: the first choice's last delta; None: nothing came."""

@@ -29,6 +29,9 @@ class Engines(Protocol):
     def is_cold(self) -> bool:
         """Whether no replica runs, and the next request starts one."""
 
+    def start_failed(self) -> bool:
+        """Whether no replica runs because the last one that a request started was not ready in time."""
+
     async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
         """The status of every replica that answers; with `layout` also what its pool's blocks hold by position."""
 

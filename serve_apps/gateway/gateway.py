@@ -132,11 +132,14 @@ class Gateway:
         return Target(served, found.adapter, served.limit_of(found.adapter))
 
     async def _chosen(self, request: GenerationRequest, headers: RequestHeaders) -> tuple[Target, Meter | None]:
-        """As `model`, with what measures the request if its alias has a canary."""
+        """As `model`, with what measures the request if its alias has a canary. Nothing does while its base has no
+        replica: the wait for one says nothing of a version.
+        """
         session = session_of(headers.principal, headers.session_id, request.user)
         found, arm = await self.directory.choose(request.model, headers.principal, session)
         target, own = self._target(found), headers.timeout_s
         has_own = own is not None and own <= (target.base.spec.request_timeout_s or own)
+        arm = None if target.base.engines.is_cold() else arm
         return target, self.canaries.meter(arm, headers.received_at, has_timeout=has_own)
 
     async def _requests(

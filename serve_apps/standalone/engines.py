@@ -49,6 +49,9 @@ class LocalEngines:
     def is_cold(self) -> bool:
         return False
 
+    def start_failed(self) -> bool:
+        return False
+
     async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
         if not await self.healthy():
             return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
@@ -27,7 +28,8 @@ _REPLICA_LOST = (RayActorError, WorkerCrashedError, ObjectLostError, ReplicaUnav
 class Call:
     """Follows the call; its error becomes the inbox's. Used from one event loop.
 
-    `cold_start_s`: for which it waits for a replica to be started; None: replicas run, and one will take it soon.
+    `cold_start_s`: for which it waits for a replica to be started; None: replicas run, and one will take it soon. It is
+    asked at the beginning and, since the last replica may stop in between, when none has taken the call in time.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Call:
         response: DeploymentResponseGenerator[Any],
         listener: Listener,
         inbox: Inbox,
-        cold_start_s: float | None = None,
+        cold_start_s: Callable[[], float | None] = lambda: None,
     ) -> None:
         self._response, self._listener, self._inbox = response, listener, inbox
         self._cold_start_s = cold_start_s
@@ -83,19 +85,31 @@ class Call:
             self._give_back()
 
 
-async def _accepted(response: DeploymentResponseGenerator[Any], cold_start_s: float | None) -> None:
+async def _accepted(response: DeploymentResponseGenerator[Any], cold_start_s: Callable[[], float | None]) -> None:
     """Waits until a replica accepts the request. EngineError after a time, without which Serve would wait for ever."""
+    began, limit_s = asyncio.get_running_loop().time(), cold_start_s()
+
+    def look_again() -> None:
+        nonlocal limit_s
+        limit_s = cold_start_s()
+        limit.reschedule(began + (limit_s or 0.0))
+
+    limit = asyncio.timeout(limit_s)
+    timer = None if limit_s is not None else asyncio.get_running_loop().call_later(_NO_REPLICA_S, look_again)
     try:
-        async with asyncio.timeout(_NO_REPLICA_S if cold_start_s is None else cold_start_s):
+        async with limit:
             await response._fetch_future_result_async()  # private: no public call returns when a request is accepted
     except TimeoutError as e:
-        if cold_start_s is not None:
+        if limit_s is not None:
             raise BaseStarting(
-                f"the base had no replica, and the one that is being started was not ready after {cold_start_s:g} s; "
+                f"the base had no replica, and the one that is being started was not ready after {limit_s:g} s; "
                 "send the request again",
                 retry_after_s=_STARTING_S,
             ) from e
         raise EngineError("no replica takes requests; `loray status` says why") from e
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 def _translated(error: Exception) -> Exception:

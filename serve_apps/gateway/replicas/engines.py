@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from prometheus_client.core import Metric as Family
 from ray.serve.handle import DeploymentHandle
 
 from loray.api.status import AutoscalingStatus, ReplicaStatus
-from loray.errors import ReplicaLeaving, ReplicaLost, ReplicaUnavailable
+from loray.errors import BaseStarting, ReplicaLeaving, ReplicaLost, ReplicaUnavailable
 from loray.spec import GenerateRequest, TokenDelta
 from loray.telemetry import get_logger
 from serve_apps.channel.inbox import Inbox, reading
@@ -61,7 +62,8 @@ class ServeEngines:
         self._max_resumes, self._cold_start_timeout_s = max_resumes, cold_start_timeout_s
         self._departures = Departures(drain_grace_s)
         self._reading: dict[str, Inbox] = {}  # by request
-        self._cold: set[str] = set()  # requests that have come while no replica ran
+        self._cold: set[str] = set()  # requests that wait, and no replica runs
+        self._start_failed = False  # and no replica has run since
         self._resumes = {"lost": 0, "moved": 0}
 
     @asynccontextmanager
@@ -92,6 +94,7 @@ class ServeEngines:
     async def _look_for_departures(self) -> None:
         while True:
             self._move_streams(time.monotonic())
+            self._start_failed = self.start_failed()
             await asyncio.sleep(_LOOK_S)
 
     def _move_streams(self, now: float) -> None:
@@ -139,9 +142,7 @@ class ServeEngines:
         try:
             listener = await self._listening()
             inbox = self._reading[request.request_id] = listener.open()
-            cold_start_s = self._cold_start_timeout_s if self.is_cold() else None
-            if cold_start_s is not None:
-                self._cold.add(request.request_id)
+            cold_start_s = partial(self._cold_start_s, request.request_id)
             response = self._calls.generate_to.remote(request, fit, listener.address, inbox.stream)
             call = Call(response, listener, inbox, cold_start_s)
             with reading(request, call.leave):
@@ -150,6 +151,9 @@ class ServeEngines:
                         self._quarantine.answered(digest)
                         digest = None
                     yield delta
+        except BaseStarting:
+            self._start_failed = True
+            raise
         except ReplicaLost as e:
             e.replica = e.replica or router.replica_of(request.request_id)
             if e.replica is not None:
@@ -160,6 +164,13 @@ class ServeEngines:
             self._cold.discard(request.request_id)
             self._quarantine.leave(request.request_id)
             router.forget(request.request_id)
+
+    def _cold_start_s(self, request_id: str) -> float | None:
+        """For which this request, which waits now, waits for a replica to be started; None: one runs."""
+        if not self.is_cold():
+            return None
+        self._cold.add(request_id)
+        return self._cold_start_timeout_s
 
     async def _listening(self) -> Listener:
         if self._listener is None or (self._listener.done() and self._listener.exception() is not None):
@@ -177,6 +188,9 @@ class ServeEngines:
 
     def is_cold(self) -> bool:
         return self._cold_start_timeout_s is not None and not router.replicas(self._deployment)
+
+    def start_failed(self) -> bool:
+        return self._start_failed and self.is_cold()
 
     async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
         return [a for a in await self._replicas.ask("stats", layout) if isinstance(a, ReplicaStatus)]

@@ -79,7 +79,7 @@ class ScriptedEngines:
         self.replicas: list[ReplicaStatus] = [REPLICA]
         self.families: list[list[Family] | None] = []
         self.scaling: AutoscalingStatus | None = None
-        self.cold = False
+        self.cold = self.failed = False
 
     async def generate(self, request: GenerateRequest, *, fit: bool) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
@@ -102,6 +102,9 @@ class ScriptedEngines:
 
     def is_cold(self) -> bool:
         return self.cold
+
+    def start_failed(self) -> bool:
+        return self.failed
 
     async def stats(self, layout: bool = False) -> list[ReplicaStatus]:
         return [r if layout else r.model_copy(update={"layout": ()}) for r in self.replicas]

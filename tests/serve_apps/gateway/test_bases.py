@@ -145,6 +145,8 @@ def test_a_base_that_is_asleep_is_well(fleet: Fleet) -> None:
     assert [f'loray_replicas_wanted{{base="{name}"}} {n}.0' in text for name, n in ((one, 1), (two, 0))] == [True] * 2
     engines.scaling = AutoscalingStatus(target=1, reason="a request waits", time=2.0)
     assert fleet.client.get("/health").json() == {"status": "ok"}  # the next request waits with it
+    engines.failed = True
+    assert fleet.client.get("/health").json() == {"status": "degraded", "unavailable": [two]}
     assert fleet.client.get("/status").json()["bases"][1]["status"] == "degraded"
 
 

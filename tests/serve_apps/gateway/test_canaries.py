@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from loray.bases.registry import BaseModel
 from loray.catalog import Catalog
 from loray.catalog.canaries import EndedCanary, ReportAnswer
-from loray.errors import CatalogError, DeadlineExceeded, EngineError, Overloaded
+from loray.errors import BaseStarting, CatalogError, DeadlineExceeded, EngineError, Overloaded
 from loray.serving.canary import Arm
 from loray.spec import CanaryBounds, CanaryCounts
 from serve_apps.gateway.canaries import Canaries, Reports
@@ -98,8 +98,10 @@ def test_a_canary_that_fails_is_ended(
 def test_what_is_counted(client_of: Any, base: BaseModel, tone: Catalog) -> None:
     tone.set_canary("tone", "prod", 3, 25, bounds=CanaryBounds(max_error_rate=None))
 
-    def ask(*script: Any, **headers: str) -> None:
-        with client_of(ScriptedEngines(script)) as client:  # which reports when it stops
+    def ask(*script: Any, cold: bool = False, **headers: str) -> None:
+        engines = ScriptedEngines(script)
+        engines.cold = cold
+        with client_of(engines) as client:  # which reports when it stops
             for i in range(4):
                 client.post("/v1/completions", json=FIELDS, headers={"X-Session-ID": f"s{i}"} | headers)
 
@@ -109,6 +111,8 @@ def test_what_is_counted(client_of: Any, base: BaseModel, tone: Catalog) -> None
     assert (both.num_requests, both.num_errors, both.ttft.num, both.itl.num) == (4, 0, 4, 4)
     ask(Overloaded("too many", 1.0))  # 429
     ask(DeadlineExceeded("late"), **{"X-Request-Timeout-S": "1"})  # its own deadline
+    ask(BaseStarting("not ready", 10.0))
+    ask(*HELLO, cold=True)  # the wait for a replica
     assert tone.canary("tone").counts == counts
     ask(delta("he"), DeadlineExceeded("late"))
     found = tone.canary("tone").counts

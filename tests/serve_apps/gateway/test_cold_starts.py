@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from loray.api.status import AutoscalingStatus
-from loray.errors import EngineError
+from loray.errors import BaseStarting, EngineError
 from serve_apps.gateway.errors import failure_of
 from serve_apps.gateway.replicas import call, router
 from tests.serve_apps.gateway.test_engines import REQUEST, Handle, engines_of, tokens
@@ -35,6 +35,29 @@ def test_a_base_without_replicas_is_waited_for_longer(
         return
     assert (failure.status, failure.error.code, failure.headers["Retry-After"]) == (503, "base_starting", "10")
     assert "was not ready after 0.02 s; send the request again" in failure.error.message
+
+
+def test_the_last_replica_stops_while_a_request_is_sent_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits as one that has come later, and a start that fails is remembered until a replica runs."""
+    monkeypatch.setattr(call, "_NO_REPLICA_S", 0.01)
+    monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset(("r1",))})
+
+    async def run() -> list[bool]:
+        async with engines_of(Handle(["wait"]), cold_start_timeout_s=0.05) as engines:
+            task = asyncio.create_task(tokens(engines))
+            while not engines._reading:
+                await asyncio.sleep(0)
+            monkeypatch.setattr(router, "_replicas", {})
+            while not engines._cold:
+                await asyncio.sleep(0)
+            failed = [engines.start_failed()]
+            with pytest.raises(BaseStarting, match=r"not ready after 0\.05 s"):
+                await asyncio.wait_for(task, 20)
+            failed.append(engines.start_failed())
+            monkeypatch.setattr(router, "_replicas", {"engine-tiny": frozenset(("r2",))})
+            return [*failed, engines.start_failed()]
+
+    assert asyncio.run(run()) == [False, True, False]
 
 
 def test_a_replica_is_wanted_while_a_request_waits_for_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
