@@ -28,9 +28,11 @@ import httpx
 from benchmarks.chaos.clients import Load
 from benchmarks.chaos.faults import Fault, is_whole, matrix, missing, struck
 from benchmarks.chaos.verdicts import CONTINUED, Window, continued, divide, table
+from benchmarks.chaos.verdicts import failures as failures_of
 from benchmarks.chaos.world import PARALLEL, World, started, until
 from benchmarks.machine import describe_machine
 from benchmarks.output import machine_line, write_json
+from loray.errors import ClusterError
 from loray.local.processes import log_tail
 from loray.local.serving import serve_details
 from tests.serve_apps.chaos.kinds import Kind, make_kinds
@@ -41,19 +43,20 @@ _RESUMES = "loray_resumes_total"
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    names = [fault.name for fault in matrix(has_own_disk=True)]
+    if args.list or not _wanted(names, args.only):
+        click.echo("\n".join(names), err=not args.list)
+        return 0 if args.list else 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that all servers are ended
     machine = describe_machine()
     click.echo(machine_line(machine))
     with started(args.adapters, args.seed, click.echo) as world:
-        faults = [f for f in matrix(world) if not args.only or any(part in f.name for part in args.only)]
-        if args.list or not faults:
-            click.echo("\n".join(fault.name for fault in matrix(world)))
-            return 0 if args.list else 2
+        faults = [f for f in matrix(has_own_disk=world.has_own_disk) if _wanted([f.name], args.only)]
         if not world.has_own_disk:
             click.echo("left out: a full disk (this user may not mount a file system)")
         windows, left = _run(world, faults, args)
     share = continued(windows)
-    failures = [f for window in windows for f in (*filter(None, [window.missing]), *window.failures())]
+    failures = [window.missing for window in windows if window.missing] + failures_of(windows)
     failures += [f"left behind: {line}" for line in left]
     if share is not None and share < CONTINUED:
         failures.append(f"{share:.1%} of the streams that lost their replica went on, of {CONTINUED:.0%}")
@@ -67,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [window.row for window in windows]
     write_json(args.json, {"machine": machine, "rows": rows, "continued": share, "failures": failures})
     return 1 if failures else 0
+
+
+def _wanted(names: Sequence[str], parts: Sequence[str] | None) -> list[str]:
+    return [name for name in names if not parts or any(part in name for part in parts)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +118,10 @@ async def _under_load(world: World, load: Load, faults: Sequence[Fault], args: a
     try:
         while time.monotonic() < end:
             fault = order[len(windows) % len(order)]
-            windows.append(Window(fault, time.monotonic()))
+            now = time.monotonic()
+            if windows:
+                windows[-1].next_begun = now
+            windows.append(Window(fault, now))
             await _strike(world, load, windows[-1])
             await asyncio.sleep(max(0.0, windows[-1].begun + args.every - time.monotonic()))
     finally:
@@ -122,15 +132,15 @@ async def _under_load(world: World, load: Load, faults: Sequence[Fault], args: a
 
 async def _strike(world: World, load: Load, window: Window) -> None:
     before = await _resumes(load)
-    with struck(window.fault, world) as mend:
-        await asyncio.sleep(window.fault.hold_s)
-        await asyncio.to_thread(mend)
-    window.mended = time.monotonic()
     name = f"all processes run after: {window.fault.name}"
     try:
+        with struck(window.fault, world) as mend:
+            await asyncio.sleep(window.fault.hold_s)
+            await asyncio.to_thread(mend)
+        window.mended = time.monotonic()
         await asyncio.to_thread(until, lambda: is_whole(world), name, _WHOLE_S, lambda: _state(world))
-    except AssertionError as e:
-        window.missing = str(e)
+    except (AssertionError, ClusterError) as e:
+        window.missing = f"{window.fault.name}: {e}"
     window.whole = time.monotonic()
     after = await _resumes(load)
     window.resumed = after - before if after >= before else after

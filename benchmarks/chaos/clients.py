@@ -102,7 +102,7 @@ class Load:
             async with client.stream("POST", self._path(kind), json=kind.body | {"stream": stream}) as response:
                 async for chunk in response.aiter_raw():
                     now = time.monotonic()
-                    if response.status_code == 200 and (not stream or b"data: " in chunk):
+                    if response.status_code == 200 and (not stream or b'data: {"id"' in chunk):  # no comment, no error
                         seen.first = seen.first or now
                         seen.wait_s = max(seen.wait_s, now - (last or now))
                         last = now

@@ -62,7 +62,6 @@ def _stopped(which: Callable[[World], list[int]]) -> Callable[[World], Callable[
     def strike(world: World) -> Callable[[], None]:
         victim = world.chance.choice(which(world))
         family = [victim, *(child.pid for child in psutil.Process(victim).children(recursive=True))]
-        world.stopped += family
         for pid in family:
             os.kill(pid, signal.SIGSTOP)
 
@@ -128,20 +127,20 @@ def _lose_node(world: World) -> Callable[[], None]:
 
 
 def _lose_gcs(world: World) -> Callable[[], None]:
-    """The cluster's tables are in Redis; what supervises a head starts its server again with the same arguments."""
-    (pid,) = [p for p in world.pids("") if _executable(p) == "gcs_server"]
+    """The cluster's tables are in Redis; what supervises a head starts its server again with the same arguments.
+
+    `ray start --block` would end all other processes of the head, so it stays stopped until the end of the run.
+    """
+    pid = world.gcs.pid if world.gcs else next(p for p in world.pids("") if _executable(p) == "gcs_server")
     process = psutil.Process(pid)
     command, env, folder = process.cmdline(), process.environ(), process.cwd()
-    os.kill(world.local.pid, signal.SIGSTOP)  # `ray start --block` would end the head's other processes
-    world.stopped.append(world.local.pid)
+    os.kill(world.local.pid, signal.SIGSTOP)
     process.kill()
-    with suppress(psutil.TimeoutExpired):
-        process.wait(10)
+    until(lambda: not is_running(pid), "the GCS has ended", 10)
 
     def start() -> None:
         with (world.folder / "gcs.log").open("ab") as log:
-            started = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-        world.extra.append(started)
+            world.gcs = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log)
 
     return start
 
@@ -169,7 +168,8 @@ def _jump(seconds: float) -> Callable[[World], Callable[[], None]]:
     return strike
 
 
-def matrix(world: World) -> list[Fault]:
+def matrix(*, has_own_disk: bool) -> list[Fault]:
+    """`has_own_disk`: the home may be filled without harm to others."""
     found = [
         Fault("replica, kill -9", _killed(World.replicas), 0, _TRIES_S),
         Fault("replica, stopped for 10 s", _stopped(World.replicas), 10, 10 + _TRIES_S),
@@ -190,7 +190,7 @@ def matrix(world: World) -> list[Fault]:
         Fault("the clock goes forward an hour", _jump(3600), 5, _TRIES_S),
         Fault("the clock goes back an hour", _jump(-3600), 5, _TRIES_S),
     ]
-    if world.has_own_disk:
+    if has_own_disk:
         found.append(Fault("a full disk", _fill_disk, 10, _TRIES_S))
     return found
 

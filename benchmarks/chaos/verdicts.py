@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ class Window:
     """From a fault to the next one. Seconds of `time.monotonic`.
 
     mended   when its cause had been removed, and all processes ran again: `whole`
+    next_begun  when the next fault began
     resumed  answers that went on at another replica
     missing  what did not run again in time, in words
     """
@@ -26,6 +28,7 @@ class Window:
     begun: float
     mended: float = 0.0
     whole: float = 0.0
+    next_begun: float = math.inf
     resumed: int = 0
     missing: str = ""
     seen: list[Seen] = field(default_factory=list)
@@ -51,27 +54,27 @@ class Window:
             "whole_after_s": self.whole - self.begun,
         }
 
-    def failures(self) -> list[str]:
-        """What no client may see, in words."""
-        found = []
-        for seen in self.seen:
-            allowed = seen.end == "whole" or (seen.end == "cut" and self.fault.cuts) or seen.end == "error"
-            if not allowed:
-                found.append(f"{self.fault.name}: {seen.end} after {seen.num_retries} retries: {seen.detail}")
-            if seen.wait_s > self.fault.limit_s:
-                found.append(f"{self.fault.name}: {seen.wait_s:.1f} s without a token, {seen.end}")
-        return found
-
 
 def divide(seen: Sequence[Seen], windows: Sequence[Window]) -> None:
     """Gives each request to the last fault that had begun when it ended."""
     for one in seen:
-        owner = None
-        for window in windows:
-            if window.begun <= one.ended:
-                owner = window
-        if owner is not None:
-            owner.seen.append(one)
+        before = [window for window in windows if window.begun <= one.ended]
+        if before:
+            before[-1].seen.append(one)
+
+
+def failures(windows: Sequence[Window]) -> list[str]:
+    """What no client may see, in words. A request that lasted from one fault to the next may see what either allows."""
+    found = []
+    for number, window in enumerate(windows):
+        for seen in window.seen:
+            faults = [w.fault for w in windows[: number + 1] if w is window or w.next_begun >= seen.begun]
+            is_allowed = seen.end in ("whole", "error") or (seen.end == "cut" and any(f.cuts for f in faults))
+            if not is_allowed:
+                found.append(f"{window.fault.name}: {seen.end} after {seen.num_retries} retries: {seen.detail}")
+            if seen.wait_s > max(f.limit_s for f in faults):
+                found.append(f"{window.fault.name}: {seen.wait_s:.1f} s without a token, {seen.end}")
+    return found
 
 
 def continued(windows: Sequence[Window]) -> float | None:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,7 @@ class World:
     names: list[str]
     has_own_disk: bool
     chance: random.Random
-    stopped: list[int] = field(default_factory=list)  # by SIGSTOP, some time
-    extra: list[subprocess.Popen[bytes]] = field(default_factory=list)  # what was started again outside the cluster
+    gcs: subprocess.Popen[bytes] | None = None  # where it has been started again, outside the cluster's sessions
 
     def pids(self, title: str) -> list[int]:
         """Processes of the cluster whose command line begins with it."""
@@ -155,9 +154,9 @@ def started(num_adapters: int, seed: int, say: Callable[[str], None]) -> Iterato
         try:
             yield world
         finally:
-            for process in world.extra:
-                process.kill()
-                process.wait()
+            if world.gcs is not None:
+                world.gcs.kill()
+                world.gcs.wait()
 
 
 def until(what: Callable[[], bool], name: str, timeout_s: float, why: Callable[[], str] = lambda: "") -> float:

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.chaos.__main__ import main
 from benchmarks.chaos.clients import Seen
 from benchmarks.chaos.faults import Fault
-from benchmarks.chaos.verdicts import Window, continued, divide, table
+from benchmarks.chaos.verdicts import Window, continued, divide, failures, table
 from benchmarks.chaos.wire import Wire
 
 
@@ -48,7 +48,15 @@ def test_a_request_belongs_to_the_last_fault_before_its_end() -> None:
 )
 def test_what_no_client_may_see(fields: dict[str, Any], cuts: bool, expected: list[str]) -> None:
     window = Window(fault(cuts=cuts), 0.0, seen=[seen(5.0, **fields)])
-    assert window.failures() == [f"a fault: {text}" for text in expected]
+    assert failures([window]) == [f"a fault: {text}" for text in expected]
+
+
+def test_a_request_from_one_fault_to_the_next_may_see_what_either_allows() -> None:
+    long = seen(35.0, begun=12.0, wait_s=20.0, end="cut")
+    first, second = Window(fault(cuts=True, limit_s=25.0), 10.0, next_begun=30.0), Window(fault(), 30.0, seen=[long])
+    assert failures([first, second]) == []
+    first.next_begun = 11.0
+    assert len(failures([first, second])) == 2
 
 
 def test_the_share_of_answers_that_went_on() -> None:
@@ -98,6 +106,9 @@ def test_faults_of_a_real_cluster() -> None:
     assert "passed" in said
 
 
-def test_no_fault_of_a_name_is_an_error() -> None:
-    with pytest.raises(SystemExit):
-        main(["--minutes", "many"])
+def test_the_names_of_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert len(names) == len(set(names)) >= 19
+    assert main(["--only", "no such fault"]) == 2
+    assert capsys.readouterr().err.splitlines()[-len(names) :] == names

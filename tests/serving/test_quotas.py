@@ -64,6 +64,14 @@ def test_a_clock_that_jumps_neither_stops_a_limit_nor_its_refilling(jump: float)
     assert admitted(gate, who, later + 20.1)
 
 
+def test_a_clock_that_goes_back_over_the_beginning_of_a_period_gives_no_second_budget() -> None:
+    gate, who = QuotaGate(), principal(max_budget=100, budget_duration="1d")
+    assert admitted(gate, who, DAY + 1, tokens=100)
+    for now in (DAY - 1, DAY + 2, 2 * DAY - 1):
+        assert not admitted(gate, who, now, tokens=1)
+    assert admitted(gate, who, 2 * DAY + 1, tokens=100)
+
+
 def test_tokens_are_reserved_and_settled() -> None:
     gate, who = QuotaGate(), principal(tpm_limit=1000)
     first = gate.admit(who, 900, 0.0)

@@ -227,3 +227,16 @@ def test_unused_rules_are_forgotten() -> None:
         gate.apply(owner.exchange("g", gate.reports(float(i)), float(i)), float(i))
     assert len(owner._meters) < 2100
     assert len(gate._shares) < 2100
+
+
+def test_a_gateway_that_was_lost_before_the_clock_went_back_holds_nothing_for_longer() -> None:
+    deployment = Deployment(2, max_parallel_requests=2)
+    deployment.now = 4000.0
+    for gateway in (0, 1, 0, 1):
+        deployment.ask(gateway)
+        deployment.exchange(gateway)
+    deployment.now -= 3600
+    deployment.exchange(0)
+    deployment.now += 11
+    deployment.exchange(0)
+    assert deployment.names[1] not in deployment.owner._heard

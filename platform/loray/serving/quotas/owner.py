@@ -41,7 +41,7 @@ class _Meter:
     def refresh(self, now: float, part: float, rate: float) -> None:
         elapsed, self.at = max(0.0, now - self.at), now
         self.left = min(self.rule.limit, self.left + self.rule.rate * elapsed)
-        if self.rule.period(self.at) != self.period:
+        if self.rule.period(self.at) > self.period:
             self.period, self.left = self.rule.period(self.at), self.rule.limit
             self.holders.clear()
         for holder in self.holders.values():
@@ -149,7 +149,7 @@ class QuotaOwner:
         grants = []
         for rule in list(self._short):
             meter = self._meters[rule]
-            if meter.short_until < now:
+            if not now <= meter.short_until <= now + _SHORT_S:  # above: the clock has gone back
                 self._short.discard(rule)
             elif rule not in reported:
                 part = rule.limit / self._num_gateways
@@ -166,6 +166,7 @@ class QuotaOwner:
         return grants
 
     def _drop_gone(self, now: float) -> None:
+        self._heard = {gateway: min(heard, now) for gateway, heard in self._heard.items()}  # clocks may go back
         gone = [gateway for gateway, heard in self._heard.items() if now - heard > GONE_S]
         for gateway in gone:
             del self._heard[gateway]

@@ -96,13 +96,15 @@ class Share:
         return is_told and self.known >= self.rule.limit and self.level >= self._part and not self.in_use
 
     def refresh(self, now: float) -> None:
-        """What has come back until `now`. A clock that goes back costs the time until it is noticed, and no more."""
+        """What has come back until `now`. A clock that goes back neither stops this for as long, nor begins a period of
+        a budget anew.
+        """
         elapsed, self.at = max(0.0, now - self.at), now
         if self._rate:
             if self.level < self._part:
                 self.level = min(self._part, self.level + self._rate * elapsed)
             self.known = min(self.rule.limit, self.known + self.rule.rate * elapsed)
-        elif self.rule.period(self.at) != self.period:
+        elif self.rule.period(self.at) > self.period:
             self.period = self.rule.period(self.at)
             self.level, self.known = self._part, self.rule.limit
             self.spent = 0.0
